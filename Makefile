@@ -1,0 +1,47 @@
+# make setup | demo | test | lint. Everything lives in .venv; delete it to start over.
+SHELL := /bin/bash
+CANDIDATES := python3.12 python3.13 python3.14 python3 python \
+  $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.*/bin/python) $(wildcard /opt/python*/bin/python3)
+VENV := .venv
+RUN := $(VENV)/bin/python
+WORKDIR ?= runs/demo
+
+.PHONY: setup core demo demo-compare test lint clean
+
+setup: $(VENV)/.dev
+core: $(VENV)/.core
+
+$(RUN):
+	@for p in $(CANDIDATES); do \
+	  if "$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1; then \
+	    found="$$p"; break; fi; done; \
+	if [ -z "$$found" ]; then \
+	  echo "No Python >= 3.12 with venv found. Install one (apt install python3.12-venv, pyenv install 3.12," \
+	       "or uv python install 3.12) and run make again, or name it: make CANDIDATES=/path/to/python3.12 $(MAKECMDGOALS)" >&2; \
+	  exit 1; fi; \
+	echo "Python: $$("$$found" --version) from $$found"; \
+	"$$found" -m venv $(VENV)
+
+$(VENV)/.core: requirements.txt | $(RUN)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.txt requirements.txt | $(RUN)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@ $(VENV)/.core
+
+demo: core
+	$(RUN) -m freqformer.demo --workdir=$(WORKDIR)
+
+demo-compare: core
+	$(RUN) -m benchmarks.demo_compare
+
+test: setup
+	JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --dist=worksteal tests
+
+lint: setup
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+clean:
+	rm -rf $(VENV) .cache runs

@@ -1,0 +1,9 @@
+"""One compile cache for all tests and workers: a warm run pays for no compilation twice."""
+
+import pathlib
+
+import jax
+
+_CACHE = pathlib.Path(__file__).parent.parent / ".cache" / "jax"
+jax.config.update("jax_compilation_cache_dir", str(_CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
