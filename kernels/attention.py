@@ -126,7 +126,7 @@ def _validated(q, k, v, mask: BlockMask | None) -> BlockMask:
   )
   if lead[0] not in (1, b) or lead[1] not in (1, h) or lead[2] not in (1, b):
     raise ValueError(
-      f"the table is for (batch, heads, batch of kv_len) = {lead}, the input has batch {b} and {h} heads; each must be equal or 1."
+      f"the table is for (batch, heads, batch of kv_len) = {lead}, input: batch {b}, {h} heads; each must match or be 1."
     )
   return mask
 

@@ -17,7 +17,7 @@ def _static(default=dataclasses.MISSING):
   return dataclasses.field(metadata={"static": True}, **({} if default is dataclasses.MISSING else {"default": default}))
 
 
-def _xnp(*arrays):
+def array_module(*arrays):
   """NumPy while every input is concrete NumPy (tables are built once, on the host), jax.numpy as soon as one is not."""
   return np if all(a is None or isinstance(a, np.ndarray | np.generic) for a in arrays) else jnp
 
@@ -51,7 +51,7 @@ class TransposedMask:
 
   def transpose(self) -> tuple[Array, Array]:
     """Back to `(kv_indices, kv_counts)` of the forward table; padding repeats the row's last id (0 in empty rows)."""
-    xnp = _xnp(self.q_indices, self.offsets)
+    xnp = array_module(self.q_indices, self.offsets)
     lead, nnz, kv_tiles = self.q_indices.shape[:2], self.q_indices.shape[-1], self.offsets.shape[-1] - 1
     slot = np.arange(nnz, dtype=np.int32)
     # The key tile of slot s is the number of its offsets that lie at or before it.
@@ -137,13 +137,13 @@ class BlockMask:
     if self.kv_indices is not None:
       return self.kv_indices
     step = np.arange(self.kv_tiles, dtype=np.int32)
-    return _xnp(self.kv_counts).broadcast_to(step, (*self.kv_counts.shape, self.kv_tiles))
+    return array_module(self.kv_counts).broadcast_to(step, (*self.kv_counts.shape, self.kv_tiles))
 
   # ---- the same table in other forms -----------------------------------------------------------------------------------
 
   def to_tiles(self) -> Array:
     """bool `[b or 1, h or 1, q_tiles, kv_tiles]`: which tile lists which."""
-    xnp, ids = _xnp(self.kv_indices, self.kv_counts), self.indices()
+    xnp, ids = array_module(self.kv_indices, self.kv_counts), self.indices()
     listed = np.arange(self.max_kv, dtype=np.int32) < self.kv_counts[..., None]
     ids = xnp.where(listed, ids, self.kv_tiles)
     if xnp is np:
@@ -157,7 +157,7 @@ class BlockMask:
 
   def to_dense(self) -> Array:
     """bool `[b or 1, h or 1, q_tiles * block_q, kv_tiles * block_kv]`: which row may see which. Small tables only."""
-    xnp = _xnp(self.kv_indices, self.kv_counts, self.kv_len)
+    xnp = array_module(self.kv_indices, self.kv_counts, self.kv_len)
     valid = np.arange(self.block_kv, dtype=np.int32) < self.kv_len[..., None]  # [(b,) kv_tiles, block_kv]
     valid = valid.reshape(*self.kv_len.shape[:-1], -1)
     valid = valid[None, None, None] if valid.ndim == 1 else valid[:, None, None]
@@ -169,7 +169,7 @@ class BlockMask:
     if self.transposed is not None:
       return self.transposed
     ids = self.indices()
-    xnp, lead = _xnp(self.kv_indices, self.kv_counts), ids.shape[:2]
+    xnp, lead = array_module(self.kv_indices, self.kv_counts), ids.shape[:2]
     listed = np.arange(self.max_kv, dtype=np.int32) < self.kv_counts[..., None]
     kv = xnp.where(listed, ids, self.kv_tiles).reshape(*lead, -1)
     order = xnp.argsort(kv, axis=-1, stable=True).astype(np.int32)
@@ -191,7 +191,7 @@ class BlockMask:
     """
     if factor < 1 or self.block_q % factor or self.block_kv % factor:
       raise ValueError(f"refine({factor}) needs block sizes divisible by it, got {self.block_q=}, {self.block_kv=}.")
-    xnp = _xnp(self.kv_indices, self.kv_counts, self.kv_len)
+    xnp = array_module(self.kv_indices, self.kv_counts, self.kv_len)
     part, block_kv = np.arange(factor, dtype=np.int32), self.block_kv // factor
     indices = None
     if self.kv_indices is not None:
@@ -214,7 +214,7 @@ class BlockMask:
 
     Where queries and keys share one buffer (equal rows), `kv_len` says it; otherwise every query row counts as valid.
     """
-    xnp, rows = _xnp(self.kv_len), self.q_tiles * self.block_q
+    xnp, rows = array_module(self.kv_len), self.q_tiles * self.block_q
     kv_len = self.kv_len if self.kv_len.ndim == 2 else self.kv_len[None]
     if rows != self.kv_tiles * self.block_kv:
       return xnp.full((kv_len.shape[0], self.q_tiles), self.block_q, np.int32)
@@ -223,7 +223,7 @@ class BlockMask:
 
   def pairs(self) -> Array:
     """Scored valid (query, key) pairs per sample and head, `[b or 1, h or 1]`: exact int64 on NumPy, float32 if traced."""
-    xnp, ids = _xnp(self.kv_indices, self.kv_counts, self.kv_len), self.indices()
+    xnp, ids = array_module(self.kv_indices, self.kv_counts, self.kv_len), self.indices()
     kind = np.int64 if xnp is np else jnp.float32
     listed = np.arange(self.max_kv, dtype=np.int32) < self.kv_counts[..., None]
     if self.kv_len.ndim == 1:
@@ -297,7 +297,7 @@ def from_tiles(tiles: np.ndarray, kv_len: np.ndarray, block_q: int, block_kv: in
 
 def pad_lists(indices, counts, kv_len, kv_bias, block_q, block_kv) -> BlockMask:
   """A table from lists whose entries behind the count are arbitrary: they become the row's last valid id (0 if none)."""
-  xnp = _xnp(indices, counts)
+  xnp = array_module(indices, counts)
   last = xnp.take_along_axis(indices, xnp.maximum(counts - 1, 0)[..., None], -1)
   last = xnp.where(counts[..., None] > 0, last, 0)
   listed = np.arange(indices.shape[-1], dtype=np.int32) < counts[..., None]
@@ -325,7 +325,7 @@ def select(masks: list[BlockMask] | tuple[BlockMask, ...], choice: Array) -> Blo
       f"{[shape(m) for m in masks]}; pack them with planners.packed first."
     )
   max_kv = max(m.max_kv for m in masks)
-  xnp = _xnp(choice, *(m.kv_counts for m in masks), *(m.kv_indices for m in masks))
+  xnp = array_module(choice, *(m.kv_counts for m in masks), *(m.kv_indices for m in masks))
   pick = choice[..., None]
   counts = ids = None
   for i, mask in enumerate(masks):

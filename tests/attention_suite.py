@@ -325,7 +325,7 @@ class AttentionSuite:
       attention(q, q, q, mask, implementation=self.implementation)
     with pytest.raises(ValueError, match="must share one of"):
       attention(q, q, q.astype(jnp.int32), implementation=self.implementation)
-    with pytest.raises(ValueError, match="each must be equal or 1"):
+    with pytest.raises(ValueError, match="each must match or be 1"):
       attention(
         q,
         q,

@@ -1,0 +1,80 @@
+"""`SpectralAttention`: the attention layer of every method. It projects, normalises and rotates; the method does the rest."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from freqformer.config import ConfigError
+from freqformer.layout import LayoutTables, TileLayout
+from freqformer.methods.base import Cond, Dims, Method, Projected
+from freqformer.rotary import axis_pairs, rotate
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionDims:
+  """Sizes of the layer.
+
+  Attributes:
+    width: of the residual stream.
+    heads: must divide the width into an even head dimension.
+    cond_dim: of the timestep embedding.
+    qk_gain: initial gain of the query norm; small heads cap logits, and a gain above 1 helps dense attention most.
+  """
+
+  width: int
+  heads: int
+  cond_dim: int
+  qk_gain: float = 1.0
+
+  def __post_init__(self):
+    if self.heads < 1 or self.width % self.heads:
+      near = [h for h in range(1, self.width + 1) if self.width % h == 0 and (self.width // h) % 2 == 0]
+      raise ConfigError(f"width {self.width} is not divisible by {self.heads} heads; heads may be {near}.")
+    axis_pairs(self.head_dim)
+
+  @property
+  def head_dim(self) -> int:
+    return self.width // self.heads
+
+
+class SpectralAttention(nnx.Module):
+  """Multi-head attention with QK-norm (RMS, learned per channel), 3-D rotary and a pluggable method."""
+
+  def __init__(
+    self,
+    dims: AttentionDims,
+    method: Method,
+    layout: TileLayout,
+    rngs: nnx.Rngs,
+    *,
+    dtype=jnp.float32,
+    implementation: str | None = None,
+  ):
+    heads, head_dim = dims.heads, dims.head_dim
+    self.dims, self.config, self.dtype, self.implementation = dims, method, dtype, implementation
+    init = nnx.initializers.xavier_uniform()
+    self.qkv = nnx.Linear(dims.width, 3 * dims.width, kernel_init=init, dtype=dtype, rngs=rngs)
+    self.out = nnx.Linear(dims.width, dims.width, kernel_init=init, dtype=dtype, rngs=rngs)
+    self.q_norm = nnx.RMSNorm(head_dim, scale_init=nnx.initializers.constant(dims.qk_gain), dtype=dtype, rngs=rngs)
+    self.k_norm = nnx.RMSNorm(head_dim, dtype=dtype, rngs=rngs)
+    self.method = method.build(Dims(heads, head_dim, dims.cond_dim), layout, rngs)
+
+  def __call__(self, x: jax.Array, cond: Cond, layout: LayoutTables, tables, state):
+    """Attention over tokens in tile order.
+
+    Args:
+      x: `[b, n_buffer, width]`; padding rows hold anything finite.
+      layout: arrays of the layout; `tables`, `state`: the method's own.
+
+    Returns:
+      `[b, n_buffer, width]`, the new state and the method's aux.
+    """
+    b, n, width = x.shape
+    q, k, v = jnp.unstack(self.qkv(x).reshape(b, n, 3, self.dims.heads, self.dims.head_dim), axis=2)
+    projected = Projected(
+      q, k, v, lambda x, p: rotate(self.q_norm(x), p), lambda x, p: rotate(self.k_norm(x), p), layout, self.implementation
+    )
+    out, state, aux = self.config(self.method, projected, cond, tables, state)
+    return self.out(out.reshape(b, n, width).astype(self.dtype)), state, aux

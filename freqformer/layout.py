@@ -1,0 +1,234 @@
+"""Tile order: the permutation that gives every 3-D box of tokens its own rows of one buffer.
+
+Attention kernels see tiles, never video. The grid is cut into boxes of at most `block` tokens; each box gets
+`block` rows of a buffer `[b, n_buffer, ...]`, its tokens first, padding after. This happens once, at
+patchify, and is undone once, at the end; everything between works on the buffer.
+
+  layout = TileLayout.fit(grid=(21, 45, 80), block=128)   # tiles of 3x5x8
+  tables = layout.arrays()                                # NumPy; pass it to jit as an argument
+  buffer = tables.pack(tokens)                            # [b, n, ...] -> [b, n_buffer, ...]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import operator
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Triple = tuple[int, int, int]
+
+# `fit` considers no box more elongated than this. Without it 21x45x80 would be cut into 7x9x2: 600 tiles, not
+# the 630 of 3x5x8, but a tile's mean key, or a window of whole tiles, would stretch over 7 frames. Our
+# choice, unmeasured.
+_MAX_ELONGATION = 3.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TileLayout:
+  """How a token grid is cut into tiles. Static: hashable, no arrays.
+
+  Tiles are in raster order of the tile grid. Inside a tile, tokens are in raster order of its box (shorter at
+  the ragged end of an axis) and come first; the rest of the tile's `block` rows is padding.
+
+  Attributes:
+    grid: tokens per axis (t, y, x).
+    tile: tokens of a full tile per axis (t, y, x); clipped to the grid, so any tile works on a small grid.
+    block: rows of a tile in the buffer.
+
+  Raises:
+    ValueError: an extent is not a positive integer, or a tile has more tokens than `block`.
+  """
+
+  grid: Triple
+  tile: Triple
+  block: int
+
+  def __post_init__(self):
+    grid = _extents("grid", self.grid)
+    tile = tuple(min(e, l) for e, l in zip(_extents("tile", self.tile), grid, strict=True))
+    block = _positive("block", self.block)
+    object.__setattr__(self, "grid", grid)
+    object.__setattr__(self, "tile", tile)
+    object.__setattr__(self, "block", block)
+    if math.prod(tile) > block:
+      raise ValueError(
+        f"{tile=} has {math.prod(tile)} tokens, but a tile has only {block=} rows: choose smaller extents, "
+        "a larger block, or let TileLayout.fit choose"
+      )
+    if self.n_buffer > np.iinfo(np.int32).max:
+      raise ValueError(f"{grid=} needs {self.n_buffer} rows, more than int32 indices reach: use a smaller grid")
+
+  @classmethod
+  def fit(cls, grid: Sequence[int], block: int, tile: Sequence[int] | None = None) -> TileLayout:
+    """The layout of `grid` with the fewest tiles (hence the least padding), ties by the smallest surface.
+
+    Only boxes at most three times as long as wide are considered; an axis that one tile covers whole cannot
+    be wider and does not count. Of the extents that need equally many tiles along an axis, only the shortest
+    is tried: 9 tokens are 5 + 4, not 8 + 1.
+
+    Args:
+      grid: tokens per axis (t, y, x).
+      block: rows of a tile in the buffer.
+      tile: extents to use instead of searching.
+    """
+    grid, block = _extents("grid", grid), _positive("block", block)
+    if tile is not None:
+      return cls(grid, tuple(tile), block)
+
+    def cost(extents):
+      a, b, c = extents
+      return (
+        math.prod(_ceil_div(l, e) for l, e in zip(grid, extents, strict=True)),
+        a * b + b * c + c * a,
+        extents,
+      )
+
+    return cls(grid, min(_compact_boxes(grid, block), key=cost), block)
+
+  @property
+  def n(self) -> int:
+    """Tokens."""
+    return math.prod(self.grid)
+
+  @property
+  def tile_grid(self) -> Triple:
+    """Tiles per axis."""
+    return tuple(_ceil_div(l, e) for l, e in zip(self.grid, self.tile, strict=True))
+
+  @property
+  def tiles(self) -> int:
+    """Number of tiles."""
+    return math.prod(self.tile_grid)
+
+  @property
+  def n_buffer(self) -> int:
+    """Rows of the buffer."""
+    return self.tiles * self.block
+
+  @property
+  def fill(self) -> float:
+    """Share of the buffer's rows that hold a token."""
+    return self.n / self.n_buffer
+
+  @property
+  def lengths(self) -> tuple[tuple[int, ...], ...]:
+    """Per axis the tokens of each tile along it: all equal to the tile's extent but perhaps the last."""
+    return tuple(tuple(min(e, l - start) for start in range(0, l, e)) for l, e in zip(self.grid, self.tile, strict=True))
+
+  def arrays(self) -> LayoutTables:
+    """The index tables, in NumPy, computed once per layout."""
+    return _tables(self)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayoutTables:
+  """Index tables of a layout: NumPy until they are passed to jit (as an argument, never closed over).
+
+  Attributes:
+    gather: int32 [n_buffer], the raster token of each buffer row; padding rows name their tile's first token.
+    scatter: int32 [n], the buffer row of each raster token.
+    kv_len: int32 [tiles], tokens of each tile.
+    positions: float32 [n_buffer, 3], (t, y, x) of each row; padding rows 0.
+    valid: bool [n_buffer], False in padding rows.
+    layout: static.
+  """
+
+  gather: jax.Array | np.ndarray
+  scatter: jax.Array | np.ndarray
+  kv_len: jax.Array | np.ndarray
+  positions: jax.Array | np.ndarray
+  valid: jax.Array | np.ndarray
+  layout: TileLayout = dataclasses.field(metadata={"static": True})
+
+  def pack(self, x: jax.Array) -> jax.Array:
+    """Raster order to tile order: [b, n, ...] -> [b, n_buffer, ...], padding rows zero."""
+    check_rows("pack", x, self.layout.n, f"the tokens of grid={self.layout.grid}")
+    valid = jnp.expand_dims(self.valid, range(1, x.ndim - 1))
+    # A gather and a select: on every backend cheaper than a scatter into zeros.
+    return jnp.where(valid, jnp.take(x, self.gather, axis=1, mode="clip"), jnp.zeros((), x.dtype))
+
+  def unpack(self, x: jax.Array) -> jax.Array:
+    """Tile order to raster order: [b, n_buffer, ...] -> [b, n, ...]; padding rows are not read."""
+    check_rows("unpack", x, self.layout.n_buffer, f"the buffer rows of {self.layout}")
+    return jnp.take(x, self.scatter, axis=1, mode="clip", unique_indices=True)
+
+
+def check_rows(name: str, x: jax.Array, rows: int, meaning: str):
+  """Raises ValueError unless x is [b, rows, ...]."""
+  if x.ndim < 2 or x.shape[1] != rows:
+    raise ValueError(f"{name} got shape {x.shape}, but takes [b, {rows}, ...]: axis 1 holds {meaning}")
+
+
+@functools.lru_cache(maxsize=32)
+def _tables(layout: TileLayout) -> LayoutTables:
+  tile, inside, length = [], [], []  # per axis: each coordinate's tile, its place in it, that tile's length
+  for lengths in layout.lengths:
+    tile.append(np.repeat(np.arange(len(lengths), dtype=np.int32), lengths))
+    inside.append(np.concatenate([np.arange(e, dtype=np.int32) for e in lengths]))
+    length.append(np.repeat(np.asarray(lengths, np.int32), lengths))
+  (tile_t, tile_y, tile_x), (in_t, in_y, in_x), (_, len_y, len_x) = (np.ix_(*v) for v in (tile, inside, length))
+  _, tiles_y, tiles_x = layout.tile_grid
+  tile_id = (tile_t * tiles_y + tile_y) * tiles_x + tile_x
+  row = (in_t * len_y + in_y) * len_x + in_x
+  scatter = (tile_id * layout.block + row).reshape(-1)
+
+  token = np.arange(layout.n, dtype=np.int32)
+  gather = np.zeros(layout.n_buffer, np.int32)
+  valid = np.zeros(layout.n_buffer, bool)
+  positions = np.zeros((layout.n_buffer, 3), np.float32)
+  gather[scatter] = token
+  valid[scatter] = True
+  positions[scatter] = np.stack(np.unravel_index(token, layout.grid), axis=-1)
+  first = gather.reshape(layout.tiles, layout.block)[:, :1]  # row 0 of a tile always holds a token
+  gather = np.where(valid, gather, np.repeat(first, layout.block, axis=1).reshape(-1))
+  kv_len = math.prod(np.ix_(*(np.asarray(v, np.int32) for v in layout.lengths))).reshape(-1)
+
+  arrays = dict(gather=gather, scatter=scatter, kv_len=kv_len, positions=positions, valid=valid)
+  for array in arrays.values():
+    array.setflags(write=False)  # shared by every caller through the cache
+  return LayoutTables(**arrays, layout=layout)
+
+
+def _compact_boxes(grid: Triple, block: int):
+  """Boxes of at most `block` tokens and bounded elongation; (1, 1, 1) is always among them."""
+  axes = [sorted({_ceil_div(l, tiles) for tiles in range(1, l + 1)}) for l in grid]
+  for a in axes[0]:
+    for b in axes[1]:
+      if a * b > block:
+        break
+      for c in axes[2]:
+        if a * b * c > block:
+          break
+        extents = (a, b, c)
+        narrowest = min((e for e, l in zip(extents, grid, strict=True) if e < l), default=max(extents))
+        if max(extents) <= _MAX_ELONGATION * narrowest:
+          yield extents
+
+
+def _ceil_div(a: int, b: int) -> int:
+  return -(-a // b)
+
+
+def _positive(name: str, value) -> int:
+  """`value` as an int; raises ValueError unless it is a positive integer (of NumPy or of Python)."""
+  try:
+    result = operator.index(value)
+  except TypeError:
+    result = 0
+  if result < 1:
+    raise ValueError(f"{name}={value!r} is not allowed: give a positive integer number of tokens")
+  return result
+
+
+def _extents(name: str, value) -> Triple:
+  """`value` as three positive ints; raises ValueError otherwise."""
+  if not isinstance(value, Sequence) or len(value) != 3:
+    raise ValueError(f"{name}={value!r} is not allowed: give three token extents (t, y, x)")
+  return tuple(_positive(name, v) for v in value)

@@ -1,0 +1,127 @@
+"""The seam of a method: what an attention layer hands over, and the five calls that it makes.
+
+A method is one frozen dataclass. Its parameters live in the NNX module it builds, its static masks in the tables it makes
+once per grid, its memory between denoising steps in a state that the sampler carries. The layer knows no method by name.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from freqformer.cost import Cost
+from freqformer.layout import LayoutTables, TileLayout
+
+
+@dataclasses.dataclass(frozen=True)
+class Dims:
+  """Sizes that a method's parameters depend on."""
+
+  heads: int
+  head_dim: int
+  cond_dim: int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cond:
+  """What a layer knows about the moment it runs in.
+
+  Attributes:
+    time: `[b]`, 1 is noise.
+    embedding: `[b, cond_dim]`, the timestep's embedding (without the class, so that both guidance halves share it).
+    progress: scalar in [0, 1], how much of the training is done; 1 in evaluation.
+    rng: key for stochastic routing, or None.
+    train: static; training mode of routers.
+    guided: static; the batch is [conditional half, unconditional half] and both share routing and masks.
+    soft_evaluation: static; evaluate with the soft mixture instead of the hard choice.
+  """
+
+  time: jax.Array
+  embedding: jax.Array
+  progress: jax.Array | float = 1.0
+  rng: jax.Array | None = None
+  train: bool = dataclasses.field(default=False, metadata={"static": True})
+  guided: bool = dataclasses.field(default=False, metadata={"static": True})
+  soft_evaluation: bool = dataclasses.field(default=False, metadata={"static": True})
+
+  def share(self, x: jax.Array) -> jax.Array:
+    """Gives the unconditional half (if there is one) the conditional half's rows of `x` `[b, ...]`."""
+    if not self.guided:
+      return x
+    half = x[: x.shape[0] // 2]
+    return jnp.concatenate([half, half])
+
+
+@dataclasses.dataclass(frozen=True)
+class Projected:
+  """Un-rotated, un-normed projections in tile order, and what finishes them.
+
+  Attributes:
+    q, k, v: `[b, n_buffer, h, d]`.
+    rotate_q, rotate_k: `(x [b, m, h, d], positions [m, 3]) -> [b, m, h, d]`: QK-norm, then rotary at the positions.
+    layout: the layout's arrays.
+    implementation: attention backend, or None for automatic choice.
+  """
+
+  q: jax.Array
+  k: jax.Array
+  v: jax.Array
+  rotate_q: Callable
+  rotate_k: Callable
+  layout: LayoutTables
+  implementation: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """Base of all methods; a subclass overrides what it needs."""
+
+  def build(self, dims: Dims, layout: TileLayout, rngs: nnx.Rngs) -> nnx.Module | None:
+    """The method's parameters (router, gates), or None.
+
+    Raises:
+      ConfigError: if the method cannot serve these sizes.
+    """
+    return None
+
+  def tables(self, layout: TileLayout) -> Any:
+    """Static masks and matrices as a pytree of NumPy arrays: made once per grid, passed to jit as arguments."""
+    return {}
+
+  def init_state(self, batch: int, layout: TileLayout) -> Any:
+    """What one layer remembers between denoising steps; `{}` for most."""
+    return {}
+
+  def __call__(self, module, qkv: Projected, cond: Cond, tables, state):
+    """Attention of one layer.
+
+    Returns:
+      out `[b, n_buffer, h, d]`, the new state, and aux: a dict with at least `density` `[b, h]` (scored pairs / n^2, as
+      run), `cost` (scalar: pairs run over h n^2, all branches counted) and `loss` (scalar, added to the training loss).
+    """
+    raise NotImplementedError
+
+  def cost(self, layout: TileLayout, heads: int, head_dim: int, allocation=None) -> Cost:
+    """Exact cost of one layer and sample, forward; `allocation`: share of heads per branch, for methods that have some."""
+    raise NotImplementedError
+
+  @property
+  def branches(self) -> tuple[str, ...]:
+    """Names of what a head can be given; routing is an array over these."""
+    return ()
+
+
+def mask_density(mask, n: int, b: int, h: int) -> jax.Array:
+  """Density of a table for every sample and head, float32 `[b, h]`."""
+  return jnp.broadcast_to(jnp.asarray(mask.density(n), jnp.float32), (b, h))
+
+
+def plain_aux(mask, n: int, b: int, h: int) -> dict:
+  """The aux of a method without routing or losses."""
+  density = mask_density(mask, n, b, h)
+  return {"density": density, "cost": density.mean(), "loss": np.float32(0.0)}

@@ -1,0 +1,234 @@
+"""FreqFormer: low frequencies dense on compressed tokens, mid block-sparse, high in a sliding window; a router deals the heads.
+
+Implements the abstract of arXiv 2604.22808; every constant below is ours (docs/design.md says what supports it).
+
+One packed buffer `[coarse tokens | full tokens]` holds all heads. A head's branch is only which rows of the table it gets,
+so hard routing is one attention call with static shapes, whatever the assignment. When all branches must run (soft
+training), each head appears once per branch in that same call and the outputs are mixed.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from freqformer.config import ConfigError
+from freqformer.cost import Cost, attention_cost
+from freqformer.layout import TileLayout
+from freqformer.methods.base import Method
+from freqformer.planners.block_topk import block_topk, fixed_tiles, pool_tiles
+from freqformer.planners.packed import coarse_rows, full_rows, packed_kv_len
+from freqformer.planners.sliding_tile import BORDERS, sliding_tile
+from freqformer.router import RouterConfig, Routing, SpectralRouter, entropy, penalty
+from freqformer.spectral import SpectralBasis, SpectralTables
+from freqformer.summary import SummaryTokens
+from kernels.attention import attention
+from kernels.block_mask import BlockMask, select
+
+LOW, MID, HIGH = range(3)
+FILTERS = ("none", "qkv", "v")
+# Rows of a head are a x + b P_box x + c P_low x; its coarse rows (low band) do not use these.
+_FILTER_COEFFICIENTS = np.array([[1, 0, 0], [0, 1, -1], [1, -1, 0]], np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class FreqFormer(Method):
+  """Fields of the method.
+
+  Attributes:
+    basis: the spectral basis and its cuts.
+    allocation: "routed", or head counts per band (low, mid, high) for a fixed assignment.
+    mid_tiles: key tiles per query tile in the mid band, fixed ones included.
+    sink: first tiles that every mid list holds.
+    anchors: evenly spread frames whose tile at the same place every mid list holds.
+    window: of the high band, in tiles (t, y, x).
+    border: of the window, "clamp" or "clip".
+    filter: which projections of mid and high heads are band-filtered: "none", "qkv" or "v".
+    low_shared: mid and high rows also list the coarse tiles, in one joint softmax.
+    summary: summary tokens per band and head; 0 is off.
+    router: for `allocation="routed"`.
+  """
+
+  basis: SpectralBasis = SpectralBasis("block_dct", (0.5, 0.5, 0.5), (0.75, 0.75, 0.75))
+  allocation: str | tuple[int, int, int] = "routed"
+  mid_tiles: int = 4
+  sink: int = 0
+  anchors: int = 0
+  window: tuple[int, int, int] = (3, 3, 3)
+  border: str = "clamp"
+  filter: str = "none"
+  low_shared: bool = False
+  summary: int = 0
+  router: RouterConfig = RouterConfig()
+
+  def __post_init__(self):
+    if isinstance(self.allocation, str) and self.allocation != "routed":
+      raise ValueError(f'{self.allocation=} must be "routed" or three head counts (low, mid, high).')
+    if self.filter not in FILTERS or self.border not in BORDERS:
+      raise ValueError(f"{self.filter=} must be one of {FILTERS} and {self.border=} one of {BORDERS}.")
+    if self.mid_tiles < 1 + self.sink + self.anchors or min(self.sink, self.anchors, self.summary) < 0:
+      raise ValueError(
+        f"{self.mid_tiles=} must hold the own tile and {self.sink=}, {self.anchors=} >= 0; {self.summary=} >= 0."
+      )
+    if len(self.router.prior) != 3:
+      raise ValueError(f"router prior {self.router.prior} must have one share per band (low, mid, high).")
+
+  @property
+  def branches(self):
+    return ("low", "mid", "high")
+
+  def build(self, dims, layout, rngs):
+    if self.allocation != "routed" and sum(self.allocation) != dims.heads:
+      raise ConfigError(
+        f"allocation={self.allocation} hands out {sum(self.allocation)} heads, the layer has {dims.heads}; "
+        'make them equal or use "routed".'
+      )
+    return _Modules(self, dims, rngs)
+
+  def tables(self, layout):
+    spectral = self.basis.fit(layout)
+    coarse_tiles = -(-spectral.n_coarse // layout.block)
+    kv_len = packed_kv_len(spectral.n_coarse, layout.arrays().kv_len, layout.block)
+    window = sliding_tile(layout, self.window, self.border)
+    low = coarse_rows(kv_len, coarse_tiles, layout.block)
+    high = full_rows(window, kv_len, coarse_tiles, self.low_shared)
+    if self.low_shared:
+      # A cell stands for s^2 tokens: log-multiplicity 2 log s, one number per tile (its cells' mean; equal except at edges).
+      weights = np.pad(2 * np.log(spectral.cell_weight), (0, -spectral.n_coarse % layout.block), mode="edge")
+      bias = np.concatenate([weights.reshape(coarse_tiles, -1).mean(-1), np.zeros(layout.tiles)]).astype(np.float32)
+      low, high = (dataclasses.replace(m, kv_bias=bias) for m in (low, high))
+    return FreqFormerTables(spectral, low, high, fixed_tiles(layout, self.sink, self.anchors), coarse_tiles)
+
+  def __call__(self, module, qkv, cond, tables, state):
+    spectral, layout = tables.spectral, qkv.layout
+    routing = self._route(module, qkv, cond, spectral)
+    routing = dataclasses.replace(routing, choice=checkpoint_name(routing.choice, "routing"))
+    mid = self._mid_table(qkv, cond, tables)
+    masks = (tables.low, mid, tables.high)
+    b, _, h, _ = qkv.q.shape
+    if routing.all_branches:  # head index = branch * h + head
+      choice = np.repeat(np.arange(3, dtype=np.int32), h)[None]
+      repeat = lambda x: jnp.tile(x, (1, 1, 3, 1))
+      mid = dataclasses.replace(
+        mid, kv_indices=jnp.tile(mid.kv_indices, (1, 3, 1, 1)), kv_counts=jnp.tile(mid.kv_counts, (1, 3, 1))
+      )
+      mask = select((tables.low, mid, tables.high), choice)
+    else:
+      choice, repeat, mask = routing.choice, (lambda x: x), select(masks, routing.choice)
+    q, k, v = self._packed(qkv, spectral, choice, repeat, tables.coarse_tiles)
+    out, _ = attention(q, k, v, mask, implementation=qkv.implementation)
+    if routing.all_branches:
+      out = jnp.einsum("bnchd,bhc->bnhd", out.reshape(b, -1, 3, h, out.shape[-1]), routing.weights.astype(out.dtype))
+    else:
+      out = out * routing.weights.sum(-1)[:, None, :, None].astype(out.dtype)
+    start = tables.coarse_tiles * layout.layout.block
+    out = out[:, start:] + spectral.lift(out[:, : spectral.n_coarse])
+    if self.summary:
+      plain = jnp.zeros_like(layout.positions)
+      out = out + module.summary(
+        qkv.rotate_q(qkv.q, plain), qkv.rotate_k(qkv.k, plain), qkv.v, jax.lax.stop_gradient(routing.weights), spectral, layout
+      )
+    return out, state, self._aux(routing, masks, layout.layout.n, cond)
+
+  def _route(self, module, qkv, cond, spectral) -> Routing:
+    """The router's decision, or the fixed one."""
+    b, _, h, _ = qkv.q.shape
+    if self.allocation == "routed":
+      stats = None
+      if self.router.statistics:
+        energy = spectral.band_energy(jax.lax.stop_gradient(qkv.v)).astype(jnp.float32)
+        stats = jnp.log((energy + 1e-6) / (energy.sum(-1, keepdims=True) + 3e-6))
+      return module.router(cond, stats)
+    choice = np.repeat(np.arange(3, dtype=np.int32), self.allocation)[None]
+    hot = jnp.broadcast_to(jax.nn.one_hot(choice, 3), (b, h, 3))
+    return Routing(hot, jnp.broadcast_to(choice, (b, h)), hot, False)
+
+  def _mid_table(self, qkv, cond, tables) -> BlockMask:
+    """Top tiles by pooled *unfiltered*, normed, rotated q and k: a band-filtered tensor has zero mean in a tile."""
+    layout = qkv.layout
+    q = pool_tiles(qkv.rotate_q(jax.lax.stop_gradient(qkv.q), layout.positions), layout)
+    k = pool_tiles(qkv.rotate_k(jax.lax.stop_gradient(qkv.k), layout.positions), layout)
+    mask = block_topk(cond.share(q), cond.share(k), self.mid_tiles, tables.fixed, layout.kv_len, layout.layout.block)
+    mask = dataclasses.replace(mask, kv_indices=checkpoint_name(mask.kv_indices, "tables"))
+    mask = full_rows(mask, tables.high.kv_len, tables.coarse_tiles, self.low_shared)
+    return dataclasses.replace(mask, kv_bias=tables.high.kv_bias)
+
+  def _packed(self, qkv, spectral: SpectralTables, choice, repeat, coarse_tiles):
+    """q, k, v of the packed buffer: compress or filter first, then QK-norm and rotary at each token's own place."""
+    block = qkv.layout.layout.block
+    filler = coarse_tiles * block - spectral.n_coarse
+    rotate = {"q": qkv.rotate_q, "k": qkv.rotate_k, "v": lambda x, positions: x}
+    coefficients = jnp.asarray(_FILTER_COEFFICIENTS)[choice]  # [b or 1, h', 3]
+    packed = []
+    for name in "qkv":
+      x = getattr(qkv, name)
+      coarse = rotate[name](spectral.compress(x), spectral.centres)
+      coarse = jnp.pad(repeat(coarse), ((0, 0), (0, filler), (0, 0), (0, 0)))
+      if self.filter == "qkv" or self.filter == name:
+        box, low = (repeat(p(x)) for p in (spectral.project_box, spectral.project_low))
+        a, b, c = (coefficients[:, None, :, None, i].astype(x.dtype) for i in range(3))
+        full = rotate[name](a * repeat(x) + b * box + c * low, qkv.layout.positions)
+      else:
+        full = repeat(rotate[name](x, qkv.layout.positions))
+      packed.append(jnp.concatenate([coarse, full], 1))
+    return packed
+
+  def _aux(self, routing, masks, n, cond):
+    """Densities, the router's entropy and its cost penalty."""
+    b, h = routing.choice.shape
+    density = jnp.stack([jnp.broadcast_to(jnp.asarray(m.density(n), jnp.float32), (b, h)) for m in masks], -1)
+    taken = jnp.take_along_axis(density, routing.choice[..., None], -1)[..., 0]
+    run = density.sum(-1) if routing.all_branches else taken
+    loss = jnp.float32(0)
+    if self.allocation == "routed" and cond.train:
+      loss = penalty(self.router, routing.probs, jax.lax.stop_gradient(density.mean((0, 1))))
+    return {
+      "density": taken,
+      "cost": run.mean(),
+      "loss": loss,
+      "probs": routing.probs,
+      "choice": routing.choice,
+      "expected_density": (routing.probs * density).sum(-1),
+      "entropy": entropy(routing.probs),
+    }
+
+  def cost(self, layout: TileLayout, heads, head_dim, allocation=None) -> Cost:
+    """Pairs of each band times its share of heads, and the transforms, selection and pooling around them.
+
+    `allocation` defaults to the fixed one, or to the router's prior. A mid list is counted with tiles of average length.
+    Counted beside pairs: compression of q, k, v and the lift (per-tile matmuls), pooling and scores of the selection. Not
+    counted: the router itself (below 1e-4 of the layer), rotary and norms (every method has them).
+    """
+    if allocation is None:
+      allocation = self.router.prior if self.allocation == "routed" else self.allocation
+    share = np.asarray(allocation, np.float64) / sum(allocation)
+    tables, n = self.tables(layout), layout.n
+    mid_keys = min(self.mid_tiles, layout.tiles) * n / layout.tiles + self.low_shared * tables.spectral.n_coarse
+    pairs = (float(tables.low.pairs().sum()), n * mid_keys, float(tables.high.pairs().sum()))
+    cells = tables.spectral.n_coarse / layout.tiles
+    transform = 4 * 2.0 * n * cells * head_dim * heads
+    selection = heads * head_dim * (2.0 * n + 2.0 * layout.tiles**2)
+    return attention_cost(heads * float(share @ pairs), head_dim) + Cost(linear_flops=transform + selection)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FreqFormerTables:
+  """Static tables of one grid, in packed tile ids."""
+
+  spectral: SpectralTables
+  low: BlockMask
+  high: BlockMask
+  fixed: np.ndarray
+  coarse_tiles: int = dataclasses.field(metadata={"static": True})
+
+
+class _Modules(nnx.Module):
+  """The method's parameters: a router where heads are routed, summaries where there are some."""
+
+  def __init__(self, config: FreqFormer, dims, rngs):
+    self.router = SpectralRouter(config.router, dims.heads, dims.cond_dim, 3, rngs) if config.allocation == "routed" else None
+    self.summary = SummaryTokens(config.summary, dims.heads, dims.head_dim, rngs) if config.summary else None

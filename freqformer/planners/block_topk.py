@@ -1,0 +1,75 @@
+"""Per query tile the key tiles with the largest pooled score, plus fixed ones. Depends on the data, so it is traced."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from freqformer.layout import LayoutTables, TileLayout
+from kernels.block_mask import BlockMask
+
+# Pooled scores of one chunk of query tiles stay below this many entries per sample and head.
+_CHUNK_SCORES = 1 << 22
+
+
+def pool_tiles(x: jax.Array, tables: LayoutTables) -> jax.Array:
+  """Mean over each tile's valid rows: `[b, n_buffer, h, d] -> [b, h, tiles, d]`, float32."""
+  layout = tables.layout
+  b, _, h, d = x.shape
+  valid = jnp.asarray(tables.valid)[:, None, None]
+  x = jnp.where(valid, x, 0).astype(jnp.float32).reshape(b, layout.tiles, layout.block, h, d).sum(2)
+  return (x / jnp.asarray(tables.kv_len, jnp.float32)[:, None, None]).transpose(0, 2, 1, 3)
+
+
+def fixed_tiles(layout: TileLayout, sink: int = 0, anchors: int = 0) -> np.ndarray:
+  """Tiles that every list holds: its own, the first `sink`, and the tile at its place in evenly spread frames.
+
+  Returns:
+    int32 `[tiles, 1 + sink + anchors]`; ids may repeat within a row.
+  """
+  own = np.arange(layout.tiles, dtype=np.int32)[:, None]
+  frames, place = layout.tile_grid[0], layout.tile_grid[1] * layout.tile_grid[2]
+  spread = np.unique(np.linspace(0, frames - 1, anchors).round().astype(np.int32)) if anchors else np.zeros(0, np.int32)
+  columns = [own, np.broadcast_to(np.arange(min(sink, layout.tiles), dtype=np.int32), (layout.tiles, min(sink, layout.tiles)))]
+  columns.append((spread * place + own % place).astype(np.int32))
+  return np.concatenate(columns, 1)
+
+
+def block_topk(q_pool: jax.Array, k_pool: jax.Array, budget: int, fixed: np.ndarray, kv_len, block: int) -> BlockMask:
+  """The `budget` best key tiles per query tile by `q_pool . k_pool`; fixed tiles count inside the budget.
+
+  Args:
+    q_pool, k_pool: `[b, h, tiles, d]`, pooled from unfiltered, normed, rotated q and k. No gradient flows.
+    budget: tiles per list; more than there are means all.
+    fixed: int `[tiles, f]`, ids that are always listed (repeats allowed).
+    kv_len: int32 `[tiles]`.
+    block: rows of a tile.
+
+  Raises:
+    ValueError: if the budget cannot hold the fixed tiles.
+  """
+  tiles = k_pool.shape[2]
+  budget = min(budget, tiles)
+  distinct = max(len(np.unique(row)) for row in fixed) if isinstance(fixed, np.ndarray) and fixed.size else 0
+  if distinct > budget:
+    raise ValueError(f"{budget=} key tiles cannot hold the {distinct} fixed ones (own, sink, anchors); raise the budget.")
+  ids = top_tiles(jax.lax.stop_gradient(q_pool), jax.lax.stop_gradient(k_pool), budget, fixed)
+  counts = jnp.full(ids.shape[:3], budget, jnp.int32)
+  return BlockMask(ids, counts, kv_len, None, block, block)
+
+
+def top_tiles(q_pool: jax.Array, k_pool: jax.Array, budget: int, fixed) -> jax.Array:
+  """The lists of `block_topk`, ascending: int32 `[b, h, tiles, budget]`; never more than a chunk of scores at once."""
+  b, h, tiles, d = q_pool.shape
+  chunk = max(1, min(tiles, _CHUNK_SCORES // (b * h * tiles)))
+  filler = -tiles % chunk
+  rows = jnp.pad(q_pool, ((0, 0), (0, 0), (0, filler), (0, 0))).reshape(b, h, -1, chunk, d).transpose(2, 0, 1, 3, 4)
+  always = jnp.pad(jnp.asarray(fixed, jnp.int32), ((0, filler), (0, 0)), mode="edge").reshape(-1, chunk, fixed.shape[-1])
+
+  def best(args):
+    q, keep = args
+    scores = jnp.einsum("bhid,bhjd->bhij", q, k_pool, precision="highest")
+    scores = scores.at[:, :, jnp.arange(chunk)[:, None], keep].set(jnp.inf)
+    return jnp.sort(jax.lax.top_k(scores, budget)[1], axis=-1).astype(jnp.int32)
+
+  ids = best((rows[0], always[0]))[None] if rows.shape[0] == 1 else jax.lax.map(best, (rows, always))
+  return ids.transpose(1, 2, 0, 3, 4).reshape(b, h, -1, budget)[:, :, :tiles]

@@ -1,0 +1,43 @@
+"""Tables over the packed buffer `[coarse tokens | full tokens]`: tile ids below `coarse_tiles` are coarse, the rest full.
+
+A head's table fills either the coarse or the full query rows and leaves the other rows with count 0, so their output is 0
+and `full rows + lift(coarse rows)` needs no select. One launch serves every head, whatever its band.
+"""
+
+import numpy as np
+
+from kernels.block_mask import BlockMask, array_module
+
+
+def packed_kv_len(n_coarse: int, full_kv_len: np.ndarray, block: int) -> np.ndarray:
+  """Valid rows per tile of the packed buffer, int32 `[coarse_tiles + full_tiles]`."""
+  tiles = -(-n_coarse // block)
+  coarse = np.clip(n_coarse - np.arange(tiles) * block, 0, block)
+  return np.concatenate([coarse, full_kv_len]).astype(np.int32)
+
+
+def coarse_rows(kv_len: np.ndarray, coarse_tiles: int, block: int) -> BlockMask:
+  """Dense among coarse tokens; full query rows see nothing."""
+  tiles = len(kv_len)
+  counts = np.where(np.arange(tiles) < coarse_tiles, coarse_tiles, 0).astype(np.int32)
+  ids = np.broadcast_to(np.arange(coarse_tiles, dtype=np.int32), (1, 1, tiles, coarse_tiles))
+  return BlockMask(ids, counts[None, None], kv_len, None, block, block)
+
+
+def full_rows(mask: BlockMask, kv_len: np.ndarray, coarse_tiles: int, shared: bool = False) -> BlockMask:
+  """A table over the full tokens, moved into the packed buffer; coarse query rows see nothing.
+
+  Args:
+    mask: lists over full tiles, `[b or 1, h or 1, full_tiles, max_kv]`, NumPy or traced.
+    kv_len: of the packed buffer.
+    coarse_tiles: how many tiles come first.
+    shared: let each full row list the coarse tiles too (one joint softmax over both resolutions).
+  """
+  xnp = array_module(mask.kv_indices, mask.kv_counts)
+  ids, counts = mask.indices() + coarse_tiles, mask.kv_counts
+  if shared:
+    extra = np.broadcast_to(np.arange(coarse_tiles, dtype=np.int32), (*ids.shape[:3], coarse_tiles))
+    ids, counts = xnp.concatenate([extra, ids], -1), xnp.where(counts > 0, counts + coarse_tiles, 0)
+  front = ((0, 0), (0, 0), (coarse_tiles, 0))
+  ids, counts = xnp.pad(ids, (*front, (0, 0))), xnp.pad(counts, front)
+  return BlockMask(ids.astype(np.int32), counts.astype(np.int32), kv_len, None, mask.block_q, mask.block_kv)

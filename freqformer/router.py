@@ -1,0 +1,142 @@
+"""The router: for each sample and head a distribution over a method's branches, from the timestep and the layer's statistics.
+
+Training runs it in one of three ways, evaluation takes the likeliest branch:
+
+  soft              every branch runs, outputs weighted by p: exact gradients, cost of all branches
+  straight_through  every branch runs, weights onehot + p - sg(p): hard forward, gradients of soft
+  sampled           one branch runs, drawn by Gumbel-max, output times 1 + p_c - sg(p_c): cheap and *biased* (the other
+                    branches' outputs never enter the gradient)
+
+The architecture, prior and schedules are ours; the abstract of arXiv 2604.22808 gives only the inputs.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+MODES = ("soft", "straight_through", "sampled")
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterConfig:
+  """How heads are handed to branches.
+
+  Attributes:
+    mode: training mode, one of `MODES`.
+    hidden: width of the router's two-layer network.
+    statistics: also feed log band-energy fractions of each head's values (off: timestep and head only).
+    prior: initial share of heads per branch; most heads local is what the evidence supports.
+    prior_slope: added to the first branch's logit times (t - 1/2): more global structure at high noise.
+    temperature: of the softmax at the start and the end of training, geometric in between.
+    budget: expected cost per head, relative to dense, above which the penalty starts.
+    penalty: weight of the penalty `max(0, cost / budget - 1)`.
+    noise: spread of the head-wise initial logits, so that heads can specialise.
+  """
+
+  mode: str = "soft"
+  hidden: int = 64
+  statistics: bool = True
+  prior: tuple[float, ...] = (0.1, 0.3, 0.6)
+  prior_slope: float = 1.0
+  temperature: tuple[float, float] = (1.0, 0.3)
+  budget: float = 0.2
+  penalty: float = 0.1
+  noise: float = 0.5
+
+  def __post_init__(self):
+    if self.mode not in MODES:
+      raise ValueError(f"router mode={self.mode!r} is unknown; choose one of {', '.join(MODES)}.")
+    if min(self.prior) <= 0:
+      raise ValueError(f"router {self.prior=} must be positive shares; use a small number instead of 0.")
+    if min(self.temperature) <= 0:
+      raise ValueError(f"router {self.temperature=} must be positive.")
+    if self.budget <= 0 or self.penalty < 0 or self.noise < 0 or self.hidden < 1:
+      raise ValueError(
+        f"router needs budget > 0, penalty >= 0, noise >= 0, hidden >= 1; got {self.budget=}, "
+        f"{self.penalty=}, {self.noise=}, {self.hidden=}."
+      )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Routing:
+  """What the router decided.
+
+  Attributes:
+    probs: float32 `[b, h, branches]`.
+    choice: int32 `[b, h]`, the branch that runs where only one does.
+    weights: float32 `[b, h, branches]`, factors of the branches' outputs.
+    all_branches: whether every branch must run (static).
+  """
+
+  probs: jax.Array
+  choice: jax.Array
+  weights: jax.Array
+  all_branches: bool = dataclasses.field(metadata={"static": True})
+
+
+class SpectralRouter(nnx.Module):
+  """A shared two-layer network over heads with a learned bias per head; one per layer."""
+
+  def __init__(self, config: RouterConfig, heads: int, cond_dim: int, stats: int, rngs: nnx.Rngs):
+    branches, hidden = len(config.prior), config.hidden
+    self.config = config
+    self.time = nnx.Linear(cond_dim, hidden, rngs=rngs)
+    self.stats = nnx.Linear(stats, hidden, use_bias=False, rngs=rngs) if config.statistics else None
+    self.head = nnx.Param(jax.random.normal(rngs.params(), (heads, hidden)))
+    self.out = nnx.Linear(hidden, branches, use_bias=False, kernel_init=nnx.initializers.zeros_init(), rngs=rngs)
+    prior = jnp.log(jnp.asarray(config.prior, jnp.float32) / sum(config.prior))
+    self.bias = nnx.Param(prior + config.noise * jax.random.normal(rngs.params(), (heads, branches)))
+    self.slope = nnx.Param(jnp.zeros((heads, branches)).at[:, 0].set(config.prior_slope))
+
+  def logits(self, embedding: jax.Array, time: jax.Array, stats: jax.Array | None) -> jax.Array:
+    """`[b, h, branches]` from the timestep's embedding `[b, cond_dim]`, time `[b]` and statistics `[b, h, stats]`."""
+    x = self.time(embedding.astype(jnp.float32))[:, None] + self.head[...]
+    if self.stats is not None:
+      x = x + self.stats(jax.lax.stop_gradient(stats).astype(jnp.float32))
+    return self.out(jax.nn.silu(x)) + self.bias[...] + self.slope[...] * (time[:, None, None] - 0.5)
+
+  def __call__(self, cond, stats: jax.Array | None) -> Routing:
+    """Routes a batch; `cond` is the layer's `Cond`, `stats` `[b, h, stats]` or None."""
+    logits = cond.share(self.logits(cond.embedding, cond.time, stats))
+    return route(logits, self.config, cond)
+
+
+def temperature(config: RouterConfig, progress) -> jax.Array:
+  """Geometric from start to end over training progress in [0, 1]."""
+  start, end = (math.log(t) for t in config.temperature)
+  return jnp.exp(start + (end - start) * jnp.clip(progress, 0, 1))
+
+
+def route(logits: jax.Array, config: RouterConfig, cond) -> Routing:
+  """The training mode's (or, outside training, the hard) weights of logits `[b, h, branches]`."""
+  logits = logits.astype(jnp.float32)
+  branches = logits.shape[-1]
+  probs = jax.nn.softmax(logits / temperature(config, cond.progress))
+  if cond.soft_evaluation or (cond.train and config.mode == "soft"):
+    return Routing(probs, probs.argmax(-1).astype(jnp.int32), probs, True)
+  choice = logits
+  if cond.train and config.mode == "sampled":
+    choice = jnp.log(probs) + jax.random.gumbel(cond.rng, logits.shape, jnp.float32)
+  choice = jax.lax.stop_gradient(choice.argmax(-1)).astype(jnp.int32)
+  hot = jax.nn.one_hot(choice, branches, dtype=jnp.float32)
+  if not cond.train:
+    return Routing(probs, choice, hot, False)
+  frozen = jax.lax.stop_gradient(probs)
+  if config.mode == "straight_through":
+    return Routing(probs, choice, hot + probs - frozen, True)
+  return Routing(probs, choice, hot * (1 + probs - frozen), False)
+
+
+def penalty(config: RouterConfig, probs: jax.Array, costs) -> jax.Array:
+  """`penalty * max(0, expected cost / budget - 1)`, differentiable; `costs` `[branches]` relative to dense."""
+  expected = (probs.mean((0, 1)) * jnp.asarray(costs, jnp.float32)).sum()
+  return config.penalty * jnp.maximum(0, expected / config.budget - 1)
+
+
+def entropy(probs: jax.Array) -> jax.Array:
+  """Mean entropy of the distributions in nats; 0 = decided, log(branches) = undecided."""
+  return -(probs * jnp.log(jnp.maximum(probs, 1e-9))).sum(-1).mean()

@@ -1,0 +1,112 @@
+"""Planners: each table against a slow restatement of what it should list."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from freqformer.layout import TileLayout
+from freqformer.planners.block_topk import block_topk, fixed_tiles, pool_tiles, top_tiles
+from freqformer.planners.dense import dense
+from freqformer.planners.packed import coarse_rows, full_rows, packed_kv_len
+from freqformer.planners.sliding_tile import sliding_tile
+
+RAGGED = TileLayout.fit((5, 6, 9), 32, tile=(2, 4, 4))
+
+
+def test_dense_sees_every_valid_pair():
+  mask = dense(RAGGED).check()
+  assert mask.pairs().item() == RAGGED.n**2 and mask.density() == 1.0
+
+
+@pytest.mark.parametrize("border", ["clamp", "clip"])
+@pytest.mark.parametrize("window", [(1, 1, 1), (3, 1, 3), (2, 2, 2), (9, 9, 9)])
+def test_window_lists_the_box_around_each_tile(border, window):
+  layout = TileLayout.fit((10, 12, 20), 32, tile=(2, 4, 4))
+  tiles = np.asarray(sliding_tile(layout, window, border).check().to_tiles())[0, 0]
+  grid = layout.tile_grid
+  for i, query in enumerate(itertools.product(*map(range, grid))):
+    for j, key in enumerate(itertools.product(*map(range, grid))):
+      inside = True
+      for q, k, w, g in zip(query, key, window, grid, strict=True):
+        w = min(w, g)
+        start = q - w // 2
+        start = min(max(start, 0), g - w) if border == "clamp" else start
+        inside &= start <= k < start + w
+      assert tiles[i, j] == inside, (query, key)
+  assert tiles.diagonal().all()
+  if border == "clamp":
+    assert len(set(tiles.sum(-1))) == 1
+
+
+def test_sliding_tile_density_of_the_published_shape():
+  """STA: 30x48x80 tokens, tiles 6x8x8, window 18x24x24 tokens: 9 % density."""
+  layout = TileLayout.fit((30, 48, 80), 384, tile=(6, 8, 8))
+  mask = sliding_tile(layout, (3, 3, 3))
+  np.testing.assert_allclose(mask.density(), 0.09, atol=1e-12)
+  np.testing.assert_allclose(mask.refine(3).density(), 0.09, atol=1e-12)
+
+
+def test_window_refuses_nonsense():
+  with pytest.raises(ValueError, match="choose one of clamp, clip"):
+    sliding_tile(RAGGED, (1, 1, 1), "wrap")
+  with pytest.raises(ValueError, match="at least 1"):
+    sliding_tile(RAGGED, (0, 1, 1))
+
+
+def test_pooling_ignores_padding():
+  tables = RAGGED.arrays()
+  x = np.random.default_rng(0).standard_normal((2, RAGGED.n, 3, 4)).astype(np.float32)
+  packed = np.array(tables.pack(x))
+  packed[:, ~tables.valid] = 1e4
+  pooled = pool_tiles(jnp.asarray(packed), tables)
+  start = 0
+  for tile in range(RAGGED.tiles):
+    rows = packed[:, start : start + tables.kv_len[tile]]
+    np.testing.assert_allclose(pooled[:, :, tile], rows.mean(1), atol=1e-5)
+    start += RAGGED.block
+
+
+@pytest.mark.parametrize("budget", [3, 6, 100])
+@pytest.mark.parametrize("chunk", [1 << 22, 16])
+def test_topk_is_exact_and_keeps_fixed_tiles(budget, chunk, monkeypatch):
+  monkeypatch.setattr("freqformer.planners.block_topk._CHUNK_SCORES", chunk)
+  layout = TileLayout.fit((6, 8, 8), 16, tile=(2, 2, 4))
+  rng = np.random.default_rng(1)
+  q, k = (rng.standard_normal((2, 3, layout.tiles, 8)).astype(np.float32) for _ in range(2))
+  fixed = fixed_tiles(layout, sink=1, anchors=1)
+  mask = jax.jit(lambda q, k: block_topk(q, k, budget, fixed, layout.arrays().kv_len, 16))(q, k)
+  tiles = np.asarray(mask.check().to_tiles())
+  scores = np.einsum("bhid,bhjd->bhij", q, k)
+  for b, h, i in np.ndindex(tiles.shape[:3]):
+    s = scores[b, h, i].copy()
+    s[fixed[i]] = np.inf
+    best = np.argsort(-s, kind="stable")[: min(budget, layout.tiles)]
+    assert set(np.flatnonzero(tiles[b, h, i])) == set(best)
+
+
+def test_topk_refuses_a_budget_below_the_fixed_tiles():
+  layout = TileLayout.fit((6, 8, 8), 16, tile=(2, 2, 4))
+  x = jnp.zeros((1, 1, layout.tiles, 4))
+  with pytest.raises(ValueError, match="raise the budget"):
+    block_topk(x, x, 2, fixed_tiles(layout, sink=3), layout.arrays().kv_len, 16)
+
+
+def test_topk_ties_go_to_the_lower_tile():
+  x = jnp.zeros((1, 1, 6, 2))
+  np.testing.assert_array_equal(top_tiles(x, x, 3, np.full((6, 1), 5))[0, 0, 0], [0, 1, 5])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_packed_tables_cover_their_rows_only(shared):
+  tables = RAGGED.arrays()
+  kv_len = packed_kv_len(40, tables.kv_len, 32)
+  assert kv_len[:2].tolist() == [32, 8]
+  low = coarse_rows(kv_len, 2, 32).check().to_tiles()[0, 0]
+  assert low[:2, :2].all() and low.sum() == 4
+  window = sliding_tile(RAGGED, (1, 2, 1))
+  high = full_rows(window, kv_len, 2, shared).check().to_tiles()[0, 0]
+  np.testing.assert_array_equal(high[2:, 2:], window.to_tiles()[0, 0])
+  assert not high[:2].any() and high[2:, :2].all() == shared and high[2:, :2].any() == shared

@@ -1,0 +1,334 @@
+"""Bands and compression against dense float64 operators that are built here from SciPy's DCT and block means.
+
+Operators under test are read off by applying them to the identity, with NaN in every padding row.
+"""
+
+import functools
+import itertools
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.fft
+import scipy.linalg
+
+from freqformer.layout import TileLayout
+from freqformer.spectral import SpectralBasis
+
+LAYOUTS = [
+  TileLayout((1, 1, 1), (2, 4, 4), 32),
+  TileLayout((1, 4, 4), (2, 4, 4), 32),
+  TileLayout((3, 5, 7), (2, 4, 4), 32),  # ragged on every axis: all eight classes of tiles
+  TileLayout((5, 6, 9), (2, 4, 4), 64),  # ... and padding in full tiles
+  TileLayout((2, 11, 5), (2, 6, 5), 64),  # a prime axis, one ragged axis
+  TileLayout((4, 8, 8), (2, 4, 4), 32),  # no padding at all
+]
+BASES = [
+  SpectralBasis("block_dct", (0.5, 0.5, 0.3), (0.7, 0.5, 1.0)),
+  SpectralBasis("dct", (0.5, 0.4, 0.3), (0.7, 0.6, 1.0)),
+  SpectralBasis("haar", (0.5, 0.25, 0.5), (1.0, 0.5, 0.5)),
+]
+CASES = [pytest.param(b, l, id=f"{b.kind}-{l.grid}") for b, l in itertools.product(BASES, LAYOUTS)]
+cases = pytest.mark.parametrize("basis, layout", CASES)
+kinds = pytest.mark.parametrize("basis", BASES, ids=lambda b: b.kind)
+close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-11)
+
+
+# --- The oracle, in raster order -------------------------------------------------------------------------------
+
+
+def _below(length, cut):
+  return [i for i in range(length) if Fraction(i, length) < Fraction(str(cut))]
+
+
+def _axis_blocks(basis, layout, axis):
+  """Per block of an axis: (P_low, P_box, compress, centres)."""
+  length, low, mid = layout.grid[axis], basis.low[axis], basis.mid[axis]
+  step = layout.tile[axis] if basis.kind == "block_dct" else length
+  for start in range(0, length, step):
+    e = min(step, length - start)
+    if basis.kind == "haar":
+      cells = lambda cut, e=e: np.arange(e)[None] * cut // 1 == np.arange(np.ceil(e * cut))[:, None]
+      means = lambda cut, cells=cells: cells(cut) / cells(cut).sum(1, keepdims=True)
+      low_cells, mid_cells = cells(low).T @ means(low), cells(mid).T @ means(mid)
+      yield low_cells, mid_cells, means(low), start + means(low) @ np.arange(e)
+    else:
+      dct = scipy.fft.dct(np.eye(e), norm="ortho", axis=0)
+      rows, box = dct[_below(e, low)], dct[_below(e, mid)]
+      compress = scipy.fft.idct(rows, norm="ortho", axis=0)
+      k = len(rows)
+      centres = start + (np.arange(k) + 0.5) * e / k - 0.5
+      yield rows.T @ rows, box.T @ box, compress / compress.sum(1, keepdims=True), centres
+
+
+@functools.cache
+def _oracle(basis, layout):
+  """(P_low, P_box [n, n], compress [n_coarse, n], centres [n_coarse, 3]) with coarse tokens in their order."""
+  axes = [list(_axis_blocks(basis, layout, axis)) for axis in range(3)]
+  low, box, compress = (
+    functools.reduce(np.kron, [scipy.linalg.block_diag(*(block[i] for block in blocks)) for blocks in axes]) for i in range(3)
+  )
+  centres = [[(c, tile) for tile, block in enumerate(blocks) for c in block[3]] for blocks in axes]
+  cells = list(itertools.product(*centres))
+  order = sorted(range(len(cells)), key=lambda i: [tile for _, tile in cells[i]])  # stable: raster in a tile
+  return low, box, compress[order], np.array([[c for c, _ in cells[i]] for i in order])
+
+
+# --- The operators under test, in raster order -----------------------------------------------------------------
+
+
+@functools.cache
+def _dense(basis, layout):
+  """The same as dense matrices of the code under test, and its lift [n, n_coarse]; padding rows held NaN."""
+  index = layout.arrays()
+  tables = basis.fit(layout, np.float64)
+  eye = np.full((1, layout.n_buffer, layout.n), np.nan)
+  eye[0, index.valid] = np.eye(layout.n)[index.gather[index.valid]]
+
+  @jax.jit
+  def apply(tables, x, y):
+    return tables.project_low(x), tables.project_box(x), tables.compress(x), tables.lift(y)
+
+  with jax.enable_x64(True):
+    low, box, compress, lift = (np.asarray(v[0]) for v in apply(tables, eye, np.eye(tables.n_coarse)[None]))
+  for buffer in (low, box, lift):
+    assert buffer.dtype == np.float64
+    np.testing.assert_array_equal(buffer[~index.valid], 0)
+  return low[index.scatter], box[index.scatter], compress, lift[index.scatter]
+
+
+@cases
+def test_operators_equal_the_oracle(basis, layout):
+  low, box, compress, lift = _dense(basis, layout)
+  expected_low, expected_box, expected_compress, _ = _oracle(basis, layout)
+  close(low, expected_low)
+  close(box, expected_box)
+  close(compress, expected_compress)
+  close(lift @ compress, expected_low)
+
+
+@cases
+def test_bands_are_orthogonal_and_sum_to_the_identity(basis, layout):
+  low, box, _, _ = _dense(basis, layout)
+  bands = low, box - low, np.eye(layout.n) - box
+  close(sum(bands), np.eye(layout.n))
+  for (i, a), (j, b) in itertools.product(enumerate(bands), repeat=2):
+    close(a @ b, a if i == j else 0)
+    close(a, a.T)
+  close(low @ box, low)
+
+
+@cases
+def test_a_constant_stays_that_constant(basis, layout):
+  low, _, compress, lift = _dense(basis, layout)
+  close(compress.sum(axis=1), 1)
+  close(lift.sum(axis=1), 1)
+  close(low.sum(axis=1), 1)
+
+
+@cases
+def test_cells_have_a_weight_and_a_place(basis, layout):
+  tables = basis.fit(layout)
+  _, _, compress, lift = _dense(basis, layout)
+  centres = _oracle(basis, layout)[3]
+  np.testing.assert_allclose(tables.centres, centres, atol=1e-6)
+  # lift = U s and compress = U^T / s, so their ratio is s^2; the squares sum to n because U s = 1.
+  np.testing.assert_allclose(compress * tables.cell_weight[:, None] ** 2, lift.T, atol=1e-6)
+  np.testing.assert_allclose(np.square(tables.cell_weight).sum(), layout.n, rtol=1e-6)
+  assert tables.cell_weight.shape == (tables.n_coarse,) and tables.centres.shape == (tables.n_coarse, 3)
+  assert tables.n_coarse == np.prod(tables.coarse_grid) == len(centres)
+  assert tables.ratio == layout.n / len(centres)
+
+
+@cases
+def test_a_bump_at_a_cells_centre_peaks_in_that_cell(basis, layout):
+  _, _, compress, _ = _dense(basis, layout)
+  tokens = np.stack(np.unravel_index(np.arange(layout.n), layout.grid), axis=-1)
+  centres = basis.fit(layout).centres
+  width = 0.6 / np.asarray(basis.low)  # of a cell's extent
+  bumps = np.exp(-0.5 * np.square((tokens[:, None] - centres) / width).sum(axis=-1))  # [n, n_coarse]
+  np.testing.assert_array_equal(np.argmax(compress @ bumps, axis=0), np.arange(len(centres)))
+
+
+@cases
+def test_band_energy_is_the_squared_norm_of_each_band(basis, layout):
+  index, rng = layout.arrays(), np.random.default_rng(0)
+  x = rng.standard_normal((2, layout.n, 2, 3))
+  low, box, _, _ = _oracle(basis, layout)
+  bands = np.stack([low, box - low, np.eye(layout.n) - box])
+  expected = np.square(np.einsum("fnm,bmhd->fbnhd", bands, x)).sum(axis=(2, 4)).transpose(1, 2, 0)
+  buffer = np.full((2, layout.n_buffer, 2, 3), np.nan)
+  buffer[:, index.scatter] = x
+  with jax.enable_x64(True):
+    energy = np.asarray(jax.jit(lambda tables, x: tables.band_energy(x))(basis.fit(layout, np.float64), buffer))
+  assert energy.dtype == np.float64
+  close(energy, expected, atol=1e-9)
+  close(np.sum(energy, axis=-1), np.square(x).sum(axis=(1, 3)), atol=1e-9)
+
+
+@kinds
+def test_band_energy_of_a_constant_is_low_and_never_negative(basis):
+  layout = LAYOUTS[3]
+  x = np.full((1, layout.n_buffer, 1, 64), 3.0, np.float32)
+  energy = np.asarray(jax.jit(lambda tables, x: tables.band_energy(x))(basis.fit(layout), x))[0, 0]
+  total = layout.n * 64 * 9
+  assert energy.min() >= 0
+  np.testing.assert_allclose(energy, [total, 0, 0], atol=1e-5 * total)
+
+
+@kinds
+def test_gradients_are_the_transposed_operators(basis):
+  layout = LAYOUTS[2]
+  tables, index, rng = basis.fit(layout), layout.arrays(), np.random.default_rng(1)
+  x, dx = rng.standard_normal((2, 1, layout.n_buffer, 2)).astype(np.float32)
+  y, dy = rng.standard_normal((2, 1, tables.n_coarse, 2)).astype(np.float32)
+  dx[:, ~index.valid] = 1e4  # cotangents of rows that are always zero must go nowhere
+
+  @jax.jit
+  def gradients(tables, x, y, dx, dy):
+    pulled = [jax.vjp(f, x)[1](v)[0] for f, v in ((tables.compress, dy), (tables.project_low, dx))]
+    return *pulled, jax.vjp(tables.project_box, x)[1](dx)[0], jax.vjp(tables.lift, y)[1](dx)[0]
+
+  *buffers, lifted = (np.asarray(v[0]) for v in gradients(tables, x, y, dx, dy))
+  low, box, compress, lift = _dense(basis, layout)
+  rows = dx[0, index.scatter]
+  np.testing.assert_allclose(lifted, lift.T @ rows, atol=1e-5)
+  for buffer, expected in zip(buffers, (compress.T @ dy[0], low.T @ rows, box.T @ rows), strict=True):
+    np.testing.assert_allclose(buffer[index.scatter], expected, atol=1e-5)
+    np.testing.assert_array_equal(buffer[~index.valid], 0)
+
+
+@kinds
+@pytest.mark.parametrize("garbage", [1e4, np.nan, np.inf])
+def test_padding_rows_change_nothing(basis, garbage):
+  layout = LAYOUTS[3]
+  tables, valid = basis.fit(layout), layout.arrays().valid
+  x = np.random.default_rng(2).standard_normal((1, layout.n_buffer, 2, 2)).astype(np.float32)
+  dirty = np.where(valid[:, None, None], x, np.float32(garbage))
+
+  @jax.jit
+  def results(tables, x):
+    functions = tables.compress, tables.project_low, tables.project_box, tables.band_energy
+    grad = jax.grad(lambda x: sum(jnp.sum(jnp.sin(f(x))) for f in functions))(x)
+    return [f(x) for f in functions], grad
+
+  for a, b in zip(jax.tree.leaves(results(tables, x)), jax.tree.leaves(results(tables, dirty)), strict=True):
+    np.testing.assert_array_equal(a, b)
+  assert np.all(np.isfinite(b)) and not np.any(b[:, ~valid]) and np.any(b[:, valid])
+
+
+@kinds
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_low_precision_only_rounds_the_result(basis, dtype):
+  """Computed in float32: against float64 on the same rounded input, the error is the output's rounding."""
+  layout = LAYOUTS[3]
+  tables, index = basis.fit(layout), layout.arrays()
+  x = jnp.asarray(np.random.default_rng(3).standard_normal((1, layout.n_buffer, 3)), dtype)
+  y = jnp.asarray(np.random.default_rng(4).standard_normal((1, tables.n_coarse, 3)), dtype)
+  low, box, compress, lift = _dense(basis, layout)
+  exact, coarse = (np.asarray(v[0], np.float64) for v in (x[:, index.scatter], y))
+
+  @jax.jit
+  def results(tables, x, y):
+    return tables.compress(x), tables.lift(y), tables.project_low(x), tables.project_box(x)
+
+  compressed, *buffers = (v[0] for v in results(tables, x, y))
+  for result, expected in [
+    (compressed, compress @ exact),
+    *zip((v[index.scatter] for v in buffers), (lift @ coarse, low @ exact, box @ exact), strict=True),
+  ]:
+    assert result.dtype == dtype
+    error = np.abs(np.asarray(result, np.float64) - expected)
+    np.testing.assert_array_less(error, 0.51 * float(jnp.finfo(dtype).eps) * np.abs(expected) + 2e-6)
+  assert jax.eval_shape(tables.band_energy, x[..., None]).dtype == jnp.float32
+
+
+@kinds
+def test_trailing_dimensions_are_free(basis):
+  layout = LAYOUTS[2]
+  tables = basis.fit(layout)
+  x = np.random.default_rng(5).standard_normal((2, layout.n_buffer, 2, 3)).astype(np.float32)
+
+  @jax.jit
+  def results(tables, x):
+    return tables.compress(x), tables.lift(x[:, : tables.n_coarse]), tables.project_box(x)
+
+  for whole, part in zip(results(tables, x), results(tables, x[:, :, 1, 2]), strict=True):
+    assert whole.shape == (*part.shape, 2, 3)
+    np.testing.assert_allclose(part, np.asarray(whole)[:, :, 1, 2], atol=1e-5)
+
+
+@kinds
+@pytest.mark.parametrize("x64", [False, True])
+def test_tables_are_float32_and_int32(basis, x64):
+  tables = basis.fit(LAYOUTS[2])
+  with jax.enable_x64(x64):
+    seen = {leaf.dtype.name for leaf in jax.tree.leaves(jax.jit(lambda tables: tables)(tables))}
+    out = jax.jit(lambda tables, x: tables.compress(x))(tables, jnp.ones((1, LAYOUTS[2].n_buffer), jnp.float32))
+  assert seen <= {"float32", "int32", "bool"} and "float32" in seen
+  assert out.dtype == jnp.float32
+  assert basis.fit(LAYOUTS[2]) is tables, "fitted once per basis and layout"
+
+
+def _operations(layout, basis=BASES[0]):
+  x = jax.ShapeDtypeStruct((1, layout.n_buffer, 4), jnp.float32)
+  program = str(jax.make_jaxpr(lambda tables, x: tables.compress(x))(basis.fit(layout), x))
+  return program.count("dot_general["), program.count("gather[")
+
+
+def test_block_dct_is_one_matmul_per_class_of_tiles():
+  assert _operations(LAYOUTS[5]) == (1, 0)  # nothing ragged: no gather
+  assert _operations(LAYOUTS[4]) == (2, 1)
+  assert _operations(LAYOUTS[2]) == (8, 1)
+
+
+@pytest.mark.parametrize("grid", [(64, 128, 128), (63, 127, 127)])
+def test_block_dct_tables_stay_small_at_a_million_tokens(grid):
+  tables = SpectralBasis("block_dct", (0.5, 0.25, 0.25), (1.0, 0.5, 0.5)).fit(TileLayout.fit(grid, 128))
+  matrices = sum(leaf.nbytes for leaf in jax.tree.leaves(tables.operators.classes))
+  assert matrices < 2**20 and len(tables.operators.classes) <= 8
+
+
+@pytest.mark.parametrize("cut", [0.1, 0.28, 0.3, 0.56, 0.7, 1.0, 0.125, 0.35])
+def test_rows_below_a_cut_survive_rounding(cut):
+  """25 * 0.28 is 7.000000000000001 in floating point; exact fractions decide."""
+  for length in range(1, 41):
+    tables = SpectralBasis("dct", (cut, 1, 1), (1, 1, 1)).fit(TileLayout((length, 1, 1), (4, 1, 1), 4))
+    assert tables.coarse_grid == (len(_below(length, cut)), 1, 1)
+
+
+def test_haar_rows_are_orthonormal_and_nested_on_odd_lengths():
+  """Both cuts slice one matrix: with mid at 1 it is whole, and every coarser mid is a prefix of its span."""
+  for length in range(1, 20):
+    layout = TileLayout((length, 1, 1), (4, 1, 1), 4)
+    whole = SpectralBasis("haar", (0.125, 1, 1), (1, 1, 1)).fit(layout, np.float64).operators.axes[0].analyse
+    close(whole @ whole.T, np.eye(length))
+    for mid in (0.5, 0.25, 0.125):
+      part = SpectralBasis("haar", (0.125, 1, 1), (mid, 1, 1)).fit(layout, np.float64).operators.axes[0].analyse
+      np.testing.assert_array_equal(part, whole[: int(np.ceil(length * mid))])
+
+
+@pytest.mark.parametrize(
+  "make, error, message",
+  [
+    (lambda: SpectralBasis("fft", (1, 1, 1), (1, 1, 1)), ValueError, "kind='fft'.*block_dct, dct, haar"),
+    (lambda: SpectralBasis("dct", (0, 1, 1), (1, 1, 1)), ValueError, "low=.*above 0 and at most 1"),
+    (lambda: SpectralBasis("dct", (1, 1, 1), (1, 1.5, 1)), ValueError, "mid=.*above 0 and at most 1"),
+    (lambda: SpectralBasis("dct", (0.5, 0.5), (1, 1, 1)), ValueError, "three cuts"),
+    (lambda: SpectralBasis("dct", (0.5, 0.5, 0.5), (1, 0.25, 1)), ValueError, "exceeds mid"),
+    (lambda: SpectralBasis("haar", (0.3, 0.5, 0.5), (1, 1, 1)), ValueError, "powers of 1/2"),
+    (lambda: _tables().compress(np.zeros((1, 7), np.float32)), ValueError, r"compress got shape \(1, 7\).*256"),
+    (lambda: _tables().lift(np.zeros((1, 7), np.float32)), ValueError, "lift got shape.*coarse_grid"),
+    (lambda: _tables().project_low(np.zeros((1, 256), np.int32)), TypeError, "int32.*floating"),
+    (lambda: _tables().band_energy(np.zeros((1, 256, 4), np.float32)), ValueError, r"\[b, n_buffer, h, d\]"),
+  ],
+)
+def test_errors_say_what_is_allowed(make, error, message):
+  with pytest.raises(error, match=message):
+    make()
+
+
+def _tables():
+  return BASES[0].fit(LAYOUTS[5])
