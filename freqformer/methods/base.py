@@ -111,6 +111,11 @@ class Method:
     raise NotImplementedError
 
   @property
+  def routed(self) -> bool:
+    """Whether a router deals the heads, so that training and evaluation run differently."""
+    return False
+
+  @property
   def branches(self) -> tuple[str, ...]:
     """Names of what a head can be given; routing is an array over these."""
     return ()

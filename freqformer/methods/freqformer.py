@@ -77,11 +77,15 @@ class FreqFormer(Method):
       raise ValueError(f"router prior {self.router.prior} must have one share per band (low, mid, high).")
 
   @property
+  def routed(self):
+    return self.allocation == "routed"
+
+  @property
   def branches(self):
     return ("low", "mid", "high")
 
   def build(self, dims, layout, rngs):
-    if self.allocation != "routed" and sum(self.allocation) != dims.heads:
+    if not self.routed and sum(self.allocation) != dims.heads:
       raise ConfigError(
         f"allocation={self.allocation} hands out {sum(self.allocation)} heads, the layer has {dims.heads}; "
         'make them equal or use "routed".'
@@ -136,7 +140,7 @@ class FreqFormer(Method):
   def _route(self, module, qkv, cond, spectral) -> Routing:
     """The router's decision, or the fixed one."""
     b, _, h, _ = qkv.q.shape
-    if self.allocation == "routed":
+    if self.routed:
       stats = None
       if self.router.statistics:
         energy = spectral.band_energy(jax.lax.stop_gradient(qkv.v)).astype(jnp.float32)
@@ -183,7 +187,7 @@ class FreqFormer(Method):
     taken = jnp.take_along_axis(density, routing.choice[..., None], -1)[..., 0]
     run = density.sum(-1) if routing.all_branches else taken
     loss = jnp.float32(0)
-    if self.allocation == "routed" and cond.train:
+    if self.routed and cond.train:
       loss = penalty(self.router, routing.probs, jax.lax.stop_gradient(density.mean((0, 1))))
     return {
       "density": taken,
@@ -203,7 +207,7 @@ class FreqFormer(Method):
     counted: the router itself (below 1e-4 of the layer), rotary and norms (every method has them).
     """
     if allocation is None:
-      allocation = self.router.prior if self.allocation == "routed" else self.allocation
+      allocation = self.router.prior if self.routed else self.allocation
     share = np.asarray(allocation, np.float64) / sum(allocation)
     tables, n = self.tables(layout), layout.n
     mid_keys = min(self.mid_tiles, layout.tiles) * n / layout.tiles + self.low_shared * tables.spectral.n_coarse
@@ -230,5 +234,5 @@ class _Modules(nnx.Module):
   """The method's parameters: a router where heads are routed, summaries where there are some."""
 
   def __init__(self, config: FreqFormer, dims, rngs):
-    self.router = SpectralRouter(config.router, dims.heads, dims.cond_dim, 3, rngs) if config.allocation == "routed" else None
+    self.router = SpectralRouter(config.router, dims.heads, dims.cond_dim, 3, rngs) if config.routed else None
     self.summary = SummaryTokens(config.summary, dims.heads, dims.head_dim, rngs) if config.summary else None

@@ -1,0 +1,62 @@
+"""What a run would be, without data: shapes, parameters, memory, FLOPs."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from freqformer.codec import make_codec
+from freqformer.cost import BACKWARD_OVER_FORWARD, model_cost
+from freqformer.dit import VideoDiT, make_tables
+from freqformer.experiment import Experiment
+from freqformer.training import init_state, make_train_step
+
+
+def abstract_model(experiment: Experiment, latent_shape, classes: int):
+  """`(graphdef, abstract parameters)`: nothing is allocated."""
+  make = lambda: VideoDiT(experiment.model, latent_shape, classes, nnx.Rngs(experiment.seed))
+  return nnx.split(nnx.eval_shape(make))
+
+
+def describe(experiment: Experiment, classes: int = 101) -> str:
+  """A printed page; the memory figures come from compiling the train step for this machine's device."""
+  data, model, train = experiment.data, experiment.model, experiment.train
+  shape = make_codec(data.codec).latent_shape(data.frames, *data.resolution)
+  layout = model.layout(shape)
+  graphdef, params = abstract_model(experiment, shape, classes)
+  state = jax.eval_shape(lambda p: init_state(p, train, 0), params)
+  count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+  batch = {
+    "latent": jax.ShapeDtypeStruct((train.batch_size, *shape), jnp.float32),
+    "label": jax.ShapeDtypeStruct((train.batch_size,), jnp.int32),
+  }
+  step = make_train_step(graphdef, train, classes).lower(state, batch, make_tables(model, shape)).compile()
+  memory = step.memory_analysis()
+  cost, dense = model_cost(model, shape), model_cost(model.with_method("dense"), shape)
+  flops = cost.linear_flops * 3 + cost.attention_flops * (1 + BACKWARD_OVER_FORWARD)
+  rows = [
+    ("video", f"{data.frames} frames {data.resolution[0]}x{data.resolution[1]}, stride {data.stride}"),
+    ("latents", "x".join(map(str, shape)) + f" (codec {data.codec.name})"),
+    (
+      "tokens",
+      f"{layout.n:,} = {'x'.join(map(str, layout.grid))}; {layout.tiles} tiles of "
+      f"{'x'.join(map(str, layout.tile))} in {layout.block} rows, {layout.fill:.0%} filled",
+    ),
+    ("layers", ", ".join(f"{n} {type(m).__name__}" for n, m in model.runs()) + f"; width {model.width}, {model.heads} heads"),
+    ("parameters", f"{count:,}"),
+    ("state", f"{sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) / 1e6:,.1f} MB (weights, EMA, moments)"),
+    (
+      "train step",
+      f"{memory.temp_size_in_bytes / 1e6:,.1f} MB temporary at batch {train.batch_size}, "
+      f"{flops * train.batch_size / 1e9:,.1f} GFLOP with backward (recomputation not counted)",
+    ),
+    ("forward", f"{cost.total / 1e9:,.2f} GFLOP a sample, attention {cost.attention_flops / 1e9:,.2f}"),
+    (
+      "dense model",
+      f"{dense.total / 1e9:,.2f} GFLOP a sample, attention {dense.attention_flops / 1e9:,.2f}; this model's "
+      f"attention has {cost.attention_flops / dense.attention_flops:.1%} of it",
+    ),
+  ]
+  width = max(len(name) for name, _ in rows)
+  return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
