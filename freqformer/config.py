@@ -60,6 +60,11 @@ def _convert(value, hint, path):
     raise ConfigError(f"config.{path} must be {_name(hint)}, got {value!r}.")
   if origin is tuple:
     return _tuple(value, typing.get_args(hint), hint, path)
+  if origin is typing.Literal:
+    if value not in (allowed := typing.get_args(hint)):
+      hint = f"; did you mean {close[0]!r}?" if (close := difflib.get_close_matches(str(value), allowed, n=1)) else "."
+      raise ConfigError(f"config.{path} must be one of {', '.join(map(repr, allowed))}, got {value!r}{hint}")
+    return value
   if hint is typing.Any or (hint is types.NoneType and value is None):
     return value
   if hint is float and isinstance(value, int) and not isinstance(value, bool):

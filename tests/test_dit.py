@@ -1,0 +1,205 @@
+"""The model: shapes, neutral start, remat, runs of layers, and samples that do not know their neighbours."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from freqformer.config import ConfigError
+from freqformer.cost import model_cost
+from freqformer.diffusion import interpolate, linear_velocity, sample_noise, sample_time
+from freqformer.dit import VideoDiT, make_tables, patchify, unpatchify
+from freqformer.model_config import model_config
+from freqformer.sampling import SampleConfig, make_step, sample
+
+SHAPE = (3, 6, 5, 4)
+BASE = dict(size="custom", width=24, depth=2, heads=2, patch=(1, 2, 2))
+FREQ = dict(window=(1, 1, 1), mid_tiles=2, basis=dict(kind="block_dct", low=(0.5, 0.5, 0.5), mid=(0.75, 0.75, 0.75)))
+
+
+def config_of(method="freqformer", **kwargs):
+  attention = dict(method=method, block=8, freqformer=FREQ, **kwargs.pop("attention", {}))
+  return model_config({**BASE, "attention": attention, **kwargs})
+
+
+def model_of(config, seed=0):
+  """A model whose zero-initialised gates are open, so that every layer matters."""
+  model = VideoDiT(config, SHAPE, 3, nnx.Rngs(seed))
+  graphdef, params = nnx.split(model)
+  keys = iter(jax.random.split(jax.random.key(1), 1000))
+  noisy = lambda x: x + 0.05 * jax.random.normal(next(keys), x.shape)
+  return nnx.merge(graphdef, jax.tree.map(noisy, params))
+
+
+def inputs(b=2):
+  x = jnp.asarray(np.random.default_rng(0).standard_normal((b, *SHAPE)), jnp.float32)
+  return x, jnp.linspace(0.1, 0.9, b), jnp.arange(b) % 3
+
+
+@pytest.mark.parametrize("patch", [(1, 1, 1), (1, 2, 2), (2, 4, 3)])
+def test_patchify_and_back(patch):
+  x = inputs()[0]
+  np.testing.assert_array_equal(unpatchify(patchify(x, patch), SHAPE, patch), x)
+
+
+def test_starts_at_zero_velocity():
+  model = VideoDiT(config_of(), SHAPE, 3, nnx.Rngs(0))
+  velocity, _, aux = model(*inputs(), model.tables(SHAPE))
+  assert velocity.shape == (2, *SHAPE) and not velocity.any()
+  assert aux[0]["probs"].shape == (2, 2, 2, 3)
+
+
+@pytest.mark.parametrize("mode", ["soft", "straight_through", "sampled"])
+def test_gradients_equal_with_and_without_remat(mode):
+  grads = []
+  for remat in (False, True):
+    config = config_of(remat=remat, attention=dict())
+    method = dataclasses.replace(
+      config.attention.named("freqformer"), router=dataclasses.replace(config.attention.named("freqformer").router, mode=mode)
+    )
+    config = dataclasses.replace(config, attention=dataclasses.replace(config.attention, methods=(("freqformer", method),)))
+    graphdef, params = nnx.split(model_of(config))
+
+    def loss(params, config=config, graphdef=graphdef):
+      out, _, aux = nnx.merge(graphdef, params)(*inputs(), make_tables(config, SHAPE), train=True, rng=jax.random.key(3))
+      return (out**2).mean() + aux[0]["loss"].mean()
+
+    grads.append(jax.jit(jax.grad(loss))(params))
+  for a, b in zip(*map(jax.tree.leaves, grads), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_runs_of_layers_have_their_own_method():
+  config = config_of(attention=dict(layers=((0, 1, "dense"), (1, None, "freqformer"))))
+  model = model_of(config)
+  out, _, aux = nnx.jit(lambda m, t: m(*inputs(), t))(model, model.tables(SHAPE))
+  assert np.isfinite(out).all() and "probs" not in aux[0] and aux[1]["probs"].shape[0] == 1
+  np.testing.assert_allclose(aux[0]["density"], 1)
+
+
+def test_one_scan_per_run():
+  """The program does not grow with depth."""
+  size = lambda depth: len(
+    str(
+      jax.make_jaxpr(lambda x, t, y, tables: VideoDiT(config_of(depth=depth), SHAPE, 3, nnx.Rngs(0))(x, t, y, tables)[0])(
+        *inputs(), make_tables(config_of(), SHAPE)
+      ).jaxpr
+    )
+  )
+  assert size(6) < 1.3 * size(2)
+
+
+@pytest.mark.parametrize("method", ["dense", "freqformer"])
+def test_any_other_grid_at_call_time(method):
+  model = model_of(config_of(method))
+  for shape in ((1, 1, 1, 4), (7, 3, 11, 4)):
+    x = jnp.ones((1, *shape))
+    out, _, _ = model(x, jnp.ones(1), jnp.zeros(1, jnp.int32), model.tables(shape))
+    assert out.shape == x.shape and np.isfinite(out).all()
+
+
+@pytest.mark.parametrize(
+  "bad, message",
+  [
+    (dict(layers=((0, 1, "dense"),)), "ends at layer 1, the model has 2"),
+    (dict(layers=((1, 2, "dense"),)), "without gaps"),
+    (dict(tiel=(1, 2, 2)), "did you mean 'tile'"),
+    (dict(implementation="cudnn"), "implementation"),
+  ],
+)
+def test_bad_attention_config(bad, message):
+  with pytest.raises(ConfigError, match=message):
+    config_of(attention=bad)
+
+
+@pytest.mark.parametrize(
+  "bad, message",
+  [
+    (dict(size="XL"), "choose one of S, B, L"),
+    (dict(heads=5), "not divisible by 5 heads"),
+    (dict(depth="two"), "must be int"),
+    (dict(widht=3), "did you mean 'width'"),
+    (dict(dtype="float8"), "must be one of float32, bfloat16"),
+  ],
+)
+def test_bad_model_config(bad, message):
+  with pytest.raises(ConfigError, match=message):
+    config_of(**bad)
+
+
+def test_sizes():
+  config = model_config(dict(size="B", attention=dict(method="dense")))
+  assert (config.width, config.depth, config.heads, config.dims.head_dim) == (768, 12, 12, 64)
+
+
+def test_noise_and_times():
+  key = jax.random.key(0)
+  alone, together = sample_noise(key, jnp.array([5]), (3, 2)), sample_noise(key, jnp.array([4, 5, 6]), (3, 2))
+  np.testing.assert_array_equal(alone[0], together[1])
+  for kind in ("uniform", "logit_normal"):
+    t = sample_time(key, 4096, kind)
+    assert 0 < t.min() and t.max() < 1 and abs(float(t.mean()) - 0.5) < 0.01
+  assert float(sample_time(key, 4096, "logit_normal").std()) < 0.22 < float(sample_time(key, 4096, "uniform").std())
+
+
+def test_linear_velocity_is_the_least_squares_fit():
+  rng = np.random.default_rng(0)
+  x0 = jnp.asarray(rng.standard_normal((4000, 1, 1, 1, 2)) * [0.5, 2.0], jnp.float32)
+  noise = jnp.asarray(rng.standard_normal(x0.shape), jnp.float32)
+  xt, target = interpolate(x0, noise, jnp.full(4000, 0.3))
+  got = linear_velocity(xt, jnp.full(4000, 0.3), jnp.array([0.25, 4.0]))
+  fit = (xt * target).sum(0) / (xt**2).sum(0) * xt
+  np.testing.assert_allclose(got, fit, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_sample_is_the_same_alone_and_in_a_batch(guidance):
+  model = model_of(config_of())
+  graphdef, params = nnx.split(model)
+  tables, labels = model.tables(SHAPE), np.array([0, 1, 2])
+  draw = lambda batch, which: sample(
+    make_step(graphdef, c := SampleConfig(steps=3, guidance=guidance, batch_size=batch)),
+    params,
+    model,
+    labels[which],
+    np.arange(3)[which],
+    7,
+    tables,
+    SHAPE,
+    c,
+    progress=False,
+  )[0]
+  together = draw(3, slice(None))
+  np.testing.assert_allclose(draw(1, slice(1, 2))[0], together[1], atol=1e-4)
+  np.testing.assert_allclose(draw(2, slice(None)), together, atol=1e-4)
+  assert np.abs(together[0] - together[1]).max() > 0.1
+
+
+def test_euler_integrates_a_straight_line():
+  """A model that returns x0's true velocity lands on x0 in one step: checks the sign and the direction of time."""
+
+  class Straight(nnx.Module):
+    classes = 3
+
+    def init_state(self, batch, shape):
+      return []
+
+    def __call__(self, x, time, label, tables, state, **_):
+      return (x - 2.0) / time.reshape(-1, 1, 1, 1, 1), state, []
+
+  graphdef, params = nnx.split(Straight())
+  for steps in (1, 5):
+    config = SampleConfig(steps=steps, guidance=1.0, batch_size=1)
+    out, _ = sample(make_step(graphdef, config), params, Straight(), [0], [0], 0, {}, SHAPE, config, progress=False)
+    np.testing.assert_allclose(out, 2.0, atol=1e-5)
+
+
+def test_model_cost():
+  """12 n D^2 of the textbook (4 projections, MLP of ratio 4) = 24 n D^2 FLOPs, plus 4 n^2 D of dense attention."""
+  config = config_of("dense", patch=(1, 1, 1))
+  cost, n, width = model_cost(config, SHAPE), 90, 24
+  assert cost.attention_flops == 2 * 4 * n**2 * width
+  assert cost.linear_flops == 2 * (24 * n * width**2 + 12 * width**2) + 4 * n * width * 4
