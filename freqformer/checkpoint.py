@@ -27,19 +27,21 @@ def flatten(tree) -> dict[str, Any]:
 
 
 def _name(path) -> str:
-  return jax.tree_util.keystr(path, simple=True, separator="/")
+  # NNX wraps each array in a variable whose leaf is called "value": no news to a reader.
+  return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
 
 
 def differences(expected: dict, found: dict, limit: int = 12) -> list[str]:
   """One line per leaf whose presence or shape differs; values need only a `.shape`."""
-  lines = []
+  wrong, unknown = [], []
   for name in sorted(expected.keys() | found.keys()):
     if name not in found:
-      lines.append(f"{name}: missing in the checkpoint, the model wants {tuple(expected[name].shape)}")
+      wrong.append(f"{name}: missing in the checkpoint, the model wants {tuple(expected[name].shape)}")
     elif name not in expected:
-      lines.append(f"{name}: {tuple(found[name].shape)} in the checkpoint, unknown to the model")
+      unknown.append(f"{name}: {tuple(found[name].shape)} in the checkpoint, unknown to the model")
     elif tuple(expected[name].shape) != tuple(found[name].shape):
-      lines.append(f"{name}: {tuple(found[name].shape)} in the checkpoint, the model wants {tuple(expected[name].shape)}")
+      wrong.append(f"{name}: {tuple(found[name].shape)} in the checkpoint, the model wants {tuple(expected[name].shape)}")
+  lines = wrong + unknown
   return lines if len(lines) <= limit else [*lines[:limit], f"... and {len(lines) - limit} more"]
 
 
@@ -54,7 +56,8 @@ class Checkpoints:
         "or name another --workdir."
       )
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=create, enable_async_checkpointing=False)
-    self._manager = ocp.CheckpointManager(self.path, options=options, item_names=("arrays", "record"))
+    handlers = {"arrays": ocp.StandardCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
+    self._manager = ocp.CheckpointManager(self.path, options=options, item_names=tuple(handlers), item_handlers=handlers)
 
   def latest(self) -> int | None:
     """The newest complete step, or None."""

@@ -120,7 +120,7 @@ def make_train_step(graphdef, config: TrainConfig, classes: int):
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     progress = state.step / config.steps
     (_, (loss, routing)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, key, batch, tables, progress)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     fine = jnp.isfinite(loss) & jnp.isfinite(norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
