@@ -74,7 +74,7 @@ def drifting_stripes(s, u, v, t):
 
 
 def swaying_stripes(s, u, v, t):
-  return _stripes(s, u, v, 0.09 * np.sin(TWO_PI * (s.speed * t + s.phase[1])))
+  return _stripes(s, u, v, 0.07 * np.sin(TWO_PI * (s.speed * t + s.phase[1])))
 
 
 def rotating_checker(s, u, v, t):
@@ -147,8 +147,8 @@ class Look:
 
 STRIPES = ((38, 70, 83), (42, 157, 143), (233, 196, 106))
 LOOKS = {
-  "DriftingStripes": Look(drifting_stripes, STRIPES, 2.2, 0.3, 0.5),
-  "SwayingStripes": Look(swaying_stripes, STRIPES, 2.2, 1.1, 0.5),
+  "DriftingStripes": Look(drifting_stripes, STRIPES, 1.9, 0.24, 0.5),
+  "SwayingStripes": Look(swaying_stripes, STRIPES, 1.9, 0.8, 0.5),
   "RotatingChecker": Look(rotating_checker, ((60, 20, 40), (190, 60, 70), (250, 220, 190)), 1.5, 0.17),
   "RotatingPetals": Look(rotating_petals, ((20, 30, 90), (70, 110, 200), (230, 235, 255)), 3.0, 0.17),
   "ExpandingRings": Look(expanding_rings, ((50, 20, 70), (150, 70, 160), (240, 190, 220)), 2.4, 0.35),
