@@ -1,21 +1,29 @@
 """The portable backend: plain XLA, any device, any shape. The CPU's and TPU's path, and fast there.
 
 One row of work = the query tile of one head and its list. Rows run in groups of a few, in order of falling list length, so
-that the loop over key chunks of a group (a dynamic bound) does no work for shorter lists and none at all for empty ones.
-Each step gathers a chunk of listed tiles and does two dense matmuls: nothing of size n x n, and no gathered copy of K or V
+that the loop over key chunks of a group (a dynamic bound) does little for shorter lists, and empty rows do not run at all.
+Each step gathers a chunk of listed tiles and does dense matmuls: nothing of size n x n, and no gathered copy of K or V
 larger than one group's chunk, ever exists.
+
+Masking is done by the matmul. Keys carry one more column: 0 (or the tile's bias) in valid rows and `_HIDDEN` in padding rows;
+queries carry a 1 there. Slots behind a list's count read one more tile, hidden as a whole. Scores thus arrive masked, and
+the passes over them, which cost as much as a matmul would, are a maximum and an exponential and nothing else.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-# Chosen by measurement on 2 CPU cores (docs/log.md): larger groups leave the cache, smaller ones pay for dispatch.
+# Measured on 2 CPU cores (docs/log.md): larger groups leave the cache, smaller ones pay for dispatch.
 _GROUP_ROWS = 1024  # query rows that run together
-_CHUNK_KEYS = 1024  # keys per step
+_CHUNK_KEYS = 1024  # keys per step, at most
+# The score of what may not be seen. Finite, so that it survives a matmul on devices that split floats, and needs no care
+# where a row has seen nothing yet: exp(_HIDDEN - score) is 0 for every true score.
+_HIDDEN = -1e30
 
 
 def unsupported(q, k, v, mask, target) -> str | None:
@@ -25,23 +33,53 @@ def unsupported(q, k, v, mask, target) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-  """Rows of work and where their data lie; flat tiles are numbered `(sample * h + head) * tiles + tile`."""
+  """Rows of work and what they list; flat tiles are numbered `(sample * h + head) * tiles + tile`."""
 
-  rows: jax.Array  # int32 [groups, g], row ids by falling count; `num_rows` marks filler
+  rows: jax.Array  # int32 [groups, g], row ids by falling count, then filler
   counts: jax.Array  # int32 [groups, g]
-  num_rows: int
+  lists: jax.Array | None  # int32 [table rows, max_kv]
+  table_row: jax.Array  # int32 [groups, g], into `lists`
+  first_tile: jax.Array  # int32 [groups, g], flat number of key tile 0 of the row's sample and head
+  hidden_tile: int  # flat number of the tile behind the last
   chunk: int  # key tiles per step
 
   @classmethod
   def of(cls, mask, b, h):
-    num_rows = b * h * mask.q_tiles
+    num_rows, (table_b, table_h) = b * h * mask.q_tiles, mask.kv_counts.shape[:2]
     counts = jnp.broadcast_to(jnp.asarray(mask.kv_counts), (b, h, mask.q_tiles)).reshape(-1)
     group = max(1, min(num_rows, _GROUP_ROWS // mask.block_q))
-    filler = -num_rows % group
     order = jnp.argsort(-counts, stable=True).astype(jnp.int32)
-    order = jnp.pad(order, (0, filler), constant_values=num_rows).reshape(-1, group)
-    chunk = max(1, min(mask.max_kv, _CHUNK_KEYS // mask.block_kv))
-    return cls(order, jnp.take(counts, order, mode="fill", fill_value=0), num_rows, chunk)
+    filler = jnp.arange(num_rows, num_rows + -num_rows % group, dtype=jnp.int32)  # out of bounds, hence never stored
+    rows = jnp.concatenate([order, filler]).reshape(-1, group)
+    sample_head, tile = jnp.divmod(jnp.minimum(rows, num_rows - 1), mask.q_tiles)
+    sample, head = jnp.divmod(sample_head, h)
+    table_row = ((sample if table_b > 1 else 0) * table_h + (head if table_h > 1 else 0)) * mask.q_tiles + tile
+    steps = -(-mask.max_kv * mask.block_kv // _CHUNK_KEYS)
+    return cls(
+      rows,
+      jnp.take(counts, rows, mode="fill", fill_value=0),
+      None if mask.kv_indices is None else jnp.asarray(mask.kv_indices).reshape(-1, mask.max_kv),
+      table_row,
+      sample_head * mask.kv_tiles,
+      b * h * mask.kv_tiles,
+      max(1, math.ceil(mask.max_kv / max(1, steps))),  # equal chunks: a list of 9 is 5 + 4, not 8 + 1
+    )
+
+  def live_groups(self):
+    """Groups with anything to do; sorted rows put them first."""
+    return (self.counts[:, 0] > 0).sum(dtype=jnp.int32)
+
+  def steps(self, group):
+    """Chunks that the longest list of a group needs."""
+    return (self.counts[group, 0] + self.chunk - 1) // self.chunk
+
+  def tiles(self, group, step):
+    """Flat key tiles of one chunk of each row's list: int32 `[g, chunk]`."""
+    slots = step * self.chunk + jnp.arange(self.chunk, dtype=jnp.int32)
+    ids = slots[None]
+    if self.lists is not None:
+      ids = self.lists[self.table_row[group]].at[:, slots].get(mode="clip")
+    return jnp.where(slots < self.counts[group][:, None], self.first_tile[group][:, None] + ids, self.hidden_tile)
 
 
 def _tiles(x, block, tiles):
@@ -56,50 +94,38 @@ def _untile(x, b, h, n):
   return x.reshape(b, h, -1, x.shape[-1])[:, :, :n].transpose(0, 2, 1, 3)
 
 
-class _Table:
-  """Reads chunks of a `BlockMask` for groups of rows."""
+def _row_tiles(x, block, tiles):
+  """`[b, h, n] -> [b * h * tiles, block]`: one number per query row."""
+  return _tiles(x.transpose(0, 2, 1)[..., None], block, tiles)[..., 0]
 
-  def __init__(self, mask, plan, b, h, n_kv):
-    self.mask, self.plan, self.b, self.h = mask, plan, b, h
-    # The buffer may end inside its last tile.
-    bound = np.clip(n_kv - np.arange(mask.kv_tiles) * mask.block_kv, 0, mask.block_kv)
-    self.kv_len = jnp.minimum(jnp.asarray(mask.kv_len), bound.astype(np.int32)).reshape(-1)
-    self.lists = None if mask.kv_indices is None else jnp.asarray(mask.kv_indices).reshape(-1, mask.max_kv)
-    self.bias = None if mask.kv_bias is None else jnp.asarray(mask.kv_bias)
 
-  def chunk(self, rows, counts, step):
-    """Tiles `step * chunk ...` of each row.
+def _key_tiles(k, v, mask):
+  """Tiles of k with the masking column `[b * h * kv_tiles + 1, block_kv, d + 1]`, and of v `[..., block_kv, d]`.
 
-    Returns:
-      ids: int32 `[g, c]`, flat key tiles; seen: bool `[g, 1, c * block_kv]`; bias: `[g, 1, c * block_kv]` or 0.
-    """
-    mask = self.mask
-    slots = step * self.plan.chunk + jnp.arange(self.plan.chunk, dtype=jnp.int32)
-    sample_head, tile = rows // mask.q_tiles, rows % mask.q_tiles
-    sample = jnp.minimum(sample_head // self.h, self.b - 1)
-    inside = jnp.minimum(slots, mask.max_kv - 1)
-    if self.lists is None:
-      ids = jnp.broadcast_to(inside, (rows.shape[0], self.plan.chunk))
-    else:
-      table_b, table_h = mask.kv_counts.shape[:2]
-      head = sample_head % self.h
-      lead = (sample if table_b > 1 else 0) * table_h + (head if table_h > 1 else 0)
-      ids = self.lists.at[lead * mask.q_tiles + tile].get(mode="clip")[:, inside]
-    kv_len = self.kv_len[(sample[:, None] * mask.kv_tiles if mask.kv_len.ndim == 2 and mask.kv_len.shape[0] > 1 else 0) + ids]
-    kv_len = jnp.where(slots < counts[:, None], kv_len, 0)
-    seen = jnp.arange(mask.block_kv, dtype=jnp.int32) < kv_len[..., None]
-    bias = 0 if self.bias is None else jnp.repeat(self.bias[ids], mask.block_kv, axis=-1)[:, None]
-    flat = jnp.minimum(sample_head, self.b * self.h - 1)[:, None] * mask.kv_tiles + ids
-    return flat, seen.reshape(rows.shape[0], 1, -1), bias
-
-  def steps(self, counts):
-    """Chunks that the longest list of a group needs."""
-    return (counts.max() + self.plan.chunk - 1) // self.plan.chunk
+  Padding rows are zeroed, so that nothing finite in them can overflow; the last tile is hidden as a whole.
+  """
+  (b, n, h, _), block = k.shape, mask.block_kv
+  bound = np.clip(n - np.arange(mask.kv_tiles) * block, 0, block)  # the buffer may end inside its last tile
+  kv_len = jnp.minimum(jnp.asarray(mask.kv_len), bound.astype(np.int32)).reshape(-1, 1, mask.kv_tiles, 1)
+  valid = jnp.arange(block, dtype=jnp.int32) < kv_len
+  k, v = (_tiles(x, block, mask.kv_tiles) for x in (k, v))
+  bias = jnp.zeros(mask.kv_tiles) if mask.kv_bias is None else jnp.maximum(jnp.asarray(mask.kv_bias), _HIDDEN)
+  column = jnp.where(valid, bias[:, None].astype(k.dtype), _HIDDEN)
+  valid, column = (jnp.broadcast_to(x, (b, h, mask.kv_tiles, block)).reshape(-1, block, 1) for x in (valid, column))
+  k, v = (jnp.where(valid, x, 0) for x in (k, v))
+  k = jnp.pad(jnp.concatenate([k, column], -1), ((0, 1), (0, 0), (0, 0)), constant_values=_HIDDEN)
+  # A hidden key is all zeros but for its column.
+  return k.at[-1, :, :-1].set(0), jnp.pad(v, ((0, 1), (0, 0), (0, 0)))
 
 
 def _gather(tiles, ids):
   """`[tiles, block, d], [g, c] -> [g, c * block, d]`."""
   return tiles[ids].reshape(ids.shape[0], -1, tiles.shape[-1])
+
+
+def _with_one(queries):
+  """Queries `[g, i, d + 1]` that let the masking column of the keys through."""
+  return jnp.pad(queries, ((0, 0), (0, 0), (0, 1)), constant_values=1)
 
 
 def _dot(equation, x, y):
@@ -108,73 +134,72 @@ def _dot(equation, x, y):
 
 def forward(q, k, v, mask, scale):
   """Online softmax over chunks; shapes as in `kernels.attention.attention`."""
-  (b, n_q, h, _), n_kv = q.shape, k.shape[1]
+  b, n_q, h, _ = q.shape
   plan = _Plan.of(mask, b, h)
-  table = _Table(mask, plan, b, h, n_kv)
-  q_tiles = _tiles(q, mask.block_q, mask.q_tiles)
-  k_tiles, v_tiles = (_tiles(x, mask.block_kv, mask.kv_tiles) for x in (k, v))
+  q_tiles, (k_tiles, v_tiles) = _tiles(q, mask.block_q, mask.q_tiles), _key_tiles(k, v, mask)
 
-  def group(args):
-    rows, counts = args
+  def group(i, carry):
+    rows = plan.rows[i]
     queries = q_tiles.at[rows].get(mode="clip") * scale
+    keyed = _with_one(queries)
 
-    def step(i, carry):
+    def step(j, carry):
       out, top, total = carry
-      ids, seen, bias = table.chunk(rows, counts, i)
-      scores = jnp.where(seen, _dot("gid,gjd->gij", queries, _gather(k_tiles, ids)) + bias, -jnp.inf)
+      ids = plan.tiles(i, j)
+      scores = _dot("gid,gjd->gij", keyed, _gather(k_tiles, ids))
       new = jnp.maximum(top, scores.max(-1))
-      safe = jnp.where(new > -jnp.inf, new, 0)
-      p = jnp.exp(scores - safe[..., None])
-      shrink = jnp.exp(top - safe)
+      p = jnp.exp(scores - new[..., None])
+      shrink = jnp.exp(top - new)
       out = out * shrink[..., None] + _dot("gij,gjd->gid", p, _gather(v_tiles, ids))
       return out, new, total * shrink + p.sum(-1)
 
-    empty = jnp.full(queries.shape[:2], -jnp.inf, queries.dtype)
-    out, top, total = lax.fori_loop(0, table.steps(counts), step, (jnp.zeros_like(queries), empty, jnp.zeros_like(empty)))
-    some = total > 0
-    total = jnp.where(some, total, 1)
-    return out / total[..., None], jnp.where(some, top + jnp.log(total), -jnp.inf)
+    top = jnp.full(queries.shape[:2], _HIDDEN, queries.dtype)
+    out, top, total = lax.fori_loop(0, plan.steps(i), step, (jnp.zeros_like(queries), top, jnp.zeros_like(top)))
+    some = top > _HIDDEN / 2
+    out = jnp.where(some[..., None], out / total[..., None], 0)
+    lse = jnp.where(some, top + jnp.log(total), -jnp.inf)
+    return tuple(x.at[rows].set(y, unique_indices=True) for x, y in zip(carry, (out, lse), strict=True))
 
-  outs, lses = lax.map(group, (plan.rows, plan.counts))
-  back = (
-    jnp.zeros(plan.num_rows, jnp.int32)
-    .at[plan.rows.reshape(-1)]
-    .set(jnp.arange(plan.rows.size, dtype=jnp.int32), mode="drop", unique_indices=True)
-  )
-  outs, lses = (x.reshape(-1, *x.shape[2:])[back] for x in (outs, lses))
-  return _untile(outs, b, h, n_q).astype(q.dtype), _untile(lses[..., None], b, h, n_q)[..., 0].transpose(0, 2, 1)
+  empty = jnp.full(q_tiles.shape[:2], -jnp.inf, q_tiles.dtype)
+  out, lse = lax.fori_loop(0, plan.live_groups(), group, (jnp.zeros_like(q_tiles), empty))
+  return _untile(out, b, h, n_q).astype(q.dtype), lse.reshape(b, h, -1)[..., :n_q]
 
 
 def backward(q, k, v, mask, scale, lse, delta, d_out):
-  """One pass over the same rows: dQ stays with its row, dK and dV are added tile by tile, in a fixed order."""
-  (b, n_q, h, _), n_kv = q.shape, k.shape[1]
+  """One pass over the same rows: dQ stays with its row, dK and dV are added tile by tile, in a fixed order.
+
+  Scores are transposed, keys first: then dK and dV are plain matmuls. Queries first, XLA's CPU matmul would contract both
+  operands over their slow axis, at a quarter of the speed.
+  """
+  (b, n_q, h, d), n_kv = q.shape, k.shape[1]
   plan = _Plan.of(mask, b, h)
-  table = _Table(mask, plan, b, h, n_kv)
   q_tiles, do_tiles = (_tiles(x, mask.block_q, mask.q_tiles) for x in (q, d_out))
-  k_tiles, v_tiles = (_tiles(x, mask.block_kv, mask.kv_tiles) for x in (k, v))
-  lse = jnp.where(lse > -jnp.inf, lse, 0)  # rows without keys: their P is 0 by the mask
-  lse, delta = (_tiles(x.transpose(0, 2, 1)[..., None], mask.block_q, mask.q_tiles) for x in (lse, delta))
+  k_tiles, v_tiles = _key_tiles(k, v, mask)
+  lse = jnp.where(lse > -jnp.inf, lse, 0)  # rows without keys: their P is 0, every key is hidden
+  lse, delta = (_row_tiles(x, mask.block_q, mask.q_tiles) for x in (lse, delta))
 
-  def group(carry, args):
-    rows, counts = args
+  def group(i, carry):
+    rows = plan.rows[i]
     queries, d_rows, lse_rows, delta_rows = (x.at[rows].get(mode="clip") for x in (q_tiles, do_tiles, lse, delta))
+    queries *= scale
+    keyed = _with_one(queries)
 
-    def step(i, carry):
+    def step(j, carry):
       dq, dk, dv = carry
-      ids, seen, bias = table.chunk(rows, counts, i)
-      keys, values = _gather(k_tiles, ids), _gather(v_tiles, ids)
-      scores = _dot("gid,gjd->gij", queries * scale, keys) + bias
-      p = jnp.where(seen, jnp.exp(scores - lse_rows), 0)
-      ds = p * (_dot("gid,gjd->gij", d_rows, values) - delta_rows) * scale
-      dq += _dot("gij,gjd->gid", ds, keys)
-      shape = (*ids.shape, *k_tiles.shape[1:])
-      dk = dk.at[ids].add(_dot("gij,gid->gjd", ds, queries).reshape(shape))
-      dv = dv.at[ids].add(_dot("gij,gid->gjd", p, d_rows).reshape(shape))
+      ids = plan.tiles(i, j)
+      keys = _gather(k_tiles, ids)
+      p = jnp.exp(_dot("gjd,gid->gji", keys, keyed) - lse_rows[:, None])
+      ds = p * (_dot("gjd,gid->gji", _gather(v_tiles, ids), d_rows) - delta_rows[:, None])
+      dq += _dot("gji,gjd->gid", ds, keys)
+      shape = (*ids.shape, mask.block_kv, d)
+      dk = dk.at[ids].add(_dot("gji,gid->gjd", ds, queries).reshape(shape))  # the hidden tile's is dropped
+      dv = dv.at[ids].add(_dot("gji,gid->gjd", p, d_rows).reshape(shape))
       return dq, dk, dv
 
-    dq, dk, dv = lax.fori_loop(0, table.steps(counts), step, (jnp.zeros_like(queries), *carry))
-    return (dk, dv), dq
+    dq, *dkv = carry
+    new, *dkv = lax.fori_loop(0, plan.steps(i), step, (jnp.zeros_like(keyed), *dkv))
+    return dq.at[rows].set(new[..., :d] * scale, unique_indices=True), *dkv
 
-  (dk, dv), dq = lax.scan(group, (jnp.zeros_like(k_tiles), jnp.zeros_like(v_tiles)), (plan.rows, plan.counts))
-  dq = jnp.zeros_like(q_tiles).at[plan.rows.reshape(-1)].set(dq.reshape(-1, *dq.shape[2:]), mode="drop", unique_indices=True)
+  zeros = jnp.zeros((plan.hidden_tile, mask.block_kv, d), k_tiles.dtype)
+  dq, dk, dv = lax.fori_loop(0, plan.live_groups(), group, (jnp.zeros_like(q_tiles), zeros, zeros))
   return _untile(dq, b, h, n_q), _untile(dk, b, h, n_kv), _untile(dv, b, h, n_kv)
