@@ -1,0 +1,346 @@
+"""One HTML file that shows a run: samples beside real clips, losses, routing, cost. It needs no network and no second file.
+
+  python -m freqformer.report --workdir=runs/demo
+
+Each section reads one file of the run and says which; a section whose file is absent says so and the rest goes on.
+"""
+
+import base64
+import html
+import io
+import json
+import pathlib
+
+import numpy as np
+from matplotlib.figure import Figure
+
+_COLOURS = ("#3b6fb6", "#e0a030", "#b5483f", "#4f8f5b", "#7a5ca8", "#6b7280")
+_MAX_CLASSES = 24  # Videos are embedded: all of UCF-101's classes would make a page of tens of megabytes.
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1f2937; background: #fff; max-width: 1080px; margin: 2em auto; padding: 0 1em }
+h1 { font-size: 1.6em; margin-bottom: 0 } h2 { font-size: 1.2em; margin-top: 2.2em; border-bottom: 1px solid #e5e7eb }
+table { border-collapse: collapse; margin: 0.8em 0 } td, th { padding: 0.25em 0.9em 0.25em 0; text-align: left; vertical-align: top }
+tr + tr td { border-top: 1px solid #f0f0f0 } th { font-weight: 600 } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
+img { max-width: 100% } video { width: 192px; border-radius: 4px; display: block } .file { color: #6b7280; font-size: 0.85em }
+.absent { color: #6b7280; font-style: italic } .clips { display: grid; grid-template-columns: repeat(auto-fill, minmax(400px, 1fr)); gap: 1em }
+.pair { display: flex; gap: 6px } pre { background: #f9fafb; padding: 1em; overflow: auto; font-size: 12px }
+"""
+
+
+class _Absent(Exception):
+  """A section cannot be shown; the message says why and is shown instead."""
+
+
+def write_report(workdir) -> pathlib.Path:
+  """Writes `<workdir>/report.html` from what the run has written so far and returns its path.
+
+  Reads run.json, samples/, real/, metrics.jsonl, routing.json, cost.json, evaluation.json, config.json; each may be missing.
+
+  Raises:
+    FileNotFoundError: if `workdir` is no folder.
+  """
+  workdir = pathlib.Path(workdir)
+  if not workdir.is_dir():
+    raise FileNotFoundError(f"{workdir} is no folder; give --workdir the folder of a run.")
+  sections = "\n".join(_section(workdir, *row) for row in _SECTIONS)
+  name = html.escape(workdir.resolve().name)
+  page = (
+    f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title><style>{_STYLE}</style></head>'
+    f"<body><h1>FreqFormer run: {name}</h1>\n{sections}\n</body></html>\n"
+  )
+  path = workdir / "report.html"
+  path.write_text(page, encoding="utf-8")
+  return path
+
+
+def _section(workdir, title, source, intro, body) -> str:
+  """A heading, one sentence, the file it comes from, and the body or why there is none."""
+  try:
+    inner = body(workdir)
+  except _Absent as reason:
+    inner = f'<p class="absent">Not shown: {html.escape(str(reason))}</p>'
+  except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:  # A foreign or half-written file.
+    inner = f'<p class="absent">Not shown: {source} has another form than expected ({html.escape(repr(error))}).</p>'
+  return f'<section><h2>{title}</h2><p>{intro}</p>{inner}<p class="file">From {source}.</p></section>'
+
+
+def _read(workdir, name):
+  path = workdir / name
+  if not path.exists():
+    raise _Absent(f"this run has no {name}.")
+  try:
+    return json.loads(path.read_text())
+  except json.JSONDecodeError as error:
+    raise _Absent(f"{name} is not valid JSON ({error}).") from error
+
+
+def _rows(workdir, prefix: str) -> list[dict]:
+  """Lines of metrics.jsonl whose kind is `prefix`; a last line cut off by a killed run is left out."""
+  path = workdir / "metrics.jsonl"
+  if not path.exists():
+    raise _Absent("this run has no metrics.jsonl.")
+  rows = []
+  for line in path.read_text().splitlines():
+    try:
+      rows.append(json.loads(line))
+    except json.JSONDecodeError:
+      continue
+  return [row for row in rows if row.get("kind") == prefix]
+
+
+def _table(head, rows) -> str:
+  """An HTML table; numbers are set right-aligned, None as a dash."""
+
+  def cell(value, tag="td"):
+    number = isinstance(value, int | float)
+    text = "–" if value is None else f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if number else str(value)
+    return f"<{tag}{' class=n' if number else ''}>{html.escape(text)}</{tag}>"
+
+  top = "".join(cell(h, "th") for h in head)
+  return (
+    "<table>" + (f"<tr>{top}</tr>" if head else "") + "".join(f"<tr>{''.join(map(cell, r))}</tr>" for r in rows) + "</table>"
+  )
+
+
+def _image(figure: Figure, alt: str) -> str:
+  data = io.BytesIO()
+  figure.savefig(data, format="png", dpi=130, bbox_inches="tight")
+  return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
+
+
+def _panels(count: int, width: float = 9.5, height: float = 3.0):
+  """A figure with panels side by side, without the frame's right and upper line."""
+  figure = Figure(figsize=(width, height), layout="constrained")
+  axes = figure.subplots(1, count, squeeze=False)[0]
+  for axis in axes:
+    axis.spines[["top", "right"]].set_visible(False)
+  return figure, axes
+
+
+def _run_table(workdir) -> str:
+  run = _read(workdir, "run.json")
+  rows = [(n, run[k]) for k, n in (("method", "attention method"), ("device", "device"), ("git", "git revision")) if k in run]
+  rows += [
+    (n, int(run[k])) for k, n in (("params", "parameters"), ("tokens", "tokens per clip"), ("tiles", "tiles")) if k in run
+  ]
+  rows += [
+    (f"{n}, t × y × x tokens", " × ".join(map(str, run[k]))) for k, n in (("grid", "grid"), ("tile", "tile")) if k in run
+  ]
+  rows += [(f"{name}, seconds", float(value)) for name, value in run.get("seconds", {}).items()]
+  rows += [("versions", ", ".join(f"{k} {v}" for k, v in run.get("versions", {}).items()))]
+  if run.get("finished") is False:
+    rows.insert(0, ("state", "training has not finished"))
+  return _table([], rows)
+
+
+def _samples(workdir) -> str:
+  names = sorted(p.stem for p in (workdir / "samples").glob("*.mp4"))
+  if not names:
+    raise _Absent("this run has no samples/*.mp4.")
+
+  def video(folder, name):
+    path = workdir / folder / f"{name}.mp4"
+    if not path.exists():
+      return '<span class="absent">no clip</span>'
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<video autoplay loop muted playsinline src="data:video/mp4;base64,{data}"></video>'
+
+  cards = "".join(
+    f'<div><b>{html.escape(n)}</b><div class="pair">{video("samples", n)}{video("real", n)}</div></div>'
+    for n in names[:_MAX_CLASSES]
+  )
+  more = f"<p>{len(names) - _MAX_CLASSES} further classes are in samples/.</p>" if len(names) > _MAX_CLASSES else ""
+  facts = workdir / "samples" / "sampling.json"
+  plain = [(k.replace("_", " "), v) for k, v in _read(workdir, "samples/sampling.json").items()] if facts.exists() else []
+  plain = [(k, v) for k, v in plain if isinstance(v, int | float | str)]
+  details = f"<details><summary>How they were sampled</summary>{_table([], plain)}</details>" if plain else ""
+  return f'<div class="clips">{cards}</div>{more}{details}'
+
+
+def _series(rows, key):
+  """Steps and finite values of a key, as two arrays."""
+  pairs = [(r["step"], float(np.mean(r[key]))) for r in rows if r.get(key) is not None]
+  pairs = np.asarray([p for p in pairs if np.isfinite(p[1])]).reshape(-1, 2)
+  return pairs[:, 0], pairs[:, 1]
+
+
+def _smooth(values, span: float):
+  """Exponential mean over about `span` values, free of the bias towards the first."""
+  total = weight = 0.0
+  out = []
+  for value in values:
+    total, weight = total + (value - total) / span, weight + (1 - weight) / span
+    out.append(total / weight)
+  return out
+
+
+def _losses(workdir) -> str:
+  train = _rows(workdir, "train")
+  if not train:
+    raise _Absent("metrics.jsonl has no training line yet.")
+  figure, (left, right) = _panels(2)
+  steps, loss = _series(train, "loss")
+  left.plot(steps, loss, color=_COLOURS[0], alpha=0.3, lw=0.8, label="train")
+  left.plot(steps, _smooth(loss, max(1, len(loss) / 15)), color=_COLOURS[0], label="train, smoothed")
+  for kind, label, colour in (("val", "validation", _COLOURS[2]), ("val_soft", "validation, soft routing", _COLOURS[1])):
+    if len(_series(_rows(workdir, kind), "loss")[0]):
+      left.plot(*_series(_rows(workdir, kind), "loss"), "o-", ms=4, color=colour, label=label)
+  left.set(xlabel="step", ylabel="velocity loss (mean square)")
+  left.legend(frameon=False, fontsize=8)
+  right.plot(*_series(train, "grad_norm"), color=_COLOURS[5], lw=0.9)
+  right.set(xlabel="step", ylabel="gradient norm", yscale="log")
+  last = {k: float(_series(train, k)[1][-1]) for k in ("loss", "lr", "steps_per_s") if len(_series(train, k)[1])}
+  units = {"loss": "last training loss", "lr": "last learning rate", "steps_per_s": "steps per second"}
+  return _image(figure, "loss over steps") + _table([], [(units[k], v) for k, v in last.items()])
+
+
+def _buckets(workdir) -> str:
+  rows = [r for r in _rows(workdir, "val") if r.get("buckets")]
+  if not rows:
+    raise _Absent("metrics.jsonl has no validation line with buckets yet.")
+  last, count = rows[-1], len(rows[-1]["buckets"])
+  soft = [r["buckets"] for r in _rows(workdir, "val_soft") if r["step"] == last["step"]]
+  bars = {"model": last["buckets"], "model, soft routing": soft[0] if soft else None}
+  bars = {k: v for k, v in {**bars, "best per-channel linear predictor": last.get("linear_buckets")}.items() if v}
+  figure, (axis,) = _panels(1, 6.5)
+  for i, (name, values) in enumerate(bars.items()):
+    colour = _COLOURS[5] if "linear" in name else _COLOURS[i]
+    axis.bar(np.arange(count) + (i - (len(bars) - 1) / 2) * 0.27, values, 0.25, label=name, color=colour)
+  labels = [f"{i / count:g} – {(i + 1) / count:g}" for i in range(count)]
+  axis.set_xticks(range(count), labels)
+  axis.set(xlabel="t (1 is noise)", ylabel="velocity loss", title=f"validation at step {last['step']}")
+  axis.legend(frameon=False, fontsize=8)
+  head = ["mean-square velocity error", *(f"t {t}" for t in labels)]
+  return _image(figure, "loss by timestep") + _table(head, [(k, *map(float, v)) for k, v in bars.items()])
+
+
+def _router(workdir) -> str:
+  rows = _rows(workdir, "train")
+  keys = {"router_entropy": "router entropy (nats)", "density": "density (scored pairs / n²)", "cost": "cost"}
+  keys = {k: label for k, label in keys.items() if len(_series(rows, k)[0])}
+  if not keys:
+    raise _Absent("no training line has router_entropy, density or cost.")
+  figure, axes = _panels(len(keys), 3.3 * len(keys), 2.7)
+  for axis, (key, label), colour in zip(axes, keys.items(), _COLOURS, strict=False):
+    axis.plot(*_series(rows, key), color=colour, lw=1.2)
+    axis.set(xlabel="step", title=label)
+    axis.set_ylim(bottom=0)
+  return _image(figure, "router entropy, density and cost over steps")
+
+
+def _heatmap(routing: dict) -> Figure:
+  probs = np.asarray(routing["probs"], np.float64)  # [layers, buckets, heads, branches]
+  layers, buckets, heads, branches = probs.shape
+  figure, axes = _panels(buckets, 1.2 + 1.9 * buckets, min(14, 1.3 + 0.17 * layers * heads))
+  every = -(-layers * heads // 64)  # Beyond 64 rows only some can carry a name.
+  ticks = range(0, layers * heads, every)
+  for i, axis in enumerate(axes):
+    flat = probs[:, i].reshape(-1, branches)
+    image = axis.imshow(flat, vmin=0, vmax=1, aspect="auto", cmap="viridis", interpolation="nearest")
+    axis.hlines(np.arange(1, layers) * heads - 0.5, -0.5, branches - 0.5, color="white", lw=1.5)
+    axis.set_xticks(range(branches), routing["branches"])
+    axis.set_yticks(ticks, [f"{r // heads}.{r % heads}" for r in ticks] if i == 0 else [], fontsize=7)
+    axis.set_title("t {:g} – {:g}".format(*routing["bucket_edges"][i : i + 2]), fontsize=10)
+  axes[0].set_ylabel("layer.head")
+  figure.colorbar(image, ax=list(axes), label="mean probability", fraction=0.03, pad=0.01)
+  return figure
+
+
+def routing_heatmap(routing: dict, path) -> None:
+  """Writes the routing heatmap as .png: a panel per quarter of t, a row per layer.head, a column per branch.
+
+  Args:
+    routing: as in routing.json: `branches`, `bucket_edges` (buckets + 1) and `probs` `[layers][buckets][heads][branches]`.
+    path: the .png file; its folder must exist.
+  """
+  _heatmap(routing).savefig(path, format="png", dpi=130, bbox_inches="tight")
+
+
+def _routing(workdir) -> str:
+  routing = _read(workdir, "routing.json")
+  edges, names = routing["bucket_edges"], routing["branches"]
+  labels = [f"{a:g} – {b:g}" for a, b in zip(edges, edges[1:], strict=False)]
+  kinds = {"mean soft probability": "probs", "share of heads by hard choice": "choice"}
+  figure, axes = _panels(2, 8.5, 2.8)
+  for axis, (title, key) in zip(axes, kinds.items(), strict=True):
+    share = np.asarray(routing[key], np.float64).mean((0, 2))  # [buckets, branches]
+    below = np.zeros(len(share))
+    for branch, name in enumerate(names):
+      axis.bar(labels, share[:, branch], 0.7, bottom=below, label=name, color=_COLOURS[branch % len(_COLOURS)])
+      below = below + share[:, branch]
+    axis.set(xlabel="t (1 is noise)", title=title, ylim=(0, 1))
+  axes[1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+  rows = [(f"t {t}", *map(float, s)) for t, s in zip(labels, np.asarray(routing["probs"]).mean((0, 2)), strict=True)]
+  heat = _image(_heatmap(routing), "routing heatmap")
+  return heat + _image(figure, "allocation over timesteps") + _table(["mean probability", *names], rows)
+
+
+def _cost(workdir) -> str:
+  rows = _read(workdir, "cost.json")
+  if not rows:
+    raise _Absent("cost.json has no rows.")
+  most = max(r["attention_flops"] + r["linear_flops"] for r in rows)
+  scale, unit = next(((s, u) for s, u in ((1e12, "TFLOP"), (1e9, "GFLOP")) if most >= s), (1e6, "MFLOP"))
+  head = ["method", f"attention, {unit}", f"linear, {unit}", "density", "sparsity", "layer, ms", "attention, ms", "note"]
+  table = _table(
+    head,
+    [
+      (r["method"], r["attention_flops"] / scale, r["linear_flops"] / scale, float(r["density"]), 1 - float(r["density"]))
+      + (r.get("layer_ms"), r.get("attention_ms"), r.get("note") or "")
+      for r in rows
+    ],
+  )
+  dense = next((r for r in rows if r["method"] == "dense"), None)
+  if dense is None:
+    return table + '<p class="absent">No chart: cost.json has no row named dense to compare with.</p>'
+  kinds = {"attention_flops": "attention FLOPs", "layer_ms": "layer time", "attention_ms": "attention time"}
+  kinds = {k: label for k, label in kinds.items() if dense.get(k)}
+  figure, (axis,) = _panels(1, 7.5, 1.1 + 0.55 * len(rows))
+  for i, (key, label) in enumerate(kinds.items()):
+    at = np.arange(len(rows)) + (i - (len(kinds) - 1) / 2) * 0.27
+    bars = axis.barh(at, [(r.get(key) or 0) / dense[key] for r in rows], 0.25, label=label, color=_COLOURS[i])
+    axis.bar_label(bars, [f"{r[key] / dense[key]:.2f}" if r.get(key) else "not timed" for r in rows], padding=3, fontsize=8)
+  axis.set_yticks(range(len(rows)), [r["method"] for r in rows])
+  axis.axvline(1, color=_COLOURS[5], lw=0.8, ls="--")
+  axis.invert_yaxis()
+  axis.set(xlabel="relative to dense (less is cheaper)")
+  axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+  return _image(figure, "cost relative to dense") + table
+
+
+def _evaluation(workdir) -> str:
+  result = _read(workdir, "evaluation.json")["classifier"]
+  names = {"samples": "samples", "real_val": "real validation clips", "chance": "chance"}
+  rows = [(label, float(result[k])) for k, label in names.items()]
+  return _table(["clips", "accuracy, share"], rows) + f"<p>{int(result['count'])} samples were classified.</p>"
+
+
+def _config(workdir) -> str:
+  text = json.dumps(_read(workdir, "config.json"), indent=2)
+  return f"<details><summary>Show the full config</summary><pre>{html.escape(text)}</pre></details>"
+
+
+_SECTIONS = (  # title, file, one sentence, body
+  ("Run", "run.json", "What ran, on what, and how long each part took.", _run_table),
+  ("Samples", "samples/ and real/", "Left: generated. Right: a real training clip of the class, through the codec.", _samples),
+  ("Losses", "metrics.jsonl", "The velocity error in training and on held-out clips.", _losses),
+  (
+    "Loss by timestep",
+    "metrics.jsonl",
+    "A model that is no better than the linear predictor has learned no structure.",
+    _buckets,
+  ),
+  ("Router in training", "metrics.jsonl", "Entropy 0 means decided heads; sparsity is 1 - density.", _router),
+  ("Routing", "routing.json", "Which branch each head is given, by timestep: t near 1 is noise, t near 0 is video.", _routing),
+  ("Cost", "cost.json", "What attention costs, counted and, where a time is given, measured.", _cost),
+  ("Evaluation", "evaluation.json", "How often a classifier of real clips recognises the class asked for.", _evaluation),
+  ("Config", "config.json", "Every setting of the run.", _config),
+)
+
+
+if __name__ == "__main__":
+  # Not at import: train.py, eval.py and the demo have a --workdir of their own.
+  from absl import app, flags
+
+  _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+  app.run(lambda _: print(write_report(_WORKDIR.value)))
