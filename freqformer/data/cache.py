@@ -116,10 +116,18 @@ def prepare(config: DataConfig, split: str, progress: bool = True) -> LatentCach
   if path.exists():
     cache = LatentCache.open(path, config.protocol_hash)
     _check_source(cache, config, split)
+    if split != "train":
+      _check_statistics(cache, cache_path(config, "train"))
     return cache
   statistics = None if split == "train" else prepare(config, "train", progress).statistics
   write_cache(path, config, split, list_clips(config, split), statistics, progress)
   return LatentCache.open(path, config.protocol_hash)
+
+
+def _check_statistics(cache: LatentCache, train: pathlib.Path) -> None:
+  """Refuses a validation cache that outlived the training cache whose statistics it has."""
+  if train.exists() and LatentCache.open(train).manifest["statistics"] != cache.manifest["statistics"]:
+    raise CacheError(f"The cache {cache.path} is normalised with other statistics than {train}: delete {cache.path}.")
 
 
 def _check_source(cache: LatentCache, config: DataConfig, split: str) -> None:

@@ -49,18 +49,27 @@ def write_cache(
     free = shutil.disk_usage(path.parent).free
     if needed > free:
       raise CacheError(_no_space(path, needed, free))
+    shutil.rmtree(partial, ignore_errors=True)  # A restarted container has the process id of the one that died.
     partial.mkdir()
     manifest = _encode_into(partial, config, split, listing, statistics, progress)
     # The manifest comes last and in one piece; without it a folder is no cache.
     (partial / "manifest.json").write_text(json.dumps(manifest))
-    with contextlib.suppress(OSError) if path.exists() else contextlib.nullcontext():
-      os.rename(partial, path)  # Where another process was faster, its cache (the same) stays.
+    _publish(partial, path)
   except OSError as error:
     if is_disk_full(error):
       raise CacheError(_no_space(path, needed, free)) from error
     raise CacheError(f"data.cache {str(path.parent)!r} cannot be written ({error.strerror}): name another folder.") from error
   finally:
     shutil.rmtree(partial, ignore_errors=True)
+
+
+def _publish(partial, path):
+  """Renames; where another process was faster, its cache (the same) stays."""
+  try:
+    os.rename(partial, path)
+  except OSError:
+    if not (path / "manifest.json").exists():
+      raise
 
 
 def _encode_into(folder, config, split, listing, statistics, progress) -> dict:

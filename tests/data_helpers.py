@@ -1,0 +1,71 @@
+"""Tiny clips and data sets for tests, written with PyAV in UCF-101's own codec and container."""
+
+import pathlib
+from fractions import Fraction
+
+import av
+import numpy as np
+
+from freqformer.codec import CodecConfig
+from freqformer.data.protocol import DataConfig
+
+
+def moving_square(frames: int = 20, rows: int = 24, cols: int = 32, seed: int = 0) -> np.ndarray:
+  """uint8 `[frames, rows, cols, 3]`: a ramp from dark (left) to bright (right) and a square that moves down."""
+  rng = np.random.default_rng(seed)
+  video = np.empty((frames, rows, cols, 3), np.uint8)
+  video[:] = np.linspace(20, 200, cols)[None, None, :, None] * rng.uniform(0.7, 1, 3)
+  for t in range(frames):
+    top = t % (rows - 8)
+    video[t, top : top + 8, 4:12] = 240
+  return video
+
+
+def write_clip(path: pathlib.Path, video: np.ndarray, fps: int = 25) -> pathlib.Path:
+  """Writes an .avi (mpeg4, tagged XVID) or whatever the suffix says; sizes must be even."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with av.open(str(path), "w") as container:
+    stream = container.add_stream("mpeg4", rate=Fraction(fps))
+    if path.suffix == ".avi":
+      stream.codec_context.codec_tag = "XVID"
+    stream.height, stream.width, stream.pix_fmt = *video.shape[1:3], "yuv420p"
+    stream.codec_context.bit_rate = 4_000_000
+    for image in video:
+      container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+    container.mux(stream.encode())
+  return path
+
+
+def config(root, cache, **changes) -> DataConfig:
+  """A small folder config."""
+  values = dict(source="folder", root=str(root), cache=str(cache), resolution=(16, 24), frames=4, stride=2, workers=2)
+  values["codec"] = CodecConfig(factor=(2, 4, 4), channels=24)
+  return DataConfig(**(values | changes))
+
+
+def write_folder(root: pathlib.Path, classes=("cat", "dog"), clips: int = 3, frames: int = 20) -> pathlib.Path:
+  """`root/<class>/<i>.avi`."""
+  for c, name in enumerate(classes):
+    for i in range(clips):
+      write_clip(root / name / f"{i}.avi", moving_square(frames, seed=10 * c + i))
+  return root
+
+
+# Ids as in the official list: the order is not the one that sorting gives.
+UCF_CLASSES = ("Hammering", "HammerThrow", "HandstandPushups", "JumpingJack", "JumpRope")
+
+
+def write_ucf101(root: pathlib.Path, frames: int = 20) -> pathlib.Path:
+  """Two training clips and a test clip per class, with the official spelling of the handstand files."""
+  lists = root / "ucfTrainTestlist"
+  lists.mkdir(parents=True)
+  train, test = [], []
+  for i, name in enumerate(UCF_CLASSES, 1):
+    for group in (1, 2, 8):
+      file = f"{name}/v_{name.replace('Handstand', 'HandStand')}_g{group:02d}_c01.avi"
+      write_clip(root / "UCF-101" / file, moving_square(frames, seed=i))
+      (test if group == 1 else train).append(file if group == 1 else f"{file} {i}")
+  (lists / "classInd.txt").write_text("".join(f"{i} {name}\r\n" for i, name in enumerate(UCF_CLASSES, 1)))
+  (lists / "trainlist01.txt").write_text("\r\n".join(train) + "\r\n")
+  (lists / "testlist01.txt").write_text("\r\n".join(test) + "\r\n")
+  return root
