@@ -14,16 +14,19 @@ import pathlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from freqformer.metrics import read
+
 _COLOURS = ("#3b6fb6", "#e0a030", "#b5483f", "#4f8f5b", "#7a5ca8", "#6b7280")
 _MAX_CLASSES = 24  # Videos are embedded: all of UCF-101's classes would make a page of tens of megabytes.
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1f2937; background: #fff; max-width: 1080px; margin: 2em auto; padding: 0 1em }
-h1 { font-size: 1.6em; margin-bottom: 0 } h2 { font-size: 1.2em; margin-top: 2.2em; border-bottom: 1px solid #e5e7eb }
-table { border-collapse: collapse; margin: 0.8em 0 } td, th { padding: 0.25em 0.9em 0.25em 0; text-align: left; vertical-align: top }
-tr + tr td { border-top: 1px solid #f0f0f0 } th { font-weight: 600 } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
-img { max-width: 100% } video { width: 192px; border-radius: 4px; display: block } .file { color: #6b7280; font-size: 0.85em }
-.absent { color: #6b7280; font-style: italic } .clips { display: grid; grid-template-columns: repeat(auto-fill, minmax(400px, 1fr)); gap: 1em }
-.pair { display: flex; gap: 6px } pre { background: #f9fafb; padding: 1em; overflow: auto; font-size: 12px }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1f2937; background: #fff; max-width: 1000px; margin: 2em auto }
+h1 { font-size: 1.6em } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 1px solid #e5e7eb }
+table { border-collapse: collapse; margin: 0.8em 0 } td, th { padding: 0.2em 1.2em 0.2em 0; text-align: left }
+tr + tr td { border-top: 1px solid #f0f0f0 } .n { text-align: right; font-variant-numeric: tabular-nums }
+img { max-width: 100%; display: block } video { width: 192px; border-radius: 4px; display: block }
+.file, figcaption { color: #6b7280; font-size: 0.85em } .absent { color: #6b7280; font-style: italic }
+.clips { display: grid; grid-template-columns: repeat(auto-fill, minmax(400px, 1fr)); gap: 1em }
+.pair { display: flex; gap: 6px } figure { margin: 0 } pre { background: #f9fafb; padding: 1em; overflow: auto }
 """
 
 
@@ -74,29 +77,36 @@ def _read(workdir, name):
     raise _Absent(f"{name} is not valid JSON ({error}).") from error
 
 
-def _rows(workdir, prefix: str) -> list[dict]:
-  """Lines of metrics.jsonl whose kind is `prefix`; a last line cut off by a killed run is left out."""
+def _rows(workdir, kind: str) -> list[dict]:
+  """Lines of metrics.jsonl of a kind: train, val or val_soft."""
   path = workdir / "metrics.jsonl"
   if not path.exists():
     raise _Absent("this run has no metrics.jsonl.")
-  rows = []
-  for line in path.read_text().splitlines():
-    try:
-      rows.append(json.loads(line))
-    except json.JSONDecodeError:
-      continue
-  return [row for row in rows if row.get("kind") == prefix]
+  return [row for row in read(path) if row.get("kind") == kind]
+
+
+def _facts(rows) -> str:
+  """A table of names and values, left-aligned: the values have no common unit to line up."""
+  return _table([], [(name, _text(value)) for name, value in rows])
+
+
+def _text(value) -> str:
+  if value is None:
+    return "–"
+  if isinstance(value, float):
+    return f"{value:,.0f}" if abs(value) >= 1e4 and value < 1e9 else f"{value:.4g}"
+  return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def _table(head, rows) -> str:
-  """An HTML table; numbers are set right-aligned, None as a dash."""
+  """An HTML table; numbers are right-aligned, None is a dash."""
 
-  def cell(value, tag="td"):
-    number = isinstance(value, int | float)
-    text = "–" if value is None else f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if number else str(value)
-    return f"<{tag}{' class=n' if number else ''}>{html.escape(text)}</{tag}>"
+  def cell(value, tag="td", number=False):
+    number = number or isinstance(value, int | float)
+    return f"<{tag}{' class=n' if number else ''}>{html.escape(_text(value))}</{tag}>"
 
-  top = "".join(cell(h, "th") for h in head)
+  numeric = [any(isinstance(r[i], int | float) for r in rows) for i in range(len(head))]
+  top = "".join(cell(h, "th", n) for h, n in zip(head, numeric, strict=True))
   return (
     "<table>" + (f"<tr>{top}</tr>" if head else "") + "".join(f"<tr>{''.join(map(cell, r))}</tr>" for r in rows) + "</table>"
   )
@@ -104,8 +114,11 @@ def _table(head, rows) -> str:
 
 def _image(figure: Figure, alt: str) -> str:
   data = io.BytesIO()
-  figure.savefig(data, format="png", dpi=130, bbox_inches="tight")
-  return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
+  figure.savefig(data, format="png", dpi=160, bbox_inches="tight")
+  width = round(100 * figure.get_figwidth())
+  return (
+    f'<img alt="{html.escape(alt)}" width="{width}" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
+  )
 
 
 def _panels(count: int, width: float = 9.5, height: float = 3.0):
@@ -130,7 +143,7 @@ def _run_table(workdir) -> str:
   rows += [("versions", ", ".join(f"{k} {v}" for k, v in run.get("versions", {}).items()))]
   if run.get("finished") is False:
     rows.insert(0, ("state", "training has not finished"))
-  return _table([], rows)
+  return _facts(rows)
 
 
 def _samples(workdir) -> str:
@@ -138,22 +151,23 @@ def _samples(workdir) -> str:
   if not names:
     raise _Absent("this run has no samples/*.mp4.")
 
-  def video(folder, name):
+  def video(folder, name, caption):
     path = workdir / folder / f"{name}.mp4"
     if not path.exists():
       return '<span class="absent">no clip</span>'
     data = base64.b64encode(path.read_bytes()).decode()
-    return f'<video autoplay loop muted playsinline src="data:video/mp4;base64,{data}"></video>'
+    clip = f'<video autoplay loop muted playsinline src="data:video/mp4;base64,{data}"></video>'
+    return f"<figure>{clip}<figcaption>{caption}</figcaption></figure>"
 
   cards = "".join(
-    f'<div><b>{html.escape(n)}</b><div class="pair">{video("samples", n)}{video("real", n)}</div></div>'
+    f'<div><b>{html.escape(n)}</b><div class="pair">{video("samples", n, "generated")}{video("real", n, "real")}</div></div>'
     for n in names[:_MAX_CLASSES]
   )
   more = f"<p>{len(names) - _MAX_CLASSES} further classes are in samples/.</p>" if len(names) > _MAX_CLASSES else ""
   facts = workdir / "samples" / "sampling.json"
   plain = [(k.replace("_", " "), v) for k, v in _read(workdir, "samples/sampling.json").items()] if facts.exists() else []
   plain = [(k, v) for k, v in plain if isinstance(v, int | float | str)]
-  details = f"<details><summary>How they were sampled</summary>{_table([], plain)}</details>" if plain else ""
+  details = f"<details><summary>How they were sampled</summary>{_facts(plain)}</details>" if plain else ""
   return f'<div class="clips">{cards}</div>{more}{details}'
 
 
@@ -191,7 +205,7 @@ def _losses(workdir) -> str:
   right.set(xlabel="step", ylabel="gradient norm", yscale="log")
   last = {k: float(_series(train, k)[1][-1]) for k in ("loss", "lr", "steps_per_s") if len(_series(train, k)[1])}
   units = {"loss": "last training loss", "lr": "last learning rate", "steps_per_s": "steps per second"}
-  return _image(figure, "loss over steps") + _table([], [(units[k], v) for k, v in last.items()])
+  return _image(figure, "loss over steps") + _facts((units[k], v) for k, v in last.items())
 
 
 def _buckets(workdir) -> str:
@@ -322,12 +336,12 @@ def _config(workdir) -> str:
 
 _SECTIONS = (  # title, file, one sentence, body
   ("Run", "run.json", "What ran, on what, and how long each part took.", _run_table),
-  ("Samples", "samples/ and real/", "Left: generated. Right: a real training clip of the class, through the codec.", _samples),
+  ("Samples", "samples/ and real/", "Generated | a real training clip of the class (through the codec).", _samples),
   ("Losses", "metrics.jsonl", "The velocity error in training and on held-out clips.", _losses),
   (
     "Loss by timestep",
     "metrics.jsonl",
-    "A model that is no better than the linear predictor has learned no structure.",
+    "A model no better than the linear predictor has learned only channel statistics.",
     _buckets,
   ),
   ("Router in training", "metrics.jsonl", "Entropy 0 means decided heads; sparsity is 1 - density.", _router),

@@ -24,7 +24,7 @@ import av
 import numpy as np
 from tqdm import tqdm
 
-VERSION = 1  # Part of the marker: a change of any picture must render sets of older versions again.
+VERSION = 2  # Part of the marker: a change of any picture must render sets of older versions again.
 SHORT_EVERY = 16  # One clip in so many is shorter than 16 frames at stride 3, as some of UCF-101's are.
 TWO_PI = 2 * math.pi
 
@@ -74,7 +74,7 @@ def drifting_stripes(s, u, v, t):
 
 
 def swaying_stripes(s, u, v, t):
-  return _stripes(s, u, v, 0.07 * np.sin(TWO_PI * (s.speed * t + s.phase[1])))
+  return _stripes(s, u, v, 0.06 * np.sin(TWO_PI * (s.speed * t + s.phase[1])))
 
 
 def rotating_checker(s, u, v, t):
