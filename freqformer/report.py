@@ -230,7 +230,11 @@ def _buckets(workdir) -> str:
 
 def _router(workdir) -> str:
   rows = _rows(workdir, "train")
-  keys = {"router_entropy": "router entropy (nats)", "density": "density (scored pairs / n²)", "cost": "cost (computed pairs / n²)"}
+  keys = {
+    "router_entropy": "router entropy (nats)",
+    "density": "density (scored pairs / n²)",
+    "cost": "cost (computed pairs / n²)",
+  }
   keys = {k: label for k, label in keys.items() if len(_series(rows, k)[0])}
   if not keys:
     raise _Absent("no training line has router_entropy, density or cost.")
@@ -344,7 +348,12 @@ _SECTIONS = (  # title, file, one sentence, body
     "A model no better than the linear predictor has learned only channel statistics.",
     _buckets,
   ),
-  ("Router in training", "metrics.jsonl", "Entropy 0: heads are decided. Density is the chosen branches, cost all that ran.", _router),
+  (
+    "Router in training",
+    "metrics.jsonl",
+    "Entropy 0: heads are decided. Density is the chosen branches, cost all that ran.",
+    _router,
+  ),
   ("Routing", "routing.json", "Which branch each head is given, by timestep: t near 1 is noise, t near 0 is video.", _routing),
   ("Cost", "cost.json", "What attention costs, counted and, where a time is given, measured.", _cost),
   ("Evaluation", "evaluation.json", "How often a classifier of real clips recognises the class asked for.", _evaluation),
