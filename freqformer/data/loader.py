@@ -45,7 +45,7 @@ def val_batches(cache: LatentCache, batch_size: int, limit: int | None = None):
   """Yields batches in the cache's order, all of one size, with a `weight` `[b]` float32: 1, or 0 where the last is padded.
 
   Args:
-    limit: at most so many records, spread evenly over the cache (whose order is often by class); None takes all.
+    limit: at most so many records, spread evenly over the cache (whose order is often by class); None or 0 takes all.
   """
   _check(cache, batch_size)
   count = min(len(cache), limit) if limit else len(cache)

@@ -45,7 +45,7 @@ def write_cache(
   needed, free = _bytes_needed(config, split, len(listing.clips)), None
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_dead(path)
+    _remove_dead(path.parent)
     free = shutil.disk_usage(path.parent).free
     if needed > free:
       raise CacheError(_no_space(path, needed, free))
@@ -145,18 +145,22 @@ def _bytes_needed(config, split, clips) -> int:
 
 
 def _no_space(path, needed, free) -> str:
-  had = "" if free is None else f" and {free / 2**30:.2f} GiB were free before"
+  had = "" if free is None else f" and {_size(free)} were free before"
   return (
-    f"No space left in {str(path.parent)!r}: the cache {path.name} needs about {needed / 2**30:.2f} GiB{had};"
+    f"No space left in {str(path.parent)!r}: the cache {path.name} needs about {_size(needed)}{had};"
     " free some, or let data.cache name a folder on another disk."
   )
 
 
-def _remove_dead(path: pathlib.Path) -> None:
+def _size(count: int) -> str:
+  return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _remove_dead(parent: pathlib.Path) -> None:
   """Removes what processes of this machine that no longer live left half-written."""
-  prefix = f".{path.name}.{socket.gethostname()}-"
-  for folder in path.parent.glob(f"{prefix}*.partial"):
-    pid = folder.name.removeprefix(prefix).removesuffix(".partial")
+  mark = f".{socket.gethostname()}-"
+  for folder in parent.glob(f".*{mark}*.partial"):
+    pid = folder.name.removesuffix(".partial").rpartition(mark)[2]
     if pid.isdigit() and not _alive(int(pid)):
       shutil.rmtree(folder, ignore_errors=True)
 
