@@ -1,7 +1,7 @@
 """From clips to latents, side by side in threads, in order; and the file of records they go to.
 
-Threads, not processes: PyAV, Pillow and NumPy release the GIL in decoding, resizing and matmuls, and a spawned process costs
-a second of imports before its first clip.
+Threads, not processes: PyAV, Pillow and NumPy release the GIL in decoding, resizing and matmuls. On a busy 2-core machine 2
+threads did 20 clips of 320x240 a second and 2 spawned processes, their start included, 17; many cores were not measured.
 """
 
 import collections
