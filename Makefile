@@ -37,7 +37,7 @@ demo-compare: core
 	$(RUN) -m benchmarks.demo_compare
 
 test: setup
-	JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --dist=worksteal tests
+	JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --dist=loadgroup tests
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -13,12 +13,12 @@ import numpy as np
 from absl import flags, logging
 
 from freqformer import cli
+from freqformer.config_file import load_config
 from freqformer.data.cache import prepare
 from freqformer.data.render import render_ucf101
 from freqformer.experiment import experiment
 from freqformer.layer_cost import layer_rows
 from freqformer.report import write_report
-from freqformer.sweep import load_config
 from freqformer.video import write_mp4
 
 _ROOT = pathlib.Path(__file__).parent.parent

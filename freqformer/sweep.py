@@ -8,7 +8,6 @@ A config's `sweep()` yields flat overrides (`{"model.attention.freqformer.router
 """
 
 import hashlib
-import importlib.util
 import json
 import pathlib
 import signal
@@ -18,7 +17,8 @@ import sys
 from absl import flags, logging
 
 from freqformer import cli, metrics
-from freqformer.config import ConfigError, did_you_mean
+from freqformer.config import ConfigError
+from freqformer.config_file import check_keys, load_config
 from freqformer.preemption import StopRequest
 
 _ROOT = pathlib.Path(__file__).parent.parent
@@ -30,41 +30,6 @@ def trial_name(overrides: dict) -> str:
   safe = "".join(c if c.isalnum() or c in "=.-," else "_" for c in short)[:80]
   digest = hashlib.sha256(json.dumps(overrides, sort_keys=True, default=list).encode()).hexdigest()[:6]
   return f"{safe or 'default'}-{digest}"
-
-
-def load_config(path):
-  """The config module of a file.
-
-  Raises:
-    ConfigError: if the file, its `get_config` or its `sweep` is missing.
-  """
-  path = pathlib.Path(path)
-  if not path.is_file():
-    raise ConfigError(f"no config file {path}; name one of configs/*.py.")
-  spec = importlib.util.spec_from_file_location(path.stem, path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  for name in ("get_config", "sweep"):
-    if not hasattr(module, name):
-      raise ConfigError(f"{path} has no {name}(); a sweep needs a generator of flat overrides beside get_config.")
-  return module
-
-
-def check_overrides(config, overrides: dict):
-  """Raises ConfigError for a key that the config does not have."""
-  for key in overrides:
-    node = config
-    for part in key.split("."):
-      if not hasattr(node, "keys") or part not in node:
-        raise ConfigError(f"sweep() overrides {key!r}, which the config does not have; {did_you_mean(key, _dotted(config))}")
-      node = node[part]
-
-
-def _dotted(config, prefix=""):
-  for key, value in config.items():
-    yield prefix + key
-    if hasattr(value, "items"):
-      yield from _dotted(value, f"{prefix}{key}.")
 
 
 def result_of(workdir: pathlib.Path) -> dict | None:
@@ -115,10 +80,10 @@ def table(rows: list[dict]) -> str:
 
 def sweep(config_path, study, extra: dict, list_only: bool = False) -> list[dict]:
   """Runs (or goes on with) a study and returns its rows."""
-  module, study, rows = load_config(config_path), pathlib.Path(study), []
+  module, study, rows = load_config(config_path, ("get_config", "sweep")), pathlib.Path(study), []
   trials = [{**extra, **overrides} for overrides in module.sweep()]
   for overrides in trials:
-    check_overrides(module.get_config(), overrides)
+    check_keys(module.get_config(), overrides)
   study.mkdir(parents=True, exist_ok=True)
   empty = {"step": None, "val_loss": None}
   with StopRequest() as stop:

@@ -265,5 +265,6 @@ def test_refusals():
     AttentionDims(48, 5, 8)
   with pytest.raises(ValueError, match="must hold the own tile"):
     FreqFormer(mid_tiles=2, sink=2)
+  assert FreqFormer(allocation="(1, 2,3)").allocation == FreqFormer(allocation="1,2,3").allocation == (1, 2, 3)
   with pytest.raises(ValueError, match="three head counts"):
     FreqFormer(allocation="free")

@@ -8,6 +8,7 @@ training), each head appears once per branch in that same call and the outputs a
 """
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,8 @@ class FreqFormer(Method):
 
   Attributes:
     basis: the spectral basis and its cuts.
-    allocation: "routed", or head counts per band (low, mid, high) for a fixed assignment.
+    allocation: "routed", or head counts per band (low, mid, high) for a fixed assignment; "2,2,2" means (2, 2, 2), so that
+      a command line can override one with the other.
     mid_tiles: key tiles per query tile in the mid band, fixed ones included.
     sink: first tiles that every mid list holds.
     anchors: evenly spread frames whose tile at the same place every mid list holds.
@@ -65,6 +67,8 @@ class FreqFormer(Method):
   router: RouterConfig = RouterConfig()
 
   def __post_init__(self):
+    if isinstance(self.allocation, str) and (counts := re.fullmatch(r"\(?(\d+), ?(\d+), ?(\d+)\)?", self.allocation)):
+      object.__setattr__(self, "allocation", tuple(map(int, counts.groups())))
     if isinstance(self.allocation, str) and self.allocation != "routed":
       raise ValueError(f'{self.allocation=} must be "routed" or three head counts (low, mid, high).')
     if self.filter not in FILTERS or self.border not in BORDERS:

@@ -1,0 +1,299 @@
+"""Block-sparse attention against dense attention on the same machine in the same run.
+
+  python -m benchmarks.attention --device=cpu            # about 5 minutes on 2 cores; rows go to results/attention_cpu.json
+  python -m benchmarks.attention --device=cpu --quick    # small shapes, no rows
+
+The competitors take turns, so that drift cancels in the ratios. The dense competitor is a loop over chunks of queries in
+plain JAX, at the best of several chunk sizes and forms; `jax.nn.dot_product_attention` runs as it comes. Goals that are
+missed are printed and stored as missed, beside the floor that the machine's own matmuls set.
+"""
+
+import dataclasses
+import functools
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+
+import freqformer.methods.freqformer as freqformer_module
+from benchmarks import rows, timing
+from benchmarks.arg_specs import SPECS, AttentionSpec
+from benchmarks.competitors import call, dense_calls, gradients, sparse, tile_matmuls
+from freqformer.cost import BACKWARD_OVER_FORWARD, attention_cost
+from freqformer.methods.base import Cond, Projected
+from freqformer.methods.freqformer import FreqFormer
+from freqformer.rotary import rotate
+from kernels.block_mask import dense_mask
+
+_DEVICE = flags.DEFINE_enum("device", "cpu", ["cpu"], "Where to measure.")
+_QUICK = flags.DEFINE_bool("quick", False, "Small shapes and few repeats; writes no rows.")
+_MEMORY_OF = flags.DEFINE_enum("memory_of", None, ["forward", "backward"], "Only run this once and print its peak memory.")
+_SPEC = flags.DEFINE_enum("spec", "cpu_64k", sorted(SPECS), "The shape of --memory_of.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What one run measures.
+
+  Attributes:
+    base: the shape of the comparisons.
+    large: the shape of the scaling and memory rows.
+    chunks: query rows per step that the dense loop may choose from.
+    rounds: turns of every competitor.
+    methods: FreqFormer configurations by name, with the block size that each runs at.
+    goals: whether the goals are for these shapes.
+  """
+
+  base: AttentionSpec
+  large: AttentionSpec
+  chunks: tuple[int, ...]
+  rounds: int
+  methods: tuple[tuple[str, int, FreqFormer], ...]
+  goals: bool = False
+
+
+FULL = Run(
+  SPECS["cpu_16k"],
+  SPECS["cpu_64k"],
+  (128, 256, 512, 1024),
+  7,
+  (
+    ("block64", 64, FreqFormer(allocation=(1, 1, 2), mid_tiles=16)),
+    ("block128", 128, FreqFormer(allocation=(1, 1, 2), mid_tiles=8)),
+  ),
+  goals=True,
+)
+QUICK = Run(SPECS["cpu_1k"], SPECS["cpu_4k"], (128, 256), 2, (("block64", 64, FreqFormer(allocation=(0, 1, 1), mid_tiles=4)),))
+
+
+# ---- measurements --------------------------------------------------------------------------------------------------------
+
+
+def goal_row(name: str, value: float, goal: str | None, **fields) -> dict:
+  """A row with its goal ("`>= 14`", "`<= 4.5`") and whether it was met; None: no goal."""
+  met = None
+  if goal is not None:
+    relation, bound = goal.split()
+    met = bool(value >= float(bound) if relation == ">=" else value <= float(bound))
+  logging.info("%s: %.4g", name, value)
+  return {"name": name, "value": value, "goal": goal, "met": met, **fields}
+
+
+def measure_forward(run: Run) -> list[dict]:
+  """Sparse against the best dense loop, against `dot_product_attention`, and what the machine's matmuls allow."""
+  spec, (q, k, v) = run.base, run.base.inputs()
+  mask = spec.mask()
+  loops = dense_calls(run.chunks, (q, k, v))
+  best = timing.fastest(loops)
+  square = jnp.ones((2048, 2048), q.dtype)
+  everything = dense_mask(q.shape[1], q.shape[1], spec.block, spec.block)
+  t = timing.interleave(
+    {
+      "sparse": call(sparse, q, k, v, mask),
+      "loop": loops[best],
+      "dense_mode": call(sparse, q, k, v, everything),
+      "dot_product_attention": call(jax.nn.dot_product_attention, q, k, v),
+      "matmul": call(jnp.matmul, square, square),
+      "tile_matmuls": call(functools.partial(tile_matmuls, keys=spec.keys, block=spec.block), q, k, v),
+    },
+    run.rounds,
+  )
+  flops = attention_cost(float(mask.pairs().sum()), spec.head_dim).attention_flops
+  gflops = 2 * 2048**3 / t["matmul"].median / 1e9
+  floors = {
+    "flops": flops,
+    "matmul_gflops": gflops,
+    "floor_s": flops / gflops / 1e9,
+    "tile_matmuls_s": t["tile_matmuls"].median,
+    "tile_matmul_gflops": flops / t["tile_matmuls"].median / 1e9,
+  }
+  density = float(np.mean(mask.density()))
+  against = lambda name: {"sparse": t["sparse"].row(), "against": t[name].row(), "density": density}
+  ratio = lambda name: t[name].median / t["sparse"].median
+  bound = lambda name: {"largest_possible": t[name].median / floors["floor_s"]}
+  return [
+    goal_row(
+      f"forward_vs_dense_loop_{spec.name}", ratio("loop"), ">= 14", unit="x", form=best, **against("loop"), **bound("loop")
+    ),
+    goal_row(
+      f"forward_vs_dot_product_attention_{spec.name}",
+      ratio("dot_product_attention"),
+      ">= 60",
+      unit="x",
+      **against("dot_product_attention"),
+      **bound("dot_product_attention"),
+    ),
+    goal_row(f"forward_over_floor_{spec.name}", t["sparse"].median / floors["floor_s"], None, unit="x", **floors),
+    goal_row(
+      f"dense_mode_vs_dense_loop_{spec.name}",
+      t["loop"].median / t["dense_mode"].median,
+      None,
+      unit="x",
+      form=best,
+      dense_mode=t["dense_mode"].row(),
+      against=t["loop"].row(),
+    ),
+  ]
+
+
+def measure_backward(run: Run) -> list[dict]:
+  """Forward and backward together, against the dense loop's own with each chunk rematerialised."""
+  spec, (q, k, v, d_out) = run.base, run.base.inputs(4)
+  mask = spec.mask()
+  loops = dense_calls(run.chunks, (d_out, q, k, v), gradients, remat=True)
+  best = timing.fastest(loops, 1)
+  calls = {"sparse": call(gradients(sparse), d_out, q, k, v, mask), "loop": loops[best]}
+  t = timing.interleave(calls, max(2, run.rounds // 2))
+  return [
+    goal_row(
+      f"forward_backward_vs_dense_loop_{spec.name}",
+      t["loop"].median / t["sparse"].median,
+      ">= 8",
+      unit="x",
+      form=best,
+      sparse=t["sparse"].row(),
+      against=t["loop"].row(),
+      flops=(1 + BACKWARD_OVER_FORWARD) * attention_cost(float(mask.pairs().sum()), spec.head_dim).attention_flops,
+    )
+  ]
+
+
+def measure_scaling(run: Run) -> list[dict]:
+  """Time at four times the tokens, keys per query unchanged: linear would be 4."""
+  calls = {s.name: call(sparse, *s.inputs(), s.mask()) for s in (run.base, run.large)}
+  t = timing.interleave(calls, run.rounds)
+  small, large = t[run.base.name], t[run.large.name]
+  name = f"time_{run.large.name}_over_{run.base.name}"
+  return [goal_row(name, large.median / small.median, "<= 4.5", unit="x", small=small.row(), large=large.row())]
+
+
+def measure_memory(run: Run) -> list[dict]:
+  """Peak resident memory of a process that does nothing but one call at the large shape, interpreter and inputs included."""
+  found = []
+  for what, bound in (("forward", "<= 2"), ("backward", "<= 3")):
+    arguments = ["-m", "benchmarks.attention", f"--memory_of={what}", f"--spec={run.large.name}"]
+    found.append(goal_row(f"peak_memory_{what}_{run.large.name}", int(timing.in_child(arguments)) / 1e9, bound, unit="GB"))
+  return found
+
+
+def print_memory(spec: AttentionSpec, what: str):
+  """The child of `measure_memory`."""
+  q, k, v, d_out = spec.inputs(4)
+  run = call(sparse, q, k, v, spec.mask()) if what == "forward" else call(gradients(sparse), d_out, q, k, v, spec.mask())
+  jax.block_until_ready(run())
+  print(timing.peak_rss())
+
+
+# ---- FreqFormer ----------------------------------------------------------------------------------------------------------
+
+
+def freqformer_forward(method: FreqFormer, q, k, v, arrays, tables):
+  """The method as a layer runs it, between the projections: `[b, n_buffer, h, d]`; rotary included, QK-norm not."""
+  cond = Cond(jnp.zeros(q.shape[0]), jnp.zeros((q.shape[0], 1)))
+  out, _, aux = method(None, Projected(q, k, v, rotate, rotate, arrays), cond, tables, {})
+  return out, aux["density"]
+
+
+def freqformer_without_attention(method: FreqFormer, *args):
+  """All of `freqformer_forward` but the attention call: what is left is selection, packing, compression and lift.
+
+  Returns:
+    the arguments that attention would have got (q, k, v, mask), so that they are computed, and the output.
+  """
+  taken = []
+
+  def stand_in(q, k, v, mask, **_):
+    taken.append((q, k, v, mask))
+    return v, None
+
+  with mock.patch.object(freqformer_module, "attention", stand_in):
+    out, _ = freqformer_forward(method, *args)
+  return taken[0], out
+
+
+def _rotated(f):
+  return lambda q, k, v, positions: f(rotate(q, positions), rotate(k, positions), v)
+
+
+def measure_freqformer(run: Run) -> list[dict]:
+  """FreqFormer with heads dealt by hand, on its own tables and buffer, against rotary and the same dense loop."""
+  found = []
+  for name, block, method in run.methods:
+    spec = dataclasses.replace(run.base, block=block)
+    layout, (q, k, v) = spec.layout, spec.inputs()
+    arrays, tables = layout.arrays(), method.tables(layout)
+    loops = dense_calls(run.chunks, (q, k, v, arrays.positions), _rotated)
+    best = timing.fastest(loops)
+    around = call(functools.partial(freqformer_without_attention, method), q, k, v, arrays, tables)
+    handed_over, _ = around()
+    whole = call(functools.partial(freqformer_forward, method), q, k, v, arrays, tables)
+    calls = {"whole": whole, "around": around, "attention": call(sparse, *handed_over), "loop": loops[best]}
+    t = timing.interleave(calls, run.rounds)
+    density = float(np.mean(np.asarray(whole()[1])))
+    speedup = t["loop"].median / t["whole"].median
+    found.append(
+      goal_row(
+        f"freqformer_{name}_vs_dense_loop_{spec.name}",
+        speedup,
+        None,
+        unit="x",
+        density=density,
+        retained=speedup * density,
+        allocation=method.allocation,
+        form=best,
+        whole=t["whole"].row(),
+        selection_and_transforms=t["around"].row(),
+        attention_alone=t["attention"].row(),
+        against=t["loop"].row(),
+      )
+    )
+  return found
+
+
+# ---- the run -------------------------------------------------------------------------------------------------------------
+
+
+def measure(run: Run, memory: bool = True) -> list[dict]:
+  """All rows of a run."""
+  found = measure_memory(run) if memory else []
+  for part in (measure_forward, measure_backward, measure_scaling, measure_freqformer):
+    found += part(run)
+  return found if run.goals else [row | {"goal": None, "met": None} for row in found]
+
+
+def table(found: list[dict]) -> str:
+  """The rows for people: name, value, goal, met."""
+  lines = [f"{'measurement':<52} {'value':>9}  {'goal':>8}  met"]
+  for row in found:
+    met = {None: "-", True: "yes", False: "NO"}[row["met"]]
+    lines.append(f"{row['name']:<52} {row['value']:>7.3g} {row['unit']:<2} {row['goal'] or '-':>8}  {met}")
+    notes = [f"{key} {row[key]:.3g}" for key in _NOTES if key in row]
+    notes += [f"best dense form: {row['form']}"] if "form" in row else []
+    times = [f"{key} {value['median_s']:.3g} s" for key, value in row.items() if isinstance(value, dict)]
+    lines += [f"    {', '.join(times + notes)}"] if times or notes else []
+  return "\n".join(lines)
+
+
+_NOTES = ("density", "retained", "largest_possible", "floor_s", "matmul_gflops", "tile_matmuls_s", "tile_matmul_gflops")
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f"unknown arguments {argv[1:]}")
+  jax.config.update("jax_platforms", _DEVICE.value)
+  if _MEMORY_OF.value:
+    print_memory(SPECS[_SPEC.value], _MEMORY_OF.value)
+    return
+  logging.set_verbosity(logging.INFO)
+  command = f"python -m benchmarks.attention --device={_DEVICE.value}" + (" --quick" if _QUICK.value else "")
+  context = rows.context(command)  # asked before the run: the commit that is measured
+  found = measure(QUICK if _QUICK.value else FULL)
+  print(table(found))
+  if not _QUICK.value:
+    rows.write_rows(f"attention_{_DEVICE.value}", [row | context for row in found], command)
+
+
+if __name__ == "__main__":
+  app.run(main)

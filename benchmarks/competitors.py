@@ -1,0 +1,76 @@
+"""What block-sparse attention is measured against: dense attention in plain JAX, and bare matmuls as a floor."""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from kernels.attention import attention
+
+
+def sparse(q, k, v, mask):
+  """`[b, n, h, d]`: the block-sparse call under test."""
+  return attention(q, k, v, mask)[0]
+
+
+def dense_loop(q, k, v, chunk: int, late: bool = False, remat: bool = False):
+  """Dense attention over chunks of queries, all heads at once: what one writes to keep the score matrix small.
+
+  Args:
+    q, k, v: `[b, n, h, d]`, n divisible by `chunk`.
+    chunk: query rows per step.
+    late: divide by the softmax's sum after the second matmul, not before.
+    remat: recompute each chunk's scores in the backward pass instead of keeping them.
+  """
+  b, n, h, d = q.shape
+  keys, values = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+
+  def rows_of(queries):
+    scores = jnp.einsum("bhid,bhjd->bhij", queries, keys)
+    if not late:
+      return jnp.einsum("bhij,bhjd->bhid", jax.nn.softmax(scores, axis=-1), values)
+    p = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    return jnp.einsum("bhij,bhjd->bhid", p, values) / p.sum(-1, keepdims=True)
+
+  queries = (q / math.sqrt(d)).reshape(b, -1, chunk, h, d).transpose(1, 0, 3, 2, 4)
+  out = jax.lax.map(jax.checkpoint(rows_of) if remat else rows_of, queries)
+  return out.transpose(1, 0, 3, 2, 4).reshape(b, n, h, d)
+
+
+def tile_matmuls(q, k, v, keys: int, block: int):
+  """The two matmuls of block-sparse attention and nothing else: no lists, gather, softmax or mask. A floor for the backend."""
+  b, n, h, d = q.shape
+  group = math.gcd(8, b * h * n // block)
+  q, k, v = (x.transpose(0, 2, 1, 3).reshape(-1, d) for x in (q, k, v))
+  k, v = (jnp.broadcast_to(x[:keys], (group, keys, d)) for x in (k, v))
+
+  def step(rows):
+    scores = jax.lax.optimization_barrier(jnp.einsum("gid,gjd->gij", rows, k))
+    return jnp.einsum("gij,gjd->gid", scores, v)
+
+  return jax.lax.map(step, q.reshape(-1, group, block, d))
+
+
+def gradients(f: Callable) -> Callable:
+  """Forward and backward of `f(q, k, v, *rest)` for a given cotangent: (dq, dk, dv)."""
+
+  def run(d_out, q, k, v, *rest):
+    out, vjp = jax.vjp(lambda q, k, v: f(q, k, v, *rest), q, k, v)
+    return out, vjp(d_out.astype(out.dtype))
+
+  return run
+
+
+def call(f: Callable, *args) -> Callable:
+  """`f` compiled, its arguments passed at every call: nothing can be folded into constants."""
+  compiled = jax.jit(f)
+  return lambda: compiled(*args)
+
+
+def dense_calls(chunks: tuple[int, ...], args, wrap=lambda f: f, **kwargs) -> dict[str, Callable]:
+  """Every form of the dense loop, to choose the fastest from; `wrap` makes `f(*args)` of `f(q, k, v)`."""
+  forms = [(c, late) for c in chunks for late in (False, True)]
+  name = lambda c, late: f"chunk {c}{', late division' if late else ''}"
+  return {name(c, late): call(wrap(functools.partial(dense_loop, chunk=c, late=late, **kwargs)), *args) for c, late in forms}

@@ -1,0 +1,56 @@
+"""Results as rows of JSON: every figure with the command, machine, versions and commit that produced it."""
+
+import datetime
+import json
+import os
+import pathlib
+import platform
+import subprocess
+
+import jax
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+# What every row holds; the benchmark adds its own fields.
+CONTEXT_FIELDS = ("command", "device", "cpu", "jax", "python", "commit", "date")
+
+
+def context(command: str) -> dict[str, str]:
+  """Where and with what a row is measured; asked once, when the run starts."""
+  return {
+    "command": command,
+    "device": jax.devices()[0].device_kind,
+    "cpu": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+    "jax": jax.__version__,
+    "python": platform.python_version(),
+    "commit": _commit(),
+    "date": datetime.date.today().isoformat(),
+  }
+
+
+def write_rows(benchmark: str, rows: list[dict], command: str, folder: pathlib.Path = RESULTS) -> pathlib.Path:
+  """Adds rows to `<folder>/<benchmark>.json`; a row replaces the one of the same name, the others stay.
+
+  Args:
+    benchmark: name of the file.
+    rows: each with a `name` and what was measured; context fields that a row already has are kept.
+    command: what produces them.
+    folder: where results lie.
+  """
+  here = context(command)
+  path = pathlib.Path(folder) / f"{benchmark}.json"
+  merged = {row["name"]: row for row in (json.loads(path.read_text()) if path.exists() else [])}
+  merged |= {row["name"]: here | row for row in rows}
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(list(merged.values()), indent=1) + "\n")
+  return path
+
+
+def _commit() -> str:
+  """The short commit, marked where code that could matter differs from it; "unknown" outside a checkout."""
+  git = lambda *args: subprocess.run(["git", *args], capture_output=True, text=True, check=True, cwd=RESULTS.parent.parent)
+  try:
+    commit = git("rev-parse", "--short", "HEAD").stdout.strip()
+    changed = git("status", "--porcelain", "--untracked-files=no", "kernels", "freqformer", "benchmarks/*.py").stdout.strip()
+  except (OSError, subprocess.CalledProcessError):
+    return "unknown"
+  return commit + ("+changes" if changed else "")

@@ -1,0 +1,95 @@
+"""Time and memory of calls: medians of interleaved repeats, and the peak of a process of its own."""
+
+import dataclasses
+import os
+import pathlib
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+  """Wall times of one call, in seconds; each call is waited for."""
+
+  times: tuple[float, ...]
+
+  @property
+  def median(self) -> float:
+    return float(np.median(self.times))
+
+  @property
+  def p10(self) -> float:
+    return float(np.percentile(self.times, 10))
+
+  @property
+  def p90(self) -> float:
+    return float(np.percentile(self.times, 90))
+
+  def row(self) -> dict[str, float | int]:
+    """The fields of a results row."""
+    return {"median_s": self.median, "p10_s": self.p10, "p90_s": self.p90, "calls": len(self.times)}
+
+
+def interleave(calls: Mapping[str, Callable], rounds: int, slice_s: float = 0.5) -> dict[str, Timing]:
+  """Times competitors in turn, A B C A B C, so that a machine that slows down slows them all.
+
+  A fast call is repeated within its turn for about `slice_s`, so that it is not judged by `rounds` samples only.
+
+  Args:
+    calls: functions without arguments that return JAX arrays; compiled and warmed up here.
+    rounds: turns of each.
+  """
+  repeats = {}
+  for name, call in calls.items():
+    jax.block_until_ready(call())
+    repeats[name] = int(np.clip(slice_s / _timed(call), 1, 20))
+  times = {name: [] for name in calls}
+  for _ in range(rounds):
+    for name, call in calls.items():
+      times[name] += [_timed(call) for _ in range(repeats[name])]
+  return {name: Timing(tuple(t)) for name, t in times.items()}
+
+
+def _timed(call):
+  start = time.perf_counter()
+  jax.block_until_ready(call())
+  return time.perf_counter() - start
+
+
+def fastest(calls: Mapping[str, Callable], rounds: int = 2) -> str:
+  """The name of the call with the smallest time: picks the best form of a competitor before the race."""
+  timings = interleave(calls, rounds, slice_s=0.0)
+  return min(timings, key=lambda name: min(timings[name].times))
+
+
+def peak_rss() -> int:
+  """Bytes of resident memory this process has reached.
+
+  Linux keeps `ru_maxrss` across exec, so a child would report its parent's memory; VmHWM starts with the program.
+  """
+  if os.path.exists("/proc/self/status"):
+    with open("/proc/self/status") as f:
+      for line in f:
+        if line.startswith("VmHWM:"):
+          return int(line.split()[1]) * 1024
+  unit = 1 if sys.platform == "darwin" else 1024
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def in_child(arguments: list[str]) -> str:
+  """Runs this Python with `arguments` in the repository's root and returns the last line that it prints.
+
+  Raises:
+    RuntimeError: if it fails, with what it said.
+  """
+  root = pathlib.Path(__file__).parent.parent
+  done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, cwd=root)
+  if done.returncode:
+    raise RuntimeError(f"python {' '.join(arguments)} failed with {done.returncode}: {done.stderr[-2000:]}")
+  return done.stdout.strip().splitlines()[-1]
