@@ -1,12 +1,14 @@
 """What block-sparse attention is measured against: dense attention in plain JAX, and bare matmuls as a floor."""
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
 
+from benchmarks import timing
 from kernels.attention import attention
 
 
@@ -69,8 +71,22 @@ def call(f: Callable, *args) -> Callable:
   return lambda: compiled(*args)
 
 
-def dense_calls(chunks: tuple[int, ...], args, wrap=lambda f: f, **kwargs) -> dict[str, Callable]:
-  """Every form of the dense loop, to choose the fastest from; `wrap` makes `f(*args)` of `f(q, k, v)`."""
-  forms = [(c, late) for c in chunks for late in (False, True)]
-  name = lambda c, late: f"chunk {c}{', late division' if late else ''}"
-  return {name(c, late): call(wrap(functools.partial(dense_loop, chunk=c, late=late, **kwargs)), *args) for c, late in forms}
+@dataclasses.dataclass(frozen=True)
+class DenseForm:
+  """One way to write the dense loop, see `dense_loop`."""
+
+  chunk: int
+  late: bool
+
+  def __str__(self):
+    return f"chunk {self.chunk}, {'late division' if self.late else 'jax.nn.softmax'}"
+
+  def call(self, args, wrap=lambda f: f, remat: bool = False) -> Callable:
+    """The compiled loop on `args`; `wrap` makes `f(*args)` of `f(q, k, v)`."""
+    return call(wrap(functools.partial(dense_loop, chunk=self.chunk, late=self.late, remat=remat)), *args)
+
+
+def fastest(forms: Iterable[DenseForm], args, wrap=lambda f: f, remat: bool = False) -> DenseForm:
+  """The form that takes least time: the competitor is chosen before the race, at its best."""
+  times = timing.interleave({form: form.call(args, wrap, remat) for form in forms}, rounds=1, slice_s=0)
+  return min(times, key=lambda form: times[form].median)

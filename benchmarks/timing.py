@@ -39,16 +39,15 @@ class Timing:
 def interleave(calls: Mapping[str, Callable], rounds: int, slice_s: float = 0.5) -> dict[str, Timing]:
   """Times competitors in turn, A B C A B C, so that a machine that slows down slows them all.
 
-  A fast call is repeated within its turn for about `slice_s`, so that it is not judged by `rounds` samples only.
-
   Args:
     calls: functions without arguments that return JAX arrays; compiled and warmed up here.
     rounds: turns of each.
+    slice_s: a fast call is repeated within its turn for about so long; 0: one call per turn.
   """
   repeats = {}
   for name, call in calls.items():
     jax.block_until_ready(call())
-    repeats[name] = int(np.clip(slice_s / _timed(call), 1, 20))
+    repeats[name] = int(np.clip(slice_s / _timed(call), 1, 20)) if slice_s else 1
   times = {name: [] for name in calls}
   for _ in range(rounds):
     for name, call in calls.items():
@@ -60,12 +59,6 @@ def _timed(call):
   start = time.perf_counter()
   jax.block_until_ready(call())
   return time.perf_counter() - start
-
-
-def fastest(calls: Mapping[str, Callable], rounds: int = 2) -> str:
-  """The name of the call with the smallest time: picks the best form of a competitor before the race."""
-  timings = interleave(calls, rounds, slice_s=0.0)
-  return min(timings, key=lambda name: min(timings[name].times))
 
 
 def peak_rss() -> int:

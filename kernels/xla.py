@@ -7,7 +7,7 @@ larger than one group's chunk, ever exists.
 
 Masking is done by the matmul. Keys carry one more column: 0 (or the tile's bias) in valid rows and `_HIDDEN` in padding rows;
 queries carry a 1 there. Slots behind a list's count read one more tile, hidden as a whole. Scores thus arrive masked, and
-the passes over them, which cost as much as a matmul would, are a maximum and an exponential and nothing else.
+the passes over them are a maximum and an exponential, nothing else.
 """
 
 import dataclasses

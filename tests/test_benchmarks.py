@@ -21,6 +21,7 @@ RUN = benchmark.Run(
   TINY,
   dataclasses.replace(TINY, name="tiny_large", grid=(4, 16, 8)),
   (64,),
+  (64,),
   1,
   (("tiny", 32, FreqFormer(allocation=(0, 1, 1), mid_tiles=2)),),
 )
@@ -28,7 +29,7 @@ RUN = benchmark.Run(
 
 def test_rows_of_a_run(tmp_path):
   found = benchmark.measure(RUN, memory=False)
-  assert len({row["name"] for row in found}) == len(found) == 7
+  assert len({row["name"] for row in found}) == len(found) == 8
   for row in found:
     assert set(row) >= {"name", "value", "unit", "goal", "met"}
     assert np.isfinite(row["value"]) and row["value"] > 0
