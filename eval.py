@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
 from flax import nnx
-from freqformer.video import grid, grid_png, write_mp4
 
 from freqformer import cli
 from freqformer.config import ConfigError, did_you_mean
 from freqformer.cost import model_cost
 from freqformer.restore import restore_model
 from freqformer.sampling import SampleConfig, make_step, sample
+from freqformer.video import grid, grid_png, write_mp4
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run to sample from.", required=True)
 _STEP = flags.DEFINE_integer("checkpoint", None, "Step of the checkpoint; default the newest.")

@@ -14,13 +14,13 @@ import jax
 import numpy as np
 from absl import flags, logging
 from flax import nnx
-from freqformer.data.cache import prepare
-from freqformer.data.loader import train_iterator, val_batches
 from ml_collections import config_flags
 from tqdm import tqdm
 
 from freqformer import cli
 from freqformer.checkpoint import Checkpoints, git_revision, versions
+from freqformer.data.cache import prepare
+from freqformer.data.loader import train_iterator, val_batches
 from freqformer.dit import VideoDiT, make_tables
 from freqformer.dry_run import describe
 from freqformer.experiment import experiment

@@ -93,10 +93,10 @@ def get_config():
       label_dropout=0.1,
       time_sampling="uniform",
       log_every=10,
-      val_every=275,
+      val_every=250,
       val_batches=4,
       val_soft=True,
-      checkpoint_every=275,
+      checkpoint_every=250,
       keep=2,
     )
   )
