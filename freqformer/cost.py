@@ -42,7 +42,7 @@ def attention_cost(pairs: float, head_dim: int) -> Cost:
   return Cost(attention_flops=4.0 * float(pairs) * head_dim)
 
 
-def model_cost(config, latent_shape, allocations=None) -> Cost:
+def model_cost(config, latent_shape, allocations=None, training: bool = False) -> Cost:
   """Forward of a whole `VideoDiT` for one sample.
 
   Counted: attention as the methods count it; per layer 8 n D^2 (q, k, v and out projections), 4 n D H (MLP of hidden width
@@ -51,12 +51,15 @@ def model_cost(config, latent_shape, allocations=None) -> Cost:
   Args:
     config: a `ModelConfig`; latent_shape: `(t, y, x, c)`.
     allocations: share of heads per branch for every run of layers, or None for each method's own expectation.
+    training: count every branch of every head where training runs them all (soft and straight-through routing).
   """
   layout, width = config.layout(latent_shape), config.width
   total, n = Cost(), layout.n
   for i, (count, method) in enumerate(config.runs()):
     allocation = None if allocations is None else allocations[i]
-    layer = method.cost(layout, config.heads, config.dims.head_dim, allocation)
+    every = len(method.branches) if training and method.trains_all_branches else 0
+    layer = method.cost(layout, config.heads, config.dims.head_dim, (1,) * every or allocation)
+    layer = Cost(layer.attention_flops * max(every, 1), layer.linear_flops)
     dense = 8.0 * n * width**2 + 4.0 * n * width * int(width * config.mlp_ratio) + 12.0 * width**2
     total = total + (layer + Cost(linear_flops=dense)).scaled(count)
   patch = latent_shape[3] * config.patch[0] * config.patch[1] * config.patch[2]

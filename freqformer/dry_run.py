@@ -34,7 +34,8 @@ def describe(experiment: Experiment, classes: int = 101) -> str:
   step = make_train_step(graphdef, train, classes).lower(state, batch, make_tables(model, shape)).compile()
   memory = step.memory_analysis()
   cost, dense = model_cost(model, shape), model_cost(model.with_method("dense"), shape)
-  flops = cost.linear_flops * 3 + cost.attention_flops * (1 + BACKWARD_OVER_FORWARD)
+  step_cost = model_cost(model, shape, training=True)
+  flops = step_cost.linear_flops * 3 + step_cost.attention_flops * (1 + BACKWARD_OVER_FORWARD)
   rows = [
     ("video", f"{data.frames} frames {data.resolution[0]}x{data.resolution[1]}, stride {data.stride}"),
     ("latents", "x".join(map(str, shape)) + f" (codec {data.codec.name})"),

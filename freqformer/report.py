@@ -7,31 +7,16 @@ Each section reads one file of the run and says which; a section whose file is a
 
 import base64
 import html
-import io
 import json
 import pathlib
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from freqformer.metrics import read
+from freqformer.report_page import STYLE, Absent, facts, image, metric_rows, panels, read_json, table
 
 _COLOURS = ("#3b6fb6", "#e0a030", "#b5483f", "#4f8f5b", "#7a5ca8", "#6b7280")
 _MAX_CLASSES = 24  # Videos are embedded: all of UCF-101's classes would make a page of tens of megabytes.
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1f2937; background: #fff; max-width: 1000px; margin: 2em auto }
-h1 { font-size: 1.6em } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 1px solid #e5e7eb }
-table { border-collapse: collapse; margin: 0.8em 0 } td, th { padding: 0.2em 1.2em 0.2em 0; text-align: left }
-tr + tr td { border-top: 1px solid #f0f0f0 } .n { text-align: right; font-variant-numeric: tabular-nums }
-img { max-width: 100%; display: block } video { width: 192px; border-radius: 4px; display: block }
-.file, figcaption { color: #6b7280; font-size: 0.85em } .absent { color: #6b7280; font-style: italic }
-.clips { display: grid; grid-template-columns: repeat(auto-fill, minmax(400px, 1fr)); gap: 1em }
-.pair { display: flex; gap: 6px } figure { margin: 0 } pre { background: #f9fafb; padding: 1em; overflow: auto }
-"""
-
-
-class _Absent(Exception):
-  """A section cannot be shown; the message says why and is shown instead."""
 
 
 def write_report(workdir) -> pathlib.Path:
@@ -48,7 +33,7 @@ def write_report(workdir) -> pathlib.Path:
   sections = "\n".join(_section(workdir, *row) for row in _SECTIONS)
   name = html.escape(workdir.resolve().name)
   page = (
-    f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title><style>{_STYLE}</style></head>'
+    f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title><style>{STYLE}</style></head>'
     f"<body><h1>FreqFormer run: {name}</h1>\n{sections}\n</body></html>\n"
   )
   path = workdir / "report.html"
@@ -60,78 +45,15 @@ def _section(workdir, title, source, intro, body) -> str:
   """A heading, one sentence, the file it comes from, and the body or why there is none."""
   try:
     inner = body(workdir)
-  except _Absent as reason:
+  except Absent as reason:
     inner = f'<p class="absent">Not shown: {html.escape(str(reason))}</p>'
   except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:  # A foreign or half-written file.
     inner = f'<p class="absent">Not shown: {source} has another form than expected ({html.escape(repr(error))}).</p>'
   return f'<section><h2>{title}</h2><p>{intro}</p>{inner}<p class="file">From {source}.</p></section>'
 
 
-def _read(workdir, name):
-  path = workdir / name
-  if not path.exists():
-    raise _Absent(f"this run has no {name}.")
-  try:
-    return json.loads(path.read_text())
-  except json.JSONDecodeError as error:
-    raise _Absent(f"{name} is not valid JSON ({error}).") from error
-
-
-def _rows(workdir, kind: str) -> list[dict]:
-  """Lines of metrics.jsonl of a kind: train, val or val_soft."""
-  path = workdir / "metrics.jsonl"
-  if not path.exists():
-    raise _Absent("this run has no metrics.jsonl.")
-  return [row for row in read(path) if row.get("kind") == kind]
-
-
-def _facts(rows) -> str:
-  """A table of names and values, left-aligned: the values have no common unit to line up."""
-  return _table([], [(name, _text(value)) for name, value in rows])
-
-
-def _text(value) -> str:
-  if value is None:
-    return "–"
-  if isinstance(value, float):
-    return f"{value:,.0f}" if abs(value) >= 1e4 and value < 1e9 else f"{value:.4g}"
-  return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-def _table(head, rows) -> str:
-  """An HTML table; numbers are right-aligned, None is a dash."""
-
-  def cell(value, tag="td", number=False):
-    number = number or isinstance(value, int | float)
-    return f"<{tag}{' class=n' if number else ''}>{html.escape(_text(value))}</{tag}>"
-
-  numeric = [any(isinstance(r[i], int | float) for r in rows) for i in range(len(head))]
-  top = "".join(cell(h, "th", n) for h, n in zip(head, numeric, strict=True))
-  return (
-    "<table>" + (f"<tr>{top}</tr>" if head else "") + "".join(f"<tr>{''.join(map(cell, r))}</tr>" for r in rows) + "</table>"
-  )
-
-
-def _image(figure: Figure, alt: str) -> str:
-  data = io.BytesIO()
-  figure.savefig(data, format="png", dpi=160, bbox_inches="tight")
-  width = round(100 * figure.get_figwidth())
-  return (
-    f'<img alt="{html.escape(alt)}" width="{width}" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
-  )
-
-
-def _panels(count: int, width: float = 9.5, height: float = 3.0):
-  """A figure with panels side by side, without the frame's right and upper line."""
-  figure = Figure(figsize=(width, height), layout="constrained")
-  axes = figure.subplots(1, count, squeeze=False)[0]
-  for axis in axes:
-    axis.spines[["top", "right"]].set_visible(False)
-  return figure, axes
-
-
 def _run_table(workdir) -> str:
-  run = _read(workdir, "run.json")
+  run = read_json(workdir, "run.json")
   rows = [(n, run[k]) for k, n in (("method", "attention method"), ("device", "device"), ("git", "git revision")) if k in run]
   rows += [
     (n, int(run[k])) for k, n in (("params", "parameters"), ("tokens", "tokens per clip"), ("tiles", "tiles")) if k in run
@@ -143,13 +65,13 @@ def _run_table(workdir) -> str:
   rows += [("versions", ", ".join(f"{k} {v}" for k, v in run.get("versions", {}).items()))]
   if run.get("finished") is False:
     rows.insert(0, ("state", "training has not finished"))
-  return _facts(rows)
+  return facts(rows)
 
 
 def _samples(workdir) -> str:
   names = sorted(p.stem for p in (workdir / "samples").glob("*.mp4"))
   if not names:
-    raise _Absent("this run has no samples/*.mp4.")
+    raise Absent("this run has no samples/*.mp4.")
 
   def video(folder, name, caption):
     path = workdir / folder / f"{name}.mp4"
@@ -165,9 +87,9 @@ def _samples(workdir) -> str:
   )
   more = f"<p>{len(names) - _MAX_CLASSES} further classes are in samples/.</p>" if len(names) > _MAX_CLASSES else ""
   facts = workdir / "samples" / "sampling.json"
-  plain = [(k.replace("_", " "), v) for k, v in _read(workdir, "samples/sampling.json").items()] if facts.exists() else []
+  plain = [(k.replace("_", " "), v) for k, v in read_json(workdir, "samples/sampling.json").items()] if facts.exists() else []
   plain = [(k, v) for k, v in plain if isinstance(v, int | float | str)]
-  details = f"<details><summary>How they were sampled</summary>{_facts(plain)}</details>" if plain else ""
+  details = f"<details><summary>How they were sampled</summary>{facts(plain)}</details>" if plain else ""
   return f'<div class="clips">{cards}</div>{more}{details}'
 
 
@@ -189,34 +111,34 @@ def _smooth(values, span: float):
 
 
 def _losses(workdir) -> str:
-  train = _rows(workdir, "train")
+  train = metric_rows(workdir, "train")
   if not train:
-    raise _Absent("metrics.jsonl has no training line yet.")
-  figure, (left, right) = _panels(2)
+    raise Absent("metrics.jsonl has no training line yet.")
+  figure, (left, right) = panels(2)
   steps, loss = _series(train, "loss")
   left.plot(steps, loss, color=_COLOURS[0], alpha=0.3, lw=0.8, label="train")
   left.plot(steps, _smooth(loss, max(1, len(loss) / 15)), color=_COLOURS[0], label="train, smoothed")
   for kind, label, colour in (("val", "validation", _COLOURS[2]), ("val_soft", "validation, soft routing", _COLOURS[1])):
-    if len(_series(_rows(workdir, kind), "loss")[0]):
-      left.plot(*_series(_rows(workdir, kind), "loss"), "o-", ms=4, color=colour, label=label)
+    if len(_series(metric_rows(workdir, kind), "loss")[0]):
+      left.plot(*_series(metric_rows(workdir, kind), "loss"), "o-", ms=4, color=colour, label=label)
   left.set(xlabel="step", ylabel="velocity loss (mean square)")
   left.legend(frameon=False, fontsize=8)
   right.plot(*_series(train, "grad_norm"), color=_COLOURS[5], lw=0.9)
   right.set(xlabel="step", ylabel="gradient norm", yscale="log")
   last = {k: float(_series(train, k)[1][-1]) for k in ("loss", "lr", "steps_per_s") if len(_series(train, k)[1])}
   units = {"loss": "last training loss", "lr": "last learning rate", "steps_per_s": "steps per second"}
-  return _image(figure, "loss over steps") + _facts((units[k], v) for k, v in last.items())
+  return image(figure, "loss over steps") + facts((units[k], v) for k, v in last.items())
 
 
 def _buckets(workdir) -> str:
-  rows = [r for r in _rows(workdir, "val") if r.get("buckets")]
+  rows = [r for r in metric_rows(workdir, "val") if r.get("buckets")]
   if not rows:
-    raise _Absent("metrics.jsonl has no validation line with buckets yet.")
+    raise Absent("metrics.jsonl has no validation line with buckets yet.")
   last, count = rows[-1], len(rows[-1]["buckets"])
-  soft = [r["buckets"] for r in _rows(workdir, "val_soft") if r["step"] == last["step"]]
+  soft = [r["buckets"] for r in metric_rows(workdir, "val_soft") if r["step"] == last["step"]]
   bars = {"model": last["buckets"], "model, soft routing": soft[0] if soft else None}
   bars = {k: v for k, v in {**bars, "best per-channel linear predictor": last.get("linear_buckets")}.items() if v}
-  figure, (axis,) = _panels(1, 6.5)
+  figure, (axis,) = panels(1, 6.5)
   for i, (name, values) in enumerate(bars.items()):
     colour = _COLOURS[5] if "linear" in name else _COLOURS[i]
     axis.bar(np.arange(count) + (i - (len(bars) - 1) / 2) * 0.27, values, 0.25, label=name, color=colour)
@@ -225,11 +147,11 @@ def _buckets(workdir) -> str:
   axis.set(xlabel="t (1 is noise)", ylabel="velocity loss", title=f"validation at step {last['step']}")
   axis.legend(frameon=False, fontsize=8)
   head = ["mean-square velocity error", *(f"t {t}" for t in labels)]
-  return _image(figure, "loss by timestep") + _table(head, [(k, *map(float, v)) for k, v in bars.items()])
+  return image(figure, "loss by timestep") + table(head, [(k, *map(float, v)) for k, v in bars.items()])
 
 
 def _router(workdir) -> str:
-  rows = _rows(workdir, "train")
+  rows = metric_rows(workdir, "train")
   keys = {
     "router_entropy": "router entropy (nats)",
     "density": "density (scored pairs / n²)",
@@ -237,19 +159,19 @@ def _router(workdir) -> str:
   }
   keys = {k: label for k, label in keys.items() if len(_series(rows, k)[0])}
   if not keys:
-    raise _Absent("no training line has router_entropy, density or cost.")
-  figure, axes = _panels(len(keys), 3.3 * len(keys), 2.7)
+    raise Absent("no training line has router_entropy, density or cost.")
+  figure, axes = panels(len(keys), 3.3 * len(keys), 2.7)
   for axis, (key, label), colour in zip(axes, keys.items(), _COLOURS, strict=False):
     axis.plot(*_series(rows, key), color=colour, lw=1.2)
     axis.set(xlabel="step", title=label)
     axis.set_ylim(bottom=0)
-  return _image(figure, "router entropy, density and cost over steps")
+  return image(figure, "router entropy, density and cost over steps")
 
 
 def _heatmap(routing: dict) -> Figure:
   probs = np.asarray(routing["probs"], np.float64)  # [layers, buckets, heads, branches]
   layers, buckets, heads, branches = probs.shape
-  figure, axes = _panels(buckets, 1.2 + 1.9 * buckets, min(14, 1.3 + 0.17 * layers * heads))
+  figure, axes = panels(buckets, 1.2 + 1.9 * buckets, min(14, 1.3 + 0.17 * layers * heads))
   every = -(-layers * heads // 64)  # Beyond 64 rows only some can carry a name.
   ticks = range(0, layers * heads, every)
   for i, axis in enumerate(axes):
@@ -275,11 +197,11 @@ def routing_heatmap(routing: dict, path) -> None:
 
 
 def _routing(workdir) -> str:
-  routing = _read(workdir, "routing.json")
+  routing = read_json(workdir, "routing.json")
   edges, names = routing["bucket_edges"], routing["branches"]
   labels = [f"{a:g} – {b:g}" for a, b in zip(edges, edges[1:], strict=False)]
   kinds = {"mean soft probability": "probs", "share of heads by hard choice": "choice"}
-  figure, axes = _panels(2, 8.5, 2.8)
+  figure, axes = panels(2, 8.5, 2.8)
   for axis, (title, key) in zip(axes, kinds.items(), strict=True):
     share = np.asarray(routing[key], np.float64).mean((0, 2))  # [buckets, branches]
     below = np.zeros(len(share))
@@ -289,18 +211,18 @@ def _routing(workdir) -> str:
     axis.set(xlabel="t (1 is noise)", title=title, ylim=(0, 1))
   axes[1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
   rows = [(f"t {t}", *map(float, s)) for t, s in zip(labels, np.asarray(routing["probs"]).mean((0, 2)), strict=True)]
-  heat = _image(_heatmap(routing), "routing heatmap")
-  return heat + _image(figure, "allocation over timesteps") + _table(["mean probability", *names], rows)
+  heat = image(_heatmap(routing), "routing heatmap")
+  return heat + image(figure, "allocation over timesteps") + table(["mean probability", *names], rows)
 
 
 def _cost(workdir) -> str:
-  rows = _read(workdir, "cost.json")
+  rows = read_json(workdir, "cost.json")
   if not rows:
-    raise _Absent("cost.json has no rows.")
+    raise Absent("cost.json has no rows.")
   most = max(r["attention_flops"] + r["linear_flops"] for r in rows)
   scale, unit = next(((s, u) for s, u in ((1e12, "TFLOP"), (1e9, "GFLOP")) if most >= s), (1e6, "MFLOP"))
   head = ["method", f"attention, {unit}", f"linear, {unit}", "density", "sparsity", "layer, ms", "attention, ms", "note"]
-  table = _table(
+  numbers = table(
     head,
     [
       (r["method"], r["attention_flops"] / scale, r["linear_flops"] / scale, float(r["density"]), 1 - float(r["density"]))
@@ -310,10 +232,10 @@ def _cost(workdir) -> str:
   )
   dense = next((r for r in rows if r["method"] == "dense"), None)
   if dense is None:
-    return table + '<p class="absent">No chart: cost.json has no row named dense to compare with.</p>'
+    return numbers + '<p class="absent">No chart: cost.json has no row named dense to compare with.</p>'
   kinds = {"attention_flops": "attention FLOPs", "layer_ms": "layer time", "attention_ms": "attention time"}
   kinds = {k: label for k, label in kinds.items() if dense.get(k)}
-  figure, (axis,) = _panels(1, 7.5, 1.1 + 0.55 * len(rows))
+  figure, (axis,) = panels(1, 7.5, 1.1 + 0.55 * len(rows))
   for i, (key, label) in enumerate(kinds.items()):
     at = np.arange(len(rows)) + (i - (len(kinds) - 1) / 2) * 0.27
     bars = axis.barh(at, [(r.get(key) or 0) / dense[key] for r in rows], 0.25, label=label, color=_COLOURS[i])
@@ -323,18 +245,18 @@ def _cost(workdir) -> str:
   axis.invert_yaxis()
   axis.set(xlabel="relative to dense (less is cheaper)")
   axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-  return _image(figure, "cost relative to dense") + table
+  return image(figure, "cost relative to dense") + table
 
 
 def _evaluation(workdir) -> str:
-  result = _read(workdir, "evaluation.json")["classifier"]
+  result = read_json(workdir, "evaluation.json")["classifier"]
   names = {"samples": "samples", "real_val": "real validation clips", "chance": "chance"}
   rows = [(label, float(result[k])) for k, label in names.items()]
-  return _table(["clips", "accuracy, share"], rows) + f"<p>{int(result['count'])} samples were classified.</p>"
+  return table(["clips", "accuracy, share"], rows) + f"<p>{int(result['count'])} samples were classified.</p>"
 
 
 def _config(workdir) -> str:
-  text = json.dumps(_read(workdir, "config.json"), indent=2)
+  text = json.dumps(read_json(workdir, "config.json"), indent=2)
   return f"<details><summary>Show the full config</summary><pre>{html.escape(text)}</pre></details>"
 
 

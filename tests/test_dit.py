@@ -197,6 +197,17 @@ def test_euler_integrates_a_straight_line():
     np.testing.assert_allclose(out, 2.0, atol=1e-5)
 
 
+def test_training_counts_every_branch():
+  """Soft routing runs all three branches of each head; the sampled mode and evaluation run one."""
+  config, layout = config_of(), config_of().layout(SHAPE)
+  method = config.attention.named("freqformer")
+  alone = [method.cost(layout, 2, 12, tuple(np.eye(3)[i])).attention_flops for i in range(3)]
+  np.testing.assert_allclose(model_cost(config, SHAPE, training=True).attention_flops, 2 * sum(alone), rtol=1e-6)
+  assert model_cost(config, SHAPE).attention_flops < model_cost(config, SHAPE, training=True).attention_flops
+  dense = config_of("dense")
+  assert model_cost(dense, SHAPE, training=True) == model_cost(dense, SHAPE)
+
+
 def test_model_cost():
   """12 n D^2 of the textbook (4 projections, MLP of ratio 4) = 24 n D^2 FLOPs, plus 4 n^2 D of dense attention."""
   config = config_of("dense", patch=(1, 1, 1))

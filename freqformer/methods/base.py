@@ -116,6 +116,11 @@ class Method:
     return False
 
   @property
+  def trains_all_branches(self) -> bool:
+    """Whether a training step runs every branch of every head, and so costs more than an evaluation."""
+    return False
+
+  @property
   def branches(self) -> tuple[str, ...]:
     """Names of what a head can be given; routing is an array over these."""
     return ()

@@ -85,6 +85,10 @@ class FreqFormer(Method):
     return self.allocation == "routed"
 
   @property
+  def trains_all_branches(self):
+    return self.routed and self.router.mode != "sampled"
+
+  @property
   def branches(self):
     return ("low", "mid", "high")
 
