@@ -245,7 +245,7 @@ def _cost(workdir) -> str:
   axis.invert_yaxis()
   axis.set(xlabel="relative to dense (less is cheaper)")
   axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-  return image(figure, "cost relative to dense") + table
+  return image(figure, "cost relative to dense") + numbers
 
 
 def _evaluation(workdir) -> str:
