@@ -82,45 +82,56 @@ class _Plan:
     return jnp.where(slots < self.counts[group][:, None], self.first_tile[group][:, None] + ids, self.hidden_tile)
 
 
-def _tiles(x, block, tiles):
-  """`[b, n, h, d] -> [b * h * tiles, block, d]`, in float32 (or float64), zero-padded to whole tiles."""
+def _view(x, block, tiles):
+  """`[b, n, h, d] -> [b, tiles, block, h, d]`: no copy unless n ends inside a tile."""
   b, n, h, d = x.shape
-  x = x.astype(jnp.promote_types(x.dtype, jnp.float32)).transpose(0, 2, 1, 3)
-  return jnp.pad(x, ((0, 0), (0, 0), (0, tiles * block - n), (0, 0))).reshape(b * h * tiles, block, d)
+  return jnp.pad(x, ((0, 0), (0, tiles * block - n), (0, 0), (0, 0))).reshape(b, tiles, block, h, d)
 
 
-def _untile(x, b, h, n):
-  """The inverse of `_tiles`, padding dropped: `[b * h * tiles, block, d] -> [b, n, h, d]`."""
-  return x.reshape(b, h, -1, x.shape[-1])[:, :, :n].transpose(0, 2, 1, 3)
+def _unview(x, n):
+  """The inverse of `_view`."""
+  return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :n]
 
 
-def _row_tiles(x, block, tiles):
+def _row_view(x, block, tiles):
   """`[b, h, n] -> [b * h * tiles, block]`: one number per query row."""
-  return _tiles(x.transpose(0, 2, 1)[..., None], block, tiles)[..., 0]
+  return jnp.pad(x, ((0, 0), (0, 0), (0, tiles * block - x.shape[-1]))).reshape(-1, block)
 
 
-def _key_tiles(k, v, mask):
-  """Tiles of k with the masking column `[b * h * kv_tiles + 1, block_kv, d + 1]`, and of v `[..., block_kv, d]`.
+def _at(view, flat):
+  """The tiles of a view with these flat numbers, to read or to update; a number behind the last is out of bounds."""
+  sample_head, tile = jnp.divmod(flat, view.shape[1])
+  sample, head = jnp.divmod(sample_head, view.shape[3])
+  return view.at[sample, tile, :, head]
 
-  Padding rows are zeroed, so that nothing finite in them can overflow; the last tile is hidden as a whole.
+
+def _read(view, flat):
+  """`[..., block, d]` of flat tiles `[...]`, in float32 (or float64); zeros where the number is out of bounds."""
+  x = _at(view, flat).get(mode="fill", fill_value=0)
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _key_tiles(k, mask):
+  """Tiles of k with the masking column, and one hidden tile: `[b * h * kv_tiles + 1, block_kv, d + 1]`.
+
+  Padding rows are zeroed, so that nothing finite in them can overflow.
   """
-  (b, n, h, _), block = k.shape, mask.block_kv
+  n, d, block = k.shape[1], k.shape[3], mask.block_kv
   bound = np.clip(n - np.arange(mask.kv_tiles) * block, 0, block)  # the buffer may end inside its last tile
   kv_len = jnp.minimum(jnp.asarray(mask.kv_len), bound.astype(np.int32)).reshape(-1, 1, mask.kv_tiles, 1)
-  valid = jnp.arange(block, dtype=jnp.int32) < kv_len
-  k, v = (_tiles(x, block, mask.kv_tiles) for x in (k, v))
+  valid = (jnp.arange(block, dtype=jnp.int32) < kv_len)[..., None]
+  k = _view(k, block, mask.kv_tiles).astype(jnp.promote_types(k.dtype, jnp.float32)).transpose(0, 3, 1, 2, 4)
   bias = jnp.zeros(mask.kv_tiles) if mask.kv_bias is None else jnp.maximum(jnp.asarray(mask.kv_bias), _HIDDEN)
-  column = jnp.where(valid, bias[:, None].astype(k.dtype), _HIDDEN)
-  valid, column = (jnp.broadcast_to(x, (b, h, mask.kv_tiles, block)).reshape(-1, block, 1) for x in (valid, column))
-  k, v = (jnp.where(valid, x, 0) for x in (k, v))
-  k = jnp.pad(jnp.concatenate([k, column], -1), ((0, 1), (0, 0), (0, 0)), constant_values=_HIDDEN)
-  # A hidden key is all zeros but for its column.
-  return k.at[-1, :, :-1].set(0), jnp.pad(v, ((0, 1), (0, 0), (0, 0)))
+  column = jnp.where(valid, bias[:, None, None].astype(k.dtype), _HIDDEN)
+  column = jnp.broadcast_to(column, (*k.shape[:-1], 1))
+  tiles = jnp.concatenate([jnp.where(valid, k, 0), column], -1).reshape(-1, block, d + 1)
+  hidden = jnp.zeros((1, block, d + 1), k.dtype).at[..., d].set(_HIDDEN)
+  return jnp.concatenate([tiles, hidden])
 
 
-def _gather(tiles, ids):
-  """`[tiles, block, d], [g, c] -> [g, c * block, d]`."""
-  return tiles[ids].reshape(ids.shape[0], -1, tiles.shape[-1])
+def _join(x):
+  """The tiles of a chunk in a row: `[g, c, block, d] -> [g, c * block, d]`."""
+  return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
 def _with_one(queries):
@@ -135,34 +146,35 @@ def _dot(equation, x, y):
 def forward(q, k, v, mask, scale):
   """Online softmax over chunks; shapes as in `kernels.attention.attention`."""
   b, n_q, h, _ = q.shape
-  plan = _Plan.of(mask, b, h)
-  q_tiles, (k_tiles, v_tiles) = _tiles(q, mask.block_q, mask.q_tiles), _key_tiles(k, v, mask)
+  plan, k_tiles = _Plan.of(mask, b, h), _key_tiles(k, mask)
+  q, v = _view(q, mask.block_q, mask.q_tiles), _view(v, mask.block_kv, mask.kv_tiles)
 
   def group(i, carry):
+    outs, lses = carry
     rows = plan.rows[i]
-    queries = q_tiles.at[rows].get(mode="clip") * scale
+    queries = _read(q, rows) * scale
     keyed = _with_one(queries)
 
     def step(j, carry):
       out, top, total = carry
       ids = plan.tiles(i, j)
-      scores = _dot("gid,gjd->gij", keyed, _gather(k_tiles, ids))
+      scores = _dot("gid,gjd->gij", keyed, _join(k_tiles[ids]))
       new = jnp.maximum(top, scores.max(-1))
       p = jnp.exp(scores - new[..., None])
       shrink = jnp.exp(top - new)
-      out = out * shrink[..., None] + _dot("gij,gjd->gid", p, _gather(v_tiles, ids))
+      out = out * shrink[..., None] + _dot("gij,gjd->gid", p, _join(_read(v, ids)))
       return out, new, total * shrink + p.sum(-1)
 
     top = jnp.full(queries.shape[:2], _HIDDEN, queries.dtype)
     out, top, total = lax.fori_loop(0, plan.steps(i), step, (jnp.zeros_like(queries), top, jnp.zeros_like(top)))
     some = top > _HIDDEN / 2
-    out = jnp.where(some[..., None], out / total[..., None], 0)
+    out = jnp.where(some[..., None], out / total[..., None], 0).astype(q.dtype)
     lse = jnp.where(some, top + jnp.log(total), -jnp.inf)
-    return tuple(x.at[rows].set(y, unique_indices=True) for x, y in zip(carry, (out, lse), strict=True))
+    return _at(outs, rows).set(out, unique_indices=True), lses.at[rows].set(lse, unique_indices=True)
 
-  empty = jnp.full(q_tiles.shape[:2], -jnp.inf, q_tiles.dtype)
-  out, lse = lax.fori_loop(0, plan.live_groups(), group, (jnp.zeros_like(q_tiles), empty))
-  return _untile(out, b, h, n_q).astype(q.dtype), lse.reshape(b, h, -1)[..., :n_q]
+  empty = jnp.full((b * h * mask.q_tiles, mask.block_q), -jnp.inf, k_tiles.dtype)
+  out, lse = lax.fori_loop(0, plan.live_groups(), group, (jnp.zeros_like(q), empty))
+  return _unview(out, n_q), lse.reshape(b, h, -1)[..., :n_q]
 
 
 def backward(q, k, v, mask, scale, lse, delta, d_out):
@@ -172,34 +184,35 @@ def backward(q, k, v, mask, scale, lse, delta, d_out):
   operands over their slow axis, at a quarter of the speed.
   """
   (b, n_q, h, d), n_kv = q.shape, k.shape[1]
-  plan = _Plan.of(mask, b, h)
-  q_tiles, do_tiles = (_tiles(x, mask.block_q, mask.q_tiles) for x in (q, d_out))
-  k_tiles, v_tiles = _key_tiles(k, v, mask)
+  plan, k_tiles = _Plan.of(mask, b, h), _key_tiles(k, mask)
+  q, d_out = (_view(x, mask.block_q, mask.q_tiles) for x in (q, d_out))
+  v = _view(v, mask.block_kv, mask.kv_tiles)
   lse = jnp.where(lse > -jnp.inf, lse, 0)  # rows without keys: their P is 0, every key is hidden
-  lse, delta = (_row_tiles(x, mask.block_q, mask.q_tiles) for x in (lse, delta))
+  lse, delta = (_row_view(x, mask.block_q, mask.q_tiles) for x in (lse, delta))
 
   def group(i, carry):
+    dq, *dkv = carry
     rows = plan.rows[i]
-    queries, d_rows, lse_rows, delta_rows = (x.at[rows].get(mode="clip") for x in (q_tiles, do_tiles, lse, delta))
-    queries *= scale
+    queries, d_rows = _read(q, rows) * scale, _read(d_out, rows)
+    lse_rows, delta_rows = (x.at[rows].get(mode="clip")[:, None] for x in (lse, delta))
     keyed = _with_one(queries)
 
     def step(j, carry):
       dq, dk, dv = carry
       ids = plan.tiles(i, j)
-      keys = _gather(k_tiles, ids)
-      p = jnp.exp(_dot("gjd,gid->gji", keys, keyed) - lse_rows[:, None])
-      ds = p * (_dot("gjd,gid->gji", _gather(v_tiles, ids), d_rows) - delta_rows[:, None])
+      keys = _join(k_tiles[ids])
+      p = jnp.exp(_dot("gjd,gid->gji", keys, keyed) - lse_rows)
+      ds = p * (_dot("gjd,gid->gji", _join(_read(v, ids)), d_rows) - delta_rows)
       dq += _dot("gji,gjd->gid", ds, keys)
       shape = (*ids.shape, mask.block_kv, d)
       dk = dk.at[ids].add(_dot("gji,gid->gjd", ds, queries).reshape(shape))  # the hidden tile's is dropped
       dv = dv.at[ids].add(_dot("gji,gid->gjd", p, d_rows).reshape(shape))
       return dq, dk, dv
 
-    dq, *dkv = carry
     new, *dkv = lax.fori_loop(0, plan.steps(i), step, (jnp.zeros_like(keyed), *dkv))
-    return dq.at[rows].set(new[..., :d] * scale, unique_indices=True), *dkv
+    return _at(dq, rows).set(new[..., :d] * scale, unique_indices=True), *dkv
 
   zeros = jnp.zeros((plan.hidden_tile, mask.block_kv, d), k_tiles.dtype)
-  dq, dk, dv = lax.fori_loop(0, plan.live_groups(), group, (jnp.zeros_like(q_tiles), zeros, zeros))
-  return _untile(dq, b, h, n_q), _untile(dk, b, h, n_kv), _untile(dv, b, h, n_kv)
+  dq, *dkv = lax.fori_loop(0, plan.live_groups(), group, (jnp.zeros(q.shape, zeros.dtype), zeros, zeros))
+  dk, dv = (x.reshape(b, h, -1, d)[:, :, :n_kv].transpose(0, 2, 1, 3) for x in dkv)
+  return _unview(dq, n_q), dk, dv
