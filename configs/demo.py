@@ -81,7 +81,7 @@ def get_config():
 
   config.train = ConfigDict(
     dict(
-      steps=550,
+      steps=480,
       batch_size=4,
       lr=2e-3,
       warmup=50,
