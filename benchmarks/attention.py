@@ -1,6 +1,6 @@
 """Block-sparse attention against dense attention on the same machine in the same run.
 
-  python -m benchmarks.attention --device=cpu            # about 5 minutes on 2 cores; rows go to results/attention_cpu.json
+  python -m benchmarks.attention --device=cpu            # about 5 minutes on 2 idle cores; rows go to results/attention_cpu.json
   python -m benchmarks.attention --device=cpu --quick    # small shapes, no rows
 
 The competitors take turns, so that drift cancels in the ratios. The dense competitor is a loop over chunks of queries in
@@ -262,9 +262,13 @@ def measure_freqformer(run: Run) -> list[dict]:
 
 def measure(run: Run, memory: bool = True) -> list[dict]:
   """All rows of a run."""
-  found = measure_memory(run) if memory else []
-  for part in (measure_forward, measure_backward, measure_scaling, measure_freqformer):
-    found += part(run)
+  found = []
+  parts = (measure_memory,) * memory + (measure_forward, measure_backward, measure_scaling, measure_freqformer)
+  for part in parts:
+    bystanders = timing.Bystanders()
+    measured = part(run)
+    # Many small steps on all cores suffer more from company than a few large ones: a row says how much company it had.
+    found += [row | {"others_cpu": bystanders.share()} for row in measured]
   return found if run.goals else [row | {"goal": None, "met": None} for row in found]
 
 
@@ -281,7 +285,16 @@ def table(found: list[dict]) -> str:
   return "\n".join(lines)
 
 
-_NOTES = ("density", "retained", "largest_possible", "floor_s", "matmul_gflops", "tile_matmuls_s", "tile_matmul_gflops")
+_NOTES = (
+  "others_cpu",
+  "density",
+  "retained",
+  "largest_possible",
+  "floor_s",
+  "matmul_gflops",
+  "tile_matmuls_s",
+  "tile_matmul_gflops",
+)
 
 
 def main(argv):

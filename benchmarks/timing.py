@@ -61,6 +61,26 @@ def _timed(call):
   return time.perf_counter() - start
 
 
+class Bystanders:
+  """How much of the machine other processes take while this one measures."""
+
+  def __init__(self):
+    self._start = self._sample()
+
+  @staticmethod
+  def _sample():
+    """Seconds of CPU time: the whole machine's, busy or idle, its busy part, and this process's with its children's."""
+    with open("/proc/stat") as f:
+      ticks = [int(x) for x in f.readline().split()[1:9]]
+    tick, own = os.sysconf("SC_CLK_TCK"), os.times()
+    return np.array([sum(ticks) / tick, (sum(ticks) - ticks[3] - ticks[4]) / tick, sum(own[:4])])
+
+  def share(self) -> float:
+    """Since the start, 0..1: work of others over what all cores could have done."""
+    total, busy, own = self._sample() - self._start
+    return float(max(0.0, busy - own) / max(total, 1e-9))
+
+
 def peak_rss() -> int:
   """Bytes of resident memory this process has reached.
 

@@ -31,7 +31,7 @@ def test_rows_of_a_run(tmp_path):
   found = benchmark.measure(RUN, memory=False)
   assert len({row["name"] for row in found}) == len(found) == 8
   for row in found:
-    assert set(row) >= {"name", "value", "unit", "goal", "met"}
+    assert set(row) >= {"name", "value", "unit", "goal", "met", "others_cpu"}
     assert np.isfinite(row["value"]) and row["value"] > 0
     assert (row["met"] is None) == (row["goal"] is None)
     for timed in (v for v in row.values() if isinstance(v, dict)):
