@@ -1,6 +1,6 @@
 """Block-sparse attention against dense attention on the same machine in the same run.
 
-  python -m benchmarks.attention --device=cpu            # about 5 minutes on 2 idle cores; rows go to results/attention_cpu.json
+  python -m benchmarks.attention --device=cpu            # 5 minutes on 2 idle cores; rows go to results/attention_cpu.json
   python -m benchmarks.attention --device=cpu --quick    # small shapes, no rows
 
 The competitors take turns, so that drift cancels in the ratios. The dense competitor is a loop over chunks of queries in
@@ -76,16 +76,6 @@ QUICK = Run(
 # ---- measurements --------------------------------------------------------------------------------------------------------
 
 
-def goal_row(name: str, value: float, goal: str | None, **fields) -> dict:
-  """A row with its goal ("`>= 14`", "`<= 4.5`") and whether it was met; None: no goal."""
-  met = None
-  if goal is not None:
-    relation, bound = goal.split()
-    met = bool(value >= float(bound) if relation == ">=" else value <= float(bound))
-  logging.info("%s: %.4g", name, value)
-  return {"name": name, "value": value, "goal": goal, "met": met, **fields}
-
-
 def _forms(chunks, late=(False, True)):
   return [DenseForm(chunk, l) for chunk in chunks for l in late]
 
@@ -124,14 +114,14 @@ def measure_forward(run: Run) -> list[dict]:
     """A speed-up over one competitor, and the largest that its time leaves room for at the speed of a bare matmul."""
     fields |= {"density": density, "sparse": t["sparse"].row(), "against": t[competitor].row()}
     fields["largest_possible"] = t[competitor].median / floors["floor_s"]
-    return goal_row(f"forward_vs_{name}_{spec.name}", t[competitor].median / t["sparse"].median, goal, unit="x", **fields)
+    return rows.goal_row(f"forward_vs_{name}_{spec.name}", t[competitor].median / t["sparse"].median, goal, unit="x", **fields)
 
   return [
     race("dense_loop", "loop", ">= 14", form=str(best)),
     race("softmax_loop", "softmax_loop", ">= 14", form=str(plain)),
     race("dot_product_attention", "dot_product_attention", ">= 60"),
-    goal_row(f"forward_over_floor_{spec.name}", t["sparse"].median / floors["floor_s"], None, unit="x", **floors),
-    goal_row(
+    rows.goal_row(f"forward_over_floor_{spec.name}", t["sparse"].median / floors["floor_s"], None, unit="x", **floors),
+    rows.goal_row(
       f"dense_mode_vs_dense_loop_{spec.name}",
       t["loop"].median / t["dense_mode"].median,
       None,
@@ -152,7 +142,7 @@ def measure_backward(run: Run) -> list[dict]:
   calls = {"sparse": call(gradients(sparse), *args, mask), "loop": best.call(args, gradients, remat=True)}
   t = timing.interleave(calls, max(2, run.rounds // 2))
   return [
-    goal_row(
+    rows.goal_row(
       f"forward_backward_vs_dense_loop_{spec.name}",
       t["loop"].median / t["sparse"].median,
       ">= 8",
@@ -171,7 +161,7 @@ def measure_scaling(run: Run) -> list[dict]:
   t = timing.interleave(calls, run.rounds)
   small, large = t[run.base.name], t[run.large.name]
   name = f"time_{run.large.name}_over_{run.base.name}"
-  return [goal_row(name, large.median / small.median, "<= 4.5", unit="x", small=small.row(), large=large.row())]
+  return [rows.goal_row(name, large.median / small.median, "<= 4.5", unit="x", small=small.row(), large=large.row())]
 
 
 def measure_memory(run: Run) -> list[dict]:
@@ -179,7 +169,7 @@ def measure_memory(run: Run) -> list[dict]:
   found = []
   for what, bound in (("forward", "<= 2"), ("backward", "<= 3")):
     arguments = ["-m", "benchmarks.attention", f"--memory_of={what}", f"--spec={run.large.name}"]
-    found.append(goal_row(f"peak_memory_{what}_{run.large.name}", int(timing.in_child(arguments)) / 1e9, bound, unit="GB"))
+    found.append(rows.goal_row(f"peak_memory_{what}_{run.large.name}", int(timing.in_child(arguments)) / 1e9, bound, unit="GB"))
   return found
 
 
@@ -239,7 +229,7 @@ def measure_freqformer(run: Run) -> list[dict]:
     density = float(np.mean(np.asarray(whole()[1])))
     speedup = t["loop"].median / t["whole"].median
     found.append(
-      goal_row(
+      rows.goal_row(
         f"freqformer_{name}_vs_dense_loop_{spec.name}",
         speedup,
         None,
@@ -272,31 +262,6 @@ def measure(run: Run, memory: bool = True) -> list[dict]:
   return found if run.goals else [row | {"goal": None, "met": None} for row in found]
 
 
-def table(found: list[dict]) -> str:
-  """The rows for people: name, value, goal, met."""
-  lines = [f"{'measurement':<52} {'value':>9}  {'goal':>8}  met"]
-  for row in found:
-    met = {None: "-", True: "yes", False: "NO"}[row["met"]]
-    lines.append(f"{row['name']:<52} {row['value']:>7.3g} {row['unit']:<2} {row['goal'] or '-':>8}  {met}")
-    notes = [f"{key} {row[key]:.3g}" for key in _NOTES if key in row]
-    notes += [f"best dense form: {row['form']}"] if "form" in row else []
-    times = [f"{key} {value['median_s']:.3g} s" for key, value in row.items() if isinstance(value, dict)]
-    lines += [f"    {', '.join(times + notes)}"] if times or notes else []
-  return "\n".join(lines)
-
-
-_NOTES = (
-  "others_cpu",
-  "density",
-  "retained",
-  "largest_possible",
-  "floor_s",
-  "matmul_gflops",
-  "tile_matmuls_s",
-  "tile_matmul_gflops",
-)
-
-
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments {argv[1:]}")
@@ -308,7 +273,7 @@ def main(argv):
   command = f"python -m benchmarks.attention --device={_DEVICE.value}" + (" --quick" if _QUICK.value else "")
   context = rows.context(command)  # asked before the run: the commit that is measured
   found = measure(QUICK if _QUICK.value else FULL)
-  print(table(found))
+  print(rows.table(found))
   if not _QUICK.value:
     rows.write_rows(f"attention_{_DEVICE.value}", [row | context for row in found], command)
 

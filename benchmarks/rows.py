@@ -8,10 +8,22 @@ import platform
 import subprocess
 
 import jax
+from absl import logging
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 # What every row holds; the benchmark adds its own fields.
 CONTEXT_FIELDS = ("command", "device", "cpu", "jax", "python", "commit", "date")
+# What the printed table shows beside the value, where a row has it.
+_NOTES = (
+  "others_cpu",
+  "density",
+  "retained",
+  "largest_possible",
+  "floor_s",
+  "matmul_gflops",
+  "tile_matmuls_s",
+  "tile_matmul_gflops",
+)
 
 
 def context(command: str) -> dict[str, str]:
@@ -43,6 +55,29 @@ def write_rows(benchmark: str, rows: list[dict], command: str, folder: pathlib.P
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(json.dumps(list(merged.values()), indent=1) + "\n")
   return path
+
+
+def goal_row(name: str, value: float, goal: str | None, **fields) -> dict:
+  """A row with its goal ("`>= 14`", "`<= 4.5`") and whether it was met; None: no goal."""
+  met = None
+  if goal is not None:
+    relation, bound = goal.split()
+    met = bool(value >= float(bound) if relation == ">=" else value <= float(bound))
+  logging.info("%s: %.4g", name, value)
+  return {"name": name, "value": value, "goal": goal, "met": met, **fields}
+
+
+def table(found: list[dict]) -> str:
+  """The rows for people: name, value, goal, met."""
+  lines = [f"{'measurement':<52} {'value':>9}  {'goal':>8}  met"]
+  for row in found:
+    met = {None: "-", True: "yes", False: "NO"}[row["met"]]
+    lines.append(f"{row['name']:<52} {row['value']:>7.3g} {row['unit']:<2} {row['goal'] or '-':>8}  {met}")
+    notes = [f"{key} {row[key]:.3g}" for key in _NOTES if key in row]
+    notes += [f"best dense form: {row['form']}"] if "form" in row else []
+    times = [f"{key} {value['median_s']:.3g} s" for key, value in row.items() if isinstance(value, dict)]
+    lines += [f"    {', '.join(times + notes)}"] if times or notes else []
+  return "\n".join(lines)
 
 
 def _commit() -> str:
