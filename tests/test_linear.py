@@ -131,8 +131,6 @@ def test_sixteen_bits_lose_no_more_than_the_plain_computation(dtype, factor):
   low = [jnp.asarray(x, dtype) for x in (q, k, v)]
   wide, weights = [np.asarray(x, np.float64) for x in low], np.ones((1, 1, 256, 256))
   want = oracle(*wide, weights, "softmax", np.zeros(q.shape), np.zeros((B, H, 256)))[0]
-    0
-  ]
   fq, fk = jax.nn.softmax(low[0]), jax.nn.softmax(low[1])
   scores = jnp.einsum("bihm,bjhm->bhij", fq, fk)
   plain = jnp.einsum("bhij,bjhd->bihd", scores / scores.sum(-1, keepdims=True), low[2])
