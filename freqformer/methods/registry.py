@@ -4,7 +4,13 @@ import importlib
 
 from freqformer.config import ConfigError, did_you_mean
 
-METHODS = {"dense": "Dense", "freqformer": "FreqFormer"}
+METHODS = {
+  "dense": "Dense",
+  "freqformer": "FreqFormer",
+  "sliding_tile": "SlidingTile",
+  "radial": "Radial",
+  "block_topk": "BlockTopK",
+}
 
 
 def method_class(name: str):

@@ -1,0 +1,80 @@
+"""Top-k key tiles by pooled scores, and the pooled attention's own output (VSA, arXiv 2505.13389).
+
+q, k, v are averaged over tiles. Attention among the averages picks each query tile's key tiles, and its output, repeated over
+the tile's tokens and times a gate, is added to the exact attention over them: `out = exact + gate * coarse`. The gate is
+linear in the token; ours starts at 0, as in fine-tuning, and reads the head's query, because a method sees no residual stream.
+Ours too: a tile's own tile is always listed. `coarse="none"` runs on any checkpoint.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from freqformer.config import ConfigError
+from freqformer.cost import Cost, attention_cost
+from freqformer.gate import QueryGate
+from freqformer.methods.base import Method, plain_aux
+from freqformer.planners.block_topk import block_topk, fixed_tiles, pool_tiles
+from kernels.attention import attention
+
+COARSE = ("gated", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockTopK(Method):
+  """Fields of the method.
+
+  Attributes:
+    density: share of key tiles that each query tile lists, rounded to whole tiles.
+    sink: first tiles that every list holds; they and the own tile count inside the density.
+    coarse: "gated" adds the pooled attention's output, "none" does not and has no parameters.
+  """
+
+  density: float = 0.125
+  sink: int = 0
+  coarse: str = "gated"
+
+  def __post_init__(self):
+    if not 0 < self.density <= 1 or self.sink < 0 or self.coarse not in COARSE:
+      raise ValueError(f"{self.density=} must be in (0, 1], {self.sink=} >= 0 and {self.coarse=} one of {COARSE}.")
+
+  def budget(self, layout) -> int:
+    """Key tiles per query tile; ConfigError where the density rounds to fewer than the fixed ones."""
+    budget, fixed = int(self.density * layout.tiles + 0.5), fixed_tiles(layout, self.sink).shape[1]
+    if budget < fixed:
+      raise ConfigError(
+        f"block_topk: density {self.density} of {layout.tiles} tiles rounds to {budget}, fewer than the {fixed} fixed "
+        f"ones (own, sink); give at least {fixed / layout.tiles:.3g}."
+      )
+    return budget
+
+  def build(self, dims, layout, rngs):
+    self.budget(layout)
+    return QueryGate(dims.heads, dims.head_dim) if self.coarse == "gated" else None
+
+  def tables(self, layout):
+    return fixed_tiles(layout, self.sink)
+
+  def __call__(self, module, qkv, cond, tables, state):
+    arrays, (b, _, h, _) = qkv.layout, qkv.q.shape
+    layout = arrays.layout
+    q, k = qkv.rotate_q(qkv.q, arrays.positions), qkv.rotate_k(qkv.k, arrays.positions)
+    q_pool, k_pool = pool_tiles(q, arrays), pool_tiles(k, arrays)
+    mask = block_topk(cond.share(q_pool), cond.share(k_pool), self.budget(layout), tables, arrays.kv_len, layout.block)
+    mask = dataclasses.replace(mask, kv_indices=checkpoint_name(mask.kv_indices, "tables"))
+    out, _ = attention(q, k, qkv.v, mask, implementation=qkv.implementation)
+    if module is not None:
+      pooled = (x.transpose(0, 2, 1, 3).astype(q.dtype) for x in (q_pool, k_pool, pool_tiles(qkv.v, arrays)))
+      coarse, _ = attention(*pooled, implementation=qkv.implementation)
+      out = out + (module(qkv.q) * jnp.repeat(coarse, layout.block, axis=1)).astype(out.dtype)
+    aux = plain_aux(mask, layout.n, b, h)
+    coarse = (module is not None) * (layout.tiles / layout.n) ** 2
+    return out, state, aux | {"density": aux["density"] + coarse, "cost": aux["cost"] + coarse}
+
+  def cost(self, layout, heads, head_dim, allocation=None) -> Cost:
+    """Pairs of average tiles, the pooled ones, and around them: pooling, the selection's scores, the gate."""
+    n, tiles, gated = layout.n, layout.tiles, self.coarse == "gated"
+    pairs = self.budget(layout) * n * n / tiles + gated * tiles**2
+    linear = 2.0 * n + 2.0 * tiles**2 + gated * (n + 2.0 * n * head_dim)
+    return attention_cost(heads * pairs, head_dim) + Cost(linear_flops=heads * head_dim * linear)

@@ -1,0 +1,46 @@
+"""Sliding tile attention (STA, arXiv 2502.04507): a 3-D window that moves tile by tile, so that no block is mixed.
+
+STA's own setting is a window of 18 x 24 x 24 tokens in tiles of 6 x 8 x 8 = 384 rows that the kernel reads as 3 blocks of 128:
+
+  attention.block=384  attention.tile=(6, 8, 8)  attention.method="sliding_tile"
+
+On 30 x 48 x 80 tokens that is a density of 9.00 %. On other layouts (ours) the window is rounded up to whole tiles of the
+layout and a block up to `rows` stays as it is.
+"""
+
+import dataclasses
+
+from freqformer.methods.static import StaticMethod
+from freqformer.planners.sliding_tile import BORDERS, sliding_tile
+
+UNITS = ("tokens", "tiles")
+
+
+@dataclasses.dataclass(frozen=True)
+class SlidingTile(StaticMethod):
+  """Fields of the method.
+
+  Attributes:
+    window: extents (t, y, x); an axis shorter than its extent is covered whole.
+    unit: of the window, "tokens" (rounded up to whole tiles) or "tiles".
+    border: "clamp" shifts the window inwards at the video's edges (STA's), "clip" cuts it off.
+    rows: longest tile that a kernel is given; longer tiles are read in equal parts of at most so many rows.
+  """
+
+  window: tuple[int, int, int] = (18, 24, 24)
+  unit: str = "tokens"
+  border: str = "clamp"
+  rows: int = 128
+
+  def __post_init__(self):
+    if min(self.window) < 1 or self.rows < 1:
+      raise ValueError(f"{self.window=} must be three extents of at least 1 and {self.rows=} at least 1.")
+    if self.unit not in UNITS or self.border not in BORDERS:
+      raise ValueError(f"{self.unit=} must be one of {UNITS} and {self.border=} one of {BORDERS}.")
+
+  def mask(self, layout):
+    tile = layout.tile if self.unit == "tokens" else (1, 1, 1)
+    window = tuple(-(-w // e) for w, e in zip(self.window, tile, strict=True))
+    # The fewest equal parts that are short enough: 384 rows are 3 x 128; 100 rows stay whole.
+    parts = next(p for p in range(1, layout.block + 1) if layout.block % p == 0 and layout.block // p <= self.rows)
+    return sliding_tile(layout, window, self.border).refine(parts)

@@ -1,0 +1,30 @@
+"""Base of methods whose table depends on the grid alone: they write `mask` and nothing else."""
+
+import dataclasses
+
+from freqformer.cost import Cost, attention_cost
+from freqformer.methods.base import Method, plain_aux
+from kernels.attention import attention
+from kernels.block_mask import BlockMask
+
+
+@dataclasses.dataclass(frozen=True)
+class StaticMethod(Method):
+  """One table for every head, sample and step; no parameters, so it runs on any checkpoint."""
+
+  def mask(self, layout) -> BlockMask:
+    """The table of a `TileLayout`, in NumPy."""
+    raise NotImplementedError
+
+  def tables(self, layout):
+    return self.mask(layout).with_transpose()
+
+  def __call__(self, module, qkv, cond, tables, state):
+    positions = qkv.layout.positions
+    q, k = qkv.rotate_q(qkv.q, positions), qkv.rotate_k(qkv.k, positions)
+    out, _ = attention(q, k, qkv.v, tables, implementation=qkv.implementation)
+    return out, state, plain_aux(tables, qkv.layout.layout.n, q.shape[0], q.shape[2])
+
+  def cost(self, layout, heads, head_dim, allocation=None) -> Cost:
+    """The table's own pairs: exact on any grid."""
+    return attention_cost(heads * float(self.mask(layout).pairs().sum()), head_dim)

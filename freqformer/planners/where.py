@@ -1,0 +1,44 @@
+"""A static table from a rule over tile places: what a new static pattern needs to be written as."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from freqformer.layout import TileLayout
+from kernels.block_mask import BlockMask, pad_lists
+
+# Entries of the rule that are held at once: 8,192 x 8,192 tiles are never whole in memory.
+_CHUNK = 1 << 21
+
+
+def tiles_where(layout: TileLayout, rule: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> BlockMask:
+  """The table that lists a key tile wherever `rule` says so.
+
+  Args:
+    layout: the tile grid.
+    rule: `(query [3, m, 1], key [3, 1, tiles]) -> bool [m, tiles]`; places are tile coordinates (t, y, x), int32.
+
+  Raises:
+    ValueError: if some query tile lists nothing: its output would be 0.
+  """
+  places = np.stack(np.unravel_index(np.arange(layout.tiles), layout.tile_grid)).astype(np.int32)
+  step, found, counts = max(1, _CHUNK // layout.tiles), [], []
+  for start in range(0, layout.tiles, step):
+    query = places[:, start : start + step, None]
+    listed = np.broadcast_to(rule(query, places[:, None]), (query.shape[1], layout.tiles))
+    found.append(np.nonzero(listed)[1].astype(np.int32))  # row by row, ascending
+    counts.append(listed.sum(-1, dtype=np.int32))
+  flat, counts = np.concatenate(found), np.concatenate(counts)
+  if not counts.all():
+    raise ValueError(
+      f"query tile {int(np.argmin(counts))} of grid {layout.tile_grid} lists no key tile; list its own at least."
+    )
+  ids = np.zeros((layout.tiles, int(counts.max())), np.int32)
+  ids[np.arange(ids.shape[1]) < counts[:, None]] = flat
+  return pad_lists(ids[None, None], counts[None, None], layout.arrays().kv_len, None, layout.block, layout.block)
+
+
+def frame_tiles(layout: TileLayout) -> int:
+  """Tiles of one frame of the tile grid."""
+  return math.prod(layout.tile_grid[1:])
