@@ -73,7 +73,8 @@ _SPECS = (
   _cpu("cpu_4k", (16, 16, 16), heads=2, head_dim=32, keys=256, block=64),
   _cpu("cpu_16k", (16, 32, 32)),
   _cpu("cpu_64k", (16, 64, 64)),
-  # A: a small video DiT, from 64K to 1M tokens.
+  # A: a small video DiT, from 64K to 1M tokens; 16K for dense mode alone.
+  AttentionSpec("a_16k", (16, 32, 32), 12, 128),
   AttentionSpec("a_64k", (16, 64, 64), 12, 128),
   AttentionSpec("a_128k", (32, 64, 64), 12, 128),
   AttentionSpec("a_256k", (64, 64, 64), 12, 128),

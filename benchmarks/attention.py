@@ -10,19 +10,17 @@ missed are printed and stored as missed, beside the floor that the machine's own
 
 import dataclasses
 import functools
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
-import freqformer.methods.freqformer as freqformer_module
 from benchmarks import rows, timing
 from benchmarks.arg_specs import SPECS, AttentionSpec
 from benchmarks.competitors import DenseForm, call, fastest, gradients, sparse, tile_matmuls
+from benchmarks.layer import freqformer_forward, freqformer_without_attention
 from freqformer.cost import BACKWARD_OVER_FORWARD, attention_cost
-from freqformer.methods.base import Cond, Projected
 from freqformer.methods.freqformer import FreqFormer
 from freqformer.rotary import rotate
 from kernels.block_mask import dense_mask
@@ -182,30 +180,6 @@ def print_memory(spec: AttentionSpec, what: str):
 
 
 # ---- FreqFormer ----------------------------------------------------------------------------------------------------------
-
-
-def freqformer_forward(method: FreqFormer, q, k, v, arrays, tables):
-  """The method as a layer runs it, between the projections: `[b, n_buffer, h, d]`; rotary included, QK-norm not."""
-  cond = Cond(jnp.zeros(q.shape[0]), jnp.zeros((q.shape[0], 1)))
-  out, _, aux = method(None, Projected(q, k, v, rotate, rotate, arrays), cond, tables, {})
-  return out, aux["density"]
-
-
-def freqformer_without_attention(method: FreqFormer, *args):
-  """All of `freqformer_forward` but the attention call: what is left is selection, packing, compression and lift.
-
-  Returns:
-    the arguments that attention would have got (q, k, v, mask), so that they are computed, and the output.
-  """
-  taken = []
-
-  def stand_in(q, k, v, mask, **_):
-    taken.append((q, k, v, mask))
-    return v, None
-
-  with mock.patch.object(freqformer_module, "attention", stand_in):
-    out, _ = freqformer_forward(method, *args)
-  return taken[0], out
 
 
 def _rotated(f):

@@ -49,12 +49,22 @@ def write_rows(benchmark: str, rows: list[dict], command: str, folder: pathlib.P
     folder: where results lie.
   """
   here = context(command)
-  path = pathlib.Path(folder) / f"{benchmark}.json"
-  merged = {row["name"]: row for row in (json.loads(path.read_text()) if path.exists() else [])}
-  merged |= {row["name"]: here | row for row in rows}
+  return merge_rows(pathlib.Path(folder) / f"{benchmark}.json", [here | row for row in rows])
+
+
+def merge_rows(path: pathlib.Path, rows: list[dict]) -> pathlib.Path:
+  """Puts rows into a file, each in the place of its namesake; whole or not at all, so that a killed run leaves what it had."""
+  merged = {row["name"]: row for row in read_rows(path)} | {row["name"]: row for row in rows}
   path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(list(merged.values()), indent=1) + "\n")
+  fresh = path.with_name(path.name + ".new")
+  fresh.write_text(json.dumps(list(merged.values()), indent=1) + "\n")
+  fresh.replace(path)
   return path
+
+
+def read_rows(path: pathlib.Path) -> list[dict]:
+  """The rows of a file; none if it does not exist."""
+  return json.loads(path.read_text()) if path.exists() else []
 
 
 def goal_row(name: str, value: float, goal: str | None, **fields) -> dict:

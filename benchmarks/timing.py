@@ -47,15 +47,16 @@ def interleave(calls: Mapping[str, Callable], rounds: int, slice_s: float = 0.5)
   repeats = {}
   for name, call in calls.items():
     jax.block_until_ready(call())
-    repeats[name] = int(np.clip(slice_s / _timed(call), 1, 20)) if slice_s else 1
+    repeats[name] = int(np.clip(slice_s / timed(call), 1, 20)) if slice_s else 1
   times = {name: [] for name in calls}
   for _ in range(rounds):
     for name, call in calls.items():
-      times[name] += [_timed(call) for _ in range(repeats[name])]
+      times[name] += [timed(call) for _ in range(repeats[name])]
   return {name: Timing(tuple(t)) for name, t in times.items()}
 
 
-def _timed(call):
+def timed(call) -> float:
+  """Seconds until the result of one call is there."""
   start = time.perf_counter()
   jax.block_until_ready(call())
   return time.perf_counter() - start
@@ -95,14 +96,23 @@ def peak_rss() -> int:
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def in_child(arguments: list[str]) -> str:
+def in_child(arguments: list[str], environment: Mapping[str, str] | None = None, timeout_s: float | None = None) -> str:
   """Runs this Python with `arguments` in the repository's root and returns the last line that it prints.
 
+  Args:
+    arguments: of the interpreter.
+    environment: variables to add.
+    timeout_s: how long it may take; None: for ever.
+
   Raises:
-    RuntimeError: if it fails, with what it said.
+    RuntimeError: if it fails or takes too long, with what it said.
   """
-  root = pathlib.Path(__file__).parent.parent
-  done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, cwd=root)
+  root, command = pathlib.Path(__file__).parent.parent, [sys.executable, *arguments]
+  env = {**os.environ, **(environment or {})}
+  try:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, env=env, timeout=timeout_s)
+  except subprocess.TimeoutExpired as error:
+    raise RuntimeError(f"python {' '.join(arguments)} took longer than {timeout_s:.0f} s") from error
   if done.returncode:
     raise RuntimeError(f"python {' '.join(arguments)} failed with {done.returncode}: {done.stderr[-2000:]}")
   return done.stdout.strip().splitlines()[-1]

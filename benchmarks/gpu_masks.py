@@ -1,0 +1,199 @@
+"""Attention calls that the GPU benchmark times: named shapes with their tables, random or as a method lays them out."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.arg_specs import AttentionSpec
+from freqformer.layout import TileLayout
+from freqformer.planners.packed import coarse_rows, full_rows, packed_kv_len
+from freqformer.planners.sliding_tile import sliding_tile
+from kernels.block_mask import BlockMask, dense_mask, select
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Problem:
+  """One attention call.
+
+  Attributes:
+    spec: the shape: tokens, heads, head dimension, dtype.
+    mask: the table, in NumPy; its tiles say how many rows the buffer has.
+    what: what the table is, in words.
+    heads: heads of this call; the spec's unless it is a part of them.
+  """
+
+  spec: AttentionSpec
+  mask: BlockMask
+  what: str
+  heads: int = 0
+
+  def __post_init__(self):
+    object.__setattr__(self, "heads", self.heads or self.spec.heads)
+
+  @property
+  def rows(self) -> int:
+    """Rows of the buffer."""
+    return self.mask.q_tiles * self.mask.block_q
+
+  def inputs(self, count: int = 3, seed: int = 0) -> list[jax.Array]:
+    """`count` normal arrays `[batch, rows, heads, head_dim]`; never zeros, on which tensor cores run faster."""
+    shape = (self.spec.batch, self.rows, self.heads, self.spec.head_dim)
+    return [jax.random.normal(key, shape, jnp.dtype(self.spec.dtype)) for key in jax.random.split(jax.random.key(seed), count)]
+
+  @functools.cached_property
+  def pairs(self) -> int:
+    """Scored valid pairs of all samples and heads, exact."""
+    mask, calls = self.mask, self.spec.batch * self.heads
+    if mask.kv_indices is None and (mask.kv_counts == mask.kv_tiles).all() and mask.kv_len.ndim == 1:
+      return int(mask.q_len().sum()) * int(mask.kv_len.sum()) * calls
+    pairs = mask.pairs()
+    return int(pairs.sum()) * calls // pairs.size
+
+  @property
+  def density(self) -> float:
+    """Scored valid pairs / n^2, mean over samples and heads; n counts the video's tokens."""
+    return self.pairs / (self.spec.batch * self.heads * float(self.spec.n) ** 2)
+
+
+def on_device(mask: BlockMask) -> BlockMask:
+  """The same table with its arrays on the device, so that a timed call does not copy it there."""
+  return jax.tree.map(jnp.asarray, mask)
+
+
+# ---- tables --------------------------------------------------------------------------------------------------------------
+
+
+def random_ids(heads: int, tiles: tuple[int, int], keep: int, seed: int = 0, ordered: bool = True) -> np.ndarray:
+  """Uniformly drawn distinct key tiles, the query tile's own among them: int32 `[1, heads, q_tiles, keep]`.
+
+  Args:
+    heads: lists differ from head to head.
+    tiles: `(q_tiles, kv_tiles)`; own = the key tile at the same place.
+    keep: tiles per list, at most `kv_tiles`.
+    seed: of the draw.
+    ordered: ascending, as tables must be; False leaves each list in random order (what that costs is a row of its own).
+  """
+  q_tiles, kv_tiles = tiles
+
+  @jax.jit
+  def draw(key):
+    score = jax.random.uniform(key, (q_tiles, kv_tiles))
+    own = (jnp.arange(q_tiles) * kv_tiles // q_tiles)[:, None]
+    score = jnp.where(jnp.arange(kv_tiles) == own, 2.0, score)
+    # One more shuffle: by score, a list would always begin with its own tile.
+    ids = jax.random.permutation(jax.random.fold_in(key, 1), jax.lax.top_k(score, keep)[1], axis=1, independent=True)
+    return (jnp.sort(ids, axis=-1) if ordered else ids).astype(jnp.int32)
+
+  # Head by head: all heads' scores at 1M tokens would be 3 GB.
+  return np.stack([np.asarray(draw(key)) for key in jax.random.split(jax.random.key(seed), heads)])[None]
+
+
+def with_blocks(spec: AttentionSpec, block: int) -> AttentionSpec:
+  """The same shape on tiles of another size."""
+  return dataclasses.replace(spec, block=block, keys=min(spec.keys, block))
+
+
+def dense(spec: AttentionSpec) -> Problem:
+  """Dense mode: no lists are read; padding rows hidden where the grid is ragged."""
+  layout = spec.layout
+  mask = dense_mask(layout.n_buffer, layout.n_buffer, spec.block, spec.block)
+  return Problem(spec, dataclasses.replace(mask, kv_len=layout.arrays().kv_len), "dense mode")
+
+
+def random_lists(spec: AttentionSpec, density: float = 0.0, keys: int = 0, seed: int = 0, ordered: bool = True) -> Problem:
+  """Random lists of a given density, or of a given number of keys."""
+  tiles = spec.layout.tiles
+  keep = max(1, min(tiles, round(tiles * density) if density else keys // spec.block))
+  ids = random_ids(spec.heads, (tiles, tiles), keep, seed, ordered)
+  counts = np.full(ids.shape[:3], keep, np.int32)
+  mask = BlockMask(ids, counts, spec.layout.arrays().kv_len, None, spec.block, spec.block)
+  return Problem(spec, mask, f"{'random' if ordered else 'unsorted random'} lists of {keep} tiles")
+
+
+def rectangular(spec: AttentionSpec, block_q: int, block_kv: int, density: float) -> Problem:
+  """Random lists where query and key tiles differ in size; the grid must fill its tiles."""
+  q_tiles, kv_tiles = spec.n // block_q, spec.n // block_kv
+  keep = max(1, round(kv_tiles * density))
+  ids = random_ids(spec.heads, (q_tiles, kv_tiles), keep)
+  mask = BlockMask(ids, np.full(ids.shape[:3], keep, np.int32), np.full(kv_tiles, block_kv, np.int32), None, block_q, block_kv)
+  return Problem(spec, mask, f"random lists of {keep} tiles, {block_q} x {block_kv}")
+
+
+def window(spec: AttentionSpec, tile: tuple[int, int, int], extent: tuple[int, int, int], refine: int = 1) -> Problem:
+  """A clamped 3-D window of whole tiles; coarse tiles may be refined to the kernel's."""
+  layout = TileLayout.fit(spec.grid, spec.block * refine, tile)
+  mask = sliding_tile(layout, extent)
+  tokens = "x".join(str(t * e) for t, e in zip(tile, extent, strict=True))
+  return Problem(spec, mask.refine(refine) if refine > 1 else mask, f"3-D window {tokens}")
+
+
+# ---- FreqFormer's composition --------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Composition:
+  """FreqFormer's heads dealt by hand: a quarter low, half mid, a quarter high.
+
+  Attributes:
+    mid_density: density of a mid head's random lists; 0: as many keys as the window has.
+    ratio: compression of the low band per axis.
+    window: of the high band, in tiles; 2x4x4 tiles of 128 are 4,096 keys.
+  """
+
+  mid_density: float = 0.05
+  ratio: tuple[int, int, int] = (4, 4, 4)
+  window: tuple[int, int, int] = (2, 4, 4)
+
+  def heads(self, spec: AttentionSpec) -> tuple[int, int, int]:
+    """Heads per band (low, mid, high)."""
+    low = max(1, spec.heads // 4)
+    return low, spec.heads - 2 * low, low
+
+  def mid_tiles(self, spec: AttentionSpec) -> int:
+    """Tiles of a mid list."""
+    fixed = int(np.prod(self.window))
+    return max(1, min(spec.layout.tiles, round(spec.layout.tiles * self.mid_density) if self.mid_density else fixed))
+
+  def n_coarse(self, spec: AttentionSpec) -> int:
+    """Coarse tokens."""
+    return int(np.prod([-(-l // r) for l, r in zip(spec.grid, self.ratio, strict=True)]))
+
+  def words(self, spec: AttentionSpec) -> str:
+    low, mid, high = self.heads(spec)
+    keys = int(np.prod(self.window)) * spec.block
+    return f"{low} heads low (r = {np.prod(self.ratio)}), {mid} mid ({self.mid_tiles(spec)} tiles), {high} high ({keys} keys)"
+
+
+def fused(spec: AttentionSpec, of: Composition) -> Problem:
+  """All bands in one call over the packed buffer `[coarse tokens | full tokens]`. No summary keys: they run outside it."""
+  layout, n_coarse, tiles = spec.layout, of.n_coarse(spec), spec.layout.tiles
+  coarse_tiles = -(-n_coarse // spec.block)
+  kv_len = packed_kv_len(n_coarse, layout.arrays().kv_len, spec.block)
+  ids = random_ids(spec.heads, (tiles, tiles), of.mid_tiles(spec))
+  mid = BlockMask(ids, np.full(ids.shape[:3], ids.shape[-1], np.int32), layout.arrays().kv_len, None, spec.block, spec.block)
+  masks = (
+    coarse_rows(kv_len, coarse_tiles, spec.block),
+    full_rows(mid, kv_len, coarse_tiles),
+    full_rows(sliding_tile(layout, of.window), kv_len, coarse_tiles),
+  )
+  choice = np.repeat(np.arange(3, dtype=np.int32), of.heads(spec))[None]
+  return Problem(spec, select(masks, choice), "one launch: " + of.words(spec))
+
+
+def separate(spec: AttentionSpec, of: Composition) -> list[Problem]:
+  """The same work as three calls, one per band, each with inputs of its own: no packing, no slicing, no empty rows."""
+  layout, n_coarse, tiles = spec.layout, of.n_coarse(spec), spec.layout.tiles
+  low, mid, high = of.heads(spec)
+  rows = -(-n_coarse // spec.block) * spec.block
+  coarse = dense_mask(rows, rows, spec.block, spec.block)
+  kv_len = packed_kv_len(n_coarse, np.zeros(0, np.int32), spec.block)
+  ids = random_ids(mid, (tiles, tiles), of.mid_tiles(spec))
+  lists = BlockMask(ids, np.full(ids.shape[:3], ids.shape[-1], np.int32), layout.arrays().kv_len, None, spec.block, spec.block)
+  return [
+    Problem(spec, dataclasses.replace(coarse, kv_len=kv_len), "low band alone", low),
+    Problem(spec, lists, "mid band alone", mid),
+    Problem(spec, sliding_tile(layout, of.window), "high band alone", high),
+  ]
