@@ -12,7 +12,6 @@ import pathlib
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
 from flax import nnx
@@ -21,7 +20,7 @@ from freqformer import cli
 from freqformer.config import ConfigError, did_you_mean
 from freqformer.cost import model_cost
 from freqformer.restore import restore_model
-from freqformer.sampling import SampleConfig, make_step, sample
+from freqformer.sampling import SampleConfig, compile_steps, make_step, sample
 from freqformer.video import grid, grid_png, write_mp4
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run to sample from.", required=True)
@@ -54,10 +53,8 @@ def main(_):
   shape, graphdef = restored.latent_shape, nnx.graphdef(model)
   config = SampleConfig(**{**vars(config), "batch_size": min(config.batch_size, len(labels))})
   tables = model.tables(shape)
-  state = model.init_state(config.batch_size * (1 + (config.guidance != 1)), shape)
-  like = (params, jnp.zeros((config.batch_size, *shape)), jnp.zeros(config.batch_size, jnp.int32), np.float32(1), np.float32(0))
   clock = time.monotonic()
-  step = make_step(graphdef, config).lower(*like, tables, state).compile()
+  step = compile_steps(make_step(graphdef, config), params, model, tables, shape, config)
   compile_seconds, clock = time.monotonic() - clock, time.monotonic()
   latents, aux = sample(step, params, model, labels, indices, _SEED.value, tables, shape, config)
   run_seconds = time.monotonic() - clock

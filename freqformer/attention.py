@@ -38,6 +38,11 @@ class AttentionDims:
   def head_dim(self) -> int:
     return self.width // self.heads
 
+  @property
+  def for_method(self) -> Dims:
+    """What of it a method sees."""
+    return Dims(self.heads, self.head_dim, self.cond_dim)
+
 
 class SpectralAttention(nnx.Module):
   """Multi-head attention with QK-norm (RMS, learned per channel), 3-D rotary and a pluggable method."""
@@ -52,14 +57,14 @@ class SpectralAttention(nnx.Module):
     dtype=jnp.float32,
     implementation: str | None = None,
   ):
-    heads, head_dim = dims.heads, dims.head_dim
+    head_dim = dims.head_dim
     self.dims, self.config, self.dtype, self.implementation = dims, method, dtype, implementation
     init = nnx.initializers.xavier_uniform()
     self.qkv = nnx.Linear(dims.width, 3 * dims.width, kernel_init=init, dtype=dtype, rngs=rngs)
     self.out = nnx.Linear(dims.width, dims.width, kernel_init=init, dtype=dtype, rngs=rngs)
     self.q_norm = nnx.RMSNorm(head_dim, scale_init=nnx.initializers.constant(dims.qk_gain), dtype=dtype, rngs=rngs)
     self.k_norm = nnx.RMSNorm(head_dim, dtype=dtype, rngs=rngs)
-    self.method = method.build(Dims(heads, head_dim, dims.cond_dim), layout, rngs)
+    self.method = method.build(dims.for_method, layout, rngs)
 
   def __call__(self, x: jax.Array, cond: Cond, layout: LayoutTables, tables, state):
     """Attention over tokens in tile order.

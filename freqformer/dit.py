@@ -4,6 +4,7 @@ adaLN-Zero, QK-norm, 3-D rotary, class conditioning with a null class. Tokens ar
 layers with one method are one scan over stacked parameters.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -108,9 +109,20 @@ class VideoDiT(nnx.Module):
 
   def init_state(self, batch: int, latent_shape) -> list:
     """What the layers remember between denoising steps, one stacked pytree per run."""
-    layout = self.config.layout(latent_shape)
+    layout, dims = self.config.layout(latent_shape), self.config.dims.for_method
     stack = lambda count, state: jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), state)
-    return [stack(count, method.init_state(batch, layout)) for count, method in self.config.runs()]
+    return [stack(count, method.init_state(batch, dims, layout)) for count, method in self.config.runs()]
+
+  def schedule(self, steps: int) -> list[tuple[str, ...]]:
+    """What each of `steps` sampling steps does: one phase per run of layers.
+
+    Raises:
+      ConfigError: if a method's schedule does not fit the run.
+    """
+    methods = [method for _, method in self.config.runs()]
+    for method in methods:
+      method.check_run(steps)
+    return [tuple(method.phase(step, steps) for method in methods) for step in range(steps)]
 
   def __call__(self, x, time, label, tables, state=None, **where):
     """Velocity of noisy latents.
@@ -119,14 +131,15 @@ class VideoDiT(nnx.Module):
       x: `[b, t, y, x, c]`; time: `[b]`, 1 is noise; label: int `[b]`.
       tables: of `tables(x.shape[1:])`.
       state: of `init_state`, or None to start fresh.
-      **where: further fields of `Cond` (progress, rng, train, guided, soft_evaluation).
+      **where: further fields of `Cond` (progress, rng, train, guided, soft_evaluation, want_masks), and `phases`, one per
+        run of layers (of `schedule`; none in training).
 
     Returns:
       velocity `[b, t, y, x, c]` float32, the new state, and aux: one dict per run of layers, stacked over its layers.
     """
     embedding = self.time(time)
     condition = (embedding + self.label(label)).astype(DTYPES[self.config.dtype])
-    rng = where.pop("rng", None)
+    rng, phases = where.pop("rng", None), where.pop("phases", None) or ("",) * len(self.runs)
     cond = Cond(time, embedding, **where)
     layout = tables["layout"]
     tokens = layout.pack(self.embed(patchify(x, self.config.patch)))
@@ -134,7 +147,8 @@ class VideoDiT(nnx.Module):
     states, auxes = [], []
     for i, run in enumerate(self.runs):
       key = None if rng is None else jax.random.fold_in(rng, i)
-      tokens, new, aux = self._run(run, tokens, condition, cond, key, layout, tables["methods"][i], state[i])
+      own = dataclasses.replace(cond, phase=phases[i])
+      tokens, new, aux = self._run(run, tokens, condition, own, key, layout, tables["methods"][i], state[i])
       states.append(new)
       auxes.append(aux)
     return unpatchify(layout.unpack(self.final(tokens, condition)), x.shape[1:], self.config.patch), states, auxes
@@ -147,8 +161,8 @@ class VideoDiT(nnx.Module):
 
     def layer(x, xs):
       params, state, key = xs
-      where = Cond(cond.time, cond.embedding, cond.progress, key, cond.train, cond.guided, cond.soft_evaluation)
-      x, state, aux = nnx.merge(graphdef, params)(x, condition, where, layout, tables, state)
+      own = dataclasses.replace(cond, rng=key)
+      x, state, aux = nnx.merge(graphdef, params)(x, condition, own, layout, tables, state)
       return x, (state, aux)
 
     if self.config.remat and cond.train:

@@ -1,6 +1,7 @@
 """Euler sampling of the rectified flow with classifier-free guidance."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -39,12 +40,16 @@ class SampleConfig:
     return (self.shift * t / (1 + (self.shift - 1) * t)).astype(np.float32)
 
 
-def make_step(graphdef, config: SampleConfig):
-  """One jitted Euler step `(params, x, label, t, t_next, tables, state) -> (x, state, aux)`; traced once per shape."""
+def make_step(graphdef, config: SampleConfig, want_masks: bool = False):
+  """One jitted Euler step `(params, x, label, t, t_next, tables, state, phases) -> (x, state, aux)`.
+
+  `phases` (of `VideoDiT.schedule`) is static: one compilation per shape and distinct tuple. `want_masks` puts each layer's
+  `BlockMask` into aux.
+  """
   guided = config.guidance != 1
 
-  @jax.jit
-  def step(params, x, label, t, t_next, tables, state):
+  @functools.partial(jax.jit, static_argnums=7)
+  def step(params, x, label, t, t_next, tables, state, phases=()):
     model = nnx.merge(graphdef, params)
     both = (lambda a, b: jnp.concatenate([a, b])) if guided else (lambda a, b: a)
     time = jnp.broadcast_to(t, both(label, label).shape)
@@ -56,6 +61,8 @@ def make_step(graphdef, config: SampleConfig):
       state,
       guided=guided,
       soft_evaluation=config.soft,
+      want_masks=want_masks,
+      phases=phases,
     )
     if guided:
       conditional, free = jnp.split(velocity, 2)
@@ -65,17 +72,38 @@ def make_step(graphdef, config: SampleConfig):
   return step
 
 
+def compile_steps(step, params, model, tables, latent_shape, config: SampleConfig):
+  """`step` of `make_step`, compiled ahead for every phase of the run; called like it.
+
+  Raises:
+    ConfigError: if a method's schedule does not fit the run.
+  """
+  batch, scalar = config.batch_size, jax.ShapeDtypeStruct((), np.float32)
+  x = jax.ShapeDtypeStruct((batch, *latent_shape), np.float32)
+  label = jax.ShapeDtypeStruct((batch,), np.int32)
+  state = jax.eval_shape(lambda: model.init_state(batch * (1 + (config.guidance != 1)), latent_shape))
+  compiled = {
+    phases: step.lower(params, x, label, scalar, scalar, tables, state, phases).compile()
+    for phases in dict.fromkeys(model.schedule(config.steps))
+  }
+  return lambda *args: compiled[args[-1]](*args[:-1])
+
+
 def sample(step, params, model, labels, indices, seed: int, tables, latent_shape, config: SampleConfig, progress=True):
   """Latents for labels, normalised as in training.
 
   Args:
-    step: of `make_step`; model: for `init_state` (its parameters are not used).
+    step: of `make_step` or `compile_steps`; model: for `init_state` and `schedule` (its parameters are not used).
     labels: int `[n]`; indices: int `[n]`, number of each sample under the seed: its noise depends on (seed, index) only.
 
   Returns:
     latents float32 `[n, *latent_shape]`, and aux of every step of the last batch (a list, NumPy).
+
+  Raises:
+    ConfigError: if a method's schedule does not fit the run.
   """
   labels, indices, times = np.asarray(labels), np.asarray(indices), config.times()
+  schedule = model.schedule(config.steps)
   batch, outs, auxes = config.batch_size, [], []
   bar = tqdm(total=-(-len(labels) // batch) * config.steps, desc="sampling", unit="step", disable=not progress)
   for start in range(0, len(labels), batch):
@@ -83,8 +111,8 @@ def sample(step, params, model, labels, indices, seed: int, tables, latent_shape
     x = sample_noise(jax.random.key(seed), jnp.asarray(indices[part]), latent_shape)
     state = model.init_state(batch * (1 + (config.guidance != 1)), latent_shape)
     auxes = []
-    for t, t_next in zip(times[:-1], times[1:], strict=True):
-      x, state, aux = step(params, x, jnp.asarray(labels[part]), t, t_next, tables, state)
+    for t, t_next, phases in zip(times[:-1], times[1:], schedule, strict=True):
+      x, state, aux = step(params, x, jnp.asarray(labels[part]), t, t_next, tables, state, phases)
       auxes.append(aux)
       bar.update()
     outs.append(np.asarray(x)[: len(labels) - start])

@@ -187,6 +187,9 @@ def test_euler_integrates_a_straight_line():
     def init_state(self, batch, shape):
       return []
 
+    def schedule(self, steps):
+      return [()] * steps
+
     def __call__(self, x, time, label, tables, state, **_):
       return (x - 2.0) / time.reshape(-1, 1, 1, 1, 1), state, []
 

@@ -29,7 +29,7 @@ class Dims:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cond:
-  """What a layer knows about the moment it runs in.
+  """What a layer knows about the moment it runs in. Layers of one run share all of it but `rng`.
 
   Attributes:
     time: `[b]`, 1 is noise.
@@ -39,6 +39,8 @@ class Cond:
     train: static; training mode of routers.
     guided: static; the batch is [conditional half, unconditional half] and both share routing and masks.
     soft_evaluation: static; evaluate with the soft mixture instead of the hard choice.
+    phase: static; what this sampling step does for the layer's method (`Method.phase`); "" in training.
+    want_masks: static; aux then holds `"mask"`, the `BlockMask` that ran.
   """
 
   time: jax.Array
@@ -48,6 +50,8 @@ class Cond:
   train: bool = dataclasses.field(default=False, metadata={"static": True})
   guided: bool = dataclasses.field(default=False, metadata={"static": True})
   soft_evaluation: bool = dataclasses.field(default=False, metadata={"static": True})
+  phase: str = dataclasses.field(default="", metadata={"static": True})
+  want_masks: bool = dataclasses.field(default=False, metadata={"static": True})
 
   def share(self, x: jax.Array) -> jax.Array:
     """Gives the unconditional half (if there is one) the conditional half's rows of `x` `[b, ...]`."""
@@ -93,16 +97,27 @@ class Method:
     """Static masks and matrices as a pytree of NumPy arrays: made once per grid, passed to jit as arguments."""
     return {}
 
-  def init_state(self, batch: int, layout: TileLayout) -> Any:
-    """What one layer remembers between denoising steps; `{}` for most."""
+  def init_state(self, batch: int, dims: Dims, layout: TileLayout) -> Any:
+    """What one layer remembers between denoising steps; `{}` for most.
+
+    The sampler carries it, one entry per layer, from step to step; its shapes never change and no checkpoint holds it.
+    """
     return {}
+
+  def phase(self, step: int, steps: int) -> str:
+    """What sampling step `step` of `steps` does ("warmup", "search", "reuse", ...): each phase is its own compiled step."""
+    return ""
+
+  def check_run(self, steps: int) -> None:
+    """Raises ConfigError if the method's schedule does not fit a run of `steps` sampling steps."""
 
   def __call__(self, module, qkv: Projected, cond: Cond, tables, state):
     """Attention of one layer.
 
     Returns:
       out `[b, n_buffer, h, d]`, the new state, and aux: a dict with at least `density` `[b, h]` (scored pairs / n^2, as
-      run), `cost` (scalar: pairs run over h n^2, all branches counted) and `loss` (scalar, added to the training loss).
+      run), `cost` (scalar: pairs run over h n^2, all branches counted) and `loss` (scalar, added to the training loss);
+      with `cond.want_masks` also `mask`, the `BlockMask` that ran.
     """
     raise NotImplementedError
 
@@ -131,7 +146,16 @@ def mask_density(mask, n: int, b: int, h: int) -> jax.Array:
   return jnp.broadcast_to(jnp.asarray(mask.density(n), jnp.float32), (b, h))
 
 
-def plain_aux(mask, n: int, b: int, h: int) -> dict:
+def plain_aux(mask, n: int, b: int, h: int, want_masks: bool = False) -> dict:
   """The aux of a method without routing or losses."""
   density = mask_density(mask, n, b, h)
-  return {"density": density, "cost": density.mean(), "loss": np.float32(0.0)}
+  return {"density": density, "cost": density.mean(), "loss": np.float32(0.0), **mask_aux(mask, want_masks)}
+
+
+def mask_aux(mask, want_masks: bool) -> dict:
+  """`{"mask": mask}` on request, without its backward table; lists are written out, so that no leaf is None."""
+  if not want_masks:
+    return {}
+  bias = np.zeros(mask.kv_tiles, np.float32) if mask.kv_bias is None else mask.kv_bias
+  mask = dataclasses.replace(mask, kv_indices=mask.indices(), kv_bias=bias, transposed=None)
+  return {"mask": jax.tree.map(jnp.asarray, mask)}
