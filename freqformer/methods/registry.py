@@ -7,9 +7,12 @@ from freqformer.config import ConfigError, did_you_mean
 METHODS = {
   "dense": "Dense",
   "freqformer": "FreqFormer",
+  "sparseflow": "SparseFlow",
+  "sparse_linear": "SparseLinear",
   "sliding_tile": "SlidingTile",
   "radial": "Radial",
   "block_topk": "BlockTopK",
+  "spatial_temporal": "SpatialTemporal",
 }
 
 

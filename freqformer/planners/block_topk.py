@@ -63,7 +63,8 @@ def top_tiles(q_pool: jax.Array, k_pool: jax.Array, budget: int, fixed) -> jax.A
   chunk = max(1, min(tiles, _CHUNK_SCORES // (b * h * tiles)))
   filler = -tiles % chunk
   rows = jnp.pad(q_pool, ((0, 0), (0, 0), (0, filler), (0, 0))).reshape(b, h, -1, chunk, d).transpose(2, 0, 1, 3, 4)
-  always = jnp.pad(jnp.asarray(fixed, jnp.int32), ((0, filler), (0, 0)), mode="edge").reshape(-1, chunk, fixed.shape[-1])
+  always = jnp.pad(jnp.asarray(fixed, jnp.int32), ((0, filler), (0, 0)), mode="edge")
+  always = always.reshape(rows.shape[0], chunk, fixed.shape[-1])  # f may be 0
 
   def best(args):
     q, keep = args

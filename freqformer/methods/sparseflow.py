@@ -1,0 +1,236 @@
+"""SparseFlow: block-sparse attention across frames, linear attention within frames, a router deals the heads to the two.
+
+Implements the abstract of SparseFlow-Attention (Zenodo 19712508): temporal attention to neighbouring and anchor frames, linear
+spatial attention, a temporal budget that depends on the timestep (sparser early in denoising), a head-wise router, soft in
+training and hard in evaluation. Every constant below is ours, the schedule's form too (docs/methods.md).
+
+A head on the linear path has count 0 in every row of the table, so it pays for no softmax. Linear attention itself runs for
+all heads, whatever the routing: shapes stay static, and it costs about (d + 1) / n of dense attention.
+"""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from freqformer.config import ConfigError
+from freqformer.cost import Cost, attention_cost
+from freqformer.layout import LayoutTables, TileLayout
+from freqformer.methods.base import Method, mask_aux
+from freqformer.planners.block_topk import pool_tiles
+from freqformer.planners.temporal import temporal
+from freqformer.router import RouterConfig, Routing, SpectralRouter, entropy, penalty
+from kernels.attention import attention
+from kernels.block_mask import BlockMask
+from kernels.linear import FEATURE_MAPS, Segments, linear_attention
+
+SPARSE, LINEAR = range(2)
+DIRECTIONS = ("sparse_early", "dense_early")
+SHAPES = {"linear": lambda u: u, "cosine": lambda u: (1 - jnp.cos(jnp.pi * u)) / 2, "step": lambda u: 1.0 * (u >= 0.5)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+  """How many neighbouring frames a query sees at time t (1 is noise).
+
+  Attributes:
+    frames: layers of tiles at the sparse and at the dense end; every extent between is a level of its own.
+    direction: "sparse_early" (the abstract's: few frames at high t) or "dense_early".
+    shape: from one end to the other over t: "linear", "cosine" (slow at both ends) or "step" (one jump at t = 1/2).
+  """
+
+  frames: tuple[int, int] = (1, 5)
+  direction: str = "sparse_early"
+  shape: str = "linear"
+
+  def __post_init__(self):
+    if not 1 <= self.frames[0] <= self.frames[1]:
+      raise ValueError(f"schedule {self.frames=} must be (fewest, most) layers of tiles with 1 <= fewest <= most.")
+    if self.direction not in DIRECTIONS or self.shape not in SHAPES:
+      raise ValueError(f"schedule {self.direction=} must be one of {DIRECTIONS} and {self.shape=} one of {tuple(SHAPES)}.")
+
+  def extents(self, layers: int) -> tuple[int, ...]:
+    """Frames seen per level, ascending, on a grid of so many layers of tiles."""
+    return tuple(range(min(self.frames[0], layers), min(self.frames[1], layers) + 1))
+
+  def level(self, time, levels: int) -> jax.Array:
+    """int32 level of each time, 0 the sparsest."""
+    u = 1 - time if self.direction == "sparse_early" else time
+    return jnp.round(SHAPES[self.shape](jnp.clip(u, 0, 1)) * (levels - 1)).astype(jnp.int32)
+
+  def shares(self, levels: int) -> np.ndarray:
+    """Share of t in [0, 1] that each level gets, `[levels]`."""
+    time = (np.arange(4096, dtype=np.float32) + 0.5) / 4096
+    return np.bincount(np.asarray(self.level(time, levels)), minlength=levels) / len(time)
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseFlow(Method):
+  """Fields of the method.
+
+  Attributes:
+    schedule: temporal extent over the timestep.
+    around: tiles (y, x) that a query sees of each frame, around its own place.
+    anchors: evenly spread frames that every query sees, the first among them.
+    feature_map: of the linear path, a name of `kernels.linear.FEATURE_MAPS`.
+    allocation: "routed", or head counts (sparse, linear) for a fixed assignment; "2,4" means (2, 4).
+    router: for `allocation="routed"`.
+  """
+
+  schedule: Schedule = Schedule()
+  around: tuple[int, int] = (3, 3)
+  anchors: int = 1
+  feature_map: str = "elu"
+  allocation: str | tuple[int, int] = "routed"
+  router: RouterConfig = RouterConfig(prior=(0.6, 0.4), prior_slope=0.0)
+
+  def __post_init__(self):
+    if isinstance(self.allocation, str) and (counts := re.fullmatch(r"\(?(\d+), ?(\d+)\)?", self.allocation)):
+      object.__setattr__(self, "allocation", tuple(map(int, counts.groups())))
+    if isinstance(self.allocation, str) and self.allocation != "routed":
+      raise ValueError(f'{self.allocation=} must be "routed" or two head counts (sparse, linear).')
+    if min(self.around) < 1 or self.anchors < 0:
+      raise ValueError(f"{self.around=} must be tile counts (y, x) of at least 1 and {self.anchors=} at least 0.")
+    if self.feature_map not in FEATURE_MAPS:
+      raise ValueError(f"{self.feature_map=} must be one of {tuple(FEATURE_MAPS)}.")
+    if len(self.router.prior) != 2:
+      raise ValueError(f"router prior {self.router.prior} must have one share per branch (sparse, linear).")
+
+  @property
+  def routed(self):
+    return self.allocation == "routed"
+
+  @property
+  def trains_all_branches(self):
+    return self.routed and self.router.mode != "sampled"
+
+  @property
+  def branches(self):
+    return ("sparse", "linear")
+
+  def build(self, dims, layout, rngs):
+    if not self.routed and sum(self.allocation) != dims.heads:
+      raise ConfigError(
+        f"allocation={self.allocation} hands out {sum(self.allocation)} heads, the layer has {dims.heads}; "
+        'make them equal or use "routed".'
+      )
+    return _Modules(self, dims, rngs)
+
+  def tables(self, layout):
+    masks = [temporal(layout, extent, self.around, self.anchors) for extent in self.schedule.extents(layout.tile_grid[0])]
+    longest = max(m.max_kv for m in masks)
+    widen = lambda ids: np.pad(ids, ((0, 0),) * 3 + ((0, longest - ids.shape[-1]),), mode="edge")
+    levels = dataclasses.replace(
+      masks[0],
+      kv_indices=np.concatenate([widen(m.kv_indices) for m in masks]),
+      kv_counts=np.concatenate([m.kv_counts for m in masks]),
+    )
+    arrays = layout.arrays()
+    frame = np.where(arrays.valid, arrays.positions[:, 0], -1).astype(np.int32)
+    return SparseFlowTables(levels, Segments.of_ids(frame))
+
+  def __call__(self, module, qkv, cond, tables, state):
+    layout, routing = qkv.layout, self._route(module, qkv, cond)
+    routing = dataclasses.replace(routing, choice=checkpoint_name(routing.choice, "routing"))
+    mask = self.mask_at(tables, cond.share(cond.time))
+    b, _, h, d = qkv.q.shape
+    density = jnp.broadcast_to(jnp.asarray(mask.density(layout.layout.n), jnp.float32), (b, h))  # of a head that is sparse
+    if not routing.all_branches:
+      counts = jnp.where((routing.choice == SPARSE)[..., None], mask.kv_counts, 0)
+      ids = jnp.broadcast_to(mask.kv_indices, (*counts.shape, mask.max_kv))
+      mask = dataclasses.replace(mask, kv_indices=ids, kv_counts=counts)
+    q, k = qkv.rotate_q(qkv.q, layout.positions), qkv.rotate_k(qkv.k, layout.positions)
+    sparse, _ = attention(q, k, qkv.v, mask, implementation=qkv.implementation)
+    linear, _ = linear_attention(q, k, qkv.v, tables.frames, feature_map=self.feature_map)
+    weights = routing.weights.astype(sparse.dtype)[:, None, :, :, None]
+    out = weights[..., SPARSE, :] * sparse + weights[..., LINEAR, :] * linear
+    aux = self._aux(routing, density, (d + 1) / layout.layout.n, cond)
+    return out, state, aux | mask_aux(mask, cond.want_masks)
+
+  def mask_at(self, tables: "SparseFlowTables", time) -> BlockMask:
+    """The table of a sparse head at times `[b]`: `[b, 1, tiles, max_kv]`; one trace for all times."""
+    level = self.schedule.level(time, tables.levels.kv_counts.shape[0])
+    take = lambda x: jnp.take(jnp.asarray(x), level, axis=0, mode="clip")
+    return dataclasses.replace(
+      tables.levels, kv_indices=take(tables.levels.kv_indices), kv_counts=take(tables.levels.kv_counts)
+    )
+
+  def _route(self, module, qkv, cond) -> Routing:
+    """The router's decision, or the fixed one."""
+    b, _, h, _ = qkv.q.shape
+    if self.routed:
+      stats = None
+      if self.router.statistics:
+        shares = variance_shares(jax.lax.stop_gradient(qkv.v), qkv.layout)
+        stats = jnp.log((shares + 1e-6) / (shares.sum(-1, keepdims=True) + 3e-6))
+      return module.router(cond, stats)
+    choice = np.repeat(np.arange(2, dtype=np.int32), self.allocation)[None]
+    hot = jnp.broadcast_to(jax.nn.one_hot(choice, 2), (b, h, 2))
+    return Routing(hot, jnp.broadcast_to(choice, (b, h)), hot, False)
+
+  def _aux(self, routing, density, linear_density, cond):
+    """Densities of scored pairs; the penalty also counts linear attention, as the pairs that cost as much."""
+    taken = jnp.where(routing.choice == SPARSE, density, 0)
+    loss = jnp.float32(0)
+    if self.routed and cond.train:
+      loss = penalty(self.router, routing.probs, jnp.stack([density.mean(), jnp.float32(linear_density)]))
+    return {
+      "density": taken,
+      "cost": (density if routing.all_branches else taken).mean(),
+      "loss": loss,
+      "probs": routing.probs,
+      "choice": routing.choice,
+      "expected_density": routing.probs[..., SPARSE] * density,
+      "entropy": entropy(routing.probs),
+    }
+
+  def cost(self, layout: TileLayout, heads, head_dim, allocation=None) -> Cost:
+    """Pairs of the temporal table, averaged over uniform t, times the share of sparse heads; linear attention of all heads.
+
+    `allocation` defaults to the fixed one, or to the router's prior. Linear attention: state and norm 2 n d (d + 1), reading
+    them as much again. Not counted: the router and its statistics (below 1e-4 of the layer).
+    """
+    if allocation is None:
+      allocation = self.router.prior if self.routed else self.allocation
+    share, levels = allocation[SPARSE] / sum(allocation), self.tables(layout).levels
+    pairs = float(self.schedule.shares(len(levels.kv_counts)) @ levels.pairs()[:, 0])
+    linear = 4.0 * layout.n * head_dim * (head_dim + 1) * heads
+    return attention_cost(heads * share * pairs, head_dim) + Cost(linear_flops=linear)
+
+
+def variance_shares(x: jax.Array, layout: LayoutTables) -> jax.Array:
+  """Variance of `[b, n_buffer, h, d]` within tiles, over time at one place, and between places: `[b, h, 3]`, a sum of three.
+
+  The law of total variance over tiles; texture, motion and structure of a head's values at the price of one pass.
+  """
+  pooled = pool_tiles(x, layout)  # [b, h, tiles, d]
+  grid = layout.layout.tile_grid
+  fold = lambda a: a.reshape(*a.shape[: a.ndim - 2], grid[0], grid[1] * grid[2], a.shape[-1])
+  weight = fold(jnp.asarray(layout.kv_len, jnp.float32)[:, None]) / layout.layout.n  # [t, places, 1]
+  pooled, square = fold(pooled), lambda a: (a**2 * weight).sum((-3, -2, -1))
+  place = (pooled * weight).sum(2, keepdims=True) / weight.sum(0)
+  mean = (pooled * weight).sum((2, 3), keepdims=True)
+  valid = jnp.asarray(layout.valid)[:, None, None]
+  energy = (jnp.where(valid, x, 0).astype(jnp.float32) ** 2).sum((1, 3)) / layout.layout.n
+  within = jnp.maximum(energy - square(pooled), 0)
+  return jnp.stack([within, square(pooled - place), square(place - mean)], -1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SparseFlowTables:
+  """Static tables of one grid: the temporal table of every level, stacked along its batch axis, and the frames' rows."""
+
+  levels: BlockMask
+  frames: Segments
+
+
+class _Modules(nnx.Module):
+  """The method's parameters: a router where heads are routed."""
+
+  def __init__(self, config: SparseFlow, dims, rngs):
+    self.router = SpectralRouter(config.router, dims.heads, dims.cond_dim, 3, rngs) if config.routed else None
