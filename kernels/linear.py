@@ -67,10 +67,10 @@ class Segments:
     return cls(None, None, np.full(1, n, np.int32), n)
 
   def gather(self, x: jax.Array) -> jax.Array:
-    """`[b, n, h, ...] -> [b, segments, size, h, ...]` in at least float32, zeros where there is no row."""
+    """`[b, n, h, ...] -> [b, segments, size, h, ...]`, zeros where there is no row."""
     if self.rows is not None:
       x = jnp.take(x, jnp.asarray(self.rows).reshape(-1), axis=1, mode="clip")
-    x = x.reshape(x.shape[0], -1, self.size, *x.shape[2:]).astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x.reshape(x.shape[0], -1, self.size, *x.shape[2:])
     return jnp.where(self.valid(x.ndim - 3), x, 0)
 
   def scatter(self, x: jax.Array, fill=0) -> jax.Array:
@@ -95,8 +95,9 @@ def linear_attention(
   """Linear attention within segments, or from each segment to a set of segments.
 
   Args:
-    q, k, v: `[b, n, h, d]`, one dtype; the three share the rows and their segments. Sums are float32 (float64 for
-      float64 inputs). Rows in no segment may hold anything finite: nothing depends on them.
+    q, k, v: `[b, n, h, d]`, one dtype; the three share the rows and their segments. Rows in no segment may hold anything
+      finite: nothing depends on them. Features and sums are float32 (float64 for float64 inputs); where inputs have 16
+      bits, features and sums are rounded to them as operands of a product, never while they add up.
     segments: which rows are summed together; None: all of them.
     reads: which segments' sums a segment's queries read, bool or weights >= 0 `[b or 1, h or 1, segments, segments]`,
       not differentiated; None: their own.
@@ -134,10 +135,10 @@ def _linear(feature_map, q, k, v, segments, reads):
 
 
 def _forward(feature_map, q, k, v, segments, reads):
-  dot, phi = _dot(q.dtype), FEATURE_MAPS[feature_map]
-  queries, keys = phi(segments.gather(q)), _keys(phi, segments, segments.gather(k))
-  state, norm = (_read(dot, reads, x) for x in _sums(dot, keys, segments.gather(v)))
-  den = dot("bslhm,bshm->bslh", queries, norm)
+  dot, phi = _product(q.dtype), FEATURE_MAPS[feature_map]
+  queries, keys = phi(_wide(segments.gather(q))), _keys(phi, segments, _wide(segments.gather(k)))
+  state, norm = (_read(reads, x) for x in _sums(dot, keys, segments.gather(v)))
+  den = (queries * norm[:, :, None]).sum(-1)
   some = den > _TINY
   den = jnp.where(some, den, 1)
   out = jnp.where(some[..., None], dot("bslhm,bshmd->bslhd", queries, state) / den[..., None], 0)
@@ -157,23 +158,23 @@ def _backward_rule(feature_map, residuals, cotangents):
   as short as d.
   """
   q, k, v, segments, reads, out, log_den = residuals
-  dot, phi = _dot(q.dtype), FEATURE_MAPS[feature_map]
+  dot, phi = _product(q.dtype), FEATURE_MAPS[feature_map]
   log_den, d_log = (segments.gather(x.transpose(0, 2, 1)) for x in (log_den, cotangents[1]))
   some = (log_den > -jnp.inf) & segments.valid(1)  # who reads nothing has no gradient, whatever the cotangents hold
   inverse = jnp.where(some, jnp.exp(-jnp.where(some, log_den, 0)), 0)
-  d_out = jnp.where(some[..., None], segments.gather(cotangents[0]), 0)
+  d_out = jnp.where(some[..., None], _wide(segments.gather(cotangents[0])), 0)
   d_den = (jnp.where(some, d_log, 0) - (d_out * segments.gather(out)).sum(-1)) * inverse
   d_num = d_out * inverse[..., None]
 
-  queries, q_rule = jax.vjp(phi, segments.gather(q))
-  keys, k_rule = jax.vjp(functools.partial(_keys, phi, segments), segments.gather(k))
+  queries, q_rule = jax.vjp(phi, _wide(segments.gather(q)))
+  keys, k_rule = jax.vjp(functools.partial(_keys, phi, segments), _wide(segments.gather(k)))
   values = segments.gather(v)
-  state, norm = (_read(dot, reads, x) for x in _sums(dot, keys, values))
+  state, norm = (_read(reads, x) for x in _sums(dot, keys, values))
   d_queries = dot("bslhd,bshmd->bslhm", d_num, state) + d_den[..., None] * norm[:, :, None]
-  d_sums = dot("bslhm,bslhd->bshmd", queries, d_num), dot("bslhm,bslh->bshm", queries, d_den)
+  d_state, d_norm = dot("bslhm,bslhd->bshmd", queries, d_num), (queries * d_den[..., None]).sum(2)
   back = None if reads is None else reads.swapaxes(2, 3)
-  d_state, d_norm = (_read(dot, back, x) for x in d_sums)
-  d_keys = dot("bslhd,bshmd->bslhm", values, d_state) + d_norm[:, :, None]
+  d_state, d_norm = _read(back, d_state), _read(back, d_norm)
+  d_keys = dot("bslhd,bshmd->bslhm", _wide(values), d_state) + d_norm[:, :, None]
   grads = (*q_rule(d_queries), *k_rule(d_keys), dot("bslhm,bshmd->bslhd", keys, d_state))
   grads = (segments.scatter(g).astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True))
   return *grads, jax.tree.map(_no_gradient, segments), jax.tree.map(_no_gradient, reads)
@@ -182,9 +183,19 @@ def _backward_rule(feature_map, residuals, cotangents):
 _linear.defvjp(_forward_rule, _backward_rule)
 
 
-def _dot(dtype):
-  """Einsum of float32: exact for float32 inputs; 16-bit inputs have no more bits than the device's fast product (TF32)."""
-  return functools.partial(jnp.einsum, precision="default" if jnp.finfo(dtype).bits == 16 else "highest")
+def _wide(x):
+  """At least float32."""
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _product(dtype):
+  """Einsum for inputs of `dtype`: bfloat16 operands on tensor cores, adding up in float32; float32 exactly.
+
+  float16 has no range for sums over a segment: its operands are float32, at the device's default (fast) precision.
+  """
+  if dtype != jnp.bfloat16:
+    return functools.partial(jnp.einsum, precision="default" if dtype == jnp.float16 else "highest")
+  return lambda equation, x, y: jnp.einsum(equation, x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32)
 
 
 def _keys(phi, segments, k):
@@ -194,15 +205,15 @@ def _keys(phi, segments, k):
 
 def _sums(dot, keys, values):
   """Per segment the state `[b, segments, h, m, d]` and the norm `[b, segments, h, m]`."""
-  return dot("bslhm,bslhd->bshmd", keys, values), keys.sum(2)
+  return dot("bslhm,bslhd->bshmd", keys, _wide(values)), keys.sum(2)
 
 
-def _read(dot, reads, sums):
+def _read(reads, sums):
   """What each segment's queries read of all segments' sums; their own where `reads` is None."""
   if reads is None:
     return sums
   reads = jnp.broadcast_to(reads, (sums.shape[0], sums.shape[2], *reads.shape[2:])).astype(sums.dtype)
-  return dot("bhij,bjh...->bih...", reads, sums)
+  return jnp.einsum("bhij,bjh...->bih...", reads, sums, precision="highest")
 
 
 def _no_gradient(x):
