@@ -4,16 +4,40 @@ import dataclasses
 
 import jax
 
+# Compute capability by what the device's name contains, for devices that are only described (NVIDIA's list of CUDA GPUs);
+# a GPU that is there says it itself. First match wins.
+_CAPABILITIES = (
+  ("H100", (9, 0)),
+  ("H200", (9, 0)),
+  ("H800", (9, 0)),
+  ("H20", (9, 0)),
+  ("GH200", (9, 0)),
+  ("B200", (10, 0)),
+  ("RTX 50", (12, 0)),
+  ("RTX 40", (8, 9)),
+  ("L40", (8, 9)),
+  ("L4", (8, 9)),
+  ("A100", (8, 0)),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-  """What a backend needs to know to accept or refuse: `platform` ("cpu", "cuda", "tpu") and the device's own name."""
+  """What a backend needs to know to accept or refuse.
+
+  Attributes:
+    platform: "cpu", "cuda" or "tpu".
+    kind: the device's own name.
+    capability: CUDA compute capability (major, minor); None for other platforms and unknown GPUs that are not there.
+  """
 
   platform: str
   kind: str
+  capability: tuple[int, int] | None = None
 
   def __str__(self):
-    return f"{self.platform} ({self.kind})"
+    detail = f", compute capability {self.capability[0]}.{self.capability[1]}" if self.capability else ""
+    return f"{self.platform} ({self.kind}{detail})"
 
 
 def current_target() -> Target:
@@ -21,5 +45,13 @@ def current_target() -> Target:
   device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
   if device is None:
     device = jax.local_devices()[0]
-  platform = device.platform
-  return Target("cuda" if platform == "gpu" else platform, device.device_kind)
+  platform = "cuda" if device.platform in ("gpu", "cuda") else device.platform
+  return Target(platform, device.device_kind, _capability(device) if platform == "cuda" else None)
+
+
+def _capability(device) -> tuple[int, int] | None:
+  said = getattr(device, "compute_capability", None)  # "9.0"; an abstract device has none
+  if said is not None:
+    major, minor = str(said).split(".")[:2]
+    return int(major), int(minor)
+  return next((capability for name, capability in _CAPABILITIES if name in device.device_kind), None)
