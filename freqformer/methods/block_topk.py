@@ -41,7 +41,7 @@ class BlockTopK(Method):
 
   def budget(self, layout) -> int:
     """Key tiles per query tile; ConfigError where the density rounds to fewer than the fixed ones."""
-    budget, fixed = int(self.density * layout.tiles + 0.5), fixed_tiles(layout, self.sink).shape[1]
+    budget, fixed = int(self.density * layout.tiles + 0.5), min(1 + self.sink, layout.tiles)
     if budget < fixed:
       raise ConfigError(
         f"block_topk: density {self.density} of {layout.tiles} tiles rounds to {budget}, fewer than the {fixed} fixed "
@@ -68,9 +68,9 @@ class BlockTopK(Method):
       pooled = (x.transpose(0, 2, 1, 3).astype(q.dtype) for x in (q_pool, k_pool, pool_tiles(qkv.v, arrays)))
       coarse, _ = attention(*pooled, implementation=qkv.implementation)
       out = out + (module(qkv.q) * jnp.repeat(coarse, layout.block, axis=1)).astype(out.dtype)
-    aux = plain_aux(mask, layout.n, b, h)
+    aux = plain_aux(mask, layout.n, b, h, cond.want_masks)
     coarse = (module is not None) * (layout.tiles / layout.n) ** 2
-    return out, state, aux | {"density": aux["density"] + coarse, "cost": aux["cost"] + coarse}
+    return out, state, aux | {"density": aux["density"] + coarse, "cost": aux["cost"] + coarse, "coarse_density": coarse}
 
   def cost(self, layout, heads, head_dim, allocation=None) -> Cost:
     """Pairs of average tiles, the pooled ones, and around them: pooling, the selection's scores, the gate."""

@@ -19,10 +19,12 @@ from jax.ad_checkpoint import checkpoint_name
 from freqformer.config import ConfigError
 from freqformer.cost import Cost, attention_cost
 from freqformer.layout import TileLayout
-from freqformer.methods.base import Method
+from freqformer.methods import measured
+from freqformer.methods.base import Method, mask_aux
 from freqformer.planners.block_topk import block_topk, fixed_tiles, pool_tiles
 from freqformer.planners.packed import coarse_rows, full_rows, packed_kv_len
 from freqformer.planners.sliding_tile import BORDERS, sliding_tile
+from freqformer.profiling import ProfileConfig
 from freqformer.router import RouterConfig, Routing, SpectralRouter, entropy, penalty
 from freqformer.spectral import SpectralBasis, SpectralTables
 from freqformer.summary import SummaryTokens
@@ -41,8 +43,9 @@ class FreqFormer(Method):
 
   Attributes:
     basis: the spectral basis and its cuts.
-    allocation: "routed", or head counts per band (low, mid, high) for a fixed assignment; "2,2,2" means (2, 2, 2), so that
-      a command line can override one with the other.
+    allocation: "routed"; or head counts per band (low, mid, high) for a fixed assignment, where "2,2,2" means (2, 2, 2), so
+      that a command line can override one with the other; or "measured": training-free, each head gets the band that serves
+      it best at a step after a dense warm-up (`methods/measured.py`).
     mid_tiles: key tiles per query tile in the mid band, fixed ones included.
     sink: first tiles that every mid list holds.
     anchors: evenly spread frames whose tile at the same place every mid list holds.
@@ -52,6 +55,7 @@ class FreqFormer(Method):
     low_shared: mid and high rows also list the coarse tiles, in one joint softmax.
     summary: summary tokens per band and head; 0 is off.
     router: for `allocation="routed"`.
+    profile: for `allocation="measured"`.
   """
 
   basis: SpectralBasis = SpectralBasis("block_dct", (0.5, 0.5, 0.5), (0.75, 0.75, 0.75))
@@ -65,12 +69,13 @@ class FreqFormer(Method):
   low_shared: bool = False
   summary: int = 0
   router: RouterConfig = RouterConfig()
+  profile: ProfileConfig = ProfileConfig(slack=0.1)
 
   def __post_init__(self):
     if isinstance(self.allocation, str) and (counts := re.fullmatch(r"\(?(\d+), ?(\d+), ?(\d+)\)?", self.allocation)):
       object.__setattr__(self, "allocation", tuple(map(int, counts.groups())))
-    if isinstance(self.allocation, str) and self.allocation != "routed":
-      raise ValueError(f'{self.allocation=} must be "routed" or three head counts (low, mid, high).')
+    if isinstance(self.allocation, str) and self.allocation not in ("routed", "measured"):
+      raise ValueError(f'{self.allocation=} must be "routed", "measured" or three head counts (low, mid, high).')
     if self.filter not in FILTERS or self.border not in BORDERS:
       raise ValueError(f"{self.filter=} must be one of {FILTERS} and {self.border=} one of {BORDERS}.")
     if self.mid_tiles < 1 + self.sink + self.anchors or min(self.sink, self.anchors, self.summary) < 0:
@@ -93,7 +98,7 @@ class FreqFormer(Method):
     return ("low", "mid", "high")
 
   def build(self, dims, layout, rngs):
-    if not self.routed and sum(self.allocation) != dims.heads:
+    if not isinstance(self.allocation, str) and sum(self.allocation) != dims.heads:
       raise ConfigError(
         f"allocation={self.allocation} hands out {sum(self.allocation)} heads, the layer has {dims.heads}; "
         'make them equal or use "routed".'
@@ -112,11 +117,25 @@ class FreqFormer(Method):
       weights = np.pad(2 * np.log(spectral.cell_weight), (0, -spectral.n_coarse % layout.block), mode="edge")
       bias = np.concatenate([weights.reshape(coarse_tiles, -1).mean(-1), np.zeros(layout.tiles)]).astype(np.float32)
       low, high = (dataclasses.replace(m, kv_bias=bias) for m in (low, high))
-    return FreqFormerTables(spectral, low, high, fixed_tiles(layout, self.sink, self.anchors), coarse_tiles)
+    fixed = fixed_tiles(layout, self.sink, self.anchors)
+    profile = measured.tables(layout, self.profile) if self.allocation == "measured" else None
+    return FreqFormerTables(spectral, low, high, fixed, coarse_tiles, profile)
+
+  def phase(self, step, steps):
+    return self.profile.phase(step, steps) if self.allocation == "measured" else ""
+
+  def check_run(self, steps):
+    if self.allocation == "measured":
+      self.profile.check_run(steps)
+
+  def init_state(self, batch, dims, layout):
+    return {"choice": jnp.zeros((batch, dims.heads), jnp.int32)} if self.allocation == "measured" else {}
 
   def __call__(self, module, qkv, cond, tables, state):
+    if self.allocation == "measured" and cond.phase != "run":
+      return measured.call(self, module, qkv, cond, tables, state)
     spectral, layout = tables.spectral, qkv.layout
-    routing = self._route(module, qkv, cond, spectral)
+    routing = self._route(module, qkv, cond, spectral, state)
     routing = dataclasses.replace(routing, choice=checkpoint_name(routing.choice, "routing"))
     mid = self._mid_table(qkv, cond, tables)
     masks = (tables.low, mid, tables.high)
@@ -143,10 +162,10 @@ class FreqFormer(Method):
       out = out + module.summary(
         qkv.rotate_q(qkv.q, plain), qkv.rotate_k(qkv.k, plain), qkv.v, jax.lax.stop_gradient(routing.weights), spectral, layout
       )
-    return out, state, self._aux(routing, masks, layout.layout.n, cond)
+    return out, state, self._aux(routing, masks, layout.layout.n, cond) | mask_aux(mask, cond.want_masks)
 
-  def _route(self, module, qkv, cond, spectral) -> Routing:
-    """The router's decision, or the fixed one."""
+  def _route(self, module, qkv, cond, spectral, state) -> Routing:
+    """The router's decision, the measured one, or the fixed one."""
     b, _, h, _ = qkv.q.shape
     if self.routed:
       stats = None
@@ -154,7 +173,10 @@ class FreqFormer(Method):
         energy = spectral.band_energy(jax.lax.stop_gradient(qkv.v)).astype(jnp.float32)
         stats = jnp.log((energy + 1e-6) / (energy.sum(-1, keepdims=True) + 3e-6))
       return module.router(cond, stats)
-    choice = np.repeat(np.arange(3, dtype=np.int32), self.allocation)[None]
+    if self.allocation == "measured":
+      choice = state["choice"]
+    else:
+      choice = np.repeat(np.arange(3, dtype=np.int32), self.allocation)[None]
     hot = jnp.broadcast_to(jax.nn.one_hot(choice, 3), (b, h, 3))
     return Routing(hot, jnp.broadcast_to(choice, (b, h)), hot, False)
 
@@ -210,12 +232,13 @@ class FreqFormer(Method):
   def cost(self, layout: TileLayout, heads, head_dim, allocation=None) -> Cost:
     """Pairs of each band times its share of heads, and the transforms, selection and pooling around them.
 
-    `allocation` defaults to the fixed one, or to the router's prior. A mid list is counted with tiles of average length.
+    `allocation` defaults to the fixed one, or to the router's prior (also where heads are measured: nothing is known before).
+    A mid list is counted with tiles of average length.
     Counted beside pairs: compression of q, k, v and the lift (per-tile matmuls), pooling and scores of the selection. Not
     counted: the router itself (below 1e-4 of the layer), rotary and norms (every method has them).
     """
     if allocation is None:
-      allocation = self.router.prior if self.routed else self.allocation
+      allocation = self.router.prior if isinstance(self.allocation, str) else self.allocation
     share = np.asarray(allocation, np.float64) / sum(allocation)
     tables, n = self.tables(layout), layout.n
     mid_keys = min(self.mid_tiles, layout.tiles) * n / layout.tiles + self.low_shared * tables.spectral.n_coarse
@@ -236,6 +259,7 @@ class FreqFormerTables:
   high: BlockMask
   fixed: np.ndarray
   coarse_tiles: int = dataclasses.field(metadata={"static": True})
+  profile: dict | None = None  # for measured heads
 
 
 class _Modules(nnx.Module):

@@ -23,7 +23,7 @@ class StaticMethod(Method):
     positions = qkv.layout.positions
     q, k = qkv.rotate_q(qkv.q, positions), qkv.rotate_k(qkv.k, positions)
     out, _ = attention(q, k, qkv.v, tables, implementation=qkv.implementation)
-    return out, state, plain_aux(tables, qkv.layout.layout.n, q.shape[0], q.shape[2])
+    return out, state, plain_aux(tables, qkv.layout.layout.n, q.shape[0], q.shape[2], cond.want_masks)
 
   def cost(self, layout, heads, head_dim, allocation=None) -> Cost:
     """The table's own pairs: exact on any grid."""

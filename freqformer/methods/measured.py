@@ -1,0 +1,45 @@
+"""FreqFormer without training: each head gets the band that serves it best, measured once on any dense checkpoint.
+
+After a dense warm-up every band runs on every head, and a few query rows of each output are held against dense attention of the
+same rows. A head gets the cheapest band whose relative squared error is at most `1 + slack` times the smallest; the choice is
+per layer, sample and head, stays in the sampler's state, and both halves of guidance share it. The rule is ours. Errors of
+outputs, not masses of attention: mass on coarse cells says nothing about what compressing the queries loses.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from freqformer.methods.base import plain_aux
+from freqformer.planners.dense import dense
+from freqformer.profiling import ProfileConfig, dense_rows, most_faithful, relative_errors, sample_rows
+from kernels.attention import attention
+
+
+def tables(layout, profile: ProfileConfig) -> dict:
+  """What warm-up and measurement need of a grid."""
+  return {"dense": dense(layout), "rows": sample_rows(layout, profile.rows)}
+
+
+def call(method, module, qkv, cond, tables, state):
+  """A step that is not a plain run: dense during the warm-up, else measure and run with what was found."""
+  arrays = qkv.layout
+  q, k = qkv.rotate_q(qkv.q, arrays.positions), qkv.rotate_k(qkv.k, arrays.positions)
+  if cond.phase == "warmup":
+    out, _ = attention(q, k, qkv.v, tables.profile["dense"], implementation=qkv.implementation)
+    return out, state, plain_aux(tables.profile["dense"], arrays.layout.n, *out.shape[::2], cond.want_masks)
+  rows, heads = tables.profile["rows"], q.shape[2]
+  outs, densities = [], []
+  for band in range(3):
+    allocation = tuple(heads * (band == i) for i in range(3))
+    alone = dataclasses.replace(method, allocation=allocation, summary=0)
+    out, _, aux = alone(None, qkv, dataclasses.replace(cond, want_masks=False), tables, {})
+    outs.append(out[:, rows].astype(jnp.float32))
+    densities.append(aux["density"])
+  exact = dense_rows(q[:, rows], k, qkv.v, arrays.valid)[0]
+  errors, costs = relative_errors(jnp.stack(outs), exact), jnp.stack(densities, -1)
+  choice = most_faithful(cond.share(errors), costs, method.profile.slack)
+  found = {**state, "choice": choice}
+  out, found, aux = method(module, qkv, dataclasses.replace(cond, phase="run"), tables, found)
+  measuring = costs.sum(-1).mean() + len(rows) / arrays.layout.n
+  return out, found if state else state, aux | {"cost": aux["cost"] + measuring, "band_errors": errors}
