@@ -18,10 +18,12 @@ from freqformer.layout import TileLayout
 from freqformer.methods.base import Cond
 from freqformer.methods.dense import Dense
 from freqformer.methods.registry import METHODS, method_class
+from freqformer.methods.sparseflow import Schedule
 from freqformer.spectral import SpectralBasis
 
 EVEN = TileLayout((4, 8, 16), (2, 4, 4), 32)  # 16 full tiles
 RAGGED = TileLayout((5, 6, 9), (2, 4, 4), 32)  # 18 tiles of 32 to 2 tokens
+LITTLE = TileLayout((3, 5, 6), (2, 2, 3), 16)  # 12 tiles; few operations are compiled for it
 SMALL = TileLayout.fit((1, 2, 3), 32)  # one tile, mostly padding
 DIMS = AttentionDims(48, 6, 8)
 STEPS = 10  # of the sampling run whose phases are walked through
@@ -38,6 +40,13 @@ SETTINGS = {
   "sliding_tile": [dict(window=(2, 8, 8)), dict(window=(1, 2, 3), unit="tiles", border="clip", rows=16)],
   "radial": [dict(decay=0.4)],
   "block_topk": [dict(density=0.5, coarse="none"), dict(density=0.5, sink=1)],
+  # One extent at all times: `cost` is then exact, not an average over t.
+  "sparseflow": [
+    dict(schedule=Schedule(frames=(1, 1)), around=(1, 2)),
+    dict(schedule=Schedule(frames=(2, 2)), allocation=(2, 4)),
+  ],
+  "sparse_linear": [dict(critical=0.25, negligible=0.25)],
+  "adaspa": [dict(sparsity=0.5)],
 }
 # Fields at which every query sees every key, or why there are none.
 WIDE = {
@@ -47,6 +56,9 @@ WIDE = {
   "radial": dict(sink=99),
   "block_topk": dict(density=1.0, coarse="none"),
   "spatial_temporal": dict(frames=99, places=99),
+  "sparseflow": dict(allocation=(6, 0), schedule=Schedule(frames=(99, 99)), around=(99, 99)),
+  "sparse_linear": dict(critical=1.0, negligible=0.0),
+  "adaspa": dict(sparsity=0.0),
 }
 
 
@@ -97,7 +109,8 @@ def apply(graphdef, params, x, cond, arrays, tables, state):
 def walk(layer, x, layout=EVEN, phase_of=apply, **fields):
   """Results `(out, state, aux)` of each phase in turn, the same input in every phase."""
   method, b, found = layer.config, x.shape[0], []
-  state = method.init_state(b, DIMS.for_method, layout)
+  halves = 2 if fields.get("guided") and method.shares_state else 1
+  state = method.init_state(b // halves, DIMS.for_method, layout)
   for phase in phases(method):
     cond = where(b, phase=phase, **{"want_masks": True} | fields)
     found.append(phase_of(*nnx.split(layer), x, cond, layout.arrays(), method.tables(layout), state))
@@ -193,8 +206,8 @@ def test_padding_rows_change_nothing(method, layout):
 
 @every_method
 def test_gradients_are_finite_and_do_not_need_jit(method):
-  layer, x = layer_of(method, RAGGED), tokens(RAGGED)
-  compiled, plain = (training_grads(layer, x, RAGGED, run) for run in (grads, grads.__wrapped__))
+  layer, x = layer_of(method, LITTLE), tokens(LITTLE)
+  compiled, plain = (training_grads(layer, x, LITTLE, run) for run in (grads, grads.__wrapped__))
   for a, b in zip(compiled, plain, strict=True):
     assert np.isfinite(a).all()
     np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
