@@ -67,20 +67,21 @@ class Segments:
     return cls(None, None, np.full(1, n, np.int32), n)
 
   def gather(self, x: jax.Array) -> jax.Array:
-    """`[b, n, h, ...] -> [b, segments, size, h, ...]`, zeros where there is no row."""
+    """`[b, n, h, d] -> [b, segments, h, size, d]`, zeros where there is no row."""
     if self.rows is not None:
       x = jnp.take(x, jnp.asarray(self.rows).reshape(-1), axis=1, mode="clip")
-    x = x.reshape(x.shape[0], -1, self.size, *x.shape[2:])
-    return jnp.where(self.valid(x.ndim - 3), x, 0)
+    x = x.reshape(x.shape[0], -1, self.size, *x.shape[2:]).swapaxes(2, 3)
+    return jnp.where(self.valid(), x, 0)
 
   def scatter(self, x: jax.Array, fill=0) -> jax.Array:
     """The inverse of `gather`, `fill` in rows without a segment."""
-    x = jnp.where(self.valid(x.ndim - 3), x, fill).reshape(x.shape[0], -1, *x.shape[3:])
+    x = jnp.where(self.valid(), x, fill).swapaxes(2, 3)
+    x = x.reshape(x.shape[0], -1, *x.shape[3:])
     return x if self.place is None else jnp.take(x, self.place, axis=1, mode="fill", fill_value=fill)
 
-  def valid(self, trailing: int) -> jax.Array:
-    """bool `[segments, size]` and `trailing` axes of 1."""
-    return (jnp.arange(self.size) < jnp.asarray(self.length)[:, None]).reshape(*self.length.shape, self.size, *(1,) * trailing)
+  def valid(self) -> jax.Array:
+    """bool `[segments, 1, size, 1]`: which gathered rows are rows."""
+    return (jnp.arange(self.size) < jnp.asarray(self.length)[:, None])[:, None, :, None]
 
 
 def linear_attention(
@@ -137,13 +138,12 @@ def _linear(feature_map, q, k, v, segments, reads):
 def _forward(feature_map, q, k, v, segments, reads):
   dot, phi = _product(q.dtype), FEATURE_MAPS[feature_map]
   queries, keys = phi(_wide(segments.gather(q))), _keys(phi, segments, _wide(segments.gather(k)))
-  state, norm = (_read(reads, x) for x in _sums(dot, keys, segments.gather(v)))
-  den = (queries * norm[:, :, None]).sum(-1)
+  state = _read(reads, dot("bshlm,bshld->bshmd", keys, _with_one(segments.gather(v))))
+  num, den = _split(dot("bshlm,bshmd->bshld", queries, state))
   some = den > _TINY
   den = jnp.where(some, den, 1)
-  out = jnp.where(some[..., None], dot("bslhm,bshmd->bslhd", queries, state) / den[..., None], 0)
-  log_den = jnp.where(some, jnp.log(den), -jnp.inf)
-  return segments.scatter(out.astype(q.dtype)), segments.scatter(log_den, -jnp.inf).transpose(0, 2, 1)
+  out, log_den = jnp.where(some, num / den, 0), jnp.where(some, jnp.log(den), -jnp.inf)
+  return segments.scatter(out.astype(q.dtype)), segments.scatter(log_den, -jnp.inf)[..., 0].transpose(0, 2, 1)
 
 
 def _forward_rule(feature_map, q, k, v, segments, reads):
@@ -152,31 +152,29 @@ def _forward_rule(feature_map, q, k, v, segments, reads):
 
 
 def _backward_rule(feature_map, residuals, cotangents):
-  """With num = phi(q) S, den = phi(q) z: dnum = dO / den, dden = (dlog_den - dO . O) / den; the rest is linear.
+  """With [num, den] = phi(q) S: dnum = dO / den and dden = (dlog_den - dO . O) / den; the rest is linear.
 
-  S and z are computed again: keeping them would save one matmul of seven, and cost as much memory as q where segments are
-  as short as d.
+  S is computed again: keeping it would save one product of seven, and cost as much memory as q where segments are as short
+  as d.
   """
   q, k, v, segments, reads, out, log_den = residuals
   dot, phi = _product(q.dtype), FEATURE_MAPS[feature_map]
-  log_den, d_log = (segments.gather(x.transpose(0, 2, 1)) for x in (log_den, cotangents[1]))
-  some = (log_den > -jnp.inf) & segments.valid(1)  # who reads nothing has no gradient, whatever the cotangents hold
+  log_den, d_log = (segments.gather(x.transpose(0, 2, 1)[..., None]) for x in (log_den, cotangents[1]))
+  some = (log_den > -jnp.inf) & segments.valid()  # who reads nothing has no gradient, whatever the cotangents hold
   inverse = jnp.where(some, jnp.exp(-jnp.where(some, log_den, 0)), 0)
-  d_out = jnp.where(some[..., None], _wide(segments.gather(cotangents[0])), 0)
-  d_den = (jnp.where(some, d_log, 0) - (d_out * segments.gather(out)).sum(-1)) * inverse
-  d_num = d_out * inverse[..., None]
+  d_out = jnp.where(some, _wide(segments.gather(cotangents[0])), 0)
+  d_den = jnp.where(some, d_log, 0) - (d_out * segments.gather(out)).sum(-1, keepdims=True)
+  d_num = jnp.concatenate([d_out, d_den], -1) * inverse
 
   queries, q_rule = jax.vjp(phi, _wide(segments.gather(q)))
   keys, k_rule = jax.vjp(functools.partial(_keys, phi, segments), _wide(segments.gather(k)))
-  values = segments.gather(v)
-  state, norm = (_read(reads, x) for x in _sums(dot, keys, values))
-  d_queries = dot("bslhd,bshmd->bslhm", d_num, state) + d_den[..., None] * norm[:, :, None]
-  d_state, d_norm = dot("bslhm,bslhd->bshmd", queries, d_num), (queries * d_den[..., None]).sum(2)
-  back = None if reads is None else reads.swapaxes(2, 3)
-  d_state, d_norm = _read(back, d_state), _read(back, d_norm)
-  d_keys = dot("bslhd,bshmd->bslhm", _wide(values), d_state) + d_norm[:, :, None]
-  grads = (*q_rule(d_queries), *k_rule(d_keys), dot("bslhm,bshmd->bslhd", keys, d_state))
-  grads = (segments.scatter(g).astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True))
+  values = _with_one(segments.gather(v))
+  state = _read(reads, dot("bshlm,bshld->bshmd", keys, values))
+  (d_queries,) = q_rule(dot("bshld,bshmd->bshlm", d_num, state))
+  d_state = _read(None if reads is None else reads.swapaxes(2, 3), dot("bshlm,bshld->bshmd", queries, d_num))
+  (d_keys,) = k_rule(dot("bshld,bshmd->bshlm", values, d_state))
+  d_values = dot("bshlm,bshmd->bshld", keys, d_state[..., :-1])
+  grads = (segments.scatter(g).astype(x.dtype) for g, x in zip((d_queries, d_keys, d_values), (q, k, v), strict=True))
   return *grads, jax.tree.map(_no_gradient, segments), jax.tree.map(_no_gradient, reads)
 
 
@@ -200,20 +198,25 @@ def _product(dtype):
 
 def _keys(phi, segments, k):
   """phi of gathered keys, 0 where there is no row: phi(0) is not 0."""
-  return jnp.where(segments.valid(2), phi(k), 0)
+  return jnp.where(segments.valid(), phi(k), 0)
 
 
-def _sums(dot, keys, values):
-  """Per segment the state `[b, segments, h, m, d]` and the norm `[b, segments, h, m]`."""
-  return dot("bslhm,bslhd->bshmd", keys, _wide(values)), keys.sum(2)
+def _with_one(values):
+  """Values with a column of ones: numerator and denominator are one product (measured 3x faster on 2 CPU cores than two)."""
+  return jnp.pad(_wide(values), ((0, 0),) * 4 + ((0, 1),), constant_values=1)
 
 
-def _read(reads, sums):
-  """What each segment's queries read of all segments' sums; their own where `reads` is None."""
+def _split(x):
+  """Numerator and denominator, `[..., d]` and `[..., 1]`."""
+  return x[..., :-1], x[..., -1:]
+
+
+def _read(reads, state):
+  """What each segment's queries read of all segments' states; their own where `reads` is None."""
   if reads is None:
-    return sums
-  reads = jnp.broadcast_to(reads, (sums.shape[0], sums.shape[2], *reads.shape[2:])).astype(sums.dtype)
-  return jnp.einsum("bhij,bjh...->bih...", reads, sums, precision="highest")
+    return state
+  reads = jnp.broadcast_to(reads, (state.shape[0], state.shape[2], *reads.shape[2:])).astype(state.dtype)
+  return jnp.einsum("bhij,bjhmd->bihmd", reads, state, precision="highest")
 
 
 def _no_gradient(x):
