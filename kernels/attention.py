@@ -24,7 +24,7 @@ from kernels.block_mask import BlockMask, dense_mask
 from kernels.target import Target, current_target
 
 # In order of preference; each name is a module of this package.
-BACKENDS = ("xla", "reference")
+BACKENDS = ("pallas_mgpu", "xla", "reference")
 # Saved under these names, out and LSE survive rematerialisation: the forward kernel runs once per step.
 CHECKPOINT_NAMES = ("attention_out", "attention_lse")
 

@@ -1,9 +1,12 @@
 """One compile cache for all tests and workers: a warm run pays for no compilation twice."""
 
+import os
 import pathlib
 
 import jax
 
+# The GPU interpreter blocks one host thread per warpgroup; XLA would give as many threads as there are cores.
+os.environ.setdefault("NPROC", "16")
 _CACHE = pathlib.Path(__file__).parent.parent / ".cache" / "jax"
 jax.config.update("jax_compilation_cache_dir", str(_CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

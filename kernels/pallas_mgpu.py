@@ -1,0 +1,106 @@
+"""The Hopper backend: Pallas Mosaic GPU kernels, forward and backward, that walk the table's lists. One launch for all heads.
+
+Nothing here needs a GPU to be checked: `pallas_mgpu_parts.interpreted()` runs the kernels on any device, and under an abstract
+mesh of an H100 they compile in a process without one.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels import pallas_mgpu_backward, pallas_mgpu_forward, tuning
+from kernels import pallas_mgpu_parts as parts
+from kernels.block_mask import BlockMask
+
+HEAD_DIMS = (32, 64, 128)
+BLOCKS = (64, 128)
+DTYPES = (jnp.bfloat16, jnp.float16)
+CAPABILITY = (9, 0)
+
+
+def unsupported(q, k, v, mask: BlockMask, target) -> str | None:
+  """Why this call cannot run, all reasons at once; None if it can."""
+  reasons = [*_wrong_target(target)]
+  if q.dtype not in DTYPES:
+    reasons.append(f"q, k, v are {q.dtype}, it takes bfloat16 or float16")
+  if q.shape[-1] not in HEAD_DIMS:
+    reasons.append(f"head_dim is {q.shape[-1]}, it takes {_either(HEAD_DIMS)}")
+  for what, block, rows in (("q", mask.block_q, q.shape[1]), ("kv", mask.block_kv, k.shape[1])):
+    if block not in BLOCKS:
+      reasons.append(f"block_{what} is {block}, it takes {_either(BLOCKS)}")
+    elif rows % block:
+      reasons.append(f"{rows} {'query' if what == 'q' else 'key'} rows are no multiple of block_{what}={block}; pad the buffer")
+  if mask.kv_tiles > parts.MAX_TILES:
+    reasons.append(f"{mask.kv_tiles} key tiles exceed {parts.MAX_TILES}")
+  return "; ".join(reasons) or None
+
+
+def _wrong_target(target):
+  if parts.is_interpreted():
+    return
+  if target.platform != "cuda":
+    yield (
+      f"it runs on NVIDIA GPUs of compute capability 9.0, the target is {target}; use implementation='xla' there, or trace "
+      "inside kernels.pallas_mgpu_parts.interpreted() to check numerics"
+    )
+  elif target.capability != CAPABILITY:
+    yield f"it needs compute capability 9.0 (Hopper), the target is {target}; use implementation='xla' there"
+
+
+def _either(values):
+  return " or ".join(map(str, values))
+
+
+def forward(q, k, v, mask, scale):
+  """Shapes as in `kernels.attention.attention`."""
+  return pallas_mgpu_forward.forward(
+    q, k, v, *_forward_lists(mask), _bias(mask), _blocks(mask), scale, _config(q, mask, "forward")
+  )
+
+
+def backward(q, k, v, mask, scale, lse, delta, d_out):
+  """dQ by the lists, dK and dV by the transposed ones."""
+  # A row that sees nothing: an LSE so large that every P is 0.
+  lse = jnp.where(lse > -jnp.inf, lse * parts.LOG2E, 1e30)
+  data = (q, k, v, d_out.astype(q.dtype), lse, delta)
+  bias, blocks = _bias(mask), _blocks(mask)
+  dq = pallas_mgpu_backward.dq(data, *_forward_lists(mask), bias, blocks, scale, _config(q, mask, "dq"))
+  kv_len = jnp.asarray(mask.kv_len).reshape(-1, mask.kv_tiles)
+  dk, dv = pallas_mgpu_backward.dkv(data, _transposed_lists(mask), kv_len, bias, blocks, scale, _config(q, mask, "dkv"))
+  return dq, dk, dv
+
+
+def _config(q, mask, direction):
+  return tuning.lookup(tuning.Key("h100", q.shape[-1], mask.block_q, mask.block_kv, direction))
+
+
+def _blocks(mask):
+  return mask.block_q, mask.block_kv
+
+
+def _bias(mask):
+  return None if mask.kv_bias is None else jnp.maximum(jnp.asarray(mask.kv_bias), parts.HIDDEN)
+
+
+def _forward_lists(mask):
+  """List entries with their valid rows, and counts. A table without lists gets one list of all tiles that every row shares."""
+  indices = mask.kv_indices
+  if indices is None:
+    indices = np.arange(mask.kv_tiles, dtype=np.int32)[None, None, None]
+  return parts.encode(indices, mask.kv_len), jnp.asarray(mask.kv_counts)
+
+
+def _transposed_lists(mask):
+  """`(starts, counts, q_indices)`: which query tiles read each key tile."""
+  if mask.kv_indices is None:
+    # Row i reads the first counts[i] tiles: by falling count, the readers of any key tile come first.
+    counts = jnp.asarray(mask.kv_counts)
+    order = jnp.argsort(-counts, axis=-1, stable=True).astype(jnp.int32)
+    tiles = jnp.arange(mask.kv_tiles, dtype=jnp.int32)
+    rising = jnp.sort(counts, axis=-1).reshape(-1, mask.q_tiles)
+    fewer = jax.vmap(lambda row: jnp.searchsorted(row, tiles, side="right"))(rising).astype(jnp.int32)
+    readers = (mask.q_tiles - fewer).reshape(*counts.shape[:2], -1)
+    return jnp.zeros_like(readers), readers, order
+  table = mask.transpose()
+  offsets = jnp.asarray(table.offsets)
+  return offsets[..., :-1], jnp.diff(offsets, axis=-1), jnp.asarray(table.q_indices)

@@ -1,0 +1,306 @@
+"""What the forward and backward Mosaic GPU kernels share: list codes, shared-memory types, products, the interpreter's limits.
+
+The three kernels differ in what a thread block keeps and what it walks over; everything else is here.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+LOG2E = math.log2(math.e)
+# The raw score of what may not be seen. Finite, so that no difference of two of them is NaN.
+HIDDEN = -1e30
+# A maximum below this has met hidden keys only: no true score of finite bf16 or f16 rows comes near it.
+DEAD = -1e25
+ROWS = 64  # rows of one consumer warpgroup: one wgmma
+LAYOUT = plgpu.Layout.WGMMA
+# A list entry carries its tile's valid rows, so that a consumer needs one scalar read per tile: id << 8 | valid rows.
+_LENGTH_BITS = 8
+MAX_TILES = 1 << (31 - _LENGTH_BITS)
+
+_interpret = contextvars.ContextVar("interpret", default=None)
+
+
+@contextlib.contextmanager
+def interpreted(detect_races: bool = False):
+  """Runs the kernels traced inside in JAX's GPU interpreter, on any device: slow, for tests of small shapes."""
+  params = plgpu.InterpretGPUParams(detect_races=detect_races)
+  token = _interpret.set(params)
+  try:
+    with plgpu.force_gpu_interpret_mode(params):
+      yield
+  finally:
+    _interpret.reset(token)
+
+
+def is_interpreted() -> bool:
+  """Whether kernels are being traced for the interpreter."""
+  return _interpret.get() is not None
+
+
+# ---- lists -----------------------------------------------------------------------------------------------------------
+
+
+def encode(indices, lengths):
+  """List entries with their tile's valid rows.
+
+  Args:
+    indices: int32 `[b or 1, h or 1, tiles or 1, list]`; lengths: int32 `[tiles]` or `[b, tiles]`.
+
+  Returns:
+    int32 `[b or 1, h or 1, tiles or 1, list]`.
+  """
+  indices, lengths = jnp.asarray(indices), jnp.asarray(lengths)
+  if lengths.ndim == 1:
+    return indices << _LENGTH_BITS | lengths[indices]
+  picked = jax.vmap(lambda own, ids: own[ids])(lengths, jnp.broadcast_to(indices, (lengths.shape[0], *indices.shape[1:])))
+  return indices << _LENGTH_BITS | picked
+
+
+def decode(code):
+  """The tile and its valid rows."""
+  return lax.shift_right_logical(code, _i32(_LENGTH_BITS)), lax.bitwise_and(code, _i32((1 << _LENGTH_BITS) - 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Walk:
+  """How a list of tiles is cut into stages of `step` rows: short tiles share one, long tiles are split.
+
+  Attributes:
+    step: rows of a stage.
+    block: rows of a listed tile.
+  """
+
+  step: int
+  block: int
+
+  @property
+  def parts(self) -> int:
+    """Tiles that share a stage."""
+    return max(1, self.step // self.block)
+
+  @property
+  def splits(self) -> int:
+    """Stages that a tile needs."""
+    return max(1, self.block // self.step)
+
+  @property
+  def rows(self) -> int:
+    """Rows that are copied at once."""
+    return min(self.step, self.block)
+
+  def steps(self, count):
+    """Stages of a list of `count` tiles."""
+    return lax.div(count + _i32(self.parts - 1), _i32(self.parts)) * self.splits
+
+  def entries(self, s, count, entry):
+    """`(tile, first row within it, valid rows)` of each part of stage s; parts behind the list are empty.
+
+    Args:
+      s: the stage; count: tiles in the list; entry: `i -> (tile, valid rows)` of a list entry.
+    """
+    if self.splits > 1:
+      tile, length = entry(lax.div(s, _i32(self.splits)))
+      first = lax.rem(s, _i32(self.splits)) * self.step
+      return [(tile, first, lax.clamp(_i32(0), length - first, _i32(self.step)))]
+    found = []
+    for part in range(self.parts):
+      i = s * self.parts + part
+      tile, length = entry(i if part == 0 else jnp.minimum(i, count - 1))
+      found.append((tile, _i32(0), length if part == 0 else jnp.where(i < count, length, 0)))
+    return found
+
+  def whole(self, entries):
+    """Whether every row of the stage is valid."""
+    return functools.reduce(jnp.logical_and, [length == self.rows for _, _, length in entries])
+
+  def hide(self, x, entries):
+    """Columns of `x` `[ROWS, step]` that are no valid rows become `HIDDEN`."""
+    column = columns_iota(self.step)
+    seen = column < entries[0][2]
+    if self.parts == 2:
+      seen = jnp.where(column < self.rows, seen, column < self.rows + entries[1][2])
+    return jnp.where(seen, x, HIDDEN)
+
+  def spread(self, numbers):
+    """One number per part as float32 `[ROWS, step]`."""
+    full = lambda x: plgpu.layout_cast(jnp.full((ROWS, self.step), x, jnp.float32), LAYOUT)
+    if self.parts == 1:
+      return full(numbers[0])
+    return jnp.where(columns_iota(self.step) < self.rows, full(numbers[0]), full(numbers[1]))
+
+
+def costliest_first(counts, b: int, h: int):
+  """int32 `[b * h]`: `sample * h + head` in order of falling total count.
+
+  Thread blocks start in the order of the grid: the long ones first leave the short ones to fill the end.
+  """
+  total = jnp.broadcast_to(jnp.asarray(counts), (b, h, counts.shape[-1])).astype(jnp.float32).sum(-1).reshape(-1)
+  return jnp.argsort(-total, stable=True).astype(jnp.int32)
+
+
+def place(order, tiles: int, h: int):
+  """`(sample, head, tile)` of this thread block: tiles of a head together, so that they meet the same keys in the L2."""
+  program = lax.axis_index("block")
+  tile = lax.rem(program, _i32(tiles))
+  pair = order[lax.div(program, _i32(tiles))]
+  return lax.div(pair, _i32(h)), lax.rem(pair, _i32(h)), tile
+
+
+def at(ref, *index):
+  """The index into an array that may be broadcast along any axis (size 1)."""
+  return tuple(_i32(0) if size == 1 else i for size, i in zip(ref.shape, index, strict=False))
+
+
+def _i32(x):
+  return jnp.asarray(x, jnp.int32)
+
+
+# ---- memory and products ---------------------------------------------------------------------------------------------
+
+
+def tiles_type(*shape, dtype):
+  """Shared memory for `[..., rows, d]` in the swizzled form that TMA writes and wgmma reads."""
+  swizzle = min(128, shape[-1] * np.dtype(dtype).itemsize)
+  lanes = swizzle // np.dtype(dtype).itemsize
+  return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, lanes)), plgpu.SwizzleTransform(swizzle)))
+
+
+def rows_full(value, layout=LAYOUT):
+  """float32 `[ROWS]`, one number per row of the warpgroup."""
+  return plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), layout.reduce(1))
+
+
+def zeros(columns: int):
+  """float32 `[ROWS, columns]` accumulator."""
+  return plgpu.layout_cast(jnp.zeros((ROWS, columns), jnp.float32), LAYOUT)
+
+
+def over_columns(x, columns: int):
+  """`[ROWS] -> [ROWS, columns]`."""
+  return lax.broadcast_in_dim(x, (ROWS, columns), [0])
+
+
+def over_rows(x):
+  """`[columns] -> [ROWS, columns]`."""
+  return lax.broadcast_in_dim(x, (ROWS, x.shape[0]), [1])
+
+
+def product(a, b, issued=lambda: None):
+  """`a b^T` of shared-memory operands `[ROWS, d]`, `[columns, d]`; `issued` runs while the tensor cores do."""
+
+  def run(acc):
+    plgpu.wgmma(acc, a, b.transpose((1, 0)))
+    issued()
+    return acc[...]
+
+  return pl.run_scoped(run, plgpu.ACC((ROWS, b.shape[0]), jnp.float32))
+
+
+def two_products(a, b, c, d):
+  """`a b^T` and `c d^T`, the second still running when the first is handed out."""
+
+  def run(first, second):
+    plgpu.wgmma(first, a, b.transpose((1, 0)))
+    plgpu.wgmma(second, c, d.transpose((1, 0)))
+    return plgpu.wgmma_accumulator_load(first, wait_n=1), second[...]
+
+  shape = (ROWS, b.shape[0])
+  return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32), plgpu.ACC(shape, jnp.float32))
+
+
+def accumulate(acc, a, b, staging=None, issued=lambda: None):
+  """`acc + a b` with `a` `[ROWS, k]` in registers and `b` `[k, d]` in shared memory.
+
+  Interpreted, wgmma takes its left operand from shared memory only (`staging`), and not inside `run_state`.
+  """
+  if staging is None:
+
+    def run(ref):
+      plgpu.wgmma(ref, a, b)
+      issued()
+
+    return pl.run_state(run)(plgpu.ACC.init(acc))
+  staging[...] = a
+
+  def run_staged(ref):
+    plgpu.wgmma(ref, staging, b)
+    issued()
+    return ref[...]
+
+  return acc + pl.run_scoped(run_staged, plgpu.ACC(acc.shape, jnp.float32))
+
+
+def accumulate_beside(acc, a, b, c, d, staging=None):
+  """`acc + a b` as in `accumulate`, and `c d^T` as in `product`, in flight together."""
+
+  def run(second):
+    plgpu.wgmma(second, c, d.transpose((1, 0)))
+    total = accumulate(acc, a, b, staging)
+    return total, second[...]
+
+  return pl.run_scoped(run, plgpu.ACC((ROWS, d.shape[0]), jnp.float32))
+
+
+def staging_types(consumers: int, columns: int, dtype):
+  """What `accumulate` needs in the interpreter; nothing on a device."""
+  return [tiles_type(consumers, ROWS, columns, dtype=dtype)] if is_interpreted() else []
+
+
+def columns_iota(columns: int):
+  """int32 `[ROWS, columns]`: the column of each element."""
+  return plgpu.broadcasted_iota(jnp.int32, (ROWS, columns), 1, layout=LAYOUT)
+
+
+def set_registers(count: int, action: str):
+  """Moves registers between warpgroups; 0 leaves them."""
+  if count:
+    plgpu.set_max_registers(count, action=action)
+
+
+def fill_ring(steps, stages: int, fetch, free):
+  """The memory warpgroup: fetches stage after stage as the compute warpgroups free the slots.
+
+  Args:
+    fetch: `(step, slot) -> None`, starts the copies; free: barriers `[stages]` on which consumers arrive.
+  """
+
+  def wait(s):
+    for barrier in free:
+      plgpu.barrier_wait(barrier.at[lax.rem(s, _i32(stages))])
+
+  @pl.loop(0, steps)
+  def _fetch(s):
+    pl.when(s >= stages)(functools.partial(wait, s))
+    fetch(s, lax.rem(s, _i32(stages)))
+
+  # Whoever waits on a barrier must see all its phases.
+  pl.loop(jnp.maximum(steps - stages, 0), steps)(wait)
+
+
+def split_scale(scale: float) -> tuple[float, float]:
+  """A factor that is applied before keys are hidden, and a positive one, in log2 units, that is applied after."""
+  return float(np.sign(scale)), (abs(scale) or 1.0) * LOG2E
+
+
+def call(body, *, out_type, blocks: int, consumers: int, scratch, operands):
+  """Launches one thread block per item of work: `consumers` compute warpgroups and one that moves memory."""
+  return plgpu.kernel(
+    body,
+    out_type=out_type,
+    grid=(blocks,),
+    grid_names=("block",),
+    num_threads=consumers + 1,
+    thread_name="warpgroup",
+    scratch_types=scratch,
+    compiler_params=plgpu.CompilerParams(approx_math=True),
+  )(*operands)

@@ -1,0 +1,131 @@
+"""The Hopper kernels on a machine without one: numerics by interpretation, races, refusals."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels import pallas_mgpu_parts as parts
+from kernels import tuning
+from kernels.attention import attention, choose_backend
+from kernels.block_mask import dense_mask
+from kernels.target import Target
+from tests.attention_suite import AttentionSuite, Case, draw_inputs, draw_mask, oracle, relative_error, value_and_grads
+
+HOPPER = Target("cuda", "NVIDIA H100 80GB HBM3", (9, 0))
+
+
+class TestPallasMgpu(AttentionSuite):
+  implementation = "pallas_mgpu"
+  any_shape = False
+  dtypes = (jnp.bfloat16, jnp.float16)
+
+  @pytest.fixture(autouse=True)
+  def _interpreted(self):
+    with parts.interpreted():
+      yield
+
+
+def _check(case, dtype=jnp.bfloat16, seed=0, **kwargs):
+  """Output, LSE and gradients of the interpreted kernels against the oracle."""
+  mask, data = draw_mask(case, seed), draw_inputs(case, seed, dtype)
+  with parts.interpreted(**kwargs):
+    got = value_and_grads(*data[:3], mask, *data[3:], "pallas_mgpu")
+  for name, g, w in zip(("out", "lse", "dq", "dk", "dv"), got, oracle(*data[:3], mask, *data[3:]), strict=True):
+    assert relative_error(g, w) < (1e-6 if name == "lse" else 4e-3), name
+
+
+BIG = Case("big_tiles", b=1, d=128, block_q=128, block_kv=128, n_q=256, n_kv=512)
+
+
+@pytest.mark.parametrize("step", [64, 128])
+@pytest.mark.parametrize("block_kv", [64, 128])
+@pytest.mark.parametrize("block_q", [64, 128])
+def test_every_cut_of_tiles_into_stages(step, block_q, block_kv):
+  """Tiles that share a stage, fill one or need two, with biases that differ inside a stage, ragged and odd list lengths."""
+  case = dataclasses.replace(BIG, d=64, n_kv=384, block_q=block_q, block_kv=block_kv, bias=True, keep=0.7)
+  keys = [tuning.Key("h100", 64, block_q, block_kv, direction) for direction in tuning.DIRECTIONS]
+  with tuning.override({key: tuning.TuningConfig(2, step) for key in keys}):
+    _check(case, seed=step)
+
+
+def test_warpgroups_that_take_no_turns():
+  key = tuning.Key("h100", 128, 128, 128, "forward")
+  with tuning.override({key: tuning.TuningConfig(3, 64, take_turns=False)}):
+    _check(BIG)
+
+
+def test_no_races():
+  """One walk of every kernel through the race detector: two warpgroups, a ring that wraps around."""
+  _check(dataclasses.replace(BIG, h=1, table_h=1, d=32, keep=0.9), detect_races=True)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_odd_scales(scale):
+  """Hidden keys stay hidden under a scale that is not positive."""
+  case = Case("scale", b=1, h=1, table_h=1)
+  mask, (q, k, v, *_) = draw_mask(case, 1), draw_inputs(case, 1, jnp.bfloat16)
+  with parts.interpreted():
+    out, lse = jax.jit(lambda *a: attention(*a, scale=scale, implementation="pallas_mgpu"))(q, k, v, mask)
+  want, want_lse = attention(*(x.astype(jnp.float32) for x in (q, k, v)), mask, scale=scale, implementation="reference")
+  assert relative_error(out, want) < 4e-3 and relative_error(lse, want_lse) < 1e-6
+
+
+def _shapes(dtype=jnp.bfloat16, n=256, d=64):
+  return [jax.ShapeDtypeStruct((1, n, 2, d), dtype)] * 3
+
+
+@pytest.mark.parametrize(
+  ("inputs", "mask", "target", "words"),
+  [
+    (_shapes(), (256, 64), Target("cpu", "cpu", None), "use implementation='xla'"),
+    (_shapes(), (256, 64), Target("cuda", "NVIDIA A100", (8, 0)), "compute capability 9.0.*8.0"),
+    (_shapes(jnp.float32), (256, 64), HOPPER, "float32, it takes bfloat16 or float16"),
+    (_shapes(d=80), (256, 64), HOPPER, "head_dim is 80"),
+    (_shapes(), (256, 32), HOPPER, "block_q is 32"),
+    (_shapes(n=200), (200, 64), HOPPER, "200 query rows are no multiple of block_q=64"),
+  ],
+  ids=["cpu", "ampere", "dtype", "head_dim", "tile", "rows"],
+)
+def test_refuses(inputs, mask, target, words):
+  n, block = mask
+  with pytest.raises(NotImplementedError, match=words):
+    choose_backend(*inputs, dense_mask(n, n, block, block), "pallas_mgpu", target)
+
+
+def test_reasons_are_collected():
+  mask = dense_mask(200, 200, 32, 32)
+  with pytest.raises(NotImplementedError, match="float32.*head_dim is 80.*block_q is 32.*block_kv is 32"):
+    choose_backend(*_shapes(jnp.float32, 200, 80), mask, "pallas_mgpu", HOPPER)
+
+
+def test_chosen_on_hopper_and_passed_over_elsewhere():
+  mask = dense_mask(256, 256, 64, 64)
+  assert choose_backend(*_shapes(), mask, target=HOPPER) == "pallas_mgpu"
+  assert choose_backend(*_shapes(), mask, target=Target("cpu", "cpu", None)) == "xla"
+  assert choose_backend(*_shapes(jnp.float32), mask, target=HOPPER) == "xla"
+
+
+def test_interpretation_is_only_on_request():
+  q = jnp.zeros((1, 64, 1, 64), jnp.bfloat16)
+  with pytest.raises(NotImplementedError, match="interpreted"):
+    attention(q, q, q, dense_mask(64, 64, 64, 64), implementation="pallas_mgpu")
+
+
+def test_tuning_refuses_what_does_not_fit():
+  key = tuning.Key("h100", 128, 128, 128, "forward")
+  with pytest.raises(ValueError, match="bytes of shared memory"):
+    tuning.TuningConfig(4, 128).check(key)
+  with pytest.raises(ValueError, match="registers"):
+    tuning.TuningConfig(2, 128, 240, 40).check(key)
+  with pytest.raises(ValueError, match="must be 64 or 128"):
+    tuning.TuningConfig(2, 96)
+  with pytest.raises(ValueError, match="set both"):
+    tuning.TuningConfig(2, 128, 240, 0)
+
+
+def test_costliest_heads_first():
+  counts = np.array([[[1, 1], [5, 5], [0, 9]]], np.int32)
+  np.testing.assert_array_equal(parts.costliest_first(counts, 2, 3), [1, 4, 2, 5, 0, 3])
