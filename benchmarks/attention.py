@@ -2,6 +2,7 @@
 
   python -m benchmarks.attention --device=cpu            # 5 minutes on 2 idle cores; rows go to results/attention_cpu.json
   python -m benchmarks.attention --device=cpu --quick    # small shapes, no rows
+  python -m benchmarks.attention --device=gpu --minutes=20    # another plan altogether: benchmarks/gpu_run.py
 
 The competitors take turns, so that drift cancels in the ratios. The dense competitor is a loop over chunks of queries in
 plain JAX, at the best of several chunk sizes and forms; `jax.nn.dot_product_attention` runs as it comes. Goals that are
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
-from benchmarks import rows, timing
+from benchmarks import gpu_run, rows, timing
 from benchmarks.arg_specs import SPECS, AttentionSpec
 from benchmarks.competitors import DenseForm, call, fastest, gradients, sparse, tile_matmuls
 from benchmarks.layer import freqformer_forward, freqformer_without_attention
@@ -25,7 +26,11 @@ from freqformer.methods.freqformer import FreqFormer
 from freqformer.rotary import rotate
 from kernels.block_mask import dense_mask
 
-_DEVICE = flags.DEFINE_enum("device", "cpu", ["cpu"], "Where to measure.")
+_DEVICE = flags.DEFINE_enum("device", "cpu", ["cpu", "gpu"], "Where to measure.")
+_MINUTES = flags.DEFINE_float("minutes", 20, "GPU: stop by then with what there is; rows already there are skipped.", 0)
+_OUT = flags.DEFINE_string("out", None, "GPU: folder for rows and plot; default $OUT, else benchmarks/results.")
+_IMPLEMENTATION = flags.DEFINE_string("implementation", None, "GPU: attention backend to measure; default the GPU kernel.")
+_REHEARSE = flags.DEFINE_bool("rehearse", False, "GPU: the whole run on tiny shapes with a stand-in, on a CPU; needs --out.")
 _QUICK = flags.DEFINE_bool("quick", False, "Small shapes and few repeats; writes no rows.")
 _MEMORY_OF = flags.DEFINE_enum("memory_of", None, ["forward", "backward"], "Only run this once and print its peak memory.")
 _SPEC = flags.DEFINE_enum("spec", "cpu_64k", sorted(SPECS), "The shape of --memory_of.")
@@ -239,11 +244,14 @@ def measure(run: Run, memory: bool = True) -> list[dict]:
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments {argv[1:]}")
+  logging.set_verbosity(logging.INFO)
+  if _DEVICE.value == "gpu":
+    gpu_run.main(_MINUTES.value, _OUT.value, _IMPLEMENTATION.value, _REHEARSE.value)
+    return
   jax.config.update("jax_platforms", _DEVICE.value)
   if _MEMORY_OF.value:
     print_memory(SPECS[_SPEC.value], _MEMORY_OF.value)
     return
-  logging.set_verbosity(logging.INFO)
   command = f"python -m benchmarks.attention --device={_DEVICE.value}" + (" --quick" if _QUICK.value else "")
   context = rows.context(command)  # asked before the run: the commit that is measured
   found = measure(QUICK if _QUICK.value else FULL)

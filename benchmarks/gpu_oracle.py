@@ -165,3 +165,63 @@ def key_rows(inputs, mask, found, cotangents, where, *, scale=None, round_to=Non
     return rounded(_dot("i,id->d", ds, queries) * scale), rounded(_dot("i,id->d", p, d_rows))
 
   return jax.lax.map(one, jnp.asarray(where))
+
+
+# ---- the fields of a results row -----------------------------------------------------------------------------------------
+
+_FLOAT32_TOLERANCE = 1e-5
+
+
+def _at_rows(x, where):
+  """Rows `(sample, head, row)` of `[b, n, h, d]` or `[b, h, n]`, gathered on the device."""
+  sample, head, row = jnp.asarray(where).T
+  return x[sample, row, head] if x.ndim == 4 else x[sample, head, row]
+
+
+def _fields(name: str, got, want, plain) -> tuple[dict, bool]:
+  """An error beside the error of the plain low-precision computation; within tolerance: at most twice that (NaN never is)."""
+  error, model = Error.of(got, want), Error.of(plain, want)
+  bound = max(2 * model.relative, _FLOAT32_TOLERANCE)
+  found = {f"error_{name}": error.relative, f"error_{name}_max": error.largest, f"plain_error_{name}": model.relative}
+  return found, bool(error.relative <= bound)
+
+
+def _model_dtype(dtype):
+  """What the plain computation rounds to; None (nothing) in float32."""
+  return None if jnp.dtype(dtype).itemsize > 2 else jnp.dtype(dtype)
+
+
+def forward_error(inputs, mask: BlockMask, found, count: int = 64, seed: int = 0) -> dict:
+  """Errors of `(out, lse or None)` on sampled rows, and whether they are within tolerance.
+
+  Args:
+    inputs: `(q, k, v)`; mask: in NumPy; found: what the call under test gave; count, seed: of the sample.
+  """
+  q, out, lse = inputs[0], *found
+  where = pick_rows(mask, q.shape, count, seed)
+  table = dataclasses.replace(mask, transposed=None)
+  want, want_lse = query_rows(*inputs, table, where)
+  plain, _ = query_rows(*inputs, table, where, round_to=_model_dtype(q.dtype))
+  fields, correct = _fields("out", _at_rows(out, where), want, plain)
+  if lse is not None:
+    error = Error.of(_at_rows(lse, where), want_lse)
+    fields |= {"error_lse": error.relative, "error_lse_max": error.largest}
+    correct &= bool(error.relative <= 5e-3)
+  return fields | {"correct": correct, "oracle_rows": count}
+
+
+def backward_error(inputs, mask: BlockMask, found, cotangents, grads, count: int = 64) -> dict:
+  """Errors of `(dq, dk, dv)` (and of `found = (out, lse)`) on sampled query and key rows."""
+  (q, k, _), (dq, dk, dv) = inputs, grads
+  fields = forward_error(inputs, mask, found, count)
+  correct, table, low = fields["correct"], dataclasses.replace(mask, transposed=None), _model_dtype(q.dtype)
+  where = pick_rows(mask, q.shape, count, seed=1)
+  want, plain = (query_rows(*inputs, table, where, *cotangents, round_to=r)[2] for r in (None, low))
+  checked = [("dq", _at_rows(dq, where), want, plain)]
+  where = pick_rows(mask, k.shape, count, seed=2, keys=True)
+  wants, plains = (key_rows(inputs, table, found, cotangents, where, round_to=r) for r in (None, low))
+  checked += [(n, _at_rows(g, where), w, p) for n, g, w, p in zip(("dk", "dv"), (dk, dv), wants, plains, strict=True)]
+  for name, got, want, plain in checked:
+    more, within = _fields(name, got, want, plain)
+    fields, correct = fields | more, correct and within
+  return fields | {"correct": correct}

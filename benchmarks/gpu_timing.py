@@ -16,6 +16,9 @@ from absl import logging
 
 from benchmarks.timing import Timing, timed
 
+# The profiler keeps every result of a batch of calls: at most so many bytes at once.
+_IN_FLIGHT = 8 << 30
+
 
 @dataclasses.dataclass(frozen=True)
 class Effort:
@@ -42,22 +45,15 @@ class Effort:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Call:
-  """`f(first, *rest)`; `first` is a floating-point array that a chain threads from call to call.
-
-  Attributes:
-    f: what is timed.
-    args: its arguments.
-    whole: f is not one opaque kernel: all of its results must be asked for, or XLA computes only what is looked at.
-  """
+  """`f(first, *rest)`; `first` is a floating-point array that a chain threads from call to call."""
 
   f: Callable
   args: tuple
-  whole: bool = False
 
   @functools.cached_property
   def probe(self) -> Callable:
-    """Jitted: runs the call once; returns one number where that suffices, so that results in flight do not fill the memory."""
-    return jax.jit(self.f if self.whole else lambda *args: _touch(self.f(*args)))
+    """The call alone, jitted, with all its results."""
+    return jax.jit(self.f)
 
   def __call__(self):
     return self.probe(*self.args)
@@ -173,13 +169,18 @@ def device_times(call: Call, samples: int) -> tuple[Timing | None, dict[str, flo
 
   Anything that goes wrong in the profiler costs the device time, never the row.
   """
+  results = jax.eval_shape(call.f, *call.args)
+  at_once = max(1, _IN_FLIGHT // max(1, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(results))))
   try:
     from jax.experimental.mosaic.gpu import profiler
 
-    _, runs = profiler.measure(call.probe, aggregate=False, iterations=samples)(*call.args)
-    if not runs:
-      return None, {}, "CUPTI saw no kernels"
-    runs = runs if isinstance(runs[0], list) else [runs]
+    runs = []
+    while len(runs) < samples:
+      iterations = min(at_once, samples - len(runs))
+      _, found = profiler.measure(call.probe, aggregate=False, iterations=iterations)(*call.args)
+      if not found:
+        return None, {}, "CUPTI saw no kernels"
+      runs += [found] if iterations == 1 else found
     sums = tuple(sum(ms for _, ms in run) / 1e3 for run in runs)
     by_name = {}
     for run in runs:

@@ -1,0 +1,248 @@
+"""The GPU benchmark: parts in order of value, each row written at once, skipped when it is already there.
+
+`python -m benchmarks.attention --device=gpu` runs it (docs/benchmarks.md). The denominator of every speed-up is cuDNN in the
+same process; errors are against a float32 oracle on sampled rows; rates count the table's own pairs.
+"""
+
+import functools
+import gc
+from collections.abc import Callable
+
+import jax
+from absl import logging
+
+from benchmarks import gpu_launches, gpu_masks, gpu_peers
+from benchmarks.arg_specs import AttentionSpec
+from benchmarks.gpu_launches import attend
+from benchmarks.gpu_masks import Composition, Problem
+from benchmarks.gpu_oracle import backward_error, forward_error
+from benchmarks.gpu_plan import Plan
+from benchmarks.gpu_rows import Deadline, Store
+from benchmarks.gpu_timing import Call, Measured, measure
+from freqformer.cost import BACKWARD_OVER_FORWARD, attention_cost
+
+
+class Session:
+  """One run over a plan.
+
+  Attributes:
+    plan: shapes.
+    store: where rows go.
+    deadline: when to stop.
+    implementation: of `kernels.attention.attention`: the kernel under test, or its named stand-in.
+    skipped: names of rows for which there was no time.
+  """
+
+  def __init__(self, plan: Plan, store: Store, deadline: Deadline, implementation: str):
+    self.plan, self.store, self.deadline, self.implementation = plan, store, deadline, implementation
+    self.skipped, self._dense = [], {}
+
+  # ---- rows ------------------------------------------------------------------------------------------------------------
+
+  def row(self, name: str, make: Callable[[], dict], seconds: float = 15.0) -> dict | None:
+    """Measures and writes one row, unless it is there, there is no time for it, or it fails (then the row says why).
+
+    Args:
+      name: of the row.
+      make: returns its fields.
+      seconds: what it may take, at a guess; nothing is begun that would end after the deadline.
+    """
+    if (found := self.store.get(name)) is not None:
+      return found
+    if self.deadline.left < seconds:
+      self.skipped.append(name)
+      return None
+    try:
+      fields = make()
+    except Exception as error:
+      logging.exception("%s failed", name)
+      fields = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
+    gc.collect()  # jitted calls hold their arguments in cycles
+    row = self.store.add({"name": name} | fields)
+    logging.info("%s", line(row))
+    return row
+
+  def describe(self, problem: Problem, measured: Measured, direction: str = "forward") -> dict:
+    """The fields that every attention row has."""
+    spec, mask = problem.spec, problem.mask
+    factor = {"forward": 1.0, "backward": BACKWARD_OVER_FORWARD}[direction]
+    flops = factor * attention_cost(problem.pairs, spec.head_dim).attention_flops
+    sizes = {"n": spec.n, "grid": list(spec.grid), "heads": problem.heads, "head_dim": spec.head_dim, "dtype": spec.dtype}
+    table = {"mask": problem.what, "block_q": mask.block_q, "block_kv": mask.block_kv, "density": problem.density}
+    rate = {"flops": flops, "tflops": flops / measured.seconds / 1e12}
+    return sizes | table | {"direction": direction, "implementation": self.implementation} | measured.row() | rate
+
+  def against_dense(self, row: dict, spec: AttentionSpec) -> dict:
+    """Adds speed-up over cuDNN in this run, and how much of 1 / density it is."""
+    dense = self.dense(spec, row["direction"])
+    if dense is None:
+      return row
+    speedup = dense["all_heads_seconds"] / row["seconds"]
+    extra = {"dense_seconds": dense["all_heads_seconds"], "dense_row": dense["name"], "dense_note": dense["note"]}
+    return row | extra | {"speedup": speedup, "retained": speedup * row["density"]}
+
+  # ---- cuDNN -----------------------------------------------------------------------------------------------------------
+
+  def dense_problem(self, spec: AttentionSpec) -> Problem:
+    """Dense attention of a shape; one head of it where all would take seconds per call."""
+    heads = 1 if spec.n > self.plan.one_head_above else spec.heads
+    tiles = gpu_masks.dense_mask(spec.n, spec.n, spec.block, spec.block)
+    return Problem(spec, tiles, "dense", heads)
+
+  def dense(self, spec: AttentionSpec, direction: str = "forward", measured: Measured | None = None) -> dict | None:
+    """cuDNN's row for a shape, measured once per process: a ratio never mixes two runs."""
+    key = (spec.n, spec.heads, spec.head_dim, direction)
+    if key not in self._dense:
+      name = f"cudnn{'_backward' if direction == 'backward' else ''}/{spec.name}"
+      problem = self.dense_problem(spec)
+      try:
+        self._dense[key] = self.store.add({"name": name} | self._dense_fields(problem, direction, measured))
+      except Exception as error:
+        logging.exception("%s failed", name)
+        self.store.add({"name": name, "error": f"{type(error).__name__}: {str(error)[:500]}"})
+        self._dense[key] = None
+      gc.collect()
+    return self._dense[key]
+
+  def _dense_fields(self, problem, direction, measured):
+    spec = problem.spec
+    *qkv, d_out = _dense_inputs(problem, 4)
+    if direction == "backward":
+      call, _ = gpu_peers.backward_call(gpu_peers.cudnn, tuple(qkv), (d_out,))
+    else:
+      call = Call(gpu_peers.cudnn, tuple(qkv))
+    measured = measured or measure({"cudnn": call}, self.plan.effort)["cudnn"]
+    row = self.describe(problem, measured, direction) | {"implementation": "cudnn"}
+    if direction == "forward":
+      row |= forward_error(tuple(qkv), problem.mask, (call(), None), self.plan.oracle_rows)
+    scaled = problem.heads != spec.heads
+    note = f"one head measured, times {spec.heads}" if scaled else "all heads measured"
+    return row | {"all_heads_seconds": row["seconds"] * spec.heads / problem.heads, "note": note}
+
+  # ---- kinds of rows ---------------------------------------------------------------------------------------------------
+
+  def call(self, problem: Problem) -> Call:
+    """The kernel under test on a problem."""
+    ours = functools.partial(attend, implementation=self.implementation)
+    return Call(ours, (*problem.inputs(), gpu_masks.on_device(problem.mask)))
+
+  def forward(self, problem: Problem) -> dict:
+    """Times and checks the forward pass of a problem."""
+    call = self.call(problem)
+    measured = measure({"ours": call}, self.plan.effort)["ours"]
+    error = forward_error(call.args[:3], problem.mask, call(), self.plan.oracle_rows)
+    return self.against_dense(self.describe(problem, measured) | error, problem.spec)
+
+  def dense_mode(self, spec: AttentionSpec) -> dict:
+    """Dense mode and cuDNN in turns."""
+    problem = gpu_masks.dense(spec)
+    ours = self.call(problem)
+    peer = Call(gpu_peers.cudnn, _dense_inputs(self.dense_problem(spec), 3))
+    t = measure({"ours": ours, "cudnn": peer}, self.plan.effort)
+    cudnn = self.dense(spec, "forward", t["cudnn"])
+    error = forward_error(ours.args[:3], problem.mask, ours(), self.plan.oracle_rows)
+    row = self.describe(problem, t["ours"]) | error | {"dense_seconds": t["cudnn"].seconds}
+    return row | {"over_cudnn": row["tflops"] / cudnn["tflops"]}
+
+  def peer(self, spec: AttentionSpec, f: Callable, name: str) -> dict:
+    """Another dense kernel."""
+    problem = self.dense_problem(spec)
+    call = Call(f, _dense_inputs(problem, 3))
+    measured = measure({name: call}, self.plan.effort)[name]
+    error = forward_error(call.args, problem.mask, (call(), None), self.plan.oracle_rows)
+    return self.describe(problem, measured) | error | {"implementation": name}
+
+  def backward(self, problem: Problem) -> dict:
+    """Times and checks the backward pass alone, from stored residuals and a stored transposed table."""
+    *qkv, d_out = problem.inputs(4)
+    mask = gpu_masks.on_device(problem.mask.with_transpose())
+    d_lse = jax.random.normal(jax.random.key(9), (qkv[0].shape[0], problem.heads, problem.rows))
+    ours = functools.partial(attend, implementation=self.implementation)
+    call, found = gpu_peers.backward_call(ours, tuple(qkv), (d_out, d_lse), (mask,))
+    measured = measure({"ours": call}, self.plan.effort)["ours"]
+    error = backward_error(tuple(qkv), problem.mask, found, (d_out, d_lse), call(), self.plan.oracle_rows)
+    return self.against_dense(self.describe(problem, measured, "backward") | error, problem.spec)
+
+  def launches(self, spec: AttentionSpec, concurrent: bool) -> dict:
+    """One launch against three, and against three that may overlap."""
+    bands, effort = self.plan.bands, self.plan.effort
+    t = gpu_launches.compare(spec, bands, self.implementation, effort)
+    walls = {name: measured.wall.median for name, measured in t.items()}
+    row = {name: measured.row() for name, measured in t.items()} | {"n": spec.n, "mask": bands.words(spec)}
+    best, fused = {"sequential": walls["separate"]}, [walls["fused"]]
+    if concurrent:
+      gc.collect()
+      child = gpu_launches.in_child(spec, bands, self.implementation, effort, max(30.0, self.deadline.left))
+      row |= {f"{name}_concurrent": fields for name, fields in child.items()} | {"xla_flags": gpu_launches.CONCURRENT}
+      best["concurrent"] = child["separate"]["wall"]["median_s"]
+      fused.append(child["fused"]["wall"]["median_s"])
+    winner = min(best, key=best.get)
+    return row | {
+      "ratio": best[winner] / min(fused),
+      "best_separate": winner,
+      "fused_wall_s": min(fused),
+      "separate_wall_s": best,
+    }
+
+  def around(self, spec: AttentionSpec) -> dict:
+    """What FreqFormer does around its attention call: selection, packing, compression, lift; rotary timed apart."""
+    from benchmarks import layer  # needs flax, which a bare GPU machine may have in another version
+    from freqformer.rotary import rotate
+
+    method, layout = layer_method(spec, self.plan.bands), spec.layout
+    q, k, v = gpu_masks.dense(spec).inputs()
+    arrays, tables = jax.tree.map(jax.numpy.asarray, (layout.arrays(), method.tables(layout)))
+    around = Call(functools.partial(layer.freqformer_without_attention, method), (q, k, v, arrays, tables))
+    handed_over, _ = around()
+    attention = Call(functools.partial(attend, implementation=self.implementation), handed_over)
+    both = lambda q, k, positions: (rotate(q, positions), rotate(k, positions))
+    t = measure({"around": around, "attention": attention, "rotary": Call(both, (q, k, arrays.positions))}, self.plan.effort)
+    seconds = {name: measured.seconds for name, measured in t.items()}
+    return {name: measured.row() for name, measured in t.items()} | {
+      "n": spec.n,
+      "seconds": seconds["around"],
+      "over_attention": (seconds["around"] - seconds["rotary"]) / seconds["attention"],
+      "over_attention_with_rotary": seconds["around"] / seconds["attention"],
+      "note": "selection, packing, compression, lift; every method's rotary subtracted; no summary tokens",
+    }
+
+
+def layer_method(spec: AttentionSpec, bands: Composition):
+  """FreqFormer's config for the composition: heads dealt by hand, cuts that give its compression."""
+  from freqformer.methods.freqformer import FreqFormer
+  from freqformer.spectral import SpectralBasis
+
+  low = tuple(1 / r for r in bands.ratio)
+  return FreqFormer(
+    basis=SpectralBasis("block_dct", low, (0.75, 0.75, 0.75)),
+    allocation=bands.heads(spec),
+    mid_tiles=bands.mid_tiles(spec),
+    window=bands.window,
+  )
+
+
+def _dense_inputs(problem: Problem, count: int) -> tuple:
+  """q, k, v (and a cotangent) without padding rows: `[b, n, heads, d]`."""
+  return tuple(x[:, : problem.spec.n] for x in problem.inputs(count))
+
+
+def line(row: dict) -> str:
+  """One row for people."""
+  if "error" in row:
+    return f"{row['name']:<36} FAILED: {row['error'][:120]}"
+  parts = [f"{row['name']:<36}"]
+  for key, form in (
+    ("seconds", lambda x: f"{1e3 * x:9.3f} ms"),
+    ("tflops", lambda x: f"{x:6.1f} TFLOP/s"),
+    ("tb_per_s", lambda x: f"{x:.2f} TB/s"),
+    ("density", lambda x: f"density {x:.4f}"),
+    ("speedup", lambda x: f"{x:6.2f}x"),
+    ("retained", lambda x: f"retained {x:.3f}"),
+    ("over_cudnn", lambda x: f"{x:.3f} of cuDNN"),
+    ("ratio", lambda x: f"ratio {x:.3f}"),
+    ("over_attention", lambda x: f"{x:.3f} of attention"),
+    ("error_out", lambda x: f"error {x:.1e}"),
+  ):
+    if row.get(key) is not None:
+      parts.append(form(row[key]))
+  return "  ".join(parts) + ("" if row.get("correct", True) else "  WRONG")

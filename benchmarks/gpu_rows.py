@@ -1,0 +1,85 @@
+"""Rows of a GPU run: written one by one, skipped when already there for this device and this code."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import pathlib
+import time
+
+import jax
+
+from benchmarks import rows
+
+ROOT = pathlib.Path(__file__).parent.parent
+# What a figure depends on; a change to anything else leaves rows valid.
+_CODE = ("kernels/*.py", "kernels/*.json", "benchmarks/gpu_*.py", "freqformer/layout.py", "freqformer/planners/*.py")
+
+
+def code_digest() -> str:
+  """Short hash of the code that figures depend on: tells runs apart where there is no git, too."""
+  found = hashlib.sha256()
+  for path in sorted(p for pattern in _CODE for p in ROOT.glob(pattern)):
+    found.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+  return found.hexdigest()[:12]
+
+
+@dataclasses.dataclass
+class Store:
+  """The rows of one results file.
+
+  Attributes:
+    path: of the JSON file; a file per device, so that two devices never mix.
+    context: fields that every new row gets.
+    rehearsal: mark rows as no measurement.
+  """
+
+  path: pathlib.Path
+  context: dict
+  rehearsal: bool = False
+
+  @classmethod
+  def open(cls, folder: pathlib.Path, name: str, command: str, rehearsal: bool = False) -> "Store":
+    device = jax.devices()[0]
+    context = rows.context(command) | {"code": code_digest(), "platform": device.platform, **versions()}
+    return cls(pathlib.Path(folder) / f"{name}.json", context, rehearsal)
+
+  def all(self) -> list[dict]:
+    """Every row of this device and code; rows of others stay in the file and are not mixed in."""
+    return [row for row in rows.read_rows(self.path) if self._ours(row)]
+
+  def get(self, name: str) -> dict | None:
+    """The row of that name, if it was measured on this device with this code and did not fail."""
+    return next((row for row in self.all() if row["name"] == name and "error" not in row), None)
+
+  def add(self, row: dict) -> dict:
+    """Writes a row at once, with where and with what it was measured."""
+    row = row | self.context | ({"rehearsal": True} if self.rehearsal else {})
+    rows.merge_rows(self.path, [row])
+    return row
+
+  def _ours(self, row):
+    return row.get("device") == self.context["device"] and row.get("code") == self.context["code"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Deadline:
+  """When to stop."""
+
+  seconds: float
+  start: float = dataclasses.field(default_factory=time.monotonic)
+
+  @property
+  def left(self) -> float:
+    """Seconds."""
+    return self.seconds - (time.monotonic() - self.start)
+
+
+def versions() -> dict[str, str]:
+  """Versions that a kernel's speed depends on, as far as they can be asked."""
+  found = {}
+  for package in ("jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13"):
+    try:
+      found[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      found[package] = "absent"
+  return found
