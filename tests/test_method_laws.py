@@ -231,14 +231,17 @@ def test_both_halves_of_guidance_share_masks(method):
 
 @every_method
 def test_cost_is_what_runs(method):
-  """Of the last phase, on tiles of equal length; a method whose heads differ is told what each sample chose."""
-  aux = usual(method)[1][-1][2]
-  for i in range(2):
-    allocation = None
-    if "choice" in aux:
-      allocation = np.bincount(np.asarray(aux["choice"][i]), minlength=max(2, len(method.branches)))
-    flops = method.cost(EVEN, DIMS.heads, DIMS.head_dim, allocation).attention_flops
-    np.testing.assert_allclose(flops, 4 * DIMS.head_dim * EVEN.n**2 * float(aux["density"][i].sum()), rtol=1e-5)
+  """Of the first and last step, on tiles of equal length; a method whose heads differ is told what each sample chose."""
+  found, last = dict(zip(phases(method), usual(method)[1], strict=True)), method.phase(STEPS - 1, STEPS)
+  for phase in {method.phase(0, STEPS), last}:
+    aux = found[phase][2]
+    for i in range(2):
+      allocation = None
+      if "choice" in aux:
+        allocation = np.bincount(np.asarray(aux["choice"][i]), minlength=max(2, len(method.branches)))
+      flops = method.phase_cost(phase, EVEN, DIMS.heads, DIMS.head_dim, allocation).attention_flops
+      np.testing.assert_allclose(flops, 4 * DIMS.head_dim * EVEN.n**2 * float(aux["density"][i].sum()), rtol=1e-5)
+  assert method.cost(EVEN, DIMS.heads, DIMS.head_dim) == method.phase_cost(last, EVEN, DIMS.heads, DIMS.head_dim)
 
 
 @every_method

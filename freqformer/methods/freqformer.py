@@ -30,9 +30,11 @@ from freqformer.spectral import SpectralBasis, SpectralTables
 from freqformer.summary import SummaryTokens
 from kernels.attention import attention
 from kernels.block_mask import BlockMask, select
+from kernels.linear import linear_attention
 
 LOW, MID, HIGH = range(3)
 FILTERS = ("none", "qkv", "v")
+LOW_OPS = ("dense", "linear")
 # Rows of a head are a x + b P_box x + c P_low x; its coarse rows (low band) do not use these.
 _FILTER_COEFFICIENTS = np.array([[1, 0, 0], [0, 1, -1], [1, -1, 0]], np.float32)
 
@@ -52,6 +54,7 @@ class FreqFormer(Method):
     window: of the high band, in tiles (t, y, x).
     border: of the window, "clamp" or "clip".
     filter: which projections of mid and high heads are band-filtered: "none", "qkv" or "v".
+    low_op: among coarse tokens, "dense" (softmax) or "linear" (`kernels/linear.py`, softmax feature map): O(n) overall.
     low_shared: mid and high rows also list the coarse tiles, in one joint softmax.
     summary: summary tokens per band and head; 0 is off.
     router: for `allocation="routed"`.
@@ -66,6 +69,7 @@ class FreqFormer(Method):
   window: tuple[int, int, int] = (3, 3, 3)
   border: str = "clamp"
   filter: str = "none"
+  low_op: str = "dense"
   low_shared: bool = False
   summary: int = 0
   router: RouterConfig = RouterConfig()
@@ -78,6 +82,8 @@ class FreqFormer(Method):
       raise ValueError(f'{self.allocation=} must be "routed", "measured" or three head counts (low, mid, high).')
     if self.filter not in FILTERS or self.border not in BORDERS:
       raise ValueError(f"{self.filter=} must be one of {FILTERS} and {self.border=} one of {BORDERS}.")
+    if self.low_op not in LOW_OPS:
+      raise ValueError(f"{self.low_op=} must be one of {LOW_OPS}.")
     if self.mid_tiles < 1 + self.sink + self.anchors or min(self.sink, self.anchors, self.summary) < 0:
       raise ValueError(
         f"{self.mid_tiles=} must hold the own tile and {self.sink=}, {self.anchors=} >= 0; {self.summary=} >= 0."
@@ -111,6 +117,8 @@ class FreqFormer(Method):
     kv_len = packed_kv_len(spectral.n_coarse, layout.arrays().kv_len, layout.block)
     window = sliding_tile(layout, self.window, self.border)
     low = coarse_rows(kv_len, coarse_tiles, layout.block)
+    if self.low_op == "linear":  # no softmax: its rows come from the other op
+      low = dataclasses.replace(low, kv_counts=np.zeros_like(low.kv_counts))
     high = full_rows(window, kv_len, coarse_tiles, self.low_shared)
     if self.low_shared:
       # A cell stands for s^2 tokens: log-multiplicity 2 log s, one number per tile (its cells' mean; equal except at edges).
@@ -155,14 +163,17 @@ class FreqFormer(Method):
       out = jnp.einsum("bnchd,bhc->bnhd", out.reshape(b, -1, 3, h, out.shape[-1]), routing.weights.astype(out.dtype))
     else:
       out = out * routing.weights.sum(-1)[:, None, :, None].astype(out.dtype)
-    start = tables.coarse_tiles * layout.layout.block
-    out = out[:, start:] + spectral.lift(out[:, : spectral.n_coarse])
+    start, coarse = tables.coarse_tiles * layout.layout.block, out[:, : spectral.n_coarse]
+    if self.low_op == "linear":  # for every head, so that shapes stay static; where all branches run, low is the first
+      linear, _ = linear_attention(*(x[:, : spectral.n_coarse, :h] for x in (q, k, v)))
+      coarse = coarse + linear * routing.weights[:, None, :, LOW, None].astype(linear.dtype)
+    out = out[:, start:] + spectral.lift(coarse)
     if self.summary:
       plain = jnp.zeros_like(layout.positions)
       out = out + module.summary(
         qkv.rotate_q(qkv.q, plain), qkv.rotate_k(qkv.k, plain), qkv.v, jax.lax.stop_gradient(routing.weights), spectral, layout
       )
-    return out, state, self._aux(routing, masks, layout.layout.n, cond) | mask_aux(mask, cond.want_masks)
+    return out, state, self._aux(routing, masks, qkv, spectral, cond) | mask_aux(mask, cond.want_masks)
 
   def _route(self, module, qkv, cond, spectral, state) -> Routing:
     """The router's decision, the measured one, or the fixed one."""
@@ -210,15 +221,17 @@ class FreqFormer(Method):
       packed.append(jnp.concatenate([coarse, full], 1))
     return packed
 
-  def _aux(self, routing, masks, n, cond):
-    """Densities, the router's entropy and its cost penalty."""
-    b, h = routing.choice.shape
+  def _aux(self, routing, masks, qkv, spectral, cond):
+    """Densities, the router's entropy and its cost penalty, which counts linear attention as the pairs that cost as much."""
+    (b, h), n = routing.choice.shape, qkv.layout.layout.n
     density = jnp.stack([jnp.broadcast_to(jnp.asarray(m.density(n), jnp.float32), (b, h)) for m in masks], -1)
     taken = jnp.take_along_axis(density, routing.choice[..., None], -1)[..., 0]
     run = density.sum(-1) if routing.all_branches else taken
     loss = jnp.float32(0)
     if self.routed and cond.train:
-      loss = penalty(self.router, routing.probs, jax.lax.stop_gradient(density.mean((0, 1))))
+      linear = (qkv.q.shape[-1] + 1) * spectral.n_coarse / n**2 if self.low_op == "linear" else 0.0
+      costs = jax.lax.stop_gradient(density.mean((0, 1))) + np.array([linear, 0, 0], np.float32)
+      loss = penalty(self.router, routing.probs, costs)
     return {
       "density": taken,
       "cost": run.mean(),
@@ -233,9 +246,9 @@ class FreqFormer(Method):
     """Pairs of each band times its share of heads, and the transforms, selection and pooling around them.
 
     `allocation` defaults to the fixed one, or to the router's prior (also where heads are measured: nothing is known before).
-    A mid list is counted with tiles of average length.
-    Counted beside pairs: compression of q, k, v and the lift (per-tile matmuls), pooling and scores of the selection. Not
-    counted: the router itself (below 1e-4 of the layer), rotary and norms (every method has them).
+    A mid list is counted with tiles of average length. Counted beside pairs: compression of q, k, v and the lift (per-tile
+    matmuls), linear attention of all heads if there is some, pooling and scores of the selection. Not counted: the router
+    itself (below 1e-4 of the layer), rotary and norms (every method has them).
     """
     if allocation is None:
       allocation = self.router.prior if isinstance(self.allocation, str) else self.allocation
@@ -245,8 +258,15 @@ class FreqFormer(Method):
     pairs = (float(tables.low.pairs().sum()), n * mid_keys, float(tables.high.pairs().sum()))
     cells = tables.spectral.n_coarse / layout.tiles
     transform = 4 * 2.0 * n * cells * head_dim * heads
+    if self.low_op == "linear":
+      transform += 4.0 * tables.spectral.n_coarse * head_dim * (head_dim + 1) * heads
     selection = heads * head_dim * (2.0 * n + 2.0 * layout.tiles**2)
     return attention_cost(heads * float(share @ pairs), head_dim) + Cost(linear_flops=transform + selection)
+
+  def phase_cost(self, phase, layout, heads, head_dim, allocation=None) -> Cost:
+    if self.allocation != "measured":
+      return self.cost(layout, heads, head_dim, allocation)
+    return measured.phase_cost(self, phase, layout, heads, head_dim, allocation)
 
 
 @jax.tree_util.register_dataclass

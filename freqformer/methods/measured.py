@@ -10,6 +10,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from freqformer.cost import Cost, attention_cost
 from freqformer.methods.base import plain_aux
 from freqformer.planners.dense import dense
 from freqformer.profiling import ProfileConfig, dense_rows, most_faithful, relative_errors, sample_rows
@@ -19,6 +20,17 @@ from kernels.attention import attention
 def tables(layout, profile: ProfileConfig) -> dict:
   """What warm-up and measurement need of a grid."""
   return {"dense": dense(layout), "rows": sample_rows(layout, profile.rows)}
+
+
+def phase_cost(method, phase: str, layout, heads: int, head_dim: int, allocation) -> Cost:
+  """Of one step: dense in the warm-up; a measuring step runs every band on every head, and dense attention on its rows."""
+  if phase == "warmup":
+    return attention_cost(heads * layout.n**2, head_dim)
+  cost = method.cost(layout, heads, head_dim, allocation)
+  if phase == "run":
+    return cost
+  every = sum((method.cost(layout, heads, head_dim, band) for band in ((1, 0, 0), (0, 1, 0), (0, 0, 1))), Cost())
+  return cost + every + attention_cost(heads * min(method.profile.rows, layout.n) * layout.n, head_dim)
 
 
 def call(method, module, qkv, cond, tables, state):

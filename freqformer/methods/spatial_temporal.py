@@ -73,3 +73,10 @@ class SpatialTemporal(Method):
     share = np.asarray((1, 1) if allocation is None else allocation, np.float64)
     pairs = [float(m.pairs().sum()) for m in spatial_temporal(layout, self.frames, self.places, self.sink)]
     return attention_cost(heads * float(share / share.sum() @ pairs), head_dim)
+
+  def phase_cost(self, phase, layout, heads, head_dim, allocation=None) -> Cost:
+    """Measuring scores each row once and sums values three times: twice the FLOPs of its pairs."""
+    if phase == "warmup":
+      return attention_cost(heads * layout.n**2, head_dim)
+    measuring = (phase != "run") * 2 * min(self.profile.rows, layout.n) * layout.n
+    return self.cost(layout, heads, head_dim, allocation) + attention_cost(heads * measuring, head_dim)
