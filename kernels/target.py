@@ -7,17 +7,17 @@ import jax
 # Compute capability by what the device's name contains, for devices that are only described (NVIDIA's list of CUDA GPUs);
 # a GPU that is there says it itself. First match wins.
 _CAPABILITIES = (
-  ("H100", (9, 0)),
-  ("H200", (9, 0)),
-  ("H800", (9, 0)),
-  ("H20", (9, 0)),
-  ("GH200", (9, 0)),
-  ("B200", (10, 0)),
-  ("RTX 50", (12, 0)),
-  ("RTX 40", (8, 9)),
-  ("L40", (8, 9)),
-  ("L4", (8, 9)),
-  ("A100", (8, 0)),
+  ("H100", "9.0"),
+  ("H200", "9.0"),
+  ("H800", "9.0"),
+  ("H20", "9.0"),
+  ("GH200", "9.0"),
+  ("B200", "10.0"),
+  ("RTX 50", "12.0"),
+  ("RTX 40", "8.9"),
+  ("L40", "8.9"),
+  ("L4", "8.9"),
+  ("A100", "8.0"),
 )
 
 
@@ -28,15 +28,15 @@ class Target:
   Attributes:
     platform: "cpu", "cuda" or "tpu".
     kind: the device's own name.
-    capability: CUDA compute capability (major, minor); None for other platforms and unknown GPUs that are not there.
+    capability: CUDA compute capability, "9.0"; None for other platforms and unknown GPUs that are not there.
   """
 
   platform: str
   kind: str
-  capability: tuple[int, int] | None = None
+  capability: str | None = None
 
   def __str__(self):
-    detail = f", compute capability {self.capability[0]}.{self.capability[1]}" if self.capability else ""
+    detail = f", compute capability {self.capability}" if self.capability else ""
     return f"{self.platform} ({self.kind}{detail})"
 
 
@@ -49,9 +49,8 @@ def current_target() -> Target:
   return Target(platform, device.device_kind, _capability(device) if platform == "cuda" else None)
 
 
-def _capability(device) -> tuple[int, int] | None:
-  said = getattr(device, "compute_capability", None)  # "9.0"; an abstract device has none
+def _capability(device) -> str | None:
+  said = getattr(device, "compute_capability", None)  # an abstract device has none
   if said is not None:
-    major, minor = str(said).split(".")[:2]
-    return int(major), int(minor)
+    return str(said)
   return next((capability for name, capability in _CAPABILITIES if name in device.device_kind), None)

@@ -82,7 +82,7 @@ def test_no_trace_is_left():
 def test_code_sees_the_absent_gpu():
   seen = []
   offline.compile_for(lambda x: seen.append(current_target()) or x, jnp.zeros(3))
-  assert seen == [Target("cuda", "NVIDIA H100 80GB HBM3", (9, 0))]
+  assert seen == [Target("cuda", "NVIDIA H100 80GB HBM3", "9.0")]
   assert "compute capability 9.0" in str(seen[0])
   assert current_target().platform == "cpu" and current_target().capability is None
 
