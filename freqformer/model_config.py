@@ -9,7 +9,7 @@ from freqformer.attention import AttentionDims
 from freqformer.config import ConfigError, build, did_you_mean
 from freqformer.layout import TileLayout
 from freqformer.methods.base import Method
-from freqformer.methods.registry import METHODS, method_class
+from freqformer.methods.registry import METHODS, method_class, parse_method, with_fields
 from kernels.attention import BACKENDS
 
 # width, depth, heads of DiT (arXiv 2212.09748).
@@ -130,10 +130,18 @@ class ModelConfig:
     """Tile order of the tokens of latents `(t, y, x, c)`."""
     return TileLayout.fit(self.grid(latent_shape), self.attention.block, self.attention.tile or None)
 
-  def with_method(self, name: str) -> "ModelConfig":
-    """The same model with one method everywhere; runs of layers keep their borders, so that the weights still fit."""
+  def with_method(self, text: str) -> "ModelConfig":
+    """The same model with one method everywhere; runs of layers keep their borders, so that the weights still fit.
+
+    Args:
+      text: as `parse_method` reads it: a name, or a name with some fields that replace the configured ones.
+    """
+    name, fields = parse_method(text)
+    own = with_fields(self.attention.named(name), fields, f"model.attention.{name}")
+    methods = (*(pair for pair in self.attention.methods if pair[0] != name), (name, own))
     layers = tuple((first, stop, name) for first, stop, _ in self.attention.layers)
-    return dataclasses.replace(self, attention=dataclasses.replace(self.attention, method=name, layers=layers))
+    attention = dataclasses.replace(self.attention, methods=methods, method=name, layers=layers)
+    return dataclasses.replace(self, attention=attention)
 
 
 def model_config(values: Mapping) -> ModelConfig:
