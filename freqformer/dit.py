@@ -107,11 +107,16 @@ class VideoDiT(nnx.Module):
     """Everything static about a grid: pass it to jit as an argument."""
     return make_tables(self.config, latent_shape)
 
-  def init_state(self, batch: int, latent_shape) -> list:
-    """What the layers remember between denoising steps, one stacked pytree per run."""
+  def init_state(self, batch: int, latent_shape, guided: bool = False) -> list:
+    """What the layers remember between denoising steps, one stacked pytree per run.
+
+    Args:
+      batch: rows that run together, both halves of guidance counted; guided: whether there are two halves.
+    """
     layout, dims = self.config.layout(latent_shape), self.config.dims.for_method
     stack = lambda count, state: jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), state)
-    return [stack(count, method.init_state(batch, dims, layout)) for count, method in self.config.runs()]
+    rows = lambda method: batch // 2 if guided and method.shares_state else batch
+    return [stack(count, method.init_state(rows(method), dims, layout)) for count, method in self.config.runs()]
 
   def schedule(self, steps: int) -> list[tuple[str, ...]]:
     """What each of `steps` sampling steps does: one phase per run of layers.
@@ -143,7 +148,7 @@ class VideoDiT(nnx.Module):
     cond = Cond(time, embedding, **where)
     layout = tables["layout"]
     tokens = layout.pack(self.embed(patchify(x, self.config.patch)))
-    state = self.init_state(x.shape[0], x.shape[1:]) if state is None else state
+    state = self.init_state(x.shape[0], x.shape[1:], cond.guided) if state is None else state
     states, auxes = [], []
     for i, run in enumerate(self.runs):
       key = None if rng is None else jax.random.fold_in(rng, i)

@@ -43,12 +43,13 @@ class SampleConfig:
 def make_step(graphdef, config: SampleConfig, want_masks: bool = False):
   """One jitted Euler step `(params, x, label, t, t_next, tables, state, phases) -> (x, state, aux)`.
 
-  `phases` (of `VideoDiT.schedule`) is static: one compilation per shape and distinct tuple. `want_masks` puts each layer's
+  `phases` (of `VideoDiT.schedule`) is static: one compilation per shape and distinct tuple. The state is donated: what a call
+  was given is gone after it. `want_masks` puts each layer's
   `BlockMask` into aux.
   """
   guided = config.guidance != 1
 
-  @functools.partial(jax.jit, static_argnums=7)
+  @functools.partial(jax.jit, static_argnums=7, donate_argnums=6)
   def step(params, x, label, t, t_next, tables, state, phases=()):
     model = nnx.merge(graphdef, params)
     both = (lambda a, b: jnp.concatenate([a, b])) if guided else (lambda a, b: a)
@@ -78,10 +79,10 @@ def compile_steps(step, params, model, tables, latent_shape, config: SampleConfi
   Raises:
     ConfigError: if a method's schedule does not fit the run.
   """
-  batch, scalar = config.batch_size, jax.ShapeDtypeStruct((), np.float32)
+  batch, guided, scalar = config.batch_size, config.guidance != 1, jax.ShapeDtypeStruct((), np.float32)
   x = jax.ShapeDtypeStruct((batch, *latent_shape), np.float32)
   label = jax.ShapeDtypeStruct((batch,), np.int32)
-  state = jax.eval_shape(lambda: model.init_state(batch * (1 + (config.guidance != 1)), latent_shape))
+  state = jax.eval_shape(lambda: model.init_state(batch * (1 + guided), latent_shape, guided))
   compiled = {
     phases: step.lower(params, x, label, scalar, scalar, tables, state, phases).compile()
     for phases in dict.fromkeys(model.schedule(config.steps))
@@ -104,12 +105,12 @@ def sample(step, params, model, labels, indices, seed: int, tables, latent_shape
   """
   labels, indices, times = np.asarray(labels), np.asarray(indices), config.times()
   schedule = model.schedule(config.steps)
-  batch, outs, auxes = config.batch_size, [], []
+  batch, guided, outs, auxes = config.batch_size, config.guidance != 1, [], []
   bar = tqdm(total=-(-len(labels) // batch) * config.steps, desc="sampling", unit="step", disable=not progress)
   for start in range(0, len(labels), batch):
     part = np.arange(start, start + batch).clip(max=len(labels) - 1)  # the last batch repeats its last sample
     x = sample_noise(jax.random.key(seed), jnp.asarray(indices[part]), latent_shape)
-    state = model.init_state(batch * (1 + (config.guidance != 1)), latent_shape)
+    state = model.init_state(batch * (1 + guided), latent_shape, guided)
     auxes = []
     for t, t_next, phases in zip(times[:-1], times[1:], schedule, strict=True):
       x, state, aux = step(params, x, jnp.asarray(labels[part]), t, t_next, tables, state, phases)

@@ -184,7 +184,7 @@ def test_euler_integrates_a_straight_line():
   class Straight(nnx.Module):
     classes = 3
 
-    def init_state(self, batch, shape):
+    def init_state(self, batch, shape, guided):
       return []
 
     def schedule(self, steps):

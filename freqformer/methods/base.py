@@ -101,8 +101,16 @@ class Method:
     """What one layer remembers between denoising steps; `{}` for most.
 
     The sampler carries it, one entry per layer, from step to step; its shapes never change and no checkpoint holds it.
+
+    Args:
+      batch: rows that run together; where `shares_state`, samples: with guidance half of the rows.
     """
     return {}
+
+  @property
+  def shares_state(self) -> bool:
+    """Whether the halves of guidance have one state between them, that of the conditional half."""
+    return False
 
   def phase(self, step: int, steps: int) -> str:
     """What sampling step `step` of `steps` does ("warmup", "search", "reuse", ...): each phase is its own compiled step."""
@@ -124,6 +132,10 @@ class Method:
   def cost(self, layout: TileLayout, heads: int, head_dim: int, allocation=None) -> Cost:
     """Exact cost of one layer and sample, forward; `allocation`: share of heads per branch, for methods that have some."""
     raise NotImplementedError
+
+  def phase_cost(self, phase: str, layout: TileLayout, heads: int, head_dim: int, allocation=None) -> Cost:
+    """`cost` of a sampling step of one phase; the same in all phases unless overridden."""
+    return self.cost(layout, heads, head_dim, allocation)
 
   @property
   def routed(self) -> bool:

@@ -14,6 +14,7 @@ METHODS = {
   "radial": "Radial",
   "block_topk": "BlockTopK",
   "spatial_temporal": "SpatialTemporal",
+  "adaspa": "AdaSpa",
 }
 
 

@@ -1,0 +1,239 @@
+"""AdaSpa (arXiv 2502.21079): block-sparse attention whose masks are searched exactly, online, on any dense checkpoint.
+
+Row LSE and the pattern of attention change little between denoising steps. So: dense warm-up; at the first search step a dense
+pass gives the output and each row's LSE, and a second pass the exact softmax mass of every pair of tiles
+(`kernels/block_scores.py`); each query tile keeps the key tiles with the most mass. Later searches need the second pass only,
+with the cached LSE. Between searches masks are reused. Heads that need few tiles give budget to heads that need many.
+
+The paper's: block mass, cached LSE, steps {10, 30} of 50 after 10 dense ones, sparsity 0.8, recall 0.8, the three levels, equal
+budgets for all rows of a head. Ours, where the paper is silent: see `levels` and `AdaSpa.budgets`; the own tile is always kept;
+sink tiles stand for the text blocks that this model does not have.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from freqformer.config import ConfigError
+from freqformer.cost import Cost, attention_cost
+from freqformer.methods.base import Method, plain_aux
+from freqformer.planners.block_topk import fixed_tiles
+from freqformer.planners.dense import dense
+from freqformer.planners.tile_bits import largest, lists_of_bits, pack_bits
+from kernels.attention import attention
+from kernels.block_mask import BlockMask
+from kernels.block_scores import block_mass
+
+LSE_CACHES = ("row", "tile")
+LSE_DTYPES = ("bfloat16", "float32")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaSpa(Method):
+  """Fields of the method. Steps are whole numbers, or shares of the run as floats in [0, 1) (0.2 of 50 steps is step 10).
+
+  Attributes:
+    sparsity: share of key tiles that a head at the base level does not list.
+    warmup: number of dense steps before anything is searched.
+    search: steps that search, ascending; every step up to the first is dense, and so is that step's own output.
+    recall: a head whose base mask keeps more than this share of its softmax mass counts as easy.
+    adaptive: give tiles of easy heads to hard ones (three levels); else every head has the base budget.
+    sink: first tiles that every list holds, inside the budget. The own tile is always listed.
+    lse_cache: "row" keeps each row's LSE between searches, "tile" one mean per query tile (smaller, approximate).
+    lse_dtype: of the cache.
+  """
+
+  sparsity: float = 0.8
+  warmup: int | float = 0.2
+  search: tuple[int | float, ...] = (0.2, 0.6)
+  recall: float = 0.8
+  adaptive: bool = True
+  sink: int = 0
+  lse_cache: str = "row"
+  lse_dtype: str = "bfloat16"
+
+  def __post_init__(self):
+    if not 0 <= self.sparsity < 1:
+      raise ValueError(f"sparsity={self.sparsity} must lie in [0, 1): it is the share of tiles that are not listed.")
+    if not 0 <= self.recall <= 1 or self.sink < 0:
+      raise ValueError(f"{self.recall=} must lie in [0, 1] and {self.sink=} must be >= 0.")
+    if self.lse_cache not in LSE_CACHES or self.lse_dtype not in LSE_DTYPES:
+      raise ValueError(f"{self.lse_cache=} must be one of {LSE_CACHES}, {self.lse_dtype=} one of {LSE_DTYPES}.")
+    if not self.search:
+      raise ValueError("search=() names no step that searches; give at least one, e.g. (0.2, 0.6).")
+    for name, values in (("warmup", (self.warmup,)), ("search", self.search)):
+      if any(v < 0 or isinstance(v, float) and v >= 1 for v in values):
+        raise ValueError(f"{name}={getattr(self, name)} must hold steps (integers >= 0) or shares of the run in [0, 1).")
+
+  @property
+  def shares_state(self):
+    return True
+
+  # ---- schedule --------------------------------------------------------------------------------------------------------
+
+  def _steps(self, steps: int) -> tuple[int, tuple[int, ...]]:
+    """Warm-up steps and search steps in a run of `steps`; shares that meet on one step are one search."""
+    at = lambda v: int(v * steps + 1e-6) if isinstance(v, float) else v
+    return at(self.warmup), tuple(dict.fromkeys(at(v) for v in self.search))
+
+  def check_run(self, steps):
+    warmup, search = self._steps(steps)
+    if warmup > steps:
+      raise ConfigError(
+        f"adaspa.warmup={self.warmup} is longer than the run of {steps} steps; lower it or give a share such as 0.2."
+      )
+    if list(search) != sorted(search):
+      raise ConfigError(f"adaspa.search={self.search} means steps {search} of {steps}; give them in ascending order.")
+    if search[-1] >= steps:
+      raise ConfigError(
+        f"adaspa.search step {search[-1]} comes after the last step of a run of {steps} (0..{steps - 1}); "
+        "lower it or give shares such as 0.6."
+      )
+    if search[0] < warmup:
+      raise ConfigError(
+        f"adaspa.search step {search[0]} lies in the warm-up of {warmup} dense steps; search at {warmup} or later."
+      )
+
+  def phase(self, step, steps):
+    search = self._steps(steps)[1]
+    if step <= search[0]:
+      return "search_first" if step == search[0] else "warmup"
+    return "search" if step in search else "reuse"
+
+  # ---- sizes -----------------------------------------------------------------------------------------------------------
+
+  def budgets(self, layout) -> tuple[int, int, int]:
+    """Key tiles per query tile of heads at the (high, base, low) sparsity level.
+
+    The paper's levels (1 + s) / 2, s, (3 s - 1) / 2 are densities (1 - s) / 2, 1 - s, 3 (1 - s) / 2: the base and half of it
+    less or more. In whole tiles: base, and half of it (rounded down) moved. Ours: what is moved is cut to what a hard head can
+    take (for s < 1/3 the low level would be below 0) and to what an easy head can give (its own and sink tiles stay), on both
+    sides alike, so the mean over heads is the base budget exactly.
+
+    Raises:
+      ConfigError: if the density rounds to no tile or to fewer than the own and sink tiles.
+    """
+    tiles = layout.tiles
+    base = int((1 - self.sparsity) * tiles + 0.5)
+    least = min(self.sink + 1, tiles)
+    if base < 1:
+      raise ConfigError(
+        f"adaspa.sparsity={self.sparsity} of {tiles} tiles rounds to no tile per query tile; "
+        f"lower it to {1 - 1 / tiles:.3g} or less, or use smaller tiles (attention.block={layout.block})."
+      )
+    if base < least:
+      raise ConfigError(
+        f"adaspa.sparsity={self.sparsity} of {tiles} tiles leaves {base} per query tile, fewer than the own tile and "
+        f"sink={self.sink}; lower one of them."
+      )
+    moved = min(base // 2, tiles - base, base - least) if self.adaptive else 0
+    return base - moved, base, base + moved
+
+  def build(self, dims, layout, rngs):
+    self.budgets(layout)
+
+  def tables(self, layout):
+    self.budgets(layout)
+    return {"dense": dense(layout), "fixed": fixed_tiles(layout, self.sink)}
+
+  def init_state(self, batch, dims, layout):
+    rows = layout.n if self.lse_cache == "row" else layout.tiles
+    return {
+      "lse": jnp.zeros((batch, dims.heads, rows), self.lse_dtype),
+      "bits": jnp.zeros((batch, dims.heads, layout.tiles, -(-layout.tiles // 8)), jnp.uint8),
+    }
+
+  # ---- running ---------------------------------------------------------------------------------------------------------
+
+  def __call__(self, module, qkv, cond, tables, state):
+    arrays, (b, _, h, _) = qkv.layout, qkv.q.shape
+    q, k = qkv.rotate_q(qkv.q, arrays.positions), qkv.rotate_k(qkv.k, arrays.positions)
+    run = lambda mask: attention(q, k, qkv.v, mask, implementation=qkv.implementation)
+    aux_of = lambda mask: plain_aux(mask, arrays.layout.n, b, h, cond.want_masks)
+    own = lambda x: x[: b // 2] if cond.guided else x  # the half whose masks both run with
+    if cond.phase in ("", "warmup"):
+      return run(tables["dense"])[0], state, aux_of(tables["dense"])
+    if cond.phase == "search_first":
+      out, lse = run(tables["dense"])
+      bits, found = self.find(own(q), own(k), own(lse), arrays, tables["fixed"])
+      state = {"lse": self.cache(own(lse), arrays), "bits": bits}
+      return out, state, _with_search(aux_of(tables["dense"]), found)
+    found = None
+    if cond.phase == "search":
+      bits, found = self.find(own(q), own(k), self.cached(state["lse"], arrays), arrays, tables["fixed"])
+      state = {**state, "bits": bits}
+    mask = self.mask(state["bits"], arrays)
+    if cond.guided and mask.kv_counts.shape[0] > 1:
+      twice = lambda x: jnp.concatenate([x, x])
+      mask = dataclasses.replace(mask, kv_indices=twice(mask.kv_indices), kv_counts=twice(mask.kv_counts))
+    return run(mask)[0], state, _with_search(aux_of(mask), found)
+
+  def find(self, q, k, lse, arrays, fixed):
+    """Searches: exact block mass, the best key tiles of every row, and each head's level by its recall.
+
+    Args:
+      q, k: `[b, n_buffer, h, d]`, finished; lse: `[b, h, n_buffer]` or `[b, h, tiles]`, fresh or cached.
+      fixed: int `[tiles, f]`, tiles that a query tile always lists.
+
+    Returns:
+      bits uint8 `[b, h, tiles, ceil(tiles / 8)]`, and `{"recall", "level"}` `[b, h]`: share of the softmax mass that the base
+      budget keeps, and 0, 1, 2 for the high, base, low sparsity.
+    """
+    layout, fixed = arrays.layout, jnp.asarray(fixed)
+    counts = self.budgets(layout)
+
+    def keep(mass, tile):
+      kept = largest(mass, counts, fixed[jnp.minimum(tile, layout.tiles - 1)])
+      return {"bits": pack_bits(kept), "kept": (mass * kept[:, 1]).sum(-1), "all": mass.sum(-1)}
+
+    found = block_mass(q, k, lse, arrays.kv_len, layout.block, reduce=keep)
+    recall = found["kept"].sum(-1) / found["all"].sum(-1)
+    level = levels(recall, self.recall)
+    bits = jnp.take_along_axis(found["bits"], level[:, :, None, None, None], 3)[:, :, :, 0]
+    return bits, {"recall": recall, "level": level}
+
+  def mask(self, bits, arrays) -> BlockMask:
+    """The lists of one layer's bits."""
+    layout = arrays.layout
+    return lists_of_bits(bits, self.budgets(layout)[2], arrays.kv_len, layout.block)
+
+  def cache(self, lse, arrays):
+    """What is kept of the rows' LSE `[b, h, n_buffer]`: of tokens only (raster order), or the mean of each tile's tokens."""
+    if self.lse_cache == "row":
+      return jnp.take(lse, arrays.scatter, -1).astype(self.lse_dtype)
+    tiles = jnp.where(arrays.valid, lse, 0).reshape(*lse.shape[:2], arrays.layout.tiles, -1)
+    return (tiles.sum(-1) / arrays.kv_len).astype(self.lse_dtype)
+
+  def cached(self, lse, arrays):
+    """The cache as `find` takes it: rows in tile order (what padding rows read is not seen), or one per tile."""
+    return jnp.take(lse, arrays.gather, -1) if self.lse_cache == "row" else lse
+
+  def cost(self, layout, heads, head_dim, allocation=None) -> Cost:
+    """Of a step that reuses its masks: `n` queries, each with the base budget of average tiles (the mean over heads)."""
+    keys = self.budgets(layout)[1] * layout.n / layout.tiles
+    return attention_cost(heads * layout.n * keys, head_dim)
+
+  def phase_cost(self, phase, layout, heads, head_dim, allocation=None) -> Cost:
+    """Dense steps are dense; a search adds q k^T of every pair: 2 n^2 D. Exponentials and selection are not counted."""
+    whole = attention_cost(heads * layout.n**2, head_dim)
+    run = whole if phase in ("", "warmup", "search_first") else self.cost(layout, heads, head_dim)
+    return run + Cost(linear_flops=whole.attention_flops / 2 if phase.startswith("search") else 0.0)
+
+
+def levels(recall: jax.Array, threshold: float) -> jax.Array:
+  """Each head's level, int32 `[b, h]`: 0 gives tiles, 1 keeps its budget, 2 takes tiles.
+
+  n = heads with recall > threshold; the n best give, the n worst take (AdaSpa). Ours: n is at most h // 2, so that no head is
+  both; ties go by the head's number.
+  """
+  heads = recall.shape[-1]
+  rank = jnp.argsort(jnp.argsort(-recall, -1, stable=True), -1, stable=True)
+  n = jnp.minimum((recall > threshold).sum(-1, keepdims=True), heads // 2)
+  return jnp.where(rank < n, 0, jnp.where(rank >= heads - n, 2, 1)).astype(jnp.int32)
+
+
+def _with_search(aux, found):
+  """Adds what a search found (of samples: guidance's halves share it); its q k^T is half of what dense attention computes."""
+  return aux if found is None else aux | found | {"cost": aux["cost"] + np.float32(0.5)}

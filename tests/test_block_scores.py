@@ -1,0 +1,126 @@
+"""Block mass against brute force; its approximations reported; its memory bounded."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels import block_scores
+from kernels.block_scores import block_mass
+
+BLOCK = 16
+KV_LEN = np.array([16, 16, 11, 16, 1, 16, 7], np.int32)
+TILES = len(KV_LEN)
+SCALE = 0.6  # of 8 channels: scores with a spread of some units, so that rows differ in what they look at
+
+
+def inputs(seed=0, b=2, h=3, d=8, kv_len=KV_LEN, dtype=jnp.float32):
+  """q, k and the row LSE `[b, h, n]` in float32; `dtype` rounds q and k first, so that the LSE belongs to them."""
+  rng = np.random.default_rng(seed)
+  q, k = (jnp.asarray(rng.standard_normal((b, len(kv_len) * BLOCK, h, d)) * 1.5, dtype) for _ in "qk")
+  scores = np.where(valid(kv_len), exact_scores(q, k), -np.inf)
+  return q, k, jnp.asarray(np.log(np.exp(scores).sum(-1)), jnp.float32)
+
+
+def valid(kv_len=KV_LEN):
+  """bool `[n]`."""
+  return (np.arange(BLOCK) < kv_len[:, None]).reshape(-1)
+
+
+def exact_scores(q, k):
+  return np.einsum("bihd,bjhd->bhij", *(np.asarray(x.astype(jnp.float32), np.float64) for x in (q, k))) * SCALE
+
+
+def brute(q, k, lse, kv_len=KV_LEN):
+  """float64 `[b, h, tiles, tiles]`, with the n x n matrix."""
+  seen = valid(kv_len)
+  p = np.where(seen & seen[:, None], np.exp(exact_scores(q, k) - np.asarray(lse, np.float64)[..., None]), 0)
+  tiles = len(kv_len)
+  return p.reshape(*p.shape[:2], tiles, BLOCK, tiles, BLOCK).sum((3, 5))
+
+
+def kept(mass, truth, count=3):
+  """Share of the true mass on the `count` tiles per row that `mass` ranks first."""
+  best = np.argsort(-np.asarray(mass), -1, kind="stable")[..., :count]
+  return np.take_along_axis(truth, best, -1).sum() / truth.sum()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("scores, rows", [(1 << 20, 1024), (2 * BLOCK**2, 16), (6 * BLOCK**2, 48)])
+def test_equals_brute_force(monkeypatch, scores, rows, dtype):
+  """Whatever the group and chunk sizes: 48 rows are 3 tiles of 7, 6 squared tiles of scores are 2 key tiles of 7."""
+  monkeypatch.setattr(block_scores, "_SCORES", {"cpu": scores})
+  monkeypatch.setattr(block_scores, "_GROUP_ROWS", rows)
+  q, k, lse = inputs(dtype=dtype)
+  got = jax.jit(lambda *x: block_mass(*x, KV_LEN, BLOCK, scale=SCALE))(q, k, lse)
+  assert got.dtype == jnp.float32
+  np.testing.assert_allclose(got, brute(q, k, lse), rtol=1e-5, atol=1e-9)
+  # A query tile's mass is its number of valid rows.
+  np.testing.assert_allclose(got.sum(-1), np.broadcast_to(KV_LEN, (2, 3, TILES)), rtol=1e-5)
+
+
+def test_padding_rows_are_not_seen():
+  q, k, lse = inputs()
+  want = block_mass(q, k, lse, KV_LEN, BLOCK, scale=SCALE)
+  soil = lambda x, axis: jnp.where(valid().reshape([-1 if i == axis else 1 for i in range(x.ndim)]), x, 1e4)
+  for bad in (soil(lse, 2), jnp.where(valid(), lse, jnp.nan), jnp.where(valid(), lse, -jnp.inf)):
+    np.testing.assert_array_equal(block_mass(soil(q, 1), soil(k, 1), bad, KV_LEN, BLOCK, scale=SCALE), want)
+
+
+def test_lengths_per_sample():
+  q, k, lse = inputs()
+  other = np.array([3, 16, 16, 0, 16, 16, 16], np.int32)
+  both = block_mass(q, k, lse, np.stack([KV_LEN, other]), BLOCK, scale=SCALE)
+  np.testing.assert_allclose(both[1], brute(q, k, lse, other)[1], rtol=1e-5, atol=1e-9)
+  np.testing.assert_array_equal(both[0], block_mass(q, k, lse, KV_LEN, BLOCK, scale=SCALE)[0])
+
+
+def test_reduce_sees_every_tile_once_with_its_number():
+  q, k, lse = inputs()
+  mass = block_mass(q, k, lse, KV_LEN, BLOCK, scale=SCALE)
+  best = lambda mass, tile: {"best": mass.argmax(-1), "tile": tile}
+  found = block_mass(q, k, lse, KV_LEN, BLOCK, scale=SCALE, reduce=best)
+  np.testing.assert_array_equal(found["best"], mass.argmax(-1))
+  np.testing.assert_array_equal(found["tile"], np.broadcast_to(np.arange(TILES), (2, 3, TILES)))
+
+
+def test_coarser_lse_loses_little(record_property):
+  """A bf16 LSE scales a row's mass by at most exp(ulp / 2) and moves no tile within a row; a tile's mean moves more."""
+  q, k, lse = inputs(seed=3)
+  truth = brute(q, k, lse)
+  rows = (np.where(valid(), lse, 0).reshape(2, 3, TILES, BLOCK)).sum(-1) / KV_LEN
+  share = {"f32": kept(truth, truth)}
+  for name, coarse in (("bf16", lse.astype(jnp.bfloat16)), ("tile", jnp.asarray(rows)), ("none", jnp.zeros((2, 3, TILES)))):
+    mass = block_mass(q, k, coarse, KV_LEN, BLOCK, scale=SCALE)
+    share[name] = kept(mass, truth)
+    if name == "bf16":
+      np.testing.assert_allclose(mass, truth, rtol=float(np.exp(np.abs(lse).max() * 2.0**-8) - 1))
+  for name, value in share.items():
+    record_property(f"mass_kept_{name}", value)
+  print({k: round(float(v), 5) for k, v in share.items()})
+  assert share["f32"] >= share["bf16"] >= 0.999 * share["f32"]
+  assert share["bf16"] > share["tile"] > 0.9 * share["f32"]
+  assert share["none"] == pytest.approx(share["tile"], rel=1e-6)  # within a row of tiles one number for all ranks the same
+
+
+def test_stale_lse_gives_finite_masses():
+  q, k, lse = inputs()
+  assert np.isfinite(block_mass(q, k, lse - 500, KV_LEN, BLOCK, scale=SCALE)).all()
+
+
+def test_memory_is_not_quadratic():
+  """16,384 tokens: scores of one head alone would be 1 GB."""
+  tiles, block = 128, 128
+  q = jax.ShapeDtypeStruct((1, tiles * block, 4, 16), jnp.bfloat16)
+  lse = jax.ShapeDtypeStruct((1, 4, tiles * block), jnp.bfloat16)
+  count = lambda mass, tile: (mass > 1).sum(-1)
+  run = jax.jit(lambda q, k, lse: block_mass(q, k, lse, np.full(tiles, block, np.int32), block, reduce=count))
+  assert run.lower(q, q, lse).compile().memory_analysis().temp_size_in_bytes < 32 * 2**20
+
+
+def test_refusals():
+  q, k, lse = inputs()
+  with pytest.raises(ValueError, match="over one buffer of 6 tiles of 16 rows"):
+    block_mass(q, k, lse, KV_LEN[:6], BLOCK)
+  with pytest.raises(ValueError, match=r"lse must be \[b, h, n\]"):
+    block_mass(q, k, lse[..., :5], KV_LEN, BLOCK)
