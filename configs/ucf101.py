@@ -63,6 +63,7 @@ def get_config():
           window=(1, 3, 3),
           border="clamp",
           filter="none",
+          low_op="dense",
           low_shared=False,
           summary=0,
           router=dict(

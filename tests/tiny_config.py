@@ -53,6 +53,7 @@ def get_config():
           window=(1, 1, 2),
           border="clamp",
           filter="none",
+          low_op="dense",
           low_shared=False,
           summary=0,
           router=dict(
