@@ -3,8 +3,10 @@
   python eval.py --workdir=runs/ucf101
   python eval.py --workdir=runs/ucf101 --classes=Basketball,Biking --samples=4 --seed=1 --guidance=4 --steps=50
   python eval.py --workdir=runs/ucf101 --method=dense --out=runs/ucf101/dense     the same weights, full attention
+  python eval.py --workdir=runs/ucf101 --method="radial(decay=0.5)" --export_masks=masks
 
-Averaged weights and hard routing by default. Writes <class>.mp4, grid.png, latents.npz and sampling.json to --out.
+Averaged weights and hard routing by default. Writes <class>.mp4, grid.png, latents.npz, sampling.json and density.json
+(of one sample: every step, layer and head) to --out.
 """
 
 import json
@@ -19,6 +21,7 @@ from flax import nnx
 from freqformer import cli
 from freqformer.config import ConfigError, did_you_mean
 from freqformer.cost import model_cost
+from freqformer.masks import MaskRecorder, realised_density
 from freqformer.restore import restore_model
 from freqformer.sampling import SampleConfig, compile_steps, make_step, sample
 from freqformer.video import grid, grid_png, write_mp4
@@ -34,6 +37,9 @@ _GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale, 1 is none; def
 _METHOD = flags.DEFINE_string("method", None, "Run another attention method on the same weights.")
 _RAW = flags.DEFINE_bool("raw", False, "Use the raw weights instead of their average.")
 _SOFT = flags.DEFINE_bool("soft", False, "Mix all branches of the router instead of taking the likeliest.")
+_EXPORT_MASKS = flags.DEFINE_string(
+  "export_masks", None, "Folder for the first sample's masks; timings then include recording."
+)
 _FPS = flags.DEFINE_float("fps", 0, "Frame rate of the mp4s; default 25 / stride.")
 
 
@@ -54,8 +60,10 @@ def main(_):
   config = SampleConfig(**{**vars(config), "batch_size": min(config.batch_size, len(labels))})
   tables = model.tables(shape)
   clock = time.monotonic()
-  step = compile_steps(make_step(graphdef, config), params, model, tables, shape, config)
+  step = make_step(graphdef, config, want_masks=_EXPORT_MASKS.value is not None)
+  step, recorder = compile_steps(step, params, model, tables, shape, config), MaskRecorder()
   compile_seconds, clock = time.monotonic() - clock, time.monotonic()
+  step = step if _EXPORT_MASKS.value is None else recorder.wrap(step, config.steps)
   latents, aux = sample(step, params, model, labels, indices, _SEED.value, tables, shape, config)
   run_seconds = time.monotonic() - clock
 
@@ -69,7 +77,11 @@ def main(_):
     write_mp4(out / f"{names[label]}.mp4", grid(own, columns=min(4, len(own))), fps)
   grid_png(out / "grid.png", videos, [names[i] for i in labels])
   np.savez_compressed(out / "latents.npz", latents=latents, labels=labels, indices=indices, seed=_SEED.value)
+  if _EXPORT_MASKS.value is not None:
+    recorder.masks().save(_EXPORT_MASKS.value)
   density = [float(np.mean([np.mean(run["density"]) for run in step])) for step in aux]
+  by_head = {"axes": ["step", "layer", "head"], "density": np.round(realised_density(aux), 5).tolist()}
+  (out / "density.json").write_text(json.dumps(by_head))
   cost = model_cost(model.config, shape)
   forwards = config.steps * (1 + (config.guidance != 1))
   result = {

@@ -1,0 +1,60 @@
+"""Masks of a run: what is recorded, written and read again is what the methods say they ran."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from freqformer.dit import VideoDiT
+from freqformer.masks import MaskRecorder, RunMasks, load_masks, realised_density
+from freqformer.model_config import model_config
+from freqformer.sampling import SampleConfig, compile_steps, make_step, sample
+from kernels.block_mask import from_tiles
+
+SHAPE = (4, 6, 6, 2)
+FIELDS = dict(spatial_temporal=dict(frames=0, places=0, profile=dict(warmup=0.4)), block_topk=dict(density=0.3, coarse="none"))
+LAYERS = ((0, 2, "spatial_temporal"), (2, 3, "block_topk"), (3, None, "dense"))
+
+
+def test_masks_of_a_run(tmp_path):
+  attention = dict(layers=LAYERS, block=8, implementation="reference", **FIELDS)
+  config = model_config(dict(size="custom", width=12, depth=4, heads=2, patch=(1, 1, 1), attention=attention))
+  model = VideoDiT(config, SHAPE, 3, nnx.Rngs(0))
+  run = SampleConfig(steps=5, guidance=2.0, batch_size=2)
+  graphdef, params = nnx.split(model)
+  params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+  tables, recorder = model.tables(SHAPE), MaskRecorder()
+  args = (params, model, jnp.array([0, 1, 2]), np.arange(3), 0, tables, SHAPE, run)
+  step = compile_steps(make_step(graphdef, run, want_masks=True), params, model, tables, SHAPE, run)
+  _, aux = sample(recorder.wrap(step, run.steps), *args, progress=False)
+  assert all("mask" not in layers for one in aux for layers in one)  # no step's tables stay behind
+  masks = recorder.masks()
+  folder = masks.save(tmp_path / "masks", pictures=2)
+  read = load_masks(folder / "masks.npz")
+  assert read.index.shape == (5, 4) and read.density.shape == (5, 4, 2) == realised_density(aux).shape
+  for found in (masks, read):
+    for at, layer in np.ndindex(5, 4):
+      density = np.broadcast_to(found.mask(at, layer).check().density(4 * 6 * 6), (1, 2))[0]
+      np.testing.assert_allclose(density, found.density[at, layer], rtol=1e-5)
+  # Two dense steps, then one measured table that stays; dense is one table for all layers and steps.
+  assert len(set(read.index[:2, :2].ravel()) | set(read.index[:, 3])) == 1
+  assert (read.index[2:, :2] == read.index[2, :2]).all() and read.index[2, 0] != read.index[0, 0]
+  names = sorted(p.name for p in folder.iterdir())
+  assert names[0] == "density.png" and names[1] == "masks.npz" and 1 <= len(names[2:]) <= 2
+  assert all(p.stat().st_size > 1000 for p in folder.glob("*.png"))
+
+
+def test_pictures_show_what_is_listed():
+  tiles = np.random.default_rng(0).random((1, 3, 100, 100)) < 0.5
+  mask = from_tiles(tiles, np.full(100, 8), 8, 8)
+  run = RunMasks((mask,), np.zeros((1, 2), np.int32), np.zeros((1, 2, 3), np.float32))
+  image = np.asarray(run.picture(0).axes[0].images[0].get_array())
+  panel = 1 - image[2:52, 2:52, 0]  # two tiles a pixel
+  np.testing.assert_allclose(panel, tiles[0, 0].reshape(50, 2, 50, 2).mean((1, 3)), atol=1e-6)
+  assert image.shape[:2] == (2 * 54, 3 * 54)
+
+
+def test_nothing_recorded():
+  with pytest.raises(ValueError, match="no step was recorded"):
+    MaskRecorder().masks()
