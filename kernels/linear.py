@@ -22,6 +22,7 @@ from kernels.block_mask import Array
 FEATURE_MAPS = {"softmax": jax.nn.softmax, "elu": lambda x: jax.nn.elu(x) + 1, "relu": jax.nn.relu}
 # A denominator below this is no denominator: its inverse, squared in the backward, would leave float32.
 _TINY = 1e-18
+_COLUMNS = 8  # what is appended to d for the denominator
 
 
 @jax.tree_util.register_dataclass
@@ -138,8 +139,8 @@ def _linear(feature_map, q, k, v, segments, reads):
 def _forward(feature_map, q, k, v, segments, reads):
   dot, phi = _product(q.dtype), FEATURE_MAPS[feature_map]
   queries, keys = phi(_wide(segments.gather(q))), _keys(phi, segments, _wide(segments.gather(k)))
-  state = _read(reads, dot("bshlm,bshld->bshmd", keys, _with_one(segments.gather(v))))
-  num, den = _split(dot("bshlm,bshmd->bshld", queries, state))
+  state = _read(reads, dot("bshlm,bshld->bshmd", keys, _append(_wide(segments.gather(v)), 1)))
+  num, den = jnp.split(dot("bshlm,bshmd->bshld", queries, state)[..., : 1 - _COLUMNS], [v.shape[-1]], -1)
   some = den > _TINY
   den = jnp.where(some, den, 1)
   out, log_den = jnp.where(some, num / den, 0), jnp.where(some, jnp.log(den), -jnp.inf)
@@ -164,16 +165,16 @@ def _backward_rule(feature_map, residuals, cotangents):
   inverse = jnp.where(some, jnp.exp(-jnp.where(some, log_den, 0)), 0)
   d_out = jnp.where(some, _wide(segments.gather(cotangents[0])), 0)
   d_den = jnp.where(some, d_log, 0) - (d_out * segments.gather(out)).sum(-1, keepdims=True)
-  d_num = jnp.concatenate([d_out, d_den], -1) * inverse
+  d_num = _append(d_out * inverse, d_den * inverse)
 
   queries, q_rule = jax.vjp(phi, _wide(segments.gather(q)))
   keys, k_rule = jax.vjp(functools.partial(_keys, phi, segments), _wide(segments.gather(k)))
-  values = _with_one(segments.gather(v))
+  values = _append(_wide(segments.gather(v)), 1)
   state = _read(reads, dot("bshlm,bshld->bshmd", keys, values))
   (d_queries,) = q_rule(dot("bshld,bshmd->bshlm", d_num, state))
   d_state = _read(None if reads is None else reads.swapaxes(2, 3), dot("bshlm,bshld->bshmd", queries, d_num))
   (d_keys,) = k_rule(dot("bshld,bshmd->bshlm", values, d_state))
-  d_values = dot("bshlm,bshmd->bshld", keys, d_state[..., :-1])
+  d_values = dot("bshlm,bshmd->bshld", keys, d_state[..., :-_COLUMNS])
   grads = (segments.scatter(g).astype(x.dtype) for g, x in zip((d_queries, d_keys, d_values), (q, k, v), strict=True))
   return *grads, jax.tree.map(_no_gradient, segments), jax.tree.map(_no_gradient, reads)
 
@@ -201,14 +202,10 @@ def _keys(phi, segments, k):
   return jnp.where(segments.valid(), phi(k), 0)
 
 
-def _with_one(values):
-  """Values with a column of ones: numerator and denominator are one product (measured 3x faster on 2 CPU cores than two)."""
-  return jnp.pad(_wide(values), ((0, 0),) * 4 + ((0, 1),), constant_values=1)
-
-
-def _split(x):
-  """Numerator and denominator, `[..., d]` and `[..., 1]`."""
-  return x[..., :-1], x[..., -1:]
+def _append(x, last):
+  """`[..., d]` and one more column `[..., 1]`, in rows of 16 aligned bytes: numerator and denominator are one product."""
+  zeros = jnp.zeros((*x.shape[:-1], _COLUMNS - 1), x.dtype)
+  return jnp.concatenate([x, jnp.broadcast_to(last, (*x.shape[:-1], 1)).astype(x.dtype), zeros], -1)
 
 
 def _read(reads, state):
