@@ -79,7 +79,7 @@ class RunMasks:
     axis.set_yticks((np.arange(len(rows)) + 0.5) * height, range(len(rows)))
     heads = max(map(len, rows))
     axis.set_xticks((np.arange(heads) + 0.5) * width, range(heads) if heads > 1 else ["all"])
-    axis.set(title=f"step {step}", xlabel="head", ylabel="layer")
+    axis.set(title=f"step {step}; one panel in a row: all heads", xlabel="head", ylabel="layer")
     return figure
 
 

@@ -1,0 +1,34 @@
+"""The sweep over methods: every trial is a model that can be built, at the density that its config promises."""
+
+import pathlib
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from freqformer.config_file import check_keys, load_config
+from freqformer.dit import VideoDiT
+from freqformer.experiment import experiment
+from freqformer.methods.registry import METHODS
+
+MODULE = load_config(pathlib.Path(__file__).parent.parent / "configs" / "methods.py", ("get_config", "sweep"))
+TRIALS = list(MODULE.sweep())
+SHAPE = (8, 12, 12, 16)  # the demo's latents
+
+
+def test_all_but_the_training_free_methods_are_swept():
+  assert {trial["model.attention.method"] for trial in TRIALS} == set(METHODS) - {"adaspa", "spatial_temporal"}
+
+
+@pytest.mark.parametrize("trial", TRIALS, ids=lambda trial: trial["model.attention.method"])
+def test_trials_have_the_promised_density(trial):
+  config = MODULE.get_config()
+  check_keys(config, trial)
+  config.update_from_flattened_dict(trial)
+  model = experiment(config.to_dict()).model
+  shapes = nnx.eval_shape(lambda: VideoDiT(model, SHAPE, 8, nnx.Rngs(0)))
+  assert len(shapes.runs) == 1
+  ((_, method),), layout = model.runs(), model.layout(SHAPE)
+  density = method.cost(layout, model.heads, model.dims.head_dim).attention_flops / (4 * layout.n**2 * model.width)
+  low, high = (1, 1) if trial["model.attention.method"] == "dense" else (0.19, 0.245)
+  assert low <= np.round(density, 3) <= high
