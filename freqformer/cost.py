@@ -6,7 +6,9 @@ forward's 2: 2.5 times as many. Exponentials, maxima and masks are not counted; 
 is not useful work and is not counted either.
 """
 
+import collections
 import dataclasses
+import functools
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,7 @@ def attention_cost(pairs: float, head_dim: int) -> Cost:
   return Cost(attention_flops=4.0 * float(pairs) * head_dim)
 
 
-def model_cost(config, latent_shape, allocations=None, training: bool = False) -> Cost:
+def model_cost(config, latent_shape, allocations=None, training: bool = False, phases=None) -> Cost:
   """Forward of a whole `VideoDiT` for one sample.
 
   Counted: attention as the methods count it; per layer 8 n D^2 (q, k, v and out projections), 4 n D H (MLP of hidden width
@@ -52,15 +54,31 @@ def model_cost(config, latent_shape, allocations=None, training: bool = False) -
     config: a `ModelConfig`; latent_shape: `(t, y, x, c)`.
     allocations: share of heads per branch for every run of layers, or None for each method's own expectation.
     training: count every branch of every head where training runs them all (soft and straight-through routing).
+    phases: one per run of layers: count this sampling step (`Method.phase_cost`), not a usual one.
   """
   layout, width = config.layout(latent_shape), config.width
   total, n = Cost(), layout.n
   for i, (count, method) in enumerate(config.runs()):
     allocation = None if allocations is None else allocations[i]
     every = len(method.branches) if training and method.trains_all_branches else 0
-    layer = method.cost(layout, config.heads, config.dims.head_dim, (1,) * every or allocation)
+    cost = method.cost if phases is None else functools.partial(method.phase_cost, phases[i])
+    layer = cost(layout, config.heads, config.dims.head_dim, (1,) * every or allocation)
     layer = Cost(layer.attention_flops * max(every, 1), layer.linear_flops)
     dense = 8.0 * n * width**2 + 4.0 * n * width * int(width * config.mlp_ratio) + 12.0 * width**2
     total = total + (layer + Cost(linear_flops=dense)).scaled(count)
   patch = latent_shape[3] * config.patch[0] * config.patch[1] * config.patch[2]
   return total + Cost(linear_flops=2 * 2.0 * n * width * patch)
+
+
+def sampling_cost(config, latent_shape, schedule, guided: bool = True) -> Cost:
+  """All forwards of one sample: every step by its own phase (warm-up, searches, reuse), two forwards a step if guided.
+
+  Args:
+    config: a `ModelConfig`; latent_shape: `(t, y, x, c)`.
+    schedule: phases per step and run of layers, of `VideoDiT.schedule`.
+    guided: whether each step runs the conditional and the unconditional half; what only one of them does (a search whose
+      masks both run with) is counted twice, so this is an upper bound there.
+  """
+  counts = collections.Counter(schedule)
+  steps = [model_cost(config, latent_shape, phases=phases).scaled(count) for phases, count in counts.items()]
+  return sum(steps, Cost()).scaled(1 + guided)

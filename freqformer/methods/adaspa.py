@@ -159,7 +159,7 @@ class AdaSpa(Method):
       out, lse = run(tables["dense"])
       bits, found = self.find(own(q), own(k), own(lse), arrays, tables["fixed"])
       state = {"lse": self.cache(own(lse), arrays), "bits": bits}
-      return out, state, _with_search(aux_of(tables["dense"]), found)
+      return out, state, _with_search(aux_of(tables["dense"]), found, b)
     found = None
     if cond.phase == "search":
       bits, found = self.find(own(q), own(k), self.cached(state["lse"], arrays), arrays, tables["fixed"])
@@ -168,7 +168,7 @@ class AdaSpa(Method):
     if cond.guided and mask.kv_counts.shape[0] > 1:
       twice = lambda x: jnp.concatenate([x, x])
       mask = dataclasses.replace(mask, kv_indices=twice(mask.kv_indices), kv_counts=twice(mask.kv_counts))
-    return run(mask)[0], state, _with_search(aux_of(mask), found)
+    return run(mask)[0], state, _with_search(aux_of(mask), found, b)
 
   def find(self, q, k, lse, arrays, fixed):
     """Searches: exact block mass, the best key tiles of every row, and each head's level by its recall.
@@ -234,6 +234,8 @@ def levels(recall: jax.Array, threshold: float) -> jax.Array:
   return jnp.where(rank < n, 0, jnp.where(rank >= heads - n, 2, 1)).astype(jnp.int32)
 
 
-def _with_search(aux, found):
-  """Adds what a search found (of samples: guidance's halves share it); its q k^T is half of what dense attention computes."""
-  return aux if found is None else aux | found | {"cost": aux["cost"] + np.float32(0.5)}
+def _with_search(aux, found, b):
+  """Adds what a search found, of its samples; its q k^T is half of dense attention, on half of `b` rows where guided."""
+  if found is None:
+    return aux
+  return aux | found | {"cost": aux["cost"] + np.float32(0.5 * found["recall"].shape[0] / b)}
