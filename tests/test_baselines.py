@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import jax
 import numpy as np
 import pytest
 
@@ -15,6 +16,7 @@ from freqformer.planners.radial import radial, radial_density, radial_widths
 from freqformer.planners.spatial_temporal import spatial_temporal
 from freqformer.planners.where import tiles_where
 from kernels.block_mask import from_tiles
+from tests.method_training import trains
 
 # ---- any rule ------------------------------------------------------------------------------------------------------------
 
@@ -104,6 +106,25 @@ def test_spatial_and_temporal_tables():
     for j, (u, v, w) in enumerate(itertools.product(*map(range, layout.tile_grid))):
       assert spatial[i, j] == (abs(t - u) <= 1 or u == 0)
       assert temporal[i, j] == (max(abs(y - v), abs(x - w)) <= 1 or u == 0)
+
+
+# ---- training ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "name, fields",
+  [
+    ("sliding_tile", dict(window=(1, 2, 2), unit="tiles")),
+    ("radial", dict(decay=0.5)),
+    ("block_topk", dict(density=0.3, coarse="gated")),
+  ],
+)
+def test_trains(name, fields):
+  before, after = trains(name, fields)
+  moved = [
+    np.abs(a - b).max() for a, b in zip(*(jax.tree.leaves(p["runs"][0]["attention"]) for p in (before, after)), strict=True)
+  ]
+  assert len(moved) == (8 if name == "block_topk" else 6) and min(moved) > 0  # the gate's two as well
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------------------
