@@ -51,6 +51,8 @@ class RunMasks:
     """Writes masks.npz, density.png and a picture of up to `pictures` steps whose masks differ from the step before."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("masks_step_*.png"):  # of another run: its steps need not be this one's
+      old.unlink()
     arrays = {"index": self.index, "density": self.density}
     for i, mask in enumerate(self.tables):
       arrays[f"tiles_{i}"] = np.packbits(mask.to_tiles()[0], axis=-1)

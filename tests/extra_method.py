@@ -1,0 +1,27 @@
+"""Dilated attention: every so many tiles along each axis, and the own neighbourhood. What a user would write."""
+
+import dataclasses
+
+import numpy as np
+
+from freqformer.methods.static import StaticMethod
+from freqformer.planners.where import tiles_where
+
+
+@dataclasses.dataclass(frozen=True)
+class Dilated(StaticMethod):
+  """`stride`: tiles at multiples of it from the query's, along every axis, are seen; so is every tile up to `reach` away."""
+
+  stride: int = 2
+  reach: int = 0
+
+  def __post_init__(self):
+    if self.stride < 1 or self.reach < 0:
+      raise ValueError(f"{self.stride=} must be at least 1 and {self.reach=} at least 0.")
+
+  def mask(self, layout):
+    return tiles_where(layout, self._sees)
+
+  def _sees(self, query, key):
+    apart = np.abs(query - key)
+    return (apart % self.stride == 0).all(0) | (apart.max(0) <= self.reach)
