@@ -149,7 +149,8 @@ def _attention_bwd(name, scale, residuals, cotangents):
   alive = lse > -jnp.inf  # a row that sees nothing has no gradient, whatever its cotangents hold
   rows = alive.transpose(0, 2, 1)[..., None]
   d_out = jnp.where(rows, d_out, 0)
-  delta = jnp.einsum("bnhd,bnhd->bhn", d_out.astype(lse.dtype), out.astype(lse.dtype))
+  # Not einsum: that would copy both operands, transposed and widened.
+  delta = (d_out.astype(lse.dtype) * out.astype(lse.dtype)).sum(-1).transpose(0, 2, 1)
   delta = jnp.where(alive, delta - d_lse, 0)
   grads = backend(name).backward(q, k, v, mask, scale, lse, delta, d_out)
   return *(g.astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True)), jax.tree.map(_no_gradient, mask)

@@ -15,7 +15,7 @@ from kernels.block_mask import BlockMask
 HEAD_DIMS = (32, 64, 128)
 BLOCKS = (64, 128)
 DTYPES = (jnp.bfloat16, jnp.float16)
-CAPABILITY = (9, 0)
+CAPABILITY = "9.0"
 
 
 def unsupported(q, k, v, mask: BlockMask, target) -> str | None:

@@ -33,7 +33,7 @@ def dq(data, codes, counts, bias, blocks, scale: float, config: TuningConfig):
   walk, biased = parts.Walk(config.step, block_kv), bias is not None
   sign, factor = parts.split_scale(scale)
 
-  def body(q_gm, k_gm, v_gm, do_gm, lse_gm, delta_gm, codes_gm, counts_gm, order_gm, *rest):
+  def attention_dq(q_gm, k_gm, v_gm, do_gm, lse_gm, delta_gm, codes_gm, counts_gm, order_gm, *rest):
     bias_gm, rest = (rest[0], rest[1:]) if biased else (None, rest)
     dq_gm, q_sm, do_sm, lse_sm, delta_sm, k_sm, v_sm, own_bar, k_bar, v_bar, k_free, v_free, *staging = rest
     sample, head, tile = parts.place(order_gm, tiles, h)
@@ -112,7 +112,7 @@ def dq(data, codes, counts, bias, blocks, scale: float, config: TuningConfig):
   order = parts.costliest_first(counts, b, h)
   operands = [*data, codes, jnp.asarray(counts), order, *([bias * parts.LOG2E] if biased else [])]
   return parts.call(
-    body,
+    attention_dq,
     out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
     blocks=b * h * tiles,
     consumers=consumers,
@@ -140,7 +140,7 @@ def dkv(data, lists, kv_len, bias, blocks, scale: float, config: TuningConfig):
   walk, biased = parts.Walk(config.step, block_q), bias is not None
   sign, factor = parts.split_scale(scale)
 
-  def body(q_gm, k_gm, v_gm, do_gm, lse_gm, delta_gm, starts_gm, counts_gm, indices_gm, order_gm, len_gm, *rest):
+  def attention_dkv(q_gm, k_gm, v_gm, do_gm, lse_gm, delta_gm, starts_gm, counts_gm, indices_gm, order_gm, len_gm, *rest):
     bias_gm, rest = (rest[0], rest[1:]) if biased else (None, rest)
     dk_gm, dv_gm, k_sm, v_sm, q_sm, do_sm, lse_sm, delta_sm, own_bar, q_bar, do_bar, q_free, do_free, *staging = rest
     sample, head, tile = parts.place(order_gm, tiles, h)
@@ -228,7 +228,7 @@ def dkv(data, lists, kv_len, bias, blocks, scale: float, config: TuningConfig):
   order = parts.costliest_first(counts, b, h)
   operands = [*data, starts, counts, indices, order, kv_len, *([bias * parts.LOG2E] if biased else [])]
   return parts.call(
-    body,
+    attention_dkv,
     out_type=[jax.ShapeDtypeStruct(k.shape, k.dtype)] * 2,
     blocks=b * h * tiles,
     consumers=consumers,

@@ -35,7 +35,7 @@ def forward(q, k, v, codes, counts, bias, blocks, scale: float, config: TuningCo
   biased = bias is not None
   stages = config.stages
 
-  def body(q_gm, k_gm, v_gm, codes_gm, counts_gm, order_gm, *rest):
+  def attention_forward(q_gm, k_gm, v_gm, codes_gm, counts_gm, order_gm, *rest):
     bias_gm, rest = (rest[0], rest[1:]) if biased else (None, rest)
     out_gm, lse_gm, q_sm, k_sm, v_sm, lse_sm, q_bar, k_bar, v_bar, k_free, v_free, turn, *staging = rest
     sample, head, tile = parts.place(order_gm, tiles, h)
@@ -135,5 +135,7 @@ def forward(q, k, v, codes, counts, bias, blocks, scale: float, config: TuningCo
   out_type = [jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((b, h, n), jnp.float32)]
   operands = [q, k, v, codes, jnp.asarray(counts), order, *([bias * parts.LOG2E] if biased else [])]
   return tuple(
-    parts.call(body, out_type=out_type, blocks=b * h * tiles, consumers=consumers, scratch=scratch, operands=operands)
+    parts.call(
+      attention_forward, out_type=out_type, blocks=b * h * tiles, consumers=consumers, scratch=scratch, operands=operands
+    )
   )

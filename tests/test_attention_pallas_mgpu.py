@@ -14,7 +14,7 @@ from kernels.block_mask import dense_mask
 from kernels.target import Target
 from tests.attention_suite import AttentionSuite, Case, draw_inputs, draw_mask, oracle, relative_error, value_and_grads
 
-HOPPER = Target("cuda", "NVIDIA H100 80GB HBM3", (9, 0))
+HOPPER = Target("cuda", "NVIDIA H100 80GB HBM3", "9.0")
 
 
 class TestPallasMgpu(AttentionSuite):
@@ -81,7 +81,7 @@ def _shapes(dtype=jnp.bfloat16, n=256, d=64):
   ("inputs", "mask", "target", "words"),
   [
     (_shapes(), (256, 64), Target("cpu", "cpu", None), "use implementation='xla'"),
-    (_shapes(), (256, 64), Target("cuda", "NVIDIA A100", (8, 0)), "compute capability 9.0.*8.0"),
+    (_shapes(), (256, 64), Target("cuda", "NVIDIA A100", "8.0"), "compute capability 9.0.*8.0"),
     (_shapes(jnp.float32), (256, 64), HOPPER, "float32, it takes bfloat16 or float16"),
     (_shapes(d=80), (256, 64), HOPPER, "head_dim is 80"),
     (_shapes(), (256, 32), HOPPER, "block_q is 32"),
@@ -119,7 +119,7 @@ def test_tuning_refuses_what_does_not_fit():
   with pytest.raises(ValueError, match="bytes of shared memory"):
     tuning.TuningConfig(4, 128).check(key)
   with pytest.raises(ValueError, match="registers"):
-    tuning.TuningConfig(2, 128, 240, 40).check(key)
+    tuning.TuningConfig(2, 128, 240, 32).check(key)
   with pytest.raises(ValueError, match="must be 64 or 128"):
     tuning.TuningConfig(2, 96)
   with pytest.raises(ValueError, match="set both"):
