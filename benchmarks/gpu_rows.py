@@ -17,8 +17,17 @@ _CODE = ("kernels/*.py", "kernels/*.json", "benchmarks/gpu_*.py", "freqformer/la
 
 def code_digest() -> str:
   """Short hash of the code that figures depend on: tells runs apart where there is no git, too."""
+  return _digest(_CODE)
+
+
+def kernels_digest() -> str:
+  """Short hash of the GPU kernels' source, without the table of configurations: what a compiled candidate depends on."""
+  return _digest(("kernels/pallas_mgpu*.py", "kernels/tuning.py"))
+
+
+def _digest(patterns: tuple[str, ...]) -> str:
   found = hashlib.sha256()
-  for path in sorted(p for pattern in _CODE for p in ROOT.glob(pattern)):
+  for path in sorted(p for pattern in patterns for p in ROOT.glob(pattern)):
     found.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
   return found.hexdigest()[:12]
 

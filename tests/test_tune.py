@@ -1,0 +1,136 @@
+"""The search over kernel configurations: refuses what spills or is wrong, needs a margin, writes only what was timed."""
+
+import dataclasses
+import json
+
+import pytest
+
+from benchmarks import tune
+from benchmarks.gpu_rows import Deadline, Store
+from benchmarks.gpu_timing import Effort
+from kernels import offline, tuning
+from kernels.tuning import Key, TuningConfig
+
+KEY = Key("h100", 64, 64, 128, "forward")
+ONCE = Effort(samples=1, slow_samples=1, chain_s=0.0, turns=1)
+BUDGET = tune.Budget(Deadline(60), ONCE, ONCE, finalists=1)
+GRID = (4, 8, 16)
+
+
+def _trials(count=3):
+  return [tune.Trial(config) for config in tuning.candidates(KEY)[:count]]
+
+
+@pytest.mark.parametrize("direction", tuning.DIRECTIONS)
+def test_the_default_compiles_without_spilling(direction):
+  """For an H100, here, without one; `python -m benchmarks.tune --static` does this for every candidate."""
+  key = Key("h100", 128, 128, 128, direction)
+  trial = tune.compile_candidate(key, tuning.default(key))
+  assert not trial.refused and trial.registers > 100
+  assert abs(tuning.default(key).shared_bytes(key) - trial.shared_bytes) < 4096 and trial.shared_bytes <= offline.SHARED_LIMIT
+
+
+@pytest.mark.parametrize(
+  "resources, reason",
+  [
+    ((168, 8, 4, 1000), "spills 12 bytes"),
+    ((168, 0, 0, offline.SHARED_LIMIT + 1), "bytes of shared memory"),
+    ((168, 0, 0, offline.SHARED_LIMIT), ""),
+  ],
+)
+def test_candidates_that_spill_or_do_not_fit_are_refused(monkeypatch, resources, reason):
+  other = offline.KernelResources("attention_dq_0", 9, 99, 99, 9)  # another kernel's report must not count
+  own = offline.KernelResources("attention_forward_1", *resources)
+  monkeypatch.setattr(offline, "compile_for", lambda *_, **__: offline.Compilation(None, (own, other)))
+  assert reason in tune.compile_candidate(KEY, tuning.default(KEY)).refused
+  assert bool(tune.compile_candidate(KEY, tuning.default(KEY)).refused) == bool(reason)
+
+
+def test_a_candidate_that_does_not_compile_is_refused(monkeypatch):
+  def broken(*_, **__):
+    raise ValueError("no such layout")
+
+  monkeypatch.setattr(offline, "compile_for", broken)
+  assert "no such layout" in tune.compile_candidate(KEY, tuning.default(KEY)).refused
+
+
+@pytest.mark.parametrize("direction", tuning.DIRECTIONS)
+def test_right_candidates_are_timed(direction):
+  key = dataclasses.replace(KEY, direction=direction)
+  (trial,) = tune.time_candidates(key, [tune.Trial(tuning.default(key))], "reference", BUDGET, GRID)
+  assert trial.seconds > 0 and trial.final and 0 <= trial.error < 2**-7 and not trial.refused
+
+
+def test_wrong_and_failing_candidates_are_refused(monkeypatch):
+  """Each candidate is traced under its own configuration, so that one that is wrong is seen to be."""
+  right, wrong, failing = _trials()
+  run = tune.run
+
+  def by_config(direction, implementation, *args):
+    out, lse = run(direction, implementation, *args)
+    config = tuning.lookup(KEY)
+    if config == failing.config and implementation != "xla":
+      raise RuntimeError("launch failed")
+    return (out * 1.1 if config == wrong.config and implementation != "xla" else out), lse
+
+  monkeypatch.setattr(tune, "run", by_config)
+  first, second, third = tune.time_candidates(KEY, [right, wrong, failing], "reference", BUDGET, GRID)
+  assert first.seconds and not first.refused
+  assert "wrong: relative error" in second.refused and second.seconds is None
+  assert "launch failed" in third.refused
+  assert tune.choose(KEY, [first, second, third]) == right.config
+
+
+def test_a_late_search_stops():
+  late = dataclasses.replace(BUDGET, deadline=Deadline(0))
+  (trial,) = tune.time_candidates(KEY, _trials(1), "reference", late, GRID)
+  assert trial.refused == "not reached in time" and tune.choose(KEY, [trial]) is None
+
+
+def test_noise_does_not_replace_the_default():
+  default, other = tuning.candidates(KEY)[:2]
+  pick = lambda fast: tune.choose(
+    KEY, [tune.Trial(default, seconds=1.0, final=True), tune.Trial(other, seconds=fast, final=True)]
+  )
+  assert pick(0.995) == default and pick(0.98) == other and pick(1.2) == default
+  assert tune.choose(KEY, [tune.Trial(other, seconds=0.5)]) is None  # timed briefly only
+
+
+def test_a_static_search_reports_and_writes_no_table(monkeypatch, tmp_path, capsys):
+  fits = lambda key, config: tune.Trial(config, "" if config == tuning.default(key) else "spills 4 bytes per thread", 168, 1)
+  monkeypatch.setattr(tune, "compile_candidate", fits)
+  monkeypatch.setattr(tune, "_known_trials", lambda key: [])
+  monkeypatch.setattr(tuning, "write", None)
+  store = Store.open(tmp_path, "tuning_static", "command")
+  assert tune.search([KEY], store, BUDGET, static=True) == {}
+  (row,) = json.loads(store.path.read_text())
+  assert row["static"] and row["chosen"] is None and len(row["trials"]) == len(tuning.candidates(KEY))
+  assert f"1 of {len(row['trials'])} candidates fit" in capsys.readouterr().out
+  assert tune.search([KEY], store, dataclasses.replace(BUDGET, deadline=Deadline(0)), static=True) == {}
+
+
+def test_a_static_report_of_the_same_kernels_saves_compiling(monkeypatch, tmp_path):
+  monkeypatch.setattr(tune.rows, "RESULTS", tmp_path)
+  row = {"name": tune.row_name(KEY), "kernels": tune.kernels_digest(), "trials": [t.row() for t in _trials()]}
+  tune.rows.merge_rows(tmp_path / "tuning_static.json", [row])
+  assert tune._known_trials(KEY) == _trials()
+  tune.rows.merge_rows(tmp_path / "tuning_static.json", [row | {"kernels": "older"}])
+  assert tune._known_trials(KEY) == []
+
+
+def test_a_written_table_is_what_the_kernels_look_up(monkeypatch, tmp_path):
+  monkeypatch.setattr(tuning, "TABLE", tmp_path / "tuning.json")
+  tuning._table.cache_clear()
+  assert tune.committed() == {}
+  best = TuningConfig(stages=2, step=64)
+  tuning.write({KEY: best}, {"device": "test"}, tuning.TABLE)
+  assert tune.committed() == {KEY: best} and tuning.lookup(KEY) == best
+  tuning._table.cache_clear()
+
+
+def test_keys():
+  keys = tune.all_keys("h100")
+  assert len(set(keys)) == 24 and keys[0] == Key("h100", 128, 128, 128, "forward")
+  assert tune.parse_key("64:64:128:forward", "h100") == KEY
+  with pytest.raises(ValueError, match="head_dim:block_q:block_kv:direction"):
+    tune.parse_key("128", "h100")
