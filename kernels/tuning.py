@@ -14,7 +14,8 @@ import pathlib
 DIRECTIONS = ("forward", "dq", "dkv")
 TABLE = pathlib.Path(__file__).with_name("tuning.json")
 _SHARED_BYTES = 227 * 1024
-_BARRIER_BYTES = 1024  # barriers, and the alignment of what lies between them
+_BARRIER_BYTES = 512
+_ALIGNMENT = 1024  # of every array in shared memory
 # A thread block of three warpgroups starts with 168 registers per thread (65,536 of an SM, in steps of 8). That is all it ever
 # has: a warpgroup that asked for more than the others gave back would wait for ever.
 _POOL = 3 * 168
@@ -79,10 +80,15 @@ class TuningConfig:
 
   def shared_bytes(self, key: Key, itemsize: int = 2) -> int:
     """Shared memory of a thread block: what stays, and the ring."""
-    rows, numbers = key.consumers * 64, 1 if key.direction == "forward" else 2  # row arrays; row statistics in float32
-    kept = numbers * rows * (key.head_dim * itemsize + (0 if key.direction == "dkv" else 4))
-    walked = 2 * self.step * (key.head_dim * itemsize + (4 if key.direction == "dkv" else 0))
-    return kept + self.stages * walked + _BARRIER_BYTES
+    rows, side = key.consumers * 64, key.head_dim * itemsize
+    ring = 2 * [self.stages * self.step * side]
+    if key.direction == "forward":
+      arrays = [rows * side, rows * 4, *ring]  # queries, then the output; LSE
+    elif key.direction == "dq":
+      arrays = [rows * side, rows * side, rows * 4, rows * 4, *ring]  # queries, dO; LSE and delta
+    else:
+      arrays = [rows * side, rows * side, *ring, *(2 * [self.stages * self.step * 4])]  # keys, values; LSE and delta walk along
+    return sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in arrays) + _BARRIER_BYTES
 
   def check(self, key: Key) -> "TuningConfig":
     """The configuration, if it fits the key.
