@@ -257,7 +257,8 @@ def test_cost_is_what_runs_over_all_times():
   density = np.mean([np.asarray(run(layer, x, where(time=t.astype(np.float32)))[1]["density"]).mean(0).sum() for t in time])
   cost = method.cost(LAYOUT, 6, 8)
   np.testing.assert_allclose(cost.attention_flops, 4 * 8 * density * LAYOUT.n**2, rtol=0.02)
-  assert cost.linear_flops == 4 * LAYOUT.n * 8 * 9 * 6
+  assert cost.linear_flops == pytest.approx(4 * LAYOUT.n * 8 * 9 * 2)
+  assert SparseFlow().cost(LAYOUT, 6, 8, (4, 2)).linear_flops == 4 * LAYOUT.n * 8 * 9 * 6
 
 
 @pytest.mark.parametrize("grid", [(1, 1, 1), (1, 2, 3), (7, 5, 3)])

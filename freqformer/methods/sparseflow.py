@@ -4,8 +4,9 @@ Implements the abstract of SparseFlow-Attention (Zenodo 19712508): temporal atte
 spatial attention, a temporal budget that depends on the timestep (sparser early in denoising), a head-wise router, soft in
 training and hard in evaluation. Every constant below is ours, the schedule's form too (docs/methods.md).
 
-A head on the linear path has count 0 in every row of the table, so it pays for no softmax. Linear attention itself runs for
-all heads, whatever the routing: shapes stay static, and it costs about (d + 1) / n of dense attention.
+A head on the linear path has count 0 in every row of the table, so it pays for no softmax. Where heads are routed, linear
+attention itself runs for all of them: shapes stay static, and its FLOPs are (d + 1) / n of dense attention's. Under a fixed
+allocation each op runs on its own heads only.
 """
 
 import dataclasses
@@ -139,17 +140,20 @@ class SparseFlow(Method):
     mask = self.mask_at(tables, cond.share(cond.time))
     b, _, h, d = qkv.q.shape
     density = jnp.broadcast_to(jnp.asarray(mask.density(layout.layout.n), jnp.float32), (b, h))  # of a head that is sparse
-    if not routing.all_branches:
-      counts = jnp.where((routing.choice == SPARSE)[..., None], mask.kv_counts, 0)
-      ids = jnp.broadcast_to(mask.kv_indices, (*counts.shape, mask.max_kv))
-      mask = dataclasses.replace(mask, kv_indices=ids, kv_counts=counts)
     q, k = qkv.rotate_q(qkv.q, layout.positions), qkv.rotate_k(qkv.k, layout.positions)
-    sparse, _ = attention(q, k, qkv.v, mask, implementation=qkv.implementation)
-    linear, _ = linear_attention(q, k, qkv.v, tables.frames, feature_map=self.feature_map)
-    weights = routing.weights.astype(sparse.dtype)[:, None, :, :, None]
-    out = weights[..., SPARSE, :] * sparse + weights[..., LINEAR, :] * linear
+    sparse = lambda mask, q, k, v: attention(q, k, v, mask, implementation=qkv.implementation)[0]
+    linear = lambda q, k, v: linear_attention(q, k, v, tables.frames, feature_map=self.feature_map)[0]
+    ran = mask if routing.all_branches else _only(mask, routing.choice == SPARSE)
+    if self.routed:
+      weights = routing.weights.astype(q.dtype)[:, None, :, :, None]
+      out = weights[..., SPARSE, :] * sparse(ran, q, k, qkv.v) + weights[..., LINEAR, :] * linear(q, k, qkv.v)
+    else:  # who is linear is known before tracing: neither op sees the other's heads
+      at, x = self.allocation[SPARSE], (q, k, qkv.v)
+      parts = [sparse(mask, *(a[:, :, :at] for a in x))] if at else []
+      parts += [linear(*(a[:, :, at:] for a in x))] if at < h else []
+      out = jnp.concatenate(parts, 2)
     aux = self._aux(routing, density, (d + 1) / layout.layout.n, cond)
-    return out, state, aux | mask_aux(mask, cond.want_masks)
+    return out, state, aux | mask_aux(ran, cond.want_masks)
 
   def mask_at(self, tables: "SparseFlowTables", time) -> BlockMask:
     """The table of a sparse head at times `[b]`: `[b, 1, tiles, max_kv]`; one trace for all times."""
@@ -189,17 +193,25 @@ class SparseFlow(Method):
     }
 
   def cost(self, layout: TileLayout, heads, head_dim, allocation=None) -> Cost:
-    """Pairs of the temporal table, averaged over uniform t, times the share of sparse heads; linear attention of all heads.
+    """Pairs of the temporal table, averaged over uniform t, times the share of sparse heads; and linear attention.
 
-    `allocation` defaults to the fixed one, or to the router's prior. Linear attention: state and norm 2 n d (d + 1), reading
-    them as much again. Not counted: the router and its statistics (below 1e-4 of the layer).
+    `allocation` defaults to the fixed one, or to the router's prior. Linear attention runs on all heads, under a fixed
+    allocation on its own: state and norm 2 n d (d + 1), reading them as much again. Not counted: the router and its
+    statistics (below 1e-4 of the layer).
     """
     if allocation is None:
       allocation = self.router.prior if self.routed else self.allocation
     share, levels = allocation[SPARSE] / sum(allocation), self.tables(layout).levels
     pairs = float(self.schedule.shares(len(levels.kv_counts)) @ levels.pairs()[:, 0])
-    linear = 4.0 * layout.n * head_dim * (head_dim + 1) * heads
+    linear = 4.0 * layout.n * head_dim * (head_dim + 1) * heads * (1 if self.routed else 1 - share)
     return attention_cost(heads * share * pairs, head_dim) + Cost(linear_flops=linear)
+
+
+def _only(mask: BlockMask, heads) -> BlockMask:
+  """The table for the heads where bool `[b, h]` says so; the others list nothing."""
+  counts = jnp.where(heads[..., None], mask.kv_counts, 0)
+  ids = jnp.broadcast_to(mask.kv_indices, (*counts.shape, mask.max_kv))
+  return dataclasses.replace(mask, kv_indices=ids, kv_counts=counts)
 
 
 def variance_shares(x: jax.Array, layout: LayoutTables) -> jax.Array:
