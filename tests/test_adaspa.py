@@ -10,6 +10,7 @@ import pytest
 from freqformer.layout import TileLayout
 from freqformer.methods.adaspa import AdaSpa, levels
 from freqformer.methods.base import Cond, Dims, Projected
+from freqformer.planners import lse_cache
 from freqformer.planners.tile_bits import largest, unpack_bits
 from kernels.attention import attention
 from kernels.block_mask import dense_mask
@@ -92,6 +93,21 @@ def test_levels():
   assert levels(jnp.ones((1, 1)), 0.8).tolist() == [[1]]
 
 
+@pytest.mark.parametrize("dtype", lse_cache.DTYPES)
+def test_lse_cache_round_trip(dtype):
+  """Of tokens only: what padding rows hold is not kept. 8 bits are finer than bfloat16's, which lose 1/256 of the LSE."""
+  arrays, rng = RAGGED.arrays(), np.random.default_rng(0)
+  lse = jnp.asarray(12 + rng.standard_normal((2, 3, RAGGED.n_buffer)), jnp.float32)
+  dirty = jnp.where(arrays.valid, lse, 1e4)
+  kept = lse_cache.store("row", dtype, dirty, arrays)
+  shapes = jax.tree.map(lambda x: (x.shape, x.dtype), (kept, lse_cache.empty("row", dtype, (2, 3), RAGGED)))
+  assert shapes[0] == shapes[1]
+  error = jnp.abs(lse_cache.load("row", kept, arrays) - lse)[..., arrays.valid].max()
+  assert error <= {"float32": 0, "bfloat16": 2**-5, "uint8": 8 / 510}[dtype]
+  means = lse_cache.load("tile", lse_cache.store("tile", "float32", dirty, arrays), arrays)
+  np.testing.assert_allclose(means[0, 0, 0], lse[0, 0, : RAGGED.arrays().kv_len[0]].mean(), rtol=1e-6)
+
+
 # ---- one layer -----------------------------------------------------------------------------------------------------------
 
 
@@ -129,7 +145,11 @@ def test_masks_are_the_oracles_at_the_first_search():
   assert aux["recall"][0, -1] > aux["recall"][0, 0] and aux["level"][0, 0] == 2 and aux["level"][0, -1] == 0
 
 
-@pytest.mark.parametrize("cache", [dict(), dict(lse_dtype="float32"), dict(lse_cache="tile")], ids=["bf16", "f32", "tile"])
+@pytest.mark.parametrize(
+  "cache",
+  [dict(), dict(lse_dtype="float32"), dict(lse_dtype="uint8"), dict(lse_cache="tile")],
+  ids=["bf16", "f32", "uint8", "tile"],
+)
 def test_a_later_search_is_near_the_oracle(cache, record_property):
   """Later inputs, cached LSE: mass kept against the oracle of equal budget and against random tiles."""
   method = AdaSpa(sparsity=0.75, adaptive=False, **cache)

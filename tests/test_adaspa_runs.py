@@ -103,6 +103,7 @@ def state_bytes(tile=None, **fields):
 def test_state_fits():
   assert state_bytes() == 40 * 40 * (2 * 75_600 + 630 * 79) <= 320 * 2**20
   assert state_bytes(tile=(7, 9, 2)) == 40 * 40 * (2 * 75_600 + 600 * 75) <= 320e6
+  assert state_bytes(lse_dtype="uint8") == 40 * 40 * (75_600 + 630 * (79 + 8)) <= 320e6
   assert state_bytes(lse_cache="tile") == 40 * 40 * 630 * (2 + 79)
 
 
@@ -161,6 +162,7 @@ def test_a_schedule_that_does_not_fit_is_refused_before_the_run(fields, message)
     (dict(warmup=-1), "steps .integers >= 0. or shares"),
     (dict(search=(0.2, 1.5)), "shares of the run"),
     (dict(lse_cache="half"), "must be one of"),
+    (dict(lse_cache="tile", lse_dtype="uint8"), "needs lse_cache='row'"),
     (dict(sparsty=0.5), "did you mean 'sparsity'"),
     (dict(warmup="ten"), "must be int | float"),
   ],

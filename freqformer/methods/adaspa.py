@@ -19,15 +19,13 @@ import numpy as np
 from freqformer.config import ConfigError
 from freqformer.cost import Cost, attention_cost
 from freqformer.methods.base import Method, plain_aux
+from freqformer.planners import lse_cache
 from freqformer.planners.block_topk import fixed_tiles
 from freqformer.planners.dense import dense
 from freqformer.planners.tile_bits import largest, lists_of_bits, pack_bits
 from kernels.attention import attention
 from kernels.block_mask import BlockMask
 from kernels.block_scores import block_mass
-
-LSE_CACHES = ("row", "tile")
-LSE_DTYPES = ("bfloat16", "float32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +39,9 @@ class AdaSpa(Method):
     recall: a head whose base mask keeps more than this share of its softmax mass counts as easy.
     adaptive: give tiles of easy heads to hard ones (three levels); else every head has the base budget.
     sink: first tiles that every list holds, inside the budget. The own tile is always listed.
-    lse_cache: "row" keeps each row's LSE between searches, "tile" one mean per query tile (smaller, approximate).
-    lse_dtype: of the cache.
+    lse_cache: "row" keeps each row's LSE between searches, "tile" one mean per query tile (smaller, approximate: all rows of a
+      tile then weigh as if their LSE were equal).
+    lse_dtype: of the cache: "bfloat16", "float32", or "uint8" (rows only: steps within a tile's range).
   """
 
   sparsity: float = 0.8
@@ -59,8 +58,10 @@ class AdaSpa(Method):
       raise ValueError(f"sparsity={self.sparsity} must lie in [0, 1): it is the share of tiles that are not listed.")
     if not 0 <= self.recall <= 1 or self.sink < 0:
       raise ValueError(f"{self.recall=} must lie in [0, 1] and {self.sink=} must be >= 0.")
-    if self.lse_cache not in LSE_CACHES or self.lse_dtype not in LSE_DTYPES:
-      raise ValueError(f"{self.lse_cache=} must be one of {LSE_CACHES}, {self.lse_dtype=} one of {LSE_DTYPES}.")
+    if self.lse_cache not in lse_cache.KINDS or self.lse_dtype not in lse_cache.DTYPES:
+      raise ValueError(f"{self.lse_cache=} must be one of {lse_cache.KINDS}, {self.lse_dtype=} one of {lse_cache.DTYPES}.")
+    if self.lse_cache == "tile" and self.lse_dtype == "uint8":
+      raise ValueError("lse_dtype='uint8' needs lse_cache='row': it holds steps within a tile's range.")
     if not self.search:
       raise ValueError("search=() names no step that searches; give at least one, e.g. (0.2, 0.6).")
     for name, values in (("warmup", (self.warmup,)), ("search", self.search)):
@@ -139,11 +140,8 @@ class AdaSpa(Method):
     return {"dense": dense(layout), "fixed": fixed_tiles(layout, self.sink)}
 
   def init_state(self, batch, dims, layout):
-    rows = layout.n if self.lse_cache == "row" else layout.tiles
-    return {
-      "lse": jnp.zeros((batch, dims.heads, rows), self.lse_dtype),
-      "bits": jnp.zeros((batch, dims.heads, layout.tiles, -(-layout.tiles // 8)), jnp.uint8),
-    }
+    bits = jnp.zeros((batch, dims.heads, layout.tiles, -(-layout.tiles // 8)), jnp.uint8)
+    return {"bits": bits, **lse_cache.empty(self.lse_cache, self.lse_dtype, bits.shape[:2], layout)}
 
   # ---- running ---------------------------------------------------------------------------------------------------------
 
@@ -158,11 +156,11 @@ class AdaSpa(Method):
     if cond.phase == "search_first":
       out, lse = run(tables["dense"])
       bits, found = self.find(own(q), own(k), own(lse), arrays, tables["fixed"])
-      state = {"lse": self.cache(own(lse), arrays), "bits": bits}
+      state = {"bits": bits, **lse_cache.store(self.lse_cache, self.lse_dtype, own(lse), arrays)}
       return out, state, _with_search(aux_of(tables["dense"]), found, b)
     found = None
     if cond.phase == "search":
-      bits, found = self.find(own(q), own(k), self.cached(state["lse"], arrays), arrays, tables["fixed"])
+      bits, found = self.find(own(q), own(k), lse_cache.load(self.lse_cache, state, arrays), arrays, tables["fixed"])
       state = {**state, "bits": bits}
     mask = self.mask(state["bits"], arrays)
     if cond.guided and mask.kv_counts.shape[0] > 1:
@@ -198,17 +196,6 @@ class AdaSpa(Method):
     """The lists of one layer's bits."""
     layout = arrays.layout
     return lists_of_bits(bits, self.budgets(layout)[2], arrays.kv_len, layout.block)
-
-  def cache(self, lse, arrays):
-    """What is kept of the rows' LSE `[b, h, n_buffer]`: of tokens only (raster order), or the mean of each tile's tokens."""
-    if self.lse_cache == "row":
-      return jnp.take(lse, arrays.scatter, -1).astype(self.lse_dtype)
-    tiles = jnp.where(arrays.valid, lse, 0).reshape(*lse.shape[:2], arrays.layout.tiles, -1)
-    return (tiles.sum(-1) / arrays.kv_len).astype(self.lse_dtype)
-
-  def cached(self, lse, arrays):
-    """The cache as `find` takes it: rows in tile order (what padding rows read is not seen), or one per tile."""
-    return jnp.take(lse, arrays.gather, -1) if self.lse_cache == "row" else lse
 
   def cost(self, layout, heads, head_dim, allocation=None) -> Cost:
     """Of a step that reuses its masks: `n` queries, each with the base budget of average tiles (the mean over heads)."""
