@@ -6,9 +6,10 @@ import numpy as np
 
 from freqformer.layout import LayoutTables, TileLayout
 from kernels.block_mask import BlockMask
+from kernels.topk import top_tiles
 
-# Pooled scores of one chunk of query tiles stay below this many entries per sample and head.
-_CHUNK_SCORES = 1 << 22
+# Pooled scores that exist at once; None: what `top_tiles` holds for good on the target.
+_CHUNK_SCORES = None
 
 
 def pool_tiles(x: jax.Array, tables: LayoutTables) -> jax.Array:
@@ -52,25 +53,6 @@ def block_topk(q_pool: jax.Array, k_pool: jax.Array, budget: int, fixed: np.ndar
   distinct = max(len(np.unique(row)) for row in fixed) if isinstance(fixed, np.ndarray) and fixed.size else 0
   if distinct > budget:
     raise ValueError(f"{budget=} key tiles cannot hold the {distinct} fixed ones (own, sink, anchors); raise the budget.")
-  ids = top_tiles(jax.lax.stop_gradient(q_pool), jax.lax.stop_gradient(k_pool), budget, fixed)
+  ids = top_tiles(jax.lax.stop_gradient(q_pool), jax.lax.stop_gradient(k_pool), budget, fixed, _CHUNK_SCORES)
   counts = jnp.full(ids.shape[:3], budget, jnp.int32)
   return BlockMask(ids, counts, kv_len, None, block, block)
-
-
-def top_tiles(q_pool: jax.Array, k_pool: jax.Array, budget: int, fixed) -> jax.Array:
-  """The lists of `block_topk`, ascending: int32 `[b, h, tiles, budget]`; never more than a chunk of scores at once."""
-  b, h, tiles, d = q_pool.shape
-  chunk = max(1, min(tiles, _CHUNK_SCORES // (b * h * tiles)))
-  filler = -tiles % chunk
-  rows = jnp.pad(q_pool, ((0, 0), (0, 0), (0, filler), (0, 0))).reshape(b, h, -1, chunk, d).transpose(2, 0, 1, 3, 4)
-  always = jnp.pad(jnp.asarray(fixed, jnp.int32), ((0, filler), (0, 0)), mode="edge")
-  always = always.reshape(rows.shape[0], chunk, fixed.shape[-1])  # f may be 0
-
-  def best(args):
-    q, keep = args
-    scores = jnp.einsum("bhid,bhjd->bhij", q, k_pool, precision="highest")
-    scores = scores.at[:, :, jnp.arange(chunk)[:, None], keep].set(jnp.inf)
-    return jnp.sort(jax.lax.top_k(scores, budget)[1], axis=-1).astype(jnp.int32)
-
-  ids = best((rows[0], always[0]))[None] if rows.shape[0] == 1 else jax.lax.map(best, (rows, always))
-  return ids.transpose(1, 2, 0, 3, 4).reshape(b, h, -1, budget)[:, :, :tiles]

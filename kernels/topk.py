@@ -1,0 +1,164 @@
+"""Exact top-k as ascending lists, without a sort: a threshold by bisection, a bit per candidate, and the set bits' places.
+
+A block-sparse list needs the set of the k best tiles in ascending order; how they rank among themselves does not matter. So a
+row is never sorted. Floats are read as unsigned integers of the same order; the k-th largest is bracketed by counting how many
+reach a few trial values, each pass narrowing the bracket, until the row's set is known. What lies above is packed into words of
+32 candidates, ties are taken from the left, and the r-th set bit of a row is found by a search over word counts.
+
+Scores of all query tiles never exist at once: `top_tiles` computes, selects and drops them chunk by chunk.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from kernels.target import current_target
+
+# Scores of one chunk. On 2 CPU cores 2^20 was as fast as anything (benchmarks/selection.py). On a GPU every chunk costs a
+# handful of launches, so it is larger: 2^25 scores are 128 MB. No GPU has seen that guess yet.
+_CHUNK = {"cpu": 1 << 20}
+_CHUNK_ELSEWHERE = 1 << 25
+# Trial values per pass are 2^bits - 1, counted in one read. On a CPU counting is what costs, elsewhere reading is.
+_BITS = {"cpu": 1}
+_BITS_ELSEWHERE = 4
+_INFINITY = np.uint32(0xFF800000)  # the ordered integer of +inf
+_WORD = 32
+
+
+def ordered_integers(x: jax.Array) -> jax.Array:
+  """uint32 in the order of float32 values: `x < y` as floats iff as integers; -0 and 0 are one, NaN lies beyond the ends."""
+  sign = jnp.uint32(1 << 31)
+  bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+  return jnp.where(bits > sign, ~bits, bits | sign)
+
+
+def top_ids(scores: jax.Array, budget: int) -> jax.Array:
+  """Places of the `budget` largest scores of each row, ascending; of equal scores the leftmost are taken.
+
+  The set that an exact top-k with ties to the lower place gives. Rows with NaN get some valid, ascending ids.
+
+  Args:
+    scores: float32 (or narrower) `[..., m]`.
+    budget: 1..m.
+
+  Returns:
+    int32 `[..., budget]`.
+
+  Raises:
+    ValueError: if the budget is not in 1..m.
+  """
+  m = scores.shape[-1]
+  if not 1 <= budget <= m:
+    raise ValueError(f"{budget=} must lie in 1..{m}, the candidates of a row.")
+  if budget == m:
+    return jnp.broadcast_to(jnp.arange(m, dtype=jnp.int32), scores.shape)
+  keys = ordered_integers(scores).reshape(-1, m)
+  bits = _BITS.get(current_target().platform, _BITS_ELSEWHERE)
+  ids = _places(_chosen_words(keys, _threshold(keys, budget, bits), budget), budget)
+  return ids.reshape(*scores.shape[:-1], budget)
+
+
+def _threshold(keys, budget: int, bits: int):
+  """A value per row that at least `budget` keys reach and fewer than `budget` exceed: uint32 `[rows, 1]`.
+
+  Invariant: `low` is reached by `reached >= budget` keys, `high` by fewer. A row is done when exactly `budget` reach `low`
+  (its set is known, whatever the exact k-th value) or when the bracket holds one value. Infinite scores (tiles that every
+  list must hold) would stretch the bracket over all floats, so it starts at the largest finite one.
+  """
+  most = jnp.sum(keys >= _INFINITY, -1, dtype=jnp.int32, keepdims=True) >= budget
+  low = jnp.where(most, _INFINITY, keys.min(-1, keepdims=True))
+  finite = jnp.max(jnp.where(keys < _INFINITY, keys, 0), -1, keepdims=True)
+  high = jnp.where(most, _INFINITY, jnp.maximum(finite, low)) + 1
+  reached = jnp.where(most, budget, jnp.int32(keys.shape[-1]))
+
+  def running(state):
+    low, high, reached = state
+    return jnp.any((reached != budget) & (high - low > 1))
+
+  def narrow(state):
+    low, high, reached = state
+    step = ((high - low - 1) >> bits) + 1  # parts of the bracket, the last may be empty
+    new_low, new_high, new_reached = low, jnp.minimum(low + step, high), reached
+    for part in range(1, 1 << bits):
+      offset = part * step
+      trial = low + offset
+      inside = offset < high - low  # also keeps trials from wrapping around
+      count = jnp.sum(keys >= trial, -1, dtype=jnp.int32, keepdims=True)
+      up = inside & (count >= budget)
+      new_low, new_reached = jnp.where(up, trial, new_low), jnp.where(up, count, new_reached)
+      new_high = jnp.where(up, jnp.minimum(high - trial, step) + trial, new_high)
+    done = reached == budget
+    keep = lambda old, new: jnp.where(done, old, new)
+    return keep(low, new_low), keep(high, new_high), keep(reached, new_reached)
+
+  return lax.while_loop(running, narrow, (low, high, reached))[0]
+
+
+def _chosen_words(keys, threshold, budget: int):
+  """A bit per candidate, 32 to a word: above the threshold, and of those equal to it the leftmost that fit: `[rows, words]`."""
+  above, equal = _pack(keys > threshold), _pack(keys == threshold)
+  left = budget - lax.population_count(above).astype(jnp.int32).sum(-1, keepdims=True)
+  ties = lax.population_count(equal).astype(jnp.int32)
+  take = left - (jnp.cumsum(ties, -1) - ties)  # how many of this word's ties still fit
+  some = equal & ((jnp.uint32(1) << _nth_bit(equal, jnp.clip(take, 0, _WORD - 1)).astype(jnp.uint32)) - 1)
+  return above | jnp.where(take >= ties, equal, jnp.where(take > 0, some, 0))
+
+
+def _pack(flags):
+  """bool `[rows, m]` -> uint32 `[rows, ceil(m / 32)]`, candidate 0 in the lowest bit."""
+  flags = jnp.pad(flags, ((0, 0), (0, -flags.shape[-1] % _WORD))).reshape(flags.shape[0], -1, _WORD)
+  return jnp.sum(flags.astype(jnp.uint32) << jnp.arange(_WORD, dtype=jnp.uint32), -1, dtype=jnp.uint32)
+
+
+def _nth_bit(word, n):
+  """Place of the n-th set bit (from 0), halving the word five times; 31 at most where there is none."""
+  place = jnp.zeros_like(n)
+  for width in (16, 8, 4, 2, 1):
+    lower = lax.population_count(word & jnp.uint32((1 << width) - 1)).astype(jnp.int32)
+    up = n >= lower
+    n = jnp.where(up, n - lower, n)
+    word = jnp.where(up, word >> width, word)
+    place = place + jnp.where(up, width, 0)
+  return place
+
+
+def _places(words, budget: int):
+  """Places of the first `budget` set bits of each row: int32 `[rows, budget]`."""
+  counts = lax.population_count(words).astype(jnp.int32)
+  ends = jnp.cumsum(counts, -1)
+  slots = jnp.arange(budget, dtype=jnp.int32)
+  at = jax.vmap(lambda row: jnp.searchsorted(row, slots, side="right"))(ends)
+  at = jnp.minimum(at, words.shape[-1] - 1).astype(jnp.int32)
+  take = functools.partial(jnp.take_along_axis, indices=at, axis=-1, mode="clip")
+  return at * _WORD + _nth_bit(take(words), slots - (take(ends) - take(counts)))
+
+
+def top_tiles(q_pool: jax.Array, k_pool: jax.Array, budget: int, fixed, chunk_scores: int | None = None) -> jax.Array:
+  """Per head and query tile the `budget` key tiles of largest `q_pool . k_pool`, and fixed ones before all others.
+
+  Args:
+    q_pool, k_pool: `[b, h, tiles, d]`.
+    budget: ids per list, fixed ones included.
+    fixed: int `[q tiles, f]`, ids that come first (repeats allowed).
+    chunk_scores: scores that exist at once; None for the target's default.
+
+  Returns:
+    int32 `[b, h, tiles, budget]`, ascending.
+  """
+  b, h, tiles, d = q_pool.shape
+  most = chunk_scores or _CHUNK.get(current_target().platform, _CHUNK_ELSEWHERE)
+  chunk = max(1, min(tiles, most // (b * h * k_pool.shape[2])))
+  filler = -tiles % chunk
+  rows = jnp.pad(q_pool, ((0, 0), (0, 0), (0, filler), (0, 0))).reshape(b, h, -1, chunk, d).transpose(2, 0, 1, 3, 4)
+  always = jnp.pad(jnp.asarray(fixed, jnp.int32), ((0, filler), (0, 0)), mode="edge").reshape(-1, chunk, fixed.shape[-1])
+
+  def best(args):
+    q, keep = args
+    scores = jnp.einsum("bhid,bhjd->bhij", q, k_pool, precision="highest", preferred_element_type=jnp.float32)
+    return top_ids(scores.at[:, :, jnp.arange(chunk)[:, None], keep].set(jnp.inf), budget)
+
+  ids = best((rows[0], always[0]))[None] if rows.shape[0] == 1 else lax.map(best, (rows, always))
+  return ids.transpose(1, 2, 0, 3, 4).reshape(b, h, -1, budget)[:, :, :tiles]

@@ -1,0 +1,105 @@
+"""Exact top-k without a sort: the same set as NumPy's, ties to the left, whatever the scores look like."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels import topk
+from kernels.offline import compile_for
+from kernels.topk import ordered_integers, top_ids, top_tiles
+
+
+def oracle(scores, budget):
+  """Stable sort by falling score, the first `budget`, ascending."""
+  return np.sort(np.argsort(-scores.astype(np.float64), axis=-1, kind="stable")[..., :budget], axis=-1)
+
+
+def _random(rng, m):
+  return rng.standard_normal((7, m)).astype(np.float32)
+
+
+def _with_infinities(rng, m):
+  x = _random(rng, m)
+  return np.select([rng.random(x.shape) < 0.2, rng.random(x.shape) < 0.3], [np.inf, -np.inf], x).astype(np.float32)
+
+
+KINDS = {
+  "normal": _random,
+  "few values": lambda rng, m: rng.integers(-2, 3, (7, m)).astype(np.float32),
+  "all equal": lambda rng, m: np.full((7, m), rng.standard_normal(), np.float32),
+  "all -inf": lambda rng, m: np.full((7, m), -np.inf, np.float32),
+  "all inf": lambda rng, m: np.full((7, m), np.inf, np.float32),
+  "infinities": _with_infinities,
+  "both zeros": lambda rng, m: np.where(rng.random((7, m)) < 0.5, -0.0, 0.0).astype(np.float32),
+  "neighbouring floats": lambda rng, m: (1 + rng.integers(0, 40, (7, m)) * 2.0**-23).astype(np.float32),
+  "every magnitude": lambda rng, m: (_random(rng, m) * 10.0 ** rng.integers(-40, 38, (7, m))).astype(np.float32),
+}
+
+
+@functools.cache
+def _jitted(bits):
+  """Compiled once per number of trial values, for all kinds of scores: a new function, so that jax has no older trace of it."""
+  return jax.jit(lambda scores, budget: top_ids(scores, budget), static_argnums=1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_the_set_of_an_exact_top_k(bits, kind, monkeypatch):
+  monkeypatch.setattr(topk, "_BITS", {"cpu": bits})
+  rng = np.random.default_rng(0)
+  for m in (1, 2, 33, 200):
+    for budget in sorted({1, (m + 2) // 3, m - 1, m} - {0}):
+      scores = KINDS[kind](rng, m)
+      np.testing.assert_array_equal(_jitted(bits)(scores, budget), oracle(scores, budget), f"{m=} {budget=}")
+
+
+def test_leading_axes_and_narrow_types():
+  scores = np.random.default_rng(1).standard_normal((2, 3, 4, 50)).astype(jnp.bfloat16)  # many ties
+  np.testing.assert_array_equal(top_ids(jnp.asarray(scores), 9), oracle(scores, 9))
+
+
+def test_nan_rows_still_list_valid_tiles():
+  scores = np.random.default_rng(2).standard_normal((5, 40)).astype(np.float32)
+  scores[0], scores[1, :20], scores[2, 3], scores[3, ::2] = np.nan, np.nan, -np.nan, -np.nan
+  ids = np.asarray(top_ids(jnp.asarray(scores), 6))
+  assert ids.min() >= 0 and ids.max() < 40 and (np.diff(ids) > 0).all()
+
+
+def test_budget_out_of_range():
+  for budget in (0, 5):
+    with pytest.raises(ValueError, match=r"must lie in 1\.\.4"):
+      top_ids(jnp.zeros(4), budget)
+
+
+def test_integers_are_ordered_as_the_floats():
+  x = np.sort(KINDS["every magnitude"](np.random.default_rng(3), 300).reshape(-1))
+  x = np.concatenate([[-np.inf], x, [np.inf]]).astype(np.float32)
+  keys = np.asarray(ordered_integers(jnp.asarray(x)))
+  np.testing.assert_array_equal(np.diff(x) > 0, np.diff(keys.astype(np.int64)) > 0)
+  assert keys[-1] == topk._INFINITY and ordered_integers(jnp.float32(-0.0)) == ordered_integers(jnp.float32(0.0))
+
+
+@pytest.mark.parametrize("chunk_scores", [None, 1, 1000])
+def test_tiles_per_head_with_fixed_ones(chunk_scores):
+  rng = np.random.default_rng(4)
+  q, k = (rng.integers(-3, 4, (2, 3, 37, 5)).astype(np.float32) for _ in range(2))  # exact products, many ties
+  fixed = np.stack([np.arange(37), np.full(37, 2), rng.integers(0, 37, 37)], -1)
+  scores = np.einsum("bhid,bhjd->bhij", q, k)
+  scores[:, :, np.arange(37)[:, None], fixed] = np.inf
+  np.testing.assert_array_equal(top_tiles(q, k, 8, fixed, chunk_scores), oracle(scores, 8))
+
+
+def test_scores_of_a_whole_head_never_exist():
+  """16K x 16K tiles, 12 heads (2M tokens in tiles of 128): 12.9 GB of scores; a chunk and the lists are all there may be."""
+  tiles, heads, budget = 16384, 12, 819
+  pool = jax.ShapeDtypeStruct((1, heads, tiles, 128), jnp.float32)
+  fixed = np.arange(tiles, dtype=np.int32)[:, None]
+  compiled = compile_for(lambda q, k, f: top_tiles(q, k, budget, f), pool, pool, fixed)
+  lists = 4 * heads * tiles * budget
+  assert compiled.output_bytes == lists
+  pools = 2 * 4 * heads * tiles * 128
+  assert compiled.temp_bytes <= lists + pools + 5 * 4 * topk._CHUNK_ELSEWHERE, compiled.temp_bytes
+  assert "sort(" not in compiled.compiled.as_text()
