@@ -17,7 +17,7 @@ from jax import lax
 
 from kernels.target import current_target
 
-# Scores of one chunk. On 2 CPU cores 2^20 was as fast as anything (benchmarks/selection.py). On a GPU every chunk costs a
+# Scores of one chunk. On 2 CPU cores 2^20 was faster than 2^18 and 2^22, at 2K and 4K tiles. On a GPU every chunk costs a
 # handful of launches, so it is larger: 2^25 scores are 128 MB. No GPU has seen that guess yet.
 _CHUNK = {"cpu": 1 << 20}
 _CHUNK_ELSEWHERE = 1 << 25
@@ -153,7 +153,7 @@ def top_tiles(q_pool: jax.Array, k_pool: jax.Array, budget: int, fixed, chunk_sc
   chunk = max(1, min(tiles, most // (b * h * k_pool.shape[2])))
   filler = -tiles % chunk
   rows = jnp.pad(q_pool, ((0, 0), (0, 0), (0, filler), (0, 0))).reshape(b, h, -1, chunk, d).transpose(2, 0, 1, 3, 4)
-  always = jnp.pad(jnp.asarray(fixed, jnp.int32), ((0, filler), (0, 0)), mode="edge").reshape(-1, chunk, fixed.shape[-1])
+  always = jnp.pad(jnp.asarray(fixed, jnp.int32), ((0, filler), (0, 0)), mode="edge").reshape(len(rows), chunk, fixed.shape[-1])
 
   def best(args):
     q, keep = args
