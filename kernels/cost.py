@@ -1,0 +1,232 @@
+"""Exact counts of one `attention` call, from its table or from a closed form: FLOPs, traffic, work items.
+
+Per scored pair and channel the forward does q k^T and p v: 2 matmuls of 2 FLOPs, `4 * pairs * d` in all (FlashAttention,
+arXiv 2205.14135, counts the same; dense: 4 n^2 D). The backward recomputes q k^T and does dO v^T, dS k, dS^T q, p^T dO:
+5 matmuls, 2.5 times the forward; a kernel that walks the table twice (once for dQ, once for dK and dV) does 7.
+
+Traffic of the forward. Each query tile with a list reads its q once, the k and v of every tile that it lists, and writes
+out and LSE. Summed over lists that is what L2 must deliver; device memory delivers at least every distinct byte once, and,
+where a head's k and v do not fit into L2, about the union of the lists that run at the same time.
+
+Not counted: maxima, rescaling and the masks; instruction issue; bytes of counts and offsets (4 per query tile).
+"""
+
+import dataclasses
+
+import numpy as np
+
+from kernels.block_mask import BlockMask
+
+FORWARD_MATMULS = 2
+BACKWARD_MATMULS = {"one_pass": 5, "two_pass": 7}
+# Query tiles that run at the same time where nothing better is known: one per SM of an H100.
+CONCURRENT = 132
+
+
+@dataclasses.dataclass(frozen=True)
+class CallCost:
+  """Of one call, over all samples and heads. Counts, not rates: any device, any precision.
+
+  Attributes:
+    pairs: scored valid (query, key) pairs: the useful work.
+    computed_pairs: rows times keys of all listed tiles, padding included: what a tile kernel computes. Also the number of
+      exponentials.
+    rows: query tiles, whether they list something or not.
+    items: query tiles that list something: work items of a kernel.
+    loads: listed key tiles, summed over query tiles.
+    distinct: key tiles that at least one list of their head names, summed over heads.
+    wave_loads: the union of the lists of `CONCURRENT` neighbouring query tiles of a head, summed over such groups.
+    longest: tiles of the longest list.
+    head_dim, block_q, block_kv: of the call.
+  """
+
+  pairs: float
+  computed_pairs: float
+  rows: float
+  items: float
+  loads: float
+  distinct: float
+  wave_loads: float
+  longest: float
+  head_dim: int
+  block_q: int = 128
+  block_kv: int = 128
+
+  def __add__(self, other: "CallCost") -> "CallCost":
+    """Both in one launch.
+
+    Raises:
+      ValueError: if head dimension or tile sizes differ.
+    """
+    mine, theirs = ((c.head_dim, c.block_q, c.block_kv) for c in (self, other))
+    if mine != theirs:
+      raise ValueError(f"costs of one launch need equal (head_dim, block_q, block_kv), got {mine} and {theirs}.")
+    summed = {n: getattr(self, n) + getattr(other, n) for n in _COUNTS}
+    return dataclasses.replace(self, **summed, longest=max(self.longest, other.longest))
+
+  def scaled(self, factor: float) -> "CallCost":
+    """`factor` times as many heads or samples (or a share of them); the longest list stays."""
+    return dataclasses.replace(self, **{n: getattr(self, n) * factor for n in _COUNTS})
+
+  # ---- work ------------------------------------------------------------------------------------------------------------
+
+  @property
+  def flops(self) -> float:
+    """Useful FLOPs of the forward: `4 * pairs * head_dim`."""
+    return 2.0 * FORWARD_MATMULS * self.pairs * self.head_dim
+
+  @property
+  def computed_flops(self) -> float:
+    """FLOPs that a tile kernel does, padding included."""
+    return 2.0 * FORWARD_MATMULS * self.computed_pairs * self.head_dim
+
+  def backward_flops(self, passes: str = "one_pass") -> float:
+    """Useful FLOPs of the backward, by 5 (`one_pass`, the convention) or 7 (`two_pass`) matmuls."""
+    return 2.0 * BACKWARD_MATMULS[passes] * self.pairs * self.head_dim
+
+  # ---- bytes -----------------------------------------------------------------------------------------------------------
+
+  def kv_bytes(self, itemsize: int = 2) -> float:
+    """k and v that L2 delivers: every list reads its tiles. Shared by `block_q` queries, hence falls with `block_q`."""
+    return 2.0 * self.loads * self.block_kv * self.head_dim * itemsize
+
+  def row_bytes(self, itemsize: int = 2) -> float:
+    """q of the rows that list something, out and LSE (float32) of all rows, and the lists themselves (int32)."""
+    q_out = (self.items + self.rows) * self.block_q * self.head_dim * itemsize
+    return q_out + 4.0 * self.rows * self.block_q + 4.0 * self.loads
+
+  def l2_bytes(self, itemsize: int = 2) -> float:
+    """All bytes that pass L2."""
+    return self.kv_bytes(itemsize) + self.row_bytes(itemsize)
+
+  def min_bytes(self, itemsize: int = 2) -> float:
+    """Device memory at best: every distinct byte once."""
+    return 2.0 * self.distinct * self.block_kv * self.head_dim * itemsize + self.row_bytes(itemsize)
+
+  def expected_bytes(self, itemsize: int = 2, cache: float = 0.0, heads: float = 1.0) -> float:
+    """Device memory if query tiles run in order, sorted lists sweep the keys together and L2 holds one head at a time.
+
+    Args:
+      itemsize: bytes per element of q, k, v and out.
+      cache: bytes of L2. A head whose listed k and v fit is read once; else every group of concurrent tiles reads its union.
+      heads: heads times samples in this call.
+    """
+    head = 2.0 * self.distinct / max(heads, 1.0) * self.block_kv * self.head_dim * itemsize
+    loads = self.distinct if head <= cache else self.wave_loads
+    return 2.0 * loads * self.block_kv * self.head_dim * itemsize + self.row_bytes(itemsize)
+
+  def backward_bytes(self, itemsize: int = 2) -> float:
+    """Device memory of the backward at best: q, k, v, dO in, dQ, dK, dV out, LSE and delta, the lists of both passes."""
+    rows, keys = self.rows * self.block_q, self.distinct * self.block_kv
+    return (3.0 * rows + 4.0 * keys) * self.head_dim * itemsize + 8.0 * rows + 8.0 * self.loads
+
+  def estimate(self, itemsize: int = 2) -> dict[str, int]:
+    """Arguments of `pallas.CostEstimate`: what the compiler is told about the forward kernel."""
+    return {
+      "flops": int(self.computed_flops),
+      "transcendentals": int(self.computed_pairs),
+      "bytes_accessed": int(self.min_bytes(itemsize)),
+    }
+
+
+_COUNTS = ("pairs", "computed_pairs", "rows", "items", "loads", "distinct", "wave_loads")
+
+
+def count(mask: BlockMask, head_dim: int, *, batch: int = 1, heads: int = 1, concurrent: int = CONCURRENT) -> CallCost:
+  """Counts a concrete table exactly.
+
+  Args:
+    mask: NumPy leaves (or concrete arrays).
+    batch, heads: of the call; a table with batch or head dimension 1 serves all.
+    concurrent: query tiles of a head that run at the same time, for `wave_loads`.
+
+  Raises:
+    ValueError: if the table is for another batch or number of heads.
+  """
+  lead = mask.kv_counts.shape[:2]
+  for what, got, have in (("batch", batch, lead[0]), ("heads", heads, lead[1])):
+    if have not in (1, got):
+      raise ValueError(f"the table is for {what}={have}, the call has {got}; it must match or be 1.")
+  counts, ids = np.asarray(mask.kv_counts), mask.kv_indices
+  shared = batch / lead[0] * heads / lead[1]
+  pairs = np.broadcast_to(np.asarray(mask.pairs(), np.float64), np.broadcast_shapes(np.shape(mask.pairs()), lead))
+  if ids is None:  # the key tiles 0, 1, 2, ...: a union is its longest list
+    distinct, waves = _prefix_unions(counts, concurrent)
+  else:
+    distinct, waves = _unions(np.asarray(ids), counts, mask.kv_tiles, concurrent)
+  return CallCost(
+    pairs=float(pairs.sum()) * batch * heads / pairs.size,
+    computed_pairs=float(counts.sum()) * mask.block_q * mask.block_kv * shared,
+    rows=float(counts.size) * shared,
+    items=float((counts > 0).sum()) * shared,
+    loads=float(counts.sum()) * shared,
+    distinct=distinct * shared,
+    wave_loads=waves * shared,
+    longest=float(counts.max(initial=0)),
+    head_dim=head_dim,
+    block_q=mask.block_q,
+    block_kv=mask.block_kv,
+  )
+
+
+def _prefix_unions(counts, concurrent):
+  padded = np.pad(counts, ((0, 0), (0, 0), (0, -counts.shape[-1] % concurrent)))
+  return float(counts.max(-1).sum()), float(padded.reshape(*counts.shape[:2], -1, concurrent).max(-1).sum())
+
+
+def _unions(ids, counts, kv_tiles, concurrent):
+  """Key tiles that some list names: per head, and per group of `concurrent` query tiles; one head's lists at a time."""
+  listed = np.arange(ids.shape[-1]) < counts[..., None]
+  groups = -(-counts.shape[-1] // concurrent)
+  group = np.arange(counts.shape[-1]) // concurrent
+  distinct = waves = 0
+  for b, h in np.ndindex(*counts.shape[:2]):
+    seen = np.zeros((groups, kv_tiles), bool)
+    rows, slots = np.nonzero(listed[b, h])
+    seen[group[rows], ids[b, h][rows, slots]] = True
+    distinct, waves = distinct + seen.any(0).sum(), waves + seen.sum()
+  return float(distinct), float(waves)
+
+
+def uniform(
+  q_tiles: float,
+  listed: float,
+  kv_tiles: float,
+  head_dim: int,
+  *,
+  block: int = 128,
+  fill: float = 1.0,
+  heads: float = 1.0,
+) -> CallCost:
+  """Closed form: every query tile lists `listed` of `kv_tiles` key tiles, all equally filled.
+
+  With `listed = kv_tiles` it is dense attention on a padded buffer, exact where every tile holds `fill * block` tokens
+  (and always exact in everything but `pairs`). Lists that depend on the data are not known beforehand; their unions are taken
+  as those of independent random lists: each key tile is missed by `c` of them with probability `(1 - listed / kv_tiles)^c`.
+  That is an upper bound where neighbouring query tiles prefer the same keys.
+
+  Args:
+    q_tiles, kv_tiles: of one head.
+    listed: tiles per list; may be a mean.
+    block: rows of a query and of a key tile.
+    fill: share of a tile's rows that hold a token.
+    heads: heads times samples.
+  """
+  listed = min(listed, kv_tiles)
+  union = lambda rows: kv_tiles * (1.0 - (1.0 - listed / kv_tiles) ** rows) if kv_tiles else 0.0
+  groups, rest = divmod(q_tiles, CONCURRENT)
+  loads = q_tiles * listed
+  one = CallCost(
+    pairs=loads * (fill * block) ** 2,
+    computed_pairs=loads * block**2,
+    rows=q_tiles,
+    items=q_tiles if listed > 0 else 0.0,
+    loads=loads,
+    distinct=union(q_tiles),
+    wave_loads=groups * union(CONCURRENT) + union(rest),
+    longest=float(np.ceil(listed)),
+    head_dim=head_dim,
+    block_q=block,
+    block_kv=block,
+  )
+  return one.scaled(heads)
