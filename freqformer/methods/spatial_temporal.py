@@ -26,7 +26,7 @@ from kernels.block_mask import select
 class SpatialTemporal(Method):
   """Fields of the method: reach of the patterns in tiles (see `planners/spatial_temporal.py`), and when heads are measured."""
 
-  frames: int = 1
+  frames: int = 0
   places: int = 1
   sink: int = 1
   profile: ProfileConfig = ProfileConfig()
