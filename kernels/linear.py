@@ -139,7 +139,7 @@ def _linear(feature_map, q, k, v, segments, reads):
 def _forward(feature_map, q, k, v, segments, reads):
   dot, phi = _product(q.dtype), FEATURE_MAPS[feature_map]
   queries, keys = phi(_wide(segments.gather(q))), _keys(phi, segments, _wide(segments.gather(k)))
-  state = _read(reads, dot("bshlm,bshld->bshmd", keys, _append(_wide(segments.gather(v)), 1)))
+  state = _read(dot, reads, dot("bshlm,bshld->bshmd", keys, _append(_wide(segments.gather(v)), 1)))
   num, den = jnp.split(dot("bshlm,bshmd->bshld", queries, state)[..., : 1 - _COLUMNS], [v.shape[-1]], -1)
   some = den > _TINY
   den = jnp.where(some, den, 1)
@@ -170,9 +170,10 @@ def _backward_rule(feature_map, residuals, cotangents):
   queries, q_rule = jax.vjp(phi, _wide(segments.gather(q)))
   keys, k_rule = jax.vjp(functools.partial(_keys, phi, segments), _wide(segments.gather(k)))
   values = _append(_wide(segments.gather(v)), 1)
-  state = _read(reads, dot("bshlm,bshld->bshmd", keys, values))
+  state = _read(dot, reads, dot("bshlm,bshld->bshmd", keys, values))
   (d_queries,) = q_rule(dot("bshld,bshmd->bshlm", d_num, state))
-  d_state = _read(None if reads is None else reads.swapaxes(2, 3), dot("bshlm,bshld->bshmd", queries, d_num))
+  back = None if reads is None else reads.swapaxes(2, 3)
+  d_state = _read(dot, back, dot("bshlm,bshld->bshmd", queries, d_num))
   (d_keys,) = k_rule(dot("bshld,bshmd->bshlm", values, d_state))
   d_values = dot("bshlm,bshmd->bshld", keys, d_state[..., :-_COLUMNS])
   grads = (segments.scatter(g).astype(x.dtype) for g, x in zip((d_queries, d_keys, d_values), (q, k, v), strict=True))
@@ -208,12 +209,12 @@ def _append(x, last):
   return jnp.concatenate([x, jnp.broadcast_to(last, (*x.shape[:-1], 1)).astype(x.dtype), zeros], -1)
 
 
-def _read(reads, state):
+def _read(dot, reads, state):
   """What each segment's queries read of all segments' states; their own where `reads` is None."""
   if reads is None:
     return state
   reads = jnp.broadcast_to(reads, (state.shape[0], state.shape[2], *reads.shape[2:])).astype(state.dtype)
-  return jnp.einsum("bhij,bjhmd->bihmd", reads, state, precision="highest")
+  return dot("bhij,bjhmd->bihmd", reads, state)
 
 
 def _no_gradient(x):
