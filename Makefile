@@ -1,4 +1,4 @@
-# make setup | demo | test | lint. Everything lives in .venv; delete it to start over.
+# make setup | demo | test | lint | gpu. Everything lives in .venv; delete it to start over.
 SHELL := /bin/bash
 CANDIDATES := python3.12 python3.13 python3.14 python3 python \
   $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.*/bin/python) $(wildcard /opt/python*/bin/python3)
@@ -6,7 +6,13 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 WORKDIR ?= runs/demo
 
-.PHONY: setup core demo demo-compare test lint clean
+# make gpu PYTHON=python3 uses an interpreter that has jax with CUDA already, and installs nothing.
+PYTHON ?=
+GPU_RUN := $(or $(PYTHON),$(RUN))
+CHECK_MINUTES ?= 6
+GPU_MINUTES ?= 18
+
+.PHONY: setup core demo demo-compare test lint gpu clean
 
 setup: $(VENV)/.dev
 core: $(VENV)/.core
@@ -30,6 +36,10 @@ $(VENV)/.dev: requirements-dev.txt requirements.txt | $(RUN)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@ $(VENV)/.core
 
+$(VENV)/.gpu: requirements-gpu.txt requirements.txt | $(RUN)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-gpu.txt
+	@touch $@ $(VENV)/.core
+
 demo: core
 	$(RUN) -m freqformer.demo --workdir=$(WORKDIR)
 
@@ -42,6 +52,13 @@ test: setup
 lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+# Correctness first. The benchmark runs even if a case is wrong: each of its rows is checked, and the exit status tells.
+gpu: $(if $(PYTHON),,$(VENV)/.gpu)
+	@status=0; \
+	JAX_PLATFORMS=cuda $(GPU_RUN) -m benchmarks.gpu_check --minutes=$(CHECK_MINUTES) || status=1; \
+	JAX_PLATFORMS=cuda $(GPU_RUN) -m benchmarks.attention --device=gpu --minutes=$(GPU_MINUTES) || status=1; \
+	exit $$status
 
 clean:
 	rm -rf $(VENV) .cache runs

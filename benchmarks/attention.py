@@ -2,243 +2,27 @@
 
   python -m benchmarks.attention --device=cpu            # 5 minutes on 2 idle cores; rows go to results/attention_cpu.json
   python -m benchmarks.attention --device=cpu --quick    # small shapes, no rows
-  python -m benchmarks.attention --device=gpu --minutes=20    # another plan altogether: benchmarks/gpu_run.py
+  python -m benchmarks.attention --device=gpu --minutes=18    # docs/benchmarks.md; rows go to results/attention_gpu_*.json
 
-The competitors take turns, so that drift cancels in the ratios. The dense competitor is a loop over chunks of queries in
-plain JAX, at the best of several chunk sizes and forms; `jax.nn.dot_product_attention` runs as it comes. Goals that are
-missed are printed and stored as missed, beside the floor that the machine's own matmuls set.
+What is measured on a CPU and on a GPU has little in common: `cpu_attention.py` and `gpu_run.py`.
 """
 
-import dataclasses
-import functools
+import sys
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import app, flags, logging
 
-from benchmarks import gpu_run, rows, timing
-from benchmarks.arg_specs import SPECS, AttentionSpec
-from benchmarks.competitors import DenseForm, call, fastest, gradients, sparse, tile_matmuls
-from benchmarks.layer import freqformer_forward, freqformer_without_attention
-from freqformer.cost import BACKWARD_OVER_FORWARD, attention_cost
-from freqformer.methods.freqformer import FreqFormer
-from freqformer.rotary import rotate
-from kernels.block_mask import dense_mask
+from benchmarks import gpu_run
+from benchmarks.arg_specs import SPECS
 
 _DEVICE = flags.DEFINE_enum("device", "cpu", ["cpu", "gpu"], "Where to measure.")
-_MINUTES = flags.DEFINE_float("minutes", 20, "GPU: stop by then with what there is; rows already there are skipped.", 0)
+_QUICK = flags.DEFINE_bool("quick", False, "CPU: small shapes and few repeats; writes no rows.")
+_MEMORY_OF = flags.DEFINE_enum("memory_of", None, ["forward", "backward"], "CPU: only run this once and print its peak memory.")
+_SPEC = flags.DEFINE_enum("spec", "cpu_64k", sorted(SPECS), "The shape of --memory_of.")
+_MINUTES = flags.DEFINE_float("minutes", 18, "GPU: stop by then with what there is; rows already there are skipped.", 0)
 _OUT = flags.DEFINE_string("out", None, "GPU: folder for rows and plot; default $OUT, else benchmarks/results.")
 _IMPLEMENTATION = flags.DEFINE_string("implementation", None, "GPU: attention backend to measure; default the GPU kernel.")
 _REHEARSE = flags.DEFINE_bool("rehearse", False, "GPU: the whole run on tiny shapes with a stand-in, on a CPU; needs --out.")
-_QUICK = flags.DEFINE_bool("quick", False, "Small shapes and few repeats; writes no rows.")
-_MEMORY_OF = flags.DEFINE_enum("memory_of", None, ["forward", "backward"], "Only run this once and print its peak memory.")
-_SPEC = flags.DEFINE_enum("spec", "cpu_64k", sorted(SPECS), "The shape of --memory_of.")
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-  """What one run measures.
-
-  Attributes:
-    base: the shape of the comparisons.
-    large: the shape of the scaling and memory rows.
-    chunks: query rows per step that the dense loop may choose from.
-    backward_chunks: the same where it is differentiated.
-    rounds: turns of every competitor.
-    methods: FreqFormer configurations by name, with the block size that each runs at.
-    goals: whether the goals are for these shapes.
-  """
-
-  base: AttentionSpec
-  large: AttentionSpec
-  chunks: tuple[int, ...]
-  backward_chunks: tuple[int, ...]
-  rounds: int
-  methods: tuple[tuple[str, int, FreqFormer], ...]
-  goals: bool = False
-
-
-FULL = Run(
-  SPECS["cpu_16k"],
-  SPECS["cpu_64k"],
-  (256, 512, 1024),
-  (128, 256, 512),
-  7,
-  (
-    ("block64", 64, FreqFormer(allocation=(1, 1, 2), mid_tiles=16)),
-    ("block128", 128, FreqFormer(allocation=(1, 1, 2), mid_tiles=8)),
-  ),
-  goals=True,
-)
-QUICK = Run(
-  SPECS["cpu_1k"], SPECS["cpu_4k"], (128, 256), (128,), 2, (("block64", 64, FreqFormer(allocation=(0, 1, 1), mid_tiles=4)),)
-)
-
-
-# ---- measurements --------------------------------------------------------------------------------------------------------
-
-
-def _forms(chunks, late=(False, True)):
-  return [DenseForm(chunk, l) for chunk in chunks for l in late]
-
-
-def measure_forward(run: Run) -> list[dict]:
-  """Sparse against the best dense loop of all, the best one with `jax.nn.softmax`, `dot_product_attention`, and matmuls."""
-  spec, (q, k, v) = run.base, run.base.inputs()
-  mask = spec.mask()
-  best, plain = fastest(_forms(run.chunks), (q, k, v)), fastest(_forms(run.chunks, (False,)), (q, k, v))
-  square = jnp.ones((2048, 2048), q.dtype)
-  everything = dense_mask(q.shape[1], q.shape[1], spec.block, spec.block)
-  t = timing.interleave(
-    {
-      "sparse": call(sparse, q, k, v, mask),
-      "loop": best.call((q, k, v)),
-      "softmax_loop": plain.call((q, k, v)),
-      "dense_mode": call(sparse, q, k, v, everything),
-      "dot_product_attention": call(jax.nn.dot_product_attention, q, k, v),
-      "matmul": call(jnp.matmul, square, square),
-      "tile_matmuls": call(functools.partial(tile_matmuls, keys=spec.keys, block=spec.block), q, k, v),
-    },
-    run.rounds,
-  )
-  flops = attention_cost(float(mask.pairs().sum()), spec.head_dim).attention_flops
-  gflops = 2 * 2048**3 / t["matmul"].median / 1e9
-  floors = {
-    "flops": flops,
-    "matmul_gflops": gflops,
-    "floor_s": flops / gflops / 1e9,
-    "tile_matmuls_s": t["tile_matmuls"].median,
-    "tile_matmul_gflops": flops / t["tile_matmuls"].median / 1e9,
-  }
-  density = float(np.mean(mask.density()))
-
-  def race(name, competitor, goal, **fields):
-    """A speed-up over one competitor, and the largest that its time leaves room for at the speed of a bare matmul."""
-    fields |= {"density": density, "sparse": t["sparse"].row(), "against": t[competitor].row()}
-    fields["largest_possible"] = t[competitor].median / floors["floor_s"]
-    return rows.goal_row(f"forward_vs_{name}_{spec.name}", t[competitor].median / t["sparse"].median, goal, unit="x", **fields)
-
-  return [
-    race("dense_loop", "loop", ">= 14", form=str(best)),
-    race("softmax_loop", "softmax_loop", ">= 14", form=str(plain)),
-    race("dot_product_attention", "dot_product_attention", ">= 60"),
-    rows.goal_row(f"forward_over_floor_{spec.name}", t["sparse"].median / floors["floor_s"], None, unit="x", **floors),
-    rows.goal_row(
-      f"dense_mode_vs_dense_loop_{spec.name}",
-      t["loop"].median / t["dense_mode"].median,
-      None,
-      unit="x",
-      form=str(best),
-      dense_mode=t["dense_mode"].row(),
-      against=t["loop"].row(),
-    ),
-  ]
-
-
-def measure_backward(run: Run) -> list[dict]:
-  """Forward and backward together, against the dense loop's own with each chunk rematerialised."""
-  spec, (q, k, v, d_out) = run.base, run.base.inputs(4)
-  mask = spec.mask()
-  args = (d_out, q, k, v)
-  best = fastest(_forms(run.backward_chunks), args, gradients, remat=True)
-  calls = {"sparse": call(gradients(sparse), *args, mask), "loop": best.call(args, gradients, remat=True)}
-  t = timing.interleave(calls, max(2, run.rounds // 2))
-  return [
-    rows.goal_row(
-      f"forward_backward_vs_dense_loop_{spec.name}",
-      t["loop"].median / t["sparse"].median,
-      ">= 8",
-      unit="x",
-      form=str(best),
-      sparse=t["sparse"].row(),
-      against=t["loop"].row(),
-      flops=(1 + BACKWARD_OVER_FORWARD) * attention_cost(float(mask.pairs().sum()), spec.head_dim).attention_flops,
-    )
-  ]
-
-
-def measure_scaling(run: Run) -> list[dict]:
-  """Time at four times the tokens, keys per query unchanged: linear would be 4."""
-  calls = {s.name: call(sparse, *s.inputs(), s.mask()) for s in (run.base, run.large)}
-  t = timing.interleave(calls, run.rounds)
-  small, large = t[run.base.name], t[run.large.name]
-  name = f"time_{run.large.name}_over_{run.base.name}"
-  return [rows.goal_row(name, large.median / small.median, "<= 4.5", unit="x", small=small.row(), large=large.row())]
-
-
-def measure_memory(run: Run) -> list[dict]:
-  """Peak resident memory of a process that does nothing but one call at the large shape, interpreter and inputs included."""
-  found = []
-  for what, bound in (("forward", "<= 2"), ("backward", "<= 3")):
-    arguments = ["-m", "benchmarks.attention", f"--memory_of={what}", f"--spec={run.large.name}"]
-    found.append(rows.goal_row(f"peak_memory_{what}_{run.large.name}", int(timing.in_child(arguments)) / 1e9, bound, unit="GB"))
-  return found
-
-
-def print_memory(spec: AttentionSpec, what: str):
-  """The child of `measure_memory`."""
-  q, k, v, d_out = spec.inputs(4)
-  run = call(sparse, q, k, v, spec.mask()) if what == "forward" else call(gradients(sparse), d_out, q, k, v, spec.mask())
-  jax.block_until_ready(run())
-  print(timing.peak_rss())
-
-
-# ---- FreqFormer ----------------------------------------------------------------------------------------------------------
-
-
-def _rotated(f):
-  return lambda q, k, v, positions: f(rotate(q, positions), rotate(k, positions), v)
-
-
-def measure_freqformer(run: Run) -> list[dict]:
-  """FreqFormer with heads dealt by hand, on its own tables and buffer, against rotary and the same dense loop."""
-  found = []
-  for name, block, method in run.methods:
-    spec = dataclasses.replace(run.base, block=block)
-    layout, (q, k, v) = spec.layout, spec.inputs()
-    arrays, tables = layout.arrays(), method.tables(layout)
-    args = (q, k, v, arrays.positions)
-    best = fastest(_forms(run.chunks, (True,)), args, _rotated)
-    around = call(functools.partial(freqformer_without_attention, method), q, k, v, arrays, tables)
-    handed_over, _ = around()
-    whole = call(functools.partial(freqformer_forward, method), q, k, v, arrays, tables)
-    calls = {"whole": whole, "around": around, "attention": call(sparse, *handed_over), "loop": best.call(args, _rotated)}
-    t = timing.interleave(calls, run.rounds)
-    density = float(np.mean(np.asarray(whole()[1])))
-    speedup = t["loop"].median / t["whole"].median
-    found.append(
-      rows.goal_row(
-        f"freqformer_{name}_vs_dense_loop_{spec.name}",
-        speedup,
-        None,
-        unit="x",
-        density=density,
-        retained=speedup * density,
-        allocation=method.allocation,
-        form=str(best),
-        whole=t["whole"].row(),
-        selection_and_transforms=t["around"].row(),
-        attention_alone=t["attention"].row(),
-        against=t["loop"].row(),
-      )
-    )
-  return found
-
-
-# ---- the run -------------------------------------------------------------------------------------------------------------
-
-
-def measure(run: Run, memory: bool = True) -> list[dict]:
-  """All rows of a run."""
-  found = []
-  parts = (measure_memory,) * memory + (measure_forward, measure_backward, measure_scaling, measure_freqformer)
-  for part in parts:
-    bystanders = timing.Bystanders()
-    measured = part(run)
-    # Many small steps on all cores suffer more from company than a few large ones: a row says how much company it had.
-    found += [row | {"others_cpu": bystanders.share()} for row in measured]
-  return found if run.goals else [row | {"goal": None, "met": None} for row in found]
 
 
 def main(argv):
@@ -246,18 +30,15 @@ def main(argv):
     raise app.UsageError(f"unknown arguments {argv[1:]}")
   logging.set_verbosity(logging.INFO)
   if _DEVICE.value == "gpu":
-    gpu_run.main(_MINUTES.value, _OUT.value, _IMPLEMENTATION.value, _REHEARSE.value)
-    return
-  jax.config.update("jax_platforms", _DEVICE.value)
+    run = gpu_run.main(_MINUTES.value, _OUT.value, _IMPLEMENTATION.value, _REHEARSE.value)
+    sys.exit(f"failed or wrong: {', '.join(troubles)}" if (troubles := gpu_run.troubles(run)) else 0)
+  from benchmarks import cpu_attention  # needs flax, which a machine that only measures GPU kernels may lack
+
+  jax.config.update("jax_platforms", "cpu")
   if _MEMORY_OF.value:
-    print_memory(SPECS[_SPEC.value], _MEMORY_OF.value)
-    return
-  command = f"python -m benchmarks.attention --device={_DEVICE.value}" + (" --quick" if _QUICK.value else "")
-  context = rows.context(command)  # asked before the run: the commit that is measured
-  found = measure(QUICK if _QUICK.value else FULL)
-  print(rows.table(found))
-  if not _QUICK.value:
-    rows.write_rows(f"attention_{_DEVICE.value}", [row | context for row in found], command)
+    cpu_attention.print_memory(SPECS[_SPEC.value], _MEMORY_OF.value)
+  else:
+    cpu_attention.main(_QUICK.value, "python -m benchmarks.attention --device=cpu" + (" --quick" if _QUICK.value else ""))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import importlib.metadata
+import os
 import pathlib
 import time
 
@@ -81,6 +82,27 @@ class Deadline:
   def left(self) -> float:
     """Seconds."""
     return self.seconds - (time.monotonic() - self.start)
+
+
+def open_device(rehearse: bool) -> str:
+  """Chooses the GPU (the CPU for a rehearsal), leaving memory for child processes; call it before anything runs.
+
+  Returns:
+    the device's kind.
+
+  Raises:
+    RuntimeError: if there is no GPU, with what to do.
+  """
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+  os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+  jax.config.update("jax_platforms", "cpu" if rehearse else "cuda")
+  try:
+    return jax.devices()[0].device_kind
+  except (RuntimeError, AssertionError) as error:  # which of them depends on what exactly is missing
+    raise RuntimeError(
+      "no CUDA GPU that jax can use here (it needs jax[cuda13] and a driver); --rehearse --out=FOLDER runs the whole program "
+      f"on tiny shapes on a CPU. jax says: {str(error)[:300]}"
+    ) from error
 
 
 def versions() -> dict[str, str]:

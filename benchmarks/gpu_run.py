@@ -4,13 +4,12 @@ import dataclasses
 import os
 import pathlib
 
-import jax
 from absl import logging
 
 from benchmarks import gates, gpu_masks, gpu_peers, rows
 from benchmarks.gpu_attention import Session, line
 from benchmarks.gpu_plan import FULL, REHEARSAL, Plan
-from benchmarks.gpu_rows import Deadline, Store
+from benchmarks.gpu_rows import Deadline, Store, open_device
 
 EXPECTED = rows.RESULTS / "attention_gpu_expected.json"
 
@@ -187,6 +186,13 @@ def device_slug(kind: str) -> str:
   return words[0] if words else kind.lower().replace(" ", "_")
 
 
+def troubles(run: Session) -> list[str]:
+  """Names of our own rows that failed or are wrong; a peer that fails is no trouble of ours."""
+  peers = ("cudnn", "torch", "tokamax")
+  bad = lambda row: "error" in row or row.get("correct") is False
+  return [row["name"] for row in run.store.all() if bad(row) and not row["name"].startswith(peers)]
+
+
 def main(minutes: float, out: str | None, implementation: str | None, rehearse: bool, plan: Plan | None = None) -> Session:
   """The command line's entry.
 
@@ -198,16 +204,15 @@ def main(minutes: float, out: str | None, implementation: str | None, rehearse: 
     plan: default the full one at the sizes asked for.
 
   Raises:
-    ValueError: if a rehearsal would write among the measured rows, or there is no GPU to measure on.
+    ValueError: if a rehearsal would write among the measured rows.
+    RuntimeError: if there is no GPU to measure on.
   """
-  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # child processes need memory, too
-  os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
-  jax.config.update("jax_platforms", "cpu" if rehearse else "cuda")
+  kind = open_device(rehearse)
   folder = pathlib.Path(out or os.environ.get("OUT") or rows.RESULTS)
   if rehearse and folder.resolve() == rows.RESULTS.resolve():
     raise ValueError("a rehearsal measures nothing: name a folder of its own with --out, not benchmarks/results.")
   command = f"python -m benchmarks.attention --device=gpu --minutes={minutes:g}" + (" --rehearse" if rehearse else "")
-  name = "attention_gpu_rehearsal" if rehearse else f"attention_gpu_{device_slug(jax.devices()[0].device_kind)}"
+  name = "attention_gpu_rehearsal" if rehearse else f"attention_gpu_{device_slug(kind)}"
   store = Store.open(folder, name, command, rehearse)
   implementation = implementation or ("xla" if rehearse else "pallas_mgpu")
   run = Session(plan or (REHEARSAL if rehearse else FULL), store, Deadline(60 * minutes), implementation)

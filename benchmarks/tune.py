@@ -23,7 +23,7 @@ from absl import app, flags, logging
 
 from benchmarks import gpu_masks, gpu_oracle, rows
 from benchmarks.arg_specs import AttentionSpec
-from benchmarks.gpu_rows import Deadline, Store, kernels_digest
+from benchmarks.gpu_rows import Deadline, Store, kernels_digest, open_device
 from benchmarks.gpu_timing import Call, Effort, measure
 from kernels import offline, tuning
 from kernels.attention import attention, backend
@@ -287,8 +287,7 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments {argv[1:]}")
   static = _STATIC.value
-  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-  jax.config.update("jax_platforms", "cpu" if static else "cuda")
+  open_device(static)
   device = "h100"  # the one that configurations are keyed by; other Hopper cards share its resources
   keys = [parse_key(text, device) for text in _KEYS.value or ()] or all_keys(device)
   folder = pathlib.Path(_OUT.value or os.environ.get("OUT") or rows.RESULTS)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import attention as benchmark
+from benchmarks import cpu_attention as benchmark
 from benchmarks import rows, timing
 from benchmarks.arg_specs import SPECS
 from benchmarks.competitors import dense_loop, gradients, sparse

@@ -1,0 +1,83 @@
+"""What a bare GPU machine must find: commands that need nothing it lacks, and clear words where there is no GPU."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from benchmarks import gpu_rows, gpu_run, timing
+
+ROOT = pathlib.Path(__file__).parent.parent
+# Of requirements.txt, what a machine that has jax and numpy may lack, or have in another version.
+_ABSENT = ("flax", "ml_collections", "grain", "array_record", "orbax", "optax", "av", "PIL", "tqdm", "matplotlib", "torch")
+
+
+def _make(*arguments):
+  done = subprocess.run(["make", "-n", *arguments], capture_output=True, text=True, check=True, cwd=ROOT)
+  return done.stdout
+
+
+def test_make_gpu_checks_first_and_installs_nothing_where_an_interpreter_is_named():
+  text = _make("gpu", "PYTHON=python3", "GPU_MINUTES=3")
+  assert "pip" not in text and ".venv" not in text
+  commands = [line for line in text.splitlines() if "python3 -m" in line]
+  assert "benchmarks.gpu_check" in commands[0]
+  assert "benchmarks.attention --device=gpu --minutes=3" in commands[1] and len(commands) == 2
+
+
+def test_the_whole_of_make_gpu_stays_under_25_minutes():
+  assert sum(float(m) for m in re.findall(r"--minutes=(\d+)", _make("gpu", "PYTHON=python3"))) <= 24.5
+
+
+@pytest.mark.parametrize("module", ["attention", "gpu_check", "tune", "expected", "torch_peers"])
+def test_entry_points_import_without_what_a_gpu_machine_may_lack(module):
+  absent = "; ".join(f"sys.modules[{name!r}] = None" for name in _ABSENT)
+  code = f"import sys; {absent}; import benchmarks.{module}; print('imported')"
+  assert timing.in_child(["-c", code], {"JAX_PLATFORMS": "cpu"}) == "imported"
+
+
+def test_without_a_gpu_it_says_what_to_do():
+  code = "from benchmarks.gpu_rows import open_device; open_device(False)"
+  with pytest.raises(RuntimeError, match="--rehearse --out=FOLDER"):
+    timing.in_child(["-c", code], {"JAX_PLATFORMS": ""})
+
+
+def test_a_rehearsal_opens_the_cpu():
+  assert gpu_rows.open_device(True) == "cpu" and jax.default_backend() == "cpu"
+
+
+def test_trouble_is_ours_only(tmp_path):
+  store = gpu_rows.Store.open(tmp_path, "rows", "command")
+  run = gpu_run.Session(None, store, gpu_rows.Deadline(1), "xla")
+  for row in (
+    {"name": "lists_d10/a", "correct": False},
+    {"name": "window/b", "error": "x"},
+    {"name": "torch_flex/a", "error": "x"},
+    {"name": "cudnn/a", "correct": False},
+    {"name": "dense/a", "correct": True},
+  ):
+    store.add(row)
+  assert gpu_run.troubles(run) == ["lists_d10/a", "window/b"]
+
+
+def test_every_command_of_the_queue_is_one_that_exists():
+  """Modules that docs/gpu_queue.md names can be found, and so can the files."""
+  text = (ROOT / "docs" / "gpu_queue.md").read_text()
+  modules = set(re.findall(r"python3? -m ((?:benchmarks|freqformer)[\w.]+)", text))
+  assert {"benchmarks.gpu_check", "benchmarks.attention", "benchmarks.tune"} <= modules
+  for module in modules:
+    assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists(), module
+  for path in re.findall(r"tests/\w+\.py", text):
+    assert (ROOT / path).exists(), path
+
+
+def test_children_get_the_environment_and_a_time_limit():
+  code = "import os; print(os.environ['OF_THE_CHILD'], 'PATH' in os.environ)"
+  assert timing.in_child(["-c", code], {"OF_THE_CHILD": "here"}) == "here True"
+  with pytest.raises(RuntimeError, match="took longer than 1 s"):
+    timing.in_child(["-c", "import time; time.sleep(20)"], timeout_s=1)
+  assert "OF_THE_CHILD" not in os.environ and sys.executable
