@@ -175,16 +175,16 @@ def _prefix_unions(counts, concurrent):
 
 
 def _unions(ids, counts, kv_tiles, concurrent):
-  """Key tiles that some list names: per head, and per group of `concurrent` query tiles; one head's lists at a time."""
-  listed = np.arange(ids.shape[-1]) < counts[..., None]
-  groups = -(-counts.shape[-1] // concurrent)
-  group = np.arange(counts.shape[-1]) // concurrent
+  """Key tiles that some list names: per head, and per group of `concurrent` query tiles; one group's lists at a time."""
+  slots = np.arange(ids.shape[-1], dtype=np.int32)
   distinct = waves = 0
   for b, h in np.ndindex(*counts.shape[:2]):
-    seen = np.zeros((groups, kv_tiles), bool)
-    rows, slots = np.nonzero(listed[b, h])
-    seen[group[rows], ids[b, h][rows, slots]] = True
-    distinct, waves = distinct + seen.any(0).sum(), waves + seen.sum()
+    whole = np.zeros(kv_tiles, bool)
+    for start in range(0, counts.shape[-1], concurrent):
+      group, seen = slice(start, start + concurrent), np.zeros(kv_tiles, bool)
+      seen[ids[b, h, group][slots < counts[b, h, group, None]]] = True
+      waves, whole = waves + int(seen.sum()), whole | seen
+    distinct += int(whole.sum())
   return float(distinct), float(waves)
 
 

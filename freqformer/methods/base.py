@@ -15,6 +15,7 @@ from flax import nnx
 
 from freqformer.cost import Cost
 from freqformer.layout import LayoutTables, TileLayout
+from kernels.cost import CallCost
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +137,10 @@ class Method:
   def phase_cost(self, phase: str, layout: TileLayout, heads: int, head_dim: int, allocation=None) -> Cost:
     """`cost` of a sampling step of one phase; the same in all phases unless overridden."""
     return self.cost(layout, heads, head_dim, allocation)
+
+  def call_cost(self, layout: TileLayout, heads: int, head_dim: int, allocation=None) -> CallCost | None:
+    """Lists of a layer's attention call, for traffic and waves; None: unknown, taken as equally long (`freqformer.cost`)."""
+    return None
 
   @property
   def routed(self) -> bool:

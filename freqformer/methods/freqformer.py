@@ -30,6 +30,7 @@ from freqformer.spectral import SpectralBasis, SpectralTables
 from freqformer.summary import SummaryTokens
 from kernels.attention import attention
 from kernels.block_mask import BlockMask, select
+from kernels.cost import CallCost, count, uniform
 from kernels.linear import linear_attention
 
 LOW, MID, HIGH = range(3)
@@ -261,7 +262,21 @@ class FreqFormer(Method):
     if self.low_op == "linear":
       transform += 4.0 * tables.spectral.n_coarse * head_dim * (head_dim + 1) * heads
     selection = heads * head_dim * (2.0 * n + 2.0 * layout.tiles**2)
-    return attention_cost(heads * float(share @ pairs), head_dim) + Cost(linear_flops=transform + selection)
+    # Passes over one bf16 [n, D] array: pooling reads 2, compression 3, packing 3 in and 3 out, lift and sum 3.
+    around = Cost(linear_flops=transform + selection, linear_bytes=14.0 * 2 * n * heads * head_dim, launches=5)
+    return attention_cost(heads * float(share @ pairs), head_dim) + around
+
+  def call_cost(self, layout, heads, head_dim, allocation=None) -> CallCost:
+    """The packed buffer's lists: low and high exactly, mid with tiles of average fill and unions of random lists."""
+    if allocation is None:
+      allocation = self.router.prior if isinstance(self.allocation, str) else self.allocation
+    tables, share = self.tables(layout), np.asarray(allocation, np.float64) / sum(allocation)
+    listed = min(self.mid_tiles, layout.tiles) + self.low_shared * tables.coarse_tiles
+    mid = uniform(
+      layout.tiles, listed, tables.low.kv_tiles, head_dim, block=layout.block, fill=layout.fill, heads=heads * share[MID]
+    )
+    low, high = (count(m, head_dim).scaled(heads * share[i]) for i, m in ((LOW, tables.low), (HIGH, tables.high)))
+    return low + mid + high
 
   def phase_cost(self, phase, layout, heads, head_dim, allocation=None) -> Cost:
     if self.allocation != "measured":

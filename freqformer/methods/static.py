@@ -1,11 +1,13 @@
 """Base of methods whose table depends on the grid alone: they write `mask` and nothing else."""
 
 import dataclasses
+import functools
 
 from freqformer.cost import Cost, attention_cost
 from freqformer.methods.base import Method, plain_aux
 from kernels.attention import attention
 from kernels.block_mask import BlockMask
+from kernels.cost import CallCost, count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,4 +29,13 @@ class StaticMethod(Method):
 
   def cost(self, layout, heads, head_dim, allocation=None) -> Cost:
     """The table's own pairs: exact on any grid."""
-    return attention_cost(heads * float(self.mask(layout).pairs().sum()), head_dim)
+    return attention_cost(heads * _counted(self, layout).pairs, head_dim)
+
+  def call_cost(self, layout, heads, head_dim, allocation=None) -> CallCost:
+    return dataclasses.replace(_counted(self, layout), head_dim=head_dim).scaled(heads)
+
+
+@functools.lru_cache(maxsize=64)
+def _counted(method: StaticMethod, layout) -> CallCost:
+  """Of one head. A long grid's table takes seconds to build, its counts are a few numbers: those are kept."""
+  return count(method.mask(layout), 1)

@@ -1,0 +1,149 @@
+"""Counts are exact: against brute force, against XLA's own, against the field's published arithmetic."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from freqformer.cost import BlockShape, Cost, attention_cost, method_call, training_flops, utilisation
+from freqformer.layout import TileLayout
+from freqformer.methods.registry import METHODS, method_class
+from freqformer.planners.sliding_tile import sliding_tile
+from kernels.attention import attention
+from kernels.block_mask import dense_mask, from_tiles
+from kernels.cost import CONCURRENT, count, uniform
+
+LAYOUT = TileLayout.fit((6, 12, 10), 24)
+
+
+def random_mask(seed, block_q=8, block_kv=4, b=2, h=3, q_tiles=7, kv_tiles=9):
+  rng = np.random.default_rng(seed)
+  tiles = rng.random((b, h, q_tiles, kv_tiles)) < rng.random()
+  tiles[:, :, 2] = False  # an empty row
+  return from_tiles(tiles, rng.integers(0, block_kv + 1, kv_tiles).astype(np.int32), block_q, block_kv), tiles
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_tables_equal_brute_force(seed):
+  mask, tiles = random_mask(seed)
+  cost = count(mask, 16, batch=2, heads=3, concurrent=3)
+  assert cost.pairs == np.asarray(mask.to_dense()).sum()
+  assert cost.loads == tiles.sum() and cost.computed_pairs == tiles.sum() * 32
+  assert cost.items == tiles.any(-1).sum() and cost.rows == tiles[..., 0].size
+  assert cost.distinct == tiles.any(2).sum() and cost.longest == tiles.sum(-1).max()
+  waves = sum(tiles[:, :, i : i + 3].any(2).sum() for i in range(0, 7, 3))
+  assert cost.wave_loads == waves
+  assert cost.flops == 4 * cost.pairs * 16 and cost.backward_flops() == 2.5 * cost.flops
+
+
+def test_a_shared_table_counts_for_every_head_and_sample():
+  mask, _ = random_mask(0, b=1, h=1)
+  one, many = count(mask, 8), count(mask, 8, batch=3, heads=5)
+  assert many.pairs == 15 * one.pairs and many.kv_bytes() == 15 * one.kv_bytes() and many.longest == one.longest
+  with pytest.raises(ValueError, match="heads=3"):
+    count(random_mask(0)[0], 8, batch=2, heads=4)
+
+
+@pytest.mark.parametrize("n", [1, 24, 100, 240])
+def test_dense_closed_form_is_the_dense_table(n):
+  mask = dense_mask(n, n, 24, 24)
+  table, tiles = count(mask, 32), mask.q_tiles
+  closed = uniform(tiles, tiles, tiles, 32, block=24)
+  for name in ("computed_pairs", "rows", "items", "loads", "distinct", "wave_loads", "longest"):
+    assert getattr(closed, name) == getattr(table, name), name
+  if n % 24 == 0:
+    assert closed.pairs == table.pairs == n * n
+
+
+def test_windows_union_is_less_than_random_lists_would_need():
+  layout = TileLayout.fit((32, 64, 64), 128)
+  table = count(sliding_tile(layout, (3, 3, 3)), 128)
+  closed = uniform(layout.tiles, 27, layout.tiles, 128)
+  assert table.pairs == closed.pairs and table.loads == closed.loads
+  assert table.distinct == layout.tiles and table.wave_loads < 0.5 * closed.wave_loads
+  assert table.min_bytes() <= table.expected_bytes() <= table.l2_bytes()
+  assert table.expected_bytes(cache=1e12) == table.min_bytes()
+  assert layout.tiles / CONCURRENT > 2  # or the test above compares nothing
+
+
+def test_costs_of_one_launch_add_up():
+  a, b = uniform(10, 4, 10, 64), uniform(10, 7, 10, 64, heads=2)
+  assert (a + b).pairs == a.pairs + b.pairs and (a + b).longest == 7
+  with pytest.raises(ValueError, match="equal"):
+    a + uniform(10, 4, 10, 32)
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_s_call_has_its_pairs(name):
+  method = method_class(name)()
+  call, cost = method_call(method, LAYOUT, 12, 32), method.cost(LAYOUT, 12, 32)
+  assert call.flops == pytest.approx(cost.attention_flops, rel=1e-9)
+  assert call.items <= call.rows and call.distinct <= call.loads
+  phase = method.phase(0, 50)
+  assert method_call(method, LAYOUT, 12, 32, phase).flops == pytest.approx(
+    method.phase_cost(phase, LAYOUT, 12, 32).attention_flops, rel=1e-9
+  )
+
+
+@pytest.mark.parametrize("d, tolerance", [(64, 0.04), (128, 0.02), (256, 0.01)])
+def test_xla_counts_the_dense_reference_the_same(d, tolerance):
+  n, heads = 512, 4
+  x = jax.ShapeDtypeStruct((1, n, heads, d), jnp.float32)
+  run = jax.jit(lambda q, k, v: attention(q, k, v, implementation="reference")[0])
+  counted, pairs = run.lower(x, x, x).compile().cost_analysis()["flops"], heads * n * n
+  ours = attention_cost(pairs, d).attention_flops
+  assert abs(counted / ours - 1) < tolerance
+  # XLA also counts the softmax, about 8 operations a pair whatever d is; the matmuls themselves agree.
+  assert 4 < (counted - ours) / pairs < 12
+
+
+def test_xla_counts_a_block_s_matmuls_the_same():
+  shape, n = BlockShape(128, 4, 512, modulation=0), 256
+
+  def run(x, w):
+    for name, *_ in shape.matmuls(n):
+      if name == "qkv":
+        x = (x @ w[name])[:, :128]
+      else:
+        x = x @ w[name]
+    return x
+
+  weights = {name: jax.ShapeDtypeStruct((k, c), jnp.float32) for name, _, k, c in shape.matmuls(n)}
+  lowered = jax.jit(run).lower(jax.ShapeDtypeStruct((n, 128), jnp.float32), weights)
+  assert lowered.cost_analysis()["flops"] == pytest.approx(shape.linear_flops(n), rel=0.02)
+
+
+# ---- published arithmetic ------------------------------------------------------------------------------------------------
+
+
+def test_hunyuan_dense_attention():
+  shape = BlockShape(3072, 24, 12288, text=256, text_mode="joint")
+  layer = attention_cost(24 * 115_200**2, 128).attention_flops + shape.text_attention_flops(115_200)
+  assert layer == pytest.approx(163.8e12, rel=0.01)
+  assert layer == pytest.approx(4.0 * 115_456**2 * 3072)
+  assert 60 * 50 * layer == pytest.approx(491e15, rel=0.01)
+
+
+def test_sta_window():
+  layout = TileLayout((30, 48, 80), (6, 8, 8), 384)
+  method = method_class("sliding_tile")()
+  cost, call = method.cost(layout, 24, 128), method_call(method, layout, 24, 128)
+  assert cost.attention_flops == call.flops == pytest.approx(14.76e12, rel=0.01)
+  assert cost.attention_flops / 25.38e-3 == pytest.approx(582e12, rel=0.01)
+  assert call.block_q == 128 and call.pairs / (24 * layout.n**2) == pytest.approx(0.09, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+  "grid, tokens", [((21, 30, 52), 32_760), ((21, 45, 80), 75_600), ((33, 45, 80), 118_800), ((128, 45, 80), 460_800)]
+)
+def test_token_counts(grid, tokens):
+  assert TileLayout.fit(grid, 128).n == math.prod(grid) == tokens
+
+
+def test_backward_and_utilisation():
+  cost = Cost(attention_flops=2.0, linear_flops=10.0)
+  assert training_flops(cost) == 3 * 10 + 3.5 * 2
+  assert utilisation(5e14, 1.0, 1e15) == 0.5
+  assert cost.scaled(2) + cost == cost.scaled(3)
