@@ -21,6 +21,7 @@ from absl import logging
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels.block_mask import BlockMask, dense_mask
+from kernels.partition import by_sample_and_head, several_devices, table_dims
 from kernels.target import Target, current_target
 
 # In order of preference; each name is a module of this package.
@@ -133,11 +134,27 @@ def _validated(q, k, v, mask: BlockMask | None) -> BlockMask:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attention(name, scale, q, k, v, mask):
-  return backend(name).forward(q, k, v, mask, scale)
+  return _forward(name, scale, q, k, v, mask)
+
+
+def _forward(name, scale, q, k, v, mask):
+  run = lambda q, k, v, mask: backend(name).forward(q, k, v, mask, scale)
+  if not several_devices():
+    return run(q, k, v, mask)
+  dims = ["b.h."] * 3 + table_dims(mask, q.shape[0], q.shape[2])
+  return by_sample_and_head(run, (q, k, v, mask), dims, ("b.h.", "bh."))
+
+
+def _backward(name, scale, q, k, v, mask, lse, delta, d_out):
+  run = lambda q, k, v, mask, *rest: backend(name).backward(q, k, v, mask, scale, *rest)
+  if not several_devices():
+    return run(q, k, v, mask, lse, delta, d_out)
+  dims = ["b.h."] * 3 + table_dims(mask, q.shape[0], q.shape[2]) + ["bh."] * 2 + ["b.h."]
+  return by_sample_and_head(run, (q, k, v, mask, lse, delta, d_out), dims, ("b.h.",) * 3)
 
 
 def _attention_fwd(name, scale, q, k, v, mask):
-  out, lse = backend(name).forward(q, k, v, mask, scale)
+  out, lse = _forward(name, scale, q, k, v, mask)
   out, lse = (checkpoint_name(x, n) for x, n in zip((out, lse), CHECKPOINT_NAMES, strict=True))
   return (out, lse), (q, k, v, mask, out, lse)
 
@@ -152,7 +169,7 @@ def _attention_bwd(name, scale, residuals, cotangents):
   # Not einsum: that would copy both operands, transposed and widened.
   delta = (d_out.astype(lse.dtype) * out.astype(lse.dtype)).sum(-1).transpose(0, 2, 1)
   delta = jnp.where(alive, delta - d_lse, 0)
-  grads = backend(name).backward(q, k, v, mask, scale, lse, delta, d_out)
+  grads = _backward(name, scale, q, k, v, mask, lse, delta, d_out)
   return *(g.astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True)), jax.tree.map(_no_gradient, mask)
 
 
