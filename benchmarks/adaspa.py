@@ -26,7 +26,7 @@ from freqformer.methods.adaspa import AdaSpa
 from freqformer.methods.base import Cond, Projected
 from freqformer.model_config import model_config
 from freqformer.planners import lse_cache
-from freqformer.planners.tile_bits import largest, pack_bits, unpack_bits
+from freqformer.planners.tile_bits import top_bits, unpack_bits
 from freqformer.restore import restore_model
 from freqformer.sampling import SampleConfig, make_step, sample
 from kernels.attention import attention
@@ -58,7 +58,7 @@ def time_rows() -> list[dict]:
   lse = dense(q, k, v)[1]
   mass_of = jax.jit(lambda q, k, lse: block_mass(q, k, lse, arrays.kv_len, layout.block))
   find = jax.jit(lambda q, k, lse: method.find(q, k, lse, arrays, tables["fixed"]))
-  select = jax.jit(lambda mass: pack_bits(largest(mass, method.budgets(layout), tables["fixed"])))
+  select = jax.jit(lambda mass: top_bits(mass, method.budgets(layout), tables["fixed"]))
   lists, sparse = jax.jit(lambda bits: method.mask(bits, arrays)), jax.jit(lambda q, k, v, mask: attention(q, k, v, mask)[0])
   mass, (bits, _) = mass_of(q, k, lse), find(q, k, lse)
   mask, state = lists(bits), {"bits": bits, **lse_cache.store(method.lse_cache, method.lse_dtype, lse, arrays)}
@@ -152,11 +152,10 @@ class Audited(AdaSpa):
     samples = bits["first"].shape[0]
     mass = block_mass(q[:samples], k[:samples], lse[:samples], arrays.kv_len, layout.block)
     base, anything = self.budgets(layout)[1], jax.random.uniform(jax.random.key(0), mass.shape)
-    sets = {name: unpack_bits(x, layout.tiles) for name, x in bits.items()}
-    sets["oracle"] = largest(mass, [base])[..., 0, :]
-    sets["random"] = largest(anything, [base], tables["fixed"])[..., 0, :]
-    total = mass.sum((-1, -2))
-    return {name: jnp.where(listed, mass, 0).sum((-1, -2)) / total for name, listed in sets.items()}
+    bits["oracle"] = top_bits(mass, [base])[..., 0, :]
+    bits["random"] = top_bits(anything, [base], tables["fixed"])[..., 0, :]
+    kept = lambda bits: jnp.where(unpack_bits(bits, layout.tiles), mass, 0).sum((-1, -2))
+    return {name: kept(x) / mass.sum((-1, -2)) for name, x in bits.items()}
 
 
 def recall_rows(workdir: str, steps: int) -> list[dict]:
@@ -183,7 +182,8 @@ def recall_rows(workdir: str, steps: int) -> list[dict]:
       tokens=model.config.layout(shape).n,
       tiles=model.config.layout(shape).tiles,
       listed=method.budgets(model.config.layout(shape))[1],
-      by_step={str(s): {k: round(v, 4) for k, v in kept[s].items()} for s in kept},
+      by_step_of=kinds,
+      by_step=[[s, *(round(kept[s][kind], 4) for kind in kinds)] for s in kept],
       checkpoint_steps=restored.step,
     )
     found.append(row)

@@ -50,15 +50,19 @@ def top_ids(scores: jax.Array, budget: int) -> jax.Array:
   Raises:
     ValueError: if the budget is not in 1..m.
   """
+  if budget == scores.shape[-1]:
+    return jnp.broadcast_to(jnp.arange(budget, dtype=jnp.int32), scores.shape)
+  return places(top_words(scores, budget), budget)
+
+
+def top_words(scores: jax.Array, budget: int) -> jax.Array:
+  """The same set as a bit per candidate, candidate 0 in the lowest bit of word 0: uint32 `[..., ceil(m / 32)]`."""
   m = scores.shape[-1]
   if not 1 <= budget <= m:
     raise ValueError(f"{budget=} must lie in 1..{m}, the candidates of a row.")
-  if budget == m:
-    return jnp.broadcast_to(jnp.arange(m, dtype=jnp.int32), scores.shape)
   keys = ordered_integers(scores).reshape(-1, m)
   bits = _BITS.get(current_target().platform, _BITS_ELSEWHERE)
-  ids = _places(_chosen_words(keys, _threshold(keys, budget, bits), budget), budget)
-  return ids.reshape(*scores.shape[:-1], budget)
+  return _chosen_words(keys, _threshold(keys, budget, bits), budget).reshape(*scores.shape[:-1], -1)
 
 
 def _threshold(keys, budget: int, bits: int):
@@ -125,15 +129,20 @@ def _nth_bit(word, n):
   return place
 
 
-def _places(words, budget: int):
-  """Places of the first `budget` set bits of each row: int32 `[rows, budget]`."""
+def places(words: jax.Array, budget: int) -> jax.Array:
+  """Places of the first `budget` set bits of each row `[..., words]`, ascending: int32 `[..., budget]`.
+
+  Behind the last set bit: anything, perhaps beyond the candidates.
+  """
+  lead, words = words.shape[:-1], words.reshape(-1, words.shape[-1])
   counts = lax.population_count(words).astype(jnp.int32)
   ends = jnp.cumsum(counts, -1)
   slots = jnp.arange(budget, dtype=jnp.int32)
   at = jax.vmap(lambda row: jnp.searchsorted(row, slots, side="right"))(ends)
   at = jnp.minimum(at, words.shape[-1] - 1).astype(jnp.int32)
   take = functools.partial(jnp.take_along_axis, indices=at, axis=-1, mode="clip")
-  return at * _WORD + _nth_bit(take(words), slots - (take(ends) - take(counts)))
+  found = at * _WORD + _nth_bit(take(words), slots - (take(ends) - take(counts)))
+  return found.reshape(*lead, budget)
 
 
 def top_tiles(q_pool: jax.Array, k_pool: jax.Array, budget: int, fixed, chunk_scores: int | None = None) -> jax.Array:

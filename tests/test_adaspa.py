@@ -11,7 +11,7 @@ from freqformer.layout import TileLayout
 from freqformer.methods.adaspa import AdaSpa, levels
 from freqformer.methods.base import Cond, Dims, Projected
 from freqformer.planners import lse_cache
-from freqformer.planners.tile_bits import largest, unpack_bits
+from freqformer.planners.tile_bits import top_bits, unpack_bits
 from kernels.attention import attention
 from kernels.block_mask import dense_mask
 from kernels.block_scores import block_mass
@@ -162,8 +162,8 @@ def test_a_later_search_is_near_the_oracle(cache, record_property):
   mass, _ = dense_mass(LAYOUT, later.q, later.k)
   tiles, base = np.asarray(unpack_bits(state["bits"], LAYOUT.tiles)), method.budgets(LAYOUT)[1]
   share = lambda tiles: float((mass * tiles).sum() / mass.sum())
-  oracle = np.asarray(largest(mass, [base]))[..., 0, :]
-  random = np.asarray(largest(np.random.default_rng(0).random(mass.shape, np.float32), [base]))[..., 0, :]
+  best = lambda x: np.asarray(unpack_bits(top_bits(jnp.asarray(x), [base]), LAYOUT.tiles))[..., 0, :]
+  oracle, random = best(mass), best(np.random.default_rng(0).random(mass.shape, np.float32))
   shares = dict(search=share(tiles), oracle=share(oracle), first_masks=share(stale), random=share(random))
   for name, value in shares.items():
     record_property(f"mass_kept_{name}", value)

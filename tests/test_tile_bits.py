@@ -5,16 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from freqformer.planners.tile_bits import largest, lists_of_bits, pack_bits, unpack_bits
+from freqformer.planners.tile_bits import lists_of_bits, top_bits, unpack_bits
 
 
 @pytest.mark.parametrize("tiles", [1, 7, 8, 33, 64])
-def test_largest_is_the_sorted_choice(tiles):
+def test_top_bits_are_the_sorted_choice(tiles):
   rng = np.random.default_rng(tiles)
   mass = rng.choice([0, 1e-38, 1e-3, 0.5, 1, 2, 3e9], (5, tiles)).astype(np.float32)  # many ties
   mass[0] = rng.standard_normal(tiles) ** 2
   counts = sorted({1, (tiles + 1) // 2, tiles})
-  got = np.asarray(jax.jit(lambda m: largest(m, counts))(mass))
+  bits = jax.jit(lambda m: top_bits(m, counts))(mass)
+  assert bits.dtype == jnp.uint8 and bits.shape == (5, len(counts), -(-tiles // 8))
+  got = np.asarray(unpack_bits(bits, tiles))
   order = np.argsort(-mass, -1, kind="stable")
   for i, count in enumerate(counts):
     want = np.zeros_like(mass, bool)
@@ -24,7 +26,7 @@ def test_largest_is_the_sorted_choice(tiles):
 
 def test_fixed_tiles_come_first_inside_the_budget():
   mass = np.tile(np.arange(8, dtype=np.float32), (2, 1))
-  got = largest(mass, [3], fixed=np.array([[0, 0], [2, 1]]))[:, 0]
+  got = unpack_bits(top_bits(mass, [3], fixed=np.array([[0, 0], [2, 1]])), 8)[:, 0]
   assert [np.flatnonzero(row).tolist() for row in got] == [[0, 6, 7], [1, 2, 7]]
 
 
@@ -32,8 +34,7 @@ def test_fixed_tiles_come_first_inside_the_budget():
 def test_bits_and_lists_round_trip(tiles):
   rng = np.random.default_rng(0)
   marked = rng.random((2, 3, tiles, tiles)) < rng.random((2, 3, tiles, 1))  # rows from empty to full
-  bits = pack_bits(jnp.asarray(marked))
-  assert bits.dtype == jnp.uint8 and bits.shape[-1] == -(-tiles // 8)
+  bits = jnp.asarray(np.packbits(marked, axis=-1, bitorder="little"))
   np.testing.assert_array_equal(unpack_bits(bits, tiles), marked)
   table = jax.jit(lambda bits: lists_of_bits(bits, tiles, np.full(tiles, 4, np.int32), 4))(bits)
   np.testing.assert_array_equal(jax.tree.map(np.asarray, table).check().to_tiles(), marked)

@@ -22,7 +22,7 @@ from freqformer.methods.base import Method, plain_aux
 from freqformer.planners import lse_cache
 from freqformer.planners.block_topk import fixed_tiles
 from freqformer.planners.dense import dense
-from freqformer.planners.tile_bits import largest, lists_of_bits, pack_bits
+from freqformer.planners.tile_bits import lists_of_bits, top_bits, unpack_bits
 from kernels.attention import attention
 from kernels.block_mask import BlockMask
 from kernels.block_scores import block_mass
@@ -183,8 +183,9 @@ class AdaSpa(Method):
     counts = self.budgets(layout)
 
     def keep(mass, tile):
-      kept = largest(mass, counts, fixed[jnp.minimum(tile, layout.tiles - 1)])
-      return {"bits": pack_bits(kept), "kept": (mass * kept[:, 1]).sum(-1), "all": mass.sum(-1)}
+      bits = top_bits(mass, counts, fixed[jnp.minimum(tile, layout.tiles - 1)])
+      kept = jnp.where(unpack_bits(bits[:, 1], layout.tiles), mass, 0)
+      return {"bits": bits, "kept": kept.sum(-1), "all": mass.sum(-1)}
 
     found = block_mass(q, k, lse, arrays.kv_len, layout.block, reduce=keep)
     recall = found["kept"].sum(-1) / found["all"].sum(-1)
