@@ -4,11 +4,14 @@
   python eval.py --workdir=runs/ucf101 --classes=Basketball,Biking --samples=4 --seed=1 --guidance=4 --steps=50
   python eval.py --workdir=runs/ucf101 --method=dense --out=runs/ucf101/dense     the same weights, full attention
   python eval.py --workdir=runs/ucf101 --method="radial(decay=0.5)" --export_masks=masks
+  python eval.py --workdir=runs/ucf101 --compare="dense,adaspa,block_topk(density=0.2, coarse=none)"
 
 Averaged weights and hard routing by default. Writes <class>.mp4, grid.png, latents.npz, sampling.json and density.json
-(of one sample: every step, layer and head) to --out.
+(of one sample: every step, layer and head) to --out. With --compare, every method draws the same samples from the same noise:
+<method>/*.mp4, comparison.json and comparison.html, by default in <workdir>/compare.
 """
 
+import dataclasses
 import json
 import pathlib
 import time
@@ -18,9 +21,10 @@ import numpy as np
 from absl import flags, logging
 from flax import nnx
 
-from freqformer import cli
+from freqformer import cli, compare
+from freqformer.compare_page import write_comparison
 from freqformer.config import ConfigError, did_you_mean
-from freqformer.cost import model_cost
+from freqformer.cost import sampling_cost
 from freqformer.masks import MaskRecorder, realised_density
 from freqformer.restore import restore_model
 from freqformer.sampling import SampleConfig, compile_steps, make_step, sample
@@ -40,20 +44,18 @@ _SOFT = flags.DEFINE_bool("soft", False, "Mix all branches of the router instead
 _EXPORT_MASKS = flags.DEFINE_string(
   "export_masks", None, "Folder for the first sample's masks; timings then include recording."
 )
+_COMPARE = flags.DEFINE_string("compare", None, "Methods side by side on the same weights and noise, the reference first.")
+_METRICS = flags.DEFINE_list("metrics", ["psnr", "ssim"], f"Of --compare: some of {', '.join(compare.METRICS)}.")
+_LPIPS = flags.DEFINE_string("lpips_weights", None, "Weights (.npz) of LPIPS; adds it to --compare. Nothing is downloaded.")
 _FPS = flags.DEFINE_float("fps", 0, "Frame rate of the mp4s; default 25 / stride.")
 
 
 def main(_):
+  if _COMPARE.value is not None:
+    return side_by_side()
   model, params, restored = restore_model(_WORKDIR.value, step=_STEP.value, method=_METHOD.value, raw=_RAW.value)
-  config = _sample_config(restored.experiment.sample)
-  names = restored.class_names
-  for name in _CLASSES.value or ():
-    if name not in names:
-      raise ConfigError(f"class {name!r} is not in this checkpoint; {did_you_mean(name, names)}")
-  chosen = [names.index(name) for name in (_CLASSES.value or names)]
-  labels = np.repeat(chosen, _SAMPLES.value).astype(np.int32)
-  # A sample's number depends on its class and its place within it: asking for other classes does not change it.
-  indices = (labels * 10_000 + np.tile(np.arange(_SAMPLES.value), len(chosen))).astype(np.int32)
+  config, names = _sample_config(restored.experiment.sample), restored.class_names
+  chosen, labels, indices = _asked_for(names)
 
   # ---- compile, then run: timed apart -------------------------------------------------------------------------------
   shape, graphdef = restored.latent_shape, nnx.graphdef(model)
@@ -82,8 +84,7 @@ def main(_):
   density = [float(np.mean([np.mean(run["density"]) for run in step])) for step in aux]
   by_head = {"axes": ["step", "layer", "head"], "density": np.round(realised_density(aux), 5).tolist()}
   (out / "density.json").write_text(json.dumps(by_head))
-  cost = model_cost(model.config, shape)
-  forwards = config.steps * (1 + (config.guidance != 1))
+  cost = sampling_cost(model.config, shape, model.schedule(config.steps), config.guidance != 1)
   result = {
     "checkpoint": restored.step,
     "method": model.config.attention.method,
@@ -96,9 +97,9 @@ def main(_):
     "compile_seconds": compile_seconds,
     "run_seconds": run_seconds,
     "seconds_per_sample": run_seconds / len(labels),
-    "attention_flops_per_sample": cost.attention_flops * forwards,
-    "total_flops_per_sample": cost.total * forwards,
-    "flops_are": "the method's expected cost (of a router: its prior), not the realised one",
+    "attention_flops_per_sample": cost.attention_flops,
+    "total_flops_per_sample": cost.total,
+    "flops_are": "the method's cost over the phases of the run (of a router: its prior's), not the realised one",
     "density_by_step": density,
     "device": jax.devices()[0].device_kind,
   }
@@ -112,6 +113,51 @@ def main(_):
     run_seconds / len(labels),
     np.mean(density),
   )
+
+
+def side_by_side():
+  """--compare: every method draws the same samples."""
+  for flag in (_METHOD, _EXPORT_MASKS):
+    if flag.value is not None:
+      raise ConfigError(f"--{flag.name} goes with one method; run it without --compare, or name the method in --compare.")
+  # Compile seconds shall mean compiling, also the second time.
+  jax.config.update("jax_compilation_cache_dir", None)
+  metrics = compare.metric_functions(_METRICS.value, _LPIPS.value)
+  methods = compare.split_methods(_COMPARE.value)
+  _, _, restored = restore_model(_WORKDIR.value, step=_STEP.value, raw=_RAW.value)
+  config = _sample_config(restored.experiment.sample)
+  _, labels, indices = _asked_for(restored.class_names)
+  config = dataclasses.replace(config, batch_size=min(config.batch_size, len(labels)))
+  found = compare.candidates(_WORKDIR.value, methods, config, restored.step, _RAW.value)
+  rows, videos = compare.compare(found, labels, indices, _SEED.value, config, metrics)
+  result = {
+    "checkpoint": restored.step,
+    "samples": len(labels),
+    **dataclasses.asdict(config),
+    "seed": _SEED.value,
+    "weights": "raw" if _RAW.value else "ema",
+    "device": jax.devices()[0].device_kind,
+    "flops_are": "the method's cost over the phases of the run (of a router: its prior's), both halves of guidance counted",
+    "density_is": "scored pairs / n^2 as run, of one sample",
+    "rows": rows,
+  }
+  captions = [f"{restored.class_names[label]} {index % 10_000}" for label, index in zip(labels, indices, strict=True)]
+  fps = _FPS.value or 25 / restored.experiment.data.stride
+  page = write_comparison(_OUT.value or pathlib.Path(_WORKDIR.value) / "compare", result, videos, captions, fps)
+  print(compare.table(rows))
+  print(f"page: {page}")
+
+
+def _asked_for(names: list[str]):
+  """The classes asked for, and label and number of every sample."""
+  for name in _CLASSES.value or ():
+    if name not in names:
+      raise ConfigError(f"class {name!r} is not in this checkpoint; {did_you_mean(name, names)}")
+  chosen = [names.index(name) for name in (_CLASSES.value or names)]
+  labels = np.repeat(chosen, _SAMPLES.value).astype(np.int32)
+  # A sample's number depends on its class and its place within it: asking for other classes does not change it.
+  indices = (labels * 10_000 + np.tile(np.arange(_SAMPLES.value), len(chosen))).astype(np.int32)
+  return chosen, labels, indices
 
 
 def _sample_config(base: SampleConfig) -> SampleConfig:

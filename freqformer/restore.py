@@ -65,6 +65,6 @@ def restore_model(workdir, *, step: int | None = None, method: str | None = None
   except ConfigError as error:
     if method is None:
       raise
-    raise ConfigError(f"--method={method} needs parameters that this checkpoint lacks; train with it. {error}") from error
+    raise ConfigError(f"method {method} needs parameters that this checkpoint lacks; train with it. {error}") from error
   checkpoints.close()
   return model, jax.tree.map(jax.numpy.asarray, tree[group]), restored
