@@ -1,5 +1,8 @@
 """Heads dealt by what is measured: planted heads are recognised, the choice stays, both halves of guidance share it."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -33,7 +36,8 @@ def hot(number, gain=6.0):
 
 def run(method, qkv, phase, state, b, **fields):
   cond = Cond(jnp.full(b, 0.5), jnp.ones((b, 4)), phase=phase, **fields)
-  return method(None, qkv, cond, method.tables(LAYOUT), state)
+  step = lambda q, k, v, state: method(None, dataclasses.replace(qkv, q=q, k=k, v=v), cond, method.tables(LAYOUT), state)
+  return jax.jit(step)(qkv.q, qkv.k, qkv.v, state)
 
 
 # ---- the measurement -----------------------------------------------------------------------------------------------------
