@@ -10,6 +10,8 @@ allocation each op runs on its own heads only.
 """
 
 import dataclasses
+import functools
+import operator
 import re
 
 import jax
@@ -27,9 +29,12 @@ from freqformer.planners.temporal import temporal
 from freqformer.router import RouterConfig, Routing, SpectralRouter, entropy, penalty
 from kernels.attention import attention
 from kernels.block_mask import BlockMask
+from kernels.cost import CallCost, count
 from kernels.linear import FEATURE_MAPS, Segments, linear_attention
 
 SPARSE, LINEAR = range(2)
+# Of linear attention as XLA compiles it for an H100, elu, bfloat16 (benchmarks/linear.py); the least would be 8 bytes.
+_LINEAR_BYTES, _LINEAR_KERNELS = 33.0, 8  # bytes per element of q
 DIRECTIONS = ("sparse_early", "dense_early")
 SHAPES = {"linear": lambda u: u, "cosine": lambda u: (1 - jnp.cos(jnp.pi * u)) / 2, "step": lambda u: 1.0 * (u >= 0.5)}
 
@@ -122,17 +127,9 @@ class SparseFlow(Method):
     return _Modules(self, dims, rngs)
 
   def tables(self, layout):
-    masks = [temporal(layout, extent, self.around, self.anchors) for extent in self.schedule.extents(layout.tile_grid[0])]
-    longest = max(m.max_kv for m in masks)
-    widen = lambda ids: np.pad(ids, ((0, 0),) * 3 + ((0, longest - ids.shape[-1]),), mode="edge")
-    levels = dataclasses.replace(
-      masks[0],
-      kv_indices=np.concatenate([widen(m.kv_indices) for m in masks]),
-      kv_counts=np.concatenate([m.kv_counts for m in masks]),
-    )
     arrays = layout.arrays()
     frame = np.where(arrays.valid, arrays.positions[:, 0], -1).astype(np.int32)
-    return SparseFlowTables(levels, Segments.of_ids(frame))
+    return SparseFlowTables(_levels(self.schedule, self.around, self.anchors, layout), Segments.of_ids(frame))
 
   def __call__(self, module, qkv, cond, tables, state):
     layout, routing = qkv.layout, self._route(module, qkv, cond)
@@ -199,12 +196,39 @@ class SparseFlow(Method):
     allocation on its own: state and norm 2 n d (d + 1), reading them as much again. Not counted: the router and its
     statistics (below 1e-4 of the layer).
     """
+    share, shares, levels = self._expected(layout, allocation)
+    ran = heads if self.routed else heads * (1 - share)
+    linear = Cost(
+      linear_flops=4.0 * layout.n * head_dim * (head_dim + 1) * ran,
+      linear_bytes=_LINEAR_BYTES * layout.n * head_dim * ran,
+      launches=_LINEAR_KERNELS,
+    )
+    return attention_cost(heads * share * float(shares @ levels.pairs()[:, 0]), head_dim) + linear
+
+  def call_cost(self, layout, heads, head_dim, allocation=None) -> CallCost:
+    """The levels' lists, each weighted with the share of t that it gets; linear heads list nothing."""
+    share, shares, levels = self._expected(layout, allocation)
+    one = lambda i: dataclasses.replace(levels, **{f: getattr(levels, f)[i : i + 1] for f in ("kv_indices", "kv_counts")})
+    return functools.reduce(
+      operator.add, (count(one(i), head_dim).scaled(heads * share * weight) for i, weight in enumerate(shares))
+    )
+
+  def _expected(self, layout, allocation):
+    """Share of sparse heads, share of t per level, and the levels' tables."""
     if allocation is None:
       allocation = self.router.prior if self.routed else self.allocation
-    share, levels = allocation[SPARSE] / sum(allocation), self.tables(layout).levels
-    pairs = float(self.schedule.shares(len(levels.kv_counts)) @ levels.pairs()[:, 0])
-    linear = 4.0 * layout.n * head_dim * (head_dim + 1) * heads * (1 if self.routed else 1 - share)
-    return attention_cost(heads * share * pairs, head_dim) + Cost(linear_flops=linear)
+    levels = _levels(self.schedule, self.around, self.anchors, layout)
+    return allocation[SPARSE] / sum(allocation), self.schedule.shares(len(levels.kv_counts)), levels
+
+
+@functools.lru_cache(maxsize=16)
+def _levels(schedule: Schedule, around, anchors: int, layout: TileLayout) -> BlockMask:
+  """The temporal table of every level, stacked along its batch axis."""
+  masks = [temporal(layout, extent, around, anchors) for extent in schedule.extents(layout.tile_grid[0])]
+  longest = max(m.max_kv for m in masks)
+  widen = lambda ids: np.pad(ids, ((0, 0),) * 3 + ((0, longest - ids.shape[-1]),), mode="edge")
+  ids, counts = np.concatenate([widen(m.kv_indices) for m in masks]), np.concatenate([m.kv_counts for m in masks])
+  return dataclasses.replace(masks[0], kv_indices=ids, kv_counts=counts)
 
 
 def _only(mask: BlockMask, heads) -> BlockMask:
