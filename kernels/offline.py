@@ -208,17 +208,15 @@ def _resources(path: pathlib.Path, name: str) -> KernelResources:
     number(r"Used (\d+) registers"),
     number(r"(\d+) bytes spill stores"),
     number(r"(\d+) bytes spill loads"),
-    number(r"(\d+) bytes smem") + _dynamic_shared(path.with_name(f"{path.stem}.before_layout_inference.txt")),
+    number(r"(\d+) bytes smem") + _dynamic_shared(path.with_name(f"{path.stem}.resources.txt")),
   )
 
 
 def _dynamic_shared(path: pathlib.Path) -> int:
-  """Shared memory that the launch asks for: the assembler sees the static part only, the module says the rest."""
+  """Shared memory that the launch asks for: scratch arrays and 8 bytes a barrier. The assembler sees the static part only."""
   text = path.read_text()
-  launch = re.search(r"dynamic_shared_memory_size (%\w+)", text)
-  if not launch:
-    return 0
-  value = re.search(rf"{launch[1]} = arith\.constant (\d+) : i32", text)
-  if not value:
-    raise RuntimeError(f"cannot read the dynamic shared memory of {path.stem}: the launch takes {launch[1]}, not a constant.")
-  return int(value[1])
+  scratch = re.search(r"smem_scratch_bytes=(\d+)", text)
+  if not scratch:
+    raise RuntimeError(f"cannot read the dynamic shared memory of {path.stem}: {text[:200]!r}.")
+  barriers = re.findall(r"num_barriers=(\d+)[^)]*\): (\d+)", text)
+  return int(scratch[1]) + 8 * sum(int(size) * int(count) for size, count in barriers)

@@ -111,14 +111,8 @@ def dq(data, codes, counts, bias, blocks, scale: float, config: TuningConfig):
   ]
   order = parts.costliest_first(counts, b, h)
   operands = [*data, codes, jnp.asarray(counts), order, *([bias * parts.LOG2E] if biased else [])]
-  return parts.call(
-    attention_dq,
-    out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
-    blocks=b * h * tiles,
-    consumers=consumers,
-    scratch=scratch,
-    operands=operands,
-  )
+  launch = parts.Launch(b * h * tiles, consumers, config.by_lane)
+  return launch(attention_dq, operands, jax.ShapeDtypeStruct(q.shape, q.dtype), scratch)
 
 
 def dkv(data, lists, kv_len, bias, blocks, scale: float, config: TuningConfig):
@@ -227,11 +221,5 @@ def dkv(data, lists, kv_len, bias, blocks, scale: float, config: TuningConfig):
   ]
   order = parts.costliest_first(counts, b, h)
   operands = [*data, starts, counts, indices, order, kv_len, *([bias * parts.LOG2E] if biased else [])]
-  return parts.call(
-    attention_dkv,
-    out_type=[jax.ShapeDtypeStruct(k.shape, k.dtype)] * 2,
-    blocks=b * h * tiles,
-    consumers=consumers,
-    scratch=scratch,
-    operands=operands,
-  )
+  launch = parts.Launch(b * h * tiles, consumers, config.by_lane)
+  return tuple(launch(attention_dkv, operands, [jax.ShapeDtypeStruct(k.shape, k.dtype)] * 2, scratch))

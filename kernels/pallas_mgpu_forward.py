@@ -134,8 +134,5 @@ def forward(q, k, v, codes, counts, bias, blocks, scale: float, config: TuningCo
   ]
   out_type = [jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((b, h, n), jnp.float32)]
   operands = [q, k, v, codes, jnp.asarray(counts), order, *([bias * parts.LOG2E] if biased else [])]
-  return tuple(
-    parts.call(
-      attention_forward, out_type=out_type, blocks=b * h * tiles, consumers=consumers, scratch=scratch, operands=operands
-    )
-  )
+  launch = parts.Launch(b * h * tiles, consumers, config.by_lane)
+  return tuple(launch(attention_forward, operands, out_type, scratch))

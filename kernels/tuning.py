@@ -58,6 +58,7 @@ class TuningConfig:
     compute_registers: per thread of a compute warpgroup; a multiple of 8, or 0 to keep what the compiler gave.
     memory_registers: per thread of the memory warpgroup, likewise.
     take_turns: two compute warpgroups alternate between tensor cores and softmax (forward).
+    by_lane: Mosaic lowers the kernel lane by lane instead of by warpgroup: other instructions for the same kernel.
   """
 
   stages: int = 2
@@ -65,6 +66,7 @@ class TuningConfig:
   compute_registers: int = 0
   memory_registers: int = 0
   take_turns: bool = True
+  by_lane: bool = False
 
   def __post_init__(self):
     if not 1 <= self.stages <= 8:
@@ -122,7 +124,7 @@ def candidates(key: Key) -> list[TuningConfig]:
   """Every configuration worth trying for a key, the default first."""
   registers = ((240, 24), (232, 40), (0, 0)) if key.consumers == 2 else ((0, 0),)
   turns = (True, False) if key.direction == "forward" and key.consumers == 2 else (True,)
-  found = [default(key)]
+  found = [default(key), dataclasses.replace(default(key), by_lane=True)]
   for stages in (2, 3, 4, 5, 6):
     for step in (64, 128):
       for pair in registers:
