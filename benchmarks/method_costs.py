@@ -3,7 +3,7 @@
   python -m benchmarks.method_costs       # half a minute; rows go to results/method_costs.json
 
 One layer of 24 heads of 128 channels, forward, one sample, the step that most of a sampling run does; tiles of at most 128 rows
-except where the method has its own (sliding_tile: 6 x 8 x 8 = 384 rows). A routed method is counted at its router's prior.
+except where the method has its own (sliding_tile: 6 x 8 x 8 = 384 rows; radial: 1 x 8 x 16). A routed method is counted at its router's prior.
 """
 
 import math
@@ -18,7 +18,7 @@ from freqformer.methods.registry import METHODS, method_class
 HEADS, HEAD_DIM, STEPS = 24, 128, 50
 # Latent tokens (t, y, x): Wan 2.1 at 480p and 720p, HunyuanVideo at 117 frames of 768 x 1280 and 509 frames of 720p.
 GRIDS = ((21, 30, 52), (21, 45, 80), (30, 48, 80), (128, 45, 80))
-OWN_TILES = {"sliding_tile": (6, 8, 8)}
+OWN_TILES = {"sliding_tile": (6, 8, 8), "radial": (1, 8, 16)}
 
 
 def cost_row(name: str, grid) -> dict:

@@ -89,6 +89,12 @@ def test_radial_density_is_its_analytic_value(grid, tile, decay, sink):
   assert mask.density().item() == pytest.approx(radial_density(layout, decay, sink), abs=1e-12)
 
 
+def test_radial_saves_what_its_paper_says():
+  """ "500 frames of 720p: 9 times less attention" (arXiv 2506.19852): 128 latent frames of 45 x 80 tokens, dense over radial."""
+  mask = Radial().mask(TileLayout((128, 45, 80), (1, 8, 16), 128))
+  assert 1 / mask.density(128 * 45 * 80).item() == pytest.approx(9, rel=0.02)
+
+
 def test_radial_width_halves_with_every_band():
   widths = radial_widths(TileLayout((64, 8, 8), (1, 1, 1), 1))
   for band in range(6):
