@@ -42,7 +42,7 @@ class Device:
     hbm: bytes/s of a copy; l2_bytes: capacity.
     block_s: launch, first loads and epilogue of a thread block. Ours, unmeasured.
     launch_s: gap between two launches in one program. Ours, unmeasured.
-    backward: share of the dense rate that a backward reaches: cuDNN and FlashAttention-3 lose about a quarter there.
+    backward: share of the dense rate that a backward reaches. Assumed; FlashAttention-3 (arXiv 2407.08608) shows about that.
     extra_passes: matmuls of a two-pass backward over those that count (7 / 5).
   """
 

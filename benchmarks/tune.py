@@ -242,7 +242,7 @@ def search(keys: list[Key], store: Store, budget: Budget, static: bool) -> dict[
     if budget.deadline.left <= 0:
       logging.warning("no time left for %s and what follows", key)
       break
-    trials = _known_trials(key) or [compile_candidate(key, config) for config in tuning.candidates(key)]
+    trials = _known_trials(key) or _compiled(key, static)
     if not static:
       trials = time_candidates(key, trials, "pallas_mgpu", budget)
       if (best := choose(key, trials)) is not None:
@@ -257,6 +257,22 @@ def search(keys: list[Key], store: Store, budget: Budget, static: bool) -> dict[
     store.add(row | {"chosen": vars(chosen[key]) if key in chosen else None})
     print(report(key, trials, chosen.get(key)), flush=True)
   return chosen
+
+
+def _compiled(key: Key, static: bool) -> list[Trial]:
+  """Every candidate after the compiler; on a device, running them decides if compiling ahead of time does not work there."""
+  configs = tuning.candidates(key)
+  try:
+    trials = [compile_candidate(key, config) for config in configs]
+  except RuntimeError as error:
+    if static:
+      raise
+    logging.warning("no compiling ahead of time here, candidates are judged by running them: %s", error)
+    return [Trial(config) for config in configs]
+  if not static and all(trial.refused.startswith("does not compile") for trial in trials):
+    logging.warning("no candidate of %s compiles ahead of time (%s); trying them on the device", key, trials[0].refused)
+    return [Trial(config) for config in configs]
+  return trials
 
 
 def row_name(key: Key) -> str:

@@ -54,6 +54,20 @@ def test_a_candidate_that_does_not_compile_is_refused(monkeypatch):
   assert "no such layout" in tune.compile_candidate(KEY, tuning.default(KEY)).refused
 
 
+def test_where_nothing_compiles_ahead_the_device_decides(monkeypatch):
+  def missing(*_, **__):
+    raise RuntimeError("needs jax-cuda13-plugin")
+
+  monkeypatch.setattr(offline, "compile_for", missing)
+  assert [t.refused for t in tune._compiled(KEY, static=False)] == [""] * len(tuning.candidates(KEY))
+  with pytest.raises(RuntimeError, match="needs jax-cuda13-plugin"):
+    tune._compiled(KEY, static=True)
+  refused = lambda key, config: tune.Trial(config, "does not compile: no target")
+  monkeypatch.setattr(tune, "compile_candidate", refused)
+  assert not any(t.refused for t in tune._compiled(KEY, static=False))
+  assert all(t.refused for t in tune._compiled(KEY, static=True))
+
+
 @pytest.mark.parametrize("direction", tuning.DIRECTIONS)
 def test_right_candidates_are_timed(direction):
   key = dataclasses.replace(KEY, direction=direction)
