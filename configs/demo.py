@@ -76,6 +76,26 @@ def get_config():
             noise=0.5,
           ),
         ),
+        # The other methods run when `method` or `layers` names them; budgets near FreqFormer's density on 2x3x3 tiles.
+        sparseflow=dict(
+          schedule=dict(frames=(1, 2), direction="sparse_early", shape="linear"),
+          around=(1, 2),
+          anchors=0,
+          feature_map="elu",
+          allocation="routed",
+          router=dict(
+            mode="soft",
+            hidden=32,
+            statistics=True,
+            prior=(0.6, 0.4),
+            prior_slope=0.0,
+            temperature=(1.0, 0.25),
+            budget=0.1,  # 60 % of sparse heads: at 0.2 nothing holds the router back, and it makes every head sparse
+            penalty=0.05,
+            noise=0.5,
+          ),
+        ),
+        sparse_linear=dict(critical=0.15, negligible=0.1, feature_map="softmax"),
       ),
     )
   )
