@@ -25,7 +25,8 @@ class Plan:
     bands: composition by row prefix.
     launches: shapes of one launch against three; those in `concurrent` also with concurrent command buffers.
     fused: shapes of "freqformer"; fixed: of "fixed4k".
-    backward: (shape, density) of backward passes of lists; backward_dense: shapes of dense ones.
+    backward: (shape, density) of backward passes of lists.
+    backward_dense, fused_backward: shapes of dense backward passes and of FreqFormer's.
     around: shapes of what FreqFormer does around attention.
     rest: (shape, density) measured last: other head counts, ragged grids, other densities for the plot.
     one_head_above: dense attention of more tokens is measured with one head and scaled.
@@ -59,6 +60,7 @@ class Plan:
   fixed: tuple[str, ...] = ("a_1m", "a_128k", "a_64k")
   backward: tuple[tuple[str, float], ...] = (("a_64k", 0.1), ("a_128k", 0.1), ("a_128k", 0.05))
   backward_dense: tuple[str, ...] = ("a_16k", "a_64k")
+  fused_backward: tuple[str, ...] = ("a_128k",)
   around: tuple[str, ...] = ("a_128k",)
   rest: tuple[tuple[str, float], ...] = (
     ("d_75k", 0.1),
@@ -123,6 +125,7 @@ SHORT = dataclasses.replace(
   fixed=("a_1m",),
   backward=(("a_64k", 0.1),),
   backward_dense=("a_16k",),
+  fused_backward=("a_64k",),
   around=("a_64k",),
   rest=(("d_32k", 0.1),),
 )

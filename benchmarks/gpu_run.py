@@ -4,12 +4,14 @@ import dataclasses
 import os
 import pathlib
 
+import numpy as np
 from absl import logging
 
 from benchmarks import gates, gpu_masks, gpu_peers, rows
 from benchmarks.gpu_attention import Session, line
 from benchmarks.gpu_plan import FULL, REHEARSAL, Plan
 from benchmarks.gpu_rows import Deadline, Store, open_device
+from kernels import tuning
 
 EXPECTED = rows.RESULTS / "attention_gpu_expected.json"
 
@@ -53,6 +55,19 @@ def list_variants(run: Session):
   for block_q, block_kv in run.plan.tiles:
     make = lambda q=block_q, kv=block_kv: run.forward(gpu_masks.rectangular(spec, q, kv, 0.1))
     run.row(f"lists_d10_{block_q}x{block_kv}/{spec.name}", make)
+
+
+def lowerings(run: Session):
+  """Dense mode with Mosaic lowering by lane and by warpgroup: whichever the configurations chose, and the other."""
+  spec = run.plan.spec(run.plan.dense[0])
+  key = tuning.Key("h100", spec.head_dim, spec.block, spec.block, "forward")
+  for by_lane in (False, True):
+
+    def make(by_lane=by_lane):
+      with tuning.override({key: dataclasses.replace(tuning.lookup(key), by_lane=by_lane)}):
+        return run.forward(gpu_masks.dense(spec)) | {"by_lane": by_lane}
+
+    run.row(f"dense_by_{'lane' if by_lane else 'warpgroup'}/{spec.name}", make, 25)
 
 
 def launches(run: Session, which: slice = slice(None)):
@@ -103,7 +118,13 @@ def around(run: Session):
 
 
 def rest(run: Session):
-  """Other head counts, ragged grids, and the densities that complete the plot."""
+  """FreqFormer's backward, a fixed budget of random keys, other head counts, ragged grids, densities that complete the plot."""
+  for name in run.plan.fused_backward:
+    run.row(f"backward_freqformer/{name}", lambda n=name: run.backward(gpu_masks.fused(run.plan.spec(n), run.plan.bands)), 40)
+  keys = int(np.prod(run.plan.bands.window)) * run.plan.spec(run.plan.fixed[0]).block
+  for name in run.plan.fixed[:1]:
+    make = lambda n=name: run.forward(gpu_masks.random_lists(run.plan.spec(n), keys=keys))
+    run.row(f"lists_4k/{name}", make, 40)
   for name, density in run.plan.rest:
     make = lambda n=name, d=density: run.forward(gpu_masks.random_lists(run.plan.spec(n), d))
     run.row(f"lists_{_label(density)}/{name}", make, 25)
@@ -138,6 +159,7 @@ def torch(run: Session):
 PARTS = (
   ceilings,
   dense_mode,
+  lowerings,
   lists,
   list_variants,
   first_launches,

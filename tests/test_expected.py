@@ -89,3 +89,10 @@ def test_the_committed_file_is_what_the_model_says():
   for row in committed:
     value = "seconds" if "seconds" in row else "ratio"
     np.testing.assert_allclose(row[value], fresh[row["name"]][value], rtol=1e-6)
+
+
+def test_the_documented_gates_are_what_the_model_says():
+  printed = gates.table(gates.gate_rows([], expected.expected_rows()))
+  text = (expected.rows.RESULTS.parent.parent / "docs" / "benchmarks.md").read_text()
+  for line in printed.splitlines():
+    assert line.rstrip() in text, f"docs/benchmarks.md lacks {line!r}: run python -m benchmarks.expected and paste its table"

@@ -31,6 +31,7 @@ def test_every_part_writes_correct_rows(rehearsed):
     "ceiling/matmul",
     "cudnn/a_64k",
     "dense/a_64k",
+    "dense_by_lane/a_64k",
     "lists_d10/a_64k",
     "lists_d10_unsorted/a_64k",
     "lists_d10_16x8/a_64k",
@@ -41,6 +42,8 @@ def test_every_part_writes_correct_rows(rehearsed):
     "freqformer/a_64k",
     "fixed4k/a_1m",
     "around/a_64k",
+    "backward_freqformer/a_64k",
+    "lists_4k/a_1m",
     "lists_d10/d_32k",
   ):
     assert name in by_name, name
