@@ -2,8 +2,9 @@
 
   python -m benchmarks.method_costs       # half a minute; rows go to results/method_costs.json
 
-One layer of 24 heads of 128 channels, forward, one sample, the step that most of a sampling run does; tiles of at most 128 rows
-except where the method has its own (sliding_tile: 6 x 8 x 8 = 384 rows; radial: 1 x 8 x 16). A routed method is counted at its router's prior.
+One layer of 24 heads of 128 channels, forward, one sample, the step that most of a sampling run does; tiles of at most 128
+rows except where the method has its own (sliding_tile: 6 x 8 x 8 = 384 rows; radial: 1 x 8 x 16). A routed method is counted
+at its router's prior.
 """
 
 import math

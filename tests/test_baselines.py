@@ -90,7 +90,7 @@ def test_radial_density_is_its_analytic_value(grid, tile, decay, sink):
 
 
 def test_radial_saves_what_its_paper_says():
-  """ "500 frames of 720p: 9 times less attention" (arXiv 2506.19852): 128 latent frames of 45 x 80 tokens, dense over radial."""
+  """500 frames of 720p: 9x less attention (arXiv 2506.19852). Here: 128 latent frames of 45 x 80 tokens, dense over radial."""
   mask = Radial().mask(TileLayout((128, 45, 80), (1, 8, 16), 128))
   assert 1 / mask.density(128 * 45 * 80).item() == pytest.approx(9, rel=0.02)
 
