@@ -1,0 +1,349 @@
+"""How wrong each operator of FreqFormer is, head by head, beside what bounds it (docs/complexity.md derives the bounds).
+
+  python -m freqformer.approximation --workdir=runs/demo      # on q, k, v of a trained checkpoint
+
+Y is dense attention, Y' the operator's output; a row's error is the Euclidean norm of its difference, max|v| the largest norm
+of a value.
+
+  dropped     tiles left out, with softmax mass e of a row:          |y - y'| <= 2 e max|v|
+  cell means  q, k, v replaced by the means of their cells (haar):   |y - y'| <= (exp(2 delta) - 1) max|v|
+              delta: the row's largest difference between a pair's score and its cells'; above delta = log(3) / 2 the
+              trivial 2 max|v| is the smaller bound and is taken
+  filter      a band kept, the others discarded:                     |Y - P_b Y|^2 = |Y|^2 - |P_b Y|^2 exactly
+  other bases (block_dct, dct): measured; no bound is claimed
+
+The squared error splits over bands exactly: |Y - Y'|^2 = sum_b |P_b (Y - Y')|^2. Everything but the transforms is float64.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from freqformer.dit import VideoDiT
+from freqformer.layout import LayoutTables, TileLayout
+from freqformer.methods.base import Method
+from freqformer.planners.block_topk import block_topk, fixed_tiles, pool_tiles
+from freqformer.planners.sliding_tile import sliding_tile
+from freqformer.spectral import SpectralBasis, SpectralTables
+from kernels.block_mask import BlockMask
+
+BANDS = ("low", "mid", "high")
+# Cells of two tokens per axis; the mid cut decides only how an error is split over bands.
+CELL_MEANS = SpectralBasis("haar", (0.5, 0.5, 0.5), (1.0, 1.0, 1.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+  """One head's finished q and k, its v and its coarse tokens; NumPy float64, padding rows dropped from nothing.
+
+  Attributes:
+    q, k, v: `[n_buffer, d]`. valid: bool `[n_buffer]`.
+    coarse_q, coarse_k, coarse_v: `[n_coarse, d]` of one basis.
+    operators: that basis on the layout.
+  """
+
+  q: np.ndarray
+  k: np.ndarray
+  v: np.ndarray
+  valid: np.ndarray
+  coarse_q: np.ndarray
+  coarse_k: np.ndarray
+  coarse_v: np.ndarray
+  operators: "Operators"
+
+  @property
+  def scale(self) -> float:
+    return self.q.shape[-1] ** -0.5
+
+  def scores(self) -> np.ndarray:
+    """Scaled scores `[n_buffer, n_buffer]`, -inf at padding keys."""
+    return np.where(self.valid, self.q @ self.k.T * self.scale, -np.inf)
+
+  def largest_value(self) -> float:
+    """max|v| over tokens."""
+    return float(np.linalg.norm(self.v[self.valid], axis=-1).max())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Operators:
+  """The transforms of a small layout as plain matrices, taken from the code that runs; float64, columns in padding 0.
+
+  Attributes:
+    low, box: projections `[n_buffer, n_buffer]`. lift: `[n_buffer, n_coarse]`.
+    weight: s^2, the tokens that each coarse token stands for, `[n_coarse]`.
+  """
+
+  low: np.ndarray
+  box: np.ndarray
+  lift: np.ndarray
+  weight: np.ndarray
+
+  @classmethod
+  @functools.lru_cache(maxsize=8)  # noqa: B019  a classmethod: the cache holds no instance
+  def of(cls, basis: SpectralBasis, layout: TileLayout) -> "Operators":
+    spectral = basis.fit(layout)
+    rows, coarse = np.eye(layout.n_buffer, dtype=np.float32)[None], np.eye(spectral.n_coarse, dtype=np.float32)[None]
+    run = jax.jit(lambda s, x, y: (s.project_low(x), s.project_box(x), s.lift(y)))
+    found = run(spectral, rows, coarse)
+    return cls(*(np.asarray(x[0], np.float64) for x in found), np.asarray(spectral.cell_weight, np.float64) ** 2)
+
+  def bands(self, x: np.ndarray) -> np.ndarray:
+    """P_low x, P_mid x, P_high x of `[n_buffer, d]`."""
+    low, box = self.low @ x, self.box @ x
+    return np.stack([low, box - low, x - box])
+
+  def cells(self) -> np.ndarray:
+    """Of each buffer row the coarse token whose cell it lies in (haar), int `[n_buffer]`; 0 in padding rows."""
+    return self.lift.argmax(-1)
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+  """Over the last axis; rows that see nothing come out 0."""
+  top = scores.max(-1, keepdims=True)
+  p = np.exp(scores - np.where(np.isfinite(top), top, 0))
+  total = p.sum(-1, keepdims=True)
+  return p / np.where(total > 0, total, 1)
+
+
+# ---- the operators -------------------------------------------------------------------------------------------------------
+
+
+def dropped(head: Head, listed: np.ndarray) -> dict:
+  """Attention over the listed pairs only, bool `[n_buffer, n_buffer]`: error and bound `2 e max|v|` of every row."""
+  scores = head.scores()
+  p = softmax(scores)
+  mass = np.where(listed, 0, p).sum(-1)
+  difference = (p - softmax(np.where(listed, scores, -np.inf))) @ head.v
+  return _result(head, difference, 2 * mass * head.largest_value())
+
+
+def compressed(head: Head, bounded: bool) -> dict:
+  """Dense attention among coarse tokens, lifted; a cell counts as the tokens that it stands for.
+
+  Args:
+    head: with the coarse tokens of its basis.
+    bounded: whether cells are sets of tokens (haar), so that the bound applies; else the bound is None.
+  """
+  operators = head.operators
+  coarse = head.coarse_q @ head.coarse_k.T * head.scale
+  scores = head.scores()
+  lifted = operators.lift @ (softmax(coarse + np.log(operators.weight)) @ head.coarse_v)
+  difference = softmax(scores) @ head.v - lifted
+  if not bounded:
+    return _result(head, difference, None)
+  cell = operators.cells()
+  with np.errstate(invalid="ignore"):
+    delta = np.where(head.valid, np.abs(scores - coarse[np.ix_(cell, cell)]), 0).max(-1)
+  # Two weighted means of v never differ by more than 2 max|v|, whatever the weights.
+  bound = np.minimum(np.expm1(2 * delta), 2) * head.largest_value()
+  return _result(head, difference, bound) | {"delta": float(delta[head.valid].max())}
+
+
+def filtered(head: Head, band: int) -> dict:
+  """Keeps one band of dense attention's output; error and bound are equal: the energy of the other bands."""
+  y = np.where(head.valid[:, None], softmax(head.scores()) @ head.v, 0)
+  parts = head.operators.bands(y)
+  found = _result(head, y - parts[band], None)
+  energy = np.square(parts).sum((1, 2))
+  return found | {"bound": float(np.sqrt(energy.sum() - energy[band])), "error": found["total"], "exact": True}
+
+
+def _result(head: Head, difference: np.ndarray, bound: np.ndarray | None) -> dict:
+  """Largest row error and bound, whether every row keeps its own, and the squared error by band."""
+  difference = np.where(head.valid[:, None], difference, 0)
+  error = np.linalg.norm(difference, axis=-1)
+  bands = np.square(head.operators.bands(difference)).sum((1, 2))
+  found = {"error": float(error.max()), "total": float(np.linalg.norm(error)), "bands": bands.tolist(), "exact": False}
+  if bound is None:
+    return found | {"bound": None, "holds": None}
+  # float64 rounding of rows that miss nothing
+  slack = 1e-9 * head.largest_value()
+  worst = int((error - bound)[head.valid].argmax())
+  holds = bool((error <= bound + slack)[head.valid].all())
+  at = np.flatnonzero(head.valid)[worst]
+  return found | {"bound": float(bound[head.valid].max()), "holds": holds, "closest": float(error[at] / max(bound[at], 1e-300))}
+
+
+# ---- all heads of a layer ------------------------------------------------------------------------------------------------
+
+
+def measure(tensors: dict, layout: TileLayout, method, case: str, layer: int = 0) -> list[dict]:
+  """Every operator on every head of one sample.
+
+  Args:
+    tensors: `q`, `k` (finished) and `v` `[n_buffer, h, d]`, and per basis name `(q, k, v)` coarse `[n_coarse, h, d]` under
+      `coarse`; of `Probe`.
+    layout: of the buffer. method: a `FreqFormer`: its window, mid budget and basis.
+    case, layer: what the rows are called.
+
+  Returns:
+    rows `{"case", "layer", "head", "kind", "error", "bound", "holds", "total", "bands"}`; `error` is the worst row's norm
+    (of a filter the whole head's), `bands` the squared error in low, mid, high.
+  """
+  arrays, rows = layout.arrays(), []
+  listed = {"mid: top tiles": _mid(tensors, arrays, method), "high: window": sliding_tile(layout, method.window, method.border)}
+  listed = {name: np.asarray(mask.to_dense())[0] for name, mask in listed.items()}
+  for h in range(tensors["q"].shape[1]):
+    found = {}
+    for name, basis in bases(method).items():
+      head = _head(tensors, arrays, h, name, Operators.of(basis, layout))
+      found[f"low: {name}"] = compressed(head, basis == CELL_MEANS)
+      if basis == CELL_MEANS:
+        continue
+      for kind, pairs in listed.items():
+        found[kind] = dropped(head, pairs[h if len(pairs) > 1 else 0])
+      for i, band in enumerate(BANDS):
+        found[f"filter: {band}"] = filtered(head, i)
+    rows += [{"case": case, "layer": layer, "head": h, "kind": kind, **result} for kind, result in found.items()]
+  return rows
+
+
+def bases(method) -> dict[str, SpectralBasis]:
+  """Cell means, which have a bound, and the method's own basis, which has none."""
+  return {"cell means": CELL_MEANS, method.basis.kind: method.basis}
+
+
+def _mid(tensors, arrays, method) -> BlockMask:
+  layout = arrays.layout
+  q, k = (pool_tiles(jnp.asarray(tensors[n], jnp.float32)[None], arrays) for n in "qk")
+  return block_topk(q, k, method.mid_tiles, fixed_tiles(layout, method.sink, method.anchors), arrays.kv_len, layout.block)
+
+
+def _head(tensors, arrays, h, name, operators) -> Head:
+  fine = (np.asarray(tensors[n][:, h], np.float64) for n in "qkv")
+  coarse = (np.asarray(x[:, h], np.float64) for x in tensors["coarse"][name])
+  return Head(*fine, np.asarray(arrays.valid), *coarse, operators)
+
+
+# ---- where q, k, v come from ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe(Method):
+  """Runs another method and hands its q, k, v out in aux; same parameters, so any checkpoint of that method loads."""
+
+  inner: Method
+
+  def build(self, dims, layout, rngs):
+    return self.inner.build(dims, layout, rngs)
+
+  def tables(self, layout):
+    return {"inner": self.inner.tables(layout), "bases": {n: b.fit(layout) for n, b in bases(self.inner).items()}}
+
+  def __call__(self, module, qkv, cond, tables, state):
+    out, state, aux = self.inner(module, qkv, cond, tables["inner"], state)
+    return out, state, aux | {"probe": finished(qkv, tables["bases"])}
+
+
+def finished(qkv, spectra: dict[str, SpectralTables]) -> dict:
+  """q and k as attention sees them, and the coarse tokens of each basis: compressed first, then normed and rotated."""
+  coarse = {
+    name: (qkv.rotate_q(s.compress(qkv.q), s.centres), qkv.rotate_k(s.compress(qkv.k), s.centres), s.compress(qkv.v))
+    for name, s in spectra.items()
+  }
+  positions = qkv.layout.positions
+  return {"q": qkv.rotate_q(qkv.q, positions), "k": qkv.rotate_k(qkv.k, positions), "v": qkv.v, "coarse": coarse}
+
+
+def measure_model(config, params, latent_shape, classes: int, latents, time: float, label: int = 0, case: str = "model"):
+  """`measure` of every layer of a trained model, on one noisy latent.
+
+  Args:
+    config: the model's `ModelConfig`, all of its layers a `FreqFormer`; params: its parameters (of `restore_model`).
+    latent_shape: `(t, y, x, c)`; classes: of the model.
+    latents: `[t, y, x, c]`, normalised as in training; noise is added here: `x_t = (1 - t) x_0 + t eps`.
+    time: t; label: class. case: name of the rows.
+  """
+  methods = tuple((name, Probe(method)) for name, method in config.attention.methods if hasattr(method, "basis"))
+  probed = dataclasses.replace(config, attention=dataclasses.replace(config.attention, methods=methods))
+  graphdef, _ = nnx.split(nnx.eval_shape(lambda: VideoDiT(probed, latent_shape, classes, nnx.Rngs(0))))
+  model = nnx.merge(graphdef, params)
+  noise = jax.random.normal(jax.random.key(0), latents.shape)
+  x = ((1 - time) * jnp.asarray(latents) + time * noise)[None]
+  tables = jax.tree.map(jnp.asarray, model.tables(latent_shape))
+  run = jax.jit(lambda model, *args: model(*args)[2])
+  auxes = run(model, x, jnp.full(1, time), jnp.full(1, label), tables)
+  rows, layer = [], 0
+  for (count, method), aux in zip(probed.runs(), auxes, strict=True):
+    for i in range(count):
+      tensors = jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i, 0], np.float64), aux["probe"])
+      rows += measure(tensors, config.layout(latent_shape), method.inner, case, layer)
+      layer += 1
+  return rows
+
+
+def random_tensors(arrays: LayoutTables, method, heads: int, d: int, seed: int, smooth: float = 0.0) -> dict:
+  """Normal q, k, v and their coarse tokens; `smooth` in [0, 1) is the share of variance that a whole grid shares."""
+  rng, layout = np.random.default_rng(seed), arrays.layout
+  shared = rng.normal(size=(3, 1, heads, d))
+  mix = lambda own, base: np.sqrt(1 - smooth) * own + np.sqrt(smooth) * base
+  q, k, v = mix(rng.normal(size=(3, layout.n_buffer, heads, d)), shared).astype(np.float32)
+  compress = jax.jit(lambda spectral, x: spectral.compress(x))
+  all_of = lambda basis: np.asarray(compress(basis.fit(layout), np.stack([q, k, v])))
+  coarse = {name: tuple(all_of(basis)) for name, basis in bases(method).items()}
+  return {"q": q, "k": k, "v": v, "coarse": coarse}
+
+
+def summary(rows: list[dict]) -> list[dict]:
+  """Per case and kind: heads, worst error, its bound, the closest that a row came to its own, how many heads keep theirs."""
+  found = []
+  for case, kind in dict.fromkeys((r["case"], r["kind"]) for r in rows):
+    own = [r for r in rows if (r["case"], r["kind"]) == (case, kind)]
+    worst = max(own, key=lambda r: r["error"])
+    bands = np.sum([r["bands"] for r in own], 0)
+    found.append(
+      {
+        "case": case,
+        "kind": kind,
+        "heads": len(own),
+        "error": worst["error"],
+        "bound": worst["bound"],
+        "closest": max((r.get("closest", 0.0) for r in own), default=0.0),
+        "kept": sum(bool(r["holds"]) for r in own) if worst["holds"] is not None else None,
+        "band_shares": (bands / max(bands.sum(), 1e-300)).tolist(),
+        "exact": worst["exact"],
+        "measured": True,
+      }
+    )
+  return found
+
+
+def table(rows: list[dict]) -> str:
+  """`summary` for people."""
+  head = f"{'case':<14} {'operator':<18} {'heads':>5} {'worst error':>12} {'its bound':>10} {'error/bound':>11}"
+  lines = [f"{head}  squared error low/mid/high"]
+  for r in summary(rows):
+    bound = "none" if r["bound"] is None else f"{r['bound']:.3g}"
+    close = "-" if r["bound"] is None else "exact" if r["exact"] else f"{r['closest']:.3g}"
+    shares = " / ".join(f"{s:.0%}" for s in r["band_shares"])
+    lines.append(f"{r['case']:<14} {r['kind']:<18} {r['heads']:>5} {r['error']:>12.4g} {bound:>10} {close:>11}  {shares}")
+  return "\n".join(lines)
+
+
+def main(argv=None):
+  """Measures a checkpoint."""
+  import argparse
+
+  from freqformer.data.cache import prepare
+  from freqformer.restore import restore_model
+
+  parser = argparse.ArgumentParser(prog="python -m freqformer.approximation", description=__doc__.split("\n")[0])
+  parser.add_argument("--workdir", required=True, help="folder of a run trained with FreqFormer")
+  parser.add_argument("--times", default="0.9,0.5,0.1", help="t of the noisy latents")
+  args = parser.parse_args(argv)
+  model, params, restored = restore_model(args.workdir)
+  item = prepare(restored.experiment.data, "val")[0]
+  rows = []
+  for t in map(float, args.times.split(",")):
+    given = (model.config, params, restored.latent_shape, len(restored.class_names), item["latent"], t, int(item["label"]))
+    rows += measure_model(*given, case=f"t = {t:g}")
+  print(table(rows))
+  return rows
+
+
+if __name__ == "__main__":
+  main()
