@@ -12,6 +12,7 @@ first search kept for good, and for random tiles, all at the base budget.
 import dataclasses
 import functools
 import math
+import time
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,7 @@ from freqformer.restore import restore_model
 from freqformer.sampling import SampleConfig, make_step, sample
 from kernels.attention import attention
 from kernels.block_scores import block_mass
+from kernels.offline import compile_for
 
 _PART = flags.DEFINE_enum("part", "time", ["time", "state", "recall"], "What to measure.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "recall: run of a dense model.")
@@ -81,15 +83,27 @@ def time_rows() -> list[dict]:
   bystanders = timing.Bystanders()
   times = timing.interleave(calls, _ROUNDS.value)
   density, others = float(mask.density(layout.n).mean()), bystanders.share()
+  cpu = {name: float(np.median([_cpu_seconds(c) for _ in range(_ROUNDS.value)])) for name, c in calls.items()}
   shape = dict(tokens=layout.n, heads=4, head_dim=64, block=128, density=density, others_cpu=others, unit="s")
   found = [
-    {"name": f"time/{name}", "value": t.median, "goal": None, "met": None, **t.row(), **shape} for name, t in times.items()
+    {"name": f"time/{name}", "value": t.median, "goal": None, "met": None, "cpu_s": cpu[name], **t.row(), **shape}
+    for name, t in times.items()
   ]
   for name in ("sparse attention", "step reuse"):
-    ratio = times["dense attention"].median / times[name].median
-    fields = shape | {"unit": "", "speed_up": ratio, "largest_possible": 1 / density}
-    found.append(rows.goal_row(f"time/{name}, retained of 1 / density", ratio * density, ">= 0.6", **fields))
+    for kind, ratio in (
+      ("wall time", times["dense attention"].median / times[name].median),
+      ("CPU time", cpu["dense attention"] / cpu[name]),
+    ):
+      fields = shape | {"unit": "", "speed_up": ratio, "largest_possible": 1 / density}
+      found.append(rows.goal_row(f"time/{name}, retained by {kind}", ratio * density, ">= 0.6", **fields))
   return found
+
+
+def _cpu_seconds(call) -> float:
+  """CPU time of one call over all threads: what a busy machine changes least."""
+  start = time.process_time()
+  jax.block_until_ready(call())
+  return time.process_time() - start
 
 
 # ---- state ---------------------------------------------------------------------------------------------------------------
@@ -118,7 +132,18 @@ def state_rows() -> list[dict]:
       tiles=layout.tiles,
     )
     found.append(rows.goal_row(f"state/{name}", sum(sizes.values()) / 1e6, "<= 320", **fields))
-  return found
+  return found + [_search_memory(TileLayout.fit(shape[:3], 128))]
+
+
+def _search_memory(layout) -> dict:
+  """Temporary bytes of one layer's search, compiled for an H100 (by XLA; no GPU is asked for)."""
+  arrays, method = layout.arrays(), AdaSpa()
+  q = jax.ShapeDtypeStruct((1, layout.n_buffer, 40, 128), jnp.bfloat16)
+  lse = jax.ShapeDtypeStruct((1, 40, layout.n_buffer), jnp.bfloat16)
+  fixed = method.tables(layout)["fixed"]
+  compiled = compile_for(lambda q, k, lse, fixed: method.find(q, k, lse, arrays, fixed), q, q, lse, fixed)
+  scores = 4 * layout.n_buffer**2 / 1e6
+  return rows.goal_row("search memory, H100", compiled.temp_bytes / 1e6, None, unit="MB", scores_of_one_head_mb=scores)
 
 
 # ---- recall --------------------------------------------------------------------------------------------------------------
