@@ -1,0 +1,135 @@
+"""What `benchmarks/quality.py` compares: training-free methods at equal density, and random block masks as their control.
+
+The control and the wrapper live here and not in the package: nobody should generate videos with them.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from freqformer.cost import attention_cost
+from freqformer.methods.adaspa import AdaSpa
+from freqformer.methods.base import Method, plain_aux
+from freqformer.methods.block_topk import BlockTopK
+from freqformer.methods.freqformer import FreqFormer
+from freqformer.methods.radial import Radial
+from freqformer.methods.sliding_tile import SlidingTile
+from freqformer.methods.spatial_temporal import SpatialTemporal
+from freqformer.planners.dense import dense
+from freqformer.planners.radial import radial_density
+from freqformer.profiling import ProfileConfig
+from kernels.attention import attention
+from kernels.block_mask import BlockMask
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomTiles(Method):
+  """Random lists of `budget` key tiles, the own one among them, as all methods here have it.
+
+  Attributes:
+    fresh: drawn anew by every layer, step, sample and head (errors then average out over a run); else one list per head and
+      query tile for the whole run, as a mask that is searched once.
+  """
+
+  budget: int = 9
+  fresh: bool = True
+
+  def __call__(self, module, qkv, cond, tables, state):
+    arrays, (b, _, h, _) = qkv.layout, qkv.q.shape
+    tiles, block = arrays.layout.tiles, arrays.layout.block
+    q, k = qkv.rotate_q(qkv.q, arrays.positions), qkv.rotate_k(qkv.k, arrays.positions)
+    # The seam hands out no random key in sampling: the bits of the queries' sum differ by layer, step and sample.
+    sums = cond.share(q.astype(jnp.float32).sum((1, 2, 3))) if self.fresh else jnp.zeros(b)
+    draw = lambda x: jax.random.uniform(
+      jax.random.fold_in(jax.random.key(0), jax.lax.bitcast_convert_type(x, jnp.uint32)), shape
+    )
+    shape = (h, tiles, tiles)
+    scores = jax.vmap(draw)(sums) + 2 * jnp.eye(tiles)
+    ids = jnp.sort(jax.lax.top_k(scores, self.budget)[1], -1).astype(jnp.int32)
+    mask = BlockMask(ids, jnp.full(ids.shape[:3], self.budget, jnp.int32), arrays.kv_len, None, block, block)
+    out, _ = attention(q, k, qkv.v, mask, implementation=qkv.implementation)
+    return out, state, plain_aux(mask, arrays.layout.n, b, h, cond.want_masks)
+
+  def cost(self, layout, heads, head_dim, allocation=None):
+    return attention_cost(heads * layout.n * self.budget * layout.n / layout.tiles, head_dim)
+
+
+@dataclasses.dataclass(frozen=True)
+class Warmed(Method):
+  """A stateless method without a schedule, after the same dense steps that the others begin with."""
+
+  inner: Method = RandomTiles()
+  steps: int = 5
+
+  def build(self, dims, layout, rngs):
+    return self.inner.build(dims, layout, rngs)
+
+  def tables(self, layout):
+    return {"inner": self.inner.tables(layout), "dense": dense(layout)}
+
+  def phase(self, step, steps):
+    return "warmup" if step < self.steps else "run"
+
+  def __call__(self, module, qkv, cond, tables, state):
+    if cond.phase != "warmup":
+      return self.inner(module, qkv, dataclasses.replace(cond, phase=""), tables["inner"], state)
+    arrays, (b, _, h, _) = qkv.layout, qkv.q.shape
+    q, k = qkv.rotate_q(qkv.q, arrays.positions), qkv.rotate_k(qkv.k, arrays.positions)
+    out, _ = attention(q, k, qkv.v, tables["dense"], implementation=qkv.implementation)
+    return out, state, plain_aux(tables["dense"], arrays.layout.n, b, h, cond.want_masks)
+
+  def cost(self, layout, heads, head_dim, allocation=None):
+    return self.inner.cost(layout, heads, head_dim, allocation)
+
+  def phase_cost(self, phase, layout, heads, head_dim, allocation=None):
+    if phase == "warmup":
+      return attention_cost(heads * layout.n**2, head_dim)
+    return self.cost(layout, heads, head_dim, allocation)
+
+
+# Windows in tiles of 2 x 2 x 4 tokens, by how many tiles they hold; the first of each is the most cubic in tokens.
+WINDOWS = {4: ((2, 2, 1),), 9: ((3, 3, 1), (1, 3, 3)), 18: ((3, 3, 2), (2, 3, 3)), 36: ((3, 4, 3),)}
+
+
+def settings(layout, warm: int, steps: int):
+  """`(method, variant, budget, Method)` of every point, in the order in which they are worth having.
+
+  Args:
+    warm: dense steps that every method begins with, of `steps`; AdaSpa's first search step is the last of them.
+
+  `budget` is the number of key tiles per query tile after the warm-up that a point is made for; methods whose density comes in
+  other steps (radial, spatial_temporal, measured freqformer) report what ran.
+  """
+  share, again = warm / steps, max(warm, int(0.6 * steps))
+  profile = ProfileConfig(warmup=share)
+  for k in WINDOWS:
+    yield "adaspa", "", k, AdaSpa(1 - k / layout.tiles, warm - 1, (warm - 1, again))
+    yield "random", "", k, Warmed(RandomTiles(k), warm)
+    yield sliding(WINDOWS[k][0], k, warm)
+  for k in WINDOWS:
+    yield "block_topk", "", k, Warmed(BlockTopK(density=k / layout.tiles, coarse="none"), warm)
+  for k in WINDOWS:
+    decay = decay_for(layout, k / layout.tiles)
+    yield "radial", f"decay={decay:.3g}", k, Warmed(Radial(decay, 0), warm)
+  for k in (9, 18, 36):
+    own = FreqFormer(allocation="measured", mid_tiles=k, window=WINDOWS[k][0], profile=dataclasses.replace(profile, slack=0.1))
+    yield "freqformer", "measured", k, own
+  for frames, places, k in ((0, 0, 9), (0, 1, 18), (1, 1, 36)):
+    own = SpatialTemporal(frames=frames, places=places, sink=0, profile=profile)
+    yield "spatial_temporal", f"frames={frames},places={places}", k, own
+  for k in (9, 18):
+    yield sliding(WINDOWS[k][1], k, warm)
+    yield "random", "fixed", k, Warmed(RandomTiles(k, fresh=False), warm)
+    yield "adaspa", "equal heads", k, AdaSpa(1 - k / layout.tiles, warm - 1, (warm - 1, again), adaptive=False)
+
+
+def sliding(window, k: int, warm: int):
+  """The point of one window, in tiles."""
+  return "sliding_tile", "x".join(map(str, window)), k, Warmed(SlidingTile(window=window, unit="tiles"), warm)
+
+
+def decay_for(layout, density: float) -> float:
+  """The radial decay whose density without sink is nearest."""
+  decays = [0.02 * 1.05**i for i in range(120)]
+  return min(decays, key=lambda decay: abs(radial_density(layout, decay, 0) - density))

@@ -1,0 +1,98 @@
+"""The quality study is fair: equal densities, the same dense steps, a control that is random, a verdict that can say no."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import quality, quality_methods
+from freqformer.layout import TileLayout
+from freqformer.methods.base import Cond, Projected
+from freqformer.methods.registry import METHODS
+
+LAYOUT = TileLayout.fit((8, 12, 12), quality.BLOCK)
+WARM, STEPS = 2, 12
+SETTINGS = list(quality_methods.settings(LAYOUT, WARM, STEPS))
+
+
+def test_every_training_free_method_has_points():
+  trained = {"sparseflow", "sparse_linear", "dense"}
+  assert {s[0] for s in SETTINGS} == set(METHODS) - trained | {"random"}
+  names = [quality.point_name(*s[:3]) for s in SETTINGS]
+  assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: quality.point_name(*s[:3]))
+def test_points_begin_dense_and_have_their_density(setting):
+  method, _, budget, config = setting
+  config.check_run(STEPS)
+  dense = 4 * LAYOUT.n**2 * 6 * 16
+  flops = [config.phase_cost(config.phase(s, STEPS), LAYOUT, 6, 16).attention_flops / dense for s in range(STEPS)]
+  assert flops[:WARM] == [1] * WARM and max(flops[WARM + 1 :]) < 0.6
+  if method in ("adaspa", "random", "sliding_tile", "block_topk"):
+    np.testing.assert_allclose(flops[WARM:], budget / LAYOUT.tiles, rtol=1e-6)
+  elif method == "radial":
+    assert abs(flops[-1] - budget / LAYOUT.tiles) < 0.03
+
+
+def lists(method, x, guided=False):
+  """Key tiles `[b, h, tiles, k]` that the control draws for queries `x` `[b, n, h, d]`."""
+  same = lambda x, positions: x
+  qkv = Projected(x, x, x, same, same, LAYOUT.arrays(), "xla")
+  cond = Cond(jnp.full(x.shape[0], 0.5), jnp.ones((x.shape[0], 8)), guided=guided, want_masks=True)
+  return np.asarray(method(None, qkv, cond, {}, {})[2]["mask"].kv_indices)
+
+
+def test_the_control_is_random():
+  x = jax.random.normal(jax.random.key(0), (2, LAYOUT.n_buffer, 3, 4))
+  fresh, fixed = quality_methods.RandomTiles(9), quality_methods.RandomTiles(9, fresh=False)
+  drawn = lists(fresh, x)
+  assert drawn.shape == (2, 3, 72, 9) and (np.diff(drawn) > 0).all()
+  assert (drawn == np.arange(72)[:, None]).any(-1).all()  # its own tile
+  others = np.bincount(drawn.ravel(), minlength=72)
+  assert others.min() > 0.4 * others.mean() and others.max() < 1.8 * others.mean()
+  # Between samples, heads and inputs two lists share their own tile and one of the others in nine; fixed ones are equal.
+  shared = lambda a, b: np.mean([len(np.intersect1d(p, q)) for p, q in zip(a.reshape(-1, 9), b.reshape(-1, 9), strict=True)])
+  for a, b in ((drawn[0], drawn[1]), (drawn[:, 0], drawn[:, 1]), (drawn, lists(fresh, 2 * x))):
+    assert shared(a, b) < 2.5
+  assert shared(drawn, lists(fresh, x)) == 9
+  still = lists(fixed, x)
+  assert (still[0] == still[1]).all() and (still == lists(fixed, 2 * x)).all() and shared(still[0, 0], still[0, 1]) < 2.5
+
+
+def test_both_halves_of_guidance_share_the_control():
+  drawn = lists(quality_methods.RandomTiles(9), jax.random.normal(jax.random.key(0), (4, LAYOUT.n_buffer, 2, 4)), guided=True)
+  assert (drawn[:2] == drawn[2:]).all() and (drawn[0] != drawn[1]).any()
+
+
+def row(method, psnr, variant="", budget=9):
+  return {
+    "name": quality.point_name(method, variant, budget),
+    "method": method,
+    "variant": variant,
+    "budget": budget,
+    "psnr_by_sample": psnr,
+    "psnr": float(np.mean(psnr)),
+    "psnr_standard_error": 0.1,
+    "ssim": 0.9,
+    "density_after_warmup": 0.125,
+    "density_of_run": 0.25,
+    "attention_flops_over_dense": 0.25,
+  }
+
+
+def test_verdict():
+  rows = [row("adaspa", [30.0, 32]), row("random", [29.0, 30]), row("random", [20.0, 20], budget=18)]
+  found = quality.verdict(rows)
+  assert found["met"] and [f["other"] for f in found["adaspa_over"]] == ["random/9"]
+  np.testing.assert_allclose(found["adaspa_over"][0]["gain_db"], 1.5)
+  np.testing.assert_allclose(found["adaspa_over"][0]["standard_error"], 0.5)
+  assert not quality.verdict([*rows, row("sliding_tile", [31.0, 32])])["met"]
+  assert not quality.verdict(rows[:1])["met"]  # nothing compared is nothing shown
+
+
+def test_table_and_plot(tmp_path):
+  rows = [row("adaspa", [30.0, 32]), row("random", [29.0, 30]), row("random", [28.0, 30], "fixed"), {"name": "model"}]
+  text = quality.table(rows)
+  assert text.index("adaspa/9") < text.index("random/9") < text.index("random(fixed)/9") and "+1.50 dB" in text
+  assert quality.plot(rows, tmp_path / "a" / "plot.png").stat().st_size > 5000
