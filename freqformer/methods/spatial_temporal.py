@@ -1,9 +1,8 @@
 """Heads that are spatial or temporal, found online (Sparse VideoGen, arXiv 2502.01776). Training-free, on any checkpoint.
 
-A spatial head sees a few whole frames, a temporal head a few places in every frame, both the first frame. Which one a head is,
-each sample measures at a sampling step: dense attention of a few query rows against the same rows under either pattern, the
-smaller squared error wins. Ours: patterns in tiles; measured once after the dense warm-up unless `profile.every` says otherwise
-(the paper's code measures at every step). Outside sampling each call measures for itself.
+A spatial head sees a few whole frames, a temporal head a few places in every frame, both the first frame. Which one a head is
+is measured: the pattern with the smaller squared error on a few rows of dense attention. Ours: patterns in tiles; measured once
+after a dense warm-up (`profile.every`; the paper's code: at every step). Outside sampling each call measures for itself.
 """
 
 import dataclasses
@@ -55,8 +54,7 @@ class SpatialTemporal(Method):
       choice, mask = jnp.zeros((b, h), jnp.int32), tables["dense"]
     else:
       choice = state["choice"] if cond.phase == "run" else self._measure(q, k, qkv.v, cond, arrays, tables)
-      choice = checkpoint_name(choice, "routing")
-      mask = select(tables["masks"], choice)
+      mask = select(tables["masks"], checkpoint_name(choice, "routing"))
     out, _ = attention(q, k, qkv.v, mask, implementation=qkv.implementation)
     aux = plain_aux(mask, arrays.layout.n, b, h, cond.want_masks)
     return out, {"choice": choice} if state else state, aux | {"choice": choice}
