@@ -1,6 +1,7 @@
 """`SpectralAttention`: the attention layer of every method. It projects, normalises and rotates; the method does the rest."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -78,8 +79,12 @@ class SpectralAttention(nnx.Module):
     """
     b, n, width = x.shape
     q, k, v = jnp.unstack(self.qkv(x).reshape(b, n, 3, self.dims.heads, self.dims.head_dim), axis=2)
-    projected = Projected(
-      q, k, v, lambda x, p: rotate(self.q_norm(x), p), lambda x, p: rotate(self.k_norm(x), p), layout, self.implementation
-    )
+    rotate_q, rotate_k = (functools.partial(_norm_rotary, norm) for norm in (self.q_norm, self.k_norm))
+    projected = Projected(q, k, v, rotate_q, rotate_k, layout, self.implementation)
     out, state, aux = self.config(self.method, projected, cond, tables, state)
     return self.out(out.reshape(b, n, width).astype(self.dtype)), state, aux
+
+
+@jax.named_scope("norm_rotary")
+def _norm_rotary(norm, x, positions):
+  return rotate(norm(x), positions)

@@ -109,22 +109,26 @@ class SpectralTables:
     """Tokens per coarse token."""
     return self.layout.n / self.n_coarse
 
+  @jax.named_scope("compress")
   def compress(self, x: jax.Array) -> jax.Array:
     """U^T x / s: [b, n_buffer, ...] -> [b, n_coarse, ...]; a constant stays that constant."""
     self._check_buffer("compress", x)
     return self.operators.flatten(self.operators.reduce(x, "compress")).astype(x.dtype)
 
+  @jax.named_scope("lift")
   def lift(self, y: jax.Array) -> jax.Array:
     """U (s * y): [b, n_coarse, ...] -> [b, n_buffer, ...]; lift(compress(x)) = P_low x."""
     check_rows("lift", y, self.n_coarse, f"the coarse tokens of coarse_grid={self.coarse_grid}")
     check_floating("lift", y)
     return self.operators.expand(self.operators.unflatten(y), "lift").astype(y.dtype)
 
+  @jax.named_scope("filter")
   def project_low(self, x: jax.Array) -> jax.Array:
     """P_low x: [b, n_buffer, ...] -> the same."""
     self._check_buffer("project_low", x)
     return self.operators.expand(self.operators.reduce(x, "compress"), "lift").astype(x.dtype)
 
+  @jax.named_scope("filter")
   def project_box(self, x: jax.Array) -> jax.Array:
     """P_box x = (P_low + P_mid) x: [b, n_buffer, ...] -> the same."""
     self._check_buffer("project_box", x)

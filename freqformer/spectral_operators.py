@@ -169,8 +169,14 @@ def check_floating(name, x):
 
 
 def _matmul(subscripts, matrix, x):
-  """Einsum in at least float32. HIGHEST: TF32 would leave 1e-3 of a constant in the high band."""
+  """Einsum in at least float32. HIGHEST: TF32 would leave 1e-3 of a constant in the high band.
+
+  16-bit x is held back from its widening: XLA then widens inside the product. Otherwise it would widen once for all readers
+  of x, and write and read that copy, twice as large, in memory (docs/log.md).
+  """
   dtype = jnp.promote_types(x.dtype, jnp.float32)
+  if x.dtype != dtype:
+    x = jax.lax.optimization_barrier(x)
   return jnp.einsum(subscripts, matrix.astype(dtype), x.astype(dtype), precision=jax.lax.Precision.HIGHEST)
 
 

@@ -146,19 +146,18 @@ class FreqFormer(Method):
     spectral, layout = tables.spectral, qkv.layout
     routing = self._route(module, qkv, cond, spectral, state)
     routing = dataclasses.replace(routing, choice=checkpoint_name(routing.choice, "routing"))
-    mid = self._mid_table(qkv, cond, tables)
-    masks = (tables.low, mid, tables.high)
     b, _, h, _ = qkv.q.shape
+    choice, repeat = routing.choice, lambda x: x
     if routing.all_branches:  # head index = branch * h + head
-      choice = np.repeat(np.arange(3, dtype=np.int32), h)[None]
-      repeat = lambda x: jnp.tile(x, (1, 1, 3, 1))
+      choice, repeat = np.repeat(np.arange(3, dtype=np.int32), h)[None], lambda x: jnp.tile(x, (1, 1, 3, 1))
+    q, k, v = self._packed(qkv, spectral, choice, repeat, tables.coarse_tiles)
+    mid = self._mid_table(qkv, cond, tables, (q, k))
+    masks = (tables.low, mid, tables.high)
+    if routing.all_branches:
       mid = dataclasses.replace(
         mid, kv_indices=jnp.tile(mid.kv_indices, (1, 3, 1, 1)), kv_counts=jnp.tile(mid.kv_counts, (1, 3, 1))
       )
-      mask = select((tables.low, mid, tables.high), choice)
-    else:
-      choice, repeat, mask = routing.choice, (lambda x: x), select(masks, routing.choice)
-    q, k, v = self._packed(qkv, spectral, choice, repeat, tables.coarse_tiles)
+    mask = select((tables.low, mid, tables.high), choice)
     out, _ = attention(q, k, v, mask, implementation=qkv.implementation)
     if routing.all_branches:
       out = jnp.einsum("bnchd,bhc->bnhd", out.reshape(b, -1, 3, h, out.shape[-1]), routing.weights.astype(out.dtype))
@@ -192,16 +191,25 @@ class FreqFormer(Method):
     hot = jnp.broadcast_to(jax.nn.one_hot(choice, 3), (b, h, 3))
     return Routing(hot, jnp.broadcast_to(choice, (b, h)), hot, False)
 
-  def _mid_table(self, qkv, cond, tables) -> BlockMask:
-    """Top tiles by pooled *unfiltered*, normed, rotated q and k: a band-filtered tensor has zero mean in a tile."""
-    layout = qkv.layout
-    q = pool_tiles(qkv.rotate_q(jax.lax.stop_gradient(qkv.q), layout.positions), layout)
-    k = pool_tiles(qkv.rotate_k(jax.lax.stop_gradient(qkv.k), layout.positions), layout)
+  def _mid_table(self, qkv, cond, tables, packed) -> BlockMask:
+    """Top tiles by pooled *unfiltered*, normed, rotated q and k: a band-filtered tensor has zero mean in a tile.
+
+    Unless q and k are filtered, the packed buffer holds them. The barrier has them pooled from there: otherwise XLA would
+    norm and rotate into a buffer of its own, for pooling and packing to read (docs/log.md).
+    """
+    layout, h = qkv.layout, qkv.q.shape[2]
+    if self.filter == "qkv":
+      q, k = qkv.rotate_q(qkv.q, layout.positions), qkv.rotate_k(qkv.k, layout.positions)
+    else:
+      start = tables.coarse_tiles * layout.layout.block
+      q, k = (x[:, start:, :h] for x in jax.lax.optimization_barrier(packed))
+    q, k = (pool_tiles(jax.lax.stop_gradient(x), layout) for x in (q, k))
     mask = block_topk(cond.share(q), cond.share(k), self.mid_tiles, tables.fixed, layout.kv_len, layout.layout.block)
     mask = dataclasses.replace(mask, kv_indices=checkpoint_name(mask.kv_indices, "tables"))
     mask = full_rows(mask, tables.high.kv_len, tables.coarse_tiles, self.low_shared)
     return dataclasses.replace(mask, kv_bias=tables.high.kv_bias)
 
+  @jax.named_scope("pack")
   def _packed(self, qkv, spectral: SpectralTables, choice, repeat, coarse_tiles):
     """q, k, v of the packed buffer: compress or filter first, then QK-norm and rotary at each token's own place."""
     block = qkv.layout.layout.block

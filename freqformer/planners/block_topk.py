@@ -12,6 +12,7 @@ from kernels.topk import top_tiles
 _CHUNK_SCORES = None
 
 
+@jax.named_scope("pool")
 def pool_tiles(x: jax.Array, tables: LayoutTables) -> jax.Array:
   """Mean over each tile's valid rows: `[b, n_buffer, h, d] -> [b, h, tiles, d]`, float32."""
   layout = tables.layout
@@ -35,6 +36,7 @@ def fixed_tiles(layout: TileLayout, sink: int = 0, anchors: int = 0) -> np.ndarr
   return np.concatenate(columns, 1)
 
 
+@jax.named_scope("select")
 def block_topk(q_pool: jax.Array, k_pool: jax.Array, budget: int, fixed: np.ndarray, kv_len, block: int) -> BlockMask:
   """The `budget` best key tiles per query tile by `q_pool . k_pool`; fixed tiles count inside the budget.
 

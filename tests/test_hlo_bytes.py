@@ -1,0 +1,53 @@
+"""Counting bytes in a compiled program: against programs whose traffic is known."""
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.hlo_bytes import operations, size
+from benchmarks.memory_bound import parts_of
+from kernels.offline import compile_for
+
+N = 1 << 20
+
+
+def _bytes(fn, *shapes, **kwargs):
+  specs = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
+  return sum(op.bytes for op in operations(compile_for(fn, *specs).compiled.as_text(), **kwargs))
+
+
+def test_sizes():
+  assert size("(f32[2,3]{1,0}, bf16[4]{0}, pred[])") == 24 + 8 + 1
+
+
+def test_element_wise_work_is_one_pass():
+  assert _bytes(lambda x, y: jnp.tanh(x) * y + 1, (N,), (N,)) == 3 * 4 * N
+
+
+def test_a_slice_reads_what_it_takes():
+  assert _bytes(lambda x: jnp.tanh(x + 1)[: N // 4], (N,)) == 2 * N
+  # One column of three, as v of a joint projection.
+  assert _bytes(lambda x: 2 * (x + 1).reshape(-1, 3, 128)[:, 2], (3 * N // 128, 128)) == 2 * 4 * N
+
+
+def test_loops_count_as_often_as_they_run():
+  roll = lambda x: jnp.roll(jnp.sin(x), 1)
+  some = [_bytes(lambda x, n=n: jax.lax.fori_loop(0, n, lambda i, x: roll(x), x), (N,)) for n in (8, 16, 24)]
+  assert some[1] - some[0] == some[2] - some[1] >= 8 * _bytes(roll, (N,))
+
+  def until(x):
+    return jax.lax.while_loop(lambda x: x.sum() < 0, jnp.sin, x)
+
+  one, two, seven = (_bytes(until, (N,), unknown_trips=trips) for trips in (1, 2, 7))
+  assert seven - two == 5 * (two - one) >= 5 * _bytes(jnp.sin, (N,))
+
+
+def test_scopes_reach_the_operations():
+  @jax.named_scope("lift")
+  def lift(x):
+    return jnp.tanh(x)
+
+  compiled = compile_for(jax.jit(lambda x: lift(x) + 1), jax.ShapeDtypeStruct((N,), jnp.float32)).compiled
+  (op,) = operations(compiled.as_text())
+  assert parts_of(op.scopes) == "lift" and not op.kernel
+  assert parts_of(["jit(f)/pack/norm_rotary/mul", "jit(f)/pack/concatenate"]) == "norm_rotary+pack"
+  assert parts_of(["jit(f)/dot_general"]) == ""
