@@ -89,10 +89,8 @@ def dq(data, codes, counts, bias, blocks, scale: float, config: TuningConfig):
 
       def fetch(s, slot):
         for source, ring, full in ((k_gm, k_sm, k_bar), (v_gm, v_sm, v_bar)):
-          for part, (tile, first, _) in enumerate(walk.entries(s, count, entry)):
-            keys = pl.ds(tile * block_kv + first, walk.rows)
-            target = ring.at[slot, pl.ds(part * walk.rows, walk.rows)]
-            plgpu.copy_gmem_to_smem(source.at[sample, keys, head], target, full.at[slot])
+          keys = lambda rows, source=source: source.at[sample, rows, head]
+          walk.copy(keys, ring.at[slot], full.at[slot], walk.entries(s, count, entry))
 
       parts.fill_ring(steps, stages, fetch, (k_free, v_free))
 
@@ -199,10 +197,9 @@ def dkv(data, lists, kv_len, bias, blocks, scale: float, config: TuningConfig):
       def fetch(s, slot):
         sides = ((q_gm, q_sm, lse_gm, lse_sm, q_bar), (do_gm, do_sm, delta_gm, delta_sm, do_bar))
         for source, ring, numbers, numbers_ring, full in sides:
-          for part, (tile, first, _) in enumerate(walk.entries(s, count, entry)):
-            queries, place = pl.ds(tile * block_q + first, walk.rows), pl.ds(part * walk.rows, walk.rows)
-            plgpu.copy_gmem_to_smem(source.at[sample, queries, head], ring.at[slot, place], full.at[slot])
-            plgpu.copy_gmem_to_smem(numbers.at[sample, head, queries], numbers_ring.at[slot, place], full.at[slot])
+          entries = walk.entries(s, count, entry)
+          walk.copy(lambda rows, x=source: x.at[sample, rows, head], ring.at[slot], full.at[slot], entries)
+          walk.copy(lambda rows, x=numbers: x.at[sample, head, rows], numbers_ring.at[slot], full.at[slot], entries)
 
       parts.fill_ring(steps, stages, fetch, (q_free, do_free))
 

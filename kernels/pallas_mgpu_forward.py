@@ -109,10 +109,8 @@ def forward(q, k, v, codes, counts, bias, blocks, scale: float, config: TuningCo
 
       def fetch(s, slot):
         for source, ring, full in ((k_gm, k_sm, k_bar), (v_gm, v_sm, v_bar)):
-          for part, (tile, first, _) in enumerate(walk.entries(s, count, entry)):
-            keys = pl.ds(tile * block_kv + first, walk.rows)
-            target = ring.at[slot, pl.ds(part * walk.rows, walk.rows)]
-            plgpu.copy_gmem_to_smem(source.at[sample, keys, head], target, full.at[slot])
+          keys = lambda rows, source=source: source.at[sample, rows, head]
+          walk.copy(keys, ring.at[slot], full.at[slot], walk.entries(s, count, entry))
 
       parts.fill_ring(steps, stages, fetch, (k_free, v_free))
 

@@ -119,6 +119,16 @@ class Walk:
       found.append((tile, _i32(0), length if part == 0 else jnp.where(i < count, length, 0)))
     return found
 
+  def copy(self, source, target, full, entries):
+    """Starts the copies of one stage; each arrives on `full`.
+
+    Args:
+      source: rows (a slice) -> the global rows; target: the stage's slot of the ring.
+    """
+    for part, (tile, first, _) in enumerate(entries):
+      rows = pl.ds(tile * self.block + first, self.rows)
+      plgpu.copy_gmem_to_smem(source(rows), target.at[pl.ds(part * self.rows, self.rows)], full)
+
   def whole(self, entries):
     """Whether every row of the stage is valid."""
     return functools.reduce(jnp.logical_and, [length == self.rows for _, _, length in entries])
