@@ -10,6 +10,7 @@ from flax import nnx
 
 from freqformer.attention import AttentionDims, SpectralAttention
 from freqformer.config import ConfigError
+from freqformer.dit import KEPT
 from freqformer.layout import TileLayout
 from freqformer.methods.base import Cond
 from freqformer.methods.sparseflow import Schedule, SparseFlow, variance_shares
@@ -233,6 +234,21 @@ def test_padding_rows_change_nothing(train):
 
   grad = nnx.jit(nnx.value_and_grad(loss))
   for a, b in zip(*(jax.tree.leaves(grad(layer, y)) for y in (x, dirty)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["soft", "sampled"])
+def test_rematerialisation_changes_no_gradient(mode):
+  layer = layer_of(SparseFlow(router=RouterConfig(mode=mode, prior=PRIOR)))
+  graphdef, params = nnx.split(layer)
+
+  def loss(params, x):
+    cond = where(train=True, rng=jax.random.key(3))
+    out, _, aux = nnx.merge(graphdef, params)(x, cond, LAYOUT.arrays(), layer.config.tables(LAYOUT), {})
+    return (LAYOUT.arrays().unpack(out) ** 2).sum() + aux["loss"]
+
+  kept = jax.checkpoint(loss, policy=jax.checkpoint_policies.save_only_these_names(*KEPT))
+  for a, b in zip(*(jax.tree.leaves(jax.jit(jax.grad(f))(params, tokens())) for f in (loss, kept)), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
