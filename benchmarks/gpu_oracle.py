@@ -89,20 +89,21 @@ def _row(q, k, v, mask, scale, rounded, where):
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "round_to"))
-def query_rows(q, k, v, mask, where, d_out=None, d_lse=None, *, scale=None, round_to=None):
+def query_rows(inputs, mask, where, cotangents=None, *, scale=None, round_to=None):
   """Exact out, LSE (and dQ, given cotangents) of some query rows.
 
   Args:
-    q, k, v: `[b, n, h, d]`.
+    inputs: `(q, k, v)`, each `[b, n, h, d]`.
     mask: the table of the call.
     where: int32 `[m, 3]`, (sample, head, row).
-    d_out, d_lse: cotangents of the whole call, `[b, n, h, d]` and `[b, h, n]`, or None.
+    cotangents: `(d_out, d_lse)` of the whole call, `[b, n, h, d]` and `[b, h, n]`, or None.
     scale: default `1 / sqrt(d)`.
     round_to: a dtype: scores, probabilities and results are rounded to it, as the plain computation in that type would.
 
   Returns:
     out `[m, d]`, lse `[m]`, and dq `[m, d]` where cotangents are given; float32.
   """
+  q, k, v = inputs
   mask = jax.tree.map(jnp.asarray, mask)
   scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
   rounded = (lambda x: x) if round_to is None else (lambda x: x.astype(round_to).astype(jnp.float32))
@@ -113,9 +114,9 @@ def query_rows(q, k, v, mask, where, d_out=None, d_lse=None, *, scale=None, roun
     lse = jnp.where(scores.max() > -jnp.inf, jnp.log(jnp.exp(scores - top).sum()) + top, -jnp.inf)
     p = rounded(jnp.exp(scores - jnp.maximum(lse, -1e30)))
     out = rounded(_dot("tj,tjd->d", p, values))
-    if d_out is None:
+    if cotangents is None:
       return out, lse
-    sample, head, row = at
+    (d_out, d_lse), (sample, head, row) = cotangents, at
     d_row = jnp.where(lse > -jnp.inf, _wide(d_out[sample, row, head]), 0)
     delta = _dot("d,d->", d_row, out) - jnp.where(lse > -jnp.inf, d_lse[sample, head, row], 0)
     ds = rounded(p * (rounded(_dot("d,tjd->tj", d_row, values)) - delta))
@@ -200,8 +201,8 @@ def forward_error(inputs, mask: BlockMask, found, count: int = 64, seed: int = 0
   q, out, lse = inputs[0], *found
   where = pick_rows(mask, q.shape, count, seed)
   table = dataclasses.replace(mask, transposed=None)
-  want, want_lse = query_rows(*inputs, table, where)
-  plain, _ = query_rows(*inputs, table, where, round_to=_model_dtype(q.dtype))
+  want, want_lse = query_rows(inputs, table, where)
+  plain, _ = query_rows(inputs, table, where, round_to=_model_dtype(q.dtype))
   fields, correct = _fields("out", _at_rows(out, where), want, plain)
   if lse is not None:
     error = Error.of(_at_rows(lse, where), want_lse)
@@ -216,7 +217,7 @@ def backward_error(inputs, mask: BlockMask, found, cotangents, grads, count: int
   fields = forward_error(inputs, mask, found, count)
   correct, table, low = fields["correct"], dataclasses.replace(mask, transposed=None), _model_dtype(q.dtype)
   where = pick_rows(mask, q.shape, count, seed=1)
-  want, plain = (query_rows(*inputs, table, where, *cotangents, round_to=r)[2] for r in (None, low))
+  want, plain = (query_rows(inputs, table, where, cotangents, round_to=r)[2] for r in (None, low))
   checked = [("dq", _at_rows(dq, where), want, plain)]
   where = pick_rows(mask, k.shape, count, seed=2, keys=True)
   wants, plains = (key_rows(inputs, table, found, cotangents, where, round_to=r) for r in (None, low))

@@ -95,7 +95,7 @@ def test_sampled_rows_equal_the_suite_s_oracle(case):
   d_lse = jnp.asarray(d_lse, jnp.float32)
   where = gpu_oracle.pick_rows(mask, q.shape, 20)
   s, h, r = where.T
-  out, lse, dq = gpu_oracle.query_rows(q, k, v, mask, where, jnp.asarray(d_out), d_lse)
+  out, lse, dq = gpu_oracle.query_rows((q, k, v), mask, where, (jnp.asarray(d_out), d_lse))
   found = tuple(jnp.asarray(x, jnp.float32) for x in want[:2])
   where = gpu_oracle.pick_rows(mask, k.shape, 20, keys=True)
   ks, kh, kr = where.T

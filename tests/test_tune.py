@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from benchmarks import tune
+from benchmarks import tune, tune_trials
 from benchmarks.gpu_rows import Deadline, Store
 from benchmarks.gpu_timing import Effort
 from kernels import offline, tuning
@@ -13,19 +13,19 @@ from kernels.tuning import Key, TuningConfig
 
 KEY = Key("h100", 64, 64, 128, "forward")
 ONCE = Effort(samples=1, slow_samples=1, chain_s=0.0, turns=1)
-BUDGET = tune.Budget(Deadline(60), ONCE, ONCE, finalists=1)
+BUDGET = tune_trials.Budget(Deadline(1e9), ONCE, ONCE, finalists=1)
 GRID = (4, 8, 16)
 
 
 def _trials(count=3):
-  return [tune.Trial(config) for config in tuning.candidates(KEY)[:count]]
+  return [tune_trials.Trial(config) for config in tuning.candidates(KEY)[:count]]
 
 
 @pytest.mark.parametrize("direction", tuning.DIRECTIONS)
 def test_the_default_compiles_without_spilling(direction):
   """For an H100, here, without one; `python -m benchmarks.tune --static` does this for every candidate."""
   key = Key("h100", 128, 128, 128, direction)
-  trial = tune.compile_candidate(key, tuning.default(key))
+  trial = tune_trials.compile_candidate(key, tuning.default(key))
   assert not trial.refused and trial.registers > 100
   assert abs(tuning.default(key).shared_bytes(key) - trial.shared_bytes) < 4096 and trial.shared_bytes <= offline.SHARED_LIMIT
 
@@ -42,8 +42,8 @@ def test_candidates_that_spill_or_do_not_fit_are_refused(monkeypatch, resources,
   other = offline.KernelResources("attention_dq_0", 9, 99, 99, 9)  # another kernel's report must not count
   own = offline.KernelResources("attention_forward_1", *resources)
   monkeypatch.setattr(offline, "compile_for", lambda *_, **__: offline.Compilation(None, (own, other)))
-  assert reason in tune.compile_candidate(KEY, tuning.default(KEY)).refused
-  assert bool(tune.compile_candidate(KEY, tuning.default(KEY)).refused) == bool(reason)
+  assert reason in tune_trials.compile_candidate(KEY, tuning.default(KEY)).refused
+  assert bool(tune_trials.compile_candidate(KEY, tuning.default(KEY)).refused) == bool(reason)
 
 
 def test_a_candidate_that_does_not_compile_is_refused(monkeypatch):
@@ -51,7 +51,7 @@ def test_a_candidate_that_does_not_compile_is_refused(monkeypatch):
     raise ValueError("no such layout")
 
   monkeypatch.setattr(offline, "compile_for", broken)
-  assert "no such layout" in tune.compile_candidate(KEY, tuning.default(KEY)).refused
+  assert "no such layout" in tune_trials.compile_candidate(KEY, tuning.default(KEY)).refused
 
 
 def test_where_nothing_compiles_ahead_the_device_decides(monkeypatch):
@@ -62,7 +62,7 @@ def test_where_nothing_compiles_ahead_the_device_decides(monkeypatch):
   assert [t.refused for t in tune._compiled(KEY, static=False)] == [""] * len(tuning.candidates(KEY))
   with pytest.raises(RuntimeError, match="needs jax-cuda13-plugin"):
     tune._compiled(KEY, static=True)
-  refused = lambda key, config: tune.Trial(config, "does not compile: no target")
+  refused = lambda key, config: tune_trials.Trial(config, "does not compile: no target")
   monkeypatch.setattr(tune, "compile_candidate", refused)
   assert not any(t.refused for t in tune._compiled(KEY, static=False))
   assert all(t.refused for t in tune._compiled(KEY, static=True))
@@ -71,47 +71,49 @@ def test_where_nothing_compiles_ahead_the_device_decides(monkeypatch):
 @pytest.mark.parametrize("direction", tuning.DIRECTIONS)
 def test_right_candidates_are_timed(direction):
   key = dataclasses.replace(KEY, direction=direction)
-  (trial,) = tune.time_candidates(key, [tune.Trial(tuning.default(key))], "reference", BUDGET, GRID)
+  (trial,) = tune_trials.time_candidates(key, [tune_trials.Trial(tuning.default(key))], "reference", BUDGET, GRID)
   assert trial.seconds > 0 and trial.final and 0 <= trial.error < 2**-7 and not trial.refused
 
 
 def test_wrong_and_failing_candidates_are_refused(monkeypatch):
   """Each candidate is traced under its own configuration, so that one that is wrong is seen to be."""
   right, wrong, failing = _trials()
-  run = tune.run
+  run = tune_trials.run
 
-  def by_config(direction, implementation, *args):
-    out, lse = run(direction, implementation, *args)
+  def by_config(direction, implementation, data, mask):
+    out, lse = run(direction, implementation, data, mask)
     config = tuning.lookup(KEY)
     if config == failing.config and implementation != "xla":
       raise RuntimeError("launch failed")
     return (out * 1.1 if config == wrong.config and implementation != "xla" else out), lse
 
-  monkeypatch.setattr(tune, "run", by_config)
-  first, second, third = tune.time_candidates(KEY, [right, wrong, failing], "reference", BUDGET, GRID)
+  monkeypatch.setattr(tune_trials, "run", by_config)
+  first, second, third = tune_trials.time_candidates(KEY, [right, wrong, failing], "reference", BUDGET, GRID)
   assert first.seconds and not first.refused
   assert "wrong: relative error" in second.refused and second.seconds is None
   assert "launch failed" in third.refused
-  assert tune.choose(KEY, [first, second, third]) == right.config
+  assert tune_trials.choose(KEY, [first, second, third]) == right.config
 
 
 def test_a_late_search_stops():
   late = dataclasses.replace(BUDGET, deadline=Deadline(0))
-  (trial,) = tune.time_candidates(KEY, _trials(1), "reference", late, GRID)
-  assert trial.refused == "not reached in time" and tune.choose(KEY, [trial]) is None
+  (trial,) = tune_trials.time_candidates(KEY, _trials(1), "reference", late, GRID)
+  assert trial.refused == "not reached in time" and tune_trials.choose(KEY, [trial]) is None
 
 
 def test_noise_does_not_replace_the_default():
   default, other = tuning.candidates(KEY)[:2]
-  pick = lambda fast: tune.choose(
-    KEY, [tune.Trial(default, seconds=1.0, final=True), tune.Trial(other, seconds=fast, final=True)]
+  pick = lambda fast: tune_trials.choose(
+    KEY, [tune_trials.Trial(default, seconds=1.0, final=True), tune_trials.Trial(other, seconds=fast, final=True)]
   )
   assert pick(0.995) == default and pick(0.98) == other and pick(1.2) == default
-  assert tune.choose(KEY, [tune.Trial(other, seconds=0.5)]) is None  # timed briefly only
+  assert tune_trials.choose(KEY, [tune_trials.Trial(other, seconds=0.5)]) is None  # timed briefly only
 
 
 def test_a_static_search_reports_and_writes_no_table(monkeypatch, tmp_path, capsys):
-  fits = lambda key, config: tune.Trial(config, "" if config == tuning.default(key) else "spills 4 bytes per thread", 168, 1)
+  fits = lambda key, config: tune_trials.Trial(
+    config, "" if config == tuning.default(key) else "spills 4 bytes per thread", 168, 1
+  )
   monkeypatch.setattr(tune, "compile_candidate", fits)
   monkeypatch.setattr(tune, "_known_trials", lambda key: [])
   monkeypatch.setattr(tuning, "write", None)
