@@ -1,4 +1,4 @@
-# make setup | demo | test | lint | gpu. Everything lives in .venv; delete it to start over.
+# make setup | demo | simulate | test | lint | gpu. Everything lives in .venv; delete it to start over.
 SHELL := /bin/bash
 CANDIDATES := python3.12 python3.13 python3.14 python3 python \
   $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.*/bin/python) $(wildcard /opt/python*/bin/python3)
@@ -12,7 +12,7 @@ GPU_RUN := $(or $(PYTHON),$(RUN))
 CHECK_MINUTES ?= 6
 GPU_MINUTES ?= 18
 
-.PHONY: setup core demo demo-compare test lint gpu clean
+.PHONY: setup core demo demo-compare simulate test lint gpu clean
 
 setup: $(VENV)/.dev
 core: $(VENV)/.core
@@ -45,6 +45,12 @@ demo: core
 
 demo-compare: core
 	$(RUN) -m benchmarks.demo_compare
+
+# The page's trained q, k, v come from 120 steps of the demo; runs/complexity is trained if it is not there.
+simulate: core
+	test -d runs/complexity/checkpoints || { $(RUN) -c "from freqformer.data.render import render_ucf101 as r; r('data/demo')" && \
+	  $(RUN) train.py --config=configs/demo.py --workdir=runs/complexity --config.train.steps=120; }
+	JAX_PLATFORMS=cpu $(RUN) -m benchmarks.complexity
 
 test: setup
 	JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --dist=loadgroup tests

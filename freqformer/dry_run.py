@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from freqformer.codec import make_codec
-from freqformer.cost import BACKWARD_OVER_FORWARD, model_cost
+from freqformer.cost import model_cost, training_flops
 from freqformer.dit import VideoDiT, make_tables
 from freqformer.experiment import Experiment
 from freqformer.training import init_state, make_train_step
@@ -35,7 +35,7 @@ def describe(experiment: Experiment, classes: int = 101) -> str:
   memory = step.memory_analysis()
   cost, dense = model_cost(model, shape), model_cost(model.with_method("dense"), shape)
   step_cost = model_cost(model, shape, training=True)
-  flops = step_cost.linear_flops * 3 + step_cost.attention_flops * (1 + BACKWARD_OVER_FORWARD)
+  flops = training_flops(step_cost)
   rows = [
     ("video", f"{data.frames} frames {data.resolution[0]}x{data.resolution[1]}, stride {data.stride}"),
     ("latents", "x".join(map(str, shape)) + f" (codec {data.codec.name})"),

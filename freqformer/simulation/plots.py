@@ -34,11 +34,11 @@ def scaling_plot(rows: list[dict], path, title: str | None = None):
       own = sorted((r["tokens"], r[key]) for r in rows if r["method"] == name)
       x, y = zip(*own, strict=True)
       style = {"ls": _LINES[i % 4], "marker": _MARKS[i % 10], "mfc": "none", "ms": 5, "lw": 1.2}
-      axis.plot(x, y, color=SIMULATED, alpha=1 - 0.07 * i, label=f"{name.split('(')[0]} (simulated)", **style)
+      axis.plot(x, y, color=SIMULATED, alpha=1 - 0.07 * i, label=f"{name[:32]}: simulated", **style)
     axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
     axis.set_xticks(sorted({r["tokens"] for r in rows}), [_count(n) for n in sorted({r["tokens"] for r in rows})])
     axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-  axes[0].legend(frameon=False, fontsize=7)
+  axes[-1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
   figure.suptitle(title or f"{rows[0]['model']} on {rows[0]['gpu']}: simulated, nothing measured", fontsize=10)
   _save(figure, path)
 
@@ -68,7 +68,7 @@ def bars(rows: list[dict], path, title: str):
   """Where one forward's time goes: stacked simulated seconds per method."""
   figure, (axis,) = _axes(1, 8.5, 0.9 + 0.42 * len(rows))
   left = [0.0] * len(rows)
-  labels = [r["method"].split("(")[0] for r in rows]
+  labels = [r["method"][:32] for r in rows]
   parts = ("attention_seconds", "around_seconds", "matmul_seconds", "elementwise_seconds")
   for i, part in enumerate(parts):
     values = [r[part] for r in rows]
@@ -93,7 +93,7 @@ def errors_plot(rows: list[dict], path):
       x = [i + 0.12 * (j - len(kinds) / 2)] * len(ratios)
       axis.plot(x, ratios, _MARKS[j], color=MEASURED, ms=4, ls="none", label=f"{kind} (measured)" if i == 0 else None)
   axis.axhline(1, color=SIMULATED, lw=1, label="bound")
-  axis.set_xticks(range(len(names)), names, fontsize=8)
+  axis.set_xticks(range(len(names)), [n.replace(", ", ",\n") for n in names], fontsize=8)
   axis.set(yscale="log", ylabel="error / its bound")
   axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
   _save(figure, path)

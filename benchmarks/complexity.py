@@ -1,0 +1,361 @@
+"""Every figure and table of docs/complexity.md, by one command.
+
+  make simulate
+  python -m benchmarks.complexity [--workdir=runs/complexity]    # the workdir of a run trained with FreqFormer
+
+Rows go to results/simulation.json, plots to docs/figures/, tables into docs/complexity.md between their markers. A row says
+with `measured` what it is: false for everything that the simulator computed, true for published and our own measurements
+and for the approximation errors. The command that made a row stands in it.
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+
+from absl import app, flags, logging
+
+from benchmarks import rows as row_files
+from freqformer import approximation, simulate
+from freqformer.simulation import calibrate, plots
+from freqformer.simulation.calibrate import measurement
+from freqformer.simulation.descriptions import Gpu, load_gpu, load_model
+from freqformer.simulation.forward import Plan, make_method, row, run_seconds
+from freqformer.simulation.scaling import largest_video, memory_bytes, parallel
+
+_WORKDIR = flags.DEFINE_string("workdir", "runs/complexity", "A run trained with FreqFormer, for the approximation errors.")
+
+ROOT = pathlib.Path(__file__).parent.parent
+DOC, FIGURES = ROOT / "docs" / "complexity.md", ROOT / "docs" / "figures"
+PUBLISHED = ROOT / "freqformer" / "simulation" / "published" / "h100.json"
+COMMAND = "python -m benchmarks.complexity"
+
+# The papers' range, at shape A's grids; the model with 12 heads of 128.
+GRIDS = ((16, 64, 64), (32, 64, 64), (64, 64, 64), (64, 64, 128), (64, 128, 128))
+METHODS = (
+  "dense",
+  "freqformer",
+  "sparseflow",
+  "adaspa",
+  "sliding_tile",
+  "radial",
+  "block_topk",
+  "sparse_linear",
+  "spatial_temporal",
+)
+
+
+# ---- validation ----------------------------------------------------------------------------------------------------------
+
+
+def validation() -> tuple[Gpu, list[dict]]:
+  """The H100 fitted to three published rows and the errors of all; and STA's row after fitting the dense rate alone."""
+  start, measured = load_gpu("h100"), calibrate.load_rows(PUBLISHED, "h100")
+  fit = calibrate.calibrate(start, measured)
+  found = [r | {"set": "three published rows fitted", "rates_fitted": list(fit.fitted)} for r in fit.rows]
+  chosen = "FA3 dense on 30x48x80"
+  alone = [dataclasses.replace(m, fit=m.name == chosen) for m in measured if "30x48x80" in m.name]
+  one = calibrate.calibrate(start, alone, free=("attention_flops",))
+  found += [r | {"set": "dense rate alone fitted", "rates_fitted": ["attention_flops"]} for r in one.rows]
+  return fit.gpu, found
+
+
+def cpu_rows() -> list[dict]:
+  """Our own CPU rows: the rate fitted to one, the others predicted."""
+  ours = {r["name"]: r for r in row_files.read_rows(row_files.RESULTS / "attention_cpu.json")}
+  shape = {"gpu": "cpu", "heads": 4, "head_dim": 64, "source": "benchmarks/results/attention_cpu.json"}
+  lists = lambda n, density, **fields: shape | {"tokens": n, "density": density, "block": 128} | fields
+  bands = lambda tiles, block: {
+    "method": f"freqformer(allocation=(1,1,2), mid_tiles={tiles})",
+    "grid": (16, 32, 32),
+    "block": block,
+  }
+  cases = (
+    ("forward_vs_dense_loop_cpu_16k", "sparse", lists(16_384, 1 / 16)),
+    ("time_cpu_64k_over_cpu_16k", "small", lists(16_384, 1 / 16, fit=False)),
+    ("time_cpu_64k_over_cpu_16k", "large", lists(65_536, 1 / 64, fit=False)),
+    ("dense_mode_vs_dense_loop_cpu_16k", "dense_mode", lists(16_384, 1.0, fit=False)),
+    ("freqformer_block128_vs_dense_loop_cpu_16k", "attention_alone", shape | bands(8, 128) | {"fit": False}),
+    ("freqformer_block64_vs_dense_loop_cpu_16k", "attention_alone", shape | bands(16, 64) | {"fit": False}),
+  )
+  measured = [
+    measurement(c | {"name": f"{n}: {part}", "seconds": ours[n][part]["median_s"]}) for n, part, c in cases if n in ours
+  ]
+  fit = calibrate.calibrate(load_gpu("cpu"), measured, free=("attention_flops",))
+  spread = {f"{n}: {part}": [ours[n][part][k] for k in ("p10_s", "p90_s")] for n, part, _ in cases if n in ours}
+  return [r | {"set": "cpu", "measured_p10_p90_s": spread[r["name"]]} for r in fit.rows]
+
+
+def published_run(gpu: Gpu) -> list[dict]:
+  """HunyuanVideo end to end on an H100, published, beside our run of the same shape."""
+  plan = Plan(load_model("hunyuanvideo"), "dense", make_method("dense"), (30, 48, 80))
+  one, source = row(plan, gpu), "arXiv 2502.04507: 945 s on one H100 with FlashAttention-3, 800 s of it attention; 50 steps"
+  parts = {"all": (one["seconds"], 945.0), "attention": (one["attention_seconds"], 800.0)}
+  return [
+    {
+      "name": f"HunyuanVideo, 115,200 tokens, 50 steps: {part}",
+      "set": "published run",
+      "gpu": gpu.name,
+      "seconds": 50 * seconds,
+      "measured_seconds": published,
+      "measured": False,
+      "error": 50 * seconds / published - 1,
+      "fitted": False,
+      "source": source,
+    }
+    for part, (seconds, published) in parts.items()
+  ]
+
+
+# ---- simulation ----------------------------------------------------------------------------------------------------------
+
+
+def sweep(gpu: Gpu) -> list[dict]:
+  """64K to 1M tokens, every method with its defaults, and FreqFormer at a fixed density of its mid band."""
+  card, found = load_model("wan2.1-1.3b"), []
+  for grid in GRIDS:
+    tiles = Plan(card, "dense", make_method("dense"), grid).layout.tiles
+    names = [*METHODS, f"freqformer(mid_tiles={round(0.05 * tiles)})"]
+    at = [row(Plan(card, name, make_method(name), grid), gpu) for name in names]
+    at[-1]["method"] = "freqformer (mid band at 5 %)"
+    dense = at[0]
+    found += [
+      r
+      | {
+        "set": "sweep",
+        "speedup_over_dense": dense["seconds"] / r["seconds"],
+        "attention_speedup": dense["attention_seconds"] / (r["attention_seconds"] + r["around_seconds"]),
+      }
+      for r in at
+    ]
+  return found
+
+
+def durations(gpu: Gpu) -> list[dict]:
+  """Seconds of 720p video to seconds of GPU for a whole run, and the longest video that fits."""
+  card, found = load_model("hunyuanvideo"), []
+  for t in (33, 66, 128, 256):
+    for name in ("dense", "freqformer", "sliding_tile"):
+      plan = Plan(card, name, make_method(name), (t, 45, 80))
+      fits = memory_bytes(plan) <= gpu.memory_bytes
+      run, _ = run_seconds(plan, gpu)
+      extra = {"set": "duration", "run_seconds": run, "memory_bytes": memory_bytes(plan), "fits": fits}
+      found.append(row(plan, gpu) | extra | {"gpu_s_per_video_s": run / card.video_seconds(plan.grid)})
+  for name in ("dense", "freqformer"):
+    grid = largest_video(Plan(card, name, make_method(name), (1, 45, 80)), gpu)
+    facts = {"model": card.name, "method": name, "gpu": gpu.name, "grid": list(grid), "measured": False}
+    found.append({"set": "largest"} | facts | {"video_seconds": card.video_seconds(grid)})
+  return found
+
+
+def several_gpus(gpu: Gpu) -> list[dict]:
+  """Wan2.1-14B at 720p on 1 to 8 GPUs, heads dealt greedily."""
+  found = []
+  for name in ("dense", "freqformer"):
+    plan = Plan(load_model("wan2.1-14b"), name, make_method(name), (21, 45, 80))
+    for gpus in (1, 2, 4, 8):
+      facts = {"set": "gpus", "model": plan.card.name, "method": name, "gpu": gpu.name, "measured": False}
+      found.append(facts | dataclasses.asdict(parallel(plan, gpu, gpus)))
+  return found
+
+
+def devices(h100: Gpu) -> list[dict]:
+  """One forward of Wan2.1-14B at 720p on each GPU: only the H100 is calibrated."""
+  found = []
+  for gpu in (h100, *(load_gpu(n) for n in ("h200", "a100", "b200"))):
+    for name in ("dense", "freqformer"):
+      found.append({"set": "devices"} | row(Plan(load_model("wan2.1-14b"), name, make_method(name), (21, 45, 80)), gpu))
+  return found
+
+
+# ---- approximation -------------------------------------------------------------------------------------------------------
+
+
+def approximation_rows(workdir) -> list[dict]:
+  """Errors of every operator beside their bounds: random tensors, then every layer and head of a trained model."""
+  method = make_method("freqformer(mid_tiles=3, window=(1, 2, 2))")
+  arrays = approximation.TileLayout.fit((8, 12, 12), 64, (4, 4, 4)).arrays()
+  found = []
+  for smooth in (0.0, 0.9):
+    tensors = approximation.random_tensors(arrays, method, 6, 16, 0, smooth)
+    found += approximation.measure(tensors, arrays.layout, method, f"random, {smooth:g} shared")
+  found += approximation.main([f"--workdir={workdir}"])
+  return [r | {"set": "approximation", "measured": True} for r in found]
+
+
+# ---- the page ------------------------------------------------------------------------------------------------------------
+
+
+def markdown(head: list[str], lines: list[list]) -> str:
+  return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [head, ["---"] * len(head), *lines])
+
+
+def _of(rows, name):
+  return [r for r in rows if r["set"] == name]
+
+
+def _comparison(found) -> str:
+  scale, unit = (1, "s") if max(r["seconds"] for r in found) > 10 else (1e3, "ms")
+  head = ["call", f"measured, {unit}", f"simulated, {unit}", "error", "fitted to"]
+  show = lambda seconds: f"{scale * seconds:.4g}"
+  lines = [
+    [r["name"], show(r["measured_seconds"]), show(r["seconds"]), f"{r['error']:+.1%}", "yes" if r["fitted"] else "no"]
+    for r in found
+  ]
+  return markdown(head, lines)
+
+
+def _sweep_table(found) -> str:
+  head = ["tokens", "method", "density", "attention TFLOP", "all TFLOP", "device memory, GB", "KV through L2, GB", "FLOP/byte"]
+  head += ["seconds", "tokens/s", "dense / this", "attention: dense / this", "measured"]
+  lines = [
+    [
+      f"{r['tokens']:,}",
+      r["method"],
+      f"{r['density']:.4f}",
+      f"{r['attention_flops'] / 1e12:,.1f}",
+      f"{r['total_flops'] / 1e12:,.1f}",
+      f"{r['hbm_bytes'] / 1e9:,.0f}",
+      f"{r['kv_bytes'] / 1e9:,.0f}",
+      f"{r['flops_per_byte']:,.0f}",
+      f"{r['seconds']:.3g}",
+      f"{r['tokens_per_s']:,.0f}",
+      f"{r['speedup_over_dense']:.2f}",
+      f"{r['attention_speedup']:.1f}",
+      "no",
+    ]
+    for r in found
+  ]
+  return markdown(head, lines)
+
+
+def _duration_table(rows) -> str:
+  head = ["video, s", "grid", "method", "run of 50 steps, s", "GPU s per video s", "resident, GB", "fits", "measured"]
+  lines = [
+    [
+      f"{r['video_seconds']:.1f}",
+      "x".join(map(str, r["grid"])),
+      r["method"],
+      f"{r['run_seconds']:,.0f}",
+      f"{r['gpu_s_per_video_s']:,.0f}",
+      f"{r['memory_bytes'] / 1e9:.0f}",
+      "yes" if r["fits"] else "no",
+      "no",
+    ]
+    for r in _of(rows, "duration")
+  ]
+  largest = [f"{r['method']} {r['video_seconds']:.0f} s ({'x'.join(map(str, r['grid']))} tokens)" for r in _of(rows, "largest")]
+  return markdown(head, lines) + f"\n\nLongest 720p video that fits (simulated): {', '.join(largest)}."
+
+
+def _gpus_table(found) -> str:
+  head = ["method", "GPUs", "seconds per forward", "of it communication", "busiest / mean GPU", "speed-up", "measured"]
+  lines = [
+    [
+      r["method"],
+      r["gpus"],
+      f"{r['seconds']:.3f}",
+      f"{r['communication_s']:.3f}",
+      f"{r['imbalance']:.2f}",
+      f"{r['speedup']:.2f}",
+      "no",
+    ]
+    for r in found
+  ]
+  return markdown(head, lines)
+
+
+def _devices_table(found) -> str:
+  head = ["GPU", "method", "seconds per forward", "TFLOP/s", "rates", "measured"]
+  rates = lambda r: "fitted" if r["rates_calibrated"] else "assumed"
+  return markdown(
+    head, [[r["gpu"], r["method"], f"{r['seconds']:.3f}", f"{r['tflops_per_s']:.0f}", rates(r), "no"] for r in found]
+  )
+
+
+def _approximation_table(found) -> str:
+  head = [
+    "q, k, v",
+    "operator",
+    "heads",
+    "worst error",
+    "its bound",
+    "error / bound, closest",
+    "heads within",
+    "squared error low / mid / high",
+  ]
+  lines = []
+  for r in approximation.summary(found):
+    none = r["bound"] is None
+    closest = "-" if none else "1 (exact)" if r["exact"] else f"{r['closest']:.3f}"
+    within = "-" if r["kept"] is None and not r["exact"] else r["heads"] if r["exact"] else r["kept"]
+    shares = " / ".join(f"{s:.0%}" for s in r["band_shares"])
+    lines.append(
+      [r["case"], r["kind"], r["heads"], f"{r['error']:.3g}", "none" if none else f"{r['bound']:.3g}", closest, within, shares]
+    )
+  return markdown(head, lines)
+
+
+def tables(rows: list[dict]) -> dict[str, str]:
+  """Every table of the page by its marker."""
+  fitted = _of(rows, "three published rows fitted")
+  others = [abs(r["error"]) for r in fitted if not r["fitted"]]
+  summary = f"{len(others)} rows not fitted: mean error {sum(others) / len(others):.1%}, worst {max(others):.1%}."
+  return {
+    "dense-rate": _comparison(_of(rows, "dense rate alone fitted")),
+    "published": _comparison(fitted) + "\n\n" + summary,
+    "cpu": _comparison(_of(rows, "cpu")),
+    "run": _comparison(_of(rows, "published run")),
+    "sweep": _sweep_table(_of(rows, "sweep")),
+    "duration": _duration_table(rows),
+    "gpus": _gpus_table(_of(rows, "gpus")),
+    "devices": _devices_table(_of(rows, "devices")),
+    "approximation": _approximation_table(_of(rows, "approximation")),
+  }
+
+
+def fill(text: str, found: dict[str, str]) -> str:
+  """The page with its tables: what stands between `<!-- name -->` and `<!-- end name -->` is replaced.
+
+  Raises:
+    ValueError: if the page lacks a marker.
+  """
+  for name, body in found.items():
+    text, count = re.subn(
+      rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)", lambda m, b=body: m[1] + b + "\n" + m[2], text, flags=re.S
+    )
+    if count != 1:
+      raise ValueError(f"{DOC.name} must have the markers <!-- {name} --> and <!-- end {name} --> once, found {count} pairs.")
+  return text
+
+
+def draw(rows: list[dict]):
+  """The page's figures."""
+  found = _of(rows, "sweep")
+  plots.scaling_plot(found, FIGURES / "scaling.svg", "Wan2.1-1.3B on an H100, one forward: simulated, nothing measured")
+  last = [r for r in found if r["tokens"] == max(x["tokens"] for x in found) and r["method"] != "dense"]
+  plots.bars(last, FIGURES / "parts.svg", "One forward at 1M tokens, without dense: simulated")
+  plots.validation_plot(_of(rows, "three published rows fitted"), FIGURES / "validation.svg")
+  bounded = [r for r in _of(rows, "approximation") if r["bound"] is not None and not r["exact"]]
+  plots.errors_plot(bounded, FIGURES / "errors.svg")
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f"unknown arguments {argv[1:]}")
+  logging.set_verbosity(logging.INFO)
+  gpu, rows = validation()
+  rows += cpu_rows() + published_run(gpu) + sweep(gpu) + durations(gpu) + several_gpus(gpu) + devices(gpu)
+  rows += approximation_rows(_WORKDIR.value)
+  for r in rows:
+    r["command"] = COMMAND + (f" --workdir={_WORKDIR.value}" if r["set"] == "approximation" else "")
+  path = row_files.RESULTS / "simulation.json"
+  path.write_text("[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n")
+  draw(rows)
+  DOC.write_text(fill(DOC.read_text(), tables(rows)))
+  print(simulate.table([r | {"memory_bytes": 0.0} for r in _of(rows, "sweep")]))
+  logging.info("wrote %s, %s and %s", path, DOC, FIGURES)
+
+
+if __name__ == "__main__":
+  app.run(main)
