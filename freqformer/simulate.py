@@ -17,6 +17,8 @@ import math
 import pathlib
 import sys
 
+import jax
+
 from freqformer.config import ConfigError
 from freqformer.methods.registry import METHODS
 from freqformer.simulation import calibrate, plots
@@ -197,6 +199,7 @@ def run(argv) -> str:
 
 def main(argv=None):
   """Prints rows; what the user got wrong is one sentence and exit code 2."""
+  jax.config.update("jax_platforms", "cpu")  # counting needs no accelerator, and should not wait for one
   try:
     print(run(sys.argv[1:] if argv is None else argv))
   except ConfigError as error:
