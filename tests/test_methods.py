@@ -219,9 +219,14 @@ def test_planted_match_is_selected(filter_):
 
 def test_guided_halves_share_routing_and_masks():
   layer = layer_of(FreqFormer(basis=BASIS))
-  _, aux = run(layer, tokens(), dataclasses.replace(where(guided=True), time=jnp.array([0.5, 0.5])))
-  np.testing.assert_array_equal(aux["choice"][0], aux["choice"][1])
-  np.testing.assert_array_equal(aux["density"][0], aux["density"][1])
+  kernel = layer.method.router.out.kernel  # starts at 0: the samples' statistics would not count
+  kernel[...] = 10 * jax.random.normal(jax.random.key(0), kernel[...].shape)
+  at = dataclasses.replace(where(guided=True), time=jnp.array([0.5, 0.5]))
+  _, aux = run(layer, tokens(), at)
+  for name in ("probs", "choice", "density"):
+    np.testing.assert_array_equal(aux[name][0], aux[name][1])
+  _, alone = run(layer, tokens(), dataclasses.replace(at, guided=False))
+  assert np.abs(alone["probs"][0] - alone["probs"][1]).max() > 1e-4  # else the law above would be empty
 
 
 def test_summary_tokens_are_neutral_at_init_and_learn():
