@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from freqformer import approximation
+from freqformer import approximation, approximation_probe
 from freqformer.dit import VideoDiT, make_tables
 from freqformer.layout import TileLayout
 from freqformer.methods.freqformer import FreqFormer
@@ -35,7 +35,7 @@ def check(rows):
 @pytest.mark.parametrize("smooth", [0.0, 0.9, 0.9999])
 def test_random_tensors(grid, block, smooth):
   arrays = TileLayout.fit(grid, block).arrays()
-  tensors = approximation.random_tensors(arrays, METHOD, heads=3, d=8, seed=len(grid) + block, smooth=smooth)
+  tensors = approximation_probe.random_tensors(arrays, METHOD, heads=3, d=8, seed=len(grid) + block, smooth=smooth)
   rows = approximation.measure(tensors, arrays.layout, METHOD, f"smooth {smooth}")
   check(rows)
   assert {r["head"] for r in rows} == {0, 1, 2} and len(rows) == 3 * 7
@@ -44,7 +44,7 @@ def test_random_tensors(grid, block, smooth):
 def test_the_bound_of_cell_means_is_tight_where_cells_are_alike():
   """Nearly constant tensors: delta is small, the bound is far below the trivial one, and still holds."""
   arrays = TileLayout.fit((4, 4, 8), 16).arrays()
-  tensors = approximation.random_tensors(arrays, METHOD, 3, 8, 0, smooth=0.999999)
+  tensors = approximation_probe.random_tensors(arrays, METHOD, 3, 8, 0, smooth=0.999999)
   rows = [r for r in approximation.measure(tensors, arrays.layout, METHOD, "alike") if r["kind"] == "low: cell means"]
   assert all(r["holds"] and r["delta"] < 0.1 for r in rows)
 
@@ -52,7 +52,7 @@ def test_the_bound_of_cell_means_is_tight_where_cells_are_alike():
 def test_a_broken_operator_breaks_its_bound():
   """The bound can fail: values that do not belong to the cells' means exceed it."""
   arrays = TileLayout.fit((4, 4, 8), 16).arrays()
-  tensors = approximation.random_tensors(arrays, METHOD, 3, 8, 0, smooth=0.999999)
+  tensors = approximation_probe.random_tensors(arrays, METHOD, 3, 8, 0, smooth=0.999999)
   q, k, v = tensors["coarse"]["cell means"]
   tensors["coarse"]["cell means"] = (q, k, v + 1)
   rows = [r for r in approximation.measure(tensors, arrays.layout, METHOD, "x") if r["kind"] == "low: cell means"]
@@ -86,7 +86,7 @@ def trained():
 def test_a_trained_model(trained, time):
   model, _, params = trained
   latents = batch_of(99)["latent"][0]
-  rows = approximation.measure_model(model, params, SHAPE, 2, latents, time)
+  rows = approximation_probe.measure_model(model, params, SHAPE, 2, latents, time)
   assert {(r["layer"], r["head"]) for r in rows} == {(a, b) for a in range(2) for b in range(2)}
   check(rows)
   text = approximation.table(rows)
@@ -95,7 +95,7 @@ def test_a_trained_model(trained, time):
 
 def test_the_probe_changes_nothing(trained):
   model, graphdef, params = trained
-  methods = tuple((n, approximation.Probe(m)) for n, m in model.attention.methods if n == "freqformer")
+  methods = tuple((n, approximation_probe.Probe(m)) for n, m in model.attention.methods if n == "freqformer")
   probed = dataclasses.replace(model, attention=dataclasses.replace(model.attention, methods=methods))
   other, _ = nnx.split(nnx.eval_shape(lambda: VideoDiT(probed, SHAPE, 2, nnx.Rngs(0))))
   x, time, label = batch_of(5)["latent"][:1], np.full(1, 0.5, np.float32), np.zeros(1, np.int32)
