@@ -1,7 +1,7 @@
 """How the GPU kernels are cut for a device: `TuningConfig` per device, head dimension, tile sizes and direction.
 
-The committed table `tuning.json` holds what a search on the device found; what it lacks gets `default`, which is reasoned
-from resources (docs/design.md), not measured.
+The committed table `tuning.json` holds what a search on the device found (`python -m benchmarks.tune`) and says where; until
+one has run, and for what it lacks, that is `default`, which is reasoned from shared memory and registers, not measured.
 """
 
 import contextlib
@@ -139,7 +139,7 @@ def lookup(key: Key) -> TuningConfig:
   override = _override.get()
   if override and key in override:
     return override[key].check(key)
-  return _table().get(key) or default(key)
+  return table().get(key) or default(key)
 
 
 @contextlib.contextmanager
@@ -153,7 +153,12 @@ def override(configs: dict[Key, TuningConfig]):
 
 
 @functools.cache
-def _table() -> dict[Key, TuningConfig]:
+def table() -> dict[Key, TuningConfig]:
+  """The committed table.
+
+  Raises:
+    ValueError: if a configuration does not fit its key.
+  """
   if not TABLE.exists():
     return {}
   rows = json.loads(TABLE.read_text())["configs"]
@@ -164,4 +169,4 @@ def write(configs: dict[Key, TuningConfig], facts: dict, path: pathlib.Path = TA
   """Writes the table: what was found, and `facts` on where (device, versions, command)."""
   rows = [{"key": vars(key), "config": vars(configs[key])} for key in sorted(configs)]
   path.write_text(json.dumps({"facts": facts, "configs": rows}, indent=1) + "\n")
-  _table.cache_clear()
+  table.cache_clear()

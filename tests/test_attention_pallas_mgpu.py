@@ -1,14 +1,15 @@
 """The Hopper kernels on a machine without one: numerics by interpretation, races, refusals."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels import pallas_mgpu, tuning
 from kernels import pallas_mgpu_parts as parts
-from kernels import tuning
 from kernels.attention import attention, choose_backend
 from kernels.block_mask import dense_mask
 from kernels.target import Target
@@ -124,6 +125,12 @@ def test_tuning_refuses_what_does_not_fit():
     tuning.TuningConfig(2, 96)
   with pytest.raises(ValueError, match="set both"):
     tuning.TuningConfig(2, 128, 240, 0)
+
+
+def test_the_table_covers_every_key():
+  """Reading it checks each configuration against its key; one that is missing would silently run the default."""
+  sizes = itertools.product(pallas_mgpu.HEAD_DIMS, pallas_mgpu.BLOCKS, pallas_mgpu.BLOCKS, tuning.DIRECTIONS)
+  assert {tuning.Key("h100", *size) for size in sizes} == set(tuning.table())
 
 
 def test_costliest_heads_first():

@@ -136,12 +136,12 @@ def test_a_static_report_of_the_same_kernels_saves_compiling(monkeypatch, tmp_pa
 
 def test_a_written_table_is_what_the_kernels_look_up(monkeypatch, tmp_path):
   monkeypatch.setattr(tuning, "TABLE", tmp_path / "tuning.json")
-  tuning._table.cache_clear()
+  tuning.table.cache_clear()
   assert tune.committed() == {}
   best = TuningConfig(stages=2, step=64)
   tuning.write({KEY: best}, {"device": "test"}, tuning.TABLE)
   assert tune.committed() == {KEY: best} and tuning.lookup(KEY) == best
-  tuning._table.cache_clear()
+  tuning.table.cache_clear()
 
 
 def test_keys():
