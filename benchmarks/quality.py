@@ -19,7 +19,7 @@ from absl import flags, logging
 from flax import nnx
 
 from benchmarks.demo_compare import finished, run
-from benchmarks.quality_methods import settings
+from benchmarks.quality_methods import WINDOWS, Probe, settings
 from benchmarks.rows import RESULTS, read_rows, write_rows
 from freqformer import cli, metrics, quality
 from freqformer.checkpoint import flatten
@@ -31,6 +31,7 @@ from freqformer.dit import VideoDiT
 from freqformer.methods.dense import Dense
 from freqformer.report_page import panels
 from freqformer.restore import restore_model
+from freqformer.sampling import make_step, sample
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _NAME = "quality_cpu"
@@ -75,11 +76,15 @@ class Study:
     config = dataclasses.replace(self.config, attention=attention)
     return nnx.eval_shape(lambda: VideoDiT(config, self.shape, len(self.restored.class_names), nnx.Rngs(0)))
 
-  def draw(self, method):
-    """What was drawn, and its videos `[samples, t, y, x, 3]`."""
+  def fitted(self, method):
+    """The model under a method, and the trained parameters in its form."""
     model, found = self.model(method), flatten(self.params)
     state = nnx.state(model)
-    params = jax.tree.unflatten(jax.tree.structure(state), [found[name] for name in flatten(state)])
+    return model, jax.tree.unflatten(jax.tree.structure(state), [found[name] for name in flatten(state)])
+
+  def draw(self, method):
+    """What was drawn, and its videos `[samples, t, y, x, 3]`."""
+    model, params = self.fitted(method)
     drawn = draw(model, params, self.labels, self.indices, 0, self.shape, self.sample, progress=False)
     return drawn, self.restored.decode(drawn.latents)
 
@@ -134,6 +139,26 @@ def model_row(study: Study, workdir: pathlib.Path, drawn) -> dict:
   }
 
 
+def probe_row(study: Study, budget: int) -> dict:
+  """Errors of single attention outputs along a dense run, mean over layers: at each step, and how steps add up (`Probe`)."""
+  model, params = study.fitted(Probe(budget))
+  step, tables = make_step(nnx.graphdef(model), study.sample), model.tables(study.shape)
+  count = study.sample.batch_size
+  _, aux = sample(step, params, model, study.labels[:count], study.indices[:count], 0, tables, study.shape, study.sample, False)
+  layers = lambda name: np.stack([a[0][name].mean(0) for a in aux])  # [steps, candidates]
+  return {
+    "name": f"probe/{budget}",
+    "budget": budget,
+    "candidates": list(Probe.names),
+    "error_by_step": layers("error").tolist(),
+    "error": layers("error").mean(0).tolist(),
+    "adds_up": layers("adds_up")[-1].tolist(),
+    "mass_kept": float(np.mean([a[0]["recall"] for a in aux])),
+    "share_of_tiles": budget / study.layout.tiles,
+    "sampling_steps": study.sample.steps,
+  }
+
+
 def verdict(rows: list[dict]) -> dict:
   """AdaSpa against random and sliding tiles at every equal budget: paired differences over samples, dB."""
   points = [r for r in rows if "psnr_by_sample" in r]
@@ -164,6 +189,9 @@ def table(rows: list[dict]) -> str:
     )
   for f in verdict(rows)["adaspa_over"]:
     lines.append(f"AdaSpa over {f['other']:32} {f['gain_db']:+6.2f} dB +- {f['standard_error']:.2f}")
+  for r in (r for r in rows if "adds_up" in r):
+    shown = [f"{n}: {e:.4f} x {a:.2f}" for n, e, a in zip(r["candidates"], r["error"], r["adds_up"], strict=True)]
+    lines.append(f"{r['name']:10} |e|^2 / |out|^2 x how steps add up  {';  '.join(shown)};  mass kept {r['mass_kept']:.3f}")
   return "\n".join(lines)
 
 
@@ -202,6 +230,8 @@ def main(_):
     write_rows(_NAME, [model_row(study, workdir, drawn)], command)
   for setting in todo:
     write_rows(_NAME, [point(study, reference, *setting)], command)
+  for budget in (k for k in WINDOWS if f"probe/{k}" not in there):
+    write_rows(_NAME, [probe_row(study, budget)], command)
   rows = read_rows(path)
   write_rows(_NAME, [verdict(rows)], command)
   print(table(rows))

@@ -16,6 +16,7 @@ from freqformer.methods.freqformer import FreqFormer
 from freqformer.methods.radial import Radial
 from freqformer.methods.sliding_tile import SlidingTile
 from freqformer.methods.spatial_temporal import SpatialTemporal
+from freqformer.planners.block_topk import fixed_tiles
 from freqformer.planners.dense import dense
 from freqformer.planners.radial import radial_density
 from freqformer.profiling import ProfileConfig
@@ -37,8 +38,14 @@ class RandomTiles(Method):
 
   def __call__(self, module, qkv, cond, tables, state):
     arrays, (b, _, h, _) = qkv.layout, qkv.q.shape
-    tiles, block = arrays.layout.tiles, arrays.layout.block
     q, k = qkv.rotate_q(qkv.q, arrays.positions), qkv.rotate_k(qkv.k, arrays.positions)
+    mask = self.mask(q, cond, arrays)
+    out, _ = attention(q, k, qkv.v, mask, implementation=qkv.implementation)
+    return out, state, plain_aux(mask, arrays.layout.n, b, h, cond.want_masks)
+
+  def mask(self, q, cond, arrays) -> BlockMask:
+    """Lists for every sample and head of `q` `[b, n_buffer, h, d]`."""
+    (b, _, h, _), tiles, block = q.shape, arrays.layout.tiles, arrays.layout.block
     # The seam hands out no random key in sampling: the bits of the queries' sum differ by layer, step and sample.
     sums = cond.share(q.astype(jnp.float32).sum((1, 2, 3))) if self.fresh else jnp.zeros(b)
     draw = lambda x: jax.random.uniform(
@@ -47,9 +54,7 @@ class RandomTiles(Method):
     shape = (h, tiles, tiles)
     scores = jax.vmap(draw)(sums) + 2 * jnp.eye(tiles)
     ids = jnp.sort(jax.lax.top_k(scores, self.budget)[1], -1).astype(jnp.int32)
-    mask = BlockMask(ids, jnp.full(ids.shape[:3], self.budget, jnp.int32), arrays.kv_len, None, block, block)
-    out, _ = attention(q, k, qkv.v, mask, implementation=qkv.implementation)
-    return out, state, plain_aux(mask, arrays.layout.n, b, h, cond.want_masks)
+    return BlockMask(ids, jnp.full(ids.shape[:3], self.budget, jnp.int32), arrays.kv_len, None, block, block)
 
   def cost(self, layout, heads, head_dim, allocation=None):
     return attention_cost(heads * layout.n * self.budget * layout.n / layout.tiles, head_dim)
@@ -88,6 +93,43 @@ class Warmed(Method):
     return self.cost(layout, heads, head_dim, allocation)
 
 
+@dataclasses.dataclass(frozen=True)
+class Probe(Method):
+  """Dense attention that notes what lists of `budget` tiles would have done to its output, at every step of a dense run.
+
+  Candidates are the tiles of most softmax mass (an exact search at this very step, equal heads), random ones drawn anew, and
+  random ones kept. Of each the aux holds `error`, `|e|^2 / |out|^2` of this step over samples, tokens and heads, and `adds_up`,
+  `|sum of e|^2 / sum of |e|^2` over the steps so far: 1 where errors of different steps are orthogonal, the number of steps
+  where they are equal.
+  """
+
+  budget: int = 9
+  names = ("most mass", "random", "random, fixed")
+
+  def tables(self, layout):
+    return {"dense": dense(layout), "fixed": fixed_tiles(layout)}
+
+  def init_state(self, batch, dims, layout):
+    sums = jnp.zeros((3, batch, layout.n_buffer, dims.heads, dims.head_dim))
+    return {"sum": sums, "squares": jnp.zeros(3)}
+
+  def __call__(self, module, qkv, cond, tables, state):
+    arrays, (b, _, h, _) = qkv.layout, qkv.q.shape
+    q, k = qkv.rotate_q(qkv.q, arrays.positions), qkv.rotate_k(qkv.k, arrays.positions)
+    run = lambda mask: attention(q, k, qkv.v, mask, implementation=qkv.implementation)
+    out, lse = run(tables["dense"])
+    search = AdaSpa(1 - self.budget / arrays.layout.tiles, adaptive=False)
+    bits, found = search.find(q, k, lse, arrays, tables["fixed"])
+    masks = [search.mask(cond.share(bits), arrays)]
+    masks += [RandomTiles(self.budget, fresh).mask(q, cond, arrays) for fresh in (True, False)]
+    valid = jnp.asarray(arrays.valid)[:, None, None]
+    errors = jnp.stack([jnp.where(valid, run(mask)[0] - out, 0) for mask in masks])
+    sums, squares = state["sum"] + errors, state["squares"] + jnp.square(errors).sum((1, 2, 3, 4))
+    error = jnp.square(errors).sum((1, 2, 3, 4)) / jnp.square(jnp.where(valid, out, 0)).sum()
+    noted = {"error": error, "adds_up": jnp.square(sums).sum((1, 2, 3, 4)) / squares, "recall": found["recall"]}
+    return out, {"sum": sums, "squares": squares}, plain_aux(tables["dense"], arrays.layout.n, b, h) | noted
+
+
 # Windows in tiles of 2 x 2 x 4 tokens, by how many tiles they hold; the first of each is the most cubic in tokens.
 WINDOWS = {4: ((2, 2, 1),), 9: ((3, 3, 1), (1, 3, 3)), 18: ((3, 3, 2), (2, 3, 3)), 36: ((3, 4, 3),)}
 
@@ -118,9 +160,12 @@ def settings(layout, warm: int, steps: int):
   for frames, places, k in ((0, 0, 9), (0, 1, 18), (1, 1, 36)):
     own = SpatialTemporal(frames=frames, places=places, sink=0, profile=profile)
     yield "spatial_temporal", f"frames={frames},places={places}", k, own
+  for k in WINDOWS:
+    yield "random", "fixed", k, Warmed(RandomTiles(k, fresh=False), warm)
+  for k in (9, 18, 36):
+    yield "adaspa", "search every step", k, AdaSpa(1 - k / layout.tiles, warm - 1, tuple(range(warm - 1, steps)))
   for k in (9, 18):
     yield sliding(WINDOWS[k][1], k, warm)
-    yield "random", "fixed", k, Warmed(RandomTiles(k, fresh=False), warm)
     yield "adaspa", "equal heads", k, AdaSpa(1 - k / layout.tiles, warm - 1, (warm - 1, again), adaptive=False)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import quality, quality_methods
 from freqformer.layout import TileLayout
-from freqformer.methods.base import Cond, Projected
+from freqformer.methods.base import Cond, Dims, Projected
 from freqformer.methods.registry import METHODS
 
 LAYOUT = TileLayout.fit((8, 12, 12), quality.BLOCK)
@@ -63,6 +63,27 @@ def test_the_control_is_random():
 def test_both_halves_of_guidance_share_the_control():
   drawn = lists(quality_methods.RandomTiles(9), jax.random.normal(jax.random.key(0), (4, LAYOUT.n_buffer, 2, 4)), guided=True)
   assert (drawn[:2] == drawn[2:]).all() and (drawn[0] != drawn[1]).any()
+
+
+def probe(budget, *inputs):
+  """The probe's aux after a step per input `[b, n, h, d]`."""
+  method, state, same = quality_methods.Probe(budget), None, lambda x, positions: x
+  state = method.init_state(2, Dims(2, 4, 8), LAYOUT)
+  for x in inputs:
+    qkv = Projected(x, x, x, same, same, LAYOUT.arrays(), "xla")
+    cond = Cond(jnp.full(2, 0.5), jnp.ones((2, 8)))
+    _, state, aux = method(None, qkv, cond, method.tables(LAYOUT), state)
+  return aux
+
+
+def test_probe():
+  """All tiles: no error. The same input twice: the errors are equal, so they add up to twice their squares; another: less."""
+  first, second = (2 * jax.random.normal(jax.random.key(i), (2, LAYOUT.n_buffer, 2, 4)) for i in range(2))
+  assert np.max(probe(72, first)["error"]) < 1e-9
+  twice = probe(9, first, first)
+  np.testing.assert_allclose(twice["adds_up"], 2, rtol=1e-4)
+  assert (np.asarray(twice["error"]) > 0.01).all() and 9 / 72 < twice["recall"].mean() < 1
+  assert (np.asarray(probe(9, first, second)["adds_up"]) < 1.5).all()
 
 
 def row(method, psnr, variant="", budget=9):
