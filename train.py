@@ -27,6 +27,7 @@ from freqformer.experiment import experiment
 from freqformer.metrics import Metrics, channel_power, write_routing
 from freqformer.preemption import StopRequest
 from freqformer.resume import check_same_data
+from freqformer.throughput import Throughput
 from freqformer.training import evaluate, init_state, make_eval_step, make_train_step
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, e.g. configs/ucf101.py.", lock_config=True)
@@ -69,7 +70,7 @@ def train(config, workdir, progress: bool = True) -> dict:
 
   # ---- 3. resume: the newest checkpoint of this workdir wins, else start fresh -----------------------------------------
   checkpoints = Checkpoints(workdir, exp.train.keep)
-  metrics = Metrics(workdir)
+  metrics = Metrics(workdir, Throughput.of(exp.model, shape, exp.train.batch_size))
   if checkpoints.latest() is not None:
     old = checkpoints.record()
     check_same_data(old, record)

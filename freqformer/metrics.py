@@ -12,7 +12,8 @@ from freqformer.diffusion import BUCKETS
 class Metrics:
   """Writes a run's records; resuming drops lines from after the checkpoint, so that no step stands twice."""
 
-  def __init__(self, workdir):
+  def __init__(self, workdir, throughput=None):
+    self.throughput = throughput
     self.workdir = pathlib.Path(workdir)
     self.path = self.workdir / "metrics.jsonl"
     self._clock = None
@@ -36,9 +37,11 @@ class Metrics:
       file.write(json.dumps({"step": step, "kind": kind, **plain}) + "\n")
 
   def train(self, step: int, values: dict):
-    """A training line, with the speed since the last one."""
-    now = time.monotonic()
-    speed = {} if self._clock is None else {"steps_per_s": (step - self._clock[0]) / (now - self._clock[1])}
+    """A training line, with the speed since the last one (of a `Throughput`: what the device does in that time, too)."""
+    now, speed = time.monotonic(), {}
+    if self._clock is not None:
+      rate = (step - self._clock[0]) / (now - self._clock[1])
+      speed = {"steps_per_s": rate} if self.throughput is None else self.throughput.rates(rate)
     self._clock = (step, now)
     self.write(step, "train", **values, **speed)
 

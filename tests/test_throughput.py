@@ -1,0 +1,29 @@
+"""Rates of a training run: scored work over time, and over the peak where the device is described."""
+
+import pytest
+
+from freqformer.cost import model_cost, training_flops
+from freqformer.model_config import model_config
+from freqformer.simulation.descriptions import load_gpu
+from freqformer.throughput import Throughput, peak_of
+from tests.tiny_config import get_config
+
+SHAPE = (8, 64, 64, 4)
+
+
+def test_sparse_work_is_counted_not_dense():
+  config = model_config(get_config().model.to_dict())
+  dense, routed = (Throughput.of(config.with_method(name), SHAPE, 2).flops for name in ("dense", "sliding_tile"))
+  assert routed < dense
+  assert dense == 2 * training_flops(model_cost(config.with_method("dense"), SHAPE))
+
+
+def test_rates():
+  half = Throughput(flops=2e12, peak=1e13).rates(2.5)
+  assert half == {"steps_per_s": 2.5, "tflops_per_s": 5.0, "mfu": pytest.approx(0.5)}
+  assert "mfu" not in Throughput(2e12, None).rates(2.5)
+
+
+def test_peak_by_the_devices_own_name():
+  assert peak_of("NVIDIA H100 80GB HBM3") == load_gpu("h100").tensor_flops
+  assert peak_of("NVIDIA GH100X") is None and peak_of("TPU v5") is None
