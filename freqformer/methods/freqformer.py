@@ -17,9 +17,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from freqformer.config import ConfigError
-from freqformer.cost import Cost, attention_cost
+from freqformer.cost import Cost
 from freqformer.layout import TileLayout
-from freqformer.methods import measured
+from freqformer.methods import freqformer_cost, measured
 from freqformer.methods.base import Method, mask_aux
 from freqformer.planners.block_topk import block_topk, fixed_tiles, pool_tiles
 from freqformer.planners.packed import coarse_rows, full_rows, packed_kv_len
@@ -30,7 +30,7 @@ from freqformer.spectral import SpectralBasis, SpectralTables
 from freqformer.summary import SummaryTokens
 from kernels.attention import attention
 from kernels.block_mask import BlockMask, select
-from kernels.cost import CallCost, count, uniform
+from kernels.cost import CallCost
 from kernels.linear import linear_attention
 
 LOW, MID, HIGH = range(3)
@@ -252,39 +252,10 @@ class FreqFormer(Method):
     }
 
   def cost(self, layout: TileLayout, heads, head_dim, allocation=None) -> Cost:
-    """Pairs of each band times its share of heads, and the transforms, selection and pooling around them.
-
-    `allocation` defaults to the fixed one, or to the router's prior (also where heads are measured: nothing is known before).
-    A mid list is counted with tiles of average length. Counted beside pairs: compression of q, k, v and the lift (per-tile
-    matmuls), linear attention of all heads if there is some, pooling and scores of the selection. Not counted: the router
-    itself (below 1e-4 of the layer), rotary and norms (every method has them).
-    """
-    if allocation is None:
-      allocation = self.router.prior if isinstance(self.allocation, str) else self.allocation
-    share = np.asarray(allocation, np.float64) / sum(allocation)
-    tables, n = self.tables(layout), layout.n
-    mid_keys = min(self.mid_tiles, layout.tiles) * n / layout.tiles + self.low_shared * tables.spectral.n_coarse
-    pairs = (float(tables.low.pairs().sum()), n * mid_keys, float(tables.high.pairs().sum()))
-    cells = tables.spectral.n_coarse / layout.tiles
-    transform = 4 * 2.0 * n * cells * head_dim * heads
-    if self.low_op == "linear":
-      transform += 4.0 * tables.spectral.n_coarse * head_dim * (head_dim + 1) * heads
-    selection = heads * head_dim * (2.0 * n + 2.0 * layout.tiles**2)
-    # Passes over one bf16 [n, D] array: pooling reads 2, compression 3, packing 3 in and 3 out, lift and sum 3.
-    around = Cost(linear_flops=transform + selection, linear_bytes=14.0 * 2 * n * heads * head_dim, launches=5)
-    return attention_cost(heads * float(share @ pairs), head_dim) + around
+    return freqformer_cost.cost(self, layout, heads, head_dim, allocation)
 
   def call_cost(self, layout, heads, head_dim, allocation=None) -> CallCost:
-    """The packed buffer's lists: low and high exactly, mid with tiles of average fill and unions of random lists."""
-    if allocation is None:
-      allocation = self.router.prior if isinstance(self.allocation, str) else self.allocation
-    tables, share = self.tables(layout), np.asarray(allocation, np.float64) / sum(allocation)
-    listed = min(self.mid_tiles, layout.tiles) + self.low_shared * tables.coarse_tiles
-    mid = uniform(
-      layout.tiles, listed, tables.low.kv_tiles, head_dim, block=layout.block, fill=layout.fill, heads=heads * share[MID]
-    )
-    low, high = (count(m, head_dim).scaled(heads * share[i]) for i, m in ((LOW, tables.low), (HIGH, tables.high)))
-    return low + mid + high
+    return freqformer_cost.call_cost(self, layout, heads, head_dim, allocation)
 
   def phase_cost(self, phase, layout, heads, head_dim, allocation=None) -> Cost:
     if self.allocation != "measured":
