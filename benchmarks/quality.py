@@ -236,11 +236,11 @@ def main(_):
   write_rows(_NAME, [verdict(rows)], command)
   print(table(rows))
   print(json.dumps(next(r for r in rows if r["name"] == "model")["classifier"]))
-  print(plot(rows, pathlib.Path(_WORKDIR.value) / "quality.png"))
+  print(plot(rows, RESULTS / f"{_NAME}.png"))
 
 
 if __name__ == "__main__":
-  _WORKDIR = flags.DEFINE_string("workdir", str(_ROOT / "runs" / "quality"), "Folder of the run and the plot.")
+  _WORKDIR = flags.DEFINE_string("workdir", str(_ROOT / "runs" / "quality"), "Folder of the run.")
   _STEPS = flags.DEFINE_integer("steps", 1000, "Optimisation steps of the dense model.")
   _SAMPLES = flags.DEFINE_integer("samples", 2, "Samples per class.", lower_bound=1)
   _SAMPLING = flags.DEFINE_integer("sampling_steps", 12, "Denoising steps.", lower_bound=5)
