@@ -166,7 +166,7 @@ def test_a_later_search_is_near_the_oracle(cache, record_property):
   oracle, random = best(mass), best(np.random.default_rng(0).random(mass.shape, np.float32))
   shares = dict(search=share(tiles), oracle=share(oracle), first_masks=share(stale), random=share(random))
   for name, value in shares.items():
-    record_property(f"mass_kept_{name}", value)
+    record_property(f"mass_kept_{name}", float(value))
   print({k: round(v, 4) for k, v in shares.items()})
   assert shares["search"] > 0.97 * shares["oracle"] and shares["search"] > 1.5 * shares["random"]
   assert shares["search"] > shares["first_masks"] + 0.01  # searching again is worth something here

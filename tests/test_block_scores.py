@@ -96,7 +96,7 @@ def test_coarser_lse_loses_little(record_property):
     if name == "bf16":
       np.testing.assert_allclose(mass, truth, rtol=float(np.exp(np.abs(lse).max() * 2.0**-8) - 1))
   for name, value in share.items():
-    record_property(f"mass_kept_{name}", value)
+    record_property(f"mass_kept_{name}", float(value))
   print({k: round(float(v), 5) for k, v in share.items()})
   assert share["f32"] >= share["bf16"] >= 0.999 * share["f32"]
   assert share["bf16"] > share["tile"] > 0.9 * share["f32"]
