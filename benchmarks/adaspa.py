@@ -35,9 +35,9 @@ from kernels.block_scores import block_mass
 from kernels.offline import compile_for
 
 _PART = flags.DEFINE_enum("part", "time", ["time", "state", "recall"], "What to measure.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "recall: run of a dense model.")
-_STEPS = flags.DEFINE_integer("steps", 50, "recall: denoising steps.")
-_ROUNDS = flags.DEFINE_integer("rounds", 7, "time: turns of every part.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "recall: run of a dense model.", allow_override=True)
+_STEPS = flags.DEFINE_integer("steps", 50, "recall: denoising steps.", allow_override=True)
+_ROUNDS = flags.DEFINE_integer("rounds", 7, "time: turns of every part.", allow_override=True)
 
 CACHES = {
   "row_f32": dict(lse_dtype="float32"),

@@ -15,14 +15,22 @@ from absl import app, flags, logging
 from benchmarks import gpu_run
 from benchmarks.arg_specs import SPECS
 
-_DEVICE = flags.DEFINE_enum("device", "cpu", ["cpu", "gpu"], "Where to measure.")
-_QUICK = flags.DEFINE_bool("quick", False, "CPU: small shapes and few repeats; writes no rows.")
+_DEVICE = flags.DEFINE_enum("device", "cpu", ["cpu", "gpu"], "Where to measure.", allow_override=True)
+_QUICK = flags.DEFINE_bool("quick", False, "CPU: small shapes and few repeats; writes no rows.", allow_override=True)
 _MEMORY_OF = flags.DEFINE_enum("memory_of", None, ["forward", "backward"], "CPU: only run this once and print its peak memory.")
-_SPEC = flags.DEFINE_enum("spec", "cpu_64k", sorted(SPECS), "The shape of --memory_of.")
-_MINUTES = flags.DEFINE_float("minutes", 18, "GPU: stop by then with what there is; rows already there are skipped.", 0)
-_OUT = flags.DEFINE_string("out", None, "GPU: folder for rows and plot; default $OUT, else benchmarks/results.")
-_IMPLEMENTATION = flags.DEFINE_string("implementation", None, "GPU: attention backend to measure; default the GPU kernel.")
-_REHEARSE = flags.DEFINE_bool("rehearse", False, "GPU: the whole run on tiny shapes with a stand-in, on a CPU; needs --out.")
+_SPEC = flags.DEFINE_enum("spec", "cpu_64k", sorted(SPECS), "The shape of --memory_of.", allow_override=True)
+_MINUTES = flags.DEFINE_float(
+  "minutes", 18, "GPU: stop by then with what there is; rows already there are skipped.", 0, allow_override=True
+)
+_OUT = flags.DEFINE_string(
+  "out", None, "GPU: folder for rows and plot; default $OUT, else benchmarks/results.", allow_override=True
+)
+_IMPLEMENTATION = flags.DEFINE_string(
+  "implementation", None, "GPU: attention backend to measure; default the GPU kernel.", allow_override=True
+)
+_REHEARSE = flags.DEFINE_bool(
+  "rehearse", False, "GPU: the whole run on tiny shapes with a stand-in, on a CPU; needs --out.", allow_override=True
+)
 
 
 def main(argv):

@@ -23,7 +23,9 @@ from freqformer.simulation.descriptions import Gpu, load_gpu, load_model
 from freqformer.simulation.forward import Plan, make_method, row, run_seconds
 from freqformer.simulation.scaling import largest_video, memory_bytes, parallel
 
-_WORKDIR = flags.DEFINE_string("workdir", "runs/complexity", "A run trained with FreqFormer, for the approximation errors.")
+_WORKDIR = flags.DEFINE_string(
+  "workdir", "runs/complexity", "A run trained with FreqFormer, for the approximation errors.", allow_override=True
+)
 
 ROOT = pathlib.Path(__file__).parent.parent
 FIGURES = ROOT / "docs" / "figures"

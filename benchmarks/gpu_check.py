@@ -26,10 +26,16 @@ from benchmarks.gpu_run import device_slug
 from kernels.attention import attention
 from kernels.block_mask import BlockMask, dense_mask, from_tiles
 
-_OUT = flags.DEFINE_string("out", None, "Folder for the rows; default $OUT, else benchmarks/results.")
-_IMPLEMENTATION = flags.DEFINE_string("implementation", None, "Backend to check; default the GPU kernel (rehearsal: xla).")
-_REHEARSE = flags.DEFINE_bool("rehearse", False, "Tiny shapes on any device, with a stand-in: checks this program.")
-_MINUTES = flags.DEFINE_float("minutes", 8, "Stop by then; what was not checked is named, and the exit status is 1.", 0)
+_OUT = flags.DEFINE_string("out", None, "Folder for the rows; default $OUT, else benchmarks/results.", allow_override=True)
+_IMPLEMENTATION = flags.DEFINE_string(
+  "implementation", None, "Backend to check; default the GPU kernel (rehearsal: xla).", allow_override=True
+)
+_REHEARSE = flags.DEFINE_bool(
+  "rehearse", False, "Tiny shapes on any device, with a stand-in: checks this program.", allow_override=True
+)
+_MINUTES = flags.DEFINE_float(
+  "minutes", 8, "Stop by then; what was not checked is named, and the exit status is 1.", 0, allow_override=True
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,7 @@ from kernels import offline
 from kernels.attention import attention
 from kernels.linear import Segments, linear_attention
 
-_QUICK = flags.DEFINE_bool("quick", False, "Small CPU shapes and few repeats; writes no rows.")
+_QUICK = flags.DEFINE_bool("quick", False, "Small CPU shapes and few repeats; writes no rows.", allow_override=True)
 
 # Assumed for an H100 until measured: 85 % of the best published dense attention rate (697 TFLOP/s), and a plain copy.
 TENSOR_RATE, COPY_RATE = 0.85 * 697e12, 3.0e12

@@ -28,8 +28,12 @@ from freqformer.methods.base import Cond  # noqa: E402
 from freqformer.methods.freqformer import FreqFormer  # noqa: E402
 from kernels.offline import compile_for  # noqa: E402
 
-_DEVICE = flags.DEFINE_enum("device", "offline", ["offline"], "Where the layer is compiled for: an absent H100.")
-_SPECS = flags.DEFINE_multi_string("spec", ["a_64k", "a_128k", "a_1m"], "Shapes of benchmarks/arg_specs.py.")
+_DEVICE = flags.DEFINE_enum(
+  "device", "offline", ["offline"], "Where the layer is compiled for: an absent H100.", allow_override=True
+)
+_SPECS = flags.DEFINE_multi_string(
+  "spec", ["a_64k", "a_128k", "a_1m"], "Shapes of benchmarks/arg_specs.py.", allow_override=True
+)
 _NOTE = flags.DEFINE_string("note", "", "Added to the rows' names, to keep two versions side by side.")
 BYTES_PER_S, FLOPS_PER_S = 3.0e12, 700e12
 PARTS = ("norm_rotary", "compress", "filter", "pool", "select", "pack", "lift")

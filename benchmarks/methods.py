@@ -32,7 +32,7 @@ from freqformer.rotary import rotate
 from kernels.block_mask import dense_mask
 from kernels.linear import linear_attention
 
-_QUICK = flags.DEFINE_bool("quick", False, "A small shape and few repeats; writes no rows.")
+_QUICK = flags.DEFINE_bool("quick", False, "A small shape and few repeats; writes no rows.", allow_override=True)
 
 # At densities of 0.05 to 0.25 on the 128 tiles of cpu_16k; no router, so that a head's branch is known.
 SETTINGS = (

@@ -17,7 +17,7 @@ from kernels.topk import top_tiles
 _TILES = flags.DEFINE_multi_integer("tiles", [2048, 4096], "Tiles of the buffer, queries and keys.")
 _HEADS = flags.DEFINE_integer("heads", 2, "Heads.")
 _DENSITY = flags.DEFINE_float("density", 0.05, "Listed share of the key tiles.")
-_ROUNDS = flags.DEFINE_integer("rounds", 7, "Turns of each competitor.")
+_ROUNDS = flags.DEFINE_integer("rounds", 7, "Turns of each competitor.", allow_override=True)
 _CHUNK = 1 << 22  # scores at once of the sorting competitor
 
 

@@ -22,9 +22,11 @@ from benchmarks.tune_trials import Budget, Trial, choose, compile_candidate, tim
 from kernels import tuning
 from kernels.tuning import DIRECTIONS, Key, TuningConfig
 
-_MINUTES = flags.DEFINE_float("minutes", 10, "Stop by then; keys not reached keep what they have.", 0)
+_MINUTES = flags.DEFINE_float("minutes", 10, "Stop by then; keys not reached keep what they have.", 0, allow_override=True)
 _STATIC = flags.DEFINE_bool("static", False, "Only compile (no GPU needed) and report; no table is written.")
-_OUT = flags.DEFINE_string("out", None, "Folder for the report's rows; default $OUT, else benchmarks/results.")
+_OUT = flags.DEFINE_string(
+  "out", None, "Folder for the report's rows; default $OUT, else benchmarks/results.", allow_override=True
+)
 _KEYS = flags.DEFINE_list("keys", None, "Only these keys, as head_dim:block_q:block_kv:direction; default all.")
 
 HEAD_DIMS, BLOCKS = (128, 64), (128, 64)

@@ -9,6 +9,9 @@ from benchmarks import gates, gpu_attention, gpu_run
 from benchmarks.gpu_plan import FULL, REHEARSAL, SHORT
 from benchmarks.gpu_rows import Deadline, Store
 
+# One worker: what the file prepares or compiles is then made once.
+pytestmark = pytest.mark.xdist_group("gpu_benchmark")
+
 
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory):

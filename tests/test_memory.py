@@ -12,6 +12,9 @@ import pytest
 from tests import golden
 from tests.memory_cases import CASES, GRIDS, HEADS
 
+# One worker: what the file prepares or compiles is then made once.
+pytestmark = pytest.mark.xdist_group("memory")
+
 SLACK = 0.1
 KB = 1024
 

@@ -12,6 +12,9 @@ from freqformer.dit import VideoDiT, make_tables
 from freqformer.model_config import model_config
 from freqformer.training import TrainConfig, evaluate, init_state, learning_rate, make_eval_step, make_train_step
 
+# One worker: what the file prepares or compiles is then made once.
+pytestmark = pytest.mark.xdist_group("training")
+
 SHAPE = (2, 4, 4, 3)
 MODEL = model_config(
   dict(
