@@ -16,85 +16,91 @@ def of_set(rows, name):
   return [r for r in rows if r["set"] == name]
 
 
+def _table(found, columns: dict) -> str:
+  """One line per row; columns: title -> `(field, format)`, `(field, format, unit)` or what a row shows there."""
+
+  def cell(r, column):
+    if callable(column):
+      return column(r)
+    field, form, *unit = column
+    return f"{r[field] / unit[0] if unit else r[field]:{form}}"
+
+  return markdown(list(columns), [[cell(r, column) for column in columns.values()] for r in found])
+
+
+_SIMULATED = {"measured": lambda r: "no"}
+
+
 def _comparison(found) -> str:
-  scale, unit = (1, "s") if max(r["seconds"] for r in found) > 10 else (1e3, "ms")
-  head = ["call", f"measured, {unit}", f"simulated, {unit}", "error", "fitted to"]
-  show = lambda seconds: f"{scale * seconds:.4g}"
-  lines = [
-    [r["name"], show(r["measured_seconds"]), show(r["seconds"]), f"{r['error']:+.1%}", "yes" if r["fitted"] else "no"]
-    for r in found
-  ]
-  return markdown(head, lines)
+  unit, name = (1, "s") if max(r["seconds"] for r in found) > 10 else (1e-3, "ms")
+  columns = {
+    "call": ("name", ""),
+    f"measured, {name}": ("measured_seconds", ".4g", unit),
+    f"simulated, {name}": ("seconds", ".4g", unit),
+    "error": ("error", "+.1%"),
+    "fitted to": lambda r: "yes" if r["fitted"] else "no",
+  }
+  return _table(found, columns)
 
 
 def _sweep_table(found) -> str:
-  head = ["tokens", "method", "density", "attention TFLOP", "all TFLOP", "device memory, GB", "KV through L2, GB", "FLOP/byte"]
-  head += ["seconds", "tokens/s", "dense / this", "attention: dense / this", "measured"]
-  lines = [
-    [
-      f"{r['tokens']:,}",
-      r["method"],
-      f"{r['density']:.4f}",
-      f"{r['attention_flops'] / 1e12:,.1f}",
-      f"{r['total_flops'] / 1e12:,.1f}",
-      f"{r['hbm_bytes'] / 1e9:,.0f}",
-      f"{r['kv_bytes'] / 1e9:,.0f}",
-      f"{r['flops_per_byte']:,.0f}",
-      f"{r['seconds']:.3g}",
-      f"{r['tokens_per_s']:,.0f}",
-      f"{r['speedup_over_dense']:.2f}",
-      f"{r['attention_speedup']:.1f}",
-      "no",
-    ]
-    for r in found
-  ]
-  return markdown(head, lines)
+  columns = {
+    "tokens": ("tokens", ","),
+    "method": ("method", ""),
+    "density": ("density", ".4f"),
+    "attention TFLOP": ("attention_flops", ",.1f", 1e12),
+    "all TFLOP": ("total_flops", ",.1f", 1e12),
+    "device memory, GB": ("hbm_bytes", ",.0f", 1e9),
+    "KV through L2, GB": ("kv_bytes", ",.0f", 1e9),
+    "FLOP/byte": ("flops_per_byte", ",.0f"),
+    "seconds": ("seconds", ".3g"),
+    "tokens/s": ("tokens_per_s", ",.0f"),
+    "dense / this": ("speedup_over_dense", ".2f"),
+    "attention: dense / this": ("attention_speedup", ".1f"),
+  }
+  return _table(found, columns | _SIMULATED)
 
 
 def _duration_table(rows) -> str:
-  head = ["video, s", "grid", "method", "run of 50 steps, s", "GPU s per video s", "resident, GB", "fits", "measured"]
-  lines = [
-    [
-      f"{r['video_seconds']:.1f}",
-      "x".join(map(str, r["grid"])),
-      r["method"],
-      f"{r['run_seconds']:,.0f}",
-      f"{r['gpu_s_per_video_s']:,.0f}",
-      f"{r['memory_bytes'] / 1e9:.0f}",
-      "yes" if r["fits"] else "no",
-      "no",
-    ]
-    for r in of_set(rows, "duration")
-  ]
-  largest = [
-    f"{r['method']} {r['video_seconds']:.0f} s ({'x'.join(map(str, r['grid']))} tokens)" for r in of_set(rows, "largest")
-  ]
-  return markdown(head, lines) + f"\n\nLongest 720p video that fits (simulated): {', '.join(largest)}."
+  columns = {
+    "video, s": ("video_seconds", ".1f"),
+    "grid": _grid,
+    "method": ("method", ""),
+    "run of 50 steps, s": ("run_seconds", ",.0f"),
+    "GPU s per video s": ("gpu_s_per_video_s", ",.0f"),
+    "resident, GB": ("memory_bytes", ".0f", 1e9),
+    "fits": lambda r: "yes" if r["fits"] else "no",
+  }
+  largest = [f"{r['method']} {r['video_seconds']:.0f} s ({_grid(r)} tokens)" for r in of_set(rows, "largest")]
+  table = _table(of_set(rows, "duration"), columns | _SIMULATED)
+  return f"{table}\n\nLongest 720p video that fits (simulated): {', '.join(largest)}."
+
+
+def _grid(r) -> str:
+  return "x".join(map(str, r["grid"]))
 
 
 def _gpus_table(found) -> str:
-  head = ["method", "GPUs", "seconds per forward", "of it communication", "busiest / mean GPU", "speed-up", "measured"]
-  lines = [
-    [
-      r["method"],
-      r["gpus"],
-      f"{r['seconds']:.3f}",
-      f"{r['communication_s']:.3f}",
-      f"{r['imbalance']:.2f}",
-      f"{r['speedup']:.2f}",
-      "no",
-    ]
-    for r in found
-  ]
-  return markdown(head, lines)
+  columns = {
+    "method": ("method", ""),
+    "GPUs": ("gpus", ""),
+    "seconds per forward": ("seconds", ".3f"),
+    "of it communication": ("communication_s", ".3f"),
+    "busiest / mean GPU": ("imbalance", ".2f"),
+    "speed-up": ("speedup", ".2f"),
+  }
+  return _table(found, columns | _SIMULATED)
 
 
 def _devices_table(found) -> str:
-  head = ["GPU", "method", "seconds per forward", "TFLOP/s", "rates", "measured"]
-  rates = lambda r: "fitted" if r["rates_calibrated"] else "assumed"
-  return markdown(
-    head, [[r["gpu"], r["method"], f"{r['seconds']:.3f}", f"{r['tflops_per_s']:.0f}", rates(r), "no"] for r in found]
-  )
+  columns = {
+    "GPU": ("gpu", ""),
+    "method": ("method", ""),
+    "seconds per forward": ("seconds", ".3f"),
+    "TFLOP/s": ("tflops_per_s", ".0f"),
+    "rates": lambda r: "fitted" if r["rates_calibrated"] else "assumed",
+  }
+  return _table(found, columns | _SIMULATED)
 
 
 def _approximation_table(found) -> str:
