@@ -8,7 +8,8 @@ Traffic of the forward. Each query tile with a list reads its q once, the k and 
 out and LSE. Summed over lists that is what L2 must deliver; device memory delivers at least every distinct byte once, and,
 where a head's k and v do not fit into L2, about the union of the lists that run at the same time.
 
-Not counted: maxima, rescaling and the masks (`REFERENCE_SOFTMAX` says how many they are in the full-matrix form); instruction issue; bytes of counts and offsets (4 per query tile).
+Not counted: maxima, rescaling and the masks (`REFERENCE_SOFTMAX`: how many in the full-matrix form); instruction issue;
+bytes of counts and offsets (4 per query tile).
 """
 
 import dataclasses
@@ -19,8 +20,8 @@ from kernels.block_mask import BlockMask
 
 FORWARD_MATMULS = 2
 BACKWARD_MATMULS = {"one_pass": 5, "two_pass": 7}
-# Elementwise operations per pair of `kernels/reference.py` (scale, mask, maximum, differences, sum), as XLA counts them beside two
-# exponentials. No useful work, hence in no other count.
+# Elementwise operations per pair of `kernels/reference.py` (scale, mask, maximum, differences, sum), as XLA counts them
+# beside two exponentials. No useful work, hence in no other count.
 REFERENCE_SOFTMAX = 8
 # Query tiles that run at the same time where nothing better is known: one per SM of an H100.
 CONCURRENT = 132
