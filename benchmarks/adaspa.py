@@ -172,7 +172,7 @@ class Audited(AdaSpa):
   def _kept(self, qkv, cond, tables, bits) -> dict:
     """Share of the true mass on each set of tiles, `[samples, h]` each."""
     arrays, layout = qkv.layout, qkv.layout.layout
-    q, k = qkv.rotate_q(qkv.q, arrays.positions), qkv.rotate_k(qkv.k, arrays.positions)
+    q, k = qkv.rotated()
     _, lse = attention(q, k, qkv.v, tables["dense"], implementation=qkv.implementation)
     samples = bits["first"].shape[0]
     mass = block_mass(q[:samples], k[:samples], lse[:samples], arrays.kv_len, layout.block)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from freqformer.cost import attention_cost
 from freqformer.methods.adaspa import AdaSpa
-from freqformer.methods.base import Method, plain_aux
+from freqformer.methods.base import Method, attend, plain_aux
 from freqformer.methods.block_topk import BlockTopK
 from freqformer.methods.freqformer import FreqFormer
 from freqformer.methods.radial import Radial
@@ -38,7 +38,7 @@ class RandomTiles(Method):
 
   def __call__(self, module, qkv, cond, tables, state):
     arrays, (b, _, h, _) = qkv.layout, qkv.q.shape
-    q, k = qkv.rotate_q(qkv.q, arrays.positions), qkv.rotate_k(qkv.k, arrays.positions)
+    q, k = qkv.rotated()
     mask = self.mask(q, cond, arrays)
     out, _ = attention(q, k, qkv.v, mask, implementation=qkv.implementation)
     return out, state, plain_aux(mask, arrays.layout.n, b, h, cond.want_masks)
@@ -79,10 +79,8 @@ class Warmed(Method):
   def __call__(self, module, qkv, cond, tables, state):
     if cond.phase != "warmup":
       return self.inner(module, qkv, dataclasses.replace(cond, phase=""), tables["inner"], state)
-    arrays, (b, _, h, _) = qkv.layout, qkv.q.shape
-    q, k = qkv.rotate_q(qkv.q, arrays.positions), qkv.rotate_k(qkv.k, arrays.positions)
-    out, _ = attention(q, k, qkv.v, tables["dense"], implementation=qkv.implementation)
-    return out, state, plain_aux(tables["dense"], arrays.layout.n, b, h, cond.want_masks)
+    out, aux = attend(qkv, tables["dense"], cond)
+    return out, state, aux
 
   def cost(self, layout, heads, head_dim, allocation=None):
     return self.inner.cost(layout, heads, head_dim, allocation)
@@ -115,7 +113,7 @@ class Probe(Method):
 
   def __call__(self, module, qkv, cond, tables, state):
     arrays, (b, _, h, _) = qkv.layout, qkv.q.shape
-    q, k = qkv.rotate_q(qkv.q, arrays.positions), qkv.rotate_k(qkv.k, arrays.positions)
+    q, k = qkv.rotated()
     run = lambda mask: attention(q, k, qkv.v, mask, implementation=qkv.implementation)
     out, lse = run(tables["dense"])
     search = AdaSpa(1 - self.budget / arrays.layout.tiles, adaptive=False)

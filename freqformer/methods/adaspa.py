@@ -147,7 +147,7 @@ class AdaSpa(Method):
 
   def __call__(self, module, qkv, cond, tables, state):
     arrays, (b, _, h, _) = qkv.layout, qkv.q.shape
-    q, k = qkv.rotate_q(qkv.q, arrays.positions), qkv.rotate_k(qkv.k, arrays.positions)
+    q, k = qkv.rotated()
     run = lambda mask: attention(q, k, qkv.v, mask, implementation=qkv.implementation)
     aux_of = lambda mask: plain_aux(mask, arrays.layout.n, b, h, cond.want_masks)
     own = lambda x: x[: b // 2] if cond.guided else x  # the half whose masks both run with

@@ -15,6 +15,7 @@ from flax import nnx
 
 from freqformer.cost import Cost
 from freqformer.layout import LayoutTables, TileLayout
+from kernels.attention import attention
 from kernels.cost import CallCost
 
 
@@ -80,6 +81,10 @@ class Projected:
   rotate_k: Callable
   layout: LayoutTables
   implementation: str | None = None
+
+  def rotated(self) -> tuple[jax.Array, jax.Array]:
+    """q and k finished, each token at its own position."""
+    return self.rotate_q(self.q, self.layout.positions), self.rotate_k(self.k, self.layout.positions)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +161,13 @@ class Method:
   def branches(self) -> tuple[str, ...]:
     """Names of what a head can be given; routing is an array over these."""
     return ()
+
+
+def attend(qkv: Projected, mask, cond: Cond):
+  """Every token by one table: out and the aux of a method without routing or losses."""
+  q, k = qkv.rotated()
+  out, _ = attention(q, k, qkv.v, mask, implementation=qkv.implementation)
+  return out, plain_aux(mask, qkv.layout.layout.n, q.shape[0], q.shape[2], cond.want_masks)
 
 
 def mask_density(mask, n: int, b: int, h: int) -> jax.Array:

@@ -59,7 +59,7 @@ class BlockTopK(Method):
   def __call__(self, module, qkv, cond, tables, state):
     arrays, (b, _, h, _) = qkv.layout, qkv.q.shape
     layout = arrays.layout
-    q, k = qkv.rotate_q(qkv.q, arrays.positions), qkv.rotate_k(qkv.k, arrays.positions)
+    q, k = qkv.rotated()
     q_pool, k_pool = pool_tiles(q, arrays), pool_tiles(k, arrays)
     mask = block_topk(cond.share(q_pool), cond.share(k_pool), self.budget(layout), tables, arrays.kv_len, layout.block)
     mask = dataclasses.replace(mask, kv_indices=checkpoint_name(mask.kv_indices, "tables"))

@@ -3,9 +3,8 @@
 import dataclasses
 
 from freqformer.cost import Cost, attention_cost
-from freqformer.methods.base import Method, plain_aux
+from freqformer.methods.base import Method, attend
 from freqformer.planners.dense import dense
-from kernels.attention import attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,10 +15,8 @@ class Dense(Method):
     return dense(layout)
 
   def __call__(self, module, qkv, cond, tables, state):
-    positions = qkv.layout.positions
-    q, k = qkv.rotate_q(qkv.q, positions), qkv.rotate_k(qkv.k, positions)
-    out, _ = attention(q, k, qkv.v, tables, implementation=qkv.implementation)
-    return out, state, plain_aux(tables, qkv.layout.layout.n, q.shape[0], q.shape[2], cond.want_masks)
+    out, aux = attend(qkv, tables, cond)
+    return out, state, aux
 
   def cost(self, layout, heads, head_dim, allocation=None) -> Cost:
     return attention_cost(heads * layout.n**2, head_dim)

@@ -8,24 +8,21 @@ training), each head appears once per branch in that same call and the outputs a
 """
 
 import dataclasses
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from freqformer.config import ConfigError
 from freqformer.cost import Cost
 from freqformer.layout import TileLayout
 from freqformer.methods import freqformer_cost, measured
-from freqformer.methods.base import Method, mask_aux
+from freqformer.methods.base import mask_aux, mask_density
+from freqformer.methods.routed import RoutedMethod
 from freqformer.planners.block_topk import block_topk, fixed_tiles, pool_tiles
 from freqformer.planners.packed import coarse_rows, full_rows, packed_kv_len
 from freqformer.planners.sliding_tile import BORDERS, sliding_tile
 from freqformer.profiling import ProfileConfig
-from freqformer.router import RouterConfig, Routing, SpectralRouter, entropy, penalty
 from freqformer.spectral import SpectralBasis, SpectralTables
 from freqformer.summary import SummaryTokens
 from kernels.attention import attention
@@ -41,14 +38,13 @@ _FILTER_COEFFICIENTS = np.array([[1, 0, 0], [0, 1, -1], [1, -1, 0]], np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
-class FreqFormer(Method):
-  """Fields of the method.
+class FreqFormer(RoutedMethod):
+  """Fields of the method, beside `router` of `RoutedMethod`.
 
   Attributes:
     basis: the spectral basis and its cuts.
-    allocation: "routed"; or head counts per band (low, mid, high) for a fixed assignment, where "2,2,2" means (2, 2, 2), so
-      that a command line can override one with the other; or "measured": training-free, each head gets the band that serves
-      it best at a step after a dense warm-up (`methods/measured.py`).
+    allocation: "routed"; or head counts per band (low, mid, high); or "measured": training-free, each head gets the band that
+      serves it best at a step after a dense warm-up (`methods/measured.py`).
     mid_tiles: key tiles per query tile in the mid band, fixed ones included.
     sink: first tiles that every mid list holds.
     anchors: evenly spread frames whose tile at the same place every mid list holds.
@@ -58,12 +54,10 @@ class FreqFormer(Method):
     low_op: among coarse tokens, "dense" (softmax) or "linear" (`kernels/linear.py`, softmax feature map): O(n) overall.
     low_shared: mid and high rows also list the coarse tiles, in one joint softmax.
     summary: summary tokens per band and head; 0 is off.
-    router: for `allocation="routed"`.
     profile: for `allocation="measured"`.
   """
 
   basis: SpectralBasis = SpectralBasis("block_dct", (0.5, 0.5, 0.5), (0.75, 0.75, 0.75))
-  allocation: str | tuple[int, int, int] = "routed"
   mid_tiles: int = 4
   sink: int = 0
   anchors: int = 0
@@ -73,14 +67,10 @@ class FreqFormer(Method):
   low_op: str = "dense"
   low_shared: bool = False
   summary: int = 0
-  router: RouterConfig = RouterConfig()
   profile: ProfileConfig = ProfileConfig(slack=0.1)
 
   def __post_init__(self):
-    if isinstance(self.allocation, str) and (counts := re.fullmatch(r"\(?(\d+), ?(\d+), ?(\d+)\)?", self.allocation)):
-      object.__setattr__(self, "allocation", tuple(map(int, counts.groups())))
-    if isinstance(self.allocation, str) and self.allocation not in ("routed", "measured"):
-      raise ValueError(f'{self.allocation=} must be "routed", "measured" or three head counts (low, mid, high).')
+    super().__post_init__()
     if self.filter not in FILTERS or self.border not in BORDERS:
       raise ValueError(f"{self.filter=} must be one of {FILTERS} and {self.border=} one of {BORDERS}.")
     if self.low_op not in LOW_OPS:
@@ -89,28 +79,22 @@ class FreqFormer(Method):
       raise ValueError(
         f"{self.mid_tiles=} must hold the own tile and {self.sink=}, {self.anchors=} >= 0; {self.summary=} >= 0."
       )
-    if len(self.router.prior) != 3:
-      raise ValueError(f"router prior {self.router.prior} must have one share per band (low, mid, high).")
-
-  @property
-  def routed(self):
-    return self.allocation == "routed"
-
-  @property
-  def trains_all_branches(self):
-    return self.routed and self.router.mode != "sampled"
 
   @property
   def branches(self):
     return ("low", "mid", "high")
 
+  @property
+  def allocations(self):
+    return ("routed", "measured")
+
   def build(self, dims, layout, rngs):
-    if not isinstance(self.allocation, str) and sum(self.allocation) != dims.heads:
-      raise ConfigError(
-        f"allocation={self.allocation} hands out {sum(self.allocation)} heads, the layer has {dims.heads}; "
-        'make them equal or use "routed".'
-      )
-    return _Modules(self, dims, rngs)
+    modules = super().build(dims, layout, rngs)
+    modules.summary = SummaryTokens(self.summary, dims.heads, dims.head_dim, rngs) if self.summary else None
+    return modules
+
+  def energies(self, v, layout, tables):
+    return tables.spectral.band_energy(v)
 
   def tables(self, layout):
     spectral = self.basis.fit(layout)
@@ -144,8 +128,7 @@ class FreqFormer(Method):
     if self.allocation == "measured" and cond.phase != "run":
       return measured.call(self, module, qkv, cond, tables, state)
     spectral, layout = tables.spectral, qkv.layout
-    routing = self._route(module, qkv, cond, spectral, state)
-    routing = dataclasses.replace(routing, choice=checkpoint_name(routing.choice, "routing"))
+    routing = self.route(module, qkv, cond, tables, state["choice"] if self.allocation == "measured" else None)
     b, _, h, _ = qkv.q.shape
     choice, repeat = routing.choice, lambda x: x
     if routing.all_branches:  # head index = branch * h + head
@@ -175,22 +158,6 @@ class FreqFormer(Method):
       )
     return out, state, self._aux(routing, masks, qkv, spectral, cond) | mask_aux(mask, cond.want_masks)
 
-  def _route(self, module, qkv, cond, spectral, state) -> Routing:
-    """The router's decision, the measured one, or the fixed one."""
-    b, _, h, _ = qkv.q.shape
-    if self.routed:
-      stats = None
-      if self.router.statistics:
-        energy = spectral.band_energy(jax.lax.stop_gradient(qkv.v)).astype(jnp.float32)
-        stats = jnp.log((energy + 1e-6) / (energy.sum(-1, keepdims=True) + 3e-6))
-      return module.router(cond, stats)
-    if self.allocation == "measured":
-      choice = state["choice"]
-    else:
-      choice = np.repeat(np.arange(3, dtype=np.int32), self.allocation)[None]
-    hot = jnp.broadcast_to(jax.nn.one_hot(choice, 3), (b, h, 3))
-    return Routing(hot, jnp.broadcast_to(choice, (b, h)), hot, False)
-
   def _mid_table(self, qkv, cond, tables, packed) -> BlockMask:
     """Top tiles by pooled *unfiltered*, normed, rotated q and k: a band-filtered tensor has zero mean in a tile.
 
@@ -199,7 +166,7 @@ class FreqFormer(Method):
     """
     layout, h = qkv.layout, qkv.q.shape[2]
     if self.filter == "qkv":
-      q, k = qkv.rotate_q(qkv.q, layout.positions), qkv.rotate_k(qkv.k, layout.positions)
+      q, k = qkv.rotated()
     else:
       start = tables.coarse_tiles * layout.layout.block
       q, k = (x[:, start:, :h] for x in jax.lax.optimization_barrier(packed))
@@ -231,25 +198,10 @@ class FreqFormer(Method):
     return packed
 
   def _aux(self, routing, masks, qkv, spectral, cond):
-    """Densities, the router's entropy and its cost penalty, which counts linear attention as the pairs that cost as much."""
+    """Linear attention counts as the pairs that cost as much."""
     (b, h), n = routing.choice.shape, qkv.layout.layout.n
-    density = jnp.stack([jnp.broadcast_to(jnp.asarray(m.density(n), jnp.float32), (b, h)) for m in masks], -1)
-    taken = jnp.take_along_axis(density, routing.choice[..., None], -1)[..., 0]
-    run = density.sum(-1) if routing.all_branches else taken
-    loss = jnp.float32(0)
-    if self.routed and cond.train:
-      linear = (qkv.q.shape[-1] + 1) * spectral.n_coarse / n**2 if self.low_op == "linear" else 0.0
-      costs = jax.lax.stop_gradient(density.mean((0, 1))) + np.array([linear, 0, 0], np.float32)
-      loss = penalty(self.router, routing.probs, costs)
-    return {
-      "density": taken,
-      "cost": run.mean(),
-      "loss": loss,
-      "probs": routing.probs,
-      "choice": routing.choice,
-      "expected_density": (routing.probs * density).sum(-1),
-      "entropy": entropy(routing.probs),
-    }
+    linear = (qkv.q.shape[-1] + 1) * spectral.n_coarse / n**2 if self.low_op == "linear" else 0.0
+    return self.aux(routing, jnp.stack([mask_density(m, n, b, h) for m in masks], -1), (linear, 0, 0), cond)
 
   def cost(self, layout: TileLayout, heads, head_dim, allocation=None) -> Cost:
     return freqformer_cost.cost(self, layout, heads, head_dim, allocation)
@@ -274,11 +226,3 @@ class FreqFormerTables:
   fixed: np.ndarray
   coarse_tiles: int = dataclasses.field(metadata={"static": True})
   profile: dict | None = None  # for measured heads
-
-
-class _Modules(nnx.Module):
-  """The method's parameters: a router where heads are routed, summaries where there are some."""
-
-  def __init__(self, config: FreqFormer, dims, rngs):
-    self.router = SpectralRouter(config.router, dims.heads, dims.cond_dim, 3, rngs) if config.routed else None
-    self.summary = SummaryTokens(config.summary, dims.heads, dims.head_dim, rngs) if config.summary else None

@@ -1,7 +1,5 @@
 """What a FreqFormer layer costs: exact pairs of each band, and the transforms, pooling and selection around them."""
 
-import numpy as np
-
 from freqformer.cost import Cost, attention_cost
 from freqformer.layout import TileLayout
 from kernels.cost import CallCost, count, uniform
@@ -15,10 +13,7 @@ def cost(method, layout: TileLayout, heads, head_dim, allocation=None) -> Cost:
   matmuls), linear attention of all heads if there is some, pooling and scores of the selection. Not counted: the router
   itself (below 1e-4 of the layer), rotary and norms (every method has them).
   """
-  if allocation is None:
-    allocation = method.router.prior if isinstance(method.allocation, str) else method.allocation
-  share = np.asarray(allocation, np.float64) / sum(allocation)
-  tables, n = method.tables(layout), layout.n
+  share, tables, n = method.shares(allocation), method.tables(layout), layout.n
   mid_keys = min(method.mid_tiles, layout.tiles) * n / layout.tiles + method.low_shared * tables.spectral.n_coarse
   pairs = (float(tables.low.pairs().sum()), n * mid_keys, float(tables.high.pairs().sum()))
   cells = tables.spectral.n_coarse / layout.tiles
@@ -33,9 +28,7 @@ def cost(method, layout: TileLayout, heads, head_dim, allocation=None) -> Cost:
 
 def call_cost(method, layout: TileLayout, heads, head_dim, allocation=None) -> CallCost:
   """The packed buffer's lists: low and high exactly, mid with tiles of average fill and unions of random lists."""
-  if allocation is None:
-    allocation = method.router.prior if isinstance(method.allocation, str) else method.allocation
-  tables, share = method.tables(layout), np.asarray(allocation, np.float64) / sum(allocation)
+  tables, share = method.tables(layout), method.shares(allocation)
   listed = min(method.mid_tiles, layout.tiles) + method.low_shared * tables.coarse_tiles
   mid = uniform(
     layout.tiles, listed, tables.low.kv_tiles, head_dim, block=layout.block, fill=layout.fill, heads=heads * share[1]

@@ -11,10 +11,9 @@ import dataclasses
 import jax.numpy as jnp
 
 from freqformer.cost import Cost, attention_cost
-from freqformer.methods.base import plain_aux
+from freqformer.methods.base import attend
 from freqformer.planners.dense import dense
 from freqformer.profiling import ProfileConfig, dense_rows, most_faithful, relative_errors, sample_rows
-from kernels.attention import attention
 
 
 def tables(layout, profile: ProfileConfig) -> dict:
@@ -35,11 +34,10 @@ def phase_cost(method, phase: str, layout, heads: int, head_dim: int, allocation
 
 def call(method, module, qkv, cond, tables, state):
   """A step that is not a plain run: dense during the warm-up, else measure and run with what was found."""
-  arrays = qkv.layout
-  q, k = qkv.rotate_q(qkv.q, arrays.positions), qkv.rotate_k(qkv.k, arrays.positions)
   if cond.phase == "warmup":
-    out, _ = attention(q, k, qkv.v, tables.profile["dense"], implementation=qkv.implementation)
-    return out, state, plain_aux(tables.profile["dense"], arrays.layout.n, *out.shape[::2], cond.want_masks)
+    out, aux = attend(qkv, tables.profile["dense"], cond)
+    return out, state, aux
+  (q, k), arrays = qkv.rotated(), qkv.layout
   rows, heads = tables.profile["rows"], q.shape[2]
   outs, densities = [], []
   for band in range(3):

@@ -53,7 +53,7 @@ class SparseLinear(Method):
 
   def __call__(self, module, qkv, cond, tables, state):
     layout, block = qkv.layout, qkv.layout.layout.block
-    q, k = qkv.rotate_q(qkv.q, layout.positions), qkv.rotate_k(qkv.k, layout.positions)
+    q, k = qkv.rotated()
     pools = [cond.share(pool_tiles(jax.lax.stop_gradient(x), layout)) for x in (q, k)]
     mask, worst = (self._rank(sign * pools[0], pools[1], i, layout) for i, sign in enumerate((1, -1)))
     out, _ = attention(q, k, qkv.v, mask, implementation=qkv.implementation)

@@ -12,21 +12,18 @@ allocation each op runs on its own heads only.
 import dataclasses
 import functools
 import operator
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
-from freqformer.config import ConfigError
 from freqformer.cost import Cost, attention_cost
 from freqformer.layout import LayoutTables, TileLayout
-from freqformer.methods.base import Method, mask_aux
+from freqformer.methods.base import mask_aux
+from freqformer.methods.routed import RoutedMethod
 from freqformer.planners.block_topk import pool_tiles
 from freqformer.planners.temporal import temporal
-from freqformer.router import RouterConfig, Routing, SpectralRouter, entropy, penalty
+from freqformer.router import RouterConfig
 from kernels.attention import attention
 from kernels.block_mask import BlockMask
 from kernels.cost import CallCost, count
@@ -75,56 +72,35 @@ class Schedule:
 
 
 @dataclasses.dataclass(frozen=True)
-class SparseFlow(Method):
-  """Fields of the method.
+class SparseFlow(RoutedMethod):
+  """Fields of the method, beside those of `RoutedMethod`; head counts are (sparse, linear).
 
   Attributes:
     schedule: temporal extent over the timestep.
     around: tiles (y, x) that a query sees of each frame, around its own place.
     anchors: evenly spread frames that every query sees, the first among them.
     feature_map: of the linear path, a name of `kernels.linear.FEATURE_MAPS`.
-    allocation: "routed", or head counts (sparse, linear) for a fixed assignment; "2,4" means (2, 4).
-    router: for `allocation="routed"`.
   """
 
   schedule: Schedule = Schedule()
   around: tuple[int, int] = (3, 3)
   anchors: int = 1
   feature_map: str = "elu"
-  allocation: str | tuple[int, int] = "routed"
   router: RouterConfig = RouterConfig(prior=(0.6, 0.4), prior_slope=0.0)
 
   def __post_init__(self):
-    if isinstance(self.allocation, str) and (counts := re.fullmatch(r"\(?(\d+), ?(\d+)\)?", self.allocation)):
-      object.__setattr__(self, "allocation", tuple(map(int, counts.groups())))
-    if isinstance(self.allocation, str) and self.allocation != "routed":
-      raise ValueError(f'{self.allocation=} must be "routed" or two head counts (sparse, linear).')
+    super().__post_init__()
     if min(self.around) < 1 or self.anchors < 0:
       raise ValueError(f"{self.around=} must be tile counts (y, x) of at least 1 and {self.anchors=} at least 0.")
     if self.feature_map not in FEATURE_MAPS:
       raise ValueError(f"{self.feature_map=} must be one of {tuple(FEATURE_MAPS)}.")
-    if len(self.router.prior) != 2:
-      raise ValueError(f"router prior {self.router.prior} must have one share per branch (sparse, linear).")
-
-  @property
-  def routed(self):
-    return self.allocation == "routed"
-
-  @property
-  def trains_all_branches(self):
-    return self.routed and self.router.mode != "sampled"
 
   @property
   def branches(self):
     return ("sparse", "linear")
 
-  def build(self, dims, layout, rngs):
-    if not self.routed and sum(self.allocation) != dims.heads:
-      raise ConfigError(
-        f"allocation={self.allocation} hands out {sum(self.allocation)} heads, the layer has {dims.heads}; "
-        'make them equal or use "routed".'
-      )
-    return _Modules(self, dims, rngs)
+  def energies(self, v, layout, tables):
+    return variance_shares(v, layout)
 
   def tables(self, layout):
     arrays = layout.arrays()
@@ -132,12 +108,11 @@ class SparseFlow(Method):
     return SparseFlowTables(_levels(self.schedule, self.around, self.anchors, layout), Segments.of_ids(frame))
 
   def __call__(self, module, qkv, cond, tables, state):
-    layout, routing = qkv.layout, self._route(module, qkv, cond)
-    routing = dataclasses.replace(routing, choice=checkpoint_name(routing.choice, "routing"))
+    layout, routing = qkv.layout, self.route(module, qkv, cond, tables)
     mask = self.mask_at(tables, cond.share(cond.time))
     b, _, h, d = qkv.q.shape
     density = jnp.broadcast_to(jnp.asarray(mask.density(layout.layout.n), jnp.float32), (b, h))  # of a head that is sparse
-    q, k = qkv.rotate_q(qkv.q, layout.positions), qkv.rotate_k(qkv.k, layout.positions)
+    q, k = qkv.rotated()
     sparse = lambda mask, q, k, v: attention(q, k, v, mask, implementation=qkv.implementation)[0]
     linear = lambda q, k, v: linear_attention(q, k, v, tables.frames, feature_map=self.feature_map)[0]
     ran = mask if routing.all_branches else _only(mask, routing.choice == SPARSE)
@@ -149,7 +124,8 @@ class SparseFlow(Method):
       parts = [sparse(mask, *(a[:, :, :at] for a in x))] if at else []
       parts += [linear(*(a[:, :, at:] for a in x))] if at < h else []
       out = jnp.concatenate(parts, 2)
-    aux = self._aux(routing, density, (d + 1) / layout.layout.n, cond)
+    linear_cost = (d + 1) / layout.layout.n  # as the pairs that cost as much
+    aux = self.aux(routing, jnp.stack([density, jnp.zeros_like(density)], -1), (0, linear_cost), cond)
     return out, state, aux | mask_aux(ran, cond.want_masks)
 
   def mask_at(self, tables: "SparseFlowTables", time) -> BlockMask:
@@ -159,35 +135,6 @@ class SparseFlow(Method):
     return dataclasses.replace(
       tables.levels, kv_indices=take(tables.levels.kv_indices), kv_counts=take(tables.levels.kv_counts)
     )
-
-  def _route(self, module, qkv, cond) -> Routing:
-    """The router's decision, or the fixed one."""
-    b, _, h, _ = qkv.q.shape
-    if self.routed:
-      stats = None
-      if self.router.statistics:
-        shares = variance_shares(jax.lax.stop_gradient(qkv.v), qkv.layout)
-        stats = jnp.log((shares + 1e-6) / (shares.sum(-1, keepdims=True) + 3e-6))
-      return module.router(cond, stats)
-    choice = np.repeat(np.arange(2, dtype=np.int32), self.allocation)[None]
-    hot = jnp.broadcast_to(jax.nn.one_hot(choice, 2), (b, h, 2))
-    return Routing(hot, jnp.broadcast_to(choice, (b, h)), hot, False)
-
-  def _aux(self, routing, density, linear_density, cond):
-    """Densities of scored pairs; the penalty also counts linear attention, as the pairs that cost as much."""
-    taken = jnp.where(routing.choice == SPARSE, density, 0)
-    loss = jnp.float32(0)
-    if self.routed and cond.train:
-      loss = penalty(self.router, routing.probs, jnp.stack([density.mean(), jnp.float32(linear_density)]))
-    return {
-      "density": taken,
-      "cost": (density if routing.all_branches else taken).mean(),
-      "loss": loss,
-      "probs": routing.probs,
-      "choice": routing.choice,
-      "expected_density": routing.probs[..., SPARSE] * density,
-      "entropy": entropy(routing.probs),
-    }
 
   def cost(self, layout: TileLayout, heads, head_dim, allocation=None) -> Cost:
     """Pairs of the temporal table, averaged over uniform t, times the share of sparse heads; and linear attention.
@@ -215,10 +162,8 @@ class SparseFlow(Method):
 
   def _expected(self, layout, allocation):
     """Share of sparse heads, share of t per level, and the levels' tables."""
-    if allocation is None:
-      allocation = self.router.prior if self.routed else self.allocation
     levels = _levels(self.schedule, self.around, self.anchors, layout)
-    return allocation[SPARSE] / sum(allocation), self.schedule.shares(len(levels.kv_counts)), levels
+    return self.shares(allocation)[SPARSE], self.schedule.shares(len(levels.kv_counts)), levels
 
 
 @functools.lru_cache(maxsize=16)
@@ -263,10 +208,3 @@ class SparseFlowTables:
 
   levels: BlockMask
   frames: Segments
-
-
-class _Modules(nnx.Module):
-  """The method's parameters: a router where heads are routed."""
-
-  def __init__(self, config: SparseFlow, dims, rngs):
-    self.router = SpectralRouter(config.router, dims.heads, dims.cond_dim, 3, rngs) if config.routed else None

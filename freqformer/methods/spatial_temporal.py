@@ -49,7 +49,7 @@ class SpatialTemporal(Method):
 
   def __call__(self, module, qkv, cond, tables, state):
     arrays, (b, _, h, _) = qkv.layout, qkv.q.shape
-    q, k = qkv.rotate_q(qkv.q, arrays.positions), qkv.rotate_k(qkv.k, arrays.positions)
+    q, k = qkv.rotated()
     if cond.phase == "warmup":
       choice, mask = jnp.zeros((b, h), jnp.int32), tables["dense"]
     else:

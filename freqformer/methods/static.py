@@ -4,8 +4,7 @@ import dataclasses
 import functools
 
 from freqformer.cost import Cost, attention_cost
-from freqformer.methods.base import Method, plain_aux
-from kernels.attention import attention
+from freqformer.methods.base import Method, attend
 from kernels.block_mask import BlockMask
 from kernels.cost import CallCost, count
 
@@ -22,10 +21,8 @@ class StaticMethod(Method):
     return self.mask(layout).with_transpose()
 
   def __call__(self, module, qkv, cond, tables, state):
-    positions = qkv.layout.positions
-    q, k = qkv.rotate_q(qkv.q, positions), qkv.rotate_k(qkv.k, positions)
-    out, _ = attention(q, k, qkv.v, tables, implementation=qkv.implementation)
-    return out, state, plain_aux(tables, qkv.layout.layout.n, q.shape[0], q.shape[2], cond.want_masks)
+    out, aux = attend(qkv, tables, cond)
+    return out, state, aux
 
   def cost(self, layout, heads, head_dim, allocation=None) -> Cost:
     """The table's own pairs: exact on any grid."""

@@ -1,0 +1,119 @@
+"""Base of methods that give each head one branch: dealt by a router, or by fixed head counts."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from freqformer.config import ConfigError
+from freqformer.methods.base import Method
+from freqformer.router import RouterConfig, Routing, SpectralRouter, entropy, penalty
+
+_PARTS = 3  # of a head's energy, which the router reads
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutedMethod(Method):
+  """A subclass names its branches, tells how a head's energy is shared out (`energies`) and runs what `route` decides.
+
+  Attributes:
+    allocation: "routed"; or head counts per branch for a fixed assignment, where "2,2,2" means (2, 2, 2), so that a command
+      line can override one with the other; or another of `allocations`.
+    router: for `allocation="routed"`.
+  """
+
+  allocation: str | tuple[int, ...] = "routed"
+  router: RouterConfig = RouterConfig()
+
+  def __post_init__(self):
+    if isinstance(self.allocation, str) and re.fullmatch(r"\(?\d+(, ?\d+)*\)?", self.allocation):
+      object.__setattr__(self, "allocation", tuple(map(int, re.findall(r"\d+", self.allocation))))
+    branches = f"({', '.join(self.branches)})"
+    named = isinstance(self.allocation, str)
+    if self.allocation not in self.allocations if named else len(self.allocation) != len(self.branches):
+      words = ", ".join(f'"{word}"' for word in self.allocations)
+      raise ValueError(f"{self.allocation=} must be {words} or {len(self.branches)} head counts {branches}.")
+    if len(self.router.prior) != len(self.branches):
+      raise ValueError(f"router prior {self.router.prior} must have one share per branch {branches}.")
+
+  @property
+  def allocations(self) -> tuple[str, ...]:
+    """What `allocation` may be beside head counts."""
+    return ("routed",)
+
+  @property
+  def routed(self):
+    return self.allocation == "routed"
+
+  @property
+  def trains_all_branches(self):
+    return self.routed and self.router.mode != "sampled"
+
+  def shares(self, allocation=None) -> np.ndarray:
+    """Share of heads per branch: as given, else the fixed one, else the router's prior (before anything is measured too)."""
+    if allocation is None:
+      allocation = self.router.prior if isinstance(self.allocation, str) else self.allocation
+    return np.asarray(allocation, np.float64) / sum(allocation)
+
+  def build(self, dims, layout, rngs):
+    if not isinstance(self.allocation, str) and sum(self.allocation) != dims.heads:
+      raise ConfigError(
+        f"allocation={self.allocation} hands out {sum(self.allocation)} heads, the layer has {dims.heads}; "
+        'make them equal or use "routed".'
+      )
+    return RoutedModules(self, dims, rngs)
+
+  def energies(self, v: jax.Array, layout, tables) -> jax.Array:
+    """What the router reads of a head: the energy of its values `[b, n_buffer, h, d]` in three parts, `[b, h, 3]`."""
+    raise NotImplementedError
+
+  def route(self, module, qkv, cond, tables, choice=None) -> Routing:
+    """The router's decision; else each head's known branch: `choice` int32 `[b, h]`, or the fixed assignment."""
+    b, _, h, _ = qkv.q.shape
+    if self.routed:
+      stats = None
+      if self.router.statistics:
+        energy = self.energies(jax.lax.stop_gradient(qkv.v), qkv.layout, tables).astype(jnp.float32)
+        stats = jnp.log((energy + 1e-6) / (energy.sum(-1, keepdims=True) + _PARTS * 1e-6))
+      routing = module.router(cond, stats)
+    else:
+      branches = len(self.branches)
+      if choice is None:
+        choice = np.repeat(np.arange(branches, dtype=np.int32), self.allocation)[None]
+      hot = jnp.broadcast_to(jax.nn.one_hot(choice, branches), (b, h, branches))
+      routing = Routing(hot, jnp.broadcast_to(choice, (b, h)), hot, False)
+    return dataclasses.replace(routing, choice=checkpoint_name(routing.choice, "routing"))
+
+  def aux(self, routing: Routing, density, beside, cond) -> dict:
+    """The layer's aux: densities, the router's entropy and its cost penalty.
+
+    Args:
+      density: float32 `[b, h, branches]`, what each head scores in each branch.
+      beside: `[branches]`, cost of what is not pairs, as the pairs that cost as much over n^2; only the penalty counts it.
+    """
+    taken = jnp.take_along_axis(density, routing.choice[..., None], -1)[..., 0]
+    run = density.sum(-1) if routing.all_branches else taken
+    loss = jnp.float32(0)
+    if self.routed and cond.train:
+      costs = jax.lax.stop_gradient(density.mean((0, 1))) + np.asarray(beside, np.float32)
+      loss = penalty(self.router, routing.probs, costs)
+    return {
+      "density": taken,
+      "cost": run.mean(),
+      "loss": loss,
+      "probs": routing.probs,
+      "choice": routing.choice,
+      "expected_density": (routing.probs * density).sum(-1),
+      "entropy": entropy(routing.probs),
+    }
+
+
+class RoutedModules(nnx.Module):
+  """The method's parameters: a router where heads are routed."""
+
+  def __init__(self, method: RoutedMethod, dims, rngs):
+    self.router = SpectralRouter(method.router, dims.heads, dims.cond_dim, _PARTS, rngs) if method.routed else None
