@@ -53,9 +53,8 @@ def _either(values):
 
 def forward(q, k, v, mask, scale):
   """Shapes as in `kernels.attention.attention`."""
-  return pallas_mgpu_forward.forward(
-    q, k, v, *_forward_lists(mask), _bias(mask), _blocks(mask), scale, _config(q, mask, "forward")
-  )
+  data, config = (q, k, v), _config(q, mask, "forward")
+  return pallas_mgpu_forward.forward(data, _forward_lists(mask), _bias(mask), _blocks(mask), scale, config)
 
 
 def backward(q, k, v, mask, scale, lse, delta, d_out):
@@ -64,9 +63,9 @@ def backward(q, k, v, mask, scale, lse, delta, d_out):
   lse = jnp.where(lse > -jnp.inf, lse * parts.LOG2E, 1e30)
   data = (q, k, v, d_out.astype(q.dtype), lse, delta)
   bias, blocks = _bias(mask), _blocks(mask)
-  dq = pallas_mgpu_backward.dq(data, *_forward_lists(mask), bias, blocks, scale, _config(q, mask, "dq"))
-  kv_len = jnp.asarray(mask.kv_len).reshape(-1, mask.kv_tiles)
-  dk, dv = pallas_mgpu_backward.dkv(data, _transposed_lists(mask), kv_len, bias, blocks, scale, _config(q, mask, "dkv"))
+  dq = pallas_mgpu_backward.dq(data, _forward_lists(mask), bias, blocks, scale, _config(q, mask, "dq"))
+  lists = (*_transposed_lists(mask), jnp.asarray(mask.kv_len).reshape(-1, mask.kv_tiles))
+  dk, dv = pallas_mgpu_backward.dkv(data, lists, bias, blocks, scale, _config(q, mask, "dkv"))
   return dq, dk, dv
 
 

@@ -17,206 +17,156 @@ from kernels.pallas_mgpu_parts import LAYOUT, ROWS
 from kernels.tuning import TuningConfig
 
 
-def dq(data, codes, counts, bias, blocks, scale: float, config: TuningConfig):
+def dq(data, lists, bias, blocks, scale: float, config: TuningConfig):
   """Gradient of the queries.
 
   Args:
     data: q, k, v, d_out `[b, n, h, d]` and lse (log2, large where a row sees nothing), delta `[b, h, n_q]`.
-    codes, counts, bias, blocks: as in `pallas_mgpu_forward.forward`.
+    lists, bias, blocks: as in `pallas_mgpu_forward.forward`.
 
   Returns:
     `[b, n_q, h, d]` in q's dtype.
   """
-  q = data[0]
-  (b, n, h, d), (block_q, block_kv) = q.shape, blocks
-  tiles, consumers, stages = n // block_q, block_q // ROWS, config.stages
+  (q, *_), (codes, counts), (block_q, block_kv) = data, lists, blocks
+  b, n, h, d = q.shape
+  tiles, consumers = n // block_q, block_q // ROWS
   walk, biased = parts.Walk(config.step, block_kv), bias is not None
   sign, factor = parts.split_scale(scale)
 
-  def attention_dq(q_gm, k_gm, v_gm, do_gm, lse_gm, delta_gm, codes_gm, counts_gm, order_gm, *rest):
-    bias_gm, rest = (rest[0], rest[1:]) if biased else (None, rest)
-    dq_gm, q_sm, do_sm, lse_sm, delta_sm, k_sm, v_sm, own_bar, k_bar, v_bar, k_free, v_free, *staging = rest
+  def attention_dq(data, lists, bias_gm, dq_gm, own, rings, staging):
+    (q_gm, k_gm, v_gm, do_gm, lse_gm, delta_gm), (codes_gm, counts_gm, order_gm) = data, lists
+    (*kept, own_bar), (k_ring, v_ring) = own, rings
     sample, head, tile = parts.place(order_gm, tiles, h)
     count = counts_gm[parts.at(counts_gm, sample, head, tile)]
-    steps, warpgroup = walk.steps(count), lax.axis_index("warpgroup")
-
-    def entry(i):
-      return parts.decode(codes_gm[(*parts.at(codes_gm, sample, head, tile), i)])
+    listed = parts.TileList(walk, count, lambda i: parts.decode(codes_gm[(*parts.at(codes_gm, sample, head, tile), i)]))
+    warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup < consumers)
     def _compute():
       parts.set_registers(config.compute_registers, "increase")
       rows = pl.ds(tile * block_q + warpgroup * ROWS, ROWS)
-      own = [ref.at[warpgroup] for ref in (q_sm, do_sm, lse_sm, delta_sm)]
-      bar = own_bar.at[warpgroup]
-
-      @pl.when(count > 0)
-      def _load():
-        for source, target in ((q_gm, own[0]), (do_gm, own[1])):
-          plgpu.copy_gmem_to_smem(source.at[sample, rows, head], target, bar)
-        for source, target in ((lse_gm, own[2]), (delta_gm, own[3])):
-          plgpu.copy_gmem_to_smem(source.at[sample, head, rows], target, bar)
-        plgpu.barrier_wait(bar)
-
-      lse, delta = (plgpu.load(ref, layout=LAYOUT.reduce(1)) for ref in own[2:])
+      q_own, do_own, *numbers = (ref.at[warpgroup] for ref in kept)
+      pairs = [(q_gm.at[sample, rows, head], q_own), (do_gm.at[sample, rows, head], do_own)]
+      pairs += [(source.at[sample, head, rows], own) for source, own in zip((lse_gm, delta_gm), numbers, strict=True)]
+      parts.load_own(pairs, own_bar.at[warpgroup], count > 0)
+      lse, delta = (plgpu.load(ref, layout=LAYOUT.reduce(1)) for ref in numbers)
 
       def attend(s, acc):
-        slot = lax.rem(s, jnp.int32(stages))
-        entries = walk.entries(s, count, entry)
-        plgpu.barrier_wait(k_bar.at[slot])
-        plgpu.barrier_wait(v_bar.at[slot])
-        x, dp = parts.two_products(own[0], k_sm.at[slot], own[1], v_sm.at[slot])
-        plgpu.barrier_arrive(v_free.at[slot])
-        x = x * sign if sign != 1 else x
-        x = lax.cond(walk.whole(entries), lambda x: x, lambda x: walk.hide(x, entries), x) * factor
+        slot, (keys,), (values,) = lax.rem(s, jnp.int32(config.stages)), k_ring.slots, v_ring.slots
+        entries = listed.entries(s)
+        k_ring.wait(slot)
+        v_ring.wait(slot)
+        x, dp = parts.two_products(q_own, keys.at[slot], do_own, values.at[slot])
+        v_ring.release(slot)
+        x = walk.hide(x * sign if sign != 1 else x, entries) * factor
         if biased:
           x = x + walk.spread([bias_gm[tile] for tile, *_ in entries])
         p = jnp.exp2(x - parts.over_columns(lse, config.step))
         ds = (p * (dp - parts.over_columns(delta, config.step))).astype(q.dtype)
-        acc = parts.accumulate(acc, ds, k_sm.at[slot], *(x.at[warpgroup] for x in staging))
-        plgpu.barrier_arrive(k_free.at[slot])
+        acc = parts.accumulate(acc, ds, keys.at[slot], *(x.at[warpgroup] for x in staging))
+        k_ring.release(slot)
         return acc
 
-      acc = lax.fori_loop(0, steps, attend, parts.zeros(d))
-      own[0][...] = (acc * scale).astype(q.dtype)
-      plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(own[0], dq_gm.at[sample, rows, head])
-      plgpu.wait_smem_to_gmem(0)
+      acc = lax.fori_loop(0, listed.steps, attend, parts.zeros(d))
+      q_own[...] = (acc * scale).astype(q.dtype)
+      parts.store_own((q_own, dq_gm.at[sample, rows, head]))
 
     @pl.when(warpgroup == consumers)
     def _memory():
-      parts.set_registers(config.memory_registers, "decrease")
-
-      def fetch(s, slot):
-        for source, ring, full in ((k_gm, k_sm, k_bar), (v_gm, v_sm, v_bar)):
-          keys = lambda rows, source=source: source.at[sample, rows, head]
-          walk.copy(keys, ring.at[slot], full.at[slot], walk.entries(s, count, entry))
-
-      parts.fill_ring(steps, stages, fetch, (k_free, v_free))
+      rows_of = lambda ref: lambda rows: ref.at[sample, rows, head]
+      parts.memory_warpgroup(listed, [(k_ring, [rows_of(k_gm)]), (v_ring, [rows_of(v_gm)])], config)
 
   tile_of = functools.partial(parts.tiles_type, dtype=q.dtype)
-  full, free = (plgpu.Barrier(num_arrivals=a, num_barriers=stages) for a in (walk.parts, consumers))
-  scratch = [
-    tile_of(consumers, ROWS, d),
-    tile_of(consumers, ROWS, d),
-    plgpu.SMEM((consumers, ROWS), jnp.float32),
-    plgpu.SMEM((consumers, ROWS), jnp.float32),
-    tile_of(stages, config.step, d),
-    tile_of(stages, config.step, d),
-    plgpu.Barrier(num_arrivals=4, num_barriers=consumers),
-    *(full, full, free, free),
-    *parts.staging_types(consumers, config.step, q.dtype),
-  ]
-  order = parts.costliest_first(counts, b, h)
-  operands = [*data, codes, jnp.asarray(counts), order, *([bias * parts.LOG2E] if biased else [])]
+  ring = parts.Ring.types(walk, consumers, config.stages, tile_of(config.stages, config.step, d))
+  own, number = tile_of(consumers, ROWS, d), plgpu.SMEM((consumers, ROWS), jnp.float32)
+  own = (own, own, number, number, plgpu.Barrier(num_arrivals=4, num_barriers=consumers))
+  lists = (codes, jnp.asarray(counts), parts.costliest_first(counts, b, h))
   launch = parts.Launch(b * h * tiles, consumers, config.by_lane)
-  return launch(attention_dq, operands, jax.ShapeDtypeStruct(q.shape, q.dtype), scratch)
+  scratch = [own, (ring, ring), parts.staging_types(consumers, config.step, q.dtype)]
+  return launch(attention_dq, (data, lists, parts.in_log2(bias)), jax.ShapeDtypeStruct(q.shape, q.dtype), scratch)
 
 
-def dkv(data, lists, kv_len, bias, blocks, scale: float, config: TuningConfig):
+def dkv(data, lists, bias, blocks, scale: float, config: TuningConfig):
   """Gradients of keys and values.
 
   Args:
     data: as in `dq`.
-    lists: `(starts, counts, q_indices)`: int32 `[b or 1, h or 1, kv_tiles]` twice and `[b or 1, h or 1, list]`; key tile j is
-      read by the query tiles `q_indices[starts[j] : starts[j] + counts[j]]`.
-    kv_len: int32 `[b or 1, kv_tiles]`; bias, blocks: as in `dq`.
+    lists: `(starts, counts, q_indices, kv_len)`: int32 `[b or 1, h or 1, kv_tiles]` twice, `[b or 1, h or 1, list]` and
+      `[b or 1, kv_tiles]`; key tile j is read by the query tiles `q_indices[starts[j] : starts[j] + counts[j]]`.
+    bias, blocks: as in `dq`.
 
   Returns:
     dk, dv `[b, n_kv, h, d]` in k's dtype; 0 in padding rows.
   """
-  q, k = data[:2]
-  starts, counts, indices = lists
-  (b, n, h, d), (block_q, block_kv) = k.shape, blocks
-  tiles, consumers, stages = n // block_kv, block_kv // ROWS, config.stages
+  (q, k, *_), counts, (block_q, block_kv) = data, lists[1], blocks
+  b, n, h, d = k.shape
+  tiles, consumers = n // block_kv, block_kv // ROWS
   walk, biased = parts.Walk(config.step, block_q), bias is not None
   sign, factor = parts.split_scale(scale)
 
-  def attention_dkv(q_gm, k_gm, v_gm, do_gm, lse_gm, delta_gm, starts_gm, counts_gm, indices_gm, order_gm, len_gm, *rest):
-    bias_gm, rest = (rest[0], rest[1:]) if biased else (None, rest)
-    dk_gm, dv_gm, k_sm, v_sm, q_sm, do_sm, lse_sm, delta_sm, own_bar, q_bar, do_bar, q_free, do_free, *staging = rest
+  def attention_dkv(data, lists, bias_gm, out, own, rings, staging):
+    (q_gm, k_gm, v_gm, do_gm, lse_gm, delta_gm), (dk_gm, dv_gm) = data, out
+    (starts_gm, counts_gm, indices_gm, len_gm, order_gm), (k_sm, v_sm, own_bar) = lists, own
+    q_ring, do_ring = rings
     sample, head, tile = parts.place(order_gm, tiles, h)
     count = counts_gm[parts.at(counts_gm, sample, head, tile)]
     start = starts_gm[parts.at(starts_gm, sample, head, tile)]
-    steps, warpgroup = walk.steps(count), lax.axis_index("warpgroup")
-
-    def entry(i):
-      return indices_gm[(*parts.at(indices_gm, sample, head), start + i)], jnp.int32(block_q)
+    entry = lambda i: (indices_gm[(*parts.at(indices_gm, sample, head), start + i)], jnp.int32(block_q))
+    listed, warpgroup = parts.TileList(walk, count, entry), lax.axis_index("warpgroup")
 
     @pl.when(warpgroup < consumers)
     def _compute():
       parts.set_registers(config.compute_registers, "increase")
       rows = pl.ds(tile * block_kv + warpgroup * ROWS, ROWS)
-      own_k, own_v, bar = k_sm.at[warpgroup], v_sm.at[warpgroup], own_bar.at[warpgroup]
-
-      @pl.when(count > 0)
-      def _load():
-        for source, target in ((k_gm, own_k), (v_gm, own_v)):
-          plgpu.copy_gmem_to_smem(source.at[sample, rows, head], target, bar)
-        plgpu.barrier_wait(bar)
+      own_k, own_v = k_sm.at[warpgroup], v_sm.at[warpgroup]
+      pairs = [(k_gm.at[sample, rows, head], own_k), (v_gm.at[sample, rows, head], own_v)]
+      parts.load_own(pairs, own_bar.at[warpgroup], count > 0)
 
       def attend(s, carry):
-        dk, dv = carry
-        slot = lax.rem(s, jnp.int32(stages))
-        plgpu.barrier_wait(q_bar.at[slot])
-        x = parts.product(own_k, q_sm.at[slot])
-        lse = plgpu.load(lse_sm.at[slot], layout=LAYOUT.reduce(0))
+        (dk, dv), slot = carry, lax.rem(s, jnp.int32(config.stages))
+        queries, lse, d_outs, delta = (ref.at[slot] for ref in (*q_ring.slots, *do_ring.slots))
+        q_ring.wait(slot)
+        x = parts.product(own_k, queries)
+        lse = plgpu.load(lse, layout=LAYOUT.reduce(0))
         x = (x * sign if sign != 1 else x) * factor
         if biased:
           x = x + bias_gm[tile]
         x = x - parts.over_rows(lse)
         if walk.parts > 1:
-          entries = walk.entries(s, count, entry)
-          x = lax.cond(walk.whole(entries), lambda x: x, lambda x: walk.hide(x, entries), x)
+          x = walk.hide(x, listed.entries(s))
         p = jnp.exp2(x)
         stage = [x.at[warpgroup] for x in staging]
-        plgpu.barrier_wait(do_bar.at[slot])
+        do_ring.wait(slot)
         # One in flight beside the other, not both products first: that would cost 16 registers, and there are none left.
-        dv, dp = parts.accumulate_beside(dv, p.astype(q.dtype), do_sm.at[slot], own_v, do_sm.at[slot], *stage)
-        delta = plgpu.load(delta_sm.at[slot], layout=LAYOUT.reduce(0))
-        plgpu.barrier_arrive(do_free.at[slot])
+        dv, dp = parts.accumulate_beside(dv, p.astype(q.dtype), d_outs, own_v, d_outs, *stage)
+        delta = plgpu.load(delta, layout=LAYOUT.reduce(0))
+        do_ring.release(slot)
         ds = (p * (dp - parts.over_rows(delta))).astype(q.dtype)
-        dk = parts.accumulate(dk, ds, q_sm.at[slot], *stage)
-        plgpu.barrier_arrive(q_free.at[slot])
+        dk = parts.accumulate(dk, ds, queries, *stage)
+        q_ring.release(slot)
         return dk, dv
 
-      dk, dv = lax.fori_loop(0, steps, attend, (parts.zeros(d), parts.zeros(d)))
+      dk, dv = lax.fori_loop(0, listed.steps, attend, (parts.zeros(d), parts.zeros(d)))
       valid = len_gm[parts.at(len_gm, sample, tile)] - warpgroup * ROWS
       seen = plgpu.broadcasted_iota(jnp.int32, (ROWS, d), 0, layout=LAYOUT) < valid
       own_k[...] = jnp.where(seen, dk * scale, 0.0).astype(q.dtype)
       own_v[...] = jnp.where(seen, dv, 0.0).astype(q.dtype)
-      plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(own_k, dk_gm.at[sample, rows, head])
-      plgpu.copy_smem_to_gmem(own_v, dv_gm.at[sample, rows, head])
-      plgpu.wait_smem_to_gmem(0)
+      parts.store_own((own_k, dk_gm.at[sample, rows, head]), (own_v, dv_gm.at[sample, rows, head]))
 
     @pl.when(warpgroup == consumers)
     def _memory():
-      parts.set_registers(config.memory_registers, "decrease")
-
-      def fetch(s, slot):
-        sides = ((q_gm, q_sm, lse_gm, lse_sm, q_bar), (do_gm, do_sm, delta_gm, delta_sm, do_bar))
-        for source, ring, numbers, numbers_ring, full in sides:
-          entries = walk.entries(s, count, entry)
-          walk.copy(lambda rows, x=source: x.at[sample, rows, head], ring.at[slot], full.at[slot], entries)
-          walk.copy(lambda rows, x=numbers: x.at[sample, head, rows], numbers_ring.at[slot], full.at[slot], entries)
-
-      parts.fill_ring(steps, stages, fetch, (q_free, do_free))
+      rows_of = lambda ref: lambda rows: ref.at[sample, rows, head]
+      numbers_of = lambda ref: lambda rows: ref.at[sample, head, rows]
+      sides = (q_ring, [rows_of(q_gm), numbers_of(lse_gm)]), (do_ring, [rows_of(do_gm), numbers_of(delta_gm)])
+      parts.memory_warpgroup(listed, sides, config)
 
   tile_of = functools.partial(parts.tiles_type, dtype=q.dtype)
-  full, free = (plgpu.Barrier(num_arrivals=a, num_barriers=stages) for a in (2 * walk.parts, consumers))
-  scratch = [
-    tile_of(consumers, ROWS, d),
-    tile_of(consumers, ROWS, d),
-    tile_of(stages, config.step, d),
-    tile_of(stages, config.step, d),
-    plgpu.SMEM((stages, config.step), jnp.float32),
-    plgpu.SMEM((stages, config.step), jnp.float32),
-    plgpu.Barrier(num_arrivals=2, num_barriers=consumers),
-    *(full, full, free, free),
-    *parts.staging_types(consumers, config.step, q.dtype),
-  ]
-  order = parts.costliest_first(counts, b, h)
-  operands = [*data, starts, counts, indices, order, kv_len, *([bias * parts.LOG2E] if biased else [])]
+  numbers = plgpu.SMEM((config.stages, config.step), jnp.float32)
+  ring = parts.Ring.types(walk, consumers, config.stages, tile_of(config.stages, config.step, d), numbers)
+  own = tile_of(consumers, ROWS, d)
+  own = (own, own, plgpu.Barrier(num_arrivals=2, num_barriers=consumers))
+  lists = (*lists, parts.costliest_first(counts, b, h))
   launch = parts.Launch(b * h * tiles, consumers, config.by_lane)
-  return tuple(launch(attention_dkv, operands, [jax.ShapeDtypeStruct(k.shape, k.dtype)] * 2, scratch))
+  scratch = [own, (ring, ring), parts.staging_types(consumers, config.step, q.dtype)]
+  out_type = (jax.ShapeDtypeStruct(k.shape, k.dtype),) * 2
+  return launch(attention_dkv, (data, lists, parts.in_log2(bias)), [out_type], scratch)[0]

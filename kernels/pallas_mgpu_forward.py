@@ -17,35 +17,31 @@ from kernels.pallas_mgpu_parts import ROWS
 from kernels.tuning import TuningConfig
 
 
-def forward(q, k, v, codes, counts, bias, blocks, scale: float, config: TuningConfig):
+def forward(data, lists, bias, blocks, scale: float, config: TuningConfig):
   """Attention of every row of work.
 
   Args:
-    q: `[b, n_q, h, d]`; k, v: `[b, n_kv, h, d]`; bf16 or f16, whole tiles.
-    codes: int32 `[b or 1, h or 1, q_tiles or 1, list]` of `parts.encode`; counts: int32 `[b or 1, h or 1, q_tiles]`.
+    data: q `[b, n_q, h, d]`; k, v `[b, n_kv, h, d]`; bf16 or f16, whole tiles.
+    lists: `(codes, counts)`: int32 `[b or 1, h or 1, q_tiles or 1, list]` of `parts.encode` and `[b or 1, h or 1, q_tiles]`.
     bias: float32 `[kv_tiles]` or None.
     blocks: `(block_q, block_kv)`.
 
   Returns:
     out `[b, n_q, h, d]`, lse float32 `[b, h, n_q]`.
   """
-  (b, n, h, d), (block_q, block_kv) = q.shape, blocks
+  (q, *_), (codes, counts), (block_q, block_kv) = data, lists, blocks
+  b, n, h, d = q.shape
   tiles, consumers = n // block_q, block_q // ROWS
-  walk = parts.Walk(config.step, block_kv)
-  biased = bias is not None
-  stages = config.stages
+  walk, biased = parts.Walk(config.step, block_kv), bias is not None
+  sign, factor = parts.split_scale(scale)
 
-  def attention_forward(q_gm, k_gm, v_gm, codes_gm, counts_gm, order_gm, *rest):
-    bias_gm, rest = (rest[0], rest[1:]) if biased else (None, rest)
-    out_gm, lse_gm, q_sm, k_sm, v_sm, lse_sm, q_bar, k_bar, v_bar, k_free, v_free, turn, *staging = rest
+  def attention_forward(data, lists, bias_gm, out, own, rings, staging):
+    (q_gm, k_gm, v_gm), (codes_gm, counts_gm, order_gm), (out_gm, lse_gm) = data, lists, out
+    (q_sm, lse_sm, q_bar, turn), (k_ring, v_ring) = own, rings
     sample, head, tile = parts.place(order_gm, tiles, h)
     count = counts_gm[parts.at(counts_gm, sample, head, tile)]
-    steps = walk.steps(count)
+    listed = parts.TileList(walk, count, lambda i: parts.decode(codes_gm[(*parts.at(codes_gm, sample, head, tile), i)]))
     warpgroup = lax.axis_index("warpgroup")
-
-    def entry(i):
-      """Tile and valid rows of list entry i."""
-      return parts.decode(codes_gm[(*parts.at(codes_gm, sample, head, tile), i)])
 
     def pass_turn():
       if consumers == 2 and config.take_turns:
@@ -55,25 +51,18 @@ def forward(q, k, v, codes, counts, bias, blocks, scale: float, config: TuningCo
     @pl.when(warpgroup < consumers)
     def _compute():
       parts.set_registers(config.compute_registers, "increase")
-      mine, bar = q_sm.at[warpgroup], q_bar.at[warpgroup]
-      rows = pl.ds(tile * block_q + warpgroup * ROWS, ROWS)
-
-      @pl.when(count > 0)
-      def _load():
-        plgpu.copy_gmem_to_smem(q_gm.at[sample, rows, head], mine, bar)
-        plgpu.barrier_wait(bar)
-
+      mine, rows = q_sm.at[warpgroup], pl.ds(tile * block_q + warpgroup * ROWS, ROWS)
+      parts.load_own([(q_gm.at[sample, rows, head], mine)], q_bar.at[warpgroup], count > 0)
       pl.when(warpgroup == 1)(pass_turn)
 
       def attend(s, carry):
         acc, top, total = carry
-        slot = lax.rem(s, jnp.int32(stages))
-        entries = walk.entries(s, count, entry)  # read from global memory while the keys arrive
-        plgpu.barrier_wait(k_bar.at[slot])
-        x = parts.product(mine, k_sm.at[slot], pass_turn)
-        plgpu.barrier_arrive(k_free.at[slot])
-        x = x * sign if sign != 1 else x
-        x = lax.cond(walk.whole(entries), lambda x: x, lambda x: walk.hide(x, entries), x)
+        slot, (keys,), (values,) = lax.rem(s, jnp.int32(config.stages)), k_ring.slots, v_ring.slots
+        entries = listed.entries(s)  # read from global memory while the keys arrive
+        k_ring.wait(slot)
+        x = parts.product(mine, keys.at[slot], pass_turn)
+        k_ring.release(slot)
+        x = walk.hide(x * sign if sign != 1 else x, entries)
         if biased:
           x = x * factor + walk.spread([bias_gm[tile] for tile, *_ in entries])
         unit = 1.0 if biased else factor
@@ -85,52 +74,32 @@ def forward(q, k, v, codes, counts, bias, blocks, scale: float, config: TuningCo
         p = p.astype(q.dtype)
         acc, new, total, p = lax.optimization_barrier((acc, new, total, p))
         pass_turn()
-        plgpu.barrier_wait(v_bar.at[slot])
-        acc = parts.accumulate(acc, p, v_sm.at[slot], *(x.at[warpgroup] for x in staging))
-        plgpu.barrier_arrive(v_free.at[slot])
+        v_ring.wait(slot)
+        acc = parts.accumulate(acc, p, values.at[slot], *(x.at[warpgroup] for x in staging))
+        v_ring.release(slot)
         return acc, new, total
 
       start = (parts.zeros(d), parts.rows_full(parts.HIDDEN), parts.rows_full(0.0))
-      acc, top, total = lax.fori_loop(0, steps, attend, start)
+      acc, top, total = lax.fori_loop(0, listed.steps, attend, start)
       pl.when(warpgroup == 0)(pass_turn)
       alive = top > parts.DEAD
       inverse = jnp.where(alive, 1 / jnp.where(alive, total, 1.0), 0.0)
       mine[...] = (acc * parts.over_columns(inverse, d)).astype(q.dtype)
       lse = (top + jnp.log2(jnp.where(alive, total, 1.0))) * (1 / parts.LOG2E)
       lse_sm.at[warpgroup][...] = jnp.where(alive, lse, -jnp.inf)
-      plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(mine, out_gm.at[sample, rows, head])
-      plgpu.copy_smem_to_gmem(lse_sm.at[warpgroup], lse_gm.at[sample, head, rows])
-      plgpu.wait_smem_to_gmem(0)
+      parts.store_own((mine, out_gm.at[sample, rows, head]), (lse_sm.at[warpgroup], lse_gm.at[sample, head, rows]))
 
     @pl.when(warpgroup == consumers)
     def _memory():
-      parts.set_registers(config.memory_registers, "decrease")
+      rows_of = lambda ref: lambda rows: ref.at[sample, rows, head]
+      parts.memory_warpgroup(listed, [(k_ring, [rows_of(k_gm)]), (v_ring, [rows_of(v_gm)])], config)
 
-      def fetch(s, slot):
-        for source, ring, full in ((k_gm, k_sm, k_bar), (v_gm, v_sm, v_bar)):
-          keys = lambda rows, source=source: source.at[sample, rows, head]
-          walk.copy(keys, ring.at[slot], full.at[slot], walk.entries(s, count, entry))
-
-      parts.fill_ring(steps, stages, fetch, (k_free, v_free))
-
-  sign, factor = parts.split_scale(scale)
-  order = parts.costliest_first(counts, b, h)
   tile_of = functools.partial(parts.tiles_type, dtype=q.dtype)
-  scratch = [
-    tile_of(consumers, ROWS, d),
-    tile_of(stages, config.step, d),
-    tile_of(stages, config.step, d),
-    plgpu.SMEM((consumers, ROWS), jnp.float32),
-    plgpu.Barrier(num_barriers=consumers),
-    plgpu.Barrier(num_arrivals=walk.parts, num_barriers=stages),
-    plgpu.Barrier(num_arrivals=walk.parts, num_barriers=stages),
-    plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
-    plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
-    plgpu.Barrier(num_arrivals=consumers),
-    *parts.staging_types(consumers, config.step, q.dtype),
-  ]
-  out_type = [jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((b, h, n), jnp.float32)]
-  operands = [q, k, v, codes, jnp.asarray(counts), order, *([bias * parts.LOG2E] if biased else [])]
+  ring = parts.Ring.types(walk, consumers, config.stages, tile_of(config.stages, config.step, d))
+  turn = plgpu.Barrier(num_arrivals=consumers)
+  own = (tile_of(consumers, ROWS, d), plgpu.SMEM((consumers, ROWS), jnp.float32), plgpu.Barrier(num_barriers=consumers), turn)
+  out_type = (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((b, h, n), jnp.float32))
+  lists = (codes, jnp.asarray(counts), parts.costliest_first(counts, b, h))
   launch = parts.Launch(b * h * tiles, consumers, config.by_lane)
-  return tuple(launch(attention_forward, operands, out_type, scratch))
+  scratch = [own, (ring, ring), parts.staging_types(consumers, config.step, q.dtype)]
+  return launch(attention_forward, (data, lists, parts.in_log2(bias)), [out_type], scratch)[0]

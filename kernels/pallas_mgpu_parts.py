@@ -8,6 +8,8 @@ import contextvars
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -134,7 +136,10 @@ class Walk:
     return functools.reduce(jnp.logical_and, [length == self.rows for _, _, length in entries])
 
   def hide(self, x, entries):
-    """Columns of `x` `[ROWS, step]` that are no valid rows become `HIDDEN`."""
+    """Columns of `x` `[ROWS, step]` that are no valid rows become `HIDDEN`; most stages have none and skip it."""
+    return lax.cond(self.whole(entries), lambda x: x, lambda x: self._hidden(x, entries), x)
+
+  def _hidden(self, x, entries):
     column = columns_iota(self.step)
     seen = column < entries[0][2]
     if self.parts == 2:
@@ -147,6 +152,18 @@ class Walk:
     if self.parts == 1:
       return full(numbers[0])
     return jnp.where(columns_iota(self.step) < self.rows, full(numbers[0]), full(numbers[1]))
+
+
+class TileList:
+  """The tiles that one thread block walks over, `count` of them, in the stages of `walk`; `entry`: see `Walk.entries`."""
+
+  def __init__(self, walk: Walk, count, entry: Callable):
+    self.walk, self.count, self.entry = walk, count, entry
+    self.steps = walk.steps(count)  # here, before warpgroups part, not anew in each
+
+  def entries(self, s):
+    """The parts of stage s, read from global memory."""
+    return self.walk.entries(s, self.count, self.entry)
 
 
 def costliest_first(counts, b: int, h: int):
@@ -271,27 +288,79 @@ def columns_iota(columns: int):
   return plgpu.broadcasted_iota(jnp.int32, (ROWS, columns), 1, layout=LAYOUT)
 
 
+class Ring(NamedTuple):
+  """Slots of shared memory that the memory warpgroup fills and the compute warpgroups read, stage after stage.
+
+  Attributes:
+    slots: arrays `[stages, step, ...]` that are filled together.
+    full: a barrier per slot, on which the copies into it arrive.
+    free: likewise, on which compute warpgroups arrive when they have read it.
+  """
+
+  slots: tuple
+  full: Any
+  free: Any
+
+  @classmethod
+  def types(cls, walk: Walk, consumers: int, stages: int, *slots) -> "Ring":
+    """Scratch types; `slots`: those of the arrays."""
+    copied, read = len(slots) * walk.parts, consumers
+    return cls(slots, *(plgpu.Barrier(num_arrivals=count, num_barriers=stages) for count in (copied, read)))
+
+  def wait(self, slot):
+    """Until the slot is filled."""
+    plgpu.barrier_wait(self.full.at[slot])
+
+  def release(self, slot):
+    """This warpgroup has read the slot."""
+    plgpu.barrier_arrive(self.free.at[slot])
+
+
 def set_registers(count: int, action: str):
   """Moves registers between warpgroups; 0 leaves them."""
   if count:
     plgpu.set_max_registers(count, action=action)
 
 
-def fill_ring(steps, stages: int, fetch, free):
-  """The memory warpgroup: fetches stage after stage as the compute warpgroups free the slots.
+def load_own(pairs, barrier, wanted):
+  """Copies what a compute warpgroup keeps to shared memory, `(source, target)` each, where it is `wanted`."""
+
+  @pl.when(wanted)
+  def _load():
+    for source, target in pairs:
+      plgpu.copy_gmem_to_smem(source, target, barrier)
+    plgpu.barrier_wait(barrier)
+
+
+def store_own(*pairs):
+  """Copies results that were written to shared memory, `(source, target)` each."""
+  plgpu.commit_smem()
+  for source, target in pairs:
+    plgpu.copy_smem_to_gmem(source, target)
+  plgpu.wait_smem_to_gmem(0)
+
+
+def memory_warpgroup(tiles: TileList, rings, config):
+  """What the memory warpgroup does: fetches stage after stage as the compute warpgroups free the slots.
 
   Args:
-    fetch: `(step, slot) -> None`, starts the copies; free: barriers `[stages]` on which consumers arrive.
+    rings: `(ring, sources)` each; a source, one per array of the ring, is `rows (a slice) -> the global rows`.
+    config: its registers and stages.
   """
+  set_registers(config.memory_registers, "decrease")
+  steps, stages = tiles.steps, config.stages
 
   def wait(s):
-    for barrier in free:
-      plgpu.barrier_wait(barrier.at[lax.rem(s, _i32(stages))])
+    for ring, _ in rings:
+      plgpu.barrier_wait(ring.free.at[lax.rem(s, _i32(stages))])
 
   @pl.loop(0, steps)
   def _fetch(s):
     pl.when(s >= stages)(functools.partial(wait, s))
-    fetch(s, lax.rem(s, _i32(stages)))
+    slot, entries = lax.rem(s, _i32(stages)), tiles.entries(s)
+    for ring, sources in rings:
+      for source, target in zip(sources, ring.slots, strict=True):
+        tiles.walk.copy(source, target.at[slot], ring.full.at[slot], entries)
 
   # Whoever waits on a barrier must see all its phases.
   pl.loop(jnp.maximum(steps - stages, 0), steps)(wait)
@@ -300,6 +369,11 @@ def fill_ring(steps, stages: int, fetch, free):
 def split_scale(scale: float) -> tuple[float, float]:
   """A factor that is applied before keys are hidden, and a positive one, in log2 units, that is applied after."""
   return float(np.sign(scale)), (abs(scale) or 1.0) * LOG2E
+
+
+def in_log2(bias):
+  """A bias of scores in the units of `exp2`; None stays None."""
+  return None if bias is None else bias * LOG2E
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,7 +391,7 @@ class Launch:
   by_lane: bool
 
   def __call__(self, body, operands, out_type, scratch):
-    """Runs `body` on references to the operands, the results and the scratch memory."""
+    """Runs `body` on references to the operands, the results and the scratch memory, each entry a tree of its own."""
     semantics = plgpu.LoweringSemantics.Lane if self.by_lane else plgpu.LoweringSemantics.Warpgroup
     return plgpu.kernel(
       body,
