@@ -120,7 +120,8 @@ class Checkpoints:
     try:
       arrays = self._manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract)))["arrays"]
     except Exception as error:
-      # Orbax hides the cause of a broken file behind a lookup error (ECOSYSTEM: NoEntryError).
+      # Any: what Orbax raises depends on which file is broken and how, mostly a lookup error that hides the cause, and it
+      # documents none of it. Nothing is hidden here: the error's own words and its trace go with ours.
       raise ConfigError(
         f"checkpoint {self.path}/{step} cannot be read ({type(error).__name__}: {error}); "
         "delete that folder to fall back to the one before."

@@ -18,6 +18,7 @@ def check_same_data(old: dict, new: dict):
     )
   for name in ("mean", "std"):
     before, now = (np.asarray(r["statistics"][name]) for r in (old, new))
+    # Not bit-equal: a machine that computes the statistics anew adds in another order. Another protocol moves them far more.
     if before.shape != now.shape or not np.allclose(before, now, rtol=1e-6, atol=1e-8):
       gap = "another number of channels" if before.shape != now.shape else f"by up to {np.abs(before - now).max():.3g}"
       raise ConfigError(

@@ -134,7 +134,7 @@ def compile_for(fn, *args, devices: int = 1, device: str = "h100", shardings=Non
     lowered = jax.jit(lambda *a: fn(*a)).lower(*specs)
     try:
       compiled = lowered.compile()
-    except Exception as error:
+    except jax.errors.JaxRuntimeError as error:
       if "suitable version of ptxas" in str(error):
         raise RuntimeError(
           "compiling for an absent GPU needs CUDA's assembler ptxas, which was not found; run: "

@@ -299,7 +299,7 @@ class AttentionSuite:
     for choice in ([[0, 1]], [[1, 0]]):
       out = np.asarray(run(jnp.asarray(choice, jnp.int32)), np.float32)
       for head, pick in enumerate(choice[0]):
-        np.testing.assert_allclose(out[:, :, head], single[pick][:, :, head], atol=2e-5)
+        assert relative_error(out[:, :, head], single[pick][:, :, head]) < 3e-6  # the same sums, whatever the dtype
     assert len(traces) == 1
 
   def test_merge_of_two_halves_is_the_whole(self):

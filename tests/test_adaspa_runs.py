@@ -18,6 +18,7 @@ from freqformer.model_config import model_config
 from freqformer.sampling import SampleConfig, compile_steps, make_step, sample
 from kernels.block_scores import block_mass
 from kernels.offline import compile_for
+from tests.attention_suite import relative_error
 
 SHAPE = (4, 8, 8, 2)
 BASE = dict(size="custom", width=24, depth=3, heads=2, patch=(1, 1, 1))
@@ -68,7 +69,8 @@ def test_runs_of_layers_mix_and_share_one_schedule():
 
 def test_sparsity_zero_samples_as_dense():
   dense, wide = model_of(method="dense"), model_of(dict(sparsity=0.0))
-  np.testing.assert_allclose(draw(wide, steps=5)[0], draw(dense, steps=5)[0], atol=1e-4)
+  # Every sampling step feeds the last one's float32 rounding through the whole model, so five steps get more than one layer's.
+  assert relative_error(draw(wide, steps=5)[0], draw(dense, steps=5)[0]) < 1e-5
 
 
 def test_a_checkpoint_holds_nothing_of_it():
@@ -84,7 +86,7 @@ def test_training_is_dense():
   sparse, dense = model_of(dict(sparsity=0.5)), model_of(method="dense")
   x, t, y = jnp.ones((1, *SHAPE)), jnp.full(1, 0.5), jnp.zeros(1, jnp.int32)
   out = [m(x, t, y, m.tables(SHAPE), train=True, rng=jax.random.key(0))[0] for m in (sparse, dense)]
-  np.testing.assert_allclose(*out, atol=1e-6)
+  assert relative_error(*out) < 1e-6
 
 
 # ---- size and cost -------------------------------------------------------------------------------------------------------
