@@ -6,6 +6,7 @@
 The same command resumes: after SIGTERM, Ctrl-C or a crash the newest checkpoint in the workdir goes on bit for bit.
 """
 
+import functools
 import json
 import pathlib
 import time
@@ -58,15 +59,7 @@ def train(config, workdir, progress: bool = True) -> dict:
   # ---- 2. model and state -------------------------------------------------------------------------------------------
   tables = make_tables(exp.model, shape)
   graphdef, params = nnx.split(VideoDiT(exp.model, shape, classes, nnx.Rngs(exp.seed)))
-  state = init_state(params, exp.train, exp.seed)
-  record = {
-    "config": config.to_dict(),
-    "class_names": list(train_cache.class_names),
-    "latent_shape": shape,
-    "statistics": {name: np.asarray(getattr(train_cache.statistics, name)).tolist() for name in ("mean", "std")},
-    "video_shape": list(train_cache.video_shape),
-    "cache": train_cache.manifest["hash"],
-  }
+  state, record = init_state(params, exp.train, exp.seed), _record(config, train_cache)
 
   # ---- 3. resume: the newest checkpoint of this workdir wins, else start fresh -----------------------------------------
   checkpoints = Checkpoints(workdir, exp.train.keep)
@@ -78,40 +71,12 @@ def train(config, workdir, progress: bool = True) -> dict:
     batches.set_state(json.loads(old["iterator"]))
     logging.info("resumed at step %d from %s", int(state.step), checkpoints.path)
   step = int(state.step)
-  metrics.start(
-    step,
-    config,
-    {
-      "git": git_revision(),
-      "versions": versions(),
-      "device": str(jax.devices()[0].device_kind),
-      "params": _count(params),
-      "tokens": tables["layout"].layout.n,
-      "tiles": tables["layout"].layout.tiles,
-      "grid": tables["layout"].layout.grid,
-      "tile": tables["layout"].layout.tile,
-      "method": exp.model.attention.method,
-      "classes": list(train_cache.class_names),
-    },
-  )
+  facts = {"params": _count(params), "method": exp.model.attention.method, "classes": record["class_names"]}
+  metrics.start(step, config, facts | _facts(tables["layout"].layout))
 
   # ---- 4. the steps -------------------------------------------------------------------------------------------------
   train_step = make_train_step(graphdef, exp.train, classes)
-  eval_steps = {"val": make_eval_step(graphdef)}
-  if exp.train.val_soft and any(method.routed for _, method in exp.model.runs()):
-    eval_steps["val_soft"] = make_eval_step(graphdef, soft=True)
-  power = channel_power(val_cache)
-
-  def validate(should_stop):
-    results = {}
-    for kind, eval_step in eval_steps.items():
-      data = val_batches(val_cache, exp.train.batch_size, limit=exp.train.val_batches * exp.train.batch_size)
-      results[kind] = evaluate(eval_step, state.ema, data, power, tables, should_stop=should_stop)
-      if results[kind] is None:
-        return None
-      metrics.write(step, kind, **{k: v for k, v in results[kind].items() if k not in ("probs", "choice")})
-    write_routing(workdir, results["val"], exp.model)
-    return results["val"]
+  validate = _validation(exp, graphdef, val_cache, tables)
 
   def save():
     iterator = json.dumps(batches.get_state())
@@ -134,7 +99,9 @@ def train(config, workdir, progress: bool = True) -> dict:
         bar.set_postfix(loss=f"{values['loss']:.3f}")
       last = step == exp.train.steps
       if exp.train.val_every and (last or step % exp.train.val_every == 0) and not stop():
-        result = validate(stop)
+        result = validate(state.ema, stop, functools.partial(metrics.write, step))
+        if result is not None:
+          write_routing(workdir, result, exp.model)
       if last or stop() or step % exp.train.checkpoint_every == 0:
         save()
   seconds["train"] = time.monotonic() - loop_started
@@ -143,6 +110,47 @@ def train(config, workdir, progress: bool = True) -> dict:
   if step < exp.train.steps:
     logging.warning("stopped at step %d of %d; the same command goes on from there", step, exp.train.steps)
   return {"step": step, "finished": step >= exp.train.steps, "val_loss": None if result is None else result["loss"]}
+
+
+def _record(config, cache) -> dict:
+  """What a checkpoint says of itself, and what must agree with the data it meets again."""
+  return {
+    "config": config.to_dict(),
+    "class_names": list(cache.class_names),
+    "latent_shape": tuple(cache.latent_shape),
+    "statistics": {name: np.asarray(getattr(cache.statistics, name)).tolist() for name in ("mean", "std")},
+    "video_shape": list(cache.video_shape),
+    "cache": cache.manifest["hash"],
+  }
+
+
+def _facts(layout) -> dict:
+  """What the run's log starts with beside the model: code, machine and grid."""
+  code = {"git": git_revision(), "versions": versions(), "device": str(jax.devices()[0].device_kind)}
+  return code | {"tokens": layout.n, "tiles": layout.tiles, "grid": layout.grid, "tile": layout.tile}
+
+
+def _validation(exp, graphdef, cache, tables):
+  """`(params, should_stop, write) -> results of the hard choice`, or None where it was stopped.
+
+  `write(kind, **numbers)` gets them, and those of the soft mixture where heads are routed.
+  """
+  eval_steps = {"val": make_eval_step(graphdef)}
+  if exp.train.val_soft and any(method.routed for _, method in exp.model.runs()):
+    eval_steps["val_soft"] = make_eval_step(graphdef, soft=True)
+  power, size = channel_power(cache), exp.train.batch_size
+
+  def validate(params, should_stop, write):
+    results = {}
+    for kind, eval_step in eval_steps.items():
+      data = val_batches(cache, size, limit=exp.train.val_batches * size)
+      results[kind] = evaluate(eval_step, params, data, power, tables, should_stop=should_stop)
+      if results[kind] is None:
+        return None
+      write(kind, **{k: v for k, v in results[kind].items() if k not in ("probs", "choice")})
+    return results["val"]
+
+  return validate
 
 
 def _count(params) -> int:
