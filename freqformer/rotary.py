@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels.prepare import turn
+
 
 def axis_pairs(head_dim: int) -> tuple[int, int, int]:
   """Rotated pairs per axis (t, y, x): equal shares of `head_dim // 2`, what is left over goes to y, then x.
@@ -24,12 +26,14 @@ def rotate(x: jax.Array, positions, theta: float = 10_000.0) -> jax.Array:
     x: `[b, n, h, d]`; channel i is paired with i + d / 2.
     positions: float `[n, 3]` (t, y, x) in token units; a compressed token sits at its cell's centre.
   """
+  return turn(x, *angle_tables(positions, x.shape[-1], theta))
+
+
+def angle_tables(positions, head_dim: int, theta: float = 10_000.0) -> tuple[jax.Array, jax.Array]:
+  """Cosines and sines of `rotate`'s angles, float32 `[n, head_dim / 2]`, of `positions` `[n, 3]`."""
   angles = []
-  for axis, pairs in enumerate(axis_pairs(x.shape[-1])):
+  for axis, pairs in enumerate(axis_pairs(head_dim)):
     frequency = np.asarray(theta, np.float32) ** (-np.arange(pairs, dtype=np.float32) / max(pairs, 1))
     angles.append(jnp.asarray(positions, jnp.float32)[:, axis, None] * frequency)
-  angles = jnp.concatenate(angles, -1)[:, None]  # [n, 1, d / 2]
-  cos, sin = jnp.cos(angles), jnp.sin(angles)
-  dtype = jnp.promote_types(x.dtype, jnp.float32)
-  first, second = jnp.split(x.astype(dtype), 2, axis=-1)
-  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
+  angles = jnp.concatenate(angles, -1)
+  return jnp.cos(angles), jnp.sin(angles)

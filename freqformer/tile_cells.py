@@ -1,0 +1,65 @@
+"""The spectral matrices by tile, as the kernels around attention take them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from freqformer.rotary import angle_tables
+from freqformer.spectral import SpectralTables
+from freqformer.spectral_operators import TileOperators, halves
+from kernels.lift import Expansion
+from kernels.prepare import Cells
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class TileCells:
+  """A basis whose transform stays inside a tile. NumPy until passed to jit.
+
+  Attributes:
+    compress: float32 `[classes, cells, block]`; lift: `[classes, block, cells]`; zero beyond a class's own cells and tokens.
+    classes: int32 `[tiles]`, which of them a tile has; starts: int32 `[tiles]`, its first coarse token.
+    rows: int32 `[n_coarse]`, `tile * cells + j` of each coarse token; None where all tiles are alike.
+    front: static; rows of the packed buffer before the tokens.
+  """
+
+  compress: np.ndarray
+  lift: np.ndarray
+  classes: np.ndarray
+  starts: np.ndarray
+  rows: np.ndarray | None
+  front: int = dataclasses.field(metadata={"static": True})
+
+  def cells(self, centres, head_dim: int) -> Cells:
+    """For `kernels.prepare`; `centres` as in `SpectralTables`."""
+    return Cells(self.compress, self.classes, self.rows, *angle_tables(centres, head_dim), self.front)
+
+  @property
+  def expansion(self) -> Expansion:
+    """For `kernels.lift`."""
+    return Expansion(self.lift, self.classes, self.starts, self.front)
+
+
+def tile_cells(spectral: SpectralTables, front: int) -> TileCells | None:
+  """None where the transform leaves the tile."""
+  operators, layout = spectral.operators, spectral.layout
+  if not isinstance(operators, TileOperators):
+    return None
+  counts = [m.compress.shape for m in operators.classes]  # cells and tokens of a tile
+  most = max(k for k, _ in counts)
+  pad = lambda m, shape: np.pad(m, [(0, full - size) for full, size in zip(shape, m.shape, strict=True)])
+  compress = np.stack([pad(m.compress, (most, layout.block)) for m in operators.classes]).astype(np.float32)
+  lift = np.stack([pad(m.lift, (layout.block, most)) for m in operators.classes]).astype(np.float32)
+  classes = np.zeros(layout.tile_grid, np.int32)
+  for axis, lengths in enumerate(layout.lengths):  # in the order of `TileOperators.classes`
+    parts = halves(lengths)
+    ragged = np.repeat(np.arange(len(parts)), [part.stop - part.start for part in parts])
+    classes = classes * len(parts) + ragged.reshape([-1 if a == axis else 1 for a in range(3)])
+  classes = classes.reshape(-1).astype(np.int32)
+  cells = np.array([k for k, _ in counts])[classes]
+  starts = np.cumsum([0, *cells[:-1]]).astype(np.int32)
+  rows = np.concatenate([tile * most + np.arange(k) for tile, k in enumerate(cells)]).astype(np.int32)
+  return TileCells(compress, lift, classes, starts, None if len(operators.classes) == 1 else rows, front)

@@ -1,0 +1,266 @@
+"""What lies between the joint projection and attention, in one pass: split, QK-norm, rotary, compression, packing, means.
+
+`prepare` is defined by its plain form in JAX below, which also gives its gradients. On Hopper a Mosaic GPU kernel
+(`prepare_mgpu.py`) reads the projection once and writes q, k and v once; elsewhere `unsupported` says why not.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from kernels.partition import by_sample_and_head, several_devices
+from kernels.target import Target, current_target
+
+CAPABILITY = "9.0"
+HEAD_DIMS = (64, 128)
+BLOCKS = (64, 128)
+MAX_CELLS = 64  # coarse tokens of a tile: rows of one product
+EPS = 1e-6  # of the norm; flax's default
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Cells:
+  """How each tile is compressed: coarse token j of tile t is row j of `matrices[classes[t]]` times the tile's rows.
+
+  Attributes:
+    matrices: float32 `[classes, cells, block]`; columns of padding and rows that a class does not have are zero.
+    classes: int32 `[tiles]`.
+    rows: int32 `[n_coarse]`, `tile * cells + j` of each coarse token; None if all tiles are alike and that is its own number.
+    cos, sin: float32 `[n_coarse, d / 2]`, rotary at the cells' centres.
+    front: static; rows of the results before the tokens, at least n_coarse. What follows the coarse tokens is zero.
+  """
+
+  matrices: jax.Array
+  classes: jax.Array
+  rows: jax.Array | None
+  cos: jax.Array
+  sin: jax.Array
+  front: int = dataclasses.field(metadata={"static": True})
+
+
+class Prepared(NamedTuple):
+  """q, k, v `[b, front + n, h, d]`: coarse tokens, then tokens; means of q and k over each tile's valid rows, or None.
+
+  The means are float32 `[b, h, tiles, d]`, of the tokens as they were rounded; no gradient flows through them.
+  """
+
+  q: jax.Array
+  k: jax.Array
+  v: jax.Array
+  q_pool: jax.Array | None = None
+  k_pool: jax.Array | None = None
+
+
+def turn(x, cos, sin):
+  """Rotary (RoPE, arXiv 2104.09864): turns channels (i, i + d / 2) of `x` `[..., n, h, d]` by angles of `[n, d / 2]` tables."""
+  dtype = jnp.promote_types(x.dtype, jnp.float32)
+  first, second = jnp.split(x.astype(dtype), 2, axis=-1)
+  cos, sin = cos[:, None], sin[:, None]
+  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
+
+
+def prepare(joint, gains, tables, lengths, cells: Cells | None = None, *, pooled=False, implementation=None) -> Prepared:
+  """Norms (RMS, `EPS`), rotates and packs q, k, v.
+
+  Args:
+    joint: `[b, n, 3, h, d]` as the projection leaves it, in tiles of equally many rows; padding rows hold anything finite.
+    gains: of the norms of q and k, `[d]` each.
+    tables: cos and sin of every row's angles, float32 `[n, d / 2]`.
+    lengths: int32 `[tiles]`, valid rows of each tile; they come first.
+    cells: compression; None: tokens only, `front` is 0.
+    pooled: whether the means of q and k are asked for.
+    implementation: "pallas_mgpu" or "plain"; None: the kernel where it is supported.
+
+  Raises:
+    NotImplementedError: if the kernel was named and does not support the call, with the reasons.
+  """
+  reason = None if implementation == "plain" else unsupported(joint, len(lengths), cells)
+  if implementation == "pallas_mgpu" and reason:
+    raise NotImplementedError(f"prepare: {reason}")
+  if implementation == "plain" or reason:
+    return _plain(joint, gains, tables, lengths, cells, pooled)
+  return _fused(pooled, joint, tuple(gains), tuple(tables), lengths, cells)
+
+
+def unsupported(joint, tiles: int, cells: Cells | None = None, target: Target | None = None) -> str | None:
+  """Why the kernel cannot run this call, all reasons at once; None if it can."""
+  return refusal(joint, joint.shape[1] // tiles, 0 if cells is None else cells.matrices.shape[1], target)
+
+
+def refusal(x, block: int, cells: int, target: Target | None = None) -> str | None:
+  """What the kernels around attention do not take: of `x` `[..., d]` in tiles of `block` rows with `cells` coarse tokens."""
+  from kernels import pallas_mgpu_parts as parts  # Pallas is imported where it is used
+
+  target = current_target() if target is None else target
+  reasons = []
+  if not parts.is_interpreted() and target.capability != CAPABILITY:
+    reasons.append(f"it needs an NVIDIA GPU of compute capability {CAPABILITY} (Hopper), the target is {target}")
+  if x.dtype != jnp.bfloat16:
+    reasons.append(f"the tokens are {x.dtype}, it takes bfloat16")
+  if x.shape[-1] not in HEAD_DIMS:
+    reasons.append(f"head_dim is {x.shape[-1]}, it takes one of {HEAD_DIMS}")
+  if block not in BLOCKS:
+    reasons.append(f"a tile has {block} rows, it takes one of {BLOCKS}")
+  if cells > MAX_CELLS:
+    reasons.append(f"a tile has {cells} coarse tokens, it takes at most {MAX_CELLS}")
+  return "; ".join(reasons) or None
+
+
+@functools.cache
+def log_choice(what: str, reason: str | None) -> None:
+  """Says once who does the work."""
+  logging.info("%s runs %s", what, f"in plain JAX ({reason})" if reason else "on its Hopper kernel")
+
+
+# ---- plain form --------------------------------------------------------------------------------------------------------
+
+
+@jax.named_scope("prepare")
+def _plain(joint, gains, tables, lengths, cells, pooled) -> Prepared:
+  """The definition: everything in float32 (or wider), rounded once."""
+  q, k, v = (_packed(joint[:, :, i], gain, tables, cells) for i, gain in enumerate((*gains, None)))
+  if not pooled:
+    return Prepared(q, k, v)
+  front = 0 if cells is None else cells.front
+  return Prepared(q, k, v, *(_means(x[:, front:], lengths) for x in (q, k)))
+
+
+def _packed(x, gain, tables, cells):
+  """Of one of q, k, v; v has no gain and is not rotated."""
+  wide = jnp.promote_types(x.dtype, jnp.float32)
+
+  def finish(x, cos, sin):
+    if gain is None:
+      return x
+    inverse = jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + EPS)
+    return turn(x * (inverse * gain.astype(wide)), cos, sin)
+
+  tokens = finish(x.astype(wide), *tables).astype(x.dtype)
+  if cells is None:
+    return tokens
+  coarse = finish(_compress(x, cells, wide), cells.cos, cells.sin).astype(x.dtype)
+  filler = jnp.zeros((x.shape[0], cells.front - coarse.shape[1], *x.shape[2:]), x.dtype)
+  return jnp.concatenate([coarse, filler, tokens], 1)
+
+
+def _compress(x, cells, dtype):
+  """`[b, n, h, d] -> [b, n_coarse, h, d]`. HIGHEST, for TF32 would not leave a constant one."""
+  x = jax.lax.optimization_barrier(x)  # widened inside the product, not once for all readers
+  tiles = x.reshape(x.shape[0], len(cells.classes), -1, *x.shape[2:]).astype(dtype)
+  alike = cells.matrices.shape[0] == 1
+  matrices = cells.matrices[0] if alike else jnp.asarray(cells.matrices)[cells.classes]
+  product = "kr,btrhd->btkhd" if alike else "tkr,btrhd->btkhd"
+  y = jnp.einsum(product, matrices.astype(dtype), tiles, precision=jax.lax.Precision.HIGHEST)
+  y = y.reshape(x.shape[0], -1, *x.shape[2:])
+  return y if cells.rows is None else y[:, cells.rows]
+
+
+def _means(x, lengths):
+  b, n, h, d = x.shape
+  lengths = jnp.asarray(lengths)
+  x = jax.lax.stop_gradient(x).reshape(b, len(lengths), -1, h, d)
+  valid = (jnp.arange(x.shape[2]) < lengths[:, None])[..., None, None]
+  means = jnp.where(valid, x, 0).astype(jnp.promote_types(x.dtype, jnp.float32)).sum(2) / lengths[:, None, None]
+  return means.transpose(0, 2, 1, 3)
+
+
+# ---- kernel ------------------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(pooled, joint, gains, tables, lengths, cells):
+  if not several_devices():
+    return _run(pooled, joint, gains, tables, lengths, cells)
+  operands = (joint, gains, tables, lengths, cells)
+  dims = ["b..h.", *("." * jnp.ndim(leaf) for leaf in jax.tree.leaves(operands[1:]))]
+  pools = ("bh..",) * 2 if pooled else (None, None)
+  return by_sample_and_head(functools.partial(_run, pooled), operands, dims, Prepared(*("b.h.",) * 3, *pools))
+
+
+def _fused_fwd(pooled, *operands):
+  return _fused(pooled, *operands), operands
+
+
+def _fused_bwd(pooled, operands, cotangents):
+  joint, gains, *rest = operands
+  _, pull = jax.vjp(lambda joint, gains: _plain(joint, gains, *rest, pooled), joint, gains)
+  return *pull(cotangents), *jax.tree.map(no_gradient, tuple(rest))
+
+
+_fused.defvjp(_fused_fwd, _fused_bwd)
+
+
+def no_gradient(x):
+  """The cotangent of what is not differentiated."""
+  x = jnp.asarray(x)
+  return jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.floating) else np.zeros(x.shape, jax.dtypes.float0)
+
+
+@jax.named_scope("prepare")
+def _run(pooled, joint, gains, tables, lengths, cells) -> Prepared:
+  """Calls the kernel; lays coarse rows that it could not place itself."""
+  from kernels import prepare_mgpu  # Pallas is imported where it is used
+
+  b, n, _, h, d = joint.shape
+  tiles = len(lengths)
+  plan = prepare_mgpu.Plan(b, n, h, d, n // tiles, pooled=pooled)
+  operands = {"joint": joint, "cos": tables[0], "sin": tables[1], "lengths": jnp.asarray(lengths, jnp.int32)}
+  operands["gains"] = jnp.stack([jnp.asarray(g, jnp.float32) for g in gains]).reshape(2, 2, d // 2)
+  if cells is not None:
+    count = -(-cells.matrices.shape[1] // 8) * 8
+    in_place = cells.rows is None and count == cells.matrices.shape[1]
+    plan = dataclasses.replace(plan, front=cells.front, cells=count, in_place=in_place)
+    operands |= _cell_operands(cells, count, plan.pieces)
+  found = prepare_mgpu.forward(plan, operands)
+  q, k, v = (_lay_cells(found, x, cells, plan) for x in "qkv")
+  pools = [found[f"{x}_pool"].reshape(b, h, tiles, d) for x in "qk"] if pooled else (None, None)
+  return Prepared(q, k, v, *pools)
+
+
+def _cell_operands(cells, count, pieces) -> dict:
+  """Matrices as two 16-bit terms in pieces of 64 x 64, tables by tile."""
+  classes, k, block = cells.matrices.shape
+  matrices = jnp.pad(jnp.asarray(cells.matrices, jnp.float32), ((0, 0), (0, MAX_CELLS - k), (0, 0)))
+  terms = two_terms(matrices)
+  weights = terms.reshape(classes, 2, MAX_CELLS, pieces, block // pieces).transpose(0, 1, 3, 2, 4)
+  tiles = len(cells.classes)
+  rows = np.arange(tiles * k) if cells.rows is None else jnp.asarray(cells.rows)
+  rows = rows // k * count + rows % k
+  # A tile reads 64 rows from its first one; what lies behind its own meets zero weights.
+  spread = lambda x: jnp.zeros((tiles * count + MAX_CELLS - count, x.shape[-1]), jnp.float32).at[rows].set(x)
+  if cells.rows is None and k == count:
+    spread = lambda x: jnp.pad(x, ((0, MAX_CELLS - count), (0, 0)))
+  return {
+    "weights": weights,
+    "classes": jnp.asarray(cells.classes),
+    "cell_cos": spread(cells.cos),
+    "cell_sin": spread(cells.sin),
+  }
+
+
+def two_terms(matrices):
+  """float32 `[m, ...] -> [m, 2, ...]` bf16: the matrix rounded, and what that left out. Tensor cores take 16 bits."""
+  # Not a cast there and back, which XLA may drop.
+  high = jax.lax.reduce_precision(matrices, exponent_bits=8, mantissa_bits=7)
+  return jnp.stack([high, matrices - high], 1).astype(jnp.bfloat16)
+
+
+def _lay_cells(found, name, cells, plan):
+  """Everything before the tokens that the kernel did not write, in place."""
+  x = found[name]
+  if cells is None:
+    return x
+  if plan.in_place:
+    placed = plan.tiles * plan.cells
+    return x if placed == plan.front else x.at[:, placed : plan.front].set(0)
+  k = cells.matrices.shape[1]
+  coarse = found[f"{name}_cells"][:, :, :k].reshape(plan.b, plan.tiles * k, plan.h, plan.d)
+  coarse = coarse if cells.rows is None else jnp.take(coarse, cells.rows, axis=1, mode="clip", unique_indices=True)
+  filler = ((0, 0), (0, plan.front - coarse.shape[1]), (0, 0), (0, 0))
+  return x.at[:, : plan.front].set(jnp.pad(coarse, filler))

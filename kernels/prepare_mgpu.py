@@ -1,0 +1,283 @@
+"""The Hopper kernel of `kernels.prepare`: one pass over the joint projection, bound by memory.
+
+A thread block is one warpgroup. It takes one tile and some heads, and brings q, k and v in pieces of 64 rows through a ring of
+`SLOTS`; two or three blocks share a multiprocessor and hide each other's latencies. A piece lies in shared memory as two halves
+of the channels, so that rotary's pairs meet in one thread; the weights of compression stay there for all heads of the block.
+"""
+
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels import pallas_mgpu_parts as parts
+from kernels.pallas_mgpu_parts import LAYOUT, ROWS
+
+SLOTS = 3
+# A head's pieces fall on the same slots every time: 3 arrays of one or two pieces.
+EPS = 1e-6
+# As many thread blocks as run at once on 132 multiprocessors, times four: the last round is then at least four fifths full.
+BLOCKS = 4 * 2 * 132
+COLUMNS = 32  # of each half, that are worked on at once
+_REDUCED = LAYOUT.reduce(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Sizes of a launch.
+
+  Attributes:
+    b, n, h, d: of the joint projection `[b, n, 3, h, d]`.
+    block: rows of a tile.
+    front: rows of the results before the tokens.
+    cells: coarse rows per tile as stored, a multiple of 8; 0 without compression.
+    in_place: coarse rows go straight to the front of the results; otherwise to arrays of their own.
+    pooled: whether means over the tiles' valid rows are asked for.
+    share: heads that one thread block walks over; 0: as many as leave enough blocks.
+  """
+
+  b: int
+  n: int
+  h: int
+  d: int
+  block: int
+  front: int = 0
+  cells: int = 0
+  in_place: bool = True
+  pooled: bool = False
+  share: int = 0
+
+  @property
+  def tiles(self):
+    return self.n // self.block
+
+  @property
+  def pieces(self):
+    """Pieces of 64 rows per tile and array."""
+    return self.block // ROWS
+
+  @property
+  def half(self):
+    return self.d // 2
+
+  @property
+  def chunks(self):
+    """Columns of a half, in turn."""
+    return [pl.ds(start, COLUMNS) for start in range(0, self.half, COLUMNS)]
+
+  @property
+  def heads(self):
+    """Heads that one thread block walks over."""
+    if self.share:
+      return self.share
+    dividing = [heads for heads in range(1, self.h + 1) if self.h % heads == 0]
+    return max((heads for heads in dividing if self.b * self.tiles * (self.h // heads) >= BLOCKS), default=1)
+
+  def operands(self) -> tuple[str, ...]:
+    names = ["joint", "cos", "sin", "gains"]
+    names += ["lengths"] * self.pooled
+    return (*names, *(("weights", "classes", "cell_cos", "cell_sin") if self.cells else ()))
+
+  def results(self, dtype) -> dict[str, jax.ShapeDtypeStruct]:
+    b, h, d = self.b, self.h, self.d
+    found = {x: jax.ShapeDtypeStruct((b, self.front + self.n, h, d), dtype) for x in "qkv"}
+    if self.cells and not self.in_place:
+      found |= {f"{x}_cells": jax.ShapeDtypeStruct((b, self.tiles, self.cells, h, d), dtype) for x in "qkv"}
+    if self.pooled:
+      found |= {f"{x}_pool": jax.ShapeDtypeStruct((b, h, self.tiles, 2, self.half), jnp.float32) for x in "qk"}
+    return found
+
+  def scratch(self, dtype) -> dict:
+    found = {
+      "ring": _columns_type(SLOTS, 2, ROWS, self.half, dtype=dtype),
+      "full": plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
+      "out": _columns_type(2, ROWS, self.half, dtype=dtype),
+    }
+    if self.cells:
+      found["weights_sm"] = _columns_type(2, self.pieces, ROWS, ROWS, dtype=dtype)
+      found["weights_full"] = plgpu.Barrier(num_arrivals=2 * self.pieces)
+    if self.pooled:
+      found["pool"] = plgpu.SMEM((2, self.half), jnp.float32)
+    return found
+
+
+def _columns_type(*shape, dtype):
+  """Shared memory that can be cut every `COLUMNS` columns; operands of one product must share a swizzle, so it serves all."""
+  transforms = (plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(2 * COLUMNS))
+  return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def forward(plan: Plan, operands: dict) -> dict:
+  """Runs the kernel.
+
+  Args:
+    operands: by the names of `plan.operands()`: joint bf16 `[b, n, 3, h, d]`; cos, sin float32 `[n, d / 2]`; gains float32
+      `[2, 2, d / 2]` (q and k, both halves); lengths int32 `[tiles]`; weights bf16 `[classes, 2, pieces, 64, 64]` (two terms
+      whose sum is the matrix; rows are cells); classes int32 `[tiles]`; cell_cos, cell_sin float32
+      `[tiles * cells + 64 - cells, d / 2]`.
+
+  Returns:
+    The arrays of `plan.results`.
+  """
+  dtype = operands["joint"].dtype
+  results, scratch = plan.results(dtype), plan.scratch(dtype)
+  names = (*plan.operands(), *results, *scratch)
+
+  def prepare(*refs):
+    _Block(plan, types.SimpleNamespace(**dict(zip(names, refs, strict=True)))).run()
+
+  call = plgpu.kernel(
+    prepare,
+    out_type=tuple(results.values()),
+    grid=(plan.b * plan.tiles * (plan.h // plan.heads),),
+    grid_names=("block",),
+    scratch_types=tuple(scratch.values()),
+    compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+  )
+  return dict(zip(results, call(*(operands[name] for name in plan.operands())), strict=True))
+
+
+class _Block:
+  """What one thread block does; `refs` are named as in `Plan`."""
+
+  def __init__(self, plan, refs):
+    self.plan, self.refs = plan, refs
+    program, groups = lax.axis_index("block"), plan.h // plan.heads
+    rest = lax.div(program, jnp.int32(groups))
+    self.first = lax.rem(program, jnp.int32(groups)) * plan.heads
+    self.sample, self.tile = lax.div(rest, jnp.int32(plan.tiles)), lax.rem(rest, jnp.int32(plan.tiles))
+
+  def run(self):
+    plan, refs = self.plan, self.refs
+    for piece in range(SLOTS):
+      self.fetch(self.first, piece)
+    if plan.cells:
+      self.load_weights()
+    if plan.pooled:
+      self.valid = refs.lengths[self.tile]
+
+    @pl.loop(0, plan.heads)
+    def _head(i):
+      for which in range(3):
+        self.one_array(i, which)
+
+    plgpu.wait_smem_to_gmem(0)
+
+  # ---- memory --------------------------------------------------------------------------------------------------------
+
+  def rows(self, part):
+    return pl.ds(self.tile * self.plan.block + part * ROWS, ROWS)
+
+  def fetch(self, head, piece):
+    """Starts the copy of one of a head's `3 * pieces` pieces."""
+    plan, refs, slot = self.plan, self.refs, piece % SLOTS
+    which, part = divmod(piece, plan.pieces)
+    for half in range(2):
+      source = refs.joint.at[self.sample, self.rows(part), which, head, pl.ds(half * plan.half, plan.half)]
+      plgpu.copy_gmem_to_smem(source, refs.ring.at[slot, half], refs.full.at[slot])
+
+  def fetch_behind(self, i, piece):
+    """Refills the slot that `piece` of the block's head i leaves free."""
+    count, following = 3 * self.plan.pieces, piece + SLOTS
+    if following < count:
+      self.fetch(self.first + i, following)
+    else:
+      pl.when(i + 1 < self.plan.heads)(lambda: self.fetch(self.first + i + 1, following - count))
+
+  def load_weights(self):
+    refs, kind = self.refs, self.refs.classes[self.tile]
+    for term in range(2):
+      for part in range(self.plan.pieces):
+        plgpu.copy_gmem_to_smem(refs.weights.at[kind, term, part], refs.weights_sm.at[term, part], refs.weights_full)
+    plgpu.barrier_wait(refs.weights_full)
+
+  def store(self, target, rows=ROWS):
+    """Sends the first rows of the staging to `target`, `[rows, d]`."""
+    refs, half = self.refs, self.plan.half
+    plgpu.commit_smem()  # also: every thread has read the piece that is replaced next
+    for i in range(2):
+      plgpu.copy_smem_to_gmem(refs.out.at[i, pl.ds(0, rows)], target.at[:, pl.ds(i * half, half)])
+
+  # ---- work ----------------------------------------------------------------------------------------------------------
+
+  def one_array(self, i, which):
+    plan, refs, head = self.plan, self.refs, self.first + i
+    pieces = range(which * plan.pieces, (which + 1) * plan.pieces)
+    result = getattr(refs, "qkv"[which])
+    for piece in pieces:
+      plgpu.barrier_wait(refs.full.at[piece % SLOTS])
+    if plan.cells:
+      self.compress(which, head, result)
+    for part, piece in enumerate(pieces):
+      tokens = lambda half, columns, slot=piece % SLOTS: refs.ring.at[slot, half, :, columns][...].astype(jnp.float32)
+      tables = [x.at[self.rows(part)] for x in (refs.cos, refs.sin)]
+      self.finish(tokens, which, tables, part if plan.pooled and which < 2 else None)
+      rows = pl.ds(plan.front + self.tile * plan.block + part * ROWS, ROWS)
+      self.store(result.at[self.sample, rows, head])
+      self.fetch_behind(i, piece)
+    if plan.pooled and which < 2:
+      plgpu.copy_smem_to_gmem(refs.pool, getattr(refs, f"{'qk'[which]}_pool").at[self.sample, head, self.tile])
+
+  def compress(self, which, head, result):
+    """The tile's coarse rows: the matrix in two terms, since the tensor cores round it to 16 bits."""
+    plan, refs = self.plan, self.refs
+    chunks = [(half, columns) for half in range(2) for columns in plan.chunks]
+    first_slot = which * plan.pieces % SLOTS
+
+    def multiply(*accumulators):
+      # A loop, not unrolled: the addresses of all products at once would cost a hundred registers.
+      @pl.loop(0, 2 * plan.pieces)
+      def _product(step):
+        term, part = lax.div(step, jnp.int32(plan.pieces)), lax.rem(step, jnp.int32(plan.pieces))
+        slot = lax.rem(part + first_slot, jnp.int32(SLOTS))
+        for acc, (half, columns) in zip(accumulators, chunks, strict=True):
+          plgpu.wgmma(acc, refs.weights_sm.at[term, part], refs.ring.at[slot, half, :, columns])
+
+      return [acc[...] for acc in accumulators]
+
+    cells = pl.run_scoped(multiply, *[plgpu.ACC((ROWS, COLUMNS), jnp.float32)] * len(chunks))
+    found = lambda half, columns: cells[half * len(plan.chunks) + plan.chunks.index(columns)]
+    self.finish(found, which, [x.at[pl.ds(self.tile * plan.cells, ROWS)] for x in (refs.cell_cos, refs.cell_sin)])
+    if plan.in_place:
+      target = result.at[self.sample, pl.ds(self.tile * plan.cells, plan.cells), head]
+    else:
+      target = getattr(refs, f"{'qkv'[which]}_cells").at[self.sample, self.tile, :, head]
+    self.store(target, plan.cells)
+
+  def finish(self, read, which, tables, pooled_part=None):
+    """Norm and rotary of q and k, v as it is: 64 rows into the staging, some channels at a time to save registers.
+
+    Args:
+      read: `(half, columns)` -> float32 `[64, COLUMNS]`; which: 0, 1, 2 for q, k, v.
+      tables: cos and sin in global memory, `[64, d / 2]`.
+      pooled_part: which piece of the tile this is, if its rows count for the mean.
+    """
+    plan, refs = self.plan, self.refs
+    if which < 2:
+      squares = sum((x * x).sum(axis=1) for x in (read(half, columns) for half in range(2) for columns in plan.chunks))
+      inverse = parts.over_columns(lax.rsqrt(squares * (1 / plan.d) + EPS), COLUMNS)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    for columns in plan.chunks:
+      first, second = (read(half, columns) for half in range(2))
+      if which < 2:
+        gains = (plgpu.load(refs.gains.at[which, half, columns], layout=_REDUCED, optimized=False) for half in range(2))
+        first, second = (x * inverse * parts.over_rows(gain) for x, gain in zip((first, second), gains, strict=True))
+        cos, sin = (plgpu.load(table.at[:, columns], layout=LAYOUT, optimized=False) for table in tables)
+        first, second = first * cos - second * sin, second * cos + first * sin
+      for half, x in enumerate((first, second)):
+        x = x.astype(refs.out.dtype)
+        refs.out.at[half, :, columns][...] = x
+        if pooled_part is not None:
+          self.pool(x, half, columns, pooled_part)
+
+  def pool(self, x, half, columns, part):
+    """Adds a piece's share of the mean over the tile's valid rows."""
+    row = plgpu.broadcasted_iota(jnp.int32, (ROWS, COLUMNS), 0, layout=LAYOUT)
+    share = 1.0 / self.valid.astype(jnp.float32)
+    mean = jnp.where(row < self.valid - part * ROWS, x.astype(jnp.float32), 0.0).sum(axis=0) * share
+    target = self.refs.pool.at[half, columns]
+    target[...] = mean if part == 0 else mean + plgpu.load(target, layout=_REDUCED)
