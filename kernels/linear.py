@@ -8,81 +8,28 @@ Feature maps (elementwise or over the channels of one token, all >= 0, so that d
   softmax   over channels (the default of SLA, arXiv 2509.24006)
   elu       elu(x) + 1 (arXiv 2006.16236): strictly positive
   relu      sparse; a row may see nothing, then it counts as empty
+
+A backend is a module `kernels.linear_*` with `unsupported`, `forward` and `backward`; a named one is used or refused, never
+silently replaced.
 """
 
-import dataclasses
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
-from kernels.block_mask import Array
+from kernels.linear_xla import FEATURE_MAPS
+from kernels.partition import by_sample_and_head, several_devices
+from kernels.segments import Segments
+from kernels.target import Target, current_target
 
-FEATURE_MAPS = {"softmax": jax.nn.softmax, "elu": lambda x: jax.nn.elu(x) + 1, "relu": jax.nn.relu}
-# A denominator below this is no denominator: its inverse, squared in the backward, would leave float32.
-_TINY = 1e-18
-_COLUMNS = 8  # what is appended to d for the denominator
+# In order of preference: the names that `attention` uses, and their modules.
+BACKENDS = {"pallas_mgpu": "kernels.linear_mgpu", "xla": "kernels.linear_xla"}
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Segments:
-  """Which rows of a buffer are summed together; a row is in one segment or in none.
-
-  Attributes:
-    rows: int32 `[segments, size]`, buffer rows of each segment, valid ones first; None: the buffer itself, in order,
-      `segments * size` rows.
-    place: int32 `[n]`, where each buffer row stands in `rows` (out of bounds: in none); None where `rows` is.
-    length: int32 `[segments]`, rows of each segment, 0..size.
-    size: static, rows of the longest segment. Memory is `segments * size * d`: near n where segments are equal.
-  """
-
-  rows: Array | None
-  place: Array | None
-  length: Array
-  size: int = dataclasses.field(metadata={"static": True})
-
-  @classmethod
-  def of_ids(cls, ids: np.ndarray) -> "Segments":
-    """From the segment of every buffer row, int `[n]`, -1 for none; ids that do not occur are empty segments."""
-    ids = np.asarray(ids)
-    order = np.argsort(ids, kind="stable")
-    order = order[ids[order] >= 0].astype(np.int32)
-    length = np.bincount(ids[order], minlength=1).astype(np.int32)
-    size = max(1, int(length.max()))
-    column = np.arange(len(order)) - np.repeat(np.cumsum(length) - length, length)
-    at = (ids[order] * size + column).astype(np.int32)
-    rows, place = np.zeros(len(length) * size, np.int32), np.full(len(ids), len(length) * size, np.int32)
-    rows[at], place[order] = order, at
-    return cls(rows.reshape(-1, size), place, length, size)
-
-  @classmethod
-  def of_tiles(cls, kv_len: Array, block: int) -> "Segments":
-    """One segment per tile of `block` rows, of which the first `kv_len` `[tiles]` are valid."""
-    return cls(None, None, kv_len, block)
-
-  @classmethod
-  def whole(cls, n: int) -> "Segments":
-    """One segment: all n rows."""
-    return cls(None, None, np.full(1, n, np.int32), n)
-
-  def gather(self, x: jax.Array) -> jax.Array:
-    """`[b, n, h, d] -> [b, segments, h, size, d]`, zeros where there is no row."""
-    if self.rows is not None:
-      x = jnp.take(x, jnp.asarray(self.rows).reshape(-1), axis=1, mode="clip")
-    x = x.reshape(x.shape[0], -1, self.size, *x.shape[2:]).swapaxes(2, 3)
-    return jnp.where(self.valid(), x, 0)
-
-  def scatter(self, x: jax.Array, fill=0) -> jax.Array:
-    """The inverse of `gather`, `fill` in rows without a segment."""
-    x = jnp.where(self.valid(), x, fill).swapaxes(2, 3)
-    x = x.reshape(x.shape[0], -1, *x.shape[3:])
-    return x if self.place is None else jnp.take(x, self.place, axis=1, mode="fill", fill_value=fill)
-
-  def valid(self) -> jax.Array:
-    """bool `[segments, 1, size, 1]`: which gathered rows are rows."""
-    return (jnp.arange(self.size) < jnp.asarray(self.length)[:, None])[:, None, :, None]
+__all__ = ["BACKENDS", "FEATURE_MAPS", "Segments", "choose_backend", "linear_attention"]
 
 
 def linear_attention(
@@ -93,8 +40,11 @@ def linear_attention(
   *,
   reads: jax.Array | None = None,
   feature_map: str = "softmax",
+  heads: jax.Array | None = None,
+  into: jax.Array | None = None,
+  implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Linear attention within segments, or from each segment to a set of segments.
+  """Linear attention within segments, or over the segments that each one reads.
 
   Args:
     q, k, v: `[b, n, h, d]`, one dtype; the three share the rows and their segments. Rows in no segment may hold anything
@@ -104,117 +54,125 @@ def linear_attention(
     reads: which segments' sums a segment's queries read, bool or weights >= 0 `[b or 1, h or 1, segments, segments]`,
       not differentiated; None: their own.
     feature_map: a name of `FEATURE_MAPS`.
+    heads: bool `[b or 1, h or 1]`, which heads take part; the others read nothing, and a GPU kernel moves nothing for them.
+      None: all.
+    into: `[b, n, h, d]` in q's dtype, the output of the heads that take no part; it may be overwritten in place. None: 0.
+    implementation: a name of `BACKENDS`, or None for the first that supports the call.
 
   Returns:
     out `[b, n, h, d]` in q's dtype, and the natural log of each row's denominator `[b, h, n]`, float32 (float64). Rows that
     read nothing (no segment, an empty one, or a denominator below 1e-18) give 0, -inf and no gradient. Both results are
-    differentiable in q, k, v.
+    differentiable in q, k, v, the first in `into`, too.
 
   Raises:
-    ValueError: for an unknown feature map, or shapes that contradict each other.
+    ValueError: for an unknown feature map or implementation, or shapes that contradict each other.
+    NotImplementedError: if the named implementation does not support the call, with every reason.
   """
+  segments = Segments.whole(q.shape[1]) if segments is None else segments
+  _validate(q, k, v, segments, reads, feature_map, heads, into)
+  name = choose_backend(q, segments, implementation)
+  return _linear(name, feature_map, q, k, v, segments, reads, heads, into)
+
+
+def choose_backend(q, segments: Segments, implementation: str | None = None, target: Target | None = None) -> str:
+  """The name of the backend that `linear_attention` would run; raises as it does."""
+  if implementation not in (None, *BACKENDS):
+    raise ValueError(f"{implementation=} is unknown; choose one of {', '.join(BACKENDS)} or None for automatic choice.")
+  target, reasons = current_target() if target is None else target, []
+  for name in BACKENDS if implementation is None else (implementation,):
+    reason = _backend(name).unsupported(q, segments, target)
+    if reason is None:
+      if implementation is None:
+        _log_choice(name, target, "; ".join(reasons))
+      return name
+    reasons.append(f"{name}: {reason}")
+  raise NotImplementedError(f"no backend for this linear attention on {target}: " + "; ".join(reasons))
+
+
+@functools.cache
+def _log_choice(name, target, reasons):
+  logging.info("linear attention runs on backend %r for %s%s", name, target, f" ({reasons})" if reasons else "")
+
+
+def _backend(name):
+  return importlib.import_module(BACKENDS[name])
+
+
+def _validate(q, k, v, segments, reads, feature_map, heads, into):
   if feature_map not in FEATURE_MAPS:
     raise ValueError(f"{feature_map=} is unknown; choose one of {', '.join(FEATURE_MAPS)}.")
   if q.ndim != 4 or not q.shape == k.shape == v.shape or not q.dtype == k.dtype == v.dtype:
     shapes = ", ".join(f"{x.dtype} {x.shape}" for x in (q, k, v))
     raise ValueError(f"linear_attention takes q, k, v [b, n, h, d] of one shape and dtype; got {shapes}.")
-  segments = Segments.whole(q.shape[1]) if segments is None else segments
-  count = segments.length.shape[0]
-  rows = count * segments.size if segments.place is None else segments.place.shape[0]
-  if rows != q.shape[1]:
-    raise ValueError(f"the segments describe {rows} rows, the input has {q.shape[1]}; build them for this buffer.")
+  if segments.buffer != q.shape[1]:
+    raise ValueError(f"the segments describe {segments.buffer} rows, the input has {q.shape[1]}; build them for this buffer.")
+  lead = lambda x: x.shape[0] in (1, q.shape[0]) and x.shape[1] in (1, q.shape[2])
   if reads is not None:
-    if reads.ndim != 4 or reads.shape[0] not in (1, q.shape[0]) or reads.shape[1] not in (1, q.shape[2]):
+    if reads.ndim != 4 or not lead(reads):
       raise ValueError(f"reads must be [b or 1, h or 1, segments, segments], got {reads.shape} for {q.shape=}.")
-    if reads.shape[2:] != (count, count):
-      raise ValueError(f"reads must be over {count} x {count} segments, got {reads.shape}.")
-  return _linear(feature_map, q, k, v, segments, reads)
+    if reads.shape[2:] != (segments.count, segments.count):
+      raise ValueError(f"reads must be over {segments.count} x {segments.count} segments, got {reads.shape}.")
+  if heads is not None and (heads.ndim != 2 or not lead(heads) or heads.dtype != bool):
+    raise ValueError(f"heads must be bool [b or 1, h or 1], got {heads.dtype} {heads.shape} for {q.shape=}.")
+  if into is not None and (heads is None or into.shape != q.shape or into.dtype != q.dtype):
+    raise ValueError(f"into must come with heads and be {q.dtype} {q.shape}, got {into.dtype} {into.shape} and {heads=}.")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear(feature_map, q, k, v, segments, reads):
-  return _forward(feature_map, q, k, v, segments, reads)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _linear(name, feature_map, *operands):
+  return _forward(name, feature_map, *operands)[:2]
 
 
-def _forward(feature_map, q, k, v, segments, reads):
-  dot, phi = _product(q.dtype), FEATURE_MAPS[feature_map]
-  queries, keys = phi(_wide(segments.gather(q))), _keys(phi, segments, _wide(segments.gather(k)))
-  state = _read(dot, reads, dot("bshlm,bshld->bshmd", keys, _append(_wide(segments.gather(v)), 1)))
-  num, den = jnp.split(dot("bshlm,bshmd->bshld", queries, state)[..., : 1 - _COLUMNS], [v.shape[-1]], -1)
-  some = den > _TINY
-  den = jnp.where(some, den, 1)
-  out, log_den = jnp.where(some, num / den, 0), jnp.where(some, jnp.log(den), -jnp.inf)
-  return segments.scatter(out.astype(q.dtype)), segments.scatter(log_den, -jnp.inf)[..., 0].transpose(0, 2, 1)
+def _forward(name, feature_map, q, k, v, segments, reads, heads, into):
+  run, operands = functools.partial(_backend(name).forward, feature_map), (q, k, v, segments, reads, heads, into)
+  if name == "xla" or not several_devices():
+    return run(*operands)
+  dims = [*_dims(q, segments), *_lead(q, reads, "bh.."), *_lead(q, heads, "bh"), *_lead(q, into, "b.h.")]
+  kept = None if jax.eval_shape(run, *operands)[2] is None else ("bh...", "bh..")
+  return by_sample_and_head(run, operands, dims, ("b.h.", "bh.", kept))
 
 
-def _forward_rule(feature_map, q, k, v, segments, reads):
-  out, log_den = _forward(feature_map, q, k, v, segments, reads)
-  return (out, log_den), (q, k, v, segments, reads, out, log_den)
+def _backward(name, feature_map, q, k, v, segments, reads, heads, sums, *rows):
+  run, operands = functools.partial(_backend(name).backward, feature_map), (q, k, v, segments, reads, heads, sums, *rows)
+  if name == "xla" or not several_devices():
+    return run(*operands)
+  dims = [*_dims(q, segments), *_lead(q, reads, "bh.."), *_lead(q, heads, "bh")]
+  dims += ["bh...", "bh.."] * (sums is not None) + ["bh."] * 3 + ["b.h."]
+  return by_sample_and_head(run, operands, dims, ("b.h.",) * 3)
 
 
-def _backward_rule(feature_map, residuals, cotangents):
-  """With [num, den] = phi(q) S: dnum = dO / den and dden = (dlog_den - dO . O) / den; the rest is linear.
+def _dims(q, segments):
+  """For `by_sample_and_head`: which dimensions of q, k, v and the segments' leaves are samples and heads."""
+  return ["b.h."] * 3 + ["." * np.ndim(x) for x in jax.tree.leaves(segments)]
 
-  S is computed again: keeping it would save one product of seven, and cost as much memory as q where segments are as short
-  as d.
-  """
-  q, k, v, segments, reads, out, log_den = residuals
-  dot, phi = _product(q.dtype), FEATURE_MAPS[feature_map]
-  log_den, d_log = (segments.gather(x.transpose(0, 2, 1)[..., None]) for x in (log_den, cotangents[1]))
-  some = (log_den > -jnp.inf) & segments.valid()  # who reads nothing has no gradient, whatever the cotangents hold
-  inverse = jnp.where(some, jnp.exp(-jnp.where(some, log_den, 0)), 0)
-  d_out = jnp.where(some, _wide(segments.gather(cotangents[0])), 0)
-  d_den = jnp.where(some, d_log, 0) - (d_out * segments.gather(out)).sum(-1, keepdims=True)
-  d_num = _append(d_out * inverse, d_den * inverse)
 
-  queries, q_rule = jax.vjp(phi, _wide(segments.gather(q)))
-  keys, k_rule = jax.vjp(functools.partial(_keys, phi, segments), _wide(segments.gather(k)))
-  values = _append(_wide(segments.gather(v)), 1)
-  state = _read(dot, reads, dot("bshlm,bshld->bshmd", keys, values))
-  (d_queries,) = q_rule(dot("bshld,bshmd->bshlm", d_num, state))
-  back = None if reads is None else reads.swapaxes(2, 3)
-  d_state = _read(dot, back, dot("bshlm,bshld->bshmd", queries, d_num))
-  (d_keys,) = k_rule(dot("bshld,bshmd->bshlm", values, d_state))
-  d_values = dot("bshlm,bshmd->bshld", keys, d_state[..., :-_COLUMNS])
-  grads = (segments.scatter(g).astype(x.dtype) for g, x in zip((d_queries, d_keys, d_values), (q, k, v), strict=True))
-  return *grads, jax.tree.map(_no_gradient, segments), jax.tree.map(_no_gradient, reads)
+def _lead(q, x, dims):
+  """The same of an array that may serve all samples or heads (size 1), or be None."""
+  size = {"b": q.shape[0], "h": q.shape[2]}
+  return [] if x is None else ["".join(d if x.shape[i] == size.get(d) else "." for i, d in enumerate(dims))]
+
+
+def _forward_rule(name, feature_map, q, k, v, segments, reads, heads, into):
+  out, log_den, kept = _forward(name, feature_map, q, k, v, segments, reads, heads, into)
+  others = None if into is None else ~heads  # whose output is `into`
+  return (out, log_den), (q, k, v, segments, reads, heads, others, out, log_den, kept)
+
+
+def _backward_rule(name, feature_map, residuals, cotangents):
+  """What concerns rows alone: who reads nothing has no gradient, whatever its cotangents hold; delta = sum(dO * O)."""
+  q, k, v, segments, reads, heads, others, out, log_den, kept = residuals
+  d_out, d_log = cotangents
+  d_into = None if others is None else jnp.where(others[:, None, :, None], d_out, 0)
+  some = log_den > -jnp.inf
+  d_out = jnp.where(some.transpose(0, 2, 1)[..., None], d_out, 0)
+  delta = (d_out.astype(log_den.dtype) * out.astype(log_den.dtype)).sum(-1).transpose(0, 2, 1)
+  d_log = jnp.where(some, d_log, 0)
+  grads = _backward(name, feature_map, q, k, v, segments, reads, heads, kept, log_den, d_log, delta, d_out)
+  grads = (g.astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True))
+  return *grads, *(jax.tree.map(_no_gradient, x) for x in (segments, reads, heads)), d_into
 
 
 _linear.defvjp(_forward_rule, _backward_rule)
-
-
-def _wide(x):
-  """At least float32."""
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def _product(dtype):
-  """Einsum for inputs of `dtype`: bfloat16 operands on tensor cores, adding up in float32; float32 exactly.
-
-  float16 has no range for sums over a segment: its operands are float32, at the device's default (fast) precision.
-  """
-  if dtype != jnp.bfloat16:
-    return functools.partial(jnp.einsum, precision="default" if dtype == jnp.float16 else "highest")
-  return lambda equation, x, y: jnp.einsum(equation, x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32)
-
-
-def _keys(phi, segments, k):
-  """phi of gathered keys, 0 where there is no row: phi(0) is not 0."""
-  return jnp.where(segments.valid(), phi(k), 0)
-
-
-def _append(x, last):
-  """`[..., d]` and one more column `[..., 1]`, in rows of 16 aligned bytes: numerator and denominator are one product."""
-  zeros = jnp.zeros((*x.shape[:-1], _COLUMNS - 1), x.dtype)
-  return jnp.concatenate([x, jnp.broadcast_to(last, (*x.shape[:-1], 1)).astype(x.dtype), zeros], -1)
-
-
-def _read(dot, reads, state):
-  """What each segment's queries read of all segments' states; their own where `reads` is None."""
-  if reads is None:
-    return state
-  reads = jnp.broadcast_to(reads, (state.shape[0], state.shape[2], *reads.shape[2:])).astype(state.dtype)
-  return dot("bhij,bjhmd->bihmd", reads, state)
 
 
 def _no_gradient(x):

@@ -1,0 +1,198 @@
+"""Segments: which rows of a buffer linear attention sums together, and the order in which a GPU walks them.
+
+A segment is any set of rows: a frame, a tile, the whole buffer. In tile order a frame is scattered over the buffer in short
+runs. `Work` cuts the runs into boxes of 8 to 64 rows, each one copy, and gathers the boxes of one segment into stages of 64
+rows, so that a thread block reads rows of a single segment, every row once, and nothing else.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels.block_mask import Array
+
+# A denominator below this is no denominator: its inverse, squared in the backward, would leave float32.
+TINY = 1e-18
+STAGE = 64  # rows of a stage: one wgmma
+# Stages of a chunk at most (2,048 rows): a chunk's partial sums are then 6 % of the bytes of its rows at d = 128. Ours.
+_CHUNK = 32
+_BOXES = (64, 32, 16, 8)  # a copy begins at a multiple of 8 rows, as the swizzled form in shared memory does
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """Stages of 64 rows, chunks of stages; every buffer row stands in some stage, a few stand in it twice.
+
+  Chunk c belongs to segment `c // per_segment`; chunks behind the segments' hold the rows of none.
+
+  Attributes:
+    boxes: int32 `[stages, 64 / box]`, which box of the buffer each one of a stage is; box i starts at row `i * box`. What
+      fills up a stage repeats its last box: the same results, written twice.
+    fresh: float32 `[stages * 64]`, 1 for the rows that count in their segment's sums, each once, else 0.
+    valid: float32 `[stages * 64]`, 1 for the rows of a segment.
+    back: int32 `[n]`, a place in the stages of every buffer row.
+    start, count: int32 `[chunks]`, stages of each chunk.
+    per_segment: static, chunks of each segment.
+  """
+
+  boxes: Array
+  fresh: Array
+  valid: Array
+  back: Array
+  start: Array
+  count: Array
+  per_segment: int = dataclasses.field(metadata={"static": True})
+
+  @property
+  def box(self) -> int:
+    """Rows that are copied at once."""
+    return STAGE // self.boxes.shape[1]
+
+  @property
+  def rows(self) -> int:
+    """Rows of all stages."""
+    return self.fresh.shape[0]
+
+  def stage_rows(self, x: jax.Array) -> jax.Array:
+    """`[b, h, n] -> [b, h, rows]`: numbers of buffer rows in the order of the stages."""
+    rows = (jnp.asarray(self.boxes)[..., None] * self.box + jnp.arange(self.box)).reshape(-1)
+    return jnp.take(x, rows, axis=2, mode="clip")
+
+  def buffer_rows(self, x: jax.Array) -> jax.Array:
+    """`[b, h, rows] -> [b, h, n]`."""
+    return jnp.take(x, jnp.asarray(self.back), axis=2, mode="clip")
+
+  @classmethod
+  def of_ids(cls, ids: np.ndarray, segments: int) -> "Work | None":
+    """From the segment of every buffer row, int `[n]`, -1 for none; None where eight rows from a multiple of eight on
+    belong to several segments.
+
+    Boxes are as large as they can be without mixing segments.
+    """
+    for size in _BOXES:
+      if len(ids) % size == 0:
+        owner = ids.reshape(-1, size).max(1)
+        if ((ids.reshape(-1, size) == owner[:, None]) | (ids.reshape(-1, size) < 0)).all():
+          break
+    else:
+      return None
+    boxes, count = _pack(owner, segments, STAGE // size)
+    again = np.zeros(boxes.shape, bool)
+    again[:, 1:] = boxes[:, 1:] == boxes[:, :-1]
+    rows = (boxes[..., None] * size + np.arange(size)).reshape(-1)
+    back = np.zeros(len(ids), np.int32)
+    back[rows[::-1]] = np.arange(len(rows), dtype=np.int32)[::-1]
+    valid = ids[rows] >= 0
+    fresh = valid & ~np.repeat(again.reshape(-1), size)
+    per_segment = max(1, -(-int(count[:segments].max()) // _CHUNK))
+    chunks = _chunks(count, per_segment, segments)
+    return cls(boxes.astype(np.int32), fresh.astype(np.float32), valid.astype(np.float32), back, *chunks, per_segment)
+
+  @classmethod
+  def of_tiles(cls, kv_len: Array, block: int) -> "Work | None":
+    """One segment per tile of `block` rows, a multiple of 64, of which the first `kv_len` `[tiles]` are valid."""
+    if block % STAGE:
+      return None
+    tiles, stages = kv_len.shape[0], block // STAGE
+    xp = np if isinstance(kv_len, np.ndarray) else jnp
+    valid = (xp.arange(block) < xp.asarray(kv_len)[:, None]).reshape(-1).astype(xp.float32)
+    per_segment, number = -(-stages // _CHUNK), np.arange(tiles * block, dtype=np.int32)
+    chunks = _chunks(np.r_[np.full(tiles, stages), 0], per_segment, tiles)
+    return cls(number[: tiles * stages, None], valid, valid, number, *chunks, per_segment)
+
+
+def _pack(owner, segments: int, parts: int):
+  """Boxes of each stage `[stages, parts]`, segment by segment, those of none last; stages of each `[segments + 1]`."""
+  owner = np.where(owner < 0, segments, owner)
+  order = np.argsort(owner, kind="stable")
+  boxed = np.bincount(owner, minlength=segments + 1)
+  count = -(-boxed // parts)
+  of = np.repeat(np.arange(segments + 1), count)
+  place = np.arange(len(of)) - np.repeat(np.cumsum(count) - count, count)
+  within = np.minimum(place[:, None] * parts + np.arange(parts), boxed[of][:, None] - 1)
+  return order[(np.cumsum(boxed) - boxed)[of][:, None] + within], count
+
+
+def _chunks(count, per_segment: int, segments: int):
+  """Start and count of each chunk: `per_segment` nearly equal parts of every segment, the rows of none in short ones."""
+  begin = np.cumsum(count) - count
+  cuts = begin[:segments, None] + np.arange(per_segment + 1) * count[:segments, None] // per_segment
+  rest = np.arange(begin[segments], begin[segments] + count[segments], _CHUNK)
+  start = np.r_[cuts[:, :-1].reshape(-1), rest]
+  length = np.r_[np.diff(cuts).reshape(-1), np.minimum(begin[segments] + count[segments] - rest, _CHUNK)]
+  return start.astype(np.int32), length.astype(np.int32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Segments:
+  """Which rows of a buffer are summed together; a row is in one segment or in none.
+
+  Attributes:
+    rows: int32 `[segments, size]`, buffer rows of each segment, valid ones first; None: the buffer itself, in order,
+      `segments * size` rows.
+    place: int32 `[n]`, where each buffer row stands in `rows` (out of bounds: in none); None where `rows` is.
+    length: int32 `[segments]`, rows of each segment, 0..size.
+    work: how a GPU walks them; None where it cannot.
+    size: static, rows of the longest segment. Memory is `segments * size * d`: near n where segments are equal.
+  """
+
+  rows: Array | None
+  place: Array | None
+  length: Array
+  work: Work | None
+  size: int = dataclasses.field(metadata={"static": True})
+
+  @classmethod
+  def of_ids(cls, ids: np.ndarray) -> "Segments":
+    """From the segment of every buffer row, int `[n]`, -1 for none; ids that do not occur are empty segments."""
+    ids = np.asarray(ids)
+    order = np.argsort(ids, kind="stable")
+    order = order[ids[order] >= 0].astype(np.int32)
+    length = np.bincount(ids[order], minlength=1).astype(np.int32)
+    size = max(1, int(length.max()))
+    column = np.arange(len(order)) - np.repeat(np.cumsum(length) - length, length)
+    at = (ids[order] * size + column).astype(np.int32)
+    rows, place = np.zeros(len(length) * size, np.int32), np.full(len(ids), len(length) * size, np.int32)
+    rows[at], place[order] = order, at
+    return cls(rows.reshape(-1, size), place, length, Work.of_ids(ids, len(length)), size)
+
+  @classmethod
+  def of_tiles(cls, kv_len: Array, block: int) -> "Segments":
+    """One segment per tile of `block` rows, of which the first `kv_len` `[tiles]` are valid."""
+    return cls(None, None, kv_len, Work.of_tiles(kv_len, block), block)
+
+  @classmethod
+  def whole(cls, n: int) -> "Segments":
+    """One segment: all n rows."""
+    return cls(None, None, np.full(1, n, np.int32), Work.of_ids(np.zeros(n, np.int32), 1), n)
+
+  @property
+  def count(self) -> int:
+    """Segments, empty ones too."""
+    return self.length.shape[0]
+
+  @property
+  def buffer(self) -> int:
+    """Buffer rows."""
+    return self.count * self.size if self.place is None else self.place.shape[0]
+
+  def gather(self, x: jax.Array) -> jax.Array:
+    """`[b, n, h, d] -> [b, segments, h, size, d]`, zeros where there is no row."""
+    if self.rows is not None:
+      x = jnp.take(x, jnp.asarray(self.rows).reshape(-1), axis=1, mode="clip")
+    x = x.reshape(x.shape[0], -1, self.size, *x.shape[2:]).swapaxes(2, 3)
+    return jnp.where(self.valid(), x, 0)
+
+  def scatter(self, x: jax.Array, fill=0) -> jax.Array:
+    """The inverse of `gather`, `fill` in rows without a segment."""
+    x = jnp.where(self.valid(), x, fill).swapaxes(2, 3)
+    x = x.reshape(x.shape[0], -1, *x.shape[3:])
+    return x if self.place is None else jnp.take(x, self.place, axis=1, mode="fill", fill_value=fill)
+
+  def valid(self) -> jax.Array:
+    """bool `[segments, 1, size, 1]`: which gathered rows are rows."""
+    return (jnp.arange(self.size) < jnp.asarray(self.length)[:, None])[:, None, :, None]
