@@ -16,7 +16,7 @@ from freqformer.model_config import AttentionConfig, ModelConfig
 from freqformer.training import TrainConfig, init_state, make_train_step
 from kernels.attention import attention
 from kernels.block_mask import BlockMask
-from kernels.offline import Compilation, compile_for
+from kernels.offline import NO_AUTOTUNING, Compilation, compile_for
 
 GRIDS = {"16k": (16, 32, 32), "64k": (16, 64, 64), "128k": (32, 64, 64)}
 HEADS, BLOCK, LISTED = 12, 128, 26
@@ -104,7 +104,7 @@ def _block(case: Case) -> Compilation:
     return out
 
   x = _spec((1, layout.n_buffer, config.width), jnp.bfloat16)
-  return compile_for(forward, params, x, _spec((1, config.width), jnp.bfloat16), tables)
+  return compile_for(forward, params, x, _spec((1, config.width), jnp.bfloat16), tables, options=NO_AUTOTUNING)
 
 
 def _train(case: Case) -> Compilation:
@@ -114,5 +114,5 @@ def _train(case: Case) -> Compilation:
   train = TrainConfig(steps=100, batch_size=b)
   state = jax.eval_shape(lambda p: init_state(p, train, 0), params)
   batch = {"latent": _spec((b, *shape), jnp.float32), "label": _spec((b,), jnp.int32)}
-  step = make_train_step(graphdef, train, 10)
-  return compile_for(step, state, batch, make_tables(config, shape), devices=b, shardings=(P(), P("data"), P()))
+  step, tables = make_train_step(graphdef, train, 10), make_tables(config, shape)
+  return compile_for(step, state, batch, tables, devices=b, shardings=(P(), P("data"), P()), options=NO_AUTOTUNING)
