@@ -55,7 +55,7 @@ def linear_attention(
       not differentiated; None: their own.
     feature_map: a name of `FEATURE_MAPS`.
     heads: bool `[b or 1, h or 1]`, which heads take part; the others read nothing, and a GPU kernel moves nothing for them.
-      None: all.
+      None: all. A NumPy array `[1, h]` is known before tracing: then XLA, too, computes nothing for them.
     into: `[b, n, h, d]` in q's dtype, the output of the heads that take no part; it may be overwritten in place. None: 0.
     implementation: a name of `BACKENDS`, or None for the first that supports the call.
 
@@ -71,6 +71,8 @@ def linear_attention(
   segments = Segments.whole(q.shape[1]) if segments is None else segments
   _validate(q, k, v, segments, reads, feature_map, heads, into)
   name = choose_backend(q, segments, implementation)
+  if name == "xla" and isinstance(heads, np.ndarray) and heads.shape == (1, q.shape[2]):
+    return _on_known_heads(functools.partial(_linear, name, feature_map), q, k, v, segments, reads, np.flatnonzero(heads), into)
   return _linear(name, feature_map, q, k, v, segments, reads, heads, into)
 
 
@@ -116,6 +118,18 @@ def _validate(q, k, v, segments, reads, feature_map, heads, into):
     raise ValueError(f"heads must be bool [b or 1, h or 1], got {heads.dtype} {heads.shape} for {q.shape=}.")
   if into is not None and (heads is None or into.shape != q.shape or into.dtype != q.dtype):
     raise ValueError(f"into must come with heads and be {q.dtype} {q.shape}, got {into.dtype} {into.shape} and {heads=}.")
+
+
+def _on_known_heads(run, q, k, v, segments, reads, own, into):
+  """XLA's shapes are static: `run` on the heads that take part, cut out and put back."""
+  into = jnp.zeros(q.shape, q.dtype) if into is None else into
+  empty = jnp.full((q.shape[0], *q.shape[2:0:-1]), -jnp.inf, jnp.promote_types(q.dtype, jnp.float32))
+  if not len(own):
+    return into, empty
+  cut = lambda x, axis: jnp.take(x, own, axis=axis, unique_indices=True, indices_are_sorted=True)
+  reads = reads if reads is None or reads.shape[1] == 1 else cut(reads, 1)
+  out, log_den = run(cut(q, 2), cut(k, 2), cut(v, 2), segments, reads, None, None)
+  return into.at[:, :, own].set(out, unique_indices=True), empty.at[:, own].set(log_den, unique_indices=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -60,7 +60,7 @@ def _phi_back(name: str, x, p, g):
 
 
 def _phi_parts(name: str, ring):
-  """Features of a stage's rows, 64 columns at a time, `(columns, [64, 64])`: beside two accumulators no more registers are left."""
+  """Features of a stage's rows, 64 columns at a time: `(columns, [64, 64])`. Two accumulators leave no more registers."""
   load = lambda columns: ring.at[:, columns][...].astype(jnp.float32)
   columns = [pl.ds(i, STAGE) for i in range(0, ring.shape[1], STAGE)]
   if name != "softmax":

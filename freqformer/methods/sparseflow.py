@@ -113,17 +113,17 @@ class SparseFlow(RoutedMethod):
     b, _, h, d = qkv.q.shape
     density = jnp.broadcast_to(jnp.asarray(mask.density(layout.layout.n), jnp.float32), (b, h))  # of a head that is sparse
     q, k = qkv.rotated()
-    sparse = lambda mask, q, k, v: attention(q, k, v, mask, implementation=qkv.implementation)[0]
-    linear = lambda q, k, v: linear_attention(q, k, v, tables.frames, feature_map=self.feature_map)[0]
     ran = mask if routing.all_branches else _only(mask, routing.choice == SPARSE)
-    if self.routed:
+    out, _ = attention(q, k, qkv.v, ran, implementation=qkv.implementation)
+    linear = functools.partial(linear_attention, q, k, qkv.v, tables.frames, feature_map=self.feature_map)
+    if routing.all_branches:
       weights = routing.weights.astype(q.dtype)[:, None, :, :, None]
-      out = weights[..., SPARSE, :] * sparse(ran, q, k, qkv.v) + weights[..., LINEAR, :] * linear(q, k, qkv.v)
-    else:  # who is linear is known before tracing: neither op sees the other's heads
-      at, x = self.allocation[SPARSE], (q, k, qkv.v)
-      parts = [sparse(mask, *(a[:, :, :at] for a in x))] if at else []
-      parts += [linear(*(a[:, :, at:] for a in x))] if at < h else []
-      out = jnp.concatenate(parts, 2)
+      out = weights[..., SPARSE, :] * out + weights[..., LINEAR, :] * linear()[0]
+    else:  # either op leaves the other's heads alone; under a fixed allocation they are known before tracing
+      heads = routing.choice == LINEAR if self.routed else np.repeat([False, True], self.allocation)[None]
+      out, _ = linear(heads=heads, into=out)
+      if self.routed and cond.train:  # in evaluation all weights are 1
+        out = out * routing.weights.sum(-1)[:, None, :, None].astype(out.dtype)
     linear_cost = (d + 1) / layout.layout.n  # as the pairs that cost as much
     aux = self.aux(routing, jnp.stack([density, jnp.zeros_like(density)], -1), (0, linear_cost), cond)
     return out, state, aux | mask_aux(ran, cond.want_masks)
