@@ -1,11 +1,12 @@
 """Does linear attention need to run in the launch of the sparse attention beside it?
 
-  python -m benchmarks.linear            # 1 minute; rows go to results/linear.json
+  python -m benchmarks.linear            # 2 minutes; rows go to results/linear.json
   python -m benchmarks.linear --quick    # small CPU shapes, writes nothing
 
-Two kinds of rows. `measured: false`: a model of an H100 from exact FLOPs, from the bytes that the compiled program's kernels
-read and write (every kernel its operands once and its results once; compiled for sm_90a, never run), and from two assumed
-rates. `measured: true`: this machine's CPU, both ops on the same inputs in turns.
+Two kinds of rows. `measured: false`: a model of an H100 from exact FLOPs, from the bytes that the compiled program reads and
+writes (every kernel its operands once and its results once, Mosaic kernels the share of the heads that take part; compiled for
+sm_90a, never run), and from two assumed rates. Names that end in `_xla` are the same without the kernels of
+`kernels/linear_mgpu.py`. `measured: true`: this machine's CPU, both ops on the same inputs in turns.
 
 One launch for both could do two things for a linear head: skip the passes that separate kernels make (down to reading q, k, v
 and writing the output once), and overlap what is left with the sparse heads' products. The rows tell the two apart.
@@ -13,18 +14,20 @@ and writing the output once), and overlap what is left with the sparse heads' pr
 
 import dataclasses
 import functools
-import re
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from benchmarks import rows, timing
-from freqformer.cost import Cost
+from benchmarks import hlo_bytes, rows, timing
 from freqformer.layout import TileLayout
+from freqformer.methods.base import Method
 from freqformer.methods.sparse_linear import SparseLinear
 from freqformer.methods.sparseflow import SparseFlow
+from freqformer.simulation.descriptions import load_gpu, load_model
+from freqformer.simulation.forward import Plan, simulate
 from kernels import offline
 from kernels.attention import attention
 from kernels.linear import Segments, linear_attention
@@ -35,9 +38,8 @@ _QUICK = flags.DEFINE_bool("quick", False, "Small CPU shapes and few repeats; wr
 TENSOR_RATE, COPY_RATE = 0.85 * 697e12, 3.0e12
 GRIDS = {"64k": (16, 64, 64), "128k": (32, 64, 64)}
 SPLIT = (7, 5)  # sparse and linear heads: the router's prior, in whole heads
-# Instructions that move nothing: they name or view another's result.
-_FREE = ("parameter", "get-tuple-element", "bitcast", "tuple", "constant")
-_SIZES = {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "pred": 1, "s8": 1, "u8": 1}
+BLOCK = "wan2.1-1.3b"  # the rest of the block is this model's: 12 heads of 128 channels
+_OTHERS = "sparse_heads"  # the scope of what is no linear attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,57 +54,72 @@ class Shape:
   def layout(self) -> TileLayout:
     return TileLayout.fit(self.grid, self.block)
 
-
-def type_bytes(text: str) -> int:
-  """Bytes of an HLO type, a tuple's parts added up: `(bf16[2,3]{1,0}, f32[])` is 16."""
-  found = re.findall(r"(\w+)\[([\d,]*)\]", text)
-  return sum(_SIZES[kind] * int(np.prod([int(x) for x in dims.split(",") if x], dtype=np.int64)) for kind, dims in found)
+  def rows(self) -> jax.ShapeDtypeStruct:
+    """q, k, v or the output."""
+    return jax.ShapeDtypeStruct((1, self.layout().n_buffer, self.heads, self.head_dim), jnp.bfloat16)
 
 
-def program_bytes(hlo: str) -> tuple[int, int]:
-  """Bytes that the kernels of a scheduled HLO module read and write, each operand and result once; and how many there are."""
-  entry = hlo[hlo.index("\nENTRY ") :]
-  sizes, total, kernels = {}, 0, 0
-  for line in entry[: entry.index("\n}")].splitlines()[1:]:
-    match = re.match(r"\s+(?:ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*?)\)(?:,|$)", line)
-    if not match:
-      continue
-    name, kind, op, operands = match.groups()
-    sizes[name] = type_bytes(kind)
-    if op not in _FREE:
-      kernels += 1
-      total += sizes[name] + sum(sizes.get(x, 0) for x in re.findall(r"%([\w.\-]+)", operands))
-  return total, kernels
+def linear_bytes(operations: list[hlo_bytes.Operation], share: float, in_place: int) -> tuple[float, int]:
+  """Bytes that linear attention moves in a compiled program, and its kernels.
+
+  Args:
+    operations: of the whole program; those in the scope of the sparse heads are left out.
+    share: of the heads that take part; a Mosaic kernel moves nothing for the others.
+    in_place: bytes of the array that `linear_read` writes into, which is an operand but not read; 0 if there is none.
+  """
+  ours = [o for o in operations if not any(f"/{_OTHERS}/" in scope for scope in o.scopes)]
+  within = lambda o: in_place * any("linear_read" in scope for scope in o.scopes)
+  return sum((o.bytes - within(o)) * share if o.kernel else o.bytes for o in ours), len(ours)
 
 
-def sparseflow(name: str, shape: Shape, method: SparseFlow) -> dict:
-  """The H100 model's row of SparseFlow: routed methods run the op on all heads, fixed allocations on their linear heads."""
-  layout, allocation = shape.layout(), SPLIT if method.routed else method.allocation
-  heads = shape.heads if method.routed else method.allocation[1]
-  call = lambda q, k, v, frames: linear_attention(q, k, v, frames, feature_map=method.feature_map)[0]
-  cost = method.cost(layout, shape.heads, shape.head_dim, allocation)
-  return modelled(name, shape, cost, heads, call, method.tables(layout).frames) | {"allocation": allocation}
+def sparseflow(name: str, shape: Shape, method: SparseFlow, implementation: str) -> dict:
+  """The H100 model's row of SparseFlow in evaluation.
+
+  A router's choice is known when it runs: the kernels leave the sparse heads out and write into their output, XLA runs the op
+  on all heads. A fixed allocation is known before: XLA cuts its heads out.
+  """
+  layout, own = shape.layout(), SPLIT[1]
+  fixed = np.repeat([False, True], SPLIT)[None]
+  tables, x = method.tables(layout), shape.rows()
+
+  def call(q, k, v, tables, heads):
+    heads = heads if method.routed else fixed
+    with jax.named_scope(_OTHERS):
+      mask = method.mask_at(tables, jnp.full(1, 0.5))
+      counts = jnp.where(heads[..., None], 0, mask.kv_counts)
+      ids = jnp.broadcast_to(mask.kv_indices, (*counts.shape, mask.max_kv))
+      mask = dataclasses.replace(mask, kv_indices=ids, kv_counts=counts)
+      out, _ = attention(q, k, v, mask, implementation="pallas_mgpu")
+    run = functools.partial(linear_attention, feature_map=method.feature_map, implementation=implementation)
+    return run(q, k, v, tables.frames, heads=heads, into=out)[0]
+
+  compiled = offline.compile_for(call, x, x, x, tables, jax.ShapeDtypeStruct(fixed.shape, bool))
+  row = modelled(name, shape, method, own, compiled, in_place=2 * x.size * (implementation != "xla"))
+  return row | {"allocation": SPLIT}
 
 
-def sparse_linear(name: str, shape: Shape, method: SparseLinear) -> dict:
+def sparse_linear(name: str, shape: Shape, method: SparseLinear, implementation: str) -> dict:
   """The H100 model's row of sparse-linear attention: every head reads the sums of its marginal tiles."""
-  layout = shape.layout()
+  layout, x = shape.layout(), shape.rows()
   tiles = jax.ShapeDtypeStruct((1, shape.heads, layout.tiles, layout.tiles), jnp.bool_)
-  call = lambda q, k, v, segments, reads: linear_attention(q, k, v, segments, reads=reads, feature_map=method.feature_map)[0]
-  segments = Segments.of_tiles(layout.arrays().kv_len, layout.block)
-  cost = method.cost(layout, shape.heads, shape.head_dim)
-  return modelled(name, shape, cost, shape.heads, call, segments, tiles)
+  run = functools.partial(linear_attention, feature_map=method.feature_map, implementation=implementation)
+  call = lambda q, k, v, segments, reads: run(q, k, v, segments, reads=reads)[0]
+  compiled = offline.compile_for(call, x, x, x, Segments.of_tiles(layout.arrays().kv_len, layout.block), tiles)
+  return modelled(name, shape, method, shape.heads, compiled)
 
 
-def modelled(name: str, shape: Shape, cost: Cost, heads: int, call, *args) -> dict:
-  """Seconds of `call(q, k, v, *args)` on `heads` heads, as compiled and at the least bytes, beside the sparse launch."""
-  layout = shape.layout()
-  x = jax.ShapeDtypeStruct((1, layout.n_buffer, heads, shape.head_dim), jnp.bfloat16)
-  compiled = offline.compile_for(call, x, x, x, *args)
-  moved, kernels = program_bytes(compiled.compiled.as_text())
-  least = 4 * x.size * 2  # q, k, v in, the output out
+def modelled(name: str, shape: Shape, method: Method, own: int, compiled: offline.Compilation, in_place: int = 0) -> dict:
+  """Seconds of linear attention on `own` heads, as compiled and at the least bytes, beside the sparse launch and in a block."""
+  layout, share = shape.layout(), own / shape.heads
+  moved, kernels = linear_bytes(hlo_bytes.operations(compiled.compiled.as_text()), share, in_place)
+  least = 4 * 2 * shape.rows().size * share  # q, k, v in, the output out
+  cost = method.cost(layout, shape.heads, shape.head_dim, SPLIT if isinstance(method, SparseFlow) else None)
+  flops = cost.linear_flops * (share if getattr(method, "routed", False) else 1.0)
   sparse_s, linear_s, least_s = cost.attention_flops / TENSOR_RATE, moved / COPY_RATE, least / COPY_RATE
-  linear_s, least_s = (max(s, cost.linear_flops / TENSOR_RATE) for s in (linear_s, least_s))
+  linear_s, least_s = (max(s, flops / TENSOR_RATE) for s in (linear_s, least_s))
+  card = load_model(BLOCK)
+  whole = simulate(Plan(card, name, method, shape.grid, shape.block), load_gpu("h100"))
+  rest_s = (whole.matmul_s + whole.elementwise_s) / card.layers
   return {
     "name": f"h100_{name}",
     "value": linear_s / sparse_s,
@@ -111,14 +128,14 @@ def modelled(name: str, shape: Shape, cost: Cost, heads: int, call, *args) -> di
     "met": None,
     "measured": False,
     "what": "seconds of linear attention as compiled, over seconds of the sparse launch",
-    "rates": "assumed: 592 TFLOP/s (85 % of 697), 3.0 TB/s",
+    "rates": "assumed: 592 TFLOP/s (85 % of 697), 3.0 TB/s; the rest of the block: freqformer/simulation",
     "n": layout.n,
     "heads": shape.heads,
     "head_dim": shape.head_dim,
-    "linear_attention_on_heads": heads,
+    "linear_heads": own,
     "density": cost.attention_flops / (4.0 * layout.n**2 * shape.heads * shape.head_dim),
     "sparse_flops": cost.attention_flops,
-    "linear_flops": cost.linear_flops,
+    "linear_flops": flops,
     "linear_bytes": moved,
     "linear_bytes_least": least,
     "linear_kernels": kernels,
@@ -126,9 +143,39 @@ def modelled(name: str, shape: Shape, cost: Cost, heads: int, call, *args) -> di
     "sparse_s": sparse_s,
     "linear_s": linear_s,
     "linear_least_s": least_s,
+    "block_rest_s": rest_s,
     "fewer_passes_gain": (linear_s - least_s) / (sparse_s + linear_s),
-    # What one launch could win over a separate kernel at the least bytes: that kernel's whole time, hidden.
-    "same_launch_gain_at_most": least_s / (sparse_s + least_s),
+    # What one launch could win at most: all of linear attention's time, hidden behind the sparse heads.
+    "same_launch_gain_at_most": linear_s / (sparse_s + linear_s),
+    "same_launch_block_gain_at_most": linear_s / (sparse_s + linear_s + rest_s),
+  }
+
+
+def gradients(name: str, shape: Shape, method: SparseFlow, implementation: str) -> dict:
+  """Bytes of forward and backward on all heads, as soft training runs them, per element of q."""
+  x, frames = shape.rows(), method.tables(shape.layout()).frames
+
+  def call(q, k, v, frames, d_out):
+    run = functools.partial(linear_attention, feature_map=method.feature_map, implementation=implementation)
+    out, rule = jax.vjp(lambda *x: run(*x, frames)[0], q, k, v)
+    return out, rule(d_out)
+
+  compiled = offline.compile_for(call, x, x, x, frames, x)
+  moved, kernels = linear_bytes(hlo_bytes.operations(compiled.compiled.as_text()), 1.0, 0)
+  return {
+    "name": f"h100_{name}",
+    "value": moved / x.size,
+    "unit": "bytes per element",
+    "goal": None,
+    "met": None,
+    "measured": False,
+    "what": "linear attention forward and backward, all heads; reading q, k, v, dO and writing out, dq, dk, dv once is 16",
+    "n": shape.layout().n,
+    "heads": shape.heads,
+    "head_dim": shape.head_dim,
+    "linear_bytes": moved,
+    "linear_kernels": kernels,
+    "temp_bytes": compiled.temp_bytes,
   }
 
 
@@ -174,10 +221,13 @@ def main(_):
     found = [measured(Shape((4, 16, 16), 2, 32), SparseFlow(), 2)]
   else:
     found, methods = [], {"routed": SparseFlow(), "fixed": SparseFlow(allocation=SPLIT)}
-    for name, grid in GRIDS.items():
+    for (name, grid), (end, implementation) in itertools.product(GRIDS.items(), {"": "pallas_mgpu", "_xla": "xla"}.items()):
       shape = Shape(grid, 12, 128)
-      found += [sparseflow(f"sparseflow_{m}_{name}", shape, method) for m, method in methods.items()]
-      found.append(sparse_linear(f"sparse_linear_{name}", shape, SparseLinear()))
+      for kind, method in methods.items():
+        found.append(sparseflow(f"sparseflow_{kind}_{name}{end}", shape, method, implementation))
+      found.append(sparse_linear(f"sparse_linear_{name}{end}", shape, SparseLinear(), implementation))
+      if name == "64k":
+        found.append(gradients(f"gradients_{name}{end}", shape, SparseFlow(), implementation))
     found += [measured(Shape((16, 32, 32), 4, 64), SparseFlow(), 7)]
     rows.write_rows("linear", found, "python -m benchmarks.linear")
   print(rows.table(found))
