@@ -10,7 +10,9 @@ from flax import nnx
 from freqformer.config import ConfigError
 from freqformer.layout import LayoutTables, TileLayout
 from freqformer.methods.base import Cond, Dims, Method, Projected
-from freqformer.rotary import axis_pairs, rotate
+from freqformer.rotary import angle_tables, axis_pairs, rotate
+from kernels.prepare import log_choice, unsupported
+from kernels.prepare import prepare as fused
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +80,28 @@ class SpectralAttention(nnx.Module):
       `[b, n_buffer, width]`, the new state and the method's aux.
     """
     b, n, width = x.shape
-    q, k, v = jnp.unstack(self.qkv(x).reshape(b, n, 3, self.dims.heads, self.dims.head_dim), axis=2)
-    rotate_q, rotate_k = (functools.partial(_norm_rotary, norm) for norm in (self.q_norm, self.k_norm))
-    projected = Projected(q, k, v, rotate_q, rotate_k, layout, self.implementation)
+    shape = (3, self.dims.heads, self.dims.head_dim)
+    x, kernel, bias = (y.astype(self.dtype) for y in (x, self.qkv.kernel[...], self.qkv.bias[...]))
+    product = (x @ kernel).reshape(b, n, *shape)
+    joint = product + bias.reshape(shape)
+    rotations = (functools.partial(_norm_rotary, norm) for norm in (self.q_norm, self.k_norm))
+    prepare = self._kernel(product, layout)
+    projected = Projected(*jnp.unstack(joint, axis=2), *rotations, layout, self.implementation, prepare)
     out, state, aux = self.config(self.method, projected, cond, tables, state)
     return self.out(out.reshape(b, n, width).astype(self.dtype)), state, aux
+
+  def _kernel(self, product, layout):
+    """`Projected.prepare` where the device has a kernel; it adds the bias, too, which XLA may not fuse with the product."""
+    reason = f"attention runs on {self.implementation}"
+    if self.implementation in (None, "pallas_mgpu"):
+      reason = unsupported(product, layout.layout.tiles)
+    log_choice("norm, rotary and packing", reason)
+    if reason:
+      return None
+    learned = self.qkv.bias[...].reshape(product.shape[2:]), (self.q_norm.scale[...], self.k_norm.scale[...])
+    with jax.named_scope("prepare"):
+      tables = angle_tables(layout.positions, self.dims.head_dim)
+    return lambda cells=None, pooled=False: fused(product, *learned, tables, layout.kv_len, cells, pooled=pooled)
 
 
 @jax.named_scope("norm_rotary")

@@ -31,9 +31,12 @@ def rotate(x: jax.Array, positions, theta: float = 10_000.0) -> jax.Array:
 
 def angle_tables(positions, head_dim: int, theta: float = 10_000.0) -> tuple[jax.Array, jax.Array]:
   """Cosines and sines of `rotate`'s angles, float32 `[n, head_dim / 2]`, of `positions` `[n, 3]`."""
-  angles = []
+  frequencies = np.zeros((3, head_dim // 2), np.float32)  # of every channel's own axis; zero elsewhere, so that sums are exact
+  start = 0
   for axis, pairs in enumerate(axis_pairs(head_dim)):
-    frequency = np.asarray(theta, np.float32) ** (-np.arange(pairs, dtype=np.float32) / max(pairs, 1))
-    angles.append(jnp.asarray(positions, jnp.float32)[:, axis, None] * frequency)
-  angles = jnp.concatenate(angles, -1)
+    exponents = -np.arange(pairs, dtype=np.float32) / max(pairs, 1)
+    frequencies[axis, start : start + pairs] = np.asarray(theta, np.float32) ** exponents
+    start += pairs
+  positions = jnp.asarray(positions, jnp.float32)
+  angles = sum(positions[:, axis, None] * frequencies[axis] for axis in range(3))
   return jnp.cos(angles), jnp.sin(angles)

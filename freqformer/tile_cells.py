@@ -33,6 +33,7 @@ class TileCells:
   rows: np.ndarray | None
   front: int = dataclasses.field(metadata={"static": True})
 
+  @jax.named_scope("prepare")
   def cells(self, centres, head_dim: int) -> Cells:
     """For `kernels.prepare`; `centres` as in `SpectralTables`."""
     return Cells(self.compress, self.classes, self.rows, *angle_tables(centres, head_dim), self.front)

@@ -29,7 +29,8 @@ class Cells:
   """How each tile is compressed: coarse token j of tile t is row j of `matrices[classes[t]]` times the tile's rows.
 
   Attributes:
-    matrices: float32 `[classes, cells, block]`; columns of padding and rows that a class does not have are zero.
+    matrices: float32 `[classes, cells, block]`; columns of padding and rows that a class does not have are zero,
+      other rows sum to one.
     classes: int32 `[tiles]`.
     rows: int32 `[n_coarse]`, `tile * cells + j` of each coarse token; None if all tiles are alike and that is its own number.
     cos, sin: float32 `[n_coarse, d / 2]`, rotary at the cells' centres.
@@ -45,7 +46,7 @@ class Cells:
 
 
 class Prepared(NamedTuple):
-  """q, k, v `[b, front + n, h, d]`: coarse tokens, then tokens; means of q and k over each tile's valid rows, or None.
+  """q, k, v, `[b, front + n, h, d]`: coarse tokens, then tokens; means of q and k over each tile's valid rows, or None.
 
   The means are float32 `[b, h, tiles, d]`, of the tokens as they were rounded; no gradient flows through them.
   """
@@ -65,15 +66,16 @@ def turn(x, cos, sin):
   return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
 
 
-def prepare(joint, gains, tables, lengths, cells: Cells | None = None, *, pooled=False, implementation=None) -> Prepared:
-  """Norms (RMS, `EPS`), rotates and packs q, k, v.
+def prepare(joint, bias, gains, tables, lengths, cells: Cells | None = None, *, pooled=False, implementation=None) -> Prepared:
+  """Adds the projection's bias to q, k and v, norms (RMS, `EPS`) and rotates q and k, packs.
 
   Args:
-    joint: `[b, n, 3, h, d]` as the projection leaves it, in tiles of equally many rows; padding rows hold anything finite.
+    joint: `[b, n, 3, h, d]`, the projection's product, in tiles of equally many rows; padding rows hold anything finite.
+    bias: `[3, h, d]`, of the projection.
     gains: of the norms of q and k, `[d]` each.
     tables: cos and sin of every row's angles, float32 `[n, d / 2]`.
     lengths: int32 `[tiles]`, valid rows of each tile; they come first.
-    cells: compression; None: tokens only, `front` is 0.
+    cells: compression; None: tokens only, `front` is 0, and v is left to XLA.
     pooled: whether the means of q and k are asked for.
     implementation: "pallas_mgpu" or "plain"; None: the kernel where it is supported.
 
@@ -83,9 +85,9 @@ def prepare(joint, gains, tables, lengths, cells: Cells | None = None, *, pooled
   reason = None if implementation == "plain" else unsupported(joint, len(lengths), cells)
   if implementation == "pallas_mgpu" and reason:
     raise NotImplementedError(f"prepare: {reason}")
-  if implementation == "plain" or reason:
-    return _plain(joint, gains, tables, lengths, cells, pooled)
-  return _fused(pooled, joint, tuple(gains), tuple(tables), lengths, cells)
+  operands = (joint, bias, tuple(gains), tuple(tables), lengths, cells)
+  found = _plain(pooled, *operands) if implementation == "plain" or reason else _fused(pooled, *operands)
+  return found._replace(v=_biased(joint[:, :, 2], bias[2]).astype(joint.dtype)) if cells is None else found
 
 
 def unsupported(joint, tiles: int, cells: Cells | None = None, target: Target | None = None) -> str | None:
@@ -122,16 +124,24 @@ def log_choice(what: str, reason: str | None) -> None:
 
 
 @jax.named_scope("prepare")
-def _plain(joint, gains, tables, lengths, cells, pooled) -> Prepared:
-  """The definition: everything in float32 (or wider), rounded once."""
-  q, k, v = (_packed(joint[:, :, i], gain, tables, cells) for i, gain in enumerate((*gains, None)))
+def _plain(pooled, joint, bias, gains, tables, lengths, cells) -> Prepared:
+  """The definition: everything in float32 (or wider), rounded once. Without cells there is no v."""
+  q, k, v = jnp.unstack(joint, axis=2)  # not three slices, whose gradients would be three arrays of the projection's size
+  q, k = (_packed(x, *learned, tables, cells) for x, *learned in ((q, bias[0], gains[0]), (k, bias[1], gains[1])))
+  v = None if cells is None else _packed(v, bias[2], None, tables, cells)
   if not pooled:
     return Prepared(q, k, v)
   front = 0 if cells is None else cells.front
   return Prepared(q, k, v, *(_means(x[:, front:], lengths) for x in (q, k)))
 
 
-def _packed(x, gain, tables, cells):
+def _biased(x, bias):
+  """In at least float32."""
+  wide = jnp.promote_types(x.dtype, jnp.float32)
+  return x.astype(wide) + bias.astype(wide)
+
+
+def _packed(x, bias, gain, tables, cells):
   """Of one of q, k, v; v has no gain and is not rotated."""
   wide = jnp.promote_types(x.dtype, jnp.float32)
 
@@ -141,10 +151,11 @@ def _packed(x, gain, tables, cells):
     inverse = jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + EPS)
     return turn(x * (inverse * gain.astype(wide)), cos, sin)
 
-  tokens = finish(x.astype(wide), *tables).astype(x.dtype)
+  tokens = finish(_biased(x, bias), *tables).astype(x.dtype)
   if cells is None:
     return tokens
-  coarse = finish(_compress(x, cells, wide), cells.cos, cells.sin).astype(x.dtype)
+  # The bias is a constant, and the matrices' rows leave constants alone.
+  coarse = finish(_biased(_compress(x, cells, wide), bias), cells.cos, cells.sin).astype(x.dtype)
   filler = jnp.zeros((x.shape[0], cells.front - coarse.shape[1], *x.shape[2:]), x.dtype)
   return jnp.concatenate([coarse, filler, tokens], 1)
 
@@ -174,13 +185,13 @@ def _means(x, lengths):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused(pooled, joint, gains, tables, lengths, cells):
+def _fused(pooled, joint, bias, gains, tables, lengths, cells):
   if not several_devices():
-    return _run(pooled, joint, gains, tables, lengths, cells)
-  operands = (joint, gains, tables, lengths, cells)
-  dims = ["b..h.", *("." * jnp.ndim(leaf) for leaf in jax.tree.leaves(operands[1:]))]
-  pools = ("bh..",) * 2 if pooled else (None, None)
-  return by_sample_and_head(functools.partial(_run, pooled), operands, dims, Prepared(*("b.h.",) * 3, *pools))
+    return _run(pooled, joint, bias, gains, tables, lengths, cells)
+  operands = (joint, bias, gains, tables, lengths, cells)
+  dims = ["b..h.", ".h.", *("." * jnp.ndim(leaf) for leaf in jax.tree.leaves(operands[2:]))]
+  result = Prepared("b.h.", "b.h.", "b.h." if cells is not None else None, *("bh..",) * 2 * pooled)
+  return by_sample_and_head(functools.partial(_run, pooled), operands, dims, result)
 
 
 def _fused_fwd(pooled, *operands):
@@ -188,9 +199,10 @@ def _fused_fwd(pooled, *operands):
 
 
 def _fused_bwd(pooled, operands, cotangents):
-  joint, gains, *rest = operands
-  _, pull = jax.vjp(lambda joint, gains: _plain(joint, gains, *rest, pooled), joint, gains)
-  return *pull(cotangents), *jax.tree.map(no_gradient, tuple(rest))
+  *learned, tables, lengths, cells = operands
+  rest = (tables, lengths, cells)
+  _, pull = jax.vjp(lambda *learned: _plain(pooled, *learned, *rest), *learned)
+  return *pull(cotangents), *jax.tree.map(no_gradient, rest)
 
 
 _fused.defvjp(_fused_fwd, _fused_bwd)
@@ -203,7 +215,7 @@ def no_gradient(x):
 
 
 @jax.named_scope("prepare")
-def _run(pooled, joint, gains, tables, lengths, cells) -> Prepared:
+def _run(pooled, joint, bias, gains, tables, lengths, cells) -> Prepared:
   """Calls the kernel; lays coarse rows that it could not place itself."""
   from kernels import prepare_mgpu  # Pallas is imported where it is used
 
@@ -211,6 +223,7 @@ def _run(pooled, joint, gains, tables, lengths, cells) -> Prepared:
   tiles = len(lengths)
   plan = prepare_mgpu.Plan(b, n, h, d, n // tiles, pooled=pooled)
   operands = {"joint": joint, "cos": tables[0], "sin": tables[1], "lengths": jnp.asarray(lengths, jnp.int32)}
+  operands["bias"] = jnp.asarray(bias, jnp.float32).reshape(3, h, 2, d // 2)
   operands["gains"] = jnp.stack([jnp.asarray(g, jnp.float32) for g in gains]).reshape(2, 2, d // 2)
   if cells is not None:
     count = -(-cells.matrices.shape[1] // 8) * 8
@@ -218,9 +231,10 @@ def _run(pooled, joint, gains, tables, lengths, cells) -> Prepared:
     plan = dataclasses.replace(plan, front=cells.front, cells=count, in_place=in_place)
     operands |= _cell_operands(cells, count, plan.pieces)
   found = prepare_mgpu.forward(plan, operands)
-  q, k, v = (_lay_cells(found, x, cells, plan) for x in "qkv")
-  pools = [found[f"{x}_pool"].reshape(b, h, tiles, d) for x in "qk"] if pooled else (None, None)
-  return Prepared(q, k, v, *pools)
+  if cells is not None:
+    found |= {x: _lay_cells(found, x, cells, plan) for x in "qkv"}
+  pools = [found[f"{x}_pool"].reshape(b, h, tiles, d) for x in "qk" if pooled]
+  return Prepared(found["q"], found["k"], found.get("v"), *pools)
 
 
 def _cell_operands(cells, count, pieces) -> dict:
@@ -254,8 +268,6 @@ def two_terms(matrices):
 def _lay_cells(found, name, cells, plan):
   """Everything before the tokens that the kernel did not write, in place."""
   x = found[name]
-  if cells is None:
-    return x
   if plan.in_place:
     placed = plan.tiles * plan.cells
     return x if placed == plan.front else x.at[:, placed : plan.front].set(0)

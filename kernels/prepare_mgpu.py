@@ -1,7 +1,7 @@
 """The Hopper kernel of `kernels.prepare`: one pass over the joint projection, bound by memory.
 
 A thread block is one warpgroup. It takes one tile and some heads, and brings q, k and v in pieces of 64 rows through a ring of
-`SLOTS`; two or three blocks share a multiprocessor and hide each other's latencies. A piece lies in shared memory as two halves
+slots; two or three blocks share a multiprocessor and hide each other's latencies. A piece lies in shared memory as two halves
 of the channels, so that rotary's pairs meet in one thread; the weights of compression stay there for all heads of the block.
 """
 
@@ -17,8 +17,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels import pallas_mgpu_parts as parts
 from kernels.pallas_mgpu_parts import LAYOUT, ROWS
 
-SLOTS = 3
-# A head's pieces fall on the same slots every time: 3 arrays of one or two pieces.
 EPS = 1e-6
 # As many thread blocks as run at once on 132 multiprocessors, times four: the last round is then at least four fifths full.
 BLOCKS = 4 * 2 * 132
@@ -61,6 +59,16 @@ class Plan:
     return self.block // ROWS
 
   @property
+  def arrays(self):
+    """v is written where coarse tokens go with it; tokens alone are a slice of the projection."""
+    return "qkv" if self.cells else "qk"
+
+  @property
+  def slots(self):
+    """Of the ring: a head's pieces fall on the same slots every time, so that addresses are known when it is compiled."""
+    return 3 if self.cells else 2 * self.pieces
+
+  @property
   def half(self):
     return self.d // 2
 
@@ -78,13 +86,13 @@ class Plan:
     return max((heads for heads in dividing if self.b * self.tiles * (self.h // heads) >= BLOCKS), default=1)
 
   def operands(self) -> tuple[str, ...]:
-    names = ["joint", "cos", "sin", "gains"]
+    names = ["joint", "bias", "cos", "sin", "gains"]
     names += ["lengths"] * self.pooled
     return (*names, *(("weights", "classes", "cell_cos", "cell_sin") if self.cells else ()))
 
   def results(self, dtype) -> dict[str, jax.ShapeDtypeStruct]:
     b, h, d = self.b, self.h, self.d
-    found = {x: jax.ShapeDtypeStruct((b, self.front + self.n, h, d), dtype) for x in "qkv"}
+    found = {x: jax.ShapeDtypeStruct((b, self.front + self.n, h, d), dtype) for x in self.arrays}
     if self.cells and not self.in_place:
       found |= {f"{x}_cells": jax.ShapeDtypeStruct((b, self.tiles, self.cells, h, d), dtype) for x in "qkv"}
     if self.pooled:
@@ -93,8 +101,8 @@ class Plan:
 
   def scratch(self, dtype) -> dict:
     found = {
-      "ring": _columns_type(SLOTS, 2, ROWS, self.half, dtype=dtype),
-      "full": plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
+      "ring": _columns_type(self.slots, 2, ROWS, self.half, dtype=dtype),
+      "full": plgpu.Barrier(num_arrivals=2, num_barriers=self.slots),
       "out": _columns_type(2, ROWS, self.half, dtype=dtype),
     }
     if self.cells:
@@ -115,10 +123,10 @@ def forward(plan: Plan, operands: dict) -> dict:
   """Runs the kernel.
 
   Args:
-    operands: by the names of `plan.operands()`: joint bf16 `[b, n, 3, h, d]`; cos, sin float32 `[n, d / 2]`; gains float32
-      `[2, 2, d / 2]` (q and k, both halves); lengths int32 `[tiles]`; weights bf16 `[classes, 2, pieces, 64, 64]` (two terms
-      whose sum is the matrix; rows are cells); classes int32 `[tiles]`; cell_cos, cell_sin float32
-      `[tiles * cells + 64 - cells, d / 2]`.
+    operands: by the names of `plan.operands()`: joint bf16 `[b, n, 3, h, d]`; bias float32 `[3, h, 2, d / 2]`; cos, sin
+      float32 `[n, d / 2]`; gains float32 `[2, 2, d / 2]` (q and k, both halves); lengths int32 `[tiles]`; weights bf16
+      `[classes, 2, pieces, 64, 64]` (two terms whose sum is the matrix; rows are cells); classes int32 `[tiles]`; cell_cos,
+      cell_sin float32 `[tiles * cells + 64 - cells, d / 2]`.
 
   Returns:
     The arrays of `plan.results`.
@@ -153,7 +161,7 @@ class _Block:
 
   def run(self):
     plan, refs = self.plan, self.refs
-    for piece in range(SLOTS):
+    for piece in range(plan.slots):
       self.fetch(self.first, piece)
     if plan.cells:
       self.load_weights()
@@ -162,7 +170,7 @@ class _Block:
 
     @pl.loop(0, plan.heads)
     def _head(i):
-      for which in range(3):
+      for which in range(len(plan.arrays)):
         self.one_array(i, which)
 
     plgpu.wait_smem_to_gmem(0)
@@ -173,8 +181,8 @@ class _Block:
     return pl.ds(self.tile * self.plan.block + part * ROWS, ROWS)
 
   def fetch(self, head, piece):
-    """Starts the copy of one of a head's `3 * pieces` pieces."""
-    plan, refs, slot = self.plan, self.refs, piece % SLOTS
+    """Starts the copy of one of a head's pieces."""
+    plan, refs, slot = self.plan, self.refs, piece % self.plan.slots
     which, part = divmod(piece, plan.pieces)
     for half in range(2):
       source = refs.joint.at[self.sample, self.rows(part), which, head, pl.ds(half * plan.half, plan.half)]
@@ -182,7 +190,7 @@ class _Block:
 
   def fetch_behind(self, i, piece):
     """Refills the slot that `piece` of the block's head i leaves free."""
-    count, following = 3 * self.plan.pieces, piece + SLOTS
+    count, following = len(self.plan.arrays) * self.plan.pieces, piece + self.plan.slots
     if following < count:
       self.fetch(self.first + i, following)
     else:
@@ -209,13 +217,13 @@ class _Block:
     pieces = range(which * plan.pieces, (which + 1) * plan.pieces)
     result = getattr(refs, "qkv"[which])
     for piece in pieces:
-      plgpu.barrier_wait(refs.full.at[piece % SLOTS])
+      plgpu.barrier_wait(refs.full.at[piece % plan.slots])
     if plan.cells:
       self.compress(which, head, result)
     for part, piece in enumerate(pieces):
-      tokens = lambda half, columns, slot=piece % SLOTS: refs.ring.at[slot, half, :, columns][...].astype(jnp.float32)
+      tokens = lambda half, columns, slot=piece % plan.slots: refs.ring.at[slot, half, :, columns][...].astype(jnp.float32)
       tables = [x.at[self.rows(part)] for x in (refs.cos, refs.sin)]
-      self.finish(tokens, which, tables, part if plan.pooled and which < 2 else None)
+      self.finish(tokens, which, head, tables, part if plan.pooled and which < 2 else None)
       rows = pl.ds(plan.front + self.tile * plan.block + part * ROWS, ROWS)
       self.store(result.at[self.sample, rows, head])
       self.fetch_behind(i, piece)
@@ -226,14 +234,14 @@ class _Block:
     """The tile's coarse rows: the matrix in two terms, since the tensor cores round it to 16 bits."""
     plan, refs = self.plan, self.refs
     chunks = [(half, columns) for half in range(2) for columns in plan.chunks]
-    first_slot = which * plan.pieces % SLOTS
+    first_slot = which * plan.pieces % plan.slots
 
     def multiply(*accumulators):
       # A loop, not unrolled: the addresses of all products at once would cost a hundred registers.
       @pl.loop(0, 2 * plan.pieces)
       def _product(step):
         term, part = lax.div(step, jnp.int32(plan.pieces)), lax.rem(step, jnp.int32(plan.pieces))
-        slot = lax.rem(part + first_slot, jnp.int32(SLOTS))
+        slot = lax.rem(part + first_slot, jnp.int32(plan.slots))
         for acc, (half, columns) in zip(accumulators, chunks, strict=True):
           plgpu.wgmma(acc, refs.weights_sm.at[term, part], refs.ring.at[slot, half, :, columns])
 
@@ -241,15 +249,15 @@ class _Block:
 
     cells = pl.run_scoped(multiply, *[plgpu.ACC((ROWS, COLUMNS), jnp.float32)] * len(chunks))
     found = lambda half, columns: cells[half * len(plan.chunks) + plan.chunks.index(columns)]
-    self.finish(found, which, [x.at[pl.ds(self.tile * plan.cells, ROWS)] for x in (refs.cell_cos, refs.cell_sin)])
+    self.finish(found, which, head, [x.at[pl.ds(self.tile * plan.cells, ROWS)] for x in (refs.cell_cos, refs.cell_sin)])
     if plan.in_place:
       target = result.at[self.sample, pl.ds(self.tile * plan.cells, plan.cells), head]
     else:
       target = getattr(refs, f"{'qkv'[which]}_cells").at[self.sample, self.tile, :, head]
     self.store(target, plan.cells)
 
-  def finish(self, read, which, tables, pooled_part=None):
-    """Norm and rotary of q and k, v as it is: 64 rows into the staging, some channels at a time to save registers.
+  def finish(self, read, which, head, tables, pooled_part=None):
+    """Bias; norm and rotary of q and k: 64 rows into the staging, some channels at a time to save registers.
 
     Args:
       read: `(half, columns)` -> float32 `[64, COLUMNS]`; which: 0, 1, 2 for q, k, v.
@@ -257,15 +265,17 @@ class _Block:
       pooled_part: which piece of the tile this is, if its rows count for the mean.
     """
     plan, refs = self.plan, self.refs
+    over_rows = lambda x: parts.over_rows(plgpu.load(x, layout=_REDUCED, optimized=False))
+    biased = lambda half, columns: read(half, columns) + over_rows(refs.bias.at[which, head, half, columns])
     if which < 2:
-      squares = sum((x * x).sum(axis=1) for x in (read(half, columns) for half in range(2) for columns in plan.chunks))
+      squares = sum((x * x).sum(axis=1) for x in (biased(half, columns) for half in range(2) for columns in plan.chunks))
       inverse = parts.over_columns(lax.rsqrt(squares * (1 / plan.d) + EPS), COLUMNS)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     for columns in plan.chunks:
-      first, second = (read(half, columns) for half in range(2))
+      first, second = (biased(half, columns) for half in range(2))
       if which < 2:
-        gains = (plgpu.load(refs.gains.at[which, half, columns], layout=_REDUCED, optimized=False) for half in range(2))
-        first, second = (x * inverse * parts.over_rows(gain) for x, gain in zip((first, second), gains, strict=True))
+        gains = (over_rows(refs.gains.at[which, half, columns]) for half in range(2))
+        first, second = (x * inverse * gain for x, gain in zip((first, second), gains, strict=True))
         cos, sin = (plgpu.load(table.at[:, columns], layout=LAYOUT, optimized=False) for table in tables)
         first, second = first * cos - second * sin, second * cos + first * sin
       for half, x in enumerate((first, second)):

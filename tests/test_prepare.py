@@ -1,16 +1,24 @@
 """The kernels around attention: plain forms against the operators they stand for, Hopper kernels against the plain forms."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from freqformer import attention as attention_layer
+from freqformer.attention import AttentionDims, SpectralAttention
 from freqformer.layout import TileLayout
+from freqformer.methods.base import Cond
+from freqformer.methods.dense import Dense
+from freqformer.methods.freqformer import FreqFormer
 from freqformer.rotary import angle_tables, rotate
 from freqformer.spectral import SpectralBasis
 from freqformer.tile_cells import tile_cells
+from kernels import attention as attention_entry
 from kernels import lift_mgpu, prepare_mgpu
 from kernels import pallas_mgpu_parts as parts
 from kernels.lift import lift
@@ -49,10 +57,11 @@ def _inputs(case, dtype=jnp.bfloat16, seed=0):
   front = -(-spectral.n_coarse // case.block) * case.block
   joint = draw.standard_normal((case.b, layout.n_buffer, 3, case.h, case.d))
   joint[:, ~arrays.valid] *= 1e3
+  bias = jnp.asarray(draw.standard_normal((3, case.h, case.d)), jnp.float32)
   gains = tuple(jnp.asarray(draw.uniform(0.5, 2, case.d), jnp.float32) for _ in "qk")
   cells = tile_cells(spectral, front)
   tables = angle_tables(arrays.positions, case.d)
-  return jnp.asarray(joint, dtype), gains, tables, arrays.kv_len, cells, spectral
+  return jnp.asarray(joint, dtype), bias, gains, tables, arrays.kv_len, cells, spectral
 
 
 def _close(got, want, tolerance):
@@ -73,11 +82,11 @@ def case(request, monkeypatch):
 
 def test_plain_form_is_the_layers_own_operators(case):
   """Norm by its formula, rotary, compression and pooling by the functions that the layer has for them, in float32."""
-  joint, gains, tables, lengths, cells, spectral = _inputs(case, jnp.float32)
+  joint, bias, gains, tables, lengths, cells, spectral = _inputs(case, jnp.float32)
   arrays, front = case.layout.arrays(), cells.front
-  got = prepare(joint, gains, tables, lengths, cells.cells(spectral.centres, case.d), pooled=True, implementation="plain")
+  got = prepare(joint, bias, gains, tables, lengths, cells.cells(spectral.centres, case.d), pooled=True, implementation="plain")
   coarse = slice(0, spectral.n_coarse)
-  for name, gain, pool, x in zip("qkv", (*gains, None), (*got[3:], None), jnp.unstack(joint, axis=2), strict=True):
+  for name, gain, pool, x in zip("qkv", (*gains, None), (*got[3:], None), jnp.unstack(joint + bias, axis=2), strict=True):
     finish = lambda x, at, gain=gain: rotate(x / jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6) * gain, at)
     if gain is None:
       finish = lambda x, at: x
@@ -92,13 +101,13 @@ def test_plain_form_is_the_layers_own_operators(case):
 
 def test_prepare_kernel(case):
   """Against the plain form in float32 from the same 16-bit inputs: one rounding apart."""
-  joint, gains, tables, lengths, cells, spectral = _inputs(case)
+  joint, bias, gains, tables, lengths, cells, spectral = _inputs(case)
   cells = cells.cells(spectral.centres, case.d)
-  want = prepare(joint.astype(jnp.float32), gains, tables, lengths, cells, pooled=True, implementation="plain")
+  want = prepare(joint.astype(jnp.float32), bias, gains, tables, lengths, cells, pooled=True, implementation="plain")
   with parts.interpreted():
     assert unsupported(joint, len(lengths), cells) is None
-    got = jax.jit(lambda *a: prepare(*a, pooled=True))(joint, gains, tables, lengths, cells)
-    alone = jax.jit(prepare)(joint, gains, tables, lengths)
+    got = jax.jit(lambda *a: prepare(*a, pooled=True))(joint, bias, gains, tables, lengths, cells)
+    alone = jax.jit(prepare)(joint, bias, gains, tables, lengths)
   valid = np.concatenate([np.ones(cells.front, bool), case.layout.arrays().valid])
   for name in "qkv":
     found, right = np.asarray(getattr(got, name), np.float32), np.asarray(getattr(want, name))
@@ -113,7 +122,7 @@ def test_prepare_kernel(case):
 
 def test_lift_kernel(case):
   """Against spectral.lift in float32; heads without coarse rows are scaled only."""
-  _, _, _, _, cells, spectral = _inputs(case)
+  *_, cells, spectral = _inputs(case)
   draw = np.random.default_rng(1)
   packed = jnp.asarray(draw.standard_normal((case.b, cells.front + case.layout.n_buffer, case.h, case.d)), jnp.bfloat16)
   low = jnp.asarray(draw.random((case.b, case.h)) < 0.5).at[:, 0].set(True).at[:, -1].set(False)
@@ -127,3 +136,49 @@ def test_lift_kernel(case):
   valid = case.layout.arrays().valid
   _close(got[:, valid], want[:, valid], 2e-2)
   assert np.abs(np.asarray(got[:, valid] - want[:, valid])).max() <= 2**-8 * np.abs(np.asarray(want)).max()
+
+
+def _layer(case, method, implementation=None):
+  """Loss, output and gradients of a layer in bfloat16 whose gains are not one and biases not zero; valid rows count."""
+  layout = case.layout
+  width = case.h * case.d
+  build = lambda: SpectralAttention(
+    AttentionDims(width, case.h, 8), method, layout, nnx.Rngs(0), dtype=jnp.bfloat16, implementation=implementation
+  )
+  graphdef, params = nnx.split(build())
+  draw = np.random.default_rng(3)
+  params = jax.tree.map(lambda x: x + draw.uniform(0, 0.5, x.shape).astype(x.dtype) if x.ndim == 1 else x, params)
+  x, weigh = (jnp.asarray(draw.standard_normal((case.b, layout.n_buffer, width)), jnp.bfloat16) for _ in range(2))
+  valid = jnp.asarray(layout.arrays().valid)[:, None]
+  tables = method.tables(layout)
+
+  @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+  def loss(params, x):
+    cond = Cond(jnp.full(case.b, 0.5), jnp.ones((case.b, 8)))
+    out = nnx.merge(graphdef, params)(x, cond, layout.arrays(), tables, {})[0]
+    return jnp.where(valid, out * weigh, 0).astype(jnp.float32).sum(), out
+
+  return jax.jit(loss)(params, x), valid
+
+
+METHODS = {
+  "dense": Dense(),
+  "freqformer": FreqFormer(basis=BASIS, allocation=(1, 1, 0), mid_tiles=2, low_shared=True),
+  "filtered": FreqFormer(basis=BASIS, allocation=(1, 0, 1), mid_tiles=2, filter="v"),
+}
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_layer_with_and_without_kernels(method, monkeypatch):
+  """Output and every gradient, to what 16 bits allow; XLA's attention runs in both."""
+  case = dataclasses.replace(CASES["ragged"], grid=(5, 4, 7), b=1)
+  monkeypatch.setattr(attention_entry, "BACKENDS", ("xla",))
+  with parts.interpreted():
+    (_, got), got_grads = _layer(case, method)[0]
+    called = []
+    monkeypatch.setattr(attention_layer, "unsupported", lambda *a: called.append(a) or "told so")
+    ((_, want), want_grads), valid = _layer(case, method)
+  assert called
+  _close(jnp.where(valid, got, 0), jnp.where(valid, want, 0), 0.1)
+  for g, w in zip(jax.tree.leaves(got_grads), jax.tree.leaves(want_grads), strict=True):
+    assert float(jnp.linalg.norm((g - w).astype(jnp.float32))) <= 2e-2 * float(jnp.linalg.norm(w.astype(jnp.float32)))

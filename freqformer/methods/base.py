@@ -72,6 +72,7 @@ class Projected:
     rotate_q, rotate_k: `(x [b, m, h, d], positions [m, 3]) -> [b, m, h, d]`: QK-norm, then rotary at the positions.
     layout: the layout's arrays.
     implementation: attention backend, or None for automatic choice.
+    prepare: where a kernel does what follows in one pass, `(cells, pooled) -> kernels.prepare.Prepared`; else None.
   """
 
   q: jax.Array
@@ -81,9 +82,12 @@ class Projected:
   rotate_k: Callable
   layout: LayoutTables
   implementation: str | None = None
+  prepare: Callable | None = None
 
   def rotated(self) -> tuple[jax.Array, jax.Array]:
     """q and k finished, each token at its own position."""
+    if self.prepare is not None:
+      return self.prepare()[:2]
     return self.rotate_q(self.q, self.layout.positions), self.rotate_k(self.k, self.layout.positions)
 
 

@@ -25,9 +25,11 @@ from freqformer.planners.sliding_tile import BORDERS, sliding_tile
 from freqformer.profiling import ProfileConfig
 from freqformer.spectral import SpectralBasis, SpectralTables
 from freqformer.summary import SummaryTokens
+from freqformer.tile_cells import TileCells, tile_cells
 from kernels.attention import attention
 from kernels.block_mask import BlockMask, select
 from kernels.cost import CallCost
+from kernels.lift import lift
 from kernels.linear import linear_attention
 
 LOW, MID, HIGH = range(3)
@@ -112,7 +114,9 @@ class FreqFormer(RoutedMethod):
       low, high = (dataclasses.replace(m, kv_bias=bias) for m in (low, high))
     fixed = fixed_tiles(layout, self.sink, self.anchors)
     profile = measured.tables(layout, self.profile) if self.allocation == "measured" else None
-    return FreqFormerTables(spectral, low, high, fixed, coarse_tiles, profile)
+    return FreqFormerTables(
+      spectral, low, high, fixed, coarse_tiles, profile, tile_cells(spectral, coarse_tiles * layout.block)
+    )
 
   def phase(self, step, steps):
     return self.profile.phase(step, steps) if self.allocation == "measured" else ""
@@ -133,8 +137,13 @@ class FreqFormer(RoutedMethod):
     choice, repeat = routing.choice, lambda x: x
     if routing.all_branches:  # head index = branch * h + head
       choice, repeat = np.repeat(np.arange(3, dtype=np.int32), h)[None], lambda x: jnp.tile(x, (1, 1, 3, 1))
-    q, k, v = self._packed(qkv, spectral, choice, repeat, tables.coarse_tiles)
-    mid = self._mid_table(qkv, cond, tables, (q, k))
+    fused, pools = qkv.prepare is not None and tables.cells is not None, None
+    if fused and self.filter == "none":
+      *packed, q_pool, k_pool = qkv.prepare(tables.cells.cells(spectral.centres, qkv.q.shape[-1]), pooled=True)
+      (q, k, v), pools = map(repeat, packed), (q_pool, k_pool)
+    else:
+      q, k, v = self._packed(qkv, spectral, choice, repeat, tables.coarse_tiles)
+    mid = self._mid_table(qkv, cond, tables, (q, k), pools)
     masks = (tables.low, mid, tables.high)
     if routing.all_branches:
       mid = dataclasses.replace(
@@ -142,15 +151,10 @@ class FreqFormer(RoutedMethod):
       )
     mask = select((tables.low, mid, tables.high), choice)
     out, _ = attention(q, k, v, mask, implementation=qkv.implementation)
-    if routing.all_branches:
-      out = jnp.einsum("bnchd,bhc->bnhd", out.reshape(b, -1, 3, h, out.shape[-1]), routing.weights.astype(out.dtype))
+    if fused and self.low_op == "dense" and not routing.all_branches:
+      out = lift(out, routing.weights.sum(-1), routing.choice == LOW, tables.cells.expansion)
     else:
-      out = out * routing.weights.sum(-1)[:, None, :, None].astype(out.dtype)
-    start, coarse = tables.coarse_tiles * layout.layout.block, out[:, : spectral.n_coarse]
-    if self.low_op == "linear":  # for every head, so that shapes stay static; where all branches run, low is the first
-      linear, _ = linear_attention(*(x[:, : spectral.n_coarse, :h] for x in (q, k, v)))
-      coarse = coarse + linear * routing.weights[:, None, :, LOW, None].astype(linear.dtype)
-    out = out[:, start:] + spectral.lift(coarse)
+      out = self._merged(out, (q, k, v), routing, spectral, tables)
     if self.summary:
       plain = jnp.zeros_like(layout.positions)
       out = out + module.summary(
@@ -158,19 +162,35 @@ class FreqFormer(RoutedMethod):
       )
     return out, state, self._aux(routing, masks, qkv, spectral, cond) | mask_aux(mask, cond.want_masks)
 
-  def _mid_table(self, qkv, cond, tables, packed) -> BlockMask:
+  def _merged(self, out, packed, routing, spectral, tables):
+    """Attention's packed output as tokens: branches mixed where all ran, coarse rows lifted and added."""
+    b, h = routing.choice.shape
+    if routing.all_branches:
+      out = jnp.einsum("bnchd,bhc->bnhd", out.reshape(b, -1, 3, h, out.shape[-1]), routing.weights.astype(out.dtype))
+    else:
+      out = out * routing.weights.sum(-1)[:, None, :, None].astype(out.dtype)
+    start, coarse = tables.coarse_tiles * spectral.layout.block, out[:, : spectral.n_coarse]
+    if self.low_op == "linear":  # for every head, so that shapes stay static; where all branches run, low is the first
+      linear, _ = linear_attention(*(x[:, : spectral.n_coarse, :h] for x in packed))
+      coarse = coarse + linear * routing.weights[:, None, :, LOW, None].astype(linear.dtype)
+    return out[:, start:] + spectral.lift(coarse)
+
+  def _mid_table(self, qkv, cond, tables, packed, pools=None) -> BlockMask:
     """Top tiles by pooled *unfiltered*, normed, rotated q and k: a band-filtered tensor has zero mean in a tile.
 
-    Unless q and k are filtered, the packed buffer holds them. The barrier has them pooled from there: otherwise XLA would
-    norm and rotate into a buffer of its own, for pooling and packing to read (docs/log.md).
+    `pools`: these means, where the packing kernel made them. Else, unless q and k are filtered, the packed buffer holds them.
+    The barrier has them pooled from there: otherwise XLA would norm and rotate into a buffer of its own, for pooling and
+    packing to read (docs/log.md).
     """
     layout, h = qkv.layout, qkv.q.shape[2]
-    if self.filter == "qkv":
-      q, k = qkv.rotated()
-    else:
-      start = tables.coarse_tiles * layout.layout.block
-      q, k = (x[:, start:, :h] for x in jax.lax.optimization_barrier(packed))
-    q, k = (pool_tiles(jax.lax.stop_gradient(x), layout) for x in (q, k))
+    if pools is None:
+      if self.filter == "qkv":
+        q, k = qkv.rotated()
+      else:
+        start = tables.coarse_tiles * layout.layout.block
+        q, k = (x[:, start:, :h] for x in jax.lax.optimization_barrier(packed))
+      pools = [pool_tiles(jax.lax.stop_gradient(x), layout) for x in (q, k)]
+    q, k = pools
     mask = block_topk(cond.share(q), cond.share(k), self.mid_tiles, tables.fixed, layout.kv_len, layout.layout.block)
     mask = dataclasses.replace(mask, kv_indices=checkpoint_name(mask.kv_indices, "tables"))
     mask = full_rows(mask, tables.high.kv_len, tables.coarse_tiles, self.low_shared)
@@ -226,3 +246,4 @@ class FreqFormerTables:
   fixed: np.ndarray
   coarse_tiles: int = dataclasses.field(metadata={"static": True})
   profile: dict | None = None  # for measured heads
+  cells: TileCells | None = None  # for the kernels around attention; None where the transform leaves the tile
