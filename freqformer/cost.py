@@ -50,6 +50,22 @@ def attention_cost(pairs: float, head_dim: int) -> Cost:
   return Cost(attention_flops=4.0 * float(pairs) * head_dim)
 
 
+# Device memory per pooled score that the selection moves: 74 to 85 bytes for 512 to 8,192 tiles (benchmarks/memory_bound.py).
+_SCORE_BYTES = 80.0
+
+
+def selection_cost(n: int, tiles: int, heads: int, head_dim: int, read: float = 2.0) -> Cost:
+  """Key tiles chosen by pooled scores: means of q and k (2 n D), q k^T of the means (2 tiles^2 D), and the search for each
+  row's threshold, which moves scores and does no products.
+
+  Args:
+    read: `[n, D]` arrays that are read for the means; 0 where another kernel makes them on its way.
+  """
+  width = heads * head_dim
+  moved = 2.0 * read * n * width + _SCORE_BYTES * heads * tiles**2
+  return Cost(linear_flops=(2.0 * n + 2.0 * tiles**2) * width, linear_bytes=moved, launches=3)
+
+
 # ---- a method on a grid --------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from freqformer.config import ConfigError
-from freqformer.cost import Cost, attention_cost
+from freqformer.cost import Cost, attention_cost, selection_cost
 from freqformer.gate import QueryGate
 from freqformer.methods.base import Method, plain_aux
 from freqformer.planners.block_topk import block_topk, fixed_tiles, pool_tiles
@@ -73,8 +73,8 @@ class BlockTopK(Method):
     return out, state, aux | {"density": aux["density"] + coarse, "cost": aux["cost"] + coarse, "coarse_density": coarse}
 
   def cost(self, layout, heads, head_dim, allocation=None) -> Cost:
-    """Pairs of average tiles, the pooled ones, and around them: pooling, the selection's scores, the gate."""
-    n, tiles, gated = layout.n, layout.tiles, self.coarse == "gated"
+    """Pairs of average tiles, the pooled ones, and around them: pooling, selection, the gate (5 passes, v's means in)."""
+    n, tiles, gated, width = layout.n, layout.tiles, self.coarse == "gated", heads * head_dim
     pairs = self.budget(layout) * n * n / tiles + gated * tiles**2
-    linear = 2.0 * n + 2.0 * tiles**2 + gated * (n + 2.0 * n * head_dim)
-    return attention_cost(heads * pairs, head_dim) + Cost(linear_flops=heads * head_dim * linear)
+    gate = Cost(linear_flops=gated * width * n * (1 + 2.0 * head_dim), linear_bytes=gated * 10.0 * n * width)
+    return attention_cost(heads * pairs, head_dim) + selection_cost(n, tiles, heads, head_dim) + gate

@@ -1,6 +1,6 @@
 """What a FreqFormer layer costs: exact pairs of each band, and the transforms, pooling and selection around them."""
 
-from freqformer.cost import Cost, attention_cost
+from freqformer.cost import Cost, attention_cost, selection_cost
 from freqformer.layout import TileLayout
 from kernels.cost import CallCost, count, uniform
 
@@ -20,9 +20,13 @@ def cost(method, layout: TileLayout, heads, head_dim, allocation=None) -> Cost:
   transform = 4 * 2.0 * n * cells * head_dim * heads
   if method.low_op == "linear":
     transform += 4.0 * tables.spectral.n_coarse * head_dim * (head_dim + 1) * heads
-  selection = heads * head_dim * (2.0 * n + 2.0 * layout.tiles**2)
-  # Passes over one bf16 [n, D] array: pooling reads 2, compression 3, packing 3 in and 3 out, lift and sum 3.
-  around = Cost(linear_flops=transform + selection, linear_bytes=14.0 * 2 * n * heads * head_dim, launches=5)
+  width, ratio = heads * head_dim, tables.spectral.n_coarse / n
+  fused = method.filter == "none" and method.low_op == "dense" and tables.cells is not None
+  # Passes over one bf16 [n, D] array, beyond norm and rotary: v in and out, coarse rows and angles, lift in and out; without
+  # the kernels around attention: compression 3, packing 3 in and 3 out, lift and sum 3 (benchmarks/memory_bound.py).
+  passes = 4.4 + 4.0 * ratio if fused else 12.0
+  around = Cost(linear_flops=transform, linear_bytes=2.0 * passes * n * width, launches=2 if fused else 4)
+  around += selection_cost(n, layout.tiles, heads, head_dim, 0.0 if fused else 2.0)
   return attention_cost(heads * float(share @ pairs), head_dim) + around
 
 

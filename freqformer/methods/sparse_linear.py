@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from freqformer.cost import Cost, attention_cost
+from freqformer.cost import Cost, attention_cost, selection_cost
 from freqformer.methods.base import Method, plain_aux
 from freqformer.planners.block_topk import block_topk, pool_tiles
 from kernels.attention import attention
@@ -71,9 +71,8 @@ class SparseLinear(Method):
 
   def cost(self, layout, heads, head_dim, allocation=None) -> Cost:
     """Critical pairs (tiles of average length); linear part, sums over marginal tiles, projection, pooling, two rankings."""
-    n, tiles = layout.n, layout.tiles
-    linear = 4.0 * n * head_dim * (head_dim + 1) + 2.0 * tiles**2 * head_dim * (head_dim + 1) + 2.0 * n * head_dim**2
-    # Bytes: 42 per element as XLA compiles it for an H100 (benchmarks/linear.py), 4 to pool, 4 to project and add.
-    return attention_cost(heads * n * self.budgets(tiles)[0] * n / tiles, head_dim) + Cost(
-      0.0, heads * (linear + 2.0 * n * head_dim + 4.0 * tiles**2 * head_dim), 50.0 * n * head_dim * heads, 14
-    )
+    n, tiles, width = layout.n, layout.tiles, heads * head_dim
+    linear = (4.0 * n + 2.0 * tiles**2) * (head_dim + 1) * width + 2.0 * n * head_dim * width
+    # Bytes: 16 per element of q on Hopper (benchmarks/linear.py), 4 to project and add.
+    found = attention_cost(heads * n * self.budgets(tiles)[0] * n / tiles, head_dim) + Cost(0.0, linear, 20.0 * n * width, 6)
+    return found + selection_cost(n, tiles, heads, head_dim) + selection_cost(0, tiles, heads, head_dim)
