@@ -4,7 +4,9 @@
 
 The layer is compiled for an absent GPU and its scheduled HLO read: every operation's operands and results are bytes through
 device memory, unless a fusion reads a slice only. Operations are named by the part of the layer they hold (`jax.named_scope`);
-one that holds several is listed under all their names. Times are expected ones, bytes over 3.0 TB/s and FLOPs over 700 TFLOP/s
+one that holds several is listed under all their names. `over_rotary_*`, selection and transforms alone, is what any method's
+norm and rotary do not need: q, k and v read and written once, tables of angles written and read once. Rows named `..._xla` and
+`..._before` are of the commits that they name. Times are expected ones, bytes over 3.0 TB/s and FLOPs over 700 TFLOP/s
 (what H100s reach in copies and dense attention elsewhere): nothing here was measured on a GPU.
 """
 
@@ -36,18 +38,22 @@ _SPECS = flags.DEFINE_multi_string(
 )
 _NOTE = flags.DEFINE_string("note", "", "Added to the rows' names, to keep two versions side by side.")
 BYTES_PER_S, FLOPS_PER_S = 3.0e12, 700e12
-PARTS = ("norm_rotary", "compress", "filter", "pool", "select", "pack", "lift")
+PARTS = ("prepare", "norm_rotary", "compress", "filter", "pool", "select", "pack", "lift")
 DENSITY = 0.05  # of the mid band
 # The selection's bisection stops when every row of a chunk is known; how often it runs is not in the program. Counted on normal
 # scores: 8 passes of 7 trial values for lists of 5 % of 512 tiles, 9 for those of 1,024, 8,192 and 16,384.
 _PASSES = 9
 
 
-def layer(spec):
-  """FreqFormer's layer of a shape: 3 low, 6 mid, 3 high heads of 12, nothing filtered; its compilation and its method."""
+def freqformer(spec) -> FreqFormer:
+  """3 low, 6 mid, 3 high heads of 12, nothing filtered."""
   share = spec.heads // 4
   mid = max(1, int(spec.layout.tiles * DENSITY))
-  method = FreqFormer(allocation=(share, spec.heads - 2 * share, share), mid_tiles=mid, window=(3, 3, 3))
+  return FreqFormer(allocation=(share, spec.heads - 2 * share, share), mid_tiles=mid, window=(3, 3, 3))
+
+
+def layer(spec, method):
+  """The compilation of a layer of a shape."""
   width = spec.heads * spec.head_dim
   dims = AttentionDims(width, spec.heads, width)
   build = lambda: SpectralAttention(dims, method, spec.layout, nnx.Rngs(0), dtype=jnp.bfloat16, implementation="pallas_mgpu")
@@ -58,7 +64,7 @@ def layer(spec):
     return nnx.merge(graphdef, params)(x, cond, arrays, tables, {})[0]
 
   x = jax.ShapeDtypeStruct((1, spec.layout.n_buffer, width), jnp.bfloat16)
-  return compile_for(forward, params, x, spec.layout.arrays(), method.tables(spec.layout)), method
+  return compile_for(forward, params, x, spec.layout.arrays(), method.tables(spec.layout))
 
 
 def parts_of(scopes) -> str:
@@ -70,23 +76,28 @@ def parts_of(scopes) -> str:
   return "+".join(part for part in PARTS if part in found)
 
 
-def measure(spec) -> dict:
-  """One row: bytes per part, their expected time, and the attention call's beside them."""
-  compilation, method = layer(spec)
+def traffic(compilation):
+  """Bytes per part around attention, and of all else but the attention kernel."""
   moved, rest = collections.Counter(), 0.0
   for op in operations(compilation.compiled.as_text(), unknown_trips=_PASSES):
-    if op.kernel:
-      continue
-    part = parts_of(op.scopes)
-    if part:
+    if part := parts_of(op.scopes):
       moved[part] += op.bytes
-    else:
+    elif not op.kernel:
       rest += op.bytes
+  return moved, rest
+
+
+def measure(spec) -> dict:
+  """One row: bytes per part, their expected time, and the attention call's beside them."""
+  method = freqformer(spec)
+  compilation = layer(spec, method)
+  moved, rest = traffic(compilation)
   flops = method.cost(spec.layout, spec.heads, spec.head_dim).attention_flops
   width = spec.heads * spec.head_dim
   unit = 2 * spec.layout.n_buffer * width  # one bf16 array of tokens
   attention_s = max(flops / FLOPS_PER_S, 4 * unit / BYTES_PER_S)
   total = sum(moved.values())
+  over_rotary = total - 6 * unit - 2 * 4 * spec.layout.n_buffer * spec.head_dim  # two float32 tables of half the channels
   return {
     "name": f"memory_bound_{spec.name}{_NOTE.value}",
     "expected": True,
@@ -100,6 +111,8 @@ def measure(spec) -> dict:
     "expected_parts_ms": 1e3 * total / BYTES_PER_S,
     "expected_attention_ms": 1e3 * attention_s,
     "share_of_attention": total / BYTES_PER_S / attention_s,
+    "over_rotary_arrays": round(over_rotary / unit, 2),
+    "over_rotary_share_of_attention": over_rotary / BYTES_PER_S / attention_s,
   }
 
 
@@ -111,7 +124,8 @@ def main(_):
   for row in rows:
     print(
       f"{row['name']}: {row['arrays']} arrays of tokens, expected {row['expected_parts_ms']:.2f} ms beside "
-      f"{row['expected_attention_ms']:.2f} ms of attention ({row['share_of_attention']:.0%})"
+      f"{row['expected_attention_ms']:.2f} ms of attention ({row['share_of_attention']:.0%}); "
+      f"{row['over_rotary_arrays']} arrays ({row['over_rotary_share_of_attention']:.1%}) are not norm and rotary"
     )
     for part, arrays in row["parts_arrays"].items():
       print(f"  {part:<32} {arrays:6.2f}")

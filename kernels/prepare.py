@@ -230,7 +230,8 @@ def _run(pooled, joint, bias, gains, tables, lengths, cells) -> Prepared:
     in_place = cells.rows is None and count == cells.matrices.shape[1]
     plan = dataclasses.replace(plan, front=cells.front, cells=count, in_place=in_place)
     operands |= _cell_operands(cells, count, plan.pieces)
-  found = prepare_mgpu.forward(plan, operands)
+  # The barrier: XLA would fuse the kernel with the update of its own result, and then find a cycle.
+  found = jax.lax.optimization_barrier(prepare_mgpu.forward(plan, operands))
   if cells is not None:
     found |= {x: _lay_cells(found, x, cells, plan) for x in "qkv"}
   pools = [found[f"{x}_pool"].reshape(b, h, tiles, d) for x in "qk" if pooled]

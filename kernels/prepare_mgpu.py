@@ -87,7 +87,7 @@ class Plan:
 
   def operands(self) -> tuple[str, ...]:
     names = ["joint", "bias", "cos", "sin", "gains"]
-    names += ["lengths"] * self.pooled
+    names += ["lengths"] * (self.pooled or self.cells > 0)
     return (*names, *(("weights", "classes", "cell_cos", "cell_sin") if self.cells else ()))
 
   def results(self, dtype) -> dict[str, jax.ShapeDtypeStruct]:
@@ -138,6 +138,7 @@ def forward(plan: Plan, operands: dict) -> dict:
   def prepare(*refs):
     _Block(plan, types.SimpleNamespace(**dict(zip(names, refs, strict=True)))).run()
 
+  prepare.__name__ = "prepare" if plan.cells else "norm_rotary"
   call = plgpu.kernel(
     prepare,
     out_type=tuple(results.values()),
@@ -165,7 +166,7 @@ class _Block:
       self.fetch(self.first, piece)
     if plan.cells:
       self.load_weights()
-    if plan.pooled:
+    if plan.pooled or plan.cells:
       self.valid = refs.lengths[self.tile]
 
     @pl.loop(0, plan.heads)
@@ -237,10 +238,10 @@ class _Block:
     first_slot = which * plan.pieces % plan.slots
 
     def multiply(*accumulators):
-      # A loop, not unrolled: the addresses of all products at once would cost a hundred registers.
-      @pl.loop(0, 2 * plan.pieces)
+      # A loop, never unrolled: all products' addresses at once would cost a hundred registers. Pieces of padding add nothing.
+      @pl.loop(0, 2 * lax.div(self.valid + (ROWS - 1), jnp.int32(ROWS)))
       def _product(step):
-        term, part = lax.div(step, jnp.int32(plan.pieces)), lax.rem(step, jnp.int32(plan.pieces))
+        part, term = lax.div(step, jnp.int32(2)), lax.rem(step, jnp.int32(2))
         slot = lax.rem(part + first_slot, jnp.int32(plan.slots))
         for acc, (half, columns) in zip(accumulators, chunks, strict=True):
           plgpu.wgmma(acc, refs.weights_sm.at[term, part], refs.ring.at[slot, half, :, columns])
@@ -270,8 +271,9 @@ class _Block:
     if which < 2:
       squares = sum((x * x).sum(axis=1) for x in (biased(half, columns) for half in range(2) for columns in plan.chunks))
       inverse = parts.over_columns(lax.rsqrt(squares * (1 / plan.d) + EPS), COLUMNS)
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    for columns in plan.chunks:
+    before = self.pool_before(pooled_part)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # also: every thread has read the means
+    for i, columns in enumerate(plan.chunks):
       first, second = (biased(half, columns) for half in range(2))
       if which < 2:
         gains = (over_rows(refs.gains.at[which, half, columns]) for half in range(2))
@@ -282,12 +284,19 @@ class _Block:
         x = x.astype(refs.out.dtype)
         refs.out.at[half, :, columns][...] = x
         if pooled_part is not None:
-          self.pool(x, half, columns, pooled_part)
+          mean = self.mean(x, pooled_part)
+          refs.pool.at[half, columns][...] = mean if pooled_part == 0 else before[half][i] + mean
 
-  def pool(self, x, half, columns, part):
-    """Adds a piece's share of the mean over the tile's valid rows."""
+  def pool_before(self, part):
+    """What earlier pieces of the tile have added to its means. Several threads hold each number: all read before one writes."""
+    if not part:
+      return None
+    return [
+      [plgpu.load(self.refs.pool.at[half, columns], layout=_REDUCED) for columns in self.plan.chunks] for half in range(2)
+    ]
+
+  def mean(self, x, part):
+    """A piece's share of the mean over the tile's valid rows, float32 `[COLUMNS]`."""
     row = plgpu.broadcasted_iota(jnp.int32, (ROWS, COLUMNS), 0, layout=LAYOUT)
-    share = 1.0 / self.valid.astype(jnp.float32)
-    mean = jnp.where(row < self.valid - part * ROWS, x.astype(jnp.float32), 0.0).sum(axis=0) * share
-    target = self.refs.pool.at[half, columns]
-    target[...] = mean if part == 0 else mean + plgpu.load(target, layout=_REDUCED)
+    seen = jnp.where(row < self.valid - part * ROWS, x.astype(jnp.float32), 0.0)
+    return seen.sum(axis=0) * (1.0 / self.valid.astype(jnp.float32))

@@ -10,11 +10,19 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from freqformer.layout import TileLayout
+from freqformer.rotary import angle_tables
+from freqformer.spectral import SpectralBasis
+from freqformer.tile_cells import tile_cells
 from kernels import offline, pallas_mgpu, tuning
 from kernels.attention import attention
 from kernels.block_mask import BlockMask
+from kernels.linear import FEATURE_MAPS, Segments, linear_attention
+from kernels.lift import lift
+from kernels.prepare import BLOCKS, HEAD_DIMS, prepare
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "gpu_resources.json"
 ROWS, HEADS, LISTED = 1024, 4, 4
@@ -72,15 +80,43 @@ def resources(config: Config) -> dict[str, dict[str, int]]:
 
   with tuning.override(config.tuning()):
     found = offline.compile_for(both, x, x, x, mask, x, array(1, HEADS, ROWS, dtype=jnp.float32)).kernels
+  return _kept(found)
+
+
+def _kept(kernels):
   keep = ("registers", "spill_stores", "spill_loads", "shared_bytes")
-  return {k.name.rsplit("_", 1)[0]: {name: getattr(k, name) for name in keep} for k in found}
+  return {k.name.rsplit("_", 1)[0]: {name: getattr(k, name) for name in keep} for k in kernels}
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+AROUND = {f"around d{d} block {block}": (d, block) for d in HEAD_DIMS for block in BLOCKS}
+
+
+def resources_around(d: int, block: int) -> dict[str, dict[str, int]]:
+  """Of the kernels around attention, with tiles of several kinds, and without coarse tokens."""
+  layout = TileLayout.fit((9, 10, 20), block)
+  spectral = SpectralBasis("block_dct", (0.5,) * 3, (0.75,) * 3).fit(layout)
+  tables = tile_cells(spectral, -(-spectral.n_coarse // block) * block)
+  array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
+
+  def around(joint, bias, gains, packed, weights, positions, lengths, tables, centres):
+    operands = (joint, bias, gains, angle_tables(positions, d), lengths)
+    coarse = prepare(*operands, tables.cells(centres, d), pooled=True, implementation="pallas_mgpu")
+    alone = prepare(*operands, pooled=True, implementation="pallas_mgpu")
+    return coarse, alone, lift(packed, weights, weights > 0, tables.expansion, implementation="pallas_mgpu")
+
+  joint = array(1, layout.n_buffer, 3, HEADS, d, dtype=jnp.bfloat16)
+  packed = array(1, tables.front + layout.n_buffer, HEADS, d, dtype=jnp.bfloat16)
+  learned = array(3, HEADS, d), (array(d), array(d))
+  static = layout.arrays().positions, layout.arrays().kv_len, tables, spectral.centres
+  return _kept(offline.compile_for(around, joint, *learned, packed, array(1, HEADS), *static).kernels)
+
+
+@pytest.mark.parametrize("config", [*CONFIGS, *AROUND], ids=str)
 def test_resources(config):
   """No spills, within shared memory, and what the table says: a change is one to look at."""
-  found = resources(config)
-  assert set(found) == {"attention_forward", "attention_dq", "attention_dkv"}
+  found = resources_around(*AROUND[config]) if config in AROUND else resources(config)
+  names = {"prepare", "norm_rotary", "lift"} if config in AROUND else {"attention_forward", "attention_dq", "attention_dkv"}
+  assert set(found) == names
   for name, kernel in found.items():
     assert kernel["spill_stores"] == kernel["spill_loads"] == 0, (name, kernel)
     assert kernel["shared_bytes"] <= offline.SHARED_LIMIT, (name, kernel)
@@ -97,4 +133,5 @@ def test_predicted_shared_memory_is_enough():
 
 
 if __name__ == "__main__":
-  GOLDEN.write_text(json.dumps({str(c): resources(c) for c in CONFIGS}, indent=1) + "\n")
+  found = {str(c): resources(c) for c in CONFIGS} | {name: resources_around(*sizes) for name, sizes in AROUND.items()}
+  GOLDEN.write_text(json.dumps(found, indent=1) + "\n")
