@@ -185,25 +185,24 @@ class Session:
     }
 
   def around(self, spec: AttentionSpec) -> dict:
-    """What FreqFormer does around its attention call: selection, packing, compression, lift; rotary timed apart."""
+    """What FreqFormer does around its attention call, beyond the norm and rotary that every method has."""
     from benchmarks import layer  # needs flax, which a bare GPU machine may have in another version
-    from freqformer.rotary import rotate
 
     method, layout = layer_method(spec, self.plan.bands), spec.layout
-    q, k, v = gpu_masks.dense(spec).inputs()
+    joint = jax.numpy.stack(gpu_masks.dense(spec).inputs(), 2)
     arrays, tables = jax.tree.map(jax.numpy.asarray, (layout.arrays(), method.tables(layout)))
-    around = Call(functools.partial(layer.freqformer_without_attention, method), (q, k, v, arrays, tables))
+    around = Call(functools.partial(layer.around_attention, method, self.implementation), (joint, arrays, tables))
     handed_over, _ = around()
     attention = Call(functools.partial(attend, implementation=self.implementation), handed_over)
-    both = lambda q, k, positions: (rotate(q, positions), rotate(k, positions))
-    t = measure({"around": around, "attention": attention, "rotary": Call(both, (q, k, arrays.positions))}, self.plan.effort)
+    rotary = Call(functools.partial(layer.norm_and_rotary, self.implementation), (joint, arrays))
+    t = measure({"around": around, "attention": attention, "norm_and_rotary": rotary}, self.plan.effort)
     seconds = {name: measured.seconds for name, measured in t.items()}
     return {name: measured.row() for name, measured in t.items()} | {
       "n": spec.n,
       "seconds": seconds["around"],
-      "over_attention": (seconds["around"] - seconds["rotary"]) / seconds["attention"],
+      "over_attention": (seconds["around"] - seconds["norm_and_rotary"]) / seconds["attention"],
       "over_attention_with_rotary": seconds["around"] / seconds["attention"],
-      "note": "selection, packing, compression, lift; every method's rotary subtracted; no summary tokens",
+      "note": "selection, packing, compression, lift; every method's norm and rotary subtracted; no summary tokens",
     }
 
 

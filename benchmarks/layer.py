@@ -2,12 +2,14 @@
 
 from unittest import mock
 
+import jax
 import jax.numpy as jnp
 
 import freqformer.methods.freqformer as freqformer_module
 from freqformer.methods.base import Cond, Projected
 from freqformer.methods.freqformer import FreqFormer
-from freqformer.rotary import rotate
+from freqformer.rotary import angle_tables, rotate
+from kernels.prepare import EPS, prepare, unsupported
 
 
 def freqformer_forward(method: FreqFormer, q, k, v, arrays, tables, implementation: str | None = None):
@@ -32,3 +34,37 @@ def freqformer_without_attention(method: FreqFormer, *args):
   with mock.patch.object(freqformer_module, "attention", stand_in):
     out, _ = freqformer_forward(method, *args)
   return taken[0], out
+
+
+def projected(joint, arrays, implementation: str | None = None) -> Projected:
+  """What a layer hands to its method from the joint projection `[b, n_buffer, 3, h, d]`: gains 1, bias 0.
+
+  As in the layer, a kernel norms, rotates and packs where the device has one.
+  """
+  _, _, _, h, d = joint.shape
+  norm = lambda x: (x * jax.lax.rsqrt(jnp.square(x.astype(jnp.float32)).mean(-1, keepdims=True) + EPS)).astype(x.dtype)
+  finish, fused = (lambda x, positions: rotate(norm(x), positions)), None
+  if implementation in (None, "pallas_mgpu") and not unsupported(joint, arrays.layout.tiles):
+    learned = jnp.zeros((3, h, d), joint.dtype), (jnp.ones(d), jnp.ones(d)), angle_tables(arrays.positions, d)
+    fused = lambda cells=None, pooled=False: prepare(joint, *learned, arrays.kv_len, cells, pooled=pooled)
+  return Projected(*jnp.unstack(joint, axis=2), finish, finish, arrays, implementation, fused)
+
+
+def around_attention(method: FreqFormer, implementation, joint, arrays, tables):
+  """FreqFormer's layer between its projections without the attention call: what attention would get, and the output."""
+  taken = []
+
+  def stand_in(q, k, v, mask, **_):
+    taken.append((q, k, v, mask))
+    return v, None
+
+  cond = Cond(jnp.zeros(joint.shape[0]), jnp.zeros((joint.shape[0], 1)))
+  with mock.patch.object(freqformer_module, "attention", stand_in):
+    out, *_ = method(None, projected(joint, arrays, implementation), cond, tables, {})
+  return taken[0], out
+
+
+def norm_and_rotary(implementation, joint, arrays):
+  """What every method does with the joint projection: q and k finished, v split off."""
+  qkv = projected(joint, arrays, implementation)
+  return *qkv.rotated(), qkv.v
