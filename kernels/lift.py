@@ -65,7 +65,8 @@ def lift(packed, weights, low, expansion: Expansion, implementation=None):
 
 def unsupported(packed, expansion: Expansion, target: Target | None = None) -> str | None:
   """Why the kernel cannot run this call, all reasons at once; None if it can."""
-  return refusal(packed, expansion.block, expansion.matrices.shape[2] + (0 if expansion.aligned else 7), target)
+  most = MAX_CELLS if expansion.aligned else MAX_CELLS - 7  # it reads 64 rows from a multiple of 8 on
+  return refusal(packed, expansion.block, expansion.matrices.shape[2], target, most)
 
 
 @jax.named_scope("lift")

@@ -95,8 +95,8 @@ def unsupported(joint, tiles: int, cells: Cells | None = None, target: Target | 
   return refusal(joint, joint.shape[1] // tiles, 0 if cells is None else cells.matrices.shape[1], target)
 
 
-def refusal(x, block: int, cells: int, target: Target | None = None) -> str | None:
-  """What the kernels around attention do not take: of `x` `[..., d]` in tiles of `block` rows with `cells` coarse tokens."""
+def refusal(x, block: int, cells: int, target: Target | None = None, most: int = MAX_CELLS) -> str | None:
+  """What the kernels around attention do not take: of `x` `[..., d]` in tiles of `block` rows with `cells` (at most `most`) coarse tokens."""
   from kernels import pallas_mgpu_parts as parts  # Pallas is imported where it is used
 
   target = current_target() if target is None else target
@@ -109,8 +109,8 @@ def refusal(x, block: int, cells: int, target: Target | None = None) -> str | No
     reasons.append(f"head_dim is {x.shape[-1]}, it takes one of {HEAD_DIMS}")
   if block not in BLOCKS:
     reasons.append(f"a tile has {block} rows, it takes one of {BLOCKS}")
-  if cells > MAX_CELLS:
-    reasons.append(f"a tile has {cells} coarse tokens, it takes at most {MAX_CELLS}")
+  if cells > most:
+    reasons.append(f"a tile has {cells} coarse tokens, it takes at most {most}")
   return "; ".join(reasons) or None
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,11 @@ from kernels import attention as attention_entry
 from kernels import lift_mgpu, prepare_mgpu
 from kernels import pallas_mgpu_parts as parts
 from kernels.lift import lift
+from kernels.lift import unsupported as lift_unsupported
 from kernels.prepare import prepare, unsupported
+from kernels.target import Target
 
+HOPPER = Target("cuda", "NVIDIA H100 80GB HBM3", "9.0")
 BASIS = SpectralBasis("block_dct", (0.5, 0.5, 0.5), (0.75, 0.75, 0.75))
 
 
@@ -50,10 +54,10 @@ CASES = {
 }
 
 
-def _inputs(case, dtype=jnp.bfloat16, seed=0):
+def _inputs(case, dtype=jnp.bfloat16, seed=0, basis=BASIS):
   """Arguments of `prepare`; padding rows hold large numbers."""
   layout, draw = case.layout, np.random.default_rng(seed)
-  arrays, spectral = layout.arrays(), BASIS.fit(layout)
+  arrays, spectral = layout.arrays(), basis.fit(layout)
   front = -(-spectral.n_coarse // case.block) * case.block
   joint = draw.standard_normal((case.b, layout.n_buffer, 3, case.h, case.d))
   joint[:, ~arrays.valid] *= 1e3
@@ -100,11 +104,11 @@ def test_plain_form_is_the_layers_own_operators(case):
 
 
 def test_prepare_kernel(case):
-  """Against the plain form in float32 from the same 16-bit inputs: one rounding apart."""
+  """Against the plain form in float32 from the same 16-bit inputs: one rounding apart. The first case watches for races."""
   joint, bias, gains, tables, lengths, cells, spectral = _inputs(case)
   cells = cells.cells(spectral.centres, case.d)
   want = prepare(joint.astype(jnp.float32), bias, gains, tables, lengths, cells, pooled=True, implementation="plain")
-  with parts.interpreted():
+  with parts.interpreted(detect_races=case == CASES["alike"]):
     assert unsupported(joint, len(lengths), cells) is None
     got = jax.jit(lambda *a: prepare(*a, pooled=True))(joint, bias, gains, tables, lengths, cells)
     alone = jax.jit(prepare)(joint, bias, gains, tables, lengths)
@@ -131,7 +135,7 @@ def test_lift_kernel(case):
   coarse = jnp.where(low[:, None, :, None], wide[:, : spectral.n_coarse], 0)
   want = (wide[:, cells.front :] + spectral.lift(coarse)) * weights[:, None, :, None]
   _close(lift(wide, weights, low, cells.expansion), want, 1e-5)
-  with parts.interpreted():
+  with parts.interpreted(detect_races=case == CASES["alike"]):
     got = jax.jit(lift)(packed, weights, low, cells.expansion)
   valid = case.layout.arrays().valid
   _close(got[:, valid], want[:, valid], 2e-2)
@@ -182,3 +186,18 @@ def test_layer_with_and_without_kernels(method, monkeypatch):
   _close(jnp.where(valid, got, 0), jnp.where(valid, want, 0), 0.1)
   for g, w in zip(jax.tree.leaves(got_grads), jax.tree.leaves(want_grads), strict=True):
     assert float(jnp.linalg.norm((g - w).astype(jnp.float32))) <= 2e-2 * float(jnp.linalg.norm(w.astype(jnp.float32)))
+
+
+def test_refusals():
+  """Every reason at once; a named kernel is not replaced."""
+  case = dataclasses.replace(CASES["ragged"], block=72, d=80)
+  joint, bias, gains, tables, lengths, _, _ = _inputs(case, jnp.float32)
+  assert re.search("compute capability 9.0.*float32.*head_dim is 80.*72 rows", unsupported(joint, len(lengths)))
+  assert unsupported(jnp.zeros((1, 128, 3, 1, 64), jnp.bfloat16), 1, None, HOPPER) is None
+  with pytest.raises(NotImplementedError, match="head_dim is 80"):
+    prepare(joint, bias, gains, tables, lengths, implementation="pallas_mgpu")
+  *_, cells, spectral = _inputs(
+    dataclasses.replace(CASES["ragged"], tile=(4, 4, 4)), basis=SpectralBasis("block_dct", *[(1,) * 3] * 2)
+  )
+  reason = lift_unsupported(jnp.zeros((1, 1024, 1, 64), jnp.bfloat16), cells.expansion, HOPPER)
+  assert reason == "a tile has 64 coarse tokens, it takes at most 57"
