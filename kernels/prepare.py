@@ -96,7 +96,7 @@ def unsupported(joint, tiles: int, cells: Cells | None = None, target: Target | 
 
 
 def refusal(x, block: int, cells: int, target: Target | None = None, most: int = MAX_CELLS) -> str | None:
-  """What the kernels around attention do not take: of `x` `[..., d]` in tiles of `block` rows with `cells` (at most `most`) coarse tokens."""
+  """What the kernels around attention do not take of `x` `[..., d]` in tiles of `block` rows with `cells` coarse tokens."""
   from kernels import pallas_mgpu_parts as parts  # Pallas is imported where it is used
 
   target = current_target() if target is None else target
