@@ -4,7 +4,6 @@ Forward reads q, k, v and writes the output once, beside a segment's sums (d (d 
 Nothing is moved for heads that take no part. The products' operands are bfloat16, sums and denominators float32.
 """
 
-import jax
 import jax.numpy as jnp
 
 from kernels import linear_mgpu_kernels as kernels
@@ -38,9 +37,7 @@ def forward(feature_map, q, k, v, segments, reads, heads, into):
   sums = _sums(walk, segments, k, v, jnp.asarray(segments.work.fresh)[None, None], None)
   sums = _read_sums(reads, *sums)
   into = jnp.zeros(q.shape, q.dtype) if into is None and heads is not None else into
-  target = None if into is None else jax.new_ref(into)
-  *out, log_den = kernels.read(walk, q, *sums, jnp.asarray(segments.work.valid)[None, None], target)
-  out = out[0] if target is None else jax.freeze(target)
+  out, log_den = kernels.read(walk, q, *sums, jnp.asarray(segments.work.valid)[None, None], into)
   log_den = segments.work.buffer_rows(log_den)
   if heads is not None:
     log_den = jnp.where(heads[..., None], log_den, -jnp.inf)

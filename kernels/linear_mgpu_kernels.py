@@ -118,11 +118,11 @@ class _Ring:
       numbers = source.at[(*parts.at(source, sample, head), self.rows(s))]
       plgpu.copy_gmem_to_smem(numbers, ring.at[slot], self.full.at[slot])
 
-  def store(self, s, ring, target):
-    """Starts the copies of a slot's rows to where they belong."""
-    (sample, head), slot = self.place, self.slot(s)
+  def store(self, s, shared, target):
+    """Starts the copies of a stage's rows `[64, d]` to where they belong."""
+    sample, head = self.place
     for rows, lanes in self.boxes(s):
-      plgpu.copy_smem_to_gmem(ring.at[slot, lanes], target.at[sample, rows, head])
+      plgpu.copy_smem_to_gmem(shared.at[lanes], target.at[sample, rows, head])
 
   def rows(self, s):
     """The stage's rows in the order of the stages."""
@@ -283,10 +283,10 @@ def read(walk: Walk, q, state, total, valid, into):
   Args:
     state: bf16 `[b, h, segments, d, d]`; total: float32 `[b, h, segments, d]`.
     valid: float32 `[1, 1, rows]`, 0 for rows that read nothing.
-    into: None, or a reference `[b, n, h, d]` that the heads' rows are written to.
+    into: None, or `[b, n, h, d]`, whose rows of the heads that take part are overwritten; in place where nobody else reads it.
 
   Returns:
-    out `[b, n, h, d]`, unless it went elsewhere, and log_den float32 `[b, h, rows]`. Heads that take no part are not written.
+    out `[b, n, h, d]`, and log_den float32 `[b, h, rows]`, which is not written where a head takes no part.
   """
   (b, _, h, d), segments, low = q.shape, state.shape[2], q.dtype
 
@@ -320,15 +320,24 @@ def read(walk: Walk, q, state, total, valid, into):
       log_den = jnp.where(some, jnp.log(jnp.where(some, den, 1.0)), -jnp.inf)
       log_gm.at[pl.ds(((sample * h + head) * walk.work.rows + (ring.begin + s) * STAGE), STAGE)][...] = log_den
       plgpu.commit_smem()
-      ring.store(s, q_sm, out_gm)
+      ring.store(s, q_sm.at[slot], out_gm)
 
     plgpu.wait_smem_to_gmem(0)
 
-  log = jax.ShapeDtypeStruct((b * h * walk.work.rows,), jnp.float32)
-  out = [log] if into is not None else [jax.ShapeDtypeStruct(q.shape, low), log]
-  operands = [q, valid, state, total, *([] if into is None else [into])]
-  *out, log_den = _launch(linear_read, walk, operands, (1, 1, len(walk.work.start)), out, _sums_types(d, low))
-  return *out, log_den.reshape(b, h, -1)
+  log, extra = jax.ShapeDtypeStruct((b * h * walk.work.rows,), jnp.float32), _sums_types(d, low)
+
+  def launch(out, targets=()):
+    return _launch(linear_read, walk, [q, valid, state, total, *targets], (1, 1, len(walk.work.start)), out, extra)
+
+  if into is None:
+    out, log_den = launch([jax.ShapeDtypeStruct(q.shape, low), log])
+  else:  # what a kernel writes to that is not its result is an operand by reference
+
+    def write(targets):
+      launch([], targets)
+
+    out, log_den = pl.run_state(write)((into, lax.empty(log.shape, log.dtype)))
+  return out, log_den.reshape(b, h, -1)
 
 
 def dq(walk: Walk, q, d_out, inverse, d_den, state, total):
@@ -363,7 +372,7 @@ def dq(walk: Walk, q, d_out, inverse, d_den, state, total):
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
       plgpu.commit_smem()
       ring.refill(s)
-      ring.store(s, q_sm, dq_gm)
+      ring.store(s, q_sm.at[slot], dq_gm)
 
     plgpu.wait_smem_to_gmem(0)
 
@@ -388,22 +397,23 @@ def dkv(walk: Walk, k, v, valid, d_state, d_total):
     def _stage(s):
       slot = ring.slot(s)
       plgpu.barrier_wait(ring.full.at[slot])
-      p_sm[...] = _phi(walk.feature_map, _rows(k_sm, slot)).astype(low)
+      p = _phi(walk.feature_map, _rows(k_sm, slot)).astype(low)
+      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+      p_sm[...] = p
       plgpu.commit_smem()
+      ring.refill(s)
       seen = parts.over_columns(_numbers(valid_sm, slot), d)
       (dv,) = _products((p_sm, state_sm))
-      dv = (dv * seen).astype(low)
+      plgpu.commit_smem()  # every warp has read its operands: their place may be written
+      p_sm[...] = (dv * seen).astype(low)
       (g,) = _products((v_sm.at[slot], state_sm.transpose((1, 0))))
       total = plgpu.load(total_sm, layout=LAYOUT.reduce(0))
       x = _rows(k_sm, slot)  # again, and the features too: beside products there are no registers to keep them
       g = _phi_back(walk.feature_map, x, _phi(walk.feature_map, x), g + parts.over_rows(total))
       k_sm.at[slot][...] = (g * seen).astype(low)
-      plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # and every warp has read its operands
-      v_sm.at[slot][...] = dv
       plgpu.commit_smem()
-      ring.refill(s)
-      ring.store(s, k_sm, dk_gm)
-      ring.store(s, v_sm, dv_gm)
+      ring.store(s, k_sm.at[slot], dk_gm)
+      ring.store(s, p_sm, dv_gm)
 
     plgpu.wait_smem_to_gmem(0)
 

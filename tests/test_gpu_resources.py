@@ -20,8 +20,8 @@ from freqformer.tile_cells import tile_cells
 from kernels import offline, pallas_mgpu, tuning
 from kernels.attention import attention
 from kernels.block_mask import BlockMask
-from kernels.linear import FEATURE_MAPS, Segments, linear_attention
 from kernels.lift import lift
+from kernels.linear import FEATURE_MAPS, Segments, linear_attention
 from kernels.prepare import BLOCKS, HEAD_DIMS, prepare
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "gpu_resources.json"
@@ -111,12 +111,35 @@ def resources_around(d: int, block: int) -> dict[str, dict[str, int]]:
   return _kept(offline.compile_for(around, joint, *learned, packed, array(1, HEADS), *static).kernels)
 
 
-@pytest.mark.parametrize("config", [*CONFIGS, *AROUND], ids=str)
+LINEAR = {f"linear d128 {feature_map}": feature_map for feature_map in FEATURE_MAPS}
+
+
+def resources_linear(feature_map: str) -> dict[str, dict[str, int]]:
+  """Of linear attention at its largest: runs of 40 rows, eight copies a stage. Of the sums, the backward's, which take more."""
+  x = jax.ShapeDtypeStruct((1, ROWS, HEADS, 128), jnp.bfloat16)
+  segments = Segments.of_ids(np.resize(np.repeat(np.arange(4), 40), ROWS))
+
+  def both(q, k, v, segments, d_out):
+    call = lambda *x: linear_attention(*x, segments, feature_map=feature_map, implementation="pallas_mgpu")[0]
+    out, vjp = jax.vjp(call, q, k, v)
+    return out, vjp(d_out)
+
+  return _kept(offline.compile_for(both, x, x, x, segments, x).kernels)
+
+
+def resources_of(config) -> dict[str, dict[str, int]]:
+  """Of a `Config`, or of a name in `AROUND` or `LINEAR`."""
+  if config in LINEAR:
+    return resources_linear(LINEAR[config])
+  return resources_around(*AROUND[config]) if config in AROUND else resources(config)
+
+
+@pytest.mark.parametrize("config", [*CONFIGS, *AROUND, *LINEAR], ids=str)
 def test_resources(config):
   """No spills, within shared memory, and what the table says: a change is one to look at."""
-  found = resources_around(*AROUND[config]) if config in AROUND else resources(config)
+  found = resources_of(config)
   names = {"prepare", "norm_rotary", "lift"} if config in AROUND else {"attention_forward", "attention_dq", "attention_dkv"}
-  assert set(found) == names
+  assert set(found) == ({"linear_states", "linear_read", "linear_dq", "linear_dkv"} if config in LINEAR else names)
   for name, kernel in found.items():
     assert kernel["spill_stores"] == kernel["spill_loads"] == 0, (name, kernel)
     assert kernel["shared_bytes"] <= offline.SHARED_LIMIT, (name, kernel)
@@ -133,5 +156,5 @@ def test_predicted_shared_memory_is_enough():
 
 
 if __name__ == "__main__":
-  found = {str(c): resources(c) for c in CONFIGS} | {name: resources_around(*sizes) for name, sizes in AROUND.items()}
+  found = {str(c): resources_of(c) for c in [*CONFIGS, *AROUND, *LINEAR]}
   GOLDEN.write_text(json.dumps(found, indent=1) + "\n")

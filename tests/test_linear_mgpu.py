@@ -1,0 +1,176 @@
+"""The Hopper kernels of linear attention on a machine without one: numerics by interpretation, order of work, refusals."""
+
+import functools
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import kernels.segments
+from freqformer.layout import TileLayout
+from kernels import offline
+from kernels import pallas_mgpu_parts as parts
+from kernels.linear import Segments, choose_backend, linear_attention
+from kernels.target import Target
+
+HOPPER = Target("cuda", "NVIDIA H100 80GB HBM3", "9.0")
+# Runs of 40 rows: boxes of 8. Segment 2 is empty, 3 short of rows, one box has no segment at all.
+FRAMES = np.repeat([0, 1, 3, 0, 4], [40, 40, 16, 24, 40]).astype(np.int32)
+FRAMES[[7, 8, 50, 79]] = -1
+FRAMES[88:96] = -1
+TILES = np.array([64, 13, 0, 64, 30], np.int32)
+
+
+def draw(segments, b, h, d):
+  rng = np.random.default_rng(d)
+  rows = [jnp.asarray(rng.standard_normal((b, segments.buffer, h, d)), jnp.bfloat16) for _ in range(5)]
+  return rows, rng.standard_normal((b, h, segments.buffer)).astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def run(implementation, feature_map, rows, d_log, segments, reads=None, heads=None):
+  """Both results, and the gradients of q, k, v and into."""
+  *qkv, d_out, into = rows
+
+  def call(q, k, v, into):
+    into = None if heads is None else into
+    how = dict(reads=reads, heads=heads, into=into, feature_map=feature_map, implementation=implementation)
+    return linear_attention(q, k, v, segments, **how)
+
+  found, rule = jax.vjp(call, *qkv, into)
+  return *found, *rule((d_out, d_log))
+
+
+def error(got, want):
+  """RMS of the difference; both must be finite in the same places."""
+  got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+  there = np.isfinite(want)
+  np.testing.assert_array_equal(np.isfinite(got), there)
+  return np.sqrt(((got - want)[there] ** 2).mean())
+
+
+def in_chunks(n):
+  with mock.patch.object(kernels.segments, "_CHUNK", 2):
+    return Segments.whole(n)
+
+
+CASES = {
+  "frames": ("softmax", 1, 64, Segments.of_ids(FRAMES), {}),
+  "heads": ("elu", 2, 128, Segments.of_tiles(TILES[:2], 64), dict(heads=np.array([[True, False], [False, True]]))),
+  "tiles": ("relu", 2, 64, Segments.of_tiles(TILES, 64), dict(reads=np.random.default_rng(0).random((2, 1, 5, 5)) > 0.5)),
+  "chunks": ("elu", 1, 64, in_chunks(200), dict(heads=np.array([[True, False]]))),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_errs_no_more_than_xla(name):
+  """All results against float32: RMS error at most 1.2 times that of XLA with the same bfloat16 operands."""
+  feature_map, b, d, segments, how = CASES[name]
+  rows, d_log = draw(segments, b, 2 if "heads" in how else 1, d)
+  with parts.interpreted():
+    got = run("pallas_mgpu", feature_map, rows, d_log, segments, **how)
+  plain = run("xla", feature_map, rows, d_log, segments, **how)
+  want = run("xla", feature_map, [x.astype(jnp.float32) for x in rows], d_log, segments, **how)
+  for what, x, y, z in zip(("out", "log_den", "dq", "dk", "dv", "d_into"), got, plain, want, strict=True):
+    assert x.dtype == y.dtype and x.shape == y.shape
+    assert error(x, z) <= 1.2 * error(y, z) + 1e-7, (what, error(x, z), error(y, z))
+  if "heads" in how:
+    others = ~np.broadcast_to(how["heads"], (b, 2))
+    np.testing.assert_array_equal(*(np.asarray(x).transpose(0, 2, 1, 3)[others] for x in (got[0], rows[4])))
+
+
+def test_rows_without_a_segment_and_repeats():
+  """1e4 in rows of no segment, and cotangents without numbers there, change nothing; two runs agree bit for bit."""
+  segments = Segments.of_ids(FRAMES)
+  rows, d_log = draw(segments, 1, 1, 64)
+  none = (FRAMES < 0)[:, None, None]
+  dirty = [jnp.where(none, jnp.asarray(y, x.dtype), x) for x, y in zip(rows, (1e4, 1e4, 1e4, jnp.nan, 0), strict=True)]
+  with parts.interpreted():
+    clean = run("pallas_mgpu", "softmax", rows, d_log, segments)
+    soiled = run("pallas_mgpu", "softmax", dirty, np.where(FRAMES < 0, np.nan, d_log), segments)
+  for x, y in zip(clean[:5], soiled[:5], strict=True):
+    np.testing.assert_array_equal(x, y)
+  assert (clean[0][:, FRAMES < 0] == 0).all() and (clean[1][..., FRAMES < 0] == -np.inf).all()
+  assert all((g[:, FRAMES < 0] == 0).all() for g in clean[2:5])
+
+
+def test_no_races():
+  """Rings that wrap around, several boxes a stage; no box stands for a second time, which would be a race that is meant."""
+  segments = Segments.of_ids(np.tile(np.repeat([0, 1], 32), 10))
+  rows, d_log = draw(segments, 1, 1, 64)
+  with parts.interpreted(detect_races=True):
+    run("pallas_mgpu", "softmax", rows, d_log, segments)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_work_covers_every_row_once(seed):
+  """Random runs, empty segments, rows of none: what the stages hold, and who owns them."""
+  rng = np.random.default_rng(seed)
+  ids = np.repeat(rng.integers(-1, 5, 12), 8 * rng.integers(1, 20 * (1 + 20 * (seed == 0)), 12)).astype(np.int32)
+  ids[rng.random(len(ids)) < 0.1] = -1
+  ids[:8] = 6  # 5 is empty
+  segments = Segments.of_ids(ids)
+  work = segments.work
+  rows = (work.boxes[..., None] * work.box + np.arange(work.box)).reshape(-1)
+  np.testing.assert_array_equal(rows[work.back], np.arange(len(ids)))
+  np.testing.assert_array_equal(np.bincount(rows, work.fresh, len(ids)), ids >= 0)
+  np.testing.assert_array_equal(work.valid > 0, ids[rows] >= 0)
+  stages = np.concatenate([np.arange(s, s + c) for s, c in zip(work.start, work.count, strict=True)])
+  np.testing.assert_array_equal(np.sort(stages), np.arange(len(work.boxes)))
+  owner = np.repeat(np.arange(len(work.start)) // work.per_segment, work.count)[np.argsort(stages)]
+  owner = np.where(owner < segments.count, owner, -1).repeat(64)
+  np.testing.assert_array_equal(np.where(work.valid > 0, owner, ids[rows]), ids[rows])
+  assert work.count.max() <= 32
+
+
+def test_work_on_video():
+  """Frames of whole tiles cost no row twice; frames that share eight rows have no order of work."""
+  frames = lambda layout: np.where(layout.arrays().valid, layout.arrays().positions[:, 0], -1).astype(np.int32)
+  even, odd = TileLayout.fit((16, 64, 64), 128), TileLayout.fit((21, 30, 52), 128)
+  work = Segments.of_ids(frames(even)).work
+  assert work.box == 32 and work.rows == even.n_buffer and work.fresh.all()
+  assert Segments.of_ids(frames(odd)).work is None
+  assert Segments.of_tiles(TILES, 32).work is None
+
+
+def test_refusals_and_choice():
+  x = lambda dtype=jnp.bfloat16, d=64, n=256: jax.ShapeDtypeStruct((1, n, 2, d), dtype)
+  good, bad = Segments.whole(256), Segments.of_ids(np.arange(256) % 2)
+  assert choose_backend(x(), good, target=HOPPER) == "pallas_mgpu"
+  assert choose_backend(x(), bad, target=HOPPER) == "xla"
+  assert choose_backend(x(), good) == "xla"
+  with pytest.raises(NotImplementedError, match="float16, it takes bfloat16.*head_dim is 80.*several segments"):
+    choose_backend(x(jnp.float16, 80), bad, "pallas_mgpu", HOPPER)
+  with pytest.raises(NotImplementedError, match="9.0.*A100"):
+    choose_backend(x(), good, "pallas_mgpu", Target("cuda", "NVIDIA A100", "8.0"))
+  with pytest.raises(ValueError, match="pallas_mgpu, xla or None"):
+    choose_backend(x(), good, "reference")
+  q = jnp.zeros((1, 8, 2, 4))
+  with pytest.raises(ValueError, match="heads must be bool"):
+    linear_attention(q, q, q, heads=np.ones((1, 3), bool))
+  with pytest.raises(ValueError, match="into must come with heads"):
+    linear_attention(q, q, q, into=q)
+
+
+def test_in_place_and_on_two_devices():
+  """Compiled for two H100s: no copy of the output that is written into, and nothing is gathered."""
+  x, heads = jax.ShapeDtypeStruct((2, 1024, 4, 64), jnp.bfloat16), jax.ShapeDtypeStruct((2, 4), jnp.bool_)
+
+  def call(q, k, v, d_out, segments, heads):
+    def f(q, k, v):
+      how = dict(heads=heads, into=jnp.sin(v), implementation="pallas_mgpu")
+      return linear_attention(q, k, v, segments, **how)[0]
+
+    out, rule = jax.vjp(f, q, k, v)
+    return out, rule(d_out)
+
+  places = (P(None, None, "data"),) * 4 + (P(), P(None, "data"))
+  segments = Segments.of_ids(np.tile(np.repeat(np.arange(4), 32), 8))
+  found = offline.compile_for(call, *[x] * 4, segments, heads, devices=2, shardings=places)
+  text = found.compiled.as_text()
+  assert not any(word in text for word in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))
+  assert [k.name.rsplit("_", 1)[0] for k in found.kernels].count("linear_read") == 1
+  assert "bf16[2,1024,2,64]{3,2,1,0} copy(" not in text
