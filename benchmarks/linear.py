@@ -59,15 +59,17 @@ class Shape:
     return jax.ShapeDtypeStruct((1, self.layout().n_buffer, self.heads, self.head_dim), jnp.bfloat16)
 
 
-def linear_bytes(operations: list[hlo_bytes.Operation], share: float, in_place: int) -> tuple[float, int]:
+def linear_bytes(operations: list[hlo_bytes.Operation], share: float, in_place: float) -> tuple[float, int]:
   """Bytes that linear attention moves in a compiled program, and its kernels.
 
   Args:
     operations: of the whole program; those in the scope of the sparse heads are left out.
     share: of the heads that take part; a Mosaic kernel moves nothing for the others.
-    in_place: bytes of the array that `linear_read` writes into, which is an operand but not read; 0 if there is none.
+    in_place: bytes of the arrays that `linear_read` writes into, which are operands but not read; 0 if there are none.
   """
-  ours = [o for o in operations if not any(f"/{_OTHERS}/" in scope for scope in o.scopes)]
+  # What only allocates moves nothing.
+  left_out = lambda scope: f"/{_OTHERS}/" in scope or scope.endswith("/empty")
+  ours = [o for o in operations if not any(map(left_out, o.scopes))]
   within = lambda o: in_place * any("linear_read" in scope for scope in o.scopes)
   return sum((o.bytes - within(o)) * share if o.kernel else o.bytes for o in ours), len(ours)
 
@@ -94,7 +96,8 @@ def sparseflow(name: str, shape: Shape, method: SparseFlow, implementation: str)
     return run(q, k, v, tables.frames, heads=heads, into=out)[0]
 
   compiled = offline.compile_for(call, x, x, x, tables, jax.ShapeDtypeStruct(fixed.shape, bool))
-  row = modelled(name, shape, method, own, compiled, in_place=2 * x.size * (implementation != "xla"))
+  in_place = (2 + 4 / shape.head_dim) * x.size  # the output, and a logarithm per row
+  row = modelled(name, shape, method, own, compiled, in_place * (implementation != "xla"))
   return row | {"allocation": SPLIT}
 
 
@@ -108,13 +111,14 @@ def sparse_linear(name: str, shape: Shape, method: SparseLinear, implementation:
   return modelled(name, shape, method, shape.heads, compiled)
 
 
-def modelled(name: str, shape: Shape, method: Method, own: int, compiled: offline.Compilation, in_place: int = 0) -> dict:
+def modelled(name: str, shape: Shape, method: Method, own: int, compiled: offline.Compilation, in_place: float = 0.0) -> dict:
   """Seconds of linear attention on `own` heads, as compiled and at the least bytes, beside the sparse launch and in a block."""
   layout, share = shape.layout(), own / shape.heads
   moved, kernels = linear_bytes(hlo_bytes.operations(compiled.compiled.as_text()), share, in_place)
   least = 4 * 2 * shape.rows().size * share  # q, k, v in, the output out
   cost = method.cost(layout, shape.heads, shape.head_dim, SPLIT if isinstance(method, SparseFlow) else None)
-  flops = cost.linear_flops * (share if getattr(method, "routed", False) else 1.0)
+  sums = layout.tiles**2 if isinstance(method, SparseLinear) else 0  # segments read the sums of others
+  flops = (4.0 * layout.n + 2.0 * sums) * shape.head_dim * (shape.head_dim + 1) * own
   sparse_s, linear_s, least_s = cost.attention_flops / TENSOR_RATE, moved / COPY_RATE, least / COPY_RATE
   linear_s, least_s = (max(s, flops / TENSOR_RATE) for s in (linear_s, least_s))
   card = load_model(BLOCK)

@@ -4,9 +4,9 @@ Implements the abstract of SparseFlow-Attention (Zenodo 19712508): temporal atte
 spatial attention, a temporal budget that depends on the timestep (sparser early in denoising), a head-wise router, soft in
 training and hard in evaluation. Every constant below is ours, the schedule's form too (docs/methods.md).
 
-A head on the linear path has count 0 in every row of the table, so it pays for no softmax. Where heads are routed, linear
-attention itself runs for all of them: shapes stay static, and its FLOPs are (d + 1) / n of dense attention's. Under a fixed
-allocation each op runs on its own heads only.
+A head on the linear path has count 0 in every row of the table, so it pays for no softmax. In evaluation linear attention
+leaves the sparse heads alone and writes into their output; where heads are routed, XLA runs it for all of them, since its
+shapes are static, and the Hopper kernels for their own.
 """
 
 import dataclasses
@@ -30,8 +30,8 @@ from kernels.cost import CallCost, count
 from kernels.linear import FEATURE_MAPS, Segments, linear_attention
 
 SPARSE, LINEAR = range(2)
-# Of linear attention as XLA compiles it for an H100, elu, bfloat16 (benchmarks/linear.py); the least would be 8 bytes.
-_LINEAR_BYTES, _LINEAR_KERNELS = 33.0, 8  # bytes per element of q
+# Of linear attention on a Hopper GPU, its own heads (benchmarks/linear.py); the least would be 8 bytes.
+_LINEAR_BYTES, _LINEAR_KERNELS = 9.1, 4  # bytes per element of q
 DIRECTIONS = ("sparse_early", "dense_early")
 SHAPES = {"linear": lambda u: u, "cosine": lambda u: (1 - jnp.cos(jnp.pi * u)) / 2, "step": lambda u: 1.0 * (u >= 0.5)}
 
@@ -139,15 +139,16 @@ class SparseFlow(RoutedMethod):
   def cost(self, layout: TileLayout, heads, head_dim, allocation=None) -> Cost:
     """Pairs of the temporal table, averaged over uniform t, times the share of sparse heads; and linear attention.
 
-    `allocation` defaults to the fixed one, or to the router's prior. Linear attention runs on all heads, under a fixed
-    allocation on its own: state and norm 2 n d (d + 1), reading them as much again. Not counted: the router and its
-    statistics (below 1e-4 of the layer).
+    `allocation` defaults to the fixed one, or to the router's prior. Linear attention: state and norm 2 n d (d + 1), reading
+    them as much again; of all heads where they are routed, as soft training and the portable backend run it. Its bytes are
+    those of the Hopper kernels in evaluation, which leave the other heads out. Not counted: the router and its statistics
+    (below 1e-4 of the layer).
     """
     share, shares, levels = self._expected(layout, allocation)
     ran = heads if self.routed else heads * (1 - share)
     linear = Cost(
       linear_flops=4.0 * layout.n * head_dim * (head_dim + 1) * ran,
-      linear_bytes=_LINEAR_BYTES * layout.n * head_dim * ran,
+      linear_bytes=_LINEAR_BYTES * layout.n * head_dim * heads * (1 - share),
       launches=_LINEAR_KERNELS,
     )
     return attention_cost(heads * share * float(shares @ levels.pairs()[:, 0]), head_dim) + linear
