@@ -27,7 +27,7 @@ from benchmarks.hlo_bytes import operations  # noqa: E402
 from benchmarks.rows import write_rows  # noqa: E402
 from freqformer.attention import AttentionDims, SpectralAttention  # noqa: E402
 from freqformer.methods.base import Cond  # noqa: E402
-from freqformer.methods.freqformer import FreqFormer  # noqa: E402
+from freqformer.methods.freqformer import FILTERS, FreqFormer  # noqa: E402
 from kernels.offline import compile_for  # noqa: E402
 
 _DEVICE = flags.DEFINE_enum(
@@ -35,6 +35,9 @@ _DEVICE = flags.DEFINE_enum(
 )
 _SPECS = flags.DEFINE_multi_string(
   "spec", ["a_64k", "a_128k", "a_1m"], "Shapes of benchmarks/arg_specs.py.", allow_override=True
+)
+_FILTER = flags.DEFINE_enum(
+  "filter", "none", FILTERS, "Which projections are band-filtered; part of the rows' names unless none."
 )
 _NOTE = flags.DEFINE_string("note", "", "Added to the rows' names, to keep two versions side by side.")
 BYTES_PER_S, FLOPS_PER_S = 3.0e12, 700e12
@@ -46,10 +49,10 @@ _PASSES = 9
 
 
 def freqformer(spec) -> FreqFormer:
-  """3 low, 6 mid, 3 high heads of 12, nothing filtered."""
+  """3 low, 6 mid, 3 high heads of 12."""
   share = spec.heads // 4
   mid = max(1, int(spec.layout.tiles * DENSITY))
-  return FreqFormer(allocation=(share, spec.heads - 2 * share, share), mid_tiles=mid, window=(3, 3, 3))
+  return FreqFormer(allocation=(share, spec.heads - 2 * share, share), mid_tiles=mid, window=(3, 3, 3), filter=_FILTER.value)
 
 
 def layer(spec, method):
@@ -98,8 +101,9 @@ def measure(spec) -> dict:
   attention_s = max(flops / FLOPS_PER_S, 4 * unit / BYTES_PER_S)
   total = sum(moved.values())
   over_rotary = total - 6 * unit - 2 * 4 * spec.layout.n_buffer * spec.head_dim  # two float32 tables of half the channels
+  filtered = f"_filter_{method.filter}" if method.filter != "none" else ""
   return {
-    "name": f"memory_bound_{spec.name}{_NOTE.value}",
+    "name": f"memory_bound_{spec.name}{filtered}{_NOTE.value}",
     "expected": True,
     "tokens": spec.n,
     "parts_bytes": {k: int(v) for k, v in moved.most_common()},
@@ -120,7 +124,8 @@ def main(_):
   logging.set_verbosity(logging.INFO)
   rows = [measure(SPECS[name]) for name in _SPECS.value]
   context = {"device": "NVIDIA H100 80GB HBM3 (compiled for, absent)"}
-  write_rows("memory_bound", [context | row for row in rows], "python -m benchmarks.memory_bound --device=offline")
+  command = "python -m benchmarks.memory_bound --device=offline" + f" --filter={_FILTER.value}" * (_FILTER.value != "none")
+  write_rows("memory_bound", [context | row for row in rows], command)
   for row in rows:
     print(
       f"{row['name']}: {row['arrays']} arrays of tokens, expected {row['expected_parts_ms']:.2f} ms beside "

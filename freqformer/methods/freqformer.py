@@ -138,11 +138,13 @@ class FreqFormer(RoutedMethod):
     if routing.all_branches:  # head index = branch * h + head
       choice, repeat = np.repeat(np.arange(3, dtype=np.int32), h)[None], lambda x: jnp.tile(x, (1, 1, 3, 1))
     fused, pools = qkv.prepare is not None and tables.cells is not None, None
-    if fused and self.filter == "none":
+    if fused and self.filter != "qkv":
       *packed, q_pool, k_pool = qkv.prepare(tables.cells.cells(spectral.centres, qkv.q.shape[-1]), pooled=True)
       (q, k, v), pools = map(repeat, packed), (q_pool, k_pool)
-    else:
-      q, k, v = self._packed(qkv, spectral, choice, repeat, tables.coarse_tiles)
+    if not fused or self.filter != "none":
+      names = "v" if pools else "qkv"
+      *rest, v = self._packed(qkv, spectral, choice, repeat, tables.coarse_tiles, names)
+      q, k = rest or (q, k)
     mid = self._mid_table(qkv, cond, tables, (q, k), pools)
     masks = (tables.low, mid, tables.high)
     if routing.all_branches:
@@ -197,14 +199,14 @@ class FreqFormer(RoutedMethod):
     return dataclasses.replace(mask, kv_bias=tables.high.kv_bias)
 
   @jax.named_scope("pack")
-  def _packed(self, qkv, spectral: SpectralTables, choice, repeat, coarse_tiles):
-    """q, k, v of the packed buffer: compress or filter first, then QK-norm and rotary at each token's own place."""
+  def _packed(self, qkv, spectral: SpectralTables, choice, repeat, coarse_tiles, names="qkv"):
+    """Of the packed buffer what is named: compress or filter first, then QK-norm and rotary at each token's own place."""
     block = qkv.layout.layout.block
     filler = coarse_tiles * block - spectral.n_coarse
     rotate = {"q": qkv.rotate_q, "k": qkv.rotate_k, "v": lambda x, positions: x}
     coefficients = jnp.asarray(_FILTER_COEFFICIENTS)[choice]  # [b or 1, h', 3]
     packed = []
-    for name in "qkv":
+    for name in names:
       x = getattr(qkv, name)
       coarse = rotate[name](spectral.compress(x), spectral.centres)
       coarse = jnp.pad(repeat(coarse), ((0, 0), (0, filler), (0, 0), (0, 0)))
