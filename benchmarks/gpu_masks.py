@@ -91,11 +91,6 @@ def random_ids(heads: int, tiles: tuple[int, int], keep: int, seed: int = 0, ord
   return np.stack([np.asarray(draw(key)) for key in jax.random.split(jax.random.key(seed), heads)])[None]
 
 
-def with_blocks(spec: AttentionSpec, block: int) -> AttentionSpec:
-  """The same shape on tiles of another size."""
-  return dataclasses.replace(spec, block=block, keys=min(spec.keys, block))
-
-
 def dense(spec: AttentionSpec) -> Problem:
   """Dense mode: no lists are read; padding rows hidden where the grid is ragged."""
   layout = spec.layout

@@ -16,11 +16,11 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import logging
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels.block_mask import BlockMask, dense_mask
+from kernels.cotangents import no_gradient
 from kernels.partition import by_sample_and_head, several_devices, table_dims
 from kernels.target import Target, current_target
 
@@ -170,12 +170,7 @@ def _attention_bwd(name, scale, residuals, cotangents):
   delta = (d_out.astype(lse.dtype) * out.astype(lse.dtype)).sum(-1).transpose(0, 2, 1)
   delta = jnp.where(alive, delta - d_lse, 0)
   grads = _backward(name, scale, q, k, v, mask, lse, delta, d_out)
-  return *(g.astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True)), jax.tree.map(_no_gradient, mask)
-
-
-def _no_gradient(x):
-  x = jnp.asarray(x)
-  return jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.floating) else np.zeros(x.shape, jax.dtypes.float0)
+  return *(g.astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True)), jax.tree.map(no_gradient, mask)
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)

@@ -119,11 +119,6 @@ class CallCost:
     loads = self.distinct if head <= cache else self.wave_loads
     return 2.0 * loads * self.block_kv * self.head_dim * itemsize + self.row_bytes(itemsize)
 
-  def backward_bytes(self, itemsize: int = 2) -> float:
-    """Device memory of the backward at best: q, k, v, dO in, dQ, dK, dV out, LSE and delta, the lists of both passes."""
-    rows, keys = self.rows * self.block_q, self.distinct * self.block_kv
-    return (3.0 * rows + 4.0 * keys) * self.head_dim * itemsize + 8.0 * rows + 8.0 * self.loads
-
   def estimate(self, itemsize: int = 2) -> dict[str, int]:
     """Arguments of `pallas.CostEstimate`: what a compiler is told about the forward kernel.
 

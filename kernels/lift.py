@@ -9,8 +9,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from kernels.cotangents import no_gradient
 from kernels.partition import by_sample_and_head, several_devices
-from kernels.prepare import MAX_CELLS, no_gradient, refusal, two_terms
+from kernels.prepare import MAX_CELLS, refusal, two_terms
 from kernels.target import Target
 
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from kernels.cotangents import no_gradient
 from kernels.linear_xla import FEATURE_MAPS
 from kernels.partition import by_sample_and_head, several_devices
 from kernels.segments import Segments
@@ -183,12 +184,7 @@ def _backward_rule(name, feature_map, residuals, cotangents):
   d_log = jnp.where(some, d_log, 0)
   grads = _backward(name, feature_map, q, k, v, segments, reads, heads, kept, log_den, d_log, delta, d_out)
   grads = (g.astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True))
-  return *grads, *(jax.tree.map(_no_gradient, x) for x in (segments, reads, heads)), d_into
+  return *grads, *(jax.tree.map(no_gradient, x) for x in (segments, reads, heads)), d_into
 
 
 _linear.defvjp(_forward_rule, _backward_rule)
-
-
-def _no_gradient(x):
-  x = jnp.asarray(x)
-  return jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.floating) else np.zeros(x.shape, jax.dtypes.float0)

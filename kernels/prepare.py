@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from kernels.cotangents import no_gradient
 from kernels.partition import by_sample_and_head, several_devices
 from kernels.target import Target, current_target
 
@@ -206,12 +207,6 @@ def _fused_bwd(pooled, operands, cotangents):
 
 
 _fused.defvjp(_fused_fwd, _fused_bwd)
-
-
-def no_gradient(x):
-  """The cotangent of what is not differentiated."""
-  x = jnp.asarray(x)
-  return jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.floating) else np.zeros(x.shape, jax.dtypes.float0)
 
 
 @jax.named_scope("prepare")
