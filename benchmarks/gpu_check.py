@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
-from benchmarks import gpu_masks, gpu_oracle, rows
+from benchmarks import gpu_linear, gpu_masks, gpu_oracle, rows
 from benchmarks.gpu_rows import Deadline, Store, open_device
 from benchmarks.gpu_run import device_slug
 from kernels.attention import attention
@@ -103,6 +103,7 @@ LARGE = (
   Case("1M tokens, 4K keys, 6 heads, gradients", n=1 << 20, h=6, keys=4096),
 )
 SEEDS = (0, 1, 2)
+LINEAR = gpu_linear.CASES
 
 
 def tiny(case: Case) -> Case:
@@ -213,7 +214,9 @@ def sweep(store: Store, implementation: str, small: bool, deadline: Deadline) ->
   seeded = lambda cases, seeds: [(f"{c.name}, seed {s}", functools.partial(check, c, s)) for s in seeds for c in cases]
   # In order of value: every case once, the large ones, then more seeds of what is compiled already.
   jobs = [("padding and repeat", functools.partial(check_padding_and_repeat, small=small))]
-  jobs += seeded(CASES, SEEDS[:1]) + seeded(LARGE, SEEDS[:1]) + seeded(CASES, SEEDS[1:])
+  jobs += seeded(CASES, SEEDS[:1])
+  jobs += [(case.name, functools.partial(gpu_linear.check, gpu_linear.tiny(case) if small else case)) for case in LINEAR]
+  jobs += seeded(LARGE, SEEDS[:1]) + seeded(CASES, SEEDS[1:])
   if small:
     shrink = lambda f: functools.partial(f.func, tiny(f.args[0]), *f.args[1:], count=8) if f.func is check else f
     jobs = [(name, shrink(job)) for name, job in jobs]

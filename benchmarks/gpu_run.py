@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 from absl import logging
 
-from benchmarks import gates, gpu_masks, gpu_peers, rows
+from benchmarks import gates, gpu_linear, gpu_masks, gpu_peers, rows
 from benchmarks.gpu_attention import Session, line
 from benchmarks.gpu_plan import FULL, REHEARSAL, Plan
 from benchmarks.gpu_rows import Deadline, Store, open_device
@@ -117,6 +117,13 @@ def around(run: Session):
     run.row(f"around/{name}", lambda n=name: run.around(run.plan.spec(n)), 30)
 
 
+def linear(run: Session):
+  """Linear attention within frames: how close to a copy."""
+  for name in run.plan.around:
+    make = lambda n=name: gpu_linear.timed(run.plan.spec(n), run.implementation, run.plan.effort)
+    run.row(f"linear/{name}", make, 30)
+
+
 def rest(run: Session):
   """FreqFormer's backward, a fixed budget of random keys, other head counts, ragged grids, densities that complete the plot."""
   for name in run.plan.fused_backward:
@@ -167,6 +174,7 @@ PARTS = (
   window,
   freqformer,
   around,
+  linear,
   launches,
   torch,
   tokamax,

@@ -16,6 +16,7 @@ CASE = next(c for c in CASES if c.name == "64x128 tiles")
 def _sweep(monkeypatch, folder, **kwargs):
   monkeypatch.setattr(gpu_check, "CASES", (CASE,))
   monkeypatch.setattr(gpu_check, "LARGE", LARGE[:1])
+  monkeypatch.setattr(gpu_check, "LINEAR", gpu_check.LINEAR[:1])
   monkeypatch.setattr(gpu_check, "SEEDS", (0,))
   options = {"implementation": "reference", "rehearse": True, "minutes": 5} | kwargs
   right = gpu_check.run(str(folder), **options)
@@ -24,7 +25,7 @@ def _sweep(monkeypatch, folder, **kwargs):
 
 def test_a_right_kernel_passes(monkeypatch, tmp_path, capsys):
   right, found = _sweep(monkeypatch, tmp_path)
-  assert right and len(found) == 3 and "3 of 3 right" in capsys.readouterr().out
+  assert right and len(found) == 4 and "4 of 4 right" in capsys.readouterr().out
   assert all(row["correct"] and row["rehearsal"] for row in found)
   assert set(found[1]) >= {"error_out", "error_lse", "error_dq", "error_dk", "error_dv", "code", "commit"}
 
