@@ -39,6 +39,7 @@ def workdir(tmp_path_factory):
     f"--config.data.cache={place / 'cache'}",
     "--config.model.attention.method=dense",
     "--config.train.steps=30",
+    "--config.train.val_every=0",
     "--config.train.lr=1e-2",
   )
   assert done.returncode == 0, done.stderr[-3000:]

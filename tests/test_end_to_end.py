@@ -174,16 +174,8 @@ def test_eval_refuses_in_one_sentence(place, whole, args, message):
   assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr[-3000:]
 
 
-def test_dense_checkpoint_lacks_the_router(place):
-  done = call(
-    place, "train.py", f"--workdir={place / 'dense'}", "--config.model.attention.method=dense", "--config.train.steps=2"
-  )
-  assert done.returncode == 0, done.stderr[-3000:]
-  done = call(place, "eval.py", f"--workdir={place / 'dense'}", "--method=freqformer")
-  assert done.returncode == 2 and "router/bias: missing" in done.stderr, done.stderr[-3000:]
-
-
-def test_sweep_runs_and_skips(place):
+def test_sweep_runs_and_skips_and_a_dense_checkpoint_lacks_the_router(place):
+  """Trials are dense here, whatever the sweep says of FreqFormer: both are one program, compiled once."""
   args = [
     sys.executable,
     "-m",
@@ -194,8 +186,12 @@ def test_sweep_runs_and_skips(place):
     f"--override=data.cache={place / 'cache'}",
     "--override=train.steps=2",
     "--override=train.val_every=2",
+    "--override=model.attention.method=dense",
   ]
   for attempt in range(2):
     done = subprocess.run(args, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("finished") == 2 and ("trial 1 of 2" in done.stderr) == (attempt == 0)
+  trial = next((place / "study").glob("*/checkpoints")).parent
+  done = call(place, "eval.py", f"--workdir={trial}", "--method=freqformer(allocation=routed)")
+  assert done.returncode == 2 and "router/bias: missing" in done.stderr, done.stderr[-3000:]

@@ -64,13 +64,14 @@ WIDE = {
 
 
 def cases():
-  """Every method in every setting: `name`, `name_2`, ..."""
+  """Every method in every setting: `name`, `name_2`, ... One worker has them all, so that what `usual` keeps is run once."""
   for name in METHODS:
     for i, fields in enumerate(SETTINGS.get(name, [{}])):
-      yield pytest.param(method_class(name)(**fields), id=f"{name}_{i + 1}" if i else name)
+      yield pytest.param(method_class(name)(**fields), id=f"{name}_{i + 1}" if i else name, marks=pytest.mark.xdist_group(name))
 
 
 every_method = pytest.mark.parametrize("method", list(cases()))
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 # ---- running a layer -----------------------------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ from freqformer.methods.registry import method_class
 from freqformer.router import RouterConfig
 from freqformer.spectral import SpectralBasis
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 LAYOUT = TileLayout.fit((5, 6, 9), 32, tile=(2, 4, 4))
 DIMS = AttentionDims(48, 6, 8)
 WHOLE = SpectralBasis("block_dct", (1.0, 1.0, 1.0), (1.0, 1.0, 1.0))
@@ -252,12 +254,11 @@ def test_any_grid_works(grid):
 def test_cost_is_the_tables_cost():
   """Of fixed allocations: the analytic pairs are the pairs that run (tiles of equal length)."""
   layout = TileLayout.fit((4, 8, 16), 32, tile=(2, 4, 4))
-  for allocation in ((6, 0, 0), (0, 6, 0), (0, 0, 6), (1, 2, 3)):
-    for shared in (False, True):
-      method = FreqFormer(basis=BASIS, allocation=allocation, low_shared=shared, window=(1, 1, 3))
-      _, aux = run(layer_of(method, layout=layout), tokens(layout), layout=layout)
-      pairs = float(aux["density"][0].sum()) * layout.n**2
-      np.testing.assert_allclose(method.cost(layout, 6, 8).attention_flops, 4 * 8 * pairs, rtol=1e-5)
+  for allocation, shared in (((6, 0, 0), False), ((0, 6, 0), False), ((0, 0, 6), False), ((1, 2, 3), True)):
+    method = FreqFormer(basis=BASIS, allocation=allocation, low_shared=shared, window=(1, 1, 3))
+    _, aux = run(layer_of(method, layout=layout), tokens(layout), layout=layout)
+    pairs = float(aux["density"][0].sum()) * layout.n**2
+    np.testing.assert_allclose(method.cost(layout, 6, 8).attention_flops, 4 * 8 * pairs, rtol=1e-5)
   np.testing.assert_allclose(Dense().cost(layout, 6, 8).attention_flops, 4 * layout.n**2 * 48)
 
 

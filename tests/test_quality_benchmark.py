@@ -10,6 +10,8 @@ from freqformer.layout import TileLayout
 from freqformer.methods.base import Cond, Dims, Projected
 from freqformer.methods.registry import METHODS
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 LAYOUT = TileLayout.fit((8, 12, 12), quality.BLOCK)
 WARM, STEPS = 2, 12
 SETTINGS = list(quality_methods.settings(LAYOUT, WARM, STEPS))
