@@ -5,8 +5,8 @@
 The layer is compiled for an absent GPU and its scheduled HLO read: every operation's operands and results are bytes through
 device memory, unless a fusion reads a slice only. Operations are named by the part of the layer they hold (`jax.named_scope`);
 one that holds several is listed under all their names. `over_rotary_*`, selection and transforms alone, is what any method's
-norm and rotary do not need: q, k and v read and written once, tables of angles written and read once. Rows named `..._xla` and
-`..._before` are of the commits that they name. Times are expected ones, bytes over 3.0 TB/s and FLOPs over 700 TFLOP/s
+norm and rotary do not need: q, k and v read and written once, tables of angles written and read once. Rows named `..._before`
+are of the commit that they name. Times are expected ones, bytes over 3.0 TB/s and FLOPs over 700 TFLOP/s
 (what H100s reach in copies and dense attention elsewhere): nothing here was measured on a GPU.
 """
 
@@ -16,12 +16,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import collections  # noqa: E402
 import math  # noqa: E402
+from unittest import mock  # noqa: E402
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from absl import app, flags, logging  # noqa: E402
 from flax import nnx  # noqa: E402
 
+import freqformer.attention  # noqa: E402
 from benchmarks.arg_specs import SPECS  # noqa: E402
 from benchmarks.hlo_bytes import operations  # noqa: E402
 from benchmarks.rows import write_rows  # noqa: E402
@@ -37,7 +39,10 @@ _SPECS = flags.DEFINE_multi_string(
   "spec", ["a_64k", "a_128k", "a_1m"], "Shapes of benchmarks/arg_specs.py.", allow_override=True
 )
 _FILTER = flags.DEFINE_enum(
-  "filter", "none", FILTERS, "Which projections are band-filtered; part of the rows' names unless none."
+  "filter", "none", FILTERS, "Which projections are band-filtered; part of the rows' names unless none.", allow_override=True
+)
+_XLA = flags.DEFINE_bool(
+  "xla", False, "Without the kernels around attention; the rows' names then end in _xla.", allow_override=True
 )
 _NOTE = flags.DEFINE_string("note", "", "Added to the rows' names, to keep two versions side by side.")
 BYTES_PER_S, FLOPS_PER_S = 3.0e12, 700e12
@@ -48,7 +53,7 @@ DENSITY = 0.05  # of the mid band
 _PASSES = 9
 
 
-def freqformer(spec) -> FreqFormer:
+def bands(spec) -> FreqFormer:
   """3 low, 6 mid, 3 high heads of 12."""
   share = spec.heads // 4
   mid = max(1, int(spec.layout.tiles * DENSITY))
@@ -67,6 +72,9 @@ def layer(spec, method):
     return nnx.merge(graphdef, params)(x, cond, arrays, tables, {})[0]
 
   x = jax.ShapeDtypeStruct((1, spec.layout.n_buffer, width), jnp.bfloat16)
+  if _XLA.value:
+    with mock.patch.object(freqformer.attention, "unsupported", lambda *_: "asked to do without"):
+      return compile_for(forward, params, x, spec.layout.arrays(), method.tables(spec.layout))
   return compile_for(forward, params, x, spec.layout.arrays(), method.tables(spec.layout))
 
 
@@ -92,7 +100,7 @@ def traffic(compilation):
 
 def measure(spec) -> dict:
   """One row: bytes per part, their expected time, and the attention call's beside them."""
-  method = freqformer(spec)
+  method = bands(spec)
   compilation = layer(spec, method)
   moved, rest = traffic(compilation)
   flops = method.cost(spec.layout, spec.heads, spec.head_dim).attention_flops
@@ -103,7 +111,7 @@ def measure(spec) -> dict:
   over_rotary = total - 6 * unit - 2 * 4 * spec.layout.n_buffer * spec.head_dim  # two float32 tables of half the channels
   filtered = f"_filter_{method.filter}" if method.filter != "none" else ""
   return {
-    "name": f"memory_bound_{spec.name}{filtered}{_NOTE.value}",
+    "name": f"memory_bound_{spec.name}{filtered}{'_xla' * _XLA.value}{_NOTE.value}",
     "expected": True,
     "tokens": spec.n,
     "parts_bytes": {k: int(v) for k, v in moved.most_common()},
@@ -125,6 +133,7 @@ def main(_):
   rows = [measure(SPECS[name]) for name in _SPECS.value]
   context = {"device": "NVIDIA H100 80GB HBM3 (compiled for, absent)"}
   command = "python -m benchmarks.memory_bound --device=offline" + f" --filter={_FILTER.value}" * (_FILTER.value != "none")
+  command += " --xla" * _XLA.value
   write_rows("memory_bound", [context | row for row in rows], command)
   for row in rows:
     print(

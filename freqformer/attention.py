@@ -101,7 +101,7 @@ class SpectralAttention(nnx.Module):
     learned = self.qkv.bias[...].reshape(product.shape[2:]), (self.q_norm.scale[...], self.k_norm.scale[...])
     with jax.named_scope("prepare"):
       tables = angle_tables(layout.positions, self.dims.head_dim)
-    return lambda cells=None, pooled=False: fused(product, *learned, tables, layout.kv_len, cells, pooled=pooled)
+    return functools.partial(fused, product, *learned, tables, layout.kv_len)
 
 
 @jax.named_scope("norm_rotary")

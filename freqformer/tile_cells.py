@@ -9,7 +9,7 @@ import numpy as np
 
 from freqformer.rotary import angle_tables
 from freqformer.spectral import SpectralTables
-from freqformer.spectral_operators import TileOperators, halves
+from freqformer.spectral_operators import Matrices, TileOperators, halves
 from kernels.lift import Expansion
 from kernels.prepare import Cells
 
@@ -24,6 +24,7 @@ class TileCells:
     classes: int32 `[tiles]`, which of them a tile has; starts: int32 `[tiles]`, its first coarse token.
     rows: int32 `[n_coarse]`, `tile * cells + j` of each coarse token; None where all tiles are alike.
     front: static; rows of the packed buffer before the tokens.
+    filters: float32 `[classes, 2, block, block]`, P_mid and P_high of a tile, or None.
   """
 
   compress: np.ndarray
@@ -32,11 +33,12 @@ class TileCells:
   starts: np.ndarray
   rows: np.ndarray | None
   front: int = dataclasses.field(metadata={"static": True})
+  filters: np.ndarray | None = None
 
   @jax.named_scope("prepare")
   def cells(self, centres, head_dim: int) -> Cells:
     """For `kernels.prepare`; `centres` as in `SpectralTables`."""
-    return Cells(self.compress, self.classes, self.rows, *angle_tables(centres, head_dim), self.front)
+    return Cells(self.compress, self.classes, self.rows, *angle_tables(centres, head_dim), self.front, self.filters)
 
   @property
   def expansion(self) -> Expansion:
@@ -44,8 +46,8 @@ class TileCells:
     return Expansion(self.lift, self.classes, self.starts, self.front)
 
 
-def tile_cells(spectral: SpectralTables, front: int) -> TileCells | None:
-  """None where the transform leaves the tile."""
+def tile_cells(spectral: SpectralTables, front: int, filtered: bool = False) -> TileCells | None:
+  """None where the transform leaves the tile; `filtered`: whether filters are wanted."""
   operators, layout = spectral.operators, spectral.layout
   if not isinstance(operators, TileOperators):
     return None
@@ -63,4 +65,11 @@ def tile_cells(spectral: SpectralTables, front: int) -> TileCells | None:
   cells = np.array([k for k, _ in counts])[classes]
   starts = np.cumsum([0, *cells[:-1]]).astype(np.int32)
   rows = np.concatenate([tile * most + np.arange(k) for tile, k in enumerate(cells)]).astype(np.int32)
-  return TileCells(compress, lift, classes, starts, None if len(operators.classes) == 1 else rows, front)
+  filters = np.stack([pad(_bands(m), (2, layout.block, layout.block)) for m in operators.classes]) if filtered else None
+  return TileCells(compress, lift, classes, starts, None if len(operators.classes) == 1 else rows, front, filters)
+
+
+def _bands(m: Matrices) -> np.ndarray:
+  """P_mid and P_high of one class of tiles, float32 `[2, e, e]`."""
+  low, box = (a.astype(np.float64) @ b.astype(np.float64) for a, b in ((m.lift, m.compress), (m.synthesise, m.analyse)))
+  return np.stack([box - low, np.eye(len(box)) - box]).astype(np.float32)

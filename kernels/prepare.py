@@ -36,6 +36,7 @@ class Cells:
     rows: int32 `[n_coarse]`, `tile * cells + j` of each coarse token; None if all tiles are alike and that is its own number.
     cos, sin: float32 `[n_coarse, d / 2]`, rotary at the cells' centres.
     front: static; rows of the results before the tokens, at least n_coarse. What follows the coarse tokens is zero.
+    filters: float32 `[classes, bands, block, block]`, projections of a tile's rows; constants and padding become zero. Or None.
   """
 
   matrices: jax.Array
@@ -44,6 +45,7 @@ class Cells:
   cos: jax.Array
   sin: jax.Array
   front: int = dataclasses.field(metadata={"static": True})
+  filters: jax.Array | None = None
 
 
 class Prepared(NamedTuple):
@@ -67,7 +69,9 @@ def turn(x, cos, sin):
   return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
 
 
-def prepare(joint, bias, gains, tables, lengths, cells: Cells | None = None, *, pooled=False, implementation=None) -> Prepared:
+def prepare(
+  joint, bias, gains, tables, lengths, cells: Cells | None = None, bands=None, *, filtered="", pooled=False, implementation=None
+) -> Prepared:
   """Adds the projection's bias to q, k and v, norms (RMS, `EPS`) and rotates q and k, packs.
 
   Args:
@@ -77,6 +81,8 @@ def prepare(joint, bias, gains, tables, lengths, cells: Cells | None = None, *, 
     tables: cos and sin of every row's angles, float32 `[n, d / 2]`.
     lengths: int32 `[tiles]`, valid rows of each tile; they come first.
     cells: compression; None: tokens only, `front` is 0, and v is left to XLA.
+    bands: int32 `[b, h]`, 1 plus the filter (of `cells.filters`) that a head's tokens go through before the norm, 0 for none.
+    filtered: what goes through it: "", "v" or "qkv". Coarse tokens and means are of what is not filtered.
     pooled: whether the means of q and k are asked for.
     implementation: "pallas_mgpu" or "plain"; None: the kernel where it is supported.
 
@@ -86,8 +92,9 @@ def prepare(joint, bias, gains, tables, lengths, cells: Cells | None = None, *, 
   reason = None if implementation == "plain" else unsupported(joint, len(lengths), cells)
   if implementation == "pallas_mgpu" and reason:
     raise NotImplementedError(f"prepare: {reason}")
-  operands = (joint, bias, tuple(gains), tuple(tables), lengths, cells)
-  found = _plain(pooled, *operands) if implementation == "plain" or reason else _fused(pooled, *operands)
+  operands = (joint, bias, tuple(gains), tuple(tables), lengths, cells, bands if filtered else None)
+  form = (pooled, filtered)
+  found = _plain(form, *operands) if implementation == "plain" or reason else _fused(form, *operands)
   return found._replace(v=_biased(joint[:, :, 2], bias[2]).astype(joint.dtype)) if cells is None else found
 
 
@@ -125,15 +132,19 @@ def log_choice(what: str, reason: str | None) -> None:
 
 
 @jax.named_scope("prepare")
-def _plain(pooled, joint, bias, gains, tables, lengths, cells) -> Prepared:
+def _plain(form, joint, bias, gains, tables, lengths, cells, bands) -> Prepared:
   """The definition: everything in float32 (or wider), rounded once. Without cells there is no v."""
-  q, k, v = jnp.unstack(joint, axis=2)  # not three slices, whose gradients would be three arrays of the projection's size
-  q, k = (_packed(x, *learned, tables, cells) for x, *learned in ((q, bias[0], gains[0]), (k, bias[1], gains[1])))
-  v = None if cells is None else _packed(v, bias[2], None, tables, cells)
-  if not pooled:
-    return Prepared(q, k, v)
-  front = 0 if cells is None else cells.front
-  return Prepared(q, k, v, *(_means(x[:, front:], lengths) for x in (q, k)))
+  (pooled, filtered), packed, pools = form, [], []
+  arrays = jnp.unstack(joint, axis=2)  # not three slices, whose gradients would be three arrays of the projection's size
+  for name, x, own, gain in zip("qkv", arrays, bias, (*gains, None), strict=True):
+    finish = functools.partial(_finish, gain)
+    tokens = finish(_biased(x, own), *tables).astype(x.dtype)
+    pools += [_means(tokens, lengths)] if pooled and name in "qk" else []
+    if name in filtered:
+      wide = jnp.where((bands > 0)[:, None, :, None], _filtered(x, cells, bands), _biased(x, own))
+      tokens = finish(wide, *tables).astype(x.dtype)
+    packed.append(tokens if cells is None else _with_cells(finish, tokens, x, own, cells))
+  return Prepared(*packed[:2], None if cells is None else packed[2], *pools)
 
 
 def _biased(x, bias):
@@ -142,35 +153,40 @@ def _biased(x, bias):
   return x.astype(wide) + bias.astype(wide)
 
 
-def _packed(x, bias, gain, tables, cells):
-  """Of one of q, k, v; v has no gain and is not rotated."""
-  wide = jnp.promote_types(x.dtype, jnp.float32)
+def _finish(gain, x, cos, sin):
+  """Norm and rotary; v has no gain and is left alone."""
+  if gain is None:
+    return x
+  inverse = jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + EPS)
+  return turn(x * (inverse * gain.astype(x.dtype)), cos, sin)
 
-  def finish(x, cos, sin):
-    if gain is None:
-      return x
-    inverse = jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + EPS)
-    return turn(x * (inverse * gain.astype(wide)), cos, sin)
 
-  tokens = finish(_biased(x, bias), *tables).astype(x.dtype)
-  if cells is None:
-    return tokens
+def _with_cells(finish, tokens, x, bias, cells):
+  """Coarse tokens and zeros before the tokens."""
+  coarse = _by_tile(cells.matrices, x, cells)
+  coarse = coarse if cells.rows is None else coarse[:, cells.rows]
   # The bias is a constant, and the matrices' rows leave constants alone.
-  coarse = finish(_biased(_compress(x, cells, wide), bias), cells.cos, cells.sin).astype(x.dtype)
+  coarse = finish(_biased(coarse, bias), cells.cos, cells.sin).astype(x.dtype)
   filler = jnp.zeros((x.shape[0], cells.front - coarse.shape[1], *x.shape[2:]), x.dtype)
   return jnp.concatenate([coarse, filler, tokens], 1)
 
 
-def _compress(x, cells, dtype):
-  """`[b, n, h, d] -> [b, n_coarse, h, d]`. HIGHEST, for TF32 would not leave a constant one."""
+def _filtered(x, cells, bands):
+  """Each head in its band; constants vanish, so there is no bias."""
+  each = [_by_tile(cells.filters[:, i], x, cells) for i in range(cells.filters.shape[1])]
+  return jnp.select([(bands == i + 1)[:, None, :, None] for i in range(len(each))], each)
+
+
+def _by_tile(matrices, x, cells):
+  """Each tile's matrix, of its class, times its rows, in at least float32. HIGHEST, for TF32 would not leave a constant one."""
+  dtype = jnp.promote_types(x.dtype, jnp.float32)
   x = jax.lax.optimization_barrier(x)  # widened inside the product, not once for all readers
   tiles = x.reshape(x.shape[0], len(cells.classes), -1, *x.shape[2:]).astype(dtype)
-  alike = cells.matrices.shape[0] == 1
-  matrices = cells.matrices[0] if alike else jnp.asarray(cells.matrices)[cells.classes]
+  alike = matrices.shape[0] == 1
+  matrices = matrices[0] if alike else jnp.asarray(matrices)[cells.classes]
   product = "kr,btrhd->btkhd" if alike else "tkr,btrhd->btkhd"
   y = jnp.einsum(product, matrices.astype(dtype), tiles, precision=jax.lax.Precision.HIGHEST)
-  y = y.reshape(x.shape[0], -1, *x.shape[2:])
-  return y if cells.rows is None else y[:, cells.rows]
+  return y.reshape(x.shape[0], -1, *x.shape[2:])
 
 
 def _means(x, lengths):
@@ -186,23 +202,27 @@ def _means(x, lengths):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused(pooled, joint, bias, gains, tables, lengths, cells):
+def _fused(form, joint, bias, gains, tables, lengths, cells, bands):
   if not several_devices():
-    return _run(pooled, joint, bias, gains, tables, lengths, cells)
-  operands = (joint, bias, gains, tables, lengths, cells)
-  dims = ["b..h.", ".h.", *("." * jnp.ndim(leaf) for leaf in jax.tree.leaves(operands[2:]))]
-  result = Prepared("b.h.", "b.h.", "b.h." if cells is not None else None, *("bh..",) * 2 * pooled)
-  return by_sample_and_head(functools.partial(_run, pooled), operands, dims, result)
+    return _run(form, joint, bias, gains, tables, lengths, cells, bands)
+  operands = (joint, bias, gains, tables, lengths, cells, bands)
+  dims = [
+    "b..h.",
+    ".h.",
+    *("." * jnp.ndim(leaf) for leaf in jax.tree.leaves(operands[2:-1])),
+    *(["bh"] if bands is not None else []),
+  ]
+  result = Prepared("b.h.", "b.h.", "b.h." if cells is not None else None, *("bh..",) * 2 * form[0])
+  return by_sample_and_head(functools.partial(_run, form), operands, dims, result)
 
 
-def _fused_fwd(pooled, *operands):
-  return _fused(pooled, *operands), operands
+def _fused_fwd(form, *operands):
+  return _fused(form, *operands), operands
 
 
-def _fused_bwd(pooled, operands, cotangents):
-  *learned, tables, lengths, cells = operands
-  rest = (tables, lengths, cells)
-  _, pull = jax.vjp(lambda *learned: _plain(pooled, *learned, *rest), *learned)
+def _fused_bwd(form, operands, cotangents):
+  learned, rest = operands[:3], operands[3:]
+  _, pull = jax.vjp(lambda *learned: _plain(form, *learned, *rest), *learned)
   return *pull(cotangents), *jax.tree.map(no_gradient, rest)
 
 
@@ -210,12 +230,12 @@ _fused.defvjp(_fused_fwd, _fused_bwd)
 
 
 @jax.named_scope("prepare")
-def _run(pooled, joint, bias, gains, tables, lengths, cells) -> Prepared:
+def _run(form, joint, bias, gains, tables, lengths, cells, bands) -> Prepared:
   """Calls the kernel; lays coarse rows that it could not place itself."""
   from kernels import prepare_mgpu  # Pallas is imported where it is used
 
   b, n, _, h, d = joint.shape
-  tiles = len(lengths)
+  tiles, (pooled, filtered) = len(lengths), form
   plan = prepare_mgpu.Plan(b, n, h, d, n // tiles, pooled=pooled)
   operands = {"joint": joint, "cos": tables[0], "sin": tables[1], "lengths": jnp.asarray(lengths, jnp.int32)}
   operands["bias"] = jnp.asarray(bias, jnp.float32).reshape(3, h, 2, d // 2)
@@ -225,6 +245,9 @@ def _run(pooled, joint, bias, gains, tables, lengths, cells) -> Prepared:
     in_place = cells.rows is None and count == cells.matrices.shape[1]
     plan = dataclasses.replace(plan, front=cells.front, cells=count, in_place=in_place)
     operands |= _cell_operands(cells, count, plan.pieces)
+  if bands is not None:
+    plan = dataclasses.replace(plan, filtered=filtered)
+    operands |= {"filters": _filter_operand(cells.filters), "bands": jnp.asarray(bands, jnp.int32)}
   # The barrier: XLA would fuse the kernel with the update of its own result, and then find a cycle.
   found = jax.lax.optimization_barrier(prepare_mgpu.forward(plan, operands))
   if cells is not None:
@@ -252,6 +275,15 @@ def _cell_operands(cells, count, pieces) -> dict:
     "cell_cos": spread(cells.cos),
     "cell_sin": spread(cells.sin),
   }
+
+
+def _filter_operand(filters):
+  """`[classes, bands, block, block]` as `[classes, bands, pieces of rows, 2 terms, pieces of columns, 64, 64]`."""
+  classes, bands, block, _ = filters.shape
+  terms = two_terms(jnp.asarray(filters, jnp.float32).reshape(-1, block, block))
+  pieces = block // MAX_CELLS
+  terms = terms.reshape(classes, bands, 2, pieces, MAX_CELLS, pieces, MAX_CELLS)
+  return terms.transpose(0, 1, 3, 2, 5, 4, 6)
 
 
 def two_terms(matrices):

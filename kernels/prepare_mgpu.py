@@ -6,6 +6,7 @@ of the channels, so that rotary's pairs meet in one thread; the weights of compr
 """
 
 import dataclasses
+import functools
 import types
 
 import jax
@@ -35,6 +36,7 @@ class Plan:
     cells: coarse rows per tile as stored, a multiple of 8; 0 without compression.
     in_place: coarse rows go straight to the front of the results; otherwise to arrays of their own.
     pooled: whether means over the tiles' valid rows are asked for.
+    filtered: which of "qkv" are band-filtered, in heads that have a band.
     share: heads that one thread block walks over; 0: as many as leave enough blocks.
   """
 
@@ -47,6 +49,7 @@ class Plan:
   cells: int = 0
   in_place: bool = True
   pooled: bool = False
+  filtered: str = ""
   share: int = 0
 
   @property
@@ -88,7 +91,8 @@ class Plan:
   def operands(self) -> tuple[str, ...]:
     names = ["joint", "bias", "cos", "sin", "gains"]
     names += ["lengths"] * (self.pooled or self.cells > 0)
-    return (*names, *(("weights", "classes", "cell_cos", "cell_sin") if self.cells else ()))
+    names += ["weights", "classes", "cell_cos", "cell_sin"] * (self.cells > 0)
+    return (*names, *(("filters", "bands") if self.filtered else ()))
 
   def results(self, dtype) -> dict[str, jax.ShapeDtypeStruct]:
     b, h, d = self.b, self.h, self.d
@@ -126,7 +130,8 @@ def forward(plan: Plan, operands: dict) -> dict:
     operands: by the names of `plan.operands()`: joint bf16 `[b, n, 3, h, d]`; bias float32 `[3, h, 2, d / 2]`; cos, sin
       float32 `[n, d / 2]`; gains float32 `[2, 2, d / 2]` (q and k, both halves); lengths int32 `[tiles]`; weights bf16
       `[classes, 2, pieces, 64, 64]` (two terms whose sum is the matrix; rows are cells); classes int32 `[tiles]`; cell_cos,
-      cell_sin float32 `[tiles * cells + 64 - cells, d / 2]`.
+      cell_sin float32 `[tiles * cells + 64 - cells, d / 2]`; filters bf16 `[classes, 2, pieces, 2, pieces, 64, 64]` (bands;
+      pieces of rows, terms, pieces of columns); bands int32 `[b, h]`, 0 where v is left as it is.
 
   Returns:
     The arrays of `plan.results`.
@@ -165,7 +170,9 @@ class _Block:
     for piece in range(plan.slots):
       self.fetch(self.first, piece)
     if plan.cells:
-      self.load_weights()
+      self.kind = refs.classes[self.tile]
+      if not plan.filtered:
+        self.load_weights(refs.weights.at[self.kind])
     if plan.pooled or plan.cells:
       self.valid = refs.lengths[self.tile]
 
@@ -197,11 +204,12 @@ class _Block:
     else:
       pl.when(i + 1 < self.plan.heads)(lambda: self.fetch(self.first + i + 1, following - count))
 
-  def load_weights(self):
-    refs, kind = self.refs, self.refs.classes[self.tile]
+  def load_weights(self, source):
+    """Brings both terms of 64 rows of a matrix. Whoever still used the last ones has gone through `store` since."""
+    refs = self.refs
     for term in range(2):
       for part in range(self.plan.pieces):
-        plgpu.copy_gmem_to_smem(refs.weights.at[kind, term, part], refs.weights_sm.at[term, part], refs.weights_full)
+        plgpu.copy_gmem_to_smem(source.at[term, part], refs.weights_sm.at[term, part], refs.weights_full)
     plgpu.barrier_wait(refs.weights_full)
 
   def store(self, target, rows=ROWS):
@@ -220,19 +228,31 @@ class _Block:
     for piece in pieces:
       plgpu.barrier_wait(refs.full.at[piece % plan.slots])
     if plan.cells:
+      if plan.filtered and (which == 0 or plan.filtered == "qkv"):  # the last filters took the weights' place
+        self.load_weights(refs.weights.at[self.kind])
       self.compress(which, head, result)
+    filtered = "qkv"[which] in plan.filtered
     for part, piece in enumerate(pieces):
       tokens = lambda half, columns, slot=piece % plan.slots: refs.ring.at[slot, half, :, columns][...].astype(jnp.float32)
       tables = [x.at[self.rows(part)] for x in (refs.cos, refs.sin)]
       self.finish(tokens, which, head, tables, part if plan.pooled and which < 2 else None)
+      if filtered:
+        band = refs.bands[self.sample, head]
+        pl.when(band > 0)(functools.partial(self.filter, which, head, band - 1, part, tables))
       rows = pl.ds(plan.front + self.tile * plan.block + part * ROWS, ROWS)
       self.store(result.at[self.sample, rows, head])
+      if not filtered:
+        self.fetch_behind(i, piece)
+    for piece in pieces if filtered else ():  # each filtered piece needs all of them
       self.fetch_behind(i, piece)
     if plan.pooled and which < 2:
       plgpu.copy_smem_to_gmem(refs.pool, getattr(refs, f"{'qk'[which]}_pool").at[self.sample, head, self.tile])
 
-  def compress(self, which, head, result):
-    """The tile's coarse rows: the matrix in two terms, since the tensor cores round it to 16 bits."""
+  def product(self, which):
+    """The matrix in `weights_sm` times the tile: `(half, columns)` -> float32 `[64, COLUMNS]`.
+
+    It comes in two terms, since the tensor cores round it to 16 bits.
+    """
     plan, refs = self.plan, self.refs
     chunks = [(half, columns) for half in range(2) for columns in plan.chunks]
     first_slot = which * plan.pieces % plan.slots
@@ -248,33 +268,45 @@ class _Block:
 
       return [acc[...] for acc in accumulators]
 
-    cells = pl.run_scoped(multiply, *[plgpu.ACC((ROWS, COLUMNS), jnp.float32)] * len(chunks))
-    found = lambda half, columns: cells[half * len(plan.chunks) + plan.chunks.index(columns)]
-    self.finish(found, which, head, [x.at[pl.ds(self.tile * plan.cells, ROWS)] for x in (refs.cell_cos, refs.cell_sin)])
+    found = pl.run_scoped(multiply, *[plgpu.ACC((ROWS, COLUMNS), jnp.float32)] * len(chunks))
+    return lambda half, columns: found[half * len(plan.chunks) + plan.chunks.index(columns)]
+
+  def compress(self, which, head, result):
+    """The tile's coarse rows."""
+    plan, refs = self.plan, self.refs
+    tables = [x.at[pl.ds(self.tile * plan.cells, ROWS)] for x in (refs.cell_cos, refs.cell_sin)]
+    self.finish(self.product(which), which, head, tables)
     if plan.in_place:
       target = result.at[self.sample, pl.ds(self.tile * plan.cells, plan.cells), head]
     else:
       target = getattr(refs, f"{'qkv'[which]}_cells").at[self.sample, self.tile, :, head]
     self.store(target, plan.cells)
 
-  def finish(self, read, which, head, tables, pooled_part=None):
+  def filter(self, which, head, band, part, tables):
+    """A piece in its band, in the place of the unfiltered one, of which the mean was taken."""
+    self.load_weights(self.refs.filters.at[self.kind, band, part])
+    self.finish(self.product(which), which, head, tables, biased=False)
+
+  def finish(self, read, which, head, tables, pooled_part=None, biased=True):
     """Bias; norm and rotary of q and k: 64 rows into the staging, some channels at a time to save registers.
 
     Args:
       read: `(half, columns)` -> float32 `[64, COLUMNS]`; which: 0, 1, 2 for q, k, v.
       tables: cos and sin in global memory, `[64, d / 2]`.
       pooled_part: which piece of the tile this is, if its rows count for the mean.
+      biased: whether the bias counts; it is a constant, and neither mid nor high holds one.
     """
     plan, refs = self.plan, self.refs
     over_rows = lambda x: parts.over_rows(plgpu.load(x, layout=_REDUCED, optimized=False))
-    biased = lambda half, columns: read(half, columns) + over_rows(refs.bias.at[which, head, half, columns])
+    bias = lambda half, columns: over_rows(refs.bias.at[which, head, half, columns]) if biased else 0.0
+    rows = lambda half, columns: read(half, columns) + bias(half, columns)
     if which < 2:
-      squares = sum((x * x).sum(axis=1) for x in (biased(half, columns) for half in range(2) for columns in plan.chunks))
+      squares = sum((x * x).sum(axis=1) for x in (rows(half, columns) for half in range(2) for columns in plan.chunks))
       inverse = parts.over_columns(lax.rsqrt(squares * (1 / plan.d) + EPS), COLUMNS)
     before = self.pool_before(pooled_part)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # also: every thread has read the means
     for i, columns in enumerate(plan.chunks):
-      first, second = (biased(half, columns) for half in range(2))
+      first, second = (rows(half, columns) for half in range(2))
       if which < 2:
         gains = (over_rows(refs.gains.at[which, half, columns]) for half in range(2))
         first, second = (x * inverse * gain for x, gain in zip((first, second), gains, strict=True))

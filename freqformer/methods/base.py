@@ -72,7 +72,7 @@ class Projected:
     rotate_q, rotate_k: `(x [b, m, h, d], positions [m, 3]) -> [b, m, h, d]`: QK-norm, then rotary at the positions.
     layout: the layout's arrays.
     implementation: attention backend, or None for automatic choice.
-    prepare: where a kernel does what follows in one pass, `(cells, pooled) -> kernels.prepare.Prepared`; else None.
+    prepare: where a kernel does it in one pass, `kernels.prepare.prepare` from its argument `cells` on; else None.
   """
 
   q: jax.Array

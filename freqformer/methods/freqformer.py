@@ -114,9 +114,8 @@ class FreqFormer(RoutedMethod):
       low, high = (dataclasses.replace(m, kv_bias=bias) for m in (low, high))
     fixed = fixed_tiles(layout, self.sink, self.anchors)
     profile = measured.tables(layout, self.profile) if self.allocation == "measured" else None
-    return FreqFormerTables(
-      spectral, low, high, fixed, coarse_tiles, profile, tile_cells(spectral, coarse_tiles * layout.block)
-    )
+    cells = tile_cells(spectral, coarse_tiles * layout.block, filtered=self.filter != "none")
+    return FreqFormerTables(spectral, low, high, fixed, coarse_tiles, profile, cells)
 
   def phase(self, step, steps):
     return self.profile.phase(step, steps) if self.allocation == "measured" else ""
@@ -137,13 +136,18 @@ class FreqFormer(RoutedMethod):
     choice, repeat = routing.choice, lambda x: x
     if routing.all_branches:  # head index = branch * h + head
       choice, repeat = np.repeat(np.arange(3, dtype=np.int32), h)[None], lambda x: jnp.tile(x, (1, 1, 3, 1))
-    fused, pools = qkv.prepare is not None and tables.cells is not None, None
-    if fused and self.filter != "qkv":
-      *packed, q_pool, k_pool = qkv.prepare(tables.cells.cells(spectral.centres, qkv.q.shape[-1]), pooled=True)
+    fused, left, pools = qkv.prepare is not None and tables.cells is not None, "qkv", None
+    if fused:  # what is left to XLA: filters, where a head runs in every branch
+      left = self.filter if self.filter != "none" and routing.all_branches else ""
+    if left != "qkv":
+      cells, filtered = (
+        tables.cells.cells(spectral.centres, qkv.q.shape[-1]),
+        "" if left or self.filter == "none" else self.filter,
+      )
+      *packed, q_pool, k_pool = qkv.prepare(cells, choice, filtered=filtered, pooled=True)
       (q, k, v), pools = map(repeat, packed), (q_pool, k_pool)
-    if not fused or self.filter != "none":
-      names = "v" if pools else "qkv"
-      *rest, v = self._packed(qkv, spectral, choice, repeat, tables.coarse_tiles, names)
+    if left:
+      *rest, v = self._packed(qkv, spectral, choice, repeat, tables.coarse_tiles, left)
       q, k = rest or (q, k)
     mid = self._mid_table(qkv, cond, tables, (q, k), pools)
     masks = (tables.low, mid, tables.high)
