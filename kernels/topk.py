@@ -3,7 +3,8 @@
 A block-sparse list needs the set of the k best tiles in ascending order; how they rank among themselves does not matter. So a
 row is never sorted. Floats are read as unsigned integers of the same order; the k-th largest is bracketed by counting how many
 reach a few trial values, each pass narrowing the bracket, until the row's set is known. What lies above is packed into words of
-32 candidates, ties are taken from the left, and the r-th set bit of a row is found by a search over word counts.
+32 candidates, ties are taken from the left, and the r-th set bit of a row is found by a search over word counts. On Hopper a
+kernel finds the k-th largest of a row on chip (`topk_mgpu.py`).
 
 Scores of all query tiles never exist at once: `top_tiles` computes, selects and drops them chunk by chunk.
 """
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from kernels.partition import by_sample_and_head, several_devices
 from kernels.target import current_target
 
 # Scores of one chunk. On 2 CPU cores 2^20 was faster than 2^18 and 2^22, at 2K and 4K tiles. On a GPU every chunk costs a
@@ -36,7 +38,7 @@ def ordered_integers(x: jax.Array) -> jax.Array:
   return jnp.where(bits > sign, ~bits, bits | sign)
 
 
-def top_ids(scores: jax.Array, budget: int) -> jax.Array:
+def top_ids(scores: jax.Array, budget: int, always=None) -> jax.Array:
   """Places of the `budget` largest scores of each row, ascending; of equal scores the leftmost are taken.
 
   The set that an exact top-k with ties to the lower place gives. Rows with NaN get some valid, ascending ids.
@@ -44,6 +46,7 @@ def top_ids(scores: jax.Array, budget: int) -> jax.Array:
   Args:
     scores: float32 (or narrower) `[..., m]`.
     budget: 1..m.
+    always: int `[r, f]` for scores `[..., r, m]`: places that come before all others (repeats allowed), or None.
 
   Returns:
     int32 `[..., budget]`.
@@ -53,17 +56,36 @@ def top_ids(scores: jax.Array, budget: int) -> jax.Array:
   """
   if budget == scores.shape[-1]:
     return jnp.broadcast_to(jnp.arange(budget, dtype=jnp.int32), scores.shape)
-  return places(top_words(scores, budget), budget)
+  return places(top_words(scores, budget, always), budget)
 
 
-def top_words(scores: jax.Array, budget: int) -> jax.Array:
+def top_words(scores: jax.Array, budget: int, always=None) -> jax.Array:
   """The same set as a bit per candidate, candidate 0 in the lowest bit of word 0: uint32 `[..., ceil(m / 32)]`."""
-  m = scores.shape[-1]
+  from kernels import topk_mgpu  # Pallas is imported where it is used
+
+  m, target = scores.shape[-1], current_target()
   if not 1 <= budget <= m:
     raise ValueError(f"{budget=} must lie in 1..{m}, the candidates of a row.")
-  keys = ordered_integers(scores).reshape(-1, m)
-  bits = _BITS.get(current_target().platform, _BITS_ELSEWHERE)
-  return _chosen_words(keys, _threshold(keys, budget, bits), budget).reshape(*scores.shape[:-1], -1)
+  if topk_mgpu.unsupported(scores, target):
+    if always is not None:
+      scores = scores.at[..., jnp.arange(len(always))[:, None], always].set(jnp.inf)
+    keys = ordered_integers(scores).reshape(-1, m)
+    threshold = _threshold(keys, budget, _BITS.get(target.platform, _BITS_ELSEWHERE))
+  else:  # scores are read twice and never written again
+    threshold = _on_each_device(functools.partial(topk_mgpu.kth_largest, budget), scores, always).reshape(-1, 1)
+    keys = ordered_integers(scores)
+    for column in () if always is None else jnp.moveaxis(jnp.asarray(always), -1, 0):
+      keys = jnp.where(jnp.arange(m) == column[:, None], _INFINITY, keys)
+    keys = keys.reshape(-1, m)
+  return _chosen_words(keys, threshold, budget).reshape(*scores.shape[:-1], -1)
+
+
+def _on_each_device(fn, scores, always):
+  """A function of rows `[..., m]` and of what they always hold, on several devices split along the first two axes."""
+  if not several_devices() or scores.ndim < 3:
+    return fn(scores, always)
+  dims = ["bh" + "." * (scores.ndim - 2), *([] if always is None else [".."])]
+  return by_sample_and_head(fn, (scores, always), dims, dims[0][:-1])
 
 
 def _threshold(keys, budget: int, bits: int):
@@ -139,7 +161,9 @@ def places(words: jax.Array, budget: int) -> jax.Array:
   counts = lax.population_count(words).astype(jnp.int32)
   ends = jnp.cumsum(counts, -1)
   slots = jnp.arange(budget, dtype=jnp.int32)
-  at = jax.vmap(lambda row: jnp.searchsorted(row, slots, side="right"))(ends)
+  # Comparing all words moves nothing but the words; halving would write its bounds in every round, which a CPU minds less.
+  method = "scan" if current_target().platform == "cpu" else "compare_all"
+  at = jax.vmap(lambda row: jnp.searchsorted(row, slots, side="right", method=method))(ends)
   at = jnp.minimum(at, words.shape[-1] - 1).astype(jnp.int32)
   take = functools.partial(jnp.take_along_axis, indices=at, axis=-1, mode="clip")
   found = at * _WORD + _nth_bit(take(words), slots - (take(ends) - take(counts)))
@@ -168,7 +192,7 @@ def top_tiles(q_pool: jax.Array, k_pool: jax.Array, budget: int, fixed, chunk_sc
   def best(args):
     q, keep = args
     scores = jnp.einsum("bhid,bhjd->bhij", q, k_pool, precision="highest", preferred_element_type=jnp.float32)
-    return top_ids(scores.at[:, :, jnp.arange(chunk)[:, None], keep].set(jnp.inf), budget)
+    return top_ids(scores, budget, keep)
 
   ids = best((rows[0], always[0]))[None] if rows.shape[0] == 1 else lax.map(best, (rows, always))
   return ids.transpose(1, 2, 0, 3, 4).reshape(b, h, -1, budget)[:, :, :tiles]

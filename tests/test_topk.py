@@ -1,15 +1,19 @@
 """Exact top-k without a sort: the same set as NumPy's, ties to the left, whatever the scores look like."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
-from kernels import topk
+from kernels import topk, topk_mgpu
 from kernels.offline import compile_for
-from kernels.topk import ordered_integers, top_ids, top_tiles
+from kernels.pallas_mgpu_parts import interpreted
+from kernels.target import Target
+from kernels.topk import ordered_integers, top_ids, top_tiles, top_words
 
 
 def oracle(scores, budget):
@@ -54,6 +58,37 @@ def test_the_set_of_an_exact_top_k(bits, kind, monkeypatch):
     for budget in sorted({1, (m + 2) // 3, m - 1, m} - {0}):
       scores = KINDS[kind](rng, m)
       np.testing.assert_array_equal(_jitted(bits)(scores, budget), oracle(scores, budget), f"{m=} {budget=}")
+
+
+def test_the_hopper_kernel_finds_the_same_sets():
+  """All kinds of scores as rows of one call, in the GPU interpreter; the width is no multiple of a row's 128 lanes."""
+  rng, always = np.random.default_rng(5), np.array([[0, 199], [7, 7]])
+  scores = np.stack([kind(rng, 200)[:2] for kind in KINDS.values()])
+  with interpreted():
+    ids, some = top_ids(jnp.asarray(scores), 67), top_ids(jnp.asarray(scores), 67, always)
+  np.testing.assert_array_equal(ids, oracle(scores, 67))
+  scores[:, np.arange(2)[:, None], always] = np.inf
+  np.testing.assert_array_equal(some, oracle(scores, 67))
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_the_hopper_kernel_compiles(devices):
+  """The longest rows, without spills; heads stay on their devices."""
+  scores, always = jax.ShapeDtypeStruct((1, 8, 64, topk_mgpu.MOST), jnp.float32), np.arange(64)[:, None]
+  split = (PartitionSpec(None, "data"), None)
+  compiled = compile_for(lambda x, ids: top_words(x, 800, ids), scores, always, devices=devices, shardings=split)
+  (kernel,) = compiled.kernels
+  assert kernel.spill_stores == kernel.spill_loads == 0 and kernel.registers <= 168
+  assert compiled.argument_bytes == pytest.approx(4 * 8 * 64 * topk_mgpu.MOST / devices, rel=0.01)
+  assert not re.search("all-gather|all-reduce|all-to-all|collective-permute", compiled.compiled.as_text())
+
+
+def test_rows_that_the_hopper_kernel_does_not_take():
+  h100 = Target("cuda", "NVIDIA H100", "9.0")
+  assert topk_mgpu.unsupported(jnp.zeros((2, 9)), h100) is None
+  assert "at most 16384" in topk_mgpu.unsupported(jnp.zeros((1, topk_mgpu.MOST + 1)), h100)
+  assert "bfloat16" in topk_mgpu.unsupported(jnp.zeros((1, 9), jnp.bfloat16), h100)
+  assert "8.0" in topk_mgpu.unsupported(jnp.zeros((2, 9)), Target("cuda", "A100", "8.0"))
 
 
 def test_leading_axes_and_narrow_types():
