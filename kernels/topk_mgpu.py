@@ -1,7 +1,7 @@
 """The Hopper kernel of `kernels.topk`: a row's k-th largest score, found where the row lies, in shared memory and registers.
 
-A thread block is one warpgroup and takes one row. It reads it once, as integers in the order of the floats, and halves the range
-of all integers 32 times by counting. XLA's bisection, which needs fewer rounds, reads all rows in every one of them.
+A thread block is one warpgroup and takes one row. It reads it once, as integers in the order of the floats, and halves the
+range of all integers 32 times by counting. XLA's bisection, which needs fewer rounds, reads all rows in every one of them.
 """
 
 import jax
