@@ -89,18 +89,20 @@ def _kept(kernels):
 
 
 AROUND = {f"around d{d} block {block}": (d, block) for d in HEAD_DIMS for block in BLOCKS}
+AROUND["around d128 block 128 filtered"] = (128, 128, "qkv")
 
 
-def resources_around(d: int, block: int) -> dict[str, dict[str, int]]:
+def resources_around(d: int, block: int, filtered: str = "") -> dict[str, dict[str, int]]:
   """Of the kernels around attention, with tiles of several kinds, and without coarse tokens."""
   layout = TileLayout.fit((9, 10, 20), block)
   spectral = SpectralBasis("block_dct", (0.5,) * 3, (0.75,) * 3).fit(layout)
-  tables = tile_cells(spectral, -(-spectral.n_coarse // block) * block)
+  tables = tile_cells(spectral, -(-spectral.n_coarse // block) * block, bool(filtered))
   array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
 
   def around(joint, bias, gains, packed, weights, positions, lengths, tables, centres):
     operands = (joint, bias, gains, angle_tables(positions, d), lengths)
-    coarse = prepare(*operands, tables.cells(centres, d), pooled=True, implementation="pallas_mgpu")
+    wanted = {"bands": jnp.ones((1, HEADS), jnp.int32), "filtered": filtered, "pooled": True}
+    coarse = prepare(*operands, tables.cells(centres, d), **wanted, implementation="pallas_mgpu")
     alone = prepare(*operands, pooled=True, implementation="pallas_mgpu")
     return coarse, alone, lift(packed, weights, weights > 0, tables.expansion, implementation="pallas_mgpu")
 
