@@ -41,7 +41,7 @@ def forward(feature_map, q, k, v, segments, reads, heads, into):
   log_den = segments.work.buffer_rows(log_den)
   if heads is not None:
     log_den = jnp.where(heads[..., None], log_den, -jnp.inf)
-  # Sums as large as a fifth of a row's inputs are computed again instead.
+  # Sums that are larger than a quarter of q are computed again instead.
   return out, log_den, sums if 4 * segments.count * q.shape[-1] <= q.shape[1] else None
 
 

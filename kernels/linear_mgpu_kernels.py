@@ -2,7 +2,8 @@
 
 All are memory-bound and alike: a thread block is one warpgroup that walks the stages of one chunk of one segment
 (`kernels.segments.Work`), with a ring of stages whose copies run ahead. Blocks of heads that are not linear leave at once.
-Results leave through the slot that their rows came in; a slot is filled again one stage later, when every warp has passed it.
+Results leave through the slot that their rows came in (dV through a place of its own); a slot is filled again one stage later,
+when every warp has passed it.
 """
 
 import dataclasses
@@ -177,8 +178,8 @@ def _launch(body, walk: Walk, operands, counts, out_type, scratch=()):
     program = lax.axis_index("block")
     chunk, pair = lax.rem(program, jnp.int32(chunks)), lax.div(program, jnp.int32(chunks))
     sample, head = lax.div(pair, jnp.int32(h)), lax.rem(pair, jnp.int32(h))
-    arrays, slots = refs[len(tables) : len(tables) + results], rest[:moved]
-    moves = tuple(zip(arrays, slots, strict=False))
+    arrays = refs[len(tables) : len(tables) + results]
+    moves = tuple(zip(arrays[:moved], rest[:moved], strict=True))
 
     def run():
       place = ((sample, head), start_gm[chunk], count_gm[chunk], boxes_gm, work.box)
