@@ -5,8 +5,8 @@
 The layer is compiled for an absent GPU and its scheduled HLO read: every operation's operands and results are bytes through
 device memory, unless a fusion reads a slice only. Operations are named by the part of the layer they hold (`jax.named_scope`);
 one that holds several is listed under all their names. `over_rotary_*`, selection and transforms alone, is what any method's
-norm and rotary do not need: q, k and v read and written once, tables of angles written and read once. Rows named `..._before`
-are of the commit that they name. Times are expected ones, bytes over 3.0 TB/s and FLOPs over 700 TFLOP/s
+norm and rotary do not need: q, k and v read and written once, tables of angles written and read once. Rows named `..._before` and
+`..._earlier` are of the commits that they name. Times are expected ones, bytes over 3.0 TB/s and FLOPs over 700 TFLOP/s
 (what H100s reach in copies and dense attention elsewhere): nothing here was measured on a GPU.
 """
 
@@ -15,6 +15,7 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import collections  # noqa: E402
+import contextlib  # noqa: E402
 import math  # noqa: E402
 from unittest import mock  # noqa: E402
 
@@ -30,6 +31,7 @@ from benchmarks.rows import write_rows  # noqa: E402
 from freqformer.attention import AttentionDims, SpectralAttention  # noqa: E402
 from freqformer.methods.base import Cond  # noqa: E402
 from freqformer.methods.freqformer import FILTERS, FreqFormer  # noqa: E402
+from kernels import topk_mgpu  # noqa: E402
 from kernels.offline import compile_for  # noqa: E402
 
 _DEVICE = flags.DEFINE_enum(
@@ -42,7 +44,7 @@ _FILTER = flags.DEFINE_enum(
   "filter", "none", FILTERS, "Which projections are band-filtered; part of the rows' names unless none.", allow_override=True
 )
 _XLA = flags.DEFINE_bool(
-  "xla", False, "Without the kernels around attention; the rows' names then end in _xla.", allow_override=True
+  "xla", False, "Without kernels around attention; the rows' names then end in _xla.", allow_override=True
 )
 _NOTE = flags.DEFINE_string("note", "", "Added to the rows' names, to keep two versions side by side.")
 BYTES_PER_S, FLOPS_PER_S = 3.0e12, 700e12
@@ -72,10 +74,10 @@ def layer(spec, method):
     return nnx.merge(graphdef, params)(x, cond, arrays, tables, {})[0]
 
   x = jax.ShapeDtypeStruct((1, spec.layout.n_buffer, width), jnp.bfloat16)
-  if _XLA.value:
-    with mock.patch.object(freqformer.attention, "unsupported", lambda *_: "asked to do without"):
-      return compile_for(forward, params, x, spec.layout.arrays(), method.tables(spec.layout))
-  return compile_for(forward, params, x, spec.layout.arrays(), method.tables(spec.layout))
+  with contextlib.ExitStack() as stack:
+    for module in (freqformer.attention, topk_mgpu) if _XLA.value else ():
+      stack.enter_context(mock.patch.object(module, "unsupported", lambda *_: "asked to do without"))
+    return compile_for(forward, params, x, spec.layout.arrays(), method.tables(spec.layout))
 
 
 def parts_of(scopes) -> str:
