@@ -5,8 +5,8 @@
 The layer is compiled for an absent GPU and its scheduled HLO read: every operation's operands and results are bytes through
 device memory, unless a fusion reads a slice only. Operations are named by the part of the layer they hold (`jax.named_scope`);
 one that holds several is listed under all their names. `over_rotary_*`, selection and transforms alone, is what any method's
-norm and rotary do not need: q, k and v read and written once, tables of angles written and read once. Rows named `..._before` and
-`..._earlier` are of the commits that they name. Times are expected ones, bytes over 3.0 TB/s and FLOPs over 700 TFLOP/s
+norm and rotary do not need: q, k and v read and written once, tables of angles written and read once. Rows named `..._before`
+or `..._earlier` are of the commits that they name. Times are expected ones, bytes over 3.0 TB/s and FLOPs over 700 TFLOP/s
 (what H100s reach in copies and dense attention elsewhere): nothing here was measured on a GPU.
 """
 
