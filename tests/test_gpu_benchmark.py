@@ -10,7 +10,7 @@ from benchmarks.gpu_plan import FULL, REHEARSAL, SHORT
 from benchmarks.gpu_rows import Deadline, Store
 
 # One worker: what the file prepares or compiles is then made once.
-pytestmark = pytest.mark.xdist_group("gpu_benchmark")
+pytestmark = [pytest.mark.xdist_group("gpu_benchmark"), pytest.mark.usefixtures("quick_compiles")]
 
 
 @pytest.fixture(scope="module")

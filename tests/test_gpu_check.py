@@ -10,6 +10,8 @@ import pytest
 from benchmarks import gpu_check
 from benchmarks.gpu_check import CASES, LARGE, tiny
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 CASE = next(c for c in CASES if c.name == "64x128 tiles")
 
 
