@@ -1,5 +1,6 @@
 """FreqFormer as a layer runs it, between the projections, and what of it is left without attention."""
 
+import functools
 from unittest import mock
 
 import jax
@@ -46,7 +47,7 @@ def projected(joint, arrays, implementation: str | None = None) -> Projected:
   finish, fused = (lambda x, positions: rotate(norm(x), positions)), None
   if implementation in (None, "pallas_mgpu") and not unsupported(joint, arrays.layout.tiles):
     learned = jnp.zeros((3, h, d), joint.dtype), (jnp.ones(d), jnp.ones(d)), angle_tables(arrays.positions, d)
-    fused = lambda cells=None, pooled=False: prepare(joint, *learned, arrays.kv_len, cells, pooled=pooled)
+    fused = functools.partial(prepare, joint, *learned, arrays.kv_len)
   return Projected(*jnp.unstack(joint, axis=2), finish, finish, arrays, implementation, fused)
 
 

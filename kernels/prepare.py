@@ -87,8 +87,11 @@ def prepare(
     implementation: "pallas_mgpu" or "plain"; None: the kernel where it is supported.
 
   Raises:
+    ValueError: if something is filtered without filters or bands.
     NotImplementedError: if the kernel was named and does not support the call, with the reasons.
   """
+  if filtered not in ("", "v", "qkv") or (filtered and (bands is None or cells is None or cells.filters is None)):
+    raise ValueError(f'{filtered=} must be "", "v" or "qkv"; the latter two need bands and cells with filters.')
   reason = None if implementation == "plain" else unsupported(joint, len(lengths), cells)
   if implementation == "pallas_mgpu" and reason:
     raise NotImplementedError(f"prepare: {reason}")

@@ -19,6 +19,7 @@ def _sweep(monkeypatch, folder, **kwargs):
   monkeypatch.setattr(gpu_check, "CASES", (CASE,))
   monkeypatch.setattr(gpu_check, "LARGE", LARGE[:1])
   monkeypatch.setattr(gpu_check, "LINEAR", gpu_check.LINEAR[:1])
+  monkeypatch.setattr(gpu_check, "AROUND", gpu_check.AROUND[-1:])
   monkeypatch.setattr(gpu_check, "SEEDS", (0,))
   options = {"implementation": "reference", "rehearse": True, "minutes": 5} | kwargs
   right = gpu_check.run(str(folder), **options)
@@ -27,7 +28,7 @@ def _sweep(monkeypatch, folder, **kwargs):
 
 def test_a_right_kernel_passes(monkeypatch, tmp_path, capsys):
   right, found = _sweep(monkeypatch, tmp_path)
-  assert right and len(found) == 5 and "5 of 5 right" in capsys.readouterr().out
+  assert right and len(found) == 6 and "6 of 6 right" in capsys.readouterr().out
   assert all(row["correct"] and row["rehearsal"] for row in found)
   assert set(found[1]) >= {"error_out", "error_lse", "error_dq", "error_dk", "error_dv", "code", "commit"}
 
