@@ -36,7 +36,8 @@ _QUICK = flags.DEFINE_bool("quick", False, "Small CPU shapes and few repeats; wr
 
 # Assumed for an H100 until measured: 85 % of the best published dense attention rate (697 TFLOP/s), and a plain copy.
 TENSOR_RATE, COPY_RATE = 0.85 * 697e12, 3.0e12
-GRIDS = {"64k": (16, 64, 64), "128k": (32, 64, 64)}
+# The last one's frames share boxes of eight rows (`kernels.segments.Work.mixed`).
+GRIDS = {"64k": (16, 64, 64), "128k": (32, 64, 64), "21x30x52": (21, 30, 52)}
 SPLIT = (7, 5)  # sparse and linear heads: the router's prior, in whole heads
 BLOCK = "wan2.1-1.3b"  # the rest of the block is this model's: 12 heads of 128 channels
 _OTHERS = "sparse_heads"  # the scope of what is no linear attention
@@ -97,7 +98,8 @@ def sparseflow(name: str, shape: Shape, method: SparseFlow, implementation: str)
 
   compiled = offline.compile_for(call, x, x, x, tables, jax.ShapeDtypeStruct(fixed.shape, bool))
   in_place = (2 + 4 / shape.head_dim) * x.size  # the output, and a logarithm per row
-  row = modelled(name, shape, method, own, compiled, in_place * (implementation != "xla"))
+  in_place *= implementation != "xla" and not tables.frames.work.mixed
+  row = modelled(name, shape, method, own, compiled, in_place)
   return row | {"allocation": SPLIT}
 
 

@@ -25,9 +25,7 @@ def unsupported(q, segments, target: Target) -> str | None:
   if q.shape[-1] not in HEAD_DIMS:
     reasons.append(f"head_dim is {q.shape[-1]}, it takes {' or '.join(map(str, HEAD_DIMS))}")
   if segments.work is None:
-    reasons.append(
-      "eight rows of the buffer, from a multiple of 8 on, belong to several segments, or tiles have no multiple of 64 rows"
-    )
+    reasons.append("the buffer has no multiple of 8 rows, tiles no multiple of 64, or segments run on for a few rows only")
   return "; ".join(reasons) or None
 
 
@@ -36,8 +34,12 @@ def forward(feature_map, q, k, v, segments, reads, heads, into):
   walk = _walk(feature_map, segments, heads)
   sums = _sums(walk, segments, k, v, jnp.asarray(segments.work.fresh)[None, None], None)
   sums = _read_sums(reads, *sums)
-  into = jnp.zeros(q.shape, q.dtype) if into is None and heads is not None else into
-  out, log_den = kernels.read(walk, q, *sums, jnp.asarray(segments.work.valid)[None, None], into)
+  valid = jnp.asarray(segments.work.valid)[None, None]
+  if heads is None or segments.work.mixed:
+    out, log_den = kernels.read(walk, q, *sums, valid, None)
+    out = _in_place(segments.work, heads, out, into)
+  else:
+    out, log_den = kernels.read(walk, q, *sums, valid, jnp.zeros(q.shape, q.dtype) if into is None else into)
   log_den = segments.work.buffer_rows(log_den)
   if heads is not None:
     log_den = jnp.where(heads[..., None], log_den, -jnp.inf)
@@ -63,10 +65,14 @@ def backward(feature_map, q, k, v, segments, reads, heads, sums, log_den, d_log,
   d_sums = _sums(walk, segments, q, d_out, inverse * work.fresh, d_den * work.fresh)
   d_sums = _read_sums(None if reads is None else reads.swapaxes(2, 3), *d_sums)
   dk, dv = kernels.dkv(walk, k, v, jnp.asarray(work.valid)[None, None], *d_sums)
-  if heads is None:
-    return dq, dk, dv
-  own = heads[:, None, :, None]
-  return tuple(jnp.where(own, x, 0) for x in (dq, dk, dv))
+  return tuple(_in_place(work, heads, x, None) for x in (dq, dk, dv))
+
+
+def _in_place(work, heads, x, others):
+  """A kernel's rows, in the order of the buffer, beside those of the other heads (None: 0)."""
+  if work.mixed:
+    x = jnp.take(x, jnp.asarray(work.back), axis=1, mode="clip")
+  return x if heads is None else jnp.where(heads[:, None, :, None], x, 0 if others is None else others)
 
 
 def _walk(feature_map, segments, heads):

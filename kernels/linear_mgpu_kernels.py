@@ -83,7 +83,7 @@ class _Ring:
   Attributes:
     place: sample, head.
     begin, count: first stage and number of stages of the chunk.
-    table: reference to `Work.boxes`; box: rows of a copy.
+    table: reference to `Work.boxes`; box: rows of a copy; mixed: of `Work`.
     boxed: `(global rows [b, n, h, d], ring [slots, 64, d])`; vectors: `(global numbers [b or 1, h or 1, rows], ring)`.
     full: barriers, one per slot.
   """
@@ -93,6 +93,7 @@ class _Ring:
   count: jax.Array
   table: object
   box: int
+  mixed: bool
   boxed: tuple
   vectors: tuple
   full: object
@@ -120,9 +121,9 @@ class _Ring:
       plgpu.copy_gmem_to_smem(numbers, ring.at[slot], self.full.at[slot])
 
   def store(self, s, shared, target):
-    """Starts the copies of a stage's rows `[64, d]` to where they belong."""
+    """Starts the copies of a stage's rows `[64, d]` to where they belong, or in the order of the stages."""
     sample, head = self.place
-    for rows, lanes in self.boxes(s):
+    for rows, lanes in [(self.rows(s), pl.ds(0, STAGE))] if self.mixed else self.boxes(s):
       plgpu.copy_smem_to_gmem(shared.at[lanes], target.at[sample, rows, head])
 
   def rows(self, s):
@@ -182,7 +183,7 @@ def _launch(body, walk: Walk, operands, counts, out_type, scratch=()):
     moves = tuple(zip(arrays[:moved], rest[:moved], strict=True))
 
     def run():
-      place = ((sample, head), start_gm[chunk], count_gm[chunk], boxes_gm, work.box)
+      place = ((sample, head), start_gm[chunk], count_gm[chunk], boxes_gm, work.box, work.mixed)
       body(_Ring(*place, moves[:boxed], moves[boxed:], full), chunk, *arrays, *rest)
 
     if heads_gm:
@@ -203,6 +204,12 @@ def _launch(body, walk: Walk, operands, counts, out_type, scratch=()):
     # Sums over rows cross the warps, in `states` alone: a float32 per warp and column. Other rows lie within four lanes.
     compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=16 * d * (body.__name__ == "linear_states")),
   )(*tables, *operands)
+
+
+def _rows_type(walk: Walk, x):
+  """Of results like `x` `[b, n, h, d]`: in the order of the stages where boxes are mixed."""
+  b, n, *rest = x.shape
+  return jax.ShapeDtypeStruct((b, walk.work.rows if walk.work.mixed else n, *rest), x.dtype)
 
 
 def _segment(walk: Walk, chunk, segments: int):
@@ -285,9 +292,11 @@ def read(walk: Walk, q, state, total, valid, into):
     state: bf16 `[b, h, segments, d, d]`; total: float32 `[b, h, segments, d]`.
     valid: float32 `[1, 1, rows]`, 0 for rows that read nothing.
     into: None, or `[b, n, h, d]`, whose rows of the heads that take part are overwritten; in place where nobody else reads it.
+      Not where boxes are mixed.
 
   Returns:
-    out `[b, n, h, d]`, and log_den float32 `[b, h, rows]`, which is not written where a head takes no part.
+    out `[b, n, h, d]` (mixed boxes: `[b, rows, h, d]`), and log_den float32 `[b, h, rows]`, which is not written where a head
+    takes no part.
   """
   (b, _, h, d), segments, low = q.shape, state.shape[2], q.dtype
 
@@ -331,7 +340,7 @@ def read(walk: Walk, q, state, total, valid, into):
     return _launch(linear_read, walk, [q, valid, state, total, *targets], (1, 1, len(walk.work.start)), out, extra)
 
   if into is None:
-    out, log_den = launch([jax.ShapeDtypeStruct(q.shape, low), log])
+    out, log_den = launch([_rows_type(walk, q), log])
   else:  # what a kernel writes to that is not its result is an operand by reference
 
     def write(targets):
@@ -342,7 +351,7 @@ def read(walk: Walk, q, state, total, valid, into):
 
 
 def dq(walk: Walk, q, d_out, inverse, d_den, state, total):
-  """Gradient of the queries, `[b, n, h, d]`.
+  """Gradient of the queries, as `read` gives out.
 
   Args:
     inverse, d_den: float32 `[b, h, rows]`, 1 / denominator and its gradient; 0 for rows that read nothing.
@@ -377,12 +386,12 @@ def dq(walk: Walk, q, d_out, inverse, d_den, state, total):
 
     plgpu.wait_smem_to_gmem(0)
 
-  operands, out = [q, d_out, inverse, d_den, state, total], [jax.ShapeDtypeStruct(q.shape, low)]
+  operands, out = [q, d_out, inverse, d_den, state, total], [_rows_type(walk, q)]
   return _launch(linear_dq, walk, operands, (2, 2, len(walk.work.start)), out, _sums_types(d, low))[0]
 
 
 def dkv(walk: Walk, k, v, valid, d_state, d_total):
-  """Gradients of keys and values, `[b, n, h, d]`, from those of the sums; 0 in rows of no segment."""
+  """Gradients of keys and values, as `read` gives out, from those of the sums; 0 in rows of no segment."""
   (d,), segments, low = k.shape[3:], d_state.shape[2], k.dtype
 
   def linear_dkv(ring, chunk, *refs):
@@ -418,7 +427,7 @@ def dkv(walk: Walk, k, v, valid, d_state, d_total):
 
     plgpu.wait_smem_to_gmem(0)
 
-  operands, out = [k, v, valid, d_state, d_total], [jax.ShapeDtypeStruct(k.shape, low)] * 2
+  operands, out = [k, v, valid, d_state, d_total], [_rows_type(walk, k)] * 2
   scratch = [*_sums_types(d, low), parts.tiles_type(STAGE, d, dtype=low)]
   return _launch(linear_dkv, walk, operands, (2, 1, len(walk.work.start)), out, scratch)
 

@@ -18,6 +18,7 @@ TINY = 1e-18
 STAGE = 64  # rows of a stage: one wgmma
 # Stages of a chunk at most (2,048 rows): a chunk's partial sums are then 6 % of the bytes of its rows at d = 128. Ours.
 _CHUNK = 32
+_MOST = 2.5  # ours: beyond, XLA's passes cost hardly more
 _BOXES = (64, 32, 16, 8)  # a copy begins at a multiple of 8 rows, as the swizzled form in shared memory does
 
 
@@ -36,6 +37,8 @@ class Work:
     back: int32 `[n]`, a place in the stages of every buffer row.
     start, count: int32 `[chunks]`, stages of each chunk.
     per_segment: static, chunks of each segment.
+    mixed: static, whether a box may hold rows of several segments. It then stands in stages of each, so that results per row
+      must be written in the order of the stages and put back (`back` names each row's own segment's stage).
   """
 
   boxes: Array
@@ -45,6 +48,7 @@ class Work:
   start: Array
   count: Array
   per_segment: int = dataclasses.field(metadata={"static": True})
+  mixed: bool = dataclasses.field(default=False, metadata={"static": True})
 
   @property
   def box(self) -> int:
@@ -67,29 +71,36 @@ class Work:
 
   @classmethod
   def of_ids(cls, ids: np.ndarray, segments: int) -> "Work | None":
-    """From the segment of every buffer row, int `[n]`, -1 for none; None where eight rows from a multiple of eight on
-    belong to several segments.
+    """From the segment of every buffer row, int `[n]`, -1 for none; None for a buffer of no multiple of 8 rows, and for runs so
+    short that stages would hold more than `_MOST` times its rows.
 
-    Boxes are as large as they can be without mixing segments.
+    Boxes are as large as they can be without mixing segments; where they cannot be without, they have 8 rows.
     """
-    for size in _BOXES:
-      if len(ids) % size == 0:
-        owner = ids.reshape(-1, size).max(1)
-        if ((ids.reshape(-1, size) == owner[:, None]) | (ids.reshape(-1, size) < 0)).all():
-          break
-    else:
+    if len(ids) % _BOXES[-1]:
       return None
-    boxes, count = _pack(owner, segments, STAGE // size)
-    again = np.zeros(boxes.shape, bool)
-    again[:, 1:] = boxes[:, 1:] == boxes[:, :-1]
-    rows = (boxes[..., None] * size + np.arange(size)).reshape(-1)
+    for size in _BOXES:
+      mixed = len(ids) % size != 0 or _mixed(ids.reshape(-1, size))
+      if not mixed:
+        break
+    holds = np.sort(ids.reshape(-1, size), axis=1)
+    new = np.diff(holds, axis=1, prepend=-2) != 0  # each segment of a box once
+    new[:, :-1] &= (holds[:, :-1] >= 0) | (holds[:, -1:] < 0)  # none only where there is nothing else
+    box, owner = np.nonzero(new)[0], holds[new]
+    order, count = _pack(owner, segments, STAGE // size)
+    if order.size * size > _MOST * len(ids) + STAGE * segments:
+      return None
+    again = np.zeros(order.shape, bool)
+    again[:, 1:] = order[:, 1:] == order[:, :-1]
+    rows = (box[order][..., None] * size + np.arange(size)).reshape(-1)
+    valid = (ids[rows] >= 0) & (ids[rows] == np.repeat(owner[order].reshape(-1), size))
     back = np.zeros(len(ids), np.int32)
-    back[rows[::-1]] = np.arange(len(rows), dtype=np.int32)[::-1]
-    valid = ids[rows] >= 0
+    for which in (~valid, valid):  # a row of none may stand anywhere, the others in their own segment's stage
+      back[rows[which][::-1]] = np.flatnonzero(which)[::-1]
     fresh = valid & ~np.repeat(again.reshape(-1), size)
     per_segment = max(1, -(-int(count[:segments].max()) // _CHUNK))
     chunks = _chunks(count, per_segment, segments)
-    return cls(boxes.astype(np.int32), fresh.astype(np.float32), valid.astype(np.float32), back, *chunks, per_segment)
+    flat = lambda x: x.astype(np.float32)
+    return cls(box[order].astype(np.int32), flat(fresh), flat(valid), back, *chunks, per_segment, mixed)
 
   @classmethod
   def of_tiles(cls, kv_len: Array, block: int) -> "Work | None":
@@ -102,6 +113,11 @@ class Work:
     per_segment, number = -(-stages // _CHUNK), np.arange(tiles * block, dtype=np.int32)
     chunks = _chunks(np.r_[np.full(tiles, stages), 0], per_segment, tiles)
     return cls(number[: tiles * stages, None], valid, valid, number, *chunks, per_segment)
+
+
+def _mixed(boxes) -> bool:
+  """Whether any row of `[boxes, size]` ids holds two segments."""
+  return not ((boxes == boxes.max(1, keepdims=True)) | (boxes < 0)).all()
 
 
 def _pack(owner, segments: int, parts: int):

@@ -30,8 +30,9 @@ from kernels.cost import CallCost, count
 from kernels.linear import FEATURE_MAPS, Segments, linear_attention
 
 SPARSE, LINEAR = range(2)
-# Of linear attention on a Hopper GPU, its own heads (benchmarks/linear.py); the least would be 8 bytes.
-_LINEAR_BYTES, _LINEAR_KERNELS = 9.1, 4  # bytes per element of q
+# Linear attention on a Hopper GPU: bytes per element of its own heads of q, of 8 at least, and kernels (benchmarks/linear.py).
+# Frames that share boxes of rows cost more; what the kernels refuse runs in XLA.
+_OWN_BOXES, _SHARED_BOXES, _REFUSED = (9.1, 4), (27.2, 5), (37.1, 8)
 DIRECTIONS = ("sparse_early", "dense_early")
 SHAPES = {"linear": lambda u: u, "cosine": lambda u: (1 - jnp.cos(jnp.pi * u)) / 2, "step": lambda u: 1.0 * (u >= 0.5)}
 
@@ -103,9 +104,7 @@ class SparseFlow(RoutedMethod):
     return variance_shares(v, layout)
 
   def tables(self, layout):
-    arrays = layout.arrays()
-    frame = np.where(arrays.valid, arrays.positions[:, 0], -1).astype(np.int32)
-    return SparseFlowTables(_levels(self.schedule, self.around, self.anchors, layout), Segments.of_ids(frame))
+    return SparseFlowTables(_levels(self.schedule, self.around, self.anchors, layout), _frames(layout))
 
   def __call__(self, module, qkv, cond, tables, state):
     layout, routing = qkv.layout, self.route(module, qkv, cond, tables)
@@ -145,11 +144,12 @@ class SparseFlow(RoutedMethod):
     (below 1e-4 of the layer).
     """
     share, shares, levels = self._expected(layout, allocation)
-    ran = heads if self.routed else heads * (1 - share)
+    ran, work = heads if self.routed else heads * (1 - share), _frames(layout).work
+    moved, kernels = _REFUSED if work is None else _SHARED_BOXES if work.mixed else _OWN_BOXES
     linear = Cost(
       linear_flops=4.0 * layout.n * head_dim * (head_dim + 1) * ran,
-      linear_bytes=_LINEAR_BYTES * layout.n * head_dim * heads * (1 - share),
-      launches=_LINEAR_KERNELS,
+      linear_bytes=moved * layout.n * head_dim * heads * (1 - share),
+      launches=kernels,
     )
     return attention_cost(heads * share * float(shares @ levels.pairs()[:, 0]), head_dim) + linear
 
@@ -175,6 +175,13 @@ def _levels(schedule: Schedule, around, anchors: int, layout: TileLayout) -> Blo
   widen = lambda ids: np.pad(ids, ((0, 0),) * 3 + ((0, longest - ids.shape[-1]),), mode="edge")
   ids, counts = np.concatenate([widen(m.kv_indices) for m in masks]), np.concatenate([m.kv_counts for m in masks])
   return dataclasses.replace(masks[0], kv_indices=ids, kv_counts=counts)
+
+
+@functools.lru_cache(maxsize=16)
+def _frames(layout: TileLayout) -> Segments:
+  """The rows of every frame."""
+  arrays = layout.arrays()
+  return Segments.of_ids(np.where(arrays.valid, arrays.positions[:, 0], -1).astype(np.int32))
 
 
 def _only(mask: BlockMask, heads) -> BlockMask:
