@@ -50,8 +50,9 @@ def attention_cost(pairs: float, head_dim: int) -> Cost:
   return Cost(attention_flops=4.0 * float(pairs) * head_dim)
 
 
-# Device memory per pooled score that the selection moves: 74 to 85 bytes for 512 to 8,192 tiles (benchmarks/memory_bound.py).
-_SCORE_BYTES = 80.0
+# Device memory per pooled score that the selection moves on Hopper: 17 to 21 bytes for 512 to 8,192 tiles
+# (benchmarks/memory_bound.py; 67 to 71 in XLA alone).
+_SCORE_BYTES = 20.0
 
 
 def selection_cost(n: int, tiles: int, heads: int, head_dim: int, read: float = 2.0) -> Cost:

@@ -21,7 +21,7 @@ def cost(method, layout: TileLayout, heads, head_dim, allocation=None) -> Cost:
   if method.low_op == "linear":
     transform += 4.0 * tables.spectral.n_coarse * head_dim * (head_dim + 1) * heads
   width, ratio = heads * head_dim, tables.spectral.n_coarse / n
-  fused = method.filter == "none" and method.low_op == "dense" and tables.cells is not None
+  fused = method.low_op == "dense" and tables.cells is not None
   # Passes over one bf16 [n, D] array, beyond norm and rotary: v in and out, coarse rows and angles, lift in and out; without
   # the kernels around attention: compression 3, packing 3 in and 3 out, lift and sum 3 (benchmarks/memory_bound.py).
   passes = 4.4 + 4.0 * ratio if fused else 12.0
