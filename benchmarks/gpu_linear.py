@@ -44,6 +44,7 @@ class LinearCase:
 CASES = (
   LinearCase("linear, frames, softmax", "softmax", heads=True, b=2),
   LinearCase("linear, frames of 40-row runs, elu", "elu", grid=(9, 10, 24)),
+  LinearCase("linear, frames that share boxes, elu", "elu", grid=(21, 30, 52), heads=True),
   LinearCase("linear, frames, relu, d=64", "relu", d=64, heads=True),
   LinearCase("linear, tiles that read others", "softmax", tiles=True),
   LinearCase("linear, long frames", "elu", grid=(2, 128, 128), h=2),
