@@ -7,8 +7,8 @@ A row's value is what is retained of the ideal: speed-up over the dense mode tim
 attention calls of a layer count, the pooled one of block_topk too. Beside it stands the same by CPU time of all threads. What
 else a method does between its projections (selection, search, compression, linear heads) is timed apart, for every phase of a
 sampling run. Where a method has linear heads, a second row takes both ops together and counts linear attention by its FLOPs:
-the time that the dense mode would take for as many FLOPs, over the time of both. Inputs are random, so selections are arbitrary,
-their number is not.
+the time that the dense mode would take for as many FLOPs, over the time of both. Inputs are random, so selections are
+arbitrary, their number is not.
 """
 
 import contextlib
