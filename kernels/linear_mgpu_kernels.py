@@ -218,9 +218,13 @@ def _segment(walk: Walk, chunk, segments: int):
 
 
 def _load_sums(ring, segment, state, total, full):
-  """A segment's sums into shared memory; `state` and `total` are `(global, shared)`."""
-  for source, target in (state, total):
-    plgpu.copy_gmem_to_smem(source.at[(*ring.place, segment)], target, full)
+  """A segment's sums into shared memory, if the chunk has any rows; `state` and `total` are `(global, shared)`."""
+
+  @pl.when(ring.count > 0)
+  def _load():
+    for source, target in (state, total):
+      plgpu.copy_gmem_to_smem(source.at[(*ring.place, segment)], target, full)
+    plgpu.barrier_wait(full)
 
 
 # ---- the kernels -----------------------------------------------------------------------------------------------------
@@ -304,12 +308,7 @@ def read(walk: Walk, q, state, total, valid, into):
     (state_gm, total_gm), (out_gm, log_gm, q_sm, valid_sm, state_sm, total_sm, sums_bar) = refs[2:4], refs[-7:]
     sample, head = ring.place
     ring.start()
-
-    @pl.when(ring.count > 0)
-    def _sums():
-      _load_sums(ring, _segment(walk, chunk, segments), (state_gm, state_sm), (total_gm, total_sm), sums_bar)
-      plgpu.barrier_wait(sums_bar)
-
+    _load_sums(ring, _segment(walk, chunk, segments), (state_gm, state_sm), (total_gm, total_sm), sums_bar)
     total = plgpu.load(total_sm, layout=LAYOUT.reduce(0))
 
     @pl.loop(0, ring.count)
@@ -362,12 +361,7 @@ def dq(walk: Walk, q, d_out, inverse, d_den, state, total):
   def linear_dq(ring, chunk, *refs):
     (state_gm, total_gm), (dq_gm, q_sm, do_sm, inverse_sm, den_sm, state_sm, total_sm, sums_bar) = refs[4:6], refs[-8:]
     ring.start()
-
-    @pl.when(ring.count > 0)
-    def _sums():
-      _load_sums(ring, _segment(walk, chunk, segments), (state_gm, state_sm), (total_gm, total_sm), sums_bar)
-      plgpu.barrier_wait(sums_bar)
-
+    _load_sums(ring, _segment(walk, chunk, segments), (state_gm, state_sm), (total_gm, total_sm), sums_bar)
     total = plgpu.load(total_sm, layout=LAYOUT.reduce(0))
 
     @pl.loop(0, ring.count)
@@ -397,11 +391,7 @@ def dkv(walk: Walk, k, v, valid, d_state, d_total):
   def linear_dkv(ring, chunk, *refs):
     state_gm, total_gm, dk_gm, dv_gm, k_sm, v_sm, valid_sm, state_sm, total_sm, sums_bar, p_sm = refs[3:]
     ring.start()
-
-    @pl.when(ring.count > 0)
-    def _sums():
-      _load_sums(ring, _segment(walk, chunk, segments), (state_gm, state_sm), (total_gm, total_sm), sums_bar)
-      plgpu.barrier_wait(sums_bar)
+    _load_sums(ring, _segment(walk, chunk, segments), (state_gm, state_sm), (total_gm, total_sm), sums_bar)
 
     @pl.loop(0, ring.count)
     def _stage(s):
