@@ -16,11 +16,11 @@ import math
 
 import jax
 import jax.numpy as jnp
-from absl import logging
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels.block_mask import BlockMask, dense_mask
 from kernels.cotangents import no_gradient
+from kernels.dispatch import choose
 from kernels.partition import by_sample_and_head, several_devices, table_dims
 from kernels.target import Target, current_target
 
@@ -78,20 +78,8 @@ def attention(
 def choose_backend(q, k, v, mask: BlockMask, implementation: str | None = None, target: Target | None = None) -> str:
   """The name of the backend that `attention` would run; raises NotImplementedError with all reasons if there is none."""
   target = current_target() if target is None else target
-  reasons = []
-  for name in BACKENDS if implementation is None else (implementation,):
-    reason = backend(name).unsupported(q, k, v, mask, target)
-    if reason is None:
-      if implementation is None:
-        _log_choice(name, target, "; ".join(reasons))
-      return name
-    reasons.append(f"{name}: {reason}")
-  raise NotImplementedError(f"no attention backend for this call on {target}: " + "; ".join(reasons))
-
-
-@functools.cache
-def _log_choice(name, target, reasons):
-  logging.info("attention runs on backend %r for %s%s", name, target, f" ({reasons})" if reasons else "")
+  refused = lambda name: backend(name).unsupported(q, k, v, mask, target)
+  return choose("attention", BACKENDS, refused, implementation, target)
 
 
 def _validated(q, k, v, mask: BlockMask | None) -> BlockMask:

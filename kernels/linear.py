@@ -19,9 +19,9 @@ import importlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 
 from kernels.cotangents import no_gradient
+from kernels.dispatch import choose
 from kernels.linear_xla import FEATURE_MAPS
 from kernels.partition import by_sample_and_head, several_devices
 from kernels.segments import Segments
@@ -81,20 +81,9 @@ def choose_backend(q, segments: Segments, implementation: str | None = None, tar
   """The name of the backend that `linear_attention` would run; raises as it does."""
   if implementation not in (None, *BACKENDS):
     raise ValueError(f"{implementation=} is unknown; choose one of {', '.join(BACKENDS)} or None for automatic choice.")
-  target, reasons = current_target() if target is None else target, []
-  for name in BACKENDS if implementation is None else (implementation,):
-    reason = _backend(name).unsupported(q, segments, target)
-    if reason is None:
-      if implementation is None:
-        _log_choice(name, target, "; ".join(reasons))
-      return name
-    reasons.append(f"{name}: {reason}")
-  raise NotImplementedError(f"no backend for this linear attention on {target}: " + "; ".join(reasons))
-
-
-@functools.cache
-def _log_choice(name, target, reasons):
-  logging.info("linear attention runs on backend %r for %s%s", name, target, f" ({reasons})" if reasons else "")
+  target = current_target() if target is None else target
+  refused = lambda name: _backend(name).unsupported(q, segments, target)
+  return choose("linear attention", BACKENDS, refused, implementation, target)
 
 
 def _backend(name):
