@@ -76,7 +76,10 @@ def _plain(packed, weights, low, expansion):
   dtype = jnp.promote_types(packed.dtype, jnp.float32)
   classes, _, k = expansion.matrices.shape
   matrices, starts = jnp.asarray(expansion.matrices, dtype), jnp.asarray(expansion.starts)
-  coarse = packed[:, (starts[:, None] + jnp.arange(k)).reshape(-1)]  # behind a tile's own cells the matrix is zero
+  if classes == 1:  # no gather, whose gradient would be a scatter
+    coarse = packed[:, : k * len(starts)]
+  else:
+    coarse = packed[:, (starts[:, None] + jnp.arange(k)).reshape(-1)]  # behind a tile's own cells the matrix is zero
   coarse = jnp.where(low[:, None, :, None], coarse, 0).astype(dtype).reshape(packed.shape[0], -1, k, *packed.shape[2:])
   matrices, product = (matrices[0], "rk,btkhd->btrhd") if classes == 1 else (matrices[expansion.classes], "trk,btkhd->btrhd")
   lifted = jnp.einsum(product, matrices, coarse, precision=jax.lax.Precision.HIGHEST)

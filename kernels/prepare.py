@@ -137,17 +137,23 @@ def log_choice(what: str, reason: str | None) -> None:
 @jax.named_scope("prepare")
 def _plain(form, joint, bias, gains, tables, lengths, cells, bands) -> Prepared:
   """The definition: everything in float32 (or wider), rounded once. Without cells there is no v."""
-  (pooled, filtered), packed, pools = form, [], []
   arrays = jnp.unstack(joint, axis=2)  # not three slices, whose gradients would be three arrays of the projection's size
-  for name, x, own, gain in zip("qkv", arrays, bias, (*gains, None), strict=True):
-    finish = functools.partial(_finish, gain)
-    tokens = finish(_biased(x, own), *tables).astype(x.dtype)
-    pools += [_means(tokens, lengths)] if pooled and name in "qk" else []
-    if name in filtered:
-      wide = jnp.where((bands > 0)[:, None, :, None], _filtered(x, cells, bands), _biased(x, own))
-      tokens = finish(wide, *tables).astype(x.dtype)
-    packed.append(tokens if cells is None else _with_cells(finish, tokens, x, own, cells))
-  return Prepared(*packed[:2], None if cells is None else packed[2], *pools)
+  found = [_one(form, *x, tables, lengths, cells, bands) for x in zip("qkv", arrays, bias, (*gains, None), strict=True)]
+  packed, means = zip(*found, strict=True)
+  return Prepared(*packed, *(means[:2] if form[0] else ()))
+
+
+def _one(form, name, x, bias, gain, tables, lengths, cells, bands):
+  """Packed, and the means of its tokens."""
+  (pooled, filtered), finish = form, functools.partial(_finish, gain)
+  if name == "v" and cells is None:
+    return None, None
+  tokens = finish(_biased(x, bias), *tables).astype(x.dtype)
+  means = _means(tokens, lengths) if pooled and name in "qk" else None
+  if name in filtered:
+    wide = jnp.where((bands > 0)[:, None, :, None], _filtered(x, cells, bands), _biased(x, bias))
+    tokens = finish(wide, *tables).astype(x.dtype)
+  return tokens if cells is None else _with_cells(finish, tokens, x, bias, cells), means
 
 
 def _biased(x, bias):
@@ -224,9 +230,21 @@ def _fused_fwd(form, *operands):
 
 
 def _fused_bwd(form, operands, cotangents):
-  learned, rest = operands[:3], operands[3:]
-  _, pull = jax.vjp(lambda *learned: _plain(form, *learned, *rest), *learned)
-  return *pull(cotangents), *jax.tree.map(no_gradient, rest)
+  """Of the plain form, one array after the other: together, their float32 intermediates would be alive at once."""
+  joint, bias, gains, *rest = operands
+  grads, before = [], None
+  for name, *x, cotangent in zip("qkv", jnp.unstack(joint, axis=2), bias, (*gains, None), cotangents[:3], strict=True):
+    if cotangent is None:  # v without cells
+      grads.append(jax.tree.map(jnp.zeros_like, x))
+      continue
+    if before is not None:
+      before, cotangent = jax.lax.optimization_barrier((before, cotangent))
+      grads[-1] = before
+    _, pull = jax.vjp(lambda *x, name=name: _one((False, form[1]), name, *x, *rest)[0], *x)
+    before = pull(cotangent)
+    grads.append(before)
+  d_joint, d_bias, d_gains = zip(*grads, strict=True)
+  return jnp.stack(d_joint, 2), jnp.stack(d_bias), d_gains[:2], *jax.tree.map(no_gradient, tuple(rest))
 
 
 _fused.defvjp(_fused_fwd, _fused_bwd)
