@@ -136,8 +136,8 @@ def _forward(name, feature_map, q, k, v, segments, reads, heads, into):
   return by_sample_and_head(run, operands, dims, ("b.h.", "bh.", kept))
 
 
-def _backward(name, feature_map, q, k, v, segments, reads, heads, sums, *rows):
-  run, operands = functools.partial(_backend(name).backward, feature_map), (q, k, v, segments, reads, heads, sums, *rows)
+def _backward(name, feature_map, q, k, v, segments, reads, heads, sums, rows):
+  run, operands = functools.partial(_backend(name).backward, feature_map), (q, k, v, segments, reads, heads, sums, rows)
   if name == "xla" or not several_devices():
     return run(*operands)
   dims = [*_dims(q, segments), *_lead(q, reads, "bh.."), *_lead(q, heads, "bh")]
@@ -171,7 +171,7 @@ def _backward_rule(name, feature_map, residuals, cotangents):
   d_out = jnp.where(some.transpose(0, 2, 1)[..., None], d_out, 0)
   delta = (d_out.astype(log_den.dtype) * out.astype(log_den.dtype)).sum(-1).transpose(0, 2, 1)
   d_log = jnp.where(some, d_log, 0)
-  grads = _backward(name, feature_map, q, k, v, segments, reads, heads, kept, log_den, d_log, delta, d_out)
+  grads = _backward(name, feature_map, q, k, v, segments, reads, heads, kept, (log_den, d_log, delta, d_out))
   grads = (g.astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True))
   return *grads, *(jax.tree.map(no_gradient, x) for x in (segments, reads, heads)), d_into
 

@@ -47,13 +47,14 @@ def forward(feature_map, q, k, v, segments, reads, heads, into):
   return out, log_den, sums if 4 * segments.count * q.shape[-1] <= q.shape[1] else None
 
 
-def backward(feature_map, q, k, v, segments, reads, heads, sums, log_den, d_log, delta, d_out):
+def backward(feature_map, q, k, v, segments, reads, heads, sums, rows):
   """dq, dk, dv.
 
   Args:
     sums: of `forward`, or None.
-    log_den, d_log, delta: float32 `[b, h, n]`, the last `sum(d_out * out)`; d_out is 0 in rows that read nothing.
+    rows: log_den, d_log, delta, float32 `[b, h, n]`, the last `sum(d_out * out)`; and d_out, 0 in rows that read nothing.
   """
+  log_den, d_log, delta, d_out = rows
   walk, work = _walk(feature_map, segments, heads), segments.work
   if sums is None:
     sums = _read_sums(reads, *_sums(walk, segments, k, v, jnp.asarray(work.fresh)[None, None], None))

@@ -36,7 +36,7 @@ def forward(feature_map, q, k, v, segments, reads, heads, into):
   return out, log_den, None
 
 
-def backward(feature_map, q, k, v, segments, reads, heads, sums, log_den, d_log, delta, d_out):
+def backward(feature_map, q, k, v, segments, reads, heads, sums, rows):
   """With [num, den] = phi(q) S: dnum = dO / den and dden = (dlog_den - dO . O) / den; the rest is linear.
 
   S is computed again: keeping it would save one product of seven, and cost as much memory as q where segments are as short
@@ -44,7 +44,8 @@ def backward(feature_map, q, k, v, segments, reads, heads, sums, log_den, d_log,
   """
   del heads, sums  # a head that takes no part has log_den = -inf: it reads nothing, and nothing reads it
   dot, phi = _product(q.dtype), FEATURE_MAPS[feature_map]
-  log_den, d_log, delta = (segments.gather(x.transpose(0, 2, 1)[..., None]) for x in (log_den, d_log, delta))
+  *numbers, d_out = rows
+  log_den, d_log, delta = (segments.gather(x.transpose(0, 2, 1)[..., None]) for x in numbers)
   some = (log_den > -jnp.inf) & segments.valid()  # who reads nothing has no gradient, whatever the cotangents hold
   inverse = jnp.where(some, jnp.exp(-jnp.where(some, log_den, 0)), 0)
   d_num = _append(_wide(segments.gather(d_out)) * inverse, jnp.where(some, d_log - delta, 0) * inverse)
