@@ -95,7 +95,7 @@ class SpectralAttention(nnx.Module):
     reason = f"attention runs on {self.implementation}"
     if self.implementation in (None, "pallas_mgpu"):
       reason = unsupported(product, layout.layout.tiles)
-    log_choice("norm, rotary and packing", reason)
+    log_choice("what prepares attention", reason)
     if reason:
       return None
     learned = self.qkv.bias[...].reshape(product.shape[2:]), (self.q_norm.scale[...], self.k_norm.scale[...])

@@ -136,19 +136,8 @@ class FreqFormer(RoutedMethod):
     choice, repeat = routing.choice, lambda x: x
     if routing.all_branches:  # head index = branch * h + head
       choice, repeat = np.repeat(np.arange(3, dtype=np.int32), h)[None], lambda x: jnp.tile(x, (1, 1, 3, 1))
-    fused, left, pools = qkv.prepare is not None and tables.cells is not None, "qkv", None
-    if fused:  # what is left to XLA: filters, where a head runs in every branch
-      left = self.filter if self.filter != "none" and routing.all_branches else ""
-    if left != "qkv":
-      cells, filtered = (
-        tables.cells.cells(spectral.centres, qkv.q.shape[-1]),
-        "" if left or self.filter == "none" else self.filter,
-      )
-      *packed, q_pool, k_pool = qkv.prepare(cells, choice, filtered=filtered, pooled=True)
-      (q, k, v), pools = map(repeat, packed), (q_pool, k_pool)
-    if left:
-      *rest, v = self._packed(qkv, spectral, choice, repeat, tables.coarse_tiles, left)
-      q, k = rest or (q, k)
+    fused = qkv.prepare is not None and tables.cells is not None
+    (q, k, v), pools = self._prepared(qkv, routing, choice, repeat, tables, fused)
     mid = self._mid_table(qkv, cond, tables, (q, k), pools)
     masks = (tables.low, mid, tables.high)
     if routing.all_branches:
@@ -167,6 +156,18 @@ class FreqFormer(RoutedMethod):
         qkv.rotate_q(qkv.q, plain), qkv.rotate_k(qkv.k, plain), qkv.v, jax.lax.stop_gradient(routing.weights), spectral, layout
       )
     return out, state, self._aux(routing, masks, qkv, spectral, cond) | mask_aux(mask, cond.want_masks)
+
+  def _prepared(self, qkv, routing, choice, repeat, tables, fused):
+    """q, k, v of the packed buffer, and the means of q and k per tile where the kernel made them, which is there if `fused`."""
+    pack = lambda names: self._packed(qkv, tables.spectral, choice, repeat, tables.coarse_tiles, names)
+    filtered = "" if self.filter == "none" else self.filter
+    left = filtered if fused and routing.all_branches else "" if fused else "qkv"  # to XLA
+    if left == "qkv":
+      return pack("qkv"), None
+    cells = tables.cells.cells(tables.spectral.centres, qkv.q.shape[-1])
+    *packed, q_pool, k_pool = qkv.prepare(cells, choice, filtered="" if left else filtered, pooled=True)
+    q, k, v = map(repeat, packed)
+    return (q, k, pack("v")[0] if left else v), (q_pool, k_pool)
 
   def _merged(self, out, packed, routing, spectral, tables):
     """Attention's packed output as tokens: branches mixed where all ran, coarse rows lifted and added."""
