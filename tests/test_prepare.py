@@ -113,7 +113,7 @@ def test_plain_form_is_the_layers_own_operators(case):
       _close(pool, jnp.stack(means, 2), 1e-4)
 
 
-def test_prepare_kernel(case):
+def test_prepare_kernel(case, capfd):
   """Against the plain form in float32 from the same 16-bit inputs: one rounding apart. The first case watches for races."""
   joint, bias, gains, tables, lengths, cells, spectral = _inputs(case)
   cells = cells.cells(spectral.centres, case.d)
@@ -123,6 +123,8 @@ def test_prepare_kernel(case):
     assert unsupported(joint, len(lengths), cells) is None
     got = jax.jit(lambda *a: prepare(*a, pooled=True, filtered=case.filtered))(joint, *operands)
     alone = jax.jit(prepare)(joint, bias, gains, tables, lengths)
+    jax.block_until_ready((got, alone))
+  assert "RACE DETECTED" not in capfd.readouterr().out  # the detector prints and goes on
   valid = np.concatenate([np.ones(cells.front, bool), case.layout.arrays().valid])
   for name in "qkv":
     found, right = np.asarray(getattr(got, name), np.float32), np.asarray(getattr(want, name))
@@ -136,7 +138,7 @@ def test_prepare_kernel(case):
   assert alone.q_pool is None
 
 
-def test_lift_kernel(case):
+def test_lift_kernel(case, capfd):
   """Against spectral.lift in float32; heads without coarse rows are scaled only."""
   *_, cells, spectral = _inputs(case)
   draw = np.random.default_rng(1)
@@ -148,7 +150,8 @@ def test_lift_kernel(case):
   want = (wide[:, cells.front :] + spectral.lift(coarse)) * weights[:, None, :, None]
   _close(lift(wide, weights, low, cells.expansion), want, 1e-5)
   with parts.interpreted(detect_races=case == CASES["alike"]):
-    got = jax.jit(lift)(packed, weights, low, cells.expansion)
+    got = jax.block_until_ready(jax.jit(lift)(packed, weights, low, cells.expansion))
+  assert "RACE DETECTED" not in capfd.readouterr().out
   valid = case.layout.arrays().valid
   _close(got[:, valid], want[:, valid], 2e-2)
   assert np.abs(np.asarray(got[:, valid] - want[:, valid])).max() <= 2**-8 * np.abs(np.asarray(want)).max()
