@@ -71,7 +71,7 @@ def _taken_out(found: dict):
     found["attention"].append((q, k, v, dense_mask(q.shape[1], k.shape[1]) if mask is None else mask))
     return v[:, : q.shape[1]], jnp.zeros((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
 
-  def linear(q, k, v, segments, *, feature_map, **arrays):
+  def linear(q, k, v, segments, *, feature_map, implementation=None, **arrays):
     found["linear"].append((q, k, v, segments, arrays))
     found["feature_map"] = feature_map
     return v, None

@@ -16,6 +16,7 @@ from freqformer.methods.base import Cond
 from freqformer.methods.sparseflow import Schedule, SparseFlow, variance_shares
 from freqformer.planners.temporal import anchor_frames, temporal
 from freqformer.router import RouterConfig
+from kernels import offline
 from tests.method_training import trains
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -306,3 +307,17 @@ def test_refusals():
     SparseFlow(router=RouterConfig())
   assert SparseFlow(allocation="(2, 4)").allocation == (2, 4)
   assert dataclasses.replace(SparseFlow(), allocation="2,4").routed is False
+
+
+@pytest.mark.parametrize("implementation, kernels", [(None, True), ("pallas_mgpu", True), ("xla", False)])
+def test_a_named_backend_holds_for_every_op_of_the_layer(implementation, kernels):
+  """On a described Hopper GPU: attention, linear attention, norm and rotary."""
+  layout = TileLayout.fit((4, 16, 16), 128)
+  layer = SpectralAttention(
+    AttentionDims(128, 2, 8), SparseFlow(), layout, nnx.Rngs(0), dtype=jnp.bfloat16, implementation=implementation
+  )
+  x, tables = jnp.zeros((2, layout.n_buffer, 128), jnp.bfloat16), layer.config.tables(layout)
+  with jax.sharding.use_abstract_mesh(offline.mesh().abstract_mesh):
+    program = str(jax.make_jaxpr(lambda x: layer(x, where(), layout.arrays(), tables, {})[0])(x))
+  for kernel in ("attention_forward", "linear_read", "norm_rotary"):
+    assert (f"name={kernel}" in program) == kernels, kernel

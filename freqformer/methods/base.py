@@ -84,6 +84,11 @@ class Projected:
   implementation: str | None = None
   prepare: Callable | None = None
 
+  @property
+  def beside(self) -> str | None:
+    """Backend of the layer's other ops: "xla" where a portable one was named for attention; None (the device's own) else."""
+    return None if self.implementation in (None, "pallas_mgpu") else "xla"
+
   def rotated(self) -> tuple[jax.Array, jax.Array]:
     """q and k finished, each token at its own position."""
     if self.prepare is not None:

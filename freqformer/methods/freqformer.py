@@ -149,7 +149,7 @@ class FreqFormer(RoutedMethod):
     if fused and self.low_op == "dense" and not routing.all_branches:
       out = lift(out, routing.weights.sum(-1), routing.choice == LOW, tables.cells.expansion)
     else:
-      out = self._merged(out, (q, k, v), routing, spectral, tables)
+      out = self._merged(out, (q, k, v), routing, qkv, tables)
     if self.summary:
       plain = jnp.zeros_like(layout.positions)
       out = out + module.summary(
@@ -169,16 +169,16 @@ class FreqFormer(RoutedMethod):
     q, k, v = map(repeat, packed)
     return (q, k, pack("v")[0] if left else v), (q_pool, k_pool)
 
-  def _merged(self, out, packed, routing, spectral, tables):
+  def _merged(self, out, packed, routing, qkv, tables):
     """Attention's packed output as tokens: branches mixed where all ran, coarse rows lifted and added."""
-    b, h = routing.choice.shape
+    (b, h), spectral = routing.choice.shape, tables.spectral
     if routing.all_branches:
       out = jnp.einsum("bnchd,bhc->bnhd", out.reshape(b, -1, 3, h, out.shape[-1]), routing.weights.astype(out.dtype))
     else:
       out = out * routing.weights.sum(-1)[:, None, :, None].astype(out.dtype)
     start, coarse = tables.coarse_tiles * spectral.layout.block, out[:, : spectral.n_coarse]
     if self.low_op == "linear":  # for every head, so that shapes stay static; where all branches run, low is the first
-      linear, _ = linear_attention(*(x[:, : spectral.n_coarse, :h] for x in packed))
+      linear, _ = linear_attention(*(x[:, : spectral.n_coarse, :h] for x in packed), implementation=qkv.beside)
       coarse = coarse + linear * routing.weights[:, None, :, LOW, None].astype(linear.dtype)
     return out[:, start:] + spectral.lift(coarse)
 

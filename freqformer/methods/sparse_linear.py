@@ -58,7 +58,8 @@ class SparseLinear(Method):
     mask, worst = (self._rank(sign * pools[0], pools[1], i, layout) for i, sign in enumerate((1, -1)))
     out, _ = attention(q, k, qkv.v, mask, implementation=qkv.implementation)
     segments, marginal = Segments.of_tiles(layout.kv_len, block), ~(mask.to_tiles() | worst.to_tiles())
-    linear, _ = linear_attention(q, k, qkv.v, segments, reads=marginal, feature_map=self.feature_map)
+    how = dict(feature_map=self.feature_map, implementation=qkv.beside)
+    linear, _ = linear_attention(q, k, qkv.v, segments, reads=marginal, **how)
     aux = plain_aux(mask, layout.layout.n, q.shape[0], q.shape[2], cond.want_masks)
     return out + module(linear).astype(out.dtype), state, aux
 

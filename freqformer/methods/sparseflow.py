@@ -114,7 +114,8 @@ class SparseFlow(RoutedMethod):
     q, k = qkv.rotated()
     ran = mask if routing.all_branches else _only(mask, routing.choice == SPARSE)
     out, _ = attention(q, k, qkv.v, ran, implementation=qkv.implementation)
-    linear = functools.partial(linear_attention, q, k, qkv.v, tables.frames, feature_map=self.feature_map)
+    how = dict(feature_map=self.feature_map, implementation=qkv.beside)
+    linear = functools.partial(linear_attention, q, k, qkv.v, tables.frames, **how)
     if routing.all_branches:
       weights = routing.weights.astype(q.dtype)[:, None, :, :, None]
       out = weights[..., SPARSE, :] * out + weights[..., LINEAR, :] * linear()[0]
