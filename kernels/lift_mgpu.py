@@ -142,7 +142,7 @@ def forward(plan: Plan, packed, matrices, kinds, eighths, low, weights):
       plgpu.Barrier(),
     ],
     compiler_params=plgpu.CompilerParams(
-      approx_math=True, reduction_scratch_bytes=0, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+      approx_math=True, reduction_scratch_bytes=0, lowering_semantics=plgpu.LoweringSemantics.Lane
     ),
   )(packed, matrices, kinds, eighths, low, weights)
 

@@ -150,7 +150,8 @@ def forward(plan: Plan, operands: dict) -> dict:
     grid=(plan.b * plan.tiles * (plan.h // plan.heads),),
     grid_names=("block",),
     scratch_types=tuple(scratch.values()),
-    compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+    # By lane: all layouts are given, and inferring them would take Mosaic eight seconds of every compile.
+    compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
   )
   return dict(zip(results, call(*(operands[name] for name in plan.operands())), strict=True))
 
