@@ -12,14 +12,11 @@ from kernels.linear_mgpu_kernels import Walk
 from kernels.target import Target
 
 HEAD_DIMS = (64, 128)
-CAPABILITY = "9.0"
 
 
 def unsupported(q, segments, target: Target) -> str | None:
   """Why this call cannot run, all reasons at once; None if it can."""
-  reasons = []
-  if not parts.is_interpreted() and target.capability != CAPABILITY:
-    reasons.append(f"it needs an NVIDIA GPU of compute capability {CAPABILITY} (Hopper), the target is {target}")
+  reasons = [reason for reason in [parts.wrong_device(target)] if reason]
   if q.dtype != jnp.bfloat16:
     reasons.append(f"q, k, v are {q.dtype}, it takes bfloat16")
   if q.shape[-1] not in HEAD_DIMS:

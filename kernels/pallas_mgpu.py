@@ -15,7 +15,6 @@ from kernels.block_mask import BlockMask
 HEAD_DIMS = (32, 64, 128)
 BLOCKS = (64, 128)
 DTYPES = (jnp.bfloat16, jnp.float16)
-CAPABILITY = "9.0"
 
 
 def unsupported(q, k, v, mask: BlockMask, target) -> str | None:
@@ -43,7 +42,7 @@ def _wrong_target(target):
       f"it runs on NVIDIA GPUs of compute capability 9.0, the target is {target}; use implementation='xla' there, or trace "
       "inside kernels.pallas_mgpu_parts.interpreted() to check numerics"
     )
-  elif target.capability != CAPABILITY:
+  elif target.capability != parts.CAPABILITY:
     yield f"it needs compute capability 9.0 (Hopper), the target is {target}; use implementation='xla' there"
 
 

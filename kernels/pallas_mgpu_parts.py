@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+CAPABILITY = "9.0"
 LOG2E = math.log2(math.e)
 # The raw score of what may not be seen. Finite, so that no difference of two of them is NaN.
 HIDDEN = -1e30
@@ -47,6 +48,13 @@ def interpreted(detect_races: bool = False):
 def is_interpreted() -> bool:
   """Whether kernels are being traced for the interpreter."""
   return _interpret.get() is not None
+
+
+def wrong_device(target) -> str | None:
+  """Why kernels for Hopper cannot run on a `Target`; None if they can, or are traced for the interpreter."""
+  if is_interpreted() or target.capability == CAPABILITY:
+    return None
+  return f"it needs an NVIDIA GPU of compute capability {CAPABILITY} (Hopper), the target is {target}"
 
 
 # ---- lists -----------------------------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from kernels.cotangents import no_gradient
 from kernels.partition import by_sample_and_head, several_devices
 from kernels.target import Target, current_target
 
-CAPABILITY = "9.0"
 HEAD_DIMS = (64, 128)
 BLOCKS = (64, 128)
 MAX_CELLS = 64  # coarse tokens of a tile: rows of one product
@@ -111,9 +110,7 @@ def refusal(x, block: int, cells: int, target: Target | None = None, most: int =
   from kernels import pallas_mgpu_parts as parts  # Pallas is imported where it is used
 
   target = current_target() if target is None else target
-  reasons = []
-  if not parts.is_interpreted() and target.capability != CAPABILITY:
-    reasons.append(f"it needs an NVIDIA GPU of compute capability {CAPABILITY} (Hopper), the target is {target}")
+  reasons = [reason for reason in [parts.wrong_device(target)] if reason]
   if x.dtype != jnp.bfloat16:
     reasons.append(f"the tokens are {x.dtype}, it takes bfloat16")
   if x.shape[-1] not in HEAD_DIMS:

@@ -13,7 +13,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels import pallas_mgpu_parts as parts
 from kernels.target import Target
 
-CAPABILITY = "9.0"
 MOST = 1 << 14  # candidates of a row: 128 registers of a thread hold them
 _LANES = 128
 _MAGNITUDE = np.int32(0x7FFFFFFF)
@@ -23,8 +22,8 @@ _LEAST = np.int32(-(1 << 31))
 
 def unsupported(scores, target: Target) -> str | None:
   """Why these rows cannot be bisected by the kernel; None if they can."""
-  if not parts.is_interpreted() and target.capability != CAPABILITY:
-    return f"it needs an NVIDIA GPU of compute capability {CAPABILITY} (Hopper), the target is {target}"
+  if reason := parts.wrong_device(target):
+    return reason
   if scores.dtype != jnp.float32 or scores.shape[-1] > MOST:
     return f"scores are {scores.dtype} over {scores.shape[-1]} candidates, it takes float32 over at most {MOST}"
   return None
