@@ -69,7 +69,7 @@ def attention(
     ValueError: if shapes, dtypes and table contradict each other.
     NotImplementedError: if no backend (or not the named one) supports the call, with every reason.
   """
-  mask = _validated(q, k, v, mask)
+  mask = _validated(q, k, v, mask).with_mean()
   scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
   name = choose_backend(q, k, v, mask, implementation)
   return _attention(name, scale, q, k, v, mask)

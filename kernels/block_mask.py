@@ -83,6 +83,7 @@ class BlockMask:
     block_q: rows of a query tile in the buffer.
     block_kv: rows of a key tile in the buffer.
     transposed: the backward table where it was stored (`with_transpose`), else None and built on demand.
+    mean_listed: static, tiles per list where that is known, for estimates of cost alone (`with_mean`).
   """
 
   kv_indices: Array | None
@@ -92,6 +93,7 @@ class BlockMask:
   block_q: int = _static(128)
   block_kv: int = _static(128)
   transposed: TransposedMask | None = None
+  mean_listed: float | None = _static(None)
 
   def check_shapes(self) -> "BlockMask":
     """Checks shapes, dtypes and block sizes, also of traced tables, and returns the table.
@@ -182,6 +184,12 @@ class BlockMask:
   def with_transpose(self) -> "BlockMask":
     """Stores the backward table: for static masks, once, outside the scan over layers."""
     return dataclasses.replace(self, transposed=self.transpose())
+
+  def with_mean(self) -> "BlockMask":
+    """Notes the mean length of the lists while counts are NumPy; traced later on, they could not be read any more."""
+    if isinstance(self.kv_counts, np.ndarray) and self.kv_counts.size:
+      return dataclasses.replace(self, mean_listed=float(self.kv_counts.mean(dtype=np.float64)))
+    return self
 
   def refine(self, factor: int) -> "BlockMask":
     """The same pattern on tiles `factor` times shorter (queries and keys), e.g. 384-row tiles refined to 128.

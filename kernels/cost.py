@@ -20,6 +20,8 @@ from kernels.block_mask import BlockMask
 
 FORWARD_MATMULS = 2
 BACKWARD_MATMULS = {"one_pass": 5, "two_pass": 7}
+# Of the three kernels on Hopper; both of the backward recompute q k^T and dO v^T.
+KERNEL_MATMULS = {"forward": 2, "dq": 3, "dkv": 4}
 # Elementwise operations per pair of `kernels/reference.py` (scale, mask, maximum, differences, sum), as XLA counts them
 # beside two exponentials. No useful work, hence in no other count.
 REFERENCE_SOFTMAX = 8
@@ -119,15 +121,24 @@ class CallCost:
     loads = self.distinct if head <= cache else self.wave_loads
     return 2.0 * loads * self.block_kv * self.head_dim * itemsize + self.row_bytes(itemsize)
 
-  def estimate(self, itemsize: int = 2) -> dict[str, int]:
-    """Arguments of `pallas.CostEstimate`: what a compiler is told about the forward kernel.
+  def estimate(self, itemsize: int = 2, kernel: str = "forward") -> dict[str, int]:
+    """Arguments of `pallas.CostEstimate`: what the launch of a kernel tells of it.
 
-    Pallas' Mosaic GPU of JAX 0.11.2 takes an estimate and does not use it.
+    dQ: q and dO are read and dQ is written, k and v are read; dK and dV: q and dO are read, k and v read, dK and dV written;
+    both read LSE and delta (float32) and the lists. Every distinct byte once, as in `min_bytes`.
+
+    Args:
+      kernel: a name of `KERNEL_MATMULS`.
     """
+    moved = self.min_bytes(itemsize)
+    if kernel != "forward":
+      queries, keys = self.items * self.block_q, self.distinct * self.block_kv
+      arrays = {"dq": 3 * queries + 2 * keys, "dkv": 2 * queries + 4 * keys}[kernel]
+      moved = arrays * self.head_dim * itemsize + 8.0 * self.rows * self.block_q + 4.0 * self.loads
     return {
-      "flops": int(self.computed_flops),
-      "transcendentals": int(self.computed_pairs),
-      "bytes_accessed": int(self.min_bytes(itemsize)),
+      "flops": round(2.0 * KERNEL_MATMULS[kernel] * self.computed_pairs * self.head_dim),
+      "transcendentals": round(self.computed_pairs),
+      "bytes_accessed": round(moved),
     }
 
 
@@ -190,6 +201,17 @@ def _unions(ids, counts, kv_tiles, concurrent):
   return float(distinct), float(waves)
 
 
+def expected(mask: BlockMask, head_dim: int, heads: int) -> CallCost:
+  """A table's cost where only its shape can be read: the mean length that `with_mean` noted, else lists of full length.
+
+  Args:
+    mask: the leaves may be traced.
+    heads: heads times samples of the call.
+  """
+  listed = mask.max_kv if mask.mean_listed is None else mask.mean_listed
+  return uniform(mask.q_tiles, listed, mask.kv_tiles, head_dim, block=mask.block_q, block_kv=mask.block_kv, heads=heads)
+
+
 def uniform(
   q_tiles: float,
   listed: float,
@@ -197,6 +219,7 @@ def uniform(
   head_dim: int,
   *,
   block: int = 128,
+  block_kv: int | None = None,
   fill: float = 1.0,
   heads: float = 1.0,
 ) -> CallCost:
@@ -210,17 +233,17 @@ def uniform(
   Args:
     q_tiles, kv_tiles: of one head.
     listed: tiles per list; may be a mean.
-    block: rows of a query and of a key tile.
+    block: rows of a query tile; block_kv: of a key tile, None: the same.
     fill: share of a tile's rows that hold a token.
     heads: heads times samples.
   """
-  listed = min(listed, kv_tiles)
+  listed, block_kv = min(listed, kv_tiles), block_kv or block
   union = lambda rows: kv_tiles * (1.0 - (1.0 - listed / kv_tiles) ** rows) if kv_tiles else 0.0
   groups, rest = divmod(q_tiles, CONCURRENT)
   loads = q_tiles * listed
   one = CallCost(
-    pairs=loads * (fill * block) ** 2,
-    computed_pairs=loads * block**2,
+    pairs=loads * fill**2 * block * block_kv,
+    computed_pairs=loads * block * block_kv,
     rows=q_tiles,
     items=q_tiles if listed > 0 else 0.0,
     loads=loads,
@@ -229,6 +252,6 @@ def uniform(
     longest=float(np.ceil(listed)),
     head_dim=head_dim,
     block_q=block,
-    block_kv=block,
+    block_kv=block_kv,
   )
   return one.scaled(heads)

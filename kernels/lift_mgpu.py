@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels import pallas_mgpu_parts as parts
+from kernels.launch_mgpu import launch, streaming_cost
 from kernels.pallas_mgpu_parts import ROWS
 
 SLOTS = 3
@@ -55,6 +56,11 @@ class Plan:
       return self.share
     dividing = [heads for heads in range(1, self.h + 1) if self.h % heads == 0]
     return max((heads for heads in dividing if self.b * self.tiles * (self.h // heads) >= BLOCKS), default=1)
+
+  @property
+  def flops(self):
+    """Of products, in two terms, if every head has coarse rows."""
+    return 4 * self.b * self.h * self.n * ROWS * self.d
 
 
 def forward(plan: Plan, packed, matrices, kinds, eighths, low, weights):
@@ -127,24 +133,19 @@ def forward(plan: Plan, packed, matrices, kinds, eighths, low, weights):
     plgpu.wait_smem_to_gmem(0)
 
   tiles_type = lambda *shape: parts.tiles_type(*shape, dtype=packed.dtype)
-  return plgpu.kernel(
-    lift,
-    out_type=jax.ShapeDtypeStruct((plan.b, plan.n, plan.h, plan.d), packed.dtype),
-    grid=(plan.b * plan.tiles * groups,),
-    grid_names=("block",),
-    scratch_types=[
-      _channels_type(SLOTS, ROWS, plan.d, dtype=packed.dtype),
-      tiles_type(2, pieces, ROWS, ROWS),
-      _channels_type(ROWS, plan.d, dtype=packed.dtype),
-      _channels_type(ROWS, plan.d, dtype=packed.dtype),
-      plgpu.Barrier(num_barriers=SLOTS),
-      plgpu.Barrier(num_arrivals=2 * pieces),
-      plgpu.Barrier(),
-    ],
-    compiler_params=plgpu.CompilerParams(
-      approx_math=True, reduction_scratch_bytes=0, lowering_semantics=plgpu.LoweringSemantics.Lane
-    ),
-  )(packed, matrices, kinds, eighths, low, weights)
+  scratch = [
+    _channels_type(SLOTS, ROWS, plan.d, dtype=packed.dtype),
+    tiles_type(2, pieces, ROWS, ROWS),
+    _channels_type(ROWS, plan.d, dtype=packed.dtype),
+    _channels_type(ROWS, plan.d, dtype=packed.dtype),
+    plgpu.Barrier(num_barriers=SLOTS),
+    plgpu.Barrier(num_arrivals=2 * pieces),
+    plgpu.Barrier(),
+  ]
+  operands = (packed, matrices, kinds, eighths, low, weights)
+  result = jax.ShapeDtypeStruct((plan.b, plan.n, plan.h, plan.d), packed.dtype)
+  cost = streaming_cost(operands, result, plan.flops)
+  return launch(lift, operands, [result], scratch, blocks=plan.b * plan.tiles * groups, cost=cost, by_lane=True)[0]
 
 
 def _channels_type(*shape, dtype):

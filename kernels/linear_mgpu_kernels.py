@@ -16,11 +16,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels import pallas_mgpu_parts as parts
+from kernels.launch_mgpu import launch, streaming_cost
 from kernels.pallas_mgpu_parts import LAYOUT
 from kernels.segments import STAGE, TINY, Work
 
 # Stages in the ring. At d = 128 two thread blocks of the first three share a multiprocessor, the last has it to itself.
 _STAGES = {"linear_states": 3, "linear_read": 3, "linear_dq": 2, "linear_dkv": 3}
+# Products of `[d, d]` matrices with each row. Costs count all heads: which of them take part may be known only on the device.
+_PRODUCTS = {"linear_states": 1, "linear_read": 1, "linear_dq": 1, "linear_dkv": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,17 +196,12 @@ def _launch(body, walk: Walk, operands, counts, out_type, scratch=()):
 
   kernel.__name__ = body.__name__
   results = len(operands) + len(out_type)
-  return plgpu.kernel(
-    kernel,
-    out_type=out_type,
-    grid=(b * h * chunks,),
-    grid_names=("block",),
-    num_threads=1,
-    thread_name="warpgroup",
-    scratch_types=[plgpu.Barrier(num_arrivals=arrivals, num_barriers=slots), *rings, *scratch],
-    # Sums over rows cross the warps, in `states` alone: a float32 per warp and column. Other rows lie within four lanes.
-    compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=16 * d * (body.__name__ == "linear_states")),
-  )(*tables, *operands)
+  scratch = [plgpu.Barrier(num_arrivals=arrivals, num_barriers=slots), *rings, *scratch]
+  cost = streaming_cost((tables, operands), out_type, _PRODUCTS[body.__name__] * 2 * b * h * work.rows * d * d)
+  # Sums over rows cross the warps, in `states` alone: a float32 per warp and column.
+  crossing = 16 * d * (body.__name__ == "linear_states")
+  operands = (*tables, *operands)
+  return launch(kernel, operands, out_type, scratch, blocks=b * h * chunks, cost=cost, reduction_bytes=crossing)
 
 
 def _rows_type(walk: Walk, x):
@@ -335,15 +333,15 @@ def read(walk: Walk, q, state, total, valid, into):
 
   log, extra = jax.ShapeDtypeStruct((b * h * walk.work.rows,), jnp.float32), _sums_types(d, low)
 
-  def launch(out, targets=()):
+  def run(out, targets=()):
     return _launch(linear_read, walk, [q, valid, state, total, *targets], (1, 1, len(walk.work.start)), out, extra)
 
   if into is None:
-    out, log_den = launch([_rows_type(walk, q), log])
+    out, log_den = run([_rows_type(walk, q), log])
   else:  # what a kernel writes to that is not its result is an operand by reference
 
     def write(targets):
-      launch([], targets)
+      run([], targets)
 
     out, log_den = pl.run_state(write)((into, lax.empty(log.shape, log.dtype)))
   return out, log_den.reshape(b, h, -1)

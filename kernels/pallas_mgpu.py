@@ -7,8 +7,9 @@ mesh of an H100 they compile in a process without one.
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import pallas as pl
 
-from kernels import pallas_mgpu_backward, pallas_mgpu_forward, tuning
+from kernels import cost, pallas_mgpu_backward, pallas_mgpu_forward, tuning
 from kernels import pallas_mgpu_parts as parts
 from kernels.block_mask import BlockMask
 
@@ -52,8 +53,8 @@ def _either(values):
 
 def forward(q, k, v, mask, scale):
   """Shapes as in `kernels.attention.attention`."""
-  data, config = (q, k, v), _config(q, mask, "forward")
-  return pallas_mgpu_forward.forward(data, _forward_lists(mask), _bias(mask), _blocks(mask), scale, config)
+  data, lists = (q, k, v), _forward_lists(mask)
+  return pallas_mgpu_forward.forward(data, lists, _bias(mask), _blocks(mask), scale, *_config(q, mask, "forward"))
 
 
 def backward(q, k, v, mask, scale, lse, delta, d_out):
@@ -62,14 +63,17 @@ def backward(q, k, v, mask, scale, lse, delta, d_out):
   lse = jnp.where(lse > -jnp.inf, lse * parts.LOG2E, 1e30)
   data = (q, k, v, d_out.astype(q.dtype), lse, delta)
   bias, blocks = _bias(mask), _blocks(mask)
-  dq = pallas_mgpu_backward.dq(data, _forward_lists(mask), bias, blocks, scale, _config(q, mask, "dq"))
+  dq = pallas_mgpu_backward.dq(data, _forward_lists(mask), bias, blocks, scale, *_config(q, mask, "dq"))
   lists = (*_transposed_lists(mask), jnp.asarray(mask.kv_len).reshape(-1, mask.kv_tiles))
-  dk, dv = pallas_mgpu_backward.dkv(data, lists, bias, blocks, scale, _config(q, mask, "dkv"))
+  dk, dv = pallas_mgpu_backward.dkv(data, lists, bias, blocks, scale, *_config(q, mask, "dkv"))
   return dq, dk, dv
 
 
 def _config(q, mask, direction):
-  return tuning.lookup(tuning.Key("h100", q.shape[-1], mask.block_q, mask.block_kv, direction))
+  """How the kernel runs, and what it costs: exactly where the table was NumPy, else as if all lists were full."""
+  b, _, h, d = q.shape
+  estimate = cost.expected(mask, d, b * h).estimate(q.dtype.itemsize, direction)
+  return tuning.lookup(tuning.Key("h100", d, mask.block_q, mask.block_kv, direction)), pl.CostEstimate(**estimate)
 
 
 def _blocks(mask):

@@ -13,16 +13,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels import pallas_mgpu_parts as parts
+from kernels.launch_mgpu import launch
 from kernels.pallas_mgpu_parts import LAYOUT, ROWS
 from kernels.tuning import TuningConfig
 
 
-def dq(data, lists, bias, blocks, scale: float, config: TuningConfig):
+def dq(data, lists, bias, blocks, scale: float, config: TuningConfig, cost: pl.CostEstimate):
   """Gradient of the queries.
 
   Args:
     data: q, k, v, d_out `[b, n, h, d]` and lse (log2, large where a row sees nothing), delta `[b, h, n_q]`.
-    lists, bias, blocks: as in `pallas_mgpu_forward.forward`.
+    lists, bias, blocks, cost: as in `pallas_mgpu_forward.forward`.
 
   Returns:
     `[b, n_q, h, d]` in q's dtype.
@@ -81,19 +82,20 @@ def dq(data, lists, bias, blocks, scale: float, config: TuningConfig):
   own, number = tile_of(consumers, ROWS, d), plgpu.SMEM((consumers, ROWS), jnp.float32)
   own = (own, own, number, number, plgpu.Barrier(num_arrivals=4, num_barriers=consumers))
   lists = (codes, jnp.asarray(counts), parts.costliest_first(counts, b, h))
-  launch = parts.Launch(b * h * tiles, consumers, config.by_lane)
   scratch = [own, (ring, ring), parts.staging_types(consumers, config.step, q.dtype)]
-  return launch(attention_dq, (data, lists, parts.in_log2(bias)), jax.ShapeDtypeStruct(q.shape, q.dtype), scratch)
+  options = {"blocks": b * h * tiles, "warpgroups": consumers + 1, "by_lane": config.by_lane}
+  operands, out_type = (data, lists, parts.in_log2(bias)), jax.ShapeDtypeStruct(q.shape, q.dtype)
+  return launch(attention_dq, operands, [out_type], scratch, cost=cost, **options)[0]
 
 
-def dkv(data, lists, bias, blocks, scale: float, config: TuningConfig):
+def dkv(data, lists, bias, blocks, scale: float, config: TuningConfig, cost: pl.CostEstimate):
   """Gradients of keys and values.
 
   Args:
     data: as in `dq`.
     lists: `(starts, counts, q_indices, kv_len)`: int32 `[b or 1, h or 1, kv_tiles]` twice, `[b or 1, h or 1, list]` and
       `[b or 1, kv_tiles]`; key tile j is read by the query tiles `q_indices[starts[j] : starts[j] + counts[j]]`.
-    bias, blocks: as in `dq`.
+    bias, blocks, cost: as in `dq`.
 
   Returns:
     dk, dv `[b, n_kv, h, d]` in k's dtype; 0 in padding rows.
@@ -166,7 +168,7 @@ def dkv(data, lists, bias, blocks, scale: float, config: TuningConfig):
   own = tile_of(consumers, ROWS, d)
   own = (own, own, plgpu.Barrier(num_arrivals=2, num_barriers=consumers))
   lists = (*lists, parts.costliest_first(counts, b, h))
-  launch = parts.Launch(b * h * tiles, consumers, config.by_lane)
   scratch = [own, (ring, ring), parts.staging_types(consumers, config.step, q.dtype)]
+  options = {"blocks": b * h * tiles, "warpgroups": consumers + 1, "by_lane": config.by_lane}
   out_type = (jax.ShapeDtypeStruct(k.shape, k.dtype),) * 2
-  return launch(attention_dkv, (data, lists, parts.in_log2(bias)), [out_type], scratch)[0]
+  return launch(attention_dkv, (data, lists, parts.in_log2(bias)), [out_type], scratch, cost=cost, **options)[0]

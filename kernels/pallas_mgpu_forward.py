@@ -13,11 +13,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels import pallas_mgpu_parts as parts
+from kernels.launch_mgpu import launch
 from kernels.pallas_mgpu_parts import ROWS
 from kernels.tuning import TuningConfig
 
 
-def forward(data, lists, bias, blocks, scale: float, config: TuningConfig):
+def forward(data, lists, bias, blocks, scale: float, config: TuningConfig, cost: pl.CostEstimate):
   """Attention of every row of work.
 
   Args:
@@ -25,6 +26,7 @@ def forward(data, lists, bias, blocks, scale: float, config: TuningConfig):
     lists: `(codes, counts)`: int32 `[b or 1, h or 1, q_tiles or 1, list]` of `parts.encode` and `[b or 1, h or 1, q_tiles]`.
     bias: float32 `[kv_tiles]` or None.
     blocks: `(block_q, block_kv)`.
+    cost: for whoever reads the program.
 
   Returns:
     out `[b, n_q, h, d]`, lse float32 `[b, h, n_q]`.
@@ -100,6 +102,6 @@ def forward(data, lists, bias, blocks, scale: float, config: TuningConfig):
   own = (tile_of(consumers, ROWS, d), plgpu.SMEM((consumers, ROWS), jnp.float32), plgpu.Barrier(num_barriers=consumers), turn)
   out_type = (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((b, h, n), jnp.float32))
   lists = (codes, jnp.asarray(counts), parts.costliest_first(counts, b, h))
-  launch = parts.Launch(b * h * tiles, consumers, config.by_lane)
   scratch = [own, (ring, ring), parts.staging_types(consumers, config.step, q.dtype)]
-  return launch(attention_forward, (data, lists, parts.in_log2(bias)), [out_type], scratch)[0]
+  options = {"blocks": b * h * tiles, "warpgroups": consumers + 1, "by_lane": config.by_lane}
+  return launch(attention_forward, (data, lists, parts.in_log2(bias)), [out_type], scratch, cost=cost, **options)[0]

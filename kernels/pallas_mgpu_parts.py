@@ -382,33 +382,3 @@ def split_scale(scale: float) -> tuple[float, float]:
 def in_log2(bias):
   """A bias of scores in the units of `exp2`; None stays None."""
   return None if bias is None else bias * LOG2E
-
-
-@dataclasses.dataclass(frozen=True)
-class Launch:
-  """A grid of thread blocks, one per item of work.
-
-  Attributes:
-    blocks: how many.
-    consumers: compute warpgroups of each; one more moves memory.
-    by_lane: see `TuningConfig`.
-  """
-
-  blocks: int
-  consumers: int
-  by_lane: bool
-
-  def __call__(self, body, operands, out_type, scratch):
-    """Runs `body` on references to the operands, the results and the scratch memory, each entry a tree of its own."""
-    semantics = plgpu.LoweringSemantics.Lane if self.by_lane else plgpu.LoweringSemantics.Warpgroup
-    return plgpu.kernel(
-      body,
-      out_type=out_type,
-      grid=(self.blocks,),
-      grid_names=("block",),
-      num_threads=self.consumers + 1,
-      thread_name="warpgroup",
-      scratch_types=scratch,
-      # A row of scores lies within four lanes: no reduction crosses warps, so none needs shared memory.
-      compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0, lowering_semantics=semantics),
-    )(*operands)

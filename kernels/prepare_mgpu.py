@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels import pallas_mgpu_parts as parts
+from kernels.launch_mgpu import launch, streaming_cost
 from kernels.pallas_mgpu_parts import LAYOUT, ROWS
 
 EPS = 1e-6
@@ -88,6 +89,12 @@ class Plan:
     dividing = [heads for heads in range(1, self.h + 1) if self.h % heads == 0]
     return max((heads for heads in dividing if self.b * self.tiles * (self.h // heads) >= BLOCKS), default=1)
 
+  @property
+  def flops(self):
+    """Of products, in two terms: with the compression's matrix, and with a filter's if every head has a band."""
+    rows = ROWS * len(self.arrays) * (self.cells > 0) + self.block * len(self.filtered)
+    return 4 * self.b * self.h * self.n * rows * self.d
+
   def operands(self) -> tuple[str, ...]:
     names = ["joint", "bias", "cos", "sin", "gains"]
     names += ["lengths"] * (self.pooled or self.cells > 0)
@@ -144,16 +151,12 @@ def forward(plan: Plan, operands: dict) -> dict:
     _Block(plan, types.SimpleNamespace(**dict(zip(names, refs, strict=True)))).run()
 
   prepare.__name__ = "prepare" if plan.cells else "norm_rotary"
-  call = plgpu.kernel(
-    prepare,
-    out_type=tuple(results.values()),
-    grid=(plan.b * plan.tiles * (plan.h // plan.heads),),
-    grid_names=("block",),
-    scratch_types=tuple(scratch.values()),
-    # By lane: all layouts are given, and inferring them would take Mosaic eight seconds of every compile.
-    compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
-  )
-  return dict(zip(results, call(*(operands[name] for name in plan.operands())), strict=True))
+  taken, blocks = [operands[name] for name in plan.operands()], plan.b * plan.tiles * (plan.h // plan.heads)
+  cost = streaming_cost(taken, results, plan.flops)
+  # By lane: all layouts are given, and inferring them would take Mosaic eight seconds of every compile. Means cross the warps.
+  options = {"by_lane": True, "reduction_bytes": 1024 * plan.pooled}
+  found = launch(prepare, taken, results.values(), scratch.values(), blocks=blocks, cost=cost, **options)
+  return dict(zip(results, found, strict=True))
 
 
 class _Block:

@@ -11,6 +11,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels import pallas_mgpu_parts as parts
+from kernels.launch_mgpu import launch, streaming_cost
 from kernels.target import Target
 
 MOST = 1 << 14  # candidates of a row: 128 registers of a thread hold them
@@ -41,7 +42,7 @@ def kth_largest(budget: int, scores, always=None):
   layout = plgpu.Layout.WG_STRIDED(tuple(shape), vec_size=1)
 
   def kth_largest_score(scores_gm, always_gm, out_gm, row_sm, full):
-    row = lax.axis_index("row")
+    row = lax.axis_index("block")
     plgpu.copy_gmem_to_smem(scores_gm.at[row], row_sm, full)
     plgpu.barrier_wait(full)
     bits = lax.bitcast_convert_type(plgpu.load(row_sm, layout=layout), jnp.int32)
@@ -63,13 +64,12 @@ def kth_largest(budget: int, scores, always=None):
     low, _ = lax.fori_loop(0, 32, halve, (_LEAST, _INFINITY + 1))
     out_gm[row] = low
 
-  kernel = plgpu.kernel(
-    kth_largest_score,
-    out_type=jax.ShapeDtypeStruct((rows,), jnp.int32),
-    grid=(rows,),
-    grid_names=("row",),
-    scratch_types=[plgpu.SMEM(tuple(shape), jnp.float32), plgpu.Barrier()],
-    compiler_params=plgpu.CompilerParams(reduction_scratch_bytes=1024),
+  operands = (scores, None if always is None else jnp.asarray(always, jnp.int32))
+  result, scratch = jax.ShapeDtypeStruct((rows,), jnp.int32), [plgpu.SMEM(tuple(shape), jnp.float32), plgpu.Barrier()]
+  cost = streaming_cost(operands, result, 32 * scores.size)
+  # Exact: comparisons decide. Counts are summed across warps.
+  launched = launch(
+    kth_largest_score, operands, [result], scratch, blocks=rows, cost=cost, approx_math=False, reduction_bytes=1024
   )
-  found = kernel(scores, None if always is None else jnp.asarray(always, jnp.int32))
+  (found,) = launched
   return (lax.bitcast_convert_type(found, jnp.uint32) ^ jnp.uint32(1 << 31)).reshape(lead)
