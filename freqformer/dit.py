@@ -16,6 +16,7 @@ from freqformer.attention import SpectralAttention
 from freqformer.methods.base import Cond, Method
 from freqformer.model_config import DTYPES, ModelConfig
 from kernels.attention import CHECKPOINT_NAMES
+from kernels.block_mask import BlockMask
 
 # What rematerialisation keeps: the attention kernel runs once, and no choice can flip in recomputation.
 KEPT = (*CHECKPOINT_NAMES, "routing", "tables")
@@ -191,7 +192,10 @@ def _stack(config, method, layout, count, rngs):
 def make_tables(config: ModelConfig, latent_shape) -> dict:
   """Tables of one grid without a model: `{"layout": LayoutTables, "methods": [one per run]}`."""
   layout = config.layout(latent_shape)
-  return {"layout": layout.arrays(), "methods": [method.tables(layout) for _, method in config.runs()]}
+  known = lambda x: x.with_mean() if isinstance(x, BlockMask) else x
+  methods = [method.tables(layout) for _, method in config.runs()]
+  methods = jax.tree.map(known, methods, is_leaf=lambda x: isinstance(x, BlockMask))
+  return {"layout": layout.arrays(), "methods": methods}
 
 
 def patchify(x: jax.Array, patch) -> jax.Array:
