@@ -17,6 +17,7 @@ from freqformer.gate import QueryGate
 from freqformer.methods.base import Method, plain_aux
 from freqformer.planners.block_topk import block_topk, fixed_tiles, pool_tiles
 from kernels.attention import attention
+from kernels.block_mask import dense_mask
 
 COARSE = ("gated", "none")
 
@@ -66,7 +67,9 @@ class BlockTopK(Method):
     out, _ = attention(q, k, qkv.v, mask, implementation=qkv.implementation)
     if module is not None:
       pooled = (x.transpose(0, 2, 1, 3).astype(q.dtype) for x in (q_pool, k_pool, pool_tiles(qkv.v, arrays)))
-      coarse, _ = attention(*pooled, implementation=qkv.implementation)
+      whole = [(0, 0), (0, -layout.tiles % layout.block), (0, 0), (0, 0)]  # tiles, as kernels take them
+      pooled, dense = (jnp.pad(x, whole) for x in pooled), dense_mask(layout.tiles, layout.tiles, layout.block, layout.block)
+      coarse = attention(*pooled, dense, implementation=qkv.implementation)[0][:, : layout.tiles]
       out = out + (module(qkv.q) * jnp.repeat(coarse, layout.block, axis=1)).astype(out.dtype)
     aux = plain_aux(mask, layout.n, b, h, cond.want_masks)
     coarse = (module is not None) * (layout.tiles / layout.n) ** 2
