@@ -49,10 +49,19 @@ def launch(
     # Not by `pl.kernel`, which does not know memory in transformed layouts.
     pl.run_scoped(functools.partial(body, *refs), *scratch, collective_axes="warpgroup")
 
-  call = pl.kernel(
-    with_scratch, out_type=list(out_type), mesh=mesh, compiler_params=params, cost_estimate=cost, name=body.__name__
-  )
-  return sequential_vmap(call)(*operands)
+  def run(*operands):
+    out = _varying_like(operands, list(out_type))
+    call = pl.kernel(with_scratch, out_type=out, mesh=mesh, compiler_params=params, cost_estimate=cost, name=body.__name__)
+    return call(*operands)
+
+  return sequential_vmap(run)(*operands)
+
+
+def _varying_like(operands, out_type):
+  """Inside `shard_map`, results vary over every mesh axis that some operand varies over."""
+  varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(operands)))
+  typed = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=varying))
+  return jax.tree.map(typed, out_type)
 
 
 def streaming_cost(operands, out_type, flops: float) -> pl.CostEstimate:
