@@ -46,11 +46,13 @@ demo: core
 demo-compare: core
 	$(RUN) -m benchmarks.demo_compare
 
-# The page's trained q, k, v come from 120 steps of the demo; runs/complexity is trained if it is not there.
+# The page's trained q, k, v come from 120 steps of the demo; runs/complexity is trained if it is not there. All on the CPU, with
+# a GPU, too: the page's rows were made there, and another device rounds training elsewhere.
+simulate: export JAX_PLATFORMS := cpu
 simulate: core
 	test -d runs/complexity/checkpoints || { $(RUN) -c "from freqformer.data.render import render_ucf101 as r; r('data/demo')" && \
 	  $(RUN) train.py --config=configs/demo.py --workdir=runs/complexity --config.train.steps=120; }
-	JAX_PLATFORMS=cpu $(RUN) -m benchmarks.complexity
+	$(RUN) -m benchmarks.complexity
 
 test: setup
 	JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --dist=loadgroup tests

@@ -9,9 +9,10 @@ of a value.
   cell means  q, k, v replaced by the means of their cells (haar):   |y - y'| <= (exp(2 delta) - 1) max|v|
               delta: the row's largest difference between a pair's score and its cells'; above delta = log(3) / 2 the
               trivial 2 max|v| is the smaller bound and is taken
-  filter      a band kept, the others discarded:                     |Y - P_b Y|^2 = |Y|^2 - |P_b Y|^2 exactly
+  filter      a band kept, the others discarded:                     |Y - P_b Y|^2 = sum of the other bands' |P Y|^2 exactly
   other bases (block_dct, dct): measured; no bound is claimed
 
+An error always stands beside the bound of its own row; a head keeps its bound if no row's error / bound passes 1.
 The squared error splits over bands exactly: |Y - Y'|^2 = sum_b |P_b (Y - Y')|^2. Everything but the transforms is float64.
 """
 
@@ -31,6 +32,13 @@ from kernels.block_mask import BlockMask
 BANDS = ("low", "mid", "high")
 # Cells of two tokens per axis; the mid cut decides only how an error is split over bands.
 CELL_MEANS = SpectralBasis("haar", (0.5, 0.5, 0.5), (1.0, 1.0, 1.0))
+
+# Above it the trivial bound of cell means is the smaller one.
+TRIVIAL_DELTA = np.log(3) / 2
+# What float64 rounding may add to a row that misses nothing, in units of max|v|.
+ROUNDING = 1e-9
+# The transforms come from float32 programs: bands are orthogonal to about this share of |Y|. Ours, ten times what we saw.
+ORTHOGONAL = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,32 +145,42 @@ def compressed(head: Head, bounded: bool) -> dict:
     delta = np.where(head.valid, np.abs(scores - coarse[np.ix_(cell, cell)]), 0).max(-1)
   # Two weighted means of v never differ by more than 2 max|v|, whatever the weights.
   bound = np.minimum(np.expm1(2 * delta), 2) * head.largest_value()
-  return _result(head, difference, bound) | {"delta": float(delta[head.valid].max())}
+  delta = delta[head.valid]
+  return _result(head, difference, bound) | {"delta": float(delta.max()), "trivial": float((delta > TRIVIAL_DELTA).mean())}
 
 
 def filtered(head: Head, band: int) -> dict:
-  """Keeps one band of dense attention's output; error and bound are equal: the energy of the other bands."""
+  """Keeps one band of dense attention's output: the error must equal the norm of the other bands together."""
   y = np.where(head.valid[:, None], softmax(head.scores()) @ head.v, 0)
   parts = head.operators.bands(y)
   found = _result(head, y - parts[band], None)
-  energy = np.square(parts).sum((1, 2))
-  return found | {"bound": float(np.sqrt(energy.sum() - energy[band])), "error": found["total"], "exact": True}
+  error, bound = found["total"], float(np.linalg.norm(np.delete(parts, band, 0)))
+  closest = {"row": None, "error": error, "bound": bound, "ratio": error / bound if bound > 0 else float(error > 0)}
+  holds = abs(error - bound) <= ORTHOGONAL * float(np.linalg.norm(y))
+  return found | {"exact": True, "error": error, "bound": bound, "closest": closest, "holds": holds}
 
 
 def _result(head: Head, difference: np.ndarray, bound: np.ndarray | None) -> dict:
-  """Largest row error and bound, whether every row keeps its own, and the squared error by band."""
+  """The row with the largest error, the row that comes closest to its bound, and the squared error by band.
+
+  Args:
+    head: whose rows these are. difference: `Y - Y'`, `[n_buffer, d]`. bound: `[n_buffer]`, None: none is claimed.
+
+  Returns:
+    `error` and `bound` of the row with the largest error; `closest`: `row`, `error`, `bound` and `ratio` of the row with
+    the largest error / bound; `holds`: that ratio is at most 1; `total`, `bands`, `exact`.
+  """
   difference = np.where(head.valid[:, None], difference, 0)
   error = np.linalg.norm(difference, axis=-1)
   bands = np.square(head.operators.bands(difference)).sum((1, 2))
-  found = {"error": float(error.max()), "total": float(np.linalg.norm(error)), "bands": bands.tolist(), "exact": False}
+  worst = int(error.argmax())
+  found = {"error": float(error[worst]), "total": float(np.linalg.norm(error)), "bands": bands.tolist(), "exact": False}
   if bound is None:
-    return found | {"bound": None, "holds": None}
-  # float64 rounding of rows that miss nothing
-  slack = 1e-9 * head.largest_value()
-  worst = int((error - bound)[head.valid].argmax())
-  holds = bool((error <= bound + slack)[head.valid].all())
-  at = np.flatnonzero(head.valid)[worst]
-  return found | {"bound": float(bound[head.valid].max()), "holds": holds, "closest": float(error[at] / max(bound[at], 1e-300))}
+    return found | {"bound": None, "closest": None, "holds": None}
+  ratio = np.where(head.valid, error / (bound + ROUNDING * head.largest_value()), 0)
+  at = int(ratio.argmax())
+  closest = {"row": at, "error": float(error[at]), "bound": float(bound[at]), "ratio": float(ratio[at])}
+  return found | {"bound": float(bound[worst]), "closest": closest, "holds": closest["ratio"] <= 1}
 
 
 # ---- all heads of a layer ------------------------------------------------------------------------------------------------
@@ -178,8 +196,10 @@ def measure(tensors: dict, layout: TileLayout, method, case: str, layer: int = 0
     case, layer: what the rows are called.
 
   Returns:
-    rows `{"case", "layer", "head", "kind", "error", "bound", "holds", "total", "bands"}`; `error` is the worst row's norm
-    (of a filter the whole head's), `bands` the squared error in low, mid, high.
+    rows `{"case", "layer", "head", "kind", "error", "bound", "closest", "holds", "exact", "total", "bands"}`, one for each
+    head and operator. `error` is the norm of the row with the largest error and `bound` that row's (of a filter the whole
+    head's); `closest` as in `_result`; `bands` the squared error in low, mid, high. Cell means have `delta`, the largest of
+    any row, and `trivial`, the share of rows that have only the trivial bound.
   """
   arrays, rows = layout.arrays(), []
   listed = {"mid: top tiles": _mid(tensors, arrays, method), "high: window": sliding_tile(layout, method.window, method.border)}
@@ -216,43 +236,7 @@ def _head(tensors, arrays, h, name, operators) -> Head:
   return Head(*fine, np.asarray(arrays.valid), *coarse, operators)
 
 
-# ---- for people ----------------------------------------------------------------------------------------------------------
-
-
-def summary(rows: list[dict]) -> list[dict]:
-  """Per case and kind: heads, worst error, its bound, the closest that a row came to its own, how many heads keep theirs."""
-  found = []
-  for case, kind in dict.fromkeys((r["case"], r["kind"]) for r in rows):
-    own = [r for r in rows if (r["case"], r["kind"]) == (case, kind)]
-    worst = max(own, key=lambda r: r["error"])
-    bands = np.sum([r["bands"] for r in own], 0)
-    found.append(
-      {
-        "case": case,
-        "kind": kind,
-        "heads": len(own),
-        "error": worst["error"],
-        "bound": worst["bound"],
-        "closest": max((r.get("closest", 0.0) for r in own), default=0.0),
-        "kept": sum(bool(r["holds"]) for r in own) if worst["holds"] is not None else None,
-        "band_shares": (bands / max(bands.sum(), 1e-300)).tolist(),
-        "exact": worst["exact"],
-        "measured": True,
-      }
-    )
-  return found
-
-
-def table(rows: list[dict]) -> str:
-  """`summary` for people."""
-  head = f"{'case':<14} {'operator':<18} {'heads':>5} {'worst error':>12} {'its bound':>10} {'error/bound':>11}"
-  lines = [f"{head}  squared error low/mid/high"]
-  for r in summary(rows):
-    bound = "none" if r["bound"] is None else f"{r['bound']:.3g}"
-    close = "-" if r["bound"] is None else "exact" if r["exact"] else f"{r['closest']:.3g}"
-    shares = " / ".join(f"{s:.0%}" for s in r["band_shares"])
-    lines.append(f"{r['case']:<14} {r['kind']:<18} {r['heads']:>5} {r['error']:>12.4g} {bound:>10} {close:>11}  {shares}")
-  return "\n".join(lines)
+# ---- the command ---------------------------------------------------------------------------------------------------------
 
 
 def main(argv=None):
@@ -260,6 +244,7 @@ def main(argv=None):
   import argparse
 
   from freqformer.approximation_probe import measure_model
+  from freqformer.approximation_summary import table
   from freqformer.data.cache import prepare
   from freqformer.restore import restore_model
 
@@ -272,7 +257,7 @@ def main(argv=None):
   rows = []
   for t in map(float, args.times.split(",")):
     given = (model.config, params, restored.latent_shape, len(restored.class_names), item["latent"], t, int(item["label"]))
-    rows += measure_model(*given, case=f"t = {t:g}")
+    rows += [r | {"steps": restored.step} for r in measure_model(*given, case=f"t = {t:g}")]
   print(table(rows))
   return rows
 

@@ -1,4 +1,4 @@
-"""Plots. One rule for all: simulated is blue and hollow, measured is orange and solid, and the legend says which is which."""
+"""Plots. One rule: measured is black and filled, simulated is coloured (hollow marks, lines, bars); the legend names both."""
 
 import pathlib
 
@@ -6,7 +6,7 @@ import matplotlib
 import matplotlib.ticker
 from matplotlib.figure import Figure
 
-SIMULATED, MEASURED = "#3b6fb6", "#e07b20"
+SIMULATED, MEASURED = "#3b6fb6", "black"
 _LINES = ("-", "--", ":", "-.")
 _MARKS = "osD^vPX*<>"
 
@@ -34,7 +34,7 @@ def scaling_plot(rows: list[dict], path, title: str | None = None):
       own = sorted((r["tokens"], r[key]) for r in rows if r["method"] == name)
       x, y = zip(*own, strict=True)
       style = {"ls": _LINES[i % 4], "marker": _MARKS[i % 10], "mfc": "none", "ms": 5, "lw": 1.2}
-      axis.plot(x, y, color=SIMULATED, alpha=1 - 0.07 * i, label=f"{name[:32]}: simulated", **style)
+      axis.plot(x, y, color=f"C{i % 10}", label=f"{name[:32]}: simulated", **style)
     axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
     axis.set_xticks(sorted({r["tokens"] for r in rows}), [_count(n) for n in sorted({r["tokens"] for r in rows})])
     axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
@@ -44,24 +44,25 @@ def scaling_plot(rows: list[dict], path, title: str | None = None):
 
 
 def validation_plot(rows: list[dict], path):
-  """Simulated against measured seconds of every calibration row: orange where fitted, crosses where predicted."""
-  figure, (axis,) = _axes(1, 5.4, 4.6)
-  for fitted, mark, label in ((True, "o", "fitted to"), (False, "X", "predicted, not fitted")):
-    own = [r for r in rows if r["fitted"] == fitted]
-    style = {"color": MEASURED, "mfc": "none" if fitted else MEASURED, "ls": "none", "ms": 7}
-    axis.plot(
-      [r["measured_seconds"] for r in own],
-      [r["seconds"] for r in own],
-      mark,
-      label=f"{label} (x measured, y simulated)",
-      **style,
-    )
-  ends = [f(r["measured_seconds"] for r in rows) for f in (min, max)]
-  axis.plot(ends, ends, color=SIMULATED, lw=1, label="simulated = measured")
-  axis.fill_between(ends, [0.85 * e for e in ends], [1.15 * e for e in ends], color=SIMULATED, alpha=0.12, label="within 15 %")
-  axis.set(xscale="log", yscale="log", xlabel="measured seconds", ylabel="simulated seconds")
-  axis.legend(frameon=False, fontsize=8)
-  _save(figure, path)
+  """Simulated over measured seconds of every calibration row."""
+  _save(validation_figure(rows), path)
+
+
+def validation_figure(rows: list[dict]) -> Figure:
+  """A line for each call, in units of its measured seconds: what was measured stands at 1, what was simulated beside it."""
+  figure, (axis,) = _axes(1, 8, 1.2 + 0.24 * len(rows))
+  labels = [f"{r['name']}: {1e3 * r['measured_seconds']:.4g} ms" for r in rows]
+  axis.axvspan(0.85, 1.15, color="black", alpha=0.06, lw=0, label="within 15 %")
+  axis.plot([1] * len(rows), range(len(rows)), "o", color=MEASURED, ms=4, label="measured")
+  for fitted, mark, label in ((True, "s", "simulated, fitted to this row"), (False, "o", "simulated, not fitted to it")):
+    own = [(r["seconds"] / r["measured_seconds"], i) for i, r in enumerate(rows) if r["fitted"] == fitted]
+    if own:
+      axis.plot(*zip(*own, strict=True), mark, color=SIMULATED, mfc="none", ms=7, label=label)
+  axis.set_yticks(range(len(rows)), labels, fontsize=8)
+  axis.invert_yaxis()
+  axis.set(xlabel="seconds / measured seconds")
+  axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+  return figure
 
 
 def bars(rows: list[dict], path, title: str):
@@ -82,21 +83,29 @@ def bars(rows: list[dict], path, title: str):
 
 
 def errors_plot(rows: list[dict], path):
-  """Measured error of compression over its bound, per head: a point below 1 keeps the bound. All measured."""
-  figure, (axis,) = _axes(1, 7, 3.4)
-  names = list(dict.fromkeys(r["case"] for r in rows))
-  for i, name in enumerate(names):
-    own = [r for r in rows if r["case"] == name and r["bound"] > 0]
-    kinds = list(dict.fromkeys(r["kind"] for r in own))
-    for j, kind in enumerate(kinds):
-      ratios = [r["error"] / r["bound"] for r in own if r["kind"] == kind]
-      x = [i + 0.12 * (j - len(kinds) / 2)] * len(ratios)
-      axis.plot(x, ratios, _MARKS[j], color=MEASURED, ms=4, ls="none", label=f"{kind} (measured)" if i == 0 else None)
-  axis.axhline(1, color=SIMULATED, lw=1, label="bound")
-  axis.set_xticks(range(len(names)), [n.replace(", ", ",\n") for n in names], fontsize=8)
-  axis.set(yscale="log", ylabel="error / its bound")
-  axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-  _save(figure, path)
+  """Measured error / bound of every head and operator that has a bound."""
+  _save(errors_figure(rows), path)
+
+
+def errors_figure(rows: list[dict]) -> Figure:
+  """A point for each head: the largest error / bound of any of its rows, so that below 1 every row keeps its bound."""
+  figure, (axis,) = _axes(1, 8.5, 3.8)
+  cases, kinds = (list(dict.fromkeys(r[name] for r in rows)) for name in ("case", "kind"))
+  for j, kind in enumerate(kinds):
+    own = [r for r in rows if r["kind"] == kind]
+    # Heads beside each other, in their order, so that equal ratios stay visible.
+    place = lambda r, j=j: cases.index(r["case"]) + 0.25 * (j - (len(kinds) - 1) / 2)
+    counts = {case: sum(r["case"] == case for r in own) for case in cases}
+    nth = {id(r): i for case in cases for i, r in enumerate(x for x in own if x["case"] == case)}
+    x = [place(r) + 0.16 * ((nth[id(r)] + 0.5) / counts[r["case"]] - 0.5) for r in own]
+    ratios = [r["closest"]["ratio"] for r in own]
+    axis.plot(x, ratios, _MARKS[j], color=MEASURED, ms=3.5, mew=0, ls="none", label=f"{kind} (measured)")
+  axis.axhline(1, color="grey", lw=1, label="the bound")
+  axis.set_xticks(range(len(cases)), [n.replace(", ", ",\n") for n in cases], fontsize=8)
+  axis.set(yscale="log", ylabel="largest error / bound of a row")
+  axis.set_title("Measured, a point per head: below 1 every row of the head keeps its bound", fontsize=10)
+  axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+  return figure
 
 
 def _count(n: int) -> str:

@@ -1,0 +1,61 @@
+"""Rows of `freqformer.approximation` over the heads: for people and for docs/complexity.md."""
+
+import numpy as np
+
+
+def summary(rows: list[dict]) -> list[dict]:
+  """Over the heads of each case and operator.
+
+  Returns:
+    rows `{"case", "kind", "heads", "error", "bound", "closest", "kept", "band_shares", "exact", "measured"}`: `error` is the
+    largest of any head's rows and `bound` that row's own; `closest` is the row with the largest error / bound (of filters,
+    which must reach 1, the head farthest from it); `kept` counts heads that keep their bound. None where none is claimed.
+  """
+  found = []
+  for case, kind in dict.fromkeys((r["case"], r["kind"]) for r in rows):
+    own = [r for r in rows if (r["case"], r["kind"]) == (case, kind)]
+    worst = max(own, key=lambda r: r["error"])
+    exact, claimed = worst["exact"], worst["bound"] is not None
+    distance = lambda c, exact=exact: abs(c["ratio"] - 1) if exact else c["ratio"]
+    bands = np.sum([r["bands"] for r in own], 0)
+    found.append(
+      {
+        "case": case,
+        "kind": kind,
+        "heads": len(own),
+        "error": worst["error"],
+        "bound": worst["bound"],
+        "closest": max((r["closest"] for r in own), key=distance) if claimed else None,
+        "kept": sum(r["holds"] for r in own) if claimed else None,
+        "band_shares": (bands / max(bands.sum(), 1e-300)).tolist(),
+        "exact": exact,
+        "measured": True,
+      }
+    )
+  return found
+
+
+def ratio_text(r: dict) -> str:
+  """Largest error / bound of a row of `summary`: `0.289`, of filters `1 - 2e-07`, `none` where no bound is claimed."""
+  if r["closest"] is None:
+    return "none"
+  ratio = r["closest"]["ratio"]
+  # 1 + x: how far the filter is from the energy that it must discard
+  return f"1 {'-' if ratio < 1 else '+'} {abs(ratio - 1):.0e}" if r["exact"] else f"{ratio:.3f}"
+
+
+def table(rows: list[dict]) -> str:
+  """`summary` for people."""
+  head = f"{'measured':<18} {'operator':<16} {'error':>8} {'its bound':>9} {'error/bound':>11} {'of that row':>15} {'heads':>7}"
+  lines = [f"{head}  squared error low/mid/high"]
+  for r in summary(rows):
+    bound, pair, kept = "none", "-", f"-/{r['heads']}"
+    if r["bound"] is not None:
+      bound, kept = f"{r['bound']:.3g}", f"{r['kept']}/{r['heads']}"
+      pair = f"{r['closest']['error']:.3g}/{r['closest']['bound']:.3g}"
+    shares = " / ".join(f"{s:.0%}" for s in r["band_shares"])
+    lines.append(
+      f"{r['case']:<18} {r['kind']:<16} {r['error']:>8.3g} {bound:>9} {ratio_text(r):>11} {pair:>15} {kept:>7}  {shares}"
+    )
+  lines.append("error: largest of any row; its bound: of the same row; error/bound: largest of any row; heads: that keep it")
+  return "\n".join(lines)
