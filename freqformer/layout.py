@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Triple = tuple[int, int, int]
+MOST_ROWS = int(np.iinfo(np.int32).max)  # rows of a buffer: tables hold int32
 
 # `fit` considers no box more elongated than this. Without it 21x45x80 would be cut into 7x9x2: 600 tiles, not
 # the 630 of 3x5x8, but a tile's mean key, or a window of whole tiles, would stretch over 7 frames. Our
@@ -61,8 +62,11 @@ class TileLayout:
         f"{tile=} has {math.prod(tile)} tokens, but a tile has only {block=} rows: choose smaller extents, "
         "a larger block, or let TileLayout.fit choose"
       )
-    if self.n_buffer > np.iinfo(np.int32).max:
-      raise ValueError(f"{grid=} needs {self.n_buffer} rows, more than int32 indices reach: use a smaller grid")
+    if self.n_buffer > MOST_ROWS:
+      raise ValueError(
+        f"{grid=} in tiles of {block} rows needs {self.n_buffer:,} rows, more than the {MOST_ROWS:,} that an int32 "
+        "index reaches: use a smaller grid"
+      )
 
   @classmethod
   def fit(cls, grid: Sequence[int], block: int, tile: Sequence[int] | None = None) -> TileLayout:
@@ -120,6 +124,11 @@ class TileLayout:
   def lengths(self) -> tuple[tuple[int, ...], ...]:
     """Per axis the tokens of each tile along it: all equal to the tile's extent but perhaps the last."""
     return tuple(tuple(min(e, l - start) for start in range(0, l, e)) for l, e in zip(self.grid, self.tile, strict=True))
+
+  @property
+  def tile_lengths(self) -> np.ndarray:
+    """int32 [tiles], tokens of each tile."""
+    return math.prod(np.ix_(*(np.asarray(v, np.int32) for v in self.lengths))).reshape(-1)
 
   def arrays(self) -> LayoutTables:
     """The index tables, in NumPy, computed once per layout."""
@@ -188,9 +197,8 @@ def _tables(layout: TileLayout) -> LayoutTables:
   positions[scatter] = np.stack(np.unravel_index(token, layout.grid), axis=-1)
   first = gather.reshape(layout.tiles, layout.block)[:, :1]  # row 0 of a tile always holds a token
   gather = np.where(valid, gather, np.repeat(first, layout.block, axis=1).reshape(-1))
-  kv_len = math.prod(np.ix_(*(np.asarray(v, np.int32) for v in layout.lengths))).reshape(-1)
 
-  arrays = dict(gather=gather, scatter=scatter, kv_len=kv_len, positions=positions, valid=valid)
+  arrays = dict(gather=gather, scatter=scatter, kv_len=layout.tile_lengths, positions=positions, valid=valid)
   for array in arrays.values():
     array.setflags(write=False)  # shared by every caller through the cache
   return LayoutTables(**arrays, layout=layout)
@@ -198,7 +206,7 @@ def _tables(layout: TileLayout) -> LayoutTables:
 
 def _compact_boxes(grid: Triple, block: int):
   """Boxes of at most `block` tokens and bounded elongation; (1, 1, 1) is always among them."""
-  axes = [sorted({_ceil_div(l, tiles) for tiles in range(1, l + 1)}) for l in grid]
+  axes = [sorted({_ceil_div(l, _ceil_div(l, e)) for e in range(1, min(l, block) + 1)}) for l in grid]
   for a in axes[0]:
     for b in axes[1]:
       if a * b > block:

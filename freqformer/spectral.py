@@ -31,6 +31,7 @@ from freqformer.spectral_operators import Array, GridOperators, Matrices, TileOp
 from freqformer.transforms import Kind, block
 
 _KINDS = ("block_dct", "dct", "haar")
+_LONGEST_AXIS = 8_192  # of a transform of whole axes: its square matrices are 0.5 GB in float64
 _pytree = jax.tree_util.register_dataclass
 _frozen = dataclasses.dataclass(frozen=True, eq=False)  # arrays have no truth value: compare by identity
 
@@ -158,6 +159,10 @@ class SpectralTables:
 @functools.lru_cache(maxsize=8)
 def _fit(basis: SpectralBasis, layout: TileLayout, dtype: np.dtype) -> SpectralTables:
   tiled = basis.kind == "block_dct"
+  if not tiled and max(layout.grid) > _LONGEST_AXIS:
+    raise ValueError(
+      f"{basis.kind} takes matrices as long as the axes of {layout.grid}: choose block_dct above {_LONGEST_AXIS}"
+    )
   lengths = layout.lengths if tiled else tuple((l,) for l in layout.grid)
   cuts = zip(lengths, basis.low, basis.mid, strict=True)
   axes = [[block(basis.kind, e, low, mid) for e in v] for v, low, mid in cuts]

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 Array = jax.Array | np.ndarray
+MOST_LISTED = 1 << 27  # tiles in all lists of a concrete table (`check_listed`)
+_COUNTED = 1 << 22  # listed tiles that are looked at together when a concrete table is counted
 
 
 def _static(default=dataclasses.MISSING):
@@ -231,16 +233,30 @@ class BlockMask:
 
   def pairs(self) -> Array:
     """Scored valid (query, key) pairs per sample and head, `[b or 1, h or 1]`: exact int64 on NumPy, float32 if traced."""
-    xnp, ids = array_module(self.kv_indices, self.kv_counts, self.kv_len), self.indices()
+    xnp = array_module(self.kv_indices, self.kv_counts, self.kv_len)
     kind = np.int64 if xnp is np else jnp.float32
+    keys = self._listed_keys(xnp, kind)
+    return (keys * self.q_len()[:, None].astype(kind)).sum(-1)
+
+  def _listed_keys(self, xnp, kind) -> Array:
+    """Valid keys that each query tile's list holds, `[b or 1, h or 1, q_tiles]`."""
+    ids = self.indices()
+    if xnp is np and self.kv_len.ndim == 1:
+      if one_list(ids):  # prefixes of one list: no table of all of them
+        return np.cumsum([0, *self.kv_len[ids[0, 0, 0]]], dtype=np.int64)[self.kv_counts]
+      found, step = [], max(1, _COUNTED // max(1, self.max_kv))
+      slots = np.arange(self.max_kv, dtype=np.int32)
+      for rows in (slice(i, i + step) for i in range(0, self.q_tiles, step)):
+        keys = np.where(slots < self.kv_counts[:, :, rows, None], self.kv_len[ids[:, :, rows]], 0)
+        found.append(keys.sum(-1, dtype=np.int64))
+      return np.concatenate(found, -1)
     listed = np.arange(self.max_kv, dtype=np.int32) < self.kv_counts[..., None]
     if self.kv_len.ndim == 1:
       keys = xnp.asarray(self.kv_len)[ids]
     else:
       wide = xnp.broadcast_to(self.kv_len[:, None, None], (self.kv_len.shape[0], *ids.shape[1:3], self.kv_tiles))
       keys = xnp.take_along_axis(wide, xnp.broadcast_to(ids, (*wide.shape[:3], ids.shape[-1])), -1)
-    keys = xnp.where(listed, keys, 0).sum(-1).astype(kind)
-    return (keys * self.q_len()[:, None].astype(kind)).sum(-1)
+    return xnp.where(listed, keys, 0).sum(-1).astype(kind)
 
   def density(self, n: int | None = None) -> Array:
     """Scored valid pairs / n^2 per sample and head, `[b or 1, h or 1]`; n defaults to the valid keys of the buffer.
@@ -285,6 +301,28 @@ class BlockMask:
     if (inside & (np.diff(ids, axis=-1) <= 0)).any():
       raise ValueError("kv_indices must be strictly ascending within kv_counts; sort each list and drop doubles.")
     return self
+
+
+def one_list(ids: Array) -> bool:
+  """Whether all rows of concrete lists are one and the same array in memory, so that each lists a prefix of it."""
+  return isinstance(ids, np.ndarray) and all(s == 0 or n == 1 for s, n in zip(ids.strides[:3], ids.shape[:3], strict=True))
+
+
+def check_listed(entries: int, what: str):
+  """Refuses a concrete table before it is built: `MOST_LISTED` int32 ids are 0.5 GB, and building takes several copies.
+
+  Args:
+    entries: query tiles times tiles of the longest list, at most.
+    what: whose table, for the message.
+
+  Raises:
+    ValueError: if it is too large.
+  """
+  if entries > MOST_LISTED:
+    raise ValueError(
+      f"{what} would list {entries:,} tiles, more than the {MOST_LISTED:,} that a table may hold; "
+      "give fewer tokens, larger tiles or a narrower pattern"
+    )
 
 
 def dense_mask(n_q: int, n_kv: int, block_q: int = 128, block_kv: int = 128) -> BlockMask:

@@ -16,7 +16,7 @@ import dataclasses
 
 import numpy as np
 
-from kernels.block_mask import BlockMask
+from kernels.block_mask import BlockMask, one_list
 
 FORWARD_MATMULS = 2
 BACKWARD_MATMULS = {"one_pass": 5, "two_pass": 7}
@@ -163,7 +163,7 @@ def count(mask: BlockMask, head_dim: int, *, batch: int = 1, heads: int = 1, con
   counts, ids = np.asarray(mask.kv_counts), mask.kv_indices
   shared = batch / lead[0] * heads / lead[1]
   pairs = np.broadcast_to(np.asarray(mask.pairs(), np.float64), np.broadcast_shapes(np.shape(mask.pairs()), lead))
-  if ids is None:  # the key tiles 0, 1, 2, ...: a union is its longest list
+  if ids is None or one_list(ids):  # prefixes of one list: a union is its longest
     distinct, waves = _prefix_unions(counts, concurrent)
   else:
     distinct, waves = _unions(np.asarray(ids), counts, mask.kv_tiles, concurrent)

@@ -25,7 +25,7 @@ from freqformer.planners.block_topk import pool_tiles
 from freqformer.planners.temporal import temporal
 from freqformer.router import RouterConfig
 from kernels.attention import attention
-from kernels.block_mask import BlockMask
+from kernels.block_mask import BlockMask, check_listed
 from kernels.cost import CallCost, count
 from kernels.linear import FEATURE_MAPS, Segments, linear_attention
 
@@ -173,6 +173,7 @@ def _levels(schedule: Schedule, around, anchors: int, layout: TileLayout) -> Blo
   """The temporal table of every level, stacked along its batch axis."""
   masks = [temporal(layout, extent, around, anchors) for extent in schedule.extents(layout.tile_grid[0])]
   longest = max(m.max_kv for m in masks)
+  check_listed(len(masks) * layout.tiles * longest, f"a schedule of {len(masks)} levels on {layout.tile_grid}")
   widen = lambda ids: np.pad(ids, ((0, 0),) * 3 + ((0, longest - ids.shape[-1]),), mode="edge")
   ids, counts = np.concatenate([widen(m.kv_indices) for m in masks]), np.concatenate([m.kv_counts for m in masks])
   return dataclasses.replace(masks[0], kv_indices=ids, kv_counts=counts)

@@ -6,7 +6,7 @@ and `full rows + lift(coarse rows)` needs no select. One launch serves every hea
 
 import numpy as np
 
-from kernels.block_mask import BlockMask, array_module
+from kernels.block_mask import BlockMask, array_module, check_listed
 
 
 def packed_kv_len(n_coarse: int, full_kv_len: np.ndarray, block: int) -> np.ndarray:
@@ -36,6 +36,7 @@ def full_rows(mask: BlockMask, kv_len: np.ndarray, coarse_tiles: int, shared: bo
   xnp = array_module(mask.kv_indices, mask.kv_counts)
   ids, counts = mask.indices() + coarse_tiles, mask.kv_counts
   if shared:
+    check_listed(len(kv_len) * (coarse_tiles + ids.shape[-1]), "a table of full rows that list all coarse tiles")
     extra = np.broadcast_to(np.arange(coarse_tiles, dtype=np.int32), (*ids.shape[:3], coarse_tiles))
     ids, counts = xnp.concatenate([extra, ids], -1), xnp.where(counts > 0, counts + coarse_tiles, 0)
   front = ((0, 0), (0, 0), (coarse_tiles, 0))

@@ -3,7 +3,7 @@
 import numpy as np
 
 from freqformer.layout import TileLayout
-from kernels.block_mask import BlockMask, pad_lists
+from kernels.block_mask import BlockMask, check_listed, pad_lists
 
 
 def temporal(layout: TileLayout, frames: int, around: tuple[int, int], anchors: int) -> BlockMask:
@@ -28,12 +28,13 @@ def temporal(layout: TileLayout, frames: int, around: tuple[int, int], anchors: 
   place = (y[:, None, :, None] * count_x + x[None, :, None, :]).reshape(count_y * count_x, -1)
   lists = [np.union1d(row, anchor_frames(count_t, anchors)) for row in _window(count_t, frames)]
   most = max(map(len, lists))
+  check_listed(layout.tiles * most * place.shape[1], f"a temporal table of {most} frames on {layout.tile_grid}")
   seen = np.stack([np.pad(row, (0, most - len(row)), mode="edge") for row in lists])  # [count_t, most]
   ids = seen[:, None, :, None] * (count_y * count_x) + place[None, :, None, :]  # frames outside: ascending
   counts = np.repeat([len(row) * place.shape[1] for row in lists], count_y * count_x)
   shape = (1, 1, layout.tiles)
   ids, counts = ids.reshape(*shape, -1).astype(np.int32), counts.reshape(shape).astype(np.int32)
-  return pad_lists(ids, counts, layout.arrays().kv_len, None, layout.block, layout.block)
+  return pad_lists(ids, counts, layout.tile_lengths, None, layout.block, layout.block)
 
 
 def anchor_frames(frames: int, anchors: int) -> np.ndarray:

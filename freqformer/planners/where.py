@@ -6,10 +6,12 @@ from collections.abc import Callable
 import numpy as np
 
 from freqformer.layout import TileLayout
-from kernels.block_mask import BlockMask, pad_lists
+from kernels.block_mask import BlockMask, check_listed, pad_lists
 
 # Entries of the rule that are held at once: 8,192 x 8,192 tiles are never whole in memory.
 _CHUNK = 1 << 21
+# Of 46,340 tiles a rule is asked about 2^31 pairs, which takes tens of seconds.
+_MOST_TILES = 46_340
 
 
 def tiles_where(layout: TileLayout, rule: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> BlockMask:
@@ -20,15 +22,19 @@ def tiles_where(layout: TileLayout, rule: Callable[[np.ndarray, np.ndarray], np.
     rule: `(query [3, m, 1], key [3, 1, tiles]) -> bool [m, tiles]`; places are tile coordinates (t, y, x), int32.
 
   Raises:
-    ValueError: if some query tile lists nothing: its output would be 0.
+    ValueError: if some query tile lists nothing: its output would be 0; or for more tiles than a table may list.
   """
+  if layout.tiles > _MOST_TILES:
+    raise ValueError(f"a rule over all pairs of {layout.tiles:,} tiles takes minutes; give fewer tokens or larger tiles")
   places = np.stack(np.unravel_index(np.arange(layout.tiles), layout.tile_grid)).astype(np.int32)
-  step, found, counts = max(1, _CHUNK // layout.tiles), [], []
+  step, found, counts, longest = max(1, _CHUNK // layout.tiles), [], [], 0
   for start in range(0, layout.tiles, step):
     query = places[:, start : start + step, None]
     listed = np.broadcast_to(rule(query, places[:, None]), (query.shape[1], layout.tiles))
     found.append(np.nonzero(listed)[1].astype(np.int32))  # row by row, ascending
     counts.append(listed.sum(-1, dtype=np.int32))
+    longest = max(longest, int(counts[-1].max()))
+    check_listed(layout.tiles * longest, f"a rule's table on {layout.tile_grid}")
   flat, counts = np.concatenate(found), np.concatenate(counts)
   if not counts.all():
     raise ValueError(
@@ -36,7 +42,7 @@ def tiles_where(layout: TileLayout, rule: Callable[[np.ndarray, np.ndarray], np.
     )
   ids = np.zeros((layout.tiles, int(counts.max())), np.int32)
   ids[np.arange(ids.shape[1]) < counts[:, None]] = flat
-  return pad_lists(ids[None, None], counts[None, None], layout.arrays().kv_len, None, layout.block, layout.block)
+  return pad_lists(ids[None, None], counts[None, None], layout.tile_lengths, None, layout.block, layout.block)
 
 
 def frame_tiles(layout: TileLayout) -> int:
