@@ -17,23 +17,38 @@ METHODS = {
   "adaspa": "AdaSpa",
 }
 
+_WORDS = {"true": True, "false": False}
+
 
 def method_class(name: str):
   """The dataclass of a method.
 
   Raises:
-    ConfigError: for an unknown name.
+    ConfigError: for an unknown name, and for a line of `METHODS` without its file or class.
   """
   if name not in METHODS:
     raise ConfigError(f"attention method {name!r} is unknown; {did_you_mean(name, METHODS)}")
-  return getattr(importlib.import_module(f"freqformer.methods.{name}"), METHODS[name])
+  place = f"freqformer.methods.{name}"
+  try:
+    module = importlib.import_module(place)
+  except ModuleNotFoundError as error:
+    if error.name != place:
+      raise
+    raise ConfigError(f"registry.py lists the method {name!r}, but there is no freqformer/methods/{name}.py.") from error
+  if not hasattr(module, METHODS[name]):
+    classes = [key for key, value in vars(module).items() if isinstance(value, type) and value.__module__ == module.__name__]
+    raise ConfigError(
+      f"registry.py lists {METHODS[name]!r} for the method {name!r}, but freqformer/methods/{name}.py has no such class; "
+      f"{did_you_mean(METHODS[name], classes)}"
+    )
+  return getattr(module, METHODS[name])
 
 
 def parse_method(text: str) -> tuple[str, dict]:
   """A method as a command line names it: `radial`, `block_topk(density=0.2, coarse=none)`, `x(group=dict(field=1))`.
 
   Returns:
-    its name and the fields that are given; a bare word is a string.
+    its name and the fields that are given; a bare word is a string, but true and false are what they say.
 
   Raises:
     ConfigError: for an unknown name or text that cannot be read.
@@ -47,14 +62,14 @@ def parse_method(text: str) -> tuple[str, dict]:
   return name, fields
 
 
-def with_fields(method, fields: dict, path: str):
-  """The method with some fields replaced, those within groups too; `path` names it in errors.
+def with_fields(method, fields: dict, path: str, root: str = "config."):
+  """The method with some fields replaced, those within groups too; `root` and `path` name it in errors.
 
   Raises:
     ConfigError: for an unknown field or a value that it cannot take.
   """
   given = {k: {**vars(getattr(method, k)), **v} if isinstance(v, dict) and hasattr(method, k) else v for k, v in fields.items()}
-  return build(type(method), {**vars(method), **given}, path)
+  return build(type(method), {**vars(method), **given}, path, root)
 
 
 def _fields(call: ast.Call) -> dict:
@@ -65,7 +80,7 @@ def _fields(call: ast.Call) -> dict:
 
 
 def _value(node):
-  """A literal; a bare word is itself, `dict(...)` a group of fields."""
+  """A literal; a bare word is itself (true and false are bools), `dict(...)` a group of fields."""
   if isinstance(node, ast.Call) and node.func.id == "dict":
     return _fields(node)
-  return node.id if isinstance(node, ast.Name) else ast.literal_eval(node)
+  return _WORDS.get(node.id, node.id) if isinstance(node, ast.Name) else ast.literal_eval(node)
