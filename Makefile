@@ -46,12 +46,13 @@ demo: core
 demo-compare: core
 	$(RUN) -m benchmarks.demo_compare
 
-# The page's trained q, k, v come from 120 steps of the demo; runs/complexity is trained if it is not there. All on the CPU, with
-# a GPU, too: the page's rows were made there, and another device rounds training elsewhere.
+# The page's trained q, k, v come from 120 steps of the demo; runs/complexity is trained if it is not there. All on the CPU, also
+# beside a GPU: the page's rows were made there, and a model trained elsewhere is another one.
 simulate: export JAX_PLATFORMS := cpu
 simulate: core
-	test -d runs/complexity/checkpoints || { $(RUN) -c "from freqformer.data.render import render_ucf101 as r; r('data/demo')" && \
-	  $(RUN) train.py --config=configs/demo.py --workdir=runs/complexity --config.train.steps=120; }
+	$(RUN) -c "from freqformer.data.render import render_ucf101 as r; r('data/demo')"
+	test -d runs/complexity/checkpoints || \
+	  $(RUN) train.py --config=configs/demo.py --workdir=runs/complexity --config.train.steps=120
 	$(RUN) -m benchmarks.complexity
 
 test: setup

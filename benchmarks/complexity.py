@@ -4,8 +4,8 @@
   python -m benchmarks.complexity [--workdir=runs/complexity]    # the workdir of a run trained with FreqFormer
 
 Rows go to results/simulation.json, plots to docs/figures/, tables into docs/complexity.md between their markers. A row says
-with `measured` what it is: false for everything that the simulator computed, true for published and our own measurements
-and for the approximation errors. The command that made a row stands in it.
+with `measured` what its figures are: true for the approximation errors, false for the simulator's seconds; where such a row has
+a measurement beside it, published or our own, that is its `measured_seconds`. The command that made a row stands in it.
 """
 
 import dataclasses

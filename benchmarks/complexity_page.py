@@ -2,8 +2,8 @@
 
 import pathlib
 import re
-import textwrap
 
+from benchmarks import complexity_notes
 from freqformer import approximation_summary
 
 DOC = pathlib.Path(__file__).parent.parent / "docs" / "complexity.md"
@@ -118,52 +118,24 @@ def approximation_table(found) -> str:
     "squared error low / mid / high": lambda r: " / ".join(f"{s:.0%}" for s in r["band_shares"]),
     "measured": lambda r: "yes" if r["measured"] else "no",
   }
-  trained = [r for r in found if "steps" in r]
-  layers, heads = (1 + max(r[name] for r in trained) for name in ("layer", "head"))
-  steps = "/".join(str(n) for n in sorted({r["steps"] for r in trained}))
-  about = (
-    f"Rows with a t are of a model of {layers} layers and {heads} heads after {steps} training steps; all of them are measured."
-  )
-  return f"{about}\n\n{_table(approximation_summary.summary(found), columns)}"
-
-
-def bounds(found) -> str:
-  """What the rows say about the bounds, in words."""
-  filters = [r for r in found if r["exact"]]
-  claimed = [r for r in found if r["bound"] is not None and not r["exact"]]
-  trained = [r for r in claimed if "steps" in r]
-  cells = [r for r in trained if "trivial" in r]
-  ratios = [r["closest"]["ratio"] for r in trained if "trivial" not in r]
-  kept = lambda own: f"{sum(r['holds'] for r in own)} of {len(own)}"
-  share = sum(r["trivial"] for r in cells) / len(cells)
-  lines = [
-    f"Measured: {kept(claimed)} pairs of head and operator keep their bound in every row, {kept(filters)} filters discard",
-    "what they must. The bounds are far from equally useful. On the trained model the row that comes closest to the bound by",
-    f"dropped mass reaches between {min(ratios):.2f} and {max(ratios):.2f} of it, head by head. The bound of cell means is",
-    f"only the trivial one in {share:.0%} of the rows (delta reaches {min(r['delta'] for r in cells):.1f} and more in some",
-    f"row of every head), and an error comes to {max(r['closest']['ratio'] for r in cells):.2f} of it.",
-  ]
-  if share > 0.99:
-    lines.append("It certifies nothing about compressing q, k, v of a real model; what does is the measured error.")
-  return textwrap.fill(" ".join(lines), 128)
+  return f"{complexity_notes.trained_model(found)}\n\n{_table(approximation_summary.summary(found), columns)}"
 
 
 def tables(rows: list[dict]) -> dict[str, str]:
   """Every table of the page by its marker."""
   fitted = of_set(rows, "three published rows fitted")
-  others = [abs(r["error"]) for r in fitted if not r["fitted"]]
-  summary = f"{len(others)} rows not fitted: mean error {sum(others) / len(others):.1%}, worst {max(others):.1%}."
   return {
     "dense-rate": _comparison(of_set(rows, "dense rate alone fitted")),
-    "published": _comparison(fitted) + "\n\n" + summary,
+    "published": f"{_comparison(fitted)}\n\n{complexity_notes.fit(fitted)}\n\n{complexity_notes.spread(fitted)}",
     "cpu": _comparison(of_set(rows, "cpu")),
     "run": _comparison(of_set(rows, "published run")),
     "sweep": _sweep_table(of_set(rows, "sweep")),
+    "shares": complexity_notes.shares(of_set(rows, "sweep")),
     "duration": _duration_table(rows),
     "gpus": _gpus_table(of_set(rows, "gpus")),
     "devices": _devices_table(of_set(rows, "devices")),
     "approximation": approximation_table(of_set(rows, "approximation")),
-    "bounds": bounds(of_set(rows, "approximation")),
+    "bounds": complexity_notes.bounds(of_set(rows, "approximation")),
   }
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import complexity_page
+from benchmarks import complexity_notes, complexity_page
 from freqformer import approximation, approximation_probe, approximation_summary
 from freqformer.dit import VideoDiT, make_tables
 from freqformer.layout import TileLayout
@@ -132,7 +132,7 @@ def test_the_summary_shows_pairs_and_counts_what_was_kept():
 
 
 def test_the_page_and_the_figure_show_the_same_ratios():
-  table, text = complexity_page.approximation_table(ROWS), " ".join(complexity_page.bounds(ROWS).split())
+  table, text = complexity_page.approximation_table(ROWS), " ".join(complexity_notes.bounds(ROWS).split())
   assert "| 2 | 20 | 0.900 | 0.9 of 1 | 3 of 3 | 100% / 0% / 0% | yes |" in table and "| 1 of 2 |" in table
   assert "after 5 training steps" in table and "1 layers and 3 heads" in table
   assert "4 of 5 pairs" in text and "1 of 2 filters" in text and "between 0.05 and 0.90" in text

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import complexity, rows
+from benchmarks import complexity, complexity_notes, rows
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,35 @@ def test_the_committed_rows_are_today_s():
   assert len(kept) == len(fresh)
   for old, new in zip(kept, fresh, strict=True):
     assert old["seconds"] == pytest.approx(new["seconds"], rel=1e-3), (old, new)
+
+
+def test_every_table_and_figure_says_what_was_measured(found):
+  headers = []
+  for name, body in complexity.tables(found).items():
+    lines = body.splitlines()
+    headers += [(name, line) for line, rule in zip(lines, lines[1:], strict=False) if rule.startswith("| --- ")]
+  assert len(headers) == 9 and all("| measured" in line for _, line in headers), headers
+  for name, words in {
+    "scaling": "simulated",
+    "parts": "simulated",
+    "validation": "measured simulated",
+    "errors": "measured",
+  }.items():
+    text = (complexity.FIGURES / f"{name}.svg").read_text()
+    assert all(f"{word}" in text for word in words.split()), name
+
+
+def test_sentences_move_with_the_rows():
+  call = lambda name, measured, error, fitted: {"name": name, "measured_seconds": measured, "error": error, "fitted": fitted}
+  calls = [call("a", 1.0, 0.0, True), call("b", 2.0, -0.1, False), call("TritonBench a", 1.25, 0.3, False)]
+  assert complexity_notes.fit(calls) == "1 rows fitted, 2 not: mean error of these 20.0%, worst 30.0%."
+  assert "1 calls were measured twice" in complexity_notes.spread(calls) and "+25% to +25%" in complexity_notes.spread(calls)
+  dense = {"method": "dense", "seconds": 4.0}
+  ours = {"method": "freqformer", "attention_speedup": 30.0, "speedup_over_dense": 2.0}
+  rows_of = [dense | {"tokens": 10, "attention_seconds": 1.0}, dense | {"tokens": 2000, "attention_seconds": 3.0}]
+  rows_of += [ours | {"tokens": 10}, ours | {"tokens": 2000, "speedup_over_dense": 7.5}]
+  text = " ".join(complexity_notes.shares(rows_of).split())
+  assert "25% of a dense forward at 10 tokens and 75% at 2,000" in text and "At 2,000 tokens" in text and "7.5 times" in text
 
 
 def test_a_page_without_its_marker_is_refused():
