@@ -3,7 +3,9 @@
   python train.py --config=configs/ucf101.py --workdir=runs/ucf101
   python train.py --config=configs/ucf101.py --config.train.lr=3e-4 --dry_run
 
-The same command resumes: after SIGTERM, Ctrl-C or a crash the newest checkpoint in the workdir goes on bit for bit.
+The same command resumes: after SIGTERM, Ctrl-C or a crash the newest checkpoint in the workdir goes on bit for bit. A finished
+run goes on once train.steps is raised. Another config on the same workdir is said, and refused where it would make a run of two
+halves (data, model, seed, train.batch_size) unless --resume_changed is given; run.json keeps what was changed and when.
 """
 
 import functools
@@ -27,67 +29,84 @@ from freqformer.dry_run import describe
 from freqformer.experiment import experiment
 from freqformer.metrics import Metrics, channel_power, write_routing
 from freqformer.preemption import StopRequest
-from freqformer.resume import check_same_data
+from freqformer.resume import check_same_config, check_same_data, with_seed
 from freqformer.throughput import Throughput
-from freqformer.training import evaluate, init_state, make_eval_step, make_train_step
+from freqformer.training import SkippedSteps, evaluate, init_state, make_eval_step, make_train_step
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, e.g. configs/ucf101.py.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; default runs/<name of the config>.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print shapes, parameters, memory and FLOPs; touch no data.")
+_RESUME_CHANGED = flags.DEFINE_bool(
+  "resume_changed", False, "Go on from the checkpoint though data, model, seed or train.batch_size are no longer its own."
+)
 
 
 def main(_):
   if _DRY_RUN.value:
     return print(describe(experiment(_CONFIG.value)))
   name = pathlib.Path(flags.FLAGS["config"].config_filename).stem
-  train(_CONFIG.value, _WORKDIR.value or f"runs/{name}")
+  train(_CONFIG.value, _WORKDIR.value or f"runs/{name}", _RESUME_CHANGED.value)
 
 
-def train(config, workdir, progress: bool = True) -> dict:
-  """Trains until `config.train.steps`, or until asked to stop; returns `{"step", "finished", "val_loss"}`."""
+def train(config, workdir, resume_changed: bool = False, progress: bool = True) -> dict:
+  """Trains until `config.train.steps`, or until asked to stop; returns `{"step", "finished", "val_loss"}`.
+
+  Raises:
+    ConfigError: for a config that cannot be run, or a checkpoint of another one (see `check_same_config`).
+  """
   seconds, started = {}, time.monotonic()
   exp = experiment(config)
   workdir = pathlib.Path(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
 
-  # ---- 1. data: encoded once, then read from the cache --------------------------------------------------------------
+  # ---- 1. the newest checkpoint of this workdir: is it of this config, is anything left to do? ------------------------
+  checkpoints, old, changed = Checkpoints(workdir, exp.train.keep), None, {}
+  if checkpoints.latest() is not None:
+    old = checkpoints.record()
+    changed = check_same_config(old, exp, resume_changed)
+    if old["step"] >= exp.train.steps:
+      return _nothing_left(workdir, old["step"], exp.train.steps)
+
+  # ---- 2. data: encoded once, then read from the cache --------------------------------------------------------------
   train_cache, val_cache = prepare(exp.data, "train"), prepare(exp.data, "val")
   seconds["encode"] = time.monotonic() - started
   shape, classes = tuple(train_cache.latent_shape), len(train_cache.class_names)
   batches = iter(train_iterator(train_cache, exp.train.batch_size, exp.seed))
 
-  # ---- 2. model and state -------------------------------------------------------------------------------------------
+  # ---- 3. model and state -------------------------------------------------------------------------------------------
   tables = make_tables(exp.model, shape)
   graphdef, params = nnx.split(VideoDiT(exp.model, shape, classes, nnx.Rngs(exp.seed)))
   state, record = init_state(params, exp.train, exp.seed), _record(config, train_cache)
 
-  # ---- 3. resume: the newest checkpoint of this workdir wins, else start fresh -----------------------------------------
-  checkpoints = Checkpoints(workdir, exp.train.keep)
+  # ---- 4. resume: that checkpoint goes on, else start fresh ----------------------------------------------------------
   metrics = Metrics(workdir, Throughput.of(exp.model, shape, exp.train.batch_size))
-  if checkpoints.latest() is not None:
-    old = checkpoints.record()
+  if old is not None:
     check_same_data(old, record)
-    state = checkpoints.restore(state)
+    state = with_seed(checkpoints.restore(state), state, changed)
+    record["changes"] = old.get("changes", []) + ([{"step": old["step"], "keys": changed}] if changed else [])
     batches.set_state(json.loads(old["iterator"]))
     logging.info("resumed at step %d from %s", int(state.step), checkpoints.path)
   step = int(state.step)
-  facts = {"params": _count(params), "method": exp.model.attention.method, "classes": record["class_names"]}
+  facts = {"params": _count(params), "method": exp.model.attention.method}
+  facts |= {"classes": record["class_names"], "changes": record["changes"]}
   metrics.start(step, config, facts | _facts(tables["layout"].layout))
 
-  # ---- 4. the steps -------------------------------------------------------------------------------------------------
-  train_step = make_train_step(graphdef, exp.train, classes)
+  # ---- 5. the steps -------------------------------------------------------------------------------------------------
+  train_step, skips = make_train_step(graphdef, exp.train, classes), SkippedSteps(exp.train)
   validate = _validation(exp, graphdef, val_cache, tables)
 
   def save():
+    skips.check(step)
     iterator = json.dumps(batches.get_state())
     checkpoints.save(step, state, {**record, "iterator": iterator})
 
-  # ---- 5. the loop --------------------------------------------------------------------------------------------------
+  # ---- 6. the loop --------------------------------------------------------------------------------------------------
   result, compiled, loop_started = None, step, time.monotonic()
   with StopRequest() as stop, tqdm(total=exp.train.steps, initial=step, desc="training", disable=not progress) as bar:
     while step < exp.train.steps and not stop():
       batch = next(batches)
       state, values = train_step(state, {k: batch[k] for k in ("latent", "label")}, tables)
+      skips.add(values)
       step += 1
       if step == compiled + 1:  # the first step of this process compiles
         jax.block_until_ready(values)
@@ -96,6 +115,7 @@ def train(config, workdir, progress: bool = True) -> dict:
       if step % exp.train.log_every == 0 or step == exp.train.steps:
         values = jax.device_get(values)
         metrics.train(step, values)
+        skips.check(step)
         bar.set_postfix(loss=f"{values['loss']:.3f}")
       last = step == exp.train.steps
       if exp.train.val_every and (last or step % exp.train.val_every == 0) and not stop():
@@ -112,6 +132,14 @@ def train(config, workdir, progress: bool = True) -> dict:
   return {"step": step, "finished": step >= exp.train.steps, "val_loss": None if result is None else result["loss"]}
 
 
+def _nothing_left(workdir, step: int, steps: int) -> dict:
+  """Says that the run is over; also where it ended between its last checkpoint and the note that it had."""
+  if step == steps and (workdir / "run.json").exists():
+    Metrics(workdir).finish({}, finished=True)
+  logging.info("already finished at step %d of %d; raise train.steps to go on", step, steps)
+  return {"step": step, "finished": True, "val_loss": None}
+
+
 def _record(config, cache) -> dict:
   """What a checkpoint says of itself, and what must agree with the data it meets again."""
   return {
@@ -121,6 +149,7 @@ def _record(config, cache) -> dict:
     "statistics": {name: np.asarray(getattr(cache.statistics, name)).tolist() for name in ("mean", "std")},
     "video_shape": list(cache.video_shape),
     "cache": cache.manifest["hash"],
+    "changes": [],
   }
 
 

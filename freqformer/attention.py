@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from freqformer.config import ConfigError
+from freqformer.config import ConfigError, refusing
 from freqformer.layout import LayoutTables, TileLayout
 from freqformer.methods.base import Cond, Dims, Method, Projected
 from freqformer.rotary import angle_tables, axis_pairs, rotate
@@ -67,7 +67,8 @@ class SpectralAttention(nnx.Module):
     self.out = nnx.Linear(dims.width, dims.width, kernel_init=init, dtype=dtype, rngs=rngs)
     self.q_norm = nnx.RMSNorm(head_dim, scale_init=nnx.initializers.constant(dims.qk_gain), dtype=dtype, rngs=rngs)
     self.k_norm = nnx.RMSNorm(head_dim, dtype=dtype, rngs=rngs)
-    self.method = method.build(dims.for_method, layout, rngs)
+    with refusing(f"attention method {type(method).__name__}"):
+      self.method = method.build(dims.for_method, layout, rngs)
 
   def __call__(self, x: jax.Array, cond: Cond, layout: LayoutTables, tables, state):
     """Attention over tokens in tile order.

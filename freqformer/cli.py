@@ -1,14 +1,19 @@
 """Entry points: flags are parsed, what the user got wrong is one clear sentence and exit code 2, not a traceback."""
 
+import functools
+import itertools
+import math
 import pathlib
 import re
 import sys
+import traceback
 
 import jax
 from absl import app, flags, logging
 
 from freqformer.config import ConfigError
-from freqformer.config_file import check_keys, load_config
+from freqformer.config_file import check_keys, dotted, read_config
+from kernels.dispatch import NoBackend
 
 _ROOT = pathlib.Path(__file__).parent.parent
 
@@ -20,14 +25,24 @@ def run(main):
   logging.set_verbosity(logging.INFO)
   logging.get_absl_handler().setFormatter(None)
   logging.get_absl_handler().addFilter(_ours_or_warning)
+  app.run(guarded(main), flags_parser=parse)
 
-  def guarded(argv):
+
+def guarded(main):
+  """`main`, whose refusals end the process with one sentence; `--verbosity=1` prints where they come from, too."""
+
+  @functools.wraps(main)
+  def run_main(argv):
     try:
       return main(argv)
-    except ConfigError as error:
+    except (ConfigError, NoBackend) as error:
       fail(error)
+    except (FileExistsError, NotADirectoryError) as error:
+      fail(f"{error.filename} is a file where a folder is needed; name another, or move it away.")
+    except (PermissionError, IsADirectoryError) as error:
+      fail(f"{error.filename} cannot be used: {error.strerror}.")
 
-  app.run(guarded, flags_parser=_parse)
+  return run_main
 
 
 def _ours_or_warning(record) -> bool:
@@ -38,17 +53,50 @@ def _ours_or_warning(record) -> bool:
 
 def fail(error):
   """Prints the sentence and leaves with code 2."""
+  if logging.level_debug():
+    traceback.print_exc()
   print(f"error: {error}", file=sys.stderr)
   sys.exit(2)
 
 
-def _parse(argv):
-  """Parses flags; what is wrong with the config file or an override is said before ml_collections meets it."""
+def parse(argv, values=flags.FLAGS):
+  """Parses flags into `values`; what is wrong with the config file or an override is said before ml_collections meets it.
+
+  Whatever belongs to no flag, and a number that is not finite, is refused.
+  """
+  config = None
   try:
-    file = [arg.split("=", 1)[1].split(":")[0] for arg in argv if re.match(r"--?config=", arg)]
-    if file:
-      overrides = [match.group(1) for arg in argv if (match := re.match(r"--?config\.([\w.]+)", arg))]
-      check_keys(load_config(file[-1]).get_config(), overrides)
-    return flags.FLAGS(argv)
+    if file := _config_file(argv):
+      config = read_config(*file.split(":", 1))
+      overrides = [match.group(1) for arg in argv if (match := re.match(r"--?(?:no)?config\.([\w.]+)", arg))]
+      check_keys(config, overrides)
+    rest = values(argv)
   except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
-    fail(str(error).strip("'\"").replace("\n", " "))
+    # A KeyError's str is its message in quotes.
+    fail(str(error.args[0] if isinstance(error, KeyError) and error.args else error).replace("\n", " "))
+  if rest[1:]:
+    fail(_left_over(rest[1], config))
+  for name, value in values.flag_values_dict().items():
+    if isinstance(value, float) and not math.isfinite(value):
+      fail(f"--{name}={value} must be a finite number.")
+  return rest
+
+
+def _config_file(argv) -> str | None:
+  """The last of `--config=FILE` and `--config FILE`."""
+  found = None
+  for arg, after in itertools.zip_longest(argv, argv[1:]):
+    if match := re.fullmatch(r"--?config(?:=(.*))?", arg):
+      found = after if match.group(1) is None else match.group(1)
+  return found
+
+
+def _left_over(argument: str, config) -> str:
+  """Why an argument that belongs to no flag is refused; without its leading `--config.` an override is nothing."""
+  key = argument.split("=")[0].removeprefix("config.")
+  known = [] if config is None else dotted(config)
+  if config is not None and "=" in argument:
+    full = key if key in known else next((k for k in known if k.endswith(f".{key}")), None)
+    if full:
+      return f"{argument!r} belongs to no flag; did you mean --config.{full}={argument.split('=', 1)[1]}?"
+  return f"{argument!r} belongs to no flag; flags begin with --, and one that takes a value is written --flag=value."

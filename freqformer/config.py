@@ -60,7 +60,7 @@ def require_one_of(config, name: str, allowed):
   if (given := getattr(config, name)) not in (allowed := tuple(allowed)):
     close = difflib.get_close_matches(str(given), allowed, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else "."
-    raise ValueError(f"{name}={given!r} must be one of {', '.join(map(repr, allowed))}{hint}")
+    raise ValueError(f"{name}={given!r} must be one of {', '.join(map(str, allowed))}{hint}")
 
 
 def build(cls, values: Mapping, path: str = "", root: str = "config."):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from freqformer.attention import SpectralAttention
+from freqformer.config import refusing
 from freqformer.methods.base import Cond, Method
 from freqformer.model_config import DTYPES, ModelConfig
 from kernels.attention import CHECKPOINT_NAMES
@@ -190,10 +191,17 @@ def _stack(config, method, layout, count, rngs):
 
 
 def make_tables(config: ModelConfig, latent_shape) -> dict:
-  """Tables of one grid without a model: `{"layout": LayoutTables, "methods": [one per run]}`."""
+  """Tables of one grid without a model: `{"layout": LayoutTables, "methods": [one per run]}`.
+
+  Raises:
+    ConfigError: if a method cannot serve the grid.
+  """
   layout = config.layout(latent_shape)
   known = lambda x: x.with_mean() if isinstance(x, BlockMask) else x
-  methods = [method.tables(layout) for _, method in config.runs()]
+  methods = []
+  for _, method in config.runs():
+    with refusing(f"attention method {type(method).__name__}"):
+      methods.append(method.tables(layout))
   methods = jax.tree.map(known, methods, is_leaf=lambda x: isinstance(x, BlockMask))
   return {"layout": layout.arrays(), "methods": methods}
 

@@ -1,4 +1,4 @@
-"""What a run would be, without data: shapes, parameters, memory, FLOPs."""
+"""What a run would be, data or not: shapes, parameters, memory, FLOPs."""
 
 import math
 
@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from freqformer.codec import make_codec
+from freqformer.config import ConfigError
 from freqformer.cost import model_cost, training_flops
+from freqformer.data.clips import list_clips
+from freqformer.data.protocol import DataConfig
 from freqformer.dit import VideoDiT, make_tables
 from freqformer.experiment import Experiment
 from freqformer.training import init_state, make_train_step
@@ -19,10 +21,24 @@ def abstract_model(experiment: Experiment, latent_shape, classes: int):
   return nnx.split(nnx.eval_shape(make))
 
 
-def describe(experiment: Experiment, classes: int = 101) -> str:
-  """A printed page; the memory figures come from compiling the train step for this machine's device."""
-  data, model, train = experiment.data, experiment.model, experiment.train
-  shape = make_codec(data.codec).latent_shape(data.frames, *data.resolution)
+def _classes(data: DataConfig) -> tuple[int, str]:
+  """The number of classes, and what to say where it is assumed."""
+  try:
+    return len(list_clips(data, "train").class_names), ""
+  except ConfigError:
+    return 101, f", UCF-101's: assumed, {data.root} cannot be read"
+
+
+def describe(experiment: Experiment, classes: int | None = None) -> str:
+  """A printed page; the memory figures come from compiling the train step for this machine's device.
+
+  Args:
+    classes: how many; None counts the data's names, and where there are no data takes UCF-101's.
+  """
+  data, model, train, shape = experiment.data, experiment.model, experiment.train, experiment.latent_shape
+  assumed = ""
+  if classes is None:
+    classes, assumed = _classes(data)
   layout = model.layout(shape)
   graphdef, params = abstract_model(experiment, shape, classes)
   state = jax.eval_shape(lambda p: init_state(p, train, 0), params)
@@ -45,7 +61,7 @@ def describe(experiment: Experiment, classes: int = 101) -> str:
       f"{'x'.join(map(str, layout.tile))} in {layout.block} rows, {layout.fill:.0%} filled",
     ),
     ("layers", ", ".join(f"{n} {type(m).__name__}" for n, m in model.runs()) + f"; width {model.width}, {model.heads} heads"),
-    ("parameters", f"{count:,}"),
+    ("parameters", f"{count:,} with {classes} classes{assumed}"),
     ("state", f"{sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) / 1e6:,.1f} MB (weights, EMA, moments)"),
     (
       "train step",

@@ -3,7 +3,8 @@
 import dataclasses
 from collections.abc import Mapping
 
-from freqformer.config import ConfigError, build, did_you_mean
+from freqformer.codec import make_codec
+from freqformer.config import ConfigError, build, did_you_mean, refusing, require
 from freqformer.data.protocol import DataConfig
 from freqformer.model_config import ModelConfig, model_config
 from freqformer.sampling import SampleConfig
@@ -20,6 +21,15 @@ class Experiment:
   sample: SampleConfig
   seed: int = 0
 
+  def __post_init__(self):
+    require(self, "seed", least=0, below=2**32)  # what the data loader takes
+    self.model.layout(self.latent_shape)  # refused here, before hours of encoding
+
+  @property
+  def latent_shape(self) -> tuple[int, int, int, int]:
+    """(t, y, x, c) of the latents that the codec makes of the data's views."""
+    return make_codec(self.data.codec).latent_shape(*self.data.video_shape)
+
 
 def experiment(config: Mapping) -> Experiment:
   """Builds an experiment from a config dict (or the plain dict that a checkpoint holds).
@@ -35,10 +45,14 @@ def experiment(config: Mapping) -> Experiment:
   for name in ("data", "model", "train"):
     if name not in values:
       raise ConfigError(f"config lacks {name!r}; set it in get_config.")
-  return Experiment(
+  seed = values.get("seed", 0)
+  if not isinstance(seed, int) or isinstance(seed, bool):
+    raise ConfigError(f"config.seed must be int, got {seed!r}.")
+  parts = (
     build(DataConfig, values["data"], "data"),
     model_config(values["model"]),
     build(TrainConfig, values["train"], "train"),
     build(SampleConfig, values.get("sample", {}), "sample"),
-    int(values.get("seed", 0)),
   )
+  with refusing("config"):
+    return Experiment(*parts, seed)

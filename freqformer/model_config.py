@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 
 from freqformer.attention import AttentionDims
-from freqformer.config import ConfigError, build, did_you_mean
+from freqformer.config import ConfigError, build, did_you_mean, refusing, require, require_one_of
 from freqformer.layout import TileLayout
 from freqformer.methods.base import Method
 from freqformer.methods.registry import METHODS, method_class, parse_method, with_fields
@@ -25,6 +25,7 @@ class AttentionConfig:
     methods: `(name, method)` pairs, one per configured method.
     method: the name that runs in layers without a run of their own.
     layers: runs of layers with their own method, `((first, stop or None, name), ...)`; empty: `method` everywhere.
+      A config may write fields behind a name here and in `method`, `"radial(decay=0.5)"`: they replace the group's.
     block: rows of a tile in the buffer, `block_q = block_kv`.
     tile: extents of a tile (t, y, x), or empty for the best fit.
     qk_gain: initial gain of the query norm.
@@ -42,10 +43,12 @@ class AttentionConfig:
   def __post_init__(self):
     for name in (self.method, *(run[2] for run in self.layers)):
       self.named(name)
-    if self.block < 1 or len(self.tile) not in (0, 3):
-      raise ValueError(f"{self.block=} must be >= 1 and {self.tile=} empty or three extents (t, y, x).")
-    if self.implementation is not None and self.implementation not in BACKENDS:
-      raise ValueError(f"{self.implementation=} must be None or one of {', '.join(BACKENDS)}.")
+    require(self, "block tile", least=1)
+    require(self, "qk_gain", above=0)
+    if len(self.tile) not in (0, 3):
+      raise ValueError(f"tile={self.tile} must be empty or three extents (t, y, x).")
+    if self.implementation is not None:
+      require_one_of(self, "implementation", BACKENDS)
 
   def named(self, name: str) -> Method:
     """The configured method of a name; a known method without keys of its own runs with its defaults."""
@@ -99,17 +102,13 @@ class ModelConfig:
   remat: bool = True
 
   def __post_init__(self):
+    require_one_of(self, "size", (*SIZES, "custom"))
     if self.size != "custom":
-      if self.size not in SIZES:
-        raise ValueError(f"size={self.size!r} is unknown; choose one of {', '.join(SIZES)} or custom with width, depth, heads.")
       for name, value in zip(("width", "depth", "heads"), SIZES[self.size], strict=True):
         object.__setattr__(self, name, getattr(self, name) or value)
-    if min(self.width, self.depth, self.heads) < 1 or min(self.patch) < 1 or self.mlp_ratio <= 0:
-      raise ValueError(
-        f"sizes must be positive: {self.width=}, {self.depth=}, {self.heads=}, {self.patch=}, {self.mlp_ratio=}."
-      )
-    if self.dtype not in DTYPES:
-      raise ValueError(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}.")
+    require(self, "width depth heads patch", least=1)
+    require(self, "mlp_ratio", above=0)
+    require_one_of(self, "dtype", DTYPES)
     self.dims  # noqa: B018  refuses heads that do not divide the width
     self.attention.runs(self.depth)
 
@@ -127,8 +126,9 @@ class ModelConfig:
     return tuple(-(-size // p) for size, p in zip(latent_shape[:3], self.patch, strict=True))
 
   def layout(self, latent_shape) -> TileLayout:
-    """Tile order of the tokens of latents `(t, y, x, c)`."""
-    return TileLayout.fit(self.grid(latent_shape), self.attention.block, self.attention.tile or None)
+    """Tile order of the tokens of latents `(t, y, x, c)`; raises ConfigError if a tile does not fit into its block."""
+    with refusing("config.model.attention"):
+      return TileLayout.fit(self.grid(latent_shape), self.attention.block, self.attention.tile or None)
 
   def with_method(self, text: str) -> "ModelConfig":
     """The same model with one method everywhere; runs of layers keep their borders, so that the weights still fit.
@@ -159,5 +159,32 @@ def model_config(values: Mapping) -> ModelConfig:
   for name in attention:
     if name not in known:
       raise ConfigError(f"config.model.attention has no key {name!r}; {did_you_mean(name, known)}")
-  values["attention"] = build(AttentionConfig, {**attention, "methods": methods}, "model.attention")
-  return build(ModelConfig, values, "model")
+  attention = build(AttentionConfig, _plain_names(attention, dict(methods)), "model.attention")
+  return build(ModelConfig, values | {"attention": attention}, "model")
+
+
+def _plain_names(attention: dict, methods: dict[str, Method]) -> dict:
+  """The keys of `AttentionConfig`: fields written behind a method's name go to the method."""
+  given = {}
+
+  def plain(text):
+    if not isinstance(text, str):
+      return text  # `build` refuses it
+    name, fields = parse_method(text)
+    if fields and given.setdefault(name, fields) != fields:
+      raise ConfigError(
+        f"config.model.attention sets {name} twice: {given[name]} and {fields}; a model has one of each method."
+      )
+    if fields:
+      methods[name] = with_fields(methods.get(name) or method_class(name)(), fields, f"model.attention.{name}")
+    return name
+
+  attention = dict(attention)
+  if "method" in attention:
+    attention["method"] = plain(attention["method"])
+  layers = attention.get("layers", ())
+  if isinstance(layers, list | tuple):
+    attention["layers"] = tuple(
+      (*run[:2], plain(run[2])) if isinstance(run, list | tuple) and len(run) == 3 else run for run in layers
+    )
+  return attention | {"methods": tuple(methods.items())}

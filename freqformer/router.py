@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from freqformer.config import require, require_one_of
+
 MODES = ("soft", "straight_through", "sampled")
 
 
@@ -47,17 +49,11 @@ class RouterConfig:
   noise: float = 0.5
 
   def __post_init__(self):
-    if self.mode not in MODES:
-      raise ValueError(f"router mode={self.mode!r} is unknown; choose one of {', '.join(MODES)}.")
-    if min(self.prior) <= 0:
-      raise ValueError(f"router {self.prior=} must be positive shares; use a small number instead of 0.")
-    if min(self.temperature) <= 0:
-      raise ValueError(f"router {self.temperature=} must be positive.")
-    if self.budget <= 0 or self.penalty < 0 or self.noise < 0 or self.hidden < 1:
-      raise ValueError(
-        f"router needs budget > 0, penalty >= 0, noise >= 0, hidden >= 1; got {self.budget=}, "
-        f"{self.penalty=}, {self.noise=}, {self.hidden=}."
-      )
+    require_one_of(self, "mode", MODES)
+    require(self, "prior temperature", above=0)
+    require(self, "hidden", least=1)
+    require(self, "penalty noise", least=0)
+    require(self, "budget", above=0, most=1)
 
 
 @jax.tree_util.register_dataclass

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
+from freqformer.config import require
 from freqformer.diffusion import sample_noise
 
 
@@ -31,8 +32,9 @@ class SampleConfig:
   soft: bool = False
 
   def __post_init__(self):
-    if self.steps < 1 or self.batch_size < 1 or self.guidance < 0 or self.shift <= 0:
-      raise ValueError(f"sampling needs steps, batch_size >= 1, guidance >= 0, shift > 0; got {self}.")
+    require(self, "steps batch_size", least=1)
+    require(self, "guidance", least=0)
+    require(self, "shift", above=0)
 
   def times(self) -> np.ndarray:
     """Step boundaries `[steps + 1]`, from 1 down to 0."""

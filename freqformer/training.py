@@ -8,11 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import logging
 from flax import nnx
 
+from freqformer.config import ConfigError, require, require_one_of
 from freqformer.diffusion import BUCKETS, TIME_SAMPLING, interpolate, linear_velocity, sample_noise, sample_time
 
 SCHEDULES = ("constant", "cosine")
+# A batch that breaks one step is skipped; so many steps in a row are a run that cannot go on. The number is ours.
+SKIPS_IN_A_ROW = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +25,7 @@ class TrainConfig:
 
   Attributes:
     steps, batch_size: optimisation steps and samples per step.
-    lr, warmup, schedule: peak learning rate, linear warm-up steps, then "constant" or "cosine" to a tenth.
+    lr, warmup, schedule: peak learning rate, linear warm-up steps (see `warm_steps`), then "constant" or "cosine" to a tenth.
     weight_decay, beta2, clip: AdamW (on matrices only) and global gradient-norm clipping.
     ema: decay of the averaged weights, ramped up as (1 + step) / (10 + step).
     label_dropout: share of samples trained on the null class.
@@ -49,14 +53,23 @@ class TrainConfig:
   keep: int = 2
 
   def __post_init__(self):
-    if self.schedule not in SCHEDULES or self.time_sampling not in TIME_SAMPLING:
-      raise ValueError(f"{self.schedule=} must be one of {SCHEDULES}, {self.time_sampling=} one of {TIME_SAMPLING}.")
-    if min(self.steps, self.batch_size, self.log_every, self.checkpoint_every, self.keep) < 1 or self.lr <= 0:
-      raise ValueError(f"steps, batch_size, log_every, checkpoint_every, keep and lr must be positive, got {self}.")
-    if not (0 <= self.ema < 1 and 0 <= self.label_dropout <= 1 and self.clip > 0):
-      raise ValueError(
-        f"need 0 <= ema < 1, 0 <= label_dropout <= 1, clip > 0; got {self.ema=}, {self.label_dropout=}, {self.clip=}."
-      )
+    require(self, "steps batch_size log_every val_batches checkpoint_every keep", least=1)
+    require(self, "warmup val_every weight_decay", least=0)
+    require(self, "lr clip", above=0)
+    require(self, "beta2 ema", least=0, below=1)
+    require(self, "label_dropout", least=0, most=1)
+    require_one_of(self, "schedule", SCHEDULES)
+    require_one_of(self, "time_sampling", TIME_SAMPLING)
+
+  @property
+  def warm_steps(self) -> int:
+    """Steps of warm-up that run: `warmup`, of a short run at most half (ours), so that it reaches its peak rate."""
+    return min(self.warmup, max(1, self.steps // 2))
+
+  @property
+  def skip_limit(self) -> int:
+    """Skipped steps in a row that end the run, `SKIPS_IN_A_ROW`; of a short run half of its steps."""
+    return min(SKIPS_IN_A_ROW, -(-self.steps // 2))
 
 
 @jax.tree_util.register_dataclass
@@ -73,7 +86,7 @@ class TrainState:
 
 def learning_rate(config: TrainConfig) -> optax.Schedule:
   """Linear warm-up, then the schedule."""
-  warmup = min(config.warmup, max(1, config.steps // 2))
+  warmup = config.warm_steps
   if config.schedule == "constant":
     return optax.warmup_constant_schedule(0.0, config.lr, warmup)
   return optax.warmup_cosine_decay_schedule(0.0, config.lr, warmup, max(config.steps, warmup + 1), config.lr / 10)
@@ -102,6 +115,8 @@ def init_state(params, config: TrainConfig, seed: int) -> TrainState:
 def make_train_step(graphdef, config: TrainConfig, classes: int):
   """The jitted step `(state, batch, tables) -> (state, metrics)`; batch: latent `[b, t, y, x, c]`, label `[b]`."""
   optimizer, schedule = make_optimizer(config), learning_rate(config)
+  if config.warm_steps < config.warmup:
+    logging.info("train.warmup=%d is cut to %d, half of the %d steps", config.warmup, config.warm_steps, config.steps)
 
   def loss_fn(params, key, batch, tables, progress):
     x0, label = batch["latent"], batch["label"]
@@ -121,8 +136,8 @@ def make_train_step(graphdef, config: TrainConfig, classes: int):
     progress = state.step / config.steps
     (_, (loss, routing)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, key, batch, tables, progress)
     norm = optax.tree.norm(grads)
-    fine = jnp.isfinite(loss) & jnp.isfinite(norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    fine = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
     params = optax.apply_updates(state.params, updates)
     decay = jnp.minimum(config.ema, (1 + state.step) / (10 + state.step))
     ema = jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, state.ema, params)
@@ -140,6 +155,37 @@ def make_train_step(graphdef, config: TrainConfig, classes: int):
     }
 
   return step
+
+
+class SkippedSteps:
+  """Ends a run whose steps are all skipped. The values are read where the loop waits for the device anyway.
+
+  Args:
+    config: its `skip_limit` counts.
+  """
+
+  def __init__(self, config: TrainConfig):
+    self.limit, self.row, self._values = config.skip_limit, 0, []
+
+  def add(self, metrics: dict):
+    """Notes a step's `skipped`, without waiting for it."""
+    self._values.append(metrics["skipped"])
+
+  def check(self, step: int):
+    """Looks at all steps up to `step`; call it before every save, so that no checkpoint is made of a run that broke.
+
+    Raises:
+      ConfigError: if `limit` steps in a row were skipped.
+    """
+    first = step - len(self._values)
+    for i, skipped in enumerate(jax.device_get(self._values), 1):
+      self.row = self.row + 1 if skipped else 0
+      if self.row >= self.limit:
+        raise ConfigError(
+          f"training stopped: steps {first + i + 1 - self.row} to {first + i} all had a loss, gradient or update that is not "
+          "finite and were skipped; lower train.lr or train.clip, or look at the data. Earlier checkpoints are as they were."
+        )
+    self._values = []
 
 
 def summarise(aux) -> dict:

@@ -8,6 +8,10 @@ from absl import logging
 from kernels.target import Target
 
 
+class NoBackend(NotImplementedError):
+  """No backend, or not the one that was named, runs a call; the message holds every reason."""
+
+
 def choose(what: str, names: Iterable[str], unsupported: Callable, implementation: str | None, target: Target) -> str:
   """The name of the backend that runs a call; says once which and why, where nobody named one.
 
@@ -18,7 +22,7 @@ def choose(what: str, names: Iterable[str], unsupported: Callable, implementatio
     implementation: the only one to ask, or None.
 
   Raises:
-    NotImplementedError: if nobody supports the call, with every reason.
+    NoBackend: (a NotImplementedError) if nobody supports the call, with every reason.
   """
   reasons = []
   for name in names if implementation is None else (implementation,):
@@ -28,7 +32,7 @@ def choose(what: str, names: Iterable[str], unsupported: Callable, implementatio
         _log_choice(what, name, target, "; ".join(reasons))
       return name
     reasons.append(f"{name}: {reason}")
-  raise NotImplementedError(f"no {what} backend for this call on {target}: " + "; ".join(reasons))
+  raise NoBackend(f"no {what} backend for this call on {target}: " + "; ".join(reasons))
 
 
 @functools.cache

@@ -120,7 +120,7 @@ def test_bad_attention_config(bad, message):
 @pytest.mark.parametrize(
   "bad, message",
   [
-    (dict(size="XL"), "choose one of S, B, L"),
+    (dict(size="XL"), "must be one of S, B, L, custom"),
     (dict(heads=5), "not divisible by 5 heads"),
     (dict(depth="two"), "must be int"),
     (dict(widht=3), "did you mean 'width'"),

@@ -42,7 +42,7 @@ def test_fields_replace_the_configured_ones_within_groups_too():
   assert method == SpatialTemporal(frames=2, places=0, profile=ProfileConfig(rows=7, warmup=0.5))
   for fields, message in [
     (dict(place=1), "config.here has no key 'place'; did you mean 'places'"),
-    (dict(profile=dict(warmup=1.5)), "warmup=1.5 in"),
+    (dict(profile=dict(warmup=1.5)), "warmup=1.5 must be"),
     (dict(frames="two"), "config.here.frames must be int"),
   ]:
     with pytest.raises(ConfigError, match=message):

@@ -89,10 +89,10 @@ def test_temperature_penalty_entropy():
 @pytest.mark.parametrize(
   "bad, message",
   [
-    (dict(mode="hard"), "choose one of soft, straight_through, sampled"),
-    (dict(prior=(1.0, 0.0, 0.0)), "positive shares"),
-    (dict(temperature=(1.0, 0.0)), "positive"),
-    (dict(budget=0.0), "budget > 0"),
+    (dict(mode="hard"), "mode=.hard. must be one of soft, straight_through, sampled"),
+    (dict(prior=(1.0, 0.0, 0.0)), "prior=.* must be above 0, in every entry"),
+    (dict(temperature=(1.0, 0.0)), "must be above 0"),
+    (dict(budget=0.0), "above 0 and at most 1"),
   ],
 )
 def test_refusals(bad, message):

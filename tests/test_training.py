@@ -102,8 +102,8 @@ def test_schedules():
   "bad, message",
   [
     (dict(schedule="linear"), "schedule"),
-    (dict(steps=0), "positive"),
-    (dict(ema=1.0), "ema < 1"),
+    (dict(steps=0), "steps=0 must be at least 1"),
+    (dict(ema=1.0), "ema=1.0 must be at least 0 and below 1"),
     (dict(clip=0.0), "clip"),
   ],
 )
