@@ -47,12 +47,15 @@ _EXPORT_MASKS = flags.DEFINE_string(
 _COMPARE = flags.DEFINE_string("compare", None, "Methods side by side on the same weights and noise, the reference first.")
 _METRICS = flags.DEFINE_list("metrics", ["psnr", "ssim"], f"Of --compare: some of {', '.join(compare.METRICS)}.")
 _LPIPS = flags.DEFINE_string("lpips_weights", None, "Weights (.npz) of LPIPS; adds it to --compare. Nothing is downloaded.")
-_FPS = flags.DEFINE_float("fps", 0, "Frame rate of the mp4s; default 25 / stride.")
+_FPS = flags.DEFINE_float("fps", 0, "Frame rate of the mp4s; default 25 / stride.", lower_bound=0)
 
 
 def main(_):
   if _COMPARE.value is not None:
     return side_by_side()
+  for name in ("metrics", "lpips_weights"):
+    if flags.FLAGS[name].present:
+      raise ConfigError(f"--{name} compares videos; give the methods to compare in --compare as well.")
   model, params, restored = restore_model(_WORKDIR.value, step=_STEP.value, method=_METHOD.value, raw=_RAW.value)
   config, names = _sample_config(restored.experiment.sample), restored.class_names
   chosen, labels, indices = _asked_for(names)
