@@ -245,6 +245,7 @@ def main(argv=None):
 
   from freqformer.approximation_probe import measure_model
   from freqformer.approximation_summary import table
+  from freqformer.config import refusing
   from freqformer.data.cache import prepare
   from freqformer.restore import restore_model
 
@@ -252,10 +253,12 @@ def main(argv=None):
   parser.add_argument("--workdir", required=True, help="folder of a run trained with FreqFormer")
   parser.add_argument("--times", default="0.9,0.5,0.1", help="t of the noisy latents")
   args = parser.parse_args(argv)
+  with refusing("--times"):
+    times = [float(t) for t in args.times.split(",")]
   model, params, restored = restore_model(args.workdir)
   item = prepare(restored.experiment.data, "val")[0]
   rows = []
-  for t in map(float, args.times.split(",")):
+  for t in times:
     given = (model.config, params, restored.latent_shape, len(restored.class_names), item["latent"], t, int(item["label"]))
     rows += [r | {"steps": restored.step} for r in measure_model(*given, case=f"t = {t:g}")]
   print(table(rows))
@@ -263,4 +266,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-  main()
+  from freqformer import cli
+
+  cli.guarded(main)(None)
