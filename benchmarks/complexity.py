@@ -191,9 +191,9 @@ def approximation_rows(workdir) -> list[dict]:
 def draw(rows: list[dict]):
   """The page's figures."""
   found = of_set(rows, "sweep")
-  plots.scaling_plot(found, FIGURES / "scaling.svg", "Wan2.1-1.3B on an H100, one forward: simulated, nothing measured")
+  plots.scaling_plot(found, FIGURES / "scaling.svg", f"{found[0]['model']} on {found[0]['gpu']}, one forward: simulated")
   last = [r for r in found if r["tokens"] == max(x["tokens"] for x in found) and r["method"] != "dense"]
-  plots.bars(last, FIGURES / "parts.svg", "One forward at 1M tokens, without dense: simulated")
+  plots.bars(last, FIGURES / "parts.svg", f"One forward at {last[0]['tokens']:,} tokens, without dense: simulated")
   plots.validation_plot(of_set(rows, "three published rows fitted"), FIGURES / "validation.svg")
   bounded = [r for r in of_set(rows, "approximation") if r["bound"] is not None and not r["exact"]]
   plots.errors_plot(bounded, FIGURES / "errors.svg")

@@ -146,12 +146,13 @@ def test_the_page_and_the_figure_show_the_same_ratios():
 
 def test_measured_points_are_filled_and_black_simulated_ones_hollow_and_not():
   calls = [{"name": "a", "measured_seconds": 2.0, "seconds": 1.0, "fitted": False}]
-  calls += [{"name": "b", "measured_seconds": 1.0, "seconds": 1.0, "fitted": True}]
+  calls += [{"name": "b", "measured_seconds": 1.0, "seconds": 1.0, "fitted": True, "derived": "2 x another"}]
   (axis,) = plots.validation_figure(calls).axes
   look = {line.get_label().split(",")[0]: line for line in axis.lines}
-  assert set(look) == {"measured", "simulated"} and list(look["measured"].get_xdata()) == [1, 1]
+  assert set(look) == {"measured", "derived from measurements", "simulated"}
+  assert [list(line.get_xdata()) for line in axis.lines] == [[1], [1], [1.0], [0.5]], "measured, derived, fitted, not fitted"
   assert look["measured"].get_markerfacecolor() == plots.MEASURED != look["simulated"].get_color()
-  assert look["simulated"].get_markerfacecolor() == "none"
+  assert look["simulated"].get_markerfacecolor() == look["derived from measurements"].get_markerfacecolor() == "none"
 
 
 @pytest.fixture(scope="module")

@@ -53,7 +53,10 @@ def validation_figure(rows: list[dict]) -> Figure:
   figure, (axis,) = _axes(1, 8, 1.2 + 0.24 * len(rows))
   labels = [f"{r['name']}: {1e3 * r['measured_seconds']:.4g} ms" for r in rows]
   axis.axvspan(0.85, 1.15, color="black", alpha=0.06, lw=0, label="within 15 %")
-  axis.plot([1] * len(rows), range(len(rows)), "o", color=MEASURED, ms=4, label="measured")
+  for derived, fill, label in ((False, MEASURED, "measured"), (True, "none", "derived from measurements")):
+    own = [i for i, r in enumerate(rows) if bool(r.get("derived")) == derived]
+    if own:
+      axis.plot([1] * len(own), own, "D" if derived else "o", color=MEASURED, mfc=fill, ms=4, label=label)
   for fitted, mark, label in ((True, "s", "simulated, fitted to this row"), (False, "o", "simulated, not fitted to it")):
     own = [(r["seconds"] / r["measured_seconds"], i) for i, r in enumerate(rows) if r["fitted"] == fitted]
     if own:
