@@ -13,6 +13,7 @@ import numpy as np
 from absl import flags, logging
 
 from freqformer import cli
+from freqformer.classifier import class_accuracy
 from freqformer.config_file import load_config
 from freqformer.data.cache import prepare
 from freqformer.data.render import render_ucf101
@@ -59,6 +60,9 @@ def main(_):
   (workdir / "real").mkdir(parents=True, exist_ok=True)
   cache = prepare(exp.data, "train")
   real_clips(cache, workdir, 25 / exp.data.stride)
+  drawn = np.load(workdir / "samples" / "latents.npz")
+  accuracy = class_accuracy(cache, prepare(exp.data, "val"), drawn["latents"], drawn["labels"])
+  (workdir / "evaluation.json").write_text(json.dumps({"classifier": accuracy}, indent=2))
   allocation = None
   if (workdir / "routing.json").exists():
     choice = np.asarray(json.loads((workdir / "routing.json").read_text())["choice"])

@@ -13,7 +13,11 @@ import pathlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from freqformer.report_page import STYLE, Absent, facts, image, metric_rows, panels, read_json, table
+from freqformer import cli
+from freqformer.config import ConfigError
+from freqformer.report_files import Absent, metric_rows, missing, read_json, read_routing, series
+from freqformer.report_page import STYLE, facts, image, panels, table
+from freqformer.resume import change_text
 
 _COLOURS = ("#3b6fb6", "#e0a030", "#b5483f", "#4f8f5b", "#7a5ca8", "#6b7280")
 _MAX_CLASSES = 24  # Videos are embedded: all of UCF-101's classes would make a page of tens of megabytes.
@@ -25,11 +29,11 @@ def write_report(workdir) -> pathlib.Path:
   Reads run.json, samples/, real/, metrics.jsonl, routing.json, cost.json, evaluation.json, config.json; each may be missing.
 
   Raises:
-    FileNotFoundError: if `workdir` is no folder.
+    ConfigError: if `workdir` is no folder.
   """
   workdir = pathlib.Path(workdir)
   if not workdir.is_dir():
-    raise FileNotFoundError(f"{workdir} is no folder; give --workdir the folder of a run.")
+    raise ConfigError(f"{workdir} is no folder; give --workdir the folder of a run.")
   sections = "\n".join(_section(workdir, *row) for row in _SECTIONS)
   name = html.escape(workdir.resolve().name)
   page = (
@@ -47,22 +51,31 @@ def _section(workdir, title, source, intro, body) -> str:
     inner = body(workdir)
   except Absent as reason:
     inner = f'<p class="absent">Not shown: {html.escape(str(reason))}</p>'
-  except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:  # A foreign or half-written file.
-    inner = f'<p class="absent">Not shown: {source} has another form than expected ({html.escape(repr(error))}).</p>'
   return f'<section><h2>{title}</h2><p>{intro}</p>{inner}<p class="file">From {source}.</p></section>'
 
 
+_RUN = {
+  **dict.fromkeys(("method?", "device?", "git?"), str),
+  **dict.fromkeys(("params?", "tokens?", "tiles?"), int),
+  **dict.fromkeys(("grid?", "tile?"), [int]),
+  "seconds?": {str: float},
+  "versions?": {str: str},
+  "finished?": bool,
+  "changes?": [{"step": int, "keys": {str: list}}],
+}
+
+
 def _run_table(workdir) -> str:
-  run = read_json(workdir, "run.json")
-  rows = [(n, run[k]) for k, n in (("method", "attention method"), ("device", "device"), ("git", "git revision")) if k in run]
-  rows += [
-    (n, int(run[k])) for k, n in (("params", "parameters"), ("tokens", "tokens per clip"), ("tiles", "tiles")) if k in run
-  ]
-  rows += [
-    (f"{n}, t × y × x tokens", " × ".join(map(str, run[k]))) for k, n in (("grid", "grid"), ("tile", "tile")) if k in run
-  ]
+  run = {key: value for key, value in read_json(workdir, "run.json", _RUN).items() if value is not None}
+  names = {"method": "attention method", "device": "device", "git": "git revision"}
+  names |= {"params": "parameters", "tokens": "tokens per clip", "tiles": "tiles"}
+  rows = [(name, run[key]) for key, name in names.items() if key in run]
+  rows += [(f"{n}, t × y × x tokens", " × ".join(map(str, run[n]))) for n in ("grid", "tile") if n in run]
   rows += [(f"{name}, seconds", float(value)) for name, value in run.get("seconds", {}).items()]
-  rows += [("versions", ", ".join(f"{k} {v}" for k, v in run.get("versions", {}).items()))]
+  if "versions" in run:
+    rows += [("versions", ", ".join(f"{k} {v}" for k, v in run["versions"].items()))]
+  for change in run.get("changes", ()):
+    rows.append((f"config changed at step {change['step']}", change_text(change["keys"])))
   if run.get("finished") is False:
     rows.insert(0, ("state", "training has not finished"))
   return facts(rows)
@@ -71,7 +84,7 @@ def _run_table(workdir) -> str:
 def _samples(workdir) -> str:
   names = sorted(p.stem for p in (workdir / "samples").glob("*.mp4"))
   if not names:
-    raise Absent("this run has no samples/*.mp4.")
+    raise missing("samples/*.mp4")
 
   def video(folder, name, caption):
     path = workdir / folder / f"{name}.mp4"
@@ -86,18 +99,11 @@ def _samples(workdir) -> str:
     for n in names[:_MAX_CLASSES]
   )
   more = f"<p>{len(names) - _MAX_CLASSES} further classes are in samples/.</p>" if len(names) > _MAX_CLASSES else ""
-  facts = workdir / "samples" / "sampling.json"
-  plain = [(k.replace("_", " "), v) for k, v in read_json(workdir, "samples/sampling.json").items()] if facts.exists() else []
+  known = (workdir / "samples" / "sampling.json").exists()
+  plain = [(k.replace("_", " "), v) for k, v in read_json(workdir, "samples/sampling.json").items()] if known else []
   plain = [(k, v) for k, v in plain if isinstance(v, int | float | str)]
   details = f"<details><summary>How they were sampled</summary>{facts(plain)}</details>" if plain else ""
   return f'<div class="clips">{cards}</div>{more}{details}'
-
-
-def _series(rows, key):
-  """Steps and finite values of a key, as two arrays."""
-  pairs = [(r["step"], float(np.mean(r[key]))) for r in rows if r.get(key) is not None]
-  pairs = np.asarray([p for p in pairs if np.isfinite(p[1])]).reshape(-1, 2)
-  return pairs[:, 0], pairs[:, 1]
 
 
 def _smooth(values, span: float):
@@ -115,17 +121,17 @@ def _losses(workdir) -> str:
   if not train:
     raise Absent("metrics.jsonl has no training line yet.")
   figure, (left, right) = panels(2)
-  steps, loss = _series(train, "loss")
+  steps, loss = series(train, "loss")
   left.plot(steps, loss, color=_COLOURS[0], alpha=0.3, lw=0.8, label="train")
   left.plot(steps, _smooth(loss, max(1, len(loss) / 15)), color=_COLOURS[0], label="train, smoothed")
   for kind, label, colour in (("val", "validation", _COLOURS[2]), ("val_soft", "validation, soft routing", _COLOURS[1])):
-    if len(_series(metric_rows(workdir, kind), "loss")[0]):
-      left.plot(*_series(metric_rows(workdir, kind), "loss"), "o-", ms=4, color=colour, label=label)
+    if len(series(metric_rows(workdir, kind), "loss")[0]):
+      left.plot(*series(metric_rows(workdir, kind), "loss"), "o-", ms=4, color=colour, label=label)
   left.set(xlabel="step", ylabel="velocity loss (mean square)")
   left.legend(frameon=False, fontsize=8)
-  right.plot(*_series(train, "grad_norm"), color=_COLOURS[5], lw=0.9)
+  right.plot(*series(train, "grad_norm"), color=_COLOURS[5], lw=0.9)
   right.set(xlabel="step", ylabel="gradient norm", yscale="log")
-  last = {k: float(_series(train, k)[1][-1]) for k in ("loss", "lr", "steps_per_s") if len(_series(train, k)[1])}
+  last = {k: float(series(train, k)[1][-1]) for k in ("loss", "lr", "steps_per_s") if len(series(train, k)[1])}
   units = {"loss": "last training loss", "lr": "last learning rate", "steps_per_s": "steps per second"}
   return image(figure, "loss over steps") + facts((units[k], v) for k, v in last.items())
 
@@ -157,19 +163,20 @@ def _router(workdir) -> str:
     "density": "density (scored pairs / n²)",
     "cost": "cost (computed pairs / n²)",
   }
-  keys = {k: label for k, label in keys.items() if len(_series(rows, k)[0])}
+  keys = {k: label for k, label in keys.items() if len(series(rows, k)[0])}
   if not keys:
     raise Absent("no training line has router_entropy, density or cost.")
   figure, axes = panels(len(keys), 3.3 * len(keys), 2.7)
   for axis, (key, label), colour in zip(axes, keys.items(), _COLOURS, strict=False):
-    axis.plot(*_series(rows, key), color=colour, lw=1.2)
+    axis.plot(*series(rows, key), color=colour, lw=1.2)
     axis.set(xlabel="step", title=label)
     axis.set_ylim(bottom=0)
   return image(figure, "router entropy, density and cost over steps")
 
 
 def _heatmap(routing: dict) -> Figure:
-  probs = np.asarray(routing["probs"], np.float64)  # [layers, buckets, heads, branches]
+  """A panel per quarter of t, a row per layer.head, a column per branch."""
+  probs = routing["probs"]  # [layers, buckets, heads, branches]
   layers, buckets, heads, branches = probs.shape
   figure, axes = panels(buckets, 1.2 + 1.9 * buckets, min(14, 1.3 + 0.17 * layers * heads))
   every = -(-layers * heads // 64)  # Beyond 64 rows only some can carry a name.
@@ -186,37 +193,31 @@ def _heatmap(routing: dict) -> Figure:
   return figure
 
 
-def routing_heatmap(routing: dict, path) -> None:
-  """Writes the routing heatmap as .png: a panel per quarter of t, a row per layer.head, a column per branch.
-
-  Args:
-    routing: as in routing.json: `branches`, `bucket_edges` (buckets + 1) and `probs` `[layers][buckets][heads][branches]`.
-    path: the .png file; its folder must exist.
-  """
-  _heatmap(routing).savefig(path, format="png", dpi=130, bbox_inches="tight")
-
-
 def _routing(workdir) -> str:
-  routing = read_json(workdir, "routing.json")
+  routing = read_routing(workdir)
   edges, names = routing["bucket_edges"], routing["branches"]
   labels = [f"{a:g} – {b:g}" for a, b in zip(edges, edges[1:], strict=False)]
   kinds = {"mean soft probability": "probs", "share of heads by hard choice": "choice"}
   figure, axes = panels(2, 8.5, 2.8)
   for axis, (title, key) in zip(axes, kinds.items(), strict=True):
-    share = np.asarray(routing[key], np.float64).mean((0, 2))  # [buckets, branches]
+    share = routing[key].mean((0, 2))  # [buckets, branches]
     below = np.zeros(len(share))
     for branch, name in enumerate(names):
       axis.bar(labels, share[:, branch], 0.7, bottom=below, label=name, color=_COLOURS[branch % len(_COLOURS)])
       below = below + share[:, branch]
     axis.set(xlabel="t (1 is noise)", title=title, ylim=(0, 1))
   axes[1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-  rows = [(f"t {t}", *map(float, s)) for t, s in zip(labels, np.asarray(routing["probs"]).mean((0, 2)), strict=True)]
+  rows = [(f"t {t}", *map(float, s)) for t, s in zip(labels, routing["probs"].mean((0, 2)), strict=True)]
   heat = image(_heatmap(routing), "routing heatmap")
   return heat + image(figure, "allocation over timesteps") + table(["mean probability", *names], rows)
 
 
+_COST = {"method": str, **dict.fromkeys(("attention_flops", "linear_flops", "density"), float)}
+_COST |= {"layer_ms?": float, "attention_ms?": float, "note?": str}
+
+
 def _cost(workdir) -> str:
-  rows = read_json(workdir, "cost.json")
+  rows = read_json(workdir, "cost.json", [_COST])
   if not rows:
     raise Absent("cost.json has no rows.")
   most = max(r["attention_flops"] + r["linear_flops"] for r in rows)
@@ -249,8 +250,9 @@ def _cost(workdir) -> str:
 
 
 def _evaluation(workdir) -> str:
-  result = read_json(workdir, "evaluation.json")["classifier"]
   names = {"samples": "samples", "real_val": "real validation clips", "chance": "chance"}
+  form = {"classifier": {**dict.fromkeys(names, float), "count": int}}
+  result = read_json(workdir, "evaluation.json", form)["classifier"]
   rows = [(label, float(result[k])) for k, label in names.items()]
   return table(["clips", "accuracy, share"], rows) + f"<p>{int(result['count'])} samples were classified.</p>"
 
@@ -285,7 +287,7 @@ _SECTIONS = (  # title, file, one sentence, body
 
 if __name__ == "__main__":
   # Not at import: train.py, eval.py and the demo have a --workdir of their own.
-  from absl import app, flags
+  from absl import flags
 
   _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
-  app.run(lambda _: print(write_report(_WORKDIR.value)))
+  cli.run(lambda _: print(write_report(_WORKDIR.value)))

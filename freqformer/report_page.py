@@ -1,13 +1,10 @@
-"""Pieces of a report page: reading a run's files, tables, figures as inline images, the style sheet."""
+"""Pieces of a report page: tables, figures as inline images, the style sheet."""
 
 import base64
 import html
 import io
-import json
 
 from matplotlib.figure import Figure
-
-from freqformer.metrics import read
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2937; background: #fff; max-width: 1000px; margin: 2em auto }
@@ -19,28 +16,6 @@ img { max-width: 100%; display: block } video { width: 192px; border-radius: 4px
 .clips { display: grid; grid-template-columns: repeat(auto-fill, minmax(400px, 1fr)); gap: 1em }
 .pair { display: flex; gap: 6px } figure { margin: 0 } pre { background: #f9fafb; padding: 1em; overflow: auto }
 """
-
-
-class Absent(Exception):
-  """A section cannot be shown; the message says why and is shown instead."""
-
-
-def read_json(workdir, name):
-  path = workdir / name
-  if not path.exists():
-    raise Absent(f"this run has no {name}.")
-  try:
-    return json.loads(path.read_text())
-  except json.JSONDecodeError as error:
-    raise Absent(f"{name} is not valid JSON ({error}).") from error
-
-
-def metric_rows(workdir, kind: str) -> list[dict]:
-  """Lines of metrics.jsonl of a kind: train, val or val_soft."""
-  path = workdir / "metrics.jsonl"
-  if not path.exists():
-    raise Absent("this run has no metrics.jsonl.")
-  return [row for row in read(path) if row.get("kind") == kind]
 
 
 def facts(rows) -> str:

@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 
 from freqformer import report
+from freqformer.config import ConfigError
+from freqformer.report_files import Absent, check
 from freqformer.video import write_mp4
 
 TITLES = [row[0] for row in report._SECTIONS]
@@ -32,6 +34,7 @@ def metrics():
 
 def fill(path):
   run = {"git": "abc1234", "versions": {"jax": "0.0.1"}, "device": "a <device>", "params": 1234567, "tokens": 1152, "tiles": 18}
+  run |= {"changes": [{"step": 40, "keys": {"train.lr": [0.001, 0.1]}}]}
   run |= {"grid": [8, 12, 12], "tile": [4, 4, 4], "method": "freqformer", "seconds": {"train": 12.5}}
   dense = {
     "method": "dense",
@@ -51,6 +54,8 @@ def fill(path):
   write_mp4(path / "samples" / "FallingDots.mp4", clip, 12.5)
   write_mp4(path / "samples" / "Hammering.mp4", clip, 12.5)
   write_mp4(path / "real" / "FallingDots.mp4", clip, 12.5)
+  sampling = {"method": "freqformer", "seconds_per_sample": 1.2345, "density_by_step": [0.2, 0.3]}
+  (path / "samples" / "sampling.json").write_text(json.dumps(sampling))
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +76,20 @@ def test_every_section_is_shown(page):
 
 
 @pytest.mark.parametrize(
-  "text", ["1,234,567", "8 × 12 × 12", "a &lt;device&gt;", "GFLOP", "0.4321", "0.8765", "0.81", "six heads"]
+  "text",
+  [
+    "1,234,567",
+    "8 × 12 × 12",
+    "a &lt;device&gt;",
+    "GFLOP",
+    "0.4321",
+    "0.8765",
+    "0.81",
+    "six heads",
+    "How they were sampled",
+    "1.234",
+    "step 40",
+  ],
 )
 def test_numbers_stand_in_it(page, text):
   assert text in page
@@ -88,16 +106,42 @@ def test_missing_files_are_named(tmp_path):
   assert page.count("Not shown") == len(TITLES)
   for name in ("run.json", "samples", "metrics.jsonl", "routing.json", "cost.json", "evaluation.json", "config.json"):
     assert f"this run has no {name}" in page
-  with pytest.raises(FileNotFoundError, match="--workdir"):
+  with pytest.raises(ConfigError, match="--workdir"):
     report.write_report(tmp_path / "absent")
 
 
 @pytest.mark.parametrize("name", ["run.json", "routing.json", "cost.json", "evaluation.json"])
-@pytest.mark.parametrize("text,says", [("{", "not valid JSON"), ('{"probs": 3}', ""), ("[]", "")])
+@pytest.mark.parametrize(
+  "text,says",
+  [
+    ("{", "not valid JSON"),
+    ('{"probs": 3, "method": 4, "seconds": [1]}', "form than expected"),
+    ("[]", ""),
+    ('[{"method": "dense"}]', "form than expected"),
+    ('{"branches": ["low"], "bucket_edges": [0, 1], "probs": [[1], [2, 3]], "choice": [], "classifier": {"samples": "x"}}', ""),
+    ('{"branches": ["low"], "bucket_edges": [0, 1], "probs": [[[0.5]]], "choice": [], "classifier": null}', ""),
+  ],
+)
 def test_foreign_content_costs_one_section(tmp_path, name, text, says):
   (tmp_path / name).write_text(text)
   page = report.write_report(tmp_path).read_text()
   assert re.findall(r"<h2>(.*?)</h2>", page) == TITLES and says in page
+
+
+def test_what_is_wrong_with_the_drawing_is_not_blamed_on_a_file(tmp_path):
+  def broken(workdir):
+    raise TypeError("a mistake of ours")
+
+  with pytest.raises(TypeError, match="of ours"):
+    report._section(tmp_path, "Title", "run.json", "Intro.", broken)
+
+
+def test_check_names_the_place():
+  form = {"a": [float], "b?": {str: int}}
+  assert check({"a": [1, 2.5], "b": {"x": 1}, "c": "ignored"}, form, "f.json") and check({"a": [], "b": None}, form, "f.json")
+  for value, place in (({"a": [1, "x"]}, r"f.json: a\[1\]"), ({"a": [], "b": {"x": True}}, "f.json: b: x"), ({}, "lacks a")):
+    with pytest.raises(Absent, match=place):
+      check(value, form, "f.json")
 
 
 def test_young_run_without_router_or_validation(tmp_path):
@@ -116,7 +160,8 @@ def test_cost_without_dense_has_no_chart(tmp_path):
 
 def test_heatmap(tmp_path):
   for layers in (1, 30):
-    report.routing_heatmap(routing(layers, 6), tmp_path / "heat.png")
+    drawn = {key: np.asarray(value) if key == "probs" else value for key, value in routing(layers, 6).items()}
+    report._heatmap(drawn).savefig(tmp_path / "heat.png")
     assert min(Image.open(tmp_path / "heat.png").size) > 200
 
 

@@ -1,0 +1,105 @@
+"""What a report reads: the files of a run, each checked for its form, so that what draws them meets no surprise.
+
+A file that is missing, cut off or foreign costs its section only; an error of the drawing itself is ours and is not hidden.
+"""
+
+import json
+import pathlib
+
+import numpy as np
+
+from freqformer.metrics import read
+
+_WRITERS = {
+  "samples/*.mp4": "eval.py",
+  "routing.json": "train.py, at a validation, of a method with a router",
+  "cost.json": "make demo",
+  "evaluation.json": "make demo",
+}
+
+
+class Absent(Exception):
+  """A section cannot be shown; the message says why and is shown instead."""
+
+
+def missing(name: str) -> Absent:
+  """That a run lacks a file, and what would write it."""
+  return Absent(f"this run has no {name} (written by {_WRITERS.get(name, 'train.py')}).")
+
+
+def check(value, form, where: str):
+  """Checks a JSON value against its form and returns it.
+
+  Args:
+    form: a type (float takes whole numbers, too); `[form of each entry]`; or `{"key": form}`, where "key?" may be absent or
+      null and the one key `str` stands for any.
+    where: the file, for the message.
+
+  Raises:
+    Absent: names the place that differs.
+  """
+  if isinstance(form, type):
+    allowed = (int, float) if form is float else form
+    if not isinstance(value, allowed) or (isinstance(value, bool) and form is not bool):
+      raise Absent(f"{where} has another form than expected: {form.__name__} wanted, found {type(value).__name__}.")
+  elif isinstance(form, list):
+    for i, entry in enumerate(check(value, list, where)):
+      check(entry, form[0], f"{where}[{i}]")
+  elif str in form:
+    for key, entry in check(value, dict, where).items():
+      check(entry, form[str], f"{where}: {key}")
+  else:
+    check(value, dict, where)
+    for key, own in form.items():
+      name, optional = key.removesuffix("?"), key.endswith("?")
+      if value.get(name) is not None:
+        check(value[name], own, f"{where}: {name}")
+      elif not optional:
+        raise Absent(f"{where} has another form than expected: it lacks {name}.")
+  return value
+
+
+def read_json(workdir: pathlib.Path, name: str, form=dict):
+  """A file of the run; raises `Absent` if it is not there, no JSON, or of another form (see `check`)."""
+  path = workdir / name
+  if not path.exists():
+    raise missing(name)
+  try:
+    value = json.loads(path.read_text())
+  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    raise Absent(f"{name} is not valid JSON ({error}).") from error
+  return check(value, form, name)
+
+
+def metric_rows(workdir: pathlib.Path, kind: str) -> list[dict]:
+  """Lines of metrics.jsonl of a kind: train, val or val_soft."""
+  path = workdir / "metrics.jsonl"
+  if not path.exists():
+    raise missing("metrics.jsonl")
+  rows = [row for row in read(path) if isinstance(row, dict) and row.get("kind") == kind]
+  form = {"step": int, "buckets?": [float], "linear_buckets?": [float]}
+  return [check(row, form, "metrics.jsonl") for row in rows]
+
+
+def series(rows: list[dict], key: str):
+  """Steps and finite values of a key, as two arrays."""
+  pairs = [(r["step"], r[key]) for r in rows if isinstance(r.get(key), int | float)]
+  pairs = np.asarray([p for p in pairs if np.isfinite(p[1])]).reshape(-1, 2)
+  return pairs[:, 0], pairs[:, 1]
+
+
+def read_routing(workdir: pathlib.Path) -> dict:
+  """routing.json with `probs` and `choice` as float64 `[layers, quarters of t, heads, branches]`."""
+  routing = read_json(workdir, "routing.json", {"branches": [str], "bucket_edges": [float], "probs": list, "choice": list})
+  wanted = (len(routing["bucket_edges"]) - 1, len(routing["branches"]))
+  for key in ("probs", "choice"):
+    try:
+      array = np.asarray(routing[key], np.float64)
+    except (ValueError, TypeError) as error:  # ragged, or no numbers
+      raise Absent(f"routing.json: {key} is no array of numbers ({error}).") from error
+    if array.ndim != 4 or 0 in array.shape or (array.shape[1], array.shape[3]) != wanted:
+      raise Absent(
+        f"routing.json: {key} has shape {array.shape}, expected [layers, {wanted[0]} quarters, heads, {wanted[1]} branches]."
+      )
+    routing[key] = array
+  return routing
