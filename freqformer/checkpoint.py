@@ -4,6 +4,7 @@ Arrays are saved as one flat `{path: array}` tree, so that a checkpoint of anoth
 differ. Beside them lies a JSON record: step, config, class map, latent statistics, codec, data iterator, versions.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import pathlib
@@ -19,6 +20,14 @@ from freqformer.config import ConfigError
 
 SCHEMA = 1
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "av")
+
+
+class Mismatch(ConfigError):
+  """A checkpoint of another model. `missing`: the leaves that the model wants and the checkpoint lacks."""
+
+  def __init__(self, message: str, missing: list[str]):
+    super().__init__(message)
+    self.missing = missing
 
 
 def flatten(tree) -> dict[str, Any]:
@@ -84,13 +93,15 @@ class Checkpoints:
     """The JSON record of a step (default: newest).
 
     Raises:
-      ConfigError: if there is no such step, or it was written by another schema.
+      ConfigError: if there is no such step, it cannot be read, or it was written by another schema.
     """
     step = self._step(step)
-    record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
-    if record["schema"] != SCHEMA:
+    with self._readable(step):
+      record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+      schema = record["schema"]
+    if schema != SCHEMA:
       raise ConfigError(
-        f"checkpoint {self.path}/{step} has schema {record['schema']}, this code reads {SCHEMA}; "
+        f"checkpoint {self.path}/{step} has schema {schema}, this code reads {SCHEMA}; "
         f"use the revision that wrote it ({record.get('git')})."
       )
     return record
@@ -102,11 +113,13 @@ class Checkpoints:
       ignore_extra: leaves of the checkpoint that the template lacks are dropped (another method on the same weights).
 
     Raises:
-      ConfigError: lists the leaves that differ.
+      Mismatch: lists the leaves that differ.
+      ConfigError: if there is no such step, or it cannot be read.
     """
     step = self._step(step)
-    metadata = self._manager.item_metadata(step)["arrays"]
-    found = dict(getattr(metadata, "tree", metadata))
+    with self._readable(step):
+      metadata = self._manager.item_metadata(step)["arrays"]
+      found = dict(getattr(metadata, "tree", metadata))
     wanted = flatten(template)
     if ignore_extra:
       # Only whole groups are optional: the checkpoint's optimizer, raw weights, or another method's parameters.
@@ -115,19 +128,30 @@ class Checkpoints:
       candidates = found
     lines = differences(wanted, candidates)
     if lines:
-      raise ConfigError(f"checkpoint {self.path}/{step} does not fit this model; leaves that differ:\n  " + "\n  ".join(lines))
+      raise Mismatch(
+        f"checkpoint {self.path}/{step} does not fit this model; leaves that differ:\n  " + "\n  ".join(lines),
+        sorted(wanted.keys() - found.keys()),
+      )
     abstract = {k: np.zeros(v.shape, v.dtype) for k, v in found.items()}
-    try:
+    with self._readable(step):
       arrays = self._manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract)))["arrays"]
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(template)
+    return jax.tree_util.tree_unflatten(treedef, [arrays[_name(path)].astype(leaf.dtype) for path, leaf in leaves])
+
+  @contextlib.contextmanager
+  def _readable(self, step):
+    """What goes wrong inside is a damaged checkpoint, and said to be one."""
+    try:
+      yield
     except Exception as error:
       # Any: what Orbax raises depends on which file is broken and how, mostly a lookup error that hides the cause, and it
       # documents none of it. Nothing is hidden here: the error's own words and its trace go with ours.
+      before = [s for s in self.steps() if s < step]
+      wayout = f"to go on from step {before[-1]}" if before else "to start over: there is no earlier one"
       raise ConfigError(
-        f"checkpoint {self.path}/{step} cannot be read ({type(error).__name__}: {error}); "
-        "delete that folder to fall back to the one before."
+        f"checkpoint {self.path}/{step} is damaged and cannot be read ({type(error).__name__}: {error}); "
+        f"delete that folder {wayout}."
       ) from error
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(template)
-    return jax.tree_util.tree_unflatten(treedef, [arrays[_name(path)].astype(leaf.dtype) for path, leaf in leaves])
 
   def _step(self, step):
     known = self.steps()

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from freqformer.checkpoint import Checkpoints
+from freqformer.checkpoint import Checkpoints, Mismatch
 from freqformer.codec import make_codec
 from freqformer.config import ConfigError
 from freqformer.dit import VideoDiT
@@ -52,7 +52,7 @@ def restore_model(workdir, *, step: int | None = None, method: str | None = None
     The model (abstract: for its config and tables), its parameters and what else the checkpoint knows.
 
   Raises:
-    ConfigError: no checkpoint, or parameters that the method needs are not in it (names them).
+    ConfigError: no checkpoint, a damaged one, or parameters that the method needs are not in it (names two of them).
   """
   checkpoints = Checkpoints(workdir, create=False)
   record = checkpoints.record(step)
@@ -62,9 +62,13 @@ def restore_model(workdir, *, step: int | None = None, method: str | None = None
   group = "params" if raw else "ema"
   try:
     tree = checkpoints.restore({group: nnx.state(model)}, record["step"], ignore_extra=True)
-  except ConfigError as error:
-    if method is None:
+  except Mismatch as error:
+    if method is None or not error.missing:
       raise
-    raise ConfigError(f"method {method} needs parameters that this checkpoint lacks; train with it. {error}") from error
+    examples = " and ".join(name.removeprefix(f"{group}/") for name in error.missing[:2])
+    raise ConfigError(
+      f"method {method} needs parameters that this checkpoint lacks ({len(error.missing)}, e.g. {examples}); "
+      f"train with it: --config.model.attention.method={config.attention.method}."
+    ) from error
   checkpoints.close()
   return model, jax.tree.map(jax.numpy.asarray, tree[group]), restored

@@ -4,7 +4,8 @@
   python -m freqformer.sweep --config=configs/demo.py --study=runs/study --override=train.steps=100 --list
 
 A config's `sweep()` yields flat overrides (`{"model.attention.freqformer.router.budget": 0.1}`); each trial is one
-`python train.py` with them, so that a trial can be repeated by hand. The table at the end is also written as study.json.
+`python train.py` with them, so that a trial can be repeated by hand. All are checked before the first one runs. The table at
+the end is also written as study.json; the exit code is 1 if a trial failed.
 """
 
 import hashlib
@@ -15,11 +16,14 @@ import subprocess
 import sys
 
 from absl import flags, logging
+from ml_collections import config_flags
 
 from freqformer import cli, metrics
 from freqformer.config import ConfigError
 from freqformer.config_file import check_keys, load_config
+from freqformer.experiment import Experiment, experiment
 from freqformer.preemption import StopRequest
+from freqformer.resume import change_text, changes
 
 _ROOT = pathlib.Path(__file__).parent.parent
 
@@ -30,6 +34,39 @@ def trial_name(overrides: dict) -> str:
   safe = "".join(c if c.isalnum() or c in "=.-," else "_" for c in short)[:80]
   digest = hashlib.sha256(json.dumps(overrides, sort_keys=True, default=list).encode()).hexdigest()[:6]
   return f"{safe or 'default'}-{digest}"
+
+
+def resolve(config_path, overrides: dict) -> Experiment:
+  """What `python train.py` makes of a config file and these overrides, parsed by the very same flags.
+
+  Raises:
+    ConfigError: names the trial and what is wrong with it.
+  """
+  argv = ["sweep", f"--config={config_path}", *_flags(overrides)]
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv, lock_config=True)
+  try:
+    check_keys(load_config(config_path).get_config(), overrides)
+    values(argv)
+    return experiment(values.config)
+  except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
+    text = str(error.args[0] if error.args else error).replace("\n", " ")
+    raise ConfigError(f"trial {trial_name(overrides)}: {text}") from error
+
+
+def _flags(overrides: dict) -> list[str]:
+  return [f"--config.{key}={value}" for key, value in overrides.items()]
+
+
+def changed_since(workdir: pathlib.Path, exp: Experiment) -> str:
+  """How the config that a trial ran with differs from the one it would run with now; empty if it does not."""
+  path = workdir / "config.json"
+  if not path.exists():
+    return ""
+  try:
+    return change_text(changes(experiment(json.loads(path.read_text())), exp))
+  except ValueError as error:  # cut off by a crash, or of another revision
+    return f"its config.json cannot be read ({error})"
 
 
 def result_of(workdir: pathlib.Path) -> dict | None:
@@ -55,7 +92,7 @@ def run_trial(config_path, workdir: pathlib.Path, overrides: dict, stop) -> int:
     str(_ROOT / "train.py"),
     f"--config={config_path}",
     f"--workdir={workdir}",
-    *(f"--config.{key}={value}" for key, value in overrides.items()),
+    *_flags(overrides),
   ]
   logging.info("%s", " ".join(command[1:]))
   process = subprocess.Popen(command)
@@ -79,28 +116,46 @@ def table(rows: list[dict]) -> str:
 
 
 def sweep(config_path, study, extra: dict, list_only: bool = False) -> list[dict]:
-  """Runs (or goes on with) a study and returns its rows."""
+  """Runs (or goes on with) a study and returns its rows; with `list_only` it runs and writes nothing.
+
+  Raises:
+    ConfigError: a trial's config is wrong, or a trial ran with another config than it would run with now.
+  """
   module, study, rows = load_config(config_path, ("get_config", "sweep")), pathlib.Path(study), []
-  trials = [{**extra, **overrides} for overrides in module.sweep()]
-  for overrides in trials:
-    check_keys(module.get_config(), overrides)
-  study.mkdir(parents=True, exist_ok=True)
-  empty = {"step": None, "val_loss": None}
+  trials = {trial_name(overrides): overrides for overrides in ({**extra, **own} for own in module.sweep())}
+  stale = {name: changed_since(study / name, resolve(config_path, overrides)) for name, overrides in trials.items()}
+  stale = {name: text for name, text in stale.items() if text}
+  if stale and not list_only:
+    name, text = next(iter(stale.items()))
+    raise ConfigError(
+      f"{len(stale)} of {len(trials)} trials under {study} ran with another config, e.g. {name}: {text}; name another --study, "
+      "undo the change, or delete those folders."
+    )
+  before = _last_status(study)
   with StopRequest() as stop:
-    for number, overrides in enumerate(trials, 1):
-      name = trial_name(overrides)
-      workdir, status = study / name, "finished"
-      result = result_of(workdir)
+    for number, (name, overrides) in enumerate(trials.items(), 1):
+      workdir, result = study / name, result_of(study / name)
+      status = "finished" if result else before.get(name, "open")
       if result is None and not list_only and not stop():
         logging.info("trial %d of %d: %s", number, len(trials), name)
         code = run_trial(config_path, workdir, overrides, stop)
         result = result_of(workdir)
-        status = "finished" if result else f"exit {code}"
-      elif result is None:
-        status = "open"
-      rows.append({"trial": name, **empty, **(result or {}), "status": status, "overrides": overrides})
-      (study / "study.json").write_text(json.dumps(rows, indent=2, default=list))
+        status = "finished" if result else f"exit {code}" if code else "stopped"
+      if name in stale:
+        status += f" with another config: {stale[name]}"
+      rows.append({"trial": name, "step": None, "val_loss": None, **(result or {}), "status": status, "overrides": overrides})
+      if not list_only:
+        study.mkdir(parents=True, exist_ok=True)
+        (study / "study.json").write_text(json.dumps(rows, indent=2, default=list))
   return rows
+
+
+def _last_status(study: pathlib.Path) -> dict[str, str]:
+  """How each trial ended when the study last ran: one that failed is not merely open."""
+  path = study / "study.json"
+  if not path.exists():
+    return {}
+  return {row["trial"]: row["status"] for row in json.loads(path.read_text()) if row["status"] != "finished"}
 
 
 def main(_):
@@ -110,7 +165,11 @@ def main(_):
     if not separator:
       raise ConfigError(f"--override={item!r} must read key=value, e.g. --override=train.steps=100.")
     extra[key] = value
-  print(table(sweep(_CONFIG.value, _STUDY.value, extra, _LIST.value)))
+  rows = sweep(_CONFIG.value, _STUDY.value, extra, _LIST.value)
+  print(table(rows))
+  if failed := [] if _LIST.value else [row for row in rows if row["status"].startswith("exit")]:
+    logging.error("%d of %d trials failed; each has said why above", len(failed), len(rows))
+    sys.exit(1)
 
 
 if __name__ == "__main__":

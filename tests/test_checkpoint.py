@@ -1,6 +1,9 @@
-"""Checkpoints: exact round trip, and refusals that name the leaves."""
+"""Checkpoints: exact round trip, refusals that name the leaves or the damage, and what may change between two runs of one."""
 
 import dataclasses
+import os
+import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +14,11 @@ from flax import nnx
 from freqformer.checkpoint import Checkpoints, flatten
 from freqformer.config import ConfigError
 from freqformer.dit import VideoDiT
-from freqformer.resume import check_same_data
+from freqformer.experiment import experiment
+from freqformer.resume import check_same_config, check_same_data, with_seed
 from freqformer.training import init_state
 from tests.test_training import MODEL, SHAPE, TRAIN
+from tests.tiny_config import get_config
 
 
 def state_of(width=24):
@@ -64,6 +69,85 @@ def test_missing_checkpoints_say_what_to_do(tmp_path, saved):
     Checkpoints(tmp_path / "nothing", create=False)
   with pytest.raises(ConfigError, match="there are \\[5, 9\\]"):
     saved[2].record(7)
+
+
+def _cut(path):
+  for file in path if isinstance(path, list) else [path]:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+DAMAGE = {
+  "record gone": lambda step: shutil.rmtree(step / "record"),
+  "record cut": lambda step: _cut(step / "record" / "metadata"),
+  "record foreign": lambda step: (step / "record" / "metadata").write_text('{"a": 1}'),
+  "arrays gone": lambda step: shutil.rmtree(step / "arrays"),
+  "no metadata": lambda step: (step / "arrays" / "_METADATA").unlink(),
+  "metadata cut": lambda step: _cut(step / "arrays" / "_METADATA"),
+  "no manifest": lambda step: (step / "arrays" / "manifest.ocdbt").unlink(),
+  "data cut": lambda step: _cut([f for f in (step / "arrays").glob("**/d/*") if f.is_file()]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_said_to_be_one(saved, tmp_path, damage):
+  """Whatever Orbax makes of it, and what to do: fall back to the step before, or start over."""
+  shutil.copytree(saved[0], tmp_path / "run")
+  for step, wayout in ((9, "to go on from step 5"), (5, "to start over")):
+    DAMAGE[damage](tmp_path / "run" / "checkpoints" / str(step))
+    checkpoints = Checkpoints(tmp_path / "run", create=False)
+    with pytest.raises(ConfigError, match=rf"{step} is damaged and cannot be read \((.|\n)*; delete that folder {wayout}"):
+      checkpoints.record(step)
+      checkpoints.restore({"ema": saved[1].ema}, step, ignore_extra=True)
+
+
+def _changed(**values):
+  config = get_config()
+  for key, value in values.items():
+    *groups, name = key.split("__")
+    group = config
+    for part in groups:
+      group = group[part]
+    group[name] = value
+  return experiment(config)
+
+
+@pytest.mark.parametrize(
+  "values, refused",
+  [
+    (dict(seed=9), "seed 0 -> 9"),
+    (dict(train__batch_size=3), "train.batch_size 2 -> 3"),
+    (dict(data__views=3), "data.views 2 -> 3"),
+    (dict(model__attention__method="dense"), "model.attention.method 'freqformer' -> 'dense'"),
+    (dict(model__attention__freqformer__window=(2, 2, 2)), "model.attention.freqformer.window [1, 1, 2] -> [2, 2, 2]"),
+    (dict(train__steps=41, train__lr=0.5), None),
+    (dict(data__root="moved", data__workers=3, sample__steps=9), None),
+    (dict(model__attention__implementation="xla"), None),
+  ],
+)
+def test_another_config_is_said_or_refused(values, refused, caplog):
+  record = {"step": 7, "config": get_config().to_dict()}
+  new = _changed(**values)
+  if refused:
+    with pytest.raises(ConfigError, match=f"{re.escape(refused)}.*new --workdir.*--resume_changed"):
+      check_same_config(record, new)
+  changed = check_same_config(record, new, allow=refused is not None)
+  assert len(changed) == len(values)
+  assert "changed since the checkpoint of step 7" in caplog.text
+
+
+def test_what_runs_in_no_layer_is_no_change_and_a_new_seed_is_one():
+  dense = get_config()
+  dense.model.attention.method = "dense"
+  record = {"step": 7, "config": dense.to_dict()}
+  assert check_same_config(record, _changed(model__attention__method="dense")) == {}
+  assert (
+    check_same_config(record, _changed(model__attention__method="dense", model__attention__freqformer__window=(2, 2, 2))) == {}
+  )
+  old, fresh = state_of(), init_state({}, TRAIN, 4)
+  assert with_seed(old, fresh, {"train.lr": [1, 2]}) is old
+  np.testing.assert_array_equal(with_seed(old, fresh, {"seed": [3, 4]}).key, fresh.key)
+  with pytest.raises(ConfigError, match="checkpoint of step 7 is not one of this code .*revision"):
+    check_same_config({"step": 7, "config": {"model": {}}, "git": "abc"}, _changed())
 
 
 RECORD = {

@@ -117,7 +117,7 @@ def test_command_and_page(workdir, tmp_path):
 @pytest.mark.parametrize(
   "args, message",
   [
-    (["--compare=dense,freqformer"], "router/bias: missing"),
+    (["--compare=dense,freqformer"], "method/router/bias"),
     (["--compare=dense,adaspa", "--metrics=psnr,lpips"], "--lpips_weights"),
     (["--compare=dense,adaspa", "--method=dense"], "--method goes with one method"),
   ],
@@ -130,7 +130,7 @@ def test_command_refuses_before_sampling(workdir, tmp_path, args, message):
 
 def test_refusals(workdir):
   for method, message in (
-    ("block_topk", "method block_topk needs parameters that this checkpoint lacks(.|\n)*method/kernel: missing"),
+    ("block_topk", "method block_topk needs parameters that this checkpoint lacks .*e.g. .*/method/.*; train with it"),
     ("adaspa(search=(7,))", "comes after the last step"),
     ("adapsa", "did you mean 'adaspa'"),
   ):

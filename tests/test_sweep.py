@@ -1,36 +1,38 @@
 """Sweeps: names, refusals, and a study that skips what is finished and goes on with what was killed."""
 
 import json
-import textwrap
+import types
 
 import pytest
 
 from freqformer import sweep as sweep_module
 from freqformer.config import ConfigError
 from freqformer.sweep import result_of, sweep, table, trial_name
+from tests.tiny_config import get_config
 
 CONFIG = """
-from ml_collections import ConfigDict
-
-def get_config():
-  return ConfigDict(dict(model=dict(rate=1.0), seed=0))
+from tests.tiny_config import get_config
 
 def sweep():
   for rate in (0.5, 2.0, 3.0):
-    yield {"model.rate": rate}
+    yield {"train.lr": rate}
 """
 
 
 @pytest.fixture
 def config(tmp_path):
   path = tmp_path / "config.py"
-  path.write_text(textwrap.dedent(CONFIG))
+  path.write_text(CONFIG)
   return path
 
 
-def finish(workdir, loss):
+def finish(workdir, loss, rate=None):
   """What a finished train.py leaves behind."""
   workdir.mkdir(parents=True, exist_ok=True)
+  if rate is not None:
+    values = get_config()
+    values.train.lr = rate
+    (workdir / "config.json").write_text(json.dumps(values.to_dict()))
   (workdir / "run.json").write_text(json.dumps({"finished": True}))
   rows = [{"step": 5, "kind": "train", "loss": 1.0}, {"step": 5, "kind": "val", "loss": loss, "density": 0.1}]
   (workdir / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -43,31 +45,80 @@ def test_trial_names_are_readable_and_unique():
 
 def test_finished_trials_are_skipped_and_killed_ones_run_again(config, tmp_path, monkeypatch):
   ran, study = [], tmp_path / "study"
-  finish(study / trial_name({"model.rate": 0.5}), 0.9)
-  (study / trial_name({"model.rate": 2.0})).mkdir()  # killed: no run.json
+  finish(study / trial_name({"train.lr": 0.5}), 0.9, rate=0.5)
+  (study / trial_name({"train.lr": 2.0})).mkdir()  # killed: no run.json
 
   def fake(path, workdir, overrides, stop):
     ran.append(overrides)
-    if overrides["model.rate"] == 3.0:
+    if overrides["train.lr"] == 3.0:
       return 1
     finish(workdir, 0.7)
     return 0
 
   monkeypatch.setattr(sweep_module, "run_trial", fake)
   rows = sweep(config, study, {})
-  assert [r["model.rate"] for r in ran] == [2.0, 3.0]
+  assert [r["train.lr"] for r in ran] == [2.0, 3.0]
   assert [r["status"] for r in rows] == ["finished", "finished", "exit 1"]
   lines = table(rows).splitlines()
-  assert "rate=2.0" in lines[1] and "0.7000" in lines[1] and "rate=0.5" in lines[2] and "exit 1" in lines[3]
+  assert "lr=2.0" in lines[1] and "0.7000" in lines[1] and "lr=0.5" in lines[2] and "exit 1" in lines[3]
   assert len(json.loads((study / "study.json").read_text())) == 3
-  assert result_of(study / trial_name({"model.rate": 3.0})) is None
+  assert result_of(study / trial_name({"train.lr": 3.0})) is None
 
 
 def test_refusals(config, tmp_path):
-  with pytest.raises(ConfigError, match="did you mean 'model.rate'"):
-    sweep(config, tmp_path / "study", {"model.rat": 1})
+  with pytest.raises(ConfigError, match="did you mean 'train.lr'"):
+    sweep(config, tmp_path / "study", {"train.l": 1})
   with pytest.raises(ConfigError, match="no config file"):
     sweep(tmp_path / "none.py", tmp_path / "study", {})
   config.write_text("def get_config():\n  return {}\n")
   with pytest.raises(ConfigError, match="has no sweep"):
     sweep(config, tmp_path / "study", {})
+
+
+def test_listing_writes_nothing_and_keeps_the_results(config, tmp_path, monkeypatch):
+  study, ends = tmp_path / "study", {0.5: 0, 2.0: 0, 3.0: 7}
+  sweep(config, study, {}, list_only=True)
+  assert not study.exists()
+
+  def fake(path, workdir, overrides, stop):
+    if overrides["train.lr"] == 0.5:
+      finish(workdir, 0.9, rate=0.5)
+    return ends[overrides["train.lr"]]
+
+  monkeypatch.setattr(sweep_module, "run_trial", fake)
+  given = {"_CONFIG": config, "_STUDY": study, "_OVERRIDE": [], "_LIST": False}
+  for name, value in given.items():
+    monkeypatch.setattr(sweep_module, name, types.SimpleNamespace(value=value), raising=False)
+  with pytest.raises(SystemExit, match="1"):  # a trial failed
+    sweep_module.main(None)
+  text = (study / "study.json").read_text()
+  for extra, statuses in (({}, ["finished", "stopped", "exit 7"]), ({"train.steps": "9"}, ["open"] * 3)):
+    assert [r["status"] for r in sweep(config, study, extra, list_only=True)] == statuses
+    assert (study / "study.json").read_text() == text
+
+
+def test_trials_of_another_config_are_not_taken_for_done(config, tmp_path, monkeypatch):
+  study = tmp_path / "study"
+  monkeypatch.setattr(sweep_module, "run_trial", lambda *_: pytest.fail("nothing may run"))
+  finish(study / trial_name({"train.lr": 0.5}), 0.9, rate=0.5)
+  changed = "tiny = get_config\n\ndef get_config():\n  config = tiny()\n  config.train.ema = 0.5\n  return config\n"
+  config.write_text(CONFIG.replace("\ndef sweep", f"\n{changed}\ndef sweep"))
+  with pytest.raises(ConfigError, match=r"1 of 3 trials .*lr=0.5-\w+: train.ema 0.9 -> 0.5; name another --study"):
+    sweep(config, study, {})
+  status = sweep(config, study, {}, list_only=True)[0]["status"]
+  assert status == "finished with another config: train.ema 0.9 -> 0.5"
+
+
+@pytest.mark.parametrize(
+  "extra, message",
+  [
+    ({"train.steps": "abc"}, "trial steps=abc,lr=0.5-.*--config.train.steps=abc: .*'abc'"),
+    ({"train.steps": "-1"}, "trial steps=-1,.*steps"),
+    ({"model.attention.method": "foo"}, "trial method=foo,.*'foo'"),
+  ],
+)
+def test_every_trial_is_checked_before_the_first_runs(config, tmp_path, monkeypatch, extra, message):
+  monkeypatch.setattr(sweep_module, "run_trial", lambda *_: pytest.fail("nothing may run"))
+  with pytest.raises(ConfigError, match=message):
+    sweep(config, tmp_path / "study", extra)
+  assert not (tmp_path / "study").exists()
