@@ -86,10 +86,10 @@ class TrainState:
 
 def learning_rate(config: TrainConfig) -> optax.Schedule:
   """Linear warm-up, then the schedule."""
-  warmup = config.warm_steps
+  warmup, start = config.warm_steps, 0.0 if config.warm_steps else config.lr  # a ramp of no steps stays where it starts
   if config.schedule == "constant":
-    return optax.warmup_constant_schedule(0.0, config.lr, warmup)
-  return optax.warmup_cosine_decay_schedule(0.0, config.lr, warmup, max(config.steps, warmup + 1), config.lr / 10)
+    return optax.warmup_constant_schedule(start, config.lr, warmup)
+  return optax.warmup_cosine_decay_schedule(start, config.lr, warmup, max(config.steps, warmup + 1), config.lr / 10)
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:

@@ -160,7 +160,7 @@ def test_a_schedule_that_does_not_fit_is_refused_before_the_run(fields, message)
   "fields, message",
   [
     (dict(sparsity=1.0), r"sparsity=1.0 must lie in \[0, 1\)"),
-    (dict(sparsity=0.99), "of 16 tiles rounds to no tile per query tile; lower it to 0.938"),
+    (dict(sparsity=0.99), "of 16 tiles rounds to no tile per query tile; lower it to 0.968"),
     (dict(sparsity=0.9, sink=4), "leaves 2 per query tile, fewer than the own tile and sink=4"),
     (dict(search=()), "names no step"),
     (dict(warmup=-1), "steps .integers >= 0. or shares"),

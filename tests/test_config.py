@@ -1,10 +1,21 @@
-"""Config dicts become dataclasses, or one sentence says why not."""
+"""Config dicts and command lines become dataclasses, or one sentence says why not."""
 
 import dataclasses
+import pathlib
 
+import numpy as np
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
-from freqformer.config import ConfigError, build
+from freqformer import cli
+from freqformer.config import ConfigError, build, require, require_one_of
+from freqformer.config_file import read_config
+from freqformer.experiment import experiment
+from kernels.attention import attention
+from kernels.dispatch import NoBackend
+
+DEMO = str(pathlib.Path(__file__).parent.parent / "configs" / "demo.py")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +52,137 @@ def test_builds():
     (dict(steps=1, inner=dict(size=(1, 2, 3))), "config.inner.size must have 2 entries"),
     (dict(steps=1, inner=3), "config.inner must be a group of keys"),
     (dict(steps=1, choice=1.5), "config.choice must be str | tuple"),
-    (dict(steps=-1), "steps=-1 must be >= 0"),
+    (dict(steps=-1), "config.Outer: steps=-1 must be >= 0"),
+    (dict(steps=1, inner=dict(rate=float("nan"))), "config.inner.rate must be a finite number, got nan"),
   ],
 )
 def test_refusals(values, message):
   with pytest.raises(ConfigError) as error:
     build(Outer, values)
   assert message in str(error.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbers:
+  low: float = 1.0
+  high: tuple[int, ...] = (1, 2)
+  word: str = "dense"
+
+
+@pytest.mark.parametrize(
+  "values, bounds, message",
+  [
+    (dict(low=0.0), dict(above=0), "low=0.0 must be above 0."),
+    (dict(low=float("inf")), dict(above=0), "low=inf must be above 0."),
+    (dict(low=float("nan")), dict(least=0, below=2), "low=nan must be at least 0 and below 2."),
+    (dict(high=(0, 2)), dict(least=1, most=2), r"high=\(0, 2\) must be at least 1 and at most 2, in every entry."),
+  ],
+)
+def test_bounds_name_one_field(values, bounds, message):
+  require(Numbers(), "low high", least=1, most=2)
+  with pytest.raises(ValueError, match=message):
+    require(Numbers(**values), "low high", **bounds)
+  with pytest.raises(ValueError, match="word='dens' must be one of dense, radial; did you mean 'dense'?"):
+    require_one_of(Numbers(word="dens"), "word", ("dense", "radial"))
+
+
+def experiment_of(*argv):
+  """What train.py makes of a command line; each call has flags of its own."""
+  argv, values = ["train.py", *argv], flags.FlagValues()
+  config = config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=argv)
+  flags.DEFINE_float("guidance", None, "", flag_values=values)
+  flags.DEFINE_bool("dry_run", False, "", flag_values=values)
+  return cli.guarded(lambda _: experiment(config.value))(cli.parse(argv, values))
+
+
+# Arguments, "@" for "--config.model.attention.", and a part of the answer.
+REFUSED = [
+  ("--config.train.lr=abc", "could not convert string to float: 'abc'"),
+  ("--config.train.lr=nan", "--config.train.lr=nan must be a finite number."),
+  ("--config.train.lr=0", "config.train: lr=0.0 must be above 0."),
+  ("--config.train.steps=0", "config.train: steps=0 must be at least 1."),
+  ("--config.train.beta2=1.5", "beta2=1.5 must be at least 0 and below 1."),
+  ("--config.train.weight_decay=-3", "weight_decay=-3.0 must be at least 0."),
+  ("--config.train.warmup=-5", "warmup=-5 must be at least 0."),
+  ("--config.train.val_every=-1", "val_every=-1 must be at least 0."),
+  ("--config.train.schedule=cosin", "schedule='cosin' must be one of constant, cosine; did you mean 'cosine'?"),
+  ("--config.train.stps=3", "config.train.stps does not exist; did you mean 'train.steps'?"),
+  ("--config.train=3", "config.train is a group of keys; add one of them: .batch_size, "),
+  ("--config.sample.steps=0", "config.sample: steps=0 must be at least 1."),
+  ("--config.seed=-1", "seed=-1 must be at least 0"),
+  ("--guidance=nan", "--guidance=nan must be a finite number."),
+  ("train.steps=3", "'train.steps=3' belongs to no flag; did you mean --config.train.steps=3?"),
+  ("lr=7", "did you mean --config.train.lr=7?"),
+  ("sparse", "'sparse' belongs to no flag; flags begin with --"),
+  ("@tile=(8,8,8)", "has 512 tokens, but a tile has only block=64 rows"),
+  ("@tile=(0,4,4)", "config.model.attention: tile=(0, 4, 4) must be at least 1, in every entry."),
+  ("@tile=(4,4)", "tile=(4, 4) must be empty or three extents"),
+  ("@qk_gain=0", "qk_gain=0.0 must be above 0."),
+  ("@implementation=xl", "implementation='xl' must be one of pallas_mgpu, xla, reference; did you mean 'xla'?"),
+  ("@freqformer.window=(0,2,2)", "config.model.attention.freqformer: window=(0, 2, 2) must be at least 1, in every entry."),
+  ("@freqformer.filter=w", "freqformer: filter='w' must be one of"),
+  ("@freqformer.router.budget=1.5", "router: budget=1.5 must be above 0 and at most 1."),
+  ("@radial.decay=0.5", 'set it by --config.model.attention.method="radial(decay=...)", or add it to the file.'),
+  ("@radial.deccay=0.5", "method radial has no field 'deccay'; did you mean 'decay'?"),
+  ("@spatial_temporal.profile.rows=8", 'method="spatial_temporal(profile=dict(rows=...))"'),
+  ("@freqformer.profile.rows=8", 'method="freqformer(profile=dict(rows=...))"'),
+  ("@method=radial(decay=0)", "config.model.attention.radial: decay=0.0 must be above 0"),
+  ("@method=radial(deccay=1)", "config.model.attention.radial has no key 'deccay'; did you mean 'decay'?"),
+  ("@method=radial(", "must read like radial or block_topk(density=0.2, coarse=none)"),
+  ("@layers=((0,2,'radial(decay=2)'),(2,None,'radial(decay=3)'))", "sets radial twice"),
+]
+
+
+@pytest.mark.parametrize("argument, answer", REFUSED, ids=[argument for argument, _ in REFUSED])
+def test_command_lines_are_answered_in_one_sentence(argument, answer, capsys):
+  with pytest.raises(SystemExit) as end:
+    experiment_of("--config", DEMO, argument.replace("@", "--config.model.attention."))
+  (line,) = capsys.readouterr().err.strip().split("\n")
+  assert end.value.code == 2 and line.startswith("error: ") and answer in line and "self." not in line
+
+
+@pytest.mark.parametrize(
+  "argument, want",
+  [
+    ("method=radial(decay=0.5)", [(4, "Radial(decay=0.5, sink=1)")]),
+    ("layers=((0, 1, 'radial(sink=0)'), (1, None, 'dense'))", [(1, "Radial(decay=1.0, sink=0)"), (3, "Dense()")]),
+    ("method=freqformer(window=(3, 1, 1))", [(4, "mid_tiles=3, sink=0, anchors=0, window=(3, 1, 1)")]),  # the rest stays
+  ],
+)
+def test_fields_of_a_method_on_the_command_line(argument, want):
+  runs = experiment_of(f"--config={DEMO}", f"--config.model.attention.{argument}", "--dry_run").model.runs()
+  assert [count for count, _ in runs] == [count for count, _ in want]
+  assert all(text in str(method) for (_, method), (_, text) in zip(runs, want, strict=True))
+
+
+@pytest.mark.parametrize(
+  "text, answer",
+  [
+    ("def get_config(:\n", "line 1: SyntaxError: "),
+    ("\nimport no_such_module\n", "line 2: ModuleNotFoundError: No module named 'no_such_module'"),
+    ("def get_config():\n  return lr\n", "line 2: NameError: name 'lr' is not defined"),
+    ("def get_config():\n  pass\n", "returned None; let it return an ml_collections.ConfigDict"),
+    ("", "has no get_config()"),
+  ],
+)
+def test_a_config_file_that_does_not_run(tmp_path, text, answer):
+  (tmp_path / "mine.py").write_text(text)
+  with pytest.raises(ConfigError) as error:
+    read_config(tmp_path / "mine.py")
+  assert str(tmp_path / "mine.py") in str(error.value) and answer in str(error.value)
+
+
+def test_what_else_ends_in_one_sentence(tmp_path, capsys):
+  """A file in a folder's place, and a backend that this device does not have."""
+  (tmp_path / "taken").write_text("")
+  q = np.zeros((1, 8, 1, 64), np.float32)
+  for work, answer in (
+    (lambda: (tmp_path / "taken").mkdir(), "is a file where a folder is needed"),
+    (lambda: (tmp_path / "taken" / "samples").mkdir(parents=True), "is a file where a folder is needed"),
+    (lambda: attention(q, q, q, implementation="pallas_mgpu"), "it runs on NVIDIA GPUs"),
+  ):
+    with pytest.raises(SystemExit):
+      cli.guarded(lambda _, work=work: work())([])
+    assert answer in capsys.readouterr().err
+  with pytest.raises(NoBackend):
+    attention(q, q, q, implementation="pallas_mgpu")

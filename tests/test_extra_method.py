@@ -3,9 +3,12 @@
 import pathlib
 import sys
 
+import numpy as np
 import pytest
 
 import tests.extra_method
+from freqformer.config import ConfigError
+from freqformer.dit import make_tables
 from freqformer.layout import TileLayout
 from freqformer.methods import registry
 from freqformer.methods.registry import method_class
@@ -49,6 +52,13 @@ def test_it_meets_the_laws_of_grids():
 
 def test_it_trains():
   trains("dilated", dict(stride=2))
+
+
+def test_a_rule_that_lists_nothing_is_refused(monkeypatch):
+  monkeypatch.setattr(Dilated, "_sees", lambda self, query, key: np.abs(query - key).max(0) < 0)
+  model = model_config(dict(size="custom", width=16, depth=2, heads=2, attention=dict(method="dilated", block=8)))
+  with pytest.raises(ConfigError, match="attention method Dilated: query tile 0 of grid .* lists no key tile"):
+    make_tables(model, (2, 4, 4, 3))
 
 
 def test_it_is_configured_counted_and_small():

@@ -49,6 +49,20 @@ def test_fields_replace_the_configured_ones_within_groups_too():
       with_fields(base, fields, "here")
 
 
+@pytest.mark.parametrize(
+  "line, message",
+  [
+    (("radial", "Radail"), "has no such class; did you mean 'Radial'?"),
+    (("checkerboard", "Checkerboard"), "there is no freqformer/methods/checkerboard.py"),
+  ],
+)
+def test_a_line_of_the_registry_that_names_nothing(monkeypatch, line, message):
+  monkeypatch.setitem(METHODS, *line)
+  with pytest.raises(ConfigError) as error:
+    method_class(line[0])
+  assert message in str(error.value)
+
+
 def test_a_model_with_another_method():
   attention = dict(method="dense", layers=((0, 1, "dense"), (1, None, "radial")), radial=dict(decay=0.5))
   model = model_config(dict(size="custom", width=24, depth=3, heads=2, attention=attention))

@@ -8,9 +8,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from freqformer.config import ConfigError
 from freqformer.dit import VideoDiT, make_tables
 from freqformer.model_config import model_config
-from freqformer.training import TrainConfig, evaluate, init_state, learning_rate, make_eval_step, make_train_step
+from freqformer.training import (
+  SkippedSteps,
+  TrainConfig,
+  evaluate,
+  init_state,
+  learning_rate,
+  make_eval_step,
+  make_train_step,
+)
 
 # One worker: what the file prepares or compiles is then made once.
 pytestmark = pytest.mark.xdist_group("training")
@@ -79,16 +88,37 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count():
   data = {k: batch_of()[k] for k in ("latent", "label")}
   before = jax.device_get(init_state(params, TRAIN, 0))
   bad = {**data, "latent": np.full_like(data["latent"], np.nan)}
-  after, metrics = step(jax.tree.map(jnp.asarray, before), bad, tables)
-  assert metrics["skipped"] == 1 and after.step == 1
-  for a, b in zip(
-    jax.tree.leaves((before.params, before.ema, before.opt_state)),
-    jax.tree.leaves((after.params, after.ema, after.opt_state)),
-    strict=True,
-  ):
-    np.testing.assert_array_equal(a, b)
+  # Loss and gradients are finite, but what the optimizer makes of them is not.
+  endless = jax.tree.map(lambda x: np.full_like(x, np.inf) if x.dtype == np.float32 else x, before.opt_state)
+  for given, batch in ((dataclasses.replace(before, opt_state=endless), data), (before, bad)):
+    after, metrics = step(jax.tree.map(jnp.asarray, given), batch, tables)
+    assert metrics["skipped"] == 1 and after.step == 1
+    for a, b in zip(
+      jax.tree.leaves((given.params, given.ema, given.opt_state)),
+      jax.tree.leaves((after.params, after.ema, after.opt_state)),
+      strict=True,
+    ):
+      np.testing.assert_array_equal(a, b)
   after, metrics = step(after, data, tables)
   assert metrics["skipped"] == 0 and np.isfinite(metrics["loss"])
+
+
+@pytest.mark.parametrize("log_every", [1, 3, 50])
+def test_a_run_that_only_skips_is_stopped(log_every):
+  """Ten in a row, wherever they lie between two looks; one step that works starts the count anew."""
+
+  def stops_at(values, config=TRAIN):
+    guard = SkippedSteps(config)
+    for step, value in enumerate(values, 1):
+      guard.add({"skipped": jnp.float32(value)})
+      if step % log_every == 0 or step == len(values):
+        guard.check(step)
+
+  stops_at([0] + [1] * 9 + [0] + [1] * 9 + [0])
+  with pytest.raises(ConfigError, match="steps 4 to 13 all had a loss, gradient or update that is not finite"):
+    stops_at([0, 1, 0] + [1] * 10 + [0])
+  with pytest.raises(ConfigError, match="steps 2 to 4 all"):  # of a short run half
+    stops_at([0, 1, 1, 1, 1], dataclasses.replace(TRAIN, steps=5))
 
 
 def test_schedules():
@@ -96,6 +126,9 @@ def test_schedules():
   assert rate(0) == 0 and rate(10) == pytest.approx(3e-3) and rate(200) == pytest.approx(3e-4)
   flat = learning_rate(dataclasses.replace(TRAIN, schedule="constant"))
   assert flat(10) == flat(200) == pytest.approx(3e-3)
+  assert [learning_rate(dataclasses.replace(TRAIN, warmup=0, schedule=s))(0) for s in ("constant", "cosine")] == [3e-3] * 2
+  short = dataclasses.replace(TRAIN, steps=8)
+  assert short.warm_steps == 4 and learning_rate(short)(4) == pytest.approx(3e-3)
 
 
 @pytest.mark.parametrize(
