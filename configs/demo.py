@@ -1,4 +1,4 @@
-"""The demo: eight rendered classes, 1,152 tokens, a 0.75 M-parameter DiT, about four minutes of training on 2 CPU cores.
+"""The demo: eight rendered classes, 1,152 tokens, a 0.74 M-parameter DiT, about four minutes of training on 2 CPU cores.
 
   make demo                                                      renders the data, trains, samples, writes the report
   python train.py --config=configs/demo.py --workdir=runs/demo   the training alone, once the data are there
