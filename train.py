@@ -136,7 +136,8 @@ def _nothing_left(workdir, step: int, steps: int) -> dict:
   """Says that the run is over; also where it ended between its last checkpoint and the note that it had."""
   if step == steps and (workdir / "run.json").exists():
     Metrics(workdir).finish({}, finished=True)
-  logging.info("already finished at step %d of %d; raise train.steps to go on", step, steps)
+  over = "finished at" if step == steps else "past the end, at"
+  logging.info("already %s step %d of %d; raise train.steps to go on", over, step, steps)
   return {"step": step, "finished": True, "val_loss": None}
 
 

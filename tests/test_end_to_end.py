@@ -89,8 +89,13 @@ def test_sigterm_and_resume_is_bit_equal(place, whole):
   assert process.returncode == 0, log[-3000:]
   stopped = Checkpoints(workdir, create=False).latest()
   assert 7 <= stopped < 40 and "the same command goes on" in log
-  again = call(place, "train.py", f"--workdir={workdir}")
+  # What does not touch the numbers may change; it is said, and the run keeps it.
+  again = call(place, "train.py", f"--workdir={workdir}", "--config.train.keep=3")
   assert again.returncode == 0 and f"resumed at step {stopped}" in again.stderr, again.stderr[-3000:]
+  assert f"changed since the checkpoint of step {stopped}: train.keep 2 -> 3" in again.stderr
+  change = [{"step": stopped, "keys": {"train.keep": [2, 3]}}]
+  assert json.loads((workdir / "run.json").read_text())["changes"] == change
+  assert Checkpoints(workdir, create=False).record()["changes"] == change
   want, got = arrays(whole[0], 40), arrays(workdir, 40)
   assert want.keys() == got.keys()
   for name in want:
@@ -100,8 +105,8 @@ def test_sigterm_and_resume_is_bit_equal(place, whole):
 
 
 def test_eval_writes_videos(place, whole):
-  out = place / "out"
-  done = call(place, "eval.py", f"--workdir={whole[0]}", f"--out={out}", "--samples=2", "--steps=2")
+  out = whole[0] / "samples"
+  done = call(place, "eval.py", f"--workdir={whole[0]}", "--samples=2", "--steps=2")
   assert done.returncode == 0, done.stderr[-3000:]
   result = json.loads((out / "sampling.json").read_text())
   assert (
@@ -121,11 +126,11 @@ def test_eval_writes_videos(place, whole):
     assert done.returncode == 0, done.stderr[-3000:]
     alone = np.load(place / "one" / "latents.npz")["latents"][0]
     assert np.allclose(alone, saved["latents"][6], atol=1e-4) == same
-
-
-def test_report_of_the_run(whole):
-  text = pathlib.Path(write_report(whole[0])).read_text()
-  assert "routing" in text.lower() and "data:image/png;base64" in text
+  # The report shows all that these commands write.
+  page = write_report(whole[0]).read_text()
+  absent = [name for name in ("cost.json", "evaluation.json") if f"Not shown: this run has no {name}" in page]
+  assert page.count("Not shown") == len(absent) == 2 and page.count("data:video/mp4;base64,") == 8
+  assert "How they were sampled" in page and page.count("data:image/png;base64,") == 5
 
 
 def test_dry_run_needs_no_data(tmp_path):
@@ -155,9 +160,19 @@ def test_training_refuses_in_one_sentence(place, args, message):
   assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr[-3000:]
 
 
-def test_resuming_another_model_lists_the_leaves(place, whole):
-  done = call(place, "train.py", f"--workdir={whole[0]}", "--config.model.width=48", "--config.train.steps=41")
-  assert done.returncode == 2 and "leaves that differ" in done.stderr and "Traceback" not in done.stderr, done.stderr[-3000:]
+@pytest.mark.parametrize(
+  "args, code, message",
+  [
+    ([], 0, "already finished at step 40 of 40; raise train.steps"),
+    (["--config.model.width=48", "--config.train.steps=41"], 2, "model.width 24 -> 48; start a new --workdir"),
+    (["--config.model.width=48", "--config.train.steps=41", "--resume_changed"], 2, "leaves that differ"),
+  ],
+)
+def test_a_finished_run_is_not_begun_anew_nor_turned_into_another(place, whole, args, code, message):
+  before = (whole[0] / "run.json").read_text()
+  done = call(place, "train.py", f"--workdir={whole[0]}", *args)
+  assert done.returncode == code and message in done.stderr and "Traceback" not in done.stderr, done.stderr[-3000:]
+  assert json.loads((whole[0] / "run.json").read_text()) == json.loads(before)
 
 
 @pytest.mark.parametrize(
@@ -194,4 +209,4 @@ def test_sweep_runs_and_skips_and_a_dense_checkpoint_lacks_the_router(place):
     assert done.stdout.count("finished") == 2 and ("trial 1 of 2" in done.stderr) == (attempt == 0)
   trial = next((place / "study").glob("*/checkpoints")).parent
   done = call(place, "eval.py", f"--workdir={trial}", "--method=freqformer(allocation=routed)")
-  assert done.returncode == 2 and "router/bias: missing" in done.stderr, done.stderr[-3000:]
+  assert done.returncode == 2 and "method/router/bias and" in done.stderr, done.stderr[-3000:]
