@@ -1,5 +1,6 @@
 """Counts are exact: against brute force, against XLA's own, against the field's published arithmetic."""
 
+import dataclasses
 import math
 
 import jax
@@ -11,6 +12,7 @@ from freqformer.cost import BlockShape, Cost, attention_cost, method_call, train
 from freqformer.layout import TileLayout
 from freqformer.methods.registry import METHODS, method_class
 from freqformer.planners.sliding_tile import sliding_tile
+from kernels import block_mask
 from kernels.attention import attention
 from kernels.block_mask import dense_mask, from_tiles
 from kernels.cost import CONCURRENT, REFERENCE_SOFTMAX, count, uniform
@@ -36,6 +38,21 @@ def test_random_tables_equal_brute_force(seed):
   waves = sum(tiles[:, :, i : i + 3].any(2).sum() for i in range(0, 7, 3))
   assert cost.wave_loads == waves
   assert cost.flops == 4 * cost.pairs * 16 and cost.backward_flops() == 2.5 * cost.flops
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_tables_are_counted_alike_in_groups_of_rows_and_as_prefixes_of_one_list(seed, monkeypatch):
+  mask, _ = random_mask(seed)
+  whole = count(mask, 16, batch=2, heads=3)
+  monkeypatch.setattr(block_mask, "_COUNTED", 1)
+  assert count(mask, 16, batch=2, heads=3) == whole
+  rng, shape = np.random.default_rng(seed), mask.kv_counts.shape
+  one = np.sort(rng.permutation(mask.kv_tiles)[:4]).astype(np.int32)
+  counts = rng.integers(0, 5, shape).astype(np.int32)
+  prefixes = dataclasses.replace(mask, kv_indices=np.broadcast_to(one, (*shape, 4)), kv_counts=counts)
+  copied = dataclasses.replace(prefixes, kv_indices=prefixes.kv_indices.copy())
+  assert block_mask.one_list(prefixes.kv_indices) and not block_mask.one_list(copied.kv_indices)
+  assert count(prefixes, 16, batch=2, heads=3, concurrent=3) == count(copied, 16, batch=2, heads=3, concurrent=3)
 
 
 def test_a_shared_table_counts_for_every_head_and_sample():

@@ -103,6 +103,10 @@ def test_fit_has_the_fewest_tiles_of_all_compact_boxes(grid, block):
   assert TileLayout.fit(grid, block).tiles == min(TileLayout(grid, tile, block).tiles for tile in boxes)
 
 
+def test_the_longest_axis_is_fitted_at_once():
+  assert TileLayout.fit((1, 1, 2_000_000_000), 128).tiles == 15_625_000
+
+
 def test_tile_overrides_the_fit_and_is_clipped_to_the_grid():
   assert TileLayout.fit((21, 45, 80), 128, tile=(4, 4, 8)).tile == (4, 4, 8)
   assert TileLayout.fit([1, 45, 80], np.int64(128), tile=[4, 8, 16]).tile == (1, 8, 16)

@@ -11,7 +11,11 @@ from freqformer.layout import TileLayout
 from freqformer.planners.block_topk import block_topk, fixed_tiles, pool_tiles, top_tiles
 from freqformer.planners.dense import dense
 from freqformer.planners.packed import coarse_rows, full_rows, packed_kv_len
+from freqformer.planners.radial import radial
 from freqformer.planners.sliding_tile import sliding_tile
+from freqformer.planners.temporal import temporal
+from freqformer.planners.where import tiles_where
+from freqformer.spectral import SpectralBasis
 
 RAGGED = TileLayout.fit((5, 6, 9), 32, tile=(2, 4, 4))
 
@@ -110,3 +114,17 @@ def test_packed_tables_cover_their_rows_only(shared):
   high = full_rows(window, kv_len, 2, shared).check().to_tiles()[0, 0]
   np.testing.assert_array_equal(high[2:, 2:], window.to_tiles()[0, 0])
   assert not high[:2].any() and high[2:, :2].all() == shared and high[2:, :2].any() == shared
+
+
+def test_tables_that_would_outgrow_memory_are_refused_before_they_are_built():
+  long = TileLayout.fit((256, 256, 256), 128)
+  for make in (
+    lambda: sliding_tile(long, (1000, 1000, 1000)),
+    lambda: temporal(long, 1000, (1000, 1000), 1),
+    lambda: radial(long),
+    lambda: tiles_where(TileLayout.fit((64, 128, 128), 32), lambda q, k: np.ones((1, 1), bool)),
+  ):
+    with pytest.raises(ValueError, match="fewer tokens"):
+      make()
+  with pytest.raises(ValueError, match="choose block_dct"):
+    SpectralBasis("dct", (0.5,) * 3, (0.75,) * 3).fit(TileLayout.fit((1, 1, 10_007), 128))
