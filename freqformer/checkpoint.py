@@ -145,11 +145,12 @@ class Checkpoints:
       yield
     except Exception as error:
       # Any: what Orbax raises depends on which file is broken and how, mostly a lookup error that hides the cause, and it
-      # documents none of it. Nothing is hidden here: the error's own words and its trace go with ours.
+      # documents none of it. Nothing is hidden here: the error's first words and its trace go with ours.
+      cause = str(error) if len(str(error)) <= 300 else f"{str(error)[:300]} ..."  # Orbax adds its spec, in pages of JSON.
       before = [s for s in self.steps() if s < step]
       wayout = f"to go on from step {before[-1]}" if before else "to start over: there is no earlier one"
       raise ConfigError(
-        f"checkpoint {self.path}/{step} is damaged and cannot be read ({type(error).__name__}: {error}); "
+        f"checkpoint {self.path}/{step} is damaged and cannot be read ({type(error).__name__}: {cause}); "
         f"delete that folder {wayout}."
       ) from error
 
