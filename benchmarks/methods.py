@@ -181,9 +181,8 @@ def cpu_seconds(function, rounds: int) -> float:
 
 def measure(spec: AttentionSpec, rounds: int, settings=SETTINGS) -> list[dict]:
   """Rows of all methods; one that others took much of the machine from claims neither that its goal is met nor missed."""
-  missing = set(METHODS) - {"dense"} - {parse_method(text)[0] for text in SETTINGS}
-  if missing:
-    raise ValueError(f"no setting for {', '.join(sorted(missing))}; add one to SETTINGS.")
+  if missing := set(METHODS) - {"dense"} - {parse_method(text)[0] for text in SETTINGS}:
+    logging.warning("not measured, there is no setting for %s: add one to SETTINGS", ", ".join(sorted(missing)))
   found = []
   for text in settings:
     bystanders = timing.Bystanders()
