@@ -18,7 +18,7 @@ def did_you_mean(name: str, known) -> str:
   """ "; did you mean 'x'?" for a near miss, else the known names."""
   known = sorted(known)
   close = difflib.get_close_matches(name, known, n=1)
-  return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}."
+  return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known) or 'none'}."
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ def fixed_tiles(layout: TileLayout, sink: int = 0, anchors: int = 0) -> np.ndarr
   """
   own = np.arange(layout.tiles, dtype=np.int32)[:, None]
   frames, place = layout.tile_grid[0], layout.tile_grid[1] * layout.tile_grid[2]
-  spread = np.unique(np.linspace(0, frames - 1, anchors).round().astype(np.int32)) if anchors else np.zeros(0, np.int32)
+  spread = np.unique(np.linspace(0, frames - 1, min(anchors, frames)).round().astype(np.int32))
   columns = [own, np.broadcast_to(np.arange(min(sink, layout.tiles), dtype=np.int32), (layout.tiles, min(sink, layout.tiles)))]
   columns.append((spread * place + own % place).astype(np.int32))
   return np.concatenate(columns, 1)

@@ -39,7 +39,7 @@ def temporal(layout: TileLayout, frames: int, around: tuple[int, int], anchors: 
 
 def anchor_frames(frames: int, anchors: int) -> np.ndarray:
   """Evenly spread frames of `frames`, the first always among them; none where `anchors` is 0."""
-  return np.unique(np.linspace(0, frames - 1, anchors).round().astype(np.int64)) if anchors else np.zeros(0, np.int64)
+  return np.unique(np.linspace(0, frames - 1, min(anchors, frames)).round().astype(np.int64))
 
 
 def _window(size: int, extent: int) -> np.ndarray:
