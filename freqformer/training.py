@@ -31,7 +31,7 @@ class TrainConfig:
     label_dropout: share of samples trained on the null class.
     time_sampling: "uniform" or "logit_normal".
     log_every, val_every, checkpoint_every, keep: in steps; 0 turns validation off; `keep` newest checkpoints stay.
-    val_batches: batches per validation; val_soft: also report the loss of the soft mixture (the soft-hard gap).
+    val_batches: batches per validation, 0 takes all; val_soft: also report the loss of the soft mixture (the soft-hard gap).
   """
 
   steps: int
@@ -53,8 +53,8 @@ class TrainConfig:
   keep: int = 2
 
   def __post_init__(self):
-    require(self, "steps batch_size log_every val_batches checkpoint_every keep", least=1)
-    require(self, "warmup val_every weight_decay", least=0)
+    require(self, "steps batch_size log_every checkpoint_every keep", least=1)
+    require(self, "warmup val_every val_batches weight_decay", least=0)
     require(self, "lr clip", above=0)
     require(self, "beta2 ema", least=0, below=1)
     require(self, "label_dropout", least=0, most=1)

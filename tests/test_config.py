@@ -109,6 +109,7 @@ REFUSED = [
   ("--config.train.stps=3", "config.train.stps does not exist; did you mean 'train.steps'?"),
   ("--config.train=3", "config.train is a group of keys; add one of them: .batch_size, "),
   ("--config.sample.steps=0", "config.sample: steps=0 must be at least 1."),
+  ("--config.model.heads=5", "not divisible by 5 heads"),
   ("--config.seed=-1", "seed=-1 must be at least 0"),
   ("--guidance=nan", "--guidance=nan must be a finite number."),
   ("train.steps=3", "'train.steps=3' belongs to no flag; did you mean --config.train.steps=3?"),
@@ -128,6 +129,7 @@ REFUSED = [
   ("@freqformer.profile.rows=8", 'method="freqformer(profile=dict(rows=...))"'),
   ("@method=radial(decay=0)", "config.model.attention.radial: decay=0.0 must be above 0"),
   ("@method=radial(deccay=1)", "config.model.attention.radial has no key 'deccay'; did you mean 'decay'?"),
+  ("@method=freqfromer", "attention method 'freqfromer' is unknown; did you mean 'freqformer'?"),
   ("@method=radial(", "must read like radial or block_topk(density=0.2, coarse=none)"),
   ("@layers=((0,2,'radial(decay=2)'),(2,None,'radial(decay=3)'))", "sets radial twice"),
 ]
