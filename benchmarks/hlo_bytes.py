@@ -52,6 +52,7 @@ class Operation:
     bytes: read and written, times the runs of the loops around it.
     scopes: the `op_name`s of all it holds, as jax wrote them.
     kernel: a custom call: not XLA's own.
+    runs: how often, by the loops around it.
   """
 
   name: str
@@ -59,6 +60,7 @@ class Operation:
   bytes: float
   scopes: tuple[str, ...]
   kernel: bool
+  runs: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +122,7 @@ def _walk(computations, name, times, unknown_trips):
       inside = computations.get(line.called("calls"), [])
       moved = _read(line, inside, shapes) + _written(line, inside)
       scopes = tuple(dict.fromkeys(re.findall(r'op_name="([^"]*)"', "\n".join(part.rest for part in (*inside, line)))))
-      yield Operation(line.name, line.opcode, times * moved, scopes, line.opcode == "custom-call")
+      yield Operation(line.name, line.opcode, times * moved, scopes, line.opcode == "custom-call", times)
 
 
 def _read(line, inside, shapes) -> int:

@@ -19,7 +19,8 @@ class Cost:
 
   Attributes:
     attention_flops: from scored pairs.
-    linear_flops: transforms, selection, router: what a method adds around attention.
+    linear_flops: transforms, selection, summaries, linear attention, router: products (and sums over tokens) that a method
+      adds around attention. Elementwise work is in no count of FLOPs.
     linear_bytes: device memory that this extra work reads and writes (2 bytes per element), where the method says so.
     launches: kernels beside the attention call.
   """
@@ -57,14 +58,14 @@ _SCORE_BYTES = 20.0
 
 def selection_cost(n: int, tiles: int, heads: int, head_dim: int, read: float = 2.0) -> Cost:
   """Key tiles chosen by pooled scores: means of q and k (2 n D), q k^T of the means (2 tiles^2 D), and the search for each
-  row's threshold, which moves scores and does no products.
+  row's threshold, which moves scores and does no products (comparisons are not counted).
 
   Args:
     read: `[n, D]` arrays that are read for the means; 0 where another kernel makes them on its way.
   """
   width = heads * head_dim
   moved = 2.0 * read * n * width + _SCORE_BYTES * heads * tiles**2
-  return Cost(linear_flops=(2.0 * n + 2.0 * tiles**2) * width, linear_bytes=moved, launches=3)
+  return Cost(linear_flops=(2.0 * n + 2.0 * tiles**2) * width, linear_bytes=moved, launches=9)
 
 
 # ---- a method on a grid --------------------------------------------------------------------------------------------------
@@ -167,7 +168,8 @@ def model_cost(config, latent_shape, allocations=None, training: bool = False, p
   Args:
     config: a `ModelConfig`; latent_shape: `(t, y, x, c)`.
     allocations: share of heads per branch for every run of layers, or None for each method's own expectation.
-    training: count every branch of every head where training runs them all (soft and straight-through routing).
+    training: count every branch of every head where training runs them all (soft and straight-through routing;
+      `Method.training_cost`).
     phases: one per run of layers: count this sampling step (`Method.phase_cost`), not a usual one.
   """
   layout, width = config.layout(latent_shape), config.width
@@ -175,10 +177,10 @@ def model_cost(config, latent_shape, allocations=None, training: bool = False, p
   block = BlockShape(width, config.heads, int(width * config.mlp_ratio))
   for i, (count, method) in enumerate(config.runs()):
     allocation = None if allocations is None else allocations[i]
-    every = len(method.branches) if training and method.trains_all_branches else 0
-    cost = method.cost if phases is None else functools.partial(method.phase_cost, phases[i])
-    layer = cost(layout, config.heads, config.dims.head_dim, (1,) * every or allocation)
-    layer = dataclasses.replace(layer, attention_flops=layer.attention_flops * max(every, 1))
+    cost = method.training_cost if training else method.cost
+    if phases is not None:
+      cost = functools.partial(method.phase_cost, phases[i])
+    layer = cost(layout, config.heads, config.dims.head_dim, allocation)
     total = total + (layer + Cost(linear_flops=block.linear_flops(n))).scaled(count)
   patch = latent_shape[3] * config.patch[0] * config.patch[1] * config.patch[2]
   return total + Cost(linear_flops=2 * 2.0 * n * width * patch)

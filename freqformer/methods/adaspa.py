@@ -11,6 +11,7 @@ sink tiles stand for the text blocks that this model does not have.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,9 @@ from freqformer.planners.tile_bits import lists_of_bits, top_bits, unpack_bits
 from kernels.attention import attention
 from kernels.block_mask import BlockMask
 from kernels.block_scores import block_mass
+
+# Of a program compiled for an H100. Search: bytes per score, kernels per 1,024 query rows of a head. Lists from bits: kernels.
+_SEARCH_BYTES, _SEARCH_LAUNCHES, _LISTS_LAUNCHES = 21.0, 20, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +126,8 @@ class AdaSpa(Method):
     if base < 1:
       raise ConfigError(
         f"adaspa.sparsity={self.sparsity} of {tiles} tiles rounds to no tile per query tile; "
-        f"lower it to {1 - 1 / tiles:.3g} or less, or use smaller tiles (attention.block={layout.block})."
+        f"lower it to {math.floor(1000 * (1 - 0.5 / tiles)) / 1000:g} or less, or use smaller tiles "
+        f"(attention.block={layout.block})."
       )
     if base < least:
       raise ConfigError(
@@ -199,15 +204,30 @@ class AdaSpa(Method):
     return lists_of_bits(bits, self.budgets(layout)[2], arrays.kv_len, layout.block)
 
   def cost(self, layout, heads, head_dim, allocation=None) -> Cost:
-    """Of a step that reuses its masks: `n` queries, each with the base budget of average tiles (the mean over heads)."""
-    keys = self.budgets(layout)[1] * layout.n / layout.tiles
-    return attention_cost(heads * layout.n * keys, head_dim)
+    """Of a step that reuses its masks: `n` queries, each with the base budget of average tiles, the mean over heads; and lists
+    written out from a bit per pair of tiles.
+
+    Left out: that heads differ. Up to half of them list half as many tiles again, as many list half as many (`budgets`);
+    which, is known only once they are searched. Where whole heads are dealt to devices beforehand, the busiest one may thus
+    have 1.5 times the mean attention; dealt anew after each search, little more than the mean.
+    """
+    tiles, (_, base, most) = layout.tiles, self.budgets(layout)
+    lists = Cost(linear_bytes=heads * tiles * (tiles / 8 + 40.0 * most), launches=_LISTS_LAUNCHES)
+    return attention_cost(heads * layout.n * base * layout.n / tiles, head_dim) + lists
 
   def phase_cost(self, phase, layout, heads, head_dim, allocation=None) -> Cost:
-    """Dense steps are dense; a search adds q k^T of every pair: 2 n^2 D. Exponentials and selection are not counted."""
+    """Dense steps are dense. A search adds q k^T of every pair, `2 n^2 D`, in XLA, which writes scores: bytes grow with n^2.
+
+    Bytes and kernels are those of the program compiled for an H100 (`python -m benchmarks.layer_traffic`). Not counted:
+    exponentials, ranking. The first search also writes the LSE that later ones read: 4 to 8 bytes per row, left out.
+    """
     whole = attention_cost(heads * layout.n**2, head_dim)
     run = whole if phase in ("", "warmup", "search_first") else self.cost(layout, heads, head_dim)
-    return run + Cost(linear_flops=whole.attention_flops / 2 if phase.startswith("search") else 0.0)
+    if not phase.startswith("search"):
+      return run
+    groups = heads * math.ceil(layout.n_buffer / 1024)
+    moved = _SEARCH_BYTES * heads * float(layout.n_buffer) ** 2
+    return run + Cost(linear_flops=whole.attention_flops / 2, linear_bytes=moved, launches=_SEARCH_LAUNCHES * groups)
 
 
 def levels(recall: jax.Array, threshold: float) -> jax.Array:

@@ -152,6 +152,10 @@ class Method:
     """`cost` of a sampling step of one phase; the same in all phases unless overridden."""
     return self.cost(layout, heads, head_dim, allocation)
 
+  def training_cost(self, layout: TileLayout, heads: int, head_dim: int, allocation=None) -> Cost:
+    """`cost` of a training step's forward, where that runs more (every branch of every head)."""
+    return self.cost(layout, heads, head_dim, allocation)
+
   def call_cost(self, layout: TileLayout, heads: int, head_dim: int, allocation=None) -> CallCost | None:
     """Lists of a layer's attention call, for traffic and waves; None: unknown, taken as equally long (`freqformer.cost`)."""
     return None

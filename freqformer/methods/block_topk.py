@@ -76,8 +76,13 @@ class BlockTopK(Method):
     return out, state, aux | {"density": aux["density"] + coarse, "cost": aux["cost"] + coarse, "coarse_density": coarse}
 
   def cost(self, layout, heads, head_dim, allocation=None) -> Cost:
-    """Pairs of average tiles, the pooled ones, and around them: pooling, selection, the gate (5 passes, v's means in)."""
+    """Pairs of lists of average tiles and, if gated, of the T averages with each other; around them means, scores, gate.
+
+    `4 d` per pair. Means and scores of the selection as in `selection_cost`; gated: means of v `n D`, the gate's product
+    `2 n d D` (a d x d matrix per head). Bytes of the gate: 7 bf16 passes over `[n, D]`
+    (`python -m benchmarks.layer_traffic`). Not counted: the gate's bias, product and sum; padding of T to whole tiles.
+    """
     n, tiles, gated, width = layout.n, layout.tiles, self.coarse == "gated", heads * head_dim
     pairs = self.budget(layout) * n * n / tiles + gated * tiles**2
-    gate = Cost(linear_flops=gated * width * n * (1 + 2.0 * head_dim), linear_bytes=gated * 10.0 * n * width)
+    gate = Cost(linear_flops=width * n * (1 + 2.0 * head_dim), linear_bytes=14.0 * n * width, launches=6).scaled(gated)
     return attention_cost(heads * pairs, head_dim) + selection_cost(n, tiles, heads, head_dim) + gate

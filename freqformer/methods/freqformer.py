@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from freqformer.config import require
 from freqformer.cost import Cost
 from freqformer.layout import TileLayout
 from freqformer.methods import freqformer_cost, measured
@@ -75,6 +76,7 @@ class FreqFormer(RoutedMethod):
     super().__post_init__()
     if self.filter not in FILTERS or self.border not in BORDERS:
       raise ValueError(f"{self.filter=} must be one of {FILTERS} and {self.border=} one of {BORDERS}.")
+    require(self, "window", least=1)
     if self.low_op not in LOW_OPS:
       raise ValueError(f"{self.low_op=} must be one of {LOW_OPS}.")
     if self.mid_tiles < 1 + self.sink + self.anchors or min(self.sink, self.anchors, self.summary) < 0:
@@ -155,7 +157,7 @@ class FreqFormer(RoutedMethod):
       out = out + module.summary(
         qkv.rotate_q(qkv.q, plain), qkv.rotate_k(qkv.k, plain), qkv.v, jax.lax.stop_gradient(routing.weights), spectral, layout
       )
-    return out, state, self._aux(routing, masks, qkv, spectral, cond) | mask_aux(mask, cond.want_masks)
+    return out, state, self._aux(routing, masks, qkv, cond) | mask_aux(mask, cond.want_masks)
 
   def _prepared(self, qkv, routing, choice, repeat, tables, fused):
     """q, k, v of the packed buffer, and the means of q and k per tile where the kernel made them, which is there if `fused`."""
@@ -224,11 +226,12 @@ class FreqFormer(RoutedMethod):
       packed.append(jnp.concatenate([coarse, full], 1))
     return packed
 
-  def _aux(self, routing, masks, qkv, spectral, cond):
-    """Linear attention counts as the pairs that cost as much."""
+  def _aux(self, routing, masks, qkv, cond):
     (b, h), n = routing.choice.shape, qkv.layout.layout.n
-    linear = (qkv.q.shape[-1] + 1) * spectral.n_coarse / n**2 if self.low_op == "linear" else 0.0
-    return self.aux(routing, jnp.stack([mask_density(m, n, b, h) for m in masks], -1), (linear, 0, 0), cond)
+    return self.aux(routing, jnp.stack([mask_density(m, n, b, h) for m in masks], -1), qkv, cond)
+
+  def statistics_cost(self, layout, heads, head_dim) -> Cost:
+    return freqformer_cost.statistics_cost(self, layout, heads, head_dim)
 
   def cost(self, layout: TileLayout, heads, head_dim, allocation=None) -> Cost:
     return freqformer_cost.cost(self, layout, heads, head_dim, allocation)

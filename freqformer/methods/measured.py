@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from freqformer.cost import Cost, attention_cost
 from freqformer.methods.base import attend
 from freqformer.planners.dense import dense
-from freqformer.profiling import ProfileConfig, dense_rows, most_faithful, relative_errors, sample_rows
+from freqformer.profiling import ProfileConfig, dense_rows, measuring_cost, most_faithful, relative_errors, sample_rows
+
+_AGAIN = 16.0  # passes: norm and rotary once more for each band, and for dense attention's rows
 
 
 def tables(layout, profile: ProfileConfig) -> dict:
@@ -22,14 +24,17 @@ def tables(layout, profile: ProfileConfig) -> dict:
 
 
 def phase_cost(method, phase: str, layout, heads: int, head_dim: int, allocation) -> Cost:
-  """Of one step: dense in the warm-up; a measuring step runs every band on every head, and dense attention on its rows."""
+  """Of one step: dense in the warm-up; a measuring step runs every band on every head, without summaries, and dense attention
+  on its rows."""
   if phase == "warmup":
     return attention_cost(heads * layout.n**2, head_dim)
   cost = method.cost(layout, heads, head_dim, allocation)
   if phase == "run":
     return cost
-  every = sum((method.cost(layout, heads, head_dim, band) for band in ((1, 0, 0), (0, 1, 0), (0, 0, 1))), Cost())
-  return cost + every + attention_cost(heads * min(method.profile.rows, layout.n) * layout.n, head_dim)
+  alone = dataclasses.replace(method, summary=0)
+  every = sum((alone.cost(layout, heads, head_dim, band) for band in ((1, 0, 0), (0, 1, 0), (0, 0, 1))), Cost())
+  again = Cost(linear_bytes=_AGAIN * 2.0 * layout.n * heads * head_dim)
+  return cost + every + again + measuring_cost(method.profile.rows, layout.n, heads, head_dim)
 
 
 def call(method, module, qkv, cond, tables, state):

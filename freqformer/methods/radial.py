@@ -6,7 +6,7 @@ The formula and what of it is ours (tiles instead of tokens) stand in `freqforme
 import dataclasses
 
 from freqformer.methods.static import StaticMethod
-from freqformer.planners.radial import radial
+from freqformer.planners.radial import count_radial, radial
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,3 +27,6 @@ class Radial(StaticMethod):
 
   def mask(self, layout):
     return radial(layout, self.decay, self.sink)
+
+  def counted(self, layout):
+    return count_radial(layout, self.decay, self.sink)

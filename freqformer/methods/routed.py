@@ -1,6 +1,7 @@
 """Base of methods that give each head one branch: dealt by a router, or by fixed head counts."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -9,11 +10,13 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from freqformer.config import ConfigError
+from freqformer.cost import Cost, attention_cost
+from freqformer.methods.allocation import check_counts, check_heads, head_shares
 from freqformer.methods.base import Method
 from freqformer.router import RouterConfig, Routing, SpectralRouter, entropy, penalty
 
 _PARTS = 3  # of a head's energy, which the router reads
+_ROUTER_LAUNCHES = 6  # of the network, its choice and the lists that follow it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +36,9 @@ class RoutedMethod(Method):
     if isinstance(self.allocation, str) and re.fullmatch(r"\(?\d+(, ?\d+)*\)?", self.allocation):
       object.__setattr__(self, "allocation", tuple(map(int, re.findall(r"\d+", self.allocation))))
     branches = f"({', '.join(self.branches)})"
-    named = isinstance(self.allocation, str)
-    if self.allocation not in self.allocations if named else len(self.allocation) != len(self.branches):
+    if not isinstance(self.allocation, str):
+      check_counts(self.allocation, self.branches)
+    elif self.allocation not in self.allocations:
       words = ", ".join(f'"{word}"' for word in self.allocations)
       raise ValueError(f"{self.allocation=} must be {words} or {len(self.branches)} head counts {branches}.")
     if len(self.router.prior) != len(self.branches):
@@ -53,18 +57,22 @@ class RoutedMethod(Method):
   def trains_all_branches(self):
     return self.routed and self.router.mode != "sampled"
 
-  def shares(self, allocation=None) -> np.ndarray:
-    """Share of heads per branch: as given, else the fixed one, else the router's prior (before anything is measured too)."""
-    if allocation is None:
-      allocation = self.router.prior if isinstance(self.allocation, str) else self.allocation
-    return np.asarray(allocation, np.float64) / sum(allocation)
+  def shares(self, heads: int, allocation=None) -> np.ndarray:
+    """Share of heads per branch: as given, else the fixed one, else the router's prior (before anything is measured too).
+
+    Raises:
+      ConfigError: for weights that are none, or fixed head counts that are not those of `heads`.
+    """
+    if allocation is not None:
+      return head_shares(allocation, self.branches)
+    if isinstance(self.allocation, str):
+      return head_shares(self.router.prior, self.branches)
+    check_heads(self.allocation, heads)
+    return head_shares(self.allocation, self.branches)
 
   def build(self, dims, layout, rngs):
-    if not isinstance(self.allocation, str) and sum(self.allocation) != dims.heads:
-      raise ConfigError(
-        f"allocation={self.allocation} hands out {sum(self.allocation)} heads, the layer has {dims.heads}; "
-        'make them equal or use "routed".'
-      )
+    if not isinstance(self.allocation, str):
+      check_heads(self.allocation, dims.heads)
     return RoutedModules(self, dims, rngs)
 
   def energies(self, v: jax.Array, layout, tables) -> jax.Array:
@@ -88,19 +96,51 @@ class RoutedMethod(Method):
       routing = Routing(hot, jnp.broadcast_to(choice, (b, h)), hot, False)
     return dataclasses.replace(routing, choice=checkpoint_name(routing.choice, "routing"))
 
-  def aux(self, routing: Routing, density, beside, cond) -> dict:
+  # ---- cost --------------------------------------------------------------------------------------------------------------
+
+  def statistics_cost(self, layout, heads: int, head_dim: int) -> Cost:
+    """Of `energies`, for all heads."""
+    raise NotImplementedError
+
+  def router_cost(self, layout, heads: int, head_dim: int) -> Cost:
+    """Of the router where heads are routed, else nothing: the statistics, and its network's products.
+
+    Per sample and layer, with hidden width m: `2 D m` for the timestep's embedding (as wide as the model), `2 m` for each of a
+    head's statistics and each of its branches. Launches beside the statistics' are counted on Hopper (docs/log.md).
+    """
+    if not self.routed:
+      return Cost()
+    router, m = self.router, self.router.hidden
+    read = _PARTS * router.statistics
+    network = Cost(linear_flops=2.0 * heads * m * (head_dim + read + len(self.branches)), launches=_ROUTER_LAUNCHES)
+    return network + self.statistics_cost(layout, heads, head_dim) if read else network
+
+  def training_cost(self, layout, heads, head_dim, allocation=None) -> Cost:
+    """Where every branch runs: the pairs of all of them, and once whatever lies around any."""
+    if not self.trains_all_branches:
+      return self.cost(layout, heads, head_dim, allocation)
+    each = [self.cost(layout, heads, head_dim, alone) for alone in np.eye(len(self.branches))]
+    largest = (max(getattr(c, name) for c in each) for name in ("linear_flops", "linear_bytes", "launches"))
+    return Cost(sum(c.attention_flops for c in each), *largest)
+
+  def branch_costs(self, layout, heads: int, head_dim: int) -> np.ndarray:
+    """FLOPs of a layer whose heads all take one branch over those of dense attention, `[branches]`: what the penalty weighs.
+
+    By `cost`, hence of a usual step (of all times alike, where times differ), transforms, selection and router included.
+    """
+    return _branch_costs(self, layout, heads, head_dim)
+
+  def aux(self, routing: Routing, density, qkv, cond) -> dict:
     """The layer's aux: densities, the router's entropy and its cost penalty.
 
     Args:
       density: float32 `[b, h, branches]`, what each head scores in each branch.
-      beside: `[branches]`, cost of what is not pairs, as the pairs that cost as much over n^2; only the penalty counts it.
     """
     taken = jnp.take_along_axis(density, routing.choice[..., None], -1)[..., 0]
     run = density.sum(-1) if routing.all_branches else taken
     loss = jnp.float32(0)
     if self.routed and cond.train:
-      costs = jax.lax.stop_gradient(density.mean((0, 1))) + np.asarray(beside, np.float32)
-      loss = penalty(self.router, routing.probs, costs)
+      loss = penalty(self.router, routing.probs, self.branch_costs(qkv.layout.layout, *qkv.q.shape[2:]))
     return {
       "density": taken,
       "cost": run.mean(),
@@ -110,6 +150,13 @@ class RoutedMethod(Method):
       "expected_density": (routing.probs * density).sum(-1),
       "entropy": entropy(routing.probs),
     }
+
+
+@functools.lru_cache(maxsize=64)
+def _branch_costs(method: RoutedMethod, layout, heads: int, head_dim: int) -> np.ndarray:
+  with jax.ensure_compile_time_eval():  # numbers, also while a layer is traced
+    each = [method.cost(layout, heads, head_dim, tuple(alone)).total for alone in np.eye(len(method.branches))]
+  return np.asarray(each) / attention_cost(heads * layout.n**2, head_dim).total
 
 
 class RoutedModules(nnx.Module):

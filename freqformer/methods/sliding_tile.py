@@ -11,7 +11,7 @@ layout and a block up to `rows` stays as it is.
 import dataclasses
 
 from freqformer.methods.static import StaticMethod
-from freqformer.planners.sliding_tile import BORDERS, sliding_tile
+from freqformer.planners.sliding_tile import BORDERS, count_window, sliding_tile
 
 UNITS = ("tokens", "tiles")
 
@@ -39,8 +39,16 @@ class SlidingTile(StaticMethod):
       raise ValueError(f"{self.unit=} must be one of {UNITS} and {self.border=} one of {BORDERS}.")
 
   def mask(self, layout):
+    window, parts = self._in_tiles(layout)
+    return sliding_tile(layout, window, self.border).refine(parts)
+
+  def counted(self, layout):
+    window, parts = self._in_tiles(layout)
+    return count_window(layout, window, self.border, parts)
+
+  def _in_tiles(self, layout) -> tuple[tuple[int, int, int], int]:
+    """The window in tiles, and in how many parts a tile is read."""
     tile = layout.tile if self.unit == "tokens" else (1, 1, 1)
     window = tuple(-(-w // e) for w, e in zip(self.window, tile, strict=True))
     # The fewest equal parts that are short enough: 384 rows are 3 x 128; 100 rows stay whole.
-    parts = next(p for p in range(1, layout.block + 1) if layout.block % p == 0 and layout.block // p <= self.rows)
-    return sliding_tile(layout, window, self.border).refine(parts)
+    return window, next(p for p in range(1, layout.block + 1) if layout.block % p == 0 and layout.block // p <= self.rows)

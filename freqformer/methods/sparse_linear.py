@@ -71,9 +71,15 @@ class SparseLinear(Method):
     return dataclasses.replace(mask, kv_indices=ids, kv_counts=counts)
 
   def cost(self, layout, heads, head_dim, allocation=None) -> Cost:
-    """Critical pairs (tiles of average length); linear part, sums over marginal tiles, projection, pooling, two rankings."""
+    """Critical pairs (tiles of average length), `4 d` each; the linear part; two rankings.
+
+    Linear (arXiv 2509.24006, with arXiv 2006.16236's sums): states and norms of T tiles `2 n d (d + 1)` per head, their sums
+    over marginal tiles `2 T^2 d (d + 1)`, reading them `2 n d (d + 1)`, the projection `2 n d^2`. The best and the worst
+    tiles are ranked apart, by the same means. Bytes: 16 per element of q on Hopper (`python -m benchmarks.linear`), 10 to
+    project and add (`python -m benchmarks.layer_traffic`). Not counted: feature maps, bits of marginal tiles.
+    """
     n, tiles, width = layout.n, layout.tiles, heads * head_dim
     linear = (4.0 * n + 2.0 * tiles**2) * (head_dim + 1) * width + 2.0 * n * head_dim * width
-    # Bytes: 16 per element of q on Hopper (benchmarks/linear.py), 4 to project and add.
-    found = attention_cost(heads * n * self.budgets(tiles)[0] * n / tiles, head_dim) + Cost(0.0, linear, 20.0 * n * width, 6)
-    return found + selection_cost(n, tiles, heads, head_dim) + selection_cost(0, tiles, heads, head_dim)
+    found = attention_cost(heads * n * self.budgets(tiles)[0] * n / tiles, head_dim)
+    found += Cost(linear_flops=linear, linear_bytes=26.0 * n * width, launches=9)
+    return found + selection_cost(n, tiles, heads, head_dim) + selection_cost(0, tiles, heads, head_dim, read=0)

@@ -33,6 +33,7 @@ SPARSE, LINEAR = range(2)
 # Linear attention on a Hopper GPU: bytes per element of its own heads of q, of 8 at least, and kernels (benchmarks/linear.py).
 # Frames that share boxes of rows cost more; what the kernels refuse runs in XLA.
 _OWN_BOXES, _SHARED_BOXES, _REFUSED = (9.1, 4), (27.2, 5), (37.1, 8)
+_STATISTICS_LAUNCHES = 11
 DIRECTIONS = ("sparse_early", "dense_early")
 SHAPES = {"linear": lambda u: u, "cosine": lambda u: (1 - jnp.cos(jnp.pi * u)) / 2, "step": lambda u: 1.0 * (u >= 0.5)}
 
@@ -109,7 +110,7 @@ class SparseFlow(RoutedMethod):
   def __call__(self, module, qkv, cond, tables, state):
     layout, routing = qkv.layout, self.route(module, qkv, cond, tables)
     mask = self.mask_at(tables, cond.share(cond.time))
-    b, _, h, d = qkv.q.shape
+    b, _, h, _ = qkv.q.shape
     density = jnp.broadcast_to(jnp.asarray(mask.density(layout.layout.n), jnp.float32), (b, h))  # of a head that is sparse
     q, k = qkv.rotated()
     ran = mask if routing.all_branches else _only(mask, routing.choice == SPARSE)
@@ -124,8 +125,7 @@ class SparseFlow(RoutedMethod):
       out, _ = linear(heads=heads, into=out)
       if self.routed and cond.train:  # in evaluation all weights are 1
         out = out * routing.weights.sum(-1)[:, None, :, None].astype(out.dtype)
-    linear_cost = (d + 1) / layout.layout.n  # as the pairs that cost as much
-    aux = self.aux(routing, jnp.stack([density, jnp.zeros_like(density)], -1), (0, linear_cost), cond)
+    aux = self.aux(routing, jnp.stack([density, jnp.zeros_like(density)], -1), qkv, cond)
     return out, state, aux | mask_aux(ran, cond.want_masks)
 
   def mask_at(self, tables: "SparseFlowTables", time) -> BlockMask:
@@ -136,36 +136,41 @@ class SparseFlow(RoutedMethod):
       tables.levels, kv_indices=take(tables.levels.kv_indices), kv_counts=take(tables.levels.kv_counts)
     )
 
-  def cost(self, layout: TileLayout, heads, head_dim, allocation=None) -> Cost:
-    """Pairs of the temporal table, averaged over uniform t, times the share of sparse heads; and linear attention.
+  def statistics_cost(self, layout, heads, head_dim) -> Cost:
+    """Sums of v and of its squares over tiles, `3 n D`. Bytes and launches by `python -m benchmarks.layer_traffic`."""
+    size = layout.n * heads * head_dim
+    return Cost(linear_flops=3.0 * size, linear_bytes=2.4 * size, launches=_STATISTICS_LAUNCHES)
 
-    `allocation` defaults to the fixed one, or to the router's prior. Linear attention: state and norm 2 n d (d + 1), reading
-    them as much again; of all heads where they are routed, as soft training and the portable backend run it. Its bytes are
-    those of the Hopper kernels in evaluation, which leave the other heads out. Not counted: the router and its statistics
-    (below 1e-4 of the layer).
+  def cost(self, layout: TileLayout, heads, head_dim, allocation=None) -> Cost:
+    """Pairs of the temporal table, averaged over uniform t, times the share of sparse heads; linear attention; the router.
+
+    `allocation` defaults to the fixed one, or to the router's prior. Linear attention of a head (arXiv 2006.16236): states and
+    norms of its frames `2 n d (d + 1)`, reading them as much again; of the heads that are linear, as on Hopper. Not counted:
+    feature maps; what XLA computes for other heads and throws away, where heads are routed and no kernel runs.
     """
-    share, shares, levels = self._expected(layout, allocation)
-    ran, work = heads if self.routed else heads * (1 - share), _frames(layout).work
+    share, shares, levels = self._expected(layout, heads, allocation)
+    own, work = heads * (1 - share), _frames(layout).work
     moved, kernels = _REFUSED if work is None else _SHARED_BOXES if work.mixed else _OWN_BOXES
     linear = Cost(
-      linear_flops=4.0 * layout.n * head_dim * (head_dim + 1) * ran,
-      linear_bytes=moved * layout.n * head_dim * heads * (1 - share),
+      linear_flops=4.0 * layout.n * head_dim * (head_dim + 1) * own,
+      linear_bytes=moved * layout.n * head_dim * own,
       launches=kernels,
     )
-    return attention_cost(heads * share * float(shares @ levels.pairs()[:, 0]), head_dim) + linear
+    pairs = heads * share * float(shares @ levels.pairs()[:, 0])
+    return attention_cost(pairs, head_dim) + linear + self.router_cost(layout, heads, head_dim)
 
   def call_cost(self, layout, heads, head_dim, allocation=None) -> CallCost:
     """The levels' lists, each weighted with the share of t that it gets; linear heads list nothing."""
-    share, shares, levels = self._expected(layout, allocation)
+    share, shares, levels = self._expected(layout, heads, allocation)
     one = lambda i: dataclasses.replace(levels, **{f: getattr(levels, f)[i : i + 1] for f in ("kv_indices", "kv_counts")})
     return functools.reduce(
       operator.add, (count(one(i), head_dim).scaled(heads * share * weight) for i, weight in enumerate(shares))
     )
 
-  def _expected(self, layout, allocation):
+  def _expected(self, layout, heads, allocation):
     """Share of sparse heads, share of t per level, and the levels' tables."""
     levels = _levels(self.schedule, self.around, self.anchors, layout)
-    return self.shares(allocation)[SPARSE], self.schedule.shares(len(levels.kv_counts)), levels
+    return float(self.shares(heads, allocation)[SPARSE]), self.schedule.shares(len(levels.kv_counts)), levels
 
 
 @functools.lru_cache(maxsize=16)

@@ -13,10 +13,11 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from freqformer.cost import Cost, attention_cost
+from freqformer.methods.allocation import head_shares
 from freqformer.methods.base import Method, plain_aux
 from freqformer.planners.dense import dense
-from freqformer.planners.spatial_temporal import spatial_temporal
-from freqformer.profiling import ProfileConfig, dense_rows, most_faithful, relative_errors, rows_of, sample_rows
+from freqformer.planners.spatial_temporal import count_pairs, spatial_temporal
+from freqformer.profiling import ProfileConfig, dense_rows, measuring_cost, most_faithful, relative_errors, rows_of, sample_rows
 from kernels.attention import attention
 from kernels.block_mask import select
 
@@ -67,14 +68,17 @@ class SpatialTemporal(Method):
     return most_faithful(cond.share(relative_errors(jnp.stack(outs), exact)), costs, self.profile.slack)
 
   def cost(self, layout, heads, head_dim, allocation=None) -> Cost:
-    """Of a measured step; `allocation`: share of spatial and temporal heads, half and half unless given."""
-    share = np.asarray((1, 1) if allocation is None else allocation, np.float64)
-    pairs = [float(m.pairs().sum()) for m in spatial_temporal(layout, self.frames, self.places, self.sink)]
-    return attention_cost(heads * float(share / share.sum() @ pairs), head_dim)
+    """Of a measured step: the two tables' pairs, `4 d` each; nothing else is done around attention.
+
+    `allocation`: share of spatial and temporal heads, half and half unless given.
+    """
+    share = head_shares((1, 1) if allocation is None else allocation, ("spatial", "temporal"))
+    pairs = np.asarray(count_pairs(layout, self.frames, self.places, self.sink), np.float64)
+    return attention_cost(heads * float(share @ pairs), head_dim)
 
   def phase_cost(self, phase, layout, heads, head_dim, allocation=None) -> Cost:
-    """Measuring scores each row once and sums values three times: twice the FLOPs of its pairs."""
+    """The warm-up is dense; measuring scores each row once and sums values three times: twice the FLOPs of its pairs."""
     if phase == "warmup":
       return attention_cost(heads * layout.n**2, head_dim)
-    measuring = (phase != "run") * 2 * min(self.profile.rows, layout.n) * layout.n
-    return self.cost(layout, heads, head_dim, allocation) + attention_cost(heads * measuring, head_dim)
+    found = self.cost(layout, heads, head_dim, allocation)
+    return found if phase == "run" else found + measuring_cost(self.profile.rows, layout.n, heads, head_dim, patterns=3)

@@ -17,6 +17,10 @@ class StaticMethod(Method):
     """The table of a `TileLayout`, in NumPy."""
     raise NotImplementedError
 
+  def counted(self, layout) -> CallCost:
+    """What `kernels.cost.count` finds in the table, of one head at head dimension 1; a subclass may know it without a table."""
+    return count(self.mask(layout), 1)
+
   def tables(self, layout):
     return self.mask(layout).with_transpose()
 
@@ -25,7 +29,8 @@ class StaticMethod(Method):
     return out, state, aux
 
   def cost(self, layout, heads, head_dim, allocation=None) -> Cost:
-    """The table's own pairs: exact on any grid."""
+    """The table's own pairs, `4 d` each: exact on any grid. Nothing else is done around attention (norm and rotary are not
+    counted here: `BlockShape.elementwise_bytes`)."""
     return attention_cost(heads * _counted(self, layout).pairs, head_dim)
 
   def call_cost(self, layout, heads, head_dim, allocation=None) -> CallCost:
@@ -34,5 +39,5 @@ class StaticMethod(Method):
 
 @functools.lru_cache(maxsize=64)
 def _counted(method: StaticMethod, layout) -> CallCost:
-  """Of one head. A long grid's table takes seconds to build, its counts are a few numbers: those are kept."""
-  return count(method.mask(layout), 1)
+  """A long grid's table takes seconds to build, its counts are a few numbers: those are kept."""
+  return method.counted(layout)

@@ -9,4 +9,4 @@ from kernels.block_mask import BlockMask
 def dense(layout: TileLayout) -> BlockMask:
   """The dense table of a layout: no lists (`kv_indices` is None), padding rows hidden by `kv_len`."""
   counts = np.full((1, 1, layout.tiles), layout.tiles, np.int32)
-  return BlockMask(None, counts, layout.arrays().kv_len, None, layout.block, layout.block)
+  return BlockMask(None, counts, layout.tile_lengths, None, layout.block, layout.block)

@@ -13,8 +13,10 @@ tiles within a frame of tiles, s tiles in it, and the distance in time in tokens
 import numpy as np
 
 from freqformer.layout import TileLayout
+from freqformer.planners.counting import axis_lengths, count_tiles
 from freqformer.planners.where import frame_tiles, tiles_where
 from kernels.block_mask import BlockMask
+from kernels.cost import CallCost
 
 
 def radial_widths(layout: TileLayout, decay: float = 1.0) -> np.ndarray:
@@ -39,6 +41,29 @@ def radial(layout: TileLayout, decay: float = 1.0, sink: int = 1) -> BlockMask:
     return (apart < widths[np.abs(query[0] - key[0])]) | (key[0] < sink)
 
   return tiles_where(layout, rule)
+
+
+def count_radial(layout: TileLayout, decay: float = 1.0, sink: int = 1) -> CallCost:
+  """Counts of `radial` at head dimension 1, frame by frame: a query tile sees one run of places in each."""
+  frames, _, columns = layout.tile_grid
+  s, at = frame_tiles(layout), np.arange(frames)
+  widths = radial_widths(layout, decay)[np.abs(at[:, None] - at)]  # [query frame, key frame]
+  widths[:, :sink] = s
+  t, y, x = axis_lengths(layout)
+  sums, places = np.concatenate([[0], np.cumsum(np.outer(y, x))]), np.arange(s)
+  counts, keys = np.zeros((2, frames, s), np.int64)
+  for width in np.unique(widths[widths > 0]):
+    low, high = np.maximum(places - width + 1, 0), np.minimum(places + width, s)
+    counts += np.outer((widths == width).sum(1), high - low)
+    keys += np.outer((widths == width) @ t, sums[high] - sums[low])
+
+  def mark(seen, frame, row, first, stop):
+    seen, row = seen.reshape(frames, s), row * columns
+    for other, width in enumerate(widths[frame]):
+      if width:
+        seen[other, max(row + first - width + 1, 0) : row + stop - 1 + width] = True
+
+  return count_tiles(layout, counts.reshape(layout.tile_grid), keys.reshape(layout.tile_grid), mark)
 
 
 def radial_density(layout: TileLayout, decay: float = 1.0, sink: int = 1) -> float:

@@ -1,12 +1,15 @@
 """A 3-D window moved tile by tile, so that no block is mixed (STA, arXiv 2502.04507)."""
 
 import functools
+import math
 
 import numpy as np
 from absl import logging
 
 from freqformer.layout import TileLayout
-from kernels.block_mask import BlockMask, pad_lists
+from freqformer.planners.counting import axis_lengths, count_tiles
+from kernels.block_mask import BlockMask, check_listed, pad_lists
+from kernels.cost import CallCost
 
 BORDERS = ("clamp", "clip")
 
@@ -21,15 +24,10 @@ def sliding_tile(layout: TileLayout, window: tuple[int, int, int], border: str =
       "clip" cuts it off, so that border tiles list fewer.
 
   Raises:
-    ValueError: for an unknown border or a window below one tile.
+    ValueError: for an unknown border, a window below one tile, or more tiles than a table may list.
   """
-  if border not in BORDERS:
-    raise ValueError(f"{border=} is unknown; choose one of {', '.join(BORDERS)}.")
-  if len(window) != 3 or min(window) < 1:
-    raise ValueError(f"{window=} must be three tile counts (t, y, x) of at least 1.")
-  extent = tuple(min(w, g) for w, g in zip(window, layout.tile_grid, strict=True))
-  if extent != tuple(window):
-    _log_whole_axis(tuple(window), layout.tile_grid)
+  extent = _extent(layout, window, border)
+  check_listed(layout.tiles * math.prod(extent), f"a window of {extent} tiles on {layout.tile_grid}")
   axes = [_axis(w, g, border) for w, g in zip(extent, layout.tile_grid, strict=True)]
   (t, t_in), (y, y_in), (x, x_in) = axes
   grid_t, grid_y, grid_x = layout.tile_grid
@@ -42,11 +40,44 @@ def sliding_tile(layout: TileLayout, window: tuple[int, int, int], border: str =
   )
   ids = (at(t, 0) * grid_y + at(y, 1)) * grid_x + at(x, 2)
   inside = np.broadcast_to(at(t_in, 0) & at(y_in, 1) & at(x_in, 2), shape).reshape(layout.tiles, -1)
-  ids = np.broadcast_to(ids, shape).reshape(layout.tiles, -1)
-  front = np.argsort(~inside, axis=-1, stable=True)  # the listed ones first, still ascending
-  ids = np.take_along_axis(ids, front, -1).astype(np.int32)[None, None]
+  ids = np.broadcast_to(ids.astype(np.int32), shape).reshape(layout.tiles, -1)
+  if not inside.all():  # the listed ones first, still ascending
+    ids = np.take_along_axis(ids, np.argsort(~inside, axis=-1, stable=True), -1)
+  ids = ids[None, None]
   counts = inside.sum(-1).astype(np.int32)[None, None]
-  return pad_lists(ids, counts, layout.arrays().kv_len, None, layout.block, layout.block)
+  return pad_lists(ids, counts, layout.tile_lengths, None, layout.block, layout.block)
+
+
+def count_window(
+  layout: TileLayout, window: tuple[int, int, int], border: str = "clamp", parts: int = 1, before: int = 0
+) -> CallCost:
+  """Counts of `sliding_tile(...).refine(parts)` at head dimension 1, `before` empty rows first; raises as it does."""
+  extent = _extent(layout, window, border)
+  ranges = []  # per axis: the first position that each one sees, and the one behind the last
+  for w, grid in zip(extent, layout.tile_grid, strict=True):
+    position, inside = _axis(w, grid, border)
+    ranges.append((np.where(inside, position, grid).min(1), np.where(inside, position, -1).max(1) + 1))
+  sums = [np.concatenate([[0], np.cumsum(lengths)]) for lengths in axis_lengths(layout)]
+  counts = math.prod(np.ix_(*(stop - start for start, stop in ranges)))
+  keys = math.prod(np.ix_(*(s[stop] - s[start] for s, (start, stop) in zip(sums, ranges, strict=True))))
+  (t0, t1), (y0, y1), (x0, x1) = ranges
+
+  def mark(seen, t, y, first, stop):
+    seen[t0[t] : t1[t], y0[y] : y1[y], x0[first] : x1[stop - 1]] = True  # windows of neighbours meet
+
+  return count_tiles(layout, counts, keys, mark, parts=parts, before=before)
+
+
+def _extent(layout, window, border) -> tuple[int, int, int]:
+  """The window where it is larger than the grid: the grid."""
+  if border not in BORDERS:
+    raise ValueError(f"{border=} is unknown; choose one of {', '.join(BORDERS)}.")
+  if len(window) != 3 or min(window) < 1:
+    raise ValueError(f"{window=} must be three tile counts (t, y, x) of at least 1.")
+  extent = tuple(min(w, g) for w, g in zip(window, layout.tile_grid, strict=True))
+  if extent != tuple(window):
+    _log_whole_axis(tuple(window), layout.tile_grid)
+  return extent
 
 
 def _axis(window: int, grid: int, border: str) -> tuple[np.ndarray, np.ndarray]:
