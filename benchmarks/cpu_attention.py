@@ -62,6 +62,27 @@ QUICK = Run(
 )
 
 
+def _listed(spec: AttentionSpec, keys: int | None = None) -> dict:
+  """What the simulator needs to know of a call (`freqformer/simulation/measurements.py`); keys listed, default the spec's."""
+  shape = {"heads": spec.heads, "head_dim": spec.head_dim, "batch": spec.batch, "tokens": spec.n, "block": spec.block}
+  return shape | {"density": (spec.keys if keys is None else keys) / spec.n}
+
+
+def described(found: list[dict], run: Run) -> list[dict]:
+  """The rows of a run with `attention_calls`: what those of their times are of that are one forward attention call of ours."""
+  base, n = run.base, run.base.n
+  calls = {
+    f"forward_vs_dense_loop_{base.name}": {"sparse": _listed(base)},
+    f"dense_mode_vs_dense_loop_{base.name}": {"dense_mode": _listed(base, n)},
+    f"time_{run.large.name}_over_{base.name}": {"small": _listed(base), "large": _listed(run.large)},
+  }
+  for name, block, method in run.methods:
+    shape = {"heads": base.heads, "head_dim": base.head_dim, "batch": base.batch, "grid": list(base.grid), "block": block}
+    shape["method"] = f"freqformer(allocation={method.allocation}, mid_tiles={method.mid_tiles})"
+    calls[f"freqformer_{name}_vs_dense_loop_{base.name}"] = {"attention_alone": shape}
+  return [row | ({"attention_calls": calls[row["name"]]} if row["name"] in calls else {}) for row in found]
+
+
 # ---- measurements --------------------------------------------------------------------------------------------------------
 
 
@@ -233,4 +254,4 @@ def main(quick: bool, command: str) -> None:
   found = measure(QUICK if quick else FULL)
   print(rows.table(found))
   if not quick:
-    rows.write_rows("attention_cpu", [row | context for row in found], command)
+    rows.write_rows("attention_cpu", [row | context for row in described(found, FULL)], command)

@@ -4,6 +4,7 @@
 same process; errors are against a float32 oracle on sampled rows; rates count the table's own pairs.
 """
 
+import dataclasses
 import functools
 import gc
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from benchmarks.gpu_plan import Plan
 from benchmarks.gpu_rows import Deadline, Store
 from benchmarks.gpu_timing import Call, Measured, measure
 from freqformer.cost import BACKWARD_OVER_FORWARD, attention_cost
+from kernels import cost
 
 
 class Session:
@@ -70,6 +72,9 @@ class Session:
     sizes = {"n": spec.n, "grid": list(spec.grid), "heads": problem.heads, "head_dim": spec.head_dim, "dtype": spec.dtype}
     table = {"mask": problem.what, "block_q": mask.block_q, "block_kv": mask.block_kv, "density": problem.density}
     rate = {"flops": flops, "tflops": flops / measured.seconds / 1e12}
+    # What the simulator is calibrated by: lists as they are, padding rows included, which the density does not tell.
+    counts = dataclasses.asdict(cost.count(mask, spec.head_dim, batch=spec.batch, heads=problem.heads))
+    rate |= {"counts": counts} if direction == "forward" else {}
     return sizes | table | {"direction": direction, "implementation": self.implementation} | measured.row() | rate
 
   def against_dense(self, row: dict, spec: AttentionSpec) -> dict:

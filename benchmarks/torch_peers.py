@@ -68,7 +68,9 @@ class Torch:
 
 def emit(name, facts, times=None, pairs=0, backward=False, **fields):
   """Prints one row. FLOPs are the useful ones: 4 d per scored pair forward, 2.5 times that backward."""
-  row = {"name": name, **facts, **fields}
+  direction = "forward_backward" if backward else "forward"
+  shape = {"head_dim": HEAD_DIM, "direction": direction, "implementation": "torch " + name.split("/")[0].split("_")[1]}
+  row = {"name": name, **facts, **shape, **fields}
   if times:
     flops = 4 * pairs * HEAD_DIM * (3.5 if backward else 1)
     quantiles = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else times * 9

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 
 from freqformer.cost import model_cost, training_flops, utilisation
-from freqformer.simulation.descriptions import known, load_gpu
+from freqformer.simulation.descriptions import gpu_named, load_gpu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,5 +36,5 @@ class Throughput:
 
 def peak_of(device_kind: str) -> float | None:
   """Dense bf16 FLOP/s of a device by the name that it gives itself; None if no description has that name."""
-  words = device_kind.lower().split()
-  return next((load_gpu(name).tensor_flops for name in known("gpus") if name in words), None)
+  name = gpu_named(device_kind)
+  return None if name is None else load_gpu(name).tensor_flops

@@ -5,9 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import gates, gpu_attention, gpu_run
+from benchmarks import gates, gpu_attention, gpu_run, rows
 from benchmarks.gpu_plan import FULL, REHEARSAL, SHORT
 from benchmarks.gpu_rows import Deadline, Store
+from freqformer.config import ConfigError
+from freqformer.simulation import calibrate
+from freqformer.simulation.descriptions import load_gpu
 
 # One worker: what the file prepares or compiles is then made once.
 pytestmark = [pytest.mark.xdist_group("gpu_benchmark"), pytest.mark.usefixtures("quick_compiles")]
@@ -75,6 +78,42 @@ def test_ratios_come_from_the_rows_they_name(rehearsed):
   best = min(launches["separate_wall_s"].values())
   assert set(launches["separate_wall_s"]) == {"sequential", "concurrent"}
   np.testing.assert_allclose(launches["ratio"], best / launches["fused_wall_s"])
+
+
+def test_the_simulator_is_calibrated_by_the_file_as_it_is(rehearsed, tmp_path):
+  """Every attention row of a forward pass is taken with its lists; all else is counted; rehearsals and other devices refused."""
+  run, folder = rehearsed
+  path, gpu = folder / "attention_gpu_rehearsal.json", load_gpu("h100")
+  with pytest.raises(ConfigError, match=r"no row of h100 to fit to \((\d+) of \1 rows left out: \1 of a rehearsal\)"):
+    calibrate.fit_file(gpu, path)
+  # The same file as a GPU would have written it, with a row that failed, a wrong one, and the model's.
+  found = [{k: v for k, v in r.items() if k != "rehearsal"} | {"device": "NVIDIA H100 80GB HBM3"} for r in run.store.all()]
+  dense = next(r for r in found if r["name"] == "dense/a_64k")
+  found += [{"name": "x", "error": "E", "device": dense["device"]}, dense | {"correct": False}, {"name": "y", "expected": True}]
+  (tmp_path / "rows.json").write_text(json.dumps(found))
+  with pytest.raises(ConfigError, match="no row of a100 .* of h100"):
+    calibrate.fit_file(load_gpu("a100"), tmp_path / "rows.json")
+  fit = calibrate.fit_file(gpu, tmp_path / "rows.json")
+  by_name = {r["name"]: r for r in found}
+  assert {"cudnn/a_64k", "window/b_115k", "freqformer/a_64k", "lists_d10/d_32k"} <= {r["name"] for r in fit.rows}
+  for r in fit.rows:
+    assert r["attention_flops"] == pytest.approx(by_name[r["name"]]["flops"]), r["name"]
+    assert (
+      r["measured_seconds"] == by_name[r["name"]]["seconds"] and r["implementation"] == by_name[r["name"]]["implementation"]
+    )
+  left_out, chosen = fit.notes
+  assert left_out.startswith(f"{len(found) - len(fit.rows)} of {len(found)} rows left out: ")
+  for reason in ("no timed attention call", "5 not of a forward pass alone", "1 failed", "1 wrong results", "1 not measured"):
+    assert reason in left_out
+  assert "of reference" in chosen and not any(r["fitted"] for r in fit.rows if r["implementation"] == "cudnn")
+  assert any("missed" in w for w in fit.warnings)  # a CPU's times are no H100's
+
+
+def test_the_committed_cpu_rows_calibrate_the_cpu():
+  fit = calibrate.fit_file(load_gpu("cpu"), rows.RESULTS / "attention_cpu.json")
+  assert len(fit.rows) == 6 and fit.notes[0].endswith("6 no timed attention call") and fit.worst(False) < 0.15
+  with pytest.raises(ConfigError, match="no row of h100 .*5 of cpu"):
+    calibrate.fit_file(load_gpu("h100"), rows.RESULTS / "attention_cpu.json")
 
 
 def test_a_second_run_measures_nothing_again(rehearsed, monkeypatch):

@@ -1,28 +1,13 @@
-"""Fits a device's free rates to measured attention calls, and says how wrong every row comes out, the fitted and the others.
-
-A row of measurements is a JSON object with
-
-  name, gpu, heads, head_dim, seconds (or tflops, by useful FLOPs), source
-  tokens (or n), and density (default 1: every query tile lists that share of the key tiles), or
-  method, grid and, if need be, tile: the lists that the method makes of that grid
-  block (or block_q; default 128), batch (default 1), fit (true: may be fitted to; default true)
-
-so that rows of `benchmarks/attention.py --device=gpu` (forward only) are taken as they are.
-"""
+"""Fits a device's free rates to measured attention calls (`measurements.py`), and says how wrong every row comes out."""
 
 import dataclasses
-import json
 import math
-import pathlib
 import statistics
 
 from freqformer.config import ConfigError
-from freqformer.cost import method_call
-from freqformer.layout import TileLayout
 from freqformer.simulation.descriptions import Gpu
-from freqformer.simulation.forward import make_method
+from freqformer.simulation.measurements import Measurement, load_rows
 from freqformer.simulation.roofline import attention_seconds
-from kernels.cost import CallCost, uniform
 
 # In the order in which they are added while there are rows to tell them apart, and how far each may move.
 _FREE = {
@@ -32,28 +17,29 @@ _FREE = {
   "l2": (0.1, 10.0),
   "launch_s": (0.01, 30.0),
 }
-_MATTERS = 0.01  # a rate is fitted only if doubling it moves some fitted row by this share
-
-
-@dataclasses.dataclass(frozen=True)
-class Measurement:
-  """One measured call."""
-
-  name: str
-  seconds: float
-  call: CallCost
-  heads: float
-  fit: bool
-  source: str
+_MATTERS = 0.01  # a rate is fitted only if halving it moves some fitted row by this share
+_MISSED = 0.15  # a fitted row that comes out further off than this was not described by any choice of the rates
+# Rates that belong to an SM, whatever memory stands behind it.
+_SM_RATES = ("attention_flops", "softmax_exposed", "item_s")
+_SM_FACTS = ("tensor_flops", "sms", "exp_per_sm_s")
 
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-  """The device with fitted rates, which rates those are, and a row per measurement with the prediction's error."""
+  """A fit.
+
+  Attributes:
+    gpu: the device with fitted rates; it says itself which those are.
+    fitted: names of the rates of this fit.
+    rows: one per measurement, with the prediction's error.
+    notes: what was left out or held out. warnings: why the fit is not to be trusted; empty where nothing speaks against it.
+  """
 
   gpu: Gpu
   fitted: tuple[str, ...]
   rows: list[dict]
+  notes: tuple[str, ...] = ()
+  warnings: tuple[str, ...] = ()
 
   def worst(self, fitted: bool) -> float:
     """Largest absolute relative error of the fitted, or of the other rows; 0 if there are none."""
@@ -63,58 +49,26 @@ class Calibration:
     """For people."""
     rates = ", ".join(f"{name} = {getattr(self.gpu.rates, name):.4g}" for name in self.fitted)
     lines = [
-      f"{self.gpu.name}: fitted {rates or 'nothing'}",
+      *self.notes,
+      f"{self.gpu.name}: fitted {rates or 'nothing'}; {', '.join(self.gpu.assumed)} assumed",
       f"{'row':<44} {'measured ms':>12} {'simulated ms':>13} {'error':>8}  fitted",
     ]
     for r in self.rows:
       times = f"{1e3 * r['measured_seconds']:>12.4g} {1e3 * r['seconds']:>13.4g} {r['error']:>+8.1%}"
       lines.append(f"{r['name']:<44} {times}  {'yes' if r['fitted'] else 'no'}")
-    errors = [abs(r["error"]) for r in self.rows if not r["fitted"]]
-    if errors:
-      lines.append(f"{len(errors)} rows not fitted: mean error {statistics.mean(errors):.1%}, worst {max(errors):.1%}")
-    return "\n".join(lines)
+    kernels = {r["implementation"] for r in self.rows}
+    for kernel in sorted(kernels):
+      errors = [abs(r["error"]) for r in self.rows if not r["fitted"] and r["implementation"] == kernel]
+      if errors:
+        what = f"{len(errors)} rows{f' of {kernel}' * bool(kernel and len(kernels) > 1)} not fitted"
+        lines.append(f"{what}: mean error {statistics.mean(errors):.1%}, worst {max(errors):.1%}")
+    return "\n".join(lines + [f"WARNING: {w}" for w in self.warnings])
 
 
-def load_rows(path, gpu: str) -> list[Measurement]:
-  """The rows of one device in a JSON file.
-
-  Raises:
-    ConfigError: for a file that is absent or no list of rows, or a row without a needed field (names it).
-  """
-  try:
-    rows = json.loads(pathlib.Path(path).read_text())
-  except (OSError, ValueError) as error:
-    raise ConfigError(f"--calibrate={path} cannot be read as JSON rows: {error}") from error
-  if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
-    raise ConfigError(f"--calibrate={path} must be a JSON list of objects, one per measured call.")
-  found = [measurement(r) for r in rows if r.get("gpu", gpu) == gpu and r.get("direction", "forward") == "forward"]
-  if not any(m.fit for m in found):
-    devices = sorted({str(r.get("gpu")) for r in rows})
-    raise ConfigError(f"{path} has no row of {gpu} to fit to (its rows are of {', '.join(devices)}); choose --gpu accordingly.")
-  return found
-
-
-def measurement(row: dict) -> Measurement:
-  """A row as the call that was measured; raises ConfigError naming the row and what it lacks."""
-  name = str(row.get("name", "(no name)"))
-  try:
-    heads, d, block = int(row["heads"]), int(row["head_dim"]), int(row.get("block_q", row.get("block", 128)))
-    samples = heads * int(row.get("batch", 1))
-    if "method" in row:
-      layout = TileLayout.fit(row["grid"], block, row.get("tile"))
-      call = method_call(make_method(row["method"]), layout, heads, d)
-    else:
-      n = int(row["tokens"] if "tokens" in row else row["n"])
-      tiles, density = -(-n // block), float(row.get("density", 1.0))
-      call = uniform(tiles, density * tiles, tiles, d, block=block, fill=n / (tiles * block), heads=samples)
-    seconds = float(row["seconds"]) if "seconds" in row else call.flops / (float(row["tflops"]) * 1e12)
-  except (KeyError, TypeError, ValueError) as error:
-    raise ConfigError(
-      f"measured row {name!r} lacks or misstates a field: {error} (freqformer/simulation/calibrate.py lists them)."
-    ) from error
-  if not (seconds > 0 and math.isfinite(seconds)):
-    raise ConfigError(f"measured row {name!r}: {seconds=} must be positive.")
-  return Measurement(name, seconds, call, samples, bool(row.get("fit", True)), str(row.get("source", "")))
+def fit_file(gpu: Gpu, path) -> Calibration:
+  """`calibrate` by the rows of a file; raises ConfigError as `load_rows` does."""
+  measured, notes = load_rows(path, gpu.name)
+  return dataclasses.replace(calibrate(gpu, measured), notes=tuple(notes))
 
 
 def calibrate(gpu: Gpu, measured: list[Measurement], free: tuple[str, ...] | None = None) -> Calibration:
@@ -122,7 +76,7 @@ def calibrate(gpu: Gpu, measured: list[Measurement], free: tuple[str, ...] | Non
 
   Args:
     gpu: where the rates start; those not fitted stay.
-    measured: of `load_rows`.
+    measured: of `load_rows`; `fit` says which to fit to.
     free: names of rates to fit; default: of `_FREE`, in its order, those that matter to these rows, at most one per row.
   """
   rows = [m for m in measured if m.fit]
@@ -135,15 +89,69 @@ def calibrate(gpu: Gpu, measured: list[Measurement], free: tuple[str, ...] | Non
         best = _line_search(best, gpu, rows, name, step)
       if _loss(best, rows) > before * (1 - 1e-6) - 1e-15:
         break
-  changed = f"Fitted ({', '.join(names)}) to {len(rows)} measured rows; the other rates as before: {gpu.rates_from}"
-  best = dataclasses.replace(best, rates_from=changed, calibrated=True)
-  found = [_row(best, m) for m in measured]
-  return Calibration(best, names, found)
+  warnings = tuple(_limits(best, gpu, names) + _misses(best, rows))
+  to = f"{len(rows)} measured rows"
+  changed = f"Fitted ({', '.join(names)}) to {to}; the other rates as before: {gpu.rates_from}"
+  before = tuple(n for n in gpu.fitted if n not in names)
+  best = dataclasses.replace(
+    best,
+    rates_from=changed,
+    fitted=before + names,
+    fitted_to=f"{to} (before: {gpu.fitted_to})" if before else to,
+    fit_warnings=warnings,
+  )
+  return Calibration(best, names, [_row(best, m) for m in measured], warnings=warnings)
+
+
+def carry_over(fitted: Gpu, to: Gpu) -> Gpu:
+  """A device with the rates that another one with the same SMs was fitted to: those of an SM; memory and links stay its own.
+
+  Clocks are taken to be the same, too: the data sheets say nothing else, and no measurement of `to` is involved.
+
+  Raises:
+    ConfigError: if the SMs differ by their descriptions.
+  """
+  differs = [f for f in _SM_FACTS if getattr(fitted, f) != getattr(to, f)]
+  if differs:
+    raise ConfigError(f"rates of {fitted.name} say nothing about {to.name}: {', '.join(differs)} differ.")
+  names = tuple(n for n in _SM_RATES if n in fitted.fitted)
+  return dataclasses.replace(
+    to,
+    rates=dataclasses.replace(to.rates, **{n: getattr(fitted.rates, n) for n in names}),
+    rates_from=f"{', '.join(names)}: carried over from {fitted.name}, whose SMs are the same. The others: {to.rates_from}",
+    fitted=names,
+    fitted_to=f"{fitted.fitted_to} of {fitted.name}, which has the same SMs",
+    fit_warnings=fitted.fit_warnings,
+  )
+
+
+def _limits(gpu, start, names) -> list[str]:
+  """Rates that ended on a limit of their search: the rows do not determine them, or the model does not describe the rows."""
+  found = []
+  for name in names:
+    value = getattr(gpu.rates, name)
+    if any(math.isclose(value, limit, rel_tol=1e-6) for limit in _range(start, name)):
+      found.append(f"{name} ended on the limit of its search, {value:.4g}")
+  return found
+
+
+def _misses(gpu, rows) -> list[str]:
+  """Fitted rows that are missed all the same."""
+  errors = sorted(((_predict(gpu, m) / m.seconds - 1, m.name) for m in rows), key=lambda e: -abs(e[0]))
+  missed = [e for e in errors if abs(e[0]) > _MISSED]
+  if not missed:
+    return []
+  error, name = missed[0]
+  return [f"{len(missed)} of {len(rows)} fitted rows are missed by more than {_MISSED:.0%}; the worst is {name}, {error:+.1%}"]
+
+
+def _range(start, name) -> tuple[float, float]:
+  low, high = (factor * max(getattr(start.rates, name), 1e-9) for factor in _FREE[name])
+  return low, min(high, start.tensor_flops) if name == "attention_flops" else high
 
 
 def _line_search(best, start, rows, name, step):
-  low, high = (factor * max(getattr(start.rates, name), 1e-9) for factor in _FREE[name])
-  high = min(high, start.tensor_flops) if name == "attention_flops" else high
+  low, high = _range(start, name)
   for factor in (step, 1 / step):
     while True:
       value = getattr(best.rates, name) * factor
@@ -167,7 +175,7 @@ def _loss(gpu, rows):
 
 
 def _matters(gpu, rows, name):
-  """Whether some row depends on the rate, halved or doubled."""
+  """Whether some row depends on the rate."""
   halved = _with(gpu, name, getattr(gpu.rates, name) / 2)
   return any(abs(_predict(halved, m) / _predict(gpu, m) - 1) > _MATTERS for m in rows)
 
@@ -180,8 +188,13 @@ def _row(gpu, m):
     "attention_flops": m.call.flops,
     "measured_seconds": m.seconds,
     "seconds": seconds,
-    "measured": False,
+    "measured": False,  # of `seconds`
     "error": seconds / m.seconds - 1,
     "fitted": m.fit,
+    "implementation": m.kernel,
+    "derived": m.derived,
     "source": m.source,
+    "rates_fitted": list(gpu.fitted),
+    "rates_assumed": list(gpu.assumed),
+    "rates_warnings": list(gpu.fit_warnings),
   }

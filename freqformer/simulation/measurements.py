@@ -1,0 +1,189 @@
+"""Measured attention calls from JSON files: written by hand, or by this repository's benchmarks.
+
+A row of measurements is an object with
+
+  name, source; gpu (a name of `--gpu`) or device (what the device calls itself: NVIDIA H100 80GB HBM3)
+  heads, head_dim, seconds (or tflops, by useful FLOPs), batch (default 1)
+  the lists, as one of
+    counts: the fields of `kernels.cost.CallCost`, all samples and heads together
+    method, grid and, if need be, tile: the lists that the method makes of that grid
+    tokens (or n), and density (default 1): every query tile lists that share of the key tiles
+  block_q (or block; default 128), block_kv (default: the same)
+  fit: whether rates may be fitted to it. If no row says so, `split` chooses: every other one.
+  implementation: the kernel; derived: how the figure follows from others, where it was not measured itself
+
+A row of `python -m benchmarks.attention` may hold several timed calls: `attention_calls` describes each, by the name of its
+times.
+Everything else that benchmarks write (ceilings, gates, other kernels than attention, failures, models) is left out and counted.
+"""
+
+import collections
+import dataclasses
+import json
+import math
+import pathlib
+
+from freqformer.config import ConfigError
+from freqformer.cost import method_call
+from freqformer.layout import TileLayout
+from freqformer.simulation.descriptions import gpu_named
+from freqformer.simulation.forward import make_method
+from kernels.cost import CallCost, uniform
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+  """One measured call.
+
+  Attributes:
+    name, source: for people. seconds: measured, or derived as `derived` says.
+    call: what ran. heads: times samples.
+    fit: whether rates may be fitted to it; None: nobody said.
+    kernel: that was measured; rates of one kernel say little about another.
+  """
+
+  name: str
+  seconds: float
+  call: CallCost
+  heads: float
+  fit: bool | None = None
+  source: str = ""
+  derived: str = ""
+  kernel: str = ""
+
+
+def load_rows(path, gpu: str) -> tuple[list[Measurement], list[str]]:
+  """The rows of one device in a JSON file, and what is to be said of the others, a line each.
+
+  Raises:
+    ConfigError: for a file that is absent or no list of rows, a row without a needed field (names it), or a file with no row
+      of this device to fit to (says what its rows are instead).
+  """
+  try:
+    rows = json.loads(pathlib.Path(path).read_text())
+  except (OSError, ValueError) as error:
+    raise ConfigError(f"--calibrate={path} cannot be read as JSON rows: {error}") from error
+  if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
+    raise ConfigError(f"--calibrate={path} must be a JSON list of objects, one per measured call.")
+  reasons = [_left_out(r, gpu) for r in rows]
+  found, said = split([m for r, reason in zip(rows, reasons, strict=True) if not reason for m in measurements(r)])
+  counts = collections.Counter(filter(None, reasons))
+  parts = ", ".join(f"{n} {reason}" for reason, n in counts.most_common())
+  left_out = [f"{sum(counts.values())} of {len(rows)} rows left out: {parts}"] if counts else []
+  if not any(m.fit for m in found):
+    why = left_out[0] if left_out else "every row says fit: false" if rows else "it is empty"
+    raise ConfigError(
+      f"{path} has no row of {gpu} to fit to ({why}). Rows need heads, head_dim, seconds and gpu={gpu!r}, or a device that "
+      "calls itself so; choose --gpu accordingly."
+    )
+  return found, left_out + said
+
+
+def split(found: list[Measurement]) -> tuple[list[Measurement], list[str]]:
+  """Decides which rows are fitted to and which are held out, where the rows leave it open; and says what was decided.
+
+  Where some row asks to be fitted, those that say nothing are held out. Where none does: of the rows of the kernel that has
+  the most, sorted by FLOPs, every other one between the smallest and the largest is held out (of two the larger), so that
+  nothing is extrapolated. Other kernels' rows are held out.
+  """
+  open_rows = [m for m in found if m.fit is None]
+  if not open_rows or any(m.fit for m in found):
+    found, said = [dataclasses.replace(m, fit=bool(m.fit)) for m in found], []
+  else:
+    kernel = collections.Counter(m.kernel for m in open_rows).most_common(1)[0][0]
+    own = sorted((m for m in open_rows if m.kernel == kernel), key=lambda m: m.call.flops)
+    held_out = {id(m) for m in found if m.kernel != kernel or m.fit is False} | {id(m) for m in own[1:-1:2] or own[1:]}
+    found = [dataclasses.replace(m, fit=id(m) not in held_out) for m in found]
+    of = f" of {kernel}" * any(m.kernel != kernel for m in found)
+    said = [
+      f"no row says which to fit to: {len(found) - len(held_out)}{of} were, every other one by FLOPs; {len(held_out)} held out"
+    ]
+  if found and all(m.fit for m in found):
+    said.append("nothing was held out: the errors are those of a fit, not of a prediction")
+  return found, said
+
+
+def _left_out(row: dict, gpu: str) -> str:
+  """Why a row is not used; "" if it is."""
+  device = row.get("gpu") or row.get("device")
+  called = row.get("gpu") or gpu_named(str(device)) or str(device)
+  timed = "attention_calls" in row or ({"heads", "head_dim"} <= row.keys() and bool({"seconds", "tflops"} & row.keys()))
+  by_hand = bool({"heads", "head_dim"} & row.keys()) and "command" not in row  # then a lacking field is named, not passed over
+  reasons = {
+    "of a rehearsal": bool(row.get("rehearsal")),
+    "not measured but modelled": bool(row.get("expected")) or row.get("measured") is False,
+    "failed": isinstance(row.get("error"), str),
+    "wrong results": row.get("correct") is False,
+    "no timed attention call": not (timed or by_hand),
+    "not of a forward pass alone": row.get("direction", "forward") != "forward",
+    "without gpu or device": device is None,
+    f"of {called}": called != gpu,
+  }
+  return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+# ---- one row -------------------------------------------------------------------------------------------------------------
+
+
+def measurements(row: dict) -> list[Measurement]:
+  """The timed calls of a row; raises ConfigError naming the row and what it lacks or misstates."""
+  if "attention_calls" not in row:
+    return [measurement(row)]
+  shared = {k: row[k] for k in ("source", "command", "fit") if k in row}
+  found = []
+  for part, call in row["attention_calls"].items():
+    times = {"seconds": row[part]["median_s"]} if part in row else {}
+    found.append(measurement(shared | times | call | {"name": f"{row.get('name')}: {part}"}))
+  return found
+
+
+def measurement(row: dict) -> Measurement:
+  """A row as the call that was measured; raises ConfigError naming the row and what it lacks or misstates."""
+  name = str(row.get("name", "(no name)"))
+  try:
+    heads, d, batch = (_positive(row, key, *default) for key, default in (("heads", ()), ("head_dim", ()), ("batch", (1,))))
+    call = _call(row, heads, d, batch)
+    seconds = _positive(row, "seconds", whole=False) if "seconds" in row else call.flops / _positive(row, "tflops", whole=False)
+    seconds *= 1.0 if "seconds" in row else 1e-12
+    fit = row.get("fit")
+    if fit not in (None, True, False) or isinstance(fit, int) and not isinstance(fit, bool):
+      raise ValueError(f"{fit=} must be true or false")
+  except (KeyError, TypeError, ValueError) as error:
+    raise ConfigError(
+      f"measured row {name!r} lacks or misstates a field: {error} (freqformer/simulation/measurements.py lists them)."
+    ) from error
+  source, derived, kernel = (str(row.get(k) or "") for k in ("source", "derived", "implementation"))
+  return Measurement(name, seconds, call, heads * batch, fit, source or str(row.get("command", "")), derived, kernel)
+
+
+def _call(row, heads, d, batch) -> CallCost:
+  block = _positive(row, "block_q" if "block_q" in row else "block", 128)
+  block_kv = _positive(row, "block_kv", block)
+  if "counts" in row:
+    call = CallCost(**row["counts"])
+    numbers = dataclasses.astuple(call)
+    if not all(math.isfinite(x) and x >= 0 for x in numbers) or min(call.pairs, call.items, call.loads, call.head_dim) <= 0:
+      raise ValueError(f"counts must be positive, got {row['counts']}")
+    return call
+  if "method" in row:
+    layout = TileLayout.fit(row["grid"], block, row.get("tile"))
+    return method_call(make_method(row["method"]), layout, heads, d).scaled(batch)
+  n = _positive(row, "tokens" if "tokens" in row else "n")
+  density = row.get("density", 1.0)
+  if isinstance(density, bool) or not 0 < density <= 1 + 1e-9:
+    raise ValueError(f"{density=} must lie in (0, 1]: scored pairs over all pairs")
+  q_tiles, kv_tiles = -(-n // block), -(-n // block_kv)
+  call = uniform(q_tiles, density * kv_tiles, kv_tiles, d, block=block, block_kv=block_kv, heads=heads * batch)
+  # As many pairs as the density says, whatever the last tiles hold.
+  return dataclasses.replace(call, pairs=density * float(n) ** 2 * heads * batch)
+
+
+def _positive(row, key, default=None, whole=True):
+  """A positive number of a row; KeyError or ValueError otherwise."""
+  value = row.get(key, default)
+  if value is None:
+    raise KeyError(key)
+  number = isinstance(value, int | float) and not isinstance(value, bool)
+  if not number or not math.isfinite(value) or value <= 0 or (whole and value != int(value)):
+    raise ValueError(f"{key}={value!r} must be a positive {'whole ' * whole}number")
+  return int(value) if whole else float(value)
