@@ -12,6 +12,7 @@ import pathlib
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from freqformer import cli
 from freqformer.config import ConfigError
@@ -128,9 +129,11 @@ def _losses(workdir) -> str:
     if len(series(metric_rows(workdir, kind), "loss")[0]):
       left.plot(*series(metric_rows(workdir, kind), "loss"), "o-", ms=4, color=colour, label=label)
   left.set(xlabel="step", ylabel="velocity loss (mean square)")
-  left.legend(frameon=False, fontsize=8)
+  left.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
   right.plot(*series(train, "grad_norm"), color=_COLOURS[5], lw=0.9)
   right.set(xlabel="step", ylabel="gradient norm", yscale="log")
+  for axis in (left, right):
+    axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
   last = {k: float(series(train, k)[1][-1]) for k in ("loss", "lr", "steps_per_s") if len(series(train, k)[1])}
   units = {"loss": "last training loss", "lr": "last learning rate", "steps_per_s": "steps per second"}
   return image(figure, "loss over steps") + facts((units[k], v) for k, v in last.items())
@@ -144,14 +147,14 @@ def _buckets(workdir) -> str:
   soft = [r["buckets"] for r in metric_rows(workdir, "val_soft") if r["step"] == last["step"]]
   bars = {"model": last["buckets"], "model, soft routing": soft[0] if soft else None}
   bars = {k: v for k, v in {**bars, "best per-channel linear predictor": last.get("linear_buckets")}.items() if v}
-  figure, (axis,) = panels(1, 6.5)
+  figure, (axis,) = panels(1, 8.5)
   for i, (name, values) in enumerate(bars.items()):
     colour = _COLOURS[5] if "linear" in name else _COLOURS[i]
     axis.bar(np.arange(count) + (i - (len(bars) - 1) / 2) * 0.27, values, 0.25, label=name, color=colour)
   labels = [f"{i / count:g} – {(i + 1) / count:g}" for i in range(count)]
   axis.set_xticks(range(count), labels)
   axis.set(xlabel="t (1 is noise)", ylabel="velocity loss", title=f"validation at step {last['step']}")
-  axis.legend(frameon=False, fontsize=8)
+  axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
   head = ["mean-square velocity error", *(f"t {t}" for t in labels)]
   return image(figure, "loss by timestep") + table(head, [(k, *map(float, v)) for k, v in bars.items()])
 
@@ -170,7 +173,8 @@ def _router(workdir) -> str:
   for axis, (key, label), colour in zip(axes, keys.items(), _COLOURS, strict=False):
     axis.plot(*series(rows, key), color=colour, lw=1.2)
     axis.set(xlabel="step", title=label)
-    axis.set_ylim(bottom=0)
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axis.set_ylim(0, 1.08 * series(rows, key)[1].max() or None)
   return image(figure, "router entropy, density and cost over steps")
 
 

@@ -10,6 +10,7 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2937; background: #fff; max-width: 1000px; margin: 2em auto }
 h1 { font-size: 1.6em } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 1px solid #e5e7eb }
 table { border-collapse: collapse; margin: 0.8em 0 } td, th { padding: 0.2em 1.2em 0.2em 0; text-align: left }
+.facts td:first-child { white-space: nowrap }
 tr + tr td { border-top: 1px solid #f0f0f0 } .n { text-align: right; font-variant-numeric: tabular-nums }
 img { max-width: 100%; display: block } video { width: 192px; border-radius: 4px; display: block }
 .file, figcaption { color: #6b7280; font-size: 0.85em } .absent { color: #6b7280; font-style: italic }
@@ -20,7 +21,7 @@ img { max-width: 100%; display: block } video { width: 192px; border-radius: 4px
 
 def facts(rows) -> str:
   """A table of names and values, left-aligned: the values have no common unit to line up."""
-  return table([], [(name, text(value)) for name, value in rows])
+  return table([], [(name, text(value)) for name, value in rows]).replace("<table>", "<table class=facts>", 1)
 
 
 def text(value) -> str:
@@ -32,7 +33,10 @@ def text(value) -> str:
 
 
 def table(head, rows) -> str:
-  """An HTML table; numbers are right-aligned, None is a dash."""
+  """An HTML table; numbers are right-aligned, None is a dash, a column with nothing else under its head is left out."""
+  shown = [i for i in range(len(head)) if any(r[i] is not None for r in rows)]
+  if head:
+    head, rows = [head[i] for i in shown], [[r[i] for i in shown] for r in rows]
 
   def cell(value, tag="td", number=False):
     number = number or isinstance(value, int | float)
