@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import pathlib
 import traceback
@@ -74,8 +75,9 @@ def check_keys(config, keys):
   for key in keys:
     if key not in known:
       raise ConfigError(f"config.{key} does not exist; {_method_hint(key) or did_you_mean(key, known)}")
-    if members := [k for k in known if k.startswith(f"{key}.") and "." not in k[len(key) + 1 :]]:
-      raise ConfigError(f"config.{key} is a group of keys; add one of them: .{', .'.join(k[len(key) + 1 :] for k in members)}")
+    if hasattr(group := functools.reduce(lambda part, name: part[name], key.split("."), config), "items"):
+      members = f"add one of them: .{', .'.join(group)}" if len(group) else "the file has none of them"
+      raise ConfigError(f"config.{key} is a group of keys; {members}")
 
 
 def _method_hint(key: str) -> str | None:

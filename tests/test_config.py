@@ -108,6 +108,7 @@ REFUSED = [
   ("--config.train.schedule=cosin", "schedule='cosin' must be one of constant, cosine; did you mean 'cosine'?"),
   ("--config.train.stps=3", "config.train.stps does not exist; did you mean 'train.steps'?"),
   ("--config.train=3", "config.train is a group of keys; add one of them: .batch_size, "),
+  ("@dense=3", "config.model.attention.dense is a group of keys; the file has none of them"),
   ("--config.sample.steps=0", "config.sample: steps=0 must be at least 1."),
   ("--config.model.heads=5", "not divisible by 5 heads"),
   ("--config.seed=-1", "seed=-1 must be at least 0"),
