@@ -1,12 +1,7 @@
-"""The simulator: rows and refusals of the command, the roofline's laws, calibration against published measurements."""
+"""The simulator: models on devices, the roofline's laws, calibration against published measurements."""
 
-import csv
 import dataclasses
-import io
 import json
-import math
-import resource
-import time
 
 import pytest
 
@@ -17,60 +12,17 @@ from freqformer.methods.registry import METHODS
 from freqformer.model_config import SIZES
 from freqformer.simulation import calibrate
 from freqformer.simulation.descriptions import known, load_gpu, load_model
-from freqformer.simulation.forward import Plan, cubic_grid, make_method, row, run_seconds
+from freqformer.simulation.forward import dense_baseline, make_method, row, run_seconds
 from freqformer.simulation.forward import simulate as forward
 from freqformer.simulation.roofline import attention_seconds
-from freqformer.simulation.scaling import check_fits, imbalance, largest_video, memory_bytes, parallel
 from kernels.cost import uniform
+from tests.simulate_cases import plan, rows_of
 from tests.tiny_config import get_config
 
 PUBLISHED = "freqformer/simulation/published/h100.json"
-FIELDS = ("model", "method", "gpu", "tokens", "grid", "attention_flops", "linear_flops", "total_flops", "hbm_bytes", "seconds")
 
 
-def rows_of(*argv):
-  return json.loads(simulate.run([*argv, "--format=json"]))
-
-
-def plan(model="wan2.1-1.3b", method="dense", grid=(21, 30, 52), **fields):
-  return Plan(load_model(model), method, make_method(method), grid, **fields)
-
-
-# ---- the command ---------------------------------------------------------------------------------------------------------
-
-
-def test_rows_have_the_fields_and_add_up():
-  rows = rows_of("--model=wan2.1-1.3b", "--method=freqformer", "--gpu=h100", "--tokens=64k,75600", "--compare=dense,radial")
-  assert [r["tokens"] for r in rows] == [65536] * 3 + [75600] * 3
-  for r in rows:
-    assert all(name in r for name in FIELDS) and r["measured"] is False
-    assert r["total_flops"] == r["attention_flops"] + r["linear_flops"] and math.prod(r["grid"]) == r["tokens"]
-    parts = ("attention_seconds", "around_seconds", "matmul_seconds", "elementwise_seconds")
-    assert r["seconds"] == pytest.approx(sum(r[p] for p in parts))
-  dense = next(r for r in rows if r["method"] == "dense")
-  assert dense["speedup_over_dense"] == 1 and dense["attention_flops"] == 30 * 4 * 65536**2 * 1536
-
-
-def test_formats_agree(capsys):
-  argv = ["--model=s", "--method=sliding_tile(window=(4, 8, 8))", "--grid=8,16,16", "--gpu=a100"]
-  (one,) = rows_of(*argv)
-  (line,) = csv.DictReader(io.StringIO(simulate.run([*argv, "--format=csv"])))
-  assert float(line["seconds"]) == one["seconds"] and line["grid"] == "8x16x16" and line["measured"] == "False"
-  text = simulate.run([*argv, "--format=table"])
-  assert "2,048" in text and text.splitlines()[0].split()[-1] == "measured" and text.splitlines()[1].split()[-1] == "no"
-  assert "Assumed, not calibrated" in capsys.readouterr().err
-
-
-def test_any_integer_works_and_the_grid_is_printed(capsys):
-  (one,) = rows_of("--model=s", "--method=radial", "--tokens=10007")  # a prime
-  assert one["grid"] == [1, 1, 10007] and "1x1x10007" in capsys.readouterr().err
-  assert [cubic_grid(n) for n in (1, 64, 75600, 65536, 1 << 20)] == [
-    (1, 1, 1),
-    (4, 4, 4),
-    (40, 42, 45),
-    (32, 32, 64),
-    (64, 128, 128),
-  ]
+# ---- every model, GPU and method -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model", known("models"))
@@ -79,7 +31,8 @@ def test_every_model_on_every_gpu(model, gpu):
   card = load_model(model)
   found = row(plan(model, "dense", card.grid), load_gpu(gpu))
   assert found["seconds"] > 0 and found["tokens_per_s"] > 0 and found["flops_per_byte"] > 1
-  assert found["rates_calibrated"] is False and load_gpu(gpu).rates_from.startswith("Assumed")
+  assert found["rates"] == "all rates assumed" and not found["rates_fitted"] and "hbm" in found["rates_assumed"]
+  assert load_gpu(gpu).rates_from.startswith("Assumed")
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -89,56 +42,6 @@ def test_every_method_is_simulated_and_run(method):
   assert sum(phases.values()) == 50 and seconds > 0
   dense = run_seconds(plan(), gpu)[0]
   assert method == "dense" or seconds < 1.2 * dense
-
-
-REFUSALS = [
-  (["--gpu=h900"], r"gpu 'h900' is unknown; known: a100, b200, cpu, h100, h200\. .*JSON file with name"),
-  (["--model=wan3"], r"model 'wan3' is unknown; known: b, cogvideox1\.5-5b"),
-  (["--method=frequency"], "unknown"),
-  (["--method=block_topk(density=2.0)"], "density"),
-  (["--method=block_topk(densty=0.2)"], "did you mean 'density'"),
-  (["--tokens=64q"], "no positive whole number"),
-  (["--tokens=1.3"], "no positive whole number"),
-  (["--grid=8,16"], "three positive token counts"),
-  (["--grid=8,16,16", "--tokens=64k"], "has 2048 tokens"),
-  (["--model=hunyuanvideo", "--tokens=16m"], r"GB too much\. What fits: --gpus=\d+ or at most [\d,]+ tokens"),
-  (["--model=s", "--gpus=7", "--grid=8,16,16"], "needs a whole head"),
-  (["--calibrate=nowhere.json"], "cannot be read"),
-  (["--gpu=a100", f"--calibrate={PUBLISHED}"], "no row of a100"),
-  (["--model=s", "--method=adaspa(search=(10, 60))", "--grid=8,16,16", "--run"], "60"),
-]
-
-
-@pytest.mark.parametrize("argv, message", REFUSALS, ids=[" ".join(a) for a, _ in REFUSALS])
-def test_refusals(argv, message):
-  with pytest.raises(ConfigError, match=message):
-    simulate.run(argv)
-
-
-def test_main_exits_with_a_sentence(capsys):
-  with pytest.raises(SystemExit, match="2"):
-    simulate.main(["--gpu=h900"])
-  assert capsys.readouterr().err.startswith("error: gpu 'h900'")
-
-
-def test_a_user_s_own_gpu_and_model(tmp_path):
-  gpu = json.loads((simulate.pathlib.Path("freqformer/simulation/gpus/h100.json")).read_text())
-  gpu |= {"name": "mine", "hbm_bytes_per_s": 1e12, "rates": gpu["rates"] | {"hbm": 0.9e12}}
-  (tmp_path / "mine.json").write_text(json.dumps(gpu))
-  (found,) = rows_of(f"--gpu={tmp_path}/mine.json", "--model=s", "--method=dense", "--grid=8,16,16")
-  assert found["gpu"] == "mine"
-  (tmp_path / "bad.json").write_text(json.dumps(gpu | {"smss": 3}))
-  with pytest.raises(ConfigError, match="did you mean 'sms'"):
-    load_gpu(f"{tmp_path}/bad.json")
-
-
-def test_plot_and_speed_at_a_million_tokens(tmp_path):
-  start = time.monotonic()
-  before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  (found,) = rows_of("--model=wan2.1-14b", "--method=freqformer", "--tokens=1m", f"--plot={tmp_path}/p.svg")
-  assert time.monotonic() - start < 5 and found["tokens"] == 1 << 20
-  assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1e6  # kilobytes
-  assert "simulated" in (tmp_path / "p.svg").read_text()
 
 
 # ---- the cards -----------------------------------------------------------------------------------------------------------
@@ -210,28 +113,25 @@ def test_time_at_a_fixed_key_budget_is_linear_and_at_fixed_density_quadratic():
   assert 14 < ratios[0] < 18 and 200 < ratios[1] < 280 and 240 < ratios[2] < 260
 
 
-def test_memory_and_the_largest_video():
+def test_the_baseline_pays_no_padding():
+  """At most one tile of it, whatever the grid; our own dense method pays what its layout holds. Both score the same pairs."""
   gpu = load_gpu("h100")
-  p = plan("hunyuanvideo", "dense", (33, 45, 80))
-  grid = largest_video(p, gpu)
-  check_fits(dataclasses.replace(p, grid=grid), gpu)
-  with pytest.raises(ConfigError, match="too much"):
-    check_fits(dataclasses.replace(p, grid=(grid[0] + 1, *grid[1:])), gpu)
-  assert memory_bytes(p, 8) < memory_bytes(p) and memory_bytes(plan("hunyuanvideo", "adaspa", (33, 45, 80))) > memory_bytes(p)
-
-
-def test_more_gpus():
-  gpu, p = load_gpu("h100"), plan("wan2.1-14b", "freqformer", (21, 45, 80))
-  one, four = parallel(p, gpu, 1), parallel(p, gpu, 4)
-  assert one.speedup == 1 and 1 < four.speedup < 4 and four.sent_bytes == 40 * 4 * 75600 * 5120 * 2 * 3 / 16
-  assert imbalance(plan(), 4) == 1 and imbalance(p, 40) > 1.2  # one head each: the dearest branch is the busiest
+  for grid, least, most in (((21, 45, 80), 1.1, 1.2), ((16, 64, 64), 0.999, 1.001), ((11, 48, 85), 1.2, 1.35)):
+    ours = plan("wan2.1-14b", "dense", grid, block=128)
+    base = dense_baseline(dataclasses.replace(ours, method=make_method("radial"), block=64))
+    assert base.layout.n_buffer - base.layout.n < 128 and base.layout.block == 128
+    padded, unpadded = forward(ours, gpu), forward(base, gpu)
+    assert least < padded.attention_s / unpadded.attention_s < most
+    assert padded.attention_flops == unpadded.attention_flops and padded.matmul_s == unpadded.matmul_s
+  (found,) = rows_of("--model=wan2.1-14b", "--method=dense", "--gpus=2")  # its usual video is ragged
+  assert found["speedup_over_dense"] == found["unpadded_dense_seconds"] / found["seconds"] < 0.95
 
 
 # ---- calibration ---------------------------------------------------------------------------------------------------------
 
 
 def test_sta_is_predicted_from_the_dense_rate_alone():
-  measured = calibrate.load_rows(PUBLISHED, "h100")
+  measured, _ = calibrate.load_rows(PUBLISHED, "h100")
   only = [dataclasses.replace(m, fit=m.name == "FA3 dense on 30x48x80") for m in measured]
   fit = calibrate.calibrate(load_gpu("h100"), only, free=("attention_flops",))
   found = {r["name"]: r for r in fit.rows}
@@ -241,12 +141,19 @@ def test_sta_is_predicted_from_the_dense_rate_alone():
 
 
 def test_published_rows_that_were_not_fitted_are_within_15_percent():
-  fit = calibrate.calibrate(load_gpu("h100"), calibrate.load_rows(PUBLISHED, "h100"))
+  fit = calibrate.fit_file(load_gpu("h100"), PUBLISHED)
   assert set(fit.fitted) == {"attention_flops", "softmax_exposed", "item_s"}
   assert sum(r["fitted"] for r in fit.rows) == 3 and fit.worst(True) < 0.01
   assert sum(not r["fitted"] for r in fit.rows) >= 15 and fit.worst(False) < 0.15
-  assert fit.gpu.calibrated and not load_gpu("h100").calibrated
-  assert "not fitted: mean error" in fit.report()
+  assert not fit.warnings and not fit.notes and "not fitted: mean error" in fit.report()
+  assert fit.gpu.fitted == fit.fitted and {"l2", "hbm", "matmul_flops", "launch_s"} <= set(fit.gpu.assumed)
+  assert fit.gpu.rates_note.startswith("attention_flops, softmax_exposed, item_s fitted to 3 measured rows; matmul_flops")
+  # The H200 has the same SMs and gets their rates, its memory stays its own; the A100 gets nothing.
+  h200 = calibrate.carry_over(fit.gpu, load_gpu("h200"))
+  assert h200.rates.attention_flops == fit.gpu.rates.attention_flops and h200.rates.hbm == load_gpu("h200").rates.hbm
+  assert "of h100, which has the same SMs" in row(plan(), h200)["rates"]
+  with pytest.raises(ConfigError, match="tensor_flops, sms, exp_per_sm_s differ"):
+    calibrate.carry_over(fit.gpu, load_gpu("a100"))
 
 
 def test_calibration_finds_known_rates(tmp_path):
@@ -260,16 +167,71 @@ def test_calibration_finds_known_rates(tmp_path):
     rows.append({"name": f"{d} {n}", "gpu": "h100", "heads": 16, "head_dim": d, "n": n})
     rows[-1] |= {"seconds": attention_seconds(call, truth, 16).total, "fit": n != 4096}
   (tmp_path / "rows.json").write_text(json.dumps(rows))
-  fit = calibrate.calibrate(load_gpu("h100"), calibrate.load_rows(tmp_path / "rows.json", "h100"))
+  fit = calibrate.fit_file(load_gpu("h100"), tmp_path / "rows.json")
   assert fit.gpu.rates.attention_flops == pytest.approx(700e12, rel=0.03) and fit.gpu.rates.item_s == pytest.approx(
     5e-6, rel=0.1
   )
   assert fit.worst(False) < 0.02
   text = simulate.run(["--gpu=h100", f"--calibrate={tmp_path}/rows.json", f"--write_gpu={tmp_path}/fitted.json"])
-  assert "fitted" in text and load_gpu(f"{tmp_path}/fitted.json").calibrated
+  written = load_gpu(f"{tmp_path}/fitted.json")
+  assert "fitted" in text and written.fitted == fit.fitted and written.fitted_to == "3 measured rows"
+  (shown,) = rows_of(f"--gpu={tmp_path}/fitted.json", "--model=s", "--method=dense", "--grid=8,16,16")
+  assert shown["rates_fitted"] == list(fit.fitted) and "l2" in shown["rates_assumed"]
 
 
-def test_a_bad_measured_row_is_named(tmp_path):
-  (tmp_path / "rows.json").write_text(json.dumps([{"name": "x", "gpu": "h100", "heads": 4, "tokens": 5, "seconds": 1}]))
-  with pytest.raises(ConfigError, match="'x' lacks or misstates a field: 'head_dim'"):
-    calibrate.load_rows(tmp_path / "rows.json", "h100")
+CALL = {"name": "x", "gpu": "h100", "heads": 16, "head_dim": 128, "tokens": 16384, "seconds": 3.4e-3}
+
+
+def written(path, *rows):
+  path.write_text(json.dumps(rows))
+  return path
+
+
+def test_a_fit_that_fails_says_so(tmp_path):
+  """A row that no choice of rates gives: the rate ends on the limit of its search, and the row is missed."""
+  fit = calibrate.fit_file(load_gpu("h100"), written(tmp_path / "rows.json", CALL | {"seconds": 1e-9}))
+  limit, missed = fit.warnings
+  assert limit.startswith("attention_flops ended on the limit") and missed.startswith("1 of 1 fitted rows are missed")
+  assert fit.report().count("WARNING") == 2 and fit.notes[-1].startswith("nothing was held out")
+  assert "DOUBTFUL" in fit.gpu.rates_note and fit.rows[0]["rates_warnings"] == list(fit.warnings)
+
+
+def test_rows_that_do_not_say_are_split(tmp_path):
+  """Every other one by size; where some ask to be fitted, the others are held out; other kernels are held out."""
+  sizes = [CALL | {"name": str(n), "tokens": n, "seconds": n**2 * 1.3e-11} for n in (4096, 16384, 8192, 2048)]
+  other = [CALL | {"name": "other", "implementation": "y", "seconds": 1.0}]
+  for rows, fitted in (
+    (sizes + other, {"2048", "8192", "16384"}),
+    ([sizes[0] | {"fit": True}, *sizes[1:]], {"4096"}),
+    ([sizes[0] | {"fit": False}, *sizes[1:3]], {"8192"}),
+    (sizes[1:], {"2048", "16384"}),
+  ):
+    found, said = calibrate.load_rows(written(tmp_path / "rows.json", *rows), "h100")
+    assert {m.name for m in found if m.fit} == fitted and len(found) == len(rows)
+    assert not any("nothing was held out" in line for line in said)
+
+
+BAD_ROWS = [
+  ({"head_dim": None}, "'x' lacks or misstates a field: 'head_dim'"),
+  ({"seconds": None}, "'x' lacks or misstates a field: 'tflops'"),
+  ({"block": 0}, "block=0 must be a positive whole number"),
+  ({"tokens": 0}, "tokens=0 must be"),
+  ({"heads": 0}, "heads=0 must be"),
+  ({"heads": 2.5}, "heads=2.5 must be a positive whole number"),
+  ({"seconds": None, "tflops": 0}, "tflops=0 must be a positive number"),
+  ({"seconds": float("nan")}, "seconds=nan must be"),
+  ({"density": -3}, r"density=-3 must lie in \(0, 1\]"),
+  ({"density": 3}, r"density=3 must lie in \(0, 1\]"),
+  ({"fit": "false"}, "fit='false' must be true or false"),
+  ({"counts": {"pairs": 1}}, "missing"),
+  ({"method": "dense", "grid": [8, 16]}, "grid"),
+  ({"gpu": None}, "1 without gpu or device"),
+  ({"gpu": None, "device": "NVIDIA A100-SXM4-80GB"}, "1 of a100"),
+]
+
+
+@pytest.mark.parametrize("change, message", BAD_ROWS, ids=[str(c) for c, _ in BAD_ROWS])
+def test_a_bad_measured_row_is_named(tmp_path, change, message):
+  row = {k: v for k, v in (CALL | change).items() if v is not None}
+  with pytest.raises(ConfigError, match=message):
+    calibrate.load_rows(written(tmp_path / "rows.json", row), "h100")

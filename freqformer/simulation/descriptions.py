@@ -1,12 +1,12 @@
 """GPUs and models as small JSON files: the ones here, or a user's own by path."""
 
 import dataclasses
-import functools
 import json
 import math
 import pathlib
+import re
 
-from freqformer.config import ConfigError, build
+from freqformer.config import ConfigError, build, require, require_one_of
 from freqformer.cost import BlockShape
 
 _HERE = pathlib.Path(__file__).parent
@@ -36,8 +36,10 @@ class Rates:
   link: float = math.inf
 
   def __post_init__(self):
-    if min(dataclasses.astuple(self)) < 0 or 0 in (self.attention_flops, self.matmul_flops, self.hbm, self.l2, self.link):
-      raise ValueError(f"rates must be positive (softmax_exposed, item_s and launch_s may be 0), got {self}.")
+    require(self, "attention_flops matmul_flops hbm l2", above=0)
+    require(self, "softmax_exposed item_s launch_s", least=0)
+    if not self.link > 0:  # may be infinite: one device, or nothing known of its peers
+      raise ValueError(f"link={self.link!r} must be above 0.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +54,10 @@ class Gpu:
     sms: multiprocessors (cores of a CPU). exp_per_sm_s: exponentials per second of one.
     rates: achieved.
     rates_from: where the rates come from.
-    calibrated: whether they were fitted to measurements of that device.
     sources: of the facts.
+    fitted: names of the rates that were fitted to measurements; all others are assumed.
+    fitted_to: to what: how many rows, of which device.
+    fit_warnings: what is wrong with that fit.
     itemsize: bytes per element that it computes attention in.
   """
 
@@ -68,14 +72,33 @@ class Gpu:
   rates: Rates
   rates_from: str
   sources: tuple[str, ...]
-  calibrated: bool = False
+  fitted: tuple[str, ...] = ()
+  fitted_to: str = ""
+  fit_warnings: tuple[str, ...] = ()
   itemsize: int = 2
 
   def __post_init__(self):
-    if min(self.tensor_flops, self.hbm_bytes_per_s, self.memory_bytes, self.exp_per_sm_s) <= 0 or self.sms < 1:
-      raise ValueError(f"{self.name}: every number of a GPU must be positive.")
-    if self.rates.attention_flops > self.tensor_flops or self.rates.hbm > self.hbm_bytes_per_s:
-      raise ValueError(f"{self.name}: an achieved rate exceeds the data sheet: {self.rates}.")
+    require(self, "tensor_flops hbm_bytes_per_s memory_bytes l2_bytes sms exp_per_sm_s itemsize", above=0)
+    for rate, sheet in (("attention_flops", "tensor_flops"), ("matmul_flops", "tensor_flops"), ("hbm", "hbm_bytes_per_s")):
+      if getattr(self.rates, rate) > getattr(self, sheet):
+        raise ValueError(
+          f"rates.{rate}={getattr(self.rates, rate):g} exceeds the data sheet's {sheet}={getattr(self, sheet):g}."
+        )
+    if unknown := set(self.fitted) - {f.name for f in dataclasses.fields(Rates)}:
+      raise ValueError(f"fitted={self.fitted} names no rates: {', '.join(sorted(unknown))}.")
+
+  @property
+  def assumed(self) -> tuple[str, ...]:
+    """Names of the rates that no measurement stands behind."""
+    return tuple(f.name for f in dataclasses.fields(Rates) if f.name not in self.fitted)
+
+  @property
+  def rates_note(self) -> str:
+    """Which rates were fitted and which are assumed, in a line."""
+    if not self.fitted:
+      return "all rates assumed"
+    text = f"{', '.join(self.fitted)} fitted to {self.fitted_to}; {', '.join(self.assumed)} assumed"
+    return f"{text}; DOUBTFUL FIT: {'; '.join(self.fit_warnings)}" if self.fit_warnings else text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +112,8 @@ class ModelCard:
     modulation, modulation_rows: see `BlockShape`.
     patch_channels: channels of a patched token, in and out.
     patch: latent cells per token (t, y, x); compression: pixels per latent cell (t, y, x).
-    fps: frames per second of its videos. grid: tokens (t, y, x) of its usual video.
+    padded_latents: latent frames of the last token frame that hold no video.
+    fps: frames per second of its videos. grid: tokens (t, y, x) of its usual video; grids: of further ones.
     steps: denoising steps of its card; forwards: forwards per step (2 with classifier-free guidance).
     parameters: published; what weights occupy is 2 bytes each.
     sources: of the facts.
@@ -114,12 +138,21 @@ class ModelCard:
   text_mode: str = "none"
   modulation: int = 6
   modulation_rows: int = 0
+  padded_latents: int = 0
+  grids: tuple[tuple[int, int, int], ...] = ()
 
   def __post_init__(self):
-    if min(self.layers, self.width, self.heads, self.mlp, self.steps, self.forwards) < 1 or self.width % self.heads:
-      raise ValueError(f"{self.name}: layers, width, heads, mlp, steps, forwards >= 1 and heads must divide the width.")
-    if self.text_mode not in ("none", "joint", "cross"):
-      raise ValueError(f"{self.name}: text_mode={self.text_mode!r} must be none, joint or cross.")
+    require(self, "layers width heads mlp patch_channels patch compression fps grid steps forwards parameters", above=0)
+    require(self, "text modulation modulation_rows", least=0)
+    require(self, "padded_latents", least=0, below=self.patch[0])
+    require_one_of(self, "text_mode", ("none", "joint", "cross"))
+    if self.width % self.heads:
+      raise ValueError(f"heads={self.heads} must divide width={self.width}.")
+    if (self.text > 0) != (self.text_mode != "none"):
+      raise ValueError(f"text={self.text} and text_mode={self.text_mode!r} must both say whether there is text.")
+    for grid in self.grids:
+      if min(grid) < 1:
+        raise ValueError(f"grids={self.grids!r} must be of positive token counts.")
 
   @property
   def block(self) -> BlockShape:
@@ -128,15 +161,30 @@ class ModelCard:
       self.width, self.heads, self.mlp, self.text, self.text_mode, self.modulation, self.modulation_rows or self.width
     )
 
+  def grid_of(self, tokens: int) -> tuple[int, int, int] | None:
+    """The model's own grid with so many tokens, None if it has none."""
+    return next((g for g in (self.grid, *self.grids) if math.prod(g) == tokens), None)
+
   def video_seconds(self, grid) -> float:
-    """Seconds of video in a token grid: causal video codecs hold one more frame than whole groups."""
-    latent = grid[0] * self.patch[0]
+    """Seconds of video in a token grid: causal video codecs hold one more frame than whole groups; padding holds none."""
+    latent = grid[0] * self.patch[0] - self.padded_latents
     return (1 + (latent - 1) * self.compression[0]) / self.fps
 
 
 def known(kind: str) -> list[str]:
   """Names of the files of a kind, "gpus" or "models"."""
   return sorted(p.stem for p in (_HERE / kind).glob("*.json"))
+
+
+def write_gpu(gpu: Gpu, path):
+  """Writes the JSON file of a GPU; raises ConfigError where that cannot be done."""
+  values = dataclasses.asdict(gpu)
+  if math.isinf(gpu.rates.link):  # no number of JSON: absent means infinite
+    del values["rates"]["link"]
+  try:
+    pathlib.Path(path).write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
+  except OSError as error:
+    raise ConfigError(f"the GPU cannot be written to {path}: {error.strerror or error}.") from error
 
 
 def load_gpu(name: str) -> Gpu:
@@ -153,6 +201,12 @@ def load_model(name: str) -> ModelCard:
   return _load(ModelCard, "models", name)
 
 
+def gpu_named(device_kind: str) -> str | None:
+  """Which description is of a device that calls itself so (`NVIDIA H100 80GB HBM3`, `NVIDIA A100-SXM4-80GB`); None: none."""
+  words = re.split(r"[^a-z0-9]+", device_kind.lower())
+  return next((name for name in known("gpus") if name in words), None)
+
+
 def _load(cls, kind: str, name: str):
   path = pathlib.Path(name) if name.endswith(".json") else _HERE / kind / f"{name.lower()}.json"
   if not path.is_file():
@@ -161,16 +215,11 @@ def _load(cls, kind: str, name: str):
       f"{kind[:-1]} {name!r} is unknown; known: {', '.join(known(kind))}. Or give the path of a JSON file with {needed} "
       f"(freqformer/simulation/{kind}/{known(kind)[0]}.json is an example)."
     )
-  return _read(cls, path)
-
-
-@functools.lru_cache
-def _read(cls, path: pathlib.Path):
   try:
     values = json.loads(path.read_text())
-  except ValueError as error:
-    raise ConfigError(f"{path} is not JSON: {error}") from error
+  except (OSError, ValueError) as error:
+    raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
   try:
-    return build(cls, values)
+    return build(cls, values, root="")
   except ConfigError as error:
     raise ConfigError(f"{path}: {error}") from error

@@ -6,17 +6,29 @@ import matplotlib
 import matplotlib.ticker
 from matplotlib.figure import Figure
 
+from freqformer.config import ConfigError
+
 SIMULATED, MEASURED = "#3b6fb6", "black"
 _LINES = ("-", "--", ":", "-.")
 _MARKS = "osD^vPX*<>"
 
 
+def check_format(path):
+  """Raises ConfigError unless the name's ending is a format that can be drawn."""
+  formats = sorted(Figure().canvas.get_supported_filetypes())
+  if pathlib.Path(path).suffix[1:].lower() not in formats:
+    raise ConfigError(f"a plot cannot be written to {path}: its name must end in one of .{', .'.join(formats)}.")
+
+
 def _save(figure: Figure, path):
   path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  # No date and no hash in the file: the same rows give the same bytes.
-  with matplotlib.rc_context({"svg.hashsalt": "freqformer"}):
-    figure.savefig(path, bbox_inches="tight", dpi=130, metadata={"Date": None} if path.suffix == ".svg" else None)
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # No date and no hash in the file: the same rows give the same bytes.
+    with matplotlib.rc_context({"svg.hashsalt": "freqformer"}):
+      figure.savefig(path, bbox_inches="tight", dpi=130, metadata={"Date": None} if path.suffix == ".svg" else None)
+  except OSError as error:
+    raise ConfigError(f"the plot cannot be written to {path}: {error.strerror or error}.") from error
 
 
 def _axes(count, width, height=3.6):
@@ -25,8 +37,12 @@ def _axes(count, width, height=3.6):
 
 
 def scaling_plot(rows: list[dict], path, title: str | None = None):
-  """Seconds, device memory traffic and FLOPs per byte of one forward over tokens: a line per method, all simulated."""
+  """Seconds, device memory traffic and FLOPs per byte of one forward over tokens: a line per method, all simulated.
+
+  Rows that were refused have no point.
+  """
   figure, axes = _axes(3, 13)
+  rows = [r for r in rows if r["seconds"] is not None]
   names = list(dict.fromkeys(r["method"] for r in rows))
   panels = (("seconds", "seconds per forward"), ("hbm_bytes", "device memory, bytes"), ("flops_per_byte", "FLOPs per byte"))
   for axis, (key, label) in zip(axes, panels, strict=True):
@@ -39,7 +55,8 @@ def scaling_plot(rows: list[dict], path, title: str | None = None):
     axis.set_xticks(sorted({r["tokens"] for r in rows}), [_count(n) for n in sorted({r["tokens"] for r in rows})])
     axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
   axes[-1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-  figure.suptitle(title or f"{rows[0]['model']} on {rows[0]['gpu']}: simulated, nothing measured", fontsize=10)
+  of = "{model} on {gpus} x {gpu}".format(**{"gpus": 1} | rows[0])
+  figure.suptitle(title or f"{of}: simulated, nothing measured", fontsize=10)
   _save(figure, path)
 
 

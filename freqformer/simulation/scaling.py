@@ -1,6 +1,7 @@
 """What fits, and what more GPUs bring: memory of a forward, the largest video, sequence parallelism with its communication."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -8,8 +9,8 @@ import numpy as np
 
 from freqformer.config import ConfigError
 from freqformer.methods.base import Dims
-from freqformer.simulation.descriptions import Gpu
-from freqformer.simulation.forward import Forward, Plan, simulate
+from freqformer.simulation.descriptions import Gpu, ModelCard, known, load_gpu
+from freqformer.simulation.forward import ELEMENTWISE_LAUNCHES, Forward, Plan, row, run_seconds, simulate
 
 
 def state_bytes(plan: Plan) -> float:
@@ -20,107 +21,173 @@ def state_bytes(plan: Plan) -> float:
   return float(card.layers * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)))
 
 
-def memory_bytes(plan: Plan, gpus: int = 1) -> float:
-  """Least device memory per GPU of one forward at batch 1, bf16.
+def memory_bytes(plan: Plan, gpus: int = 1, itemsize: int = 2) -> float:
+  """Least device memory of one forward at batch 1, on each of `gpus`.
 
-  Weights (2 bytes per parameter, on every GPU) + the residual stream and q, k, v in the layout's padded buffer, 4 D per
+  Weights (`itemsize` bytes per parameter, on every GPU) + the residual stream and q, k, v in the padded buffer, 4 D per
   row (out overwrites q, the MLP runs by chunks of tokens, norms and rotary are fused) + LSE + the method's state, these
-  divided over sequence-parallel GPUs. Not counted: text encoder, video codec, workspace, fragmentation: a plain program
-  that keeps every intermediate of a layer needs about 2.5 times as much beside the weights.
+  divided over sequence-parallel GPUs. A closed form: no table is built. Not counted: text encoder, video codec, workspace,
+  fragmentation: a plain program that keeps every intermediate of a layer needs about 2.5 times as much beside the weights.
+
+  Raises:
+    ValueError: for a grid that int32 cannot index.
   """
   card, rows = plan.card, plan.layout.n_buffer + plan.card.text * (plan.card.text_mode == "joint")
-  activations = 4.0 * rows * card.width * 2 + 4.0 * rows * card.heads
-  return 2.0 * card.parameters + (activations + state_bytes(plan)) / gpus
+  activations = 4.0 * rows * card.width * itemsize + 4.0 * rows * card.heads
+  return float(itemsize) * card.parameters + (activations + state_bytes(plan)) / gpus
+
+
+def fits(plan: Plan, gpu: Gpu, gpus: int = 1) -> bool:
+  """Whether a forward fits; a grid that int32 cannot index fits nowhere."""
+  try:
+    return memory_bytes(plan, gpus, gpu.itemsize) <= gpu.memory_bytes
+  except ValueError:
+    return False
 
 
 def check_fits(plan: Plan, gpu: Gpu, gpus: int = 1):
   """Raises ConfigError if a forward cannot fit: by how much, and what would."""
-  needed = memory_bytes(plan, gpus)
-  if needed <= gpu.memory_bytes:
+  if fits(plan, gpu, gpus):
     return
-  text = (
-    f"{plan.card.name} with {plan.name} on {math.prod(plan.grid):,} tokens needs at least {needed / 1e9:.1f} GB on each of "
-    f"{gpus} x {gpu.name} ({gpu.memory_bytes / 1e9:.0f} GB): {(needed - gpu.memory_bytes) / 1e9:.1f} GB too much"
-  )
-  enough = next((g for g in (2, 4, 8, 16, 32, 64) if g > gpus and memory_bytes(plan, g) <= gpu.memory_bytes), None)
-  largest = largest_video(plan, gpu, gpus)
-  options = [f"--gpus={enough}"] if enough else []
-  if largest is not None:
-    options.append(f"at most {math.prod(largest):,} tokens (grid {'x'.join(map(str, largest))})")
-  raise ConfigError(f"{text}. What fits: {' or '.join(options) or 'a GPU with more memory'}.")
+  try:
+    needed = memory_bytes(plan, gpus, gpu.itemsize)
+    text = (
+      f"{plan.card.name} with {plan.name} on {math.prod(plan.grid):,} tokens needs at least {needed / 1e9:,.1f} GB on each of "
+      f"{gpus} x {gpu.name} ({gpu.memory_bytes / 1e9:,.0f} GB): {(needed - gpu.memory_bytes) / 1e9:,.1f} GB too much"
+    )
+  except ValueError as error:
+    text = str(error)
+  options = [f"--gpus={g}" for g in range(gpus + 1, plan.card.heads + 1) if fits(plan, gpu, g)][:1]
+  larger = sorted((g for g in map(load_gpu, known("gpus")) if fits(plan, g, gpus)), key=lambda g: g.memory_bytes)
+  options += [f"--gpu={g.name}" for g in larger[:1]]
+  own_frame = dataclasses.replace(plan, grid=plan.card.grid, tile=None)
+  if (largest := largest_video(plan, gpu, gpus) or largest_video(own_frame, gpu, gpus)) is not None:
+    options.append(f"--grid={','.join(map(str, largest))} ({math.prod(largest):,} tokens)")
+  raise ConfigError(f"{text}. What fits: {' or '.join(options) or 'a smaller model'}.")
 
 
 def largest_video(plan: Plan, gpu: Gpu, gpus: int = 1) -> tuple[int, int, int] | None:
   """The longest grid with this plan's frame size that fits, None if not even one frame does; by bisection over t."""
   at = lambda t: dataclasses.replace(plan, grid=(t, *plan.grid[1:]), tile=None)
-  fits = lambda t: memory_bytes(at(t), gpus) <= gpu.memory_bytes
-  if not fits(1):
+  if not fits(at(1), gpu, gpus):
     return None
   low, high = 1, 2
-  while fits(high):
+  while fits(at(high), gpu, gpus):
     low, high = high, 2 * high
-    if at(high).grid[0] * math.prod(plan.grid[1:]) > 1 << 28:
-      break
   while high - low > 1:
     mid = (low + high) // 2
-    low, high = (mid, high) if fits(mid) else (low, mid)
+    low, high = (mid, high) if fits(at(mid), gpu, gpus) else (low, mid)
   return at(low).grid
 
 
-def imbalance(plan: Plan, gpus: int) -> float:
+# ---- several GPUs --------------------------------------------------------------------------------------------------------
+
+
+def check_gpus(card: ModelCard, gpus: int):
+  """Raises ConfigError for more GPUs than heads."""
+  if not 1 <= gpus <= card.heads:
+    raise ConfigError(f"--gpus={gpus} must lie in 1..{card.heads}, the heads of {card.name}: each needs a whole head.")
+
+
+def imbalance(plan: Plan, gpus: int, phase: str | None = None) -> float:
   """Attention of the busiest GPU over the mean when whole heads are dealt, dearest first, each to the least loaded GPU.
 
-  Heads differ where a method deals them to branches of different cost; the shares are the method's own expectation.
+  Heads differ where a method deals them to branches of different cost; the shares are the method's own expectation. Left out,
+  hence too fast: heads that differ by what the data ask for (AdaSpa's levels, spatial and temporal heads) are taken as alike.
   """
-  costs = sorted(head_costs(plan), reverse=True)
   loads = np.zeros(gpus)
-  for cost in costs:
+  for cost in sorted(head_costs(plan, phase), reverse=True):
     loads[loads.argmin()] += cost
-  return float(loads.max() / loads.mean())
+  return float(loads.max() / loads.mean()) if loads.any() else 1.0
 
 
-def head_costs(plan: Plan) -> list[float]:
-  """Attention FLOPs of each head of a layer."""
+def head_costs(plan: Plan, phase: str | None = None) -> list[float]:
+  """Attention FLOPs of each head of a layer, in a sampling step of one phase; None is a usual step."""
   card, method, names = plan.card, plan.method, plan.method.branches
-  each = lambda allocation: method.cost(plan.layout, 1, card.block.head_dim, allocation).attention_flops
+  cost = method.cost if phase is None else functools.partial(method.phase_cost, phase)
+  each = lambda allocation: cost(plan.layout, 1, card.block.head_dim, allocation).attention_flops
   if not names:
     return [each(None)] * card.heads
   branch = [each(tuple(float(i == j) for j in range(len(names)))) for i in range(len(names))]
-  prior = method.allocation if isinstance(method.allocation, tuple) else method.router.prior
-  edges = np.round(np.cumsum(np.asarray(prior, float)) / sum(prior) * card.heads).astype(int)
+  edges = np.round(np.cumsum(method.shares(card.heads)) * card.heads).astype(int)
   return [branch[int(np.searchsorted(edges, i, side="right"))] for i in range(card.heads)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Parallel:
-  """One forward on several GPUs: seconds, bytes that each sends, and the speed-up over one."""
+  """One forward on several GPUs: seconds of the busiest one.
+
+  `seconds` is the sum of the five parts; `sent_bytes`: of each GPU; `imbalance`: attention of the busiest GPU over the mean;
+  `speedup`: over one GPU.
+  """
 
   gpus: int
   seconds: float
+  attention_s: float
+  around_s: float
+  matmul_s: float
+  elementwise_s: float
   communication_s: float
   sent_bytes: float
   imbalance: float
   speedup: float
 
 
-def parallel(plan: Plan, gpu: Gpu, gpus: int, single: Forward | None = None) -> Parallel:
+def parallel(plan: Plan, gpu: Gpu, gpus: int, single: Forward | None = None, phase: str | None = None) -> Parallel:
   """Ulysses sequence parallelism (arXiv 2309.14509): tokens are split but for attention, where heads are.
 
   Per layer four all-to-alls (q, k, v there, out back): each GPU sends `4 n D (g - 1) / g^2` elements. Nothing overlaps. Weights
-  are whole on every GPU.
+  are whole on every GPU, and every GPU launches every kernel; all else is divided evenly (the reading of weights too, which it
+  should not be), attention by its heads.
+
+  Args:
+    single: the forward on one GPU where it is known.
+    phase: of a sampling step, None is a usual one.
 
   Raises:
     ConfigError: for more GPUs than heads.
   """
-  if not 1 <= gpus <= plan.card.heads:
-    raise ConfigError(f"gpus={gpus} must lie in 1..{plan.card.heads}, the heads of {plan.card.name}: each needs a whole head.")
-  single = simulate(plan, gpu) if single is None else single
-  if gpus == 1:
-    return Parallel(1, single.seconds, 0.0, 0.0, 1.0, 1.0)
-  card, n = plan.card, math.prod(plan.grid)
-  sent = card.layers * 4.0 * n * card.width * 2 * (gpus - 1) / gpus**2
-  uneven = imbalance(plan, gpus)
-  communication = sent / gpu.rates.link + card.layers * 4 * gpu.rates.launch_s
-  rest = (single.around_s + single.matmul_s + single.elementwise_s) / gpus
-  seconds = single.attention_s / gpus * uneven + rest + communication
-  return Parallel(gpus, seconds, communication, sent, uneven, single.seconds / seconds)
+  check_gpus(plan.card, gpus)
+  single = simulate(plan, gpu, phase) if single is None else single
+  card, layers, n = plan.card, plan.card.layers, math.prod(plan.grid)
+  sent = layers * 4.0 * n * card.width * gpu.itemsize * (gpus - 1) / gpus**2
+  uneven = imbalance(plan, gpus, phase) if gpus > 1 else 1.0
+  matmuls = len(card.block.matmuls(n)) + (card.text_mode == "cross")
+  launches = {"attention_s": layers, "matmul_s": layers * matmuls, "elementwise_s": layers * ELEMENTWISE_LAUNCHES}
+  launches["around_s"] = single.launches - sum(launches.values())
+  parts = {"communication_s": sent / gpu.rates.link + (gpus > 1) * layers * 4 * gpu.rates.launch_s}
+  for name, count in launches.items():
+    part = getattr(single, name)
+    fixed = min(part, count * gpu.rates.launch_s)
+    parts[name] = part if gpus == 1 else fixed + (part - fixed) / gpus * (uneven if name == "attention_s" else 1.0)
+  seconds = sum(parts.values())
+  return Parallel(gpus, seconds, sent_bytes=sent, imbalance=uneven, speedup=single.seconds / seconds, **parts)
+
+
+def parallel_run(plan: Plan, gpu: Gpu, gpus: int, steps: int | None = None) -> tuple[float, dict[str, int]]:
+  """`run_seconds` on several GPUs: each phase with its own work, and its own imbalance."""
+  return run_seconds(plan, gpu, steps, lambda phase: parallel(plan, gpu, gpus, phase=phase).seconds)
+
+
+def parallel_row(plan: Plan, gpu: Gpu, gpus: int, forward: Forward | None = None) -> dict:
+  """`row` on several GPUs. Counts (FLOPs, bytes of memory traffic) are of the whole forward, whatever the number of GPUs.
+
+  `seconds` and its parts are of the busiest GPU and add up; `tokens_per_s`, `tflops_per_s`: of all GPUs together;
+  `tflops_per_s_per_gpu`, `launches`, `memory_bytes`, `sent_bytes`: of one.
+  """
+  forward = simulate(plan, gpu) if forward is None else forward
+  several = parallel(plan, gpu, gpus, forward)
+  parts = ("attention", "around", "matmul", "elementwise", "communication")
+  rate = forward.total_flops / several.seconds / 1e12
+  return row(plan, gpu, forward) | {
+    "gpus": gpus,
+    "seconds": several.seconds,
+    **{f"{part}_seconds": getattr(several, f"{part}_s") for part in parts},
+    "tokens_per_s": math.prod(plan.grid) / several.seconds,
+    "tflops_per_s": rate,
+    "tflops_per_s_per_gpu": rate / gpus,
+    "memory_bytes": memory_bytes(plan, gpus, gpu.itemsize),
+    "sent_bytes": several.sent_bytes,
+    "imbalance": several.imbalance,
+    "speedup_over_one_gpu": several.speedup,
+  }
