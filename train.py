@@ -65,6 +65,7 @@ def train(config, workdir, resume_changed: bool = False, progress: bool = True) 
     old = checkpoints.record()
     changed = check_same_config(old, exp, resume_changed)
     if old["step"] >= exp.train.steps:
+      checkpoints.close()
       return _nothing_left(workdir, old["step"], exp.train.steps)
 
   # ---- 2. data: encoded once, then read from the cache --------------------------------------------------------------
