@@ -68,6 +68,15 @@ def selection_cost(n: int, tiles: int, heads: int, head_dim: int, read: float = 
   return Cost(linear_flops=(2.0 * n + 2.0 * tiles**2) * width, linear_bytes=moved, launches=9)
 
 
+def linear_attention_cost(n: int, heads: float, head_dim: int, segments: int = 0) -> Cost:
+  """Linear attention (arXiv 2006.16236): states and norms of segments `2 n d (d + 1)` per head, reading them as much again.
+
+  Where queries read the sums of other segments (arXiv 2509.24006), `2 segments^2 d (d + 1)` more to add them up. Not counted:
+  feature maps; bytes, which depend on the segments.
+  """
+  return Cost(linear_flops=(4.0 * n + 2.0 * segments**2) * head_dim * (head_dim + 1) * heads)
+
+
 # ---- a method on a grid --------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from freqformer.config import ConfigError
 from freqformer.cost import Cost, attention_cost, selection_cost
-from freqformer.gate import QueryGate
+from freqformer.gate import QueryGate, gated_cost
 from freqformer.methods.base import Method, plain_aux
 from freqformer.planners.block_topk import block_topk, fixed_tiles, pool_tiles
 from kernels.attention import attention
@@ -58,8 +58,7 @@ class BlockTopK(Method):
     return fixed_tiles(layout, self.sink)
 
   def __call__(self, module, qkv, cond, tables, state):
-    arrays, (b, _, h, _) = qkv.layout, qkv.q.shape
-    layout = arrays.layout
+    arrays, layout, (b, _, h, _) = qkv.layout, qkv.layout.layout, qkv.q.shape
     q, k = qkv.rotated()
     q_pool, k_pool = pool_tiles(q, arrays), pool_tiles(k, arrays)
     mask = block_topk(cond.share(q_pool), cond.share(k_pool), self.budget(layout), tables, arrays.kv_len, layout.block)
@@ -71,18 +70,11 @@ class BlockTopK(Method):
       pooled, dense = (jnp.pad(x, whole) for x in pooled), dense_mask(layout.tiles, layout.tiles, layout.block, layout.block)
       coarse = attention(*pooled, dense, implementation=qkv.implementation)[0][:, : layout.tiles]
       out = out + (module(qkv.q) * jnp.repeat(coarse, layout.block, axis=1)).astype(out.dtype)
-    aux = plain_aux(mask, layout.n, b, h, cond.want_masks)
-    coarse = (module is not None) * (layout.tiles / layout.n) ** 2
+    aux, coarse = plain_aux(mask, layout.n, b, h, cond.want_masks), (module is not None) * (layout.tiles / layout.n) ** 2
     return out, state, aux | {"density": aux["density"] + coarse, "cost": aux["cost"] + coarse, "coarse_density": coarse}
 
   def cost(self, layout, heads, head_dim, allocation=None) -> Cost:
-    """Pairs of lists of average tiles and, if gated, of the T averages with each other; around them means, scores, gate.
-
-    `4 d` per pair. Means and scores of the selection as in `selection_cost`; gated: means of v `n D`, the gate's product
-    `2 n d D` (a d x d matrix per head). Bytes of the gate: 7 bf16 passes over `[n, D]`
-    (`python -m benchmarks.layer_traffic`). Not counted: the gate's bias, product and sum; padding of T to whole tiles.
-    """
-    n, tiles, gated, width = layout.n, layout.tiles, self.coarse == "gated", heads * head_dim
-    pairs = self.budget(layout) * n * n / tiles + gated * tiles**2
-    gate = Cost(linear_flops=width * n * (1 + 2.0 * head_dim), linear_bytes=14.0 * n * width, launches=6).scaled(gated)
-    return attention_cost(heads * pairs, head_dim) + selection_cost(n, tiles, heads, head_dim) + gate
+    """Pairs of average tiles, `4 d` each, the selection; if gated, the averages' own pairs (without padding) and the gate."""
+    n, tiles, gated = layout.n, layout.tiles, self.coarse == "gated"
+    found = attention_cost(heads * (self.budget(layout) * n * n / tiles + gated * tiles**2), head_dim)
+    return found + selection_cost(n, tiles, heads, head_dim) + gated_cost(n, heads, head_dim).scaled(gated)

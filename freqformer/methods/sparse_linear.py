@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from freqformer.cost import Cost, attention_cost, selection_cost
+from freqformer.cost import Cost, attention_cost, linear_attention_cost, selection_cost
 from freqformer.methods.base import Method, plain_aux
 from freqformer.planners.block_topk import block_topk, pool_tiles
 from kernels.attention import attention
@@ -71,15 +71,9 @@ class SparseLinear(Method):
     return dataclasses.replace(mask, kv_indices=ids, kv_counts=counts)
 
   def cost(self, layout, heads, head_dim, allocation=None) -> Cost:
-    """Critical pairs (tiles of average length), `4 d` each; the linear part; two rankings.
-
-    Linear (arXiv 2509.24006, with arXiv 2006.16236's sums): states and norms of T tiles `2 n d (d + 1)` per head, their sums
-    over marginal tiles `2 T^2 d (d + 1)`, reading them `2 n d (d + 1)`, the projection `2 n d^2`. The best and the worst
-    tiles are ranked apart, by the same means. Bytes: 16 per element of q on Hopper (`python -m benchmarks.linear`), 10 to
-    project and add (`python -m benchmarks.layer_traffic`). Not counted: feature maps, bits of marginal tiles.
-    """
+    """Critical pairs (tiles of average length), `4 d` each; linear attention over tiles, its projection `2 n d D`; rankings of
+    the best and the worst, by the same means. Bytes: 16 per element of q on Hopper (benchmarks/linear.py), 10 to project."""
     n, tiles, width = layout.n, layout.tiles, heads * head_dim
-    linear = (4.0 * n + 2.0 * tiles**2) * (head_dim + 1) * width + 2.0 * n * head_dim * width
     found = attention_cost(heads * n * self.budgets(tiles)[0] * n / tiles, head_dim)
-    found += Cost(linear_flops=linear, linear_bytes=26.0 * n * width, launches=9)
-    return found + selection_cost(n, tiles, heads, head_dim) + selection_cost(0, tiles, heads, head_dim, read=0)
+    found += linear_attention_cost(n, heads, head_dim, tiles) + Cost(0.0, 2.0 * n * head_dim * width, 26.0 * n * width, 9)
+    return found + selection_cost(n, tiles, heads, head_dim) + selection_cost(0, tiles, heads, head_dim)

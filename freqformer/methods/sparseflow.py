@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from freqformer.cost import Cost, attention_cost
+from freqformer.cost import Cost, attention_cost, linear_attention_cost
 from freqformer.layout import LayoutTables, TileLayout
 from freqformer.methods.base import mask_aux
 from freqformer.methods.routed import RoutedMethod
@@ -144,18 +144,15 @@ class SparseFlow(RoutedMethod):
   def cost(self, layout: TileLayout, heads, head_dim, allocation=None) -> Cost:
     """Pairs of the temporal table, averaged over uniform t, times the share of sparse heads; linear attention; the router.
 
-    `allocation` defaults to the fixed one, or to the router's prior. Linear attention of a head (arXiv 2006.16236): states and
-    norms of its frames `2 n d (d + 1)`, reading them as much again; of the heads that are linear, as on Hopper. Not counted:
-    feature maps; what XLA computes for other heads and throws away, where heads are routed and no kernel runs.
+    `allocation` defaults to the fixed one, or to the router's prior. Linear attention is counted
+    for the heads that are linear, as on Hopper: not what XLA computes for other heads and throws away, where heads are routed
+    and no kernel runs.
     """
     share, shares, levels = self._expected(layout, heads, allocation)
     own, work = heads * (1 - share), _frames(layout).work
     moved, kernels = _REFUSED if work is None else _SHARED_BOXES if work.mixed else _OWN_BOXES
-    linear = Cost(
-      linear_flops=4.0 * layout.n * head_dim * (head_dim + 1) * own,
-      linear_bytes=moved * layout.n * head_dim * own,
-      launches=kernels,
-    )
+    linear = linear_attention_cost(layout.n, own, head_dim)
+    linear += Cost(linear_bytes=moved * layout.n * head_dim * own, launches=kernels)
     pairs = heads * share * float(shares @ levels.pairs()[:, 0])
     return attention_cost(pairs, head_dim) + linear + self.router_cost(layout, heads, head_dim)
 

@@ -9,7 +9,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from freqformer.cost import Cost, attention_cost
@@ -68,17 +67,13 @@ class SpatialTemporal(Method):
     return most_faithful(cond.share(relative_errors(jnp.stack(outs), exact)), costs, self.profile.slack)
 
   def cost(self, layout, heads, head_dim, allocation=None) -> Cost:
-    """Of a measured step: the two tables' pairs, `4 d` each; nothing else is done around attention.
-
-    `allocation`: share of spatial and temporal heads, half and half unless given.
-    """
+    """Of a measured step: the tables' pairs, `4 d` each; `allocation`: share of spatial and temporal heads, else half each."""
     share = head_shares((1, 1) if allocation is None else allocation, ("spatial", "temporal"))
-    pairs = np.asarray(count_pairs(layout, self.frames, self.places, self.sink), np.float64)
-    return attention_cost(heads * float(share @ pairs), head_dim)
+    return attention_cost(heads * float(share @ count_pairs(layout, self.frames, self.places, self.sink)), head_dim)
 
   def phase_cost(self, phase, layout, heads, head_dim, allocation=None) -> Cost:
-    """The warm-up is dense; measuring scores each row once and sums values three times: twice the FLOPs of its pairs."""
+    """The warm-up is dense; measuring sums values of its rows three times."""
     if phase == "warmup":
       return attention_cost(heads * layout.n**2, head_dim)
-    found = self.cost(layout, heads, head_dim, allocation)
-    return found if phase == "run" else found + measuring_cost(self.profile.rows, layout.n, heads, head_dim, patterns=3)
+    measuring = measuring_cost(self.profile.rows, layout.n, heads, head_dim, patterns=3).scaled(phase != "run")
+    return self.cost(layout, heads, head_dim, allocation) + measuring
