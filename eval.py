@@ -2,13 +2,15 @@
 
   python eval.py --workdir=runs/ucf101
   python eval.py --workdir=runs/ucf101 --classes=Basketball,Biking --samples=4 --seed=1 --guidance=4 --steps=50
-  python eval.py --workdir=runs/ucf101 --method=dense --out=runs/ucf101/dense     the same weights, full attention
+  python eval.py --workdir=runs/ucf101 --method=dense     the same weights, full attention: in samples-dense
   python eval.py --workdir=runs/ucf101 --method="radial(decay=0.5)" --export_masks=masks
   python eval.py --workdir=runs/ucf101 --compare="dense,adaspa,block_topk(density=0.2, coarse=none)"
 
 Averaged weights and hard routing by default. Writes <class>.mp4, grid.png, latents.npz, sampling.json and density.json
-(of one sample: every step, layer and head) to --out. With --compare, every method draws the same samples from the same noise:
-<method>/*.mp4, comparison.json and comparison.html, by default in <workdir>/compare.
+(of one sample: every step, layer and head) to --out, in place of what an earlier run left there. By default that is
+<workdir>/samples, or with --method <workdir>/samples-<method>: the run's own samples, which its report shows, stay.
+With --compare, every method draws the same samples from the same noise: <method>/*.mp4, comparison.json and comparison.html,
+by default in <workdir>/compare.
 """
 
 import dataclasses
@@ -22,17 +24,17 @@ from absl import flags, logging
 from flax import nnx
 
 from freqformer import cli, compare
-from freqformer.compare_page import write_comparison
+from freqformer.compare_page import slug, write_comparison
 from freqformer.config import ConfigError, did_you_mean
 from freqformer.cost import sampling_cost
 from freqformer.masks import MaskRecorder, realised_density
 from freqformer.restore import restore_model
 from freqformer.sampling import SampleConfig, compile_steps, make_step, sample
-from freqformer.video import grid, grid_png, write_mp4
+from freqformer.video import check_folder, grid, grid_png, write_mp4
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run to sample from.", required=True)
 _STEP = flags.DEFINE_integer("checkpoint", None, "Step of the checkpoint; default the newest.")
-_OUT = flags.DEFINE_string("out", None, "Folder to write to; default <workdir>/samples.")
+_OUT = flags.DEFINE_string("out", None, "Folder to write to; default <workdir>/samples, or samples-<method>, or compare.")
 _CLASSES = flags.DEFINE_list("classes", None, "Class names; default all.")
 _SAMPLES = flags.DEFINE_integer("samples", 1, "Samples per class.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed; sample i of a class has its own noise, whatever else is sampled.")
@@ -59,6 +61,9 @@ def main(_):
   model, params, restored = restore_model(_WORKDIR.value, step=_STEP.value, method=_METHOD.value, raw=_RAW.value)
   config, names = _sample_config(restored.experiment.sample), restored.class_names
   chosen, labels, indices = _asked_for(names)
+  out = _folder("samples" if _METHOD.value is None else f"samples-{slug(_METHOD.value)}")
+  if _EXPORT_MASKS.value is not None:
+    check_folder(_EXPORT_MASKS.value)
 
   # ---- compile, then run: timed apart -------------------------------------------------------------------------------
   shape, graphdef = restored.latent_shape, nnx.graphdef(model)
@@ -73,9 +78,10 @@ def main(_):
   run_seconds = time.monotonic() - clock
 
   # ---- decode and write ---------------------------------------------------------------------------------------------
-  out = pathlib.Path(_OUT.value or pathlib.Path(_WORKDIR.value) / "samples")
   out.mkdir(parents=True, exist_ok=True)
   videos = restored.decode(latents)
+  for name in names if (out / "sampling.json").exists() else ():  # an earlier run's, maybe of another method
+    (out / f"{name}.mp4").unlink(missing_ok=True)
   fps = _FPS.value or 25 / restored.experiment.data.stride
   for label in chosen:
     own = videos[labels == label]
@@ -102,7 +108,7 @@ def main(_):
     "seconds_per_sample": run_seconds / len(labels),
     "attention_flops_per_sample": cost.attention_flops,
     "total_flops_per_sample": cost.total,
-    "flops_are": "the method's cost over the phases of the run (of a router: its prior's), not the realised one",
+    "flops_are": compare.FLOPS_ARE,
     "density_by_step": density,
     "device": jax.devices()[0].device_kind,
   }
@@ -130,6 +136,7 @@ def side_by_side():
   _, _, restored = restore_model(_WORKDIR.value, step=_STEP.value, raw=_RAW.value)
   config = _sample_config(restored.experiment.sample)
   _, labels, indices = _asked_for(restored.class_names)
+  out = _folder("compare")
   config = dataclasses.replace(config, batch_size=min(config.batch_size, len(labels)))
   found = compare.candidates(_WORKDIR.value, methods, config, restored.step, _RAW.value)
   rows, videos = compare.compare(found, labels, indices, _SEED.value, config, metrics)
@@ -140,13 +147,13 @@ def side_by_side():
     "seed": _SEED.value,
     "weights": "raw" if _RAW.value else "ema",
     "device": jax.devices()[0].device_kind,
-    "flops_are": "the method's cost over the phases of the run (of a router: its prior's), both halves of guidance counted",
+    "flops_are": compare.FLOPS_ARE,
     "density_is": "scored pairs / n^2 as run, of one sample",
     "rows": rows,
   }
   captions = [f"{restored.class_names[label]} {index % 10_000}" for label, index in zip(labels, indices, strict=True)]
   fps = _FPS.value or 25 / restored.experiment.data.stride
-  page = write_comparison(_OUT.value or pathlib.Path(_WORKDIR.value) / "compare", result, videos, captions, fps)
+  page = write_comparison(out, result, videos, captions, fps)
   print(compare.table(rows))
   print(f"page: {page}")
 
@@ -161,6 +168,11 @@ def _asked_for(names: list[str]):
   # A sample's number depends on its class and its place within it: asking for other classes does not change it.
   indices = (labels * 10_000 + np.tile(np.arange(_SAMPLES.value), len(chosen))).astype(np.int32)
   return chosen, labels, indices
+
+
+def _folder(default: str) -> pathlib.Path:
+  """--out, or a folder of the run; checked before anything is sampled."""
+  return check_folder(_OUT.value or pathlib.Path(_WORKDIR.value) / default)
 
 
 def _sample_config(base: SampleConfig) -> SampleConfig:

@@ -4,8 +4,7 @@
 
 Each method samples the same (seed, index) pairs; quality is that of the decoded videos against the reference's
 (`freqformer/quality.py`). Compilation and running are timed apart. FLOPs are the method's own cost over the phases of the run
-(`sampling_cost`; a routed method's by its router's prior), density is what ran. Seconds are those of this machine with whatever
-else it was doing.
+(`sampling_cost`, `FLOPS_ARE`), density is what ran. Seconds are those of this machine with whatever else it was doing.
 """
 
 import dataclasses
@@ -25,6 +24,11 @@ from freqformer.restore import restore_model
 from freqformer.sampling import SampleConfig, compile_steps, make_step, sample
 
 METRICS = ("psnr", "ssim", "lpips")
+FLOPS_ARE = (
+  "the method's cost over the phases of the run, both halves of guidance counted. Heads that choose while sampling are counted "
+  "as expected, not as they chose: by a router's prior, and where heads are measured by the shares that cost() assumes. "
+  "Density is what ran."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,13 +185,13 @@ def table(rows: list[dict]) -> str:
   """The rows for people."""
   names = [n for n in METRICS if n in (rows[-1]["quality"] or {})]
   head = f"{'method':40} {'density':>8} {'attention':>9} {'total':>7} {'compile':>9} {'per sample':>11}"
-  lines = [head + "".join(f" {n:>8}" for n in names)]
+  lines = [head + "".join(f" {n:>9}" for n in names)]
   for r in rows:
     numbers = (r["quality"] or {}).get
     shown = ["reference" if r["quality"] is None else numbers(n) for n in names]
     lines.append(
       f"{r['method'][:40]:40} {r['density']:8.3f} {r['attention_flops_over_dense']:9.3f} {r['total_flops_over_dense']:7.3f} "
       f"{r['compile_seconds']:7.1f} s {r['seconds_per_sample']:9.2f} s"
-      + "".join(f" {x:8.3f}" if isinstance(x, float) else f" {x[:8]:>8}" for x in shown)
+      + "".join(f" {x:9.3f}" if isinstance(x, float) else f" {x:>9}" for x in shown)
     )
   return "\n".join(lines)

@@ -1,6 +1,7 @@
 """What a comparison of methods leaves behind: videos, comparison.json and one HTML file that needs no network."""
 
 import base64
+import contextlib
 import html
 import io
 import json
@@ -9,6 +10,7 @@ import re
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from freqformer.quality import difference
@@ -29,6 +31,7 @@ def write_comparison(out, result: dict, videos: dict[str, np.ndarray], captions:
   """
   out = pathlib.Path(out)
   out.mkdir(parents=True, exist_ok=True)
+  _remove_old(out)
   paths = {name: [out / slug(name) / f"{i:03d}_{slug(c)}.mp4" for i, c in enumerate(captions)] for name in videos}
   for name, own in videos.items():
     for path, video in zip(paths[name], own, strict=True):
@@ -50,6 +53,20 @@ def write_comparison(out, result: dict, videos: dict[str, np.ndarray], captions:
   return path
 
 
+def _remove_old(out: pathlib.Path):
+  """The videos of an earlier comparison, by what its comparison.json says: other methods, other samples, or both."""
+  before = out / "comparison.json"
+  try:
+    folders = [out / slug(row["method"]) for row in json.loads(before.read_text())["rows"]]
+  except (FileNotFoundError, ValueError, KeyError, TypeError):  # none, or none of ours
+    return
+  for folder in folders:
+    for video in folder.glob("[0-9][0-9][0-9]_*.mp4"):
+      video.unlink()
+    with contextlib.suppress(OSError):  # gone, or something of the user's lies there
+      folder.rmdir()
+
+
 def slug(name: str) -> str:
   """A name as a file name: `radial(decay=0.5)` -> `radial_decay_0.5`."""
   return re.sub(r"[^\w.-]+", "_", name).strip("_")
@@ -67,8 +84,9 @@ def _figures(result) -> str:
     + (r["compile_seconds"], r["run_seconds"], r["seconds_per_sample"])
     for r in rows
   ]
+  flops = f"<p>FLOPs are {html.escape(result['flops_are'])}</p>" if "flops_are" in result else ""
   absent = "" if "lpips" in metrics else "<p class=absent>LPIPS was not measured: it needs --lpips_weights.</p>"
-  return table(head, numbers) + absent
+  return table(head, numbers) + flops + absent
 
 
 def _videos(videos, captions, paths) -> str:
@@ -106,7 +124,8 @@ def _density(result) -> str:
     axis.hlines(np.arange(1, layers) * heads - 0.5, -0.5, steps - 0.5, color="white", lw=1)
     axis.set_yticks(np.arange(layers) * heads, [f"{i}.0" for i in range(layers)])
     axis.set(xlabel="step", ylabel="layer.head", title=f"{r['method']}: mean {r['density']:.3f}")
-    figure.colorbar(shown)
+    figure.colorbar(shown, label="density")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     parts.append(image(figure, f"density of {r['method']}"))
   return "".join(parts)
 

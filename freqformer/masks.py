@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from kernels.block_mask import BlockMask, from_tiles
 
@@ -75,13 +76,16 @@ class RunMasks:
       for j, panel in enumerate(row):
         y, x = i * height + 2, j * width + 2
         canvas[y : y + panel.shape[0], x : x + panel.shape[1]] = 1 - panel[..., None]
-    figure = Figure(figsize=(1.2 + canvas.shape[1] / 80, 0.9 + canvas.shape[0] / 80), dpi=100, layout="constrained")
+    heads = max(map(len, rows))
+    shared = "; one panel in a row: all heads" * any(len(row) == 1 for row in rows)
+    size = max(3.6, 1.2 + canvas.shape[1] / 80), max(2.0, 1.2 + canvas.shape[0] / 80)  # the title needs 3.6 inches
+    figure = Figure(figsize=size, dpi=100, layout="constrained")
     axis = figure.add_subplot()
     axis.imshow(canvas, interpolation="nearest")
     axis.set_yticks((np.arange(len(rows)) + 0.5) * height, range(len(rows)))
-    heads = max(map(len, rows))
     axis.set_xticks((np.arange(heads) + 0.5) * width, range(heads) if heads > 1 else ["all"])
-    axis.set(title=f"step {step}; one panel in a row: all heads", xlabel="head", ylabel="layer")
+    axis.set_title(f"step {step}: query tiles down, key tiles right,\ndark is listed{shared}", fontsize=9)
+    axis.set(xlabel="head", ylabel="layer")
     return figure
 
 
@@ -100,8 +104,10 @@ def density_picture(density: np.ndarray) -> Figure:
   figure = Figure(figsize=(6, 3.2), dpi=100, layout="constrained")
   axis = figure.add_subplot()
   image = axis.imshow(density.mean(-1).T, aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
-  axis.set(xlabel="sampling step", ylabel="layer", title="density (scored pairs / n²), mean over heads")
-  figure.colorbar(image)
+  axis.set(xlabel="sampling step", ylabel="layer", title="density: scored pairs / n²")
+  for ticks in (axis.xaxis, axis.yaxis):
+    ticks.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+  figure.colorbar(image, label="density, mean over heads")
   return figure
 
 

@@ -46,8 +46,7 @@ def make_step(graphdef, config: SampleConfig, want_masks: bool = False):
   """One jitted Euler step `(params, x, label, t, t_next, tables, state, phases) -> (x, state, aux)`.
 
   `phases` (of `VideoDiT.schedule`) is static: one compilation per shape and distinct tuple. The state is donated: what a call
-  was given is gone after it. `want_masks` puts each layer's
-  `BlockMask` into aux.
+  was given is gone after it. `want_masks` puts each layer's `BlockMask` into aux.
   """
   guided = config.guidance != 1
 
@@ -78,17 +77,21 @@ def make_step(graphdef, config: SampleConfig, want_masks: bool = False):
 def compile_steps(step, params, model, tables, latent_shape, config: SampleConfig):
   """`step` of `make_step`, compiled ahead for every phase of the run; called like it.
 
+  What begins a batch (noise, first state) is run once and thrown away: else the first sample would pay for compiling it.
+
   Raises:
     ConfigError: if a method's schedule does not fit the run.
   """
   batch, guided, scalar = config.batch_size, config.guidance != 1, jax.ShapeDtypeStruct((), np.float32)
   x = jax.ShapeDtypeStruct((batch, *latent_shape), np.float32)
   label = jax.ShapeDtypeStruct((batch,), np.int32)
-  state = jax.eval_shape(lambda: model.init_state(batch * (1 + guided), latent_shape, guided))
+  begin = lambda: _begin(model, 0, *np.zeros((2, batch), np.int32), latent_shape, guided)
+  _, _, state = jax.eval_shape(begin)
   compiled = {
     phases: step.lower(params, x, label, scalar, scalar, tables, state, phases).compile()
     for phases in dict.fromkeys(model.schedule(config.steps))
   }
+  jax.block_until_ready(begin())
   return lambda *args: compiled[args[-1]](*args[:-1])
 
 
@@ -111,13 +114,18 @@ def sample(step, params, model, labels, indices, seed: int, tables, latent_shape
   bar = tqdm(total=-(-len(labels) // batch) * config.steps, desc="sampling", unit="step", disable=not progress)
   for start in range(0, len(labels), batch):
     part = np.arange(start, start + batch).clip(max=len(labels) - 1)  # the last batch repeats its last sample
-    x = sample_noise(jax.random.key(seed), jnp.asarray(indices[part]), latent_shape)
-    state = model.init_state(batch * (1 + guided), latent_shape, guided)
+    x, label, state = _begin(model, seed, labels[part], indices[part], latent_shape, guided)
     auxes = []
     for t, t_next, phases in zip(times[:-1], times[1:], schedule, strict=True):
-      x, state, aux = step(params, x, jnp.asarray(labels[part]), t, t_next, tables, state, phases)
+      x, state, aux = step(params, x, label, t, t_next, tables, state, phases)
       auxes.append(aux)
       bar.update()
     outs.append(np.asarray(x)[: len(labels) - start])
   bar.close()
   return np.concatenate(outs), jax.device_get(auxes)
+
+
+def _begin(model, seed: int, labels, indices, latent_shape, guided: bool):
+  """Noise, labels and first state of a batch."""
+  x = sample_noise(jax.random.key(seed), jnp.asarray(indices), latent_shape)
+  return x, jnp.asarray(labels), model.init_state(len(labels) * (1 + guided), latent_shape, guided)

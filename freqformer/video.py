@@ -7,8 +7,23 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from freqformer.config import ConfigError
+
 _LABEL_ROWS = 14  # Height of a line of labels in pixels; fits PIL's built-in font at size 10.
 _GAP = 2  # White pixels between pictures.
+
+
+def check_folder(path) -> pathlib.Path:
+  """`path`, if it is a folder or can become one; it is not made yet.
+
+  Raises:
+    ConfigError: if it, or what should hold it, is a file.
+  """
+  path = pathlib.Path(path)
+  there = next((p for p in (path, *path.parents) if p.exists()), path)
+  if there.exists() and not there.is_dir():
+    raise ConfigError(f"{path} cannot be a folder: {there} is a file; name another, or move it away.")
+  return path
 
 
 def write_mp4(path, video: np.ndarray, fps: float = 25) -> None:
@@ -18,8 +33,10 @@ def write_mp4(path, video: np.ndarray, fps: float = 25) -> None:
   made if it is missing.
 
   Raises:
-    ValueError: if `video` is not uint8 `[t, y, x, 3]` with at least one frame.
+    ValueError: if `video` is not uint8 `[t, y, x, 3]` with at least one frame, or fps is no frame rate.
   """
+  if not 0 < fps < float("inf"):
+    raise ValueError(f"a video's frame rate must be a finite number above 0, got {fps=}.")
   video = _even(_checked(video))
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)

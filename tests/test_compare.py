@@ -108,7 +108,7 @@ def test_command_and_page(workdir, tmp_path):
   assert TOPK in done.stdout and "psnr" in done.stdout
   page = (out / "comparison.html").read_text()
   assert page.count("data:video/mp4;base64,") == 8 and page.count('alt="difference of') == 4
-  assert page.count('alt="density of') == 2 and "LPIPS was not measured" in page
+  assert page.count('alt="density of') == 2 and "LPIPS was not measured" in page and "not as they chose" in page
   assert "http://" not in page and "https://" not in page
   assert {p.parent.name for p in out.glob("*/*.mp4")} == {"dense", "block_topk_density_0.5_coarse_none"}
   assert len(list(out.glob("*/*.mp4"))) == 8
@@ -162,6 +162,12 @@ def test_page_of_equal_videos(tmp_path):
   )
   judged = compare.judge({"a": video, "b": video}, compare.metric_functions(("psnr", "ssim")))
   rows = [compare.row("a", drawn, None), compare.row("b", drawn, judged["b"])]
+  # An earlier comparison's videos go, whatever else lies beside them stays.
+  before = [compare.row(name, drawn, None) for name in ("b", "radial(decay=0.5)")]
+  write_comparison(tmp_path, {"rows": before}, dict.fromkeys(("b", "radial(decay=0.5)"), video), ["old"], 12.5)
+  (tmp_path / "b" / "mine.mp4").write_text("")
   page = write_comparison(tmp_path, {"rows": rows}, {"a": video, "b": video}, ["<one>"], 12.5).read_text()
+  assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.glob("*/*")) == ["a/000_one.mp4", "b/000_one.mp4", "b/mine.mp4"]
   assert "Infinity" not in (tmp_path / "comparison.json").read_text() and ">inf<" in page and "&lt;one&gt;" in page
-  assert "inf" in compare.table(rows) and slug("radial(decay=0.5)") == "radial_decay_0.5"
+  assert "inf" in compare.table(rows) and " reference reference" in compare.table(rows)
+  assert slug("radial(decay=0.5)") == "radial_decay_0.5"

@@ -118,20 +118,21 @@ def test_eval_writes_videos(place, whole):
   assert len(list(out.glob("*.mp4"))) == 8 and (out / "grid.png").stat().st_size > 1000
   saved = dict(np.load(out / "latents.npz"))
   assert saved["latents"].shape == (16, 3, 3, 4, 4) and np.isfinite(saved["latents"]).all()
-  # One class alone gives the very same sample and takes the other classes' videos away; dense attention on the same weights
-  # gives another one, in a folder of its own.
-  name = json.loads((whole[0] / "run.json").read_text())["classes"][3]
-  for folder, arg, same in ((out, f"--out={out}", True), (whole[0] / "samples-dense", "--method=dense", False)):
-    done = call(place, "eval.py", f"--workdir={whole[0]}", "--steps=2", f"--classes={name}", arg)
-    assert done.returncode == 0, done.stderr[-3000:]
-    alone = np.load(folder / "latents.npz")["latents"][0]
-    assert np.allclose(alone, saved["latents"][6], atol=1e-4) == same
-    assert [p.name for p in folder.glob("*.mp4")] == [f"{name}.mp4"] and not (whole[0] / "samples").exists()
   # The report shows all that these commands write.
   page = write_report(whole[0]).read_text()
   absent = [name for name in ("cost.json", "evaluation.json") if f"Not shown: this run has no {name}" in page]
   assert page.count("Not shown") == len(absent) == 2 and page.count("data:video/mp4;base64,") == 8
   assert "How they were sampled" in page and page.count("data:image/png;base64,") == 5
+  # One class alone gives the very same sample and takes the other classes' videos away; dense attention on the same weights
+  # gives another one, in a folder of its own.
+  name = json.loads((whole[0] / "run.json").read_text())["classes"][3]
+  for folder, arg, same in ((out, "--nosoft", True), (whole[0] / "samples-dense", "--method=dense", False)):
+    done = call(place, "eval.py", f"--workdir={whole[0]}", "--steps=2", f"--classes={name}", arg)
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone = np.load(folder / "latents.npz")["latents"][0]
+    assert np.allclose(alone, saved["latents"][6], atol=1e-4) == same
+    assert [p.name for p in folder.glob("*.mp4")] == [f"{name}.mp4"]
+  assert json.loads((out / "sampling.json").read_text())["method"] == "freqformer"  # still the run's own
 
 
 def test_dry_run_needs_no_data(tmp_path):

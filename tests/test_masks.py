@@ -1,5 +1,7 @@
 """Masks of a run: what is recorded, written and read again is what the methods say they ran."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from flax import nnx
 
 from freqformer.dit import VideoDiT
-from freqformer.masks import MaskRecorder, RunMasks, load_masks, realised_density
+from freqformer.masks import MaskRecorder, RunMasks, density_picture, load_masks, realised_density
 from freqformer.model_config import model_config
 from freqformer.sampling import SampleConfig, compile_steps, make_step, sample
 from kernels.block_mask import from_tiles
@@ -20,6 +22,20 @@ FIELDS = dict(spatial_temporal=dict(frames=0, places=0, profile=dict(warmup=0.4)
 LAYERS = ((0, 2, "spatial_temporal"), (2, 3, "block_topk"), (3, None, "dense"))
 
 
+@contextlib.contextmanager
+def compiled():
+  """The names of compilations while it is open."""
+  names, watching = [], True
+
+  def listen(event, seconds, **_):
+    if watching and "backend_compile" in event:
+      names.append(event)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)  # for the rest of the process, deaf after this
+  yield names
+  watching = False
+
+
 def test_masks_of_a_run(tmp_path):
   attention = dict(layers=LAYERS, block=8, implementation="reference", **FIELDS)
   config = model_config(dict(size="custom", width=12, depth=4, heads=2, patch=(1, 1, 1), attention=attention))
@@ -30,7 +46,9 @@ def test_masks_of_a_run(tmp_path):
   tables, recorder = model.tables(SHAPE), MaskRecorder()
   args = (params, model, jnp.array([0, 1, 2]), np.arange(3), 0, tables, SHAPE, run)
   step = compile_steps(make_step(graphdef, run, want_masks=True), params, model, tables, SHAPE, run)
-  _, aux = sample(recorder.wrap(step, run.steps), *args, progress=False)
+  with compiled() as late:
+    _, aux = sample(recorder.wrap(step, run.steps), *args, progress=False)
+  assert not late  # what is timed as running does not compile
   assert all("mask" not in layers for one in aux for layers in one)  # no step's tables stay behind
   masks = recorder.masks()
   folder = masks.save(tmp_path / "masks", pictures=2)
@@ -56,6 +74,19 @@ def test_pictures_show_what_is_listed():
   panel = 1 - image[2:52, 2:52, 0]  # two tiles a pixel
   np.testing.assert_allclose(panel, tiles[0, 0].reshape(50, 2, 50, 2).mean((1, 3)), atol=1e-6)
   assert image.shape[:2] == (2 * 54, 3 * 54)
+
+
+@pytest.mark.parametrize("heads, layers, tiles", [(1, 1, 4), (1, 2, 100), (6, 3, 9)])
+def test_what_is_written_on_pictures_lies_on_them(heads, layers, tiles):
+  mask = from_tiles(np.ones((1, heads, tiles, tiles), bool), np.full(tiles, 8), 8, 8)
+  run = RunMasks((mask,), np.zeros((3, layers), np.int32), np.ones((3, layers, heads), np.float32))
+  for figure in (run.picture(2), density_picture(run.density)):
+    figure.draw_without_rendering()
+    box, bounds = figure.get_tightbbox().get_points(), figure.get_size_inches()
+    assert (box > 0).all() and (box < bounds).all()
+  assert ("all heads" in run.picture(0).axes[0].get_title()) == (heads == 1)
+  axis, bar = figure.axes
+  assert bar.get_ylabel() and all(float(t).is_integer() for ticks in (axis.get_xticks(), axis.get_yticks()) for t in ticks)
 
 
 def test_nothing_recorded():

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from freqformer import video
+from freqformer.config import ConfigError
 
 
 def moving(frames=6, rows=32, cols=48, seed=0):
@@ -46,6 +47,21 @@ def test_mp4_without_libx264(tmp_path, monkeypatch):
 def test_mp4_refuses(tmp_path, wrong):
   with pytest.raises(ValueError, match="uint8"):
     video.write_mp4(tmp_path / "a.mp4", wrong)
+
+
+@pytest.mark.parametrize("fps", [0, -5, float("nan"), float("inf")])
+def test_mp4_refuses_a_rate_that_is_none(tmp_path, fps):
+  with pytest.raises(ValueError, match="frame rate"):
+    video.write_mp4(tmp_path / "a.mp4", moving(), fps)
+  assert not list(tmp_path.iterdir())
+
+
+def test_folders(tmp_path):
+  (tmp_path / "file").write_text("")
+  assert video.check_folder(tmp_path / "new" / "er") == tmp_path / "new" / "er" and not (tmp_path / "new").exists()
+  for path in (tmp_path / "file", tmp_path / "file" / "in" / "it"):
+    with pytest.raises(ConfigError, match="file is a file"):
+      video.check_folder(path)
 
 
 def test_grid_places_videos_and_holds_last_frames():
