@@ -1,18 +1,31 @@
-"""Results as rows of JSON: every figure with the command, machine, versions and commit that produced it."""
+"""Results as rows of JSON: every figure with the command, machine, versions, commit and sources that produced it.
+
+  python -m benchmarks.rows 1f2e3d4c5b6a     # the commits that hold just the sources of a row
+
+`commit` is where the tree stood when the run began; "+changes" says that sources differed from it (work that was committed
+later, or never). `sources` is a hash of what was in the files, whether committed or not: rows of one hash come from the same
+code, and the command above names the commits that have it. Rows from before this field have no such tie.
+"""
 
 import datetime
+import hashlib
 import json
 import os
 import pathlib
 import platform
 import subprocess
+import sys
+from collections.abc import Iterable
 
 import jax
 from absl import logging
 
 RESULTS = pathlib.Path(__file__).parent / "results"
+_ROOT = RESULTS.parent.parent
+# What a figure may depend on: the code and tables in these places.
+_SOURCES = ("train.py", "eval.py", "kernels", "freqformer", "configs", "benchmarks")
 # What every row holds; the benchmark adds its own fields.
-CONTEXT_FIELDS = ("command", "device", "cpu", "jax", "python", "commit", "date")
+CONTEXT_FIELDS = ("command", "device", "cpu", "jax", "python", "commit", "sources", "date")
 # What the printed table shows beside the value, where a row has it.
 _NOTES = (
   "others_cpu",
@@ -35,6 +48,7 @@ def context(command: str) -> dict[str, str]:
     "jax": jax.__version__,
     "python": platform.python_version(),
     "commit": _commit(),
+    "sources": sources(),
     "date": datetime.date.today().isoformat(),
   }
 
@@ -92,10 +106,49 @@ def table(found: list[dict]) -> str:
 
 def _commit() -> str:
   """The short commit, marked where code that could matter differs from it; "unknown" outside a checkout."""
-  git = lambda *args: subprocess.run(["git", *args], capture_output=True, text=True, check=True, cwd=RESULTS.parent.parent)
   try:
-    commit = git("rev-parse", "--short", "HEAD").stdout.strip()
-    changed = git("status", "--porcelain", "--untracked-files=no", "kernels", "freqformer", "benchmarks/*.py").stdout.strip()
+    commit = _git("rev-parse", "--short", "HEAD").strip()
+    changed = any(
+      _is_source(line[3:]) for line in _git("status", "--porcelain", "--untracked-files=no", *_SOURCES).splitlines()
+    )
   except (OSError, subprocess.CalledProcessError):
     return "unknown"
   return commit + ("+changes" if changed else "")
+
+
+def sources(root: pathlib.Path = _ROOT) -> str:
+  """Short hash of the sources as they lie there, new files included; the same for whoever has the same files."""
+  blob = lambda data: hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()  # as git names a file's content
+  found = (p for place in _SOURCES for p in ((root / place).rglob("*") if (root / place).is_dir() else [root / place]))
+  names = ((p, p.relative_to(root).as_posix()) for p in found)
+  return _digest((name, blob(p.read_bytes())) for p, name in names if _is_source(name) and p.is_file())
+
+
+def commits_with(wanted: str) -> list[str]:
+  """The commits of all branches, newest first, whose sources have this hash.
+
+  Raises:
+    CalledProcessError, OSError: outside a checkout.
+  """
+  found = []
+  for commit in _git("log", "--all", "--format=%h").split():
+    listed = (line.split(None, 3)[2:] for line in _git("ls-tree", "-r", commit, *_SOURCES).splitlines())
+    files = {path: blob for blob, path in listed if _is_source(path)}
+    found += [commit] if _digest(files.items()) == wanted else []
+  return found
+
+
+def _is_source(path: str) -> bool:
+  return path.endswith((".py", ".json")) and not path.startswith("benchmarks/results/")
+
+
+def _digest(files: Iterable[tuple[str, str]]) -> str:
+  return hashlib.sha256(repr(sorted(files)).encode()).hexdigest()[:12]
+
+
+def _git(*args: str) -> str:
+  return subprocess.run(["git", *args], capture_output=True, text=True, check=True, cwd=_ROOT).stdout
+
+
+if __name__ == "__main__":
+  print("\n".join(commits_with(sys.argv[1])) or "no commit has these sources")

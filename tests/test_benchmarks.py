@@ -1,7 +1,10 @@
 """The benchmarks run on tiny shapes, compare equal things and write whole rows. Timings are never asserted."""
 
 import dataclasses
+import io
 import json
+import subprocess
+import tarfile
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +53,23 @@ def test_a_row_replaces_its_namesake_and_keeps_its_context(tmp_path):
   one, two = json.loads(path.read_text())
   assert (one["name"], one["value"], one["command"], one["commit"]) == ("one", 3, "new", "abc")
   assert (two["name"], two["value"], two["command"]) == ("two", 2, "old")
+
+
+def test_sources_are_those_of_a_commit(tmp_path):
+  """The hash of files on disk is that of the commit that holds them; results do not count, one byte of code does."""
+  git = lambda *args: subprocess.run(["git", *args], capture_output=True, cwd=rows.RESULTS, check=True).stdout
+  try:
+    head = git("rev-parse", "--short", "HEAD").decode().strip()
+  except (OSError, subprocess.CalledProcessError):
+    pytest.skip("this is no checkout")
+  with tarfile.open(fileobj=io.BytesIO(git("-C", "../..", "archive", "HEAD"))) as files:
+    files.extractall(tmp_path, filter="data")
+  found = rows.sources(tmp_path)
+  assert head in rows.commits_with(found)
+  (tmp_path / "benchmarks" / "results" / "new.json").write_text("[]")
+  assert rows.sources(tmp_path) == found
+  (tmp_path / "kernels" / "new.py").write_text("x")
+  assert rows.sources(tmp_path) != found and not rows.commits_with(rows.sources(tmp_path))
 
 
 def test_missed_goals_are_stored_as_missed():
