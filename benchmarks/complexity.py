@@ -18,9 +18,8 @@ from benchmarks import rows as row_files
 from benchmarks.complexity_page import DOC, fill, of_set, tables
 from freqformer import approximation, approximation_probe, simulate
 from freqformer.simulation import calibrate, plots
-from freqformer.simulation.calibrate import measurement
 from freqformer.simulation.descriptions import Gpu, load_gpu, load_model
-from freqformer.simulation.forward import Plan, make_method, row, run_seconds
+from freqformer.simulation.forward import Plan, dense_baseline, make_method, row, run_seconds
 from freqformer.simulation.scaling import largest_video, memory_bytes, parallel
 
 _WORKDIR = flags.DEFINE_string(
@@ -52,45 +51,32 @@ METHODS = (
 
 def validation() -> tuple[Gpu, list[dict]]:
   """The H100 fitted to three published rows and the errors of all; and STA's row after fitting the dense rate alone."""
-  start, measured = load_gpu("h100"), calibrate.load_rows(PUBLISHED, "h100")
+  start, (measured, _) = load_gpu("h100"), calibrate.load_rows(PUBLISHED, "h100")
   fit = calibrate.calibrate(start, measured)
-  found = [r | {"set": "three published rows fitted", "rates_fitted": list(fit.fitted)} for r in fit.rows]
+  found = [r | {"set": "three published rows fitted"} for r in fit.rows]
   chosen = "FA3 dense on 30x48x80"
   alone = [dataclasses.replace(m, fit=m.name == chosen) for m in measured if "30x48x80" in m.name]
   one = calibrate.calibrate(start, alone, free=("attention_flops",))
-  found += [r | {"set": "dense rate alone fitted", "rates_fitted": ["attention_flops"]} for r in one.rows]
-  return fit.gpu, found
+  return fit.gpu, found + [r | {"set": "dense rate alone fitted"} for r in one.rows]
 
 
 def cpu_rows() -> list[dict]:
   """Our own CPU rows: two rates fitted to the dense and one sparse call, the others predicted."""
-  ours = {r["name"]: r for r in row_files.read_rows(row_files.RESULTS / "attention_cpu.json")}
-  shape = {"gpu": "cpu", "heads": 4, "head_dim": 64, "source": "benchmarks/results/attention_cpu.json"}
-  lists = lambda n, density, **fields: shape | {"tokens": n, "density": density, "block": 128} | fields
-  bands = lambda tiles, block: {
-    "method": f"freqformer(allocation=(1,1,2), mid_tiles={tiles})",
-    "grid": (16, 32, 32),
-    "block": block,
-  }
-  cases = (
-    ("forward_vs_dense_loop_cpu_16k", "sparse", lists(16_384, 1 / 16)),
-    ("time_cpu_64k_over_cpu_16k", "small", lists(16_384, 1 / 16, fit=False)),
-    ("time_cpu_64k_over_cpu_16k", "large", lists(65_536, 1 / 64, fit=False)),
-    ("dense_mode_vs_dense_loop_cpu_16k", "dense_mode", lists(16_384, 1.0)),
-    ("freqformer_block128_vs_dense_loop_cpu_16k", "attention_alone", shape | bands(8, 128) | {"fit": False}),
-    ("freqformer_block64_vs_dense_loop_cpu_16k", "attention_alone", shape | bands(16, 64) | {"fit": False}),
-  )
-  measured = [
-    measurement(c | {"name": f"{n}: {part}", "seconds": ours[n][part]["median_s"]}) for n, part, c in cases if n in ours
-  ]
+  path, fitted = row_files.RESULTS / "attention_cpu.json", (": dense_mode", ": sparse")
+  measured = [dataclasses.replace(m, fit=m.name.endswith(fitted)) for m in calibrate.load_rows(path, "cpu")[0]]
   fit = calibrate.calibrate(load_gpu("cpu"), measured, free=("softmax_exposed", "item_s"))
-  spread = {f"{n}: {part}": [ours[n][part][k] for k in ("p10_s", "p90_s")] for n, part, _ in cases if n in ours}
-  return [r | {"set": "cpu", "measured_p10_p90_s": spread[r["name"]]} for r in fit.rows]
+  ours = {r["name"]: r for r in row_files.read_rows(path)}
+
+  def spread(name):
+    of, part = name.split(": ")
+    return [ours[of][part][k] for k in ("p10_s", "p90_s")]
+
+  return [r | {"set": "cpu", "measured_p10_p90_s": spread(r["name"])} for r in fit.rows]
 
 
 def published_run(gpu: Gpu) -> list[dict]:
   """HunyuanVideo end to end on an H100, published, beside our run of the same shape."""
-  plan = Plan(load_model("hunyuanvideo"), "dense", make_method("dense"), (30, 48, 80))
+  plan = dense_baseline(Plan(load_model("hunyuanvideo"), "dense", make_method("dense"), (30, 48, 80)))  # what they ran
   one, source = row(plan, gpu), "arXiv 2502.04507: 945 s on one H100 with FlashAttention-3, 800 s of it attention; 50 steps"
   parts = {"all": (one["seconds"], 945.0), "attention": (one["attention_seconds"], 800.0)}
   return [
@@ -104,23 +90,34 @@ def published_run(gpu: Gpu) -> list[dict]:
       "error": 50 * seconds / published - 1,
       "fitted": False,
       "source": source,
+      "derived": "",
+      **{k: one[k] for k in ("rates_fitted", "rates_assumed")},
     }
     for part, (seconds, published) in parts.items()
   ]
+
+
+def baseline_and(names, card: str, grid) -> list[Plan]:
+  """The unpadded dense baseline, then methods with their defaults: plans of one model on one grid."""
+  plans = [Plan(load_model(card), name, make_method(name), grid) for name in names]
+  return [dense_baseline(plans[0]), *plans]
 
 
 # ---- simulation ----------------------------------------------------------------------------------------------------------
 
 
 def sweep(gpu: Gpu) -> list[dict]:
-  """64K to 1M tokens, every method with its defaults, and FreqFormer at a fixed density of its mid band."""
+  """64K to 1M tokens, every method with its defaults, and FreqFormer at a fixed density of its mid band.
+
+  These grids fill their tiles: `dense` is its own unpadded baseline.
+  """
   card, found = load_model("wan2.1-1.3b"), []
   for grid in GRIDS:
     tiles = Plan(card, "dense", make_method("dense"), grid).layout.tiles
     names = [*METHODS, f"freqformer(mid_tiles={round(0.05 * tiles)})"]
     at = [row(Plan(card, name, make_method(name), grid), gpu) for name in names]
     at[-1]["method"] = "freqformer (mid band at 5 %)"
-    dense = at[0]
+    dense = row(dense_baseline(Plan(card, "dense", make_method("dense"), grid)), gpu)
     found += [
       r
       | {
@@ -137,8 +134,7 @@ def durations(gpu: Gpu) -> list[dict]:
   """Seconds of 720p video to seconds of GPU for a whole run, and the longest video that fits."""
   card, found = load_model("hunyuanvideo"), []
   for t in (33, 66, 128, 256):
-    for name in ("dense", "freqformer", "sliding_tile"):
-      plan = Plan(card, name, make_method(name), (t, 45, 80))
+    for plan in baseline_and(("dense", "freqformer", "sliding_tile"), "hunyuanvideo", (t, 45, 80)):
       fits = memory_bytes(plan) <= gpu.memory_bytes
       run, _ = run_seconds(plan, gpu)
       extra = {"set": "duration", "run_seconds": run, "memory_bytes": memory_bytes(plan), "fits": fits}
@@ -153,20 +149,21 @@ def durations(gpu: Gpu) -> list[dict]:
 def several_gpus(gpu: Gpu) -> list[dict]:
   """Wan2.1-14B at 720p on 1 to 8 GPUs, heads dealt greedily."""
   found = []
-  for name in ("dense", "freqformer"):
-    plan = Plan(load_model("wan2.1-14b"), name, make_method(name), (21, 45, 80))
+  plans = baseline_and(("dense", "freqformer"), "wan2.1-14b", (21, 45, 80))
+  for plan in plans:
     for gpus in (1, 2, 4, 8):
-      facts = {"set": "gpus", "model": plan.card.name, "method": name, "gpu": gpu.name, "measured": False}
-      found.append(facts | dataclasses.asdict(parallel(plan, gpu, gpus)))
+      facts = {"set": "gpus", "model": plan.card.name, "method": plan.name, "gpu": gpu.name, "measured": False}
+      one, base = parallel(plan, gpu, gpus), parallel(plans[0], gpu, gpus)
+      found.append(facts | dataclasses.asdict(one) | {"speedup_over_dense": base.seconds / one.seconds})
   return found
 
 
 def devices(h100: Gpu) -> list[dict]:
-  """One forward of Wan2.1-14B at 720p on each GPU: only the H100 is calibrated."""
+  """One forward of Wan2.1-14B at 720p on each GPU. The H200 has the H100's SMs and gets the rates that were fitted there."""
   found = []
-  for gpu in (h100, *(load_gpu(n) for n in ("h200", "a100", "b200"))):
-    for name in ("dense", "freqformer"):
-      found.append({"set": "devices"} | row(Plan(load_model("wan2.1-14b"), name, make_method(name), (21, 45, 80)), gpu))
+  for gpu in (h100, calibrate.carry_over(h100, load_gpu("h200")), load_gpu("a100"), load_gpu("b200")):
+    rows = [row(plan, gpu) for plan in baseline_and(("dense", "freqformer"), "wan2.1-14b", (21, 45, 80))]
+    found += [{"set": "devices"} | r | {"speedup_over_dense": rows[0]["seconds"] / r["seconds"]} for r in rows]
   return found
 
 

@@ -32,16 +32,24 @@ def _table(found, columns: dict) -> str:
 _SIMULATED = {"measured": lambda r: "no"}
 
 
-def _comparison(found) -> str:
+def comparison(found) -> str:
+  """Simulated beside measured; below, the sources, what was fitted, what was assumed, and what speaks against the fit."""
   unit, name = (1, "s") if max(r["seconds"] for r in found) > 10 else (1e-3, "ms")
+  sources = list(dict.fromkeys(r["source"] for r in found))
   columns = {
     "call": ("name", ""),
-    f"measured, {name}": ("measured_seconds", ".4g", unit),
+    f"measured, {name}": lambda r: f"{r['measured_seconds'] / unit:.4g}{' (derived)' * bool(r['derived'])}",
     f"simulated, {name}": ("seconds", ".4g", unit),
     "error": ("error", "+.1%"),
     "fitted to": lambda r: "yes" if r["fitted"] else "no",
+    "source": lambda r: sources.index(r["source"]) + 1,
   }
-  return _table(found, columns)
+  notes = [f"* Source {i}: {source}." for i, source in enumerate(sources, 1)]
+  notes += [f"* Derived, not measured: {r['name']}, {r['derived']}." for r in found if r["derived"]]
+  fitted, assumed = (", ".join(found[0][key]) for key in ("rates_fitted", "rates_assumed"))
+  notes += [f"* Fitted: {fitted}. Assumed: {assumed}."]
+  notes += [f"* WARNING: {warning}." for warning in found[0].get("rates_warnings", ())]
+  return f"{_table(found, columns)}\n\n" + "\n".join(notes)
 
 
 def _sweep_table(found) -> str:
@@ -56,10 +64,24 @@ def _sweep_table(found) -> str:
     "FLOP/byte": ("flops_per_byte", ",.0f"),
     "seconds": ("seconds", ".3g"),
     "tokens/s": ("tokens_per_s", ",.0f"),
-    "dense / this": ("speedup_over_dense", ".2f"),
-    "attention: dense / this": ("attention_speedup", ".1f"),
+    "unpadded dense / this": ("speedup_over_dense", ".2f"),
+    "attention: unpadded dense / this": ("attention_speedup", ".1f"),
   }
   return _table(found, columns | _SIMULATED)
+
+
+def _rates(found, method: str = "freqformer") -> str:
+  """What stands behind the seconds of the sweep: which rates were fitted, and how much of a forward they explain."""
+  few, many = (f(r["tokens"] for r in found) for f in (min, max))
+  at = {(r["tokens"], r["method"]): r for r in found}
+  share = lambda name: " and ".join(f"{at[n, name]['attention_seconds'] / at[n, name]['seconds']:.0%}" for n in (few, many))
+  bound = [f"{r['method']} at {r['tokens']:,}" for r in found if r["attention_bound"] != "compute"]
+  return complexity_notes.paragraph(
+    f"Rates: {at[few, method]['rates']} (`freqformer/simulation/gpus/{found[0]['gpu']}.json` says from where).",
+    f"The fitted rates are those of the attention call: {share('dense')} of a dense forward at {few:,} and {many:,} tokens,",
+    f"but {share(method)} of {method}'s. All else rests on assumed rates, as does attention that L2 or device memory bounds:",
+    f"{', '.join(bound) or 'none here'}.",
+  )
 
 
 def _duration_table(rows) -> str:
@@ -88,18 +110,21 @@ def _gpus_table(found) -> str:
     "seconds per forward": ("seconds", ".3f"),
     "of it communication": ("communication_s", ".3f"),
     "busiest / mean GPU": ("imbalance", ".2f"),
-    "speed-up": ("speedup", ".2f"),
+    "speed-up over one": ("speedup", ".2f"),
+    "unpadded dense / this": ("speedup_over_dense", ".2f"),
   }
   return _table(found, columns | _SIMULATED)
 
 
-def _devices_table(found) -> str:
+def devices_table(found) -> str:
+  """One forward on each device, with what stands behind its rates."""
   columns = {
     "GPU": ("gpu", ""),
     "method": ("method", ""),
     "seconds per forward": ("seconds", ".3f"),
     "TFLOP/s": ("tflops_per_s", ".0f"),
-    "rates": lambda r: "fitted" if r["rates_calibrated"] else "assumed",
+    "unpadded dense / this": ("speedup_over_dense", ".2f"),
+    "rates": lambda r: r["rates"].split(";")[0] + "; the others assumed" * bool(r["rates_fitted"]),
   }
   return _table(found, columns | _SIMULATED)
 
@@ -125,15 +150,16 @@ def tables(rows: list[dict]) -> dict[str, str]:
   """Every table of the page by its marker."""
   fitted = of_set(rows, "three published rows fitted")
   return {
-    "dense-rate": _comparison(of_set(rows, "dense rate alone fitted")),
-    "published": f"{_comparison(fitted)}\n\n{complexity_notes.fit(fitted)}\n\n{complexity_notes.spread(fitted)}",
-    "cpu": _comparison(of_set(rows, "cpu")),
-    "run": _comparison(of_set(rows, "published run")),
+    "dense-rate": comparison(of_set(rows, "dense rate alone fitted")),
+    "published": f"{comparison(fitted)}\n\n{complexity_notes.fit(fitted)}\n\n{complexity_notes.spread(fitted)}",
+    "cpu": comparison(of_set(rows, "cpu")),
+    "run": comparison(of_set(rows, "published run")),
     "sweep": _sweep_table(of_set(rows, "sweep")),
+    "rates": _rates(of_set(rows, "sweep")),
     "shares": complexity_notes.shares(of_set(rows, "sweep")),
     "duration": _duration_table(rows),
     "gpus": _gpus_table(of_set(rows, "gpus")),
-    "devices": _devices_table(of_set(rows, "devices")),
+    "devices": devices_table(of_set(rows, "devices")),
     "approximation": approximation_table(of_set(rows, "approximation")),
     "bounds": complexity_notes.bounds(of_set(rows, "approximation")),
   }

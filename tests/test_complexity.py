@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import complexity, complexity_notes, rows
+from benchmarks import complexity, complexity_notes, complexity_page, rows
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +69,25 @@ def test_sentences_move_with_the_rows():
   rows_of += [ours | {"tokens": 10}, ours | {"tokens": 2000, "speedup_over_dense": 7.5}]
   text = " ".join(complexity_notes.shares(rows_of).split())
   assert "25% of a dense forward at 10 tokens and 75% at 2,000" in text and "At 2,000 tokens" in text and "7.5 times" in text
+
+
+def test_comparisons_name_their_sources_and_what_was_fitted():
+  gpu, found = complexity.validation()
+  found = [r for r in found if r["set"] == "dense rate alone fitted"]
+  text = complexity_page.comparison(found)
+  assert (
+    "| 25.38 |" in text and "| 265.2 (derived) |" in text and "* Derived, not measured: FA3 dense on 30x48x80, 10.45 x" in text
+  )
+  assert "| no | 1 |" in text and "| yes | 2 |" in text and all(f"* Source {i}: Sliding tile" in text for i in (1, 2))
+  assert "* Fitted: attention_flops. Assumed: softmax_exposed, matmul_flops, hbm, l2" in text and "WARNING" not in text
+  assert "* WARNING: too good." in complexity_page.comparison([found[0] | {"rates_warnings": ["too good"]}])
+  # The same SMs at assumed rates would make the H200, with the faster memory, the slower one.
+  at = {(r["gpu"], r["method"]): r for r in complexity.devices(gpu)}
+  for method in ("dense", "dense, unpadded", "freqformer"):
+    assert at["h200", method]["seconds"] < at["h100", method]["seconds"]
+  assert at["h100", "dense"]["seconds"] > 1.05 * at["h100", "dense, unpadded"]["seconds"]
+  assert "of h100, which has the same SMs; the others assumed | no |" in complexity_page.devices_table(list(at.values()))
+  assert sum("all rates assumed" in r["rates"] for r in at.values()) == 6
 
 
 def test_a_page_without_its_marker_is_refused():

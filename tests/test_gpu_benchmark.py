@@ -81,7 +81,7 @@ def test_ratios_come_from_the_rows_they_name(rehearsed):
 
 
 def test_the_simulator_is_calibrated_by_the_file_as_it_is(rehearsed, tmp_path):
-  """Every attention row of a forward pass is taken with its lists; all else is counted; rehearsals and other devices refused."""
+  """Every forward pass of attention is taken with its lists; all else is counted; rehearsals and other devices refused."""
   run, folder = rehearsed
   path, gpu = folder / "attention_gpu_rehearsal.json", load_gpu("h100")
   with pytest.raises(ConfigError, match=r"no row of h100 to fit to \((\d+) of \1 rows left out: \1 of a rehearsal\)"):

@@ -129,7 +129,7 @@ def measurements(row: dict) -> list[Measurement]:
   """The timed calls of a row; raises ConfigError naming the row and what it lacks or misstates."""
   if "attention_calls" not in row:
     return [measurement(row)]
-  shared = {k: row[k] for k in ("source", "command", "fit") if k in row}
+  shared = {k: row[k] for k in ("source", "command", "commit", "fit") if k in row}
   found = []
   for part, call in row["attention_calls"].items():
     times = {"seconds": row[part]["median_s"]} if part in row else {}
@@ -153,7 +153,8 @@ def measurement(row: dict) -> Measurement:
       f"measured row {name!r} lacks or misstates a field: {error} (freqformer/simulation/measurements.py lists them)."
     ) from error
   source, derived, kernel = (str(row.get(k) or "") for k in ("source", "derived", "implementation"))
-  return Measurement(name, seconds, call, heads * batch, fit, source or str(row.get("command", "")), derived, kernel)
+  source = source or ", commit ".join(str(row[k]) for k in ("command", "commit") if k in row)
+  return Measurement(name, seconds, call, heads * batch, fit, source, derived, kernel)
 
 
 def _call(row, heads, d, batch) -> CallCost:
