@@ -4,7 +4,8 @@
 
 Each run is a plain `python train.py --config=configs/demo.py` with overrides; finished runs are reused, killed ones resumed.
 Then per run: validation loss overall and per quarter of t against the best per-channel linear prediction, attention FLOPs by
-exact count with the router's own measured allocation, and the accuracy of a ridge classifier on 64 samples.
+exact count with the router's own measured allocation, its probabilities per quarter of t, and the accuracy of a ridge
+classifier on 64 samples. `trained_at` and `seconds` are those of the run, which may be older than the row.
 """
 
 import json
@@ -44,18 +45,18 @@ def result_of(workdir: pathlib.Path, name: str, seed: int) -> dict:
   model, _, restored = restore_model(workdir)
   val = [r for r in metrics.read(workdir / "metrics.jsonl") if r["kind"] == "val"][-1]
   soft = [r for r in metrics.read(workdir / "metrics.jsonl") if r["kind"] == "val_soft"]
-  allocations, mean = None, None
+  allocations, mean, routing = None, None, None
   if (workdir / "routing.json").exists():
     # Hard choices per layer, averaged over layers and quarters of t: the share of heads that each branch really gets.
-    choice = np.asarray(json.loads((workdir / "routing.json").read_text())["choice"])
-    mean = choice.mean((0, 1, 2))
+    routing = json.loads((workdir / "routing.json").read_text())
+    mean = np.asarray(routing["choice"]).mean((0, 1, 2))
     allocations = [tuple(mean)] * len(model.config.runs())
   cost = model_cost(model.config, restored.latent_shape, allocations)
   dense = model_cost(model.config.with_method("dense"), restored.latent_shape)
   saved = np.load(workdir / "samples" / "latents.npz")
   data = restored.experiment.data
   accuracy = class_accuracy(prepare(data, "train"), prepare(data, "val"), saved["latents"], saved["labels"])
-  layout = model.config.layout(restored.latent_shape)
+  layout, run = model.config.layout(restored.latent_shape), json.loads((workdir / "run.json").read_text())
   return {
     "name": f"{name}/seed{seed}",
     "method": name,
@@ -71,8 +72,12 @@ def result_of(workdir: pathlib.Path, name: str, seed: int) -> dict:
     "attention_flops_over_dense": cost.attention_flops / dense.attention_flops,
     "realised_density": val["density"],
     "allocation": None if mean is None else mean.tolist(),
+    "branches": None if routing is None else routing["branches"],
+    # Mean over layers and heads, [quarters of t][branches], t = 0 first.
+    "probability_by_t": None if routing is None else np.asarray(routing["probs"]).mean((0, 2)).tolist(),
     "classifier": accuracy,
-    "seconds": json.loads((workdir / "run.json").read_text())["seconds"],
+    "trained_at": run["git"],
+    "seconds": run["seconds"],
   }
 
 
