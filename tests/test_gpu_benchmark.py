@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import gates, gpu_attention, gpu_run, rows
+from benchmarks import cpu_attention, gates, gpu_attention, gpu_run, rows
 from benchmarks.gpu_plan import FULL, REHEARSAL, SHORT
 from benchmarks.gpu_rows import Deadline, Store
 from freqformer.config import ConfigError
@@ -110,6 +110,8 @@ def test_the_simulator_is_calibrated_by_the_file_as_it_is(rehearsed, tmp_path):
 
 
 def test_the_committed_cpu_rows_calibrate_the_cpu():
+  found = rows.read_rows(rows.RESULTS / "attention_cpu.json")
+  assert cpu_attention.described(found, cpu_attention.FULL) == found
   fit = calibrate.fit_file(load_gpu("cpu"), rows.RESULTS / "attention_cpu.json")
   assert len(fit.rows) == 6 and fit.notes[0].endswith("6 no timed attention call") and fit.worst(False) < 0.15
   with pytest.raises(ConfigError, match="no row of h100 .*5 of cpu"):

@@ -213,7 +213,9 @@ def test_rows_that_do_not_say_are_split(tmp_path):
 
 BAD_ROWS = [
   ({"head_dim": None}, "'x' lacks or misstates a field: 'head_dim'"),
-  ({"seconds": None}, "'x' lacks or misstates a field: 'tflops'"),
+  ({"seconds": None}, "'x' lacks or misstates a field: 'seconds or tflops'"),
+  ({"attention_calls": 5}, "'x': attention_calls must hold an object per timed call, got 5"),
+  ({"attention_calls": {"a": {"heads": 1, "head_dim": 8, "n": 64}}}, "'x: a' lacks or misstates a field: 'seconds or tflops'"),
   ({"block": 0}, "block=0 must be a positive whole number"),
   ({"tokens": 0}, "tokens=0 must be"),
   ({"heads": 0}, "heads=0 must be"),

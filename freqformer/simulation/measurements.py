@@ -129,10 +129,13 @@ def measurements(row: dict) -> list[Measurement]:
   """The timed calls of a row; raises ConfigError naming the row and what it lacks or misstates."""
   if "attention_calls" not in row:
     return [measurement(row)]
-  shared = {k: row[k] for k in ("source", "command", "commit", "fit") if k in row}
+  calls, shared = row["attention_calls"], {k: row[k] for k in ("source", "command", "commit", "fit") if k in row}
+  if not isinstance(calls, dict) or not all(isinstance(call, dict) for call in calls.values()):
+    raise ConfigError(f"measured row {row.get('name')!r}: attention_calls must hold an object per timed call, got {calls!r}.")
   found = []
-  for part, call in row["attention_calls"].items():
-    times = {"seconds": row[part]["median_s"]} if part in row else {}
+  for part, call in calls.items():
+    timing = row.get(part)
+    times = {"seconds": timing["median_s"]} if isinstance(timing, dict) and "median_s" in timing else {}
     found.append(measurement(shared | times | call | {"name": f"{row.get('name')}: {part}"}))
   return found
 
@@ -143,8 +146,10 @@ def measurement(row: dict) -> Measurement:
   try:
     heads, d, batch = (_positive(row, key, *default) for key, default in (("heads", ()), ("head_dim", ()), ("batch", (1,))))
     call = _call(row, heads, d, batch)
-    seconds = _positive(row, "seconds", whole=False) if "seconds" in row else call.flops / _positive(row, "tflops", whole=False)
-    seconds *= 1.0 if "seconds" in row else 1e-12
+    if "seconds" not in row and "tflops" not in row:
+      raise KeyError("seconds or tflops")
+    given = _positive(row, "seconds" if "seconds" in row else "tflops", whole=False)
+    seconds = given if "seconds" in row else call.flops / (given * 1e12)
     fit = row.get("fit")
     if fit not in (None, True, False) or isinstance(fit, int) and not isinstance(fit, bool):
       raise ValueError(f"{fit=} must be true or false")
