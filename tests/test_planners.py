@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from freqformer.layout import TileLayout
+from freqformer.planners import block_topk as planner
 from freqformer.planners.block_topk import block_topk, fixed_tiles, pool_tiles, top_tiles
 from freqformer.planners.dense import dense
 from freqformer.planners.packed import coarse_rows, full_rows, packed_kv_len
@@ -81,7 +82,11 @@ def test_topk_is_exact_and_keeps_fixed_tiles(budget, chunk, monkeypatch):
   rng = np.random.default_rng(1)
   q, k = (rng.standard_normal((2, 3, layout.tiles, 8)).astype(np.float32) for _ in range(2))
   fixed = fixed_tiles(layout, sink=1, anchors=1)
-  mask = jax.jit(lambda q, k: block_topk(q, k, budget, fixed, layout.arrays().kv_len, 16))(q, k)
+  call, said = lambda q, k: block_topk(q, k, budget, fixed, layout.arrays().kv_len, 16), []
+  planner._log_all_tiles.cache_clear()
+  monkeypatch.setattr(planner.logging, "info", lambda text, *args: said.append((text % args)[:33]))
+  mask, _ = jax.jit(call)(q, k), call(q, k)  # said once
+  assert [m for m in said if "key tiles" in m] == ([] if budget < layout.tiles else ["lists of 100 key tiles are longer"])
   tiles = np.asarray(mask.check().to_tiles())
   scores = np.einsum("bhid,bhjd->bhij", q, k)
   for b, h, i in np.ndindex(tiles.shape[:3]):

@@ -1,8 +1,11 @@
 """Per query tile the key tiles with the largest pooled score, plus fixed ones. Depends on the data, so it is traced."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from freqformer.layout import LayoutTables, TileLayout
 from kernels.block_mask import BlockMask
@@ -51,6 +54,8 @@ def block_topk(q_pool: jax.Array, k_pool: jax.Array, budget: int, fixed: np.ndar
     ValueError: if the budget cannot hold the fixed tiles.
   """
   tiles = k_pool.shape[2]
+  if budget > tiles:
+    _log_all_tiles(budget, tiles)
   budget = min(budget, tiles)
   distinct = max(len(np.unique(row)) for row in fixed) if isinstance(fixed, np.ndarray) and fixed.size else 0
   if distinct > budget:
@@ -58,3 +63,8 @@ def block_topk(q_pool: jax.Array, k_pool: jax.Array, budget: int, fixed: np.ndar
   ids = top_tiles(jax.lax.stop_gradient(q_pool), jax.lax.stop_gradient(k_pool), budget, fixed, _CHUNK_SCORES)
   counts = jnp.full(ids.shape[:3], budget, jnp.int32)
   return BlockMask(ids, counts, kv_len, None, block, block)
+
+
+@functools.cache
+def _log_all_tiles(budget, tiles):
+  logging.info("lists of %d key tiles are longer than the grid's %d tiles: they hold every tile", budget, tiles)

@@ -9,6 +9,8 @@ from matplotlib.figure import Figure
 from freqformer.config import ConfigError
 
 SIMULATED, MEASURED = "#3b6fb6", "black"
+# Of a stack of simulated parts, none of them black.
+_PARTS = (SIMULATED, "#e0a030", "#4f8f5b", "#c4b5dd")
 _LINES = ("-", "--", ":", "-.")
 _MARKS = "osD^vPX*<>"
 
@@ -94,7 +96,7 @@ def bars(rows: list[dict], path, title: str):
   for i, part in enumerate(parts):
     values = [r[part] for r in rows]
     name = part.replace("_seconds", "").replace("around", "around attention") + " (simulated)"
-    axis.barh(labels, values, left=left, color=SIMULATED, alpha=1 - 0.23 * i, label=name, edgecolor="white")
+    axis.barh(labels, values, left=left, color=_PARTS[i], label=name, edgecolor="white")
     left = [a + b for a, b in zip(left, values, strict=True)]
   axis.invert_yaxis()
   axis.set(xlabel="seconds per forward", title=title)
