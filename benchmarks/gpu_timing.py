@@ -84,7 +84,7 @@ class Measured:
     """The fields of a results row."""
     clock = "device" if self.device else "wall"
     found = {"seconds": self.seconds, "clock": clock, "wall": self.wall.row()}
-    found |= {"device": self.device.row(), "kernels": self.kernels} if self.device else {}
+    found |= {"device_time": self.device.row(), "kernels": self.kernels} if self.device else {}
     return found | ({"timing_note": self.note} if self.note else {})
 
 
