@@ -163,6 +163,8 @@ def _asked_for(names: list[str]):
   for name in _CLASSES.value or ():
     if name not in names:
       raise ConfigError(f"class {name!r} is not in this checkpoint; {did_you_mean(name, names)}")
+  if not _CLASSES.value and len(names) > 16:
+    logging.info("all %d classes are sampled; --classes=%s,%s takes some", len(names), *names[:2])
   chosen = [names.index(name) for name in (_CLASSES.value or names)]
   labels = np.repeat(chosen, _SAMPLES.value).astype(np.int32)
   # A sample's number depends on its class and its place within it: asking for other classes does not change it.

@@ -195,6 +195,12 @@ def table(rows: list[dict]) -> str:
   return "\n".join(lines)
 
 
+def best_of_budgets(points: list[dict]) -> tuple[list[dict], list[dict]]:
+  """Of one method's points that of highest PSNR per budget (e.g. of two windows of as many tiles), by density; the others."""
+  best = {r["budget"]: r for r in sorted(points, key=lambda r: r["psnr"])}
+  return sorted(best.values(), key=lambda r: r["density_after_warmup"]), [r for r in points if best[r["budget"]] is not r]
+
+
 def plot(rows: list[dict], path: pathlib.Path) -> pathlib.Path:
   """PSNR and SSIM against density after the warm-up; a line joins each method's best points, one per budget."""
   points = [r for r in rows if "psnr_by_sample" in r]
@@ -202,11 +208,8 @@ def plot(rows: list[dict], path: pathlib.Path) -> pathlib.Path:
   curves = sorted({(r["method"], r["variant"] if r["method"] in ("random", "adaspa") else "") for r in points})
   for i, (method, variant) in enumerate(curves):
     own = [r for r in points if r["method"] == method and (variant == r["variant"] or method not in ("random", "adaspa"))]
-    own = sorted(own, key=lambda r: r["density_after_warmup"])
     style = dict(color=f"C{i}", ls="--" if method == "random" else "-", label=f"{method} {variant}".strip())
-    best = {r["budget"]: r for r in sorted(own, key=lambda r: r["psnr"])}  # e.g. of two windows of as many tiles
-    others = [r for r in own if best[r["budget"]] is not r]
-    own = [r for r in own if best[r["budget"]] is r]
+    own, others = best_of_budgets(own)
     x = [r["density_after_warmup"] for r in own]
     axes[0].errorbar(x, [r["psnr"] for r in own], [r["psnr_standard_error"] for r in own], fmt="o", ms=4, lw=1.2, **style)
     axes[1].plot(x, [r["ssim"] for r in own], "o", ms=4, lw=1.2, **style)

@@ -119,7 +119,7 @@ def _density(result) -> str:
   for r in result["rows"]:
     density = np.asarray(r["density_by_step_layer_head"])  # [steps, layers, heads]
     steps, layers, heads = density.shape
-    figure, (axis,) = panels(1, 6.5, min(6, 0.9 + 0.09 * layers * heads))
+    figure, (axis,) = panels(1, 6.5, min(6, 1.3 + 0.09 * layers * heads))
     shown = axis.imshow(density.reshape(steps, -1).T, vmin=0, vmax=1, aspect="auto", cmap="viridis", interpolation="nearest")
     axis.hlines(np.arange(1, layers) * heads - 0.5, -0.5, steps - 0.5, color="white", lw=1)
     axis.set_yticks(np.arange(layers) * heads, [f"{i}.0" for i in range(layers)])

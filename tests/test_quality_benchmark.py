@@ -113,6 +113,12 @@ def test_verdict():
   assert not quality.verdict(rows[:1])["met"]  # nothing compared is nothing shown
 
 
+def test_lines_join_one_point_per_budget():
+  points = [row("sliding_tile", [20.0], "3x3x1"), row("sliding_tile", [24.0], "1x3x3"), row("sliding_tile", [18.0], budget=4)]
+  points[2]["density_after_warmup"] = 0.05
+  assert quality.best_of_budgets(points) == ([points[2], points[1]], [points[0]])
+
+
 def test_table_and_plot(tmp_path):
   rows = [row("adaspa", [30.0, 32]), row("random", [29.0, 30]), row("random", [28.0, 30], "fixed"), {"name": "model"}]
   text = quality.table(rows)
