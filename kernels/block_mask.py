@@ -240,6 +240,11 @@ class BlockMask:
 
   def _listed_keys(self, xnp, kind) -> Array:
     """Valid keys that each query tile's list holds, `[b or 1, h or 1, q_tiles]`."""
+    if self.kv_indices is None:  # prefixes of all key tiles
+      sums = xnp.cumsum(self.kv_len, -1, dtype=np.int64 if xnp is np else np.int32).reshape(-1, 1, self.kv_tiles)
+      sums = xnp.pad(sums, ((0, 0), (0, 0), (1, 0)))
+      counts = xnp.broadcast_to(self.kv_counts, np.broadcast_shapes(self.kv_counts.shape, (len(sums), 1, 1)))
+      return xnp.take_along_axis(xnp.broadcast_to(sums, (*counts.shape[:2], self.kv_tiles + 1)), counts, -1).astype(kind)
     ids = self.indices()
     if xnp is np and self.kv_len.ndim == 1:
       if one_list(ids):  # prefixes of one list: no table of all of them

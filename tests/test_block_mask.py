@@ -86,6 +86,19 @@ def test_density_of_dense_is_one():
   assert mask.density() == 1.0 and mask.density(300) == 1.0 and mask.pairs() == 90000
 
 
+@pytest.mark.parametrize("b, kv_batch", [(1, 0), (2, 0), (1, 2), (2, 2)])
+def test_lists_that_are_not_written_out_count_as_if_they_were(b, kv_batch):
+  """Prefixes of all key tiles, ragged ones too, without an array of tiles x tiles."""
+  rng = np.random.default_rng(0)
+  counts, kv_len = (rng.integers(0, 10, (b, 3, 9)), rng.integers(0, 5, (kv_batch, 9) if kv_batch else 9))
+  mask = BlockMask(None, counts.astype(np.int32), kv_len.astype(np.int32), None, 4, 4)
+  written = dataclasses.replace(mask, kv_indices=np.array(mask.indices()))
+  np.testing.assert_array_equal(mask.pairs(), written.pairs())
+  np.testing.assert_array_equal(jax.jit(lambda m: m.pairs())(mask), written.pairs())
+  large = dense_mask(1 << 20, 1 << 20)
+  assert jax.jit(lambda m: m.density()).lower(large).compile().memory_analysis().temp_size_in_bytes < 1 << 23
+
+
 def test_from_tiles_and_draw():
   tiles = np.tril(np.ones((4, 4), bool))
   mask = from_tiles(tiles, np.full(4, 8), 8, 8).check()
