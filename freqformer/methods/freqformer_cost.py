@@ -17,8 +17,9 @@ from kernels.cost import CONCURRENT, CallCost, uniform
 from kernels.prepare import BLOCKS, HEAD_DIMS, MAX_CELLS
 
 _FILTERED = {"none": 0, "v": 1, "qkv": 3}  # arrays
-# Passes beyond norm and rotary, which `elementwise_bytes` has, by who does it: the kernels (v in and out, angles, lift in and
-# out; coarse rows four times more), XLA in tiles (of 16 cells) or along whole axes: transforms, packing, lift and sum.
+# Passes beyond norm and rotary, which `elementwise_bytes` has, by who does it: the kernels (v in and out, which other methods'
+# layers move uncounted; angles, lift in and out; coarse rows four times more), XLA in tiles (of 16 cells; `memory_bound --xla`)
+# or along whole axes: transforms, packing, lift and sum.
 _PASSES = {"kernels": 4.4, "tiles": 17.0, "axes": 48.0}
 _LAUNCHES = {"kernels": 1, "tiles": 16, "axes": 32}  # beside the selection's
 _FILTER_PASSES = {"kernels": (0, 0), "tiles": (11, 35), "axes": (47, 151)}  # of v; of q, k and v
