@@ -81,7 +81,9 @@ def forward(data, lists, bias, blocks, scale: float, config: TuningConfig, cost:
         v_ring.release(slot)
         return acc, new, total
 
-      start = (parts.zeros(d), parts.rows_full(parts.HIDDEN), parts.rows_full(0.0))
+      # Not from HIDDEN: a fused multiply-add takes the rounded maximum from the exact product, and what is left of -1e30 may be
+      # +1e21. Above all hidden scores, every one of them has probability 0, also where a row has met nothing else.
+      start = (parts.zeros(d), parts.rows_full(parts.DEAD), parts.rows_full(0.0))
       acc, top, total = lax.fori_loop(0, listed.steps, attend, start)
       pl.when(warpgroup == 0)(pass_turn)
       alive = top > parts.DEAD

@@ -358,20 +358,21 @@ def memory_warpgroup(tiles: TileList, rings, config):
   set_registers(config.memory_registers, "decrease")
   steps, stages = tiles.steps, config.stages
 
-  def wait(s):
-    for ring, _ in rings:
-      plgpu.barrier_wait(ring.free.at[lax.rem(s, _i32(stages))])
+  def wait(ring, s):
+    plgpu.barrier_wait(ring.free.at[lax.rem(s, _i32(stages))])
 
   @pl.loop(0, steps)
   def _fetch(s):
-    pl.when(s >= stages)(functools.partial(wait, s))
-    slot, entries = lax.rem(s, _i32(stages)), tiles.entries(s)
-    for ring, sources in rings:
+    slot, entries = lax.rem(s, _i32(stages)), tiles.entries(s)  # read while the slot is still in use
+    for ring, sources in rings:  # a ring waits for its own readers alone: keys are free half a stage before values
+      pl.when(s >= stages)(functools.partial(wait, ring, s))
       for source, target in zip(sources, ring.slots, strict=True):
         tiles.walk.copy(source, target.at[slot], ring.full.at[slot], entries)
 
-  # Whoever waits on a barrier must see all its phases.
-  pl.loop(jnp.maximum(steps - stages, 0), steps)(wait)
+  @pl.loop(jnp.maximum(steps - stages, 0), steps)
+  def _drain(s):  # whoever waits on a barrier must see all its phases
+    for ring, _ in rings:
+      wait(ring, s)
 
 
 def split_scale(scale: float) -> tuple[float, float]:

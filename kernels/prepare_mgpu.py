@@ -153,8 +153,9 @@ def forward(plan: Plan, operands: dict) -> dict:
   prepare.__name__ = "prepare" if plan.cells else "norm_rotary"
   taken, blocks = [operands[name] for name in plan.operands()], plan.b * plan.tiles * (plan.h // plan.heads)
   cost = streaming_cost(taken, results, plan.flops)
-  # By lane: all layouts are given, and inferring them would take Mosaic eight seconds of every compile. Means cross the warps.
-  options = {"by_lane": True, "reduction_bytes": 1024 * plan.pooled}
+  # By lane: all layouts are given, and inferring them would take Mosaic eight seconds of every compile. Means cross the warps,
+  # four registers at a time: with room for one, each would cost two barriers.
+  options = {"by_lane": True, "reduction_bytes": 4096 * plan.pooled}
   found = launch(prepare, taken, results.values(), scratch.values(), blocks=blocks, cost=cost, **options)
   return dict(zip(results, found, strict=True))
 

@@ -96,10 +96,12 @@ class TuningConfig:
     """The configuration, if it fits the key.
 
     Raises:
-      ValueError: if shared memory or registers do not suffice, or a stage does not match the tiles.
+      ValueError: if shared memory or registers do not suffice, or a single stage is to be taken in turns.
     """
     if (need := self.shared_bytes(key)) > _SHARED_BYTES:
       raise ValueError(f"{self} needs {need} bytes of shared memory for {key}, a thread block has {_SHARED_BYTES}.")
+    if self.stages == 1 and self.take_turns and key.direction == "forward" and key.consumers == 2:
+      raise ValueError(f"{self} would never end for {key}: a warpgroup that has the turn waits for keys; set stages >= 2.")
     if self.compute_registers:
       if key.consumers != 2:
         raise ValueError(f"{self} moves registers, but {key} has one compute warpgroup: nothing to gain, set 0 and 0.")

@@ -1,7 +1,9 @@
 """The Hopper kernels on a machine without one: numerics by interpretation, races, refusals."""
 
 import dataclasses
+import fractions
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -128,6 +130,19 @@ def test_tuning_refuses_what_does_not_fit():
     tuning.TuningConfig(2, 96)
   with pytest.raises(ValueError, match="set both"):
     tuning.TuningConfig(2, 128, 240, 0)
+  with pytest.raises(ValueError, match="never end"):
+    tuning.TuningConfig(1, 64).check(key)
+  tuning.TuningConfig(1, 64, take_turns=False).check(key)
+
+
+@pytest.mark.parametrize("d", pallas_mgpu.HEAD_DIMS)
+@pytest.mark.parametrize("temperature", [0.01, 1.0, 37.0])
+def test_hidden_scores_have_no_probability_however_they_are_rounded(d, temperature):
+  """A device subtracts the rounded maximum from the exact product. From a maximum of hidden scores +1e21 might be left."""
+  _, factor = parts.split_scale(temperature / math.sqrt(d))
+  exact = fractions.Fraction(float(np.float32(parts.HIDDEN))) * fractions.Fraction(float(np.float32(factor)))
+  rounded = np.float32(parts.HIDDEN) * np.float32(factor)
+  assert np.exp2(np.float32(exact - fractions.Fraction(float(max(np.float32(parts.DEAD), rounded))))) == 0
 
 
 def test_the_table_covers_every_key():

@@ -1,12 +1,18 @@
 """Block mass against brute force; its approximations reported; its memory bounded."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from kernels import block_scores
-from kernels.block_scores import block_mass
+from kernels import block_scores, block_scores_mgpu
+from kernels.block_scores import block_mass, choose_backend
+from kernels.offline import SHARED_LIMIT, compile_for
+from kernels.pallas_mgpu_parts import interpreted
+from kernels.target import Target
 from tests.attention_suite import relative_error
 
 BLOCK = 16
@@ -125,3 +131,73 @@ def test_refusals():
     block_mass(q, k, lse, KV_LEN[:6], BLOCK)
   with pytest.raises(ValueError, match=r"lse must be \[b, h, n\]"):
     block_mass(q, k, lse[..., :5], KV_LEN, BLOCK)
+
+
+# ---- the Hopper kernel -----------------------------------------------------------------------------------------------
+
+
+def tile_inputs(block, kv_len, b, h, d, dtype=jnp.bfloat16):
+  rng = np.random.default_rng(block)
+  q, k = (jnp.asarray(rng.standard_normal((b, kv_len.shape[-1] * block, h, d)) * 1.5, dtype) for _ in "qk")
+  return q, k, jnp.asarray(rng.standard_normal((b, h, q.shape[1])) + 3, jnp.float32)
+
+
+@pytest.mark.parametrize("block, dtype", [(64, jnp.bfloat16), (128, jnp.float16)])
+def test_the_hopper_kernel_gives_the_same_masses(block, dtype):
+  """Ragged and empty tiles, lengths per sample, dead rows, stale LSEs, a negative scale; interpreted."""
+  kv_len = np.array([[block, 37, 0], [1, block, block]], np.int32)
+  q, k, lse = tile_inputs(block, kv_len, 2, 2, 32, dtype)
+  lse = lse.at[:, :, 3].set(-jnp.inf).at[:, 1, 5].set(-500.0)
+  best = lambda mass, tile: {"mass": mass, "tile": tile}
+  for scale in (0.3, -0.2):
+    with interpreted():
+      found = block_mass(q, k, lse, kv_len, block, scale=scale, reduce=best)
+    want = block_mass(q, k, lse, kv_len, block, scale=scale, implementation="xla")
+    # Exponents reach 60: rounding one to float32 moves its exponential by up to 60 * 2^-24 = 4e-6.
+    ordinary = np.asarray(want) < 1e20
+    assert relative_error(found["mass"], want) < 6e-6 and not ordinary.all()
+    assert relative_error(np.asarray(found["mass"])[ordinary], np.asarray(want)[ordinary]) < 6e-6
+    np.testing.assert_array_equal(found["tile"], np.broadcast_to(np.arange(3), (2, 2, 3)))
+
+
+def test_sums_of_many_key_tiles():
+  """More key tiles than are collected at once, and query tiles behind the last."""
+  kv_len = np.full(66, 64, np.int32)
+  q, k, lse = tile_inputs(64, kv_len, 1, 1, 32)
+  with interpreted():
+    found = jax.jit(lambda first: block_scores_mgpu.row_mass((q, k, lse, kv_len[None]), (first, 2), 0.2, 60.0))(jnp.int32([65]))
+  want = block_mass(q, k, lse / np.log2(np.e), kv_len, 64, scale=0.2, implementation="xla")[0, 0, 65]
+  assert relative_error(found, np.stack([want, want])) < 2e-6  # behind the last tile it is the last one again
+
+
+def test_chunks_cross_heads(monkeypatch):
+  monkeypatch.setattr(block_scores, "_MASSES", 8)
+  monkeypatch.setattr(block_scores, "_LEAST_BLOCKS", 1)
+  kv_len = np.array([64, 64, 40], np.int32)
+  q, k, lse = tile_inputs(64, kv_len, 1, 3, 32)
+  with interpreted():
+    found = block_mass(q, k, lse, kv_len, 64)  # 9 query tiles in chunks of 2
+  assert relative_error(found, block_mass(q, k, lse, kv_len, 64, implementation="xla")) < 2e-6
+
+
+@pytest.mark.parametrize("block, d", [(64, 32), (128, 64), (128, 128)])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_the_hopper_kernel_compiles(devices, block, d):
+  """Without spills; heads stay on their devices."""
+  x, lse = jax.ShapeDtypeStruct((1, 9 * block, 4, d), jnp.bfloat16), jax.ShapeDtypeStruct((1, 4, 9 * block), jnp.bfloat16)
+  split = (P(None, None, "data"),) * 2 + (P(None, "data"),)
+  run = lambda q, k, lse: block_mass(q, k, lse, np.full(9, block, np.int32), block, reduce=lambda mass, _: mass.argmax(-1))
+  compiled = compile_for(run, x, x, lse, devices=devices, shardings=split)
+  (kernel,) = compiled.kernels
+  assert kernel.spill_stores == kernel.spill_loads == 0 and kernel.shared_bytes <= SHARED_LIMIT and kernel.registers <= 168
+  assert not re.search("all-gather|all-reduce|all-to-all|collective-permute", compiled.compiled.as_text())
+
+
+def test_who_runs_it():
+  hopper, (q, *_) = Target("cuda", "NVIDIA H100 80GB HBM3", "9.0"), tile_inputs(64, np.array([64]), 1, 1, 32)
+  assert choose_backend(q, 64, target=hopper) == "pallas_mgpu"
+  assert choose_backend(q, 16, target=hopper) == choose_backend(q, 64) == choose_backend(q, 64, "xla", hopper) == "xla"
+  with pytest.raises(NotImplementedError, match="tiles of 16 rows"):
+    choose_backend(q, 16, "pallas_mgpu", hopper)
+  with pytest.raises(ValueError, match="implementation='cuda' is unknown"):
+    choose_backend(q, 64, "cuda")

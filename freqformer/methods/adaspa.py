@@ -28,8 +28,9 @@ from kernels.attention import attention
 from kernels.block_mask import BlockMask
 from kernels.block_scores import block_mass
 
-# Of a program compiled for an H100. Search: bytes per score, kernels per 1,024 query rows of a head. Lists from bits: kernels.
-_SEARCH_BYTES, _SEARCH_LAUNCHES, _LISTS_LAUNCHES = 21.0, 20, 4
+# Of a program compiled for an H100. Search: bytes per pair of tiles (masses, their ranking), kernels per chunk of 2^23 masses.
+# Lists from bits: kernels.
+_SEARCH_BYTES, _SEARCH_LAUNCHES, _LISTS_LAUNCHES = 58.0, 20, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,12 +161,13 @@ class AdaSpa(Method):
       return run(tables["dense"])[0], state, aux_of(tables["dense"])
     if cond.phase == "search_first":
       out, lse = run(tables["dense"])
-      bits, found = self.find(own(q), own(k), own(lse), arrays, tables["fixed"])
+      bits, found = self.find(own(q), own(k), own(lse), arrays, tables["fixed"], qkv.beside)
       state = {"bits": bits, **lse_cache.store(self.lse_cache, self.lse_dtype, own(lse), arrays)}
       return out, state, _with_search(aux_of(tables["dense"]), found, b)
     found = None
     if cond.phase == "search":
-      bits, found = self.find(own(q), own(k), lse_cache.load(self.lse_cache, state, arrays), arrays, tables["fixed"])
+      lse = lse_cache.load(self.lse_cache, state, arrays)
+      bits, found = self.find(own(q), own(k), lse, arrays, tables["fixed"], qkv.beside)
       state = {**state, "bits": bits}
     mask = self.mask(state["bits"], arrays)
     if cond.guided and mask.kv_counts.shape[0] > 1:
@@ -173,12 +175,13 @@ class AdaSpa(Method):
       mask = dataclasses.replace(mask, kv_indices=twice(mask.kv_indices), kv_counts=twice(mask.kv_counts))
     return run(mask)[0], state, _with_search(aux_of(mask), found, b)
 
-  def find(self, q, k, lse, arrays, fixed):
+  def find(self, q, k, lse, arrays, fixed, implementation=None):
     """Searches: exact block mass, the best key tiles of every row, and each head's level by its recall.
 
     Args:
       q, k: `[b, n_buffer, h, d]`, finished; lse: `[b, h, n_buffer]` or `[b, h, tiles]`, fresh or cached.
       fixed: int `[tiles, f]`, tiles that a query tile always lists.
+      implementation: of `kernels.block_scores.block_mass`.
 
     Returns:
       bits uint8 `[b, h, tiles, ceil(tiles / 8)]`, and `{"recall", "level"}` `[b, h]`: share of the softmax mass that the base
@@ -192,7 +195,7 @@ class AdaSpa(Method):
       kept = jnp.where(unpack_bits(bits[:, 1], layout.tiles), mass, 0)
       return {"bits": bits, "kept": kept.sum(-1), "all": mass.sum(-1)}
 
-    found = block_mass(q, k, lse, arrays.kv_len, layout.block, reduce=keep)
+    found = block_mass(q, k, lse, arrays.kv_len, layout.block, reduce=keep, implementation=implementation)
     recall = found["kept"].sum(-1) / found["all"].sum(-1)
     level = levels(recall, self.recall)
     bits = jnp.take_along_axis(found["bits"], level[:, :, None, None, None], 3)[:, :, :, 0]
@@ -216,18 +219,19 @@ class AdaSpa(Method):
     return attention_cost(heads * layout.n * base * layout.n / tiles, head_dim) + lists
 
   def phase_cost(self, phase, layout, heads, head_dim, allocation=None) -> Cost:
-    """Dense steps are dense. A search adds q k^T of every pair, `2 n^2 D`, in XLA, which writes scores: bytes grow with n^2.
+    """Dense steps are dense. A search adds q k^T of every pair, `2 n^2 D`; it reads q and k and writes a number per two tiles.
 
-    Bytes and kernels are those of the program compiled for an H100 (`python -m benchmarks.layer_traffic`). Not counted:
-    exponentials, ranking. The first search also writes the LSE that later ones read: 4 to 8 bytes per row, left out.
+    Bytes and kernels are those of the program compiled for an H100 (`python -m benchmarks.layer_traffic`), keys read once
+    (a head's stay in the L2). Not counted: exponentials, ranking. The first search also writes the LSE that later ones read:
+    4 to 8 bytes per row, left out.
     """
     whole = attention_cost(heads * layout.n**2, head_dim)
     run = whole if phase in ("", "warmup", "search_first") else self.cost(layout, heads, head_dim)
     if not phase.startswith("search"):
       return run
-    groups = heads * math.ceil(layout.n_buffer / 1024)
-    moved = _SEARCH_BYTES * heads * float(layout.n_buffer) ** 2
-    return run + Cost(linear_flops=whole.attention_flops / 2, linear_bytes=moved, launches=_SEARCH_LAUNCHES * groups)
+    masses = heads * float(layout.tiles) ** 2
+    moved, chunks = 4.0 * layout.n_buffer * heads * head_dim + _SEARCH_BYTES * masses, math.ceil(masses / 2**23)
+    return run + Cost(linear_flops=whole.attention_flops / 2, linear_bytes=moved, launches=_SEARCH_LAUNCHES * chunks)
 
 
 def levels(recall: jax.Array, threshold: float) -> jax.Array:
