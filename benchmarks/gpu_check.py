@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
-from benchmarks import gpu_around, gpu_linear, gpu_masks, gpu_oracle, gpu_selection, rows
+from benchmarks import gpu_around, gpu_linear, gpu_masks, gpu_oracle, gpu_search, gpu_selection, rows
 from benchmarks.gpu_rows import Deadline, Store, open_device
 from benchmarks.gpu_run import device_slug
 from kernels.attention import attention
@@ -219,6 +219,7 @@ def sweep(store: Store, implementation: str, small: bool, deadline: Deadline) ->
   jobs += [(case.name, functools.partial(gpu_linear.check, gpu_linear.tiny(case) if small else case)) for case in LINEAR]
   jobs += [(case.name, functools.partial(gpu_around.check, gpu_around.tiny(case) if small else case)) for case in AROUND]
   jobs.append(("selection", functools.partial(gpu_selection.check, small)))
+  jobs.append(("search", functools.partial(gpu_search.check, small)))
   jobs += seeded(LARGE, SEEDS[:1]) + seeded(CASES, SEEDS[1:])
   if small:
     shrink = lambda f: functools.partial(f.func, tiny(f.args[0]), *f.args[1:], count=8) if f.func is check else f

@@ -64,7 +64,9 @@ class Store:
   def add(self, row: dict) -> dict:
     """Writes a row at once, with where and with what it was measured."""
     if hidden := row.keys() & self.context.keys():
-      raise ValueError(f"row {row.get('name')!r} has fields that say where it was measured, {sorted(hidden)}; name them otherwise.")
+      raise ValueError(
+        f"row {row.get('name')!r} has fields that say where it was measured, {sorted(hidden)}; name them otherwise."
+      )
     row = row | self.context | ({"rehearsal": True} if self.rehearsal else {})
     rows.merge_rows(self.path, [row])
     return row

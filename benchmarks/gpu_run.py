@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 from absl import logging
 
-from benchmarks import gates, gpu_linear, gpu_masks, gpu_peers, rows
+from benchmarks import gates, gpu_linear, gpu_masks, gpu_peers, gpu_search, rows
 from benchmarks.gpu_attention import Session, line
 from benchmarks.gpu_plan import FULL, REHEARSAL, Plan
 from benchmarks.gpu_rows import Deadline, Store, open_device
@@ -124,6 +124,13 @@ def linear(run: Session):
     run.row(f"linear/{name}", make, 30)
 
 
+def search(run: Session):
+  """AdaSpa's block masses beside dense attention; XLA's form at the first size only."""
+  for i, name in enumerate(run.plan.around):
+    make = lambda n=name, i=i: gpu_search.timed(run.plan.spec(n), run.plan.effort, portable=i == 0)
+    run.row(f"search/{name}", make, 30)
+
+
 def rest(run: Session):
   """FreqFormer's backward, a fixed budget of random keys, other head counts, ragged grids, densities that complete the plot."""
   for name in run.plan.fused_backward:
@@ -175,6 +182,7 @@ PARTS = (
   freqformer,
   around,
   linear,
+  search,
   launches,
   torch,
   tokamax,

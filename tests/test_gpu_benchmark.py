@@ -49,6 +49,7 @@ def test_every_part_writes_correct_rows(rehearsed):
     "fixed4k/a_1m",
     "around/a_64k",
     "linear/a_64k",
+    "search/a_64k",
     "backward_freqformer/a_64k",
     "lists_4k/a_1m",
     "lists_d10/d_32k",

@@ -28,7 +28,7 @@ def _sweep(monkeypatch, folder, **kwargs):
 
 def test_a_right_kernel_passes(monkeypatch, tmp_path, capsys):
   right, found = _sweep(monkeypatch, tmp_path)
-  assert right and len(found) == 6 and "6 of 6 right" in capsys.readouterr().out
+  assert right and len(found) == 7 and "7 of 7 right" in capsys.readouterr().out
   assert all(row["correct"] and row["rehearsal"] for row in found)
   assert set(found[1]) >= {"error_out", "error_lse", "error_dq", "error_dk", "error_dv", "code", "commit"}
 
