@@ -1,8 +1,11 @@
 """Entry points: flags are parsed, what the user got wrong is one clear sentence and exit code 2, not a traceback."""
 
+import ctypes
 import functools
+import importlib.util
 import itertools
 import math
+import os
 import pathlib
 import re
 import sys
@@ -22,10 +25,26 @@ def run(main):
   """`app.run` with our error messages; also turns on JAX's compile cache (`.cache/jax` beside the code)."""
   cache = _ROOT / ".cache" / "jax"
   jax.config.update("jax_compilation_cache_dir", str(cache))
+  if "JAX_PLATFORMS" not in os.environ and gpu_wheels_without_gpu():
+    jax.config.update("jax_platforms", "cpu")
   logging.set_verbosity(logging.INFO)
   logging.get_absl_handler().setFormatter(None)
   logging.get_absl_handler().addFilter(_ours_or_warning)
   app.run(guarded(main), flags_parser=parse)
+
+
+def gpu_wheels_without_gpu() -> bool:
+  """Whether JAX's CUDA plugin is here (`make setup` brings it, to compile for absent GPUs) but no NVIDIA driver.
+
+  The plugin would print tracebacks about itself before JAX goes on with the CPU.
+  """
+  if importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+    return False
+  try:
+    ctypes.CDLL("libcuda.so.1")
+  except OSError:
+    return True
+  return False
 
 
 def guarded(main):

@@ -189,3 +189,14 @@ def test_what_else_ends_in_one_sentence(tmp_path, capsys):
     assert answer in capsys.readouterr().err
   with pytest.raises(NoBackend):
     attention(q, q, q, implementation="pallas_mgpu")
+
+
+@pytest.mark.parametrize("wheel, driver, absent", [(True, False, True), (True, True, False), (False, False, False)])
+def test_gpu_wheels_without_a_gpu_are_left_alone(monkeypatch, wheel, driver, absent):
+  def load(name):
+    if not driver:
+      raise OSError(name)
+
+  monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: wheel or None)
+  monkeypatch.setattr(cli.ctypes, "CDLL", load)
+  assert cli.gpu_wheels_without_gpu() == absent
