@@ -82,11 +82,8 @@ def train(config, workdir, resume_changed: bool = False, progress: bool = True) 
   # ---- 4. resume: that checkpoint goes on, else start fresh ----------------------------------------------------------
   metrics = Metrics(workdir, Throughput.of(exp.model, shape, exp.train.batch_size))
   if old is not None:
-    check_same_data(old, record)
-    state = with_seed(checkpoints.restore(state), state, changed)
-    record["changes"] = old.get("changes", []) + ([{"step": old["step"], "keys": changed}] if changed else [])
+    state = _resumed(checkpoints, old, record, state, changed)
     batches.set_state(json.loads(old["iterator"]))
-    logging.info("resumed at step %d from %s", int(state.step), checkpoints.path)
   step = int(state.step)
   facts = {"params": _count(params), "method": exp.model.attention.method}
   facts |= {"classes": record["class_names"], "changes": record["changes"]}
@@ -131,6 +128,15 @@ def train(config, workdir, resume_changed: bool = False, progress: bool = True) 
   if step < exp.train.steps:
     logging.warning("stopped at step %d of %d; the same command goes on from there", step, exp.train.steps)
   return {"step": step, "finished": step >= exp.train.steps, "val_loss": None if result is None else result["loss"]}
+
+
+def _resumed(checkpoints, old, record, state, changed):
+  """The checkpoint's state; `record` learns what changed on the way."""
+  check_same_data(old, record)
+  record["changes"] = old.get("changes", []) + ([{"step": old["step"], "keys": changed}] if changed else [])
+  state = with_seed(checkpoints.restore(state), state, changed)
+  logging.info("resumed at step %d from %s", int(state.step), checkpoints.path)
+  return state
 
 
 def _nothing_left(workdir, step: int, steps: int) -> dict:
