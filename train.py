@@ -85,9 +85,7 @@ def train(config, workdir, resume_changed: bool = False, progress: bool = True) 
     state = _resumed(checkpoints, old, record, state, changed)
     batches.set_state(json.loads(old["iterator"]))
   step = int(state.step)
-  facts = {"params": _count(params), "method": exp.model.attention.method}
-  facts |= {"classes": record["class_names"], "changes": record["changes"]}
-  metrics.start(step, config, facts | _facts(tables["layout"].layout))
+  metrics.start(step, config, _facts(exp, params, record, tables["layout"].layout))
 
   # ---- 5. the steps -------------------------------------------------------------------------------------------------
   train_step, skips = make_train_step(graphdef, exp.train, classes), SkippedSteps(exp.train)
@@ -161,9 +159,11 @@ def _record(config, cache) -> dict:
   }
 
 
-def _facts(layout) -> dict:
-  """What the run's log starts with beside the model: code, machine and grid."""
-  code = {"git": git_revision(), "versions": versions(), "device": str(jax.devices()[0].device_kind)}
+def _facts(exp, params, record, layout) -> dict:
+  """What the run's log starts with: the model, its data, code, machine and grid."""
+  model = {"params": _count(params), "method": exp.model.attention.method}
+  code = model | {"classes": record["class_names"], "changes": record["changes"]}
+  code |= {"git": git_revision(), "versions": versions(), "device": str(jax.devices()[0].device_kind)}
   return code | {"tokens": layout.n, "tiles": layout.tiles, "grid": layout.grid, "tile": layout.tile}
 
 

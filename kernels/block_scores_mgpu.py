@@ -55,10 +55,9 @@ def row_mass(data, place, scale: float, largest: float):
   consumers, groups, config = block // ROWS, -(-tiles // COLLECT), TuningConfig(STAGES, block, by_lane=True)
   walk = parts.Walk(block, block)  # a stage is one key tile
 
-  def block_mass(data, mass_gm, own, rings, sums, staging):
+  def block_mass(data, out_gm, own, rings, sums):
     (q_gm, k_gm, lse_gm, len_gm, first_gm), (q_sm, lse_sm, own_bar), (k_ring,) = data, own, rings
-    (collected, added), (out_gm,) = sums, mass_gm
-    del staging
+    collected, added = sums
     program = lax.axis_index("block")
     flat = jnp.minimum(first_gm[0] + program, jnp.int32(b * h * tiles - 1))
     tile, pair = lax.rem(flat, jnp.int32(tiles)), lax.div(flat, jnp.int32(tiles))
@@ -114,7 +113,8 @@ def row_mass(data, place, scale: float, largest: float):
   sums = (plgpu.SMEM((consumers, COLLECT, ROWS), jnp.float32), plgpu.SMEM((consumers, COLLECT), jnp.float32))
   out = jax.ShapeDtypeStruct((count, consumers, groups * COLLECT), jnp.float32)
   options = {"blocks": count, "warpgroups": consumers + 1, "by_lane": config.by_lane, "cost": _cost(q, block, count, out)}
-  (found,) = launch(block_mass, ((q, k, lse, kv_len, first),), [(out,)], [own, (ring,), sums, ()], **options)[0]
+  operands, scratch = (q, k, lse, kv_len, first), [own, (ring,), sums]
+  (found,) = launch(block_mass, [operands], [out], scratch, **options)
   return found.sum(1)[:, :tiles]
 
 

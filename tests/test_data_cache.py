@@ -44,6 +44,7 @@ def test_cache_holds_what_the_codec_gives(folder, cache):
     frames = file.read([view["start"] + 2 * i for i in range(4)])
   pixels = np.stack([crop_resize(f, view["box"], (16, 24)) for f in frames])[None]
   stored = cache.denormalise(item["latent"])
+  # Latents are stored in 16 bits; the decoded video below says what that amounts to.
   np.testing.assert_allclose(stored, cache.codec.encode(pixels)[0], atol=2e-2)
   assert psnr(cache.decode(item["latent"][None]), cache.codec.decode(stored[None], cache.video_shape)) > 50
   everything = np.stack([x["latent"] for x in cache])
