@@ -53,7 +53,8 @@ def _either(values):
 
 def forward(q, k, v, mask, scale):
   """Shapes as in `kernels.attention.attention`."""
-  data, lists = (q, k, v), _forward_lists(mask)
+  codes, counts = _forward_lists(mask)
+  data, lists = (q, k, v), (codes, counts, parts.costliest_first(counts, q.shape[0], q.shape[2]))
   return pallas_mgpu_forward.forward(data, lists, _bias(mask), _blocks(mask), scale, *_config(q, mask, "forward"))
 
 

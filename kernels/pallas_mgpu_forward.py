@@ -1,7 +1,10 @@
 """The forward kernel: one thread block per query tile and head, walking that tile's list of key tiles.
 
-Two compute warpgroups keep 64 query rows each and share every key tile; a third only moves memory. Each stage of the ring
-holds `step` keys: two listed 64-key tiles, one 128-key tile, or half of one.
+Compute warpgroups keep 64 query rows each; a further one only moves memory. A 128-row tile has two
+compute warpgroups, which share every key tile. 64-row tiles have one each, and either a thread
+block of their own or one for two neighbours, each with its own list, ring and memory warpgroup
+(`TuningConfig.query_tiles`). Each stage of a ring holds `step` keys: two listed 64-key tiles, one
+128-key tile, or half of one.
 """
 
 import functools
@@ -19,91 +22,216 @@ from kernels.tuning import TuningConfig
 
 
 def forward(data, lists, bias, blocks, scale: float, config: TuningConfig, cost: pl.CostEstimate):
-  """Attention of every row of work.
+  """Computes attention of every row of work.
 
   Args:
     data: q `[b, n_q, h, d]`; k, v `[b, n_kv, h, d]`; bf16 or f16, whole tiles.
-    lists: `(codes, counts)`: int32 `[b or 1, h or 1, q_tiles or 1, list]` of `parts.encode` and `[b or 1, h or 1, q_tiles]`.
+    lists: `(codes, counts, order)`: int32 `[b or 1, h or 1, q_tiles or 1, list]` of `parts.encode`,
+      `[b or 1, h or 1, q_tiles]` and `[b * h]` of `parts.costliest_first`.
     bias: float32 `[kv_tiles]` or None.
     blocks: `(block_q, block_kv)`.
+    scale: multiplies q k^T.
+    config: how the kernel is cut.
     cost: for whoever reads the program.
 
   Returns:
     out `[b, n_q, h, d]`, lse float32 `[b, h, n_q]`.
   """
-  (q, *_), (codes, counts), (block_q, block_kv) = data, lists, blocks
+  q, _, _ = data
+  block_q, block_kv = blocks
   b, n, h, d = q.shape
-  tiles, consumers = n // block_q, block_q // ROWS
-  walk, biased = parts.Walk(config.step, block_kv), bias is not None
+  q_tiles = n // block_q
+  # Each side has a query tile, a list and a ring; its compute warpgroups are the ring's readers.
+  sides = config.query_tiles
+  readers = block_q // ROWS
+  consumers = sides * readers
+  in_turns = consumers == 2 and config.take_turns
+  blocks_per_head = -(-q_tiles // sides)
+  walk = parts.Walk(config.step, block_kv)
   sign, factor = parts.split_scale(scale)
+  biased = bias is not None
+  unit = 1.0 if biased else factor  # a biased score is in log2 units when the maximum is taken
 
   def attention_forward(data, lists, bias_gm, out, own, rings, staging):
-    (q_gm, k_gm, v_gm), (codes_gm, counts_gm, order_gm), (out_gm, lse_gm) = data, lists, out
-    (q_sm, lse_sm, q_bar, turn), (k_ring, v_ring) = own, rings
-    sample, head, tile = parts.place(order_gm, tiles, h)
-    count = counts_gm[parts.at(counts_gm, sample, head, tile)]
-    listed = parts.TileList(walk, count, lambda i: parts.decode(codes_gm[(*parts.at(codes_gm, sample, head, tile), i)]))
+    q_gm, k_gm, v_gm = data
+    codes_gm, counts_gm, order_gm = lists
+    out_gm, lse_gm = out
+    q_sm, lse_sm, q_bar, turn = own
+    k_ring, v_ring = rings
+    (keys,), (values,) = k_ring.slots, v_ring.slots
     warpgroup = lax.axis_index("warpgroup")
+    sample, head, place = parts.place(order_gm, blocks_per_head, h)
+
+    def tile_of(side):
+      # The last block of an odd number of tiles has its tile twice: both sides store the same.
+      return jnp.minimum(place * sides + side, jnp.int32(q_tiles - 1)) if sides == 2 else place
+
+    def list_of(tile):
+      row = parts.at(codes_gm, sample, head, tile)
+      count = counts_gm[parts.at(counts_gm, sample, head, tile)]
+      return parts.TileList(walk, count, lambda i: parts.decode(codes_gm[(*row, i)]))
+
+    side = lax.rem(warpgroup, jnp.int32(2)) if sides == 2 else jnp.int32(0)
+    tile = tile_of(side)
+    listed = list_of(tile)
+    ring_start = side * config.stages
+    # Turns are passed as often as the longer of two lists needs.
+    longest = jnp.maximum(listed.steps, list_of(tile_of(1 - side)).steps) if sides == 2 else listed.steps
 
     def pass_turn():
-      if consumers == 2 and config.take_turns:
+      if in_turns:
         plgpu.barrier_arrive(turn)
         plgpu.barrier_wait(turn)
 
     @pl.when(warpgroup < consumers)
     def _compute():
       parts.set_registers(config.compute_registers, "increase")
-      mine, rows = q_sm.at[warpgroup], pl.ds(tile * block_q + warpgroup * ROWS, ROWS)
-      parts.load_own([(q_gm.at[sample, rows, head], mine)], q_bar.at[warpgroup], count > 0)
+      mine = q_sm.at[warpgroup]
+      part = jnp.int32(0) if sides == 2 else warpgroup
+      rows = pl.ds(tile * block_q + part * ROWS, ROWS)
+      parts.load_own([(q_gm.at[sample, rows, head], mine)], q_bar.at[warpgroup], listed.count > 0)
       pl.when(warpgroup == 1)(pass_turn)
+      stage = [x.at[warpgroup] for x in staging]
 
-      def attend(s, carry):
-        acc, top, total = carry
-        slot, (keys,), (values,) = lax.rem(s, jnp.int32(config.stages)), k_ring.slots, v_ring.slots
-        entries = listed.entries(s)  # read from global memory while the keys arrive
-        k_ring.wait(slot)
-        x = parts.product(mine, keys.at[slot], pass_turn)
-        k_ring.release(slot)
+      def entries_of(s):
+        """Reads the list entries of stage s and their biases from global memory."""
+        entries = listed.entries(s)
+        biases = [bias_gm[tile] for tile, *_ in entries] if biased else []
+        return entries, biases
+
+      def soften(sums, x, read):
+        """Turns raw scores into rescaled sums and 16-bit probabilities.
+
+        Args:
+          sums: output so far `[ROWS, d]`, running maximum and denominator `[ROWS]`.
+          x: raw scores of a stage, float32 `[ROWS, step]`.
+          read: what `entries_of` gave for the stage.
+        """
+        acc, top, total = sums
+        entries, biases = read
         x = walk.hide(x * sign if sign != 1 else x, entries)
         if biased:
-          x = x * factor + walk.spread([bias_gm[tile] for tile, *_ in entries])
-        unit = 1.0 if biased else factor
+          x = x * factor + walk.spread(biases)
         new = jnp.maximum(top, x.max(axis=1) * unit)
         shrink = jnp.exp2(top - new)
-        p = jnp.exp2(x * unit - parts.over_columns(new, config.step))
+        p = parts.exponentials(x, unit, new)
         acc = acc * parts.over_columns(shrink, d)
         total = total * shrink + p.sum(axis=1)
-        p = p.astype(q.dtype)
-        acc, new, total, p = lax.optimization_barrier((acc, new, total, p))
-        pass_turn()
-        v_ring.wait(slot)
-        acc = parts.accumulate(acc, p, values.at[slot], *(x.at[warpgroup] for x in staging))
-        v_ring.release(slot)
-        return acc, new, total
+        # Nothing of this may sink below the turn that follows.
+        acc, new, total, p = lax.optimization_barrier((acc, new, total, p.astype(q.dtype)))
+        return (acc, new, total), p
 
-      # Not from HIDDEN: a fused multiply-add takes the rounded maximum from the exact product, and what is left of -1e30 may be
-      # +1e21. Above all hidden scores, every one of them has probability 0, also where a row has met nothing else.
+      # Not from HIDDEN: a fused multiply-add takes the rounded maximum from the exact product, and
+      # what is left of -1e30 may be +1e21. Above all hidden scores, every one of them has
+      # probability 0, also where a row has met nothing else.
       start = (parts.zeros(d), parts.rows_full(parts.DEAD), parts.rows_full(0.0))
-      acc, top, total = lax.fori_loop(0, listed.steps, attend, start)
+
+      def stage_by_stage():
+        """Walks the list: scores, softmax and values of a stage, then the next."""
+
+        def attend(s, sums):
+          slot = ring_start + lax.rem(s, jnp.int32(config.stages))
+          read = entries_of(s)  # while the keys arrive
+          k_ring.wait(slot)
+          x = parts.product(mine, keys.at[slot], pass_turn)
+          k_ring.release(slot)
+          (acc, top, total), p = soften(sums, x, read)
+          pass_turn()
+          v_ring.wait(slot)
+          acc = parts.accumulate(acc, p, values.at[slot], *stage)
+          v_ring.release(slot)
+          return acc, top, total
+
+        return lax.fori_loop(0, listed.steps, attend, start)
+
+      def scores_ahead():
+        """Walks the list with the next stage's scores issued beside this one's values.
+
+        The tensor cores then have both products queued when the turn is passed on, and nothing
+        of a stage stands between its values and the scores of the next.
+        """
+        last = listed.steps - 1
+
+        def attend(s, carry):
+          sums, x, read, slot = carry
+          following = jnp.where(slot == ring_start + (config.stages - 1), ring_start, slot + 1)
+          next_read = entries_of(s + 1)  # while the softmax runs
+          (acc, top, total), p = soften(sums, x, read)
+          # Both arrivals before the turn: who has the tensor cores must not wait for memory.
+          v_ring.wait(slot)
+          k_ring.wait(following)
+          pass_turn()
+          acc, x = parts.accumulate_beside(
+            acc, p, values.at[slot], mine, keys.at[following], *stage, issued=pass_turn
+          )
+          v_ring.release(slot)
+          k_ring.release(following)
+          return (acc, top, total), x, next_read, following
+
+        def walked():
+          read = entries_of(0)
+          k_ring.wait(ring_start)
+          x = parts.product(mine, keys.at[ring_start])
+          k_ring.release(ring_start)
+          sums, x, read, slot = lax.fori_loop(0, last, attend, (start, x, read, ring_start))
+          (acc, top, total), p = soften(sums, x, read)
+          v_ring.wait(slot)
+          acc = parts.accumulate(acc, p, values.at[slot], *stage)
+          v_ring.release(slot)
+          return acc, top, total
+
+        return lax.cond(listed.count > 0, walked, lambda: start)
+
+      acc, top, total = scores_ahead() if config.scores_ahead else stage_by_stage()
       pl.when(warpgroup == 0)(pass_turn)
+      if sides == 2 and in_turns:
+        missed = 1 if config.scores_ahead else 0  # the last stage of a list takes no turn
+
+        @pl.loop(jnp.maximum(listed.steps, missed), longest)
+        def _idle(_):
+          pass_turn()
+          pass_turn()
+
       alive = top > parts.DEAD
       inverse = jnp.where(alive, 1 / jnp.where(alive, total, 1.0), 0.0)
       mine[...] = (acc * parts.over_columns(inverse, d)).astype(q.dtype)
       lse = (top + jnp.log2(jnp.where(alive, total, 1.0))) * (1 / parts.LOG2E)
       lse_sm.at[warpgroup][...] = jnp.where(alive, lse, -jnp.inf)
-      parts.store_own((mine, out_gm.at[sample, rows, head]), (lse_sm.at[warpgroup], lse_gm.at[sample, head, rows]))
+      parts.store_own(
+        (mine, out_gm.at[sample, rows, head]),
+        (lse_sm.at[warpgroup], lse_gm.at[sample, head, rows]),
+      )
 
-    @pl.when(warpgroup == consumers)
+    @pl.when(warpgroup >= consumers)
     def _memory():
-      rows_of = lambda ref: lambda rows: ref.at[sample, rows, head]
-      parts.memory_warpgroup(listed, [(k_ring, [rows_of(k_gm)]), (v_ring, [rows_of(v_gm)])], config)
+      def rows_of(ref):
+        return lambda rows: ref.at[sample, rows, head]
 
-  tile_of = functools.partial(parts.tiles_type, dtype=q.dtype)
-  ring = parts.Ring.types(walk, consumers, config.stages, tile_of(config.stages, config.step, d))
-  turn = plgpu.Barrier(num_arrivals=consumers)
-  own = (tile_of(consumers, ROWS, d), plgpu.SMEM((consumers, ROWS), jnp.float32), plgpu.Barrier(num_barriers=consumers), turn)
-  out_type = (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((b, h, n), jnp.float32))
-  lists = (codes, jnp.asarray(counts), parts.costliest_first(counts, b, h))
+      sources = [(k_ring, [rows_of(k_gm)]), (v_ring, [rows_of(v_gm)])]
+      parts.memory_warpgroup(listed, sources, config, ring_start)
+
+  tiles_of = functools.partial(parts.tiles_type, dtype=q.dtype)
+  slots = tiles_of(sides * config.stages, config.step, d)
+  ring = parts.Ring.types(walk, readers, sides * config.stages, slots)
+  own = (
+    tiles_of(consumers, ROWS, d),
+    plgpu.SMEM((consumers, ROWS), jnp.float32),
+    plgpu.Barrier(num_barriers=consumers),
+    plgpu.Barrier(num_arrivals=consumers),
+  )
+  out_type = (
+    jax.ShapeDtypeStruct(q.shape, q.dtype),
+    jax.ShapeDtypeStruct((b, h, n), jnp.float32),
+  )
   scratch = [own, (ring, ring), parts.staging_types(consumers, config.step, q.dtype)]
-  options = {"blocks": b * h * tiles, "warpgroups": consumers + 1, "by_lane": config.by_lane}
-  return launch(attention_forward, (data, lists, parts.in_log2(bias)), [out_type], scratch, cost=cost, **options)[0]
+  (found,) = launch(
+    attention_forward,
+    (data, lists, parts.in_log2(bias)),
+    [out_type],
+    scratch,
+    cost=cost,
+    blocks=b * h * blocks_per_head,
+    warpgroups=consumers + sides,
+    by_lane=config.by_lane,
+  )
+  return found

@@ -225,6 +225,19 @@ def over_columns(x, columns: int):
   return lax.broadcast_in_dim(x, (ROWS, columns), [0])
 
 
+def exponentials(x, unit: float, top):
+  """Returns `exp2(x * unit - top)`, the probabilities of scores before they are divided by their sum.
+
+  A device makes one fused multiply-add of it: the exact product minus a maximum that was rounded.
+
+  Args:
+    x: raw scores, float32 `[ROWS, columns]`.
+    unit: takes them to log2 units.
+    top: running maximum in log2 units, float32 `[ROWS]`.
+  """
+  return jnp.exp2(x * unit - over_columns(top, x.shape[1]))
+
+
 def over_rows(x):
   """`[columns] -> [ROWS, columns]`."""
   return lax.broadcast_in_dim(x, (ROWS, x.shape[0]), [1])
@@ -275,12 +288,15 @@ def accumulate(acc, a, b, staging=None, issued=lambda: None):
   return acc + pl.run_scoped(run_staged, plgpu.ACC(acc.shape, jnp.float32))
 
 
-def accumulate_beside(acc, a, b, c, d, staging=None):
-  """`acc + a b` as in `accumulate`, and `c d^T` as in `product`, in flight together."""
+def accumulate_beside(acc, a, b, c, d, staging=None, issued=lambda: None):
+  """`acc + a b` as in `accumulate`, and `c d^T` as in `product`, in flight together.
+
+  `issued` runs while the tensor cores work on both.
+  """
 
   def run(second):
     plgpu.wgmma(second, c, d.transpose((1, 0)))
-    total = accumulate(acc, a, b, staging)
+    total = accumulate(acc, a, b, staging, issued)
     return total, second[...]
 
   return pl.run_scoped(run, plgpu.ACC((ROWS, d.shape[0]), jnp.float32))
@@ -348,22 +364,27 @@ def store_own(*pairs):
   plgpu.wait_smem_to_gmem(0)
 
 
-def memory_warpgroup(tiles: TileList, rings, config):
-  """What the memory warpgroup does: fetches stage after stage as the compute warpgroups free the slots.
+def memory_warpgroup(tiles: TileList, rings, config, start=0):
+  """Fetches stage after stage as the compute warpgroups free the slots: all that a memory warpgroup does.
 
   Args:
+    tiles: the list that it serves.
     rings: `(ring, sources)` each; a source, one per array of the ring, is `rows (a slice) -> the global rows`.
     config: its registers and stages.
+    start: the first of the `config.stages` slots that are its own.
   """
   set_registers(config.memory_registers, "decrease")
   steps, stages = tiles.steps, config.stages
 
+  def slot_of(s):
+    return start + lax.rem(s, _i32(stages))
+
   def wait(ring, s):
-    plgpu.barrier_wait(ring.free.at[lax.rem(s, _i32(stages))])
+    plgpu.barrier_wait(ring.free.at[slot_of(s)])
 
   @pl.loop(0, steps)
   def _fetch(s):
-    slot, entries = lax.rem(s, _i32(stages)), tiles.entries(s)  # read while the slot is still in use
+    slot, entries = slot_of(s), tiles.entries(s)  # read while the slot is still in use
     for ring, sources in rings:  # a ring waits for its own readers alone: keys are free half a stage before values
       pl.when(s >= stages)(functools.partial(wait, ring, s))
       for source, target in zip(sources, ring.slots, strict=True):

@@ -8,6 +8,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 
@@ -16,9 +17,10 @@ TABLE = pathlib.Path(__file__).with_name("tuning.json")
 _SHARED_BYTES = 227 * 1024
 _BARRIER_BYTES = 512
 _ALIGNMENT = 1024  # of every array in shared memory
-# A thread block of three warpgroups starts with 168 registers per thread (65,536 of an SM, in steps of 8). That is all it ever
-# has: a warpgroup that asked for more than the others gave back would wait for ever.
-_POOL = 3 * 168
+# Two thread blocks share a multiprocessor if each asks for at most half of its 228 KB, of which a
+# block costs 1 KB that it does not see.
+_HALF_SHARED_BYTES = 113 * 1024
+_REGISTERS = 64 * 1024  # of a multiprocessor, given out to threads in steps of 8
 _override = contextvars.ContextVar("override", default=None)
 
 
@@ -43,8 +45,8 @@ class Key:
       raise ValueError(f"{self.direction=} must be one of {', '.join(DIRECTIONS)}.")
 
   @property
-  def consumers(self) -> int:
-    """Compute warpgroups of a thread block: each keeps 64 rows."""
+  def readers(self) -> int:
+    """Compute warpgroups of a tile: each keeps 64 rows."""
     return (self.block_kv if self.direction == "dkv" else self.block_q) // 64
 
 
@@ -59,6 +61,9 @@ class TuningConfig:
     memory_registers: per thread of the memory warpgroup, likewise.
     take_turns: two compute warpgroups alternate between tensor cores and softmax (forward).
     by_lane: Mosaic lowers the kernel lane by lane instead of by warpgroup: other instructions for the same kernel.
+    scores_ahead: the scores of the next stage are issued beside the values of this one (forward).
+    query_tiles: of a thread block; 2 gives each of two neighbouring 64-row tiles a compute and a
+      memory warpgroup, a list and a ring of its own (forward).
   """
 
   stages: int = 2
@@ -67,10 +72,14 @@ class TuningConfig:
   memory_registers: int = 0
   take_turns: bool = True
   by_lane: bool = False
+  scores_ahead: bool = True
+  query_tiles: int = 1
 
   def __post_init__(self):
     if not 1 <= self.stages <= 8:
       raise ValueError(f"{self.stages=} must lie in 1..8.")
+    if self.query_tiles not in (1, 2):
+      raise ValueError(f"{self.query_tiles=} must be 1 or 2.")
     if self.step not in (64, 128):
       raise ValueError(f"{self.step=} must be 64 or 128 rows.")
     for name in ("compute_registers", "memory_registers"):
@@ -80,59 +89,97 @@ class TuningConfig:
     if bool(self.compute_registers) != bool(self.memory_registers):
       raise ValueError(f"set both of {self.compute_registers=} and {self.memory_registers=}, or none.")
 
+  def consumers(self, key: Key) -> int:
+    """Compute warpgroups of a thread block."""
+    return self.query_tiles * key.readers
+
   def shared_bytes(self, key: Key, itemsize: int = 2) -> int:
-    """Shared memory of a thread block: what stays, and the ring."""
-    rows, side = key.consumers * 64, key.head_dim * itemsize
-    ring = 2 * [self.stages * self.step * side]
+    """Shared memory of a thread block: what stays, and the rings."""
+    rows, side = self.consumers(key) * 64, key.head_dim * itemsize
+    slots = self.query_tiles * self.stages
+    ring = 2 * [slots * self.step * side]
     if key.direction == "forward":
       arrays = [rows * side, rows * 4, *ring]  # queries, then the output; LSE
     elif key.direction == "dq":
       arrays = [rows * side, rows * side, rows * 4, rows * 4, *ring]  # queries, dO; LSE and delta
     else:
-      arrays = [rows * side, rows * side, *ring, *(2 * [self.stages * self.step * 4])]  # keys, values; LSE and delta walk along
+      arrays = [rows * side, rows * side, *ring, *(2 * [slots * self.step * 4])]  # keys, values; LSE and delta walk along
     return sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in arrays) + _BARRIER_BYTES
 
   def check(self, key: Key) -> "TuningConfig":
     """The configuration, if it fits the key.
 
     Raises:
-      ValueError: if shared memory or registers do not suffice, or a single stage is to be taken in turns.
+      ValueError: if shared memory or registers do not suffice, if a single stage is to be taken in
+        turns, or if two query tiles are asked for where a block cannot take them.
     """
     if (need := self.shared_bytes(key)) > _SHARED_BYTES:
       raise ValueError(f"{self} needs {need} bytes of shared memory for {key}, a thread block has {_SHARED_BYTES}.")
-    if self.stages == 1 and self.take_turns and key.direction == "forward" and key.consumers == 2:
-      raise ValueError(f"{self} would never end for {key}: a warpgroup that has the turn waits for keys; set stages >= 2.")
+    if self.query_tiles == 2 and (key.direction != "forward" or key.block_q != 64):
+      raise ValueError(f"{self} takes two query tiles, which only the forward of 64-row query tiles can, not {key}; set 1.")
+    consumers = self.consumers(key)
+    if self.stages == 1 and key.direction == "forward":
+      if self.take_turns and consumers == 2:
+        raise ValueError(f"{self} would never end for {key}: a warpgroup that has the turn waits for keys; set stages >= 2.")
+      if self.scores_ahead:
+        raise ValueError(f"{self} would never end for {key}: the next keys wait for these values; set stages >= 2.")
     if self.compute_registers:
-      if key.consumers != 2:
+      if consumers != 2:
         raise ValueError(f"{self} moves registers, but {key} has one compute warpgroup: nothing to gain, set 0 and 0.")
-      used = key.consumers * self.compute_registers + self.memory_registers
-      if used > _POOL:
-        raise ValueError(f"{self} needs {used} registers per lane of three warpgroups, they start with {_POOL}.")
+      # What a block starts with is all it ever has: a warpgroup that asked for more than the
+      # others gave back would wait for ever.
+      warpgroups = consumers + self.query_tiles
+      pool = warpgroups * (_REGISTERS // (128 * warpgroups) // 8 * 8)
+      used = consumers * self.compute_registers + self.query_tiles * self.memory_registers
+      if used > pool:
+        raise ValueError(f"{self} needs {used} registers per lane of {warpgroups} warpgroups, they start with {pool}.")
     return self
 
 
 def default(key: Key) -> TuningConfig:
-  """Reasoned, not measured: as deep a ring as fits, 128-row steps, registers moved to the two compute warpgroups."""
-  registers = (240, 24) if key.consumers == 2 else (0, 0)
-  step = 128 if key.direction == "forward" else 64
+  """Reasoned, not measured: as deep a ring as fits, 128-row steps in the forward, registers for two compute warpgroups.
+
+  The tensor cores idle during a warpgroup's softmax unless a second one has work for them. Where
+  tiles have 64 rows that is another thread block on the same multiprocessor, if two fit, which they
+  do with 64-row steps and d <= 64; at d = 128 it is a second query tile in the same block.
+  """
+  forward = key.direction == "forward"
+  if key.readers == 2:
+    return _deepest(key, TuningConfig(step=128 if forward else 64, compute_registers=240, memory_registers=24))
+  if forward and key.head_dim > 64:
+    pair = TuningConfig(step=64, compute_registers=232, memory_registers=24, query_tiles=2)
+    return _deepest(key, pair)
+  return _deepest(key, TuningConfig(step=64), _HALF_SHARED_BYTES)
+
+
+def _deepest(key: Key, config: TuningConfig, limit: int = _SHARED_BYTES) -> TuningConfig:
+  """`config` with as many of 2 to 4 stages as fit into `limit` bytes of shared memory, 2 if none does."""
   for stages in (4, 3, 2):
-    config = TuningConfig(stages, step, *registers)
-    if config.shared_bytes(key) <= _SHARED_BYTES:
-      return config.check(key)
-  return TuningConfig(2, 64, *registers).check(key)
+    found = dataclasses.replace(config, stages=stages)
+    if found.shared_bytes(key) <= limit:
+      break
+  return found.check(key)
 
 
 def candidates(key: Key) -> list[TuningConfig]:
   """Every configuration worth trying for a key, the default first."""
-  registers = ((240, 24), (232, 40), (0, 0)) if key.consumers == 2 else ((0, 0),)
-  turns = (True, False) if key.direction == "forward" and key.consumers == 2 else (True,)
+  forward = key.direction == "forward"
+  tiles = (1, 2) if forward and key.block_q == 64 else (1,)
   found = [default(key), dataclasses.replace(default(key), by_lane=True)]
-  for stages in (2, 3, 4, 5, 6):
-    for step in (64, 128):
-      for pair in registers:
-        for turn in turns:
-          with contextlib.suppress(ValueError):
-            found.append(TuningConfig(stages, step, *pair, turn).check(key))
+  for query_tiles, stages, step in itertools.product(tiles, (2, 3, 4, 5, 6), (64, 128)):
+    config = TuningConfig(stages, step, query_tiles=query_tiles)
+    if config.consumers(key) == 1:
+      forms = [config]
+    else:
+      pairs = ((232, 24), (0, 0)) if query_tiles == 2 else ((240, 24), (232, 40), (0, 0))
+      forms = [dataclasses.replace(config, compute_registers=c, memory_registers=m) for c, m in pairs]
+    if forward:
+      forms += [dataclasses.replace(form, scores_ahead=False) for form in forms]
+      if config.consumers(key) == 2:
+        forms += [dataclasses.replace(form, take_turns=False) for form in forms]
+    for form in forms:
+      with contextlib.suppress(ValueError):
+        found.append(form.check(key))
   return list(dict.fromkeys(found))
 
 
