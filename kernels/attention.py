@@ -129,6 +129,7 @@ def _forward(name, scale, q, k, v, mask):
   run = lambda q, k, v, mask: backend(name).forward(q, k, v, mask, scale)
   if not several_devices():
     return run(q, k, v, mask)
+  mask = mask.without_order()
   dims = ["b.h."] * 3 + table_dims(mask, q.shape[0], q.shape[2])
   return by_sample_and_head(run, (q, k, v, mask), dims, ("b.h.", "bh."))
 
@@ -137,6 +138,7 @@ def _backward(name, scale, q, k, v, mask, lse, delta, d_out):
   run = lambda q, k, v, mask, *rest: backend(name).backward(q, k, v, mask, scale, *rest)
   if not several_devices():
     return run(q, k, v, mask, lse, delta, d_out)
+  mask = mask.without_order()
   dims = ["b.h."] * 3 + table_dims(mask, q.shape[0], q.shape[2]) + ["bh."] * 2 + ["b.h."]
   return by_sample_and_head(run, (q, k, v, mask, lse, delta, d_out), dims, ("b.h.",) * 3)
 

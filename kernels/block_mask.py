@@ -10,6 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels import lists
+from kernels.lists import array_module, search
+
 Array = jax.Array | np.ndarray
 MOST_LISTED = 1 << 27  # tiles in all lists of a concrete table (`check_listed`)
 _COUNTED = 1 << 22  # listed tiles that are looked at together when a concrete table is counted
@@ -17,21 +20,6 @@ _COUNTED = 1 << 22  # listed tiles that are looked at together when a concrete t
 
 def _static(default=dataclasses.MISSING):
   return dataclasses.field(metadata={"static": True}, **({} if default is dataclasses.MISSING else {"default": default}))
-
-
-def array_module(*arrays):
-  """NumPy while every input is concrete NumPy (tables are built once, on the host), jax.numpy as soon as one is not."""
-  return np if all(a is None or isinstance(a, np.ndarray | np.generic) for a in arrays) else jnp
-
-
-def _search(rows: Array, values: np.ndarray, side: str) -> Array:
-  """`searchsorted` of the same values in every sorted row: `[..., m] -> [..., len(values)]`, int32."""
-  flat = rows.reshape(-1, rows.shape[-1])
-  if isinstance(rows, np.ndarray):
-    found = np.stack([np.searchsorted(r, values, side=side) for r in flat])
-  else:
-    found = jax.vmap(lambda r: jnp.searchsorted(r, values, side=side))(flat)
-  return found.reshape(*rows.shape[:-1], -1).astype(np.int32)
 
 
 @jax.tree_util.register_dataclass
@@ -57,18 +45,31 @@ class TransposedMask:
     lead, nnz, kv_tiles = self.q_indices.shape[:2], self.q_indices.shape[-1], self.offsets.shape[-1] - 1
     slot = np.arange(nnz, dtype=np.int32)
     # The key tile of slot s is the number of its offsets that lie at or before it.
-    kv = _search(self.offsets[..., 1:], slot, "right")
+    kv = search(self.offsets[..., 1:], slot, "right")
     q = xnp.where(kv < kv_tiles, self.q_indices, self.q_tiles)
     order = xnp.argsort(q, axis=-1, stable=True)
     q, kv = xnp.take_along_axis(q, order, -1), xnp.take_along_axis(kv, order, -1)
     rows = np.arange(self.q_tiles, dtype=np.int32)
-    start = _search(q, rows, "left")
-    counts = _search(q, rows, "right") - start
+    start = search(q, rows, "left")
+    counts = search(q, rows, "right") - start
     last = xnp.maximum(counts - 1, 0)[..., None]
     step = xnp.minimum(np.arange(self.max_kv, dtype=np.int32), last) + start[..., None]
     flat = xnp.minimum(step, nnz - 1).reshape(*lead, -1).astype(np.int32)
     ids = xnp.take_along_axis(kv, flat, -1).reshape(*lead, self.q_tiles, self.max_kv)
     return xnp.where(counts[..., None] > 0, ids, 0).astype(np.int32), counts
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LaunchLists:
+  """What GPU kernels read of a table, made once for a static one instead of before each call.
+
+  Attributes:
+    by_query, by_key: see the functions of these names in `kernels.lists`.
+  """
+
+  by_query: tuple
+  by_key: tuple
 
 
 @jax.tree_util.register_dataclass
@@ -86,6 +87,8 @@ class BlockMask:
     block_kv: rows of a key tile in the buffer.
     transposed: the backward table where it was stored (`with_transpose`), else None and built on demand.
     mean_listed: static, tiles per list where that is known, for estimates of cost alone (`with_mean`).
+    launch: what GPU kernels read of the table where it was stored (`with_launch`), else None. Like
+      `transposed` it goes stale where lists or lengths are replaced: set it to None then.
   """
 
   kv_indices: Array | None
@@ -96,6 +99,7 @@ class BlockMask:
   block_kv: int = _static(128)
   transposed: TransposedMask | None = None
   mean_listed: float | None = _static(None)
+  launch: LaunchLists | None = None
 
   def check_shapes(self) -> "BlockMask":
     """Checks shapes, dtypes and block sizes, also of traced tables, and returns the table.
@@ -181,11 +185,23 @@ class BlockMask:
     kv = xnp.take_along_axis(kv, order, -1)
     q = xnp.where(kv < self.kv_tiles, rows[order] if xnp is np else jnp.asarray(rows)[order], 0).astype(np.int32)
     edge = np.arange(self.kv_tiles + 1, dtype=np.int32)
-    return TransposedMask(q, _search(kv, edge, "left"), self.q_tiles, self.max_kv)
+    return TransposedMask(q, search(kv, edge, "left"), self.q_tiles, self.max_kv)
 
   def with_transpose(self) -> "BlockMask":
     """Stores the backward table: for static masks, once, outside the scan over layers."""
     return dataclasses.replace(self, transposed=self.transpose())
+
+  def with_launch(self) -> "BlockMask":
+    """Stores what GPU kernels read, and the backward table: for static masks, once, as `with_transpose`."""
+    stored = self.with_transpose()
+    return dataclasses.replace(stored, launch=LaunchLists(lists.by_query(stored), lists.by_key(stored)))
+
+  def without_order(self) -> "BlockMask":
+    """Drops the stored order of heads, which holds for all heads together and not for a part of them."""
+    if self.launch is None:
+      return self
+    parts = (self.launch.by_query, self.launch.by_key)
+    return dataclasses.replace(self, launch=LaunchLists(*((*part[:-1], None) for part in parts)))
 
   def with_mean(self) -> "BlockMask":
     """Notes the mean length of the lists while counts are NumPy; traced later on, they could not be read any more."""

@@ -17,7 +17,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels import pallas_mgpu_parts as parts
 from kernels.launch_mgpu import launch
 from kernels.pallas_mgpu_parts import LAYOUT, ROWS
-from kernels.tuning import TuningConfig
 
 STAGES = 4
 COLLECT = 64  # key tiles whose row sums are added up at once: the rows of one warpgroup's array
@@ -52,7 +51,8 @@ def row_mass(data, place, scale: float, largest: float):
   (q, k, lse, kv_len), (first, count) = data, place
   (b, n, h, d), tiles = q.shape, kv_len.shape[-1]
   block = n // tiles
-  consumers, groups, config = block // ROWS, -(-tiles // COLLECT), TuningConfig(STAGES, block, by_lane=True)
+  deal, groups = parts.Deal(tiles, 1, block // ROWS, STAGES), -(-tiles // COLLECT)
+  consumers = deal.consumers
   walk = parts.Walk(block, block)  # a stage is one key tile
 
   def block_mass(data, out_gm, own, rings, sums):
@@ -67,7 +67,6 @@ def row_mass(data, place, scale: float, largest: float):
 
     @pl.when(warpgroup < consumers)
     def _compute():
-      parts.set_registers(config.compute_registers, "increase")
       rows = pl.ds(tile * block + warpgroup * ROWS, ROWS)
       mine, numbers = q_sm.at[warpgroup], lse_sm.at[warpgroup]
       pairs = [(q_gm.at[sample, rows, head], mine), (lse_gm.at[sample, head, rows], numbers)]
@@ -86,7 +85,7 @@ def row_mass(data, place, scale: float, largest: float):
 
       @pl.loop(0, every.steps)
       def _stage(s):
-        slot, (keys,) = lax.rem(s, jnp.int32(config.stages)), k_ring.slots
+        slot, (keys,) = deal.slot(0, s), k_ring.slots
         entries = every.entries(s)
         k_ring.wait(slot)
         x = parts.product(mine, keys.at[slot])
@@ -101,10 +100,10 @@ def row_mass(data, place, scale: float, largest: float):
 
     @pl.when(warpgroup == consumers)
     def _memory():
-      parts.memory_warpgroup(every, [(k_ring, [lambda rows: k_gm.at[sample, rows, head]])], config)
+      parts.memory_warpgroup(every, [(k_ring, [lambda rows: k_gm.at[sample, rows, head]])], deal, 0, 0)
 
   tile_of = functools.partial(parts.tiles_type, dtype=q.dtype)
-  ring = parts.Ring.types(walk, consumers, config.stages, tile_of(config.stages, block, d))
+  ring = parts.Ring.types(walk, deal, tile_of(STAGES, block, d))
   own = (
     tile_of(consumers, ROWS, d),
     plgpu.SMEM((consumers, ROWS), jnp.float32),
@@ -112,7 +111,7 @@ def row_mass(data, place, scale: float, largest: float):
   )
   sums = (plgpu.SMEM((consumers, COLLECT, ROWS), jnp.float32), plgpu.SMEM((consumers, COLLECT), jnp.float32))
   out = jax.ShapeDtypeStruct((count, consumers, groups * COLLECT), jnp.float32)
-  options = {"blocks": count, "warpgroups": consumers + 1, "by_lane": config.by_lane, "cost": _cost(q, block, count, out)}
+  options = {"blocks": count, "warpgroups": deal.warpgroups, "by_lane": True, "cost": _cost(q, block, count, out)}
   operands, scratch = (q, k, lse, kv_len, first), [own, (ring,), sums]
   (found,) = launch(block_mass, [operands], [out], scratch, **options)
   return found.sum(1)[:, :tiles]

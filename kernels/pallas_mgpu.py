@@ -6,12 +6,12 @@ mesh of an H100 they compile in a process without one.
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 
-from kernels import cost, pallas_mgpu_backward, pallas_mgpu_forward, tuning
+from kernels import cost, lists, pallas_mgpu_backward, pallas_mgpu_forward, tuning
 from kernels import pallas_mgpu_parts as parts
 from kernels.block_mask import BlockMask
+from kernels.lists import MAX_TILES
 
 HEAD_DIMS = (32, 64, 128)
 BLOCKS = (64, 128)
@@ -30,8 +30,8 @@ def unsupported(q, k, v, mask: BlockMask, target) -> str | None:
       reasons.append(f"block_{what} is {block}, it takes {_either(BLOCKS)}")
     elif rows % block:
       reasons.append(f"{rows} {'query' if what == 'q' else 'key'} rows are no multiple of block_{what}={block}; pad the buffer")
-  if mask.kv_tiles > parts.MAX_TILES:
-    reasons.append(f"{mask.kv_tiles} key tiles exceed {parts.MAX_TILES}")
+  if mask.kv_tiles > MAX_TILES:
+    reasons.append(f"{mask.kv_tiles} key tiles exceed {MAX_TILES}")
   return "; ".join(reasons) or None
 
 
@@ -53,9 +53,8 @@ def _either(values):
 
 def forward(q, k, v, mask, scale):
   """Shapes as in `kernels.attention.attention`."""
-  codes, counts = _forward_lists(mask)
-  data, lists = (q, k, v), (codes, counts, parts.costliest_first(counts, q.shape[0], q.shape[2]))
-  return pallas_mgpu_forward.forward(data, lists, _bias(mask), _blocks(mask), scale, *_config(q, mask, "forward"))
+  data, walked = (q, k, v), _by_query(mask, q.shape[0], q.shape[2])
+  return pallas_mgpu_forward.forward(data, walked, _bias(mask), _blocks(mask), scale, *_config(q, mask, "forward"))
 
 
 def backward(q, k, v, mask, scale, lse, delta, d_out):
@@ -64,9 +63,10 @@ def backward(q, k, v, mask, scale, lse, delta, d_out):
   lse = jnp.where(lse > -jnp.inf, lse * parts.LOG2E, 1e30)
   data = (q, k, v, d_out.astype(q.dtype), lse, delta)
   bias, blocks = _bias(mask), _blocks(mask)
-  dq = pallas_mgpu_backward.dq(data, _forward_lists(mask), bias, blocks, scale, *_config(q, mask, "dq"))
-  lists = (*_transposed_lists(mask), jnp.asarray(mask.kv_len).reshape(-1, mask.kv_tiles))
-  dk, dv = pallas_mgpu_backward.dkv(data, lists, bias, blocks, scale, *_config(q, mask, "dkv"))
+  walked = _by_query(mask, q.shape[0], q.shape[2])
+  dq = pallas_mgpu_backward.dq(data, walked, bias, blocks, scale, *_config(q, mask, "dq"))
+  walked = _by_key(mask, q.shape[0], q.shape[2])
+  dk, dv = pallas_mgpu_backward.dkv(data, walked, bias, blocks, scale, *_config(q, mask, "dkv"))
   return dq, dk, dv
 
 
@@ -85,25 +85,16 @@ def _bias(mask):
   return None if mask.kv_bias is None else jnp.maximum(jnp.asarray(mask.kv_bias), parts.HIDDEN)
 
 
-def _forward_lists(mask):
-  """List entries with their valid rows, and counts. A table without lists gets one list of all tiles that every row shares."""
-  indices = mask.kv_indices
-  if indices is None:
-    indices = np.arange(mask.kv_tiles, dtype=np.int32)[None, None, None]
-  return parts.encode(indices, mask.kv_len), jnp.asarray(mask.kv_counts)
+def _by_query(mask, b, h):
+  """What the forward and dQ walk, stored or made here: codes, counts, and the order of the call's heads."""
+  codes, counts, order = mask.launch.by_query if mask.launch else lists.by_query(mask)
+  order = lists.order_of_call(counts, order, b, h)
+  return jax.tree.map(jnp.asarray, (codes, counts, order))
 
 
-def _transposed_lists(mask):
-  """`(starts, counts, q_indices)`: which query tiles read each key tile."""
-  if mask.kv_indices is None:
-    # Row i reads the first counts[i] tiles: by falling count, the readers of any key tile come first.
-    counts = jnp.asarray(mask.kv_counts)
-    order = jnp.argsort(-counts, axis=-1, stable=True).astype(jnp.int32)
-    tiles = jnp.arange(mask.kv_tiles, dtype=jnp.int32)
-    rising = jnp.sort(counts, axis=-1).reshape(-1, mask.q_tiles)
-    fewer = jax.vmap(lambda row: jnp.searchsorted(row, tiles, side="right"))(rising).astype(jnp.int32)
-    readers = (mask.q_tiles - fewer).reshape(*counts.shape[:2], -1)
-    return jnp.zeros_like(readers), readers, order
-  table = mask.transpose()
-  offsets = jnp.asarray(table.offsets)
-  return offsets[..., :-1], jnp.diff(offsets, axis=-1), jnp.asarray(table.q_indices)
+def _by_key(mask, b, h):
+  """What dK and dV walk, stored or made here: starts, counts, readers, valid rows, and the order of the call's heads."""
+  starts, counts, readers, order = mask.launch.by_key if mask.launch else lists.by_key(mask)
+  order = lists.order_of_call(counts, order, b, h)
+  kv_len = mask.kv_len.reshape(-1, mask.kv_tiles)
+  return jax.tree.map(jnp.asarray, (starts, counts, readers, kv_len, order))

@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels import pallas_mgpu_parts as parts
 from kernels.launch_mgpu import launch
+from kernels.lists import decode
 from kernels.pallas_mgpu_parts import LAYOUT, ROWS
 from kernels.tuning import TuningConfig
 
@@ -28,24 +29,26 @@ def dq(data, lists, bias, blocks, scale: float, config: TuningConfig, cost: pl.C
   Returns:
     `[b, n_q, h, d]` in q's dtype.
   """
-  (q, *_), (codes, counts), (block_q, block_kv) = data, lists, blocks
+  (q, *_), (block_q, block_kv) = data, blocks
   b, n, h, d = q.shape
-  tiles, consumers = n // block_q, block_q // ROWS
+  deal = parts.Deal(n // block_q, config.tiles_per_block, block_q // ROWS, config.stages)
   walk, biased = parts.Walk(config.step, block_kv), bias is not None
   sign, factor = parts.split_scale(scale)
 
   def attention_dq(data, lists, bias_gm, dq_gm, own, rings, staging):
     (q_gm, k_gm, v_gm, do_gm, lse_gm, delta_gm), (codes_gm, counts_gm, order_gm) = data, lists
     (*kept, own_bar), (k_ring, v_ring) = own, rings
-    sample, head, tile = parts.place(order_gm, tiles, h)
-    count = counts_gm[parts.at(counts_gm, sample, head, tile)]
-    listed = parts.TileList(walk, count, lambda i: parts.decode(codes_gm[(*parts.at(codes_gm, sample, head, tile), i)]))
     warpgroup = lax.axis_index("warpgroup")
+    sample, head, place = parts.place(order_gm, deal.blocks, h)
+    side = deal.side(warpgroup)
+    tile = deal.tile(place, side)
+    count = counts_gm[parts.at(counts_gm, sample, head, tile)]
+    listed = parts.TileList(walk, count, lambda i: decode(codes_gm[(*parts.at(codes_gm, sample, head, tile), i)]))
 
-    @pl.when(warpgroup < consumers)
+    @pl.when(warpgroup < deal.consumers)
     def _compute():
       parts.set_registers(config.compute_registers, "increase")
-      rows = pl.ds(tile * block_q + warpgroup * ROWS, ROWS)
+      rows = pl.ds(tile * block_q + deal.part(warpgroup) * ROWS, ROWS)
       q_own, do_own, *numbers = (ref.at[warpgroup] for ref in kept)
       pairs = [(q_gm.at[sample, rows, head], q_own), (do_gm.at[sample, rows, head], do_own)]
       pairs += [(source.at[sample, head, rows], own) for source, own in zip((lse_gm, delta_gm), numbers, strict=True)]
@@ -53,7 +56,7 @@ def dq(data, lists, bias, blocks, scale: float, config: TuningConfig, cost: pl.C
       lse, delta = (plgpu.load(ref, layout=LAYOUT.reduce(1)) for ref in numbers)
 
       def attend(s, acc):
-        slot, (keys,), (values,) = lax.rem(s, jnp.int32(config.stages)), k_ring.slots, v_ring.slots
+        slot, (keys,), (values,) = deal.slot(side, s), k_ring.slots, v_ring.slots
         entries = listed.entries(s)
         k_ring.wait(slot)
         v_ring.wait(slot)
@@ -72,18 +75,19 @@ def dq(data, lists, bias, blocks, scale: float, config: TuningConfig, cost: pl.C
       q_own[...] = (acc * scale).astype(q.dtype)
       parts.store_own((q_own, dq_gm.at[sample, rows, head]))
 
-    @pl.when(warpgroup == consumers)
+    @pl.when(warpgroup >= deal.consumers)
     def _memory():
       rows_of = lambda ref: lambda rows: ref.at[sample, rows, head]
-      parts.memory_warpgroup(listed, [(k_ring, [rows_of(k_gm)]), (v_ring, [rows_of(v_gm)])], config)
+      parts.memory_warpgroup(
+        listed, [(k_ring, [rows_of(k_gm)]), (v_ring, [rows_of(v_gm)])], deal, side, config.memory_registers
+      )
 
   tile_of = functools.partial(parts.tiles_type, dtype=q.dtype)
-  ring = parts.Ring.types(walk, consumers, config.stages, tile_of(config.stages, config.step, d))
-  own, number = tile_of(consumers, ROWS, d), plgpu.SMEM((consumers, ROWS), jnp.float32)
-  own = (own, own, number, number, plgpu.Barrier(num_arrivals=4, num_barriers=consumers))
-  lists = (codes, jnp.asarray(counts), parts.costliest_first(counts, b, h))
-  scratch = [own, (ring, ring), parts.staging_types(consumers, config.step, q.dtype)]
-  options = {"blocks": b * h * tiles, "warpgroups": consumers + 1, "by_lane": config.by_lane}
+  ring = parts.Ring.types(walk, deal, tile_of(deal.slots, config.step, d))
+  own, number = tile_of(deal.consumers, ROWS, d), plgpu.SMEM((deal.consumers, ROWS), jnp.float32)
+  own = (own, own, number, number, plgpu.Barrier(num_arrivals=4, num_barriers=deal.consumers))
+  scratch = [own, (ring, ring), parts.staging_types(deal.consumers, config.step, q.dtype)]
+  options = {"blocks": b * h * deal.blocks, "warpgroups": deal.warpgroups, "by_lane": config.by_lane}
   operands, out_type = (data, lists, parts.in_log2(bias)), jax.ShapeDtypeStruct(q.shape, q.dtype)
   return launch(attention_dq, operands, [out_type], scratch, cost=cost, **options)[0]
 
@@ -93,16 +97,17 @@ def dkv(data, lists, bias, blocks, scale: float, config: TuningConfig, cost: pl.
 
   Args:
     data: as in `dq`.
-    lists: `(starts, counts, q_indices, kv_len)`: int32 `[b or 1, h or 1, kv_tiles]` twice, `[b or 1, h or 1, list]` and
-      `[b or 1, kv_tiles]`; key tile j is read by the query tiles `q_indices[starts[j] : starts[j] + counts[j]]`.
+    lists: `(starts, counts, q_indices, kv_len, order)`: int32 `[b or 1, h or 1, kv_tiles]` twice, `[b or 1, h or 1, list]`,
+      `[b or 1, kv_tiles]` and `lists.costliest_first` of the counts; key tile j is read by the query tiles
+      `q_indices[starts[j] : starts[j] + counts[j]]`.
     bias, blocks, cost: as in `dq`.
 
   Returns:
     dk, dv `[b, n_kv, h, d]` in k's dtype; 0 in padding rows.
   """
-  (q, k, *_), counts, (block_q, block_kv) = data, lists[1], blocks
+  (q, k, *_), (block_q, block_kv) = data, blocks
   b, n, h, d = k.shape
-  tiles, consumers = n // block_kv, block_kv // ROWS
+  deal = parts.Deal(n // block_kv, config.tiles_per_block, block_kv // ROWS, config.stages)
   walk, biased = parts.Walk(config.step, block_q), bias is not None
   sign, factor = parts.split_scale(scale)
 
@@ -110,22 +115,25 @@ def dkv(data, lists, bias, blocks, scale: float, config: TuningConfig, cost: pl.
     (q_gm, k_gm, v_gm, do_gm, lse_gm, delta_gm), (dk_gm, dv_gm) = data, out
     (starts_gm, counts_gm, indices_gm, len_gm, order_gm), (k_sm, v_sm, own_bar) = lists, own
     q_ring, do_ring = rings
-    sample, head, tile = parts.place(order_gm, tiles, h)
+    warpgroup = lax.axis_index("warpgroup")
+    sample, head, place = parts.place(order_gm, deal.blocks, h)
+    side = deal.side(warpgroup)
+    tile = deal.tile(place, side)
     count = counts_gm[parts.at(counts_gm, sample, head, tile)]
     start = starts_gm[parts.at(starts_gm, sample, head, tile)]
     entry = lambda i: (indices_gm[(*parts.at(indices_gm, sample, head), start + i)], jnp.int32(block_q))
-    listed, warpgroup = parts.TileList(walk, count, entry), lax.axis_index("warpgroup")
+    listed = parts.TileList(walk, count, entry)
 
-    @pl.when(warpgroup < consumers)
+    @pl.when(warpgroup < deal.consumers)
     def _compute():
       parts.set_registers(config.compute_registers, "increase")
-      rows = pl.ds(tile * block_kv + warpgroup * ROWS, ROWS)
+      rows = pl.ds(tile * block_kv + deal.part(warpgroup) * ROWS, ROWS)
       own_k, own_v = k_sm.at[warpgroup], v_sm.at[warpgroup]
       pairs = [(k_gm.at[sample, rows, head], own_k), (v_gm.at[sample, rows, head], own_v)]
       parts.load_own(pairs, own_bar.at[warpgroup], count > 0)
 
       def attend(s, carry):
-        (dk, dv), slot = carry, lax.rem(s, jnp.int32(config.stages))
+        (dk, dv), slot = carry, deal.slot(side, s)
         queries, lse, d_outs, delta = (ref.at[slot] for ref in (*q_ring.slots, *do_ring.slots))
         q_ring.wait(slot)
         x = parts.product(own_k, queries)
@@ -149,26 +157,25 @@ def dkv(data, lists, bias, blocks, scale: float, config: TuningConfig, cost: pl.
         return dk, dv
 
       dk, dv = lax.fori_loop(0, listed.steps, attend, (parts.zeros(d), parts.zeros(d)))
-      valid = len_gm[parts.at(len_gm, sample, tile)] - warpgroup * ROWS
+      valid = len_gm[parts.at(len_gm, sample, tile)] - deal.part(warpgroup) * ROWS
       seen = plgpu.broadcasted_iota(jnp.int32, (ROWS, d), 0, layout=LAYOUT) < valid
       own_k[...] = jnp.where(seen, dk * scale, 0.0).astype(q.dtype)
       own_v[...] = jnp.where(seen, dv, 0.0).astype(q.dtype)
       parts.store_own((own_k, dk_gm.at[sample, rows, head]), (own_v, dv_gm.at[sample, rows, head]))
 
-    @pl.when(warpgroup == consumers)
+    @pl.when(warpgroup >= deal.consumers)
     def _memory():
       rows_of = lambda ref: lambda rows: ref.at[sample, rows, head]
       numbers_of = lambda ref: lambda rows: ref.at[sample, head, rows]
-      sides = (q_ring, [rows_of(q_gm), numbers_of(lse_gm)]), (do_ring, [rows_of(do_gm), numbers_of(delta_gm)])
-      parts.memory_warpgroup(listed, sides, config)
+      sources = (q_ring, [rows_of(q_gm), numbers_of(lse_gm)]), (do_ring, [rows_of(do_gm), numbers_of(delta_gm)])
+      parts.memory_warpgroup(listed, sources, deal, side, config.memory_registers)
 
   tile_of = functools.partial(parts.tiles_type, dtype=q.dtype)
-  numbers = plgpu.SMEM((config.stages, config.step), jnp.float32)
-  ring = parts.Ring.types(walk, consumers, config.stages, tile_of(config.stages, config.step, d), numbers)
-  own = tile_of(consumers, ROWS, d)
-  own = (own, own, plgpu.Barrier(num_arrivals=2, num_barriers=consumers))
-  lists = (*lists, parts.costliest_first(counts, b, h))
-  scratch = [own, (ring, ring), parts.staging_types(consumers, config.step, q.dtype)]
-  options = {"blocks": b * h * tiles, "warpgroups": consumers + 1, "by_lane": config.by_lane}
+  numbers = plgpu.SMEM((deal.slots, config.step), jnp.float32)
+  ring = parts.Ring.types(walk, deal, tile_of(deal.slots, config.step, d), numbers)
+  own = tile_of(deal.consumers, ROWS, d)
+  own = (own, own, plgpu.Barrier(num_arrivals=2, num_barriers=deal.consumers))
+  scratch = [own, (ring, ring), parts.staging_types(deal.consumers, config.step, q.dtype)]
+  options = {"blocks": b * h * deal.blocks, "warpgroups": deal.warpgroups, "by_lane": config.by_lane}
   out_type = (jax.ShapeDtypeStruct(k.shape, k.dtype),) * 2
   return launch(attention_dkv, (data, lists, parts.in_log2(bias)), [out_type], scratch, cost=cost, **options)[0]

@@ -3,7 +3,7 @@
 Compute warpgroups keep 64 query rows each; a further one only moves memory. A 128-row tile has two
 compute warpgroups, which share every key tile. 64-row tiles have one each, and either a thread
 block of their own or one for two neighbours, each with its own list, ring and memory warpgroup
-(`TuningConfig.query_tiles`). Each stage of a ring holds `step` keys: two listed 64-key tiles, one
+(`TuningConfig.tiles_per_block`). Each stage of a ring holds `step` keys: two listed 64-key tiles, one
 128-key tile, or half of one.
 """
 
@@ -17,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels import pallas_mgpu_parts as parts
 from kernels.launch_mgpu import launch
+from kernels.lists import decode
 from kernels.pallas_mgpu_parts import ROWS
 from kernels.tuning import TuningConfig
 
@@ -26,8 +27,8 @@ def forward(data, lists, bias, blocks, scale: float, config: TuningConfig, cost:
 
   Args:
     data: q `[b, n_q, h, d]`; k, v `[b, n_kv, h, d]`; bf16 or f16, whole tiles.
-    lists: `(codes, counts, order)`: int32 `[b or 1, h or 1, q_tiles or 1, list]` of `parts.encode`,
-      `[b or 1, h or 1, q_tiles]` and `[b * h]` of `parts.costliest_first`.
+    lists: `(codes, counts, order)`: int32 `[b or 1, h or 1, q_tiles or 1, list]` of
+      `lists.encode`, `[b or 1, h or 1, q_tiles]`, and `lists.costliest_first` of the counts.
     bias: float32 `[kv_tiles]` or None.
     blocks: `(block_q, block_kv)`.
     scale: multiplies q k^T.
@@ -40,13 +41,8 @@ def forward(data, lists, bias, blocks, scale: float, config: TuningConfig, cost:
   q, _, _ = data
   block_q, block_kv = blocks
   b, n, h, d = q.shape
-  q_tiles = n // block_q
-  # Each side has a query tile, a list and a ring; its compute warpgroups are the ring's readers.
-  sides = config.query_tiles
-  readers = block_q // ROWS
-  consumers = sides * readers
-  in_turns = consumers == 2 and config.take_turns
-  blocks_per_head = -(-q_tiles // sides)
+  deal = parts.Deal(n // block_q, config.tiles_per_block, block_q // ROWS, config.stages)
+  in_turns = deal.consumers == 2 and config.take_turns
   walk = parts.Walk(config.step, block_kv)
   sign, factor = parts.split_scale(scale)
   biased = bias is not None
@@ -60,35 +56,27 @@ def forward(data, lists, bias, blocks, scale: float, config: TuningConfig, cost:
     k_ring, v_ring = rings
     (keys,), (values,) = k_ring.slots, v_ring.slots
     warpgroup = lax.axis_index("warpgroup")
-    sample, head, place = parts.place(order_gm, blocks_per_head, h)
-
-    def tile_of(side):
-      # The last block of an odd number of tiles has its tile twice: both sides store the same.
-      return jnp.minimum(place * sides + side, jnp.int32(q_tiles - 1)) if sides == 2 else place
+    sample, head, place = parts.place(order_gm, deal.blocks, h)
 
     def list_of(tile):
       row = parts.at(codes_gm, sample, head, tile)
       count = counts_gm[parts.at(counts_gm, sample, head, tile)]
-      return parts.TileList(walk, count, lambda i: parts.decode(codes_gm[(*row, i)]))
+      return parts.TileList(walk, count, lambda i: decode(codes_gm[(*row, i)]))
 
-    side = lax.rem(warpgroup, jnp.int32(2)) if sides == 2 else jnp.int32(0)
-    tile = tile_of(side)
+    side = deal.side(warpgroup)
+    tile = deal.tile(place, side)
     listed = list_of(tile)
-    ring_start = side * config.stages
-    # Turns are passed as often as the longer of two lists needs.
-    longest = jnp.maximum(listed.steps, list_of(tile_of(1 - side)).steps) if sides == 2 else listed.steps
 
     def pass_turn():
       if in_turns:
         plgpu.barrier_arrive(turn)
         plgpu.barrier_wait(turn)
 
-    @pl.when(warpgroup < consumers)
+    @pl.when(warpgroup < deal.consumers)
     def _compute():
       parts.set_registers(config.compute_registers, "increase")
       mine = q_sm.at[warpgroup]
-      part = jnp.int32(0) if sides == 2 else warpgroup
-      rows = pl.ds(tile * block_q + part * ROWS, ROWS)
+      rows = pl.ds(tile * block_q + deal.part(warpgroup) * ROWS, ROWS)
       parts.load_own([(q_gm.at[sample, rows, head], mine)], q_bar.at[warpgroup], listed.count > 0)
       pl.when(warpgroup == 1)(pass_turn)
       stage = [x.at[warpgroup] for x in staging]
@@ -130,7 +118,7 @@ def forward(data, lists, bias, blocks, scale: float, config: TuningConfig, cost:
         """Walks the list: scores, softmax and values of a stage, then the next."""
 
         def attend(s, sums):
-          slot = ring_start + lax.rem(s, jnp.int32(config.stages))
+          slot = deal.slot(side, s)
           read = entries_of(s)  # while the keys arrive
           k_ring.wait(slot)
           x = parts.product(mine, keys.at[slot], pass_turn)
@@ -154,26 +142,25 @@ def forward(data, lists, bias, blocks, scale: float, config: TuningConfig, cost:
 
         def attend(s, carry):
           sums, x, read, slot = carry
-          following = jnp.where(slot == ring_start + (config.stages - 1), ring_start, slot + 1)
+          following = deal.following(side, slot)
           next_read = entries_of(s + 1)  # while the softmax runs
           (acc, top, total), p = soften(sums, x, read)
           # Both arrivals before the turn: who has the tensor cores must not wait for memory.
           v_ring.wait(slot)
           k_ring.wait(following)
           pass_turn()
-          acc, x = parts.accumulate_beside(
-            acc, p, values.at[slot], mine, keys.at[following], *stage, issued=pass_turn
-          )
+          acc, x = parts.accumulate_beside(acc, p, values.at[slot], mine, keys.at[following], *stage, issued=pass_turn)
           v_ring.release(slot)
           k_ring.release(following)
           return (acc, top, total), x, next_read, following
 
         def walked():
           read = entries_of(0)
-          k_ring.wait(ring_start)
-          x = parts.product(mine, keys.at[ring_start])
-          k_ring.release(ring_start)
-          sums, x, read, slot = lax.fori_loop(0, last, attend, (start, x, read, ring_start))
+          slot = side * config.stages
+          k_ring.wait(slot)
+          x = parts.product(mine, keys.at[slot])
+          k_ring.release(slot)
+          sums, x, read, slot = lax.fori_loop(0, last, attend, (start, x, read, slot))
           (acc, top, total), p = soften(sums, x, read)
           v_ring.wait(slot)
           acc = parts.accumulate(acc, p, values.at[slot], *stage)
@@ -184,10 +171,13 @@ def forward(data, lists, bias, blocks, scale: float, config: TuningConfig, cost:
 
       acc, top, total = scores_ahead() if config.scores_ahead else stage_by_stage()
       pl.when(warpgroup == 0)(pass_turn)
-      if sides == 2 and in_turns:
-        missed = 1 if config.scores_ahead else 0  # the last stage of a list takes no turn
+      if deal.sides == 2 and in_turns:
+        # Both sides pass turns as often as the longer list needs. The last stage of a list has
+        # no turn where scores run ahead.
+        untaken = 1 if config.scores_ahead else 0
+        other = list_of(deal.tile(place, 1 - side))
 
-        @pl.loop(jnp.maximum(listed.steps, missed), longest)
+        @pl.loop(jnp.maximum(listed.steps, untaken), other.steps)
         def _idle(_):
           pass_turn()
           pass_turn()
@@ -202,36 +192,35 @@ def forward(data, lists, bias, blocks, scale: float, config: TuningConfig, cost:
         (lse_sm.at[warpgroup], lse_gm.at[sample, head, rows]),
       )
 
-    @pl.when(warpgroup >= consumers)
+    @pl.when(warpgroup >= deal.consumers)
     def _memory():
       def rows_of(ref):
         return lambda rows: ref.at[sample, rows, head]
 
       sources = [(k_ring, [rows_of(k_gm)]), (v_ring, [rows_of(v_gm)])]
-      parts.memory_warpgroup(listed, sources, config, ring_start)
+      parts.memory_warpgroup(listed, sources, deal, side, config.memory_registers)
 
   tiles_of = functools.partial(parts.tiles_type, dtype=q.dtype)
-  slots = tiles_of(sides * config.stages, config.step, d)
-  ring = parts.Ring.types(walk, readers, sides * config.stages, slots)
+  ring = parts.Ring.types(walk, deal, tiles_of(deal.slots, config.step, d))
   own = (
-    tiles_of(consumers, ROWS, d),
-    plgpu.SMEM((consumers, ROWS), jnp.float32),
-    plgpu.Barrier(num_barriers=consumers),
-    plgpu.Barrier(num_arrivals=consumers),
+    tiles_of(deal.consumers, ROWS, d),
+    plgpu.SMEM((deal.consumers, ROWS), jnp.float32),
+    plgpu.Barrier(num_barriers=deal.consumers),
+    plgpu.Barrier(num_arrivals=deal.consumers),
   )
   out_type = (
     jax.ShapeDtypeStruct(q.shape, q.dtype),
     jax.ShapeDtypeStruct((b, h, n), jnp.float32),
   )
-  scratch = [own, (ring, ring), parts.staging_types(consumers, config.step, q.dtype)]
+  scratch = [own, (ring, ring), parts.staging_types(deal.consumers, config.step, q.dtype)]
   (found,) = launch(
     attention_forward,
     (data, lists, parts.in_log2(bias)),
     [out_type],
     scratch,
     cost=cost,
-    blocks=b * h * blocks_per_head,
-    warpgroups=consumers + sides,
+    blocks=b * h * deal.blocks,
+    warpgroups=deal.warpgroups,
     by_lane=config.by_lane,
   )
   return found

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -26,9 +25,6 @@ HIDDEN = -1e30
 DEAD = -1e25
 ROWS = 64  # rows of one consumer warpgroup: one wgmma
 LAYOUT = plgpu.Layout.WGMMA
-# A list entry carries its tile's valid rows, so that a consumer needs one scalar read per tile: id << 8 | valid rows.
-_LENGTH_BITS = 8
-MAX_TILES = 1 << (31 - _LENGTH_BITS)
 
 _interpret = contextvars.ContextVar("interpret", default=None)
 
@@ -58,27 +54,6 @@ def wrong_device(target) -> str | None:
 
 
 # ---- lists -----------------------------------------------------------------------------------------------------------
-
-
-def encode(indices, lengths):
-  """List entries with their tile's valid rows.
-
-  Args:
-    indices: int32 `[b or 1, h or 1, tiles or 1, list]`; lengths: int32 `[tiles]` or `[b, tiles]`.
-
-  Returns:
-    int32 `[b or 1, h or 1, tiles or 1, list]`.
-  """
-  indices, lengths = jnp.asarray(indices), jnp.asarray(lengths)
-  if lengths.ndim == 1:
-    return indices << _LENGTH_BITS | lengths[indices]
-  picked = jax.vmap(lambda own, ids: own[ids])(lengths, jnp.broadcast_to(indices, (lengths.shape[0], *indices.shape[1:])))
-  return indices << _LENGTH_BITS | picked
-
-
-def decode(code):
-  """The tile and its valid rows."""
-  return lax.shift_right_logical(code, _i32(_LENGTH_BITS)), lax.bitwise_and(code, _i32((1 << _LENGTH_BITS) - 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,20 +149,80 @@ class TileList:
     return self.walk.entries(s, self.count, self.entry)
 
 
-def costliest_first(counts, b: int, h: int):
-  """int32 `[b * h]`: `sample * h + head` in order of falling total count.
+@dataclasses.dataclass(frozen=True)
+class Deal:
+  """How the tiles of a head are dealt to thread blocks and to the warpgroups inside them.
 
-  Thread blocks start in the order of the grid: the long ones first leave the short ones to fill the end.
+  A block has one side, or two with a tile, a list, rings and a memory warpgroup each. Compute
+  warpgroups come first, memory warpgroups behind them.
+
+  Attributes:
+    tiles: of a head.
+    sides: tiles of a block, 1 or 2.
+    readers: compute warpgroups of a tile; with two sides 1.
+    stages: slots of a ring that one side has.
   """
-  total = jnp.broadcast_to(jnp.asarray(counts), (b, h, counts.shape[-1])).astype(jnp.float32).sum(-1).reshape(-1)
-  return jnp.argsort(-total, stable=True).astype(jnp.int32)
+
+  tiles: int
+  sides: int
+  readers: int
+  stages: int
+
+  @property
+  def blocks(self) -> int:
+    """Thread blocks of a head."""
+    return -(-self.tiles // self.sides)
+
+  @property
+  def consumers(self) -> int:
+    """Compute warpgroups of a block."""
+    return self.sides * self.readers
+
+  @property
+  def warpgroups(self) -> int:
+    """All warpgroups of a block."""
+    return self.consumers + self.sides
+
+  @property
+  def slots(self) -> int:
+    """Slots of a ring, of all sides."""
+    return self.sides * self.stages
+
+  def side(self, warpgroup):
+    """The side that a warpgroup works for."""
+    return lax.rem(warpgroup, _i32(2)) if self.sides == 2 else _i32(0)
+
+  def tile(self, place, side):
+    """The tile of a side; the last block of an odd number has its tile twice and stores the same twice."""
+    return jnp.minimum(place * 2 + side, _i32(self.tiles - 1)) if self.sides == 2 else place
+
+  def part(self, warpgroup):
+    """Which 64 rows of its tile a compute warpgroup keeps."""
+    return warpgroup if self.sides == 1 else _i32(0)
+
+  def slot(self, side, s):
+    """The slot of a side's stage s."""
+    return side * self.stages + lax.rem(s, _i32(self.stages))
+
+  def following(self, side, slot):
+    """The slot behind `slot`, without a division."""
+    first = side * self.stages
+    return jnp.where(slot == first + (self.stages - 1), first, slot + 1)
 
 
 def place(order, tiles: int, h: int):
-  """`(sample, head, tile)` of this thread block: tiles of a head together, so that they meet the same keys in the L2."""
+  """`(sample, head, tile)` of this thread block: tiles of a head together, so that they meet the same keys in the L2.
+
+  Args:
+    order: of `lists.costliest_first`, or None for heads as they are numbered.
+    tiles: thread blocks of a head.
+    h: heads.
+  """
   program = lax.axis_index("block")
   tile = lax.rem(program, _i32(tiles))
-  pair = order[lax.div(program, _i32(tiles))]
+  pair = lax.div(program, _i32(tiles))
+  if order is not None:
+    pair = order[pair]
   return lax.div(pair, _i32(h)), lax.rem(pair, _i32(h)), tile
 
 
@@ -326,10 +361,11 @@ class Ring(NamedTuple):
   free: Any
 
   @classmethod
-  def types(cls, walk: Walk, consumers: int, stages: int, *slots) -> "Ring":
+  def types(cls, walk: Walk, deal: Deal, *slots) -> "Ring":
     """Scratch types; `slots`: those of the arrays."""
-    copied, read = len(slots) * walk.parts, consumers
-    return cls(slots, *(plgpu.Barrier(num_arrivals=count, num_barriers=stages) for count in (copied, read)))
+    full = plgpu.Barrier(num_arrivals=len(slots) * walk.parts, num_barriers=deal.slots)
+    free = plgpu.Barrier(num_arrivals=deal.readers, num_barriers=deal.slots)
+    return cls(slots, full, free)
 
   def wait(self, slot):
     """Until the slot is filled."""
@@ -364,27 +400,24 @@ def store_own(*pairs):
   plgpu.wait_smem_to_gmem(0)
 
 
-def memory_warpgroup(tiles: TileList, rings, config, start=0):
+def memory_warpgroup(tiles: TileList, rings, deal: Deal, side, registers: int):
   """Fetches stage after stage as the compute warpgroups free the slots: all that a memory warpgroup does.
 
   Args:
     tiles: the list that it serves.
     rings: `(ring, sources)` each; a source, one per array of the ring, is `rows (a slice) -> the global rows`.
-    config: its registers and stages.
-    start: the first of the `config.stages` slots that are its own.
+    deal, side: whose slots it fills.
+    registers: that it keeps.
   """
-  set_registers(config.memory_registers, "decrease")
-  steps, stages = tiles.steps, config.stages
-
-  def slot_of(s):
-    return start + lax.rem(s, _i32(stages))
+  set_registers(registers, "decrease")
+  steps, stages = tiles.steps, deal.stages
 
   def wait(ring, s):
-    plgpu.barrier_wait(ring.free.at[slot_of(s)])
+    plgpu.barrier_wait(ring.free.at[deal.slot(side, s)])
 
   @pl.loop(0, steps)
   def _fetch(s):
-    slot, entries = slot_of(s), tiles.entries(s)  # read while the slot is still in use
+    slot, entries = deal.slot(side, s), tiles.entries(s)  # read while the slot is still in use
     for ring, sources in rings:  # a ring waits for its own readers alone: keys are free half a stage before values
       pl.when(s >= stages)(functools.partial(wait, ring, s))
       for source, target in zip(sources, ring.slots, strict=True):

@@ -62,8 +62,8 @@ class TuningConfig:
     take_turns: two compute warpgroups alternate between tensor cores and softmax (forward).
     by_lane: Mosaic lowers the kernel lane by lane instead of by warpgroup: other instructions for the same kernel.
     scores_ahead: the scores of the next stage are issued beside the values of this one (forward).
-    query_tiles: of a thread block; 2 gives each of two neighbouring 64-row tiles a compute and a
-      memory warpgroup, a list and a ring of its own (forward).
+    tiles_per_block: 2 gives each of two neighbouring 64-row tiles a compute and a memory
+      warpgroup, a list and a ring of its own.
   """
 
   stages: int = 2
@@ -73,13 +73,13 @@ class TuningConfig:
   take_turns: bool = True
   by_lane: bool = False
   scores_ahead: bool = True
-  query_tiles: int = 1
+  tiles_per_block: int = 1
 
   def __post_init__(self):
     if not 1 <= self.stages <= 8:
       raise ValueError(f"{self.stages=} must lie in 1..8.")
-    if self.query_tiles not in (1, 2):
-      raise ValueError(f"{self.query_tiles=} must be 1 or 2.")
+    if self.tiles_per_block not in (1, 2):
+      raise ValueError(f"{self.tiles_per_block=} must be 1 or 2.")
     if self.step not in (64, 128):
       raise ValueError(f"{self.step=} must be 64 or 128 rows.")
     for name in ("compute_registers", "memory_registers"):
@@ -91,12 +91,12 @@ class TuningConfig:
 
   def consumers(self, key: Key) -> int:
     """Compute warpgroups of a thread block."""
-    return self.query_tiles * key.readers
+    return self.tiles_per_block * key.readers
 
   def shared_bytes(self, key: Key, itemsize: int = 2) -> int:
     """Shared memory of a thread block: what stays, and the rings."""
     rows, side = self.consumers(key) * 64, key.head_dim * itemsize
-    slots = self.query_tiles * self.stages
+    slots = self.tiles_per_block * self.stages
     ring = 2 * [slots * self.step * side]
     if key.direction == "forward":
       arrays = [rows * side, rows * 4, *ring]  # queries, then the output; LSE
@@ -115,8 +115,8 @@ class TuningConfig:
     """
     if (need := self.shared_bytes(key)) > _SHARED_BYTES:
       raise ValueError(f"{self} needs {need} bytes of shared memory for {key}, a thread block has {_SHARED_BYTES}.")
-    if self.query_tiles == 2 and (key.direction != "forward" or key.block_q != 64):
-      raise ValueError(f"{self} takes two query tiles, which only the forward of 64-row query tiles can, not {key}; set 1.")
+    if self.tiles_per_block == 2 and key.readers != 1:
+      raise ValueError(f"{self} needs tiles of 64 rows, {key} has {64 * key.readers}; set tiles_per_block=1.")
     consumers = self.consumers(key)
     if self.stages == 1 and key.direction == "forward":
       if self.take_turns and consumers == 2:
@@ -128,28 +128,33 @@ class TuningConfig:
         raise ValueError(f"{self} moves registers, but {key} has one compute warpgroup: nothing to gain, set 0 and 0.")
       # What a block starts with is all it ever has: a warpgroup that asked for more than the
       # others gave back would wait for ever.
-      warpgroups = consumers + self.query_tiles
+      warpgroups = consumers + self.tiles_per_block
       pool = warpgroups * (_REGISTERS // (128 * warpgroups) // 8 * 8)
-      used = consumers * self.compute_registers + self.query_tiles * self.memory_registers
+      used = consumers * self.compute_registers + self.tiles_per_block * self.memory_registers
       if used > pool:
         raise ValueError(f"{self} needs {used} registers per lane of {warpgroups} warpgroups, they start with {pool}.")
     return self
 
 
-def default(key: Key) -> TuningConfig:
-  """Reasoned, not measured: as deep a ring as fits, 128-row steps in the forward, registers for two compute warpgroups.
+# Two tiles in a block: four warpgroups, each pair with all the registers that two may have.
+PAIR = TuningConfig(step=64, compute_registers=232, memory_registers=24, tiles_per_block=2)
 
-  The tensor cores idle during a warpgroup's softmax unless a second one has work for them. Where
-  tiles have 64 rows that is another thread block on the same multiprocessor, if two fit, which they
-  do with 64-row steps and d <= 64; at d = 128 it is a second query tile in the same block.
+
+def default(key: Key) -> TuningConfig:
+  """Reasoned, not measured: as deep a ring as fits, and always a second warpgroup with work for the tensor cores.
+
+  One warpgroup leaves them idle during its softmax. A 128-row tile has two. Beside a 64-row tile it
+  is another thread block on the same multiprocessor where two fit, which takes at most 128
+  registers and half of the shared memory; elsewhere it is a second tile in the same block.
   """
   forward = key.direction == "forward"
   if key.readers == 2:
     return _deepest(key, TuningConfig(step=128 if forward else 64, compute_registers=240, memory_registers=24))
-  if forward and key.head_dim > 64:
-    pair = TuningConfig(step=64, compute_registers=232, memory_registers=24, query_tiles=2)
-    return _deepest(key, pair)
-  return _deepest(key, TuningConfig(step=64), _HALF_SHARED_BYTES)
+  if key.head_dim <= (64 if forward else 32):
+    return _deepest(key, TuningConfig(step=64), _HALF_SHARED_BYTES)
+  if key.direction == "dkv" and key.head_dim == 128 and key.block_q == 128:
+    return _deepest(key, TuningConfig(step=64))  # two tiles spill 60 bytes
+  return _deepest(key, PAIR)
 
 
 def _deepest(key: Key, config: TuningConfig, limit: int = _SHARED_BYTES) -> TuningConfig:
@@ -162,25 +167,36 @@ def _deepest(key: Key, config: TuningConfig, limit: int = _SHARED_BYTES) -> Tuni
 
 
 def candidates(key: Key) -> list[TuningConfig]:
-  """Every configuration worth trying for a key, the default first."""
-  forward = key.direction == "forward"
-  tiles = (1, 2) if forward and key.block_q == 64 else (1,)
-  found = [default(key), dataclasses.replace(default(key), by_lane=True)]
-  for query_tiles, stages, step in itertools.product(tiles, (2, 3, 4, 5, 6), (64, 128)):
-    config = TuningConfig(stages, step, query_tiles=query_tiles)
-    if config.consumers(key) == 1:
-      forms = [config]
-    else:
-      pairs = ((232, 24), (0, 0)) if query_tiles == 2 else ((240, 24), (232, 40), (0, 0))
-      forms = [dataclasses.replace(config, compute_registers=c, memory_registers=m) for c, m in pairs]
-    if forward:
-      forms += [dataclasses.replace(form, scores_ahead=False) for form in forms]
-      if config.consumers(key) == 2:
-        forms += [dataclasses.replace(form, take_turns=False) for form in forms]
-    for form in forms:
-      with contextlib.suppress(ValueError):
-        found.append(form.check(key))
-  return list(dict.fromkeys(found))
+  """The configurations worth trying for a key, the default first.
+
+  Ring depths, steps and tiles per block in all combinations, each with its usual registers; then the
+  default with one of its other settings changed.
+  """
+  first = default(key)
+  forms = [TuningConfig()]
+  if key.readers == 2:
+    forms = [TuningConfig(compute_registers=240, memory_registers=24)]
+  else:
+    forms.append(PAIR)
+  changes = [{"by_lane": True}, {"compute_registers": 0, "memory_registers": 0}]
+  if key.readers == 2:
+    changes.append({"compute_registers": 232, "memory_registers": 40})
+  if key.direction == "forward":
+    changes += [{"scores_ahead": False}, {"take_turns": False}, {"scores_ahead": False, "take_turns": False}]
+  found = [first]
+  for change in changes:
+    found.append(dataclasses.replace(first, **change))
+  for form, stages, step in itertools.product(forms, (2, 3, 4, 6), (64, 128)):
+    found.append(dataclasses.replace(form, stages=stages, step=step))
+  return [config for config in dict.fromkeys(found) if _fits(config, key)]
+
+
+def _fits(config: TuningConfig, key: Key) -> bool:
+  try:
+    config.check(key)
+  except ValueError:
+    return False
+  return True
 
 
 def lookup(key: Key) -> TuningConfig:

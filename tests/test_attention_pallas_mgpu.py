@@ -3,6 +3,7 @@
 import dataclasses
 import fractions
 import itertools
+import json
 import math
 
 import jax
@@ -10,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import pallas_mgpu, tuning
+from kernels import lists, pallas_mgpu, tuning
 from kernels import pallas_mgpu_parts as parts
 from kernels.attention import attention, choose_backend
 from kernels.block_mask import dense_mask
 from kernels.target import Target
 from tests.attention_suite import AttentionSuite, Case, draw_inputs, draw_mask, oracle, relative_error, value_and_grads
+from tests.test_gpu_resources import GOLDEN
 
 HOPPER = Target("cuda", "NVIDIA H100 80GB HBM3", "9.0")
 
@@ -40,6 +42,15 @@ def _check(case, dtype=jnp.bfloat16, seed=0, **kwargs):
     assert relative_error(g, w) < (1e-6 if name == "lse" else 4e-3), name
 
 
+def _check_forward(case, seed=0, **kwargs):
+  """The same of the forward alone."""
+  mask, (q, k, v, *_) = draw_mask(case, seed), draw_inputs(case, seed, jnp.bfloat16)
+  with parts.interpreted(**kwargs):
+    got = jax.jit(lambda *x: attention(*x, implementation="pallas_mgpu"))(q, k, v, mask)
+  for name, g, w in zip(("out", "lse"), got, oracle(q, k, v, mask), strict=True):
+    assert relative_error(g, w) < (1e-6 if name == "lse" else 4e-3), name
+
+
 BIG = Case("big_tiles", b=1, d=128, block_q=128, block_kv=128, n_q=256, n_kv=512)
 
 
@@ -54,17 +65,48 @@ def test_every_cut_of_tiles_into_stages(step, block_q, block_kv):
     _check(case, seed=step)
 
 
-def test_warpgroups_that_take_no_turns():
+@pytest.mark.parametrize("take_turns", [True, False])
+@pytest.mark.parametrize("scores_ahead", [True, False])
+def test_every_form_of_the_forward(scores_ahead, take_turns):
   key = tuning.Key("h100", 128, 128, 128, "forward")
-  with tuning.override({key: tuning.TuningConfig(3, 64, take_turns=False)}):
-    _check(BIG)
+  config = tuning.TuningConfig(3, 64, scores_ahead=scores_ahead, take_turns=take_turns)
+  with tuning.override({key: config}):
+    _check_forward(BIG)
 
 
-def test_no_races(capfd):
+PAIRED = Case("paired", b=1, d=64, n_q=5 * 64, n_kv=7 * 64, keep=0.8)
+
+
+@pytest.mark.parametrize("step", [64, 128])
+@pytest.mark.parametrize("scores_ahead", [True, False])
+def test_two_tiles_in_a_block(scores_ahead, step):
+  """Neighbours whose lists differ in length, one of them empty, and a last tile without a neighbour."""
+  counts = np.pad(draw_mask(PAIRED, step).kv_counts, ((0, 0), (0, 0), (0, 1))).reshape(-1, 2)
+  assert (counts[:, 0] != counts[:, 1]).sum() > 3 and PAIRED.n_q // 64 % 2
+  keys = [tuning.Key("h100", 64, 64, 64, direction) for direction in tuning.DIRECTIONS]
+  config = tuning.TuningConfig(2, step, scores_ahead=scores_ahead, tiles_per_block=2)
+  with tuning.override({key: config for key in keys}):
+    _check(PAIRED, seed=step) if scores_ahead else _check_forward(PAIRED, seed=step)
+
+
+@pytest.mark.parametrize(
+  ("block", "config"),
+  [
+    (128, tuning.TuningConfig(2, 64)),
+    (128, tuning.TuningConfig(2, 64, scores_ahead=False)),
+    (64, tuning.TuningConfig(2, 64, tiles_per_block=2)),
+  ],
+  ids=["scores ahead", "stage by stage", "two tiles"],
+)
+def test_no_races(block, config, capfd):
   """One walk of every kernel through the race detector: two warpgroups, a ring that wraps around."""
-  keys = [tuning.Key("h100", 32, 128, 128, direction) for direction in tuning.DIRECTIONS]
-  with tuning.override({key: tuning.TuningConfig(2, 64) for key in keys}):
-    _check(dataclasses.replace(BIG, h=1, table_h=1, d=32, keep=0.9), detect_races=True)
+  case = dataclasses.replace(BIG, h=1, table_h=1, d=32, keep=0.9, block_q=block, block_kv=block)
+  case = dataclasses.replace(case, n_q=2 * block, n_kv=6 * 64)
+  assert draw_mask(case, 0).kv_counts.max() * block // 64 > 2
+  keys = [tuning.Key("h100", 32, block, block, direction) for direction in tuning.DIRECTIONS]
+  with tuning.override({key: config for key in keys}):
+    check = _check if config.scores_ahead else _check_forward
+    check(case, detect_races=True)
   assert "RACE DETECTED" not in capfd.readouterr().out  # the detector prints and goes on
 
 
@@ -132,7 +174,17 @@ def test_tuning_refuses_what_does_not_fit():
     tuning.TuningConfig(2, 128, 240, 0)
   with pytest.raises(ValueError, match="never end"):
     tuning.TuningConfig(1, 64).check(key)
-  tuning.TuningConfig(1, 64, take_turns=False).check(key)
+  with pytest.raises(ValueError, match="next keys wait"):
+    tuning.TuningConfig(1, 64, take_turns=False).check(key)
+  tuning.TuningConfig(1, 64, take_turns=False, scores_ahead=False).check(key)
+  with pytest.raises(ValueError, match="needs tiles of 64 rows"):
+    tuning.TuningConfig(2, 64, tiles_per_block=2).check(key)
+  with pytest.raises(ValueError, match="must be 1 or 2"):
+    tuning.TuningConfig(tiles_per_block=3)
+  short = dataclasses.replace(key, block_q=64)
+  tuning.TuningConfig(2, 64, 232, 24, tiles_per_block=2).check(short)
+  with pytest.raises(ValueError, match="of 4 warpgroups, they start with 512"):
+    tuning.TuningConfig(2, 64, 240, 24, tiles_per_block=2).check(short)
 
 
 @pytest.mark.parametrize("d", pallas_mgpu.HEAD_DIMS)
@@ -145,12 +197,27 @@ def test_hidden_scores_have_no_probability_however_they_are_rounded(d, temperatu
   assert np.exp2(np.float32(exact - fractions.Fraction(float(max(np.float32(parts.DEAD), rounded))))) == 0
 
 
-def test_the_table_covers_every_key():
-  """Reading it checks each configuration against its key; one that is missing would silently run the default."""
-  sizes = itertools.product(pallas_mgpu.HEAD_DIMS, pallas_mgpu.BLOCKS, pallas_mgpu.BLOCKS, tuning.DIRECTIONS)
-  assert {tuning.Key("h100", *size) for size in sizes} == set(tuning.table())
+def test_every_key_has_a_configuration_that_fits():
+  """Whether it is looked up in the table or reasoned; candidates begin with the reasoned one."""
+  for size in itertools.product(pallas_mgpu.HEAD_DIMS, pallas_mgpu.BLOCKS, pallas_mgpu.BLOCKS, tuning.DIRECTIONS):
+    key = tuning.Key("h100", *size)
+    tuning.lookup(key).check(key)
+    tried = tuning.candidates(key)
+    assert tried[0] == tuning.default(key) and len(set(tried)) == len(tried) > 5
+
+
+def test_a_64_row_tile_is_never_alone_on_a_multiprocessor():
+  """Its softmax would leave the tensor cores idle: two blocks fit, or a block has two tiles."""
+  golden = json.loads(GOLDEN.read_text())
+  for d, other, direction in itertools.product(pallas_mgpu.HEAD_DIMS, (64, 128), tuning.DIRECTIONS):
+    sizes = (other, 64) if direction == "dkv" else (64, other)
+    config = tuning.lookup(tuning.Key("h100", d, *sizes, direction))
+    found = golden[f"d{d} q{sizes[0]} kv{sizes[1]}"][f"attention_{direction}"]
+    two_blocks = found["registers"] <= 128 and found["shared_bytes"] <= 113 * 1024
+    spills = (d, sizes, direction) == (128, (128, 64), "dkv")  # with two tiles
+    assert (two_blocks and config.tiles_per_block == 1) or config.tiles_per_block == 2 or spills
 
 
 def test_costliest_heads_first():
   counts = np.array([[[1, 1], [5, 5], [0, 9]]], np.int32)
-  np.testing.assert_array_equal(parts.costliest_first(counts, 2, 3), [1, 4, 2, 5, 0, 3])
+  np.testing.assert_array_equal(lists.order_of_call(counts, None, 2, 3), [1, 4, 2, 5, 0, 3])

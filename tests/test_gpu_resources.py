@@ -39,15 +39,26 @@ class Config:
   listed: bool = True
   dtype: str = "bfloat16"
   by_lane: bool = False
+  scores_ahead: bool = True
+  paired: bool = False
 
   def __str__(self):
-    words = {"bias": self.bias, "dense": not self.listed, self.dtype: self.dtype != "bfloat16", "by lane": self.by_lane}
+    words = {
+      "bias": self.bias,
+      "dense": not self.listed,
+      self.dtype: self.dtype != "bfloat16",
+      "by lane": self.by_lane,
+      "stage by stage": not self.scores_ahead,
+      "two tiles": self.paired,
+    }
     return " ".join([f"d{self.head_dim} q{self.block_q} kv{self.block_kv}", *(word for word, said in words.items() if said)])
 
   def tuning(self) -> dict:
     """The configurations that it runs with."""
     keys = [tuning.Key("h100", self.head_dim, self.block_q, self.block_kv, direction) for direction in tuning.DIRECTIONS]
-    return {key: dataclasses.replace(tuning.lookup(key), by_lane=self.by_lane) for key in keys}
+    base = {key: tuning.PAIR if self.paired else tuning.default(key) for key in keys}
+    forms = {"by_lane": self.by_lane, "scores_ahead": self.scores_ahead}
+    return {key: dataclasses.replace(config, **forms) for key, config in base.items()}
 
 
 _SIZES = list(itertools.product(pallas_mgpu.HEAD_DIMS, pallas_mgpu.BLOCKS, pallas_mgpu.BLOCKS))
@@ -57,6 +68,9 @@ CONFIGS = (
   *(Config(d, 128, 128, listed=False) for d in (64, 128)),
   *(Config(d, 128, 128, dtype="float16") for d in (64, 128)),
   *(Config(128, 128, 128, by_lane=True, bias=bias) for bias in (False, True)),
+  *(Config(d, 128, 128, scores_ahead=False) for d in (64, 128)),
+  Config(128, 64, 64, scores_ahead=False),
+  *(Config(d, 64, 64, paired=True) for d in (32, 64)),
 )
 
 

@@ -22,7 +22,7 @@ class StaticMethod(Method):
     return count(self.mask(layout), 1)
 
   def tables(self, layout):
-    return self.mask(layout).with_transpose()
+    return self.mask(layout).with_launch()
 
   def __call__(self, module, qkv, cond, tables, state):
     out, aux = attend(qkv, tables, cond)
