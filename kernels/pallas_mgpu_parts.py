@@ -290,7 +290,11 @@ def product(a, b, issued=lambda: None):
 
 
 def two_products(a, b, c, d):
-  """`a b^T` and `c d^T`, the second still running when the first is handed out."""
+  """`a b^T` and `c d^T`, issued together.
+
+  The first is waited for alone, but ptxas moves that wait to the second's: what runs beside them is
+  the other warpgroup.
+  """
 
   def run(first, second):
     plgpu.wgmma(first, a, b.transpose((1, 0)))

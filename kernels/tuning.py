@@ -1,7 +1,7 @@
 """How the GPU kernels are cut for a device: `TuningConfig` per device, head dimension, tile sizes and direction.
 
-The committed table `tuning.json` holds what a search on the device found (`python -m benchmarks.tune`) and says where; until
-one has run, and for what it lacks, that is `default`, which is reasoned from shared memory and registers, not measured.
+A table `tuning.json` holds what a search on the device found (`python -m benchmarks.tune`) and says where. Until one has run,
+and for what it lacks, that is `default`, which is reasoned from shared memory and registers, not measured.
 """
 
 import contextlib
@@ -219,7 +219,7 @@ def override(configs: dict[Key, TuningConfig]):
 
 @functools.cache
 def table() -> dict[Key, TuningConfig]:
-  """The committed table.
+  """The table that a search wrote; empty where none has run.
 
   Raises:
     ValueError: if a configuration does not fit its key.
