@@ -81,31 +81,24 @@ def forward(data, lists, bias, blocks, scale: float, config: TuningConfig, cost:
       pl.when(warpgroup == 1)(pass_turn)
       stage = [x.at[warpgroup] for x in staging]
 
-      def entries_of(s):
-        """Reads the list entries of stage s and their biases from global memory."""
-        entries = listed.entries(s)
-        biases = [bias_gm[tile] for tile, *_ in entries] if biased else []
-        return entries, biases
-
-      def soften(sums, x, read):
+      def soften(sums, x, entries):
         """Turns raw scores into rescaled sums and 16-bit probabilities.
 
         Args:
           sums: output so far `[ROWS, d]`, running maximum and denominator `[ROWS]`.
           x: raw scores of a stage, float32 `[ROWS, step]`.
-          read: what `entries_of` gave for the stage.
+          entries: of `TileList.entries` for the stage.
         """
         acc, top, total = sums
-        entries, biases = read
         x = walk.hide(x * sign if sign != 1 else x, entries)
         if biased:
-          x = x * factor + walk.spread(biases)
+          x = x * factor + walk.spread([bias_gm[tile] for tile, *_ in entries])
         new = jnp.maximum(top, x.max(axis=1) * unit)
         shrink = jnp.exp2(top - new)
         p = parts.exponentials(x, unit, new)
         acc = acc * parts.over_columns(shrink, d)
         total = total * shrink + p.sum(axis=1)
-        # Nothing of this may sink below the turn that follows.
+        # All of this before the turn that follows; ptxas still sinks the conversions (docs/log.md).
         acc, new, total, p = lax.optimization_barrier((acc, new, total, p.astype(q.dtype)))
         return (acc, new, total), p
 
@@ -119,11 +112,11 @@ def forward(data, lists, bias, blocks, scale: float, config: TuningConfig, cost:
 
         def attend(s, sums):
           slot = deal.slot(side, s)
-          read = entries_of(s)  # while the keys arrive
+          entries = listed.entries(s)  # read from global memory while the keys arrive
           k_ring.wait(slot)
           x = parts.product(mine, keys.at[slot], pass_turn)
           k_ring.release(slot)
-          (acc, top, total), p = soften(sums, x, read)
+          (acc, top, total), p = soften(sums, x, entries)
           pass_turn()
           v_ring.wait(slot)
           acc = parts.accumulate(acc, p, values.at[slot], *stage)
@@ -141,10 +134,10 @@ def forward(data, lists, bias, blocks, scale: float, config: TuningConfig, cost:
         last = listed.steps - 1
 
         def attend(s, carry):
-          sums, x, read, slot = carry
+          sums, x, entries, slot = carry
           following = deal.following(side, slot)
-          next_read = entries_of(s + 1)  # while the softmax runs
-          (acc, top, total), p = soften(sums, x, read)
+          (acc, top, total), p = soften(sums, x, entries)
+          entries = listed.entries(s + 1)  # arrive while the tensor cores work
           # Both arrivals before the turn: who has the tensor cores must not wait for memory.
           v_ring.wait(slot)
           k_ring.wait(following)
@@ -152,16 +145,16 @@ def forward(data, lists, bias, blocks, scale: float, config: TuningConfig, cost:
           acc, x = parts.accumulate_beside(acc, p, values.at[slot], mine, keys.at[following], *stage, issued=pass_turn)
           v_ring.release(slot)
           k_ring.release(following)
-          return (acc, top, total), x, next_read, following
+          return (acc, top, total), x, entries, following
 
         def walked():
-          read = entries_of(0)
+          entries = listed.entries(0)
           slot = side * config.stages
           k_ring.wait(slot)
           x = parts.product(mine, keys.at[slot])
           k_ring.release(slot)
-          sums, x, read, slot = lax.fori_loop(0, last, attend, (start, x, read, slot))
-          (acc, top, total), p = soften(sums, x, read)
+          sums, x, entries, slot = lax.fori_loop(0, last, attend, (start, x, entries, slot))
+          (acc, top, total), p = soften(sums, x, entries)
           v_ring.wait(slot)
           acc = parts.accumulate(acc, p, values.at[slot], *stage)
           v_ring.release(slot)
