@@ -70,7 +70,7 @@ def forward(data, lists, bias, blocks, scale: float, config: TuningConfig, cost:
         unit = 1.0 if biased else factor
         new = jnp.maximum(top, x.max(axis=1) * unit)
         shrink = jnp.exp2(top - new)
-        p = jnp.exp2(x * unit - parts.over_columns(new, config.step))
+        p = parts.exponentials(x, unit, new, config.step)
         acc = acc * parts.over_columns(shrink, d)
         total = total * shrink + p.sum(axis=1)
         p = p.astype(q.dtype)
