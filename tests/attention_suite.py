@@ -15,6 +15,11 @@ from kernels.attention import attention, merge
 from kernels.block_mask import BlockMask, dense_mask, from_tiles, select
 
 
+# Tiles that an online softmax must meet in some list of every head, lest it pass without rescaling
+# what it has: two stages of the Hopper kernel, which hold up to 128 keys.
+LONG = 3
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
   """One shape of the suite: sizes, block sizes and how the table is drawn."""
@@ -35,6 +40,7 @@ class Case:
   bias: bool = False
   kv_len_per_batch: bool = False
   listed: bool = True  # False: kv_indices is None
+  long: bool = True  # the last query tile of every head lists at least `LONG` tiles
 
 
 CASES = (
@@ -65,6 +71,7 @@ ODD_CASES = (
     keep=1.0,
     ragged=False,
     empty=False,
+    long=False,
   ),
 )
 
@@ -75,6 +82,8 @@ def draw_mask(case: Case, seed: int) -> BlockMask:
   q_tiles, kv_tiles = -(-case.n_q // case.block_q), -(-case.n_kv // case.block_kv)
   tiles = rng.random((case.table_b, case.table_h, q_tiles, kv_tiles)) < case.keep
   tiles[..., 0] |= ~tiles.any(-1)
+  if case.long:
+    tiles[..., -1, [0, kv_tiles // 2, -1]] = True
   if case.empty:
     tiles[:, :, 0] = False
   lead = (case.b,) if case.kv_len_per_batch else ()
@@ -82,13 +91,29 @@ def draw_mask(case: Case, seed: int) -> BlockMask:
   if case.ragged:
     kv_len = rng.integers(0, case.block_kv + 1, kv_len.shape).astype(np.int32)
     kv_len[..., 0] = max(1, case.block_kv - 1)
+    kv_len[..., -1] = -(-case.block_kv // 2)
   mask = from_tiles(tiles, kv_len, case.block_q, case.block_kv)
   if case.bias:
     mask = dataclasses.replace(mask, kv_bias=rng.standard_normal(kv_tiles).astype(np.float32))
   if not case.listed:
     mask = dataclasses.replace(mask, kv_indices=None, kv_counts=np.minimum(mask.kv_counts + 1, kv_tiles))
     mask.kv_counts[:, :, 0] = 0
-  return mask.check()
+  mask = mask.check()
+  if case.long:
+    _check_long(mask)
+  return mask
+
+
+def _check_long(mask: BlockMask):
+  """Asserts that some list of every head has many keys in its first tile and behind the second.
+
+  Only there can a running maximum move from one stage to the next.
+  """
+  ids, lengths = np.asarray(mask.indices()), np.atleast_2d(mask.kv_len).min(0)
+  listed = np.arange(mask.max_kv) < mask.kv_counts[..., None]
+  filled = listed & (2 * lengths[ids] >= mask.block_kv)
+  long = filled[..., 0] & filled[..., LONG - 1 :].any(-1)
+  assert long.any(-1).all(), f"a head has no list of {LONG} tiles: {mask.kv_counts}"
 
 
 def draw_inputs(case: Case, seed: int, dtype):
