@@ -14,7 +14,6 @@ import pytest
 from kernels.attention import attention, merge
 from kernels.block_mask import BlockMask, dense_mask, from_tiles, select
 
-
 # Tiles that an online softmax must meet in some list of every head, lest it pass without rescaling
 # what it has: two stages of the Hopper kernel, which hold up to 128 keys.
 LONG = 3
