@@ -75,7 +75,7 @@ MUTANTS = (
     _FORWARD,
     "new = jnp.maximum(top, x.max(axis=1) * unit)",
     "new = x.max(axis=1) * unit",
-    f"{_CASE}[ragged_with_empty_rows]",
+    "TestPallasMgpu::test_large_and_hidden_scores",
   ),
   _hopper(
     "forward: padding keys are seen",
@@ -111,6 +111,27 @@ MUTANTS = (
     "v_ring.wait(slot)",
     "pass",
     "test_no_races",
+  ),
+  Mutant(
+    "xla: output not rescaled",
+    "kernels/xla.py",
+    "out = out * shrink[..., None] + ",
+    "out = out + ",
+    "tests/test_attention_xla.py::TestXla::test_case[plain]",
+  ),
+  Mutant(
+    "xla: sum not rescaled",
+    "kernels/xla.py",
+    "total * shrink + p.sum(-1)",
+    "total + p.sum(-1)",
+    "tests/test_attention_xla.py::TestXla::test_case[plain]",
+  ),
+  Mutant(
+    "xla: maximum forgets earlier chunks",
+    "kernels/xla.py",
+    "new = jnp.maximum(top, scores.max(-1))",
+    "new = scores.max(-1)",
+    "tests/test_attention_xla.py::TestXla::test_large_and_hidden_scores",
   ),
   # ---- what forward and backward share
   _hopper(
@@ -361,7 +382,7 @@ def verdict(mutant: Mutant, tree: pathlib.Path) -> tuple[str, str]:
   """Runs a mutant's test in a tree that has the mutant while it runs.
 
   Returns:
-    "caught" or what went wrong, and a detail: the first line of the test's error.
+    "caught" or what went wrong, and a detail: the assertion that failed, or the error.
   """
   path = tree / mutant.file
   text = path.read_text()
@@ -379,7 +400,7 @@ def verdict(mutant: Mutant, tree: pathlib.Path) -> tuple[str, str]:
   finally:
     path.write_text(text)
   errors = [line[1:].strip() for line in run.stdout.splitlines() if line.startswith("E ")]
-  detail = errors[0] if errors else ""
+  detail = next((line for line in errors if line.startswith("assert")), "".join(errors[:1]))
   if run.returncode > 1:  # the test is not there, or does not load
     return "did not run", detail
   return ("caught" if run.returncode else "SURVIVED"), detail
