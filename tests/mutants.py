@@ -148,6 +148,27 @@ MUTANTS = (
     "length",
     f"{_CUT}[64-64-128]",
   ),
+  _hopper(
+    "lists: the second half of a long tile is as full as the whole",
+    _PARTS,
+    "length - first, _i32(self.step)",
+    "length, _i32(self.step)",
+    f"{_CUT}[64-128-64]",
+  ),
+  _hopper(
+    "own rows: they are read before they arrive",
+    _PARTS,
+    "    plgpu.barrier_wait(barrier)",
+    "    pass",
+    "test_no_races",
+  ),
+  _hopper(
+    "own rows: they are sent before every warp has written",
+    _PARTS,
+    "plgpu.commit_smem()",
+    "pass",
+    "test_no_races",
+  ),
   # ---- backward
   Mutant(
     "backward: the gradient of the LSE has the wrong sign",
@@ -205,6 +226,13 @@ MUTANTS = (
     "pass",
     f"{_CUT}[64-64-128]",
   ),
+  _hopper(
+    "dkv: queries are read before they arrive",
+    _BACKWARD,
+    "q_ring.wait(slot)",
+    "pass",
+    "test_no_races",
+  ),
   # ---- transposed lists
   Mutant(
     "transpose: entries behind the count are listed",
@@ -226,6 +254,13 @@ MUTANTS = (
     'side="right"',
     'side="left"',
     f"{_CASE}[every_tile_in_order]",
+  ),
+  Mutant(
+    "transpose: offsets are one key tile late",
+    "kernels/block_mask.py",
+    '_search(kv, edge, "left")',
+    '_search(kv, edge, "right")',
+    "tests/test_block_mask.py::test_transpose_and_back[False-plain]",
   ),
   # ---- select
   Mutant(
@@ -278,13 +313,20 @@ MUTANTS = (
     "keys",
     "tests/test_topk.py::test_the_hopper_kernel_finds_the_same_sets",
   ),
+  Mutant(
+    "top-k on Hopper: fixed places take those before them along",
+    "kernels/topk_mgpu.py",
+    "jnp.where(place == always_gm",
+    "jnp.where(place <= always_gm",
+    "tests/test_topk.py::test_the_hopper_kernel_finds_the_same_sets",
+  ),
   # ---- around attention
   Mutant(
     "prepare: rotary turns backwards",
     "kernels/prepare.py",
     "[first * cos - second * sin, second * cos + first * sin]",
     "[first * cos + second * sin, second * cos - first * sin]",
-    "tests/test_prepare.py::test_plain_form_is_the_layers_own_operators[ragged]",
+    "tests/test_prepare.py::test_rotary_multiplies_complex_numbers",
   ),
   Mutant(
     "prepare: means count padding of a second piece",
@@ -328,6 +370,27 @@ MUTANTS = (
     "jnp.stack([high, 0 * high], 1)",
     "tests/test_prepare.py::test_lift_kernel[ragged]",
   ),
+  Mutant(
+    "prepare: rows are sent before every warp has written",
+    "kernels/prepare_mgpu.py",
+    "plgpu.commit_smem()",
+    "pass",
+    "tests/test_prepare.py::test_prepare_kernel[alike]",
+  ),
+  Mutant(
+    "lift: coarse rows count in every head",
+    "kernels/lift.py",
+    "jnp.where(low[:, None, :, None], coarse, 0)",
+    "coarse",
+    "tests/test_prepare.py::test_lift_kernel[ragged]",
+  ),
+  Mutant(
+    "lift: rows are sent before every warp has written",
+    "kernels/lift_mgpu.py",
+    "plgpu.commit_smem()",
+    "pass",
+    "tests/test_prepare.py::test_lift_kernel[alike]",
+  ),
   # ---- block scores
   Mutant(
     "block mass on Hopper: padding keys are seen",
@@ -341,6 +404,20 @@ MUTANTS = (
     "kernels/block_scores_mgpu.py",
     "s == every.steps - 1",
     "s == every.steps",
+    "tests/test_block_scores.py::test_sums_of_many_key_tiles",
+  ),
+  Mutant(
+    "block mass on Hopper: exponents are not cut",
+    "kernels/block_scores_mgpu.py",
+    "jnp.minimum(x, largest * parts.LOG2E)",
+    "x",
+    "tests/test_block_scores.py::test_the_hopper_kernel_gives_the_same_masses[64-bfloat16]",
+  ),
+  Mutant(
+    "block mass on Hopper: sums are sent before every warp has written",
+    "kernels/block_scores_mgpu.py",
+    "plgpu.commit_smem()  # also",
+    "pass  # also",
     "tests/test_block_scores.py::test_sums_of_many_key_tiles",
   ),
   # ---- linear attention
@@ -359,11 +436,18 @@ MUTANTS = (
     "tests/test_linear_mgpu.py::test_rows_without_a_segment_and_repeats",
   ),
   Mutant(
-    "linear: slots are refilled with the wrong stage",
+    "linear: elu has the gradient of relu",
     "kernels/linear_mgpu_kernels.py",
-    "lambda: self.fetch(s - 1 + self.slots)",
-    "lambda: self.fetch(s)",
-    "tests/test_linear_mgpu.py::test_no_races",
+    "jnp.where(x > 0, 1.0, p)",
+    "jnp.where(x > 0, 1.0, 0.0)",
+    "tests/test_linear_mgpu.py::test_errs_no_more_than_xla[mixed]",
+  ),
+  Mutant(
+    "linear: keys have no gradient from the denominator",
+    "kernels/linear_mgpu_kernels.py",
+    "g + parts.over_rows(total))",
+    "g)",
+    "tests/test_linear_mgpu.py::test_errs_no_more_than_xla[mixed]",
   ),
 )
 
