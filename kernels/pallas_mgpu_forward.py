@@ -95,16 +95,14 @@ def forward(data, lists, bias, blocks, scale: float, config: TuningConfig, cost:
           x = x * factor + walk.spread([bias_gm[tile] for tile, *_ in entries])
         new = jnp.maximum(top, x.max(axis=1) * unit)
         shrink = jnp.exp2(top - new)
-        p = parts.exponentials(x, unit, new)
+        p = parts.exponentials(x, unit, new, config.step)
         acc = acc * parts.over_columns(shrink, d)
         total = total * shrink + p.sum(axis=1)
         # All of this before the turn that follows; ptxas still sinks the conversions (docs/log.md).
         acc, new, total, p = lax.optimization_barrier((acc, new, total, p.astype(q.dtype)))
         return (acc, new, total), p
 
-      # Not from HIDDEN: a fused multiply-add takes the rounded maximum from the exact product, and
-      # what is left of -1e30 may be +1e21. Above all hidden scores, every one of them has
-      # probability 0, also where a row has met nothing else.
+      # Not from HIDDEN: see `parts.exponentials`.
       start = (parts.zeros(d), parts.rows_full(parts.DEAD), parts.rows_full(0.0))
 
       def stage_by_stage():

@@ -260,22 +260,25 @@ def over_columns(x, columns: int):
   return lax.broadcast_in_dim(x, (ROWS, columns), [0])
 
 
-def exponentials(x, unit: float, top):
-  """Returns `exp2(x * unit - top)`, the probabilities of scores before they are divided by their sum.
-
-  A device makes one fused multiply-add of it: the exact product minus a maximum that was rounded.
-
-  Args:
-    x: raw scores, float32 `[ROWS, columns]`.
-    unit: takes them to log2 units.
-    top: running maximum in log2 units, float32 `[ROWS]`.
-  """
-  return jnp.exp2(x * unit - over_columns(top, x.shape[1]))
-
-
 def over_rows(x):
   """`[columns] -> [ROWS, columns]`."""
   return lax.broadcast_in_dim(x, (ROWS, x.shape[0]), [1])
+
+
+def exponentials(x, unit: float, top, columns: int):
+  """`exp2(x * unit - top)`, the probabilities of a stage before they are divided by their sum.
+
+  A device may compute the exponent by one fused multiply-add: the exact product minus a maximum
+  that was rounded. Over hidden scores alone, what is left of -1e30 may be +1e21, and its power of
+  two infinite. Running maxima therefore start at `DEAD`, not at `HIDDEN`: that is so far above all
+  hidden scores that their powers are 0 however the exponents are rounded.
+
+  Args:
+    x: raw scores, float32 `[ROWS, columns]`.
+    unit: what makes log2 units of them.
+    top: running maximum of each row in log2 units, float32 `[ROWS]`.
+  """
+  return jnp.exp2(x * unit - over_columns(top, columns))
 
 
 def product(a, b, issued=lambda: None):

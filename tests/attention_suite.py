@@ -14,6 +14,10 @@ import pytest
 from kernels.attention import attention, merge
 from kernels.block_mask import BlockMask, dense_mask, from_tiles, select
 
+# Tiles that an online softmax must meet in some list of every head, lest it pass without rescaling
+# what it has: two stages of the Hopper kernel, which hold up to 128 keys.
+LONG = 3
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -35,6 +39,7 @@ class Case:
   bias: bool = False
   kv_len_per_batch: bool = False
   listed: bool = True  # False: kv_indices is None
+  long: bool = True  # the last query tile of every head lists at least `LONG` tiles
 
 
 CASES = (
@@ -65,6 +70,7 @@ ODD_CASES = (
     keep=1.0,
     ragged=False,
     empty=False,
+    long=False,
   ),
 )
 
@@ -75,6 +81,8 @@ def draw_mask(case: Case, seed: int) -> BlockMask:
   q_tiles, kv_tiles = -(-case.n_q // case.block_q), -(-case.n_kv // case.block_kv)
   tiles = rng.random((case.table_b, case.table_h, q_tiles, kv_tiles)) < case.keep
   tiles[..., 0] |= ~tiles.any(-1)
+  if case.long:
+    tiles[..., -1, [0, kv_tiles // 2, -1]] = True
   if case.empty:
     tiles[:, :, 0] = False
   lead = (case.b,) if case.kv_len_per_batch else ()
@@ -82,13 +90,29 @@ def draw_mask(case: Case, seed: int) -> BlockMask:
   if case.ragged:
     kv_len = rng.integers(0, case.block_kv + 1, kv_len.shape).astype(np.int32)
     kv_len[..., 0] = max(1, case.block_kv - 1)
+    kv_len[..., -1] = -(-case.block_kv // 2)
   mask = from_tiles(tiles, kv_len, case.block_q, case.block_kv)
   if case.bias:
     mask = dataclasses.replace(mask, kv_bias=rng.standard_normal(kv_tiles).astype(np.float32))
   if not case.listed:
     mask = dataclasses.replace(mask, kv_indices=None, kv_counts=np.minimum(mask.kv_counts + 1, kv_tiles))
     mask.kv_counts[:, :, 0] = 0
-  return mask.check()
+  mask = mask.check()
+  if case.long:
+    _check_long(mask)
+  return mask
+
+
+def _check_long(mask: BlockMask):
+  """Asserts that some list of every head has many keys in its first tile and behind the second.
+
+  Only there can a running maximum move from one stage to the next.
+  """
+  ids, lengths = np.asarray(mask.indices()), np.atleast_2d(mask.kv_len).min(0)
+  listed = np.arange(mask.max_kv) < mask.kv_counts[..., None]
+  filled = listed & (2 * lengths[ids] >= mask.block_kv)
+  long = filled[..., 0] & filled[..., LONG - 1 :].any(-1)
+  assert long.any(-1).all(), f"a head has no list of {LONG} tiles: {mask.kv_counts}"
 
 
 def draw_inputs(case: Case, seed: int, dtype):
@@ -266,6 +290,23 @@ class AttentionSuite:
     for x in self.run(q, k, v, hollow, bad_out * np.nan, bad_lse):
       x = np.asarray(x, np.float32)
       assert np.isneginf(x).all() if x.ndim == 3 else not x.any()
+
+  def test_large_and_hidden_scores(self):
+    """Scores of a hundred before or behind small ones, and stages of padding between: no overflow."""
+    case = Case("large", b=1, n_q=64, n_kv=448)
+    q, k, v, d_out, d_lse = draw_inputs(case, 8, self.dtypes[0])
+    sizes = np.ones((448, 2, 1))
+    sizes[:128, 0] = sizes[256:384, 1] = 60
+    k = (k * sizes).astype(k.dtype)
+    kv_len = np.array([64, 64, 0, 0, 64, 50, 0])
+    mask = from_tiles(np.ones((1, 7), bool), kv_len, case.block_q, case.block_kv)
+    got, want = self.run(q, k, v, mask, d_out, d_lse), oracle(q, k, v, mask, d_out, d_lse)
+    low = self.dtypes[0] != jnp.float32
+    # Float32 leaves out more of larger scores. dq and dk cancel where one key has it all.
+    rounding = 4e-3 if low else 2e-5
+    for i, limit in ((0, rounding), (1, 1e-6), (4, rounding)):
+      assert relative_error(got[i], want[i]) < limit
+    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in got)
 
   def test_entries_behind_the_count_are_not_read(self):
     case = Case("behind", empty=False)

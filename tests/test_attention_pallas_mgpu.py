@@ -1,7 +1,7 @@
 """The Hopper kernels on a machine without one: numerics by interpretation, races, refusals."""
 
 import dataclasses
-import fractions
+import functools
 import itertools
 import json
 import math
@@ -14,7 +14,7 @@ import pytest
 from kernels import lists, pallas_mgpu, tuning
 from kernels import pallas_mgpu_parts as parts
 from kernels.attention import attention, choose_backend
-from kernels.block_mask import dense_mask
+from kernels.block_mask import dense_mask, from_tiles
 from kernels.target import Target
 from tests.attention_suite import AttentionSuite, Case, draw_inputs, draw_mask, oracle, relative_error, value_and_grads
 from tests.test_gpu_resources import GOLDEN
@@ -187,14 +187,46 @@ def test_tuning_refuses_what_does_not_fit():
     tuning.TuningConfig(2, 64, 240, 24, tiles_per_block=2).check(short)
 
 
-@pytest.mark.parametrize("d", pallas_mgpu.HEAD_DIMS)
-@pytest.mark.parametrize("temperature", [0.01, 1.0, 37.0])
-def test_hidden_scores_have_no_probability_however_they_are_rounded(d, temperature):
-  """A device subtracts the rounded maximum from the exact product. From a maximum of hidden scores +1e21 might be left."""
-  _, factor = parts.split_scale(temperature / math.sqrt(d))
-  exact = fractions.Fraction(float(np.float32(parts.HIDDEN))) * fractions.Fraction(float(np.float32(factor)))
-  rounded = np.float32(parts.HIDDEN) * np.float32(factor)
-  assert np.exp2(np.float32(exact - fractions.Fraction(float(max(np.float32(parts.DEAD), rounded))))) == 0
+def _fused_exponentials(x, unit, top, columns):
+  """`parts.exponentials` as a device may round it: the product of x and unit is not rounded.
+
+  A kernel has no wider type to hold it, so what rounding left out is computed (Dekker's product).
+  """
+
+  def halves(number):
+    big = number * jnp.float32(4097)
+    high = big - (big - number)
+    return high, number - high
+
+  (x_high, x_low), (unit_high, unit_low) = halves(x), halves(jnp.float32(unit))
+  product = x * unit
+  left_out = x_high * unit_high - product + x_high * unit_low + x_low * unit_high
+  left_out = left_out + x_low * unit_low
+  return jnp.exp2(product - parts.over_columns(top, columns) + left_out)
+
+
+# Scales whose rounding leaves the larger part of a hidden score above the rounded maximum.
+@pytest.mark.parametrize(
+  ("d", "scale"),
+  [(32, 1.1 / math.sqrt(32)), (64, 1 / 8), (128, 1.1 / math.sqrt(128))],
+  ids=["32", "64", "128"],
+)
+def test_hidden_scores_have_no_probability_however_they_are_rounded(d, scale, monkeypatch):
+  """Lists that begin with a stage of padding, and one of padding alone, by fused multiply-adds."""
+  hidden = jnp.full((parts.ROWS, 1), parts.HIDDEN, jnp.float32)
+  _, unit = parts.split_scale(scale)
+  assert np.isposinf(_fused_exponentials(hidden, unit, hidden[:, 0] * unit, 1)).all()
+  monkeypatch.setattr(parts, "exponentials", _fused_exponentials)
+  tiles, kv_len = np.array([[True, True, True], [True, True, False]]), np.array([0, 0, 50])
+  mask = from_tiles(tiles, kv_len, 64, 64)
+  q, k, v, *_ = draw_inputs(Case("padding_first", b=1, h=1, d=d, n_q=128), 0, jnp.bfloat16)
+  run = functools.partial(attention, scale=scale, implementation="pallas_mgpu")
+  with parts.interpreted():
+    out, lse = jax.jit(run)(q, k, v, mask)
+  wide = [x.astype(jnp.float32) for x in (q, k, v)]
+  want, want_lse = attention(*wide, mask, scale=scale, implementation="reference")
+  assert relative_error(out, want) < 4e-3
+  assert relative_error(lse, want_lse) < 1e-6
 
 
 def test_every_key_has_a_configuration_that_fits():

@@ -23,7 +23,7 @@ from kernels import lift_mgpu, prepare_mgpu
 from kernels import pallas_mgpu_parts as parts
 from kernels.lift import lift
 from kernels.lift import unsupported as lift_unsupported
-from kernels.prepare import prepare, unsupported
+from kernels.prepare import prepare, turn, unsupported
 from kernels.target import Target
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -80,6 +80,15 @@ def _close(got, want, tolerance):
   assert np.abs(got - want).max() <= tolerance * scale, np.abs(got - want).max() / scale
 
 
+def _rightly_rounded(got, want):
+  """Whether 99% of the numbers are the right ones as 16 bits round them.
+
+  That needs matrices in two terms: with one, a fifth of what they make is rounded to a neighbour.
+  """
+  rounded = np.asarray(jnp.asarray(want).astype(jnp.bfloat16), np.float32)
+  return (np.asarray(got, np.float32) == rounded).mean() > 0.99
+
+
 @pytest.fixture(params=CASES, ids=str)
 def case(request, monkeypatch):
   """Where there is one sample, a thread block walks over all heads; elsewhere over one."""
@@ -113,6 +122,15 @@ def test_plain_form_is_the_layers_own_operators(case):
       _close(pool, jnp.stack(means, 2), 1e-4)
 
 
+def test_rotary_multiplies_complex_numbers():
+  """Channels i and i + d / 2 as one number, times that of the angle's cosine and sine."""
+  draw = np.random.default_rng(0)
+  x, angles = draw.standard_normal((2, 5, 3, 8)), draw.uniform(0, 6, (5, 4))
+  want = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * angles)[:, None]
+  tables = [jnp.asarray(f(angles), jnp.float32) for f in (np.cos, np.sin)]
+  _close(turn(jnp.asarray(x, jnp.float32), *tables), np.concatenate([want.real, want.imag], -1), 1e-6)
+
+
 def test_prepare_kernel(case, capfd):
   """Against the plain form in float32 from the same 16-bit inputs: one rounding apart. The first case watches for races."""
   joint, bias, gains, tables, lengths, cells, spectral = _inputs(case)
@@ -130,6 +148,8 @@ def test_prepare_kernel(case, capfd):
     found, right = np.asarray(getattr(got, name), np.float32), np.asarray(getattr(want, name))
     assert np.abs(found - right)[:, valid].max() <= 2**-8 * np.abs(right[:, valid]).max()
     assert np.isfinite(found).all()
+    assert _rightly_rounded(found[:, : spectral.n_coarse], right[:, : spectral.n_coarse])
+    assert _rightly_rounded(found[:, valid], right[:, valid])
     tokens = np.asarray(getattr(alone, name), np.float32)
     assert name in "v" + case.filtered or np.array_equal(tokens, found[:, cells.front :])
     if name in "qk":  # of the tokens as they were rounded, not filtered
@@ -153,6 +173,7 @@ def test_lift_kernel(case, capfd):
     got = jax.block_until_ready(jax.jit(lift)(packed, weights, low, cells.expansion))
   assert "RACE DETECTED" not in capfd.readouterr().out
   valid = case.layout.arrays().valid
+  assert _rightly_rounded(got[:, valid], want[:, valid])
   _close(got[:, valid], want[:, valid], 2e-2)
   assert np.abs(np.asarray(got[:, valid] - want[:, valid])).max() <= 2**-8 * np.abs(np.asarray(want)).max()
 

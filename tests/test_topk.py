@@ -30,6 +30,11 @@ def _with_infinities(rng, m):
   return np.select([rng.random(x.shape) < 0.2, rng.random(x.shape) < 0.3], [np.inf, -np.inf], x).astype(np.float32)
 
 
+def _zeros_among_others(rng, m):
+  """A -0 that ranks below 0 would push out what is larger than both."""
+  return rng.choice([-0.0, 0.0, 1.0, -1.0], (7, m), p=[0.4, 0.3, 0.15, 0.15]).astype(np.float32)
+
+
 KINDS = {
   "normal": _random,
   "few values": lambda rng, m: rng.integers(-2, 3, (7, m)).astype(np.float32),
@@ -38,6 +43,7 @@ KINDS = {
   "all inf": lambda rng, m: np.full((7, m), np.inf, np.float32),
   "infinities": _with_infinities,
   "both zeros": lambda rng, m: np.where(rng.random((7, m)) < 0.5, -0.0, 0.0).astype(np.float32),
+  "zeros among others": _zeros_among_others,
   "neighbouring floats": lambda rng, m: (1 + rng.integers(0, 40, (7, m)) * 2.0**-23).astype(np.float32),
   "every magnitude": lambda rng, m: (_random(rng, m) * 10.0 ** rng.integers(-40, 38, (7, m))).astype(np.float32),
 }
@@ -61,12 +67,16 @@ def test_the_set_of_an_exact_top_k(bits, kind, monkeypatch):
 
 
 def test_the_hopper_kernel_finds_the_same_sets():
-  """All kinds of scores as rows of one call, in the GPU interpreter; the width is no multiple of a row's 128 lanes."""
+  """All kinds of scores as rows of one call, in the GPU interpreter.
+
+  The width is no multiple of a row's 128 lanes; the larger budget reaches below 0, which fills them.
+  """
   rng, always = np.random.default_rng(5), np.array([[0, 199], [7, 7]])
   scores = np.stack([kind(rng, 200)[:2] for kind in KINDS.values()])
   with interpreted():
-    ids, some = top_ids(jnp.asarray(scores), 67), top_ids(jnp.asarray(scores), 67, always)
-  np.testing.assert_array_equal(ids, oracle(scores, 67))
+    ids = top_ids(jnp.asarray(scores), 150)
+    some = top_ids(jnp.asarray(scores), 67, always)
+  np.testing.assert_array_equal(ids, oracle(scores, 150))
   scores[:, np.arange(2)[:, None], always] = np.inf
   np.testing.assert_array_equal(some, oracle(scores, 67))
 
