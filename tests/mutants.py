@@ -106,9 +106,9 @@ MUTANTS = (
     "test_hidden_scores_have_no_probability_however_they_are_rounded[64]",
   ),
   _hopper(
-    "forward: values are read before they arrive",
+    "forward: the next stage's keys are read before they arrive",
     _FORWARD,
-    "v_ring.wait(slot)",
+    "k_ring.wait(following)",
     "pass",
     "test_no_races",
   ),
@@ -134,6 +134,27 @@ MUTANTS = (
     "tests/test_attention_xla.py::TestXla::test_large_and_hidden_scores",
   ),
   # ---- what forward and backward share
+  _hopper(
+    "two tiles: both sides have the first",
+    _PARTS,
+    "place * 2 + side",
+    "place * 2",
+    "test_two_tiles_in_a_block[True-64]",
+  ),
+  _hopper(
+    "two tiles: their rows are those of a 128-row tile",
+    _PARTS,
+    "warpgroup if self.sides == 1 else _i32(0)",
+    "warpgroup",
+    "test_two_tiles_in_a_block[True-64]",
+  ),
+  Mutant(
+    "order: samples count as heads",
+    "kernels/lists.py",
+    "order[:, None] + np.arange(b, dtype=np.int32) * h",
+    "order[:, None] + np.arange(b, dtype=np.int32)",
+    "tests/test_kernel_lists.py::test_order_of_a_call_falls[lead0]",
+  ),
   _hopper(
     "ring: slots are refilled before they are read",
     _PARTS,
@@ -215,7 +236,7 @@ MUTANTS = (
   _hopper(
     "dkv: padding counts from the first warpgroup's rows",
     _BACKWARD,
-    "- warpgroup * ROWS",
+    "- deal.part(warpgroup) * ROWS",
     "",
     f"{_CUT}[64-128-64]",
   ),
@@ -250,16 +271,16 @@ MUTANTS = (
   ),
   _hopper(
     "transpose: a prefix of n tiles reads tile n too",
-    "pallas_mgpu.py",
-    'side="right"',
-    'side="left"',
+    "lists.py",
+    'dtype=np.int32), "right")',
+    'dtype=np.int32), "left")',
     f"{_CASE}[every_tile_in_order]",
   ),
   Mutant(
     "transpose: offsets are one key tile late",
     "kernels/block_mask.py",
-    '_search(kv, edge, "left")',
-    '_search(kv, edge, "right")',
+    'search(kv, edge, "left")',
+    'search(kv, edge, "right")',
     "tests/test_block_mask.py::test_transpose_and_back[False-plain]",
   ),
   # ---- select
