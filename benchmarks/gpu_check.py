@@ -377,7 +377,7 @@ def line(row: dict) -> str:
   """One row for people."""
   errors = [f"{k.removeprefix('error_')} {row[k]:.1e}" for k in row if k.startswith("error_") and not k.endswith("_max")]
   state = "ok   " if row["correct"] else "WRONG"
-  return f"{state} {row['name'].removeprefix('check: '):<48} {'  '.join(errors)}{row.get('error', '')[:160]}"
+  return f"{state} {row['name'].removeprefix('check: '):<48}  {'  '.join(errors)}{row.get('error', '')[:160]}"
 
 
 def run(
