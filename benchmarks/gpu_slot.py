@@ -43,7 +43,8 @@ CLOSING = 5.0
 DEBUGGER_SECONDS, DEBUGGED = 20.0, 2
 # Of a step's output, bytes that the log keeps.
 _LOG_BYTES = 200_000
-_VERDICTS = ("ok   ", "WRONG", "FAILED")
+# How the children begin the line of a case that ended; all as long as the longest.
+_VERDICTS = ("ok    ", "WRONG ", "FAILED")
 GOOD = ("ok", "skipped", "absent")
 
 
@@ -57,6 +58,7 @@ class Outcome:
       "skipped" (an earlier call ended it well), "absent" (its wrapper is); "said something" (a step that is not judged).
     seconds: how long it ran.
     lines: verdicts that it printed, one per case.
+    reached: names of the cases that have one.
     begun: the case in which it was killed or died.
     wrong, unreached: names of cases.
     note: why it was not begun, or could not be merged.
@@ -66,6 +68,7 @@ class Outcome:
   state: str
   seconds: float = 0.0
   lines: list[str] = dataclasses.field(default_factory=list)
+  reached: list[str] = dataclasses.field(default_factory=list)
   begun: str = ""
   wrong: list[str] = dataclasses.field(default_factory=list)
   unreached: list[str] = dataclasses.field(default_factory=list)
@@ -90,22 +93,23 @@ def read_output(step: Step, text: str, code: int | None) -> Outcome:
     code: its exit status, negative for a signal; None: it was killed for overstaying.
   """
   named = {word: [] for word in ("wanted", "begin", "unreached")}
-  verdicts, done = [], set()
+  found = Outcome(step, "ok")
   for line in text.splitlines():
     word, _, rest = line.partition(" ")
     if word in named:
       named[word].append(rest.strip())
     elif line.startswith(_VERDICTS):
-      verdicts.append(line)
-      # A verdict names its case first, padded, with figures behind.
-      done.add(line[5:].strip().split("  ")[0])
-  wrong = [line[6:].strip().split("  ")[0] for line in verdicts if not line.startswith("ok")]
-  found = Outcome(step, "ok", lines=verdicts, wrong=wrong)
+      # A verdict names its case first; figures come behind two spaces.
+      name = line[len(_VERDICTS[0]) :].strip().split("  ")[0]
+      found.lines.append(line)
+      found.reached.append(name)
+      if not line.startswith("ok"):
+        found.wrong.append(name)
   if code is None:
     found.state = "killed"
   elif code < 0:
-    found.state = f"died: {signal.Signals(-code).name}"
-  elif wrong:
+    found.state = f"died: {_signal_name(-code)}"
+  elif found.wrong:
     found.state = "wrong"
   elif named["unreached"]:
     found.state = "unreached"
@@ -113,12 +117,17 @@ def read_output(step: Step, text: str, code: int | None) -> Outcome:
     found.state = f"exit {code}"
   found.unreached = named["unreached"]
   if found.broke:
-    found.begun = next((name for name in named["begin"][-1:] if name not in done), "")
-    reached = [*named["begin"], *done, *found.unreached]
+    found.begun = next((name for name in named["begin"][-1:] if name not in found.reached), "")
+    reached = [*named["begin"], *found.reached, *found.unreached]
     found.unreached = [*found.unreached, *(name for name in named["wanted"] if name not in reached)]
   if not step.judged and step.wrapper and not (code == 0 and _clean(text)):
     found.state = "killed" if code is None else "said something"
   return found
+
+
+def _signal_name(number: int) -> str:
+  known = {int(each): each.name for each in signal.Signals}
+  return known.get(number, f"signal {number}")
 
 
 def _clean(text: str) -> bool:
@@ -417,11 +426,13 @@ class Slot:
       detail = f"in: {outcome.begun}" if outcome.begun else outcome.note
       lines.append(f"{outcome.state:<15} {outcome.seconds:4.0f} s  {outcome.step.name}" + (f" ({detail})" if detail else ""))
     judged = [outcome for outcome in self.outcomes if outcome.step.judged]
+    # A case that one step did not reach, another one may have.
+    reached = {name for outcome in judged for name in outcome.reached}
     for title, names in (
       ("wrong", [name for outcome in judged for name in outcome.wrong]),
       ("did not end", [outcome.begun or outcome.step.name for outcome in judged if outcome.broke]),
       ("failed", [outcome.step.name for outcome in judged if outcome.state.startswith("exit")]),
-      ("unreached", [name for outcome in judged for name in outcome.unreached]),
+      ("unreached", [name for outcome in judged for name in outcome.unreached if name not in reached]),
       ("not begun", [outcome.step.name for outcome in judged if outcome.state == "not begun"]),
     ):
       lines.append(f"{title}: {'; '.join(names)[:1500] or 'none'}")
