@@ -17,16 +17,16 @@ KINDS = ("stubborn", "aborting", "failing", "garbage", "wrong")
 REPAIRED_BY = "take_turns=False"
 CASE = "planted, seed 0"
 BEHIND = "behind the stubborn one"
+ROW = "before it hung"
 
 
 def stubborn(out: pathlib.Path):
   """Ignores SIGTERM and sleeps, with a child that does the same; has written one row, and half of a file."""
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
   print(f"wanted stubborn\nwanted {BEHIND}\nbegin stubborn", flush=True)
-  (out / "planted.json").write_text(json.dumps([{"name": "before it hung", "correct": True}]))
-  (out / "cut_off.json").write_text('[{"name": "half')
   child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-  (out / "planted_child.json").write_text(json.dumps({"pid": child.pid}))
+  (out / "cut_off.json").write_text('[{"name": "half')
+  (out / "planted.json").write_text(json.dumps([{"name": ROW, "correct": True, "child": child.pid}]))
   time.sleep(600)
 
 
