@@ -132,4 +132,5 @@ SHORT = dataclasses.replace(
   fused_backward=("a_64k",),
   around=("a_64k",),
   rest=(("d_32k", 0.1),),
+  forms=(("d05", "a_64k", 0.05),),
 )
