@@ -516,7 +516,8 @@ def _write_json(path: pathlib.Path, content):
   fresh.replace(path)
 
 
-def main() -> int:
+def command_line() -> argparse.ArgumentParser:
+  """Returns the parser of the command line."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--minutes", type=float, default=6.6, help="everything has ended by then")
   parser.add_argument("--out", type=pathlib.Path, help="folder for rows and log; default $OUT, else runs/gpu")
@@ -525,6 +526,11 @@ def main() -> int:
   parser.add_argument("--case", default="", help="the case that hangs or is wrong, for these two plans")
   parser.add_argument("--steps", default="", help="only the steps with these names, separated by ';'")
   parser.add_argument("--rehearse", action="store_true", help="tiny shapes and a stand-in on a CPU; checks this program")
+  return parser
+
+
+def main() -> int:
+  parser = command_line()
   options = parser.parse_args()
   try:
     steps = plans.chosen(plans.plan(options.plan, options.case), options.steps, options.rehearse)

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import jax
 import pytest
 
 from benchmarks import gpu_rows, gpu_run, gpu_slot_steps, timing
+from benchmarks.gpu_slot import command_line
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Of requirements.txt, what a machine that has jax and numpy may lack, or have in another version.
@@ -96,11 +98,17 @@ def test_every_command_of_the_queue_is_one_that_exists():
     assert version.startswith(pinned.group(2)), (package, version)
 
 
-def test_the_queue_fits_a_quarter_of_an_hour():
-  """Call A and one call B, each with half a minute for what the slot does not count, and a start of up to two minutes."""
-  minutes = [float(x) for x in re.findall(r"--minutes=([\d.]+)", _QUEUE)]
-  assert max(minutes) <= 7 and min(minutes) <= 4
-  assert max(minutes) + min(minutes) + 4 <= 15
+def test_the_queues_slots_can_be_run_and_fit_a_quarter_of_an_hour():
+  """Call A and any call B, each with half a minute of its own around the slot and a start of up to a minute and a half."""
+  found = [
+    command_line().parse_args(shlex.split(line)) for line in re.findall(r"^    .*benchmarks\.gpu_slot (.*)", _QUEUE, re.M)
+  ]
+  slots = [options for options in found if not options.rehearse]
+  for options in slots:
+    assert gpu_slot_steps.plan(options.plan, options.case)
+  (first,) = [options.minutes for options in slots if options.plan == "first"]
+  others = [options.minutes for options in slots if options.plan != "first"]
+  assert len(others) == 3 and 60 * (first + 0.4) <= 420 and first + max(others) + 2 * 2.0 <= 15
 
 
 def test_children_get_the_environment_and_a_time_limit():
