@@ -91,8 +91,9 @@ def test_a_case_that_fails_is_wrong_and_is_tried_again(monkeypatch, tmp_path):
   assert not gpu_check.run(str(tmp_path), "no_such_backend", True, 5, only)
   (row,) = json.loads((tmp_path / "gpu_check_rehearsal.json").read_text())
   assert not row["correct"] and "no_such_backend" in row["error"]
-  monkeypatch.setattr(gpu_check, "check", lambda case, seed, implementation, count: {"correct": True})
-  assert gpu_check.run(str(tmp_path), "reference", True, 5, only)
+  for correct in (False, True):
+    monkeypatch.setattr(gpu_check, "check", lambda *_, correct=correct, **__: {"correct": correct})
+    assert gpu_check.run(str(tmp_path), "reference", True, 5, only) == correct
 
 
 def test_a_case_under_another_configuration(monkeypatch, tmp_path):

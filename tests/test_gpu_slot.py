@@ -343,6 +343,9 @@ def test_first_slots_leave_out_what_costs_minutes(tmp_path):
       assert part not in (gpu_run.torch, gpu_run.tokamax)
       names += [] if part is gpu_run.ceilings else (part(run), run.names)[1]
   assert names and not [name for name in names if "a_1m" in name or re.search("dense.*512k", name)]
+  for step in (step for step in _ALL if step.module == "benchmarks.gpu_check"):
+    found = [job.name for job in gpu_check.jobs(False) if re.search(_options(step)["only"], job.name)]
+    assert not [name for name in found if name.startswith("1M")], step.name
 
 
 def test_a_timed_step_is_longer_than_the_guard_of_its_last_row():
