@@ -28,6 +28,10 @@ _OUT = flags.DEFINE_string(
 _IMPLEMENTATION = flags.DEFINE_string(
   "implementation", None, "GPU: attention backend to measure; default the GPU kernel.", allow_override=True
 )
+_PARTS = flags.DEFINE_list(
+  "parts", None, "GPU: only these parts, by their names in gpu_run.py; default all but those asked for by name only."
+)
+_ONLY = flags.DEFINE_string("only", "", "GPU: regular expression: only rows whose name it finds.", allow_override=True)
 _REHEARSE = flags.DEFINE_bool(
   "rehearse", False, "GPU: the whole run on tiny shapes with a stand-in, on a CPU; needs --out.", allow_override=True
 )
@@ -38,8 +42,18 @@ def main(argv):
     raise app.UsageError(f"unknown arguments {argv[1:]}")
   logging.set_verbosity(logging.INFO)
   if _DEVICE.value == "gpu":
-    run = gpu_run.main(_MINUTES.value, _OUT.value, _IMPLEMENTATION.value, _REHEARSE.value)
-    sys.exit(f"failed or wrong: {', '.join(troubles)}" if (troubles := gpu_run.troubles(run)) else 0)
+    run = gpu_run.main(
+      _MINUTES.value,
+      _OUT.value,
+      _IMPLEMENTATION.value,
+      _REHEARSE.value,
+      parts=_PARTS.value or (),
+      only=_ONLY.value,
+    )
+    troubles = gpu_run.troubles(run)
+    if troubles:
+      print(f"failed or wrong: {', '.join(troubles)}")
+    sys.exit(1 if troubles or run.skipped else 0)
   from benchmarks import cpu_attention  # needs flax, which a machine that only measures GPU kernels may lack
 
   jax.config.update("jax_platforms", "cpu")

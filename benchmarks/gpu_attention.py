@@ -7,6 +7,7 @@ same process; errors are against a float32 oracle on sampled rows; rates count t
 import dataclasses
 import functools
 import gc
+import re
 from collections.abc import Callable
 
 import jax
@@ -21,7 +22,7 @@ from benchmarks.gpu_plan import Plan
 from benchmarks.gpu_rows import Deadline, Store
 from benchmarks.gpu_timing import Call, Measured, measure
 from freqformer.cost import BACKWARD_OVER_FORWARD, attention_cost
-from kernels import cost
+from kernels import cost, tuning
 
 
 class Session:
@@ -32,28 +33,49 @@ class Session:
     store: where rows go.
     deadline: when to stop.
     implementation: of `kernels.attention.attention`: the kernel under test, or its named stand-in.
+    only: a regular expression; rows whose name it does not find are left out.
     skipped: names of rows for which there was no time.
   """
 
-  def __init__(self, plan: Plan, store: Store, deadline: Deadline, implementation: str):
-    self.plan, self.store, self.deadline, self.implementation = plan, store, deadline, implementation
-    self.skipped, self._dense = [], {}
+  def __init__(self, plan: Plan, store: Store, deadline: Deadline, implementation: str, only: str = ""):
+    self.plan = plan
+    self.store = store
+    self.deadline = deadline
+    self.implementation = implementation
+    self.only = only
+    self.skipped = []
+    self._dense = {}
 
   # ---- rows ------------------------------------------------------------------------------------------------------------
 
+  def wants(self, name: str) -> bool:
+    """Whether a row of that name was asked for."""
+    return re.search(self.only, name) is not None
+
+  def skip(self, name: str):
+    """Notes and prints that there was no time for a row."""
+    self.skipped.append(name)
+    print(f"unreached {name}", flush=True)
+
   def row(self, name: str, make: Callable[[], dict], seconds: float = 15.0) -> dict | None:
     """Measures and writes one row, unless it is there, there is no time for it, or it fails (then the row says why).
+
+    The row is announced before it is measured: a run that is killed has named what it was doing.
 
     Args:
       name: of the row.
       make: returns its fields.
       seconds: what it may take, at a guess; nothing is begun that would end after the deadline.
     """
+    if not self.wants(name):
+      return None
     if (found := self.store.get(name)) is not None:
+      print(stated(found), flush=True)
       return found
     if self.deadline.left < seconds:
-      self.skipped.append(name)
+      self.skip(name)
       return None
+    print(f"begin {name}", flush=True)
     try:
       fields = make()
     except Exception as error:
@@ -61,7 +83,7 @@ class Session:
       fields = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
     gc.collect()  # jitted calls hold their arguments in cycles
     row = self.store.add({"name": name} | fields)
-    logging.info("%s", line(row))
+    print(stated(row), flush=True)
     return row
 
   def describe(self, problem: Problem, measured: Measured, direction: str = "forward") -> dict:
@@ -149,6 +171,30 @@ class Session:
     row = self.describe(problem, t["ours"]) | error | {"dense_seconds": t["cudnn"].seconds}
     return row | {"over_cudnn": row["tflops"] / cudnn["tflops"]}
 
+  def forms(self, problem: Problem, field: str, values: tuple) -> dict:
+    """Times a problem under two values of one field of the forward's configuration, in turns, and checks both.
+
+    Args:
+      problem: the call.
+      field: of `kernels.tuning.TuningConfig`.
+      values: the two values.
+    """
+    mask = problem.mask
+    key = tuning.Key("h100", problem.spec.head_dim, mask.block_q, mask.block_kv, "forward")
+    calls = {}
+    for value in values:
+      configs = {key: dataclasses.replace(tuning.lookup(key), **{field: value})}
+      ours = functools.partial(attend, implementation=self.implementation)
+      calls[f"{field}={value}"] = Call(_under(configs, ours), (*problem.inputs(), gpu_masks.on_device(mask)))
+    t = measure(calls, self.plan.effort)
+    row, correct = {"n": problem.spec.n, "mask": problem.what, "density": problem.density}, True
+    for name, call in calls.items():
+      error = forward_error(call.args[:3], mask, call(), self.plan.oracle_rows)
+      row[name] = self.describe(problem, t[name]) | error
+      correct = correct and error["correct"]
+    first, second = (t[name].seconds for name in calls)
+    return row | {"ratio": second / first, "ratio_of": " over ".join(reversed(calls)), "correct": correct}
+
   def peer(self, spec: AttentionSpec, f: Callable, name: str) -> dict:
     """Another dense kernel."""
     problem = self.dense_problem(spec)
@@ -211,6 +257,16 @@ class Session:
     }
 
 
+def _under(configs: dict, f: Callable) -> Callable:
+  """Returns `f` traced under these configurations: a new function, so that no trace of another configuration is reused."""
+
+  def configured(*args):
+    with tuning.override(configs):
+      return f(*args)
+
+  return configured
+
+
 def layer_method(spec: AttentionSpec, bands: Composition):
   """FreqFormer's config for the composition: heads dealt by hand, cuts that give its compression."""
   from freqformer.methods.freqformer import FreqFormer
@@ -228,6 +284,12 @@ def layer_method(spec: AttentionSpec, bands: Composition):
 def _dense_inputs(problem: Problem, count: int) -> tuple:
   """q, k, v (and a cotangent) without padding rows: `[b, n, heads, d]`."""
   return tuple(x[:, : problem.spec.n] for x in problem.inputs(count))
+
+
+def stated(row: dict) -> str:
+  """One row with its verdict first, as gpu_check prints them: what a slot looks for."""
+  verdict = "FAILED" if "error" in row else "ok   " if row.get("correct", True) else "WRONG"
+  return f"{verdict} {line(row)}"
 
 
 def line(row: dict) -> str:

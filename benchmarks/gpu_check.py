@@ -1,7 +1,11 @@
 """Is the GPU kernel right? Forward, LSE and gradients of many small and a few huge calls, against a float32 oracle.
 
   python -m benchmarks.gpu_check                    # on the GPU, about 4 minutes; exits with 1 if anything is wrong
+  python -m benchmarks.gpu_check --only="^plain, seed 0$" --config="take_turns=False"     # one case, configured otherwise
   python -m benchmarks.gpu_check --rehearse --out=/tmp/x   # the sweep's own check: tiny shapes, a stand-in, any device
+
+A case that is right already (same device, same code) is skipped. A case for which no time is left gets no row: it is printed
+as unreached, and the exit status is 1. Each case is announced before it begins, so that a run that is killed names its case.
 
 Every case draws random inputs, cotangents of the output and of the LSE, and a random table. Errors must stay within twice those
 of the plain computation in the input's type (DESIGN: error model); on sampled rows, first and last among them. Two runs
@@ -13,16 +17,19 @@ import functools
 import gc
 import os
 import pathlib
+import re
 import sys
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
-from benchmarks import gpu_around, gpu_linear, gpu_masks, gpu_oracle, gpu_search, gpu_selection, rows
+from benchmarks import gpu_around, gpu_config, gpu_linear, gpu_masks, gpu_oracle, gpu_search, gpu_selection, rows
 from benchmarks.gpu_rows import Deadline, Store, open_device
 from benchmarks.gpu_run import device_slug
+from kernels import tuning
 from kernels.attention import attention
 from kernels.block_mask import BlockMask, dense_mask, from_tiles
 
@@ -32,6 +39,14 @@ _IMPLEMENTATION = flags.DEFINE_string(
 )
 _REHEARSE = flags.DEFINE_bool(
   "rehearse", False, "Tiny shapes on any device, with a stand-in: checks this program.", allow_override=True
+)
+_ONLY = flags.DEFINE_string("only", "", "Regular expression: only cases whose name it finds.", allow_override=True)
+_CONFIG = flags.DEFINE_string(
+  "config",
+  "",
+  "Fields of kernels.tuning.TuningConfig to change for the attention kernels, e.g. take_turns=False,stages=2; "
+  "the rows' names say so.",
+  allow_override=True,
 )
 _MINUTES = flags.DEFINE_float(
   "minutes", 8, "Stop by then; what was not checked is named, and the exit status is 1.", 0, allow_override=True
@@ -210,73 +225,212 @@ def check_padding_and_repeat(implementation: str, small: bool) -> dict:
   return {"padding_changes_nothing": padding, "two_runs_bit_equal": repeat, "correct": padding and repeat}
 
 
-def sweep(store: Store, implementation: str, small: bool, deadline: Deadline) -> list[dict]:
-  """All cases; a case that raises, or for which there is no time, is not correct."""
-  seeded = lambda cases, seeds: [(f"{c.name}, seed {s}", functools.partial(check, c, s)) for s in seeds for c in cases]
-  # In order of value: every case once, the large ones, then more seeds of what is compiled already.
-  jobs = [("padding and repeat", functools.partial(check_padding_and_repeat, small=small))]
-  jobs += seeded(CASES, SEEDS[:1])
-  jobs += [(case.name, functools.partial(gpu_linear.check, gpu_linear.tiny(case) if small else case)) for case in LINEAR]
-  jobs += [(case.name, functools.partial(gpu_around.check, gpu_around.tiny(case) if small else case)) for case in AROUND]
-  jobs.append(("selection", functools.partial(gpu_selection.check, small)))
-  jobs.append(("search", functools.partial(gpu_search.check, small)))
-  jobs += seeded(LARGE, SEEDS[:1]) + seeded(CASES, SEEDS[1:])
+def check_constant_table(implementation: str, small: bool) -> dict:
+  """Checks a call whose table is a constant of the program, as where a method's table is static and closed over.
+
+  The runtime of Mosaic kernels refuses arguments that are not aligned to 256 bytes ("Input buffer N is not 256-byte
+  aligned"); the sizes here are no multiples of that, so that an array right behind another one would be refused.
+  """
+  case = _odd_sizes("constant table", small)
+  mask, (data, d_lse) = draw_mask(case, 3), _inputs(case, 3)
+  *qkv, d_out = data
+
+  @jax.jit
+  def run(q, k, v):
+    return forward_backward(q, k, v, mask, d_out, d_lse, implementation)
+
+  found, grads = run(*qkv)
+  return gpu_oracle.backward_error(tuple(qkv), mask, found, (d_out, d_lse), grads, 8 if small else 64)
+
+
+def check_sliced_in_scan(implementation: str, small: bool) -> dict:
+  """Checks calls whose operands and tables are slices of stacked arrays, as in a scan over layers.
+
+  A slice need not begin at a multiple of 256 bytes, see `check_constant_table`.
+  """
+  case = _odd_sizes("sliced in a scan", small)
+  masks = [draw_mask(case, seed) for seed in (6, 7)]
+  inputs = [_inputs(case, seed) for seed in (6, 7)]
+  layers = jax.tree.map(lambda *x: jnp.stack(x), *((gpu_masks.on_device(m), *i) for m, i in zip(masks, inputs, strict=True)))
+
+  def layer(_, operands):
+    mask, (q, k, v, d_out), d_lse = operands
+    return None, forward_backward(q, k, v, mask, d_out, d_lse, implementation)
+
+  _, results = jax.jit(lambda layers: jax.lax.scan(layer, None, layers))(layers)
+  errors = []
+  for i, (mask, (data, d_lse)) in enumerate(zip(masks, inputs, strict=True)):
+    *qkv, d_out = data
+    found, grads = jax.tree.map(lambda x, i=i: x[i], results)
+    errors.append(gpu_oracle.backward_error(tuple(qkv), mask, found, (d_out, d_lse), grads, 8 if small else 64))
+  worst = {name: max(error[name] for error in errors) for name in errors[0] if name != "correct"}
+  return worst | {"correct": all(error["correct"] for error in errors)}
+
+
+def _odd_sizes(name: str, small: bool) -> Case:
+  """A case whose table's arrays are no multiples of 256 bytes: 15 tiles, 3 heads."""
   if small:
-    shrink = lambda f: functools.partial(f.func, tiny(f.args[0]), *f.args[1:], count=8) if f.func is check else f
-    jobs = [(name, shrink(job)) for name, job in jobs]
-  found = []
-  for name, job in jobs:
-    if deadline.left <= 0:
-      result = {"correct": False, "error": "no time left"}
-    else:
+    return Case(name, n=15 * 8, h=3, d=16, block_q=8, block_kv=8, keep=0.4, bias=True)
+  return Case(name, n=15 * 128, h=3, d=64, keep=0.4, bias=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """One case to run.
+
+  Attributes:
+    name: of the row, without "check: ".
+    run: `(implementation) -> errors and "correct"`.
+    case: the attention call at its full size, whose kernels `--config` changes; None for the other kernels.
+  """
+
+  name: str
+  run: Callable[[str], dict]
+  case: Case | None = None
+
+  def keys(self) -> list[tuning.Key]:
+    """The kernel configurations that the case looks up."""
+    if self.case is None:
+      return []
+    directions = tuning.DIRECTIONS if self.case.backward else ("forward",)
+    return [tuning.Key("h100", self.case.d, self.case.block_q, self.case.block_kv, way) for way in directions]
+
+
+def jobs(small: bool) -> list[Job]:
+  """Every case, in order of value: each once, the large ones, then more seeds of what is compiled already.
+
+  Args:
+    small: tiny shapes.
+  """
+
+  def seeded(cases, seeds):
+    size, count = (tiny, 8) if small else (lambda case: case, 64)
+    for seed in seeds:
+      for case in cases:
+        run = functools.partial(check, size(case), seed, count=count)
+        yield Job(f"{case.name}, seed {seed}", lambda implementation, run=run: run(implementation=implementation), case)
+
+  def other(name, module, case):
+    case = module.tiny(case) if small else case
+    return Job(name, lambda implementation: module.check(case, implementation))
+
+  found = [
+    Job("padding and repeat", functools.partial(check_padding_and_repeat, small=small), Case("padding")),
+    *seeded(CASES, SEEDS[:1]),
+    Job("constant table", functools.partial(check_constant_table, small=small), _odd_sizes("", False)),
+    Job("sliced in a scan", functools.partial(check_sliced_in_scan, small=small), _odd_sizes("", False)),
+  ]
+  found += [other(case.name, gpu_linear, case) for case in LINEAR]
+  found += [other(case.name, gpu_around, case) for case in AROUND]
+  found.append(Job("selection", functools.partial(gpu_selection.check, small)))
+  found.append(Job("search", functools.partial(gpu_search.check, small)))
+  return [*found, *seeded(LARGE, SEEDS[:1]), *seeded(CASES, SEEDS[1:])]
+
+
+def selected(small: bool, only: str, config: str) -> tuple[list[Job], dict]:
+  """Returns the jobs that `--only` finds and the configurations that `--config` gives their kernels.
+
+  Raises:
+    ValueError: if `only` finds none, if `config` is invalid, or if it names cases that have no configuration to change.
+  """
+  found = [job for job in jobs(small) if re.search(only, job.name)]
+  if not found:
+    raise ValueError(f"--only={only!r} finds no case; cases are {'; '.join(job.name for job in jobs(small))}.")
+  fields = gpu_config.parse(config)
+  if fixed := [job.name for job in found if fields and not job.keys()]:
+    raise ValueError(f"--config changes attention's kernels only; leave out {'; '.join(fixed)} with --only.")
+  return found, gpu_config.changed(fields, {key for job in found for key in job.keys()}) if fields else {}
+
+
+def sweep(store: Store, implementation: str, found: list[Job], deadline: Deadline, config: str = "") -> tuple[list, list]:
+  """Runs cases one by one; a case that raises is not correct.
+
+  Returns:
+    the rows, and the names of the cases for which there was no time: these are unknown, not wrong, and have no row.
+  """
+  rows_found, unreached = [], []
+  names = {job.name: job.name + (f" [{config}]" if config else "") for job in found}
+  print("\n".join(f"wanted {name}" for name in names.values()), flush=True)
+  for job in found:
+    name = names[job.name]
+    row = store.get(f"check: {name}")
+    if row is None or not row["correct"]:
+      if deadline.left <= 0:
+        unreached.append(name)
+        print(f"unreached {name}", flush=True)
+        continue
+      print(f"begin {name}", flush=True)
       try:
-        result = job(implementation=implementation)
+        result = job.run(implementation=implementation)
       except Exception as error:
         logging.exception("%s", name)
         result = {"correct": False, "error": f"{type(error).__name__}: {str(error)[:500]}"}
-    gc.collect()
-    found.append(store.add({"name": f"check: {name}", "implementation": implementation} | result))
-    print(line(found[-1]), flush=True)
-  return found
+      gc.collect()
+      configured = {"config": config} if config else {}
+      row = store.add({"name": f"check: {name}", "implementation": implementation} | configured | result)
+    rows_found.append(row)
+    print(line(row), flush=True)
+  return rows_found, unreached
 
 
 def line(row: dict) -> str:
   """One row for people."""
   errors = [f"{k.removeprefix('error_')} {row[k]:.1e}" for k in row if k.startswith("error_") and not k.endswith("_max")]
   state = "ok   " if row["correct"] else "WRONG"
-  return f"{state} {row['name'].removeprefix('check: '):<48} {'  '.join(errors)}{row.get('error', '')[:160]}"
+  return f"{state} {row['name'].removeprefix('check: '):<48}  {'  '.join(errors)}{row.get('error', '')[:160]}"
 
 
-def run(out: str | None, implementation: str | None, rehearse: bool, minutes: float) -> bool:
-  """The whole sweep.
+def run(
+  out: str | None,
+  implementation: str | None,
+  rehearse: bool,
+  minutes: float,
+  only: str = "",
+  config: str = "",
+) -> bool:
+  """Runs the cases asked for.
 
   Args:
     out: folder for rows; default `$OUT`, else benchmarks/results (refused for a rehearsal).
     implementation: backend; default the GPU kernel, for a rehearsal "xla".
     rehearse: tiny shapes.
     minutes: time limit.
+    only: a regular expression that finds the cases by name.
+    config: fields of the kernels' configuration to change.
 
   Returns:
-    whether everything is right.
+    whether everything was reached and is right.
+
+  Raises:
+    ValueError: if a rehearsal would write among the measured rows, or `only` or `config` is invalid.
   """
   folder = pathlib.Path(out or os.environ.get("OUT") or rows.RESULTS)
   if rehearse and folder.resolve() == rows.RESULTS.resolve():
     raise ValueError("a rehearsal checks no kernel: name a folder of its own with --out, not benchmarks/results.")
+  found, configs = selected(rehearse, only, config)
   kind = "rehearsal" if rehearse else device_slug(jax.devices()[0].device_kind)
-  command = "python -m benchmarks.gpu_check" + (" --rehearse" if rehearse else "")
+  command = "python -m benchmarks.gpu_check" + (" --rehearse" if rehearse else "") + (f" --config={config}" if config else "")
   store = Store.open(folder, f"gpu_check_{kind}", command, rehearse)
-  found = sweep(store, implementation or ("xla" if rehearse else "pallas_mgpu"), rehearse, Deadline(60 * minutes))
-  wrong = [row["name"] for row in found if not row["correct"]]
-  print(f"{len(found) - len(wrong)} of {len(found)} right" + (f"; wrong: {', '.join(wrong)}" if wrong else ""))
+  implementation = implementation or ("xla" if rehearse else "pallas_mgpu")
+  # One configuration for the whole process: traces are cached without it.
+  with tuning.override(configs):
+    checked, unreached = sweep(store, implementation, found, Deadline(60 * minutes), config)
+  wrong = [row["name"] for row in checked if not row["correct"]]
+  print(
+    f"{len(checked) - len(wrong)} of {len(checked) + len(unreached)} right"
+    + (f"; wrong: {', '.join(wrong)}" if wrong else "")
+    + (f"; no time for: {', '.join(unreached)}" if unreached else "")
+  )
   print(f"rows: {store.path}")
-  return not wrong
+  return not wrong and not unreached
 
 
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments {argv[1:]}")
   open_device(_REHEARSE.value)
-  sys.exit(0 if run(_OUT.value, _IMPLEMENTATION.value, _REHEARSE.value, _MINUTES.value) else 1)
+  right = run(_OUT.value, _IMPLEMENTATION.value, _REHEARSE.value, _MINUTES.value, _ONLY.value, _CONFIG.value)
+  sys.exit(0 if right else 1)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ class Plan:
     backward_dense, fused_backward: shapes of dense backward passes and of FreqFormer's.
     around: shapes of what FreqFormer does around attention.
     rest: (shape, density) measured last: other head counts, ragged grids, other densities for the plot.
+    form: a field of the forward's configuration and the two values that part "forms" compares.
+    forms: what it compares them on: (kind of row, shape, density of random lists or 0: dense mode).
     one_head_above: dense attention of more tokens is measured with one head and scaled.
     oracle_rows: sampled rows of each error.
   """
@@ -72,6 +74,8 @@ class Plan:
     ("a_256k", 0.05),
     ("a_256k", 0.1),
   )
+  form: tuple[str, tuple] = ("take_turns", (True, False))
+  forms: tuple[tuple[str, str, float], ...] = (("dense", "a_64k", 0.0), ("d05", "a_64k", 0.05), ("d10", "a_128k", 0.1))
   one_head_above: int = 262144
   oracle_rows: int = 64
 
@@ -128,4 +132,5 @@ SHORT = dataclasses.replace(
   fused_backward=("a_64k",),
   around=("a_64k",),
   rest=(("d_32k", 0.1),),
+  forms=(("d05", "a_64k", 0.05),),
 )

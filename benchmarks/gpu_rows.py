@@ -1,4 +1,7 @@
-"""Rows of a GPU run: written one by one, skipped when already there for this device and this code."""
+"""Rows of a GPU run: written one by one, skipped when already there for this device and this code.
+
+jax is imported where a device is asked for, because the parent of a slot (gpu_slot.py) uses this module without it.
+"""
 
 import dataclasses
 import hashlib
@@ -7,13 +10,13 @@ import os
 import pathlib
 import time
 
-import jax
-
-from benchmarks import rows
+from benchmarks import gpu_facts, rows
 
 ROOT = pathlib.Path(__file__).parent.parent
-# What a figure depends on; a change to anything else leaves rows valid.
+# What a figure depends on; a change to anything else leaves rows valid. The slot's own files only say what runs when, and a
+# plan that is changed between two calls must not make the rows of the first one void.
 _CODE = ("kernels/*.py", "kernels/*.json", "benchmarks/gpu_*.py", "freqformer/layout.py", "freqformer/planners/*.py")
+_NOT_CODE = ("benchmarks/gpu_slot*.py", "benchmarks/gpu_facts.py", "benchmarks/gpu_guards.py")
 
 
 def code_digest() -> str:
@@ -28,7 +31,8 @@ def kernels_digest() -> str:
 
 def _digest(patterns: tuple[str, ...]) -> str:
   found = hashlib.sha256()
-  for path in sorted(p for pattern in patterns for p in ROOT.glob(pattern)):
+  left_out = {path for pattern in _NOT_CODE for path in ROOT.glob(pattern)}
+  for path in sorted({path for pattern in patterns for path in ROOT.glob(pattern)} - left_out):
     found.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
   return found.hexdigest()[:12]
 
@@ -49,8 +53,14 @@ class Store:
 
   @classmethod
   def open(cls, folder: pathlib.Path, name: str, command: str, rehearsal: bool = False) -> "Store":
-    device = jax.devices()[0]
-    context = rows.context(command) | {"code": code_digest(), "platform": device.platform, **versions()}
+    import jax
+
+    context = rows.context(command) | {
+      "code": code_digest(),
+      "platform": jax.devices()[0].platform,
+      **versions(),
+      **gpu_facts.toolchain(),
+    }
     return cls(pathlib.Path(folder) / f"{name}.json", context, rehearsal)
 
   def all(self) -> list[dict]:
@@ -97,6 +107,8 @@ def open_device(rehearse: bool) -> str:
   Raises:
     RuntimeError: if there is no GPU, with what to do.
   """
+  import jax
+
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
   jax.config.update("jax_platforms", "cpu" if rehearse else "cuda")

@@ -3,12 +3,14 @@
 import dataclasses
 import os
 import pathlib
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from absl import logging
 
 from benchmarks import gates, gpu_linear, gpu_masks, gpu_peers, gpu_search, rows
 from benchmarks.gpu_attention import Session, line
+from benchmarks.gpu_guards import GUARDS
 from benchmarks.gpu_plan import FULL, REHEARSAL, Plan
 from benchmarks.gpu_rows import Deadline, Store, open_device
 from kernels import tuning
@@ -26,7 +28,10 @@ def _label(density: float) -> str:
 def ceilings(run: Session):
   """What nothing on this device beats."""
   names = ("ceiling/matmul", "ceiling/copy")
-  if all(run.store.get(name) for name in names):
+  if not any(run.wants(name) for name in names) or all(run.store.get(name) for name in names):
+    return
+  if run.deadline.left < GUARDS["ceilings"]:
+    run.skip("ceiling/*")
     return
   found = gpu_peers.ceilings(run.plan.matmul, run.plan.copy_bytes, run.plan.effort)
   for row in found:
@@ -36,25 +41,25 @@ def ceilings(run: Session):
 def dense_mode(run: Session):
   """The same kernel without lists, in turns with cuDNN: what "retained" is measured against."""
   for name in run.plan.dense:
-    run.row(f"dense/{name}", lambda n=name: run.dense_mode(run.plan.spec(n)), 40)
+    run.row(f"dense/{name}", lambda n=name: run.dense_mode(run.plan.spec(n)), GUARDS["dense_mode"])
 
 
 def lists(run: Session):
   """Random sorted lists of 128x128 tiles."""
   for name, density in run.plan.lists:
     make = lambda n=name, d=density: run.forward(gpu_masks.random_lists(run.plan.spec(n), d))
-    run.row(f"lists_{_label(density)}/{name}", make, 25)
+    run.row(f"lists_{_label(density)}/{name}", make, GUARDS["lists"])
 
 
 def list_variants(run: Session):
   """Lists in random order, and other tile sizes."""
   for name, density in run.plan.unsorted:
     make = lambda n=name, d=density: run.forward(gpu_masks.random_lists(run.plan.spec(n), d, ordered=False))
-    run.row(f"lists_{_label(density)}_unsorted/{name}", make, 25)
+    run.row(f"lists_{_label(density)}_unsorted/{name}", make, GUARDS["list_variants"])
   spec = run.plan.spec(run.plan.tiles_at)
   for block_q, block_kv in run.plan.tiles:
     make = lambda q=block_q, kv=block_kv: run.forward(gpu_masks.rectangular(spec, q, kv, 0.1))
-    run.row(f"lists_d10_{block_q}x{block_kv}/{spec.name}", make)
+    run.row(f"lists_d10_{block_q}x{block_kv}/{spec.name}", make, GUARDS["tile_sizes"])
 
 
 def lowerings(run: Session):
@@ -67,14 +72,24 @@ def lowerings(run: Session):
       with tuning.override({key: dataclasses.replace(tuning.lookup(key), by_lane=by_lane)}):
         return run.forward(gpu_masks.dense(spec)) | {"by_lane": by_lane}
 
-    run.row(f"dense_by_{'lane' if by_lane else 'warpgroup'}/{spec.name}", make, 25)
+    run.row(f"dense_by_{'lane' if by_lane else 'warpgroup'}/{spec.name}", make, GUARDS["lowerings"])
+
+
+def forms(run: Session):
+  """Both values of a field of the forward's configuration, in turns: what the field is worth."""
+  field, values = run.plan.form
+  for kind, name, density in run.plan.forms:
+    spec = run.plan.spec(name)
+    problem = lambda s=spec, d=density: gpu_masks.random_lists(s, d) if d else gpu_masks.dense(s)
+    make = lambda p=problem: run.forms(p(), field, values)
+    run.row(f"form_{field}_{kind}/{name}", make, GUARDS["forms"])
 
 
 def launches(run: Session, which: slice = slice(None)):
   """One launch against three, sequential and concurrent."""
   for name in run.plan.launches[which]:
     concurrent = name in run.plan.concurrent
-    run.row(f"fused_over_separate/{name}", lambda n=name, c=concurrent: run.launches(run.plan.spec(n), c), 60)
+    run.row(f"fused_over_separate/{name}", lambda n=name, c=concurrent: run.launches(run.plan.spec(n), c), GUARDS["launches"])
 
 
 def first_launches(run: Session):
@@ -86,9 +101,10 @@ def backward(run: Session):
   """Backward passes alone: lists, then dense."""
   for name, density in run.plan.backward:
     make = lambda n=name, d=density: run.backward(gpu_masks.random_lists(run.plan.spec(n), d))
-    run.row(f"backward_lists_{_label(density)}/{name}", make, 30)
+    run.row(f"backward_lists_{_label(density)}/{name}", make, GUARDS["backward"])
   for name in run.plan.backward_dense:
-    run.row(f"backward_dense/{name}", lambda n=name: run.backward(gpu_masks.dense(run.plan.spec(n))), 30)
+    make = lambda n=name: run.backward(gpu_masks.dense(run.plan.spec(n)))
+    run.row(f"backward_dense/{name}", make, GUARDS["backward"])
 
 
 def window(run: Session):
@@ -96,7 +112,7 @@ def window(run: Session):
   plan = run.plan
   spec = plan.spec(plan.window)
   make = lambda: run.forward(gpu_masks.window(spec, plan.window_tile, plan.window_extent, plan.window_refine))
-  run.row(f"window/{spec.name}", make, 40)
+  run.row(f"window/{spec.name}", make, GUARDS["window"])
 
 
 def freqformer(run: Session):
@@ -108,40 +124,42 @@ def freqformer(run: Session):
     ("freqformer", run.plan.fused[3:], bands),
   ):
     for name in names:
-      run.row(f"{prefix}/{name}", lambda n=name, of=of: run.forward(gpu_masks.fused(run.plan.spec(n), of)), 40)
+      make = lambda n=name, of=of: run.forward(gpu_masks.fused(run.plan.spec(n), of))
+      run.row(f"{prefix}/{name}", make, GUARDS["freqformer"])
 
 
 def around(run: Session):
   """What a layer does beside attention."""
   for name in run.plan.around:
-    run.row(f"around/{name}", lambda n=name: run.around(run.plan.spec(n)), 30)
+    run.row(f"around/{name}", lambda n=name: run.around(run.plan.spec(n)), GUARDS["around"])
 
 
 def linear(run: Session):
   """Linear attention within frames: how close to a copy."""
   for name in run.plan.around:
     make = lambda n=name: gpu_linear.timed(run.plan.spec(n), run.implementation, run.plan.effort)
-    run.row(f"linear/{name}", make, 30)
+    run.row(f"linear/{name}", make, GUARDS["linear"])
 
 
 def search(run: Session):
   """AdaSpa's block masses beside dense attention; XLA's form at the first size only."""
   for i, name in enumerate(run.plan.around):
     make = lambda n=name, i=i: gpu_search.timed(run.plan.spec(n), run.plan.effort, portable=i == 0)
-    run.row(f"search/{name}", make, 30)
+    run.row(f"search/{name}", make, GUARDS["search"])
 
 
 def rest(run: Session):
   """FreqFormer's backward, a fixed budget of random keys, other head counts, ragged grids, densities that complete the plot."""
   for name in run.plan.fused_backward:
-    run.row(f"backward_freqformer/{name}", lambda n=name: run.backward(gpu_masks.fused(run.plan.spec(n), run.plan.bands)), 40)
+    make = lambda n=name: run.backward(gpu_masks.fused(run.plan.spec(n), run.plan.bands))
+    run.row(f"backward_freqformer/{name}", make, GUARDS["rest"])
   keys = int(np.prod(run.plan.bands.window)) * run.plan.spec(run.plan.fixed[0]).block
   for name in run.plan.fixed[:1]:
     make = lambda n=name: run.forward(gpu_masks.random_lists(run.plan.spec(n), keys=keys))
-    run.row(f"lists_4k/{name}", make, 40)
+    run.row(f"lists_4k/{name}", make, GUARDS["rest"])
   for name, density in run.plan.rest:
     make = lambda n=name, d=density: run.forward(gpu_masks.random_lists(run.plan.spec(n), d))
-    run.row(f"lists_{_label(density)}/{name}", make, 25)
+    run.row(f"lists_{_label(density)}/{name}", make, GUARDS["rest"])
 
 
 def tokamax(run: Session):
@@ -150,21 +168,21 @@ def tokamax(run: Session):
     logging.info("tokamax is not installed: no rows")
     return
   for name in run.plan.dense:
-    run.row(f"tokamax/{name}", lambda n=name: run.peer(run.plan.spec(n), f, "tokamax mosaic"), 40)
+    run.row(f"tokamax/{name}", lambda n=name: run.peer(run.plan.spec(n), f, "tokamax mosaic"), GUARDS["tokamax"])
 
 
 def torch(run: Session):
   """PyTorch's kernels, in a process of their own; asked again only if a row is missing."""
   if run.store.get("torch_sdpa_cudnn/a_16k"):  # the last that the child measures
     return
-  if run.deadline.left < 60:
-    run.skipped.append("torch_*")
+  if run.deadline.left < GUARDS["torch"]:
+    run.skip("torch_*")
     return
   try:
     found = gpu_peers.torch_rows(["--rehearse"] if run.store.rehearsal else [], run.deadline.left)
   except RuntimeError as error:
     logging.warning("%s", error)
-    run.skipped.append("torch_*")
+    run.skip("torch_*")
     return
   for row in found:
     logging.info("%s", line(run.store.add(row)))
@@ -188,6 +206,20 @@ PARTS = (
   tokamax,
   rest,
 )
+# Asked for by name only: comparisons that answer one question and need not be repeated.
+OTHER_PARTS = (forms,)
+
+
+def parts_named(names: Sequence[str]) -> tuple[Callable, ...]:
+  """Returns parts by name, in the order asked for; no names: all of `PARTS`.
+
+  Raises:
+    ValueError: for a name that no part has.
+  """
+  known = {part.__name__: part for part in (*PARTS, *OTHER_PARTS)}
+  if unknown := [name for name in names if name not in known]:
+    raise ValueError(f"--parts has no {', '.join(unknown)}; parts are {', '.join(known)}.")
+  return tuple(known[name] for name in names) or PARTS
 
 
 # ---- the run -------------------------------------------------------------------------------------------------------------
@@ -231,8 +263,16 @@ def troubles(run: Session) -> list[str]:
   return [row["name"] for row in run.store.all() if bad(row) and not row["name"].startswith(peers)]
 
 
-def main(minutes: float, out: str | None, implementation: str | None, rehearse: bool, plan: Plan | None = None) -> Session:
-  """The command line's entry.
+def main(
+  minutes: float,
+  out: str | None,
+  implementation: str | None,
+  rehearse: bool,
+  plan: Plan | None = None,
+  parts: Sequence[str] = (),
+  only: str = "",
+) -> Session:
+  """Runs the benchmark as the command line asks for.
 
   Args:
     minutes: stop by then, with what there is.
@@ -240,11 +280,14 @@ def main(minutes: float, out: str | None, implementation: str | None, rehearse: 
     implementation: backend under test; default the GPU kernel, for a rehearsal "xla".
     rehearse: tiny shapes on any device; rows are marked and say nothing about speed.
     plan: default the full one at the sizes asked for.
+    parts: names of `PARTS` or `OTHER_PARTS`; none: all of `PARTS`. The plot is drawn of a whole run only.
+    only: a regular expression that finds the rows to measure by name.
 
   Raises:
-    ValueError: if a rehearsal would write among the measured rows.
+    ValueError: if a rehearsal would write among the measured rows, or for an unknown part.
     RuntimeError: if there is no GPU to measure on.
   """
+  chosen = parts_named(parts)
   kind = open_device(rehearse)
   folder = pathlib.Path(out or os.environ.get("OUT") or rows.RESULTS)
   if rehearse and folder.resolve() == rows.RESULTS.resolve():
@@ -253,14 +296,20 @@ def main(minutes: float, out: str | None, implementation: str | None, rehearse: 
   name = "attention_gpu_rehearsal" if rehearse else f"attention_gpu_{device_slug(kind)}"
   store = Store.open(folder, name, command, rehearse)
   implementation = implementation or ("xla" if rehearse else "pallas_mgpu")
-  run = Session(plan or (REHEARSAL if rehearse else FULL), store, Deadline(60 * minutes), implementation)
-  run_parts(run)
+  run = Session(plan or (REHEARSAL if rehearse else FULL), store, Deadline(60 * minutes), implementation, only)
+  run_parts(run, chosen)
   print(report(run))
+  if not parts and not only:
+    _draw(run)
+  print(f"rows: {store.path}")
+  return run
+
+
+def _draw(run: Session):
+  """Draws the plot beside the rows; a machine without matplotlib keeps its rows."""
   try:
     from benchmarks.gpu_plot import draw
 
-    print(f"plot: {draw(run.store.all(), store.path.with_suffix('.png'))}")
-  except Exception as error:  # a machine without matplotlib keeps its rows
+    print(f"plot: {draw(run.store.all(), run.store.path.with_suffix('.png'))}")
+  except Exception as error:
     logging.warning("no plot: %s", error)
-  print(f"rows: {store.path}")
-  return run

@@ -17,7 +17,6 @@ import subprocess
 import sys
 from collections.abc import Iterable
 
-import jax
 from absl import logging
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -41,6 +40,8 @@ _NOTES = (
 
 def context(command: str) -> dict[str, str]:
   """Where and with what a row is measured; asked once, when the run starts."""
+  import jax  # here, because a process that only reads and merges rows must not need jax (benchmarks/gpu_slot.py)
+
   return {
     "command": command,
     "device": jax.devices()[0].device_kind,

@@ -2,22 +2,29 @@
 
   python -m benchmarks.tune --minutes=10        # on the GPU
   python -m benchmarks.tune --static            # anywhere: which candidates fit; prints and stores a report, writes no table
+  python -m benchmarks.tune --rehearse --out=/tmp/x     # two candidates of a key with a stand-in, tiny, on a CPU
+
+The table is written twice: into the checkout, where later runs read it, and as `kernels_tuning.json` beside the report, because
+a rented machine gives back only its output folder.
 
 Per key (head dimension, tile sizes, direction): candidates -> those that compile for the device without spilling and within
 shared memory -> those that agree with the XLA backend -> the fastest. The default is always a candidate, and another one is
 taken only where it is faster by more than `tune_trials.MARGIN`: below that, noise would write the table.
 """
 
+import functools
 import itertools
 import json
 import os
 import pathlib
 import sys
+from collections.abc import Callable
 
 from absl import app, flags, logging
 
 from benchmarks import rows
 from benchmarks.gpu_rows import Deadline, Store, kernels_digest, open_device
+from benchmarks.gpu_timing import Effort
 from benchmarks.tune_trials import Budget, Trial, choose, compile_candidate, time_candidates
 from kernels import tuning
 from kernels.tuning import DIRECTIONS, Key, TuningConfig
@@ -28,6 +35,16 @@ _OUT = flags.DEFINE_string(
   "out", None, "Folder for the report's rows; default $OUT, else benchmarks/results.", allow_override=True
 )
 _KEYS = flags.DEFINE_list("keys", None, "Only these keys, as head_dim:block_q:block_kv:direction; default all.")
+
+_REHEARSE = flags.DEFINE_bool(
+  "rehearse", False, "Tiny shapes and a stand-in on a CPU; writes the second copy of the table only.", allow_override=True
+)
+
+# The second copy of the table.
+COPY = "kernels_tuning.json"
+# A rehearsal's tokens and effort.
+_TINY_GRID = (4, 8, 16)
+_ONCE = Effort(samples=1, slow_samples=1, chain_s=0.0, turns=1)
 
 HEAD_DIMS, BLOCKS = (128, 64), (128, 64)
 
@@ -53,8 +70,23 @@ def parse_key(text: str, device: str) -> Key:
 # ---- the search ----------------------------------------------------------------------------------------------------------
 
 
-def search(keys: list[Key], store: Store, budget: Budget, static: bool) -> dict[Key, TuningConfig]:
+def search(
+  keys: list[Key],
+  store: Store,
+  budget: Budget,
+  static: bool,
+  rehearse: bool = False,
+  save: Callable[[dict[Key, TuningConfig]], None] | None = None,
+) -> dict[Key, TuningConfig]:
   """Goes through the keys, a row of trials each.
+
+  Args:
+    keys: the most used first.
+    store: of the rows.
+    budget: of the whole search.
+    static: compile only.
+    rehearse: two candidates of a key, not compiled ahead, run by a stand-in on a tiny shape.
+    save: gets everything chosen so far after each key, so that a search that is killed keeps what it had.
 
   Returns:
     what was chosen, for the keys that were timed.
@@ -62,11 +94,17 @@ def search(keys: list[Key], store: Store, budget: Budget, static: bool) -> dict[
   chosen = {}
   for key in keys:
     if budget.deadline.left <= 0:
-      logging.warning("no time left for %s and what follows", key)
+      print("\n".join(f"unreached {row_name(late)}" for late in keys[keys.index(key) :]), flush=True)
       break
-    trials = _known_trials(key) or _compiled(key, static)
-    if not static:
+    print(f"begin {row_name(key)}", flush=True)
+    if rehearse:
+      trials = [Trial(config) for config in tuning.candidates(key)[:2]]
+      trials = time_candidates(key, trials, "reference", budget, _TINY_GRID)
+    else:
+      trials = _known_trials(key) or _compiled(key, static)
+    if not static and not rehearse:
       trials = time_candidates(key, trials, "pallas_mgpu", budget)
+    if not static:
       if (best := choose(key, trials)) is not None:
         chosen[key] = best
     row = {
@@ -77,7 +115,10 @@ def search(keys: list[Key], store: Store, budget: Budget, static: bool) -> dict[
       "trials": [t.row() for t in trials],
     }
     store.add(row | {"chosen": vars(chosen[key]) if key in chosen else None})
-    print(report(key, trials, chosen.get(key)), flush=True)
+    if save is not None and key in chosen:
+      save(chosen)
+    verdict = "ok    " if static or key in chosen else "FAILED"
+    print(f"{verdict}{row_name(key)}\n{report(key, trials, chosen.get(key))}", flush=True)
   return chosen
 
 
@@ -124,23 +165,41 @@ def report(key: Key, trials: list[Trial], chosen: TuningConfig | None) -> str:
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments {argv[1:]}")
-  static = _STATIC.value
-  open_device(static)
+  static, rehearse = _STATIC.value, _REHEARSE.value
+  if rehearse and (static or not _OUT.value):
+    raise app.UsageError("--rehearse times a stand-in: give it a folder of its own with --out, and leave --static away.")
+  open_device(static or rehearse)
   device = "h100"  # the one that configurations are keyed by; other Hopper cards share its resources
   keys = [parse_key(text, device) for text in _KEYS.value or ()] or all_keys(device)
+  keys = keys[:1] if rehearse else keys
   folder = pathlib.Path(_OUT.value or os.environ.get("OUT") or rows.RESULTS)
-  command = "python -m benchmarks.tune" + (" --static" if static else "")
-  store = Store.open(folder, "tuning_static" if static else "tuning", command)
-  chosen = search(keys, store, Budget(Deadline(60 * _MINUTES.value)), static)
+  command = "python -m benchmarks.tune" + (" --static" if static else "") + (" --rehearse" if rehearse else "")
+  store = Store.open(folder, "tuning_static" if static else "tuning", command, rehearse)
+  deadline = Deadline(60 * _MINUTES.value)
+  budget = Budget(deadline, _ONCE, _ONCE) if rehearse else Budget(deadline)
+  places = [store.path.with_name(COPY), *([] if rehearse else [tuning.TABLE])]
+  save = functools.partial(write_tables, places, store)
+  chosen = search(keys, store, budget, static, rehearse, save)
   print(f"report: {store.path}")
   if static:
     print("static: nothing was timed, kernels/tuning.json is unchanged")
   elif chosen:
-    facts = {k: store.context[k] for k in ("command", "device", "jax", "jaxlib", "commit", "date")}
-    tuning.write(committed() | chosen, facts, tuning.TABLE)
-    print(f"wrote {len(chosen)} new configurations to {tuning.TABLE}; commit it")
+    print(f"wrote {len(chosen)} new configurations to {' and '.join(map(str, places))}; commit them as kernels/tuning.json")
   else:
     sys.exit("nothing was timed: kernels/tuning.json is unchanged")
+
+
+def write_tables(places: list[pathlib.Path], store: Store, chosen: dict[Key, TuningConfig]):
+  """Writes the table with what was found so far.
+
+  Args:
+    places: files; a rehearsal has none in the checkout.
+    store: its context says where and with what the configurations were timed.
+    chosen: what was found.
+  """
+  facts = {k: store.context[k] for k in ("command", "device", "jax", "jaxlib", "ptxas", "driver", "commit", "date")}
+  for place in places:
+    tuning.write(committed() | chosen, facts | ({"rehearsal": True} if store.rehearsal else {}), place)
 
 
 def committed() -> dict[Key, TuningConfig]:

@@ -1,7 +1,9 @@
 """The GPU benchmark's driver, rehearsed on a CPU with a stand-in for the kernel: whole rows, resumed runs, honest gates."""
 
+import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ from benchmarks.gpu_rows import Deadline, Store
 from freqformer.config import ConfigError
 from freqformer.simulation import calibrate
 from freqformer.simulation.descriptions import load_gpu
+from kernels import tuning
 
 # One worker: what the file prepares or compiles is then made once.
 pytestmark = [pytest.mark.xdist_group("gpu_benchmark"), pytest.mark.usefixtures("quick_compiles")]
@@ -140,13 +143,42 @@ def test_rows_of_other_code_are_measured_anew(rehearsed, tmp_path):
   assert newer.get("a") is None and newer.all() == []
 
 
-def test_the_deadline_stops_it(tmp_path):
+def test_the_deadline_stops_it(tmp_path, capsys):
   store = Store.open(tmp_path, "late", "command", rehearsal=True)
   run = gpu_attention.Session(SHORT, store, Deadline(0), "xla")
   gpu_run.run_parts(run, (gpu_run.dense_mode, gpu_run.lists, gpu_run.torch))
   assert run.skipped == ["dense/a_64k", "lists_d10/a_64k", "torch_*"]
+  assert "unreached dense/a_64k\nunreached lists_d10/a_64k\nunreached torch_*" in capsys.readouterr().out
   assert all(row["name"].startswith("gate") and row["measured"] is None for row in store.all())
   assert "no time for: dense/a_64k" in gpu_run.report(run)
+
+
+def test_parts_and_rows_by_name(tmp_path, capsys):
+  """What a step of a slot asks for, and nothing else; parts that are not named are not run."""
+  options = dict(minutes=5, out=str(tmp_path), implementation="reference", rehearse=True, plan=SHORT)
+  run = gpu_run.main(**options, parts=("dense_mode", "forms"), only="^form_take_turns_d05/")
+  measured = [row["name"] for row in run.store.all() if not row["name"].startswith("gate")]
+  assert measured == ["form_take_turns_d05/a_64k"] and not list(tmp_path.glob("*.png"))
+  (row,) = [row for row in run.store.all() if row["name"] in measured]
+  assert row["correct"] and row["ratio_of"] == "take_turns=False over take_turns=True"
+  assert row["ratio"] == pytest.approx(row["take_turns=False"]["seconds"] / row["take_turns=True"]["seconds"])
+  printed = capsys.readouterr().out
+  assert "begin form_take_turns_d05/a_64k\nok    form_take_turns_d05/a_64k  " in printed
+  with pytest.raises(ValueError, match="--parts has no nothing; parts are ceilings, "):
+    gpu_run.main(**options, parts=("nothing",))
+
+
+def test_each_form_is_traced_under_its_own_configuration():
+  key, seen = tuning.Key("h100", 128, 128, 128, "forward"), []
+
+  def look(x):
+    seen.append(tuning.lookup(key).take_turns)
+    return x
+
+  for value in (True, False):
+    configs = {key: dataclasses.replace(tuning.lookup(key), take_turns=value)}
+    jax.jit(gpu_attention._under(configs, look))(1.0)
+  assert seen == [True, False]
 
 
 def test_a_failing_kernel_is_a_row_that_says_so(tmp_path):

@@ -3,13 +3,15 @@
 import os
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 
 import jax
 import pytest
 
-from benchmarks import gpu_rows, gpu_run, timing
+from benchmarks import gpu_rows, gpu_run, gpu_slot_steps, timing
+from benchmarks.gpu_slot import command_line
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Of requirements.txt, what a machine that has jax and numpy may lack, or have in another version.
@@ -21,19 +23,13 @@ def _make(*arguments):
   return done.stdout
 
 
-def test_make_gpu_checks_first_and_installs_nothing_where_an_interpreter_is_named():
+def test_make_gpu_is_a_slot_and_installs_nothing_where_an_interpreter_is_named():
   text = _make("gpu", "PYTHON=python3", "GPU_MINUTES=3")
   assert "pip" not in text and ".venv" not in text
-  commands = [line for line in text.splitlines() if "python3 -m" in line]
-  assert "benchmarks.gpu_check" in commands[0]
-  assert "benchmarks.attention --device=gpu --minutes=3" in commands[1] and len(commands) == 2
+  assert [line for line in text.splitlines() if "python3" in line] == ["python3 -m benchmarks.gpu_slot --minutes=3"]
 
 
-def test_the_whole_of_make_gpu_stays_under_25_minutes():
-  assert sum(float(m) for m in re.findall(r"--minutes=(\d+)", _make("gpu", "PYTHON=python3"))) <= 24.5
-
-
-@pytest.mark.parametrize("module", ["attention", "gpu_check", "tune", "expected", "torch_peers"])
+@pytest.mark.parametrize("module", ["attention", "gpu_check", "gpu_slot", "tune", "expected", "torch_peers"])
 def test_entry_points_import_without_what_a_gpu_machine_may_lack(module):
   absent = "; ".join(f"sys.modules[{name!r}] = None" for name in _ABSENT)
   code = f"import sys; {absent}; import benchmarks.{module}; print('imported')"
@@ -64,15 +60,55 @@ def test_trouble_is_ours_only(tmp_path):
   assert gpu_run.troubles(run) == ["lists_d10/a", "window/b"]
 
 
+def test_training_steps_need_no_package_of_the_data_path():
+  """Only flax, optax and ml_collections travel as wheels (docs/gpu_queue.md)."""
+  absent = "; ".join(f"sys.modules[{name!r}] = None" for name in ("grain", "array_record", "orbax", "av", "PIL", "matplotlib"))
+  code = f"import sys; {absent}; import benchmarks.gpu_train; print('imported')"
+  assert timing.in_child(["-c", code], {"JAX_PLATFORMS": "cpu"}) == "imported"
+
+
+_QUEUE = (ROOT / "docs" / "gpu_queue.md").read_text()
+
+
+def _commands():
+  """The indented blocks of docs/gpu_queue.md: each is pasted as one command."""
+  return [block.strip() for block in re.findall(r"(?:^    .*\n)+", _QUEUE, re.MULTILINE)]
+
+
+def test_every_command_of_the_queue_is_short_enough_to_paste():
+  assert len(_commands()) >= 5
+  for command in _commands():
+    assert len(command) < 2000 and not any(line.rstrip() != line for line in command.splitlines()), command
+
+
 def test_every_command_of_the_queue_is_one_that_exists():
-  """Modules that docs/gpu_queue.md names can be found, and so can the files."""
-  text = (ROOT / "docs" / "gpu_queue.md").read_text()
-  modules = set(re.findall(r"python3? -m ((?:benchmarks|freqformer)[\w.]+)", text))
-  assert {"benchmarks.gpu_check", "benchmarks.attention", "benchmarks.tune"} <= modules
+  """Modules and files that docs/gpu_queue.md names can be found, and so can the plans, their steps and the wheels."""
+  modules = set(re.findall(r"python3? -m ((?:benchmarks|freqformer)[\w.]+)", _QUEUE))
+  assert {"benchmarks.gpu_slot"} <= modules
   for module in modules:
     assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists(), module
-  for path in re.findall(r"tests/\w+\.py", text):
+  for path in re.findall(r"tests/\w+\.py", _QUEUE):
     assert (ROOT / path).exists(), path
+  slots = re.findall(r"benchmarks\.gpu_slot (.*)", _QUEUE)
+  used = {match for line in slots for match in re.findall(r"--plan=(\w+)", line)}
+  assert used == set(gpu_slot_steps.PLANS) - {"first"}
+  wanted = (ROOT / "requirements.txt").read_text()
+  for package, version in re.findall(r"\b(flax|optax|ml_collections)==([\d.]+)", _QUEUE):
+    pinned = re.search(rf"^{package}(==|>=)([\d.]+)", wanted, re.MULTILINE)
+    assert version.startswith(pinned.group(2)), (package, version)
+
+
+def test_the_queues_slots_can_be_run_and_fit_a_quarter_of_an_hour():
+  """Call A and any call B, each with half a minute of its own around the slot and a start of up to a minute and a half."""
+  found = [
+    command_line().parse_args(shlex.split(line)) for line in re.findall(r"^    .*benchmarks\.gpu_slot (.*)", _QUEUE, re.M)
+  ]
+  slots = [options for options in found if not options.rehearse]
+  for options in slots:
+    assert gpu_slot_steps.plan(options.plan, options.case)
+  (first,) = [options.minutes for options in slots if options.plan == "first"]
+  others = [options.minutes for options in slots if options.plan != "first"]
+  assert len(others) == 3 and 60 * (first + 0.4) <= 420 and first + max(others) + 2 * 2.0 <= 15
 
 
 def test_children_get_the_environment_and_a_time_limit():

@@ -144,6 +144,35 @@ def test_a_written_table_is_what_the_kernels_look_up(monkeypatch, tmp_path):
   tuning.table.cache_clear()
 
 
+def test_the_table_comes_back_with_the_report(monkeypatch, tmp_path):
+  """After each key, so that a search that is killed keeps what it had; a rented machine returns its output folder only."""
+  monkeypatch.setattr(tuning, "TABLE", tmp_path / "checkout.json")
+  tuning.table.cache_clear()
+  store = Store.open(tmp_path, "tuning", "command", rehearsal=True)
+  places = [tmp_path / tune.COPY]
+  save = lambda chosen: tune.write_tables(places, store, chosen)
+  keys = [KEY, dataclasses.replace(KEY, direction="dq")]
+  monkeypatch.setattr(tune, "time_candidates", lambda key, trials, *_: _killed_at_dq(key, trials))
+  with pytest.raises(KeyboardInterrupt):
+    tune.search(keys, store, BUDGET, static=False, rehearse=True, save=save)
+  written = json.loads((tmp_path / tune.COPY).read_text())
+  assert [row["key"]["direction"] for row in written["configs"]] == ["forward"]
+  assert written["facts"]["ptxas"] and written["facts"]["rehearsal"] and not tuning.TABLE.exists()
+  tuning.table.cache_clear()
+
+
+def _killed_at_dq(key, trials):
+  if key.direction == "dq":
+    raise KeyboardInterrupt
+  return [dataclasses.replace(trial, seconds=1.0, final=True) for trial in trials]
+
+
+def test_keys_not_reached_are_named(tmp_path, capsys):
+  store = Store.open(tmp_path, "tuning", "command")
+  assert tune.search([KEY], store, dataclasses.replace(BUDGET, deadline=Deadline(0)), static=False) == {}
+  assert "unreached tune: d=64 64x128 forward" in capsys.readouterr().out
+
+
 def test_keys():
   keys = tune.all_keys("h100")
   assert len(set(keys)) == 24 and keys[0] == Key("h100", 128, 128, 128, "forward")

@@ -20,7 +20,6 @@ import shutil
 import zlib
 from collections.abc import Callable
 
-import av
 import numpy as np
 from tqdm import tqdm
 
@@ -194,6 +193,8 @@ def _palette(look: Look, rng) -> np.ndarray:
 
 def write_avi(path, video: np.ndarray, fps: int = 25) -> None:
   """Writes uint8 `[t, y, x, 3]` as XviD-tagged MPEG-4 .avi, bit-exact between runs; y and x must be even."""
+  import av  # only files need it: clips that are rendered into memory do not
+
   with av.open(str(path), "w", format="avi", options={"fflags": "+bitexact"}) as container:
     stream = container.add_stream("mpeg4", rate=fps)
     stream.height, stream.width, stream.pix_fmt = video.shape[1], video.shape[2], "yuv420p"

@@ -1,0 +1,49 @@
+"""Other kernel configurations for one run: `--config="take_turns=False"` changes these fields and leaves the rest as tuned."""
+
+import ast
+import dataclasses
+from collections.abc import Iterable
+
+from kernels import tuning
+from kernels.tuning import Key, TuningConfig
+
+
+def parse(text: str) -> dict:
+  """Returns the fields that `--config` names.
+
+  Args:
+    text: `field=value` pairs separated by commas, e.g. "stages=2, take_turns=False"; "" changes nothing.
+
+  Raises:
+    ValueError: for an unknown field (the allowed ones are listed) or a value of another type than the field's.
+  """
+  defaults = {field.name: field.default for field in dataclasses.fields(TuningConfig)}
+  found = {}
+  for pair in filter(None, (part.strip() for part in text.split(","))):
+    name, equals, value = (part.strip() for part in pair.partition("="))
+    if not equals or name not in defaults:
+      raise ValueError(
+        f"--config={text!r}: {pair!r} is no field=value of a kernel configuration; fields are {', '.join(defaults)}."
+      )
+    found[name] = _value(text, name, value, type(defaults[name]))
+  return found
+
+
+def _value(text: str, name: str, value: str, kind: type):
+  example = "True or False" if kind is bool else "a whole number"
+  try:
+    parsed = ast.literal_eval(value)
+  except (ValueError, SyntaxError):
+    parsed = None
+  if type(parsed) is not kind:
+    raise ValueError(f"--config={text!r}: {name} must be {example}, got {value!r}.")
+  return parsed
+
+
+def changed(fields: dict, keys: Iterable[Key]) -> dict[Key, TuningConfig]:
+  """Returns the configurations of these keys with some fields replaced, for `kernels.tuning.override`.
+
+  Raises:
+    ValueError: if a changed configuration is invalid or does not fit its key; the message says why.
+  """
+  return {key: dataclasses.replace(tuning.lookup(key), **fields).check(key) for key in keys}
