@@ -13,12 +13,12 @@ from collections.abc import Callable
 import jax
 from absl import logging
 
-from benchmarks import gpu_launches, gpu_masks, gpu_peers
+from benchmarks import gpu_config, gpu_launches, gpu_masks, gpu_peers
 from benchmarks.arg_specs import AttentionSpec
 from benchmarks.gpu_launches import attend
 from benchmarks.gpu_masks import Composition, Problem
 from benchmarks.gpu_oracle import backward_error, forward_error
-from benchmarks.gpu_plan import Plan
+from benchmarks.gpu_plan import Form, Plan
 from benchmarks.gpu_rows import Deadline, Store
 from benchmarks.gpu_timing import Call, Measured, measure
 from freqformer.cost import BACKWARD_OVER_FORWARD, attention_cost
@@ -171,29 +171,32 @@ class Session:
     row = self.describe(problem, t["ours"]) | error | {"dense_seconds": t["cudnn"].seconds}
     return row | {"over_cudnn": row["tflops"] / cudnn["tflops"]}
 
-  def forms(self, problem: Problem, field: str, values: tuple) -> dict:
-    """Times a problem under two values of one field of the forward's configuration, in turns, and checks both.
+  def form(self, form: Form) -> dict:
+    """Times a forward as it is configured and otherwise, in turns, and checks both.
 
-    Args:
-      problem: the call.
-      field: of `kernels.tuning.TuningConfig`.
-      values: the two values.
+    Returns:
+      fields of both, and `ratio`: the time of the other form over that of the configured one.
     """
+    spec = self.plan.spec(form.shape)
+    if form.block:
+      problem = gpu_masks.rectangular(spec, form.block, form.block, form.density)
+    else:
+      problem = gpu_masks.random_lists(spec, form.density) if form.density else gpu_masks.dense(spec)
     mask = problem.mask
-    key = tuning.Key("h100", problem.spec.head_dim, mask.block_q, mask.block_kv, "forward")
+    key = tuning.Key("h100", spec.head_dim, mask.block_q, mask.block_kv, "forward")
     calls = {}
-    for value in values:
-      configs = {key: dataclasses.replace(tuning.lookup(key), **{field: value})}
+    for name, changes in (("configured", ""), ("otherwise", form.changes)):
+      configs = gpu_config.changed(gpu_config.parse(changes), [key])
       ours = functools.partial(attend, implementation=self.implementation)
-      calls[f"{field}={value}"] = Call(_under(configs, ours), (*problem.inputs(), gpu_masks.on_device(mask)))
+      calls[name] = Call(_under(configs, ours), (*problem.inputs(), gpu_masks.on_device(mask)))
     t = measure(calls, self.plan.effort)
-    row, correct = {"n": problem.spec.n, "mask": problem.what, "density": problem.density}, True
+    row = {"n": spec.n, "mask": problem.what, "density": problem.density, "changes": form.changes}
+    correct = True
     for name, call in calls.items():
       error = forward_error(call.args[:3], mask, call(), self.plan.oracle_rows)
       row[name] = self.describe(problem, t[name]) | error
       correct = correct and error["correct"]
-    first, second = (t[name].seconds for name in calls)
-    return row | {"ratio": second / first, "ratio_of": " over ".join(reversed(calls)), "correct": correct}
+    return row | {"ratio": t["otherwise"].seconds / t["configured"].seconds, "correct": correct}
 
   def peer(self, spec: AttentionSpec, f: Callable, name: str) -> dict:
     """Another dense kernel."""

@@ -9,6 +9,28 @@ from benchmarks.gpu_timing import Effort
 
 
 @dataclasses.dataclass(frozen=True)
+class Form:
+  """A call that is timed as its kernel is configured and, in turns with it, otherwise.
+
+  Attributes:
+    name: of the row, before the shape.
+    shape: a name of `SPECS`.
+    changes: of the configuration, as `gpu_config.parse` reads them.
+    density: of random lists; 0: dense mode.
+    block: rows of a tile; None: the shape's own.
+  """
+
+  name: str
+  shape: str
+  changes: str
+  density: float = 0.0
+  block: int | None = None
+
+
+_BESIDE, _ALONE = "scores_ahead=False", "tiles_per_block=1, compute_registers=0, memory_registers=0"
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
   """Shapes of every part, by names of `SPECS`.
 
@@ -29,8 +51,7 @@ class Plan:
     backward_dense, fused_backward: shapes of dense backward passes and of FreqFormer's.
     around: shapes of what FreqFormer does around attention.
     rest: (shape, density) measured last: other head counts, ragged grids, other densities for the plot.
-    form: a field of the forward's configuration and the two values that part "forms" compares.
-    forms: what it compares them on: (kind of row, shape, density of random lists or 0: dense mode).
+    forms: of the forward.
     one_head_above: dense attention of more tokens is measured with one head and scaled.
     oracle_rows: sampled rows of each error.
   """
@@ -74,8 +95,11 @@ class Plan:
     ("a_256k", 0.05),
     ("a_256k", 0.1),
   )
-  form: tuple[str, tuple] = ("take_turns", (True, False))
-  forms: tuple[tuple[str, str, float], ...] = (("dense", "a_64k", 0.0), ("d05", "a_64k", 0.05), ("d10", "a_128k", 0.1))
+  forms: tuple[Form, ...] = (
+    Form("stage_by_stage_dense", "a_64k", _BESIDE),
+    Form("stage_by_stage_d05", "a_64k", _BESIDE, 0.05),
+    Form("one_tile_d10_64x64", "a_128k", _ALONE, 0.1, 64),
+  )
   one_head_above: int = 262144
   oracle_rows: int = 64
 
@@ -111,6 +135,7 @@ REHEARSAL = dataclasses.replace(
   matmul=64,
   copy_bytes=1 << 12,
   tiles=((8, 8), (16, 8), (8, 16)),
+  forms=tuple(dataclasses.replace(form, block=form.block and 8) for form in FULL.forms),
   window_tile=(3, 4, 4),
   one_head_above=1024,
   oracle_rows=8,
@@ -132,5 +157,5 @@ SHORT = dataclasses.replace(
   fused_backward=("a_64k",),
   around=("a_64k",),
   rest=(("d_32k", 0.1),),
-  forms=(("d05", "a_64k", 0.05),),
+  forms=(Form("stage_by_stage_d05", "a_64k", _BESIDE, 0.05),),
 )

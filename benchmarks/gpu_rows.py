@@ -25,8 +25,8 @@ def code_digest() -> str:
 
 
 def kernels_digest() -> str:
-  """Short hash of the GPU kernels' source, without the table of configurations: what a compiled candidate depends on."""
-  return _digest(("kernels/pallas_mgpu*.py", "kernels/tuning.py"))
+  """Short hash of the attention kernels' source, without the table of configurations: what a compiled candidate depends on."""
+  return _digest(("kernels/pallas_mgpu*.py", "kernels/launch_mgpu.py", "kernels/lists.py", "kernels/tuning.py"))
 
 
 def _digest(patterns: tuple[str, ...]) -> str:

@@ -76,13 +76,10 @@ def lowerings(run: Session):
 
 
 def forms(run: Session):
-  """Both values of a field of the forward's configuration, in turns: what the field is worth."""
-  field, values = run.plan.form
-  for kind, name, density in run.plan.forms:
-    spec = run.plan.spec(name)
-    problem = lambda s=spec, d=density: gpu_masks.random_lists(s, d) if d else gpu_masks.dense(s)
-    make = lambda p=problem: run.forms(p(), field, values)
-    run.row(f"form_{field}_{kind}/{name}", make, GUARDS["forms"])
+  """The forward as it is configured and otherwise, in turns: what a choice is worth."""
+  for form in run.plan.forms:
+    make = lambda form=form: run.form(form)
+    run.row(f"form_{form.name}/{form.shape}", make, GUARDS["forms"])
 
 
 def launches(run: Session, which: slice = slice(None)):

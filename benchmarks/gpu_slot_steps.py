@@ -8,7 +8,6 @@ import dataclasses
 import re
 
 from benchmarks.gpu_guards import GUARDS
-from kernels import tuning
 
 # Seconds until a child process has imported jax, opened the GPU and begun its first case.
 START = 10.0
@@ -162,6 +161,7 @@ VARIANTS = (
   "stages=2",
   "step=64",
   "scores_ahead=False",
+  "tiles_per_block=1,compute_registers=0,memory_registers=0",
 )
 PREFIX = "bisect"
 
@@ -183,14 +183,7 @@ def bisection(case: str, module: str = "benchmarks.gpu_check") -> tuple[Step, ..
       resumes=False,
     )
     for variant in VARIANTS
-    if _known(variant)
   )
-
-
-def _known(variant: str) -> bool:
-  """Whether `TuningConfig` has the variant's fields."""
-  fields = {field.name for field in dataclasses.fields(tuning.TuningConfig)}
-  return all(pair.partition("=")[0] in fields for pair in filter(None, variant.split(",")))
 
 
 def verdict(case: str, states: dict[str, str]) -> str:

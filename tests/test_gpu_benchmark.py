@@ -156,14 +156,14 @@ def test_the_deadline_stops_it(tmp_path, capsys):
 def test_parts_and_rows_by_name(tmp_path, capsys):
   """What a step of a slot asks for, and nothing else; parts that are not named are not run."""
   options = dict(minutes=5, out=str(tmp_path), implementation="reference", rehearse=True, plan=SHORT)
-  run = gpu_run.main(**options, parts=("dense_mode", "forms"), only="^form_take_turns_d05/")
+  run = gpu_run.main(**options, parts=("dense_mode", "forms"), only="^form_stage_by_stage_d05/")
   measured = [row["name"] for row in run.store.all() if not row["name"].startswith("gate")]
-  assert measured == ["form_take_turns_d05/a_64k"] and not list(tmp_path.glob("*.png"))
+  assert measured == ["form_stage_by_stage_d05/a_64k"] and not list(tmp_path.glob("*.png"))
   (row,) = [row for row in run.store.all() if row["name"] in measured]
-  assert row["correct"] and row["ratio_of"] == "take_turns=False over take_turns=True"
-  assert row["ratio"] == pytest.approx(row["take_turns=False"]["seconds"] / row["take_turns=True"]["seconds"])
+  assert row["correct"] and row["changes"] == "scores_ahead=False"
+  assert row["ratio"] == pytest.approx(row["otherwise"]["seconds"] / row["configured"]["seconds"])
   printed = capsys.readouterr().out
-  assert "begin form_take_turns_d05/a_64k\nok    form_take_turns_d05/a_64k  " in printed
+  assert "begin form_stage_by_stage_d05/a_64k\nok    form_stage_by_stage_d05/a_64k  " in printed
   with pytest.raises(ValueError, match="--parts has no nothing; parts are ceilings, "):
     gpu_run.main(**options, parts=("nothing",))
 
