@@ -3,8 +3,8 @@
     python -m tests.mutants [NAME ...]
 
 Every mutant is written into a copy of the tree, never into the checkout, and its one test runs
-there. The exit status is 1 unless every mutant is caught. That the tests pass without the mutants is not
-checked here: `make test` does. `tests/test_mutants.py` keeps the list applicable.
+there. The exit status is 1 unless every mutant is caught. That the tests pass without the mutants
+is not checked here: `make test` does that. `tests/test_mutants.py` keeps the list applicable.
 """
 
 import dataclasses
