@@ -292,7 +292,7 @@ class AttentionSuite:
       assert np.isneginf(x).all() if x.ndim == 3 else not x.any()
 
   def test_large_and_hidden_scores(self):
-    """Scores of a hundred before or behind small ones, and stages of padding between: no overflow."""
+    """Scores of a hundred before or behind small ones, padding between: nothing overflows."""
     case = Case("large", b=1, n_q=64, n_kv=448)
     q, k, v, d_out, d_lse = draw_inputs(case, 8, self.dtypes[0])
     sizes = np.ones((448, 2, 1))

@@ -2,9 +2,9 @@
 
     python -m tests.mutants [NAME ...]
 
-Every mutant is written into a copy of the tree, never into the checkout, and its one test runs there.
-The exit status is 1 unless every mutant is caught. That the tests pass without the mutants is not
-checked here: `make test` does. `tests/test_mutants.py` keeps the list applicable.
+Every mutant is written into a copy of the tree, never into the checkout, and its one test runs
+there. The exit status is 1 unless every mutant is caught. That the tests pass without the mutants
+is not checked here: `make test` does that. `tests/test_mutants.py` keeps the list applicable.
 """
 
 import dataclasses
@@ -499,7 +499,8 @@ def verdict(mutant: Mutant, tree: pathlib.Path) -> tuple[str, str]:
   environment = {"JAX_PLATFORMS": "cpu", **os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
   path.write_text(changed)
   try:
-    run = subprocess.run(command, cwd=tree, env=environment, timeout=TIMEOUT, capture_output=True, text=True)
+    how = {"cwd": tree, "env": environment, "timeout": TIMEOUT}
+    run = subprocess.run(command, capture_output=True, text=True, **how)
   except subprocess.TimeoutExpired:
     return "did not end", f"in {TIMEOUT} s"
   finally:

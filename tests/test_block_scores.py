@@ -161,7 +161,7 @@ def test_the_hopper_kernel_gives_the_same_masses(block, dtype):
 
 
 def test_sums_of_many_key_tiles(capfd):
-  """More key tiles than are collected at once, and query tiles behind the last; watched for races."""
+  """More key tiles than are collected at once, and some behind the last; watched for races."""
   kv_len = np.full(66, 64, np.int32)
   q, k, lse = tile_inputs(64, kv_len, 1, 1, 32)
   with interpreted(detect_races=True):

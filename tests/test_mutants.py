@@ -1,4 +1,4 @@
-"""The list of mutants stays applicable, and its runner tells what it saw. `tests/mutants.py` runs it."""
+"""The list of `tests/mutants.py` stays applicable, and its runner tells what it saw."""
 
 import dataclasses
 import subprocess
@@ -29,7 +29,8 @@ def test_their_tests_exist():
 def test_verdicts(tmp_path):
   """Each in a tree of one module and its test; the module is afterwards as it was."""
   (tmp_path / "double.py").write_text("def double(x):\n  return 2 * x + 0\n")
-  (tmp_path / "test_double.py").write_text("from double import double\n\n\ndef test_double():\n  assert double(3) == 6\n")
+  test = "from double import double\n\n\ndef test_double():\n  assert double(3) == 6\n"
+  (tmp_path / "test_double.py").write_text(test)
   mutant = Mutant("thrice", "double.py", "2 * x", "3 * x", "test_double.py::test_double")
   cases = {
     "caught": mutant,

@@ -128,7 +128,8 @@ def test_rotary_multiplies_complex_numbers():
   x, angles = draw.standard_normal((2, 5, 3, 8)), draw.uniform(0, 6, (5, 4))
   want = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * angles)[:, None]
   tables = [jnp.asarray(f(angles), jnp.float32) for f in (np.cos, np.sin)]
-  _close(turn(jnp.asarray(x, jnp.float32), *tables), np.concatenate([want.real, want.imag], -1), 1e-6)
+  want = np.concatenate([want.real, want.imag], -1)
+  _close(turn(jnp.asarray(x, jnp.float32), *tables), want, 1e-6)
 
 
 def test_prepare_kernel(case, capfd):

@@ -69,7 +69,7 @@ def test_the_set_of_an_exact_top_k(bits, kind, monkeypatch):
 def test_the_hopper_kernel_finds_the_same_sets():
   """All kinds of scores as rows of one call, in the GPU interpreter.
 
-  The width is no multiple of a row's 128 lanes; the larger budget reaches below 0, which fills them.
+  The width is no multiple of a row's 128 lanes; the larger budget reaches below their filler.
   """
   rng, always = np.random.default_rng(5), np.array([[0, 199], [7, 7]])
   scores = np.stack([kind(rng, 200)[:2] for kind in KINDS.values()])
