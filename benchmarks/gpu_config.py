@@ -1,7 +1,9 @@
 """Other kernel configurations for one run: `--config="take_turns=False"` changes these fields and leaves the rest as tuned."""
 
 import ast
+import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterable
 
 from kernels import tuning
@@ -47,3 +49,13 @@ def changed(fields: dict, keys: Iterable[Key]) -> dict[Key, TuningConfig]:
     ValueError: if a changed configuration is invalid or does not fit its key; the message says why.
   """
   return {key: dataclasses.replace(tuning.lookup(key), **fields).check(key) for key in keys}
+
+
+def everywhere(fields: dict) -> dict[Key, TuningConfig]:
+  """Returns the changed configurations of every key that they fit; the others keep what they have."""
+  sizes = itertools.product((128, 64, 32), (128, 64), (128, 64), tuning.DIRECTIONS)
+  found = {}
+  for d, block_q, block_kv, direction in sizes:
+    with contextlib.suppress(ValueError):
+      found |= changed(fields, [Key("h100", d, block_q, block_kv, direction)])
+  return found

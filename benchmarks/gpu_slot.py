@@ -46,6 +46,8 @@ _LOG_BYTES = 200_000
 # How the children begin the line of a case that ended; all as long as the longest.
 _VERDICTS = ("ok    ", "WRONG ", "FAILED")
 GOOD = ("ok", "skipped", "absent")
+# The module of the timed steps: it takes the kernels' configuration.
+_REPAIRABLE = "benchmarks.attention"
 
 
 @dataclasses.dataclass
@@ -54,14 +56,16 @@ class Outcome:
 
   Attributes:
     step: the step.
-    state: "ok"; "wrong" (a case is), "unreached" (no time for a case), "killed", "died: SIGNAL", "exit N"; "not begun";
-      "skipped" (an earlier call ended it well), "absent" (its wrapper is); "said something" (a step that is not judged).
+    state: "ok"; "wrong" (a case is), "unreached" (no time for a case); "killed", "died: SIGNAL",
+      "exit N"; "not begun"; "error" (of this process); "skipped" (an earlier call ended it well),
+      "absent" (its wrapper is); "said something" (a step that is not judged).
     seconds: how long it ran.
     lines: verdicts that it printed, one per case.
     reached: names of the cases that have one.
     begun: the case in which it was killed or died.
     wrong, unreached: names of cases.
     note: why it was not begun, or could not be merged.
+    command: the module and its arguments, where it ran.
   """
 
   step: Step
@@ -73,6 +77,7 @@ class Outcome:
   wrong: list[str] = dataclasses.field(default_factory=list)
   unreached: list[str] = dataclasses.field(default_factory=list)
   note: str = ""
+  command: list[str] = dataclasses.field(default_factory=list)
 
   @property
   def broke(self) -> bool:
@@ -152,6 +157,7 @@ class Slot:
     self._running: dict[int, subprocess.Popen] = {}
     self._stopped = ""
     self._debugged = 0
+    self._repair = ""
     self._notes: list[str] = []
     out.mkdir(parents=True, exist_ok=True)
     self._before = _read_json(out / STATE, {})
@@ -203,26 +209,22 @@ class Slot:
       if outcome.step.bisect and failing:
         case = failing[0]
         found = self._together(list(plans.bisection(case, outcome.step.module)))
-        self._notes.append(plans.verdict(case, {o.step.name: o.state for o in found}))
-        self._say(self._notes[-1])
+        states = {o.step.name: o.state for o in found}
+        self._repair = plans.repair(states)
+        self._notes.append(plans.verdict(case, states))
+        if self._repair:
+          self._notes.append(f"what is timed from here on runs with {self._repair}")
+        self._say("\n".join(self._notes))
         return
 
   # ---- one step ----------------------------------------------------------------------------------------------------
 
   def _step(self, step: Step) -> Outcome:
     """Runs one step; whatever becomes of it, the next one follows."""
-    outcome = self._refusal(step)
-    text = ""
-    if outcome is None:
-      folder = pathlib.Path(tempfile.mkdtemp(prefix="step-", dir=self._work))
-      seeded = self._seed(folder) if step.judged else {}
-      start = time.monotonic()
-      code = self._process(step, folder)
-      text = (folder / "log").read_bytes()[-_LOG_BYTES:].decode(errors="replace")
-      outcome = read_output(step, text, code)
-      outcome.seconds = time.monotonic() - start
-      if step.judged:
-        outcome.note = self._merge(folder, seeded)
+    try:
+      outcome, text = self._attempt(step)
+    except Exception as error:  # no memory for a process, no room on the disk: this step is lost
+      outcome, text = Outcome(step, "error", note=f"{type(error).__name__}: {error}"), ""
     with self._lock:
       self.outcomes.append(outcome)
       self._log(f"==== {step.name}: {outcome.state} after {outcome.seconds:.0f} s\n{text}")
@@ -230,13 +232,30 @@ class Slot:
       self._write_state()
     return outcome
 
+  def _attempt(self, step: Step) -> tuple[Outcome, str]:
+    """Runs a step, unless something speaks against it; returns what became of it and what it printed."""
+    if (refusal := self._refusal(step)) is not None:
+      return refusal, ""
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="step-", dir=self._work))
+    seeded = self._seed(folder) if step.judged else {}
+    start, arguments = time.monotonic(), self._arguments(step)
+    code = self._process(step, arguments, folder)
+    text = (folder / "log").read_bytes()[-_LOG_BYTES:].decode(errors="replace")
+    outcome = read_output(step, text, code)
+    outcome.seconds = time.monotonic() - start
+    outcome.command = [step.module, *arguments]
+    if step.judged:
+      outcome.note = self._merge(folder, seeded)
+    return outcome, text
+
   def _refusal(self, step: Step) -> Outcome | None:
     """Why a step is not begun; None if it is."""
     if step.wrapper and shutil.which(step.wrapper[0]) is None:
       return Outcome(step, "absent", note=f"there is no {step.wrapper[0]}")
     if self._stopped:
       return Outcome(step, "not begun", note=self._stopped)
-    if broken := [o.step.name for o in self.outcomes if o.step.name in step.after and o.broke]:
+    broken = [o.step.name for o in self.outcomes if o.step.name in step.after and o.broke]
+    if broken and not (self._repair and step.module == _REPAIRABLE):
       return Outcome(step, "not begun", note=f"{' and '.join(broken)} did not end")
     if step.resumes and self._ended_well(step):
       return Outcome(step, "skipped", note="it ended well in an earlier call")
@@ -253,11 +272,16 @@ class Slot:
     record = self._before.get("steps", {}).get(step.name, {})
     return record.get("state") in ("ok", "skipped") and record.get("command") == [step.module, *step.arguments]
 
-  def _process(self, step: Step, folder: pathlib.Path) -> int | None:
+  def _arguments(self, step: Step) -> list[str]:
+    """A step's arguments; what is timed runs in the configuration that a bisect found to be right."""
+    repaired = [f"--config={self._repair}"] if self._repair and step.module == _REPAIRABLE else []
+    return [*step.arguments, *repaired]
+
+  def _process(self, step: Step, arguments: list[str], folder: pathlib.Path) -> int | None:
     """Runs the step's process within its limit and the slot's; returns its exit status, None if it was killed."""
     limit = min(step.seconds, self.left)
     own = max(0.5, limit - plans.START - plans.MARGIN)
-    command = [*step.wrapper, sys.executable, "-m", step.module, *step.arguments]
+    command = [*step.wrapper, sys.executable, "-m", step.module, *arguments]
     command += [f"--out={folder}", f"--minutes={own / 60:.4f}", *["--rehearse"] * self.rehearse]
     with (folder / "log").open("wb") as sink:
       # A session of its own is a process group of its own: what the step starts is killed with it.
@@ -356,7 +380,7 @@ class Slot:
       outcome.step.name: {
         "state": outcome.state,
         "seconds": round(outcome.seconds, 1),
-        "command": [outcome.step.module, *outcome.step.arguments],
+        "command": outcome.command or [outcome.step.module, *outcome.step.arguments],
         "begun": outcome.begun,
         "wrong": outcome.wrong,
         "unreached": outcome.unreached,
@@ -431,7 +455,7 @@ class Slot:
     for title, names in (
       ("wrong", [name for outcome in judged for name in outcome.wrong]),
       ("did not end", [outcome.begun or outcome.step.name for outcome in judged if outcome.broke]),
-      ("failed", [outcome.step.name for outcome in judged if outcome.state.startswith("exit")]),
+      ("failed", [outcome.step.name for outcome in judged if outcome.state.startswith(("exit", "error"))]),
       ("unreached", [name for outcome in judged for name in outcome.unreached if name not in reached]),
       ("not begun", [outcome.step.name for outcome in judged if outcome.state == "not begun"]),
     ):

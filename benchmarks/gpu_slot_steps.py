@@ -193,16 +193,31 @@ def _known(variant: str) -> bool:
   return all(pair.partition("=")[0] in fields for pair in filter(None, variant.split(",")))
 
 
+def repair(states: dict[str, str]) -> str:
+  """Returns the first variant under which the case was right, "" if there is none or if it was right as it is.
+
+  Args:
+    states: of the steps of a bisect, by name.
+  """
+  right = _right(states)
+  return "" if not right or "as is" in right else right[0]
+
+
 def verdict(case: str, states: dict[str, str]) -> str:
-  """Returns what a bisect says: the change that repairs the case, by the names and states of its steps."""
-  found = {name.removeprefix(f"{PREFIX}: "): state for name, state in states.items() if state != "not begun"}
-  right = [name for name, state in found.items() if state == "ok"]
-  others = "; ".join(name for name in found if name != "as is")
+  """Returns what a bisect says of a case, see `repair`."""
+  right = _right(states)
+  tried = [name.removeprefix(f"{PREFIX}: ") for name, state in states.items() if state != "not begun"]
+  others = "; ".join(name for name in tried if name != "as is")
   if "as is" in right:
-    return f"{case} was right when it ran again as it is: it depends on timing, or on what ran beside it"
+    return f"{case} was right when it ran again as it is: timing matters, or what ran beside it"
   if right:
     return f"{case} is repaired by {' and, alone, by '.join(right)}"
   return f"{case} is not repaired by any of: {others}" if others else f"{case}: no time to bisect"
+
+
+def _right(states: dict[str, str]) -> list[str]:
+  """Names of the variants under which the case was right."""
+  return [name.removeprefix(f"{PREFIX}: ") for name, state in states.items() if state == "ok"]
 
 
 # ---- what a call runs ----------------------------------------------------------------------------------------------------

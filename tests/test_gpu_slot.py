@@ -98,7 +98,9 @@ def test_every_end_of_a_process_has_its_name(rehearsed):
 def test_what_is_wrong_is_bisected_by_itself(rehearsed):
   printed, _, out = rehearsed
   found = _state(out)
-  assert found["notes"] == [f"{gpu_slot_planted.CASE} is repaired by {gpu_slot_planted.REPAIRED_BY}"]
+  repair = gpu_slot_planted.REPAIRED_BY
+  assert found["notes"][0] == f"{gpu_slot_planted.CASE} is repaired by {repair}"
+  assert found["notes"][1] == f"what is timed from here on runs with {repair}"
   assert f"bisect: {found['notes'][0]}" in printed
   tried = {name for name in found["steps"] if name.startswith(plans.PREFIX)}
   assert {f"bisect: {variant}" for variant in ("as is", "by_lane=True", "take_turns=False", "stages=2", "step=64")} <= tried
@@ -207,6 +209,34 @@ def test_steps_that_build_on_a_broken_one_are_left_out(tmp_path):
   slot.run((_planted("aborting", alone=True), _planted("garbage", after=("aborting",), alone=True)))
   assert [outcome.state for outcome in slot.outcomes] == ["died: SIGABRT", "not begun"]
   assert slot.outcomes[1].note == "aborting did not end"
+
+
+def test_what_is_timed_runs_with_the_repair(tmp_path):
+  """A hang that a bisect repairs costs no timed row; other steps run as they are."""
+  slot = gpu_slot.Slot(tmp_path, 1, rehearse=True)
+  timed = plans.timed("dense", "dense_mode", "a_16k", 60, after=("aborting",))
+  slot._together([_planted("aborting")])
+  assert slot._refusal(timed).note == "aborting did not end" and slot._arguments(timed) == list(timed.arguments)
+  slot._bisect([gpu_slot.Outcome(_planted("wrong", bisect=True), "wrong", wrong=["planted, seed 0"])])
+  assert slot._refusal(timed) is None
+  assert slot._arguments(timed) == [*timed.arguments, f"--config={gpu_slot_planted.REPAIRED_BY}"]
+  assert slot._refusal(_planted("garbage", after=("aborting",))) is not None
+  assert "--config" not in str(slot._arguments(plans.FIRST_CALLS))
+
+
+def test_an_error_of_the_parent_costs_one_step(tmp_path, monkeypatch):
+  slot = gpu_slot.Slot(tmp_path, 1, rehearse=True)
+  popen = subprocess.Popen
+
+  def no_memory(command, **options):
+    if "--kind=failing" in command:
+      raise OSError("no memory")
+    return popen(command, **options)
+
+  monkeypatch.setattr(gpu_slot.subprocess, "Popen", no_memory)
+  assert not slot.run((_planted("failing", alone=True), _planted("garbage", alone=True)))
+  assert [outcome.state for outcome in slot.outcomes] == ["error", "ok"]
+  assert "failed: failing" in slot.summary() and "OSError: no memory" in slot.summary()
 
 
 def test_a_hung_kernel_is_looked_at_before_it_is_killed(tmp_path, monkeypatch):
@@ -393,7 +423,7 @@ def test_what_a_bisect_says():
   say = lambda **states: plans.verdict("c", {f"bisect: {name.replace('__', ' ')}": state for name, state in states.items()})
   assert say(as__is="killed", by_lane="ok", step="ok") == "c is repaired by by_lane and, alone, by step"
   assert say(as__is="wrong", by_lane="wrong") == "c is not repaired by any of: by_lane"
-  assert "depends on timing" in say(as__is="ok", by_lane="ok")
+  assert "timing matters" in say(as__is="ok", by_lane="ok")
   assert say(as__is="not begun", by_lane="not begun") == "c: no time to bisect"
 
 
