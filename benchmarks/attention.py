@@ -32,6 +32,12 @@ _PARTS = flags.DEFINE_list(
   "parts", None, "GPU: only these parts, by their names in gpu_run.py; default all but those asked for by name only."
 )
 _ONLY = flags.DEFINE_string("only", "", "GPU: regular expression: only rows whose name it finds.", allow_override=True)
+_CONFIG = flags.DEFINE_string(
+  "config",
+  "",
+  "GPU: fields of kernels.tuning.TuningConfig to change for the attention kernels, e.g. take_turns=False.",
+  allow_override=True,
+)
 _REHEARSE = flags.DEFINE_bool(
   "rehearse", False, "GPU: the whole run on tiny shapes with a stand-in, on a CPU; needs --out.", allow_override=True
 )
@@ -49,6 +55,7 @@ def main(argv):
       _REHEARSE.value,
       parts=_PARTS.value or (),
       only=_ONLY.value,
+      config=_CONFIG.value,
     )
     troubles = gpu_run.troubles(run)
     if troubles:

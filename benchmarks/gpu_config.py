@@ -1,7 +1,9 @@
-"""Other kernel configurations for one run: `--config="take_turns=False"` changes these fields and leaves the rest as tuned."""
+"""Other kernel configurations for one run: `--config="take_turns=False"` changes this field."""
 
 import ast
+import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterable
 
 from kernels import tuning
@@ -12,19 +14,19 @@ def parse(text: str) -> dict:
   """Returns the fields that `--config` names.
 
   Args:
-    text: `field=value` pairs separated by commas, e.g. "stages=2, take_turns=False"; "" changes nothing.
+    text: `field=value` pairs separated by commas, e.g. "stages=2, take_turns=False"; "" changes
+      nothing.
 
   Raises:
-    ValueError: for an unknown field (the allowed ones are listed) or a value of another type than the field's.
+    ValueError: for an unknown field (the allowed ones are listed) or a value of another type than
+      the field's.
   """
   defaults = {field.name: field.default for field in dataclasses.fields(TuningConfig)}
   found = {}
   for pair in filter(None, (part.strip() for part in text.split(","))):
     name, equals, value = (part.strip() for part in pair.partition("="))
     if not equals or name not in defaults:
-      raise ValueError(
-        f"--config={text!r}: {pair!r} is no field=value of a kernel configuration; fields are {', '.join(defaults)}."
-      )
+      raise ValueError(f"--config={text!r}: {pair!r} is no field=value; the fields are {', '.join(defaults)}.")
     found[name] = _value(text, name, value, type(defaults[name]))
   return found
 
@@ -41,9 +43,19 @@ def _value(text: str, name: str, value: str, kind: type):
 
 
 def changed(fields: dict, keys: Iterable[Key]) -> dict[Key, TuningConfig]:
-  """Returns the configurations of these keys with some fields replaced, for `kernels.tuning.override`.
+  """Returns the keys' configurations with some fields replaced, for `kernels.tuning.override`.
 
   Raises:
     ValueError: if a changed configuration is invalid or does not fit its key; the message says why.
   """
   return {key: dataclasses.replace(tuning.lookup(key), **fields).check(key) for key in keys}
+
+
+def everywhere(fields: dict) -> dict[Key, TuningConfig]:
+  """Returns the changed configurations of all keys that they fit; others keep what they have."""
+  sizes = itertools.product((128, 64, 32), (128, 64), (128, 64), tuning.DIRECTIONS)
+  found = {}
+  for d, block_q, block_kv, direction in sizes:
+    with contextlib.suppress(ValueError):
+      found |= changed(fields, [Key("h100", d, block_q, block_kv, direction)])
+  return found

@@ -1,8 +1,9 @@
-"""Reports what a GPU machine has: versions, the assembler that XLA will find, driver, memory, cores.
+"""Reports what a GPU machine has: versions, the assembler that XLA finds, driver, memory, cores.
 
   python -m benchmarks.gpu_facts --out=FOLDER     # prints the facts and writes facts.json there
 
-Importing this module needs no jax and opens no device, so that the facts are known even where jax cannot start.
+Importing this module needs no jax and opens no device, so that the facts are known even where jax
+cannot start.
 """
 
 import argparse
@@ -42,8 +43,8 @@ _LIBDEVICE = "/usr/local/cuda/nvvm/libdevice/libdevice.10.bc"
 def toolchain() -> dict[str, str]:
   """Returns what a kernel's machine code and its launch depend on; every row carries these fields.
 
-  `ptxas` is the one on PATH, which XLA prefers; `ptxas_wheel` is that of the wheel nvidia-cuda-nvcc. Each is a path and a
-  version, or "absent".
+  `ptxas` is the one on PATH, which XLA prefers; `ptxas_wheel` is that of the wheel
+  nvidia-cuda-nvcc. Each is a path and a version, or "absent".
   """
   return {
     "ptxas": described_ptxas(shutil.which("ptxas")),

@@ -1,7 +1,9 @@
-"""Seconds that a row of each part of the GPU benchmark may take: nothing is begun that would end after the deadline.
+"""Seconds that a row of each part of the GPU benchmark may take: nothing is begun that would end
+after the deadline.
 
-A module of its own because both sides must agree and one of them imports no jax: the benchmark leaves a row out when less is
-left, and a step of a slot (gpu_slot_steps.py) must be longer than the guard of its last row. All are estimates.
+A module of its own because both sides must agree and one of them imports no jax: the benchmark
+leaves a row out when less is left, and a step of a slot (gpu_slot_steps.py) must be longer than the
+guard of its last row. All are estimates.
 """
 
 GUARDS = {

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from absl import logging
 
-from benchmarks import gates, gpu_linear, gpu_masks, gpu_peers, gpu_search, rows
+from benchmarks import gates, gpu_config, gpu_linear, gpu_masks, gpu_peers, gpu_search, rows
 from benchmarks.gpu_attention import Session, line
 from benchmarks.gpu_guards import GUARDS
 from benchmarks.gpu_plan import FULL, REHEARSAL, Plan
@@ -268,6 +268,7 @@ def main(
   plan: Plan | None = None,
   parts: Sequence[str] = (),
   only: str = "",
+  config: str = "",
 ) -> Session:
   """Runs the benchmark as the command line asks for.
 
@@ -279,22 +280,30 @@ def main(
     plan: default the full one at the sizes asked for.
     parts: names of `PARTS` or `OTHER_PARTS`; none: all of `PARTS`. The plot is drawn of a whole run only.
     only: a regular expression that finds the rows to measure by name.
+    config: fields of the kernels' configuration to change wherever that fits (gpu_config.py). Its rows say so, and count as
+      rows of other code: a run without it measures them anew.
 
   Raises:
-    ValueError: if a rehearsal would write among the measured rows, or for an unknown part.
+    ValueError: if a rehearsal would write among the measured rows, for an unknown part, or for an invalid `config`.
     RuntimeError: if there is no GPU to measure on.
   """
   chosen = parts_named(parts)
+  configs = gpu_config.everywhere(gpu_config.parse(config)) if config else {}
   kind = open_device(rehearse)
   folder = pathlib.Path(out or os.environ.get("OUT") or rows.RESULTS)
   if rehearse and folder.resolve() == rows.RESULTS.resolve():
     raise ValueError("a rehearsal measures nothing: name a folder of its own with --out, not benchmarks/results.")
+  options = {"parts": ",".join(parts), "only": only, "config": config}
   command = f"python -m benchmarks.attention --device=gpu --minutes={minutes:g}" + (" --rehearse" if rehearse else "")
+  command += "".join(f" --{option}='{value}'" for option, value in options.items() if value)
   name = "attention_gpu_rehearsal" if rehearse else f"attention_gpu_{device_slug(kind)}"
   store = Store.open(folder, name, command, rehearse)
+  if config:
+    store.context |= {"config": config, "code": f"{store.context['code']} {config}"}
   implementation = implementation or ("xla" if rehearse else "pallas_mgpu")
   run = Session(plan or (REHEARSAL if rehearse else FULL), store, Deadline(60 * minutes), implementation, only)
-  run_parts(run, chosen)
+  with tuning.override(configs):
+    run_parts(run, chosen)
   print(report(run))
   if not parts and not only:
     _draw(run)

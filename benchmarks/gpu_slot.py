@@ -1,13 +1,15 @@
-"""Runs a plan within a few minutes on a scarce GPU, and keeps what was found whatever a kernel does.
+"""Runs a plan within minutes on a scarce GPU, and keeps what was found whatever a kernel does.
 
-  python3 -m benchmarks.gpu_slot --minutes=6.6 --out=$OUT                  # on an H100; docs/gpu_queue.md has the plans
+  python3 -m benchmarks.gpu_slot --minutes=6.6 --out=$OUT
   python3 -m benchmarks.gpu_slot --minutes=4 --out=$OUT --resume=runs/gpu --plan=right
-  python3 -m benchmarks.gpu_slot --rehearse --minutes=20 --out=/tmp/x      # the same with a stand-in, on a CPU
+  python3 -m benchmarks.gpu_slot --rehearse --minutes=15 --out=/tmp/x
 
-Every step is a process of its own. When it overstays, its whole process group is killed and the case it had begun is named.
-Small checks run several at a time, what is timed runs alone. Each step writes into a private folder; its rows are merged into
-one file per kind under --out as soon as it ends, so that a run that is cut off leaves whole files. This process imports no
-jax: nothing that a kernel does can hold it.
+docs/gpu_queue.md says when to run which plan; the last line rehearses one with a stand-in on a CPU.
+Every step is a process of its own. When it overstays, its whole process group is killed and the
+case it had begun is named. Small checks run several at a time, what is timed runs alone. Each step
+writes into a private folder; its rows are merged into one file per kind under --out as soon as it
+ends, so that a run that is cut off leaves whole files. This process imports no jax: nothing that a
+kernel does can hold it.
 """
 
 import argparse
@@ -41,11 +43,13 @@ REST_SECONDS = 40.0
 CLOSING = 5.0
 # A debugger that looks at a hung kernel gets so many seconds, and so many kernels are looked at.
 DEBUGGER_SECONDS, DEBUGGED = 20.0, 2
-# Of a step's output, bytes that the log keeps.
-_LOG_BYTES = 200_000
+# Of a step's output, characters that the log keeps.
+_LOG_CHARACTERS = 200_000
 # How the children begin the line of a case that ended; all as long as the longest.
 _VERDICTS = ("ok    ", "WRONG ", "FAILED")
 GOOD = ("ok", "skipped", "absent")
+# The module of the timed steps: it takes the kernels' configuration.
+_REPAIRABLE = "benchmarks.attention"
 
 
 @dataclasses.dataclass
@@ -54,14 +58,16 @@ class Outcome:
 
   Attributes:
     step: the step.
-    state: "ok"; "wrong" (a case is), "unreached" (no time for a case), "killed", "died: SIGNAL", "exit N"; "not begun";
-      "skipped" (an earlier call ended it well), "absent" (its wrapper is); "said something" (a step that is not judged).
+    state: "ok"; "wrong" (a case is), "unreached" (no time for a case); "killed", "died: SIGNAL",
+      "exit N"; "not begun"; "error" (of this process); "skipped" (an earlier call ended it well),
+      "absent" (its wrapper is); "said something" (a step that is not judged).
     seconds: how long it ran.
     lines: verdicts that it printed, one per case.
     reached: names of the cases that have one.
     begun: the case in which it was killed or died.
     wrong, unreached: names of cases.
     note: why it was not begun, or could not be merged.
+    command: the module and its arguments, where it ran.
   """
 
   step: Step
@@ -73,6 +79,7 @@ class Outcome:
   wrong: list[str] = dataclasses.field(default_factory=list)
   unreached: list[str] = dataclasses.field(default_factory=list)
   note: str = ""
+  command: list[str] = dataclasses.field(default_factory=list)
 
   @property
   def broke(self) -> bool:
@@ -146,12 +153,13 @@ class Slot:
   def __init__(self, out: pathlib.Path, minutes: float, rehearse: bool = False):
     self.out, self.rehearse = out, rehearse
     self.outcomes: list[Outcome] = []
-    self._end = time.monotonic() + 60 * minutes
+    self._deadline = time.monotonic() + 60 * minutes
     self._work = pathlib.Path(tempfile.mkdtemp(prefix="slot-"))
     self._lock = threading.RLock()
     self._running: dict[int, subprocess.Popen] = {}
     self._stopped = ""
     self._debugged = 0
+    self._repair = ""
     self._notes: list[str] = []
     out.mkdir(parents=True, exist_ok=True)
     self._before = _read_json(out / STATE, {})
@@ -162,7 +170,10 @@ class Slot:
       "PYTHONFAULTHANDLER": "1",
       "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
       # Programs are compiled once for all steps: the checks compile what the timed steps run.
-      "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(self._work / "compiled")),
+      "JAX_COMPILATION_CACHE_DIR": os.environ.get(
+        "JAX_COMPILATION_CACHE_DIR",
+        str(self._work / "compiled"),
+      ),
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
       "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
       "JAX_PLATFORMS": "cpu" if rehearse else "cuda",
@@ -171,9 +182,9 @@ class Slot:
   @property
   def left(self) -> float:
     """Seconds in which a step may run."""
-    return self._end - CLOSING - time.monotonic()
+    return self._deadline - CLOSING - time.monotonic()
 
-  # ---- the run -----------------------------------------------------------------------------------------------------
+  # ---- the run -----------------------------------------------------------------------------------
 
   def run(self, steps: tuple[Step, ...]) -> bool:
     """Runs every step, then what follows from those that broke; returns whether all is right."""
@@ -181,7 +192,9 @@ class Slot:
       for group in groups(steps):
         ended = self._together(group)
         self._bisect(ended)
-        self._together([remainder(outcome) for outcome in ended if outcome.broke and outcome.unreached])
+        self._together(
+          [remainder(outcome) for outcome in ended if outcome.broke and outcome.unreached],
+        )
       self._say(self.summary())
     shutil.rmtree(self._work, ignore_errors=True)
     return all(outcome.good for outcome in self.outcomes)
@@ -195,7 +208,7 @@ class Slot:
       return list(pool.map(self._step, steps))
 
   def _bisect(self, ended: list[Outcome]):
-    """Tries the first failing case of a step that asks for it under other configurations, once per slot."""
+    """Bisects the first failing case of a step that asks for it, once per slot."""
     if any(outcome.step.name.startswith(plans.PREFIX) for outcome in self.outcomes):
       return
     for outcome in ended:
@@ -203,32 +216,45 @@ class Slot:
       if outcome.step.bisect and failing:
         case = failing[0]
         found = self._together(list(plans.bisection(case, outcome.step.module)))
-        self._notes.append(plans.verdict(case, {o.step.name: o.state for o in found}))
-        self._say(self._notes[-1])
+        states = {o.step.name: o.state for o in found}
+        self._repair = plans.repair(states)
+        self._notes.append(plans.verdict(case, states))
+        if self._repair:
+          self._notes.append(f"what is timed from here on runs with {self._repair}")
+        self._say("\n".join(self._notes))
         return
 
-  # ---- one step ----------------------------------------------------------------------------------------------------
+  # ---- one step ----------------------------------------------------------------------------------
 
   def _step(self, step: Step) -> Outcome:
     """Runs one step; whatever becomes of it, the next one follows."""
-    outcome = self._refusal(step)
-    text = ""
-    if outcome is None:
-      folder = pathlib.Path(tempfile.mkdtemp(prefix="step-", dir=self._work))
-      seeded = self._seed(folder) if step.judged else {}
-      start = time.monotonic()
-      code = self._process(step, folder)
-      text = (folder / "log").read_bytes()[-_LOG_BYTES:].decode(errors="replace")
-      outcome = read_output(step, text, code)
-      outcome.seconds = time.monotonic() - start
-      if step.judged:
-        outcome.note = self._merge(folder, seeded)
+    try:
+      outcome, text = self._attempt(step)
+    except Exception as error:  # no memory for a process, no room on the disk: this step is lost
+      outcome, text = Outcome(step, "error", note=f"{type(error).__name__}: {error}"), ""
     with self._lock:
       self.outcomes.append(outcome)
-      self._log(f"==== {step.name}: {outcome.state} after {outcome.seconds:.0f} s\n{text}")
+      self._log(f"==== {step.name}: {outcome.state} after {outcome.seconds:.0f} s")
+      self._log(text[-_LOG_CHARACTERS:])
       self._say("\n".join(described(outcome, text)))
       self._write_state()
     return outcome
+
+  def _attempt(self, step: Step) -> tuple[Outcome, str]:
+    """Runs a step unless it is refused; returns what became of it and what it printed."""
+    if (refusal := self._refusal(step)) is not None:
+      return refusal, ""
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="step-", dir=self._work))
+    seeded = self._seed(folder) if step.judged else {}
+    start, arguments = time.monotonic(), self._arguments(step)
+    code = self._process(step, arguments, folder)
+    text = (folder / "log").read_bytes().decode(errors="replace")
+    outcome = read_output(step, text, code)
+    outcome.seconds = time.monotonic() - start
+    outcome.command = [step.module, *arguments]
+    if step.judged:
+      outcome.note = self._merge(folder, seeded)
+    return outcome, text
 
   def _refusal(self, step: Step) -> Outcome | None:
     """Why a step is not begun; None if it is."""
@@ -236,7 +262,8 @@ class Slot:
       return Outcome(step, "absent", note=f"there is no {step.wrapper[0]}")
     if self._stopped:
       return Outcome(step, "not begun", note=self._stopped)
-    if broken := [o.step.name for o in self.outcomes if o.step.name in step.after and o.broke]:
+    broken = [o.step.name for o in self.outcomes if o.step.name in step.after and o.broke]
+    if broken and not (self._repair and step.module == _REPAIRABLE):
       return Outcome(step, "not begun", note=f"{' and '.join(broken)} did not end")
     if step.resumes and self._ended_well(step):
       return Outcome(step, "skipped", note="it ended well in an earlier call")
@@ -251,52 +278,75 @@ class Slot:
     if self._before.get("device") != self._device():
       return False
     record = self._before.get("steps", {}).get(step.name, {})
-    return record.get("state") in ("ok", "skipped") and record.get("command") == [step.module, *step.arguments]
+    return record.get("state") in ("ok", "skipped") and record.get("command") == [
+      step.module,
+      *step.arguments,
+    ]
 
-  def _process(self, step: Step, folder: pathlib.Path) -> int | None:
-    """Runs the step's process within its limit and the slot's; returns its exit status, None if it was killed."""
+  def _arguments(self, step: Step) -> list[str]:
+    """A step's arguments; what is timed runs in the configuration that a bisect found right."""
+    repaired = [f"--config={self._repair}"] if self._repair and step.module == _REPAIRABLE else []
+    return [*step.arguments, *repaired]
+
+  def _process(self, step: Step, arguments: list[str], folder: pathlib.Path) -> int | None:
+    """Runs the step's process within its limit; returns its exit status, None if it was killed."""
     limit = min(step.seconds, self.left)
     own = max(0.5, limit - plans.START - plans.MARGIN)
-    command = [*step.wrapper, sys.executable, "-m", step.module, *step.arguments]
+    command = [*step.wrapper, sys.executable, "-m", step.module, *arguments]
     command += [f"--out={folder}", f"--minutes={own / 60:.4f}", *["--rehearse"] * self.rehearse]
     with (folder / "log").open("wb") as sink:
-      # A session of its own is a process group of its own: what the step starts is killed with it.
-      process = subprocess.Popen(
-        command, cwd=ROOT, env=self._env, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, start_new_session=True
-      )
-      with self._lock:
-        self._running[process.pid] = process
+      process = self._spawn(command, sink)
       try:
         return None if self._stopped else process.wait(limit)
       except subprocess.TimeoutExpired:
         self._debug(process.pid, sink)
         return None
       finally:
-        _kill(process.pid)
-        # A process that waits for the driver can outlive SIGKILL for a while; nobody waits for it.
-        with contextlib.suppress(subprocess.TimeoutExpired):
-          process.wait(3)
-        with self._lock:
-          del self._running[process.pid]
+        self._end(process)
+
+  def _spawn(self, command: list[str], sink) -> subprocess.Popen:
+    """Starts a process in a session, and so in a process group, of its own: `_kill` ends it with
+    all that it starts."""
+    process = subprocess.Popen(
+      command,
+      cwd=ROOT,
+      env=self._env,
+      stdin=subprocess.DEVNULL,
+      stdout=sink,
+      stderr=sink,
+      start_new_session=True,
+    )
+    with self._lock:
+      self._running[process.pid] = process
+    return process
+
+  def _end(self, process: subprocess.Popen):
+    """Kills what is left of a process group."""
+    _kill(process.pid)
+    # A process that waits for the driver can outlive SIGKILL for a while; nobody waits for it.
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      process.wait(3)
+    with self._lock:
+      del self._running[process.pid]
 
   def _debug(self, pid: int, sink):
     """Asks cuda-gdb, where there is one, at which instructions the kernel of a hung process is."""
     debugger = shutil.which("cuda-gdb")
     with self._lock:
-      if debugger is None or self._debugged >= DEBUGGED or self.left < DEBUGGER_SECONDS or self._stopped:
+      late = self._stopped or self.left < DEBUGGER_SECONDS
+      if debugger is None or late or self._debugged >= DEBUGGED:
         return
       self._debugged += 1
-    asked = ["info cuda kernels", "info cuda warps"]
-    command = [debugger, "-p", str(pid), "-batch", *(word for ask in asked for word in ("-ex", ask))]
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, start_new_session=True)
+    asked = ("-ex", "info cuda kernels", "-ex", "info cuda warps")
+    process = self._spawn([debugger, "-p", str(pid), "-batch", *asked], sink)
     try:
       process.wait(DEBUGGER_SECONDS)
     except subprocess.TimeoutExpired:
       pass
     finally:
-      _kill(process.pid)
+      self._end(process)
 
-  # ---- files -------------------------------------------------------------------------------------------------------
+  # ---- files -------------------------------------------------------------------------------------
 
   def resume(self, folder: pathlib.Path):
     """Takes the rows of an earlier call over; those that are in the output folder already stay.
@@ -305,18 +355,20 @@ class Slot:
       FileNotFoundError: if there is no such folder.
     """
     if not folder.is_dir():
-      raise FileNotFoundError(f"--resume={folder} is no folder; name the one that holds the files of an earlier call.")
+      raise FileNotFoundError(
+        f"--resume={folder} is no folder; name the one that holds the files of an earlier call.",
+      )
     self._before = self._before or _read_json(folder / STATE, {})
     for path in sorted(folder.glob("*.json")):
       found = _read_json(path, None)
       if _are_rows(found) and self._room(path.name):
-        there = {row["name"] for row in _read_rows(self.out / path.name)}
+        there = {row["name"] for row in read_rows(self.out / path.name)}
         merge_rows(self.out / path.name, [row for row in found if row["name"] not in there])
 
   def _seed(self, folder: pathlib.Path) -> dict[str, list]:
-    """Gives a step the rows that are there, so that it skips what is right; returns them by file."""
+    """Gives a step the rows that are there, so that it skips what is right; returns these."""
     with self._lock:
-      found = {path.name: _read_json(path, None) for path in self.out.glob("*.json") if path.name != STATE}
+      found = {path.name: _read_json(path, None) for path in self.out.glob("*.json")}
     found = {name: content for name, content in found.items() if _are_rows(content)}
     for name, content in found.items():
       (folder / name).write_text(json.dumps(content))
@@ -338,7 +390,10 @@ class Slot:
         elif not self._room(path.name):
           troubles.append(f"{path.name} is left out: {MOST_FILES} files are there already")
         elif _are_rows(found):
-          merge_rows(self.out / path.name, [row for row in found if row not in seeded.get(path.name, [])])
+          merge_rows(
+            self.out / path.name,
+            [row for row in found if row not in seeded.get(path.name, [])],
+          )
         else:
           _write_json(self.out / path.name, found)
     return "; ".join(troubles)
@@ -356,7 +411,7 @@ class Slot:
       outcome.step.name: {
         "state": outcome.state,
         "seconds": round(outcome.seconds, 1),
-        "command": [outcome.step.module, *outcome.step.arguments],
+        "command": outcome.command or [outcome.step.module, *outcome.step.arguments],
         "begun": outcome.begun,
         "wrong": outcome.wrong,
         "unreached": outcome.unreached,
@@ -364,7 +419,12 @@ class Slot:
       }
       for outcome in self.outcomes
     }
-    facts = {"code": self._code, "rehearsal": self.rehearse, "device": self._device(), "notes": self._notes}
+    facts = {
+      "code": self._code,
+      "rehearsal": self.rehearse,
+      "device": self._device(),
+      "notes": self._notes,
+    }
     _write_json(self.out / STATE, facts | {"steps": self._before.get("steps", {}) | records})
 
   def _device(self) -> str:
@@ -380,7 +440,7 @@ class Slot:
       print(text, flush=True)
       self._log(text)
 
-  # ---- the end -----------------------------------------------------------------------------------------------------
+  # ---- the end -----------------------------------------------------------------------------------
 
   def stop(self, reason: str):
     """Kills what runs; nothing is begun any more, and the summary follows."""
@@ -404,14 +464,14 @@ class Slot:
 
   @contextlib.contextmanager
   def _last_resort(self):
-    """Ends this process at its time even if something holds it; what was merged by then is on the disk."""
+    """Ends this process at its time even if something holds it; merged rows are on the disk."""
 
     def end():
       self.stop("out of time")
       print("out of time: ended without a summary; see slot.json", flush=True)
       os._exit(1)
 
-    timer = threading.Timer(max(0.0, self._end - time.monotonic()), end)
+    timer = threading.Timer(max(0.0, self._deadline - time.monotonic()), end)
     timer.daemon = True
     timer.start()
     try:
@@ -424,16 +484,20 @@ class Slot:
     lines = ["", "---- summary" + (" (a rehearsal: no measurement)" if self.rehearse else "")]
     for outcome in self.outcomes:
       detail = f"in: {outcome.begun}" if outcome.begun else outcome.note
-      lines.append(f"{outcome.state:<15} {outcome.seconds:4.0f} s  {outcome.step.name}" + (f" ({detail})" if detail else ""))
+      ending = f" ({detail})" if detail else ""
+      lines.append(f"{outcome.state:<15} {outcome.seconds:4.0f} s  {outcome.step.name}{ending}")
     judged = [outcome for outcome in self.outcomes if outcome.step.judged]
     # A case that one step did not reach, another one may have.
     reached = {name for outcome in judged for name in outcome.reached}
+    failed = [outcome for outcome in judged if outcome.state.startswith(("exit", "error"))]
+    late = [outcome for outcome in judged if outcome.state == "not begun"]
+    unreached = [name for outcome in judged for name in outcome.unreached]
     for title, names in (
       ("wrong", [name for outcome in judged for name in outcome.wrong]),
       ("did not end", [outcome.begun or outcome.step.name for outcome in judged if outcome.broke]),
-      ("failed", [outcome.step.name for outcome in judged if outcome.state.startswith("exit")]),
-      ("unreached", [name for outcome in judged for name in outcome.unreached if name not in reached]),
-      ("not begun", [outcome.step.name for outcome in judged if outcome.state == "not begun"]),
+      ("failed", [outcome.step.name for outcome in failed]),
+      ("unreached", [name for name in unreached if name not in reached]),
+      ("not begun", [outcome.step.name for outcome in late]),
     ):
       lines.append(f"{title}: {'; '.join(names)[:1500] or 'none'}")
     lines += [f"bisect: {note}" for note in self._notes]
@@ -442,11 +506,11 @@ class Slot:
     return "\n".join(lines)
 
 
-# ---- parts of a run --------------------------------------------------------------------------------------------------
+# ---- parts of a run ------------------------------------------------------------------------------
 
 
 def groups(steps: tuple[Step, ...]) -> list[list[Step]]:
-  """Returns the steps in order: each that is alone by itself, those between two such ones together."""
+  """Returns the steps in order: each that is alone by itself, those between two such together."""
   found: list[list[Step]] = []
   for step in steps:
     if step.alone or not found or found[-1][-1].alone:
@@ -456,35 +520,36 @@ def groups(steps: tuple[Step, ...]) -> list[list[Step]]:
 
 
 def remainder(outcome: Outcome) -> Step:
-  """Returns a step over the cases that a broken one did not reach: its first one may be the only one that hangs."""
+  """Returns a step over the cases that a broken one did not reach: the others may be fine."""
   step = outcome.step
+  others = [argument for argument in step.arguments if not argument.startswith("--only=")]
   return dataclasses.replace(
     step,
     name=f"{step.name}, the rest",
-    arguments=(f"--only={plans.only(outcome.unreached)}",),
+    arguments=(*others, f"--only={plans.only(outcome.unreached)}"),
     seconds=min(step.seconds, REST_SECONDS),
     alone=False,
   )
 
 
 def described(outcome: Outcome, text: str) -> list[str]:
-  """Returns what is printed of a step: its state, and as much as a reader needs who sees nothing else."""
+  """Returns what is printed of a step: all that is known to a reader who has lost the log."""
   step = outcome.step
   right = sum(line.startswith("ok") for line in outcome.lines)
-  detail = f", {right} right" if outcome.lines else ""
-  lines = [
-    f"[{step.name}] {outcome.state} after {outcome.seconds:.0f} s{detail}" + (f": {outcome.note}" if outcome.note else "")
-  ]
+  first = f"[{step.name}] {outcome.state} after {outcome.seconds:.0f} s"
+  first += f", {right} right" if outcome.lines else ""
+  first += f": {outcome.note}" if outcome.note else ""
+  if step.name == "facts":
+    return [first, *("  " + line[:400] for line in text.splitlines())]
   timed = step.module != "benchmarks.gpu_check"
-  lines += [line for line in outcome.lines if timed or not line.startswith("ok")][:12]
+  lines = [line for line in outcome.lines if timed or not line.startswith("ok")][:12]
   if outcome.begun:
     lines.append(f"in: begin {outcome.begun}")
-  if step.name == "facts":
-    return [lines[0], *("  " + line[:400] for line in text.splitlines())]
   if step.judged and (outcome.broke or outcome.state.startswith("exit")):
-    said = [line for line in text.splitlines() if line.strip() and not line.startswith(("wanted", "begin", *_VERDICTS))]
+    known = ("wanted", "begin", *_VERDICTS)
+    said = [line for line in text.splitlines() if line.strip() and not line.startswith(known)]
     lines += said[-12:]
-  return [lines[0], *("  " + line[:170] for line in lines[1:])]
+  return [first, *("  " + line[:170] for line in lines)]
 
 
 def _kill(pid: int):
@@ -501,12 +566,10 @@ def _read_json(path: pathlib.Path, otherwise):
     return otherwise
 
 
-def _read_rows(path: pathlib.Path) -> list[dict]:
-  return read_rows(path) if path.exists() else []
-
-
 def _are_rows(content) -> bool:
-  return isinstance(content, list) and all(isinstance(row, dict) and "name" in row for row in content)
+  if not isinstance(content, list):
+    return False
+  return all(isinstance(row, dict) and "name" in row for row in content)
 
 
 def _write_json(path: pathlib.Path, content):
@@ -518,14 +581,37 @@ def _write_json(path: pathlib.Path, content):
 
 def command_line() -> argparse.ArgumentParser:
   """Returns the parser of the command line."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
   parser.add_argument("--minutes", type=float, default=6.6, help="everything has ended by then")
-  parser.add_argument("--out", type=pathlib.Path, help="folder for rows and log; default $OUT, else runs/gpu")
-  parser.add_argument("--resume", type=pathlib.Path, help="folder with the files of an earlier call, whose right rows are kept")
+  parser.add_argument(
+    "--out",
+    type=pathlib.Path,
+    help="folder for rows and log; default $OUT, else runs/gpu",
+  )
+  parser.add_argument(
+    "--resume",
+    type=pathlib.Path,
+    help="folder with the files of an earlier call, whose right rows are kept",
+  )
   parser.add_argument("--plan", default="first", help=f"one of {', '.join(plans.PLANS)}")
-  parser.add_argument("--case", default="", help="the case that hangs or is wrong, for these two plans")
-  parser.add_argument("--steps", default="", help="only the steps with these names, separated by ';'")
-  parser.add_argument("--rehearse", action="store_true", help="tiny shapes and a stand-in on a CPU; checks this program")
+  parser.add_argument(
+    "--case",
+    default="",
+    help="the case that hangs or is wrong, for these two plans",
+  )
+  parser.add_argument(
+    "--steps",
+    default="",
+    help="only the steps with these names, separated by ';'",
+  )
+  parser.add_argument(
+    "--rehearse",
+    action="store_true",
+    help="tiny shapes and a stand-in on a CPU; checks this program",
+  )
   return parser
 
 
@@ -534,7 +620,11 @@ def main() -> int:
   options = parser.parse_args()
   try:
     steps = plans.chosen(plans.plan(options.plan, options.case), options.steps, options.rehearse)
-    slot = Slot(options.out or pathlib.Path(os.environ.get("OUT") or ROOT / "runs" / "gpu"), options.minutes, options.rehearse)
+    slot = Slot(
+      options.out or pathlib.Path(os.environ.get("OUT") or ROOT / "runs" / "gpu"),
+      options.minutes,
+      options.rehearse,
+    )
     if options.resume:
       slot.resume(options.resume)
   except (ValueError, FileNotFoundError) as error:

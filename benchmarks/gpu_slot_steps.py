@@ -1,7 +1,8 @@
-"""Plans for a few minutes on a scarce GPU: which commands run, in which order, and how long each may take.
+"""Plans for minutes on a scarce GPU: which commands run, in which order, for how long at most.
 
-Times assume an H100 with 16 cores and compiled programs kept between steps; they are estimates until a slot has run. This
-module imports no jax, because the process that reads it must outlive whatever a kernel does.
+Times assume an H100 with 16 cores and compiled programs kept between steps; they are estimates
+until a slot has run. This module imports no jax, because the process that reads it must outlive
+whatever a kernel does.
 """
 
 import dataclasses
@@ -11,7 +12,8 @@ from benchmarks.gpu_guards import GUARDS
 
 # Seconds until a child process has imported jax, opened the GPU and begun its first case.
 START = 10.0
-# Seconds between a child's own deadline and its limit: it stops by itself, with everything written, before it is killed.
+# Seconds between a child's own deadline and its limit: it stops by itself, with everything written,
+# before it is killed.
 MARGIN = 3.0
 
 
@@ -25,10 +27,14 @@ class Step:
     arguments: further ones.
     seconds: it is killed after so many.
     alone: nothing else runs beside it, because it is timed or because others build on it.
-    bisect: if a case of it hangs or is wrong, that case is tried under other configurations (`bisection`).
-    after: names of steps; if one of them was killed or died, this one is not begun, since it would end likewise.
-    wrapper: a program and its arguments that run the command; the step is left out where PATH has no such program.
-    judged: False: what it finds is reported and kept in the log, and neither its rows nor its exit status count.
+    bisect: if a case of it hangs or is wrong, that case is tried under other configurations
+      (`bisection`).
+    after: names of steps; if one of them was killed or died, this one is not begun, since it would
+      end likewise.
+    wrapper: a program and its arguments that run the command; the step is left out where PATH has
+      no such program.
+    judged: False: what it finds is reported and kept in the log, and neither its rows nor its exit
+      status count.
     resumes: it is left out where an earlier call of the same code on the same device ended it well.
   """
 
@@ -70,15 +76,16 @@ def timed(name: str, parts: str, only: str, seconds: float, **fields) -> Step:
   least = START + MARGIN + max(GUARDS[part] for part in parts.split(","))
   if seconds < least:
     raise ValueError(
-      f"step {name!r} of {seconds:g} s would leave out its last row: give it at least {least:g} s, which is the start, the "
-      f"row's guard (gpu_guards.py) and {MARGIN:g} s to end."
+      f"step {name!r} of {seconds:g} s would leave out its last row: give it at least {least:g} s, "
+      f"which is the start, the row's guard (gpu_guards.py) and {MARGIN:g} s to end.",
     )
   arguments = ("--device=gpu", f"--parts={parts}", f"--only={only}")
   return Step(name, "benchmarks.attention", arguments, seconds, alone=True, **fields)
 
 
 def sanitizer(tool: str) -> Step:
-  """Returns a step that runs the smallest call under compute-sanitizer; false alarms on wgmma operands are known."""
+  """Returns a step that runs the smallest call under compute-sanitizer; false alarms on wgmma
+  operands are known."""
   return Step(
     tool,
     "benchmarks.gpu_check",
@@ -91,9 +98,23 @@ def sanitizer(tool: str) -> Step:
   )
 
 
-FIRST_CALLS = checks("first calls", "^(one tile, seed 0|constant table|sliced in a scan)$", 75, alone=True, bisect=True)
+FIRST_CALLS = checks(
+  "first calls",
+  "^(one tile, seed 0|constant table|sliced in a scan)$",
+  75,
+  alone=True,
+  bisect=True,
+)
 FACTS = Step("facts", "benchmarks.gpu_facts", (), 30, alone=True, resumes=False)
-TRAIN = Step("training step", "benchmarks.gpu_train", ("--steps=60",), 75, alone=True, after=("plain",), resumes=False)
+TRAIN = Step(
+  "training step",
+  "benchmarks.gpu_train",
+  ("--steps=60",),
+  75,
+  alone=True,
+  after=("plain",),
+  resumes=False,
+)
 # All cases of attention but those of a million tokens, which take most of a minute each.
 _SMALL = "^(?!1M).*, seed 0$"
 _FORWARD = ("first calls", "plain")
@@ -112,7 +133,13 @@ FIRST = (
   checks("selection and search", "^(selection|search)$"),
   timed("dense", "ceilings,dense_mode", "ceiling|^dense/a_(64k|16k)$", 100, after=_FORWARD),
   timed("random lists", "lists", "^lists_d10/a_128k$|^lists_d05/a_64k$", 75, after=_FORWARD),
-  timed("backward", "backward", "^backward_lists_d10/a_64k$|^backward_dense/a_16k$", 85, after=_FORWARD),
+  timed(
+    "backward",
+    "backward",
+    "^backward_lists_d10/a_64k$|^backward_dense/a_16k$",
+    85,
+    after=_FORWARD,
+  ),
   timed("window", "window", "window", 60, after=_FORWARD),
   TRAIN,
   checks("all cases", _SMALL, 120),
@@ -122,13 +149,20 @@ FIRST = (
   sanitizer("memcheck"),
 )
 
-# Everything was right: what do the alternatives cost, and the rows that the first call had no time for.
+# Everything was right: what do the alternatives cost, and the rows that the first call had no time
+# for.
 RIGHT = (
   FACTS,
   FIRST_CALLS,
   timed("forms", "forms", "form_", 80, after=("first calls",)),
   timed("FreqFormer", "freqformer", "^(freqformer|fixed4k)/a_128k$", 75, after=("first calls",)),
-  timed("64-row tiles and 512K", "list_variants,lists", "^lists_d10_64x64/|^lists_d05/a_512k$", 60, after=("first calls",)),
+  timed(
+    "64-row tiles and 512K",
+    "list_variants,lists",
+    "^lists_d10_64x64/|^lists_d05/a_512k$",
+    60,
+    after=("first calls",),
+  ),
   timed("around, timed", "around,linear", "a_128k", 60, after=("first calls",)),
   # Last, because the table that it writes makes rows of the old table void.
   Step(
@@ -150,7 +184,7 @@ REST = (
   checks("all cases", _SMALL, 90, alone=True),
 )
 
-# ---- the bisect ----------------------------------------------------------------------------------------------------------
+# ---- the bisect ----------------------------------------------------------------------------------
 
 # "" is the configuration as it is. What is repaired by one of the others was broken by that field.
 VARIANTS = (
@@ -186,24 +220,58 @@ def bisection(case: str, module: str = "benchmarks.gpu_check") -> tuple[Step, ..
   )
 
 
+def repair(states: dict[str, str]) -> str:
+  """Returns the first variant under which the case was right, "" if there is none or if it was
+  right as it is.
+
+  Args:
+    states: of the steps of a bisect, by name.
+  """
+  right = _right(states)
+  return "" if not right or "as is" in right else right[0]
+
+
 def verdict(case: str, states: dict[str, str]) -> str:
-  """Returns what a bisect says: the change that repairs the case, by the names and states of its steps."""
-  found = {name.removeprefix(f"{PREFIX}: "): state for name, state in states.items() if state != "not begun"}
-  right = [name for name, state in found.items() if state == "ok"]
-  others = "; ".join(name for name in found if name != "as is")
+  """Returns what a bisect says of a case, see `repair`."""
+  right = _right(states)
+  tried = [_variant(name) for name, state in states.items() if state != "not begun"]
+  others = "; ".join(name for name in tried if name != "as is")
   if "as is" in right:
-    return f"{case} was right when it ran again as it is: it depends on timing, or on what ran beside it"
+    return f"{case} was right when it ran again as it is: timing matters, or what ran beside it"
   if right:
     return f"{case} is repaired by {' and, alone, by '.join(right)}"
   return f"{case} is not repaired by any of: {others}" if others else f"{case}: no time to bisect"
 
 
-# ---- what a call runs ----------------------------------------------------------------------------------------------------
+def _right(states: dict[str, str]) -> list[str]:
+  """Names of the variants under which the case was right."""
+  return [_variant(name) for name, state in states.items() if state == "ok"]
 
-# Steps that misbehave, behind a rehearsal's others: killed, died, failed, wrong; none of them may cost another one's rows.
+
+def _variant(name: str) -> str:
+  return name.removeprefix(f"{PREFIX}: ")
+
+
+# ---- what a call runs ----------------------------------------------------------------------------
+
+# Steps that misbehave, behind a rehearsal's others: killed, died, failed, wrong; none of them may
+# cost another one's rows.
 PLANTED = tuple(
-  Step(kind, "benchmarks.gpu_slot_planted", (f"--kind={kind}",), seconds, bisect=kind == "wrong", resumes=False)
-  for kind, seconds in (("stubborn", 3.0), ("aborting", 15.0), ("failing", 15.0), ("garbage", 15.0), ("wrong", 15.0))
+  Step(
+    kind,
+    "benchmarks.gpu_slot_planted",
+    (f"--kind={kind}",),
+    seconds,
+    bisect=kind == "wrong",
+    resumes=False,
+  )
+  for kind, seconds in (
+    ("stubborn", 3.0),
+    ("aborting", 15.0),
+    ("failing", 15.0),
+    ("garbage", 15.0),
+    ("wrong", 15.0),
+  )
 )
 
 PLANS = ("first", "right", "hangs", "wrong")
@@ -222,18 +290,19 @@ def plan(name: str, case: str = "") -> tuple[Step, ...]:
   if name not in PLANS:
     raise ValueError(f"--plan={name!r} is unknown; choose one of {', '.join(PLANS)}.")
   if bool(case) != (name in ("hangs", "wrong")):
-    raise ValueError("--case names the case that hangs or is wrong: give it with --plan=hangs or --plan=wrong, and only there.")
+    raise ValueError("--case names the case that hangs or is wrong: give it with these two plans, and only there.")
   if name == "first":
     return FIRST
   if name == "right":
     return RIGHT
-  sanitizers = tuple(dataclasses.replace(sanitizer(tool), after=()) for tool in ("memcheck", "racecheck"))
-  found = bisection(case)
-  return (FACTS, *found, *(sanitizers if name == "wrong" else ()), *REST)
+  tools = [sanitizer("memcheck"), sanitizer("racecheck")] if name == "wrong" else []
+  sanitizers = [dataclasses.replace(step, after=()) for step in tools]
+  return (FACTS, *bisection(case), *sanitizers, *REST)
 
 
 def chosen(steps: tuple[Step, ...], names: str, rehearse: bool) -> tuple[Step, ...]:
-  """Returns the steps with these names, all if there are none; a rehearsal has those that misbehave, too.
+  """Returns the steps with these names, all if there are none; a rehearsal has those that
+  misbehave, too.
 
   Args:
     steps: of a plan.

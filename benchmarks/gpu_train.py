@@ -1,11 +1,12 @@
 """Times training steps of configs/ucf101.py's model on clips that are rendered into memory.
 
-  python -m benchmarks.gpu_train --steps=60 --out=$OUT           # on a GPU: FreqFormer-S, bfloat16, head dimension 64
-  python -m benchmarks.gpu_train --rehearse --steps=3 --out=/tmp/x     # tiny, on a CPU: checks this program
+  python -m benchmarks.gpu_train --steps=60 --out=$OUT     # FreqFormer-S, bfloat16, 64 per head
+  python -m benchmarks.gpu_train --rehearse --steps=3 --out=/tmp/x     # tiny, on a CPU
 
-The step is the one of train.py; the data path (files, cache, loader) is left out, so that neither its packages nor its speed
-matter. configs/demo.py says nothing about the kernels: its heads of 16 channels in float32 run the portable backend. The row
-says how much of the device's time attention takes where a profiler saw the kernels, else how much of the model's FLOPs.
+The step is the one of train.py; the data path (files, cache, loader) is left out, so that neither
+its packages nor its speed matter. configs/demo.py says nothing about the kernels: its heads of 16
+channels in float32 run the portable backend. The row says how much of the device's time attention
+takes where a profiler saw the kernels, else how much of the model's FLOPs.
 """
 
 import pathlib
@@ -30,8 +31,19 @@ from freqformer.throughput import Throughput
 from freqformer.training import init_state, make_train_step
 
 _STEPS = flags.DEFINE_integer("steps", 60, "Timed steps.", 2, allow_override=True)
-_OUT = flags.DEFINE_string("out", None, "Folder for the row; default runs/gpu.", allow_override=True)
-_MINUTES = flags.DEFINE_float("minutes", 2, "Stop by then with the steps that were made.", 0, allow_override=True)
+_OUT = flags.DEFINE_string(
+  "out",
+  None,
+  "Folder for the row; default runs/gpu.",
+  allow_override=True,
+)
+_MINUTES = flags.DEFINE_float(
+  "minutes",
+  2,
+  "Stop by then with the steps that were made.",
+  0,
+  allow_override=True,
+)
 _REHEARSE = flags.DEFINE_bool("rehearse", False, "A tiny model on a CPU.", allow_override=True)
 
 # Substrings of the attention kernels' names, as a profiler shows them.
@@ -52,7 +64,8 @@ def tiny(config):
 
 
 def rendered_batch(exp: Experiment) -> dict[str, np.ndarray]:
-  """Returns one batch of normalised latents `[b, t, y, x, c]` and labels of rendered clips, one class after the other."""
+  """Returns one batch of normalised latents `[b, t, y, x, c]` and labels of rendered clips, one
+  class after the other."""
   codec, (frames, rows, cols) = make_codec(exp.data.codec), exp.data.video_shape
   names = sorted(LOOKS)
   clips = []
@@ -98,7 +111,8 @@ def measure(exp: Experiment, steps: int, deadline: Deadline) -> dict:
   memory = device.memory_stats() or {}
   text = step.as_text()
   row = {
-    "model": f"{exp.model.size}, {exp.model.depth} layers, {exp.model.heads} heads, width {exp.model.width}",
+    "model": f"{exp.model.size}, {exp.model.depth} layers of {exp.model.width}",
+    "heads": exp.model.heads,
     "dtype": exp.model.dtype,
     "tokens": exp.model.layout(shape).n,
     "batch": exp.train.batch_size,
@@ -107,7 +121,9 @@ def measure(exp: Experiment, steps: int, deadline: Deadline) -> dict:
     "seconds": seconds,
     **Throughput.of(exp.model, shape, exp.train.batch_size).rates(1 / seconds),
     "compile_seconds": compiled,
-    "peak_bytes": memory.get("peak_bytes_in_use"),  # None where the device does not say, as on a CPU
+    "peak_bytes": memory.get(
+      "peak_bytes_in_use",
+    ),  # None where the device does not say, as on a CPU
     "temporary_bytes": step.memory_analysis().temp_size_in_bytes,
     "loss_first": losses[0],
     "loss_last": losses[-1],
@@ -117,11 +133,14 @@ def measure(exp: Experiment, steps: int, deadline: Deadline) -> dict:
   fine = bool(np.isfinite(losses).all())
   # A run that quietly used the portable backend would time something else.
   missing = device.platform == "gpu" and len(row["attention_kernels"]) < len(ATTENTION_KERNELS)
-  return row | {"correct": fine and not missing} | ({"error": "attention ran on no Hopper kernel"} if missing else {})
+  if missing:
+    return row | {"correct": False, "error": "attention ran on no Hopper kernel"}
+  return row | {"correct": fine}
 
 
 def profiled(step, state, batch, tables) -> dict[str, float]:
-  """Returns the device's milliseconds per step by kernel; empty where no profiler sees kernels, as on a CPU."""
+  """Returns the device's milliseconds per step by kernel; empty where no profiler sees kernels, as
+  on a CPU."""
   if jax.default_backend() != "gpu":
     return {}
   try:
@@ -138,7 +157,8 @@ def profiled(step, state, batch, tables) -> dict[str, float]:
 
 
 def kernel_times(profile) -> dict[str, float]:
-  """Returns milliseconds per step by kernel name from the streams of the GPU's planes of a profile."""
+  """Returns milliseconds per step by kernel name from the streams of the GPU's planes of a
+  profile."""
   found: dict[str, float] = {}
   for plane in profile.planes:
     if not plane.name.startswith("/device:GPU"):
@@ -151,9 +171,11 @@ def kernel_times(profile) -> dict[str, float]:
 
 
 def attention_share(exp: Experiment, kernels: dict[str, float]) -> dict:
-  """Returns attention's share of a step, and of what: device time where kernels were seen, else the model's FLOPs."""
+  """Returns attention's share of a step, and of what: device time where kernels were seen, else the
+  model's FLOPs."""
   if kernels:
-    attention = sum(ms for name, ms in kernels.items() if any(word in name for word in ATTENTION_KERNELS))
+    ours = [name for name in kernels if any(word in name for word in ATTENTION_KERNELS)]
+    attention = sum(kernels[name] for name in ours)
     longest = dict(sorted(kernels.items(), key=lambda item: -item[1])[:10])
     return {
       "attention_share": attention / sum(kernels.values()),
@@ -163,7 +185,10 @@ def attention_share(exp: Experiment, kernels: dict[str, float]) -> dict:
     }
   cost = model_cost(exp.model, exp.latent_shape, training=True)
   attention = (1 + BACKWARD_OVER_FORWARD) * cost.attention_flops
-  return {"attention_share": attention / training_flops(cost), "attention_share_of": "modelled FLOPs"}
+  return {
+    "attention_share": attention / training_flops(cost),
+    "attention_share_of": "modelled FLOPs",
+  }
 
 
 def main(argv):
@@ -176,16 +201,20 @@ def main(argv):
     tiny(config)
   name = "train/ucf101_S"
   label = "rehearsal" if _REHEARSE.value else device_slug(kind)
-  command = f"python -m benchmarks.gpu_train --steps={_STEPS.value}" + (" --rehearse" if _REHEARSE.value else "")
+  command = f"python -m benchmarks.gpu_train --steps={_STEPS.value}"
+  command += " --rehearse" if _REHEARSE.value else ""
   folder = pathlib.Path(_OUT.value or ROOT / "runs" / "gpu")
   store = Store.open(folder, f"gpu_train_{label}", command, _REHEARSE.value)
   print(f"wanted {name}\nbegin {name}", flush=True)
   # Measured anew each time: the row depends on more code than the store's hash covers.
-  row = store.add({"name": name} | measure(experiment(config), _STEPS.value, Deadline(60 * _MINUTES.value)))
+  row = store.add(
+    {"name": name} | measure(experiment(config), _STEPS.value, Deadline(60 * _MINUTES.value)),
+  )
   memory = f"{row['peak_bytes'] / 2**30:.2f} GiB" if row["peak_bytes"] else "not told"
   print(
     f"{'ok   ' if row['correct'] else 'WRONG'} {name}  {row['steps_per_s']:.3g} steps/s  attention "
-    f"{row['attention_share']:.1%} of {row['attention_share_of']}  peak memory {memory}  {row.get('error', '')}"
+    f"{row['attention_share']:.1%} of {row['attention_share_of']}  peak memory {memory}  "
+    f"{row.get('error', '')}"
   )
   sys.exit(0 if row["correct"] else 1)
 

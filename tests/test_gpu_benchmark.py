@@ -168,6 +168,24 @@ def test_parts_and_rows_by_name(tmp_path, capsys):
     gpu_run.main(**options, parts=("nothing",))
 
 
+def test_a_run_in_another_configuration(tmp_path, monkeypatch):
+  """The kernels see it, the rows say it, and a run without it takes none of them for its own."""
+  seen = []
+
+  def look(run):
+    seen.append(tuning.lookup(tuning.Key("h100", 128, 128, 128, "forward")).take_turns)
+    run.row("looked", lambda: {"correct": True})
+
+  monkeypatch.setattr(gpu_run, "parts_named", lambda names: (look,))
+  options = dict(minutes=5, out=str(tmp_path), implementation="reference", rehearse=True, plan=SHORT, parts=("look",))
+  gpu_run.main(**options, config="take_turns=False")
+  (row,) = [row for row in rows.read_rows(tmp_path / "attention_gpu_rehearsal.json") if row["name"] == "looked"]
+  assert row["config"] == "take_turns=False" and "--config='take_turns=False'" in row["command"]
+  gpu_run.main(**options)
+  (row,) = [row for row in rows.read_rows(tmp_path / "attention_gpu_rehearsal.json") if row["name"] == "looked"]
+  assert seen == [False, True] and "config" not in row
+
+
 def test_each_form_is_traced_under_its_own_configuration():
   key, seen = tuning.Key("h100", 128, 128, 128, "forward"), []
 

@@ -1,4 +1,5 @@
-"""A slot keeps what was found whatever its steps do: rehearsed with real processes, some of which misbehave on purpose."""
+"""A slot keeps what was found whatever its steps do: rehearsed with real processes, some of which
+misbehave on purpose."""
 
 import json
 import os
@@ -42,15 +43,29 @@ def _rows(path: pathlib.Path) -> dict[str, dict]:
   return {row["name"]: row for row in json.loads(path.read_text())}
 
 
-# ---- a whole rehearsal ---------------------------------------------------------------------------------------------------
+# ---- a whole rehearsal ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory):
-  """A rehearsal of some real steps and of all that misbehave: what it printed, its exit status and its folder."""
+  """A rehearsal of some real steps and of all that misbehave: what it printed, its exit status and
+  its folder."""
   out = tmp_path_factory.mktemp("slot")
-  steps = ["facts", "plain", "selection and search", "window", *(step.name for step in plans.PLANTED)]
-  command = [sys.executable, "-m", "benchmarks.gpu_slot", "--rehearse", "--minutes=4", f"--out={out}"]
+  steps = [
+    "facts",
+    "plain",
+    "selection and search",
+    "window",
+    *(step.name for step in plans.PLANTED),
+  ]
+  command = [
+    sys.executable,
+    "-m",
+    "benchmarks.gpu_slot",
+    "--rehearse",
+    "--minutes=4",
+    f"--out={out}",
+  ]
   done = subprocess.run(
     [*command, f"--steps={';'.join(steps)}"],
     capture_output=True,
@@ -75,7 +90,8 @@ def test_a_step_that_overstays_is_killed_with_its_children_and_keeps_its_rows(re
   assert "in: begin stubborn" in printed and re.search("did not end: .*stubborn", printed)
   assert not _alive(_rows(out / "planted.json")[gpu_slot_planted.ROW]["child"])
   # Half of a file is named, and neither kept nor fatal.
-  assert "cut_off.json is no whole JSON file" in record["note"] and not (out / "cut_off.json").exists()
+  assert "cut_off.json is no whole JSON file" in record["note"]
+  assert not (out / "cut_off.json").exists()
 
 
 def test_the_cases_behind_one_that_hung_are_run_without_it(rehearsed):
@@ -98,18 +114,23 @@ def test_every_end_of_a_process_has_its_name(rehearsed):
 def test_what_is_wrong_is_bisected_by_itself(rehearsed):
   printed, _, out = rehearsed
   found = _state(out)
-  assert found["notes"] == [f"{gpu_slot_planted.CASE} is repaired by {gpu_slot_planted.REPAIRED_BY}"]
+  repair = gpu_slot_planted.REPAIRED_BY
+  assert found["notes"][0] == f"{gpu_slot_planted.CASE} is repaired by {repair}"
+  assert found["notes"][1] == f"what is timed from here on runs with {repair}"
   assert f"bisect: {found['notes'][0]}" in printed
   tried = {name for name in found["steps"] if name.startswith(plans.PREFIX)}
-  assert {f"bisect: {variant}" for variant in ("as is", "by_lane=True", "take_turns=False", "stages=2", "step=64")} <= tried
-  assert _rows(out / "planted.json")[gpu_slot_planted.CASE]["correct"] is False  # no variant's row took its place
+  variants = ("as is", "by_lane=True", "take_turns=False", "stages=2", "step=64")
+  assert {f"bisect: {variant}" for variant in variants} <= tried
+  # No variant's row took the place of the case's own.
+  assert _rows(out / "planted.json")[gpu_slot_planted.CASE]["correct"] is False
 
 
 def test_rows_of_several_processes_lie_in_one_file_per_kind(rehearsed):
   _, _, out = rehearsed
   checks = _rows(out / "gpu_check_rehearsal.json")
   assert set(checks) == {"check: plain, seed 0", "check: selection", "check: search"}
-  assert all(row["correct"] and row["rehearsal"] and row["ptxas"] and row["driver"] for row in checks.values())
+  for row in checks.values():
+    assert row["correct"] and row["rehearsal"] and row["ptxas"] and row["driver"]
   assert _rows(out / "attention_gpu_rehearsal.json")["window/b_115k"]["correct"]
 
 
@@ -117,10 +138,12 @@ def test_what_comes_back_fits(rehearsed):
   """A rented machine returns 8 files, two folders deep at most, and the last 12,000 characters."""
   printed, _, out = rehearsed
   files = [path for path in out.rglob("*") if path.is_file()]
-  assert len(files) <= 8 and all(path.parent == out and re.fullmatch(r"[\w.-]+", path.name) for path in files)
+  assert len(files) <= 8
+  assert all(path.parent == out and re.fullmatch(r"[\w.-]+", path.name) for path in files)
   assert len(printed) < 12_000
   summary = printed[printed.index("---- summary") :]
-  assert all(name in summary for name in ("plain", "window", "stubborn", "wrong:", "unreached:", "files in"))
+  for name in ("plain", "window", "stubborn", "wrong:", "unreached:", "files in"):
+    assert name in summary
 
 
 def test_what_is_right_is_not_run_again(rehearsed, tmp_path):
@@ -132,7 +155,9 @@ def test_what_is_right_is_not_run_again(rehearsed, tmp_path):
   start = time.monotonic()
   assert slot.run(steps) and time.monotonic() - start < 10
   assert [outcome.state for outcome in slot.outcomes] == ["ok", *["skipped"] * 3]
-  assert set(_rows(tmp_path / "gpu_check_rehearsal.json")) == set(_rows(out / "gpu_check_rehearsal.json"))
+  assert set(_rows(tmp_path / "gpu_check_rehearsal.json")) == set(
+    _rows(out / "gpu_check_rehearsal.json"),
+  )
   other = gpu_slot.Slot(tmp_path, 1, rehearse=True)
   assert other._ended_well(steps[1])
   other._before["device"] = "NVIDIA H200"
@@ -142,12 +167,18 @@ def test_what_is_right_is_not_run_again(rehearsed, tmp_path):
   assert not other._ended_well(steps[1])
 
 
-# ---- single properties, with steps that need no jax ----------------------------------------------------------------------
+# ---- single properties, with steps that need no jax ----------------------------------------------
 
 
 def test_the_parent_imports_no_jax():
   code = "import sys; sys.modules['jax'] = None; import benchmarks.gpu_slot; print('imported')"
-  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+  done = subprocess.run(
+    [sys.executable, "-c", code],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    check=True,
+  )
   assert done.stdout.strip() == "imported"
 
 
@@ -164,7 +195,8 @@ def _planted(kind: str, seconds: float = 60.0, **fields) -> Step:
 
 
 def test_everything_ends_in_time(hurried, tmp_path, capsys):
-  """A step longer than what is left is cut off there, and what follows is named as not begun: not as wrong."""
+  """A step longer than what is left is cut off there, and what follows is named as not begun: not
+  as wrong."""
   start = time.monotonic()
   slot = gpu_slot.Slot(tmp_path, 2.5 / 60, rehearse=True)
   assert not slot.run((_planted("stubborn", alone=True), _planted("failing", alone=True)))
@@ -180,7 +212,8 @@ def test_a_stopped_parent_kills_its_children_and_keeps_the_rows(tmp_path):
   out, temporary = tmp_path / "out", tmp_path / "temporary"
   temporary.mkdir()
   code = (
-    "import pathlib, sys; from benchmarks import gpu_slot; from benchmarks.gpu_slot_steps import Step; "
+    "import pathlib, sys; from benchmarks import gpu_slot; "
+    "from benchmarks.gpu_slot_steps import Step; "
     "slot = gpu_slot.Slot(pathlib.Path(sys.argv[1]), 1, True); "
     f"step = lambda kind: Step(kind, {_MODULE!r}, ('--kind=' + kind,), 50, alone=True); "
     "sys.exit(0 if slot.run((step('stubborn'), step('failing'))) else 1)"
@@ -209,6 +242,38 @@ def test_steps_that_build_on_a_broken_one_are_left_out(tmp_path):
   assert slot.outcomes[1].note == "aborting did not end"
 
 
+def test_what_is_timed_runs_with_the_repair(tmp_path):
+  """A hang that a bisect repairs costs no timed row; other steps run as they are."""
+  slot = gpu_slot.Slot(tmp_path, 1, rehearse=True)
+  timed = plans.timed("dense", "dense_mode", "a_16k", 60, after=("aborting",))
+  slot._together([_planted("aborting")])
+  assert slot._refusal(timed).note == "aborting did not end" and slot._arguments(timed) == list(
+    timed.arguments,
+  )
+  slot._bisect(
+    [gpu_slot.Outcome(_planted("wrong", bisect=True), "wrong", wrong=["planted, seed 0"])],
+  )
+  assert slot._refusal(timed) is None
+  assert slot._arguments(timed) == [*timed.arguments, f"--config={gpu_slot_planted.REPAIRED_BY}"]
+  assert slot._refusal(_planted("garbage", after=("aborting",))) is not None
+  assert "--config" not in str(slot._arguments(plans.FIRST_CALLS))
+
+
+def test_an_error_of_the_parent_costs_one_step(tmp_path, monkeypatch):
+  slot = gpu_slot.Slot(tmp_path, 1, rehearse=True)
+  popen = subprocess.Popen
+
+  def no_memory(command, **options):
+    if "--kind=failing" in command:
+      raise OSError("no memory")
+    return popen(command, **options)
+
+  monkeypatch.setattr(gpu_slot.subprocess, "Popen", no_memory)
+  assert not slot.run((_planted("failing", alone=True), _planted("garbage", alone=True)))
+  assert [outcome.state for outcome in slot.outcomes] == ["error", "ok"]
+  assert "failed: failing" in slot.summary() and "OSError: no memory" in slot.summary()
+
+
 def test_a_hung_kernel_is_looked_at_before_it_is_killed(tmp_path, monkeypatch):
   tools = tmp_path / "tools"
   tools.mkdir()
@@ -223,18 +288,23 @@ def test_a_hung_kernel_is_looked_at_before_it_is_killed(tmp_path, monkeypatch):
 
 
 def test_a_sanitizer_reports_and_is_not_judged(tmp_path, monkeypatch):
-  """It is left out where it is missing; what it says never makes a case wrong, nor takes a row's place."""
+  """It is left out where it is missing; what it says never makes a case wrong, nor takes a row's
+  place."""
   assert gpu_slot.Slot(tmp_path / "without", 1, True).run((plans.sanitizer("memcheck"),))
   tools = tmp_path / "tools"
   tools.mkdir()
   tool = tools / "compute-sanitizer"
-  tool.write_text("#!/bin/sh\necho '========= Invalid read'\necho '========= ERROR SUMMARY: 2 errors'\nexit 0\n")
+  tool.write_text(
+    "#!/bin/sh\necho '========= Invalid read'\necho '========= ERROR SUMMARY: 2 errors'\nexit 0\n",
+  )
   tool.chmod(0o755)
   monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
   slot = gpu_slot.Slot(tmp_path / "with", 1, True)
   assert slot.run((plans.sanitizer("memcheck"),)) and slot.outcomes[0].state == "said something"
   assert "Invalid read" in (tmp_path / "with" / gpu_slot.LOG).read_text()
-  tool.write_text("#!/bin/sh\necho '========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)'\n")
+  tool.write_text(
+    "#!/bin/sh\necho '========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)'\n",
+  )
   slot = gpu_slot.Slot(tmp_path / "clean", 1, True)
   assert slot.run((plans.sanitizer("racecheck"),)) and slot.outcomes[0].state == "ok"
 
@@ -242,17 +312,24 @@ def test_a_sanitizer_reports_and_is_not_judged(tmp_path, monkeypatch):
 def test_merging_keeps_the_rows_of_all_writers(tmp_path):
   """Two steps that began from the same rows: neither puts back what the other has replaced."""
   slot = gpu_slot.Slot(tmp_path / "out", 1)
-  (tmp_path / "out" / "kind.json").write_text(json.dumps([{"name": "a", "value": 0}, {"name": "b", "value": 0}]))
+  (tmp_path / "out" / "kind.json").write_text(
+    json.dumps([{"name": "a", "value": 0}, {"name": "b", "value": 0}]),
+  )
   for name in "ab":
     (tmp_path / name).mkdir()
   seeded = {name: slot._seed(tmp_path / name) for name in "ab"}
   for name in "ab":
     path = tmp_path / name / "kind.json"
     found = json.loads(path.read_text())
-    path.write_text(json.dumps([row | ({"value": 1} if row["name"] == name else {}) for row in found]))
+    path.write_text(
+      json.dumps([row | ({"value": 1} if row["name"] == name else {}) for row in found]),
+    )
   for name in "ab":
     assert slot._merge(tmp_path / name, seeded[name]) == ""
-  assert json.loads((tmp_path / "out" / "kind.json").read_text()) == [{"name": "a", "value": 1}, {"name": "b", "value": 1}]
+  assert json.loads((tmp_path / "out" / "kind.json").read_text()) == [
+    {"name": "a", "value": 1},
+    {"name": "b", "value": 1},
+  ]
 
 
 def test_no_more_files_than_come_back(tmp_path):
@@ -272,11 +349,16 @@ def test_fetched_rows_do_not_replace_newer_ones(tmp_path):
   old, out = tmp_path / "old", tmp_path / "out"
   old.mkdir()
   out.mkdir()
-  (old / "kind.json").write_text(json.dumps([{"name": "a", "value": "old"}, {"name": "b", "value": "old"}]))
+  (old / "kind.json").write_text(
+    json.dumps([{"name": "a", "value": "old"}, {"name": "b", "value": "old"}]),
+  )
   (old / "torn.json").write_text('[{"na')
   (out / "kind.json").write_text(json.dumps([{"name": "a", "value": "new"}]))
   gpu_slot.Slot(out, 1).resume(old)
-  assert {name: row["value"] for name, row in _rows(out / "kind.json").items()} == {"a": "new", "b": "old"}
+  assert {name: row["value"] for name, row in _rows(out / "kind.json").items()} == {
+    "a": "new",
+    "b": "old",
+  }
   assert not (out / "torn.json").exists()
   with pytest.raises(FileNotFoundError, match="--resume=.*missing is no folder"):
     gpu_slot.Slot(out, 1).resume(tmp_path / "missing")
@@ -285,17 +367,18 @@ def test_fetched_rows_do_not_replace_newer_ones(tmp_path):
 def test_output_is_read_as_it_was_meant():
   step = plans.checks("x", "")
   read = lambda text, code: gpu_slot.read_output(step, text, code)
-  text = "wanted a, seed 0\nwanted b\nwanted c\nbegin a, seed 0\nok    a, seed 0      out 1e-3\nbegin b\n"
+  text = "wanted a, seed 0\nwanted b\nwanted c\nbegin a, seed 0\nok    a, seed 0   out 1\nbegin b\n"
   killed = read(text, None)
   assert (killed.state, killed.begun, killed.unreached, killed.wrong) == ("killed", "b", ["c"], [])
   late = read("wanted a\nunreached a\n", 1)
   assert (late.state, late.unreached, late.wrong, late.good) == ("unreached", ["a"], [], False)
   wrong = read("begin a\nWRONG a  NaN\nbegin b\nFAILED b  FAILED: no\nunreached c\n", 1)
   assert (wrong.state, wrong.wrong, wrong.unreached) == ("wrong", ["a", "b"], ["c"])
-  assert read("", -9).state == "died: SIGKILL" and read("", 2).state == "exit 2" and read("", 0).good
+  assert read("", -9).state == "died: SIGKILL" and read("", 2).state == "exit 2"
+  assert read("", 0).good
 
 
-# ---- plans ---------------------------------------------------------------------------------------------------------------
+# ---- plans ---------------------------------------------------------------------------------------
 
 
 class _Names(gpu_attention.Session):
@@ -344,8 +427,9 @@ def test_first_slots_leave_out_what_costs_minutes(tmp_path):
       names += [] if part is gpu_run.ceilings else (part(run), run.names)[1]
   assert names and not [name for name in names if "a_1m" in name or re.search("dense.*512k", name)]
   for step in (step for step in _ALL if step.module == "benchmarks.gpu_check"):
-    found = [job.name for job in gpu_check.jobs(False) if re.search(_options(step)["only"], job.name)]
-    assert not [name for name in found if name.startswith("1M")], step.name
+    only = _options(step)["only"]
+    huge = [job.name for job in gpu_check.jobs(False) if job.name.startswith("1M")]
+    assert huge and not [name for name in huge if re.search(only, name)], step.name
 
 
 def test_a_timed_step_is_longer_than_the_guard_of_its_last_row():
@@ -377,11 +461,12 @@ def test_small_checks_share_the_machine_and_timed_steps_do_not():
   for group in gpu_slot.groups(found):
     assert len(group) == 1 or not any(step.alone for step in group)
   assert [step for group in gpu_slot.groups(found) for step in group] == list(found)
-  assert all(step.alone for step in found if step.module in ("benchmarks.attention", "benchmarks.gpu_train"))
+  timed = ("benchmarks.attention", "benchmarks.gpu_train")
+  assert all(step.alone for step in found if step.module in timed)
 
 
 def test_every_variant_of_the_bisect_fits_the_attention_kernels():
-  keys = [tuning.Key("h100", d, q, kv, way) for d in (64, 128) for q, kv in ((128, 128),) for way in tuning.DIRECTIONS]
+  keys = [tuning.Key("h100", d, 128, 128, way) for d in (64, 128) for way in tuning.DIRECTIONS]
   for step in plans.bisection("plain, seed 0"):
     fields = gpu_check.gpu_config.parse(_options(step)["config"])
     for config in gpu_check.gpu_config.changed(fields, keys).values():
@@ -390,10 +475,14 @@ def test_every_variant_of_the_bisect_fits_the_attention_kernels():
 
 
 def test_what_a_bisect_says():
-  say = lambda **states: plans.verdict("c", {f"bisect: {name.replace('__', ' ')}": state for name, state in states.items()})
-  assert say(as__is="killed", by_lane="ok", step="ok") == "c is repaired by by_lane and, alone, by step"
+  say = lambda **states: plans.verdict(
+    "c",
+    {f"bisect: {name.replace('__', ' ')}": state for name, state in states.items()},
+  )
+  repaired = say(as__is="killed", by_lane="ok", step="ok")
+  assert repaired == "c is repaired by by_lane and, alone, by step"
   assert say(as__is="wrong", by_lane="wrong") == "c is not repaired by any of: by_lane"
-  assert "depends on timing" in say(as__is="ok", by_lane="ok")
+  assert "timing matters" in say(as__is="ok", by_lane="ok")
   assert say(as__is="not begun", by_lane="not begun") == "c: no time to bisect"
 
 

@@ -1,4 +1,5 @@
-"""The training benchmark on a CPU: whole steps on rendered clips, and honest words about attention's share."""
+"""The training benchmark on a CPU: whole steps on rendered clips, and honest words about
+attention's share."""
 
 import types
 
@@ -24,7 +25,8 @@ def _tiny():
 def test_steps_are_timed_and_described():
   exp = _tiny()
   row = gpu_train.measure(exp, steps=2, deadline=Deadline(60))
-  assert row["steps"] == 2 and row["steps_per_s"] == pytest.approx(1 / row["seconds"]) and row["correct"]
+  assert row["steps"] == 2 and row["correct"]
+  assert row["steps_per_s"] == pytest.approx(1 / row["seconds"])
   assert row["attention_share_of"] == "modelled FLOPs" and 0 < row["attention_share"] < 1
   assert row["dtype"] == "bfloat16" and row["attention_kernels"] == [] and row["tokens"] == 64
   batch = gpu_train.rendered_batch(exp)
@@ -42,19 +44,31 @@ def test_the_model_that_is_timed_runs_the_kernels():
 def test_device_time_is_shared_out_by_the_kernels_names():
   event = lambda name, ms: types.SimpleNamespace(name=name, duration_ns=3e6 * ms)
   streams = [
-    types.SimpleNamespace(name="Stream #1", events=[event("attention_forward_0", 2), event("fusion_1", 3)]),
-    types.SimpleNamespace(name="Stream #2", events=[event("attention_dkv_1", 4), event("fusion_1", 1)]),
-    types.SimpleNamespace(name="XLA Ops", events=[event("attention_forward_0", 100)]),  # the same again, by another name
+    types.SimpleNamespace(
+      name="Stream #1",
+      events=[event("attention_forward_0", 2), event("fusion_1", 3)],
+    ),
+    types.SimpleNamespace(
+      name="Stream #2",
+      events=[event("attention_dkv_1", 4), event("fusion_1", 1)],
+    ),
+    types.SimpleNamespace(
+      name="XLA Ops",
+      events=[event("attention_forward_0", 100)],
+    ),  # the same again, by another name
   ]
   host = types.SimpleNamespace(name="/host:CPU", lines=streams)
-  profile = types.SimpleNamespace(planes=[types.SimpleNamespace(name="/device:GPU:0", lines=streams), host])
+  profile = types.SimpleNamespace(
+    planes=[types.SimpleNamespace(name="/device:GPU:0", lines=streams), host],
+  )
   kernels = gpu_train.kernel_times(profile)
   assert kernels == pytest.approx({"attention_forward_0": 2, "fusion_1": 4, "attention_dkv_1": 4})
   found = gpu_train.attention_share(None, kernels)
-  assert found["attention_share"] == pytest.approx(0.6) and found["attention_share_of"] == "device time"
+  assert found["attention_share"] == pytest.approx(0.6)
+  assert found["attention_share_of"] == "device time"
 
 
-# ---- the machine's facts -------------------------------------------------------------------------------------------------
+# ---- the machine's facts -------------------------------------------------------------------------
 
 
 def test_missing_tools_are_absent(monkeypatch, tmp_path):
@@ -71,8 +85,11 @@ def test_the_assembler_on_path_and_the_drivers_version_are_read(monkeypatch, tmp
   tool = tmp_path / "ptxas"
   tool.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.1, V13.1.80'\n")
   tool.chmod(0o755)
-  (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build\n")
+  (tmp_path / "version").write_text(
+    "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build\n",
+  )
   monkeypatch.setattr(gpu_facts, "_DRIVER", tmp_path / "version")
-  assert gpu_facts.described_ptxas(str(tool)) == f"{tool} 13.1.80" and gpu_facts.driver() == "580.159.04"
+  assert gpu_facts.described_ptxas(str(tool)) == f"{tool} 13.1.80"
+  assert gpu_facts.driver() == "580.159.04"
   tool.write_text("#!/bin/sh\nexit 1\n")
   assert gpu_facts.described_ptxas(str(tool)) == f"{tool} of unknown version"
