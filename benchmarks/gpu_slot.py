@@ -25,6 +25,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from benchmarks import gpu_slot_steps as plans
@@ -33,6 +34,7 @@ from benchmarks.gpu_slot_steps import Step
 from benchmarks.rows import merge_rows, read_rows
 
 ROOT = pathlib.Path(__file__).parent.parent
+CUDA = pathlib.Path("/usr/local/cuda")
 LOG, STATE = "slot.log", "slot.json"
 # A rented machine may return no more files than this; slot.log and slot.json are two of them.
 MOST_FILES = 8
@@ -165,7 +167,7 @@ class Slot:
     self._before = _read_json(out / STATE, {})
     self._files = {LOG, STATE}
     self._code = code_digest()
-    self._env = os.environ | {
+    self._env = with_assembler(os.environ) | {
       "PYTHONUNBUFFERED": "1",
       "PYTHONFAULTHANDLER": "1",
       "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
@@ -507,6 +509,17 @@ class Slot:
 
 
 # ---- parts of a run ------------------------------------------------------------------------------
+
+
+def with_assembler(environment: Mapping[str, str]) -> dict[str, str]:
+  """Returns the environment with CUDA's own folder at the end of PATH if PATH has no ptxas.
+
+  XLA then finds the one of the machine's CUDA; without any, nothing of ours compiles.
+  """
+  path = environment.get("PATH", "")
+  if shutil.which("ptxas", path=path) is None:
+    path = os.pathsep.join([path, str(CUDA / "bin")])
+  return {**environment, "PATH": path}
 
 
 def groups(steps: tuple[Step, ...]) -> list[list[Step]]:

@@ -125,7 +125,7 @@ FIRST = (
   FIRST_CALLS,
   checks("plain", "^plain, seed 0$", bisect=True),
   checks("lists", "^(ragged, empty rows|128x64 tiles, odd counts), seed 0$", bisect=True),
-  checks("one compute warpgroup", "^(64x64 tiles|64x128 tiles), seed 0$", bisect=True),
+  checks("64-row tiles", "^(64x64 tiles|64x64 tiles, d=64), seed 0$", bisect=True),
   checks("no lists", "^(dense mode, ragged|one table for all heads), seed 0$", bisect=True),
   checks("padding and repeat", "^padding and repeat$"),
   checks("around", "^around", 75),

@@ -490,3 +490,15 @@ def test_temporary_folders_are_removed(tmp_path, monkeypatch):
   monkeypatch.setattr(gpu_slot.tempfile, "tempdir", str(tmp_path))
   assert gpu_slot.Slot(tmp_path / "out", 1, rehearse=True).run((_planted("garbage"),))
   assert not list(tmp_path.glob("slot-*"))
+
+
+def test_an_assembler_is_found(tmp_path, monkeypatch):
+  """The machine's own CUDA serves where PATH has no ptxas, and only there."""
+  cuda, other = tmp_path / "cuda", tmp_path / "other"
+  for folder in (cuda / "bin", other):
+    folder.mkdir(parents=True)
+    (folder / "ptxas").touch(mode=0o755)
+  monkeypatch.setattr(gpu_slot, "CUDA", cuda)
+  found = gpu_slot.with_assembler({"PATH": str(tmp_path), "KEPT": "1"})
+  assert found == {"PATH": f"{tmp_path}{os.pathsep}{cuda / 'bin'}", "KEPT": "1"}
+  assert gpu_slot.with_assembler({"PATH": str(other)}) == {"PATH": str(other)}
