@@ -132,7 +132,7 @@ def compile_for(fn, *args, devices: int = 1, device: str = "h100", shardings=Non
   if len(shardings) != len(args):
     raise ValueError(f"shardings must have one entry per argument: got {len(shardings)} for {len(args)}.")
   specs = tuple(_specs(gpus, s, a) for s, a in zip(shardings, args, strict=True))
-  with _dumps() as folder, _no_persistent_cache(), jax.sharding.use_abstract_mesh(gpus.abstract_mesh):
+  with _dumps() as folder, _settings(), jax.sharding.use_abstract_mesh(gpus.abstract_mesh):
     # A new function object each time: jax reuses lowered modules of a known one, and those name an earlier folder.
     lowered = jax.jit(lambda *a: fn(*a)).lower(*specs)
     try:
@@ -184,14 +184,20 @@ def _dumps():
 
 
 @contextlib.contextmanager
-def _no_persistent_cache():
-  """Nothing is stored: the module names a folder of its own, so that no later compile could find it again."""
-  before = jax.config.jax_persistent_cache_min_compile_time_secs
+def _settings():
+  """Compiles as a GPU's own process would, and stores nothing.
+
+  The module names a folder of its own, so that no later compile could find it again in a cache.
+  """
+  least = jax.config.jax_persistent_cache_min_compile_time_secs
+  little = jax.config.read("jax_disable_most_optimizations")
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
+  jax.config.update("jax_disable_most_optimizations", False)
   try:
     yield
   finally:
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
+    jax.config.update("jax_disable_most_optimizations", little)
 
 
 def _read_dumps(folder: pathlib.Path) -> tuple[KernelResources, ...]:

@@ -24,7 +24,7 @@ class Case:
   """One shape of the suite: sizes, block sizes and how the table is drawn."""
 
   name: str
-  b: int = 2
+  b: int = 1
   h: int = 2
   d: int = 32
   n_q: int = 192
@@ -45,13 +45,13 @@ class Case:
 CASES = (
   Case("plain", ragged=False, empty=False),
   Case("ragged_with_empty_rows"),
-  Case("per_batch_per_head", table_b=2, kv_len_per_batch=True),
-  Case("shared_by_heads", table_h=1, d=64),
+  Case("per_batch_per_head", b=2, table_b=2, kv_len_per_batch=True),
+  Case("shared_by_heads", b=2, table_h=1, d=64),
   Case("bias", bias=True),
   Case("rectangular_tiles", block_q=128, block_kv=64, n_q=256, n_kv=320),
   Case("rectangular_tiles_2", block_q=64, block_kv=128, n_q=128, n_kv=384),
   Case("every_tile_in_order", listed=False),
-  Case("sparse_lists", n_q=512, n_kv=512, keep=0.1, d=64, b=1),
+  Case("sparse_lists", n_q=512, n_kv=512, keep=0.1, d=64),
 )
 # Shapes that only backends without alignment needs can run; such a backend keeps `any_shape = True`.
 ODD_CASES = (
@@ -59,7 +59,6 @@ ODD_CASES = (
   Case("cut_last_tiles", d=16, block_q=16, block_kv=16, n_q=45, n_kv=70, ragged=False),
   Case(
     "one_token",
-    b=1,
     h=1,
     d=1,
     n_q=1,
@@ -293,7 +292,7 @@ class AttentionSuite:
 
   def test_large_and_hidden_scores(self):
     """Scores of a hundred before or behind small ones, padding between: nothing overflows."""
-    case = Case("large", b=1, n_q=64, n_kv=448)
+    case = Case("large", n_q=64, n_kv=448)
     q, k, v, d_out, d_lse = draw_inputs(case, 8, self.dtypes[0])
     sizes = np.ones((448, 2, 1))
     sizes[:128, 0] = sizes[256:384, 1] = 60

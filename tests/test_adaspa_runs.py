@@ -20,8 +20,6 @@ from kernels.block_scores import block_mass
 from kernels.offline import compile_for
 from tests.attention_suite import relative_error
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 SHAPE = (4, 8, 8, 2)
 BASE = dict(size="custom", width=24, depth=3, heads=2, patch=(1, 1, 1))
 

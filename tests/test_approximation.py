@@ -19,7 +19,7 @@ from tests.method_training import SHAPE, batch_of
 from tests.tiny_config import get_config
 
 # One worker: what the file prepares or compiles is then made once.
-pytestmark = [pytest.mark.xdist_group("approximation"), pytest.mark.usefixtures("quick_compiles")]
+pytestmark = pytest.mark.xdist_group("approximation")
 
 METHOD = FreqFormer(allocation=(1, 1, 1), mid_tiles=2, window=(1, 2, 2))
 

@@ -18,8 +18,6 @@ from freqformer.planners.where import tiles_where
 from kernels.block_mask import from_tiles
 from tests.method_training import trains
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 # ---- any rule ------------------------------------------------------------------------------------------------------------
 
 

@@ -15,8 +15,6 @@ from freqformer.dit import VideoDiT, make_tables, patchify, unpatchify
 from freqformer.model_config import model_config
 from freqformer.sampling import SampleConfig, make_step, sample
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 SHAPE = (3, 6, 5, 4)
 BASE = dict(size="custom", width=24, depth=2, heads=2, patch=(1, 2, 2))
 FREQ = dict(window=(1, 1, 1), mid_tiles=2, basis=dict(kind="block_dct", low=(0.5, 0.5, 0.5), mid=(0.75, 0.75, 0.75)))

@@ -17,8 +17,6 @@ from tests import test_method_laws as laws
 from tests.extra_method import Dilated
 from tests.method_training import trains
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):

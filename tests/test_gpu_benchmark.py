@@ -16,7 +16,7 @@ from freqformer.simulation.descriptions import load_gpu
 from kernels import tuning
 
 # One worker: what the file prepares or compiles is then made once.
-pytestmark = [pytest.mark.xdist_group("gpu_benchmark"), pytest.mark.usefixtures("quick_compiles")]
+pytestmark = pytest.mark.xdist_group("gpu_benchmark")
 
 
 @pytest.fixture(scope="module")

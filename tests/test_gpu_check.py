@@ -11,8 +11,6 @@ from benchmarks import gpu_check
 from benchmarks.gpu_check import CASES, LARGE, tiny
 from kernels import tuning
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 CASE = next(c for c in CASES if c.name == "64x128 tiles")
 
 

@@ -18,8 +18,6 @@ from kernels import offline
 from kernels.attention import attention
 from tests.attention_suite import CASES, draw_inputs, draw_mask, oracle
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 ONCE = Effort(samples=2, slow_samples=1, chain_s=0.0, turns=1)
 
 

@@ -64,7 +64,7 @@ class Config:
 _SIZES = list(itertools.product(pallas_mgpu.HEAD_DIMS, pallas_mgpu.BLOCKS, pallas_mgpu.BLOCKS))
 CONFIGS = (
   *(Config(*sizes) for sizes in _SIZES),
-  *(Config(*sizes, bias=True) for sizes in _SIZES if sizes[0] > 32),
+  *(Config(*sizes, bias=True) for sizes in _SIZES if sizes[0] == 128),
   *(Config(d, 128, 128, listed=False) for d in (64, 128)),
   *(Config(d, 128, 128, dtype="float16") for d in (64, 128)),
   *(Config(128, 128, 128, by_lane=True, bias=bias) for bias in (False, True)),

@@ -11,8 +11,6 @@ from benchmarks.gpu_rows import ROOT, Deadline
 from freqformer.config_file import read_config
 from freqformer.experiment import experiment
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def _tiny():
   config = read_config(ROOT / "configs" / "ucf101.py")

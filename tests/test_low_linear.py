@@ -13,8 +13,6 @@ from freqformer.rotary import rotate
 from freqformer.spectral import SpectralBasis
 from tests.test_sparseflow import DIMS, LAYOUT, layer_of, run, tokens, where
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 BASIS = SpectralBasis("block_dct", (0.5, 0.5, 0.5), (0.75, 0.75, 0.75))
 METHOD = FreqFormer(basis=BASIS, low_op="linear", mid_tiles=2, window=(1, 2, 2))
 

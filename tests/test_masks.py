@@ -15,7 +15,7 @@ from freqformer.sampling import SampleConfig, compile_steps, make_step, sample
 from kernels.block_mask import from_tiles
 
 # One worker: what the file prepares or compiles is then made once.
-pytestmark = [pytest.mark.xdist_group("masks"), pytest.mark.usefixtures("quick_compiles")]
+pytestmark = pytest.mark.xdist_group("masks")
 
 SHAPE = (4, 6, 6, 2)
 FIELDS = dict(spatial_temporal=dict(frames=0, places=0, profile=dict(warmup=0.4)), block_topk=dict(density=0.3, coarse="none"))

@@ -205,7 +205,6 @@ PAIRS = [
 ]
 
 
-@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("text", PAIRS)
 def test_pairs_are_those_that_run(text):
   """Whatever the fields: density of a layer that runs, on tiles of equal length."""

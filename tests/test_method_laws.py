@@ -71,8 +71,6 @@ def cases():
 
 
 every_method = pytest.mark.parametrize("method", list(cases()))
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 # ---- running a layer -----------------------------------------------------------------------------------------------------
 

@@ -18,8 +18,6 @@ from freqformer.methods.registry import method_class
 from freqformer.router import RouterConfig
 from freqformer.spectral import SpectralBasis
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 LAYOUT = TileLayout.fit((5, 6, 9), 32, tile=(2, 4, 4))
 DIMS = AttentionDims(48, 6, 8)
 WHOLE = SpectralBasis("block_dct", (1.0, 1.0, 1.0), (1.0, 1.0, 1.0))

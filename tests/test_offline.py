@@ -79,6 +79,18 @@ def test_no_trace_is_left():
   assert jax.config.jax_persistent_cache_min_compile_time_secs == cached
 
 
+def test_it_compiles_as_a_gpu_would():
+  """Whatever this process spares its own programs; afterwards it spares them again."""
+  before = jax.config.read("jax_disable_most_optimizations")
+  jax.config.update("jax_disable_most_optimizations", True)
+  try:
+    with offline._settings():
+      assert not jax.config.read("jax_disable_most_optimizations")
+    assert jax.config.read("jax_disable_most_optimizations")
+  finally:
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 def test_code_sees_the_absent_gpu():
   seen = []
   offline.compile_for(lambda x: seen.append(current_target()) or x, jnp.zeros(3))

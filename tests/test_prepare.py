@@ -26,7 +26,6 @@ from kernels.lift import unsupported as lift_unsupported
 from kernels.prepare import prepare, turn, unsupported
 from kernels.target import Target
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 HOPPER = Target("cuda", "NVIDIA H100 80GB HBM3", "9.0")
 BASIS = SpectralBasis("block_dct", (0.5, 0.5, 0.5), (0.75, 0.75, 0.75))
 

@@ -9,8 +9,6 @@ from benchmarks import quality, quality_methods
 from freqformer.layout import TileLayout
 from freqformer.methods.base import Cond, Dims, Projected
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 LAYOUT = TileLayout.fit((8, 12, 12), quality.BLOCK)
 WARM, STEPS = 2, 12
 SETTINGS = list(quality_methods.settings(LAYOUT, WARM, STEPS))

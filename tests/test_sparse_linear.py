@@ -12,8 +12,6 @@ from freqformer.rotary import rotate
 from tests.method_training import trains
 from tests.test_sparseflow import LAYOUT, layer_of, run, tokens, where
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 METHOD = SparseLinear(critical=0.2, negligible=0.1)  # of 30 tiles: 6 and 3
 
 

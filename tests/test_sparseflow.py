@@ -19,8 +19,6 @@ from freqformer.router import RouterConfig
 from kernels import offline
 from tests.method_training import trains
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 LAYOUT = TileLayout.fit((9, 6, 9), 32, tile=(2, 4, 4))  # ragged on every axis: 5 x 2 x 3 tiles
 DIMS = AttentionDims(48, 6, 8)
 PRIOR = (0.6, 0.4)
