@@ -49,7 +49,7 @@ class Session:
   # ---- rows ------------------------------------------------------------------------------------------------------------
 
   def wants(self, name: str) -> bool:
-    """Whether a row of that name was asked for."""
+    """Returns True if a row of that name was asked for."""
     return re.search(self.only, name) is not None
 
   def skip(self, name: str):

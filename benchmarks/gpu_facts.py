@@ -16,6 +16,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 
 ABSENT = "absent"
 # A tool that does not answer within this many seconds counts as absent.
@@ -48,7 +49,7 @@ def toolchain() -> dict[str, str]:
   """
   return {
     "ptxas": described_ptxas(shutil.which("ptxas")),
-    "ptxas_wheel": described_ptxas(_wheel_ptxas()),
+    "ptxas_wheel": described_ptxas(wheel_ptxas()),
     "driver": driver(),
   }
 
@@ -58,7 +59,15 @@ def described_ptxas(path: str | None) -> str:
   if path is None:
     return ABSENT
   found = re.search(r"\bV([\d.]+)", answer([path, "--version"]))
-  return f"{path} {found.group(1) if found else 'of unknown version'}"
+  return f"{shown(path)} {found.group(1) if found else 'of unknown version'}"
+
+
+def shown(path: str) -> str:
+  """Returns a path as a row may hold it: from Python's own prefix or the user's home on, if there."""
+  for place in (sys.prefix, os.path.expanduser("~")):
+    if pathlib.Path(path).is_relative_to(place):
+      return str(pathlib.Path(path).relative_to(place))
+  return path
 
 
 def driver() -> str:
@@ -85,7 +94,7 @@ def answer(command: list[str]) -> str:
   return done.stdout.decode(errors="replace").strip() if done.returncode == 0 else ""
 
 
-def _wheel_ptxas() -> str | None:
+def wheel_ptxas() -> str | None:
   """Returns the path of the ptxas in the wheel nvidia-cuda-nvcc, or None."""
   try:
     files = importlib.metadata.distribution("nvidia-cuda-nvcc").files or ()
@@ -101,7 +110,7 @@ def facts() -> dict:
     "device": device(),
     **toolchain(),
     "libdevice": _LIBDEVICE if os.path.exists(_LIBDEVICE) else ABSENT,
-    "tools": {name: shutil.which(name) or ABSENT for name in _TOOLS},
+    "tools": {name: shown(shutil.which(name) or ABSENT) for name in _TOOLS},
     "packages": {name: _version(name) for name in _PACKAGES},
     "python": platform.python_version(),
     "machine": platform.machine(),

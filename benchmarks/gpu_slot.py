@@ -56,7 +56,7 @@ _REPAIRABLE = "benchmarks.attention"
 
 @dataclasses.dataclass
 class Outcome:
-  """What became of a step.
+  """The end of a step.
 
   Attributes:
     step: the step.
@@ -85,7 +85,7 @@ class Outcome:
 
   @property
   def broke(self) -> bool:
-    """Whether the process did not end by itself."""
+    """True if the process did not end by itself."""
     return self.state == "killed" or self.state.startswith("died")
 
   @property
@@ -140,7 +140,7 @@ def _signal_name(number: int) -> str:
 
 
 def _clean(text: str) -> bool:
-  """Whether compute-sanitizer's report is empty."""
+  """Returns True if compute-sanitizer's report is empty."""
   return "ERROR SUMMARY: 0 errors" in text or "RACECHECK SUMMARY: 0 hazards" in text
 
 
@@ -274,7 +274,7 @@ class Slot:
     return None
 
   def _ended_well(self, step: Step) -> bool:
-    """Whether an earlier call's record says so, for this code, device and command."""
+    """Returns True if an earlier call's record says so, for this code, device and command."""
     if (self._before.get("code"), self._before.get("rehearsal")) != (self._code, self.rehearse):
       return False
     if self._before.get("device") != self._device():
@@ -341,12 +341,10 @@ class Slot:
       self._debugged += 1
     asked = ("-ex", "info cuda kernels", "-ex", "info cuda warps")
     process = self._spawn([debugger, "-p", str(pid), "-batch", *asked], sink)
-    try:
+    # A debugger that hangs on the kernel, too, has nothing to say: it is killed, and the slot goes on.
+    with contextlib.suppress(subprocess.TimeoutExpired):
       process.wait(DEBUGGER_SECONDS)
-    except subprocess.TimeoutExpired:
-      pass
-    finally:
-      self._end(process)
+    self._end(process)
 
   # ---- files -------------------------------------------------------------------------------------
 
@@ -401,7 +399,7 @@ class Slot:
     return "; ".join(troubles)
 
   def _room(self, name: str) -> bool:
-    """Whether a file may be written; counts it if so."""
+    """Counts a file in and returns True, or returns False if there are as many as come back."""
     with self._lock:
       if name not in self._files and len(self._files) >= MOST_FILES:
         return False

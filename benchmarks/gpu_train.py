@@ -57,7 +57,9 @@ def tiny(config):
   config.data.frames = 8
   config.data.codec.channels = 4
   config.model.size = "custom"
-  config.model.width, config.model.depth, config.model.heads = 32, 2, 2
+  config.model.width = 32
+  config.model.depth = 2
+  config.model.heads = 2
   config.model.attention.block = 8
   config.model.attention.tile = (2, 2, 2)
   config.train.batch_size = 2

@@ -93,8 +93,8 @@ def _run(direction, implementation, q, rest, mask):
   return run(direction, implementation, (q, *rest), mask)
 
 
-def compile_candidate(key: Key, config: TuningConfig) -> Trial:
-  """Compiles for the device, present or not, and refuses what spills or does not fit."""
+def compile_kernel(key: Key, config: TuningConfig) -> offline.KernelResources:
+  """Compiles the kernel of a key for the device, present or not."""
   n, heads = 4096, 2
   x = jax.ShapeDtypeStruct((1, n, heads, key.head_dim), jnp.bfloat16)
   row = jax.ShapeDtypeStruct((1, heads, n), jnp.float32)
@@ -113,14 +113,19 @@ def compile_candidate(key: Key, config: TuningConfig) -> Trial:
       4,
     ),
   )
+  with tuning.override({key: config}):
+    call = functools.partial(run, key.direction, "pallas_mgpu")
+    compiled = offline.compile_for(call, (x, x, x, x, row, row), mask, device=key.device)
+  (own,) = [kernel for kernel in compiled.kernels if key.direction in kernel.name]
+  return own
+
+
+def compile_candidate(key: Key, config: TuningConfig) -> Trial:
+  """Compiles for the device, present or not, and refuses what spills or does not fit."""
   try:
-    with tuning.override({key: config}):
-      compiled = offline.compile_for(
-        functools.partial(run, key.direction, "pallas_mgpu"), (x, x, x, x, row, row), mask, device=key.device
-      )
+    own = compile_kernel(key, config)
   except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
     return Trial(config, f"does not compile: {str(error)[:200]}")
-  (own,) = [kernel for kernel in compiled.kernels if key.direction in kernel.name]
   found = Trial(config, "", own.registers, own.shared_bytes)
   if spilled := own.spill_stores + own.spill_loads:
     return dataclasses.replace(found, refused=f"spills {spilled} bytes per thread")

@@ -62,7 +62,7 @@ class TransposedMask:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LaunchLists:
-  """What GPU kernels read of a table, made once for a static one instead of before each call.
+  """A table as GPU kernels read it, made once for a static one instead of before each call.
 
   Attributes:
     by_query, by_key: see the functions of these names in `kernels.lists`.
@@ -192,12 +192,13 @@ class BlockMask:
     return dataclasses.replace(self, transposed=self.transpose())
 
   def with_launch(self) -> "BlockMask":
-    """Stores what GPU kernels read, and the backward table: for static masks, once, as `with_transpose`."""
+    """Stores what GPU kernels read, and the backward table: for static masks, once."""
     stored = self.with_transpose()
-    return dataclasses.replace(stored, launch=LaunchLists(lists.by_query(stored), lists.by_key(stored)))
+    launch = LaunchLists(lists.by_query(stored), lists.by_key(stored))
+    return dataclasses.replace(stored, launch=launch)
 
   def without_order(self) -> "BlockMask":
-    """Drops the stored order of heads, which holds for all heads together and not for a part of them."""
+    """Drops the stored order of heads, which does not hold for a part of them."""
     if self.launch is None:
       return self
     parts = (self.launch.by_query, self.launch.by_key)

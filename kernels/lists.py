@@ -1,4 +1,4 @@
-"""Lists of tiles as GPU kernels read them: entries with their tile's valid rows, and heads by falling cost.
+"""Lists of tiles as GPU kernels read them: entries with valid rows, and heads by falling cost.
 
 A static table stores them (`BlockMask.with_launch`); for others they are made before each call.
 """
@@ -14,7 +14,10 @@ MAX_TILES = 1 << (31 - _LENGTH_BITS)
 
 
 def array_module(*arrays):
-  """NumPy while every input is concrete NumPy (tables are built once, on the host), jax.numpy as soon as one is not."""
+  """Returns NumPy while every input is concrete NumPy, jax.numpy as soon as one is not.
+
+  Tables are built once, on the host.
+  """
   return np if all(a is None or isinstance(a, np.ndarray | np.generic) for a in arrays) else jnp
 
 
@@ -39,7 +42,9 @@ def by_query(mask) -> tuple:
 
 
 def by_key(mask) -> tuple:
-  """Returns what dK and dV walk: key tile j is read by the query tiles `readers[starts[j] : starts[j] + counts[j]]`.
+  """Returns what dK and dV walk.
+
+  Key tile j is read by the query tiles `readers[starts[j] : starts[j] + counts[j]]`.
 
   Args:
     mask: a `BlockMask`.
@@ -51,7 +56,7 @@ def by_key(mask) -> tuple:
   """
   xnp = array_module(mask.kv_indices, mask.kv_counts)
   if mask.kv_indices is None:
-    # Row i reads the first counts[i] tiles: by falling count, the readers of any key tile come first.
+    # Row i reads the first counts[i] tiles: by falling count, a key tile's readers come first.
     rows = xnp.asarray(mask.kv_counts)
     readers = xnp.argsort(-rows, axis=-1, stable=True).astype(np.int32)
     fewer = search(xnp.sort(rows, axis=-1), np.arange(mask.kv_tiles, dtype=np.int32), "right")
@@ -65,7 +70,16 @@ def by_key(mask) -> tuple:
 
 
 def search(rows, values: np.ndarray, side: str):
-  """Returns `searchsorted` of the same values in every sorted row: `[..., m] -> [..., len(values)]`, int32."""
+  """Returns `searchsorted` of the same values in every sorted row.
+
+  Args:
+    rows: `[..., m]`.
+    values: `[k]`.
+    side: as in `numpy.searchsorted`.
+
+  Returns:
+    int32 `[..., k]`.
+  """
   flat = rows.reshape(-1, rows.shape[-1])
   if isinstance(rows, np.ndarray):
     found = np.stack([np.searchsorted(row, values, side=side) for row in flat])

@@ -35,6 +35,7 @@ class KernelResources:
     registers: per thread at launch; warpgroups of a warp-specialised kernel trade theirs at run time.
     spill_stores, spill_loads: bytes per thread.
     shared_bytes: dynamic shared memory of the launch plus the static part, per thread block.
+    ptx: what the assembler was given.
   """
 
   name: str
@@ -42,6 +43,7 @@ class KernelResources:
   spill_stores: int
   spill_loads: int
   shared_bytes: int
+  ptx: str = dataclasses.field(default="", repr=False, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,6 +220,7 @@ def _resources(path: pathlib.Path, name: str) -> KernelResources:
     number(r"(\d+) bytes spill stores"),
     number(r"(\d+) bytes spill loads"),
     number(r"(\d+) bytes smem") + _dynamic_shared(path.with_name(f"{path.stem}.resources.txt")),
+    path.with_suffix(".ptx").read_text(),
   )
 
 

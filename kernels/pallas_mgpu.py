@@ -86,14 +86,17 @@ def _bias(mask):
 
 
 def _by_query(mask, b, h):
-  """What the forward and dQ walk, stored or made here: codes, counts, and the order of the call's heads."""
+  """Returns `lists.by_query` of the table, stored or made here, with the order of the call's heads."""
   codes, counts, order = mask.launch.by_query if mask.launch else lists.by_query(mask)
   order = lists.order_of_call(counts, order, b, h)
   return jax.tree.map(jnp.asarray, (codes, counts, order))
 
 
 def _by_key(mask, b, h):
-  """What dK and dV walk, stored or made here: starts, counts, readers, valid rows, and the order of the call's heads."""
+  """Returns `lists.by_key` of the table, stored or made here, with the order of the call's heads.
+
+  Valid rows per key tile stand before the order.
+  """
   starts, counts, readers, order = mask.launch.by_key if mask.launch else lists.by_key(mask)
   order = lists.order_of_call(counts, order, b, h)
   kv_len = mask.kv_len.reshape(-1, mask.kv_tiles)

@@ -78,9 +78,8 @@ def dq(data, lists, bias, blocks, scale: float, config: TuningConfig, cost: pl.C
     @pl.when(warpgroup >= deal.consumers)
     def _memory():
       rows_of = lambda ref: lambda rows: ref.at[sample, rows, head]
-      parts.memory_warpgroup(
-        listed, [(k_ring, [rows_of(k_gm)]), (v_ring, [rows_of(v_gm)])], deal, side, config.memory_registers
-      )
+      sources = [(k_ring, [rows_of(k_gm)]), (v_ring, [rows_of(v_gm)])]
+      parts.memory_warpgroup(listed, sources, deal, side, config.memory_registers)
 
   tile_of = functools.partial(parts.tiles_type, dtype=q.dtype)
   ring = parts.Ring.types(walk, deal, tile_of(deal.slots, config.step, d))
@@ -97,9 +96,8 @@ def dkv(data, lists, bias, blocks, scale: float, config: TuningConfig, cost: pl.
 
   Args:
     data: as in `dq`.
-    lists: `(starts, counts, q_indices, kv_len, order)`: int32 `[b or 1, h or 1, kv_tiles]` twice, `[b or 1, h or 1, list]`,
-      `[b or 1, kv_tiles]` and `lists.costliest_first` of the counts; key tile j is read by the query tiles
-      `q_indices[starts[j] : starts[j] + counts[j]]`.
+    lists: `(starts, counts, readers, kv_len, order)`: those of `lists.by_key`, with int32
+      `[b or 1, kv_tiles]` before the order.
     bias, blocks, cost: as in `dq`.
 
   Returns:

@@ -1,10 +1,10 @@
-"""The forward kernel: one thread block per query tile and head, walking that tile's list of key tiles.
+"""The forward kernel: a thread block takes a query tile of one head and walks its list of key tiles.
 
 Compute warpgroups keep 64 query rows each; a further one only moves memory. A 128-row tile has two
 compute warpgroups, which share every key tile. 64-row tiles have one each, and either a thread
 block of their own or one for two neighbours, each with its own list, ring and memory warpgroup
-(`TuningConfig.tiles_per_block`). Each stage of a ring holds `step` keys: two listed 64-key tiles, one
-128-key tile, or half of one.
+(`TuningConfig.tiles_per_block`). Each stage of a ring holds `step` keys: two listed 64-key tiles,
+one 128-key tile, or half of one.
 """
 
 import functools
@@ -140,7 +140,8 @@ def forward(data, lists, bias, blocks, scale: float, config: TuningConfig, cost:
           v_ring.wait(slot)
           k_ring.wait(following)
           pass_turn()
-          acc, x = parts.accumulate_beside(acc, p, values.at[slot], mine, keys.at[following], *stage, issued=pass_turn)
+          following_keys = keys.at[following]
+          acc, x = parts.accumulate_beside(acc, p, values.at[slot], mine, following_keys, *stage, issued=pass_turn)
           v_ring.release(slot)
           k_ring.release(following)
           return (acc, top, total), x, entries, following

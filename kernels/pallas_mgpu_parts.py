@@ -151,7 +151,7 @@ class TileList:
 
 @dataclasses.dataclass(frozen=True)
 class Deal:
-  """How the tiles of a head are dealt to thread blocks and to the warpgroups inside them.
+  """A deal of a head's tiles to thread blocks and to the warpgroups inside them.
 
   A block has one side, or two with a tile, a list, rings and a memory warpgroup each. Compute
   warpgroups come first, memory warpgroups behind them.
@@ -193,7 +193,10 @@ class Deal:
     return lax.rem(warpgroup, _i32(2)) if self.sides == 2 else _i32(0)
 
   def tile(self, place, side):
-    """The tile of a side; the last block of an odd number has its tile twice and stores the same twice."""
+    """The tile of a side.
+
+    The last block of an odd number of tiles has its tile twice, and stores the same twice.
+    """
     return jnp.minimum(place * 2 + side, _i32(self.tiles - 1)) if self.sides == 2 else place
 
   def part(self, warpgroup):
@@ -211,7 +214,9 @@ class Deal:
 
 
 def place(order, tiles: int, h: int):
-  """`(sample, head, tile)` of this thread block: tiles of a head together, so that they meet the same keys in the L2.
+  """Returns the sample, the head and the place of this thread block among the head's.
+
+  Tiles of a head run together, so that they meet the same keys in the L2.
 
   Args:
     order: of `lists.costliest_first`, or None for heads as they are numbered.
@@ -408,7 +413,7 @@ def store_own(*pairs):
 
 
 def memory_warpgroup(tiles: TileList, rings, deal: Deal, side, registers: int):
-  """Fetches stage after stage as the compute warpgroups free the slots: all that a memory warpgroup does.
+  """Fetches stage after stage as the compute warpgroups free the slots.
 
   Args:
     tiles: the list that it serves.

@@ -1,7 +1,8 @@
 """How the GPU kernels are cut for a device: `TuningConfig` per device, head dimension, tile sizes and direction.
 
-A table `tuning.json` holds what a search on the device found (`python -m benchmarks.tune`) and says where. Until one has run,
-and for what it lacks, that is `default`, which is reasoned from shared memory and registers, not measured.
+A table `tuning.json` holds what a search on the device found (`python -m benchmarks.tune`) and says
+where. Until one has run, and for what it lacks, `default` is used, which is reasoned from shared
+memory and registers, not measured.
 """
 
 import contextlib
@@ -103,7 +104,8 @@ class TuningConfig:
     elif key.direction == "dq":
       arrays = [rows * side, rows * side, rows * 4, rows * 4, *ring]  # queries, dO; LSE and delta
     else:
-      arrays = [rows * side, rows * side, *ring, *(2 * [slots * self.step * 4])]  # keys, values; LSE and delta walk along
+      numbers = 2 * [slots * self.step * 4]  # LSE and delta walk along
+      arrays = [rows * side, rows * side, *ring, *numbers]  # keys, values
     return sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in arrays) + _BARRIER_BYTES
 
   def check(self, key: Key) -> "TuningConfig":
@@ -116,13 +118,16 @@ class TuningConfig:
     if (need := self.shared_bytes(key)) > _SHARED_BYTES:
       raise ValueError(f"{self} needs {need} bytes of shared memory for {key}, a thread block has {_SHARED_BYTES}.")
     if self.tiles_per_block == 2 and key.readers != 1:
-      raise ValueError(f"{self} needs tiles of 64 rows, {key} has {64 * key.readers}; set tiles_per_block=1.")
+      rows = 64 * key.readers
+      raise ValueError(f"{self} needs tiles of 64 rows, {key} has {rows}; set tiles_per_block=1.")
     consumers = self.consumers(key)
     if self.stages == 1 and key.direction == "forward":
       if self.take_turns and consumers == 2:
-        raise ValueError(f"{self} would never end for {key}: a warpgroup that has the turn waits for keys; set stages >= 2.")
+        why = "a warpgroup that has the turn waits for keys"
+        raise ValueError(f"{self} would never end for {key}: {why}; set stages >= 2.")
       if self.scores_ahead:
-        raise ValueError(f"{self} would never end for {key}: the next keys wait for these values; set stages >= 2.")
+        why = "the next keys wait for these values"
+        raise ValueError(f"{self} would never end for {key}: {why}; set stages >= 2.")
     if self.compute_registers:
       if consumers != 2:
         raise ValueError(f"{self} moves registers, but {key} has one compute warpgroup: nothing to gain, set 0 and 0.")
@@ -141,15 +146,18 @@ PAIR = TuningConfig(step=64, compute_registers=232, memory_registers=24, tiles_p
 
 
 def default(key: Key) -> TuningConfig:
-  """Reasoned, not measured: as deep a ring as fits, and always a second warpgroup with work for the tensor cores.
+  """Returns a configuration that is reasoned, not measured.
 
-  One warpgroup leaves them idle during its softmax. A 128-row tile has two. Beside a 64-row tile it
-  is another thread block on the same multiprocessor where two fit, which takes at most 128
-  registers and half of the shared memory; elsewhere it is a second tile in the same block.
+  It has as deep a ring as fits, and always a second warpgroup with work for the tensor cores: one
+  alone leaves them idle during its softmax. A 128-row tile has two. Beside a 64-row tile it is
+  another thread block on the same multiprocessor where two fit, which takes at most 128 registers
+  and half of the shared memory; elsewhere it is a second tile in the same block.
   """
   forward = key.direction == "forward"
   if key.readers == 2:
-    return _deepest(key, TuningConfig(step=128 if forward else 64, compute_registers=240, memory_registers=24))
+    step = 128 if forward else 64
+    pair = TuningConfig(step=step, compute_registers=240, memory_registers=24)
+    return _deepest(key, pair)
   if key.head_dim <= (64 if forward else 32):
     return _deepest(key, TuningConfig(step=64), _HALF_SHARED_BYTES)
   if key.direction == "dkv" and key.head_dim == 128 and key.block_q == 128:
@@ -158,7 +166,7 @@ def default(key: Key) -> TuningConfig:
 
 
 def _deepest(key: Key, config: TuningConfig, limit: int = _SHARED_BYTES) -> TuningConfig:
-  """`config` with as many of 2 to 4 stages as fit into `limit` bytes of shared memory, 2 if none does."""
+  """Returns `config` with as many of 2 to 4 stages as fit into `limit` bytes, 2 if none does."""
   for stages in (4, 3, 2):
     found = dataclasses.replace(config, stages=stages)
     if found.shared_bytes(key) <= limit:
@@ -167,10 +175,10 @@ def _deepest(key: Key, config: TuningConfig, limit: int = _SHARED_BYTES) -> Tuni
 
 
 def candidates(key: Key) -> list[TuningConfig]:
-  """The configurations worth trying for a key, the default first.
+  """Returns the configurations worth trying for a key, the default first.
 
-  Ring depths, steps and tiles per block in all combinations, each with its usual registers; then the
-  default with one of its other settings changed.
+  Then come the default with one of its other settings changed, and ring depths, steps and tiles
+  per block in all combinations, each with its usual registers.
   """
   first = default(key)
   forms = [TuningConfig()]
@@ -182,7 +190,8 @@ def candidates(key: Key) -> list[TuningConfig]:
   if key.readers == 2:
     changes.append({"compute_registers": 232, "memory_registers": 40})
   if key.direction == "forward":
-    changes += [{"scores_ahead": False}, {"take_turns": False}, {"scores_ahead": False, "take_turns": False}]
+    stage_by_stage, together = {"scores_ahead": False}, {"take_turns": False}
+    changes += [stage_by_stage, together, stage_by_stage | together]
   found = [first]
   for change in changes:
     found.append(dataclasses.replace(first, **change))

@@ -1,4 +1,4 @@
-"""What all tests and workers share: a compile cache, and compilations that take little time."""
+"""A compile cache and quick compilations, for all tests and workers."""
 
 import os
 import pathlib

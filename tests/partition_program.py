@@ -27,7 +27,7 @@ def tables(rng):
   full = np.full(tiles, BLOCK, np.int32)
   yield table(1, 1, full)
   yield table(B, H, rng.integers(1, BLOCK, (B, tiles)).astype(np.int32))
-  yield table(1, H, full, rng.standard_normal(tiles).astype(np.float32)).with_transpose()
+  yield table(1, H, full, rng.standard_normal(tiles).astype(np.float32)).with_launch()
   yield BlockMask(None, jnp.full((1, 1, tiles), tiles, jnp.int32), jnp.asarray(full), None, BLOCK, BLOCK)
 
 

@@ -230,7 +230,7 @@ def test_hidden_scores_have_no_probability_however_they_are_rounded(d, scale, mo
 
 
 def test_every_key_has_a_configuration_that_fits():
-  """Whether it is looked up in the table or reasoned; candidates begin with the reasoned one."""
+  """It is looked up in a table or reasoned; candidates begin with the reasoned one."""
   for size in itertools.product(pallas_mgpu.HEAD_DIMS, pallas_mgpu.BLOCKS, pallas_mgpu.BLOCKS, tuning.DIRECTIONS):
     key = tuning.Key("h100", *size)
     tuning.lookup(key).check(key)

@@ -154,7 +154,7 @@ def test_the_deadline_stops_it(tmp_path, capsys):
 
 
 def test_parts_and_rows_by_name(tmp_path, capsys):
-  """What a step of a slot asks for, and nothing else; parts that are not named are not run."""
+  """A step of a slot gets what it asks for; parts that are not named are not run."""
   options = dict(minutes=5, out=str(tmp_path), implementation="reference", rehearse=True, plan=SHORT)
   run = gpu_run.main(**options, parts=("dense_mode", "forms"), only="^form_stage_by_stage_d05/")
   measured = [row["name"] for row in run.store.all() if not row["name"].startswith("gate")]

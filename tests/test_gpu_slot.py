@@ -32,7 +32,7 @@ _QUICK = {
 
 
 def _alive(pid: int) -> bool:
-  """Whether a process runs; one that only waits to be collected by its parent does not."""
+  """Returns True while a process runs; one that waits to be collected by its parent does not."""
   try:
     return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
   except OSError:
@@ -370,7 +370,10 @@ def test_fetched_rows_do_not_replace_newer_ones(tmp_path):
 
 def test_output_is_read_as_it_was_meant():
   step = plans.checks("x", "")
-  read = lambda text, code: gpu_slot.read_output(step, text, code)
+
+  def read(text, code):
+    return gpu_slot.read_output(step, text, code)
+
   text = "wanted a, seed 0\nwanted b\nwanted c\nbegin a, seed 0\nok    a, seed 0   out 1\nbegin b\n"
   killed = read(text, None)
   assert (killed.state, killed.begun, killed.unreached, killed.wrong) == ("killed", "b", ["c"], [])
@@ -479,10 +482,11 @@ def test_every_variant_of_the_bisect_fits_the_attention_kernels():
 
 
 def test_what_a_bisect_says():
-  say = lambda **states: plans.verdict(
-    "c",
-    {f"bisect: {name.replace('__', ' ')}": state for name, state in states.items()},
-  )
+
+  def say(**states):
+    named = {f"bisect: {name.replace('__', ' ')}": state for name, state in states.items()}
+    return plans.verdict("c", named)
+
   repaired = say(as__is="killed", by_lane="ok", step="ok")
   assert repaired == "c is repaired by by_lane and, alone, by step"
   assert say(as__is="wrong", by_lane="wrong") == "c is not repaired by any of: by_lane"

@@ -1,6 +1,7 @@
 """The training benchmark on a CPU: whole steps on rendered clips, and honest words about
 attention's share."""
 
+import sys
 import types
 
 import numpy as np
@@ -40,7 +41,10 @@ def test_the_model_that_is_timed_runs_the_kernels():
 
 
 def test_device_time_is_shared_out_by_the_kernels_names():
-  event = lambda name, ms: types.SimpleNamespace(name=name, duration_ns=3e6 * ms)
+
+  def event(name, ms):
+    return types.SimpleNamespace(name=name, duration_ns=3e6 * ms)
+
   streams = [
     types.SimpleNamespace(
       name="Stream #1",
@@ -91,3 +95,13 @@ def test_the_assembler_on_path_and_the_drivers_version_are_read(monkeypatch, tmp
   assert gpu_facts.driver() == "580.159.04"
   tool.write_text("#!/bin/sh\nexit 1\n")
   assert gpu_facts.described_ptxas(str(tool)) == f"{tool} of unknown version"
+
+
+def test_rows_name_no_folder_of_this_machine(monkeypatch):
+  """Paths in Python's own prefix or the home folder are shown from there on."""
+  monkeypatch.setattr(sys, "prefix", "/somebodys/.venv")
+  monkeypatch.setenv("HOME", "/home/somebody")
+  assert gpu_facts.shown("/somebodys/.venv/bin/ptxas") == "bin/ptxas"
+  assert gpu_facts.shown("/home/somebody/cuda/ptxas") == "cuda/ptxas"
+  assert gpu_facts.shown("/usr/local/cuda/bin/ptxas") == "/usr/local/cuda/bin/ptxas"
+  assert gpu_facts.shown("absent") == "absent"

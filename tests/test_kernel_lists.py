@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import kernels.attention as attention_module
 from kernels import lists, offline
 from kernels.attention import attention
 from kernels.block_mask import BlockMask
@@ -73,6 +74,26 @@ def test_stored_lists_are_what_would_be_made():
   bare = stored.without_order()
   assert bare.launch.by_query[-1] is bare.launch.by_key[-1] is None
   assert mask.without_order() is mask
+
+
+def test_parts_of_a_call_order_their_own_heads(monkeypatch):
+  """On several devices the stored order, which numbers all heads, is not used; all else is."""
+  seen = []
+
+  def one_part(run, operands, *_):
+    seen.append(operands[3])
+    return run(*operands)
+
+  monkeypatch.setattr(attention_module, "several_devices", lambda: True)
+  monkeypatch.setattr(attention_module, "by_sample_and_head", one_part)
+  mask = draw_mask(CASES[0], 1).with_launch()
+  assert mask.launch.by_query[-1] is not None and mask.launch.by_key[-1] is not None
+  q, k, v, *_ = draw_inputs(CASES[0], 1, jnp.float32)
+  jax.grad(lambda q: attention(q, k, v, mask, implementation="xla")[0].sum())(q)
+  assert len(seen) == 2  # forward and backward
+  for part in seen:
+    assert part.launch.by_query[-1] is part.launch.by_key[-1] is None
+    np.testing.assert_array_equal(part.launch.by_query[0], mask.launch.by_query[0])
 
 
 def test_kernels_read_the_stored_lists():

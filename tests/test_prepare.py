@@ -80,7 +80,7 @@ def _close(got, want, tolerance):
 
 
 def _rightly_rounded(got, want):
-  """Whether 99% of the numbers are the right ones as 16 bits round them.
+  """Returns True if 99% of the numbers are the right ones as 16 bits round them.
 
   That needs matrices in two terms: with one, a fifth of what they make is rounded to a neighbour.
   """

@@ -150,7 +150,10 @@ def test_the_table_comes_back_with_the_report(monkeypatch, tmp_path):
   tuning.table.cache_clear()
   store = Store.open(tmp_path, "tuning", "command", rehearsal=True)
   places = [tmp_path / tune.COPY]
-  save = lambda chosen: tune.write_tables(places, store, chosen)
+
+  def save(chosen):
+    tune.write_tables(places, store, chosen)
+
   keys = [KEY, dataclasses.replace(KEY, direction="dq")]
   monkeypatch.setattr(tune, "time_candidates", lambda key, trials, *_: _killed_at_dq(key, trials))
   with pytest.raises(KeyboardInterrupt):
