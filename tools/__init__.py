@@ -1,0 +1,1 @@
+"""Tools of developers: nothing that trains or samples imports them."""
