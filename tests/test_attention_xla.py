@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import kernels.xla
+from kernels import xla
 from kernels.attention import attention, choose_backend
 from kernels.block_mask import dense_mask
 from kernels.target import Target
@@ -19,7 +19,7 @@ class TestXla(AttentionSuite):
 
   def run(self, q, k, v, mask, d_out, d_lse):
     """In chunks of two tiles: the small lists of the suite would fit into one."""
-    with mock.patch.object(kernels.xla, "_CHUNK_KEYS", 2 * mask.block_kv):
+    with mock.patch.object(xla, "_CHUNK_KEYS", 2 * mask.block_kv):
       return super().run(q, k, v, mask, d_out, d_lse)
 
 
@@ -84,7 +84,7 @@ def test_dispatch_names_its_reasons():
 
 
 def test_a_refusal_is_raised_with_its_reason(monkeypatch):
-  monkeypatch.setattr(kernels.xla, "unsupported", lambda *a: "d=4 is below 64")
+  monkeypatch.setattr(xla, "unsupported", lambda *a: "d=4 is below 64")
   q = jnp.zeros((1, 8, 1, 4))
   with pytest.raises(NotImplementedError, match="xla: d=4 is below 64"):
     attention(q, q, q, implementation="xla")

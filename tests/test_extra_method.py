@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-import tests.extra_method
+from tests import extra_method
 from freqformer.config import ConfigError
 from freqformer.dit import make_tables
 from freqformer.layout import TileLayout
@@ -21,7 +21,7 @@ from tests.method_training import trains
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
   """What the line in the registry and the file in freqformer/methods/ would do."""
-  monkeypatch.setitem(sys.modules, "freqformer.methods.dilated", tests.extra_method)
+  monkeypatch.setitem(sys.modules, "freqformer.methods.dilated", extra_method)
   monkeypatch.setitem(registry.METHODS, "dilated", "Dilated")
   monkeypatch.setitem(laws.WIDE, "dilated", dict(stride=1))
 
@@ -64,5 +64,5 @@ def test_it_is_configured_counted_and_small():
   ((_, method),) = model_config(dict(size="custom", width=16, depth=2, heads=2, attention=attention)).runs()
   layout = TileLayout((6, 12, 12), (2, 4, 4), 32)  # 3 x 3 x 3 tiles: a stride of 3 leaves the own one
   assert method == Dilated(3) and method.cost(layout, 2, 8).attention_flops == 4 * 8 * 2 * layout.n**2 / 27
-  lines = [line for line in pathlib.Path(tests.extra_method.__file__).read_text().splitlines() if line.strip()]
+  lines = [line for line in pathlib.Path(extra_method.__file__).read_text().splitlines() if line.strip()]
   assert len(lines) <= 20

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-import kernels.segments
+from kernels import segments
 from freqformer.layout import TileLayout
 from kernels import offline
 from kernels import pallas_mgpu_parts as parts
@@ -55,7 +55,7 @@ def error(got, want):
 
 
 def in_chunks(n):
-  with mock.patch.object(kernels.segments, "_CHUNK", 2):
+  with mock.patch.object(segments, "_CHUNK", 2):
     return Segments.whole(n)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import kernels.attention
+from kernels import attention as attention_api
 from benchmarks import layer_traffic
 from benchmarks.rows import RESULTS, read_rows
 from freqformer.attention import AttentionDims, SpectralAttention
@@ -29,7 +29,7 @@ HEADS = 4
 def no_pairs(monkeypatch):
   """Attention without products: its pairs are counted elsewhere (tests/test_program_cost.py), here what lies around them."""
   stand_in = lambda name, scale, q, k, v, mask: (q, jnp.zeros((q.shape[0], q.shape[2], q.shape[1])))
-  monkeypatch.setattr(kernels.attention, "_attention", stand_in)
+  monkeypatch.setattr(attention_api, "_attention", stand_in)
 
 
 def traced(method, head_dim=32, phase="", layout=LAYOUT, dtype=jnp.float32, implementation="reference"):
