@@ -6,9 +6,9 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from freqformer.kernels.block_sparse.table import BlockMask
 
 from freqformer.layout import TileLayout
-from kernels.block_mask import BlockMask
 
 
 @dataclasses.dataclass(frozen=True)

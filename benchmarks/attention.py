@@ -35,7 +35,7 @@ _ONLY = flags.DEFINE_string("only", "", "GPU: regular expression: only rows whos
 _CONFIG = flags.DEFINE_string(
   "config",
   "",
-  "GPU: fields of kernels.tuning.TuningConfig to change for the attention kernels, e.g. take_turns=False.",
+  "GPU: fields of kernels.block_sparse.tuning.TuningConfig to change for the attention kernels, e.g. take_turns=False.",
   allow_override=True,
 )
 _REHEARSE = flags.DEFINE_bool(

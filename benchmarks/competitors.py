@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
+from freqformer.kernels.block_sparse.api import attention
 
 from benchmarks import timing
-from kernels.attention import attention
 
 
 def sparse(q, k, v, mask):

@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from freqformer.kernels.block_sparse.table import dense_mask
 
 from benchmarks import rows, timing
 from benchmarks.arg_specs import SPECS, AttentionSpec
@@ -19,7 +20,6 @@ from benchmarks.layer import freqformer_forward, freqformer_without_attention
 from freqformer.cost import BACKWARD_OVER_FORWARD, attention_cost
 from freqformer.methods.freqformer import FreqFormer
 from freqformer.rotary import rotate
-from kernels.block_mask import dense_mask
 
 
 @dataclasses.dataclass(frozen=True)

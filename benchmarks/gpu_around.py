@@ -5,20 +5,20 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from freqformer.kernels.around.lift import lift
+from freqformer.kernels.around.prepare import prepare
 
 from freqformer.layout import TileLayout
 from freqformer.rotary import angle_tables
 from freqformer.spectral import SpectralBasis
 from freqformer.tile_cells import tile_cells
-from kernels.lift import lift
-from kernels.prepare import prepare
 
 TOLERANCE = 4e-3  # one rounding to bfloat16 is 1.7e-3 at most
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """One layer's sizes; `filtered` as in `kernels.prepare`, every head with a band in turn."""
+  """One layer's sizes; `filtered` as in `kernels.around.prepare`, every head with a band in turn."""
 
   name: str
   grid: tuple[int, int, int]

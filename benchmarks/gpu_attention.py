@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import jax
 from absl import logging
+from freqformer.kernels.block_sparse import cost, tuning
 
 from benchmarks import gpu_config, gpu_launches, gpu_masks, gpu_peers
 from benchmarks.arg_specs import AttentionSpec
@@ -22,7 +23,6 @@ from benchmarks.gpu_plan import Form, Plan
 from benchmarks.gpu_rows import Deadline, Store
 from benchmarks.gpu_timing import Call, Measured, measure
 from freqformer.cost import BACKWARD_OVER_FORWARD, attention_cost
-from kernels import cost, tuning
 
 
 class Session:
@@ -32,7 +32,7 @@ class Session:
     plan: shapes.
     store: where rows go.
     deadline: when to stop.
-    implementation: of `kernels.attention.attention`: the kernel under test, or its named stand-in.
+    implementation: of `kernels.block_sparse.api.attention`: the kernel under test, or its named stand-in.
     only: a regular expression; rows whose name it does not find are left out.
     skipped: names of rows for which there was no time.
   """

@@ -25,13 +25,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
+from freqformer.kernels.block_sparse import tuning
+from freqformer.kernels.block_sparse.api import attention
+from freqformer.kernels.block_sparse.table import BlockMask, dense_mask, from_tiles
 
 from benchmarks import gpu_around, gpu_config, gpu_linear, gpu_masks, gpu_oracle, gpu_search, gpu_selection, rows
 from benchmarks.gpu_rows import Deadline, Store, open_device
 from benchmarks.gpu_run import device_slug
-from kernels import tuning
-from kernels.attention import attention
-from kernels.block_mask import BlockMask, dense_mask, from_tiles
 
 _OUT = flags.DEFINE_string("out", None, "Folder for the rows; default $OUT, else benchmarks/results.", allow_override=True)
 _IMPLEMENTATION = flags.DEFINE_string(
@@ -44,7 +44,7 @@ _ONLY = flags.DEFINE_string("only", "", "Regular expression: only cases whose na
 _CONFIG = flags.DEFINE_string(
   "config",
   "",
-  "Fields of kernels.tuning.TuningConfig to change for the attention kernels, e.g. take_turns=False,stages=2; "
+  "Fields of kernels.block_sparse.tuning.TuningConfig to change for the attention kernels, e.g. take_turns=False,stages=2; "
   "the rows' names say so.",
   allow_override=True,
 )

@@ -6,8 +6,8 @@ import dataclasses
 import itertools
 from collections.abc import Iterable
 
-from kernels import tuning
-from kernels.tuning import Key, TuningConfig
+from freqformer.kernels.block_sparse import tuning
+from freqformer.kernels.block_sparse.tuning import Key, TuningConfig
 
 
 def parse(text: str) -> dict:
@@ -43,7 +43,7 @@ def _value(text: str, name: str, value: str, kind: type):
 
 
 def changed(fields: dict, keys: Iterable[Key]) -> dict[Key, TuningConfig]:
-  """Returns the keys' configurations with some fields replaced, for `kernels.tuning.override`.
+  """Returns the keys' configurations with some fields replaced, for `kernels.block_sparse.tuning.override`.
 
   Raises:
     ValueError: if a changed configuration is invalid or does not fit its key; the message says why.

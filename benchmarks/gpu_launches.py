@@ -9,12 +9,12 @@ import functools
 import json
 
 import jax
+from freqformer.kernels.block_sparse.api import attention
 
 from benchmarks import gpu_masks, timing
 from benchmarks.arg_specs import AttentionSpec
 from benchmarks.gpu_masks import Composition
 from benchmarks.gpu_timing import Call, Effort, Measured, measure
-from kernels.attention import attention
 
 # Names and values as jaxlib 0.11.2 parses them; an unknown one ends the process. Without a minimum of 1, XLA captures no
 # group of fewer than five kernels.

@@ -9,13 +9,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from freqformer.kernels.linear.api import BACKENDS, Segments, linear_attention
 
 from benchmarks import gpu_masks
 from benchmarks.arg_specs import AttentionSpec
 from benchmarks.gpu_oracle import Error
 from benchmarks.gpu_timing import Call, Effort, measure
 from freqformer.layout import TileLayout
-from kernels.linear import BACKENDS, Segments, linear_attention
 
 _RESULTS = ("out", "log_den", "dq", "dk", "dv", "d_into")
 

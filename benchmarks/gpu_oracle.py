@@ -11,8 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from kernels.block_mask import BlockMask
+from freqformer.kernels.block_sparse.table import BlockMask
 
 
 @dataclasses.dataclass(frozen=True)

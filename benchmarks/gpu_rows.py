@@ -26,7 +26,15 @@ def code_digest() -> str:
 
 def kernels_digest() -> str:
   """Short hash of the attention kernels' source, without the table of configurations: what a compiled candidate depends on."""
-  return _digest(("kernels/pallas_mgpu*.py", "kernels/launch_mgpu.py", "kernels/lists.py", "kernels/tuning.py"))
+  return _digest(
+    (
+      "kernels/block_sparse/hopper*.py",
+      "kernels/hopper/parts.py",
+      "kernels/hopper/launch.py",
+      "kernels/core/lists.py",
+      "kernels/block_sparse/tuning.py",
+    )
+  )
 
 
 def _digest(patterns: tuple[str, ...]) -> str:

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from absl import logging
+from freqformer.kernels.block_sparse import tuning
 
 from benchmarks import gates, gpu_config, gpu_linear, gpu_masks, gpu_peers, gpu_search, rows
 from benchmarks.gpu_attention import Session, line
 from benchmarks.gpu_guards import GUARDS
 from benchmarks.gpu_plan import FULL, REHEARSAL, Plan
 from benchmarks.gpu_rows import Deadline, Store, open_device
-from kernels import tuning
 
 EXPECTED = rows.RESULTS / "attention_gpu_expected.json"
 

@@ -5,13 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from freqformer.kernels.block_sparse.api import attention
+from freqformer.kernels.selection.block_scores import block_mass
 
 from benchmarks import gpu_masks
 from benchmarks.arg_specs import AttentionSpec
 from benchmarks.gpu_oracle import Error
 from benchmarks.gpu_timing import Call, Effort, measure
-from kernels.attention import attention
-from kernels.block_scores import block_mass
 
 _STEP = 2e-5  # float32 exponents of up to 60, and a device's approximate exponential
 

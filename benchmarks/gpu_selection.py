@@ -3,8 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from kernels.topk import top_ids
+from freqformer.kernels.selection.topk import top_ids
 
 
 def check(small: bool, implementation: str) -> dict:

@@ -5,12 +5,12 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+from freqformer.kernels.around.prepare import EPS, prepare, unsupported
 
 import freqformer.methods.freqformer as freqformer_module
 from freqformer.methods.base import Cond, Projected
 from freqformer.methods.freqformer import FreqFormer
 from freqformer.rotary import angle_tables, rotate
-from kernels.prepare import EPS, prepare, unsupported
 
 
 def freqformer_forward(method: FreqFormer, q, k, v, arrays, tables, implementation: str | None = None):

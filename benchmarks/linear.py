@@ -6,7 +6,7 @@
 Two kinds of rows. `measured: false`: a model of an H100 from exact FLOPs, from the bytes that the compiled program reads and
 writes (every kernel its operands once and its results once, Mosaic kernels the share of the heads that take part; compiled for
 sm_90a, never run), and from two assumed rates. Names that end in `_xla` are the same without the kernels of
-`kernels/linear_mgpu.py`. `measured: true`: this machine's CPU, both ops on the same inputs in turns.
+`kernels/linear/hopper.py`. `measured: true`: this machine's CPU, both ops on the same inputs in turns.
 
 One launch for both could do two things for a linear head: skip the passes that separate kernels make (down to reading q, k, v
 and writing the output once), and overlap what is left with the sparse heads' products. The rows tell the two apart.
@@ -20,6 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
+from freqformer.kernels import offline
+from freqformer.kernels.block_sparse.api import attention
+from freqformer.kernels.linear.api import Segments, linear_attention
 
 from benchmarks import hlo_bytes, rows, timing
 from freqformer.layout import TileLayout
@@ -28,15 +31,12 @@ from freqformer.methods.sparse_linear import SparseLinear
 from freqformer.methods.sparseflow import SparseFlow
 from freqformer.simulation.descriptions import load_gpu, load_model
 from freqformer.simulation.forward import Plan, simulate
-from kernels import offline
-from kernels.attention import attention
-from kernels.linear import Segments, linear_attention
 
 _QUICK = flags.DEFINE_bool("quick", False, "Small CPU shapes and few repeats; writes no rows.", allow_override=True)
 
 # Assumed for an H100 until measured: 85 % of the best published dense attention rate (697 TFLOP/s), and a plain copy.
 TENSOR_RATE, COPY_RATE = 0.85 * 697e12, 3.0e12
-# The last one's frames share boxes of eight rows (`kernels.segments.Work.mixed`).
+# The last one's frames share boxes of eight rows (`kernels.linear.segments.Work.mixed`).
 GRIDS = {"64k": (16, 64, 64), "128k": (32, 64, 64), "21x30x52": (21, 30, 52)}
 SPLIT = (7, 5)  # sparse and linear heads: the router's prior, in whole heads
 BLOCK = "wan2.1-1.3b"  # the rest of the block is this model's: 12 heads of 128 channels

@@ -16,11 +16,11 @@ import sys
 import tempfile
 
 from absl import app, flags
+from freqformer.kernels.block_sparse import tuning
 
 from benchmarks import gpu_facts, rows
 from benchmarks.gpu_rows import open_device
 from benchmarks.tune_trials import compile_kernel
-from kernels import tuning
 
 _OUT = flags.DEFINE_string("out", None, "Folder for the rows; default benchmarks/results.")
 

@@ -23,6 +23,8 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from absl import app, flags, logging  # noqa: E402
 from flax import nnx  # noqa: E402
+from freqformer.kernels.offline import compile_for  # noqa: E402
+from freqformer.kernels.selection import hopper_topk as hopper_topk  # noqa: E402
 
 import freqformer.attention  # noqa: E402
 from benchmarks.arg_specs import SPECS  # noqa: E402
@@ -31,8 +33,6 @@ from benchmarks.rows import write_rows  # noqa: E402
 from freqformer.attention import AttentionDims, SpectralAttention  # noqa: E402
 from freqformer.methods.base import Cond  # noqa: E402
 from freqformer.methods.freqformer import FILTERS, FreqFormer  # noqa: E402
-from kernels import topk_mgpu  # noqa: E402
-from kernels.offline import compile_for  # noqa: E402
 
 _DEVICE = flags.DEFINE_enum(
   "device", "offline", ["offline"], "Where the layer is compiled for: an absent H100.", allow_override=True
@@ -75,7 +75,7 @@ def layer(spec, method):
 
   x = jax.ShapeDtypeStruct((1, spec.layout.n_buffer, width), jnp.bfloat16)
   with contextlib.ExitStack() as stack:
-    for module in (freqformer.attention, topk_mgpu) if _XLA.value else ():
+    for module in (freqformer.attention, hopper_topk) if _XLA.value else ():
       stack.enter_context(mock.patch.object(module, "unsupported", lambda *_: "asked to do without"))
     return compile_for(forward, params, x, spec.layout.arrays(), method.tables(spec.layout))
 

@@ -22,6 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 from flax import nnx
+from freqformer.kernels.block_sparse.table import dense_mask
+from freqformer.kernels.linear.api import linear_attention
 
 from benchmarks import rows, timing
 from benchmarks.arg_specs import SPECS, AttentionSpec
@@ -30,8 +32,6 @@ from freqformer.cost import attention_cost
 from freqformer.methods.base import Cond, Dims, Projected
 from freqformer.methods.registry import METHODS, method_class, parse_method, with_fields
 from freqformer.rotary import rotate
-from kernels.block_mask import dense_mask
-from kernels.linear import linear_attention
 
 _QUICK = flags.DEFINE_bool("quick", False, "A small shape and few repeats; writes no rows.", allow_override=True)
 

@@ -7,6 +7,8 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from freqformer.kernels.block_sparse.api import attention
+from freqformer.kernels.block_sparse.table import BlockMask
 
 from freqformer.cost import attention_cost
 from freqformer.methods.adaspa import AdaSpa
@@ -20,8 +22,6 @@ from freqformer.planners.block_topk import fixed_tiles
 from freqformer.planners.dense import dense
 from freqformer.planners.radial import radial_density
 from freqformer.profiling import ProfileConfig
-from kernels.attention import attention
-from kernels.block_mask import BlockMask
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Selection of key tiles: bisection (`kernels/topk.py`) against `jax.lax.top_k` and a sort of its ids, on this machine.
+"""Selection of key tiles: bisection (`kernels/selection/topk.py`) against `jax.lax.top_k` and a sort of its ids, on this machine.
 
   JAX_PLATFORMS=cpu python -m benchmarks.selection
 
@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
+from freqformer.kernels.selection.topk import top_tiles
 
 from benchmarks.rows import goal_row, table, write_rows
 from benchmarks.timing import Bystanders, interleave
-from kernels.topk import top_tiles
 
 _TILES = flags.DEFINE_multi_integer("tiles", [2048, 4096], "Tiles of the buffer, queries and keys.")
 _HEADS = flags.DEFINE_integer("heads", 2, "Heads.")

@@ -21,13 +21,13 @@ import sys
 from collections.abc import Callable
 
 from absl import app, flags, logging
+from freqformer.kernels.block_sparse import tuning
+from freqformer.kernels.block_sparse.tuning import DIRECTIONS, Key, TuningConfig
 
 from benchmarks import rows
 from benchmarks.gpu_rows import Deadline, Store, kernels_digest, open_device
 from benchmarks.gpu_timing import Effort
 from benchmarks.tune_trials import Budget, Trial, choose, compile_candidate, time_candidates
-from kernels import tuning
-from kernels.tuning import DIRECTIONS, Key, TuningConfig
 
 _MINUTES = flags.DEFINE_float("minutes", 10, "Stop by then; keys not reached keep what they have.", 0, allow_override=True)
 _STATIC = flags.DEFINE_bool("static", False, "Only compile (no GPU needed) and report; no table is written.")

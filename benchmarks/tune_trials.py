@@ -6,15 +6,16 @@ import math
 
 import jax
 import jax.numpy as jnp
+from freqformer.kernels import offline
+from freqformer.kernels.block_sparse import tuning
+from freqformer.kernels.block_sparse.api import attention, backend
+from freqformer.kernels.block_sparse.table import TransposedMask
+from freqformer.kernels.block_sparse.tuning import Key, TuningConfig
 
 from benchmarks import gpu_masks, gpu_oracle
 from benchmarks.arg_specs import AttentionSpec
 from benchmarks.gpu_rows import Deadline
 from benchmarks.gpu_timing import Call, Effort, measure
-from kernels import offline, tuning
-from kernels.attention import attention, backend
-from kernels.block_mask import TransposedMask
-from kernels.tuning import Key, TuningConfig
 
 MARGIN = 0.01
 # Enough work to fill the device many times; long enough lists that the pipeline's depth shows, short enough that its fill does.
@@ -75,7 +76,7 @@ def run(direction: str, implementation: str, data, mask):
   """What a direction computes, by the backend itself: out and LSE, dQ, or dK and dV; XLA drops the kernels of the others.
 
   Args:
-    direction: of `kernels.tuning.DIRECTIONS`.
+    direction: of `kernels.block_sparse.tuning.DIRECTIONS`.
     implementation: a backend's name.
     data: q, k, v, d_out `[b, n, h, d]` and lse, delta `[b, h, n]`, residuals of the backward.
     mask: the table.

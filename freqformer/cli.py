@@ -16,7 +16,7 @@ from absl import app, flags, logging
 
 from freqformer.config import ConfigError
 from freqformer.config_file import check_keys, dotted, read_config
-from kernels.dispatch import NoBackend
+from freqformer.kernels.core.dispatch import NoBackend
 
 _ROOT = pathlib.Path(__file__).parent.parent
 

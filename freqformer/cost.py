@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import functools
 
-from kernels.cost import BACKWARD_MATMULS, FORWARD_MATMULS, CallCost, uniform
+from freqformer.kernels.block_sparse.cost import BACKWARD_MATMULS, FORWARD_MATMULS, CallCost, uniform
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,10 +14,10 @@ from flax import nnx
 
 from freqformer.attention import SpectralAttention
 from freqformer.config import refusing
+from freqformer.kernels.block_sparse.api import CHECKPOINT_NAMES
+from freqformer.kernels.block_sparse.table import BlockMask
 from freqformer.methods.base import Cond, Method
 from freqformer.model_config import DTYPES, ModelConfig
-from kernels.attention import CHECKPOINT_NAMES
-from kernels.block_mask import BlockMask
 
 # What rematerialisation keeps: the attention kernel runs once, and no choice can flip in recomputation.
 KEPT = (*CHECKPOINT_NAMES, "routing", "tables")

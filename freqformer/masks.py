@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from kernels.block_mask import BlockMask, from_tiles
+from freqformer.kernels.block_sparse.table import BlockMask, from_tiles
 
 _PANEL = 72  # pixels of one head's mask, at most
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.prepare import turn
+from freqformer.kernels.around.prepare import turn
 
 
 def axis_pairs(head_dim: int) -> tuple[int, int, int]:

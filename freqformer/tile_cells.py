@@ -7,11 +7,11 @@ import dataclasses
 import jax
 import numpy as np
 
+from freqformer.kernels.around.lift import Expansion
+from freqformer.kernels.around.prepare import Cells
 from freqformer.rotary import angle_tables
 from freqformer.spectral import SpectralTables
 from freqformer.spectral_operators import Matrices, TileOperators, halves
-from kernels.lift import Expansion
-from kernels.prepare import Cells
 
 
 @jax.tree_util.register_dataclass
@@ -37,12 +37,12 @@ class TileCells:
 
   @jax.named_scope("prepare")
   def cells(self, centres, head_dim: int) -> Cells:
-    """For `kernels.prepare`; `centres` as in `SpectralTables`."""
+    """For `kernels.around.prepare`; `centres` as in `SpectralTables`."""
     return Cells(self.compress, self.classes, self.rows, *angle_tables(centres, head_dim), self.front, self.filters)
 
   @property
   def expansion(self) -> Expansion:
-    """For `kernels.lift`."""
+    """For `kernels.around.lift`."""
     return Expansion(self.lift, self.classes, self.starts, self.front)
 
 

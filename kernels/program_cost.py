@@ -1,6 +1,6 @@
 """What a traced program does: its own products, and what every Hopper kernel in it was launched with.
 
-XLA counts nothing inside a kernel; the estimates that `kernels.launch_mgpu` passes on fill that gap.
+XLA counts nothing inside a kernel; the estimates that `kernels.hopper.launch` passes on fill that gap.
 """
 
 import math
@@ -100,7 +100,7 @@ def _jaxprs(params) -> Iterator:
 
 def _kernel(name: str, estimate: pl.CostEstimate | None) -> ProgramCost:
   if estimate is None:
-    raise ValueError(f"kernel {name!r} was launched without a cost; launch it by kernels.launch_mgpu.launch.")
+    raise ValueError(f"kernel {name!r} was launched without a cost; launch it by kernels.hopper.launch.launch.")
   return ProgramCost(0, {name: Launched(1, estimate.flops, estimate.transcendentals, estimate.bytes_accessed)})
 
 

@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from kernels.attention import attention, merge
-from kernels.block_mask import BlockMask, dense_mask, from_tiles, select
+from freqformer.kernels.block_sparse.api import attention, merge
+from freqformer.kernels.block_sparse.table import BlockMask, dense_mask, from_tiles, select
 
 # Tiles that an online softmax must meet in some list of every head, lest it pass without rescaling
 # what it has: two stages of the Hopper kernel, which hold up to 128 keys.

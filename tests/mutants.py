@@ -48,9 +48,9 @@ def _hopper(name, file, old, new, test):
   return Mutant(name, f"kernels/{file}", old, new, f"tests/test_attention_pallas_mgpu.py::{test}")
 
 
-_FORWARD = "pallas_mgpu_forward.py"
-_BACKWARD = "pallas_mgpu_backward.py"
-_PARTS = "pallas_mgpu_parts.py"
+_FORWARD = "block_sparse/hopper_forward.py"
+_BACKWARD = "block_sparse/hopper_backward.py"
+_PARTS = "hopper/parts.py"
 _CASE = "TestPallasMgpu::test_case"
 _CUT = "test_every_cut_of_tiles_into_stages"
 
@@ -114,21 +114,21 @@ MUTANTS = (
   ),
   Mutant(
     "xla: output not rescaled",
-    "kernels/xla.py",
+    "kernels/block_sparse/xla.py",
     "out = out * shrink[..., None] + ",
     "out = out + ",
     "tests/test_attention_xla.py::TestXla::test_case[plain]",
   ),
   Mutant(
     "xla: sum not rescaled",
-    "kernels/xla.py",
+    "kernels/block_sparse/xla.py",
     "total * shrink + p.sum(-1)",
     "total + p.sum(-1)",
     "tests/test_attention_xla.py::TestXla::test_case[plain]",
   ),
   Mutant(
     "xla: maximum forgets earlier chunks",
-    "kernels/xla.py",
+    "kernels/block_sparse/xla.py",
     "new = jnp.maximum(top, scores.max(-1))",
     "new = scores.max(-1)",
     "tests/test_attention_xla.py::TestXla::test_large_and_hidden_scores",
@@ -150,7 +150,7 @@ MUTANTS = (
   ),
   Mutant(
     "order: samples count as heads",
-    "kernels/lists.py",
+    "kernels/core/lists.py",
     "order[:, None] + np.arange(b, dtype=np.int32) * h",
     "order[:, None] + np.arange(b, dtype=np.int32)",
     "tests/test_kernel_lists.py::test_order_of_a_call_falls[lead0]",
@@ -193,7 +193,7 @@ MUTANTS = (
   # ---- backward
   Mutant(
     "backward: the gradient of the LSE has the wrong sign",
-    "kernels/attention.py",
+    "kernels/block_sparse/api.py",
     "delta - d_lse",
     "delta + d_lse",
     "tests/test_attention_xla.py::TestXla::test_case[plain]",
@@ -257,14 +257,14 @@ MUTANTS = (
   # ---- transposed lists
   Mutant(
     "transpose: entries behind the count are listed",
-    "kernels/block_mask.py",
+    "kernels/block_sparse/table.py",
     "kv = xnp.where(listed, ids, self.kv_tiles).reshape(*lead, -1)",
     "kv = ids.reshape(*lead, -1)",
     "tests/test_block_mask.py::test_transpose_and_back[False-ragged_with_empty_rows]",
   ),
   Mutant(
     "transpose: the way back takes the first id for the last",
-    "kernels/block_mask.py",
+    "kernels/block_sparse/table.py",
     "step = xnp.minimum(np.arange(self.max_kv, dtype=np.int32), last) + start[..., None]",
     "step = xnp.minimum(np.arange(self.max_kv, dtype=np.int32), last) + 0 * start[..., None]",
     "tests/test_block_mask.py::test_transpose_and_back[True-plain]",
@@ -278,7 +278,7 @@ MUTANTS = (
   ),
   Mutant(
     "transpose: offsets are one key tile late",
-    "kernels/block_mask.py",
+    "kernels/block_sparse/table.py",
     'search(kv, edge, "left")',
     'search(kv, edge, "right")',
     "tests/test_block_mask.py::test_transpose_and_back[False-plain]",
@@ -286,14 +286,14 @@ MUTANTS = (
   # ---- select
   Mutant(
     "select: every head takes the first table's counts",
-    "kernels/block_mask.py",
+    "kernels/block_sparse/table.py",
     "xnp.where(pick == i, mask.kv_counts, counts)",
     "counts",
     "tests/test_block_mask.py::test_select_takes_rows_per_head",
   ),
   Mutant(
     "select: the last table's ids win",
-    "kernels/block_mask.py",
+    "kernels/block_sparse/table.py",
     "xnp.where(pick[..., None] == i, own, ids)",
     "xnp.where(pick[..., None] >= 0, own, ids)",
     "tests/test_block_mask.py::test_select_takes_rows_per_head",
@@ -301,42 +301,42 @@ MUTANTS = (
   # ---- top-k
   Mutant(
     "top-k: -0 is less than 0",
-    "kernels/topk.py",
+    "kernels/selection/topk.py",
     "jnp.where(bits > sign, ~bits, bits | sign)",
     "jnp.where(bits >= sign, ~bits, bits | sign)",
     "tests/test_topk.py::test_the_set_of_an_exact_top_k[1-both zeros]",
   ),
   Mutant(
     "top-k: ties of a word do not count in it",
-    "kernels/topk.py",
+    "kernels/selection/topk.py",
     "take = left - (jnp.cumsum(ties, -1) - ties)",
     "take = left - jnp.cumsum(ties, -1)",
     "tests/test_topk.py::test_the_set_of_an_exact_top_k[1-few values]",
   ),
   Mutant(
     "top-k on Hopper: one halving is missing",
-    "kernels/topk_mgpu.py",
+    "kernels/selection/hopper_topk.py",
     "lax.fori_loop(0, 32, halve",
     "lax.fori_loop(0, 31, halve",
     "tests/test_topk.py::test_the_hopper_kernel_finds_the_same_sets",
   ),
   Mutant(
     "top-k on Hopper: what fills the last lanes counts",
-    "kernels/topk_mgpu.py",
+    "kernels/selection/hopper_topk.py",
     "keys = jnp.where(place < m, keys, _LEAST)",
     "pass",
     "tests/test_topk.py::test_the_hopper_kernel_finds_the_same_sets",
   ),
   Mutant(
     "top-k on Hopper: -0 is less than 0",
-    "kernels/topk_mgpu.py",
+    "kernels/selection/hopper_topk.py",
     "jnp.where(keys == -1, 0, keys)",
     "keys",
     "tests/test_topk.py::test_the_hopper_kernel_finds_the_same_sets",
   ),
   Mutant(
     "top-k on Hopper: fixed places take those before them along",
-    "kernels/topk_mgpu.py",
+    "kernels/selection/hopper_topk.py",
     "jnp.where(place == always_gm",
     "jnp.where(place <= always_gm",
     "tests/test_topk.py::test_the_hopper_kernel_finds_the_same_sets",
@@ -344,70 +344,70 @@ MUTANTS = (
   # ---- around attention
   Mutant(
     "prepare: rotary turns backwards",
-    "kernels/prepare.py",
+    "kernels/around/prepare.py",
     "[first * cos - second * sin, second * cos + first * sin]",
     "[first * cos + second * sin, second * cos - first * sin]",
     "tests/test_prepare.py::test_rotary_multiplies_complex_numbers",
   ),
   Mutant(
     "prepare: means count padding of a second piece",
-    "kernels/prepare_mgpu.py",
+    "kernels/around/hopper_prepare.py",
     "row < self.valid - part * ROWS",
     "row < self.valid",
     "tests/test_prepare.py::test_prepare_kernel[ragged, big]",
   ),
   Mutant(
     "prepare: means are those of the last piece",
-    "kernels/prepare_mgpu.py",
+    "kernels/around/hopper_prepare.py",
     "mean if pooled_part == 0 else before[half][i] + mean",
     "mean",
     "tests/test_prepare.py::test_prepare_kernel[alike]",
   ),
   Mutant(
     "prepare: matrices are rounded to 16 bits",
-    "kernels/prepare.py",
+    "kernels/around/prepare.py",
     "jnp.stack([high, matrices - high], 1)",
     "jnp.stack([high, 0 * high], 1)",
     "tests/test_prepare.py::test_prepare_kernel[ragged]",
   ),
   Mutant(
     "prepare: a piece is read before it arrives",
-    "kernels/prepare_mgpu.py",
+    "kernels/around/hopper_prepare.py",
     "plgpu.barrier_wait(refs.full.at[piece % plan.slots])",
     "pass",
     "tests/test_prepare.py::test_prepare_kernel[alike]",
   ),
   Mutant(
     "lift: coarse rows from where the matrix does not begin",
-    "kernels/lift.py",
+    "kernels/around/lift.py",
     "+ starts % shifts",
     "+ 0 * starts",
     "tests/test_prepare.py::test_lift_kernel[ragged]",
   ),
   Mutant(
     "lift: matrices are rounded to 16 bits",
-    "kernels/prepare.py",
+    "kernels/around/prepare.py",
     "jnp.stack([high, matrices - high], 1)",
     "jnp.stack([high, 0 * high], 1)",
     "tests/test_prepare.py::test_lift_kernel[ragged]",
   ),
   Mutant(
     "prepare: rows are sent before every warp has written",
-    "kernels/prepare_mgpu.py",
+    "kernels/around/hopper_prepare.py",
     "plgpu.commit_smem()",
     "pass",
     "tests/test_prepare.py::test_prepare_kernel[alike]",
   ),
   Mutant(
     "lift: coarse rows count in every head",
-    "kernels/lift.py",
+    "kernels/around/lift.py",
     "jnp.where(low[:, None, :, None], coarse, 0)",
     "coarse",
     "tests/test_prepare.py::test_lift_kernel[ragged]",
   ),
   Mutant(
     "lift: rows are sent before every warp has written",
-    "kernels/lift_mgpu.py",
+    "kernels/around/hopper_lift.py",
     "plgpu.commit_smem()",
     "pass",
     "tests/test_prepare.py::test_lift_kernel[alike]",
@@ -415,28 +415,28 @@ MUTANTS = (
   # ---- block scores
   Mutant(
     "block mass on Hopper: padding keys are seen",
-    "kernels/block_scores_mgpu.py",
+    "kernels/selection/hopper_block_scores.py",
     "walk.hide(x * (scale * parts.LOG2E), entries)",
     "x * (scale * parts.LOG2E)",
     "tests/test_block_scores.py::test_the_hopper_kernel_gives_the_same_masses[64-bfloat16]",
   ),
   Mutant(
     "block mass on Hopper: the last sums are not sent",
-    "kernels/block_scores_mgpu.py",
+    "kernels/selection/hopper_block_scores.py",
     "s == every.steps - 1",
     "s == every.steps",
     "tests/test_block_scores.py::test_sums_of_many_key_tiles",
   ),
   Mutant(
     "block mass on Hopper: exponents are not cut",
-    "kernels/block_scores_mgpu.py",
+    "kernels/selection/hopper_block_scores.py",
     "jnp.minimum(x, largest * parts.LOG2E)",
     "x",
     "tests/test_block_scores.py::test_the_hopper_kernel_gives_the_same_masses[64-bfloat16]",
   ),
   Mutant(
     "block mass on Hopper: sums are sent before every warp has written",
-    "kernels/block_scores_mgpu.py",
+    "kernels/selection/hopper_block_scores.py",
     "plgpu.commit_smem()  # also",
     "pass  # also",
     "tests/test_block_scores.py::test_sums_of_many_key_tiles",
@@ -444,28 +444,28 @@ MUTANTS = (
   # ---- linear attention
   Mutant(
     "linear: sums of features are those of the last stage",
-    "kernels/linear_mgpu_kernels.py",
+    "kernels/linear/hopper_kernels.py",
     "before + counted.sum(axis=0)",
     "counted.sum(axis=0)",
     "tests/test_linear_mgpu.py::test_errs_no_more_than_xla[chunks]",
   ),
   Mutant(
     "linear: values of no segment get a gradient",
-    "kernels/linear_mgpu_kernels.py",
+    "kernels/linear/hopper_kernels.py",
     "(dv * seen)",
     "dv",
     "tests/test_linear_mgpu.py::test_rows_without_a_segment_and_repeats",
   ),
   Mutant(
     "linear: elu has the gradient of relu",
-    "kernels/linear_mgpu_kernels.py",
+    "kernels/linear/hopper_kernels.py",
     "jnp.where(x > 0, 1.0, p)",
     "jnp.where(x > 0, 1.0, 0.0)",
     "tests/test_linear_mgpu.py::test_errs_no_more_than_xla[mixed]",
   ),
   Mutant(
     "linear: keys have no gradient from the denominator",
-    "kernels/linear_mgpu_kernels.py",
+    "kernels/linear/hopper_kernels.py",
     "g + parts.over_rows(total))",
     "g)",
     "tests/test_linear_mgpu.py::test_errs_no_more_than_xla[mixed]",

@@ -5,11 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from freqformer.kernels.block_sparse.api import attention
+from freqformer.kernels.block_sparse.table import BlockMask
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kernels.attention import attention
-from kernels.block_mask import BlockMask
 from tests.attention_suite import relative_error
 
 B, H, N, D, BLOCK = 4, 2, 96, 16, 16

@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from freqformer.kernels.block_sparse.api import attention
+from freqformer.kernels.block_sparse.table import dense_mask
+from freqformer.kernels.selection.block_scores import block_mass
 
 from freqformer.layout import TileLayout
 from freqformer.methods.adaspa import AdaSpa, levels
 from freqformer.methods.base import Cond, Dims, Projected
 from freqformer.planners import lse_cache
 from freqformer.planners.tile_bits import top_bits, unpack_bits
-from kernels.attention import attention
-from kernels.block_mask import dense_mask
-from kernels.block_scores import block_mass
 from tests.attention_suite import relative_error
 
 LAYOUT = TileLayout((8, 8, 16), (2, 4, 4), 32)  # 32 full tiles

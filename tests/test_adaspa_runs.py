@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from freqformer.kernels.offline import compile_for
+from freqformer.kernels.selection.block_scores import block_mass
 
 from freqformer.config import ConfigError
 from freqformer.cost import model_cost, sampling_cost
@@ -16,8 +18,6 @@ from freqformer.methods.adaspa import AdaSpa
 from freqformer.methods.base import Dims
 from freqformer.model_config import model_config
 from freqformer.sampling import SampleConfig, compile_steps, make_step, sample
-from kernels.block_scores import block_mass
-from kernels.offline import compile_for
 from tests.attention_suite import relative_error
 
 SHAPE = (4, 8, 8, 2)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from freqformer.kernels.block_sparse.cost import count
 
 from freqformer import simulate
 from freqformer.attention import AttentionDims, SpectralAttention
@@ -23,7 +24,6 @@ from freqformer.router import RouterConfig, penalty
 from freqformer.simulation.forward import make_method
 from freqformer.spectral import SpectralBasis
 from freqformer.transform_cost import TransformSizes
-from kernels.cost import count
 
 LAYOUT = TileLayout((8, 16, 16), (4, 4, 8), 128)
 

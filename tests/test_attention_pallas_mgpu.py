@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from freqformer.kernels.block_sparse import hopper as pallas_mgpu
+from freqformer.kernels.block_sparse import tuning
+from freqformer.kernels.block_sparse.api import attention, choose_backend
+from freqformer.kernels.block_sparse.table import dense_mask, from_tiles
+from freqformer.kernels.core import lists
+from freqformer.kernels.core.target import Target
+from freqformer.kernels.hopper import parts
 
-from kernels import lists, pallas_mgpu, tuning
-from kernels import pallas_mgpu_parts as parts
-from kernels.attention import attention, choose_backend
-from kernels.block_mask import dense_mask, from_tiles
-from kernels.target import Target
 from tests.attention_suite import AttentionSuite, Case, draw_inputs, draw_mask, oracle, relative_error, value_and_grads
 from tests.test_gpu_resources import GOLDEN
 

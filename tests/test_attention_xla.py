@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from freqformer.kernels.block_sparse import xla
+from freqformer.kernels.block_sparse.api import attention, choose_backend
+from freqformer.kernels.block_sparse.table import dense_mask
+from freqformer.kernels.core.target import Target
 
-from kernels import xla
-from kernels.attention import attention, choose_backend
-from kernels.block_mask import dense_mask
-from kernels.target import Target
 from tests.attention_suite import CASES, AttentionSuite, Case, draw_inputs, draw_mask, oracle, relative_error, value_and_grads
 
 

@@ -6,6 +6,7 @@ import math
 import jax
 import numpy as np
 import pytest
+from freqformer.kernels.block_sparse.table import from_tiles
 
 from freqformer.config import ConfigError
 from freqformer.layout import TileLayout
@@ -15,7 +16,6 @@ from freqformer.methods.sliding_tile import SlidingTile
 from freqformer.planners.radial import radial, radial_density, radial_widths
 from freqformer.planners.spatial_temporal import spatial_temporal
 from freqformer.planners.where import tiles_where
-from kernels.block_mask import from_tiles
 from tests.method_training import trains
 
 # ---- any rule ------------------------------------------------------------------------------------------------------------

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from freqformer.kernels.block_sparse.api import attention
 
 from benchmarks import cpu_attention as benchmark
 from benchmarks import rows, timing
 from benchmarks.arg_specs import SPECS
 from benchmarks.competitors import dense_loop, gradients, sparse
 from freqformer.methods.freqformer import FreqFormer
-from kernels.attention import attention
 from tests.attention_suite import oracle, relative_error
 
 TINY = dataclasses.replace(SPECS["cpu_1k"], name="tiny", grid=(4, 8, 8), head_dim=8, keys=128, block=32)

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from freqformer.kernels.block_sparse.table import BlockMask, TransposedMask, dense_mask, from_tiles, select
 
-from kernels.block_mask import BlockMask, TransposedMask, dense_mask, from_tiles, select
 from tests.attention_suite import CASES, draw_mask, seen_pairs
 
 

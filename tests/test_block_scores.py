@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from freqformer.kernels.core.target import Target
+from freqformer.kernels.hopper.parts import interpreted
+from freqformer.kernels.offline import SHARED_LIMIT, compile_for
+from freqformer.kernels.selection import block_scores, hopper_block_scores
+from freqformer.kernels.selection.block_scores import block_mass, choose_backend
 from jax.sharding import PartitionSpec as P
 
-from kernels import block_scores, block_scores_mgpu
-from kernels.block_scores import block_mass, choose_backend
-from kernels.offline import SHARED_LIMIT, compile_for
-from kernels.pallas_mgpu_parts import interpreted
-from kernels.target import Target
 from tests.attention_suite import relative_error
 
 BLOCK = 16
@@ -165,7 +165,9 @@ def test_sums_of_many_key_tiles(capfd):
   kv_len = np.full(66, 64, np.int32)
   q, k, lse = tile_inputs(64, kv_len, 1, 1, 32)
   with interpreted(detect_races=True):
-    found = jax.jit(lambda first: block_scores_mgpu.row_mass((q, k, lse, kv_len[None]), (first, 2), 0.2, 60.0))(jnp.int32([65]))
+    found = jax.jit(lambda first: hopper_block_scores.row_mass((q, k, lse, kv_len[None]), (first, 2), 0.2, 60.0))(
+      jnp.int32([65])
+    )
     found.block_until_ready()
   assert "RACE DETECTED" not in capfd.readouterr().out  # the detector prints and goes on
   want = block_mass(q, k, lse / np.log2(np.e), kv_len, 64, scale=0.2, implementation="xla")[0, 0, 65]

@@ -6,14 +6,14 @@ import pathlib
 import numpy as np
 import pytest
 from absl import flags
+from freqformer.kernels.block_sparse.api import attention
+from freqformer.kernels.core.dispatch import NoBackend
 from ml_collections import config_flags
 
 from freqformer import cli
 from freqformer.config import ConfigError, build, require, require_one_of
 from freqformer.config_file import read_config
 from freqformer.experiment import experiment
-from kernels.attention import attention
-from kernels.dispatch import NoBackend
 
 DEMO = str(pathlib.Path(__file__).parent.parent / "configs" / "demo.py")
 

@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from freqformer.kernels.block_sparse import table as block_mask
+from freqformer.kernels.block_sparse.api import attention
+from freqformer.kernels.block_sparse.cost import CONCURRENT, REFERENCE_SOFTMAX, count, uniform
+from freqformer.kernels.block_sparse.table import dense_mask, from_tiles
 
 from freqformer.cost import BlockShape, Cost, attention_cost, method_call, training_flops, utilisation
 from freqformer.layout import TileLayout
 from freqformer.methods.registry import METHODS, method_class
 from freqformer.planners.sliding_tile import sliding_tile
-from kernels import block_mask
-from kernels.attention import attention
-from kernels.block_mask import dense_mask, from_tiles
-from kernels.cost import CONCURRENT, REFERENCE_SOFTMAX, count, uniform
 
 LAYOUT = TileLayout.fit((6, 12, 10), 24)
 

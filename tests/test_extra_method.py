@@ -6,13 +6,13 @@ import sys
 import numpy as np
 import pytest
 
-from tests import extra_method
 from freqformer.config import ConfigError
 from freqformer.dit import make_tables
 from freqformer.layout import TileLayout
 from freqformer.methods import registry
 from freqformer.methods.registry import method_class
 from freqformer.model_config import model_config
+from tests import extra_method
 from tests import test_method_laws as laws
 from tests.extra_method import Dilated
 from tests.method_training import trains

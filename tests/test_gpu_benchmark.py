@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from freqformer.kernels.block_sparse import tuning
 
 from benchmarks import cpu_attention, gates, gpu_attention, gpu_run, rows
 from benchmarks.gpu_plan import FULL, REHEARSAL, SHORT
@@ -13,7 +14,6 @@ from benchmarks.gpu_rows import Deadline, Store
 from freqformer.config import ConfigError
 from freqformer.simulation import calibrate
 from freqformer.simulation.descriptions import load_gpu
-from kernels import tuning
 
 # One worker: what the file prepares or compiles is then made once.
 pytestmark = pytest.mark.xdist_group("gpu_benchmark")

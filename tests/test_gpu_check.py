@@ -6,10 +6,10 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from freqformer.kernels.block_sparse import tuning
 
 from benchmarks import gpu_check
 from benchmarks.gpu_check import CASES, LARGE, tiny
-from kernels import tuning
 
 CASE = next(c for c in CASES if c.name == "64x128 tiles")
 

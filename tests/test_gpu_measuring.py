@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from freqformer.kernels import offline
+from freqformer.kernels.block_sparse.api import attention
 
 from benchmarks import gpu_launches, gpu_masks, gpu_oracle, gpu_peers, gpu_timing, timing, torch_peers
 from benchmarks.gpu_plan import FULL, SHORT
 from benchmarks.gpu_timing import Call, Effort
 from freqformer.layout import TileLayout
-from kernels import offline
-from kernels.attention import attention
 from tests.attention_suite import CASES, draw_inputs, draw_mask, oracle
 
 ONCE = Effort(samples=2, slow_samples=1, chain_s=0.0, turns=1)

@@ -12,17 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from freqformer.kernels import offline
+from freqformer.kernels.around.lift import lift
+from freqformer.kernels.around.prepare import BLOCKS, HEAD_DIMS, prepare
+from freqformer.kernels.block_sparse import hopper as pallas_mgpu
+from freqformer.kernels.block_sparse import tuning
+from freqformer.kernels.block_sparse.api import attention
+from freqformer.kernels.block_sparse.table import BlockMask
+from freqformer.kernels.linear.api import FEATURE_MAPS, Segments, linear_attention
 
 from freqformer.layout import TileLayout
 from freqformer.rotary import angle_tables
 from freqformer.spectral import SpectralBasis
 from freqformer.tile_cells import tile_cells
-from kernels import offline, pallas_mgpu, tuning
-from kernels.attention import attention
-from kernels.block_mask import BlockMask
-from kernels.lift import lift
-from kernels.linear import FEATURE_MAPS, Segments, linear_attention
-from kernels.prepare import BLOCKS, HEAD_DIMS, prepare
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "gpu_resources.json"
 ROWS, HEADS, LISTED = 1024, 4, 4

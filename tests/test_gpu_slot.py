@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+from freqformer.kernels.block_sparse import tuning
 
 from benchmarks import gpu_attention, gpu_check, gpu_run, gpu_slot, gpu_slot_planted
 from benchmarks import gpu_slot_steps as plans
@@ -18,7 +19,6 @@ from benchmarks.gpu_guards import GUARDS
 from benchmarks.gpu_plan import FULL
 from benchmarks.gpu_rows import Deadline, Store
 from benchmarks.gpu_slot_steps import Step
-from kernels import tuning
 
 pytestmark = pytest.mark.xdist_group("gpu_slot")
 

@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from freqformer.kernels import offline
+from freqformer.kernels.block_sparse import api as attention_module
+from freqformer.kernels.block_sparse.api import attention
+from freqformer.kernels.block_sparse.table import BlockMask
+from freqformer.kernels.core import lists
+from freqformer.kernels.hopper.parts import interpreted
 
-import kernels.attention as attention_module
-from kernels import lists, offline
-from kernels.attention import attention
-from kernels.block_mask import BlockMask
-from kernels.pallas_mgpu_parts import interpreted
 from tests.attention_suite import CASES, draw_inputs, draw_mask, relative_error
 
 

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from freqformer.kernels.block_sparse.table import from_tiles
 
 from freqformer.dit import VideoDiT
 from freqformer.masks import MaskRecorder, RunMasks, density_picture, load_masks, realised_density
 from freqformer.model_config import model_config
 from freqformer.sampling import SampleConfig, compile_steps, make_step, sample
-from kernels.block_mask import from_tiles
 
 # One worker: what the file prepares or compiles is then made once.
 pytestmark = pytest.mark.xdist_group("masks")

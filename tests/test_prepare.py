@@ -9,6 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from freqformer.kernels.around import hopper_lift, hopper_prepare
+from freqformer.kernels.around.lift import lift
+from freqformer.kernels.around.lift import unsupported as lift_unsupported
+from freqformer.kernels.around.prepare import prepare, turn, unsupported
+from freqformer.kernels.block_sparse import api as attention_entry
+from freqformer.kernels.core.target import Target
+from freqformer.kernels.hopper import parts
 
 from freqformer.attention import AttentionDims, SpectralAttention
 from freqformer.layout import TileLayout
@@ -18,13 +25,6 @@ from freqformer.methods.freqformer import FreqFormer
 from freqformer.rotary import angle_tables, rotate
 from freqformer.spectral import SpectralBasis
 from freqformer.tile_cells import tile_cells
-from kernels import attention as attention_entry
-from kernels import lift_mgpu, prepare_mgpu
-from kernels import pallas_mgpu_parts as parts
-from kernels.lift import lift
-from kernels.lift import unsupported as lift_unsupported
-from kernels.prepare import prepare, turn, unsupported
-from kernels.target import Target
 
 HOPPER = Target("cuda", "NVIDIA H100 80GB HBM3", "9.0")
 BASIS = SpectralBasis("block_dct", (0.5, 0.5, 0.5), (0.75, 0.75, 0.75))
@@ -93,8 +93,8 @@ def case(request, monkeypatch):
   """Where there is one sample, a thread block walks over all heads; elsewhere over one."""
   case = CASES[request.param]
   if case.b == 1:
-    monkeypatch.setattr(prepare_mgpu, "BLOCKS", 1)
-    monkeypatch.setattr(lift_mgpu, "BLOCKS", 1)
+    monkeypatch.setattr(hopper_prepare, "BLOCKS", 1)
+    monkeypatch.setattr(hopper_lift, "BLOCKS", 1)
   return case
 
 
@@ -211,8 +211,8 @@ def test_layer_with_and_without_kernels(method, monkeypatch):
   """Output and every gradient err at most 1.5 times as much as XLA's 16-bit layer; XLA's attention runs in all."""
   case = dataclasses.replace(CASES["ragged"], grid=(5, 4, 7), b=1)
   monkeypatch.setattr(attention_entry, "BACKENDS", ("xla",))
-  forward, plans = prepare_mgpu.forward, []
-  monkeypatch.setattr(prepare_mgpu, "forward", lambda plan, operands: plans.append(plan) or forward(plan, operands))
+  forward, plans = hopper_prepare.forward, []
+  monkeypatch.setattr(hopper_prepare, "forward", lambda plan, operands: plans.append(plan) or forward(plan, operands))
   right, plain = (_layer(case, method, dtype) for dtype in (jnp.float32, jnp.bfloat16))
   assert not plans
   with parts.interpreted():

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from freqformer.kernels.block_sparse.api import attention
+from freqformer.kernels.block_sparse.table import from_tiles
 
 from freqformer.config import ConfigError
 from freqformer.layout import TileLayout
@@ -14,8 +16,6 @@ from freqformer.methods.freqformer import FreqFormer
 from freqformer.methods.spatial_temporal import SpatialTemporal
 from freqformer.profiling import ProfileConfig, dense_rows, most_faithful, relative_errors, rows_of, sample_rows
 from freqformer.spectral import SpectralBasis
-from kernels.attention import attention
-from kernels.block_mask import from_tiles
 
 LAYOUT = TileLayout((8, 8, 16), (2, 4, 4), 32)  # 4 x 2 x 4 tiles
 RAGGED = TileLayout((5, 6, 9), (2, 4, 4), 32)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+from freqformer.kernels.block_sparse.cost import uniform
 
 from freqformer import simulate
 from freqformer.config import ConfigError
@@ -15,7 +16,6 @@ from freqformer.simulation.descriptions import known, load_gpu, load_model
 from freqformer.simulation.forward import dense_baseline, make_method, row, run_seconds
 from freqformer.simulation.forward import simulate as forward
 from freqformer.simulation.roofline import attention_seconds
-from kernels.cost import uniform
 from tests.simulate_cases import plan, rows_of
 from tests.tiny_config import get_config
 

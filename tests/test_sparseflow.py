@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from freqformer.kernels import offline
 
 from freqformer.attention import AttentionDims, SpectralAttention
 from freqformer.config import ConfigError
@@ -16,7 +17,6 @@ from freqformer.methods.base import Cond
 from freqformer.methods.sparseflow import Schedule, SparseFlow, variance_shares
 from freqformer.planners.temporal import anchor_frames, temporal
 from freqformer.router import RouterConfig
-from kernels import offline
 from tests.method_training import trains
 
 LAYOUT = TileLayout.fit((9, 6, 9), 32, tile=(2, 4, 4))  # ragged on every axis: 5 x 2 x 3 tiles

@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from freqformer.kernels.core.target import Target
+from freqformer.kernels.hopper.parts import interpreted
+from freqformer.kernels.offline import compile_for
+from freqformer.kernels.selection import hopper_topk, topk
+from freqformer.kernels.selection.topk import ordered_integers, top_ids, top_tiles, top_words
 from jax.sharding import PartitionSpec
-
-from kernels import topk, topk_mgpu
-from kernels.offline import compile_for
-from kernels.pallas_mgpu_parts import interpreted
-from kernels.target import Target
-from kernels.topk import ordered_integers, top_ids, top_tiles, top_words
 
 
 def oracle(scores, budget):
@@ -84,21 +83,21 @@ def test_the_hopper_kernel_finds_the_same_sets():
 @pytest.mark.parametrize("devices", [1, 8])
 def test_the_hopper_kernel_compiles(devices):
   """The longest rows, without spills; heads stay on their devices."""
-  scores, always = jax.ShapeDtypeStruct((1, 8, 64, topk_mgpu.MOST), jnp.float32), np.arange(64)[:, None]
+  scores, always = jax.ShapeDtypeStruct((1, 8, 64, hopper_topk.MOST), jnp.float32), np.arange(64)[:, None]
   split = (PartitionSpec(None, "data"), None)
   compiled = compile_for(lambda x, ids: top_words(x, 800, ids), scores, always, devices=devices, shardings=split)
   (kernel,) = compiled.kernels
   assert kernel.spill_stores == kernel.spill_loads == 0 and kernel.registers <= 168
-  assert compiled.argument_bytes == pytest.approx(4 * 8 * 64 * topk_mgpu.MOST / devices, rel=0.01)
+  assert compiled.argument_bytes == pytest.approx(4 * 8 * 64 * hopper_topk.MOST / devices, rel=0.01)
   assert not re.search("all-gather|all-reduce|all-to-all|collective-permute", compiled.compiled.as_text())
 
 
 def test_rows_that_the_hopper_kernel_does_not_take():
   h100 = Target("cuda", "NVIDIA H100", "9.0")
-  assert topk_mgpu.unsupported(jnp.zeros((2, 9)), h100) is None
-  assert "at most 16384" in topk_mgpu.unsupported(jnp.zeros((1, topk_mgpu.MOST + 1)), h100)
-  assert "bfloat16" in topk_mgpu.unsupported(jnp.zeros((1, 9), jnp.bfloat16), h100)
-  assert "8.0" in topk_mgpu.unsupported(jnp.zeros((2, 9)), Target("cuda", "A100", "8.0"))
+  assert hopper_topk.unsupported(jnp.zeros((2, 9)), h100) is None
+  assert "at most 16384" in hopper_topk.unsupported(jnp.zeros((1, hopper_topk.MOST + 1)), h100)
+  assert "bfloat16" in hopper_topk.unsupported(jnp.zeros((1, 9), jnp.bfloat16), h100)
+  assert "8.0" in hopper_topk.unsupported(jnp.zeros((2, 9)), Target("cuda", "A100", "8.0"))
 
 
 def test_leading_axes_and_narrow_types():

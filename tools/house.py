@@ -146,14 +146,10 @@ def count(root: pathlib.Path) -> dict:
     "median function [lines]": statistics.median(lengths),
     "90 % of functions up to [lines]": lengths[int(0.9 * len(lengths))],
     "largest function [lines]": lengths[-1],
-    f"functions of more than {MANY_PARAMETERS} parameters": sum(
-      len(_parameters(f)) > MANY_PARAMETERS for f in functions
-    ),
+    f"functions of more than {MANY_PARAMETERS} parameters": sum(len(_parameters(f)) > MANY_PARAMETERS for f in functions),
     "comments [% of lines]": share(sum(_comment_lines(texts[p]) for p in product), total),
     "docstrings [% of lines]": share(sum(n for _, n in docstrings), total),
-    "public functions with a docstring [%]": share(
-      sum(ast.get_docstring(f) is not None for f in public), len(public)
-    ),
+    "public functions with a docstring [%]": share(sum(ast.get_docstring(f) is not None for f in public), len(public)),
     "parameters annotated [%]": share(sum(p.annotation is not None for p in parameters), len(parameters)),
     "lambdas per 1,000 lines": per_thousand(sum(isinstance(n, ast.Lambda) for n in nodes)),
     "named lambdas": sum(_named_lambdas(tree) for tree in trees),

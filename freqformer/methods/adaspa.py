@@ -2,7 +2,7 @@
 
 Row LSE and the pattern of attention change little between denoising steps. So: dense warm-up; at the first search step a dense
 pass gives the output and each row's LSE, and a second pass the exact softmax mass of every pair of tiles
-(`kernels/block_scores.py`); each query tile keeps the key tiles with the most mass. Later searches need the second pass only,
+(`kernels/selection/block_scores.py`); each query tile keeps the key tiles with the most mass. Later searches need the second pass only,
 with the cached LSE. Between searches masks are reused. Heads that need few tiles give budget to heads that need many.
 
 The paper's: block mass, cached LSE, steps {10, 30} of 50 after 10 dense ones, sparsity 0.8, recall 0.8, the three levels, equal
@@ -19,14 +19,14 @@ import numpy as np
 
 from freqformer.config import ConfigError
 from freqformer.cost import Cost, attention_cost
+from freqformer.kernels.block_sparse.api import attention
+from freqformer.kernels.block_sparse.table import BlockMask
+from freqformer.kernels.selection.block_scores import block_mass
 from freqformer.methods.base import Method, plain_aux
 from freqformer.planners import lse_cache
 from freqformer.planners.block_topk import fixed_tiles
 from freqformer.planners.dense import dense
 from freqformer.planners.tile_bits import lists_of_bits, top_bits, unpack_bits
-from kernels.attention import attention
-from kernels.block_mask import BlockMask
-from kernels.block_scores import block_mass
 
 # Of a program compiled for an H100. Search: bytes per pair of tiles (masses, their ranking), kernels per chunk of 2^23 masses.
 # Lists from bits: kernels.
@@ -181,7 +181,7 @@ class AdaSpa(Method):
     Args:
       q, k: `[b, n_buffer, h, d]`, finished; lse: `[b, h, n_buffer]` or `[b, h, tiles]`, fresh or cached.
       fixed: int `[tiles, f]`, tiles that a query tile always lists.
-      implementation: of `kernels.block_scores.block_mass`.
+      implementation: of `kernels.selection.block_scores.block_mass`.
 
     Returns:
       bits uint8 `[b, h, tiles, ceil(tiles / 8)]`, and `{"recall", "level"}` `[b, h]`: share of the softmax mass that the base

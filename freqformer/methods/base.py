@@ -14,9 +14,9 @@ import numpy as np
 from flax import nnx
 
 from freqformer.cost import Cost
+from freqformer.kernels.block_sparse.api import attention
+from freqformer.kernels.block_sparse.cost import CallCost
 from freqformer.layout import LayoutTables, TileLayout
-from kernels.attention import attention
-from kernels.cost import CallCost
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Projected:
     rotate_q, rotate_k: `(x [b, m, h, d], positions [m, 3]) -> [b, m, h, d]`: QK-norm, then rotary at the positions.
     layout: the layout's arrays.
     implementation: attention backend, or None for automatic choice.
-    prepare: where a kernel does it in one pass, `kernels.prepare.prepare` from its argument `cells` on; else None.
+    prepare: where a kernel does it in one pass, `kernels.around.prepare.prepare` from its argument `cells` on; else None.
   """
 
   q: jax.Array

@@ -16,6 +16,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from freqformer.config import require
 from freqformer.cost import Cost
+from freqformer.kernels.around.lift import lift
+from freqformer.kernels.block_sparse.api import attention
+from freqformer.kernels.block_sparse.cost import CallCost
+from freqformer.kernels.block_sparse.table import BlockMask, select
+from freqformer.kernels.linear.api import linear_attention
 from freqformer.layout import TileLayout
 from freqformer.methods import freqformer_cost, measured
 from freqformer.methods.base import mask_aux, mask_density
@@ -27,11 +32,6 @@ from freqformer.profiling import ProfileConfig
 from freqformer.spectral import SpectralBasis, SpectralTables
 from freqformer.summary import SummaryTokens
 from freqformer.tile_cells import TileCells, tile_cells
-from kernels.attention import attention
-from kernels.block_mask import BlockMask, select
-from kernels.cost import CallCost
-from kernels.lift import lift
-from kernels.linear import linear_attention
 
 LOW, MID, HIGH = range(3)
 FILTERS = ("none", "qkv", "v")
@@ -54,7 +54,7 @@ class FreqFormer(RoutedMethod):
     window: of the high band, in tiles (t, y, x).
     border: of the window, "clamp" or "clip".
     filter: which projections of mid and high heads are band-filtered: "none", "qkv" or "v".
-    low_op: among coarse tokens, "dense" (softmax) or "linear" (`kernels/linear.py`, softmax feature map): O(n) overall.
+    low_op: among coarse tokens, "dense" (softmax) or "linear" (`kernels/linear/api.py`, softmax feature map): O(n) overall.
     low_shared: mid and high rows also list the coarse tiles, in one joint softmax.
     summary: summary tokens per band and head; 0 is off.
     profile: for `allocation="measured"`.

@@ -17,10 +17,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from freqformer.cost import Cost, attention_cost, linear_attention_cost, selection_cost
+from freqformer.kernels.block_sparse.api import attention
+from freqformer.kernels.linear.api import FEATURE_MAPS, Segments, linear_attention
 from freqformer.methods.base import Method, plain_aux
 from freqformer.planners.block_topk import block_topk, pool_tiles
-from kernels.attention import attention
-from kernels.linear import FEATURE_MAPS, Segments, linear_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class SparseLinear(Method):
   Attributes:
     critical: share of key tiles that get softmax attention, at least one tile.
     negligible: share of key tiles that are skipped; what lies between is linear.
-    feature_map: a name of `kernels.linear.FEATURE_MAPS`.
+    feature_map: a name of `kernels.linear.api.FEATURE_MAPS`.
   """
 
   critical: float = 0.05

@@ -18,16 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from freqformer.cost import Cost, attention_cost, linear_attention_cost
+from freqformer.kernels.block_sparse.api import attention
+from freqformer.kernels.block_sparse.cost import CallCost, count
+from freqformer.kernels.block_sparse.table import BlockMask, check_listed
+from freqformer.kernels.linear.api import FEATURE_MAPS, Segments, linear_attention
 from freqformer.layout import LayoutTables, TileLayout
 from freqformer.methods.base import mask_aux
 from freqformer.methods.routed import RoutedMethod
 from freqformer.planners.block_topk import pool_tiles
 from freqformer.planners.temporal import temporal
 from freqformer.router import RouterConfig
-from kernels.attention import attention
-from kernels.block_mask import BlockMask, check_listed
-from kernels.cost import CallCost, count
-from kernels.linear import FEATURE_MAPS, Segments, linear_attention
 
 SPARSE, LINEAR = range(2)
 # Linear attention on a Hopper GPU: bytes per element of its own heads of q, of 8 at least, and kernels (benchmarks/linear.py).
@@ -81,7 +81,7 @@ class SparseFlow(RoutedMethod):
     schedule: temporal extent over the timestep.
     around: tiles (y, x) that a query sees of each frame, around its own place.
     anchors: evenly spread frames that every query sees, the first among them.
-    feature_map: of the linear path, a name of `kernels.linear.FEATURE_MAPS`.
+    feature_map: of the linear path, a name of `kernels.linear.api.FEATURE_MAPS`.
   """
 
   schedule: Schedule = Schedule()

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from freqformer.cost import Cost, attention_cost
+from freqformer.kernels.block_sparse.api import attention
+from freqformer.kernels.block_sparse.table import select
 from freqformer.methods.allocation import head_shares
 from freqformer.methods.base import Method, plain_aux
 from freqformer.planners.dense import dense
 from freqformer.planners.spatial_temporal import count_pairs, spatial_temporal
 from freqformer.profiling import ProfileConfig, dense_rows, measuring_cost, most_faithful, relative_errors, rows_of, sample_rows
-from kernels.attention import attention
-from kernels.block_mask import select
 
 
 @dataclasses.dataclass(frozen=True)

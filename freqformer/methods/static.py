@@ -4,9 +4,9 @@ import dataclasses
 import functools
 
 from freqformer.cost import Cost, attention_cost
+from freqformer.kernels.block_sparse.cost import CallCost, count
+from freqformer.kernels.block_sparse.table import BlockMask
 from freqformer.methods.base import Method, attend
-from kernels.block_mask import BlockMask
-from kernels.cost import CallCost, count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +18,7 @@ class StaticMethod(Method):
     raise NotImplementedError
 
   def counted(self, layout) -> CallCost:
-    """What `kernels.cost.count` finds in the table, of one head at head dimension 1; a subclass may know it without a table."""
+    """What `kernels.block_sparse.cost.count` finds in the table, of one head at head dimension 1; a subclass may know it without a table."""
     return count(self.mask(layout), 1)
 
   def tables(self, layout):

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from freqformer.kernels.block_sparse.cost import CONCURRENT, CallCost
 from freqformer.layout import TileLayout
-from kernels.cost import CONCURRENT, CallCost
 
 Mark = Callable[[np.ndarray, int, int, int, int], None]
 
@@ -13,7 +13,7 @@ Mark = Callable[[np.ndarray, int, int, int, int], None]
 def count_tiles(
   layout: TileLayout, counts: np.ndarray, keys: np.ndarray, mark: Mark, *, parts: int = 1, before: int = 0
 ) -> CallCost:
-  """What `kernels.cost.count` finds in the table of one head, at head dimension 1.
+  """What `kernels.block_sparse.cost.count` finds in the table of one head, at head dimension 1.
 
   Args:
     layout: the tile grid.

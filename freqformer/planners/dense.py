@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from freqformer.kernels.block_sparse.table import BlockMask
 from freqformer.layout import TileLayout
-from kernels.block_mask import BlockMask
 
 
 def dense(layout: TileLayout) -> BlockMask:

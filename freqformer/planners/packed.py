@@ -6,7 +6,7 @@ and `full rows + lift(coarse rows)` needs no select. One launch serves every hea
 
 import numpy as np
 
-from kernels.block_mask import BlockMask, array_module, check_listed
+from freqformer.kernels.block_sparse.table import BlockMask, array_module, check_listed
 
 
 def packed_kv_len(n_coarse: int, full_kv_len: np.ndarray, block: int) -> np.ndarray:

@@ -6,10 +6,10 @@ import math
 import numpy as np
 from absl import logging
 
+from freqformer.kernels.block_sparse.cost import CallCost
+from freqformer.kernels.block_sparse.table import BlockMask, check_listed, pad_lists
 from freqformer.layout import TileLayout
 from freqformer.planners.counting import axis_lengths, count_tiles
-from kernels.block_mask import BlockMask, check_listed, pad_lists
-from kernels.cost import CallCost
 
 BORDERS = ("clamp", "clip")
 

@@ -2,10 +2,10 @@
 
 import numpy as np
 
+from freqformer.kernels.block_sparse.table import BlockMask
 from freqformer.layout import TileLayout
 from freqformer.planners.counting import axis_lengths
 from freqformer.planners.where import tiles_where
-from kernels.block_mask import BlockMask
 
 
 def spatial_temporal(layout: TileLayout, frames: int = 1, places: int = 1, sink: int = 1) -> tuple[BlockMask, BlockMask]:

@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from freqformer.kernels.block_sparse.table import BlockMask, check_listed, pad_lists
 from freqformer.layout import TileLayout
-from kernels.block_mask import BlockMask, check_listed, pad_lists
 
 
 def temporal(layout: TileLayout, frames: int, around: tuple[int, int], anchors: int) -> BlockMask:

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.block_mask import BlockMask, pad_lists
-from kernels.topk import places, top_words
+from freqformer.kernels.block_sparse.table import BlockMask, pad_lists
+from freqformer.kernels.selection.topk import places, top_words
 
 
 def top_bits(mass: jax.Array, counts, fixed: jax.Array | np.ndarray | None = None) -> jax.Array:

@@ -7,12 +7,12 @@ import math
 
 from freqformer.config import ConfigError
 from freqformer.cost import BlockShape, Cost, around_bytes, method_call
+from freqformer.kernels.block_sparse.cost import CallCost, uniform
 from freqformer.layout import TileLayout
 from freqformer.methods.base import Method
 from freqformer.methods.registry import method_class, parse_method, with_fields
 from freqformer.simulation.descriptions import Gpu, ModelCard
 from freqformer.simulation.roofline import attention_seconds, expected_bytes, matmul_seconds, memory_seconds
-from kernels.cost import CallCost, uniform
 
 ELEMENTWISE_LAUNCHES = 5  # norm + modulate twice, QK-norm + rotary, gated residual twice
 

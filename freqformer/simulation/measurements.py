@@ -5,7 +5,7 @@ A row of measurements is an object with
   name, source; gpu (a name of `--gpu`) or device (what the device calls itself: NVIDIA H100 80GB HBM3)
   heads, head_dim, seconds (or tflops, by useful FLOPs), batch (default 1)
   the lists, as one of
-    counts: the fields of `kernels.cost.CallCost`, all samples and heads together
+    counts: the fields of `kernels.block_sparse.cost.CallCost`, all samples and heads together
     method, grid and, if need be, tile: the lists that the method makes of that grid
     tokens (or n), and density (default 1): every query tile lists that share of the key tiles
   block_q (or block; default 128), block_kv (default: the same)
@@ -25,10 +25,10 @@ import pathlib
 
 from freqformer.config import ConfigError
 from freqformer.cost import method_call
+from freqformer.kernels.block_sparse.cost import CallCost, uniform
 from freqformer.layout import TileLayout
 from freqformer.simulation.descriptions import gpu_named
 from freqformer.simulation.forward import make_method
-from kernels.cost import CallCost, uniform
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,8 +17,8 @@ Not modelled: instruction issue, bank conflicts, clocks that fall under load, ho
 import dataclasses
 import math
 
+from freqformer.kernels.block_sparse.cost import CallCost
 from freqformer.simulation.descriptions import Gpu
-from kernels.cost import CallCost
 
 # A head's k and v stay in L2 if they fill no more than this share of it; q, out and the lists pass through too. Ours.
 _CACHE_SHARE = 0.8

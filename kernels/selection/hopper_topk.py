@@ -1,4 +1,4 @@
-"""The Hopper kernel of `kernels.topk`: a row's k-th largest score, found where the row lies, in shared memory and registers.
+"""The Hopper kernel of `kernels.selection.topk`: a row's k-th largest score, found where the row lies, in shared memory and registers.
 
 A thread block is one warpgroup and takes one row. It reads it once, as integers in the order of the floats, and halves the
 range of all integers 32 times by counting. XLA's bisection, which needs fewer rounds, reads all rows in every one of them.
@@ -7,12 +7,11 @@ range of all integers 32 times by counting. XLA's bisection, which needs fewer r
 import jax
 import jax.numpy as jnp
 import numpy as np
+from freqformer.kernels.core.target import Target
+from freqformer.kernels.hopper import parts
+from freqformer.kernels.hopper.launch import launch, streaming_cost
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
-
-from kernels import pallas_mgpu_parts as parts
-from kernels.launch_mgpu import launch, streaming_cost
-from kernels.target import Target
 
 MOST = 1 << 14  # candidates of a row: 128 registers of a thread hold them
 _LANES = 128

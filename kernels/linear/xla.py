@@ -7,8 +7,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-
-from kernels.segments import TINY
+from freqformer.kernels.linear.segments import TINY
 
 FEATURE_MAPS = {"softmax": jax.nn.softmax, "elu": lambda x: jax.nn.elu(x) + 1, "relu": jax.nn.relu}
 _COLUMNS = 8  # what is appended to d for the denominator
@@ -20,7 +19,7 @@ def unsupported(q, segments, target) -> None:
 
 
 def forward(feature_map, q, k, v, segments, reads, heads, into):
-  """Shapes as in `kernels.linear.linear_attention`; nothing is kept for the backward."""
+  """Shapes as in `kernels.linear.api.linear_attention`; nothing is kept for the backward."""
   dot, phi = _product(q.dtype), FEATURE_MAPS[feature_map]
   queries, keys = phi(_wide(segments.gather(q))), _keys(phi, segments, _wide(segments.gather(k)))
   state = _read(dot, reads, dot("bshlm,bshld->bshmd", keys, _append(_wide(segments.gather(v)), 1)))

@@ -4,8 +4,7 @@ import functools
 from collections.abc import Callable, Iterable
 
 from absl import logging
-
-from kernels.target import Target
+from freqformer.kernels.core.target import Target
 
 
 class NoBackend(NotImplementedError):

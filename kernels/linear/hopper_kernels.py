@@ -1,7 +1,7 @@
 """The four Hopper kernels of linear attention: sums of a segment, reading them, and the gradients of both sides.
 
 All are memory-bound and alike: a thread block is one warpgroup that walks the stages of one chunk of one segment
-(`kernels.segments.Work`), with a ring of stages whose copies run ahead. Blocks of heads that are not linear leave at once.
+(`kernels.linear.segments.Work`), with a ring of stages whose copies run ahead. Blocks of heads that are not linear leave at once.
 Results leave through the slot that their rows came in (dV through a place of its own); a slot is filled again one stage later,
 when every warp has passed it.
 """
@@ -11,14 +11,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from freqformer.kernels.hopper import parts
+from freqformer.kernels.hopper.launch import launch, streaming_cost
+from freqformer.kernels.hopper.parts import LAYOUT
+from freqformer.kernels.linear.segments import STAGE, TINY, Work
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-
-from kernels import pallas_mgpu_parts as parts
-from kernels.launch_mgpu import launch, streaming_cost
-from kernels.pallas_mgpu_parts import LAYOUT
-from kernels.segments import STAGE, TINY, Work
 
 # Stages in the ring. At d = 128 two thread blocks of the first three share a multiprocessor, the last has it to itself.
 _STAGES = {"linear_states": 3, "linear_read": 3, "linear_dq": 2, "linear_dkv": 3}
@@ -33,7 +32,7 @@ class Walk:
   Attributes:
     work: the stages and chunks.
     heads: int32 `[b or 1, h or 1]`, nonzero where a head takes part; None: all.
-    feature_map: a name of `kernels.linear.FEATURE_MAPS`.
+    feature_map: a name of `kernels.linear.api.FEATURE_MAPS`.
   """
 
   work: Work

@@ -8,7 +8,7 @@ per tile, it is an estimate whose rows need not sum to that. AdaSpa (arXiv 2502.
 One pass over q and k without v: 2 of attention's 4 FLOPs per pair and channel. Nothing of size n x n exists: scores of one
 group of query tiles against one chunk of keys do, and with `reduce` not even the masses of a whole head.
 
-On Hopper a kernel does it (`block_scores_mgpu.py`) and scores stay in registers. Elsewhere `_row_mass` does, one group of query
+On Hopper a kernel does it (`hopper_block_scores.py`) and scores stay in registers. Elsewhere `_row_mass` does, one group of query
 rows against all keys of its head, and its scores pass through memory.
 """
 
@@ -18,11 +18,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from freqformer.kernels.core.dispatch import choose
+from freqformer.kernels.core.partition import by_sample_and_head, several_devices
+from freqformer.kernels.core.target import Target, current_target
 from jax import lax
-
-from kernels.dispatch import choose
-from kernels.partition import by_sample_and_head, several_devices
-from kernels.target import Target, current_target
 
 BACKENDS = ("pallas_mgpu", "xla")
 # Scores of one step. On 2 CPU cores 1,024 x 1,024 was the fastest shape tried. On a GPU each step is a launch of a few kernels,
@@ -86,10 +85,10 @@ def choose_backend(q, block: int, implementation: str | None = None, target: Tar
   """The name of the backend that `block_mass` would run; raises as it does."""
   if implementation not in (None, *BACKENDS):
     raise ValueError(f"{implementation=} is unknown; choose one of {', '.join(BACKENDS)} or None for automatic choice.")
-  from kernels import block_scores_mgpu  # Pallas is imported where it is used
+  from freqformer.kernels.selection import hopper_block_scores as hopper_block_scores  # Pallas is imported where it is used
 
   target = current_target() if target is None else target
-  refused = lambda name: block_scores_mgpu.unsupported(q, block, target) if name == "pallas_mgpu" else None
+  refused = lambda name: hopper_block_scores.unsupported(q, block, target) if name == "pallas_mgpu" else None
   return choose("block mass", BACKENDS, refused, implementation, target)
 
 
@@ -107,7 +106,7 @@ def _split(run, q, k, lse, kv_len):
 
 def _fused(block, scale, reduce, q, k, lse, kv_len):
   """Chunks of query tiles of all heads in turn, each a launch."""
-  from kernels import block_scores_mgpu
+  from freqformer.kernels.selection import hopper_block_scores
 
   (b, n, h, _), tiles = q.shape, kv_len.shape[-1]
   shifts = _shifts(lse, kv_len.reshape(-1, tiles), block)
@@ -118,7 +117,7 @@ def _fused(block, scale, reduce, q, k, lse, kv_len):
 
   def one(first):
     data = (q, k, shifts, kv_len.reshape(-1, tiles))
-    mass = block_scores_mgpu.row_mass(data, (first[None], count), scale, _LARGEST)
+    mass = hopper_block_scores.row_mass(data, (first[None], count), scale, _LARGEST)
     return mass if reduce is None else reduce(mass, (first + jnp.arange(count, dtype=jnp.int32)) % tiles)
 
   found = lax.map(one, jnp.arange(chunks, dtype=jnp.int32) * count)

@@ -10,8 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from kernels.block_mask import Array
+from freqformer.kernels.block_sparse.table import Array
 
 # A denominator below this is no denominator: its inverse, squared in the backward, would leave float32.
 TINY = 1e-18

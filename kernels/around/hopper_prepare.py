@@ -1,4 +1,4 @@
-"""The Hopper kernel of `kernels.prepare`: one pass over the joint projection, bound by memory.
+"""The Hopper kernel of `kernels.around.prepare`: one pass over the joint projection, bound by memory.
 
 A thread block is one warpgroup. It takes one tile and some heads, and brings q, k and v in pieces of 64 rows through a ring of
 slots; two or three blocks share a multiprocessor and hide each other's latencies. A piece lies in shared memory as two halves
@@ -11,13 +11,12 @@ import types
 
 import jax
 import jax.numpy as jnp
+from freqformer.kernels.hopper import parts
+from freqformer.kernels.hopper.launch import launch, streaming_cost
+from freqformer.kernels.hopper.parts import LAYOUT, ROWS
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-
-from kernels import pallas_mgpu_parts as parts
-from kernels.launch_mgpu import launch, streaming_cost
-from kernels.pallas_mgpu_parts import LAYOUT, ROWS
 
 EPS = 1e-6
 # As many thread blocks as run at once on 132 multiprocessors, times four: the last round is then at least four fifths full.

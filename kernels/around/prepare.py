@@ -1,7 +1,7 @@
 """What lies between the joint projection and attention, in one pass: split, QK-norm, rotary, compression, packing, means.
 
 `prepare` is defined by its plain form in JAX below, which also gives its gradients. On Hopper a Mosaic GPU kernel
-(`prepare_mgpu.py`) reads the projection once and writes q, k and v once; elsewhere `unsupported` says why not.
+(`hopper_prepare.py`) reads the projection once and writes q, k and v once; elsewhere `unsupported` says why not.
 """
 
 import dataclasses
@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-
-from kernels.cotangents import no_gradient
-from kernels.partition import by_sample_and_head, several_devices
-from kernels.target import Target, current_target
+from freqformer.kernels.core.cotangents import no_gradient
+from freqformer.kernels.core.partition import by_sample_and_head, several_devices
+from freqformer.kernels.core.target import Target, current_target
 
 HEAD_DIMS = (64, 128)
 BLOCKS = (64, 128)
@@ -107,7 +106,7 @@ def unsupported(joint, tiles: int, cells: Cells | None = None, target: Target | 
 
 def refusal(x, block: int, cells: int, target: Target | None = None, most: int = MAX_CELLS) -> str | None:
   """What the kernels around attention do not take of `x` `[..., d]` in tiles of `block` rows with `cells` coarse tokens."""
-  from kernels import pallas_mgpu_parts as parts  # Pallas is imported where it is used
+  from freqformer.kernels.hopper import parts  # Pallas is imported where it is used
 
   target = current_target() if target is None else target
   reasons = [reason for reason in [parts.wrong_device(target)] if reason]
@@ -250,11 +249,11 @@ _fused.defvjp(_fused_fwd, _fused_bwd)
 @jax.named_scope("prepare")
 def _run(form, joint, bias, gains, tables, lengths, cells, bands) -> Prepared:
   """Calls the kernel; lays coarse rows that it could not place itself."""
-  from kernels import prepare_mgpu  # Pallas is imported where it is used
+  from freqformer.kernels.around import hopper_prepare as hopper_prepare  # Pallas is imported where it is used
 
   b, n, _, h, d = joint.shape
   tiles, (pooled, filtered) = len(lengths), form
-  plan = prepare_mgpu.Plan(b, n, h, d, n // tiles, pooled=pooled)
+  plan = hopper_prepare.Plan(b, n, h, d, n // tiles, pooled=pooled)
   operands = {"joint": joint, "cos": tables[0], "sin": tables[1], "lengths": jnp.asarray(lengths, jnp.int32)}
   operands["bias"] = jnp.asarray(bias, jnp.float32).reshape(3, h, 2, d // 2)
   operands["gains"] = jnp.stack([jnp.asarray(g, jnp.float32) for g in gains]).reshape(2, 2, d // 2)
@@ -267,7 +266,7 @@ def _run(form, joint, bias, gains, tables, lengths, cells, bands) -> Prepared:
     plan = dataclasses.replace(plan, filtered=filtered)
     operands |= {"filters": _filter_operand(cells.filters), "bands": jnp.asarray(bands, jnp.int32)}
   # The barrier: XLA would fuse the kernel with the update of its own result, and then find a cycle.
-  found = jax.lax.optimization_barrier(prepare_mgpu.forward(plan, operands))
+  found = jax.lax.optimization_barrier(hopper_prepare.forward(plan, operands))
   if cells is not None:
     found |= {x: _lay_cells(found, x, cells, plan) for x in "qkv"}
   pools = [found[f"{x}_pool"].reshape(b, h, tiles, d) for x in "qk" if pooled]

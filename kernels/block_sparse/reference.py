@@ -29,7 +29,7 @@ def _probabilities(scores, lse):
 
 
 def forward(q, k, v, mask, scale):
-  """out `[b, n_q, h, d]` and LSE `[b, h, n_q]`; shapes as in `kernels.attention.attention`."""
+  """out `[b, n_q, h, d]` and LSE `[b, h, n_q]`; shapes as in `kernels.block_sparse.api.attention`."""
   wide_q, wide_k, wide_v = _wide(q, k, v)
   scores = _scores(wide_q, wide_k, mask, scale)
   top = scores.max(-1)

@@ -9,9 +9,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from kernels import lists
-from kernels.lists import array_module, search
+from freqformer.kernels.core import lists
+from freqformer.kernels.core.lists import array_module, search
 
 Array = jax.Array | np.ndarray
 MOST_LISTED = 1 << 27  # tiles in all lists of a concrete table (`check_listed`)
@@ -65,7 +64,7 @@ class LaunchLists:
   """A table as GPU kernels read it, made once for a static one instead of before each call.
 
   Attributes:
-    by_query, by_key: see the functions of these names in `kernels.lists`.
+    by_query, by_key: see the functions of these names in `kernels.core.lists`.
   """
 
   by_query: tuple

@@ -4,7 +4,7 @@ A block-sparse list needs the set of the k best tiles in ascending order; how th
 row is never sorted. Floats are read as unsigned integers of the same order; the k-th largest is bracketed by counting how many
 reach a few trial values, each pass narrowing the bracket, until the row's set is known. What lies above is packed into words of
 32 candidates, ties are taken from the left, and the r-th set bit of a row is found by a search over word counts. On Hopper a
-kernel finds the k-th largest of a row on chip (`topk_mgpu.py`).
+kernel finds the k-th largest of a row on chip (`hopper_topk.py`).
 
 Scores of all query tiles never exist at once: `top_tiles` computes, selects and drops them chunk by chunk.
 """
@@ -14,10 +14,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from freqformer.kernels.core.partition import by_sample_and_head, several_devices
+from freqformer.kernels.core.target import current_target
 from jax import lax
-
-from kernels.partition import by_sample_and_head, several_devices
-from kernels.target import current_target
 
 # Scores of one chunk. On 2 CPU cores 2^20 was faster than 2^18 and 2^22, at 2K and 4K tiles. On a GPU every chunk costs a
 # handful of launches, so it is larger: 2^25 scores are 128 MB. No GPU has seen that guess yet.
@@ -61,18 +60,18 @@ def top_ids(scores: jax.Array, budget: int, always=None) -> jax.Array:
 
 def top_words(scores: jax.Array, budget: int, always=None) -> jax.Array:
   """The same set as a bit per candidate, candidate 0 in the lowest bit of word 0: uint32 `[..., ceil(m / 32)]`."""
-  from kernels import topk_mgpu  # Pallas is imported where it is used
+  from freqformer.kernels.selection import hopper_topk as hopper_topk  # Pallas is imported where it is used
 
   m, target = scores.shape[-1], current_target()
   if not 1 <= budget <= m:
     raise ValueError(f"{budget=} must lie in 1..{m}, the candidates of a row.")
-  if topk_mgpu.unsupported(scores, target):
+  if hopper_topk.unsupported(scores, target):
     if always is not None:
       scores = scores.at[..., jnp.arange(len(always))[:, None], always].set(jnp.inf)
     keys = ordered_integers(scores).reshape(-1, m)
     threshold = _threshold(keys, budget, _BITS.get(target.platform, _BITS_ELSEWHERE))
   else:  # scores are read twice and never written again
-    threshold = _on_each_device(functools.partial(topk_mgpu.kth_largest, budget), scores, always).reshape(-1, 1)
+    threshold = _on_each_device(functools.partial(hopper_topk.kth_largest, budget), scores, always).reshape(-1, 1)
     keys = ordered_integers(scores)
     for column in () if always is None else jnp.moveaxis(jnp.asarray(always), -1, 0):
       keys = jnp.where(jnp.arange(m) == column[:, None], _INFINITY, keys)

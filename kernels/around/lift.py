@@ -1,6 +1,6 @@
 """Attention's packed output brought back to the tokens: `weights * (tokens + U coarse)` in one pass.
 
-`lift` is defined by its plain form in JAX below, which also gives its gradients; on Hopper a Mosaic GPU kernel (`lift_mgpu.py`)
+`lift` is defined by its plain form in JAX below, which also gives its gradients; on Hopper a Mosaic GPU kernel (`hopper_lift.py`)
 reads the tokens once and writes them once, and multiplies for the heads that have coarse rows only.
 """
 
@@ -8,11 +8,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-
-from kernels.cotangents import no_gradient
-from kernels.partition import by_sample_and_head, several_devices
-from kernels.prepare import MAX_CELLS, refusal, two_terms
-from kernels.target import Target
+from freqformer.kernels.around.prepare import MAX_CELLS, refusal, two_terms
+from freqformer.kernels.core.cotangents import no_gradient
+from freqformer.kernels.core.partition import by_sample_and_head, several_devices
+from freqformer.kernels.core.target import Target
 
 
 @jax.tree_util.register_dataclass
@@ -111,7 +110,7 @@ _fused.defvjp(_fused_fwd, _fused_bwd)
 
 @jax.named_scope("lift")
 def _run(packed, weights, low, expansion):
-  from kernels import lift_mgpu  # Pallas is imported where it is used
+  from freqformer.kernels.around import hopper_lift as hopper_lift  # Pallas is imported where it is used
 
   (classes, block, k), starts = expansion.matrices.shape, jnp.asarray(expansion.starts, jnp.int32)
   shifts = 1 if expansion.aligned else 8
@@ -119,7 +118,7 @@ def _run(packed, weights, low, expansion):
   padded = [((0, 0), (0, 0), (shift, MAX_CELLS - shift - k)) for shift in range(shifts)]
   matrices = jnp.stack([jnp.pad(jnp.asarray(expansion.matrices, jnp.float32), pad) for pad in padded], 1)
   terms = two_terms(matrices.reshape(-1, block, MAX_CELLS))
-  plan = lift_mgpu.Plan(*packed.shape, block, expansion.front)
+  plan = hopper_lift.Plan(*packed.shape, block, expansion.front)
   kinds = jnp.asarray(expansion.classes) * shifts + starts % shifts
-  terms = terms.reshape(classes * shifts, 2, plan.pieces, lift_mgpu.ROWS, MAX_CELLS)
-  return lift_mgpu.forward(plan, packed, terms, kinds, starts // 8, low.astype(jnp.int32), weights.astype(jnp.float32))
+  terms = terms.reshape(classes * shifts, 2, plan.pieces, hopper_lift.ROWS, MAX_CELLS)
+  return hopper_lift.forward(plan, packed, terms, kinds, starts // 8, low.astype(jnp.int32), weights.astype(jnp.float32))

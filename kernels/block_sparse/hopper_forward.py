@@ -11,15 +11,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from freqformer.kernels.block_sparse.tuning import TuningConfig
+from freqformer.kernels.core.lists import decode
+from freqformer.kernels.hopper import parts
+from freqformer.kernels.hopper.launch import launch
+from freqformer.kernels.hopper.parts import ROWS
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-
-from kernels import pallas_mgpu_parts as parts
-from kernels.launch_mgpu import launch
-from kernels.lists import decode
-from kernels.pallas_mgpu_parts import ROWS
-from kernels.tuning import TuningConfig
 
 
 def forward(data, lists, bias, blocks, scale: float, config: TuningConfig, cost: pl.CostEstimate):

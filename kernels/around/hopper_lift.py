@@ -1,4 +1,4 @@
-"""The Hopper kernel of `kernels.lift`: tokens read once and written once, in the manner of `prepare_mgpu`.
+"""The Hopper kernel of `kernels.around.lift`: tokens read once and written once, in the manner of `hopper_prepare`.
 
 A thread block is one warpgroup with one tile and some heads. Pieces of 64 rows come through a ring; the matrix stays in shared
 memory. Where a head has coarse rows, 64 of them around the tile's own meet the matrix, whose columns beside those are zero.
@@ -8,22 +8,21 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from freqformer.kernels.hopper import parts
+from freqformer.kernels.hopper.launch import launch, streaming_cost
+from freqformer.kernels.hopper.parts import ROWS
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels import pallas_mgpu_parts as parts
-from kernels.launch_mgpu import launch, streaming_cost
-from kernels.pallas_mgpu_parts import ROWS
-
 SLOTS = 3
-# As in `prepare_mgpu`: what runs at once on 132 multiprocessors, times four.
+# As in `hopper_prepare`: what runs at once on 132 multiprocessors, times four.
 BLOCKS = 4 * 2 * 132
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """Sizes of a launch: `packed` `[b, rows, h, d]` with `front` rows before the tokens; `share` as in `prepare_mgpu.Plan`."""
+  """Sizes of a launch: `packed` `[b, rows, h, d]` with `front` rows before the tokens; `share` as in `hopper_prepare.Plan`."""
 
   b: int
   rows: int

@@ -1,4 +1,4 @@
-"""The Hopper kernel of `kernels.block_scores`: attention's forward kernel without v, which keeps one number per tile.
+"""The Hopper kernel of `kernels.selection.block_scores`: attention's forward kernel without v, which keeps one number per tile.
 
 A thread block takes one query tile of one head and walks all key tiles. Two compute warpgroups (one for 64-row tiles) keep 64
 query rows each; a third moves keys through a ring. Probabilities are added up along keys in registers. Across rows they would
@@ -10,13 +10,12 @@ import math
 
 import jax
 import jax.numpy as jnp
+from freqformer.kernels.hopper import parts
+from freqformer.kernels.hopper.launch import launch
+from freqformer.kernels.hopper.parts import LAYOUT, ROWS
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-
-from kernels import pallas_mgpu_parts as parts
-from kernels.launch_mgpu import launch
-from kernels.pallas_mgpu_parts import LAYOUT, ROWS
 
 STAGES = 4
 COLLECT = 64  # key tiles whose row sums are added up at once: the rows of one warpgroup's array

@@ -15,14 +15,13 @@ bytes of counts and offsets (4 per query tile).
 import dataclasses
 
 import numpy as np
-
-from kernels.block_mask import BlockMask, one_list
+from freqformer.kernels.block_sparse.table import BlockMask, one_list
 
 FORWARD_MATMULS = 2
 BACKWARD_MATMULS = {"one_pass": 5, "two_pass": 7}
 # Of the three kernels on Hopper; both of the backward recompute q k^T and dO v^T.
 KERNEL_MATMULS = {"forward": 2, "dq": 3, "dkv": 4}
-# Elementwise operations per pair of `kernels/reference.py` (scale, mask, maximum, differences, sum), as XLA counts them
+# Elementwise operations per pair of `kernels/block_sparse/reference.py` (scale, mask, maximum, differences, sum), as XLA counts them
 # beside two exponentials. No useful work, hence in no other count.
 REFERENCE_SOFTMAX = 8
 # Query tiles that run at the same time where nothing better is known: one per SM of an H100.

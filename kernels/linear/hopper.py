@@ -5,11 +5,10 @@ Nothing is moved for heads that take no part. The products' operands are bfloat1
 """
 
 import jax.numpy as jnp
-
-from kernels import linear_mgpu_kernels as kernels
-from kernels import pallas_mgpu_parts as parts
-from kernels.linear_mgpu_kernels import Walk
-from kernels.target import Target
+from freqformer.kernels.core.target import Target
+from freqformer.kernels.hopper import parts
+from freqformer.kernels.linear import hopper_kernels as kernels
+from freqformer.kernels.linear.hopper_kernels import Walk
 
 HEAD_DIMS = (64, 128)
 
@@ -27,7 +26,7 @@ def unsupported(q, segments, target: Target) -> str | None:
 
 
 def forward(feature_map, q, k, v, segments, reads, heads, into):
-  """Shapes as in `kernels.linear.linear_attention`; the third result is for the backward."""
+  """Shapes as in `kernels.linear.api.linear_attention`; the third result is for the backward."""
   walk = _walk(feature_map, segments, heads)
   sums = _sums(walk, segments, k, v, jnp.asarray(segments.work.fresh)[None, None], None)
   sums = _read_sums(reads, *sums)

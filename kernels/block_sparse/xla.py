@@ -144,7 +144,7 @@ def _dot(equation, x, y):
 
 
 def forward(q, k, v, mask, scale):
-  """Online softmax over chunks; shapes as in `kernels.attention.attention`."""
+  """Online softmax over chunks; shapes as in `kernels.block_sparse.api.attention`."""
   b, n_q, h, _ = q.shape
   plan, k_tiles = _Plan.of(mask, b, h), _key_tiles(k, mask)
   q, v = _view(q, mask.block_q, mask.q_tiles), _view(v, mask.block_kv, mask.kv_tiles)

@@ -16,16 +16,15 @@ import math
 
 import jax
 import jax.numpy as jnp
+from freqformer.kernels.block_sparse.table import BlockMask, dense_mask
+from freqformer.kernels.core.cotangents import no_gradient
+from freqformer.kernels.core.dispatch import choose
+from freqformer.kernels.core.partition import by_sample_and_head, several_devices, table_dims
+from freqformer.kernels.core.target import Target, current_target
 from jax.ad_checkpoint import checkpoint_name
 
-from kernels.block_mask import BlockMask, dense_mask
-from kernels.cotangents import no_gradient
-from kernels.dispatch import choose
-from kernels.partition import by_sample_and_head, several_devices, table_dims
-from kernels.target import Target, current_target
-
 # In order of preference; each name is a module of this package.
-BACKENDS = ("pallas_mgpu", "xla", "reference")
+BACKENDS = {"pallas_mgpu": "hopper", "xla": "xla", "reference": "reference"}
 # Saved under these names, out and LSE survive rematerialisation: the forward kernel runs once per step.
 CHECKPOINT_NAMES = ("attention_out", "attention_lse")
 
@@ -38,7 +37,7 @@ def backend(name: str):
   """
   if name not in BACKENDS:
     raise ValueError(f"implementation={name!r} is unknown; choose one of {', '.join(BACKENDS)} or None for automatic choice.")
-  return importlib.import_module(f"kernels.{name}")
+  return importlib.import_module(f"freqformer.kernels.block_sparse.{BACKENDS[name]}")
 
 
 def attention(

@@ -19,16 +19,15 @@ import importlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from kernels.cotangents import no_gradient
-from kernels.dispatch import choose
-from kernels.linear_xla import FEATURE_MAPS
-from kernels.partition import by_sample_and_head, several_devices
-from kernels.segments import Segments
-from kernels.target import Target, current_target
+from freqformer.kernels.core.cotangents import no_gradient
+from freqformer.kernels.core.dispatch import choose
+from freqformer.kernels.core.partition import by_sample_and_head, several_devices
+from freqformer.kernels.core.target import Target, current_target
+from freqformer.kernels.linear.segments import Segments
+from freqformer.kernels.linear.xla import FEATURE_MAPS
 
 # In order of preference: the names that `attention` uses, and their modules.
-BACKENDS = {"pallas_mgpu": "kernels.linear_mgpu", "xla": "kernels.linear_xla"}
+BACKENDS = {"pallas_mgpu": "freqformer.kernels.linear.hopper", "xla": "freqformer.kernels.linear.xla"}
 
 __all__ = ["BACKENDS", "FEATURE_MAPS", "Segments", "choose_backend", "linear_attention"]
 

@@ -8,15 +8,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from freqformer.kernels.block_sparse.tuning import TuningConfig
+from freqformer.kernels.core.lists import decode
+from freqformer.kernels.hopper import parts
+from freqformer.kernels.hopper.launch import launch
+from freqformer.kernels.hopper.parts import LAYOUT, ROWS
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-
-from kernels import pallas_mgpu_parts as parts
-from kernels.launch_mgpu import launch
-from kernels.lists import decode
-from kernels.pallas_mgpu_parts import LAYOUT, ROWS
-from kernels.tuning import TuningConfig
 
 
 def dq(data, lists, bias, blocks, scale: float, config: TuningConfig, cost: pl.CostEstimate):
@@ -24,7 +23,7 @@ def dq(data, lists, bias, blocks, scale: float, config: TuningConfig, cost: pl.C
 
   Args:
     data: q, k, v, d_out `[b, n, h, d]` and lse (log2, large where a row sees nothing), delta `[b, h, n_q]`.
-    lists, bias, blocks, cost: as in `pallas_mgpu_forward.forward`.
+    lists, bias, blocks, cost: as in `hopper_forward.forward`.
 
   Returns:
     `[b, n_q, h, d]` in q's dtype.

@@ -1,17 +1,17 @@
 """The Hopper backend: Pallas Mosaic GPU kernels, forward and backward, that walk the table's lists. One launch for all heads.
 
-Nothing here needs a GPU to be checked: `pallas_mgpu_parts.interpreted()` runs the kernels on any device, and under an abstract
+Nothing here needs a GPU to be checked: `parts.interpreted()` runs the kernels on any device, and under an abstract
 mesh of an H100 they compile in a process without one.
 """
 
 import jax
 import jax.numpy as jnp
+from freqformer.kernels.block_sparse import cost, hopper_backward, hopper_forward, tuning
+from freqformer.kernels.block_sparse.table import BlockMask
+from freqformer.kernels.core import lists
+from freqformer.kernels.core.lists import MAX_TILES
+from freqformer.kernels.hopper import parts
 from jax.experimental import pallas as pl
-
-from kernels import cost, lists, pallas_mgpu_backward, pallas_mgpu_forward, tuning
-from kernels import pallas_mgpu_parts as parts
-from kernels.block_mask import BlockMask
-from kernels.lists import MAX_TILES
 
 HEAD_DIMS = (32, 64, 128)
 BLOCKS = (64, 128)
@@ -41,7 +41,7 @@ def _wrong_target(target):
   if target.platform != "cuda":
     yield (
       f"it runs on NVIDIA GPUs of compute capability 9.0, the target is {target}; use implementation='xla' there, or trace "
-      "inside kernels.pallas_mgpu_parts.interpreted() to check numerics"
+      "inside kernels.hopper.parts.interpreted() to check numerics"
     )
   elif target.capability != parts.CAPABILITY:
     yield f"it needs compute capability 9.0 (Hopper), the target is {target}; use implementation='xla' there"
@@ -52,9 +52,9 @@ def _either(values):
 
 
 def forward(q, k, v, mask, scale):
-  """Shapes as in `kernels.attention.attention`."""
+  """Shapes as in `kernels.block_sparse.api.attention`."""
   data, walked = (q, k, v), _by_query(mask, q.shape[0], q.shape[2])
-  return pallas_mgpu_forward.forward(data, walked, _bias(mask), _blocks(mask), scale, *_config(q, mask, "forward"))
+  return hopper_forward.forward(data, walked, _bias(mask), _blocks(mask), scale, *_config(q, mask, "forward"))
 
 
 def backward(q, k, v, mask, scale, lse, delta, d_out):
@@ -64,9 +64,9 @@ def backward(q, k, v, mask, scale, lse, delta, d_out):
   data = (q, k, v, d_out.astype(q.dtype), lse, delta)
   bias, blocks = _bias(mask), _blocks(mask)
   walked = _by_query(mask, q.shape[0], q.shape[2])
-  dq = pallas_mgpu_backward.dq(data, walked, bias, blocks, scale, *_config(q, mask, "dq"))
+  dq = hopper_backward.dq(data, walked, bias, blocks, scale, *_config(q, mask, "dq"))
   walked = _by_key(mask, q.shape[0], q.shape[2])
-  dk, dv = pallas_mgpu_backward.dkv(data, walked, bias, blocks, scale, *_config(q, mask, "dkv"))
+  dk, dv = hopper_backward.dkv(data, walked, bias, blocks, scale, *_config(q, mask, "dkv"))
   return dq, dk, dv
 
 

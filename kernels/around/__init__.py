@@ -1,0 +1,1 @@
+"""The memory-bound passes before and after attention in FreqFormer's layer."""

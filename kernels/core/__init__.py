@@ -1,0 +1,1 @@
+"""Dispatch, target device, partitioning and list codes: shared by all ops."""

@@ -1,0 +1,1 @@
+"""The parts that all Hopper kernels are built from."""

@@ -1,0 +1,1 @@
+"""Linear attention over segments of rows: the op, one file per backend."""

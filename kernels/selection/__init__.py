@@ -1,0 +1,1 @@
+"""Choosing key tiles: exact top-k of scores, and the attention mass of tiles."""
