@@ -20,7 +20,6 @@ import numpy as np
 from absl import app, flags, logging
 from flax import nnx
 from freqformer.kernels.block_sparse.api import attention
-from freqformer.kernels.offline import compile_for
 from freqformer.kernels.selection.block_scores import block_mass
 
 from benchmarks import rows, timing
@@ -33,6 +32,7 @@ from freqformer.planners import lse_cache
 from freqformer.planners.tile_bits import top_bits, unpack_bits
 from freqformer.restore import restore_model
 from freqformer.sampling import SampleConfig, make_step, sample
+from tools.offline import compile_for
 
 _PART = flags.DEFINE_enum("part", "time", ["time", "state", "recall"], "What to measure.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "recall: run of a dense model.", allow_override=True)

@@ -15,7 +15,6 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from absl import app, flags, logging  # noqa: E402
 from flax import nnx  # noqa: E402
-from freqformer.kernels.offline import compile_for  # noqa: E402
 
 from benchmarks.hlo_bytes import operations  # noqa: E402
 from benchmarks.rows import write_rows  # noqa: E402
@@ -23,6 +22,7 @@ from freqformer.attention import AttentionDims, SpectralAttention  # noqa: E402
 from freqformer.layout import TileLayout  # noqa: E402
 from freqformer.methods.base import Cond  # noqa: E402
 from freqformer.simulation.forward import make_method  # noqa: E402
+from tools.offline import compile_for  # noqa: E402
 
 _DEVICE = flags.DEFINE_enum(
   "device", "offline", ["offline"], "Where the layer is compiled for: an absent H100.", allow_override=True

@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from freqformer.kernels import offline
 from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.linear.api import Segments, linear_attention
 
@@ -31,6 +30,7 @@ from freqformer.methods.sparse_linear import SparseLinear
 from freqformer.methods.sparseflow import SparseFlow
 from freqformer.simulation.descriptions import load_gpu, load_model
 from freqformer.simulation.forward import Plan, simulate
+from tools import offline
 
 _QUICK = flags.DEFINE_bool("quick", False, "Small CPU shapes and few repeats; writes no rows.", allow_override=True)
 

@@ -3,7 +3,7 @@
   python -m benchmarks.listing            # anywhere; writes benchmarks/results/listing.json
 
 The tensor cores have nothing queued by a warpgroup between the values of one stage and the scores
-of the next. Needs nvdisasm on PATH (`pip install nvidia-cuda-nvdisasm`) and what `kernels.offline`
+of the next. Needs nvdisasm on PATH (`pip install nvidia-cuda-nvdisasm`) and what `tools.offline`
 needs. Instructions are counted, not timed.
 """
 

@@ -23,7 +23,6 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from absl import app, flags, logging  # noqa: E402
 from flax import nnx  # noqa: E402
-from freqformer.kernels.offline import compile_for  # noqa: E402
 from freqformer.kernels.selection import hopper_topk as hopper_topk  # noqa: E402
 
 import freqformer.attention  # noqa: E402
@@ -33,6 +32,7 @@ from benchmarks.rows import write_rows  # noqa: E402
 from freqformer.attention import AttentionDims, SpectralAttention  # noqa: E402
 from freqformer.methods.base import Cond  # noqa: E402
 from freqformer.methods.freqformer import FILTERS, FreqFormer  # noqa: E402
+from tools.offline import compile_for  # noqa: E402
 
 _DEVICE = flags.DEFINE_enum(
   "device", "offline", ["offline"], "Where the layer is compiled for: an absent H100.", allow_override=True

@@ -6,7 +6,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-from freqformer.kernels import offline
 from freqformer.kernels.block_sparse import tuning
 from freqformer.kernels.block_sparse.api import attention, backend
 from freqformer.kernels.block_sparse.table import TransposedMask
@@ -16,6 +15,7 @@ from benchmarks import gpu_masks, gpu_oracle
 from benchmarks.arg_specs import AttentionSpec
 from benchmarks.gpu_rows import Deadline
 from benchmarks.gpu_timing import Call, Effort, measure
+from tools import offline
 
 MARGIN = 0.01
 # Enough work to fill the device many times; long enough lists that the pipeline's depth shows, short enough that its fill does.

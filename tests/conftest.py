@@ -5,7 +5,7 @@ import pathlib
 
 # XLA optimises little: most programs run once, so that compiling them well costs more than it
 # saves, and numbers are the same up to rounding. Processes that tests start inherit it.
-# `kernels.offline` compiles for a GPU as well as ever.
+# `tools.offline` compiles for a GPU as well as ever.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # The GPU interpreter blocks one host thread per warpgroup; XLA would give as many threads as there are cores.
 os.environ.setdefault("NPROC", "16")

@@ -9,7 +9,6 @@ import numpy as np
 from flax import nnx
 from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.table import BlockMask
-from freqformer.kernels.offline import NO_AUTOTUNING, Compilation, compile_for
 from jax.sharding import PartitionSpec as P
 
 from freqformer.dit import DiTBlock, VideoDiT, make_tables
@@ -17,6 +16,7 @@ from freqformer.methods.base import Cond
 from freqformer.methods.freqformer import FreqFormer
 from freqformer.model_config import AttentionConfig, ModelConfig
 from freqformer.training import TrainConfig, init_state, make_train_step
+from tools.offline import NO_AUTOTUNING, Compilation, compile_for
 
 GRIDS = {"16k": (16, 32, 32), "64k": (16, 64, 64), "128k": (32, 64, 64)}
 # From here on temporary memory per token stays the same: at 16K what does not depend on tokens shows.

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from freqformer.kernels.offline import compile_for
 from freqformer.kernels.selection.block_scores import block_mass
 
 from freqformer.config import ConfigError
@@ -19,6 +18,7 @@ from freqformer.methods.base import Dims
 from freqformer.model_config import model_config
 from freqformer.sampling import SampleConfig, compile_steps, make_step, sample
 from tests.attention_suite import relative_error
+from tools.offline import compile_for
 
 SHAPE = (4, 8, 8, 2)
 BASE = dict(size="custom", width=24, depth=3, heads=2, patch=(1, 1, 1))

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from freqformer.kernels.core.target import Target
 from freqformer.kernels.hopper.parts import interpreted
-from freqformer.kernels.offline import SHARED_LIMIT, compile_for
 from freqformer.kernels.selection import block_scores, hopper_block_scores
 from freqformer.kernels.selection.block_scores import block_mass, choose_backend
 from jax.sharding import PartitionSpec as P
 
 from tests.attention_suite import relative_error
+from tools.offline import SHARED_LIMIT, compile_for
 
 BLOCK = 16
 KV_LEN = np.array([16, 16, 11, 16, 1, 16, 7], np.int32)

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from freqformer.kernels import offline
 from freqformer.kernels.block_sparse.api import attention
 
 from benchmarks import gpu_launches, gpu_masks, gpu_oracle, gpu_peers, gpu_timing, timing, torch_peers
@@ -17,6 +16,7 @@ from benchmarks.gpu_plan import FULL, SHORT
 from benchmarks.gpu_timing import Call, Effort
 from freqformer.layout import TileLayout
 from tests.attention_suite import CASES, draw_inputs, draw_mask, oracle
+from tools import offline
 
 ONCE = Effort(samples=2, slow_samples=1, chain_s=0.0, turns=1)
 

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from freqformer.kernels import offline
 from freqformer.kernels.around.lift import lift
 from freqformer.kernels.around.prepare import BLOCKS, HEAD_DIMS, prepare
 from freqformer.kernels.block_sparse import hopper as pallas_mgpu
@@ -25,6 +24,7 @@ from freqformer.layout import TileLayout
 from freqformer.rotary import angle_tables
 from freqformer.spectral import SpectralBasis
 from freqformer.tile_cells import tile_cells
+from tools import offline
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "gpu_resources.json"
 ROWS, HEADS, LISTED = 1024, 4, 4

@@ -2,10 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-from freqformer.kernels.offline import compile_for
 
 from benchmarks.hlo_bytes import operations, size
 from benchmarks.memory_bound import parts_of
+from tools.offline import compile_for
 
 N = 1 << 20
 

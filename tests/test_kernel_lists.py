@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from freqformer.kernels import offline
 from freqformer.kernels.block_sparse import api as attention_module
 from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.table import BlockMask
@@ -14,6 +13,7 @@ from freqformer.kernels.core import lists
 from freqformer.kernels.hopper.parts import interpreted
 
 from tests.attention_suite import CASES, draw_inputs, draw_mask, relative_error
+from tools import offline
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])

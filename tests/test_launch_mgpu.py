@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from freqformer.kernels import offline
 from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.table import dense_mask
 from freqformer.kernels.hopper.parts import interpreted
 from jax.sharding import PartitionSpec as P
+
+from tools import offline
 
 
 def test_mapped_launches_follow_each_other():

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from freqformer.kernels import offline
 from freqformer.kernels.linear.api import FEATURE_MAPS, Segments, linear_attention
+
+from tools import offline
 
 B, N, H, D = 2, 40, 3, 8
 RAGGED = np.array([0] * 5 + [-1] * 3 + [2] * 12 + [0] * 4 + [3] * 1 + [-1] * 2 + [2] * 13)  # 1 is empty

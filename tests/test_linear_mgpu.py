@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from freqformer.kernels import offline
 from freqformer.kernels.core.target import Target
 from freqformer.kernels.hopper import parts
 from freqformer.kernels.linear import segments
@@ -15,6 +14,7 @@ from freqformer.kernels.linear.api import Segments, choose_backend, linear_atten
 from jax.sharding import PartitionSpec as P
 
 from freqformer.layout import TileLayout
+from tools import offline
 
 HOPPER = Target("cuda", "NVIDIA H100 80GB HBM3", "9.0")
 # Runs of 40 rows: boxes of 8. Segment 2 is empty, 3 short of rows, one box has no segment at all.

@@ -8,9 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from freqformer.kernels import offline
 from freqformer.kernels.block_sparse import api as attention_api
-from freqformer.kernels.program_cost import program_cost
 
 from benchmarks import layer_traffic
 from benchmarks.rows import RESULTS, read_rows
@@ -18,6 +16,8 @@ from freqformer.attention import AttentionDims, SpectralAttention
 from freqformer.layout import TileLayout
 from freqformer.methods.base import Cond
 from freqformer.simulation.forward import make_method
+from tools import offline
+from tools.program_cost import program_cost
 
 # Full tiles without padding, 64 cells each, so that nothing is counted that a program pads.
 LAYOUT = TileLayout((8, 16, 16), (4, 4, 8), 128)

@@ -6,12 +6,13 @@ import os
 import jax
 import jax.numpy as jnp
 import pytest
-from freqformer.kernels import offline
 from freqformer.kernels.core.target import Target, current_target
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import PartitionSpec as P
+
+from tools import offline
 
 _TILE = (64, 128)
 

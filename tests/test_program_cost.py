@@ -7,12 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from freqformer.kernels import offline
 from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.cost import KERNEL_MATMULS, count
 from freqformer.kernels.block_sparse.table import from_tiles
 from freqformer.kernels.linear.api import linear_attention
-from freqformer.kernels.program_cost import program_cost
 
 from freqformer.cost import model_cost
 from freqformer.dit import VideoDiT, make_tables
@@ -20,6 +18,8 @@ from freqformer.layout import TileLayout
 from freqformer.methods.registry import METHODS, method_class
 from freqformer.model_config import AttentionConfig, ModelConfig
 from freqformer.planners.sliding_tile import sliding_tile
+from tools import offline
+from tools.program_cost import program_cost
 
 LAYOUT, HEADS, DIM = TileLayout.fit((8, 32, 32), 128), 4, 64
 _spec = jax.ShapeDtypeStruct

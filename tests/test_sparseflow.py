@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from freqformer.kernels import offline
 
 from freqformer.attention import AttentionDims, SpectralAttention
 from freqformer.config import ConfigError
@@ -18,6 +17,7 @@ from freqformer.methods.sparseflow import Schedule, SparseFlow, variance_shares
 from freqformer.planners.temporal import anchor_frames, temporal
 from freqformer.router import RouterConfig
 from tests.method_training import trains
+from tools import offline
 
 LAYOUT = TileLayout.fit((9, 6, 9), 32, tile=(2, 4, 4))  # ragged on every axis: 5 x 2 x 3 tiles
 DIMS = AttentionDims(48, 6, 8)

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from freqformer.kernels.core.target import Target
 from freqformer.kernels.hopper.parts import interpreted
-from freqformer.kernels.offline import compile_for
 from freqformer.kernels.selection import hopper_topk, topk
 from freqformer.kernels.selection.topk import ordered_integers, top_ids, top_tiles, top_words
 from jax.sharding import PartitionSpec
+
+from tools.offline import compile_for
 
 
 def oracle(scores, budget):

@@ -4,13 +4,13 @@ import dataclasses
 import json
 
 import pytest
-from freqformer.kernels import offline
 from freqformer.kernels.block_sparse import tuning
 from freqformer.kernels.block_sparse.tuning import Key, TuningConfig
 
 from benchmarks import tune, tune_trials
 from benchmarks.gpu_rows import Deadline, Store
 from benchmarks.gpu_timing import Effort
+from tools import offline
 
 KEY = Key("h100", 64, 64, 128, "forward")
 ONCE = Effort(samples=1, slow_samples=1, chain_s=0.0, turns=1)

@@ -32,7 +32,7 @@ def launch(
     operands: trees of arrays, or of references that the kernel writes to.
     out_type: trees of `ShapeDtypeStruct`; scratch: trees of Mosaic GPU's memory and barrier types.
     blocks: how many.
-    cost: of all blocks together. Mosaic GPU of JAX 0.11.2 takes it and does not use it; `kernels.program_cost` reads it.
+    cost: of all blocks together. Mosaic GPU of JAX 0.11.2 takes it and does not use it; `tools.program_cost` reads it.
     warpgroups: of a thread block.
     by_lane: lowers by lane, where the body gives every layout: inferring them costs seconds of each compile.
     approx_math: lets exponentials and divisions be the hardware's.

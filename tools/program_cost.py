@@ -50,7 +50,7 @@ def program_cost(fn, *args) -> ProgramCost:
 
   Args:
     args: pytrees of arrays or `ShapeDtypeStruct`s. For the program of another device, call it under that device's abstract
-      mesh, as `kernels.offline` does.
+      mesh, as `tools.offline` does.
 
   Raises:
     ValueError: for a loop of unknown length, or a kernel that was launched without a cost.
