@@ -24,7 +24,7 @@ from freqformer.kernels.selection.block_scores import block_mass
 
 from benchmarks import rows, timing
 from freqformer.dit import VideoDiT
-from freqformer.layout import TileLayout
+from freqformer.grid.layout import TileLayout
 from freqformer.methods.adaspa import AdaSpa
 from freqformer.methods.base import Cond, Projected
 from freqformer.model_config import model_config

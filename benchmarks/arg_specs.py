@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from freqformer.kernels.block_sparse.table import BlockMask
 
-from freqformer.layout import TileLayout
+from freqformer.grid.layout import TileLayout
 
 
 @dataclasses.dataclass(frozen=True)

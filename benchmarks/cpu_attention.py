@@ -18,8 +18,8 @@ from benchmarks.arg_specs import SPECS, AttentionSpec
 from benchmarks.competitors import DenseForm, call, fastest, gradients, sparse, tile_matmuls
 from benchmarks.layer import freqformer_forward, freqformer_without_attention
 from freqformer.cost import BACKWARD_OVER_FORWARD, attention_cost
+from freqformer.grid.rotary import rotate
 from freqformer.methods.freqformer import FreqFormer
-from freqformer.rotary import rotate
 
 
 @dataclasses.dataclass(frozen=True)

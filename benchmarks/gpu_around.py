@@ -8,10 +8,10 @@ import numpy as np
 from freqformer.kernels.around.lift import lift
 from freqformer.kernels.around.prepare import prepare
 
-from freqformer.layout import TileLayout
-from freqformer.rotary import angle_tables
-from freqformer.spectral import SpectralBasis
-from freqformer.tile_cells import tile_cells
+from freqformer.grid.basis import SpectralBasis
+from freqformer.grid.layout import TileLayout
+from freqformer.grid.rotary import angle_tables
+from freqformer.grid.tile_matrices import tile_cells
 
 TOLERANCE = 4e-3  # one rounding to bfloat16 is 1.7e-3 at most
 

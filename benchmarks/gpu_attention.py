@@ -272,8 +272,8 @@ def _under(configs: dict, f: Callable) -> Callable:
 
 def layer_method(spec: AttentionSpec, bands: Composition):
   """FreqFormer's config for the composition: heads dealt by hand, cuts that give its compression."""
+  from freqformer.grid.basis import SpectralBasis
   from freqformer.methods.freqformer import FreqFormer
-  from freqformer.spectral import SpectralBasis
 
   low = tuple(1 / r for r in bands.ratio)
   return FreqFormer(

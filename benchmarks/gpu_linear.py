@@ -15,7 +15,7 @@ from benchmarks import gpu_masks
 from benchmarks.arg_specs import AttentionSpec
 from benchmarks.gpu_oracle import Error
 from benchmarks.gpu_timing import Call, Effort, measure
-from freqformer.layout import TileLayout
+from freqformer.grid.layout import TileLayout
 
 _RESULTS = ("out", "log_den", "dq", "dk", "dv", "d_into")
 

@@ -9,7 +9,7 @@ import numpy as np
 from freqformer.kernels.block_sparse.table import BlockMask, dense_mask, select
 
 from benchmarks.arg_specs import AttentionSpec
-from freqformer.layout import TileLayout
+from freqformer.grid.layout import TileLayout
 from freqformer.planners.packed import coarse_rows, full_rows, packed_kv_len
 from freqformer.planners.sliding_tile import sliding_tile
 

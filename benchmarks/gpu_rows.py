@@ -15,7 +15,7 @@ from benchmarks import gpu_facts, rows
 ROOT = pathlib.Path(__file__).parent.parent
 # What a figure depends on; a change to anything else leaves rows valid. The slot's own files only say what runs when, and a
 # plan that is changed between two calls must not make the rows of the first one void.
-_CODE = ("kernels/*.py", "kernels/*.json", "benchmarks/gpu_*.py", "freqformer/layout.py", "freqformer/planners/*.py")
+_CODE = ("kernels/*.py", "kernels/*.json", "benchmarks/gpu_*.py", "freqformer/grid/layout.py", "freqformer/planners/*.py")
 _NOT_CODE = ("benchmarks/gpu_slot*.py", "benchmarks/gpu_facts.py", "benchmarks/gpu_guards.py")
 
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from freqformer.kernels.around.prepare import EPS, prepare, unsupported
 
 import freqformer.methods.freqformer as freqformer_module
+from freqformer.grid.rotary import angle_tables, rotate
 from freqformer.methods.base import Cond, Projected
 from freqformer.methods.freqformer import FreqFormer
-from freqformer.rotary import angle_tables, rotate
 
 
 def freqformer_forward(method: FreqFormer, q, k, v, arrays, tables, implementation: str | None = None):

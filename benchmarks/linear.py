@@ -24,7 +24,7 @@ from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.linear.api import Segments, linear_attention
 
 from benchmarks import hlo_bytes, rows, timing
-from freqformer.layout import TileLayout
+from freqformer.grid.layout import TileLayout
 from freqformer.methods.base import Method
 from freqformer.methods.sparse_linear import SparseLinear
 from freqformer.methods.sparseflow import SparseFlow

@@ -13,7 +13,7 @@ import jax
 from absl import app
 
 from benchmarks import rows
-from freqformer.layout import TileLayout
+from freqformer.grid.layout import TileLayout
 from freqformer.methods.registry import METHODS, method_class
 
 HEADS, HEAD_DIM, STEPS = 24, 128, 50

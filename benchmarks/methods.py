@@ -29,9 +29,9 @@ from benchmarks import rows, timing
 from benchmarks.arg_specs import SPECS, AttentionSpec
 from benchmarks.competitors import call, sparse
 from freqformer.cost import attention_cost
+from freqformer.grid.rotary import rotate
 from freqformer.methods.base import Cond, Dims, Projected
 from freqformer.methods.registry import METHODS, method_class, parse_method, with_fields
-from freqformer.rotary import rotate
 
 _QUICK = flags.DEFINE_bool("quick", False, "A small shape and few repeats; writes no rows.", allow_override=True)
 

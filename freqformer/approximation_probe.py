@@ -9,9 +9,9 @@ from flax import nnx
 
 from freqformer.approximation import bases, measure
 from freqformer.dit import VideoDiT
-from freqformer.layout import LayoutTables
+from freqformer.grid.basis import SpectralTables
+from freqformer.grid.layout import LayoutTables
 from freqformer.methods.base import Method
-from freqformer.spectral import SpectralTables
 
 
 @dataclasses.dataclass(frozen=True)

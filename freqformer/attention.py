@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from freqformer.config import ConfigError, refusing
+from freqformer.grid.layout import LayoutTables, TileLayout
+from freqformer.grid.rotary import angle_tables, axis_pairs, rotate
 from freqformer.kernels.around.prepare import log_choice, unsupported
 from freqformer.kernels.around.prepare import prepare as fused
-from freqformer.layout import LayoutTables, TileLayout
 from freqformer.methods.base import Cond, Dims, Method, Projected
-from freqformer.rotary import angle_tables, axis_pairs, rotate
 
 
 @dataclasses.dataclass(frozen=True)

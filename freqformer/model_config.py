@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from freqformer.attention import AttentionDims
 from freqformer.config import ConfigError, build, did_you_mean, refusing, require, require_one_of
+from freqformer.grid.layout import TileLayout
 from freqformer.kernels.block_sparse.api import BACKENDS
-from freqformer.layout import TileLayout
 from freqformer.methods.base import Method
 from freqformer.methods.registry import METHODS, method_class, parse_method, with_fields
 

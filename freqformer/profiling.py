@@ -12,8 +12,8 @@ import numpy as np
 
 from freqformer.config import ConfigError, require
 from freqformer.cost import Cost
+from freqformer.grid.layout import TileLayout
 from freqformer.kernels.block_sparse.table import BlockMask
-from freqformer.layout import TileLayout
 
 # Of `dense_rows` and what follows it, compiled for an H100 (`python -m benchmarks.layer_traffic`): passes over a bf16 array of
 # tokens, bytes per score of each pattern, kernels per head.

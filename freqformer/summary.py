@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from freqformer.layout import LayoutTables
-from freqformer.spectral import SpectralTables
+from freqformer.grid.basis import SpectralTables
+from freqformer.grid.layout import LayoutTables
 
 
 class SummaryTokens(nnx.Module):

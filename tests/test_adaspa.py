@@ -10,7 +10,7 @@ from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.table import dense_mask
 from freqformer.kernels.selection.block_scores import block_mass
 
-from freqformer.layout import TileLayout
+from freqformer.grid.layout import TileLayout
 from freqformer.methods.adaspa import AdaSpa, levels
 from freqformer.methods.base import Cond, Dims, Projected
 from freqformer.planners import lse_cache

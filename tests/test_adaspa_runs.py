@@ -12,7 +12,7 @@ from freqformer.kernels.selection.block_scores import block_mass
 from freqformer.config import ConfigError
 from freqformer.cost import model_cost, sampling_cost
 from freqformer.dit import VideoDiT
-from freqformer.layout import TileLayout
+from freqformer.grid.layout import TileLayout
 from freqformer.methods.adaspa import AdaSpa
 from freqformer.methods.base import Dims
 from freqformer.model_config import model_config

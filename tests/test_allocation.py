@@ -14,7 +14,9 @@ from freqformer import simulate
 from freqformer.attention import AttentionDims, SpectralAttention
 from freqformer.config import ConfigError
 from freqformer.cost import attention_cost, method_call
-from freqformer.layout import TileLayout
+from freqformer.grid.basis import SpectralBasis
+from freqformer.grid.layout import TileLayout
+from freqformer.grid.sizes import TransformSizes
 from freqformer.methods.base import Cond
 from freqformer.methods.registry import method_class
 from freqformer.planners.radial import count_radial, radial
@@ -22,8 +24,6 @@ from freqformer.planners.sliding_tile import BORDERS, count_window, sliding_tile
 from freqformer.planners.spatial_temporal import count_pairs, spatial_temporal
 from freqformer.router import RouterConfig, penalty
 from freqformer.simulation.forward import make_method
-from freqformer.spectral import SpectralBasis
-from freqformer.transform_cost import TransformSizes
 
 LAYOUT = TileLayout((8, 16, 16), (4, 4, 8), 128)
 

@@ -10,7 +10,7 @@ from flax import nnx
 from benchmarks import complexity_notes, complexity_page
 from freqformer import approximation, approximation_probe, approximation_summary
 from freqformer.dit import VideoDiT, make_tables
-from freqformer.layout import TileLayout
+from freqformer.grid.layout import TileLayout
 from freqformer.methods.freqformer import FreqFormer
 from freqformer.model_config import model_config
 from freqformer.simulation import plots

@@ -9,7 +9,7 @@ import pytest
 from freqformer.kernels.block_sparse.table import from_tiles
 
 from freqformer.config import ConfigError
-from freqformer.layout import TileLayout
+from freqformer.grid.layout import TileLayout
 from freqformer.methods.block_topk import BlockTopK
 from freqformer.methods.radial import Radial
 from freqformer.methods.sliding_tile import SlidingTile

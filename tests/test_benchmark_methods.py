@@ -9,11 +9,11 @@ import pytest
 from benchmarks import methods as benchmark
 from benchmarks import rows
 from benchmarks.arg_specs import SPECS
+from freqformer.grid.rotary import rotate
 from freqformer.methods.base import Cond, Projected
 from freqformer.methods.block_topk import BlockTopK
 from freqformer.methods.radial import Radial
 from freqformer.methods.sparse_linear import SparseLinear
-from freqformer.rotary import rotate
 from tests.attention_suite import relative_error
 
 TINY = dataclasses.replace(SPECS["cpu_1k"], name="tiny", heads=2, head_dim=8, keys=16, block=8)  # 128 tiles

@@ -13,7 +13,7 @@ from freqformer.kernels.block_sparse.cost import CONCURRENT, REFERENCE_SOFTMAX, 
 from freqformer.kernels.block_sparse.table import dense_mask, from_tiles
 
 from freqformer.cost import BlockShape, Cost, attention_cost, method_call, training_flops, utilisation
-from freqformer.layout import TileLayout
+from freqformer.grid.layout import TileLayout
 from freqformer.methods.registry import METHODS, method_class
 from freqformer.planners.sliding_tile import sliding_tile
 

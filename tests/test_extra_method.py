@@ -8,7 +8,7 @@ import pytest
 
 from freqformer.config import ConfigError
 from freqformer.dit import make_tables
-from freqformer.layout import TileLayout
+from freqformer.grid.layout import TileLayout
 from freqformer.methods import registry
 from freqformer.methods.registry import method_class
 from freqformer.model_config import model_config

@@ -14,7 +14,7 @@ from freqformer.kernels.block_sparse.api import attention
 from benchmarks import gpu_launches, gpu_masks, gpu_oracle, gpu_peers, gpu_timing, timing, torch_peers
 from benchmarks.gpu_plan import FULL, SHORT
 from benchmarks.gpu_timing import Call, Effort
-from freqformer.layout import TileLayout
+from freqformer.grid.layout import TileLayout
 from tests.attention_suite import CASES, draw_inputs, draw_mask, oracle
 from tools import offline
 

@@ -20,10 +20,10 @@ from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.table import BlockMask
 from freqformer.kernels.linear.api import FEATURE_MAPS, Segments, linear_attention
 
-from freqformer.layout import TileLayout
-from freqformer.rotary import angle_tables
-from freqformer.spectral import SpectralBasis
-from freqformer.tile_cells import tile_cells
+from freqformer.grid.basis import SpectralBasis
+from freqformer.grid.layout import TileLayout
+from freqformer.grid.rotary import angle_tables
+from freqformer.grid.tile_matrices import tile_cells
 from tools import offline
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "gpu_resources.json"

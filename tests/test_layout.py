@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from freqformer.layout import TileLayout
+from freqformer.grid.layout import TileLayout
 
 LAYOUTS = [
   TileLayout((1, 1, 1), (2, 4, 4), 32),

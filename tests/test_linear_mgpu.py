@@ -13,7 +13,7 @@ from freqformer.kernels.linear import segments
 from freqformer.kernels.linear.api import Segments, choose_backend, linear_attention
 from jax.sharding import PartitionSpec as P
 
-from freqformer.layout import TileLayout
+from freqformer.grid.layout import TileLayout
 from tools import offline
 
 HOPPER = Target("cuda", "NVIDIA H100 80GB HBM3", "9.0")

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from freqformer.grid.basis import SpectralBasis
+from freqformer.grid.rotary import rotate
 from freqformer.methods.freqformer import FreqFormer
-from freqformer.rotary import rotate
-from freqformer.spectral import SpectralBasis
 from tests.test_sparseflow import DIMS, LAYOUT, layer_of, run, tokens, where
 
 BASIS = SpectralBasis("block_dct", (0.5, 0.5, 0.5), (0.75, 0.75, 0.75))

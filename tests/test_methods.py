@@ -10,13 +10,13 @@ from flax import nnx
 
 from freqformer.attention import AttentionDims, SpectralAttention
 from freqformer.config import ConfigError
-from freqformer.layout import TileLayout
+from freqformer.grid.basis import SpectralBasis
+from freqformer.grid.layout import TileLayout
 from freqformer.methods.base import Cond
 from freqformer.methods.dense import Dense
 from freqformer.methods.freqformer import FreqFormer
 from freqformer.methods.registry import method_class
 from freqformer.router import RouterConfig
-from freqformer.spectral import SpectralBasis
 
 LAYOUT = TileLayout.fit((5, 6, 9), 32, tile=(2, 4, 4))
 DIMS = AttentionDims(48, 6, 8)
@@ -71,7 +71,7 @@ def test_dense_equals_textbook():
   layer, x = layer_of(Dense()), tokens()
   arrays = LAYOUT.arrays()
   n, positions = LAYOUT.n, np.stack(np.unravel_index(np.arange(LAYOUT.n), LAYOUT.grid), -1).astype(np.float32)
-  from freqformer.rotary import rotate
+  from freqformer.grid.rotary import rotate
 
   q, k, v = jnp.unstack(layer.qkv(arrays.unpack(x)).reshape(2, n, 3, 6, 8), axis=2)
   q, k = rotate(layer.q_norm(q), positions), rotate(layer.k_norm(k), positions)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from freqformer.layout import TileLayout
+from freqformer.grid.basis import SpectralBasis
+from freqformer.grid.layout import TileLayout
 from freqformer.planners import block_topk as planner
 from freqformer.planners.block_topk import block_topk, fixed_tiles, pool_tiles, top_tiles
 from freqformer.planners.dense import dense
@@ -16,7 +17,6 @@ from freqformer.planners.radial import radial
 from freqformer.planners.sliding_tile import sliding_tile
 from freqformer.planners.temporal import temporal
 from freqformer.planners.where import tiles_where
-from freqformer.spectral import SpectralBasis
 
 RAGGED = TileLayout.fit((5, 6, 9), 32, tile=(2, 4, 4))
 

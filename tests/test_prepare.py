@@ -18,13 +18,13 @@ from freqformer.kernels.core.target import Target
 from freqformer.kernels.hopper import parts
 
 from freqformer.attention import AttentionDims, SpectralAttention
-from freqformer.layout import TileLayout
+from freqformer.grid.basis import SpectralBasis
+from freqformer.grid.layout import TileLayout
+from freqformer.grid.rotary import angle_tables, rotate
+from freqformer.grid.tile_matrices import tile_cells
 from freqformer.methods.base import Cond
 from freqformer.methods.dense import Dense
 from freqformer.methods.freqformer import FreqFormer
-from freqformer.rotary import angle_tables, rotate
-from freqformer.spectral import SpectralBasis
-from freqformer.tile_cells import tile_cells
 
 HOPPER = Target("cuda", "NVIDIA H100 80GB HBM3", "9.0")
 BASIS = SpectralBasis("block_dct", (0.5, 0.5, 0.5), (0.75, 0.75, 0.75))

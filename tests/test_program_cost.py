@@ -14,7 +14,7 @@ from freqformer.kernels.linear.api import linear_attention
 
 from freqformer.cost import model_cost
 from freqformer.dit import VideoDiT, make_tables
-from freqformer.layout import TileLayout
+from freqformer.grid.layout import TileLayout
 from freqformer.methods.registry import METHODS, method_class
 from freqformer.model_config import AttentionConfig, ModelConfig
 from freqformer.planners.sliding_tile import sliding_tile

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import quality, quality_methods
-from freqformer.layout import TileLayout
+from freqformer.grid.layout import TileLayout
 from freqformer.methods.base import Cond, Dims, Projected
 
 LAYOUT = TileLayout.fit((8, 12, 12), quality.BLOCK)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from freqformer.layout import TileLayout
+from freqformer.grid.layout import TileLayout
+from freqformer.grid.rotary import rotate
 from freqformer.methods.sparse_linear import SparseLinear
-from freqformer.rotary import rotate
 from tests.method_training import trains
 from tests.test_sparseflow import LAYOUT, layer_of, run, tokens, where
 

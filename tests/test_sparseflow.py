@@ -11,7 +11,7 @@ from flax import nnx
 from freqformer.attention import AttentionDims, SpectralAttention
 from freqformer.config import ConfigError
 from freqformer.dit import KEPT
-from freqformer.layout import TileLayout
+from freqformer.grid.layout import TileLayout
 from freqformer.methods.base import Cond
 from freqformer.methods.sparseflow import Schedule, SparseFlow, variance_shares
 from freqformer.planners.temporal import anchor_frames, temporal
@@ -136,7 +136,7 @@ def test_a_linear_head_is_the_dense_form_within_its_frame(feature_map):
   layer = layer_of(SparseFlow(allocation=(0, 6), feature_map=feature_map))
   arrays, x = LAYOUT.arrays(), tokens()
   got = heads_of(layer, x)
-  from freqformer.rotary import rotate
+  from freqformer.grid.rotary import rotate
 
   q, k, v = jnp.unstack(layer.qkv(arrays.unpack(x)).reshape(2, LAYOUT.n, 3, 6, 8), axis=2)
   position = np.stack(np.unravel_index(np.arange(LAYOUT.n), LAYOUT.grid), -1).astype(np.float32)

@@ -14,8 +14,8 @@ import pytest
 import scipy.fft
 import scipy.linalg
 
-from freqformer.layout import TileLayout
-from freqformer.spectral import SpectralBasis
+from freqformer.grid.basis import SpectralBasis
+from freqformer.grid.layout import TileLayout
 
 LAYOUTS = [
   TileLayout((1, 1, 1), (2, 4, 4), 32),

@@ -14,9 +14,9 @@ import numpy as np
 from flax import nnx
 
 from freqformer.cost import Cost
+from freqformer.grid.layout import LayoutTables, TileLayout
 from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.cost import CallCost
-from freqformer.layout import LayoutTables, TileLayout
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,12 +16,14 @@ from jax.ad_checkpoint import checkpoint_name
 
 from freqformer.config import require
 from freqformer.cost import Cost
+from freqformer.grid.basis import SpectralBasis, SpectralTables
+from freqformer.grid.layout import TileLayout
+from freqformer.grid.tile_matrices import TileCells, tile_cells
 from freqformer.kernels.around.lift import lift
 from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.cost import CallCost
 from freqformer.kernels.block_sparse.table import BlockMask, select
 from freqformer.kernels.linear.api import linear_attention
-from freqformer.layout import TileLayout
 from freqformer.methods import freqformer_cost, measured
 from freqformer.methods.base import mask_aux, mask_density
 from freqformer.methods.routed import RoutedMethod
@@ -29,9 +31,7 @@ from freqformer.planners.block_topk import block_topk, fixed_tiles, pool_tiles
 from freqformer.planners.packed import coarse_rows, full_rows, packed_kv_len
 from freqformer.planners.sliding_tile import BORDERS, sliding_tile
 from freqformer.profiling import ProfileConfig
-from freqformer.spectral import SpectralBasis, SpectralTables
 from freqformer.summary import SummaryTokens
-from freqformer.tile_cells import TileCells, tile_cells
 
 LOW, MID, HIGH = range(3)
 FILTERS = ("none", "qkv", "v")

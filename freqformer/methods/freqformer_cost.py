@@ -10,11 +10,11 @@ their rows beyond a tile's cells. Bytes and launches are those of the program co
 import dataclasses
 
 from freqformer.cost import Cost, attention_cost, selection_cost
+from freqformer.grid.layout import TileLayout
+from freqformer.grid.sizes import TransformSizes
 from freqformer.kernels.around.prepare import BLOCKS, HEAD_DIMS, MAX_CELLS
 from freqformer.kernels.block_sparse.cost import CONCURRENT, CallCost, uniform
-from freqformer.layout import TileLayout
 from freqformer.planners.sliding_tile import count_window
-from freqformer.transform_cost import TransformSizes
 
 _FILTERED = {"none": 0, "v": 1, "qkv": 3}  # arrays
 # Passes beyond norm and rotary, which `elementwise_bytes` has, by who does it: the kernels (v in and out, which other methods'

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from freqformer.cost import Cost, attention_cost, linear_attention_cost
+from freqformer.grid.layout import LayoutTables, TileLayout
 from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.cost import CallCost, count
 from freqformer.kernels.block_sparse.table import BlockMask, check_listed
 from freqformer.kernels.linear.api import FEATURE_MAPS, Segments, linear_attention
-from freqformer.layout import LayoutTables, TileLayout
 from freqformer.methods.base import mask_aux
 from freqformer.methods.routed import RoutedMethod
 from freqformer.planners.block_topk import pool_tiles

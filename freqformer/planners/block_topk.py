@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from freqformer.grid.layout import LayoutTables, TileLayout
 from freqformer.kernels.block_sparse.table import BlockMask
 from freqformer.kernels.selection.topk import top_tiles
-from freqformer.layout import LayoutTables, TileLayout
 
 # Pooled scores that exist at once; None: what `top_tiles` holds for good on the target.
 _CHUNK_SCORES = None

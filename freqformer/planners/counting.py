@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from freqformer.grid.layout import TileLayout
 from freqformer.kernels.block_sparse.cost import CONCURRENT, CallCost
-from freqformer.layout import TileLayout
 
 Mark = Callable[[np.ndarray, int, int, int, int], None]
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from freqformer.grid.layout import TileLayout
 from freqformer.kernels.block_sparse.table import BlockMask
-from freqformer.layout import TileLayout
 
 
 def dense(layout: TileLayout) -> BlockMask:

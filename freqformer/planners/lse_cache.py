@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from freqformer.layout import LayoutTables, TileLayout
+from freqformer.grid.layout import LayoutTables, TileLayout
 
 KINDS = ("row", "tile")
 DTYPES = ("bfloat16", "float32", "uint8")

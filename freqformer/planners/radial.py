@@ -12,9 +12,9 @@ tiles within a frame of tiles, s tiles in it, and the distance in time in tokens
 
 import numpy as np
 
+from freqformer.grid.layout import TileLayout
 from freqformer.kernels.block_sparse.cost import CallCost
 from freqformer.kernels.block_sparse.table import BlockMask
-from freqformer.layout import TileLayout
 from freqformer.planners.counting import axis_lengths, count_tiles
 from freqformer.planners.where import frame_tiles, tiles_where
 

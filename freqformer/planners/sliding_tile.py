@@ -6,9 +6,9 @@ import math
 import numpy as np
 from absl import logging
 
+from freqformer.grid.layout import TileLayout
 from freqformer.kernels.block_sparse.cost import CallCost
 from freqformer.kernels.block_sparse.table import BlockMask, check_listed, pad_lists
-from freqformer.layout import TileLayout
 from freqformer.planners.counting import axis_lengths, count_tiles
 
 BORDERS = ("clamp", "clip")

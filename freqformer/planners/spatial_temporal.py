@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from freqformer.grid.layout import TileLayout
 from freqformer.kernels.block_sparse.table import BlockMask
-from freqformer.layout import TileLayout
 from freqformer.planners.counting import axis_lengths
 from freqformer.planners.where import tiles_where
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from freqformer.grid.layout import TileLayout
 from freqformer.kernels.block_sparse.table import BlockMask, check_listed, pad_lists
-from freqformer.layout import TileLayout
 
 
 def temporal(layout: TileLayout, frames: int, around: tuple[int, int], anchors: int) -> BlockMask:

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from freqformer.grid.layout import TileLayout
 from freqformer.kernels.block_sparse.table import BlockMask, check_listed, pad_lists
-from freqformer.layout import TileLayout
 
 # Entries of the rule that are held at once: 8,192 x 8,192 tiles are never whole in memory.
 _CHUNK = 1 << 21

@@ -6,7 +6,7 @@ import re
 import sys
 
 from freqformer.config import ConfigError
-from freqformer.layout import MOST_ROWS
+from freqformer.grid.layout import MOST_ROWS
 from freqformer.methods.registry import METHODS
 from freqformer.simulation import plots
 from freqformer.simulation.descriptions import ModelCard, known

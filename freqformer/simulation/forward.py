@@ -7,8 +7,8 @@ import math
 
 from freqformer.config import ConfigError
 from freqformer.cost import BlockShape, Cost, around_bytes, method_call
+from freqformer.grid.layout import TileLayout
 from freqformer.kernels.block_sparse.cost import CallCost, uniform
-from freqformer.layout import TileLayout
 from freqformer.methods.base import Method
 from freqformer.methods.registry import method_class, parse_method, with_fields
 from freqformer.simulation.descriptions import Gpu, ModelCard

@@ -25,8 +25,8 @@ import pathlib
 
 from freqformer.config import ConfigError
 from freqformer.cost import method_call
+from freqformer.grid.layout import TileLayout
 from freqformer.kernels.block_sparse.cost import CallCost, uniform
-from freqformer.layout import TileLayout
 from freqformer.simulation.descriptions import gpu_named
 from freqformer.simulation.forward import make_method
 

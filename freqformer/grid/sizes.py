@@ -5,9 +5,9 @@ import math
 
 import numpy as np
 
-from freqformer.layout import TileLayout
-from freqformer.spectral import SpectralBasis
-from freqformer.transforms import rows_below
+from freqformer.grid.basis import SpectralBasis
+from freqformer.grid.layout import TileLayout
+from freqformer.grid.transforms import rows_below
 
 
 @dataclasses.dataclass(frozen=True)

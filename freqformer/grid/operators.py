@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from freqformer.layout import LayoutTables, TileLayout
+from freqformer.grid.layout import LayoutTables, TileLayout
 
 Array = jax.Array | np.ndarray
 _pytree = jax.tree_util.register_dataclass

@@ -7,11 +7,11 @@ import dataclasses
 import jax
 import numpy as np
 
+from freqformer.grid.basis import SpectralTables
+from freqformer.grid.operators import Matrices, TileOperators, halves
+from freqformer.grid.rotary import angle_tables
 from freqformer.kernels.around.lift import Expansion
 from freqformer.kernels.around.prepare import Cells
-from freqformer.rotary import angle_tables
-from freqformer.spectral import SpectralTables
-from freqformer.spectral_operators import Matrices, TileOperators, halves
 
 
 @jax.tree_util.register_dataclass

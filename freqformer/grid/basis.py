@@ -26,9 +26,9 @@ import math
 import jax
 import numpy as np
 
-from freqformer.layout import TileLayout, Triple, check_rows
-from freqformer.spectral_operators import Array, GridOperators, Matrices, TileOperators, check_floating, halves
-from freqformer.transforms import Kind, block
+from freqformer.grid.layout import TileLayout, Triple, check_rows
+from freqformer.grid.operators import Array, GridOperators, Matrices, TileOperators, check_floating, halves
+from freqformer.grid.transforms import Kind, block
 
 _KINDS = ("block_dct", "dct", "haar")
 _LONGEST_AXIS = 8_192  # of a transform of whole axes: its square matrices are 0.5 GB in float64

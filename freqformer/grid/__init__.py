@@ -1,0 +1,1 @@
+"""The token grid: tiles, frequency bands, positions. NumPy, no parameters."""
