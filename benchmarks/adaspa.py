@@ -28,10 +28,10 @@ from freqformer.grid.layout import TileLayout
 from freqformer.methods.adaspa import AdaSpa
 from freqformer.methods.base import Cond, Projected
 from freqformer.model_config import model_config
-from freqformer.planners import lse_cache
-from freqformer.planners.tile_bits import top_bits, unpack_bits
 from freqformer.restore import restore_model
 from freqformer.sampling import SampleConfig, make_step, sample
+from freqformer.tables import lse_cache
+from freqformer.tables.tile_bits import top_bits, unpack_bits
 from tools.offline import compile_for
 
 _PART = flags.DEFINE_enum("part", "time", ["time", "state", "recall"], "What to measure.")

@@ -25,7 +25,7 @@ from benchmarks.arg_specs import AttentionSpec
 from benchmarks.gpu_masks import Composition
 from benchmarks.gpu_plan import FULL, Plan
 from freqformer.cost import BACKWARD_OVER_FORWARD, selection_cost
-from freqformer.planners.sliding_tile import sliding_tile
+from freqformer.tables.window import sliding_tile
 
 NAME = "attention_gpu_expected"
 

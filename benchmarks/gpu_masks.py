@@ -10,8 +10,8 @@ from freqformer.kernels.block_sparse.table import BlockMask, dense_mask, select
 
 from benchmarks.arg_specs import AttentionSpec
 from freqformer.grid.layout import TileLayout
-from freqformer.planners.packed import coarse_rows, full_rows, packed_kv_len
-from freqformer.planners.sliding_tile import sliding_tile
+from freqformer.tables.packed import coarse_rows, full_rows, packed_kv_len
+from freqformer.tables.window import sliding_tile
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

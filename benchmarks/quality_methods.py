@@ -18,10 +18,10 @@ from freqformer.methods.freqformer import FreqFormer
 from freqformer.methods.radial import Radial
 from freqformer.methods.sliding_tile import SlidingTile
 from freqformer.methods.spatial_temporal import SpatialTemporal
-from freqformer.planners.block_topk import fixed_tiles
-from freqformer.planners.dense import dense
-from freqformer.planners.radial import radial_density
 from freqformer.profiling import ProfileConfig
+from freqformer.tables.dense import dense
+from freqformer.tables.radial import radial_density
+from freqformer.tables.topk import fixed_tiles
 
 
 @dataclasses.dataclass(frozen=True)

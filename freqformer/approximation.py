@@ -26,8 +26,8 @@ import numpy as np
 from freqformer.grid.basis import SpectralBasis
 from freqformer.grid.layout import TileLayout
 from freqformer.kernels.block_sparse.table import BlockMask
-from freqformer.planners.block_topk import block_topk, fixed_tiles, pool_tiles
-from freqformer.planners.sliding_tile import sliding_tile
+from freqformer.tables.topk import block_topk, fixed_tiles, pool_tiles
+from freqformer.tables.window import sliding_tile
 
 BANDS = ("low", "mid", "high")
 # Cells of two tokens per axis; the mid cut decides only how an error is split over bands.

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from freqformer.methods.static import StaticMethod
-from freqformer.planners.where import tiles_where
+from freqformer.tables.where import tiles_where
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,8 @@ from freqformer.kernels.selection.block_scores import block_mass
 from freqformer.grid.layout import TileLayout
 from freqformer.methods.adaspa import AdaSpa, levels
 from freqformer.methods.base import Cond, Dims, Projected
-from freqformer.planners import lse_cache
-from freqformer.planners.tile_bits import top_bits, unpack_bits
+from freqformer.tables import lse_cache
+from freqformer.tables.tile_bits import top_bits, unpack_bits
 from tests.attention_suite import relative_error
 
 LAYOUT = TileLayout((8, 8, 16), (2, 4, 4), 32)  # 32 full tiles

@@ -19,11 +19,11 @@ from freqformer.grid.layout import TileLayout
 from freqformer.grid.sizes import TransformSizes
 from freqformer.methods.base import Cond
 from freqformer.methods.registry import method_class
-from freqformer.planners.radial import count_radial, radial
-from freqformer.planners.sliding_tile import BORDERS, count_window, sliding_tile
-from freqformer.planners.spatial_temporal import count_pairs, spatial_temporal
 from freqformer.router import RouterConfig, penalty
 from freqformer.simulation.forward import make_method
+from freqformer.tables.radial import count_radial, radial
+from freqformer.tables.spatial_temporal import count_pairs, spatial_temporal
+from freqformer.tables.window import BORDERS, count_window, sliding_tile
 
 LAYOUT = TileLayout((8, 16, 16), (4, 4, 8), 128)
 

@@ -13,9 +13,9 @@ from freqformer.grid.layout import TileLayout
 from freqformer.methods.block_topk import BlockTopK
 from freqformer.methods.radial import Radial
 from freqformer.methods.sliding_tile import SlidingTile
-from freqformer.planners.radial import radial, radial_density, radial_widths
-from freqformer.planners.spatial_temporal import spatial_temporal
-from freqformer.planners.where import tiles_where
+from freqformer.tables.radial import radial, radial_density, radial_widths
+from freqformer.tables.spatial_temporal import spatial_temporal
+from freqformer.tables.where import tiles_where
 from tests.method_training import trains
 
 # ---- any rule ------------------------------------------------------------------------------------------------------------

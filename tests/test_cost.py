@@ -15,7 +15,7 @@ from freqformer.kernels.block_sparse.table import dense_mask, from_tiles
 from freqformer.cost import BlockShape, Cost, attention_cost, method_call, training_flops, utilisation
 from freqformer.grid.layout import TileLayout
 from freqformer.methods.registry import METHODS, method_class
-from freqformer.planners.sliding_tile import sliding_tile
+from freqformer.tables.window import sliding_tile
 
 LAYOUT = TileLayout.fit((6, 12, 10), 24)
 

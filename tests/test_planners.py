@@ -9,14 +9,14 @@ import pytest
 
 from freqformer.grid.basis import SpectralBasis
 from freqformer.grid.layout import TileLayout
-from freqformer.planners import block_topk as planner
-from freqformer.planners.block_topk import block_topk, fixed_tiles, pool_tiles, top_tiles
-from freqformer.planners.dense import dense
-from freqformer.planners.packed import coarse_rows, full_rows, packed_kv_len
-from freqformer.planners.radial import radial
-from freqformer.planners.sliding_tile import sliding_tile
-from freqformer.planners.temporal import temporal
-from freqformer.planners.where import tiles_where
+from freqformer.tables import topk as planner
+from freqformer.tables.dense import dense
+from freqformer.tables.packed import coarse_rows, full_rows, packed_kv_len
+from freqformer.tables.radial import radial
+from freqformer.tables.temporal import temporal
+from freqformer.tables.topk import block_topk, fixed_tiles, pool_tiles, top_tiles
+from freqformer.tables.where import tiles_where
+from freqformer.tables.window import sliding_tile
 
 RAGGED = TileLayout.fit((5, 6, 9), 32, tile=(2, 4, 4))
 
@@ -77,7 +77,7 @@ def test_pooling_ignores_padding():
 @pytest.mark.parametrize("budget", [3, 6, 100])
 @pytest.mark.parametrize("chunk", [1 << 22, 16])
 def test_topk_is_exact_and_keeps_fixed_tiles(budget, chunk, monkeypatch):
-  monkeypatch.setattr("freqformer.planners.block_topk._CHUNK_SCORES", chunk)
+  monkeypatch.setattr("freqformer.tables.topk._CHUNK_SCORES", chunk)
   layout = TileLayout.fit((6, 8, 8), 16, tile=(2, 2, 4))
   rng = np.random.default_rng(1)
   q, k = (rng.standard_normal((2, 3, layout.tiles, 8)).astype(np.float32) for _ in range(2))

@@ -17,7 +17,7 @@ from freqformer.dit import VideoDiT, make_tables
 from freqformer.grid.layout import TileLayout
 from freqformer.methods.registry import METHODS, method_class
 from freqformer.model_config import AttentionConfig, ModelConfig
-from freqformer.planners.sliding_tile import sliding_tile
+from freqformer.tables.window import sliding_tile
 from tools import offline
 from tools.program_cost import program_cost
 

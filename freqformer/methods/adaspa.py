@@ -23,10 +23,10 @@ from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.table import BlockMask
 from freqformer.kernels.selection.block_scores import block_mass
 from freqformer.methods.base import Method, plain_aux
-from freqformer.planners import lse_cache
-from freqformer.planners.block_topk import fixed_tiles
-from freqformer.planners.dense import dense
-from freqformer.planners.tile_bits import lists_of_bits, top_bits, unpack_bits
+from freqformer.tables import lse_cache
+from freqformer.tables.dense import dense
+from freqformer.tables.tile_bits import lists_of_bits, top_bits, unpack_bits
+from freqformer.tables.topk import fixed_tiles
 
 # Of a program compiled for an H100. Search: bytes per pair of tiles (masses, their ranking), kernels per chunk of 2^23 masses.
 # Lists from bits: kernels.

@@ -17,7 +17,7 @@ from freqformer.gate import QueryGate, gated_cost
 from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.table import dense_mask
 from freqformer.methods.base import Method, plain_aux
-from freqformer.planners.block_topk import block_topk, fixed_tiles, pool_tiles
+from freqformer.tables.topk import block_topk, fixed_tiles, pool_tiles
 
 COARSE = ("gated", "none")
 

@@ -4,7 +4,7 @@ import dataclasses
 
 from freqformer.cost import Cost, attention_cost
 from freqformer.methods.base import Method, attend
-from freqformer.planners.dense import dense
+from freqformer.tables.dense import dense
 
 
 @dataclasses.dataclass(frozen=True)

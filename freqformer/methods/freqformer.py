@@ -27,11 +27,11 @@ from freqformer.kernels.linear.api import linear_attention
 from freqformer.methods import freqformer_cost, measured
 from freqformer.methods.base import mask_aux, mask_density
 from freqformer.methods.routed import RoutedMethod
-from freqformer.planners.block_topk import block_topk, fixed_tiles, pool_tiles
-from freqformer.planners.packed import coarse_rows, full_rows, packed_kv_len
-from freqformer.planners.sliding_tile import BORDERS, sliding_tile
 from freqformer.profiling import ProfileConfig
 from freqformer.summary import SummaryTokens
+from freqformer.tables.packed import coarse_rows, full_rows, packed_kv_len
+from freqformer.tables.topk import block_topk, fixed_tiles, pool_tiles
+from freqformer.tables.window import BORDERS, sliding_tile
 
 LOW, MID, HIGH = range(3)
 FILTERS = ("none", "qkv", "v")

@@ -14,7 +14,7 @@ from freqformer.grid.layout import TileLayout
 from freqformer.grid.sizes import TransformSizes
 from freqformer.kernels.around.prepare import BLOCKS, HEAD_DIMS, MAX_CELLS
 from freqformer.kernels.block_sparse.cost import CONCURRENT, CallCost, uniform
-from freqformer.planners.sliding_tile import count_window
+from freqformer.tables.window import count_window
 
 _FILTERED = {"none": 0, "v": 1, "qkv": 3}  # arrays
 # Passes beyond norm and rotary, which `elementwise_bytes` has, by who does it: the kernels (v in and out, which other methods'

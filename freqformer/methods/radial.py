@@ -1,12 +1,12 @@
 """Radial attention (arXiv 2506.19852): a static O(n log n) table whose spatial width halves with every temporal band.
 
-The formula and what of it is ours (tiles instead of tokens) stand in `freqformer/planners/radial.py`.
+The formula and what of it is ours (tiles instead of tokens) stand in `freqformer/tables/radial.py`.
 """
 
 import dataclasses
 
 from freqformer.methods.static import StaticMethod
-from freqformer.planners.radial import count_radial, radial
+from freqformer.tables.radial import count_radial, radial
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ layout and a block up to `rows` stays as it is.
 import dataclasses
 
 from freqformer.methods.static import StaticMethod
-from freqformer.planners.sliding_tile import BORDERS, count_window, sliding_tile
+from freqformer.tables.window import BORDERS, count_window, sliding_tile
 
 UNITS = ("tokens", "tiles")
 

@@ -20,7 +20,7 @@ from freqformer.cost import Cost, attention_cost, linear_attention_cost, selecti
 from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.linear.api import FEATURE_MAPS, Segments, linear_attention
 from freqformer.methods.base import Method, plain_aux
-from freqformer.planners.block_topk import block_topk, pool_tiles
+from freqformer.tables.topk import block_topk, pool_tiles
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,9 +25,9 @@ from freqformer.kernels.block_sparse.table import BlockMask, check_listed
 from freqformer.kernels.linear.api import FEATURE_MAPS, Segments, linear_attention
 from freqformer.methods.base import mask_aux
 from freqformer.methods.routed import RoutedMethod
-from freqformer.planners.block_topk import pool_tiles
-from freqformer.planners.temporal import temporal
 from freqformer.router import RouterConfig
+from freqformer.tables.temporal import temporal
+from freqformer.tables.topk import pool_tiles
 
 SPARSE, LINEAR = range(2)
 # Linear attention on a Hopper GPU: bytes per element of its own heads of q, of 8 at least, and kernels (benchmarks/linear.py).

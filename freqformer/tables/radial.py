@@ -15,8 +15,8 @@ import numpy as np
 from freqformer.grid.layout import TileLayout
 from freqformer.kernels.block_sparse.cost import CallCost
 from freqformer.kernels.block_sparse.table import BlockMask
-from freqformer.planners.counting import axis_lengths, count_tiles
-from freqformer.planners.where import frame_tiles, tiles_where
+from freqformer.tables.counting import axis_lengths, count_tiles
+from freqformer.tables.where import frame_tiles, tiles_where
 
 
 def radial_widths(layout: TileLayout, decay: float = 1.0) -> np.ndarray:

@@ -4,8 +4,8 @@ import numpy as np
 
 from freqformer.grid.layout import TileLayout
 from freqformer.kernels.block_sparse.table import BlockMask
-from freqformer.planners.counting import axis_lengths
-from freqformer.planners.where import tiles_where
+from freqformer.tables.counting import axis_lengths
+from freqformer.tables.where import tiles_where
 
 
 def spatial_temporal(layout: TileLayout, frames: int = 1, places: int = 1, sink: int = 1) -> tuple[BlockMask, BlockMask]:

@@ -9,7 +9,7 @@ from absl import logging
 from freqformer.grid.layout import TileLayout
 from freqformer.kernels.block_sparse.cost import CallCost
 from freqformer.kernels.block_sparse.table import BlockMask, check_listed, pad_lists
-from freqformer.planners.counting import axis_lengths, count_tiles
+from freqformer.tables.counting import axis_lengths, count_tiles
 
 BORDERS = ("clamp", "clip")
 

@@ -1,1 +1,0 @@
-"""Planners turn a layout (and, for some, the data) into `BlockMask` tables. They hold no parameters."""

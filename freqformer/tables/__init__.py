@@ -1,0 +1,1 @@
+"""Block tables that several methods share: a layout (and data) in, a `BlockMask` out."""
