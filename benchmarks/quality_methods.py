@@ -15,10 +15,10 @@ from freqformer.methods.adaspa import AdaSpa
 from freqformer.methods.base import Method, attend, plain_aux
 from freqformer.methods.block_topk import BlockTopK
 from freqformer.methods.freqformer import FreqFormer
+from freqformer.methods.head_profile import ProfileConfig
 from freqformer.methods.radial import Radial
 from freqformer.methods.sliding_tile import SlidingTile
 from freqformer.methods.spatial_temporal import SpatialTemporal
-from freqformer.profiling import ProfileConfig
 from freqformer.tables.dense import dense
 from freqformer.tables.radial import radial_density
 from freqformer.tables.topk import fixed_tiles

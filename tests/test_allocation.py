@@ -18,8 +18,8 @@ from freqformer.grid.basis import SpectralBasis
 from freqformer.grid.layout import TileLayout
 from freqformer.grid.sizes import TransformSizes
 from freqformer.methods.base import Cond
+from freqformer.methods.parts.router import RouterConfig, penalty
 from freqformer.methods.registry import method_class
-from freqformer.router import RouterConfig, penalty
 from freqformer.simulation.forward import make_method
 from freqformer.tables.radial import count_radial, radial
 from freqformer.tables.spatial_temporal import count_pairs, spatial_temporal

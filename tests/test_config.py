@@ -123,7 +123,7 @@ REFUSED = [
   ("@implementation=xl", "implementation='xl' must be one of pallas_mgpu, xla, reference; did you mean 'xla'?"),
   ("@freqformer.window=(0,2,2)", "config.model.attention.freqformer: window=(0, 2, 2) must be at least 1, in every entry."),
   ("@freqformer.filter=w", "freqformer: filter='w' must be one of"),
-  ("@freqformer.router.budget=1.5", "router: budget=1.5 must be above 0 and at most 1."),
+  ("@freqformer.methods.parts.router.budget=1.5", "router: budget=1.5 must be above 0 and at most 1."),
   ("@radial.decay=0.5", 'set it by --config.model.attention.method="radial(decay=...)", or add it to the file.'),
   ("@radial.deccay=0.5", "method radial has no field 'deccay'; did you mean 'decay'?"),
   ("@spatial_temporal.profile.rows=8", 'method="spatial_temporal(profile=dict(rows=...))"'),

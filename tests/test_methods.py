@@ -15,8 +15,8 @@ from freqformer.grid.layout import TileLayout
 from freqformer.methods.base import Cond
 from freqformer.methods.dense import Dense
 from freqformer.methods.freqformer import FreqFormer
+from freqformer.methods.parts.router import RouterConfig
 from freqformer.methods.registry import method_class
-from freqformer.router import RouterConfig
 
 LAYOUT = TileLayout.fit((5, 6, 9), 32, tile=(2, 4, 4))
 DIMS = AttentionDims(48, 6, 8)

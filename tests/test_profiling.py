@@ -14,8 +14,8 @@ from freqformer.grid.basis import SpectralBasis
 from freqformer.grid.layout import TileLayout
 from freqformer.methods.base import Cond, Dims, Projected
 from freqformer.methods.freqformer import FreqFormer
+from freqformer.methods.head_profile import ProfileConfig, dense_rows, most_faithful, relative_errors, rows_of, sample_rows
 from freqformer.methods.spatial_temporal import SpatialTemporal
-from freqformer.profiling import ProfileConfig, dense_rows, most_faithful, relative_errors, rows_of, sample_rows
 
 LAYOUT = TileLayout((8, 8, 16), (2, 4, 4), 32)  # 4 x 2 x 4 tiles
 RAGGED = TileLayout((5, 6, 9), (2, 4, 4), 32)

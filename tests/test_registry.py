@@ -3,10 +3,10 @@
 import pytest
 
 from freqformer.config import ConfigError
+from freqformer.methods.head_profile import ProfileConfig
 from freqformer.methods.registry import METHODS, method_class, parse_method, with_fields
 from freqformer.methods.spatial_temporal import SpatialTemporal
 from freqformer.model_config import model_config
-from freqformer.profiling import ProfileConfig
 
 
 @pytest.mark.parametrize("name", METHODS)

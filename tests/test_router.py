@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from freqformer.methods.base import Cond
-from freqformer.router import RouterConfig, SpectralRouter, entropy, penalty, route, temperature
+from freqformer.methods.parts.router import RouterConfig, SpectralRouter, entropy, penalty, route, temperature
 
 LOGITS = jnp.asarray(np.random.default_rng(0).standard_normal((2, 4, 3)), jnp.float32)
 Y = jnp.asarray(np.random.default_rng(1).standard_normal((2, 4, 3, 5)), jnp.float32)  # branch outputs

@@ -13,8 +13,8 @@ from freqformer.config import ConfigError
 from freqformer.dit import KEPT
 from freqformer.grid.layout import TileLayout
 from freqformer.methods.base import Cond
+from freqformer.methods.parts.router import RouterConfig
 from freqformer.methods.sparseflow import Schedule, SparseFlow, variance_shares
-from freqformer.router import RouterConfig
 from freqformer.tables.temporal import anchor_frames, temporal
 from tests.method_training import trains
 from tools import offline

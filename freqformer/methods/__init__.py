@@ -1,1 +1,1 @@
-"""One file per method; `registry` finds them by name. A new method is a new file and one line in `METHODS`."""
+"""One file per attention method, with the seam that they share."""

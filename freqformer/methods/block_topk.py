@@ -13,10 +13,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from freqformer.config import ConfigError
 from freqformer.cost import Cost, attention_cost, selection_cost
-from freqformer.gate import QueryGate, gated_cost
 from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.table import dense_mask
 from freqformer.methods.base import Method, plain_aux
+from freqformer.methods.parts.gate import QueryGate, gated_cost
 from freqformer.tables.topk import block_topk, fixed_tiles, pool_tiles
 
 COARSE = ("gated", "none")

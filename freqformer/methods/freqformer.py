@@ -26,9 +26,9 @@ from freqformer.kernels.block_sparse.table import BlockMask, select
 from freqformer.kernels.linear.api import linear_attention
 from freqformer.methods import freqformer_cost, measured
 from freqformer.methods.base import mask_aux, mask_density
+from freqformer.methods.head_profile import ProfileConfig
+from freqformer.methods.parts.summary_tokens import SummaryTokens
 from freqformer.methods.routed import RoutedMethod
-from freqformer.profiling import ProfileConfig
-from freqformer.summary import SummaryTokens
 from freqformer.tables.packed import coarse_rows, full_rows, packed_kv_len
 from freqformer.tables.topk import block_topk, fixed_tiles, pool_tiles
 from freqformer.tables.window import BORDERS, sliding_tile

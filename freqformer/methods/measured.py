@@ -12,7 +12,14 @@ import jax.numpy as jnp
 
 from freqformer.cost import Cost, attention_cost
 from freqformer.methods.base import attend
-from freqformer.profiling import ProfileConfig, dense_rows, measuring_cost, most_faithful, relative_errors, sample_rows
+from freqformer.methods.head_profile import (
+  ProfileConfig,
+  dense_rows,
+  measuring_cost,
+  most_faithful,
+  relative_errors,
+  sample_rows,
+)
 from freqformer.tables.dense import dense
 
 _AGAIN = 16.0  # passes: norm and rotary once more for each band, and for dense attention's rows

@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from freqformer.cost import Cost, attention_cost
 from freqformer.methods.allocation import check_counts, check_heads, head_shares
 from freqformer.methods.base import Method
-from freqformer.router import RouterConfig, Routing, SpectralRouter, entropy, penalty
+from freqformer.methods.parts.router import RouterConfig, Routing, SpectralRouter, entropy, penalty
 
 _PARTS = 3  # of a head's energy, which the router reads
 _ROUTER_LAUNCHES = 6  # of the network, its choice and the lists that follow it

@@ -24,8 +24,8 @@ from freqformer.kernels.block_sparse.cost import CallCost, count
 from freqformer.kernels.block_sparse.table import BlockMask, check_listed
 from freqformer.kernels.linear.api import FEATURE_MAPS, Segments, linear_attention
 from freqformer.methods.base import mask_aux
+from freqformer.methods.parts.router import RouterConfig
 from freqformer.methods.routed import RoutedMethod
-from freqformer.router import RouterConfig
 from freqformer.tables.temporal import temporal
 from freqformer.tables.topk import pool_tiles
 

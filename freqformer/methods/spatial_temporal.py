@@ -16,7 +16,15 @@ from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.table import select
 from freqformer.methods.allocation import head_shares
 from freqformer.methods.base import Method, plain_aux
-from freqformer.profiling import ProfileConfig, dense_rows, measuring_cost, most_faithful, relative_errors, rows_of, sample_rows
+from freqformer.methods.head_profile import (
+  ProfileConfig,
+  dense_rows,
+  measuring_cost,
+  most_faithful,
+  relative_errors,
+  rows_of,
+  sample_rows,
+)
 from freqformer.tables.dense import dense
 from freqformer.tables.spatial_temporal import count_pairs, spatial_temporal
 

@@ -1,0 +1,1 @@
+"""The learned pieces of methods: router, gate, summary tokens."""
