@@ -24,10 +24,10 @@ from freqformer import cli
 from freqformer.checkpoint import Checkpoints, git_revision, versions
 from freqformer.data.cache import prepare
 from freqformer.data.loader import train_iterator, val_batches
-from freqformer.dit import VideoDiT, make_tables
 from freqformer.dry_run import describe
 from freqformer.experiment import experiment
 from freqformer.metrics import Metrics, channel_power, write_routing
+from freqformer.model.dit import VideoDiT, make_tables
 from freqformer.preemption import StopRequest
 from freqformer.resume import check_same_config, check_same_data, with_seed
 from freqformer.throughput import Throughput

@@ -25,8 +25,8 @@ from freqformer.codec import StatisticsAccumulator, make_codec
 from freqformer.config_file import read_config
 from freqformer.cost import BACKWARD_OVER_FORWARD, model_cost, training_flops
 from freqformer.data.render import LOOKS, render_clip
-from freqformer.dit import VideoDiT, make_tables
 from freqformer.experiment import Experiment, experiment
+from freqformer.model.dit import VideoDiT, make_tables
 from freqformer.throughput import Throughput
 from freqformer.training import init_state, make_train_step
 

@@ -18,9 +18,9 @@ from flax import nnx  # noqa: E402
 
 from benchmarks.hlo_bytes import operations  # noqa: E402
 from benchmarks.rows import write_rows  # noqa: E402
-from freqformer.attention import AttentionDims, SpectralAttention  # noqa: E402
 from freqformer.grid.layout import TileLayout  # noqa: E402
 from freqformer.methods.base import Cond  # noqa: E402
+from freqformer.model.attention import AttentionDims, SpectralAttention  # noqa: E402
 from freqformer.simulation.forward import make_method  # noqa: E402
 from tools.offline import compile_for  # noqa: E402
 

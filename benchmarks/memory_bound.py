@@ -25,13 +25,13 @@ from absl import app, flags, logging  # noqa: E402
 from flax import nnx  # noqa: E402
 from freqformer.kernels.selection import hopper_topk as hopper_topk  # noqa: E402
 
-import freqformer.attention  # noqa: E402
+import freqformer.model.attention  # noqa: E402
 from benchmarks.arg_specs import SPECS  # noqa: E402
 from benchmarks.hlo_bytes import operations  # noqa: E402
 from benchmarks.rows import write_rows  # noqa: E402
-from freqformer.attention import AttentionDims, SpectralAttention  # noqa: E402
 from freqformer.methods.base import Cond  # noqa: E402
 from freqformer.methods.freqformer import FILTERS, FreqFormer  # noqa: E402
+from freqformer.model.attention import AttentionDims, SpectralAttention  # noqa: E402
 from tools.offline import compile_for  # noqa: E402
 
 _DEVICE = flags.DEFINE_enum(
@@ -75,7 +75,7 @@ def layer(spec, method):
 
   x = jax.ShapeDtypeStruct((1, spec.layout.n_buffer, width), jnp.bfloat16)
   with contextlib.ExitStack() as stack:
-    for module in (freqformer.attention, hopper_topk) if _XLA.value else ():
+    for module in (freqformer.model.attention, hopper_topk) if _XLA.value else ():
       stack.enter_context(mock.patch.object(module, "unsupported", lambda *_: "asked to do without"))
     return compile_for(forward, params, x, spec.layout.arrays(), method.tables(spec.layout))
 

@@ -27,8 +27,8 @@ from freqformer.classifier import class_accuracy
 from freqformer.compare import draw
 from freqformer.data.cache import prepare
 from freqformer.data.render import render_ucf101
-from freqformer.dit import VideoDiT
 from freqformer.methods.dense import Dense
+from freqformer.model.dit import VideoDiT
 from freqformer.report_page import panels
 from freqformer.restore import restore_model
 from freqformer.sampling import make_step, sample

@@ -8,10 +8,10 @@ import numpy as np
 from flax import nnx
 
 from freqformer.approximation import bases, measure
-from freqformer.dit import VideoDiT
 from freqformer.grid.basis import SpectralTables
 from freqformer.grid.layout import LayoutTables
 from freqformer.methods.base import Method
+from freqformer.model.dit import VideoDiT
 
 
 @dataclasses.dataclass(frozen=True)

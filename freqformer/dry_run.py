@@ -10,8 +10,8 @@ from freqformer.config import ConfigError
 from freqformer.cost import model_cost, training_flops
 from freqformer.data.clips import list_clips
 from freqformer.data.protocol import DataConfig
-from freqformer.dit import VideoDiT, make_tables
 from freqformer.experiment import Experiment
+from freqformer.model.dit import VideoDiT, make_tables
 from freqformer.training import init_state, make_train_step
 
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from freqformer.attention import SpectralAttention
 from freqformer.methods.base import Cond
+from freqformer.model.attention import SpectralAttention
 
 
 def layer_rows(model, latent_shape, allocation=None, repeats: int = 7) -> list[dict]:

@@ -10,8 +10,8 @@ from flax import nnx
 from freqformer.checkpoint import Checkpoints, Mismatch
 from freqformer.codec import make_codec
 from freqformer.config import ConfigError
-from freqformer.dit import VideoDiT
 from freqformer.experiment import Experiment, experiment
+from freqformer.model.dit import VideoDiT
 
 
 @dataclasses.dataclass(frozen=True)

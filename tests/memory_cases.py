@@ -11,10 +11,10 @@ from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.table import BlockMask
 from jax.sharding import PartitionSpec as P
 
-from freqformer.dit import DiTBlock, VideoDiT, make_tables
 from freqformer.methods.base import Cond
 from freqformer.methods.freqformer import FreqFormer
-from freqformer.model_config import AttentionConfig, ModelConfig
+from freqformer.model.config import AttentionConfig, ModelConfig
+from freqformer.model.dit import DiTBlock, VideoDiT, make_tables
 from freqformer.training import TrainConfig, init_state, make_train_step
 from tools.offline import NO_AUTOTUNING, Compilation, compile_for
 

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from freqformer.dit import VideoDiT, make_tables
-from freqformer.model_config import model_config
+from freqformer.model.config import model_config
+from freqformer.model.dit import VideoDiT, make_tables
 from freqformer.training import TrainConfig, init_state, make_train_step
 from tests.tiny_config import get_config
 

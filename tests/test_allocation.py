@@ -11,7 +11,6 @@ from flax import nnx
 from freqformer.kernels.block_sparse.cost import count
 
 from freqformer import simulate
-from freqformer.attention import AttentionDims, SpectralAttention
 from freqformer.config import ConfigError
 from freqformer.cost import attention_cost, method_call
 from freqformer.grid.basis import SpectralBasis
@@ -20,6 +19,7 @@ from freqformer.grid.sizes import TransformSizes
 from freqformer.methods.base import Cond
 from freqformer.methods.parts.router import RouterConfig, penalty
 from freqformer.methods.registry import method_class
+from freqformer.model.attention import AttentionDims, SpectralAttention
 from freqformer.simulation.forward import make_method
 from freqformer.tables.radial import count_radial, radial
 from freqformer.tables.spatial_temporal import count_pairs, spatial_temporal

@@ -9,10 +9,10 @@ from flax import nnx
 
 from benchmarks import complexity_notes, complexity_page
 from freqformer import approximation, approximation_probe, approximation_summary
-from freqformer.dit import VideoDiT, make_tables
 from freqformer.grid.layout import TileLayout
 from freqformer.methods.freqformer import FreqFormer
-from freqformer.model_config import model_config
+from freqformer.model.config import model_config
+from freqformer.model.dit import VideoDiT, make_tables
 from freqformer.simulation import plots
 from freqformer.training import TrainConfig, init_state, make_train_step
 from tests.method_training import SHAPE, batch_of

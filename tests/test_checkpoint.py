@@ -13,8 +13,8 @@ from flax import nnx
 
 from freqformer.checkpoint import Checkpoints, flatten
 from freqformer.config import ConfigError
-from freqformer.dit import VideoDiT
 from freqformer.experiment import experiment
+from freqformer.model.dit import VideoDiT
 from freqformer.resume import check_same_config, check_same_data, with_seed
 from freqformer.training import init_state
 from tests.test_training import MODEL, SHAPE, TRAIN

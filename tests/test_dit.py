@@ -11,8 +11,8 @@ from flax import nnx
 from freqformer.config import ConfigError
 from freqformer.cost import model_cost
 from freqformer.diffusion import interpolate, linear_velocity, sample_noise, sample_time
-from freqformer.dit import VideoDiT, make_tables, patchify, unpatchify
-from freqformer.model_config import model_config
+from freqformer.model.config import model_config
+from freqformer.model.dit import VideoDiT, make_tables, patchify, unpatchify
 from freqformer.sampling import SampleConfig, make_step, sample
 
 SHAPE = (3, 6, 5, 4)

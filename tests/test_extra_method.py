@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from freqformer.config import ConfigError
-from freqformer.dit import make_tables
 from freqformer.grid.layout import TileLayout
 from freqformer.methods import registry
 from freqformer.methods.registry import method_class
-from freqformer.model_config import model_config
+from freqformer.model.config import model_config
+from freqformer.model.dit import make_tables
 from tests import extra_method
 from tests import test_method_laws as laws
 from tests.extra_method import Dilated

@@ -12,9 +12,9 @@ from freqformer.kernels.block_sparse import api as attention_api
 
 from benchmarks import layer_traffic
 from benchmarks.rows import RESULTS, read_rows
-from freqformer.attention import AttentionDims, SpectralAttention
 from freqformer.grid.layout import TileLayout
 from freqformer.methods.base import Cond
+from freqformer.model.attention import AttentionDims, SpectralAttention
 from freqformer.simulation.forward import make_method
 from tools import offline
 from tools.program_cost import program_cost

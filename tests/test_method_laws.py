@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from freqformer.attention import AttentionDims, SpectralAttention
 from freqformer.grid.basis import SpectralBasis
 from freqformer.grid.layout import TileLayout
 from freqformer.methods.base import Cond
 from freqformer.methods.dense import Dense
 from freqformer.methods.registry import METHODS, method_class
 from freqformer.methods.sparseflow import Schedule
+from freqformer.model.attention import AttentionDims, SpectralAttention
 
 EVEN = TileLayout((4, 8, 16), (2, 4, 4), 32)  # 16 full tiles
 RAGGED = TileLayout((5, 6, 9), (2, 4, 4), 32)  # 18 tiles of 32 to 2 tokens

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from freqformer.attention import AttentionDims, SpectralAttention
 from freqformer.config import ConfigError
 from freqformer.grid.basis import SpectralBasis
 from freqformer.grid.layout import TileLayout
@@ -17,6 +16,7 @@ from freqformer.methods.dense import Dense
 from freqformer.methods.freqformer import FreqFormer
 from freqformer.methods.parts.router import RouterConfig
 from freqformer.methods.registry import method_class
+from freqformer.model.attention import AttentionDims, SpectralAttention
 
 LAYOUT = TileLayout.fit((5, 6, 9), 32, tile=(2, 4, 4))
 DIMS = AttentionDims(48, 6, 8)

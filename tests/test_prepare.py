@@ -17,7 +17,6 @@ from freqformer.kernels.block_sparse import api as attention_entry
 from freqformer.kernels.core.target import Target
 from freqformer.kernels.hopper import parts
 
-from freqformer.attention import AttentionDims, SpectralAttention
 from freqformer.grid.basis import SpectralBasis
 from freqformer.grid.layout import TileLayout
 from freqformer.grid.rotary import angle_tables, rotate
@@ -25,6 +24,7 @@ from freqformer.grid.tile_matrices import tile_cells
 from freqformer.methods.base import Cond
 from freqformer.methods.dense import Dense
 from freqformer.methods.freqformer import FreqFormer
+from freqformer.model.attention import AttentionDims, SpectralAttention
 
 HOPPER = Target("cuda", "NVIDIA H100 80GB HBM3", "9.0")
 BASIS = SpectralBasis("block_dct", (0.5, 0.5, 0.5), (0.75, 0.75, 0.75))

@@ -13,10 +13,10 @@ from freqformer.kernels.block_sparse.table import from_tiles
 from freqformer.kernels.linear.api import linear_attention
 
 from freqformer.cost import model_cost
-from freqformer.dit import VideoDiT, make_tables
 from freqformer.grid.layout import TileLayout
 from freqformer.methods.registry import METHODS, method_class
-from freqformer.model_config import AttentionConfig, ModelConfig
+from freqformer.model.config import AttentionConfig, ModelConfig
+from freqformer.model.dit import VideoDiT, make_tables
 from freqformer.tables.window import sliding_tile
 from tools import offline
 from tools.program_cost import program_cost

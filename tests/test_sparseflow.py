@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from freqformer.attention import AttentionDims, SpectralAttention
 from freqformer.config import ConfigError
-from freqformer.dit import KEPT
 from freqformer.grid.layout import TileLayout
 from freqformer.methods.base import Cond
 from freqformer.methods.parts.router import RouterConfig
 from freqformer.methods.sparseflow import Schedule, SparseFlow, variance_shares
+from freqformer.model.attention import AttentionDims, SpectralAttention
+from freqformer.model.dit import KEPT
 from freqformer.tables.temporal import anchor_frames, temporal
 from tests.method_training import trains
 from tools import offline

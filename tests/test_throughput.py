@@ -3,7 +3,7 @@
 import pytest
 
 from freqformer.cost import model_cost, training_flops
-from freqformer.model_config import model_config
+from freqformer.model.config import model_config
 from freqformer.simulation.descriptions import load_gpu
 from freqformer.throughput import Throughput, peak_of
 from tests.tiny_config import get_config

@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from freqformer.config import ConfigError
-from freqformer.dit import VideoDiT, make_tables
-from freqformer.model_config import model_config
+from freqformer.model.config import model_config
+from freqformer.model.dit import VideoDiT, make_tables
 from freqformer.training import (
   SkippedSteps,
   TrainConfig,

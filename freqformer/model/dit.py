@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from freqformer.attention import SpectralAttention
 from freqformer.config import refusing
 from freqformer.kernels.block_sparse.api import CHECKPOINT_NAMES
 from freqformer.kernels.block_sparse.table import BlockMask
 from freqformer.methods.base import Cond, Method
-from freqformer.model_config import DTYPES, ModelConfig
+from freqformer.model.attention import SpectralAttention
+from freqformer.model.config import DTYPES, ModelConfig
 
 # What rematerialisation keeps: the attention kernel runs once, and no choice can flip in recomputation.
 KEPT = (*CHECKPOINT_NAMES, "routing", "tables")

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 
-from freqformer.attention import AttentionDims
 from freqformer.config import ConfigError, build, did_you_mean, refusing, require, require_one_of
 from freqformer.grid.layout import TileLayout
 from freqformer.kernels.block_sparse.api import BACKENDS
 from freqformer.methods.base import Method
 from freqformer.methods.registry import METHODS, method_class, parse_method, with_fields
+from freqformer.model.attention import AttentionDims
 
 # width, depth, heads of DiT (arXiv 2212.09748).
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}
