@@ -27,11 +27,11 @@ from freqformer.classifier import class_accuracy
 from freqformer.compare import draw
 from freqformer.data.cache import prepare
 from freqformer.data.render import render_ucf101
+from freqformer.diffusion.sampling import make_step, sample
 from freqformer.methods.dense import Dense
 from freqformer.model.dit import VideoDiT
 from freqformer.report_page import panels
 from freqformer.restore import restore_model
-from freqformer.sampling import make_step, sample
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _NAME = "quality_cpu"

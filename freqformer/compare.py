@@ -18,10 +18,10 @@ from flax import nnx
 from freqformer import quality
 from freqformer.config import ConfigError, did_you_mean
 from freqformer.cost import Cost, sampling_cost
+from freqformer.diffusion.sampling import SampleConfig, compile_steps, make_step, sample
 from freqformer.lpips import load_lpips
 from freqformer.masks import realised_density
 from freqformer.restore import restore_model
-from freqformer.sampling import SampleConfig, compile_steps, make_step, sample
 
 METRICS = ("psnr", "ssim", "lpips")
 FLOPS_ARE = (

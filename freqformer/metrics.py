@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from freqformer.diffusion import BUCKETS
+from freqformer.diffusion.flow import BUCKETS
 
 
 class Metrics:

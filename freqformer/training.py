@@ -12,7 +12,7 @@ from absl import logging
 from flax import nnx
 
 from freqformer.config import ConfigError, require, require_one_of
-from freqformer.diffusion import BUCKETS, TIME_SAMPLING, interpolate, linear_velocity, sample_noise, sample_time
+from freqformer.diffusion.flow import BUCKETS, TIME_SAMPLING, interpolate, linear_velocity, sample_noise, sample_time
 
 SCHEDULES = ("constant", "cosine")
 # A batch that breaks one step is skipped; so many steps in a row are a run that cannot go on. The number is ours.

@@ -11,12 +11,12 @@ from freqformer.kernels.selection.block_scores import block_mass
 
 from freqformer.config import ConfigError
 from freqformer.cost import model_cost, sampling_cost
+from freqformer.diffusion.sampling import SampleConfig, compile_steps, make_step, sample
 from freqformer.grid.layout import TileLayout
 from freqformer.methods.adaspa import AdaSpa
 from freqformer.methods.base import Dims
 from freqformer.model.config import model_config
 from freqformer.model.dit import VideoDiT
-from freqformer.sampling import SampleConfig, compile_steps, make_step, sample
 from tests.attention_suite import relative_error
 from tools.offline import compile_for
 

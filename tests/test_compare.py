@@ -12,7 +12,7 @@ from freqformer import compare, quality
 from freqformer.compare_page import slug, write_comparison
 from freqformer.config import ConfigError
 from freqformer.data.render import render_ucf101
-from freqformer.sampling import SampleConfig
+from freqformer.diffusion.sampling import SampleConfig
 
 ROOT = pathlib.Path(__file__).parent.parent
 pytestmark = pytest.mark.xdist_group("compare")

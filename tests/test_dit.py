@@ -10,10 +10,10 @@ from flax import nnx
 
 from freqformer.config import ConfigError
 from freqformer.cost import model_cost
-from freqformer.diffusion import interpolate, linear_velocity, sample_noise, sample_time
+from freqformer.diffusion.flow import interpolate, linear_velocity, sample_noise, sample_time
+from freqformer.diffusion.sampling import SampleConfig, make_step, sample
 from freqformer.model.config import model_config
 from freqformer.model.dit import VideoDiT, make_tables, patchify, unpatchify
-from freqformer.sampling import SampleConfig, make_step, sample
 
 SHAPE = (3, 6, 5, 4)
 BASE = dict(size="custom", width=24, depth=2, heads=2, patch=(1, 2, 2))

@@ -10,7 +10,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from freqformer.config import require
-from freqformer.diffusion import sample_noise
+from freqformer.diffusion.flow import sample_noise
 
 
 @dataclasses.dataclass(frozen=True)

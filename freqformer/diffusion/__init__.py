@@ -1,0 +1,1 @@
+"""The path from data to noise, the loss target, and the sampler."""
