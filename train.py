@@ -21,17 +21,17 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from freqformer import cli
-from freqformer.checkpoint import Checkpoints, git_revision, versions
 from freqformer.data.cache import prepare
 from freqformer.data.loader import train_iterator, val_batches
 from freqformer.dry_run import describe
-from freqformer.experiment import experiment
-from freqformer.metrics import Metrics, channel_power, write_routing
 from freqformer.model.dit import VideoDiT, make_tables
-from freqformer.preemption import StopRequest
-from freqformer.resume import check_same_config, check_same_data, with_seed
-from freqformer.throughput import Throughput
-from freqformer.training import SkippedSteps, evaluate, init_state, make_eval_step, make_train_step
+from freqformer.train.checkpoint import Checkpoints, git_revision, versions
+from freqformer.train.experiment import experiment
+from freqformer.train.metrics import Metrics, channel_power, write_routing
+from freqformer.train.preemption import StopRequest
+from freqformer.train.resume import check_same_config, check_same_data, with_seed
+from freqformer.train.step import SkippedSteps, evaluate, init_state, make_eval_step, make_train_step
+from freqformer.train.throughput import Throughput
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, e.g. configs/ucf101.py.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; default runs/<name of the config>.")

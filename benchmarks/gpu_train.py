@@ -25,10 +25,10 @@ from freqformer.codec import StatisticsAccumulator, make_codec
 from freqformer.config_file import read_config
 from freqformer.cost import BACKWARD_OVER_FORWARD, model_cost, training_flops
 from freqformer.data.render import LOOKS, render_clip
-from freqformer.experiment import Experiment, experiment
 from freqformer.model.dit import VideoDiT, make_tables
-from freqformer.throughput import Throughput
-from freqformer.training import init_state, make_train_step
+from freqformer.train.experiment import Experiment, experiment
+from freqformer.train.step import init_state, make_train_step
+from freqformer.train.throughput import Throughput
 
 _STEPS = flags.DEFINE_integer("steps", 60, "Timed steps.", 2, allow_override=True)
 _OUT = flags.DEFINE_string(

@@ -15,11 +15,12 @@ from absl import flags
 
 from benchmarks.demo_compare import finished, run
 from benchmarks.rows import RESULTS, read_rows, write_rows
-from freqformer import cli, metrics
+from freqformer import cli
 from freqformer.config_file import load_config
 from freqformer.cost import BACKWARD_OVER_FORWARD, model_cost
 from freqformer.data.render import render_ucf101
 from freqformer.restore import restore_model
+from freqformer.train import metrics
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _CONFIG = _ROOT / "configs" / "methods.py"

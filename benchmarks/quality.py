@@ -21,8 +21,7 @@ from flax import nnx
 from benchmarks.demo_compare import finished, run
 from benchmarks.quality_methods import WINDOWS, Probe, settings
 from benchmarks.rows import RESULTS, read_rows, write_rows
-from freqformer import cli, metrics, quality
-from freqformer.checkpoint import flatten
+from freqformer import cli, quality
 from freqformer.classifier import class_accuracy
 from freqformer.compare import draw
 from freqformer.data.cache import prepare
@@ -32,6 +31,8 @@ from freqformer.methods.dense import Dense
 from freqformer.model.dit import VideoDiT
 from freqformer.report_page import panels
 from freqformer.restore import restore_model
+from freqformer.train import metrics
+from freqformer.train.checkpoint import flatten
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _NAME = "quality_cpu"

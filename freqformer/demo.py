@@ -17,9 +17,9 @@ from freqformer.classifier import class_accuracy
 from freqformer.config_file import load_config
 from freqformer.data.cache import prepare
 from freqformer.data.render import render_ucf101
-from freqformer.experiment import experiment
 from freqformer.layer_cost import layer_rows
 from freqformer.report import write_report
+from freqformer.train.experiment import experiment
 from freqformer.video import write_mp4
 
 _ROOT = pathlib.Path(__file__).parent.parent

@@ -10,9 +10,9 @@ from freqformer.config import ConfigError
 from freqformer.cost import model_cost, training_flops
 from freqformer.data.clips import list_clips
 from freqformer.data.protocol import DataConfig
-from freqformer.experiment import Experiment
 from freqformer.model.dit import VideoDiT, make_tables
-from freqformer.training import init_state, make_train_step
+from freqformer.train.experiment import Experiment
+from freqformer.train.step import init_state, make_train_step
 
 
 def abstract_model(experiment: Experiment, latent_shape, classes: int):

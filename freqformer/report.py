@@ -18,7 +18,7 @@ from freqformer import cli
 from freqformer.config import ConfigError
 from freqformer.report_files import Absent, metric_rows, missing, read_json, read_routing, series
 from freqformer.report_page import STYLE, facts, image, panels, table
-from freqformer.resume import change_text
+from freqformer.train.resume import change_text
 
 _COLOURS = ("#3b6fb6", "#e0a030", "#b5483f", "#4f8f5b", "#7a5ca8", "#6b7280")
 _MAX_CLASSES = 24  # Videos are embedded: all of UCF-101's classes would make a page of tens of megabytes.

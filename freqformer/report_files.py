@@ -8,7 +8,7 @@ import pathlib
 
 import numpy as np
 
-from freqformer.metrics import read
+from freqformer.train.metrics import read
 
 _WRITERS = {
   "samples/*.mp4": "eval.py",

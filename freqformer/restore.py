@@ -7,11 +7,11 @@ import jax
 import numpy as np
 from flax import nnx
 
-from freqformer.checkpoint import Checkpoints, Mismatch
 from freqformer.codec import make_codec
 from freqformer.config import ConfigError
-from freqformer.experiment import Experiment, experiment
 from freqformer.model.dit import VideoDiT
+from freqformer.train.checkpoint import Checkpoints, Mismatch
+from freqformer.train.experiment import Experiment, experiment
 
 
 @dataclasses.dataclass(frozen=True)

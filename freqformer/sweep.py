@@ -18,12 +18,13 @@ import sys
 from absl import flags, logging
 from ml_collections import config_flags
 
-from freqformer import cli, metrics
+from freqformer import cli
 from freqformer.config import ConfigError
 from freqformer.config_file import check_keys, load_config
-from freqformer.experiment import Experiment, experiment
-from freqformer.preemption import StopRequest
-from freqformer.resume import change_text, changes
+from freqformer.train import metrics
+from freqformer.train.experiment import Experiment, experiment
+from freqformer.train.preemption import StopRequest
+from freqformer.train.resume import change_text, changes
 
 _ROOT = pathlib.Path(__file__).parent.parent
 

@@ -15,7 +15,7 @@ from freqformer.methods.base import Cond
 from freqformer.methods.freqformer import FreqFormer
 from freqformer.model.config import AttentionConfig, ModelConfig
 from freqformer.model.dit import DiTBlock, VideoDiT, make_tables
-from freqformer.training import TrainConfig, init_state, make_train_step
+from freqformer.train.step import TrainConfig, init_state, make_train_step
 from tools.offline import NO_AUTOTUNING, Compilation, compile_for
 
 GRIDS = {"16k": (16, 32, 32), "64k": (16, 64, 64), "128k": (32, 64, 64)}

@@ -6,7 +6,7 @@ from flax import nnx
 
 from freqformer.model.config import model_config
 from freqformer.model.dit import VideoDiT, make_tables
-from freqformer.training import TrainConfig, init_state, make_train_step
+from freqformer.train.step import TrainConfig, init_state, make_train_step
 from tests.tiny_config import get_config
 
 SHAPE = (4, 4, 6, 4)

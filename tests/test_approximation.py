@@ -14,7 +14,7 @@ from freqformer.methods.freqformer import FreqFormer
 from freqformer.model.config import model_config
 from freqformer.model.dit import VideoDiT, make_tables
 from freqformer.simulation import plots
-from freqformer.training import TrainConfig, init_state, make_train_step
+from freqformer.train.step import TrainConfig, init_state, make_train_step
 from tests.method_training import SHAPE, batch_of
 from tests.tiny_config import get_config
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from freqformer.checkpoint import Checkpoints, flatten
 from freqformer.config import ConfigError
-from freqformer.experiment import experiment
 from freqformer.model.dit import VideoDiT
-from freqformer.resume import check_same_config, check_same_data, with_seed
-from freqformer.training import init_state
+from freqformer.train.checkpoint import Checkpoints, flatten
+from freqformer.train.experiment import experiment
+from freqformer.train.resume import check_same_config, check_same_data, with_seed
+from freqformer.train.step import init_state
 from tests.test_training import MODEL, SHAPE, TRAIN
 from tests.tiny_config import get_config
 

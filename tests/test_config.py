@@ -13,7 +13,7 @@ from ml_collections import config_flags
 from freqformer import cli
 from freqformer.config import ConfigError, build, require, require_one_of
 from freqformer.config_file import read_config
-from freqformer.experiment import experiment
+from freqformer.train.experiment import experiment
 
 DEMO = str(pathlib.Path(__file__).parent.parent / "configs" / "demo.py")
 

@@ -10,10 +10,10 @@ import time
 import numpy as np
 import pytest
 
-from freqformer.checkpoint import Checkpoints
 from freqformer.data.render import render_ucf101
-from freqformer.metrics import read
 from freqformer.report import write_report
+from freqformer.train.checkpoint import Checkpoints
+from freqformer.train.metrics import read
 
 ROOT = pathlib.Path(__file__).parent.parent
 pytestmark = pytest.mark.xdist_group("end_to_end")

@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 
 from freqformer.config_file import check_keys, load_config
-from freqformer.experiment import experiment
 from freqformer.model.dit import VideoDiT
+from freqformer.train.experiment import experiment
 
 MODULE = load_config(pathlib.Path(__file__).parent.parent / "configs" / "methods.py", ("get_config", "sweep"))
 TRIALS = list(MODULE.sweep())

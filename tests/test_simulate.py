@@ -63,7 +63,7 @@ def test_our_sizes_are_the_model_s_own():
 
 
 def test_our_card_counts_like_the_model():
-  from freqformer.experiment import experiment
+  from freqformer.train.experiment import experiment
 
   config = get_config()
   config.model.size, config.model.width, config.model.depth, config.model.heads = "S", 0, 0, 0

@@ -5,7 +5,7 @@ import pytest
 from freqformer.cost import model_cost, training_flops
 from freqformer.model.config import model_config
 from freqformer.simulation.descriptions import load_gpu
-from freqformer.throughput import Throughput, peak_of
+from freqformer.train.throughput import Throughput, peak_of
 from tests.tiny_config import get_config
 
 SHAPE = (8, 64, 64, 4)

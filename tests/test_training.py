@@ -11,7 +11,7 @@ from flax import nnx
 from freqformer.config import ConfigError
 from freqformer.model.config import model_config
 from freqformer.model.dit import VideoDiT, make_tables
-from freqformer.training import (
+from freqformer.train.step import (
   SkippedSteps,
   TrainConfig,
   evaluate,

@@ -8,7 +8,7 @@ from freqformer.config import ConfigError, build, did_you_mean, refusing, requir
 from freqformer.data.protocol import DataConfig
 from freqformer.diffusion.sampling import SampleConfig
 from freqformer.model.config import ModelConfig, model_config
-from freqformer.training import TrainConfig
+from freqformer.train.step import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 from absl import logging
 
 from freqformer.config import ConfigError
-from freqformer.experiment import Experiment, experiment
+from freqformer.train.experiment import Experiment, experiment
 
 _FREE = ("train.", "sample.", "data.root", "data.cache", "data.workers", "model.remat", "model.attention.implementation")
 
