@@ -7,8 +7,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from freqformer.codec import make_codec
 from freqformer.config import ConfigError
+from freqformer.data.codec import make_codec
 from freqformer.model.dit import VideoDiT
 from freqformer.train.checkpoint import Checkpoints, Mismatch
 from freqformer.train.experiment import Experiment, experiment

@@ -6,7 +6,7 @@ from fractions import Fraction
 import av
 import numpy as np
 
-from freqformer.codec import CodecConfig
+from freqformer.data.codec import CodecConfig
 from freqformer.data.protocol import DataConfig
 
 

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from freqformer.codec import CodecConfig, LatentStatistics, StatisticsAccumulator, dct_order, make_codec, psnr
 from freqformer.config import ConfigError, build
+from freqformer.data.codec import CodecConfig, LatentStatistics, StatisticsAccumulator, dct_order, make_codec, psnr
 from tests.attention_suite import relative_error
 from tests.data_helpers import moving_square
 

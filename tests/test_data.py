@@ -8,13 +8,13 @@ import shutil
 import numpy as np
 import pytest
 
-from freqformer.codec import CodecConfig, psnr
 from freqformer.config import ConfigError, build
-from freqformer.data import video
+from freqformer.data import decode as video
 from freqformer.data.cache import prepare
 from freqformer.data.clips import list_clips
+from freqformer.data.codec import CodecConfig, psnr
+from freqformer.data.decode import BrokenClip, VideoFile, crop_resize
 from freqformer.data.protocol import DataConfig, TooShort, draw_view
-from freqformer.data.video import BrokenClip, VideoFile, crop_resize
 from tests.data_helpers import UCF_CLASSES, config, moving_square, write_clip, write_folder, write_ucf101
 
 

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from absl import logging as absl_logging
 
-from freqformer.codec import psnr
 from freqformer.config import ConfigError
 from freqformer.data import encode
 from freqformer.data.cache import CacheError, LatentCache, cache_path, prepare
+from freqformer.data.codec import psnr
+from freqformer.data.decode import VideoFile, crop_resize
 from freqformer.data.loader import train_iterator, val_batches
-from freqformer.data.video import VideoFile, crop_resize
 from tests.data_helpers import config, moving_square, write_clip, write_folder
 
 

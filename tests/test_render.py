@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from freqformer.codec import CodecConfig, make_codec, psnr
 from freqformer.data import render
+from freqformer.data.codec import CodecConfig, make_codec, psnr
 
 SMALL = dict(classes=8, groups=2, clips_per_group=1, rows=48, cols=64, progress=False)
 

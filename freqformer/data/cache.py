@@ -14,9 +14,9 @@ import grain
 import numpy as np
 from absl import logging
 
-from freqformer.codec import CodecConfig, LatentStatistics, make_codec
 from freqformer.config import ConfigError, build
 from freqformer.data.clips import list_clips
+from freqformer.data.codec import CodecConfig, LatentStatistics, make_codec
 from freqformer.data.encode import fingerprint, unpack
 from freqformer.data.protocol import DataConfig, Listing
 from freqformer.data.write import SCHEMA, CacheError, write_cache

@@ -17,9 +17,9 @@ from collections.abc import Iterator
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from freqformer.codec import Codec, psnr
+from freqformer.data.codec import Codec, psnr
+from freqformer.data.decode import BrokenClip, VideoFile, crop_resize
 from freqformer.data.protocol import Clip, DataConfig, TooShort, View, draw_view
-from freqformer.data.video import BrokenClip, VideoFile, crop_resize
 
 SHARD_BYTES = 64 << 20
 # A record: int32 label, int32 clip (its place in the manifest's list), int32 length of the key, the key in UTF-8, then the

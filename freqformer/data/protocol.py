@@ -5,8 +5,8 @@ import hashlib
 import json
 import os
 
-from freqformer.codec import CodecConfig, make_codec
 from freqformer.config import ConfigError, did_you_mean
+from freqformer.data.codec import CodecConfig, make_codec
 
 VERSION = 1  # Part of the hash: raise it when the same config draws or resizes otherwise.
 

@@ -14,11 +14,11 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from freqformer.codec import LatentStatistics, StatisticsAccumulator, make_codec
 from freqformer.config import ConfigError
+from freqformer.data.codec import LatentStatistics, StatisticsAccumulator, make_codec
+from freqformer.data.decode import BrokenClip
 from freqformer.data.encode import ShardWriter, encode_all, fingerprint, is_disk_full, pack
 from freqformer.data.protocol import Clip, DataConfig, Listing
-from freqformer.data.video import BrokenClip
 
 SCHEMA = 1
 REPORTED = 20  # Names in the log; the manifest has all.

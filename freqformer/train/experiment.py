@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Mapping
 
-from freqformer.codec import make_codec
 from freqformer.config import ConfigError, build, did_you_mean, refusing, require
+from freqformer.data.codec import make_codec
 from freqformer.data.protocol import DataConfig
 from freqformer.diffusion.sampling import SampleConfig
 from freqformer.model.config import ModelConfig, model_config
