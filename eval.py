@@ -23,13 +23,14 @@ import numpy as np
 from absl import flags, logging
 from flax import nnx
 
-from freqformer import cli, compare
+from freqformer import cli
 from freqformer.compare_page import slug, write_comparison
 from freqformer.config import ConfigError, did_you_mean
 from freqformer.cost import sampling_cost
 from freqformer.diffusion.sampling import SampleConfig, compile_steps, make_step, sample
-from freqformer.masks import MaskRecorder, realised_density
-from freqformer.restore import restore_model
+from freqformer.evaluate import compare
+from freqformer.evaluate.record_masks import MaskRecorder, realised_density
+from freqformer.evaluate.restore import restore_model
 from freqformer.video import check_folder, grid, grid_png, write_mp4
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run to sample from.", required=True)

@@ -24,12 +24,12 @@ from freqformer.kernels.selection.block_scores import block_mass
 
 from benchmarks import rows, timing
 from freqformer.diffusion.sampling import SampleConfig, make_step, sample
+from freqformer.evaluate.restore import restore_model
 from freqformer.grid.layout import TileLayout
 from freqformer.methods.adaspa import AdaSpa
 from freqformer.methods.base import Cond, Projected
 from freqformer.model.config import model_config
 from freqformer.model.dit import VideoDiT
-from freqformer.restore import restore_model
 from freqformer.tables import lse_cache
 from freqformer.tables.tile_bits import top_bits, unpack_bits
 from tools.offline import compile_for

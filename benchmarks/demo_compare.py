@@ -18,11 +18,11 @@ from absl import flags, logging
 
 from benchmarks.rows import write_rows
 from freqformer import cli
-from freqformer.classifier import class_accuracy
 from freqformer.cost import model_cost
 from freqformer.data.cache import prepare
 from freqformer.data.render import render_ucf101
-from freqformer.restore import restore_model
+from freqformer.evaluate.classifier import class_accuracy
+from freqformer.evaluate.restore import restore_model
 from freqformer.train import metrics
 from freqformer.train.checkpoint import Checkpoints
 

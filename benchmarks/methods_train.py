@@ -19,7 +19,7 @@ from freqformer import cli
 from freqformer.config_file import load_config
 from freqformer.cost import BACKWARD_OVER_FORWARD, model_cost
 from freqformer.data.render import render_ucf101
-from freqformer.restore import restore_model
+from freqformer.evaluate.restore import restore_model
 from freqformer.train import metrics
 
 _ROOT = pathlib.Path(__file__).parent.parent

@@ -4,7 +4,7 @@
 
 One dense model (configs/demo.py with another method and number of steps) is trained, or taken up where it was left. Every point
 then samples the same classes from the same noise and is held against dense attention's videos: PSNR and SSIM per frame, then
-averaged (`freqformer/quality.py`). All methods begin with the same dense steps, a fifth of the run, so that at equal density
+averaged (`freqformer/evaluate/quality.py`). All methods begin with the same dense steps, a fifth of the run, so that at equal density
 only masks differ. Tiles are of 16 tokens (2 x 2 x 4, 72 of them): with the demo's own 64 there are only 18 to choose from. Rows
 are written one by one; points that are there are not run again (--again does).
 """
@@ -21,16 +21,17 @@ from flax import nnx
 from benchmarks.demo_compare import finished, run
 from benchmarks.quality_methods import WINDOWS, Probe, settings
 from benchmarks.rows import RESULTS, read_rows, write_rows
-from freqformer import cli, quality
-from freqformer.classifier import class_accuracy
-from freqformer.compare import draw
+from freqformer import cli
 from freqformer.data.cache import prepare
 from freqformer.data.render import render_ucf101
 from freqformer.diffusion.sampling import make_step, sample
+from freqformer.evaluate import quality
+from freqformer.evaluate.classifier import class_accuracy
+from freqformer.evaluate.compare import draw
+from freqformer.evaluate.restore import restore_model
 from freqformer.methods.dense import Dense
 from freqformer.model.dit import VideoDiT
 from freqformer.report_page import panels
-from freqformer.restore import restore_model
 from freqformer.train import metrics
 from freqformer.train.checkpoint import flatten
 

@@ -247,7 +247,7 @@ def main(argv=None):
   from freqformer.approximation_summary import table
   from freqformer.config import refusing
   from freqformer.data.cache import prepare
-  from freqformer.restore import restore_model
+  from freqformer.evaluate.restore import restore_model
 
   parser = argparse.ArgumentParser(prog="python -m freqformer.approximation", description=__doc__.split("\n")[0])
   parser.add_argument("--workdir", required=True, help="folder of a run trained with FreqFormer")

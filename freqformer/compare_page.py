@@ -13,7 +13,7 @@ from matplotlib import colormaps
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from freqformer.quality import difference
+from freqformer.evaluate.quality import difference
 from freqformer.report_page import STYLE, image, panels, table, text
 from freqformer.video import write_mp4
 

@@ -13,10 +13,10 @@ import numpy as np
 from absl import flags, logging
 
 from freqformer import cli
-from freqformer.classifier import class_accuracy
 from freqformer.config_file import load_config
 from freqformer.data.cache import prepare
 from freqformer.data.render import render_ucf101
+from freqformer.evaluate.classifier import class_accuracy
 from freqformer.layer_cost import layer_rows
 from freqformer.report import write_report
 from freqformer.train.experiment import experiment

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from freqformer.classifier import class_accuracy
+from freqformer.evaluate.classifier import class_accuracy
 
 
 def clips(n, seed, tell=True):

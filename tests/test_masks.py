@@ -10,7 +10,7 @@ from flax import nnx
 from freqformer.kernels.block_sparse.table import from_tiles
 
 from freqformer.diffusion.sampling import SampleConfig, compile_steps, make_step, sample
-from freqformer.masks import MaskRecorder, RunMasks, density_picture, load_masks, realised_density
+from freqformer.evaluate.record_masks import MaskRecorder, RunMasks, density_picture, load_masks, realised_density
 from freqformer.model.config import model_config
 from freqformer.model.dit import VideoDiT
 

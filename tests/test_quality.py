@@ -5,9 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
-from freqformer import quality
 from freqformer.config import ConfigError
-from freqformer.lpips import SMALLEST, array_shapes, load_lpips
+from freqformer.evaluate import quality
+from freqformer.evaluate.lpips import SMALLEST, array_shapes, load_lpips
 
 RNG = np.random.default_rng(0)
 

@@ -3,7 +3,7 @@
   python eval.py --workdir=runs/demo --compare="dense,adaspa,block_topk(density=0.2, coarse=none),freqformer"
 
 Each method samples the same (seed, index) pairs; quality is that of the decoded videos against the reference's
-(`freqformer/quality.py`). Compilation and running are timed apart. FLOPs are the method's own cost over the phases of the run
+(`freqformer/evaluate/quality.py`). Compilation and running are timed apart. FLOPs are the method's own cost over the phases of the run
 (`sampling_cost`, `FLOPS_ARE`), density is what ran. Seconds are those of this machine with whatever else it was doing.
 """
 
@@ -15,13 +15,13 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
-from freqformer import quality
 from freqformer.config import ConfigError, did_you_mean
 from freqformer.cost import Cost, sampling_cost
 from freqformer.diffusion.sampling import SampleConfig, compile_steps, make_step, sample
-from freqformer.lpips import load_lpips
-from freqformer.masks import realised_density
-from freqformer.restore import restore_model
+from freqformer.evaluate import quality
+from freqformer.evaluate.lpips import load_lpips
+from freqformer.evaluate.record_masks import realised_density
+from freqformer.evaluate.restore import restore_model
 
 METRICS = ("psnr", "ssim", "lpips")
 FLOPS_ARE = (
@@ -101,7 +101,7 @@ def metric_functions(names, lpips_weights=None) -> dict[str, Callable]:
       raise ConfigError(f"metric {name!r} is unknown; {did_you_mean(name, METRICS)}")
   if "lpips" in names and not lpips_weights:
     raise ConfigError(
-      "lpips needs its weights: give --lpips_weights=FILE (freqformer/lpips.py says how to write it; nothing is downloaded), "
+      "lpips needs its weights: give --lpips_weights=FILE (freqformer/evaluate/lpips.py says how to write it; nothing is downloaded), "
       "or leave it out of --metrics."
     )
   found = {"psnr": quality.psnr, "ssim": quality.ssim}

@@ -46,12 +46,16 @@ def load_lpips(path):
   """
   path = pathlib.Path(path)
   if not path.is_file():
-    raise ConfigError(f"no LPIPS weights at {path}; nothing is downloaded: freqformer/lpips.py says how to write the file.")
+    raise ConfigError(
+      f"no LPIPS weights at {path}; nothing is downloaded: freqformer/evaluate/lpips.py says how to write the file."
+    )
   try:
     with np.load(path) as data:
       weights = {name: data[name].astype(np.float32) for name in array_shapes() if name in data}
   except (ValueError, OSError) as error:
-    raise ConfigError(f"{path} is not an .npz of arrays ({error}); freqformer/lpips.py says how to write it.") from error
+    raise ConfigError(
+      f"{path} is not an .npz of arrays ({error}); freqformer/evaluate/lpips.py says how to write it."
+    ) from error
   wrong = [f"{k} {s}" for k, s in array_shapes().items() if k not in weights or weights[k].shape != s]
   if wrong:
     raise ConfigError(f"LPIPS weights {path} lack or have in another shape: {', '.join(wrong)}.")
