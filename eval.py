@@ -24,14 +24,14 @@ from absl import flags, logging
 from flax import nnx
 
 from freqformer import cli
-from freqformer.compare_page import slug, write_comparison
 from freqformer.config import ConfigError, did_you_mean
 from freqformer.cost import sampling_cost
 from freqformer.diffusion.sampling import SampleConfig, compile_steps, make_step, sample
 from freqformer.evaluate import compare
 from freqformer.evaluate.record_masks import MaskRecorder, realised_density
 from freqformer.evaluate.restore import restore_model
-from freqformer.video import check_folder, grid, grid_png, write_mp4
+from freqformer.pages.compare import slug, write_comparison
+from freqformer.pages.mp4 import check_folder, grid, grid_png, write_mp4
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run to sample from.", required=True)
 _STEP = flags.DEFINE_integer("checkpoint", None, "Step of the checkpoint; default the newest.")

@@ -31,7 +31,7 @@ from freqformer.evaluate.compare import draw
 from freqformer.evaluate.restore import restore_model
 from freqformer.methods.dense import Dense
 from freqformer.model.dit import VideoDiT
-from freqformer.report_page import panels
+from freqformer.pages.html import panels
 from freqformer.train import metrics
 from freqformer.train.checkpoint import flatten
 

@@ -18,9 +18,9 @@ from freqformer.data.cache import prepare
 from freqformer.data.render import render_ucf101
 from freqformer.evaluate.classifier import class_accuracy
 from freqformer.layer_cost import layer_rows
-from freqformer.report import write_report
+from freqformer.pages.mp4 import write_mp4
+from freqformer.pages.run import write_report
 from freqformer.train.experiment import experiment
-from freqformer.video import write_mp4
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Folder of the run.")

@@ -8,11 +8,11 @@ import sys
 import numpy as np
 import pytest
 
-from freqformer.compare_page import slug, write_comparison
 from freqformer.config import ConfigError
 from freqformer.data.render import render_ucf101
 from freqformer.diffusion.sampling import SampleConfig
 from freqformer.evaluate import compare, quality
+from freqformer.pages.compare import slug, write_comparison
 
 ROOT = pathlib.Path(__file__).parent.parent
 pytestmark = pytest.mark.xdist_group("compare")

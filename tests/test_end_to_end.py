@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from freqformer.data.render import render_ucf101
-from freqformer.report import write_report
+from freqformer.pages.run import write_report
 from freqformer.train.checkpoint import Checkpoints
 from freqformer.train.metrics import read
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from freqformer import report
 from freqformer.config import ConfigError
-from freqformer.report_files import Absent, check
-from freqformer.video import write_mp4
+from freqformer.pages import run as report
+from freqformer.pages.files import Absent, check
+from freqformer.pages.mp4 import write_mp4
 
 TITLES = [row[0] for row in report._SECTIONS]
 
@@ -167,6 +167,6 @@ def test_heatmap(tmp_path):
 
 def test_command_line(tmp_path):
   done = subprocess.run(
-    [sys.executable, "-m", "freqformer.report", f"--workdir={tmp_path}"], capture_output=True, text=True, check=True
+    [sys.executable, "-m", "freqformer.pages.run", f"--workdir={tmp_path}"], capture_output=True, text=True, check=True
   )
   assert done.stdout.strip() == str(tmp_path / "report.html")

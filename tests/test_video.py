@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from freqformer import video
 from freqformer.config import ConfigError
+from freqformer.pages import mp4 as video
 
 
 def moving(frames=6, rows=32, cols=48, seed=0):

@@ -1,6 +1,6 @@
 """One HTML file that shows a run: samples beside real clips, losses, routing, cost. It needs no network and no second file.
 
-  python -m freqformer.report --workdir=runs/demo
+  python -m freqformer.pages.run --workdir=runs/demo
 
 Each section reads one file of the run and says which; a section whose file is absent says so and the rest goes on.
 """
@@ -16,8 +16,8 @@ from matplotlib.ticker import MaxNLocator
 
 from freqformer import cli
 from freqformer.config import ConfigError
-from freqformer.report_files import Absent, metric_rows, missing, read_json, read_routing, series
-from freqformer.report_page import STYLE, facts, image, panels, table
+from freqformer.pages.files import Absent, metric_rows, missing, read_json, read_routing, series
+from freqformer.pages.html import STYLE, facts, image, panels, table
 from freqformer.train.resume import change_text
 
 _COLOURS = ("#3b6fb6", "#e0a030", "#b5483f", "#4f8f5b", "#7a5ca8", "#6b7280")

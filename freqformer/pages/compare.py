@@ -14,8 +14,8 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from freqformer.evaluate.quality import difference
-from freqformer.report_page import STYLE, image, panels, table, text
-from freqformer.video import write_mp4
+from freqformer.pages.html import STYLE, image, panels, table, text
+from freqformer.pages.mp4 import write_mp4
 
 _MAX_SAMPLES = 16  # Every video is embedded once per method.
 _COLOURS = "magma"

@@ -1,0 +1,1 @@
+"""HTML pages, plots and mp4 files for people."""
