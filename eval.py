@@ -23,7 +23,7 @@ import numpy as np
 from absl import flags, logging
 from flax import nnx
 
-from freqformer import cli
+from freqformer.command import cli
 from freqformer.config import ConfigError, did_you_mean
 from freqformer.cost import sampling_cost
 from freqformer.diffusion.sampling import SampleConfig, compile_steps, make_step, sample

@@ -20,10 +20,10 @@ from flax import nnx
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from freqformer import cli
+from freqformer.command import cli
+from freqformer.command.dry_run import describe
 from freqformer.data.cache import prepare
 from freqformer.data.loader import train_iterator, val_batches
-from freqformer.dry_run import describe
 from freqformer.model.dit import VideoDiT, make_tables
 from freqformer.train.checkpoint import Checkpoints, git_revision, versions
 from freqformer.train.experiment import experiment

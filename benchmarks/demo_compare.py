@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags, logging
 
 from benchmarks.rows import write_rows
-from freqformer import cli
+from freqformer.command import cli
 from freqformer.cost import model_cost
 from freqformer.data.cache import prepare
 from freqformer.data.render import render_ucf101

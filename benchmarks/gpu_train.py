@@ -21,7 +21,7 @@ from flax import nnx
 
 from benchmarks.gpu_rows import ROOT, Deadline, Store, open_device
 from benchmarks.gpu_run import device_slug
-from freqformer.config_file import read_config
+from freqformer.command.files import read_config
 from freqformer.cost import BACKWARD_OVER_FORWARD, model_cost, training_flops
 from freqformer.data.codec import StatisticsAccumulator, make_codec
 from freqformer.data.render import LOOKS, render_clip

@@ -15,8 +15,8 @@ from absl import flags
 
 from benchmarks.demo_compare import finished, run
 from benchmarks.rows import RESULTS, read_rows, write_rows
-from freqformer import cli
-from freqformer.config_file import load_config
+from freqformer.command import cli
+from freqformer.command.files import load_config
 from freqformer.cost import BACKWARD_OVER_FORWARD, model_cost
 from freqformer.data.render import render_ucf101
 from freqformer.evaluate.restore import restore_model

@@ -21,7 +21,7 @@ from flax import nnx
 from benchmarks.demo_compare import finished, run
 from benchmarks.quality_methods import WINDOWS, Probe, settings
 from benchmarks.rows import RESULTS, read_rows, write_rows
-from freqformer import cli
+from freqformer.command import cli
 from freqformer.data.cache import prepare
 from freqformer.data.render import render_ucf101
 from freqformer.diffusion.sampling import make_step, sample

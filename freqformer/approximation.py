@@ -266,6 +266,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-  from freqformer import cli
+  from freqformer.command import cli
 
   cli.guarded(main)(None)

@@ -10,9 +10,9 @@ from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.core.dispatch import NoBackend
 from ml_collections import config_flags
 
-from freqformer import cli
+from freqformer.command import cli
+from freqformer.command.files import read_config
 from freqformer.config import ConfigError, build, require, require_one_of
-from freqformer.config_file import read_config
 from freqformer.train.experiment import experiment
 
 DEMO = str(pathlib.Path(__file__).parent.parent / "configs" / "demo.py")

@@ -194,7 +194,7 @@ def test_sweep_runs_and_skips_and_a_dense_checkpoint_lacks_the_router(place):
   args = [
     sys.executable,
     "-m",
-    "freqformer.sweep",
+    "freqformer.command.sweep",
     f"--config={ROOT / 'tests' / 'tiny_config.py'}",
     f"--study={place / 'study'}",
     f"--override=data.root={place / 'ucf'}",

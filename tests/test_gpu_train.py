@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import gpu_facts, gpu_train
 from benchmarks.gpu_rows import ROOT, Deadline
-from freqformer.config_file import read_config
+from freqformer.command.files import read_config
 from freqformer.train.experiment import experiment
 
 

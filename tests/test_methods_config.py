@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from freqformer.config_file import check_keys, load_config
+from freqformer.command.files import check_keys, load_config
 from freqformer.model.dit import VideoDiT
 from freqformer.train.experiment import experiment
 

@@ -5,9 +5,9 @@ import types
 
 import pytest
 
-from freqformer import sweep as sweep_module
+from freqformer.command import sweep as sweep_module
+from freqformer.command.sweep import result_of, sweep, table, trial_name
 from freqformer.config import ConfigError
-from freqformer.sweep import result_of, sweep, table, trial_name
 from tests.tiny_config import get_config
 
 CONFIG = """

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from freqformer import cli
+from freqformer.command import cli
 from freqformer.config import ConfigError
 from freqformer.pages.files import Absent, metric_rows, missing, read_json, read_routing, series
 from freqformer.pages.html import STYLE, facts, image, panels, table

@@ -1,7 +1,7 @@
 """Sweeps over routing hyper-parameters: one workdir per trial, finished trials are skipped, killed ones resumed.
 
-  python -m freqformer.sweep --config=configs/ucf101.py --study=runs/study
-  python -m freqformer.sweep --config=configs/demo.py --study=runs/study --override=train.steps=100 --list
+  python -m freqformer.command.sweep --config=configs/ucf101.py --study=runs/study
+  python -m freqformer.command.sweep --config=configs/demo.py --study=runs/study --override=train.steps=100 --list
 
 A config's `sweep()` yields flat overrides (`{"model.attention.freqformer.router.budget": 0.1}`); each trial is one
 `python train.py` with them, so that a trial can be repeated by hand. All are checked before the first one runs. The table at
@@ -18,9 +18,9 @@ import sys
 from absl import flags, logging
 from ml_collections import config_flags
 
-from freqformer import cli
+from freqformer.command import cli
+from freqformer.command.files import check_keys, load_config
 from freqformer.config import ConfigError
-from freqformer.config_file import check_keys, load_config
 from freqformer.train import metrics
 from freqformer.train.experiment import Experiment, experiment
 from freqformer.train.preemption import StopRequest

@@ -12,8 +12,8 @@ import time
 import numpy as np
 from absl import flags, logging
 
-from freqformer import cli
-from freqformer.config_file import load_config
+from freqformer.command import cli
+from freqformer.command.files import load_config
 from freqformer.data.cache import prepare
 from freqformer.data.render import render_ucf101
 from freqformer.evaluate.classifier import class_accuracy

@@ -14,8 +14,8 @@ import traceback
 import jax
 from absl import app, flags, logging
 
+from freqformer.command.files import check_keys, dotted, read_config
 from freqformer.config import ConfigError
-from freqformer.config_file import check_keys, dotted, read_config
 from freqformer.kernels.core.dispatch import NoBackend
 
 _ROOT = pathlib.Path(__file__).parent.parent
