@@ -4,7 +4,7 @@ import pathlib
 import re
 
 from benchmarks import complexity_notes
-from freqformer import approximation_summary
+from freqformer.analysis import summary as approximation_summary
 
 DOC = pathlib.Path(__file__).parent.parent / "docs" / "complexity.md"
 

@@ -8,7 +8,9 @@ import pytest
 from flax import nnx
 
 from benchmarks import complexity_notes, complexity_page
-from freqformer import approximation, approximation_probe, approximation_summary
+from freqformer.analysis import bounds as approximation
+from freqformer.analysis import probe as approximation_probe
+from freqformer.analysis import summary as approximation_summary
 from freqformer.grid.layout import TileLayout
 from freqformer.methods.freqformer import FreqFormer
 from freqformer.model.config import model_config

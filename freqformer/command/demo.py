@@ -12,12 +12,12 @@ import time
 import numpy as np
 from absl import flags, logging
 
+from freqformer.analysis.timed_layer import layer_rows
 from freqformer.command import cli
 from freqformer.command.files import load_config
 from freqformer.data.cache import prepare
 from freqformer.data.render import render_ucf101
 from freqformer.evaluate.classifier import class_accuracy
-from freqformer.layer_cost import layer_rows
 from freqformer.pages.mp4 import write_mp4
 from freqformer.pages.run import write_report
 from freqformer.train.experiment import experiment

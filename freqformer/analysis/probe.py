@@ -1,4 +1,4 @@
-"""Where `freqformer.approximation` takes q, k, v from: a trained model, or random numbers."""
+"""Where `freqformer.analysis.bounds` takes q, k, v from: a trained model, or random numbers."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from freqformer.approximation import bases, measure
+from freqformer.analysis.bounds import bases, measure
 from freqformer.grid.basis import SpectralTables
 from freqformer.grid.layout import LayoutTables
 from freqformer.methods.base import Method

@@ -1,4 +1,4 @@
-"""Rows of `freqformer.approximation` over the heads: for people and for docs/complexity.md."""
+"""Rows of `freqformer.analysis.bounds` over the heads: for people and for docs/complexity.md."""
 
 import numpy as np
 

@@ -1,6 +1,6 @@
 """How wrong each operator of FreqFormer is, head by head, beside what bounds it (docs/complexity.md derives the bounds).
 
-  python -m freqformer.approximation --workdir=runs/demo      # on q, k, v of a trained checkpoint
+  python -m freqformer.analysis.bounds --workdir=runs/demo      # on q, k, v of a trained checkpoint
 
 Y is dense attention, Y' the operator's output; a row's error is the Euclidean norm of its difference, max|v| the largest norm
 of a value.
@@ -243,13 +243,13 @@ def main(argv=None):
   """Measures a checkpoint."""
   import argparse
 
-  from freqformer.approximation_probe import measure_model
-  from freqformer.approximation_summary import table
+  from freqformer.analysis.probe import measure_model
+  from freqformer.analysis.summary import table
   from freqformer.config import refusing
   from freqformer.data.cache import prepare
   from freqformer.evaluate.restore import restore_model
 
-  parser = argparse.ArgumentParser(prog="python -m freqformer.approximation", description=__doc__.split("\n")[0])
+  parser = argparse.ArgumentParser(prog="python -m freqformer.analysis.bounds", description=__doc__.split("\n")[0])
   parser.add_argument("--workdir", required=True, help="folder of a run trained with FreqFormer")
   parser.add_argument("--times", default="0.9,0.5,0.1", help="t of the noisy latents")
   args = parser.parse_args(argv)

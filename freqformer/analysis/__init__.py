@@ -1,0 +1,1 @@
+"""Measured properties of trained models."""
