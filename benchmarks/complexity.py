@@ -16,10 +16,10 @@ from absl import app, flags, logging
 
 from benchmarks import rows as row_files
 from benchmarks.complexity_page import DOC, fill, of_set, tables
-from freqformer import simulate
 from freqformer.analysis import bounds as approximation
 from freqformer.analysis import probe as approximation_probe
 from freqformer.simulation import calibrate, plots
+from freqformer.simulation import command as simulate
 from freqformer.simulation.descriptions import Gpu, load_gpu, load_model
 from freqformer.simulation.forward import Plan, dense_baseline, make_method, row, run_seconds
 from freqformer.simulation.scaling import largest_video, memory_bytes, parallel

@@ -2,7 +2,7 @@
 
 import json
 
-from freqformer import simulate
+from freqformer.simulation import command as simulate
 from freqformer.simulation.descriptions import load_model
 from freqformer.simulation.forward import Plan, make_method
 

@@ -10,7 +10,6 @@ import pytest
 from flax import nnx
 from freqformer.kernels.block_sparse.cost import count
 
-from freqformer import simulate
 from freqformer.config import ConfigError
 from freqformer.cost import attention_cost, method_call
 from freqformer.grid.basis import SpectralBasis
@@ -20,6 +19,7 @@ from freqformer.methods.base import Cond
 from freqformer.methods.parts.router import RouterConfig, penalty
 from freqformer.methods.registry import method_class
 from freqformer.model.attention import AttentionDims, SpectralAttention
+from freqformer.simulation import command as simulate
 from freqformer.simulation.forward import make_method
 from freqformer.tables.radial import count_radial, radial
 from freqformer.tables.spatial_temporal import count_pairs, spatial_temporal

@@ -6,12 +6,12 @@ import json
 import pytest
 from freqformer.kernels.block_sparse.cost import uniform
 
-from freqformer import simulate
 from freqformer.config import ConfigError
 from freqformer.cost import model_cost
 from freqformer.methods.registry import METHODS
 from freqformer.model.config import SIZES
 from freqformer.simulation import calibrate
+from freqformer.simulation import command as simulate
 from freqformer.simulation.descriptions import known, load_gpu, load_model
 from freqformer.simulation.forward import dense_baseline, make_method, row, run_seconds
 from freqformer.simulation.forward import simulate as forward

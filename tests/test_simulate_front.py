@@ -12,9 +12,9 @@ import tracemalloc
 
 import pytest
 
-from freqformer import simulate
 from freqformer.config import ConfigError
 from freqformer.methods.registry import METHODS
+from freqformer.simulation import command as simulate
 from freqformer.simulation import scaling
 from freqformer.simulation.arguments import split_methods
 from freqformer.simulation.descriptions import known, load_gpu, load_model, write_gpu

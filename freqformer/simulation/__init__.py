@@ -1,1 +1,1 @@
-"""From counts to seconds: descriptions of GPUs and models, a roofline, its calibration, and what follows for whole models."""
+"""Seconds from counts: a roofline model of devices, held against measurements."""
