@@ -43,7 +43,7 @@ demo: core
 	$(RUN) -m freqformer.command.demo --workdir=$(WORKDIR)
 
 demo-compare: core
-	$(RUN) -m benchmarks.demo_compare
+	$(RUN) -m benchmarks.trained.demo_compare
 
 # The page's trained q, k, v come from 120 steps of the demo; runs/complexity is trained if it is not there. All on the CPU, also
 # beside a GPU: the page's rows were made there, and a model trained elsewhere is another one.
@@ -52,7 +52,7 @@ simulate: core
 	$(RUN) -c "from freqformer.data.render import render_ucf101 as r; r('data/demo')"
 	test -d runs/complexity/checkpoints || \
 	  $(RUN) train.py --config=configs/demo.py --workdir=runs/complexity --config.train.steps=120
-	$(RUN) -m benchmarks.complexity
+	$(RUN) -m benchmarks.pages.complexity
 
 test: setup
 	JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --dist=loadgroup tests
@@ -63,7 +63,7 @@ lint: setup
 
 # Checks first, then what is timed; every step is killed when it overstays, and a second call goes on from the rows of the first.
 gpu: $(if $(PYTHON),,$(VENV)/.gpu)
-	$(GPU_RUN) -m benchmarks.gpu_slot --minutes=$(GPU_MINUTES)
+	$(GPU_RUN) -m benchmarks.gpu.slot --minutes=$(GPU_MINUTES)
 
 clean:
 	rm -rf $(VENV) .cache runs

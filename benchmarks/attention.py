@@ -12,8 +12,8 @@ import sys
 import jax
 from absl import app, flags, logging
 
-from benchmarks import gpu_run
 from benchmarks.arg_specs import SPECS
+from benchmarks.gpu import run as gpu_run
 
 _DEVICE = flags.DEFINE_enum("device", "cpu", ["cpu", "gpu"], "Where to measure.", allow_override=True)
 _QUICK = flags.DEFINE_bool("quick", False, "CPU: small shapes and few repeats; writes no rows.", allow_override=True)
@@ -61,7 +61,7 @@ def main(argv):
     if troubles:
       print(f"failed or wrong: {', '.join(troubles)}")
     sys.exit(1 if troubles or run.skipped else 0)
-  from benchmarks import cpu_attention  # needs flax, which a machine that only measures GPU kernels may lack
+  from benchmarks.cpu import attention as cpu_attention  # needs flax, which a machine that only measures GPU kernels may lack
 
   jax.config.update("jax_platforms", "cpu")
   if _MEMORY_OF.value:

@@ -40,7 +40,7 @@ _NOTES = (
 
 def context(command: str) -> dict[str, str]:
   """Where and with what a row is measured; asked once, when the run starts."""
-  import jax  # here, because a process that only reads and merges rows must not need jax (benchmarks/gpu_slot.py)
+  import jax  # here, because a process that only reads and merges rows must not need jax (benchmarks/gpu/slot.py)
 
   return {
     "command": command,

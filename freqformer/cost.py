@@ -52,7 +52,7 @@ def attention_cost(pairs: float, head_dim: int) -> Cost:
 
 
 # Device memory per pooled score that the selection moves on Hopper: 17 to 21 bytes for 512 to 8,192 tiles
-# (benchmarks/memory_bound.py; 67 to 71 in XLA alone).
+# (benchmarks/compiled/memory_bound.py; 67 to 71 in XLA alone).
 _SCORE_BYTES = 20.0
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import complexity_notes, complexity_page
+from benchmarks.pages import complexity_notes, complexity_page
 from freqformer.analysis import bounds as approximation
 from freqformer.analysis import probe as approximation_probe
 from freqformer.analysis import summary as approximation_summary

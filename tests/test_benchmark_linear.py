@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from benchmarks import linear, rows
-from benchmarks.hlo_bytes import Operation
+from benchmarks import rows
+from benchmarks.compiled import linear
+from benchmarks.compiled.hlo_bytes import Operation
 from freqformer.methods.sparseflow import SparseFlow
 
 

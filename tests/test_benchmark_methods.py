@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import methods as benchmark
 from benchmarks import rows
 from benchmarks.arg_specs import SPECS
+from benchmarks.cpu import methods as benchmark
 from freqformer.grid.rotary import rotate
 from freqformer.methods.base import Cond, Projected
 from freqformer.methods.block_topk import BlockTopK

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from freqformer.kernels.block_sparse.api import attention
 
-from benchmarks import cpu_attention as benchmark
 from benchmarks import rows, timing
 from benchmarks.arg_specs import SPECS
-from benchmarks.competitors import dense_loop, gradients, sparse
+from benchmarks.cpu import attention as benchmark
+from benchmarks.cpu.competitors import dense_loop, gradients, sparse
 from freqformer.methods.freqformer import FreqFormer
 from tests.attention_suite import oracle, relative_error
 

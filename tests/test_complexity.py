@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from benchmarks import complexity, complexity_notes, complexity_page, rows
+from benchmarks import rows
+from benchmarks.pages import complexity, complexity_notes, complexity_page
 
 
 @pytest.fixture(scope="module")

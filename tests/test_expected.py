@@ -5,8 +5,9 @@ import json
 
 import numpy as np
 
-from benchmarks import expected, gates, gpu_masks
-from benchmarks.gpu_plan import FULL, SHORT
+from benchmarks.gpu import expected, gates
+from benchmarks.gpu import masks as gpu_masks
+from benchmarks.gpu.plan import FULL, SHORT
 
 IDEAL = expected.Device(l2=1e30, hbm=1e30, block_s=0.0, launch_s=0.0)
 
@@ -95,4 +96,6 @@ def test_the_documented_gates_are_what_the_model_says():
   printed = gates.table(gates.gate_rows([], expected.expected_rows()))
   text = (expected.rows.RESULTS.parent.parent / "docs" / "benchmarks.md").read_text()
   for line in printed.splitlines():
-    assert line.rstrip() in text, f"docs/benchmarks.md lacks {line!r}: run python -m benchmarks.expected and paste its table"
+    assert line.rstrip() in text, (
+      f"docs/benchmarks.md lacks {line!r}: run python -m benchmarks.gpu.expected and paste its table"
+    )

@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 from freqformer.kernels.block_sparse import tuning
 
-from benchmarks import cpu_attention, gates, gpu_attention, gpu_run, rows
-from benchmarks.gpu_plan import FULL, REHEARSAL, SHORT
-from benchmarks.gpu_rows import Deadline, Store
+from benchmarks import rows
+from benchmarks.cpu import attention as cpu_attention
+from benchmarks.gpu import attention as gpu_attention
+from benchmarks.gpu import gates
+from benchmarks.gpu import run as gpu_run
+from benchmarks.gpu.plan import FULL, REHEARSAL, SHORT
+from benchmarks.gpu.rows import Deadline, Store
 from freqformer.config import ConfigError
 from freqformer.simulation import calibrate
 from freqformer.simulation.descriptions import load_gpu

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from freqformer.kernels.block_sparse import tuning
 
-from benchmarks import gpu_check
-from benchmarks.gpu_check import CASES, LARGE, tiny
+from benchmarks.gpu import check as gpu_check
+from benchmarks.gpu.check import CASES, LARGE, tiny
 
 CASE = next(c for c in CASES if c.name == "64x128 tiles")
 

@@ -10,8 +10,11 @@ import sys
 import jax
 import pytest
 
-from benchmarks import gpu_rows, gpu_run, gpu_slot_steps, timing
-from benchmarks.gpu_slot import command_line
+from benchmarks import timing
+from benchmarks.gpu import rows as gpu_rows
+from benchmarks.gpu import run as gpu_run
+from benchmarks.gpu import slot_steps as gpu_slot_steps
+from benchmarks.gpu.slot import command_line
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Of requirements.txt, what a machine that has jax and numpy may lack, or have in another version.
@@ -26,7 +29,7 @@ def _make(*arguments):
 def test_make_gpu_is_a_slot_and_installs_nothing_where_an_interpreter_is_named():
   text = _make("gpu", "PYTHON=python3", "GPU_MINUTES=3")
   assert "pip" not in text and ".venv" not in text
-  assert [line for line in text.splitlines() if "python3" in line] == ["python3 -m benchmarks.gpu_slot --minutes=3"]
+  assert [line for line in text.splitlines() if "python3" in line] == ["python3 -m benchmarks.gpu.slot --minutes=3"]
 
 
 @pytest.mark.parametrize("module", ["attention", "gpu_check", "gpu_slot", "tune", "expected", "torch_peers"])
@@ -37,7 +40,7 @@ def test_entry_points_import_without_what_a_gpu_machine_may_lack(module):
 
 
 def test_without_a_gpu_it_says_what_to_do():
-  code = "from benchmarks.gpu_rows import open_device; open_device(False)"
+  code = "from benchmarks.gpu.rows import open_device; open_device(False)"
   with pytest.raises(RuntimeError, match="--rehearse --out=FOLDER"):
     timing.in_child(["-c", code], {"JAX_PLATFORMS": ""})
 
@@ -63,7 +66,7 @@ def test_trouble_is_ours_only(tmp_path):
 def test_training_steps_need_no_package_of_the_data_path():
   """Only flax, optax and ml_collections travel as wheels (docs/gpu_queue.md)."""
   absent = "; ".join(f"sys.modules[{name!r}] = None" for name in ("grain", "array_record", "orbax", "av", "PIL", "matplotlib"))
-  code = f"import sys; {absent}; import benchmarks.gpu_train; print('imported')"
+  code = f"import sys; {absent}; import benchmarks.gpu.train; print('imported')"
   assert timing.in_child(["-c", code], {"JAX_PLATFORMS": "cpu"}) == "imported"
 
 
@@ -84,7 +87,7 @@ def test_every_command_of_the_queue_is_short_enough_to_paste():
 def test_every_command_of_the_queue_is_one_that_exists():
   """Modules and files that docs/gpu_queue.md names can be found, and so can the plans, their steps and the wheels."""
   modules = set(re.findall(r"python3? -m ((?:benchmarks|freqformer)[\w.]+)", _QUEUE))
-  assert {"benchmarks.gpu_slot"} <= modules
+  assert {"benchmarks.gpu.slot"} <= modules
   for module in modules:
     assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists(), module
   for path in re.findall(r"tests/\w+\.py", _QUEUE):

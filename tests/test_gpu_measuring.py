@@ -11,9 +11,15 @@ import numpy as np
 import pytest
 from freqformer.kernels.block_sparse.api import attention
 
-from benchmarks import gpu_launches, gpu_masks, gpu_oracle, gpu_peers, gpu_timing, timing, torch_peers
-from benchmarks.gpu_plan import FULL, SHORT
-from benchmarks.gpu_timing import Call, Effort
+from benchmarks import timing
+from benchmarks.gpu import launches as gpu_launches
+from benchmarks.gpu import masks as gpu_masks
+from benchmarks.gpu import oracle as gpu_oracle
+from benchmarks.gpu import peers as gpu_peers
+from benchmarks.gpu import timing as gpu_timing
+from benchmarks.gpu import torch_peers
+from benchmarks.gpu.plan import FULL, SHORT
+from benchmarks.gpu.timing import Call, Effort
 from freqformer.grid.layout import TileLayout
 from tests.attention_suite import CASES, draw_inputs, draw_mask, oracle
 from tools import offline

@@ -13,17 +13,21 @@ import time
 import pytest
 from freqformer.kernels.block_sparse import tuning
 
-from benchmarks import gpu_attention, gpu_check, gpu_run, gpu_slot, gpu_slot_planted
-from benchmarks import gpu_slot_steps as plans
-from benchmarks.gpu_guards import GUARDS
-from benchmarks.gpu_plan import FULL
-from benchmarks.gpu_rows import Deadline, Store
-from benchmarks.gpu_slot_steps import Step
+from benchmarks.gpu import attention as gpu_attention
+from benchmarks.gpu import check as gpu_check
+from benchmarks.gpu import run as gpu_run
+from benchmarks.gpu import slot as gpu_slot
+from benchmarks.gpu import slot_planted as gpu_slot_planted
+from benchmarks.gpu import slot_steps as plans
+from benchmarks.gpu.guards import GUARDS
+from benchmarks.gpu.plan import FULL
+from benchmarks.gpu.rows import Deadline, Store
+from benchmarks.gpu.slot_steps import Step
 
 pytestmark = pytest.mark.xdist_group("gpu_slot")
 
 ROOT = pathlib.Path(__file__).parent.parent
-_MODULE = "benchmarks.gpu_slot_planted"
+_MODULE = "benchmarks.gpu.slot_planted"
 # Children compile little, and find what an earlier run of the tests compiled.
 _QUICK = {
   "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
@@ -54,7 +58,7 @@ def rehearsed(tmp_path_factory):
   command = [
     sys.executable,
     "-m",
-    "benchmarks.gpu_slot",
+    "benchmarks.gpu.slot",
     "--rehearse",
     "--minutes=15",
     f"--out={out}",
@@ -175,7 +179,7 @@ def test_what_is_right_is_not_run_again(rehearsed, tmp_path):
 
 
 def test_the_parent_imports_no_jax():
-  code = "import sys; sys.modules['jax'] = None; import benchmarks.gpu_slot; print('imported')"
+  code = "import sys; sys.modules['jax'] = None; import benchmarks.gpu.slot; print('imported')"
   done = subprocess.run(
     [sys.executable, "-c", code],
     capture_output=True,
@@ -217,7 +221,7 @@ def test_a_stopped_parent_kills_its_children_and_keeps_the_rows(tmp_path):
   temporary.mkdir()
   code = (
     "import pathlib, sys; from benchmarks import gpu_slot; "
-    "from benchmarks.gpu_slot_steps import Step; "
+    "from benchmarks.gpu.slot_steps import Step; "
     "slot = gpu_slot.Slot(pathlib.Path(sys.argv[1]), 1, True); "
     f"step = lambda kind: Step(kind, {_MODULE!r}, ('--kind=' + kind,), 50, alone=True); "
     "sys.exit(0 if slot.run((step('stubborn'), step('failing'))) else 1)"
@@ -410,7 +414,7 @@ def test_every_pattern_of_a_plan_finds_something(tmp_path):
   cases = [job.name for job in gpu_check.jobs(small=False)]
   for step in _ALL:
     only = _options(step).get("only", "")
-    if step.module == "benchmarks.gpu_check":
+    if step.module == "benchmarks.gpu.check":
       # Every alternative by itself: one that finds nothing is a case that nobody checks.
       assert [name for name in cases if re.search(only, name)], step
       listed = re.fullmatch(r"\^\((.*)\)(, seed 0)?\$", only)
@@ -433,7 +437,7 @@ def test_first_slots_leave_out_what_costs_minutes(tmp_path):
       assert part not in (gpu_run.torch, gpu_run.tokamax)
       names += [] if part is gpu_run.ceilings else (part(run), run.names)[1]
   assert names and not [name for name in names if "a_1m" in name or re.search("dense.*512k", name)]
-  for step in (step for step in _ALL if step.module == "benchmarks.gpu_check"):
+  for step in (step for step in _ALL if step.module == "benchmarks.gpu.check"):
     only = _options(step)["only"]
     huge = [job.name for job in gpu_check.jobs(False) if job.name.startswith("1M")]
     assert huge and not [name for name in huge if re.search(only, name)], step.name
@@ -468,7 +472,7 @@ def test_small_checks_share_the_machine_and_timed_steps_do_not():
   for group in gpu_slot.groups(found):
     assert len(group) == 1 or not any(step.alone for step in group)
   assert [step for group in gpu_slot.groups(found) for step in group] == list(found)
-  timed = ("benchmarks.attention", "benchmarks.gpu_train")
+  timed = ("benchmarks.attention", "benchmarks.gpu.train")
   assert all(step.alone for step in found if step.module in timed)
 
 

@@ -7,8 +7,9 @@ import types
 import numpy as np
 import pytest
 
-from benchmarks import gpu_facts, gpu_train
-from benchmarks.gpu_rows import ROOT, Deadline
+from benchmarks.gpu import facts as gpu_facts
+from benchmarks.gpu import train as gpu_train
+from benchmarks.gpu.rows import ROOT, Deadline
 from freqformer.command.files import read_config
 from freqformer.train.experiment import experiment
 

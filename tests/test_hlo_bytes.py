@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from benchmarks.hlo_bytes import operations, size
-from benchmarks.memory_bound import parts_of
+from benchmarks.compiled.hlo_bytes import operations, size
+from benchmarks.compiled.memory_bound import parts_of
 from tools.offline import compile_for
 
 N = 1 << 20

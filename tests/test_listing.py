@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import listing
+from benchmarks.compiled import listing
 
 
 def _listing(*instructions):

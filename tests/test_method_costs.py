@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from freqformer.kernels.block_sparse import api as attention_api
 
-from benchmarks import layer_traffic
+from benchmarks.compiled import layer_traffic
 from benchmarks.rows import RESULTS, read_rows
 from freqformer.grid.layout import TileLayout
 from freqformer.methods.base import Cond
@@ -171,7 +171,7 @@ TRAFFIC = [
 
 @pytest.mark.parametrize("off, on", TRAFFIC)
 def test_bytes_and_launches_are_the_compiled_layer_s(off, on):
-  """Of the rows of benchmarks/layer_traffic.py, differences: to 15 % of the bytes, a quarter (or 12) of the launches."""
+  """Of the rows of benchmarks/compiled/layer_traffic.py, differences: to 15 % of the bytes, a quarter (or 12) of the launches."""
   found = {row["name"]: row for row in read_rows(RESULTS / "layer_traffic.json")}
   costs = []
   for text in (off, on):

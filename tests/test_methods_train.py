@@ -1,6 +1,6 @@
 """The table of methods trained from scratch: which runs it wants, what it counts, what it says is missing."""
 
-from benchmarks import methods_train
+from benchmarks.trained import methods_train
 from freqformer.cost import Cost
 
 

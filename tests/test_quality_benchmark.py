@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import quality, quality_methods
+from benchmarks.trained import quality, quality_methods
 from freqformer.grid.layout import TileLayout
 from freqformer.methods.base import Cond, Dims, Projected
 

@@ -7,9 +7,9 @@ import pytest
 from freqformer.kernels.block_sparse import tuning
 from freqformer.kernels.block_sparse.tuning import Key, TuningConfig
 
-from benchmarks import tune, tune_trials
-from benchmarks.gpu_rows import Deadline, Store
-from benchmarks.gpu_timing import Effort
+from benchmarks.gpu import tune, tune_trials
+from benchmarks.gpu.rows import Deadline, Store
+from benchmarks.gpu.timing import Effort
 from tools import offline
 
 KEY = Key("h100", 64, 64, 128, "forward")
@@ -24,7 +24,7 @@ def _trials(count=3):
 
 @pytest.mark.parametrize("direction", tuning.DIRECTIONS)
 def test_the_default_compiles_without_spilling(direction):
-  """For an H100, here, without one; `python -m benchmarks.tune --static` does this for every candidate."""
+  """For an H100, here, without one; `python -m benchmarks.gpu.tune --static` does this for every candidate."""
   key = Key("h100", 128, 128, 128, direction)
   trial = tune_trials.compile_candidate(key, tuning.default(key))
   assert not trial.refused and trial.registers > 100

@@ -221,7 +221,7 @@ class AdaSpa(Method):
   def phase_cost(self, phase, layout, heads, head_dim, allocation=None) -> Cost:
     """Dense steps are dense. A search adds q k^T of every pair, `2 n^2 D`; it reads q and k and writes a number per two tiles.
 
-    Bytes and kernels are those of the program compiled for an H100 (`python -m benchmarks.layer_traffic`), keys read once
+    Bytes and kernels are those of the program compiled for an H100 (`python -m benchmarks.compiled.layer_traffic`), keys read once
     (a head's stay in the L2). Not counted: exponentials, ranking. The first search also writes the LSE that later ones read:
     4 to 8 bytes per row, left out.
     """

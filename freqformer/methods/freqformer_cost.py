@@ -3,7 +3,7 @@
 Of an evaluation (or of a step under fixed heads) as the layer runs on Hopper: where the kernels around attention take the call
 (`_form`) by them, else by XLA. Products are counted once and without padding: not the kernels' second term of a matrix, not
 their rows beyond a tile's cells. Bytes and launches are those of the program compiled for an H100
-(`python -m benchmarks.layer_traffic`; docs/log.md), in passes over one bf16 `[n, D]` array. Not counted: norm and rotary
+(`python -m benchmarks.compiled.layer_traffic`; docs/log.md), in passes over one bf16 `[n, D]` array. Not counted: norm and rotary
 (every method has them, `BlockShape.elementwise_bytes`); softmaxes, gates and sums of outputs, as FLOPs.
 """
 

@@ -15,7 +15,7 @@ from freqformer.cost import Cost
 from freqformer.grid.layout import TileLayout
 from freqformer.kernels.block_sparse.table import BlockMask
 
-# Of `dense_rows` and what follows it, compiled for an H100 (`python -m benchmarks.layer_traffic`): passes over a bf16 array of
+# Of `dense_rows` and what follows it, compiled for an H100 (`python -m benchmarks.compiled.layer_traffic`): passes over a bf16 array of
 # tokens, bytes per score of each pattern, kernels per head.
 _ROW_PASSES, _ROW_BYTES, _ROW_LAUNCHES = 29.0, 10.0, 12
 

@@ -72,7 +72,7 @@ class SparseLinear(Method):
 
   def cost(self, layout, heads, head_dim, allocation=None) -> Cost:
     """Critical pairs (tiles of average length), `4 d` each; linear attention over tiles, its projection `2 n d D`; rankings of
-    the best and the worst, by the same means. Bytes: 16 per element of q on Hopper (benchmarks/linear.py), 10 to project."""
+    the best and the worst, by the same means. Bytes: 16 per element of q on Hopper (benchmarks/compiled/linear.py), 10 to project."""
     n, tiles, width = layout.n, layout.tiles, heads * head_dim
     found = attention_cost(heads * n * self.budgets(tiles)[0] * n / tiles, head_dim)
     found += linear_attention_cost(n, heads, head_dim, tiles) + Cost(0.0, 2.0 * n * head_dim * width, 26.0 * n * width, 9)

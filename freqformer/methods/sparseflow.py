@@ -30,7 +30,7 @@ from freqformer.tables.temporal import temporal
 from freqformer.tables.topk import pool_tiles
 
 SPARSE, LINEAR = range(2)
-# Linear attention on a Hopper GPU: bytes per element of its own heads of q, of 8 at least, and kernels (benchmarks/linear.py).
+# Linear attention on a Hopper GPU: bytes per element of its own heads of q, of 8 at least, and kernels (benchmarks/compiled/linear.py).
 # Frames that share boxes of rows cost more; what the kernels refuse runs in XLA.
 _OWN_BOXES, _SHARED_BOXES, _REFUSED = (9.1, 4), (27.2, 5), (37.1, 8)
 _STATISTICS_LAUNCHES = 11
@@ -137,7 +137,7 @@ class SparseFlow(RoutedMethod):
     )
 
   def statistics_cost(self, layout, heads, head_dim) -> Cost:
-    """Sums of v and of its squares over tiles, `3 n D`. Bytes and launches by `python -m benchmarks.layer_traffic`."""
+    """Sums of v and of its squares over tiles, `3 n D`. Bytes and launches by `python -m benchmarks.compiled.layer_traffic`."""
     size = layout.n * heads * head_dim
     return Cost(linear_flops=3.0 * size, linear_bytes=2.4 * size, launches=_STATISTICS_LAUNCHES)
 

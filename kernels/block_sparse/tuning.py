@@ -1,6 +1,6 @@
 """How the GPU kernels are cut for a device: `TuningConfig` per device, head dimension, tile sizes and direction.
 
-A table `tuning.json` holds what a search on the device found (`python -m benchmarks.tune`) and says
+A table `tuning.json` holds what a search on the device found (`python -m benchmarks.gpu.tune`) and says
 where. Until one has run, and for what it lacks, `default` is used, which is reasoned from shared
 memory and registers, not measured.
 """

@@ -21,7 +21,7 @@ class QueryGate(nnx.Module):
 def gated_cost(n: int, heads: int, head_dim: int) -> Cost:
   """An output by tiles added through the gate: means of v `n D`, the gate's product `2 n d D` (d x d for each head).
 
-  Bytes: 7 bf16 passes over `[n, D]` (`python -m benchmarks.layer_traffic`). Not counted: bias, product and sum of the gate.
+  Bytes: 7 bf16 passes over `[n, D]` (`python -m benchmarks.compiled.layer_traffic`). Not counted: bias, product and sum of the gate.
   """
   size = float(n) * heads * head_dim
   return Cost(linear_flops=size * (1 + 2 * head_dim), linear_bytes=14 * size, launches=6)

@@ -1,0 +1,257 @@
+"""Block-sparse attention against dense attention on a CPU, in the same run: `python -m benchmarks.attention --device=cpu`.
+
+The competitors take turns, so that drift cancels in the ratios. The dense competitor is a loop over chunks of queries in
+plain JAX, at the best of several chunk sizes and forms; `jax.nn.dot_product_attention` runs as it comes. Goals that are
+missed are printed and stored as missed, beside the floor that the machine's own matmuls set.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from freqformer.kernels.block_sparse.table import dense_mask
+
+from benchmarks import rows, timing
+from benchmarks.arg_specs import SPECS, AttentionSpec
+from benchmarks.compiled.layer import freqformer_forward, freqformer_without_attention
+from benchmarks.cpu.competitors import DenseForm, call, fastest, gradients, sparse, tile_matmuls
+from freqformer.cost import BACKWARD_OVER_FORWARD, attention_cost
+from freqformer.grid.rotary import rotate
+from freqformer.methods.freqformer import FreqFormer
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What one run measures.
+
+  Attributes:
+    base: the shape of the comparisons.
+    large: the shape of the scaling and memory rows.
+    chunks: query rows per step that the dense loop may choose from.
+    backward_chunks: the same where it is differentiated.
+    rounds: turns of every competitor.
+    methods: FreqFormer configurations by name, with the block size that each runs at.
+    goals: whether the goals are for these shapes.
+  """
+
+  base: AttentionSpec
+  large: AttentionSpec
+  chunks: tuple[int, ...]
+  backward_chunks: tuple[int, ...]
+  rounds: int
+  methods: tuple[tuple[str, int, FreqFormer], ...]
+  goals: bool = False
+
+
+FULL = Run(
+  SPECS["cpu_16k"],
+  SPECS["cpu_64k"],
+  (256, 512, 1024),
+  (128, 256, 512),
+  7,
+  (
+    ("block64", 64, FreqFormer(allocation=(1, 1, 2), mid_tiles=16)),
+    ("block128", 128, FreqFormer(allocation=(1, 1, 2), mid_tiles=8)),
+  ),
+  goals=True,
+)
+QUICK = Run(
+  SPECS["cpu_1k"], SPECS["cpu_4k"], (128, 256), (128,), 2, (("block64", 64, FreqFormer(allocation=(0, 1, 1), mid_tiles=4)),)
+)
+
+
+def _listed(spec: AttentionSpec, keys: int | None = None) -> dict:
+  """What the simulator needs to know of a call (`freqformer/simulation/measurements.py`); keys listed, default the spec's."""
+  shape = {"heads": spec.heads, "head_dim": spec.head_dim, "batch": spec.batch, "tokens": spec.n, "block": spec.block}
+  return shape | {"density": (spec.keys if keys is None else keys) / spec.n}
+
+
+def described(found: list[dict], run: Run) -> list[dict]:
+  """The rows of a run with `attention_calls`: what those of their times are of that are one forward attention call of ours."""
+  base, n = run.base, run.base.n
+  calls = {
+    f"forward_vs_dense_loop_{base.name}": {"sparse": _listed(base)},
+    f"dense_mode_vs_dense_loop_{base.name}": {"dense_mode": _listed(base, n)},
+    f"time_{run.large.name}_over_{base.name}": {"small": _listed(base), "large": _listed(run.large)},
+  }
+  for name, block, method in run.methods:
+    shape = {"heads": base.heads, "head_dim": base.head_dim, "batch": base.batch, "grid": list(base.grid), "block": block}
+    shape["method"] = f"freqformer(allocation={method.allocation}, mid_tiles={method.mid_tiles})"
+    calls[f"freqformer_{name}_vs_dense_loop_{base.name}"] = {"attention_alone": shape}
+  return [row | ({"attention_calls": calls[row["name"]]} if row["name"] in calls else {}) for row in found]
+
+
+# ---- measurements --------------------------------------------------------------------------------------------------------
+
+
+def _forms(chunks, late=(False, True)):
+  return [DenseForm(chunk, l) for chunk in chunks for l in late]
+
+
+def measure_forward(run: Run) -> list[dict]:
+  """Sparse against the best dense loop of all, the best one with `jax.nn.softmax`, `dot_product_attention`, and matmuls."""
+  spec, (q, k, v) = run.base, run.base.inputs()
+  mask = spec.mask()
+  best, plain = fastest(_forms(run.chunks), (q, k, v)), fastest(_forms(run.chunks, (False,)), (q, k, v))
+  square = jnp.ones((2048, 2048), q.dtype)
+  everything = dense_mask(q.shape[1], q.shape[1], spec.block, spec.block)
+  t = timing.interleave(
+    {
+      "sparse": call(sparse, q, k, v, mask),
+      "loop": best.call((q, k, v)),
+      "softmax_loop": plain.call((q, k, v)),
+      "dense_mode": call(sparse, q, k, v, everything),
+      "dot_product_attention": call(jax.nn.dot_product_attention, q, k, v),
+      "matmul": call(jnp.matmul, square, square),
+      "tile_matmuls": call(functools.partial(tile_matmuls, keys=spec.keys, block=spec.block), q, k, v),
+    },
+    run.rounds,
+  )
+  flops = attention_cost(float(mask.pairs().sum()), spec.head_dim).attention_flops
+  gflops = 2 * 2048**3 / t["matmul"].median / 1e9
+  floors = {
+    "flops": flops,
+    "matmul_gflops": gflops,
+    "floor_s": flops / gflops / 1e9,
+    "tile_matmuls_s": t["tile_matmuls"].median,
+    "tile_matmul_gflops": flops / t["tile_matmuls"].median / 1e9,
+  }
+  density = float(np.mean(mask.density()))
+
+  def race(name, competitor, goal, **fields):
+    """A speed-up over one competitor, and the largest that its time leaves room for at the speed of a bare matmul."""
+    fields |= {"density": density, "sparse": t["sparse"].row(), "against": t[competitor].row()}
+    fields["largest_possible"] = t[competitor].median / floors["floor_s"]
+    return rows.goal_row(f"forward_vs_{name}_{spec.name}", t[competitor].median / t["sparse"].median, goal, unit="x", **fields)
+
+  return [
+    race("dense_loop", "loop", ">= 14", form=str(best)),
+    race("softmax_loop", "softmax_loop", ">= 14", form=str(plain)),
+    race("dot_product_attention", "dot_product_attention", ">= 60"),
+    rows.goal_row(f"forward_over_floor_{spec.name}", t["sparse"].median / floors["floor_s"], None, unit="x", **floors),
+    rows.goal_row(
+      f"dense_mode_vs_dense_loop_{spec.name}",
+      t["loop"].median / t["dense_mode"].median,
+      None,
+      unit="x",
+      form=str(best),
+      dense_mode=t["dense_mode"].row(),
+      against=t["loop"].row(),
+    ),
+  ]
+
+
+def measure_backward(run: Run) -> list[dict]:
+  """Forward and backward together, against the dense loop's own with each chunk rematerialised."""
+  spec, (q, k, v, d_out) = run.base, run.base.inputs(4)
+  mask = spec.mask()
+  args = (d_out, q, k, v)
+  best = fastest(_forms(run.backward_chunks), args, gradients, remat=True)
+  calls = {"sparse": call(gradients(sparse), *args, mask), "loop": best.call(args, gradients, remat=True)}
+  t = timing.interleave(calls, max(2, run.rounds // 2))
+  return [
+    rows.goal_row(
+      f"forward_backward_vs_dense_loop_{spec.name}",
+      t["loop"].median / t["sparse"].median,
+      ">= 8",
+      unit="x",
+      form=str(best),
+      sparse=t["sparse"].row(),
+      against=t["loop"].row(),
+      flops=(1 + BACKWARD_OVER_FORWARD) * attention_cost(float(mask.pairs().sum()), spec.head_dim).attention_flops,
+    )
+  ]
+
+
+def measure_scaling(run: Run) -> list[dict]:
+  """Time at four times the tokens, keys per query unchanged: linear would be 4."""
+  calls = {s.name: call(sparse, *s.inputs(), s.mask()) for s in (run.base, run.large)}
+  t = timing.interleave(calls, run.rounds)
+  small, large = t[run.base.name], t[run.large.name]
+  name = f"time_{run.large.name}_over_{run.base.name}"
+  return [rows.goal_row(name, large.median / small.median, "<= 4.5", unit="x", small=small.row(), large=large.row())]
+
+
+def measure_memory(run: Run) -> list[dict]:
+  """Peak resident memory of a process that does nothing but one call at the large shape, interpreter and inputs included."""
+  found = []
+  for what, bound in (("forward", "<= 2"), ("backward", "<= 3")):
+    arguments = ["-m", "benchmarks.attention", f"--memory_of={what}", f"--spec={run.large.name}"]
+    found.append(rows.goal_row(f"peak_memory_{what}_{run.large.name}", int(timing.in_child(arguments)) / 1e9, bound, unit="GB"))
+  return found
+
+
+def print_memory(spec: AttentionSpec, what: str):
+  """The child of `measure_memory`."""
+  q, k, v, d_out = spec.inputs(4)
+  run = call(sparse, q, k, v, spec.mask()) if what == "forward" else call(gradients(sparse), d_out, q, k, v, spec.mask())
+  jax.block_until_ready(run())
+  print(timing.peak_rss())
+
+
+# ---- FreqFormer ----------------------------------------------------------------------------------------------------------
+
+
+def _rotated(f):
+  return lambda q, k, v, positions: f(rotate(q, positions), rotate(k, positions), v)
+
+
+def measure_freqformer(run: Run) -> list[dict]:
+  """FreqFormer with heads dealt by hand, on its own tables and buffer, against rotary and the same dense loop."""
+  found = []
+  for name, block, method in run.methods:
+    spec = dataclasses.replace(run.base, block=block)
+    layout, (q, k, v) = spec.layout, spec.inputs()
+    arrays, tables = layout.arrays(), method.tables(layout)
+    args = (q, k, v, arrays.positions)
+    best = fastest(_forms(run.chunks, (True,)), args, _rotated)
+    around = call(functools.partial(freqformer_without_attention, method), q, k, v, arrays, tables)
+    handed_over, _ = around()
+    whole = call(functools.partial(freqformer_forward, method), q, k, v, arrays, tables)
+    calls = {"whole": whole, "around": around, "attention": call(sparse, *handed_over), "loop": best.call(args, _rotated)}
+    t = timing.interleave(calls, run.rounds)
+    density = float(np.mean(np.asarray(whole()[1])))
+    speedup = t["loop"].median / t["whole"].median
+    found.append(
+      rows.goal_row(
+        f"freqformer_{name}_vs_dense_loop_{spec.name}",
+        speedup,
+        None,
+        unit="x",
+        density=density,
+        retained=speedup * density,
+        allocation=method.allocation,
+        form=str(best),
+        whole=t["whole"].row(),
+        selection_and_transforms=t["around"].row(),
+        attention_alone=t["attention"].row(),
+        against=t["loop"].row(),
+      )
+    )
+  return found
+
+
+# ---- the run -------------------------------------------------------------------------------------------------------------
+
+
+def measure(run: Run, memory: bool = True) -> list[dict]:
+  """All rows of a run."""
+  found = []
+  parts = (measure_memory,) * memory + (measure_forward, measure_backward, measure_scaling, measure_freqformer)
+  for part in parts:
+    bystanders = timing.Bystanders()
+    measured = part(run)
+    # Many small steps on all cores suffer more from company than a few large ones: a row says how much company it had.
+    found += [row | {"others_cpu": bystanders.share()} for row in measured]
+  return found if run.goals else [row | {"goal": None, "met": None} for row in found]
+
+
+def main(quick: bool, command: str) -> None:
+  """The command line's entry: measures, prints, and, unless `quick`, writes rows."""
+  context = rows.context(command)  # asked before the run: the commit that is measured
+  found = measure(QUICK if quick else FULL)
+  print(rows.table(found))
+  if not quick:
+    rows.write_rows("attention_cpu", [row | context for row in described(found, FULL)], command)

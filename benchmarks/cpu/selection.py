@@ -1,0 +1,72 @@
+"""Selection of key tiles: bisection (`kernels/selection/topk.py`) against `jax.lax.top_k` and a sort of its ids, on this machine.
+
+  JAX_PLATFORMS=cpu python -m benchmarks.cpu.selection
+
+Both compute the same pooled scores chunk by chunk and return the same lists; the time of the scores alone stands beside them.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+from freqformer.kernels.selection.topk import top_tiles
+
+from benchmarks.rows import goal_row, table, write_rows
+from benchmarks.timing import Bystanders, interleave
+
+_TILES = flags.DEFINE_multi_integer("tiles", [2048, 4096], "Tiles of the buffer, queries and keys.")
+_HEADS = flags.DEFINE_integer("heads", 2, "Heads.")
+_DENSITY = flags.DEFINE_float("density", 0.05, "Listed share of the key tiles.")
+_ROUNDS = flags.DEFINE_integer("rounds", 7, "Turns of each competitor.", allow_override=True)
+_CHUNK = 1 << 22  # scores at once of the sorting competitor
+
+
+def by_sorting(q, k, budget: int, fixed):
+  """The same lists by `lax.top_k` per chunk of query tiles, its ids sorted."""
+  b, h, tiles, d = q.shape
+  chunk = max(1, min(tiles, _CHUNK // (b * h * tiles)))
+  rows = q.reshape(b, h, -1, chunk, d).transpose(2, 0, 1, 3, 4)
+
+  def best(args):
+    q, keep = args
+    scores = jnp.einsum("bhid,bhjd->bhij", q, k, precision="highest")
+    scores = scores.at[:, :, jnp.arange(chunk)[:, None], keep].set(jnp.inf)
+    return jnp.sort(jax.lax.top_k(scores, budget)[1], axis=-1).astype(jnp.int32)
+
+  ids = jax.lax.map(best, (rows, jnp.asarray(fixed).reshape(-1, chunk, fixed.shape[-1])))
+  return ids.transpose(1, 2, 0, 3, 4).reshape(b, h, tiles, budget)
+
+
+def measure(tiles: int, heads: int, budget: int, rounds: int) -> dict:
+  """One row; the tiles must be a power of two, so that chunks divide them."""
+  keys = jax.random.split(jax.random.key(0))
+  q, k = (jax.random.normal(key, (1, heads, tiles, 64)) for key in keys)
+  fixed = np.arange(tiles, dtype=np.int32)[:, None]
+  bisect = jax.jit(lambda q, k: top_tiles(q, k, budget, fixed))
+  sort = jax.jit(lambda q, k: by_sorting(q, k, budget, fixed))
+  scores = jax.jit(lambda q, k: jnp.einsum("bhid,bhjd->bhij", q, k, precision="highest").max())
+  np.testing.assert_array_equal(bisect(q, k), sort(q, k))
+  others = Bystanders()
+  times = interleave({"bisect": lambda: bisect(q, k), "sort": lambda: sort(q, k), "scores": lambda: scores(q, k)}, rounds)
+  return goal_row(
+    f"selection_{tiles}_tiles",
+    times["sort"].median / times["bisect"].median,
+    ">= 1",
+    unit="x",
+    heads=heads,
+    budget=budget,
+    others_cpu=others.share(),
+    **{name: timing.row() for name, timing in times.items()},
+  )
+
+
+def main(_):
+  logging.set_verbosity(logging.INFO)
+  device = jax.devices()[0].platform
+  rows = [measure(t, _HEADS.value, max(1, int(t * _DENSITY.value)), _ROUNDS.value) for t in _TILES.value]
+  write_rows(f"selection_{device}", rows, f"JAX_PLATFORMS={device} python -m benchmarks.cpu.selection")
+  print(table(rows))
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,88 @@
+"""What our kernels are measured against on a GPU: its ceilings, cuDNN, tokamax, and PyTorch in a process beside us."""
+
+import functools
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.gpu.rows import ROOT
+from benchmarks.gpu.timing import Call, Effort, measure
+
+
+def ceilings(size: int, copy_bytes: int, effort: Effort) -> list[dict]:
+  """The rates that nothing on this device beats: a bf16 matmul, and a copy (bytes read plus bytes written)."""
+  x, w = (jax.random.normal(jax.random.key(i), (size, size), jnp.bfloat16) for i in range(2))
+  source = jax.random.normal(jax.random.key(2), (copy_bytes // 2,), jnp.bfloat16)
+  t = measure({"matmul": Call(jnp.matmul, (x, w)), "copy": Call(lambda x: x + jnp.bfloat16(1), (source,))}, effort)
+  flops = 2 * size**3
+  return [
+    {"name": "ceiling/matmul", "size": size, "flops": flops, "tflops": flops / t["matmul"].seconds / 1e12, **t["matmul"].row()},
+    {
+      "name": "ceiling/copy",
+      "bytes": 2 * copy_bytes,
+      "tb_per_s": 2 * copy_bytes / t["copy"].seconds / 1e12,
+      **t["copy"].row(),
+    },
+  ]
+
+
+def cudnn(q, k, v):
+  """Dense attention as JAX users get it; on a machine without a GPU, XLA's stands in for it (rehearsals only)."""
+  on_gpu = jax.default_backend() == "gpu"
+  return jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if on_gpu else "xla")
+
+
+def tokamax() -> Callable | None:
+  """tokamax's Mosaic GPU attention, or None where it is not installed."""
+  if importlib.util.find_spec("tokamax") is None:
+    return None
+  module = importlib.import_module("tokamax")
+  return functools.partial(module.dot_product_attention, implementation="mosaic")
+
+
+def backward_call(f: Callable, inputs: tuple, cotangents: tuple, tables: tuple = ()) -> tuple[Call, tuple]:
+  """The backward pass alone, from stored residuals.
+
+  Args:
+    f: `f(q, k, v, *tables) -> out` or a tuple of results.
+    inputs: q, k, v.
+    cotangents: one per result, the output's first.
+    tables: further arguments, not differentiated.
+
+  Returns:
+    the call (its chain runs through dO), and what the forward pass gave.
+  """
+  forward = jax.jit(lambda inputs, tables: jax.vjp(lambda *a: f(*a, *tables), *inputs))
+  found, pullback = forward(inputs, tables)
+  single = not isinstance(found, tuple)
+
+  def run(d_out, rest, pullback):
+    return pullback(d_out if single else (d_out, *rest))
+
+  return Call(run, (cotangents[0], tuple(cotangents[1:]), pullback)), found
+
+
+def torch_rows(arguments: list[str], timeout_s: float) -> list[dict]:
+  """Runs `benchmarks.gpu.torch_peers` in a process of its own and returns the rows it printed, also if it was cut short.
+
+  Raises:
+    RuntimeError: if there is no torch, or no row at all came back.
+  """
+  if importlib.util.find_spec("torch") is None:
+    raise RuntimeError("torch is not installed for this interpreter: no SDPA and FlexAttention rows")
+  command = [sys.executable, "-m", "benchmarks.gpu.torch_peers", *arguments]
+  try:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=timeout_s)
+    output, trouble = done.stdout, done.stderr
+  except subprocess.TimeoutExpired as error:
+    output = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
+    trouble = f"stopped after {timeout_s:.0f} s"
+  found = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+  if not found:
+    raise RuntimeError(f"benchmarks.gpu.torch_peers gave no rows: {trouble[-500:]}")
+  return found

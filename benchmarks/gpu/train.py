@@ -1,0 +1,225 @@
+"""Times training steps of configs/ucf101.py's model on clips that are rendered into memory.
+
+  python -m benchmarks.gpu.train --steps=60 --out=$OUT     # FreqFormer-S, bfloat16, 64 per head
+  python -m benchmarks.gpu.train --rehearse --steps=3 --out=/tmp/x     # tiny, on a CPU
+
+The step is the one of train.py; the data path (files, cache, loader) is left out, so that neither
+its packages nor its speed matter. configs/demo.py says nothing about the kernels: its heads of 16
+channels in float32 run the portable backend. The row says how much of the device's time attention
+takes where a profiler saw the kernels, else how much of the model's FLOPs.
+"""
+
+import pathlib
+import sys
+import tempfile
+import time
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from flax import nnx
+
+from benchmarks.gpu.rows import ROOT, Deadline, Store, open_device
+from benchmarks.gpu.run import device_slug
+from freqformer.command.files import read_config
+from freqformer.cost import BACKWARD_OVER_FORWARD, model_cost, training_flops
+from freqformer.data.codec import StatisticsAccumulator, make_codec
+from freqformer.data.render import LOOKS, render_clip
+from freqformer.model.dit import VideoDiT, make_tables
+from freqformer.train.experiment import Experiment, experiment
+from freqformer.train.step import init_state, make_train_step
+from freqformer.train.throughput import Throughput
+
+_STEPS = flags.DEFINE_integer("steps", 60, "Timed steps.", 2, allow_override=True)
+_OUT = flags.DEFINE_string(
+  "out",
+  None,
+  "Folder for the row; default runs/gpu.",
+  allow_override=True,
+)
+_MINUTES = flags.DEFINE_float(
+  "minutes",
+  2,
+  "Stop by then with the steps that were made.",
+  0,
+  allow_override=True,
+)
+_REHEARSE = flags.DEFINE_bool("rehearse", False, "A tiny model on a CPU.", allow_override=True)
+
+# Substrings of the attention kernels' names, as a profiler shows them.
+ATTENTION_KERNELS = ("attention_forward", "attention_dq", "attention_dkv")
+_PROFILED_STEPS = 3
+
+
+def tiny(config):
+  """Shrinks the config to what a CPU trains in seconds."""
+  config.data.resolution = (32, 32)
+  config.data.frames = 8
+  config.data.codec.channels = 4
+  config.model.size = "custom"
+  config.model.width = 32
+  config.model.depth = 2
+  config.model.heads = 2
+  config.model.attention.block = 8
+  config.model.attention.tile = (2, 2, 2)
+  config.train.batch_size = 2
+
+
+def rendered_batch(exp: Experiment) -> dict[str, np.ndarray]:
+  """Returns one batch of normalised latents `[b, t, y, x, c]` and labels of rendered clips, one
+  class after the other."""
+  codec, (frames, rows, cols) = make_codec(exp.data.codec), exp.data.video_shape
+  names = sorted(LOOKS)
+  clips = []
+  for i in range(exp.train.batch_size):
+    clip = render_clip(names[i % len(names)], 1, i, frames * exp.data.stride, rows, cols)
+    clips.append(clip[:: exp.data.stride])
+  latents = codec.encode(np.stack(clips))
+  statistics = StatisticsAccumulator(latents.shape[1:])
+  for latent in latents:
+    statistics.add(latent)
+  labels = np.arange(exp.train.batch_size) % len(names)
+  return {"latent": statistics.result().normalise(latents), "label": labels.astype(np.int32)}
+
+
+def measure(exp: Experiment, steps: int, deadline: Deadline) -> dict:
+  """Trains on one batch and returns the fields of the row.
+
+  Args:
+    exp: the experiment.
+    steps: to time, after the first one, which compiles.
+    deadline: no step is begun after it.
+  """
+  shape, batch = exp.latent_shape, rendered_batch(exp)
+  classes = len(LOOKS)
+  tables = make_tables(exp.model, shape)
+  graphdef, params = nnx.split(VideoDiT(exp.model, shape, classes, nnx.Rngs(exp.seed)))
+  state = init_state(params, exp.train, exp.seed)
+  started = time.monotonic()
+  step = make_train_step(graphdef, exp.train, classes).lower(state, batch, tables).compile()
+  compiled = time.monotonic() - started
+  batch, tables = jax.device_put((batch, tables))
+  state, values = step(state, batch, tables)
+  losses = [float(values["loss"])]
+  started, done = time.monotonic(), 0
+  while done < steps and (deadline.left > 0 or not done):
+    state, values = step(state, batch, tables)
+    losses.append(values["loss"])
+    done += 1
+  jax.block_until_ready(state)
+  seconds = (time.monotonic() - started) / done
+  losses = [float(x) for x in losses]
+  device = jax.devices()[0]
+  memory = device.memory_stats() or {}
+  text = step.as_text()
+  row = {
+    "model": f"{exp.model.size}, {exp.model.depth} layers of {exp.model.width}",
+    "heads": exp.model.heads,
+    "dtype": exp.model.dtype,
+    "tokens": exp.model.layout(shape).n,
+    "batch": exp.train.batch_size,
+    "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
+    "steps": done,
+    "seconds": seconds,
+    **Throughput.of(exp.model, shape, exp.train.batch_size).rates(1 / seconds),
+    "compile_seconds": compiled,
+    "peak_bytes": memory.get(
+      "peak_bytes_in_use",
+    ),  # None where the device does not say, as on a CPU
+    "temporary_bytes": step.memory_analysis().temp_size_in_bytes,
+    "loss_first": losses[0],
+    "loss_last": losses[-1],
+    "attention_kernels": [name for name in ATTENTION_KERNELS if name in text],
+    **attention_share(exp, profiled(step, state, batch, tables)),
+  }
+  fine = bool(np.isfinite(losses).all())
+  # A run that quietly used the portable backend would time something else.
+  missing = device.platform == "gpu" and len(row["attention_kernels"]) < len(ATTENTION_KERNELS)
+  if missing:
+    return row | {"correct": False, "error": "attention ran on no Hopper kernel"}
+  return row | {"correct": fine}
+
+
+def profiled(step, state, batch, tables) -> dict[str, float]:
+  """Returns the device's milliseconds per step by kernel; empty where no profiler sees kernels, as
+  on a CPU."""
+  if jax.default_backend() != "gpu":
+    return {}
+  try:
+    with tempfile.TemporaryDirectory() as folder:
+      with jax.profiler.trace(folder):
+        for _ in range(_PROFILED_STEPS):
+          state, _ = step(state, batch, tables)
+        jax.block_until_ready(state)
+      (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
+      return kernel_times(jax.profiler.ProfileData.from_file(str(path)))
+  except Exception as error:  # a profiler that fails costs the share, not the row
+    logging.warning("no kernel times: %s", error)
+    return {}
+
+
+def kernel_times(profile) -> dict[str, float]:
+  """Returns milliseconds per step by kernel name from the streams of the GPU's planes of a
+  profile."""
+  found: dict[str, float] = {}
+  for plane in profile.planes:
+    if not plane.name.startswith("/device:GPU"):
+      continue
+    for line in plane.lines:
+      if line.name.startswith("Stream"):
+        for event in line.events:
+          found[event.name] = found.get(event.name, 0.0) + event.duration_ns / 1e6 / _PROFILED_STEPS
+  return found
+
+
+def attention_share(exp: Experiment, kernels: dict[str, float]) -> dict:
+  """Returns attention's share of a step, and of what: device time where kernels were seen, else the
+  model's FLOPs."""
+  if kernels:
+    ours = [name for name in kernels if any(word in name for word in ATTENTION_KERNELS)]
+    attention = sum(kernels[name] for name in ours)
+    longest = dict(sorted(kernels.items(), key=lambda item: -item[1])[:10])
+    return {
+      "attention_share": attention / sum(kernels.values()),
+      "attention_share_of": "device time",
+      "device_ms": sum(kernels.values()),
+      "kernels": {name[:80]: ms for name, ms in longest.items()},
+    }
+  cost = model_cost(exp.model, exp.latent_shape, training=True)
+  attention = (1 + BACKWARD_OVER_FORWARD) * cost.attention_flops
+  return {
+    "attention_share": attention / training_flops(cost),
+    "attention_share_of": "modelled FLOPs",
+  }
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f"unknown arguments {argv[1:]}")
+  logging.set_verbosity(logging.INFO)
+  kind = open_device(_REHEARSE.value)
+  config = read_config(ROOT / "configs" / "ucf101.py")
+  if _REHEARSE.value:
+    tiny(config)
+  name = "train/ucf101_S"
+  label = "rehearsal" if _REHEARSE.value else device_slug(kind)
+  command = f"python -m benchmarks.gpu.train --steps={_STEPS.value}"
+  command += " --rehearse" if _REHEARSE.value else ""
+  folder = pathlib.Path(_OUT.value or ROOT / "runs" / "gpu")
+  store = Store.open(folder, f"gpu_train_{label}", command, _REHEARSE.value)
+  print(f"wanted {name}\nbegin {name}", flush=True)
+  # Measured anew each time: the row depends on more code than the store's hash covers.
+  row = store.add(
+    {"name": name} | measure(experiment(config), _STEPS.value, Deadline(60 * _MINUTES.value)),
+  )
+  memory = f"{row['peak_bytes'] / 2**30:.2f} GiB" if row["peak_bytes"] else "not told"
+  print(
+    f"{'ok   ' if row['correct'] else 'WRONG'} {name}  {row['steps_per_s']:.3g} steps/s  attention "
+    f"{row['attention_share']:.1%} of {row['attention_share_of']}  peak memory {memory}  "
+    f"{row.get('error', '')}"
+  )
+  sys.exit(0 if row["correct"] else 1)
+
+
+if __name__ == "__main__":
+  app.run(main)
