@@ -45,7 +45,7 @@ class Mutant:
 
 def _hopper(name, file, old, new, test):
   """A mutant whose test is one of the Hopper attention kernels'."""
-  return Mutant(name, f"kernels/{file}", old, new, f"tests/test_attention_pallas_mgpu.py::{test}")
+  return Mutant(name, f"kernels/{file}", old, new, f"tests/kernels/block_sparse/test_hopper.py::{test}")
 
 
 _FORWARD = "block_sparse/hopper_forward.py"
@@ -117,21 +117,21 @@ MUTANTS = (
     "kernels/block_sparse/xla.py",
     "out = out * shrink[..., None] + ",
     "out = out + ",
-    "tests/test_attention_xla.py::TestXla::test_case[plain]",
+    "tests/kernels/block_sparse/test_xla.py::TestXla::test_case[plain]",
   ),
   Mutant(
     "xla: sum not rescaled",
     "kernels/block_sparse/xla.py",
     "total * shrink + p.sum(-1)",
     "total + p.sum(-1)",
-    "tests/test_attention_xla.py::TestXla::test_case[plain]",
+    "tests/kernels/block_sparse/test_xla.py::TestXla::test_case[plain]",
   ),
   Mutant(
     "xla: maximum forgets earlier chunks",
     "kernels/block_sparse/xla.py",
     "new = jnp.maximum(top, scores.max(-1))",
     "new = scores.max(-1)",
-    "tests/test_attention_xla.py::TestXla::test_large_and_hidden_scores",
+    "tests/kernels/block_sparse/test_xla.py::TestXla::test_large_and_hidden_scores",
   ),
   # ---- what forward and backward share
   _hopper(
@@ -153,7 +153,7 @@ MUTANTS = (
     "kernels/core/lists.py",
     "order[:, None] + np.arange(b, dtype=np.int32) * h",
     "order[:, None] + np.arange(b, dtype=np.int32)",
-    "tests/test_kernel_lists.py::test_order_of_a_call_falls[lead0]",
+    "tests/kernels/core/test_lists.py::test_order_of_a_call_falls[lead0]",
   ),
   _hopper(
     "ring: slots are refilled before they are read",
@@ -196,7 +196,7 @@ MUTANTS = (
     "kernels/block_sparse/api.py",
     "delta - d_lse",
     "delta + d_lse",
-    "tests/test_attention_xla.py::TestXla::test_case[plain]",
+    "tests/kernels/block_sparse/test_xla.py::TestXla::test_case[plain]",
   ),
   _hopper(
     "dq: delta has the wrong sign",
@@ -260,14 +260,14 @@ MUTANTS = (
     "kernels/block_sparse/table.py",
     "kv = xnp.where(listed, ids, self.kv_tiles).reshape(*lead, -1)",
     "kv = ids.reshape(*lead, -1)",
-    "tests/test_block_mask.py::test_transpose_and_back[False-ragged_with_empty_rows]",
+    "tests/kernels/block_sparse/test_table.py::test_transpose_and_back[False-ragged_with_empty_rows]",
   ),
   Mutant(
     "transpose: the way back takes the first id for the last",
     "kernels/block_sparse/table.py",
     "step = xnp.minimum(np.arange(self.max_kv, dtype=np.int32), last) + start[..., None]",
     "step = xnp.minimum(np.arange(self.max_kv, dtype=np.int32), last) + 0 * start[..., None]",
-    "tests/test_block_mask.py::test_transpose_and_back[True-plain]",
+    "tests/kernels/block_sparse/test_table.py::test_transpose_and_back[True-plain]",
   ),
   _hopper(
     "transpose: a prefix of n tiles reads tile n too",
@@ -281,7 +281,7 @@ MUTANTS = (
     "kernels/block_sparse/table.py",
     'search(kv, edge, "left")',
     'search(kv, edge, "right")',
-    "tests/test_block_mask.py::test_transpose_and_back[False-plain]",
+    "tests/kernels/block_sparse/test_table.py::test_transpose_and_back[False-plain]",
   ),
   # ---- select
   Mutant(
@@ -289,14 +289,14 @@ MUTANTS = (
     "kernels/block_sparse/table.py",
     "xnp.where(pick == i, mask.kv_counts, counts)",
     "counts",
-    "tests/test_block_mask.py::test_select_takes_rows_per_head",
+    "tests/kernels/block_sparse/test_table.py::test_select_takes_rows_per_head",
   ),
   Mutant(
     "select: the last table's ids win",
     "kernels/block_sparse/table.py",
     "xnp.where(pick[..., None] == i, own, ids)",
     "xnp.where(pick[..., None] >= 0, own, ids)",
-    "tests/test_block_mask.py::test_select_takes_rows_per_head",
+    "tests/kernels/block_sparse/test_table.py::test_select_takes_rows_per_head",
   ),
   # ---- top-k
   Mutant(
@@ -304,42 +304,42 @@ MUTANTS = (
     "kernels/selection/topk.py",
     "jnp.where(bits > sign, ~bits, bits | sign)",
     "jnp.where(bits >= sign, ~bits, bits | sign)",
-    "tests/test_topk.py::test_the_set_of_an_exact_top_k[1-both zeros]",
+    "tests/kernels/selection/test_topk.py::test_the_set_of_an_exact_top_k[1-both zeros]",
   ),
   Mutant(
     "top-k: ties of a word do not count in it",
     "kernels/selection/topk.py",
     "take = left - (jnp.cumsum(ties, -1) - ties)",
     "take = left - jnp.cumsum(ties, -1)",
-    "tests/test_topk.py::test_the_set_of_an_exact_top_k[1-few values]",
+    "tests/kernels/selection/test_topk.py::test_the_set_of_an_exact_top_k[1-few values]",
   ),
   Mutant(
     "top-k on Hopper: one halving is missing",
     "kernels/selection/hopper_topk.py",
     "lax.fori_loop(0, 32, halve",
     "lax.fori_loop(0, 31, halve",
-    "tests/test_topk.py::test_the_hopper_kernel_finds_the_same_sets",
+    "tests/kernels/selection/test_topk.py::test_the_hopper_kernel_finds_the_same_sets",
   ),
   Mutant(
     "top-k on Hopper: what fills the last lanes counts",
     "kernels/selection/hopper_topk.py",
     "keys = jnp.where(place < m, keys, _LEAST)",
     "pass",
-    "tests/test_topk.py::test_the_hopper_kernel_finds_the_same_sets",
+    "tests/kernels/selection/test_topk.py::test_the_hopper_kernel_finds_the_same_sets",
   ),
   Mutant(
     "top-k on Hopper: -0 is less than 0",
     "kernels/selection/hopper_topk.py",
     "jnp.where(keys == -1, 0, keys)",
     "keys",
-    "tests/test_topk.py::test_the_hopper_kernel_finds_the_same_sets",
+    "tests/kernels/selection/test_topk.py::test_the_hopper_kernel_finds_the_same_sets",
   ),
   Mutant(
     "top-k on Hopper: fixed places take those before them along",
     "kernels/selection/hopper_topk.py",
     "jnp.where(place == always_gm",
     "jnp.where(place <= always_gm",
-    "tests/test_topk.py::test_the_hopper_kernel_finds_the_same_sets",
+    "tests/kernels/selection/test_topk.py::test_the_hopper_kernel_finds_the_same_sets",
   ),
   # ---- around attention
   Mutant(
@@ -347,70 +347,70 @@ MUTANTS = (
     "kernels/around/prepare.py",
     "[first * cos - second * sin, second * cos + first * sin]",
     "[first * cos + second * sin, second * cos - first * sin]",
-    "tests/test_prepare.py::test_rotary_multiplies_complex_numbers",
+    "tests/kernels/around/test_around.py::test_rotary_multiplies_complex_numbers",
   ),
   Mutant(
     "prepare: means count padding of a second piece",
     "kernels/around/hopper_prepare.py",
     "row < self.valid - part * ROWS",
     "row < self.valid",
-    "tests/test_prepare.py::test_prepare_kernel[ragged, big]",
+    "tests/kernels/around/test_around.py::test_prepare_kernel[ragged, big]",
   ),
   Mutant(
     "prepare: means are those of the last piece",
     "kernels/around/hopper_prepare.py",
     "mean if pooled_part == 0 else before[half][i] + mean",
     "mean",
-    "tests/test_prepare.py::test_prepare_kernel[alike]",
+    "tests/kernels/around/test_around.py::test_prepare_kernel[alike]",
   ),
   Mutant(
     "prepare: matrices are rounded to 16 bits",
     "kernels/around/prepare.py",
     "jnp.stack([high, matrices - high], 1)",
     "jnp.stack([high, 0 * high], 1)",
-    "tests/test_prepare.py::test_prepare_kernel[ragged]",
+    "tests/kernels/around/test_around.py::test_prepare_kernel[ragged]",
   ),
   Mutant(
     "prepare: a piece is read before it arrives",
     "kernels/around/hopper_prepare.py",
     "plgpu.barrier_wait(refs.full.at[piece % plan.slots])",
     "pass",
-    "tests/test_prepare.py::test_prepare_kernel[alike]",
+    "tests/kernels/around/test_around.py::test_prepare_kernel[alike]",
   ),
   Mutant(
     "lift: coarse rows from where the matrix does not begin",
     "kernels/around/lift.py",
     "+ starts % shifts",
     "+ 0 * starts",
-    "tests/test_prepare.py::test_lift_kernel[ragged]",
+    "tests/kernels/around/test_around.py::test_lift_kernel[ragged]",
   ),
   Mutant(
     "lift: matrices are rounded to 16 bits",
     "kernels/around/prepare.py",
     "jnp.stack([high, matrices - high], 1)",
     "jnp.stack([high, 0 * high], 1)",
-    "tests/test_prepare.py::test_lift_kernel[ragged]",
+    "tests/kernels/around/test_around.py::test_lift_kernel[ragged]",
   ),
   Mutant(
     "prepare: rows are sent before every warp has written",
     "kernels/around/hopper_prepare.py",
     "plgpu.commit_smem()",
     "pass",
-    "tests/test_prepare.py::test_prepare_kernel[alike]",
+    "tests/kernels/around/test_around.py::test_prepare_kernel[alike]",
   ),
   Mutant(
     "lift: coarse rows count in every head",
     "kernels/around/lift.py",
     "jnp.where(low[:, None, :, None], coarse, 0)",
     "coarse",
-    "tests/test_prepare.py::test_lift_kernel[ragged]",
+    "tests/kernels/around/test_around.py::test_lift_kernel[ragged]",
   ),
   Mutant(
     "lift: rows are sent before every warp has written",
     "kernels/around/hopper_lift.py",
     "plgpu.commit_smem()",
     "pass",
-    "tests/test_prepare.py::test_lift_kernel[alike]",
+    "tests/kernels/around/test_around.py::test_lift_kernel[alike]",
   ),
   # ---- block scores
   Mutant(
@@ -418,28 +418,28 @@ MUTANTS = (
     "kernels/selection/hopper_block_scores.py",
     "walk.hide(x * (scale * parts.LOG2E), entries)",
     "x * (scale * parts.LOG2E)",
-    "tests/test_block_scores.py::test_the_hopper_kernel_gives_the_same_masses[64-bfloat16]",
+    "tests/kernels/selection/test_block_scores.py::test_the_hopper_kernel_gives_the_same_masses[64-bfloat16]",
   ),
   Mutant(
     "block mass on Hopper: the last sums are not sent",
     "kernels/selection/hopper_block_scores.py",
     "s == every.steps - 1",
     "s == every.steps",
-    "tests/test_block_scores.py::test_sums_of_many_key_tiles",
+    "tests/kernels/selection/test_block_scores.py::test_sums_of_many_key_tiles",
   ),
   Mutant(
     "block mass on Hopper: exponents are not cut",
     "kernels/selection/hopper_block_scores.py",
     "jnp.minimum(x, largest * parts.LOG2E)",
     "x",
-    "tests/test_block_scores.py::test_the_hopper_kernel_gives_the_same_masses[64-bfloat16]",
+    "tests/kernels/selection/test_block_scores.py::test_the_hopper_kernel_gives_the_same_masses[64-bfloat16]",
   ),
   Mutant(
     "block mass on Hopper: sums are sent before every warp has written",
     "kernels/selection/hopper_block_scores.py",
     "plgpu.commit_smem()  # also",
     "pass  # also",
-    "tests/test_block_scores.py::test_sums_of_many_key_tiles",
+    "tests/kernels/selection/test_block_scores.py::test_sums_of_many_key_tiles",
   ),
   # ---- linear attention
   Mutant(
@@ -447,28 +447,28 @@ MUTANTS = (
     "kernels/linear/hopper_kernels.py",
     "before + counted.sum(axis=0)",
     "counted.sum(axis=0)",
-    "tests/test_linear_mgpu.py::test_errs_no_more_than_xla[chunks]",
+    "tests/kernels/linear/test_hopper.py::test_errs_no_more_than_xla[chunks]",
   ),
   Mutant(
     "linear: values of no segment get a gradient",
     "kernels/linear/hopper_kernels.py",
     "(dv * seen)",
     "dv",
-    "tests/test_linear_mgpu.py::test_rows_without_a_segment_and_repeats",
+    "tests/kernels/linear/test_hopper.py::test_rows_without_a_segment_and_repeats",
   ),
   Mutant(
     "linear: elu has the gradient of relu",
     "kernels/linear/hopper_kernels.py",
     "jnp.where(x > 0, 1.0, p)",
     "jnp.where(x > 0, 1.0, 0.0)",
-    "tests/test_linear_mgpu.py::test_errs_no_more_than_xla[mixed]",
+    "tests/kernels/linear/test_hopper.py::test_errs_no_more_than_xla[mixed]",
   ),
   Mutant(
     "linear: keys have no gradient from the denominator",
     "kernels/linear/hopper_kernels.py",
     "g + parts.over_rows(total))",
     "g)",
-    "tests/test_linear_mgpu.py::test_errs_no_more_than_xla[mixed]",
+    "tests/kernels/linear/test_hopper.py::test_errs_no_more_than_xla[mixed]",
   ),
 )
 

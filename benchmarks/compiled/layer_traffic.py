@@ -4,7 +4,7 @@
 
 The scheduled HLO is read (benchmarks/compiled/hlo_bytes.py): bytes of every operation but the attention kernels, in passes over one
 bf16 array of tokens `[n, D]`, and how many operations are launched. The model of costs takes its bytes and launches from
-these rows (`tests/test_method_costs.py` holds the two together). Counted in a program, not measured on a GPU.
+these rows (`tests/laws/test_costs.py` holds the two together). Counted in a program, not measured on a GPU.
 """
 
 import os

@@ -10,7 +10,7 @@ import importlib  # noqa: E402
 from tests import golden  # noqa: E402
 
 # Table -> module with `CASES` (names) and `measure(name) -> number or dict`.
-TABLES = {"memory": "tests.memory_cases"}
+TABLES = {"memory": "tests.compiled.memory_cases"}
 
 
 def main():

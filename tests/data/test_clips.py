@@ -1,0 +1,251 @@
+"""From files to views: lists of clips, decoding, drawing. Each trap of the formats has its test."""
+
+import dataclasses
+import itertools
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+
+from freqformer.config import ConfigError, build
+from freqformer.data import decode as video
+from freqformer.data.cache import prepare
+from freqformer.data.clips import list_clips
+from freqformer.data.codec import CodecConfig, psnr
+from freqformer.data.decode import BrokenClip, VideoFile, crop_resize
+from freqformer.data.protocol import DataConfig, TooShort, draw_view
+from tests.data.helpers import UCF_CLASSES, config, moving_square, write_clip, write_folder, write_ucf101
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return write_folder(tmp_path_factory.mktemp("folder"))
+
+
+@pytest.fixture
+def ucf(tmp_path):
+  return write_ucf101(tmp_path / "ucf")
+
+
+def ucf_config(root, **changes):
+  return config(root, root / "cache", source="ucf101", **changes)
+
+
+# ---- protocol and views -----------------------------------------------------------------------------------------------
+
+
+def test_hash_covers_what_changes_latents_and_nothing_else():
+  base = config("data", "cache")
+  for same in (dict(cache="elsewhere"), dict(workers=7), dict(root="data/"), dict(split=2)):
+    assert dataclasses.replace(base, **same).protocol_hash == base.protocol_hash, same
+  for other in (
+    dict(root="data2"),
+    dict(resolution=(24, 16)),
+    dict(frames=5),
+    dict(stride=1),
+    dict(crop="random"),
+    dict(flip=True),
+    dict(views=2),
+    dict(short="pad"),
+    dict(seed=1),
+    dict(val_fraction=0.2),
+    dict(max_clips=3),
+    dict(codec=CodecConfig(factor=(2, 4, 4), channels=23)),
+  ):
+    assert dataclasses.replace(base, **other).protocol_hash != base.protocol_hash, other
+
+
+def test_config_comes_from_a_dict_and_refuses_in_one_sentence():
+  values = dict(source="folder", root="x", resolution=[16, 24], frames=4, codec=dict(factor=[1, 4, 4], channels=8))
+  assert build(DataConfig, values, "data").video_shape == (4, 16, 24)
+  for wrong, words in (
+    (dict(source="folders"), "did you mean 'folder'"),
+    (dict(crop="middle"), "known: center, random"),
+    (dict(frames=0), "at least 1, got 0"),
+    (dict(split=4), "1, 2 or 3"),
+    (dict(val_fraction=1.0), "between 0 and 1"),
+    (dict(resolution=[0, 4]), "rows, cols"),
+    (dict(stryde=1), "did you mean 'stride'"),
+  ):
+    with pytest.raises(ConfigError, match=words):
+      build(DataConfig, values | wrong, "data")
+
+
+def test_views_depend_on_seed_clip_and_number_only():
+  c = config("x", "y", crop="random", flip=True, views=4)
+  views = [draw_view(c, "train", "a/b.avi", i, 100, (48, 100)) for i in range(40)]
+  assert views == [draw_view(c, "train", "a/b.avi", i, 100, (48, 100)) for i in range(40)]
+  assert len({v.start for v in views}) > 20 and len({v.box for v in views}) > 20
+  assert all(0 <= v.start <= 93 and max(v.indices(4, 100)) <= 99 for v in views)
+  assert all(a.flip != b.flip for a, b in itertools.pairwise(views))
+  assert len({draw_view(c, "train", str(k), 0, 100, (48, 100)).flip for k in range(20)}) == 2
+  other = dataclasses.replace(c, seed=1)
+  assert draw_view(other, "train", "a/b.avi", 0, 100, (48, 100)) != views[0]
+  val = draw_view(c, "val", "a/b.avi", 0, 100, (48, 100))
+  assert val.start == 47 and not val.flip and val.box == (0, 0.14, 1, 0.86)
+
+
+def test_short_clips_are_padded_clamped_or_skipped():
+  c = config("x", "y", frames=16, stride=3)
+  assert draw_view(dataclasses.replace(c, short="pad"), "train", "k", 0, 29, (8, 8)).indices(16, 29)[-7:] == [27] + [28] * 6
+  clamped = draw_view(dataclasses.replace(c, short="clamp"), "train", "k", 0, 31, (8, 8))
+  assert clamped.stride == 2 and clamped.indices(16, 31) == list(range(0, 31, 2))
+  with pytest.raises(TooShort, match="29 frames, 46 are needed"):
+    draw_view(dataclasses.replace(c, short="skip"), "train", "k", 0, 29, (8, 8))
+  with pytest.raises(TooShort, match="even at stride 1"):
+    draw_view(c, "train", "k", 0, 15, (8, 8))
+
+
+# ---- files ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix, fps", [(".avi", 25), (".mp4", 30), (".mkv", 8)])
+def test_chosen_frames_of_any_container(tmp_path, suffix, fps):
+  original = moving_square()
+  with VideoFile(write_clip(tmp_path / f"clip{suffix}", original, fps)) as file:
+    assert file.length == 20 and file.size == (24, 32)
+    frames = file.read([3, 7, 7, 19])
+  assert psnr(np.stack(frames), original[[3, 7, 7, 19]]) > 28
+
+
+def test_seeking_gives_the_very_frames_of_decoding_through(tmp_path, monkeypatch):
+  path = write_clip(tmp_path / "long.mp4", moving_square(60))
+  with VideoFile(path) as file:
+    through = file.read([40, 45, 50])
+    monkeypatch.setattr(video, "SEEK_AFTER", 5)
+    sought = file._read_from([40, 45, 50], seek=True)
+  np.testing.assert_array_equal(sought, through)
+
+
+def test_frame_counts_of_the_container_are_not_trusted(tmp_path):
+  path = write_clip(tmp_path / "clip.avi", moving_square(20))
+  data = path.read_bytes()
+  place = data.index(b"avih") + 8 + 16  # dwTotalFrames
+  for claimed in (0, 7, 500):
+    path.write_bytes(data[:place] + claimed.to_bytes(4, "little") + data[place + 4 :])
+    with VideoFile(path) as file:
+      assert file.length == 20 and len(file.read([0, 19])) == 2
+  movie, index = data.index(b"movi"), data.index(b"idx1")
+  path.write_bytes(data[: (movie + 2 * index) // 3])  # An interrupted download: the index is gone too.
+  with VideoFile(path) as file:
+    assert 5 < file.length < 20 and file.read(list(range(file.length))) is not None
+
+
+def test_a_phone_s_turn_is_applied(tmp_path):
+  path = write_clip(tmp_path / "clip.mp4", moving_square(4))
+  data = path.read_bytes()
+  upright = b"".join(v.to_bytes(4, "big") for v in (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30))
+  quarter = b"".join((v % 2**32).to_bytes(4, "big") for v in (0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30))
+  place = data.index(upright, data.index(b"tkhd"))
+  path.write_bytes(data[:place] + quarter + data[place + len(quarter) :])
+  with VideoFile(path) as file:
+    frame = file.read([0])[0]
+  assert file.size == frame.shape[:2] == (32, 24)
+  assert frame[-4:].mean() > frame[:4].mean() + 50  # Shown a quarter turn clockwise, the bright right is below.
+
+
+def test_past_the_end_says_how_many_frames_there_are(tmp_path):
+  with VideoFile(write_clip(tmp_path / "clip.avi", moving_square(20))) as file:
+    file.length = 30
+    assert file.read([0, 25]) is None and file.length == 20
+
+
+@pytest.mark.parametrize("data", [b"", b"no video" * 1000])
+def test_a_broken_file_is_named(tmp_path, data):
+  path = tmp_path / "clip.avi"
+  path.write_bytes(data)
+  with pytest.raises(BrokenClip, match="a/clip.avi: it cannot be opened") as error:
+    VideoFile(path, "a/clip.avi")
+  assert pickle.loads(pickle.dumps(error.value)).name == "a/clip.avi"
+
+
+def test_crop_then_resize():
+  image = moving_square(1, 24, 32)[0]
+  np.testing.assert_array_equal(crop_resize(image, (0, 0, 1, 1), (24, 32)), image)
+  np.testing.assert_array_equal(crop_resize(image, (0.25, 0.5, 0.75, 1), (12, 16)), image[6:18, 16:])
+  assert crop_resize(image, (0, 0, 1, 1), (7, 13)).shape == (7, 13, 3)
+
+
+# ---- lists ------------------------------------------------------------------------------------------------------------
+
+
+def test_ucf101_labels_follow_class_ind(ucf):
+  train, val = (list_clips(ucf_config(ucf), split) for split in ("train", "val"))
+  assert train.class_names == list(UCF_CLASSES) and not train.missing
+  assert (len(train.clips), len(val.clips)) == (10, 5)
+  for clip in train.clips + val.clips:
+    assert UCF_CLASSES[clip.label] == clip.key.split("/")[0]
+  assert any("HandstandPushups/v_HandStandPushups_g02_c01.avi" == clip.key for clip in train.clips)
+  assert len(list_clips(ucf_config(ucf, split=0), "train").clips) == 15
+
+
+def test_ucf101_is_found_one_level_up_or_down_and_in_any_case(ucf, tmp_path):
+  expected = len(list_clips(ucf_config(ucf), "train").clips)
+  assert len(list_clips(ucf_config(ucf / "UCF-101"), "train").clips) == expected
+  videos = ucf / "UCF-101"
+  (videos / "HandstandPushups").rename(videos / "HandStandPushups")
+  (ucf / "inner").mkdir()
+  videos.rename(ucf / "inner" / "UCF-101")
+  assert len(list_clips(ucf_config(ucf), "train").clips) == expected
+  shutil.copytree(ucf / "inner", ucf / "other")
+  with pytest.raises(ConfigError, match="several folders UCF-101"):
+    list_clips(ucf_config(ucf), "train")
+
+
+def test_ucf101_missing_clips_are_counted_by_name(ucf):
+  (ucf / "UCF-101/JumpRope/v_JumpRope_g02_c01.avi").unlink()
+  listing = list_clips(ucf_config(ucf), "train")
+  assert len(listing.clips) == 9
+  assert listing.missing == {"JumpRope/v_JumpRope_g02_c01.avi": "it is listed in trainlist01.txt but not on disk"}
+  assert [s["key"] for s in prepare(ucf_config(ucf), "train", progress=False).manifest["skipped"]] == list(listing.missing)
+
+
+def test_ucf101_refusals(ucf, tmp_path):
+  train = ucf / "ucfTrainTestlist/trainlist01.txt"
+  good = train.read_text()
+  for text, words in (
+    (good.replace("JumpRope/", "JumpRopes/"), "'JumpRopes' is not in classInd.txt; did you mean 'JumpRope'"),
+    (good.replace(" 5", " 4"), "has class id 4, but classInd.txt gives JumpRope 5"),
+    ("", "lists no clip"),
+  ):
+    train.write_text(text)
+    with pytest.raises(ConfigError, match=words):
+      list_clips(ucf_config(ucf), "train")
+  for root in (tmp_path / "nowhere", tmp_path / "empty"):
+    with pytest.raises(ConfigError, match="RecognitionTask.zip.*crcv.ucf.edu.*make demo"):
+      list_clips(ucf_config(root), "train")
+    (tmp_path / "empty").mkdir(exist_ok=True)
+  with pytest.raises(ConfigError, match="trainlist03.txt' is missing"):
+    list_clips(ucf_config(ucf, split=3), "train")
+
+
+def test_folder_classes_and_split(folder, tmp_path):
+  c = config(folder, tmp_path, val_fraction=0.5)
+  train, val = list_clips(c, "train"), list_clips(c, "val")
+  assert train.class_names == ["cat", "dog"] and train.clips and val.clips
+  keys = {x.key for x in train.clips} | {x.key for x in val.clips}
+  assert keys == {f"{name}/{i}.avi" for name in ("cat", "dog") for i in range(3)}
+  assert len(train.clips) + len(val.clips) == 6
+  assert {x.key: x.label for x in train.clips + val.clips} == {k: int(k[0] == "d") for k in keys}
+
+
+def test_flat_single_and_empty_folders(tmp_path):
+  root = tmp_path / "mine"
+  root.mkdir()
+  c = config(root, tmp_path / "cache", crop="random", val_fraction=0.01)
+  with pytest.raises(ConfigError, match="holds no video file"):
+    list_clips(c, "train")
+  with pytest.raises(ConfigError, match="is not a folder"):
+    list_clips(config(tmp_path / "nowhere", tmp_path), "train")
+  write_clip(root / "a.mp4", moving_square())
+  one = prepare(c, "train", progress=False), prepare(c, "val", progress=False)
+  assert [len(x) for x in one] == [1, 1] and one[0].class_names == ["mine"]
+  assert one[0].manifest["clips"][0]["views"] != one[1].manifest["clips"][0]["views"]
+  write_clip(root / "b.mp4", moving_square())
+  assert [len(list_clips(c, split).clips) for split in ("train", "val")] == [1, 1]
+
+
+def test_max_clips_spreads_over_classes(ucf):
+  clips = list_clips(ucf_config(ucf, max_clips=5), "train").clips
+  assert sorted(clip.label for clip in clips) == [0, 1, 2, 3, 4]

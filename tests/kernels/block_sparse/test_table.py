@@ -1,0 +1,134 @@
+"""Laws of the table: its other forms hold the same pairs, on NumPy and on tracers."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from freqformer.kernels.block_sparse.table import BlockMask, TransposedMask, dense_mask, from_tiles, select
+
+from tests.kernels.block_sparse.suite import CASES, draw_mask, seen_pairs
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("traced", [False, True])
+def test_forms_agree_with_brute_force(case, traced):
+  mask = draw_mask(case, 0)
+  seen = seen_pairs(mask, mask.q_tiles * mask.block_q, mask.kv_tiles * mask.block_kv)
+  on = (lambda f: jax.jit(f)(mask)) if traced else (lambda f: f(mask))
+  np.testing.assert_array_equal(*np.broadcast_arrays(on(lambda m: m.to_dense()), seen))
+  pairs = seen * query_rows(mask)[:, None, :, None]
+  np.testing.assert_array_equal(*np.broadcast_arrays(on(lambda m: m.pairs()), pairs.sum((2, 3))))
+
+
+def query_rows(mask):
+  """bool `[b, rows]`: a query row is valid where its key row is, if both live in one buffer."""
+  rows = mask.q_tiles * mask.block_q
+  kv_len = np.atleast_2d(mask.kv_len)
+  if rows != mask.kv_tiles * mask.block_kv:
+    return np.ones((1, rows), bool)
+  return (np.arange(mask.block_kv) < kv_len[..., None]).reshape(len(kv_len), -1)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("traced", [False, True])
+def test_transpose_and_back(case, traced):
+  mask = draw_mask(case, 1)
+  tiles = np.asarray(mask.to_tiles())
+  flipped = jax.jit(lambda m: m.transpose())(mask) if traced else mask.transpose()
+  assert isinstance(flipped, TransposedMask) and flipped.q_indices.dtype == np.int32 and flipped.offsets.dtype == np.int32
+  for b, h, j in np.ndindex(*tiles.shape[:2], mask.kv_tiles):
+    start, stop = flipped.offsets[b, h, j], flipped.offsets[b, h, j + 1]
+    np.testing.assert_array_equal(flipped.q_indices[b, h, start:stop], np.flatnonzero(tiles[b, h, :, j]))
+  ids, counts = jax.jit(lambda m: m.transpose())(flipped) if traced else flipped.transpose()
+  np.testing.assert_array_equal(counts, mask.kv_counts)
+  listed = np.arange(mask.max_kv) < np.asarray(counts)[..., None]
+  np.testing.assert_array_equal(np.where(listed, ids, -1), np.where(listed, mask.indices(), -1))
+
+
+def test_with_transpose_stores_it_once():
+  mask = draw_mask(CASES[1], 2).with_transpose()
+  assert mask.transpose() is mask.transposed
+
+
+def test_refine_keeps_the_pairs():
+  mask = draw_mask(CASES[1], 3)
+  fine = mask.refine(2).check()
+  assert (fine.block_q, fine.block_kv, fine.q_tiles) == (32, 32, 2 * mask.q_tiles)
+  np.testing.assert_array_equal(fine.to_dense(), mask.to_dense())
+  np.testing.assert_array_equal(fine.pairs(), mask.pairs())
+  with pytest.raises(ValueError, match="divisible"):
+    mask.refine(3)
+
+
+def test_select_of_equal_masks_is_identity():
+  mask = draw_mask(CASES[1], 4)
+  chosen = select([mask, mask], np.array([[0, 1]], np.int32))
+  np.testing.assert_array_equal(chosen.to_dense(), mask.to_dense())
+
+
+def test_select_takes_rows_per_head():
+  a, b = (draw_mask(dataclasses.replace(CASES[0], keep=p), 5) for p in (0.2, 0.9))
+  chosen = select([a, b], np.array([[0, 1], [1, 1]], np.int32)).check()
+  tiles = chosen.to_tiles()
+  np.testing.assert_array_equal(tiles[0, 0], a.to_tiles()[0, 0])
+  np.testing.assert_array_equal(tiles[0, 1], b.to_tiles()[0, 1])
+  np.testing.assert_array_equal(tiles[1, 0], b.to_tiles()[0, 0])
+  traced = jax.jit(lambda c: select([a, b], c))(jnp.array([[0, 1], [1, 1]], jnp.int32))
+  np.testing.assert_array_equal(traced.to_tiles(), tiles)
+  with pytest.raises(ValueError, match="over one buffer"):
+    select([a, a.refine(2)], np.array([[0]], np.int32))
+
+
+def test_density_of_dense_is_one():
+  mask = dense_mask(300, 300, 64, 64)
+  assert mask.density() == 1.0 and mask.density(300) == 1.0 and mask.pairs() == 90000
+
+
+@pytest.mark.parametrize("b, kv_batch", [(1, 0), (2, 0), (1, 2), (2, 2)])
+def test_lists_that_are_not_written_out_count_as_if_they_were(b, kv_batch):
+  """Prefixes of all key tiles, ragged ones too, without an array of tiles x tiles."""
+  rng = np.random.default_rng(0)
+  counts, kv_len = (rng.integers(0, 10, (b, 3, 9)), rng.integers(0, 5, (kv_batch, 9) if kv_batch else 9))
+  mask = BlockMask(None, counts.astype(np.int32), kv_len.astype(np.int32), None, 4, 4)
+  written = dataclasses.replace(mask, kv_indices=np.array(mask.indices()))
+  np.testing.assert_array_equal(mask.pairs(), written.pairs())
+  np.testing.assert_array_equal(jax.jit(lambda m: m.pairs())(mask), written.pairs())
+  large = dense_mask(1 << 20, 1 << 20)
+  assert jax.jit(lambda m: m.density()).lower(large).compile().memory_analysis().temp_size_in_bytes < 1 << 23
+
+
+def test_from_tiles_and_draw():
+  tiles = np.tril(np.ones((4, 4), bool))
+  mask = from_tiles(tiles, np.full(4, 8), 8, 8).check()
+  np.testing.assert_array_equal(mask.to_tiles()[0, 0], tiles)
+  lines = mask.draw().splitlines()
+  assert "62.5% of tiles" in lines[0] and lines[1:] == ["█   ", "██  ", "███ ", "████"]
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    (dict(kv_counts=np.full((1, 1, 2), 3, np.int32)), "kv_counts must lie in 0..2"),
+    (dict(kv_len=np.array([9, 8], np.int32)), "kv_len must lie in 0..8"),
+    (dict(kv_indices=np.array([[[[1, 0], [0, 1]]]], np.int32)), "strictly ascending"),
+    (dict(kv_indices=np.array([[[[0, 2], [0, 1]]]], np.int32)), "kv_indices must lie in 0..1"),
+    (dict(kv_len=np.array([8.0, 8.0])), "must be int32"),
+    (dict(kv_bias=np.zeros(3, np.float32)), "kv_bias must be"),
+    (dict(kv_counts=np.zeros((1, 2), np.int32)), "kv_counts must be"),
+    (dict(block_q=0), "block sizes"),
+  ],
+)
+def test_check_names_what_is_wrong(change, message):
+  good = BlockMask(
+    np.array([[[[0, 1], [0, 1]]]], np.int32),
+    np.full((1, 1, 2), 2, np.int32),
+    np.full(2, 8, np.int32),
+    None,
+    8,
+    8,
+  )
+  good.check()
+  with pytest.raises(ValueError, match=message):
+    dataclasses.replace(good, **change).check()

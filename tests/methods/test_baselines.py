@@ -1,0 +1,146 @@
+"""The published baselines: their tables and selections against slow restatements of the papers' formulas."""
+
+import itertools
+import math
+
+import jax
+import numpy as np
+import pytest
+from freqformer.kernels.block_sparse.table import from_tiles
+
+from freqformer.config import ConfigError
+from freqformer.grid.layout import TileLayout
+from freqformer.methods.block_topk import BlockTopK
+from freqformer.methods.radial import Radial
+from freqformer.methods.sliding_tile import SlidingTile
+from freqformer.tables.radial import radial, radial_density, radial_widths
+from freqformer.tables.spatial_temporal import spatial_temporal
+from freqformer.tables.where import tiles_where
+from tests.methods.method_training import trains
+
+# ---- any rule ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_rule_becomes_its_table():
+  layout = TileLayout.fit((5, 6, 9), 32, tile=(2, 4, 4))
+  rng = np.random.default_rng(0)
+  want = rng.random((layout.tiles, layout.tiles)) < 0.4
+  want[np.arange(layout.tiles), rng.permutation(layout.tiles)] = True
+  number = lambda p: np.ravel_multi_index(tuple(p), layout.tile_grid)
+  mask = tiles_where(layout, lambda q, k: want[number(q), number(k)]).check()
+  other = from_tiles(want, layout.arrays().kv_len, 32, 32)
+  for field in ("kv_indices", "kv_counts", "kv_len"):
+    np.testing.assert_array_equal(getattr(mask, field), getattr(other, field))
+  with pytest.raises(ValueError, match="query tile 0 of grid .* lists no key tile"):
+    tiles_where(layout, lambda q, k: q[0] > k[0])
+
+
+# ---- sliding tile --------------------------------------------------------------------------------------------------------
+
+
+def test_sliding_tile_has_its_published_density():
+  mask = SlidingTile().mask(TileLayout.fit((30, 48, 80), 384, tile=(6, 8, 8))).check()
+  assert mask.density().item() == pytest.approx(0.09, abs=1e-12)
+  assert (mask.block_q, mask.block_kv, mask.max_kv) == (128, 128, 81)
+
+
+@pytest.mark.parametrize("block, parts", [(384, 3), (128, 1), (64, 1), (100, 1), (256, 2), (130, 2)])
+def test_long_tiles_are_read_in_parts_that_see_the_same(block, parts):
+  layout = TileLayout.fit((7, 13, 18), block, tile=(4, 5, 5) if block >= 100 else (4, 4, 4))
+  whole, read = (SlidingTile((9, 9, 9), rows=rows).mask(layout) for rows in (block, 128))
+  assert read.check().block_q == block // parts
+  np.testing.assert_array_equal(whole.to_dense(), read.to_dense())
+
+
+def test_window_units():
+  layout = TileLayout.fit((16, 32, 32), 128, tile=(4, 4, 8))
+  tokens, tiles = SlidingTile((9, 12, 16)), SlidingTile((3, 3, 2), unit="tiles")
+  np.testing.assert_array_equal(tokens.mask(layout).kv_indices, tiles.mask(layout).kv_indices)
+  assert tokens.mask(layout).max_kv == 18
+
+
+# ---- radial --------------------------------------------------------------------------------------------------------------
+
+
+def paper_mask(frames, s):
+  """The formula of arXiv 2506.19852, token by token: bool `[frames * s, frames * s]`."""
+  mask = np.zeros((frames, s, frames, s), bool)
+  for i, k, j, l in itertools.product(range(frames), range(s), range(frames), range(s)):
+    scale = 2 ** math.floor(math.log2(max(abs(i - j), 1)))
+    near = scale <= s and abs(k - l) + 1 <= s / scale
+    same = k == l and abs(i - j) % math.ceil(scale / s) == 0
+    mask[i, k, j, l] = near or same or j == 0
+  return mask.reshape(frames * s, frames * s)
+
+
+@pytest.mark.parametrize("grid", [(7, 5, 3), (9, 1, 2), (12, 1, 3), (17, 1, 1), (20, 2, 3), (1, 2, 2)])
+def test_radial_on_single_tokens_is_the_papers_mask(grid):
+  layout = TileLayout(grid, (1, 1, 1), 1)
+  want = paper_mask(grid[0], grid[1] * grid[2])
+  np.testing.assert_array_equal(radial(layout).check().to_tiles()[0, 0], want)
+  assert radial_density(layout) == pytest.approx(want.mean(), abs=1e-12)
+
+
+@pytest.mark.parametrize("decay, sink", [(1.0, 1), (0.3, 0), (2.5, 2), (1e-3, 1), (1.0, 99)])
+@pytest.mark.parametrize("grid, tile", [((32, 16, 24), (2, 4, 4)), ((16, 16, 16), (1, 8, 8)), ((64, 8, 8), (4, 4, 4))])
+def test_radial_density_is_its_analytic_value(grid, tile, decay, sink):
+  layout = TileLayout(grid, tile, math.prod(tile))
+  mask = Radial(decay, sink).mask(layout).check()
+  assert mask.density().item() == pytest.approx(radial_density(layout, decay, sink), abs=1e-12)
+
+
+def test_radial_saves_what_its_paper_says():
+  """500 frames of 720p: 9x less attention (arXiv 2506.19852). Here: 128 latent frames of 45 x 80 tokens, dense over radial."""
+  mask = Radial().mask(TileLayout((128, 45, 80), (1, 8, 16), 128))
+  assert 1 / mask.density(128 * 45 * 80).item() == pytest.approx(9, rel=0.02)
+
+
+def test_radial_width_halves_with_every_band():
+  widths = radial_widths(TileLayout((64, 8, 8), (1, 1, 1), 1))
+  for band in range(6):
+    assert set(widths[2**band : 2 ** (band + 1)]) == {64 >> band}
+  assert radial_widths(TileLayout((64, 8, 8), (4, 2, 2), 16))[:4].tolist() == [16, 4, 2, 2]  # distances of 0, 4, 8, 12 frames
+
+
+# ---- spatial, temporal ---------------------------------------------------------------------------------------------------
+
+
+def test_spatial_and_temporal_tables():
+  layout = TileLayout((10, 12, 20), (2, 4, 4), 32)
+  spatial, temporal = (np.asarray(m.check().to_tiles())[0, 0] for m in spatial_temporal(layout, frames=1, places=1, sink=1))
+  for i, (t, y, x) in enumerate(itertools.product(*map(range, layout.tile_grid))):
+    for j, (u, v, w) in enumerate(itertools.product(*map(range, layout.tile_grid))):
+      assert spatial[i, j] == (abs(t - u) <= 1 or u == 0)
+      assert temporal[i, j] == (max(abs(y - v), abs(x - w)) <= 1 or u == 0)
+
+
+# ---- training ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "name, fields",
+  [
+    ("sliding_tile", dict(window=(1, 2, 2), unit="tiles")),
+    ("radial", dict(decay=0.5)),
+    ("block_topk", dict(density=0.3, coarse="gated")),
+  ],
+)
+def test_trains(name, fields):
+  before, after = trains(name, fields)
+  moved = [
+    np.abs(a - b).max() for a, b in zip(*(jax.tree.leaves(p["runs"][0]["attention"]) for p in (before, after)), strict=True)
+  ]
+  assert len(moved) == (8 if name == "block_topk" else 6) and min(moved) > 0  # the gate's two as well
+
+
+# ---- refusals ------------------------------------------------------------------------------------------------------------
+
+
+def test_refusals():
+  layout = TileLayout.fit((4, 8, 8), 32, tile=(2, 4, 4))
+  with pytest.raises(ConfigError, match="density 0.05 of 8 tiles rounds to 0, fewer than the 1 fixed"):
+    BlockTopK(density=0.05).budget(layout)
+  with pytest.raises(ValueError, match="unit='feet' must be one of"):
+    SlidingTile(unit="feet")
+  with pytest.raises(ValueError, match="decay=0 must be above 0"):
+    Radial(decay=0)

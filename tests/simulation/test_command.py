@@ -1,0 +1,332 @@
+"""The simulator's command: rows and their identities on one and several GPUs, what fits, what is refused and how."""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import re
+import resource
+import time
+import tracemalloc
+
+import pytest
+
+from freqformer.config import ConfigError
+from freqformer.methods.registry import METHODS
+from freqformer.simulation import command as simulate
+from freqformer.simulation import scaling
+from freqformer.simulation.arguments import split_methods
+from freqformer.simulation.descriptions import known, load_gpu, load_model, write_gpu
+from freqformer.simulation.forward import cubic_grid, row
+from tests.simulation.cases import plan, rows_of
+
+PUBLISHED = "freqformer/simulation/published/h100.json"
+FIELDS = ("model", "method", "gpu", "tokens", "grid", "attention_flops", "linear_flops", "total_flops", "hbm_bytes", "seconds")
+PARTS = ("attention", "around", "matmul", "elementwise", "communication")
+
+
+# ---- rows ----------------------------------------------------------------------------------------------------------------
+
+
+def check_identities(r):
+  """What the numbers of one row say of each other, on any number of GPUs."""
+  assert all(name in r for name in FIELDS) and r["measured"] is False and math.prod(r["grid"]) == r["tokens"]
+  assert r["total_flops"] == r["attention_flops"] + r["linear_flops"]
+  assert r["seconds"] == pytest.approx(sum(r[f"{part}_seconds"] for part in PARTS))
+  assert r["tokens_per_s"] * r["seconds"] == pytest.approx(r["tokens"])
+  assert r["tflops_per_s"] * r["seconds"] == pytest.approx(r["total_flops"] / 1e12)
+  assert r["tflops_per_s_per_gpu"] * r["gpus"] == pytest.approx(r["tflops_per_s"])
+  assert r["flops_per_byte"] * r["hbm_bytes"] == pytest.approx(r["total_flops"])
+  assert (r["communication_seconds"] == r["sent_bytes"] == 0) == (r["gpus"] == 1)
+
+
+def test_rows_have_the_fields_and_add_up():
+  rows = rows_of("--model=wan2.1-1.3b", "--method=freqformer", "--gpu=h100", "--tokens=64k,75600", "--compare=dense,radial")
+  assert [r["tokens"] for r in rows] == [65536] * 3 + [75600] * 3
+  for r in rows:
+    check_identities(r)
+  dense = next(r for r in rows if r["method"] == "dense")
+  assert dense["speedup_over_dense"] == 1 and dense["attention_flops"] == 30 * 4 * 65536**2 * 1536
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_rows_on_several_gpus(method):
+  """Rates, parts and a whole run follow from what each GPU does, phase by phase."""
+  p, gpu = plan(method=method), load_gpu("h100")
+  alone = row(p, gpu)
+  before, steps = None, p.card.steps
+  phases = [p.method.phase(i, steps) or None for i in range(steps)]
+  for gpus in (1, 8, 12):
+    r = scaling.parallel_row(p, gpu, gpus)
+    check_identities(r)
+    assert all(r[name] == alone[name] for name in ("total_flops", "hbm_bytes", "kv_bytes", "launches"))
+    assert r["speedup_over_one_gpu"] * r["seconds"] == pytest.approx(alone["seconds"]) and r["imbalance"] >= 1
+    assert r["speedup_over_one_gpu"] == pytest.approx(1) if gpus == 1 else 1 < r["speedup_over_one_gpu"] < gpus
+    assert before is None or (r["seconds"] < before["seconds"] and r["memory_bytes"] < before["memory_bytes"])
+    seconds, counts = scaling.parallel_run(p, gpu, gpus)
+    each = {phase: scaling.parallel(p, gpu, gpus, phase=phase).seconds for phase in set(phases)}
+    assert seconds == pytest.approx(p.card.forwards * sum(each[phase] for phase in phases)) and sum(counts.values()) == steps
+    before = r
+
+
+def test_a_run_is_computed_phase_by_phase():
+  """AdaSpa's dense steps, searches and sparse steps gain differently from GPUs: a run is not one usual step scaled."""
+  p, gpu = plan("hunyuanvideo", "adaspa", (33, 45, 80)), load_gpu("h100")
+  one, eight = scaling.parallel_run(p, gpu, 1)[0], scaling.parallel_run(p, gpu, 8)[0]
+  usual = scaling.parallel(p, gpu, 8)
+  assert abs(eight * usual.speedup / one - 1) > 0.01
+  (shown,) = rows_of("--model=hunyuanvideo", "--method=adaspa", "--grid=33,45,80", "--gpus=8", "--run")
+  assert shown["run_seconds"] == pytest.approx(eight) and shown["largest_video_seconds"] > shown["video_seconds"]
+
+
+def test_more_gpus():
+  gpu, p = load_gpu("h100"), plan("wan2.1-14b", "freqformer", (21, 45, 80))
+  one, four = scaling.parallel(p, gpu, 1), scaling.parallel(p, gpu, 4)
+  assert one.speedup == 1 and 1 < four.speedup < 4 and four.sent_bytes == 40 * 4 * 75600 * 5120 * 2 * 3 / 16
+  assert scaling.imbalance(plan(), 4) == 1 and scaling.imbalance(plan(), 8) == 4 / 3  # 12 heads on 8: two or one each
+  assert scaling.imbalance(p, 40) > 1.2  # one head each: the dearest branch is the busiest
+  linear = plan("wan2.1-1.3b", "sparseflow(allocation=(0, 12))")
+  assert scaling.imbalance(linear, 4) == 1  # no pairs at all
+
+
+def test_bytes_per_element_count_everywhere():
+  p, gpu = plan(), load_gpu("h100")
+  wide = dataclasses.replace(gpu, itemsize=4)
+  two, four = (scaling.parallel_row(p, g, 4) for g in (gpu, wide))
+  assert four["hbm_bytes"] == pytest.approx(2 * two["hbm_bytes"], rel=0.01) and four["sent_bytes"] == 2 * two["sent_bytes"]
+  assert four["elementwise_seconds"] == pytest.approx(2 * two["elementwise_seconds"], rel=0.05)
+  assert four["memory_bytes"] == pytest.approx(2 * two["memory_bytes"], rel=0.02)
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------------
+
+
+def test_formats_agree(capsys):
+  argv = ["--model=s", "--method=sliding_tile(window=(4, 8, 8))", "--grid=8,16,16", "--gpu=a100", "--gpus=2"]
+  (one,) = rows_of(*argv)
+  (line,) = csv.DictReader(io.StringIO(simulate.run([*argv, "--format=csv"])))
+  assert float(line["seconds"]) == one["seconds"] and line["grid"] == "8x16x16" and line["measured"] == "False"
+  title, rates, head, found = simulate.run(argv).splitlines()
+  assert title == "s on 2 x a100: one forward at batch 1, simulated" and rates.startswith("rates: ")
+  cells = dict(zip(re.split("  +", head.strip()), re.split("  +", found.strip()), strict=True))
+  assert cells["tokens"] == "2,048" and cells["GPUs"] == "2" and cells["measured"] == "no"
+  assert "Assumed, not calibrated" in capsys.readouterr().err
+
+
+def test_any_integer_works_and_the_grid_is_printed(capsys):
+  (one,) = rows_of("--model=s", "--method=radial", "--tokens=10007")  # a prime
+  assert one["grid"] == [1, 1, 10007] and "1x1x10007, the most cubic" in capsys.readouterr().err
+  own = rows_of("--model=wan2.1-14b", "--method=dense", "--tokens=75600,32760")
+  assert [r["grid"] for r in own] == [[21, 45, 80], [21, 30, 52]] and own[0]["video_seconds"] == 81 / 16
+  assert "75,600 tokens: grid 21x45x80, of a video of wan2.1-14b" in capsys.readouterr().err
+  rows_of("--model=s", "--method=dense")
+  assert "2,048 tokens: grid 8x16x16, of a video of s" in capsys.readouterr().err
+  (upper,) = rows_of("--model=s", "--method=dense", "--grid=8X16x16")
+  assert upper["grid"] == [8, 16, 16]
+  grids = [cubic_grid(n) for n in (1, 64, 75600, 65536, 1 << 20)]
+  assert grids == [(1, 1, 1), (4, 4, 4), (40, 42, 45), (32, 32, 64), (64, 128, 128)]
+
+
+def test_fields_of_methods_as_text():
+  assert split_methods("dense, a(b=(1, 2), c=d),e") == ["dense", "a(b=(1, 2), c=d)", "e"]
+  nested = "freqformer(low_shared=true, router=dict(prior=(1, 1, 2)), basis=dict(low=(0.25, 0.5, 0.5)))"
+  plain, found = rows_of("--model=s", "--method=freqformer", f"--compare={nested}")
+  assert found["attention_flops"] != plain["attention_flops"]
+
+
+@pytest.mark.parametrize("form", ["table", "json", "csv"])
+def test_what_does_not_fit_has_a_row_that_says_so(form, tmp_path):
+  argv = ["--tokens=1m", "--model=wan2.1-14b", "--method=block_topk", "--compare=adaspa,dense", f"--format={form}"]
+  text = simulate.run([*argv, f"--plot={tmp_path}/p.svg"])
+  if form == "json":
+    topk, adaspa, dense = json.loads(text)
+    assert "GB too much" in adaspa["error"] and all(adaspa[name] is None for name in FIELDS[5:]) and "error" not in dense
+    assert topk["speedup_over_dense"] > 5 and "speedup_over_dense" not in adaspa
+  elif form == "csv":
+    _, adaspa, dense = csv.DictReader(io.StringIO(text))
+    assert adaspa["seconds"] == "" and "GB too much" in adaspa["error"] and float(dense["seconds"]) > 0
+  else:
+    lines = text.splitlines()
+    assert len(lines) == 7 and lines[4].split()[:4] == ["1,048,576", "64x128x128", "adaspa", "1"]
+    assert lines[-1].startswith("refused: adaspa on 1,048,576 tokens: ") and "What fits: --gpus=2" in lines[-1]
+
+
+REFUSALS = [
+  (["--gpu=h900"], r"gpu 'h900' is unknown; known: a100, b200, cpu, h100, h200\. .*JSON file with name"),
+  (["--model=wan3"], r"model 'wan3' is unknown; known: b, cogvideox1\.5-5b"),
+  (["--method=frequency"], "unknown"),
+  (["--method=block_topk(density=2.0)"], r"^block_topk: .*density"),
+  (["--method=block_topk(densty=0.2)"], "did you mean 'density'"),
+  (["--method=freqformer(mid_tiles=0)"], "^freqformer: mid_tiles=0 must"),
+  (["--tokens=64q"], "no positive whole number"),
+  (["--tokens=1.3"], "no positive whole number"),
+  (["--tokens=inf"], "no positive whole number"),
+  (["--tokens=0"], "no positive whole number"),
+  (["--tokens=1000000000000"], r"1,000,000,000,000 are 465\.7 times the 2,147,483,647 tokens that an int32"),
+  (["--tokens=1e18"], "an int32 index reaches"),
+  (["--tokens=2147483647"], r"2,147,483,648 rows, more than .* int32 .*What fits: --grid=\d+,30,52 \("),
+  (["--grid=100000,100000,100000"], r"int32 index reaches.*What fits: --grid=\d+,30,52 \("),
+  (["--grid=8,16"], "three positive token counts"),
+  (["--grid=8,16,0"], "three positive token counts"),
+  (["--grid=8,16,16", "--tokens=64k"], "has 2048 tokens"),
+  (["--model=s", "--gpus=7", "--grid=8,16,16"], "needs a whole head"),
+  (["--gpus=0"], "--gpus=0 must be at least 1"),
+  (["--block=0"], r"--block=0 must lie in 1\.\.1024"),
+  (["--tokens=64k", "--block=1000000"], r"--block=1000000 must lie in 1\.\.1024"),
+  (["--calibrate=nowhere.json"], "cannot be read"),
+  (["--gpu=a100", f"--calibrate={PUBLISHED}"], "no row of a100"),
+  (["--model=s", "--method=adaspa(search=(10, 60))", "--grid=8,16,16", "--run"], "60"),
+  (["--steps=5"], "add --run"),
+  (["--steps=0", "--run"], "must be at least 1"),
+  (["--write_gpu=x.json"], "add --calibrate"),
+  (["--plot=x.foo"], r"must end in one of .*\.svg"),
+  (["--plot=svg"], "must end in one of"),
+  (["--model=s", "--method=dense", "--plot=/proc/x/y.svg"], "cannot be written to /proc/x/y.svg"),
+  ([f"--calibrate={PUBLISHED}", "--write_gpu=/no/such/x.json"], "cannot be written to /no/such/x.json"),
+]
+
+
+@pytest.mark.parametrize("argv, message", REFUSALS, ids=[" ".join(a) for a, _ in REFUSALS])
+def test_refusals(argv, message):
+  with pytest.raises(ConfigError, match=message) as found:
+    simulate.run(argv)
+  assert "self." not in str(found.value) and "get_config" not in str(found.value)
+
+
+def test_main_exits_with_a_sentence(capsys):
+  with pytest.raises(SystemExit, match="2"):
+    simulate.main(["--gpu=h900"])
+  assert capsys.readouterr().err.startswith("error: gpu 'h900'")
+
+
+def test_calibration_alone_shows_the_fit_and_with_anything_else_rows(tmp_path):
+  fit = f"--calibrate={PUBLISHED}"
+  rows = json.loads(simulate.run([fit, "--format=json", f"--plot={tmp_path}/fit.svg"]))
+  lines = list(csv.DictReader(io.StringIO(simulate.run([fit, "--format=csv"]))))
+  assert [r["name"] for r in lines] == [r["name"] for r in rows] and (tmp_path / "fit.svg").exists()
+  for ask in ("--model=s", "--method=dense", "--compare=dense", "--gpus=2", "--block=64", "--run"):
+    assert "one forward at batch 1" in simulate.run([fit, ask])
+
+
+# ---- what fits -----------------------------------------------------------------------------------------------------------
+
+
+def test_memory_and_the_largest_video():
+  gpu = load_gpu("h100")
+  p = plan("hunyuanvideo", "dense", (33, 45, 80))
+  grid = scaling.largest_video(p, gpu)
+  scaling.check_fits(dataclasses.replace(p, grid=grid), gpu)
+  with pytest.raises(ConfigError, match="too much"):
+    scaling.check_fits(dataclasses.replace(p, grid=(grid[0] + 1, *grid[1:])), gpu)
+  assert scaling.memory_bytes(p, 8) < scaling.memory_bytes(p)
+  assert scaling.memory_bytes(plan("hunyuanvideo", "adaspa", (33, 45, 80))) > scaling.memory_bytes(p)
+  huge = dataclasses.replace(p, grid=(1, 1 << 20, 1 << 20))
+  assert scaling.largest_video(huge, gpu) is None and not scaling.fits(huge, gpu)
+
+
+TOO_MUCH = [
+  ["--model=hunyuanvideo", "--tokens=16m"],
+  ["--model=wan2.1-14b", "--tokens=64m", "--gpus=39"],
+  ["--model=wan2.1-14b", "--tokens=1m", "--method=adaspa"],
+  ["--model=s", "--tokens=300m"],
+  ["--model=s", "--grid=100000,100000,100000"],
+  ["--model=wan2.1-14b", "--gpu=cpu"],
+]
+
+
+@pytest.mark.parametrize("argv", TOO_MUCH, ids=" ".join)
+def test_what_a_refusal_recommends_is_accepted(argv):
+  argv = [*argv, *(["--method=dense"] if "--method=adaspa" not in argv else [])]
+  with pytest.raises(ConfigError, match=r"(GB too much|int32 index reaches.*)\. What fits: ") as refused:
+    simulate.run(argv)
+  options = re.findall(r"--(\w+)=([\w,]+)", str(refused.value).split("What fits")[1])
+  assert options
+  for name, value in options:
+    without = [a for a in argv if not a.startswith(f"--{name}=") and not (name == "grid" and a.startswith("--tokens"))]
+    (found,) = rows_of(*without, f"--{name}={value}")
+    check_identities(found)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_sixteen_million_tokens_are_counted_or_refused_in_little_memory(method):
+  """`--tokens=16m` on eight H200s fits them; counting it must fit the machine that counts."""
+  tracemalloc.start()
+  try:
+    rows_of("--tokens=16m", "--model=wan2.1-14b", "--gpu=h200", "--gpus=8", f"--method={method}")
+  except ConfigError as error:
+    assert "cannot run on grid" in str(error) and "fewer tokens" in str(error) or "GB too much" in str(error)
+  finally:
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+  assert peak < 2e9
+
+
+def test_plot_and_speed_at_a_million_tokens(tmp_path):
+  start = time.monotonic()
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  (found,) = rows_of("--model=wan2.1-14b", "--method=freqformer", "--tokens=1m", f"--plot={tmp_path}/p.svg")
+  assert time.monotonic() - start < 5 and found["tokens"] == 1 << 20
+  assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1e6  # kilobytes
+  assert "simulated" in (tmp_path / "p.svg").read_text()
+
+
+# ---- descriptions --------------------------------------------------------------------------------------------------------
+
+
+H100, WAN = (json.load(open(f"freqformer/simulation/{name}.json")) for name in ("gpus/h100", "models/wan2.1-14b"))
+BAD_GPUS = [
+  ({"smss": 3}, "Gpu has no key 'smss'; did you mean 'sms'"),
+  ({"l2_bytes": -5}, r"l2_bytes=-5\.0 must be above 0"),
+  ({"itemsize": 0}, "itemsize=0 must be above 0"),
+  ({"sms": 1.5}, "sms must be int"),
+  ({"rates": H100["rates"] | {"hbm": math.nan}}, r"rates\.hbm must be a finite number"),
+  ({"rates": H100["rates"] | {"link": 0}}, r"link=0\.0 must be above 0"),
+  ({"rates": H100["rates"] | {"item_s": -1}}, "item_s=-1.0 must be at least 0"),
+  ({"rates": H100["rates"] | {"matmul_flops": 1e18}}, "matmul_flops=1e.18 exceeds the data sheet's tensor_flops"),
+  ({"rates": {}}, "rates lacks attention_flops, .*; add them"),
+]
+BAD_MODELS = [
+  ({"fps": 0}, r"fps=0\.0 must be above 0"),
+  ({"grid": [0, 4, 4]}, "grid=.* must be above 0"),
+  ({"grids": [[1, 2, 0]]}, "grids=.* must be of positive"),
+  ({"parameters": -1e12}, "parameters=.* must be above 0"),
+  ({"patch_channels": -1}, "patch_channels=-1 must be above 0"),
+  ({"text": -4}, "text=-4 must be at least 0"),
+  ({"text": 0}, "must both say whether there is text"),
+  ({"text_mode": "crss"}, "did you mean 'cross'"),
+  ({"heads": 7}, "heads=7 must divide width=5120"),
+  ({"patch": [1, 2]}, "patch must have 3 entries"),
+  ({"padded_latents": 1}, "padded_latents=1 must be at least 0 and below 1"),
+]
+
+
+@pytest.mark.parametrize("change, message", BAD_GPUS + BAD_MODELS, ids=[str(c) for c, _ in BAD_GPUS + BAD_MODELS])
+def test_a_file_that_describes_nothing_is_refused(change, message, tmp_path):
+  kind, base = ("gpu", H100) if (change, message) in BAD_GPUS else ("model", WAN)
+  (tmp_path / "mine.json").write_text(json.dumps(base | change))
+  with pytest.raises(ConfigError, match=rf"mine\.json: .*{message}") as found:
+    simulate.run([f"--{kind}={tmp_path}/mine.json"])
+  assert "config." not in str(found.value) and "self." not in str(found.value)
+
+
+def test_a_user_s_own_gpu(tmp_path):
+  mine = H100 | {"name": "mine", "hbm_bytes_per_s": 1e12, "rates": H100["rates"] | {"hbm": 0.9e12}}
+  (tmp_path / "mine.json").write_text(json.dumps(mine))
+  (found,) = rows_of(f"--gpu={tmp_path}/mine.json", "--model=s", "--method=dense", "--grid=8,16,16")
+  assert found["gpu"] == "mine"
+  (tmp_path / "mine.json").write_text("{")
+  with pytest.raises(ConfigError, match="cannot be read as JSON"):
+    load_gpu(f"{tmp_path}/mine.json")
+  for name in known("gpus"):  # an infinite link is no number of JSON
+    write_gpu(load_gpu(name), tmp_path / "same.json")
+    assert load_gpu(f"{tmp_path}/same.json") == load_gpu(name)
+    json.loads((tmp_path / "same.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_padding_is_no_video():
+  card = load_model("cogvideox1.5-5b")  # 81 frames are 21 latent ones, padded to 22 in pairs
+  assert card.video_seconds(card.grid) == 81 / 16 and card.video_seconds((1, 1, 1)) == 1 / 16
+  for name in known("models"):
+    card = load_model(name)
+    assert card.grid_of(math.prod(card.grid)) == card.grid and card.grid_of(7) is None

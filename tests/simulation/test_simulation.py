@@ -1,0 +1,239 @@
+"""The simulator: models on devices, the roofline's laws, calibration against published measurements."""
+
+import dataclasses
+import json
+
+import pytest
+from freqformer.kernels.block_sparse.cost import uniform
+
+from freqformer.config import ConfigError
+from freqformer.cost import model_cost
+from freqformer.methods.registry import METHODS
+from freqformer.model.config import SIZES
+from freqformer.simulation import calibrate
+from freqformer.simulation import command as simulate
+from freqformer.simulation.descriptions import known, load_gpu, load_model
+from freqformer.simulation.forward import dense_baseline, make_method, row, run_seconds
+from freqformer.simulation.forward import simulate as forward
+from freqformer.simulation.roofline import attention_seconds
+from tests.simulation.cases import plan, rows_of
+from tests.tiny_config import get_config
+
+PUBLISHED = "freqformer/simulation/published/h100.json"
+
+
+# ---- every model, GPU and method -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", known("models"))
+@pytest.mark.parametrize("gpu", known("gpus"))
+def test_every_model_on_every_gpu(model, gpu):
+  card = load_model(model)
+  found = row(plan(model, "dense", card.grid), load_gpu(gpu))
+  assert found["seconds"] > 0 and found["tokens_per_s"] > 0 and found["flops_per_byte"] > 1
+  assert found["rates"] == "all rates assumed" and not found["rates_fitted"] and "hbm" in found["rates_assumed"]
+  assert load_gpu(gpu).rates_from.startswith("Assumed")
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_is_simulated_and_run(method):
+  p, gpu = plan("wan2.1-1.3b", method), load_gpu("h100")
+  seconds, phases = run_seconds(p, gpu)
+  assert sum(phases.values()) == 50 and seconds > 0
+  dense = run_seconds(plan(), gpu)[0]
+  assert method == "dense" or seconds < 1.2 * dense
+
+
+# ---- the cards -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", known("models"))
+def test_parameters_follow_from_the_sizes(model):
+  card = load_model(model)
+  matrices = sum(float(k) * c for _, _, k, c in card.block.matmuls(1)) * card.layers
+  # Of HunyuanVideo's 60 blocks 20 have a second set of weights, for text: 12 D^2 and a modulation each.
+  matrices += 20 * 12 * card.width**2 if model == "hunyuanvideo" else 0
+  assert matrices == pytest.approx(card.parameters, rel=0.06)
+
+
+def test_our_sizes_are_the_model_s_own():
+  for size, (width, depth, heads) in SIZES.items():
+    card = load_model(size)
+    assert (card.width, card.layers, card.heads) == (width, depth, heads)
+
+
+def test_our_card_counts_like_the_model():
+  from freqformer.train.experiment import experiment
+
+  config = get_config()
+  config.model.size, config.model.width, config.model.depth, config.model.heads = "S", 0, 0, 0
+  config.model.mlp_ratio, config.model.attention.block = 4.0, 128
+  model = experiment(config).model.with_method("dense")
+  ours = model_cost(model, (8, 16, 16, 32))
+  found = forward(plan("s", "dense", (8, 16, 16)), load_gpu("h100"))
+  assert found.attention_flops == ours.attention_flops and found.linear_flops == pytest.approx(ours.linear_flops, rel=1e-12)
+
+
+def test_the_field_s_shares():
+  """Attention has about half of a forward at 480p, 70-78 % at 720p, about 95 % at 1M tokens (by FLOPs)."""
+  share = lambda f: f.attention_flops / f.total_flops
+  gpu = load_gpu("h100")
+  assert 0.45 < share(forward(plan("wan2.1-14b", "dense", (21, 30, 52)), gpu)) < 0.6
+  assert 0.65 < share(forward(plan("wan2.1-14b", "dense", (21, 45, 80)), gpu)) < 0.8
+  assert share(forward(plan("wan2.1-14b", "dense", (64, 128, 128)), gpu)) > 0.93
+  hunyuan = forward(plan("hunyuanvideo", "dense", (30, 48, 80)), gpu)
+  assert hunyuan.attention_flops * 50 == pytest.approx(491e15, rel=0.01)
+
+
+# ---- the roofline --------------------------------------------------------------------------------------------------------
+
+
+def test_roofline_limits():
+  h100 = load_gpu("h100")
+  long, few = uniform(1024, 1024, 1024, 128, heads=24), uniform(1024, 1, 1024, 128, heads=24)
+  assert attention_seconds(long, h100, 24).bound == "compute"
+  thin = dataclasses.replace(h100, rates=dataclasses.replace(h100.rates, l2=1e11))
+  assert attention_seconds(long, thin, 24).bound == "l2"
+  slow = dataclasses.replace(h100, rates=dataclasses.replace(h100.rates, hbm=1e9))
+  assert attention_seconds(few, slow, 24).bound == "hbm"
+  # 133 equal items take two waves, as 264 do.
+  a, b = (attention_seconds(uniform(n, 64, 512, 128), h100, 1) for n in (133, 264))
+  assert a.total == pytest.approx(b.total, rel=0.02) and a.tail > 0.9 * a.compute and b.tail < 1e-6 * b.compute
+  empty = attention_seconds(uniform(10, 0, 10, 128), h100, 1)
+  assert 0 < empty.total < 1e-3
+
+
+def test_time_at_a_fixed_key_budget_is_linear_and_at_fixed_density_quadratic():
+  gpu = load_gpu("h100")
+  grids = ((16, 64, 64), (64, 128, 128))
+  seconds = {}
+  for name in ("sliding_tile(window=(12, 16, 16))", "block_topk(density=0.05)", "dense"):
+    seconds[name] = [forward(plan("wan2.1-1.3b", name, g), gpu).attention_s for g in grids]
+  ratios = [b / a for a, b in seconds.values()]
+  assert 14 < ratios[0] < 18 and 200 < ratios[1] < 280 and 240 < ratios[2] < 260
+
+
+def test_the_baseline_pays_no_padding():
+  """At most one tile of it, whatever the grid; our own dense method pays what its layout holds. Both score the same pairs."""
+  gpu = load_gpu("h100")
+  for grid, least, most in (((21, 45, 80), 1.1, 1.2), ((16, 64, 64), 0.999, 1.001), ((11, 48, 85), 1.2, 1.35)):
+    ours = plan("wan2.1-14b", "dense", grid, block=128)
+    base = dense_baseline(dataclasses.replace(ours, method=make_method("radial"), block=64))
+    assert base.layout.n_buffer - base.layout.n < 128 and base.layout.block == 128
+    padded, unpadded = forward(ours, gpu), forward(base, gpu)
+    assert least < padded.attention_s / unpadded.attention_s < most
+    assert padded.attention_flops == unpadded.attention_flops and padded.matmul_s == unpadded.matmul_s
+  (found,) = rows_of("--model=wan2.1-14b", "--method=dense", "--gpus=2")  # its usual video is ragged
+  assert found["speedup_over_dense"] == found["unpadded_dense_seconds"] / found["seconds"] < 0.95
+
+
+# ---- calibration ---------------------------------------------------------------------------------------------------------
+
+
+def test_sta_is_predicted_from_the_dense_rate_alone():
+  measured, _ = calibrate.load_rows(PUBLISHED, "h100")
+  only = [dataclasses.replace(m, fit=m.name == "FA3 dense on 30x48x80") for m in measured]
+  fit = calibrate.calibrate(load_gpu("h100"), only, free=("attention_flops",))
+  found = {r["name"]: r for r in fit.rows}
+  assert abs(found["FA3 dense on 30x48x80"]["error"]) < 1e-3
+  sta = found["STA 18x24x24 on 30x48x80"]
+  assert not sta["fitted"] and abs(sta["error"]) < 0.15
+
+
+def test_published_rows_that_were_not_fitted_are_within_15_percent():
+  fit = calibrate.fit_file(load_gpu("h100"), PUBLISHED)
+  assert set(fit.fitted) == {"attention_flops", "softmax_exposed", "item_s"}
+  assert sum(r["fitted"] for r in fit.rows) == 3 and fit.worst(True) < 0.01
+  assert sum(not r["fitted"] for r in fit.rows) >= 15 and fit.worst(False) < 0.15
+  assert not fit.warnings and not fit.notes and "not fitted: mean error" in fit.report()
+  assert fit.gpu.fitted == fit.fitted and {"l2", "hbm", "matmul_flops", "launch_s"} <= set(fit.gpu.assumed)
+  assert fit.gpu.rates_note.startswith("attention_flops, softmax_exposed, item_s fitted to 3 measured rows; matmul_flops")
+  # The H200 has the same SMs and gets their rates, its memory stays its own; the A100 gets nothing.
+  h200 = calibrate.carry_over(fit.gpu, load_gpu("h200"))
+  assert h200.rates.attention_flops == fit.gpu.rates.attention_flops and h200.rates.hbm == load_gpu("h200").rates.hbm
+  assert "of h100, which has the same SMs" in row(plan(), h200)["rates"]
+  with pytest.raises(ConfigError, match="tensor_flops, sms, exp_per_sm_s differ"):
+    calibrate.carry_over(fit.gpu, load_gpu("a100"))
+
+
+def test_calibration_finds_known_rates(tmp_path):
+  truth = load_gpu("h100")
+  truth = dataclasses.replace(
+    truth, rates=dataclasses.replace(truth.rates, attention_flops=700e12, item_s=5e-6, softmax_exposed=0.5)
+  )
+  rows = []
+  for d, n in ((128, 1024), (128, 16384), (64, 16384), (128, 4096)):
+    call = uniform(n // 128, n // 128, n // 128, d, heads=16)
+    rows.append({"name": f"{d} {n}", "gpu": "h100", "heads": 16, "head_dim": d, "n": n})
+    rows[-1] |= {"seconds": attention_seconds(call, truth, 16).total, "fit": n != 4096}
+  (tmp_path / "rows.json").write_text(json.dumps(rows))
+  fit = calibrate.fit_file(load_gpu("h100"), tmp_path / "rows.json")
+  assert fit.gpu.rates.attention_flops == pytest.approx(700e12, rel=0.03) and fit.gpu.rates.item_s == pytest.approx(
+    5e-6, rel=0.1
+  )
+  assert fit.worst(False) < 0.02
+  text = simulate.run(["--gpu=h100", f"--calibrate={tmp_path}/rows.json", f"--write_gpu={tmp_path}/fitted.json"])
+  written = load_gpu(f"{tmp_path}/fitted.json")
+  assert "fitted" in text and written.fitted == fit.fitted and written.fitted_to == "3 measured rows"
+  (shown,) = rows_of(f"--gpu={tmp_path}/fitted.json", "--model=s", "--method=dense", "--grid=8,16,16")
+  assert shown["rates_fitted"] == list(fit.fitted) and "l2" in shown["rates_assumed"]
+
+
+CALL = {"name": "x", "gpu": "h100", "heads": 16, "head_dim": 128, "tokens": 16384, "seconds": 3.4e-3}
+
+
+def written(path, *rows):
+  path.write_text(json.dumps(rows))
+  return path
+
+
+def test_a_fit_that_fails_says_so(tmp_path):
+  """A row that no choice of rates gives: the rate ends on the limit of its search, and the row is missed."""
+  fit = calibrate.fit_file(load_gpu("h100"), written(tmp_path / "rows.json", CALL | {"seconds": 1e-9}))
+  limit, missed = fit.warnings
+  assert limit.startswith("attention_flops ended on the limit") and missed.startswith("1 of 1 fitted rows are missed")
+  assert fit.report().count("WARNING") == 2 and fit.notes[-1].startswith("nothing was held out")
+  assert "DOUBTFUL" in fit.gpu.rates_note and fit.rows[0]["rates_warnings"] == list(fit.warnings)
+
+
+def test_rows_that_do_not_say_are_split(tmp_path):
+  """Every other one by size; where some ask to be fitted, the others are held out; other kernels are held out."""
+  sizes = [CALL | {"name": str(n), "tokens": n, "seconds": n**2 * 1.3e-11} for n in (4096, 16384, 8192, 2048)]
+  other = [CALL | {"name": "other", "implementation": "y", "seconds": 1.0}]
+  for rows, fitted in (
+    (sizes + other, {"2048", "8192", "16384"}),
+    ([sizes[0] | {"fit": True}, *sizes[1:]], {"4096"}),
+    ([sizes[0] | {"fit": False}, *sizes[1:3]], {"8192"}),
+    (sizes[1:], {"2048", "16384"}),
+  ):
+    found, said = calibrate.load_rows(written(tmp_path / "rows.json", *rows), "h100")
+    assert {m.name for m in found if m.fit} == fitted and len(found) == len(rows)
+    assert not any("nothing was held out" in line for line in said)
+
+
+BAD_ROWS = [
+  ({"head_dim": None}, "'x' lacks or misstates a field: 'head_dim'"),
+  ({"seconds": None}, "'x' lacks or misstates a field: 'seconds or tflops'"),
+  ({"attention_calls": 5}, "'x': attention_calls must hold an object per timed call, got 5"),
+  ({"attention_calls": {"a": {"heads": 1, "head_dim": 8, "n": 64}}}, "'x: a' lacks or misstates a field: 'seconds or tflops'"),
+  ({"block": 0}, "block=0 must be a positive whole number"),
+  ({"tokens": 0}, "tokens=0 must be"),
+  ({"heads": 0}, "heads=0 must be"),
+  ({"heads": 2.5}, "heads=2.5 must be a positive whole number"),
+  ({"seconds": None, "tflops": 0}, "tflops=0 must be a positive number"),
+  ({"seconds": float("nan")}, "seconds=nan must be"),
+  ({"density": -3}, r"density=-3 must lie in \(0, 1\]"),
+  ({"density": 3}, r"density=3 must lie in \(0, 1\]"),
+  ({"fit": "false"}, "fit='false' must be true or false"),
+  ({"counts": {"pairs": 1}}, "missing"),
+  ({"method": "dense", "grid": [8, 16]}, "grid"),
+  ({"gpu": None}, "1 without gpu or device"),
+  ({"gpu": None, "device": "NVIDIA A100-SXM4-80GB"}, "1 of a100"),
+]
+
+
+@pytest.mark.parametrize("change, message", BAD_ROWS, ids=[str(c) for c, _ in BAD_ROWS])
+def test_a_bad_measured_row_is_named(tmp_path, change, message):
+  row = {k: v for k, v in (CALL | change).items() if v is not None}
+  with pytest.raises(ConfigError, match=message):
+    calibrate.load_rows(written(tmp_path / "rows.json", row), "h100")

@@ -1,7 +1,0 @@
-"""The readable oracle of the package is held to the suite's own, like every backend."""
-
-from tests.attention_suite import AttentionSuite
-
-
-class TestReference(AttentionSuite):
-  implementation = "reference"

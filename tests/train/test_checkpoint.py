@@ -1,0 +1,171 @@
+"""Checkpoints: exact round trip, refusals that name the leaves or the damage, and what may change between two runs of one."""
+
+import dataclasses
+import os
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from freqformer.config import ConfigError
+from freqformer.model.dit import VideoDiT
+from freqformer.train.checkpoint import Checkpoints, flatten
+from freqformer.train.experiment import experiment
+from freqformer.train.resume import check_same_config, check_same_data, with_seed
+from freqformer.train.step import init_state
+from tests.tiny_config import get_config
+from tests.train.test_step import MODEL, SHAPE, TRAIN
+
+
+def state_of(width=24):
+  config = MODEL if width == 24 else dataclasses.replace(MODEL, width=width)
+  return init_state(nnx.state(VideoDiT(config, SHAPE, 2, nnx.Rngs(0))), TRAIN, 3)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("run")
+  state = state_of()
+  checkpoints = Checkpoints(workdir)
+  checkpoints.save(5, state, {"iterator": "x", "latent_shape": SHAPE})
+  checkpoints.save(9, state, {"iterator": "y", "latent_shape": SHAPE})
+  return workdir, state, checkpoints
+
+
+def test_round_trip(saved):
+  workdir, state, _ = saved
+  again = Checkpoints(workdir, create=False)
+  assert again.latest() == 9 and again.steps() == [5, 9]
+  restored = again.restore(jax.eval_shape(lambda: state))
+  assert jax.tree.structure(restored) == jax.tree.structure(state)
+  for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
+    np.testing.assert_array_equal(a, b)
+    assert a.dtype == b.dtype
+  record = again.record(5)
+  assert record["iterator"] == "x" and record["step"] == 5 and record["versions"]["jax"] == jax.__version__
+
+
+def test_another_shape_lists_the_leaves(saved):
+  with pytest.raises(ConfigError, match="leaves that differ:\n  ema/embed/bias: \\(24,\\) in the checkpoint, .*\\(48,\\)"):
+    saved[2].restore(state_of(48))
+  with pytest.raises(ConfigError, match="extra: missing in the checkpoint"):
+    saved[2].restore({"extra": jnp.zeros(2), "params": saved[1].params})
+
+
+def test_part_of_a_checkpoint(saved):
+  _, state, checkpoints = saved
+  part = checkpoints.restore({"ema": state.ema}, ignore_extra=True)
+  for a, b in zip(jax.tree.leaves(part["ema"]), jax.tree.leaves(state.ema), strict=True):
+    np.testing.assert_array_equal(a, b)
+  assert all(name.startswith("ema/") for name in flatten(part))
+
+
+def test_missing_checkpoints_say_what_to_do(tmp_path, saved):
+  with pytest.raises(ConfigError, match="train first"):
+    Checkpoints(tmp_path / "nothing", create=False)
+  with pytest.raises(ConfigError, match="there are \\[5, 9\\]"):
+    saved[2].record(7)
+
+
+def _cut(path):
+  for file in path if isinstance(path, list) else [path]:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+DAMAGE = {
+  "record gone": lambda step: shutil.rmtree(step / "record"),
+  "record cut": lambda step: _cut(step / "record" / "metadata"),
+  "record foreign": lambda step: (step / "record" / "metadata").write_text('{"a": 1}'),
+  "arrays gone": lambda step: shutil.rmtree(step / "arrays"),
+  "no metadata": lambda step: (step / "arrays" / "_METADATA").unlink(),
+  "metadata cut": lambda step: _cut(step / "arrays" / "_METADATA"),
+  "no manifest": lambda step: (step / "arrays" / "manifest.ocdbt").unlink(),
+  "data cut": lambda step: _cut([f for f in (step / "arrays").glob("**/d/*") if f.is_file()]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_said_to_be_one(saved, tmp_path, damage):
+  """Whatever Orbax makes of it, and what to do: fall back to the step before, or start over."""
+  shutil.copytree(saved[0], tmp_path / "run")
+  for step, wayout in ((9, "to go on from step 5"), (5, "to start over")):
+    DAMAGE[damage](tmp_path / "run" / "checkpoints" / str(step))
+    checkpoints = Checkpoints(tmp_path / "run", create=False)
+    with pytest.raises(ConfigError, match=rf"{step} is damaged and cannot be read \((.|\n)*; delete that folder {wayout}"):
+      checkpoints.record(step)
+      checkpoints.restore({"ema": saved[1].ema}, step, ignore_extra=True)
+
+
+def _changed(**values):
+  config = get_config()
+  for key, value in values.items():
+    *groups, name = key.split("__")
+    group = config
+    for part in groups:
+      group = group[part]
+    group[name] = value
+  return experiment(config)
+
+
+@pytest.mark.parametrize(
+  "values, refused",
+  [
+    (dict(seed=9), "seed 0 -> 9"),
+    (dict(train__batch_size=3), "train.batch_size 2 -> 3"),
+    (dict(data__views=3), "data.views 2 -> 3"),
+    (dict(model__attention__method="dense"), "model.attention.method 'freqformer' -> 'dense'"),
+    (dict(model__attention__freqformer__window=(2, 2, 2)), "model.attention.freqformer.window [1, 1, 2] -> [2, 2, 2]"),
+    (dict(train__steps=41, train__lr=0.5), None),
+    (dict(data__root="moved", data__workers=3, sample__steps=9), None),
+    (dict(model__attention__implementation="xla"), None),
+  ],
+)
+def test_another_config_is_said_or_refused(values, refused, caplog):
+  record = {"step": 7, "config": get_config().to_dict()}
+  new = _changed(**values)
+  if refused:
+    with pytest.raises(ConfigError, match=f"{re.escape(refused)}.*new --workdir.*--resume_changed"):
+      check_same_config(record, new)
+  changed = check_same_config(record, new, allow=refused is not None)
+  assert len(changed) == len(values)
+  assert "changed since the checkpoint of step 7" in caplog.text
+
+
+def test_what_runs_in_no_layer_is_no_change_and_a_new_seed_is_one():
+  dense = get_config()
+  dense.model.attention.method = "dense"
+  record = {"step": 7, "config": dense.to_dict()}
+  assert check_same_config(record, _changed(model__attention__method="dense")) == {}
+  assert (
+    check_same_config(record, _changed(model__attention__method="dense", model__attention__freqformer__window=(2, 2, 2))) == {}
+  )
+  old, fresh = state_of(), init_state({}, TRAIN, 4)
+  assert with_seed(old, fresh, {"train.lr": [1, 2]}) is old
+  np.testing.assert_array_equal(with_seed(old, fresh, {"seed": [3, 4]}).key, fresh.key)
+  with pytest.raises(ConfigError, match="checkpoint of step 7 is not one of this code .*revision"):
+    check_same_config({"step": 7, "config": {"model": {}}, "git": "abc"}, _changed())
+
+
+RECORD = {
+  "latent_shape": [2, 4, 4, 3],
+  "class_names": ["A", "B"],
+  "statistics": {"mean": [0.0, 1.0, 2.0], "std": [1.0, 1.0, 1.0]},
+}
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    (dict(latent_shape=[2, 4, 4, 8]), "trained on latents \\(2, 4, 4, 3\\), the cache holds \\(2, 4, 4, 8\\)"),
+    (dict(statistics={"mean": [0.0, 1.5, 2.0], "std": [1.0, 1.0, 1.0]}), "latent statistics differ .*mean: by up to 0.5"),
+    (dict(class_names=["B", "A"]), "class map differs .*0: A -> B"),
+  ],
+)
+def test_other_data_are_refused(change, message):
+  check_same_data(RECORD, dict(RECORD))
+  with pytest.raises(ConfigError, match=message):
+    check_same_data(RECORD, {**RECORD, **change})
