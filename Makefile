@@ -40,7 +40,7 @@ $(VENV)/.gpu: requirements-gpu.txt requirements.txt | $(RUN)
 	@touch $@ $(VENV)/.core
 
 demo: core
-	$(RUN) -m freqformer.command.demo --workdir=$(WORKDIR)
+	$(RUN) -m freqformer.demo --workdir=$(WORKDIR)
 
 demo-compare: core
 	$(RUN) -m benchmarks.trained.demo_compare

@@ -1,8 +1,8 @@
 """Every trainable method on the demo's data, at about the same density of attention: 0.19 to 0.24, beside dense.
 
-  python -m freqformer.command.demo --workdir=runs/demo                                          renders the data (and trains the demo)
-  python -m freqformer.command.sweep --config=configs/methods.py --study=runs/methods            one run per method, a table at the end
-  python -m freqformer.command.sweep --config=configs/methods.py --study=runs/methods --override=train.steps=800
+  python -m freqformer.demo --workdir=runs/demo                                          renders the data (and trains the demo)
+  python -m freqformer.sweep --config=configs/methods.py --study=runs/methods            one run per method, a table at the end
+  python -m freqformer.sweep --config=configs/methods.py --study=runs/methods --override=train.steps=800
 
 The demo's model, codec and schedule (configs/demo.py), 1,152 tokens in 18 tiles of 64; steps, batches and seeds are equal, so
 runs differ in their attention alone. With 18 tiles, densities come in steps of 1/18: read a loss beside the density that ran.

@@ -13,11 +13,11 @@ import time
 from benchmarks import rows
 from benchmarks.gpu import facts as gpu_facts
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 # What a figure depends on; a change to anything else leaves rows valid. The slot's own files only say what runs when, and a
 # plan that is changed between two calls must not make the rows of the first one void.
-_CODE = ("kernels/*.py", "kernels/*.json", "benchmarks/gpu_*.py", "freqformer/grid/layout.py", "freqformer/planners/*.py")
-_NOT_CODE = ("benchmarks/gpu_slot*.py", "benchmarks/gpu/facts.py", "benchmarks/gpu/guards.py")
+_CODE = ("kernels/**/*.py", "kernels/**/*.json", "benchmarks/gpu/*.py", "freqformer/grid/layout.py", "freqformer/tables/*.py")
+_NOT_CODE = ("benchmarks/gpu/slot*.py", "benchmarks/gpu/facts.py", "benchmarks/gpu/guards.py")
 
 
 def code_digest() -> str:

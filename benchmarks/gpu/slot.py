@@ -33,7 +33,7 @@ from benchmarks.gpu.rows import code_digest
 from benchmarks.gpu.slot_steps import Step
 from benchmarks.rows import merge_rows, read_rows
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 CUDA = pathlib.Path("/usr/local/cuda")
 LOG, STATE = "slot.log", "slot.json"
 # A rented machine may return no more files than this; slot.log and slot.json are two of them.

@@ -28,7 +28,7 @@ _WORKDIR = flags.DEFINE_string(
   "workdir", "runs/complexity", "A run trained with FreqFormer, for the approximation errors.", allow_override=True
 )
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 FIGURES = ROOT / "docs" / "figures"
 PUBLISHED = ROOT / "freqformer" / "simulation" / "published" / "h100.json"
 COMMAND = "python -m benchmarks.pages.complexity"

@@ -6,7 +6,7 @@ import re
 from benchmarks.pages import complexity_notes
 from freqformer.analysis import summary as approximation_summary
 
-DOC = pathlib.Path(__file__).parent.parent / "docs" / "complexity.md"
+DOC = pathlib.Path(__file__).parents[2] / "docs" / "complexity.md"
 
 
 def markdown(head: list[str], lines: list[list]) -> str:

@@ -26,7 +26,7 @@ from freqformer.evaluate.restore import restore_model
 from freqformer.train import metrics
 from freqformer.train.checkpoint import Checkpoints
 
-_ROOT = pathlib.Path(__file__).parent.parent
+_ROOT = pathlib.Path(__file__).parents[2]
 _CONFIG = _ROOT / "configs" / "demo.py"
 
 

@@ -22,7 +22,7 @@ from freqformer.data.render import render_ucf101
 from freqformer.evaluate.restore import restore_model
 from freqformer.train import metrics
 
-_ROOT = pathlib.Path(__file__).parent.parent
+_ROOT = pathlib.Path(__file__).parents[2]
 _CONFIG = _ROOT / "configs" / "methods.py"
 _NAME = "methods_train_cpu"
 _KEY = "model.attention.method"

@@ -35,7 +35,7 @@ from freqformer.pages.html import panels
 from freqformer.train import metrics
 from freqformer.train.checkpoint import flatten
 
-_ROOT = pathlib.Path(__file__).parent.parent
+_ROOT = pathlib.Path(__file__).parents[2]
 _NAME = "quality_cpu"
 BLOCK = 16
 WARM_SHARE = 0.2

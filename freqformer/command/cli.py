@@ -18,7 +18,7 @@ from freqformer.command.files import check_keys, dotted, read_config
 from freqformer.config import ConfigError
 from freqformer.kernels.core.dispatch import NoBackend
 
-_ROOT = pathlib.Path(__file__).parent.parent
+_ROOT = pathlib.Path(__file__).parents[2]
 
 
 def run(main):

@@ -22,7 +22,7 @@ from freqformer.pages.mp4 import write_mp4
 from freqformer.pages.run import write_report
 from freqformer.train.experiment import experiment
 
-_ROOT = pathlib.Path(__file__).parent.parent
+_ROOT = pathlib.Path(__file__).parents[2]
 _WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Folder of the run.")
 _CONFIG = flags.DEFINE_string("config", str(_ROOT / "configs" / "demo.py"), "Config of the run.")
 

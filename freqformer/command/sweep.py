@@ -1,7 +1,7 @@
 """Sweeps over routing hyper-parameters: one workdir per trial, finished trials are skipped, killed ones resumed.
 
-  python -m freqformer.command.sweep --config=configs/ucf101.py --study=runs/study
-  python -m freqformer.command.sweep --config=configs/demo.py --study=runs/study --override=train.steps=100 --list
+  python -m freqformer.sweep --config=configs/ucf101.py --study=runs/study
+  python -m freqformer.sweep --config=configs/demo.py --study=runs/study --override=train.steps=100 --list
 
 A config's `sweep()` yields flat overrides (`{"model.attention.freqformer.router.budget": 0.1}`); each trial is one
 `python train.py` with them, so that a trial can be repeated by hand. All are checked before the first one runs. The table at
@@ -26,7 +26,7 @@ from freqformer.train.experiment import Experiment, experiment
 from freqformer.train.preemption import StopRequest
 from freqformer.train.resume import change_text, changes
 
-_ROOT = pathlib.Path(__file__).parent.parent
+_ROOT = pathlib.Path(__file__).parents[2]
 
 
 def trial_name(overrides: dict) -> str:

@@ -1,6 +1,6 @@
 """One HTML file that shows a run: samples beside real clips, losses, routing, cost. It needs no network and no second file.
 
-  python -m freqformer.pages.run --workdir=runs/demo
+  python -m freqformer.report --workdir=runs/demo
 
 Each section reads one file of the run and says which; a section whose file is absent says so and the rest goes on.
 """

@@ -25,7 +25,7 @@ def parse(argv, description: str) -> argparse.Namespace:
   Raises:
     ConfigError: for a value out of range, or an argument that the others leave without effect.
   """
-  parser = argparse.ArgumentParser(prog="python -m freqformer.simulation.command", description=description, allow_abbrev=False)
+  parser = argparse.ArgumentParser(prog="python -m freqformer.simulate", description=description, allow_abbrev=False)
   add = parser.add_argument
   add("--model", help=f"{', '.join(known('models'))} (default {_DEFAULTS['model']}), or a JSON file")
   add("--method", help=f"{', '.join(METHODS)}, with fields: block_topk(density=0.2), freqformer(router=dict(prior=(1,1,2)))")

@@ -1,9 +1,9 @@
 """What a model, a method and a GPU come to: FLOPs, traffic, seconds, memory. Simulated, and every row says so.
 
-  python -m freqformer.simulation.command --model=wan2.1-14b --method=freqformer --gpu=h100 --tokens=64k,128k,1m --compare=dense
-  python -m freqformer.simulation.command --model=hunyuanvideo --method='sliding_tile(window=(18, 24, 24))' --grid=30,48,80
-  python -m freqformer.simulation.command --model=wan2.1-14b --method='freqformer(router=dict(prior=(1, 1, 2)))' --gpus=8 --run
-  python -m freqformer.simulation.command --calibrate=freqformer/simulation/published/h100.json --gpu=h100
+  python -m freqformer.simulate --model=wan2.1-14b --method=freqformer --gpu=h100 --tokens=64k,128k,1m --compare=dense
+  python -m freqformer.simulate --model=hunyuanvideo --method='sliding_tile(window=(18, 24, 24))' --grid=30,48,80
+  python -m freqformer.simulate --model=wan2.1-14b --method='freqformer(router=dict(prior=(1, 1, 2)))' --gpus=8 --run
+  python -m freqformer.simulate --calibrate=freqformer/simulation/published/h100.json --gpu=h100
 
 Rows are for one forward of the whole model at batch 1 with the text of the model's card; with --gpus, on so many GPUs: seconds
 of the busiest one, rates of all together (`simulation/scaling.py`). What cannot run or does not fit has a row that says why,

@@ -182,7 +182,7 @@ def versions() -> dict[str, str]:
 
 def git_revision() -> str:
   """The commit that this code is at, "+" if changed since; "unknown" outside a checkout."""
-  root = pathlib.Path(__file__).parent
+  root = pathlib.Path(__file__).parents[1]
   run = lambda *args: subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=False)
   try:
     commit = run("rev-parse", "--short", "HEAD")

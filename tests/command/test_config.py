@@ -15,7 +15,7 @@ from freqformer.command.files import read_config
 from freqformer.config import ConfigError, build, require, require_one_of
 from freqformer.train.experiment import experiment
 
-DEMO = str(pathlib.Path(__file__).parent.parent / "configs" / "demo.py")
+DEMO = str(pathlib.Path(__file__).parents[2] / "configs" / "demo.py")
 
 
 @dataclasses.dataclass(frozen=True)

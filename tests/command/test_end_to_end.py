@@ -15,7 +15,7 @@ from freqformer.pages.run import write_report
 from freqformer.train.checkpoint import Checkpoints
 from freqformer.train.metrics import read
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 pytestmark = pytest.mark.xdist_group("end_to_end")
 
 
@@ -194,7 +194,7 @@ def test_sweep_runs_and_skips_and_a_dense_checkpoint_lacks_the_router(place):
   args = [
     sys.executable,
     "-m",
-    "freqformer.command.sweep",
+    "freqformer.sweep",
     f"--config={ROOT / 'tests' / 'tiny_config.py'}",
     f"--study={place / 'study'}",
     f"--override=data.root={place / 'ucf'}",

@@ -10,7 +10,7 @@ from freqformer.command.files import check_keys, load_config
 from freqformer.model.dit import VideoDiT
 from freqformer.train.experiment import experiment
 
-MODULE = load_config(pathlib.Path(__file__).parent.parent / "configs" / "methods.py", ("get_config", "sweep"))
+MODULE = load_config(pathlib.Path(__file__).parents[2] / "configs" / "methods.py", ("get_config", "sweep"))
 TRIALS = list(MODULE.sweep())
 SHAPE = (8, 12, 12, 16)  # the demo's latents
 

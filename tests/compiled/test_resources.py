@@ -26,7 +26,7 @@ from freqformer.grid.rotary import angle_tables
 from freqformer.grid.tile_matrices import tile_cells
 from tools import offline
 
-GOLDEN = pathlib.Path(__file__).parent / "golden" / "gpu_resources.json"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "gpu_resources.json"
 ROWS, HEADS, LISTED = 1024, 4, 4
 
 

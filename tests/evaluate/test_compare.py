@@ -14,7 +14,7 @@ from freqformer.diffusion.sampling import SampleConfig
 from freqformer.evaluate import compare, quality
 from freqformer.pages.compare import slug, write_comparison
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 pytestmark = pytest.mark.xdist_group("compare")
 TOPK = "block_topk(density=0.5, coarse=none)"
 METHODS = ("dense", "block_topk(density=1.0, coarse=none)", TOPK, "adaspa(sparsity=0.5)")

@@ -167,6 +167,6 @@ def test_heatmap(tmp_path):
 
 def test_command_line(tmp_path):
   done = subprocess.run(
-    [sys.executable, "-m", "freqformer.pages.run", f"--workdir={tmp_path}"], capture_output=True, text=True, check=True
+    [sys.executable, "-m", "freqformer.report", f"--workdir={tmp_path}"], capture_output=True, text=True, check=True
   )
   assert done.stdout.strip() == str(tmp_path / "report.html")

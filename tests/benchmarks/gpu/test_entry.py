@@ -16,7 +16,7 @@ from benchmarks.gpu import run as gpu_run
 from benchmarks.gpu import slot_steps as gpu_slot_steps
 from benchmarks.gpu.slot import command_line
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[3]
 # Of requirements.txt, what a machine that has jax and numpy may lack, or have in another version.
 _ABSENT = ("flax", "ml_collections", "grain", "array_record", "orbax", "optax", "av", "PIL", "tqdm", "matplotlib", "torch")
 

@@ -26,7 +26,7 @@ from benchmarks.gpu.slot_steps import Step
 
 pytestmark = pytest.mark.xdist_group("gpu_slot")
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[3]
 _MODULE = "benchmarks.gpu.slot_planted"
 # Children compile little, and find what an earlier run of the tests compiled.
 _QUICK = {

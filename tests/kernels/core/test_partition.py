@@ -9,7 +9,7 @@ import sys
 def test_four_devices_equal_one():
   """In a process of its own: the number of CPU devices is fixed when jax starts."""
   env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-  root = pathlib.Path(__file__).parent.parent
+  root = pathlib.Path(__file__).parents[3]
   run = subprocess.run(
     [sys.executable, "-m", "tests.kernels.core.partition_program"], capture_output=True, text=True, cwd=root, env=env
   )
