@@ -35,21 +35,33 @@ from freqformer.pages.mp4 import check_folder, grid, grid_png, write_mp4
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run to sample from.", required=True)
 _STEP = flags.DEFINE_integer("checkpoint", None, "Step of the checkpoint; default the newest.")
-_OUT = flags.DEFINE_string("out", None, "Folder to write to; default <workdir>/samples, or samples-<method>, or compare.")
+_OUT = flags.DEFINE_string(
+  "out", None, "Folder to write to; default <workdir>/samples, or samples-<method>, or compare."
+)
 _CLASSES = flags.DEFINE_list("classes", None, "Class names; default all.")
 _SAMPLES = flags.DEFINE_integer("samples", 1, "Samples per class.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Seed; sample i of a class has its own noise, whatever else is sampled.")
+_SEED = flags.DEFINE_integer(
+  "seed", 0, "Seed; sample i of a class has its own noise, whatever else is sampled."
+)
 _STEPS = flags.DEFINE_integer("steps", None, "Denoising steps; default the config's.")
 _GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale, 1 is none; default the config's.")
 _METHOD = flags.DEFINE_string("method", None, "Run another attention method on the same weights.")
 _RAW = flags.DEFINE_bool("raw", False, "Use the raw weights instead of their average.")
-_SOFT = flags.DEFINE_bool("soft", False, "Mix all branches of the router instead of taking the likeliest.")
+_SOFT = flags.DEFINE_bool(
+  "soft", False, "Mix all branches of the router instead of taking the likeliest."
+)
 _EXPORT_MASKS = flags.DEFINE_string(
   "export_masks", None, "Folder for the first sample's masks; timings then include recording."
 )
-_COMPARE = flags.DEFINE_string("compare", None, "Methods side by side on the same weights and noise, the reference first.")
-_METRICS = flags.DEFINE_list("metrics", ["psnr", "ssim"], f"Of --compare: some of {', '.join(compare.METRICS)}.")
-_LPIPS = flags.DEFINE_string("lpips_weights", None, "Weights (.npz) of LPIPS; adds it to --compare. Nothing is downloaded.")
+_COMPARE = flags.DEFINE_string(
+  "compare", None, "Methods side by side on the same weights and noise, the reference first."
+)
+_METRICS = flags.DEFINE_list(
+  "metrics", ["psnr", "ssim"], f"Of --compare: some of {', '.join(compare.METRICS)}."
+)
+_LPIPS = flags.DEFINE_string(
+  "lpips_weights", None, "Weights (.npz) of LPIPS; adds it to --compare. Nothing is downloaded."
+)
 _FPS = flags.DEFINE_float("fps", 0, "Frame rate of the mp4s; default 25 / stride.", lower_bound=0)
 
 
@@ -58,8 +70,12 @@ def main(_):
     return side_by_side()
   for name in ("metrics", "lpips_weights"):
     if flags.FLAGS[name].present:
-      raise ConfigError(f"--{name} compares videos; give the methods to compare in --compare as well.")
-  model, params, restored = restore_model(_WORKDIR.value, step=_STEP.value, method=_METHOD.value, raw=_RAW.value)
+      raise ConfigError(
+        f"--{name} compares videos; give the methods to compare in --compare as well."
+      )
+  model, params, restored = restore_model(
+    _WORKDIR.value, step=_STEP.value, method=_METHOD.value, raw=_RAW.value
+  )
   config, names = _sample_config(restored.experiment.sample), restored.class_names
   chosen, labels, indices = _asked_for(names)
   out = _folder("samples" if _METHOD.value is None else f"samples-{slug(_METHOD.value)}")
@@ -81,18 +97,25 @@ def main(_):
   # ---- decode and write ---------------------------------------------------------------------------------------------
   out.mkdir(parents=True, exist_ok=True)
   videos = restored.decode(latents)
-  for name in names if (out / "sampling.json").exists() else ():  # an earlier run's, maybe of another method
+  for name in (
+    names if (out / "sampling.json").exists() else ()
+  ):  # an earlier run's, maybe of another method
     (out / f"{name}.mp4").unlink(missing_ok=True)
   fps = _FPS.value or 25 / restored.experiment.data.stride
   for label in chosen:
     own = videos[labels == label]
     write_mp4(out / f"{names[label]}.mp4", grid(own, columns=min(4, len(own))), fps)
   grid_png(out / "grid.png", videos, [names[i] for i in labels])
-  np.savez_compressed(out / "latents.npz", latents=latents, labels=labels, indices=indices, seed=_SEED.value)
+  np.savez_compressed(
+    out / "latents.npz", latents=latents, labels=labels, indices=indices, seed=_SEED.value
+  )
   if _EXPORT_MASKS.value is not None:
     recorder.masks().save(_EXPORT_MASKS.value)
   density = [float(np.mean([np.mean(run["density"]) for run in step])) for step in aux]
-  by_head = {"axes": ["step", "layer", "head"], "density": np.round(realised_density(aux), 5).tolist()}
+  by_head = {
+    "axes": ["step", "layer", "head"],
+    "density": np.round(realised_density(aux), 5).tolist(),
+  }
   (out / "density.json").write_text(json.dumps(by_head))
   cost = sampling_cost(model.config, shape, model.schedule(config.steps), config.guidance != 1)
   result = {
@@ -129,7 +152,9 @@ def side_by_side():
   """--compare: every method draws the same samples."""
   for flag in (_METHOD, _EXPORT_MASKS):
     if flag.value is not None:
-      raise ConfigError(f"--{flag.name} goes with one method; run it without --compare, or name the method in --compare.")
+      raise ConfigError(
+        f"--{flag.name} goes with one method; run it without --compare, or name the method in --compare."
+      )
   # Compile seconds shall mean compiling, also the second time.
   jax.config.update("jax_compilation_cache_dir", None)
   metrics = compare.metric_functions(_METRICS.value, _LPIPS.value)
@@ -152,7 +177,10 @@ def side_by_side():
     "density_is": "scored pairs / n^2 as run, of one sample",
     "rows": rows,
   }
-  captions = [f"{restored.class_names[label]} {index % 10_000}" for label, index in zip(labels, indices, strict=True)]
+  captions = [
+    f"{restored.class_names[label]} {index % 10_000}"
+    for label, index in zip(labels, indices, strict=True)
+  ]
   fps = _FPS.value or 25 / restored.experiment.data.stride
   page = write_comparison(out, result, videos, captions, fps)
   print(compare.table(rows))

@@ -30,14 +30,28 @@ from freqformer.train.experiment import experiment
 from freqformer.train.metrics import Metrics, channel_power, write_routing
 from freqformer.train.preemption import StopRequest
 from freqformer.train.resume import check_same_config, check_same_data, with_seed
-from freqformer.train.step import SkippedSteps, evaluate, init_state, make_eval_step, make_train_step
+from freqformer.train.step import (
+  SkippedSteps,
+  evaluate,
+  init_state,
+  make_eval_step,
+  make_train_step,
+)
 from freqformer.train.throughput import Throughput
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, e.g. configs/ucf101.py.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; default runs/<name of the config>.")
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print shapes, parameters, memory and FLOPs; touch no data.")
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "Configuration file, e.g. configs/ucf101.py.", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder of this run; default runs/<name of the config>."
+)
+_DRY_RUN = flags.DEFINE_bool(
+  "dry_run", False, "Print shapes, parameters, memory and FLOPs; touch no data."
+)
 _RESUME_CHANGED = flags.DEFINE_bool(
-  "resume_changed", False, "Go on from the checkpoint though data, model, seed or train.batch_size are no longer its own."
+  "resume_changed",
+  False,
+  "Go on from the checkpoint though data, model, seed or train.batch_size are no longer its own.",
 )
 
 
@@ -98,7 +112,10 @@ def train(config, workdir, resume_changed: bool = False, progress: bool = True) 
 
   # ---- 6. the loop --------------------------------------------------------------------------------------------------
   result, compiled, loop_started = None, step, time.monotonic()
-  with StopRequest() as stop, tqdm(total=exp.train.steps, initial=step, desc="training", disable=not progress) as bar:
+  with (
+    StopRequest() as stop,
+    tqdm(total=exp.train.steps, initial=step, desc="training", disable=not progress) as bar,
+  ):
     while step < exp.train.steps and not stop():
       batch = next(batches)
       state, values = train_step(state, {k: batch[k] for k in ("latent", "label")}, tables)
@@ -124,14 +141,22 @@ def train(config, workdir, resume_changed: bool = False, progress: bool = True) 
   metrics.finish(seconds, finished=step >= exp.train.steps)
   checkpoints.close()
   if step < exp.train.steps:
-    logging.warning("stopped at step %d of %d; the same command goes on from there", step, exp.train.steps)
-  return {"step": step, "finished": step >= exp.train.steps, "val_loss": None if result is None else result["loss"]}
+    logging.warning(
+      "stopped at step %d of %d; the same command goes on from there", step, exp.train.steps
+    )
+  return {
+    "step": step,
+    "finished": step >= exp.train.steps,
+    "val_loss": None if result is None else result["loss"],
+  }
 
 
 def _resumed(checkpoints, old, record, state, changed):
   """The checkpoint's state; `record` learns what changed on the way."""
   check_same_data(old, record)
-  record["changes"] = old.get("changes", []) + ([{"step": old["step"], "keys": changed}] if changed else [])
+  record["changes"] = old.get("changes", []) + (
+    [{"step": old["step"], "keys": changed}] if changed else []
+  )
   state = with_seed(checkpoints.restore(state), state, changed)
   logging.info("resumed at step %d from %s", int(state.step), checkpoints.path)
   return state
@@ -152,7 +177,9 @@ def _record(config, cache) -> dict:
     "config": config.to_dict(),
     "class_names": list(cache.class_names),
     "latent_shape": tuple(cache.latent_shape),
-    "statistics": {name: np.asarray(getattr(cache.statistics, name)).tolist() for name in ("mean", "std")},
+    "statistics": {
+      name: np.asarray(getattr(cache.statistics, name)).tolist() for name in ("mean", "std")
+    },
     "video_shape": list(cache.video_shape),
     "cache": cache.manifest["hash"],
     "changes": [],
@@ -163,8 +190,17 @@ def _facts(exp, params, record, layout) -> dict:
   """What the run's log starts with: the model, its data, code, machine and grid."""
   model = {"params": _count(params), "method": exp.model.attention.method}
   code = model | {"classes": record["class_names"], "changes": record["changes"]}
-  code |= {"git": git_revision(), "versions": versions(), "device": str(jax.devices()[0].device_kind)}
-  return code | {"tokens": layout.n, "tiles": layout.tiles, "grid": layout.grid, "tile": layout.tile}
+  code |= {
+    "git": git_revision(),
+    "versions": versions(),
+    "device": str(jax.devices()[0].device_kind),
+  }
+  return code | {
+    "tokens": layout.n,
+    "tiles": layout.tiles,
+    "grid": layout.grid,
+    "tile": layout.tile,
+  }
 
 
 def _validation(exp, graphdef, cache, tables):

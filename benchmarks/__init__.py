@@ -1,0 +1,1 @@
+"""Commands that make every figure of the documents, and their rows in results/."""

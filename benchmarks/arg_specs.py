@@ -37,7 +37,9 @@ class AttentionSpec:
 
   def __post_init__(self):
     if self.keys % self.block or not 0 < self.keys <= self.layout.n_buffer:
-      raise ValueError(f"{self.name}: {self.keys=} must be a multiple of {self.block=} in 1..{self.layout.n_buffer}.")
+      raise ValueError(
+        f"{self.name}: {self.keys=} must be a multiple of {self.block=} in 1..{self.layout.n_buffer}."
+      )
 
   @property
   def n(self) -> int:
@@ -51,20 +53,27 @@ class AttentionSpec:
   def inputs(self, count: int = 3, seed: int = 0) -> list[jax.Array]:
     """`count` normal arrays `[batch, n_buffer, heads, head_dim]`: q, k, v, then cotangents."""
     shape = (self.batch, self.layout.n_buffer, self.heads, self.head_dim)
-    return [jax.random.normal(key, shape, jnp.dtype(self.dtype)) for key in jax.random.split(jax.random.key(seed), count)]
+    return [
+      jax.random.normal(key, shape, jnp.dtype(self.dtype))
+      for key in jax.random.split(jax.random.key(seed), count)
+    ]
 
   def mask(self, seed: int = 0) -> BlockMask:
     """Every query tile of every head lists its own tile and random others, `keys / block` in all."""
     rng, tiles, listed = np.random.default_rng(seed), self.layout.tiles, self.keys // self.block
     score = rng.random((self.heads, tiles, tiles), np.float32)
     score[:, np.arange(tiles), np.arange(tiles)] = 2
-    ids = np.sort(np.argpartition(-score, listed - 1, axis=-1)[..., :listed], axis=-1).astype(np.int32)
+    ids = np.sort(np.argpartition(-score, listed - 1, axis=-1)[..., :listed], axis=-1).astype(
+      np.int32
+    )
     counts = np.full((1, self.heads, tiles), listed, np.int32)
     return BlockMask(ids[None], counts, self.layout.arrays().kv_len, None, self.block, self.block)
 
 
 def _cpu(name, grid, **kwargs):
-  return AttentionSpec(name, grid, **{"heads": 4, "head_dim": 64, "keys": 1024, "dtype": "float32"} | kwargs)
+  return AttentionSpec(
+    name, grid, **{"heads": 4, "head_dim": 64, "keys": 1024, "dtype": "float32"} | kwargs
+  )
 
 
 _SPECS = (

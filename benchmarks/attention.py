@@ -15,23 +15,45 @@ from absl import app, flags, logging
 from benchmarks.arg_specs import SPECS
 from benchmarks.gpu import run as gpu_run
 
-_DEVICE = flags.DEFINE_enum("device", "cpu", ["cpu", "gpu"], "Where to measure.", allow_override=True)
-_QUICK = flags.DEFINE_bool("quick", False, "CPU: small shapes and few repeats; writes no rows.", allow_override=True)
-_MEMORY_OF = flags.DEFINE_enum("memory_of", None, ["forward", "backward"], "CPU: only run this once and print its peak memory.")
-_SPEC = flags.DEFINE_enum("spec", "cpu_64k", sorted(SPECS), "The shape of --memory_of.", allow_override=True)
+_DEVICE = flags.DEFINE_enum(
+  "device", "cpu", ["cpu", "gpu"], "Where to measure.", allow_override=True
+)
+_QUICK = flags.DEFINE_bool(
+  "quick", False, "CPU: small shapes and few repeats; writes no rows.", allow_override=True
+)
+_MEMORY_OF = flags.DEFINE_enum(
+  "memory_of", None, ["forward", "backward"], "CPU: only run this once and print its peak memory."
+)
+_SPEC = flags.DEFINE_enum(
+  "spec", "cpu_64k", sorted(SPECS), "The shape of --memory_of.", allow_override=True
+)
 _MINUTES = flags.DEFINE_float(
-  "minutes", 18, "GPU: stop by then with what there is; rows already there are skipped.", 0, allow_override=True
+  "minutes",
+  18,
+  "GPU: stop by then with what there is; rows already there are skipped.",
+  0,
+  allow_override=True,
 )
 _OUT = flags.DEFINE_string(
-  "out", None, "GPU: folder for rows and plot; default $OUT, else benchmarks/results.", allow_override=True
+  "out",
+  None,
+  "GPU: folder for rows and plot; default $OUT, else benchmarks/results.",
+  allow_override=True,
 )
 _IMPLEMENTATION = flags.DEFINE_string(
-  "implementation", None, "GPU: attention backend to measure; default the GPU kernel.", allow_override=True
+  "implementation",
+  None,
+  "GPU: attention backend to measure; default the GPU kernel.",
+  allow_override=True,
 )
 _PARTS = flags.DEFINE_list(
-  "parts", None, "GPU: only these parts, by their names in gpu_run.py; default all but those asked for by name only."
+  "parts",
+  None,
+  "GPU: only these parts, by their names in gpu_run.py; default all but those asked for by name only.",
 )
-_ONLY = flags.DEFINE_string("only", "", "GPU: regular expression: only rows whose name it finds.", allow_override=True)
+_ONLY = flags.DEFINE_string(
+  "only", "", "GPU: regular expression: only rows whose name it finds.", allow_override=True
+)
 _CONFIG = flags.DEFINE_string(
   "config",
   "",
@@ -39,7 +61,10 @@ _CONFIG = flags.DEFINE_string(
   allow_override=True,
 )
 _REHEARSE = flags.DEFINE_bool(
-  "rehearse", False, "GPU: the whole run on tiny shapes with a stand-in, on a CPU; needs --out.", allow_override=True
+  "rehearse",
+  False,
+  "GPU: the whole run on tiny shapes with a stand-in, on a CPU; needs --out.",
+  allow_override=True,
 )
 
 
@@ -61,13 +86,18 @@ def main(argv):
     if troubles:
       print(f"failed or wrong: {', '.join(troubles)}")
     sys.exit(1 if troubles or run.skipped else 0)
-  from benchmarks.cpu import attention as cpu_attention  # needs flax, which a machine that only measures GPU kernels may lack
+  from benchmarks.cpu import (
+    attention as cpu_attention,
+  )  # needs flax, which a machine that only measures GPU kernels may lack
 
   jax.config.update("jax_platforms", "cpu")
   if _MEMORY_OF.value:
     cpu_attention.print_memory(SPECS[_SPEC.value], _MEMORY_OF.value)
   else:
-    cpu_attention.main(_QUICK.value, "python -m benchmarks.attention --device=cpu" + (" --quick" if _QUICK.value else ""))
+    cpu_attention.main(
+      _QUICK.value,
+      "python -m benchmarks.attention --device=cpu" + (" --quick" if _QUICK.value else ""),
+    )
 
 
 if __name__ == "__main__":

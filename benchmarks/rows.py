@@ -54,7 +54,9 @@ def context(command: str) -> dict[str, str]:
   }
 
 
-def write_rows(benchmark: str, rows: list[dict], command: str, folder: pathlib.Path = RESULTS) -> pathlib.Path:
+def write_rows(
+  benchmark: str, rows: list[dict], command: str, folder: pathlib.Path = RESULTS
+) -> pathlib.Path:
   """Adds rows to `<folder>/<benchmark>.json`; a row replaces the one of the same name, the others stay.
 
   Args:
@@ -97,10 +99,14 @@ def table(found: list[dict]) -> str:
   lines = [f"{'measurement':<52} {'value':>9}  {'goal':>8}  met"]
   for row in found:
     met = {None: "-", True: "yes", False: "NO"}[row["met"]]
-    lines.append(f"{row['name']:<52} {row['value']:>7.3g} {row['unit']:<2} {row['goal'] or '-':>8}  {met}")
+    lines.append(
+      f"{row['name']:<52} {row['value']:>7.3g} {row['unit']:<2} {row['goal'] or '-':>8}  {met}"
+    )
     notes = [f"{key} {row[key]:.3g}" for key in _NOTES if key in row]
     notes += [f"best dense form: {row['form']}"] if "form" in row else []
-    times = [f"{key} {value['median_s']:.3g} s" for key, value in row.items() if isinstance(value, dict)]
+    times = [
+      f"{key} {value['median_s']:.3g} s" for key, value in row.items() if isinstance(value, dict)
+    ]
     lines += [f"    {', '.join(times + notes)}"] if times or notes else []
   return "\n".join(lines)
 
@@ -110,7 +116,8 @@ def _commit() -> str:
   try:
     commit = _git("rev-parse", "--short", "HEAD").strip()
     changed = any(
-      _is_source(line[3:]) for line in _git("status", "--porcelain", "--untracked-files=no", *_SOURCES).splitlines()
+      _is_source(line[3:])
+      for line in _git("status", "--porcelain", "--untracked-files=no", *_SOURCES).splitlines()
     )
   except (OSError, subprocess.CalledProcessError):
     return "unknown"
@@ -119,10 +126,21 @@ def _commit() -> str:
 
 def sources(root: pathlib.Path = _ROOT) -> str:
   """Short hash of the sources as they lie there, new files included; the same for whoever has the same files."""
-  blob = lambda data: hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()  # as git names a file's content
-  found = (p for place in _SOURCES for p in ((root / place).rglob("*") if (root / place).is_dir() else [root / place]))
+
+  def blob(data):
+    return hashlib.sha1(
+      b"blob %d\0" % len(data) + data
+    ).hexdigest()  # as git names a file's content
+
+  found = (
+    p
+    for place in _SOURCES
+    for p in ((root / place).rglob("*") if (root / place).is_dir() else [root / place])
+  )
   names = ((p, p.relative_to(root).as_posix()) for p in found)
-  return _digest((name, blob(p.read_bytes())) for p, name in names if _is_source(name) and p.is_file())
+  return _digest(
+    (name, blob(p.read_bytes())) for p, name in names if _is_source(name) and p.is_file()
+  )
 
 
 def commits_with(wanted: str) -> list[str]:
@@ -133,7 +151,9 @@ def commits_with(wanted: str) -> list[str]:
   """
   found = []
   for commit in _git("log", "--all", "--format=%h").split():
-    listed = (line.split(None, 3)[2:] for line in _git("ls-tree", "-r", commit, *_SOURCES).splitlines())
+    listed = (
+      line.split(None, 3)[2:] for line in _git("ls-tree", "-r", commit, *_SOURCES).splitlines()
+    )
     files = {path: blob for blob, path in listed if _is_source(path)}
     found += [commit] if _digest(files.items()) == wanted else []
   return found
@@ -148,7 +168,9 @@ def _digest(files: Iterable[tuple[str, str]]) -> str:
 
 
 def _git(*args: str) -> str:
-  return subprocess.run(["git", *args], capture_output=True, text=True, check=True, cwd=_ROOT).stdout
+  return subprocess.run(
+    ["git", *args], capture_output=True, text=True, check=True, cwd=_ROOT
+  ).stdout
 
 
 if __name__ == "__main__":

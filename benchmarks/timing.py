@@ -36,7 +36,9 @@ class Timing:
     return {"median_s": self.median, "p10_s": self.p10, "p90_s": self.p90, "calls": len(self.times)}
 
 
-def interleave(calls: Mapping[str, Callable], rounds: int, slice_s: float = 0.5) -> dict[str, Timing]:
+def interleave(
+  calls: Mapping[str, Callable], rounds: int, slice_s: float = 0.5
+) -> dict[str, Timing]:
   """Times competitors in turn, A B C A B C, so that a machine that slows down slows them all.
 
   Args:
@@ -96,7 +98,9 @@ def peak_rss() -> int:
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def in_child(arguments: list[str], environment: Mapping[str, str] | None = None, timeout_s: float | None = None) -> str:
+def in_child(
+  arguments: list[str], environment: Mapping[str, str] | None = None, timeout_s: float | None = None
+) -> str:
   """Runs this Python with `arguments` in the repository's root and returns the last line that it prints.
 
   Args:
@@ -110,9 +114,15 @@ def in_child(arguments: list[str], environment: Mapping[str, str] | None = None,
   root, command = pathlib.Path(__file__).parent.parent, [sys.executable, *arguments]
   env = {**os.environ, **(environment or {})}
   try:
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, env=env, timeout=timeout_s)
+    done = subprocess.run(
+      command, capture_output=True, text=True, check=False, cwd=root, env=env, timeout=timeout_s
+    )
   except subprocess.TimeoutExpired as error:
-    raise RuntimeError(f"python {' '.join(arguments)} took longer than {timeout_s:.0f} s") from error
+    raise RuntimeError(
+      f"python {' '.join(arguments)} took longer than {timeout_s:.0f} s"
+    ) from error
   if done.returncode:
-    raise RuntimeError(f"python {' '.join(arguments)} failed with {done.returncode}: {done.stderr[-2000:]}")
+    raise RuntimeError(
+      f"python {' '.join(arguments)} failed with {done.returncode}: {done.stderr[-2000:]}"
+    )
   return done.stdout.strip().splitlines()[-1]

@@ -1,0 +1,1 @@
+"""Configurations of runs: each file has get_config(), some have sweep()."""

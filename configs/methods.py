@@ -15,7 +15,15 @@ from ml_collections import ConfigDict
 
 from configs import demo
 
-TRAINABLE = ("dense", "freqformer", "sparseflow", "sliding_tile", "radial", "block_topk", "sparse_linear")
+TRAINABLE = (
+  "dense",
+  "freqformer",
+  "sparseflow",
+  "sliding_tile",
+  "radial",
+  "block_topk",
+  "sparse_linear",
+)
 
 
 def get_config():
@@ -23,7 +31,9 @@ def get_config():
   attention = config.model.attention
   attention.freqformer.mid_tiles = 4
   attention.sliding_tile = ConfigDict(dict(window=(1, 2, 2), unit="tiles"))
-  attention.radial = ConfigDict(dict(decay=0.4, sink=0))  # two frames of tiles: a sink would be half of all keys
+  attention.radial = ConfigDict(
+    dict(decay=0.4, sink=0)
+  )  # two frames of tiles: a sink would be half of all keys
   attention.block_topk = ConfigDict(dict(density=4 / 18, coarse="gated"))
   attention.sparse_linear = ConfigDict(dict(critical=4 / 18, negligible=0.1))
   attention.sparseflow = ConfigDict(

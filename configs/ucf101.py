@@ -111,6 +111,9 @@ def sweep():
   """Routing hyper-parameters worth trying: flat overrides of the config, one trial each."""
   for slope in (0.0, 2.0, 4.0):
     for budget in (0.1, 0.2, 0.4):
-      yield {"model.attention.freqformer.router.prior_slope": slope, "model.attention.freqformer.router.budget": budget}
+      yield {
+        "model.attention.freqformer.router.prior_slope": slope,
+        "model.attention.freqformer.router.budget": budget,
+      }
   for kind in ("dct", "haar"):
     yield {"model.attention.freqformer.basis.kind": kind}

@@ -52,7 +52,9 @@ def require(config, fields: str, *, above=None, least=None, below=None, most=Non
       inside = (above is None or x > above) and (least is None or x >= least)
       inside = inside and (below is None or x < below) and (most is None or x <= most)
       if not (inside and math.isfinite(x)):
-        raise ValueError(f"{name}={given!r} must be {rule}{', in every entry' if isinstance(given, tuple) else ''}.")
+        raise ValueError(
+          f"{name}={given!r} must be {rule}{', in every entry' if isinstance(given, tuple) else ''}."
+        )
 
 
 def require_one_of(config, name: str, allowed):
@@ -82,12 +84,18 @@ def build(cls, values: Mapping, path: str = "", root: str = "config."):
   missing = [
     n
     for n, f in fields.items()
-    if n not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    if n not in values
+    and f.default is dataclasses.MISSING
+    and f.default_factory is dataclasses.MISSING
   ]
   if missing:
-    raise ConfigError(f"{where} lacks {', '.join(missing)}; {'set them in get_config' if root else 'add them'}.")
+    raise ConfigError(
+      f"{where} lacks {', '.join(missing)}; {'set them in get_config' if root else 'add them'}."
+    )
   with refusing(where):
-    return cls(**{n: _convert(v, hints[n], f"{path}.{n}" if path else n, root) for n, v in values.items()})
+    return cls(
+      **{n: _convert(v, hints[n], f"{path}.{n}" if path else n, root) for n, v in values.items()}
+    )
 
 
 def _convert(value, hint, path, root):
@@ -108,8 +116,14 @@ def _convert(value, hint, path, root):
     return _tuple(value, typing.get_args(hint), hint, path, root)
   if origin is typing.Literal:
     if value not in (allowed := typing.get_args(hint)):
-      hint = f"; did you mean {close[0]!r}?" if (close := difflib.get_close_matches(str(value), allowed, n=1)) else "."
-      raise ConfigError(f"{root}{path} must be one of {', '.join(map(repr, allowed))}, got {value!r}{hint}")
+      hint = (
+        f"; did you mean {close[0]!r}?"
+        if (close := difflib.get_close_matches(str(value), allowed, n=1))
+        else "."
+      )
+      raise ConfigError(
+        f"{root}{path} must be one of {', '.join(map(repr, allowed))}, got {value!r}{hint}"
+      )
     return value
   if hint is typing.Any or (hint is types.NoneType and value is None):
     return value
@@ -130,8 +144,14 @@ def _tuple(value, args, hint, path, root):
     args = (args[0],) * len(value)
   if len(args) != len(value):
     raise ConfigError(f"{root}{path} must have {len(args)} entries, got {tuple(value)!r}.")
-  return tuple(_convert(v, a, f"{path}[{i}]", root) for i, (v, a) in enumerate(zip(value, args, strict=True)))
+  return tuple(
+    _convert(v, a, f"{path}[{i}]", root) for i, (v, a) in enumerate(zip(value, args, strict=True))
+  )
 
 
 def _name(hint) -> str:
-  return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "").replace("NoneType", "None")
+  return (
+    hint.__name__
+    if isinstance(hint, type)
+    else str(hint).replace("typing.", "").replace("NoneType", "None")
+  )

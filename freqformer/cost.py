@@ -10,7 +10,12 @@ import collections
 import dataclasses
 import functools
 
-from freqformer.kernels.block_sparse.cost import BACKWARD_MATMULS, FORWARD_MATMULS, CallCost, uniform
+from freqformer.kernels.block_sparse.cost import (
+  BACKWARD_MATMULS,
+  FORWARD_MATMULS,
+  CallCost,
+  uniform,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +36,9 @@ class Cost:
   launches: float = 0.0
 
   def __add__(self, other: "Cost") -> "Cost":
-    return Cost(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+    return Cost(
+      *(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True))
+    )
 
   def scaled(self, factor: float) -> "Cost":
     """The cost of `factor` times the work."""
@@ -80,7 +87,9 @@ def linear_attention_cost(n: int, heads: float, head_dim: int, segments: int = 0
 # ---- a method on a grid --------------------------------------------------------------------------------------------------
 
 
-def method_call(method, layout, heads: int, head_dim: int, phase: str | None = None, allocation=None) -> CallCost:
+def method_call(
+  method, layout, heads: int, head_dim: int, phase: str | None = None, allocation=None
+) -> CallCost:
   """The attention call of a layer: the method's own lists where it knows them, else equal lists with the same pairs.
 
   Args:
@@ -94,7 +103,9 @@ def method_call(method, layout, heads: int, head_dim: int, phase: str | None = N
   cost = method.cost if phase is None else functools.partial(method.phase_cost, phase)
   pairs = cost(layout, heads, head_dim, allocation).attention_flops / (4.0 * head_dim)
   listed = pairs / (heads * layout.tiles * (layout.fill * layout.block) ** 2)
-  return uniform(layout.tiles, listed, layout.tiles, head_dim, block=layout.block, fill=layout.fill, heads=heads)
+  return uniform(
+    layout.tiles, listed, layout.tiles, head_dim, block=layout.block, fill=layout.fill, heads=heads
+  )
 
 
 def around_bytes(cost: Cost, n: int, width: int, itemsize: int = 2) -> float:
@@ -134,10 +145,17 @@ class BlockShape:
   def matmuls(self, n: int) -> list[tuple[str, float, int, int]]:
     """`(name, rows, inner, columns)` of every matrix product of one sample: 2 rows inner columns FLOPs each."""
     d, rows = self.width, n + self.text * (self.text_mode == "joint")
-    found = [("qkv", rows, d, 3 * d), ("out", rows, d, d), ("mlp_in", rows, d, self.mlp), ("mlp_out", rows, self.mlp, d)]
+    found = [
+      ("qkv", rows, d, 3 * d),
+      ("out", rows, d, d),
+      ("mlp_in", rows, d, self.mlp),
+      ("mlp_out", rows, self.mlp, d),
+    ]
     if self.text_mode == "cross":
       found += [("cross_q", n, d, d), ("cross_kv", self.text, d, 2 * d), ("cross_out", n, d, d)]
-    return found + [("modulation", 1, self.modulation_rows or d, self.modulation * d)] * bool(self.modulation)
+    return found + [("modulation", 1, self.modulation_rows or d, self.modulation * d)] * bool(
+      self.modulation
+    )
 
   def linear_flops(self, n: int) -> float:
     """Everything that is linear in the tokens: matrix products and, where there is one, cross-attention (4 n m D)."""
@@ -162,7 +180,9 @@ class BlockShape:
 
   def matmul_bytes(self, n: int, itemsize: int = 2) -> float:
     """Inputs, weights and outputs of the matrix products, each once."""
-    return sum(float(r) * k + float(k) * c + float(r) * c for _, r, k, c in self.matmuls(n)) * itemsize
+    return (
+      sum(float(r) * k + float(k) * c + float(r) * c for _, r, k, c in self.matmuls(n)) * itemsize
+    )
 
 
 # ---- a model, a run ------------------------------------------------------------------------------------------------------
@@ -205,7 +225,10 @@ def sampling_cost(config, latent_shape, schedule, guided: bool = True) -> Cost:
       masks both run with) is counted twice, so this is an upper bound there.
   """
   counts = collections.Counter(schedule)
-  steps = [model_cost(config, latent_shape, phases=phases).scaled(count) for phases, count in counts.items()]
+  steps = [
+    model_cost(config, latent_shape, phases=phases).scaled(count)
+    for phases, count in counts.items()
+  ]
   return sum(steps, Cost()).scaled(1 + guided)
 
 

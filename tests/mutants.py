@@ -45,7 +45,9 @@ class Mutant:
 
 def _hopper(name, file, old, new, test):
   """A mutant whose test is one of the Hopper attention kernels'."""
-  return Mutant(name, f"kernels/{file}", old, new, f"tests/kernels/block_sparse/test_hopper.py::{test}")
+  return Mutant(
+    name, f"kernels/{file}", old, new, f"tests/kernels/block_sparse/test_hopper.py::{test}"
+  )
 
 
 _FORWARD = "block_sparse/hopper_forward.py"
@@ -92,11 +94,7 @@ MUTANTS = (
     "test_odd_scales[-0.3]",
   ),
   _hopper(
-    "forward: LSE in log2 units",
-    _FORWARD,
-    "* (1 / parts.LOG2E)",
-    "* 1.0",
-    f"{_CASE}[plain]",
+    "forward: LSE in log2 units", _FORWARD, "* (1 / parts.LOG2E)", "* 1.0", f"{_CASE}[plain]"
   ),
   _hopper(
     "forward: maximum starts among hidden scores",
@@ -341,8 +339,8 @@ MUTANTS = (
     "jnp.where(place <= always_gm",
     "tests/kernels/selection/test_topk.py::test_the_hopper_kernel_finds_the_same_sets",
   ),
-  # ---- around attention
-  Mutant(
+    "place == always_gm",
+    "place <= always_gm",
     "prepare: rotary turns backwards",
     "kernels/around/prepare.py",
     "[first * cos - second * sin, second * cos + first * sin]",

@@ -12,7 +12,14 @@ from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.cost import CONCURRENT, REFERENCE_SOFTMAX, count, uniform
 from freqformer.kernels.block_sparse.table import dense_mask, from_tiles
 
-from freqformer.cost import BlockShape, Cost, attention_cost, method_call, training_flops, utilisation
+from freqformer.cost import (
+  BlockShape,
+  Cost,
+  attention_cost,
+  method_call,
+  training_flops,
+  utilisation,
+)
 from freqformer.grid.layout import TileLayout
 from freqformer.methods.registry import METHODS, method_class
 from freqformer.tables.window import sliding_tile
@@ -24,7 +31,9 @@ def random_mask(seed, block_q=8, block_kv=4, b=2, h=3, q_tiles=7, kv_tiles=9):
   rng = np.random.default_rng(seed)
   tiles = rng.random((b, h, q_tiles, kv_tiles)) < rng.random()
   tiles[:, :, 2] = False  # an empty row
-  return from_tiles(tiles, rng.integers(0, block_kv + 1, kv_tiles).astype(np.int32), block_q, block_kv), tiles
+  return from_tiles(
+    tiles, rng.integers(0, block_kv + 1, kv_tiles).astype(np.int32), block_q, block_kv
+  ), tiles
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -49,16 +58,24 @@ def test_tables_are_counted_alike_in_groups_of_rows_and_as_prefixes_of_one_list(
   rng, shape = np.random.default_rng(seed), mask.kv_counts.shape
   one = np.sort(rng.permutation(mask.kv_tiles)[:4]).astype(np.int32)
   counts = rng.integers(0, 5, shape).astype(np.int32)
-  prefixes = dataclasses.replace(mask, kv_indices=np.broadcast_to(one, (*shape, 4)), kv_counts=counts)
+  prefixes = dataclasses.replace(
+    mask, kv_indices=np.broadcast_to(one, (*shape, 4)), kv_counts=counts
+  )
   copied = dataclasses.replace(prefixes, kv_indices=prefixes.kv_indices.copy())
   assert block_mask.one_list(prefixes.kv_indices) and not block_mask.one_list(copied.kv_indices)
-  assert count(prefixes, 16, batch=2, heads=3, concurrent=3) == count(copied, 16, batch=2, heads=3, concurrent=3)
+  assert count(prefixes, 16, batch=2, heads=3, concurrent=3) == count(
+    copied, 16, batch=2, heads=3, concurrent=3
+  )
 
 
 def test_a_shared_table_counts_for_every_head_and_sample():
   mask, _ = random_mask(0, b=1, h=1)
   one, many = count(mask, 8), count(mask, 8, batch=3, heads=5)
-  assert many.pairs == 15 * one.pairs and many.kv_bytes() == 15 * one.kv_bytes() and many.longest == one.longest
+  assert (
+    many.pairs == 15 * one.pairs
+    and many.kv_bytes() == 15 * one.kv_bytes()
+    and many.longest == one.longest
+  )
   with pytest.raises(ValueError, match="heads=3"):
     count(random_mask(0)[0], 8, batch=2, heads=4)
 
@@ -154,7 +171,13 @@ def test_sta_window():
 
 
 @pytest.mark.parametrize(
-  "grid, tokens", [((21, 30, 52), 32_760), ((21, 45, 80), 75_600), ((33, 45, 80), 118_800), ((128, 45, 80), 460_800)]
+  "grid, tokens",
+  [
+    ((21, 30, 52), 32_760),
+    ((21, 45, 80), 75_600),
+    ((33, 45, 80), 118_800),
+    ((128, 45, 80), 460_800),
+  ],
 )
 def test_token_counts(grid, tokens):
   assert TileLayout.fit(grid, 128).n == math.prod(grid) == tokens

@@ -8,4 +8,6 @@ pytestmark = pytest.mark.xdist_group("workers")
 def test_groups_reach_the_scheduler(request):
   """xdist 3.8 tells the scheduler by the test's name, which pytest 9.2 does not let it change."""
   if getattr(request.config.option, "loadgroup", False):
-    assert request.node.nodeid.endswith("@workers"), "install a pytest that requirements-dev.txt allows"
+    assert request.node.nodeid.endswith("@workers"), (
+      "install a pytest that requirements-dev.txt allows"
+    )

@@ -70,7 +70,9 @@ def _docstrings(tree: ast.Module) -> list[tuple[str, int]]:
 
 def _unpacked(tree: ast.AST) -> int:
   """Returns how many assignments `a, b = x, y` there are: a tuple on both sides."""
-  pairs = [n for n in ast.walk(tree) if isinstance(n, ast.Assign) and isinstance(n.value, ast.Tuple)]
+  pairs = [
+    n for n in ast.walk(tree) if isinstance(n, ast.Assign) and isinstance(n.value, ast.Tuple)
+  ]
   return sum(any(isinstance(t, ast.Tuple) for t in n.targets) for n in pairs)
 
 
@@ -146,11 +148,17 @@ def count(root: pathlib.Path) -> dict:
     "median function [lines]": statistics.median(lengths),
     "90 % of functions up to [lines]": lengths[int(0.9 * len(lengths))],
     "largest function [lines]": lengths[-1],
-    f"functions of more than {MANY_PARAMETERS} parameters": sum(len(_parameters(f)) > MANY_PARAMETERS for f in functions),
+    f"functions of more than {MANY_PARAMETERS} parameters": sum(
+      len(_parameters(f)) > MANY_PARAMETERS for f in functions
+    ),
     "comments [% of lines]": share(sum(_comment_lines(texts[p]) for p in product), total),
     "docstrings [% of lines]": share(sum(n for _, n in docstrings), total),
-    "public functions with a docstring [%]": share(sum(ast.get_docstring(f) is not None for f in public), len(public)),
-    "parameters annotated [%]": share(sum(p.annotation is not None for p in parameters), len(parameters)),
+    "public functions with a docstring [%]": share(
+      sum(ast.get_docstring(f) is not None for f in public), len(public)
+    ),
+    "parameters annotated [%]": share(
+      sum(p.annotation is not None for p in parameters), len(parameters)
+    ),
     "lambdas per 1,000 lines": per_thousand(sum(isinstance(n, ast.Lambda) for n in nodes)),
     "named lambdas": sum(_named_lambdas(tree) for tree in trees),
     "tuple-assignments per 1,000 lines": per_thousand(sum(_unpacked(tree) for tree in trees)),
@@ -164,7 +172,9 @@ def count(root: pathlib.Path) -> dict:
     own = pulled_in(root, entry, files)
     report[f"{entry} pulls in: files"] = len(own)
     report[f"{entry} pulls in: lines"] = sum(lines[path] for path in own)
-  prose = [root / p for p in ("README.md", *(f"docs/{d.name}" for d in (root / "docs").glob("*.md")))]
+  prose = [
+    root / p for p in ("README.md", *(f"docs/{d.name}" for d in (root / "docs").glob("*.md")))
+  ]
   report["words of README and docs"] = sum(len(path.read_text().split()) for path in prose)
   return report
 

@@ -95,8 +95,12 @@ def _mesh(devices, device):
 
   path = TARGETS / f"{device}.txtpb"
   if not path.exists():
-    raise ValueError(f"{device=} has no target description; choose one of {sorted(p.stem for p in TARGETS.glob('*.txtpb'))}.")
-  topology = topologies.get_topology_desc(platform="cuda", target_config=path.read_text(), topology=f"1x1x{devices}")
+    raise ValueError(
+      f"{device=} has no target description; choose one of {sorted(p.stem for p in TARGETS.glob('*.txtpb'))}."
+    )
+  topology = topologies.get_topology_desc(
+    platform="cuda", target_config=path.read_text(), topology=f"1x1x{devices}"
+  )
   return topologies.make_mesh(topo=topology, mesh_shape=(devices,), axis_names=("data",))
 
 
@@ -107,12 +111,18 @@ def _require_wheels() -> None:
     try:
       found = importlib.metadata.version(wheel)
     except importlib.metadata.PackageNotFoundError:
-      raise RuntimeError(f"compiling for an absent GPU needs {wheel}, which is not installed; run: {install}") from None
+      raise RuntimeError(
+        f"compiling for an absent GPU needs {wheel}, which is not installed; run: {install}"
+      ) from None
     if found != version:
-      raise RuntimeError(f"compiling for an absent GPU needs {wheel} of jax's version {version}, found {found}; run: {install}")
+      raise RuntimeError(
+        f"compiling for an absent GPU needs {wheel} of jax's version {version}, found {found}; run: {install}"
+      )
 
 
-def compile_for(fn, *args, devices: int = 1, device: str = "h100", shardings=None, options=None) -> Compilation:
+def compile_for(
+  fn, *args, devices: int = 1, device: str = "h100", shardings=None, options=None
+) -> Compilation:
   """Compiles `fn(*args)` for GPUs that are not there.
 
   Args:
@@ -132,7 +142,9 @@ def compile_for(fn, *args, devices: int = 1, device: str = "h100", shardings=Non
   gpus = mesh(devices, device)
   shardings = (PartitionSpec(),) * len(args) if shardings is None else tuple(shardings)
   if len(shardings) != len(args):
-    raise ValueError(f"shardings must have one entry per argument: got {len(shardings)} for {len(args)}.")
+    raise ValueError(
+      f"shardings must have one entry per argument: got {len(shardings)} for {len(args)}."
+    )
   specs = tuple(_specs(gpus, s, a) for s, a in zip(shardings, args, strict=True))
   with _dumps() as folder, _settings(), jax.sharding.use_abstract_mesh(gpus.abstract_mesh):
     # A new function object each time: jax reuses lowered modules of a known one, and those name an earlier folder.
@@ -151,11 +163,22 @@ def compile_for(fn, *args, devices: int = 1, device: str = "h100", shardings=Non
 
 def _specs(gpus: Mesh, sharding, arg):
   """`arg` with shapes and shardings only; `sharding` may be a prefix of its tree."""
-  is_spec = lambda x: x is None or isinstance(x, PartitionSpec)
-  place = lambda spec: NamedSharding(gpus, spec or PartitionSpec())
-  typed = lambda x: jax.ShapeDtypeStruct(jax.numpy.shape(x), jax.numpy.result_type(x))
-  one = lambda x, spec: jax.ShapeDtypeStruct(typed(x).shape, typed(x).dtype, sharding=place(spec))
-  return jax.tree.map(lambda spec, part: jax.tree.map(lambda x: one(x, spec), part), sharding, arg, is_leaf=is_spec)
+
+  def is_spec(x):
+    return x is None or isinstance(x, PartitionSpec)
+
+  def place(spec):
+    return NamedSharding(gpus, spec or PartitionSpec())
+
+  def typed(x):
+    return jax.ShapeDtypeStruct(jax.numpy.shape(x), jax.numpy.result_type(x))
+
+  def one(x, spec):
+    return jax.ShapeDtypeStruct(typed(x).shape, typed(x).dtype, sharding=place(spec))
+
+  return jax.tree.map(
+    lambda spec, part: jax.tree.map(lambda x: one(x, spec), part), sharding, arg, is_leaf=is_spec
+  )
 
 
 @contextlib.contextmanager
@@ -173,7 +196,10 @@ def _dumps():
     quiet.write_text("#!/bin/sh\n")
     quiet.chmod(0o755)
     (folder / "reports").mkdir()
-    names = {"MOSAIC_GPU_DUMP_TO": str(folder / "reports"), "MOSAIC_GPU_CUDA_ROOT": str(folder / "cuda")}
+    names = {
+      "MOSAIC_GPU_DUMP_TO": str(folder / "reports"),
+      "MOSAIC_GPU_CUDA_ROOT": str(folder / "cuda"),
+    }
     import jax.experimental.mosaic.gpu  # noqa: F401  (sets MOSAIC_GPU_CUDA_ROOT itself on import: let it, then change it)
 
     before = {k: os.environ.get(k) for k in names}
@@ -204,16 +230,26 @@ def _settings():
 
 def _read_dumps(folder: pathlib.Path) -> tuple[KernelResources, ...]:
   """One entry per kernel whose assembler report lies in the folder, in the order they were lowered, numbered from 0."""
-  number = lambda path: int(re.search(r"(\d+)$", path.stem)[1])  # counts all kernels of the process
+
+  def number(path):
+    return int(re.search(r"(\d+)$", path.stem)[1])  # counts all kernels of the process
+
   paths = sorted(folder.glob("*.ptxas"), key=number)
-  return tuple(_resources(path, f"{path.stem.rpartition('_')[0]}_{i}") for i, path in enumerate(paths))
+  return tuple(
+    _resources(path, f"{path.stem.rpartition('_')[0]}_{i}") for i, path in enumerate(paths)
+  )
 
 
 def _resources(path: pathlib.Path, name: str) -> KernelResources:
   report = path.read_text()
-  number = lambda pattern: int(m[1]) if (m := re.search(pattern, report)) else 0
+
+  def number(pattern):
+    return int(m[1]) if (m := re.search(pattern, report)) else 0
+
   if not number(r"Used (\d+) registers"):
-    raise RuntimeError(f"the assembler's report of {path.stem} names no registers: {report[:200]!r}.")
+    raise RuntimeError(
+      f"the assembler's report of {path.stem} names no registers: {report[:200]!r}."
+    )
   return KernelResources(
     name,
     number(r"Used (\d+) registers"),

@@ -81,7 +81,9 @@ def _equation(eqn) -> ProgramCost:
   if name == "cond":
     return max(inner, key=lambda cost: cost.flops)
   if name == "while" and any(cost.flops for cost in inner):
-    raise ValueError("a loop of unknown length holds products or kernels; count its body alone and multiply by its length.")
+    raise ValueError(
+      "a loop of unknown length holds products or kernels; count its body alone and multiply by its length."
+    )
   total = ProgramCost(0, {})
   for cost in inner:
     total = _add(total, cost)
@@ -100,8 +102,12 @@ def _jaxprs(params) -> Iterator:
 
 def _kernel(name: str, estimate: pl.CostEstimate | None) -> ProgramCost:
   if estimate is None:
-    raise ValueError(f"kernel {name!r} was launched without a cost; launch it by kernels.hopper.launch.launch.")
-  return ProgramCost(0, {name: Launched(1, estimate.flops, estimate.transcendentals, estimate.bytes_accessed)})
+    raise ValueError(
+      f"kernel {name!r} was launched without a cost; launch it by kernels.hopper.launch.launch."
+    )
+  return ProgramCost(
+    0, {name: Launched(1, estimate.flops, estimate.transcendentals, estimate.bytes_accessed)}
+  )
 
 
 def _add(a: ProgramCost, b: ProgramCost) -> ProgramCost:

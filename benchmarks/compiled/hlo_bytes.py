@@ -91,7 +91,10 @@ def operations(text: str, unknown_trips: float = 1) -> list[Operation]:
 
 def size(shape: str) -> int:
   """Bytes of a shape or tuple of shapes, as HLO writes it."""
-  return sum(_BYTES[kind] * math.prod(int(d) for d in dims.split(",") if d) for kind, dims in _SHAPE.findall(shape))
+  return sum(
+    _BYTES[kind] * math.prod(int(d) for d in dims.split(",") if d)
+    for kind, dims in _SHAPE.findall(shape)
+  )
 
 
 def _computations(text):
@@ -121,8 +124,14 @@ def _walk(computations, name, times, unknown_trips):
     elif line.opcode not in _FREE and not line.opcode.endswith("-done"):
       inside = computations.get(line.called("calls"), [])
       moved = _read(line, inside, shapes) + _written(line, inside)
-      scopes = tuple(dict.fromkeys(re.findall(r'op_name="([^"]*)"', "\n".join(part.rest for part in (*inside, line)))))
-      yield Operation(line.name, line.opcode, times * moved, scopes, line.opcode == "custom-call", times)
+      scopes = tuple(
+        dict.fromkeys(
+          re.findall(r'op_name="([^"]*)"', "\n".join(part.rest for part in (*inside, line)))
+        )
+      )
+      yield Operation(
+        line.name, line.opcode, times * moved, scopes, line.opcode == "custom-call", times
+      )
 
 
 def _read(line, inside, shapes) -> int:
@@ -132,13 +141,19 @@ def _read(line, inside, shapes) -> int:
     operands = line.operands[1:] if line.opcode == "dynamic-update-slice" else line.operands
     return sum(size(shapes[o]) for o in dict.fromkeys(operands) if o in shapes)
   parameters = {int(p.rest.split(")")[0]): p.name for p in inside if p.opcode == "parameter"}
-  return sum(_taken(inside, parameters[i], size(shapes.get(o, ""))) for i, o in enumerate(line.operands) if i in parameters)
+  return sum(
+    _taken(inside, parameters[i], size(shapes.get(o, "")))
+    for i, o in enumerate(line.operands)
+    if i in parameters
+  )
 
 
 def _taken(inside, name, whole) -> int:
   """Bytes that a fusion reads of one parameter: what slices take of it, also behind element-wise operations."""
   shapes = {line.name: line.shape for line in inside}
-  elements = lambda shape: sum(math.prod(int(d) for d in dims.split(",") if d) for _, dims in _SHAPE.findall(shape))
+
+  def elements(shape):
+    return sum(math.prod(int(d) for d in dims.split(",") if d) for _, dims in _SHAPE.findall(shape))
 
   @functools.cache
   def share(value) -> float:

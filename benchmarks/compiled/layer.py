@@ -13,10 +13,14 @@ from freqformer.methods.base import Cond, Projected
 from freqformer.methods.freqformer import FreqFormer
 
 
-def freqformer_forward(method: FreqFormer, q, k, v, arrays, tables, implementation: str | None = None):
+def freqformer_forward(
+  method: FreqFormer, q, k, v, arrays, tables, implementation: str | None = None
+):
   """The method on `[b, n_buffer, h, d]`: output and density; rotary included, QK-norm not."""
   cond = Cond(jnp.zeros(q.shape[0]), jnp.zeros((q.shape[0], 1)))
-  out, _, aux = method(None, Projected(q, k, v, rotate, rotate, arrays, implementation), cond, tables, {})
+  out, _, aux = method(
+    None, Projected(q, k, v, rotate, rotate, arrays, implementation), cond, tables, {}
+  )
   return out, aux["density"]
 
 
@@ -43,10 +47,19 @@ def projected(joint, arrays, implementation: str | None = None) -> Projected:
   As in the layer, a kernel norms, rotates and packs where the device has one.
   """
   _, _, _, h, d = joint.shape
-  norm = lambda x: (x * jax.lax.rsqrt(jnp.square(x.astype(jnp.float32)).mean(-1, keepdims=True) + EPS)).astype(x.dtype)
+
+  def norm(x):
+    return (
+      x * jax.lax.rsqrt(jnp.square(x.astype(jnp.float32)).mean(-1, keepdims=True) + EPS)
+    ).astype(x.dtype)
+
   finish, fused = (lambda x, positions: rotate(norm(x), positions)), None
   if implementation in (None, "pallas_mgpu") and not unsupported(joint, arrays.layout.tiles):
-    learned = jnp.zeros((3, h, d), joint.dtype), (jnp.ones(d), jnp.ones(d)), angle_tables(arrays.positions, d)
+    learned = (
+      jnp.zeros((3, h, d), joint.dtype),
+      (jnp.ones(d), jnp.ones(d)),
+      angle_tables(arrays.positions, d),
+    )
     fused = functools.partial(prepare, joint, *learned, arrays.kv_len)
   return Projected(*jnp.unstack(joint, axis=2), finish, finish, arrays, implementation, fused)
 

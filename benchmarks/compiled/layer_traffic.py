@@ -25,9 +25,15 @@ from freqformer.simulation.forward import make_method  # noqa: E402
 from tools.offline import compile_for  # noqa: E402
 
 _DEVICE = flags.DEFINE_enum(
-  "device", "offline", ["offline"], "Where the layer is compiled for: an absent H100.", allow_override=True
+  "device",
+  "offline",
+  ["offline"],
+  "Where the layer is compiled for: an absent H100.",
+  allow_override=True,
 )
-_ONLY = flags.DEFINE_multi_string("only", [], "Layers to compile, as `method(fields)@phase`; default: all.")
+_ONLY = flags.DEFINE_multi_string(
+  "only", [], "Layers to compile, as `method(fields)@phase`; default: all."
+)
 LAYOUT = TileLayout((16, 32, 32), (4, 4, 8), 128)
 HEADS, HEAD_DIM = 12, 128
 # Rounds of the selection's bisection, which stop by themselves: as in benchmarks/compiled/memory_bound.py.
@@ -68,7 +74,12 @@ def compiled(text: str):
   text, _, phase = text.partition("@")
   method, width = make_method(text), HEADS * HEAD_DIM
   dims = AttentionDims(width, HEADS, width)
-  build = lambda: SpectralAttention(dims, method, LAYOUT, nnx.Rngs(0), dtype=jnp.bfloat16, implementation="pallas_mgpu")
+
+  def build():
+    return SpectralAttention(
+      dims, method, LAYOUT, nnx.Rngs(0), dtype=jnp.bfloat16, implementation="pallas_mgpu"
+    )
+
   graphdef, params = nnx.split(nnx.eval_shape(build))
   state = jax.eval_shape(lambda: method.init_state(1, dims.for_method, LAYOUT)) if phase else {}
 
@@ -83,7 +94,11 @@ def compiled(text: str):
 def measure(text: str) -> dict:
   """A row: bytes and launches beside the attention kernels."""
   found = operations(compiled(text).compiled.as_text(), unknown_trips=_PASSES)
-  around = [op for op in found if not (op.kernel and any("attention_forward" in scope for scope in op.scopes))]
+  around = [
+    op
+    for op in found
+    if not (op.kernel and any("attention_forward" in scope for scope in op.scopes))
+  ]
   moved, unit = sum(op.bytes for op in around), 2 * LAYOUT.n_buffer * HEADS * HEAD_DIM
   return {
     "name": text,
@@ -101,8 +116,14 @@ def main(_):
   context = {"device": "NVIDIA H100 80GB HBM3 (compiled for, absent)"}
   for text in _ONLY.value or LAYERS:
     row = measure(text)
-    write_rows("layer_traffic", [context | row], "python -m benchmarks.compiled.layer_traffic --device=offline")
-    print(f"{text}: {row['passes']} passes, {row['launches']} launches beside {row['attention_launches']} of attention")
+    write_rows(
+      "layer_traffic",
+      [context | row],
+      "python -m benchmarks.compiled.layer_traffic --device=offline",
+    )
+    print(
+      f"{text}: {row['passes']} passes, {row['launches']} launches beside {row['attention_launches']} of attention"
+    )
 
 
 if __name__ == "__main__":

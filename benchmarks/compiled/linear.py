@@ -33,7 +33,9 @@ from freqformer.simulation.descriptions import load_gpu, load_model
 from freqformer.simulation.forward import Plan, simulate
 from tools import offline
 
-_QUICK = flags.DEFINE_bool("quick", False, "Small CPU shapes and few repeats; writes no rows.", allow_override=True)
+_QUICK = flags.DEFINE_bool(
+  "quick", False, "Small CPU shapes and few repeats; writes no rows.", allow_override=True
+)
 
 # Assumed for an H100 until measured: 85 % of the best published dense attention rate (697 TFLOP/s), and a plain copy.
 TENSOR_RATE, COPY_RATE = 0.85 * 697e12, 3.0e12
@@ -58,10 +60,14 @@ class Shape:
 
   def rows(self) -> jax.ShapeDtypeStruct:
     """q, k, v or the output."""
-    return jax.ShapeDtypeStruct((1, self.layout().n_buffer, self.heads, self.head_dim), jnp.bfloat16)
+    return jax.ShapeDtypeStruct(
+      (1, self.layout().n_buffer, self.heads, self.head_dim), jnp.bfloat16
+    )
 
 
-def linear_bytes(operations: list[hlo_bytes.Operation], share: float, in_place: float) -> tuple[float, int]:
+def linear_bytes(
+  operations: list[hlo_bytes.Operation], share: float, in_place: float
+) -> tuple[float, int]:
   """Bytes that linear attention moves in a compiled program, and its kernels.
 
   Args:
@@ -69,10 +75,16 @@ def linear_bytes(operations: list[hlo_bytes.Operation], share: float, in_place: 
     share: of the heads that take part; a Mosaic kernel moves nothing for the others.
     in_place: bytes of the arrays that `linear_read` writes into, which are operands but not read; 0 if there are none.
   """
+
   # What only allocates moves nothing.
-  left_out = lambda scope: f"/{_OTHERS}/" in scope or scope.endswith("/empty")
+  def left_out(scope):
+    return f"/{_OTHERS}/" in scope or scope.endswith("/empty")
+
   ours = [o for o in operations if not any(map(left_out, o.scopes))]
-  within = lambda o: in_place * any("linear_read" in scope for scope in o.scopes)
+
+  def within(o):
+    return in_place * any("linear_read" in scope for scope in o.scopes)
+
   return sum((o.bytes - within(o)) * share if o.kernel else o.bytes for o in ours), len(ours)
 
 
@@ -94,7 +106,9 @@ def sparseflow(name: str, shape: Shape, method: SparseFlow, implementation: str)
       ids = jnp.broadcast_to(mask.kv_indices, (*counts.shape, mask.max_kv))
       mask = dataclasses.replace(mask, kv_indices=ids, kv_counts=counts)
       out, _ = attention(q, k, v, mask, implementation="pallas_mgpu")
-    run = functools.partial(linear_attention, feature_map=method.feature_map, implementation=implementation)
+    run = functools.partial(
+      linear_attention, feature_map=method.feature_map, implementation=implementation
+    )
     return run(q, k, v, tables.frames, heads=heads, into=out)[0]
 
   compiled = offline.compile_for(call, x, x, x, tables, jax.ShapeDtypeStruct(fixed.shape, bool))
@@ -108,21 +122,43 @@ def sparse_linear(name: str, shape: Shape, method: SparseLinear, implementation:
   """The H100 model's row of sparse-linear attention: every head reads the sums of its marginal tiles."""
   layout, x = shape.layout(), shape.rows()
   tiles = jax.ShapeDtypeStruct((1, shape.heads, layout.tiles, layout.tiles), jnp.bool_)
-  run = functools.partial(linear_attention, feature_map=method.feature_map, implementation=implementation)
-  call = lambda q, k, v, segments, reads: run(q, k, v, segments, reads=reads)[0]
-  compiled = offline.compile_for(call, x, x, x, Segments.of_tiles(layout.arrays().kv_len, layout.block), tiles)
+  run = functools.partial(
+    linear_attention, feature_map=method.feature_map, implementation=implementation
+  )
+
+  def call(q, k, v, segments, reads):
+    return run(q, k, v, segments, reads=reads)[0]
+
+  compiled = offline.compile_for(
+    call, x, x, x, Segments.of_tiles(layout.arrays().kv_len, layout.block), tiles
+  )
   return modelled(name, shape, method, shape.heads, compiled)
 
 
-def modelled(name: str, shape: Shape, method: Method, own: int, compiled: offline.Compilation, in_place: float = 0.0) -> dict:
+def modelled(
+  name: str,
+  shape: Shape,
+  method: Method,
+  own: int,
+  compiled: offline.Compilation,
+  in_place: float = 0.0,
+) -> dict:
   """Seconds of linear attention on `own` heads, as compiled and at the least bytes, beside the sparse launch and in a block."""
   layout, share = shape.layout(), own / shape.heads
   moved, kernels = linear_bytes(hlo_bytes.operations(compiled.compiled.as_text()), share, in_place)
   least = 4 * 2 * shape.rows().size * share  # q, k, v in, the output out
-  cost = method.cost(layout, shape.heads, shape.head_dim, SPLIT if isinstance(method, SparseFlow) else None)
-  sums = layout.tiles**2 if isinstance(method, SparseLinear) else 0  # segments read the sums of others
+  cost = method.cost(
+    layout, shape.heads, shape.head_dim, SPLIT if isinstance(method, SparseFlow) else None
+  )
+  sums = (
+    layout.tiles**2 if isinstance(method, SparseLinear) else 0
+  )  # segments read the sums of others
   flops = (4.0 * layout.n + 2.0 * sums) * shape.head_dim * (shape.head_dim + 1) * own
-  sparse_s, linear_s, least_s = cost.attention_flops / TENSOR_RATE, moved / COPY_RATE, least / COPY_RATE
+  sparse_s, linear_s, least_s = (
+    cost.attention_flops / TENSOR_RATE,
+    moved / COPY_RATE,
+    least / COPY_RATE,
+  )
   linear_s, least_s = (max(s, flops / TENSOR_RATE) for s in (linear_s, least_s))
   card = load_model(BLOCK)
   whole = simulate(Plan(card, name, method, shape.grid, shape.block), load_gpu("h100"))
@@ -163,7 +199,9 @@ def gradients(name: str, shape: Shape, method: SparseFlow, implementation: str) 
   x, frames = shape.rows(), method.tables(shape.layout()).frames
 
   def call(q, k, v, frames, d_out):
-    run = functools.partial(linear_attention, feature_map=method.feature_map, implementation=implementation)
+    run = functools.partial(
+      linear_attention, feature_map=method.feature_map, implementation=implementation
+    )
     out, rule = jax.vjp(lambda *x: run(*x, frames)[0], q, k, v)
     return out, rule(d_out)
 
@@ -190,7 +228,9 @@ def measured(shape: Shape, method: SparseFlow, rounds: int) -> dict:
   """One row of this machine: linear attention over the sparse call of all-sparse heads at t = 1/2."""
   layout = shape.layout()
   tables = jax.tree.map(jnp.asarray, method.tables(layout))
-  q, k, v = jax.random.normal(jax.random.key(0), (3, 1, layout.n_buffer, shape.heads, shape.head_dim))
+  q, k, v = jax.random.normal(
+    jax.random.key(0), (3, 1, layout.n_buffer, shape.heads, shape.head_dim)
+  )
 
   @functools.partial(jax.jit, static_argnums=0)
   def run(linear, q, k, v, tables):
@@ -199,7 +239,10 @@ def measured(shape: Shape, method: SparseFlow, rounds: int) -> dict:
     return attention(q, k, v, method.mask_at(tables, jnp.full(1, 0.5)))[0]
 
   others = timing.Bystanders()
-  calls = {"linear": lambda: run(True, q, k, v, tables), "sparse": lambda: run(False, q, k, v, tables)}
+  calls = {
+    "linear": lambda: run(True, q, k, v, tables),
+    "sparse": lambda: run(False, q, k, v, tables),
+  }
   times = timing.interleave(calls, rounds)
   mask = method.mask_at(method.tables(layout), jnp.full(1, 0.5))
   pairs = float(mask.pairs().sum()) * shape.heads
@@ -228,11 +271,15 @@ def main(_):
     found = [measured(Shape((4, 16, 16), 2, 32), SparseFlow(), 2)]
   else:
     found, methods = [], {"routed": SparseFlow(), "fixed": SparseFlow(allocation=SPLIT)}
-    for (name, grid), (end, implementation) in itertools.product(GRIDS.items(), {"": "pallas_mgpu", "_xla": "xla"}.items()):
+    for (name, grid), (end, implementation) in itertools.product(
+      GRIDS.items(), {"": "pallas_mgpu", "_xla": "xla"}.items()
+    ):
       shape = Shape(grid, 12, 128)
       for kind, method in methods.items():
         found.append(sparseflow(f"sparseflow_{kind}_{name}{end}", shape, method, implementation))
-      found.append(sparse_linear(f"sparse_linear_{name}{end}", shape, SparseLinear(), implementation))
+      found.append(
+        sparse_linear(f"sparse_linear_{name}{end}", shape, SparseLinear(), implementation)
+      )
       if name == "64k":
         found.append(gradients(f"gradients_{name}{end}", shape, SparseFlow(), implementation))
     found += [measured(Shape((16, 32, 32), 4, 64), SparseFlow(), 7)]

@@ -65,7 +65,9 @@ def between(body: list[str]) -> int:
 
   The shorter way round the loop: the other one holds the softmax.
   """
-  places = {kind: [i for i, x in enumerate(body) if _product(x) == kind] for kind in ("scores", "values")}
+  places = {
+    kind: [i for i, x in enumerate(body) if _product(x) == kind] for kind in ("scores", "values")
+  }
   first, second = sorted(places.values())
   return min(second[0] - first[-1], first[0] + len(body) - second[-1]) - 1
 
@@ -109,7 +111,9 @@ def main(argv):
     print(f"{row['name']}: {row['instructions']} instructions of {row['loop']}")
     found.append(row)
   folder = pathlib.Path(_OUT.value or rows.RESULTS)
-  print(f"rows: {rows.write_rows('listing', found, 'python -m benchmarks.compiled.listing', folder)}")
+  print(
+    f"rows: {rows.write_rows('listing', found, 'python -m benchmarks.compiled.listing', folder)}"
+  )
 
 
 if __name__ == "__main__":

@@ -35,18 +35,31 @@ from freqformer.model.attention import AttentionDims, SpectralAttention  # noqa:
 from tools.offline import compile_for  # noqa: E402
 
 _DEVICE = flags.DEFINE_enum(
-  "device", "offline", ["offline"], "Where the layer is compiled for: an absent H100.", allow_override=True
+  "device",
+  "offline",
+  ["offline"],
+  "Where the layer is compiled for: an absent H100.",
+  allow_override=True,
 )
 _SPECS = flags.DEFINE_multi_string(
   "spec", ["a_64k", "a_128k", "a_1m"], "Shapes of benchmarks/arg_specs.py.", allow_override=True
 )
 _FILTER = flags.DEFINE_enum(
-  "filter", "none", FILTERS, "Which projections are band-filtered; part of the rows' names unless none.", allow_override=True
+  "filter",
+  "none",
+  FILTERS,
+  "Which projections are band-filtered; part of the rows' names unless none.",
+  allow_override=True,
 )
 _XLA = flags.DEFINE_bool(
-  "xla", False, "Without kernels around attention; the rows' names then end in _xla.", allow_override=True
+  "xla",
+  False,
+  "Without kernels around attention; the rows' names then end in _xla.",
+  allow_override=True,
 )
-_NOTE = flags.DEFINE_string("note", "", "Added to the rows' names, to keep two versions side by side.")
+_NOTE = flags.DEFINE_string(
+  "note", "", "Added to the rows' names, to keep two versions side by side."
+)
 BYTES_PER_S, FLOPS_PER_S = 3.0e12, 700e12
 PARTS = ("prepare", "norm_rotary", "compress", "filter", "pool", "select", "pack", "lift")
 DENSITY = 0.05  # of the mid band
@@ -59,14 +72,24 @@ def bands(spec) -> FreqFormer:
   """3 low, 6 mid, 3 high heads of 12."""
   share = spec.heads // 4
   mid = max(1, int(spec.layout.tiles * DENSITY))
-  return FreqFormer(allocation=(share, spec.heads - 2 * share, share), mid_tiles=mid, window=(3, 3, 3), filter=_FILTER.value)
+  return FreqFormer(
+    allocation=(share, spec.heads - 2 * share, share),
+    mid_tiles=mid,
+    window=(3, 3, 3),
+    filter=_FILTER.value,
+  )
 
 
 def layer(spec, method):
   """The compilation of a layer of a shape."""
   width = spec.heads * spec.head_dim
   dims = AttentionDims(width, spec.heads, width)
-  build = lambda: SpectralAttention(dims, method, spec.layout, nnx.Rngs(0), dtype=jnp.bfloat16, implementation="pallas_mgpu")
+
+  def build():
+    return SpectralAttention(
+      dims, method, spec.layout, nnx.Rngs(0), dtype=jnp.bfloat16, implementation="pallas_mgpu"
+    )
+
   graphdef, params = nnx.split(nnx.eval_shape(build))
 
   def forward(params, x, arrays, tables):
@@ -76,7 +99,9 @@ def layer(spec, method):
   x = jax.ShapeDtypeStruct((1, spec.layout.n_buffer, width), jnp.bfloat16)
   with contextlib.ExitStack() as stack:
     for module in (freqformer.model.attention, hopper_topk) if _XLA.value else ():
-      stack.enter_context(mock.patch.object(module, "unsupported", lambda *_: "asked to do without"))
+      stack.enter_context(
+        mock.patch.object(module, "unsupported", lambda *_: "asked to do without")
+      )
     return compile_for(forward, params, x, spec.layout.arrays(), method.tables(spec.layout))
 
 
@@ -110,7 +135,9 @@ def measure(spec) -> dict:
   unit = 2 * spec.layout.n_buffer * width  # one bf16 array of tokens
   attention_s = max(flops / FLOPS_PER_S, 4 * unit / BYTES_PER_S)
   total = sum(moved.values())
-  over_rotary = total - 6 * unit - 2 * 4 * spec.layout.n_buffer * spec.head_dim  # two float32 tables of half the channels
+  over_rotary = (
+    total - 6 * unit - 2 * 4 * spec.layout.n_buffer * spec.head_dim
+  )  # two float32 tables of half the channels
   filtered = f"_filter_{method.filter}" if method.filter != "none" else ""
   return {
     "name": f"memory_bound_{spec.name}{filtered}{'_xla' * _XLA.value}{_NOTE.value}",
@@ -134,8 +161,9 @@ def main(_):
   logging.set_verbosity(logging.INFO)
   rows = [measure(SPECS[name]) for name in _SPECS.value]
   context = {"device": "NVIDIA H100 80GB HBM3 (compiled for, absent)"}
-  command = "python -m benchmarks.compiled.memory_bound --device=offline" + f" --filter={_FILTER.value}" * (
-    _FILTER.value != "none"
+  command = (
+    "python -m benchmarks.compiled.memory_bound --device=offline"
+    + f" --filter={_FILTER.value}" * (_FILTER.value != "none")
   )
   command += " --xla" * _XLA.value
   write_rows("memory_bound", [context | row for row in rows], command)

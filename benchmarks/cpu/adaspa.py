@@ -35,7 +35,9 @@ from freqformer.tables.tile_bits import top_bits, unpack_bits
 from tools.offline import compile_for
 
 _PART = flags.DEFINE_enum("part", "time", ["time", "state", "recall"], "What to measure.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "recall: run of a dense model.", allow_override=True)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "recall: run of a dense model.", allow_override=True
+)
 _STEPS = flags.DEFINE_integer("steps", 50, "recall: denoising steps.", allow_override=True)
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "time: turns of every part.", allow_override=True)
 
@@ -55,20 +57,34 @@ def time_rows() -> list[dict]:
   layout, method = TileLayout.fit((8, 32, 32), 128), AdaSpa()
   arrays, tables = layout.arrays(), AdaSpa().tables(layout)
   rng = np.random.default_rng(0)
-  q, k, v = (jnp.asarray(rng.standard_normal((1, layout.n_buffer, 4, 64)), jnp.float32) for _ in "qkv")
+  q, k, v = (
+    jnp.asarray(rng.standard_normal((1, layout.n_buffer, 4, 64)), jnp.float32) for _ in "qkv"
+  )
   dense = jax.jit(lambda q, k, v: attention(q, k, v, tables["dense"]))
   lse = dense(q, k, v)[1]
   mass_of = jax.jit(lambda q, k, lse: block_mass(q, k, lse, arrays.kv_len, layout.block))
   find = jax.jit(lambda q, k, lse: method.find(q, k, lse, arrays, tables["fixed"]))
   select = jax.jit(lambda mass: top_bits(mass, method.budgets(layout), tables["fixed"]))
-  lists, sparse = jax.jit(lambda bits: method.mask(bits, arrays)), jax.jit(lambda q, k, v, mask: attention(q, k, v, mask)[0])
+  lists, sparse = (
+    jax.jit(lambda bits: method.mask(bits, arrays)),
+    jax.jit(lambda q, k, v, mask: attention(q, k, v, mask)[0]),
+  )
   mass, (bits, _) = mass_of(q, k, lse), find(q, k, lse)
-  mask, state = lists(bits), {"bits": bits, **lse_cache.store(method.lse_cache, method.lse_dtype, lse, arrays)}
-  plain = lambda x, positions: x
-  cond = lambda phase: Cond(jnp.zeros(1), jnp.zeros((1, 1)), phase=phase)
+  mask, state = (
+    lists(bits),
+    {"bits": bits, **lse_cache.store(method.lse_cache, method.lse_dtype, lse, arrays)},
+  )
+
+  def plain(x, positions):
+    return x
+
+  def cond(phase):
+    return Cond(jnp.zeros(1), jnp.zeros((1, 1)), phase=phase)
 
   def whole(phase):
-    run = lambda q, k, v, state: method(None, Projected(q, k, v, plain, plain, arrays), cond(phase), tables, state)[:2]
+    def run(q, k, v, state):
+      return method(None, Projected(q, k, v, plain, plain, arrays), cond(phase), tables, state)[:2]
+
     return functools.partial(jax.jit(run), q, k, v, state)
 
   calls = {
@@ -79,14 +95,29 @@ def time_rows() -> list[dict]:
     "lists from bits": lambda: lists(bits),
     "sparse attention": lambda: sparse(q, k, v, mask),
   }
-  calls |= {f"step {phase}": whole(phase) for phase in ("warmup", "search_first", "search", "reuse")}
+  calls |= {
+    f"step {phase}": whole(phase) for phase in ("warmup", "search_first", "search", "reuse")
+  }
   bystanders = timing.Bystanders()
   times = timing.interleave(calls, _ROUNDS.value)
   density, others = float(mask.density(layout.n).mean()), bystanders.share()
-  cpu = {name: float(np.median([_cpu_seconds(c) for _ in range(_ROUNDS.value)])) for name, c in calls.items()}
-  shape = dict(tokens=layout.n, heads=4, head_dim=64, block=128, density=density, others_cpu=others, unit="s")
+  cpu = {
+    name: float(np.median([_cpu_seconds(c) for _ in range(_ROUNDS.value)]))
+    for name, c in calls.items()
+  }
+  shape = dict(
+    tokens=layout.n, heads=4, head_dim=64, block=128, density=density, others_cpu=others, unit="s"
+  )
   found = [
-    {"name": f"time/{name}", "value": t.median, "goal": None, "met": None, "cpu_s": cpu[name], **t.row(), **shape}
+    {
+      "name": f"time/{name}",
+      "value": t.median,
+      "goal": None,
+      "met": None,
+      "cpu_s": cpu[name],
+      **t.row(),
+      **shape,
+    }
     for name, t in times.items()
   ]
   for name in ("sparse attention", "step reuse"):
@@ -95,7 +126,9 @@ def time_rows() -> list[dict]:
       ("CPU time", cpu["dense attention"] / cpu[name]),
     ):
       fields = shape | {"unit": "", "speed_up": ratio, "largest_possible": 1 / density}
-      found.append(rows.goal_row(f"time/{name}, retained by {kind}", ratio * density, ">= 0.6", **fields))
+      found.append(
+        rows.goal_row(f"time/{name}, retained by {kind}", ratio * density, ">= 0.6", **fields)
+      )
   return found
 
 
@@ -119,7 +152,9 @@ def state_rows() -> list[dict]:
     ("default tile, lse_cache=tile", (), dict(lse_cache="tile")),
   ):
     attention = dict(method="adaspa", block=128, tile=tile, adaspa=fields)
-    config = model_config(dict(size="custom", width=5120, depth=40, heads=40, patch=(1, 1, 1), attention=attention))
+    config = model_config(
+      dict(size="custom", width=5120, depth=40, heads=40, patch=(1, 1, 1), attention=attention)
+    )
     model = nnx.eval_shape(lambda config=config: VideoDiT(config, shape, 1, nnx.Rngs(0)))
     state = jax.eval_shape(lambda model=model: model.init_state(2, shape, guided=True))
     sizes = {k: math.prod(x.shape) * x.dtype.itemsize for run in state for k, x in run.items()}
@@ -141,9 +176,13 @@ def _search_memory(layout) -> dict:
   q = jax.ShapeDtypeStruct((1, layout.n_buffer, 40, 128), jnp.bfloat16)
   lse = jax.ShapeDtypeStruct((1, 40, layout.n_buffer), jnp.bfloat16)
   fixed = method.tables(layout)["fixed"]
-  compiled = compile_for(lambda q, k, lse, fixed: method.find(q, k, lse, arrays, fixed), q, q, lse, fixed)
+  compiled = compile_for(
+    lambda q, k, lse, fixed: method.find(q, k, lse, arrays, fixed), q, q, lse, fixed
+  )
   scores = 4 * layout.n_buffer**2 / 1e6
-  return rows.goal_row("search memory, H100", compiled.temp_bytes / 1e6, None, unit="MB", scores_of_one_head_mb=scores)
+  return rows.goal_row(
+    "search memory, H100", compiled.temp_bytes / 1e6, None, unit="MB", scores_of_one_head_mb=scores
+  )
 
 
 # ---- recall --------------------------------------------------------------------------------------------------------------
@@ -163,7 +202,9 @@ class Audited(AdaSpa):
     return state | {"first": state["bits"]}
 
   def __call__(self, module, qkv, cond, tables, state):
-    out, new, aux = super().__call__(module, qkv, cond, tables, {k: v for k, v in state.items() if k != "first"})
+    out, new, aux = super().__call__(
+      module, qkv, cond, tables, {k: v for k, v in state.items() if k != "first"}
+    )
     first = new["bits"] if cond.phase == "search_first" else state["first"]
     if cond.phase in ("search_first", "search", "reuse"):
       aux = aux | {"kept": self._kept(qkv, cond, tables, {"adaspa": new["bits"], "first": first})}
@@ -179,7 +220,10 @@ class Audited(AdaSpa):
     base, anything = self.budgets(layout)[1], jax.random.uniform(jax.random.key(0), mass.shape)
     bits["oracle"] = top_bits(mass, [base])[..., 0, :]
     bits["random"] = top_bits(anything, [base], tables["fixed"])[..., 0, :]
-    kept = lambda bits: jnp.where(unpack_bits(bits, layout.tiles), mass, 0).sum((-1, -2))
+
+    def kept(bits):
+      return jnp.where(unpack_bits(bits, layout.tiles), mass, 0).sum((-1, -2))
+
     return {name: kept(x) / mass.sum((-1, -2)) for name, x in bits.items()}
 
 
@@ -191,17 +235,33 @@ def recall_rows(workdir: str, steps: int) -> list[dict]:
   labels = np.arange(4, dtype=np.int32) % len(restored.class_names)
   for name, fields in CACHES.items():
     method = Audited(**fields)
-    attention_config = dataclasses.replace(base.config.attention, method="adaspa", methods=(("adaspa", method),))
-    model_of = lambda c: nnx.eval_shape(lambda: VideoDiT(c, shape, len(restored.class_names), nnx.Rngs(0)))
+    attention_config = dataclasses.replace(
+      base.config.attention, method="adaspa", methods=(("adaspa", method),)
+    )
+
+    def model_of(c):
+      return nnx.eval_shape(lambda: VideoDiT(c, shape, len(restored.class_names), nnx.Rngs(0)))
+
     model = model_of(dataclasses.replace(base.config, attention=attention_config))
     step = make_step(nnx.graphdef(model), config)
-    _, aux = sample(step, params, model, labels, labels, 0, model.tables(shape), shape, config, progress=False)
+    _, aux = sample(
+      step, params, model, labels, labels, 0, model.tables(shape), shape, config, progress=False
+    )
     phases = [p[0] for p in model.schedule(steps)]
-    kept = {s: {k: float(v.mean()) for k, v in aux[s][0]["kept"].items()} for s in range(steps) if "kept" in aux[s][0]}
-    mean = lambda which, kind, kept=kept, phases=phases: float(np.mean([kept[s][kind] for s in kept if phases[s] in which]))
+    kept = {
+      s: {k: float(v.mean()) for k, v in aux[s][0]["kept"].items()}
+      for s in range(steps)
+      if "kept" in aux[s][0]
+    }
+
+    def mean(which, kind, kept=kept, phases=phases):
+      return float(np.mean([kept[s][kind] for s in kept if phases[s] in which]))
+
     kinds = ("adaspa", "first", "oracle", "random")
     row = rows.goal_row(f"recall/{name}", mean(("search", "reuse"), "adaspa"), None, unit="")
-    row |= {f"{kind}_{phase}": mean((phase,), kind) for kind in kinds for phase in ("search", "reuse")}
+    row |= {
+      f"{kind}_{phase}": mean((phase,), kind) for kind in kinds for phase in ("search", "reuse")
+    }
     row |= dict(
       worst_of_oracle=min(kept[s]["adaspa"] / kept[s]["oracle"] for s in kept),
       tokens=model.config.layout(shape).n,
@@ -220,7 +280,9 @@ def main(_):
     raise app.UsageError(
       "--part=recall needs --workdir, a run of a dense model (python -m benchmarks.trained.demo_compare makes some)."
     )
-  command = f"python -m benchmarks.cpu.adaspa --part={_PART.value}" + (f" --workdir={_WORKDIR.value}" if _WORKDIR.value else "")
+  command = f"python -m benchmarks.cpu.adaspa --part={_PART.value}" + (
+    f" --workdir={_WORKDIR.value}" if _WORKDIR.value else ""
+  )
   if _PART.value == "recall":
     found = recall_rows(_WORKDIR.value, _STEPS.value)
     command += f" --steps={_STEPS.value}"

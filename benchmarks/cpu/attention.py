@@ -58,13 +58,24 @@ FULL = Run(
   goals=True,
 )
 QUICK = Run(
-  SPECS["cpu_1k"], SPECS["cpu_4k"], (128, 256), (128,), 2, (("block64", 64, FreqFormer(allocation=(0, 1, 1), mid_tiles=4)),)
+  SPECS["cpu_1k"],
+  SPECS["cpu_4k"],
+  (128, 256),
+  (128,),
+  2,
+  (("block64", 64, FreqFormer(allocation=(0, 1, 1), mid_tiles=4)),),
 )
 
 
 def _listed(spec: AttentionSpec, keys: int | None = None) -> dict:
   """What the simulator needs to know of a call (`freqformer/simulation/measurements.py`); keys listed, default the spec's."""
-  shape = {"heads": spec.heads, "head_dim": spec.head_dim, "batch": spec.batch, "tokens": spec.n, "block": spec.block}
+  shape = {
+    "heads": spec.heads,
+    "head_dim": spec.head_dim,
+    "batch": spec.batch,
+    "tokens": spec.n,
+    "block": spec.block,
+  }
   return shape | {"density": (spec.keys if keys is None else keys) / spec.n}
 
 
@@ -74,13 +85,24 @@ def described(found: list[dict], run: Run) -> list[dict]:
   calls = {
     f"forward_vs_dense_loop_{base.name}": {"sparse": _listed(base)},
     f"dense_mode_vs_dense_loop_{base.name}": {"dense_mode": _listed(base, n)},
-    f"time_{run.large.name}_over_{base.name}": {"small": _listed(base), "large": _listed(run.large)},
+    f"time_{run.large.name}_over_{base.name}": {
+      "small": _listed(base),
+      "large": _listed(run.large),
+    },
   }
   for name, block, method in run.methods:
-    shape = {"heads": base.heads, "head_dim": base.head_dim, "batch": base.batch, "grid": list(base.grid), "block": block}
+    shape = {
+      "heads": base.heads,
+      "head_dim": base.head_dim,
+      "batch": base.batch,
+      "grid": list(base.grid),
+      "block": block,
+    }
     shape["method"] = f"freqformer(allocation={method.allocation}, mid_tiles={method.mid_tiles})"
     calls[f"freqformer_{name}_vs_dense_loop_{base.name}"] = {"attention_alone": shape}
-  return [row | ({"attention_calls": calls[row["name"]]} if row["name"] in calls else {}) for row in found]
+  return [
+    row | ({"attention_calls": calls[row["name"]]} if row["name"] in calls else {}) for row in found
+  ]
 
 
 # ---- measurements --------------------------------------------------------------------------------------------------------
@@ -94,7 +116,10 @@ def measure_forward(run: Run) -> list[dict]:
   """Sparse against the best dense loop of all, the best one with `jax.nn.softmax`, `dot_product_attention`, and matmuls."""
   spec, (q, k, v) = run.base, run.base.inputs()
   mask = spec.mask()
-  best, plain = fastest(_forms(run.chunks), (q, k, v)), fastest(_forms(run.chunks, (False,)), (q, k, v))
+  best, plain = (
+    fastest(_forms(run.chunks), (q, k, v)),
+    fastest(_forms(run.chunks, (False,)), (q, k, v)),
+  )
   square = jnp.ones((2048, 2048), q.dtype)
   everything = dense_mask(q.shape[1], q.shape[1], spec.block, spec.block)
   t = timing.interleave(
@@ -105,7 +130,9 @@ def measure_forward(run: Run) -> list[dict]:
       "dense_mode": call(sparse, q, k, v, everything),
       "dot_product_attention": call(jax.nn.dot_product_attention, q, k, v),
       "matmul": call(jnp.matmul, square, square),
-      "tile_matmuls": call(functools.partial(tile_matmuls, keys=spec.keys, block=spec.block), q, k, v),
+      "tile_matmuls": call(
+        functools.partial(tile_matmuls, keys=spec.keys, block=spec.block), q, k, v
+      ),
     },
     run.rounds,
   )
@@ -124,13 +151,25 @@ def measure_forward(run: Run) -> list[dict]:
     """A speed-up over one competitor, and the largest that its time leaves room for at the speed of a bare matmul."""
     fields |= {"density": density, "sparse": t["sparse"].row(), "against": t[competitor].row()}
     fields["largest_possible"] = t[competitor].median / floors["floor_s"]
-    return rows.goal_row(f"forward_vs_{name}_{spec.name}", t[competitor].median / t["sparse"].median, goal, unit="x", **fields)
+    return rows.goal_row(
+      f"forward_vs_{name}_{spec.name}",
+      t[competitor].median / t["sparse"].median,
+      goal,
+      unit="x",
+      **fields,
+    )
 
   return [
     race("dense_loop", "loop", ">= 14", form=str(best)),
     race("softmax_loop", "softmax_loop", ">= 14", form=str(plain)),
     race("dot_product_attention", "dot_product_attention", ">= 60"),
-    rows.goal_row(f"forward_over_floor_{spec.name}", t["sparse"].median / floors["floor_s"], None, unit="x", **floors),
+    rows.goal_row(
+      f"forward_over_floor_{spec.name}",
+      t["sparse"].median / floors["floor_s"],
+      None,
+      unit="x",
+      **floors,
+    ),
     rows.goal_row(
       f"dense_mode_vs_dense_loop_{spec.name}",
       t["loop"].median / t["dense_mode"].median,
@@ -149,7 +188,10 @@ def measure_backward(run: Run) -> list[dict]:
   mask = spec.mask()
   args = (d_out, q, k, v)
   best = fastest(_forms(run.backward_chunks), args, gradients, remat=True)
-  calls = {"sparse": call(gradients(sparse), *args, mask), "loop": best.call(args, gradients, remat=True)}
+  calls = {
+    "sparse": call(gradients(sparse), *args, mask),
+    "loop": best.call(args, gradients, remat=True),
+  }
   t = timing.interleave(calls, max(2, run.rounds // 2))
   return [
     rows.goal_row(
@@ -160,7 +202,8 @@ def measure_backward(run: Run) -> list[dict]:
       form=str(best),
       sparse=t["sparse"].row(),
       against=t["loop"].row(),
-      flops=(1 + BACKWARD_OVER_FORWARD) * attention_cost(float(mask.pairs().sum()), spec.head_dim).attention_flops,
+      flops=(1 + BACKWARD_OVER_FORWARD)
+      * attention_cost(float(mask.pairs().sum()), spec.head_dim).attention_flops,
     )
   ]
 
@@ -171,7 +214,11 @@ def measure_scaling(run: Run) -> list[dict]:
   t = timing.interleave(calls, run.rounds)
   small, large = t[run.base.name], t[run.large.name]
   name = f"time_{run.large.name}_over_{run.base.name}"
-  return [rows.goal_row(name, large.median / small.median, "<= 4.5", unit="x", small=small.row(), large=large.row())]
+  return [
+    rows.goal_row(
+      name, large.median / small.median, "<= 4.5", unit="x", small=small.row(), large=large.row()
+    )
+  ]
 
 
 def measure_memory(run: Run) -> list[dict]:
@@ -179,14 +226,25 @@ def measure_memory(run: Run) -> list[dict]:
   found = []
   for what, bound in (("forward", "<= 2"), ("backward", "<= 3")):
     arguments = ["-m", "benchmarks.attention", f"--memory_of={what}", f"--spec={run.large.name}"]
-    found.append(rows.goal_row(f"peak_memory_{what}_{run.large.name}", int(timing.in_child(arguments)) / 1e9, bound, unit="GB"))
+    found.append(
+      rows.goal_row(
+        f"peak_memory_{what}_{run.large.name}",
+        int(timing.in_child(arguments)) / 1e9,
+        bound,
+        unit="GB",
+      )
+    )
   return found
 
 
 def print_memory(spec: AttentionSpec, what: str):
   """The child of `measure_memory`."""
   q, k, v, d_out = spec.inputs(4)
-  run = call(sparse, q, k, v, spec.mask()) if what == "forward" else call(gradients(sparse), d_out, q, k, v, spec.mask())
+  run = (
+    call(sparse, q, k, v, spec.mask())
+    if what == "forward"
+    else call(gradients(sparse), d_out, q, k, v, spec.mask())
+  )
   jax.block_until_ready(run())
   print(timing.peak_rss())
 
@@ -210,7 +268,12 @@ def measure_freqformer(run: Run) -> list[dict]:
     around = call(functools.partial(freqformer_without_attention, method), q, k, v, arrays, tables)
     handed_over, _ = around()
     whole = call(functools.partial(freqformer_forward, method), q, k, v, arrays, tables)
-    calls = {"whole": whole, "around": around, "attention": call(sparse, *handed_over), "loop": best.call(args, _rotated)}
+    calls = {
+      "whole": whole,
+      "around": around,
+      "attention": call(sparse, *handed_over),
+      "loop": best.call(args, _rotated),
+    }
     t = timing.interleave(calls, run.rounds)
     density = float(np.mean(np.asarray(whole()[1])))
     speedup = t["loop"].median / t["whole"].median
@@ -239,7 +302,12 @@ def measure_freqformer(run: Run) -> list[dict]:
 def measure(run: Run, memory: bool = True) -> list[dict]:
   """All rows of a run."""
   found = []
-  parts = (measure_memory,) * memory + (measure_forward, measure_backward, measure_scaling, measure_freqformer)
+  parts = (measure_memory,) * memory + (
+    measure_forward,
+    measure_backward,
+    measure_scaling,
+    measure_freqformer,
+  )
   for part in parts:
     bystanders = timing.Bystanders()
     measured = part(run)

@@ -83,10 +83,14 @@ class DenseForm:
 
   def call(self, args, wrap=lambda f: f, remat: bool = False) -> Callable:
     """The compiled loop on `args`; `wrap` makes `f(*args)` of `f(q, k, v)`."""
-    return call(wrap(functools.partial(dense_loop, chunk=self.chunk, late=self.late, remat=remat)), *args)
+    return call(
+      wrap(functools.partial(dense_loop, chunk=self.chunk, late=self.late, remat=remat)), *args
+    )
 
 
 def fastest(forms: Iterable[DenseForm], args, wrap=lambda f: f, remat: bool = False) -> DenseForm:
   """The form that takes least time: the competitor is chosen before the race, at its best."""
-  times = timing.interleave({form: form.call(args, wrap, remat) for form in forms}, rounds=1, slice_s=0)
+  times = timing.interleave(
+    {form: form.call(args, wrap, remat) for form in forms}, rounds=1, slice_s=0
+  )
   return min(times, key=lambda form: times[form].median)

@@ -33,7 +33,9 @@ from freqformer.grid.rotary import rotate
 from freqformer.methods.base import Cond, Dims, Projected
 from freqformer.methods.registry import METHODS, method_class, parse_method, with_fields
 
-_QUICK = flags.DEFINE_bool("quick", False, "A small shape and few repeats; writes no rows.", allow_override=True)
+_QUICK = flags.DEFINE_bool(
+  "quick", False, "A small shape and few repeats; writes no rows.", allow_override=True
+)
 
 # At densities of 0.05 to 0.25 on the 128 tiles of cpu_16k; no router, so that a head's branch is known.
 SETTINGS = (
@@ -68,7 +70,9 @@ def _taken_out(found: dict):
   """Replaces both ops in every method's module: their inputs go to `found`, their outputs are stand-ins."""
 
   def attention(q, k, v, mask=None, **_):
-    found["attention"].append((q, k, v, dense_mask(q.shape[1], k.shape[1]) if mask is None else mask))
+    found["attention"].append(
+      (q, k, v, dense_mask(q.shape[1], k.shape[1]) if mask is None else mask)
+    )
     return v[:, : q.shape[1]], jnp.zeros((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
 
   def linear(q, k, v, segments, *, feature_map, implementation=None, **arrays):
@@ -87,21 +91,31 @@ def _taken_out(found: dict):
 def calls_of(method, spec: AttentionSpec, phase: str, state) -> Calls:
   """What one layer does at a phase, between its projections: rotary included, QK-norm not."""
   layout, (q, k, v) = spec.layout, spec.inputs()
-  graphdef, params = nnx.split(method.build(Dims(spec.heads, spec.head_dim, _COND_DIM), layout, nnx.Rngs(0)))
+  graphdef, params = nnx.split(
+    method.build(Dims(spec.heads, spec.head_dim, _COND_DIM), layout, nnx.Rngs(0))
+  )
   found = {}
 
   def around(params, q, k, v, arrays, tables, state):
     found.update(attention=[], linear=[])
     cond = Cond(jnp.full(q.shape[0], 0.5), jnp.zeros((q.shape[0], _COND_DIM)), phase=phase)
     with _taken_out(found):
-      out, state, _ = method(nnx.merge(graphdef, params), Projected(q, k, v, rotate, rotate, arrays), cond, tables, state)
+      out, state, _ = method(
+        nnx.merge(graphdef, params), Projected(q, k, v, rotate, rotate, arrays), cond, tables, state
+      )
     return found["attention"], found["linear"], state, out
 
   taken = call(around, params, q, k, v, layout.arrays(), method.tables(layout), state)
   attentions, linears, state, _ = taken()
   # A call may take some of the heads only.
-  pairs = sum(float(np.broadcast_to(mask.density(layout.n), (1, q.shape[2])).sum()) for q, _, _, mask in attentions)
-  linear = lambda inputs: [linear_attention(*x[:-1], feature_map=found["feature_map"], **x[-1]) for x in inputs]
+  pairs = sum(
+    float(np.broadcast_to(mask.density(layout.n), (1, q.shape[2])).sum())
+    for q, _, _, mask in attentions
+  )
+
+  def linear(inputs):
+    return [linear_attention(*x[:-1], feature_map=found["feature_map"], **x[-1]) for x in inputs]
+
   return Calls(
     taken,
     call(lambda inputs: [sparse(*x) for x in inputs], attentions),
@@ -152,8 +166,13 @@ def measure_method(text: str, spec: AttentionSpec, rounds: int) -> list[dict]:
   ]
   if usual.linear is not None:
     dense_flops = attention_cost(spec.heads * layout.n_buffer**2, spec.head_dim).attention_flops
-    both, share = t["attention"].median + t["linear"].median, usual.density + usual.linear_flops / dense_flops
-    spent = {part: cpu_seconds(timed[part], rounds) for part in ("dense_mode", "attention", "linear")}
+    both, share = (
+      t["attention"].median + t["linear"].median,
+      usual.density + usual.linear_flops / dense_flops,
+    )
+    spent = {
+      part: cpu_seconds(timed[part], rounds) for part in ("dense_mode", "attention", "linear")
+    }
     fields = dict(
       method=text,
       density=usual.density,
@@ -182,13 +201,18 @@ def cpu_seconds(function, rounds: int) -> float:
 def measure(spec: AttentionSpec, rounds: int, settings=SETTINGS) -> list[dict]:
   """Rows of all methods; one that others took much of the machine from claims neither that its goal is met nor missed."""
   if missing := set(METHODS) - {"dense"} - {parse_method(text)[0] for text in SETTINGS}:
-    logging.warning("not measured, there is no setting for %s: add one to SETTINGS", ", ".join(sorted(missing)))
+    logging.warning(
+      "not measured, there is no setting for %s: add one to SETTINGS", ", ".join(sorted(missing))
+    )
   found = []
   for text in settings:
     bystanders = timing.Bystanders()
     measured = measure_method(text, spec, rounds)
     others = bystanders.share()
-    found += [row | {"others_cpu": others, "met": row["met"] if others < _BUSY else None} for row in measured]
+    found += [
+      row | {"others_cpu": others, "met": row["met"] if others < _BUSY else None}
+      for row in measured
+    ]
   return found
 
 

@@ -47,7 +47,10 @@ def measure(tiles: int, heads: int, budget: int, rounds: int) -> dict:
   scores = jax.jit(lambda q, k: jnp.einsum("bhid,bhjd->bhij", q, k, precision="highest").max())
   np.testing.assert_array_equal(bisect(q, k), sort(q, k))
   others = Bystanders()
-  times = interleave({"bisect": lambda: bisect(q, k), "sort": lambda: sort(q, k), "scores": lambda: scores(q, k)}, rounds)
+  times = interleave(
+    {"bisect": lambda: bisect(q, k), "sort": lambda: sort(q, k), "scores": lambda: scores(q, k)},
+    rounds,
+  )
   return goal_row(
     f"selection_{tiles}_tiles",
     times["sort"].median / times["bisect"].median,
@@ -63,8 +66,12 @@ def measure(tiles: int, heads: int, budget: int, rounds: int) -> dict:
 def main(_):
   logging.set_verbosity(logging.INFO)
   device = jax.devices()[0].platform
-  rows = [measure(t, _HEADS.value, max(1, int(t * _DENSITY.value)), _ROUNDS.value) for t in _TILES.value]
-  write_rows(f"selection_{device}", rows, f"JAX_PLATFORMS={device} python -m benchmarks.cpu.selection")
+  rows = [
+    measure(t, _HEADS.value, max(1, int(t * _DENSITY.value)), _ROUNDS.value) for t in _TILES.value
+  ]
+  write_rows(
+    f"selection_{device}", rows, f"JAX_PLATFORMS={device} python -m benchmarks.cpu.selection"
+  )
   print(table(rows))
 
 

@@ -51,10 +51,16 @@ def check(case: Case, implementation: str) -> dict:
   """Worst error of packed q, k, v and means, and of lifted tokens; the device decides who runs, not `implementation`."""
   del implementation
   layout, draw = TileLayout.fit(case.grid, case.block), np.random.default_rng(0)
-  arrays, spectral = layout.arrays(), SpectralBasis("block_dct", (0.5,) * 3, (0.75,) * 3).fit(layout)
+  arrays, spectral = (
+    layout.arrays(),
+    SpectralBasis("block_dct", (0.5,) * 3, (0.75,) * 3).fit(layout),
+  )
   front = -(-spectral.n_coarse // case.block) * case.block
   tables = tile_cells(spectral, front, bool(case.filtered))
-  normal = lambda *shape: jnp.asarray(draw.standard_normal(shape), jnp.float32)
+
+  def normal(*shape):
+    return jnp.asarray(draw.standard_normal(shape), jnp.float32)
+
   joint = normal(case.b, layout.n_buffer, 3, case.h, case.d).astype(jnp.bfloat16)
   learned = normal(3, case.h, case.d), (1 + 0.1 * normal(case.d), 1 + 0.1 * normal(case.d))
   bands = jnp.arange(case.b * case.h).reshape(case.b, case.h) % 3
@@ -62,15 +68,22 @@ def check(case: Case, implementation: str) -> dict:
   cells = tables.cells(spectral.centres, case.d)
 
   def packed(joint):
-    return prepare(joint, *learned, rotary, arrays.kv_len, cells, bands, filtered=case.filtered, pooled=True)
+    return prepare(
+      joint, *learned, rotary, arrays.kv_len, cells, bands, filtered=case.filtered, pooled=True
+    )
 
   def lifted(x):
     return lift(x, 1 + 0.1 * bands, bands == 0, tables.expansion)
 
   found, right = jax.jit(packed)(joint), jax.jit(packed)(joint.astype(jnp.float32))
   rows = np.concatenate([np.ones(front, bool), arrays.valid])
-  errors = {name: _error(f[:, rows], r[:, rows]) for name, f, r in zip("qkv", found[:3], right[:3], strict=True)}
+  errors = {
+    name: _error(f[:, rows], r[:, rows])
+    for name, f, r in zip("qkv", found[:3], right[:3], strict=True)
+  }
   errors["means"] = max(_error(f, r) for f, r in zip(found[3:], right[3:], strict=True))
   out, expected = jax.jit(lifted)(found.v), jax.jit(lifted)(found.v.astype(jnp.float32))
   errors["lift"] = _error(out[:, arrays.valid], expected[:, arrays.valid])
-  return {f"error_{name}": value for name, value in errors.items()} | {"correct": max(errors.values()) <= TOLERANCE}
+  return {f"error_{name}": value for name, value in errors.items()} | {
+    "correct": max(errors.values()) <= TOLERANCE
+  }

@@ -40,7 +40,9 @@ class Session:
     skipped: names of rows for which there was no time.
   """
 
-  def __init__(self, plan: Plan, store: Store, deadline: Deadline, implementation: str, only: str = ""):
+  def __init__(
+    self, plan: Plan, store: Store, deadline: Deadline, implementation: str, only: str = ""
+  ):
     self.plan = plan
     self.store = store
     self.deadline = deadline
@@ -94,13 +96,32 @@ class Session:
     spec, mask = problem.spec, problem.mask
     factor = {"forward": 1.0, "backward": BACKWARD_OVER_FORWARD}[direction]
     flops = factor * attention_cost(problem.pairs, spec.head_dim).attention_flops
-    sizes = {"n": spec.n, "grid": list(spec.grid), "heads": problem.heads, "head_dim": spec.head_dim, "dtype": spec.dtype}
-    table = {"mask": problem.what, "block_q": mask.block_q, "block_kv": mask.block_kv, "density": problem.density}
+    sizes = {
+      "n": spec.n,
+      "grid": list(spec.grid),
+      "heads": problem.heads,
+      "head_dim": spec.head_dim,
+      "dtype": spec.dtype,
+    }
+    table = {
+      "mask": problem.what,
+      "block_q": mask.block_q,
+      "block_kv": mask.block_kv,
+      "density": problem.density,
+    }
     rate = {"flops": flops, "tflops": flops / measured.seconds / 1e12}
     # What the simulator is calibrated by: lists as they are, padding rows included, which the density does not tell.
-    counts = dataclasses.asdict(cost.count(mask, spec.head_dim, batch=spec.batch, heads=problem.heads))
+    counts = dataclasses.asdict(
+      cost.count(mask, spec.head_dim, batch=spec.batch, heads=problem.heads)
+    )
     rate |= {"counts": counts} if direction == "forward" else {}
-    return sizes | table | {"direction": direction, "implementation": self.implementation} | measured.row() | rate
+    return (
+      sizes
+      | table
+      | {"direction": direction, "implementation": self.implementation}
+      | measured.row()
+      | rate
+    )
 
   def against_dense(self, row: dict, spec: AttentionSpec) -> dict:
     """Adds speed-up over cuDNN in this run, and how much of 1 / density it is."""
@@ -108,7 +129,11 @@ class Session:
     if dense is None:
       return row
     speedup = dense["all_heads_seconds"] / row["seconds"]
-    extra = {"dense_seconds": dense["all_heads_seconds"], "dense_row": dense["name"], "dense_note": dense["note"]}
+    extra = {
+      "dense_seconds": dense["all_heads_seconds"],
+      "dense_row": dense["name"],
+      "dense_note": dense["note"],
+    }
     return row | extra | {"speedup": speedup, "retained": speedup * row["density"]}
 
   # ---- cuDNN -----------------------------------------------------------------------------------------------------------
@@ -119,14 +144,18 @@ class Session:
     tiles = gpu_masks.dense_mask(spec.n, spec.n, spec.block, spec.block)
     return Problem(spec, tiles, "dense", heads)
 
-  def dense(self, spec: AttentionSpec, direction: str = "forward", measured: Measured | None = None) -> dict | None:
+  def dense(
+    self, spec: AttentionSpec, direction: str = "forward", measured: Measured | None = None
+  ) -> dict | None:
     """cuDNN's row for a shape, measured once per process: a ratio never mixes two runs."""
     key = (spec.n, spec.heads, spec.head_dim, direction)
     if key not in self._dense:
       name = f"cudnn{'_backward' if direction == 'backward' else ''}/{spec.name}"
       problem = self.dense_problem(spec)
       try:
-        self._dense[key] = self.store.add({"name": name} | self._dense_fields(problem, direction, measured))
+        self._dense[key] = self.store.add(
+          {"name": name} | self._dense_fields(problem, direction, measured)
+        )
       except Exception as error:
         logging.exception("%s failed", name)
         self.store.add({"name": name, "error": f"{type(error).__name__}: {str(error)[:500]}"})
@@ -184,7 +213,9 @@ class Session:
     if form.block:
       problem = gpu_masks.rectangular(spec, form.block, form.block, form.density)
     else:
-      problem = gpu_masks.random_lists(spec, form.density) if form.density else gpu_masks.dense(spec)
+      problem = (
+        gpu_masks.random_lists(spec, form.density) if form.density else gpu_masks.dense(spec)
+      )
     mask = problem.mask
     key = tuning.Key("h100", spec.head_dim, mask.block_q, mask.block_kv, "forward")
     calls = {}
@@ -217,7 +248,9 @@ class Session:
     ours = functools.partial(attend, implementation=self.implementation)
     call, found = gpu_peers.backward_call(ours, tuple(qkv), (d_out, d_lse), (mask,))
     measured = measure({"ours": call}, self.plan.effort)["ours"]
-    error = backward_error(tuple(qkv), problem.mask, found, (d_out, d_lse), call(), self.plan.oracle_rows)
+    error = backward_error(
+      tuple(qkv), problem.mask, found, (d_out, d_lse), call(), self.plan.oracle_rows
+    )
     return self.against_dense(self.describe(problem, measured, "backward") | error, problem.spec)
 
   def launches(self, spec: AttentionSpec, concurrent: bool) -> dict:
@@ -225,12 +258,19 @@ class Session:
     bands, effort = self.plan.bands, self.plan.effort
     t = gpu_launches.compare(spec, bands, self.implementation, effort)
     walls = {name: measured.wall.median for name, measured in t.items()}
-    row = {name: measured.row() for name, measured in t.items()} | {"n": spec.n, "mask": bands.words(spec)}
+    row = {name: measured.row() for name, measured in t.items()} | {
+      "n": spec.n,
+      "mask": bands.words(spec),
+    }
     best, fused = {"sequential": walls["separate"]}, [walls["fused"]]
     if concurrent:
       gc.collect()
-      child = gpu_launches.in_child(spec, bands, self.implementation, effort, max(30.0, self.deadline.left))
-      row |= {f"{name}_concurrent": fields for name, fields in child.items()} | {"xla_flags": gpu_launches.CONCURRENT}
+      child = gpu_launches.in_child(
+        spec, bands, self.implementation, effort, max(30.0, self.deadline.left)
+      )
+      row |= {f"{name}_concurrent": fields for name, fields in child.items()} | {
+        "xla_flags": gpu_launches.CONCURRENT
+      }
       best["concurrent"] = child["separate"]["wall"]["median_s"]
       fused.append(child["fused"]["wall"]["median_s"])
     winner = min(best, key=best.get)
@@ -243,16 +283,23 @@ class Session:
 
   def around(self, spec: AttentionSpec) -> dict:
     """What FreqFormer does around its attention call, beyond the norm and rotary that every method has."""
-    from benchmarks.compiled import layer  # needs flax, which a bare GPU machine may have in another version
+    from benchmarks.compiled import (
+      layer,
+    )  # needs flax, which a bare GPU machine may have in another version
 
     method, layout = layer_method(spec, self.plan.bands), spec.layout
     joint = jax.numpy.stack(gpu_masks.dense(spec).inputs(), 2)
     arrays, tables = jax.tree.map(jax.numpy.asarray, (layout.arrays(), method.tables(layout)))
-    around = Call(functools.partial(layer.around_attention, method, self.implementation), (joint, arrays, tables))
+    around = Call(
+      functools.partial(layer.around_attention, method, self.implementation),
+      (joint, arrays, tables),
+    )
     handed_over, _ = around()
     attention = Call(functools.partial(attend, implementation=self.implementation), handed_over)
     rotary = Call(functools.partial(layer.norm_and_rotary, self.implementation), (joint, arrays))
-    t = measure({"around": around, "attention": attention, "norm_and_rotary": rotary}, self.plan.effort)
+    t = measure(
+      {"around": around, "attention": attention, "norm_and_rotary": rotary}, self.plan.effort
+    )
     seconds = {name: measured.seconds for name, measured in t.items()}
     return {name: measured.row() for name, measured in t.items()} | {
       "n": spec.n,

@@ -40,14 +40,24 @@ from benchmarks.gpu import selection as gpu_selection
 from benchmarks.gpu.rows import Deadline, Store, open_device
 from benchmarks.gpu.run import device_slug
 
-_OUT = flags.DEFINE_string("out", None, "Folder for the rows; default $OUT, else benchmarks/results.", allow_override=True)
+_OUT = flags.DEFINE_string(
+  "out", None, "Folder for the rows; default $OUT, else benchmarks/results.", allow_override=True
+)
 _IMPLEMENTATION = flags.DEFINE_string(
-  "implementation", None, "Backend to check; default the GPU kernel (rehearsal: xla).", allow_override=True
+  "implementation",
+  None,
+  "Backend to check; default the GPU kernel (rehearsal: xla).",
+  allow_override=True,
 )
 _REHEARSE = flags.DEFINE_bool(
-  "rehearse", False, "Tiny shapes on any device, with a stand-in: checks this program.", allow_override=True
+  "rehearse",
+  False,
+  "Tiny shapes on any device, with a stand-in: checks this program.",
+  allow_override=True,
 )
-_ONLY = flags.DEFINE_string("only", "", "Regular expression: only cases whose name it finds.", allow_override=True)
+_ONLY = flags.DEFINE_string(
+  "only", "", "Regular expression: only cases whose name it finds.", allow_override=True
+)
 _CONFIG = flags.DEFINE_string(
   "config",
   "",
@@ -56,7 +66,11 @@ _CONFIG = flags.DEFINE_string(
   allow_override=True,
 )
 _MINUTES = flags.DEFINE_float(
-  "minutes", 8, "Stop by then; what was not checked is named, and the exit status is 1.", 0, allow_override=True
+  "minutes",
+  8,
+  "Stop by then; what was not checked is named, and the exit status is 1.",
+  0,
+  allow_override=True,
 )
 
 
@@ -155,9 +169,13 @@ def draw_mask(case: Case, seed: int) -> BlockMask:
   if case.keys or not case.ordered:
     keep = case.keys // case.block_kv or max(1, kv_tiles // 2)
     ids = gpu_masks.random_ids(case.h, (q_tiles, kv_tiles), keep, seed, case.ordered)
-    mask = BlockMask(ids, np.full(ids.shape[:3], keep, np.int32), kv_len, None, case.block_q, case.block_kv)
+    mask = BlockMask(
+      ids, np.full(ids.shape[:3], keep, np.int32), kv_len, None, case.block_q, case.block_kv
+    )
   elif case.keep == 0:
-    mask = dataclasses.replace(dense_mask(case.n, case.n, case.block_q, case.block_kv), kv_len=kv_len)
+    mask = dataclasses.replace(
+      dense_mask(case.n, case.n, case.block_q, case.block_kv), kv_len=kv_len
+    )
   else:
     tiles = rng.random((*lead, q_tiles, kv_tiles)) < case.keep
     tiles[..., 0] |= ~tiles.any(-1)
@@ -189,7 +207,9 @@ def _inputs(case: Case, seed: int):
   shape = (case.b, case.n, case.h, case.d)
   count = 4 if case.backward else 3
   data = [jax.random.normal(key, shape, jnp.dtype(case.dtype)) for key in keys[:count]]
-  return tuple(data), jax.random.normal(keys[4], (case.b, case.h, case.n)) if case.backward else None
+  return tuple(data), jax.random.normal(
+    keys[4], (case.b, case.h, case.n)
+  ) if case.backward else None
 
 
 def check(case: Case, seed: int, implementation: str, count: int = 64) -> dict:
@@ -222,14 +242,31 @@ def check_padding_and_repeat(implementation: str, small: bool) -> dict:
   case = tiny(case) if small else case
   mask, (data, d_lse) = draw_mask(case, 5), _inputs(case, 5)
   valid, table = _valid_rows(mask, case.n), gpu_masks.on_device(mask)
-  cut = lambda x: jnp.where(valid[:, :, None, None], x, 0) if x.ndim == 4 else jnp.where(valid[:, None], x, 0)
+
+  def cut(x):
+    return (
+      jnp.where(valid[:, :, None, None], x, 0) if x.ndim == 4 else jnp.where(valid[:, None], x, 0)
+    )
+
   *qkv, d_out = data
-  run = lambda *a: jax.tree.map(cut, forward_backward(*a, table, cut(d_out), cut(d_lse), implementation))
+
+  def run(*a):
+    return jax.tree.map(cut, forward_backward(*a, table, cut(d_out), cut(d_lse), implementation))
+
   clean, again = run(*qkv), run(*qkv)
   soiled = run(*(jnp.where(valid[:, :, None, None], x, jnp.asarray(1e4, x.dtype)) for x in qkv))
-  equal = lambda a, b: all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+  def equal(a, b):
+    return all(
+      np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
   padding, repeat = equal(clean, soiled), equal(clean, again)
-  return {"padding_changes_nothing": padding, "two_runs_bit_equal": repeat, "correct": padding and repeat}
+  return {
+    "padding_changes_nothing": padding,
+    "two_runs_bit_equal": repeat,
+    "correct": padding and repeat,
+  }
 
 
 def check_constant_table(implementation: str, small: bool) -> dict:
@@ -247,7 +284,9 @@ def check_constant_table(implementation: str, small: bool) -> dict:
     return forward_backward(q, k, v, mask, d_out, d_lse, implementation)
 
   found, grads = run(*qkv)
-  return gpu_oracle.backward_error(tuple(qkv), mask, found, (d_out, d_lse), grads, 8 if small else 64)
+  return gpu_oracle.backward_error(
+    tuple(qkv), mask, found, (d_out, d_lse), grads, 8 if small else 64
+  )
 
 
 def check_sliced_in_scan(implementation: str, small: bool) -> dict:
@@ -258,7 +297,10 @@ def check_sliced_in_scan(implementation: str, small: bool) -> dict:
   case = _odd_sizes("sliced in a scan", small)
   masks = [draw_mask(case, seed) for seed in (6, 7)]
   inputs = [_inputs(case, seed) for seed in (6, 7)]
-  layers = jax.tree.map(lambda *x: jnp.stack(x), *((gpu_masks.on_device(m), *i) for m, i in zip(masks, inputs, strict=True)))
+  layers = jax.tree.map(
+    lambda *x: jnp.stack(x),
+    *((gpu_masks.on_device(m), *i) for m, i in zip(masks, inputs, strict=True)),
+  )
 
   def layer(_, operands):
     mask, (q, k, v, d_out), d_lse = operands
@@ -269,7 +311,9 @@ def check_sliced_in_scan(implementation: str, small: bool) -> dict:
   for i, (mask, (data, d_lse)) in enumerate(zip(masks, inputs, strict=True)):
     *qkv, d_out = data
     found, grads = jax.tree.map(lambda x, i=i: x[i], results)
-    errors.append(gpu_oracle.backward_error(tuple(qkv), mask, found, (d_out, d_lse), grads, 8 if small else 64))
+    errors.append(
+      gpu_oracle.backward_error(tuple(qkv), mask, found, (d_out, d_lse), grads, 8 if small else 64)
+    )
   worst = {name: max(error[name] for error in errors) for name in errors[0] if name != "correct"}
   return worst | {"correct": all(error["correct"] for error in errors)}
 
@@ -300,7 +344,10 @@ class Job:
     if self.case is None:
       return []
     directions = tuning.DIRECTIONS if self.case.backward else ("forward",)
-    return [tuning.Key("h100", self.case.d, self.case.block_q, self.case.block_kv, way) for way in directions]
+    return [
+      tuning.Key("h100", self.case.d, self.case.block_q, self.case.block_kv, way)
+      for way in directions
+    ]
 
 
 def jobs(small: bool) -> list[Job]:
@@ -315,17 +362,31 @@ def jobs(small: bool) -> list[Job]:
     for seed in seeds:
       for case in cases:
         run = functools.partial(check, size(case), seed, count=count)
-        yield Job(f"{case.name}, seed {seed}", lambda implementation, run=run: run(implementation=implementation), case)
+        yield Job(
+          f"{case.name}, seed {seed}",
+          lambda implementation, run=run: run(implementation=implementation),
+          case,
+        )
 
   def other(name, module, case):
     case = module.tiny(case) if small else case
     return Job(name, lambda implementation: module.check(case, implementation))
 
   found = [
-    Job("padding and repeat", functools.partial(check_padding_and_repeat, small=small), Case("padding")),
+    Job(
+      "padding and repeat",
+      functools.partial(check_padding_and_repeat, small=small),
+      Case("padding"),
+    ),
     *seeded(CASES, SEEDS[:1]),
-    Job("constant table", functools.partial(check_constant_table, small=small), _odd_sizes("", False)),
-    Job("sliced in a scan", functools.partial(check_sliced_in_scan, small=small), _odd_sizes("", False)),
+    Job(
+      "constant table", functools.partial(check_constant_table, small=small), _odd_sizes("", False)
+    ),
+    Job(
+      "sliced in a scan",
+      functools.partial(check_sliced_in_scan, small=small),
+      _odd_sizes("", False),
+    ),
   ]
   found += [other(case.name, gpu_linear, case) for case in LINEAR]
   found += [other(case.name, gpu_around, case) for case in AROUND]
@@ -342,14 +403,22 @@ def selected(small: bool, only: str, config: str) -> tuple[list[Job], dict]:
   """
   found = [job for job in jobs(small) if re.search(only, job.name)]
   if not found:
-    raise ValueError(f"--only={only!r} finds no case; cases are {'; '.join(job.name for job in jobs(small))}.")
+    raise ValueError(
+      f"--only={only!r} finds no case; cases are {'; '.join(job.name for job in jobs(small))}."
+    )
   fields = gpu_config.parse(config)
   if fixed := [job.name for job in found if fields and not job.keys()]:
-    raise ValueError(f"--config changes attention's kernels only; leave out {'; '.join(fixed)} with --only.")
-  return found, gpu_config.changed(fields, {key for job in found for key in job.keys()}) if fields else {}
+    raise ValueError(
+      f"--config changes attention's kernels only; leave out {'; '.join(fixed)} with --only."
+    )
+  return found, gpu_config.changed(
+    fields, {key for job in found for key in job.keys()}
+  ) if fields else {}
 
 
-def sweep(store: Store, implementation: str, found: list[Job], deadline: Deadline, config: str = "") -> tuple[list, list]:
+def sweep(
+  store: Store, implementation: str, found: list[Job], deadline: Deadline, config: str = ""
+) -> tuple[list, list]:
   """Runs cases one by one; a case that raises is not correct.
 
   Returns:
@@ -374,7 +443,9 @@ def sweep(store: Store, implementation: str, found: list[Job], deadline: Deadlin
         result = {"correct": False, "error": f"{type(error).__name__}: {str(error)[:500]}"}
       gc.collect()
       configured = {"config": config} if config else {}
-      row = store.add({"name": f"check: {name}", "implementation": implementation} | configured | result)
+      row = store.add(
+        {"name": f"check: {name}", "implementation": implementation} | configured | result
+      )
     rows_found.append(row)
     print(line(row), flush=True)
   return rows_found, unreached
@@ -382,7 +453,11 @@ def sweep(store: Store, implementation: str, found: list[Job], deadline: Deadlin
 
 def line(row: dict) -> str:
   """One row for people."""
-  errors = [f"{k.removeprefix('error_')} {row[k]:.1e}" for k in row if k.startswith("error_") and not k.endswith("_max")]
+  errors = [
+    f"{k.removeprefix('error_')} {row[k]:.1e}"
+    for k in row
+    if k.startswith("error_") and not k.endswith("_max")
+  ]
   state = "ok   " if row["correct"] else "WRONG"
   return f"{state} {row['name'].removeprefix('check: '):<48}  {'  '.join(errors)}{row.get('error', '')[:160]}"
 
@@ -413,10 +488,16 @@ def run(
   """
   folder = pathlib.Path(out or os.environ.get("OUT") or rows.RESULTS)
   if rehearse and folder.resolve() == rows.RESULTS.resolve():
-    raise ValueError("a rehearsal checks no kernel: name a folder of its own with --out, not benchmarks/results.")
+    raise ValueError(
+      "a rehearsal checks no kernel: name a folder of its own with --out, not benchmarks/results."
+    )
   found, configs = selected(rehearse, only, config)
   kind = "rehearsal" if rehearse else device_slug(jax.devices()[0].device_kind)
-  command = "python -m benchmarks.gpu.check" + (" --rehearse" if rehearse else "") + (f" --config={config}" if config else "")
+  command = (
+    "python -m benchmarks.gpu.check"
+    + (" --rehearse" if rehearse else "")
+    + (f" --config={config}" if config else "")
+  )
   store = Store.open(folder, f"gpu_check_{kind}", command, rehearse)
   implementation = implementation or ("xla" if rehearse else "pallas_mgpu")
   # One configuration for the whole process: traces are cached without it.
@@ -436,7 +517,9 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments {argv[1:]}")
   open_device(_REHEARSE.value)
-  right = run(_OUT.value, _IMPLEMENTATION.value, _REHEARSE.value, _MINUTES.value, _ONLY.value, _CONFIG.value)
+  right = run(
+    _OUT.value, _IMPLEMENTATION.value, _REHEARSE.value, _MINUTES.value, _ONLY.value, _CONFIG.value
+  )
   sys.exit(0 if right else 1)
 
 

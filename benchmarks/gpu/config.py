@@ -26,7 +26,9 @@ def parse(text: str) -> dict:
   for pair in filter(None, (part.strip() for part in text.split(","))):
     name, equals, value = (part.strip() for part in pair.partition("="))
     if not equals or name not in defaults:
-      raise ValueError(f"--config={text!r}: {pair!r} is no field=value; the fields are {', '.join(defaults)}.")
+      raise ValueError(
+        f"--config={text!r}: {pair!r} is no field=value; the fields are {', '.join(defaults)}."
+      )
     found[name] = _value(text, name, value, type(defaults[name]))
   return found
 

@@ -92,12 +92,18 @@ class Work:
   def step_s(self, device: Device, rate: float = 1.0) -> float:
     """One key tile on one SM; `rate` scales the matmuls' speed."""
     flops, loaded = 4 * self.block_q * self.block_kv * self.d, 2 * self.block_kv * self.d * 2
-    per_sm = (flops / (device.tensor * rate), loaded / device.l2, loaded * self.missing / device.hbm)
+    per_sm = (
+      flops / (device.tensor * rate),
+      loaded / device.l2,
+      loaded * self.missing / device.hbm,
+    )
     return max(per_sm) * device.sms
 
   def blocks(self, device: Device, rate: float = 1.0) -> np.ndarray:
     """Seconds of each thread block, head by head; empty ones start and end."""
-    one = device.block_s * np.where(self.counts > 0, 1.0, 0.25) + self.counts * self.step_s(device, rate)
+    one = device.block_s * np.where(self.counts > 0, 1.0, 0.25) + self.counts * self.step_s(
+      device, rate
+    )
     return np.tile(one, self.heads)
 
 
@@ -137,7 +143,9 @@ def makespan(blocks: np.ndarray, sms: int) -> float:
 def call_s(works: list[Work], device: Device, rate: float = 1.0) -> float:
   """One launch: dearest heads first, as the kernel orders them."""
   ordered = sorted(works, key=lambda w: -w.counts.sum())
-  return device.launch_s + makespan(np.concatenate([w.blocks(device, rate) for w in ordered]), device.sms)
+  return device.launch_s + makespan(
+    np.concatenate([w.blocks(device, rate) for w in ordered]), device.sms
+  )
 
 
 def dense_s(spec: AttentionSpec, device: Device) -> float:
@@ -158,7 +166,12 @@ def list_work(spec: AttentionSpec, density: float, device: Device, ordered: bool
 
 def _shape(spec: AttentionSpec) -> dict:
   """Sizes of a shape's tiles."""
-  return {"block_q": spec.block, "block_kv": spec.block, "d": spec.head_dim, "fill": spec.layout.fill}
+  return {
+    "block_q": spec.block,
+    "block_kv": spec.block,
+    "d": spec.head_dim,
+    "fill": spec.layout.fill,
+  }
 
 
 def band_works(spec: AttentionSpec, of: Composition, device: Device) -> list[Work]:
@@ -168,9 +181,13 @@ def band_works(spec: AttentionSpec, of: Composition, device: Device) -> list[Wor
   keep, filled = of.mid_tiles(spec), of.n_coarse(spec) / (coarse * spec.block)
   window = sliding_tile(spec.layout, of.window).kv_indices[0, 0]
   return [
-    Work(low, np.full(coarse, coarse), 1 / min(device.sms, coarse), **_shape(spec) | {"fill": filled}),
+    Work(
+      low, np.full(coarse, coarse), 1 / min(device.sms, coarse), **_shape(spec) | {"fill": filled}
+    ),
     Work(mid, np.full(spec.layout.tiles, keep), missing_random(spec, keep, device), **_shape(spec)),
-    Work(high, np.full(len(window), window.shape[1]), missing_listed(window, device), **_shape(spec)),
+    Work(
+      high, np.full(len(window), window.shape[1]), missing_listed(window, device), **_shape(spec)
+    ),
   ]
 
 
@@ -201,7 +218,14 @@ def _row(name, spec, seconds, flops, device, **fields) -> dict:
     "flops": flops,
   }
   row |= {"tflops": flops / seconds / 1e12, "dense_seconds": dense_s(spec, device)}
-  return row | {"speedup": row["dense_seconds"] / seconds, "retained": row["dense_seconds"] / seconds * density} | fields
+  return (
+    row
+    | {
+      "speedup": row["dense_seconds"] / seconds,
+      "retained": row["dense_seconds"] / seconds * density,
+    }
+    | fields
+  )
 
 
 def expected_rows(plan: Plan = FULL, device: Device = Device()) -> list[dict]:  # noqa: B008
@@ -216,18 +240,36 @@ def expected_rows(plan: Plan = FULL, device: Device = Device()) -> list[dict]:  
     for name, density in names:
       spec, work = plan.spec(name), list_work(plan.spec(name), density, device, ordered)
       label = f"lists_d{round(100 * density):02d}{'' if ordered else '_unsorted'}/{name}"
-      found.append(_row(label, spec, call_s([work], device), work.flops, device, from_memory=work.missing))
+      found.append(
+        _row(label, spec, call_s([work], device), work.flops, device, from_memory=work.missing)
+      )
   spec = plan.spec(plan.window)
-  ids = gpu_masks.window(spec, plan.window_tile, plan.window_extent, plan.window_refine).mask.kv_indices[0, 0]
+  ids = gpu_masks.window(
+    spec, plan.window_tile, plan.window_extent, plan.window_refine
+  ).mask.kv_indices[0, 0]
   work = Work(spec.heads, np.full(len(ids), ids.shape[1]), missing_listed(ids, device))
-  found.append(_row(f"window/{spec.name}", spec, call_s([work], device), work.flops, device, from_memory=work.missing))
+  found.append(
+    _row(
+      f"window/{spec.name}",
+      spec,
+      call_s([work], device),
+      work.flops,
+      device,
+      from_memory=work.missing,
+    )
+  )
   for name, density in plan.backward:
     spec, work = plan.spec(name), list_work(plan.spec(name), density, device)
     # Both passes walk every pair: 7 matmuls where 5 count, at the backward's share of the dense rate.
-    seconds = call_s([work], device, device.backward / (BACKWARD_OVER_FORWARD * device.extra_passes)) + device.launch_s
+    seconds = (
+      call_s([work], device, device.backward / (BACKWARD_OVER_FORWARD * device.extra_passes))
+      + device.launch_s
+    )
     label = f"backward_lists_d{round(100 * density):02d}/{name}"
     row = _row(label, spec, seconds, BACKWARD_OVER_FORWARD * work.flops, device)
-    found.append({k: v for k, v in row.items() if k not in ("dense_seconds", "speedup", "retained", "density")})
+    found.append(
+      {k: v for k, v in row.items() if k not in ("dense_seconds", "speedup", "retained", "density")}
+    )
   return found + _band_rows(plan, device) + [_around_row(plan, device)]
 
 
@@ -247,7 +289,9 @@ def _band_rows(plan, device):
     spec = plan.spec(name)
     one = call_s(fused_works(spec, plan.bands, device), device)
     three = sum(call_s([w], device) for w in band_works(spec, plan.bands, device))
-    found.append({"name": f"fused_over_separate/{name}", "expected": True, "n": spec.n, "ratio": three / one})
+    found.append(
+      {"name": f"fused_over_separate/{name}", "expected": True, "n": spec.n, "ratio": three / one}
+    )
   return found
 
 
@@ -274,7 +318,11 @@ def write(folder: pathlib.Path = rows.RESULTS) -> list[dict]:
   found = expected_rows(device=device)
   path = folder / f"{NAME}.json"
   path.unlink(missing_ok=True)
-  facts = {"command": "python -m benchmarks.gpu.expected", "model_of": "H100 SXM", "assumed": dataclasses.asdict(device)}
+  facts = {
+    "command": "python -m benchmarks.gpu.expected",
+    "model_of": "H100 SXM",
+    "assumed": dataclasses.asdict(device),
+  }
   rows.merge_rows(path, [row | facts for row in found])
   return found
 
@@ -286,7 +334,9 @@ def main(argv):
   found = write()
   for row in found:
     value = f"{1e3 * row['seconds']:9.3f} ms" if "seconds" in row else f"{row['ratio']:9.3f} x "
-    more = "  ".join(f"{k} {row[k]:.3g}" for k in ("speedup", "retained", "tflops", "over_attention") if k in row)
+    more = "  ".join(
+      f"{k} {row[k]:.3g}" for k in ("speedup", "retained", "tflops", "over_attention") if k in row
+    )
     print(f"{row['name']:<36} {value}  {more}")
   print("\n" + gates.table(gates.gate_rows([], found)))
 

@@ -64,10 +64,33 @@ def _lists(densities=("05", "10"), specs=("a_64k", "a_128k", "a_512k")):
 _FUSED = ("fused_over_separate/a_64k", "fused_over_separate/a_128k", "fused_over_separate/a_1m")
 GATES = (
   Gate(
-    "dense mode, 16K-128K, of cuDNN's rate", ("dense/a_16k", "dense/a_64k", "dense/a_128k"), "over_cudnn", "", ">=", 0.95, 0.99
+    "dense mode, 16K-128K, of cuDNN's rate",
+    ("dense/a_16k", "dense/a_64k", "dense/a_128k"),
+    "over_cudnn",
+    "",
+    ">=",
+    0.95,
+    0.99,
   ),
-  Gate("block-sparse 128x128, density 5-10 %, 64K-512K, retained", _lists(), "retained", "", ">=", 0.85, 0.94),
-  Gate("3-D window 18x24x24, 30x48x80, 24 heads", ("window/b_115k",), "seconds", "ms", "<=", 28.0, 25.4, 1e3),
+  Gate(
+    "block-sparse 128x128, density 5-10 %, 64K-512K, retained",
+    _lists(),
+    "retained",
+    "",
+    ">=",
+    0.85,
+    0.94,
+  ),
+  Gate(
+    "3-D window 18x24x24, 30x48x80, 24 heads",
+    ("window/b_115k",),
+    "seconds",
+    "ms",
+    "<=",
+    28.0,
+    25.4,
+    1e3,
+  ),
   Gate(
     "backward, block lists (2.5x convention)",
     ("backward_lists_d10/a_64k", "backward_lists_d10/a_128k"),
@@ -79,14 +102,42 @@ GATES = (
   ),
   Gate("one launch over the best separate ones, everywhere", _FUSED, "ratio", "x", ">=", 1.0, 1.0),
   Gate("one launch over the best separate ones, 64K", _FUSED[:1], "ratio", "x", ">=", 1.0, 1.04),
-  Gate("FreqFormer attention, mid 5 %, 128K, over cuDNN", ("freqformer/a_128k",), "speedup", "x", ">=", 20.0, 25.0),
-  Gate("FreqFormer attention, mid 5 %, 1M, over cuDNN", ("freqformer/a_1m",), "speedup", "x", ">=", 29.0, 35.0),
-  Gate("FreqFormer attention, 4K keys, 1M", ("fixed4k/a_1m",), "seconds", "ms", "<=", 60.0, 38.0, 1e3),
-  Gate("selection + transforms at 128K, of attention", ("around/a_128k",), "over_attention", "", "<=", 0.15, 0.05),
+  Gate(
+    "FreqFormer attention, mid 5 %, 128K, over cuDNN",
+    ("freqformer/a_128k",),
+    "speedup",
+    "x",
+    ">=",
+    20.0,
+    25.0,
+  ),
+  Gate(
+    "FreqFormer attention, mid 5 %, 1M, over cuDNN",
+    ("freqformer/a_1m",),
+    "speedup",
+    "x",
+    ">=",
+    29.0,
+    35.0,
+  ),
+  Gate(
+    "FreqFormer attention, 4K keys, 1M", ("fixed4k/a_1m",), "seconds", "ms", "<=", 60.0, 38.0, 1e3
+  ),
+  Gate(
+    "selection + transforms at 128K, of attention",
+    ("around/a_128k",),
+    "over_attention",
+    "",
+    "<=",
+    0.15,
+    0.05,
+  ),
 )
 
 
-def gate_rows(measured: list[dict], expected: list[dict] = (), gates: tuple[Gate, ...] = GATES) -> list[dict]:
+def gate_rows(
+  measured: list[dict], expected: list[dict] = (), gates: tuple[Gate, ...] = GATES
+) -> list[dict]:
   """One row per gate: bounds, what was measured (None: nothing yet) and, apart from it, what the model expects."""
   found = {row["name"]: row for row in measured if not row.get("expected")}
   modelled = {row["name"]: row for row in expected if row.get("expected")}
@@ -115,12 +166,17 @@ def gate_rows(measured: list[dict], expected: list[dict] = (), gates: tuple[Gate
 
 def table(rows: list[dict]) -> str:
   """Gates for people; an expected value stands in its own column, never in the measured one."""
-  lines = [f"{'gate':<58} {'pass':>8} {'record':>8} {'measured':>10} {'':<11} {'expected (model)':>16}"]
+  lines = [
+    f"{'gate':<58} {'pass':>8} {'record':>8} {'measured':>10} {'':<11} {'expected (model)':>16}"
+  ]
   for row in rows:
     state = {None: "", True: "passed", False: "MISSED"}[row["passed"]]
     state = "RECORD" if row["record_met"] else state
     state = "incomplete" if row["measured"] is not None and not row["complete"] else state
-    number = lambda x: "-" if x is None else f"{x:.3g}"
+
+    def number(x):
+      return "-" if x is None else f"{x:.3g}"
+
     lines.append(
       f"{row['name'].removeprefix('gate: '):<58} {row['pass']:>8} {row['record']:>8} {number(row['measured']):>10} {state:<11} "
       f"{number(row['expected_value']):>16} {row['unit']}"

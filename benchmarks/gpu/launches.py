@@ -33,7 +33,10 @@ def attend(q, k, v, mask, implementation):
 def fused_call(spec: AttentionSpec, of: Composition, implementation: str) -> Call:
   """All bands at once."""
   problem = gpu_masks.fused(spec, of)
-  return Call(functools.partial(attend, implementation=implementation), (*problem.inputs(), gpu_masks.on_device(problem.mask)))
+  return Call(
+    functools.partial(attend, implementation=implementation),
+    (*problem.inputs(), gpu_masks.on_device(problem.mask)),
+  )
 
 
 def separate_call(spec: AttentionSpec, of: Composition, implementation: str) -> Call:
@@ -56,12 +59,22 @@ def _after(first, x):
   return x if x is first else jax.lax.optimization_barrier((x, first[0, 0, 0, 0]))[0]
 
 
-def compare(spec: AttentionSpec, of: Composition, implementation: str, effort: Effort) -> dict[str, Measured]:
+def compare(
+  spec: AttentionSpec, of: Composition, implementation: str, effort: Effort
+) -> dict[str, Measured]:
   """Both forms, in turns."""
-  return measure({"fused": fused_call(spec, of, implementation), "separate": separate_call(spec, of, implementation)}, effort)
+  return measure(
+    {
+      "fused": fused_call(spec, of, implementation),
+      "separate": separate_call(spec, of, implementation),
+    },
+    effort,
+  )
 
 
-def in_child(spec: AttentionSpec, of: Composition, implementation: str, effort: Effort, timeout_s: float) -> dict[str, dict]:
+def in_child(
+  spec: AttentionSpec, of: Composition, implementation: str, effort: Effort, timeout_s: float
+) -> dict[str, dict]:
   """`compare` in a process whose command buffers run independent kernels concurrently.
 
   Returns:
@@ -83,4 +96,8 @@ def in_child(spec: AttentionSpec, of: Composition, implementation: str, effort: 
 
 def child(spec: AttentionSpec, of: Composition, implementation: str, effort: Effort):
   """The body of that process: one line of JSON."""
-  print(json.dumps({name: measured.row() for name, measured in compare(spec, of, implementation, effort).items()}))
+  print(
+    json.dumps(
+      {name: measured.row() for name, measured in compare(spec, of, implementation, effort).items()}
+    )
+  )

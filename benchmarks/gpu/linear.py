@@ -63,7 +63,9 @@ def _both(implementation, feature_map, rows, d_log, segments, arrays):
 
   def call(q, k, v, into):
     how = arrays | ({"into": into} if "heads" in arrays else {})
-    return linear_attention(q, k, v, segments, feature_map=feature_map, implementation=implementation, **how)
+    return linear_attention(
+      q, k, v, segments, feature_map=feature_map, implementation=implementation, **how
+    )
 
   found, rule = jax.vjp(call, *qkv, into)
   return *found, *rule((d_out, d_log))
@@ -84,8 +86,15 @@ def _draw(case: LinearCase):
   if case.heads:
     arrays["heads"] = np.arange(case.b * case.h).reshape(case.b, case.h) % 2 == 0
   shape = (case.b, layout.n_buffer, case.h, case.d)
-  rows = [jax.random.normal(key, shape, jnp.bfloat16) for key in jax.random.split(jax.random.key(7), 5)]
-  return rows, rng.standard_normal((case.b, case.h, layout.n_buffer)).astype(np.float32), segments, arrays
+  rows = [
+    jax.random.normal(key, shape, jnp.bfloat16) for key in jax.random.split(jax.random.key(7), 5)
+  ]
+  return (
+    rows,
+    rng.standard_normal((case.b, case.h, layout.n_buffer)).astype(np.float32),
+    segments,
+    arrays,
+  )
 
 
 def check(case: LinearCase, implementation: str) -> dict:
@@ -94,15 +103,23 @@ def check(case: LinearCase, implementation: str) -> dict:
   An implementation of attention that linear attention has none of stands for the portable one.
   """
   rows, d_log, segments, arrays = _draw(case)
-  run = functools.partial(_both, implementation if implementation in BACKENDS else "xla", case.feature_map)
+  run = functools.partial(
+    _both, implementation if implementation in BACKENDS else "xla", case.feature_map
+  )
   found, again = run(rows, d_log, segments, arrays), run(rows, d_log, segments, arrays)
   plain = _both("xla", case.feature_map, rows, d_log, segments, arrays)
-  exact = _both("xla", case.feature_map, [x.astype(jnp.float32) for x in rows], d_log, segments, arrays)
+  exact = _both(
+    "xla", case.feature_map, [x.astype(jnp.float32) for x in rows], d_log, segments, arrays
+  )
   repeat = all(np.array_equal(x, y) for x, y in zip(found, again, strict=True))
   row, correct = {"two_runs_bit_equal": repeat}, repeat
   for name, got, model, want in zip(_RESULTS, found, plain, exact, strict=True):
     error, bound = Error.of(got, want), Error.of(model, want)
-    row |= {f"error_{name}": error.relative, f"error_{name}_max": error.largest, f"plain_error_{name}": bound.relative}
+    row |= {
+      f"error_{name}": error.relative,
+      f"error_{name}_max": error.largest,
+      f"plain_error_{name}": bound.relative,
+    }
     correct = correct and bool(error.relative <= max(2 * bound.relative, 1e-5))  # NaN never is
   return row | {"correct": correct}
 
@@ -121,7 +138,9 @@ def timed(spec: AttentionSpec, implementation: str, effort: Effort) -> dict:
     return linear_attention(q, k, v, segments, feature_map="elu", implementation=name)[0]
 
   def some(q, k, v, segments, heads):
-    return linear_attention(q, k, v, segments, feature_map="elu", implementation=name, heads=heads, into=v * 2)[0]
+    return linear_attention(
+      q, k, v, segments, feature_map="elu", implementation=name, heads=heads, into=v * 2
+    )[0]
 
   def backward(q, k, v, d_out, segments):
     out, rule = jax.vjp(lambda *x: forward(*x, segments, name), q, k, v)

@@ -41,13 +41,18 @@ class Problem:
   def inputs(self, count: int = 3, seed: int = 0) -> list[jax.Array]:
     """`count` normal arrays `[batch, rows, heads, head_dim]`; never zeros, on which tensor cores run faster."""
     shape = (self.spec.batch, self.rows, self.heads, self.spec.head_dim)
-    return [jax.random.normal(key, shape, jnp.dtype(self.spec.dtype)) for key in jax.random.split(jax.random.key(seed), count)]
+    return [
+      jax.random.normal(key, shape, jnp.dtype(self.spec.dtype))
+      for key in jax.random.split(jax.random.key(seed), count)
+    ]
 
   @functools.cached_property
   def pairs(self) -> int:
     """Scored valid pairs of all samples and heads, exact."""
     mask, calls = self.mask, self.spec.batch * self.heads
-    if mask.kv_indices is None and (mask.kv_counts == mask.kv_tiles).all() and mask.kv_len.ndim == 1:
+    if (
+      mask.kv_indices is None and (mask.kv_counts == mask.kv_tiles).all() and mask.kv_len.ndim == 1
+    ):
       return int(mask.q_len().sum()) * int(mask.kv_len.sum()) * calls
     pairs = mask.pairs()
     return int(pairs.sum()) * calls // pairs.size
@@ -66,7 +71,9 @@ def on_device(mask: BlockMask) -> BlockMask:
 # ---- tables --------------------------------------------------------------------------------------------------------------
 
 
-def random_ids(heads: int, tiles: tuple[int, int], keep: int, seed: int = 0, ordered: bool = True) -> np.ndarray:
+def random_ids(
+  heads: int, tiles: tuple[int, int], keep: int, seed: int = 0, ordered: bool = True
+) -> np.ndarray:
   """Uniformly drawn distinct key tiles, the query tile's own among them: int32 `[1, heads, q_tiles, keep]`.
 
   Args:
@@ -84,11 +91,15 @@ def random_ids(heads: int, tiles: tuple[int, int], keep: int, seed: int = 0, ord
     own = (jnp.arange(q_tiles) * kv_tiles // q_tiles)[:, None]
     score = jnp.where(jnp.arange(kv_tiles) == own, 2.0, score)
     # One more shuffle: by score, a list would always begin with its own tile.
-    ids = jax.random.permutation(jax.random.fold_in(key, 1), jax.lax.top_k(score, keep)[1], axis=1, independent=True)
+    ids = jax.random.permutation(
+      jax.random.fold_in(key, 1), jax.lax.top_k(score, keep)[1], axis=1, independent=True
+    )
     return (jnp.sort(ids, axis=-1) if ordered else ids).astype(jnp.int32)
 
   # Head by head: all heads' scores at 1M tokens would be 3 GB.
-  return np.stack([np.asarray(draw(key)) for key in jax.random.split(jax.random.key(seed), heads)])[None]
+  return np.stack([np.asarray(draw(key)) for key in jax.random.split(jax.random.key(seed), heads)])[
+    None
+  ]
 
 
 def dense(spec: AttentionSpec) -> Problem:
@@ -98,7 +109,9 @@ def dense(spec: AttentionSpec) -> Problem:
   return Problem(spec, dataclasses.replace(mask, kv_len=layout.arrays().kv_len), "dense mode")
 
 
-def random_lists(spec: AttentionSpec, density: float = 0.0, keys: int = 0, seed: int = 0, ordered: bool = True) -> Problem:
+def random_lists(
+  spec: AttentionSpec, density: float = 0.0, keys: int = 0, seed: int = 0, ordered: bool = True
+) -> Problem:
   """Random lists of a given density, or of a given number of keys."""
   tiles = spec.layout.tiles
   keep = max(1, min(tiles, round(tiles * density) if density else keys // spec.block))
@@ -113,11 +126,20 @@ def rectangular(spec: AttentionSpec, block_q: int, block_kv: int, density: float
   q_tiles, kv_tiles = spec.n // block_q, spec.n // block_kv
   keep = max(1, round(kv_tiles * density))
   ids = random_ids(spec.heads, (q_tiles, kv_tiles), keep)
-  mask = BlockMask(ids, np.full(ids.shape[:3], keep, np.int32), np.full(kv_tiles, block_kv, np.int32), None, block_q, block_kv)
+  mask = BlockMask(
+    ids,
+    np.full(ids.shape[:3], keep, np.int32),
+    np.full(kv_tiles, block_kv, np.int32),
+    None,
+    block_q,
+    block_kv,
+  )
   return Problem(spec, mask, f"random lists of {keep} tiles, {block_q} x {block_kv}")
 
 
-def window(spec: AttentionSpec, tile: tuple[int, int, int], extent: tuple[int, int, int], refine: int = 1) -> Problem:
+def window(
+  spec: AttentionSpec, tile: tuple[int, int, int], extent: tuple[int, int, int], refine: int = 1
+) -> Problem:
   """A clamped 3-D window of whole tiles; coarse tiles may be refined to the kernel's."""
   layout = TileLayout.fit(spec.grid, spec.block * refine, tile)
   mask = sliding_tile(layout, extent)
@@ -150,7 +172,13 @@ class Composition:
   def mid_tiles(self, spec: AttentionSpec) -> int:
     """Tiles of a mid list."""
     fixed = int(np.prod(self.window))
-    return max(1, min(spec.layout.tiles, round(spec.layout.tiles * self.mid_density) if self.mid_density else fixed))
+    return max(
+      1,
+      min(
+        spec.layout.tiles,
+        round(spec.layout.tiles * self.mid_density) if self.mid_density else fixed,
+      ),
+    )
 
   def n_coarse(self, spec: AttentionSpec) -> int:
     """Coarse tokens."""
@@ -168,7 +196,14 @@ def fused(spec: AttentionSpec, of: Composition) -> Problem:
   coarse_tiles = -(-n_coarse // spec.block)
   kv_len = packed_kv_len(n_coarse, layout.arrays().kv_len, spec.block)
   ids = random_ids(spec.heads, (tiles, tiles), of.mid_tiles(spec))
-  mid = BlockMask(ids, np.full(ids.shape[:3], ids.shape[-1], np.int32), layout.arrays().kv_len, None, spec.block, spec.block)
+  mid = BlockMask(
+    ids,
+    np.full(ids.shape[:3], ids.shape[-1], np.int32),
+    layout.arrays().kv_len,
+    None,
+    spec.block,
+    spec.block,
+  )
   masks = (
     coarse_rows(kv_len, coarse_tiles, spec.block),
     full_rows(mid, kv_len, coarse_tiles),
@@ -186,7 +221,14 @@ def separate(spec: AttentionSpec, of: Composition) -> list[Problem]:
   coarse = dense_mask(rows, rows, spec.block, spec.block)
   kv_len = packed_kv_len(n_coarse, np.zeros(0, np.int32), spec.block)
   ids = random_ids(mid, (tiles, tiles), of.mid_tiles(spec))
-  lists = BlockMask(ids, np.full(ids.shape[:3], ids.shape[-1], np.int32), layout.arrays().kv_len, None, spec.block, spec.block)
+  lists = BlockMask(
+    ids,
+    np.full(ids.shape[:3], ids.shape[-1], np.int32),
+    layout.arrays().kv_len,
+    None,
+    spec.block,
+    spec.block,
+  )
   return [
     Problem(spec, dataclasses.replace(coarse, kv_len=kv_len), "low band alone", low),
     Problem(spec, lists, "mid band alone", mid),

@@ -33,7 +33,9 @@ class Error:
     return cls(float(np.sqrt(np.mean(off**2)) / (size + 1e-30)), float(np.abs(off).max()))
 
 
-def pick_rows(mask: BlockMask, shape: tuple[int, ...], count: int = 64, seed: int = 0, keys: bool = False) -> np.ndarray:
+def pick_rows(
+  mask: BlockMask, shape: tuple[int, ...], count: int = 64, seed: int = 0, keys: bool = False
+) -> np.ndarray:
   """`(sample, head, row)` of valid rows: int32 `[count, 3]`, first and last sample, head and row among them.
 
   Args:
@@ -67,7 +69,9 @@ def _dot(equation, *operands):
 
 def _at(array, *index):
   """An entry of an array that may be broadcast along leading axes of size 1."""
-  return array[tuple(jnp.where(size > 1, i, 0) for size, i in zip(array.shape, index, strict=False))]
+  return array[
+    tuple(jnp.where(size > 1, i, 0) for size, i in zip(array.shape, index, strict=False))
+  ]
 
 
 def _row(q, k, v, mask, scale, rounded, where):
@@ -78,7 +82,11 @@ def _row(q, k, v, mask, scale, rounded, where):
   lengths = mask.kv_len if mask.kv_len.ndim == 1 else _at(mask.kv_len, sample)
   inside = jnp.arange(mask.block_kv, dtype=jnp.int32)
   rows = ids[:, None] * mask.block_kv + inside
-  seen = (jnp.arange(mask.max_kv) < count)[:, None] & (inside < lengths[ids][:, None]) & (rows < k.shape[1])
+  seen = (
+    (jnp.arange(mask.max_kv) < count)[:, None]
+    & (inside < lengths[ids][:, None])
+    & (rows < k.shape[1])
+  )
   rows = jnp.minimum(rows, k.shape[1] - 1)
   keys, values = (_wide(x[sample, :, head][rows]) for x in (k, v))
   scores = rounded(_dot("d,tjd->tj", _wide(q[sample, row, head]), keys)) * scale
@@ -105,7 +113,9 @@ def query_rows(inputs, mask, where, cotangents=None, *, scale=None, round_to=Non
   q, k, v = inputs
   mask = jax.tree.map(jnp.asarray, mask)
   scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-  rounded = (lambda x: x) if round_to is None else (lambda x: x.astype(round_to).astype(jnp.float32))
+  rounded = (
+    (lambda x: x) if round_to is None else (lambda x: x.astype(round_to).astype(jnp.float32))
+  )
 
   def one(at):
     keys, values, scores = _row(q, k, v, mask, scale, rounded, at)
@@ -142,7 +152,9 @@ def key_rows(inputs, mask, found, cotangents, where, *, scale=None, round_to=Non
   (q, k, v), (out, lse), (d_out, d_lse) = inputs, found, cotangents
   mask = jax.tree.map(jnp.asarray, mask)
   scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-  rounded = (lambda x: x) if round_to is None else (lambda x: x.astype(round_to).astype(jnp.float32))
+  rounded = (
+    (lambda x: x) if round_to is None else (lambda x: x.astype(round_to).astype(jnp.float32))
+  )
   ids, n_q = mask.indices(), q.shape[1]
   slots = jnp.arange(mask.max_kv)
 
@@ -150,7 +162,9 @@ def key_rows(inputs, mask, found, cotangents, where, *, scale=None, round_to=Non
     sample, head, row = at
     tile = row // mask.block_kv
     lengths = mask.kv_len if mask.kv_len.ndim == 1 else _at(mask.kv_len, sample)
-    listing = ((_at(ids, sample, head) == tile) & (slots < _at(mask.kv_counts, sample, head)[:, None])).any(-1)
+    listing = (
+      (_at(ids, sample, head) == tile) & (slots < _at(mask.kv_counts, sample, head)[:, None])
+    ).any(-1)
     seen = jnp.repeat(listing, mask.block_q)[:n_q] & (row % mask.block_kv < lengths[tile])
     queries, d_rows, outs = (_wide(x[sample, :, head]) for x in (q, d_out, out))
     row_lse = lse[sample, head]
@@ -182,7 +196,11 @@ def _fields(name: str, got, want, plain) -> tuple[dict, bool]:
   """An error beside the error of the plain low-precision computation; within tolerance: at most twice that (NaN never is)."""
   error, model = Error.of(got, want), Error.of(plain, want)
   bound = max(2 * model.relative, _FLOAT32_TOLERANCE)
-  found = {f"error_{name}": error.relative, f"error_{name}_max": error.largest, f"plain_error_{name}": model.relative}
+  found = {
+    f"error_{name}": error.relative,
+    f"error_{name}_max": error.largest,
+    f"plain_error_{name}": model.relative,
+  }
   return found, bool(error.relative <= bound)
 
 
@@ -214,13 +232,22 @@ def backward_error(inputs, mask: BlockMask, found, cotangents, grads, count: int
   """Errors of `(dq, dk, dv)` (and of `found = (out, lse)`) on sampled query and key rows."""
   (q, k, _), (dq, dk, dv) = inputs, grads
   fields = forward_error(inputs, mask, found, count)
-  correct, table, low = fields["correct"], dataclasses.replace(mask, transposed=None), _model_dtype(q.dtype)
+  correct, table, low = (
+    fields["correct"],
+    dataclasses.replace(mask, transposed=None),
+    _model_dtype(q.dtype),
+  )
   where = pick_rows(mask, q.shape, count, seed=1)
   want, plain = (query_rows(inputs, table, where, cotangents, round_to=r)[2] for r in (None, low))
   checked = [("dq", _at_rows(dq, where), want, plain)]
   where = pick_rows(mask, k.shape, count, seed=2, keys=True)
-  wants, plains = (key_rows(inputs, table, found, cotangents, where, round_to=r) for r in (None, low))
-  checked += [(n, _at_rows(g, where), w, p) for n, g, w, p in zip(("dk", "dv"), (dk, dv), wants, plains, strict=True)]
+  wants, plains = (
+    key_rows(inputs, table, found, cotangents, where, round_to=r) for r in (None, low)
+  )
+  checked += [
+    (n, _at_rows(g, where), w, p)
+    for n, g, w, p in zip(("dk", "dv"), (dk, dv), wants, plains, strict=True)
+  ]
   for name, got, want, plain in checked:
     more, within = _fields(name, got, want, plain)
     fields, correct = fields | more, correct and within

@@ -18,10 +18,19 @@ def ceilings(size: int, copy_bytes: int, effort: Effort) -> list[dict]:
   """The rates that nothing on this device beats: a bf16 matmul, and a copy (bytes read plus bytes written)."""
   x, w = (jax.random.normal(jax.random.key(i), (size, size), jnp.bfloat16) for i in range(2))
   source = jax.random.normal(jax.random.key(2), (copy_bytes // 2,), jnp.bfloat16)
-  t = measure({"matmul": Call(jnp.matmul, (x, w)), "copy": Call(lambda x: x + jnp.bfloat16(1), (source,))}, effort)
+  t = measure(
+    {"matmul": Call(jnp.matmul, (x, w)), "copy": Call(lambda x: x + jnp.bfloat16(1), (source,))},
+    effort,
+  )
   flops = 2 * size**3
   return [
-    {"name": "ceiling/matmul", "size": size, "flops": flops, "tflops": flops / t["matmul"].seconds / 1e12, **t["matmul"].row()},
+    {
+      "name": "ceiling/matmul",
+      "size": size,
+      "flops": flops,
+      "tflops": flops / t["matmul"].seconds / 1e12,
+      **t["matmul"].row(),
+    },
     {
       "name": "ceiling/copy",
       "bytes": 2 * copy_bytes,
@@ -45,7 +54,9 @@ def tokamax() -> Callable | None:
   return functools.partial(module.dot_product_attention, implementation="mosaic")
 
 
-def backward_call(f: Callable, inputs: tuple, cotangents: tuple, tables: tuple = ()) -> tuple[Call, tuple]:
+def backward_call(
+  f: Callable, inputs: tuple, cotangents: tuple, tables: tuple = ()
+) -> tuple[Call, tuple]:
   """The backward pass alone, from stored residuals.
 
   Args:
@@ -74,10 +85,14 @@ def torch_rows(arguments: list[str], timeout_s: float) -> list[dict]:
     RuntimeError: if there is no torch, or no row at all came back.
   """
   if importlib.util.find_spec("torch") is None:
-    raise RuntimeError("torch is not installed for this interpreter: no SDPA and FlexAttention rows")
+    raise RuntimeError(
+      "torch is not installed for this interpreter: no SDPA and FlexAttention rows"
+    )
   command = [sys.executable, "-m", "benchmarks.gpu.torch_peers", *arguments]
   try:
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=timeout_s)
+    done = subprocess.run(
+      command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=timeout_s
+    )
     output, trouble = done.stdout, done.stderr
   except subprocess.TimeoutExpired as error:
     output = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""

@@ -16,7 +16,13 @@ from benchmarks.gpu import facts as gpu_facts
 ROOT = pathlib.Path(__file__).parents[2]
 # What a figure depends on; a change to anything else leaves rows valid. The slot's own files only say what runs when, and a
 # plan that is changed between two calls must not make the rows of the first one void.
-_CODE = ("kernels/**/*.py", "kernels/**/*.json", "benchmarks/gpu/*.py", "freqformer/grid/layout.py", "freqformer/tables/*.py")
+_CODE = (
+  "kernels/**/*.py",
+  "kernels/**/*.json",
+  "benchmarks/gpu/*.py",
+  "freqformer/grid/layout.py",
+  "freqformer/tables/*.py",
+)
 _NOT_CODE = ("benchmarks/gpu/slot*.py", "benchmarks/gpu/facts.py", "benchmarks/gpu/guards.py")
 
 
@@ -123,7 +129,10 @@ def open_device(rehearse: bool) -> str:
   jax.config.update("jax_platforms", "cpu" if rehearse else "cuda")
   try:
     return jax.devices()[0].device_kind
-  except (RuntimeError, AssertionError) as error:  # which of them depends on what exactly is missing
+  except (
+    RuntimeError,
+    AssertionError,
+  ) as error:  # which of them depends on what exactly is missing
     raise RuntimeError(
       "no CUDA GPU that jax can use here (it needs jax[cuda13] and a driver); --rehearse --out=FOLDER runs the whole program "
       f"on tiny shapes on a CPU. jax says: {str(error)[:300]}"

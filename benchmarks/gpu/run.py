@@ -53,18 +53,27 @@ def dense_mode(run: Session):
 def lists(run: Session):
   """Random sorted lists of 128x128 tiles."""
   for name, density in run.plan.lists:
-    make = lambda n=name, d=density: run.forward(gpu_masks.random_lists(run.plan.spec(n), d))
+
+    def make(n=name, d=density):
+      return run.forward(gpu_masks.random_lists(run.plan.spec(n), d))
+
     run.row(f"lists_{_label(density)}/{name}", make, GUARDS["lists"])
 
 
 def list_variants(run: Session):
   """Lists in random order, and other tile sizes."""
   for name, density in run.plan.unsorted:
-    make = lambda n=name, d=density: run.forward(gpu_masks.random_lists(run.plan.spec(n), d, ordered=False))
+
+    def make(n=name, d=density):
+      return run.forward(gpu_masks.random_lists(run.plan.spec(n), d, ordered=False))
+
     run.row(f"lists_{_label(density)}_unsorted/{name}", make, GUARDS["list_variants"])
   spec = run.plan.spec(run.plan.tiles_at)
   for block_q, block_kv in run.plan.tiles:
-    make = lambda q=block_q, kv=block_kv: run.forward(gpu_masks.rectangular(spec, q, kv, 0.1))
+
+    def make(q=block_q, kv=block_kv):
+      return run.forward(gpu_masks.rectangular(spec, q, kv, 0.1))
+
     run.row(f"lists_d10_{block_q}x{block_kv}/{spec.name}", make, GUARDS["tile_sizes"])
 
 
@@ -84,7 +93,10 @@ def lowerings(run: Session):
 def forms(run: Session):
   """The forward as it is configured and otherwise, in turns: what a choice is worth."""
   for form in run.plan.forms:
-    make = lambda form=form: run.form(form)
+
+    def make(form=form):
+      return run.form(form)
+
     run.row(f"form_{form.name}/{form.shape}", make, GUARDS["forms"])
 
 
@@ -92,7 +104,11 @@ def launches(run: Session, which: slice = slice(None)):
   """One launch against three, sequential and concurrent."""
   for name in run.plan.launches[which]:
     concurrent = name in run.plan.concurrent
-    run.row(f"fused_over_separate/{name}", lambda n=name, c=concurrent: run.launches(run.plan.spec(n), c), GUARDS["launches"])
+    run.row(
+      f"fused_over_separate/{name}",
+      lambda n=name, c=concurrent: run.launches(run.plan.spec(n), c),
+      GUARDS["launches"],
+    )
 
 
 def first_launches(run: Session):
@@ -103,10 +119,16 @@ def first_launches(run: Session):
 def backward(run: Session):
   """Backward passes alone: lists, then dense."""
   for name, density in run.plan.backward:
-    make = lambda n=name, d=density: run.backward(gpu_masks.random_lists(run.plan.spec(n), d))
+
+    def make(n=name, d=density):
+      return run.backward(gpu_masks.random_lists(run.plan.spec(n), d))
+
     run.row(f"backward_lists_{_label(density)}/{name}", make, GUARDS["backward"])
   for name in run.plan.backward_dense:
-    make = lambda n=name: run.backward(gpu_masks.dense(run.plan.spec(n)))
+
+    def make(n=name):
+      return run.backward(gpu_masks.dense(run.plan.spec(n)))
+
     run.row(f"backward_dense/{name}", make, GUARDS["backward"])
 
 
@@ -114,7 +136,12 @@ def window(run: Session):
   """STA's setting: 18x24x24 tokens around each tile of a 30x48x80 grid, 24 heads."""
   plan = run.plan
   spec = plan.spec(plan.window)
-  make = lambda: run.forward(gpu_masks.window(spec, plan.window_tile, plan.window_extent, plan.window_refine))
+
+  def make():
+    return run.forward(
+      gpu_masks.window(spec, plan.window_tile, plan.window_extent, plan.window_refine)
+    )
+
   run.row(f"window/{spec.name}", make, GUARDS["window"])
 
 
@@ -127,7 +154,10 @@ def freqformer(run: Session):
     ("freqformer", run.plan.fused[3:], bands),
   ):
     for name in names:
-      make = lambda n=name, of=of: run.forward(gpu_masks.fused(run.plan.spec(n), of))
+
+      def make(n=name, of=of):
+        return run.forward(gpu_masks.fused(run.plan.spec(n), of))
+
       run.row(f"{prefix}/{name}", make, GUARDS["freqformer"])
 
 
@@ -140,28 +170,43 @@ def around(run: Session):
 def linear(run: Session):
   """Linear attention within frames: how close to a copy."""
   for name in run.plan.around:
-    make = lambda n=name: gpu_linear.timed(run.plan.spec(n), run.implementation, run.plan.effort)
+
+    def make(n=name):
+      return gpu_linear.timed(run.plan.spec(n), run.implementation, run.plan.effort)
+
     run.row(f"linear/{name}", make, GUARDS["linear"])
 
 
 def search(run: Session):
   """AdaSpa's block masses beside dense attention; XLA's form at the first size only."""
   for i, name in enumerate(run.plan.around):
-    make = lambda n=name, i=i: gpu_search.timed(run.plan.spec(n), run.plan.effort, portable=i == 0)
+
+    def make(n=name, i=i):
+      return gpu_search.timed(run.plan.spec(n), run.plan.effort, portable=i == 0)
+
     run.row(f"search/{name}", make, GUARDS["search"])
 
 
 def rest(run: Session):
   """FreqFormer's backward, a fixed budget of random keys, other head counts, ragged grids, densities that complete the plot."""
   for name in run.plan.fused_backward:
-    make = lambda n=name: run.backward(gpu_masks.fused(run.plan.spec(n), run.plan.bands))
+
+    def make(n=name):
+      return run.backward(gpu_masks.fused(run.plan.spec(n), run.plan.bands))
+
     run.row(f"backward_freqformer/{name}", make, GUARDS["rest"])
   keys = int(np.prod(run.plan.bands.window)) * run.plan.spec(run.plan.fixed[0]).block
   for name in run.plan.fixed[:1]:
-    make = lambda n=name: run.forward(gpu_masks.random_lists(run.plan.spec(n), keys=keys))
+
+    def make(n=name):
+      return run.forward(gpu_masks.random_lists(run.plan.spec(n), keys=keys))
+
     run.row(f"lists_4k/{name}", make, GUARDS["rest"])
   for name, density in run.plan.rest:
-    make = lambda n=name, d=density: run.forward(gpu_masks.random_lists(run.plan.spec(n), d))
+
+    def make(n=name, d=density):
+      return run.forward(gpu_masks.random_lists(run.plan.spec(n), d))
+
     run.row(f"lists_{_label(density)}/{name}", make, GUARDS["rest"])
 
 
@@ -171,7 +216,11 @@ def tokamax(run: Session):
     logging.info("tokamax is not installed: no rows")
     return
   for name in run.plan.dense:
-    run.row(f"tokamax/{name}", lambda n=name: run.peer(run.plan.spec(n), f, "tokamax mosaic"), GUARDS["tokamax"])
+    run.row(
+      f"tokamax/{name}",
+      lambda n=name: run.peer(run.plan.spec(n), f, "tokamax mosaic"),
+      GUARDS["tokamax"],
+    )
 
 
 def torch(run: Session):
@@ -262,7 +311,10 @@ def device_slug(kind: str) -> str:
 def troubles(run: Session) -> list[str]:
   """Names of our own rows that failed or are wrong; a peer that fails is no trouble of ours."""
   peers = ("cudnn", "torch", "tokamax")
-  bad = lambda row: "error" in row or row.get("correct") is False
+
+  def bad(row):
+    return "error" in row or row.get("correct") is False
+
   return [row["name"] for row in run.store.all() if bad(row) and not row["name"].startswith(peers)]
 
 
@@ -298,16 +350,22 @@ def main(
   kind = open_device(rehearse)
   folder = pathlib.Path(out or os.environ.get("OUT") or rows.RESULTS)
   if rehearse and folder.resolve() == rows.RESULTS.resolve():
-    raise ValueError("a rehearsal measures nothing: name a folder of its own with --out, not benchmarks/results.")
+    raise ValueError(
+      "a rehearsal measures nothing: name a folder of its own with --out, not benchmarks/results."
+    )
   options = {"parts": ",".join(parts), "only": only, "config": config}
-  command = f"python -m benchmarks.attention --device=gpu --minutes={minutes:g}" + (" --rehearse" if rehearse else "")
+  command = f"python -m benchmarks.attention --device=gpu --minutes={minutes:g}" + (
+    " --rehearse" if rehearse else ""
+  )
   command += "".join(f" --{option}='{value}'" for option, value in options.items() if value)
   name = "attention_gpu_rehearsal" if rehearse else f"attention_gpu_{device_slug(kind)}"
   store = Store.open(folder, name, command, rehearse)
   if config:
     store.context |= {"config": config, "code": f"{store.context['code']} {config}"}
   implementation = implementation or ("xla" if rehearse else "pallas_mgpu")
-  run = Session(plan or (REHEARSAL if rehearse else FULL), store, Deadline(60 * minutes), implementation, only)
+  run = Session(
+    plan or (REHEARSAL if rehearse else FULL), store, Deadline(60 * minutes), implementation, only
+  )
   with tuning.override(configs):
     run_parts(run, chosen)
   print(report(run))

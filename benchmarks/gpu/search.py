@@ -23,13 +23,25 @@ def check(small: bool, implementation: str) -> dict:
   for block, d, tiles in ((64, 32, 5),) if small else ((64, 64, 70), (128, 128, 131), (128, 64, 9)):
     rng = np.random.default_rng(tiles)
     kv_len = rng.integers(0, block + 1, (2, tiles)).astype(np.int32)
-    q, k = (jax.random.normal(key, (2, tiles * block, 3, d), jnp.bfloat16) for key in jax.random.split(jax.random.key(tiles)))
+    q, k = (
+      jax.random.normal(key, (2, tiles * block, 3, d), jnp.bfloat16)
+      for key in jax.random.split(jax.random.key(tiles))
+    )
     lse = jnp.asarray(rng.standard_normal((2, 3, tiles * block)), jnp.float32)
     run = jax.jit(functools.partial(block_mass, block=block))
     found, again = run(q, k, lse, kv_len), run(q, k, lse, kv_len)
-    want = jax.jit(functools.partial(block_mass, block=block, implementation="xla"))(q, k, lse, kv_len)
-    worst, repeat = max(worst, Error.of(found, want).relative), repeat and np.array_equal(found, again)
-  return {"error_mass": worst, "two_runs_bit_equal": bool(repeat), "correct": bool(repeat and worst <= _STEP)}
+    want = jax.jit(functools.partial(block_mass, block=block, implementation="xla"))(
+      q, k, lse, kv_len
+    )
+    worst, repeat = (
+      max(worst, Error.of(found, want).relative),
+      repeat and np.array_equal(found, again),
+    )
+  return {
+    "error_mass": worst,
+    "two_runs_bit_equal": bool(repeat),
+    "correct": bool(repeat and worst <= _STEP),
+  }
 
 
 def timed(spec: AttentionSpec, effort: Effort, portable: bool) -> dict:
@@ -43,8 +55,12 @@ def timed(spec: AttentionSpec, effort: Effort, portable: bool) -> dict:
   lse = attention(q, k, v, table)[1]
 
   def masses(q, k, lse, name):
-    whole = lambda mass, _: mass.sum(-1)  # as in a search, what becomes of a row of masses is small
-    return block_mass(q, k, lse, layout.arrays().kv_len, layout.block, reduce=whole, implementation=name)
+    def whole(mass, _):
+      return mass.sum(-1)  # as in a search, what becomes of a row of masses is small
+
+    return block_mass(
+      q, k, lse, layout.arrays().kv_len, layout.block, reduce=whole, implementation=name
+    )
 
   calls = {
     "search": Call(functools.partial(masses, name=None), (q, k, lse)),
@@ -61,5 +77,9 @@ def timed(spec: AttentionSpec, effort: Effort, portable: bool) -> dict:
   }
   valid = np.broadcast_to(layout.arrays().kv_len, (*lse.shape[:2], layout.tiles))
   error = Error.of(calls["search"](), valid).relative
-  row |= {"of_dense": seconds / t["dense"].seconds, "error_rows": error, "correct": bool(error < 1e-3)}
+  row |= {
+    "of_dense": seconds / t["dense"].seconds,
+    "error_rows": error,
+    "correct": bool(error < 1e-3),
+  }
   return row | ({"ratio": t["xla"].seconds / seconds} if portable else {})

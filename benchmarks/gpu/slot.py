@@ -173,8 +173,7 @@ class Slot:
       "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
       # Programs are compiled once for all steps: the checks compile what the timed steps run.
       "JAX_COMPILATION_CACHE_DIR": os.environ.get(
-        "JAX_COMPILATION_CACHE_DIR",
-        str(self._work / "compiled"),
+        "JAX_COMPILATION_CACHE_DIR", str(self._work / "compiled")
       ),
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
       "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
@@ -195,7 +194,7 @@ class Slot:
         ended = self._together(group)
         self._bisect(ended)
         self._together(
-          [remainder(outcome) for outcome in ended if outcome.broke and outcome.unreached],
+          [remainder(outcome) for outcome in ended if outcome.broke and outcome.unreached]
         )
       self._say(self.summary())
     shutil.rmtree(self._work, ignore_errors=True)
@@ -356,7 +355,7 @@ class Slot:
     """
     if not folder.is_dir():
       raise FileNotFoundError(
-        f"--resume={folder} is no folder; name the one that holds the files of an earlier call.",
+        f"--resume={folder} is no folder; name the one that holds the files of an earlier call."
       )
     self._before = self._before or _read_json(folder / STATE, {})
     for path in sorted(folder.glob("*.json")):
@@ -391,8 +390,7 @@ class Slot:
           troubles.append(f"{path.name} is left out: {MOST_FILES} files are there already")
         elif _are_rows(found):
           merge_rows(
-            self.out / path.name,
-            [row for row in found if row not in seeded.get(path.name, [])],
+            self.out / path.name, [row for row in found if row not in seeded.get(path.name, [])]
           )
         else:
           _write_json(self.out / path.name, found)
@@ -593,14 +591,11 @@ def _write_json(path: pathlib.Path, content):
 def command_line() -> argparse.ArgumentParser:
   """Returns the parser of the command line."""
   parser = argparse.ArgumentParser(
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--minutes", type=float, default=6.6, help="everything has ended by then")
   parser.add_argument(
-    "--out",
-    type=pathlib.Path,
-    help="folder for rows and log; default $OUT, else runs/gpu",
+    "--out", type=pathlib.Path, help="folder for rows and log; default $OUT, else runs/gpu"
   )
   parser.add_argument(
     "--resume",
@@ -609,14 +604,10 @@ def command_line() -> argparse.ArgumentParser:
   )
   parser.add_argument("--plan", default="first", help=f"one of {', '.join(plans.PLANS)}")
   parser.add_argument(
-    "--case",
-    default="",
-    help="the case that hangs or is wrong, for these two plans",
+    "--case", default="", help="the case that hangs or is wrong, for these two plans"
   )
   parser.add_argument(
-    "--steps",
-    default="",
-    help="only the steps with these names, separated by ';'",
+    "--steps", default="", help="only the steps with these names, separated by ';'"
   )
   parser.add_argument(
     "--rehearse",

@@ -28,7 +28,7 @@ def stubborn(out: pathlib.Path):
   child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
   (out / "cut_off.json").write_text('[{"name": "half')
   (out / "planted.json").write_text(
-    json.dumps([{"name": ROW, "correct": True, "child": child.pid}]),
+    json.dumps([{"name": ROW, "correct": True, "child": child.pid}])
   )
   time.sleep(600)
 

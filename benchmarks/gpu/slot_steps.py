@@ -77,7 +77,7 @@ def timed(name: str, parts: str, only: str, seconds: float, **fields) -> Step:
   if seconds < least:
     raise ValueError(
       f"step {name!r} of {seconds:g} s would leave out its last row: give it at least {least:g} s, "
-      f"which is the start, the row's guard (gpu_guards.py) and {MARGIN:g} s to end.",
+      f"which is the start, the row's guard (gpu_guards.py) and {MARGIN:g} s to end."
     )
   arguments = ("--device=gpu", f"--parts={parts}", f"--only={only}")
   return Step(name, "benchmarks.attention", arguments, seconds, alone=True, **fields)
@@ -99,11 +99,7 @@ def sanitizer(tool: str) -> Step:
 
 
 FIRST_CALLS = checks(
-  "first calls",
-  "^(one tile, seed 0|constant table|sliced in a scan)$",
-  75,
-  alone=True,
-  bisect=True,
+  "first calls", "^(one tile, seed 0|constant table|sliced in a scan)$", 75, alone=True, bisect=True
 )
 FACTS = Step("facts", "benchmarks.gpu.facts", (), 30, alone=True, resumes=False)
 TRAIN = Step(
@@ -134,11 +130,7 @@ FIRST = (
   timed("dense", "ceilings,dense_mode", "ceiling|^dense/a_(64k|16k)$", 100, after=_FORWARD),
   timed("random lists", "lists", "^lists_d10/a_128k$|^lists_d05/a_64k$", 75, after=_FORWARD),
   timed(
-    "backward",
-    "backward",
-    "^backward_lists_d10/a_64k$|^backward_dense/a_16k$",
-    85,
-    after=_FORWARD,
+    "backward", "backward", "^backward_lists_d10/a_64k$|^backward_dense/a_16k$", 85, after=_FORWARD
   ),
   timed("window", "window", "window", 60, after=_FORWARD),
   TRAIN,
@@ -290,7 +282,9 @@ def plan(name: str, case: str = "") -> tuple[Step, ...]:
   if name not in PLANS:
     raise ValueError(f"--plan={name!r} is unknown; choose one of {', '.join(PLANS)}.")
   if bool(case) != (name in ("hangs", "wrong")):
-    raise ValueError("--case names the case that hangs or is wrong: give it with these two plans, and only there.")
+    raise ValueError(
+      "--case names the case that hangs or is wrong: give it with these two plans, and only there."
+    )
   if name == "first":
     return FIRST
   if name == "right":

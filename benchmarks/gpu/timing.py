@@ -88,7 +88,9 @@ class Measured:
     return found | ({"timing_note": self.note} if self.note else {})
 
 
-def measure(calls: Mapping[str, Call], effort: Effort = Effort(), kernels: bool | None = None) -> dict[str, Measured]:
+def measure(
+  calls: Mapping[str, Call], effort: Effort = Effort(), kernels: bool | None = None
+) -> dict[str, Measured]:
   """Times competitors in turns.
 
   Args:
@@ -123,11 +125,17 @@ class _Chain:
     jax.block_until_ready(call())
     once = timed(call)
     self.samples = effort.samples if once <= effort.slow_s else effort.slow_samples
-    self.note = "" if once <= effort.slow_s else f"{self.samples} samples: a call takes more than {effort.slow_s:g} s"
+    self.note = (
+      ""
+      if once <= effort.slow_s
+      else f"{self.samples} samples: a call takes more than {effort.slow_s:g} s"
+    )
     self._length = int(np.clip(effort.chain_s / once, 1, 200)) if effort.chain_s else 1
     self._run = jax.jit(functools.partial(_chained, call.f, self._length), donate_argnums=0)
     # Buffers of its own: every chain gives its input and results away and gets them back.
-    results = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(call.f, *call.args))
+    results = jax.tree.map(
+      lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(call.f, *call.args)
+    )
     self._state = (jnp.array(call.args[0], copy=True), results)
     jax.block_until_ready(self._step())
     self._times = []
@@ -170,7 +178,9 @@ def device_times(call: Call, samples: int) -> tuple[Timing | None, dict[str, flo
   Anything that goes wrong in the profiler costs the device time, never the row.
   """
   results = jax.eval_shape(call.f, *call.args)
-  at_once = max(1, _IN_FLIGHT // max(1, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(results))))
+  at_once = max(
+    1, _IN_FLIGHT // max(1, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(results)))
+  )
   try:
     from jax.experimental.mosaic.gpu import profiler
 

@@ -32,17 +32,10 @@ from freqformer.train.throughput import Throughput
 
 _STEPS = flags.DEFINE_integer("steps", 60, "Timed steps.", 2, allow_override=True)
 _OUT = flags.DEFINE_string(
-  "out",
-  None,
-  "Folder for the row; default runs/gpu.",
-  allow_override=True,
+  "out", None, "Folder for the row; default runs/gpu.", allow_override=True
 )
 _MINUTES = flags.DEFINE_float(
-  "minutes",
-  2,
-  "Stop by then with the steps that were made.",
-  0,
-  allow_override=True,
+  "minutes", 2, "Stop by then with the steps that were made.", 0, allow_override=True
 )
 _REHEARSE = flags.DEFINE_bool("rehearse", False, "A tiny model on a CPU.", allow_override=True)
 
@@ -124,7 +117,7 @@ def measure(exp: Experiment, steps: int, deadline: Deadline) -> dict:
     **Throughput.of(exp.model, shape, exp.train.batch_size).rates(1 / seconds),
     "compile_seconds": compiled,
     "peak_bytes": memory.get(
-      "peak_bytes_in_use",
+      "peak_bytes_in_use"
     ),  # None where the device does not say, as on a CPU
     "temporary_bytes": step.memory_analysis().temp_size_in_bytes,
     "loss_first": losses[0],
@@ -210,7 +203,7 @@ def main(argv):
   print(f"wanted {name}\nbegin {name}", flush=True)
   # Measured anew each time: the row depends on more code than the store's hash covers.
   row = store.add(
-    {"name": name} | measure(experiment(config), _STEPS.value, Deadline(60 * _MINUTES.value)),
+    {"name": name} | measure(experiment(config), _STEPS.value, Deadline(60 * _MINUTES.value))
   )
   memory = f"{row['peak_bytes'] / 2**30:.2f} GiB" if row["peak_bytes"] else "not told"
   print(

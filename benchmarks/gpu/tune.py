@@ -29,15 +29,27 @@ from benchmarks.gpu.rows import Deadline, Store, kernels_digest, open_device
 from benchmarks.gpu.timing import Effort
 from benchmarks.gpu.tune_trials import Budget, Trial, choose, compile_candidate, time_candidates
 
-_MINUTES = flags.DEFINE_float("minutes", 10, "Stop by then; keys not reached keep what they have.", 0, allow_override=True)
-_STATIC = flags.DEFINE_bool("static", False, "Only compile (no GPU needed) and report; no table is written.")
-_OUT = flags.DEFINE_string(
-  "out", None, "Folder for the report's rows; default $OUT, else benchmarks/results.", allow_override=True
+_MINUTES = flags.DEFINE_float(
+  "minutes", 10, "Stop by then; keys not reached keep what they have.", 0, allow_override=True
 )
-_KEYS = flags.DEFINE_list("keys", None, "Only these keys, as head_dim:block_q:block_kv:direction; default all.")
+_STATIC = flags.DEFINE_bool(
+  "static", False, "Only compile (no GPU needed) and report; no table is written."
+)
+_OUT = flags.DEFINE_string(
+  "out",
+  None,
+  "Folder for the report's rows; default $OUT, else benchmarks/results.",
+  allow_override=True,
+)
+_KEYS = flags.DEFINE_list(
+  "keys", None, "Only these keys, as head_dim:block_q:block_kv:direction; default all."
+)
 
 _REHEARSE = flags.DEFINE_bool(
-  "rehearse", False, "Tiny shapes and a stand-in on a CPU; writes the second copy of the table only.", allow_override=True
+  "rehearse",
+  False,
+  "Tiny shapes and a stand-in on a CPU; writes the second copy of the table only.",
+  allow_override=True,
 )
 
 # The second copy of the table.
@@ -51,7 +63,10 @@ HEAD_DIMS, BLOCKS = (128, 64), (128, 64)
 
 def all_keys(device: str) -> list[Key]:
   """Every key that the kernels look up, the most used first."""
-  return [Key(device, d, q, kv, way) for d, q, kv, way in itertools.product(HEAD_DIMS, BLOCKS, BLOCKS, DIRECTIONS)]
+  return [
+    Key(device, d, q, kv, way)
+    for d, q, kv, way in itertools.product(HEAD_DIMS, BLOCKS, BLOCKS, DIRECTIONS)
+  ]
 
 
 def parse_key(text: str, device: str) -> Key:
@@ -64,7 +79,9 @@ def parse_key(text: str, device: str) -> Key:
     d, q, kv, direction = text.split(":")
     return Key(device, int(d), int(q), int(kv), direction)
   except ValueError as error:
-    raise ValueError(f"--keys={text!r} must be head_dim:block_q:block_kv:direction, e.g. 128:128:128:forward.") from error
+    raise ValueError(
+      f"--keys={text!r} must be head_dim:block_q:block_kv:direction, e.g. 128:128:128:forward."
+    ) from error
 
 
 # ---- the search ----------------------------------------------------------------------------------------------------------
@@ -94,7 +111,9 @@ def search(
   chosen = {}
   for key in keys:
     if budget.deadline.left <= 0:
-      print("\n".join(f"unreached {row_name(late)}" for late in keys[keys.index(key) :]), flush=True)
+      print(
+        "\n".join(f"unreached {row_name(late)}" for late in keys[keys.index(key) :]), flush=True
+      )
       break
     print(f"begin {row_name(key)}", flush=True)
     if rehearse:
@@ -130,10 +149,16 @@ def _compiled(key: Key, static: bool) -> list[Trial]:
   except RuntimeError as error:
     if static:
       raise
-    logging.warning("no compiling ahead of time here, candidates are judged by running them: %s", error)
+    logging.warning(
+      "no compiling ahead of time here, candidates are judged by running them: %s", error
+    )
     return [Trial(config) for config in configs]
   if not static and all(trial.refused.startswith("does not compile") for trial in trials):
-    logging.warning("no candidate of %s compiles ahead of time (%s); trying them on the device", key, trials[0].refused)
+    logging.warning(
+      "no candidate of %s compiles ahead of time (%s); trying them on the device",
+      key,
+      trials[0].refused,
+    )
     return [Trial(config) for config in configs]
   return trials
 
@@ -146,14 +171,19 @@ def _known_trials(key: Key) -> list[Trial]:
   """What `--static` found for the same kernels: compiling forty candidates again would cost a minute per key on the GPU."""
   for row in rows.read_rows(rows.RESULTS / "tuning_static.json"):
     if row["name"] == row_name(key) and row["kernels"] == kernels_digest():
-      return [Trial(TuningConfig(**t["config"]), t["refused"], t["registers"], t["shared_bytes"]) for t in row["trials"]]
+      return [
+        Trial(TuningConfig(**t["config"]), t["refused"], t["registers"], t["shared_bytes"])
+        for t in row["trials"]
+      ]
   return []
 
 
 def report(key: Key, trials: list[Trial], chosen: TuningConfig | None) -> str:
   """One key for people."""
   fit = [t for t in trials if not t.refused]
-  lines = [f"d={key.head_dim} {key.block_q}x{key.block_kv} {key.direction}: {len(fit)} of {len(trials)} candidates fit"]
+  lines = [
+    f"d={key.head_dim} {key.block_q}x{key.block_kv} {key.direction}: {len(fit)} of {len(trials)} candidates fit"
+  ]
   for t in sorted(trials, key=lambda t: (bool(t.refused), t.seconds or 0.0)):
     time = f"{1e3 * t.seconds:.3f} ms" if t.seconds else t.refused or "not timed"
     mark = "*" if t.config == chosen else " "
@@ -167,13 +197,21 @@ def main(argv):
     raise app.UsageError(f"unknown arguments {argv[1:]}")
   static, rehearse = _STATIC.value, _REHEARSE.value
   if rehearse and (static or not _OUT.value):
-    raise app.UsageError("--rehearse times a stand-in: give it a folder of its own with --out, and leave --static away.")
+    raise app.UsageError(
+      "--rehearse times a stand-in: give it a folder of its own with --out, and leave --static away."
+    )
   open_device(static or rehearse)
-  device = "h100"  # the one that configurations are keyed by; other Hopper cards share its resources
+  device = (
+    "h100"  # the one that configurations are keyed by; other Hopper cards share its resources
+  )
   keys = [parse_key(text, device) for text in _KEYS.value or ()] or all_keys(device)
   keys = keys[:1] if rehearse else keys
   folder = pathlib.Path(_OUT.value or os.environ.get("OUT") or rows.RESULTS)
-  command = "python -m benchmarks.gpu.tune" + (" --static" if static else "") + (" --rehearse" if rehearse else "")
+  command = (
+    "python -m benchmarks.gpu.tune"
+    + (" --static" if static else "")
+    + (" --rehearse" if rehearse else "")
+  )
   store = Store.open(folder, "tuning_static" if static else "tuning", command, rehearse)
   deadline = Deadline(60 * _MINUTES.value)
   budget = Budget(deadline, _ONCE, _ONCE) if rehearse else Budget(deadline)
@@ -184,7 +222,9 @@ def main(argv):
   if static:
     print("static: nothing was timed, kernels/tuning.json is unchanged")
   elif chosen:
-    print(f"wrote {len(chosen)} new configurations to {' and '.join(map(str, places))}; commit them as kernels/tuning.json")
+    print(
+      f"wrote {len(chosen)} new configurations to {' and '.join(map(str, places))}; commit them as kernels/tuning.json"
+    )
   else:
     sys.exit("nothing was timed: kernels/tuning.json is unchanged")
 
@@ -197,9 +237,14 @@ def write_tables(places: list[pathlib.Path], store: Store, chosen: dict[Key, Tun
     store: its context says where and with what the configurations were timed.
     chosen: what was found.
   """
-  facts = {k: store.context[k] for k in ("command", "device", "jax", "jaxlib", "ptxas", "driver", "commit", "date")}
+  facts = {
+    k: store.context[k]
+    for k in ("command", "device", "jax", "jaxlib", "ptxas", "driver", "commit", "date")
+  }
   for place in places:
-    tuning.write(committed() | chosen, facts | ({"rehearsal": True} if store.rehearsal else {}), place)
+    tuning.write(
+      committed() | chosen, facts | ({"rehearsal": True} if store.rehearsal else {}), place
+    )
 
 
 def committed() -> dict[Key, TuningConfig]:

@@ -132,11 +132,16 @@ def compile_candidate(key: Key, config: TuningConfig) -> Trial:
   if spilled := own.spill_stores + own.spill_loads:
     return dataclasses.replace(found, refused=f"spills {spilled} bytes per thread")
   if own.shared_bytes > offline.SHARED_LIMIT:
-    return dataclasses.replace(found, refused=f"{own.shared_bytes} bytes of shared memory, the limit is {offline.SHARED_LIMIT}")
+    return dataclasses.replace(
+      found,
+      refused=f"{own.shared_bytes} bytes of shared memory, the limit is {offline.SHARED_LIMIT}",
+    )
   return found
 
 
-def time_candidates(key: Key, trials: list[Trial], implementation: str, budget: Budget, grid=None) -> list[Trial]:
+def time_candidates(
+  key: Key, trials: list[Trial], implementation: str, budget: Budget, grid=None
+) -> list[Trial]:
   """Checks each remaining candidate against the XLA backend and times the right ones: all briefly, the best again, in turns.
 
   Args:
@@ -180,13 +185,17 @@ def _checked(key, trial, implementation, args, want):
   try:
     found = call()
   except Exception as error:
-    return dataclasses.replace(trial, refused=f"does not run: {type(error).__name__}: {str(error)[:200]}"), None
+    return dataclasses.replace(
+      trial, refused=f"does not run: {type(error).__name__}: {str(error)[:200]}"
+    ), None
   pairs = zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True)
   worst = max(gpu_oracle.Error.of(got, exact).relative for got, exact in pairs)
   trial = dataclasses.replace(trial, error=worst)
   # Both round to bf16: two roundings apart at most, 2^-8 each; NaN is not below it.
   if not worst < 2**-7:
-    return dataclasses.replace(trial, refused=f"wrong: relative error {worst:.2g} against the XLA backend"), None
+    return dataclasses.replace(
+      trial, refused=f"wrong: relative error {worst:.2g} against the XLA backend"
+    ), None
   return trial, call
 
 
@@ -197,4 +206,6 @@ def choose(key: Key, trials: list[Trial]) -> TuningConfig | None:
     return None
   best = min(timed, key=lambda t: t.seconds)
   default = next((t for t in timed if t.config == tuning.default(key)), None)
-  return default.config if default and best.seconds > default.seconds * (1 - MARGIN) else best.config
+  return (
+    default.config if default and best.seconds > default.seconds * (1 - MARGIN) else best.config
+  )

@@ -25,7 +25,10 @@ from freqformer.simulation.forward import Plan, dense_baseline, make_method, row
 from freqformer.simulation.scaling import largest_video, memory_bytes, parallel
 
 _WORKDIR = flags.DEFINE_string(
-  "workdir", "runs/complexity", "A run trained with FreqFormer, for the approximation errors.", allow_override=True
+  "workdir",
+  "runs/complexity",
+  "A run trained with FreqFormer, for the approximation errors.",
+  allow_override=True,
 )
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -65,7 +68,9 @@ def validation() -> tuple[Gpu, list[dict]]:
 def cpu_rows() -> list[dict]:
   """Our own CPU rows: two rates fitted to the dense and one sparse call, the others predicted."""
   path, fitted = row_files.RESULTS / "attention_cpu.json", (": dense_mode", ": sparse")
-  measured = [dataclasses.replace(m, fit=m.name.endswith(fitted)) for m in calibrate.load_rows(path, "cpu")[0]]
+  measured = [
+    dataclasses.replace(m, fit=m.name.endswith(fitted)) for m in calibrate.load_rows(path, "cpu")[0]
+  ]
   fit = calibrate.calibrate(load_gpu("cpu"), measured, free=("softmax_exposed", "item_s"))
   ours = {r["name"]: r for r in row_files.read_rows(path)}
 
@@ -78,8 +83,13 @@ def cpu_rows() -> list[dict]:
 
 def published_run(gpu: Gpu) -> list[dict]:
   """HunyuanVideo end to end on an H100, published, beside our run of the same shape."""
-  plan = dense_baseline(Plan(load_model("hunyuanvideo"), "dense", make_method("dense"), (30, 48, 80)))  # what they ran
-  one, source = row(plan, gpu), "arXiv 2502.04507: 945 s on one H100 with FlashAttention-3, 800 s of it attention; 50 steps"
+  plan = dense_baseline(
+    Plan(load_model("hunyuanvideo"), "dense", make_method("dense"), (30, 48, 80))
+  )  # what they ran
+  one, source = (
+    row(plan, gpu),
+    "arXiv 2502.04507: 945 s on one H100 with FlashAttention-3, 800 s of it attention; 50 steps",
+  )
   parts = {"all": (one["seconds"], 945.0), "attention": (one["attention_seconds"], 800.0)}
   return [
     {
@@ -125,7 +135,8 @@ def sweep(gpu: Gpu) -> list[dict]:
       | {
         "set": "sweep",
         "speedup_over_dense": dense["seconds"] / r["seconds"],
-        "attention_speedup": dense["attention_seconds"] / (r["attention_seconds"] + r["around_seconds"]),
+        "attention_speedup": dense["attention_seconds"]
+        / (r["attention_seconds"] + r["around_seconds"]),
       }
       for r in at
     ]
@@ -139,11 +150,24 @@ def durations(gpu: Gpu) -> list[dict]:
     for plan in baseline_and(("dense", "freqformer", "sliding_tile"), "hunyuanvideo", (t, 45, 80)):
       fits = memory_bytes(plan) <= gpu.memory_bytes
       run, _ = run_seconds(plan, gpu)
-      extra = {"set": "duration", "run_seconds": run, "memory_bytes": memory_bytes(plan), "fits": fits}
-      found.append(row(plan, gpu) | extra | {"gpu_s_per_video_s": run / card.video_seconds(plan.grid)})
+      extra = {
+        "set": "duration",
+        "run_seconds": run,
+        "memory_bytes": memory_bytes(plan),
+        "fits": fits,
+      }
+      found.append(
+        row(plan, gpu) | extra | {"gpu_s_per_video_s": run / card.video_seconds(plan.grid)}
+      )
   for name in ("dense", "freqformer"):
     grid = largest_video(Plan(card, name, make_method(name), (1, 45, 80)), gpu)
-    facts = {"model": card.name, "method": name, "gpu": gpu.name, "grid": list(grid), "measured": False}
+    facts = {
+      "model": card.name,
+      "method": name,
+      "gpu": gpu.name,
+      "grid": list(grid),
+      "measured": False,
+    }
     found.append({"set": "largest"} | facts | {"video_seconds": card.video_seconds(grid)})
   return found
 
@@ -154,18 +178,36 @@ def several_gpus(gpu: Gpu) -> list[dict]:
   plans = baseline_and(("dense", "freqformer"), "wan2.1-14b", (21, 45, 80))
   for plan in plans:
     for gpus in (1, 2, 4, 8):
-      facts = {"set": "gpus", "model": plan.card.name, "method": plan.name, "gpu": gpu.name, "measured": False}
+      facts = {
+        "set": "gpus",
+        "model": plan.card.name,
+        "method": plan.name,
+        "gpu": gpu.name,
+        "measured": False,
+      }
       one, base = parallel(plan, gpu, gpus), parallel(plans[0], gpu, gpus)
-      found.append(facts | dataclasses.asdict(one) | {"speedup_over_dense": base.seconds / one.seconds})
+      found.append(
+        facts | dataclasses.asdict(one) | {"speedup_over_dense": base.seconds / one.seconds}
+      )
   return found
 
 
 def devices(h100: Gpu) -> list[dict]:
   """One forward of Wan2.1-14B at 720p on each GPU. The H200 has the H100's SMs and gets the rates that were fitted there."""
   found = []
-  for gpu in (h100, calibrate.carry_over(h100, load_gpu("h200")), load_gpu("a100"), load_gpu("b200")):
-    rows = [row(plan, gpu) for plan in baseline_and(("dense", "freqformer"), "wan2.1-14b", (21, 45, 80))]
-    found += [{"set": "devices"} | r | {"speedup_over_dense": rows[0]["seconds"] / r["seconds"]} for r in rows]
+  for gpu in (
+    h100,
+    calibrate.carry_over(h100, load_gpu("h200")),
+    load_gpu("a100"),
+    load_gpu("b200"),
+  ):
+    rows = [
+      row(plan, gpu) for plan in baseline_and(("dense", "freqformer"), "wan2.1-14b", (21, 45, 80))
+    ]
+    found += [
+      {"set": "devices"} | r | {"speedup_over_dense": rows[0]["seconds"] / r["seconds"]}
+      for r in rows
+    ]
   return found
 
 
@@ -190,9 +232,19 @@ def approximation_rows(workdir) -> list[dict]:
 def draw(rows: list[dict]):
   """The page's figures."""
   found = of_set(rows, "sweep")
-  plots.scaling_plot(found, FIGURES / "scaling.svg", f"{found[0]['model']} on {found[0]['gpu']}, one forward: simulated")
-  last = [r for r in found if r["tokens"] == max(x["tokens"] for x in found) and r["method"] != "dense"]
-  plots.bars(last, FIGURES / "parts.svg", f"One forward at {last[0]['tokens']:,} tokens, without dense: simulated")
+  plots.scaling_plot(
+    found,
+    FIGURES / "scaling.svg",
+    f"{found[0]['model']} on {found[0]['gpu']}, one forward: simulated",
+  )
+  last = [
+    r for r in found if r["tokens"] == max(x["tokens"] for x in found) and r["method"] != "dense"
+  ]
+  plots.bars(
+    last,
+    FIGURES / "parts.svg",
+    f"One forward at {last[0]['tokens']:,} tokens, without dense: simulated",
+  )
   plots.validation_plot(of_set(rows, "three published rows fitted"), FIGURES / "validation.svg")
   bounded = [r for r in of_set(rows, "approximation") if r["bound"] is not None and not r["exact"]]
   plots.errors_plot(bounded, FIGURES / "errors.svg")
@@ -203,7 +255,9 @@ def main(argv):
     raise app.UsageError(f"unknown arguments {argv[1:]}")
   logging.set_verbosity(logging.INFO)
   gpu, rows = validation()
-  rows += cpu_rows() + published_run(gpu) + sweep(gpu) + durations(gpu) + several_gpus(gpu) + devices(gpu)
+  rows += (
+    cpu_rows() + published_run(gpu) + sweep(gpu) + durations(gpu) + several_gpus(gpu) + devices(gpu)
+  )
   rows += approximation_rows(_WORKDIR.value)
   for r in rows:
     r["command"] = COMMAND + (f" --workdir={_WORKDIR.value}" if r["set"] == "approximation" else "")

@@ -17,7 +17,10 @@ def bounds(found: list[dict]) -> str:
   trained = [r for r in claimed if "steps" in r]
   cells = [r for r in trained if "trivial" in r]
   ratios = [r["closest"]["ratio"] for r in trained if "trivial" not in r]
-  kept = lambda own: f"{sum(r['holds'] for r in own)} of {len(own)}"
+
+  def kept(own):
+    return f"{sum(r['holds'] for r in own)} of {len(own)}"
+
   share = sum(r["trivial"] for r in cells) / len(cells)
   parts = [
     f"Measured: {kept(claimed)} pairs of head and operator keep their bound in every row, {kept(filters)} filters discard",
@@ -27,7 +30,9 @@ def bounds(found: list[dict]) -> str:
     f"error comes to {max(r['closest']['ratio'] for r in cells):.2f} of it.",
   ]
   if share > 0.99:
-    parts.append("It certifies nothing about compressing q, k, v of a real model; what does is the measured error.")
+    parts.append(
+      "It certifies nothing about compressing q, k, v of a real model; what does is the measured error."
+    )
   return paragraph(*parts)
 
 
@@ -42,7 +47,11 @@ def trained_model(found: list[dict]) -> str:
 def spread(found: list[dict], other: str = "TritonBench ") -> str:
   """How far two laboratories are apart that measured the same kernel: rows of the same name after `other`."""
   measured = {r["name"]: r["measured_seconds"] for r in found}
-  longer = [measured[other + name] / seconds - 1 for name, seconds in measured.items() if other + name in measured]
+  longer = [
+    measured[other + name] / seconds - 1
+    for name, seconds in measured.items()
+    if other + name in measured
+  ]
   return paragraph(
     f"{len(longer)} calls were measured twice: {other.strip()}'s times, of another laboratory's H100 with the same kernel,",
     f"differ from the paper's by {min(longer):+.0%} to {max(longer):+.0%}; that spread is not the simulator's to explain.",
@@ -72,5 +81,7 @@ def shares(found: list[dict], method: str = "freqformer") -> str:
       f"At {n:,} tokens {method}'s attention is {r['attention_speedup']:.1f} times as fast as dense, the forward"
       f" {r['speedup_over_dense']:.1f} times."
     )
-  parts.append("The difference is matrix products and elementwise passes, which remain (figure below).")
+  parts.append(
+    "The difference is matrix products and elementwise passes, which remain (figure below)."
+  )
   return textwrap.fill(" ".join(parts), WIDTH, subsequent_indent="  ")

@@ -10,7 +10,9 @@ DOC = pathlib.Path(__file__).parents[2] / "docs" / "complexity.md"
 
 
 def markdown(head: list[str], lines: list[list]) -> str:
-  return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [head, ["---"] * len(head), *lines])
+  return "\n".join(
+    "| " + " | ".join(map(str, line)) + " |" for line in [head, ["---"] * len(head), *lines]
+  )
 
 
 def of_set(rows, name):
@@ -38,7 +40,9 @@ def comparison(found) -> str:
   sources = list(dict.fromkeys(r["source"] for r in found))
   columns = {
     "call": ("name", ""),
-    f"measured, {name}": lambda r: f"{r['measured_seconds'] / unit:.4g}{' (derived)' * bool(r['derived'])}",
+    f"measured, {name}": lambda r: (
+      f"{r['measured_seconds'] / unit:.4g}{' (derived)' * bool(r['derived'])}"
+    ),
     f"simulated, {name}": ("seconds", ".4g", unit),
     "error": ("error", "+.1%"),
     "fitted to": lambda r: "yes" if r["fitted"] else "no",
@@ -74,7 +78,12 @@ def _rates(found, method: str = "freqformer") -> str:
   """What stands behind the seconds of the sweep: which rates were fitted, and how much of a forward they explain."""
   few, many = (f(r["tokens"] for r in found) for f in (min, max))
   at = {(r["tokens"], r["method"]): r for r in found}
-  share = lambda name: " and ".join(f"{at[n, name]['attention_seconds'] / at[n, name]['seconds']:.0%}" for n in (few, many))
+
+  def share(name):
+    return " and ".join(
+      f"{at[n, name]['attention_seconds'] / at[n, name]['seconds']:.0%}" for n in (few, many)
+    )
+
   bound = [f"{r['method']} at {r['tokens']:,}" for r in found if r["attention_bound"] != "compute"]
   return complexity_notes.paragraph(
     f"Rates: {at[few, method]['rates']} (`freqformer/simulation/gpus/{found[0]['gpu']}.json` says from where).",
@@ -94,7 +103,9 @@ def _duration_table(rows) -> str:
     "resident, GB": ("memory_bytes", ".0f", 1e9),
     "fits": lambda r: "yes" if r["fits"] else "no",
   }
-  largest = [f"{r['method']} {r['video_seconds']:.0f} s ({_grid(r)} tokens)" for r in of_set(rows, "largest")]
+  largest = [
+    f"{r['method']} {r['video_seconds']:.0f} s ({_grid(r)} tokens)" for r in of_set(rows, "largest")
+  ]
   table = _table(of_set(rows, "duration"), columns | _SIMULATED)
   return f"{table}\n\nLongest 720p video that fits (simulated): {', '.join(largest)}."
 
@@ -131,7 +142,12 @@ def devices_table(found) -> str:
 
 def approximation_table(found) -> str:
   """Every error beside the bound of the same row: where the error is largest, and where error / bound is."""
-  pair = lambda r: "-" if r["closest"] is None else f"{r['closest']['error']:.3g} of {r['closest']['bound']:.3g}"
+
+  def pair(r):
+    return (
+      "-" if r["closest"] is None else f"{r['closest']['error']:.3g} of {r['closest']['bound']:.3g}"
+    )
+
   columns = {
     "q, k, v": ("case", ""),
     "operator": ("kind", ""),
@@ -173,8 +189,13 @@ def fill(text: str, found: dict[str, str]) -> str:
   """
   for name, body in found.items():
     text, count = re.subn(
-      rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)", lambda m, b=body: m[1] + b + "\n" + m[2], text, flags=re.S
+      rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)",
+      lambda m, b=body: m[1] + b + "\n" + m[2],
+      text,
+      flags=re.S,
     )
     if count != 1:
-      raise ValueError(f"{DOC.name} must have the markers <!-- {name} --> and <!-- end {name} --> once, found {count} pairs.")
+      raise ValueError(
+        f"{DOC.name} must have the markers <!-- {name} --> and <!-- end {name} --> once, found {count} pairs."
+      )
   return text

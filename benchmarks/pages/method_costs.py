@@ -33,7 +33,9 @@ def cost_row(name: str, grid) -> dict:
   density = cost.attention_flops / (4.0 * layout.n**2 * HEADS * HEAD_DIM)
   fields = dict(grid=grid, tokens=layout.n, tile=layout.tile, attention_flops=cost.attention_flops)
   label = f"{name}_{'x'.join(map(str, grid))}"
-  return rows.goal_row(label, density, None, unit="", measured=False, linear_flops=cost.linear_flops, **fields)
+  return rows.goal_row(
+    label, density, None, unit="", measured=False, linear_flops=cost.linear_flops, **fields
+  )
 
 
 def main(argv):
@@ -45,11 +47,16 @@ def main(argv):
   found = [cost_row(name, grid) for grid in GRIDS for name in NAMES]
   rows.write_rows("method_costs", [row | context for row in found], command)
   print(
-    f"{'method':<24}" + "".join(f"{'x'.join(map(str, grid)):>20}" for grid in GRIDS) + "   density, attention TFLOP a layer"
+    f"{'method':<24}"
+    + "".join(f"{'x'.join(map(str, grid)):>20}" for grid in GRIDS)
+    + "   density, attention TFLOP a layer"
   )
   for i, name in enumerate(NAMES):
     cells = found[i :: len(NAMES)]
-    print(f"{name:<24}" + "".join(f"{row['value']:>11.4f} {row['attention_flops'] / 1e12:>8.1f}" for row in cells))
+    print(
+      f"{name:<24}"
+      + "".join(f"{row['value']:>11.4f} {row['attention_flops'] / 1e12:>8.1f}" for row in cells)
+    )
 
 
 if __name__ == "__main__":

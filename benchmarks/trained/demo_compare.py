@@ -56,8 +56,13 @@ def result_of(workdir: pathlib.Path, name: str, seed: int) -> dict:
   dense = model_cost(model.config.with_method("dense"), restored.latent_shape)
   saved = np.load(workdir / "samples" / "latents.npz")
   data = restored.experiment.data
-  accuracy = class_accuracy(prepare(data, "train"), prepare(data, "val"), saved["latents"], saved["labels"])
-  layout, run = model.config.layout(restored.latent_shape), json.loads((workdir / "run.json").read_text())
+  accuracy = class_accuracy(
+    prepare(data, "train"), prepare(data, "val"), saved["latents"], saved["labels"]
+  )
+  layout, run = (
+    model.config.layout(restored.latent_shape),
+    json.loads((workdir / "run.json").read_text()),
+  )
   return {
     "name": f"{name}/seed{seed}",
     "method": name,
@@ -75,7 +80,9 @@ def result_of(workdir: pathlib.Path, name: str, seed: int) -> dict:
     "allocation": None if mean is None else mean.tolist(),
     "branches": None if routing is None else routing["branches"],
     # Mean over layers and heads, [quarters of t][branches], t = 0 first.
-    "probability_by_t": None if routing is None else np.asarray(routing["probs"]).mean((0, 2)).tolist(),
+    "probability_by_t": None
+    if routing is None
+    else np.asarray(routing["probs"]).mean((0, 2)).tolist(),
     "classifier": accuracy,
     "trained_at": run["git"],
     "seconds": run["seconds"],
@@ -84,18 +91,36 @@ def result_of(workdir: pathlib.Path, name: str, seed: int) -> dict:
 
 def summary(rows: list[dict]) -> tuple[dict, str]:
   """Goals and whether they were met, and a printed table."""
-  by = lambda name: [r for r in rows if r["method"] == name]
-  loss = {name: float(np.mean([r["val_loss"] for r in by(name)])) for name in ("freqformer", "dense")}
+
+  def by(name):
+    return [r for r in rows if r["method"] == name]
+
+  loss = {
+    name: float(np.mean([r["val_loss"] for r in by(name)])) for name in ("freqformer", "dense")
+  }
   ours = by("freqformer")
-  below = all(a < b for r in ours for a, b in zip(r["val_buckets"], r["linear_buckets"], strict=True))
+  below = all(
+    a < b for r in ours for a, b in zip(r["val_buckets"], r["linear_buckets"], strict=True)
+  )
   goals = {
-    "tokens >= 1024 and tiles >= 16": bool(min(r["tokens"] for r in rows) >= 1024 and min(r["tiles"] for r in rows) >= 16),
-    "attention FLOPs <= 40 % of dense": bool(max(r["attention_flops_over_dense"] for r in ours) <= 0.4),
+    "tokens >= 1024 and tiles >= 16": bool(
+      min(r["tokens"] for r in rows) >= 1024 and min(r["tiles"] for r in rows) >= 16
+    ),
+    "attention FLOPs <= 40 % of dense": bool(
+      max(r["attention_flops_over_dense"] for r in ours) <= 0.4
+    ),
     "validation loss within 3 % of dense": bool(loss["freqformer"] <= 1.03 * loss["dense"]),
     "every bucket below the linear predictor": below,
-    "classifier names >= 50 % of samples": bool(min(r["classifier"]["samples"] for r in ours) >= 0.5),
+    "classifier names >= 50 % of samples": bool(
+      min(r["classifier"]["samples"] for r in ours) >= 0.5
+    ),
   }
-  row = {"name": "summary", "val_loss": loss, "freqformer_over_dense": loss["freqformer"] / loss["dense"], "goals": goals}
+  row = {
+    "name": "summary",
+    "val_loss": loss,
+    "freqformer_over_dense": loss["freqformer"] / loss["dense"],
+    "goals": goals,
+  }
   lines = [
     f"{'run':18} {'loss':>7} {'buckets (t = 0 .. 1)':^31} {'attention/dense':>15} {'density':>8} {'samples':>8} {'real':>6}"
   ]

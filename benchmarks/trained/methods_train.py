@@ -52,14 +52,20 @@ def result_of(workdir: pathlib.Path, method: str) -> dict:
   """The row of a finished run. Routed methods: FLOPs by the heads' own hard choices on validation clips, and the soft loss."""
   model, _, restored = restore_model(workdir)
   last = {
-    kind: next((r for r in reversed(metrics.read(workdir / "metrics.jsonl")) if r["kind"] == kind), None) for kind in KINDS
+    kind: next(
+      (r for r in reversed(metrics.read(workdir / "metrics.jsonl")) if r["kind"] == kind), None
+    )
+    for kind in KINDS
   }
   allocations = None
   if (workdir / "routing.json").exists():
     choice = np.asarray(json.loads((workdir / "routing.json").read_text())["choice"])
     allocations = [tuple(choice.mean((0, 1, 2)))] * len(model.config.runs())
   shape = restored.latent_shape
-  cost, training = model_cost(model.config, shape, allocations), model_cost(model.config, shape, training=True)
+  cost, training = (
+    model_cost(model.config, shape, allocations),
+    model_cost(model.config, shape, training=True),
+  )
   dense = model_cost(model.config.with_method("dense"), shape)
   return {
     "name": method,
@@ -116,7 +122,9 @@ def main(_):
 
 
 if __name__ == "__main__":
-  _WORKDIR = flags.DEFINE_string("workdir", str(_ROOT / "runs" / "methods_train"), "Folder of the runs.")
+  _WORKDIR = flags.DEFINE_string(
+    "workdir", str(_ROOT / "runs" / "methods_train"), "Folder of the runs."
+  )
   _STEPS = flags.DEFINE_integer("steps", 200, "Optimisation steps of each run.", lower_bound=1)
   _ONLY = flags.DEFINE_list("only", None, "Only these methods.")
   cli.run(main)

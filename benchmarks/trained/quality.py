@@ -65,7 +65,9 @@ class Study:
     model, self.params, self.restored = restore_model(workdir)
     self.config, self.shape = model.config, self.restored.latent_shape
     classes = len(self.restored.class_names)
-    self.sample = dataclasses.replace(self.restored.experiment.sample, batch_size=classes, steps=sampling_steps)
+    self.sample = dataclasses.replace(
+      self.restored.experiment.sample, batch_size=classes, steps=sampling_steps
+    )
     # One batch per round of classes; every sample has noise of its own.
     self.labels = np.tile(np.arange(classes, dtype=np.int32), samples)
     self.indices = self.labels * 10_000 + np.repeat(np.arange(samples, dtype=np.int32), classes)
@@ -74,20 +76,28 @@ class Study:
 
   def model(self, method):
     """The model under a method that needs no name in the registry."""
-    attention = dataclasses.replace(self.config.attention, methods=(("own", method),), method="own", block=BLOCK, tile=())
+    attention = dataclasses.replace(
+      self.config.attention, methods=(("own", method),), method="own", block=BLOCK, tile=()
+    )
     config = dataclasses.replace(self.config, attention=attention)
-    return nnx.eval_shape(lambda: VideoDiT(config, self.shape, len(self.restored.class_names), nnx.Rngs(0)))
+    return nnx.eval_shape(
+      lambda: VideoDiT(config, self.shape, len(self.restored.class_names), nnx.Rngs(0))
+    )
 
   def fitted(self, method):
     """The model under a method, and the trained parameters in its form."""
     model, found = self.model(method), flatten(self.params)
     state = nnx.state(model)
-    return model, jax.tree.unflatten(jax.tree.structure(state), [found[name] for name in flatten(state)])
+    return model, jax.tree.unflatten(
+      jax.tree.structure(state), [found[name] for name in flatten(state)]
+    )
 
   def draw(self, method):
     """What was drawn, and its videos `[samples, t, y, x, 3]`."""
     model, params = self.fitted(method)
-    drawn = draw(model, params, self.labels, self.indices, 0, self.shape, self.sample, progress=False)
+    drawn = draw(
+      model, params, self.labels, self.indices, 0, self.shape, self.sample, progress=False
+    )
     return drawn, self.restored.decode(drawn.latents)
 
 
@@ -113,7 +123,13 @@ def point(study: Study, reference, method: str, variant: str, budget: int, confi
     "sampling_steps": study.sample.steps,
     "trained_steps": study.restored.step,
   }
-  logging.info("%-40s density %.3f PSNR %.2f SSIM %.4f", row["name"], row["density_after_warmup"], row["psnr"], row["ssim"])
+  logging.info(
+    "%-40s density %.3f PSNR %.2f SSIM %.4f",
+    row["name"],
+    row["density_after_warmup"],
+    row["psnr"],
+    row["ssim"],
+  )
   return row
 
 
@@ -131,7 +147,9 @@ def model_row(study: Study, workdir: pathlib.Path, drawn) -> dict:
     "val_loss": val["loss"],
     "val_buckets": val["buckets"],
     "linear_buckets": val["linear_buckets"],
-    "classifier": class_accuracy(prepare(data, "train"), prepare(data, "val"), drawn.latents, study.labels),
+    "classifier": class_accuracy(
+      prepare(data, "train"), prepare(data, "val"), drawn.latents, study.labels
+    ),
     "tokens": study.layout.n,
     "tile": list(study.layout.tile),
     "tiles": study.layout.tiles,
@@ -146,8 +164,22 @@ def probe_row(study: Study, budget: int) -> dict:
   model, params = study.fitted(Probe(budget))
   step, tables = make_step(nnx.graphdef(model), study.sample), model.tables(study.shape)
   count = study.sample.batch_size
-  _, aux = sample(step, params, model, study.labels[:count], study.indices[:count], 0, tables, study.shape, study.sample, False)
-  layers = lambda name: np.stack([a[0][name].mean(0) for a in aux])  # [steps, candidates]
+  _, aux = sample(
+    step,
+    params,
+    model,
+    study.labels[:count],
+    study.indices[:count],
+    0,
+    tables,
+    study.shape,
+    study.sample,
+    False,
+  )
+
+  def layers(name):
+    return np.stack([a[0][name].mean(0) for a in aux])  # [steps, candidates]
+
   return {
     "name": f"probe/{budget}",
     "budget": budget,
@@ -171,7 +203,14 @@ def verdict(rows: list[dict]) -> dict:
         gain = np.subtract(ours["psnr_by_sample"], other["psnr_by_sample"])
         error = float(gain.std(ddof=1) / np.sqrt(len(gain)))
         densities = [ours["density_after_warmup"], other["density_after_warmup"]]
-        found.append({"other": other["name"], "densities": densities, "gain_db": float(gain.mean()), "standard_error": error})
+        found.append(
+          {
+            "other": other["name"],
+            "densities": densities,
+            "gain_db": float(gain.mean()),
+            "standard_error": error,
+          }
+        )
   return {
     "name": "summary",
     "adaspa_over": found,
@@ -182,7 +221,9 @@ def verdict(rows: list[dict]) -> dict:
 
 def table(rows: list[dict]) -> str:
   """The points for people, and the verdict."""
-  lines = [f"{'point':44} {'density':>8} {'of run':>7} {'attention':>9} {'PSNR':>7} {'+-':>5} {'SSIM':>7}"]
+  lines = [
+    f"{'point':44} {'density':>8} {'of run':>7} {'attention':>9} {'PSNR':>7} {'+-':>5} {'SSIM':>7}"
+  ]
   points = [r for r in rows if "psnr_by_sample" in r]
   for r in sorted(points, key=lambda r: (r["budget"], -r["psnr"])):
     lines.append(
@@ -190,37 +231,71 @@ def table(rows: list[dict]) -> str:
       f"{r['psnr']:7.2f} {r['psnr_standard_error']:5.2f} {r['ssim']:7.4f}"
     )
   for f in verdict(rows)["adaspa_over"]:
-    lines.append(f"AdaSpa over {f['other']:32} {f['gain_db']:+6.2f} dB +- {f['standard_error']:.2f}")
+    lines.append(
+      f"AdaSpa over {f['other']:32} {f['gain_db']:+6.2f} dB +- {f['standard_error']:.2f}"
+    )
   for r in (r for r in rows if "adds_up" in r):
-    shown = [f"{n}: {e:.4f} x {a:.2f}" for n, e, a in zip(r["candidates"], r["error"], r["adds_up"], strict=True)]
-    lines.append(f"{r['name']:10} |e|^2 / |out|^2 x how steps add up  {';  '.join(shown)};  mass kept {r['mass_kept']:.3f}")
+    shown = [
+      f"{n}: {e:.4f} x {a:.2f}"
+      for n, e, a in zip(r["candidates"], r["error"], r["adds_up"], strict=True)
+    ]
+    lines.append(
+      f"{r['name']:10} |e|^2 / |out|^2 x how steps add up  {';  '.join(shown)};  mass kept {r['mass_kept']:.3f}"
+    )
   return "\n".join(lines)
 
 
 def best_of_budgets(points: list[dict]) -> tuple[list[dict], list[dict]]:
   """Of one method's points that of highest PSNR per budget (e.g. of two windows of as many tiles), by density; the others."""
   best = {r["budget"]: r for r in sorted(points, key=lambda r: r["psnr"])}
-  return sorted(best.values(), key=lambda r: r["density_after_warmup"]), [r for r in points if best[r["budget"]] is not r]
+  return sorted(best.values(), key=lambda r: r["density_after_warmup"]), [
+    r for r in points if best[r["budget"]] is not r
+  ]
 
 
 def plot(rows: list[dict], path: pathlib.Path) -> pathlib.Path:
   """PSNR and SSIM against density after the warm-up; a line joins each method's best points, one per budget."""
   points = [r for r in rows if "psnr_by_sample" in r]
   figure, axes = panels(2, 11, 4.2)
-  curves = sorted({(r["method"], r["variant"] if r["method"] in ("random", "adaspa") else "") for r in points})
+  curves = sorted(
+    {(r["method"], r["variant"] if r["method"] in ("random", "adaspa") else "") for r in points}
+  )
   for i, (method, variant) in enumerate(curves):
-    own = [r for r in points if r["method"] == method and (variant == r["variant"] or method not in ("random", "adaspa"))]
-    style = dict(color=f"C{i}", ls="--" if method == "random" else "-", label=f"{method} {variant}".strip())
+    own = [
+      r
+      for r in points
+      if r["method"] == method and (variant == r["variant"] or method not in ("random", "adaspa"))
+    ]
+    style = dict(
+      color=f"C{i}", ls="--" if method == "random" else "-", label=f"{method} {variant}".strip()
+    )
     own, others = best_of_budgets(own)
     x = [r["density_after_warmup"] for r in own]
-    axes[0].errorbar(x, [r["psnr"] for r in own], [r["psnr_standard_error"] for r in own], fmt="o", ms=4, lw=1.2, **style)
+    axes[0].errorbar(
+      x,
+      [r["psnr"] for r in own],
+      [r["psnr_standard_error"] for r in own],
+      fmt="o",
+      ms=4,
+      lw=1.2,
+      **style,
+    )
     axes[1].plot(x, [r["ssim"] for r in own], "o", ms=4, lw=1.2, **style)
     for axis, key in zip(axes, ("psnr", "ssim"), strict=True):
-      axis.plot([r["density_after_warmup"] for r in others], [r[key] for r in others], "o", ms=4, mfc="none", color=f"C{i}")
+      axis.plot(
+        [r["density_after_warmup"] for r in others],
+        [r[key] for r in others],
+        "o",
+        ms=4,
+        mfc="none",
+        color=f"C{i}",
+      )
   for axis, label in zip(axes, ("PSNR against dense, dB", "SSIM against dense"), strict=True):
     axis.set(xlabel="density after the dense steps", ylabel=label)
     axis.grid(alpha=0.3)
-  axes[1].legend(fontsize=8, frameon=False, title="hollow: not the best of its budget", title_fontsize=8)
+  axes[1].legend(
+    fontsize=8, frameon=False, title="hollow: not the best of its budget", title_fontsize=8
+  )
   path.parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(path, dpi=110)
   return path
@@ -234,7 +309,11 @@ def main(_):
   command = f"python -m benchmarks.trained.quality {options}"
   path = RESULTS / f"{_NAME}.json"
   there = set() if _AGAIN.value else {r["name"] for r in read_rows(path) if r["command"] == command}
-  todo = [s for s in settings(study.layout, study.warm, study.sample.steps) if point_name(*s[:3]) not in there]
+  todo = [
+    s
+    for s in settings(study.layout, study.warm, study.sample.steps)
+    if point_name(*s[:3]) not in there
+  ]
   if todo:
     drawn, reference = study.draw(Dense())
     write_rows(_NAME, [model_row(study, workdir, drawn)], command)

@@ -48,13 +48,18 @@ class RandomTiles(Method):
     (b, _, h, _), tiles, block = q.shape, arrays.layout.tiles, arrays.layout.block
     # The seam hands out no random key in sampling: the bits of the queries' sum differ by layer, step and sample.
     sums = cond.share(q.astype(jnp.float32).sum((1, 2, 3))) if self.fresh else jnp.zeros(b)
-    draw = lambda x: jax.random.uniform(
-      jax.random.fold_in(jax.random.key(0), jax.lax.bitcast_convert_type(x, jnp.uint32)), shape
-    )
+
+    def draw(x):
+      return jax.random.uniform(
+        jax.random.fold_in(jax.random.key(0), jax.lax.bitcast_convert_type(x, jnp.uint32)), shape
+      )
+
     shape = (h, tiles, tiles)
     scores = jax.vmap(draw)(sums) + 2 * jnp.eye(tiles)
     ids = jnp.sort(jax.lax.top_k(scores, self.budget)[1], -1).astype(jnp.int32)
-    return BlockMask(ids, jnp.full(ids.shape[:3], self.budget, jnp.int32), arrays.kv_len, None, block, block)
+    return BlockMask(
+      ids, jnp.full(ids.shape[:3], self.budget, jnp.int32), arrays.kv_len, None, block, block
+    )
 
   def cost(self, layout, heads, head_dim, allocation=None):
     return attention_cost(heads * layout.n * self.budget * layout.n / layout.tiles, head_dim)
@@ -114,7 +119,10 @@ class Probe(Method):
   def __call__(self, module, qkv, cond, tables, state):
     arrays, (b, _, h, _) = qkv.layout, qkv.q.shape
     q, k = qkv.rotated()
-    run = lambda mask: attention(q, k, qkv.v, mask, implementation=qkv.implementation)
+
+    def run(mask):
+      return attention(q, k, qkv.v, mask, implementation=qkv.implementation)
+
     out, lse = run(tables["dense"])
     search = AdaSpa(1 - self.budget / arrays.layout.tiles, adaptive=False)
     bits, found = search.find(q, k, lse, arrays, tables["fixed"])
@@ -124,8 +132,16 @@ class Probe(Method):
     errors = jnp.stack([jnp.where(valid, run(mask)[0] - out, 0) for mask in masks])
     sums, squares = state["sum"] + errors, state["squares"] + jnp.square(errors).sum((1, 2, 3, 4))
     error = jnp.square(errors).sum((1, 2, 3, 4)) / jnp.square(jnp.where(valid, out, 0)).sum()
-    noted = {"error": error, "adds_up": jnp.square(sums).sum((1, 2, 3, 4)) / squares, "recall": found["recall"]}
-    return out, {"sum": sums, "squares": squares}, plain_aux(tables["dense"], arrays.layout.n, b, h) | noted
+    noted = {
+      "error": error,
+      "adds_up": jnp.square(sums).sum((1, 2, 3, 4)) / squares,
+      "recall": found["recall"],
+    }
+    return (
+      out,
+      {"sum": sums, "squares": squares},
+      plain_aux(tables["dense"], arrays.layout.n, b, h) | noted,
+    )
 
 
 # Windows in tiles of 2 x 2 x 4 tokens, by how many tiles they hold; the first of each is the most cubic in tokens.
@@ -153,7 +169,12 @@ def settings(layout, warm: int, steps: int):
     decay = decay_for(layout, k / layout.tiles)
     yield "radial", f"decay={decay:.3g}", k, Warmed(Radial(decay, 0), warm)
   for k in (9, 18, 36):
-    own = FreqFormer(allocation="measured", mid_tiles=k, window=WINDOWS[k][0], profile=dataclasses.replace(profile, slack=0.1))
+    own = FreqFormer(
+      allocation="measured",
+      mid_tiles=k,
+      window=WINDOWS[k][0],
+      profile=dataclasses.replace(profile, slack=0.1),
+    )
     yield "freqformer", "measured", k, own
   for frames, places, k in ((0, 0, 9), (0, 1, 18), (1, 1, 36)):
     own = SpatialTemporal(frames=frames, places=places, sink=0, profile=profile)
@@ -161,15 +182,30 @@ def settings(layout, warm: int, steps: int):
   for k in WINDOWS:
     yield "random", "fixed", k, Warmed(RandomTiles(k, fresh=False), warm)
   for k in (9, 18, 36):
-    yield "adaspa", "search every step", k, AdaSpa(1 - k / layout.tiles, warm - 1, tuple(range(warm - 1, steps)))
+    yield (
+      "adaspa",
+      "search every step",
+      k,
+      AdaSpa(1 - k / layout.tiles, warm - 1, tuple(range(warm - 1, steps))),
+    )
   for k in (9, 18):
     yield sliding(WINDOWS[k][1], k, warm)
-    yield "adaspa", "equal heads", k, AdaSpa(1 - k / layout.tiles, warm - 1, (warm - 1, again), adaptive=False)
+    yield (
+      "adaspa",
+      "equal heads",
+      k,
+      AdaSpa(1 - k / layout.tiles, warm - 1, (warm - 1, again), adaptive=False),
+    )
 
 
 def sliding(window, k: int, warm: int):
   """The point of one window, in tiles."""
-  return "sliding_tile", "x".join(map(str, window)), k, Warmed(SlidingTile(window=window, unit="tiles"), warm)
+  return (
+    "sliding_tile",
+    "x".join(map(str, window)),
+    k,
+    Warmed(SlidingTile(window=window, unit="tiles"), warm),
+  )
 
 
 def decay_for(layout, density: float) -> float:

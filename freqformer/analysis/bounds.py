@@ -91,10 +91,16 @@ class Operators:
   @functools.lru_cache(maxsize=8)  # noqa: B019  a classmethod: the cache holds no instance
   def of(cls, basis: SpectralBasis, layout: TileLayout) -> "Operators":
     spectral = basis.fit(layout)
-    rows, coarse = np.eye(layout.n_buffer, dtype=np.float32)[None], np.eye(spectral.n_coarse, dtype=np.float32)[None]
+    rows, coarse = (
+      np.eye(layout.n_buffer, dtype=np.float32)[None],
+      np.eye(spectral.n_coarse, dtype=np.float32)[None],
+    )
     run = jax.jit(lambda s, x, y: (s.project_low(x), s.project_box(x), s.lift(y)))
     found = run(spectral, rows, coarse)
-    return cls(*(np.asarray(x[0], np.float64) for x in found), np.asarray(spectral.cell_weight, np.float64) ** 2)
+    return cls(
+      *(np.asarray(x[0], np.float64) for x in found),
+      np.asarray(spectral.cell_weight, np.float64) ** 2,
+    )
 
   def bands(self, x: np.ndarray) -> np.ndarray:
     """P_low x, P_mid x, P_high x of `[n_buffer, d]`."""
@@ -146,7 +152,10 @@ def compressed(head: Head, bounded: bool) -> dict:
   # Two weighted means of v never differ by more than 2 max|v|, whatever the weights.
   bound = np.minimum(np.expm1(2 * delta), 2) * head.largest_value()
   delta = delta[head.valid]
-  return _result(head, difference, bound) | {"delta": float(delta.max()), "trivial": float((delta > TRIVIAL_DELTA).mean())}
+  return _result(head, difference, bound) | {
+    "delta": float(delta.max()),
+    "trivial": float((delta > TRIVIAL_DELTA).mean()),
+  }
 
 
 def filtered(head: Head, band: int) -> dict:
@@ -155,7 +164,12 @@ def filtered(head: Head, band: int) -> dict:
   parts = head.operators.bands(y)
   found = _result(head, y - parts[band], None)
   error, bound = found["total"], float(np.linalg.norm(np.delete(parts, band, 0)))
-  closest = {"row": None, "error": error, "bound": bound, "ratio": error / bound if bound > 0 else float(error > 0)}
+  closest = {
+    "row": None,
+    "error": error,
+    "bound": bound,
+    "ratio": error / bound if bound > 0 else float(error > 0),
+  }
   holds = abs(error - bound) <= ORTHOGONAL * float(np.linalg.norm(y))
   return found | {"exact": True, "error": error, "bound": bound, "closest": closest, "holds": holds}
 
@@ -174,12 +188,22 @@ def _result(head: Head, difference: np.ndarray, bound: np.ndarray | None) -> dic
   error = np.linalg.norm(difference, axis=-1)
   bands = np.square(head.operators.bands(difference)).sum((1, 2))
   worst = int(error.argmax())
-  found = {"error": float(error[worst]), "total": float(np.linalg.norm(error)), "bands": bands.tolist(), "exact": False}
+  found = {
+    "error": float(error[worst]),
+    "total": float(np.linalg.norm(error)),
+    "bands": bands.tolist(),
+    "exact": False,
+  }
   if bound is None:
     return found | {"bound": None, "closest": None, "holds": None}
   ratio = np.where(head.valid, error / (bound + ROUNDING * head.largest_value()), 0)
   at = int(ratio.argmax())
-  closest = {"row": at, "error": float(error[at]), "bound": float(bound[at]), "ratio": float(ratio[at])}
+  closest = {
+    "row": at,
+    "error": float(error[at]),
+    "bound": float(bound[at]),
+    "ratio": float(ratio[at]),
+  }
   return found | {"bound": float(bound[worst]), "closest": closest, "holds": closest["ratio"] <= 1}
 
 
@@ -202,7 +226,10 @@ def measure(tensors: dict, layout: TileLayout, method, case: str, layer: int = 0
     any row, and `trivial`, the share of rows that have only the trivial bound.
   """
   arrays, rows = layout.arrays(), []
-  listed = {"mid: top tiles": _mid(tensors, arrays, method), "high: window": sliding_tile(layout, method.window, method.border)}
+  listed = {
+    "mid: top tiles": _mid(tensors, arrays, method),
+    "high: window": sliding_tile(layout, method.window, method.border),
+  }
   listed = {name: np.asarray(mask.to_dense())[0] for name, mask in listed.items()}
   for h in range(tensors["q"].shape[1]):
     found = {}
@@ -215,7 +242,10 @@ def measure(tensors: dict, layout: TileLayout, method, case: str, layer: int = 0
         found[kind] = dropped(head, pairs[h if len(pairs) > 1 else 0])
       for i, band in enumerate(BANDS):
         found[f"filter: {band}"] = filtered(head, i)
-    rows += [{"case": case, "layer": layer, "head": h, "kind": kind, **result} for kind, result in found.items()]
+    rows += [
+      {"case": case, "layer": layer, "head": h, "kind": kind, **result}
+      for kind, result in found.items()
+    ]
   return rows
 
 
@@ -227,7 +257,14 @@ def bases(method) -> dict[str, SpectralBasis]:
 def _mid(tensors, arrays, method) -> BlockMask:
   layout = arrays.layout
   q, k = (pool_tiles(jnp.asarray(tensors[n], jnp.float32)[None], arrays) for n in "qk")
-  return block_topk(q, k, method.mid_tiles, fixed_tiles(layout, method.sink, method.anchors), arrays.kv_len, layout.block)
+  return block_topk(
+    q,
+    k,
+    method.mid_tiles,
+    fixed_tiles(layout, method.sink, method.anchors),
+    arrays.kv_len,
+    layout.block,
+  )
 
 
 def _head(tensors, arrays, h, name, operators) -> Head:
@@ -249,7 +286,9 @@ def main(argv=None):
   from freqformer.data.cache import prepare
   from freqformer.evaluate.restore import restore_model
 
-  parser = argparse.ArgumentParser(prog="python -m freqformer.analysis.bounds", description=__doc__.split("\n")[0])
+  parser = argparse.ArgumentParser(
+    prog="python -m freqformer.analysis.bounds", description=__doc__.split("\n")[0]
+  )
   parser.add_argument("--workdir", required=True, help="folder of a run trained with FreqFormer")
   parser.add_argument("--times", default="0.9,0.5,0.1", help="t of the noisy latents")
   args = parser.parse_args(argv)
@@ -259,7 +298,15 @@ def main(argv=None):
   item = prepare(restored.experiment.data, "val")[0]
   rows = []
   for t in times:
-    given = (model.config, params, restored.latent_shape, len(restored.class_names), item["latent"], t, int(item["label"]))
+    given = (
+      model.config,
+      params,
+      restored.latent_shape,
+      len(restored.class_names),
+      item["latent"],
+      t,
+      int(item["label"]),
+    )
     rows += [r | {"steps": restored.step} for r in measure_model(*given, case=f"t = {t:g}")]
   print(table(rows))
   return rows

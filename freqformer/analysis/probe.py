@@ -24,7 +24,10 @@ class Probe(Method):
     return self.inner.build(dims, layout, rngs)
 
   def tables(self, layout):
-    return {"inner": self.inner.tables(layout), "bases": {n: b.fit(layout) for n, b in bases(self.inner).items()}}
+    return {
+      "inner": self.inner.tables(layout),
+      "bases": {n: b.fit(layout) for n, b in bases(self.inner).items()},
+    }
 
   def __call__(self, module, qkv, cond, tables, state):
     out, state, aux = self.inner(module, qkv, cond, tables["inner"], state)
@@ -34,14 +37,32 @@ class Probe(Method):
 def finished(qkv, spectra: dict[str, SpectralTables]) -> dict:
   """q and k as attention sees them, and the coarse tokens of each basis: compressed first, then normed and rotated."""
   coarse = {
-    name: (qkv.rotate_q(s.compress(qkv.q), s.centres), qkv.rotate_k(s.compress(qkv.k), s.centres), s.compress(qkv.v))
+    name: (
+      qkv.rotate_q(s.compress(qkv.q), s.centres),
+      qkv.rotate_k(s.compress(qkv.k), s.centres),
+      s.compress(qkv.v),
+    )
     for name, s in spectra.items()
   }
   positions = qkv.layout.positions
-  return {"q": qkv.rotate_q(qkv.q, positions), "k": qkv.rotate_k(qkv.k, positions), "v": qkv.v, "coarse": coarse}
+  return {
+    "q": qkv.rotate_q(qkv.q, positions),
+    "k": qkv.rotate_k(qkv.k, positions),
+    "v": qkv.v,
+    "coarse": coarse,
+  }
 
 
-def measure_model(config, params, latent_shape, classes: int, latents, time: float, label: int = 0, case: str = "model"):
+def measure_model(
+  config,
+  params,
+  latent_shape,
+  classes: int,
+  latents,
+  time: float,
+  label: int = 0,
+  case: str = "model",
+):
   """`measure` of every layer of a trained model, on one noisy latent.
 
   Args:
@@ -50,9 +71,15 @@ def measure_model(config, params, latent_shape, classes: int, latents, time: flo
     latents: `[t, y, x, c]`, normalised as in training; noise is added here: `x_t = (1 - t) x_0 + t eps`.
     time: t; label: class. case: name of the rows.
   """
-  methods = tuple((name, Probe(method)) for name, method in config.attention.methods if hasattr(method, "basis"))
-  probed = dataclasses.replace(config, attention=dataclasses.replace(config.attention, methods=methods))
-  graphdef, _ = nnx.split(nnx.eval_shape(lambda: VideoDiT(probed, latent_shape, classes, nnx.Rngs(0))))
+  methods = tuple(
+    (name, Probe(method)) for name, method in config.attention.methods if hasattr(method, "basis")
+  )
+  probed = dataclasses.replace(
+    config, attention=dataclasses.replace(config.attention, methods=methods)
+  )
+  graphdef, _ = nnx.split(
+    nnx.eval_shape(lambda: VideoDiT(probed, latent_shape, classes, nnx.Rngs(0)))
+  )
   model = nnx.merge(graphdef, params)
   noise = jax.random.normal(jax.random.key(0), latents.shape)
   x = ((1 - time) * jnp.asarray(latents) + time * noise)[None]
@@ -68,13 +95,21 @@ def measure_model(config, params, latent_shape, classes: int, latents, time: flo
   return rows
 
 
-def random_tensors(arrays: LayoutTables, method, heads: int, d: int, seed: int, smooth: float = 0.0) -> dict:
+def random_tensors(
+  arrays: LayoutTables, method, heads: int, d: int, seed: int, smooth: float = 0.0
+) -> dict:
   """Normal q, k, v and their coarse tokens; `smooth` in [0, 1) is the share of variance that a whole grid shares."""
   rng, layout = np.random.default_rng(seed), arrays.layout
   shared = rng.normal(size=(3, 1, heads, d))
-  mix = lambda own, base: np.sqrt(1 - smooth) * own + np.sqrt(smooth) * base
+
+  def mix(own, base):
+    return np.sqrt(1 - smooth) * own + np.sqrt(smooth) * base
+
   q, k, v = mix(rng.normal(size=(3, layout.n_buffer, heads, d)), shared).astype(np.float32)
   compress = jax.jit(lambda spectral, x: spectral.compress(x))
-  all_of = lambda basis: np.asarray(compress(basis.fit(layout), np.stack([q, k, v])))
+
+  def all_of(basis):
+    return np.asarray(compress(basis.fit(layout), np.stack([q, k, v])))
+
   coarse = {name: tuple(all_of(basis)) for name, basis in bases(method).items()}
   return {"q": q, "k": k, "v": v, "coarse": coarse}

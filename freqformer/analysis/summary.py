@@ -16,7 +16,10 @@ def summary(rows: list[dict]) -> list[dict]:
     own = [r for r in rows if (r["case"], r["kind"]) == (case, kind)]
     worst = max(own, key=lambda r: r["error"])
     exact, claimed = worst["exact"], worst["bound"] is not None
-    distance = lambda c, exact=exact: abs(c["ratio"] - 1) if exact else c["ratio"]
+
+    def distance(c, exact=exact):
+      return abs(c["ratio"] - 1) if exact else c["ratio"]
+
     bands = np.sum([r["bands"] for r in own], 0)
     found.append(
       {
@@ -57,5 +60,7 @@ def table(rows: list[dict]) -> str:
     lines.append(
       f"{r['case']:<18} {r['kind']:<16} {r['error']:>8.3g} {bound:>9} {ratio_text(r):>11} {pair:>15} {kept:>7}  {shares}"
     )
-  lines.append("error: largest of any row; its bound: of the same row; error/bound: largest of any row; heads: that keep it")
+  lines.append(
+    "error: largest of any row; its bound: of the same row; error/bound: largest of any row; heads: that keep it"
+  )
   return "\n".join(lines)

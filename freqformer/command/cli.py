@@ -38,7 +38,10 @@ def gpu_wheels_without_gpu() -> bool:
 
   The plugin would print tracebacks about itself before JAX goes on with the CPU.
   """
-  if importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+  if (
+    importlib.util.find_spec("jax_plugins") is None
+    or importlib.util.find_spec("jax_plugins.xla_cuda13") is None
+  ):
     return False
   try:
     ctypes.CDLL("libcuda.so.1")
@@ -87,12 +90,16 @@ def parse(argv, values=flags.FLAGS):
   try:
     if file := _config_file(argv):
       config = read_config(*file.split(":", 1))
-      overrides = [match.group(1) for arg in argv if (match := re.match(r"--?(?:no)?config\.([\w.]+)", arg))]
+      overrides = [
+        match.group(1) for arg in argv if (match := re.match(r"--?(?:no)?config\.([\w.]+)", arg))
+      ]
       check_keys(config, overrides)
     rest = values(argv)
   except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
     # A KeyError's str is its message in quotes.
-    fail(str(error.args[0] if isinstance(error, KeyError) and error.args else error).replace("\n", " "))
+    fail(
+      str(error.args[0] if isinstance(error, KeyError) and error.args else error).replace("\n", " ")
+    )
   if rest[1:]:
     fail(_left_over(rest[1], config))
   for name, value in values.flag_values_dict().items():

@@ -67,7 +67,9 @@ def main(_):
   if (workdir / "routing.json").exists():
     choice = np.asarray(json.loads((workdir / "routing.json").read_text())["choice"])
     allocation = choice.mean((0, 1, 2))
-  (workdir / "cost.json").write_text(json.dumps(layer_rows(exp.model, tuple(cache.latent_shape), allocation), indent=2))
+  (workdir / "cost.json").write_text(
+    json.dumps(layer_rows(exp.model, tuple(cache.latent_shape), allocation), indent=2)
+  )
   run = json.loads((workdir / "run.json").read_text())
   sampling = json.loads((workdir / "samples" / "sampling.json").read_text())
   run["seconds"] = {

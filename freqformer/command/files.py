@@ -39,7 +39,9 @@ def read_config(path, *args):
   with _reading(pathlib.Path(path)):
     config = module.get_config(*args)
   if not hasattr(config, "items"):
-    raise ConfigError(f"get_config() of {path} returned {config!r}; let it return an ml_collections.ConfigDict.")
+    raise ConfigError(
+      f"get_config() of {path} returned {config!r}; let it return an ml_collections.ConfigDict."
+    )
   return config
 
 
@@ -54,7 +56,9 @@ def _reading(path):
     places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, SyntaxError):
       places.append((error.filename, error.lineno))
-    lines = [line for file, line in places if file and pathlib.Path(file).resolve() == path.resolve()]
+    lines = [
+      line for file, line in places if file and pathlib.Path(file).resolve() == path.resolve()
+    ]
     where = f"{path}, line {lines[-1]}" if lines else str(path)
     raise ConfigError(f"{where}: {type(error).__name__}: {getattr(error, 'msg', error)}") from error
 
@@ -74,9 +78,15 @@ def check_keys(config, keys):
   known = dotted(config)
   for key in keys:
     if key not in known:
-      raise ConfigError(f"config.{key} does not exist; {_method_hint(key) or did_you_mean(key, known)}")
-    if hasattr(group := functools.reduce(lambda part, name: part[name], key.split("."), config), "items"):
-      members = f"add one of them: .{', .'.join(group)}" if len(group) else "the file has none of them"
+      raise ConfigError(
+        f"config.{key} does not exist; {_method_hint(key) or did_you_mean(key, known)}"
+      )
+    if hasattr(
+      group := functools.reduce(lambda part, name: part[name], key.split("."), config), "items"
+    ):
+      members = (
+        f"add one of them: .{', .'.join(group)}" if len(group) else "the file has none of them"
+      )
       raise ConfigError(f"config.{key} is a group of keys; {members}")
 
 

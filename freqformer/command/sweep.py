@@ -33,7 +33,9 @@ def trial_name(overrides: dict) -> str:
   """A readable folder name, unique by a hash of all overrides."""
   short = ",".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in overrides.items())
   safe = "".join(c if c.isalnum() or c in "=.-," else "_" for c in short)[:80]
-  digest = hashlib.sha256(json.dumps(overrides, sort_keys=True, default=list).encode()).hexdigest()[:6]
+  digest = hashlib.sha256(json.dumps(overrides, sort_keys=True, default=list).encode()).hexdigest()[
+    :6
+  ]
   return f"{safe or 'default'}-{digest}"
 
 
@@ -76,7 +78,10 @@ def result_of(workdir: pathlib.Path) -> dict | None:
   if not run.exists() or not json.loads(run.read_text()).get("finished"):
     return None
   rows = metrics.read(workdir / "metrics.jsonl")
-  last = {kind: next((r for r in reversed(rows) if r["kind"] == kind), {}) for kind in ("val", "val_soft", "train")}
+  last = {
+    kind: next((r for r in reversed(rows) if r["kind"] == kind), {})
+    for kind in ("val", "val_soft", "train")
+  }
   return {
     "step": last["train"].get("step"),
     "val_loss": last["val"].get("loss"),
@@ -109,11 +114,24 @@ def run_trial(config_path, workdir: pathlib.Path, overrides: dict, stop) -> int:
 def table(rows: list[dict]) -> str:
   """Aligned text; trials in order of validation loss, unfinished ones last."""
   rows = sorted(rows, key=lambda r: (r["val_loss"] is None, r["val_loss"]))
-  columns = ("trial", "val_loss", "val_soft_loss", "val_density", "router_entropy", "step", "status")
-  cell = lambda v: "" if v is None else f"{v:.4f}" if isinstance(v, float) else str(v)
+  columns = (
+    "trial",
+    "val_loss",
+    "val_soft_loss",
+    "val_density",
+    "router_entropy",
+    "step",
+    "status",
+  )
+
+  def cell(v):
+    return "" if v is None else f"{v:.4f}" if isinstance(v, float) else str(v)
+
   grid = [columns, *(tuple(cell(r.get(c)) for c in columns) for r in rows)]
   widths = [max(len(row[i]) for row in grid) for i in range(len(columns))]
-  return "\n".join("  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip() for row in grid)
+  return "\n".join(
+    "  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip() for row in grid
+  )
 
 
 def sweep(config_path, study, extra: dict, list_only: bool = False) -> list[dict]:
@@ -123,8 +141,13 @@ def sweep(config_path, study, extra: dict, list_only: bool = False) -> list[dict
     ConfigError: a trial's config is wrong, or a trial ran with another config than it would run with now.
   """
   module, study, rows = load_config(config_path, ("get_config", "sweep")), pathlib.Path(study), []
-  trials = {trial_name(overrides): overrides for overrides in ({**extra, **own} for own in module.sweep())}
-  stale = {name: changed_since(study / name, resolve(config_path, overrides)) for name, overrides in trials.items()}
+  trials = {
+    trial_name(overrides): overrides for overrides in ({**extra, **own} for own in module.sweep())
+  }
+  stale = {
+    name: changed_since(study / name, resolve(config_path, overrides))
+    for name, overrides in trials.items()
+  }
   stale = {name: text for name, text in stale.items() if text}
   if stale and not list_only:
     name, text = next(iter(stale.items()))
@@ -144,7 +167,16 @@ def sweep(config_path, study, extra: dict, list_only: bool = False) -> list[dict
         status = "finished" if result else f"exit {code}" if code else "stopped"
       if name in stale:
         status += f" with another config: {stale[name]}"
-      rows.append({"trial": name, "step": None, "val_loss": None, **(result or {}), "status": status, "overrides": overrides})
+      rows.append(
+        {
+          "trial": name,
+          "step": None,
+          "val_loss": None,
+          **(result or {}),
+          "status": status,
+          "overrides": overrides,
+        }
+      )
       if not list_only:
         study.mkdir(parents=True, exist_ok=True)
         (study / "study.json").write_text(json.dumps(rows, indent=2, default=list))
@@ -156,7 +188,11 @@ def _last_status(study: pathlib.Path) -> dict[str, str]:
   path = study / "study.json"
   if not path.exists():
     return {}
-  return {row["trial"]: row["status"] for row in json.loads(path.read_text()) if row["status"] != "finished"}
+  return {
+    row["trial"]: row["status"]
+    for row in json.loads(path.read_text())
+    if row["status"] != "finished"
+  }
 
 
 def main(_):
@@ -164,7 +200,9 @@ def main(_):
   for item in _OVERRIDE.value:
     key, separator, value = item.partition("=")
     if not separator:
-      raise ConfigError(f"--override={item!r} must read key=value, e.g. --override=train.steps=100.")
+      raise ConfigError(
+        f"--override={item!r} must read key=value, e.g. --override=train.steps=100."
+      )
     extra[key] = value
   rows = sweep(_CONFIG.value, _STUDY.value, extra, _LIST.value)
   print(table(rows))
@@ -174,8 +212,12 @@ def main(_):
 
 
 if __name__ == "__main__":
-  _CONFIG = flags.DEFINE_string("config", None, "Config file with get_config() and sweep().", required=True)
+  _CONFIG = flags.DEFINE_string(
+    "config", None, "Config file with get_config() and sweep().", required=True
+  )
   _STUDY = flags.DEFINE_string("study", None, "Folder of the study.", required=True)
-  _OVERRIDE = flags.DEFINE_multi_string("override", [], "key=value for every trial, e.g. train.steps=100.")
+  _OVERRIDE = flags.DEFINE_multi_string(
+    "override", [], "key=value for every trial, e.g. train.steps=100."
+  )
   _LIST = flags.DEFINE_bool("list", False, "Only show what has run.")
   cli.run(main)

@@ -37,11 +37,16 @@ class LatentCache:
   def __init__(self, path: pathlib.Path, manifest: dict):
     """Use `LatentCache.open`."""
     self.path, self.manifest = path, manifest
-    self.latent_shape, self.video_shape = tuple(manifest["latent_shape"]), tuple(manifest["video_shape"])
+    self.latent_shape, self.video_shape = (
+      tuple(manifest["latent_shape"]),
+      tuple(manifest["video_shape"]),
+    )
     self.class_names = list(manifest["class_names"])
     self.statistics = LatentStatistics.from_json(manifest["statistics"])
     self.codec = make_codec(build(CodecConfig, manifest["protocol"]["codec"], "data.codec"))
-    self._records = grain.sources.ArrayRecordDataSource([str(path / shard["file"]) for shard in manifest["shards"]])
+    self._records = grain.sources.ArrayRecordDataSource(
+      [str(path / shard["file"]) for shard in manifest["shards"]]
+    )
 
   @classmethod
   def open(cls, path: str | os.PathLike, expect: str | None = None) -> "LatentCache":
@@ -56,9 +61,13 @@ class LatentCache:
       shards = {shard["file"]: shard["bytes"] for shard in manifest["shards"]}
       schema, found = manifest["schema"], manifest["hash"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-      raise CacheError(f"{path} is not a complete cache, its manifest.json cannot be read: delete the folder.") from error
+      raise CacheError(
+        f"{path} is not a complete cache, its manifest.json cannot be read: delete the folder."
+      ) from error
     if schema != SCHEMA:
-      raise CacheError(f"The cache {path} has schema {schema}, this code reads {SCHEMA}: delete the folder to encode again.")
+      raise CacheError(
+        f"The cache {path} has schema {schema}, this code reads {SCHEMA}: delete the folder to encode again."
+      )
     if expect is not None and found != expect:
       raise CacheError(
         f"The cache {path} was made with protocol {found[:12]}, but {expect[:12]} is wanted: delete the folder, or name"
@@ -66,7 +75,9 @@ class LatentCache:
       )
     for file, size in shards.items():
       if not (path / file).is_file() or (path / file).stat().st_size != size:
-        raise CacheError(f"The cache {path} is damaged: {file} is missing or not {size} bytes; delete the folder.")
+        raise CacheError(
+          f"The cache {path} is damaged: {file} is missing or not {size} bytes; delete the folder."
+        )
     return cls(path, manifest)
 
   def __len__(self) -> int:
@@ -79,11 +90,17 @@ class LatentCache:
       raise IndexError(f"The cache holds {len(self)} records, number {index} is not among them.")
     index %= len(self)
     latent, label, _, _ = unpack(self._records[index], self.latent_shape)
-    return {"latent": self.statistics.normalise(latent), "label": np.int32(label), "index": np.int32(index)}
+    return {
+      "latent": self.statistics.normalise(latent),
+      "label": np.int32(label),
+      "index": np.int32(index),
+    }
 
   def clip(self, index: int) -> dict:
     """The manifest's entry of the clip that a record shows: key, label, views, ..."""
-    return self.manifest["clips"][unpack(self._records[operator.index(index)], self.latent_shape)[2]]
+    return self.manifest["clips"][
+      unpack(self._records[operator.index(index)], self.latent_shape)[2]
+    ]
 
   def denormalise(self, latents: np.ndarray) -> np.ndarray:
     """Normalised `[..., c]` to what the codec decodes."""
@@ -126,8 +143,13 @@ def prepare(config: DataConfig, split: str, progress: bool = True) -> LatentCach
 
 def _check_statistics(cache: LatentCache, train: pathlib.Path) -> None:
   """Refuses a validation cache that outlived the training cache whose statistics it has."""
-  if train.exists() and LatentCache.open(train).manifest["statistics"] != cache.manifest["statistics"]:
-    raise CacheError(f"The cache {cache.path} is normalised with other statistics than {train}: delete {cache.path}.")
+  if (
+    train.exists()
+    and LatentCache.open(train).manifest["statistics"] != cache.manifest["statistics"]
+  ):
+    raise CacheError(
+      f"The cache {cache.path} is normalised with other statistics than {train}: delete {cache.path}."
+    )
 
 
 def _check_source(cache: LatentCache, config: DataConfig, split: str) -> None:
@@ -139,7 +161,9 @@ def _check_source(cache: LatentCache, config: DataConfig, split: str) -> None:
     return
   new, changed, gone = _compare(listing, cache.manifest)
   if gone:
-    logging.warning("%d clips of the cache %s are no longer on disk, e.g. %s.", len(gone), cache.path, gone[0])
+    logging.warning(
+      "%d clips of the cache %s are no longer on disk, e.g. %s.", len(gone), cache.path, gone[0]
+    )
   if new or changed:
     raise CacheError(
       f"Under {config.root!r} {len(new)} clips are new and {len(changed)} changed since the cache {cache.path} was encoded"

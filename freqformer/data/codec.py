@@ -43,10 +43,14 @@ class CodecConfig:
     if self.name not in _CODECS:
       raise ConfigError(f"There is no codec {self.name!r}; {did_you_mean(self.name, _CODECS)}")
     if min(self.factor) < 1:
-      raise ConfigError(f"The codec's factor must be (t, y, x), each at least 1, got {self.factor}.")
+      raise ConfigError(
+        f"The codec's factor must be (t, y, x), each at least 1, got {self.factor}."
+      )
     most = 3 * math.prod(self.factor)
     if not 1 <= self.channels <= most:
-      raise ConfigError(f"A codec with factor {self.factor} has 1 to {most} channels, got {self.channels}.")
+      raise ConfigError(
+        f"A codec with factor {self.factor} has 1 to {most} channels, got {self.channels}."
+      )
 
 
 class Codec(Protocol):
@@ -87,7 +91,9 @@ class DctCodec:
   def encode(self, video: np.ndarray) -> np.ndarray:
     """uint8 `[b, t, y, x, 3]` to float32 `[b, t', y', x', c]`; `|latent| <= sqrt(3 * t * y * x of factor)`."""
     if video.ndim != 5 or video.shape[-1] != 3 or video.dtype != np.uint8:
-      raise ValueError(f"The codec encodes uint8 video [b, t, y, x, 3], got {video.dtype} {video.shape}.")
+      raise ValueError(
+        f"The codec encodes uint8 video [b, t, y, x, 3], got {video.dtype} {video.shape}."
+      )
     pad = [(0, -n % f) for n, f in zip(video.shape[1:4], self.config.factor, strict=True)]
     x = np.pad(video, [(0, 0), *pad, (0, 0)], mode="edge").astype(np.float32) / 127.5 - 1
     (ft, fy, fx), (b, t, y, w, _) = self.config.factor, x.shape
@@ -98,11 +104,15 @@ class DctCodec:
     """float `[b, t', y', x', c]` to uint8 `[b, frames, rows, cols, 3]`, rounded and clipped."""
     expected = self.latent_shape(*shape)
     if latents.shape[1:] != expected:
-      raise ValueError(f"A video of {shape} (frames, rows, cols) has latents [b, {expected}], got {latents.shape}.")
+      raise ValueError(
+        f"A video of {shape} (frames, rows, cols) has latents [b, {expected}], got {latents.shape}."
+      )
     ft, fy, fx = self.config.factor
     b, t, y, w, _ = latents.shape
     x = (latents.astype(np.float32) @ self._synthesis).reshape(b, t, y, w, ft, fy, fx, 3)
-    x = x.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(b, t * ft, y * fy, w * fx, 3)[:, : shape[0], : shape[1], : shape[2]]
+    x = x.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(b, t * ft, y * fy, w * fx, 3)[
+      :, : shape[0], : shape[1], : shape[2]
+    ]
     return np.clip(np.rint((x + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
@@ -176,12 +186,17 @@ class LatentStatistics:
 
   def to_json(self) -> dict:
     """Lists of floats; exact for float32."""
-    return {f.name: None if (v := getattr(self, f.name)) is None else np.asarray(v).tolist() for f in dataclasses.fields(self)}
+    return {
+      f.name: None if (v := getattr(self, f.name)) is None else np.asarray(v).tolist()
+      for f in dataclasses.fields(self)
+    }
 
   @classmethod
   def from_json(cls, values: Mapping) -> "LatentStatistics":
     """The inverse of `to_json`."""
-    return cls(**{name: None if v is None else np.asarray(v, np.float32) for name, v in values.items()})
+    return cls(
+      **{name: None if v is None else np.asarray(v, np.float32) for name, v in values.items()}
+    )
 
 
 class StatisticsAccumulator:
@@ -210,4 +225,6 @@ class StatisticsAccumulator:
     flat = variance < 1e-10 * max(1.0, float(np.max(mean**2)))
     std = np.where(flat, 1.0, np.sqrt(np.where(flat, 1.0, variance)))
     power = (power / std**2)[..., ~flat].mean(-1) if not flat.all() else power[..., 0] * 0
-    return LatentStatistics(mean.astype(np.float32), std.astype(np.float32), power.astype(np.float32))
+    return LatentStatistics(
+      mean.astype(np.float32), std.astype(np.float32), power.astype(np.float32)
+    )

@@ -68,7 +68,9 @@ class VideoFile:
     Raises:
       BrokenClip: nothing can be decoded.
     """
-    frames = self._read_from(indices, seek=True) if self._times and indices[0] > SEEK_AFTER else None
+    frames = (
+      self._read_from(indices, seek=True) if self._times and indices[0] > SEEK_AFTER else None
+    )
     return frames or self._read_from(indices, seek=False)
 
   def _read_from(self, indices, seek):
@@ -129,7 +131,9 @@ class VideoFile:
     return np.rot90(frame.to_ndarray(format="rgb24"), self._rotation)
 
 
-def crop_resize(frame: np.ndarray, box: tuple[float, float, float, float], resolution: tuple[int, int]) -> np.ndarray:
+def crop_resize(
+  frame: np.ndarray, box: tuple[float, float, float, float], resolution: tuple[int, int]
+) -> np.ndarray:
   """The box (top, left, bottom, right as fractions) of a frame at `resolution` (rows, cols): antialiased bilinear, uint8."""
   rows, cols = frame.shape[:2]
   top, left, bottom, right = box

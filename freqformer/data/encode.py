@@ -45,7 +45,9 @@ class EncodedClip:
   psnr: float | None = None
 
 
-def encode_clip(config: DataConfig, codec: Codec, split: str, clip: Clip, measure: bool = False) -> EncodedClip:
+def encode_clip(
+  config: DataConfig, codec: Codec, split: str, clip: Clip, measure: bool = False
+) -> EncodedClip:
   """Draws, decodes, crops, mirrors and encodes the views of a clip.
 
   Raises:
@@ -56,7 +58,9 @@ def encode_clip(config: DataConfig, codec: Codec, split: str, clip: Clip, measur
     pixels = np.stack([_pixels(view, config, video.length, frames) for view in views])
     latents = codec.encode(pixels).astype(np.float16)
     if not np.isfinite(latents).all():
-      raise ValueError(f"The codec gives latents beyond float16 (65504) for {clip.key}; scale them inside the codec.")
+      raise ValueError(
+        f"The codec gives latents beyond float16 (65504) for {clip.key}; scale them inside the codec."
+      )
     quality = psnr(pixels[:1], codec.decode(latents[:1], config.video_shape)) if measure else None
     return EncodedClip(latents, views, video.length, video.size, quality)
 
@@ -66,7 +70,9 @@ def _read_views(config, split, clip, video):
   count = config.views if split == "train" else 1
   for _ in range(3):
     try:
-      views = [draw_view(config, split, clip.key, i, video.length, video.size) for i in range(count)]
+      views = [
+        draw_view(config, split, clip.key, i, video.length, video.size) for i in range(count)
+      ]
     except TooShort as error:
       raise BrokenClip(clip.key, str(error)) from error
     wanted = sorted({i for view in views for i in view.indices(config.frames, video.length)})
@@ -78,7 +84,12 @@ def _read_views(config, split, clip, video):
 
 def _pixels(view, config, length, frames):
   """uint8 `[frames, rows, cols, 3]` of one view. Pixels are mirrored: mirrored latents are not those of a mirrored video."""
-  box = np.stack([crop_resize(frames[i], view.box, config.resolution) for i in view.indices(config.frames, length)])
+  box = np.stack(
+    [
+      crop_resize(frames[i], view.box, config.resolution)
+      for i in view.indices(config.frames, length)
+    ]
+  )
   return box[:, :, ::-1] if view.flip else box
 
 

@@ -26,7 +26,9 @@ def list_folder(config: DataConfig, split: str) -> Listing:
     )
   files = _video_files(root)
   if not files:
-    raise ConfigError(f"data.root {config.root!r} holds no video file; known endings are {', '.join(EXTENSIONS)}.")
+    raise ConfigError(
+      f"data.root {config.root!r} holds no video file; known endings are {', '.join(EXTENSIONS)}."
+    )
   top = root.resolve().name or "videos"
   classes = {key: key.split("/")[0] if "/" in key else top for key in files}
   names = sorted(set(classes.values()))

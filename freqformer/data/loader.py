@@ -61,4 +61,6 @@ def _check(cache, batch_size):
   if batch_size < 1:
     raise ConfigError(f"The batch size must be at least 1, got {batch_size}.")
   if not len(cache):
-    raise ConfigError("The data cache holds no record; encode it again from a data set with usable clips.")
+    raise ConfigError(
+      "The data cache holds no record; encode it again from a data set with usable clips."
+    )

@@ -70,11 +70,17 @@ class DataConfig:
       if getattr(self, name) < low:
         raise ConfigError(f"data.{name} must be at least {low}, got {getattr(self, name)}.")
     if min(self.resolution) < 1:
-      raise ConfigError(f"data.resolution must be (rows, cols), each at least 1, got {self.resolution}.")
+      raise ConfigError(
+        f"data.resolution must be (rows, cols), each at least 1, got {self.resolution}."
+      )
     if self.split not in (0, 1, 2, 3):
-      raise ConfigError(f"data.split must be 1, 2 or 3, or 0 to train on all clips of UCF-101, got {self.split}.")
+      raise ConfigError(
+        f"data.split must be 1, 2 or 3, or 0 to train on all clips of UCF-101, got {self.split}."
+      )
     if not 0 < self.val_fraction < 1:
-      raise ConfigError(f"data.val_fraction must lie between 0 and 1, both excluded, got {self.val_fraction}.")
+      raise ConfigError(
+        f"data.val_fraction must lie between 0 and 1, both excluded, got {self.val_fraction}."
+      )
 
   @property
   def video_shape(self) -> tuple[int, int, int]:
@@ -139,7 +145,9 @@ class TooShort(ValueError):
   """A clip that `short` leaves out; the message says why."""
 
 
-def draw_view(config: DataConfig, split: str, key: str, index: int, length: int, size: tuple[int, int]) -> View:
+def draw_view(
+  config: DataConfig, split: str, key: str, index: int, length: int, size: tuple[int, int]
+) -> View:
   """View `index` of the clip `key`, a function of its arguments only.
 
   Args:
@@ -158,8 +166,12 @@ def draw_view(config: DataConfig, split: str, key: str, index: int, length: int,
   if not train or config.crop == "center":
     y = x = 0.5
   # Every other view is mirrored, so two views of a clip always show both sides; the coin of view 0 starts the count.
-  mirrored = train and config.flip and (uniforms(f"{config.seed}|{key}|0")[3] < 0.5) != bool(index % 2)
-  return View(min(int(when * (slack + 1)), slack), stride, _box(config.resolution, size, y, x), mirrored)
+  mirrored = (
+    train and config.flip and (uniforms(f"{config.seed}|{key}|0")[3] < 0.5) != bool(index % 2)
+  )
+  return View(
+    min(int(when * (slack + 1)), slack), stride, _box(config.resolution, size, y, x), mirrored
+  )
 
 
 def _stride(config, length):
@@ -167,9 +179,13 @@ def _stride(config, length):
   if length >= needed or config.short == "pad":
     return config.stride
   if config.short == "skip":
-    raise TooShort(f"it has {length} frames, {needed} are needed at stride {config.stride}, and data.short is 'skip'")
+    raise TooShort(
+      f"it has {length} frames, {needed} are needed at stride {config.stride}, and data.short is 'skip'"
+    )
   if length < config.frames:
-    raise TooShort(f"it has {length} frames, {config.frames} are needed even at stride 1; data.short='pad' would keep it")
+    raise TooShort(
+      f"it has {length} frames, {config.frames} are needed even at stride 1; data.short='pad' would keep it"
+    )
   return (length - 1) // (config.frames - 1)
 
 

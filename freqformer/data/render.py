@@ -24,7 +24,9 @@ import numpy as np
 from tqdm import tqdm
 
 VERSION = 2  # Part of the marker: a change of any picture must render sets of older versions again.
-SHORT_EVERY = 16  # One clip in so many is shorter than 16 frames at stride 3, as some of UCF-101's are.
+SHORT_EVERY = (
+  16  # One clip in so many is shorter than 16 frames at stride 3, as some of UCF-101's are.
+)
 TWO_PI = 2 * math.pi
 
 
@@ -99,15 +101,21 @@ def falling_dots(s, u, v, t):
   k = s.frequency
   down = v - abs(s.speed) * t + 0.12 * np.sin(TWO_PI * (0.6 * u + s.phase[1]))
   across = np.cos(TWO_PI * (k * u + s.phase[0])) - 1
-  return 0.35 * v + 0.65 * np.exp(1.1 * (across + np.cos(np.float32(TWO_PI) * (k * down + s.phase[1])) - 1))
+  return 0.35 * v + 0.65 * np.exp(
+    1.1 * (across + np.cos(np.float32(TWO_PI) * (k * down + s.phase[1])) - 1)
+  )
 
 
 def bouncing_balls(s, u, v, t):
   field, width = 0.3 * v + 0.15 * u, float(u.max())
   for i in range(2):
     hop = np.abs(np.sin(math.pi * (abs(s.speed) * t + s.phase[i])))
-    side = np.abs((0.25 * s.speed * t + s.phase[1 - i] + i / 2) % 2 - 1)  # A triangle wave: it turns at the walls.
-    field = np.maximum(field, (1 - 0.2 * i) * _disc(s, u, v, (0.15 + (width - 0.3) * side, 0.8 - 0.55 * hop), 0.15))
+    side = np.abs(
+      (0.25 * s.speed * t + s.phase[1 - i] + i / 2) % 2 - 1
+    )  # A triangle wave: it turns at the walls.
+    field = np.maximum(
+      field, (1 - 0.2 * i) * _disc(s, u, v, (0.15 + (width - 0.3) * side, 0.8 - 0.55 * hop), 0.15)
+    )
   return field
 
 
@@ -115,7 +123,9 @@ def morphing_clouds(s, u, v, t):
   a, b = s.speed * t + s.phase[0], s.speed * t - s.phase[1]
   bend = 0.25 * np.sin(TWO_PI * (0.7 * v + a))
   first = np.sin(np.float32(TWO_PI) * (s.frequency * (u + bend) + b))
-  second = np.sin(TWO_PI * (s.frequency * 0.8 * v - 1.3 * a)) * np.sin(TWO_PI * (s.frequency * 0.6 * u + 0.7 * b))
+  second = np.sin(TWO_PI * (s.frequency * 0.8 * v - 1.3 * a)) * np.sin(
+    TWO_PI * (s.frequency * 0.6 * u + 0.7 * b)
+  )
   return 0.5 + 0.25 * (first + second)
 
 
@@ -130,7 +140,9 @@ def orbiting_discs(s, u, v, t):
 
 def pulsing_grid(s, u, v, t):
   k = s.frequency * (1 + 0.22 * np.sin(TWO_PI * (s.speed * t + s.phase[0])))
-  return 0.5 + 0.25 * (np.cos(TWO_PI * k * (u - s.center[0])) + np.cos(TWO_PI * k * (v - s.center[1])))
+  return 0.5 + 0.25 * (
+    np.cos(TWO_PI * k * (u - s.center[0])) + np.cos(TWO_PI * k * (v - s.center[1]))
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,18 +160,35 @@ STRIPES = ((38, 70, 83), (42, 157, 143), (233, 196, 106))
 LOOKS = {
   "DriftingStripes": Look(drifting_stripes, STRIPES, 1.9, 0.24, 0.5),
   "SwayingStripes": Look(swaying_stripes, STRIPES, 1.9, 0.8, 0.5),
-  "RotatingChecker": Look(rotating_checker, ((60, 20, 40), (190, 60, 70), (250, 220, 190)), 1.5, 0.17),
-  "RotatingPetals": Look(rotating_petals, ((20, 30, 90), (70, 110, 200), (230, 235, 255)), 3.0, 0.17),
-  "ExpandingRings": Look(expanding_rings, ((50, 20, 70), (150, 70, 160), (240, 190, 220)), 2.4, 0.35),
+  "RotatingChecker": Look(
+    rotating_checker, ((60, 20, 40), (190, 60, 70), (250, 220, 190)), 1.5, 0.17
+  ),
+  "RotatingPetals": Look(
+    rotating_petals, ((20, 30, 90), (70, 110, 200), (230, 235, 255)), 3.0, 0.17
+  ),
+  "ExpandingRings": Look(
+    expanding_rings, ((50, 20, 70), (150, 70, 160), (240, 190, 220)), 2.4, 0.35
+  ),
   "FallingDots": Look(falling_dots, ((30, 50, 40), (70, 120, 70), (235, 240, 150)), 2.6, 0.4),
   "BouncingBalls": Look(bouncing_balls, ((90, 110, 130), (200, 200, 190), (220, 90, 30)), 1.0, 1.1),
-  "MorphingClouds": Look(morphing_clouds, ((40, 90, 160), (130, 170, 210), (250, 250, 250)), 1.6, 0.35),
+  "MorphingClouds": Look(
+    morphing_clouds, ((40, 90, 160), (130, 170, 210), (250, 250, 250)), 1.6, 0.35
+  ),
   "OrbitingDiscs": Look(orbiting_discs, ((20, 20, 30), (90, 60, 50), (255, 170, 60)), 1.0, 0.45),
   "PulsingGrid": Look(pulsing_grid, ((20, 60, 60), (60, 150, 150), (220, 250, 240)), 2.4, 0.7),
 }
 
 
-def render_clip(name: str, group: int, clip: int, frames: int, rows: int = 120, cols: int = 160, fps: int = 25, seed: int = 0):
+def render_clip(
+  name: str,
+  group: int,
+  clip: int,
+  frames: int,
+  rows: int = 120,
+  cols: int = 160,
+  fps: int = 25,
+  seed: int = 0,
+):
   """One clip, uint8 `[frames, rows, cols, 3]`; the same arguments give the same bytes.
 
   Raises:
@@ -168,9 +197,15 @@ def render_clip(name: str, group: int, clip: int, frames: int, rows: int = 120, 
   if name not in LOOKS:
     raise ValueError(f"no class {name!r} is drawn here; known: {', '.join(LOOKS)}.")
   look, key = LOOKS[name], zlib.crc32(name.encode())
-  by_group, by_clip = np.random.default_rng([seed, key, group]), np.random.default_rng([seed, key, group, clip])
+  by_group, by_clip = (
+    np.random.default_rng([seed, key, group]),
+    np.random.default_rng([seed, key, group, clip]),
+  )
   palette = _palette(look, by_group)
-  frequency, angle = look.frequency * by_group.uniform(0.88, 1.12), look.angle + by_group.uniform(-0.35, 0.35)
+  frequency, angle = (
+    look.frequency * by_group.uniform(0.88, 1.12),
+    look.angle + by_group.uniform(-0.35, 0.35),
+  )
   speed = look.speed * by_clip.uniform(0.75, 1.25) * by_clip.choice([-1, 1])
   aspect = cols / rows
   center = (aspect * by_clip.uniform(0.38, 0.62), by_clip.uniform(0.38, 0.62))
@@ -185,7 +220,9 @@ def render_clip(name: str, group: int, clip: int, frames: int, rows: int = 120, 
 
 def _palette(look: Look, rng) -> np.ndarray:
   """uint8 `[256, 3]`: the class's stops, each moved a little, joined by straight lines."""
-  stops = np.asarray(look.palette, np.float64) * rng.uniform(0.88, 1.08) + rng.uniform(-14, 14, (len(look.palette), 3))
+  stops = np.asarray(look.palette, np.float64) * rng.uniform(0.88, 1.08) + rng.uniform(
+    -14, 14, (len(look.palette), 3)
+  )
   at = np.linspace(0, 1, len(stops))
   channels = [np.interp(np.linspace(0, 1, 256), at, stops[:, c]) for c in range(3)]
   return np.clip(np.stack(channels, -1) + 0.5, 0, 255).astype(np.uint8)
@@ -200,7 +237,9 @@ def write_avi(path, video: np.ndarray, fps: int = 25) -> None:
     stream.height, stream.width, stream.pix_fmt = video.shape[1], video.shape[2], "yuv420p"
     stream.codec_tag = "XVID"
     stream.options = {"flags": "+bitexact", "qmin": "2", "qmax": "4"}
-    stream.thread_count = 1  # Clips run in parallel; slices would also make the bytes depend on the machine.
+    stream.thread_count = (
+      1  # Clips run in parallel; slices would also make the bytes depend on the machine.
+    )
     stream.bit_rate = 2_000_000
     for image in video:
       container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
@@ -217,7 +256,9 @@ def _relative(name: str, group: int, clip: int) -> str:
   return f"{name}/v_{name}_g{group:02d}_c{clip:02d}.avi"
 
 
-def _write_lists(folder: pathlib.Path, names: list[str], clips: list[tuple[str, int, int]], groups: int) -> None:
+def _write_lists(
+  folder: pathlib.Path, names: list[str], clips: list[tuple[str, int, int]], groups: int
+) -> None:
   """The three splits; like the official ones each tests on other groups, about 28 % of them (7 of 25)."""
   folder.mkdir(parents=True, exist_ok=True)
   (folder / "classInd.txt").write_text("".join(f"{i} {name}\n" for i, name in enumerate(names, 1)))
@@ -237,7 +278,9 @@ def _prepare(root: pathlib.Path, wanted: dict) -> bool:
     return False
   held = [root / "UCF-101", root / "ucfTrainTestlist"]
   if any(p.exists() for p in held) and not (complete.exists() or begun.exists()):
-    raise FileExistsError(f"{root} holds a data set that was not rendered here; render into another folder.")
+    raise FileExistsError(
+      f"{root} holds a data set that was not rendered here; render into another folder."
+    )
   root.mkdir(parents=True, exist_ok=True)
   begun.write_text("")
   complete.unlink(missing_ok=True)
@@ -264,7 +307,13 @@ def render_ucf101(
     ValueError: for a parameter outside these.
     FileExistsError: if `root` holds a data set that was not rendered here.
   """
-  if not 1 <= classes <= len(LOOKS) or not 2 <= groups <= 99 or not 1 <= clips_per_group <= 98 or rows % 2 or cols % 2:
+  if (
+    not 1 <= classes <= len(LOOKS)
+    or not 2 <= groups <= 99
+    or not 1 <= clips_per_group <= 98
+    or rows % 2
+    or cols % 2
+  ):
     raise ValueError(
       f"render_ucf101 needs 1 <= classes <= {len(LOOKS)}, 2 <= groups <= 99, 1 <= clips_per_group <= 98 and even rows, "
       f"cols; got {classes=}, {groups=}, {clips_per_group=}, {rows=}, {cols=}."
@@ -275,7 +324,9 @@ def render_ucf101(
   if not _prepare(root, wanted):
     return
   names = sorted(list(LOOKS)[:classes])
-  clips = [(n, g, c) for n in names for g in range(1, groups + 1) for c in range(1, clips_per_group + 1)]
+  clips = [
+    (n, g, c) for n in names for g in range(1, groups + 1) for c in range(1, clips_per_group + 1)
+  ]
   for name in names:
     (root / "UCF-101" / name).mkdir(parents=True)
 
@@ -285,10 +336,20 @@ def render_ucf101(
     write_avi(root / "UCF-101" / _relative(name, group, clip), video, fps)
 
   with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-    list(tqdm(pool.map(one, range(len(clips))), "rendering clips", len(clips), disable=not progress, leave=False))
+    list(
+      tqdm(
+        pool.map(one, range(len(clips))),
+        "rendering clips",
+        len(clips),
+        disable=not progress,
+        leave=False,
+      )
+    )
   broken = (names[0], groups, clips_per_group + 1)
   whole = (root / "UCF-101" / _relative(*clips[0])).read_bytes()
-  (root / "UCF-101" / _relative(*broken)).write_bytes(whole[:2048])  # An interrupted download: it ends inside the header.
+  (root / "UCF-101" / _relative(*broken)).write_bytes(
+    whole[:2048]
+  )  # An interrupted download: it ends inside the header.
   _write_lists(root / "ucfTrainTestlist", names, sorted([*clips, broken]), groups)
   (root / ".complete").write_text(json.dumps(wanted))
   (root / ".rendering").unlink()

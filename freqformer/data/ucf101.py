@@ -27,9 +27,15 @@ def list_ucf101(config: DataConfig, split: str) -> Listing:
   if not root.is_dir():
     raise ConfigError(f"data.root {config.root!r} is not a folder: {REMEDY}")
   lists = _find(root, LISTS, lambda folder: (folder / "classInd.txt").is_file(), "classInd.txt")
-  videos = _find(root, VIDEOS, lambda folder: any(_class_folders(folder)), "a class folder with .avi files")
+  videos = _find(
+    root, VIDEOS, lambda folder: any(_class_folders(folder)), "a class folder with .avi files"
+  )
   names = read_classes(lists / "classInd.txt")
-  files = {f"{folder.name}/{p.name}".lower(): p for folder in _class_folders(videos) for p in folder.glob("*.avi")}
+  files = {
+    f"{folder.name}/{p.name}".lower(): p
+    for folder in _class_folders(videos)
+    for p in folder.glob("*.avi")
+  }
   entries = {}
   for file in _list_files(config.split, split):
     entries |= _read_list(lists / file, names)
@@ -41,7 +47,9 @@ def list_ucf101(config: DataConfig, split: str) -> Listing:
     else:
       clips.append(Clip(key, str(path), label))
   if not clips:
-    raise ConfigError(f"None of the {len(missing)} clips listed for {split} is under {str(videos)!r}: {REMEDY}")
+    raise ConfigError(
+      f"None of the {len(missing)} clips listed for {split} is under {str(videos)!r}: {REMEDY}"
+    )
   return Listing(clips, names, missing)
 
 
@@ -55,7 +63,9 @@ def read_classes(path: pathlib.Path) -> list[str]:
   for number, line in _lines(path):
     parts = line.split()
     if len(parts) != 2 or not parts[0].isdigit() or int(parts[0]) in names:
-      raise ConfigError(f"{path}, line {number}: expected '<id> <class>' with each id once, got {line!r}.")
+      raise ConfigError(
+        f"{path}, line {number}: expected '<id> <class>' with each id once, got {line!r}."
+      )
     names[int(parts[0])] = parts[1]
   if sorted(names) != list(range(1, len(names) + 1)):
     raise ConfigError(f"{path} must number its classes 1, 2, ..., got the ids {sorted(names)}.")
@@ -79,9 +89,13 @@ def _read_list(path: pathlib.Path, names: list[str]) -> dict[str, tuple[int, str
     key, *rest = line.replace("\\", "/").split()
     name, _, file = key.partition("/")
     if not file or len(rest) > 1:
-      raise ConfigError(f"{path}, line {number}: expected '<Class>/<file>.avi' and perhaps a class id, got {line!r}.")
+      raise ConfigError(
+        f"{path}, line {number}: expected '<Class>/<file>.avi' and perhaps a class id, got {line!r}."
+      )
     if name.lower() not in labels:
-      raise ConfigError(f"{path}, line {number}: class {name!r} is not in classInd.txt; {did_you_mean(name, names)}")
+      raise ConfigError(
+        f"{path}, line {number}: class {name!r} is not in classInd.txt; {did_you_mean(name, names)}"
+      )
     label = labels[name.lower()]
     if rest and rest[0] != str(label + 1):
       raise ConfigError(
@@ -113,5 +127,7 @@ def _find(root: pathlib.Path, name: str, complete, what: str) -> pathlib.Path:
   if not found:
     raise ConfigError(f"data.root {str(root)!r} holds no folder {name} with {what}: {REMEDY}")
   if len(found) > 1:
-    raise ConfigError(f"data.root {str(root)!r} holds several folders {name}: {', '.join(map(str, found))}; name one's parent.")
+    raise ConfigError(
+      f"data.root {str(root)!r} holds several folders {name}: {', '.join(map(str, found))}; name one's parent."
+    )
   return found[0]

@@ -30,7 +30,12 @@ class CacheError(ConfigError):
 
 
 def write_cache(
-  path: pathlib.Path, config: DataConfig, split: str, listing: Listing, statistics: LatentStatistics | None, progress: bool
+  path: pathlib.Path,
+  config: DataConfig,
+  split: str,
+  listing: Listing,
+  statistics: LatentStatistics | None,
+  progress: bool,
 ) -> None:
   """Encodes all clips of a listing into `path`, which appears only when it is complete.
 
@@ -49,7 +54,9 @@ def write_cache(
     free = shutil.disk_usage(path.parent).free
     if needed > free:
       raise CacheError(_no_space(path, needed, free))
-    shutil.rmtree(partial, ignore_errors=True)  # A restarted container has the process id of the one that died.
+    shutil.rmtree(
+      partial, ignore_errors=True
+    )  # A restarted container has the process id of the one that died.
     partial.mkdir()
     manifest = _encode_into(partial, config, split, listing, statistics, progress)
     # The manifest comes last and in one piece; without it a folder is no cache.
@@ -58,7 +65,9 @@ def write_cache(
   except OSError as error:
     if is_disk_full(error):
       raise CacheError(_no_space(path, needed, free)) from error
-    raise CacheError(f"data.cache {str(path.parent)!r} cannot be written ({error.strerror}): name another folder.") from error
+    raise CacheError(
+      f"data.cache {str(path.parent)!r} cannot be written ({error.strerror}): name another folder."
+    ) from error
   finally:
     shutil.rmtree(partial, ignore_errors=True)
 
@@ -79,7 +88,10 @@ def _encode_into(folder, config, split, listing, statistics, progress) -> dict:
   accumulator = StatisticsAccumulator(shape)
   labels = {clip.key: clip.label for clip in listing.clips}
   clips, quality = [], []
-  skipped = [{"key": key, "reason": reason, "label": None, "bytes": None} for key, reason in listing.missing.items()]
+  skipped = [
+    {"key": key, "reason": reason, "label": None, "bytes": None}
+    for key, reason in listing.missing.items()
+  ]
   writer = ShardWriter(folder)
   encoded = contextlib.closing(encode_all(config, codec, split, listing.clips))
   bar = tqdm(total=len(listing.clips), desc=f"encoding {split}", unit="clip", disable=not progress)
@@ -111,30 +123,43 @@ def _encode_into(folder, config, split, listing, statistics, progress) -> dict:
     "shards": writer.shards,
     "class_names": listing.class_names,
     "statistics": (statistics or accumulator.result()).to_json(),
-    "psnr": {"mean": float(np.mean(quality)), "min": min(quality), "views": len(quality)} if quality else None,
+    "psnr": {"mean": float(np.mean(quality)), "min": min(quality), "views": len(quality)}
+    if quality
+    else None,
     "clips": clips,
     "skipped": skipped,
-    "versions": {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _LIBRARIES}},
+    "versions": {
+      "python": platform.python_version(),
+      **{name: importlib.metadata.version(name) for name in _LIBRARIES},
+    },
   }
 
 
 def _identity(clip: Clip) -> dict:
   """What tells whether the file is still the same."""
   stat = os.stat(clip.path)
-  return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "fingerprint": fingerprint(clip.path)}
+  return {
+    "bytes": stat.st_size,
+    "mtime_ns": stat.st_mtime_ns,
+    "fingerprint": fingerprint(clip.path),
+  }
 
 
 def _report(skipped: list[dict], used: int, config: DataConfig, split: str) -> None:
   """Names and counts what was left out; no clip at all is an error."""
   if not used:
     example = f", e.g. {skipped[0]['key']}: {skipped[0]['reason']}" if skipped else ""
-    raise ConfigError(f"None of the {len(skipped)} {split} clips under {config.root!r} can be used{example}.")
+    raise ConfigError(
+      f"None of the {len(skipped)} {split} clips under {config.root!r} can be used{example}."
+    )
   if skipped:
     lines = [f"  {entry['key']}: {entry['reason']}" for entry in skipped[:REPORTED]]
     if len(skipped) > REPORTED:
       lines.append(f"  ... and {len(skipped) - REPORTED} more, all in the manifest")
     text = "\n".join(lines)
-    logging.warning("%d of %d %s clips could not be used:\n%s", len(skipped), used + len(skipped), split, text)
+    logging.warning(
+      "%d of %d %s clips could not be used:\n%s", len(skipped), used + len(skipped), split, text
+    )
 
 
 def _bytes_needed(config, split, clips) -> int:

@@ -18,7 +18,9 @@ def sample_time(key: jax.Array, batch: int, kind: str) -> jax.Array:
   shift, order = jax.random.split(key)
   u = (jnp.arange(batch) + jax.random.uniform(shift, (batch,))) / batch
   u = jax.random.permutation(order, u)
-  return u if kind == "uniform" else jax.nn.sigmoid(jax.scipy.special.ndtri(jnp.clip(u, 1e-5, 1 - 1e-5)))
+  return (
+    u if kind == "uniform" else jax.nn.sigmoid(jax.scipy.special.ndtri(jnp.clip(u, 1e-5, 1 - 1e-5)))
+  )
 
 
 def interpolate(x0: jax.Array, noise: jax.Array, time: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -82,10 +82,17 @@ def compile_steps(step, params, model, tables, latent_shape, config: SampleConfi
   Raises:
     ConfigError: if a method's schedule does not fit the run.
   """
-  batch, guided, scalar = config.batch_size, config.guidance != 1, jax.ShapeDtypeStruct((), np.float32)
+  batch, guided, scalar = (
+    config.batch_size,
+    config.guidance != 1,
+    jax.ShapeDtypeStruct((), np.float32),
+  )
   x = jax.ShapeDtypeStruct((batch, *latent_shape), np.float32)
   label = jax.ShapeDtypeStruct((batch,), np.int32)
-  begin = lambda: _begin(model, 0, *np.zeros((2, batch), np.int32), latent_shape, guided)
+
+  def begin():
+    return _begin(model, 0, *np.zeros((2, batch), np.int32), latent_shape, guided)
+
   _, _, state = jax.eval_shape(begin)
   compiled = {
     phases: step.lower(params, x, label, scalar, scalar, tables, state, phases).compile()
@@ -95,7 +102,18 @@ def compile_steps(step, params, model, tables, latent_shape, config: SampleConfi
   return lambda *args: compiled[args[-1]](*args[:-1])
 
 
-def sample(step, params, model, labels, indices, seed: int, tables, latent_shape, config: SampleConfig, progress=True):
+def sample(
+  step,
+  params,
+  model,
+  labels,
+  indices,
+  seed: int,
+  tables,
+  latent_shape,
+  config: SampleConfig,
+  progress=True,
+):
   """Latents for labels, normalised as in training.
 
   Args:
@@ -111,9 +129,16 @@ def sample(step, params, model, labels, indices, seed: int, tables, latent_shape
   labels, indices, times = np.asarray(labels), np.asarray(indices), config.times()
   schedule = model.schedule(config.steps)
   batch, guided, outs, auxes = config.batch_size, config.guidance != 1, [], []
-  bar = tqdm(total=-(-len(labels) // batch) * config.steps, desc="sampling", unit="step", disable=not progress)
+  bar = tqdm(
+    total=-(-len(labels) // batch) * config.steps,
+    desc="sampling",
+    unit="step",
+    disable=not progress,
+  )
   for start in range(0, len(labels), batch):
-    part = np.arange(start, start + batch).clip(max=len(labels) - 1)  # the last batch repeats its last sample
+    part = np.arange(start, start + batch).clip(
+      max=len(labels) - 1
+    )  # the last batch repeats its last sample
     x, label, state = _begin(model, seed, labels[part], indices[part], latent_shape, guided)
     auxes = []
     for t, t_next, phases in zip(times[:-1], times[1:], schedule, strict=True):

@@ -17,7 +17,14 @@ def features(latents: np.ndarray) -> np.ndarray:
   x = np.asarray(latents, np.float64)
   motion = np.diff(x, axis=1) if x.shape[1] > 1 else np.zeros_like(x)
   floor = 1e-3
-  return np.concatenate([x.mean((1, 2, 3)), np.log(x.var((1, 2, 3)) + floor), np.log((motion**2).mean((1, 2, 3)) + floor)], -1)
+  return np.concatenate(
+    [
+      x.mean((1, 2, 3)),
+      np.log(x.var((1, 2, 3)) + floor),
+      np.log((motion**2).mean((1, 2, 3)) + floor),
+    ],
+    -1,
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +59,9 @@ def class_accuracy(train, val, latents: np.ndarray, labels: np.ndarray) -> dict:
 
   def read(cache):
     items = [cache[i] for i in range(len(cache))]
-    return features(np.stack([item["latent"] for item in items])), np.array([int(item["label"]) for item in items])
+    return features(np.stack([item["latent"] for item in items])), np.array(
+      [int(item["label"]) for item in items]
+    )
 
   (x, y), (x_val, y_val) = read(train), read(val)
   classes = int(max(y.max(), y_val.max(), labels.max())) + 1

@@ -111,7 +111,9 @@ def metric_functions(names, lpips_weights=None) -> dict[str, Callable]:
   return {name: found[name] for name in names}
 
 
-def candidates(workdir, methods, config: SampleConfig, step: int | None = None, raw: bool = False) -> list[Candidate]:
+def candidates(
+  workdir, methods, config: SampleConfig, step: int | None = None, raw: bool = False
+) -> list[Candidate]:
   """Every method restored and its schedule checked, before anything is sampled.
 
   Raises:
@@ -125,7 +127,9 @@ def candidates(workdir, methods, config: SampleConfig, step: int | None = None, 
   return found
 
 
-def draw(model, params, labels, indices, seed: int, shape, config: SampleConfig, progress: bool = True) -> Drawn:
+def draw(
+  model, params, labels, indices, seed: int, shape, config: SampleConfig, progress: bool = True
+) -> Drawn:
   """Samples with one method; compile seconds mean something where JAX's persistent cache is off."""
   tables, schedule, guided = model.tables(shape), model.schedule(config.steps), config.guidance != 1
   clock = time.monotonic()
@@ -134,23 +138,34 @@ def draw(model, params, labels, indices, seed: int, shape, config: SampleConfig,
   latents, aux = sample(step, params, model, labels, indices, seed, tables, shape, config, progress)
   run_seconds = time.monotonic() - clock
   cost = sampling_cost(model.config, shape, schedule, guided)
-  dense = sampling_cost(model.config.with_method("dense"), shape, [("",) * len(schedule[0])] * len(schedule), guided)
+  dense = sampling_cost(
+    model.config.with_method("dense"), shape, [("",) * len(schedule[0])] * len(schedule), guided
+  )
   return Drawn(latents, realised_density(aux), cost, dense, schedule, compile_seconds, run_seconds)
 
 
-def judge(videos: Mapping[str, np.ndarray], metrics: Mapping[str, Callable]) -> dict[str, dict[str, np.ndarray]]:
+def judge(
+  videos: Mapping[str, np.ndarray], metrics: Mapping[str, Callable]
+) -> dict[str, dict[str, np.ndarray]]:
   """Every metric of every method's videos against the first method's: `{method: {metric: [b]}}`, the reference left out."""
   (_, reference), *others = videos.items()
-  return {text: {name: metric(own, reference) for name, metric in metrics.items()} for text, own in others}
+  return {
+    text: {name: metric(own, reference) for name, metric in metrics.items()} for text, own in others
+  }
 
 
 def row(text: str, drawn: Drawn, judged: Mapping[str, np.ndarray] | None) -> dict:
   """One method's figures as plain JSON; quality is None for the reference, equal videos have a PSNR of "inf"."""
-  plain = lambda x: "inf" if np.isinf(x) else float(x)
+
+  def plain(x):
+    return "inf" if np.isinf(x) else float(x)
+
   return {
     "method": text,
     "quality": None if judged is None else {k: plain(np.mean(v)) for k, v in judged.items()},
-    "quality_by_sample": None if judged is None else {k: [plain(x) for x in v] for k, v in judged.items()},
+    "quality_by_sample": None
+    if judged is None
+    else {k: [plain(x) for x in v] for k, v in judged.items()},
     "compile_seconds": drawn.compile_seconds,
     "run_seconds": drawn.run_seconds,
     "seconds_per_sample": drawn.run_seconds / len(drawn.latents),
@@ -184,7 +199,9 @@ def compare(found: list[Candidate], labels, indices, seed: int, config: SampleCo
 def table(rows: list[dict]) -> str:
   """The rows for people."""
   names = [n for n in METRICS if n in (rows[-1]["quality"] or {})]
-  head = f"{'method':40} {'density':>8} {'attention':>9} {'total':>7} {'compile':>9} {'per sample':>11}"
+  head = (
+    f"{'method':40} {'density':>8} {'attention':>9} {'total':>7} {'compile':>9} {'per sample':>11}"
+  )
   lines = [head + "".join(f" {n:>9}" for n in names)]
   for r in rows:
     numbers = (r["quality"] or {}).get

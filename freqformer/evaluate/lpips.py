@@ -24,7 +24,10 @@ _LAYERS = {0: (4, 2, False), 3: (1, 2, True), 6: (1, 1, True), 8: (1, 1, False),
 _CHANNELS = (3, 64, 192, 384, 256, 256)
 _KERNEL = (11, 5, 3, 3, 3)
 # Of LPIPS's input, which lies in [-1, 1].
-_SHIFT, _SCALE = np.array([-0.030, -0.088, -0.188], np.float32), np.array([0.458, 0.448, 0.450], np.float32)
+_SHIFT, _SCALE = (
+  np.array([-0.030, -0.088, -0.188], np.float32),
+  np.array([0.458, 0.448, 0.450], np.float32),
+)
 SMALLEST = 31  # pixels a side: below, the second pooling has nothing to pool.
 
 
@@ -56,15 +59,21 @@ def load_lpips(path):
     raise ConfigError(
       f"{path} is not an .npz of arrays ({error}); freqformer/evaluate/lpips.py says how to write it."
     ) from error
-  wrong = [f"{k} {s}" for k, s in array_shapes().items() if k not in weights or weights[k].shape != s]
+  wrong = [
+    f"{k} {s}" for k, s in array_shapes().items() if k not in weights or weights[k].shape != s
+  ]
   if wrong:
     raise ConfigError(f"LPIPS weights {path} lack or have in another shape: {', '.join(wrong)}.")
   one = jax.jit(functools.partial(_distance, jax.tree.map(jnp.asarray, weights)))
 
   def lpips(videos, reference):
     if min(np.shape(videos)[2:4]) < SMALLEST:
-      raise ConfigError(f"LPIPS needs frames of at least {SMALLEST} x {SMALLEST} pixels, got {np.shape(videos)[2:4]}.")
-    return np.array([np.asarray(one(a, b), np.float64).mean() for a, b in zip(videos, reference, strict=True)])
+      raise ConfigError(
+        f"LPIPS needs frames of at least {SMALLEST} x {SMALLEST} pixels, got {np.shape(videos)[2:4]}."
+      )
+    return np.array(
+      [np.asarray(one(a, b), np.float64).mean() for a, b in zip(videos, reference, strict=True)]
+    )
 
   return lpips
 
@@ -73,8 +82,13 @@ def _distance(weights, a, b):
   """Of frames uint8 `[t, y, x, 3]`, float32 `[t]`."""
   total = 0.0
   for i, (x, y) in enumerate(zip(_features(weights, a), _features(weights, b), strict=True)):
-    unit = lambda f: f / (jnp.sqrt(jnp.square(f).sum(1, keepdims=True)) + 1e-10)
-    total += (jnp.square(unit(x) - unit(y)) * weights[f"lin{i}.model.1.weight"][0]).sum(1).mean((1, 2))
+
+    def unit(f):
+      return f / (jnp.sqrt(jnp.square(f).sum(1, keepdims=True)) + 1e-10)
+
+    total += (
+      (jnp.square(unit(x) - unit(y)) * weights[f"lin{i}.model.1.weight"][0]).sum(1).mean((1, 2))
+    )
   return total
 
 

@@ -43,17 +43,28 @@ def ssim(videos, reference) -> np.ndarray:
   """
   videos, reference = _checked(videos, reference)
   if min(videos.shape[2:4]) < SSIM_WINDOW:
-    raise ValueError(f"SSIM needs frames of at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels, got {videos.shape[2:4]}.")
+    raise ValueError(
+      f"SSIM needs frames of at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels, got {videos.shape[2:4]}."
+    )
   c1, c2 = ((k * _PEAK) ** 2 for k in SSIM_K)
 
   def frame(a, b):  # [y, x, 3]; one at a time, so that memory does not grow with the video
     a, b = a.astype(np.float64), b.astype(np.float64)
     mean_a, mean_b = _blur(a), _blur(b)
-    var_a, var_b, both = _blur(a * a) - mean_a**2, _blur(b * b) - mean_b**2, _blur(a * b) - mean_a * mean_b
+    var_a, var_b, both = (
+      _blur(a * a) - mean_a**2,
+      _blur(b * b) - mean_b**2,
+      _blur(a * b) - mean_a * mean_b,
+    )
     same = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
     return (same * (2 * both + c2) / (var_a + var_b + c2)).mean()
 
-  return np.array([np.mean([frame(a, b) for a, b in zip(*pair, strict=True)]) for pair in zip(videos, reference, strict=True)])
+  return np.array(
+    [
+      np.mean([frame(a, b) for a, b in zip(*pair, strict=True)])
+      for pair in zip(videos, reference, strict=True)
+    ]
+  )
 
 
 def difference(videos, reference) -> np.ndarray:
@@ -76,7 +87,13 @@ def _blur(x: np.ndarray) -> np.ndarray:
 def _checked(videos, reference):
   videos, reference = np.asarray(videos), np.asarray(reference)
   for x in (videos, reference):
-    if x.dtype != np.uint8 or x.ndim != 5 or x.shape[-1] != 3 or x.shape != videos.shape or 0 in x.shape:
+    if (
+      x.dtype != np.uint8
+      or x.ndim != 5
+      or x.shape[-1] != 3
+      or x.shape != videos.shape
+      or 0 in x.shape
+    ):
       raise ValueError(
         f"quality compares videos uint8 [b, t, y, x, 3] of one shape; got {videos.dtype} {list(videos.shape)} and "
         f"{reference.dtype} {list(reference.shape)}."

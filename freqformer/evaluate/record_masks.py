@@ -26,7 +26,10 @@ def realised_density(auxes: Sequence, sample: int = 0) -> np.ndarray:
   Args:
     auxes: per step the aux of `VideoDiT` (one dict per run of layers), as `sampling.sample` returns them.
   """
-  step = lambda aux: np.concatenate([np.asarray(run["density"])[:, sample] for run in aux])
+
+  def step(aux):
+    return np.concatenate([np.asarray(run["density"])[:, sample] for run in aux])
+
   return np.stack([step(aux) for aux in auxes]).astype(np.float32)
 
 
@@ -60,8 +63,12 @@ class RunMasks:
       arrays[f"kv_len_{i}"] = mask.kv_len
       arrays[f"blocks_{i}"] = np.array([mask.block_q, mask.block_kv], np.int32)
     np.savez_compressed(folder / "masks.npz", **arrays)
-    changes = [s for s in range(len(self.index)) if s == 0 or (self.index[s] != self.index[s - 1]).any()]
-    chosen = np.unique(np.linspace(0, len(changes) - 1, min(pictures, len(changes))).round().astype(int))
+    changes = [
+      s for s in range(len(self.index)) if s == 0 or (self.index[s] != self.index[s - 1]).any()
+    ]
+    chosen = np.unique(
+      np.linspace(0, len(changes) - 1, min(pictures, len(changes))).round().astype(int)
+    )
     for step in (changes[i] for i in chosen):
       self.picture(step).savefig(folder / f"masks_step_{step:03d}.png")
     density_picture(self.density).savefig(folder / "density.png")
@@ -69,7 +76,10 @@ class RunMasks:
 
   def picture(self, step: int) -> Figure:
     """Layers from top to bottom, heads from left to right; in a panel query tiles go down, key tiles right, dark is listed."""
-    rows = [[_panel(tiles) for tiles in self.mask(step, layer).to_tiles()[0]] for layer in range(self.index.shape[1])]
+    rows = [
+      [_panel(tiles) for tiles in self.mask(step, layer).to_tiles()[0]]
+      for layer in range(self.index.shape[1])
+    ]
     height, width = (max(p.shape[axis] for row in rows for p in row) + 4 for axis in (0, 1))
     canvas = np.full((height * len(rows), width * max(map(len, rows)), 3), (0.8, 0.85, 1.0))
     for i, row in enumerate(rows):
@@ -78,13 +88,18 @@ class RunMasks:
         canvas[y : y + panel.shape[0], x : x + panel.shape[1]] = 1 - panel[..., None]
     heads = max(map(len, rows))
     shared = "; one panel in a row: all heads" * any(len(row) == 1 for row in rows)
-    size = max(3.6, 1.2 + canvas.shape[1] / 80), max(2.0, 1.2 + canvas.shape[0] / 80)  # the title needs 3.6 inches
+    size = (
+      max(3.6, 1.2 + canvas.shape[1] / 80),
+      max(2.0, 1.2 + canvas.shape[0] / 80),
+    )  # the title needs 3.6 inches
     figure = Figure(figsize=size, dpi=100, layout="constrained")
     axis = figure.add_subplot()
     axis.imshow(canvas, interpolation="nearest")
     axis.set_yticks((np.arange(len(rows)) + 0.5) * height, range(len(rows)))
     axis.set_xticks((np.arange(heads) + 0.5) * width, range(heads) if heads > 1 else ["all"])
-    axis.set_title(f"step {step}: query tiles down, key tiles right,\ndark is listed{shared}", fontsize=9)
+    axis.set_title(
+      f"step {step}: query tiles down, key tiles right,\ndark is listed{shared}", fontsize=9
+    )
     axis.set(xlabel="head", ylabel="layer")
     return figure
 
@@ -94,7 +109,9 @@ def load_masks(path) -> RunMasks:
   with np.load(path) as data:
     tables = []
     while (i := len(tables)) <= data["index"].max():
-      tiles = np.unpackbits(data[f"tiles_{i}"], axis=-1, count=len(data[f"kv_len_{i}"])).astype(bool)
+      tiles = np.unpackbits(data[f"tiles_{i}"], axis=-1, count=len(data[f"kv_len_{i}"])).astype(
+        bool
+      )
       tables.append(from_tiles(tiles[None], data[f"kv_len_{i}"], *map(int, data[f"blocks_{i}"])))
     return RunMasks(tuple(tables), data["index"], data["density"])
 
@@ -103,7 +120,9 @@ def density_picture(density: np.ndarray) -> Figure:
   """Density `[steps, layers, heads]`, heads averaged: steps to the right, layers down."""
   figure = Figure(figsize=(6, 3.2), dpi=100, layout="constrained")
   axis = figure.add_subplot()
-  image = axis.imshow(density.mean(-1).T, aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
+  image = axis.imshow(
+    density.mean(-1).T, aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest"
+  )
   axis.set(xlabel="sampling step", ylabel="layer", title="density: scored pairs / n²")
   for ticks in (axis.xaxis, axis.yaxis):
     ticks.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -133,7 +152,10 @@ class MaskRecorder:
     numbers = []
     for run in aux:
       mask = jax.device_get(run["mask"])
-      numbers += [self._number(jax.tree.map(lambda leaf, i=layer: leaf[i], mask)) for layer in range(len(mask.kv_counts))]
+      numbers += [
+        self._number(jax.tree.map(lambda leaf, i=layer: leaf[i], mask))
+        for layer in range(len(mask.kv_counts))
+      ]
     self._index.append(numbers)
     self._density.append(realised_density([aux])[0])
 
@@ -150,7 +172,9 @@ class MaskRecorder:
   def _number(self, mask: BlockMask) -> int:
     """The number of a layer's table, a new one if it has not been seen; of its samples the first is kept."""
     kv_len = mask.kv_len if mask.kv_len.ndim == 1 else mask.kv_len[0]
-    own = dataclasses.replace(mask, kv_indices=mask.kv_indices[:1], kv_counts=mask.kv_counts[:1], kv_len=kv_len)
+    own = dataclasses.replace(
+      mask, kv_indices=mask.kv_indices[:1], kv_counts=mask.kv_counts[:1], kv_len=kv_len
+    )
     tiles = own.to_tiles()
     if (tiles == tiles[:, :1]).all():
       tiles = tiles[:, :1]

@@ -37,10 +37,14 @@ class Restored:
     """Normalised latents `[b, t, y, x, c]` -> video uint8 `[b, t, y, x, 3]`, by the checkpoint's own statistics."""
     mean, std = (np.asarray(self.record["statistics"][n], np.float32) for n in ("mean", "std"))
     frames, rows, cols = self.record["video_shape"][:3]
-    return make_codec(self.experiment.data.codec).decode(np.asarray(latents) * std + mean, (frames, rows, cols))
+    return make_codec(self.experiment.data.codec).decode(
+      np.asarray(latents) * std + mean, (frames, rows, cols)
+    )
 
 
-def restore_model(workdir, *, step: int | None = None, method: str | None = None, raw: bool = False):
+def restore_model(
+  workdir, *, step: int | None = None, method: str | None = None, raw: bool = False
+):
   """Loads a model.
 
   Args:
@@ -57,8 +61,12 @@ def restore_model(workdir, *, step: int | None = None, method: str | None = None
   checkpoints = Checkpoints(workdir, create=False)
   record = checkpoints.record(step)
   restored = Restored(experiment(record["config"]), record)
-  config = restored.experiment.model if method is None else restored.experiment.model.with_method(method)
-  model = nnx.eval_shape(lambda: VideoDiT(config, restored.latent_shape, len(restored.class_names), nnx.Rngs(0)))
+  config = (
+    restored.experiment.model if method is None else restored.experiment.model.with_method(method)
+  )
+  model = nnx.eval_shape(
+    lambda: VideoDiT(config, restored.latent_shape, len(restored.class_names), nnx.Rngs(0))
+  )
   group = "params" if raw else "ema"
   try:
     tree = checkpoints.restore({group: nnx.state(model)}, record["step"], ignore_extra=True)

@@ -27,13 +27,22 @@ import jax
 import numpy as np
 
 from freqformer.grid.layout import TileLayout, Triple, check_rows
-from freqformer.grid.operators import Array, GridOperators, Matrices, TileOperators, check_floating, halves
+from freqformer.grid.operators import (
+  Array,
+  GridOperators,
+  Matrices,
+  TileOperators,
+  check_floating,
+  halves,
+)
 from freqformer.grid.transforms import Kind, block
 
 _KINDS = ("block_dct", "dct", "haar")
 _LONGEST_AXIS = 8_192  # of a transform of whole axes: its square matrices are 0.5 GB in float64
 _pytree = jax.tree_util.register_dataclass
-_frozen = dataclasses.dataclass(frozen=True, eq=False)  # arrays have no truth value: compare by identity
+_frozen = dataclasses.dataclass(
+  frozen=True, eq=False
+)  # arrays have no truth value: compare by identity
 
 
 def _static():
@@ -65,11 +74,17 @@ class SpectralBasis:
       cuts = tuple(float(v) for v in getattr(self, name))
       object.__setattr__(self, name, cuts)
       if len(cuts) != 3 or not all(0 < v <= 1 for v in cuts):
-        raise ValueError(f"{name}={cuts} is not allowed: give three cuts (t, y, x), each above 0 and at most 1")
+        raise ValueError(
+          f"{name}={cuts} is not allowed: give three cuts (t, y, x), each above 0 and at most 1"
+        )
       if self.kind == "haar" and not all(math.log2(v).is_integer() for v in cuts):
-        raise ValueError(f"{name}={cuts} is not allowed for haar: use powers of 1/2 (1, 0.5, 0.25, ...)")
+        raise ValueError(
+          f"{name}={cuts} is not allowed for haar: use powers of 1/2 (1, 0.5, 0.25, ...)"
+        )
     if any(l > m for l, m in zip(self.low, self.mid, strict=True)):
-      raise ValueError(f"low={self.low} exceeds mid={self.mid} on some axis: raise mid or lower low there")
+      raise ValueError(
+        f"low={self.low} exceeds mid={self.mid} on some axis: raise mid or lower low there"
+      )
 
   def fit(self, layout: TileLayout, dtype=np.float32) -> SpectralTables:
     """The operators of this basis on a layout: NumPy, computed once per (basis, layout, dtype)."""
@@ -148,7 +163,9 @@ class SpectralTables:
     """
     self._check_buffer("band_energy", x)
     if x.ndim != 4:
-      raise ValueError(f"band_energy got shape {x.shape}, but takes [b, n_buffer, h, d]: split the heads first")
+      raise ValueError(
+        f"band_energy got shape {x.shape}, but takes [b, n_buffer, h, d]: split the heads first"
+      )
     return self.operators.band_energy(x)
 
   def _check_buffer(self, name, x):
@@ -169,7 +186,9 @@ def _fit(basis: SpectralBasis, layout: TileLayout, dtype: np.dtype) -> SpectralT
   weight, centres, tile, ragged = zip(*map(_coarse_samples, axes), strict=True)
   by_tile, order, inverse = _coarse_order(tile, ragged)
   if tiled:
-    shapes = [[blocks[half.start] for half in halves(v)] for blocks, v in zip(axes, lengths, strict=True)]
+    shapes = [
+      [blocks[half.start] for half in halves(v)] for blocks, v in zip(axes, lengths, strict=True)
+    ]
     classes = tuple(_kron(blocks, dtype) for blocks in itertools.product(*shapes))
     permutations = (order, inverse) if len(classes) > 1 else (None, None)
     operators = TileOperators(classes, *permutations, layout)

@@ -123,7 +123,10 @@ class TileLayout:
   @property
   def lengths(self) -> tuple[tuple[int, ...], ...]:
     """Per axis the tokens of each tile along it: all equal to the tile's extent but perhaps the last."""
-    return tuple(tuple(min(e, l - start) for start in range(0, l, e)) for l, e in zip(self.grid, self.tile, strict=True))
+    return tuple(
+      tuple(min(e, l - start) for start in range(0, l, e))
+      for l, e in zip(self.grid, self.tile, strict=True)
+    )
 
   @property
   def tile_lengths(self) -> np.ndarray:
@@ -172,17 +175,25 @@ class LayoutTables:
 def check_rows(name: str, x: jax.Array, rows: int, meaning: str):
   """Raises ValueError unless x is [b, rows, ...]."""
   if x.ndim < 2 or x.shape[1] != rows:
-    raise ValueError(f"{name} got shape {x.shape}, but takes [b, {rows}, ...]: axis 1 holds {meaning}")
+    raise ValueError(
+      f"{name} got shape {x.shape}, but takes [b, {rows}, ...]: axis 1 holds {meaning}"
+    )
 
 
 @functools.lru_cache(maxsize=32)
 def _tables(layout: TileLayout) -> LayoutTables:
-  tile, inside, length = [], [], []  # per axis: each coordinate's tile, its place in it, that tile's length
+  tile, inside, length = (
+    [],
+    [],
+    [],
+  )  # per axis: each coordinate's tile, its place in it, that tile's length
   for lengths in layout.lengths:
     tile.append(np.repeat(np.arange(len(lengths), dtype=np.int32), lengths))
     inside.append(np.concatenate([np.arange(e, dtype=np.int32) for e in lengths]))
     length.append(np.repeat(np.asarray(lengths, np.int32), lengths))
-  (tile_t, tile_y, tile_x), (in_t, in_y, in_x), (_, len_y, len_x) = (np.ix_(*v) for v in (tile, inside, length))
+  (tile_t, tile_y, tile_x), (in_t, in_y, in_x), (_, len_y, len_x) = (
+    np.ix_(*v) for v in (tile, inside, length)
+  )
   _, tiles_y, tiles_x = layout.tile_grid
   tile_id = (tile_t * tiles_y + tile_y) * tiles_x + tile_x
   row = (in_t * len_y + in_y) * len_x + in_x
@@ -198,7 +209,9 @@ def _tables(layout: TileLayout) -> LayoutTables:
   first = gather.reshape(layout.tiles, layout.block)[:, :1]  # row 0 of a tile always holds a token
   gather = np.where(valid, gather, np.repeat(first, layout.block, axis=1).reshape(-1))
 
-  arrays = dict(gather=gather, scatter=scatter, kv_len=layout.tile_lengths, positions=positions, valid=valid)
+  arrays = dict(
+    gather=gather, scatter=scatter, kv_len=layout.tile_lengths, positions=positions, valid=valid
+  )
   for array in arrays.values():
     array.setflags(write=False)  # shared by every caller through the cache
   return LayoutTables(**arrays, layout=layout)
@@ -206,7 +219,9 @@ def _tables(layout: TileLayout) -> LayoutTables:
 
 def _compact_boxes(grid: Triple, block: int):
   """Boxes of at most `block` tokens and bounded elongation; (1, 1, 1) is always among them."""
-  axes = [sorted({_ceil_div(l, _ceil_div(l, e)) for e in range(1, min(l, block) + 1)}) for l in grid]
+  axes = [
+    sorted({_ceil_div(l, _ceil_div(l, e)) for e in range(1, min(l, block) + 1)}) for l in grid
+  ]
   for a in axes[0]:
     for b in axes[1]:
       if a * b > block:
@@ -215,7 +230,9 @@ def _compact_boxes(grid: Triple, block: int):
         if a * b * c > block:
           break
         extents = (a, b, c)
-        narrowest = min((e for e, l in zip(extents, grid, strict=True) if e < l), default=max(extents))
+        narrowest = min(
+          (e for e, l in zip(extents, grid, strict=True) if e < l), default=max(extents)
+        )
         if max(extents) <= _MAX_ELONGATION * narrowest:
           yield extents
 

@@ -14,7 +14,9 @@ from freqformer.grid.layout import LayoutTables, TileLayout
 
 Array = jax.Array | np.ndarray
 _pytree = jax.tree_util.register_dataclass
-_frozen = dataclasses.dataclass(frozen=True, eq=False)  # arrays have no truth value: compare by identity
+_frozen = dataclasses.dataclass(
+  frozen=True, eq=False
+)  # arrays have no truth value: compare by identity
 
 
 def _static():
@@ -80,7 +82,9 @@ class TileOperators:
     parts = [c.reshape(c.shape[0], math.prod(c.shape[1:5]), *c.shape[5:]) for c in coefficients]
     if self.order is None:
       return parts[0]
-    return jnp.take(jnp.concatenate(parts, axis=1), self.order, axis=1, mode="clip", unique_indices=True)
+    return jnp.take(
+      jnp.concatenate(parts, axis=1), self.order, axis=1, mode="clip", unique_indices=True
+    )
 
   def unflatten(self, y: jax.Array) -> list[jax.Array]:
     """The inverse of `flatten`."""
@@ -98,7 +102,11 @@ class TileOperators:
     """[b, n_buffer, h, d] -> [b, h, 3]."""
     energy = 0.0
     for (m, part), box in zip(self._split(x), self.reduce(x, "analyse"), strict=True):
-      k, box, total = m.compress.shape[0], squares(box), squares(part).sum(axis=4)  # box: [b, *tiles, m, h]
+      k, box, total = (
+        m.compress.shape[0],
+        squares(box),
+        squares(part).sum(axis=4),
+      )  # box: [b, *tiles, m, h]
       low, mid = box[..., :k, :].sum(axis=4), box[..., k:, :].sum(axis=4)
       # Subtracted per tile, where the sums are short and their rounding small; it may still fall below zero.
       high = jnp.maximum(total - low - mid, 0)
@@ -137,7 +145,9 @@ class GridOperators:
 
   def flatten(self, coefficients: jax.Array) -> jax.Array:
     """[b, kt, ky, kx, ...] -> [b, n_coarse, ...]."""
-    return coefficients.reshape(coefficients.shape[0], math.prod(coefficients.shape[1:4]), *coefficients.shape[4:])
+    return coefficients.reshape(
+      coefficients.shape[0], math.prod(coefficients.shape[1:4]), *coefficients.shape[4:]
+    )
 
   def unflatten(self, y: jax.Array) -> jax.Array:
     """The inverse of `flatten`."""
@@ -165,7 +175,9 @@ class GridOperators:
 
 def check_floating(name, x):
   if not jnp.issubdtype(x.dtype, jnp.floating):
-    raise TypeError(f"{name} got dtype {x.dtype}, but takes real floating point: cast the input first")
+    raise TypeError(
+      f"{name} got dtype {x.dtype}, but takes real floating point: cast the input first"
+    )
 
 
 def _matmul(subscripts, matrix, x):
@@ -177,7 +189,9 @@ def _matmul(subscripts, matrix, x):
   dtype = jnp.promote_types(x.dtype, jnp.float32)
   if x.dtype != dtype:
     x = jax.lax.optimization_barrier(x)
-  return jnp.einsum(subscripts, matrix.astype(dtype), x.astype(dtype), precision=jax.lax.Precision.HIGHEST)
+  return jnp.einsum(
+    subscripts, matrix.astype(dtype), x.astype(dtype), precision=jax.lax.Precision.HIGHEST
+  )
 
 
 def squares(x):

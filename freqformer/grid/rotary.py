@@ -14,7 +14,9 @@ def axis_pairs(head_dim: int) -> tuple[int, int, int]:
     ValueError: if head_dim is odd.
   """
   if head_dim % 2:
-    raise ValueError(f"rotary needs an even head dimension, got {head_dim}; choose width / heads even.")
+    raise ValueError(
+      f"rotary needs an even head dimension, got {head_dim}; choose width / heads even."
+    )
   share, rest = divmod(head_dim // 2, 3)
   return share, share + (rest > 0), share + (rest > 1)
 
@@ -31,7 +33,9 @@ def rotate(x: jax.Array, positions, theta: float = 10_000.0) -> jax.Array:
 
 def angle_tables(positions, head_dim: int, theta: float = 10_000.0) -> tuple[jax.Array, jax.Array]:
   """Cosines and sines of `rotate`'s angles, float32 `[n, head_dim / 2]`, of `positions` `[n, 3]`."""
-  frequencies = np.zeros((3, head_dim // 2), np.float32)  # of every channel's own axis; zero elsewhere, so that sums are exact
+  frequencies = np.zeros(
+    (3, head_dim // 2), np.float32
+  )  # of every channel's own axis; zero elsewhere, so that sums are exact
   start = 0
   for axis, pairs in enumerate(axis_pairs(head_dim)):
     exponents = -np.arange(pairs, dtype=np.float32) / max(pairs, 1)

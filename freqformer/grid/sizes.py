@@ -28,7 +28,12 @@ class TransformSizes:
   def of(cls, basis: SpectralBasis, layout: TileLayout) -> "TransformSizes":
     tiled = basis.kind == "block_dct"
     lengths = layout.lengths if tiled else tuple((length,) for length in layout.grid)
-    rows = lambda cuts: tuple(np.array([rows_below(e, cut) for e in v]) for v, cut in zip(lengths, cuts, strict=True))
+
+    def rows(cuts):
+      return tuple(
+        np.array([rows_below(e, cut) for e in v]) for v, cut in zip(lengths, cuts, strict=True)
+      )
+
     return cls(tuple(np.array(v) for v in lengths), rows(basis.low), rows(basis.mid), tiled)
 
   @property

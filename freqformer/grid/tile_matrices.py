@@ -38,7 +38,14 @@ class TileCells:
   @jax.named_scope("prepare")
   def cells(self, centres, head_dim: int) -> Cells:
     """For `kernels.around.prepare`; `centres` as in `SpectralTables`."""
-    return Cells(self.compress, self.classes, self.rows, *angle_tables(centres, head_dim), self.front, self.filters)
+    return Cells(
+      self.compress,
+      self.classes,
+      self.rows,
+      *angle_tables(centres, head_dim),
+      self.front,
+      self.filters,
+    )
 
   @property
   def expansion(self) -> Expansion:
@@ -53,8 +60,13 @@ def tile_cells(spectral: SpectralTables, front: int, filtered: bool = False) -> 
     return None
   counts = [m.compress.shape for m in operators.classes]  # cells and tokens of a tile
   most = max(k for k, _ in counts)
-  pad = lambda m, shape: np.pad(m, [(0, full - size) for full, size in zip(shape, m.shape, strict=True)])
-  compress = np.stack([pad(m.compress, (most, layout.block)) for m in operators.classes]).astype(np.float32)
+
+  def pad(m, shape):
+    return np.pad(m, [(0, full - size) for full, size in zip(shape, m.shape, strict=True)])
+
+  compress = np.stack([pad(m.compress, (most, layout.block)) for m in operators.classes]).astype(
+    np.float32
+  )
   lift = np.stack([pad(m.lift, (layout.block, most)) for m in operators.classes]).astype(np.float32)
   classes = np.zeros(layout.tile_grid, np.int32)
   for axis, lengths in enumerate(layout.lengths):  # in the order of `TileOperators.classes`
@@ -64,12 +76,23 @@ def tile_cells(spectral: SpectralTables, front: int, filtered: bool = False) -> 
   classes = classes.reshape(-1).astype(np.int32)
   cells = np.array([k for k, _ in counts])[classes]
   starts = np.cumsum([0, *cells[:-1]]).astype(np.int32)
-  rows = np.concatenate([tile * most + np.arange(k) for tile, k in enumerate(cells)]).astype(np.int32)
-  filters = np.stack([pad(_bands(m), (2, layout.block, layout.block)) for m in operators.classes]) if filtered else None
-  return TileCells(compress, lift, classes, starts, None if len(operators.classes) == 1 else rows, front, filters)
+  rows = np.concatenate([tile * most + np.arange(k) for tile, k in enumerate(cells)]).astype(
+    np.int32
+  )
+  filters = (
+    np.stack([pad(_bands(m), (2, layout.block, layout.block)) for m in operators.classes])
+    if filtered
+    else None
+  )
+  return TileCells(
+    compress, lift, classes, starts, None if len(operators.classes) == 1 else rows, front, filters
+  )
 
 
 def _bands(m: Matrices) -> np.ndarray:
   """P_mid and P_high of one class of tiles, float32 `[2, e, e]`."""
-  low, box = (a.astype(np.float64) @ b.astype(np.float64) for a, b in ((m.lift, m.compress), (m.synthesise, m.analyse)))
+  low, box = (
+    a.astype(np.float64) @ b.astype(np.float64)
+    for a, b in ((m.lift, m.compress), (m.synthesise, m.analyse))
+  )
   return np.stack([box - low, np.eye(len(box)) - box]).astype(np.float32)

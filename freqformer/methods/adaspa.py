@@ -60,18 +60,26 @@ class AdaSpa(Method):
 
   def __post_init__(self):
     if not 0 <= self.sparsity < 1:
-      raise ValueError(f"sparsity={self.sparsity} must lie in [0, 1): it is the share of tiles that are not listed.")
+      raise ValueError(
+        f"sparsity={self.sparsity} must lie in [0, 1): it is the share of tiles that are not listed."
+      )
     if not 0 <= self.recall <= 1 or self.sink < 0:
       raise ValueError(f"{self.recall=} must lie in [0, 1] and {self.sink=} must be >= 0.")
     if self.lse_cache not in lse_cache.KINDS or self.lse_dtype not in lse_cache.DTYPES:
-      raise ValueError(f"{self.lse_cache=} must be one of {lse_cache.KINDS}, {self.lse_dtype=} one of {lse_cache.DTYPES}.")
+      raise ValueError(
+        f"{self.lse_cache=} must be one of {lse_cache.KINDS}, {self.lse_dtype=} one of {lse_cache.DTYPES}."
+      )
     if self.lse_cache == "tile" and self.lse_dtype == "uint8":
-      raise ValueError("lse_dtype='uint8' needs lse_cache='row': it holds steps within a tile's range.")
+      raise ValueError(
+        "lse_dtype='uint8' needs lse_cache='row': it holds steps within a tile's range."
+      )
     if not self.search:
       raise ValueError("search=() names no step that searches; give at least one, e.g. (0.2, 0.6).")
     for name, values in (("warmup", (self.warmup,)), ("search", self.search)):
       if any(v < 0 or isinstance(v, float) and v >= 1 for v in values):
-        raise ValueError(f"{name}={getattr(self, name)} must hold steps (integers >= 0) or shares of the run in [0, 1).")
+        raise ValueError(
+          f"{name}={getattr(self, name)} must hold steps (integers >= 0) or shares of the run in [0, 1)."
+        )
 
   @property
   def shares_state(self):
@@ -81,7 +89,10 @@ class AdaSpa(Method):
 
   def _steps(self, steps: int) -> tuple[int, tuple[int, ...]]:
     """Warm-up steps and search steps in a run of `steps`; shares that meet on one step are one search."""
-    at = lambda v: int(v * steps + 1e-6) if isinstance(v, float) else v
+
+    def at(v):
+      return int(v * steps + 1e-6) if isinstance(v, float) else v
+
     return at(self.warmup), tuple(dict.fromkeys(at(v) for v in self.search))
 
   def check_run(self, steps):
@@ -91,7 +102,9 @@ class AdaSpa(Method):
         f"adaspa.warmup={self.warmup} is longer than the run of {steps} steps; lower it or give a share such as 0.2."
       )
     if list(search) != sorted(search):
-      raise ConfigError(f"adaspa.search={self.search} means steps {search} of {steps}; give them in ascending order.")
+      raise ConfigError(
+        f"adaspa.search={self.search} means steps {search} of {steps}; give them in ascending order."
+      )
     if search[-1] >= steps:
       raise ConfigError(
         f"adaspa.search step {search[-1]} comes after the last step of a run of {steps} (0..{steps - 1}); "
@@ -154,9 +167,16 @@ class AdaSpa(Method):
   def __call__(self, module, qkv, cond, tables, state):
     arrays, (b, _, h, _) = qkv.layout, qkv.q.shape
     q, k = qkv.rotated()
-    run = lambda mask: attention(q, k, qkv.v, mask, implementation=qkv.implementation)
-    aux_of = lambda mask: plain_aux(mask, arrays.layout.n, b, h, cond.want_masks)
-    own = lambda x: x[: b // 2] if cond.guided else x  # the half whose masks both run with
+
+    def run(mask):
+      return attention(q, k, qkv.v, mask, implementation=qkv.implementation)
+
+    def aux_of(mask):
+      return plain_aux(mask, arrays.layout.n, b, h, cond.want_masks)
+
+    def own(x):
+      return x[: b // 2] if cond.guided else x  # the half whose masks both run with
+
     if cond.phase in ("", "warmup"):
       return run(tables["dense"])[0], state, aux_of(tables["dense"])
     if cond.phase == "search_first":
@@ -171,8 +191,13 @@ class AdaSpa(Method):
       state = {**state, "bits": bits}
     mask = self.mask(state["bits"], arrays)
     if cond.guided and mask.kv_counts.shape[0] > 1:
-      twice = lambda x: jnp.concatenate([x, x])
-      mask = dataclasses.replace(mask, kv_indices=twice(mask.kv_indices), kv_counts=twice(mask.kv_counts))
+
+      def twice(x):
+        return jnp.concatenate([x, x])
+
+      mask = dataclasses.replace(
+        mask, kv_indices=twice(mask.kv_indices), kv_counts=twice(mask.kv_counts)
+      )
     return run(mask)[0], state, _with_search(aux_of(mask), found, b)
 
   def find(self, q, k, lse, arrays, fixed, implementation=None):
@@ -195,7 +220,9 @@ class AdaSpa(Method):
       kept = jnp.where(unpack_bits(bits[:, 1], layout.tiles), mass, 0)
       return {"bits": bits, "kept": kept.sum(-1), "all": mass.sum(-1)}
 
-    found = block_mass(q, k, lse, arrays.kv_len, layout.block, reduce=keep, implementation=implementation)
+    found = block_mass(
+      q, k, lse, arrays.kv_len, layout.block, reduce=keep, implementation=implementation
+    )
     recall = found["kept"].sum(-1) / found["all"].sum(-1)
     level = levels(recall, self.recall)
     bits = jnp.take_along_axis(found["bits"], level[:, :, None, None, None], 3)[:, :, :, 0]
@@ -230,8 +257,13 @@ class AdaSpa(Method):
     if not phase.startswith("search"):
       return run
     masses = heads * float(layout.tiles) ** 2
-    moved, chunks = 4.0 * layout.n_buffer * heads * head_dim + _SEARCH_BYTES * masses, math.ceil(masses / 2**23)
-    return run + Cost(linear_flops=whole.attention_flops / 2, linear_bytes=moved, launches=_SEARCH_LAUNCHES * chunks)
+    moved, chunks = (
+      4.0 * layout.n_buffer * heads * head_dim + _SEARCH_BYTES * masses,
+      math.ceil(masses / 2**23),
+    )
+    return run + Cost(
+      linear_flops=whole.attention_flops / 2, linear_bytes=moved, launches=_SEARCH_LAUNCHES * chunks
+    )
 
 
 def levels(recall: jax.Array, threshold: float) -> jax.Array:

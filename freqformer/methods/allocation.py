@@ -15,7 +15,12 @@ def head_shares(allocation, branches: tuple[str, ...]) -> np.ndarray:
     weights = np.asarray(allocation, np.float64)
   except (TypeError, ValueError):
     weights = np.empty(0)
-  if weights.shape != (len(branches),) or not np.isfinite(weights).all() or weights.min() < 0 or weights.sum() <= 0:
+  if (
+    weights.shape != (len(branches),)
+    or not np.isfinite(weights).all()
+    or weights.min() < 0
+    or weights.sum() <= 0
+  ):
     raise ConfigError(
       f"{allocation=} must be {len(branches)} head counts ({', '.join(branches)}), none negative and not all 0."
     )

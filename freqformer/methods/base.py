@@ -93,7 +93,9 @@ class Projected:
     """q and k finished, each token at its own position."""
     if self.prepare is not None:
       return self.prepare()[:2]
-    return self.rotate_q(self.q, self.layout.positions), self.rotate_k(self.k, self.layout.positions)
+    return self.rotate_q(self.q, self.layout.positions), self.rotate_k(
+      self.k, self.layout.positions
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +150,9 @@ class Method:
     """Exact cost of one layer and sample, forward; `allocation`: share of heads per branch, for methods that have some."""
     raise NotImplementedError
 
-  def phase_cost(self, phase: str, layout: TileLayout, heads: int, head_dim: int, allocation=None) -> Cost:
+  def phase_cost(
+    self, phase: str, layout: TileLayout, heads: int, head_dim: int, allocation=None
+  ) -> Cost:
     """`cost` of a sampling step of one phase; the same in all phases unless overridden."""
     return self.cost(layout, heads, head_dim, allocation)
 
@@ -156,7 +160,9 @@ class Method:
     """`cost` of a training step's forward, where that runs more (every branch of every head)."""
     return self.cost(layout, heads, head_dim, allocation)
 
-  def call_cost(self, layout: TileLayout, heads: int, head_dim: int, allocation=None) -> CallCost | None:
+  def call_cost(
+    self, layout: TileLayout, heads: int, head_dim: int, allocation=None
+  ) -> CallCost | None:
     """Lists of a layer's attention call, for traffic and waves; None: unknown, taken as equally long (`freqformer.cost`)."""
     return None
 
@@ -191,7 +197,12 @@ def mask_density(mask, n: int, b: int, h: int) -> jax.Array:
 def plain_aux(mask, n: int, b: int, h: int, want_masks: bool = False) -> dict:
   """The aux of a method without routing or losses."""
   density = mask_density(mask, n, b, h)
-  return {"density": density, "cost": density.mean(), "loss": np.float32(0.0), **mask_aux(mask, want_masks)}
+  return {
+    "density": density,
+    "cost": density.mean(),
+    "loss": np.float32(0.0),
+    **mask_aux(mask, want_masks),
+  }
 
 
 def mask_aux(mask, want_masks: bool) -> dict:

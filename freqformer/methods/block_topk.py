@@ -38,7 +38,9 @@ class BlockTopK(Method):
 
   def __post_init__(self):
     if not 0 < self.density <= 1 or self.sink < 0 or self.coarse not in COARSE:
-      raise ValueError(f"{self.density=} must be in (0, 1], {self.sink=} >= 0 and {self.coarse=} one of {COARSE}.")
+      raise ValueError(
+        f"{self.density=} must be in (0, 1], {self.sink=} >= 0 and {self.coarse=} one of {COARSE}."
+      )
 
   def budget(self, layout) -> int:
     """Key tiles per query tile; ConfigError where the density rounds to fewer than the fixed ones."""
@@ -61,20 +63,55 @@ class BlockTopK(Method):
     arrays, layout, (b, _, h, _) = qkv.layout, qkv.layout.layout, qkv.q.shape
     q, k = qkv.rotated()
     q_pool, k_pool = pool_tiles(q, arrays), pool_tiles(k, arrays)
-    mask = block_topk(cond.share(q_pool), cond.share(k_pool), self.budget(layout), tables, arrays.kv_len, layout.block)
+    mask = block_topk(
+      cond.share(q_pool),
+      cond.share(k_pool),
+      self.budget(layout),
+      tables,
+      arrays.kv_len,
+      layout.block,
+    )
     mask = dataclasses.replace(mask, kv_indices=checkpoint_name(mask.kv_indices, "tables"))
     out, _ = attention(q, k, qkv.v, mask, implementation=qkv.implementation)
     if module is not None:
-      pooled = (x.transpose(0, 2, 1, 3).astype(q.dtype) for x in (q_pool, k_pool, pool_tiles(qkv.v, arrays)))
-      whole = [(0, 0), (0, -layout.tiles % layout.block), (0, 0), (0, 0)]  # tiles, as kernels take them
-      pooled, dense = (jnp.pad(x, whole) for x in pooled), dense_mask(layout.tiles, layout.tiles, layout.block, layout.block)
+      pooled = (
+        x.transpose(0, 2, 1, 3).astype(q.dtype) for x in (q_pool, k_pool, pool_tiles(qkv.v, arrays))
+      )
+      whole = [
+        (0, 0),
+        (0, -layout.tiles % layout.block),
+        (0, 0),
+        (0, 0),
+      ]  # tiles, as kernels take them
+      pooled, dense = (
+        (jnp.pad(x, whole) for x in pooled),
+        dense_mask(layout.tiles, layout.tiles, layout.block, layout.block),
+      )
       coarse = attention(*pooled, dense, implementation=qkv.implementation)[0][:, : layout.tiles]
       out = out + (module(qkv.q) * jnp.repeat(coarse, layout.block, axis=1)).astype(out.dtype)
-    aux, coarse = plain_aux(mask, layout.n, b, h, cond.want_masks), (module is not None) * (layout.tiles / layout.n) ** 2
-    return out, state, aux | {"density": aux["density"] + coarse, "cost": aux["cost"] + coarse, "coarse_density": coarse}
+    aux, coarse = (
+      plain_aux(mask, layout.n, b, h, cond.want_masks),
+      (module is not None) * (layout.tiles / layout.n) ** 2,
+    )
+    return (
+      out,
+      state,
+      aux
+      | {
+        "density": aux["density"] + coarse,
+        "cost": aux["cost"] + coarse,
+        "coarse_density": coarse,
+      },
+    )
 
   def cost(self, layout, heads, head_dim, allocation=None) -> Cost:
     """Pairs of average tiles, `4 d` each, the selection; if gated, the averages' own pairs (without padding) and the gate."""
     n, tiles, gated = layout.n, layout.tiles, self.coarse == "gated"
-    found = attention_cost(heads * (self.budget(layout) * n * n / tiles + gated * tiles**2), head_dim)
-    return found + selection_cost(n, tiles, heads, head_dim) + gated_cost(n, heads, head_dim).scaled(gated)
+    found = attention_cost(
+      heads * (self.budget(layout) * n * n / tiles + gated * tiles**2), head_dim
+    )
+    return (
+      found
+      + selection_cost(n, tiles, heads, head_dim)
+      + gated_cost(n, heads, head_dim).scaled(gated)
+    )

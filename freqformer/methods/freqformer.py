@@ -75,11 +75,16 @@ class FreqFormer(RoutedMethod):
   def __post_init__(self):
     super().__post_init__()
     if self.filter not in FILTERS or self.border not in BORDERS:
-      raise ValueError(f"{self.filter=} must be one of {FILTERS} and {self.border=} one of {BORDERS}.")
+      raise ValueError(
+        f"{self.filter=} must be one of {FILTERS} and {self.border=} one of {BORDERS}."
+      )
     require(self, "window", least=1)
     if self.low_op not in LOW_OPS:
       raise ValueError(f"{self.low_op=} must be one of {LOW_OPS}.")
-    if self.mid_tiles < 1 + self.sink + self.anchors or min(self.sink, self.anchors, self.summary) < 0:
+    if (
+      self.mid_tiles < 1 + self.sink + self.anchors
+      or min(self.sink, self.anchors, self.summary) < 0
+    ):
       raise ValueError(
         f"{self.mid_tiles=} must hold the own tile and {self.sink=}, {self.anchors=} >= 0; {self.summary=} >= 0."
       )
@@ -94,7 +99,9 @@ class FreqFormer(RoutedMethod):
 
   def build(self, dims, layout, rngs):
     modules = super().build(dims, layout, rngs)
-    modules.summary = SummaryTokens(self.summary, dims.heads, dims.head_dim, rngs) if self.summary else None
+    modules.summary = (
+      SummaryTokens(self.summary, dims.heads, dims.head_dim, rngs) if self.summary else None
+    )
     return modules
 
   def energies(self, v, layout, tables):
@@ -111,8 +118,12 @@ class FreqFormer(RoutedMethod):
     high = full_rows(window, kv_len, coarse_tiles, self.low_shared)
     if self.low_shared:
       # A cell stands for s^2 tokens: log-multiplicity 2 log s, one number per tile (its cells' mean; equal except at edges).
-      weights = np.pad(2 * np.log(spectral.cell_weight), (0, -spectral.n_coarse % layout.block), mode="edge")
-      bias = np.concatenate([weights.reshape(coarse_tiles, -1).mean(-1), np.zeros(layout.tiles)]).astype(np.float32)
+      weights = np.pad(
+        2 * np.log(spectral.cell_weight), (0, -spectral.n_coarse % layout.block), mode="edge"
+      )
+      bias = np.concatenate(
+        [weights.reshape(coarse_tiles, -1).mean(-1), np.zeros(layout.tiles)]
+      ).astype(np.float32)
       low, high = (dataclasses.replace(m, kv_bias=bias) for m in (low, high))
     fixed = fixed_tiles(layout, self.sink, self.anchors)
     profile = measured.tables(layout, self.profile) if self.allocation == "measured" else None
@@ -127,24 +138,33 @@ class FreqFormer(RoutedMethod):
       self.profile.check_run(steps)
 
   def init_state(self, batch, dims, layout):
-    return {"choice": jnp.zeros((batch, dims.heads), jnp.int32)} if self.allocation == "measured" else {}
+    return (
+      {"choice": jnp.zeros((batch, dims.heads), jnp.int32)} if self.allocation == "measured" else {}
+    )
 
   def __call__(self, module, qkv, cond, tables, state):
     if self.allocation == "measured" and cond.phase != "run":
       return measured.call(self, module, qkv, cond, tables, state)
     spectral, layout = tables.spectral, qkv.layout
-    routing = self.route(module, qkv, cond, tables, state["choice"] if self.allocation == "measured" else None)
+    routing = self.route(
+      module, qkv, cond, tables, state["choice"] if self.allocation == "measured" else None
+    )
     b, _, h, _ = qkv.q.shape
     choice, repeat = routing.choice, lambda x: x
     if routing.all_branches:  # head index = branch * h + head
-      choice, repeat = np.repeat(np.arange(3, dtype=np.int32), h)[None], lambda x: jnp.tile(x, (1, 1, 3, 1))
+      choice, repeat = (
+        np.repeat(np.arange(3, dtype=np.int32), h)[None],
+        lambda x: jnp.tile(x, (1, 1, 3, 1)),
+      )
     fused = qkv.prepare is not None and tables.cells is not None
     (q, k, v), pools = self._prepared(qkv, routing, choice, repeat, tables, fused)
     mid = self._mid_table(qkv, cond, tables, (q, k), pools)
     masks = (tables.low, mid, tables.high)
     if routing.all_branches:
       mid = dataclasses.replace(
-        mid, kv_indices=jnp.tile(mid.kv_indices, (1, 3, 1, 1)), kv_counts=jnp.tile(mid.kv_counts, (1, 3, 1))
+        mid,
+        kv_indices=jnp.tile(mid.kv_indices, (1, 3, 1, 1)),
+        kv_counts=jnp.tile(mid.kv_counts, (1, 3, 1)),
       )
     mask = select((tables.low, mid, tables.high), choice)
     out, _ = attention(q, k, v, mask, implementation=qkv.implementation)
@@ -155,19 +175,29 @@ class FreqFormer(RoutedMethod):
     if self.summary:
       plain = jnp.zeros_like(layout.positions)
       out = out + module.summary(
-        qkv.rotate_q(qkv.q, plain), qkv.rotate_k(qkv.k, plain), qkv.v, jax.lax.stop_gradient(routing.weights), spectral, layout
+        qkv.rotate_q(qkv.q, plain),
+        qkv.rotate_k(qkv.k, plain),
+        qkv.v,
+        jax.lax.stop_gradient(routing.weights),
+        spectral,
+        layout,
       )
     return out, state, self._aux(routing, masks, qkv, cond) | mask_aux(mask, cond.want_masks)
 
   def _prepared(self, qkv, routing, choice, repeat, tables, fused):
     """q, k, v of the packed buffer, and the means of q and k per tile where the kernel made them, which is there if `fused`."""
-    pack = lambda names: self._packed(qkv, tables.spectral, choice, repeat, tables.coarse_tiles, names)
+
+    def pack(names):
+      return self._packed(qkv, tables.spectral, choice, repeat, tables.coarse_tiles, names)
+
     filtered = "" if self.filter == "none" else self.filter
     left = filtered if fused and routing.all_branches else "" if fused else "qkv"  # to XLA
     if left == "qkv":
       return pack("qkv"), None
     cells = tables.cells.cells(tables.spectral.centres, qkv.q.shape[-1])
-    *packed, q_pool, k_pool = qkv.prepare(cells, choice, filtered="" if left else filtered, pooled=True)
+    *packed, q_pool, k_pool = qkv.prepare(
+      cells, choice, filtered="" if left else filtered, pooled=True
+    )
     q, k, v = map(repeat, packed)
     return (q, k, pack("v")[0] if left else v), (q_pool, k_pool)
 
@@ -175,12 +205,20 @@ class FreqFormer(RoutedMethod):
     """Attention's packed output as tokens: branches mixed where all ran, coarse rows lifted and added."""
     (b, h), spectral = routing.choice.shape, tables.spectral
     if routing.all_branches:
-      out = jnp.einsum("bnchd,bhc->bnhd", out.reshape(b, -1, 3, h, out.shape[-1]), routing.weights.astype(out.dtype))
+      out = jnp.einsum(
+        "bnchd,bhc->bnhd",
+        out.reshape(b, -1, 3, h, out.shape[-1]),
+        routing.weights.astype(out.dtype),
+      )
     else:
       out = out * routing.weights.sum(-1)[:, None, :, None].astype(out.dtype)
     start, coarse = tables.coarse_tiles * spectral.layout.block, out[:, : spectral.n_coarse]
-    if self.low_op == "linear":  # for every head, so that shapes stay static; where all branches run, low is the first
-      linear, _ = linear_attention(*(x[:, : spectral.n_coarse, :h] for x in packed), implementation=qkv.beside)
+    if (
+      self.low_op == "linear"
+    ):  # for every head, so that shapes stay static; where all branches run, low is the first
+      linear, _ = linear_attention(
+        *(x[:, : spectral.n_coarse, :h] for x in packed), implementation=qkv.beside
+      )
       coarse = coarse + linear * routing.weights[:, None, :, LOW, None].astype(linear.dtype)
     return out[:, start:] + spectral.lift(coarse)
 
@@ -200,7 +238,9 @@ class FreqFormer(RoutedMethod):
         q, k = (x[:, start:, :h] for x in jax.lax.optimization_barrier(packed))
       pools = [pool_tiles(jax.lax.stop_gradient(x), layout) for x in (q, k)]
     q, k = pools
-    mask = block_topk(cond.share(q), cond.share(k), self.mid_tiles, tables.fixed, layout.kv_len, layout.layout.block)
+    mask = block_topk(
+      cond.share(q), cond.share(k), self.mid_tiles, tables.fixed, layout.kv_len, layout.layout.block
+    )
     mask = dataclasses.replace(mask, kv_indices=checkpoint_name(mask.kv_indices, "tables"))
     mask = full_rows(mask, tables.high.kv_len, tables.coarse_tiles, self.low_shared)
     return dataclasses.replace(mask, kv_bias=tables.high.kv_bias)
@@ -256,4 +296,6 @@ class FreqFormerTables:
   fixed: np.ndarray
   coarse_tiles: int = dataclasses.field(metadata={"static": True})
   profile: dict | None = None  # for measured heads
-  cells: TileCells | None = None  # for the kernels around attention; None where the transform leaves the tile
+  cells: TileCells | None = (
+    None  # for the kernels around attention; None where the transform leaves the tile
+  )

@@ -46,18 +46,32 @@ def cost(method, layout: TileLayout, heads, head_dim, allocation=None) -> Cost:
   shared = method.low_shared * n * sizes.n_coarse
   mid = n * min(method.mid_tiles, layout.tiles) * n / layout.tiles
   linear, kernels = method.low_op == "linear", form == "kernels"
-  low, high = (not linear) * float(sizes.n_coarse) ** 2, count_window(layout, method.window, method.border).pairs
+  low, high = (
+    (not linear) * float(sizes.n_coarse) ** 2,
+    count_window(layout, method.window, method.border).pairs,
+  )
   pairs = (low, mid + shared, high + shared)
-  flops = 3 * sizes.reduce(sizes.cells) + (float(share[0]) if kernels and not linear else 1.0) * sizes.expand(sizes.cells)
-  flops += arrays * (float(1 - share[0]) * sizes.reduce(sizes.tokens) if kernels else projections(sizes))
+  flops = 3 * sizes.reduce(sizes.cells) + (
+    float(share[0]) if kernels and not linear else 1.0
+  ) * sizes.expand(sizes.cells)
+  flops += arrays * (
+    float(1 - share[0]) * sizes.reduce(sizes.tokens) if kernels else projections(sizes)
+  )
   flops += linear * 4.0 * sizes.n_coarse * (head_dim + 1)
   passes = _PASSES[form] + 4 * kernels * sizes.n_coarse / n + (linear and kernels) * _XLA_LIFT
   launches = _LAUNCHES[form] + _LINEAR_LAUNCHES * linear
   if arrays:
-    passes, launches = passes + _FILTER_PASSES[form][arrays > 1], launches + _FILTER_LAUNCHES[form][arrays > 1]
-  around = Cost(linear_flops=flops * width, linear_bytes=2.0 * passes * n * width, launches=launches)
+    passes, launches = (
+      passes + _FILTER_PASSES[form][arrays > 1],
+      launches + _FILTER_LAUNCHES[form][arrays > 1],
+    )
+  around = Cost(
+    linear_flops=flops * width, linear_bytes=2.0 * passes * n * width, launches=launches
+  )
   around += selection_cost(n, layout.tiles, heads, head_dim, 0.0 if kernels else 2.0)
-  around += summary_cost(method, layout, sizes, form, width) + method.router_cost(layout, heads, head_dim)
+  around += summary_cost(method, layout, sizes, form, width) + method.router_cost(
+    layout, heads, head_dim
+  )
   return attention_cost(heads * float(share @ pairs), head_dim) + around
 
 
@@ -76,14 +90,20 @@ def summary_cost(method, layout: TileLayout, sizes: TransformSizes, form: str, w
     return Cost()
   passes = _SUMMARY_PASSES[form] + _PER_SUMMARY * method.summary
   flops = 2 * projections(sizes) + 30.0 * layout.n * method.summary
-  return Cost(linear_flops=flops * width, linear_bytes=2.0 * passes * layout.n * width, launches=_SUMMARY_LAUNCHES[form])
+  return Cost(
+    linear_flops=flops * width,
+    linear_bytes=2.0 * passes * layout.n * width,
+    launches=_SUMMARY_LAUNCHES[form],
+  )
 
 
 def statistics_cost(method, layout: TileLayout, heads: int, head_dim: int) -> Cost:
   """Band energies of v for the router: its coefficients in the box, `2 n m D` in tiles."""
   sizes, width = TransformSizes.of(method.basis, layout), heads * head_dim
   moved = 2.0 * _STATISTICS_PASSES[_form(sizes, layout, head_dim)] * layout.n * width
-  return Cost(linear_flops=sizes.reduce(sizes.box) * width, linear_bytes=moved, launches=_STATISTICS_LAUNCHES)
+  return Cost(
+    linear_flops=sizes.reduce(sizes.box) * width, linear_bytes=moved, launches=_STATISTICS_LAUNCHES
+  )
 
 
 def _form(sizes, layout, head_dim) -> str:
@@ -96,14 +116,24 @@ def _form(sizes, layout, head_dim) -> str:
 
 def call_cost(method, layout: TileLayout, heads, head_dim, allocation=None) -> CallCost:
   """The packed buffer's lists: low and high exactly, mid with tiles of average fill and unions of random lists."""
-  share, sizes, block = method.shares(heads, allocation), TransformSizes.of(method.basis, layout), layout.block
+  share, sizes, block = (
+    method.shares(heads, allocation),
+    TransformSizes.of(method.basis, layout),
+    layout.block,
+  )
   coarse = -(-sizes.n_coarse // block)
   dense = 0 if method.low_op == "linear" else coarse
   low = uniform(dense, dense, dense, head_dim, block=block)
-  low = dataclasses.replace(low, pairs=float(sizes.n_coarse) ** 2 * (dense > 0), rows=coarse + layout.tiles)
+  low = dataclasses.replace(
+    low, pairs=float(sizes.n_coarse) ** 2 * (dense > 0), rows=coarse + layout.tiles
+  )
   listed = min(method.mid_tiles, layout.tiles) + method.low_shared * coarse
-  mid = uniform(layout.tiles, listed, coarse + layout.tiles, head_dim, block=block, fill=layout.fill)
-  high = dataclasses.replace(count_window(layout, method.window, method.border, before=coarse), head_dim=head_dim)
+  mid = uniform(
+    layout.tiles, listed, coarse + layout.tiles, head_dim, block=block, fill=layout.fill
+  )
+  high = dataclasses.replace(
+    count_window(layout, method.window, method.border, before=coarse), head_dim=head_dim
+  )
   if method.low_shared:
     high = _with_coarse(high, layout, sizes.n_coarse, coarse)
   return low.scaled(heads * share[0]) + mid.scaled(heads * share[1]) + high.scaled(heads * share[2])

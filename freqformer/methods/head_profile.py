@@ -70,7 +70,14 @@ def sample_rows(layout: TileLayout, count: int) -> np.ndarray:
 def rows_of(mask: BlockMask, rows: np.ndarray) -> np.ndarray:
   """Which key tiles the query rows list under one head's static table: bool `[rows, kv_tiles]`."""
   tiles = rows // mask.block_q
-  part = BlockMask(mask.indices()[:, :, tiles], mask.kv_counts[:, :, tiles], mask.kv_len, None, mask.block_q, mask.block_kv)
+  part = BlockMask(
+    mask.indices()[:, :, tiles],
+    mask.kv_counts[:, :, tiles],
+    mask.kv_len,
+    None,
+    mask.block_q,
+    mask.block_kv,
+  )
   return part.to_tiles()[0, 0]
 
 
@@ -91,7 +98,9 @@ def dense_rows(q: jax.Array, k: jax.Array, v: jax.Array, valid, listed=()) -> ja
     q, k, v = (x.astype(jnp.float32) for x in args)
     scores = jnp.einsum("bid,bjd->bij", q, k) * q.shape[-1] ** -0.5
     v = jnp.where(jnp.asarray(valid)[:, None], v, 0)
-    return jnp.stack([jnp.einsum("bij,bjd->bid", jax.nn.softmax(jnp.where(s, scores, -jnp.inf)), v) for s in seen])
+    return jnp.stack(
+      [jnp.einsum("bij,bjd->bid", jax.nn.softmax(jnp.where(s, scores, -jnp.inf)), v) for s in seen]
+    )
 
   out = jax.lax.map(head, tuple(jax.lax.stop_gradient(x).transpose(2, 0, 1, 3) for x in (q, k, v)))
   return out.transpose(1, 2, 3, 0, 4)

@@ -39,7 +39,10 @@ def phase_cost(method, phase: str, layout, heads: int, head_dim: int, allocation
   if phase == "run":
     return cost
   alone = dataclasses.replace(method, summary=0)
-  every = sum((alone.cost(layout, heads, head_dim, band) for band in ((1, 0, 0), (0, 1, 0), (0, 0, 1))), Cost())
+  every = sum(
+    (alone.cost(layout, heads, head_dim, band) for band in ((1, 0, 0), (0, 1, 0), (0, 0, 1))),
+    Cost(),
+  )
   again = Cost(linear_bytes=_AGAIN * 2.0 * layout.n * heads * head_dim)
   return cost + every + again + measuring_cost(method.profile.rows, layout.n, heads, head_dim)
 
@@ -64,4 +67,8 @@ def call(method, module, qkv, cond, tables, state):
   found = {**state, "choice": choice}
   out, found, aux = method(module, qkv, dataclasses.replace(cond, phase="run"), tables, found)
   measuring = costs.sum(-1).mean() + len(rows) / arrays.layout.n
-  return out, found if state else state, aux | {"cost": aux["cost"] + measuring, "band_errors": errors}
+  return (
+    out,
+    found if state else state,
+    aux | {"cost": aux["cost"] + measuring, "band_errors": errors},
+  )

@@ -34,9 +34,15 @@ def method_class(name: str):
   except ModuleNotFoundError as error:
     if error.name != place:
       raise
-    raise ConfigError(f"registry.py lists the method {name!r}, but there is no freqformer/methods/{name}.py.") from error
+    raise ConfigError(
+      f"registry.py lists the method {name!r}, but there is no freqformer/methods/{name}.py."
+    ) from error
   if not hasattr(module, METHODS[name]):
-    classes = [key for key, value in vars(module).items() if isinstance(value, type) and value.__module__ == module.__name__]
+    classes = [
+      key
+      for key, value in vars(module).items()
+      if isinstance(value, type) and value.__module__ == module.__name__
+    ]
     raise ConfigError(
       f"registry.py lists {METHODS[name]!r} for the method {name!r}, but freqformer/methods/{name}.py has no such class; "
       f"{did_you_mean(METHODS[name], classes)}"
@@ -57,7 +63,9 @@ def parse_method(text: str) -> tuple[str, dict]:
     node = ast.parse(text.strip(), mode="eval").body
     name, fields = (node.id, {}) if isinstance(node, ast.Name) else (node.func.id, _fields(node))
   except (SyntaxError, ValueError, AttributeError) as error:
-    raise ConfigError(f"method {text!r} must read like radial or block_topk(density=0.2, coarse=none).") from error
+    raise ConfigError(
+      f"method {text!r} must read like radial or block_topk(density=0.2, coarse=none)."
+    ) from error
   method_class(name)
   return name, fields
 
@@ -68,7 +76,10 @@ def with_fields(method, fields: dict, path: str, root: str = "config."):
   Raises:
     ConfigError: for an unknown field or a value that it cannot take.
   """
-  given = {k: {**vars(getattr(method, k)), **v} if isinstance(v, dict) and hasattr(method, k) else v for k, v in fields.items()}
+  given = {
+    k: {**vars(getattr(method, k)), **v} if isinstance(v, dict) and hasattr(method, k) else v
+    for k, v in fields.items()
+  }
   return build(type(method), {**vars(method), **given}, path, root)
 
 

@@ -40,9 +40,13 @@ class RoutedMethod(Method):
       check_counts(self.allocation, self.branches)
     elif self.allocation not in self.allocations:
       words = ", ".join(f'"{word}"' for word in self.allocations)
-      raise ValueError(f"{self.allocation=} must be {words} or {len(self.branches)} head counts {branches}.")
+      raise ValueError(
+        f"{self.allocation=} must be {words} or {len(self.branches)} head counts {branches}."
+      )
     if len(self.router.prior) != len(self.branches):
-      raise ValueError(f"router prior {self.router.prior} must have one share per branch {branches}.")
+      raise ValueError(
+        f"router prior {self.router.prior} must have one share per branch {branches}."
+      )
 
   @property
   def allocations(self) -> tuple[str, ...]:
@@ -112,7 +116,10 @@ class RoutedMethod(Method):
       return Cost()
     router, m = self.router, self.router.hidden
     read = _PARTS * router.statistics
-    network = Cost(linear_flops=2.0 * heads * m * (head_dim + read + len(self.branches)), launches=_ROUTER_LAUNCHES)
+    network = Cost(
+      linear_flops=2.0 * heads * m * (head_dim + read + len(self.branches)),
+      launches=_ROUTER_LAUNCHES,
+    )
     return network + self.statistics_cost(layout, heads, head_dim) if read else network
 
   def training_cost(self, layout, heads, head_dim, allocation=None) -> Cost:
@@ -120,7 +127,9 @@ class RoutedMethod(Method):
     if not self.trains_all_branches:
       return self.cost(layout, heads, head_dim, allocation)
     each = [self.cost(layout, heads, head_dim, alone) for alone in np.eye(len(self.branches))]
-    largest = (max(getattr(c, name) for c in each) for name in ("linear_flops", "linear_bytes", "launches"))
+    largest = (
+      max(getattr(c, name) for c in each) for name in ("linear_flops", "linear_bytes", "launches")
+    )
     return Cost(sum(c.attention_flops for c in each), *largest)
 
   def branch_costs(self, layout, heads: int, head_dim: int) -> np.ndarray:
@@ -140,7 +149,9 @@ class RoutedMethod(Method):
     run = density.sum(-1) if routing.all_branches else taken
     loss = jnp.float32(0)
     if self.routed and cond.train:
-      loss = penalty(self.router, routing.probs, self.branch_costs(qkv.layout.layout, *qkv.q.shape[2:]))
+      loss = penalty(
+        self.router, routing.probs, self.branch_costs(qkv.layout.layout, *qkv.q.shape[2:])
+      )
     return {
       "density": taken,
       "cost": run.mean(),
@@ -155,7 +166,10 @@ class RoutedMethod(Method):
 @functools.lru_cache(maxsize=64)
 def _branch_costs(method: RoutedMethod, layout, heads: int, head_dim: int) -> np.ndarray:
   with jax.ensure_compile_time_eval():  # numbers, also while a layer is traced
-    each = [method.cost(layout, heads, head_dim, tuple(alone)).total for alone in np.eye(len(method.branches))]
+    each = [
+      method.cost(layout, heads, head_dim, tuple(alone)).total
+      for alone in np.eye(len(method.branches))
+    ]
   return np.asarray(each) / attention_cost(heads * layout.n**2, head_dim).total
 
 
@@ -163,4 +177,8 @@ class RoutedModules(nnx.Module):
   """The method's parameters: a router where heads are routed."""
 
   def __init__(self, method: RoutedMethod, dims, rngs):
-    self.router = SpectralRouter(method.router, dims.heads, dims.cond_dim, _PARTS, rngs) if method.routed else None
+    self.router = (
+      SpectralRouter(method.router, dims.heads, dims.cond_dim, _PARTS, rngs)
+      if method.routed
+      else None
+    )

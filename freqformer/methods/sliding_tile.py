@@ -34,7 +34,9 @@ class SlidingTile(StaticMethod):
 
   def __post_init__(self):
     if min(self.window) < 1 or self.rows < 1:
-      raise ValueError(f"{self.window=} must be three extents of at least 1 and {self.rows=} at least 1.")
+      raise ValueError(
+        f"{self.window=} must be three extents of at least 1 and {self.rows=} at least 1."
+      )
     if self.unit not in UNITS or self.border not in BORDERS:
       raise ValueError(f"{self.unit=} must be one of {UNITS} and {self.border=} one of {BORDERS}.")
 
@@ -51,4 +53,8 @@ class SlidingTile(StaticMethod):
     tile = layout.tile if self.unit == "tokens" else (1, 1, 1)
     window = tuple(-(-w // e) for w, e in zip(self.window, tile, strict=True))
     # The fewest equal parts that are short enough: 384 rows are 3 x 128; 100 rows stay whole.
-    return window, next(p for p in range(1, layout.block + 1) if layout.block % p == 0 and layout.block // p <= self.rows)
+    return window, next(
+      p
+      for p in range(1, layout.block + 1)
+      if layout.block % p == 0 and layout.block // p <= self.rows
+    )

@@ -38,8 +38,14 @@ class SparseLinear(Method):
   feature_map: str = "softmax"
 
   def __post_init__(self):
-    if not 0 < self.critical <= 1 or not 0 <= self.negligible < 1 or self.critical + self.negligible > 1:
-      raise ValueError(f"{self.critical=} must be in (0, 1] and {self.negligible=} in [0, 1), together at most 1.")
+    if (
+      not 0 < self.critical <= 1
+      or not 0 <= self.negligible < 1
+      or self.critical + self.negligible > 1
+    ):
+      raise ValueError(
+        f"{self.critical=} must be in (0, 1] and {self.negligible=} in [0, 1), together at most 1."
+      )
     if self.feature_map not in FEATURE_MAPS:
       raise ValueError(f"{self.feature_map=} must be one of {tuple(FEATURE_MAPS)}.")
 
@@ -49,15 +55,22 @@ class SparseLinear(Method):
     return critical, min(math.floor(self.negligible * tiles), tiles - critical)
 
   def build(self, dims, layout, rngs):
-    return nnx.Linear(dims.head_dim, dims.head_dim, kernel_init=nnx.initializers.zeros_init(), rngs=rngs)
+    return nnx.Linear(
+      dims.head_dim, dims.head_dim, kernel_init=nnx.initializers.zeros_init(), rngs=rngs
+    )
 
   def __call__(self, module, qkv, cond, tables, state):
     layout, block = qkv.layout, qkv.layout.layout.block
     q, k = qkv.rotated()
     pools = [cond.share(pool_tiles(jax.lax.stop_gradient(x), layout)) for x in (q, k)]
-    mask, worst = (self._rank(sign * pools[0], pools[1], i, layout) for i, sign in enumerate((1, -1)))
+    mask, worst = (
+      self._rank(sign * pools[0], pools[1], i, layout) for i, sign in enumerate((1, -1))
+    )
     out, _ = attention(q, k, qkv.v, mask, implementation=qkv.implementation)
-    segments, marginal = Segments.of_tiles(layout.kv_len, block), ~(mask.to_tiles() | worst.to_tiles())
+    segments, marginal = (
+      Segments.of_tiles(layout.kv_len, block),
+      ~(mask.to_tiles() | worst.to_tiles()),
+    )
     how = dict(feature_map=self.feature_map, implementation=qkv.beside)
     linear, _ = linear_attention(q, k, qkv.v, segments, reads=marginal, **how)
     aux = plain_aux(mask, layout.layout.n, q.shape[0], q.shape[2], cond.want_masks)
@@ -65,7 +78,10 @@ class SparseLinear(Method):
 
   def _rank(self, q_pool, k_pool, which, layout):
     """The lists of the best (or, with -q, worst) tiles, as many as the budget says."""
-    budget, none = self.budgets(layout.layout.tiles)[which], np.zeros((layout.layout.tiles, 0), np.int32)
+    budget, none = (
+      self.budgets(layout.layout.tiles)[which],
+      np.zeros((layout.layout.tiles, 0), np.int32),
+    )
     mask = block_topk(q_pool, k_pool, max(budget, 1), none, layout.kv_len, layout.layout.block)
     ids, counts = checkpoint_name(mask.kv_indices, "tables"), jnp.full_like(mask.kv_counts, budget)
     return dataclasses.replace(mask, kv_indices=ids, kv_counts=counts)
@@ -75,5 +91,9 @@ class SparseLinear(Method):
     the best and the worst, by the same means. Bytes: 16 per element of q on Hopper (benchmarks/compiled/linear.py), 10 to project."""
     n, tiles, width = layout.n, layout.tiles, heads * head_dim
     found = attention_cost(heads * n * self.budgets(tiles)[0] * n / tiles, head_dim)
-    found += linear_attention_cost(n, heads, head_dim, tiles) + Cost(0.0, 2.0 * n * head_dim * width, 26.0 * n * width, 9)
-    return found + selection_cost(n, tiles, heads, head_dim) + selection_cost(0, tiles, heads, head_dim)
+    found += linear_attention_cost(n, heads, head_dim, tiles) + Cost(
+      0.0, 2.0 * n * head_dim * width, 26.0 * n * width, 9
+    )
+    return (
+      found + selection_cost(n, tiles, heads, head_dim) + selection_cost(0, tiles, heads, head_dim)
+    )

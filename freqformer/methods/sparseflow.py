@@ -35,7 +35,11 @@ SPARSE, LINEAR = range(2)
 _OWN_BOXES, _SHARED_BOXES, _REFUSED = (9.1, 4), (27.2, 5), (37.1, 8)
 _STATISTICS_LAUNCHES = 11
 DIRECTIONS = ("sparse_early", "dense_early")
-SHAPES = {"linear": lambda u: u, "cosine": lambda u: (1 - jnp.cos(jnp.pi * u)) / 2, "step": lambda u: 1.0 * (u >= 0.5)}
+SHAPES = {
+  "linear": lambda u: u,
+  "cosine": lambda u: (1 - jnp.cos(jnp.pi * u)) / 2,
+  "step": lambda u: 1.0 * (u >= 0.5),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +58,13 @@ class Schedule:
 
   def __post_init__(self):
     if not 1 <= self.frames[0] <= self.frames[1]:
-      raise ValueError(f"schedule {self.frames=} must be (fewest, most) layers of tiles with 1 <= fewest <= most.")
+      raise ValueError(
+        f"schedule {self.frames=} must be (fewest, most) layers of tiles with 1 <= fewest <= most."
+      )
     if self.direction not in DIRECTIONS or self.shape not in SHAPES:
-      raise ValueError(f"schedule {self.direction=} must be one of {DIRECTIONS} and {self.shape=} one of {tuple(SHAPES)}.")
+      raise ValueError(
+        f"schedule {self.direction=} must be one of {DIRECTIONS} and {self.shape=} one of {tuple(SHAPES)}."
+      )
 
   def extents(self, layers: int) -> tuple[int, ...]:
     """Frames seen per level, ascending, on a grid of so many layers of tiles."""
@@ -93,7 +101,9 @@ class SparseFlow(RoutedMethod):
   def __post_init__(self):
     super().__post_init__()
     if min(self.around) < 1 or self.anchors < 0:
-      raise ValueError(f"{self.around=} must be tile counts (y, x) of at least 1 and {self.anchors=} at least 0.")
+      raise ValueError(
+        f"{self.around=} must be tile counts (y, x) of at least 1 and {self.anchors=} at least 0."
+      )
     if self.feature_map not in FEATURE_MAPS:
       raise ValueError(f"{self.feature_map=} must be one of {tuple(FEATURE_MAPS)}.")
 
@@ -105,13 +115,17 @@ class SparseFlow(RoutedMethod):
     return variance_shares(v, layout)
 
   def tables(self, layout):
-    return SparseFlowTables(_levels(self.schedule, self.around, self.anchors, layout), _frames(layout))
+    return SparseFlowTables(
+      _levels(self.schedule, self.around, self.anchors, layout), _frames(layout)
+    )
 
   def __call__(self, module, qkv, cond, tables, state):
     layout, routing = qkv.layout, self.route(module, qkv, cond, tables)
     mask = self.mask_at(tables, cond.share(cond.time))
     b, _, h, _ = qkv.q.shape
-    density = jnp.broadcast_to(jnp.asarray(mask.density(layout.layout.n), jnp.float32), (b, h))  # of a head that is sparse
+    density = jnp.broadcast_to(
+      jnp.asarray(mask.density(layout.layout.n), jnp.float32), (b, h)
+    )  # of a head that is sparse
     q, k = qkv.rotated()
     ran = mask if routing.all_branches else _only(mask, routing.choice == SPARSE)
     out, _ = attention(q, k, qkv.v, ran, implementation=qkv.implementation)
@@ -121,7 +135,9 @@ class SparseFlow(RoutedMethod):
       weights = routing.weights.astype(q.dtype)[:, None, :, :, None]
       out = weights[..., SPARSE, :] * out + weights[..., LINEAR, :] * linear()[0]
     else:  # either op leaves the other's heads alone; under a fixed allocation they are known before tracing
-      heads = routing.choice == LINEAR if self.routed else np.repeat([False, True], self.allocation)[None]
+      heads = (
+        routing.choice == LINEAR if self.routed else np.repeat([False, True], self.allocation)[None]
+      )
       out, _ = linear(heads=heads, into=out)
       if self.routed and cond.train:  # in evaluation all weights are 1
         out = out * routing.weights.sum(-1)[:, None, :, None].astype(out.dtype)
@@ -131,9 +147,14 @@ class SparseFlow(RoutedMethod):
   def mask_at(self, tables: "SparseFlowTables", time) -> BlockMask:
     """The table of a sparse head at times `[b]`: `[b, 1, tiles, max_kv]`; one trace for all times."""
     level = self.schedule.level(time, tables.levels.kv_counts.shape[0])
-    take = lambda x: jnp.take(jnp.asarray(x), level, axis=0, mode="clip")
+
+    def take(x):
+      return jnp.take(jnp.asarray(x), level, axis=0, mode="clip")
+
     return dataclasses.replace(
-      tables.levels, kv_indices=take(tables.levels.kv_indices), kv_counts=take(tables.levels.kv_counts)
+      tables.levels,
+      kv_indices=take(tables.levels.kv_indices),
+      kv_counts=take(tables.levels.kv_counts),
     )
 
   def statistics_cost(self, layout, heads, head_dim) -> Cost:
@@ -159,25 +180,45 @@ class SparseFlow(RoutedMethod):
   def call_cost(self, layout, heads, head_dim, allocation=None) -> CallCost:
     """The levels' lists, each weighted with the share of t that it gets; linear heads list nothing."""
     share, shares, levels = self._expected(layout, heads, allocation)
-    one = lambda i: dataclasses.replace(levels, **{f: getattr(levels, f)[i : i + 1] for f in ("kv_indices", "kv_counts")})
+
+    def one(i):
+      return dataclasses.replace(
+        levels, **{f: getattr(levels, f)[i : i + 1] for f in ("kv_indices", "kv_counts")}
+      )
+
     return functools.reduce(
-      operator.add, (count(one(i), head_dim).scaled(heads * share * weight) for i, weight in enumerate(shares))
+      operator.add,
+      (count(one(i), head_dim).scaled(heads * share * weight) for i, weight in enumerate(shares)),
     )
 
   def _expected(self, layout, heads, allocation):
     """Share of sparse heads, share of t per level, and the levels' tables."""
     levels = _levels(self.schedule, self.around, self.anchors, layout)
-    return float(self.shares(heads, allocation)[SPARSE]), self.schedule.shares(len(levels.kv_counts)), levels
+    return (
+      float(self.shares(heads, allocation)[SPARSE]),
+      self.schedule.shares(len(levels.kv_counts)),
+      levels,
+    )
 
 
 @functools.lru_cache(maxsize=16)
 def _levels(schedule: Schedule, around, anchors: int, layout: TileLayout) -> BlockMask:
   """The temporal table of every level, stacked along its batch axis."""
-  masks = [temporal(layout, extent, around, anchors) for extent in schedule.extents(layout.tile_grid[0])]
+  masks = [
+    temporal(layout, extent, around, anchors) for extent in schedule.extents(layout.tile_grid[0])
+  ]
   longest = max(m.max_kv for m in masks)
-  check_listed(len(masks) * layout.tiles * longest, f"a schedule of {len(masks)} levels on {layout.tile_grid}")
-  widen = lambda ids: np.pad(ids, ((0, 0),) * 3 + ((0, longest - ids.shape[-1]),), mode="edge")
-  ids, counts = np.concatenate([widen(m.kv_indices) for m in masks]), np.concatenate([m.kv_counts for m in masks])
+  check_listed(
+    len(masks) * layout.tiles * longest, f"a schedule of {len(masks)} levels on {layout.tile_grid}"
+  )
+
+  def widen(ids):
+    return np.pad(ids, ((0, 0),) * 3 + ((0, longest - ids.shape[-1]),), mode="edge")
+
+  ids, counts = (
+    np.concatenate([widen(m.kv_indices) for m in masks]),
+    np.concatenate([m.kv_counts for m in masks]),
+  )
   return dataclasses.replace(masks[0], kv_indices=ids, kv_counts=counts)
 
 
@@ -202,8 +243,13 @@ def variance_shares(x: jax.Array, layout: LayoutTables) -> jax.Array:
   """
   pooled = pool_tiles(x, layout)  # [b, h, tiles, d]
   grid = layout.layout.tile_grid
-  fold = lambda a: a.reshape(*a.shape[: a.ndim - 2], grid[0], grid[1] * grid[2], a.shape[-1])
-  weight = fold(jnp.asarray(layout.kv_len, jnp.float32)[:, None]) / layout.layout.n  # [t, places, 1]
+
+  def fold(a):
+    return a.reshape(*a.shape[: a.ndim - 2], grid[0], grid[1] * grid[2], a.shape[-1])
+
+  weight = (
+    fold(jnp.asarray(layout.kv_len, jnp.float32)[:, None]) / layout.layout.n
+  )  # [t, places, 1]
   pooled, square = fold(pooled), lambda a: (a**2 * weight).sum((-3, -2, -1))
   place = (pooled * weight).sum(2, keepdims=True) / weight.sum(0)
   mean = (pooled * weight).sum((2, 3), keepdims=True)

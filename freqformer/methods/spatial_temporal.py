@@ -52,8 +52,16 @@ class SpatialTemporal(Method):
     return {"choice": jnp.zeros((batch, dims.heads), jnp.int32)}
 
   def tables(self, layout):
-    masks, rows = spatial_temporal(layout, self.frames, self.places, self.sink), sample_rows(layout, self.profile.rows)
-    return {"masks": masks, "dense": dense(layout), "rows": rows, "listed": [rows_of(mask, rows) for mask in masks]}
+    masks, rows = (
+      spatial_temporal(layout, self.frames, self.places, self.sink),
+      sample_rows(layout, self.profile.rows),
+    )
+    return {
+      "masks": masks,
+      "dense": dense(layout),
+      "rows": rows,
+      "listed": [rows_of(mask, rows) for mask in masks],
+    }
 
   def __call__(self, module, qkv, cond, tables, state):
     arrays, (b, _, h, _) = qkv.layout, qkv.q.shape
@@ -61,7 +69,9 @@ class SpatialTemporal(Method):
     if cond.phase == "warmup":
       choice, mask = jnp.zeros((b, h), jnp.int32), tables["dense"]
     else:
-      choice = state["choice"] if cond.phase == "run" else self._measure(q, k, qkv.v, cond, arrays, tables)
+      choice = (
+        state["choice"] if cond.phase == "run" else self._measure(q, k, qkv.v, cond, arrays, tables)
+      )
       mask = select(tables["masks"], checkpoint_name(choice, "routing"))
     out, _ = attention(q, k, qkv.v, mask, implementation=qkv.implementation)
     aux = plain_aux(mask, arrays.layout.n, b, h, cond.want_masks)
@@ -72,16 +82,22 @@ class SpatialTemporal(Method):
     listed = [jnp.repeat(jnp.asarray(x), arrays.layout.block, axis=-1) for x in tables["listed"]]
     exact, *outs = dense_rows(q[:, tables["rows"]], k, v, arrays.valid, listed)
     costs = jnp.stack([jnp.asarray(mask.kv_counts).sum() for mask in tables["masks"]])
-    return most_faithful(cond.share(relative_errors(jnp.stack(outs), exact)), costs, self.profile.slack)
+    return most_faithful(
+      cond.share(relative_errors(jnp.stack(outs), exact)), costs, self.profile.slack
+    )
 
   def cost(self, layout, heads, head_dim, allocation=None) -> Cost:
     """Of a measured step: the tables' pairs, `4 d` each; `allocation`: share of spatial and temporal heads, else half each."""
     share = head_shares((1, 1) if allocation is None else allocation, ("spatial", "temporal"))
-    return attention_cost(heads * float(share @ count_pairs(layout, self.frames, self.places, self.sink)), head_dim)
+    return attention_cost(
+      heads * float(share @ count_pairs(layout, self.frames, self.places, self.sink)), head_dim
+    )
 
   def phase_cost(self, phase, layout, heads, head_dim, allocation=None) -> Cost:
     """The warm-up is dense; measuring sums values of its rows three times."""
     if phase == "warmup":
       return attention_cost(heads * layout.n**2, head_dim)
-    measuring = measuring_cost(self.profile.rows, layout.n, heads, head_dim, patterns=3).scaled(phase != "run")
+    measuring = measuring_cost(self.profile.rows, layout.n, heads, head_dim, patterns=3).scaled(
+      phase != "run"
+    )
     return self.cost(layout, heads, head_dim, allocation) + measuring

@@ -33,8 +33,12 @@ class AttentionDims:
 
   def __post_init__(self):
     if self.heads < 1 or self.width % self.heads:
-      near = [h for h in range(1, self.width + 1) if self.width % h == 0 and (self.width // h) % 2 == 0]
-      raise ConfigError(f"width {self.width} is not divisible by {self.heads} heads; heads may be {near}.")
+      near = [
+        h for h in range(1, self.width + 1) if self.width % h == 0 and (self.width // h) % 2 == 0
+      ]
+      raise ConfigError(
+        f"width {self.width} is not divisible by {self.heads} heads; heads may be {near}."
+      )
     axis_pairs(self.head_dim)
 
   @property
@@ -65,7 +69,9 @@ class SpectralAttention(nnx.Module):
     init = nnx.initializers.xavier_uniform()
     self.qkv = nnx.Linear(dims.width, 3 * dims.width, kernel_init=init, dtype=dtype, rngs=rngs)
     self.out = nnx.Linear(dims.width, dims.width, kernel_init=init, dtype=dtype, rngs=rngs)
-    self.q_norm = nnx.RMSNorm(head_dim, scale_init=nnx.initializers.constant(dims.qk_gain), dtype=dtype, rngs=rngs)
+    self.q_norm = nnx.RMSNorm(
+      head_dim, scale_init=nnx.initializers.constant(dims.qk_gain), dtype=dtype, rngs=rngs
+    )
     self.k_norm = nnx.RMSNorm(head_dim, dtype=dtype, rngs=rngs)
     with refusing(f"attention method {type(method).__name__}"):
       self.method = method.build(dims.for_method, layout, rngs)
@@ -87,7 +93,9 @@ class SpectralAttention(nnx.Module):
     joint = product + bias.reshape(shape)
     rotations = (functools.partial(_norm_rotary, norm) for norm in (self.q_norm, self.k_norm))
     prepare = self._kernel(product, layout)
-    projected = Projected(*jnp.unstack(joint, axis=2), *rotations, layout, self.implementation, prepare)
+    projected = Projected(
+      *jnp.unstack(joint, axis=2), *rotations, layout, self.implementation, prepare
+    )
     out, state, aux = self.config(self.method, projected, cond, tables, state)
     return self.out(out.reshape(b, n, width).astype(self.dtype)), state, aux
 
@@ -99,7 +107,10 @@ class SpectralAttention(nnx.Module):
     log_choice("what prepares attention", reason)
     if reason:
       return None
-    learned = self.qkv.bias[...].reshape(product.shape[2:]), (self.q_norm.scale[...], self.k_norm.scale[...])
+    learned = (
+      self.qkv.bias[...].reshape(product.shape[2:]),
+      (self.q_norm.scale[...], self.k_norm.scale[...]),
+    )
     with jax.named_scope("prepare"):
       tables = angle_tables(layout.positions, self.dims.head_dim)
     return functools.partial(fused, product, *learned, tables, layout.kv_len)

@@ -73,7 +73,9 @@ class AttentionConfig:
       runs.append((stop - first, name))
       at = stop
     if at != depth:
-      raise ConfigError(f"attention.layers {self.layers} ends at layer {at}, the model has {depth}; end it with None.")
+      raise ConfigError(
+        f"attention.layers {self.layers} ends at layer {at}, the model has {depth}; end it with None."
+      )
     return tuple(runs)
 
 
@@ -119,7 +121,9 @@ class ModelConfig:
 
   def runs(self) -> tuple[tuple[int, Method], ...]:
     """`(layers, method)` from the first layer to the last."""
-    return tuple((count, self.attention.named(name)) for count, name in self.attention.runs(self.depth))
+    return tuple(
+      (count, self.attention.named(name)) for count, name in self.attention.runs(self.depth)
+    )
 
   def grid(self, latent_shape) -> tuple[int, int, int]:
     """Token grid of latents `(t, y, x, c)`; a cell that fills only part of its patch is padded."""
@@ -128,7 +132,9 @@ class ModelConfig:
   def layout(self, latent_shape) -> TileLayout:
     """Tile order of the tokens of latents `(t, y, x, c)`; raises ConfigError if a tile does not fit into its block."""
     with refusing("config.model.attention"):
-      return TileLayout.fit(self.grid(latent_shape), self.attention.block, self.attention.tile or None)
+      return TileLayout.fit(
+        self.grid(latent_shape), self.attention.block, self.attention.tile or None
+      )
 
   def with_method(self, text: str) -> "ModelConfig":
     """The same model with one method everywhere; runs of layers keep their borders, so that the weights still fit.
@@ -153,7 +159,9 @@ def model_config(values: Mapping) -> ModelConfig:
   values = dict(values)
   attention = dict(values.get("attention", {}))
   methods = tuple(
-    (name, build(method_class(name), attention.pop(name), f"model.attention.{name}")) for name in METHODS if name in attention
+    (name, build(method_class(name), attention.pop(name), f"model.attention.{name}"))
+    for name in METHODS
+    if name in attention
   )
   known = {f.name for f in dataclasses.fields(AttentionConfig)} | set(METHODS)
   for name in attention:
@@ -176,7 +184,9 @@ def _plain_names(attention: dict, methods: dict[str, Method]) -> dict:
         f"config.model.attention sets {name} twice: {given[name]} and {fields}; a model has one of each method."
       )
     if fields:
-      methods[name] = with_fields(methods.get(name) or method_class(name)(), fields, f"model.attention.{name}")
+      methods[name] = with_fields(
+        methods.get(name) or method_class(name)(), fields, f"model.attention.{name}"
+      )
     return name
 
   attention = dict(attention)
@@ -185,6 +195,7 @@ def _plain_names(attention: dict, methods: dict[str, Method]) -> dict:
   layers = attention.get("layers", ())
   if isinstance(layers, list | tuple):
     attention["layers"] = tuple(
-      (*run[:2], plain(run[2])) if isinstance(run, list | tuple) and len(run) == 3 else run for run in layers
+      (*run[:2], plain(run[2])) if isinstance(run, list | tuple) and len(run) == 3 else run
+      for run in layers
     )
   return attention | {"methods": tuple(methods.items())}

@@ -39,9 +39,13 @@ class TimestepEmbedder(nnx.Module):
 
   def __call__(self, time):
     # DiT's range was made for t in 0..1000.
-    rates = 1000 * jnp.exp(-math.log(10_000) * jnp.arange(self.frequencies, dtype=jnp.float32) / self.frequencies)
+    rates = 1000 * jnp.exp(
+      -math.log(10_000) * jnp.arange(self.frequencies, dtype=jnp.float32) / self.frequencies
+    )
     angles = time.astype(jnp.float32)[:, None] * rates
-    return self.second(nnx.silu(self.first(jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1))))
+    return self.second(
+      nnx.silu(self.first(jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)))
+    )
 
 
 class DiTBlock(nnx.Module):
@@ -49,7 +53,9 @@ class DiTBlock(nnx.Module):
 
   def __init__(self, config: ModelConfig, method: Method, layout, rngs: nnx.Rngs):
     width, dtype = config.width, DTYPES[config.dtype]
-    norm = functools.partial(nnx.LayerNorm, width, use_bias=False, use_scale=False, dtype=dtype, rngs=rngs)
+    norm = functools.partial(
+      nnx.LayerNorm, width, use_bias=False, use_scale=False, dtype=dtype, rngs=rngs
+    )
     init = nnx.initializers.xavier_uniform()
     hidden = int(width * config.mlp_ratio)
     self.attention_norm, self.mlp_norm = norm(), norm()
@@ -64,7 +70,9 @@ class DiTBlock(nnx.Module):
     """`x` `[b, n_buffer, width]`, `condition` `[b, width]` -> x, state, aux."""
     parts = jnp.split(self.modulation(nnx.silu(condition)), 6, axis=-1)
     shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = parts
-    y, state, aux = self.attention(modulate(self.attention_norm(x), shift, scale), cond, layout, tables, state)
+    y, state, aux = self.attention(
+      modulate(self.attention_norm(x), shift, scale), cond, layout, tables, state
+    )
     x = x + gate[:, None] * y
     y = modulate(self.mlp_norm(x), mlp_shift, mlp_scale)
     y = self.mlp_out(nnx.gelu(self.mlp_in(y), approximate=True))
@@ -77,7 +85,9 @@ class FinalLayer(nnx.Module):
   def __init__(self, config: ModelConfig, out: int, rngs: nnx.Rngs):
     dtype = DTYPES[config.dtype]
     self.norm = nnx.LayerNorm(config.width, use_bias=False, use_scale=False, dtype=dtype, rngs=rngs)
-    self.modulation = nnx.Linear(config.width, 2 * config.width, kernel_init=_ZEROS, dtype=dtype, rngs=rngs)
+    self.modulation = nnx.Linear(
+      config.width, 2 * config.width, kernel_init=_ZEROS, dtype=dtype, rngs=rngs
+    )
     self.linear = nnx.Linear(config.width, out, kernel_init=_ZEROS, rngs=rngs)
 
   def __call__(self, x, condition):
@@ -99,10 +109,16 @@ class VideoDiT(nnx.Module):
     self.config, self.channels, self.classes = config, latent_shape[-1], classes
     layout, dtype = config.layout(latent_shape), DTYPES[config.dtype]
     patch = self.channels * math.prod(config.patch)
-    self.embed = nnx.Linear(patch, config.width, kernel_init=nnx.initializers.xavier_uniform(), dtype=dtype, rngs=rngs)
+    self.embed = nnx.Linear(
+      patch, config.width, kernel_init=nnx.initializers.xavier_uniform(), dtype=dtype, rngs=rngs
+    )
     self.time = TimestepEmbedder(config.width, rngs)
-    self.label = nnx.Embed(classes + 1, config.width, embedding_init=nnx.initializers.normal(0.02), rngs=rngs)
-    self.runs = nnx.List([_stack(config, method, layout, count, rngs) for count, method in config.runs()])
+    self.label = nnx.Embed(
+      classes + 1, config.width, embedding_init=nnx.initializers.normal(0.02), rngs=rngs
+    )
+    self.runs = nnx.List(
+      [_stack(config, method, layout, count, rngs) for count, method in config.runs()]
+    )
     self.final = FinalLayer(config, patch, rngs)
 
   def tables(self, latent_shape) -> dict:
@@ -116,9 +132,17 @@ class VideoDiT(nnx.Module):
       batch: rows that run together, both halves of guidance counted; guided: whether there are two halves.
     """
     layout, dims = self.config.layout(latent_shape), self.config.dims.for_method
-    stack = lambda count, state: jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), state)
-    rows = lambda method: batch // 2 if guided and method.shares_state else batch
-    return [stack(count, method.init_state(rows(method), dims, layout)) for count, method in self.config.runs()]
+
+    def stack(count, state):
+      return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), state)
+
+    def rows(method):
+      return batch // 2 if guided and method.shares_state else batch
+
+    return [
+      stack(count, method.init_state(rows(method), dims, layout))
+      for count, method in self.config.runs()
+    ]
 
   def schedule(self, steps: int) -> list[tuple[str, ...]]:
     """What each of `steps` sampling steps does: one phase per run of layers.
@@ -155,10 +179,16 @@ class VideoDiT(nnx.Module):
     for i, run in enumerate(self.runs):
       key = None if rng is None else jax.random.fold_in(rng, i)
       own = dataclasses.replace(cond, phase=phases[i])
-      tokens, new, aux = self._run(run, tokens, condition, own, key, layout, tables["methods"][i], state[i])
+      tokens, new, aux = self._run(
+        run, tokens, condition, own, key, layout, tables["methods"][i], state[i]
+      )
       states.append(new)
       auxes.append(aux)
-    return unpatchify(layout.unpack(self.final(tokens, condition)), x.shape[1:], self.config.patch), states, auxes
+    return (
+      unpatchify(layout.unpack(self.final(tokens, condition)), x.shape[1:], self.config.patch),
+      states,
+      auxes,
+    )
 
   def _run(self, run, x, condition, cond, key, layout, tables, state):
     """Scans over the stacked layers of one run."""
@@ -197,7 +227,10 @@ def make_tables(config: ModelConfig, latent_shape) -> dict:
     ConfigError: if a method cannot serve the grid.
   """
   layout = config.layout(latent_shape)
-  known = lambda x: x.with_mean() if isinstance(x, BlockMask) else x
+
+  def known(x):
+    return x.with_mean() if isinstance(x, BlockMask) else x
+
   methods = []
   for _, method in config.runs():
     with refusing(f"attention method {type(method).__name__}"):

@@ -22,7 +22,9 @@ _COLOURS = "magma"
 _EXTRA = ".row { display: flex; gap: 10px; overflow-x: auto; margin-bottom: 1em } .row img { width: 192px; border-radius: 4px }"
 
 
-def write_comparison(out, result: dict, videos: dict[str, np.ndarray], captions: list[str], fps: float) -> pathlib.Path:
+def write_comparison(
+  out, result: dict, videos: dict[str, np.ndarray], captions: list[str], fps: float
+) -> pathlib.Path:
   """Writes `<method>/<sample>.mp4` per video, comparison.json and comparison.html to `out`; returns the page's path.
 
   Args:
@@ -32,18 +34,35 @@ def write_comparison(out, result: dict, videos: dict[str, np.ndarray], captions:
   out = pathlib.Path(out)
   out.mkdir(parents=True, exist_ok=True)
   _remove_old(out)
-  paths = {name: [out / slug(name) / f"{i:03d}_{slug(c)}.mp4" for i, c in enumerate(captions)] for name in videos}
+  paths = {
+    name: [out / slug(name) / f"{i:03d}_{slug(c)}.mp4" for i, c in enumerate(captions)]
+    for name in videos
+  }
   for name, own in videos.items():
     for path, video in zip(paths[name], own, strict=True):
       write_mp4(path, video, fps)
   (out / "comparison.json").write_text(json.dumps(result, indent=1))
   sections = (
-    ("Figures", "The first method is the reference; quality is per frame, then averaged.", _figures(result)),
-    ("Videos", "The same noise; below each video, where it differs from the reference.", _videos(videos, captions, paths)),
-    ("Density", "Scored pairs / n² as run, of one sample: sampling steps to the right, layer and head down.", _density(result)),
+    (
+      "Figures",
+      "The first method is the reference; quality is per frame, then averaged.",
+      _figures(result),
+    ),
+    (
+      "Videos",
+      "The same noise; below each video, where it differs from the reference.",
+      _videos(videos, captions, paths),
+    ),
+    (
+      "Density",
+      "Scored pairs / n² as run, of one sample: sampling steps to the right, layer and head down.",
+      _density(result),
+    ),
     ("Run", "What ran, on what.", _facts(result)),
   )
-  body = "\n".join(f"<section><h2>{title}</h2><p>{intro}</p>{inner}</section>" for title, intro, inner in sections)
+  body = "\n".join(
+    f"<section><h2>{title}</h2><p>{intro}</p>{inner}</section>" for title, intro, inner in sections
+  )
   page = (
     '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Methods side by side</title>'
     f"<style>{STYLE}{_EXTRA}</style></head><body><h1>Methods side by side</h1>\n{body}\n</body></html>\n"
@@ -76,7 +95,13 @@ def _figures(result) -> str:
   rows = result["rows"]
   metrics = list(rows[-1]["quality"] or {})
   units = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS"}
-  head = ["method", *(units[m] for m in metrics), "density", "attention FLOPs / dense", "all FLOPs / dense"]
+  head = [
+    "method",
+    *(units[m] for m in metrics),
+    "density",
+    "attention FLOPs / dense",
+    "all FLOPs / dense",
+  ]
   head += ["compile, s", "run, s", "s per sample"]
   numbers = [
     (r["method"], *((r["quality"] or {}).get(m) for m in metrics), r["density"])
@@ -85,15 +110,25 @@ def _figures(result) -> str:
     for r in rows
   ]
   flops = f"<p>FLOPs are {html.escape(result['flops_are'])}</p>" if "flops_are" in result else ""
-  absent = "" if "lpips" in metrics else "<p class=absent>LPIPS was not measured: it needs --lpips_weights.</p>"
+  absent = (
+    ""
+    if "lpips" in metrics
+    else "<p class=absent>LPIPS was not measured: it needs --lpips_weights.</p>"
+  )
   return table(head, numbers) + flops + absent
 
 
 def _videos(videos, captions, paths) -> str:
   (first, reference), shown = next(iter(videos.items())), min(len(captions), _MAX_SAMPLES)
-  maps = {name: difference(own[:shown], reference[:shown]) for name, own in videos.items() if name != first}
+  maps = {
+    name: difference(own[:shown], reference[:shown])
+    for name, own in videos.items()
+    if name != first
+  }
   most = max((float(m.max()) for m in maps.values()), default=0.0) or 1.0
-  parts = [f"<p>Black is equal, the brightest colour is {most:.1f} grey levels, in all pictures alike.</p>"]
+  parts = [
+    f"<p>Black is equal, the brightest colour is {most:.1f} grey levels, in all pictures alike.</p>"
+  ]
   for i in range(shown):
     cards = []
     for name in videos:
@@ -120,7 +155,14 @@ def _density(result) -> str:
     density = np.asarray(r["density_by_step_layer_head"])  # [steps, layers, heads]
     steps, layers, heads = density.shape
     figure, (axis,) = panels(1, 6.5, min(6, 1.3 + 0.09 * layers * heads))
-    shown = axis.imshow(density.reshape(steps, -1).T, vmin=0, vmax=1, aspect="auto", cmap="viridis", interpolation="nearest")
+    shown = axis.imshow(
+      density.reshape(steps, -1).T,
+      vmin=0,
+      vmax=1,
+      aspect="auto",
+      cmap="viridis",
+      interpolation="nearest",
+    )
     axis.hlines(np.arange(1, layers) * heads - 0.5, -0.5, steps - 0.5, color="white", lw=1)
     axis.set_yticks(np.arange(layers) * heads, [f"{i}.0" for i in range(layers)])
     axis.set(xlabel="step", ylabel="layer.head", title=f"{r['method']}: mean {r['density']:.3f}")
@@ -131,4 +173,7 @@ def _density(result) -> str:
 
 
 def _facts(result) -> str:
-  return table([], [(k.replace("_", " "), text(v)) for k, v in result.items() if isinstance(v, int | float | str)])
+  return table(
+    [],
+    [(k.replace("_", " "), text(v)) for k, v in result.items() if isinstance(v, int | float | str)],
+  )

@@ -41,7 +41,9 @@ def check(value, form, where: str):
   if isinstance(form, type):
     allowed = (int, float) if form is float else form
     if not isinstance(value, allowed) or (isinstance(value, bool) and form is not bool):
-      raise Absent(f"{where} has another form than expected: {form.__name__} wanted, found {type(value).__name__}.")
+      raise Absent(
+        f"{where} has another form than expected: {form.__name__} wanted, found {type(value).__name__}."
+      )
   elif isinstance(form, list):
     for i, entry in enumerate(check(value, list, where)):
       check(entry, form[0], f"{where}[{i}]")
@@ -90,7 +92,11 @@ def series(rows: list[dict], key: str):
 
 def read_routing(workdir: pathlib.Path) -> dict:
   """routing.json with `probs` and `choice` as float64 `[layers, quarters of t, heads, branches]`."""
-  routing = read_json(workdir, "routing.json", {"branches": [str], "bucket_edges": [float], "probs": list, "choice": list})
+  routing = read_json(
+    workdir,
+    "routing.json",
+    {"branches": [str], "bucket_edges": [float], "probs": list, "choice": list},
+  )
   wanted = (len(routing["bucket_edges"]) - 1, len(routing["branches"]))
   for key in ("probs", "choice"):
     try:

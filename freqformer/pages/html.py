@@ -21,7 +21,9 @@ img { max-width: 100%; display: block } video { width: 192px; border-radius: 4px
 
 def facts(rows) -> str:
   """A table of names and values, left-aligned: the values have no common unit to line up."""
-  return table([], [(name, text(value)) for name, value in rows]).replace("<table>", "<table class=facts>", 1)
+  return table([], [(name, text(value)) for name, value in rows]).replace(
+    "<table>", "<table class=facts>", 1
+  )
 
 
 def text(value) -> str:
@@ -45,7 +47,10 @@ def table(head, rows) -> str:
   numeric = [any(isinstance(r[i], int | float) for r in rows) for i in range(len(head))]
   top = "".join(cell(h, "th", n) for h, n in zip(head, numeric, strict=True))
   return (
-    "<table>" + (f"<tr>{top}</tr>" if head else "") + "".join(f"<tr>{''.join(map(cell, r))}</tr>" for r in rows) + "</table>"
+    "<table>"
+    + (f"<tr>{top}</tr>" if head else "")
+    + "".join(f"<tr>{''.join(map(cell, r))}</tr>" for r in rows)
+    + "</table>"
   )
 
 
@@ -53,9 +58,7 @@ def image(figure: Figure, alt: str) -> str:
   data = io.BytesIO()
   figure.savefig(data, format="png", dpi=160, bbox_inches="tight")
   width = round(100 * figure.get_figwidth())
-  return (
-    f'<img alt="{html.escape(alt)}" width="{width}" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
-  )
+  return f'<img alt="{html.escape(alt)}" width="{width}" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
 
 
 def panels(count: int, width: float = 9.5, height: float = 3.0):

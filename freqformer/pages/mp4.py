@@ -22,7 +22,9 @@ def check_folder(path) -> pathlib.Path:
   path = pathlib.Path(path)
   there = next((p for p in (path, *path.parents) if p.exists()), path)
   if there.exists() and not there.is_dir():
-    raise ConfigError(f"{path} cannot be a folder: {there} is a file; name another, or move it away.")
+    raise ConfigError(
+      f"{path} cannot be a folder: {there} is a file; name another, or move it away."
+    )
   return path
 
 
@@ -45,11 +47,15 @@ def write_mp4(path, video: np.ndarray, fps: float = 25) -> None:
   with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
     stream = container.add_stream(codec, rate=_rate(fps))
     stream.height, stream.width, stream.pix_fmt = video.shape[1], video.shape[2], "yuv420p"
-    stream.options = {"crf": "16", "preset": "medium"} if codec == "libx264" else {"qmin": "2", "qmax": "5"}
+    stream.options = (
+      {"crf": "16", "preset": "medium"} if codec == "libx264" else {"qmin": "2", "qmax": "5"}
+    )
     if codec == "mpeg4":
       stream.bit_rate = 4_000_000
     for image in video:
-      container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
+      container.mux(
+        stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24"))
+      )
     container.mux(stream.encode())
 
 
@@ -66,16 +72,22 @@ def grid(videos, columns: int, labels=None) -> np.ndarray:
   """
   videos = [_checked(v) for v in videos]
   if not videos or columns < 1:
-    raise ValueError(f"grid needs at least one video and column, got {len(videos)} videos and {columns=}.")
+    raise ValueError(
+      f"grid needs at least one video and column, got {len(videos)} videos and {columns=}."
+    )
   if len({v.shape[1:] for v in videos}) > 1:
-    raise ValueError(f"grid needs videos of one size, got {sorted({v.shape[1:3] for v in videos})}.")
+    raise ValueError(
+      f"grid needs videos of one size, got {sorted({v.shape[1:3] for v in videos})}."
+    )
   if labels is not None and len(labels) != len(videos):
     raise ValueError(f"grid got {len(labels)} labels for {len(videos)} videos.")
   frames, (y, x) = max(len(v) for v in videos), videos[0].shape[1:3]
   head = _LABEL_ROWS if labels is not None else 0
   columns = min(columns, len(videos))
   rows = -(-len(videos) // columns)
-  out = np.full((frames, rows * (y + head + _GAP) - _GAP, columns * (x + _GAP) - _GAP, 3), 255, np.uint8)
+  out = np.full(
+    (frames, rows * (y + head + _GAP) - _GAP, columns * (x + _GAP) - _GAP, 3), 255, np.uint8
+  )
   for i, video in enumerate(videos):
     top, left = i // columns * (y + head + _GAP), i % columns * (x + _GAP)
     if head:
@@ -108,12 +120,16 @@ def grid_png(path, videos, labels=None, frames: int = 8) -> None:
 def _checked(video) -> np.ndarray:
   video = np.asarray(video)
   if video.dtype != np.uint8 or video.ndim != 4 or video.shape[-1] != 3 or 0 in video.shape:
-    raise ValueError(f"a video is uint8 [t, y, x, 3] with at least one frame; got {video.dtype} {list(video.shape)}.")
+    raise ValueError(
+      f"a video is uint8 [t, y, x, 3] with at least one frame; got {video.dtype} {list(video.shape)}."
+    )
   return video
 
 
 def _even(video):
-  return np.pad(video, ((0, 0), (0, video.shape[1] % 2), (0, video.shape[2] % 2), (0, 0)), mode="edge")
+  return np.pad(
+    video, ((0, 0), (0, video.shape[1] % 2), (0, video.shape[2] % 2), (0, 0)), mode="edge"
+  )
 
 
 def _rate(fps):

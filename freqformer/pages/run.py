@@ -21,7 +21,9 @@ from freqformer.pages.html import STYLE, facts, image, panels, table
 from freqformer.train.resume import change_text
 
 _COLOURS = ("#3b6fb6", "#e0a030", "#b5483f", "#4f8f5b", "#7a5ca8", "#6b7280")
-_MAX_CLASSES = 24  # Videos are embedded: all of UCF-101's classes would make a page of tens of megabytes.
+_MAX_CLASSES = (
+  24  # Videos are embedded: all of UCF-101's classes would make a page of tens of megabytes.
+)
 
 
 def write_report(workdir) -> pathlib.Path:
@@ -52,7 +54,9 @@ def _section(workdir, title, source, intro, body) -> str:
     inner = body(workdir)
   except Absent as reason:
     inner = f'<p class="absent">Not shown: {html.escape(str(reason))}</p>'
-  return f'<section><h2>{title}</h2><p>{intro}</p>{inner}<p class="file">From {source}.</p></section>'
+  return (
+    f'<section><h2>{title}</h2><p>{intro}</p>{inner}<p class="file">From {source}.</p></section>'
+  )
 
 
 _RUN = {
@@ -67,11 +71,15 @@ _RUN = {
 
 
 def _run_table(workdir) -> str:
-  run = {key: value for key, value in read_json(workdir, "run.json", _RUN).items() if value is not None}
+  run = {
+    key: value for key, value in read_json(workdir, "run.json", _RUN).items() if value is not None
+  }
   names = {"method": "attention method", "device": "device", "git": "git revision"}
   names |= {"params": "parameters", "tokens": "tokens per clip", "tiles": "tiles"}
   rows = [(name, run[key]) for key, name in names.items() if key in run]
-  rows += [(f"{n}, t × y × x tokens", " × ".join(map(str, run[n]))) for n in ("grid", "tile") if n in run]
+  rows += [
+    (f"{n}, t × y × x tokens", " × ".join(map(str, run[n]))) for n in ("grid", "tile") if n in run
+  ]
   rows += [(f"{name}, seconds", float(value)) for name, value in run.get("seconds", {}).items()]
   if "versions" in run:
     rows += [("versions", ", ".join(f"{k} {v}" for k, v in run["versions"].items()))]
@@ -99,11 +107,21 @@ def _samples(workdir) -> str:
     f'<div><b>{html.escape(n)}</b><div class="pair">{video("samples", n, "generated")}{video("real", n, "real")}</div></div>'
     for n in names[:_MAX_CLASSES]
   )
-  more = f"<p>{len(names) - _MAX_CLASSES} further classes are in samples/.</p>" if len(names) > _MAX_CLASSES else ""
+  more = (
+    f"<p>{len(names) - _MAX_CLASSES} further classes are in samples/.</p>"
+    if len(names) > _MAX_CLASSES
+    else ""
+  )
   known = (workdir / "samples" / "sampling.json").exists()
-  plain = [(k.replace("_", " "), v) for k, v in read_json(workdir, "samples/sampling.json").items()] if known else []
+  plain = (
+    [(k.replace("_", " "), v) for k, v in read_json(workdir, "samples/sampling.json").items()]
+    if known
+    else []
+  )
   plain = [(k, v) for k, v in plain if isinstance(v, int | float | str)]
-  details = f"<details><summary>How they were sampled</summary>{facts(plain)}</details>" if plain else ""
+  details = (
+    f"<details><summary>How they were sampled</summary>{facts(plain)}</details>" if plain else ""
+  )
   return f'<div class="clips">{cards}</div>{more}{details}'
 
 
@@ -124,8 +142,13 @@ def _losses(workdir) -> str:
   figure, (left, right) = panels(2)
   steps, loss = series(train, "loss")
   left.plot(steps, loss, color=_COLOURS[0], alpha=0.3, lw=0.8, label="train")
-  left.plot(steps, _smooth(loss, max(1, len(loss) / 15)), color=_COLOURS[0], label="train, smoothed")
-  for kind, label, colour in (("val", "validation", _COLOURS[2]), ("val_soft", "validation, soft routing", _COLOURS[1])):
+  left.plot(
+    steps, _smooth(loss, max(1, len(loss) / 15)), color=_COLOURS[0], label="train, smoothed"
+  )
+  for kind, label, colour in (
+    ("val", "validation", _COLOURS[2]),
+    ("val_soft", "validation, soft routing", _COLOURS[1]),
+  ):
     if len(series(metric_rows(workdir, kind), "loss")[0]):
       left.plot(*series(metric_rows(workdir, kind), "loss"), "o-", ms=4, color=colour, label=label)
   left.set(xlabel="step", ylabel="velocity loss (mean square)")
@@ -134,8 +157,16 @@ def _losses(workdir) -> str:
   right.set(xlabel="step", ylabel="gradient norm", yscale="log")
   for axis in (left, right):
     axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-  last = {k: float(series(train, k)[1][-1]) for k in ("loss", "lr", "steps_per_s") if len(series(train, k)[1])}
-  units = {"loss": "last training loss", "lr": "last learning rate", "steps_per_s": "steps per second"}
+  last = {
+    k: float(series(train, k)[1][-1])
+    for k in ("loss", "lr", "steps_per_s")
+    if len(series(train, k)[1])
+  }
+  units = {
+    "loss": "last training loss",
+    "lr": "last learning rate",
+    "steps_per_s": "steps per second",
+  }
   return image(figure, "loss over steps") + facts((units[k], v) for k, v in last.items())
 
 
@@ -146,17 +177,27 @@ def _buckets(workdir) -> str:
   last, count = rows[-1], len(rows[-1]["buckets"])
   soft = [r["buckets"] for r in metric_rows(workdir, "val_soft") if r["step"] == last["step"]]
   bars = {"model": last["buckets"], "model, soft routing": soft[0] if soft else None}
-  bars = {k: v for k, v in {**bars, "best per-channel linear predictor": last.get("linear_buckets")}.items() if v}
+  bars = {
+    k: v
+    for k, v in {**bars, "best per-channel linear predictor": last.get("linear_buckets")}.items()
+    if v
+  }
   figure, (axis,) = panels(1, 8.5)
   for i, (name, values) in enumerate(bars.items()):
     colour = _COLOURS[5] if "linear" in name else _COLOURS[i]
-    axis.bar(np.arange(count) + (i - (len(bars) - 1) / 2) * 0.27, values, 0.25, label=name, color=colour)
+    axis.bar(
+      np.arange(count) + (i - (len(bars) - 1) / 2) * 0.27, values, 0.25, label=name, color=colour
+    )
   labels = [f"{i / count:g} – {(i + 1) / count:g}" for i in range(count)]
   axis.set_xticks(range(count), labels)
-  axis.set(xlabel="t (1 is noise)", ylabel="velocity loss", title=f"validation at step {last['step']}")
+  axis.set(
+    xlabel="t (1 is noise)", ylabel="velocity loss", title=f"validation at step {last['step']}"
+  )
   axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
   head = ["mean-square velocity error", *(f"t {t}" for t in labels)]
-  return image(figure, "loss by timestep") + table(head, [(k, *map(float, v)) for k, v in bars.items()])
+  return image(figure, "loss by timestep") + table(
+    head, [(k, *map(float, v)) for k, v in bars.items()]
+  )
 
 
 def _router(workdir) -> str:
@@ -187,10 +228,14 @@ def _heatmap(routing: dict) -> Figure:
   ticks = range(0, layers * heads, every)
   for i, axis in enumerate(axes):
     flat = probs[:, i].reshape(-1, branches)
-    image = axis.imshow(flat, vmin=0, vmax=1, aspect="auto", cmap="viridis", interpolation="nearest")
+    image = axis.imshow(
+      flat, vmin=0, vmax=1, aspect="auto", cmap="viridis", interpolation="nearest"
+    )
     axis.hlines(np.arange(1, layers) * heads - 0.5, -0.5, branches - 0.5, color="white", lw=1.5)
     axis.set_xticks(range(branches), routing["branches"])
-    axis.set_yticks(ticks, [f"{r // heads}.{r % heads}" for r in ticks] if i == 0 else [], fontsize=7)
+    axis.set_yticks(
+      ticks, [f"{r // heads}.{r % heads}" for r in ticks] if i == 0 else [], fontsize=7
+    )
     axis.set_title("t {:g} – {:g}".format(*routing["bucket_edges"][i : i + 2]), fontsize=10)
   axes[0].set_ylabel("layer.head")
   figure.colorbar(image, ax=list(axes), label="mean probability", fraction=0.03, pad=0.01)
@@ -207,13 +252,24 @@ def _routing(workdir) -> str:
     share = routing[key].mean((0, 2))  # [buckets, branches]
     below = np.zeros(len(share))
     for branch, name in enumerate(names):
-      axis.bar(labels, share[:, branch], 0.7, bottom=below, label=name, color=_COLOURS[branch % len(_COLOURS)])
+      axis.bar(
+        labels,
+        share[:, branch],
+        0.7,
+        bottom=below,
+        label=name,
+        color=_COLOURS[branch % len(_COLOURS)],
+      )
       below = below + share[:, branch]
     axis.set(xlabel="t (1 is noise)", title=title, ylim=(0, 1))
   axes[1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-  rows = [(f"t {t}", *map(float, s)) for t, s in zip(labels, routing["probs"].mean((0, 2)), strict=True)]
+  rows = [
+    (f"t {t}", *map(float, s)) for t, s in zip(labels, routing["probs"].mean((0, 2)), strict=True)
+  ]
   heat = image(_heatmap(routing), "routing heatmap")
-  return heat + image(figure, "allocation over timesteps") + table(["mean probability", *names], rows)
+  return (
+    heat + image(figure, "allocation over timesteps") + table(["mean probability", *names], rows)
+  )
 
 
 _COST = {"method": str, **dict.fromkeys(("attention_flops", "linear_flops", "density"), float)}
@@ -225,26 +281,56 @@ def _cost(workdir) -> str:
   if not rows:
     raise Absent("cost.json has no rows.")
   most = max(r["attention_flops"] + r["linear_flops"] for r in rows)
-  scale, unit = next(((s, u) for s, u in ((1e12, "TFLOP"), (1e9, "GFLOP")) if most >= s), (1e6, "MFLOP"))
-  head = ["method", f"attention, {unit}", f"linear, {unit}", "density", "sparsity", "layer, ms", "attention, ms", "note"]
+  scale, unit = next(
+    ((s, u) for s, u in ((1e12, "TFLOP"), (1e9, "GFLOP")) if most >= s), (1e6, "MFLOP")
+  )
+  head = [
+    "method",
+    f"attention, {unit}",
+    f"linear, {unit}",
+    "density",
+    "sparsity",
+    "layer, ms",
+    "attention, ms",
+    "note",
+  ]
   numbers = table(
     head,
     [
-      (r["method"], r["attention_flops"] / scale, r["linear_flops"] / scale, float(r["density"]), 1 - float(r["density"]))
+      (
+        r["method"],
+        r["attention_flops"] / scale,
+        r["linear_flops"] / scale,
+        float(r["density"]),
+        1 - float(r["density"]),
+      )
       + (r.get("layer_ms"), r.get("attention_ms"), r.get("note") or "")
       for r in rows
     ],
   )
   dense = next((r for r in rows if r["method"] == "dense"), None)
   if dense is None:
-    return numbers + '<p class="absent">No chart: cost.json has no row named dense to compare with.</p>'
-  kinds = {"attention_flops": "attention FLOPs", "layer_ms": "layer time", "attention_ms": "attention time"}
+    return (
+      numbers + '<p class="absent">No chart: cost.json has no row named dense to compare with.</p>'
+    )
+  kinds = {
+    "attention_flops": "attention FLOPs",
+    "layer_ms": "layer time",
+    "attention_ms": "attention time",
+  }
   kinds = {k: label for k, label in kinds.items() if dense.get(k)}
   figure, (axis,) = panels(1, 7.5, 1.1 + 0.55 * len(rows))
   for i, (key, label) in enumerate(kinds.items()):
     at = np.arange(len(rows)) + (i - (len(kinds) - 1) / 2) * 0.27
-    bars = axis.barh(at, [(r.get(key) or 0) / dense[key] for r in rows], 0.25, label=label, color=_COLOURS[i])
-    axis.bar_label(bars, [f"{r[key] / dense[key]:.2f}" if r.get(key) else "not timed" for r in rows], padding=3, fontsize=8)
+    bars = axis.barh(
+      at, [(r.get(key) or 0) / dense[key] for r in rows], 0.25, label=label, color=_COLOURS[i]
+    )
+    axis.bar_label(
+      bars,
+      [f"{r[key] / dense[key]:.2f}" if r.get(key) else "not timed" for r in rows],
+      padding=3,
+      fontsize=8,
+    )
   axis.set_yticks(range(len(rows)), [r["method"] for r in rows])
   axis.axvline(1, color=_COLOURS[5], lw=0.8, ls="--")
   axis.invert_yaxis()
@@ -258,7 +344,10 @@ def _evaluation(workdir) -> str:
   form = {"classifier": {**dict.fromkeys(names, float), "count": int}}
   result = read_json(workdir, "evaluation.json", form)["classifier"]
   rows = [(label, float(result[k])) for k, label in names.items()]
-  return table(["clips", "accuracy, share"], rows) + f"<p>{int(result['count'])} samples were classified.</p>"
+  return (
+    table(["clips", "accuracy, share"], rows)
+    + f"<p>{int(result['count'])} samples were classified.</p>"
+  )
 
 
 def _config(workdir) -> str:
@@ -268,7 +357,12 @@ def _config(workdir) -> str:
 
 _SECTIONS = (  # title, file, one sentence, body
   ("Run", "run.json", "What ran, on what, and how long each part took.", _run_table),
-  ("Samples", "samples/ and real/", "Generated | a real training clip of the class (through the codec).", _samples),
+  (
+    "Samples",
+    "samples/ and real/",
+    "Generated | a real training clip of the class (through the codec).",
+    _samples,
+  ),
   ("Losses", "metrics.jsonl", "The velocity error in training and on held-out clips.", _losses),
   (
     "Loss by timestep",
@@ -282,9 +376,24 @@ _SECTIONS = (  # title, file, one sentence, body
     "Entropy 0: heads are decided. Density is the chosen branches, cost all that ran.",
     _router,
   ),
-  ("Routing", "routing.json", "Which branch each head is given, by timestep: t near 1 is noise, t near 0 is video.", _routing),
-  ("Cost", "cost.json", "What attention costs, counted and, where a time is given, measured.", _cost),
-  ("Evaluation", "evaluation.json", "How often a classifier of real clips recognises the class asked for.", _evaluation),
+  (
+    "Routing",
+    "routing.json",
+    "Which branch each head is given, by timestep: t near 1 is noise, t near 0 is video.",
+    _routing,
+  ),
+  (
+    "Cost",
+    "cost.json",
+    "What attention costs, counted and, where a time is given, measured.",
+    _cost,
+  ),
+  (
+    "Evaluation",
+    "evaluation.json",
+    "How often a classifier of real clips recognises the class asked for.",
+    _evaluation,
+  ),
   ("Config", "config.json", "Every setting of the run.", _config),
 )
 

@@ -16,7 +16,15 @@ MOST_BLOCK = 1024  # rows of a tile: far more than an SM can hold at once, which
 _SUFFIXES = {"k": 1 << 10, "m": 1 << 20}
 # Who gives one of these asks for rows; the others only say how.
 _ASKS = ("model", "method", "compare", "tokens", "grid", "gpus", "block", "run")
-_DEFAULTS = {"model": "wan2.1-1.3b", "method": "freqformer", "compare": "", "tokens": "", "grid": "", "gpus": 1, "block": 128}
+_DEFAULTS = {
+  "model": "wan2.1-1.3b",
+  "method": "freqformer",
+  "compare": "",
+  "tokens": "",
+  "grid": "",
+  "gpus": 1,
+  "block": 128,
+}
 
 
 def parse(argv, description: str) -> argparse.Namespace:
@@ -25,22 +33,39 @@ def parse(argv, description: str) -> argparse.Namespace:
   Raises:
     ConfigError: for a value out of range, or an argument that the others leave without effect.
   """
-  parser = argparse.ArgumentParser(prog="python -m freqformer.simulate", description=description, allow_abbrev=False)
+  parser = argparse.ArgumentParser(
+    prog="python -m freqformer.simulate", description=description, allow_abbrev=False
+  )
   add = parser.add_argument
-  add("--model", help=f"{', '.join(known('models'))} (default {_DEFAULTS['model']}), or a JSON file")
-  add("--method", help=f"{', '.join(METHODS)}, with fields: block_topk(density=0.2), freqformer(router=dict(prior=(1,1,2)))")
+  add(
+    "--model", help=f"{', '.join(known('models'))} (default {_DEFAULTS['model']}), or a JSON file"
+  )
+  add(
+    "--method",
+    help=f"{', '.join(METHODS)}, with fields: block_topk(density=0.2), freqformer(router=dict(prior=(1,1,2)))",
+  )
   add("--compare", help="further methods, separated by commas")
   add("--gpu", default="h100", help=f"{', '.join(known('gpus'))}, or a JSON file")
   add("--gpus", type=int, help="sequence-parallel GPUs")
   add("--tokens", help="64k,128k,1m or any whole numbers; default: the model's usual video")
   add("--grid", help="tokens t,y,x")
   add("--block", type=int, help=f"rows of a tile, 1..{MOST_BLOCK}; default {_DEFAULTS['block']}")
-  add("--run", action="store_true", help="also a whole denoising run and the longest video that fits")
+  add(
+    "--run", action="store_true", help="also a whole denoising run and the longest video that fits"
+  )
   add("--steps", type=int, help="denoising steps of --run; default: the model's")
-  add("--calibrate", default="", help="JSON rows of measurements: fit the rates, report every row; uses them for the rest")
+  add(
+    "--calibrate",
+    default="",
+    help="JSON rows of measurements: fit the rates, report every row; uses them for the rest",
+  )
   add("--write_gpu", default="", help="with --calibrate: write the calibrated GPU to this file")
   add("--format", default="table", choices=("table", "json", "csv"))
-  add("--plot", default="", help="write a plot of the rows (with --calibrate alone: of the fit) to this file")
+  add(
+    "--plot",
+    default="",
+    help="write a plot of the rows (with --calibrate alone: of the fit) to this file",
+  )
   args = parser.parse_args(argv)
   args.rows = not args.calibrate or any(getattr(args, name) for name in _ASKS)
   for name, value in _DEFAULTS.items():
@@ -51,13 +76,19 @@ def parse(argv, description: str) -> argparse.Namespace:
 
 def _check(args):
   if not 1 <= args.block <= MOST_BLOCK:
-    raise ConfigError(f"--block={args.block} must lie in 1..{MOST_BLOCK}, the rows of a tile that one SM works on.")
+    raise ConfigError(
+      f"--block={args.block} must lie in 1..{MOST_BLOCK}, the rows of a tile that one SM works on."
+    )
   if args.gpus < 1:
     raise ConfigError(f"--gpus={args.gpus} must be at least 1.")
   if args.steps is not None and (args.steps < 1 or not args.run):
-    raise ConfigError(f"--steps={args.steps} must be at least 1 and is the length of --run; add --run.")
+    raise ConfigError(
+      f"--steps={args.steps} must be at least 1 and is the length of --run; add --run."
+    )
   if args.write_gpu and not args.calibrate:
-    raise ConfigError(f"--write_gpu={args.write_gpu} writes what --calibrate=rows.json fits; add --calibrate.")
+    raise ConfigError(
+      f"--write_gpu={args.write_gpu} writes what --calibrate=rows.json fits; add --calibrate."
+    )
   if args.plot:
     plots.check_format(args.plot)
 
@@ -92,7 +123,9 @@ def parse_grid(text: str) -> tuple[int, int, int]:
   """`21,45,80` or `21x45x80` -> (21, 45, 80)."""
   words = [w.strip() for w in text.lower().replace("x", ",").split(",")]
   if len(words) != 3 or not all(re.fullmatch(r"0*[1-9][0-9]{0,17}", w) for w in words):
-    raise ConfigError(f"--grid: {text!r} must be three positive token counts t,y,x, as in 21,45,80.")
+    raise ConfigError(
+      f"--grid: {text!r} must be three positive token counts t,y,x, as in 21,45,80."
+    )
   return tuple(int(w) for w in words)
 
 
@@ -113,12 +146,17 @@ def grids(args, card: ModelCard) -> list[tuple[int, int, int]]:
   if args.grid:
     grid = parse_grid(args.grid)
     if args.tokens and parse_tokens(args.tokens) != [math.prod(grid)]:
-      raise ConfigError(f"--grid={args.grid} has {math.prod(grid)} tokens, --tokens={args.tokens}; give one, or equal ones.")
+      raise ConfigError(
+        f"--grid={args.grid} has {math.prod(grid)} tokens, --tokens={args.tokens}; give one, or equal ones."
+      )
     return [grid]
   found = []
   for n in parse_tokens(args.tokens) if args.tokens else [math.prod(card.grid)]:
     own = card.grid_of(n)
     found.append(own or cubic_grid(n))
     what = f"of a video of {card.name}" if own else "the most cubic"
-    print(f"{n:,} tokens: grid {'x'.join(map(str, found[-1]))}, {what} (choose with --grid)", file=sys.stderr)
+    print(
+      f"{n:,} tokens: grid {'x'.join(map(str, found[-1]))}, {what} (choose with --grid)",
+      file=sys.stderr,
+    )
   return found

@@ -54,11 +54,15 @@ class Calibration:
       f"{'row':<44} {'measured ms':>12} {'simulated ms':>13} {'error':>8}  fitted",
     ]
     for r in self.rows:
-      times = f"{1e3 * r['measured_seconds']:>12.4g} {1e3 * r['seconds']:>13.4g} {r['error']:>+8.1%}"
+      times = (
+        f"{1e3 * r['measured_seconds']:>12.4g} {1e3 * r['seconds']:>13.4g} {r['error']:>+8.1%}"
+      )
       lines.append(f"{r['name']:<44} {times}  {'yes' if r['fitted'] else 'no'}")
     kernels = {r["implementation"] for r in self.rows}
     for kernel in sorted(kernels):
-      errors = [abs(r["error"]) for r in self.rows if not r["fitted"] and r["implementation"] == kernel]
+      errors = [
+        abs(r["error"]) for r in self.rows if not r["fitted"] and r["implementation"] == kernel
+      ]
       if errors:
         what = f"{len(errors)} rows{f' of {kernel}' * bool(kernel and len(kernels) > 1)} not fitted"
         lines.append(f"{what}: mean error {statistics.mean(errors):.1%}, worst {max(errors):.1%}")
@@ -71,7 +75,9 @@ def fit_file(gpu: Gpu, path) -> Calibration:
   return dataclasses.replace(calibrate(gpu, measured), notes=tuple(notes))
 
 
-def calibrate(gpu: Gpu, measured: list[Measurement], free: tuple[str, ...] | None = None) -> Calibration:
+def calibrate(
+  gpu: Gpu, measured: list[Measurement], free: tuple[str, ...] | None = None
+) -> Calibration:
   """Least squares of log(simulated / measured) over the rows with `fit`, one rate at a time until nothing moves.
 
   Args:
@@ -113,7 +119,9 @@ def carry_over(fitted: Gpu, to: Gpu) -> Gpu:
   """
   differs = [f for f in _SM_FACTS if getattr(fitted, f) != getattr(to, f)]
   if differs:
-    raise ConfigError(f"rates of {fitted.name} say nothing about {to.name}: {', '.join(differs)} differ.")
+    raise ConfigError(
+      f"rates of {fitted.name} say nothing about {to.name}: {', '.join(differs)} differ."
+    )
   names = tuple(n for n in _SM_RATES if n in fitted.fitted)
   return dataclasses.replace(
     to,
@@ -137,12 +145,16 @@ def _limits(gpu, start, names) -> list[str]:
 
 def _misses(gpu, rows) -> list[str]:
   """Fitted rows that are missed all the same."""
-  errors = sorted(((_predict(gpu, m) / m.seconds - 1, m.name) for m in rows), key=lambda e: -abs(e[0]))
+  errors = sorted(
+    ((_predict(gpu, m) / m.seconds - 1, m.name) for m in rows), key=lambda e: -abs(e[0])
+  )
   missed = [e for e in errors if abs(e[0]) > _MISSED]
   if not missed:
     return []
   error, name = missed[0]
-  return [f"{len(missed)} of {len(rows)} fitted rows are missed by more than {_MISSED:.0%}; the worst is {name}, {error:+.1%}"]
+  return [
+    f"{len(missed)} of {len(rows)} fitted rows are missed by more than {_MISSED:.0%}; the worst is {name}, {error:+.1%}"
+  ]
 
 
 def _range(start, name) -> tuple[float, float]:

@@ -20,7 +20,14 @@ from freqformer.simulation import arguments, calibrate, plots
 from freqformer.simulation.descriptions import Gpu, load_gpu, load_model, write_gpu
 from freqformer.simulation.forward import Plan, dense_baseline, make_method
 from freqformer.simulation.output import REFUSED, render, table
-from freqformer.simulation.scaling import check_fits, check_gpus, largest_video, parallel, parallel_row, parallel_run
+from freqformer.simulation.scaling import (
+  check_fits,
+  check_gpus,
+  largest_video,
+  parallel,
+  parallel_row,
+  parallel_run,
+)
 
 __all__ = ["main", "render", "run", "simulated_rows", "table"]
 
@@ -59,13 +66,27 @@ def _simulated(plan: Plan, gpu: Gpu, args) -> dict:
     seconds, phases = parallel_run(plan, gpu, args.gpus, args.steps)
     largest = largest_video(plan, gpu, args.gpus)
     found |= {"run_seconds": seconds, "run_phases": phases}
-    found |= {"largest_grid": list(largest), "largest_video_seconds": plan.card.video_seconds(largest)}
+    found |= {
+      "largest_grid": list(largest),
+      "largest_video_seconds": plan.card.video_seconds(largest),
+    }
   return found
 
 
 def _refused(plan: Plan, gpu: Gpu, gpus: int, reason: str) -> dict:
-  facts = {"model": plan.card.name, "method": plan.name, "gpu": gpu.name, "tokens": math.prod(plan.grid)}
-  return facts | {"grid": list(plan.grid), **dict.fromkeys(REFUSED), "measured": False, "gpus": gpus, "error": reason}
+  facts = {
+    "model": plan.card.name,
+    "method": plan.name,
+    "gpu": gpu.name,
+    "tokens": math.prod(plan.grid),
+  }
+  return facts | {
+    "grid": list(plan.grid),
+    **dict.fromkeys(REFUSED),
+    "measured": False,
+    "gpus": gpus,
+    "error": reason,
+  }
 
 
 def _reason(error: Exception) -> str:
@@ -103,7 +124,9 @@ def run(argv) -> str:
 
 def main(argv=None):
   """Prints rows; what the user got wrong is one sentence and exit code 2."""
-  jax.config.update("jax_platforms", "cpu")  # counting needs no accelerator, and should not wait for one
+  jax.config.update(
+    "jax_platforms", "cpu"
+  )  # counting needs no accelerator, and should not wait for one
   try:
     print(run(sys.argv[1:] if argv is None else argv))
   except ConfigError as error:

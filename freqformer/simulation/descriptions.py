@@ -78,8 +78,14 @@ class Gpu:
   itemsize: int = 2
 
   def __post_init__(self):
-    require(self, "tensor_flops hbm_bytes_per_s memory_bytes l2_bytes sms exp_per_sm_s itemsize", above=0)
-    for rate, sheet in (("attention_flops", "tensor_flops"), ("matmul_flops", "tensor_flops"), ("hbm", "hbm_bytes_per_s")):
+    require(
+      self, "tensor_flops hbm_bytes_per_s memory_bytes l2_bytes sms exp_per_sm_s itemsize", above=0
+    )
+    for rate, sheet in (
+      ("attention_flops", "tensor_flops"),
+      ("matmul_flops", "tensor_flops"),
+      ("hbm", "hbm_bytes_per_s"),
+    ):
       if getattr(self.rates, rate) > getattr(self, sheet):
         raise ValueError(
           f"rates.{rate}={getattr(self.rates, rate):g} exceeds the data sheet's {sheet}={getattr(self, sheet):g}."
@@ -142,14 +148,20 @@ class ModelCard:
   grids: tuple[tuple[int, int, int], ...] = ()
 
   def __post_init__(self):
-    require(self, "layers width heads mlp patch_channels patch compression fps grid steps forwards parameters", above=0)
+    require(
+      self,
+      "layers width heads mlp patch_channels patch compression fps grid steps forwards parameters",
+      above=0,
+    )
     require(self, "text modulation modulation_rows", least=0)
     require(self, "padded_latents", least=0, below=self.patch[0])
     require_one_of(self, "text_mode", ("none", "joint", "cross"))
     if self.width % self.heads:
       raise ValueError(f"heads={self.heads} must divide width={self.width}.")
     if (self.text > 0) != (self.text_mode != "none"):
-      raise ValueError(f"text={self.text} and text_mode={self.text_mode!r} must both say whether there is text.")
+      raise ValueError(
+        f"text={self.text} and text_mode={self.text_mode!r} must both say whether there is text."
+      )
     for grid in self.grids:
       if min(grid) < 1:
         raise ValueError(f"grids={self.grids!r} must be of positive token counts.")
@@ -158,7 +170,13 @@ class ModelCard:
   def block(self) -> BlockShape:
     """Its block's sizes."""
     return BlockShape(
-      self.width, self.heads, self.mlp, self.text, self.text_mode, self.modulation, self.modulation_rows or self.width
+      self.width,
+      self.heads,
+      self.mlp,
+      self.text,
+      self.text_mode,
+      self.modulation,
+      self.modulation_rows or self.width,
     )
 
   def grid_of(self, tokens: int) -> tuple[int, int, int] | None:

@@ -12,7 +12,12 @@ from freqformer.kernels.block_sparse.cost import CallCost, uniform
 from freqformer.methods.base import Method
 from freqformer.methods.registry import method_class, parse_method, with_fields
 from freqformer.simulation.descriptions import Gpu, ModelCard
-from freqformer.simulation.roofline import attention_seconds, expected_bytes, matmul_seconds, memory_seconds
+from freqformer.simulation.roofline import (
+  attention_seconds,
+  expected_bytes,
+  matmul_seconds,
+  memory_seconds,
+)
 
 ELEMENTWISE_LAUNCHES = 5  # norm + modulate twice, QK-norm + rotary, gated residual twice
 
@@ -92,7 +97,9 @@ def dense_baseline(plan: Plan) -> Plan:
   `dense`; a ratio against it would credit sparse methods with padding that a user's dense kernel never pays. Where the grid
   fills its tiles both are the same.
   """
-  return dataclasses.replace(plan, name="dense, unpadded", method=make_method("dense"), block=128, tile=None, unpadded=True)
+  return dataclasses.replace(
+    plan, name="dense, unpadded", method=make_method("dense"), block=128, tile=None, unpadded=True
+  )
 
 
 def cubic_grid(tokens: int) -> tuple[int, int, int]:
@@ -117,14 +124,19 @@ def simulate(plan: Plan, gpu: Gpu, phase: str | None = None) -> Forward:
     cost = _cost(plan, phase)
     own = method_call(plan.method, plan.layout, card.heads, shape.head_dim, phase)
   except (ValueError, ZeroDivisionError) as error:
-    raise ConfigError(f"method {plan.name} cannot run on grid {plan.grid} with tiles of {plan.block} rows: {error}") from error
+    raise ConfigError(
+      f"method {plan.name} cannot run on grid {plan.grid} with tiles of {plan.block} rows: {error}"
+    ) from error
   call = own if shape.text_mode != "joint" else own + _text_call(shape, n, own)
   seconds = attention_seconds(call, gpu, card.heads)
   attention_bytes = expected_bytes(call, gpu, card.heads)
   size = gpu.itemsize
   around = around_bytes(cost, n, card.width) * size / 2  # counted at 2 bytes per element
   around_s = memory_seconds(around, gpu, cost.launches) + cost.linear_flops / gpu.rates.matmul_flops
-  matmul_s = sum(matmul_seconds(2.0 * r * k * c, float(size) * (r * k + k * c + r * c), gpu) for _, r, k, c in shape.matmuls(n))
+  matmul_s = sum(
+    matmul_seconds(2.0 * r * k * c, float(size) * (r * k + k * c + r * c), gpu)
+    for _, r, k, c in shape.matmuls(n)
+  )
   matmul_bytes = shape.matmul_bytes(n, size)
   if shape.text_mode == "cross":
     tiles, text = -(-n // plan.block), -(-shape.text // plan.block)
@@ -133,7 +145,9 @@ def simulate(plan: Plan, gpu: Gpu, phase: str | None = None) -> Forward:
     matmul_bytes += expected_bytes(cross, gpu, card.heads)
   elementwise = shape.elementwise_bytes(n, size)
   ends = 4.0 * n * card.width * card.patch_channels  # patch embedding and final projection
-  launches = 1 + cost.launches + len(shape.matmuls(n)) + (shape.text_mode == "cross") + ELEMENTWISE_LAUNCHES
+  launches = (
+    1 + cost.launches + len(shape.matmuls(n)) + (shape.text_mode == "cross") + ELEMENTWISE_LAUNCHES
+  )
   layers = card.layers
   return Forward(
     attention_flops=layers * (cost.attention_flops + shape.text_attention_flops(n)),
@@ -161,13 +175,19 @@ def _text_call(shape: BlockShape, n: int, like: CallCost) -> CallCost:
   """Joint text in the same launch: every video tile also lists the text tiles, text tiles list all. Pairs are exact."""
   block, tiles = like.block_q, like.rows / shape.heads
   text = -(-shape.text // block)
-  video = dataclasses.replace(uniform(tiles, text, text, like.head_dim, block=block), rows=0.0, items=0.0)
+  video = dataclasses.replace(
+    uniform(tiles, text, text, like.head_dim, block=block), rows=0.0, items=0.0
+  )
   own = uniform(text, tiles + text, tiles + text, like.head_dim, block=block)
-  both = dataclasses.replace(video + own, pairs=2.0 * n * shape.text + shape.text**2).scaled(shape.heads)
+  both = dataclasses.replace(video + own, pairs=2.0 * n * shape.text + shape.text**2).scaled(
+    shape.heads
+  )
   return dataclasses.replace(both, block_q=like.block_q, block_kv=like.block_kv)
 
 
-def run_seconds(plan: Plan, gpu: Gpu, steps: int | None = None, seconds=None) -> tuple[float, dict[str, int]]:
+def run_seconds(
+  plan: Plan, gpu: Gpu, steps: int | None = None, seconds=None
+) -> tuple[float, dict[str, int]]:
   """A denoising run: every step by its own phase (warm-up, searches, reuse), `card.forwards` forwards each.
 
   Args:

@@ -66,7 +66,9 @@ def load_rows(path, gpu: str) -> tuple[list[Measurement], list[str]]:
   if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
     raise ConfigError(f"--calibrate={path} must be a JSON list of objects, one per measured call.")
   reasons = [_left_out(r, gpu) for r in rows]
-  found, said = split([m for r, reason in zip(rows, reasons, strict=True) if not reason for m in measurements(r)])
+  found, said = split(
+    [m for r, reason in zip(rows, reasons, strict=True) if not reason for m in measurements(r)]
+  )
   counts = collections.Counter(filter(None, reasons))
   parts = ", ".join(f"{n} {reason}" for reason, n in counts.most_common())
   left_out = [f"{sum(counts.values())} of {len(rows)} rows left out: {parts}"] if counts else []
@@ -92,7 +94,9 @@ def split(found: list[Measurement]) -> tuple[list[Measurement], list[str]]:
   else:
     kernel = collections.Counter(m.kernel for m in open_rows).most_common(1)[0][0]
     own = sorted((m for m in open_rows if m.kernel == kernel), key=lambda m: m.call.flops)
-    held_out = {id(m) for m in found if m.kernel != kernel or m.fit is False} | {id(m) for m in own[1:-1:2] or own[1:]}
+    held_out = {id(m) for m in found if m.kernel != kernel or m.fit is False} | {
+      id(m) for m in own[1:-1:2] or own[1:]
+    }
     found = [dataclasses.replace(m, fit=id(m) not in held_out) for m in found]
     of = f" of {kernel}" * any(m.kernel != kernel for m in found)
     said = [
@@ -107,8 +111,12 @@ def _left_out(row: dict, gpu: str) -> str:
   """Why a row is not used; "" if it is."""
   device = row.get("gpu") or row.get("device")
   called = row.get("gpu") or gpu_named(str(device)) or str(device)
-  timed = "attention_calls" in row or ({"heads", "head_dim"} <= row.keys() and bool({"seconds", "tflops"} & row.keys()))
-  by_hand = bool({"heads", "head_dim"} & row.keys()) and "command" not in row  # then a lacking field is named, not passed over
+  timed = "attention_calls" in row or (
+    {"heads", "head_dim"} <= row.keys() and bool({"seconds", "tflops"} & row.keys())
+  )
+  by_hand = (
+    bool({"heads", "head_dim"} & row.keys()) and "command" not in row
+  )  # then a lacking field is named, not passed over
   reasons = {
     "of a rehearsal": bool(row.get("rehearsal")),
     "not measured but modelled": bool(row.get("expected")) or row.get("measured") is False,
@@ -129,13 +137,20 @@ def measurements(row: dict) -> list[Measurement]:
   """The timed calls of a row; raises ConfigError naming the row and what it lacks or misstates."""
   if "attention_calls" not in row:
     return [measurement(row)]
-  calls, shared = row["attention_calls"], {k: row[k] for k in ("source", "command", "commit", "fit") if k in row}
+  calls, shared = (
+    row["attention_calls"],
+    {k: row[k] for k in ("source", "command", "commit", "fit") if k in row},
+  )
   if not isinstance(calls, dict) or not all(isinstance(call, dict) for call in calls.values()):
-    raise ConfigError(f"measured row {row.get('name')!r}: attention_calls must hold an object per timed call, got {calls!r}.")
+    raise ConfigError(
+      f"measured row {row.get('name')!r}: attention_calls must hold an object per timed call, got {calls!r}."
+    )
   found = []
   for part, call in calls.items():
     timing = row.get(part)
-    times = {"seconds": timing["median_s"]} if isinstance(timing, dict) and "median_s" in timing else {}
+    times = (
+      {"seconds": timing["median_s"]} if isinstance(timing, dict) and "median_s" in timing else {}
+    )
     found.append(measurement(shared | times | call | {"name": f"{row.get('name')}: {part}"}))
   return found
 
@@ -144,7 +159,10 @@ def measurement(row: dict) -> Measurement:
   """A row as the call that was measured; raises ConfigError naming the row and what it lacks or misstates."""
   name = str(row.get("name", "(no name)"))
   try:
-    heads, d, batch = (_positive(row, key, *default) for key, default in (("heads", ()), ("head_dim", ()), ("batch", (1,))))
+    heads, d, batch = (
+      _positive(row, key, *default)
+      for key, default in (("heads", ()), ("head_dim", ()), ("batch", (1,)))
+    )
     call = _call(row, heads, d, batch)
     if "seconds" not in row and "tflops" not in row:
       raise KeyError("seconds or tflops")
@@ -168,7 +186,10 @@ def _call(row, heads, d, batch) -> CallCost:
   if "counts" in row:
     call = CallCost(**row["counts"])
     numbers = dataclasses.astuple(call)
-    if not all(math.isfinite(x) and x >= 0 for x in numbers) or min(call.pairs, call.items, call.loads, call.head_dim) <= 0:
+    if (
+      not all(math.isfinite(x) and x >= 0 for x in numbers)
+      or min(call.pairs, call.items, call.loads, call.head_dim) <= 0
+    ):
       raise ValueError(f"counts must be positive, got {row['counts']}")
     return call
   if "method" in row:
@@ -179,7 +200,9 @@ def _call(row, heads, d, batch) -> CallCost:
   if isinstance(density, bool) or not 0 < density <= 1 + 1e-9:
     raise ValueError(f"{density=} must lie in (0, 1]: scored pairs over all pairs")
   q_tiles, kv_tiles = -(-n // block), -(-n // block_kv)
-  call = uniform(q_tiles, density * kv_tiles, kv_tiles, d, block=block, block_kv=block_kv, heads=heads * batch)
+  call = uniform(
+    q_tiles, density * kv_tiles, kv_tiles, d, block=block, block_kv=block_kv, heads=heads * batch
+  )
   # As many pairs as the density says, whatever the last tiles hold.
   return dataclasses.replace(call, pairs=density * float(n) ** 2 * heads * batch)
 

@@ -4,7 +4,13 @@ import csv
 import io
 import json
 
-REFUSED = ("attention_flops", "linear_flops", "total_flops", "hbm_bytes", "seconds")  # of every row, None in a refused one
+REFUSED = (
+  "attention_flops",
+  "linear_flops",
+  "total_flops",
+  "hbm_bytes",
+  "seconds",
+)  # of every row, None in a refused one
 
 _COLUMNS = (
   ("tokens", lambda r: f"{r['tokens']:,}"),
@@ -22,7 +28,10 @@ _COLUMNS = (
   ("video s", lambda r: f"{r['video_seconds']:.1f}"),
   ("run s", lambda r: f"{r['run_seconds']:,.0f}" if "run_seconds" in r else "-"),
   ("resident GB/GPU", lambda r: f"{r['memory_bytes'] / 1e9:.1f}" if "memory_bytes" in r else "-"),
-  ("unpadded dense / this", lambda r: f"{r['speedup_over_dense']:.2f}" if "speedup_over_dense" in r else "-"),
+  (
+    "unpadded dense / this",
+    lambda r: f"{r['speedup_over_dense']:.2f}" if "speedup_over_dense" in r else "-",
+  ),
   ("measured", lambda r: "yes" if r["measured"] else "no"),
 )
 _KNOWN = ("tokens", "grid", "method", "GPUs", "measured")  # columns that a refused row has
@@ -30,8 +39,14 @@ _KNOWN = ("tokens", "grid", "method", "GPUs", "measured")  # columns that a refu
 
 def table(rows: list[dict]) -> str:
   """The rows for people: what they are of, a line each, and why some were refused."""
-  cell = lambda r, name, show: show(r) if "error" not in r or name in _KNOWN else "-"
-  cells = [[name for name, _ in _COLUMNS], *([cell(r, *column) for column in _COLUMNS] for r in rows)]
+
+  def cell(r, name, show):
+    return show(r) if "error" not in r or name in _KNOWN else "-"
+
+  cells = [
+    [name for name, _ in _COLUMNS],
+    *([cell(r, *column) for column in _COLUMNS] for r in rows),
+  ]
   widths = [max(len(line[i]) for line in cells) for i in range(len(_COLUMNS))]
   of = dict.fromkeys(f"{r['model']} on {r.get('gpus', 1)} x {r['gpu']}" for r in rows)
   lines = [
@@ -39,7 +54,14 @@ def table(rows: list[dict]) -> str:
   ]
   lines += [f"rates: {rates}" for rates in dict.fromkeys(r["rates"] for r in rows if "rates" in r)]
   lines += ["  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in cells]
-  return "\n".join(lines + [f"refused: {r['method']} on {r['tokens']:,} tokens: {r['error']}" for r in rows if "error" in r])
+  return "\n".join(
+    lines
+    + [
+      f"refused: {r['method']} on {r['tokens']:,} tokens: {r['error']}"
+      for r in rows
+      if "error" in r
+    ]
+  )
 
 
 def render(rows: list[dict], form: str) -> str:
@@ -51,6 +73,11 @@ def render(rows: list[dict], form: str) -> str:
   out = io.StringIO()
   writer = csv.DictWriter(out, list(dict.fromkeys(k for r in rows for k in r)), lineterminator="\n")
   writer.writeheader()
-  joined = lambda v: (" " if v and isinstance(v[0], str) else "x").join(map(str, v)) if isinstance(v, list) else v
+
+  def joined(v):
+    return (
+      (" " if v and isinstance(v[0], str) else "x").join(map(str, v)) if isinstance(v, list) else v
+    )
+
   writer.writerows({k: joined(v) for k, v in r.items()} for r in rows)
   return out.getvalue().rstrip("\n")

@@ -19,7 +19,9 @@ def check_format(path):
   """Raises ConfigError unless the name's ending is a format that can be drawn."""
   formats = sorted(Figure().canvas.get_supported_filetypes())
   if pathlib.Path(path).suffix[1:].lower() not in formats:
-    raise ConfigError(f"a plot cannot be written to {path}: its name must end in one of .{', .'.join(formats)}.")
+    raise ConfigError(
+      f"a plot cannot be written to {path}: its name must end in one of .{', .'.join(formats)}."
+    )
 
 
 def _save(figure: Figure, path):
@@ -28,9 +30,16 @@ def _save(figure: Figure, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     # No date and no hash in the file: the same rows give the same bytes.
     with matplotlib.rc_context({"svg.hashsalt": "freqformer"}):
-      figure.savefig(path, bbox_inches="tight", dpi=130, metadata={"Date": None} if path.suffix == ".svg" else None)
+      figure.savefig(
+        path,
+        bbox_inches="tight",
+        dpi=130,
+        metadata={"Date": None} if path.suffix == ".svg" else None,
+      )
   except OSError as error:
-    raise ConfigError(f"the plot cannot be written to {path}: {error.strerror or error}.") from error
+    raise ConfigError(
+      f"the plot cannot be written to {path}: {error.strerror or error}."
+    ) from error
 
 
 def _axes(count, width, height=3.6):
@@ -46,7 +55,11 @@ def scaling_plot(rows: list[dict], path, title: str | None = None):
   figure, axes = _axes(3, 13)
   rows = [r for r in rows if r["seconds"] is not None]
   names = list(dict.fromkeys(r["method"] for r in rows))
-  panels = (("seconds", "seconds per forward"), ("hbm_bytes", "device memory, bytes"), ("flops_per_byte", "FLOPs per byte"))
+  panels = (
+    ("seconds", "seconds per forward"),
+    ("hbm_bytes", "device memory, bytes"),
+    ("flops_per_byte", "FLOPs per byte"),
+  )
   for axis, (key, label) in zip(axes, panels, strict=True):
     for i, name in enumerate(names):
       own = sorted((r["tokens"], r[key]) for r in rows if r["method"] == name)
@@ -54,7 +67,9 @@ def scaling_plot(rows: list[dict], path, title: str | None = None):
       style = {"ls": _LINES[i % 4], "marker": _MARKS[i % 10], "mfc": "none", "ms": 5, "lw": 1.2}
       axis.plot(x, y, color=f"C{i % 10}", label=f"{name[:32]}: simulated", **style)
     axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
-    axis.set_xticks(sorted({r["tokens"] for r in rows}), [_count(n) for n in sorted({r["tokens"] for r in rows})])
+    axis.set_xticks(
+      sorted({r["tokens"] for r in rows}), [_count(n) for n in sorted({r["tokens"] for r in rows})]
+    )
     axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
   axes[-1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
   of = "{model} on {gpus} x {gpu}".format(**{"gpus": 1} | rows[0])
@@ -72,12 +87,22 @@ def validation_figure(rows: list[dict]) -> Figure:
   figure, (axis,) = _axes(1, 8, 1.2 + 0.24 * len(rows))
   labels = [f"{r['name']}: {1e3 * r['measured_seconds']:.4g} ms" for r in rows]
   axis.axvspan(0.85, 1.15, color="black", alpha=0.06, lw=0, label="within 15 %")
-  for derived, fill, label in ((False, MEASURED, "measured"), (True, "none", "derived from measurements")):
+  for derived, fill, label in (
+    (False, MEASURED, "measured"),
+    (True, "none", "derived from measurements"),
+  ):
     own = [i for i, r in enumerate(rows) if bool(r.get("derived")) == derived]
     if own:
-      axis.plot([1] * len(own), own, "D" if derived else "o", color=MEASURED, mfc=fill, ms=4, label=label)
-  for fitted, mark, label in ((True, "s", "simulated, fitted to this row"), (False, "o", "simulated, not fitted to it")):
-    own = [(r["seconds"] / r["measured_seconds"], i) for i, r in enumerate(rows) if r["fitted"] == fitted]
+      axis.plot(
+        [1] * len(own), own, "D" if derived else "o", color=MEASURED, mfc=fill, ms=4, label=label
+      )
+  for fitted, mark, label in (
+    (True, "s", "simulated, fitted to this row"),
+    (False, "o", "simulated, not fitted to it"),
+  ):
+    own = [
+      (r["seconds"] / r["measured_seconds"], i) for i, r in enumerate(rows) if r["fitted"] == fitted
+    ]
     if own:
       axis.plot(*zip(*own, strict=True), mark, color=SIMULATED, mfc="none", ms=7, label=label)
   axis.set_yticks(range(len(rows)), labels, fontsize=8)
@@ -115,17 +140,24 @@ def errors_figure(rows: list[dict]) -> Figure:
   cases, kinds = (list(dict.fromkeys(r[name] for r in rows)) for name in ("case", "kind"))
   for j, kind in enumerate(kinds):
     own = [r for r in rows if r["kind"] == kind]
+
     # Heads beside each other, in their order, so that equal ratios stay visible.
-    place = lambda r, j=j: cases.index(r["case"]) + 0.25 * (j - (len(kinds) - 1) / 2)
+    def place(r, j=j):
+      return cases.index(r["case"]) + 0.25 * (j - (len(kinds) - 1) / 2)
+
     counts = {case: sum(r["case"] == case for r in own) for case in cases}
     nth = {id(r): i for case in cases for i, r in enumerate(x for x in own if x["case"] == case)}
     x = [place(r) + 0.16 * ((nth[id(r)] + 0.5) / counts[r["case"]] - 0.5) for r in own]
     ratios = [r["closest"]["ratio"] for r in own]
-    axis.plot(x, ratios, _MARKS[j], color=MEASURED, ms=3.5, mew=0, ls="none", label=f"{kind} (measured)")
+    axis.plot(
+      x, ratios, _MARKS[j], color=MEASURED, ms=3.5, mew=0, ls="none", label=f"{kind} (measured)"
+    )
   axis.axhline(1, color="grey", lw=1, label="the bound")
   axis.set_xticks(range(len(cases)), [n.replace(", ", ",\n") for n in cases], fontsize=8)
   axis.set(yscale="log", ylabel="largest error / bound of a row")
-  axis.set_title("Measured, a point per head: below 1 every row of the head keeps its bound", fontsize=10)
+  axis.set_title(
+    "Measured, a point per head: below 1 every row of the head keeps its bound", fontsize=10
+  )
   axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
   return figure
 

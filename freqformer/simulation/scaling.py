@@ -10,7 +10,14 @@ import numpy as np
 from freqformer.config import ConfigError
 from freqformer.methods.base import Dims
 from freqformer.simulation.descriptions import Gpu, ModelCard, known, load_gpu
-from freqformer.simulation.forward import ELEMENTWISE_LAUNCHES, Forward, Plan, row, run_seconds, simulate
+from freqformer.simulation.forward import (
+  ELEMENTWISE_LAUNCHES,
+  Forward,
+  Plan,
+  row,
+  run_seconds,
+  simulate,
+)
 
 
 def state_bytes(plan: Plan) -> float:
@@ -58,7 +65,9 @@ def check_fits(plan: Plan, gpu: Gpu, gpus: int = 1):
   except ValueError as error:
     text = str(error)
   options = [f"--gpus={g}" for g in range(gpus + 1, plan.card.heads + 1) if fits(plan, gpu, g)][:1]
-  larger = sorted((g for g in map(load_gpu, known("gpus")) if fits(plan, g, gpus)), key=lambda g: g.memory_bytes)
+  larger = sorted(
+    (g for g in map(load_gpu, known("gpus")) if fits(plan, g, gpus)), key=lambda g: g.memory_bytes
+  )
   options += [f"--gpu={g.name}" for g in larger[:1]]
   own_frame = dataclasses.replace(plan, grid=plan.card.grid, tile=None)
   if (largest := largest_video(plan, gpu, gpus) or largest_video(own_frame, gpu, gpus)) is not None:
@@ -68,7 +77,10 @@ def check_fits(plan: Plan, gpu: Gpu, gpus: int = 1):
 
 def largest_video(plan: Plan, gpu: Gpu, gpus: int = 1) -> tuple[int, int, int] | None:
   """The longest grid with this plan's frame size that fits, None if not even one frame does; by bisection over t."""
-  at = lambda t: dataclasses.replace(plan, grid=(t, *plan.grid[1:]), tile=None)
+
+  def at(t):
+    return dataclasses.replace(plan, grid=(t, *plan.grid[1:]), tile=None)
+
   if not fits(at(1), gpu, gpus):
     return None
   low, high = 1, 2
@@ -86,7 +98,9 @@ def largest_video(plan: Plan, gpu: Gpu, gpus: int = 1) -> tuple[int, int, int] |
 def check_gpus(card: ModelCard, gpus: int):
   """Raises ConfigError for more GPUs than heads."""
   if not 1 <= gpus <= card.heads:
-    raise ConfigError(f"--gpus={gpus} must lie in 1..{card.heads}, the heads of {card.name}: each needs a whole head.")
+    raise ConfigError(
+      f"--gpus={gpus} must lie in 1..{card.heads}, the heads of {card.name}: each needs a whole head."
+    )
 
 
 def imbalance(plan: Plan, gpus: int, phase: str | None = None) -> float:
@@ -105,7 +119,10 @@ def head_costs(plan: Plan, phase: str | None = None) -> list[float]:
   """Attention FLOPs of each head of a layer, in a sampling step of one phase; None is a usual step."""
   card, method, names = plan.card, plan.method, plan.method.branches
   cost = method.cost if phase is None else functools.partial(method.phase_cost, phase)
-  each = lambda allocation: cost(plan.layout, 1, card.block.head_dim, allocation).attention_flops
+
+  def each(allocation):
+    return cost(plan.layout, 1, card.block.head_dim, allocation).attention_flops
+
   if not names:
     return [each(None)] * card.heads
   branch = [each(tuple(float(i == j) for j in range(len(names)))) for i in range(len(names))]
@@ -133,7 +150,9 @@ class Parallel:
   speedup: float
 
 
-def parallel(plan: Plan, gpu: Gpu, gpus: int, single: Forward | None = None, phase: str | None = None) -> Parallel:
+def parallel(
+  plan: Plan, gpu: Gpu, gpus: int, single: Forward | None = None, phase: str | None = None
+) -> Parallel:
   """Ulysses sequence parallelism (arXiv 2309.14509): tokens are split but for attention, where heads are.
 
   Per layer four all-to-alls (q, k, v there, out back): each GPU sends `4 n D (g - 1) / g^2` elements. Nothing overlaps. Weights
@@ -153,18 +172,30 @@ def parallel(plan: Plan, gpu: Gpu, gpus: int, single: Forward | None = None, pha
   sent = layers * 4.0 * n * card.width * gpu.itemsize * (gpus - 1) / gpus**2
   uneven = imbalance(plan, gpus, phase) if gpus > 1 else 1.0
   matmuls = len(card.block.matmuls(n)) + (card.text_mode == "cross")
-  launches = {"attention_s": layers, "matmul_s": layers * matmuls, "elementwise_s": layers * ELEMENTWISE_LAUNCHES}
+  launches = {
+    "attention_s": layers,
+    "matmul_s": layers * matmuls,
+    "elementwise_s": layers * ELEMENTWISE_LAUNCHES,
+  }
   launches["around_s"] = single.launches - sum(launches.values())
   parts = {"communication_s": sent / gpu.rates.link + (gpus > 1) * layers * 4 * gpu.rates.launch_s}
   for name, count in launches.items():
     part = getattr(single, name)
     fixed = min(part, count * gpu.rates.launch_s)
-    parts[name] = part if gpus == 1 else fixed + (part - fixed) / gpus * (uneven if name == "attention_s" else 1.0)
+    parts[name] = (
+      part
+      if gpus == 1
+      else fixed + (part - fixed) / gpus * (uneven if name == "attention_s" else 1.0)
+    )
   seconds = sum(parts.values())
-  return Parallel(gpus, seconds, sent_bytes=sent, imbalance=uneven, speedup=single.seconds / seconds, **parts)
+  return Parallel(
+    gpus, seconds, sent_bytes=sent, imbalance=uneven, speedup=single.seconds / seconds, **parts
+  )
 
 
-def parallel_run(plan: Plan, gpu: Gpu, gpus: int, steps: int | None = None) -> tuple[float, dict[str, int]]:
+def parallel_run(
+  plan: Plan, gpu: Gpu, gpus: int, steps: int | None = None
+) -> tuple[float, dict[str, int]]:
   """`run_seconds` on several GPUs: each phase with its own work, and its own imbalance."""
   return run_seconds(plan, gpu, steps, lambda phase: parallel(plan, gpu, gpus, phase=phase).seconds)
 

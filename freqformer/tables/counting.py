@@ -11,7 +11,13 @@ Mark = Callable[[np.ndarray, int, int, int, int], None]
 
 
 def count_tiles(
-  layout: TileLayout, counts: np.ndarray, keys: np.ndarray, mark: Mark, *, parts: int = 1, before: int = 0
+  layout: TileLayout,
+  counts: np.ndarray,
+  keys: np.ndarray,
+  mark: Mark,
+  *,
+  parts: int = 1,
+  before: int = 0,
 ) -> CallCost:
   """What `kernels.block_sparse.cost.count` finds in the table of one head, at head dimension 1.
 

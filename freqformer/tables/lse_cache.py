@@ -30,7 +30,10 @@ def store(kind: str, dtype: str, lse: jax.Array, arrays: LayoutTables) -> dict:
   low, high = jnp.where(valid, tiles, jnp.inf).min(-1), jnp.where(valid, tiles, -jnp.inf).max(-1)
   step = jnp.maximum(high - low, 1e-6) / 255
   codes = jnp.clip(jnp.round((tiles - low[..., None]) / step[..., None]), 0, 255).reshape(lse.shape)
-  return {"lse": jnp.take(codes, arrays.scatter, -1).astype(jnp.uint8), "lse_range": jnp.stack([low, step], -1)}
+  return {
+    "lse": jnp.take(codes, arrays.scatter, -1).astype(jnp.uint8),
+    "lse_range": jnp.stack([low, step], -1),
+  }
 
 
 def load(kind: str, kept: dict, arrays: LayoutTables) -> jax.Array:

@@ -24,7 +24,9 @@ def coarse_rows(kv_len: np.ndarray, coarse_tiles: int, block: int) -> BlockMask:
   return BlockMask(ids, counts[None, None], kv_len, None, block, block)
 
 
-def full_rows(mask: BlockMask, kv_len: np.ndarray, coarse_tiles: int, shared: bool = False) -> BlockMask:
+def full_rows(
+  mask: BlockMask, kv_len: np.ndarray, coarse_tiles: int, shared: bool = False
+) -> BlockMask:
   """A table over the full tokens, moved into the packed buffer; coarse query rows see nothing.
 
   Args:
@@ -36,9 +38,14 @@ def full_rows(mask: BlockMask, kv_len: np.ndarray, coarse_tiles: int, shared: bo
   xnp = array_module(mask.kv_indices, mask.kv_counts)
   ids, counts = mask.indices() + coarse_tiles, mask.kv_counts
   if shared:
-    check_listed(len(kv_len) * (coarse_tiles + ids.shape[-1]), "a table of full rows that list all coarse tiles")
+    check_listed(
+      len(kv_len) * (coarse_tiles + ids.shape[-1]),
+      "a table of full rows that list all coarse tiles",
+    )
     extra = np.broadcast_to(np.arange(coarse_tiles, dtype=np.int32), (*ids.shape[:3], coarse_tiles))
     ids, counts = xnp.concatenate([extra, ids], -1), xnp.where(counts > 0, counts + coarse_tiles, 0)
   front = ((0, 0), (0, 0), (coarse_tiles, 0))
   ids, counts = xnp.pad(ids, (*front, (0, 0))), xnp.pad(counts, front)
-  return BlockMask(ids.astype(np.int32), counts.astype(np.int32), kv_len, None, mask.block_q, mask.block_kv)
+  return BlockMask(
+    ids.astype(np.int32), counts.astype(np.int32), kv_len, None, mask.block_q, mask.block_kv
+  )

@@ -29,7 +29,9 @@ def radial_widths(layout: TileLayout, decay: float = 1.0) -> np.ndarray:
   band = np.floor(np.log2(np.maximum(distance * layout.tile[0], 1)))
   width, s = decay * frame_tiles(layout) / 2**band, frame_tiles(layout)
   stride = np.ceil(1 / np.minimum(width, 1)).astype(np.int64)
-  return np.where(width >= 1, np.minimum(np.floor(width), s), distance % stride == 0).astype(np.int64)
+  return np.where(width >= 1, np.minimum(np.floor(width), s), distance % stride == 0).astype(
+    np.int64
+  )
 
 
 def radial(layout: TileLayout, decay: float = 1.0, sink: int = 1) -> BlockMask:

@@ -22,15 +22,23 @@ def temporal(layout: TileLayout, frames: int, around: tuple[int, int], anchors: 
     ValueError: for an extent below 1 or a negative number of anchors.
   """
   if frames < 1 or len(around) != 2 or min(around) < 1 or anchors < 0:
-    raise ValueError(f"{frames=} and {around=} (y, x) must be tile counts of at least 1, {anchors=} at least 0.")
+    raise ValueError(
+      f"{frames=} and {around=} (y, x) must be tile counts of at least 1, {anchors=} at least 0."
+    )
   count_t, count_y, count_x = layout.tile_grid
   y, x = _window(count_y, around[0]), _window(count_x, around[1])  # [tiles, extent]
   place = (y[:, None, :, None] * count_x + x[None, :, None, :]).reshape(count_y * count_x, -1)
   lists = [np.union1d(row, anchor_frames(count_t, anchors)) for row in _window(count_t, frames)]
   most = max(map(len, lists))
-  check_listed(layout.tiles * most * place.shape[1], f"a temporal table of {most} frames on {layout.tile_grid}")
-  seen = np.stack([np.pad(row, (0, most - len(row)), mode="edge") for row in lists])  # [count_t, most]
-  ids = seen[:, None, :, None] * (count_y * count_x) + place[None, :, None, :]  # frames outside: ascending
+  check_listed(
+    layout.tiles * most * place.shape[1], f"a temporal table of {most} frames on {layout.tile_grid}"
+  )
+  seen = np.stack(
+    [np.pad(row, (0, most - len(row)), mode="edge") for row in lists]
+  )  # [count_t, most]
+  ids = (
+    seen[:, None, :, None] * (count_y * count_x) + place[None, :, None, :]
+  )  # frames outside: ascending
   counts = np.repeat([len(row) * place.shape[1] for row in lists], count_y * count_x)
   shape = (1, 1, layout.tiles)
   ids, counts = ids.reshape(*shape, -1).astype(np.int32), counts.reshape(shape).astype(np.int32)

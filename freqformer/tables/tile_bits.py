@@ -24,7 +24,9 @@ def top_bits(mass: jax.Array, counts, fixed: jax.Array | np.ndarray | None = Non
     always = (jnp.asarray(fixed)[..., None] == np.arange(tiles)).any(-2)
     mass = jnp.where(always, jnp.inf, mass)
   words = jnp.stack([top_words(mass, count) for count in counts], -2)
-  return jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*words.shape[:-1], -1)[..., : -(-tiles // 8)]
+  return jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*words.shape[:-1], -1)[
+    ..., : -(-tiles // 8)
+  ]
 
 
 def unpack_bits(bits: jax.Array, tiles: int) -> jax.Array:

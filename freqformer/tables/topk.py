@@ -34,13 +34,20 @@ def fixed_tiles(layout: TileLayout, sink: int = 0, anchors: int = 0) -> np.ndarr
   own = np.arange(layout.tiles, dtype=np.int32)[:, None]
   frames, place = layout.tile_grid[0], layout.tile_grid[1] * layout.tile_grid[2]
   spread = np.unique(np.linspace(0, frames - 1, min(anchors, frames)).round().astype(np.int32))
-  columns = [own, np.broadcast_to(np.arange(min(sink, layout.tiles), dtype=np.int32), (layout.tiles, min(sink, layout.tiles)))]
+  columns = [
+    own,
+    np.broadcast_to(
+      np.arange(min(sink, layout.tiles), dtype=np.int32), (layout.tiles, min(sink, layout.tiles))
+    ),
+  ]
   columns.append((spread * place + own % place).astype(np.int32))
   return np.concatenate(columns, 1)
 
 
 @jax.named_scope("select")
-def block_topk(q_pool: jax.Array, k_pool: jax.Array, budget: int, fixed: np.ndarray, kv_len, block: int) -> BlockMask:
+def block_topk(
+  q_pool: jax.Array, k_pool: jax.Array, budget: int, fixed: np.ndarray, kv_len, block: int
+) -> BlockMask:
   """The `budget` best key tiles per query tile by `q_pool . k_pool`; fixed tiles count inside the budget.
 
   Args:
@@ -57,14 +64,22 @@ def block_topk(q_pool: jax.Array, k_pool: jax.Array, budget: int, fixed: np.ndar
   if budget > tiles:
     _log_all_tiles(budget, tiles)
   budget = min(budget, tiles)
-  distinct = max(len(np.unique(row)) for row in fixed) if isinstance(fixed, np.ndarray) and fixed.size else 0
+  distinct = (
+    max(len(np.unique(row)) for row in fixed) if isinstance(fixed, np.ndarray) and fixed.size else 0
+  )
   if distinct > budget:
-    raise ValueError(f"{budget=} key tiles cannot hold the {distinct} fixed ones (own, sink, anchors); raise the budget.")
-  ids = top_tiles(jax.lax.stop_gradient(q_pool), jax.lax.stop_gradient(k_pool), budget, fixed, _CHUNK_SCORES)
+    raise ValueError(
+      f"{budget=} key tiles cannot hold the {distinct} fixed ones (own, sink, anchors); raise the budget."
+    )
+  ids = top_tiles(
+    jax.lax.stop_gradient(q_pool), jax.lax.stop_gradient(k_pool), budget, fixed, _CHUNK_SCORES
+  )
   counts = jnp.full(ids.shape[:3], budget, jnp.int32)
   return BlockMask(ids, counts, kv_len, None, block, block)
 
 
 @functools.cache
 def _log_all_tiles(budget, tiles):
-  logging.info("lists of %d key tiles are longer than the grid's %d tiles: they hold every tile", budget, tiles)
+  logging.info(
+    "lists of %d key tiles are longer than the grid's %d tiles: they hold every tile", budget, tiles
+  )

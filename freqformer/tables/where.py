@@ -14,7 +14,9 @@ _CHUNK = 1 << 21
 _MOST_TILES = 46_340
 
 
-def tiles_where(layout: TileLayout, rule: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> BlockMask:
+def tiles_where(
+  layout: TileLayout, rule: Callable[[np.ndarray, np.ndarray], np.ndarray]
+) -> BlockMask:
   """The table that lists a key tile wherever `rule` says so.
 
   Args:
@@ -25,7 +27,9 @@ def tiles_where(layout: TileLayout, rule: Callable[[np.ndarray, np.ndarray], np.
     ValueError: if some query tile lists nothing: its output would be 0; or for more tiles than a table may list.
   """
   if layout.tiles > _MOST_TILES:
-    raise ValueError(f"a rule over all pairs of {layout.tiles:,} tiles takes minutes; give fewer tokens or larger tiles")
+    raise ValueError(
+      f"a rule over all pairs of {layout.tiles:,} tiles takes minutes; give fewer tokens or larger tiles"
+    )
   places = np.stack(np.unravel_index(np.arange(layout.tiles), layout.tile_grid)).astype(np.int32)
   step, found, counts, longest = max(1, _CHUNK // layout.tiles), [], [], 0
   for start in range(0, layout.tiles, step):
@@ -42,7 +46,9 @@ def tiles_where(layout: TileLayout, rule: Callable[[np.ndarray, np.ndarray], np.
     )
   ids = np.zeros((layout.tiles, int(counts.max())), np.int32)
   ids[np.arange(ids.shape[1]) < counts[:, None]] = flat
-  return pad_lists(ids[None, None], counts[None, None], layout.tile_lengths, None, layout.block, layout.block)
+  return pad_lists(
+    ids[None, None], counts[None, None], layout.tile_lengths, None, layout.block, layout.block
+  )
 
 
 def frame_tiles(layout: TileLayout) -> int:

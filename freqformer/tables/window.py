@@ -14,7 +14,9 @@ from freqformer.tables.counting import axis_lengths, count_tiles
 BORDERS = ("clamp", "clip")
 
 
-def sliding_tile(layout: TileLayout, window: tuple[int, int, int], border: str = "clamp") -> BlockMask:
+def sliding_tile(
+  layout: TileLayout, window: tuple[int, int, int], border: str = "clamp"
+) -> BlockMask:
   """Each query tile lists the tiles of a box around it.
 
   Args:
@@ -27,17 +29,24 @@ def sliding_tile(layout: TileLayout, window: tuple[int, int, int], border: str =
     ValueError: for an unknown border, a window below one tile, or more tiles than a table may list.
   """
   extent = _extent(layout, window, border)
-  check_listed(layout.tiles * math.prod(extent), f"a window of {extent} tiles on {layout.tile_grid}")
+  check_listed(
+    layout.tiles * math.prod(extent), f"a window of {extent} tiles on {layout.tile_grid}"
+  )
   axes = [_axis(w, g, border) for w, g in zip(extent, layout.tile_grid, strict=True)]
   (t, t_in), (y, y_in), (x, x_in) = axes
   grid_t, grid_y, grid_x = layout.tile_grid
   shape = (grid_t, grid_y, grid_x, *extent)
-  at = lambda a, axis: a.reshape(
-    [
-      grid if i == axis else w if i == axis + 3 else 1
-      for i, (grid, w) in enumerate(zip((*layout.tile_grid, 1, 1, 1), (1, 1, 1, *extent), strict=True))
-    ]
-  )
+
+  def at(a, axis):
+    return a.reshape(
+      [
+        grid if i == axis else w if i == axis + 3 else 1
+        for i, (grid, w) in enumerate(
+          zip((*layout.tile_grid, 1, 1, 1), (1, 1, 1, *extent), strict=True)
+        )
+      ]
+    )
+
   ids = (at(t, 0) * grid_y + at(y, 1)) * grid_x + at(x, 2)
   inside = np.broadcast_to(at(t_in, 0) & at(y_in, 1) & at(x_in, 2), shape).reshape(layout.tiles, -1)
   ids = np.broadcast_to(ids.astype(np.int32), shape).reshape(layout.tiles, -1)
@@ -49,21 +58,31 @@ def sliding_tile(layout: TileLayout, window: tuple[int, int, int], border: str =
 
 
 def count_window(
-  layout: TileLayout, window: tuple[int, int, int], border: str = "clamp", parts: int = 1, before: int = 0
+  layout: TileLayout,
+  window: tuple[int, int, int],
+  border: str = "clamp",
+  parts: int = 1,
+  before: int = 0,
 ) -> CallCost:
   """Counts of `sliding_tile(...).refine(parts)` at head dimension 1, `before` empty rows first; raises as it does."""
   extent = _extent(layout, window, border)
   ranges = []  # per axis: the first position that each one sees, and the one behind the last
   for w, grid in zip(extent, layout.tile_grid, strict=True):
     position, inside = _axis(w, grid, border)
-    ranges.append((np.where(inside, position, grid).min(1), np.where(inside, position, -1).max(1) + 1))
+    ranges.append(
+      (np.where(inside, position, grid).min(1), np.where(inside, position, -1).max(1) + 1)
+    )
   sums = [np.concatenate([[0], np.cumsum(lengths)]) for lengths in axis_lengths(layout)]
   counts = math.prod(np.ix_(*(stop - start for start, stop in ranges)))
-  keys = math.prod(np.ix_(*(s[stop] - s[start] for s, (start, stop) in zip(sums, ranges, strict=True))))
+  keys = math.prod(
+    np.ix_(*(s[stop] - s[start] for s, (start, stop) in zip(sums, ranges, strict=True)))
+  )
   (t0, t1), (y0, y1), (x0, x1) = ranges
 
   def mark(seen, t, y, first, stop):
-    seen[t0[t] : t1[t], y0[y] : y1[y], x0[first] : x1[stop - 1]] = True  # windows of neighbours meet
+    seen[t0[t] : t1[t], y0[y] : y1[y], x0[first] : x1[stop - 1]] = (
+      True  # windows of neighbours meet
+    )
 
   return count_tiles(layout, counts, keys, mark, parts=parts, before=before)
 
@@ -91,4 +110,8 @@ def _axis(window: int, grid: int, border: str) -> tuple[np.ndarray, np.ndarray]:
 
 @functools.cache
 def _log_whole_axis(window, tile_grid):
-  logging.info("window of %s tiles is larger than the tile grid %s: it covers those axes whole", window, tile_grid)
+  logging.info(
+    "window of %s tiles is larger than the tile grid %s: it covers those axes whole",
+    window,
+    tile_grid,
+  )

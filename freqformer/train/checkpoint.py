@@ -45,11 +45,15 @@ def differences(expected: dict, found: dict, limit: int = 12) -> list[str]:
   wrong, unknown = [], []
   for name in sorted(expected.keys() | found.keys()):
     if name not in found:
-      wrong.append(f"{name}: missing in the checkpoint, the model wants {tuple(expected[name].shape)}")
+      wrong.append(
+        f"{name}: missing in the checkpoint, the model wants {tuple(expected[name].shape)}"
+      )
     elif name not in expected:
       unknown.append(f"{name}: {tuple(found[name].shape)} in the checkpoint, unknown to the model")
     elif tuple(expected[name].shape) != tuple(found[name].shape):
-      wrong.append(f"{name}: {tuple(found[name].shape)} in the checkpoint, the model wants {tuple(expected[name].shape)}")
+      wrong.append(
+        f"{name}: {tuple(found[name].shape)} in the checkpoint, the model wants {tuple(expected[name].shape)}"
+      )
   lines = wrong + unknown
   return lines if len(lines) <= limit else [*lines[:limit], f"... and {len(lines) - limit} more"]
 
@@ -64,9 +68,13 @@ class Checkpoints:
         f"no checkpoints under {self.path}; train first (python train.py --config=... --workdir={workdir}) "
         "or name another --workdir."
       )
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=create, enable_async_checkpointing=False)
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=keep, create=create, enable_async_checkpointing=False
+    )
     handlers = {"arrays": ocp.StandardCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
-    self._manager = ocp.CheckpointManager(self.path, options=options, item_names=tuple(handlers), item_handlers=handlers)
+    self._manager = ocp.CheckpointManager(
+      self.path, options=options, item_names=tuple(handlers), item_handlers=handlers
+    )
 
   def latest(self) -> int | None:
     """The newest complete step, or None."""
@@ -81,10 +89,19 @@ class Checkpoints:
     if step in self._manager.all_steps():
       return
     arrays = {name: np.asarray(leaf) for name, leaf in flatten(state).items()}
-    record = {"schema": SCHEMA, "step": step, "versions": versions(), "git": git_revision(), **record}
+    record = {
+      "schema": SCHEMA,
+      "step": step,
+      "versions": versions(),
+      "git": git_revision(),
+      **record,
+    }
     self._manager.save(
       step,
-      args=ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(json.loads(json.dumps(record)))),
+      args=ocp.args.Composite(
+        arrays=ocp.args.StandardSave(arrays),
+        record=ocp.args.JsonSave(json.loads(json.dumps(record))),
+      ),
     )
     self._manager.wait_until_finished()
     logging.info("checkpoint of step %d in %s", step, self.path)
@@ -97,7 +114,9 @@ class Checkpoints:
     """
     step = self._step(step)
     with self._readable(step):
-      record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+      record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))[
+        "record"
+      ]
       schema = record["schema"]
     if schema != SCHEMA:
       raise ConfigError(
@@ -129,14 +148,19 @@ class Checkpoints:
     lines = differences(wanted, candidates)
     if lines:
       raise Mismatch(
-        f"checkpoint {self.path}/{step} does not fit this model; leaves that differ:\n  " + "\n  ".join(lines),
+        f"checkpoint {self.path}/{step} does not fit this model; leaves that differ:\n  "
+        + "\n  ".join(lines),
         sorted(wanted.keys() - found.keys()),
       )
     abstract = {k: np.zeros(v.shape, v.dtype) for k, v in found.items()}
     with self._readable(step):
-      arrays = self._manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract)))["arrays"]
+      arrays = self._manager.restore(
+        step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract))
+      )["arrays"]
     leaves, treedef = jax.tree_util.tree_flatten_with_path(template)
-    return jax.tree_util.tree_unflatten(treedef, [arrays[_name(path)].astype(leaf.dtype) for path, leaf in leaves])
+    return jax.tree_util.tree_unflatten(
+      treedef, [arrays[_name(path)].astype(leaf.dtype) for path, leaf in leaves]
+    )
 
   @contextlib.contextmanager
   def _readable(self, step):
@@ -146,9 +170,13 @@ class Checkpoints:
     except Exception as error:
       # Any: what Orbax raises depends on which file is broken and how, mostly a lookup error that hides the cause, and it
       # documents none of it. Nothing is hidden here: the error's first words and its trace go with ours.
-      cause = str(error) if len(str(error)) <= 300 else f"{str(error)[:300]} ..."  # Orbax adds its spec, in pages of JSON.
+      cause = (
+        str(error) if len(str(error)) <= 300 else f"{str(error)[:300]} ..."
+      )  # Orbax adds its spec, in pages of JSON.
       before = [s for s in self.steps() if s < step]
-      wayout = f"to go on from step {before[-1]}" if before else "to start over: there is no earlier one"
+      wayout = (
+        f"to go on from step {before[-1]}" if before else "to start over: there is no earlier one"
+      )
       raise ConfigError(
         f"checkpoint {self.path}/{step} is damaged and cannot be read ({type(error).__name__}: {cause}); "
         f"delete that folder {wayout}."
@@ -183,7 +211,10 @@ def versions() -> dict[str, str]:
 def git_revision() -> str:
   """The commit that this code is at, "+" if changed since; "unknown" outside a checkout."""
   root = pathlib.Path(__file__).parents[1]
-  run = lambda *args: subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=False)
+
+  def run(*args):
+    return subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=False)
+
   try:
     commit = run("rev-parse", "--short", "HEAD")
     if commit.returncode:

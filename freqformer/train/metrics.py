@@ -68,7 +68,9 @@ def read(path) -> list[dict]:
 def channel_power(cache, limit: int = 256) -> np.ndarray:
   """Mean square of the normalised latents per channel `[c]`, over at most `limit` of them."""
   count = min(len(cache), limit)
-  return np.mean([np.mean(np.square(cache[i]["latent"]), axis=(0, 1, 2)) for i in range(count)], 0).astype(np.float32)
+  return np.mean(
+    [np.mean(np.square(cache[i]["latent"]), axis=(0, 1, 2)) for i in range(count)], 0
+  ).astype(np.float32)
 
 
 def write_routing(workdir, result: dict, model):

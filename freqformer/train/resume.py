@@ -14,7 +14,15 @@ from absl import logging
 from freqformer.config import ConfigError
 from freqformer.train.experiment import Experiment, experiment
 
-_FREE = ("train.", "sample.", "data.root", "data.cache", "data.workers", "model.remat", "model.attention.implementation")
+_FREE = (
+  "train.",
+  "sample.",
+  "data.root",
+  "data.cache",
+  "data.workers",
+  "model.remat",
+  "model.attention.implementation",
+)
 
 
 def settings(exp: Experiment) -> dict:
@@ -70,7 +78,11 @@ def check_same_config(record: dict, new: Experiment, allow: bool = False) -> dic
       "or go on with these changes by --resume_changed."
     )
   if changed:
-    logging.warning("the config has changed since the checkpoint of step %d: %s", record["step"], change_text(changed))
+    logging.warning(
+      "the config has changed since the checkpoint of step %d: %s",
+      record["step"],
+      change_text(changed),
+    )
   return changed
 
 
@@ -94,7 +106,11 @@ def check_same_data(old: dict, new: dict):
     before, now = (np.asarray(r["statistics"][name]) for r in (old, new))
     # Not bit-equal: a machine that computes the statistics anew adds in another order. Another protocol moves them far more.
     if before.shape != now.shape or not np.allclose(before, now, rtol=1e-6, atol=1e-8):
-      gap = "another number of channels" if before.shape != now.shape else f"by up to {np.abs(before - now).max():.3g}"
+      gap = (
+        "another number of channels"
+        if before.shape != now.shape
+        else f"by up to {np.abs(before - now).max():.3g}"
+      )
       raise ConfigError(
         f"latent statistics differ between checkpoint and cache ({name}: {gap}); the cache was encoded by "
         "another protocol or from other clips: restore that cache or start a new --workdir."

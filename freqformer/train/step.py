@@ -12,7 +12,14 @@ from absl import logging
 from flax import nnx
 
 from freqformer.config import ConfigError, require, require_one_of
-from freqformer.diffusion.flow import BUCKETS, TIME_SAMPLING, interpolate, linear_velocity, sample_noise, sample_time
+from freqformer.diffusion.flow import (
+  BUCKETS,
+  TIME_SAMPLING,
+  interpolate,
+  linear_velocity,
+  sample_noise,
+  sample_time,
+)
 
 SCHEDULES = ("constant", "cosine")
 # A batch that breaks one step is skipped; so many steps in a row are a run that cannot go on. The number is ours.
@@ -86,18 +93,27 @@ class TrainState:
 
 def learning_rate(config: TrainConfig) -> optax.Schedule:
   """Linear warm-up, then the schedule."""
-  warmup, start = config.warm_steps, 0.0 if config.warm_steps else config.lr  # a ramp of no steps stays where it starts
+  warmup, start = (
+    config.warm_steps,
+    0.0 if config.warm_steps else config.lr,
+  )  # a ramp of no steps stays where it starts
   if config.schedule == "constant":
     return optax.warmup_constant_schedule(start, config.lr, warmup)
-  return optax.warmup_cosine_decay_schedule(start, config.lr, warmup, max(config.steps, warmup + 1), config.lr / 10)
+  return optax.warmup_cosine_decay_schedule(
+    start, config.lr, warmup, max(config.steps, warmup + 1), config.lr / 10
+  )
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
   """AdamW with clipping; biases, norms, gains and embeddings per head are not decayed."""
-  decay = functools.partial(jax.tree_util.tree_map_with_path, lambda path, x: "kernel" in jax.tree_util.keystr(path))
+  decay = functools.partial(
+    jax.tree_util.tree_map_with_path, lambda path, x: "kernel" in jax.tree_util.keystr(path)
+  )
   return optax.chain(
     optax.clip_by_global_norm(config.clip),
-    optax.adamw(learning_rate(config), b2=config.beta2, weight_decay=config.weight_decay, mask=decay),
+    optax.adamw(
+      learning_rate(config), b2=config.beta2, weight_decay=config.weight_decay, mask=decay
+    ),
   )
 
 
@@ -116,16 +132,25 @@ def make_train_step(graphdef, config: TrainConfig, classes: int):
   """The jitted step `(state, batch, tables) -> (state, metrics)`; batch: latent `[b, t, y, x, c]`, label `[b]`."""
   optimizer, schedule = make_optimizer(config), learning_rate(config)
   if config.warm_steps < config.warmup:
-    logging.info("train.warmup=%d is cut to %d, half of the %d steps", config.warmup, config.warm_steps, config.steps)
+    logging.info(
+      "train.warmup=%d is cut to %d, half of the %d steps",
+      config.warmup,
+      config.warm_steps,
+      config.steps,
+    )
 
   def loss_fn(params, key, batch, tables, progress):
     x0, label = batch["latent"], batch["label"]
     k_time, k_noise, k_drop, k_route = jax.random.split(key, 4)
     time = sample_time(k_time, x0.shape[0], config.time_sampling)
     noise = sample_noise(k_noise, jnp.arange(x0.shape[0]), x0.shape[1:])
-    label = jnp.where(jax.random.bernoulli(k_drop, config.label_dropout, label.shape), classes, label)
+    label = jnp.where(
+      jax.random.bernoulli(k_drop, config.label_dropout, label.shape), classes, label
+    )
     xt, target = interpolate(x0, noise, time)
-    velocity, _, aux = nnx.merge(graphdef, params)(xt, time, label, tables, train=True, rng=k_route, progress=progress)
+    velocity, _, aux = nnx.merge(graphdef, params)(
+      xt, time, label, tables, train=True, rng=k_route, progress=progress
+    )
     loss = jnp.mean((velocity - target) ** 2)
     extra = sum(a["loss"].mean() for a in aux)
     return loss + extra, (loss, summarise(aux))
@@ -134,7 +159,9 @@ def make_train_step(graphdef, config: TrainConfig, classes: int):
   def step(state: TrainState, batch, tables):
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     progress = state.step / config.steps
-    (_, (loss, routing)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, key, batch, tables, progress)
+    (_, (loss, routing)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+      state.params, key, batch, tables, progress
+    )
     norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     fine = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
@@ -144,7 +171,11 @@ def make_train_step(graphdef, config: TrainConfig, classes: int):
     # A step that is not finite changes nothing but the step count, and with it the next step's noise.
     keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(fine, new, old))
     new = TrainState(
-      state.step + 1, keep(params, state.params), keep(ema, state.ema), keep(opt_state, state.opt_state), state.key
+      state.step + 1,
+      keep(params, state.params),
+      keep(ema, state.ema),
+      keep(opt_state, state.opt_state),
+      state.key,
     )
     return new, {
       "loss": loss,
@@ -200,7 +231,9 @@ def summarise(aux) -> dict:
 
 def _layer_mean(aux, name):
   layers = [jnp.asarray(a[name], jnp.float32) for a in aux]
-  return sum(x.reshape(x.shape[0], -1).mean(-1).sum() for x in layers) / sum(x.shape[0] for x in layers)
+  return sum(x.reshape(x.shape[0], -1).mean(-1).sum() for x in layers) / sum(
+    x.shape[0] for x in layers
+  )
 
 
 def make_eval_step(graphdef, *, soft: bool = False):
@@ -218,26 +251,48 @@ def make_eval_step(graphdef, *, soft: bool = False):
 
     def bucket(i):
       time = (i + u[:, i]) / BUCKETS
-      xt, target = interpolate(x0, sample_noise(key, (2 * index + 1) * BUCKETS + i, x0.shape[1:]), time)
-      velocity, _, aux = nnx.merge(graphdef, params)(xt, time, batch["label"], tables, soft_evaluation=soft)
-      error = lambda v: (((v - target) ** 2).mean((1, 2, 3, 4)) * weight).sum()
+      xt, target = interpolate(
+        x0, sample_noise(key, (2 * index + 1) * BUCKETS + i, x0.shape[1:]), time
+      )
+      velocity, _, aux = nnx.merge(graphdef, params)(
+        xt, time, batch["label"], tables, soft_evaluation=soft
+      )
+
+      def error(v):
+        return (((v - target) ** 2).mean((1, 2, 3, 4)) * weight).sum()
+
       routed = [a for a in aux if "probs" in a]
       routing = {}
       if routed:
-        weigh = lambda x: jnp.einsum("lbhr,b->lhr", x, weight)
+
+        def weigh(x):
+          return jnp.einsum("lbhr,b->lhr", x, weight)
+
         routing["probs"] = jnp.concatenate([weigh(a["probs"]) for a in routed])
-        hot = lambda a: jax.nn.one_hot(a["choice"], a["probs"].shape[-1])
+
+        def hot(a):
+          return jax.nn.one_hot(a["choice"], a["probs"].shape[-1])
+
         routing["choice"] = jnp.concatenate([weigh(hot(a)) for a in routed])
-      density = sum(jnp.einsum("lbh,b->", a["density"], weight) / a["density"].shape[2] for a in aux)
+      density = sum(
+        jnp.einsum("lbh,b->", a["density"], weight) / a["density"].shape[2] for a in aux
+      )
       depth = sum(a["density"].shape[0] for a in aux)
-      return {"loss": error(velocity), "linear": error(linear_velocity(xt, time, power)), "density": density / depth, **routing}
+      return {
+        "loss": error(velocity),
+        "linear": error(linear_velocity(xt, time, power)),
+        "density": density / depth,
+        **routing,
+      }
 
     return jax.lax.map(bucket, jnp.arange(BUCKETS)), weight.sum()
 
   return step
 
 
-def evaluate(step, params, batches, power, tables, seed: int = 0, should_stop=lambda: False) -> dict | None:
+def evaluate(
+  step, params, batches, power, tables, seed: int = 0, should_stop=lambda: False
+) -> dict | None:
   """Validation losses overall and per quarter of t, against the best per-channel linear prediction, and the routing.
 
   Args:

@@ -31,7 +31,11 @@ class Throughput:
   def rates(self, steps_per_s: float) -> dict[str, float]:
     """`steps_per_s`, `tflops_per_s`, and `mfu` (sparse-aware: never dense FLOPs over sparse time) where the peak is known."""
     found = {"steps_per_s": steps_per_s, "tflops_per_s": self.flops * steps_per_s / 1e12}
-    return found if self.peak is None else found | {"mfu": utilisation(self.flops, 1 / steps_per_s, self.peak)}
+    return (
+      found
+      if self.peak is None
+      else found | {"mfu": utilisation(self.flops, 1 / steps_per_s, self.peak)}
+    )
 
 
 def peak_of(device_kind: str) -> float | None:

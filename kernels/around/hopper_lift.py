@@ -54,7 +54,9 @@ class Plan:
     if self.share:
       return self.share
     dividing = [heads for heads in range(1, self.h + 1) if self.h % heads == 0]
-    return max((heads for heads in dividing if self.b * self.tiles * (self.h // heads) >= BLOCKS), default=1)
+    return max(
+      (heads for heads in dividing if self.b * self.tiles * (self.h // heads) >= BLOCKS), default=1
+    )
 
   @property
   def flops(self):
@@ -83,7 +85,11 @@ def forward(plan: Plan, packed, matrices, kinds, eighths, low, weights):
     sample, tile = lax.div(place, jnp.int32(plan.tiles)), lax.rem(place, jnp.int32(plan.tiles))
 
     def fetch(piece):
-      slot, head, part = lax.rem(piece, SLOTS), first + lax.div(piece, pieces), lax.rem(piece, pieces)
+      slot, head, part = (
+        lax.rem(piece, SLOTS),
+        first + lax.div(piece, pieces),
+        lax.rem(piece, pieces),
+      )
       rows = pl.ds(plan.front + tile * plan.block + part * ROWS, ROWS)
       plgpu.copy_gmem_to_smem(packed_gm.at[sample, rows, head], ring.at[slot], full.at[slot])
 
@@ -108,7 +114,9 @@ def forward(plan: Plan, packed, matrices, kinds, eighths, low, weights):
       fetch(jnp.int32(piece))
     for term in range(2):
       for part in range(pieces):
-        plgpu.copy_gmem_to_smem(matrices_gm.at[kinds_gm[tile], term, part], matrix.at[term, part], matrix_full)
+        plgpu.copy_gmem_to_smem(
+          matrices_gm.at[kinds_gm[tile], term, part], matrix.at[term, part], matrix_full
+        )
     plgpu.barrier_wait(matrix_full)
 
     @pl.loop(0, plan.heads * pieces)
@@ -118,7 +126,9 @@ def forward(plan: Plan, packed, matrices, kinds, eighths, low, weights):
 
       @pl.when(jnp.logical_and(has_coarse, lax.rem(piece, pieces) == 0))
       def _fetch_coarse():
-        plgpu.copy_gmem_to_smem(packed_gm.at[sample, pl.ds(eighths_gm[tile] * 8, ROWS), head], coarse, coarse_full)
+        plgpu.copy_gmem_to_smem(
+          packed_gm.at[sample, pl.ds(eighths_gm[tile] * 8, ROWS), head], coarse, coarse_full
+        )
         plgpu.barrier_wait(coarse_full)
 
       plgpu.barrier_wait(full.at[lax.rem(piece, SLOTS)])
@@ -131,7 +141,9 @@ def forward(plan: Plan, packed, matrices, kinds, eighths, low, weights):
 
     plgpu.wait_smem_to_gmem(0)
 
-  tiles_type = lambda *shape: parts.tiles_type(*shape, dtype=packed.dtype)
+  def tiles_type(*shape):
+    return parts.tiles_type(*shape, dtype=packed.dtype)
+
   scratch = [
     _channels_type(SLOTS, ROWS, plan.d, dtype=packed.dtype),
     tiles_type(2, pieces, ROWS, ROWS),
@@ -144,9 +156,13 @@ def forward(plan: Plan, packed, matrices, kinds, eighths, low, weights):
   operands = (packed, matrices, kinds, eighths, low, weights)
   result = jax.ShapeDtypeStruct((plan.b, plan.n, plan.h, plan.d), packed.dtype)
   cost = streaming_cost(operands, result, plan.flops)
-  return launch(lift, operands, [result], scratch, blocks=plan.b * plan.tiles * groups, cost=cost, by_lane=True)[0]
+  return launch(
+    lift, operands, [result], scratch, blocks=plan.b * plan.tiles * groups, cost=cost, by_lane=True
+  )[0]
 
 
 def _channels_type(*shape, dtype):
   """Shared memory that can be cut every 64 channels."""
-  return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+  return plgpu.SMEM(
+    shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+  )

@@ -86,7 +86,9 @@ class Plan:
     if self.share:
       return self.share
     dividing = [heads for heads in range(1, self.h + 1) if self.h % heads == 0]
-    return max((heads for heads in dividing if self.b * self.tiles * (self.h // heads) >= BLOCKS), default=1)
+    return max(
+      (heads for heads in dividing if self.b * self.tiles * (self.h // heads) >= BLOCKS), default=1
+    )
 
   @property
   def flops(self):
@@ -104,9 +106,14 @@ class Plan:
     b, h, d = self.b, self.h, self.d
     found = {x: jax.ShapeDtypeStruct((b, self.front + self.n, h, d), dtype) for x in self.arrays}
     if self.cells and not self.in_place:
-      found |= {f"{x}_cells": jax.ShapeDtypeStruct((b, self.tiles, self.cells, h, d), dtype) for x in "qkv"}
+      found |= {
+        f"{x}_cells": jax.ShapeDtypeStruct((b, self.tiles, self.cells, h, d), dtype) for x in "qkv"
+      }
     if self.pooled:
-      found |= {f"{x}_pool": jax.ShapeDtypeStruct((b, h, self.tiles, 2, self.half), jnp.float32) for x in "qk"}
+      found |= {
+        f"{x}_pool": jax.ShapeDtypeStruct((b, h, self.tiles, 2, self.half), jnp.float32)
+        for x in "qk"
+      }
     return found
 
   def scratch(self, dtype) -> dict:
@@ -150,12 +157,17 @@ def forward(plan: Plan, operands: dict) -> dict:
     _Block(plan, types.SimpleNamespace(**dict(zip(names, refs, strict=True)))).run()
 
   prepare.__name__ = "prepare" if plan.cells else "norm_rotary"
-  taken, blocks = [operands[name] for name in plan.operands()], plan.b * plan.tiles * (plan.h // plan.heads)
+  taken, blocks = (
+    [operands[name] for name in plan.operands()],
+    plan.b * plan.tiles * (plan.h // plan.heads),
+  )
   cost = streaming_cost(taken, results, plan.flops)
   # By lane: all layouts are given, and inferring them would take Mosaic eight seconds of every compile. Means cross the warps,
   # four registers at a time: with room for one, each would cost two barriers.
   options = {"by_lane": True, "reduction_bytes": 4096 * plan.pooled}
-  found = launch(prepare, taken, results.values(), scratch.values(), blocks=blocks, cost=cost, **options)
+  found = launch(
+    prepare, taken, results.values(), scratch.values(), blocks=blocks, cost=cost, **options
+  )
   return dict(zip(results, found, strict=True))
 
 
@@ -167,7 +179,10 @@ class _Block:
     program, groups = lax.axis_index("block"), plan.h // plan.heads
     rest = lax.div(program, jnp.int32(groups))
     self.first = lax.rem(program, jnp.int32(groups)) * plan.heads
-    self.sample, self.tile = lax.div(rest, jnp.int32(plan.tiles)), lax.rem(rest, jnp.int32(plan.tiles))
+    self.sample, self.tile = (
+      lax.div(rest, jnp.int32(plan.tiles)),
+      lax.rem(rest, jnp.int32(plan.tiles)),
+    )
 
   def run(self):
     plan, refs = self.plan, self.refs
@@ -197,7 +212,9 @@ class _Block:
     plan, refs, slot = self.plan, self.refs, piece % self.plan.slots
     which, part = divmod(piece, plan.pieces)
     for half in range(2):
-      source = refs.joint.at[self.sample, self.rows(part), which, head, pl.ds(half * plan.half, plan.half)]
+      source = refs.joint.at[
+        self.sample, self.rows(part), which, head, pl.ds(half * plan.half, plan.half)
+      ]
       plgpu.copy_gmem_to_smem(source, refs.ring.at[slot, half], refs.full.at[slot])
 
   def fetch_behind(self, i, piece):
@@ -213,7 +230,9 @@ class _Block:
     refs = self.refs
     for term in range(2):
       for part in range(self.plan.pieces):
-        plgpu.copy_gmem_to_smem(source.at[term, part], refs.weights_sm.at[term, part], refs.weights_full)
+        plgpu.copy_gmem_to_smem(
+          source.at[term, part], refs.weights_sm.at[term, part], refs.weights_full
+        )
     plgpu.barrier_wait(refs.weights_full)
 
   def store(self, target, rows=ROWS):
@@ -232,12 +251,17 @@ class _Block:
     for piece in pieces:
       plgpu.barrier_wait(refs.full.at[piece % plan.slots])
     if plan.cells:
-      if plan.filtered and (which == 0 or plan.filtered == "qkv"):  # the last filters took the weights' place
+      if plan.filtered and (
+        which == 0 or plan.filtered == "qkv"
+      ):  # the last filters took the weights' place
         self.load_weights(refs.weights.at[self.kind])
       self.compress(which, head, result)
     filtered = "qkv"[which] in plan.filtered
     for part, piece in enumerate(pieces):
-      tokens = lambda half, columns, slot=piece % plan.slots: refs.ring.at[slot, half, :, columns][...].astype(jnp.float32)
+
+      def tokens(half, columns, slot=piece % plan.slots):
+        return refs.ring.at[slot, half, :, columns][...].astype(jnp.float32)
+
       tables = [x.at[self.rows(part)] for x in (refs.cos, refs.sin)]
       self.finish(tokens, which, head, tables, part if plan.pooled and which < 2 else None)
       if filtered:
@@ -250,7 +274,9 @@ class _Block:
     for piece in pieces if filtered else ():  # each filtered piece needs all of them
       self.fetch_behind(i, piece)
     if plan.pooled and which < 2:
-      plgpu.copy_smem_to_gmem(refs.pool, getattr(refs, f"{'qk'[which]}_pool").at[self.sample, head, self.tile])
+      plgpu.copy_smem_to_gmem(
+        refs.pool, getattr(refs, f"{'qk'[which]}_pool").at[self.sample, head, self.tile]
+      )
 
   def product(self, which):
     """The matrix in `weights_sm` times the tile: `(half, columns)` -> float32 `[64, COLUMNS]`.
@@ -301,11 +327,21 @@ class _Block:
       biased: whether the bias counts; it is a constant, and neither mid nor high holds one.
     """
     plan, refs = self.plan, self.refs
-    over_rows = lambda x: parts.over_rows(plgpu.load(x, layout=_REDUCED, optimized=False))
-    bias = lambda half, columns: over_rows(refs.bias.at[which, head, half, columns]) if biased else 0.0
-    rows = lambda half, columns: read(half, columns) + bias(half, columns)
+
+    def over_rows(x):
+      return parts.over_rows(plgpu.load(x, layout=_REDUCED, optimized=False))
+
+    def bias(half, columns):
+      return over_rows(refs.bias.at[which, head, half, columns]) if biased else 0.0
+
+    def rows(half, columns):
+      return read(half, columns) + bias(half, columns)
+
     if which < 2:
-      squares = sum((x * x).sum(axis=1) for x in (rows(half, columns) for half in range(2) for columns in plan.chunks))
+      squares = sum(
+        (x * x).sum(axis=1)
+        for x in (rows(half, columns) for half in range(2) for columns in plan.chunks)
+      )
       inverse = parts.over_columns(lax.rsqrt(squares * (1 / plan.d) + EPS), COLUMNS)
     before = self.pool_before(pooled_part)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # also: every thread has read the means
@@ -314,7 +350,9 @@ class _Block:
       if which < 2:
         gains = (over_rows(refs.gains.at[which, half, columns]) for half in range(2))
         first, second = (x * inverse * gain for x, gain in zip((first, second), gains, strict=True))
-        cos, sin = (plgpu.load(table.at[:, columns], layout=LAYOUT, optimized=False) for table in tables)
+        cos, sin = (
+          plgpu.load(table.at[:, columns], layout=LAYOUT, optimized=False) for table in tables
+        )
         first, second = first * cos - second * sin, second * cos + first * sin
       for half, x in enumerate((first, second)):
         x = x.astype(refs.out.dtype)
@@ -328,7 +366,11 @@ class _Block:
     if not part:
       return None
     return [
-      [plgpu.load(self.refs.pool.at[half, columns], layout=_REDUCED) for columns in self.plan.chunks] for half in range(2)
+      [
+        plgpu.load(self.refs.pool.at[half, columns], layout=_REDUCED)
+        for columns in self.plan.chunks
+      ]
+      for half in range(2)
     ]
 
   def mean(self, x, part):

@@ -65,7 +65,9 @@ def lift(packed, weights, low, expansion: Expansion, implementation=None):
 
 def unsupported(packed, expansion: Expansion, target: Target | None = None) -> str | None:
   """Why the kernel cannot run this call, all reasons at once; None if it can."""
-  most = MAX_CELLS if expansion.aligned else MAX_CELLS - 7  # it reads 64 rows from a multiple of 8 on
+  most = (
+    MAX_CELLS if expansion.aligned else MAX_CELLS - 7
+  )  # it reads 64 rows from a multiple of 8 on
   return refusal(packed, expansion.block, expansion.matrices.shape[2], target, most)
 
 
@@ -78,12 +80,24 @@ def _plain(packed, weights, low, expansion):
   if classes == 1:  # no gather, whose gradient would be a scatter
     coarse = packed[:, : k * len(starts)]
   else:
-    coarse = packed[:, (starts[:, None] + jnp.arange(k)).reshape(-1)]  # behind a tile's own cells the matrix is zero
-  coarse = jnp.where(low[:, None, :, None], coarse, 0).astype(dtype).reshape(packed.shape[0], -1, k, *packed.shape[2:])
-  matrices, product = (matrices[0], "rk,btkhd->btrhd") if classes == 1 else (matrices[expansion.classes], "trk,btkhd->btrhd")
+    coarse = packed[
+      :, (starts[:, None] + jnp.arange(k)).reshape(-1)
+    ]  # behind a tile's own cells the matrix is zero
+  coarse = (
+    jnp.where(low[:, None, :, None], coarse, 0)
+    .astype(dtype)
+    .reshape(packed.shape[0], -1, k, *packed.shape[2:])
+  )
+  matrices, product = (
+    (matrices[0], "rk,btkhd->btrhd")
+    if classes == 1
+    else (matrices[expansion.classes], "trk,btkhd->btrhd")
+  )
   lifted = jnp.einsum(product, matrices, coarse, precision=jax.lax.Precision.HIGHEST)
   tokens = packed[:, expansion.front :]
-  out = (tokens.astype(dtype) + lifted.reshape(tokens.shape)) * weights[:, None, :, None].astype(dtype)
+  out = (tokens.astype(dtype) + lifted.reshape(tokens.shape)) * weights[:, None, :, None].astype(
+    dtype
+  )
   return out.astype(packed.dtype)
 
 
@@ -101,7 +115,9 @@ def _fused_fwd(*operands):
 
 def _fused_bwd(operands, cotangent):
   packed, weights, low, expansion = operands
-  _, pull = jax.vjp(lambda packed, weights: _plain(packed, weights, low, expansion), packed, weights)
+  _, pull = jax.vjp(
+    lambda packed, weights: _plain(packed, weights, low, expansion), packed, weights
+  )
   return *pull(cotangent), *jax.tree.map(no_gradient, (low, expansion))
 
 
@@ -110,15 +126,21 @@ _fused.defvjp(_fused_fwd, _fused_bwd)
 
 @jax.named_scope("lift")
 def _run(packed, weights, low, expansion):
-  from freqformer.kernels.around import hopper_lift as hopper_lift  # Pallas is imported where it is used
+  from freqformer.kernels.around import (
+    hopper_lift as hopper_lift,
+  )  # Pallas is imported where it is used
 
   (classes, block, k), starts = expansion.matrices.shape, jnp.asarray(expansion.starts, jnp.int32)
   shifts = 1 if expansion.aligned else 8
   # Copies begin at multiples of 8 rows; where a tile's first coarse token lies behind one, its matrix moves to the right.
   padded = [((0, 0), (0, 0), (shift, MAX_CELLS - shift - k)) for shift in range(shifts)]
-  matrices = jnp.stack([jnp.pad(jnp.asarray(expansion.matrices, jnp.float32), pad) for pad in padded], 1)
+  matrices = jnp.stack(
+    [jnp.pad(jnp.asarray(expansion.matrices, jnp.float32), pad) for pad in padded], 1
+  )
   terms = two_terms(matrices.reshape(-1, block, MAX_CELLS))
   plan = hopper_lift.Plan(*packed.shape, block, expansion.front)
   kinds = jnp.asarray(expansion.classes) * shifts + starts % shifts
   terms = terms.reshape(classes * shifts, 2, plan.pieces, hopper_lift.ROWS, MAX_CELLS)
-  return hopper_lift.forward(plan, packed, terms, kinds, starts // 8, low.astype(jnp.int32), weights.astype(jnp.float32))
+  return hopper_lift.forward(
+    plan, packed, terms, kinds, starts // 8, low.astype(jnp.int32), weights.astype(jnp.float32)
+  )

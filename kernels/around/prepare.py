@@ -64,11 +64,23 @@ def turn(x, cos, sin):
   dtype = jnp.promote_types(x.dtype, jnp.float32)
   first, second = jnp.split(x.astype(dtype), 2, axis=-1)
   cos, sin = cos[:, None], sin[:, None]
-  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
+  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(
+    x.dtype
+  )
 
 
 def prepare(
-  joint, bias, gains, tables, lengths, cells: Cells | None = None, bands=None, *, filtered="", pooled=False, implementation=None
+  joint,
+  bias,
+  gains,
+  tables,
+  lengths,
+  cells: Cells | None = None,
+  bands=None,
+  *,
+  filtered="",
+  pooled=False,
+  implementation=None,
 ) -> Prepared:
   """Adds the projection's bias to q, k and v, norms (RMS, `EPS`) and rotates q and k, packs.
 
@@ -88,23 +100,39 @@ def prepare(
     ValueError: if something is filtered without filters or bands.
     NotImplementedError: if the kernel was named and does not support the call, with the reasons.
   """
-  if filtered not in ("", "v", "qkv") or (filtered and (bands is None or cells is None or cells.filters is None)):
-    raise ValueError(f'{filtered=} must be "", "v" or "qkv"; the latter two need bands and cells with filters.')
+  if filtered not in ("", "v", "qkv") or (
+    filtered and (bands is None or cells is None or cells.filters is None)
+  ):
+    raise ValueError(
+      f'{filtered=} must be "", "v" or "qkv"; the latter two need bands and cells with filters.'
+    )
   reason = None if implementation == "plain" else unsupported(joint, len(lengths), cells)
   if implementation == "pallas_mgpu" and reason:
     raise NotImplementedError(f"prepare: {reason}")
   operands = (joint, bias, tuple(gains), tuple(tables), lengths, cells, bands if filtered else None)
   form = (pooled, filtered)
-  found = _plain(form, *operands) if implementation == "plain" or reason else _fused(form, *operands)
-  return found._replace(v=_biased(joint[:, :, 2], bias[2]).astype(joint.dtype)) if cells is None else found
+  found = (
+    _plain(form, *operands) if implementation == "plain" or reason else _fused(form, *operands)
+  )
+  return (
+    found._replace(v=_biased(joint[:, :, 2], bias[2]).astype(joint.dtype))
+    if cells is None
+    else found
+  )
 
 
-def unsupported(joint, tiles: int, cells: Cells | None = None, target: Target | None = None) -> str | None:
+def unsupported(
+  joint, tiles: int, cells: Cells | None = None, target: Target | None = None
+) -> str | None:
   """Why the kernel cannot run this call, all reasons at once; None if it can."""
-  return refusal(joint, joint.shape[1] // tiles, 0 if cells is None else cells.matrices.shape[1], target)
+  return refusal(
+    joint, joint.shape[1] // tiles, 0 if cells is None else cells.matrices.shape[1], target
+  )
 
 
-def refusal(x, block: int, cells: int, target: Target | None = None, most: int = MAX_CELLS) -> str | None:
+def refusal(
+  x, block: int, cells: int, target: Target | None = None, most: int = MAX_CELLS
+) -> str | None:
   """What the kernels around attention do not take of `x` `[..., d]` in tiles of `block` rows with `cells` coarse tokens."""
   from freqformer.kernels.hopper import parts  # Pallas is imported where it is used
 
@@ -133,8 +161,13 @@ def log_choice(what: str, reason: str | None) -> None:
 @jax.named_scope("prepare")
 def _plain(form, joint, bias, gains, tables, lengths, cells, bands) -> Prepared:
   """The definition: everything in float32 (or wider), rounded once. Without cells there is no v."""
-  arrays = jnp.unstack(joint, axis=2)  # not three slices, whose gradients would be three arrays of the projection's size
-  found = [_one(form, *x, tables, lengths, cells, bands) for x in zip("qkv", arrays, bias, (*gains, None), strict=True)]
+  arrays = jnp.unstack(
+    joint, axis=2
+  )  # not three slices, whose gradients would be three arrays of the projection's size
+  found = [
+    _one(form, *x, tables, lengths, cells, bands)
+    for x in zip("qkv", arrays, bias, (*gains, None), strict=True)
+  ]
   packed, means = zip(*found, strict=True)
   return Prepared(*packed, *(means[:2] if form[0] else ()))
 
@@ -199,7 +232,10 @@ def _means(x, lengths):
   lengths = jnp.asarray(lengths)
   x = jax.lax.stop_gradient(x).reshape(b, len(lengths), -1, h, d)
   valid = (jnp.arange(x.shape[2]) < lengths[:, None])[..., None, None]
-  means = jnp.where(valid, x, 0).astype(jnp.promote_types(x.dtype, jnp.float32)).sum(2) / lengths[:, None, None]
+  means = (
+    jnp.where(valid, x, 0).astype(jnp.promote_types(x.dtype, jnp.float32)).sum(2)
+    / lengths[:, None, None]
+  )
   return means.transpose(0, 2, 1, 3)
 
 
@@ -229,7 +265,9 @@ def _fused_bwd(form, operands, cotangents):
   """Of the plain form, one array after the other: together, their float32 intermediates would be alive at once."""
   joint, bias, gains, *rest = operands
   grads, before = [], None
-  for name, *x, cotangent in zip("qkv", jnp.unstack(joint, axis=2), bias, (*gains, None), cotangents[:3], strict=True):
+  for name, *x, cotangent in zip(
+    "qkv", jnp.unstack(joint, axis=2), bias, (*gains, None), cotangents[:3], strict=True
+  ):
     if cotangent is None:  # v without cells
       grads.append(jax.tree.map(jnp.zeros_like, x))
       continue
@@ -240,7 +278,12 @@ def _fused_bwd(form, operands, cotangents):
     before = pull(cotangent)
     grads.append(before)
   d_joint, d_bias, d_gains = zip(*grads, strict=True)
-  return jnp.stack(d_joint, 2), jnp.stack(d_bias), d_gains[:2], *jax.tree.map(no_gradient, tuple(rest))
+  return (
+    jnp.stack(d_joint, 2),
+    jnp.stack(d_bias),
+    d_gains[:2],
+    *jax.tree.map(no_gradient, tuple(rest)),
+  )
 
 
 _fused.defvjp(_fused_fwd, _fused_bwd)
@@ -249,12 +292,19 @@ _fused.defvjp(_fused_fwd, _fused_bwd)
 @jax.named_scope("prepare")
 def _run(form, joint, bias, gains, tables, lengths, cells, bands) -> Prepared:
   """Calls the kernel; lays coarse rows that it could not place itself."""
-  from freqformer.kernels.around import hopper_prepare as hopper_prepare  # Pallas is imported where it is used
+  from freqformer.kernels.around import (
+    hopper_prepare as hopper_prepare,
+  )  # Pallas is imported where it is used
 
   b, n, _, h, d = joint.shape
   tiles, (pooled, filtered) = len(lengths), form
   plan = hopper_prepare.Plan(b, n, h, d, n // tiles, pooled=pooled)
-  operands = {"joint": joint, "cos": tables[0], "sin": tables[1], "lengths": jnp.asarray(lengths, jnp.int32)}
+  operands = {
+    "joint": joint,
+    "cos": tables[0],
+    "sin": tables[1],
+    "lengths": jnp.asarray(lengths, jnp.int32),
+  }
   operands["bias"] = jnp.asarray(bias, jnp.float32).reshape(3, h, 2, d // 2)
   operands["gains"] = jnp.stack([jnp.asarray(g, jnp.float32) for g in gains]).reshape(2, 2, d // 2)
   if cells is not None:
@@ -282,10 +332,16 @@ def _cell_operands(cells, count, pieces) -> dict:
   tiles = len(cells.classes)
   rows = np.arange(tiles * k) if cells.rows is None else jnp.asarray(cells.rows)
   rows = rows // k * count + rows % k
+
   # A tile reads 64 rows from its first one; what lies behind its own meets zero weights.
-  spread = lambda x: jnp.zeros((tiles * count + MAX_CELLS - count, x.shape[-1]), jnp.float32).at[rows].set(x)
+  def spread(x):
+    return jnp.zeros((tiles * count + MAX_CELLS - count, x.shape[-1]), jnp.float32).at[rows].set(x)
+
   if cells.rows is None and k == count:
-    spread = lambda x: jnp.pad(x, ((0, MAX_CELLS - count), (0, 0)))
+
+    def spread(x):
+      return jnp.pad(x, ((0, MAX_CELLS - count), (0, 0)))
+
   return {
     "weights": weights,
     "classes": jnp.asarray(cells.classes),
@@ -318,6 +374,10 @@ def _lay_cells(found, name, cells, plan):
     return x if placed == plan.front else x.at[:, placed : plan.front].set(0)
   k = cells.matrices.shape[1]
   coarse = found[f"{name}_cells"][:, :, :k].reshape(plan.b, plan.tiles * k, plan.h, plan.d)
-  coarse = coarse if cells.rows is None else jnp.take(coarse, cells.rows, axis=1, mode="clip", unique_indices=True)
+  coarse = (
+    coarse
+    if cells.rows is None
+    else jnp.take(coarse, cells.rows, axis=1, mode="clip", unique_indices=True)
+  )
   filler = ((0, 0), (0, plan.front - coarse.shape[1]), (0, 0), (0, 0))
   return x.at[:, : plan.front].set(jnp.pad(coarse, filler))

@@ -36,7 +36,9 @@ def backend(name: str):
     ValueError: for an unknown name.
   """
   if name not in BACKENDS:
-    raise ValueError(f"implementation={name!r} is unknown; choose one of {', '.join(BACKENDS)} or None for automatic choice.")
+    raise ValueError(
+      f"implementation={name!r} is unknown; choose one of {', '.join(BACKENDS)} or None for automatic choice."
+    )
   return importlib.import_module(f"freqformer.kernels.block_sparse.{BACKENDS[name]}")
 
 
@@ -74,10 +76,15 @@ def attention(
   return _attention(name, scale, q, k, v, mask)
 
 
-def choose_backend(q, k, v, mask: BlockMask, implementation: str | None = None, target: Target | None = None) -> str:
+def choose_backend(
+  q, k, v, mask: BlockMask, implementation: str | None = None, target: Target | None = None
+) -> str:
   """The name of the backend that `attention` would run; raises NotImplementedError with all reasons if there is none."""
   target = current_target() if target is None else target
-  refused = lambda name: backend(name).unsupported(q, k, v, mask, target)
+
+  def refused(name):
+    return backend(name).unsupported(q, k, v, mask, target)
+
   return choose("attention", BACKENDS, refused, implementation, target)
 
 
@@ -93,7 +100,9 @@ def _validated(q, k, v, mask: BlockMask | None) -> BlockMask:
     jnp.bfloat16,
     jnp.float16,
   ):
-    raise ValueError(f"q, k, v must share one of f64, f32, bf16, f16; got {q.dtype}, {k.dtype}, {v.dtype}.")
+    raise ValueError(
+      f"q, k, v must share one of f64, f32, bf16, f16; got {q.dtype}, {k.dtype}, {v.dtype}."
+    )
   if mask is None:
     return dense_mask(q.shape[1], k.shape[1])
   mask.check_shapes()
@@ -125,7 +134,9 @@ def _attention(name, scale, q, k, v, mask):
 
 
 def _forward(name, scale, q, k, v, mask):
-  run = lambda q, k, v, mask: backend(name).forward(q, k, v, mask, scale)
+  def run(q, k, v, mask):
+    return backend(name).forward(q, k, v, mask, scale)
+
   if not several_devices():
     return run(q, k, v, mask)
   mask = mask.without_order()
@@ -134,7 +145,9 @@ def _forward(name, scale, q, k, v, mask):
 
 
 def _backward(name, scale, q, k, v, mask, lse, delta, d_out):
-  run = lambda q, k, v, mask, *rest: backend(name).backward(q, k, v, mask, scale, *rest)
+  def run(q, k, v, mask, *rest):
+    return backend(name).backward(q, k, v, mask, scale, *rest)
+
   if not several_devices():
     return run(q, k, v, mask, lse, delta, d_out)
   mask = mask.without_order()
@@ -159,7 +172,9 @@ def _attention_bwd(name, scale, residuals, cotangents):
   delta = (d_out.astype(lse.dtype) * out.astype(lse.dtype)).sum(-1).transpose(0, 2, 1)
   delta = jnp.where(alive, delta - d_lse, 0)
   grads = _backward(name, scale, q, k, v, mask, lse, delta, d_out)
-  return *(g.astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True)), jax.tree.map(no_gradient, mask)
+  return *(g.astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True)), jax.tree.map(
+    no_gradient, mask
+  )
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
@@ -184,5 +199,7 @@ def merge(outs, lses) -> tuple[jax.Array, jax.Array]:
   some = total > 0
   safe = jnp.where(some, total, 1)
   shares = (weights / safe).transpose(0, 1, 3, 2)[..., None]
-  out = sum(o.astype(lse.dtype) * s for o, s in zip(outs, shares, strict=True)).astype(outs[0].dtype)
+  out = sum(o.astype(lse.dtype) * s for o, s in zip(outs, shares, strict=True)).astype(
+    outs[0].dtype
+  )
   return out, jnp.where(some, jnp.log(safe) + top, -jnp.inf)

@@ -65,7 +65,9 @@ class CallCost:
     """
     mine, theirs = ((c.head_dim, c.block_q, c.block_kv) for c in (self, other))
     if mine != theirs:
-      raise ValueError(f"costs of one launch need equal (head_dim, block_q, block_kv), got {mine} and {theirs}.")
+      raise ValueError(
+        f"costs of one launch need equal (head_dim, block_q, block_kv), got {mine} and {theirs}."
+      )
     summed = {n: getattr(self, n) + getattr(other, n) for n in _COUNTS}
     return dataclasses.replace(self, **summed, longest=max(self.longest, other.longest))
 
@@ -144,7 +146,9 @@ class CallCost:
 _COUNTS = ("pairs", "computed_pairs", "rows", "items", "loads", "distinct", "wave_loads")
 
 
-def count(mask: BlockMask, head_dim: int, *, batch: int = 1, heads: int = 1, concurrent: int = CONCURRENT) -> CallCost:
+def count(
+  mask: BlockMask, head_dim: int, *, batch: int = 1, heads: int = 1, concurrent: int = CONCURRENT
+) -> CallCost:
   """Counts a concrete table exactly.
 
   Args:
@@ -158,10 +162,14 @@ def count(mask: BlockMask, head_dim: int, *, batch: int = 1, heads: int = 1, con
   lead = mask.kv_counts.shape[:2]
   for what, got, have in (("batch", batch, lead[0]), ("heads", heads, lead[1])):
     if have not in (1, got):
-      raise ValueError(f"the table is for {what}={have}, the call has {got}; it must match or be 1.")
+      raise ValueError(
+        f"the table is for {what}={have}, the call has {got}; it must match or be 1."
+      )
   counts, ids = np.asarray(mask.kv_counts), mask.kv_indices
   shared = batch / lead[0] * heads / lead[1]
-  pairs = np.broadcast_to(np.asarray(mask.pairs(), np.float64), np.broadcast_shapes(np.shape(mask.pairs()), lead))
+  pairs = np.broadcast_to(
+    np.asarray(mask.pairs(), np.float64), np.broadcast_shapes(np.shape(mask.pairs()), lead)
+  )
   if ids is None or one_list(ids):  # prefixes of one list: a union is its longest
     distinct, waves = _prefix_unions(counts, concurrent)
   else:
@@ -183,7 +191,9 @@ def count(mask: BlockMask, head_dim: int, *, batch: int = 1, heads: int = 1, con
 
 def _prefix_unions(counts, concurrent):
   padded = np.pad(counts, ((0, 0), (0, 0), (0, -counts.shape[-1] % concurrent)))
-  return float(counts.max(-1).sum()), float(padded.reshape(*counts.shape[:2], -1, concurrent).max(-1).sum())
+  return float(counts.max(-1).sum()), float(
+    padded.reshape(*counts.shape[:2], -1, concurrent).max(-1).sum()
+  )
 
 
 def _unions(ids, counts, kv_tiles, concurrent):
@@ -208,7 +218,15 @@ def expected(mask: BlockMask, head_dim: int, heads: int) -> CallCost:
     heads: heads times samples of the call.
   """
   listed = mask.max_kv if mask.mean_listed is None else mask.mean_listed
-  return uniform(mask.q_tiles, listed, mask.kv_tiles, head_dim, block=mask.block_q, block_kv=mask.block_kv, heads=heads)
+  return uniform(
+    mask.q_tiles,
+    listed,
+    mask.kv_tiles,
+    head_dim,
+    block=mask.block_q,
+    block_kv=mask.block_kv,
+    heads=heads,
+  )
 
 
 def uniform(
@@ -237,7 +255,10 @@ def uniform(
     heads: heads times samples.
   """
   listed, block_kv = min(listed, kv_tiles), block_kv or block
-  union = lambda rows: kv_tiles * (1.0 - (1.0 - listed / kv_tiles) ** rows) if kv_tiles else 0.0
+
+  def union(rows):
+    return kv_tiles * (1.0 - (1.0 - listed / kv_tiles) ** rows) if kv_tiles else 0.0
+
   groups, rest = divmod(q_tiles, CONCURRENT)
   loads = q_tiles * listed
   one = CallCost(

@@ -29,7 +29,9 @@ def unsupported(q, k, v, mask: BlockMask, target) -> str | None:
     if block not in BLOCKS:
       reasons.append(f"block_{what} is {block}, it takes {_either(BLOCKS)}")
     elif rows % block:
-      reasons.append(f"{rows} {'query' if what == 'q' else 'key'} rows are no multiple of block_{what}={block}; pad the buffer")
+      reasons.append(
+        f"{rows} {'query' if what == 'q' else 'key'} rows are no multiple of block_{what}={block}; pad the buffer"
+      )
   if mask.kv_tiles > MAX_TILES:
     reasons.append(f"{mask.kv_tiles} key tiles exceed {MAX_TILES}")
   return "; ".join(reasons) or None
@@ -54,7 +56,9 @@ def _either(values):
 def forward(q, k, v, mask, scale):
   """Shapes as in `kernels.block_sparse.api.attention`."""
   data, walked = (q, k, v), _by_query(mask, q.shape[0], q.shape[2])
-  return hopper_forward.forward(data, walked, _bias(mask), _blocks(mask), scale, *_config(q, mask, "forward"))
+  return hopper_forward.forward(
+    data, walked, _bias(mask), _blocks(mask), scale, *_config(q, mask, "forward")
+  )
 
 
 def backward(q, k, v, mask, scale, lse, delta, d_out):
@@ -74,7 +78,9 @@ def _config(q, mask, direction):
   """How the kernel runs, and what it costs: exactly where the table was NumPy, else as if all lists were full."""
   b, _, h, d = q.shape
   estimate = cost.expected(mask, d, b * h).estimate(q.dtype.itemsize, direction)
-  return tuning.lookup(tuning.Key("h100", d, mask.block_q, mask.block_kv, direction)), pl.CostEstimate(**estimate)
+  return tuning.lookup(
+    tuning.Key("h100", d, mask.block_q, mask.block_kv, direction)
+  ), pl.CostEstimate(**estimate)
 
 
 def _blocks(mask):

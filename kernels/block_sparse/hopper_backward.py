@@ -42,7 +42,9 @@ def dq(data, lists, bias, blocks, scale: float, config: TuningConfig, cost: pl.C
     side = deal.side(warpgroup)
     tile = deal.tile(place, side)
     count = counts_gm[parts.at(counts_gm, sample, head, tile)]
-    listed = parts.TileList(walk, count, lambda i: decode(codes_gm[(*parts.at(codes_gm, sample, head, tile), i)]))
+    listed = parts.TileList(
+      walk, count, lambda i: decode(codes_gm[(*parts.at(codes_gm, sample, head, tile), i)])
+    )
 
     @pl.when(warpgroup < deal.consumers)
     def _compute():
@@ -50,7 +52,10 @@ def dq(data, lists, bias, blocks, scale: float, config: TuningConfig, cost: pl.C
       rows = pl.ds(tile * block_q + deal.part(warpgroup) * ROWS, ROWS)
       q_own, do_own, *numbers = (ref.at[warpgroup] for ref in kept)
       pairs = [(q_gm.at[sample, rows, head], q_own), (do_gm.at[sample, rows, head], do_own)]
-      pairs += [(source.at[sample, head, rows], own) for source, own in zip((lse_gm, delta_gm), numbers, strict=True)]
+      pairs += [
+        (source.at[sample, head, rows], own)
+        for source, own in zip((lse_gm, delta_gm), numbers, strict=True)
+      ]
       parts.load_own(pairs, own_bar.at[warpgroup], count > 0)
       lse, delta = (plgpu.load(ref, layout=LAYOUT.reduce(1)) for ref in numbers)
 
@@ -76,7 +81,9 @@ def dq(data, lists, bias, blocks, scale: float, config: TuningConfig, cost: pl.C
 
     @pl.when(warpgroup >= deal.consumers)
     def _memory():
-      rows_of = lambda ref: lambda rows: ref.at[sample, rows, head]
+      def rows_of(ref):
+        return lambda rows: ref.at[sample, rows, head]
+
       sources = [(k_ring, [rows_of(k_gm)]), (v_ring, [rows_of(v_gm)])]
       parts.memory_warpgroup(listed, sources, deal, side, config.memory_registers)
 
@@ -85,7 +92,11 @@ def dq(data, lists, bias, blocks, scale: float, config: TuningConfig, cost: pl.C
   own, number = tile_of(deal.consumers, ROWS, d), plgpu.SMEM((deal.consumers, ROWS), jnp.float32)
   own = (own, own, number, number, plgpu.Barrier(num_arrivals=4, num_barriers=deal.consumers))
   scratch = [own, (ring, ring), parts.staging_types(deal.consumers, config.step, q.dtype)]
-  options = {"blocks": b * h * deal.blocks, "warpgroups": deal.warpgroups, "by_lane": config.by_lane}
+  options = {
+    "blocks": b * h * deal.blocks,
+    "warpgroups": deal.warpgroups,
+    "by_lane": config.by_lane,
+  }
   operands, out_type = (data, lists, parts.in_log2(bias)), jax.ShapeDtypeStruct(q.shape, q.dtype)
   return launch(attention_dq, operands, [out_type], scratch, cost=cost, **options)[0]
 
@@ -118,7 +129,10 @@ def dkv(data, lists, bias, blocks, scale: float, config: TuningConfig, cost: pl.
     tile = deal.tile(place, side)
     count = counts_gm[parts.at(counts_gm, sample, head, tile)]
     start = starts_gm[parts.at(starts_gm, sample, head, tile)]
-    entry = lambda i: (indices_gm[(*parts.at(indices_gm, sample, head), start + i)], jnp.int32(block_q))
+
+    def entry(i):
+      return (indices_gm[(*parts.at(indices_gm, sample, head), start + i)], jnp.int32(block_q))
+
     listed = parts.TileList(walk, count, entry)
 
     @pl.when(warpgroup < deal.consumers)
@@ -162,9 +176,16 @@ def dkv(data, lists, bias, blocks, scale: float, config: TuningConfig, cost: pl.
 
     @pl.when(warpgroup >= deal.consumers)
     def _memory():
-      rows_of = lambda ref: lambda rows: ref.at[sample, rows, head]
-      numbers_of = lambda ref: lambda rows: ref.at[sample, head, rows]
-      sources = (q_ring, [rows_of(q_gm), numbers_of(lse_gm)]), (do_ring, [rows_of(do_gm), numbers_of(delta_gm)])
+      def rows_of(ref):
+        return lambda rows: ref.at[sample, rows, head]
+
+      def numbers_of(ref):
+        return lambda rows: ref.at[sample, head, rows]
+
+      sources = (
+        (q_ring, [rows_of(q_gm), numbers_of(lse_gm)]),
+        (do_ring, [rows_of(do_gm), numbers_of(delta_gm)]),
+      )
       parts.memory_warpgroup(listed, sources, deal, side, config.memory_registers)
 
   tile_of = functools.partial(parts.tiles_type, dtype=q.dtype)
@@ -173,6 +194,12 @@ def dkv(data, lists, bias, blocks, scale: float, config: TuningConfig, cost: pl.
   own = tile_of(deal.consumers, ROWS, d)
   own = (own, own, plgpu.Barrier(num_arrivals=2, num_barriers=deal.consumers))
   scratch = [own, (ring, ring), parts.staging_types(deal.consumers, config.step, q.dtype)]
-  options = {"blocks": b * h * deal.blocks, "warpgroups": deal.warpgroups, "by_lane": config.by_lane}
+  options = {
+    "blocks": b * h * deal.blocks,
+    "warpgroups": deal.warpgroups,
+    "by_lane": config.by_lane,
+  }
   out_type = (jax.ShapeDtypeStruct(k.shape, k.dtype),) * 2
-  return launch(attention_dkv, (data, lists, parts.in_log2(bias)), [out_type], scratch, cost=cost, **options)[0]
+  return launch(
+    attention_dkv, (data, lists, parts.in_log2(bias)), [out_type], scratch, cost=cost, **options
+  )[0]

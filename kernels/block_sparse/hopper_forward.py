@@ -140,7 +140,9 @@ def forward(data, lists, bias, blocks, scale: float, config: TuningConfig, cost:
           k_ring.wait(following)
           pass_turn()
           following_keys = keys.at[following]
-          acc, x = parts.accumulate_beside(acc, p, values.at[slot], mine, following_keys, *stage, issued=pass_turn)
+          acc, x = parts.accumulate_beside(
+            acc, p, values.at[slot], mine, following_keys, *stage, issued=pass_turn
+          )
           v_ring.release(slot)
           k_ring.release(following)
           return (acc, top, total), x, entries, following
@@ -179,8 +181,7 @@ def forward(data, lists, bias, blocks, scale: float, config: TuningConfig, cost:
       lse = (top + jnp.log2(jnp.where(alive, total, 1.0))) * (1 / parts.LOG2E)
       lse_sm.at[warpgroup][...] = jnp.where(alive, lse, -jnp.inf)
       parts.store_own(
-        (mine, out_gm.at[sample, rows, head]),
-        (lse_sm.at[warpgroup], lse_gm.at[sample, head, rows]),
+        (mine, out_gm.at[sample, rows, head]), (lse_sm.at[warpgroup], lse_gm.at[sample, head, rows])
       )
 
     @pl.when(warpgroup >= deal.consumers)
@@ -199,10 +200,7 @@ def forward(data, lists, bias, blocks, scale: float, config: TuningConfig, cost:
     plgpu.Barrier(num_barriers=deal.consumers),
     plgpu.Barrier(num_arrivals=deal.consumers),
   )
-  out_type = (
-    jax.ShapeDtypeStruct(q.shape, q.dtype),
-    jax.ShapeDtypeStruct((b, h, n), jnp.float32),
-  )
+  out_type = (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((b, h, n), jnp.float32))
   scratch = [own, (ring, ring), parts.staging_types(deal.consumers, config.step, q.dtype)]
   (found,) = launch(
     attention_forward,

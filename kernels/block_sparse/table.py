@@ -18,7 +18,9 @@ _COUNTED = 1 << 22  # listed tiles that are looked at together when a concrete t
 
 
 def _static(default=dataclasses.MISSING):
-  return dataclasses.field(metadata={"static": True}, **({} if default is dataclasses.MISSING else {"default": default}))
+  return dataclasses.field(
+    metadata={"static": True}, **({} if default is dataclasses.MISSING else {"default": default})
+  )
 
 
 @jax.tree_util.register_dataclass
@@ -41,7 +43,11 @@ class TransposedMask:
   def transpose(self) -> tuple[Array, Array]:
     """Back to `(kv_indices, kv_counts)` of the forward table; padding repeats the row's last id (0 in empty rows)."""
     xnp = array_module(self.q_indices, self.offsets)
-    lead, nnz, kv_tiles = self.q_indices.shape[:2], self.q_indices.shape[-1], self.offsets.shape[-1] - 1
+    lead, nnz, kv_tiles = (
+      self.q_indices.shape[:2],
+      self.q_indices.shape[-1],
+      self.offsets.shape[-1] - 1,
+    )
     slot = np.arange(nnz, dtype=np.int32)
     # The key tile of slot s is the number of its offsets that lie at or before it.
     kv = search(self.offsets[..., 1:], slot, "right")
@@ -113,15 +119,27 @@ class BlockMask:
     for name in ("kv_indices", "kv_counts", "kv_len"):
       value = getattr(self, name)
       if value is not None and value.dtype != np.int32:
-        raise ValueError(f"{name} must be int32, got {value.dtype}; cast it when the table is built.")
+        raise ValueError(
+          f"{name} must be int32, got {value.dtype}; cast it when the table is built."
+        )
     if self.kv_counts.ndim != 3:
-      raise ValueError(f"kv_counts must be [b or 1, h or 1, q_tiles], got shape {self.kv_counts.shape}.")
+      raise ValueError(
+        f"kv_counts must be [b or 1, h or 1, q_tiles], got shape {self.kv_counts.shape}."
+      )
     if self.kv_len.ndim not in (1, 2):
-      raise ValueError(f"kv_len must be [kv_tiles] or [b, kv_tiles], got shape {self.kv_len.shape}.")
-    if self.kv_indices is not None and (self.kv_indices.ndim != 4 or self.kv_indices.shape[:3] != self.kv_counts.shape):
-      raise ValueError(f"kv_indices must be kv_counts' shape {self.kv_counts.shape} + [max_kv], got {self.kv_indices.shape}.")
+      raise ValueError(
+        f"kv_len must be [kv_tiles] or [b, kv_tiles], got shape {self.kv_len.shape}."
+      )
+    if self.kv_indices is not None and (
+      self.kv_indices.ndim != 4 or self.kv_indices.shape[:3] != self.kv_counts.shape
+    ):
+      raise ValueError(
+        f"kv_indices must be kv_counts' shape {self.kv_counts.shape} + [max_kv], got {self.kv_indices.shape}."
+      )
     if self.kv_bias is not None and self.kv_bias.shape != (self.kv_tiles,):
-      raise ValueError(f"kv_bias must be [kv_tiles] = [{self.kv_tiles}], got shape {self.kv_bias.shape}.")
+      raise ValueError(
+        f"kv_bias must be [kv_tiles] = [{self.kv_tiles}], got shape {self.kv_bias.shape}."
+      )
     return self
 
   # ---- sizes -----------------------------------------------------------------------------------------------------------
@@ -165,7 +183,9 @@ class BlockMask:
   def to_dense(self) -> Array:
     """bool `[b or 1, h or 1, q_tiles * block_q, kv_tiles * block_kv]`: which row may see which. Small tables only."""
     xnp = array_module(self.kv_indices, self.kv_counts, self.kv_len)
-    valid = np.arange(self.block_kv, dtype=np.int32) < self.kv_len[..., None]  # [(b,) kv_tiles, block_kv]
+    valid = (
+      np.arange(self.block_kv, dtype=np.int32) < self.kv_len[..., None]
+    )  # [(b,) kv_tiles, block_kv]
     valid = valid.reshape(*self.kv_len.shape[:-1], -1)
     valid = valid[None, None, None] if valid.ndim == 1 else valid[:, None, None]
     tiles = xnp.repeat(xnp.repeat(self.to_tiles(), self.block_q, 2), self.block_kv, 3)
@@ -182,7 +202,9 @@ class BlockMask:
     order = xnp.argsort(kv, axis=-1, stable=True).astype(np.int32)
     rows = np.repeat(np.arange(self.q_tiles, dtype=np.int32), self.max_kv)
     kv = xnp.take_along_axis(kv, order, -1)
-    q = xnp.where(kv < self.kv_tiles, rows[order] if xnp is np else jnp.asarray(rows)[order], 0).astype(np.int32)
+    q = xnp.where(
+      kv < self.kv_tiles, rows[order] if xnp is np else jnp.asarray(rows)[order], 0
+    ).astype(np.int32)
     edge = np.arange(self.kv_tiles + 1, dtype=np.int32)
     return TransposedMask(q, search(kv, edge, "left"), self.q_tiles, self.max_kv)
 
@@ -216,7 +238,9 @@ class BlockMask:
       ValueError: if a block size is not divisible by `factor`.
     """
     if factor < 1 or self.block_q % factor or self.block_kv % factor:
-      raise ValueError(f"refine({factor}) needs block sizes divisible by it, got {self.block_q=}, {self.block_kv=}.")
+      raise ValueError(
+        f"refine({factor}) needs block sizes divisible by it, got {self.block_q=}, {self.block_kv=}."
+      )
     xnp = array_module(self.kv_indices, self.kv_counts, self.kv_len)
     part, block_kv = np.arange(factor, dtype=np.int32), self.block_kv // factor
     indices = None
@@ -257,10 +281,16 @@ class BlockMask:
   def _listed_keys(self, xnp, kind) -> Array:
     """Valid keys that each query tile's list holds, `[b or 1, h or 1, q_tiles]`."""
     if self.kv_indices is None:  # prefixes of all key tiles
-      sums = xnp.cumsum(self.kv_len, -1, dtype=np.int64 if xnp is np else np.int32).reshape(-1, 1, self.kv_tiles)
+      sums = xnp.cumsum(self.kv_len, -1, dtype=np.int64 if xnp is np else np.int32).reshape(
+        -1, 1, self.kv_tiles
+      )
       sums = xnp.pad(sums, ((0, 0), (0, 0), (1, 0)))
-      counts = xnp.broadcast_to(self.kv_counts, np.broadcast_shapes(self.kv_counts.shape, (len(sums), 1, 1)))
-      return xnp.take_along_axis(xnp.broadcast_to(sums, (*counts.shape[:2], self.kv_tiles + 1)), counts, -1).astype(kind)
+      counts = xnp.broadcast_to(
+        self.kv_counts, np.broadcast_shapes(self.kv_counts.shape, (len(sums), 1, 1))
+      )
+      return xnp.take_along_axis(
+        xnp.broadcast_to(sums, (*counts.shape[:2], self.kv_tiles + 1)), counts, -1
+      ).astype(kind)
     ids = self.indices()
     if xnp is np and self.kv_len.ndim == 1:
       if one_list(ids):  # prefixes of one list: no table of all of them
@@ -275,7 +305,9 @@ class BlockMask:
     if self.kv_len.ndim == 1:
       keys = xnp.asarray(self.kv_len)[ids]
     else:
-      wide = xnp.broadcast_to(self.kv_len[:, None, None], (self.kv_len.shape[0], *ids.shape[1:3], self.kv_tiles))
+      wide = xnp.broadcast_to(
+        self.kv_len[:, None, None], (self.kv_len.shape[0], *ids.shape[1:3], self.kv_tiles)
+      )
       keys = xnp.take_along_axis(wide, xnp.broadcast_to(ids, (*wide.shape[:3], ids.shape[-1])), -1)
     return xnp.where(listed, keys, 0).sum(-1).astype(kind)
 
@@ -297,10 +329,16 @@ class BlockMask:
     tiles = tiles[min(batch, tiles.shape[0] - 1), min(head, tiles.shape[1] - 1)].astype(np.float32)
     step = max(1, -(-max(tiles.shape) // width))
     pad = [(0, -s % step) for s in tiles.shape]
-    cells = np.pad(tiles, pad).reshape(-(-tiles.shape[0] // step), step, -(-tiles.shape[1] // step), step).mean((1, 3))
+    cells = (
+      np.pad(tiles, pad)
+      .reshape(-(-tiles.shape[0] // step), step, -(-tiles.shape[1] // step), step)
+      .mean((1, 3))
+    )
     shades = " ░▒▓█"
     lines = ["".join(shades[int(np.ceil(c * (len(shades) - 1)))] for c in row) for row in cells]
-    head_line = f"{self.q_tiles} query tiles of {self.block_q} x {self.kv_tiles} key tiles of {self.block_kv}"
+    head_line = (
+      f"{self.q_tiles} query tiles of {self.block_q} x {self.kv_tiles} key tiles of {self.block_kv}"
+    )
     return "\n".join([f"{head_line}, {tiles.mean():.1%} of tiles listed", *lines])
 
   def check(self) -> "BlockMask":
@@ -312,21 +350,31 @@ class BlockMask:
     self.check_shapes()
     counts, kv_len = np.asarray(self.kv_counts), np.asarray(self.kv_len)
     if counts.min(initial=0) < 0 or counts.max(initial=0) > self.max_kv:
-      raise ValueError(f"kv_counts must lie in 0..{self.max_kv}, got {counts.min()}..{counts.max()}.")
+      raise ValueError(
+        f"kv_counts must lie in 0..{self.max_kv}, got {counts.min()}..{counts.max()}."
+      )
     if kv_len.min(initial=0) < 0 or kv_len.max(initial=0) > self.block_kv:
-      raise ValueError(f"kv_len must lie in 0..{self.block_kv}, got {kv_len.min()}..{kv_len.max()}.")
+      raise ValueError(
+        f"kv_len must lie in 0..{self.block_kv}, got {kv_len.min()}..{kv_len.max()}."
+      )
     ids = np.asarray(self.indices())
     if ids.size and (ids.min() < 0 or ids.max() >= self.kv_tiles):
-      raise ValueError(f"kv_indices must lie in 0..{self.kv_tiles - 1}, padding too, got {ids.min()}..{ids.max()}.")
+      raise ValueError(
+        f"kv_indices must lie in 0..{self.kv_tiles - 1}, padding too, got {ids.min()}..{ids.max()}."
+      )
     inside = np.arange(1, self.max_kv) < counts[..., None]
     if (inside & (np.diff(ids, axis=-1) <= 0)).any():
-      raise ValueError("kv_indices must be strictly ascending within kv_counts; sort each list and drop doubles.")
+      raise ValueError(
+        "kv_indices must be strictly ascending within kv_counts; sort each list and drop doubles."
+      )
     return self
 
 
 def one_list(ids: Array) -> bool:
   """Whether all rows of concrete lists are one and the same array in memory, so that each lists a prefix of it."""
-  return isinstance(ids, np.ndarray) and all(s == 0 or n == 1 for s, n in zip(ids.strides[:3], ids.shape[:3], strict=True))
+  return isinstance(ids, np.ndarray) and all(
+    s == 0 or n == 1 for s, n in zip(ids.strides[:3], ids.shape[:3], strict=True)
+  )
 
 
 def check_listed(entries: int, what: str):
@@ -350,7 +398,9 @@ def dense_mask(n_q: int, n_kv: int, block_q: int = 128, block_kv: int = 128) -> 
   """Everything sees everything: `kv_indices` is None, the last key tile may be ragged."""
   q_tiles, kv_tiles = -(-n_q // block_q), -(-n_kv // block_kv)
   kv_len = np.clip(n_kv - np.arange(kv_tiles) * block_kv, 0, block_kv).astype(np.int32)
-  return BlockMask(None, np.full((1, 1, q_tiles), kv_tiles, np.int32), kv_len, None, block_q, block_kv)
+  return BlockMask(
+    None, np.full((1, 1, q_tiles), kv_tiles, np.int32), kv_len, None, block_q, block_kv
+  )
 
 
 def from_tiles(tiles: np.ndarray, kv_len: np.ndarray, block_q: int, block_kv: int) -> BlockMask:
@@ -358,7 +408,9 @@ def from_tiles(tiles: np.ndarray, kv_len: np.ndarray, block_q: int, block_kv: in
   tiles = np.asarray(tiles, bool)
   tiles = tiles[None, None] if tiles.ndim == 2 else tiles
   counts = tiles.sum(-1).astype(np.int32)
-  ids = np.argsort(~tiles, axis=-1, stable=True)[..., : max(1, int(counts.max(initial=1)))].astype(np.int32)
+  ids = np.argsort(~tiles, axis=-1, stable=True)[..., : max(1, int(counts.max(initial=1)))].astype(
+    np.int32
+  )
   return pad_lists(ids, counts, np.asarray(kv_len, np.int32), None, block_q, block_kv)
 
 
@@ -368,7 +420,9 @@ def pad_lists(indices, counts, kv_len, kv_bias, block_q, block_kv) -> BlockMask:
   last = xnp.take_along_axis(indices, xnp.maximum(counts - 1, 0)[..., None], -1)
   last = xnp.where(counts[..., None] > 0, last, 0)
   listed = np.arange(indices.shape[-1], dtype=np.int32) < counts[..., None]
-  return BlockMask(xnp.where(listed, indices, last).astype(np.int32), counts, kv_len, kv_bias, block_q, block_kv)
+  return BlockMask(
+    xnp.where(listed, indices, last).astype(np.int32), counts, kv_len, kv_bias, block_q, block_kv
+  )
 
 
 def select(masks: list[BlockMask] | tuple[BlockMask, ...], choice: Array) -> BlockMask:
@@ -385,7 +439,10 @@ def select(masks: list[BlockMask] | tuple[BlockMask, ...], choice: Array) -> Blo
     ValueError: if the tables do not describe the same buffer.
   """
   first = masks[0]
-  shape = lambda m: (m.block_q, m.block_kv, m.q_tiles, m.kv_tiles)
+
+  def shape(m):
+    return (m.block_q, m.block_kv, m.q_tiles, m.kv_tiles)
+
   if any(shape(m) != shape(first) for m in masks):
     raise ValueError(
       "select needs tables over one buffer with equal (block_q, block_kv, q_tiles, kv_tiles), got "
@@ -399,6 +456,14 @@ def select(masks: list[BlockMask] | tuple[BlockMask, ...], choice: Array) -> Blo
     own = mask.indices()
     own = xnp.pad(own, ((0, 0),) * 3 + ((0, max_kv - mask.max_kv),), mode="edge")
     lead = np.broadcast_shapes(pick.shape[:2], own.shape[:2])
-    ids = xnp.broadcast_to(own, (*lead, *own.shape[2:])) if i == 0 else xnp.where(pick[..., None] == i, own, ids)
-    counts = xnp.broadcast_to(mask.kv_counts, (*lead, mask.q_tiles)) if i == 0 else xnp.where(pick == i, mask.kv_counts, counts)
+    ids = (
+      xnp.broadcast_to(own, (*lead, *own.shape[2:]))
+      if i == 0
+      else xnp.where(pick[..., None] == i, own, ids)
+    )
+    counts = (
+      xnp.broadcast_to(mask.kv_counts, (*lead, mask.q_tiles))
+      if i == 0
+      else xnp.where(pick == i, mask.kv_counts, counts)
+    )
   return BlockMask(ids, counts, first.kv_len, first.kv_bias, first.block_q, first.block_kv)

@@ -88,7 +88,9 @@ class TuningConfig:
       if value and (value % 8 or not 24 <= value <= 240):
         raise ValueError(f"{name}={value} must be 0 or a multiple of 8 in 24..240.")
     if bool(self.compute_registers) != bool(self.memory_registers):
-      raise ValueError(f"set both of {self.compute_registers=} and {self.memory_registers=}, or none.")
+      raise ValueError(
+        f"set both of {self.compute_registers=} and {self.memory_registers=}, or none."
+      )
 
   def consumers(self, key: Key) -> int:
     """Compute warpgroups of a thread block."""
@@ -116,7 +118,9 @@ class TuningConfig:
         turns, or if two query tiles are asked for where a block cannot take them.
     """
     if (need := self.shared_bytes(key)) > _SHARED_BYTES:
-      raise ValueError(f"{self} needs {need} bytes of shared memory for {key}, a thread block has {_SHARED_BYTES}.")
+      raise ValueError(
+        f"{self} needs {need} bytes of shared memory for {key}, a thread block has {_SHARED_BYTES}."
+      )
     if self.tiles_per_block == 2 and key.readers != 1:
       rows = 64 * key.readers
       raise ValueError(f"{self} needs tiles of 64 rows, {key} has {rows}; set tiles_per_block=1.")
@@ -130,14 +134,18 @@ class TuningConfig:
         raise ValueError(f"{self} would never end for {key}: {why}; set stages >= 2.")
     if self.compute_registers:
       if consumers != 2:
-        raise ValueError(f"{self} moves registers, but {key} has one compute warpgroup: nothing to gain, set 0 and 0.")
+        raise ValueError(
+          f"{self} moves registers, but {key} has one compute warpgroup: nothing to gain, set 0 and 0."
+        )
       # What a block starts with is all it ever has: a warpgroup that asked for more than the
       # others gave back would wait for ever.
       warpgroups = consumers + self.tiles_per_block
       pool = warpgroups * (_REGISTERS // (128 * warpgroups) // 8 * 8)
       used = consumers * self.compute_registers + self.tiles_per_block * self.memory_registers
       if used > pool:
-        raise ValueError(f"{self} needs {used} registers per lane of {warpgroups} warpgroups, they start with {pool}.")
+        raise ValueError(
+          f"{self} needs {used} registers per lane of {warpgroups} warpgroups, they start with {pool}."
+        )
     return self
 
 

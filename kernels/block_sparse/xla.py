@@ -49,11 +49,15 @@ class _Plan:
     counts = jnp.broadcast_to(jnp.asarray(mask.kv_counts), (b, h, mask.q_tiles)).reshape(-1)
     group = max(1, min(num_rows, _GROUP_ROWS // mask.block_q))
     order = jnp.argsort(-counts, stable=True).astype(jnp.int32)
-    filler = jnp.arange(num_rows, num_rows + -num_rows % group, dtype=jnp.int32)  # out of bounds, hence never stored
+    filler = jnp.arange(
+      num_rows, num_rows + -num_rows % group, dtype=jnp.int32
+    )  # out of bounds, hence never stored
     rows = jnp.concatenate([order, filler]).reshape(-1, group)
     sample_head, tile = jnp.divmod(jnp.minimum(rows, num_rows - 1), mask.q_tiles)
     sample, head = jnp.divmod(sample_head, h)
-    table_row = ((sample if table_b > 1 else 0) * table_h + (head if table_h > 1 else 0)) * mask.q_tiles + tile
+    table_row = (
+      (sample if table_b > 1 else 0) * table_h + (head if table_h > 1 else 0)
+    ) * mask.q_tiles + tile
     steps = -(-mask.max_kv * mask.block_kv // _CHUNK_KEYS)
     return cls(
       rows,
@@ -62,7 +66,9 @@ class _Plan:
       table_row,
       sample_head * mask.kv_tiles,
       b * h * mask.kv_tiles,
-      max(1, math.ceil(mask.max_kv / max(1, steps))),  # equal chunks: a list of 9 is 5 + 4, not 8 + 1
+      max(
+        1, math.ceil(mask.max_kv / max(1, steps))
+      ),  # equal chunks: a list of 9 is 5 + 4, not 8 + 1
     )
 
   def live_groups(self):
@@ -79,7 +85,9 @@ class _Plan:
     ids = slots[None]
     if self.lists is not None:
       ids = self.lists[self.table_row[group]].at[:, slots].get(mode="clip")
-    return jnp.where(slots < self.counts[group][:, None], self.first_tile[group][:, None] + ids, self.hidden_tile)
+    return jnp.where(
+      slots < self.counts[group][:, None], self.first_tile[group][:, None] + ids, self.hidden_tile
+    )
 
 
 def _view(x, block, tiles):
@@ -117,11 +125,23 @@ def _key_tiles(k, mask):
   Padding rows are zeroed, so that nothing finite in them can overflow.
   """
   n, d, block = k.shape[1], k.shape[3], mask.block_kv
-  bound = np.clip(n - np.arange(mask.kv_tiles) * block, 0, block)  # the buffer may end inside its last tile
-  kv_len = jnp.minimum(jnp.asarray(mask.kv_len), bound.astype(np.int32)).reshape(-1, 1, mask.kv_tiles, 1)
+  bound = np.clip(
+    n - np.arange(mask.kv_tiles) * block, 0, block
+  )  # the buffer may end inside its last tile
+  kv_len = jnp.minimum(jnp.asarray(mask.kv_len), bound.astype(np.int32)).reshape(
+    -1, 1, mask.kv_tiles, 1
+  )
   valid = (jnp.arange(block, dtype=jnp.int32) < kv_len)[..., None]
-  k = _view(k, block, mask.kv_tiles).astype(jnp.promote_types(k.dtype, jnp.float32)).transpose(0, 3, 1, 2, 4)
-  bias = jnp.zeros(mask.kv_tiles) if mask.kv_bias is None else jnp.maximum(jnp.asarray(mask.kv_bias), _HIDDEN)
+  k = (
+    _view(k, block, mask.kv_tiles)
+    .astype(jnp.promote_types(k.dtype, jnp.float32))
+    .transpose(0, 3, 1, 2, 4)
+  )
+  bias = (
+    jnp.zeros(mask.kv_tiles)
+    if mask.kv_bias is None
+    else jnp.maximum(jnp.asarray(mask.kv_bias), _HIDDEN)
+  )
   column = jnp.where(valid, bias[:, None, None].astype(k.dtype), _HIDDEN)
   column = jnp.broadcast_to(column, (*k.shape[:-1], 1))
   tiles = jnp.concatenate([jnp.where(valid, k, 0), column], -1).reshape(-1, block, d + 1)
@@ -166,11 +186,15 @@ def forward(q, k, v, mask, scale):
       return out, new, total * shrink + p.sum(-1)
 
     top = jnp.full(queries.shape[:2], _HIDDEN, queries.dtype)
-    out, top, total = lax.fori_loop(0, plan.steps(i), step, (jnp.zeros_like(queries), top, jnp.zeros_like(top)))
+    out, top, total = lax.fori_loop(
+      0, plan.steps(i), step, (jnp.zeros_like(queries), top, jnp.zeros_like(top))
+    )
     some = top > _HIDDEN / 2
     out = jnp.where(some[..., None], out / total[..., None], 0).astype(q.dtype)
     lse = jnp.where(some, top + jnp.log(total), -jnp.inf)
-    return _at(outs, rows).set(out, unique_indices=True), lses.at[rows].set(lse, unique_indices=True)
+    return _at(outs, rows).set(out, unique_indices=True), lses.at[rows].set(
+      lse, unique_indices=True
+    )
 
   empty = jnp.full((b * h * mask.q_tiles, mask.block_q), -jnp.inf, k_tiles.dtype)
   out, lse = lax.fori_loop(0, plan.live_groups(), group, (jnp.zeros_like(q), empty))
@@ -205,7 +229,9 @@ def backward(q, k, v, mask, scale, lse, delta, d_out):
       ds = p * (_dot("gjd,gid->gji", _join(_read(v, ids)), d_rows) - delta_rows)
       dq += _dot("gji,gjd->gid", ds, keys)
       shape = (*ids.shape, mask.block_kv, d)
-      dk = dk.at[ids].add(_dot("gji,gid->gjd", ds, queries).reshape(shape))  # the hidden tile's is dropped
+      dk = dk.at[ids].add(
+        _dot("gji,gid->gjd", ds, queries).reshape(shape)
+      )  # the hidden tile's is dropped
       dv = dv.at[ids].add(_dot("gji,gid->gjd", p, d_rows).reshape(shape))
       return dq, dk, dv
 
@@ -213,6 +239,8 @@ def backward(q, k, v, mask, scale, lse, delta, d_out):
     return _at(dq, rows).set(new[..., :d] * scale, unique_indices=True), *dkv
 
   zeros = jnp.zeros((plan.hidden_tile, mask.block_kv, d), k_tiles.dtype)
-  dq, *dkv = lax.fori_loop(0, plan.live_groups(), group, (jnp.zeros(q.shape, zeros.dtype), zeros, zeros))
+  dq, *dkv = lax.fori_loop(
+    0, plan.live_groups(), group, (jnp.zeros(q.shape, zeros.dtype), zeros, zeros)
+  )
   dk, dv = (x.reshape(b, h, -1, d)[:, :, :n_kv].transpose(0, 2, 1, 3) for x in dkv)
   return _unview(dq, n_q), dk, dv

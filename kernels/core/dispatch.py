@@ -11,7 +11,9 @@ class NoBackend(NotImplementedError):
   """No backend, or not the one that was named, runs a call; the message holds every reason."""
 
 
-def choose(what: str, names: Iterable[str], unsupported: Callable, implementation: str | None, target: Target) -> str:
+def choose(
+  what: str, names: Iterable[str], unsupported: Callable, implementation: str | None, target: Target
+) -> str:
   """The name of the backend that runs a call; says once which and why, where nobody named one.
 
   Args:
@@ -36,4 +38,6 @@ def choose(what: str, names: Iterable[str], unsupported: Callable, implementatio
 
 @functools.cache
 def _log_choice(what, name, target, reasons):
-  logging.info("%s runs on backend %r for %s%s", what, name, target, f" ({reasons})" if reasons else "")
+  logging.info(
+    "%s runs on backend %r for %s%s", what, name, target, f" ({reasons})" if reasons else ""
+  )

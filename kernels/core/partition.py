@@ -24,7 +24,10 @@ def table_dims(mask, b: int, h: int) -> list[str]:
   def dims(x):
     # Everything per head starts [b or 1, h or 1]; kv_len alone may be [b, kv_tiles]. Both 1-D leaves are per key tile.
     lead = {1: ".", 2: "b."}.get(x.ndim, "bh" + "." * (x.ndim - 2))
-    return "".join(d if d == "." or size == {"b": b, "h": h}[d] > 1 else "." for d, size in zip(lead, x.shape, strict=True))
+    return "".join(
+      d if d == "." or size == {"b": b, "h": h}[d] > 1 else "."
+      for d, size in zip(lead, x.shape, strict=True)
+    )
 
   return [dims(x) for x in jax.tree.leaves(mask)]
 
@@ -43,7 +46,10 @@ def by_sample_and_head(fn, operands, operand_dims, result_dims):
   """
   leaves, tree = jax.tree.flatten(operands)
   outer = jax.sharding.get_abstract_mesh()
-  flat = lambda *leaves: fn(*jax.tree.unflatten(tree, leaves))
+
+  def flat(*leaves):
+    return fn(*jax.tree.unflatten(tree, leaves))
+
   # What is partitioned may not hold constants: they become operands, whole on every device. A part has constants of its own.
   whole, structure = jax.make_jaxpr(flat, return_shape=True)(*leaves)
   count, constants = len(leaves), whole.consts
@@ -60,10 +66,14 @@ def by_sample_and_head(fn, operands, operand_dims, result_dims):
       for letter, axis in zip(dims, _spec(leaf), strict=False):
         if letter != "." and axes[letter] is None:
           axes[letter] = axis
-    place = lambda dims: NamedSharding(mesh, PartitionSpec(*(axes[letter] for letter in dims)))
+
+    def place(dims):
+      return NamedSharding(mesh, PartitionSpec(*(axes[letter] for letter in dims)))
 
     def local(*leaves_and_constants):
-      with jax.sharding.use_abstract_mesh(outer):  # the device that the program is for, as seen when it was traced
+      with jax.sharding.use_abstract_mesh(
+        outer
+      ):  # the device that the program is for, as seen when it was traced
         return flat(*leaves_and_constants[:count])
 
     del result_shape
@@ -82,5 +92,10 @@ def _spec(leaf):
 def _rule(operand_dims, result_dims) -> str:
   """Shardy's einsum-like rule: b and h are shared, every other dimension has a factor of its own."""
   number = itertools.count()
-  side = lambda all_dims: ", ".join(" ".join(d if d != "." else f"x{next(number)}" for d in dims) for dims in all_dims)
+
+  def side(all_dims):
+    return ", ".join(
+      " ".join(d if d != "." else f"x{next(number)}" for d in dims) for dims in all_dims
+    )
+
   return f"{side(operand_dims)} -> {side(result_dims)}"

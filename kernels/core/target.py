@@ -53,4 +53,6 @@ def _capability(device) -> str | None:
   said = getattr(device, "compute_capability", None)  # an abstract device has none
   if said is not None:
     return str(said)
-  return next((capability for name, capability in _CAPABILITIES if name in device.device_kind), None)
+  return next(
+    (capability for name, capability in _CAPABILITIES if name in device.device_kind), None
+  )

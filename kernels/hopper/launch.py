@@ -42,8 +42,12 @@ def launch(
     A list like `out_type`. Under `jax.vmap` the launches follow each other.
   """
   semantics = plgpu.LoweringSemantics.Lane if by_lane else plgpu.LoweringSemantics.Warpgroup
-  params = plgpu.CompilerParams(approx_math=approx_math, reduction_scratch_bytes=reduction_bytes, lowering_semantics=semantics)
-  mesh = plgpu.Mesh(grid=(blocks,), grid_names=("block",), num_threads=warpgroups, thread_name="warpgroup")
+  params = plgpu.CompilerParams(
+    approx_math=approx_math, reduction_scratch_bytes=reduction_bytes, lowering_semantics=semantics
+  )
+  mesh = plgpu.Mesh(
+    grid=(blocks,), grid_names=("block",), num_threads=warpgroups, thread_name="warpgroup"
+  )
 
   def with_scratch(*refs):
     # Not by `pl.kernel`, which does not know memory in transformed layouts.
@@ -51,7 +55,14 @@ def launch(
 
   def run(*operands):
     out = _varying_like(operands, list(out_type))
-    call = pl.kernel(with_scratch, out_type=out, mesh=mesh, compiler_params=params, cost_estimate=cost, name=body.__name__)
+    call = pl.kernel(
+      with_scratch,
+      out_type=out,
+      mesh=mesh,
+      compiler_params=params,
+      cost_estimate=cost,
+      name=body.__name__,
+    )
     return call(*operands)
 
   return sequential_vmap(run)(*operands)
@@ -59,8 +70,15 @@ def launch(
 
 def _varying_like(operands, out_type):
   """Inside `shard_map`, results vary over every mesh axis that some operand varies over."""
-  varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(operands)))
-  typed = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=varying))
+  varying = frozenset().union(
+    *(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(operands))
+  )
+
+  def typed(x):
+    return jax.ShapeDtypeStruct(
+      x.shape, x.dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=varying)
+    )
+
   return jax.tree.map(typed, out_type)
 
 

@@ -50,7 +50,9 @@ def wrong_device(target) -> str | None:
   """Why kernels for Hopper cannot run on a `Target`; None if they can, or are traced for the interpreter."""
   if is_interpreted() or target.capability == CAPABILITY:
     return None
-  return f"it needs an NVIDIA GPU of compute capability {CAPABILITY} (Hopper), the target is {target}"
+  return (
+    f"it needs an NVIDIA GPU of compute capability {CAPABILITY} (Hopper), the target is {target}"
+  )
 
 
 # ---- lists -----------------------------------------------------------------------------------------------------------
@@ -131,7 +133,10 @@ class Walk:
 
   def spread(self, numbers):
     """One number per part as float32 `[ROWS, step]`."""
-    full = lambda x: plgpu.layout_cast(jnp.full((ROWS, self.step), x, jnp.float32), LAYOUT)
+
+    def full(x):
+      return plgpu.layout_cast(jnp.full((ROWS, self.step), x, jnp.float32), LAYOUT)
+
     if self.parts == 1:
       return full(numbers[0])
     return jnp.where(columns_iota(self.step) < self.rows, full(numbers[0]), full(numbers[1]))
@@ -247,7 +252,9 @@ def tiles_type(*shape, dtype):
   """Shared memory for `[..., rows, d]` in the swizzled form that TMA writes and wgmma reads."""
   swizzle = min(128, shape[-1] * np.dtype(dtype).itemsize)
   lanes = swizzle // np.dtype(dtype).itemsize
-  return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, lanes)), plgpu.SwizzleTransform(swizzle)))
+  return plgpu.SMEM(
+    shape, dtype, transforms=(plgpu.TilingTransform((8, lanes)), plgpu.SwizzleTransform(swizzle))
+  )
 
 
 def rows_full(value, layout=LAYOUT):
@@ -430,7 +437,10 @@ def memory_warpgroup(tiles: TileList, rings, deal: Deal, side, registers: int):
   @pl.loop(0, steps)
   def _fetch(s):
     slot, entries = deal.slot(side, s), tiles.entries(s)  # read while the slot is still in use
-    for ring, sources in rings:  # a ring waits for its own readers alone: keys are free half a stage before values
+    for (
+      ring,
+      sources,
+    ) in rings:  # a ring waits for its own readers alone: keys are free half a stage before values
       pl.when(s >= stages)(functools.partial(wait, ring, s))
       for source, target in zip(sources, ring.slots, strict=True):
         tiles.walk.copy(source, target.at[slot], ring.full.at[slot], entries)

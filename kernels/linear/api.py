@@ -27,7 +27,10 @@ from freqformer.kernels.linear.segments import Segments
 from freqformer.kernels.linear.xla import FEATURE_MAPS
 
 # In order of preference: the names that `attention` uses, and their modules.
-BACKENDS = {"pallas_mgpu": "freqformer.kernels.linear.hopper", "xla": "freqformer.kernels.linear.xla"}
+BACKENDS = {
+  "pallas_mgpu": "freqformer.kernels.linear.hopper",
+  "xla": "freqformer.kernels.linear.xla",
+}
 
 __all__ = ["BACKENDS", "FEATURE_MAPS", "Segments", "choose_backend", "linear_attention"]
 
@@ -72,16 +75,32 @@ def linear_attention(
   _validate(q, k, v, segments, reads, feature_map, heads, into)
   name = choose_backend(q, segments, implementation)
   if name == "xla" and isinstance(heads, np.ndarray) and heads.shape == (1, q.shape[2]):
-    return _on_known_heads(functools.partial(_linear, name, feature_map), q, k, v, segments, reads, np.flatnonzero(heads), into)
+    return _on_known_heads(
+      functools.partial(_linear, name, feature_map),
+      q,
+      k,
+      v,
+      segments,
+      reads,
+      np.flatnonzero(heads),
+      into,
+    )
   return _linear(name, feature_map, q, k, v, segments, reads, heads, into)
 
 
-def choose_backend(q, segments: Segments, implementation: str | None = None, target: Target | None = None) -> str:
+def choose_backend(
+  q, segments: Segments, implementation: str | None = None, target: Target | None = None
+) -> str:
   """The name of the backend that `linear_attention` would run; raises as it does."""
   if implementation not in (None, *BACKENDS):
-    raise ValueError(f"{implementation=} is unknown; choose one of {', '.join(BACKENDS)} or None for automatic choice.")
+    raise ValueError(
+      f"{implementation=} is unknown; choose one of {', '.join(BACKENDS)} or None for automatic choice."
+    )
   target = current_target() if target is None else target
-  refused = lambda name: _backend(name).unsupported(q, segments, target)
+
+  def refused(name):
+    return _backend(name).unsupported(q, segments, target)
+
   return choose("linear attention", BACKENDS, refused, implementation, target)
 
 
@@ -94,31 +113,53 @@ def _validate(q, k, v, segments, reads, feature_map, heads, into):
     raise ValueError(f"{feature_map=} is unknown; choose one of {', '.join(FEATURE_MAPS)}.")
   if q.ndim != 4 or not q.shape == k.shape == v.shape or not q.dtype == k.dtype == v.dtype:
     shapes = ", ".join(f"{x.dtype} {x.shape}" for x in (q, k, v))
-    raise ValueError(f"linear_attention takes q, k, v [b, n, h, d] of one shape and dtype; got {shapes}.")
+    raise ValueError(
+      f"linear_attention takes q, k, v [b, n, h, d] of one shape and dtype; got {shapes}."
+    )
   if segments.buffer != q.shape[1]:
-    raise ValueError(f"the segments describe {segments.buffer} rows, the input has {q.shape[1]}; build them for this buffer.")
-  lead = lambda x: x.shape[0] in (1, q.shape[0]) and x.shape[1] in (1, q.shape[2])
+    raise ValueError(
+      f"the segments describe {segments.buffer} rows, the input has {q.shape[1]}; build them for this buffer."
+    )
+
+  def lead(x):
+    return x.shape[0] in (1, q.shape[0]) and x.shape[1] in (1, q.shape[2])
+
   if reads is not None:
     if reads.ndim != 4 or not lead(reads):
-      raise ValueError(f"reads must be [b or 1, h or 1, segments, segments], got {reads.shape} for {q.shape=}.")
+      raise ValueError(
+        f"reads must be [b or 1, h or 1, segments, segments], got {reads.shape} for {q.shape=}."
+      )
     if reads.shape[2:] != (segments.count, segments.count):
-      raise ValueError(f"reads must be over {segments.count} x {segments.count} segments, got {reads.shape}.")
+      raise ValueError(
+        f"reads must be over {segments.count} x {segments.count} segments, got {reads.shape}."
+      )
   if heads is not None and (heads.ndim != 2 or not lead(heads) or heads.dtype != bool):
-    raise ValueError(f"heads must be bool [b or 1, h or 1], got {heads.dtype} {heads.shape} for {q.shape=}.")
+    raise ValueError(
+      f"heads must be bool [b or 1, h or 1], got {heads.dtype} {heads.shape} for {q.shape=}."
+    )
   if into is not None and (heads is None or into.shape != q.shape or into.dtype != q.dtype):
-    raise ValueError(f"into must come with heads and be {q.dtype} {q.shape}, got {into.dtype} {into.shape} and {heads=}.")
+    raise ValueError(
+      f"into must come with heads and be {q.dtype} {q.shape}, got {into.dtype} {into.shape} and {heads=}."
+    )
 
 
 def _on_known_heads(run, q, k, v, segments, reads, own, into):
   """XLA's shapes are static: `run` on the heads that take part, cut out and put back."""
   into = jnp.zeros(q.shape, q.dtype) if into is None else into
-  empty = jnp.full((q.shape[0], *q.shape[2:0:-1]), -jnp.inf, jnp.promote_types(q.dtype, jnp.float32))
+  empty = jnp.full(
+    (q.shape[0], *q.shape[2:0:-1]), -jnp.inf, jnp.promote_types(q.dtype, jnp.float32)
+  )
   if not len(own):
     return into, empty
-  cut = lambda x, axis: jnp.take(x, own, axis=axis, unique_indices=True, indices_are_sorted=True)
+
+  def cut(x, axis):
+    return jnp.take(x, own, axis=axis, unique_indices=True, indices_are_sorted=True)
+
   reads = reads if reads is None or reads.shape[1] == 1 else cut(reads, 1)
   out, log_den = run(cut(q, 2), cut(k, 2), cut(v, 2), segments, reads, None, None)
-  return into.at[:, :, own].set(out, unique_indices=True), empty.at[:, own].set(log_den, unique_indices=True)
+  return into.at[:, :, own].set(out, unique_indices=True), empty.at[:, own].set(
+    log_den, unique_indices=True
+  )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -127,16 +168,27 @@ def _linear(name, feature_map, *operands):
 
 
 def _forward(name, feature_map, q, k, v, segments, reads, heads, into):
-  run, operands = functools.partial(_backend(name).forward, feature_map), (q, k, v, segments, reads, heads, into)
+  run, operands = (
+    functools.partial(_backend(name).forward, feature_map),
+    (q, k, v, segments, reads, heads, into),
+  )
   if name == "xla" or not several_devices():
     return run(*operands)
-  dims = [*_dims(q, segments), *_lead(q, reads, "bh.."), *_lead(q, heads, "bh"), *_lead(q, into, "b.h.")]
+  dims = [
+    *_dims(q, segments),
+    *_lead(q, reads, "bh.."),
+    *_lead(q, heads, "bh"),
+    *_lead(q, into, "b.h."),
+  ]
   kept = None if jax.eval_shape(run, *operands)[2] is None else ("bh...", "bh..")
   return by_sample_and_head(run, operands, dims, ("b.h.", "bh.", kept))
 
 
 def _backward(name, feature_map, q, k, v, segments, reads, heads, sums, rows):
-  run, operands = functools.partial(_backend(name).backward, feature_map), (q, k, v, segments, reads, heads, sums, rows)
+  run, operands = (
+    functools.partial(_backend(name).backward, feature_map),
+    (q, k, v, segments, reads, heads, sums, rows),
+  )
   if name == "xla" or not several_devices():
     return run(*operands)
   dims = [*_dims(q, segments), *_lead(q, reads, "bh.."), *_lead(q, heads, "bh")]
@@ -152,7 +204,11 @@ def _dims(q, segments):
 def _lead(q, x, dims):
   """The same of an array that may serve all samples or heads (size 1), or be None."""
   size = {"b": q.shape[0], "h": q.shape[2]}
-  return [] if x is None else ["".join(d if x.shape[i] == size.get(d) else "." for i, d in enumerate(dims))]
+  return (
+    []
+    if x is None
+    else ["".join(d if x.shape[i] == size.get(d) else "." for i, d in enumerate(dims))]
+  )
 
 
 def _forward_rule(name, feature_map, q, k, v, segments, reads, heads, into):
@@ -170,7 +226,9 @@ def _backward_rule(name, feature_map, residuals, cotangents):
   d_out = jnp.where(some.transpose(0, 2, 1)[..., None], d_out, 0)
   delta = (d_out.astype(log_den.dtype) * out.astype(log_den.dtype)).sum(-1).transpose(0, 2, 1)
   d_log = jnp.where(some, d_log, 0)
-  grads = _backward(name, feature_map, q, k, v, segments, reads, heads, kept, (log_den, d_log, delta, d_out))
+  grads = _backward(
+    name, feature_map, q, k, v, segments, reads, heads, kept, (log_den, d_log, delta, d_out)
+  )
   grads = (g.astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True))
   return *grads, *(jax.tree.map(no_gradient, x) for x in (segments, reads, heads)), d_into
 

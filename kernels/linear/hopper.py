@@ -21,7 +21,9 @@ def unsupported(q, segments, target: Target) -> str | None:
   if q.shape[-1] not in HEAD_DIMS:
     reasons.append(f"head_dim is {q.shape[-1]}, it takes {' or '.join(map(str, HEAD_DIMS))}")
   if segments.work is None:
-    reasons.append("the buffer has no multiple of 8 rows, tiles no multiple of 64, or segments run on for a few rows only")
+    reasons.append(
+      "the buffer has no multiple of 8 rows, tiles no multiple of 64, or segments run on for a few rows only"
+    )
   return "; ".join(reasons) or None
 
 
@@ -35,7 +37,9 @@ def forward(feature_map, q, k, v, segments, reads, heads, into):
     out, log_den = kernels.read(walk, q, *sums, valid, None)
     out = _in_place(segments.work, heads, out, into)
   else:
-    out, log_den = kernels.read(walk, q, *sums, valid, jnp.zeros(q.shape, q.dtype) if into is None else into)
+    out, log_den = kernels.read(
+      walk, q, *sums, valid, jnp.zeros(q.shape, q.dtype) if into is None else into
+    )
   log_den = segments.work.buffer_rows(log_den)
   if heads is not None:
     log_den = jnp.where(heads[..., None], log_den, -jnp.inf)
@@ -53,7 +57,9 @@ def backward(feature_map, q, k, v, segments, reads, heads, sums, rows):
   log_den, d_log, delta, d_out = rows
   walk, work = _walk(feature_map, segments, heads), segments.work
   if sums is None:
-    sums = _read_sums(reads, *_sums(walk, segments, k, v, jnp.asarray(work.fresh)[None, None], None))
+    sums = _read_sums(
+      reads, *_sums(walk, segments, k, v, jnp.asarray(work.fresh)[None, None], None)
+    )
   some = log_den > -jnp.inf
   inverse = jnp.where(some, jnp.exp(-jnp.where(some, log_den, 0)), 0)
   d_den = jnp.where(some, (d_log - delta) * inverse, 0)
@@ -69,7 +75,9 @@ def _in_place(work, heads, x, others):
   """A kernel's rows, in the order of the buffer, beside those of the other heads (None: 0)."""
   if work.mixed:
     x = jnp.take(x, jnp.asarray(work.back), axis=1, mode="clip")
-  return x if heads is None else jnp.where(heads[:, None, :, None], x, 0 if others is None else others)
+  return (
+    x if heads is None else jnp.where(heads[:, None, :, None], x, 0 if others is None else others)
+  )
 
 
 def _walk(feature_map, segments, heads):
@@ -79,10 +87,15 @@ def _walk(feature_map, segments, heads):
 def _sums(walk, segments, x, y, weights, others):
   """A segment's `phi(x)^T diag(weights) y` in the inputs' type, and `phi(x)^T others` in float32."""
   per = walk.work.per_segment
-  state, total = kernels.states(walk, x, y, weights, others, segments.count, jnp.float32 if per > 1 else x.dtype)
+  state, total = kernels.states(
+    walk, x, y, weights, others, segments.count, jnp.float32 if per > 1 else x.dtype
+  )
   if per > 1:
     b, h, _, d = total.shape
-    state, total = state.reshape(b, h, -1, per, d, d).sum(3).astype(x.dtype), total.reshape(b, h, -1, per, d).sum(3)
+    state, total = (
+      state.reshape(b, h, -1, per, d, d).sum(3).astype(x.dtype),
+      total.reshape(b, h, -1, per, d).sum(3),
+    )
   return state, total
 
 
@@ -92,5 +105,10 @@ def _read_sums(reads, state, total):
     return state, total
   b, h, segments = total.shape[:3]
   reads = jnp.broadcast_to(reads, (b, h, segments, segments))
-  dot = lambda x, **how: jnp.einsum("bhij,bhj...->bhi...", reads.astype(x.dtype), x, **how)
-  return dot(state, preferred_element_type=jnp.float32).astype(state.dtype), dot(total, precision="highest")
+
+  def dot(x, **how):
+    return jnp.einsum("bhij,bhj...->bhi...", reads.astype(x.dtype), x, **how)
+
+  return dot(state, preferred_element_type=jnp.float32).astype(state.dtype), dot(
+    total, precision="highest"
+  )

@@ -64,13 +64,19 @@ def _phi_back(name: str, x, p, g):
 
 def _phi_parts(name: str, ring):
   """Features of a stage's rows, 64 columns at a time: `(columns, [64, 64])`. Two accumulators leave no more registers."""
-  load = lambda columns: ring.at[:, columns][...].astype(jnp.float32)
+
+  def load(columns):
+    return ring.at[:, columns][...].astype(jnp.float32)
+
   columns = [pl.ds(i, STAGE) for i in range(0, ring.shape[1], STAGE)]
   if name != "softmax":
     yield from ((part, _phi(name, load(part))) for part in columns)
     return
   top = functools.reduce(jnp.maximum, [load(part).max(axis=1) for part in columns])
-  e = lambda part: jnp.exp(load(part) - parts.over_columns(top, STAGE))
+
+  def e(part):
+    return jnp.exp(load(part) - parts.over_columns(top, STAGE))
+
   inverse = 1 / sum(e(part).sum(axis=1) for part in columns)
   yield from ((part, e(part) * parts.over_columns(inverse, STAGE)) for part in columns)
 
@@ -109,15 +115,22 @@ class _Ring:
 
   def boxes(self, s):
     """`(rows of the buffer, rows of the stage)` of each box."""
-    row = lambda i: self.table[self.begin + s, i] * self.box
-    return [(pl.ds(row(i), self.box), pl.ds(i * self.box, self.box)) for i in range(self.table.shape[1])]
+
+    def row(i):
+      return self.table[self.begin + s, i] * self.box
+
+    return [
+      (pl.ds(row(i), self.box), pl.ds(i * self.box, self.box)) for i in range(self.table.shape[1])
+    ]
 
   def fetch(self, s):
     """Starts the copies of stage s."""
     (sample, head), slot = self.place, self.slot(s)
     for rows, lanes in self.boxes(s):
       for source, ring in self.boxed:
-        plgpu.copy_gmem_to_smem(source.at[sample, rows, head], ring.at[slot, lanes], self.full.at[slot])
+        plgpu.copy_gmem_to_smem(
+          source.at[sample, rows, head], ring.at[slot, lanes], self.full.at[slot]
+        )
     for source, ring in self.vectors:
       numbers = source.at[(*parts.at(source, sample, head), self.rows(s))]
       plgpu.copy_gmem_to_smem(numbers, ring.at[slot], self.full.at[slot])
@@ -138,7 +151,9 @@ class _Ring:
 
   def refill(self, s):
     """In stage s, behind a barrier of all warps: the slot of the stage before is free."""
-    pl.when(jnp.logical_and(s >= 1, s - 1 + self.slots < self.count))(lambda: self.fetch(s - 1 + self.slots))
+    pl.when(jnp.logical_and(s >= 1, s - 1 + self.slots < self.count))(
+      lambda: self.fetch(s - 1 + self.slots)
+    )
 
 
 def _numbers(ring, slot):
@@ -171,13 +186,18 @@ def _launch(body, walk: Walk, operands, counts, out_type, scratch=()):
   """
   (b, _, h, d), (boxed, vectors, chunks) = operands[0].shape, counts
   work, slots, moved = walk.work, _STAGES[body.__name__], boxed + vectors
-  tables = [jnp.asarray(x) for x in (work.boxes, work.start, work.count)] + ([] if walk.heads is None else [walk.heads])
+  tables = [jnp.asarray(x) for x in (work.boxes, work.start, work.count)] + (
+    [] if walk.heads is None else [walk.heads]
+  )
   rings = [parts.tiles_type(slots, STAGE, d, dtype=operands[0].dtype)] * boxed
   rings += [plgpu.SMEM((slots, STAGE), jnp.float32)] * vectors
   arrivals = boxed * work.boxes.shape[1] + vectors
 
   def kernel(*refs):
-    (boxes_gm, start_gm, count_gm, *heads_gm), (full, *rest) = refs[: len(tables)], refs[len(tables) + results :]
+    (boxes_gm, start_gm, count_gm, *heads_gm), (full, *rest) = (
+      refs[: len(tables)],
+      refs[len(tables) + results :],
+    )
     program = lax.axis_index("block")
     chunk, pair = lax.rem(program, jnp.int32(chunks)), lax.div(program, jnp.int32(chunks))
     sample, head = lax.div(pair, jnp.int32(h)), lax.rem(pair, jnp.int32(h))
@@ -196,11 +216,15 @@ def _launch(body, walk: Walk, operands, counts, out_type, scratch=()):
   kernel.__name__ = body.__name__
   results = len(operands) + len(out_type)
   scratch = [plgpu.Barrier(num_arrivals=arrivals, num_barriers=slots), *rings, *scratch]
-  cost = streaming_cost((tables, operands), out_type, _PRODUCTS[body.__name__] * 2 * b * h * work.rows * d * d)
+  cost = streaming_cost(
+    (tables, operands), out_type, _PRODUCTS[body.__name__] * 2 * b * h * work.rows * d * d
+  )
   # Sums over rows cross the warps, in `states` alone: a float32 per warp and column.
   crossing = 16 * d * (body.__name__ == "linear_states")
   operands = (*tables, *operands)
-  return launch(kernel, operands, out_type, scratch, blocks=b * h * chunks, cost=cost, reduction_bytes=crossing)
+  return launch(
+    kernel, operands, out_type, scratch, blocks=b * h * chunks, cost=cost, reduction_bytes=crossing
+  )
 
 
 def _rows_type(walk: Walk, x):
@@ -243,7 +267,10 @@ def states(walk: Walk, x, y, weights, others, segments: int, dtype):
 
   def linear_states(ring, chunk, *refs):
     state_gm, total_gm, x_sm, y_sm, w_sm, *u_sm, total_sm = refs[-6 - (others is not None) :]
-    odd = lambda s: lax.rem(s, jnp.int32(2))
+
+    def odd(s):
+      return lax.rem(s, jnp.int32(2))
+
     ring.start()
     total_sm.at[1][...] = plgpu.layout_cast(jnp.zeros((d,), jnp.float32), LAYOUT.reduce(0))
     plgpu.commit_smem()
@@ -275,14 +302,21 @@ def states(walk: Walk, x, y, weights, others, segments: int, dtype):
     plgpu.copy_smem_to_gmem(total_sm.at[odd(ring.count + 1)], total_gm.at[(*ring.place, chunk)])
     sample, head = ring.place
     for i, acc in enumerate(found):
-      state_gm.at[pl.ds(((sample * h + head) * chunks + chunk) * d + i * STAGE, STAGE)][...] = acc.astype(dtype)
+      state_gm.at[pl.ds(((sample * h + head) * chunks + chunk) * d + i * STAGE, STAGE)][...] = (
+        acc.astype(dtype)
+      )
     plgpu.wait_smem_to_gmem(0)
 
   # Straight from registers, and flat: what is stored that way has no index but one.
-  out = [jax.ShapeDtypeStruct((b * h * chunks * d, d), dtype), jax.ShapeDtypeStruct((b, h, chunks, d), jnp.float32)]
+  out = [
+    jax.ShapeDtypeStruct((b * h * chunks * d, d), dtype),
+    jax.ShapeDtypeStruct((b, h, chunks, d), jnp.float32),
+  ]
   operands = [x, y, weights, *([] if others is None else [others])]
   counts = (2, len(operands) - 2, chunks)
-  state, total = _launch(linear_states, walk, operands, counts, out, [plgpu.SMEM((2, d), jnp.float32)])
+  state, total = _launch(
+    linear_states, walk, operands, counts, out, [plgpu.SMEM((2, d), jnp.float32)]
+  )
   return state.reshape(b, h, chunks, d, d), total
 
 
@@ -302,10 +336,15 @@ def read(walk: Walk, q, state, total, valid, into):
   (b, _, h, d), segments, low = q.shape, state.shape[2], q.dtype
 
   def linear_read(ring, chunk, *refs):
-    (state_gm, total_gm), (out_gm, log_gm, q_sm, valid_sm, state_sm, total_sm, sums_bar) = refs[2:4], refs[-7:]
+    (state_gm, total_gm), (out_gm, log_gm, q_sm, valid_sm, state_sm, total_sm, sums_bar) = (
+      refs[2:4],
+      refs[-7:],
+    )
     sample, head = ring.place
     ring.start()
-    _load_sums(ring, _segment(walk, chunk, segments), (state_gm, state_sm), (total_gm, total_sm), sums_bar)
+    _load_sums(
+      ring, _segment(walk, chunk, segments), (state_gm, state_sm), (total_gm, total_sm), sums_bar
+    )
     total = plgpu.load(total_sm, layout=LAYOUT.reduce(0))
 
     @pl.loop(0, ring.count)
@@ -324,7 +363,9 @@ def read(walk: Walk, q, state, total, valid, into):
       plgpu.commit_smem()  # every warp has read its operands: their place may be written
       q_sm.at[slot][...] = (acc * parts.over_columns(inverse, d)).astype(low)
       log_den = jnp.where(some, jnp.log(jnp.where(some, den, 1.0)), -jnp.inf)
-      log_gm.at[pl.ds(((sample * h + head) * walk.work.rows + (ring.begin + s) * STAGE), STAGE)][...] = log_den
+      log_gm.at[pl.ds(((sample * h + head) * walk.work.rows + (ring.begin + s) * STAGE), STAGE)][
+        ...
+      ] = log_den
       plgpu.commit_smem()
       ring.store(s, q_sm.at[slot], out_gm)
 
@@ -333,7 +374,14 @@ def read(walk: Walk, q, state, total, valid, into):
   log, extra = jax.ShapeDtypeStruct((b * h * walk.work.rows,), jnp.float32), _sums_types(d, low)
 
   def run(out, targets=()):
-    return _launch(linear_read, walk, [q, valid, state, total, *targets], (1, 1, len(walk.work.start)), out, extra)
+    return _launch(
+      linear_read,
+      walk,
+      [q, valid, state, total, *targets],
+      (1, 1, len(walk.work.start)),
+      out,
+      extra,
+    )
 
   if into is None:
     out, log_den = run([_rows_type(walk, q), log])
@@ -356,9 +404,14 @@ def dq(walk: Walk, q, d_out, inverse, d_den, state, total):
   (d,), segments, low = q.shape[3:], state.shape[2], q.dtype
 
   def linear_dq(ring, chunk, *refs):
-    (state_gm, total_gm), (dq_gm, q_sm, do_sm, inverse_sm, den_sm, state_sm, total_sm, sums_bar) = refs[4:6], refs[-8:]
+    (state_gm, total_gm), (dq_gm, q_sm, do_sm, inverse_sm, den_sm, state_sm, total_sm, sums_bar) = (
+      refs[4:6],
+      refs[-8:],
+    )
     ring.start()
-    _load_sums(ring, _segment(walk, chunk, segments), (state_gm, state_sm), (total_gm, total_sm), sums_bar)
+    _load_sums(
+      ring, _segment(walk, chunk, segments), (state_gm, state_sm), (total_gm, total_sm), sums_bar
+    )
     total = plgpu.load(total_sm, layout=LAYOUT.reduce(0))
 
     @pl.loop(0, ring.count)
@@ -378,7 +431,9 @@ def dq(walk: Walk, q, d_out, inverse, d_den, state, total):
     plgpu.wait_smem_to_gmem(0)
 
   operands, out = [q, d_out, inverse, d_den, state, total], [_rows_type(walk, q)]
-  return _launch(linear_dq, walk, operands, (2, 2, len(walk.work.start)), out, _sums_types(d, low))[0]
+  return _launch(linear_dq, walk, operands, (2, 2, len(walk.work.start)), out, _sums_types(d, low))[
+    0
+  ]
 
 
 def dkv(walk: Walk, k, v, valid, d_state, d_total):
@@ -386,9 +441,13 @@ def dkv(walk: Walk, k, v, valid, d_state, d_total):
   (d,), segments, low = k.shape[3:], d_state.shape[2], k.dtype
 
   def linear_dkv(ring, chunk, *refs):
-    state_gm, total_gm, dk_gm, dv_gm, k_sm, v_sm, valid_sm, state_sm, total_sm, sums_bar, p_sm = refs[3:]
+    state_gm, total_gm, dk_gm, dv_gm, k_sm, v_sm, valid_sm, state_sm, total_sm, sums_bar, p_sm = (
+      refs[3:]
+    )
     ring.start()
-    _load_sums(ring, _segment(walk, chunk, segments), (state_gm, state_sm), (total_gm, total_sm), sums_bar)
+    _load_sums(
+      ring, _segment(walk, chunk, segments), (state_gm, state_sm), (total_gm, total_sm), sums_bar
+    )
 
     @pl.loop(0, ring.count)
     def _stage(s):
@@ -405,7 +464,9 @@ def dkv(walk: Walk, k, v, valid, d_state, d_total):
       p_sm[...] = (dv * seen).astype(low)
       (g,) = _products((v_sm.at[slot], state_sm.transpose((1, 0))))
       total = plgpu.load(total_sm, layout=LAYOUT.reduce(0))
-      x = _rows(k_sm, slot)  # again, and the features too: beside products there are no registers to keep them
+      x = _rows(
+        k_sm, slot
+      )  # again, and the features too: beside products there are no registers to keep them
       g = _phi_back(walk.feature_map, x, _phi(walk.feature_map, x), g + parts.over_rows(total))
       k_sm.at[slot][...] = (g * seen).astype(low)
       plgpu.commit_smem()
@@ -421,4 +482,8 @@ def dkv(walk: Walk, k, v, valid, d_state, d_total):
 
 def _sums_types(d: int, dtype):
   """Shared memory for a segment's sums, and the barrier they arrive on."""
-  return [parts.tiles_type(d, d, dtype=dtype), plgpu.SMEM((d,), jnp.float32), plgpu.Barrier(num_arrivals=2)]
+  return [
+    parts.tiles_type(d, d, dtype=dtype),
+    plgpu.SMEM((d,), jnp.float32),
+    plgpu.Barrier(num_arrivals=2),
+  ]

@@ -18,7 +18,12 @@ STAGE = 64  # rows of a stage: one wgmma
 # Stages of a chunk at most (2,048 rows): a chunk's partial sums are then 6 % of the bytes of its rows at d = 128. Ours.
 _CHUNK = 32
 _MOST = 2.5  # ours: beyond, XLA's passes cost hardly more
-_BOXES = (64, 32, 16, 8)  # a copy begins at a multiple of 8 rows, as the swizzled form in shared memory does
+_BOXES = (
+  64,
+  32,
+  16,
+  8,
+)  # a copy begins at a multiple of 8 rows, as the swizzled form in shared memory does
 
 
 @jax.tree_util.register_dataclass
@@ -83,7 +88,9 @@ class Work:
         break
     holds = np.sort(ids.reshape(-1, size), axis=1)
     new = np.diff(holds, axis=1, prepend=-2) != 0  # each segment of a box once
-    new[:, :-1] &= (holds[:, :-1] >= 0) | (holds[:, -1:] < 0)  # none only where there is nothing else
+    new[:, :-1] &= (holds[:, :-1] >= 0) | (
+      holds[:, -1:] < 0
+    )  # none only where there is nothing else
     box, owner = np.nonzero(new)[0], holds[new]
     order, count = _pack(owner, segments, STAGE // size)
     if order.size * size > _MOST * len(ids) + STAGE * segments:
@@ -93,13 +100,21 @@ class Work:
     rows = (box[order][..., None] * size + np.arange(size)).reshape(-1)
     valid = (ids[rows] >= 0) & (ids[rows] == np.repeat(owner[order].reshape(-1), size))
     back = np.zeros(len(ids), np.int32)
-    for which in (~valid, valid):  # a row of none may stand anywhere, the others in their own segment's stage
+    for which in (
+      ~valid,
+      valid,
+    ):  # a row of none may stand anywhere, the others in their own segment's stage
       back[rows[which][::-1]] = np.flatnonzero(which)[::-1]
     fresh = valid & ~np.repeat(again.reshape(-1), size)
     per_segment = max(1, -(-int(count[:segments].max()) // _CHUNK))
     chunks = _chunks(count, per_segment, segments)
-    flat = lambda x: x.astype(np.float32)
-    return cls(box[order].astype(np.int32), flat(fresh), flat(valid), back, *chunks, per_segment, mixed)
+
+    def flat(x):
+      return x.astype(np.float32)
+
+    return cls(
+      box[order].astype(np.int32), flat(fresh), flat(valid), back, *chunks, per_segment, mixed
+    )
 
   @classmethod
   def of_tiles(cls, kv_len: Array, block: int) -> "Work | None":
@@ -137,7 +152,9 @@ def _chunks(count, per_segment: int, segments: int):
   cuts = begin[:segments, None] + np.arange(per_segment + 1) * count[:segments, None] // per_segment
   rest = np.arange(begin[segments], begin[segments] + count[segments], _CHUNK)
   start = np.r_[cuts[:, :-1].reshape(-1), rest]
-  length = np.r_[np.diff(cuts).reshape(-1), np.minimum(begin[segments] + count[segments] - rest, _CHUNK)]
+  length = np.r_[
+    np.diff(cuts).reshape(-1), np.minimum(begin[segments] + count[segments] - rest, _CHUNK)
+  ]
   return start.astype(np.int32), length.astype(np.int32)
 
 
@@ -171,7 +188,10 @@ class Segments:
     size = max(1, int(length.max()))
     column = np.arange(len(order)) - np.repeat(np.cumsum(length) - length, length)
     at = (ids[order] * size + column).astype(np.int32)
-    rows, place = np.zeros(len(length) * size, np.int32), np.full(len(ids), len(length) * size, np.int32)
+    rows, place = (
+      np.zeros(len(length) * size, np.int32),
+      np.full(len(ids), len(length) * size, np.int32),
+    )
     rows[at], place[order] = order, at
     return cls(rows.reshape(-1, size), place, length, Work.of_ids(ids, len(length)), size)
 
@@ -206,7 +226,9 @@ class Segments:
     """The inverse of `gather`, `fill` in rows without a segment."""
     x = jnp.where(self.valid(), x, fill).swapaxes(2, 3)
     x = x.reshape(x.shape[0], -1, *x.shape[3:])
-    return x if self.place is None else jnp.take(x, self.place, axis=1, mode="fill", fill_value=fill)
+    return (
+      x if self.place is None else jnp.take(x, self.place, axis=1, mode="fill", fill_value=fill)
+    )
 
   def valid(self) -> jax.Array:
     """bool `[segments, 1, size, 1]`: which gathered rows are rows."""

@@ -23,7 +23,9 @@ def forward(feature_map, q, k, v, segments, reads, heads, into):
   dot, phi = _product(q.dtype), FEATURE_MAPS[feature_map]
   queries, keys = phi(_wide(segments.gather(q))), _keys(phi, segments, _wide(segments.gather(k)))
   state = _read(dot, reads, dot("bshlm,bshld->bshmd", keys, _append(_wide(segments.gather(v)), 1)))
-  num, den = jnp.split(dot("bshlm,bshmd->bshld", queries, state)[..., : 1 - _COLUMNS], [v.shape[-1]], -1)
+  num, den = jnp.split(
+    dot("bshlm,bshmd->bshld", queries, state)[..., : 1 - _COLUMNS], [v.shape[-1]], -1
+  )
   some = den > TINY
   den = jnp.where(some, den, 1)
   out, log_den = jnp.where(some, num / den, 0), jnp.where(some, jnp.log(den), -jnp.inf)
@@ -41,13 +43,20 @@ def backward(feature_map, q, k, v, segments, reads, heads, sums, rows):
   S is computed again: keeping it would save one product of seven, and cost as much memory as q where segments are as short
   as d.
   """
-  del heads, sums  # a head that takes no part has log_den = -inf: it reads nothing, and nothing reads it
+  del (
+    heads,
+    sums,
+  )  # a head that takes no part has log_den = -inf: it reads nothing, and nothing reads it
   dot, phi = _product(q.dtype), FEATURE_MAPS[feature_map]
   *numbers, d_out = rows
   log_den, d_log, delta = (segments.gather(x.transpose(0, 2, 1)[..., None]) for x in numbers)
-  some = (log_den > -jnp.inf) & segments.valid()  # who reads nothing has no gradient, whatever the cotangents hold
+  some = (
+    log_den > -jnp.inf
+  ) & segments.valid()  # who reads nothing has no gradient, whatever the cotangents hold
   inverse = jnp.where(some, jnp.exp(-jnp.where(some, log_den, 0)), 0)
-  d_num = _append(_wide(segments.gather(d_out)) * inverse, jnp.where(some, d_log - delta, 0) * inverse)
+  d_num = _append(
+    _wide(segments.gather(d_out)) * inverse, jnp.where(some, d_log - delta, 0) * inverse
+  )
 
   queries, q_rule = jax.vjp(phi, _wide(segments.gather(q)))
   keys, k_rule = jax.vjp(functools.partial(_keys, phi, segments), _wide(segments.gather(k)))
@@ -73,7 +82,9 @@ def _product(dtype):
   """
   if dtype != jnp.bfloat16:
     return functools.partial(jnp.einsum, precision="default" if dtype == jnp.float16 else "highest")
-  return lambda equation, x, y: jnp.einsum(equation, x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32)
+  return lambda equation, x, y: jnp.einsum(
+    equation, x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32
+  )
 
 
 def _keys(phi, segments, k):
@@ -91,5 +102,7 @@ def _read(dot, reads, state):
   """What each segment's queries read of all segments' states; their own where `reads` is None."""
   if reads is None:
     return state
-  reads = jnp.broadcast_to(reads, (state.shape[0], state.shape[2], *reads.shape[2:])).astype(state.dtype)
+  reads = jnp.broadcast_to(reads, (state.shape[0], state.shape[2], *reads.shape[2:])).astype(
+    state.dtype
+  )
   return dot("bhij,bjhmd->bihmd", reads, state)

@@ -72,23 +72,36 @@ def block_mass(
   kv_len = jnp.asarray(kv_len)
   tiles = kv_len.shape[-1]
   if q.shape != k.shape or n != tiles * block:
-    raise ValueError(f"block_mass takes q, k over one buffer of {tiles} tiles of {block} rows; got {q.shape=}, {k.shape=}.")
+    raise ValueError(
+      f"block_mass takes q, k over one buffer of {tiles} tiles of {block} rows; got {q.shape=}, {k.shape=}."
+    )
   if lse.shape not in ((b, h, n), (b, h, tiles)):
-    raise ValueError(f"lse must be [b, h, n] = {(b, h, n)} or [b, h, tiles] = {(b, h, tiles)}, got {lse.shape}.")
+    raise ValueError(
+      f"lse must be [b, h, n] = {(b, h, n)} or [b, h, tiles] = {(b, h, tiles)}, got {lse.shape}."
+    )
   scale = 1.0 / math.sqrt(d) if scale is None else float(scale)
   if choose_backend(q, block, implementation) == "pallas_mgpu":
     return _split(functools.partial(_fused, block, scale, reduce), q, k, lse, kv_len)
   return _portable(block, scale, reduce, q, k, lse, kv_len)
 
 
-def choose_backend(q, block: int, implementation: str | None = None, target: Target | None = None) -> str:
+def choose_backend(
+  q, block: int, implementation: str | None = None, target: Target | None = None
+) -> str:
   """The name of the backend that `block_mass` would run; raises as it does."""
   if implementation not in (None, *BACKENDS):
-    raise ValueError(f"{implementation=} is unknown; choose one of {', '.join(BACKENDS)} or None for automatic choice.")
-  from freqformer.kernels.selection import hopper_block_scores as hopper_block_scores  # Pallas is imported where it is used
+    raise ValueError(
+      f"{implementation=} is unknown; choose one of {', '.join(BACKENDS)} or None for automatic choice."
+    )
+  from freqformer.kernels.selection import (
+    hopper_block_scores as hopper_block_scores,
+  )  # Pallas is imported where it is used
 
   target = current_target() if target is None else target
-  refused = lambda name: hopper_block_scores.unsupported(q, block, target) if name == "pallas_mgpu" else None
+
+  def refused(name):
+    return hopper_block_scores.unsupported(q, block, target) if name == "pallas_mgpu" else None
+
   return choose("block mass", BACKENDS, refused, implementation, target)
 
 
@@ -100,7 +113,9 @@ def _split(run, q, k, lse, kv_len):
   if not several_devices():
     return run(q, k, lse, kv_len)
   dims = ["b.h."] * 2 + ["bh.", "b." if kv_len.ndim == 2 else "."]
-  results = jax.tree.map(lambda x: "bh" + "." * (x.ndim - 2), jax.eval_shape(run, q, k, lse, kv_len))
+  results = jax.tree.map(
+    lambda x: "bh" + "." * (x.ndim - 2), jax.eval_shape(run, q, k, lse, kv_len)
+  )
   return by_sample_and_head(run, (q, k, lse, kv_len), dims, results)
 
 
@@ -118,10 +133,14 @@ def _fused(block, scale, reduce, q, k, lse, kv_len):
   def one(first):
     data = (q, k, shifts, kv_len.reshape(-1, tiles))
     mass = hopper_block_scores.row_mass(data, (first[None], count), scale, _LARGEST)
-    return mass if reduce is None else reduce(mass, (first + jnp.arange(count, dtype=jnp.int32)) % tiles)
+    return (
+      mass if reduce is None else reduce(mass, (first + jnp.arange(count, dtype=jnp.int32)) % tiles)
+    )
 
   found = lax.map(one, jnp.arange(chunks, dtype=jnp.int32) * count)
-  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:total].reshape(b, h, tiles, *x.shape[2:]), found)
+  return jax.tree.map(
+    lambda x: x.reshape(-1, *x.shape[2:])[:total].reshape(b, h, tiles, *x.shape[2:]), found
+  )
 
 
 def _shifts(lse, kv_len, block: int):
@@ -144,12 +163,18 @@ def _portable(block, scale, reduce, q, k, lse, kv_len):
 
   def head(i):
     sample, number = i // h, i % h
-    valid = jnp.arange(block) < kv_len.reshape(-1, tiles)[sample if kv_len.ndim == 2 else 0][:, None]
+    valid = (
+      jnp.arange(block) < kv_len.reshape(-1, tiles)[sample if kv_len.ndim == 2 else 0][:, None]
+    )
     queries, keys = (_head(x, sample, number).reshape(tiles, block, d) for x in (q, k))
-    shifts = jnp.broadcast_to(lse[sample, number].astype(jnp.float32).reshape(tiles, -1), (tiles, block))
+    shifts = jnp.broadcast_to(
+      lse[sample, number].astype(jnp.float32).reshape(tiles, -1), (tiles, block)
+    )
     shifts = jnp.where(valid & jnp.isfinite(shifts), shifts, jnp.inf)
     queries = jnp.pad(queries, ((0, filler), (0, 0), (0, 0))).reshape(-1, group, block, d)
-    shifts = jnp.pad(shifts, ((0, filler), (0, 0)), constant_values=jnp.inf).reshape(-1, group, block)
+    shifts = jnp.pad(shifts, ((0, filler), (0, 0)), constant_values=jnp.inf).reshape(
+      -1, group, block
+    )
 
     def rows(args):
       mass = _row_mass(args[0], args[1], keys, valid, scale)
@@ -180,15 +205,29 @@ def _row_mass(queries, shifts, keys, valid, scale):
   """
   group, block, d = queries.shape
   tiles = keys.shape[0]
-  most = max(1, _SCORES.get(current_target().platform, _SCORES_ELSEWHERE) // (group * block * block))
+  most = max(
+    1, _SCORES.get(current_target().platform, _SCORES_ELSEWHERE) // (group * block * block)
+  )
   chunk = -(-tiles // -(-tiles // most))  # equal chunks
-  pad = lambda x: jnp.pad(x, ((0, -tiles % chunk),) + ((0, 0),) * (x.ndim - 1)).reshape(-1, chunk * block, *x.shape[2:])
+
+  def pad(x):
+    return jnp.pad(x, ((0, -tiles % chunk),) + ((0, 0),) * (x.ndim - 1)).reshape(
+      -1, chunk * block, *x.shape[2:]
+    )
 
   def step(args):
     keys, seen = args
-    scores = jnp.einsum("gid,jd->gij", queries, keys, precision="highest", preferred_element_type=jnp.float32)
+    scores = jnp.einsum(
+      "gid,jd->gij", queries, keys, precision="highest", preferred_element_type=jnp.float32
+    )
     p = jnp.where(seen, jnp.exp(jnp.minimum(scores * scale - shifts[..., None], _LARGEST)), 0)
-    return p.sum(1).reshape(group, chunk, block).sum(-1)  # rows first: one fast reduction, then a small one
+    return (
+      p.sum(1).reshape(group, chunk, block).sum(-1)
+    )  # rows first: one fast reduction, then a small one
 
   valid = valid[..., None]
-  return lax.map(step, (pad(jnp.where(valid, keys, 0)), pad(valid)[..., 0])).transpose(1, 0, 2).reshape(group, -1)[:, :tiles]
+  return (
+    lax.map(step, (pad(jnp.where(valid, keys, 0)), pad(valid)[..., 0]))
+    .transpose(1, 0, 2)
+    .reshape(group, -1)[:, :tiles]
+  )

@@ -61,7 +61,9 @@ def row_mass(data, place, scale: float, largest: float):
     flat = jnp.minimum(first_gm[0] + program, jnp.int32(b * h * tiles - 1))
     tile, pair = lax.rem(flat, jnp.int32(tiles)), lax.div(flat, jnp.int32(tiles))
     sample, head = lax.div(pair, jnp.int32(h)), lax.rem(pair, jnp.int32(h))
-    every = parts.TileList(walk, jnp.int32(tiles), lambda i: (i, len_gm[parts.at(len_gm, sample, i)]))
+    every = parts.TileList(
+      walk, jnp.int32(tiles), lambda i: (i, len_gm[parts.at(len_gm, sample, i)])
+    )
     warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup < consumers)
@@ -99,7 +101,9 @@ def row_mass(data, place, scale: float, largest: float):
 
     @pl.when(warpgroup == consumers)
     def _memory():
-      parts.memory_warpgroup(every, [(k_ring, [lambda rows: k_gm.at[sample, rows, head]])], deal, 0, 0)
+      parts.memory_warpgroup(
+        every, [(k_ring, [lambda rows: k_gm.at[sample, rows, head]])], deal, 0, 0
+      )
 
   tile_of = functools.partial(parts.tiles_type, dtype=q.dtype)
   ring = parts.Ring.types(walk, deal, tile_of(STAGES, block, d))
@@ -108,9 +112,17 @@ def row_mass(data, place, scale: float, largest: float):
     plgpu.SMEM((consumers, ROWS), jnp.float32),
     plgpu.Barrier(num_arrivals=2, num_barriers=consumers),
   )
-  sums = (plgpu.SMEM((consumers, COLLECT, ROWS), jnp.float32), plgpu.SMEM((consumers, COLLECT), jnp.float32))
+  sums = (
+    plgpu.SMEM((consumers, COLLECT, ROWS), jnp.float32),
+    plgpu.SMEM((consumers, COLLECT), jnp.float32),
+  )
   out = jax.ShapeDtypeStruct((count, consumers, groups * COLLECT), jnp.float32)
-  options = {"blocks": count, "warpgroups": deal.warpgroups, "by_lane": True, "cost": _cost(q, block, count, out)}
+  options = {
+    "blocks": count,
+    "warpgroups": deal.warpgroups,
+    "by_lane": True,
+    "cost": _cost(q, block, count, out),
+  }
   operands, scratch = (q, k, lse, kv_len, first), [own, (ring,), sums]
   (found,) = launch(block_mass, [operands], [out], scratch, **options)
   return found.sum(1)[:, :tiles]

@@ -47,12 +47,16 @@ def kth_largest(budget: int, scores, always=None):
     bits = lax.bitcast_convert_type(plgpu.load(row_sm, layout=layout), jnp.int32)
     keys = jnp.where(bits < 0, bits ^ _MAGNITUDE, bits)
     keys = jnp.where(keys == -1, 0, keys)  # -0
-    group, lane = (plgpu.broadcasted_iota(jnp.int32, tuple(shape), axis, layout=layout) for axis in (0, 1))
+    group, lane = (
+      plgpu.broadcasted_iota(jnp.int32, tuple(shape), axis, layout=layout) for axis in (0, 1)
+    )
     place = group * _LANES + lane
     if m % _LANES:  # what was appended lies below everything, NaN too
       keys = jnp.where(place < m, keys, _LEAST)
     for i in range(0 if always is None else always.shape[-1]):
-      keys = jnp.where(place == always_gm[lax.rem(row, jnp.int32(always.shape[0])), i], _INFINITY, keys)
+      keys = jnp.where(
+        place == always_gm[lax.rem(row, jnp.int32(always.shape[0])), i], _INFINITY, keys
+      )
 
     def halve(_, bracket):
       low, high = bracket  # low is reached by at least `budget` keys, high by fewer
@@ -64,11 +68,21 @@ def kth_largest(budget: int, scores, always=None):
     out_gm[row] = low
 
   operands = (scores, None if always is None else jnp.asarray(always, jnp.int32))
-  result, scratch = jax.ShapeDtypeStruct((rows,), jnp.int32), [plgpu.SMEM(tuple(shape), jnp.float32), plgpu.Barrier()]
+  result, scratch = (
+    jax.ShapeDtypeStruct((rows,), jnp.int32),
+    [plgpu.SMEM(tuple(shape), jnp.float32), plgpu.Barrier()],
+  )
   cost = streaming_cost(operands, result, 32 * scores.size)
   # Exact: comparisons decide. Counts are summed across warps.
   launched = launch(
-    kth_largest_score, operands, [result], scratch, blocks=rows, cost=cost, approx_math=False, reduction_bytes=1024
+    kth_largest_score,
+    operands,
+    [result],
+    scratch,
+    blocks=rows,
+    cost=cost,
+    approx_math=False,
+    reduction_bytes=1024,
   )
   (found,) = launched
   return (lax.bitcast_convert_type(found, jnp.uint32) ^ jnp.uint32(1 << 31)).reshape(lead)

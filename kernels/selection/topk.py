@@ -60,7 +60,9 @@ def top_ids(scores: jax.Array, budget: int, always=None) -> jax.Array:
 
 def top_words(scores: jax.Array, budget: int, always=None) -> jax.Array:
   """The same set as a bit per candidate, candidate 0 in the lowest bit of word 0: uint32 `[..., ceil(m / 32)]`."""
-  from freqformer.kernels.selection import hopper_topk as hopper_topk  # Pallas is imported where it is used
+  from freqformer.kernels.selection import (
+    hopper_topk as hopper_topk,
+  )  # Pallas is imported where it is used
 
   m, target = scores.shape[-1], current_target()
   if not 1 <= budget <= m:
@@ -71,7 +73,9 @@ def top_words(scores: jax.Array, budget: int, always=None) -> jax.Array:
     keys = ordered_integers(scores).reshape(-1, m)
     threshold = _threshold(keys, budget, _BITS.get(target.platform, _BITS_ELSEWHERE))
   else:  # scores are read twice and never written again
-    threshold = _on_each_device(functools.partial(hopper_topk.kth_largest, budget), scores, always).reshape(-1, 1)
+    threshold = _on_each_device(
+      functools.partial(hopper_topk.kth_largest, budget), scores, always
+    ).reshape(-1, 1)
     keys = ordered_integers(scores)
     for column in () if always is None else jnp.moveaxis(jnp.asarray(always), -1, 0):
       keys = jnp.where(jnp.arange(m) == column[:, None], _INFINITY, keys)
@@ -117,7 +121,10 @@ def _threshold(keys, budget: int, bits: int):
       new_low, new_reached = jnp.where(up, trial, new_low), jnp.where(up, count, new_reached)
       new_high = jnp.where(up, jnp.minimum(high - trial, step) + trial, new_high)
     done = reached == budget
-    keep = lambda old, new: jnp.where(done, old, new)
+
+    def keep(old, new):
+      return jnp.where(done, old, new)
+
     return keep(low, new_low), keep(high, new_high), keep(reached, new_reached)
 
   return lax.while_loop(running, narrow, (low, high, reached))[0]
@@ -129,14 +136,18 @@ def _chosen_words(keys, threshold, budget: int):
   left = budget - lax.population_count(above).astype(jnp.int32).sum(-1, keepdims=True)
   ties = lax.population_count(equal).astype(jnp.int32)
   take = left - (jnp.cumsum(ties, -1) - ties)  # how many of this word's ties still fit
-  some = equal & ((jnp.uint32(1) << _nth_bit(equal, jnp.clip(take, 0, _WORD - 1)).astype(jnp.uint32)) - 1)
+  some = equal & (
+    (jnp.uint32(1) << _nth_bit(equal, jnp.clip(take, 0, _WORD - 1)).astype(jnp.uint32)) - 1
+  )
   return above | jnp.where(take >= ties, equal, jnp.where(take > 0, some, 0))
 
 
 def _pack(flags):
   """bool `[rows, m]` -> uint32 `[rows, ceil(m / 32)]`, candidate 0 in the lowest bit."""
   flags = jnp.pad(flags, ((0, 0), (0, -flags.shape[-1] % _WORD))).reshape(flags.shape[0], -1, _WORD)
-  return jnp.sum(flags.astype(jnp.uint32) << jnp.arange(_WORD, dtype=jnp.uint32), -1, dtype=jnp.uint32)
+  return jnp.sum(
+    flags.astype(jnp.uint32) << jnp.arange(_WORD, dtype=jnp.uint32), -1, dtype=jnp.uint32
+  )
 
 
 def _nth_bit(word, n):
@@ -169,7 +180,9 @@ def places(words: jax.Array, budget: int) -> jax.Array:
   return found.reshape(*lead, budget)
 
 
-def top_tiles(q_pool: jax.Array, k_pool: jax.Array, budget: int, fixed, chunk_scores: int | None = None) -> jax.Array:
+def top_tiles(
+  q_pool: jax.Array, k_pool: jax.Array, budget: int, fixed, chunk_scores: int | None = None
+) -> jax.Array:
   """Per head and query tile the `budget` key tiles of largest `q_pool . k_pool`, and fixed ones before all others.
 
   Args:
@@ -185,12 +198,20 @@ def top_tiles(q_pool: jax.Array, k_pool: jax.Array, budget: int, fixed, chunk_sc
   most = chunk_scores or _CHUNK.get(current_target().platform, _CHUNK_ELSEWHERE)
   chunk = max(1, min(tiles, most // (b * h * k_pool.shape[2])))
   filler = -tiles % chunk
-  rows = jnp.pad(q_pool, ((0, 0), (0, 0), (0, filler), (0, 0))).reshape(b, h, -1, chunk, d).transpose(2, 0, 1, 3, 4)
-  always = jnp.pad(jnp.asarray(fixed, jnp.int32), ((0, filler), (0, 0)), mode="edge").reshape(len(rows), chunk, fixed.shape[-1])
+  rows = (
+    jnp.pad(q_pool, ((0, 0), (0, 0), (0, filler), (0, 0)))
+    .reshape(b, h, -1, chunk, d)
+    .transpose(2, 0, 1, 3, 4)
+  )
+  always = jnp.pad(jnp.asarray(fixed, jnp.int32), ((0, filler), (0, 0)), mode="edge").reshape(
+    len(rows), chunk, fixed.shape[-1]
+  )
 
   def best(args):
     q, keep = args
-    scores = jnp.einsum("bhid,bhjd->bhij", q, k_pool, precision="highest", preferred_element_type=jnp.float32)
+    scores = jnp.einsum(
+      "bhid,bhjd->bhij", q, k_pool, precision="highest", preferred_element_type=jnp.float32
+    )
     return top_ids(scores, budget, keep)
 
   ids = best((rows[0], always[0]))[None] if rows.shape[0] == 1 else lax.map(best, (rows, always))

@@ -41,7 +41,9 @@ def check(rows):
 @pytest.mark.parametrize("smooth", [0.0, 0.9, 0.9999])
 def test_random_tensors(grid, block, smooth):
   arrays = TileLayout.fit(grid, block).arrays()
-  tensors = approximation_probe.random_tensors(arrays, METHOD, heads=3, d=8, seed=len(grid) + block, smooth=smooth)
+  tensors = approximation_probe.random_tensors(
+    arrays, METHOD, heads=3, d=8, seed=len(grid) + block, smooth=smooth
+  )
   rows = approximation.measure(tensors, arrays.layout, METHOD, f"smooth {smooth}")
   check(rows)
   assert {r["head"] for r in rows} == {0, 1, 2} and len(rows) == 3 * 7
@@ -51,7 +53,11 @@ def test_the_bound_of_cell_means_is_tight_where_cells_are_alike():
   """Nearly constant tensors: delta is small, the bound is far below the trivial one, and still holds."""
   arrays = TileLayout.fit((4, 4, 8), 16).arrays()
   tensors = approximation_probe.random_tensors(arrays, METHOD, 3, 8, 0, smooth=0.999999)
-  rows = [r for r in approximation.measure(tensors, arrays.layout, METHOD, "alike") if r["kind"] == "low: cell means"]
+  rows = [
+    r
+    for r in approximation.measure(tensors, arrays.layout, METHOD, "alike")
+    if r["kind"] == "low: cell means"
+  ]
   assert all(r["holds"] and r["delta"] < 0.1 for r in rows)
 
 
@@ -61,7 +67,11 @@ def test_a_broken_operator_breaks_its_bound():
   tensors = approximation_probe.random_tensors(arrays, METHOD, 3, 8, 0, smooth=0.999999)
   q, k, v = tensors["coarse"]["cell means"]
   tensors["coarse"]["cell means"] = (q, k, v + 1)
-  rows = [r for r in approximation.measure(tensors, arrays.layout, METHOD, "x") if r["kind"] == "low: cell means"]
+  rows = [
+    r
+    for r in approximation.measure(tensors, arrays.layout, METHOD, "x")
+    if r["kind"] == "low: cell means"
+  ]
   assert not any(r["holds"] for r in rows)
 
 
@@ -75,8 +85,12 @@ def plain_head(v) -> approximation.Head:
 
 def test_dropped_mass_of_a_known_row():
   """Two keys with equal scores, one dropped: e = 1/2, y' - y = (v0 - v1) / 2, the bound is max|v|: reached for v1 = -v0."""
-  found = approximation.dropped(plain_head(np.array([[1.0, 0.0], [-1.0, 0.0]])), np.eye(2, dtype=bool))
-  assert found["error"] == pytest.approx(1) and found["bound"] == pytest.approx(1) and found["holds"]
+  found = approximation.dropped(
+    plain_head(np.array([[1.0, 0.0], [-1.0, 0.0]])), np.eye(2, dtype=bool)
+  )
+  assert (
+    found["error"] == pytest.approx(1) and found["bound"] == pytest.approx(1) and found["holds"]
+  )
 
 
 def test_an_error_stands_beside_the_bound_of_its_own_row():
@@ -94,7 +108,10 @@ def test_a_filter_of_bands_that_are_not_orthogonal_is_not_exact():
   head = dataclasses.replace(head, q=head.v, k=9 * head.v)
   assert all(approximation.filtered(head, i)["holds"] for i in range(3))
   slanted = dataclasses.replace(head.operators, low=0.9 * head.operators.low)
-  assert not all(approximation.filtered(dataclasses.replace(head, operators=slanted), i)["holds"] for i in range(3))
+  assert not all(
+    approximation.filtered(dataclasses.replace(head, operators=slanted), i)["holds"]
+    for i in range(3)
+  )
 
 
 def row(head, kind, pair, closest, holds=True, **more):
@@ -102,10 +119,31 @@ def row(head, kind, pair, closest, holds=True, **more):
   closest = (
     None
     if closest is None
-    else dict(zip(("row", "error", "bound", "ratio"), (0, *closest, closest[0] / closest[1]), strict=True))
+    else dict(
+      zip(("row", "error", "bound", "ratio"), (0, *closest, closest[0] / closest[1]), strict=True)
+    )
   )
-  facts = {"case": "t = 0", "layer": 0, "head": head, "kind": kind, "error": pair[0], "bound": pair[1], "closest": closest}
-  return facts | {"holds": holds, "total": 1.0, "bands": [1.0, 0.0, 0.0], "exact": False, "steps": 5, "measured": True} | more
+  facts = {
+    "case": "t = 0",
+    "layer": 0,
+    "head": head,
+    "kind": kind,
+    "error": pair[0],
+    "bound": pair[1],
+    "closest": closest,
+  }
+  return (
+    facts
+    | {
+      "holds": holds,
+      "total": 1.0,
+      "bands": [1.0, 0.0, 0.0],
+      "exact": False,
+      "steps": 5,
+      "measured": True,
+    }
+    | more
+  )
 
 
 # The largest error, the largest bound, the largest error / bound: three heads.
@@ -126,7 +164,9 @@ def test_the_summary_shows_pairs_and_counts_what_was_kept():
   assert (window["error"], window["bound"], window["kept"]) == (2.0, 20.0, 3)
   assert window["closest"] == {"row": 0, "error": 0.9, "bound": 1.0, "ratio": 0.9}
   assert (cells["kept"], cells["heads"], cells["closest"]["ratio"]) == (1, 2, 1.5)
-  assert (filters["kept"], filters["closest"]["error"]) == (1, 4.0), "the head farthest from exact is shown"
+  assert (filters["kept"], filters["closest"]["error"]) == (1, 4.0), (
+    "the head farthest from exact is shown"
+  )
   assert (other["kept"], other["bound"], other["closest"]) == (None, None, None)
   ratios = [approximation_summary.ratio_text(r) for r in (window, cells, filters, other)]
   assert ratios == ["0.900", "1.500", "1 - 9e-02", "none"]
@@ -134,8 +174,14 @@ def test_the_summary_shows_pairs_and_counts_what_was_kept():
 
 
 def test_the_page_and_the_figure_show_the_same_ratios():
-  table, text = complexity_page.approximation_table(ROWS), " ".join(complexity_notes.bounds(ROWS).split())
-  assert "| 2 | 20 | 0.900 | 0.9 of 1 | 3 of 3 | 100% / 0% / 0% | yes |" in table and "| 1 of 2 |" in table
+  table, text = (
+    complexity_page.approximation_table(ROWS),
+    " ".join(complexity_notes.bounds(ROWS).split()),
+  )
+  assert (
+    "| 2 | 20 | 0.900 | 0.9 of 1 | 3 of 3 | 100% / 0% / 0% | yes |" in table
+    and "| 1 of 2 |" in table
+  )
   assert "after 5 training steps" in table and "1 layers and 3 heads" in table
   assert "4 of 5 pairs" in text and "1 of 2 filters" in text and "between 0.05 and 0.90" in text
   assert "38% of the rows" in text and "6.0 and more" in text and "certifies nothing" not in text
@@ -143,27 +189,44 @@ def test_the_page_and_the_figure_show_the_same_ratios():
   (axis,) = plots.errors_figure(bounded).axes
   drawn = {line.get_label(): list(line.get_ydata()) for line in axis.lines}
   assert drawn["window (measured)"] == [0.2, 0.05, 0.9] and drawn["cells (measured)"] == [1.5, 0.25]
-  assert all(line.get_color() == plots.MEASURED for line in axis.lines if "measured" in line.get_label())
+  assert all(
+    line.get_color() == plots.MEASURED for line in axis.lines if "measured" in line.get_label()
+  )
 
 
 def test_measured_points_are_filled_and_black_simulated_ones_hollow_and_not():
   calls = [{"name": "a", "measured_seconds": 2.0, "seconds": 1.0, "fitted": False}]
-  calls += [{"name": "b", "measured_seconds": 1.0, "seconds": 1.0, "fitted": True, "derived": "2 x another"}]
+  calls += [
+    {"name": "b", "measured_seconds": 1.0, "seconds": 1.0, "fitted": True, "derived": "2 x another"}
+  ]
   (axis,) = plots.validation_figure(calls).axes
   look = {line.get_label().split(",")[0]: line for line in axis.lines}
   assert set(look) == {"measured", "derived from measurements", "simulated"}
-  assert [list(line.get_xdata()) for line in axis.lines] == [[1], [1], [1.0], [0.5]], "measured, derived, fitted, not fitted"
+  assert [list(line.get_xdata()) for line in axis.lines] == [[1], [1], [1.0], [0.5]], (
+    "measured, derived, fitted, not fitted"
+  )
   assert look["measured"].get_markerfacecolor() == plots.MEASURED != look["simulated"].get_color()
-  assert look["simulated"].get_markerfacecolor() == look["derived from measurements"].get_markerfacecolor() == "none"
+  assert (
+    look["simulated"].get_markerfacecolor()
+    == look["derived from measurements"].get_markerfacecolor()
+    == "none"
+  )
 
 
 @pytest.fixture(scope="module")
 def trained():
   """`tests.tiny_config`'s model after 40 steps."""
   config = get_config().model.to_dict()
-  model, train = model_config(config), TrainConfig(steps=40, batch_size=4, lr=3e-3, warmup=3, ema=0.9)
+  model, train = (
+    model_config(config),
+    TrainConfig(steps=40, batch_size=4, lr=3e-3, warmup=3, ema=0.9),
+  )
   graphdef, params = nnx.split(VideoDiT(model, SHAPE, 2, nnx.Rngs(0)))
-  state, step, tables = init_state(params, train, 0), make_train_step(graphdef, train, 2), make_tables(model, SHAPE)
+  state, step, tables = (
+    init_state(params, train, 0),
+    make_train_step(graphdef, train, 2),
+    make_tables(model, SHAPE),
+  )
   for i in range(40):
     state, _ = step(state, batch_of(i), tables)
   return model, graphdef, jax.device_get(state.params)
@@ -182,10 +245,17 @@ def test_a_trained_model(trained, time):
 
 def test_the_probe_changes_nothing(trained):
   model, graphdef, params = trained
-  methods = tuple((n, approximation_probe.Probe(m)) for n, m in model.attention.methods if n == "freqformer")
-  probed = dataclasses.replace(model, attention=dataclasses.replace(model.attention, methods=methods))
+  methods = tuple(
+    (n, approximation_probe.Probe(m)) for n, m in model.attention.methods if n == "freqformer"
+  )
+  probed = dataclasses.replace(
+    model, attention=dataclasses.replace(model.attention, methods=methods)
+  )
   other, _ = nnx.split(nnx.eval_shape(lambda: VideoDiT(probed, SHAPE, 2, nnx.Rngs(0))))
   x, time, label = batch_of(5)["latent"][:1], np.full(1, 0.5, np.float32), np.zeros(1, np.int32)
-  run = lambda g: jax.jit(lambda p: (m := nnx.merge(g, p))(x, time, label, m.tables(SHAPE))[0])(params)
+
+  def run(g):
+    return jax.jit(lambda p: (m := nnx.merge(g, p))(x, time, label, m.tables(SHAPE))[0])(params)
+
   outs = [run(g) for g in (graphdef, other)]
   np.testing.assert_array_equal(*outs)

@@ -53,7 +53,10 @@ def test_builds():
     (dict(steps=1, inner=3), "config.inner must be a group of keys"),
     (dict(steps=1, choice=1.5), "config.choice must be str | tuple"),
     (dict(steps=-1), "config.Outer: steps=-1 must be >= 0"),
-    (dict(steps=1, inner=dict(rate=float("nan"))), "config.inner.rate must be a finite number, got nan"),
+    (
+      dict(steps=1, inner=dict(rate=float("nan"))),
+      "config.inner.rate must be a finite number, got nan",
+    ),
   ],
 )
 def test_refusals(values, message):
@@ -75,14 +78,20 @@ class Numbers:
     (dict(low=0.0), dict(above=0), "low=0.0 must be above 0."),
     (dict(low=float("inf")), dict(above=0), "low=inf must be above 0."),
     (dict(low=float("nan")), dict(least=0, below=2), "low=nan must be at least 0 and below 2."),
-    (dict(high=(0, 2)), dict(least=1, most=2), r"high=\(0, 2\) must be at least 1 and at most 2, in every entry."),
+    (
+      dict(high=(0, 2)),
+      dict(least=1, most=2),
+      r"high=\(0, 2\) must be at least 1 and at most 2, in every entry.",
+    ),
   ],
 )
 def test_bounds_name_one_field(values, bounds, message):
   require(Numbers(), "low high", least=1, most=2)
   with pytest.raises(ValueError, match=message):
     require(Numbers(**values), "low high", **bounds)
-  with pytest.raises(ValueError, match="word='dens' must be one of dense, radial; did you mean 'dense'?"):
+  with pytest.raises(
+    ValueError, match="word='dens' must be one of dense, radial; did you mean 'dense'?"
+  ):
     require_one_of(Numbers(word="dens"), "word", ("dense", "radial"))
 
 
@@ -105,7 +114,10 @@ REFUSED = [
   ("--config.train.weight_decay=-3", "weight_decay=-3.0 must be at least 0."),
   ("--config.train.warmup=-5", "warmup=-5 must be at least 0."),
   ("--config.train.val_every=-1", "val_every=-1 must be at least 0."),
-  ("--config.train.schedule=cosin", "schedule='cosin' must be one of constant, cosine; did you mean 'cosine'?"),
+  (
+    "--config.train.schedule=cosin",
+    "schedule='cosin' must be one of constant, cosine; did you mean 'cosine'?",
+  ),
   ("--config.train.stps=3", "config.train.stps does not exist; did you mean 'train.steps'?"),
   ("--config.train=3", "config.train is a group of keys; add one of them: .batch_size, "),
   ("@dense=3", "config.model.attention.dense is a group of keys; the file has none of them"),
@@ -120,16 +132,31 @@ REFUSED = [
   ("@tile=(0,4,4)", "config.model.attention: tile=(0, 4, 4) must be at least 1, in every entry."),
   ("@tile=(4,4)", "tile=(4, 4) must be empty or three extents"),
   ("@qk_gain=0", "qk_gain=0.0 must be above 0."),
-  ("@implementation=xl", "implementation='xl' must be one of pallas_mgpu, xla, reference; did you mean 'xla'?"),
-  ("@freqformer.window=(0,2,2)", "config.model.attention.freqformer: window=(0, 2, 2) must be at least 1, in every entry."),
+  (
+    "@implementation=xl",
+    "implementation='xl' must be one of pallas_mgpu, xla, reference; did you mean 'xla'?",
+  ),
+  (
+    "@freqformer.window=(0,2,2)",
+    "config.model.attention.freqformer: window=(0, 2, 2) must be at least 1, in every entry.",
+  ),
   ("@freqformer.filter=w", "freqformer: filter='w' must be one of"),
-  ("@freqformer.methods.parts.router.budget=1.5", "router: budget=1.5 must be above 0 and at most 1."),
-  ("@radial.decay=0.5", 'set it by --config.model.attention.method="radial(decay=...)", or add it to the file.'),
+  (
+    "@freqformer.methods.parts.router.budget=1.5",
+    "router: budget=1.5 must be above 0 and at most 1.",
+  ),
+  (
+    "@radial.decay=0.5",
+    'set it by --config.model.attention.method="radial(decay=...)", or add it to the file.',
+  ),
   ("@radial.deccay=0.5", "method radial has no field 'deccay'; did you mean 'decay'?"),
   ("@spatial_temporal.profile.rows=8", 'method="spatial_temporal(profile=dict(rows=...))"'),
   ("@freqformer.profile.rows=8", 'method="freqformer(profile=dict(rows=...))"'),
   ("@method=radial(decay=0)", "config.model.attention.radial: decay=0.0 must be above 0"),
-  ("@method=radial(deccay=1)", "config.model.attention.radial has no key 'deccay'; did you mean 'decay'?"),
+  (
+    "@method=radial(deccay=1)",
+    "config.model.attention.radial has no key 'deccay'; did you mean 'decay'?",
+  ),
   ("@method=freqfromer", "attention method 'freqfromer' is unknown; did you mean 'freqformer'?"),
   ("@method=radial(", "must read like radial or block_topk(density=0.2, coarse=none)"),
   ("@layers=((0,2,'radial(decay=2)'),(2,None,'radial(decay=3)'))", "sets radial twice"),
@@ -141,19 +168,29 @@ def test_command_lines_are_answered_in_one_sentence(argument, answer, capsys):
   with pytest.raises(SystemExit) as end:
     experiment_of("--config", DEMO, argument.replace("@", "--config.model.attention."))
   (line,) = capsys.readouterr().err.strip().split("\n")
-  assert end.value.code == 2 and line.startswith("error: ") and answer in line and "self." not in line
+  assert (
+    end.value.code == 2 and line.startswith("error: ") and answer in line and "self." not in line
+  )
 
 
 @pytest.mark.parametrize(
   "argument, want",
   [
     ("method=radial(decay=0.5)", [(4, "Radial(decay=0.5, sink=1)")]),
-    ("layers=((0, 1, 'radial(sink=0)'), (1, None, 'dense'))", [(1, "Radial(decay=1.0, sink=0)"), (3, "Dense()")]),
-    ("method=freqformer(window=(3, 1, 1))", [(4, "mid_tiles=3, sink=0, anchors=0, window=(3, 1, 1)")]),  # the rest stays
+    (
+      "layers=((0, 1, 'radial(sink=0)'), (1, None, 'dense'))",
+      [(1, "Radial(decay=1.0, sink=0)"), (3, "Dense()")],
+    ),
+    (
+      "method=freqformer(window=(3, 1, 1))",
+      [(4, "mid_tiles=3, sink=0, anchors=0, window=(3, 1, 1)")],
+    ),  # the rest stays
   ],
 )
 def test_fields_of_a_method_on_the_command_line(argument, want):
-  runs = experiment_of(f"--config={DEMO}", f"--config.model.attention.{argument}", "--dry_run").model.runs()
+  runs = experiment_of(
+    f"--config={DEMO}", f"--config.model.attention.{argument}", "--dry_run"
+  ).model.runs()
   assert [count for count, _ in runs] == [count for count, _ in want]
   assert all(text in str(method) for (_, method), (_, text) in zip(runs, want, strict=True))
 
@@ -181,7 +218,10 @@ def test_what_else_ends_in_one_sentence(tmp_path, capsys):
   q = np.zeros((1, 8, 1, 64), np.float32)
   for work, answer in (
     (lambda: (tmp_path / "taken").mkdir(), "is a file where a folder is needed"),
-    (lambda: (tmp_path / "taken" / "samples").mkdir(parents=True), "is a file where a folder is needed"),
+    (
+      lambda: (tmp_path / "taken" / "samples").mkdir(parents=True),
+      "is a file where a folder is needed",
+    ),
     (lambda: attention(q, q, q, implementation="pallas_mgpu"), "it runs on NVIDIA GPUs"),
   ):
     with pytest.raises(SystemExit):
@@ -191,7 +231,9 @@ def test_what_else_ends_in_one_sentence(tmp_path, capsys):
     attention(q, q, q, implementation="pallas_mgpu")
 
 
-@pytest.mark.parametrize("wheel, driver, absent", [(True, False, True), (True, True, False), (False, False, False)])
+@pytest.mark.parametrize(
+  "wheel, driver, absent", [(True, False, True), (True, True, False), (False, False, False)]
+)
 def test_gpu_wheels_without_a_gpu_are_left_alone(monkeypatch, wheel, driver, absent):
   def load(name):
     if not driver:

@@ -23,7 +23,9 @@ pytestmark = pytest.mark.xdist_group("end_to_end")
 def place(tmp_path_factory):
   """A rendered data set and an empty cache."""
   root = tmp_path_factory.mktemp("data")
-  render_ucf101(root / "ucf", classes=8, groups=3, clips_per_group=1, rows=48, cols=64, progress=False)
+  render_ucf101(
+    root / "ucf", classes=8, groups=3, clips_per_group=1, rows=48, cols=64, progress=False
+  )
   return root
 
 
@@ -41,7 +43,9 @@ def command(place, script, *args):
 
 
 def call(place, script, *args):
-  return subprocess.run(command(place, script, *args), capture_output=True, text=True, cwd=place, timeout=300)
+  return subprocess.run(
+    command(place, script, *args), capture_output=True, text=True, cwd=place, timeout=300
+  )
 
 
 def arrays(workdir, step):
@@ -64,21 +68,40 @@ def test_run_leaves_what_it_should(whole):
   workdir, done = whole
   rows = read(workdir / "metrics.jsonl")
   assert [r["step"] for r in rows if r["kind"] == "train"] == list(range(1, 41))
-  assert [r["step"] for r in rows if r["kind"] == "val"] == [20, 40] == [r["step"] for r in rows if r["kind"] == "val_soft"]
+  assert (
+    [r["step"] for r in rows if r["kind"] == "val"]
+    == [20, 40]
+    == [r["step"] for r in rows if r["kind"] == "val_soft"]
+  )
   assert {"loss", "grad_norm", "router_entropy", "density", "cost", "steps_per_s"} <= rows[5].keys()
   run = json.loads((workdir / "run.json").read_text())
   assert run["finished"] and len(run["classes"]) == 8 and run["seconds"]["compile"] > 0
   routing = json.loads((workdir / "routing.json").read_text())
-  assert np.shape(routing["probs"]) == (2, 4, 2, 3) and routing["branches"] == ["low", "mid", "high"]
+  assert np.shape(routing["probs"]) == (2, 4, 2, 3) and routing["branches"] == [
+    "low",
+    "mid",
+    "high",
+  ]
   record = Checkpoints(workdir, create=False).record()
-  assert {"config", "class_names", "statistics", "iterator", "versions", "git", "latent_shape", "cache"} <= record.keys()
+  assert {
+    "config",
+    "class_names",
+    "statistics",
+    "iterator",
+    "versions",
+    "git",
+    "latent_shape",
+    "cache",
+  } <= record.keys()
   assert "_c05.avi: it cannot be opened" in done.stderr or "could not be used" in done.stderr
 
 
 def test_sigterm_and_resume_is_bit_equal(place, whole):
   """2N steps = some steps, SIGTERM, the same command again."""
   workdir = place / "killed"
-  process = subprocess.Popen(command(place, "train.py", f"--workdir={workdir}"), cwd=place, stderr=subprocess.PIPE, text=True)
+  process = subprocess.Popen(
+    command(place, "train.py", f"--workdir={workdir}"), cwd=place, stderr=subprocess.PIPE, text=True
+  )
   for _ in range(3000):
     if any(row["step"] >= 7 for row in read(workdir / "metrics.jsonl")):
       break
@@ -91,7 +114,9 @@ def test_sigterm_and_resume_is_bit_equal(place, whole):
   assert 7 <= stopped < 40 and "the same command goes on" in log
   # What does not touch the numbers may change; it is said, and the run keeps it.
   again = call(place, "train.py", f"--workdir={workdir}", "--config.train.keep=3")
-  assert again.returncode == 0 and f"resumed at step {stopped}" in again.stderr, again.stderr[-3000:]
+  assert again.returncode == 0 and f"resumed at step {stopped}" in again.stderr, again.stderr[
+    -3000:
+  ]
   assert f"changed since the checkpoint of step {stopped}: train.keep 2 -> 3" in again.stderr
   change = [{"step": stopped, "keys": {"train.keep": [2, 3]}}]
   assert json.loads((workdir / "run.json").read_text())["changes"] == change
@@ -100,7 +125,10 @@ def test_sigterm_and_resume_is_bit_equal(place, whole):
   assert want.keys() == got.keys()
   for name in want:
     np.testing.assert_array_equal(got[name], want[name], err_msg=name)
-  losses = [[r["loss"] for r in read(w / "metrics.jsonl") if r["kind"] == "train"] for w in (whole[0], workdir)]
+  losses = [
+    [r["loss"] for r in read(w / "metrics.jsonl") if r["kind"] == "train"]
+    for w in (whole[0], workdir)
+  ]
   assert losses[0] == losses[1]
 
 
@@ -120,31 +148,49 @@ def test_eval_writes_videos(place, whole):
   assert saved["latents"].shape == (16, 3, 3, 4, 4) and np.isfinite(saved["latents"]).all()
   # The report shows all that these commands write.
   page = write_report(whole[0]).read_text()
-  absent = [name for name in ("cost.json", "evaluation.json") if f"Not shown: this run has no {name}" in page]
+  absent = [
+    name
+    for name in ("cost.json", "evaluation.json")
+    if f"Not shown: this run has no {name}" in page
+  ]
   assert page.count("Not shown") == len(absent) == 2 and page.count("data:video/mp4;base64,") == 8
   assert "How they were sampled" in page and page.count("data:image/png;base64,") == 5
   # One class alone gives the very same sample and takes the other classes' videos away; dense attention on the same weights
   # gives another one, in a folder of its own.
   name = json.loads((whole[0] / "run.json").read_text())["classes"][3]
-  for folder, arg, same in ((out, "--nosoft", True), (whole[0] / "samples-dense", "--method=dense", False)):
+  for folder, arg, same in (
+    (out, "--nosoft", True),
+    (whole[0] / "samples-dense", "--method=dense", False),
+  ):
     done = call(place, "eval.py", f"--workdir={whole[0]}", "--steps=2", f"--classes={name}", arg)
     assert done.returncode == 0, done.stderr[-3000:]
     alone = np.load(folder / "latents.npz")["latents"][0]
     assert np.allclose(alone, saved["latents"][6], atol=1e-4) == same
     assert [p.name for p in folder.glob("*.mp4")] == [f"{name}.mp4"]
-  assert json.loads((out / "sampling.json").read_text())["method"] == "freqformer"  # still the run's own
+  assert (
+    json.loads((out / "sampling.json").read_text())["method"] == "freqformer"
+  )  # still the run's own
 
 
 def test_dry_run_needs_no_data(tmp_path):
   done = subprocess.run(
-    [sys.executable, str(ROOT / "train.py"), f"--config={ROOT / 'configs' / 'demo.py'}", "--dry_run"],
+    [
+      sys.executable,
+      str(ROOT / "train.py"),
+      f"--config={ROOT / 'configs' / 'demo.py'}",
+      "--dry_run",
+    ],
     capture_output=True,
     text=True,
     cwd=tmp_path,
     timeout=300,
   )
   assert done.returncode == 0, done.stderr[-3000:]
-  assert "101 classes, UCF-101's: assumed" in done.stdout and "tokens" in done.stdout and "GFLOP" in done.stdout
+  assert (
+    "101 classes, UCF-101's: assumed" in done.stdout
+    and "tokens" in done.stdout
+    and "GFLOP" in done.stdout
+  )
   assert not list(tmp_path.iterdir())
 
 
@@ -157,21 +203,35 @@ def test_dry_run_needs_no_data(tmp_path):
 )
 def test_training_refuses_in_one_sentence(place, args, message):
   done = call(place, "train.py", f"--workdir={place / 'refused'}", *args)
-  assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr[-3000:]
+  assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, (
+    done.stderr[-3000:]
+  )
 
 
 @pytest.mark.parametrize(
   "args, code, message",
   [
     ([], 0, "already finished at step 40 of 40; raise train.steps"),
-    (["--config.model.width=48", "--config.train.steps=41"], 2, "model.width 24 -> 48; start a new --workdir"),
-    (["--config.model.width=48", "--config.train.steps=41", "--resume_changed"], 2, "leaves that differ"),
+    (
+      ["--config.model.width=48", "--config.train.steps=41"],
+      2,
+      "model.width 24 -> 48; start a new --workdir",
+    ),
+    (
+      ["--config.model.width=48", "--config.train.steps=41", "--resume_changed"],
+      2,
+      "leaves that differ",
+    ),
   ],
 )
-def test_a_finished_run_is_not_begun_anew_nor_turned_into_another(place, whole, args, code, message):
+def test_a_finished_run_is_not_begun_anew_nor_turned_into_another(
+  place, whole, args, code, message
+):
   before = (whole[0] / "run.json").read_text()
   done = call(place, "train.py", f"--workdir={whole[0]}", *args)
-  assert done.returncode == code and message in done.stderr and "Traceback" not in done.stderr, done.stderr[-3000:]
+  assert done.returncode == code and message in done.stderr and "Traceback" not in done.stderr, (
+    done.stderr[-3000:]
+  )
   assert json.loads((whole[0] / "run.json").read_text()) == json.loads(before)
 
 
@@ -186,7 +246,9 @@ def test_a_finished_run_is_not_begun_anew_nor_turned_into_another(place, whole, 
 )
 def test_eval_refuses_in_one_sentence(place, whole, args, message):
   done = call(place, "eval.py", f"--workdir={whole[0]}", *args)
-  assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr[-3000:]
+  assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, (
+    done.stderr[-3000:]
+  )
 
 
 def test_sweep_runs_and_skips_and_a_dense_checkpoint_lacks_the_router(place):

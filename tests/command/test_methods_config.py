@@ -10,7 +10,9 @@ from freqformer.command.files import check_keys, load_config
 from freqformer.model.dit import VideoDiT
 from freqformer.train.experiment import experiment
 
-MODULE = load_config(pathlib.Path(__file__).parents[2] / "configs" / "methods.py", ("get_config", "sweep"))
+MODULE = load_config(
+  pathlib.Path(__file__).parents[2] / "configs" / "methods.py", ("get_config", "sweep")
+)
 TRIALS = list(MODULE.sweep())
 SHAPE = (8, 12, 12, 16)  # the demo's latents
 
@@ -30,6 +32,8 @@ def test_trials_have_the_promised_density(trial):
   shapes = nnx.eval_shape(lambda: VideoDiT(model, SHAPE, 8, nnx.Rngs(0)))
   assert len(shapes.runs) == 1
   ((_, method),), layout = model.runs(), model.layout(SHAPE)
-  density = method.cost(layout, model.heads, model.dims.head_dim).attention_flops / (4 * layout.n**2 * model.width)
+  density = method.cost(layout, model.heads, model.dims.head_dim).attention_flops / (
+    4 * layout.n**2 * model.width
+  )
   low, high = (1, 1) if trial["model.attention.method"] == "dense" else (0.19, 0.245)
   assert low <= np.round(density, 3) <= high

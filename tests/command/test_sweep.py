@@ -34,7 +34,10 @@ def finish(workdir, loss, rate=None):
     values.train.lr = rate
     (workdir / "config.json").write_text(json.dumps(values.to_dict()))
   (workdir / "run.json").write_text(json.dumps({"finished": True}))
-  rows = [{"step": 5, "kind": "train", "loss": 1.0}, {"step": 5, "kind": "val", "loss": loss, "density": 0.1}]
+  rows = [
+    {"step": 5, "kind": "train", "loss": 1.0},
+    {"step": 5, "kind": "val", "loss": loss, "density": 0.1},
+  ]
   (workdir / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
@@ -60,7 +63,9 @@ def test_finished_trials_are_skipped_and_killed_ones_run_again(config, tmp_path,
   assert [r["train.lr"] for r in ran] == [2.0, 3.0]
   assert [r["status"] for r in rows] == ["finished", "finished", "exit 1"]
   lines = table(rows).splitlines()
-  assert "lr=2.0" in lines[1] and "0.7000" in lines[1] and "lr=0.5" in lines[2] and "exit 1" in lines[3]
+  assert (
+    "lr=2.0" in lines[1] and "0.7000" in lines[1] and "lr=0.5" in lines[2] and "exit 1" in lines[3]
+  )
   assert len(json.loads((study / "study.json").read_text())) == 3
   assert result_of(study / trial_name({"train.lr": 3.0})) is None
 
@@ -92,7 +97,10 @@ def test_listing_writes_nothing_and_keeps_the_results(config, tmp_path, monkeypa
   with pytest.raises(SystemExit, match="1"):  # a trial failed
     sweep_module.main(None)
   text = (study / "study.json").read_text()
-  for extra, statuses in (({}, ["finished", "stopped", "exit 7"]), ({"train.steps": "9"}, ["open"] * 3)):
+  for extra, statuses in (
+    ({}, ["finished", "stopped", "exit 7"]),
+    ({"train.steps": "9"}, ["open"] * 3),
+  ):
     assert [r["status"] for r in sweep(config, study, extra, list_only=True)] == statuses
     assert (study / "study.json").read_text() == text
 
@@ -103,7 +111,9 @@ def test_trials_of_another_config_are_not_taken_for_done(config, tmp_path, monke
   finish(study / trial_name({"train.lr": 0.5}), 0.9, rate=0.5)
   changed = "tiny = get_config\n\ndef get_config():\n  config = tiny()\n  config.train.ema = 0.5\n  return config\n"
   config.write_text(CONFIG.replace("\ndef sweep", f"\n{changed}\ndef sweep"))
-  with pytest.raises(ConfigError, match=r"1 of 3 trials .*lr=0.5-\w+: train.ema 0.9 -> 0.5; name another --study"):
+  with pytest.raises(
+    ConfigError, match=r"1 of 3 trials .*lr=0.5-\w+: train.ema 0.9 -> 0.5; name another --study"
+  ):
     sweep(config, study, {})
   status = sweep(config, study, {}, list_only=True)[0]["status"]
   assert status == "finished with another config: train.ema 0.9 -> 0.5"
@@ -117,7 +127,9 @@ def test_trials_of_another_config_are_not_taken_for_done(config, tmp_path, monke
     ({"model.attention.method": "foo"}, "trial method=foo,.*'foo'"),
   ],
 )
-def test_every_trial_is_checked_before_the_first_runs(config, tmp_path, monkeypatch, extra, message):
+def test_every_trial_is_checked_before_the_first_runs(
+  config, tmp_path, monkeypatch, extra, message
+):
   monkeypatch.setattr(sweep_module, "run_trial", lambda *_: pytest.fail("nothing may run"))
   with pytest.raises(ConfigError, match=message):
     sweep(config, tmp_path / "study", extra)

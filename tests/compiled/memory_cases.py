@@ -76,7 +76,9 @@ def _attention(case: Case) -> Compilation:
 
   def both(q, k, v, ids, counts, d_out, d_lse):
     mask = BlockMask(ids, counts, jnp.full(tiles, BLOCK, jnp.int32), None, BLOCK, BLOCK)
-    _, pull = jax.vjp(lambda *qkv: attention(*qkv, mask, implementation=case.implementation), q, k, v)
+    _, pull = jax.vjp(
+      lambda *qkv: attention(*qkv, mask, implementation=case.implementation), q, k, v
+    )
     return pull((d_out, d_lse))
 
   x, lse = _spec((1, n, HEADS, case.head_dim), jnp.bfloat16), _spec((1, HEADS, n), jnp.float32)
@@ -87,7 +89,9 @@ def _attention(case: Case) -> Compilation:
 def model_config(case: Case) -> ModelConfig:
   """One FreqFormer layer, 3 low, 6 mid and 3 high heads, bf16 activations."""
   method = FreqFormer(allocation=(3, 6, 3), mid_tiles=LISTED, window=(3, 3, 3))
-  attention = AttentionConfig((("freqformer", method),), block=BLOCK, implementation=case.implementation)
+  attention = AttentionConfig(
+    (("freqformer", method),), block=BLOCK, implementation=case.implementation
+  )
   sizes = dict(size="custom", width=HEADS * case.head_dim, depth=1, heads=HEADS, patch=(1, 1, 1))
   return ModelConfig(attention, dtype="bfloat16", **sizes)
 
@@ -96,16 +100,22 @@ def _block(case: Case) -> Compilation:
   """Forward of one DiT block."""
   config, shape = model_config(case), (*GRIDS[case.size], _CHANNELS)
   (_, method), layout = config.runs()[0], config.layout(shape)
-  graphdef, params = nnx.split(nnx.eval_shape(lambda: DiTBlock(config, method, layout, nnx.Rngs(0))))
+  graphdef, params = nnx.split(
+    nnx.eval_shape(lambda: DiTBlock(config, method, layout, nnx.Rngs(0)))
+  )
   tables = make_tables(config, shape)
 
   def forward(params, x, condition, tables):
     cond = Cond(jnp.full(1, 0.5), condition.astype(jnp.float32))
-    out, _, _ = nnx.merge(graphdef, params)(x, condition, cond, tables["layout"], tables["methods"][0], {})
+    out, _, _ = nnx.merge(graphdef, params)(
+      x, condition, cond, tables["layout"], tables["methods"][0], {}
+    )
     return out
 
   x = _spec((1, layout.n_buffer, config.width), jnp.bfloat16)
-  return compile_for(forward, params, x, _spec((1, config.width), jnp.bfloat16), tables, options=NO_AUTOTUNING)
+  return compile_for(
+    forward, params, x, _spec((1, config.width), jnp.bfloat16), tables, options=NO_AUTOTUNING
+  )
 
 
 def _train(case: Case) -> Compilation:
@@ -116,4 +126,6 @@ def _train(case: Case) -> Compilation:
   state = jax.eval_shape(lambda p: init_state(p, train, 0), params)
   batch = {"latent": _spec((b, *shape), jnp.float32), "label": _spec((b,), jnp.int32)}
   step, tables = make_train_step(graphdef, train, 10), make_tables(config, shape)
-  return compile_for(step, state, batch, tables, devices=b, shardings=(P(), P("data"), P()), options=NO_AUTOTUNING)
+  return compile_for(
+    step, state, batch, tables, devices=b, shardings=(P(), P("data"), P()), options=NO_AUTOTUNING
+  )

@@ -36,9 +36,7 @@ def test_every_case_has_its_golden_number():
 def test_temporary_bytes_stay_where_they_were(name):
   found, known = _compiled(name).temp_bytes, golden.read("memory")[name]
   change = found / known - 1
-  advice = (
-    f"temporary bytes of {name} moved by {change:+.0%}, {known:,} -> {found:,}; if meant: python -m tests.golden memory --write"
-  )
+  advice = f"temporary bytes of {name} moved by {change:+.0%}, {known:,} -> {found:,}; if meant: python -m tests.golden memory --write"
   assert abs(change) <= SLACK, advice
 
 
@@ -51,7 +49,10 @@ def test_attention_takes_at_most_3_kb_per_token_and_head(name):
 @pytest.mark.parametrize("what", ["block", "train"])
 def test_memory_is_linear_in_tokens(what):
   """From 64K to 128K tokens memory may not grow faster than they do: nothing of size n x n exists."""
-  per_token = [golden.read("memory")[f"{what}_pallas_mgpu_d128_{size}"] / math.prod(GRIDS[size]) for size in LARGE]
+  per_token = [
+    golden.read("memory")[f"{what}_pallas_mgpu_d128_{size}"] / math.prod(GRIDS[size])
+    for size in LARGE
+  ]
   assert per_token[1] <= 1.02 * per_token[0]
 
 

@@ -53,11 +53,19 @@ class Config:
       "stage by stage": not self.scores_ahead,
       "two tiles": self.paired,
     }
-    return " ".join([f"d{self.head_dim} q{self.block_q} kv{self.block_kv}", *(word for word, said in words.items() if said)])
+    return " ".join(
+      [
+        f"d{self.head_dim} q{self.block_q} kv{self.block_kv}",
+        *(word for word, said in words.items() if said),
+      ]
+    )
 
   def tuning(self) -> dict:
     """The configurations that it runs with."""
-    keys = [tuning.Key("h100", self.head_dim, self.block_q, self.block_kv, direction) for direction in tuning.DIRECTIONS]
+    keys = [
+      tuning.Key("h100", self.head_dim, self.block_q, self.block_kv, direction)
+      for direction in tuning.DIRECTIONS
+    ]
     base = {key: tuning.PAIR if self.paired else tuning.default(key) for key in keys}
     forms = {"by_lane": self.by_lane, "scores_ahead": self.scores_ahead}
     return {key: dataclasses.replace(config, **forms) for key, config in base.items()}
@@ -78,7 +86,10 @@ CONFIGS = (
 
 def resources(config: Config) -> dict[str, dict[str, int]]:
   """Registers, spills and shared memory of the forward and of both backward kernels."""
-  array = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(shape, dtype)
+
+  def array(*shape, dtype=jnp.int32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
   x = array(1, ROWS, HEADS, config.head_dim, dtype=config.dtype)
   tiles, kv_tiles = ROWS // config.block_q, ROWS // config.block_kv
   mask = BlockMask(
@@ -95,7 +106,9 @@ def resources(config: Config) -> dict[str, dict[str, int]]:
     return out, vjp((d_out, d_lse))
 
   with tuning.override(config.tuning()):
-    found = offline.compile_for(both, x, x, x, mask, x, array(1, HEADS, ROWS, dtype=jnp.float32)).kernels
+    found = offline.compile_for(
+      both, x, x, x, mask, x, array(1, HEADS, ROWS, dtype=jnp.float32)
+    ).kernels
   return _kept(found)
 
 
@@ -113,20 +126,28 @@ def resources_around(d: int, block: int, filtered: str = "") -> dict[str, dict[s
   layout = TileLayout.fit((9, 10, 20), block)
   spectral = SpectralBasis("block_dct", (0.5,) * 3, (0.75,) * 3).fit(layout)
   tables = tile_cells(spectral, -(-spectral.n_coarse // block) * block, bool(filtered))
-  array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
+
+  def array(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
 
   def around(joint, bias, gains, packed, weights, positions, lengths, tables, centres):
     operands = (joint, bias, gains, angle_tables(positions, d), lengths)
     wanted = {"bands": jnp.ones((1, HEADS), jnp.int32), "filtered": filtered, "pooled": True}
     coarse = prepare(*operands, tables.cells(centres, d), **wanted, implementation="pallas_mgpu")
     alone = prepare(*operands, pooled=True, implementation="pallas_mgpu")
-    return coarse, alone, lift(packed, weights, weights > 0, tables.expansion, implementation="pallas_mgpu")
+    return (
+      coarse,
+      alone,
+      lift(packed, weights, weights > 0, tables.expansion, implementation="pallas_mgpu"),
+    )
 
   joint = array(1, layout.n_buffer, 3, HEADS, d, dtype=jnp.bfloat16)
   packed = array(1, tables.front + layout.n_buffer, HEADS, d, dtype=jnp.bfloat16)
   learned = array(3, HEADS, d), (array(d), array(d))
   static = layout.arrays().positions, layout.arrays().kv_len, tables, spectral.centres
-  return _kept(offline.compile_for(around, joint, *learned, packed, array(1, HEADS), *static).kernels)
+  return _kept(
+    offline.compile_for(around, joint, *learned, packed, array(1, HEADS), *static).kernels
+  )
 
 
 LINEAR = {f"linear d128 {feature_map}": feature_map for feature_map in FEATURE_MAPS}
@@ -138,7 +159,11 @@ def resources_linear(feature_map: str) -> dict[str, dict[str, int]]:
   segments = Segments.of_ids(np.resize(np.repeat(np.arange(4), 40), ROWS))
 
   def both(q, k, v, segments, d_out):
-    call = lambda *x: linear_attention(*x, segments, feature_map=feature_map, implementation="pallas_mgpu")[0]
+    def call(*x):
+      return linear_attention(*x, segments, feature_map=feature_map, implementation="pallas_mgpu")[
+        0
+      ]
+
     out, vjp = jax.vjp(call, q, k, v)
     return out, vjp(d_out)
 
@@ -156,13 +181,21 @@ def resources_of(config) -> dict[str, dict[str, int]]:
 def test_resources(config):
   """No spills, within shared memory, and what the table says: a change is one to look at."""
   found = resources_of(config)
-  names = {"prepare", "norm_rotary", "lift"} if config in AROUND else {"attention_forward", "attention_dq", "attention_dkv"}
-  assert set(found) == ({"linear_states", "linear_read", "linear_dq", "linear_dkv"} if config in LINEAR else names)
+  names = (
+    {"prepare", "norm_rotary", "lift"}
+    if config in AROUND
+    else {"attention_forward", "attention_dq", "attention_dkv"}
+  )
+  assert set(found) == (
+    {"linear_states", "linear_read", "linear_dq", "linear_dkv"} if config in LINEAR else names
+  )
   for name, kernel in found.items():
     assert kernel["spill_stores"] == kernel["spill_loads"] == 0, (name, kernel)
     assert kernel["shared_bytes"] <= offline.SHARED_LIMIT, (name, kernel)
   golden = json.loads(GOLDEN.read_text()).get(str(config))
-  assert found == golden, "the kernels changed: run python -m tests.compiled.test_resources and look at the diff"
+  assert found == golden, (
+    "the kernels changed: run python -m tests.compiled.test_resources and look at the diff"
+  )
 
 
 def test_predicted_shared_memory_is_enough():
@@ -170,7 +203,9 @@ def test_predicted_shared_memory_is_enough():
   golden = json.loads(GOLDEN.read_text())
   for config in CONFIGS:
     for key, chosen in config.tuning().items():
-      assert golden[str(config)][f"attention_{key.direction}"]["shared_bytes"] <= chosen.shared_bytes(key)
+      assert golden[str(config)][f"attention_{key.direction}"][
+        "shared_bytes"
+      ] <= chosen.shared_bytes(key)
 
 
 if __name__ == "__main__":

@@ -38,12 +38,22 @@ def write_clip(path: pathlib.Path, video: np.ndarray, fps: int = 25) -> pathlib.
 
 def config(root, cache, **changes) -> DataConfig:
   """A small folder config."""
-  values = dict(source="folder", root=str(root), cache=str(cache), resolution=(16, 24), frames=4, stride=2, workers=2)
+  values = dict(
+    source="folder",
+    root=str(root),
+    cache=str(cache),
+    resolution=(16, 24),
+    frames=4,
+    stride=2,
+    workers=2,
+  )
   values["codec"] = CodecConfig(factor=(2, 4, 4), channels=24)
   return DataConfig(**(values | changes))
 
 
-def write_folder(root: pathlib.Path, classes=("cat", "dog"), clips: int = 3, frames: int = 20) -> pathlib.Path:
+def write_folder(
+  root: pathlib.Path, classes=("cat", "dog"), clips: int = 3, frames: int = 20
+) -> pathlib.Path:
   """`root/<class>/<i>.avi`."""
   for c, name in enumerate(classes):
     for i in range(clips):
@@ -65,7 +75,9 @@ def write_ucf101(root: pathlib.Path, frames: int = 20) -> pathlib.Path:
       file = f"{name}/v_{name.replace('Handstand', 'HandStand')}_g{group:02d}_c01.avi"
       write_clip(root / "UCF-101" / file, moving_square(frames, seed=i))
       (test if group == 1 else train).append(file if group == 1 else f"{file} {i}")
-  (lists / "classInd.txt").write_text("".join(f"{i} {name}\r\n" for i, name in enumerate(UCF_CLASSES, 1)))
+  (lists / "classInd.txt").write_text(
+    "".join(f"{i} {name}\r\n" for i, name in enumerate(UCF_CLASSES, 1))
+  )
   (lists / "trainlist01.txt").write_text("\r\n".join(train) + "\r\n")
   (lists / "testlist01.txt").write_text("\r\n".join(test) + "\r\n")
   return root

@@ -37,7 +37,9 @@ def cache(folder, tmp_path_factory):
 def test_cache_holds_what_the_codec_gives(folder, cache):
   assert len(cache) == 2 * len(cache.manifest["clips"]) and cache.latent_shape == (2, 4, 6, 24)
   item = cache[3]
-  assert item["latent"].dtype == np.float32 and item["label"].dtype == np.int32 and item["index"] == 3
+  assert (
+    item["latent"].dtype == np.float32 and item["label"].dtype == np.int32 and item["index"] == 3
+  )
   entry = cache.clip(3)
   view = entry["views"][1]
   with VideoFile(folder / entry["key"]) as file:
@@ -46,7 +48,10 @@ def test_cache_holds_what_the_codec_gives(folder, cache):
   stored = cache.denormalise(item["latent"])
   # Latents are stored in 16 bits; the decoded video below says what that amounts to.
   np.testing.assert_allclose(stored, cache.codec.encode(pixels)[0], atol=2e-2)
-  assert psnr(cache.decode(item["latent"][None]), cache.codec.decode(stored[None], cache.video_shape)) > 50
+  assert (
+    psnr(cache.decode(item["latent"][None]), cache.codec.decode(stored[None], cache.video_shape))
+    > 50
+  )
   everything = np.stack([x["latent"] for x in cache])
   np.testing.assert_allclose(everything.mean((0, 1, 2, 3)), 0, atol=1e-3)
   np.testing.assert_allclose(everything.std((0, 1, 2, 3)), 1, atol=1e-3)
@@ -55,11 +60,14 @@ def test_cache_holds_what_the_codec_gives(folder, cache):
 
 def test_flips_are_encoded_from_mirrored_pixels(folder, tmp_path):
   plain, flipped = (
-    config(folder, tmp_path, resolution=(24, 32), short="pad", frames=20, views=2, flip=f) for f in (False, True)
+    config(folder, tmp_path, resolution=(24, 32), short="pad", frames=20, views=2, flip=f)
+    for f in (False, True)
   )
   plain, flipped = (prepare(c, "train", progress=False) for c in (plain, flipped))
   sides = [v["flip"] for c in flipped.manifest["clips"] for v in c["views"]]
-  assert sides.count(True) == sides.count(False) and not any(v["flip"] for v in plain.manifest["clips"][0]["views"])
+  assert sides.count(True) == sides.count(False) and not any(
+    v["flip"] for v in plain.manifest["clips"][0]["views"]
+  )
   for i, mirrored in enumerate(sides):
     a, b = (x.decode(x[i]["latent"][None])[0] for x in (plain, flipped))
     assert psnr(a, b[:, :, ::-1] if mirrored else b) > 30
@@ -109,7 +117,10 @@ def test_an_interrupted_cache_is_never_used(folder, tmp_path, monkeypatch):
 def test_what_a_killed_process_left_is_ignored_and_removed(folder, tmp_path):
   c = config(folder, tmp_path)
   path = cache_path(c, "train")
-  left = [path.with_name(f".{path.name}.{encode.os.uname().nodename}-{pid}.partial") for pid in (2**22 + 1, encode.os.getpid())]
+  left = [
+    path.with_name(f".{path.name}.{encode.os.uname().nodename}-{pid}.partial")
+    for pid in (2**22 + 1, encode.os.getpid())
+  ]
   for p in left:
     p.mkdir()
     (p / "latents-00000.array_record").write_bytes(b"half")
@@ -151,16 +162,23 @@ def test_broken_and_short_clips_are_reported(tmp_path, monkeypatch):
   monkeypatch.setattr(absl_logging, "warning", lambda text, *args: told.append(text % args))
   train = prepare(config(root, tmp_path / "cache"), "train", progress=False)
   skipped = {entry["key"]: entry["reason"] for entry in train.manifest["skipped"]}
-  assert len(skipped) >= 4 and f"{len(skipped)} of {len(skipped) + len(train)} train clips" in told[0]
+  assert (
+    len(skipped) >= 4 and f"{len(skipped)} of {len(skipped) + len(train)} train clips" in told[0]
+  )
   for key, reason in skipped.items():
-    assert ("cannot be opened" if "broken" in key else "3 frames, 4 are needed even at stride 1") in reason
+    assert (
+      "cannot be opened" if "broken" in key else "3 frames, 4 are needed even at stride 1"
+    ) in reason
     assert f"{key}: {reason}" in told[0]
 
 
 def test_no_usable_clip_is_one_sentence(tmp_path):
   (tmp_path / "videos").mkdir()
   (tmp_path / "videos/a.avi").write_bytes(b"nothing")
-  with pytest.raises(ConfigError, match="None of the 1 train clips under .* can be used, e.g. a.avi: it cannot be opened"):
+  with pytest.raises(
+    ConfigError,
+    match="None of the 1 train clips under .* can be used, e.g. a.avi: it cannot be opened",
+  ):
     prepare(config(tmp_path / "videos", tmp_path / "cache"), "train", progress=False)
   assert not list((tmp_path / "cache").iterdir())
 
@@ -222,13 +240,18 @@ def test_each_epoch_is_a_new_permutation_and_shards_part_it(cache):
   assert all(sorted(e) == list(range(n)) for e in epochs) and len(set(map(tuple, epochs))) > 1
   assert next(train_iterator(cache, n, seed=0))["index"].tolist() == epochs[0]
   assert next(train_iterator(cache, n, seed=7))["index"].tolist() != epochs[0]
-  halves = [next(train_iterator(cache, n // 2, seed=0, shard=(i, 2)))["index"].tolist() for i in (0, 1)]
+  halves = [
+    next(train_iterator(cache, n // 2, seed=0, shard=(i, 2)))["index"].tolist() for i in (0, 1)
+  ]
   assert halves == [epochs[0][0::2], epochs[0][1::2]]
 
 
 def test_batch_may_be_larger_than_the_data_set(cache):
   batch = next(train_iterator(cache, 2 * len(cache) + 1, seed=0))
-  assert batch["latent"].shape == (2 * len(cache) + 1, *cache.latent_shape) and batch["label"].dtype == np.int32
+  assert (
+    batch["latent"].shape == (2 * len(cache) + 1, *cache.latent_shape)
+    and batch["label"].dtype == np.int32
+  )
   with pytest.raises(ConfigError, match="at least 1, got 0"):
     train_iterator(cache, 0, seed=0)
 
@@ -238,6 +261,12 @@ def test_validation_is_in_order_and_pads_with_weight_zero(cache):
   index = np.concatenate([b["index"] for b in batches])
   weight = np.concatenate([b["weight"] for b in batches])
   assert all(b["latent"].shape == (4, *cache.latent_shape) for b in batches)
-  assert index[weight == 1].tolist() == list(range(len(cache))) and weight.sum() == len(cache) < len(weight)
+  assert index[weight == 1].tolist() == list(range(len(cache))) and weight.sum() == len(
+    cache
+  ) < len(weight)
   limited = list(val_batches(cache, 4, limit=3))
-  assert len(limited) == 1 and limited[0]["weight"].tolist() == [1, 1, 1, 0] and limited[0]["index"][2] > 4
+  assert (
+    len(limited) == 1
+    and limited[0]["weight"].tolist() == [1, 1, 1, 0]
+    and limited[0]["index"][2] > 4
+  )

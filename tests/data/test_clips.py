@@ -15,7 +15,14 @@ from freqformer.data.clips import list_clips
 from freqformer.data.codec import CodecConfig, psnr
 from freqformer.data.decode import BrokenClip, VideoFile, crop_resize
 from freqformer.data.protocol import DataConfig, TooShort, draw_view
-from tests.data.helpers import UCF_CLASSES, config, moving_square, write_clip, write_folder, write_ucf101
+from tests.data.helpers import (
+  UCF_CLASSES,
+  config,
+  moving_square,
+  write_clip,
+  write_folder,
+  write_ucf101,
+)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +64,13 @@ def test_hash_covers_what_changes_latents_and_nothing_else():
 
 
 def test_config_comes_from_a_dict_and_refuses_in_one_sentence():
-  values = dict(source="folder", root="x", resolution=[16, 24], frames=4, codec=dict(factor=[1, 4, 4], channels=8))
+  values = dict(
+    source="folder",
+    root="x",
+    resolution=[16, 24],
+    frames=4,
+    codec=dict(factor=[1, 4, 4], channels=8),
+  )
   assert build(DataConfig, values, "data").video_shape == (4, 16, 24)
   for wrong, words in (
     (dict(source="folders"), "did you mean 'folder'"),
@@ -88,7 +101,10 @@ def test_views_depend_on_seed_clip_and_number_only():
 
 def test_short_clips_are_padded_clamped_or_skipped():
   c = config("x", "y", frames=16, stride=3)
-  assert draw_view(dataclasses.replace(c, short="pad"), "train", "k", 0, 29, (8, 8)).indices(16, 29)[-7:] == [27] + [28] * 6
+  assert (
+    draw_view(dataclasses.replace(c, short="pad"), "train", "k", 0, 29, (8, 8)).indices(16, 29)[-7:]
+    == [27] + [28] * 6
+  )
   clamped = draw_view(dataclasses.replace(c, short="clamp"), "train", "k", 0, 31, (8, 8))
   assert clamped.stride == 2 and clamped.indices(16, 31) == list(range(0, 31, 2))
   with pytest.raises(TooShort, match="29 frames, 46 are needed"):
@@ -127,7 +143,9 @@ def test_frame_counts_of_the_container_are_not_trusted(tmp_path):
     with VideoFile(path) as file:
       assert file.length == 20 and len(file.read([0, 19])) == 2
   movie, index = data.index(b"movi"), data.index(b"idx1")
-  path.write_bytes(data[: (movie + 2 * index) // 3])  # An interrupted download: the index is gone too.
+  path.write_bytes(
+    data[: (movie + 2 * index) // 3]
+  )  # An interrupted download: the index is gone too.
   with VideoFile(path) as file:
     assert 5 < file.length < 20 and file.read(list(range(file.length))) is not None
 
@@ -136,13 +154,17 @@ def test_a_phone_s_turn_is_applied(tmp_path):
   path = write_clip(tmp_path / "clip.mp4", moving_square(4))
   data = path.read_bytes()
   upright = b"".join(v.to_bytes(4, "big") for v in (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30))
-  quarter = b"".join((v % 2**32).to_bytes(4, "big") for v in (0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30))
+  quarter = b"".join(
+    (v % 2**32).to_bytes(4, "big") for v in (0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
+  )
   place = data.index(upright, data.index(b"tkhd"))
   path.write_bytes(data[:place] + quarter + data[place + len(quarter) :])
   with VideoFile(path) as file:
     frame = file.read([0])[0]
   assert file.size == frame.shape[:2] == (32, 24)
-  assert frame[-4:].mean() > frame[:4].mean() + 50  # Shown a quarter turn clockwise, the bright right is below.
+  assert (
+    frame[-4:].mean() > frame[:4].mean() + 50
+  )  # Shown a quarter turn clockwise, the bright right is below.
 
 
 def test_past_the_end_says_how_many_frames_there_are(tmp_path):
@@ -163,7 +185,9 @@ def test_a_broken_file_is_named(tmp_path, data):
 def test_crop_then_resize():
   image = moving_square(1, 24, 32)[0]
   np.testing.assert_array_equal(crop_resize(image, (0, 0, 1, 1), (24, 32)), image)
-  np.testing.assert_array_equal(crop_resize(image, (0.25, 0.5, 0.75, 1), (12, 16)), image[6:18, 16:])
+  np.testing.assert_array_equal(
+    crop_resize(image, (0.25, 0.5, 0.75, 1), (12, 16)), image[6:18, 16:]
+  )
   assert crop_resize(image, (0, 0, 1, 1), (7, 13)).shape == (7, 13, 3)
 
 
@@ -197,15 +221,22 @@ def test_ucf101_missing_clips_are_counted_by_name(ucf):
   (ucf / "UCF-101/JumpRope/v_JumpRope_g02_c01.avi").unlink()
   listing = list_clips(ucf_config(ucf), "train")
   assert len(listing.clips) == 9
-  assert listing.missing == {"JumpRope/v_JumpRope_g02_c01.avi": "it is listed in trainlist01.txt but not on disk"}
-  assert [s["key"] for s in prepare(ucf_config(ucf), "train", progress=False).manifest["skipped"]] == list(listing.missing)
+  assert listing.missing == {
+    "JumpRope/v_JumpRope_g02_c01.avi": "it is listed in trainlist01.txt but not on disk"
+  }
+  assert [
+    s["key"] for s in prepare(ucf_config(ucf), "train", progress=False).manifest["skipped"]
+  ] == list(listing.missing)
 
 
 def test_ucf101_refusals(ucf, tmp_path):
   train = ucf / "ucfTrainTestlist/trainlist01.txt"
   good = train.read_text()
   for text, words in (
-    (good.replace("JumpRope/", "JumpRopes/"), "'JumpRopes' is not in classInd.txt; did you mean 'JumpRope'"),
+    (
+      good.replace("JumpRope/", "JumpRopes/"),
+      "'JumpRopes' is not in classInd.txt; did you mean 'JumpRope'",
+    ),
     (good.replace(" 5", " 4"), "has class id 4, but classInd.txt gives JumpRope 5"),
     ("", "lists no clip"),
   ):

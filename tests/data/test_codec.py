@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from freqformer.config import ConfigError, build
-from freqformer.data.codec import CodecConfig, LatentStatistics, StatisticsAccumulator, dct_order, make_codec, psnr
+from freqformer.data.codec import (
+  CodecConfig,
+  LatentStatistics,
+  StatisticsAccumulator,
+  dct_order,
+  make_codec,
+  psnr,
+)
 from tests.data.helpers import moving_square
 from tests.kernels.block_sparse.suite import relative_error
 
@@ -47,7 +54,9 @@ def test_more_channels_never_hurt_and_a_constant_needs_only_three():
   quality = [psnr(video, c.decode(c.encode(video), (6, 16, 24))) for c in codecs]
   assert quality == sorted(quality)
   flat = np.full((1, 2, 8, 8, 3), (10, 200, 90), np.uint8)
-  kept = make_codec(CodecConfig(factor=(2, 8, 8), channels=6))  # The three constants are among the first six.
+  kept = make_codec(
+    CodecConfig(factor=(2, 8, 8), channels=6)
+  )  # The three constants are among the first six.
   np.testing.assert_array_equal(kept.decode(kept.encode(flat), (2, 8, 8)), flat)
 
 

@@ -54,7 +54,12 @@ def test_every_clip_but_one_decodes(root):
     try:
       with av.open(str(path)) as container:
         context = container.streams.video[0].codec_context
-        assert (context.name, context.codec_tag, context.height, context.width) == ("mpeg4", "XVID", 48, 64)
+        assert (context.name, context.codec_tag, context.height, context.width) == (
+          "mpeg4",
+          "XVID",
+          48,
+          64,
+        )
       lengths.append(len(decode(path)))
     except av.error.InvalidDataError:
       broken.append(f"{path.parent.name}/{path.name}")
@@ -87,7 +92,10 @@ def test_complete_set_is_kept_and_another_replaced(tmp_path):
   render.render_ucf101(tmp_path, **small)
   assert clip.stat().st_mtime_ns == before
   render.render_ucf101(tmp_path, **{**small, "rows": 32})
-  assert clip.stat().st_mtime_ns != before and json.loads((tmp_path / ".complete").read_text())["rows"] == 32
+  assert (
+    clip.stat().st_mtime_ns != before
+    and json.loads((tmp_path / ".complete").read_text())["rows"] == 32
+  )
   (tmp_path / ".complete").rename(tmp_path / ".rendering")  # A run killed half-way.
   clip.unlink()
   render.render_ucf101(tmp_path, **small)
@@ -101,7 +109,9 @@ def test_foreign_data_is_never_touched(root, tmp_path):
   assert len(list((tmp_path / "UCF-101/FallingDots").iterdir())) == 2
 
 
-@pytest.mark.parametrize("wrong", [{"classes": 11}, {"groups": 1}, {"rows": 47}, {"clips_per_group": 0}])
+@pytest.mark.parametrize(
+  "wrong", [{"classes": 11}, {"groups": 1}, {"rows": 47}, {"clips_per_group": 0}]
+)
 def test_refusals(tmp_path, wrong):
   with pytest.raises(ValueError, match=next(iter(wrong))):
     render.render_ucf101(tmp_path / "x", **{**SMALL, **wrong})
@@ -120,7 +130,9 @@ def _features(name, group, clip):
 def test_classes_are_told_apart_on_unseen_groups():
   """Nearest class mean over simple features: far above chance (1/8), so labels carry information."""
   names = list(render.LOOKS)[:8]
-  means = np.stack([np.mean([_features(n, g, c) for g in (1, 2, 3) for c in (1, 2)], 0) for n in names])
+  means = np.stack(
+    [np.mean([_features(n, g, c) for g in (1, 2, 3) for c in (1, 2)], 0) for n in names]
+  )
   held = [(i, _features(n, g, 1)) for i, n in enumerate(names) for g in (4, 5)]
   right = [i == np.square(means - f).sum(1).argmin() for i, f in held]
   assert np.mean(right) > 0.6
@@ -134,8 +146,14 @@ def test_stripes_differ_in_motion_only():
   drift, sway = render.LOOKS["DriftingStripes"], render.LOOKS["SwayingStripes"]
   assert (drift.palette, drift.frequency, drift.angle) == (sway.palette, sway.frequency, sway.angle)
   scene = render.Scene(2.0, 0.0, 1.0, (0.0, 0.0), (0.5, 0.5), 1.0)
-  u, v, t = np.linspace(0, 1, 9)[None, None], np.zeros((1, 1, 1)), np.asarray([0.0, 0.2, 1.0])[:, None, None]
-  there, back = (np.abs(sway.field(scene, u, v, t)[i] - sway.field(scene, u, v, t)[0]).max() for i in (1, 2))
+  u, v, t = (
+    np.linspace(0, 1, 9)[None, None],
+    np.zeros((1, 1, 1)),
+    np.asarray([0.0, 0.2, 1.0])[:, None, None],
+  )
+  there, back = (
+    np.abs(sway.field(scene, u, v, t)[i] - sway.field(scene, u, v, t)[0]).max() for i in (1, 2)
+  )
   assert there > 0.2 and back < 1e-5
 
 
@@ -146,7 +164,9 @@ def test_smooth_enough_for_the_demo_codec(name):
   found = {}
   for group, clip in itertools.product(range(1, 6), range(1, 5)):
     frames = render.render_clip(name, group, clip, 32)[::2, :, 20:140]
-    view = np.stack([np.asarray(Image.fromarray(f).resize((96, 96), Image.Resampling.BILINEAR)) for f in frames])
+    view = np.stack(
+      [np.asarray(Image.fromarray(f).resize((96, 96), Image.Resampling.BILINEAR)) for f in frames]
+    )
     found[group, clip] = psnr(view, codec.decode(codec.encode(view[None]), view.shape[:3])[0])
   worst = min(found, key=found.get)
   assert found[worst] >= 28, f"{name} group {worst[0]} clip {worst[1]}: {found[worst]:.1f} dB"

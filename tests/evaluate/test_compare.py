@@ -22,14 +22,18 @@ SAMPLING = SampleConfig(steps=4, guidance=2.0, batch_size=2)
 
 
 def call(place, *args):
-  return subprocess.run([sys.executable, *args], capture_output=True, text=True, cwd=place, timeout=300)
+  return subprocess.run(
+    [sys.executable, *args], capture_output=True, text=True, cwd=place, timeout=300
+  )
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
   """A dense checkpoint of a few steps: adaLN-Zero has left its zeros, so that attention reaches the output."""
   place = tmp_path_factory.mktemp("compare")
-  render_ucf101(place / "ucf", classes=2, groups=3, clips_per_group=1, rows=48, cols=64, progress=False)
+  render_ucf101(
+    place / "ucf", classes=2, groups=3, clips_per_group=1, rows=48, cols=64, progress=False
+  )
   done = call(
     place,
     str(ROOT / "train.py"),
@@ -50,7 +54,9 @@ def workdir(tmp_path_factory):
 def compared(workdir):
   metrics = compare.metric_functions(("psnr", "ssim"))
   labels, indices = np.array([0, 1, 1], np.int32), np.array([0, 10_000, 10_001], np.int32)
-  return compare.compare(compare.candidates(workdir, METHODS, SAMPLING), labels, indices, 0, SAMPLING, metrics)
+  return compare.compare(
+    compare.candidates(workdir, METHODS, SAMPLING), labels, indices, 0, SAMPLING, metrics
+  )
 
 
 def test_figures_are_those_of_the_videos(compared):
@@ -76,11 +82,20 @@ def test_density_and_flops(compared):
   rows, _ = compared
   dense, full, half, adaspa = rows
   assert np.shape(half["density_by_step_layer_head"]) == (4, 2, 2)
-  assert dense["density"] == 1 == dense["attention_flops_over_dense"] == full["attention_flops_over_dense"]
+  assert (
+    dense["density"]
+    == 1
+    == dense["attention_flops_over_dense"]
+    == full["attention_flops_over_dense"]
+  )
   n, width, depth = 3 * 3 * 4, 24, 2
-  assert dense["attention_flops_per_sample"] == 4 * n**2 * width * depth * 4 * 2  # of 4 steps, both halves of guidance
+  assert (
+    dense["attention_flops_per_sample"] == 4 * n**2 * width * depth * 4 * 2
+  )  # of 4 steps, both halves of guidance
   np.testing.assert_allclose(half["density"], half["attention_flops_over_dense"], rtol=0.2)
-  assert half["density"] < 0.7 and half["total_flops_over_dense"] > half["attention_flops_over_dense"]
+  assert (
+    half["density"] < 0.7 and half["total_flops_over_dense"] > half["attention_flops_over_dense"]
+  )
   # AdaSpa's first search step is dense, later ones are not: density and FLOPs follow the phases.
   assert adaspa["phases"] == ["search_first", "reuse", "search", "reuse"]
   by_step = np.array(adaspa["density_by_step"])
@@ -104,13 +119,24 @@ def test_command_and_page(workdir, tmp_path):
   )
   assert done.returncode == 0, done.stderr[-3000:]
   result = json.loads((out / "comparison.json").read_text())
-  assert [r["method"] for r in result["rows"]] == ["dense", TOPK] and result["samples"] == 4 and result["steps"] == 2
+  assert (
+    [r["method"] for r in result["rows"]] == ["dense", TOPK]
+    and result["samples"] == 4
+    and result["steps"] == 2
+  )
   assert TOPK in done.stdout and "psnr" in done.stdout
   page = (out / "comparison.html").read_text()
   assert page.count("data:video/mp4;base64,") == 8 and page.count('alt="difference of') == 4
-  assert page.count('alt="density of') == 2 and "LPIPS was not measured" in page and "not as they chose" in page
+  assert (
+    page.count('alt="density of') == 2
+    and "LPIPS was not measured" in page
+    and "not as they chose" in page
+  )
   assert "http://" not in page and "https://" not in page
-  assert {p.parent.name for p in out.glob("*/*.mp4")} == {"dense", "block_topk_density_0.5_coarse_none"}
+  assert {p.parent.name for p in out.glob("*/*.mp4")} == {
+    "dense",
+    "block_topk_density_0.5_coarse_none",
+  }
   assert len(list(out.glob("*/*.mp4"))) == 8
 
 
@@ -123,14 +149,26 @@ def test_command_and_page(workdir, tmp_path):
   ],
 )
 def test_command_refuses_before_sampling(workdir, tmp_path, args, message):
-  done = call(tmp_path, str(ROOT / "eval.py"), f"--workdir={workdir}", f"--out={tmp_path / 'out'}", "--steps=4", *args)
-  assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr[-3000:]
+  done = call(
+    tmp_path,
+    str(ROOT / "eval.py"),
+    f"--workdir={workdir}",
+    f"--out={tmp_path / 'out'}",
+    "--steps=4",
+    *args,
+  )
+  assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, (
+    done.stderr[-3000:]
+  )
   assert not (tmp_path / "out").exists() and "sampling" not in done.stderr
 
 
 def test_refusals(workdir):
   for method, message in (
-    ("block_topk", "method block_topk needs parameters that this checkpoint lacks .*e.g. .*/method/.*; train with it"),
+    (
+      "block_topk",
+      "method block_topk needs parameters that this checkpoint lacks .*e.g. .*/method/.*; train with it",
+    ),
     ("adaspa(search=(7,))", "comes after the last step"),
     ("adapsa", "did you mean 'adaspa'"),
   ):
@@ -147,7 +185,12 @@ def test_refusals(workdir):
 
 def test_split_methods():
   text = "dense, adaspa,block_topk(density=0.2, coarse=none) ,radial(decay=0.5)"
-  assert compare.split_methods(text) == ["dense", "adaspa", "block_topk(density=0.2, coarse=none)", "radial(decay=0.5)"]
+  assert compare.split_methods(text) == [
+    "dense",
+    "adaspa",
+    "block_topk(density=0.2, coarse=none)",
+    "radial(decay=0.5)",
+  ]
   assert compare.split_methods("dense,adaspa(search=(0.2, 0.6))")[1] == "adaspa(search=(0.2, 0.6))"
   for text in ("dense,", "dense,dense"):
     with pytest.raises(ConfigError, match="at least two different"):
@@ -158,16 +201,34 @@ def test_page_of_equal_videos(tmp_path):
   """A PSNR of infinity is valid JSON and stands in the page; the heatmap of no difference is black."""
   video = np.random.default_rng(0).integers(0, 256, (1, 2, 32, 32, 3), dtype=np.uint8)
   drawn = compare.Drawn(
-    np.zeros((1, 1, 1, 1, 1)), np.ones((2, 1, 1)), compare.Cost(1.0, 1.0), compare.Cost(1.0, 1.0), [("",), ("",)], 1.0, 2.0
+    np.zeros((1, 1, 1, 1, 1)),
+    np.ones((2, 1, 1)),
+    compare.Cost(1.0, 1.0),
+    compare.Cost(1.0, 1.0),
+    [("",), ("",)],
+    1.0,
+    2.0,
   )
   judged = compare.judge({"a": video, "b": video}, compare.metric_functions(("psnr", "ssim")))
   rows = [compare.row("a", drawn, None), compare.row("b", drawn, judged["b"])]
   # An earlier comparison's videos go, whatever else lies beside them stays.
   before = [compare.row(name, drawn, None) for name in ("b", "radial(decay=0.5)")]
-  write_comparison(tmp_path, {"rows": before}, dict.fromkeys(("b", "radial(decay=0.5)"), video), ["old"], 12.5)
+  write_comparison(
+    tmp_path, {"rows": before}, dict.fromkeys(("b", "radial(decay=0.5)"), video), ["old"], 12.5
+  )
   (tmp_path / "b" / "mine.mp4").write_text("")
-  page = write_comparison(tmp_path, {"rows": rows}, {"a": video, "b": video}, ["<one>"], 12.5).read_text()
-  assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.glob("*/*")) == ["a/000_one.mp4", "b/000_one.mp4", "b/mine.mp4"]
-  assert "Infinity" not in (tmp_path / "comparison.json").read_text() and ">inf<" in page and "&lt;one&gt;" in page
+  page = write_comparison(
+    tmp_path, {"rows": rows}, {"a": video, "b": video}, ["<one>"], 12.5
+  ).read_text()
+  assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.glob("*/*")) == [
+    "a/000_one.mp4",
+    "b/000_one.mp4",
+    "b/mine.mp4",
+  ]
+  assert (
+    "Infinity" not in (tmp_path / "comparison.json").read_text()
+    and ">inf<" in page
+    and "&lt;one&gt;" in page
+  )
   assert "inf" in compare.table(rows) and " reference reference" in compare.table(rows)
   assert slug("radial(decay=0.5)") == "radial_decay_0.5"

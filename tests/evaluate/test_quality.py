@@ -30,7 +30,9 @@ def test_psnr_of_a_known_error():
   b[:, 1, :, :4] -= 10  # MSE 50: half of the pixels
   want = 10 * np.log10(255**2 / np.array([25, 50]))
   np.testing.assert_allclose(quality.psnr_frames(b, a)[0], want)
-  np.testing.assert_allclose(quality.psnr(b, a), want.mean())  # of frames' PSNR, not of the mean error
+  np.testing.assert_allclose(
+    quality.psnr(b, a), want.mean()
+  )  # of frames' PSNR, not of the mean error
   assert quality.psnr(b, a) == quality.psnr(a, b)
   np.testing.assert_allclose(quality.difference(b, a)[0, :, 0], 7.5)
 
@@ -48,7 +50,9 @@ def test_ssim_of_constant_frames():
   """No variance: only the luminance term (2 a b + c1) / (a^2 + b^2 + c1) is left."""
   a, b = (np.full((1, 1, 12, 15, 3), level, np.uint8) for level in (100, 140))
   c1 = (0.01 * 255) ** 2
-  np.testing.assert_allclose(quality.ssim(a, b), (2 * 100 * 140 + c1) / (100**2 + 140**2 + c1), rtol=1e-9)
+  np.testing.assert_allclose(
+    quality.ssim(a, b), (2 * 100 * 140 + c1) / (100**2 + 140**2 + c1), rtol=1e-9
+  )
 
 
 def test_ssim_against_its_formula_window_by_window():
@@ -62,7 +66,11 @@ def test_ssim_against_its_formula_window_by_window():
   for y, x, c in itertools.product(range(3), range(4), range(3)):
     p, q = (v[0, 0, y : y + side, x : x + side, c].astype(float) for v in (a, b))
     mp, mq = (window * p).sum(), (window * q).sum()
-    vp, vq, cov = (window * (p - mp) ** 2).sum(), (window * (q - mq) ** 2).sum(), (window * (p - mp) * (q - mq)).sum()
+    vp, vq, cov = (
+      (window * (p - mp) ** 2).sum(),
+      (window * (q - mq) ** 2).sum(),
+      (window * (p - mp) * (q - mq)).sum(),
+    )
     found.append((2 * mp * mq + c1) * (2 * cov + c2) / ((mp**2 + mq**2 + c1) * (vp + vq + c2)))
   np.testing.assert_allclose(quality.ssim(a, b), np.mean(found), rtol=1e-9)
 
@@ -76,7 +84,13 @@ def test_more_noise_is_worse():
 
 
 @pytest.mark.parametrize(
-  "a, b", [(clips(), clips(t=2)), (clips().astype(np.float32), clips()), (clips()[0], clips()[0]), (clips(t=0), clips(t=0))]
+  "a, b",
+  [
+    (clips(), clips(t=2)),
+    (clips().astype(np.float32), clips()),
+    (clips()[0], clips()[0]),
+    (clips(t=0), clips(t=0)),
+  ],
 )
 def test_refuses_what_are_not_two_videos(a, b):
   with pytest.raises(ValueError, match="of one shape"):
@@ -94,9 +108,16 @@ def test_ssim_refuses_frames_smaller_than_its_window():
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
   path = tmp_path_factory.mktemp("lpips") / "alex.npz"
-  scale = lambda s: np.sqrt(2 / np.prod(s[1:])) if len(s) == 4 else 0.1
+
+  def scale(s):
+    return np.sqrt(2 / np.prod(s[1:])) if len(s) == 4 else 0.1
+
   np.savez(
-    path, **{k: np.abs(RNG.normal(0, scale(s), s)) if "lin" in k else RNG.normal(0, scale(s), s) for k, s in SHAPES.items()}
+    path,
+    **{
+      k: np.abs(RNG.normal(0, scale(s), s)) if "lin" in k else RNG.normal(0, scale(s), s)
+      for k, s in SHAPES.items()
+    },
   )
   return path
 
@@ -131,7 +152,9 @@ def test_lpips_against_loops(weights):
   def pool(x):
     rows, cols = ((s - 3) // 2 + 1 for s in x.shape[1:])
     places = itertools.product(range(rows), range(cols))
-    return np.array([x[:, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3].max((1, 2)) for i, j in places]).T.reshape(-1, rows, cols)
+    return np.array(
+      [x[:, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3].max((1, 2)) for i, j in places]
+    ).T.reshape(-1, rows, cols)
 
   def features(frame):
     x = (frame / 127.5 - 1 - [-0.030, -0.088, -0.188]) / [0.458, 0.448, 0.450]

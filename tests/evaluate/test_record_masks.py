@@ -10,7 +10,13 @@ from flax import nnx
 from freqformer.kernels.block_sparse.table import from_tiles
 
 from freqformer.diffusion.sampling import SampleConfig, compile_steps, make_step, sample
-from freqformer.evaluate.record_masks import MaskRecorder, RunMasks, density_picture, load_masks, realised_density
+from freqformer.evaluate.record_masks import (
+  MaskRecorder,
+  RunMasks,
+  density_picture,
+  load_masks,
+  realised_density,
+)
 from freqformer.model.config import model_config
 from freqformer.model.dit import VideoDiT
 
@@ -18,7 +24,10 @@ from freqformer.model.dit import VideoDiT
 pytestmark = pytest.mark.xdist_group("masks")
 
 SHAPE = (4, 6, 6, 2)
-FIELDS = dict(spatial_temporal=dict(frames=0, places=0, profile=dict(warmup=0.4)), block_topk=dict(density=0.3, coarse="none"))
+FIELDS = dict(
+  spatial_temporal=dict(frames=0, places=0, profile=dict(warmup=0.4)),
+  block_topk=dict(density=0.3, coarse="none"),
+)
 LAYERS = ((0, 2, "spatial_temporal"), (2, 3, "block_topk"), (3, None, "dense"))
 
 
@@ -31,18 +40,24 @@ def compiled():
     if watching and "backend_compile" in event:
       names.append(event)
 
-  jax.monitoring.register_event_duration_secs_listener(listen)  # for the rest of the process, deaf after this
+  jax.monitoring.register_event_duration_secs_listener(
+    listen
+  )  # for the rest of the process, deaf after this
   yield names
   watching = False
 
 
 def test_masks_of_a_run(tmp_path):
   attention = dict(layers=LAYERS, block=8, implementation="reference", **FIELDS)
-  config = model_config(dict(size="custom", width=12, depth=4, heads=2, patch=(1, 1, 1), attention=attention))
+  config = model_config(
+    dict(size="custom", width=12, depth=4, heads=2, patch=(1, 1, 1), attention=attention)
+  )
   model = VideoDiT(config, SHAPE, 3, nnx.Rngs(0))
   run = SampleConfig(steps=5, guidance=2.0, batch_size=2)
   graphdef, params = nnx.split(model)
-  params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+  params = jax.tree.map(
+    lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params
+  )
   tables, recorder = model.tables(SHAPE), MaskRecorder()
   args = (params, model, jnp.array([0, 1, 2]), np.arange(3), 0, tables, SHAPE, run)
   step = compile_steps(make_step(graphdef, run, want_masks=True), params, model, tables, SHAPE, run)
@@ -53,7 +68,9 @@ def test_masks_of_a_run(tmp_path):
   masks = recorder.masks()
   folder = masks.save(tmp_path / "masks", pictures=2)
   read = load_masks(folder / "masks.npz")
-  assert read.index.shape == (5, 4) and read.density.shape == (5, 4, 2) == realised_density(aux).shape
+  assert (
+    read.index.shape == (5, 4) and read.density.shape == (5, 4, 2) == realised_density(aux).shape
+  )
   for found in (masks, read):
     for at, layer in np.ndindex(5, 4):
       density = np.broadcast_to(found.mask(at, layer).check().density(4 * 6 * 6), (1, 2))[0]
@@ -86,7 +103,9 @@ def test_what_is_written_on_pictures_lies_on_them(heads, layers, tiles):
     assert (box > 0).all() and (box < bounds).all()
   assert ("all heads" in run.picture(0).axes[0].get_title()) == (heads == 1)
   axis, bar = figure.axes
-  assert bar.get_ylabel() and all(float(t).is_integer() for ticks in (axis.get_xticks(), axis.get_yticks()) for t in ticks)
+  assert bar.get_ylabel() and all(
+    float(t).is_integer() for ticks in (axis.get_xticks(), axis.get_yticks()) for t in ticks
+  )
 
 
 def test_nothing_recorded():

@@ -16,8 +16,12 @@ TABLES = {"memory": "tests.compiled.memory_cases"}
 def main():
   parser = argparse.ArgumentParser(prog="python -m tests.golden", description=__doc__)
   parser.add_argument("table", choices=sorted(TABLES))
-  parser.add_argument("--write", action="store_true", help="write the table instead of only printing it")
-  parser.add_argument("--only", default="", help="measure the cases whose name contains this, keep the others")
+  parser.add_argument(
+    "--write", action="store_true", help="write the table instead of only printing it"
+  )
+  parser.add_argument(
+    "--only", default="", help="measure the cases whose name contains this, keep the others"
+  )
   args = parser.parse_args()
   module, old = importlib.import_module(TABLES[args.table]), golden.read(args.table)
   new = {name: old[name] for name in module.CASES if name in old}

@@ -50,8 +50,13 @@ def _axis_blocks(basis, layout, axis):
   for start in range(0, length, step):
     e = min(step, length - start)
     if basis.kind == "haar":
-      cells = lambda cut, e=e: np.arange(e)[None] * cut // 1 == np.arange(np.ceil(e * cut))[:, None]
-      means = lambda cut, cells=cells: cells(cut) / cells(cut).sum(1, keepdims=True)
+
+      def cells(cut, e=e):
+        return np.arange(e)[None] * cut // 1 == np.arange(np.ceil(e * cut))[:, None]
+
+      def means(cut, cells=cells):
+        return cells(cut) / cells(cut).sum(1, keepdims=True)
+
       low_cells, mid_cells = cells(low).T @ means(low), cells(mid).T @ means(mid)
       yield low_cells, mid_cells, means(low), start + means(low) @ np.arange(e)
     else:
@@ -68,11 +73,16 @@ def _oracle(basis, layout):
   """(P_low, P_box [n, n], compress [n_coarse, n], centres [n_coarse, 3]) with coarse tokens in their order."""
   axes = [list(_axis_blocks(basis, layout, axis)) for axis in range(3)]
   low, box, compress = (
-    functools.reduce(np.kron, [scipy.linalg.block_diag(*(block[i] for block in blocks)) for blocks in axes]) for i in range(3)
+    functools.reduce(
+      np.kron, [scipy.linalg.block_diag(*(block[i] for block in blocks)) for blocks in axes]
+    )
+    for i in range(3)
   )
   centres = [[(c, tile) for tile, block in enumerate(blocks) for c in block[3]] for blocks in axes]
   cells = list(itertools.product(*centres))
-  order = sorted(range(len(cells)), key=lambda i: [tile for _, tile in cells[i]])  # stable: raster in a tile
+  order = sorted(
+    range(len(cells)), key=lambda i: [tile for _, tile in cells[i]]
+  )  # stable: raster in a tile
   return low, box, compress[order], np.array([[c for c, _ in cells[i]] for i in order])
 
 
@@ -92,7 +102,9 @@ def _dense(basis, layout):
     return tables.project_low(x), tables.project_box(x), tables.compress(x), tables.lift(y)
 
   with jax.enable_x64(True):
-    low, box, compress, lift = (np.asarray(v[0]) for v in apply(tables, eye, np.eye(tables.n_coarse)[None]))
+    low, box, compress, lift = (
+      np.asarray(v[0]) for v in apply(tables, eye, np.eye(tables.n_coarse)[None])
+    )
   for buffer in (low, box, lift):
     assert buffer.dtype == np.float64
     np.testing.assert_array_equal(buffer[~index.valid], 0)
@@ -137,7 +149,10 @@ def test_cells_have_a_weight_and_a_place(basis, layout):
   # lift = U s and compress = U^T / s, so their ratio is s^2; the squares sum to n because U s = 1.
   np.testing.assert_allclose(compress * tables.cell_weight[:, None] ** 2, lift.T, atol=1e-6)
   np.testing.assert_allclose(np.square(tables.cell_weight).sum(), layout.n, rtol=1e-6)
-  assert tables.cell_weight.shape == (tables.n_coarse,) and tables.centres.shape == (tables.n_coarse, 3)
+  assert tables.cell_weight.shape == (tables.n_coarse,) and tables.centres.shape == (
+    tables.n_coarse,
+    3,
+  )
   assert tables.n_coarse == np.prod(tables.coarse_grid) == len(centres)
   assert tables.ratio == layout.n / len(centres)
 
@@ -148,7 +163,9 @@ def test_a_bump_at_a_cells_centre_peaks_in_that_cell(basis, layout):
   tokens = np.stack(np.unravel_index(np.arange(layout.n), layout.grid), axis=-1)
   centres = basis.fit(layout).centres
   width = 0.6 / np.asarray(basis.low)  # of a cell's extent
-  bumps = np.exp(-0.5 * np.square((tokens[:, None] - centres) / width).sum(axis=-1))  # [n, n_coarse]
+  bumps = np.exp(
+    -0.5 * np.square((tokens[:, None] - centres) / width).sum(axis=-1)
+  )  # [n, n_coarse]
   np.testing.assert_array_equal(np.argmax(compress @ bumps, axis=0), np.arange(len(centres)))
 
 
@@ -162,7 +179,9 @@ def test_band_energy_is_the_squared_norm_of_each_band(basis, layout):
   buffer = np.full((2, layout.n_buffer, 2, 3), np.nan)
   buffer[:, index.scatter] = x
   with jax.enable_x64(True):
-    energy = np.asarray(jax.jit(lambda tables, x: tables.band_energy(x))(basis.fit(layout, np.float64), buffer))
+    energy = np.asarray(
+      jax.jit(lambda tables, x: tables.band_energy(x))(basis.fit(layout, np.float64), buffer)
+    )
   assert energy.dtype == np.float64
   close(energy, expected, atol=1e-9)
   close(np.sum(energy, axis=-1), np.square(x).sum(axis=(1, 3)), atol=1e-9)
@@ -195,7 +214,9 @@ def test_gradients_are_the_transposed_operators(basis):
   low, box, compress, lift = _dense(basis, layout)
   rows = dx[0, index.scatter]
   np.testing.assert_allclose(lifted, lift.T @ rows, atol=1e-5)
-  for buffer, expected in zip(buffers, (compress.T @ dy[0], low.T @ rows, box.T @ rows), strict=True):
+  for buffer, expected in zip(
+    buffers, (compress.T @ dy[0], low.T @ rows, box.T @ rows), strict=True
+  ):
     np.testing.assert_allclose(buffer[index.scatter], expected, atol=1e-5)
     np.testing.assert_array_equal(buffer[~index.valid], 0)
 
@@ -214,7 +235,9 @@ def test_padding_rows_change_nothing(basis, garbage):
     grad = jax.grad(lambda x: sum(jnp.sum(jnp.sin(f(x))) for f in functions))(x)
     return [f(x) for f in functions], grad
 
-  for a, b in zip(jax.tree.leaves(results(tables, x)), jax.tree.leaves(results(tables, dirty)), strict=True):
+  for a, b in zip(
+    jax.tree.leaves(results(tables, x)), jax.tree.leaves(results(tables, dirty)), strict=True
+  ):
     np.testing.assert_array_equal(a, b)
   assert np.all(np.isfinite(b)) and not np.any(b[:, ~valid]) and np.any(b[:, valid])
 
@@ -237,11 +260,15 @@ def test_low_precision_only_rounds_the_result(basis, dtype):
   compressed, *buffers = (v[0] for v in results(tables, x, y))
   for result, expected in [
     (compressed, compress @ exact),
-    *zip((v[index.scatter] for v in buffers), (lift @ coarse, low @ exact, box @ exact), strict=True),
+    *zip(
+      (v[index.scatter] for v in buffers), (lift @ coarse, low @ exact, box @ exact), strict=True
+    ),
   ]:
     assert result.dtype == dtype
     error = np.abs(np.asarray(result, np.float64) - expected)
-    np.testing.assert_array_less(error, 0.51 * float(jnp.finfo(dtype).eps) * np.abs(expected) + 2e-6)
+    np.testing.assert_array_less(
+      error, 0.51 * float(jnp.finfo(dtype).eps) * np.abs(expected) + 2e-6
+    )
   assert jax.eval_shape(tables.band_energy, x[..., None]).dtype == jnp.float32
 
 
@@ -266,7 +293,9 @@ def test_tables_are_float32_and_int32(basis, x64):
   tables = basis.fit(LAYOUTS[2])
   with jax.enable_x64(x64):
     seen = {leaf.dtype.name for leaf in jax.tree.leaves(jax.jit(lambda tables: tables)(tables))}
-    out = jax.jit(lambda tables, x: tables.compress(x))(tables, jnp.ones((1, LAYOUTS[2].n_buffer), jnp.float32))
+    out = jax.jit(lambda tables, x: tables.compress(x))(
+      tables, jnp.ones((1, LAYOUTS[2].n_buffer), jnp.float32)
+    )
   assert seen <= {"float32", "int32", "bool"} and "float32" in seen
   assert out.dtype == jnp.float32
   assert basis.fit(LAYOUTS[2]) is tables, "fitted once per basis and layout"
@@ -286,7 +315,9 @@ def test_block_dct_is_one_matmul_per_class_of_tiles():
 
 @pytest.mark.parametrize("grid", [(64, 128, 128), (63, 127, 127)])
 def test_block_dct_tables_stay_small_at_a_million_tokens(grid):
-  tables = SpectralBasis("block_dct", (0.5, 0.25, 0.25), (1.0, 0.5, 0.5)).fit(TileLayout.fit(grid, 128))
+  tables = SpectralBasis("block_dct", (0.5, 0.25, 0.25), (1.0, 0.5, 0.5)).fit(
+    TileLayout.fit(grid, 128)
+  )
   matrices = sum(leaf.nbytes for leaf in jax.tree.leaves(tables.operators.classes))
   assert matrices < 2**20 and len(tables.operators.classes) <= 8
 
@@ -295,7 +326,9 @@ def test_block_dct_tables_stay_small_at_a_million_tokens(grid):
 def test_rows_below_a_cut_survive_rounding(cut):
   """25 * 0.28 is 7.000000000000001 in floating point; exact fractions decide."""
   for length in range(1, 41):
-    tables = SpectralBasis("dct", (cut, 1, 1), (1, 1, 1)).fit(TileLayout((length, 1, 1), (4, 1, 1), 4))
+    tables = SpectralBasis("dct", (cut, 1, 1), (1, 1, 1)).fit(
+      TileLayout((length, 1, 1), (4, 1, 1), 4)
+    )
     assert tables.coarse_grid == (len(_below(length, cut)), 1, 1)
 
 
@@ -303,26 +336,56 @@ def test_haar_rows_are_orthonormal_and_nested_on_odd_lengths():
   """Both cuts slice one matrix: with mid at 1 it is whole, and every coarser mid is a prefix of its span."""
   for length in range(1, 20):
     layout = TileLayout((length, 1, 1), (4, 1, 1), 4)
-    whole = SpectralBasis("haar", (0.125, 1, 1), (1, 1, 1)).fit(layout, np.float64).operators.axes[0].analyse
+    whole = (
+      SpectralBasis("haar", (0.125, 1, 1), (1, 1, 1))
+      .fit(layout, np.float64)
+      .operators.axes[0]
+      .analyse
+    )
     close(whole @ whole.T, np.eye(length))
     for mid in (0.5, 0.25, 0.125):
-      part = SpectralBasis("haar", (0.125, 1, 1), (mid, 1, 1)).fit(layout, np.float64).operators.axes[0].analyse
+      part = (
+        SpectralBasis("haar", (0.125, 1, 1), (mid, 1, 1))
+        .fit(layout, np.float64)
+        .operators.axes[0]
+        .analyse
+      )
       np.testing.assert_array_equal(part, whole[: int(np.ceil(length * mid))])
 
 
 @pytest.mark.parametrize(
   "make, error, message",
   [
-    (lambda: SpectralBasis("fft", (1, 1, 1), (1, 1, 1)), ValueError, "kind='fft'.*block_dct, dct, haar"),
+    (
+      lambda: SpectralBasis("fft", (1, 1, 1), (1, 1, 1)),
+      ValueError,
+      "kind='fft'.*block_dct, dct, haar",
+    ),
     (lambda: SpectralBasis("dct", (0, 1, 1), (1, 1, 1)), ValueError, "low=.*above 0 and at most 1"),
-    (lambda: SpectralBasis("dct", (1, 1, 1), (1, 1.5, 1)), ValueError, "mid=.*above 0 and at most 1"),
+    (
+      lambda: SpectralBasis("dct", (1, 1, 1), (1, 1.5, 1)),
+      ValueError,
+      "mid=.*above 0 and at most 1",
+    ),
     (lambda: SpectralBasis("dct", (0.5, 0.5), (1, 1, 1)), ValueError, "three cuts"),
     (lambda: SpectralBasis("dct", (0.5, 0.5, 0.5), (1, 0.25, 1)), ValueError, "exceeds mid"),
     (lambda: SpectralBasis("haar", (0.3, 0.5, 0.5), (1, 1, 1)), ValueError, "powers of 1/2"),
-    (lambda: _tables().compress(np.zeros((1, 7), np.float32)), ValueError, r"compress got shape \(1, 7\).*256"),
-    (lambda: _tables().lift(np.zeros((1, 7), np.float32)), ValueError, "lift got shape.*coarse_grid"),
+    (
+      lambda: _tables().compress(np.zeros((1, 7), np.float32)),
+      ValueError,
+      r"compress got shape \(1, 7\).*256",
+    ),
+    (
+      lambda: _tables().lift(np.zeros((1, 7), np.float32)),
+      ValueError,
+      "lift got shape.*coarse_grid",
+    ),
     (lambda: _tables().project_low(np.zeros((1, 256), np.int32)), TypeError, "int32.*floating"),
-    (lambda: _tables().band_energy(np.zeros((1, 256, 4), np.float32)), ValueError, r"\[b, n_buffer, h, d\]"),
+    (
+      lambda: _tables().band_energy(np.zeros((1, 256, 4), np.float32)),
+      ValueError,
+      r"\[b, n_buffer, h, d\]",
+    ),
   ],
 )
 def test_errors_say_what_is_allowed(make, error, message):

@@ -22,7 +22,9 @@ layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda l: f"{l.grid}-{l
 
 def _walk(layout):
   """Per tile, the (t, y, x) of its tokens in order: nested loops, nothing clever."""
-  for corner in itertools.product(*(range(0, l, e) for l, e in zip(layout.grid, layout.tile, strict=True))):
+  for corner in itertools.product(
+    *(range(0, l, e) for l, e in zip(layout.grid, layout.tile, strict=True))
+  ):
     ends = (min(c + e, l) for c, e, l in zip(corner, layout.tile, layout.grid, strict=True))
     yield list(itertools.product(*(range(c, end) for c, end in zip(corner, ends, strict=True))))
 
@@ -43,14 +45,18 @@ def test_tables_equal_a_walk_over_tiles(layout):
     np.testing.assert_array_equal(tables.positions[rows][:k], tokens)
     np.testing.assert_array_equal(tables.positions[rows][k:], 0)
     np.testing.assert_array_equal(tables.valid[rows], np.arange(layout.block) < k)
-    assert set(tables.gather[rows][k:]) <= set(raster), "padding rows must point into their own tile"
+    assert set(tables.gather[rows][k:]) <= set(raster), (
+      "padding rows must point into their own tile"
+    )
 
 
 @layouts
 def test_lengths_are_the_tiles_of_each_axis(layout):
   assert [len(v) for v in layout.lengths] == list(layout.tile_grid)
   assert tuple(map(sum, layout.lengths)) == layout.grid
-  assert all(v == e for lengths, e in zip(layout.lengths, layout.tile, strict=True) for v in lengths[:-1])
+  assert all(
+    v == e for lengths, e in zip(layout.lengths, layout.tile, strict=True) for v in lengths[:-1]
+  )
 
 
 @layouts
@@ -93,14 +99,18 @@ def test_fit_chooses(grid, block, tile):
   assert TileLayout.fit(grid, block) == TileLayout(grid, tile, block)
 
 
-@pytest.mark.parametrize("grid, block", [((5, 6, 9), 32), ((7, 7, 7), 64), ((1, 13, 8), 16), ((3, 11, 4), 24)])
+@pytest.mark.parametrize(
+  "grid, block", [((5, 6, 9), 32), ((7, 7, 7), 64), ((1, 13, 8), 16), ((3, 11, 4), 24)]
+)
 def test_fit_has_the_fewest_tiles_of_all_compact_boxes(grid, block):
   def compact(tile):
     narrow = [e for e, l in zip(tile, grid, strict=True) if e < l]
     return math.prod(tile) <= block and (not narrow or max(tile) <= 3 * min(narrow))
 
   boxes = [tile for tile in itertools.product(*(range(1, l + 1) for l in grid)) if compact(tile)]
-  assert TileLayout.fit(grid, block).tiles == min(TileLayout(grid, tile, block).tiles for tile in boxes)
+  assert TileLayout.fit(grid, block).tiles == min(
+    TileLayout(grid, tile, block).tiles for tile in boxes
+  )
 
 
 def test_the_longest_axis_is_fitted_at_once():
@@ -129,9 +139,16 @@ def test_a_million_tokens_and_explicit_types(x64):
   layout = TileLayout.fit((64, 128, 127), 128)  # ragged in x
   with jax.enable_x64(x64):
     tables = jax.tree.map(jnp.asarray, layout.arrays())
-  types = {name: getattr(tables, name).dtype for name in ("gather", "scatter", "kv_len", "positions", "valid")}
-  assert types == dict(gather="int32", scatter="int32", kv_len="int32", positions="float32", valid="bool")
-  np.testing.assert_array_equal(np.asarray(tables.gather)[np.asarray(tables.scatter)], np.arange(layout.n))
+  types = {
+    name: getattr(tables, name).dtype
+    for name in ("gather", "scatter", "kv_len", "positions", "valid")
+  }
+  assert types == dict(
+    gather="int32", scatter="int32", kv_len="int32", positions="float32", valid="bool"
+  )
+  np.testing.assert_array_equal(
+    np.asarray(tables.gather)[np.asarray(tables.scatter)], np.arange(layout.n)
+  )
   assert int(tables.valid.sum()) == int(tables.kv_len.sum()) == layout.n
 
 
@@ -145,7 +162,10 @@ def test_a_million_tokens_and_explicit_types(x64):
     (lambda: TileLayout.fit((4, 4, 4), 0), "block=0.*positive integer"),
     (lambda: TileLayout.fit((4, 4, 4), 8, tile=(4, 4, 4)), "64 tokens.*block=8"),
     (lambda: TileLayout.fit((4096, 4096, 4096), 128), "int32"),
-    (lambda: LAYOUTS[2].arrays().pack(np.zeros((1, 104))), r"pack got shape \(1, 104\).*\[b, 105, \.\.\.\]"),
+    (
+      lambda: LAYOUTS[2].arrays().pack(np.zeros((1, 104))),
+      r"pack got shape \(1, 104\).*\[b, 105, \.\.\.\]",
+    ),
     (lambda: LAYOUTS[2].arrays().unpack(np.zeros(256)), r"unpack got shape \(256,\)"),
   ],
 )

@@ -28,15 +28,25 @@ HEADS = 4
 @pytest.fixture(autouse=True)
 def no_pairs(monkeypatch):
   """Attention without products: its pairs are counted elsewhere (tests/tools/test_program_cost.py), here what lies around them."""
-  stand_in = lambda name, scale, q, k, v, mask: (q, jnp.zeros((q.shape[0], q.shape[2], q.shape[1])))
+
+  def stand_in(name, scale, q, k, v, mask):
+    return (q, jnp.zeros((q.shape[0], q.shape[2], q.shape[1])))
+
   monkeypatch.setattr(attention_api, "_attention", stand_in)
 
 
-def traced(method, head_dim=32, phase="", layout=LAYOUT, dtype=jnp.float32, implementation="reference"):
+def traced(
+  method, head_dim=32, phase="", layout=LAYOUT, dtype=jnp.float32, implementation="reference"
+):
   """The program of one layer."""
   width = HEADS * head_dim
   dims = AttentionDims(width, HEADS, width)
-  build = lambda: SpectralAttention(dims, method, layout, nnx.Rngs(0), dtype=dtype, implementation=implementation)
+
+  def build():
+    return SpectralAttention(
+      dims, method, layout, nnx.Rngs(0), dtype=dtype, implementation=implementation
+    )
+
   graphdef, params = nnx.split(nnx.eval_shape(build))
 
   def forward(params, x, arrays, tables, state):
@@ -55,11 +65,23 @@ def expected(method, head_dim=32, phase="") -> float:
   width = HEADS * head_dim
   found = cost.linear_flops + 8.0 * LAYOUT.n * width**2  # and q, k, v, out
   if phase == "profile":
-    alone = dataclasses.replace(method, allocation=(HEADS, 0, 0), summary=0) if method.branches else None
+    alone = (
+      dataclasses.replace(method, allocation=(HEADS, 0, 0), summary=0) if method.branches else None
+    )
     ran = [alone.phase_cost("run", *args, one) for one in np.eye(3)] if alone else []
-    found += cost.attention_flops - method.cost(*args).attention_flops - sum(c.attention_flops for c in ran)
+    found += (
+      cost.attention_flops
+      - method.cost(*args).attention_flops
+      - sum(c.attention_flops for c in ran)
+    )
   layers = 4 if phase == "profile" and method.branches else 1
-  means = 2.0 * LAYOUT.n * width * layers * (type(method).__name__ in ("FreqFormer", "BlockTopK", "SparseLinear"))
+  means = (
+    2.0
+    * LAYOUT.n
+    * width
+    * layers
+    * (type(method).__name__ in ("FreqFormer", "BlockTopK", "SparseLinear"))
+  )
   return found - means
 
 
@@ -77,13 +99,25 @@ FIELDS = (
   (FIXED, ROUTED, 1e-6),
   (ROUTED + ", router=dict(statistics=False)", ROUTED, 1e-6),
   (ROUTED, ROUTED + ", router=dict(hidden=512)", 1e-6),
-  (FIXED, "freqformer(allocation=(1, 2, 1), basis=dict(low=(0.25, 0.5, 0.5), mid=(0.5, 0.75, 1.0))", 1e-6),
+  (
+    FIXED,
+    "freqformer(allocation=(1, 2, 1), basis=dict(low=(0.25, 0.5, 0.5), mid=(0.5, 0.75, 1.0))",
+    1e-6,
+  ),
   ("dense", ALONG_AXES, 1e-6),
   (ALONG_AXES, ALONG_AXES + ", filter=qkv", 1e-6),
   (ALONG_AXES, ALONG_AXES + ", summary=4", 1e-6),
-  (FIXED, "freqformer(allocation=(1, 2, 1), basis=dict(kind=haar, low=(0.5, 0.5, 0.5), mid=(1.0, 1.0, 1.0))", 1e-6),
+  (
+    FIXED,
+    "freqformer(allocation=(1, 2, 1), basis=dict(kind=haar, low=(0.5, 0.5, 0.5), mid=(1.0, 1.0, 1.0))",
+    1e-6,
+  ),
   ("dense", "freqformer(allocation=measured, summary=2)@profile", 1e-6),
-  ("freqformer(allocation=measured, profile=dict(rows=8))@profile", "freqformer(allocation=measured)@profile", 1e-6),
+  (
+    "freqformer(allocation=measured, profile=dict(rows=8))@profile",
+    "freqformer(allocation=measured)@profile",
+    1e-6,
+  ),
   ("dense", "sparseflow(allocation=(1, 3)", 0.08),
   ("sparseflow(allocation=(1, 3)", "sparseflow(allocation=(3, 1)", 0.08),
   ("sparseflow(router=dict(hidden=8)", "sparseflow(router=dict(hidden=512)", 1e-6),
@@ -118,7 +152,9 @@ def test_a_field_s_products_are_the_model_s(off, on, tolerance):
   bias is no product."""
   (ran_off, told_off), (ran_on, told_on) = both(off), both(on)
   assert ran_on - ran_off == pytest.approx(told_on - told_off, rel=tolerance, abs=1)
-  assert ran_on == pytest.approx(told_on, rel=max(tolerance, 1e-6) / 4 if "sparseflow(router" not in on else 0.1)
+  assert ran_on == pytest.approx(
+    told_on, rel=max(tolerance, 1e-6) / 4 if "sparseflow(router" not in on else 0.1
+  )
 
 
 # ---- kernels -------------------------------------------------------------------------------------------------------------
@@ -132,10 +168,18 @@ def hopper():
 
 def test_kernels_do_what_is_counted(hopper):
   """Full tiles of 64 cells, so that only the second term of each matrix is more than the model counts: twice its FLOPs."""
-  heads = lambda allocation, filtered="none": make_method(f"freqformer({BASIS}, allocation={allocation}, filter={filtered})")
-  run = lambda method: traced(method, 64, dtype=jnp.bfloat16, implementation=None).kernels
+
+  def heads(allocation, filtered="none"):
+    return make_method(f"freqformer({BASIS}, allocation={allocation}, filter={filtered})")
+
+  def run(method):
+    return traced(method, 64, dtype=jnp.bfloat16, implementation=None).kernels
+
   low, mid = heads((4, 0, 0)), [heads((0, 4, 0), filtered) for filtered in ("none", "v", "qkv")]
-  around = lambda method: method.cost(LAYOUT, HEADS, 64).linear_flops
+
+  def around(method):
+    return method.cost(LAYOUT, HEADS, 64).linear_flops
+
   selection = (2.0 * LAYOUT.n + 2.0 * LAYOUT.tiles**2) * HEADS * 64
   found = run(low)
   assert sum(found[name].flops for name in ("prepare", "lift")) == 2 * (around(low) - selection)
@@ -213,7 +257,9 @@ def test_pairs_are_those_that_run(text):
   state = method.init_state(1, layer.dims.for_method, EVEN)
   x = jnp.asarray(np.random.default_rng(0).standard_normal((1, EVEN.n_buffer, 32)), jnp.float32)
   cond = Cond(jnp.full(1, 0.5), jnp.ones((1, 32)), phase=phase)
-  run = nnx.jit(lambda layer, x: layer(x, cond, EVEN.arrays(), method.tables(EVEN), state)[2]["density"])
+  run = nnx.jit(
+    lambda layer, x: layer(x, cond, EVEN.arrays(), method.tables(EVEN), state)[2]["density"]
+  )
   allocation = (1, 0) if phase else None  # every head's first pattern, before any is measured
   flops = method.cost(EVEN, HEADS, 8, allocation).attention_flops
   assert flops == pytest.approx(4 * 8 * EVEN.n**2 * float(run(layer, x).sum()), rel=1e-5)

@@ -23,7 +23,9 @@ from freqformer.model.attention import AttentionDims, SpectralAttention
 
 EVEN = TileLayout((4, 8, 16), (2, 4, 4), 32)  # 16 full tiles
 RAGGED = TileLayout((5, 6, 9), (2, 4, 4), 32)  # 18 tiles of 32 to 2 tokens
-LITTLE = TileLayout((3, 5, 9), (2, 4, 4), 32)  # 12 tiles; large enough for every band to hold something
+LITTLE = TileLayout(
+  (3, 5, 9), (2, 4, 4), 32
+)  # 12 tiles; large enough for every band to hold something
 SMALL = TileLayout.fit((1, 2, 3), 32)  # one tile, mostly padding
 DIMS = AttentionDims(48, 6, 8)
 STEPS = 10  # of the sampling run whose phases are walked through
@@ -38,7 +40,10 @@ SETTINGS = {
     dict(basis=BASIS, allocation="measured", mid_tiles=3, window=(1, 2, 2)),
     dict(basis=BASIS, low_op="linear", mid_tiles=3, window=(1, 2, 2)),
   ],
-  "sliding_tile": [dict(window=(2, 8, 8)), dict(window=(1, 2, 3), unit="tiles", border="clip", rows=16)],
+  "sliding_tile": [
+    dict(window=(2, 8, 8)),
+    dict(window=(1, 2, 3), unit="tiles", border="clip", rows=16),
+  ],
   "radial": [dict(decay=0.4)],
   "block_topk": [dict(density=0.5, coarse="none"), dict(density=0.5, sink=1)],
   # One extent at all times: `cost` is then exact, not an average over t.
@@ -67,7 +72,11 @@ def cases():
   """Every method in every setting: `name`, `name_2`, ... One worker has them all, so that what `usual` keeps is run once."""
   for name in METHODS:
     for i, fields in enumerate(SETTINGS.get(name, [{}])):
-      yield pytest.param(method_class(name)(**fields), id=f"{name}_{i + 1}" if i else name, marks=pytest.mark.xdist_group(name))
+      yield pytest.param(
+        method_class(name)(**fields),
+        id=f"{name}_{i + 1}" if i else name,
+        marks=pytest.mark.xdist_group(name),
+      )
 
 
 every_method = pytest.mark.parametrize("method", list(cases()))
@@ -78,10 +87,14 @@ every_method = pytest.mark.parametrize("method", list(cases()))
 def layer_of(method, layout=EVEN, dtype=jnp.float32):
   """A layer whose zero-initialised gates are open, so that every part of the method matters."""
   # The reference backend compiles fastest; backends are held to it elsewhere.
-  layer = SpectralAttention(DIMS, method, layout, nnx.Rngs(0), dtype=dtype, implementation="reference")
+  layer = SpectralAttention(
+    DIMS, method, layout, nnx.Rngs(0), dtype=dtype, implementation="reference"
+  )
   graphdef, params = nnx.split(layer)
   keys = iter(jax.random.split(jax.random.key(1), 100))
-  return nnx.merge(graphdef, jax.tree.map(lambda x: x + 0.05 * jax.random.normal(next(keys), x.shape), params))
+  return nnx.merge(
+    graphdef, jax.tree.map(lambda x: x + 0.05 * jax.random.normal(next(keys), x.shape), params)
+  )
 
 
 def tokens(layout=EVEN, b=2, seed=0):
@@ -113,7 +126,9 @@ def walk(layer, x, layout=EVEN, phase_of=apply, **fields):
   state = method.init_state(b // halves, DIMS.for_method, layout)
   for phase in phases(method):
     cond = where(b, phase=phase, **{"want_masks": True} | fields)
-    found.append(phase_of(*nnx.split(layer), x, cond, layout.arrays(), method.tables(layout), state))
+    found.append(
+      phase_of(*nnx.split(layer), x, cond, layout.arrays(), method.tables(layout), state)
+    )
     state = found[-1][1]
   return found
 
@@ -140,8 +155,13 @@ def training_grads(layer, x, layout, run=grads):
   """`grads` in training mode."""
   method, b = layer.config, x.shape[0]
   graphdef, params = nnx.split(layer)
-  cond, state = where(b, train=True, rng=jax.random.key(0)), method.init_state(b, DIMS.for_method, layout)
-  return jax.tree.leaves(run(graphdef, layout, params, x, cond, layout.arrays(), method.tables(layout), state))
+  cond, state = (
+    where(b, train=True, rng=jax.random.key(0)),
+    method.init_state(b, DIMS.for_method, layout),
+  )
+  return jax.tree.leaves(
+    run(graphdef, layout, params, x, cond, layout.arrays(), method.tables(layout), state)
+  )
 
 
 # ---- laws ----------------------------------------------------------------------------------------------------------------
@@ -167,16 +187,22 @@ def test_density_one_is_dense(name, layout):
 @pytest.mark.parametrize("layout", [EVEN, RAGGED, SMALL], ids=["even", "ragged", "small"])
 def test_shapes_densities_and_masks(method, layout):
   for out, _, aux in usual(method, layout)[1]:
-    assert out.shape == (2, layout.n, DIMS.width) and out.dtype == jnp.float32 and np.isfinite(out).all()
+    assert (
+      out.shape == (2, layout.n, DIMS.width) and out.dtype == jnp.float32 and np.isfinite(out).all()
+    )
     assert aux["density"].shape == (2, DIMS.heads)
     assert aux["cost"].shape == () and aux["loss"].shape == ()
     mask, coarse = jax.tree.map(np.asarray, aux["mask"]).check(), aux.get("coarse_density", 0)
-    np.testing.assert_allclose(np.broadcast_to(mask.density(layout.n), (2, DIMS.heads)) + coarse, aux["density"], rtol=1e-5)
+    np.testing.assert_allclose(
+      np.broadcast_to(mask.density(layout.n), (2, DIMS.heads)) + coarse, aux["density"], rtol=1e-5
+    )
 
 
 @every_method
 def test_masks_come_only_when_asked_for(method):
-  shapes = lambda graphdef, *args: jax.eval_shape(functools.partial(apply, graphdef), *args)
+  def shapes(graphdef, *args):
+    return jax.eval_shape(functools.partial(apply, graphdef), *args)
+
   for _, _, aux in walk(layer_of(method), tokens(), phase_of=shapes, want_masks=False):
     assert "mask" not in aux and "density" in aux
 
@@ -238,16 +264,25 @@ def test_both_halves_of_guidance_share_masks(method):
 @every_method
 def test_cost_is_what_runs(method):
   """Of the first and last step, on tiles of equal length; a method whose heads differ is told what each sample chose."""
-  found, last = dict(zip(phases(method), usual(method)[1], strict=True)), method.phase(STEPS - 1, STEPS)
+  found, last = (
+    dict(zip(phases(method), usual(method)[1], strict=True)),
+    method.phase(STEPS - 1, STEPS),
+  )
   for phase in {method.phase(0, STEPS), last}:
     aux = found[phase][2]
     for i in range(2):
       allocation = None
       if "choice" in aux:
-        allocation = np.bincount(np.asarray(aux["choice"][i]), minlength=max(2, len(method.branches)))
+        allocation = np.bincount(
+          np.asarray(aux["choice"][i]), minlength=max(2, len(method.branches))
+        )
       flops = method.phase_cost(phase, EVEN, DIMS.heads, DIMS.head_dim, allocation).attention_flops
-      np.testing.assert_allclose(flops, 4 * DIMS.head_dim * EVEN.n**2 * float(aux["density"][i].sum()), rtol=1e-5)
-  assert method.cost(EVEN, DIMS.heads, DIMS.head_dim) == method.phase_cost(last, EVEN, DIMS.heads, DIMS.head_dim)
+      np.testing.assert_allclose(
+        flops, 4 * DIMS.head_dim * EVEN.n**2 * float(aux["density"][i].sum()), rtol=1e-5
+      )
+  assert method.cost(EVEN, DIMS.heads, DIMS.head_dim) == method.phase_cost(
+    last, EVEN, DIMS.heads, DIMS.head_dim
+  )
 
 
 @every_method
@@ -255,6 +290,9 @@ def test_one_compile_for_two_inputs(method):
   layer, _ = usual(method)
   compiled = apply._cache_size()
   walk(layer, tokens(seed=3))
-  cond = lambda *args: apply(*args[:3], dataclasses.replace(args[3], time=args[3].time * 0.1), *args[4:])
+
+  def cond(*args):
+    return apply(*args[:3], dataclasses.replace(args[3], time=args[3].time * 0.1), *args[4:])
+
   walk(layer, tokens(seed=4), phase_of=cond)
   assert apply._cache_size() == compiled

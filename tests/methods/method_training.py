@@ -15,7 +15,10 @@ SHAPE = (4, 4, 6, 4)
 def batch_of(seed: int, n: int = 4) -> dict:
   """Two classes of nearly constant clips, +2 and -2."""
   label = np.arange(n, dtype=np.int32) % 2
-  x = 0.1 * np.random.default_rng(seed).standard_normal((n, *SHAPE)) + np.where(label, 2, -2)[:, None, None, None, None]
+  x = (
+    0.1 * np.random.default_rng(seed).standard_normal((n, *SHAPE))
+    + np.where(label, 2, -2)[:, None, None, None, None]
+  )
   return {"latent": x.astype(np.float32), "label": label}
 
 
@@ -26,9 +29,16 @@ def trains(name: str, fields: dict, steps: int = 20):
   """
   config = get_config().model.to_dict()
   config["attention"] = {"method": name, "block": 8, name: fields}
-  model, train = model_config(config), TrainConfig(steps=steps, batch_size=4, lr=3e-3, warmup=3, ema=0.9)
+  model, train = (
+    model_config(config),
+    TrainConfig(steps=steps, batch_size=4, lr=3e-3, warmup=3, ema=0.9),
+  )
   graphdef, params = nnx.split(VideoDiT(model, SHAPE, 2, nnx.Rngs(0)))
-  state, step, tables = init_state(params, train, 0), make_train_step(graphdef, train, 2), make_tables(model, SHAPE)
+  state, step, tables = (
+    init_state(params, train, 0),
+    make_train_step(graphdef, train, 2),
+    make_tables(model, SHAPE),
+  )
   before, losses = jax.device_get(params), []
   for i in range(steps):
     state, metrics = step(state, batch_of(i), tables)

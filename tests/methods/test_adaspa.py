@@ -35,7 +35,9 @@ def near_sighted(layout=LAYOUT, seed=0, b=1):
 
 
 def projected(layout=LAYOUT, seed=0, b=1):
-  plain = lambda x, positions: x
+  def plain(x, positions):
+    return x
+
   return Projected(*near_sighted(layout, seed, b), plain, plain, layout.arrays())
 
 
@@ -61,7 +63,9 @@ def step(method, qkv, phase, state, **fields):
 def dense_mass(layout, q, k):
   """The exact block mass, from the exact LSE."""
   arrays = layout.arrays()
-  mask = dataclasses.replace(dense_mask(layout.n_buffer, layout.n_buffer, layout.block, layout.block), kv_len=arrays.kv_len)
+  mask = dataclasses.replace(
+    dense_mask(layout.n_buffer, layout.n_buffer, layout.block, layout.block), kv_len=arrays.kv_len
+  )
   _, lse = attention(q, k, q, mask)
   return np.asarray(block_mass(q, k, lse, arrays.kv_len, layout.block)), lse
 
@@ -79,16 +83,29 @@ def test_three_budgets_keep_the_mean(sparsity, sink):
     assert few + many == 2 * base and sink + 1 <= few <= base <= many <= tiles
     assert abs(base - (1 - sparsity) * tiles) <= 0.5
     if sparsity >= 1 / 3 and few > sink + 1:  # the paper's levels, to whole tiles
-      assert abs(few - (1 - sparsity) / 2 * tiles) <= 1 and abs(many - 3 * (1 - sparsity) / 2 * tiles) <= 1
+      assert (
+        abs(few - (1 - sparsity) / 2 * tiles) <= 1
+        and abs(many - 3 * (1 - sparsity) / 2 * tiles) <= 1
+      )
     if sparsity == 0.2:
-      assert many == tiles  # the low level would be (3 s - 1) / 2 = -0.2: cut to 0, and the other side with it
+      assert (
+        many == tiles
+      )  # the low level would be (3 s - 1) / 2 = -0.2: cut to 0, and the other side with it
 
 
 def test_levels():
-  recall = jnp.array([[0.9, 0.1, 0.5, 0.85, 0.2], [0.9, 0.95, 0.85, 0.99, 0.1], [0.1, 0.2, 0.3, 0.4, 0.5]])
+  recall = jnp.array(
+    [[0.9, 0.1, 0.5, 0.85, 0.2], [0.9, 0.95, 0.85, 0.99, 0.1], [0.1, 0.2, 0.3, 0.4, 0.5]]
+  )
   got = levels(recall, 0.8)
   assert got[0].tolist() == [0, 2, 1, 0, 2]
-  assert got[1].tolist() == [1, 0, 2, 0, 2]  # four heads pass, but no more than 5 // 2 give: the best two to the worst two
+  assert got[1].tolist() == [
+    1,
+    0,
+    2,
+    0,
+    2,
+  ]  # four heads pass, but no more than 5 // 2 give: the best two to the worst two
   assert got[2].tolist() == [1] * 5
   assert levels(jnp.ones((1, 4)), 0.8).tolist() == [[0, 0, 2, 2]]
   assert levels(jnp.ones((1, 1)), 0.8).tolist() == [[1]]
@@ -101,12 +118,16 @@ def test_lse_cache_round_trip(dtype):
   lse = jnp.asarray(12 + rng.standard_normal((2, 3, RAGGED.n_buffer)), jnp.float32)
   dirty = jnp.where(arrays.valid, lse, 1e4)
   kept = lse_cache.store("row", dtype, dirty, arrays)
-  shapes = jax.tree.map(lambda x: (x.shape, x.dtype), (kept, lse_cache.empty("row", dtype, (2, 3), RAGGED)))
+  shapes = jax.tree.map(
+    lambda x: (x.shape, x.dtype), (kept, lse_cache.empty("row", dtype, (2, 3), RAGGED))
+  )
   assert shapes[0] == shapes[1]
   error = jnp.abs(lse_cache.load("row", kept, arrays) - lse)[..., arrays.valid].max()
   assert error <= {"float32": 0, "bfloat16": 2**-5, "uint8": 8 / 510}[dtype]
   means = lse_cache.load("tile", lse_cache.store("tile", "float32", dirty, arrays), arrays)
-  np.testing.assert_allclose(means[0, 0, 0], lse[0, 0, : RAGGED.arrays().kv_len[0]].mean(), rtol=1e-6)
+  np.testing.assert_allclose(
+    means[0, 0, 0], lse[0, 0, : RAGGED.arrays().kv_len[0]].mean(), rtol=1e-6
+  )
 
 
 # ---- one layer -----------------------------------------------------------------------------------------------------------
@@ -127,23 +148,33 @@ def test_masks_are_the_oracles_at_the_first_search():
   """With the exact LSE every row lists exactly the tiles of largest mass, as many as its head's level says."""
   method, qkv = AdaSpa(sparsity=0.75, recall=0.6), projected()
   few, base, many = method.budgets(LAYOUT)
-  _, state, aux = step(method, qkv, "search_first", method.init_state(1, Dims(HEADS, HEAD_DIM, 4), LAYOUT))
+  _, state, aux = step(
+    method, qkv, "search_first", method.init_state(1, Dims(HEADS, HEAD_DIM, 4), LAYOUT)
+  )
   mass, _ = dense_mass(LAYOUT, qkv.q, qkv.k)
   tiles = np.asarray(unpack_bits(state["bits"], LAYOUT.tiles))
   counts = tiles.sum(-1)
   assert {few, many} <= set(counts[0, :, 0].tolist()) <= {few, base, many}
-  assert (counts == counts[..., :1]).all() and counts[0, :, 0].mean() == base  # equal rows; mean over heads unchanged
+  assert (counts == counts[..., :1]).all() and counts[
+    0, :, 0
+  ].mean() == base  # equal rows; mean over heads unchanged
   assert np.diagonal(tiles, axis1=2, axis2=3).all()
   for head in range(HEADS):
     first = np.where(np.eye(LAYOUT.tiles, dtype=bool), np.inf, mass[0, head])
     best = np.argsort(-first, -1, kind="stable")[:, : counts[0, head, 0]]
-    np.testing.assert_array_equal(np.sort(best, -1), np.nonzero(tiles[0, head])[1].reshape(LAYOUT.tiles, -1))
+    np.testing.assert_array_equal(
+      np.sort(best, -1), np.nonzero(tiles[0, head])[1].reshape(LAYOUT.tiles, -1)
+    )
   # Recall is at the base budget, and easy heads (narrow views) are the ones that give.
   top = np.sort(np.where(np.eye(LAYOUT.tiles, dtype=bool), 1e9, mass[0]), -1)[..., -base:]
   own = np.diagonal(mass[0], axis1=1, axis2=2)
   share = (top[..., :-1].sum((1, 2)) + own.sum(-1)) / mass[0].sum((1, 2))
   np.testing.assert_allclose(aux["recall"][0], share, rtol=1e-4)
-  assert aux["recall"][0, -1] > aux["recall"][0, 0] and aux["level"][0, 0] == 2 and aux["level"][0, -1] == 0
+  assert (
+    aux["recall"][0, -1] > aux["recall"][0, 0]
+    and aux["level"][0, 0] == 2
+    and aux["level"][0, -1] == 0
+  )
 
 
 @pytest.mark.parametrize(
@@ -156,16 +187,27 @@ def test_a_later_search_is_near_the_oracle(cache, record_property):
   method = AdaSpa(sparsity=0.75, adaptive=False, **cache)
   first, later = projected(), projected()
   moved = near_sighted(seed=9)
-  later = dataclasses.replace(later, q=0.4 * first.q + 0.6 * moved[0], k=0.4 * first.k + 0.6 * moved[1])
-  _, state, _ = step(method, first, "search_first", method.init_state(1, Dims(HEADS, HEAD_DIM, 4), LAYOUT))
+  later = dataclasses.replace(
+    later, q=0.4 * first.q + 0.6 * moved[0], k=0.4 * first.k + 0.6 * moved[1]
+  )
+  _, state, _ = step(
+    method, first, "search_first", method.init_state(1, Dims(HEADS, HEAD_DIM, 4), LAYOUT)
+  )
   stale = np.asarray(unpack_bits(state["bits"], LAYOUT.tiles))
   _, state, aux = step(method, later, "search", state)
   mass, _ = dense_mass(LAYOUT, later.q, later.k)
   tiles, base = np.asarray(unpack_bits(state["bits"], LAYOUT.tiles)), method.budgets(LAYOUT)[1]
-  share = lambda tiles: float((mass * tiles).sum() / mass.sum())
-  best = lambda x: np.asarray(unpack_bits(top_bits(jnp.asarray(x), [base]), LAYOUT.tiles))[..., 0, :]
+
+  def share(tiles):
+    return float((mass * tiles).sum() / mass.sum())
+
+  def best(x):
+    return np.asarray(unpack_bits(top_bits(jnp.asarray(x), [base]), LAYOUT.tiles))[..., 0, :]
+
   oracle, random = best(mass), best(np.random.default_rng(0).random(mass.shape, np.float32))
-  shares = dict(search=share(tiles), oracle=share(oracle), first_masks=share(stale), random=share(random))
+  shares = dict(
+    search=share(tiles), oracle=share(oracle), first_masks=share(stale), random=share(random)
+  )
   for name, value in shares.items():
     record_property(f"mass_kept_{name}", float(value))
   print({k: round(v, 4) for k, v in shares.items()})

@@ -26,11 +26,15 @@ BASE = dict(size="custom", width=24, depth=3, heads=2, patch=(1, 1, 1))
 
 def model_of(adaspa=None, method="adaspa", **attention):
   # The reference backend compiles fastest; backends are held to it elsewhere.
-  attention = dict(method=method, block=16, implementation="reference", adaspa=adaspa or {}, **attention)
+  attention = dict(
+    method=method, block=16, implementation="reference", adaspa=adaspa or {}, **attention
+  )
   model = VideoDiT(model_config({**BASE, "attention": attention}), SHAPE, 3, nnx.Rngs(0))
   graphdef, params = nnx.split(model)
   keys = iter(jax.random.split(jax.random.key(1), 1000))
-  return nnx.merge(graphdef, jax.tree.map(lambda x: x + 0.05 * jax.random.normal(next(keys), x.shape), params))
+  return nnx.merge(
+    graphdef, jax.tree.map(lambda x: x + 0.05 * jax.random.normal(next(keys), x.shape), params)
+  )
 
 
 def draw(model, steps=10, guidance=3.0, labels=(0, 1), compiled=True):
@@ -40,7 +44,9 @@ def draw(model, steps=10, guidance=3.0, labels=(0, 1), compiled=True):
   run = make_step(graphdef, config)
   if compiled:
     run = compile_steps(run, params, model, tables, SHAPE, config)
-  out = sample(run, params, model, labels, np.arange(len(labels)), 0, tables, SHAPE, config, progress=False)
+  out = sample(
+    run, params, model, labels, np.arange(len(labels)), 0, tables, SHAPE, config, progress=False
+  )
   return (*out, run)
 
 
@@ -53,14 +59,20 @@ def test_a_run_is_four_compiled_steps():
   density = [float(a[0]["density"].mean()) for a in aux]
   searched = [i for i, a in enumerate(aux) if "recall" in a[0]]
   assert density[:3] == [1, 1, 1] and searched == [2, 6]
-  np.testing.assert_allclose(density[3:], 0.5)  # full tiles: exactly the base budget, in every step and layer
+  np.testing.assert_allclose(
+    density[3:], 0.5
+  )  # full tiles: exactly the base budget, in every step and layer
   assert aux[3][0]["density"].shape == (3, 4, 2) and aux[2][0]["recall"].shape == (3, 2, 2)
-  assert float(aux[6][0]["cost"].mean()) == pytest.approx(0.75) and float(aux[2][0]["cost"].mean()) == pytest.approx(1.25)
+  assert float(aux[6][0]["cost"].mean()) == pytest.approx(0.75) and float(
+    aux[2][0]["cost"].mean()
+  ) == pytest.approx(1.25)
 
 
 def test_runs_of_layers_mix_and_share_one_schedule():
   model = model_of(dict(sparsity=0.5), layers=((0, 1, "dense"), (1, None, "adaspa")))
-  assert model.schedule(5) == [("", p) for p in ("warmup", "search_first", "reuse", "search", "reuse")]
+  assert model.schedule(5) == [
+    ("", p) for p in ("warmup", "search_first", "reuse", "search", "reuse")
+  ]
   _, aux, step = draw(model, steps=5, compiled=False)
   assert step._cache_size() == 4
   np.testing.assert_allclose(aux[-1][0]["density"], 1)
@@ -75,7 +87,10 @@ def test_sparsity_zero_samples_as_dense():
 
 def test_a_checkpoint_holds_nothing_of_it():
   """Parameters are those of dense attention: nothing is cached in a module, whatever has run."""
-  paths = lambda model: {(p, leaf.shape) for p, leaf in nnx.to_flat_state(nnx.state(model))}
+
+  def paths(model):
+    return {(p, leaf.shape) for p, leaf in nnx.to_flat_state(nnx.state(model))}
+
   model = model_of(dict(sparsity=0.5))
   before = paths(model)
   draw(model, steps=5)
@@ -112,17 +127,29 @@ def test_state_fits():
 def test_cost_by_phase():
   layout = TileLayout((8, 8, 16), (2, 4, 4), 32)
   method, args, whole = AdaSpa(sparsity=0.75), (layout, 6, 16), 4 * layout.n**2 * 96
-  totals = {p: method.phase_cost(p, *args).total / whole for p in ("", "warmup", "search_first", "search", "reuse")}
-  assert totals == pytest.approx({"": 1, "warmup": 1, "search_first": 1.5, "search": 0.75, "reuse": 0.25})
+  totals = {
+    p: method.phase_cost(p, *args).total / whole
+    for p in ("", "warmup", "search_first", "search", "reuse")
+  }
+  assert totals == pytest.approx(
+    {"": 1, "warmup": 1, "search_first": 1.5, "search": 0.75, "reuse": 0.25}
+  )
 
 
 def test_cost_of_a_run():
   """10 steps: 3 dense, 7 at half; attention FLOPs are what the steps' densities say."""
   model = model_of(dict(sparsity=0.5))
   _, aux, _ = draw(model)
-  got, dense = sampling_cost(model.config, SHAPE, model.schedule(10)), model_cost(model.config.with_method("dense"), SHAPE)
-  assert got.attention_flops == pytest.approx(20 * dense.attention_flops * np.mean([a[0]["density"] for a in aux]))
-  assert got.linear_flops == pytest.approx(20 * dense.linear_flops + 2 * 2 * dense.attention_flops / 2)
+  got, dense = (
+    sampling_cost(model.config, SHAPE, model.schedule(10)),
+    model_cost(model.config.with_method("dense"), SHAPE),
+  )
+  assert got.attention_flops == pytest.approx(
+    20 * dense.attention_flops * np.mean([a[0]["density"] for a in aux])
+  )
+  assert got.linear_flops == pytest.approx(
+    20 * dense.linear_flops + 2 * 2 * dense.attention_flops / 2
+  )
 
 
 def test_search_memory_on_a_gpu():
@@ -131,9 +158,15 @@ def test_search_memory_on_a_gpu():
   arrays, method = layout.arrays(), AdaSpa()
   q = jax.ShapeDtypeStruct((1, layout.n_buffer, 40, 128), jnp.bfloat16)
   lse = jax.ShapeDtypeStruct((1, 40, layout.n_buffer), jnp.bfloat16)
-  find = lambda q, k, lse, fixed: method.find(q, k, lse, arrays, fixed)
+
+  def find(q, k, lse, fixed):
+    return method.find(q, k, lse, arrays, fixed)
+
   assert compile_for(find, q, q, lse, method.tables(layout)["fixed"]).temp_bytes < 512 * 2**20
-  masses = lambda q, k, lse: block_mass(q, k, lse, arrays.kv_len, layout.block)
+
+  def masses(q, k, lse):
+    return block_mass(q, k, lse, arrays.kv_len, layout.block)
+
   assert compile_for(masses, q, q, lse).temp_bytes < 512 * 2**20
 
 
@@ -177,13 +210,23 @@ def test_bad_fields(fields, message):
 def test_shares_and_steps():
   """The paper's schedule at 50 steps, and the same shares elsewhere; every run length works."""
   method = AdaSpa()
-  searches = lambda steps: [i for i in range(steps) if method.phase(i, steps).startswith("search")]
-  assert searches(50) == [10, 30] and [method.phase(i, 50) for i in (0, 9, 11, 29, 49)] == ["warmup"] * 2 + ["reuse"] * 3
+
+  def searches(steps):
+    return [i for i in range(steps) if method.phase(i, steps).startswith("search")]
+
+  assert (
+    searches(50) == [10, 30]
+    and [method.phase(i, 50) for i in (0, 9, 11, 29, 49)] == ["warmup"] * 2 + ["reuse"] * 3
+  )
   assert AdaSpa(warmup=10, search=(10, 30)).phase(30, 50) == "search"
   for steps in range(1, 60):
     method.check_run(steps)
-    assert searches(steps)[0] <= steps // 5 and method.phase(searches(steps)[0], steps) == "search_first"
+    assert (
+      searches(steps)[0] <= steps // 5 and method.phase(searches(steps)[0], steps) == "search_first"
+    )
 
 
 def test_the_layer_builds_no_parameters():
-  assert AdaSpa(sparsity=0.5).build(Dims(6, 8, 8), TileLayout((8, 8, 16), (2, 4, 4), 32), None) is None
+  assert (
+    AdaSpa(sparsity=0.5).build(Dims(6, 8, 8), TileLayout((8, 8, 16), (2, 4, 4), 32), None) is None
+  )

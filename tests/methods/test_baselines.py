@@ -26,7 +26,10 @@ def test_a_rule_becomes_its_table():
   rng = np.random.default_rng(0)
   want = rng.random((layout.tiles, layout.tiles)) < 0.4
   want[np.arange(layout.tiles), rng.permutation(layout.tiles)] = True
-  number = lambda p: np.ravel_multi_index(tuple(p), layout.tile_grid)
+
+  def number(p):
+    return np.ravel_multi_index(tuple(p), layout.tile_grid)
+
   mask = tiles_where(layout, lambda q, k: want[number(q), number(k)]).check()
   other = from_tiles(want, layout.arrays().kv_len, 32, 32)
   for field in ("kv_indices", "kv_counts", "kv_len"):
@@ -44,7 +47,9 @@ def test_sliding_tile_has_its_published_density():
   assert (mask.block_q, mask.block_kv, mask.max_kv) == (128, 128, 81)
 
 
-@pytest.mark.parametrize("block, parts", [(384, 3), (128, 1), (64, 1), (100, 1), (256, 2), (130, 2)])
+@pytest.mark.parametrize(
+  "block, parts", [(384, 3), (128, 1), (64, 1), (100, 1), (256, 2), (130, 2)]
+)
 def test_long_tiles_are_read_in_parts_that_see_the_same(block, parts):
   layout = TileLayout.fit((7, 13, 18), block, tile=(4, 5, 5) if block >= 100 else (4, 4, 4))
   whole, read = (SlidingTile((9, 9, 9), rows=rows).mask(layout) for rows in (block, 128))
@@ -73,7 +78,9 @@ def paper_mask(frames, s):
   return mask.reshape(frames * s, frames * s)
 
 
-@pytest.mark.parametrize("grid", [(7, 5, 3), (9, 1, 2), (12, 1, 3), (17, 1, 1), (20, 2, 3), (1, 2, 2)])
+@pytest.mark.parametrize(
+  "grid", [(7, 5, 3), (9, 1, 2), (12, 1, 3), (17, 1, 1), (20, 2, 3), (1, 2, 2)]
+)
 def test_radial_on_single_tokens_is_the_papers_mask(grid):
   layout = TileLayout(grid, (1, 1, 1), 1)
   want = paper_mask(grid[0], grid[1] * grid[2])
@@ -82,7 +89,9 @@ def test_radial_on_single_tokens_is_the_papers_mask(grid):
 
 
 @pytest.mark.parametrize("decay, sink", [(1.0, 1), (0.3, 0), (2.5, 2), (1e-3, 1), (1.0, 99)])
-@pytest.mark.parametrize("grid, tile", [((32, 16, 24), (2, 4, 4)), ((16, 16, 16), (1, 8, 8)), ((64, 8, 8), (4, 4, 4))])
+@pytest.mark.parametrize(
+  "grid, tile", [((32, 16, 24), (2, 4, 4)), ((16, 16, 16), (1, 8, 8)), ((64, 8, 8), (4, 4, 4))]
+)
 def test_radial_density_is_its_analytic_value(grid, tile, decay, sink):
   layout = TileLayout(grid, tile, math.prod(tile))
   mask = Radial(decay, sink).mask(layout).check()
@@ -99,7 +108,12 @@ def test_radial_width_halves_with_every_band():
   widths = radial_widths(TileLayout((64, 8, 8), (1, 1, 1), 1))
   for band in range(6):
     assert set(widths[2**band : 2 ** (band + 1)]) == {64 >> band}
-  assert radial_widths(TileLayout((64, 8, 8), (4, 2, 2), 16))[:4].tolist() == [16, 4, 2, 2]  # distances of 0, 4, 8, 12 frames
+  assert radial_widths(TileLayout((64, 8, 8), (4, 2, 2), 16))[:4].tolist() == [
+    16,
+    4,
+    2,
+    2,
+  ]  # distances of 0, 4, 8, 12 frames
 
 
 # ---- spatial, temporal ---------------------------------------------------------------------------------------------------
@@ -107,7 +121,10 @@ def test_radial_width_halves_with_every_band():
 
 def test_spatial_and_temporal_tables():
   layout = TileLayout((10, 12, 20), (2, 4, 4), 32)
-  spatial, temporal = (np.asarray(m.check().to_tiles())[0, 0] for m in spatial_temporal(layout, frames=1, places=1, sink=1))
+  spatial, temporal = (
+    np.asarray(m.check().to_tiles())[0, 0]
+    for m in spatial_temporal(layout, frames=1, places=1, sink=1)
+  )
   for i, (t, y, x) in enumerate(itertools.product(*map(range, layout.tile_grid))):
     for j, (u, v, w) in enumerate(itertools.product(*map(range, layout.tile_grid))):
       assert spatial[i, j] == (abs(t - u) <= 1 or u == 0)
@@ -128,9 +145,14 @@ def test_spatial_and_temporal_tables():
 def test_trains(name, fields):
   before, after = trains(name, fields)
   moved = [
-    np.abs(a - b).max() for a, b in zip(*(jax.tree.leaves(p["runs"][0]["attention"]) for p in (before, after)), strict=True)
+    np.abs(a - b).max()
+    for a, b in zip(
+      *(jax.tree.leaves(p["runs"][0]["attention"]) for p in (before, after)), strict=True
+    )
   ]
-  assert len(moved) == (8 if name == "block_topk" else 6) and min(moved) > 0  # the gate's two as well
+  assert (
+    len(moved) == (8 if name == "block_topk" else 6) and min(moved) > 0
+  )  # the gate's two as well
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------------------
@@ -138,7 +160,9 @@ def test_trains(name, fields):
 
 def test_refusals():
   layout = TileLayout.fit((4, 8, 8), 32, tile=(2, 4, 4))
-  with pytest.raises(ConfigError, match="density 0.05 of 8 tiles rounds to 0, fewer than the 1 fixed"):
+  with pytest.raises(
+    ConfigError, match="density 0.05 of 8 tiles rounds to 0, fewer than the 1 fixed"
+  ):
     BlockTopK(density=0.05).budget(layout)
   with pytest.raises(ValueError, match="unit='feet' must be one of"):
     SlidingTile(unit="feet")

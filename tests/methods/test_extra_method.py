@@ -54,15 +54,28 @@ def test_it_trains():
 
 def test_a_rule_that_lists_nothing_is_refused(monkeypatch):
   monkeypatch.setattr(Dilated, "_sees", lambda self, query, key: np.abs(query - key).max(0) < 0)
-  model = model_config(dict(size="custom", width=16, depth=2, heads=2, attention=dict(method="dilated", block=8)))
-  with pytest.raises(ConfigError, match="attention method Dilated: query tile 0 of grid .* lists no key tile"):
+  model = model_config(
+    dict(size="custom", width=16, depth=2, heads=2, attention=dict(method="dilated", block=8))
+  )
+  with pytest.raises(
+    ConfigError, match="attention method Dilated: query tile 0 of grid .* lists no key tile"
+  ):
     make_tables(model, (2, 4, 4, 3))
 
 
 def test_it_is_configured_counted_and_small():
   attention = dict(method="dilated", block=32, dilated=dict(stride=3))
-  ((_, method),) = model_config(dict(size="custom", width=16, depth=2, heads=2, attention=attention)).runs()
-  layout = TileLayout((6, 12, 12), (2, 4, 4), 32)  # 3 x 3 x 3 tiles: a stride of 3 leaves the own one
-  assert method == Dilated(3) and method.cost(layout, 2, 8).attention_flops == 4 * 8 * 2 * layout.n**2 / 27
-  lines = [line for line in pathlib.Path(extra_method.__file__).read_text().splitlines() if line.strip()]
+  ((_, method),) = model_config(
+    dict(size="custom", width=16, depth=2, heads=2, attention=attention)
+  ).runs()
+  layout = TileLayout(
+    (6, 12, 12), (2, 4, 4), 32
+  )  # 3 x 3 x 3 tiles: a stride of 3 leaves the own one
+  assert (
+    method == Dilated(3)
+    and method.cost(layout, 2, 8).attention_flops == 4 * 8 * 2 * layout.n**2 / 27
+  )
+  lines = [
+    line for line in pathlib.Path(extra_method.__file__).read_text().splitlines() if line.strip()
+  ]
   assert len(lines) <= 20

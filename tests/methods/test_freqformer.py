@@ -46,7 +46,9 @@ def run(layer, x, cond=None, layout=LAYOUT):
     out, _, aux = layer(x, cond, arrays, tables, {})
     return arrays.unpack(out), aux
 
-  return apply(layer, x, where() if cond is None else cond, layout.arrays(), layer.config.tables(layout))
+  return apply(
+    layer, x, where() if cond is None else cond, layout.arrays(), layer.config.tables(layout)
+  )
 
 
 def same_weights(source, target):
@@ -70,7 +72,10 @@ def test_everything_wide_open_equals_dense(kind, allocation):
 def test_dense_equals_textbook():
   layer, x = layer_of(Dense()), tokens()
   arrays = LAYOUT.arrays()
-  n, positions = LAYOUT.n, np.stack(np.unravel_index(np.arange(LAYOUT.n), LAYOUT.grid), -1).astype(np.float32)
+  n, positions = (
+    LAYOUT.n,
+    np.stack(np.unravel_index(np.arange(LAYOUT.n), LAYOUT.grid), -1).astype(np.float32),
+  )
   from freqformer.grid.rotary import rotate
 
   q, k, v = jnp.unstack(layer.qkv(arrays.unpack(x)).reshape(2, n, 3, 6, 8), axis=2)
@@ -146,15 +151,21 @@ def test_one_compile_for_two_assignments():
 @pytest.mark.parametrize("mode", ["soft", "straight_through"])
 def test_router_gradient_through_the_layer(mode):
   """d loss / d logits = softmax' of <dY, Y_b>, with Y_b taken from layers fixed to one branch."""
-  method = FreqFormer(basis=BASIS, router=RouterConfig(mode=mode, penalty=0.0, temperature=(1.0, 1.0)))
+  method = FreqFormer(
+    basis=BASIS, router=RouterConfig(mode=mode, penalty=0.0, temperature=(1.0, 1.0))
+  )
   layer, x = layer_of(method), tokens()
-  branch = lambda i: run(hard_router(nnx.clone(layer), [i] * 6), x)[0]
+
+  def branch(i):
+    return run(hard_router(nnx.clone(layer), [i] * 6), x)[0]
 
   def loss(bias):
     twin = nnx.clone(layer)
     twin.method.router.bias[...] = bias
     arrays = LAYOUT.arrays()
-    return (arrays.unpack(twin(x, where(train=True), arrays, method.tables(LAYOUT), {})[0]) * dy).sum()
+    return (
+      arrays.unpack(twin(x, where(train=True), arrays, method.tables(LAYOUT), {})[0]) * dy
+    ).sum()
 
   dy = jnp.asarray(np.random.default_rng(5).standard_normal((2, LAYOUT.n, DIMS.width)), jnp.float32)
   got = jax.jit(jax.grad(loss))(layer.method.router.bias[...])
@@ -226,7 +237,9 @@ def test_guided_halves_share_routing_and_masks():
   for name in ("probs", "choice", "density"):
     np.testing.assert_array_equal(aux[name][0], aux[name][1])
   _, alone = run(layer, tokens(), dataclasses.replace(at, guided=False))
-  assert np.abs(alone["probs"][0] - alone["probs"][1]).max() > 1e-4  # else the law above would be empty
+  assert (
+    np.abs(alone["probs"][0] - alone["probs"][1]).max() > 1e-4
+  )  # else the law above would be empty
 
 
 def test_summary_tokens_are_neutral_at_init_and_learn():
@@ -236,7 +249,9 @@ def test_summary_tokens_are_neutral_at_init_and_learn():
   np.testing.assert_array_equal(run(layer, tokens())[0], run(plain, tokens())[0])
 
   def loss(layer):
-    return (layer(tokens(), where(), LAYOUT.arrays(), layer.config.tables(LAYOUT), {})[0] ** 2).sum()
+    return (
+      layer(tokens(), where(), LAYOUT.arrays(), layer.config.tables(LAYOUT), {})[0] ** 2
+    ).sum()
 
   assert np.abs(nnx.jit(nnx.grad(loss))(layer).method.summary.gate[...]).min() > 0
 
@@ -246,13 +261,20 @@ def test_any_grid_works(grid):
   layout = TileLayout.fit(grid, 32)
   layer = layer_of(FreqFormer(basis=BASIS, sink=1), layout=layout)
   out, aux = run(layer, tokens(layout), layout=layout)
-  assert np.isfinite(out).all() and out.shape == (2, layout.n, 48) and np.isfinite(aux["density"]).all()
+  assert (
+    np.isfinite(out).all() and out.shape == (2, layout.n, 48) and np.isfinite(aux["density"]).all()
+  )
 
 
 def test_cost_is_the_tables_cost():
   """Of fixed allocations: the analytic pairs are the pairs that run (tiles of equal length)."""
   layout = TileLayout.fit((4, 8, 16), 32, tile=(2, 4, 4))
-  for allocation, shared in (((6, 0, 0), False), ((0, 6, 0), False), ((0, 0, 6), False), ((1, 2, 3), True)):
+  for allocation, shared in (
+    ((6, 0, 0), False),
+    ((0, 6, 0), False),
+    ((0, 0, 6), False),
+    ((1, 2, 3), True),
+  ):
     method = FreqFormer(basis=BASIS, allocation=allocation, low_shared=shared, window=(1, 1, 3))
     _, aux = run(layer_of(method, layout=layout), tokens(layout), layout=layout)
     pairs = float(aux["density"][0].sum()) * layout.n**2
@@ -269,6 +291,10 @@ def test_refusals():
     AttentionDims(48, 5, 8)
   with pytest.raises(ValueError, match="must hold the own tile"):
     FreqFormer(mid_tiles=2, sink=2)
-  assert FreqFormer(allocation="(1, 2,3)").allocation == FreqFormer(allocation="1,2,3").allocation == (1, 2, 3)
+  assert (
+    FreqFormer(allocation="(1, 2,3)").allocation
+    == FreqFormer(allocation="1,2,3").allocation
+    == (1, 2, 3)
+  )
   with pytest.raises(ValueError, match="3 head counts"):
     FreqFormer(allocation="free")

@@ -14,7 +14,14 @@ from freqformer.grid.basis import SpectralBasis
 from freqformer.grid.layout import TileLayout
 from freqformer.methods.base import Cond, Dims, Projected
 from freqformer.methods.freqformer import FreqFormer
-from freqformer.methods.head_profile import ProfileConfig, dense_rows, most_faithful, relative_errors, rows_of, sample_rows
+from freqformer.methods.head_profile import (
+  ProfileConfig,
+  dense_rows,
+  most_faithful,
+  relative_errors,
+  rows_of,
+  sample_rows,
+)
 from freqformer.methods.spatial_temporal import SpatialTemporal
 
 LAYOUT = TileLayout((8, 8, 16), (2, 4, 4), 32)  # 4 x 2 x 4 tiles
@@ -25,8 +32,17 @@ D = 16
 def projected(q, k, v, layout=LAYOUT):
   """Finished projections `[b, n, h, d]` in raster order; nothing is rotated."""
   arrays = layout.arrays()
-  plain = lambda x, positions: x
-  return Projected(*(arrays.pack(jnp.asarray(x, jnp.float32)) for x in (q, k, v)), plain, plain, arrays, "reference")
+
+  def plain(x, positions):
+    return x
+
+  return Projected(
+    *(arrays.pack(jnp.asarray(x, jnp.float32)) for x in (q, k, v)),
+    plain,
+    plain,
+    arrays,
+    "reference",
+  )
 
 
 def hot(number, gain=6.0):
@@ -36,7 +52,10 @@ def hot(number, gain=6.0):
 
 def run(method, qkv, phase, state, b, **fields):
   cond = Cond(jnp.full(b, 0.5), jnp.ones((b, 4)), phase=phase, **fields)
-  step = lambda q, k, v, state: method(None, dataclasses.replace(qkv, q=q, k=k, v=v), cond, method.tables(LAYOUT), state)
+
+  def step(q, k, v, state):
+    return method(None, dataclasses.replace(qkv, q=q, k=k, v=v), cond, method.tables(LAYOUT), state)
+
   return jax.jit(step)(qkv.q, qkv.k, qkv.v, state)
 
 
@@ -46,7 +65,9 @@ def run(method, qkv, phase, state, b, **fields):
 def test_sampled_rows_are_rows_of_attention():
   rng, arrays, rows = np.random.default_rng(0), RAGGED.arrays(), sample_rows(RAGGED, 20)
   assert len(rows) == 20 and arrays.valid[rows].all() and (np.diff(rows) > 0).all()
-  q, k, v = (jnp.asarray(rng.standard_normal((2, RAGGED.n_buffer, 3, 8)), jnp.float32) for _ in range(3))
+  q, k, v = (
+    jnp.asarray(rng.standard_normal((2, RAGGED.n_buffer, 3, 8)), jnp.float32) for _ in range(3)
+  )
   v = jnp.where(arrays.valid[:, None, None], v, jnp.nan)  # padding may hold anything
   tiles = rng.random((RAGGED.tiles, RAGGED.tiles)) < 0.4
   np.fill_diagonal(tiles, True)
@@ -71,7 +92,11 @@ def test_the_cheapest_of_the_faithful_is_chosen():
 
 def test_phases():
   profile = ProfileConfig(warmup=0.3, every=3)
-  assert [profile.phase(i, 10) for i in range(10)] == ["warmup"] * 3 + ["profile", "run", "run"] * 2 + ["profile"]
+  assert [profile.phase(i, 10) for i in range(10)] == ["warmup"] * 3 + [
+    "profile",
+    "run",
+    "run",
+  ] * 2 + ["profile"]
   assert [ProfileConfig(warmup=0.0).phase(i, 3) for i in range(3)] == ["profile", "run", "run"]
   with pytest.raises(ConfigError, match="makes 3 of 3 sampling steps dense"):
     ProfileConfig(warmup=0.9).check_run(3)
@@ -112,7 +137,10 @@ def test_bands_are_given_to_the_heads_they_serve():
   """Even attention is the low band's; to tokens like it in its half the window's; in four far tiles the top-k's."""
   t, y, x = np.unravel_index(np.arange(LAYOUT.n), LAYOUT.grid)
   four, half, parity = (t // 2) * 2 + y // 4, t // 4, (t % 2) * 4 + (y % 2) * 2 + x % 2
-  like = lambda place: hot(place) + hot(8 + parity)  # parity is what compression blurs
+
+  def like(place):
+    return hot(place) + hot(8 + parity)  # parity is what compression blurs
+
   keys = np.stack([np.zeros((LAYOUT.n, D)), like(half), like(four)], 1)
   queries = np.stack([keys[:, 0], keys[:, 1], like((four + 4) % 8)], 1)
   v = np.random.default_rng(1).standard_normal((LAYOUT.n, 3, D))

@@ -23,7 +23,11 @@ def with_choice(layer, choice):
 
 
 def test_a_low_head_is_the_dense_form_among_coarse_tokens():
-  layer, x, arrays = layer_of(dataclasses.replace(METHOD, allocation=(6, 0, 0))), tokens(), LAYOUT.arrays()
+  layer, x, arrays = (
+    layer_of(dataclasses.replace(METHOD, allocation=(6, 0, 0))),
+    tokens(),
+    LAYOUT.arrays(),
+  )
   spectral = BASIS.fit(LAYOUT)
   q, k, v = jnp.unstack(layer.qkv(x).reshape(2, LAYOUT.n_buffer, 3, 6, 8), axis=2)
   q, k, v = (spectral.compress(a) for a in (q, k, v))
@@ -53,7 +57,9 @@ def test_gradients_are_finite_and_padding_changes_nothing(mode):
   dirty = jnp.where(LAYOUT.arrays().valid[:, None], x, 1e4)
 
   def loss(layer, x):
-    out, _, aux = layer(x, where(train=True, rng=jax.random.key(0)), LAYOUT.arrays(), method.tables(LAYOUT), {})
+    out, _, aux = layer(
+      x, where(train=True, rng=jax.random.key(0)), LAYOUT.arrays(), method.tables(LAYOUT), {}
+    )
     return (LAYOUT.arrays().unpack(out) ** 2).sum() + aux["loss"]
 
   grad = nnx.jit(nnx.value_and_grad(loss))
@@ -63,7 +69,10 @@ def test_gradients_are_finite_and_padding_changes_nothing(mode):
 
 
 def test_cost_and_refusal():
-  dense, linear = (dataclasses.replace(METHOD, low_op=op).cost(LAYOUT, 6, 8, (1, 0, 0)) for op in ("dense", "linear"))
+  dense, linear = (
+    dataclasses.replace(METHOD, low_op=op).cost(LAYOUT, 6, 8, (1, 0, 0))
+    for op in ("dense", "linear")
+  )
   n_coarse = BASIS.fit(LAYOUT).n_coarse
   assert dense.attention_flops == 4 * 8 * 6 * n_coarse**2 and linear.attention_flops == 0
   assert linear.linear_flops - dense.linear_flops == 4 * n_coarse * 8 * 9 * 6

@@ -20,8 +20,14 @@ def test_every_method_has_defaults(name):
     ("radial", ("radial", {})),
     (" radial() ", ("radial", {})),
     ("block_topk(density=0.2, coarse=none)", ("block_topk", dict(density=0.2, coarse="none"))),
-    ("sliding_tile(window=(1, 2, 3), unit='tiles')", ("sliding_tile", dict(window=(1, 2, 3), unit="tiles"))),
-    ("spatial_temporal(profile=dict(warmup=-0.1))", ("spatial_temporal", dict(profile=dict(warmup=-0.1)))),
+    (
+      "sliding_tile(window=(1, 2, 3), unit='tiles')",
+      ("sliding_tile", dict(window=(1, 2, 3), unit="tiles")),
+    ),
+    (
+      "spatial_temporal(profile=dict(warmup=-0.1))",
+      ("spatial_temporal", dict(profile=dict(warmup=-0.1))),
+    ),
   ],
 )
 def test_methods_as_text(text, want):
@@ -29,7 +35,17 @@ def test_methods_as_text(text, want):
 
 
 @pytest.mark.parametrize(
-  "text", ["", "3", "a b", "block_topk(", "block_topk(0.2)", "block_topk(**a)", "block_topk(density=a.b)", "radial.x"]
+  "text",
+  [
+    "",
+    "3",
+    "a b",
+    "block_topk(",
+    "block_topk(0.2)",
+    "block_topk(**a)",
+    "block_topk(density=a.b)",
+    "radial.x",
+  ],
 )
 def test_unreadable_text(text):
   with pytest.raises(ConfigError, match="must read like"):
@@ -64,7 +80,9 @@ def test_a_line_of_the_registry_that_names_nothing(monkeypatch, line, message):
 
 
 def test_a_model_with_another_method():
-  attention = dict(method="dense", layers=((0, 1, "dense"), (1, None, "radial")), radial=dict(decay=0.5))
+  attention = dict(
+    method="dense", layers=((0, 1, "dense"), (1, None, "radial")), radial=dict(decay=0.5)
+  )
   model = model_config(dict(size="custom", width=24, depth=3, heads=2, attention=attention))
   other = model.with_method("radial(sink=0)")
   assert other.runs() == ((1, method_class("radial")(0.5, 0)), (2, method_class("radial")(0.5, 0)))

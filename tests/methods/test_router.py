@@ -9,15 +9,28 @@ import pytest
 from flax import nnx
 
 from freqformer.methods.base import Cond
-from freqformer.methods.parts.router import RouterConfig, SpectralRouter, entropy, penalty, route, temperature
+from freqformer.methods.parts.router import (
+  RouterConfig,
+  SpectralRouter,
+  entropy,
+  penalty,
+  route,
+  temperature,
+)
 
 LOGITS = jnp.asarray(np.random.default_rng(0).standard_normal((2, 4, 3)), jnp.float32)
-Y = jnp.asarray(np.random.default_rng(1).standard_normal((2, 4, 3, 5)), jnp.float32)  # branch outputs
+Y = jnp.asarray(
+  np.random.default_rng(1).standard_normal((2, 4, 3, 5)), jnp.float32
+)  # branch outputs
 DY = jnp.asarray(np.random.default_rng(2).standard_normal((2, 4, 5)), jnp.float32)
 
 
 def cond(**kwargs):
-  return Cond(jnp.array([0.2, 0.9]), jnp.ones((2, 6)), **{"progress": 0.5, "rng": jax.random.key(0), "train": True, **kwargs})
+  return Cond(
+    jnp.array([0.2, 0.9]),
+    jnp.ones((2, 6)),
+    **{"progress": 0.5, "rng": jax.random.key(0), "train": True, **kwargs},
+  )
 
 
 def mixed(logits, config, where):
@@ -53,7 +66,10 @@ def test_sampled_runs_one_branch_and_draws_from_p():
   grad = jax.grad(lambda z: route(z, config, cond()).weights.sum())(LOGITS)
   chosen = route(LOGITS, config, cond())
   want = jax.grad(
-    lambda z: (route(z, dataclasses.replace(config, mode="soft"), cond()).probs * jax.nn.one_hot(chosen.choice, 3)).sum()
+    lambda z: (
+      route(z, dataclasses.replace(config, mode="soft"), cond()).probs
+      * jax.nn.one_hot(chosen.choice, 3)
+    ).sum()
   )(LOGITS)
   np.testing.assert_allclose(grad, want, atol=1e-6)
 
@@ -79,7 +95,9 @@ def test_prior_and_more_low_at_high_noise():
 
 def test_temperature_penalty_entropy():
   config = RouterConfig(temperature=(1.0, 0.25), budget=0.2, penalty=0.5)
-  np.testing.assert_allclose([temperature(config, p) for p in (0.0, 0.5, 1.0)], [1, 0.5, 0.25], rtol=1e-6)
+  np.testing.assert_allclose(
+    [temperature(config, p) for p in (0.0, 0.5, 1.0)], [1, 0.5, 0.25], rtol=1e-6
+  )
   probs = jnp.broadcast_to(jnp.array([0.5, 0.5, 0.0]), (2, 4, 3))
   assert penalty(config, probs, jnp.array([0.1, 0.3, 1.0])) == 0  # expected 0.2 = budget
   np.testing.assert_allclose(penalty(config, probs, jnp.array([0.4, 0.4, 1.0])), 0.5)

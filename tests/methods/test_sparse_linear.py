@@ -20,13 +20,21 @@ def parts(layer, x, layout=LAYOUT):
   arrays = layout.arrays()
   q, k, v = jnp.unstack(layer.qkv(arrays.unpack(x)).reshape(2, layout.n, 3, 6, 8), axis=2)
   position = np.stack(np.unravel_index(np.arange(layout.n), layout.grid), -1).astype(np.float32)
-  return rotate(layer.q_norm(q), position), rotate(layer.k_norm(k), position), v, arrays.scatter // layout.block
+  return (
+    rotate(layer.q_norm(q), position),
+    rotate(layer.k_norm(k), position),
+    v,
+    arrays.scatter // layout.block,
+  )
 
 
 def classes(q, k, tile):
   """Brute force: critical and negligible key tiles, bool `[b, h, tiles, tiles]`."""
   hot = np.eye(LAYOUT.tiles)[tile]
-  pool = lambda x: np.einsum("bnhd,nt->bhtd", np.asarray(x, np.float64), hot) / hot.sum(0)[:, None]
+
+  def pool(x):
+    return np.einsum("bnhd,nt->bhtd", np.asarray(x, np.float64), hot) / hot.sum(0)[:, None]
+
   rank = np.argsort(np.argsort(-np.einsum("bhid,bhjd->bhij", pool(q), pool(k)), -1), -1)
   return rank < 6, rank >= LAYOUT.tiles - 3
 
@@ -35,7 +43,10 @@ def test_it_is_the_sparse_part_at_init_and_the_dense_form_after():
   layer, x = layer_of(METHOD), tokens()
   q, k, v, tile = parts(layer, x)
   critical, negligible = classes(q, k, tile)
-  spread = lambda a: a[:, :, tile][..., tile]
+
+  def spread(a):
+    return a[:, :, tile][..., tile]
+
   scores = jnp.where(spread(critical), jnp.einsum("bihd,bjhd->bhij", q, k) / np.sqrt(8), -jnp.inf)
   sparse = jnp.einsum("bhij,bjhd->bihd", jax.nn.softmax(scores), v)
   out, aux = run(layer, x, where(want_masks=True))
@@ -44,8 +55,13 @@ def test_it_is_the_sparse_part_at_init_and_the_dense_form_after():
   np.testing.assert_allclose(aux["density"], aux["mask"].density(LAYOUT.n), rtol=1e-6)
 
   rng = np.random.default_rng(1)
-  layer.method.kernel[...], layer.method.bias[...] = rng.standard_normal((8, 8)), rng.standard_normal(8)
-  weights = spread(~critical & ~negligible) * jnp.einsum("bihd,bjhd->bhij", jax.nn.softmax(q), jax.nn.softmax(k))
+  layer.method.kernel[...], layer.method.bias[...] = (
+    rng.standard_normal((8, 8)),
+    rng.standard_normal(8),
+  )
+  weights = spread(~critical & ~negligible) * jnp.einsum(
+    "bihd,bjhd->bhij", jax.nn.softmax(q), jax.nn.softmax(k)
+  )
   linear = jnp.einsum("bhij,bjhd->bihd", weights / weights.sum(-1, keepdims=True), v)
   want = layer.out((sparse + layer.method(linear)).reshape(2, LAYOUT.n, 48))
   np.testing.assert_allclose(run(layer, x)[0], want, atol=5e-5)
@@ -93,7 +109,9 @@ def test_it_trains_and_the_projection_leaves_zero():
   before, after = trains("sparse_linear", dict(critical=0.2))
   kernels = [dict(p.flat_state())[path] for p in (before, after) for path in _method_paths(p)]
   assert len(kernels) == 4  # kernel and bias of the stacked layers, before and after
-  assert all((np.asarray(x[...]) == 0).all() for x in kernels[:2]) and all((np.asarray(x[...]) != 0).any() for x in kernels[2:])
+  assert all((np.asarray(x[...]) == 0).all() for x in kernels[:2]) and all(
+    (np.asarray(x[...]) != 0).any() for x in kernels[2:]
+  )
 
 
 def _method_paths(params):

@@ -45,7 +45,9 @@ def _apply(layer, x, cond, arrays, tables):
 
 
 def run(layer, x, cond=None, layout=LAYOUT):
-  return _apply(layer, x, where() if cond is None else cond, layout.arrays(), layer.config.tables(layout))
+  return _apply(
+    layer, x, where() if cond is None else cond, layout.arrays(), layer.config.tables(layout)
+  )
 
 
 def hard(layer, choice):
@@ -103,7 +105,10 @@ def test_density_is_monotone_in_the_configured_direction(direction, shape):
   assert len(traces) == 1
   step = np.diff(found) * (1 if direction == "sparse_early" else -1)
   assert (step >= 0).all() and len(np.unique(found)) == (2 if shape == "step" else 4)
-  ends = temporal(LAYOUT, 1, (1, 1), 1).density(LAYOUT.n), temporal(LAYOUT, 4, (1, 1), 1).density(LAYOUT.n)
+  ends = (
+    temporal(LAYOUT, 1, (1, 1), 1).density(LAYOUT.n),
+    temporal(LAYOUT, 4, (1, 1), 1).density(LAYOUT.n),
+  )
   ends = ends if direction == "sparse_early" else ends[::-1]
   np.testing.assert_allclose((found[0], found[-1]), np.ravel(ends), rtol=1e-6)
 
@@ -140,7 +145,9 @@ def test_a_linear_head_is_the_dense_form_within_its_frame(feature_map):
 
   q, k, v = jnp.unstack(layer.qkv(arrays.unpack(x)).reshape(2, LAYOUT.n, 3, 6, 8), axis=2)
   position = np.stack(np.unravel_index(np.arange(LAYOUT.n), LAYOUT.grid), -1).astype(np.float32)
-  phi = jax.nn.softmax if feature_map == "softmax" else (lambda a: jnp.where(a > 0, a + 1, jnp.exp(a)))
+  phi = (
+    jax.nn.softmax if feature_map == "softmax" else (lambda a: jnp.where(a > 0, a + 1, jnp.exp(a)))
+  )
   q, k = phi(rotate(layer.q_norm(q), position)), phi(rotate(layer.k_norm(k), position))
   same = position[:, 0][:, None] == position[:, 0]
   scores = jnp.einsum("bihd,bjhd->bhij", q, k) * same
@@ -166,11 +173,15 @@ def test_hard_equals_soft_with_one_hot_gates():
   out, aux = run(layer, tokens())
   soft, soft_aux = run(layer, tokens(), where(soft_evaluation=True))
   np.testing.assert_allclose(out, soft, atol=2e-5)
-  assert aux["choice"][0].tolist() == [0, 1, 1, 0, 1, 0] and float(aux["cost"]) < float(soft_aux["cost"])
+  assert aux["choice"][0].tolist() == [0, 1, 1, 0, 1, 0] and float(aux["cost"]) < float(
+    soft_aux["cost"]
+  )
   fixed = layer_of(SparseFlow(allocation=(3, 3)))
   for name in ("qkv", "out", "q_norm", "k_norm"):
     nnx.update(getattr(fixed, name), nnx.state(getattr(layer, name)))
-  np.testing.assert_allclose(run(hard(layer, [0, 0, 0, 1, 1, 1]), tokens())[0], run(fixed, tokens())[0], atol=2e-5)
+  np.testing.assert_allclose(
+    run(hard(layer, [0, 0, 0, 1, 1, 1]), tokens())[0], run(fixed, tokens())[0], atol=2e-5
+  )
 
 
 def test_one_compile_for_two_assignments_and_times():
@@ -185,7 +196,9 @@ def test_one_compile_for_two_assignments_and_times():
   outs = []
   for choice, time in (([0, 1] * 3, [0.1, 0.2]), ([1] * 6, [0.1, 0.2]), ([0] * 6, [0.9, 0.8])):
     state = nnx.state(hard(layer, choice))
-    outs.append(apply(state, tokens(), jnp.array(time), LAYOUT.arrays(), layer.config.tables(LAYOUT)))
+    outs.append(
+      apply(state, tokens(), jnp.array(time), LAYOUT.arrays(), layer.config.tables(LAYOUT))
+    )
   assert len(traces) == 1
   assert all(np.abs(a - b).max() > 1e-3 for a, b in zip(outs, outs[1:], strict=False))
 
@@ -193,7 +206,9 @@ def test_one_compile_for_two_assignments_and_times():
 @pytest.mark.parametrize("mode", ["soft", "straight_through"])
 def test_router_gradient_through_the_layer(mode):
   """d loss / d logits = softmax' of <dY, Y_b>, with Y_b taken from layers fixed to one branch."""
-  method = SparseFlow(router=RouterConfig(mode=mode, penalty=0.0, temperature=(1.0, 1.0), prior=PRIOR))
+  method = SparseFlow(
+    router=RouterConfig(mode=mode, penalty=0.0, temperature=(1.0, 1.0), prior=PRIOR)
+  )
   layer, x = layer_of(method), tokens()
   dy = jnp.asarray(np.random.default_rng(5).standard_normal((2, LAYOUT.n, DIMS.width)), jnp.float32)
 
@@ -201,11 +216,16 @@ def test_router_gradient_through_the_layer(mode):
     twin = nnx.clone(layer)
     twin.method.router.bias[...] = bias
     arrays = LAYOUT.arrays()
-    return (arrays.unpack(twin(x, where(train=True), arrays, method.tables(LAYOUT), {})[0]) * dy).sum()
+    return (
+      arrays.unpack(twin(x, where(train=True), arrays, method.tables(LAYOUT), {})[0]) * dy
+    ).sum()
 
   got = jax.jit(jax.grad(loss))(layer.method.router.bias[...])
   probs, kernel = run(layer, x)[1]["probs"], layer.out.kernel[...].reshape(6, 8, 48)
-  branch = lambda i: jnp.einsum("bnhd,hdw,bnw->bh", heads_of(hard(nnx.clone(layer), [i] * 6), x), kernel, dy)
+
+  def branch(i):
+    return jnp.einsum("bnhd,hdw,bnw->bh", heads_of(hard(nnx.clone(layer), [i] * 6), x), kernel, dy)
+
   value = jnp.stack([branch(0), branch(1)], -1)
   want = (probs * (value - (probs * value).sum(-1, keepdims=True))).sum(0)
   np.testing.assert_allclose(got, want, rtol=2e-3, atol=2e-3)
@@ -217,10 +237,18 @@ def test_guided_halves_share_routing_and_masks():
   kernel = layer.method.router.out.kernel  # starts at 0: the samples' statistics would not count
   kernel[...] = jax.random.normal(jax.random.key(0), kernel[...].shape)
   _, aux = run(layer, tokens(), where(time=[0.5, 0.5], guided=True, want_masks=True))
-  for x in (aux["probs"], aux["choice"], aux["density"], aux["mask"].kv_indices, aux["mask"].kv_counts):
+  for x in (
+    aux["probs"],
+    aux["choice"],
+    aux["density"],
+    aux["mask"].kv_indices,
+    aux["mask"].kv_counts,
+  ):
     np.testing.assert_array_equal(x[0], x[1])
   _, alone = run(layer, tokens(), where(time=[0.5, 0.5]))
-  assert np.abs(alone["probs"][0] - alone["probs"][1]).max() > 1e-3  # else the law above would be empty
+  assert (
+    np.abs(alone["probs"][0] - alone["probs"][1]).max() > 1e-3
+  )  # else the law above would be empty
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -245,21 +273,29 @@ def test_rematerialisation_changes_no_gradient(mode):
 
   def loss(params, x):
     cond = where(train=True, rng=jax.random.key(3))
-    out, _, aux = nnx.merge(graphdef, params)(x, cond, LAYOUT.arrays(), layer.config.tables(LAYOUT), {})
+    out, _, aux = nnx.merge(graphdef, params)(
+      x, cond, LAYOUT.arrays(), layer.config.tables(LAYOUT), {}
+    )
     return (LAYOUT.arrays().unpack(out) ** 2).sum() + aux["loss"]
 
   kept = jax.checkpoint(loss, policy=jax.checkpoint_policies.save_only_these_names(*KEPT))
-  for a, b in zip(*(jax.tree.leaves(jax.jit(jax.grad(f))(params, tokens())) for f in (loss, kept)), strict=True):
+  for a, b in zip(
+    *(jax.tree.leaves(jax.jit(jax.grad(f))(params, tokens())) for f in (loss, kept)), strict=True
+  ):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_variance_shares_are_the_parts_of_the_variance():
   x = np.random.default_rng(0).standard_normal((2, LAYOUT.n, 3, 8)).astype(np.float32)
   got = variance_shares(LAYOUT.arrays().pack(x), LAYOUT.arrays())
-  np.testing.assert_allclose(got.sum(-1), ((x - x.mean(1, keepdims=True)) ** 2).sum(-1).mean(1), rtol=1e-4)
+  np.testing.assert_allclose(
+    got.sum(-1), ((x - x.mean(1, keepdims=True)) ** 2).sum(-1).mean(1), rtol=1e-4
+  )
   still = np.broadcast_to(x[:, :54].reshape(2, 1, 54, 3, 8), (2, 9, 54, 3, 8)).reshape(x.shape)
   moving = np.broadcast_to(x[:, :9].reshape(2, 9, 1, 3, 8), (2, 9, 54, 3, 8)).reshape(x.shape)
-  still, moving = (np.asarray(variance_shares(LAYOUT.arrays().pack(a), LAYOUT.arrays())) for a in (still, moving))
+  still, moving = (
+    np.asarray(variance_shares(LAYOUT.arrays().pack(a), LAYOUT.arrays())) for a in (still, moving)
+  )
   assert (still[..., 1] < 1e-6 * still.sum(-1)).all() and (still[..., 2] > 0).all()
   assert (moving[..., 2] < 1e-6 * moving.sum(-1)).all() and (moving[..., 1] > 0).all()
 
@@ -271,7 +307,12 @@ def test_cost_is_what_runs_over_all_times():
   method = SparseFlow(schedule=Schedule((1, 4), shape="cosine"), allocation=(4, 2))
   layer, x = layer_of(method), tokens()
   time = (np.arange(64) + 0.5).reshape(-1, 2) / 64
-  density = np.mean([np.asarray(run(layer, x, where(time=t.astype(np.float32)))[1]["density"]).mean(0).sum() for t in time])
+  density = np.mean(
+    [
+      np.asarray(run(layer, x, where(time=t.astype(np.float32)))[1]["density"]).mean(0).sum()
+      for t in time
+    ]
+  )
   cost = method.cost(LAYOUT, 6, 8)
   np.testing.assert_allclose(cost.attention_flops, 4 * 8 * density * LAYOUT.n**2, rtol=0.02)
   assert cost.linear_flops == pytest.approx(4 * LAYOUT.n * 8 * 9 * 2)
@@ -285,7 +326,9 @@ def test_cost_is_what_runs_over_all_times():
 def test_any_grid_works(grid):
   layout = TileLayout.fit(grid, 32)
   out, aux = run(layer_of(SparseFlow(), layout), tokens(layout), layout=layout)
-  assert np.isfinite(out).all() and out.shape == (2, layout.n, 48) and np.isfinite(aux["density"]).all()
+  assert (
+    np.isfinite(out).all() and out.shape == (2, layout.n, 48) and np.isfinite(aux["density"]).all()
+  )
 
 
 @pytest.mark.parametrize("mode", ["soft", "sampled"])
@@ -309,12 +352,19 @@ def test_refusals():
   assert dataclasses.replace(SparseFlow(), allocation="2,4").routed is False
 
 
-@pytest.mark.parametrize("implementation, kernels", [(None, True), ("pallas_mgpu", True), ("xla", False)])
+@pytest.mark.parametrize(
+  "implementation, kernels", [(None, True), ("pallas_mgpu", True), ("xla", False)]
+)
 def test_a_named_backend_holds_for_every_op_of_the_layer(implementation, kernels):
   """On a described Hopper GPU: attention, linear attention, norm and rotary."""
   layout = TileLayout.fit((4, 16, 16), 128)
   layer = SpectralAttention(
-    AttentionDims(128, 2, 8), SparseFlow(), layout, nnx.Rngs(0), dtype=jnp.bfloat16, implementation=implementation
+    AttentionDims(128, 2, 8),
+    SparseFlow(),
+    layout,
+    nnx.Rngs(0),
+    dtype=jnp.bfloat16,
+    implementation=implementation,
   )
   x, tables = jnp.zeros((2, layout.n_buffer, 128), jnp.bfloat16), layer.config.tables(layout)
   with jax.sharding.use_abstract_mesh(offline.mesh().abstract_mesh):

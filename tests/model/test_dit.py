@@ -17,7 +17,11 @@ from freqformer.model.dit import VideoDiT, make_tables, patchify, unpatchify
 
 SHAPE = (3, 6, 5, 4)
 BASE = dict(size="custom", width=24, depth=2, heads=2, patch=(1, 2, 2))
-FREQ = dict(window=(1, 1, 1), mid_tiles=2, basis=dict(kind="block_dct", low=(0.5, 0.5, 0.5), mid=(0.75, 0.75, 0.75)))
+FREQ = dict(
+  window=(1, 1, 1),
+  mid_tiles=2,
+  basis=dict(kind="block_dct", low=(0.5, 0.5, 0.5), mid=(0.75, 0.75, 0.75)),
+)
 
 
 def config_of(method="freqformer", **kwargs):
@@ -30,7 +34,10 @@ def model_of(config, seed=0):
   model = VideoDiT(config, SHAPE, 3, nnx.Rngs(seed))
   graphdef, params = nnx.split(model)
   keys = iter(jax.random.split(jax.random.key(1), 1000))
-  noisy = lambda x: x + 0.05 * jax.random.normal(next(keys), x.shape)
+
+  def noisy(x):
+    return x + 0.05 * jax.random.normal(next(keys), x.shape)
+
   return nnx.merge(graphdef, jax.tree.map(noisy, params))
 
 
@@ -58,18 +65,25 @@ def test_gradients_equal_with_and_without_remat(mode):
   for remat in (False, True):
     config = config_of(remat=remat, attention=dict())
     method = dataclasses.replace(
-      config.attention.named("freqformer"), router=dataclasses.replace(config.attention.named("freqformer").router, mode=mode)
+      config.attention.named("freqformer"),
+      router=dataclasses.replace(config.attention.named("freqformer").router, mode=mode),
     )
-    config = dataclasses.replace(config, attention=dataclasses.replace(config.attention, methods=(("freqformer", method),)))
+    config = dataclasses.replace(
+      config, attention=dataclasses.replace(config.attention, methods=(("freqformer", method),))
+    )
     graphdef, params = nnx.split(model_of(config))
 
     def loss(params, config=config, graphdef=graphdef):
-      out, _, aux = nnx.merge(graphdef, params)(*inputs(), make_tables(config, SHAPE), train=True, rng=jax.random.key(3))
+      out, _, aux = nnx.merge(graphdef, params)(
+        *inputs(), make_tables(config, SHAPE), train=True, rng=jax.random.key(3)
+      )
       return (out**2).mean() + aux[0]["loss"].mean()
 
     grads.append(jax.jit(jax.grad(loss))(params))
   for a, b in zip(*map(jax.tree.leaves, grads), strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)  # gradients of some rest on sums that nearly cancel
+    np.testing.assert_allclose(
+      a, b, rtol=1e-4, atol=1e-6
+    )  # gradients of some rest on sums that nearly cancel
 
 
 def test_runs_of_layers_have_their_own_method():
@@ -82,13 +96,18 @@ def test_runs_of_layers_have_their_own_method():
 
 def test_one_scan_per_run():
   """The program does not grow with depth."""
-  size = lambda depth: len(
-    str(
-      jax.make_jaxpr(lambda x, t, y, tables: VideoDiT(config_of(depth=depth), SHAPE, 3, nnx.Rngs(0))(x, t, y, tables)[0])(
-        *inputs(), make_tables(config_of(), SHAPE)
-      ).jaxpr
+
+  def size(depth):
+    return len(
+      str(
+        jax.make_jaxpr(
+          lambda x, t, y, tables: VideoDiT(config_of(depth=depth), SHAPE, 3, nnx.Rngs(0))(
+            x, t, y, tables
+          )[0]
+        )(*inputs(), make_tables(config_of(), SHAPE)).jaxpr
+      )
     )
-  )
+
   assert size(6) < 1.3 * size(2)
 
 
@@ -137,12 +156,19 @@ def test_sizes():
 
 def test_noise_and_times():
   key = jax.random.key(0)
-  alone, together = sample_noise(key, jnp.array([5]), (3, 2)), sample_noise(key, jnp.array([4, 5, 6]), (3, 2))
+  alone, together = (
+    sample_noise(key, jnp.array([5]), (3, 2)),
+    sample_noise(key, jnp.array([4, 5, 6]), (3, 2)),
+  )
   np.testing.assert_array_equal(alone[0], together[1])
   for kind in ("uniform", "logit_normal"):
     t = sample_time(key, 4096, kind)
     assert 0 < t.min() and t.max() < 1 and abs(float(t.mean()) - 0.5) < 0.01
-  assert float(sample_time(key, 4096, "logit_normal").std()) < 0.22 < float(sample_time(key, 4096, "uniform").std())
+  assert (
+    float(sample_time(key, 4096, "logit_normal").std())
+    < 0.22
+    < float(sample_time(key, 4096, "uniform").std())
+  )
 
 
 def test_linear_velocity_is_the_least_squares_fit():
@@ -160,18 +186,21 @@ def test_a_sample_is_the_same_alone_and_in_a_batch(guidance):
   model = model_of(config_of())
   graphdef, params = nnx.split(model)
   tables, labels = model.tables(SHAPE), np.array([0, 1, 2])
-  draw = lambda batch, which: sample(
-    make_step(graphdef, c := SampleConfig(steps=3, guidance=guidance, batch_size=batch)),
-    params,
-    model,
-    labels[which],
-    np.arange(3)[which],
-    7,
-    tables,
-    SHAPE,
-    c,
-    progress=False,
-  )[0]
+
+  def draw(batch, which):
+    return sample(
+      make_step(graphdef, c := SampleConfig(steps=3, guidance=guidance, batch_size=batch)),
+      params,
+      model,
+      labels[which],
+      np.arange(3)[which],
+      7,
+      tables,
+      SHAPE,
+      c,
+      progress=False,
+    )[0]
+
   together = draw(3, slice(None))
   # Not bit-equal: another batch size adds in another order, in every one of the steps; samples are of size 1.
   np.testing.assert_allclose(draw(1, slice(1, 2))[0], together[1], atol=1e-4)
@@ -197,7 +226,18 @@ def test_euler_integrates_a_straight_line():
   graphdef, params = nnx.split(Straight())
   for steps in (1, 5):
     config = SampleConfig(steps=steps, guidance=1.0, batch_size=1)
-    out, _ = sample(make_step(graphdef, config), params, Straight(), [0], [0], 0, {}, SHAPE, config, progress=False)
+    out, _ = sample(
+      make_step(graphdef, config),
+      params,
+      Straight(),
+      [0],
+      [0],
+      0,
+      {},
+      SHAPE,
+      config,
+      progress=False,
+    )
     np.testing.assert_allclose(out, 2.0, atol=1e-5)
 
 
@@ -206,8 +246,13 @@ def test_training_counts_every_branch():
   config, layout = config_of(), config_of().layout(SHAPE)
   method = config.attention.named("freqformer")
   alone = [method.cost(layout, 2, 12, tuple(np.eye(3)[i])).attention_flops for i in range(3)]
-  np.testing.assert_allclose(model_cost(config, SHAPE, training=True).attention_flops, 2 * sum(alone), rtol=1e-6)
-  assert model_cost(config, SHAPE).attention_flops < model_cost(config, SHAPE, training=True).attention_flops
+  np.testing.assert_allclose(
+    model_cost(config, SHAPE, training=True).attention_flops, 2 * sum(alone), rtol=1e-6
+  )
+  assert (
+    model_cost(config, SHAPE).attention_flops
+    < model_cost(config, SHAPE, training=True).attention_flops
+  )
   dense = config_of("dense")
   assert model_cost(dense, SHAPE, training=True) == model_cost(dense, SHAPE)
 

@@ -43,7 +43,9 @@ def test_mp4_without_libx264(tmp_path, monkeypatch):
   assert name == "mpeg4" and len(got) == 6
 
 
-@pytest.mark.parametrize("wrong", [np.zeros((2, 4, 4, 3)), np.zeros((2, 4, 4), np.uint8), np.zeros((0, 4, 4, 3), np.uint8)])
+@pytest.mark.parametrize(
+  "wrong", [np.zeros((2, 4, 4, 3)), np.zeros((2, 4, 4), np.uint8), np.zeros((0, 4, 4, 3), np.uint8)]
+)
 def test_mp4_refuses(tmp_path, wrong):
   with pytest.raises(ValueError, match="uint8"):
     video.write_mp4(tmp_path / "a.mp4", wrong)
@@ -58,7 +60,10 @@ def test_mp4_refuses_a_rate_that_is_none(tmp_path, fps):
 
 def test_folders(tmp_path):
   (tmp_path / "file").write_text("")
-  assert video.check_folder(tmp_path / "new" / "er") == tmp_path / "new" / "er" and not (tmp_path / "new").exists()
+  assert (
+    video.check_folder(tmp_path / "new" / "er") == tmp_path / "new" / "er"
+    and not (tmp_path / "new").exists()
+  )
   for path in (tmp_path / "file", tmp_path / "file" / "in" / "it"):
     with pytest.raises(ConfigError, match="file is a file"):
       video.check_folder(path)

@@ -22,7 +22,18 @@ from freqformer.simulation.forward import cubic_grid, row
 from tests.simulation.cases import plan, rows_of
 
 PUBLISHED = "freqformer/simulation/published/h100.json"
-FIELDS = ("model", "method", "gpu", "tokens", "grid", "attention_flops", "linear_flops", "total_flops", "hbm_bytes", "seconds")
+FIELDS = (
+  "model",
+  "method",
+  "gpu",
+  "tokens",
+  "grid",
+  "attention_flops",
+  "linear_flops",
+  "total_flops",
+  "hbm_bytes",
+  "seconds",
+)
 PARTS = ("attention", "around", "matmul", "elementwise", "communication")
 
 
@@ -31,7 +42,11 @@ PARTS = ("attention", "around", "matmul", "elementwise", "communication")
 
 def check_identities(r):
   """What the numbers of one row say of each other, on any number of GPUs."""
-  assert all(name in r for name in FIELDS) and r["measured"] is False and math.prod(r["grid"]) == r["tokens"]
+  assert (
+    all(name in r for name in FIELDS)
+    and r["measured"] is False
+    and math.prod(r["grid"]) == r["tokens"]
+  )
   assert r["total_flops"] == r["attention_flops"] + r["linear_flops"]
   assert r["seconds"] == pytest.approx(sum(r[f"{part}_seconds"] for part in PARTS))
   assert r["tokens_per_s"] * r["seconds"] == pytest.approx(r["tokens"])
@@ -42,7 +57,13 @@ def check_identities(r):
 
 
 def test_rows_have_the_fields_and_add_up():
-  rows = rows_of("--model=wan2.1-1.3b", "--method=freqformer", "--gpu=h100", "--tokens=64k,75600", "--compare=dense,radial")
+  rows = rows_of(
+    "--model=wan2.1-1.3b",
+    "--method=freqformer",
+    "--gpu=h100",
+    "--tokens=64k,75600",
+    "--compare=dense,radial",
+  )
   assert [r["tokens"] for r in rows] == [65536] * 3 + [75600] * 3
   for r in rows:
     check_identities(r)
@@ -60,13 +81,27 @@ def test_rows_on_several_gpus(method):
   for gpus in (1, 8, 12):
     r = scaling.parallel_row(p, gpu, gpus)
     check_identities(r)
-    assert all(r[name] == alone[name] for name in ("total_flops", "hbm_bytes", "kv_bytes", "launches"))
-    assert r["speedup_over_one_gpu"] * r["seconds"] == pytest.approx(alone["seconds"]) and r["imbalance"] >= 1
-    assert r["speedup_over_one_gpu"] == pytest.approx(1) if gpus == 1 else 1 < r["speedup_over_one_gpu"] < gpus
-    assert before is None or (r["seconds"] < before["seconds"] and r["memory_bytes"] < before["memory_bytes"])
+    assert all(
+      r[name] == alone[name] for name in ("total_flops", "hbm_bytes", "kv_bytes", "launches")
+    )
+    assert (
+      r["speedup_over_one_gpu"] * r["seconds"] == pytest.approx(alone["seconds"])
+      and r["imbalance"] >= 1
+    )
+    assert (
+      r["speedup_over_one_gpu"] == pytest.approx(1)
+      if gpus == 1
+      else 1 < r["speedup_over_one_gpu"] < gpus
+    )
+    assert before is None or (
+      r["seconds"] < before["seconds"] and r["memory_bytes"] < before["memory_bytes"]
+    )
     seconds, counts = scaling.parallel_run(p, gpu, gpus)
     each = {phase: scaling.parallel(p, gpu, gpus, phase=phase).seconds for phase in set(phases)}
-    assert seconds == pytest.approx(p.card.forwards * sum(each[phase] for phase in phases)) and sum(counts.values()) == steps
+    assert (
+      seconds == pytest.approx(p.card.forwards * sum(each[phase] for phase in phases))
+      and sum(counts.values()) == steps
+    )
     before = r
 
 
@@ -76,15 +111,26 @@ def test_a_run_is_computed_phase_by_phase():
   one, eight = scaling.parallel_run(p, gpu, 1)[0], scaling.parallel_run(p, gpu, 8)[0]
   usual = scaling.parallel(p, gpu, 8)
   assert abs(eight * usual.speedup / one - 1) > 0.01
-  (shown,) = rows_of("--model=hunyuanvideo", "--method=adaspa", "--grid=33,45,80", "--gpus=8", "--run")
-  assert shown["run_seconds"] == pytest.approx(eight) and shown["largest_video_seconds"] > shown["video_seconds"]
+  (shown,) = rows_of(
+    "--model=hunyuanvideo", "--method=adaspa", "--grid=33,45,80", "--gpus=8", "--run"
+  )
+  assert (
+    shown["run_seconds"] == pytest.approx(eight)
+    and shown["largest_video_seconds"] > shown["video_seconds"]
+  )
 
 
 def test_more_gpus():
   gpu, p = load_gpu("h100"), plan("wan2.1-14b", "freqformer", (21, 45, 80))
   one, four = scaling.parallel(p, gpu, 1), scaling.parallel(p, gpu, 4)
-  assert one.speedup == 1 and 1 < four.speedup < 4 and four.sent_bytes == 40 * 4 * 75600 * 5120 * 2 * 3 / 16
-  assert scaling.imbalance(plan(), 4) == 1 and scaling.imbalance(plan(), 8) == 4 / 3  # 12 heads on 8: two or one each
+  assert (
+    one.speedup == 1
+    and 1 < four.speedup < 4
+    and four.sent_bytes == 40 * 4 * 75600 * 5120 * 2 * 3 / 16
+  )
+  assert (
+    scaling.imbalance(plan(), 4) == 1 and scaling.imbalance(plan(), 8) == 4 / 3
+  )  # 12 heads on 8: two or one each
   assert scaling.imbalance(p, 40) > 1.2  # one head each: the dearest branch is the busiest
   linear = plan("wan2.1-1.3b", "sparseflow(allocation=(0, 12))")
   assert scaling.imbalance(linear, 4) == 1  # no pairs at all
@@ -94,7 +140,10 @@ def test_bytes_per_element_count_everywhere():
   p, gpu = plan(), load_gpu("h100")
   wide = dataclasses.replace(gpu, itemsize=4)
   two, four = (scaling.parallel_row(p, g, 4) for g in (gpu, wide))
-  assert four["hbm_bytes"] == pytest.approx(2 * two["hbm_bytes"], rel=0.01) and four["sent_bytes"] == 2 * two["sent_bytes"]
+  assert (
+    four["hbm_bytes"] == pytest.approx(2 * two["hbm_bytes"], rel=0.01)
+    and four["sent_bytes"] == 2 * two["sent_bytes"]
+  )
   assert four["elementwise_seconds"] == pytest.approx(2 * two["elementwise_seconds"], rel=0.05)
   assert four["memory_bytes"] == pytest.approx(2 * two["memory_bytes"], rel=0.02)
 
@@ -103,10 +152,20 @@ def test_bytes_per_element_count_everywhere():
 
 
 def test_formats_agree(capsys):
-  argv = ["--model=s", "--method=sliding_tile(window=(4, 8, 8))", "--grid=8,16,16", "--gpu=a100", "--gpus=2"]
+  argv = [
+    "--model=s",
+    "--method=sliding_tile(window=(4, 8, 8))",
+    "--grid=8,16,16",
+    "--gpu=a100",
+    "--gpus=2",
+  ]
   (one,) = rows_of(*argv)
   (line,) = csv.DictReader(io.StringIO(simulate.run([*argv, "--format=csv"])))
-  assert float(line["seconds"]) == one["seconds"] and line["grid"] == "8x16x16" and line["measured"] == "False"
+  assert (
+    float(line["seconds"]) == one["seconds"]
+    and line["grid"] == "8x16x16"
+    and line["measured"] == "False"
+  )
   title, rates, head, found = simulate.run(argv).splitlines()
   assert title == "s on 2 x a100: one forward at batch 1, simulated" and rates.startswith("rates: ")
   cells = dict(zip(re.split("  +", head.strip()), re.split("  +", found.strip()), strict=True))
@@ -118,7 +177,9 @@ def test_any_integer_works_and_the_grid_is_printed(capsys):
   (one,) = rows_of("--model=s", "--method=radial", "--tokens=10007")  # a prime
   assert one["grid"] == [1, 1, 10007] and "1x1x10007, the most cubic" in capsys.readouterr().err
   own = rows_of("--model=wan2.1-14b", "--method=dense", "--tokens=75600,32760")
-  assert [r["grid"] for r in own] == [[21, 45, 80], [21, 30, 52]] and own[0]["video_seconds"] == 81 / 16
+  assert [r["grid"] for r in own] == [[21, 45, 80], [21, 30, 52]] and own[0][
+    "video_seconds"
+  ] == 81 / 16
   assert "75,600 tokens: grid 21x45x80, of a video of wan2.1-14b" in capsys.readouterr().err
   rows_of("--model=s", "--method=dense")
   assert "2,048 tokens: grid 8x16x16, of a video of s" in capsys.readouterr().err
@@ -130,30 +191,50 @@ def test_any_integer_works_and_the_grid_is_printed(capsys):
 
 def test_fields_of_methods_as_text():
   assert split_methods("dense, a(b=(1, 2), c=d),e") == ["dense", "a(b=(1, 2), c=d)", "e"]
-  nested = "freqformer(low_shared=true, router=dict(prior=(1, 1, 2)), basis=dict(low=(0.25, 0.5, 0.5)))"
+  nested = (
+    "freqformer(low_shared=true, router=dict(prior=(1, 1, 2)), basis=dict(low=(0.25, 0.5, 0.5)))"
+  )
   plain, found = rows_of("--model=s", "--method=freqformer", f"--compare={nested}")
   assert found["attention_flops"] != plain["attention_flops"]
 
 
 @pytest.mark.parametrize("form", ["table", "json", "csv"])
 def test_what_does_not_fit_has_a_row_that_says_so(form, tmp_path):
-  argv = ["--tokens=1m", "--model=wan2.1-14b", "--method=block_topk", "--compare=adaspa,dense", f"--format={form}"]
+  argv = [
+    "--tokens=1m",
+    "--model=wan2.1-14b",
+    "--method=block_topk",
+    "--compare=adaspa,dense",
+    f"--format={form}",
+  ]
   text = simulate.run([*argv, f"--plot={tmp_path}/p.svg"])
   if form == "json":
     topk, adaspa, dense = json.loads(text)
-    assert "GB too much" in adaspa["error"] and all(adaspa[name] is None for name in FIELDS[5:]) and "error" not in dense
+    assert (
+      "GB too much" in adaspa["error"]
+      and all(adaspa[name] is None for name in FIELDS[5:])
+      and "error" not in dense
+    )
     assert topk["speedup_over_dense"] > 5 and "speedup_over_dense" not in adaspa
   elif form == "csv":
     _, adaspa, dense = csv.DictReader(io.StringIO(text))
-    assert adaspa["seconds"] == "" and "GB too much" in adaspa["error"] and float(dense["seconds"]) > 0
+    assert (
+      adaspa["seconds"] == "" and "GB too much" in adaspa["error"] and float(dense["seconds"]) > 0
+    )
   else:
     lines = text.splitlines()
     assert len(lines) == 7 and lines[4].split()[:4] == ["1,048,576", "64x128x128", "adaspa", "1"]
-    assert lines[-1].startswith("refused: adaspa on 1,048,576 tokens: ") and "What fits: --gpus=2" in lines[-1]
+    assert (
+      lines[-1].startswith("refused: adaspa on 1,048,576 tokens: ")
+      and "What fits: --gpus=2" in lines[-1]
+    )
 
 
 REFUSALS = [
-  (["--gpu=h900"], r"gpu 'h900' is unknown; known: a100, b200, cpu, h100, h200\. .*JSON file with name"),
+  (
+    ["--gpu=h900"],
+    r"gpu 'h900' is unknown; known: a100, b200, cpu, h100, h200\. .*JSON file with name",
+  ),
   (["--model=wan3"], r"model 'wan3' is unknown; known: b, cogvideox1\.5-5b"),
   (["--method=frequency"], "unknown"),
   (["--method=block_topk(density=2.0)"], r"^block_topk: .*density"),
@@ -163,9 +244,15 @@ REFUSALS = [
   (["--tokens=1.3"], "no positive whole number"),
   (["--tokens=inf"], "no positive whole number"),
   (["--tokens=0"], "no positive whole number"),
-  (["--tokens=1000000000000"], r"1,000,000,000,000 are 465\.7 times the 2,147,483,647 tokens that an int32"),
+  (
+    ["--tokens=1000000000000"],
+    r"1,000,000,000,000 are 465\.7 times the 2,147,483,647 tokens that an int32",
+  ),
   (["--tokens=1e18"], "an int32 index reaches"),
-  (["--tokens=2147483647"], r"2,147,483,648 rows, more than .* int32 .*What fits: --grid=\d+,30,52 \("),
+  (
+    ["--tokens=2147483647"],
+    r"2,147,483,648 rows, more than .* int32 .*What fits: --grid=\d+,30,52 \(",
+  ),
   (["--grid=100000,100000,100000"], r"int32 index reaches.*What fits: --grid=\d+,30,52 \("),
   (["--grid=8,16"], "three positive token counts"),
   (["--grid=8,16,0"], "three positive token counts"),
@@ -183,7 +270,10 @@ REFUSALS = [
   (["--plot=x.foo"], r"must end in one of .*\.svg"),
   (["--plot=svg"], "must end in one of"),
   (["--model=s", "--method=dense", "--plot=/proc/x/y.svg"], "cannot be written to /proc/x/y.svg"),
-  ([f"--calibrate={PUBLISHED}", "--write_gpu=/no/such/x.json"], "cannot be written to /no/such/x.json"),
+  (
+    [f"--calibrate={PUBLISHED}", "--write_gpu=/no/such/x.json"],
+    "cannot be written to /no/such/x.json",
+  ),
 ]
 
 
@@ -220,7 +310,9 @@ def test_memory_and_the_largest_video():
   with pytest.raises(ConfigError, match="too much"):
     scaling.check_fits(dataclasses.replace(p, grid=(grid[0] + 1, *grid[1:])), gpu)
   assert scaling.memory_bytes(p, 8) < scaling.memory_bytes(p)
-  assert scaling.memory_bytes(plan("hunyuanvideo", "adaspa", (33, 45, 80))) > scaling.memory_bytes(p)
+  assert scaling.memory_bytes(plan("hunyuanvideo", "adaspa", (33, 45, 80))) > scaling.memory_bytes(
+    p
+  )
   huge = dataclasses.replace(p, grid=(1, 1 << 20, 1 << 20))
   assert scaling.largest_video(huge, gpu) is None and not scaling.fits(huge, gpu)
 
@@ -238,12 +330,18 @@ TOO_MUCH = [
 @pytest.mark.parametrize("argv", TOO_MUCH, ids=" ".join)
 def test_what_a_refusal_recommends_is_accepted(argv):
   argv = [*argv, *(["--method=dense"] if "--method=adaspa" not in argv else [])]
-  with pytest.raises(ConfigError, match=r"(GB too much|int32 index reaches.*)\. What fits: ") as refused:
+  with pytest.raises(
+    ConfigError, match=r"(GB too much|int32 index reaches.*)\. What fits: "
+  ) as refused:
     simulate.run(argv)
   options = re.findall(r"--(\w+)=([\w,]+)", str(refused.value).split("What fits")[1])
   assert options
   for name, value in options:
-    without = [a for a in argv if not a.startswith(f"--{name}=") and not (name == "grid" and a.startswith("--tokens"))]
+    without = [
+      a
+      for a in argv
+      if not a.startswith(f"--{name}=") and not (name == "grid" and a.startswith("--tokens"))
+    ]
     (found,) = rows_of(*without, f"--{name}={value}")
     check_identities(found)
 
@@ -255,7 +353,11 @@ def test_sixteen_million_tokens_are_counted_or_refused_in_little_memory(method):
   try:
     rows_of("--tokens=16m", "--model=wan2.1-14b", "--gpu=h200", "--gpus=8", f"--method={method}")
   except ConfigError as error:
-    assert "cannot run on grid" in str(error) and "fewer tokens" in str(error) or "GB too much" in str(error)
+    assert (
+      "cannot run on grid" in str(error)
+      and "fewer tokens" in str(error)
+      or "GB too much" in str(error)
+    )
   finally:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -265,7 +367,9 @@ def test_sixteen_million_tokens_are_counted_or_refused_in_little_memory(method):
 def test_plot_and_speed_at_a_million_tokens(tmp_path):
   start = time.monotonic()
   before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  (found,) = rows_of("--model=wan2.1-14b", "--method=freqformer", "--tokens=1m", f"--plot={tmp_path}/p.svg")
+  (found,) = rows_of(
+    "--model=wan2.1-14b", "--method=freqformer", "--tokens=1m", f"--plot={tmp_path}/p.svg"
+  )
   assert time.monotonic() - start < 5 and found["tokens"] == 1 << 20
   assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1e6  # kilobytes
   assert "simulated" in (tmp_path / "p.svg").read_text()
@@ -274,7 +378,10 @@ def test_plot_and_speed_at_a_million_tokens(tmp_path):
 # ---- descriptions --------------------------------------------------------------------------------------------------------
 
 
-H100, WAN = (json.load(open(f"freqformer/simulation/{name}.json")) for name in ("gpus/h100", "models/wan2.1-14b"))
+H100, WAN = (
+  json.load(open(f"freqformer/simulation/{name}.json"))
+  for name in ("gpus/h100", "models/wan2.1-14b")
+)
 BAD_GPUS = [
   ({"smss": 3}, "Gpu has no key 'smss'; did you mean 'sms'"),
   ({"l2_bytes": -5}, r"l2_bytes=-5\.0 must be above 0"),
@@ -283,7 +390,10 @@ BAD_GPUS = [
   ({"rates": H100["rates"] | {"hbm": math.nan}}, r"rates\.hbm must be a finite number"),
   ({"rates": H100["rates"] | {"link": 0}}, r"link=0\.0 must be above 0"),
   ({"rates": H100["rates"] | {"item_s": -1}}, "item_s=-1.0 must be at least 0"),
-  ({"rates": H100["rates"] | {"matmul_flops": 1e18}}, "matmul_flops=1e.18 exceeds the data sheet's tensor_flops"),
+  (
+    {"rates": H100["rates"] | {"matmul_flops": 1e18}},
+    "matmul_flops=1e.18 exceeds the data sheet's tensor_flops",
+  ),
   ({"rates": {}}, "rates lacks attention_flops, .*; add them"),
 ]
 BAD_MODELS = [
@@ -301,7 +411,9 @@ BAD_MODELS = [
 ]
 
 
-@pytest.mark.parametrize("change, message", BAD_GPUS + BAD_MODELS, ids=[str(c) for c, _ in BAD_GPUS + BAD_MODELS])
+@pytest.mark.parametrize(
+  "change, message", BAD_GPUS + BAD_MODELS, ids=[str(c) for c, _ in BAD_GPUS + BAD_MODELS]
+)
 def test_a_file_that_describes_nothing_is_refused(change, message, tmp_path):
   kind, base = ("gpu", H100) if (change, message) in BAD_GPUS else ("model", WAN)
   (tmp_path / "mine.json").write_text(json.dumps(base | change))

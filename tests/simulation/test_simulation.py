@@ -31,7 +31,11 @@ def test_every_model_on_every_gpu(model, gpu):
   card = load_model(model)
   found = row(plan(model, "dense", card.grid), load_gpu(gpu))
   assert found["seconds"] > 0 and found["tokens_per_s"] > 0 and found["flops_per_byte"] > 1
-  assert found["rates"] == "all rates assumed" and not found["rates_fitted"] and "hbm" in found["rates_assumed"]
+  assert (
+    found["rates"] == "all rates assumed"
+    and not found["rates_fitted"]
+    and "hbm" in found["rates_assumed"]
+  )
   assert load_gpu(gpu).rates_from.startswith("Assumed")
 
 
@@ -71,12 +75,17 @@ def test_our_card_counts_like_the_model():
   model = experiment(config).model.with_method("dense")
   ours = model_cost(model, (8, 16, 16, 32))
   found = forward(plan("s", "dense", (8, 16, 16)), load_gpu("h100"))
-  assert found.attention_flops == ours.attention_flops and found.linear_flops == pytest.approx(ours.linear_flops, rel=1e-12)
+  assert found.attention_flops == ours.attention_flops and found.linear_flops == pytest.approx(
+    ours.linear_flops, rel=1e-12
+  )
 
 
 def test_the_field_s_shares():
   """Attention has about half of a forward at 480p, 70-78 % at 720p, about 95 % at 1M tokens (by FLOPs)."""
-  share = lambda f: f.attention_flops / f.total_flops
+
+  def share(f):
+    return f.attention_flops / f.total_flops
+
   gpu = load_gpu("h100")
   assert 0.45 < share(forward(plan("wan2.1-14b", "dense", (21, 30, 52)), gpu)) < 0.6
   assert 0.65 < share(forward(plan("wan2.1-14b", "dense", (21, 45, 80)), gpu)) < 0.8
@@ -98,7 +107,11 @@ def test_roofline_limits():
   assert attention_seconds(few, slow, 24).bound == "hbm"
   # 133 equal items take two waves, as 264 do.
   a, b = (attention_seconds(uniform(n, 64, 512, 128), h100, 1) for n in (133, 264))
-  assert a.total == pytest.approx(b.total, rel=0.02) and a.tail > 0.9 * a.compute and b.tail < 1e-6 * b.compute
+  assert (
+    a.total == pytest.approx(b.total, rel=0.02)
+    and a.tail > 0.9 * a.compute
+    and b.tail < 1e-6 * b.compute
+  )
   empty = attention_seconds(uniform(10, 0, 10, 128), h100, 1)
   assert 0 < empty.total < 1e-3
 
@@ -116,14 +129,22 @@ def test_time_at_a_fixed_key_budget_is_linear_and_at_fixed_density_quadratic():
 def test_the_baseline_pays_no_padding():
   """At most one tile of it, whatever the grid; our own dense method pays what its layout holds. Both score the same pairs."""
   gpu = load_gpu("h100")
-  for grid, least, most in (((21, 45, 80), 1.1, 1.2), ((16, 64, 64), 0.999, 1.001), ((11, 48, 85), 1.2, 1.35)):
+  for grid, least, most in (
+    ((21, 45, 80), 1.1, 1.2),
+    ((16, 64, 64), 0.999, 1.001),
+    ((11, 48, 85), 1.2, 1.35),
+  ):
     ours = plan("wan2.1-14b", "dense", grid, block=128)
     base = dense_baseline(dataclasses.replace(ours, method=make_method("radial"), block=64))
     assert base.layout.n_buffer - base.layout.n < 128 and base.layout.block == 128
     padded, unpadded = forward(ours, gpu), forward(base, gpu)
     assert least < padded.attention_s / unpadded.attention_s < most
-    assert padded.attention_flops == unpadded.attention_flops and padded.matmul_s == unpadded.matmul_s
-  (found,) = rows_of("--model=wan2.1-14b", "--method=dense", "--gpus=2")  # its usual video is ragged
+    assert (
+      padded.attention_flops == unpadded.attention_flops and padded.matmul_s == unpadded.matmul_s
+    )
+  (found,) = rows_of(
+    "--model=wan2.1-14b", "--method=dense", "--gpus=2"
+  )  # its usual video is ragged
   assert found["speedup_over_dense"] == found["unpadded_dense_seconds"] / found["seconds"] < 0.95
 
 
@@ -146,11 +167,18 @@ def test_published_rows_that_were_not_fitted_are_within_15_percent():
   assert sum(r["fitted"] for r in fit.rows) == 3 and fit.worst(True) < 0.01
   assert sum(not r["fitted"] for r in fit.rows) >= 15 and fit.worst(False) < 0.15
   assert not fit.warnings and not fit.notes and "not fitted: mean error" in fit.report()
-  assert fit.gpu.fitted == fit.fitted and {"l2", "hbm", "matmul_flops", "launch_s"} <= set(fit.gpu.assumed)
-  assert fit.gpu.rates_note.startswith("attention_flops, softmax_exposed, item_s fitted to 3 measured rows; matmul_flops")
+  assert fit.gpu.fitted == fit.fitted and {"l2", "hbm", "matmul_flops", "launch_s"} <= set(
+    fit.gpu.assumed
+  )
+  assert fit.gpu.rates_note.startswith(
+    "attention_flops, softmax_exposed, item_s fitted to 3 measured rows; matmul_flops"
+  )
   # The H200 has the same SMs and gets their rates, its memory stays its own; the A100 gets nothing.
   h200 = calibrate.carry_over(fit.gpu, load_gpu("h200"))
-  assert h200.rates.attention_flops == fit.gpu.rates.attention_flops and h200.rates.hbm == load_gpu("h200").rates.hbm
+  assert (
+    h200.rates.attention_flops == fit.gpu.rates.attention_flops
+    and h200.rates.hbm == load_gpu("h200").rates.hbm
+  )
   assert "of h100, which has the same SMs" in row(plan(), h200)["rates"]
   with pytest.raises(ConfigError, match="tensor_flops, sms, exp_per_sm_s differ"):
     calibrate.carry_over(fit.gpu, load_gpu("a100"))
@@ -159,7 +187,10 @@ def test_published_rows_that_were_not_fitted_are_within_15_percent():
 def test_calibration_finds_known_rates(tmp_path):
   truth = load_gpu("h100")
   truth = dataclasses.replace(
-    truth, rates=dataclasses.replace(truth.rates, attention_flops=700e12, item_s=5e-6, softmax_exposed=0.5)
+    truth,
+    rates=dataclasses.replace(
+      truth.rates, attention_flops=700e12, item_s=5e-6, softmax_exposed=0.5
+    ),
   )
   rows = []
   for d, n in ((128, 1024), (128, 16384), (64, 16384), (128, 4096)):
@@ -168,18 +199,31 @@ def test_calibration_finds_known_rates(tmp_path):
     rows[-1] |= {"seconds": attention_seconds(call, truth, 16).total, "fit": n != 4096}
   (tmp_path / "rows.json").write_text(json.dumps(rows))
   fit = calibrate.fit_file(load_gpu("h100"), tmp_path / "rows.json")
-  assert fit.gpu.rates.attention_flops == pytest.approx(700e12, rel=0.03) and fit.gpu.rates.item_s == pytest.approx(
-    5e-6, rel=0.1
-  )
+  assert fit.gpu.rates.attention_flops == pytest.approx(
+    700e12, rel=0.03
+  ) and fit.gpu.rates.item_s == pytest.approx(5e-6, rel=0.1)
   assert fit.worst(False) < 0.02
-  text = simulate.run(["--gpu=h100", f"--calibrate={tmp_path}/rows.json", f"--write_gpu={tmp_path}/fitted.json"])
+  text = simulate.run(
+    ["--gpu=h100", f"--calibrate={tmp_path}/rows.json", f"--write_gpu={tmp_path}/fitted.json"]
+  )
   written = load_gpu(f"{tmp_path}/fitted.json")
-  assert "fitted" in text and written.fitted == fit.fitted and written.fitted_to == "3 measured rows"
-  (shown,) = rows_of(f"--gpu={tmp_path}/fitted.json", "--model=s", "--method=dense", "--grid=8,16,16")
+  assert (
+    "fitted" in text and written.fitted == fit.fitted and written.fitted_to == "3 measured rows"
+  )
+  (shown,) = rows_of(
+    f"--gpu={tmp_path}/fitted.json", "--model=s", "--method=dense", "--grid=8,16,16"
+  )
   assert shown["rates_fitted"] == list(fit.fitted) and "l2" in shown["rates_assumed"]
 
 
-CALL = {"name": "x", "gpu": "h100", "heads": 16, "head_dim": 128, "tokens": 16384, "seconds": 3.4e-3}
+CALL = {
+  "name": "x",
+  "gpu": "h100",
+  "heads": 16,
+  "head_dim": 128,
+  "tokens": 16384,
+  "seconds": 3.4e-3,
+}
 
 
 def written(path, *rows):
@@ -189,16 +233,23 @@ def written(path, *rows):
 
 def test_a_fit_that_fails_says_so(tmp_path):
   """A row that no choice of rates gives: the rate ends on the limit of its search, and the row is missed."""
-  fit = calibrate.fit_file(load_gpu("h100"), written(tmp_path / "rows.json", CALL | {"seconds": 1e-9}))
+  fit = calibrate.fit_file(
+    load_gpu("h100"), written(tmp_path / "rows.json", CALL | {"seconds": 1e-9})
+  )
   limit, missed = fit.warnings
-  assert limit.startswith("attention_flops ended on the limit") and missed.startswith("1 of 1 fitted rows are missed")
+  assert limit.startswith("attention_flops ended on the limit") and missed.startswith(
+    "1 of 1 fitted rows are missed"
+  )
   assert fit.report().count("WARNING") == 2 and fit.notes[-1].startswith("nothing was held out")
   assert "DOUBTFUL" in fit.gpu.rates_note and fit.rows[0]["rates_warnings"] == list(fit.warnings)
 
 
 def test_rows_that_do_not_say_are_split(tmp_path):
   """Every other one by size; where some ask to be fitted, the others are held out; other kernels are held out."""
-  sizes = [CALL | {"name": str(n), "tokens": n, "seconds": n**2 * 1.3e-11} for n in (4096, 16384, 8192, 2048)]
+  sizes = [
+    CALL | {"name": str(n), "tokens": n, "seconds": n**2 * 1.3e-11}
+    for n in (4096, 16384, 8192, 2048)
+  ]
   other = [CALL | {"name": "other", "implementation": "y", "seconds": 1.0}]
   for rows, fitted in (
     (sizes + other, {"2048", "8192", "16384"}),
@@ -215,7 +266,10 @@ BAD_ROWS = [
   ({"head_dim": None}, "'x' lacks or misstates a field: 'head_dim'"),
   ({"seconds": None}, "'x' lacks or misstates a field: 'seconds or tflops'"),
   ({"attention_calls": 5}, "'x': attention_calls must hold an object per timed call, got 5"),
-  ({"attention_calls": {"a": {"heads": 1, "head_dim": 8, "n": 64}}}, "'x: a' lacks or misstates a field: 'seconds or tflops'"),
+  (
+    {"attention_calls": {"a": {"heads": 1, "head_dim": 8, "n": 64}}},
+    "'x: a' lacks or misstates a field: 'seconds or tflops'",
+  ),
   ({"block": 0}, "block=0 must be a positive whole number"),
   ({"tokens": 0}, "tokens=0 must be"),
   ({"heads": 0}, "heads=0 must be"),

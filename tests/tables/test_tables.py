@@ -86,7 +86,9 @@ def test_topk_is_exact_and_keeps_fixed_tiles(budget, chunk, monkeypatch):
   planner._log_all_tiles.cache_clear()
   monkeypatch.setattr(planner.logging, "info", lambda text, *args: said.append((text % args)[:33]))
   mask, _ = jax.jit(call)(q, k), call(q, k)  # said once
-  assert [m for m in said if "key tiles" in m] == ([] if budget < layout.tiles else ["lists of 100 key tiles are longer"])
+  assert [m for m in said if "key tiles" in m] == (
+    [] if budget < layout.tiles else ["lists of 100 key tiles are longer"]
+  )
   tiles = np.asarray(mask.check().to_tiles())
   scores = np.einsum("bhid,bhjd->bhij", q, k)
   for b, h, i in np.ndindex(tiles.shape[:3]):

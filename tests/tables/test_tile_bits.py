@@ -33,7 +33,9 @@ def test_fixed_tiles_come_first_inside_the_budget():
 @pytest.mark.parametrize("tiles", [1, 8, 9, 31, 64])
 def test_bits_and_lists_round_trip(tiles):
   rng = np.random.default_rng(0)
-  marked = rng.random((2, 3, tiles, tiles)) < rng.random((2, 3, tiles, 1))  # rows from empty to full
+  marked = rng.random((2, 3, tiles, tiles)) < rng.random(
+    (2, 3, tiles, 1)
+  )  # rows from empty to full
   bits = jnp.asarray(np.packbits(marked, axis=-1, bitorder="little"))
   np.testing.assert_array_equal(unpack_bits(bits, tiles), marked)
   table = jax.jit(lambda bits: lists_of_bits(bits, tiles, np.full(tiles, 4, np.int32), 4))(bits)

@@ -53,7 +53,9 @@ def test_a_kernel_reports_its_resources_every_time():
 
 
 def test_two_kernels_are_told_apart():
-  two = offline.compile_for(lambda a, b: (scale_rows(a), scale_rows(b) + 1), *_inputs((1024, 128), (4096, 128)))
+  two = offline.compile_for(
+    lambda a, b: (scale_rows(a), scale_rows(b) + 1), *_inputs((1024, 128), (4096, 128))
+  )
   assert len({k.name for k in two.kernels}) == len(two.kernels) == 2
 
 
@@ -62,8 +64,13 @@ def _inputs(*shapes):
 
 
 def test_eight_gpus_show_their_collective():
-  mean = lambda params, x: jax.grad(lambda p: jnp.mean((x @ p) ** 2))(params)
-  args = [jax.ShapeDtypeStruct((64, 64), jnp.float32), jax.ShapeDtypeStruct((4096, 64), jnp.float32)]
+  def mean(params, x):
+    return jax.grad(lambda p: jnp.mean((x @ p) ** 2))(params)
+
+  args = [
+    jax.ShapeDtypeStruct((64, 64), jnp.float32),
+    jax.ShapeDtypeStruct((4096, 64), jnp.float32),
+  ]
   eight = offline.compile_for(mean, *args, devices=8, shardings=(P(), P("data")))
   assert "all-reduce" in eight.compiled.as_text()
   assert eight.argument_bytes == 64 * 64 * 4 + 4096 // 8 * 64 * 4
@@ -107,7 +114,9 @@ def test_missing_wheels_say_what_to_run(monkeypatch, found):
     return found
 
   monkeypatch.setattr(importlib.metadata, "version", version)
-  with pytest.raises(RuntimeError, match=rf"run: python -m pip install jax-cuda13-plugin=={jax.__version__}"):
+  with pytest.raises(
+    RuntimeError, match=rf"run: python -m pip install jax-cuda13-plugin=={jax.__version__}"
+  ):
     offline.compile_for(lambda x: x, jnp.zeros(3))
 
 

@@ -46,11 +46,18 @@ def test_round_trip(saved):
     np.testing.assert_array_equal(a, b)
     assert a.dtype == b.dtype
   record = again.record(5)
-  assert record["iterator"] == "x" and record["step"] == 5 and record["versions"]["jax"] == jax.__version__
+  assert (
+    record["iterator"] == "x"
+    and record["step"] == 5
+    and record["versions"]["jax"] == jax.__version__
+  )
 
 
 def test_another_shape_lists_the_leaves(saved):
-  with pytest.raises(ConfigError, match="leaves that differ:\n  ema/embed/bias: \\(24,\\) in the checkpoint, .*\\(48,\\)"):
+  with pytest.raises(
+    ConfigError,
+    match="leaves that differ:\n  ema/embed/bias: \\(24,\\) in the checkpoint, .*\\(48,\\)",
+  ):
     saved[2].restore(state_of(48))
   with pytest.raises(ConfigError, match="extra: missing in the checkpoint"):
     saved[2].restore({"extra": jnp.zeros(2), "params": saved[1].params})
@@ -95,7 +102,10 @@ def test_a_damaged_checkpoint_is_said_to_be_one(saved, tmp_path, damage):
   for step, wayout in ((9, "to go on from step 5"), (5, "to start over")):
     DAMAGE[damage](tmp_path / "run" / "checkpoints" / str(step))
     checkpoints = Checkpoints(tmp_path / "run", create=False)
-    with pytest.raises(ConfigError, match=rf"{step} is damaged and cannot be read \((.|\n)*; delete that folder {wayout}"):
+    with pytest.raises(
+      ConfigError,
+      match=rf"{step} is damaged and cannot be read \((.|\n)*; delete that folder {wayout}",
+    ):
       checkpoints.record(step)
       checkpoints.restore({"ema": saved[1].ema}, step, ignore_extra=True)
 
@@ -118,7 +128,10 @@ def _changed(**values):
     (dict(train__batch_size=3), "train.batch_size 2 -> 3"),
     (dict(data__views=3), "data.views 2 -> 3"),
     (dict(model__attention__method="dense"), "model.attention.method 'freqformer' -> 'dense'"),
-    (dict(model__attention__freqformer__window=(2, 2, 2)), "model.attention.freqformer.window [1, 1, 2] -> [2, 2, 2]"),
+    (
+      dict(model__attention__freqformer__window=(2, 2, 2)),
+      "model.attention.freqformer.window [1, 1, 2] -> [2, 2, 2]",
+    ),
     (dict(train__steps=41, train__lr=0.5), None),
     (dict(data__root="moved", data__workers=3, sample__steps=9), None),
     (dict(model__attention__implementation="xla"), None),
@@ -141,7 +154,11 @@ def test_what_runs_in_no_layer_is_no_change_and_a_new_seed_is_one():
   record = {"step": 7, "config": dense.to_dict()}
   assert check_same_config(record, _changed(model__attention__method="dense")) == {}
   assert (
-    check_same_config(record, _changed(model__attention__method="dense", model__attention__freqformer__window=(2, 2, 2))) == {}
+    check_same_config(
+      record,
+      _changed(model__attention__method="dense", model__attention__freqformer__window=(2, 2, 2)),
+    )
+    == {}
   )
   old, fresh = state_of(), init_state({}, TRAIN, 4)
   assert with_seed(old, fresh, {"train.lr": [1, 2]}) is old
@@ -160,8 +177,14 @@ RECORD = {
 @pytest.mark.parametrize(
   "change, message",
   [
-    (dict(latent_shape=[2, 4, 4, 8]), "trained on latents \\(2, 4, 4, 3\\), the cache holds \\(2, 4, 4, 8\\)"),
-    (dict(statistics={"mean": [0.0, 1.5, 2.0], "std": [1.0, 1.0, 1.0]}), "latent statistics differ .*mean: by up to 0.5"),
+    (
+      dict(latent_shape=[2, 4, 4, 8]),
+      "trained on latents \\(2, 4, 4, 3\\), the cache holds \\(2, 4, 4, 8\\)",
+    ),
+    (
+      dict(statistics={"mean": [0.0, 1.5, 2.0], "std": [1.0, 1.0, 1.0]}),
+      "latent statistics differ .*mean: by up to 0.5",
+    ),
     (dict(class_names=["B", "A"]), "class map differs .*0: A -> B"),
   ],
 )

@@ -41,15 +41,26 @@ TRAIN = TrainConfig(steps=200, batch_size=4, lr=3e-3, warmup=10, ema=0.9, label_
 def batch_of(n=4, seed=0):
   """Two classes of constant clips, +2 and -2: separable, not zero-mean within a class."""
   label = np.arange(n) % 2
-  x = np.random.default_rng(seed).standard_normal((n, *SHAPE)) * 0.1 + np.where(label, 2, -2)[:, None, None, None, None]
-  return {"latent": x.astype(np.float32), "label": label.astype(np.int32), "weight": np.ones(n, np.float32)}
+  x = (
+    np.random.default_rng(seed).standard_normal((n, *SHAPE)) * 0.1
+    + np.where(label, 2, -2)[:, None, None, None, None]
+  )
+  return {
+    "latent": x.astype(np.float32),
+    "label": label.astype(np.int32),
+    "weight": np.ones(n, np.float32),
+  }
 
 
 @pytest.fixture(scope="module")
 def trained():
   """A state after 200 steps, its graph and its metrics."""
   graphdef, params = nnx.split(VideoDiT(MODEL, SHAPE, 2, nnx.Rngs(0)))
-  state, step, tables = init_state(params, TRAIN, 0), make_train_step(graphdef, TRAIN, 2), make_tables(MODEL, SHAPE)
+  state, step, tables = (
+    init_state(params, TRAIN, 0),
+    make_train_step(graphdef, TRAIN, 2),
+    make_tables(MODEL, SHAPE),
+  )
   losses = []
   for i in range(200):
     data = batch_of(seed=i)
@@ -61,14 +72,26 @@ def trained():
 def test_it_learns_more_than_a_linear_predictor(trained):
   graphdef, state, losses, metrics = trained
   assert np.mean(losses[-20:]) < 0.5 * np.mean(losses[:5])
-  assert {"loss", "grad_norm", "lr", "density", "cost", "router_entropy", "expected_density"} <= metrics.keys()
+  assert {
+    "loss",
+    "grad_norm",
+    "lr",
+    "density",
+    "cost",
+    "router_entropy",
+    "expected_density",
+  } <= metrics.keys()
   power = np.full(3, 4.01, np.float32)
-  result = evaluate(make_eval_step(graphdef), state.ema, [batch_of(8, 999)], power, make_tables(MODEL, SHAPE))
+  result = evaluate(
+    make_eval_step(graphdef), state.ema, [batch_of(8, 999)], power, make_tables(MODEL, SHAPE)
+  )
   assert np.shape(result["probs"]) == (2, 4, 2, 3) and len(result["buckets"]) == 4
   np.testing.assert_allclose(result["probs"].sum(-1), 1, rtol=1e-5)
   np.testing.assert_allclose(result["choice"].sum(-1), 1, rtol=1e-5)
   assert result["loss"] == pytest.approx(np.mean(result["buckets"]))
-  assert all(a < b for a, b in zip(result["buckets"][1:], result["linear_buckets"][1:], strict=True))
+  assert all(
+    a < b for a, b in zip(result["buckets"][1:], result["linear_buckets"][1:], strict=True)
+  )
 
 
 def test_validation_does_not_depend_on_batching_or_padding(trained):
@@ -77,7 +100,10 @@ def test_validation_does_not_depend_on_batching_or_padding(trained):
   whole = batch_of(6)
   parts = [{k: v[i : i + 4] for k, v in whole.items()} for i in (0, 4)]
   parts[1] = {k: np.concatenate([v, v * 0]) for k, v in parts[1].items()}  # padded with weight 0
-  a, b = evaluate(step, state.ema, [whole], power, tables), evaluate(step, state.ema, parts, power, tables)
+  a, b = (
+    evaluate(step, state.ema, [whole], power, tables),
+    evaluate(step, state.ema, parts, power, tables),
+  )
   np.testing.assert_allclose(a["buckets"], b["buckets"], rtol=1e-4)
   assert evaluate(step, state.ema, parts, power, tables, should_stop=lambda: True) is None
 
@@ -89,7 +115,9 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count():
   before = jax.device_get(init_state(params, TRAIN, 0))
   bad = {**data, "latent": np.full_like(data["latent"], np.nan)}
   # Loss and gradients are finite, but what the optimizer makes of them is not.
-  endless = jax.tree.map(lambda x: np.full_like(x, np.inf) if x.dtype == np.float32 else x, before.opt_state)
+  endless = jax.tree.map(
+    lambda x: np.full_like(x, np.inf) if x.dtype == np.float32 else x, before.opt_state
+  )
   for given, batch in ((dataclasses.replace(before, opt_state=endless), data), (before, bad)):
     after, metrics = step(jax.tree.map(jnp.asarray, given), batch, tables)
     assert metrics["skipped"] == 1 and after.step == 1
@@ -115,7 +143,9 @@ def test_a_run_that_only_skips_is_stopped(log_every):
         guard.check(step)
 
   stops_at([0] + [1] * 9 + [0] + [1] * 9 + [0])
-  with pytest.raises(ConfigError, match="steps 4 to 13 all had a loss, gradient or update that is not finite"):
+  with pytest.raises(
+    ConfigError, match="steps 4 to 13 all had a loss, gradient or update that is not finite"
+  ):
     stops_at([0, 1, 0] + [1] * 10 + [0])
   with pytest.raises(ConfigError, match="steps 2 to 4 all"):  # of a short run half
     stops_at([0, 1, 1, 1, 1], dataclasses.replace(TRAIN, steps=5))
@@ -126,7 +156,10 @@ def test_schedules():
   assert rate(0) == 0 and rate(10) == pytest.approx(3e-3) and rate(200) == pytest.approx(3e-4)
   flat = learning_rate(dataclasses.replace(TRAIN, schedule="constant"))
   assert flat(10) == flat(200) == pytest.approx(3e-3)
-  assert [learning_rate(dataclasses.replace(TRAIN, warmup=0, schedule=s))(0) for s in ("constant", "cosine")] == [3e-3] * 2
+  assert [
+    learning_rate(dataclasses.replace(TRAIN, warmup=0, schedule=s))(0)
+    for s in ("constant", "cosine")
+  ] == [3e-3] * 2
   short = dataclasses.replace(TRAIN, steps=8)
   assert short.warm_steps == 4 and learning_rate(short)(4) == pytest.approx(3e-3)
 

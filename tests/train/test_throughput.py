@@ -13,7 +13,9 @@ SHAPE = (8, 64, 64, 4)
 
 def test_sparse_work_is_counted_not_dense():
   config = model_config(get_config().model.to_dict())
-  dense, routed = (Throughput.of(config.with_method(name), SHAPE, 2).flops for name in ("dense", "sliding_tile"))
+  dense, routed = (
+    Throughput.of(config.with_method(name), SHAPE, 2).flops for name in ("dense", "sliding_tile")
+  )
   assert routed < dense
   assert dense == 2 * training_flops(model_cost(config.with_method("dense"), SHAPE))
 

@@ -15,7 +15,9 @@ class QueryGate(nnx.Module):
     self.bias = nnx.Param(jnp.zeros((heads, head_dim)))
 
   def __call__(self, q: jax.Array) -> jax.Array:
-    return jnp.einsum("bnhd,hde->bnhe", q, self.kernel[...].astype(q.dtype)) + self.bias[...].astype(q.dtype)
+    return jnp.einsum("bnhd,hde->bnhe", q, self.kernel[...].astype(q.dtype)) + self.bias[
+      ...
+    ].astype(q.dtype)
 
 
 def gated_cost(n: int, heads: int, head_dim: int) -> Cost:

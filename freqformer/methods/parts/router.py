@@ -83,9 +83,13 @@ class SpectralRouter(nnx.Module):
     self.time = nnx.Linear(cond_dim, hidden, rngs=rngs)
     self.stats = nnx.Linear(stats, hidden, use_bias=False, rngs=rngs) if config.statistics else None
     self.head = nnx.Param(jax.random.normal(rngs.params(), (heads, hidden)))
-    self.out = nnx.Linear(hidden, branches, use_bias=False, kernel_init=nnx.initializers.zeros_init(), rngs=rngs)
+    self.out = nnx.Linear(
+      hidden, branches, use_bias=False, kernel_init=nnx.initializers.zeros_init(), rngs=rngs
+    )
     prior = jnp.log(jnp.asarray(config.prior, jnp.float32) / sum(config.prior))
-    self.bias = nnx.Param(prior + config.noise * jax.random.normal(rngs.params(), (heads, branches)))
+    self.bias = nnx.Param(
+      prior + config.noise * jax.random.normal(rngs.params(), (heads, branches))
+    )
     self.slope = nnx.Param(jnp.zeros((heads, branches)).at[:, 0].set(config.prior_slope))
 
   def logits(self, embedding: jax.Array, time: jax.Array, stats: jax.Array | None) -> jax.Array:

@@ -32,7 +32,8 @@ class SummaryTokens(nnx.Module):
     valid = jnp.asarray(layout.valid)
     keys, values = zip(
       *(
-        self._pool(i, x, y, valid, scale) for i, (x, y) in enumerate(zip(_bands(k, spectral), _bands(v, spectral), strict=True))
+        self._pool(i, x, y, valid, scale)
+        for i, (x, y) in enumerate(zip(_bands(k, spectral), _bands(v, spectral), strict=True))
       ),
       strict=True,
     )

@@ -30,8 +30,13 @@ def test_a_slice_reads_what_it_takes():
 
 
 def test_loops_count_as_often_as_they_run():
-  roll = lambda x: jnp.roll(jnp.sin(x), 1)
-  some = [_bytes(lambda x, n=n: jax.lax.fori_loop(0, n, lambda i, x: roll(x), x), (N,)) for n in (8, 16, 24)]
+  def roll(x):
+    return jnp.roll(jnp.sin(x), 1)
+
+  some = [
+    _bytes(lambda x, n=n: jax.lax.fori_loop(0, n, lambda i, x: roll(x), x), (N,))
+    for n in (8, 16, 24)
+  ]
   assert some[1] - some[0] == some[2] - some[1] >= 8 * _bytes(roll, (N,))
 
   def until(x):
@@ -46,7 +51,9 @@ def test_scopes_reach_the_operations():
   def lift(x):
     return jnp.tanh(x)
 
-  compiled = compile_for(jax.jit(lambda x: lift(x) + 1), jax.ShapeDtypeStruct((N,), jnp.float32)).compiled
+  compiled = compile_for(
+    jax.jit(lambda x: lift(x) + 1), jax.ShapeDtypeStruct((N,), jnp.float32)
+  ).compiled
   (op,) = operations(compiled.as_text())
   assert parts_of(op.scopes) == "lift" and not op.kernel
   assert parts_of(["jit(f)/pack/norm_rotary/mul", "jit(f)/pack/concatenate"]) == "norm_rotary+pack"

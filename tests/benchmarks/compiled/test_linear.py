@@ -28,7 +28,10 @@ SHAPE = linear.Shape((8, 32, 32), 12, 128)
 def test_sparseflow_moves_little_more_than_its_rows():
   """Compiled for an H100: five heads' q, k, v and output, sums, 5 kernels at most; no copy of the output, no other head."""
   row = linear.sparseflow("x", SHAPE, SparseFlow(), "pallas_mgpu")
-  assert row["linear_bytes"] == pytest.approx(row["linear_bytes_least"], rel=0.3) and row["linear_kernels"] <= 5
+  assert (
+    row["linear_bytes"] == pytest.approx(row["linear_bytes_least"], rel=0.3)
+    and row["linear_kernels"] <= 5
+  )
   assert row["linear_bytes"] > row["linear_bytes_least"] == 4 * 2 * 8192 * 5 * 128
 
 
@@ -39,7 +42,9 @@ def test_rows_are_what_the_page_says():
     for size in linear.GRIDS:
       new, old = found[f"h100_{name}_{size}"], found[f"h100_{name}_{size}_xla"]
       share = 0.75 if size == "21x30x52" else 0.5
-      assert new["linear_bytes"] < share * old["linear_bytes"] and new["sparse_s"] == old["sparse_s"]
+      assert (
+        new["linear_bytes"] < share * old["linear_bytes"] and new["sparse_s"] == old["sparse_s"]
+      )
       assert new["same_launch_block_gain_at_most"] < new["same_launch_gain_at_most"] < 1
   assert found["h100_sparseflow_routed_64k"]["same_launch_block_gain_at_most"] < 0.02
 
@@ -49,5 +54,8 @@ def test_sparseflow_states_the_bytes_of_the_rows():
   found = {row["name"]: row for row in json.loads((rows.RESULTS / "linear.json").read_text())}
   for size, grid in linear.GRIDS.items():
     shape = linear.Shape(grid, 12, 128)
-    row, cost = found[f"h100_sparseflow_fixed_{size}"], SparseFlow(allocation=linear.SPLIT).cost(shape.layout(), 12, 128)
+    row, cost = (
+      found[f"h100_sparseflow_fixed_{size}"],
+      SparseFlow(allocation=linear.SPLIT).cost(shape.layout(), 12, 128),
+    )
     assert cost.linear_bytes == pytest.approx(row["linear_bytes"], rel=0.1)

@@ -10,7 +10,10 @@ def _listing(*instructions):
   return "\n".join(lines)
 
 
-SCORES, VALUES = "HGMMA.64x128x16 R88, gdesc[UR16], R88", "HGMMA.64x128x16 R24, R4, gdesc[UR8].tnspB, R24"
+SCORES, VALUES = (
+  "HGMMA.64x128x16 R88, gdesc[UR16], R88",
+  "HGMMA.64x128x16 R24, R4, gdesc[UR8].tnspB, R24",
+)
 BACK = "@P1 BRA `(.L_x_1)"
 BEFORE = (SCORES, "BRA `(.L_x_9)", ".L_x_0:", "NOP", "@P0 BRA `(.L_x_0)")
 

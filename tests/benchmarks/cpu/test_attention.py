@@ -17,7 +17,9 @@ from benchmarks.cpu.competitors import dense_loop, gradients, sparse
 from freqformer.methods.freqformer import FreqFormer
 from tests.kernels.block_sparse.suite import oracle, relative_error
 
-TINY = dataclasses.replace(SPECS["cpu_1k"], name="tiny", grid=(4, 8, 8), head_dim=8, keys=128, block=32)
+TINY = dataclasses.replace(
+  SPECS["cpu_1k"], name="tiny", grid=(4, 8, 8), head_dim=8, keys=128, block=32
+)
 RUN = benchmark.Run(
   TINY,
   dataclasses.replace(TINY, name="tiny_large", grid=(4, 16, 8)),
@@ -42,7 +44,9 @@ def test_rows_of_a_run(tmp_path):
   path = rows.write_rows("tiny", found, "command", tmp_path)
   written = json.loads(path.read_text())
   assert [row["name"] for row in written] == [row["name"] for row in found]
-  assert all(set(row) >= set(rows.CONTEXT_FIELDS) and row["command"] == "command" for row in written)
+  assert all(
+    set(row) >= set(rows.CONTEXT_FIELDS) and row["command"] == "command" for row in written
+  )
 
 
 def test_a_row_replaces_its_namesake_and_keeps_its_context(tmp_path):
@@ -67,7 +71,12 @@ def test_sources_are_those_of_a_commit(tmp_path, monkeypatch):
     (tmp_path / name).mkdir(parents=True)
   for name, text in files.items():
     (tmp_path / name).write_text(text)
-  git = lambda *args: subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@x", *args], cwd=tmp_path, check=True)
+
+  def git(*args):
+    return subprocess.run(
+      ["git", "-c", "user.name=x", "-c", "user.email=x@x", *args], cwd=tmp_path, check=True
+    )
+
   for args in (("init", "-q"), ("add", "-A"), ("commit", "-q", "-m", "one")):
     git(*args)
   found = rows.sources(tmp_path)
@@ -89,16 +98,23 @@ def test_sparse_call_equals_the_oracle():
     mask, (q, k, v, d_out) = spec.mask().check(), spec.inputs(4)
     out, lse, *grads = oracle(q, k, v, mask, d_out, np.zeros((1, spec.heads, q.shape[1])))
     got, got_grads = gradients(sparse)(d_out, q, k, v, mask)
-    for g, w in zip((got, attention(q, k, v, mask)[1], *got_grads), (out, lse, *grads), strict=True):
+    for g, w in zip(
+      (got, attention(q, k, v, mask)[1], *got_grads), (out, lse, *grads), strict=True
+    ):
       assert relative_error(g, w) < 3e-6
 
 
 @pytest.mark.parametrize("late", [False, True])
 def test_the_dense_loop_is_dense_attention(late):
   q, k, v, d_out = TINY.inputs(4)
-  loop = lambda q, k, v: dense_loop(q, k, v, 64, late, remat=True)
+
+  def loop(q, k, v):
+    return dense_loop(q, k, v, 64, late, remat=True)
+
   want = gradients(jax.nn.dot_product_attention)(d_out, q, k, v)
-  for g, w in zip(jax.tree.leaves(gradients(loop)(d_out, q, k, v)), jax.tree.leaves(want), strict=True):
+  for g, w in zip(
+    jax.tree.leaves(gradients(loop)(d_out, q, k, v)), jax.tree.leaves(want), strict=True
+  ):
     assert relative_error(g, w) < 3e-6
 
 
@@ -108,7 +124,9 @@ def test_without_attention_the_method_hands_over_what_it_would_run():
   spec = dataclasses.replace(RUN.base, block=block)
   layout = spec.layout
   arrays, tables = layout.arrays(), method.tables(layout)
-  (q, k, v, mask), _ = benchmark.freqformer_without_attention(method, *spec.inputs(), arrays, tables)
+  (q, k, v, mask), _ = benchmark.freqformer_without_attention(
+    method, *spec.inputs(), arrays, tables
+  )
   out, density = benchmark.freqformer_forward(method, *spec.inputs(), arrays, tables)
   start = tables.coarse_tiles * block  # no low heads here, so nothing is lifted
   assert relative_error(out, attention(q, k, v, mask)[0][:, start:]) < 3e-6
@@ -119,7 +137,9 @@ def test_a_child_reports_its_own_peak():
   """A small child of a process that holds much memory reports little."""
   held = jnp.ones((64, 1024, 1024)).block_until_ready()
   code = "from benchmarks.timing import peak_rss; print(peak_rss())"
-  assert 1e6 < int(timing.in_child(["-c", code])) < timing.peak_rss() and held.nbytes < timing.peak_rss()
+  assert (
+    1e6 < int(timing.in_child(["-c", code])) < timing.peak_rss() and held.nbytes < timing.peak_rss()
+  )
   with pytest.raises(RuntimeError, match="failed with 3"):
     timing.in_child(["-c", "raise SystemExit(3)"])
 
@@ -132,6 +152,8 @@ def test_specs():
     spec = SPECS[name]
     mask = spec.mask().check()
     own = np.arange(spec.layout.tiles)[None, None, :, None]
-    assert (mask.kv_indices == own).any(-1).all() and (mask.kv_counts == spec.keys // spec.block).all()
+    assert (mask.kv_indices == own).any(-1).all() and (
+      mask.kv_counts == spec.keys // spec.block
+    ).all()
   with pytest.raises(ValueError, match="must be a multiple"):
     dataclasses.replace(TINY, keys=33)

@@ -16,16 +16,22 @@ from freqformer.methods.radial import Radial
 from freqformer.methods.sparse_linear import SparseLinear
 from tests.kernels.block_sparse.suite import relative_error
 
-TINY = dataclasses.replace(SPECS["cpu_1k"], name="tiny", heads=2, head_dim=8, keys=16, block=8)  # 128 tiles
+TINY = dataclasses.replace(
+  SPECS["cpu_1k"], name="tiny", heads=2, head_dim=8, keys=16, block=8
+)  # 128 tiles
 
 
 def run(method):
   layout, (q, k, v) = TINY.layout, TINY.inputs()
   cond = Cond(jnp.full(1, 0.5), jnp.zeros((1, 8)))
-  return method(None, Projected(q, k, v, rotate, rotate, layout.arrays()), cond, method.tables(layout), {})
+  return method(
+    None, Projected(q, k, v, rotate, rotate, layout.arrays()), cond, method.tables(layout), {}
+  )
 
 
-@pytest.mark.parametrize("method", [Radial(decay=0.2), BlockTopK(density=0.1, coarse="none")], ids=["radial", "block_topk"])
+@pytest.mark.parametrize(
+  "method", [Radial(decay=0.2), BlockTopK(density=0.1, coarse="none")], ids=["radial", "block_topk"]
+)
 def test_the_calls_taken_out_are_the_methods_own(method):
   calls, (out, _, aux) = benchmark.calls_of(method, TINY, "", {}), run(method)
   (attention,) = calls.attention()
@@ -42,7 +48,9 @@ def test_linear_heads_are_counted():
   layout, d = TINY.layout, TINY.head_dim
   projection = 2 * layout.n * TINY.heads * d**2
   ranking = TINY.heads * (2 * layout.n * d + 4 * layout.tiles**2 * d)
-  assert calls.linear_flops == pytest.approx(method.cost(layout, TINY.heads, d).linear_flops - projection - ranking)
+  assert calls.linear_flops == pytest.approx(
+    method.cost(layout, TINY.heads, d).linear_flops - projection - ranking
+  )
   assert calls.linear()[0][0].shape == (1, layout.n_buffer, TINY.heads, d)
 
 
@@ -50,8 +58,13 @@ def test_rows_of_a_run():
   ours = "freqformer sparseflow sparse_linear sliding_tile radial block_topk spatial_temporal adaspa"  # a new one need not join
   assert {text.split("(")[0] for text in benchmark.SETTINGS} == set(ours.split())
   found = benchmark.measure(TINY, 1, settings=("radial", "adaspa(sparsity=0.9)"))
-  assert [row["name"] for row in found] == ["radial_vs_dense_mode_tiny", "adaspa_vs_dense_mode_tiny"]
+  assert [row["name"] for row in found] == [
+    "radial_vs_dense_mode_tiny",
+    "adaspa_vs_dense_mode_tiny",
+  ]
   assert {"around_warmup", "around_search_first", "around_reuse", "around_search"} <= set(found[1])
   for row in found:
-    assert row["value"] == pytest.approx(row["dense_mode"]["median_s"] / row["attention"]["median_s"] * row["density"])
+    assert row["value"] == pytest.approx(
+      row["dense_mode"]["median_s"] / row["attention"]["median_s"] * row["density"]
+    )
     assert row["name"] in rows.table(found)

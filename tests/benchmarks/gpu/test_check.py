@@ -34,9 +34,22 @@ def test_a_right_kernel_passes(monkeypatch, tmp_path, capsys):
   # A run that is killed must have named all that it wanted, and what it was doing.
   lines = printed.splitlines()
   assert lines[:9] == [f"wanted {row['name'].removeprefix('check: ')}" for row in found]
-  assert lines[9] == "begin padding and repeat" and lines[10].startswith("ok    padding and repeat  ")
-  assert _second_run(monkeypatch, tmp_path) == (True, found)  # nothing that is right is checked again
-  assert set(found[1]) >= {"error_out", "error_lse", "error_dq", "error_dk", "error_dv", "code", "commit"}
+  assert lines[9] == "begin padding and repeat" and lines[10].startswith(
+    "ok    padding and repeat  "
+  )
+  assert _second_run(monkeypatch, tmp_path) == (
+    True,
+    found,
+  )  # nothing that is right is checked again
+  assert set(found[1]) >= {
+    "error_out",
+    "error_lse",
+    "error_dq",
+    "error_dk",
+    "error_dv",
+    "code",
+    "commit",
+  }
 
 
 def _second_run(monkeypatch, folder):
@@ -51,14 +64,22 @@ def test_a_kernel_that_ignores_the_lists_is_found_out(monkeypatch, tmp_path, cap
 
   def wrong(q, k, v, mask, implementation):
     return attention(
-      q, k, v, dataclasses.replace(mask, kv_counts=jnp.maximum(mask.kv_counts, 1)), implementation=implementation
+      q,
+      k,
+      v,
+      dataclasses.replace(mask, kv_counts=jnp.maximum(mask.kv_counts, 1)),
+      implementation=implementation,
     )
 
   monkeypatch.setattr(gpu_check, "attention", wrong)
   gpu_check.forward_backward.clear_cache()
   right, found = _sweep(monkeypatch, tmp_path, only="^64x128 tiles")
   gpu_check.forward_backward.clear_cache()
-  assert not right and not found[0]["correct"] and "wrong: check: 64x128 tiles, seed 0" in capsys.readouterr().out
+  assert (
+    not right
+    and not found[0]["correct"]
+    and "wrong: check: 64x128 tiles, seed 0" in capsys.readouterr().out
+  )
 
 
 def test_padding_that_leaks_is_found_out(monkeypatch):
@@ -72,15 +93,21 @@ def test_padding_that_leaks_is_found_out(monkeypatch):
   gpu_check.forward_backward.clear_cache()
   found = gpu_check.check_padding_and_repeat("reference", small=True)
   gpu_check.forward_backward.clear_cache()
-  assert not found["padding_changes_nothing"] and found["two_runs_bit_equal"] and not found["correct"]
+  assert (
+    not found["padding_changes_nothing"] and found["two_runs_bit_equal"] and not found["correct"]
+  )
 
 
 def test_what_was_not_reached_is_neither_right_nor_wrong(monkeypatch, tmp_path, capsys):
   """It has no row: a row that says "not correct" would be an alarm about a kernel that nobody ran."""
   monkeypatch.setattr(gpu_check, "CASES", (CASE,))
-  assert not gpu_check.run(str(tmp_path), "reference", True, minutes=0, only="^64x128 tiles, seed 0$")
+  assert not gpu_check.run(
+    str(tmp_path), "reference", True, minutes=0, only="^64x128 tiles, seed 0$"
+  )
   printed = capsys.readouterr().out
-  assert "unreached 64x128 tiles, seed 0" in printed and "no time for: 64x128 tiles, seed 0" in printed
+  assert (
+    "unreached 64x128 tiles, seed 0" in printed and "no time for: 64x128 tiles, seed 0" in printed
+  )
   assert "wrong" not in printed and not list(tmp_path.iterdir())
 
 
@@ -120,7 +147,11 @@ def test_a_case_under_another_configuration(monkeypatch, tmp_path):
   [
     ("no such case", "", "finds no case; cases are padding and repeat; plain, seed 0;"),
     ("^selection$", "stages=2", "changes attention's kernels only; leave out selection"),
-    ("^plain, seed 0$", "colour=2", "'colour=2' is no field=value; the fields are stages, step, compute_registers"),
+    (
+      "^plain, seed 0$",
+      "colour=2",
+      "'colour=2' is no field=value; the fields are stages, step, compute_registers",
+    ),
     ("^plain, seed 0$", "stages", "'stages' is no field=value"),
     ("^plain, seed 0$", "take_turns=0", "take_turns must be True or False, got '0'"),
     ("^plain, seed 0$", "stages=True", "stages must be a whole number, got 'True'"),
@@ -154,7 +185,14 @@ def test_the_cases_are_what_their_names_say():
   assert (np.diff(unordered.kv_indices, axis=-1) < 0).any()
   assert max(case.n * case.h * case.d for case in LARGE) > 2**31
   covered = {(c.block_q, c.block_kv, c.d) for c in CASES if c.backward}
-  assert {(64, 64, 128), (64, 128, 128), (128, 64, 128), (128, 128, 128), (128, 128, 64), (64, 64, 64)} <= covered
+  assert {
+    (64, 64, 128),
+    (64, 128, 128),
+    (128, 64, 128),
+    (128, 128, 128),
+    (128, 128, 64),
+    (64, 64, 64),
+  } <= covered
   assert {c.dtype for c in CASES} == {"bfloat16", "float16"} and {c.b for c in CASES} == {1, 2}
 
 

@@ -18,21 +18,39 @@ from benchmarks.gpu.slot import command_line
 
 ROOT = pathlib.Path(__file__).parents[3]
 # Of requirements.txt, what a machine that has jax and numpy may lack, or have in another version.
-_ABSENT = ("flax", "ml_collections", "grain", "array_record", "orbax", "optax", "av", "PIL", "tqdm", "matplotlib", "torch")
+_ABSENT = (
+  "flax",
+  "ml_collections",
+  "grain",
+  "array_record",
+  "orbax",
+  "optax",
+  "av",
+  "PIL",
+  "tqdm",
+  "matplotlib",
+  "torch",
+)
 
 
 def _make(*arguments):
-  done = subprocess.run(["make", "-n", *arguments], capture_output=True, text=True, check=True, cwd=ROOT)
+  done = subprocess.run(
+    ["make", "-n", *arguments], capture_output=True, text=True, check=True, cwd=ROOT
+  )
   return done.stdout
 
 
 def test_make_gpu_is_a_slot_and_installs_nothing_where_an_interpreter_is_named():
   text = _make("gpu", "PYTHON=python3", "GPU_MINUTES=3")
   assert "pip" not in text and ".venv" not in text
-  assert [line for line in text.splitlines() if "python3" in line] == ["python3 -m benchmarks.gpu.slot --minutes=3"]
+  assert [line for line in text.splitlines() if "python3" in line] == [
+    "python3 -m benchmarks.gpu.slot --minutes=3"
+  ]
 
 
-@pytest.mark.parametrize("module", ["attention", "gpu_check", "gpu_slot", "tune", "expected", "torch_peers"])
+@pytest.mark.parametrize(
+  "module", ["attention", "gpu_check", "gpu_slot", "tune", "expected", "torch_peers"]
+)
 def test_entry_points_import_without_what_a_gpu_machine_may_lack(module):
   absent = "; ".join(f"sys.modules[{name!r}] = None" for name in _ABSENT)
   code = f"import sys; {absent}; import benchmarks.{module}; print('imported')"
@@ -65,7 +83,10 @@ def test_trouble_is_ours_only(tmp_path):
 
 def test_training_steps_need_no_package_of_the_data_path():
   """Only flax, optax and ml_collections travel as wheels (docs/gpu_queue.md)."""
-  absent = "; ".join(f"sys.modules[{name!r}] = None" for name in ("grain", "array_record", "orbax", "av", "PIL", "matplotlib"))
+  absent = "; ".join(
+    f"sys.modules[{name!r}] = None"
+    for name in ("grain", "array_record", "orbax", "av", "PIL", "matplotlib")
+  )
   code = f"import sys; {absent}; import benchmarks.gpu.train; print('imported')"
   assert timing.in_child(["-c", code], {"JAX_PLATFORMS": "cpu"}) == "imported"
 
@@ -81,7 +102,9 @@ def _commands():
 def test_every_command_of_the_queue_is_short_enough_to_paste():
   assert len(_commands()) >= 5
   for command in _commands():
-    assert len(command) < 2000 and not any(line.rstrip() != line for line in command.splitlines()), command
+    assert len(command) < 2000 and not any(
+      line.rstrip() != line for line in command.splitlines()
+    ), command
 
 
 def test_every_command_of_the_queue_is_one_that_exists():
@@ -104,7 +127,8 @@ def test_every_command_of_the_queue_is_one_that_exists():
 def test_the_queues_slots_can_be_run_and_fit_a_quarter_of_an_hour():
   """Call A and any call B, each with half a minute of its own around the slot and a start of up to a minute and a half."""
   found = [
-    command_line().parse_args(shlex.split(line)) for line in re.findall(r"^    .*benchmarks\.gpu_slot (.*)", _QUEUE, re.M)
+    command_line().parse_args(shlex.split(line))
+    for line in re.findall(r"^    .*benchmarks\.gpu_slot (.*)", _QUEUE, re.M)
   ]
   slots = [options for options in found if not options.rehearse]
   for options in slots:

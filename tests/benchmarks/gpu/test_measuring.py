@@ -34,7 +34,9 @@ def test_random_lists_are_tables():
   spec = SHORT.spec("a_64k")
   mask = gpu_masks.random_lists(spec, 0.3).mask.check()
   own = np.arange(mask.q_tiles)[None, None, :, None]
-  assert (mask.kv_indices == own).any(-1).all() and not (mask.kv_indices[0, 0] == mask.kv_indices[0, 1]).all()
+  assert (mask.kv_indices == own).any(-1).all() and not (
+    mask.kv_indices[0, 0] == mask.kv_indices[0, 1]
+  ).all()
   loose = gpu_masks.random_lists(spec, 0.3, ordered=False).mask.kv_indices
   assert (np.diff(loose, axis=-1) < 0).any()
   np.testing.assert_array_equal(np.sort(loose, -1), mask.kv_indices)
@@ -54,7 +56,9 @@ def test_pairs_equal_brute_force():
 
 
 def test_the_window_of_the_gate_has_the_published_density():
-  problem = gpu_masks.window(FULL.spec("b_115k"), FULL.window_tile, FULL.window_extent, FULL.window_refine)
+  problem = gpu_masks.window(
+    FULL.spec("b_115k"), FULL.window_tile, FULL.window_extent, FULL.window_refine
+  )
   assert (problem.mask.block_q, problem.mask.block_kv) == (128, 128) and problem.rows == 115200
   np.testing.assert_allclose(problem.density, 0.09)
   assert problem.what == "3-D window 18x24x24"
@@ -69,15 +73,25 @@ def test_one_launch_and_three_do_the_same_work():
   out = attention(q, k, v, whole.mask)[0]
   first, coarse = 0, whole.rows - spec.layout.n_buffer
   for part, band in zip(parts, bands.heads(spec), strict=True):
-    heads, rows = slice(first, first + band), slice(0, coarse) if first == 0 else slice(coarse, None)
+    heads, rows = (
+      slice(first, first + band),
+      slice(0, coarse) if first == 0 else slice(coarse, None),
+    )
     mask = part.mask
-    if part.what.startswith("mid"):  # drawn for all heads in one, for its own in the other: take the fused call's lists
-      ids = whole.mask.kv_indices[:, heads, coarse // spec.block :, : mask.max_kv] - coarse // spec.block
+    if part.what.startswith(
+      "mid"
+    ):  # drawn for all heads in one, for its own in the other: take the fused call's lists
+      ids = (
+        whole.mask.kv_indices[:, heads, coarse // spec.block :, : mask.max_kv]
+        - coarse // spec.block
+      )
       mask = dataclasses.replace(mask, kv_indices=ids)
     got = attention(*(x[:, rows, heads] for x in (q, k, v)), mask)[0]
     n = bands.n_coarse(spec) if first == 0 else None
     np.testing.assert_allclose(
-      np.asarray(out[:, rows, heads], np.float32)[:, :n], np.asarray(got, np.float32)[:, :n], atol=2e-2
+      np.asarray(out[:, rows, heads], np.float32)[:, :n],
+      np.asarray(got, np.float32)[:, :n],
+      atol=2e-2,
     )
     first += band
 
@@ -87,7 +101,9 @@ def test_separate_calls_run_what_their_tables_say():
   first, rest, masks = call.args
   for got, x, m, q in zip(call(), rest, masks, (first, rest[1][0], rest[2][0]), strict=True):
     np.testing.assert_allclose(
-      np.asarray(got[0], np.float32), np.asarray(attention(q, x[-2], x[-1], m)[0], np.float32), atol=2e-2
+      np.asarray(got[0], np.float32),
+      np.asarray(attention(q, x[-2], x[-1], m)[0], np.float32),
+      atol=2e-2,
     )
 
 
@@ -113,9 +129,15 @@ def test_sampled_rows_equal_the_suite_s_oracle(case):
 
 def test_wrong_results_are_called_wrong():
   case = dataclasses.replace(CASES[1], d=64)
-  mask, (q, k, v, *_) = draw_mask(case, 0), (jnp.asarray(x) for x in draw_inputs(case, 0, jnp.bfloat16))
+  mask, (q, k, v, *_) = (
+    draw_mask(case, 0),
+    (jnp.asarray(x) for x in draw_inputs(case, 0, jnp.bfloat16)),
+  )
   out, lse = attention(q, k, v, mask)
-  check = lambda out, lse: gpu_oracle.forward_error((q, k, v), mask, (out, lse))["correct"]
+
+  def check(out, lse):
+    return gpu_oracle.forward_error((q, k, v), mask, (out, lse))["correct"]
+
   assert check(out, lse)
   assert not check(out * 1.05, lse)
   assert not check(out, lse + 0.1)
@@ -130,8 +152,14 @@ def test_wrong_gradients_are_called_wrong():
   d_lse = d_lse.astype(jnp.float32)
   found, pullback = jax.vjp(lambda *a: attention(*a, mask), q, k, v)
   alive = jnp.isfinite(found[1])
-  cotangents = (jnp.where(alive.transpose(0, 2, 1)[..., None], d_out, 0), jnp.where(alive, d_lse, 0))
-  check = lambda grads: gpu_oracle.backward_error((q, k, v), mask, found, cotangents, grads)["correct"]
+  cotangents = (
+    jnp.where(alive.transpose(0, 2, 1)[..., None], d_out, 0),
+    jnp.where(alive, d_lse, 0),
+  )
+
+  def check(grads):
+    return gpu_oracle.backward_error((q, k, v), mask, found, cotangents, grads)["correct"]
+
   grads = pullback(cotangents)
   assert check(grads)
   for i in range(3):
@@ -155,8 +183,15 @@ def test_measuring_keeps_arguments_and_counts_samples():
   found = gpu_timing.measure({"a": call, "b": call}, effort)
   np.testing.assert_array_equal(x, 1)  # chains give away copies, not the caller's array
   for measured in found.values():
-    assert measured.wall.row()["calls"] == 2 and "2 samples" in measured.note and measured.device is None
-  assert gpu_timing.measure({"a": call}, dataclasses.replace(effort, slow_s=9.0))["a"].wall.row()["calls"] == 6
+    assert (
+      measured.wall.row()["calls"] == 2 and "2 samples" in measured.note and measured.device is None
+    )
+  assert (
+    gpu_timing.measure({"a": call}, dataclasses.replace(effort, slow_s=9.0))["a"].wall.row()[
+      "calls"
+    ]
+    == 6
+  )
   with pytest.raises(ValueError, match="counts must be"):
     Effort(samples=0)
 
@@ -167,7 +202,10 @@ def _fake_profiler(monkeypatch, kernels):
 
   def measure(f, aggregate, iterations):
     assert not aggregate
-    return lambda *args: (f(*args), kernels() if iterations == 1 else [kernels() for _ in range(iterations)])
+    return lambda *args: (
+      f(*args),
+      kernels() if iterations == 1 else [kernels() for _ in range(iterations)],
+    )
 
   monkeypatch.setattr(profiler, "measure", measure)
 
@@ -221,7 +259,10 @@ def _torch_child(monkeypatch, answer):
 
 def test_torch_rows_survive_a_child_that_is_cut_short(monkeypatch):
   lines = 'warning: slow\n{"name": "torch_a", "seconds": 1.0}\n{"name": "torch_b", "error": "x"}\n'
-  done = lambda *_, **__: subprocess.CompletedProcess([], 0, lines, "")
+
+  def done(*_, **__):
+    return subprocess.CompletedProcess([], 0, lines, "")
+
   _torch_child(monkeypatch, done)
   assert [row["name"] for row in gpu_peers.torch_rows([], 9)] == ["torch_a", "torch_b"]
 
@@ -239,15 +280,26 @@ def test_torch_shapes_are_the_named_ones():
   """That script must run without ours, so it repeats them."""
   for name, (n, heads) in torch_peers.SHAPES.items():
     spec = FULL.spec(name)
-    assert (n, heads, torch_peers.HEAD_DIM, torch_peers.BLOCK) == (spec.n, spec.heads, spec.head_dim, spec.block)
+    assert (n, heads, torch_peers.HEAD_DIM, torch_peers.BLOCK) == (
+      spec.n,
+      spec.heads,
+      spec.head_dim,
+      spec.block,
+    )
   layout = TileLayout.fit(FULL.spec("b_115k").grid, 384, FULL.window_tile)
   assert torch_peers.WINDOW_TILES[False] == layout.tile_grid
 
 
 def test_torch_rows_count_useful_flops(capsys):
-  torch_peers.emit("torch_x", {"torch": "2"}, [0.002, 0.001, 0.003], pairs=1000, backward=True, n=64)
+  torch_peers.emit(
+    "torch_x", {"torch": "2"}, [0.002, 0.001, 0.003], pairs=1000, backward=True, n=64
+  )
   row = json.loads(capsys.readouterr().out)
-  assert row["seconds"] == 0.002 and row["flops"] == 4 * 1000 * 128 * 3.5 and row["tflops"] == row["flops"] / 0.002 / 1e12
+  assert (
+    row["seconds"] == 0.002
+    and row["flops"] == 4 * 1000 * 128 * 3.5
+    and row["tflops"] == row["flops"] / 0.002 / 1e12
+  )
   torch_peers.guarded("torch_y", {}, lambda: 1 / 0)
   assert "ZeroDivisionError" in json.loads(capsys.readouterr().out)["error"]
 
@@ -258,4 +310,6 @@ def test_concurrent_launches_are_asked_for_in_words_that_xla_knows():
   flags = {"XLA_FLAGS": gpu_launches.CONCURRENT, "JAX_PLATFORMS": "cpu"}
   assert timing.in_child(["-c", code], flags) == "1.0"
   with pytest.raises(RuntimeError):
-    timing.in_child(["-c", code], flags | {"XLA_FLAGS": gpu_launches.CONCURRENT.replace("CONCURRENT", "AT_ONCE")})
+    timing.in_child(
+      ["-c", code], flags | {"XLA_FLAGS": gpu_launches.CONCURRENT.replace("CONCURRENT", "AT_ONCE")}
+    )

@@ -27,7 +27,9 @@ pytestmark = pytest.mark.xdist_group("gpu_benchmark")
 def rehearsed(tmp_path_factory):
   """A short rehearsal of every part: the session and its folder."""
   folder = tmp_path_factory.mktemp("rehearsal")
-  run = gpu_run.main(minutes=5, out=str(folder), implementation="reference", rehearse=True, plan=SHORT)
+  run = gpu_run.main(
+    minutes=5, out=str(folder), implementation="reference", rehearse=True, plan=SHORT
+  )
   return run, folder
 
 
@@ -39,7 +41,9 @@ def test_every_part_writes_correct_rows(rehearsed):
   found = json.loads((folder / "attention_gpu_rehearsal.json").read_text())
   by_name = {row["name"]: row for row in found}
   assert not [row for row in found if "error" in row]
-  assert all(row["rehearsal"] and row["code"] and row["commit"] and row["device"] == "cpu" for row in found)
+  assert all(
+    row["rehearsal"] and row["code"] and row["commit"] and row["device"] == "cpu" for row in found
+  )
   for name in (
     "ceiling/matmul",
     "cudnn/a_64k",
@@ -65,7 +69,9 @@ def test_every_part_writes_correct_rows(rehearsed):
   timed = [row for row in found if "tflops" in row and not row["name"].startswith("ceiling")]
   for row in timed:
     assert row["name"].startswith("cudnn_backward") or row["correct"], row
-    assert row["flops"] > 0 and row["clock"] == "wall" and row["timing_note"].endswith("wall clock only")
+    assert (
+      row["flops"] > 0 and row["clock"] == "wall" and row["timing_note"].endswith("wall clock only")
+    )
     assert row["implementation"] == ("cudnn" if row["name"].startswith("cudnn") else "reference")
   assert (folder / "attention_gpu_rehearsal.png").stat().st_size > 10_000
 
@@ -78,7 +84,9 @@ def test_ratios_come_from_the_rows_they_name(rehearsed):
   np.testing.assert_allclose(row["speedup"], dense["all_heads_seconds"] / row["seconds"])
   np.testing.assert_allclose(row["retained"], row["speedup"] * row["density"])
   spec = SHORT.spec("a_64k")
-  np.testing.assert_allclose(row["flops"], 4 * row["density"] * spec.n**2 * spec.heads * spec.head_dim)
+  np.testing.assert_allclose(
+    row["flops"], 4 * row["density"] * spec.n**2 * spec.heads * spec.head_dim
+  )
   million = by_name["cudnn/a_1m"]
   assert million["heads"] == 1 and "one head" in million["note"]
   np.testing.assert_allclose(million["all_heads_seconds"], 4 * million["seconds"])
@@ -92,28 +100,48 @@ def test_the_simulator_is_calibrated_by_the_file_as_it_is(rehearsed, tmp_path):
   """Every forward pass of attention is taken with its lists; all else is counted; rehearsals and other devices refused."""
   run, folder = rehearsed
   path, gpu = folder / "attention_gpu_rehearsal.json", load_gpu("h100")
-  with pytest.raises(ConfigError, match=r"no row of h100 to fit to \((\d+) of \1 rows left out: \1 of a rehearsal\)"):
+  with pytest.raises(
+    ConfigError, match=r"no row of h100 to fit to \((\d+) of \1 rows left out: \1 of a rehearsal\)"
+  ):
     calibrate.fit_file(gpu, path)
   # The same file as a GPU would have written it, with a row that failed, a wrong one, and the model's.
-  found = [{k: v for k, v in r.items() if k != "rehearsal"} | {"device": "NVIDIA H100 80GB HBM3"} for r in run.store.all()]
+  found = [
+    {k: v for k, v in r.items() if k != "rehearsal"} | {"device": "NVIDIA H100 80GB HBM3"}
+    for r in run.store.all()
+  ]
   dense = next(r for r in found if r["name"] == "dense/a_64k")
-  found += [{"name": "x", "error": "E", "device": dense["device"]}, dense | {"correct": False}, {"name": "y", "expected": True}]
+  found += [
+    {"name": "x", "error": "E", "device": dense["device"]},
+    dense | {"correct": False},
+    {"name": "y", "expected": True},
+  ]
   (tmp_path / "rows.json").write_text(json.dumps(found))
   with pytest.raises(ConfigError, match="no row of a100 .* of h100"):
     calibrate.fit_file(load_gpu("a100"), tmp_path / "rows.json")
   fit = calibrate.fit_file(gpu, tmp_path / "rows.json")
   by_name = {r["name"]: r for r in found}
-  assert {"cudnn/a_64k", "window/b_115k", "freqformer/a_64k", "lists_d10/d_32k"} <= {r["name"] for r in fit.rows}
+  assert {"cudnn/a_64k", "window/b_115k", "freqformer/a_64k", "lists_d10/d_32k"} <= {
+    r["name"] for r in fit.rows
+  }
   for r in fit.rows:
     assert r["attention_flops"] == pytest.approx(by_name[r["name"]]["flops"]), r["name"]
     assert (
-      r["measured_seconds"] == by_name[r["name"]]["seconds"] and r["implementation"] == by_name[r["name"]]["implementation"]
+      r["measured_seconds"] == by_name[r["name"]]["seconds"]
+      and r["implementation"] == by_name[r["name"]]["implementation"]
     )
   left_out, chosen = fit.notes
   assert left_out.startswith(f"{len(found) - len(fit.rows)} of {len(found)} rows left out: ")
-  for reason in ("no timed attention call", "5 not of a forward pass alone", "1 failed", "1 wrong results", "1 not measured"):
+  for reason in (
+    "no timed attention call",
+    "5 not of a forward pass alone",
+    "1 failed",
+    "1 wrong results",
+    "1 not measured",
+  ):
     assert reason in left_out
-  assert "of reference" in chosen and not any(r["fitted"] for r in fit.rows if r["implementation"] == "cudnn")
+  assert "of reference" in chosen and not any(
+    r["fitted"] for r in fit.rows if r["implementation"] == "cudnn"
+  )
   assert any("missed" in w for w in fit.warnings)  # a CPU's times are no H100's
 
 
@@ -121,7 +149,11 @@ def test_the_committed_cpu_rows_calibrate_the_cpu():
   found = rows.read_rows(rows.RESULTS / "attention_cpu.json")
   assert cpu_attention.described(found, cpu_attention.FULL) == found
   fit = calibrate.fit_file(load_gpu("cpu"), rows.RESULTS / "attention_cpu.json")
-  assert len(fit.rows) == 6 and fit.notes[0].endswith("6 no timed attention call") and fit.worst(False) < 0.15
+  assert (
+    len(fit.rows) == 6
+    and fit.notes[0].endswith("6 no timed attention call")
+    and fit.worst(False) < 0.15
+  )
   with pytest.raises(ConfigError, match="no row of h100 .*5 of cpu"):
     calibrate.fit_file(load_gpu("h100"), rows.RESULTS / "attention_cpu.json")
 
@@ -152,14 +184,18 @@ def test_the_deadline_stops_it(tmp_path, capsys):
   run = gpu_attention.Session(SHORT, store, Deadline(0), "xla")
   gpu_run.run_parts(run, (gpu_run.dense_mode, gpu_run.lists, gpu_run.torch))
   assert run.skipped == ["dense/a_64k", "lists_d10/a_64k", "torch_*"]
-  assert "unreached dense/a_64k\nunreached lists_d10/a_64k\nunreached torch_*" in capsys.readouterr().out
+  assert (
+    "unreached dense/a_64k\nunreached lists_d10/a_64k\nunreached torch_*" in capsys.readouterr().out
+  )
   assert all(row["name"].startswith("gate") and row["measured"] is None for row in store.all())
   assert "no time for: dense/a_64k" in gpu_run.report(run)
 
 
 def test_parts_and_rows_by_name(tmp_path, capsys):
   """A step of a slot gets what it asks for; parts that are not named are not run."""
-  options = dict(minutes=5, out=str(tmp_path), implementation="reference", rehearse=True, plan=SHORT)
+  options = dict(
+    minutes=5, out=str(tmp_path), implementation="reference", rehearse=True, plan=SHORT
+  )
   run = gpu_run.main(**options, parts=("dense_mode", "forms"), only="^form_stage_by_stage_d05/")
   measured = [row["name"] for row in run.store.all() if not row["name"].startswith("gate")]
   assert measured == ["form_stage_by_stage_d05/a_64k"] and not list(tmp_path.glob("*.png"))
@@ -181,12 +217,27 @@ def test_a_run_in_another_configuration(tmp_path, monkeypatch):
     run.row("looked", lambda: {"correct": True})
 
   monkeypatch.setattr(gpu_run, "parts_named", lambda names: (look,))
-  options = dict(minutes=5, out=str(tmp_path), implementation="reference", rehearse=True, plan=SHORT, parts=("look",))
+  options = dict(
+    minutes=5,
+    out=str(tmp_path),
+    implementation="reference",
+    rehearse=True,
+    plan=SHORT,
+    parts=("look",),
+  )
   gpu_run.main(**options, config="take_turns=False")
-  (row,) = [row for row in rows.read_rows(tmp_path / "attention_gpu_rehearsal.json") if row["name"] == "looked"]
+  (row,) = [
+    row
+    for row in rows.read_rows(tmp_path / "attention_gpu_rehearsal.json")
+    if row["name"] == "looked"
+  ]
   assert row["config"] == "take_turns=False" and "--config='take_turns=False'" in row["command"]
   gpu_run.main(**options)
-  (row,) = [row for row in rows.read_rows(tmp_path / "attention_gpu_rehearsal.json") if row["name"] == "looked"]
+  (row,) = [
+    row
+    for row in rows.read_rows(tmp_path / "attention_gpu_rehearsal.json")
+    if row["name"] == "looked"
+  ]
   assert seen == [False, True] and "config" not in row
 
 
@@ -224,7 +275,11 @@ def test_devices_have_files_of_their_own():
 
 def test_both_plans_have_the_same_parts_and_every_gate_its_rows():
   """A gate that reads a row which the plan never makes could never be met."""
-  names = {f"dense/{n}" for n in FULL.dense} | {f"window/{FULL.window}"} | {f"around/{n}" for n in FULL.around}
+  names = (
+    {f"dense/{n}" for n in FULL.dense}
+    | {f"window/{FULL.window}"}
+    | {f"around/{n}" for n in FULL.around}
+  )
   names |= {f"lists_d{round(100 * d):02d}/{n}" for n, d in FULL.lists}
   names |= {f"backward_lists_d{round(100 * d):02d}/{n}" for n, d in FULL.backward}
   names |= {f"fused_over_separate/{n}" for n in FULL.launches}
@@ -240,7 +295,10 @@ def test_both_plans_have_the_same_parts_and_every_gate_its_rows():
 
 def test_gates_take_the_worst_row_and_wait_for_all():
   gate = gates.Gate("g", ("a", "b"), "retained", "", ">=", 0.85, 0.94)
-  rows = lambda *values, **more: [{"name": n, "retained": x, **more} for n, x in zip("ab", values, strict=False)]
+
+  def rows(*values, **more):
+    return [{"name": n, "retained": x, **more} for n, x in zip("ab", values, strict=False)]
+
   (whole,) = gates.gate_rows(rows(0.95, 0.9), gates=(gate,))
   assert (whole["measured"], whole["passed"], whole["record_met"]) == (0.9, True, False)
   (part,) = gates.gate_rows(rows(0.99), gates=(gate,))
@@ -256,5 +314,7 @@ def test_expected_values_never_count_as_measured():
   modelled = [{"name": "a", "seconds": 0.02, "expected": True}]
   (row,) = gates.gate_rows(modelled, modelled, (gate,))
   assert row["measured"] is None and row["passed"] is None and row["expected_value"] == 20.0
-  (row,) = gates.gate_rows([{"name": "a", "seconds": 0.03}], [{"name": "a", "seconds": 0.02}], (gate,))
+  (row,) = gates.gate_rows(
+    [{"name": "a", "seconds": 0.03}], [{"name": "a", "seconds": 0.02}], (gate,)
+  )
   assert row["measured"] == 30.0 and row["expected_value"] is None

@@ -164,7 +164,7 @@ def test_what_is_right_is_not_run_again(rehearsed, tmp_path):
   assert slot.run(steps) and time.monotonic() - start < 10
   assert [outcome.state for outcome in slot.outcomes] == ["ok", *["skipped"] * 3]
   assert set(_rows(tmp_path / "gpu_check_rehearsal.json")) == set(
-    _rows(out / "gpu_check_rehearsal.json"),
+    _rows(out / "gpu_check_rehearsal.json")
   )
   other = gpu_slot.Slot(tmp_path, 1, rehearse=True)
   assert other._ended_well(steps[1])
@@ -181,11 +181,7 @@ def test_what_is_right_is_not_run_again(rehearsed, tmp_path):
 def test_the_parent_imports_no_jax():
   code = "import sys; sys.modules['jax'] = None; import benchmarks.gpu.slot; print('imported')"
   done = subprocess.run(
-    [sys.executable, "-c", code],
-    capture_output=True,
-    text=True,
-    cwd=ROOT,
-    check=True,
+    [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
   )
   assert done.stdout.strip() == "imported"
 
@@ -256,10 +252,10 @@ def test_what_is_timed_runs_with_the_repair(tmp_path):
   timed = plans.timed("dense", "dense_mode", "a_16k", 60, after=("aborting",))
   slot._together([_planted("aborting")])
   assert slot._refusal(timed).note == "aborting did not end" and slot._arguments(timed) == list(
-    timed.arguments,
+    timed.arguments
   )
   slot._bisect(
-    [gpu_slot.Outcome(_planted("wrong", bisect=True), "wrong", wrong=["planted, seed 0"])],
+    [gpu_slot.Outcome(_planted("wrong", bisect=True), "wrong", wrong=["planted, seed 0"])]
   )
   assert slot._refusal(timed) is None
   assert slot._arguments(timed) == [*timed.arguments, f"--config={gpu_slot_planted.REPAIRED_BY}"]
@@ -303,7 +299,7 @@ def test_a_sanitizer_reports_and_is_not_judged(tmp_path, monkeypatch):
   tools.mkdir()
   tool = tools / "compute-sanitizer"
   tool.write_text(
-    "#!/bin/sh\necho '========= Invalid read'\necho '========= ERROR SUMMARY: 2 errors'\nexit 0\n",
+    "#!/bin/sh\necho '========= Invalid read'\necho '========= ERROR SUMMARY: 2 errors'\nexit 0\n"
   )
   tool.chmod(0o755)
   monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
@@ -311,7 +307,7 @@ def test_a_sanitizer_reports_and_is_not_judged(tmp_path, monkeypatch):
   assert slot.run((plans.sanitizer("memcheck"),)) and slot.outcomes[0].state == "said something"
   assert "Invalid read" in (tmp_path / "with" / gpu_slot.LOG).read_text()
   tool.write_text(
-    "#!/bin/sh\necho '========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)'\n",
+    "#!/bin/sh\necho '========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)'\n"
   )
   slot = gpu_slot.Slot(tmp_path / "clean", 1, True)
   assert slot.run((plans.sanitizer("racecheck"),)) and slot.outcomes[0].state == "ok"
@@ -321,7 +317,7 @@ def test_merging_keeps_the_rows_of_all_writers(tmp_path):
   """Two steps that began from the same rows: neither puts back what the other has replaced."""
   slot = gpu_slot.Slot(tmp_path / "out", 1)
   (tmp_path / "out" / "kind.json").write_text(
-    json.dumps([{"name": "a", "value": 0}, {"name": "b", "value": 0}]),
+    json.dumps([{"name": "a", "value": 0}, {"name": "b", "value": 0}])
   )
   for name in "ab":
     (tmp_path / name).mkdir()
@@ -330,7 +326,7 @@ def test_merging_keeps_the_rows_of_all_writers(tmp_path):
     path = tmp_path / name / "kind.json"
     found = json.loads(path.read_text())
     path.write_text(
-      json.dumps([row | ({"value": 1} if row["name"] == name else {}) for row in found]),
+      json.dumps([row | ({"value": 1} if row["name"] == name else {}) for row in found])
     )
   for name in "ab":
     assert slot._merge(tmp_path / name, seeded[name]) == ""
@@ -358,7 +354,7 @@ def test_fetched_rows_do_not_replace_newer_ones(tmp_path):
   old.mkdir()
   out.mkdir()
   (old / "kind.json").write_text(
-    json.dumps([{"name": "a", "value": "old"}, {"name": "b", "value": "old"}]),
+    json.dumps([{"name": "a", "value": "old"}, {"name": "b", "value": "old"}])
   )
   (old / "torn.json").write_text('[{"na')
   (out / "kind.json").write_text(json.dumps([{"name": "a", "value": "new"}]))

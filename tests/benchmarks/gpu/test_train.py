@@ -48,21 +48,18 @@ def test_device_time_is_shared_out_by_the_kernels_names():
 
   streams = [
     types.SimpleNamespace(
-      name="Stream #1",
-      events=[event("attention_forward_0", 2), event("fusion_1", 3)],
+      name="Stream #1", events=[event("attention_forward_0", 2), event("fusion_1", 3)]
     ),
     types.SimpleNamespace(
-      name="Stream #2",
-      events=[event("attention_dkv_1", 4), event("fusion_1", 1)],
+      name="Stream #2", events=[event("attention_dkv_1", 4), event("fusion_1", 1)]
     ),
     types.SimpleNamespace(
-      name="XLA Ops",
-      events=[event("attention_forward_0", 100)],
+      name="XLA Ops", events=[event("attention_forward_0", 100)]
     ),  # the same again, by another name
   ]
   host = types.SimpleNamespace(name="/host:CPU", lines=streams)
   profile = types.SimpleNamespace(
-    planes=[types.SimpleNamespace(name="/device:GPU:0", lines=streams), host],
+    planes=[types.SimpleNamespace(name="/device:GPU:0", lines=streams), host]
   )
   kernels = gpu_train.kernel_times(profile)
   assert kernels == pytest.approx({"attention_forward_0": 2, "fusion_1": 4, "attention_dkv_1": 4})
@@ -89,7 +86,7 @@ def test_the_assembler_on_path_and_the_drivers_version_are_read(monkeypatch, tmp
   tool.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.1, V13.1.80'\n")
   tool.chmod(0o755)
   (tmp_path / "version").write_text(
-    "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build\n",
+    "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build\n"
   )
   monkeypatch.setattr(gpu_facts, "_DRIVER", tmp_path / "version")
   assert gpu_facts.described_ptxas(str(tool)) == f"{tool} 13.1.80"

@@ -28,7 +28,10 @@ def test_the_default_compiles_without_spilling(direction):
   key = Key("h100", 128, 128, 128, direction)
   trial = tune_trials.compile_candidate(key, tuning.default(key))
   assert not trial.refused and trial.registers > 100
-  assert abs(tuning.default(key).shared_bytes(key) - trial.shared_bytes) < 4096 and trial.shared_bytes <= offline.SHARED_LIMIT
+  assert (
+    abs(tuning.default(key).shared_bytes(key) - trial.shared_bytes) < 4096
+    and trial.shared_bytes <= offline.SHARED_LIMIT
+  )
 
 
 @pytest.mark.parametrize(
@@ -40,9 +43,13 @@ def test_the_default_compiles_without_spilling(direction):
   ],
 )
 def test_candidates_that_spill_or_do_not_fit_are_refused(monkeypatch, resources, reason):
-  other = offline.KernelResources("attention_dq_0", 9, 99, 99, 9)  # another kernel's report must not count
+  other = offline.KernelResources(
+    "attention_dq_0", 9, 99, 99, 9
+  )  # another kernel's report must not count
   own = offline.KernelResources("attention_forward_1", *resources)
-  monkeypatch.setattr(offline, "compile_for", lambda *_, **__: offline.Compilation(None, (own, other)))
+  monkeypatch.setattr(
+    offline, "compile_for", lambda *_, **__: offline.Compilation(None, (own, other))
+  )
   assert reason in tune_trials.compile_candidate(KEY, tuning.default(KEY)).refused
   assert bool(tune_trials.compile_candidate(KEY, tuning.default(KEY)).refused) == bool(reason)
 
@@ -60,10 +67,15 @@ def test_where_nothing_compiles_ahead_the_device_decides(monkeypatch):
     raise RuntimeError("needs jax-cuda13-plugin")
 
   monkeypatch.setattr(offline, "compile_for", missing)
-  assert [t.refused for t in tune._compiled(KEY, static=False)] == [""] * len(tuning.candidates(KEY))
+  assert [t.refused for t in tune._compiled(KEY, static=False)] == [""] * len(
+    tuning.candidates(KEY)
+  )
   with pytest.raises(RuntimeError, match="needs jax-cuda13-plugin"):
     tune._compiled(KEY, static=True)
-  refused = lambda key, config: tune_trials.Trial(config, "does not compile: no target")
+
+  def refused(key, config):
+    return tune_trials.Trial(config, "does not compile: no target")
+
   monkeypatch.setattr(tune, "compile_candidate", refused)
   assert not any(t.refused for t in tune._compiled(KEY, static=False))
   assert all(t.refused for t in tune._compiled(KEY, static=True))
@@ -72,7 +84,9 @@ def test_where_nothing_compiles_ahead_the_device_decides(monkeypatch):
 @pytest.mark.parametrize("direction", tuning.DIRECTIONS)
 def test_right_candidates_are_timed(direction):
   key = dataclasses.replace(KEY, direction=direction)
-  (trial,) = tune_trials.time_candidates(key, [tune_trials.Trial(tuning.default(key))], "reference", BUDGET, GRID)
+  (trial,) = tune_trials.time_candidates(
+    key, [tune_trials.Trial(tuning.default(key))], "reference", BUDGET, GRID
+  )
   assert trial.seconds > 0 and trial.final and 0 <= trial.error < 2**-7 and not trial.refused
 
 
@@ -89,7 +103,9 @@ def test_wrong_and_failing_candidates_are_refused(monkeypatch):
     return (out * 1.1 if config == wrong.config and implementation != "xla" else out), lse
 
   monkeypatch.setattr(tune_trials, "run", by_config)
-  first, second, third = tune_trials.time_candidates(KEY, [right, wrong, failing], "reference", BUDGET, GRID)
+  first, second, third = tune_trials.time_candidates(
+    KEY, [right, wrong, failing], "reference", BUDGET, GRID
+  )
   assert first.seconds and not first.refused
   assert "wrong: relative error" in second.refused and second.seconds is None
   assert "launch failed" in third.refused
@@ -104,31 +120,50 @@ def test_a_late_search_stops():
 
 def test_noise_does_not_replace_the_default():
   default, other = tuning.candidates(KEY)[:2]
-  pick = lambda fast: tune_trials.choose(
-    KEY, [tune_trials.Trial(default, seconds=1.0, final=True), tune_trials.Trial(other, seconds=fast, final=True)]
-  )
+
+  def pick(fast):
+    return tune_trials.choose(
+      KEY,
+      [
+        tune_trials.Trial(default, seconds=1.0, final=True),
+        tune_trials.Trial(other, seconds=fast, final=True),
+      ],
+    )
+
   assert pick(0.995) == default and pick(0.98) == other and pick(1.2) == default
-  assert tune_trials.choose(KEY, [tune_trials.Trial(other, seconds=0.5)]) is None  # timed briefly only
+  assert (
+    tune_trials.choose(KEY, [tune_trials.Trial(other, seconds=0.5)]) is None
+  )  # timed briefly only
 
 
 def test_a_static_search_reports_and_writes_no_table(monkeypatch, tmp_path, capsys):
-  fits = lambda key, config: tune_trials.Trial(
-    config, "" if config == tuning.default(key) else "spills 4 bytes per thread", 168, 1
-  )
+  def fits(key, config):
+    return tune_trials.Trial(
+      config, "" if config == tuning.default(key) else "spills 4 bytes per thread", 168, 1
+    )
+
   monkeypatch.setattr(tune, "compile_candidate", fits)
   monkeypatch.setattr(tune, "_known_trials", lambda key: [])
   monkeypatch.setattr(tuning, "write", None)
   store = Store.open(tmp_path, "tuning_static", "command")
   assert tune.search([KEY], store, BUDGET, static=True) == {}
   (row,) = json.loads(store.path.read_text())
-  assert row["static"] and row["chosen"] is None and len(row["trials"]) == len(tuning.candidates(KEY))
+  assert (
+    row["static"] and row["chosen"] is None and len(row["trials"]) == len(tuning.candidates(KEY))
+  )
   assert f"1 of {len(row['trials'])} candidates fit" in capsys.readouterr().out
-  assert tune.search([KEY], store, dataclasses.replace(BUDGET, deadline=Deadline(0)), static=True) == {}
+  assert (
+    tune.search([KEY], store, dataclasses.replace(BUDGET, deadline=Deadline(0)), static=True) == {}
+  )
 
 
 def test_a_static_report_of_the_same_kernels_saves_compiling(monkeypatch, tmp_path):
   monkeypatch.setattr(tune.rows, "RESULTS", tmp_path)
-  row = {"name": tune.row_name(KEY), "kernels": tune.kernels_digest(), "trials": [t.row() for t in _trials()]}
+  row = {
+    "name": tune.row_name(KEY),
+    "kernels": tune.kernels_digest(),
+    "trials": [t.row() for t in _trials()],
+  }
   tune.rows.merge_rows(tmp_path / "tuning_static.json", [row])
   assert tune._known_trials(KEY) == _trials()
   tune.rows.merge_rows(tmp_path / "tuning_static.json", [row | {"kernels": "older"}])
@@ -173,7 +208,9 @@ def _killed_at_dq(key, trials):
 
 def test_keys_not_reached_are_named(tmp_path, capsys):
   store = Store.open(tmp_path, "tuning", "command")
-  assert tune.search([KEY], store, dataclasses.replace(BUDGET, deadline=Deadline(0)), static=False) == {}
+  assert (
+    tune.search([KEY], store, dataclasses.replace(BUDGET, deadline=Deadline(0)), static=False) == {}
+  )
   assert "unreached tune: d=64 64x128 forward" in capsys.readouterr().out
 
 

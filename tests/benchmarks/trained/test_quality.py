@@ -26,7 +26,10 @@ def test_points_begin_dense_and_have_their_density(setting):
   method, _, budget, config = setting
   config.check_run(STEPS)
   dense = 4 * LAYOUT.n**2 * 6 * 16
-  flops = [config.phase_cost(config.phase(s, STEPS), LAYOUT, 6, 16).attention_flops / dense for s in range(STEPS)]
+  flops = [
+    config.phase_cost(config.phase(s, STEPS), LAYOUT, 6, 16).attention_flops / dense
+    for s in range(STEPS)
+  ]
   assert flops[:WARM] == [1] * WARM and max(flops[WARM + 1 :]) < 0.6
   if method in ("adaspa", "random", "sliding_tile", "block_topk"):
     np.testing.assert_allclose(flops[WARM:], budget / LAYOUT.tiles, rtol=1e-6)
@@ -36,7 +39,10 @@ def test_points_begin_dense_and_have_their_density(setting):
 
 def lists(method, x, guided=False):
   """Key tiles `[b, h, tiles, k]` that the control draws for queries `x` `[b, n, h, d]`."""
-  same = lambda x, positions: x
+
+  def same(x, positions):
+    return x
+
   qkv = Projected(x, x, x, same, same, LAYOUT.arrays(), "xla")
   cond = Cond(jnp.full(x.shape[0], 0.5), jnp.ones((x.shape[0], 8)), guided=guided, want_masks=True)
   return np.asarray(method(None, qkv, cond, {}, {})[2]["mask"].kv_indices)
@@ -50,17 +56,30 @@ def test_the_control_is_random():
   assert (drawn == np.arange(72)[:, None]).any(-1).all()  # its own tile
   others = np.bincount(drawn.ravel(), minlength=72)
   assert others.min() > 0.4 * others.mean() and others.max() < 1.8 * others.mean()
+
   # Between samples, heads and inputs two lists share their own tile and one of the others in nine; fixed ones are equal.
-  shared = lambda a, b: np.mean([len(np.intersect1d(p, q)) for p, q in zip(a.reshape(-1, 9), b.reshape(-1, 9), strict=True)])
+  def shared(a, b):
+    return np.mean(
+      [len(np.intersect1d(p, q)) for p, q in zip(a.reshape(-1, 9), b.reshape(-1, 9), strict=True)]
+    )
+
   for a, b in ((drawn[0], drawn[1]), (drawn[:, 0], drawn[:, 1]), (drawn, lists(fresh, 2 * x))):
     assert shared(a, b) < 2.5
   assert shared(drawn, lists(fresh, x)) == 9
   still = lists(fixed, x)
-  assert (still[0] == still[1]).all() and (still == lists(fixed, 2 * x)).all() and shared(still[0, 0], still[0, 1]) < 2.5
+  assert (
+    (still[0] == still[1]).all()
+    and (still == lists(fixed, 2 * x)).all()
+    and shared(still[0, 0], still[0, 1]) < 2.5
+  )
 
 
 def test_both_halves_of_guidance_share_the_control():
-  drawn = lists(quality_methods.RandomTiles(9), jax.random.normal(jax.random.key(0), (4, LAYOUT.n_buffer, 2, 4)), guided=True)
+  drawn = lists(
+    quality_methods.RandomTiles(9),
+    jax.random.normal(jax.random.key(0), (4, LAYOUT.n_buffer, 2, 4)),
+    guided=True,
+  )
   assert (drawn[:2] == drawn[2:]).all() and (drawn[0] != drawn[1]).any()
 
 
@@ -77,7 +96,9 @@ def probe(budget, *inputs):
 
 def test_probe():
   """All tiles: no error. The same input twice: the errors are equal, so they add up to twice their squares; another: less."""
-  first, second = (2 * jax.random.normal(jax.random.key(i), (2, LAYOUT.n_buffer, 2, 4)) for i in range(2))
+  first, second = (
+    2 * jax.random.normal(jax.random.key(i), (2, LAYOUT.n_buffer, 2, 4)) for i in range(2)
+  )
   assert np.max(probe(72, first)["error"]) < 1e-9
   twice = probe(9, first, first)
   np.testing.assert_allclose(twice["adds_up"], 2, rtol=1e-4)
@@ -102,7 +123,11 @@ def row(method, psnr, variant="", budget=9):
 
 
 def test_verdict():
-  rows = [row("adaspa", [30.0, 32]), row("random", [29.0, 30]), row("random", [20.0, 20], budget=18)]
+  rows = [
+    row("adaspa", [30.0, 32]),
+    row("random", [29.0, 30]),
+    row("random", [20.0, 20], budget=18),
+  ]
   found = quality.verdict(rows)
   assert found["met"] and [f["other"] for f in found["adaspa_over"]] == ["random/9"]
   np.testing.assert_allclose(found["adaspa_over"][0]["gain_db"], 1.5)
@@ -112,13 +137,25 @@ def test_verdict():
 
 
 def test_lines_join_one_point_per_budget():
-  points = [row("sliding_tile", [20.0], "3x3x1"), row("sliding_tile", [24.0], "1x3x3"), row("sliding_tile", [18.0], budget=4)]
+  points = [
+    row("sliding_tile", [20.0], "3x3x1"),
+    row("sliding_tile", [24.0], "1x3x3"),
+    row("sliding_tile", [18.0], budget=4),
+  ]
   points[2]["density_after_warmup"] = 0.05
   assert quality.best_of_budgets(points) == ([points[2], points[1]], [points[0]])
 
 
 def test_table_and_plot(tmp_path):
-  rows = [row("adaspa", [30.0, 32]), row("random", [29.0, 30]), row("random", [28.0, 30], "fixed"), {"name": "model"}]
+  rows = [
+    row("adaspa", [30.0, 32]),
+    row("random", [29.0, 30]),
+    row("random", [28.0, 30], "fixed"),
+    {"name": "model"},
+  ]
   text = quality.table(rows)
-  assert text.index("adaspa/9") < text.index("random/9") < text.index("random(fixed)/9") and "+1.50 dB" in text
+  assert (
+    text.index("adaspa/9") < text.index("random/9") < text.index("random(fixed)/9")
+    and "+1.50 dB" in text
+  )
   assert quality.plot(rows, tmp_path / "a" / "plot.png").stat().st_size > 5000

@@ -53,7 +53,9 @@ class Case:
 
 
 CASES = {
-  "alike": Case((4, 8, 16), (4, 4, 8), 128, 128),  # coarse rows of a tile are a multiple of 8: stored in place
+  "alike": Case(
+    (4, 8, 16), (4, 4, 8), 128, 128
+  ),  # coarse rows of a tile are a multiple of 8: stored in place
   "ragged": Case((5, 6, 7), (3, 4, 5), 64, 64, b=2, filtered="v"),  # eight kinds of tiles
   "ragged, big": Case((4, 6, 7), (4, 5, 6), 128, 64, h=3, filtered="qkv"),
 }
@@ -102,17 +104,37 @@ def test_plain_form_is_the_layers_own_operators(case):
   """Norm by its formula, rotary, compression, filters and pooling by the layer's own functions, in float32."""
   joint, bias, gains, tables, lengths, cells, spectral = _inputs(case, jnp.float32)
   arrays, front = case.layout.arrays(), cells.front
-  operands = (joint, bias, gains, tables, lengths, cells.cells(spectral.centres, case.d), case.bands)
+  operands = (
+    joint,
+    bias,
+    gains,
+    tables,
+    lengths,
+    cells.cells(spectral.centres, case.d),
+    case.bands,
+  )
   got = prepare(*operands, pooled=True, filtered=case.filtered, implementation="plain")
   coarse = slice(0, spectral.n_coarse)
-  for name, gain, pool, x in zip("qkv", (*gains, None), (*got[3:], None), jnp.unstack(joint + bias, axis=2), strict=True):
-    finish = lambda x, at, gain=gain: rotate(x / jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6) * gain, at)
+  for name, gain, pool, x in zip(
+    "qkv", (*gains, None), (*got[3:], None), jnp.unstack(joint + bias, axis=2), strict=True
+  ):
+
+    def finish(x, at, gain=gain):
+      return rotate(x / jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6) * gain, at)
+
     if gain is None:
-      finish = lambda x, at: x
+
+      def finish(x, at):
+        return x
+
     found, want = getattr(got, name), finish(x, arrays.positions)
     means = [want[:, t * case.block :][:, :k].mean(1) for t, k in enumerate(lengths)]
     if name in case.filtered:
-      low, box, bands = spectral.project_low(x), spectral.project_box(x), case.bands[:, None, :, None]
+      low, box, bands = (
+        spectral.project_low(x),
+        spectral.project_box(x),
+        case.bands[:, None, :, None],
+      )
       want = finish(jnp.select([bands == 1, bands == 2], [box - low, x - box], x), arrays.positions)
     _close(found[:, front:][:, arrays.valid], want[:, arrays.valid], 1e-4)
     _close(found[:, coarse], finish(spectral.compress(x), spectral.centres), 1e-4)
@@ -136,7 +158,13 @@ def test_prepare_kernel(case, capfd):
   joint, bias, gains, tables, lengths, cells, spectral = _inputs(case)
   cells = cells.cells(spectral.centres, case.d)
   operands = (bias, gains, tables, lengths, cells, case.bands)
-  want = prepare(joint.astype(jnp.float32), *operands, pooled=True, filtered=case.filtered, implementation="plain")
+  want = prepare(
+    joint.astype(jnp.float32),
+    *operands,
+    pooled=True,
+    filtered=case.filtered,
+    implementation="plain",
+  )
   with parts.interpreted(detect_races=case == CASES["alike"]):
     assert unsupported(joint, len(lengths), cells) is None
     got = jax.jit(lambda *a: prepare(*a, pooled=True, filtered=case.filtered))(joint, *operands)
@@ -162,7 +190,9 @@ def test_lift_kernel(case, capfd):
   """Against spectral.lift in float32; heads without coarse rows are scaled only."""
   *_, cells, spectral = _inputs(case)
   draw = np.random.default_rng(1)
-  packed = jnp.asarray(draw.standard_normal((case.b, cells.front + case.layout.n_buffer, case.h, case.d)), jnp.bfloat16)
+  packed = jnp.asarray(
+    draw.standard_normal((case.b, cells.front + case.layout.n_buffer, case.h, case.d)), jnp.bfloat16
+  )
   low = jnp.asarray(draw.random((case.b, case.h)) < 0.5).at[:, 0].set(True).at[:, -1].set(False)
   weights = jnp.asarray(draw.uniform(0.5, 2, low.shape), jnp.float32)
   wide = packed.astype(jnp.float32)
@@ -175,17 +205,30 @@ def test_lift_kernel(case, capfd):
   valid = case.layout.arrays().valid
   assert _rightly_rounded(got[:, valid], want[:, valid])
   _close(got[:, valid], want[:, valid], 2e-2)
-  assert np.abs(np.asarray(got[:, valid] - want[:, valid])).max() <= 2**-8 * np.abs(np.asarray(want)).max()
+  assert (
+    np.abs(np.asarray(got[:, valid] - want[:, valid])).max()
+    <= 2**-8 * np.abs(np.asarray(want)).max()
+  )
 
 
 def _layer(case, method, dtype):
   """Output, valid rows only, and gradients of a layer whose gains are not one and biases not zero, in float32."""
   layout, width = case.layout, case.h * case.d
-  build = lambda: SpectralAttention(AttentionDims(width, case.h, 8), method, layout, nnx.Rngs(0), dtype=dtype)
+
+  def build():
+    return SpectralAttention(
+      AttentionDims(width, case.h, 8), method, layout, nnx.Rngs(0), dtype=dtype
+    )
+
   graphdef, params = nnx.split(build())
   draw = np.random.default_rng(3)
-  params = jax.tree.map(lambda x: x + draw.uniform(0, 0.5, x.shape).astype(x.dtype) if x.ndim == 1 else x, params)
-  x, weigh = (jnp.asarray(draw.standard_normal((case.b, layout.n_buffer, width)), jnp.bfloat16) for _ in range(2))
+  params = jax.tree.map(
+    lambda x: x + draw.uniform(0, 0.5, x.shape).astype(x.dtype) if x.ndim == 1 else x, params
+  )
+  x, weigh = (
+    jnp.asarray(draw.standard_normal((case.b, layout.n_buffer, width)), jnp.bfloat16)
+    for _ in range(2)
+  )
   valid = jnp.asarray(layout.arrays().valid)[:, None]
   tables = method.tables(layout)
 
@@ -202,7 +245,9 @@ def _layer(case, method, dtype):
 
 METHODS = {
   "dense": Dense(),
-  "freqformer": FreqFormer(basis=BASIS, allocation=(1, 1, 0), mid_tiles=2, low_shared=True, filter="qkv"),
+  "freqformer": FreqFormer(
+    basis=BASIS, allocation=(1, 1, 0), mid_tiles=2, low_shared=True, filter="qkv"
+  ),
 }
 
 
@@ -212,7 +257,9 @@ def test_layer_with_and_without_kernels(method, monkeypatch):
   case = dataclasses.replace(CASES["ragged"], grid=(5, 4, 7), b=1)
   monkeypatch.setattr(attention_entry, "BACKENDS", ("xla",))
   forward, plans = hopper_prepare.forward, []
-  monkeypatch.setattr(hopper_prepare, "forward", lambda plan, operands: plans.append(plan) or forward(plan, operands))
+  monkeypatch.setattr(
+    hopper_prepare, "forward", lambda plan, operands: plans.append(plan) or forward(plan, operands)
+  )
   right, plain = (_layer(case, method, dtype) for dtype in (jnp.float32, jnp.bfloat16))
   assert not plans
   with parts.interpreted():
@@ -226,12 +273,15 @@ def test_refusals():
   """Every reason at once; a named kernel is not replaced."""
   case = dataclasses.replace(CASES["ragged"], block=72, d=80)
   joint, bias, gains, tables, lengths, _, _ = _inputs(case, jnp.float32)
-  assert re.search("compute capability 9.0.*float32.*head_dim is 80.*72 rows", unsupported(joint, len(lengths)))
+  assert re.search(
+    "compute capability 9.0.*float32.*head_dim is 80.*72 rows", unsupported(joint, len(lengths))
+  )
   assert unsupported(jnp.zeros((1, 128, 3, 1, 64), jnp.bfloat16), 1, None, HOPPER) is None
   with pytest.raises(NotImplementedError, match="head_dim is 80"):
     prepare(joint, bias, gains, tables, lengths, implementation="pallas_mgpu")
   *_, cells, spectral = _inputs(
-    dataclasses.replace(CASES["ragged"], tile=(4, 4, 4)), basis=SpectralBasis("block_dct", *[(1,) * 3] * 2)
+    dataclasses.replace(CASES["ragged"], tile=(4, 4, 4)),
+    basis=SpectralBasis("block_dct", *[(1,) * 3] * 2),
   )
   reason = lift_unsupported(jnp.zeros((1, 1024, 1, 64), jnp.bfloat16), cells.expansion, HOPPER)
   assert reason == "a tile has 64 coarse tokens, it takes at most 57"

@@ -93,7 +93,9 @@ def draw_mask(case: Case, seed: int) -> BlockMask:
   if case.bias:
     mask = dataclasses.replace(mask, kv_bias=rng.standard_normal(kv_tiles).astype(np.float32))
   if not case.listed:
-    mask = dataclasses.replace(mask, kv_indices=None, kv_counts=np.minimum(mask.kv_counts + 1, kv_tiles))
+    mask = dataclasses.replace(
+      mask, kv_indices=None, kv_counts=np.minimum(mask.kv_counts + 1, kv_tiles)
+    )
     mask.kv_counts[:, :, 0] = 0
   mask = mask.check()
   if case.long:
@@ -177,7 +179,10 @@ def relative_error(got, want):
   np.testing.assert_array_equal(got[~finite], want[~finite])
   if not finite.any():
     return 0.0
-  return float(np.sqrt(np.mean((got[finite] - want[finite]) ** 2)) / (np.sqrt(np.mean(want[finite] ** 2)) + 1e-30))
+  return float(
+    np.sqrt(np.mean((got[finite] - want[finite]) ** 2))
+    / (np.sqrt(np.mean(want[finite] ** 2)) + 1e-30)
+  )
 
 
 def plain_low_precision(q, k, v, mask, d_out, d_lse):
@@ -204,7 +209,9 @@ def value_and_grads(q, k, v, mask, d_out, d_lse, implementation):
 
   @jax.jit
   def run(q, k, v, mask, d_out, d_lse):
-    (out, lse), vjp = jax.vjp(lambda *a: attention(*a, mask, implementation=implementation), q, k, v)
+    (out, lse), vjp = jax.vjp(
+      lambda *a: attention(*a, mask, implementation=implementation), q, k, v
+    )
     return out, lse, *vjp((d_out.astype(out.dtype), d_lse.astype(lse.dtype)))
 
   return run(q, k, v, mask, d_out, d_lse)
@@ -237,7 +244,10 @@ class AttentionSuite:
     limits = [3e-6] * 5
     if dtype != jnp.float32:
       out, *grads = plain_low_precision(*data[:3], mask, *data[3:])
-      limits = [5e-3 if i == 1 else 2 * relative_error(p, want[i]) for i, p in enumerate((out, want[1], *grads))]
+      limits = [
+        5e-3 if i == 1 else 2 * relative_error(p, want[i])
+        for i, p in enumerate((out, want[1], *grads))
+      ]
     for i, (name, limit) in enumerate(zip(("out", "lse", "dq", "dk", "dv"), limits, strict=True)):
       assert relative_error(got[i], want[i]) <= limit, name
       assert got[i].dtype == (jnp.float32 if name == "lse" else dtype)
@@ -260,8 +270,13 @@ class AttentionSuite:
     case = Case("padding", n_q=192, n_kv=192)
     mask = draw_mask(case, 2)
     q, k, v, d_out, d_lse = draw_inputs(case, 2, self.dtypes[0])
-    valid = (np.arange(case.block_kv) < mask.kv_len[:, None]).reshape(-1)  # queries and keys share the buffer
-    d_out, d_lse = np.where(valid[:, None, None], d_out, 0).astype(d_out.dtype), np.where(valid, d_lse, 0)
+    valid = (np.arange(case.block_kv) < mask.kv_len[:, None]).reshape(
+      -1
+    )  # queries and keys share the buffer
+    d_out, d_lse = (
+      np.where(valid[:, None, None], d_out, 0).astype(d_out.dtype),
+      np.where(valid, d_lse, 0),
+    )
     clean = self.run(q, k, v, mask, d_out, d_lse)
     dirty = [np.where(valid[:, None, None], x, np.asarray(1e4, x.dtype)) for x in (q, k, v)]
     soiled = self.run(*dirty, mask, d_out, d_lse)
@@ -320,7 +335,9 @@ class AttentionSuite:
   def test_deterministic(self):
     case = Case("twice", n_q=256, n_kv=384, keep=0.5)
     mask, data = draw_mask(case, 5), draw_inputs(case, 5, self.dtypes[0])
-    for a, b in zip(self.run(*data[:3], mask, *data[3:]), self.run(*data[:3], mask, *data[3:]), strict=True):
+    for a, b in zip(
+      self.run(*data[:3], mask, *data[3:]), self.run(*data[:3], mask, *data[3:]), strict=True
+    ):
       np.testing.assert_array_equal(a, b)
 
   def test_one_trace_serves_every_table(self):
@@ -334,11 +351,16 @@ class AttentionSuite:
       traces.append(None)
       return attention(q, k, v, select(masks, choice), implementation=self.implementation)[0]
 
-    single = [np.asarray(attention(q, k, v, m, implementation=self.implementation)[0], np.float32) for m in masks]
+    single = [
+      np.asarray(attention(q, k, v, m, implementation=self.implementation)[0], np.float32)
+      for m in masks
+    ]
     for choice in ([[0, 1]], [[1, 0]]):
       out = np.asarray(run(jnp.asarray(choice, jnp.int32)), np.float32)
       for head, pick in enumerate(choice[0]):
-        assert relative_error(out[:, :, head], single[pick][:, :, head]) < 3e-6  # the same sums, whatever the dtype
+        assert (
+          relative_error(out[:, :, head], single[pick][:, :, head]) < 3e-6
+        )  # the same sums, whatever the dtype
     assert len(traces) == 1
 
   def test_merge_of_two_halves_is_the_whole(self):

@@ -48,7 +48,9 @@ def _check(case, dtype=jnp.bfloat16, seed=0, **kwargs):
   mask, data = draw_mask(case, seed), draw_inputs(case, seed, dtype)
   with parts.interpreted(**kwargs):
     got = value_and_grads(*data[:3], mask, *data[3:], "pallas_mgpu")
-  for name, g, w in zip(("out", "lse", "dq", "dk", "dv"), got, oracle(*data[:3], mask, *data[3:]), strict=True):
+  for name, g, w in zip(
+    ("out", "lse", "dq", "dk", "dv"), got, oracle(*data[:3], mask, *data[3:]), strict=True
+  ):
     assert relative_error(g, w) < (1e-6 if name == "lse" else 4e-3), name
 
 
@@ -69,7 +71,9 @@ BIG = Case("big_tiles", b=1, d=128, block_q=128, block_kv=128, n_q=256, n_kv=512
 @pytest.mark.parametrize("block_q", [64, 128])
 def test_every_cut_of_tiles_into_stages(step, block_q, block_kv):
   """Tiles that share a stage, fill one or need two, with biases that differ inside a stage, ragged and odd list lengths."""
-  case = dataclasses.replace(BIG, d=64, n_kv=384, block_q=block_q, block_kv=block_kv, bias=True, keep=0.7)
+  case = dataclasses.replace(
+    BIG, d=64, n_kv=384, block_q=block_q, block_kv=block_kv, bias=True, keep=0.7
+  )
   keys = [tuning.Key("h100", 64, block_q, block_kv, direction) for direction in tuning.DIRECTIONS]
   with tuning.override({key: tuning.TuningConfig(2, step) for key in keys}):
     _check(case, seed=step)
@@ -126,8 +130,12 @@ def test_odd_scales(scale):
   case = Case("scale", b=1, h=1, table_h=1)
   mask, (q, k, v, *_) = draw_mask(case, 1), draw_inputs(case, 1, jnp.bfloat16)
   with parts.interpreted():
-    out, lse = jax.jit(lambda *a: attention(*a, scale=scale, implementation="pallas_mgpu"))(q, k, v, mask)
-  want, want_lse = attention(*(x.astype(jnp.float32) for x in (q, k, v)), mask, scale=scale, implementation="reference")
+    out, lse = jax.jit(lambda *a: attention(*a, scale=scale, implementation="pallas_mgpu"))(
+      q, k, v, mask
+    )
+  want, want_lse = attention(
+    *(x.astype(jnp.float32) for x in (q, k, v)), mask, scale=scale, implementation="reference"
+  )
   assert relative_error(out, want) < 4e-3 and relative_error(lse, want_lse) < 1e-6
 
 
@@ -155,7 +163,9 @@ def test_refuses(inputs, mask, target, words):
 
 def test_reasons_are_collected():
   mask = dense_mask(200, 200, 32, 32)
-  with pytest.raises(NotImplementedError, match="float32.*head_dim is 80.*block_q is 32.*block_kv is 32"):
+  with pytest.raises(
+    NotImplementedError, match="float32.*head_dim is 80.*block_q is 32.*block_kv is 32"
+  ):
     choose_backend(*_shapes(jnp.float32, 200, 80), mask, "pallas_mgpu", HOPPER)
 
 
@@ -241,7 +251,9 @@ def test_hidden_scores_have_no_probability_however_they_are_rounded(d, scale, mo
 
 def test_every_key_has_a_configuration_that_fits():
   """It is looked up in a table or reasoned; candidates begin with the reasoned one."""
-  for size in itertools.product(pallas_mgpu.HEAD_DIMS, pallas_mgpu.BLOCKS, pallas_mgpu.BLOCKS, tuning.DIRECTIONS):
+  for size in itertools.product(
+    pallas_mgpu.HEAD_DIMS, pallas_mgpu.BLOCKS, pallas_mgpu.BLOCKS, tuning.DIRECTIONS
+  ):
     key = tuning.Key("h100", *size)
     tuning.lookup(key).check(key)
     tried = tuning.candidates(key)

@@ -6,7 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from freqformer.kernels.block_sparse.table import BlockMask, TransposedMask, dense_mask, from_tiles, select
+from freqformer.kernels.block_sparse.table import (
+  BlockMask,
+  TransposedMask,
+  dense_mask,
+  from_tiles,
+  select,
+)
 
 from tests.kernels.block_sparse.suite import CASES, draw_mask, seen_pairs
 
@@ -37,10 +43,16 @@ def test_transpose_and_back(case, traced):
   mask = draw_mask(case, 1)
   tiles = np.asarray(mask.to_tiles())
   flipped = jax.jit(lambda m: m.transpose())(mask) if traced else mask.transpose()
-  assert isinstance(flipped, TransposedMask) and flipped.q_indices.dtype == np.int32 and flipped.offsets.dtype == np.int32
+  assert (
+    isinstance(flipped, TransposedMask)
+    and flipped.q_indices.dtype == np.int32
+    and flipped.offsets.dtype == np.int32
+  )
   for b, h, j in np.ndindex(*tiles.shape[:2], mask.kv_tiles):
     start, stop = flipped.offsets[b, h, j], flipped.offsets[b, h, j + 1]
-    np.testing.assert_array_equal(flipped.q_indices[b, h, start:stop], np.flatnonzero(tiles[b, h, :, j]))
+    np.testing.assert_array_equal(
+      flipped.q_indices[b, h, start:stop], np.flatnonzero(tiles[b, h, :, j])
+    )
   ids, counts = jax.jit(lambda m: m.transpose())(flipped) if traced else flipped.transpose()
   np.testing.assert_array_equal(counts, mask.kv_counts)
   listed = np.arange(mask.max_kv) < np.asarray(counts)[..., None]
@@ -90,13 +102,19 @@ def test_density_of_dense_is_one():
 def test_lists_that_are_not_written_out_count_as_if_they_were(b, kv_batch):
   """Prefixes of all key tiles, ragged ones too, without an array of tiles x tiles."""
   rng = np.random.default_rng(0)
-  counts, kv_len = (rng.integers(0, 10, (b, 3, 9)), rng.integers(0, 5, (kv_batch, 9) if kv_batch else 9))
+  counts, kv_len = (
+    rng.integers(0, 10, (b, 3, 9)),
+    rng.integers(0, 5, (kv_batch, 9) if kv_batch else 9),
+  )
   mask = BlockMask(None, counts.astype(np.int32), kv_len.astype(np.int32), None, 4, 4)
   written = dataclasses.replace(mask, kv_indices=np.array(mask.indices()))
   np.testing.assert_array_equal(mask.pairs(), written.pairs())
   np.testing.assert_array_equal(jax.jit(lambda m: m.pairs())(mask), written.pairs())
   large = dense_mask(1 << 20, 1 << 20)
-  assert jax.jit(lambda m: m.density()).lower(large).compile().memory_analysis().temp_size_in_bytes < 1 << 23
+  assert (
+    jax.jit(lambda m: m.density()).lower(large).compile().memory_analysis().temp_size_in_bytes
+    < 1 << 23
+  )
 
 
 def test_from_tiles_and_draw():

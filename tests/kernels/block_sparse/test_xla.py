@@ -56,9 +56,15 @@ def test_float32_with_x64_enabled(implementation):
 
 def test_lists_longer_than_a_chunk():
   """Several chunks per row, unequal counts within a group: the online softmax and its loop bound."""
-  case = Case("long", b=1, h=3, d=8, n_q=256, n_kv=4096, block_q=32, block_kv=64, keep=0.6, table_h=3)
+  case = Case(
+    "long", b=1, h=3, d=8, n_q=256, n_kv=4096, block_q=32, block_kv=64, keep=0.6, table_h=3
+  )
   mask, data = draw_mask(case, 10), draw_inputs(case, 10, jnp.float32)
-  for g, w in zip(value_and_grads(*data[:3], mask, *data[3:], "xla"), oracle(*data[:3], mask, *data[3:]), strict=True):
+  for g, w in zip(
+    value_and_grads(*data[:3], mask, *data[3:], "xla"),
+    oracle(*data[:3], mask, *data[3:]),
+    strict=True,
+  ):
     assert relative_error(g, w) < 3e-6
 
 
@@ -79,7 +85,9 @@ def test_memory_is_linear_in_tokens():
   """Nothing n x n: at 16,384 tokens one head's score matrix alone would be 1 GB."""
   n, d = 16384, 64
   shape = jax.ShapeDtypeStruct((1, n, 1, d), jnp.float32)
-  grad = jax.jit(jax.grad(lambda q, k, v: attention(q, k, v, dense_mask(n, n))[0].sum(), argnums=(0, 1, 2)))
+  grad = jax.jit(
+    jax.grad(lambda q, k, v: attention(q, k, v, dense_mask(n, n))[0].sum(), argnums=(0, 1, 2))
+  )
   bytes_ = grad.lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes
   assert bytes_ < 24 * n * d * 4 + 64e6
 

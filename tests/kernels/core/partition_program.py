@@ -28,12 +28,16 @@ def tables(rng):
   yield table(1, 1, full)
   yield table(B, H, rng.integers(1, BLOCK, (B, tiles)).astype(np.int32))
   yield table(1, H, full, rng.standard_normal(tiles).astype(np.float32)).with_launch()
-  yield BlockMask(None, jnp.full((1, 1, tiles), tiles, jnp.int32), jnp.asarray(full), None, BLOCK, BLOCK)
+  yield BlockMask(
+    None, jnp.full((1, 1, tiles), tiles, jnp.int32), jnp.asarray(full), None, BLOCK, BLOCK
+  )
 
 
 def both(implementation, q, k, v, mask, d_out, d_lse):
   """Outputs and gradients of one call."""
-  (out, lse), pull = jax.vjp(lambda q, k, v: attention(q, k, v, mask, implementation=implementation), q, k, v)
+  (out, lse), pull = jax.vjp(
+    lambda q, k, v: attention(q, k, v, mask, implementation=implementation), q, k, v
+  )
   return out, lse, *pull((d_out, d_lse))
 
 
@@ -42,14 +46,20 @@ def main():
   assert devices.size == 4
   mesh = Mesh(devices, ("data", "heads"))
   rng = np.random.default_rng(0)
-  normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+  def normal(*shape):
+    return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
   q, k, v, d_out = (normal(B, N, H, D) for _ in range(4))
   d_lse = normal(B, H, N)
   for i, mask in enumerate(tables(rng)):
     # The xla backend holds constants and loops and is slow to compile: once.
     call = functools.partial(both, "xla" if i == 1 else "reference")
     expected = jax.jit(call)(q, k, v, mask, d_out, d_lse)
-    place = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
+
+    def place(x, *spec):
+      return jax.device_put(x, NamedSharding(mesh, P(*spec)))
+
     x = [place(x, "data", None, "heads") for x in (q, k, v, d_out)]
     args = (*x[:3], jax.tree.map(place, mask), x[3], place(d_lse, "data", "heads"))
     run = jax.jit(call).lower(*args).compile()

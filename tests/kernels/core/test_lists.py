@@ -120,7 +120,9 @@ def test_kernels_read_the_stored_lists():
 def test_a_static_table_costs_no_work_before_a_call(heads):
   """The compiled forward is the kernel alone: no sort, no sum of counts, no coding of lists."""
   rng = np.random.default_rng(0)
-  ids = np.sort(rng.permuted(np.tile(np.arange(8), (1, heads, 8, 1)), axis=-1)[..., :4]).astype(np.int32)
+  ids = np.sort(rng.permuted(np.tile(np.arange(8), (1, heads, 8, 1)), axis=-1)[..., :4]).astype(
+    np.int32
+  )
   counts = rng.integers(1, 5, ids.shape[:3]).astype(np.int32)
   mask = BlockMask(ids, counts, np.full(8, 128, np.int32))
   x = jax.ShapeDtypeStruct((1, 1024, 4, 64), jnp.bfloat16)
@@ -128,7 +130,9 @@ def test_a_static_table_costs_no_work_before_a_call(heads):
   def work(mask):
     text = offline.compile_for(lambda *a: attention(*a), x, x, x, mask).compiled.as_text()
     entry = text[text.index("ENTRY") :]
-    return sum(word in line for line in entry.splitlines() for word in (" fusion(", " sort(", " reduce("))
+    return sum(
+      word in line for line in entry.splitlines() for word in (" fusion(", " sort(", " reduce(")
+    )
 
   assert work(mask) > 0
   assert work(mask.with_launch()) == 0

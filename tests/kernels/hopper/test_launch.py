@@ -14,10 +14,17 @@ from tools import offline
 
 def test_mapped_launches_follow_each_other():
   x = jax.random.normal(jax.random.key(0), (2, 1, 64, 1, 32), jnp.bfloat16)
-  run = lambda x: attention(x, x, x)[0]
+
+  def run(x):
+    return attention(x, x, x)[0]
+
   with interpreted():
-    found = jax.vmap(lambda x: attention(x, x, x, dense_mask(64, 64, 64, 64), implementation="pallas_mgpu")[0])(x)
-  np.testing.assert_allclose(*(np.asarray(y, np.float32) for y in (found, jax.vmap(run)(x))), atol=2e-2)
+    found = jax.vmap(
+      lambda x: attention(x, x, x, dense_mask(64, 64, 64, 64), implementation="pallas_mgpu")[0]
+    )(x)
+  np.testing.assert_allclose(
+    *(np.asarray(y, np.float32) for y in (found, jax.vmap(run)(x))), atol=2e-2
+  )
 
 
 @pytest.mark.parametrize("check", [True, False])
@@ -25,7 +32,9 @@ def test_inside_shard_map(check):
   """Results vary over the axes that operands vary over, gradients too: JAX compares the types."""
   gpus, x = offline.mesh(2), jax.ShapeDtypeStruct((2, 128, 2, 64), jnp.bfloat16)
   gradient = jax.grad(lambda q: attention(q, q, q)[0].astype(jnp.float32).sum())
-  mapped = jax.shard_map(gradient, mesh=gpus, in_specs=P("data"), out_specs=P("data"), check_vma=check)
+  mapped = jax.shard_map(
+    gradient, mesh=gpus, in_specs=P("data"), out_specs=P("data"), check_vma=check
+  )
   with jax.sharding.use_abstract_mesh(gpus.abstract_mesh):
     program = str(jax.make_jaxpr(mapped)(x))
   assert all(f"attention_{kernel}" in program for kernel in ("forward", "dq", "dkv"))

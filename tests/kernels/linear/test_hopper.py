@@ -28,7 +28,9 @@ TILES = np.array([64, 13, 0, 64, 30], np.int32)
 
 def draw(segments, b, h, d):
   rng = np.random.default_rng(d)
-  rows = [jnp.asarray(rng.standard_normal((b, segments.buffer, h, d)), jnp.bfloat16) for _ in range(5)]
+  rows = [
+    jnp.asarray(rng.standard_normal((b, segments.buffer, h, d)), jnp.bfloat16) for _ in range(5)
+  ]
   return rows, rng.standard_normal((b, h, segments.buffer)).astype(np.float32)
 
 
@@ -39,7 +41,9 @@ def run(implementation, feature_map, rows, d_log, segments, reads=None, heads=No
 
   def call(q, k, v, into):
     into = None if heads is None else into
-    how = dict(reads=reads, heads=heads, into=into, feature_map=feature_map, implementation=implementation)
+    how = dict(
+      reads=reads, heads=heads, into=into, feature_map=feature_map, implementation=implementation
+    )
     return linear_attention(q, k, v, segments, **how)
 
   found, rule = jax.vjp(call, *qkv, into)
@@ -62,8 +66,20 @@ def in_chunks(n):
 CASES = {
   "frames": ("softmax", 1, 64, Segments.of_ids(FRAMES), {}),
   "mixed": ("elu", 1, 64, Segments.of_ids(MIXED), dict(heads=np.array([[False, True]]))),
-  "heads": ("elu", 2, 128, Segments.of_tiles(TILES[:2], 64), dict(heads=np.array([[True, False], [False, True]]))),
-  "tiles": ("relu", 2, 64, Segments.of_tiles(TILES, 64), dict(reads=np.random.default_rng(0).random((2, 1, 5, 5)) > 0.5)),
+  "heads": (
+    "elu",
+    2,
+    128,
+    Segments.of_tiles(TILES[:2], 64),
+    dict(heads=np.array([[True, False], [False, True]])),
+  ),
+  "tiles": (
+    "relu",
+    2,
+    64,
+    Segments.of_tiles(TILES, 64),
+    dict(reads=np.random.default_rng(0).random((2, 1, 5, 5)) > 0.5),
+  ),
   "chunks": ("elu", 1, 64, in_chunks(200), dict(heads=np.array([[True, False]]))),
 }
 
@@ -77,12 +93,16 @@ def test_errs_no_more_than_xla(name):
     got = run("pallas_mgpu", feature_map, rows, d_log, segments, **how)
   plain = run("xla", feature_map, rows, d_log, segments, **how)
   want = run("xla", feature_map, [x.astype(jnp.float32) for x in rows], d_log, segments, **how)
-  for what, x, y, z in zip(("out", "log_den", "dq", "dk", "dv", "d_into"), got, plain, want, strict=True):
+  for what, x, y, z in zip(
+    ("out", "log_den", "dq", "dk", "dv", "d_into"), got, plain, want, strict=True
+  ):
     assert x.dtype == y.dtype and x.shape == y.shape
     assert error(x, z) <= 1.2 * error(y, z) + 1e-7, (what, error(x, z), error(y, z))
   if "heads" in how:
     others = ~np.broadcast_to(how["heads"], (b, 2))
-    np.testing.assert_array_equal(*(np.asarray(x).transpose(0, 2, 1, 3)[others] for x in (got[0], rows[4])))
+    np.testing.assert_array_equal(
+      *(np.asarray(x).transpose(0, 2, 1, 3)[others] for x in (got[0], rows[4]))
+    )
 
 
 def test_rows_without_a_segment_and_repeats():
@@ -90,7 +110,10 @@ def test_rows_without_a_segment_and_repeats():
   segments = Segments.of_ids(FRAMES)
   rows, d_log = draw(segments, 1, 1, 64)
   none = (FRAMES < 0)[:, None, None]
-  dirty = [jnp.where(none, jnp.asarray(y, x.dtype), x) for x, y in zip(rows, (1e4, 1e4, 1e4, jnp.nan, 0), strict=True)]
+  dirty = [
+    jnp.where(none, jnp.asarray(y, x.dtype), x)
+    for x, y in zip(rows, (1e4, 1e4, 1e4, jnp.nan, 0), strict=True)
+  ]
   with parts.interpreted():
     clean = run("pallas_mgpu", "softmax", rows, d_log, segments)
     soiled = run("pallas_mgpu", "softmax", dirty, np.where(FRAMES < 0, np.nan, d_log), segments)
@@ -113,7 +136,9 @@ def test_no_races(capfd):
 def test_work_covers_every_row_once(seed):
   """Random runs, empty segments, rows of none: what the stages hold, and who owns them."""
   rng = np.random.default_rng(seed)
-  ids = np.repeat(rng.integers(-1, 5, 12), (8 - seed % 2) * rng.integers(2, 20 * (1 + 20 * (seed == 0)), 12)).astype(np.int32)
+  ids = np.repeat(
+    rng.integers(-1, 5, 12), (8 - seed % 2) * rng.integers(2, 20 * (1 + 20 * (seed == 0)), 12)
+  ).astype(np.int32)
   ids[rng.random(len(ids)) < 0.1] = -1
   ids[:8] = 6  # 5 is empty
   ids = ids[: len(ids) // 8 * 8]
@@ -124,7 +149,9 @@ def test_work_covers_every_row_once(seed):
   np.testing.assert_array_equal(np.bincount(rows, work.fresh, len(ids)), ids >= 0)
   np.testing.assert_array_equal(work.valid[work.back] > 0, ids >= 0)
   assert work.mixed == bool(seed % 2)
-  stages = np.concatenate([np.arange(s, s + c) for s, c in zip(work.start, work.count, strict=True)])
+  stages = np.concatenate(
+    [np.arange(s, s + c) for s, c in zip(work.start, work.count, strict=True)]
+  )
   np.testing.assert_array_equal(np.sort(stages), np.arange(len(work.boxes)))
   owner = np.repeat(np.arange(len(work.start)) // work.per_segment, work.count)[np.argsort(stages)]
   owner = np.where(owner < segments.count, owner, -1).repeat(64)
@@ -134,23 +161,33 @@ def test_work_covers_every_row_once(seed):
 
 def test_work_on_video():
   """Frames of whole tiles cost no row twice; frames that share boxes cost them twice, and very short ones are refused."""
-  frames = lambda layout: np.where(layout.arrays().valid, layout.arrays().positions[:, 0], -1).astype(np.int32)
+
+  def frames(layout):
+    return np.where(layout.arrays().valid, layout.arrays().positions[:, 0], -1).astype(np.int32)
+
   even, odd = TileLayout.fit((16, 64, 64), 128), TileLayout.fit((21, 30, 52), 128)
   work = Segments.of_ids(frames(even)).work
   assert work.box == 32 and work.rows == even.n_buffer and work.fresh.all() and not work.mixed
   work = Segments.of_ids(frames(odd)).work
   assert work.mixed and work.rows < 1.35 * odd.n_buffer
-  assert Segments.of_ids(np.arange(256) % 4).work is None and Segments.of_ids(np.zeros(60, np.int32)).work is None
+  assert (
+    Segments.of_ids(np.arange(256) % 4).work is None
+    and Segments.of_ids(np.zeros(60, np.int32)).work is None
+  )
   assert Segments.of_tiles(TILES, 32).work is None
 
 
 def test_refusals_and_choice():
-  x = lambda dtype=jnp.bfloat16, d=64, n=256: jax.ShapeDtypeStruct((1, n, 2, d), dtype)
+  def x(dtype=jnp.bfloat16, d=64, n=256):
+    return jax.ShapeDtypeStruct((1, n, 2, d), dtype)
+
   good, bad = Segments.whole(256), Segments.of_ids(np.arange(256) % 4)
   assert choose_backend(x(), good, target=HOPPER) == "pallas_mgpu"
   assert choose_backend(x(), bad, target=HOPPER) == "xla"
   assert choose_backend(x(), good) == "xla"
-  with pytest.raises(NotImplementedError, match="float16, it takes bfloat16.*head_dim is 80.*a few rows only"):
+  with pytest.raises(
+    NotImplementedError, match="float16, it takes bfloat16.*head_dim is 80.*a few rows only"
+  ):
     choose_backend(x(jnp.float16, 80), bad, "pallas_mgpu", HOPPER)
   with pytest.raises(NotImplementedError, match="9.0.*A100"):
     choose_backend(x(), good, "pallas_mgpu", Target("cuda", "NVIDIA A100", "8.0"))
@@ -165,7 +202,10 @@ def test_refusals_and_choice():
 
 def test_in_place_and_on_two_devices():
   """Compiled for two H100s: no copy of the output that is written into, and nothing is gathered."""
-  x, heads = jax.ShapeDtypeStruct((2, 1024, 4, 64), jnp.bfloat16), jax.ShapeDtypeStruct((2, 4), jnp.bool_)
+  x, heads = (
+    jax.ShapeDtypeStruct((2, 1024, 4, 64), jnp.bfloat16),
+    jax.ShapeDtypeStruct((2, 4), jnp.bool_),
+  )
 
   def call(q, k, v, d_out, segments, heads):
     def f(q, k, v):
@@ -179,6 +219,8 @@ def test_in_place_and_on_two_devices():
   segments = Segments.of_ids(np.tile(np.repeat(np.arange(4), 32), 8))
   found = offline.compile_for(call, *[x] * 4, segments, heads, devices=2, shardings=places)
   text = found.compiled.as_text()
-  assert not any(word in text for word in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))
+  assert not any(
+    word in text for word in ("all-gather", "all-reduce", "all-to-all", "collective-permute")
+  )
   assert [k.name.rsplit("_", 1)[0] for k in found.kernels].count("linear_read") == 1
   assert "bf16[2,1024,2,64]{3,2,1,0} copy(" not in text

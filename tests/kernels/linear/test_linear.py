@@ -9,7 +9,9 @@ from freqformer.kernels.linear.api import FEATURE_MAPS, Segments, linear_attenti
 from tools import offline
 
 B, N, H, D = 2, 40, 3, 8
-RAGGED = np.array([0] * 5 + [-1] * 3 + [2] * 12 + [0] * 4 + [3] * 1 + [-1] * 2 + [2] * 13)  # 1 is empty
+RAGGED = np.array(
+  [0] * 5 + [-1] * 3 + [2] * 12 + [0] * 4 + [3] * 1 + [-1] * 2 + [2] * 13
+)  # 1 is empty
 TILES = np.array([8, 3, 0, 8, 5], np.int32)
 
 
@@ -20,7 +22,9 @@ def phi64(x, name):
     p = e / e.sum(-1, keepdims=True)
     return p, lambda g: p * (g - (g * p).sum(-1, keepdims=True))
   if name == "elu":
-    return np.where(x > 0, x + 1, np.exp(np.minimum(x, 0))), lambda g: g * np.where(x > 0, 1, np.exp(np.minimum(x, 0)))
+    return np.where(
+      x > 0, x + 1, np.exp(np.minimum(x, 0))
+    ), lambda g: g * np.where(x > 0, 1, np.exp(np.minimum(x, 0)))
   return np.maximum(x, 0), lambda g: g * (x > 0)
 
 
@@ -36,7 +40,10 @@ def oracle(q, k, v, weights, name, d_out, d_log):
   d_out = d_out * some.transpose(0, 2, 1)[..., None]
   delta = np.where(some, np.where(some, d_log, 0) - np.einsum("bihd,bihd->bhi", d_out, out), 0)
   ds = weights * (np.einsum("bihd,bjhd->bhij", d_out, v) + delta[..., None]) / safe[..., None]
-  dq, dk = back_q(np.einsum("bhij,bjhm->bihm", ds, fk)), back_k(np.einsum("bhij,bihm->bjhm", ds, fq))
+  dq, dk = (
+    back_q(np.einsum("bhij,bjhm->bihm", ds, fk)),
+    back_k(np.einsum("bhij,bihm->bjhm", ds, fq)),
+  )
   with np.errstate(divide="ignore"):
     return out, np.log(den), dq, dk, np.einsum("bhij,bihd->bjhd", p, d_out)
 
@@ -44,7 +51,11 @@ def oracle(q, k, v, weights, name, d_out, d_log):
 def draw(seed=0, n=N, dtype=np.float64):
   rng = np.random.default_rng(seed)
   qkv = [rng.standard_normal((B, n, H, D)) for _ in range(3)]
-  return [x.astype(dtype) for x in qkv], rng.standard_normal((B, n, H, D)), rng.standard_normal((B, H, n))
+  return (
+    [x.astype(dtype) for x in qkv],
+    rng.standard_normal((B, n, H, D)),
+    rng.standard_normal((B, H, n)),
+  )
 
 
 def case(name):
@@ -52,7 +63,11 @@ def case(name):
   if name == "whole":
     return None, None, np.ones((1, 1, N, N))
   if name == "ids":
-    return Segments.of_ids(RAGGED), None, ((RAGGED[:, None] == RAGGED) & (RAGGED >= 0))[None, None].astype(float)
+    return (
+      Segments.of_ids(RAGGED),
+      None,
+      ((RAGGED[:, None] == RAGGED) & (RAGGED >= 0))[None, None].astype(float),
+    )
   segments = Segments.of_tiles(TILES, 8)
   tile, valid = np.repeat(np.arange(5), 8), (np.arange(8) < TILES[:, None]).reshape(-1)
   own = (tile[:, None] == tile) & valid & valid[:, None]
@@ -70,7 +85,9 @@ def close(got, want, tolerance):
   there = np.isfinite(want)
   np.testing.assert_array_equal(np.isfinite(got), there)
   got, want = got[there], want[there]
-  assert np.abs(got - want).max() <= tolerance * max(np.sqrt((want**2).mean()), 1e-3), np.abs(got - want).max()
+  assert np.abs(got - want).max() <= tolerance * max(np.sqrt((want**2).mean()), 1e-3), np.abs(
+    got - want
+  ).max()
 
 
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
@@ -82,7 +99,9 @@ def test_values_and_gradients_against_the_dense_form(name, feature_map):
 
   @jax.jit
   def run(q, k, v, segments, reads, d_out, d_log):
-    call = lambda q, k, v: linear_attention(q, k, v, segments, reads=reads, feature_map=feature_map)
+    def call(q, k, v):
+      return linear_attention(q, k, v, segments, reads=reads, feature_map=feature_map)
+
     (out, log_den), rule = jax.vjp(call, q, k, v)
     return out, log_den, *rule((d_out, d_log))
 
@@ -101,7 +120,11 @@ def test_nothing_outside_the_segments_is_read():
 
   def run(q, k, v):
     (out, log_den), rule = jax.vjp(lambda *a: linear_attention(*a, segments), q, k, v)
-    return out, log_den, *rule((jnp.full_like(out, 3), jnp.where(jnp.isfinite(log_den), 2.0, jnp.nan)))
+    return (
+      out,
+      log_den,
+      *rule((jnp.full_like(out, 3), jnp.where(jnp.isfinite(log_den), 2.0, jnp.nan))),
+    )
 
   for x, y in zip(run(q, k, v), run(*dirty), strict=True):
     np.testing.assert_array_equal(x, y)
@@ -131,7 +154,9 @@ def test_sixteen_bits_lose_no_more_than_the_plain_computation(dtype):
   (q, k, v), d_out, _ = draw(n=256)
   low, d_low = [jnp.asarray(x, dtype) for x in (q, k, v)], jnp.asarray(d_out, dtype)
   wide = [np.asarray(x, np.float64) for x in (*low, d_low)]
-  out, _, *grads = oracle(*wide[:3], np.ones((1, 1, 256, 256)), "softmax", wide[3], np.zeros((B, H, 256)))
+  out, _, *grads = oracle(
+    *wide[:3], np.ones((1, 1, 256, 256)), "softmax", wide[3], np.zeros((B, H, 256))
+  )
 
   def plain(q, k, v):
     scores = jnp.einsum("bihm,bjhm->bhij", jax.nn.softmax(q), jax.nn.softmax(k))
@@ -158,8 +183,12 @@ def test_float64_stays_float64():
   with jax.enable_x64(True):
     (q, k, v), d_out, d_log = draw()
     want = oracle(q, k, v, np.ones((1, 1, N, N)), "elu", d_out, d_log)
-    (out, log_den), rule = jax.vjp(lambda *a: linear_attention(*a, feature_map="elu"), *map(jnp.asarray, (q, k, v)))
-    for x, y in zip((out, log_den, *rule((jnp.asarray(d_out), jnp.asarray(d_log)))), want, strict=True):
+    (out, log_den), rule = jax.vjp(
+      lambda *a: linear_attention(*a, feature_map="elu"), *map(jnp.asarray, (q, k, v))
+    )
+    for x, y in zip(
+      (out, log_den, *rule((jnp.asarray(d_out), jnp.asarray(d_log)))), want, strict=True
+    ):
       assert x.dtype == jnp.float64
       close(x, y, 1e-11)
 
@@ -173,7 +202,9 @@ def test_refusals():
   with pytest.raises(ValueError, match="describe 6 rows, the input has 8"):
     linear_attention(q, q, q, Segments.of_ids(np.zeros(6, int)))
   with pytest.raises(ValueError, match="2 x 2 segments"):
-    linear_attention(q, q, q, Segments.of_tiles(np.array([4, 4], np.int32), 4), reads=np.ones((1, 1, 3, 3)))
+    linear_attention(
+      q, q, q, Segments.of_tiles(np.array([4, 4], np.int32), 4), reads=np.ones((1, 1, 3, 3))
+    )
 
 
 def test_memory_on_a_gpu_is_linear_in_n():
@@ -181,7 +212,9 @@ def test_memory_on_a_gpu_is_linear_in_n():
 
   def temporary(frames):
     def both(q, k, v, segments):
-      out, rule = jax.vjp(lambda *x: linear_attention(*x, segments, implementation="pallas_mgpu"), q, k, v)
+      out, rule = jax.vjp(
+        lambda *x: linear_attention(*x, segments, implementation="pallas_mgpu"), q, k, v
+      )
       return rule(out)
 
     x = jax.ShapeDtypeStruct((1, frames * 1024, 4, 128), jnp.bfloat16)

@@ -18,13 +18,17 @@ from tools.offline import SHARED_LIMIT, compile_for
 BLOCK = 16
 KV_LEN = np.array([16, 16, 11, 16, 1, 16, 7], np.int32)
 TILES = len(KV_LEN)
-SCALE = 0.6  # of 8 channels: scores with a spread of some units, so that rows differ in what they look at
+SCALE = (
+  0.6  # of 8 channels: scores with a spread of some units, so that rows differ in what they look at
+)
 
 
 def inputs(seed=0, b=2, h=3, d=8, kv_len=KV_LEN, dtype=jnp.float32):
   """q, k and the row LSE `[b, h, n]` in float32; `dtype` rounds q and k first, so that the LSE belongs to them."""
   rng = np.random.default_rng(seed)
-  q, k = (jnp.asarray(rng.standard_normal((b, len(kv_len) * BLOCK, h, d)) * 1.5, dtype) for _ in "qk")
+  q, k = (
+    jnp.asarray(rng.standard_normal((b, len(kv_len) * BLOCK, h, d)) * 1.5, dtype) for _ in "qk"
+  )
   scores = np.where(valid(kv_len), exact_scores(q, k), -np.inf)
   return q, k, jnp.asarray(np.log(np.exp(scores).sum(-1)), jnp.float32)
 
@@ -35,13 +39,18 @@ def valid(kv_len=KV_LEN):
 
 
 def exact_scores(q, k):
-  return np.einsum("bihd,bjhd->bhij", *(np.asarray(x.astype(jnp.float32), np.float64) for x in (q, k))) * SCALE
+  return (
+    np.einsum("bihd,bjhd->bhij", *(np.asarray(x.astype(jnp.float32), np.float64) for x in (q, k)))
+    * SCALE
+  )
 
 
 def brute(q, k, lse, kv_len=KV_LEN):
   """float64 `[b, h, tiles, tiles]`, with the n x n matrix."""
   seen = valid(kv_len)
-  p = np.where(seen & seen[:, None], np.exp(exact_scores(q, k) - np.asarray(lse, np.float64)[..., None]), 0)
+  p = np.where(
+    seen & seen[:, None], np.exp(exact_scores(q, k) - np.asarray(lse, np.float64)[..., None]), 0
+  )
   tiles = len(kv_len)
   return p.reshape(*p.shape[:2], tiles, BLOCK, tiles, BLOCK).sum((3, 5))
 
@@ -69,9 +78,14 @@ def test_equals_brute_force(monkeypatch, scores, rows, dtype):
 def test_padding_rows_are_not_seen():
   q, k, lse = inputs()
   want = block_mass(q, k, lse, KV_LEN, BLOCK, scale=SCALE)
-  soil = lambda x, axis: jnp.where(valid().reshape([-1 if i == axis else 1 for i in range(x.ndim)]), x, 1e4)
+
+  def soil(x, axis):
+    return jnp.where(valid().reshape([-1 if i == axis else 1 for i in range(x.ndim)]), x, 1e4)
+
   for bad in (soil(lse, 2), jnp.where(valid(), lse, jnp.nan), jnp.where(valid(), lse, -jnp.inf)):
-    np.testing.assert_array_equal(block_mass(soil(q, 1), soil(k, 1), bad, KV_LEN, BLOCK, scale=SCALE), want)
+    np.testing.assert_array_equal(
+      block_mass(soil(q, 1), soil(k, 1), bad, KV_LEN, BLOCK, scale=SCALE), want
+    )
 
 
 def test_lengths_per_sample():
@@ -85,7 +99,10 @@ def test_lengths_per_sample():
 def test_reduce_sees_every_tile_once_with_its_number():
   q, k, lse = inputs()
   mass = block_mass(q, k, lse, KV_LEN, BLOCK, scale=SCALE)
-  best = lambda mass, tile: {"best": mass.argmax(-1), "tile": tile}
+
+  def best(mass, tile):
+    return {"best": mass.argmax(-1), "tile": tile}
+
   found = block_mass(q, k, lse, KV_LEN, BLOCK, scale=SCALE, reduce=best)
   np.testing.assert_array_equal(found["best"], mass.argmax(-1))
   np.testing.assert_array_equal(found["tile"], np.broadcast_to(np.arange(TILES), (2, 3, TILES)))
@@ -97,7 +114,11 @@ def test_coarser_lse_loses_little(record_property):
   truth = brute(q, k, lse)
   rows = (np.where(valid(), lse, 0).reshape(2, 3, TILES, BLOCK)).sum(-1) / KV_LEN
   share = {"f32": kept(truth, truth)}
-  for name, coarse in (("bf16", lse.astype(jnp.bfloat16)), ("tile", jnp.asarray(rows)), ("none", jnp.zeros((2, 3, TILES)))):
+  for name, coarse in (
+    ("bf16", lse.astype(jnp.bfloat16)),
+    ("tile", jnp.asarray(rows)),
+    ("none", jnp.zeros((2, 3, TILES))),
+  ):
     mass = block_mass(q, k, coarse, KV_LEN, BLOCK, scale=SCALE)
     share[name] = kept(mass, truth)
     if name == "bf16":
@@ -107,7 +128,9 @@ def test_coarser_lse_loses_little(record_property):
   print({k: round(float(v), 5) for k, v in share.items()})
   assert share["f32"] >= share["bf16"] >= 0.999 * share["f32"]
   assert share["bf16"] > share["tile"] > 0.9 * share["f32"]
-  assert share["none"] == pytest.approx(share["tile"], rel=1e-6)  # within a row of tiles one number for all ranks the same
+  assert share["none"] == pytest.approx(
+    share["tile"], rel=1e-6
+  )  # within a row of tiles one number for all ranks the same
 
 
 def test_stale_lse_gives_finite_masses():
@@ -120,8 +143,13 @@ def test_memory_is_not_quadratic():
   tiles, block = 128, 128
   q = jax.ShapeDtypeStruct((1, tiles * block, 4, 16), jnp.bfloat16)
   lse = jax.ShapeDtypeStruct((1, 4, tiles * block), jnp.bfloat16)
-  count = lambda mass, tile: (mass > 1).sum(-1)
-  run = jax.jit(lambda q, k, lse: block_mass(q, k, lse, np.full(tiles, block, np.int32), block, reduce=count))
+
+  def count(mass, tile):
+    return (mass > 1).sum(-1)
+
+  run = jax.jit(
+    lambda q, k, lse: block_mass(q, k, lse, np.full(tiles, block, np.int32), block, reduce=count)
+  )
   assert run.lower(q, q, lse).compile().memory_analysis().temp_size_in_bytes < 32 * 2**20
 
 
@@ -138,7 +166,9 @@ def test_refusals():
 
 def tile_inputs(block, kv_len, b, h, d, dtype=jnp.bfloat16):
   rng = np.random.default_rng(block)
-  q, k = (jnp.asarray(rng.standard_normal((b, kv_len.shape[-1] * block, h, d)) * 1.5, dtype) for _ in "qk")
+  q, k = (
+    jnp.asarray(rng.standard_normal((b, kv_len.shape[-1] * block, h, d)) * 1.5, dtype) for _ in "qk"
+  )
   return q, k, jnp.asarray(rng.standard_normal((b, h, q.shape[1])) + 3, jnp.float32)
 
 
@@ -148,7 +178,10 @@ def test_the_hopper_kernel_gives_the_same_masses(block, dtype):
   kv_len = np.array([[block, 37, 0], [1, block, block]], np.int32)
   q, k, lse = tile_inputs(block, kv_len, 2, 2, 32, dtype)
   lse = lse.at[:, :, 3].set(-jnp.inf).at[:, 1, 5].set(-500.0)
-  best = lambda mass, tile: {"mass": mass, "tile": tile}
+
+  def best(mass, tile):
+    return {"mass": mass, "tile": tile}
+
   for scale in (0.3, -0.2):
     with interpreted():
       found = block_mass(q, k, lse, kv_len, block, scale=scale, reduce=best)
@@ -165,13 +198,17 @@ def test_sums_of_many_key_tiles(capfd):
   kv_len = np.full(66, 64, np.int32)
   q, k, lse = tile_inputs(64, kv_len, 1, 1, 32)
   with interpreted(detect_races=True):
-    found = jax.jit(lambda first: hopper_block_scores.row_mass((q, k, lse, kv_len[None]), (first, 2), 0.2, 60.0))(
-      jnp.int32([65])
-    )
+    found = jax.jit(
+      lambda first: hopper_block_scores.row_mass((q, k, lse, kv_len[None]), (first, 2), 0.2, 60.0)
+    )(jnp.int32([65]))
     found.block_until_ready()
   assert "RACE DETECTED" not in capfd.readouterr().out  # the detector prints and goes on
-  want = block_mass(q, k, lse / np.log2(np.e), kv_len, 64, scale=0.2, implementation="xla")[0, 0, 65]
-  assert relative_error(found, np.stack([want, want])) < 2e-6  # behind the last tile it is the last one again
+  want = block_mass(q, k, lse / np.log2(np.e), kv_len, 64, scale=0.2, implementation="xla")[
+    0, 0, 65
+  ]
+  assert (
+    relative_error(found, np.stack([want, want])) < 2e-6
+  )  # behind the last tile it is the last one again
 
 
 def test_chunks_cross_heads(monkeypatch):
@@ -188,19 +225,41 @@ def test_chunks_cross_heads(monkeypatch):
 @pytest.mark.parametrize("devices", [1, 2])
 def test_the_hopper_kernel_compiles(devices, block, d):
   """Without spills; heads stay on their devices."""
-  x, lse = jax.ShapeDtypeStruct((1, 9 * block, 4, d), jnp.bfloat16), jax.ShapeDtypeStruct((1, 4, 9 * block), jnp.bfloat16)
+  x, lse = (
+    jax.ShapeDtypeStruct((1, 9 * block, 4, d), jnp.bfloat16),
+    jax.ShapeDtypeStruct((1, 4, 9 * block), jnp.bfloat16),
+  )
   split = (P(None, None, "data"),) * 2 + (P(None, "data"),)
-  run = lambda q, k, lse: block_mass(q, k, lse, np.full(9, block, np.int32), block, reduce=lambda mass, _: mass.argmax(-1))
+
+  def run(q, k, lse):
+    return block_mass(
+      q, k, lse, np.full(9, block, np.int32), block, reduce=lambda mass, _: mass.argmax(-1)
+    )
+
   compiled = compile_for(run, x, x, lse, devices=devices, shardings=split)
   (kernel,) = compiled.kernels
-  assert kernel.spill_stores == kernel.spill_loads == 0 and kernel.shared_bytes <= SHARED_LIMIT and kernel.registers <= 168
-  assert not re.search("all-gather|all-reduce|all-to-all|collective-permute", compiled.compiled.as_text())
+  assert (
+    kernel.spill_stores == kernel.spill_loads == 0
+    and kernel.shared_bytes <= SHARED_LIMIT
+    and kernel.registers <= 168
+  )
+  assert not re.search(
+    "all-gather|all-reduce|all-to-all|collective-permute", compiled.compiled.as_text()
+  )
 
 
 def test_who_runs_it():
-  hopper, (q, *_) = Target("cuda", "NVIDIA H100 80GB HBM3", "9.0"), tile_inputs(64, np.array([64]), 1, 1, 32)
+  hopper, (q, *_) = (
+    Target("cuda", "NVIDIA H100 80GB HBM3", "9.0"),
+    tile_inputs(64, np.array([64]), 1, 1, 32),
+  )
   assert choose_backend(q, 64, target=hopper) == "pallas_mgpu"
-  assert choose_backend(q, 16, target=hopper) == choose_backend(q, 64) == choose_backend(q, 64, "xla", hopper) == "xla"
+  assert (
+    choose_backend(q, 16, target=hopper)
+    == choose_backend(q, 64)
+    == choose_backend(q, 64, "xla", hopper)
+    == "xla"
+  )
   with pytest.raises(NotImplementedError, match="tiles of 16 rows"):
     choose_backend(q, 16, "pallas_mgpu", hopper)
   with pytest.raises(ValueError, match="implementation='cuda' is unknown"):

@@ -18,7 +18,9 @@ from tools.offline import compile_for
 
 def oracle(scores, budget):
   """Stable sort by falling score, the first `budget`, ascending."""
-  return np.sort(np.argsort(-scores.astype(np.float64), axis=-1, kind="stable")[..., :budget], axis=-1)
+  return np.sort(
+    np.argsort(-scores.astype(np.float64), axis=-1, kind="stable")[..., :budget], axis=-1
+  )
 
 
 def _random(rng, m):
@@ -27,7 +29,9 @@ def _random(rng, m):
 
 def _with_infinities(rng, m):
   x = _random(rng, m)
-  return np.select([rng.random(x.shape) < 0.2, rng.random(x.shape) < 0.3], [np.inf, -np.inf], x).astype(np.float32)
+  return np.select(
+    [rng.random(x.shape) < 0.2, rng.random(x.shape) < 0.3], [np.inf, -np.inf], x
+  ).astype(np.float32)
 
 
 def _zeros_among_others(rng, m):
@@ -44,8 +48,12 @@ KINDS = {
   "infinities": _with_infinities,
   "both zeros": lambda rng, m: np.where(rng.random((7, m)) < 0.5, -0.0, 0.0).astype(np.float32),
   "zeros among others": _zeros_among_others,
-  "neighbouring floats": lambda rng, m: (1 + rng.integers(0, 40, (7, m)) * 2.0**-23).astype(np.float32),
-  "every magnitude": lambda rng, m: (_random(rng, m) * 10.0 ** rng.integers(-40, 38, (7, m))).astype(np.float32),
+  "neighbouring floats": lambda rng, m: (1 + rng.integers(0, 40, (7, m)) * 2.0**-23).astype(
+    np.float32
+  ),
+  "every magnitude": lambda rng, m: (
+    _random(rng, m) * 10.0 ** rng.integers(-40, 38, (7, m))
+  ).astype(np.float32),
 }
 
 
@@ -63,7 +71,9 @@ def test_the_set_of_an_exact_top_k(bits, kind, monkeypatch):
   for m in (1, 2, 33, 200):
     for budget in sorted({1, (m + 2) // 3, m - 1, m} - {0}):
       scores = KINDS[kind](rng, m)
-      np.testing.assert_array_equal(_jitted(bits)(scores, budget), oracle(scores, budget), f"{m=} {budget=}")
+      np.testing.assert_array_equal(
+        _jitted(bits)(scores, budget), oracle(scores, budget), f"{m=} {budget=}"
+      )
 
 
 def test_the_hopper_kernel_finds_the_same_sets():
@@ -84,13 +94,20 @@ def test_the_hopper_kernel_finds_the_same_sets():
 @pytest.mark.parametrize("devices", [1, 8])
 def test_the_hopper_kernel_compiles(devices):
   """The longest rows, without spills; heads stay on their devices."""
-  scores, always = jax.ShapeDtypeStruct((1, 8, 64, hopper_topk.MOST), jnp.float32), np.arange(64)[:, None]
+  scores, always = (
+    jax.ShapeDtypeStruct((1, 8, 64, hopper_topk.MOST), jnp.float32),
+    np.arange(64)[:, None],
+  )
   split = (PartitionSpec(None, "data"), None)
-  compiled = compile_for(lambda x, ids: top_words(x, 800, ids), scores, always, devices=devices, shardings=split)
+  compiled = compile_for(
+    lambda x, ids: top_words(x, 800, ids), scores, always, devices=devices, shardings=split
+  )
   (kernel,) = compiled.kernels
   assert kernel.spill_stores == kernel.spill_loads == 0 and kernel.registers <= 168
   assert compiled.argument_bytes == pytest.approx(4 * 8 * 64 * hopper_topk.MOST / devices, rel=0.01)
-  assert not re.search("all-gather|all-reduce|all-to-all|collective-permute", compiled.compiled.as_text())
+  assert not re.search(
+    "all-gather|all-reduce|all-to-all|collective-permute", compiled.compiled.as_text()
+  )
 
 
 def test_rows_that_the_hopper_kernel_does_not_take():
@@ -124,13 +141,17 @@ def test_integers_are_ordered_as_the_floats():
   x = np.concatenate([[-np.inf], x, [np.inf]]).astype(np.float32)
   keys = np.asarray(ordered_integers(jnp.asarray(x)))
   np.testing.assert_array_equal(np.diff(x) > 0, np.diff(keys.astype(np.int64)) > 0)
-  assert keys[-1] == topk._INFINITY and ordered_integers(jnp.float32(-0.0)) == ordered_integers(jnp.float32(0.0))
+  assert keys[-1] == topk._INFINITY and ordered_integers(jnp.float32(-0.0)) == ordered_integers(
+    jnp.float32(0.0)
+  )
 
 
 @pytest.mark.parametrize("chunk_scores", [None, 1, 1000])
 def test_tiles_per_head_with_fixed_ones(chunk_scores):
   rng = np.random.default_rng(4)
-  q, k = (rng.integers(-3, 4, (2, 3, 37, 5)).astype(np.float32) for _ in range(2))  # exact products, many ties
+  q, k = (
+    rng.integers(-3, 4, (2, 3, 37, 5)).astype(np.float32) for _ in range(2)
+  )  # exact products, many ties
   fixed = np.stack([np.arange(37), np.full(37, 2), rng.integers(0, 37, 37)], -1)
   scores = np.einsum("bhid,bhjd->bhij", q, k)
   scores[:, :, np.arange(37)[:, None], fixed] = np.inf
