@@ -15,8 +15,8 @@ from freqformer.kernels.block_sparse.table import dense_mask
 
 from benchmarks import rows, timing
 from benchmarks.arg_specs import SPECS, AttentionSpec
-from benchmarks.compiled.layer import freqformer_forward, freqformer_without_attention
 from benchmarks.cpu.competitors import DenseForm, call, fastest, gradients, sparse, tile_matmuls
+from benchmarks.layer import freqformer_forward, freqformer_without_attention
 from freqformer.cost import BACKWARD_OVER_FORWARD, attention_cost
 from freqformer.grid.rotary import rotate
 from freqformer.methods.freqformer import FreqFormer
