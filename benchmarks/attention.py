@@ -86,9 +86,8 @@ def main(argv):
     if troubles:
       print(f"failed or wrong: {', '.join(troubles)}")
     sys.exit(1 if troubles or run.skipped else 0)
-  from benchmarks.cpu import (
-    attention as cpu_attention,
-  )  # needs flax, which a machine that only measures GPU kernels may lack
+  # needs flax, which a machine that only measures GPU kernels may lack
+  from benchmarks.cpu import attention as cpu_attention
 
   jax.config.update("jax_platforms", "cpu")
   if _MEMORY_OF.value:

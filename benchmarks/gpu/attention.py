@@ -283,9 +283,8 @@ class Session:
 
   def around(self, spec: AttentionSpec) -> dict:
     """What FreqFormer does around its attention call, beyond the norm and rotary that every method has."""
-    from benchmarks.compiled import (
-      layer,
-    )  # needs flax, which a bare GPU machine may have in another version
+    # needs flax, which a bare GPU machine may have in another version
+    from benchmarks.compiled import layer
 
     method, layout = layer_method(spec, self.plan.bands), spec.layout
     joint = jax.numpy.stack(gpu_masks.dense(spec).inputs(), 2)

@@ -126,9 +126,8 @@ _fused.defvjp(_fused_fwd, _fused_bwd)
 
 @jax.named_scope("lift")
 def _run(packed, weights, low, expansion):
-  from freqformer.kernels.around import (
-    hopper_lift as hopper_lift,
-  )  # Pallas is imported where it is used
+  # Pallas is imported where it is used
+  from freqformer.kernels.around import hopper_lift as hopper_lift
 
   (classes, block, k), starts = expansion.matrices.shape, jnp.asarray(expansion.starts, jnp.int32)
   shifts = 1 if expansion.aligned else 8

@@ -292,9 +292,8 @@ _fused.defvjp(_fused_fwd, _fused_bwd)
 @jax.named_scope("prepare")
 def _run(form, joint, bias, gains, tables, lengths, cells, bands) -> Prepared:
   """Calls the kernel; lays coarse rows that it could not place itself."""
-  from freqformer.kernels.around import (
-    hopper_prepare as hopper_prepare,
-  )  # Pallas is imported where it is used
+  # Pallas is imported where it is used
+  from freqformer.kernels.around import hopper_prepare as hopper_prepare
 
   b, n, _, h, d = joint.shape
   tiles, (pooled, filtered) = len(lengths), form

@@ -93,9 +93,8 @@ def choose_backend(
     raise ValueError(
       f"{implementation=} is unknown; choose one of {', '.join(BACKENDS)} or None for automatic choice."
     )
-  from freqformer.kernels.selection import (
-    hopper_block_scores as hopper_block_scores,
-  )  # Pallas is imported where it is used
+  # Pallas is imported where it is used
+  from freqformer.kernels.selection import hopper_block_scores as hopper_block_scores
 
   target = current_target() if target is None else target
 

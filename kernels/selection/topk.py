@@ -60,9 +60,8 @@ def top_ids(scores: jax.Array, budget: int, always=None) -> jax.Array:
 
 def top_words(scores: jax.Array, budget: int, always=None) -> jax.Array:
   """The same set as a bit per candidate, candidate 0 in the lowest bit of word 0: uint32 `[..., ceil(m / 32)]`."""
-  from freqformer.kernels.selection import (
-    hopper_topk as hopper_topk,
-  )  # Pallas is imported where it is used
+  # Pallas is imported where it is used
+  from freqformer.kernels.selection import hopper_topk as hopper_topk
 
   m, target = scores.shape[-1], current_target()
   if not 1 <= budget <= m:
