@@ -284,7 +284,7 @@ class Session:
   def around(self, spec: AttentionSpec) -> dict:
     """What FreqFormer does around its attention call, beyond the norm and rotary that every method has."""
     # needs flax, which a bare GPU machine may have in another version
-    from benchmarks.compiled import layer
+    from benchmarks import layer
 
     method, layout = layer_method(spec, self.plan.bands), spec.layout
     joint = jax.numpy.stack(gpu_masks.dense(spec).inputs(), 2)
