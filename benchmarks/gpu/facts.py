@@ -111,7 +111,7 @@ def facts() -> dict:
     **toolchain(),
     "libdevice": _LIBDEVICE if os.path.exists(_LIBDEVICE) else ABSENT,
     "tools": {name: shown(shutil.which(name) or ABSENT) for name in _TOOLS},
-    "packages": {name: _version(name) for name in _PACKAGES},
+    "packages": {name: version_of(name) for name in _PACKAGES},
     "python": platform.python_version(),
     "machine": platform.machine(),
     "cores": os.cpu_count(),
@@ -120,7 +120,8 @@ def facts() -> dict:
   }
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+  """Returns the version of an installed package, or "absent"."""
   try:
     return importlib.metadata.version(package)
   except importlib.metadata.PackageNotFoundError:
