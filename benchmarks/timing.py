@@ -121,7 +121,7 @@ def peak_rss() -> int:
 def in_child(
   arguments: list[str], environment: Mapping[str, str] | None = None, timeout_s: float | None = None
 ) -> str:
-  """Runs this Python with `arguments` in the repository's root and returns the last line that it prints.
+  """Runs this Python in the repository's root and returns the last line that it prints.
 
   Args:
     arguments: of the interpreter.

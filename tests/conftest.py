@@ -13,8 +13,8 @@ import time
 import pytest
 
 _TESTS = pathlib.Path(__file__).parent
-# Conformance tests by file, the cheapest last. All others say something about a CPU, the interpreter
-# or the compiler, which a GPU does not change.
+# Conformance tests by file, the cheapest last. All others are about a CPU, the interpreter or the
+# compiler, which a GPU does not change.
 ON_DEVICE = {
   "kernels/block_sparse/test_hopper.py": (
     "TestPallasMgpu",
@@ -88,8 +88,8 @@ def _open_gpu():
     jax.devices()
   except (RuntimeError, AssertionError) as error:  # depends on what exactly is missing
     raise pytest.UsageError(
-      "--device=gpu needs a CUDA GPU that jax can use (jax[cuda13] and a driver); without the option "
-      f"the kernels run in the interpreter on a CPU. {str(error)[:200]}"
+      "--device=gpu needs a CUDA GPU that jax can use (jax[cuda13] and a driver); without the "
+      f"option the kernels run in the interpreter on a CPU. {str(error)[:200]}"
     ) from None
   from freqformer.kernels.hopper import parts
 

@@ -1,6 +1,6 @@
 """Counts the instructions between the products of the forward's loop, in both of its forms.
 
-  python -m benchmarks.compiled.listing            # anywhere; writes benchmarks/results/listing.json
+  python -m benchmarks.compiled.listing            # anywhere; writes results/listing.json
 
 The tensor cores have nothing queued by a warpgroup between the values of one stage and the scores
 of the next. Needs nvdisasm on PATH (`pip install nvidia-cuda-nvdisasm`) and what `tools.offline`

@@ -63,7 +63,7 @@ def described_ptxas(path: str | None) -> str:
 
 
 def shown(path: str) -> str:
-  """Returns a path as a row may hold it: from Python's own prefix or the user's home on, if there."""
+  """Returns a path as a row may hold it: from Python's prefix or the user's home on, if there."""
   for place in (sys.prefix, os.path.expanduser("~")):
     if pathlib.Path(path).is_relative_to(place):
       return str(pathlib.Path(path).relative_to(place))

@@ -164,9 +164,9 @@ def linear(bench: Bench, spec: AttentionSpec) -> dict:
 def search(bench: Bench, spec: AttentionSpec) -> dict:
   """Times the block masses of AdaSpa's search, dense attention, and XLA's form of the masses.
 
-  `product_tflops`: 2 n^2 d per head over seconds. `of_dense`: seconds over those of dense attention,
-  which has twice the products. With the true LSE a query tile's masses sum to its number of valid
-  rows: `error_rows` is their distance from it.
+  `product_tflops`: 2 n^2 d per head over seconds. `of_dense`: seconds over those of dense
+  attention, which has twice the products. With the true LSE a query tile's masses sum to its
+  number of valid rows: `error_rows` is their distance from it.
   """
   problem = masks.dense(spec)
   q, k, v = problem.inputs(3)

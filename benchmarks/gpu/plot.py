@@ -1,4 +1,4 @@
-"""Speed-up over cuDNN and retained efficiency, over density and over tokens, from the rows of one device."""
+"""Plots of speed-up over cuDNN and retained efficiency, over density and over tokens."""
 
 import pathlib
 
@@ -11,7 +11,7 @@ _KINDS = {
 
 
 def _kind(row: dict) -> str | None:
-  """Which curve a row belongs to; variants (unsorted, other tiles) belong to none."""
+  """Returns the curve that a row belongs to; variants (unsorted, other tiles) belong to none."""
   prefix = row["name"].split("/")[0]
   if prefix.startswith("lists_"):
     return "lists" if prefix.count("_") == 1 else None
@@ -22,7 +22,7 @@ def draw(found: list[dict], path: pathlib.Path) -> pathlib.Path:
   """Draws four panels and returns the file.
 
   Args:
-    found: rows; those with `speedup` and a correct result are drawn.
+    found: rows of one device; those with `speedup` and a correct result are drawn.
     path: of the PNG.
 
   Raises:

@@ -6,9 +6,9 @@
 
 docs/gpu_queue.md says when to run which plan; the last line rehearses one with a stand-in on a CPU.
 Every step is a process of its own. When it overstays, its whole process group is killed and the
-case it had begun is named. Small checks run several at a time, what is timed runs alone. Steps write
-row by row into one file per kind under --out, each file whole or not at all, so that a step that is
-cut off loses nothing. This process imports no jax: nothing that a kernel does can hold it.
+case it had begun is named. Small checks run several at a time, what is timed runs alone. Steps
+write row by row into one file per kind under --out, each file whole or not at all, so that a step
+that is cut off loses nothing. This process imports no jax: nothing that a kernel does can hold it.
 """
 
 import argparse

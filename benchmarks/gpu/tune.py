@@ -4,8 +4,8 @@
   python -m benchmarks.gpu.tune --static            # anywhere: a report of the candidates that fit
   python -m benchmarks.gpu.tune --rehearse --out=/tmp/x     # one key, tiny, a stand-in on a CPU
 
-The table is written twice: into the checkout, where later runs read it, and as
-`kernels_tuning.json` next to the report, because a rented machine gives back only its output folder.
+The table is written twice: into the checkout, where later runs read it, and next to the report as
+`kernels_tuning.json`, because a rented machine gives back only its output folder.
 
 Per key (head dimension, tile sizes, direction): candidates -> those that compile for the device
 without spilling and within shared memory -> those that agree with the XLA backend -> the fastest.
