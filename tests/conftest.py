@@ -159,5 +159,6 @@ class OnDevice:
   def _say(self, line: str):
     """Prints a line at once, though the output of tests is captured."""
     reporter = self.config.pluginmanager.get_plugin("terminalreporter")
-    reporter.write(f"\n{line}\n")
-    reporter.flush()
+    if reporter is not None:  # a worker of pytest-xdist has none
+      reporter.write(f"\n{line}\n")
+      reporter.flush()

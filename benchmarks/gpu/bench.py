@@ -9,11 +9,11 @@ import functools
 import gc
 
 import jax
-from absl import logging
 from freqformer.kernels.block_sparse import cost, tuning
 
 from benchmarks.arg_specs import AttentionSpec
 from benchmarks.gpu import config, launches, masks, peers
+from benchmarks.gpu.attempt import failure
 from benchmarks.gpu.device import Deadline
 from benchmarks.gpu.launches import attend
 from benchmarks.gpu.masks import Composition, Problem
@@ -283,12 +283,6 @@ class Bench:
       "speedup": speedup,
       "retained": speedup * row["density"],
     }
-
-
-def failure(name: str, error: Exception) -> dict:
-  """Logs an error and returns the field that a row has instead of figures."""
-  logging.error("%s failed", name, exc_info=error)
-  return {"error": f"{type(error).__name__}: {str(error)[:500]}"}
 
 
 def _without_padding(problem: Problem, count: int) -> tuple[jax.Array, ...]:

@@ -19,7 +19,6 @@ runs must agree bit for bit.
 import argparse
 import dataclasses
 import functools
-import gc
 import re
 import sys
 from collections.abc import Callable
@@ -33,7 +32,7 @@ from freqformer.kernels.block_sparse.table import BlockMask, dense_mask, from_ti
 from freqformer.kernels.selection.topk import top_ids
 
 from benchmarks.gpu import config, masks, oracle
-from benchmarks.gpu.bench import failure
+from benchmarks.gpu.attempt import attempt, verdict
 from benchmarks.gpu.device import Deadline, open_device, open_store
 from benchmarks.rows import Store
 
@@ -284,7 +283,7 @@ class Job:
   """One case to run.
 
   Attributes:
-    name: of the row, without "check: ".
+    name: of the row.
     run: `implementation -> errors and "correct"`.
     case: the attention call at its full size, whose kernels `--config` changes; None for others.
   """
@@ -362,27 +361,18 @@ def sweep(
   """
   checked = []
   unreached = []
-  configured = {"config": configuration} if configuration else {}
-  names = {job.name: job.name + (f" [{configuration}]" if configured else "") for job in found}
-  print("\n".join(f"wanted {name}" for name in names.values()), flush=True)
-  for job in found:
-    name = names[job.name]
-    row = store.get(f"check: {name}")
-    if row is None or not row["correct"]:
-      if deadline.left <= 0:
-        unreached.append(name)
-        print(f"unreached {name}", flush=True)
-        continue
-      print(f"begin {name}", flush=True)
-      try:
-        result = job.run(implementation=implementation)
-      except Exception as error:
-        result = {"correct": False} | failure(name, error)
-      gc.collect()
-      fields = {"name": f"check: {name}", "implementation": implementation}
-      row = store.add(fields | configured | result)
-    checked.append(row)
-    print(line(row), flush=True)
+  context = {"implementation": implementation}
+  context |= {"config": configuration} if configuration else {}
+  names = [job.name + (f" [{configuration}]" if configuration else "") for job in found]
+  print("\n".join(f"wanted {name}" for name in names), flush=True)
+  for name, job in zip(names, found, strict=True):
+    measure = functools.partial(job.run, implementation=implementation)
+    row = attempt(store, name, measure, deadline, context=context)
+    if row is None:
+      unreached.append(name)
+    else:
+      checked.append(row)
+      print(line(row), flush=True)
   return checked, unreached
 
 
@@ -393,9 +383,7 @@ def line(row: dict) -> str:
     for key, value in row.items()
     if key.startswith("error_") and not key.endswith("_max")
   ]
-  state = "ok   " if row["correct"] else "WRONG"
-  name = row["name"].removeprefix("check: ")
-  return f"{state} {name:<48}  {'  '.join(errors)}{row.get('error', '')[:160]}"
+  return f"{verdict(row)} {row['name']:<48}  {'  '.join(errors)}{row.get('error', '')[:160]}"
 
 
 def command_line() -> argparse.ArgumentParser:

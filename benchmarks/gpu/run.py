@@ -3,7 +3,7 @@
 `python -m benchmarks.attention --device=gpu` runs it (docs/benchmarks.md).
 """
 
-import gc
+import functools
 import re
 from collections.abc import Sequence
 
@@ -11,7 +11,8 @@ from absl import logging
 from freqformer.kernels.block_sparse import tuning
 
 from benchmarks.gpu import cases, config, gates
-from benchmarks.gpu.bench import Bench, failure
+from benchmarks.gpu.attempt import attempt, verdict
+from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.cases import Case
 from benchmarks.gpu.device import Deadline, open_device, open_store
 from benchmarks.gpu.sizes import FULL, TINY
@@ -35,38 +36,22 @@ class Run:
     self.skipped: list[str] = []
 
   def rows(self, found: Sequence[Case]):
-    """Measures the cases that have no row yet, and judges the gates after each."""
+    """Measures the cases that have no right row yet, and judges the gates after each."""
     for case in found:
-      self.row(case)
-      for row in gates.gate_rows(self.store.all()):
+      measure = functools.partial(case.measure, self.bench)
+      row = attempt(self.store, case.name, measure, self.bench.deadline, case.seconds)
+      if row is None:
+        self.skipped.append(case.name)
+      else:
+        print(f"{verdict(row)} {line(row)}", flush=True)
+      for gate in gates.gate_rows(self.store.all()):
         # Tiny shapes pass or miss nothing.
         unjudged = {"passed": None, "record_met": None} if self.store.rehearsal else {}
-        self.store.add(row | unjudged)
-
-  def row(self, case: Case):
-    """Measures and writes one row, unless it is there or there is no time for it.
-
-    A case that fails gets a row that says why. The row is announced before it is measured: a run
-    that is killed has named the case that it was in.
-    """
-    row = self.store.get(case.name)
-    if row is None:
-      if self.bench.deadline.left < case.seconds:
-        self.skipped.append(case.name)
-        print(f"unreached {case.name}", flush=True)
-        return
-      print(f"begin {case.name}", flush=True)
-      try:
-        fields = case.measure(self.bench)
-      except Exception as error:
-        fields = failure(case.name, error)
-      gc.collect()  # jitted calls hold their arguments in cycles
-      row = self.store.add({"name": case.name} | fields)
-    print(stated(row), flush=True)
+        self.store.add(gate | unjudged)
 
   def troubles(self) -> list[str]:
     """Returns names of our own rows that failed or are wrong."""
-    bad = [row for row in self.store.all() if "error" in row or row.get("correct") is False]
+    bad = [row for row in self.store.all() if row.get("correct") is False]
     return [row["name"] for row in bad if not row["name"].startswith(PEERS)]
 
   def report(self) -> str:
@@ -106,12 +91,6 @@ def line(row: dict) -> str:
   ]
   wrong = [] if row.get("correct", True) else ["WRONG"]
   return "  ".join([f"{row['name']:<36}", *shown, *wrong])
-
-
-def stated(row: dict) -> str:
-  """Returns one row with its verdict first, which a slot looks for."""
-  verdict = "FAILED" if "error" in row else "ok   " if row.get("correct", True) else "WRONG"
-  return f"{verdict} {line(row)}"
 
 
 def main(

@@ -152,7 +152,7 @@ class Slot:
       return refusal, ""
     start = time.monotonic()
     arguments = self._arguments(step)
-    log = self._work / f"{len(list(self._work.iterdir()))} {step.name}.log"
+    log = self._work / f"{step.name}.log"
     code = self._process(step, arguments, log)
     text = log.read_bytes().decode(errors="replace")
     outcome = read_output(step, text, code)

@@ -40,13 +40,13 @@ def test_a_right_kernel_passes(monkeypatch, tmp_path, capsys):
   printed = capsys.readouterr().out
   assert right and len(found) == 5 and "5 of 5 right" in printed
   assert all(row["correct"] and row["rehearsal"] and row["code"] for row in found.values())
-  row = found["check: 64x128 tiles, seed 0"]
+  row = found["64x128 tiles, seed 0"]
   assert row["two_runs_bit_equal"]
   assert {f"error_{name}" for name in ("out", "lse", "dq", "dk", "dv")} <= set(row)
-  assert {"check: constant table", "check: sliced in a scan"} <= set(found)
+  assert {"constant table", "sliced in a scan"} <= set(found)
   # A run that is killed must have named all that it wanted, and what it was doing.
   lines = printed.splitlines()
-  assert lines[:5] == [f"wanted {name.removeprefix('check: ')}" for name in found]
+  assert lines[:5] == [f"wanted {name}" for name in found]
   assert lines[5] == "begin 64x128 tiles, seed 0"
   assert lines[6].startswith("ok    64x128 tiles, seed 0  ")
   # Nothing that is right is checked again: this kernel would fail.
@@ -63,8 +63,8 @@ def test_a_kernel_that_ignores_the_lists_is_found_out(monkeypatch, tmp_path, cap
 
   monkeypatch.setattr(check, "attention", wrong)
   right, found = _sweep(tmp_path, ONLY)
-  assert not right and not found["check: 64x128 tiles, seed 0"]["correct"]
-  assert "wrong: check: 64x128 tiles, seed 0" in capsys.readouterr().out
+  assert not right and not found["64x128 tiles, seed 0"]["correct"]
+  assert "wrong: 64x128 tiles, seed 0" in capsys.readouterr().out
 
 
 def test_runs_that_differ_are_found_out(monkeypatch):
@@ -117,7 +117,7 @@ def test_a_case_under_another_configuration(monkeypatch, tmp_path):
     changed = dataclasses.replace(tuning.lookup(key), stages=2, take_turns=False)
     assert looked_up == (changed if key.block_q == 64 else tuning.lookup(key))
   (row,) = found.values()
-  assert right and row["name"] == f"check: 64x128 tiles, seed 0 [{config}]"
+  assert right and row["name"] == f"64x128 tiles, seed 0 [{config}]"
   assert row["config"] == config
 
 

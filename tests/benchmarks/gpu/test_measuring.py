@@ -1,4 +1,4 @@
-"""Tables, sampled oracle, chains of calls and device time: the GPU benchmark's figures rest on it."""
+"""Tables, sampled oracle, chains of calls, device time: what the GPU benchmark measures with."""
 
 import dataclasses
 import functools

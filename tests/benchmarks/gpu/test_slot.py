@@ -70,7 +70,7 @@ def test_every_step_that_should_be_right_is(rehearsed):
   _, _, out = rehearsed
   for name in _REHEARSED:
     assert _steps(out)[name]["state"] == "ok", _steps(out)[name]
-  row = _rows(out / "gpu_check_rehearsal.json")["check: plain, seed 0"]
+  row = _rows(out / "gpu_check_rehearsal.json")["plain, seed 0"]
   assert row["correct"] and row["rehearsal"] and row["ptxas"] and row["driver"]
   assert _rows(out / "attention_gpu_rehearsal.json")["window/b_115k"]["correct"]
 
@@ -201,7 +201,8 @@ def test_steps_that_build_on_a_broken_one_are_left_out(tmp_path):
 def test_timed_steps_run_with_the_repair(tmp_path):
   """A hang that a bisect repairs costs no timed row; other steps run as they are."""
   timed = plans.timed("dense", "dense_mode", "a_16k", 60, after=("aborting",))
-  slot = _run(tmp_path, planted("aborting"))
+  slot = gpu_slot.Slot(tmp_path, 1, rehearse=True)
+  slot._together([planted("aborting")])
   assert slot._refusal(timed).note == "aborting did not end"
   assert slot._arguments(timed) == list(timed.arguments)
   slot._bisect([Outcome(planted("wrong", bisect=True), "wrong", wrong=[slot_planted.CASE])])
