@@ -103,13 +103,6 @@ class Bench:
     error = backward_error(tuple(qkv), problem.mask, found, cotangents, call(), rows)
     return self.against_dense(self.describe(problem, measured, "backward") | error, problem.spec)
 
-  def lowering(self, spec: AttentionSpec, by_lane: bool) -> dict:
-    """Dense mode with Mosaic lowering by lane or by warpgroup."""
-    key = tuning.Key("h100", spec.head_dim, spec.block, spec.block, "forward")
-    changed = dataclasses.replace(tuning.lookup(key), by_lane=by_lane)
-    with tuning.override({key: changed}):
-      return self.forward(masks.dense(spec)) | {"by_lane": by_lane}
-
   def form(self, spec: AttentionSpec, form: Form) -> dict:
     """Times a forward as it is configured and otherwise, in turns, and checks both.
 

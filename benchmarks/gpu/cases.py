@@ -83,13 +83,9 @@ def cases(sizes: Sizes) -> list[Case]:
   # The same kernel without lists, in turns with cuDNN: the unit of "retained".
   for shape in ("a_64k", "a_16k", "a_128k"):
     add("dense_mode", f"dense/{shape}", _of(Bench.dense_mode, spec[shape]))
-  # Whichever lowering the configurations chose, and the other.
-  for by_lane, word in ((False, "warpgroup"), (True, "lane")):
-    add("lowerings", f"dense_by_{word}/a_64k", _of(Bench.lowering, spec["a_64k"], by_lane))
 
-  for shape, density in (("a_128k", 0.1), ("a_512k", 0.05), ("a_64k", 0.1)):
-    add_lists("lists", shape, density)
-  for shape, density in (("a_64k", 0.05), ("a_128k", 0.05), ("a_512k", 0.1)):
+  of_value = (("a_128k", 0.1), ("a_512k", 0.05), ("a_64k", 0.1), ("a_64k", 0.05))
+  for shape, density in (*of_value, ("a_128k", 0.05), ("a_512k", 0.1)):
     add_lists("lists", shape, density)
   add_lists("list_variants", "a_128k", 0.1, ordered=False)
   add_lists("list_variants", "a_512k", 0.05, ordered=False)
@@ -148,6 +144,7 @@ def cases(sizes: Sizes) -> list[Case]:
   one_by_one = "scores_ahead=False"
   alone = "tiles_per_block=1, compute_registers=0, memory_registers=0"
   for name, shape, form in (
+    ("by_lane_dense", "a_64k", Form("by_lane=True")),
     ("stage_by_stage_dense", "a_64k", Form(one_by_one)),
     ("stage_by_stage_d05", "a_64k", Form(one_by_one, 0.05)),
     ("one_tile_d10_64x64", "a_128k", Form(alone, 0.1, 64 // shrink)),

@@ -18,7 +18,6 @@ MARGIN = 3.0
 GUARDS = {
   "ceilings": 15,
   "dense_mode": 40,
-  "lowerings": 25,
   "lists": 25,
   "list_variants": 25,
   "launches": 60,
@@ -181,7 +180,7 @@ FIRST = (
 RIGHT = (
   FACTS,
   FIRST_CALLS,
-  timed("forms", "forms", "form_", 80, after=_FIRST),
+  timed("forms", "forms", "^form_(stage_by_stage|one_tile)", 80, after=_FIRST),
   timed("FreqFormer", "freqformer", "^(freqformer|fixed4k)/a_128k$", 75, after=_FIRST),
   timed(
     "64-row tiles and 512K",
