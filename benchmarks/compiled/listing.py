@@ -80,7 +80,8 @@ def conversions(body: list[str]) -> int:
 def disassembled(ptx: str, ptxas: str, nvdisasm: str) -> str:
   """Returns the machine code of a kernel for sm_90a."""
   with tempfile.TemporaryDirectory() as folder:
-    source, binary = pathlib.Path(folder) / "kernel.ptx", pathlib.Path(folder) / "kernel.cubin"
+    source = pathlib.Path(folder) / "kernel.ptx"
+    binary = source.with_suffix(".cubin")
     source.write_text(ptx)
     subprocess.run([ptxas, "-arch=sm_90a", "-O3", str(source), "-o", str(binary)], check=True)
     command = [nvdisasm, "-c", str(binary)]

@@ -96,15 +96,8 @@ def pick_rows(
   rows = []
   for i, sample in enumerate(samples):
     own = lengths[min(sample, len(lengths) - 1)]
-    alive = np.flatnonzero(own)
-    if i == 0:
-      tile, inside = alive[0], rng.integers(own[alive[0]])
-    elif i == 1:
-      tile, inside = alive[-1], own[alive[-1]] - 1
-    else:
-      tile = rng.choice(alive)
-      inside = rng.integers(own[tile])
-    rows.append(tile * block + inside)
+    valid = np.flatnonzero(np.arange(block) < own[:, None])
+    rows.append(valid[[0, -1][i]] if i < 2 else rng.choice(valid))
   return np.stack([samples, heads, rows], -1).astype(np.int32)
 
 

@@ -137,7 +137,8 @@ class Slot:
     try:
       outcome, text = self._attempt(step)
     except Exception as error:  # no memory for a process, no room on the disk: this step is lost
-      outcome, text = Outcome(step, "error", note=f"{type(error).__name__}: {error}"), ""
+      outcome = Outcome(step, "error", note=f"{type(error).__name__}: {error}")
+      text = ""
     with self._lock:
       self.outcomes.append(outcome)
       self._log(f"==== {step.name}: {outcome.state} after {outcome.seconds:.0f} s")

@@ -1,4 +1,4 @@
-"""What a bare GPU machine must find: commands that need nothing it lacks, and clear refusals."""
+"""Commands for a bare GPU machine: they need nothing that it lacks, and refuse in clear words."""
 
 import re
 import shlex
