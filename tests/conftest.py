@@ -5,6 +5,7 @@ printed about each test are those of a step of `benchmarks.gpu.slot`, which kill
 """
 
 import contextlib
+import importlib
 import os
 import pathlib
 import re
@@ -13,6 +14,8 @@ import time
 import pytest
 
 _TESTS = pathlib.Path(__file__).parent
+# The module that holds `interpreted`, in which tests run the kernels on a CPU.
+INTERPRETER = "freqformer.kernels.hopper.parts"
 # Conformance tests by file, the cheapest last. All others are about a CPU, the interpreter or the
 # compiler, which a GPU does not change.
 ON_DEVICE = {
@@ -77,7 +80,11 @@ def pytest_configure(config):
 
 
 def _open_gpu():
-  """Takes the GPU, and makes `interpreted` a context in which kernels run on it."""
+  """Takes the GPU for all tests.
+
+  Raises:
+    UsageError: if there is none.
+  """
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   import jax
 
@@ -91,9 +98,12 @@ def _open_gpu():
       "--device=gpu needs a CUDA GPU that jax can use (jax[cuda13] and a driver); without the "
       f"option the kernels run in the interpreter on a CPU. {str(error)[:200]}"
     ) from None
-  from freqformer.kernels.hopper import parts
+  run_as_compiled()
 
-  parts.interpreted = _as_compiled  # before test modules import it
+
+def run_as_compiled():
+  """Makes `interpreted` a context that changes nothing; to be called before tests import it."""
+  importlib.import_module(INTERPRETER).interpreted = _as_compiled
 
 
 @contextlib.contextmanager

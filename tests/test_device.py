@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from benchmarks import timing
 from benchmarks.gpu import slot_steps
 from benchmarks.gpu.code import ROOT
 from benchmarks.gpu.slot_output import read_output
@@ -36,6 +37,16 @@ def test_its_tests_exist():
     text = (ROOT / "tests" / name).read_text()
     for test in tests:
       assert f"class {test}(" in text or f"def {test}(" in text, test
+
+
+def test_kernels_are_not_interpreted_on_a_device():
+  """Every conformance test then calls the kernel itself, which a CPU refuses."""
+  text = (
+    "import pytest; from tests import conftest; conftest.run_as_compiled(); "
+    "from tests.kernels.block_sparse import test_hopper as t; "
+    "pytest.raises(NotImplementedError, t.test_odd_scales, 0.0); print('refused')"
+  )
+  assert timing.in_child(["-c", text], {"JAX_PLATFORMS": "cpu"}) == "refused"
 
 
 def test_a_slot_reads_its_lines():
