@@ -1,4 +1,4 @@
-"""Named real shapes: benchmarks and block-size tuning measure these and no others, so that their figures can be compared."""
+"""Named real shapes: benchmarks and tuning measure no others, so that figures can be compared."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ class AttentionSpec:
   """One self-attention call on a video's token grid.
 
   Attributes:
-    name: what a row of results calls it.
+    name: in rows of results.
     grid: tokens per axis (t, y, x).
     heads: number of heads.
     head_dim: channels of a head.
@@ -38,7 +38,8 @@ class AttentionSpec:
   def __post_init__(self):
     if self.keys % self.block or not 0 < self.keys <= self.layout.n_buffer:
       raise ValueError(
-        f"{self.name}: {self.keys=} must be a multiple of {self.block=} in 1..{self.layout.n_buffer}."
+        f"{self.name}: {self.keys=} must be a multiple of {self.block=} "
+        f"in 1..{self.layout.n_buffer}."
       )
 
   @property
@@ -51,7 +52,7 @@ class AttentionSpec:
     return TileLayout.fit(self.grid, self.block)
 
   def inputs(self, count: int = 3, seed: int = 0) -> list[jax.Array]:
-    """`count` normal arrays `[batch, n_buffer, heads, head_dim]`: q, k, v, then cotangents."""
+    """Returns `count` normal arrays `[batch, n_buffer, heads, head_dim]`: q, k, v, cotangents."""
     shape = (self.batch, self.layout.n_buffer, self.heads, self.head_dim)
     return [
       jax.random.normal(key, shape, jnp.dtype(self.dtype))
@@ -59,8 +60,10 @@ class AttentionSpec:
     ]
 
   def mask(self, seed: int = 0) -> BlockMask:
-    """Every query tile of every head lists its own tile and random others, `keys / block` in all."""
-    rng, tiles, listed = np.random.default_rng(seed), self.layout.tiles, self.keys // self.block
+    """Returns a table: each query tile lists its own tile and random others, of `keys` rows."""
+    rng = np.random.default_rng(seed)
+    tiles = self.layout.tiles
+    listed = self.keys // self.block
     score = rng.random((self.heads, tiles, tiles), np.float32)
     score[:, np.arange(tiles), np.arange(tiles)] = 2
     ids = np.sort(np.argpartition(-score, listed - 1, axis=-1)[..., :listed], axis=-1).astype(

@@ -1,6 +1,7 @@
-"""FreqFormer as a layer runs it, between the projections, and what of it is left without attention."""
+"""FreqFormer as a layer runs it, between the projections, with and without its attention call."""
 
 import functools
+from collections.abc import Callable
 from unittest import mock
 
 import jax
@@ -16,19 +17,28 @@ from freqformer.methods.freqformer import FreqFormer
 def freqformer_forward(
   method: FreqFormer, q, k, v, arrays, tables, implementation: str | None = None
 ):
-  """The method on `[b, n_buffer, h, d]`: output and density; rotary included, QK-norm not."""
-  cond = Cond(jnp.zeros(q.shape[0]), jnp.zeros((q.shape[0], 1)))
-  out, _, aux = method(
-    None, Projected(q, k, v, rotate, rotate, arrays, implementation), cond, tables, {}
-  )
+  """Runs the method on `[b, n_buffer, h, d]`, rotary included, QK-norm not.
+
+  Returns:
+    output and density.
+  """
+  out, _, aux = _run(method, Projected(q, k, v, rotate, rotate, arrays, implementation), tables)
   return out, aux["density"]
 
 
-def freqformer_without_attention(method: FreqFormer, *args):
-  """All of `freqformer_forward` but the attention call: what is left is selection, packing, compression and lift.
+def _run(method: FreqFormer, qkv: Projected, tables):
+  """Runs the method at t = 0 without parameters of its own."""
+  batch = qkv.q.shape[0]
+  cond = Cond(jnp.zeros(batch), jnp.zeros((batch, 1)))
+  return method(None, qkv, cond, tables, {})
+
+
+def _without_attention(run: Callable):
+  """Runs a method with its attention call left out.
 
   Returns:
-    the arguments that attention would have got (q, k, v, mask), so that they are computed, and the output.
+    the arguments that attention would have got (q, k, v, mask), so that they are computed, and the
+    output.
   """
   taken = []
 
@@ -37,48 +47,55 @@ def freqformer_without_attention(method: FreqFormer, *args):
     return v, None
 
   with mock.patch.object(freqformer_module, "attention", stand_in):
-    out, _ = freqformer_forward(method, *args)
+    out, *_ = run()
   return taken[0], out
+
+
+def freqformer_without_attention(method: FreqFormer, *args):
+  """Runs all of `freqformer_forward` but the attention call: selection, packing, compression, lift.
+
+  Returns:
+    as `_without_attention`.
+  """
+  return _without_attention(lambda: freqformer_forward(method, *args))
 
 
 def projected(joint, arrays, implementation: str | None = None) -> Projected:
-  """What a layer hands to its method from the joint projection `[b, n_buffer, 3, h, d]`: gains 1, bias 0.
+  """Returns a layer's hand-over to its method: gains 1, bias 0.
 
   As in the layer, a kernel norms, rotates and packs where the device has one.
+
+  Args:
+    joint: the joint projection `[b, n_buffer, 3, h, d]`.
+    arrays: of the layout.
+    implementation: attention backend.
   """
   _, _, _, h, d = joint.shape
 
-  def norm(x):
-    return (
-      x * jax.lax.rsqrt(jnp.square(x.astype(jnp.float32)).mean(-1, keepdims=True) + EPS)
-    ).astype(x.dtype)
+  def finish(x, positions):
+    mean = jnp.square(x.astype(jnp.float32)).mean(-1, keepdims=True)
+    return rotate((x * jax.lax.rsqrt(mean + EPS)).astype(x.dtype), positions)
 
-  finish, fused = (lambda x, positions: rotate(norm(x), positions)), None
+  fused = None
   if implementation in (None, "pallas_mgpu") and not unsupported(joint, arrays.layout.tiles):
-    learned = (
-      jnp.zeros((3, h, d), joint.dtype),
-      (jnp.ones(d), jnp.ones(d)),
-      angle_tables(arrays.positions, d),
-    )
-    fused = functools.partial(prepare, joint, *learned, arrays.kv_len)
-  return Projected(*jnp.unstack(joint, axis=2), finish, finish, arrays, implementation, fused)
+    bias = jnp.zeros((3, h, d), joint.dtype)
+    gains = (jnp.ones(d), jnp.ones(d))
+    rotary = angle_tables(arrays.positions, d)
+    fused = functools.partial(prepare, joint, bias, gains, rotary, arrays.kv_len)
+  q, k, v = jnp.unstack(joint, axis=2)
+  return Projected(q, k, v, finish, finish, arrays, implementation, fused)
 
 
-def around_attention(method: FreqFormer, implementation, joint, arrays, tables):
-  """FreqFormer's layer between its projections without the attention call: what attention would get, and the output."""
-  taken = []
+def around_attention(method: FreqFormer, implementation: str | None, joint, arrays, tables):
+  """Runs FreqFormer's layer between its projections without the attention call.
 
-  def stand_in(q, k, v, mask, **_):
-    taken.append((q, k, v, mask))
-    return v, None
-
-  cond = Cond(jnp.zeros(joint.shape[0]), jnp.zeros((joint.shape[0], 1)))
-  with mock.patch.object(freqformer_module, "attention", stand_in):
-    out, *_ = method(None, projected(joint, arrays, implementation), cond, tables, {})
-  return taken[0], out
+  Returns:
+    as `_without_attention`.
+  """
+  return _without_attention(lambda: _run(method, projected(joint, arrays, implementation), tables))
 
 
-def norm_and_rotary(implementation, joint, arrays):
-  """What every method does with the joint projection: q and k finished, v split off."""
+def norm_and_rotary(implementation: str | None, joint, arrays):
+  """Returns q and k finished, and v: the part of a layer that every method has."""
   qkv = projected(joint, arrays, implementation)
   return *qkv.rotated(), qkv.v

@@ -1,13 +1,16 @@
-"""Results as rows of JSON: every figure with the command, machine, versions, commit and sources that produced it.
+"""Results as rows of JSON: a figure with the command, machine, versions and code that produced it.
 
   python -m benchmarks.rows 1f2e3d4c5b6a     # the commits that hold just the sources of a row
 
-`commit` is where the tree stood when the run began; "+changes" says that sources differed from it (work that was committed
-later, or never). `sources` is a hash of what was in the files, whether committed or not: rows of one hash come from the same
-code, and the command above names the commits that have it. Rows from before this field have no such tie.
+`commit` is the commit of the checkout when the run began; "+changes" means that sources differed
+from it. `sources` is a hash of the files' content, whether committed or not: rows with the same
+hash come from the same code, and the command above names the commits that have it.
 """
 
+import contextlib
+import dataclasses
 import datetime
+import fcntl
 import hashlib
 import json
 import os
@@ -23,9 +26,7 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 _ROOT = RESULTS.parent.parent
 # What a figure may depend on: the code and tables in these places.
 _SOURCES = ("train.py", "eval.py", "kernels", "freqformer", "configs", "benchmarks")
-# What every row holds; the benchmark adds its own fields.
-CONTEXT_FIELDS = ("command", "device", "cpu", "jax", "python", "commit", "sources", "date")
-# What the printed table shows beside the value, where a row has it.
+# Fields that the printed table shows after the value, where a row has them.
 _NOTES = (
   "others_cpu",
   "density",
@@ -39,8 +40,9 @@ _NOTES = (
 
 
 def context(command: str) -> dict[str, str]:
-  """Where and with what a row is measured; asked once, when the run starts."""
-  import jax  # here, because a process that only reads and merges rows must not need jax (benchmarks/gpu/slot.py)
+  """Returns where and with what a row is measured; to be asked once, when the run starts."""
+  # Not at the top: a process that only merges rows must not need jax (benchmarks/gpu/slot.py).
+  import jax
 
   return {
     "command": command,
@@ -54,38 +56,96 @@ def context(command: str) -> dict[str, str]:
   }
 
 
+@dataclasses.dataclass
+class Store:
+  """The rows of one file, written one by one and found again by a later run.
+
+  Attributes:
+    path: of the JSON file.
+    context: fields that every new row gets.
+    same: fields of the context in which an earlier row must agree to count.
+    rehearsal: mark rows as no measurement.
+  """
+
+  path: pathlib.Path
+  context: dict
+  same: tuple[str, ...] = ()
+  rehearsal: bool = False
+
+  def all(self) -> list[dict]:
+    """Returns the rows that agree with this run; others stay in the file and are not mixed in."""
+    found = read_rows(self.path)
+    return [row for row in found if all(row.get(k) == self.context[k] for k in self.same)]
+
+  def get(self, name: str) -> dict | None:
+    """Returns the row of that name, if it agrees with this run and did not fail."""
+    return next((row for row in self.all() if row["name"] == name and "error" not in row), None)
+
+  def add(self, row: dict) -> dict:
+    """Writes a row at once, with the context, and returns it.
+
+    Raises:
+      ValueError: if the row has a field of the context.
+    """
+    if hidden := row.keys() & self.context.keys():
+      raise ValueError(
+        f"row {row.get('name')!r} has fields that say where it was measured, {sorted(hidden)}; "
+        "name them otherwise."
+      )
+    row = row | self.context | ({"rehearsal": True} if self.rehearsal else {})
+    merge_rows(self.path, [row])
+    return row
+
+
 def write_rows(
   benchmark: str, rows: list[dict], command: str, folder: pathlib.Path = RESULTS
 ) -> pathlib.Path:
-  """Adds rows to `<folder>/<benchmark>.json`; a row replaces the one of the same name, the others stay.
+  """Adds rows to `<folder>/<benchmark>.json`; a row replaces its namesake, the others stay.
 
   Args:
     benchmark: name of the file.
     rows: each with a `name` and what was measured; context fields that a row already has are kept.
     command: what produces them.
-    folder: where results lie.
+    folder: of the results.
   """
   here = context(command)
   return merge_rows(pathlib.Path(folder) / f"{benchmark}.json", [here | row for row in rows])
 
 
 def merge_rows(path: pathlib.Path, rows: list[dict]) -> pathlib.Path:
-  """Puts rows into a file, each in the place of its namesake; whole or not at all, so that a killed run leaves what it had."""
-  merged = {row["name"]: row for row in read_rows(path)} | {row["name"]: row for row in rows}
-  path.parent.mkdir(parents=True, exist_ok=True)
+  """Puts rows into a file, each in the place of its namesake; other processes may do so, too."""
+  with _locked(path.parent):
+    merged = {row["name"]: row for row in [*read_rows(path), *rows]}
+    return write_json(path, list(merged.values()))
+
+
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path):
+  """Lets one process at a time into a folder, without a file of its own there."""
+  folder.mkdir(parents=True, exist_ok=True)
+  descriptor = os.open(folder, os.O_RDONLY)
+  try:
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    yield
+  finally:
+    os.close(descriptor)
+
+
+def write_json(path: pathlib.Path, content: object) -> pathlib.Path:
+  """Writes a whole file or none, so that a killed run leaves the old one."""
   fresh = path.with_name(path.name + ".new")
-  fresh.write_text(json.dumps(list(merged.values()), indent=1) + "\n")
+  fresh.write_text(json.dumps(content, indent=1) + "\n")
   fresh.replace(path)
   return path
 
 
 def read_rows(path: pathlib.Path) -> list[dict]:
-  """The rows of a file; none if it does not exist."""
+  """Returns the rows of a file; none if it does not exist."""
   return json.loads(path.read_text()) if path.exists() else []
 
 
 def goal_row(name: str, value: float, goal: str | None, **fields) -> dict:
-  """A row with its goal ("`>= 14`", "`<= 4.5`") and whether it was met; None: no goal."""
+  """Returns a row with its goal (`>= 14`, `<= 4.5`, or None) and whether it was met."""
   met = None
   if goal is not None:
     relation, bound = goal.split()
@@ -95,7 +155,7 @@ def goal_row(name: str, value: float, goal: str | None, **fields) -> dict:
 
 
 def table(found: list[dict]) -> str:
-  """The rows for people: name, value, goal, met."""
+  """Returns the rows for people: name, value, goal, met."""
   lines = [f"{'measurement':<52} {'value':>9}  {'goal':>8}  met"]
   for row in found:
     met = {None: "-", True: "yes", False: "NO"}[row["met"]]
@@ -112,39 +172,32 @@ def table(found: list[dict]) -> str:
 
 
 def _commit() -> str:
-  """The short commit, marked where code that could matter differs from it; "unknown" outside a checkout."""
+  """Returns the short commit, marked where sources differ from it; "unknown" outside a checkout."""
   try:
     commit = _git("rev-parse", "--short", "HEAD").strip()
-    changed = any(
-      _is_source(line[3:])
-      for line in _git("status", "--porcelain", "--untracked-files=no", *_SOURCES).splitlines()
-    )
+    status = _git("status", "--porcelain", "--untracked-files=no", *_SOURCES)
   except (OSError, subprocess.CalledProcessError):
     return "unknown"
+  changed = any(_is_source(line[3:]) for line in status.splitlines())
   return commit + ("+changes" if changed else "")
 
 
 def sources(root: pathlib.Path = _ROOT) -> str:
-  """Short hash of the sources as they lie there, new files included; the same for whoever has the same files."""
-
-  def blob(data):
-    return hashlib.sha1(
-      b"blob %d\0" % len(data) + data
-    ).hexdigest()  # as git names a file's content
-
-  found = (
-    p
-    for place in _SOURCES
-    for p in ((root / place).rglob("*") if (root / place).is_dir() else [root / place])
-  )
-  names = ((p, p.relative_to(root).as_posix()) for p in found)
-  return _digest(
-    (name, blob(p.read_bytes())) for p, name in names if _is_source(name) and p.is_file()
-  )
+  """Returns a short hash of the sources as they lie there, new files included."""
+  found = {}
+  for place in _SOURCES:
+    inside = (root / place).rglob("*") if (root / place).is_dir() else [root / place]
+    for path in inside:
+      name = path.relative_to(root).as_posix()
+      if _is_source(name) and path.is_file():
+        data = path.read_bytes()
+        # As git names a file's content.
+        found[name] = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+  return _digest(found.items())
 
 
 def commits_with(wanted: str) -> list[str]:
-  """The commits of all branches, newest first, whose sources have this hash.
+  """Returns the commits of all branches, newest first, whose sources have this hash.
 
   Raises:
     CalledProcessError, OSError: outside a checkout.

@@ -1,4 +1,4 @@
-"""Time and memory of calls: medians of interleaved repeats, and the peak of a process of its own."""
+"""Time and memory of calls: medians of interleaved repeats, and the peak of a child process."""
 
 import dataclasses
 import os
@@ -39,55 +39,75 @@ class Timing:
 def interleave(
   calls: Mapping[str, Callable], rounds: int, slice_s: float = 0.5
 ) -> dict[str, Timing]:
-  """Times competitors in turn, A B C A B C, so that a machine that slows down slows them all.
+  """Times competitors in turns.
 
   Args:
     calls: functions without arguments that return JAX arrays; compiled and warmed up here.
     rounds: turns of each.
-    slice_s: a fast call is repeated within its turn for about so long; 0: one call per turn.
+    slice_s: a fast call is repeated within its turn for about so many seconds; 0: one call per
+      turn.
   """
-  repeats = {}
-  for name, call in calls.items():
+
+  def sampler(call):
     jax.block_until_ready(call())
-    repeats[name] = int(np.clip(slice_s / timed(call), 1, 20)) if slice_s else 1
-  times = {name: [] for name in calls}
-  for _ in range(rounds):
-    for name, call in calls.items():
-      times[name] += [timed(call) for _ in range(repeats[name])]
-  return {name: Timing(tuple(t)) for name, t in times.items()}
+    repeats = int(np.clip(slice_s / timed(call), 1, 20)) if slice_s else 1
+    return lambda turn: [timed(call) for _ in range(repeats)]
+
+  return in_turns({name: sampler(call) for name, call in calls.items()}, rounds)
 
 
-def timed(call) -> float:
-  """Seconds until the result of one call is there."""
+def in_turns(samplers: Mapping[str, Callable[[int], list[float]]], turns: int) -> dict[str, Timing]:
+  """Asks competitors for samples in turn, A B C A B C.
+
+  A machine that slows down then slows them all.
+
+  Args:
+    samplers: by name, `turn -> seconds of its calls`.
+    turns: of each.
+  """
+  times = {name: [] for name in samplers}
+  for turn in range(turns):
+    for name, sampler in samplers.items():
+      times[name] += sampler(turn)
+  return {name: Timing(tuple(found)) for name, found in times.items()}
+
+
+def timed(call: Callable) -> float:
+  """Returns seconds until the result of one call is there."""
   start = time.perf_counter()
   jax.block_until_ready(call())
   return time.perf_counter() - start
 
 
 class Bystanders:
-  """How much of the machine other processes take while this one measures."""
+  """The share of the machine that other processes take while this one measures."""
 
   def __init__(self):
     self._start = self._sample()
 
   @staticmethod
   def _sample():
-    """Seconds of CPU time: the whole machine's, busy or idle, its busy part, and this process's with its children's."""
+    """Returns seconds of CPU time: of the whole machine, of its busy part, and of this process.
+
+    Those of this process include its children's.
+    """
     with open("/proc/stat") as f:
       ticks = [int(x) for x in f.readline().split()[1:9]]
-    tick, own = os.sysconf("SC_CLK_TCK"), os.times()
-    return np.array([sum(ticks) / tick, (sum(ticks) - ticks[3] - ticks[4]) / tick, sum(own[:4])])
+    per_second = os.sysconf("SC_CLK_TCK")
+    busy = sum(ticks) - ticks[3] - ticks[4]
+    return np.array([sum(ticks) / per_second, busy / per_second, sum(os.times()[:4])])
 
   def share(self) -> float:
-    """Since the start, 0..1: work of others over what all cores could have done."""
+    """Returns work of others since the start over what all cores could have done, 0 to 1."""
     total, busy, own = self._sample() - self._start
     return float(max(0.0, busy - own) / max(total, 1e-9))
 
 
 def peak_rss() -> int:
-  """Bytes of resident memory this process has reached.
+  """Returns the bytes of resident memory that this process has reached.
 
-  Linux keeps `ru_maxrss` across exec, so a child would report its parent's memory; VmHWM starts with the program.
+  Linux keeps `ru_maxrss` across exec, so that a child would report its parent's memory; VmHWM
+  starts with the program.
   """
   if os.path.exists("/proc/self/status"):
     with open("/proc/self/status") as f:
@@ -101,17 +121,18 @@ def peak_rss() -> int:
 def in_child(
   arguments: list[str], environment: Mapping[str, str] | None = None, timeout_s: float | None = None
 ) -> str:
-  """Runs this Python with `arguments` in the repository's root and returns the last line that it prints.
+  """Runs this Python in the repository's root and returns the last line that it prints.
 
   Args:
     arguments: of the interpreter.
     environment: variables to add.
-    timeout_s: how long it may take; None: for ever.
+    timeout_s: seconds that it may take; None: for ever.
 
   Raises:
-    RuntimeError: if it fails or takes too long, with what it said.
+    RuntimeError: if it fails or takes too long; the message ends with what it printed.
   """
-  root, command = pathlib.Path(__file__).parent.parent, [sys.executable, *arguments]
+  root = pathlib.Path(__file__).parent.parent
+  command = [sys.executable, *arguments]
   env = {**os.environ, **(environment or {})}
   try:
     done = subprocess.run(

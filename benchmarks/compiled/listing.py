@@ -1,12 +1,13 @@
-"""Counts what the assembler put between the products of the forward's loop, in both of its forms.
+"""Counts the instructions between the products of the forward's loop, in both of its forms.
 
-  python -m benchmarks.compiled.listing            # anywhere; writes benchmarks/results/listing.json
+  python -m benchmarks.compiled.listing            # anywhere; writes results/listing.json
 
 The tensor cores have nothing queued by a warpgroup between the values of one stage and the scores
 of the next. Needs nvdisasm on PATH (`pip install nvidia-cuda-nvdisasm`) and what `tools.offline`
 needs. Instructions are counted, not timed.
 """
 
+import argparse
 import dataclasses
 import pathlib
 import re
@@ -15,15 +16,12 @@ import subprocess
 import sys
 import tempfile
 
-from absl import app, flags
 from freqformer.kernels.block_sparse import tuning
 
 from benchmarks import rows
-from benchmarks.gpu import facts as gpu_facts
-from benchmarks.gpu.rows import open_device
+from benchmarks.gpu import facts
+from benchmarks.gpu.device import open_device
 from benchmarks.gpu.tune_trials import compile_kernel
-
-_OUT = flags.DEFINE_string("out", None, "Folder for the rows; default benchmarks/results.")
 
 KEY = tuning.Key("h100", 128, 128, 128, "forward")
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;")
@@ -39,7 +37,8 @@ def loop_of(listing: str) -> list[str]:
   Raises:
     ValueError: if there is no such loop.
   """
-  found, labels = [], {}
+  found = []
+  labels = {}
   for line in listing.splitlines():
     if label := _LABEL.match(line):
       labels[label.group(1)] = len(found)
@@ -81,18 +80,23 @@ def conversions(body: list[str]) -> int:
 def disassembled(ptx: str, ptxas: str, nvdisasm: str) -> str:
   """Returns the machine code of a kernel for sm_90a."""
   with tempfile.TemporaryDirectory() as folder:
-    source, binary = pathlib.Path(folder) / "kernel.ptx", pathlib.Path(folder) / "kernel.cubin"
+    source = pathlib.Path(folder) / "kernel.ptx"
+    binary = source.with_suffix(".cubin")
     source.write_text(ptx)
     subprocess.run([ptxas, "-arch=sm_90a", "-O3", str(source), "-o", str(binary)], check=True)
     command = [nvdisasm, "-c", str(binary)]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments {argv[1:]}")
+def main():
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--out", type=pathlib.Path, default=rows.RESULTS, help="folder of the rows")
+  options = parser.parse_args()
   open_device(True)
-  ptxas, nvdisasm = shutil.which("ptxas") or gpu_facts.wheel_ptxas(), shutil.which("nvdisasm")
+  ptxas = shutil.which("ptxas") or facts.wheel_ptxas()
+  nvdisasm = shutil.which("nvdisasm")
   if nvdisasm is None or ptxas is None:
     sys.exit("needs ptxas and nvdisasm on PATH; pip install nvidia-cuda-nvcc nvidia-cuda-nvdisasm")
   found = []
@@ -106,15 +110,13 @@ def main(argv):
       "loop": len(body),
       "conversions_among_scores": conversions(body),
       "registers": kernel.registers,
-      "ptxas_of_listing": gpu_facts.described_ptxas(ptxas),
+      "ptxas_of_listing": facts.described_ptxas(ptxas),
     }
     print(f"{row['name']}: {row['instructions']} instructions of {row['loop']}")
     found.append(row)
-  folder = pathlib.Path(_OUT.value or rows.RESULTS)
-  print(
-    f"rows: {rows.write_rows('listing', found, 'python -m benchmarks.compiled.listing', folder)}"
-  )
+  command = "python -m benchmarks.compiled.listing"
+  print(f"rows: {rows.write_rows('listing', found, command, options.out)}")
 
 
 if __name__ == "__main__":
-  app.run(main)
+  main()

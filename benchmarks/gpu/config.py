@@ -10,7 +10,7 @@ from freqformer.kernels.block_sparse import tuning
 from freqformer.kernels.block_sparse.tuning import Key, TuningConfig
 
 
-def parse(text: str) -> dict:
+def parse(text: str) -> dict[str, bool | int]:
   """Returns the fields that `--config` names.
 
   Args:
@@ -26,29 +26,24 @@ def parse(text: str) -> dict:
   for pair in filter(None, (part.strip() for part in text.split(","))):
     name, equals, value = (part.strip() for part in pair.partition("="))
     if not equals or name not in defaults:
-      raise ValueError(
-        f"--config={text!r}: {pair!r} is no field=value; the fields are {', '.join(defaults)}."
-      )
-    found[name] = _value(text, name, value, type(defaults[name]))
+      known = ", ".join(defaults)
+      raise ValueError(f"--config={text!r}: {pair!r} is no field=value; the fields are {known}.")
+    kind = type(defaults[name])
+    try:
+      found[name] = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+      found[name] = None
+    if type(found[name]) is not kind:
+      example = "True or False" if kind is bool else "a whole number"
+      raise ValueError(f"--config={text!r}: {name} must be {example}, got {value!r}.")
   return found
 
 
-def _value(text: str, name: str, value: str, kind: type):
-  example = "True or False" if kind is bool else "a whole number"
-  try:
-    parsed = ast.literal_eval(value)
-  except (ValueError, SyntaxError):
-    parsed = None
-  if type(parsed) is not kind:
-    raise ValueError(f"--config={text!r}: {name} must be {example}, got {value!r}.")
-  return parsed
-
-
 def changed(fields: dict, keys: Iterable[Key]) -> dict[Key, TuningConfig]:
-  """Returns the keys' configurations with some fields replaced, for `kernels.block_sparse.tuning.override`.
+  """Returns the keys' configurations with some fields replaced, for `tuning.override`.
 
   Raises:
-    ValueError: if a changed configuration is invalid or does not fit its key; the message says why.
+    ValueError: if a changed configuration is invalid or does not fit its key.
   """
   return {key: dataclasses.replace(tuning.lookup(key), **fields).check(key) for key in keys}
 
@@ -57,7 +52,7 @@ def everywhere(fields: dict) -> dict[Key, TuningConfig]:
   """Returns the changed configurations of all keys that they fit; others keep what they have."""
   sizes = itertools.product((128, 64, 32), (128, 64), (128, 64), tuning.DIRECTIONS)
   found = {}
-  for d, block_q, block_kv, direction in sizes:
+  for size in sizes:
     with contextlib.suppress(ValueError):
-      found |= changed(fields, [Key("h100", d, block_q, block_kv, direction)])
+      found |= changed(fields, [Key("h100", *size)])
   return found

@@ -19,6 +19,8 @@ import subprocess
 import sys
 
 ABSENT = "absent"
+# Of nvidia-smi's table: all but its list of processes.
+_SMI_CHARACTERS = 1500
 # A tool that does not answer within this many seconds counts as absent.
 _PATIENCE = 10
 _DRIVER = pathlib.Path("/proc/driver/nvidia/version")
@@ -63,7 +65,7 @@ def described_ptxas(path: str | None) -> str:
 
 
 def shown(path: str) -> str:
-  """Returns a path as a row may hold it: from Python's own prefix or the user's home on, if there."""
+  """Returns a path as a row may hold it: from Python's prefix or the user's home on, if there."""
   for place in (sys.prefix, os.path.expanduser("~")):
     if pathlib.Path(path).is_relative_to(place):
       return str(pathlib.Path(path).relative_to(place))
@@ -111,16 +113,17 @@ def facts() -> dict:
     **toolchain(),
     "libdevice": _LIBDEVICE if os.path.exists(_LIBDEVICE) else ABSENT,
     "tools": {name: shown(shutil.which(name) or ABSENT) for name in _TOOLS},
-    "packages": {name: _version(name) for name in _PACKAGES},
+    "packages": {name: version_of(name) for name in _PACKAGES},
     "python": platform.python_version(),
     "machine": platform.machine(),
     "cores": os.cpu_count(),
     "memory_gib": _memory_gib(),
-    "nvidia_smi": answer(["nvidia-smi"]).splitlines()[:16],
+    "nvidia_smi": answer(["nvidia-smi"])[:_SMI_CHARACTERS],
   }
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+  """Returns the version of an installed package, or "absent"."""
   try:
     return importlib.metadata.version(package)
   except importlib.metadata.PackageNotFoundError:
@@ -131,24 +134,13 @@ def _memory_gib() -> float:
   return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
 
 
-def table(found: dict) -> str:
-  """Returns the facts for people, one a line."""
-  lines = []
-  for name, value in found.items():
-    if isinstance(value, dict):
-      value = ", ".join(f"{key} {x}" for key, x in value.items())
-    if isinstance(value, list):
-      value = "\n" + "\n".join(value)
-    lines.append(f"{name}: {value}")
-  return "\n".join(lines)
-
-
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--out", type=pathlib.Path, help="folder for facts.json")
   options, _ = parser.parse_known_args()  # a slot gives every step --minutes and --rehearse, too
   found = facts()
-  print(table(found))
+  for name, value in found.items():
+    print(f"{name}: {value}")
   if options.out:
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "facts.json").write_text(json.dumps(found, indent=1) + "\n")

@@ -1,7 +1,8 @@
-"""Attention calls that the GPU benchmark times: named shapes with their tables, random or as a method lays them out."""
+"""Attention calls that the GPU benchmark times: named shapes with random or method-made tables."""
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ class Problem:
   Attributes:
     spec: the shape: tokens, heads, head dimension, dtype.
     mask: the table, in NumPy; its tiles say how many rows the buffer has.
-    what: what the table is, in words.
+    what: the table in words.
     heads: heads of this call; the spec's unless it is a part of them.
   """
 
@@ -39,21 +40,22 @@ class Problem:
     return self.mask.q_tiles * self.mask.block_q
 
   def inputs(self, count: int = 3, seed: int = 0) -> list[jax.Array]:
-    """`count` normal arrays `[batch, rows, heads, head_dim]`; never zeros, on which tensor cores run faster."""
+    """Returns `count` normal arrays `[batch, rows, heads, head_dim]`.
+
+    They are never zeros, on which tensor cores run faster.
+    """
     shape = (self.spec.batch, self.rows, self.heads, self.spec.head_dim)
-    return [
-      jax.random.normal(key, shape, jnp.dtype(self.spec.dtype))
-      for key in jax.random.split(jax.random.key(seed), count)
-    ]
+    keys = jax.random.split(jax.random.key(seed), count)
+    return [jax.random.normal(key, shape, jnp.dtype(self.spec.dtype)) for key in keys]
 
   @functools.cached_property
   def pairs(self) -> int:
     """Scored valid pairs of all samples and heads, exact."""
-    mask, calls = self.mask, self.spec.batch * self.heads
-    if (
-      mask.kv_indices is None and (mask.kv_counts == mask.kv_tiles).all() and mask.kv_len.ndim == 1
-    ):
-      return int(mask.q_len().sum()) * int(mask.kv_len.sum()) * calls
+    mask = self.mask
+    calls = self.spec.batch * self.heads
+    if mask.kv_indices is None and (mask.kv_counts == mask.kv_tiles).all():
+      if mask.kv_len.ndim == 1:
+        return int(mask.q_len().sum()) * int(mask.kv_len.sum()) * calls
     pairs = mask.pairs()
     return int(pairs.sum()) * calls // pairs.size
 
@@ -64,24 +66,28 @@ class Problem:
 
 
 def on_device(mask: BlockMask) -> BlockMask:
-  """The same table with its arrays on the device, so that a timed call does not copy it there."""
+  """Returns the table with its arrays on the device, so that a timed call does not copy it."""
   return jax.tree.map(jnp.asarray, mask)
 
 
-# ---- tables --------------------------------------------------------------------------------------------------------------
+# ---- tables --------------------------------------------------------------------------------------
 
 
 def random_ids(
   heads: int, tiles: tuple[int, int], keep: int, seed: int = 0, ordered: bool = True
 ) -> np.ndarray:
-  """Uniformly drawn distinct key tiles, the query tile's own among them: int32 `[1, heads, q_tiles, keep]`.
+  """Draws distinct key tiles for every query tile, its own among them.
 
   Args:
     heads: lists differ from head to head.
     tiles: `(q_tiles, kv_tiles)`; own = the key tile at the same place.
     keep: tiles per list, at most `kv_tiles`.
     seed: of the draw.
-    ordered: ascending, as tables must be; False leaves each list in random order (what that costs is a row of its own).
+    ordered: True for ascending lists, as tables must be; False leaves each list in random order,
+      whose cost is a row of its own.
+
+  Returns:
+    int32 `[1, heads, q_tiles, keep]`.
   """
   q_tiles, kv_tiles = tiles
 
@@ -90,50 +96,57 @@ def random_ids(
     score = jax.random.uniform(key, (q_tiles, kv_tiles))
     own = (jnp.arange(q_tiles) * kv_tiles // q_tiles)[:, None]
     score = jnp.where(jnp.arange(kv_tiles) == own, 2.0, score)
+    ids = jax.lax.top_k(score, keep)[1]
     # One more shuffle: by score, a list would always begin with its own tile.
-    ids = jax.random.permutation(
-      jax.random.fold_in(key, 1), jax.lax.top_k(score, keep)[1], axis=1, independent=True
-    )
+    shuffle = jax.random.fold_in(key, 1)
+    ids = jax.random.permutation(shuffle, ids, axis=1, independent=True)
     return (jnp.sort(ids, axis=-1) if ordered else ids).astype(jnp.int32)
 
   # Head by head: all heads' scores at 1M tokens would be 3 GB.
-  return np.stack([np.asarray(draw(key)) for key in jax.random.split(jax.random.key(seed), heads)])[
-    None
-  ]
+  keys = jax.random.split(jax.random.key(seed), heads)
+  return np.stack([np.asarray(draw(key)) for key in keys])[None]
+
+
+def full_lists(ids: np.ndarray, kv_len: np.ndarray, block_q: int, block_kv: int) -> BlockMask:
+  """Returns the table whose lists are all as long as `ids [1, heads, q_tiles, keep]` is wide."""
+  counts = np.full(ids.shape[:3], ids.shape[-1], np.int32)
+  return BlockMask(ids, counts, kv_len, None, block_q, block_kv)
+
+
+def _random_table(spec: AttentionSpec, heads: int, keep: int, ordered: bool = True) -> BlockMask:
+  """Returns random lists of `keep` tiles over the spec's own layout."""
+  tiles = spec.layout.tiles
+  ids = random_ids(heads, (tiles, tiles), keep, ordered=ordered)
+  return full_lists(ids, spec.layout.arrays().kv_len, spec.block, spec.block)
 
 
 def dense(spec: AttentionSpec) -> Problem:
-  """Dense mode: no lists are read; padding rows hidden where the grid is ragged."""
+  """Dense mode: no lists are read; padding rows are hidden where the grid is ragged."""
   layout = spec.layout
   mask = dense_mask(layout.n_buffer, layout.n_buffer, spec.block, spec.block)
   return Problem(spec, dataclasses.replace(mask, kv_len=layout.arrays().kv_len), "dense mode")
 
 
 def random_lists(
-  spec: AttentionSpec, density: float = 0.0, keys: int = 0, seed: int = 0, ordered: bool = True
+  spec: AttentionSpec, density: float = 0.0, keys: int = 0, ordered: bool = True
 ) -> Problem:
   """Random lists of a given density, or of a given number of keys."""
   tiles = spec.layout.tiles
-  keep = max(1, min(tiles, round(tiles * density) if density else keys // spec.block))
-  ids = random_ids(spec.heads, (tiles, tiles), keep, seed, ordered)
-  counts = np.full(ids.shape[:3], keep, np.int32)
-  mask = BlockMask(ids, counts, spec.layout.arrays().kv_len, None, spec.block, spec.block)
-  return Problem(spec, mask, f"{'random' if ordered else 'unsorted random'} lists of {keep} tiles")
+  wanted = round(tiles * density) if density else keys // spec.block
+  keep = max(1, min(tiles, wanted))
+  order = "random" if ordered else "unsorted random"
+  return Problem(
+    spec, _random_table(spec, spec.heads, keep, ordered), f"{order} lists of {keep} tiles"
+  )
 
 
 def rectangular(spec: AttentionSpec, block_q: int, block_kv: int, density: float) -> Problem:
   """Random lists where query and key tiles differ in size; the grid must fill its tiles."""
-  q_tiles, kv_tiles = spec.n // block_q, spec.n // block_kv
+  q_tiles = spec.n // block_q
+  kv_tiles = spec.n // block_kv
   keep = max(1, round(kv_tiles * density))
   ids = random_ids(spec.heads, (q_tiles, kv_tiles), keep)
-  mask = BlockMask(
-    ids,
-    np.full(ids.shape[:3], keep, np.int32),
-    np.full(kv_tiles, block_kv, np.int32),
-    None,
-    block_q,
-    block_kv,
-  )
+  mask = full_lists(ids, np.full(kv_tiles, block_kv, np.int32), block_q, block_kv)
   return Problem(spec, mask, f"random lists of {keep} tiles, {block_q} x {block_kv}")
 
 
@@ -147,7 +160,7 @@ def window(
   return Problem(spec, mask.refine(refine) if refine > 1 else mask, f"3-D window {tokens}")
 
 
-# ---- FreqFormer's composition --------------------------------------------------------------------------------------------
+# ---- FreqFormer's composition --------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,39 +184,33 @@ class Composition:
 
   def mid_tiles(self, spec: AttentionSpec) -> int:
     """Tiles of a mid list."""
-    fixed = int(np.prod(self.window))
-    return max(
-      1,
-      min(
-        spec.layout.tiles,
-        round(spec.layout.tiles * self.mid_density) if self.mid_density else fixed,
-      ),
-    )
+    tiles = spec.layout.tiles
+    wanted = round(tiles * self.mid_density) if self.mid_density else math.prod(self.window)
+    return max(1, min(tiles, wanted))
 
   def n_coarse(self, spec: AttentionSpec) -> int:
     """Coarse tokens."""
-    return int(np.prod([-(-l // r) for l, r in zip(spec.grid, self.ratio, strict=True)]))
+    return math.prod(-(-l // r) for l, r in zip(spec.grid, self.ratio, strict=True))
 
   def words(self, spec: AttentionSpec) -> str:
+    """The composition in words."""
     low, mid, high = self.heads(spec)
-    keys = int(np.prod(self.window)) * spec.block
-    return f"{low} heads low (r = {np.prod(self.ratio)}), {mid} mid ({self.mid_tiles(spec)} tiles), {high} high ({keys} keys)"
+    keys = math.prod(self.window) * spec.block
+    return (
+      f"{low} heads low (r = {math.prod(self.ratio)}), "
+      f"{mid} mid ({self.mid_tiles(spec)} tiles), {high} high ({keys} keys)"
+    )
 
 
 def fused(spec: AttentionSpec, of: Composition) -> Problem:
-  """All bands in one call over the packed buffer `[coarse tokens | full tokens]`. No summary keys: they run outside it."""
-  layout, n_coarse, tiles = spec.layout, of.n_coarse(spec), spec.layout.tiles
-  coarse_tiles = -(-n_coarse // spec.block)
-  kv_len = packed_kv_len(n_coarse, layout.arrays().kv_len, spec.block)
-  ids = random_ids(spec.heads, (tiles, tiles), of.mid_tiles(spec))
-  mid = BlockMask(
-    ids,
-    np.full(ids.shape[:3], ids.shape[-1], np.int32),
-    layout.arrays().kv_len,
-    None,
-    spec.block,
-    spec.block,
-  )
+  """All bands in one call over the packed buffer `[coarse tokens | full tokens]`.
+
+  There are no summary keys: they run outside the call.
+  """
+  layout = spec.layout
+  coarse_tiles = -(-of.n_coarse(spec) // spec.block)
+  kv_len = packed_kv_len(of.n_coarse(spec), layout.arrays().kv_len, spec.block)
+  mid = _random_table(spec, spec.heads, of.mid_tiles(spec))
   masks = (
     coarse_rows(kv_len, coarse_tiles, spec.block),
     full_rows(mid, kv_len, coarse_tiles),
@@ -214,23 +221,17 @@ def fused(spec: AttentionSpec, of: Composition) -> Problem:
 
 
 def separate(spec: AttentionSpec, of: Composition) -> list[Problem]:
-  """The same work as three calls, one per band, each with inputs of its own: no packing, no slicing, no empty rows."""
-  layout, n_coarse, tiles = spec.layout, of.n_coarse(spec), spec.layout.tiles
+  """The same work as three calls, one per band, each with inputs of its own.
+
+  Nothing is packed or sliced for them, and they have no empty rows.
+  """
   low, mid, high = of.heads(spec)
-  rows = -(-n_coarse // spec.block) * spec.block
+  rows = -(-of.n_coarse(spec) // spec.block) * spec.block
   coarse = dense_mask(rows, rows, spec.block, spec.block)
-  kv_len = packed_kv_len(n_coarse, np.zeros(0, np.int32), spec.block)
-  ids = random_ids(mid, (tiles, tiles), of.mid_tiles(spec))
-  lists = BlockMask(
-    ids,
-    np.full(ids.shape[:3], ids.shape[-1], np.int32),
-    layout.arrays().kv_len,
-    None,
-    spec.block,
-    spec.block,
-  )
+  kv_len = packed_kv_len(of.n_coarse(spec), np.zeros(0, np.int32), spec.block)
+  lists = _random_table(spec, mid, of.mid_tiles(spec))
   return [
     Problem(spec, dataclasses.replace(coarse, kv_len=kv_len), "low band alone", low),
     Problem(spec, lists, "mid band alone", mid),
-    Problem(spec, sliding_tile(layout, of.window), "high band alone", high),
+    Problem(spec, sliding_tile(spec.layout, of.window), "high band alone", high),
   ]

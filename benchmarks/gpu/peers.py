@@ -1,4 +1,4 @@
-"""What our kernels are measured against on a GPU: its ceilings, cuDNN, tokamax, and PyTorch in a process beside us."""
+"""Kernels that ours are measured against on a GPU: cuDNN, tokamax, PyTorch in a child process."""
 
 import functools
 import importlib.util
@@ -8,46 +8,22 @@ import sys
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 
-from benchmarks.gpu.rows import ROOT
-from benchmarks.gpu.timing import Call, Effort, measure
-
-
-def ceilings(size: int, copy_bytes: int, effort: Effort) -> list[dict]:
-  """The rates that nothing on this device beats: a bf16 matmul, and a copy (bytes read plus bytes written)."""
-  x, w = (jax.random.normal(jax.random.key(i), (size, size), jnp.bfloat16) for i in range(2))
-  source = jax.random.normal(jax.random.key(2), (copy_bytes // 2,), jnp.bfloat16)
-  t = measure(
-    {"matmul": Call(jnp.matmul, (x, w)), "copy": Call(lambda x: x + jnp.bfloat16(1), (source,))},
-    effort,
-  )
-  flops = 2 * size**3
-  return [
-    {
-      "name": "ceiling/matmul",
-      "size": size,
-      "flops": flops,
-      "tflops": flops / t["matmul"].seconds / 1e12,
-      **t["matmul"].row(),
-    },
-    {
-      "name": "ceiling/copy",
-      "bytes": 2 * copy_bytes,
-      "tb_per_s": 2 * copy_bytes / t["copy"].seconds / 1e12,
-      **t["copy"].row(),
-    },
-  ]
+from benchmarks.gpu.code import ROOT
+from benchmarks.gpu.timing import Call
 
 
 def cudnn(q, k, v):
-  """Dense attention as JAX users get it; on a machine without a GPU, XLA's stands in for it (rehearsals only)."""
+  """Dense attention as JAX users get it.
+
+  On a machine without a GPU, XLA's stands in for it: for rehearsals only.
+  """
   on_gpu = jax.default_backend() == "gpu"
   return jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if on_gpu else "xla")
 
 
 def tokamax() -> Callable | None:
-  """tokamax's Mosaic GPU attention, or None where it is not installed."""
+  """Returns tokamax's Mosaic GPU attention, or None where it is not installed."""
   if importlib.util.find_spec("tokamax") is None:
     return None
   module = importlib.import_module("tokamax")
@@ -57,7 +33,7 @@ def tokamax() -> Callable | None:
 def backward_call(
   f: Callable, inputs: tuple, cotangents: tuple, tables: tuple = ()
 ) -> tuple[Call, tuple]:
-  """The backward pass alone, from stored residuals.
+  """Returns the backward pass alone, from stored residuals.
 
   Args:
     f: `f(q, k, v, *tables) -> out` or a tuple of results.
@@ -66,7 +42,7 @@ def backward_call(
     tables: further arguments, not differentiated.
 
   Returns:
-    the call (its chain runs through dO), and what the forward pass gave.
+    the call (its chain runs through dO), and the result of the forward pass.
   """
   forward = jax.jit(lambda inputs, tables: jax.vjp(lambda *a: f(*a, *tables), *inputs))
   found, pullback = forward(inputs, tables)
@@ -79,21 +55,23 @@ def backward_call(
 
 
 def torch_rows(arguments: list[str], timeout_s: float) -> list[dict]:
-  """Runs `benchmarks.gpu.torch_peers` in a process of its own and returns the rows it printed, also if it was cut short.
+  """Runs `benchmarks.gpu.torch_peers` in a process of its own.
+
+  Returns:
+    the rows that it printed, also if it was cut short.
 
   Raises:
     RuntimeError: if there is no torch, or no row at all came back.
   """
   if importlib.util.find_spec("torch") is None:
-    raise RuntimeError(
-      "torch is not installed for this interpreter: no SDPA and FlexAttention rows"
-    )
+    raise RuntimeError("torch is not installed for this interpreter")
   command = [sys.executable, "-m", "benchmarks.gpu.torch_peers", *arguments]
   try:
     done = subprocess.run(
       command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=timeout_s
     )
-    output, trouble = done.stdout, done.stderr
+    output = done.stdout
+    trouble = done.stderr
   except subprocess.TimeoutExpired as error:
     output = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
     trouble = f"stopped after {timeout_s:.0f} s"

@@ -1,6 +1,8 @@
-"""Speed-up over cuDNN and retained efficiency, over density and over tokens, from the rows of one device."""
+"""Plots of speed-up over cuDNN and retained efficiency, over density and over tokens."""
 
 import pathlib
+
+import numpy as np
 
 _KINDS = {
   "lists": "random lists",
@@ -11,7 +13,7 @@ _KINDS = {
 
 
 def _kind(row: dict) -> str | None:
-  """Which curve a row belongs to; variants (unsorted, other tiles) belong to none."""
+  """Returns the curve that a row belongs to; variants (unsorted, other tiles) belong to none."""
   prefix = row["name"].split("/")[0]
   if prefix.startswith("lists_"):
     return "lists" if prefix.count("_") == 1 else None
@@ -22,7 +24,7 @@ def draw(found: list[dict], path: pathlib.Path) -> pathlib.Path:
   """Draws four panels and returns the file.
 
   Args:
-    found: rows; those with `speedup` and a correct result are drawn.
+    found: rows of one device; those with `speedup` and a correct result are drawn.
     path: of the PNG.
 
   Raises:
@@ -42,33 +44,24 @@ def draw(found: list[dict], path: pathlib.Path) -> pathlib.Path:
     raise ValueError("no correct row with a speed-up to draw; run the benchmark first.")
   figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
   for column, (x, label) in enumerate((("density", "density"), ("n", "tokens"))):
-    for axis, y in zip(axes[:, column], ("speedup", "retained"), strict=True):
+    for row, (y, name) in enumerate((("speedup", "speed-up over cuDNN"), ("retained", "retained"))):
+      axis = axes[row, column]
       for kind, words in _KINDS.items():
-        points = sorted((row[x], row[y]) for row in good if _kind(row) == kind)
+        points = sorted((each[x], each[y]) for each in good if _kind(each) == kind)
+        # Lists differ in more than the axis shows: no line between them.
+        style = "o" if kind == "lists" or len(points) < 2 else "o-"
         if points:
-          axis.plot(
-            *zip(*points, strict=True),
-            "o" if kind == "lists" or len(points) < 2 else "o-",
-            label=words,
-          )
-      axis.set(
-        xscale="log",
-        xlabel=label,
-        ylabel={"speedup": "speed-up over cuDNN", "retained": "retained"}[y],
-      )
+          axis.plot(*zip(*points, strict=True), style, label=words)
+      axis.set(xscale="log", xlabel=label, ylabel=name)
       axis.grid(alpha=0.3)
-    if x == "density":
-      low, high = min(row["density"] for row in good), max(row["density"] for row in good)
-      axes[0, column].plot(
-        (low, high), (1 / low, 1 / high), "k--", linewidth=0.8, label="1 / density"
-      )
+  densities = sorted(each["density"] for each in good)
+  ends = np.array([densities[0], densities[-1]])
+  axes[0, 0].plot(ends, 1 / ends, "k--", linewidth=0.8, label="1 / density")
   axes[0, 0].set(yscale="log")
   axes[0, 0].legend(fontsize=8)
-  rehearsal = any(row.get("rehearsal") for row in good)
-  figure.suptitle(
-    f"{good[0]['device']}, code {good[0]['code']}"
-    + (" - REHEARSAL, no measurement" if rehearsal else "")
-  )
+  title = f"{good[0]['device']}, code {good[0]['code']}"
+  rehearsal = any(each.get("rehearsal") for each in good)
+  figure.suptitle(title + (" - REHEARSAL, no measurement" if rehearsal else ""))
   path.parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(path, dpi=110)
   plt.close(figure)

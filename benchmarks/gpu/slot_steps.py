@@ -8,13 +8,34 @@ whatever a kernel does.
 import dataclasses
 import re
 
-from benchmarks.gpu.guards import GUARDS
-
 # Seconds until a child process has imported jax, opened the GPU and begun its first case.
 START = 10.0
 # Seconds between a child's own deadline and its limit: it stops by itself, with everything written,
 # before it is killed.
 MARGIN = 3.0
+# Seconds that a row of each part of the benchmark may take, all estimates: the benchmark leaves a
+# row out when less is left, and a step must be longer than its last row.
+GUARDS = {
+  "ceilings": 15,
+  "dense_mode": 40,
+  "lists": 25,
+  "list_variants": 25,
+  "launches": 60,
+  "backward": 30,
+  "window": 40,
+  "freqformer": 40,
+  "around": 30,
+  "linear": 30,
+  "search": 30,
+  "torch": 60,
+  "tokamax": 40,
+  "rest": 40,
+  "forms": 40,
+}
+# The modules that steps run: checks at real sizes, timed rows, conformance tests.
+CHECK = "benchmarks.gpu.check"
+TIMED = "benchmarks.attention"
+TESTS = "pytest"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,17 +44,18 @@ class Step:
 
   Attributes:
     name: in the log and the summary.
-    module: run with `python -m`; it takes --out, --minutes and, in a rehearsal, --rehearse.
+    module: run with `python -m`; it takes --minutes, in a rehearsal --rehearse, and --out unless it
+      is pytest.
     arguments: further ones.
     seconds: it is killed after so many.
-    alone: nothing else runs beside it, because it is timed or because others build on it.
+    alone: nothing runs at the same time, because it is timed or because others build on it.
     bisect: if a case of it hangs or is wrong, that case is tried under other configurations
       (`bisection`).
     after: names of steps; if one of them was killed or died, this one is not begun, since it would
       end likewise.
     wrapper: a program and its arguments that run the command; the step is left out where PATH has
       no such program.
-    judged: False: what it finds is reported and kept in the log, and neither its rows nor its exit
+    judged: False: its findings are reported and kept in the log, and neither its rows nor its exit
       status count.
     resumes: it is left out where an earlier call of the same code on the same device ended it well.
   """
@@ -51,8 +73,13 @@ class Step:
 
 
 def checks(name: str, only: str, seconds: float = 60.0, **fields) -> Step:
-  """Returns a step of benchmarks.gpu.check over the cases that the regular expression finds."""
-  return Step(name, "benchmarks.gpu.check", (f"--only={only}",), seconds, **fields)
+  """Returns a step over the checks at real sizes that the regular expression finds."""
+  return Step(name, CHECK, (f"--only={only}",), seconds, **fields)
+
+
+def tests(name: str, folder: str, seconds: float = 60.0) -> Step:
+  """Returns a step that runs the conformance tests of a folder of tests/kernels on the device."""
+  return Step(name, TESTS, ("--device=gpu", f"tests/kernels/{folder}"), seconds)
 
 
 def only(cases: list[str]) -> str:
@@ -61,11 +88,11 @@ def only(cases: list[str]) -> str:
 
 
 def timed(name: str, parts: str, only: str, seconds: float, **fields) -> Step:
-  """Returns a step of benchmarks.attention, alone on the machine.
+  """Returns a step of timed rows, alone on the machine.
 
   Args:
     name: of the step.
-    parts: of benchmarks.gpu.run, separated by commas.
+    parts: keys of `GUARDS`, separated by commas.
     only: a regular expression that finds the rows.
     seconds: of the whole step.
     fields: others of the step.
@@ -77,31 +104,26 @@ def timed(name: str, parts: str, only: str, seconds: float, **fields) -> Step:
   if seconds < least:
     raise ValueError(
       f"step {name!r} of {seconds:g} s would leave out its last row: give it at least {least:g} s, "
-      f"which is the start, the row's guard (gpu_guards.py) and {MARGIN:g} s to end."
+      f"which is the start, the row's guard and {MARGIN:g} s to end."
     )
   arguments = ("--device=gpu", f"--parts={parts}", f"--only={only}")
-  return Step(name, "benchmarks.attention", arguments, seconds, alone=True, **fields)
+  return Step(name, TIMED, arguments, seconds, alone=True, **fields)
 
 
-def sanitizer(tool: str) -> Step:
-  """Returns a step that runs the smallest call under compute-sanitizer; false alarms on wgmma
-  operands are known."""
-  return Step(
-    tool,
-    "benchmarks.gpu.check",
-    ("--only=^one tile, seed 0$",),
-    60,
-    alone=True,
-    wrapper=("compute-sanitizer", "--tool", tool),
-    judged=False,
-    after=("first calls",),
-  )
+def sanitizer(tool: str, after: tuple[str, ...] = ("first calls",)) -> Step:
+  """Returns a step that runs the smallest call under compute-sanitizer.
+
+  False alarms on operands of wgmma are known, hence it is not judged.
+  """
+  wrapper = ("compute-sanitizer", "--tool", tool)
+  one_tile = checks(tool, "^one tile, seed 0$", alone=True, after=after, wrapper=wrapper)
+  return dataclasses.replace(one_tile, judged=False)
 
 
+FACTS = Step("facts", "benchmarks.gpu.facts", (), 30, alone=True, resumes=False)
 FIRST_CALLS = checks(
   "first calls", "^(one tile, seed 0|constant table|sliced in a scan)$", 75, alone=True, bisect=True
 )
-FACTS = Step("facts", "benchmarks.gpu.facts", (), 30, alone=True, resumes=False)
 TRAIN = Step(
   "training step",
   "benchmarks.gpu.train",
@@ -111,9 +133,24 @@ TRAIN = Step(
   after=("plain",),
   resumes=False,
 )
-# All cases of attention but those of a million tokens, which take most of a minute each.
+_TUNED = "128:128:128:forward,128:128:128:dq,64:64:64:forward"
+# Last of its plan, because the table that it writes makes rows of the old table void.
+TUNING = Step(
+  "tuning",
+  "benchmarks.gpu.tune",
+  (f"--keys={_TUNED}",),
+  90,
+  alone=True,
+  after=("first calls",),
+  resumes=False,
+)
+# All checks but those of a million tokens, which take most of a minute each.
 _SMALL = "^(?!1M).*, seed 0$"
 _FORWARD = ("first calls", "plain")
+_FIRST = ("first calls",)
+_DENSE = ("ceilings,dense_mode", "ceiling|^dense/a_(64k|16k)$")
+_LISTS = ("lists", "^lists_d10/a_128k$|^lists_d05/a_64k$")
+_BACKWARD = "^backward_lists_d10/a_64k$|^backward_dense/a_16k$"
 
 # Does every kernel run, end and agree with the oracle? Then: how fast is what is right?
 FIRST = (
@@ -123,19 +160,16 @@ FIRST = (
   checks("lists", "^(ragged, empty rows|128x64 tiles, odd counts), seed 0$", bisect=True),
   checks("64-row tiles", "^(64x64 tiles|64x64 tiles, d=64), seed 0$", bisect=True),
   checks("no lists", "^(dense mode, ragged|one table for all heads), seed 0$", bisect=True),
-  checks("padding and repeat", "^padding and repeat$"),
-  checks("around", "^around", 75),
-  checks("linear", "^linear, frames, softmax|^linear, long frames", 75),
-  checks("selection and search", "^(selection|search)$"),
-  timed("dense", "ceilings,dense_mode", "ceiling|^dense/a_(64k|16k)$", 100, after=_FORWARD),
-  timed("random lists", "lists", "^lists_d10/a_128k$|^lists_d05/a_64k$", 75, after=_FORWARD),
-  timed(
-    "backward", "backward", "^backward_lists_d10/a_64k$|^backward_dense/a_16k$", 85, after=_FORWARD
-  ),
+  tests("conformance", "block_sparse", 90),
+  tests("around", "around", 75),
+  tests("linear", "linear", 75),
+  tests("selection and search", "selection"),
+  timed("dense", *_DENSE, 100, after=_FORWARD),
+  timed("random lists", *_LISTS, 75, after=_FORWARD),
+  timed("backward", "backward", _BACKWARD, 85, after=_FORWARD),
   timed("window", "window", "window", 60, after=_FORWARD),
   TRAIN,
-  checks("all cases", _SMALL, 120),
-  checks("all of linear", "^linear", 90),
+  checks("all cases", f"{_SMALL}|^long selections$", 120),
   timed("around, timed", "around,linear", "a_128k", 75, after=("around", "linear")),
   sanitizer("racecheck"),
   sanitizer("memcheck"),
@@ -146,39 +180,30 @@ FIRST = (
 RIGHT = (
   FACTS,
   FIRST_CALLS,
-  timed("forms", "forms", "form_", 80, after=("first calls",)),
-  timed("FreqFormer", "freqformer", "^(freqformer|fixed4k)/a_128k$", 75, after=("first calls",)),
+  timed("forms", "forms", "^form_(stage_by_stage|one_tile)", 80, after=_FIRST),
+  timed("FreqFormer", "freqformer", "^(freqformer|fixed4k)/a_128k$", 75, after=_FIRST),
   timed(
     "64-row tiles and 512K",
     "list_variants,lists",
     "^lists_d10_64x64/|^lists_d05/a_512k$",
     60,
-    after=("first calls",),
+    after=_FIRST,
   ),
-  timed("around, timed", "around,linear", "a_128k", 60, after=("first calls",)),
-  # Last, because the table that it writes makes rows of the old table void.
-  Step(
-    "tuning",
-    "benchmarks.gpu.tune",
-    ("--keys=128:128:128:forward,128:128:128:dq,64:64:64:forward",),
-    90,
-    alone=True,
-    after=("first calls",),
-    resumes=False,
-  ),
+  timed("around, timed", "around,linear", "a_128k", 60, after=_FIRST),
+  TUNING,
 )
 
 # The rows of what works; what hangs, or is wrong, is bisected first (`plan`).
 REST = (
-  timed("dense", "ceilings,dense_mode", "ceiling|^dense/a_(64k|16k)$", 75),
-  timed("random lists", "lists", "^lists_d10/a_128k$|^lists_d05/a_64k$", 60),
+  timed("dense", *_DENSE, 75),
+  timed("random lists", *_LISTS, 60),
   timed("backward", "backward", "^backward_lists_d10/a_64k$", 60),
   checks("all cases", _SMALL, 90, alone=True),
 )
 
 # ---- the bisect ----------------------------------------------------------------------------------
 
-# "" is the configuration as it is. What is repaired by one of the others was broken by that field.
+# "" is the configuration as it is. A case that one of the others repairs was broken by that field.
 VARIANTS = (
   "",
   "by_lane=True",
@@ -189,82 +214,68 @@ VARIANTS = (
   "scores_ahead=False",
   "tiles_per_block=1,compute_registers=0,memory_registers=0",
 )
-PREFIX = "bisect"
+PREFIX = "bisect: "
+AS_IS = "as is"
 
 
-def bisection(case: str, module: str = "benchmarks.gpu.check") -> tuple[Step, ...]:
+def bisection(case: str, module: str = CHECK) -> tuple[Step, ...]:
   """Returns one step per variant of the kernels' configuration, all of the same case.
 
   Args:
     case: its name.
-    module: what checks the case; a rehearsal names a stand-in.
+    module: the program that checks the case; a rehearsal names a stand-in.
   """
-  return tuple(
-    Step(
-      f"{PREFIX}: {variant or 'as is'}",
-      module,
-      (f"--only={only([case])}", f"--config={variant}"),
-      30,
-      judged=False,
-      resumes=False,
-    )
-    for variant in VARIANTS
-  )
+  steps = []
+  for variant in VARIANTS:
+    arguments = (f"--only={only([case])}", f"--config={variant}")
+    name = PREFIX + (variant or AS_IS)
+    steps.append(Step(name, module, arguments, 30, judged=False, resumes=False))
+  return tuple(steps)
 
 
-def repair(states: dict[str, str]) -> str:
-  """Returns the first variant under which the case was right, "" if there is none or if it was
-  right as it is.
+def verdict(case: str, states: dict[str, str]) -> tuple[str, str]:
+  """Returns the meaning of a bisect in words, and the variant that repairs the case.
 
   Args:
-    states: of the steps of a bisect, by name.
+    case: its name.
+    states: of the steps of the bisect, by name.
+
+  Returns:
+    a sentence, and the first variant under which the case was right: "" if there is none, or if it
+    was right as it is.
   """
-  right = _right(states)
-  return "" if not right or "as is" in right else right[0]
-
-
-def verdict(case: str, states: dict[str, str]) -> str:
-  """Returns what a bisect says of a case, see `repair`."""
-  right = _right(states)
-  tried = [_variant(name) for name, state in states.items() if state != "not begun"]
-  others = "; ".join(name for name in tried if name != "as is")
-  if "as is" in right:
-    return f"{case} was right when it ran again as it is: timing matters, or what ran beside it"
+  found = {name.removeprefix(PREFIX): state for name, state in states.items()}
+  right = [name for name, state in found.items() if state == "ok"]
+  tried = [name for name, state in found.items() if state != "not begun" and name != AS_IS]
+  if AS_IS in right:
+    return f"{case} was right when it ran again {AS_IS}: timing matters, or its neighbours do", ""
   if right:
-    return f"{case} is repaired by {' and, alone, by '.join(right)}"
-  return f"{case} is not repaired by any of: {others}" if others else f"{case}: no time to bisect"
-
-
-def _right(states: dict[str, str]) -> list[str]:
-  """Names of the variants under which the case was right."""
-  return [_variant(name) for name, state in states.items() if state == "ok"]
-
-
-def _variant(name: str) -> str:
-  return name.removeprefix(f"{PREFIX}: ")
+    return f"{case} is repaired by {' and, alone, by '.join(right)}", right[0]
+  if tried:
+    return f"{case} is not repaired by any of: {'; '.join(tried)}", ""
+  return f"{case}: no time to bisect", ""
 
 
 # ---- what a call runs ----------------------------------------------------------------------------
 
-# Steps that misbehave, behind a rehearsal's others: killed, died, failed, wrong; none of them may
-# cost another one's rows.
-PLANTED = tuple(
-  Step(
-    kind,
-    "benchmarks.gpu.slot_planted",
-    (f"--kind={kind}",),
-    seconds,
-    bisect=kind == "wrong",
-    resumes=False,
-  )
-  for kind, seconds in (
-    ("stubborn", 3.0),
-    ("aborting", 15.0),
-    ("failing", 15.0),
-    ("garbage", 15.0),
-    ("wrong", 15.0),
-  )
+PLANTED = "benchmarks.gpu.slot_planted"
+
+
+def planted(kind: str, seconds: float = 15.0, **fields) -> Step:
+  """Returns a step that misbehaves on purpose."""
+  return Step(kind, PLANTED, (f"--kind={kind}",), seconds, resumes=False, **fields)
+
+
+# Steps that misbehave, at the end of a rehearsal; none of them may cost another one's rows.
+MISBEHAVING = (
+  planted("stubborn", 3.0),
+  planted("aborting"),
+  planted("failing"),
+  planted("garbage"),
+  planted("wrong", bisect=True),
 )
+# Two shared cores compile more slowly than sixteen.
+_REHEARSAL_PATIENCE = 3
 
 PLANS = ("first", "right", "hangs", "wrong")
 
@@ -289,27 +300,26 @@ def plan(name: str, case: str = "") -> tuple[Step, ...]:
     return FIRST
   if name == "right":
     return RIGHT
-  tools = [sanitizer("memcheck"), sanitizer("racecheck")] if name == "wrong" else []
-  sanitizers = [dataclasses.replace(step, after=()) for step in tools]
-  return (FACTS, *bisection(case), *sanitizers, *REST)
+  tools = ("memcheck", "racecheck") if name == "wrong" else ()
+  return (FACTS, *bisection(case), *(sanitizer(tool, after=()) for tool in tools), *REST)
 
 
 def chosen(steps: tuple[Step, ...], names: str, rehearse: bool) -> tuple[Step, ...]:
-  """Returns the steps with these names, all if there are none; a rehearsal has those that
-  misbehave, too.
+  """Returns the steps with these names, all if there are none.
 
   Args:
     steps: of a plan.
     names: separated by ";".
-    rehearse: whether it is one.
+    rehearse: True adds the steps that misbehave, and gives all more time.
 
   Raises:
     ValueError: for a name that no step has.
   """
   if rehearse:
-    # Two shared cores compile more slowly than sixteen.
-    slower = (dataclasses.replace(step, seconds=3 * step.seconds) for step in steps)
-    steps = (*slower, *PLANTED)
+    slower = [
+      dataclasses.replace(step, seconds=_REHEARSAL_PATIENCE * step.seconds) for step in steps
+    ]
+    steps = (*slower, *MISBEHAVING)
   wanted = [name.strip() for name in names.split(";") if name.strip()]
   known = [step.name for step in steps]
   if unknown := [name for name in wanted if name not in known]:

@@ -1,8 +1,9 @@
 """Device time and wall time of GPU calls.
 
-Wall time is measured over a chain of calls inside one jit: each call's q depends on the call before, so nothing can be
-hoisted, overlapped or dropped, and dispatch is paid once per chain. Device time is what CUPTI reports for the kernels of one
-call. Where there is no CUPTI (a CPU, a rehearsal, a failure) the wall clock stands alone and the row says so.
+Wall time is measured over a chain of calls inside one jit: each call's first argument depends on
+the call before, so that nothing can be hoisted, overlapped or dropped, and dispatch is paid once
+per chain. Device time is the time that CUPTI reports for the kernels of one call. Where there is no
+CUPTI (a CPU, a rehearsal, a failure) the wall clock stands alone and the row says so.
 """
 
 import dataclasses
@@ -14,22 +15,29 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from benchmarks.timing import Timing, timed
+from benchmarks.timing import Timing, in_turns, timed
 
 # The profiler keeps every result of a batch of calls: at most so many bytes at once.
-_IN_FLIGHT = 8 << 30
+_BYTES_IN_FLIGHT = 8 << 30
+# Longest chain of calls in one jit.
+_LONGEST_CHAIN = 200
+# A call that takes longer gets few device samples: its spread is in its wall times already.
+_LONG_CALL_SECONDS = 0.2
+# Kernels that a row names, the longest first, and characters of each name.
+_NAMED_KERNELS = 6
+_NAME_CHARACTERS = 80
 
 
 @dataclasses.dataclass(frozen=True)
 class Effort:
-  """How long to measure.
+  """Number of samples and length of chains.
 
   Attributes:
     samples: of a call, at least 20 where figures are published.
     slow_samples: of a call that takes longer than `slow_s`.
-    slow_s: where a call counts as slow, seconds.
-    chain_s: a chain of calls takes at least so long, so that dispatch (about 0.1 ms) drowns.
-    turns: samples of competitors alternate in so many turns, so that a clock that drifts slows them all.
+    slow_s: seconds from which on a call counts as slow.
+    chain_s: least seconds of a chain, so that dispatch (about 0.1 ms) drowns.
+    turns: samples of competitors alternate in so many turns, so that a drifting clock slows all.
   """
 
   samples: int = 20
@@ -45,7 +53,12 @@ class Effort:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Call:
-  """`f(first, *rest)`; `first` is a floating-point array that a chain threads from call to call."""
+  """A call `f(first, *rest)`.
+
+  Attributes:
+    f: the function.
+    args: its arguments; a chain threads the first, a floating-point array, from call to call.
+  """
 
   f: Callable
   args: tuple
@@ -66,7 +79,7 @@ class Measured:
   Attributes:
     wall: per call, from chains.
     device: sum over the call's kernels; None where it could not be measured.
-    kernels: median milliseconds by kernel name, the longest first.
+    kernels: mean milliseconds by kernel name, the longest first.
     note: why there is no device time, or why there are few samples.
   """
 
@@ -77,14 +90,15 @@ class Measured:
 
   @property
   def seconds(self) -> float:
-    """The figure that rows report: the device's where there is one."""
+    """The median that rows report: the device's where there is one."""
     return (self.device or self.wall).median
 
   def row(self) -> dict:
-    """The fields of a results row."""
+    """Returns the fields of a results row."""
     clock = "device" if self.device else "wall"
     found = {"seconds": self.seconds, "clock": clock, "wall": self.wall.row()}
-    found |= {"device_time": self.device.row(), "kernels": self.kernels} if self.device else {}
+    if self.device:
+      found |= {"device_time": self.device.row(), "kernels": self.kernels}
     return found | ({"timing_note": self.note} if self.note else {})
 
 
@@ -95,25 +109,20 @@ def measure(
 
   Args:
     calls: by name.
-    effort: how long.
+    effort: number of samples.
     kernels: ask CUPTI for kernel times; None: where the default device is a GPU.
   """
   kernels = jax.default_backend() == "gpu" if kernels is None else kernels
   chains = {name: _Chain(call, effort) for name, call in calls.items()}
-  for turn in range(effort.turns):
-    for chain in chains.values():
-      chain.sample(turn, effort.turns)
+  walls = in_turns({name: chain.sample for name, chain in chains.items()}, effort.turns)
   found = {}
   for name, chain in chains.items():
-    device, by_name, note = None, {}, chain.note
+    measured = Measured(walls[name], note="wall clock only")
     if kernels:
-      # A slow call's spread is in its wall times already.
-      samples = effort.samples if chain.wall.median < 0.2 else effort.slow_samples
-      device, by_name, trouble = device_times(calls[name], min(samples, chain.samples))
-      note = "; ".join(filter(None, (note, trouble)))
-    else:
-      note = "; ".join(filter(None, (note, "wall clock only")))
-    found[name] = Measured(chain.wall, device, by_name, note)
+      few = effort.slow_samples if walls[name].median > _LONG_CALL_SECONDS else effort.samples
+      measured = device_times(calls[name], walls[name], min(few, chain.samples))
+    note = "; ".join(filter(None, (chain.note, measured.note)))
+    found[name] = dataclasses.replace(measured, note=note)
   return found
 
 
@@ -122,65 +131,67 @@ class _Chain:
 
   def __init__(self, call: Call, effort: Effort):
     self._rest = call.args[1:]
+    self._turns = effort.turns
     jax.block_until_ready(call())
     once = timed(call)
-    self.samples = effort.samples if once <= effort.slow_s else effort.slow_samples
-    self.note = (
-      ""
-      if once <= effort.slow_s
-      else f"{self.samples} samples: a call takes more than {effort.slow_s:g} s"
-    )
-    self._length = int(np.clip(effort.chain_s / once, 1, 200)) if effort.chain_s else 1
-    self._run = jax.jit(functools.partial(_chained, call.f, self._length), donate_argnums=0)
+    slow = once > effort.slow_s
+    self.samples = effort.slow_samples if slow else effort.samples
+    self.note = ""
+    if slow:
+      self.note = f"{self.samples} samples: a call takes more than {effort.slow_s:g} s"
+    self._length = int(np.clip(effort.chain_s / once, 1, _LONGEST_CHAIN)) if effort.chain_s else 1
+    self._run = jax.jit(functools.partial(chained, call.f, self._length), donate_argnums=0)
     # Buffers of its own: every chain gives its input and results away and gets them back.
-    results = jax.tree.map(
-      lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(call.f, *call.args)
-    )
+    shapes = jax.eval_shape(call.f, *call.args)
+    results = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     self._state = (jnp.array(call.args[0], copy=True), results)
     jax.block_until_ready(self._step())
-    self._times = []
 
-  def sample(self, turn: int, turns: int):
-    """This turn's share of the samples."""
-    for _ in range(self.samples * turn // turns, self.samples * (turn + 1) // turns):
-      self._times.append(timed(self._step) / self._length)
+  def sample(self, turn: int) -> list[float]:
+    """Returns this turn's share of the samples, seconds per call."""
+    first = self.samples * turn // self._turns
+    last = self.samples * (turn + 1) // self._turns
+    return [timed(self._step) / self._length for _ in range(first, last)]
 
   def _step(self):
     self._state = self._run(self._state, *self._rest)
     return self._state
 
-  @property
-  def wall(self) -> Timing:
-    return Timing(tuple(self._times))
 
+def chained(f: Callable, length: int, state: tuple, *rest) -> tuple:
+  """Runs `length` calls, each on the one before.
 
-def _chained(f, length, state, *rest):
+  Args:
+    f: `f(first, *rest) -> results`.
+    length: calls.
+    state: `(first, results)`, as it is returned.
+    rest: further arguments.
+  """
+
   def step(_, state):
     x, _ = state
     results = f(x, *rest)
-    # One element of the next input is computed from every result: a true dependence that costs a few microseconds.
-    # The results are carried, so that all of them are written.
+    # One element of the next input is computed from every result: a true dependence that costs a
+    # few microseconds. The results are carried, so that all of them are written.
     return x.at[(0,) * x.ndim].set(_touch(results).astype(x.dtype)), results
 
   return jax.lax.fori_loop(0, length, step, state)
 
 
 def _touch(outputs) -> jax.Array:
-  """One finite number that depends on every output."""
-  numbers = [jnp.ravel(x)[0] if x.ndim == 0 else x[(0,) * x.ndim] for x in jax.tree.leaves(outputs)]
-  total = sum(x.astype(jnp.float32) for x in numbers)
+  """Returns one finite number that depends on every output."""
+  total = sum(x[(0,) * x.ndim].astype(jnp.float32) for x in jax.tree.leaves(outputs))
   return jnp.where(jnp.isfinite(total), total, 0.0)
 
 
-def device_times(call: Call, samples: int) -> tuple[Timing | None, dict[str, float], str]:
-  """CUPTI's kernel times of a call: seconds per call, milliseconds by kernel, and why there are none.
+def device_times(call: Call, wall: Timing, samples: int) -> Measured:
+  """Adds CUPTI's kernel times to the wall times of a call.
 
   Anything that goes wrong in the profiler costs the device time, never the row.
   """
-  results = jax.eval_shape(call.f, *call.args)
-  at_once = max(
-    1, _IN_FLIGHT // max(1, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(results)))
-  )
+  results = jax.tree.leaves(jax.eval_shape(call.f, *call.args))
+  size = sum(x.size * x.dtype.itemsize for x in results)
+  at_once = max(1, _BYTES_IN_FLIGHT // max(1, size))
   try:
     from jax.experimental.mosaic.gpu import profiler
 
@@ -189,16 +200,15 @@ def device_times(call: Call, samples: int) -> tuple[Timing | None, dict[str, flo
       iterations = min(at_once, samples - len(runs))
       _, found = profiler.measure(call.probe, aggregate=False, iterations=iterations)(*call.args)
       if not found:
-        return None, {}, "CUPTI saw no kernels"
+        return Measured(wall, note="CUPTI saw no kernels")
       runs += [found] if iterations == 1 else found
-    sums = tuple(sum(ms for _, ms in run) / 1e3 for run in runs)
-    by_name = {}
-    for run in runs:
-      for name, ms in run:
-        by_name.setdefault(name, []).append(ms)
-    total = {name: float(sum(ms) / len(runs)) for name, ms in by_name.items()}
-    longest = dict(sorted(total.items(), key=lambda kv: -kv[1])[:6])
-    return Timing(sums), {name[:80]: ms for name, ms in longest.items()}, ""
   except Exception as error:
     logging.warning("no device time: %s", error)
-    return None, {}, f"no device time: {type(error).__name__}: {str(error)[:200]}"
+    note = f"no device time: {type(error).__name__}: {str(error)[:200]}"
+    return Measured(wall, note=note)
+  sums = tuple(sum(ms for _, ms in run) / 1e3 for run in runs)
+  by_name: dict[str, float] = {}
+  for name, ms in (kernel for run in runs for kernel in run):
+    by_name[name] = by_name.get(name, 0.0) + ms / len(runs)
+  longest = sorted(by_name.items(), key=lambda item: -item[1])[:_NAMED_KERNELS]
+  return Measured(wall, Timing(sums), {name[:_NAME_CHARACTERS]: ms for name, ms in longest})

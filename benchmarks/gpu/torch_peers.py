@@ -1,17 +1,19 @@
-"""What a PyTorch user gets on the same GPU: SDPA (flash, cuDNN) and FlexAttention with block masks of the same density.
+"""PyTorch's attention on the same GPU: SDPA (flash, cuDNN), and FlexAttention at the same density.
 
-  python -m benchmarks.gpu.torch_peers    # one JSON row per line; --rehearse: tiny shapes, any device
+  python -m benchmarks.gpu.torch_peers    # one JSON row per line; --rehearse: tiny shapes
 
-Needs torch with CUDA and nothing of ours: FlexAttention compiles its own Triton kernels (about 20 s per shape). Times are CUDA
-events around single calls, after two warm-up calls, in bfloat16 on normal inputs; the `clock` of the rows says so.
+It needs torch with CUDA and nothing of ours. FlexAttention compiles its own Triton kernels, which
+takes about 20 s per shape. Times are CUDA events around single calls, after two warm-up calls, in
+bfloat16 on normal inputs; the `clock` of the rows says so.
 """
 
 import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 
-# (name, tokens, heads); the same shapes as benchmarks/arg_specs.py, where torch must not be needed.
+# (tokens, heads) by name: the shapes of benchmarks/arg_specs.py, where torch must not be needed.
 SHAPES = {
   "a_16k": (16384, 12),
   "a_64k": (65536, 12),
@@ -19,45 +21,56 @@ SHAPES = {
   "b_115k": (115200, 24),
 }
 TINY = {"a_16k": (256, 2), "a_64k": (1024, 2), "a_128k": (1024, 2), "b_115k": (2304, 2)}
-# The 3-D window in tiles of 6x8x8 tokens, each three blocks of 128.
-WINDOW_TILES = {False: (5, 6, 10), True: (3, 2, 1)}
-HEAD_DIM, BLOCK = 128, 128
+HEAD_DIM = 128
+BLOCK = 128
+# The 3-D window's grid of 6x8x8-token tiles, each three blocks of 128; and of a rehearsal.
+WINDOW_TILES = (5, 6, 10)
+TINY_WINDOW_TILES = (3, 2, 1)
+BLOCKS_PER_TILE = 3
+# Lists are timed forward and backward from this density on.
+BACKWARD_DENSITY = 0.1
+# FLOPs per scored pair and channel, and of forward + backward over forward.
+_FLOPS_PER_PAIR = 4
+_WITH_BACKWARD = 3.5
 
 
 class Torch:
-  """torch and what is used of it, imported when it is there; on a CPU everything runs in float32."""
+  """PyTorch and the parts of it that are used; on a CPU everything runs in float32.
 
-  def __init__(self):
+  Attributes:
+    torch: the module.
+    cuda: whether there is a GPU.
+    samples: of each call.
+    flex: FlexAttention, compiled on a GPU.
+    facts: fields of every row.
+  """
+
+  def __init__(self, samples: int):
     import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
 
-    self.torch, self.backends, self.sdpa_kernel, self.block_mask = (
-      torch,
-      SDPBackend,
-      sdpa_kernel,
-      BlockMask,
-    )
+    self.torch = torch
+    self.samples = samples
     self.cuda = torch.cuda.is_available()
     self.device = "cuda" if self.cuda else "cpu"
     self.flex = torch.compile(flex_attention, dynamic=False) if self.cuda else flex_attention
-    name = torch.cuda.get_device_name() if self.cuda else "cpu"
     self.facts = {
       "torch": torch.__version__,
-      "torch_device": name,
+      "torch_device": torch.cuda.get_device_name() if self.cuda else "cpu",
       "clock": "events" if self.cuda else "wall",
     }
 
-  def inputs(self, n, heads, grad=False):
-    """q, k, v `[1, heads, n, d]`."""
-    dtype = self.torch.bfloat16 if self.cuda else self.torch.float32
-    shape = (1, heads, n, HEAD_DIM)
-    return [
-      self.torch.randn(shape, device=self.device, dtype=dtype, requires_grad=grad) for _ in range(3)
-    ]
+  def inputs(self, n: int, heads: int, grad: bool = False) -> list:
+    """Returns q, k, v `[1, heads, n, d]`."""
+    how = {
+      "device": self.device,
+      "dtype": self.torch.bfloat16 if self.cuda else self.torch.float32,
+      "requires_grad": grad,
+    }
+    return [self.torch.randn((1, heads, n, HEAD_DIM), **how) for _ in range(3)]
 
-  def seconds(self, run, samples):
-    """Each call timed apart."""
+  def seconds(self, run: Callable) -> list[float]:
+    """Times each call apart."""
     run()
     run()
     if not self.cuda:
@@ -65,7 +78,7 @@ class Torch:
       run()
       return [time.perf_counter() - start]
     times = []
-    for _ in range(samples):
+    for _ in range(self.samples):
       start, end = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
       start.record()
       run()
@@ -75,91 +88,96 @@ class Torch:
     return times
 
   def table(self, seen):
-    """`seen` bool `[heads or 1, tiles, tiles]` -> FlexAttention's table of whole blocks, none of them partial."""
-    counts = seen.sum(-1).to(self.torch.int32)[None]
-    order = self.torch.argsort(seen.to(self.torch.int32), dim=-1, descending=True, stable=True).to(
-      self.torch.int32
-    )[None]
-    none = self.torch.zeros_like(counts)
-    return self.block_mask.from_kv_blocks(
-      none, self.torch.zeros_like(order), counts, order, BLOCK_SIZE=BLOCK
-    )
+    """Returns FlexAttention's table of whole blocks, none of them partial.
+
+    Args:
+      seen: bool `[heads or 1, tiles, tiles]`.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    listed = seen.to(self.torch.int32)
+    counts = listed.sum(-1).to(self.torch.int32)[None]
+    order = self.torch.argsort(listed, dim=-1, descending=True, stable=True)
+    order = order.to(self.torch.int32)[None]
+    none = (self.torch.zeros_like(counts), self.torch.zeros_like(order))
+    return BlockMask.from_kv_blocks(*none, counts, order, BLOCK_SIZE=BLOCK)
 
 
-def emit(name, facts, times=None, pairs=0, backward=False, **fields):
-  """Prints one row. FLOPs are the useful ones: 4 d per scored pair forward, 2.5 times that backward."""
-  direction = "forward_backward" if backward else "forward"
-  shape = {
+def emit(name: str, facts: dict, times: list[float] | None = None, pairs: int = 0, **fields):
+  """Prints one row.
+
+  Args:
+    name: of the row.
+    facts: fields of every row.
+    times: seconds of each call; None where it failed.
+    pairs: scored pairs of all heads; FLOPs are the useful ones.
+    fields: others of the row; `direction` is "forward" unless it is among them.
+  """
+  row = {
+    "name": name,
     "head_dim": HEAD_DIM,
-    "direction": direction,
+    "direction": "forward",
     "implementation": "torch " + name.split("/")[0].split("_")[1],
+    **facts,
+    **fields,
   }
-  row = {"name": name, **facts, **shape, **fields}
   if times:
-    flops = 4 * pairs * HEAD_DIM * (3.5 if backward else 1)
-    quantiles = (
-      statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else times * 9
-    )
+    flops = _FLOPS_PER_PAIR * pairs * HEAD_DIM
+    flops *= _WITH_BACKWARD if row["direction"] == "forward_backward" else 1
     seconds = statistics.median(times)
-    spread = {
-      "median_s": seconds,
-      "p10_s": quantiles[0],
-      "p90_s": quantiles[-1],
-      "calls": len(times),
-    }
-    row |= {"seconds": seconds, "device": spread, "flops": flops, "tflops": flops / seconds / 1e12}
+    tenths = times * 9
+    if len(times) > 1:
+      tenths = statistics.quantiles(times, n=10, method="inclusive")
+    spread = {"median_s": seconds, "p10_s": tenths[0], "p90_s": tenths[-1], "calls": len(times)}
+    rate = {"flops": flops, "tflops": flops / seconds / 1e12}
+    row |= {"seconds": seconds, "device": spread} | rate
   print(json.dumps(row), flush=True)
 
 
-def guarded(name, facts, run):
-  """A peer that fails is a row that says so; the others still run."""
+def guarded(name: str, facts: dict, run: Callable):
+  """Runs a rival; one that fails is a row that says so, and the others still run."""
   try:
     run()
   except Exception as error:
     emit(name, facts, error=f"{type(error).__name__}: {str(error)[:300]}")
 
 
-def sdpa(t, spec, shape, samples):
-  """Dense attention through torch's two fast backends."""
-  (n, heads), functional = shape, t.torch.nn.functional
+def sdpa(t: Torch, spec: str, shape: tuple[int, int]):
+  """Times dense attention through torch's two fast backends."""
+  from torch.nn.attention import SDPBackend, sdpa_kernel
+
+  n, heads = shape
   q, k, v = t.inputs(n, heads)
-  for label, backend in (
-    ("flash", t.backends.FLASH_ATTENTION),
-    ("cudnn", t.backends.CUDNN_ATTENTION),
-  ):
-
-    def run(backend=backend):
-      with t.sdpa_kernel(backend if t.cuda else t.backends.MATH):
-        functional.scaled_dot_product_attention(q, k, v)
-
+  fast = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+  for label, backend in fast.items():
     name = f"torch_sdpa_{label}/{spec}"
-    fields = {"n": n, "heads": heads, "density": 1.0}
+    chosen = backend if t.cuda else SDPBackend.MATH
 
-    def measured(name=name, run=run, fields=fields):
-      return emit(name, t.facts, t.seconds(run, samples), n * n * heads, **fields)
+    def run(chosen=chosen):
+      with sdpa_kernel(chosen):
+        t.torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    def measured(name=name, run=run):
+      emit(name, t.facts, t.seconds(run), n * n * heads, n=n, heads=heads, density=1.0)
 
     guarded(name, t.facts, measured)
 
 
-def flex_lists(t, spec, shape, density, samples):
-  """Random lists of whole 128-token blocks, forward, then forward + backward."""
+def flex_lists(t: Torch, spec: str, shape: tuple[int, int], density: float):
+  """Times random lists of whole 128-token blocks, forward, then forward + backward."""
   n, heads = shape
   tiles = n // BLOCK
   keep = max(1, round(tiles * density))
   rank = t.torch.rand(heads, tiles, tiles, device=t.device).argsort(-1).argsort(-1)
-  mask, label = t.table(rank < keep), f"d{round(density * 100):02d}"
+  mask = t.table(rank < keep)
+  label = f"d{round(density * 100):02d}/{spec}"
   fields = {"n": n, "heads": heads, "density": keep / tiles}
   pairs = tiles * keep * BLOCK * BLOCK * heads
 
   def forward():
     q, k, v = t.inputs(n, heads)
-    emit(
-      f"torch_flex_{label}/{spec}",
-      t.facts,
-      t.seconds(lambda: t.flex(q, k, v, block_mask=mask), samples),
-      pairs,
-      **fields,
-    )
+    times = t.seconds(lambda: t.flex(q, k, v, block_mask=mask))
+    emit(f"torch_flex_{label}", t.facts, times, pairs, **fields)
 
   def both():
     q, k, v = t.inputs(n, heads, grad=True)
@@ -168,39 +186,33 @@ def flex_lists(t, spec, shape, density, samples):
     def run():
       return t.torch.autograd.grad(t.flex(q, k, v, block_mask=mask), (q, k, v), d_out)
 
-    name = f"torch_flex_forward_backward_{label}/{spec}"
-    emit(name, t.facts, t.seconds(run, samples), pairs, backward=True, **fields)
+    name = f"torch_flex_forward_backward_{label}"
+    emit(name, t.facts, t.seconds(run), pairs, direction="forward_backward", **fields)
 
-  guarded(f"torch_flex_{label}/{spec}", t.facts, forward)
-  if density >= 0.1:
-    guarded(f"torch_flex_forward_backward_{label}/{spec}", t.facts, both)
+  guarded(f"torch_flex_{label}", t.facts, forward)
+  if density >= BACKWARD_DENSITY:
+    guarded(f"torch_flex_forward_backward_{label}", t.facts, both)
 
 
-def flex_window(t, spec, shape, tile_grid, samples):
-  """The clamped 18x24x24 window: tiles of 384 tokens, 3x3x3 of them listed, refined to 128."""
-  torch, (n, heads) = t.torch, shape
-  where = torch.stack(
-    torch.meshgrid(*(torch.arange(g) for g in tile_grid), indexing="ij"), -1
-  ).reshape(-1, 3)
-  centre = torch.stack(
-    [where[:, a].clamp(min(1, g - 1), max(g - 2, 0)) for a, g in enumerate(tile_grid)], -1
-  )
+def flex_window(t: Torch, spec: str, shape: tuple[int, int], tile_grid: tuple[int, int, int]):
+  """Times the clamped 18x24x24 window: tiles of 384 tokens, 3x3x3 of them listed."""
+  n, heads = shape
+  axes = t.torch.meshgrid(*(t.torch.arange(g) for g in tile_grid), indexing="ij")
+  where = t.torch.stack(axes, -1).reshape(-1, 3)
+  clamped = [where[:, a].clamp(min(1, g - 1), max(g - 2, 0)) for a, g in enumerate(tile_grid)]
+  centre = t.torch.stack(clamped, -1)
   seen = ((centre[:, None] - where[None]).abs() <= 1).all(-1)
-  seen = seen.repeat_interleave(3, 0).repeat_interleave(3, 1).to(t.device)
+  for axis in (0, 1):
+    seen = seen.repeat_interleave(BLOCKS_PER_TILE, axis)
+  seen = seen.to(t.device)
   if seen.shape[0] * BLOCK != n:
     raise ValueError(f"{tile_grid=} holds {seen.shape[0] * BLOCK} tokens, {spec} has {n}.")
-  mask, (q, k, v) = t.table(seen[None].expand(heads, -1, -1)), t.inputs(n, heads)
+  mask = t.table(seen[None].expand(heads, -1, -1))
+  q, k, v = t.inputs(n, heads)
+  times = t.seconds(lambda: t.flex(q, k, v, block_mask=mask))
   pairs = int(seen.sum()) * BLOCK * BLOCK * heads
-  times = t.seconds(lambda: t.flex(q, k, v, block_mask=mask), samples)
-  emit(
-    f"torch_flex_window/{spec}",
-    t.facts,
-    times,
-    pairs,
-    n=n,
-    heads=heads,
-    density=float(seen.float().mean()),
-  )
+  fields = {"n": n, "heads": heads, "density": float(seen.float().mean())}
+  emit(f"torch_flex_window/{spec}", t.facts, times, pairs, **fields)
 
 
 def main():
@@ -210,23 +222,20 @@ def main():
   parser.add_argument("--rehearse", action="store_true", help="tiny shapes, on any device")
   parser.add_argument("--samples", type=int, default=20)
   options = parser.parse_args()
-  shapes, t = TINY if options.rehearse else SHAPES, Torch()
+  shapes = TINY if options.rehearse else SHAPES
+  tile_grid = TINY_WINDOW_TILES if options.rehearse else WINDOW_TILES
+  t = Torch(options.samples)
   if not (t.cuda or options.rehearse):
     raise SystemExit(
       "torch sees no GPU: nothing to compare with (--rehearse runs tiny shapes on a CPU)"
     )
   with t.torch.device(t.device):
-
-    def window():
-      return flex_window(
-        t, "b_115k", shapes["b_115k"], WINDOW_TILES[options.rehearse], options.samples
-      )
-
-    guarded("torch_flex_window/b_115k", t.facts, window)
+    window = ("b_115k", shapes["b_115k"], tile_grid)
+    guarded("torch_flex_window/b_115k", t.facts, lambda: flex_window(t, *window))
     for spec, density in (("a_64k", 0.1), ("a_128k", 0.05), ("a_128k", 0.1)):
-      flex_lists(t, spec, shapes[spec], density, options.samples)
+      flex_lists(t, spec, shapes[spec], density)
     for spec in ("a_64k", "a_16k"):
-      sdpa(t, spec, shapes[spec], options.samples)
+      sdpa(t, spec, shapes[spec])
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ channels in float32 run the portable backend. The row says how much of the devic
 takes where a profiler saw the kernels, else how much of the model's FLOPs.
 """
 
+import argparse
 import pathlib
 import sys
 import tempfile
@@ -16,11 +17,11 @@ import time
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import logging
 from flax import nnx
 
-from benchmarks.gpu.rows import ROOT, Deadline, Store, open_device
-from benchmarks.gpu.run import device_slug
+from benchmarks.gpu.code import ROOT
+from benchmarks.gpu.device import Deadline, open_device, open_store
 from freqformer.command.files import read_config
 from freqformer.cost import BACKWARD_OVER_FORWARD, model_cost, training_flops
 from freqformer.data.codec import StatisticsAccumulator, make_codec
@@ -30,22 +31,13 @@ from freqformer.train.experiment import Experiment, experiment
 from freqformer.train.step import init_state, make_train_step
 from freqformer.train.throughput import Throughput
 
-_STEPS = flags.DEFINE_integer("steps", 60, "Timed steps.", 2, allow_override=True)
-_OUT = flags.DEFINE_string(
-  "out", None, "Folder for the row; default runs/gpu.", allow_override=True
-)
-_MINUTES = flags.DEFINE_float(
-  "minutes", 2, "Stop by then with the steps that were made.", 0, allow_override=True
-)
-_REHEARSE = flags.DEFINE_bool("rehearse", False, "A tiny model on a CPU.", allow_override=True)
-
 # Substrings of the attention kernels' names, as a profiler shows them.
 ATTENTION_KERNELS = ("attention_forward", "attention_dq", "attention_dkv")
 _PROFILED_STEPS = 3
 
 
 def tiny(config):
-  """Shrinks the config to what a CPU trains in seconds."""
+  """Shrinks the config until a CPU trains it in seconds."""
   config.data.resolution = (32, 32)
   config.data.frames = 8
   config.data.codec.channels = 4
@@ -61,7 +53,8 @@ def tiny(config):
 def rendered_batch(exp: Experiment) -> dict[str, np.ndarray]:
   """Returns one batch of normalised latents `[b, t, y, x, c]` and labels of rendered clips, one
   class after the other."""
-  codec, (frames, rows, cols) = make_codec(exp.data.codec), exp.data.video_shape
+  codec = make_codec(exp.data.codec)
+  frames, rows, cols = exp.data.video_shape
   names = sorted(LOOKS)
   clips = []
   for i in range(exp.train.batch_size):
@@ -83,7 +76,8 @@ def measure(exp: Experiment, steps: int, deadline: Deadline) -> dict:
     steps: to time, after the first one, which compiles.
     deadline: no step is begun after it.
   """
-  shape, batch = exp.latent_shape, rendered_batch(exp)
+  shape = exp.latent_shape
+  batch = rendered_batch(exp)
   classes = len(LOOKS)
   tables = make_tables(exp.model, shape)
   graphdef, params = nnx.split(VideoDiT(exp.model, shape, classes, nnx.Rngs(exp.seed)))
@@ -94,7 +88,8 @@ def measure(exp: Experiment, steps: int, deadline: Deadline) -> dict:
   batch, tables = jax.device_put((batch, tables))
   state, values = step(state, batch, tables)
   losses = [float(values["loss"])]
-  started, done = time.monotonic(), 0
+  done = 0
+  started = time.monotonic()
   while done < steps and (deadline.left > 0 or not done):
     state, values = step(state, batch, tables)
     losses.append(values["loss"])
@@ -116,9 +111,7 @@ def measure(exp: Experiment, steps: int, deadline: Deadline) -> dict:
     "seconds": seconds,
     **Throughput.of(exp.model, shape, exp.train.batch_size).rates(1 / seconds),
     "compile_seconds": compiled,
-    "peak_bytes": memory.get(
-      "peak_bytes_in_use"
-    ),  # None where the device does not say, as on a CPU
+    "peak_bytes": memory.get("peak_bytes_in_use"),  # None where unknown, as on a CPU
     "temporary_bytes": step.memory_analysis().temp_size_in_bytes,
     "loss_first": losses[0],
     "loss_last": losses[-1],
@@ -134,8 +127,7 @@ def measure(exp: Experiment, steps: int, deadline: Deadline) -> dict:
 
 
 def profiled(step, state, batch, tables) -> dict[str, float]:
-  """Returns the device's milliseconds per step by kernel; empty where no profiler sees kernels, as
-  on a CPU."""
+  """Returns the device's milliseconds per step by kernel; none where no profiler sees them."""
   if jax.default_backend() != "gpu":
     return {}
   try:
@@ -152,8 +144,7 @@ def profiled(step, state, batch, tables) -> dict[str, float]:
 
 
 def kernel_times(profile) -> dict[str, float]:
-  """Returns milliseconds per step by kernel name from the streams of the GPU's planes of a
-  profile."""
+  """Returns milliseconds per step by kernel name, from the streams of a profile's GPU planes."""
   found: dict[str, float] = {}
   for plane in profile.planes:
     if not plane.name.startswith("/device:GPU"):
@@ -166,8 +157,7 @@ def kernel_times(profile) -> dict[str, float]:
 
 
 def attention_share(exp: Experiment, kernels: dict[str, float]) -> dict:
-  """Returns attention's share of a step, and of what: device time where kernels were seen, else the
-  model's FLOPs."""
+  """Returns attention's share of a step, of device time where kernels were seen, else of FLOPs."""
   if kernels:
     ours = [name for name in kernels if any(word in name for word in ATTENTION_KERNELS)]
     attention = sum(kernels[name] for name in ours)
@@ -186,33 +176,41 @@ def attention_share(exp: Experiment, kernels: dict[str, float]) -> dict:
   }
 
 
-def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments {argv[1:]}")
+def command_line() -> argparse.ArgumentParser:
+  """Returns the parser of the command line."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--steps", type=int, default=60, help="timed steps")
+  parser.add_argument("--out", default=ROOT / "runs" / "gpu", help="folder for the row")
+  parser.add_argument("--minutes", type=float, default=2, help="stop by then")
+  parser.add_argument("--rehearse", action="store_true", help="a tiny model on a CPU")
+  return parser
+
+
+def main() -> int:
+  options = command_line().parse_args()
   logging.set_verbosity(logging.INFO)
-  kind = open_device(_REHEARSE.value)
+  open_device(options.rehearse)
   config = read_config(ROOT / "configs" / "ucf101.py")
-  if _REHEARSE.value:
+  if options.rehearse:
     tiny(config)
   name = "train/ucf101_S"
-  label = "rehearsal" if _REHEARSE.value else device_slug(kind)
-  command = f"python -m benchmarks.gpu.train --steps={_STEPS.value}"
-  command += " --rehearse" if _REHEARSE.value else ""
-  folder = pathlib.Path(_OUT.value or ROOT / "runs" / "gpu")
-  store = Store.open(folder, f"gpu_train_{label}", command, _REHEARSE.value)
+  command = f"python -m benchmarks.gpu.train --steps={options.steps}"
+  command += " --rehearse" if options.rehearse else ""
+  store = open_store("gpu_train_{device}", command, options.out, options.rehearse)
   print(f"wanted {name}\nbegin {name}", flush=True)
   # Measured anew each time: the row depends on more code than the store's hash covers.
-  row = store.add(
-    {"name": name} | measure(experiment(config), _STEPS.value, Deadline(60 * _MINUTES.value))
-  )
+  fields = measure(experiment(config), options.steps, Deadline(60 * options.minutes))
+  row = store.add({"name": name} | fields)
   memory = f"{row['peak_bytes'] / 2**30:.2f} GiB" if row["peak_bytes"] else "not told"
   print(
     f"{'ok   ' if row['correct'] else 'WRONG'} {name}  {row['steps_per_s']:.3g} steps/s  attention "
     f"{row['attention_share']:.1%} of {row['attention_share_of']}  peak memory {memory}  "
     f"{row.get('error', '')}"
   )
-  sys.exit(0 if row["correct"] else 1)
+  return 0 if row["correct"] else 1
 
 
 if __name__ == "__main__":
-  app.run(main)
+  sys.exit(main())

@@ -1,175 +1,153 @@
-"""Searches the kernels' configurations on this device and writes `kernels/tuning.json`.
+"""Searches the kernels' configurations on this device and writes the table that kernels look up.
 
   python -m benchmarks.gpu.tune --minutes=10        # on the GPU
-  python -m benchmarks.gpu.tune --static            # anywhere: which candidates fit; prints and stores a report, writes no table
-  python -m benchmarks.gpu.tune --rehearse --out=/tmp/x     # two candidates of a key with a stand-in, tiny, on a CPU
+  python -m benchmarks.gpu.tune --static            # anywhere: a report of the candidates that fit
+  python -m benchmarks.gpu.tune --rehearse --out=/tmp/x     # one key, tiny, a stand-in on a CPU
 
-The table is written twice: into the checkout, where later runs read it, and as `kernels_tuning.json` beside the report, because
-a rented machine gives back only its output folder.
+The table is written twice: into the checkout, where later runs read it, and next to the report as
+`kernels_tuning.json`, because a rented machine gives back only its output folder.
 
-Per key (head dimension, tile sizes, direction): candidates -> those that compile for the device without spilling and within
-shared memory -> those that agree with the XLA backend -> the fastest. The default is always a candidate, and another one is
-taken only where it is faster by more than `tune_trials.MARGIN`: below that, noise would write the table.
+Per key (head dimension, tile sizes, direction): candidates -> those that compile for the device
+without spilling and within shared memory -> those that agree with the XLA backend -> the fastest.
+The default is always a candidate, and another one is taken only where it is faster by more than
+`tune_trials.MARGIN`: below that, noise would write the table.
 """
 
+import argparse
 import functools
 import itertools
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Callable
 
-from absl import app, flags, logging
+from absl import logging
 from freqformer.kernels.block_sparse import tuning
 from freqformer.kernels.block_sparse.tuning import DIRECTIONS, Key, TuningConfig
 
 from benchmarks import rows
-from benchmarks.gpu.rows import Deadline, Store, kernels_digest, open_device
+from benchmarks.gpu.code import kernels_digest
+from benchmarks.gpu.device import Deadline, open_device, open_store
 from benchmarks.gpu.timing import Effort
 from benchmarks.gpu.tune_trials import Budget, Trial, choose, compile_candidate, time_candidates
-
-_MINUTES = flags.DEFINE_float(
-  "minutes", 10, "Stop by then; keys not reached keep what they have.", 0, allow_override=True
-)
-_STATIC = flags.DEFINE_bool(
-  "static", False, "Only compile (no GPU needed) and report; no table is written."
-)
-_OUT = flags.DEFINE_string(
-  "out",
-  None,
-  "Folder for the report's rows; default $OUT, else benchmarks/results.",
-  allow_override=True,
-)
-_KEYS = flags.DEFINE_list(
-  "keys", None, "Only these keys, as head_dim:block_q:block_kv:direction; default all."
-)
-
-_REHEARSE = flags.DEFINE_bool(
-  "rehearse",
-  False,
-  "Tiny shapes and a stand-in on a CPU; writes the second copy of the table only.",
-  allow_override=True,
-)
+from benchmarks.rows import Store
 
 # The second copy of the table.
 COPY = "kernels_tuning.json"
-# A rehearsal's tokens and effort.
+# Configurations are keyed by this device; other Hopper cards share its resources.
+DEVICE = "h100"
+STATIC_REPORT = "tuning_static"
+HEAD_DIMS = (128, 64)
+BLOCKS = (128, 64)
+# A rehearsal's tokens, effort and candidates.
 _TINY_GRID = (4, 8, 16)
 _ONCE = Effort(samples=1, slow_samples=1, chain_s=0.0, turns=1)
-
-HEAD_DIMS, BLOCKS = (128, 64), (128, 64)
-
-
-def all_keys(device: str) -> list[Key]:
-  """Every key that the kernels look up, the most used first."""
-  return [
-    Key(device, d, q, kv, way)
-    for d, q, kv, way in itertools.product(HEAD_DIMS, BLOCKS, BLOCKS, DIRECTIONS)
-  ]
+_FEW_CANDIDATES = 2
 
 
-def parse_key(text: str, device: str) -> Key:
-  """`128:128:64:dq`.
+def all_keys() -> list[Key]:
+  """Returns every key that the kernels look up, the most used first."""
+  sizes = itertools.product(HEAD_DIMS, BLOCKS, BLOCKS, DIRECTIONS)
+  return [Key(DEVICE, *size) for size in sizes]
+
+
+def parse_key(text: str) -> Key:
+  """Returns the key that `128:128:64:dq` names.
 
   Raises:
     ValueError: if it is not of that form.
   """
   try:
     d, q, kv, direction = text.split(":")
-    return Key(device, int(d), int(q), int(kv), direction)
+    return Key(DEVICE, int(d), int(q), int(kv), direction)
   except ValueError as error:
     raise ValueError(
       f"--keys={text!r} must be head_dim:block_q:block_kv:direction, e.g. 128:128:128:forward."
     ) from error
 
 
-# ---- the search ----------------------------------------------------------------------------------------------------------
+# ---- the search ----------------------------------------------------------------------------------
 
 
 def search(
   keys: list[Key],
   store: Store,
   budget: Budget,
-  static: bool,
-  rehearse: bool = False,
+  static: bool = False,
   save: Callable[[dict[Key, TuningConfig]], None] | None = None,
 ) -> dict[Key, TuningConfig]:
   """Goes through the keys, a row of trials each.
 
   Args:
     keys: the most used first.
-    store: of the rows.
+    store: of the rows; a rehearsal's tries few candidates with a stand-in.
     budget: of the whole search.
     static: compile only.
-    rehearse: two candidates of a key, not compiled ahead, run by a stand-in on a tiny shape.
-    save: gets everything chosen so far after each key, so that a search that is killed keeps what it had.
+    save: gets everything chosen so far after each key, so that a search that is killed keeps it.
 
   Returns:
-    what was chosen, for the keys that were timed.
+    the choice, for the keys that were timed.
   """
   chosen = {}
-  for key in keys:
+  for number, key in enumerate(keys):
     if budget.deadline.left <= 0:
-      print(
-        "\n".join(f"unreached {row_name(late)}" for late in keys[keys.index(key) :]), flush=True
-      )
+      for late in keys[number:]:
+        print(f"unreached {row_name(late)}", flush=True)
       break
     print(f"begin {row_name(key)}", flush=True)
-    if rehearse:
-      trials = [Trial(config) for config in tuning.candidates(key)[:2]]
+    if store.rehearsal:
+      trials = [Trial(config) for config in tuning.candidates(key)[:_FEW_CANDIDATES]]
       trials = time_candidates(key, trials, "reference", budget, _TINY_GRID)
     else:
-      trials = _known_trials(key) or _compiled(key, static)
-    if not static and not rehearse:
-      trials = time_candidates(key, trials, "pallas_mgpu", budget)
-    if not static:
-      if (best := choose(key, trials)) is not None:
-        chosen[key] = best
+      trials = known_trials(key) or compiled(key, static)
+      if not static:
+        trials = time_candidates(key, trials, "pallas_mgpu", budget)
+    best = None if static else choose(key, trials)
+    if best is not None:
+      chosen[key] = best
     row = {
       "name": row_name(key),
       "key": vars(key),
       "static": static,
       "kernels": kernels_digest(),
-      "trials": [t.row() for t in trials],
+      "trials": [trial.row() for trial in trials],
+      "chosen": vars(best) if best else None,
     }
-    store.add(row | {"chosen": vars(chosen[key]) if key in chosen else None})
-    if save is not None and key in chosen:
+    store.add(row)
+    if save is not None and best is not None:
       save(chosen)
-    verdict = "ok    " if static or key in chosen else "FAILED"
-    print(f"{verdict}{row_name(key)}\n{report(key, trials, chosen.get(key))}", flush=True)
+    verdict = "ok    " if static or best else "FAILED"
+    print(f"{verdict}{row_name(key)}\n{report(key, trials, best)}", flush=True)
   return chosen
 
 
-def _compiled(key: Key, static: bool) -> list[Trial]:
-  """Every candidate after the compiler; on a device, running them decides if compiling ahead of time does not work there."""
+def compiled(key: Key, static: bool) -> list[Trial]:
+  """Returns every candidate after the compiler.
+
+  On a device, running them decides if compiling ahead of time does not work there.
+  """
   configs = tuning.candidates(key)
   try:
     trials = [compile_candidate(key, config) for config in configs]
+    trouble = trials[0].refused
+    if not all(trial.refused.startswith("does not compile") for trial in trials):
+      return trials
   except RuntimeError as error:
     if static:
       raise
-    logging.warning(
-      "no compiling ahead of time here, candidates are judged by running them: %s", error
-    )
-    return [Trial(config) for config in configs]
-  if not static and all(trial.refused.startswith("does not compile") for trial in trials):
-    logging.warning(
-      "no candidate of %s compiles ahead of time (%s); trying them on the device",
-      key,
-      trials[0].refused,
-    )
-    return [Trial(config) for config in configs]
-  return trials
+    trouble = str(error)
+  if static:
+    return trials
+  logging.warning("nothing compiles ahead of time here, candidates are judged by runs: %s", trouble)
+  return [Trial(config) for config in configs]
 
 
-def row_name(key: Key) -> str:
-  return f"tune: d={key.head_dim} {key.block_q}x{key.block_kv} {key.direction}"
+def known_trials(key: Key) -> list[Trial]:
+  """Returns the trials that `--static` found for the same kernels.
 
-
-def _known_trials(key: Key) -> list[Trial]:
-  """What `--static` found for the same kernels: compiling forty candidates again would cost a minute per key on the GPU."""
-  for row in rows.read_rows(rows.RESULTS / "tuning_static.json"):
+  Compiling forty candidates again would cost a minute per key on the GPU.
+  """
+  for row in rows.read_rows(rows.RESULTS / f"{STATIC_REPORT}.json"):
     if row["name"] == row_name(key) and row["kernels"] == kernels_digest():
       return [
         Trial(TuningConfig(**t["config"]), t["refused"], t["registers"], t["shared_bytes"])
@@ -178,55 +156,24 @@ def _known_trials(key: Key) -> list[Trial]:
   return []
 
 
+def row_name(key: Key) -> str:
+  """Returns the name of a key's row."""
+  return f"tune: d={key.head_dim} {key.block_q}x{key.block_kv} {key.direction}"
+
+
 def report(key: Key, trials: list[Trial], chosen: TuningConfig | None) -> str:
-  """One key for people."""
-  fit = [t for t in trials if not t.refused]
-  lines = [
-    f"d={key.head_dim} {key.block_q}x{key.block_kv} {key.direction}: {len(fit)} of {len(trials)} candidates fit"
-  ]
+  """Returns one key for people."""
+  fit = sum(not trial.refused for trial in trials)
+  lines = [f"{row_name(key)}: {fit} of {len(trials)} candidates fit"]
   for t in sorted(trials, key=lambda t: (bool(t.refused), t.seconds or 0.0)):
     time = f"{1e3 * t.seconds:.3f} ms" if t.seconds else t.refused or "not timed"
     mark = "*" if t.config == chosen else " "
-    fields = " ".join(f"{k}={v}" for k, v in vars(t.config).items())
+    fields = " ".join(f"{name}={value}" for name, value in vars(t.config).items())
     lines.append(f"  {mark} {fields:<86} {t.registers or '-':>4} registers  {time}")
   return "\n".join(lines)
 
 
-def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments {argv[1:]}")
-  static, rehearse = _STATIC.value, _REHEARSE.value
-  if rehearse and (static or not _OUT.value):
-    raise app.UsageError(
-      "--rehearse times a stand-in: give it a folder of its own with --out, and leave --static away."
-    )
-  open_device(static or rehearse)
-  device = (
-    "h100"  # the one that configurations are keyed by; other Hopper cards share its resources
-  )
-  keys = [parse_key(text, device) for text in _KEYS.value or ()] or all_keys(device)
-  keys = keys[:1] if rehearse else keys
-  folder = pathlib.Path(_OUT.value or os.environ.get("OUT") or rows.RESULTS)
-  command = (
-    "python -m benchmarks.gpu.tune"
-    + (" --static" if static else "")
-    + (" --rehearse" if rehearse else "")
-  )
-  store = Store.open(folder, "tuning_static" if static else "tuning", command, rehearse)
-  deadline = Deadline(60 * _MINUTES.value)
-  budget = Budget(deadline, _ONCE, _ONCE) if rehearse else Budget(deadline)
-  places = [store.path.with_name(COPY), *([] if rehearse else [tuning.TABLE])]
-  save = functools.partial(write_tables, places, store)
-  chosen = search(keys, store, budget, static, rehearse, save)
-  print(f"report: {store.path}")
-  if static:
-    print("static: nothing was timed, kernels/tuning.json is unchanged")
-  elif chosen:
-    print(
-      f"wrote {len(chosen)} new configurations to {' and '.join(map(str, places))}; commit them as kernels/tuning.json"
-    )
-  else:
-    sys.exit("nothing was timed: kernels/tuning.json is unchanged")
+# ---- the table -----------------------------------------------------------------------------------
 
 
 def write_tables(places: list[pathlib.Path], store: Store, chosen: dict[Key, TuningConfig]):
@@ -237,23 +184,59 @@ def write_tables(places: list[pathlib.Path], store: Store, chosen: dict[Key, Tun
     store: its context says where and with what the configurations were timed.
     chosen: what was found.
   """
-  facts = {
-    k: store.context[k]
-    for k in ("command", "device", "jax", "jaxlib", "ptxas", "driver", "commit", "date")
-  }
+  known = ("command", "device", "jax", "jaxlib", "ptxas", "driver", "commit", "date")
+  facts = {name: store.context[name] for name in known}
+  facts |= {"rehearsal": True} if store.rehearsal else {}
   for place in places:
-    tuning.write(
-      committed() | chosen, facts | ({"rehearsal": True} if store.rehearsal else {}), place
-    )
+    tuning.write(committed() | chosen, facts, place)
 
 
 def committed() -> dict[Key, TuningConfig]:
-  """The table as it is: what this run does not reach stays."""
+  """Returns the table in the checkout: keys that a run does not reach stay as they are."""
   if not tuning.TABLE.exists():
     return {}
   found = json.loads(tuning.TABLE.read_text())["configs"]
   return {Key(**row["key"]): TuningConfig(**row["config"]) for row in found}
 
 
+def command_line() -> argparse.ArgumentParser:
+  """Returns the parser of the command line."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--minutes", type=float, default=10, help="stop by then")
+  parser.add_argument("--static", action="store_true", help="only compile, without a GPU")
+  parser.add_argument("--out", help="folder for the report; default $OUT, else benchmarks/results")
+  parser.add_argument(
+    "--keys", default="", help="only these, as head_dim:block_q:block_kv:direction, by commas"
+  )
+  parser.add_argument("--rehearse", action="store_true", help="one key, tiny; needs --out")
+  return parser
+
+
+def main() -> int:
+  parser = command_line()
+  options = parser.parse_args()
+  rehearse = options.rehearse
+  if rehearse and options.static:
+    parser.error("--rehearse times a stand-in: leave --static out.")
+  open_device(options.static or rehearse)
+  keys = [parse_key(text) for text in options.keys.split(",") if text] or all_keys()
+  command = "python -m benchmarks.gpu.tune" + (" --static" if options.static else "")
+  command += " --rehearse" if rehearse else ""
+  store = open_store(STATIC_REPORT if options.static else "tuning", command, options.out, rehearse)
+  deadline = Deadline(60 * options.minutes)
+  budget = Budget(deadline, _ONCE, _ONCE) if rehearse else Budget(deadline)
+  places = [store.path.with_name(COPY), *([] if rehearse else [tuning.TABLE])]
+  save = functools.partial(write_tables, places, store)
+  chosen = search(keys[:1] if rehearse else keys, store, budget, options.static, save)
+  print(f"report: {store.path}")
+  if options.static:
+    print(f"static: nothing was timed, {tuning.TABLE.name} is unchanged")
+    return 0
+  print(f"{len(chosen)} new configurations; the table: {' and '.join(map(str, places))}")
+  return 0 if chosen else 1
+
+
 if __name__ == "__main__":
-  app.run(main)
+  sys.exit(main())

@@ -1,4 +1,4 @@
-"""What the GPU benchmark's figures rest on: tables, the oracle on sampled rows, chains of calls, device time, peers."""
+"""Tables, sampled oracle, chains of calls, device time: what the GPU benchmark measures with."""
 
 import dataclasses
 import functools
@@ -12,42 +12,41 @@ import pytest
 from freqformer.kernels.block_sparse.api import attention
 
 from benchmarks import timing
-from benchmarks.gpu import launches as gpu_launches
-from benchmarks.gpu import masks as gpu_masks
-from benchmarks.gpu import oracle as gpu_oracle
-from benchmarks.gpu import peers as gpu_peers
+from benchmarks.gpu import cases, launches, masks, oracle, peers, torch_peers
 from benchmarks.gpu import timing as gpu_timing
-from benchmarks.gpu import torch_peers
-from benchmarks.gpu.plan import FULL, SHORT
+from benchmarks.gpu.sizes import FULL, TINY
 from benchmarks.gpu.timing import Call, Effort
 from freqformer.grid.layout import TileLayout
-from tests.kernels.block_sparse.suite import CASES, draw_inputs, draw_mask, oracle
+from tests.kernels.block_sparse import suite
+from tests.kernels.block_sparse.suite import CASES, draw_inputs, draw_mask
 from tools import offline
 
 ONCE = Effort(samples=2, slow_samples=1, chain_s=0.0, turns=1)
+BANDS = cases.BANDS
 
 
-# ---- tables --------------------------------------------------------------------------------------------------------------
+# ---- tables --------------------------------------------------------------------------------------
 
 
 def test_random_lists_are_tables():
-  spec = SHORT.spec("a_64k")
-  mask = gpu_masks.random_lists(spec, 0.3).mask.check()
+  spec = TINY.specs["a_64k"]
+  mask = masks.random_lists(spec, 0.3).mask.check()
   own = np.arange(mask.q_tiles)[None, None, :, None]
-  assert (mask.kv_indices == own).any(-1).all() and not (
-    mask.kv_indices[0, 0] == mask.kv_indices[0, 1]
-  ).all()
-  loose = gpu_masks.random_lists(spec, 0.3, ordered=False).mask.kv_indices
+  assert (mask.kv_indices == own).any(-1).all()
+  assert not (mask.kv_indices[0, 0] == mask.kv_indices[0, 1]).all()
+  loose = masks.random_lists(spec, 0.3, ordered=False).mask.kv_indices
   assert (np.diff(loose, axis=-1) < 0).any()
   np.testing.assert_array_equal(np.sort(loose, -1), mask.kv_indices)
 
 
 def test_pairs_equal_brute_force():
+  specs = TINY.specs
+  window = (TINY.window_tile, cases.WINDOW_EXTENT, cases.WINDOW_REFINE)
   for problem in (
-    gpu_masks.dense(SHORT.spec("d_32k")),
-    gpu_masks.random_lists(SHORT.spec("d_32k"), 0.3),
-    gpu_masks.fused(SHORT.spec("a_64k"), SHORT.bands),
-    gpu_masks.window(SHORT.spec("b_115k"), (3, 4, 4), (3, 3, 3), 3),
+    masks.dense(specs["d_32k"]),
+    masks.random_lists(specs["d_32k"], 0.3),
+    masks.fused(specs["a_64k"], BANDS),
+    masks.window(specs["b_115k"], *window),
   ):
     mask = problem.mask
     valid = np.arange(mask.block_q) < np.asarray(mask.kv_len)[:, None]
@@ -56,9 +55,8 @@ def test_pairs_equal_brute_force():
 
 
 def test_the_window_of_the_gate_has_the_published_density():
-  problem = gpu_masks.window(
-    FULL.spec("b_115k"), FULL.window_tile, FULL.window_extent, FULL.window_refine
-  )
+  window = (FULL.window_tile, cases.WINDOW_EXTENT, cases.WINDOW_REFINE)
+  problem = masks.window(FULL.specs["b_115k"], *window)
   assert (problem.mask.block_q, problem.mask.block_kv) == (128, 128) and problem.rows == 115200
   np.testing.assert_allclose(problem.density, 0.09)
   assert problem.what == "3-D window 18x24x24"
@@ -66,112 +64,107 @@ def test_the_window_of_the_gate_has_the_published_density():
 
 def test_one_launch_and_three_do_the_same_work():
   """Heads of the fused call equal the calls band by band, on the same inputs."""
-  spec, bands = SHORT.spec("a_64k"), SHORT.bands
-  whole, parts = gpu_masks.fused(spec, bands), gpu_masks.separate(spec, bands)
+  spec = TINY.specs["a_64k"]
+  whole = masks.fused(spec, BANDS)
+  parts = masks.separate(spec, BANDS)
   assert whole.pairs == sum(part.pairs for part in parts)
   q, k, v = whole.inputs()
   out = attention(q, k, v, whole.mask)[0]
-  first, coarse = 0, whole.rows - spec.layout.n_buffer
-  for part, band in zip(parts, bands.heads(spec), strict=True):
-    heads, rows = (
-      slice(first, first + band),
-      slice(0, coarse) if first == 0 else slice(coarse, None),
-    )
+  coarse = whole.rows - spec.layout.n_buffer
+  coarse_tiles = coarse // spec.block
+  first = 0
+  for part, band in zip(parts, BANDS.heads(spec), strict=True):
+    low = first == 0
+    heads = slice(first, first + band)
+    rows = slice(0, coarse) if low else slice(coarse, None)
     mask = part.mask
-    if part.what.startswith(
-      "mid"
-    ):  # drawn for all heads in one, for its own in the other: take the fused call's lists
-      ids = (
-        whole.mask.kv_indices[:, heads, coarse // spec.block :, : mask.max_kv]
-        - coarse // spec.block
-      )
+    if part.what.startswith("mid"):
+      # Drawn for all heads in one call, for its own in the other: take the fused call's lists.
+      ids = whole.mask.kv_indices[:, heads, coarse_tiles:, : mask.max_kv] - coarse_tiles
       mask = dataclasses.replace(mask, kv_indices=ids)
     got = attention(*(x[:, rows, heads] for x in (q, k, v)), mask)[0]
-    n = bands.n_coarse(spec) if first == 0 else None
-    np.testing.assert_allclose(
-      np.asarray(out[:, rows, heads], np.float32)[:, :n],
-      np.asarray(got, np.float32)[:, :n],
-      atol=2e-2,
-    )
+    n = BANDS.n_coarse(spec) if low else None
+    found = np.asarray(out[:, rows, heads], np.float32)[:, :n]
+    np.testing.assert_allclose(found, np.asarray(got, np.float32)[:, :n], atol=2e-2)
     first += band
 
 
 def test_separate_calls_run_what_their_tables_say():
-  call = gpu_launches.separate_call(SHORT.spec("a_64k"), SHORT.bands, "xla")
-  first, rest, masks = call.args
-  for got, x, m, q in zip(call(), rest, masks, (first, rest[1][0], rest[2][0]), strict=True):
+  call = launches.separate_call(TINY.specs["a_64k"], BANDS, "xla")
+  q_mid, rest_mid, others = call.args
+  operands = [(q_mid, *rest_mid), *others]
+  for got, (q, k, v, mask) in zip(call(), operands, strict=True):
+    want = attention(q, k, v, mask)[0]
     np.testing.assert_allclose(
-      np.asarray(got[0], np.float32),
-      np.asarray(attention(q, x[-2], x[-1], m)[0], np.float32),
-      atol=2e-2,
+      np.asarray(got[0], np.float32), np.asarray(want, np.float32), atol=2e-2
     )
 
 
-# ---- oracle and timing ---------------------------------------------------------------------------------------------------
+# ---- oracle and timing ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_sampled_rows_equal_the_suite_s_oracle(case):
-  mask, (q, k, v, d_out, d_lse) = draw_mask(case, 0), draw_inputs(case, 0, jnp.float32)
-  want = oracle(q, k, v, mask, d_out, d_lse)
-  d_lse = jnp.asarray(d_lse, jnp.float32)
-  where = gpu_oracle.pick_rows(mask, q.shape, 20)
+  mask = draw_mask(case, 0)
+  q, k, v, d_out, d_lse = draw_inputs(case, 0, jnp.float32)
+  out, lse, dq, dk, dv = suite.oracle(q, k, v, mask, d_out, d_lse)
+  cotangents = (jnp.asarray(d_out), jnp.asarray(d_lse, jnp.float32))
+  where = oracle.pick_rows(mask, q.shape, 20)
   s, h, r = where.T
-  out, lse, dq = gpu_oracle.query_rows((q, k, v), mask, where, (jnp.asarray(d_out), d_lse))
-  found = tuple(jnp.asarray(x, jnp.float32) for x in want[:2])
-  where = gpu_oracle.pick_rows(mask, k.shape, 20, keys=True)
-  ks, kh, kr = where.T
-  dk, dv = gpu_oracle.key_rows((q, k, v), mask, found, (jnp.asarray(d_out), d_lse), where)
-  pairs = [(out, want[0][s, r, h]), (lse, want[1][s, h, r]), (dq, want[2][s, r, h])]
-  for got, exact in [*pairs, (dk, want[3][ks, kr, kh]), (dv, want[4][ks, kr, kh])]:
-    assert gpu_oracle.Error.of(got, exact).relative < 3e-6
+  rows = oracle.query_rows((q, k, v), mask, where, cotangents)
+  pairs = list(zip(rows, (out[s, r, h], lse[s, h, r], dq[s, r, h]), strict=True))
+  found = tuple(jnp.asarray(x, jnp.float32) for x in (out, lse))
+  where = oracle.pick_rows(mask, k.shape, 20, keys=True)
+  s, h, r = where.T
+  rows = oracle.key_rows((q, k, v), mask, found, cotangents, where)
+  for got, exact in [*pairs, *zip(rows, (dk[s, r, h], dv[s, r, h]), strict=True)]:
+    assert oracle.Error.of(got, exact).relative < 3e-6
 
 
-def test_wrong_results_are_called_wrong():
-  case = dataclasses.replace(CASES[1], d=64)
-  mask, (q, k, v, *_) = (
-    draw_mask(case, 0),
-    (jnp.asarray(x) for x in draw_inputs(case, 0, jnp.bfloat16)),
-  )
-  out, lse = attention(q, k, v, mask)
-
-  def check(out, lse):
-    return gpu_oracle.forward_error((q, k, v), mask, (out, lse))["correct"]
-
-  assert check(out, lse)
-  assert not check(out * 1.05, lse)
-  assert not check(out, lse + 0.1)
-  assert not check(out.at[:, case.block_q].set(jnp.nan).at[:, -case.block_q :].set(jnp.nan), lse)
-  assert not check(out, jnp.where(jnp.isneginf(lse), 0.0, lse))
-
-
-def test_wrong_gradients_are_called_wrong():
+@pytest.fixture(scope="module")
+def call():
+  """A call in bfloat16 with its gradients: the inputs, table, results, cotangents and rule."""
   case = dataclasses.replace(CASES[1], d=64)
   mask = draw_mask(case, 0)
-  q, k, v, d_out, d_lse = (jnp.asarray(x) for x in draw_inputs(case, 0, jnp.bfloat16))
-  d_lse = d_lse.astype(jnp.float32)
-  found, pullback = jax.vjp(lambda *a: attention(*a, mask), q, k, v)
+  *qkv, d_out, d_lse = (jnp.asarray(x) for x in draw_inputs(case, 0, jnp.bfloat16))
+  found, rule = jax.vjp(lambda *a: attention(*a, mask), *qkv)
   alive = jnp.isfinite(found[1])
-  cotangents = (
-    jnp.where(alive.transpose(0, 2, 1)[..., None], d_out, 0),
-    jnp.where(alive, d_lse, 0),
-  )
+  d_out = jnp.where(alive.transpose(0, 2, 1)[..., None], d_out, 0)
+  return tuple(qkv), mask, found, (d_out, jnp.where(alive, d_lse.astype(jnp.float32), 0)), rule
 
-  def check(grads):
-    return gpu_oracle.backward_error((q, k, v), mask, found, cotangents, grads)["correct"]
 
-  grads = pullback(cotangents)
-  assert check(grads)
+def test_wrong_results_are_called_wrong(call):
+  qkv, mask, (out, lse), *_ = call
+
+  def correct(out, lse):
+    return oracle.forward_error(qkv, mask, (out, lse))["correct"]
+
+  assert correct(out, lse)
+  assert not correct(out * 1.05, lse)
+  assert not correct(out, lse + 0.1)
+  lost = out.at[:, mask.block_q].set(jnp.nan).at[:, -mask.block_q :].set(jnp.nan)
+  assert not correct(lost, lse)
+  assert not correct(out, jnp.where(jnp.isneginf(lse), 0.0, lse))
+
+
+def test_wrong_gradients_are_called_wrong(call):
+  qkv, mask, found, (d_out, d_lse), rule = call
+
+  def correct(grads):
+    return oracle.backward_error(qkv, mask, found, (d_out, d_lse), grads)["correct"]
+
+  grads = rule((d_out, d_lse))
+  assert correct(grads)
   for i in range(3):
-    assert not check([g * 1.05 if i == j else g for j, g in enumerate(grads)])
-  # What a kernel that drops the LSE's cotangent would give.
-  assert not check(pullback((cotangents[0], jnp.zeros_like(d_lse))))
+    assert not correct([g * 1.05 if i == j else g for j, g in enumerate(grads)])
+  # A kernel that drops the LSE's cotangent would give these.
+  assert not correct(rule((d_out, jnp.zeros_like(d_lse))))
 
 
 def test_a_chain_runs_every_call_on_the_one_before():
-  """x -> x + 1 with its first element replaced by the last result's: after n calls that element is its start plus n."""
+  """x -> x + 1 with its first element replaced by the last result's: it counts the calls."""
   state = (jnp.zeros(3), jnp.zeros(3))
-  x, result = gpu_timing._chained(lambda x: x + 1, 5, state)
+  x, result = gpu_timing.chained(lambda x: x + 1, 5, state)
   np.testing.assert_array_equal(x, [5, 0, 0])
   np.testing.assert_array_equal(result, [5, 1, 1])
 
@@ -183,15 +176,10 @@ def test_measuring_keeps_arguments_and_counts_samples():
   found = gpu_timing.measure({"a": call, "b": call}, effort)
   np.testing.assert_array_equal(x, 1)  # chains give away copies, not the caller's array
   for measured in found.values():
-    assert (
-      measured.wall.row()["calls"] == 2 and "2 samples" in measured.note and measured.device is None
-    )
-  assert (
-    gpu_timing.measure({"a": call}, dataclasses.replace(effort, slow_s=9.0))["a"].wall.row()[
-      "calls"
-    ]
-    == 6
-  )
+    assert measured.wall.row()["calls"] == 2 and measured.device is None
+    assert "2 samples" in measured.note
+  quick = gpu_timing.measure({"a": call}, dataclasses.replace(effort, slow_s=9.0))["a"]
+  assert quick.wall.row()["calls"] == 6
   with pytest.raises(ValueError, match="counts must be"):
     Effort(samples=0)
 
@@ -202,10 +190,12 @@ def _fake_profiler(monkeypatch, kernels):
 
   def measure(f, aggregate, iterations):
     assert not aggregate
-    return lambda *args: (
-      f(*args),
-      kernels() if iterations == 1 else [kernels() for _ in range(iterations)],
-    )
+
+    def run(*args):
+      found = [kernels() for _ in range(iterations)]
+      return f(*args), found[0] if iterations == 1 else found
+
+    return run
 
   monkeypatch.setattr(profiler, "measure", measure)
 
@@ -213,10 +203,11 @@ def _fake_profiler(monkeypatch, kernels):
 @pytest.mark.parametrize("in_flight", [1, 1 << 20])
 def test_device_time_is_the_sum_of_a_call_s_kernels(monkeypatch, in_flight):
   _fake_profiler(monkeypatch, lambda: [("attention", 2.0), ("copy", 0.5), ("copy", 0.25)])
-  monkeypatch.setattr(gpu_timing, "_IN_FLIGHT", in_flight)
-  device, kernels, note = gpu_timing.device_times(Call(jnp.sin, (jnp.ones(8),)), 5)
-  np.testing.assert_allclose(device.times, [2.75e-3] * 5)
-  assert kernels == {"attention": 2.0, "copy": 0.75} and not note
+  monkeypatch.setattr(gpu_timing, "_BYTES_IN_FLIGHT", in_flight)
+  call = Call(jnp.sin, (jnp.ones(8),))
+  measured = gpu_timing.device_times(call, timing.Timing((1.0,)), 5)
+  np.testing.assert_allclose(measured.device.times, [2.75e-3] * 5)
+  assert measured.kernels == pytest.approx({"attention": 2.0, "copy": 0.75}) and not measured.note
 
 
 def test_a_broken_profiler_costs_the_device_time_only(monkeypatch):
@@ -224,8 +215,8 @@ def test_a_broken_profiler_costs_the_device_time_only(monkeypatch):
     raise RuntimeError("no CUPTI here")
 
   _fake_profiler(monkeypatch, broken)
-  effort = dataclasses.replace(ONCE, samples=1)
-  measured = gpu_timing.measure({"a": Call(jnp.sin, (jnp.ones(2),))}, effort, kernels=True)["a"]
+  calls = {"a": Call(jnp.sin, (jnp.ones(2),))}
+  measured = gpu_timing.measure(calls, dataclasses.replace(ONCE, samples=1), kernels=True)["a"]
   row = measured.row()
   assert measured.device is None and "no CUPTI here" in row["timing_note"]
   assert row["clock"] == "wall" and row["seconds"] == row["wall"]["median_s"]
@@ -233,14 +224,15 @@ def test_a_broken_profiler_costs_the_device_time_only(monkeypatch):
 
 def test_a_chain_for_the_device_keeps_the_kernel_in_its_loop():
   """Compiled for an absent H100: XLA neither hoists the kernel out of the loop nor drops it."""
-  spec = dataclasses.replace(FULL.spec("a_16k"), heads=2)
-  problem = gpu_masks.random_lists(spec, 0.1)
+  spec = dataclasses.replace(FULL.specs["a_16k"], heads=2)
+  problem = masks.random_lists(spec, 0.1)
   x = jax.ShapeDtypeStruct((1, problem.rows, 2, 128), jnp.bfloat16)
   results = (x, jax.ShapeDtypeStruct((1, 2, problem.rows), jnp.float32))
-  ours = functools.partial(gpu_launches.attend, implementation="pallas_mgpu")
-  chain = jax.jit(functools.partial(gpu_timing._chained, ours, 4), donate_argnums=0)
+  ours = functools.partial(launches.attend, implementation="pallas_mgpu")
+  chain = jax.jit(functools.partial(gpu_timing.chained, ours, 4), donate_argnums=0)
   compiled = offline.compile_for(lambda *a: chain(*a), (x, results), x, x, problem.mask)
-  computation, holds = None, []
+  computation = None
+  holds = []
   for text in compiled.compiled.as_text().splitlines():
     if text.endswith("{") and not text.startswith(" "):
       computation = text
@@ -249,67 +241,59 @@ def test_a_chain_for_the_device_keeps_the_kernel_in_its_loop():
   assert len(holds) == len(compiled.kernels) == 1 and not holds[0].startswith("ENTRY")
 
 
-# ---- peers ---------------------------------------------------------------------------------------------------------------
+# ---- peers ---------------------------------------------------------------------------------------
 
 
-def _torch_child(monkeypatch, answer):
-  monkeypatch.setattr(gpu_peers.importlib.util, "find_spec", lambda name: name)
-  monkeypatch.setattr(gpu_peers.subprocess, "run", answer)
-
-
-def test_torch_rows_survive_a_child_that_is_cut_short(monkeypatch):
+@pytest.mark.parametrize("late", [False, True])
+def test_torch_rows_survive_a_child_that_is_cut_short(monkeypatch, late):
   lines = 'warning: slow\n{"name": "torch_a", "seconds": 1.0}\n{"name": "torch_b", "error": "x"}\n'
 
-  def done(*_, **__):
+  def answer(*_, **__):
+    if late:
+      raise subprocess.TimeoutExpired("torch", 9, output=lines.encode())
     return subprocess.CompletedProcess([], 0, lines, "")
 
-  _torch_child(monkeypatch, done)
-  assert [row["name"] for row in gpu_peers.torch_rows([], 9)] == ["torch_a", "torch_b"]
+  monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: name)
+  monkeypatch.setattr(peers.subprocess, "run", answer)
+  assert [row["name"] for row in peers.torch_rows([], 9)] == ["torch_a", "torch_b"]
 
-  def late(*_, **__):
-    raise subprocess.TimeoutExpired("torch", 9, output=lines.encode())
 
-  _torch_child(monkeypatch, late)
-  assert len(gpu_peers.torch_rows([], 9)) == 2
-  _torch_child(monkeypatch, lambda *_, **__: subprocess.CompletedProcess([], 1, "", "no GPU"))
+def test_torch_without_rows_says_why(monkeypatch):
+  failed = subprocess.CompletedProcess([], 1, "", "no GPU")
+  monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: name)
+  monkeypatch.setattr(peers.subprocess, "run", lambda *_, **__: failed)
   with pytest.raises(RuntimeError, match="gave no rows: no GPU"):
-    gpu_peers.torch_rows([], 9)
+    peers.torch_rows([], 9)
+  monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(RuntimeError, match="torch is not installed"):
+    peers.torch_rows([], 9)
 
 
 def test_torch_shapes_are_the_named_ones():
   """That script must run without ours, so it repeats them."""
   for name, (n, heads) in torch_peers.SHAPES.items():
-    spec = FULL.spec(name)
-    assert (n, heads, torch_peers.HEAD_DIM, torch_peers.BLOCK) == (
-      spec.n,
-      spec.heads,
-      spec.head_dim,
-      spec.block,
-    )
-  layout = TileLayout.fit(FULL.spec("b_115k").grid, 384, FULL.window_tile)
-  assert torch_peers.WINDOW_TILES[False] == layout.tile_grid
+    spec = FULL.specs[name]
+    assert (n, heads) == (spec.n, spec.heads)
+    assert (torch_peers.HEAD_DIM, torch_peers.BLOCK) == (spec.head_dim, spec.block)
+  layout = TileLayout.fit(FULL.specs["b_115k"].grid, 384, FULL.window_tile)
+  assert torch_peers.WINDOW_TILES == layout.tile_grid
 
 
 def test_torch_rows_count_useful_flops(capsys):
-  torch_peers.emit(
-    "torch_x", {"torch": "2"}, [0.002, 0.001, 0.003], pairs=1000, backward=True, n=64
-  )
+  times = [0.002, 0.001, 0.003]
+  torch_peers.emit("torch_x", {"torch": "2"}, times, pairs=1000, direction="forward_backward", n=64)
   row = json.loads(capsys.readouterr().out)
-  assert (
-    row["seconds"] == 0.002
-    and row["flops"] == 4 * 1000 * 128 * 3.5
-    and row["tflops"] == row["flops"] / 0.002 / 1e12
-  )
+  assert row["seconds"] == 0.002 and row["flops"] == 4 * 1000 * 128 * 3.5
+  assert row["tflops"] == row["flops"] / 0.002 / 1e12 and row["n"] == 64
   torch_peers.guarded("torch_y", {}, lambda: 1 / 0)
   assert "ZeroDivisionError" in json.loads(capsys.readouterr().out)["error"]
 
 
 def test_concurrent_launches_are_asked_for_in_words_that_xla_knows():
   """An unknown flag or value ends a process at its first computation."""
-  code = "import jax; print(float(jax.numpy.ones(1)[0]))"
-  flags = {"XLA_FLAGS": gpu_launches.CONCURRENT, "JAX_PLATFORMS": "cpu"}
-  assert timing.in_child(["-c", code], flags) == "1.0"
+  text = "import jax; print(float(jax.numpy.ones(1)[0]))"
+  flags = {"XLA_FLAGS": launches.CONCURRENT, "JAX_PLATFORMS": "cpu"}
+  assert timing.in_child(["-c", text], flags) == "1.0"
+  flags["XLA_FLAGS"] = launches.CONCURRENT.replace("CONCURRENT", "AT_ONCE")
   with pytest.raises(RuntimeError):
-    timing.in_child(
-      ["-c", code], flags | {"XLA_FLAGS": gpu_launches.CONCURRENT.replace("CONCURRENT", "AT_ONCE")}
-    )
+    timing.in_child(["-c", text], flags)

@@ -1,5 +1,4 @@
-"""The training benchmark on a CPU: whole steps on rendered clips, and honest words about
-attention's share."""
+"""The training benchmark on a CPU: whole steps on rendered clips, and attention's share of them."""
 
 import sys
 import types
@@ -7,16 +6,16 @@ import types
 import numpy as np
 import pytest
 
-from benchmarks.gpu import facts as gpu_facts
-from benchmarks.gpu import train as gpu_train
-from benchmarks.gpu.rows import ROOT, Deadline
+from benchmarks.gpu import facts, train
+from benchmarks.gpu.code import ROOT
+from benchmarks.gpu.device import Deadline
 from freqformer.command.files import read_config
 from freqformer.train.experiment import experiment
 
 
 def _tiny():
   config = read_config(ROOT / "configs" / "ucf101.py")
-  gpu_train.tiny(config)
+  train.tiny(config)
   config.model.depth = 1
   config.model.remat = False
   return experiment(config)
@@ -24,12 +23,12 @@ def _tiny():
 
 def test_steps_are_timed_and_described():
   exp = _tiny()
-  row = gpu_train.measure(exp, steps=2, deadline=Deadline(60))
+  row = train.measure(exp, steps=2, deadline=Deadline(60))
   assert row["steps"] == 2 and row["correct"]
   assert row["steps_per_s"] == pytest.approx(1 / row["seconds"])
   assert row["attention_share_of"] == "modelled FLOPs" and 0 < row["attention_share"] < 1
   assert row["dtype"] == "bfloat16" and row["attention_kernels"] == [] and row["tokens"] == 64
-  batch = gpu_train.rendered_batch(exp)
+  batch = train.rendered_batch(exp)
   assert batch["latent"].shape == (2, *exp.latent_shape) and len(set(batch["label"])) == 2
   np.testing.assert_allclose(batch["latent"].mean((0, 1, 2, 3)), 0, atol=1e-5)
 
@@ -53,17 +52,16 @@ def test_device_time_is_shared_out_by_the_kernels_names():
     types.SimpleNamespace(
       name="Stream #2", events=[event("attention_dkv_1", 4), event("fusion_1", 1)]
     ),
-    types.SimpleNamespace(
-      name="XLA Ops", events=[event("attention_forward_0", 100)]
-    ),  # the same again, by another name
+    # The same again, by another name.
+    types.SimpleNamespace(name="XLA Ops", events=[event("attention_forward_0", 100)]),
   ]
   host = types.SimpleNamespace(name="/host:CPU", lines=streams)
   profile = types.SimpleNamespace(
     planes=[types.SimpleNamespace(name="/device:GPU:0", lines=streams), host]
   )
-  kernels = gpu_train.kernel_times(profile)
+  kernels = train.kernel_times(profile)
   assert kernels == pytest.approx({"attention_forward_0": 2, "fusion_1": 4, "attention_dkv_1": 4})
-  found = gpu_train.attention_share(None, kernels)
+  found = train.attention_share(None, kernels)
   assert found["attention_share"] == pytest.approx(0.6)
   assert found["attention_share_of"] == "device time"
 
@@ -74,11 +72,11 @@ def test_device_time_is_shared_out_by_the_kernels_names():
 def test_missing_tools_are_absent(monkeypatch, tmp_path):
   """A machine without ptxas, driver and nvidia-smi still gets its rows."""
   monkeypatch.setenv("PATH", str(tmp_path))
-  monkeypatch.setattr(gpu_facts, "_DRIVER", tmp_path / "version")
-  gpu_facts.toolchain.cache_clear()
-  found = gpu_facts.toolchain()
-  gpu_facts.toolchain.cache_clear()
-  assert found["ptxas"] == found["driver"] == gpu_facts.device() == "absent"
+  monkeypatch.setattr(facts, "_DRIVER", tmp_path / "version")
+  facts.toolchain.cache_clear()
+  found = facts.toolchain()
+  facts.toolchain.cache_clear()
+  assert found["ptxas"] == found["driver"] == facts.device() == "absent"
 
 
 def test_the_assembler_on_path_and_the_drivers_version_are_read(monkeypatch, tmp_path):
@@ -88,18 +86,18 @@ def test_the_assembler_on_path_and_the_drivers_version_are_read(monkeypatch, tmp
   (tmp_path / "version").write_text(
     "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build\n"
   )
-  monkeypatch.setattr(gpu_facts, "_DRIVER", tmp_path / "version")
-  assert gpu_facts.described_ptxas(str(tool)) == f"{tool} 13.1.80"
-  assert gpu_facts.driver() == "580.159.04"
+  monkeypatch.setattr(facts, "_DRIVER", tmp_path / "version")
+  assert facts.described_ptxas(str(tool)) == f"{tool} 13.1.80"
+  assert facts.driver() == "580.159.04"
   tool.write_text("#!/bin/sh\nexit 1\n")
-  assert gpu_facts.described_ptxas(str(tool)) == f"{tool} of unknown version"
+  assert facts.described_ptxas(str(tool)) == f"{tool} of unknown version"
 
 
 def test_rows_name_no_folder_of_this_machine(monkeypatch):
   """Paths in Python's own prefix or the home folder are shown from there on."""
   monkeypatch.setattr(sys, "prefix", "/somebodys/.venv")
   monkeypatch.setenv("HOME", "/home/somebody")
-  assert gpu_facts.shown("/somebodys/.venv/bin/ptxas") == "bin/ptxas"
-  assert gpu_facts.shown("/home/somebody/cuda/ptxas") == "cuda/ptxas"
-  assert gpu_facts.shown("/usr/local/cuda/bin/ptxas") == "/usr/local/cuda/bin/ptxas"
-  assert gpu_facts.shown("absent") == "absent"
+  assert facts.shown("/somebodys/.venv/bin/ptxas") == "bin/ptxas"
+  assert facts.shown("/home/somebody/cuda/ptxas") == "cuda/ptxas"
+  assert facts.shown("/usr/local/cuda/bin/ptxas") == "/usr/local/cuda/bin/ptxas"
+  assert facts.shown("absent") == "absent"

@@ -1,4 +1,4 @@
-"""The search over kernel configurations: refuses what spills or is wrong, needs a margin, writes only what was timed."""
+"""The search over kernel configurations: what it refuses, what it needs to choose and to write."""
 
 import dataclasses
 import json
@@ -8,13 +8,14 @@ from freqformer.kernels.block_sparse import tuning
 from freqformer.kernels.block_sparse.tuning import Key, TuningConfig
 
 from benchmarks.gpu import tune, tune_trials
-from benchmarks.gpu.rows import Deadline, Store
+from benchmarks.gpu.device import Deadline, open_store
 from benchmarks.gpu.timing import Effort
 from tools import offline
 
 KEY = Key("h100", 64, 64, 128, "forward")
 ONCE = Effort(samples=1, slow_samples=1, chain_s=0.0, turns=1)
 BUDGET = tune_trials.Budget(Deadline(1e9), ONCE, ONCE, finalists=1)
+LATE = dataclasses.replace(BUDGET, deadline=Deadline(0))
 GRID = (4, 8, 16)
 
 
@@ -24,14 +25,12 @@ def _trials(count=3):
 
 @pytest.mark.parametrize("direction", tuning.DIRECTIONS)
 def test_the_default_compiles_without_spilling(direction):
-  """For an H100, here, without one; `python -m benchmarks.gpu.tune --static` does this for every candidate."""
+  """For an absent H100; `python -m benchmarks.gpu.tune --static` does it for every candidate."""
   key = Key("h100", 128, 128, 128, direction)
   trial = tune_trials.compile_candidate(key, tuning.default(key))
   assert not trial.refused and trial.registers > 100
-  assert (
-    abs(tuning.default(key).shared_bytes(key) - trial.shared_bytes) < 4096
-    and trial.shared_bytes <= offline.SHARED_LIMIT
-  )
+  assert abs(tuning.default(key).shared_bytes(key) - trial.shared_bytes) < 4096
+  assert trial.shared_bytes <= offline.SHARED_LIMIT
 
 
 @pytest.mark.parametrize(
@@ -43,15 +42,13 @@ def test_the_default_compiles_without_spilling(direction):
   ],
 )
 def test_candidates_that_spill_or_do_not_fit_are_refused(monkeypatch, resources, reason):
-  other = offline.KernelResources(
-    "attention_dq_0", 9, 99, 99, 9
-  )  # another kernel's report must not count
+  # Another kernel's report must not count.
+  other = offline.KernelResources("attention_dq_0", 9, 99, 99, 9)
   own = offline.KernelResources("attention_forward_1", *resources)
-  monkeypatch.setattr(
-    offline, "compile_for", lambda *_, **__: offline.Compilation(None, (own, other))
-  )
-  assert reason in tune_trials.compile_candidate(KEY, tuning.default(KEY)).refused
-  assert bool(tune_trials.compile_candidate(KEY, tuning.default(KEY)).refused) == bool(reason)
+  found = offline.Compilation(None, (own, other))
+  monkeypatch.setattr(offline, "compile_for", lambda *_, **__: found)
+  refused = tune_trials.compile_candidate(KEY, tuning.default(KEY)).refused
+  assert reason in refused and bool(refused) == bool(reason)
 
 
 def test_a_candidate_that_does_not_compile_is_refused(monkeypatch):
@@ -67,31 +64,29 @@ def test_where_nothing_compiles_ahead_the_device_decides(monkeypatch):
     raise RuntimeError("needs jax-cuda13-plugin")
 
   monkeypatch.setattr(offline, "compile_for", missing)
-  assert [t.refused for t in tune._compiled(KEY, static=False)] == [""] * len(
-    tuning.candidates(KEY)
-  )
+  untried = [tune_trials.Trial(config) for config in tuning.candidates(KEY)]
+  assert tune.compiled(KEY, static=False) == untried
   with pytest.raises(RuntimeError, match="needs jax-cuda13-plugin"):
-    tune._compiled(KEY, static=True)
+    tune.compiled(KEY, static=True)
 
   def refused(key, config):
     return tune_trials.Trial(config, "does not compile: no target")
 
   monkeypatch.setattr(tune, "compile_candidate", refused)
-  assert not any(t.refused for t in tune._compiled(KEY, static=False))
-  assert all(t.refused for t in tune._compiled(KEY, static=True))
+  assert tune.compiled(KEY, static=False) == untried
+  assert all(trial.refused for trial in tune.compiled(KEY, static=True))
 
 
 @pytest.mark.parametrize("direction", tuning.DIRECTIONS)
 def test_right_candidates_are_timed(direction):
   key = dataclasses.replace(KEY, direction=direction)
-  (trial,) = tune_trials.time_candidates(
-    key, [tune_trials.Trial(tuning.default(key))], "reference", BUDGET, GRID
-  )
+  trials = [tune_trials.Trial(tuning.default(key))]
+  (trial,) = tune_trials.time_candidates(key, trials, "reference", BUDGET, GRID)
   assert trial.seconds > 0 and trial.final and 0 <= trial.error < 2**-7 and not trial.refused
 
 
 def test_wrong_and_failing_candidates_are_refused(monkeypatch):
-  """Each candidate is traced under its own configuration, so that one that is wrong is seen to be."""
+  """Each candidate is traced under its own configuration, so that a wrong one is found out."""
   right, wrong, failing = _trials()
   run = tune_trials.run
 
@@ -103,9 +98,8 @@ def test_wrong_and_failing_candidates_are_refused(monkeypatch):
     return (out * 1.1 if config == wrong.config and implementation != "xla" else out), lse
 
   monkeypatch.setattr(tune_trials, "run", by_config)
-  first, second, third = tune_trials.time_candidates(
-    KEY, [right, wrong, failing], "reference", BUDGET, GRID
-  )
+  trials = [right, wrong, failing]
+  first, second, third = tune_trials.time_candidates(KEY, trials, "reference", BUDGET, GRID)
   assert first.seconds and not first.refused
   assert "wrong: relative error" in second.refused and second.seconds is None
   assert "launch failed" in third.refused
@@ -113,48 +107,38 @@ def test_wrong_and_failing_candidates_are_refused(monkeypatch):
 
 
 def test_a_late_search_stops():
-  late = dataclasses.replace(BUDGET, deadline=Deadline(0))
-  (trial,) = tune_trials.time_candidates(KEY, _trials(1), "reference", late, GRID)
+  (trial,) = tune_trials.time_candidates(KEY, _trials(1), "reference", LATE, GRID)
   assert trial.refused == "not reached in time" and tune_trials.choose(KEY, [trial]) is None
 
 
 def test_noise_does_not_replace_the_default():
   default, other = tuning.candidates(KEY)[:2]
 
-  def pick(fast):
-    return tune_trials.choose(
-      KEY,
-      [
-        tune_trials.Trial(default, seconds=1.0, final=True),
-        tune_trials.Trial(other, seconds=fast, final=True),
-      ],
-    )
+  def pick(seconds):
+    first = tune_trials.Trial(default, seconds=1.0, final=True)
+    second = tune_trials.Trial(other, seconds=seconds, final=True)
+    return tune_trials.choose(KEY, [first, second])
 
   assert pick(0.995) == default and pick(0.98) == other and pick(1.2) == default
-  assert (
-    tune_trials.choose(KEY, [tune_trials.Trial(other, seconds=0.5)]) is None
-  )  # timed briefly only
+  briefly = tune_trials.Trial(other, seconds=0.5)
+  assert tune_trials.choose(KEY, [briefly]) is None
 
 
 def test_a_static_search_reports_and_writes_no_table(monkeypatch, tmp_path, capsys):
   def fits(key, config):
-    return tune_trials.Trial(
-      config, "" if config == tuning.default(key) else "spills 4 bytes per thread", 168, 1
-    )
+    refused = "" if config == tuning.default(key) else "spills 4 bytes per thread"
+    return tune_trials.Trial(config, refused, 168, 1)
 
   monkeypatch.setattr(tune, "compile_candidate", fits)
-  monkeypatch.setattr(tune, "_known_trials", lambda key: [])
+  monkeypatch.setattr(tune, "known_trials", lambda key: [])
   monkeypatch.setattr(tuning, "write", None)
-  store = Store.open(tmp_path, "tuning_static", "command")
+  store = open_store("tuning_static", "command", tmp_path)
   assert tune.search([KEY], store, BUDGET, static=True) == {}
   (row,) = json.loads(store.path.read_text())
-  assert (
-    row["static"] and row["chosen"] is None and len(row["trials"]) == len(tuning.candidates(KEY))
-  )
+  assert row["static"] and row["chosen"] is None
+  assert len(row["trials"]) == len(tuning.candidates(KEY))
   assert f"1 of {len(row['trials'])} candidates fit" in capsys.readouterr().out
-  assert (
-    tune.search([KEY], store, dataclasses.replace(BUDGET, deadline=Deadline(0)), static=True) == {}
-  )
+  assert tune.search([KEY], store, LATE, static=True) == {}
 
 
 def test_a_static_report_of_the_same_kernels_saves_compiling(monkeypatch, tmp_path):
@@ -165,9 +149,9 @@ def test_a_static_report_of_the_same_kernels_saves_compiling(monkeypatch, tmp_pa
     "trials": [t.row() for t in _trials()],
   }
   tune.rows.merge_rows(tmp_path / "tuning_static.json", [row])
-  assert tune._known_trials(KEY) == _trials()
+  assert tune.known_trials(KEY) == _trials()
   tune.rows.merge_rows(tmp_path / "tuning_static.json", [row | {"kernels": "older"}])
-  assert tune._known_trials(KEY) == []
+  assert tune.known_trials(KEY) == []
 
 
 def test_a_written_table_is_what_the_kernels_look_up(monkeypatch, tmp_path):
@@ -181,10 +165,10 @@ def test_a_written_table_is_what_the_kernels_look_up(monkeypatch, tmp_path):
 
 
 def test_the_table_comes_back_with_the_report(monkeypatch, tmp_path):
-  """After each key, so that a search that is killed keeps what it had; a rented machine returns its output folder only."""
+  """After each key: a search that is killed keeps its choices, and only --out is returned."""
   monkeypatch.setattr(tuning, "TABLE", tmp_path / "checkout.json")
   tuning.table.cache_clear()
-  store = Store.open(tmp_path, "tuning", "command", rehearsal=True)
+  store = open_store("tuning", "command", tmp_path, rehearse=True)
   places = [tmp_path / tune.COPY]
 
   def save(chosen):
@@ -193,7 +177,7 @@ def test_the_table_comes_back_with_the_report(monkeypatch, tmp_path):
   keys = [KEY, dataclasses.replace(KEY, direction="dq")]
   monkeypatch.setattr(tune, "time_candidates", lambda key, trials, *_: _killed_at_dq(key, trials))
   with pytest.raises(KeyboardInterrupt):
-    tune.search(keys, store, BUDGET, static=False, rehearse=True, save=save)
+    tune.search(keys, store, BUDGET, save=save)
   written = json.loads((tmp_path / tune.COPY).read_text())
   assert [row["key"]["direction"] for row in written["configs"]] == ["forward"]
   assert written["facts"]["ptxas"] and written["facts"]["rehearsal"] and not tuning.TABLE.exists()
@@ -207,16 +191,13 @@ def _killed_at_dq(key, trials):
 
 
 def test_keys_not_reached_are_named(tmp_path, capsys):
-  store = Store.open(tmp_path, "tuning", "command")
-  assert (
-    tune.search([KEY], store, dataclasses.replace(BUDGET, deadline=Deadline(0)), static=False) == {}
-  )
+  assert tune.search([KEY], open_store("tuning", "command", tmp_path), LATE) == {}
   assert "unreached tune: d=64 64x128 forward" in capsys.readouterr().out
 
 
 def test_keys():
-  keys = tune.all_keys("h100")
+  keys = tune.all_keys()
   assert len(set(keys)) == 24 and keys[0] == Key("h100", 128, 128, 128, "forward")
-  assert tune.parse_key("64:64:128:forward", "h100") == KEY
+  assert tune.parse_key("64:64:128:forward") == KEY
   with pytest.raises(ValueError, match="head_dim:block_q:block_kv:direction"):
-    tune.parse_key("128", "h100")
+    tune.parse_key("128")

@@ -1,0 +1,168 @@
+"""The GPU benchmark's plan: every row that is measured, by name and in order of value."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from benchmarks.gpu import masks, ops, peers
+from benchmarks.gpu.bench import Bench, Form
+from benchmarks.gpu.masks import Composition
+from benchmarks.gpu.sizes import Sizes
+from benchmarks.gpu.slot_steps import GUARDS
+
+BANDS = Composition()
+# As many keys for a mid head as its window has, whatever the number of tokens.
+FIXED_BUDGET = Composition(mid_density=0.0)
+# Tiles of the 3-D window, and kernel tiles in one of them.
+WINDOW_EXTENT = (3, 3, 3)
+WINDOW_REFINE = 3
+# Parts that are measured only if they are named: they answer one question and need no repeating.
+ON_REQUEST = ("forms",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One row to measure.
+
+  Attributes:
+    name: of the row.
+    part: a key of `GUARDS`, which `--parts` chooses by.
+    measure: returns the row's fields.
+  """
+
+  name: str
+  part: str
+  measure: Callable[[Bench], dict]
+
+  @property
+  def seconds(self) -> float:
+    """A guess at the longest that it takes: nothing is begun that would end after the deadline."""
+    return GUARDS[self.part]
+
+
+def _of(method: Callable, *args, **kwargs) -> Callable[[Bench], dict]:
+  """Returns a measurement by a method of `Bench`, or by a function of one."""
+  return lambda bench: method(bench, *args, **kwargs)
+
+
+def _forward(make: Callable, *args, **kwargs) -> Callable[[Bench], dict]:
+  """Returns the measurement of a forward pass; the problem is made only when it is its turn."""
+  return lambda bench: bench.forward(make(*args, **kwargs))
+
+
+def _backward(make: Callable, *args, **kwargs) -> Callable[[Bench], dict]:
+  """Returns the measurement of a backward pass."""
+  return lambda bench: bench.backward(make(*args, **kwargs))
+
+
+def cases(sizes: Sizes) -> list[Case]:
+  """Returns every row, in order of value; the names are the same at all sizes."""
+  found: list[Case] = []
+  spec = sizes.specs
+  shrink = sizes.shrink
+
+  def add(part: str, name: str, measure: Callable[[Bench], dict]):
+    found.append(Case(name, part, measure))
+
+  def add_lists(part: str, shape: str, density: float, ordered: bool = True):
+    """Random lists of square tiles."""
+    name = f"lists_d{round(100 * density):02d}{'' if ordered else '_unsorted'}/{shape}"
+    add(part, name, _forward(masks.random_lists, spec[shape], density, ordered=ordered))
+
+  def add_fused(shape: str):
+    """All bands of FreqFormer in one call, mid at 5 %."""
+    add("freqformer", f"freqformer/{shape}", _forward(masks.fused, spec[shape], BANDS))
+
+  def add_launches(shape: str, concurrent: bool):
+    measure = _of(Bench.launches, spec[shape], BANDS, concurrent)
+    add("launches", f"fused_over_separate/{shape}", measure)
+
+  # The rates that nothing on this device beats.
+  add("ceilings", "ceiling/matmul", _of(ops.matmul))
+  add("ceilings", "ceiling/copy", _of(ops.copy))
+
+  # The same kernel without lists, in turns with cuDNN: the unit of "retained".
+  for shape in ("a_64k", "a_16k", "a_128k"):
+    add("dense_mode", f"dense/{shape}", _of(Bench.dense_mode, spec[shape]))
+
+  of_value = (("a_128k", 0.1), ("a_512k", 0.05), ("a_64k", 0.1), ("a_64k", 0.05))
+  for shape, density in (*of_value, ("a_128k", 0.05), ("a_512k", 0.1)):
+    add_lists("lists", shape, density)
+  add_lists("list_variants", "a_128k", 0.1, ordered=False)
+  add_lists("list_variants", "a_512k", 0.05, ordered=False)
+  for block_q, block_kv in ((64, 64), (128, 64), (64, 128)):
+    tiles = (block_q // shrink, block_kv // shrink)
+    measure = _forward(masks.rectangular, spec["a_128k"], *tiles, 0.1)
+    add("list_variants", f"lists_d10_{block_q}x{block_kv}/a_128k", measure)
+
+  # The smallest shape, where one launch gains most; the others come later.
+  add_launches("a_64k", concurrent=True)
+
+  for shape, density in (("a_64k", 0.1), ("a_128k", 0.1), ("a_128k", 0.05)):
+    name = f"backward_lists_d{round(100 * density):02d}/{shape}"
+    add("backward", name, _backward(masks.random_lists, spec[shape], density))
+  for shape in ("a_16k", "a_64k"):
+    add("backward", f"backward_dense/{shape}", _backward(masks.dense, spec[shape]))
+
+  # The setting of STA: 18x24x24 tokens around each tile of a 30x48x80 grid, 24 heads.
+  window = (spec["b_115k"], sizes.window_tile, WINDOW_EXTENT, WINDOW_REFINE)
+  add("window", "window/b_115k", _forward(masks.window, *window))
+
+  for shape in ("a_128k", "a_64k", "a_1m"):
+    add_fused(shape)
+  for shape in ("a_1m", "a_128k", "a_64k"):
+    add("freqformer", f"fixed4k/{shape}", _forward(masks.fused, spec[shape], FIXED_BUDGET))
+  for shape in ("a_256k", "c_64k", "d_75k"):
+    add_fused(shape)
+
+  # The other kernels of a layer.
+  add("around", "around/a_128k", _of(ops.around, spec["a_128k"], BANDS))
+  add("linear", "linear/a_128k", _of(ops.linear, spec["a_128k"]))
+  add("search", "search/a_128k", _of(ops.search, spec["a_128k"]))
+
+  add_launches("a_128k", concurrent=True)
+  add_launches("a_1m", concurrent=False)
+
+  # PyTorch's and tokamax' kernels.
+  add("torch", "torch_rows", _of(Bench.torch))
+  if peers.tokamax() is not None:
+    for shape in ("a_64k", "a_16k", "a_128k"):
+      add("tokamax", f"tokamax/{shape}", _of(Bench.tokamax, spec[shape]))
+
+  # FreqFormer's backward, a fixed budget of random keys, other head counts, ragged grids, and
+  # densities that complete the plot.
+  add("rest", "backward_freqformer/a_128k", _backward(masks.fused, spec["a_128k"], BANDS))
+  keys = 32 * spec["a_1m"].block  # as many as the window of `BANDS` has
+  add("rest", "lists_4k/a_1m", _forward(masks.random_lists, spec["a_1m"], keys=keys))
+  for shape in ("d_75k", "d_32k", "c_64k"):
+    add_lists("rest", shape, 0.1)
+  for density in (0.02, 0.2, 0.4):
+    add_lists("rest", "a_64k", density)
+  for density in (0.05, 0.1):
+    add_lists("rest", "a_256k", density)
+
+  # The forward as it is configured and otherwise, in turns: the worth of a choice.
+  one_by_one = "scores_ahead=False"
+  alone = "tiles_per_block=1, compute_registers=0, memory_registers=0"
+  for name, shape, form in (
+    ("by_lane_dense", "a_64k", Form("by_lane=True")),
+    ("stage_by_stage_dense", "a_64k", Form(one_by_one)),
+    ("stage_by_stage_d05", "a_64k", Form(one_by_one, 0.05)),
+    ("one_tile_d10_64x64", "a_128k", Form(alone, 0.1, 64 // shrink)),
+  ):
+    add("forms", f"form_{name}/{shape}", _of(Bench.form, spec[shape], form))
+  return found
+
+
+def chosen(sizes: Sizes, parts: Sequence[str] = ()) -> list[Case]:
+  """Returns the cases of some parts, in the order asked for; no parts: all but `ON_REQUEST`.
+
+  Raises:
+    ValueError: for a name that no part has.
+  """
+  found = cases(sizes)
+  known = list(dict.fromkeys(case.part for case in found))
+  if unknown := [part for part in parts if part not in known]:
+    raise ValueError(f"--parts has no {', '.join(unknown)}; parts are {', '.join(known)}.")
+  if not parts:
+    return [case for case in found if case.part not in ON_REQUEST]
+  return [case for part in parts for case in found if case.part == part]
