@@ -14,12 +14,11 @@ from freqformer.model.dit import VideoDiT, make_tables
 from freqformer.train.step import (
   SkippedSteps,
   TrainConfig,
-  evaluate,
   init_state,
   learning_rate,
-  make_eval_step,
   make_train_step,
 )
+from freqformer.train.validation import evaluate, make_eval_step
 
 # One worker: what the file prepares or compiles is then made once.
 pytestmark = pytest.mark.xdist_group("training")
