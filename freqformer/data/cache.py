@@ -27,9 +27,8 @@ from tqdm import tqdm
 from freqformer.config import ConfigError, build
 from freqformer.data.clips import list_clips
 from freqformer.data.codec import CodecConfig, LatentStatistics, StatisticsAccumulator, make_codec
-from freqformer.data.decode import BrokenClip
 from freqformer.data.encode import encode_all
-from freqformer.data.protocol import Clip, DataConfig, Listing
+from freqformer.data.protocol import BrokenClip, Clip, DataConfig, Listing
 from freqformer.data.records import Record, ShardWriter, is_disk_full
 from freqformer.versions import versions
 

@@ -7,29 +7,12 @@ import av
 import numpy as np
 from PIL import Image
 
-from freqformer.data.protocol import Clip, DataConfig, TooShort, View, draw_view
+from freqformer.data.protocol import BrokenClip, Clip, DataConfig, View, draw_view
 
 # Frames: a later start seeks to a key frame, where the file's timestamps allow it; an earlier one
 # is reached as fast by decoding through.
 SEEK_AFTER = 300
 _ATTEMPTS = 3  # to find a number of frames that decodes
-
-
-class BrokenClip(Exception):
-  """A clip that cannot be used.
-
-  Attributes:
-    name: of the clip.
-    reason: why not.
-  """
-
-  def __init__(self, name: str, reason: str):
-    super().__init__(f"{name}: {reason}")
-    self.name = name
-    self.reason = reason
-
-  def __reduce__(self):
-    return BrokenClip, (self.name, self.reason)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +43,9 @@ def decode_clip(config: DataConfig, split: str, clip: Clip) -> tuple[np.ndarray,
   with VideoFile(clip.path, clip.key) as video:
     # Views are drawn again when fewer frames decode than the container promised.
     for _ in range(_ATTEMPTS):
-      try:
-        views = [
-          draw_view(config, split, clip.key, i, video.length, video.size) for i in range(count)
-        ]
-      except TooShort as error:
-        raise BrokenClip(clip.key, str(error)) from error
+      views = [
+        draw_view(config, split, clip.key, i, video.length, video.size) for i in range(count)
+      ]
       chosen = [view.indices(config.frames, video.length) for view in views]
       wanted = sorted({index for indices in chosen for index in indices})
       found = video.read(wanted)
@@ -92,29 +72,21 @@ class VideoFile:
   """
 
   def __init__(self, path: str | pathlib.Path, name: str | None = None):
-    """Opens the file and counts its frames.
-
-    Args:
-      path: of the file.
-      name: for messages; default the path.
-
-    Raises:
-      BrokenClip: it is no video.
-    """
+    """Opens the file and counts its frames; raises BrokenClip if it is no video."""
     self.name = name or str(path)
     self._path = str(path)
-    self._rotation = 0  # quarter turns
+    self._rotation = None  # quarter turns, once a frame has told them
     self._container = self._open()
     try:
       stream = self._container.streams.video[0]
       packets = [packet.pts for packet in self._container.demux(stream) if packet.size]
       self.length = len(packets)
-      self.size = (stream.codec_context.height, stream.codec_context.width)
-      if not self.length or not all(self.size):
+      if not packets:
         raise BrokenClip(self.name, "it holds no video frame")
       seekable = None not in packets and len(set(packets)) == self.length
       self._times = sorted(packets) if seekable else None
-      self._probe()
+      (first,) = self.read([0])
+      self.size = first.shape[:2]
     except BaseException as error:
       self._container.close()
       if isinstance(error, av.FFmpegError | IndexError):
@@ -156,9 +128,9 @@ class VideoFile:
         raise BrokenClip(self.name, f"no frame can be decoded ({_reason(error)})") from error
     if wanted <= found.keys():
       return [found[i] for i in indices]
+    if not seek and not count:
+      raise BrokenClip(self.name, "no frame can be decoded")
     if not seek:
-      if not count:
-        raise BrokenClip(self.name, "no frame can be decoded")
       self.length = count
     return None
 
@@ -185,19 +157,10 @@ class VideoFile:
     except (av.FFmpegError, OSError) as error:
       raise BrokenClip(self.name, f"it cannot be opened as a video ({_reason(error)})") from error
 
-  def _probe(self):
-    """Reads the true size and rotation off the first frame that decodes."""
-    try:
-      frame = next((frame for _, frame in self._decode(None)), None)
-    except av.FFmpegError as error:
-      raise BrokenClip(self.name, f"no frame can be decoded ({_reason(error)})") from error
-    if frame is None:
-      raise BrokenClip(self.name, "no frame can be decoded")
-    self._rotation = round(frame.rotation / 90) % 4
-    self.size = (frame.width, frame.height) if self._rotation % 2 else (frame.height, frame.width)
-
   def _upright(self, frame) -> np.ndarray:
     """Returns RGB as displayed: phones store the turn as metadata."""
+    if self._rotation is None:
+      self._rotation = round(frame.rotation / 90) % 4
     return np.rot90(frame.to_ndarray(format="rgb24"), self._rotation)
 
 

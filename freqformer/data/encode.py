@@ -14,8 +14,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from freqformer.data.codec import Codec, reconstruction_psnr
-from freqformer.data.decode import BrokenClip, Source, decode_clip
-from freqformer.data.protocol import Clip, DataConfig
+from freqformer.data.decode import Source, decode_clip
+from freqformer.data.protocol import BrokenClip, Clip, DataConfig
 
 MEASURED = 32  # clips per split whose reconstruction is measured, spread over the list
 

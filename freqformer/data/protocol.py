@@ -144,8 +144,16 @@ class View:
     return [min(self.start + i * self.stride, length - 1) for i in range(frames)]
 
 
-class TooShort(ValueError):
-  """A clip that `DataConfig.short` leaves out; the message says why."""
+class BrokenClip(Exception):
+  """A clip that cannot be used, with its name and the reason."""
+
+  def __init__(self, name: str, reason: str):
+    super().__init__(f"{name}: {reason}")
+    self.name = name
+    self.reason = reason
+
+  def __reduce__(self):
+    return BrokenClip, (self.name, self.reason)
 
 
 def draw_view(
@@ -156,15 +164,15 @@ def draw_view(
   Args:
     config: of the data.
     split: "train" or "val".
-    key: of the clip.
+    key: name of the clip.
     index: number of the view.
     length: frames of the clip, as decoded.
     size: (rows, cols) of its frames.
 
   Raises:
-    TooShort: the clip cannot give `config.frames` frames under `config.short`.
+    BrokenClip: it cannot give `config.frames` frames under `config.short`.
   """
-  stride = _stride(config, length)
+  stride = _stride(config, key, length)
   slack = max(length - 1 - (config.frames - 1) * stride, 0)
   train = split == "train"
   when, y, x, _ = uniforms(f"{config.seed}|{key}|{index}")
@@ -180,19 +188,21 @@ def draw_view(
   return View(start, stride, _box(config.resolution, size, y, x), mirrored)
 
 
-def _stride(config: DataConfig, length: int) -> int:
+def _stride(config: DataConfig, key: str, length: int) -> int:
   needed = (config.frames - 1) * config.stride + 1
   if length >= needed or config.short == "pad":
     return config.stride
   if config.short == "skip":
-    raise TooShort(
+    raise BrokenClip(
+      key,
       f"it has {length} frames, {needed} are needed at stride {config.stride}, and data.short is "
-      "'skip'"
+      "'skip'",
     )
   if length < config.frames:
-    raise TooShort(
-      f"it has {length} frames, {config.frames} are needed even at stride 1; data.short='pad' would "
-      "keep it"
+    raise BrokenClip(
+      key,
+      f"it has {length} frames, {config.frames} are needed even at stride 1; data.short='pad' "
+      "would keep it",
     )
   return (length - 1) // (config.frames - 1)
 
