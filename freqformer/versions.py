@@ -18,7 +18,7 @@ def versions(names: Iterable[str]) -> dict[str, str]:
 
 
 def git_revision() -> str:
-  """Returns the commit of this code, with "+" if files changed since; "unknown" outside a checkout."""
+  """Returns the commit of this code, "+" added if files changed; "unknown" outside a checkout."""
   root = pathlib.Path(__file__).parents[1]
 
   def git(*arguments: str) -> subprocess.CompletedProcess:

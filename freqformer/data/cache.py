@@ -71,12 +71,8 @@ class LatentCache:
   def open(cls, path: str | os.PathLike, expect: str | None = None) -> "LatentCache":
     """Opens a complete cache.
 
-    Args:
-      path: its folder.
-      expect: hash of the protocol that it must have been made with.
-
     Raises:
-      CacheError: it is not there, not complete, or made with another protocol.
+      CacheError: it is not there, not complete, or made with another protocol than `expect`.
     """
     path = pathlib.Path(path)
     try:
@@ -125,19 +121,13 @@ class LatentCache:
     """Decodes normalised latents `[b, t, y, x, c]` to uint8 video `[b, frames, rows, cols, 3]`."""
     return self.codec.decode(self.statistics.denormalise(latents), self.video_shape)
 
-  def __repr__(self):
-    return (
-      f"LatentCache({str(self.path)!r}, {len(self)} records {self.latent_shape}, "
-      f"{len(self.class_names)} classes)"
-    )
-
 
 def cache_path(config: DataConfig, split: str) -> pathlib.Path:
   """Returns the folder of a split's cache, whether it is there or not."""
   return pathlib.Path(config.cache) / f"{config.source}-{split}-{config.protocol_hash[:12]}"
 
 
-def prepare(config: DataConfig, split: str, progress: bool = True) -> LatentCache:
+def prepare(config: DataConfig, split: str) -> LatentCache:
   """Returns the cache of a split ("train" or "val"), encoded first if it is not there yet.
 
   "val" is normalised with the statistics of "train", which is prepared first. A cache whose videos
@@ -154,10 +144,10 @@ def prepare(config: DataConfig, split: str, progress: bool = True) -> LatentCach
     if split != "train":
       _check_statistics(cache, cache_path(config, "train"))
     return cache
-  statistics = None if split == "train" else prepare(config, "train", progress).statistics
+  statistics = None if split == "train" else prepare(config, "train").statistics
   listing = list_clips(config, split)
   with _whole_folder(path, _bytes_needed(config, split, len(listing.clips))) as folder:
-    manifest = _encode_into(folder, config, split, listing, statistics, progress)
+    manifest = _encode_into(folder, config, split, listing, statistics)
     (folder / "manifest.json").write_text(json.dumps(manifest))
   return LatentCache.open(path, config.protocol_hash)
 
@@ -171,17 +161,11 @@ def _encode_into(
   split: str,
   listing: Listing,
   statistics: LatentStatistics | None,
-  progress: bool,
 ) -> dict:
   """Writes the shards and returns the manifest.
 
   Args:
-    folder: to write to.
-    config: of the data.
-    split: "train" or "val".
-    listing: of the split.
     statistics: to store, or None to compute them from what is encoded.
-    progress: show a bar.
 
   Raises:
     ConfigError: no clip is usable.
@@ -196,7 +180,7 @@ def _encode_into(
     for key, reason in listing.missing.items()
   ]
   encoded = contextlib.closing(encode_all(config, codec, split, listing.clips))
-  bar = tqdm(total=len(listing.clips), desc=f"encoding {split}", unit="clip", disable=not progress)
+  bar = tqdm(total=len(listing.clips), desc=f"encoding {split}", unit="clip")
   with bar, encoded as results:
     for clip, result in results:
       bar.update()
@@ -256,12 +240,8 @@ def _report(skipped: list[dict], used: int, config: DataConfig, split: str) -> N
 def _whole_folder(path: pathlib.Path, needed: int) -> Iterator[pathlib.Path]:
   """Yields a folder that becomes `path` when the block ends without an error, or else vanishes.
 
-  Args:
-    path: of the complete folder.
-    needed: bytes that will be written.
-
   Raises:
-    CacheError: the folder cannot be written, or the disk is full.
+    CacheError: the folder cannot be written, or the disk has less than the `needed` bytes.
   """
   partial = path.with_name(f"{_partial_prefix(path.name)}{os.getpid()}.partial")
   free = None
@@ -306,10 +286,8 @@ def _remove_dead(parent: pathlib.Path) -> None:
 def _alive(pid: int) -> bool:
   try:
     os.kill(pid, 0)
-  except ProcessLookupError:
-    return False
-  except PermissionError:
-    return True
+  except OSError as error:
+    return isinstance(error, PermissionError)
   return True
 
 

@@ -132,16 +132,9 @@ def _class_folders(folder: pathlib.Path):
 
 
 def _find(root: pathlib.Path, name: str, complete, what: str) -> pathlib.Path:
-  """Returns the one complete folder called `name`: in root, root itself, beside it, or one level down.
+  """Returns the one folder called `name` that is complete, which is to hold `what`.
 
-  Args:
-    root: of the data set.
-    name: of the folder.
-    complete: says whether a folder is complete.
-    what: a complete folder holds, for messages.
-
-  Raises:
-    ConfigError: there is none, or more than one.
+  It may be in root, root itself, beside it, or one level further down.
   """
   places = [root / name, root / name / name, *sorted(root.glob(f"*/{name}"))]
   if root.name in (VIDEOS, LISTS):

@@ -1,4 +1,4 @@
-"""Rectified flow (arXiv 2209.03003): `x_t = (1 - t) x_0 + t eps`, velocity `eps - x_0`; t = 1 is noise."""
+"""Rectified flow (arXiv 2209.03003): `x_t = (1 - t) x_0 + t eps`, velocity `eps - x_0`."""
 
 import jax
 import jax.numpy as jnp

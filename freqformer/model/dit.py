@@ -1,4 +1,4 @@
-"""`VideoDiT`: a diffusion transformer for video latents (DiT, arXiv 2212.09748), with any attention.
+"""`VideoDiT`: a diffusion transformer (DiT, arXiv 2212.09748) for video latents, any attention.
 
 adaLN-Zero, QK-norm, 3-D rotary, class conditioning with a null class. Tokens are put in tile order
 once, at patchify. Runs of layers with one method are one scan over stacked parameters.
@@ -23,6 +23,7 @@ from freqformer.model.config import DTYPES, ModelConfig
 # the rest is computed again.
 KEPT = (*CHECKPOINT_NAMES, "routing", "tables")
 TIME_RANGE = 1000  # DiT's features were made for t in 0..1000
+TIME_FREQUENCIES = 128
 _ZEROS = nnx.initializers.zeros_init()
 _XAVIER = nnx.initializers.xavier_uniform()
 
@@ -35,14 +36,14 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
 class TimestepEmbedder(nnx.Module):
   """Sinusoidal features of t in [0, 1] and a two-layer MLP: `[b] -> [b, width]`."""
 
-  def __init__(self, width: int, rngs: nnx.Rngs, frequencies: int = 128):
-    self.frequencies = frequencies
-    self.first = nnx.Linear(2 * frequencies, width, rngs=rngs)
+  def __init__(self, width: int, rngs: nnx.Rngs):
+    self.first = nnx.Linear(2 * TIME_FREQUENCIES, width, rngs=rngs)
     self.second = nnx.Linear(width, width, rngs=rngs)
 
   def __call__(self, time: jax.Array) -> jax.Array:
-    place = jnp.arange(self.frequencies, dtype=jnp.float32) / self.frequencies
-    angles = time.astype(jnp.float32)[:, None] * (TIME_RANGE * jnp.exp(-math.log(10_000) * place))
+    place = jnp.arange(TIME_FREQUENCIES, dtype=jnp.float32) / TIME_FREQUENCIES
+    rates = TIME_RANGE * jnp.exp(-math.log(10_000) * place)
+    angles = time.astype(jnp.float32)[:, None] * rates
     features = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
     return self.second(nnx.silu(self.first(features)))
 

@@ -1,4 +1,4 @@
-"""Records of a run: `metrics.jsonl` (one JSON object a line), `run.json`, `config.json` and `routing.json`."""
+"""Records of a run: `metrics.jsonl` (rows), `run.json`, `config.json` and `routing.json`."""
 
 import json
 import pathlib

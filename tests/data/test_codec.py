@@ -1,4 +1,4 @@
-"""The block DCT loses nothing when all channels are kept, and statistics normalise what they were taken from."""
+"""The block DCT loses nothing with all channels; statistics normalise what they were taken from."""
 
 import json
 
@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 
 from freqformer.config import ConfigError, build
-from freqformer.data.codec import CodecConfig, LatentStatistics, StatisticsAccumulator
-from freqformer.data.codec import dct_order, make_codec, reconstruction_psnr
+from freqformer.data.codec import (
+  CodecConfig,
+  LatentStatistics,
+  StatisticsAccumulator,
+  dct_order,
+  make_codec,
+  reconstruction_psnr,
+)
 from tests.data.helpers import moving_square
 from tests.kernels.block_sparse.suite import relative_error
 
