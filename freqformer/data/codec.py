@@ -1,4 +1,4 @@
-"""From pixels to latents and back, behind one small interface; the built-in codec needs no weights.
+"""From pixels to latents and back, by a codec that needs no weights.
 
 `dct` is an orthonormal 3-D block DCT in an orthonormal luma/opponent colour space that keeps the
 lowest coefficients of each block. It is a codec for demos, tests and method comparisons, not a
@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Protocol
 
 import numpy as np
 
@@ -53,45 +52,26 @@ class CodecConfig:
       )
 
 
-class Codec(Protocol):
-  """The interface that data and sampling use: NumPy in, NumPy out; thread-safe.
-
-  Attributes:
-    config: the `CodecConfig` it was made from.
-    version: an integer that rises when the same config gives other latents; part of a cache's hash.
-  """
-
-  config: CodecConfig
-  version: int
-
-  def latent_shape(self, frames: int, rows: int, cols: int) -> tuple[int, int, int, int]:
-    """Returns (t, y, x, c) of the latents of such a video."""
-
-  def encode(self, video: np.ndarray) -> np.ndarray:
-    """Encodes uint8 `[b, t, y, x, 3]` to un-normalised float32 `[b, t', y', x', c]`."""
-
-  def decode(self, latents: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """Decodes un-normalised latents to uint8 `[b, *shape, 3]`, shape = (frames, rows, cols)."""
-
-
 class DctCodec:
-  """Block DCT of every `factor` box of pixels in [-1, 1].
+  """Block DCT of every `factor` box of pixels in [-1, 1]. NumPy in, NumPy out; thread-safe.
 
   Sizes that are no multiple of the factor are padded by repeating the edge. A latent's magnitude is
-  at most `sqrt(3 * t * y * x)` of the factor.
+  at most `sqrt(3 * t * y * x)` of the factor. Another codec has the same members.
   """
 
-  version = 1
+  version = 1  # part of a cache's hash: raise it when the same config gives other latents
 
   def __init__(self, config: CodecConfig):
     self.config = config
     self._synthesis = _basis(config.factor, config.channels)  # [c, 3 * t * y * x], orthonormal rows
 
   def latent_shape(self, frames: int, rows: int, cols: int) -> tuple[int, int, int, int]:
+    """Returns (t, y, x, c) of the latents of such a video."""
     cells = (-(-n // f) for n, f in zip((frames, rows, cols), self.config.factor, strict=True))
     return (*cells, self.config.channels)
 
   def encode(self, video: np.ndarray) -> np.ndarray:
+    """Encodes uint8 `[b, t, y, x, 3]` to un-normalised float32 `[b, t', y', x', c]`."""
     if video.ndim != 5 or video.shape[-1] != 3 or video.dtype != np.uint8:
       raise ValueError(
         f"The codec encodes uint8 video [b, t, y, x, 3], got {video.dtype} {video.shape}."
@@ -104,6 +84,7 @@ class DctCodec:
     return x.reshape(*x.shape[:4], -1) @ self._synthesis.T
 
   def decode(self, latents: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    """Decodes un-normalised latents to uint8 `[b, *shape, 3]`, shape = (frames, rows, cols)."""
     expected = self.latent_shape(*shape)
     if latents.shape[1:] != expected:
       raise ValueError(
@@ -121,7 +102,7 @@ class DctCodec:
 _CODECS = {"dct": DctCodec}
 
 
-def make_codec(config: CodecConfig) -> Codec:
+def make_codec(config: CodecConfig) -> DctCodec:
   """Returns the codec of a config; a further codec is a further entry of `_CODECS`."""
   return _CODECS[config.name](config)
 

@@ -170,7 +170,6 @@ def crop_resize(
   """Cuts a box from a frame and resizes it: antialiased bilinear, uint8.
 
   Args:
-    frame: uint8 `[rows, cols, 3]`.
     box: (top, left, bottom, right) as fractions of the frame.
     resolution: (rows, cols) of the result.
   """

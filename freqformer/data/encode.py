@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from freqformer.data.codec import Codec, reconstruction_psnr
+from freqformer.data.codec import DctCodec, reconstruction_psnr
 from freqformer.data.decode import Source, decode_clip
 from freqformer.data.protocol import BrokenClip, Clip, DataConfig
 
@@ -36,7 +36,7 @@ class EncodedClip:
 
 
 def encode_clip(
-  config: DataConfig, codec: Codec, split: str, clip: Clip, measure: bool = False
+  config: DataConfig, codec: DctCodec, split: str, clip: Clip, measure: bool = False
 ) -> EncodedClip:
   """Decodes and encodes the views of a clip.
 
@@ -56,7 +56,7 @@ def encode_clip(
 
 
 def encode_all(
-  config: DataConfig, codec: Codec, split: str, clips: list[Clip]
+  config: DataConfig, codec: DctCodec, split: str, clips: list[Clip]
 ) -> Iterator[tuple[Clip, EncodedClip | BrokenClip]]:
   """Yields every clip in order with its latents, or with the reason why it has none."""
   workers = config.workers or _cpus()

@@ -35,8 +35,6 @@ def val_batches(
   A batch also has `weight`, float32 `[b]`: 1, or 0 where the last one is padded.
 
   Args:
-    cache: to read.
-    batch_size: records per batch.
     limit: most records, spread evenly over the cache (whose order is often by class); None or 0
       takes all.
 

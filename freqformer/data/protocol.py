@@ -29,8 +29,7 @@ class DataConfig:
     stride: source frames from one frame of a view to the next, at whatever fps the file has.
     crop: place of the box in training views, "center" or "random".
     flip: mirror every other training view of a clip; a coin decides for its first view.
-    views: training views per clip. Validation has one: the middle of the clip, centre crop, not
-      mirrored.
+    views: training views per clip. Validation has one: the clip's middle, centre crop, no mirror.
     short: treatment of clips with fewer than `(frames - 1) * stride + 1` frames. "pad" repeats the
       last frame; "clamp" takes the largest stride that fits; "skip" leaves them out and reports
       them by name, as "clamp" does with clips of fewer than `frames` frames.
@@ -41,9 +40,6 @@ class DataConfig:
     max_clips: most clips per split, spread over the classes; 0 takes all.
     workers: threads that encode; 0 takes one per CPU.
     codec: see `CodecConfig`.
-
-  Raises:
-    ValueError: a value is outside of these.
   """
 
   source: str
@@ -162,8 +158,6 @@ def draw_view(
   """Draws a view of a clip, a function of its arguments only.
 
   Args:
-    config: of the data.
-    split: "train" or "val".
     key: name of the clip.
     index: number of the view.
     length: frames of the clip, as decoded.

@@ -34,7 +34,7 @@ def list_ucf101(config: DataConfig, split: str) -> Listing:
   videos = _find(
     root, VIDEOS, lambda folder: any(_class_folders(folder)), "a class folder with .avi files"
   )
-  names = read_classes(lists / "classInd.txt")
+  names = _read_classes(lists / "classInd.txt")
   files = {
     f"{folder.name}/{p.name}".lower(): p
     for folder in _class_folders(videos)
@@ -58,7 +58,7 @@ def list_ucf101(config: DataConfig, split: str) -> Listing:
   return Listing(clips, names, missing)
 
 
-def read_classes(path: pathlib.Path) -> list[str]:
+def _read_classes(path: pathlib.Path) -> list[str]:
   """Reads classInd.txt, lines "<id> <name>" with ids 1, 2, ...; returns the names by id.
 
   Raises:

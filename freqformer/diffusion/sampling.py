@@ -52,12 +52,8 @@ def make_step(graphdef, config: SampleConfig, want_masks: bool = False):
 
   It is called `(params, x, label, t, t_next, tables, state, phases) -> (x, state, aux)`. `phases`
   (of `VideoDiT.schedule`) is static: one compilation per shape and distinct tuple. The state is
-  donated: the one passed in is gone after the call.
-
-  Args:
-    graphdef: of the `VideoDiT`, by `nnx.split`.
-    config: of the sampler.
-    want_masks: put each layer's `BlockMask` into aux.
+  donated: the one passed in is gone after the call. `want_masks` puts each layer's `BlockMask` into
+  aux.
   """
 
   @functools.partial(jax.jit, static_argnums=7, donate_argnums=6)
@@ -132,15 +128,12 @@ def sample(
   """Draws latents, normalised as in training.
 
   Args:
-    step: of `make_step` or `compile_steps`.
-    params: of the model.
+    step: of `make_step` or `compile_steps`, with the same `config`.
     model: for `init_state` and `schedule`; its own parameters are not used.
     labels: int `[n]`.
     indices: int `[n]`, number of each sample: its noise depends on (seed, index) only.
-    seed: of all noise.
     tables: of the model, for this grid.
     latent_shape: (t, y, x, c).
-    config: that the step was made with.
     progress: show a bar.
 
   Returns:

@@ -144,7 +144,6 @@ class VideoDiT(nnx.Module):
 
     Args:
       batch: rows that run together; both halves of guidance count.
-      latent_shape: (t, y, x, c).
       guided: the rows are two halves.
     """
     layout = self.config.layout(latent_shape)

@@ -69,12 +69,7 @@ class Checkpoints:
   """The checkpoints of one run, in `<workdir>/checkpoints/<step>/`."""
 
   def __init__(self, workdir, keep: int = 2, create: bool = True):
-    """Opens the folder.
-
-    Args:
-      workdir: folder of the run.
-      keep: number of newest checkpoints that stay.
-      create: make the folder if there is none.
+    """Opens the folder, of which the `keep` newest checkpoints stay.
 
     Raises:
       ConfigError: there is no such folder and `create` is false.
@@ -140,16 +135,12 @@ class Checkpoints:
     return record
 
   def restore(self, template, step: int | None = None, *, ignore_extra: bool = False):
-    """Reads the arrays of a step.
+    """Reads the arrays of a step (default: the newest) in the form of `template`.
 
     Args:
-      template: a pytree of arrays or ShapeDtypeStructs that says what to read.
-      step: of the checkpoint; default the newest.
-      ignore_extra: drop leaves of the checkpoint that the template lacks: the optimizer's, the raw
-        weights, another method's parameters.
-
-    Returns:
-      Arrays in the form of `template`.
+      template: a pytree of arrays or ShapeDtypeStructs.
+      ignore_extra: drop leaves that the template lacks: the optimizer's, the raw weights, another
+        method's parameters.
 
     Raises:
       Mismatch: lists the leaves that differ.

@@ -25,10 +25,9 @@ class Metrics:
     self._last_line: tuple[int, float] | None = None  # step and time of the last training line
 
   def start(self, step: int, config, run: dict):
-    """Begins or resumes the records; drops lines of later steps, so that no step appears twice.
+    """Begins the records, or resumes them at `step`: lines of later steps are dropped.
 
     Args:
-      step: that the run goes on from.
       config: the `ConfigDict`.
       run: facts for `run.json`.
     """
@@ -80,7 +79,6 @@ def write_routing(workdir, result: dict, model):
   """Writes `routing.json`: mean probability and share of hard choices of each branch.
 
   Args:
-    workdir: folder of the run.
     result: of `evaluate`; nothing is written if no head is routed.
     model: the `ModelConfig`.
   """

@@ -69,8 +69,6 @@ def check_same_config(record: dict, new: Experiment, allow: bool = False) -> dic
   """Logs and returns the changes since a checkpoint's record was written.
 
   Args:
-    record: of the checkpoint.
-    new: the run that goes on.
     allow: accept changes of data, model, seed and train.batch_size too.
 
   Raises:

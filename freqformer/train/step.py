@@ -141,12 +141,7 @@ def init_state(params, config: TrainConfig, seed: int) -> TrainState:
 def make_train_step(graphdef, config: TrainConfig, classes: int):
   """Returns the jitted step `(state, batch, tables) -> (state, metrics)`; it donates the state.
 
-  A batch is `{"latent": [b, t, y, x, c], "label": [b]}`.
-
-  Args:
-    graphdef: of the `VideoDiT`, by `nnx.split`.
-    config: of the run.
-    classes: number of classes, which is the label of the null class.
+  A batch is `{"latent": [b, t, y, x, c], "label": [b]}`; label `classes` is the null class.
   """
   optimizer = make_optimizer(config)
   schedule = learning_rate(config)

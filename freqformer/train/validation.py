@@ -21,10 +21,7 @@ def make_eval_step(graphdef, *, soft: bool = False):
 
   `sums` has a leading axis of `BUCKETS`; `weight` is what to divide them by. A batch is
   `{"latent": [b, t, y, x, c], "label": [b], "weight": [b]}`; `offset` is its first sample's number.
-
-  Args:
-    graphdef: of the `VideoDiT`, by `nnx.split`.
-    soft: evaluate the soft mixture of branches instead of the hard choice.
+  `soft` evaluates the soft mixture of branches instead of the hard choice.
   """
 
   @jax.jit

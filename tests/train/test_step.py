@@ -151,7 +151,7 @@ def test_schedules(changes, rates):
 
 
 def test_the_average_follows_with_a_ramped_decay(step, state):
-  """Step 0 has rate 0; after step 1 the average is 2 parts of 11 old and 9 new, whatever `ema` is."""
+  """Step 0 has rate 0; after step 1 the average is 2 parts of 11 old and 9 new."""
   after = jax.tree.map(jnp.asarray, state)
   for _ in range(2):
     after, _ = step(after, batch_of())
