@@ -24,6 +24,8 @@ from collections.abc import Callable
 import numpy as np
 from tqdm import tqdm
 
+from freqformer.config import require
+
 VERSION = 2  # of the pictures: sets of another version are rendered again
 FPS = 25
 SEED = 0
@@ -52,13 +54,12 @@ class RenderedSet:
   cols: int = 160
 
   def __post_init__(self):
-    limits = {"classes": (1, len(LOOKS)), "groups": (2, 99), "clips_per_group": (1, 98)}
-    for name, (least, most) in limits.items():
-      if not least <= getattr(self, name) <= most:
-        raise ValueError(f"{name}={getattr(self, name)} must be from {least} to {most}.")
-    for name in ("rows", "cols"):
-      if getattr(self, name) < 2 or getattr(self, name) % 2:
-        raise ValueError(f"{name}={getattr(self, name)} must be even.")
+    require(self, "classes", least=1, most=len(LOOKS))
+    require(self, "groups", least=2, most=99)
+    require(self, "clips_per_group", least=1, most=98)
+    require(self, "rows cols", least=2)
+    if self.rows % 2 or self.cols % 2:
+      raise ValueError(f"rows={self.rows} and cols={self.cols} must be even.")
 
 
 @dataclasses.dataclass(frozen=True)

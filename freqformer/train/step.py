@@ -147,10 +147,7 @@ def make_train_step(graphdef, config: TrainConfig, classes: int):
   schedule = learning_rate(config)
   if config.warm_steps < config.warmup:
     logging.info(
-      "train.warmup=%d is cut to %d, half of the %d steps",
-      config.warmup,
-      config.warm_steps,
-      config.steps,
+      "train.warmup=%d is cut to %d, half of the steps", config.warmup, config.warm_steps
     )
 
   def loss_fn(params, key, batch, tables, progress):
@@ -181,8 +178,8 @@ def make_train_step(graphdef, config: TrainConfig, classes: int):
     decay = jnp.minimum(config.ema, (1 + state.step) / (10 + state.step))
     ema = optax.incremental_update(params, state.ema, 1 - decay)
     # A step that is not finite changes nothing but the step count, and with it the next step's
-    # noise. optax.apply_if_finite would look at the gradients alone: not at the loss, nor at what
-    # the optimizer makes of them, nor would it hold the average back.
+    # noise. optax.apply_if_finite would look at the gradients alone, not at the loss nor at what
+    # the optimizer makes of them, and would not hold the average back.
     finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
     done = TrainState(state.step + 1, params, ema, opt_state, state.key)
     skipped = dataclasses.replace(state, step=state.step + 1)
@@ -193,7 +190,7 @@ def make_train_step(graphdef, config: TrainConfig, classes: int):
       "skipped": 1 - finite.astype(jnp.float32),
       **routing,
     }
-    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), done, skipped), metrics
+    return jax.tree.map(functools.partial(jnp.where, finite), done, skipped), metrics
 
   return step
 

@@ -1,4 +1,4 @@
-"""The model: shapes, neutral start, remat, runs of layers, and samples that do not know their neighbours."""
+"""The model: shapes, neutral start, remat, runs of layers, samples without neighbours."""
 
 import jax
 import jax.numpy as jnp
@@ -170,14 +170,14 @@ def test_a_sample_is_the_same_alone_and_in_a_batch(guidance):
     )[0]
 
   together = draw(3, slice(None))
-  # Not bit-equal: another batch size adds in another order, in every one of the steps; samples are of size 1.
+  # Not bit-equal: another batch size adds in another order in every step; samples are of size 1.
   np.testing.assert_allclose(draw(1, slice(1, 2))[0], together[1], atol=1e-4)
   np.testing.assert_allclose(draw(2, slice(None)), together, atol=1e-4)
   assert np.abs(together[0] - together[1]).max() > 0.1
 
 
 def test_euler_integrates_a_straight_line():
-  """A model that returns x0's true velocity lands on x0 in one step: checks the sign and the direction of time."""
+  """The true velocity of x0 leads to x0 in one step: checks the sign and the direction of time."""
 
   class Straight(nnx.Module):
     classes = 3
@@ -213,8 +213,10 @@ def test_training_counts_every_branch():
 
 
 def test_model_cost():
-  """12 n D^2 of the textbook (4 projections, MLP of ratio 4) = 24 n D^2 FLOPs, plus 4 n^2 D of dense attention."""
+  """24 n D^2 FLOPs of the textbook (4 projections, MLP of ratio 4), plus 4 n^2 D of attention."""
   config = config_of("dense", patch=(1, 1, 1))
-  cost, n, width = model_cost(config, SHAPE), 90, 24
+  cost = model_cost(config, SHAPE)
+  n = 90
+  width = 24
   assert cost.attention_flops == 2 * 4 * n**2 * width
   assert cost.linear_flops == 2 * (24 * n * width**2 + 12 * width**2) + 4 * n * width * 4
