@@ -191,8 +191,8 @@ def _encode_into(
       for latent in result.latents:
         writer.write(Record(latent, clip.label, len(clips), clip.key))
         accumulator.add(latent)
-      source = dataclasses.asdict(result.source)
-      clips.append({**entry, "frames": source.pop("length"), **source})
+      drawn = dataclasses.asdict(result.drawn)
+      clips.append({**entry, "frames": drawn.pop("length"), **drawn})
       if result.psnr is not None:
         quality.append(result.psnr)
   writer.close()

@@ -16,11 +16,11 @@ _ATTEMPTS = 3  # to find a number of frames that decodes
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-  """The origin of a clip's pixels.
+class ClipViews:
+  """The views of one clip, and the file they were drawn from.
 
   Attributes:
-    views: what was cut from it.
+    views: in order of their numbers.
     length: number of frames that decode.
     size: (rows, cols) of the frames, before the crop.
   """
@@ -30,11 +30,11 @@ class Source:
   size: tuple[int, int]
 
 
-def decode_clip(config: DataConfig, split: str, clip: Clip) -> tuple[np.ndarray, Source]:
+def decode_clip(config: DataConfig, split: str, clip: Clip) -> tuple[np.ndarray, ClipViews]:
   """Draws the views of a clip, then decodes, crops and mirrors them.
 
   Returns:
-    Pixels uint8 `[views, frames, rows, cols, 3]`, and where they come from.
+    Pixels uint8 `[views, frames, rows, cols, 3]`, and the views.
 
   Raises:
     BrokenClip: it cannot be decoded, or `config.short` leaves it out.
@@ -53,14 +53,14 @@ def decode_clip(config: DataConfig, split: str, clip: Clip) -> tuple[np.ndarray,
         break
     else:
       raise BrokenClip(clip.key, "it decodes to another number of frames each time")
-    source = Source(views, video.length, video.size)
+    drawn = ClipViews(views, video.length, video.size)
   frames = dict(zip(wanted, found, strict=True))
   pixels = []
   for view, indices in zip(views, chosen, strict=True):
     cut = np.stack([crop_resize(frames[i], view.box, config.resolution) for i in indices])
     # Pixels are mirrored: mirrored latents are not those of a mirrored video.
     pixels.append(cut[:, :, ::-1] if view.flip else cut)
-  return np.stack(pixels), source
+  return np.stack(pixels), drawn
 
 
 class VideoFile:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from freqformer.data.codec import DctCodec, reconstruction_psnr
-from freqformer.data.decode import Source, decode_clip
+from freqformer.data.decode import ClipViews, decode_clip
 from freqformer.data.protocol import BrokenClip, Clip, DataConfig
 
 MEASURED = 32  # clips per split whose reconstruction is measured, spread over the list
@@ -26,12 +26,12 @@ class EncodedClip:
 
   Attributes:
     latents: float16 `[views, t, y, x, c]`, un-normalised.
-    source: the clip's views and sizes.
+    drawn: what the latents show.
     psnr: of the first view through the codec in dB, or None if it was not measured.
   """
 
   latents: np.ndarray
-  source: Source
+  drawn: ClipViews
   psnr: float | None = None
 
 
@@ -43,7 +43,7 @@ def encode_clip(
   Raises:
     BrokenClip: it cannot be decoded, or `config.short` leaves it out.
   """
-  pixels, source = decode_clip(config, split, clip)
+  pixels, drawn = decode_clip(config, split, clip)
   latents = codec.encode(pixels).astype(np.float16)
   if not np.isfinite(latents).all():
     raise ValueError(
@@ -52,7 +52,7 @@ def encode_clip(
   psnr = None
   if measure:
     psnr = reconstruction_psnr(pixels[:1], codec.decode(latents[:1], config.video_shape))
-  return EncodedClip(latents, source, psnr)
+  return EncodedClip(latents, drawn, psnr)
 
 
 def encode_all(
