@@ -25,19 +25,15 @@ from freqformer.command.dry_run import describe
 from freqformer.data.cache import prepare
 from freqformer.data.loader import train_iterator, val_batches
 from freqformer.model.dit import VideoDiT, make_tables
-from freqformer.train.checkpoint import Checkpoints, git_revision, versions
+from freqformer.train.checkpoint import PACKAGES, Checkpoints
 from freqformer.train.experiment import experiment
-from freqformer.train.metrics import Metrics, channel_power, write_routing
+from freqformer.train.metrics import Metrics, write_routing
 from freqformer.train.preemption import StopRequest
 from freqformer.train.resume import check_same_config, check_same_data, with_seed
-from freqformer.train.step import (
-  SkippedSteps,
-  evaluate,
-  init_state,
-  make_eval_step,
-  make_train_step,
-)
+from freqformer.train.step import SkippedSteps, init_state, make_train_step
 from freqformer.train.throughput import Throughput
+from freqformer.train.validation import channel_power, evaluate, make_eval_step
+from freqformer.versions import git_revision, versions
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Configuration file, e.g. configs/ucf101.py.", lock_config=True
@@ -192,7 +188,7 @@ def _facts(exp, params, record, layout) -> dict:
   code = model | {"classes": record["class_names"], "changes": record["changes"]}
   code |= {
     "git": git_revision(),
-    "versions": versions(),
+    "versions": versions(PACKAGES),
     "device": str(jax.devices()[0].device_kind),
   }
   return code | {

@@ -61,7 +61,7 @@ def rendered_batch(exp: Experiment) -> dict[str, np.ndarray]:
     clip = render_clip(names[i % len(names)], 1, i, frames * exp.data.stride, rows, cols)
     clips.append(clip[:: exp.data.stride])
   latents = codec.encode(np.stack(clips))
-  statistics = StatisticsAccumulator(latents.shape[1:])
+  statistics = StatisticsAccumulator()
   for latent in latents:
     statistics.add(latent)
   labels = np.arange(exp.train.batch_size) % len(names)

@@ -1,4 +1,4 @@
-"""One list of clips from any source."""
+"""The list of a split's clips, from any source."""
 
 import collections
 import dataclasses
@@ -11,10 +11,11 @@ _SOURCES = {"ucf101": list_ucf101, "folder": list_folder}
 
 
 def list_clips(config: DataConfig, split: str) -> Listing:
-  """The clips of a split ("train" or "val") with their class names, and what is listed but missing.
+  """Lists the clips of a split ("train" or "val"), class names, and clips listed but missing.
 
   Raises:
-    ConfigError: the data set is missing, empty or contradicts itself; ValueError for another split.
+    ConfigError: the data set is missing, empty or contradicts itself.
+    ValueError: there is no such split.
   """
   if split not in ("train", "val"):
     raise ValueError(f"A split is 'train' or 'val', got {split!r}.")
@@ -22,10 +23,11 @@ def list_clips(config: DataConfig, split: str) -> Listing:
   if not config.max_clips or len(listing.clips) <= config.max_clips:
     return listing
   # Round-robin over the classes, by hash inside each: a small set still has every class that fits.
-  order = sorted(listing.clips, key=lambda clip: uniforms(f"{config.seed}|max|{clip.key}"))
-  rank, seen = {}, collections.Counter()
-  for clip in order:
-    rank[clip.key] = seen[clip.label]
+  shuffled = sorted(listing.clips, key=lambda clip: uniforms(f"{config.seed}|max|{clip.key}"))
+  rounds = {}
+  seen = collections.Counter()
+  for clip in shuffled:
+    rounds[clip.key] = seen[clip.label]
     seen[clip.label] += 1
-  kept = {clip.key for clip in sorted(order, key=lambda clip: rank[clip.key])[: config.max_clips]}
-  return dataclasses.replace(listing, clips=[clip for clip in listing.clips if clip.key in kept])
+  kept = set(sorted(shuffled, key=lambda clip: rounds[clip.key])[: config.max_clips])
+  return dataclasses.replace(listing, clips=[clip for clip in listing.clips if clip in kept])

@@ -1,28 +1,70 @@
-"""Chosen frames of a video file, cropped and resized. Counts frames itself: containers often lie about them."""
+"""From video files to the pixels of a clip's views. Counts frames itself: containers often lie."""
 
+import dataclasses
 import pathlib
 
 import av
 import numpy as np
 from PIL import Image
 
-# A start later than this seeks to a key frame, where the file's timestamps allow it; before it, decoding through is as fast.
+from freqformer.data.protocol import BrokenClip, Clip, DataConfig, View, draw_view
+
+# Frames: a later start seeks to a key frame, where the file's timestamps allow it; an earlier one
+# is reached as fast by decoding through.
 SEEK_AFTER = 300
+_ATTEMPTS = 3  # to find a number of frames that decodes
 
 
-class BrokenClip(Exception):
-  """A clip that cannot be used: `.name` says which, `.reason` why."""
+@dataclasses.dataclass(frozen=True)
+class ClipViews:
+  """The views of one clip, and the file they were drawn from.
 
-  def __init__(self, name: str, reason: str):
-    super().__init__(f"{name}: {reason}")
-    self.name, self.reason = name, reason
+  Attributes:
+    views: in order of their numbers.
+    length: number of frames that decode.
+    size: (rows, cols) of the frames, before the crop.
+  """
 
-  def __reduce__(self):
-    return BrokenClip, (self.name, self.reason)
+  views: list[View]
+  length: int
+  size: tuple[int, int]
+
+
+def decode_clip(config: DataConfig, split: str, clip: Clip) -> tuple[np.ndarray, ClipViews]:
+  """Draws the views of a clip, then decodes, crops and mirrors them.
+
+  Returns:
+    Pixels uint8 `[views, frames, rows, cols, 3]`, and the views.
+
+  Raises:
+    BrokenClip: it cannot be decoded, or `config.short` leaves it out.
+  """
+  count = config.views if split == "train" else 1
+  with VideoFile(clip.path, clip.key) as video:
+    # Views are drawn again when fewer frames decode than the container promised.
+    for _ in range(_ATTEMPTS):
+      views = [
+        draw_view(config, split, clip.key, i, video.length, video.size) for i in range(count)
+      ]
+      chosen = [view.indices(config.frames, video.length) for view in views]
+      wanted = sorted({index for indices in chosen for index in indices})
+      found = video.read(wanted)
+      if found is not None:
+        break
+    else:
+      raise BrokenClip(clip.key, "it decodes to another number of frames each time")
+    drawn = ClipViews(views, video.length, video.size)
+  frames = dict(zip(wanted, found, strict=True))
+  pixels = []
+  for view, indices in zip(views, chosen, strict=True):
+    cut = np.stack([crop_resize(frames[i], view.box, config.resolution) for i in indices])
+    # Pixels are mirrored: mirrored latents are not those of a mirrored video.
+    pixels.append(cut[:, :, ::-1] if view.flip else cut)
+  return np.stack(pixels), drawn
 
 
 class VideoFile:
-  """One open file; use it in a `with`, for the memory of unclosed containers grows (`av` frees it late).
+  """One open file. Use it in a `with`: `av` frees unclosed containers late, and memory grows.
 
   Attributes:
     length: frames, counted from packets; corrected by `read` when fewer can be decoded.
@@ -30,26 +72,23 @@ class VideoFile:
   """
 
   def __init__(self, path: str | pathlib.Path, name: str | None = None):
-    """Opens and counts. Raises BrokenClip for a file that is no video."""
+    """Opens the file and counts its frames; raises BrokenClip if it is no video."""
     self.name = name or str(path)
     self._path = str(path)
+    self._rotation = None  # quarter turns, once a frame has told them
     self._container = self._open()
     try:
       stream = self._container.streams.video[0]
-      packets = [p.pts for p in self._container.demux(stream) if p.size]
+      packets = [packet.pts for packet in self._container.demux(stream) if packet.size]
       self.length = len(packets)
-      self._rotation = 0
-      rows, cols = stream.codec_context.height, stream.codec_context.width
-      if not self.length or not rows or not cols:
+      if not packets:
         raise BrokenClip(self.name, "it holds no video frame")
-      self.size = (rows, cols)
       seekable = None not in packets and len(set(packets)) == self.length
       self._times = sorted(packets) if seekable else None
-      self._probe()
+      (first,) = self.read([0])
+      self.size = first.shape[:2]
     except BaseException as error:
       self._container.close()
-      if isinstance(error, BrokenClip):
-        raise
       if isinstance(error, av.FFmpegError | IndexError):
         raise BrokenClip(self.name, f"it is not a readable video ({_reason(error)})") from error
       raise
@@ -61,20 +100,22 @@ class VideoFile:
     self._container.close()
 
   def read(self, indices: list[int]) -> list[np.ndarray] | None:
-    """The frames at these ascending indices (repeats allowed), uint8 `[rows, cols, 3]`, before crop and resize.
+    """Returns the frames at ascending indices, uint8 `[rows, cols, 3]`; repeats are allowed.
 
-    Returns None when the file ends before the last index: `length` then is the number of frames that do decode.
+    None if the file ends before the last index: `length` is then the number of frames that decode.
 
     Raises:
       BrokenClip: nothing can be decoded.
     """
-    frames = (
-      self._read_from(indices, seek=True) if self._times and indices[0] > SEEK_AFTER else None
-    )
+    frames = None
+    if self._times and indices[0] > SEEK_AFTER:
+      frames = self._read_from(indices, seek=True)
     return frames or self._read_from(indices, seek=False)
 
-  def _read_from(self, indices, seek):
-    wanted, found, count = set(indices), {}, 0
+  def _read_from(self, indices, seek: bool):
+    wanted = set(indices)
+    found = {}
+    count = 0
     try:
       for index, frame in self._decode(self._times[indices[0]] if seek else None):
         count = index + 1
@@ -87,18 +128,19 @@ class VideoFile:
         raise BrokenClip(self.name, f"no frame can be decoded ({_reason(error)})") from error
     if wanted <= found.keys():
       return [found[i] for i in indices]
+    if not seek and not count:
+      raise BrokenClip(self.name, "no frame can be decoded")
     if not seek:
-      if not count:
-        raise BrokenClip(self.name, "no frame can be decoded")
       self.length = count
     return None
 
-  def _decode(self, seek_to):
+  def _decode(self, seek_to: int | None):
     """Yields (index, frame) from the start, or from the key frame before a timestamp."""
-    self._container.close()  # A fresh container: a decoder that has met the end of a file stays there.
+    # A fresh container: a decoder that has met the end of a file stays there.
+    self._container.close()
     self._container = self._open()
     stream = self._container.streams.video[0]
-    stream.thread_type = "NONE"  # One thread per clip; clips are decoded side by side.
+    stream.thread_type = "NONE"  # one thread per clip; clips are decoded side by side
     if seek_to is None:
       yield from enumerate(self._container.decode(stream))
       return
@@ -106,7 +148,7 @@ class VideoFile:
     ranks = {pts: i for i, pts in enumerate(self._times)}
     for frame in self._container.decode(stream):
       if frame.pts not in ranks:
-        return  # The decoder's times are not the container's: read from the start instead.
+        return  # the decoder's times are not the container's: read from the start instead
       yield ranks[frame.pts], frame
 
   def _open(self):
@@ -115,26 +157,22 @@ class VideoFile:
     except (av.FFmpegError, OSError) as error:
       raise BrokenClip(self.name, f"it cannot be opened as a video ({_reason(error)})") from error
 
-  def _probe(self):
-    """The true size and rotation, from the first frame that decodes."""
-    try:
-      frame = next((f for _, f in self._decode(None)), None)
-    except av.FFmpegError as error:
-      raise BrokenClip(self.name, f"no frame can be decoded ({_reason(error)})") from error
-    if frame is None:
-      raise BrokenClip(self.name, "no frame can be decoded")
-    self._rotation = round(frame.rotation / 90) % 4
-    self.size = (frame.width, frame.height) if self._rotation % 2 else (frame.height, frame.width)
-
   def _upright(self, frame) -> np.ndarray:
-    """RGB as displayed: phones store the turn as metadata."""
+    """Returns RGB as displayed: phones store the turn as metadata."""
+    if self._rotation is None:
+      self._rotation = round(frame.rotation / 90) % 4
     return np.rot90(frame.to_ndarray(format="rgb24"), self._rotation)
 
 
 def crop_resize(
   frame: np.ndarray, box: tuple[float, float, float, float], resolution: tuple[int, int]
 ) -> np.ndarray:
-  """The box (top, left, bottom, right as fractions) of a frame at `resolution` (rows, cols): antialiased bilinear, uint8."""
+  """Cuts a box from a frame and resizes it: antialiased bilinear, uint8.
+
+  Args:
+    box: (top, left, bottom, right) as fractions of the frame.
+    resolution: (rows, cols) of the result.
+  """
   rows, cols = frame.shape[:2]
   top, left, bottom, right = box
   pixels = (left * cols, top * rows, min(right * cols, cols), min(bottom * rows, rows))
@@ -143,5 +181,5 @@ def crop_resize(
 
 
 def _reason(error) -> str:
-  """The library's own words, without number, path and line breaks."""
+  """Returns the library's own words, without number, path and line breaks."""
   return getattr(error, "strerror", None) or str(error).splitlines()[0] or type(error).__name__

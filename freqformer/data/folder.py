@@ -1,4 +1,7 @@
-"""Any tree of video files: the first-level subfolder is the class; files at the top belong to a class named after the root."""
+"""Any tree of video files: the first-level subfolder is the class.
+
+Files at the top belong to a class named after the root.
+"""
 
 import os
 import pathlib
@@ -10,10 +13,10 @@ EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", 
 
 
 def list_folder(config: DataConfig, split: str) -> Listing:
-  """The clips of a split, "train" or "val"; classes in alphabetical order.
+  """Lists the clips of a split, "train" or "val"; classes are in alphabetical order.
 
-  A clip's split follows from the hash of its path inside root, so new clips move no old one; both splits get at least one
-  clip. A single clip serves both: the two splits then show different views of the same clip.
+  A clip's split follows from the hash of its path inside root, so new clips move no old one. Both
+  splits get at least one clip; a single clip serves both, which then show different views of it.
 
   Raises:
     ConfigError: the folder is missing or holds no video file.
@@ -21,8 +24,8 @@ def list_folder(config: DataConfig, split: str) -> Listing:
   root = pathlib.Path(config.root)
   if not root.is_dir():
     raise ConfigError(
-      f"data.root {config.root!r} is not a folder: name one that holds video files, one subfolder per class,"
-      " or run `make demo`, which renders a small data set."
+      f"data.root {config.root!r} is not a folder: name one that holds video files, one subfolder "
+      "per class, or run `make demo`, which renders a small data set."
     )
   files = _video_files(root)
   if not files:
@@ -37,32 +40,31 @@ def list_folder(config: DataConfig, split: str) -> Listing:
 
 
 def _video_files(root: pathlib.Path) -> list[str]:
-  """Paths relative to root, with "/"; links to folders are followed once, hidden files and folders are not."""
-  found, seen = [], set()
+  """Returns paths relative to root, with "/".
+
+  Links to folders are followed once, hidden files and folders are not.
+  """
+  found = []
+  seen = set()
   for folder, subfolders, names in os.walk(root, followlinks=True):
     real = os.path.realpath(folder)
     if real in seen:
       subfolders.clear()
       continue
     seen.add(real)
-    subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
-    found += [
-      (pathlib.Path(folder) / name).relative_to(root).as_posix()
-      for name in names
-      if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
-    ]
+    subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+    for name in names:
+      if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
+        found.append((pathlib.Path(folder) / name).relative_to(root).as_posix())
   return found
 
 
 def _split(keys: list[str], config: DataConfig, split: str) -> list[str]:
-  """The keys of one split, in order; the lowest hashes are validation."""
+  """Returns the keys of one split, in order; the lowest hashes are validation."""
   if len(keys) == 1:
     return keys
-  ranked = sorted(keys, key=lambda key: _place(config, key))
-  count = sum(_place(config, key) < config.val_fraction for key in keys)
-  val = set(ranked[: min(max(count, 1), len(keys) - 1)])
+  places = {key: uniforms(f"{config.seed}|split|{key}")[0] for key in keys}
+  count = sum(place < config.val_fraction for place in places.values())
+  count = min(max(count, 1), len(keys) - 1)
+  val = set(sorted(keys, key=places.get)[:count])
   return [key for key in keys if (key in val) == (split == "val")]
-
-
-def _place(config, key) -> float:
-  return uniforms(f"{config.seed}|split|{key}")[0]

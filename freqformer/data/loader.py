@@ -1,51 +1,45 @@
 """Batches from a latent cache: endless and shuffled for training, in order for validation."""
 
+from collections.abc import Iterator
+
 import grain
 import numpy as np
 
 from freqformer.config import ConfigError
 from freqformer.data.cache import LatentCache
 
+_THREADS = 4  # that read; never worker processes, whose state depends on their number
 
-def train_iterator(
-  cache: LatentCache,
-  batch_size: int,
-  seed: int,
-  start: int = 0,
-  shard: tuple[int, int] = (0, 1),
-  threads: int = 4,
-) -> grain.DatasetIterator:
-  """Endless batches `{"latent": [b, t, y, x, c], "label": [b], "index": [b]}`; every epoch is shuffled anew from the seed.
 
-  The records form one endless stream that is cut into batches, so a batch may span two epochs and may be larger than the
-  data set. `get_state()` is a small JSON-able dict; `set_state` of it goes on with exactly the batches that would have come.
+def train_iterator(cache: LatentCache, batch_size: int, seed: int) -> grain.DatasetIterator:
+  """Returns endless batches `{"latent": [b, t, y, x, c], "label": [b], "index": [b]}`.
 
-  Args:
-    cache: anything with `len` and `[i]` that gives the dicts above.
-    batch_size: records per batch, of this process.
-    start: batches to pass over, without reading them.
-    shard: (process, processes): each process takes every so-manieth record of the one stream.
-    threads: reading threads; never worker processes, whose state depends on their number.
+  Every epoch is shuffled anew from the seed. The records form one endless stream that is cut into
+  batches, so a batch may span two epochs and may be larger than the data set. `get_state()` is a
+  small JSON-able dict; `set_state` of it goes on with exactly the batches that would have come.
 
   Raises:
-    ConfigError: for an empty cache or a batch size below 1.
+    ConfigError: the cache is empty or the batch size below 1.
   """
   _check(cache, batch_size)
-  stream = grain.MapDataset.source(cache).shuffle(seed=seed).repeat()
-  if shard != (0, 1):
-    stream = stream.slice(slice(shard[0], None, shard[1]))
-  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * threads, 2))
-  iterator = iter(stream.batch(batch_size).to_iter_dataset(options))
-  if start:
-    iterator.set_state({"next_index": start})
-  return iterator
+  stream = grain.MapDataset.source(cache).shuffle(seed=seed).repeat().batch(batch_size)
+  options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=2 * _THREADS)
+  return iter(stream.to_iter_dataset(options))
 
 
-def val_batches(cache: LatentCache, batch_size: int, limit: int | None = None):
-  """Yields batches in the cache's order, all of one size, with a `weight` `[b]` float32: 1, or 0 where the last is padded.
+def val_batches(
+  cache: LatentCache, batch_size: int, limit: int | None = None
+) -> Iterator[dict[str, np.ndarray]]:
+  """Yields batches in the cache's order, all of one size.
+
+  A batch also has `weight`, float32 `[b]`: 1, or 0 where the last one is padded.
 
   Args:
-    limit: at most so many records, spread evenly over the cache (whose order is often by class); None or 0 takes all.
+    limit: most records, spread evenly over the cache (whose order is often by class); None or 0
+      takes all.
+
+  Raises:
+    ConfigError: the cache is empty or the batch size below 1.
   """
   _check(cache, batch_size)
   count = min(len(cache), limit) if limit else len(cache)
@@ -57,7 +51,7 @@ def val_batches(cache: LatentCache, batch_size: int, limit: int | None = None):
     yield {**batch, "weight": (np.arange(batch_size) < len(part)).astype(np.float32)}
 
 
-def _check(cache, batch_size):
+def _check(cache: LatentCache, batch_size: int):
   if batch_size < 1:
     raise ConfigError(f"The batch size must be at least 1, got {batch_size}.")
   if not len(cache):

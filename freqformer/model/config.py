@@ -21,15 +21,17 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 class AttentionConfig:
   """Attention of the whole model.
 
+  A config file may write fields behind a method's name, in `method` and in `layers`:
+  `"radial(decay=0.5)"`. They replace those of the method's own group.
+
   Attributes:
     methods: `(name, method)` pairs, one per configured method.
-    method: the name that runs in layers without a run of their own.
-    layers: runs of layers with their own method, `((first, stop or None, name), ...)`; empty: `method` everywhere.
-      A config may write fields behind a name here and in `method`, `"radial(decay=0.5)"`: they replace the group's.
+    method: name of the method that runs in every layer, unless `layers` is given.
+    layers: runs of layers with a method each, `((first, stop or None, name), ...)`, or empty.
     block: rows of a tile in the buffer, `block_q = block_kv`.
     tile: extents of a tile (t, y, x), or empty for the best fit.
     qk_gain: initial gain of the query norm.
-    implementation: attention backend, or None for automatic choice.
+    implementation: of the attention kernel, or None for automatic choice.
   """
 
   methods: tuple[tuple[str, Method], ...]
@@ -51,46 +53,51 @@ class AttentionConfig:
       require_one_of(self, "implementation", BACKENDS)
 
   def named(self, name: str) -> Method:
-    """The configured method of a name; a known method without keys of its own runs with its defaults."""
-    return dict(self.methods)[name] if name in dict(self.methods) else method_class(name)()
+    """Returns the configured method of a name; one that is not configured has its defaults."""
+    configured = dict(self.methods)
+    return configured[name] if name in configured else method_class(name)()
 
   def runs(self, depth: int) -> tuple[tuple[int, str], ...]:
-    """`(layers, name)` from the first layer to the last.
+    """Returns `(layers, name)` from the first layer to the last.
 
     Raises:
-      ConfigError: if the runs leave a gap, overlap or do not end at `depth`.
+      ConfigError: the runs leave a gap, overlap or do not end at `depth`.
     """
     if not self.layers:
       return ((depth, self.method),)
-    at, runs = 0, []
+    at = 0
+    runs = []
     for first, stop, name in self.layers:
       stop = depth if stop is None else stop
       if first != at or not first < stop <= depth:
         raise ConfigError(
-          f"attention.layers {self.layers} must cover layers 0..{depth} in order without gaps; "
-          f"the run ({first}, {stop}, {name!r}) does not start at {at} or does not end within the model."
+          f"attention.layers {self.layers} must cover layers 0..{depth} in order without gaps; the "
+          f"run ({first}, {stop}, {name!r}) does not start at {at} or ends outside of the model."
         )
       runs.append((stop - first, name))
       at = stop
     if at != depth:
       raise ConfigError(
-        f"attention.layers {self.layers} ends at layer {at}, the model has {depth}; end it with None."
+        f"attention.layers {self.layers} ends at layer {at}, the model has {depth}; end it with "
+        "None."
       )
     return tuple(runs)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """Of a `VideoDiT`.
+  """Settings of a `VideoDiT`.
 
   Attributes:
     attention: see `AttentionConfig`.
     size: "S", "B", "L", or "custom" with width, depth and heads given.
-    width, depth, heads: 0 takes the size's.
+    width: of the residual stream; 0 takes the size's.
+    depth: number of layers; 0 takes the size's.
+    heads: of attention; 0 takes the size's.
     patch: latent cells per token (t, y, x).
     mlp_ratio: hidden width of the MLP over the width.
     dtype: of activations; parameters are float32.
-    remat: recompute blocks in the backward, keeping attention outputs, LSE, routing and tables.
+    remat: recompute blocks in the backward, except attention outputs, LSE, routing and tables.
   """
 
   attention: AttentionConfig
@@ -120,59 +127,67 @@ class ModelConfig:
     return AttentionDims(self.width, self.heads, self.width, self.attention.qk_gain)
 
   def runs(self) -> tuple[tuple[int, Method], ...]:
-    """`(layers, method)` from the first layer to the last."""
-    return tuple(
-      (count, self.attention.named(name)) for count, name in self.attention.runs(self.depth)
-    )
+    """Returns `(layers, method)` from the first layer to the last."""
+    attention = self.attention
+    return tuple((count, attention.named(name)) for count, name in attention.runs(self.depth))
 
   def grid(self, latent_shape) -> tuple[int, int, int]:
-    """Token grid of latents `(t, y, x, c)`; a cell that fills only part of its patch is padded."""
+    """Returns the token grid of latents `(t, y, x, c)`; patches that are cut count as whole."""
     return tuple(-(-size // p) for size, p in zip(latent_shape[:3], self.patch, strict=True))
 
   def layout(self, latent_shape) -> TileLayout:
-    """Tile order of the tokens of latents `(t, y, x, c)`; raises ConfigError if a tile does not fit into its block."""
+    """Returns the tile order of the tokens of latents `(t, y, x, c)`.
+
+    Raises:
+      ConfigError: a tile does not fit into its block.
+    """
+    grid = self.grid(latent_shape)
     with refusing("config.model.attention"):
-      return TileLayout.fit(
-        self.grid(latent_shape), self.attention.block, self.attention.tile or None
-      )
+      return TileLayout.fit(grid, self.attention.block, self.attention.tile or None)
 
   def with_method(self, text: str) -> "ModelConfig":
-    """The same model with one method everywhere; runs of layers keep their borders, so that the weights still fit.
+    """Returns the same model with one method everywhere.
+
+    Runs of layers keep their borders, so that the weights still fit.
 
     Args:
-      text: as `parse_method` reads it: a name, or a name with some fields that replace the configured ones.
+      text: as `parse_method` reads it: a name, or a name with some fields that replace the
+        configured ones.
     """
     name, fields = parse_method(text)
     own = with_fields(self.attention.named(name), fields, f"model.attention.{name}")
-    methods = (*(pair for pair in self.attention.methods if pair[0] != name), (name, own))
-    layers = tuple((first, stop, name) for first, stop, _ in self.attention.layers)
-    attention = dataclasses.replace(self.attention, methods=methods, method=name, layers=layers)
+    attention = dataclasses.replace(
+      self.attention,
+      methods=tuple((dict(self.attention.methods) | {name: own}).items()),
+      method=name,
+      layers=tuple((first, stop, name) for first, stop, _ in self.attention.layers),
+    )
     return dataclasses.replace(self, attention=attention)
 
 
 def model_config(values: Mapping) -> ModelConfig:
-  """Builds the config from `config.model`; method groups sit beside the other keys of `attention`.
+  """Builds the config from `config.model`, where methods' groups are keys of `attention`.
 
   Raises:
     ConfigError: names the key that is unknown, missing or wrong.
   """
-  values = dict(values)
   attention = dict(values.get("attention", {}))
-  methods = tuple(
-    (name, build(method_class(name), attention.pop(name), f"model.attention.{name}"))
+  methods = {
+    name: build(method_class(name), attention.pop(name), f"model.attention.{name}")
     for name in METHODS
     if name in attention
-  )
-  known = {f.name for f in dataclasses.fields(AttentionConfig)} | set(METHODS)
+  }
+  known = {field.name for field in dataclasses.fields(AttentionConfig)} | set(METHODS)
   for name in attention:
     if name not in known:
       raise ConfigError(f"config.model.attention has no key {name!r}; {did_you_mean(name, known)}")
-  attention = build(AttentionConfig, _plain_names(attention, dict(methods)), "model.attention")
-  return build(ModelConfig, values | {"attention": attention}, "model")
+  attention = _plain_names(attention, methods)
+  attention = build(AttentionConfig, attention, "model.attention")
+  return build(ModelConfig, {**values, "attention": attention}, "model")
 
 
 def _plain_names(attention: dict, methods: dict[str, Method]) -> dict:
-  """The keys of `AttentionConfig`: fields written behind a method's name go to the method."""
+  """Returns the keys of `AttentionConfig`; fields written behind a name go to its method."""
   given = {}
 
   def plain(text):
@@ -181,12 +196,12 @@ def _plain_names(attention: dict, methods: dict[str, Method]) -> dict:
     name, fields = parse_method(text)
     if fields and given.setdefault(name, fields) != fields:
       raise ConfigError(
-        f"config.model.attention sets {name} twice: {given[name]} and {fields}; a model has one of each method."
+        f"config.model.attention sets {name} twice: {given[name]} and {fields}; a model has one of "
+        "each method."
       )
     if fields:
-      methods[name] = with_fields(
-        methods.get(name) or method_class(name)(), fields, f"model.attention.{name}"
-      )
+      method = methods.get(name) or method_class(name)()
+      methods[name] = with_fields(method, fields, f"model.attention.{name}")
     return name
 
   attention = dict(attention)

@@ -1,14 +1,13 @@
-"""Orbax checkpoints: everything a run needs to go on bit for bit, and everything a sampler needs to use it.
+"""Orbax checkpoints: all that a run needs to go on bit for bit, and all that a sampler needs.
 
-Arrays are saved as one flat `{path: array}` tree, so that a checkpoint of another model is refused by naming the leaves that
-differ. Beside them lies a JSON record: step, config, class map, latent statistics, codec, data iterator, versions.
+A checkpoint has two items. `arrays` is one flat `{path: array}` tree, so that a checkpoint of
+another model is refused by naming the leaves that differ. `record` is JSON: step, config, class
+map, latent statistics, data iterator, versions.
 """
 
 import contextlib
-import importlib.metadata
 import json
 import pathlib
-import subprocess
 from typing import Any
 
 import jax
@@ -17,13 +16,21 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from freqformer.config import ConfigError
+from freqformer.versions import git_revision, versions
 
 SCHEMA = 1
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "av")
+# Distributions whose versions shape results.
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "av")
+_LISTED = 12  # differing leaves that a refusal names
+_QUOTED = 300  # characters of Orbax's own error; it adds its specification, in pages of JSON
 
 
 class Mismatch(ConfigError):
-  """A checkpoint of another model. `missing`: the leaves that the model wants and the checkpoint lacks."""
+  """A checkpoint of another model.
+
+  Attributes:
+    missing: names of the leaves that the model wants and the checkpoint lacks.
+  """
 
   def __init__(self, message: str, missing: list[str]):
     super().__init__(message)
@@ -31,57 +38,66 @@ class Mismatch(ConfigError):
 
 
 def flatten(tree) -> dict[str, Any]:
-  """`{"params/embed/kernel": array, ...}`."""
+  """Returns a tree's leaves by path: `{"params/embed/kernel": array, ...}`."""
   return {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def _name(path) -> str:
-  # NNX wraps each array in a variable whose leaf is called "value": no news to a reader.
+  # NNX wraps each array in a variable whose leaf is called "value", which tells a reader nothing.
   return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
 
 
-def differences(expected: dict, found: dict, limit: int = 12) -> list[str]:
-  """One line per leaf whose presence or shape differs; values need only a `.shape`."""
-  wrong, unknown = [], []
-  for name in sorted(expected.keys() | found.keys()):
-    if name not in found:
-      wrong.append(
-        f"{name}: missing in the checkpoint, the model wants {tuple(expected[name].shape)}"
-      )
-    elif name not in expected:
-      unknown.append(f"{name}: {tuple(found[name].shape)} in the checkpoint, unknown to the model")
-    elif tuple(expected[name].shape) != tuple(found[name].shape):
-      wrong.append(
-        f"{name}: {tuple(found[name].shape)} in the checkpoint, the model wants {tuple(expected[name].shape)}"
-      )
+def _differences(wanted: dict, found: dict) -> list[str]:
+  """Returns one line per leaf whose presence or shape differs."""
+  wrong = []
+  unknown = []
+  for name in sorted(wanted.keys() | found.keys()):
+    want = tuple(wanted[name].shape) if name in wanted else None
+    have = tuple(found[name].shape) if name in found else None
+    if have is None:
+      wrong.append(f"{name}: missing in the checkpoint, the model wants {want}")
+    elif want is None:
+      unknown.append(f"{name}: {have} in the checkpoint, unknown to the model")
+    elif want != have:
+      wrong.append(f"{name}: {have} in the checkpoint, the model wants {want}")
   lines = wrong + unknown
-  return lines if len(lines) <= limit else [*lines[:limit], f"... and {len(lines) - limit} more"]
+  more = len(lines) - _LISTED
+  return lines if more <= 0 else [*lines[:_LISTED], f"... and {more} more"]
 
 
 class Checkpoints:
-  """The checkpoints of one run, `<workdir>/checkpoints/<step>/`."""
+  """The checkpoints of one run, in `<workdir>/checkpoints/<step>/`."""
 
   def __init__(self, workdir, keep: int = 2, create: bool = True):
+    """Opens the folder, of which the `keep` newest checkpoints stay.
+
+    Raises:
+      ConfigError: there is no such folder and `create` is false.
+    """
     self.path = (pathlib.Path(workdir) / "checkpoints").absolute()
     if not create and not self.path.is_dir():
       raise ConfigError(
-        f"no checkpoints under {self.path}; train first (python train.py --config=... --workdir={workdir}) "
-        "or name another --workdir."
+        f"no checkpoints under {self.path}; train first (python train.py --config=... "
+        f"--workdir={workdir}) or name another --workdir."
       )
-    options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep, create=create, enable_async_checkpointing=False
-    )
-    handlers = {"arrays": ocp.StandardCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
     self._manager = ocp.CheckpointManager(
-      self.path, options=options, item_names=tuple(handlers), item_handlers=handlers
+      self.path,
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep, create=create, enable_async_checkpointing=False
+      ),
+      item_names=("arrays", "record"),
+      item_handlers={
+        "arrays": ocp.StandardCheckpointHandler(),
+        "record": ocp.JsonCheckpointHandler(),
+      },
     )
 
   def latest(self) -> int | None:
-    """The newest complete step, or None."""
+    """Returns the newest complete step, or None."""
     return self._manager.latest_step()
 
   def steps(self) -> list[int]:
-    """All complete steps, ascending."""
+    """Returns all complete steps, ascending."""
     return sorted(self._manager.all_steps())
 
   def save(self, step: int, state, record: dict):
@@ -89,34 +105,27 @@ class Checkpoints:
     if step in self._manager.all_steps():
       return
     arrays = {name: np.asarray(leaf) for name, leaf in flatten(state).items()}
-    record = {
-      "schema": SCHEMA,
-      "step": step,
-      "versions": versions(),
-      "git": git_revision(),
-      **record,
-    }
+    own = {"schema": SCHEMA, "step": step, "versions": versions(PACKAGES), "git": git_revision()}
+    plain = json.loads(json.dumps(own | record))
     self._manager.save(
       step,
       args=ocp.args.Composite(
-        arrays=ocp.args.StandardSave(arrays),
-        record=ocp.args.JsonSave(json.loads(json.dumps(record))),
+        arrays=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(plain)
       ),
     )
     self._manager.wait_until_finished()
     logging.info("checkpoint of step %d in %s", step, self.path)
 
   def record(self, step: int | None = None) -> dict:
-    """The JSON record of a step (default: newest).
+    """Reads the JSON record of a step (default: the newest).
 
     Raises:
-      ConfigError: if there is no such step, it cannot be read, or it was written by another schema.
+      ConfigError: there is no such step, it cannot be read, or another schema wrote it.
     """
     step = self._step(step)
     with self._readable(step):
-      record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))[
-        "record"
-      ]
+      wanted = ocp.args.Composite(record=ocp.args.JsonRestore())
+      record = self._manager.restore(step, args=wanted)["record"]
       schema = record["schema"]
     if schema != SCHEMA:
       raise ConfigError(
@@ -126,26 +135,24 @@ class Checkpoints:
     return record
 
   def restore(self, template, step: int | None = None, *, ignore_extra: bool = False):
-    """The arrays of a step in the form of `template` (arrays or ShapeDtypeStructs).
+    """Reads the arrays of a step (default: the newest) in the form of `template`.
 
     Args:
-      ignore_extra: leaves of the checkpoint that the template lacks are dropped (another method on the same weights).
+      template: a pytree of arrays or ShapeDtypeStructs.
+      ignore_extra: drop leaves that the template lacks: the optimizer's, the raw weights, another
+        method's parameters.
 
     Raises:
       Mismatch: lists the leaves that differ.
-      ConfigError: if there is no such step, or it cannot be read.
+      ConfigError: there is no such step, or it cannot be read.
     """
     step = self._step(step)
     with self._readable(step):
       metadata = self._manager.item_metadata(step)["arrays"]
       found = dict(getattr(metadata, "tree", metadata))
     wanted = flatten(template)
-    if ignore_extra:
-      # Only whole groups are optional: the checkpoint's optimizer, raw weights, or another method's parameters.
-      candidates = {k: v for k, v in found.items() if k in wanted}
-    else:
-      candidates = found
-    lines = differences(wanted, candidates)
+    compared = {k: v for k, v in found.items() if k in wanted} if ignore_extra else found
+    lines = _differences(wanted, compared)
     if lines:
       raise Mismatch(
         f"checkpoint {self.path}/{step} does not fit this model; leaves that differ:\n  "
@@ -154,35 +161,33 @@ class Checkpoints:
       )
     abstract = {k: np.zeros(v.shape, v.dtype) for k, v in found.items()}
     with self._readable(step):
-      arrays = self._manager.restore(
-        step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract))
-      )["arrays"]
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(template)
-    return jax.tree_util.tree_unflatten(
-      treedef, [arrays[_name(path)].astype(leaf.dtype) for path, leaf in leaves]
+      asked = ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract))
+      arrays = self._manager.restore(step, args=asked)["arrays"]
+    return jax.tree_util.tree_map_with_path(
+      lambda path, leaf: arrays[_name(path)].astype(leaf.dtype), template
     )
 
   @contextlib.contextmanager
-  def _readable(self, step):
-    """What goes wrong inside is a damaged checkpoint, and said to be one."""
+  def _readable(self, step: int):
+    """Turns any error inside into a ConfigError that calls the checkpoint damaged."""
     try:
       yield
     except Exception as error:
-      # Any: what Orbax raises depends on which file is broken and how, mostly a lookup error that hides the cause, and it
-      # documents none of it. Nothing is hidden here: the error's first words and its trace go with ours.
-      cause = (
-        str(error) if len(str(error)) <= 300 else f"{str(error)[:300]} ..."
-      )  # Orbax adds its spec, in pages of JSON.
-      before = [s for s in self.steps() if s < step]
-      wayout = (
-        f"to go on from step {before[-1]}" if before else "to start over: there is no earlier one"
-      )
+      # Any exception: which one Orbax raises depends on the file that is broken and how, and it
+      # documents none of them. Nothing is hidden: the error's first words and its trace remain.
+      cause = str(error)
+      if len(cause) > _QUOTED:
+        cause = f"{cause[:_QUOTED]} ..."
+      before = [known for known in self.steps() if known < step]
+      remedy = "to start over: there is no earlier one"
+      if before:
+        remedy = f"to go on from step {before[-1]}"
       raise ConfigError(
-        f"checkpoint {self.path}/{step} is damaged and cannot be read ({type(error).__name__}: {cause}); "
-        f"delete that folder {wayout}."
+        f"checkpoint {self.path}/{step} is damaged and cannot be read ({type(error).__name__}: "
+        f"{cause}); delete that folder {remedy}."
       ) from error
 
-  def _step(self, step):
+  def _step(self, step: int | None) -> int:
     known = self.steps()
     if not known:
       raise ConfigError(f"no checkpoint under {self.path}; train first, or name another --workdir.")
@@ -195,31 +200,3 @@ class Checkpoints:
   def close(self):
     """Waits for what is being written."""
     self._manager.close()
-
-
-def versions() -> dict[str, str]:
-  """Versions of the packages that shape results."""
-  found = {}
-  for name in _PACKAGES:
-    try:
-      found[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-      found[name] = "absent"
-  return found
-
-
-def git_revision() -> str:
-  """The commit that this code is at, "+" if changed since; "unknown" outside a checkout."""
-  root = pathlib.Path(__file__).parents[1]
-
-  def run(*args):
-    return subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=False)
-
-  try:
-    commit = run("rev-parse", "--short", "HEAD")
-    if commit.returncode:
-      return "unknown"
-    changed = run("status", "--porcelain", "--untracked-files=no").stdout.strip()
-  except OSError:
-    return "unknown"
-  return commit.stdout.strip() + ("+" if changed else "")

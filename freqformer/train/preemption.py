@@ -1,6 +1,6 @@
-"""SIGTERM and Ctrl-C ask a run to stop: it saves and leaves. A second signal kills it at once.
+"""SIGTERM and Ctrl-C ask a run to save and stop; a second signal kills it at once.
 
-JAX's own preemption point works only under `jax.distributed`; a single process needs its own handler.
+JAX's own preemption point works only under `jax.distributed`; a single process needs a handler.
 """
 
 import signal
@@ -9,10 +9,11 @@ from absl import logging
 
 
 class StopRequest:
-  """A context in which `requested` turns true on SIGTERM or SIGINT."""
+  """A context whose call returns True once SIGTERM or SIGINT has arrived."""
 
   def __init__(self):
-    self.requested, self._previous = False, {}
+    self._requested = False
+    self._previous = {}
 
   def __enter__(self):
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -24,11 +25,11 @@ class StopRequest:
       signal.signal(number, handler)
 
   def __call__(self) -> bool:
-    return self.requested
+    return self._requested
 
   def _handle(self, number, frame):
-    if self.requested:
+    if self._requested:
       signal.signal(number, signal.SIG_DFL)
       signal.raise_signal(number)
-    self.requested = True
-    logging.warning("%s: saving and leaving; once more kills", signal.Signals(number).name)
+    self._requested = True
+    logging.warning("%s: saving and stopping; once more kills", signal.Signals(number).name)

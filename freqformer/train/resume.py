@@ -1,8 +1,9 @@
 """What must agree between a checkpoint and the run that goes on from it.
 
-Data that differ are refused always: the commonest silent bug is another normalisation. A config that differs in what the
-checkpoint was trained on or as is refused unless it is asked for; the rest may change. Every change is said, and kept in the
-record of the run, which would otherwise claim that all of it ran as only its end did.
+Other data are always refused: the commonest silent bug is another normalisation. If the config's
+`data`, `model`, `seed` or `train.batch_size` differ from the checkpoint's, resuming is refused
+unless `--resume_changed` is given; other keys may change. Every change is logged, and kept with
+its step in the run's record, which would otherwise claim that all of the run had its last config.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from absl import logging
 from freqformer.config import ConfigError
 from freqformer.train.experiment import Experiment, experiment
 
+# Prefixes of keys that may change; `train.batch_size` may not.
 _FREE = (
   "train.",
   "sample.",
@@ -23,10 +25,14 @@ _FREE = (
   "model.remat",
   "model.attention.implementation",
 )
+_LISTED = 12  # changes that a message names
 
 
 def settings(exp: Experiment) -> dict:
-  """All that a run uses by dotted key, as JSON values: defaults filled in, methods that no layer runs left out."""
+  """Returns all that a run uses, by dotted key, as JSON values.
+
+  Defaults are filled in, and methods that no layer runs are left out.
+  """
   values = dataclasses.asdict(exp)
   attention = exp.model.attention
   del values["model"]["attention"]["methods"]
@@ -43,51 +49,54 @@ def _flat(values: dict, prefix: str = "") -> dict:
 
 
 def changes(old: Experiment, new: Experiment) -> dict[str, list]:
-  """`{"train.lr": [before, now], ...}`, in order of the keys. Of another method only that it is another, not its settings."""
-  before, now = settings(old), settings(new)
+  """Returns `{"train.lr": [before, now], ...}` in order of the keys.
+
+  If the method changed, that alone is listed, not the settings of the two methods.
+  """
+  before = settings(old)
+  now = settings(new)
   return {key: [before[key], now[key]] for key in before if key in now and before[key] != now[key]}
 
 
 def change_text(changed: dict[str, list]) -> str:
-  """`train.lr 0.001 -> 0.1, ...`, at most a dozen."""
+  """Returns `train.lr 0.001 -> 0.1, ...`, at most a dozen."""
   texts = [f"{key} {before!r} -> {now!r}" for key, (before, now) in changed.items()]
-  return ", ".join(texts[:12]) + (f" and {len(texts) - 12} more" if len(texts) > 12 else "")
+  more = f" and {len(texts) - _LISTED} more" if len(texts) > _LISTED else ""
+  return ", ".join(texts[:_LISTED]) + more
 
 
 def check_same_config(record: dict, new: Experiment, allow: bool = False) -> dict[str, list]:
-  """The changes since a checkpoint's record was written, once they are said.
+  """Logs and returns the changes since a checkpoint's record was written.
 
   Args:
-    allow: also what is refused otherwise: data, model, seed and train.batch_size.
+    allow: accept changes of data, model, seed and train.batch_size too.
 
   Raises:
     ConfigError: names what differs and what to do.
   """
+  step = record["step"]
   try:
     old = experiment(record["config"])
   except ConfigError as error:
     raise ConfigError(
-      f"the config in the checkpoint of step {record['step']} is not one of this code ({error}); go on with the revision that "
-      f"wrote it ({record.get('git')}), or start a new --workdir."
+      f"the config in the checkpoint of step {step} is not one of this code ({error}); go on with "
+      f"the revision that wrote it ({record.get('git')}), or start a new --workdir."
     ) from error
   changed = changes(old, new)
   fixed = {k: v for k, v in changed.items() if not k.startswith(_FREE) or k == "train.batch_size"}
   if fixed and not allow:
     raise ConfigError(
-      f"the checkpoint of step {record['step']} was trained with another config: {change_text(fixed)}; start a new --workdir, "
-      "or go on with these changes by --resume_changed."
+      f"the checkpoint of step {step} was trained with another config: {change_text(fixed)}; "
+      "start a new --workdir, or go on with these changes by --resume_changed."
     )
   if changed:
-    logging.warning(
-      "the config has changed since the checkpoint of step %d: %s",
-      record["step"],
-      change_text(changed),
-    )
+    text = change_text(changed)
+    logging.warning("the config has changed since the checkpoint of step %d: %s", step, text)
   return changed
 
 
 def with_seed(state, fresh, changed: dict):
-  """The restored state; where the seed was changed, with the fresh state's random key."""
+  """Returns the restored state; if the seed was changed, with the fresh state's random key."""
   return dataclasses.replace(state, key=fresh.key) if "seed" in changed else state
 
 
@@ -95,30 +104,32 @@ def check_same_data(old: dict, new: dict):
   """Compares two checkpoint records.
 
   Raises:
-    ConfigError: if the latents' shape, their statistics or the class map differ.
+    ConfigError: the latents' shape, their statistics or the class map differ.
   """
-  if list(old["latent_shape"]) != list(new["latent_shape"]):
+  before = tuple(old["latent_shape"])
+  now = tuple(new["latent_shape"])
+  if before != now:
     raise ConfigError(
-      f"the checkpoint was trained on latents {tuple(old['latent_shape'])}, the cache holds "
-      f"{tuple(new['latent_shape'])}; use the same data protocol or a new --workdir."
+      f"the checkpoint was trained on latents {before}, the cache holds {now}; use the same data "
+      "protocol or a new --workdir."
     )
   for name in ("mean", "std"):
-    before, now = (np.asarray(r["statistics"][name]) for r in (old, new))
-    # Not bit-equal: a machine that computes the statistics anew adds in another order. Another protocol moves them far more.
-    if before.shape != now.shape or not np.allclose(before, now, rtol=1e-6, atol=1e-8):
-      gap = (
-        "another number of channels"
-        if before.shape != now.shape
-        else f"by up to {np.abs(before - now).max():.3g}"
-      )
+    before = np.asarray(old["statistics"][name])
+    now = np.asarray(new["statistics"][name])
+    # Not bit-equal: statistics that are computed anew may add in another order. Another protocol
+    # moves them far more.
+    if not np.allclose(before, now, rtol=1e-6, atol=1e-8):
       raise ConfigError(
-        f"latent statistics differ between checkpoint and cache ({name}: {gap}); the cache was encoded by "
-        "another protocol or from other clips: restore that cache or start a new --workdir."
+        f"latent statistics differ between checkpoint and cache ({name}: by up to "
+        f"{np.abs(before - now).max():.3g}); the cache was encoded by another protocol or from "
+        "other clips: restore that cache or start a new --workdir."
       )
-  if old["class_names"] != new["class_names"]:
-    pairs = zip(old["class_names"], new["class_names"], strict=False)
-    changed = [f"{i}: {a} -> {b}" for i, (a, b) in enumerate(pairs) if a != b]
+  before = old["class_names"]
+  now = new["class_names"]
+  if before != now:
+    pairs = enumerate(zip(before, now, strict=False))
+    examples = [f"{i}: {a} -> {b}" for i, (a, b) in pairs if a != b]
     raise ConfigError(
-      f"the class map differs between checkpoint and cache ({len(old['class_names'])} against "
-      f"{len(new['class_names'])} classes; {', '.join(changed[:3])}); use the same data or a new --workdir."
+      f"the class map differs between checkpoint and cache ({len(before)} against {len(now)} "
+      f"classes; {', '.join(examples[:3])}); use the same data or a new --workdir."
     )

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from freqformer.data.render import render_ucf101
+from freqformer.data.render import RenderedSet, render_ucf101
 from freqformer.pages.run import write_report
 from freqformer.train.checkpoint import Checkpoints
 from freqformer.train.metrics import read
@@ -23,9 +23,8 @@ pytestmark = pytest.mark.xdist_group("end_to_end")
 def place(tmp_path_factory):
   """A rendered data set and an empty cache."""
   root = tmp_path_factory.mktemp("data")
-  render_ucf101(
-    root / "ucf", classes=8, groups=3, clips_per_group=1, rows=48, cols=64, progress=False
-  )
+  sizes = RenderedSet(classes=8, groups=3, clips_per_group=1, rows=48, cols=64)
+  render_ucf101(root / "ucf", sizes)
   return root
 
 

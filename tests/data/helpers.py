@@ -11,7 +11,7 @@ from freqformer.data.protocol import DataConfig
 
 
 def moving_square(frames: int = 20, rows: int = 24, cols: int = 32, seed: int = 0) -> np.ndarray:
-  """uint8 `[frames, rows, cols, 3]`: a ramp from dark (left) to bright (right) and a square that moves down."""
+  """uint8 `[frames, rows, cols, 3]`: a ramp that brightens rightwards, a square that moves down."""
   rng = np.random.default_rng(seed)
   video = np.empty((frames, rows, cols, 3), np.uint8)
   video[:] = np.linspace(20, 200, cols)[None, None, :, None] * rng.uniform(0.7, 1, 3)
@@ -66,7 +66,7 @@ UCF_CLASSES = ("Hammering", "HammerThrow", "HandstandPushups", "JumpingJack", "J
 
 
 def write_ucf101(root: pathlib.Path, frames: int = 20) -> pathlib.Path:
-  """Two training clips and a test clip per class, with the official spelling of the handstand files."""
+  """Two training clips and a test clip per class; handstand files have their official spelling."""
   lists = root / "ucfTrainTestlist"
   lists.mkdir(parents=True)
   train, test = [], []

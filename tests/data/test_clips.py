@@ -1,4 +1,4 @@
-"""From files to views: lists of clips, decoding, drawing. Each trap of the formats has its test."""
+"""From files to views: lists of clips, decoding, drawing."""
 
 import dataclasses
 import itertools
@@ -12,77 +12,76 @@ from freqformer.config import ConfigError, build
 from freqformer.data import decode as video
 from freqformer.data.cache import prepare
 from freqformer.data.clips import list_clips
-from freqformer.data.codec import CodecConfig, psnr
-from freqformer.data.decode import BrokenClip, VideoFile, crop_resize
-from freqformer.data.protocol import DataConfig, TooShort, draw_view
-from tests.data.helpers import (
-  UCF_CLASSES,
-  config,
-  moving_square,
-  write_clip,
-  write_folder,
-  write_ucf101,
-)
+from freqformer.data.codec import CodecConfig, reconstruction_psnr
+from freqformer.data.decode import VideoFile, crop_resize
+from freqformer.data.protocol import BrokenClip, DataConfig, draw_view
+from tests.data import helpers
+from tests.data.helpers import UCF_CLASSES, config, moving_square, write_clip
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  return write_folder(tmp_path_factory.mktemp("folder"))
+  return helpers.write_folder(tmp_path_factory.mktemp("folder"))
 
 
 @pytest.fixture
 def ucf(tmp_path):
-  return write_ucf101(tmp_path / "ucf")
+  return helpers.write_ucf101(tmp_path / "ucf")
 
 
 def ucf_config(root, **changes):
   return config(root, root / "cache", source="ucf101", **changes)
 
 
-# ---- protocol and views -----------------------------------------------------------------------------------------------
+# ---- protocol and views -----------------------------------------------------------------------
+
+
+SAME_LATENTS = dict(cache="elsewhere", workers=7, root="data/", split=2)
+OTHER_LATENTS = dict(
+  root="data2",
+  resolution=(24, 16),
+  frames=5,
+  stride=1,
+  crop="random",
+  flip=True,
+  views=2,
+  short="pad",
+  seed=1,
+  val_fraction=0.2,
+  max_clips=3,
+  codec=CodecConfig(factor=(2, 4, 4), channels=23),
+)
 
 
 def test_hash_covers_what_changes_latents_and_nothing_else():
   base = config("data", "cache")
-  for same in (dict(cache="elsewhere"), dict(workers=7), dict(root="data/"), dict(split=2)):
-    assert dataclasses.replace(base, **same).protocol_hash == base.protocol_hash, same
-  for other in (
-    dict(root="data2"),
-    dict(resolution=(24, 16)),
-    dict(frames=5),
-    dict(stride=1),
-    dict(crop="random"),
-    dict(flip=True),
-    dict(views=2),
-    dict(short="pad"),
-    dict(seed=1),
-    dict(val_fraction=0.2),
-    dict(max_clips=3),
-    dict(codec=CodecConfig(factor=(2, 4, 4), channels=23)),
-  ):
-    assert dataclasses.replace(base, **other).protocol_hash != base.protocol_hash, other
+  for values, same in ((SAME_LATENTS, True), (OTHER_LATENTS, False)):
+    for name, value in values.items():
+      changed = dataclasses.replace(base, **{name: value})
+      assert (changed.protocol_hash == base.protocol_hash) == same, name
 
 
-def test_config_comes_from_a_dict_and_refuses_in_one_sentence():
-  values = dict(
-    source="folder",
-    root="x",
-    resolution=[16, 24],
-    frames=4,
-    codec=dict(factor=[1, 4, 4], channels=8),
-  )
-  assert build(DataConfig, values, "data").video_shape == (4, 16, 24)
-  for wrong, words in (
-    (dict(source="folders"), "did you mean 'folder'"),
-    (dict(crop="middle"), "known: center, random"),
-    (dict(frames=0), "at least 1, got 0"),
-    (dict(split=4), "1, 2 or 3"),
-    (dict(val_fraction=1.0), "between 0 and 1"),
-    (dict(resolution=[0, 4]), "rows, cols"),
+CONFIG = dict(
+  source="folder", root="x", resolution=[16, 24], frames=4, codec=dict(factor=[1, 4, 4], channels=8)
+)
+
+
+@pytest.mark.parametrize(
+  "wrong, words",
+  [
+    (dict(source="folders"), "config.data: source='folders' .* did you mean 'folder'"),
+    (dict(crop="middle"), "one of center, random"),
+    (dict(frames=0), "frames=0 must be at least 1"),
+    (dict(split=4), "split=4 must be at least 0 and at most 3"),
+    (dict(val_fraction=1.0), "above 0 and below 1"),
+    (dict(resolution=[0, 4]), "at least 1, in every entry"),
     (dict(stryde=1), "did you mean 'stride'"),
-  ):
-    with pytest.raises(ConfigError, match=words):
-      build(DataConfig, values | wrong, "data")
+  ],
+)
+def test_config_comes_from_a_dict_and_refuses_in_one_sentence(wrong, words):
+  assert build(DataConfig, CONFIG, "data").video_shape == (4, 16, 24)
+  with pytest.raises(ConfigError, match=words):
+    build(DataConfig, CONFIG | wrong, "data")
 
 
 def test_views_depend_on_seed_clip_and_number_only():
@@ -100,20 +99,20 @@ def test_views_depend_on_seed_clip_and_number_only():
 
 
 def test_short_clips_are_padded_clamped_or_skipped():
-  c = config("x", "y", frames=16, stride=3)
-  assert (
-    draw_view(dataclasses.replace(c, short="pad"), "train", "k", 0, 29, (8, 8)).indices(16, 29)[-7:]
-    == [27] + [28] * 6
-  )
-  clamped = draw_view(dataclasses.replace(c, short="clamp"), "train", "k", 0, 31, (8, 8))
-  assert clamped.stride == 2 and clamped.indices(16, 31) == list(range(0, 31, 2))
-  with pytest.raises(TooShort, match="29 frames, 46 are needed"):
-    draw_view(dataclasses.replace(c, short="skip"), "train", "k", 0, 29, (8, 8))
-  with pytest.raises(TooShort, match="even at stride 1"):
-    draw_view(c, "train", "k", 0, 15, (8, 8))
+  def draw(short, length):
+    c = config("x", "y", frames=16, stride=3, short=short)
+    return draw_view(c, "train", "k", 0, length, (8, 8))
+
+  assert draw("pad", 29).indices(16, 29)[-7:] == [27] + [28] * 6
+  assert draw("clamp", 31).stride == 2
+  assert draw("clamp", 31).indices(16, 31) == list(range(0, 31, 2))
+  with pytest.raises(BrokenClip, match="k: it has 29 frames, 46 are needed"):
+    draw("skip", 29)
+  with pytest.raises(BrokenClip, match="even at stride 1"):
+    draw("clamp", 15)
 
 
-# ---- files ------------------------------------------------------------------------------------------------------------
+# ---- files ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix, fps", [(".avi", 25), (".mp4", 30), (".mkv", 8)])
@@ -122,7 +121,7 @@ def test_chosen_frames_of_any_container(tmp_path, suffix, fps):
   with VideoFile(write_clip(tmp_path / f"clip{suffix}", original, fps)) as file:
     assert file.length == 20 and file.size == (24, 32)
     frames = file.read([3, 7, 7, 19])
-  assert psnr(np.stack(frames), original[[3, 7, 7, 19]]) > 28
+  assert reconstruction_psnr(np.stack(frames), original[[3, 7, 7, 19]]) > 28
 
 
 def test_seeking_gives_the_very_frames_of_decoding_through(tmp_path, monkeypatch):
@@ -143,9 +142,8 @@ def test_frame_counts_of_the_container_are_not_trusted(tmp_path):
     with VideoFile(path) as file:
       assert file.length == 20 and len(file.read([0, 19])) == 2
   movie, index = data.index(b"movi"), data.index(b"idx1")
-  path.write_bytes(
-    data[: (movie + 2 * index) // 3]
-  )  # An interrupted download: the index is gone too.
+  # An interrupted download: the index is gone too.
+  path.write_bytes(data[: (movie + 2 * index) // 3])
   with VideoFile(path) as file:
     assert 5 < file.length < 20 and file.read(list(range(file.length))) is not None
 
@@ -162,9 +160,8 @@ def test_a_phone_s_turn_is_applied(tmp_path):
   with VideoFile(path) as file:
     frame = file.read([0])[0]
   assert file.size == frame.shape[:2] == (32, 24)
-  assert (
-    frame[-4:].mean() > frame[:4].mean() + 50
-  )  # Shown a quarter turn clockwise, the bright right is below.
+  # Shown a quarter turn clockwise, the bright right is below.
+  assert frame[-4:].mean() > frame[:4].mean() + 50
 
 
 def test_past_the_end_says_how_many_frames_there_are(tmp_path):
@@ -185,13 +182,12 @@ def test_a_broken_file_is_named(tmp_path, data):
 def test_crop_then_resize():
   image = moving_square(1, 24, 32)[0]
   np.testing.assert_array_equal(crop_resize(image, (0, 0, 1, 1), (24, 32)), image)
-  np.testing.assert_array_equal(
-    crop_resize(image, (0.25, 0.5, 0.75, 1), (12, 16)), image[6:18, 16:]
-  )
+  cut = crop_resize(image, (0.25, 0.5, 0.75, 1), (12, 16))
+  np.testing.assert_array_equal(cut, image[6:18, 16:])
   assert crop_resize(image, (0, 0, 1, 1), (7, 13)).shape == (7, 13, 3)
 
 
-# ---- lists ------------------------------------------------------------------------------------------------------------
+# ---- lists ------------------------------------------------------------------------------------
 
 
 def test_ucf101_labels_follow_class_ind(ucf):
@@ -221,34 +217,34 @@ def test_ucf101_missing_clips_are_counted_by_name(ucf):
   (ucf / "UCF-101/JumpRope/v_JumpRope_g02_c01.avi").unlink()
   listing = list_clips(ucf_config(ucf), "train")
   assert len(listing.clips) == 9
-  assert listing.missing == {
-    "JumpRope/v_JumpRope_g02_c01.avi": "it is listed in trainlist01.txt but not on disk"
-  }
-  assert [
-    s["key"] for s in prepare(ucf_config(ucf), "train", progress=False).manifest["skipped"]
-  ] == list(listing.missing)
+  key = "JumpRope/v_JumpRope_g02_c01.avi"
+  assert listing.missing == {key: "it is listed in trainlist01.txt but not on disk"}
+  skipped = prepare(ucf_config(ucf), "train").manifest["skipped"]
+  assert [entry["key"] for entry in skipped] == [key]
 
 
-def test_ucf101_refusals(ucf, tmp_path):
+@pytest.mark.parametrize(
+  "old, new, words",
+  [
+    ("JumpRope/", "JumpRopes/", "'JumpRopes' is not in classInd.txt; did you mean 'JumpRope'"),
+    (" 5", " 4", "has class id 4, but classInd.txt gives JumpRope 5"),
+    (None, "", "lists no clip"),
+  ],
+)
+def test_ucf101_refuses_wrong_lists(ucf, old, new, words):
   train = ucf / "ucfTrainTestlist/trainlist01.txt"
-  good = train.read_text()
-  for text, words in (
-    (
-      good.replace("JumpRope/", "JumpRopes/"),
-      "'JumpRopes' is not in classInd.txt; did you mean 'JumpRope'",
-    ),
-    (good.replace(" 5", " 4"), "has class id 4, but classInd.txt gives JumpRope 5"),
-    ("", "lists no clip"),
-  ):
-    train.write_text(text)
-    with pytest.raises(ConfigError, match=words):
-      list_clips(ucf_config(ucf), "train")
+  train.write_text(train.read_text().replace(old, new) if old else new)
+  with pytest.raises(ConfigError, match=words):
+    list_clips(ucf_config(ucf), "train")
+  with pytest.raises(ConfigError, match="trainlist03.txt' is missing"):
+    list_clips(ucf_config(ucf, split=3), "train")
+
+
+def test_ucf101_that_is_not_there_says_where_to_get_it(tmp_path):
+  (tmp_path / "empty").mkdir()
   for root in (tmp_path / "nowhere", tmp_path / "empty"):
     with pytest.raises(ConfigError, match="RecognitionTask.zip.*crcv.ucf.edu.*make demo"):
       list_clips(ucf_config(root), "train")
-    (tmp_path / "empty").mkdir(exist_ok=True)
-  with pytest.raises(ConfigError, match="trainlist03.txt' is missing"):
-    list_clips(ucf_config(ucf, split=3), "train")
 
 
 def test_folder_classes_and_split(folder, tmp_path):
@@ -270,9 +266,10 @@ def test_flat_single_and_empty_folders(tmp_path):
   with pytest.raises(ConfigError, match="is not a folder"):
     list_clips(config(tmp_path / "nowhere", tmp_path), "train")
   write_clip(root / "a.mp4", moving_square())
-  one = prepare(c, "train", progress=False), prepare(c, "val", progress=False)
-  assert [len(x) for x in one] == [1, 1] and one[0].class_names == ["mine"]
-  assert one[0].manifest["clips"][0]["views"] != one[1].manifest["clips"][0]["views"]
+  train = prepare(c, "train")
+  val = prepare(c, "val")
+  assert len(train) == len(val) == 1 and train.class_names == ["mine"]
+  assert train.manifest["clips"][0]["views"] != val.manifest["clips"][0]["views"]
   write_clip(root / "b.mp4", moving_square())
   assert [len(list_clips(c, split).clips) for split in ("train", "val")] == [1, 1]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from freqformer.config import ConfigError
-from freqformer.data.render import render_ucf101
+from freqformer.data.render import RenderedSet, render_ucf101
 from freqformer.diffusion.sampling import SampleConfig
 from freqformer.evaluate import compare, quality
 from freqformer.pages.compare import slug, write_comparison
@@ -31,9 +31,8 @@ def call(place, *args):
 def workdir(tmp_path_factory):
   """A dense checkpoint of a few steps: adaLN-Zero has left its zeros, so that attention reaches the output."""
   place = tmp_path_factory.mktemp("compare")
-  render_ucf101(
-    place / "ucf", classes=2, groups=3, clips_per_group=1, rows=48, cols=64, progress=False
-  )
+  sizes = RenderedSet(classes=2, groups=3, clips_per_group=1, rows=48, cols=64)
+  render_ucf101(place / "ucf", sizes)
   done = call(
     place,
     str(ROOT / "train.py"),

@@ -1,6 +1,4 @@
-"""The model: shapes, neutral start, remat, runs of layers, and samples that do not know their neighbours."""
-
-import dataclasses
+"""The model: shapes, neutral start, remat, runs of layers, samples without neighbours."""
 
 import jax
 import jax.numpy as jnp
@@ -17,22 +15,18 @@ from freqformer.model.dit import VideoDiT, make_tables, patchify, unpatchify
 
 SHAPE = (3, 6, 5, 4)
 BASE = dict(size="custom", width=24, depth=2, heads=2, patch=(1, 2, 2))
-FREQ = dict(
-  window=(1, 1, 1),
-  mid_tiles=2,
-  basis=dict(kind="block_dct", low=(0.5, 0.5, 0.5), mid=(0.75, 0.75, 0.75)),
-)
+BASIS = dict(kind="block_dct", low=(0.5, 0.5, 0.5), mid=(0.75, 0.75, 0.75))
 
 
-def config_of(method="freqformer", **kwargs):
-  attention = dict(method=method, block=8, freqformer=FREQ, **kwargs.pop("attention", {}))
-  return model_config({**BASE, "attention": attention, **kwargs})
+def config_of(method="freqformer", attention=(), router=(), **model):
+  freqformer = dict(window=(1, 1, 1), mid_tiles=2, basis=BASIS, router=dict(router))
+  attention = dict(method=method, block=8, freqformer=freqformer) | dict(attention)
+  return model_config({**BASE, "attention": attention, **model})
 
 
-def model_of(config, seed=0):
+def model_of(config):
   """A model whose zero-initialised gates are open, so that every layer matters."""
-  model = VideoDiT(config, SHAPE, 3, nnx.Rngs(seed))
-  graphdef, params = nnx.split(model)
+  graphdef, params = nnx.split(VideoDiT(config, SHAPE, 3, nnx.Rngs(0)))
   keys = iter(jax.random.split(jax.random.key(1), 1000))
 
   def noisy(x):
@@ -63,14 +57,7 @@ def test_starts_at_zero_velocity():
 def test_gradients_equal_with_and_without_remat(mode):
   grads = []
   for remat in (False, True):
-    config = config_of(remat=remat, attention=dict())
-    method = dataclasses.replace(
-      config.attention.named("freqformer"),
-      router=dataclasses.replace(config.attention.named("freqformer").router, mode=mode),
-    )
-    config = dataclasses.replace(
-      config, attention=dataclasses.replace(config.attention, methods=(("freqformer", method),))
-    )
+    config = config_of(remat=remat, router=dict(mode=mode))
     graphdef, params = nnx.split(model_of(config))
 
     def loss(params, config=config, graphdef=graphdef):
@@ -81,9 +68,8 @@ def test_gradients_equal_with_and_without_remat(mode):
 
     grads.append(jax.jit(jax.grad(loss))(params))
   for a, b in zip(*map(jax.tree.leaves, grads), strict=True):
-    np.testing.assert_allclose(
-      a, b, rtol=1e-4, atol=1e-6
-    )  # gradients of some rest on sums that nearly cancel
+    # Some gradients are sums that nearly cancel.
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_runs_of_layers_have_their_own_method():
@@ -98,15 +84,10 @@ def test_one_scan_per_run():
   """The program does not grow with depth."""
 
   def size(depth):
-    return len(
-      str(
-        jax.make_jaxpr(
-          lambda x, t, y, tables: VideoDiT(config_of(depth=depth), SHAPE, 3, nnx.Rngs(0))(
-            x, t, y, tables
-          )[0]
-        )(*inputs(), make_tables(config_of(), SHAPE)).jaxpr
-      )
-    )
+    def program(*args):
+      return VideoDiT(config_of(depth=depth), SHAPE, 3, nnx.Rngs(0))(*args)[0]
+
+    return len(str(jax.make_jaxpr(program)(*inputs(), make_tables(config_of(), SHAPE)).jaxpr))
 
   assert size(6) < 1.3 * size(2)
 
@@ -156,19 +137,13 @@ def test_sizes():
 
 def test_noise_and_times():
   key = jax.random.key(0)
-  alone, together = (
-    sample_noise(key, jnp.array([5]), (3, 2)),
-    sample_noise(key, jnp.array([4, 5, 6]), (3, 2)),
-  )
+  alone = sample_noise(key, jnp.array([5]), (3, 2))
+  together = sample_noise(key, jnp.array([4, 5, 6]), (3, 2))
   np.testing.assert_array_equal(alone[0], together[1])
-  for kind in ("uniform", "logit_normal"):
-    t = sample_time(key, 4096, kind)
+  times = [sample_time(key, 4096, kind) for kind in ("uniform", "logit_normal")]
+  for t in times:
     assert 0 < t.min() and t.max() < 1 and abs(float(t.mean()) - 0.5) < 0.01
-  assert (
-    float(sample_time(key, 4096, "logit_normal").std())
-    < 0.22
-    < float(sample_time(key, 4096, "uniform").std())
-  )
+  assert times[1].std() < 0.22 < times[0].std()
 
 
 def test_linear_velocity_is_the_least_squares_fit():
@@ -188,28 +163,21 @@ def test_a_sample_is_the_same_alone_and_in_a_batch(guidance):
   tables, labels = model.tables(SHAPE), np.array([0, 1, 2])
 
   def draw(batch, which):
+    config = SampleConfig(steps=3, guidance=guidance, batch_size=batch)
+    samples = (labels[which], np.arange(3)[which], 7)
     return sample(
-      make_step(graphdef, c := SampleConfig(steps=3, guidance=guidance, batch_size=batch)),
-      params,
-      model,
-      labels[which],
-      np.arange(3)[which],
-      7,
-      tables,
-      SHAPE,
-      c,
-      progress=False,
+      make_step(graphdef, config), params, model, *samples, tables, SHAPE, config, progress=False
     )[0]
 
   together = draw(3, slice(None))
-  # Not bit-equal: another batch size adds in another order, in every one of the steps; samples are of size 1.
+  # Not bit-equal: another batch size adds in another order in every step; samples are of size 1.
   np.testing.assert_allclose(draw(1, slice(1, 2))[0], together[1], atol=1e-4)
   np.testing.assert_allclose(draw(2, slice(None)), together, atol=1e-4)
   assert np.abs(together[0] - together[1]).max() > 0.1
 
 
 def test_euler_integrates_a_straight_line():
-  """A model that returns x0's true velocity lands on x0 in one step: checks the sign and the direction of time."""
+  """The true velocity of x0 leads to x0 in one step: checks the sign and the direction of time."""
 
   class Straight(nnx.Module):
     classes = 3
@@ -226,40 +194,29 @@ def test_euler_integrates_a_straight_line():
   graphdef, params = nnx.split(Straight())
   for steps in (1, 5):
     config = SampleConfig(steps=steps, guidance=1.0, batch_size=1)
-    out, _ = sample(
-      make_step(graphdef, config),
-      params,
-      Straight(),
-      [0],
-      [0],
-      0,
-      {},
-      SHAPE,
-      config,
-      progress=False,
-    )
+    step = make_step(graphdef, config)
+    out, _ = sample(step, params, Straight(), [0], [0], 0, {}, SHAPE, config, progress=False)
     np.testing.assert_allclose(out, 2.0, atol=1e-5)
 
 
 def test_training_counts_every_branch():
   """Soft routing runs all three branches of each head; the sampled mode and evaluation run one."""
-  config, layout = config_of(), config_of().layout(SHAPE)
+  config = config_of()
   method = config.attention.named("freqformer")
+  layout = config.layout(SHAPE)
   alone = [method.cost(layout, 2, 12, tuple(np.eye(3)[i])).attention_flops for i in range(3)]
-  np.testing.assert_allclose(
-    model_cost(config, SHAPE, training=True).attention_flops, 2 * sum(alone), rtol=1e-6
-  )
-  assert (
-    model_cost(config, SHAPE).attention_flops
-    < model_cost(config, SHAPE, training=True).attention_flops
-  )
+  training = model_cost(config, SHAPE, training=True).attention_flops
+  np.testing.assert_allclose(training, 2 * sum(alone), rtol=1e-6)
+  assert model_cost(config, SHAPE).attention_flops < training
   dense = config_of("dense")
   assert model_cost(dense, SHAPE, training=True) == model_cost(dense, SHAPE)
 
 
 def test_model_cost():
-  """12 n D^2 of the textbook (4 projections, MLP of ratio 4) = 24 n D^2 FLOPs, plus 4 n^2 D of dense attention."""
+  """24 n D^2 FLOPs of the textbook (4 projections, MLP of ratio 4), plus 4 n^2 D of attention."""
   config = config_of("dense", patch=(1, 1, 1))
-  cost, n, width = model_cost(config, SHAPE), 90, 24
+  cost = model_cost(config, SHAPE)
+  n = 90
+  width = 24
   assert cost.attention_flops == 2 * 4 * n**2 * width
   assert cost.linear_flops == 2 * (24 * n * width**2 + 12 * width**2) + 4 * n * width * 4

@@ -1,0 +1,115 @@
+"""The validation loss, drawn so that every model and every moment of training is judged alike.
+
+Each sample is seen at one timestep in every quarter of t. Its timesteps and noise depend on its
+number only, whatever the batches are.
+"""
+
+from collections.abc import Callable, Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from freqformer.diffusion.flow import BUCKETS, interpolate, linear_velocity, sample_noise
+
+_SEED = 0
+
+
+def make_eval_step(graphdef, *, soft: bool = False):
+  """Returns the jitted pass `(params, batch, power, tables, offset) -> (sums, weight)`.
+
+  `sums` has a leading axis of `BUCKETS`; `weight` is what to divide them by. A batch is
+  `{"latent": [b, t, y, x, c], "label": [b], "weight": [b]}`; `offset` is its first sample's number.
+  `soft` evaluates the soft mixture of branches instead of the hard choice.
+  """
+
+  @jax.jit
+  def step(params, batch, power, tables, offset):
+    x0 = batch["latent"]
+    weight = batch["weight"]
+    key = jax.random.key(_SEED)
+    index = offset + jnp.arange(x0.shape[0])
+    place = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, 2 * i), (BUCKETS,)))(
+      index
+    )
+
+    def bucket(i):
+      time = (i + place[:, i]) / BUCKETS
+      noise = sample_noise(key, (2 * index + 1) * BUCKETS + i, x0.shape[1:])
+      xt, target = interpolate(x0, noise, time)
+      velocity, _, aux = nnx.merge(graphdef, params)(
+        xt, time, batch["label"], tables, soft_evaluation=soft
+      )
+
+      def error(predicted):
+        return (((predicted - target) ** 2).mean((1, 2, 3, 4)) * weight).sum()
+
+      density = jnp.concatenate([run["density"].mean(-1) for run in aux])  # [layers, b]
+      sums = {
+        "loss": error(velocity),
+        "linear": error(linear_velocity(xt, time, power)),
+        "density": (density.mean(0) * weight).sum(),
+      }
+      routed = [run for run in aux if "probs" in run]
+      if routed:
+        probs = jnp.concatenate([run["probs"] for run in routed])  # [layers, b, heads, branches]
+        choice = jnp.concatenate([run["choice"] for run in routed])
+        choice = jax.nn.one_hot(choice, probs.shape[-1])
+        sums["probs"] = jnp.einsum("lbhr,b->lhr", probs, weight)
+        sums["choice"] = jnp.einsum("lbhr,b->lhr", choice, weight)
+      return sums
+
+    return jax.lax.map(bucket, jnp.arange(BUCKETS)), weight.sum()
+
+  return step
+
+
+def evaluate(
+  step,
+  params,
+  batches: Iterable[dict],
+  power: np.ndarray,
+  tables,
+  should_stop: Callable[[], bool] = lambda: False,
+) -> dict | None:
+  """Computes validation losses, overall and per quarter of t, and the routing.
+
+  Args:
+    step: of `make_eval_step`.
+    params: parameters to judge.
+    batches: dicts latent, label, weight.
+    power: `channel_power` of the validation latents, `[c]`, for the best linear prediction.
+    tables: of the model, for the latents' grid.
+    should_stop: polled between batches; True gives up.
+
+  Returns:
+    `loss`, `buckets` and `linear_buckets` (per quarter of t), `density` and, where heads are
+    routed, `probs` and `choice` `[layers, quarters, heads, branches]`; None if stopped.
+  """
+  total = None
+  count = 0.0
+  offset = 0
+  for batch in batches:
+    if should_stop():
+      return None
+    sums, weight = jax.device_get(step(params, batch, power, tables, offset))
+    total = sums if total is None else jax.tree.map(np.add, total, sums)
+    count += float(weight)
+    offset += len(batch["label"])
+  mean = jax.tree.map(lambda x: x / count, total)
+  result = {
+    "loss": float(mean["loss"].mean()),
+    "buckets": mean["loss"].tolist(),
+    "linear_buckets": mean["linear"].tolist(),
+    "density": float(mean["density"].mean()),
+  }
+  for name in mean.keys() & {"probs", "choice"}:
+    result[name] = mean[name].transpose(1, 0, 2, 3)  # quarters behind layers, as they are drawn
+  return result
+
+
+def channel_power(cache, limit: int = 256) -> np.ndarray:
+  """Returns the mean square `[c]` of the normalised latents, over at most `limit` of them."""
+  latents = (cache[i]["latent"] for i in range(min(len(cache), limit)))
+  return np.mean([np.square(x).mean((0, 1, 2)) for x in latents], 0).astype(np.float32)
