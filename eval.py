@@ -1,4 +1,7 @@
-"""Samples from a checkpoint: `python eval.py --workdir=runs/demo`. See freqformer/command/eval.py."""
+"""Samples from a checkpoint: `python eval.py --workdir=runs/demo`.
+
+The code is in freqformer/command/eval.py, so that an installed package has it as well.
+"""
 
 from freqformer.command import entries
 

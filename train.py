@@ -1,4 +1,7 @@
-"""Trains a model: `python train.py --config=configs/demo.py`. The loop is freqformer/command/train.py."""
+"""Trains a model: `python train.py --config=configs/demo.py`.
+
+The loop is in freqformer/command/train.py, so that an installed package has it as well.
+"""
 
 from freqformer.command import entries
 

@@ -7,16 +7,9 @@ The public names below are loaded when they are first used, so that the import i
 import importlib
 import pathlib
 
-__version__ = "0.1.0"
-
 # Public names and the modules that define them.
-_PUBLIC = {
-  "VideoDiT": "model.dit",
-  "list_methods": "methods.registry",
-  "load_run": "evaluate.restore",
-  "sample": "evaluate.draw",
-}
-__all__ = ["CHECKOUT", *_PUBLIC]
+_PUBLIC = {"VideoDiT": "model.dit", "load_run": "evaluate.restore", "sample": "evaluate.draw"}
+__all__ = ["CHECKOUT", "list_methods", *_PUBLIC]
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _INSTALLED = (_ROOT / "freqformer" / "kernels").is_dir()
@@ -31,3 +24,10 @@ def __getattr__(name: str):
   if name not in _PUBLIC:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}.")
   return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+
+
+def list_methods() -> list[str]:
+  """Returns the names of all attention methods, as `attention.method` of a config takes them."""
+  from freqformer.methods.registry import METHODS
+
+  return list(METHODS)

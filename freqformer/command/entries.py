@@ -1,4 +1,4 @@
-"""The console entries of an installed package, and what the scripts at the root of a checkout run."""
+"""The console entries of the package; the scripts at the root of a checkout call them too."""
 
 import runpy
 import sys

@@ -1,35 +1,33 @@
 """Samples from a checkpoint.
 
   python eval.py --workdir=runs/ucf101
-  python eval.py --workdir=runs/ucf101 --classes=Basketball,Biking --samples=4 --seed=1 --guidance=4 --steps=50
-  python eval.py --workdir=runs/ucf101 --method=dense     the same weights, full attention: in samples-dense
+  python eval.py --workdir=runs/ucf101 --classes=Basketball,Biking --samples=4 --guidance=4
+  python eval.py --workdir=runs/ucf101 --method=dense     the same weights, full attention
   python eval.py --workdir=runs/ucf101 --method="radial(decay=0.5)" --export_masks=masks
   python eval.py --workdir=runs/ucf101 --compare="dense,adaspa,block_topk(density=0.2, coarse=none)"
 
-Averaged weights and hard routing by default. Writes <class>.mp4, grid.png, latents.npz, sampling.json and density.json
-(of one sample: every step, layer and head) to --out, in place of what an earlier run left there. By default that is
-<workdir>/samples, or with --method <workdir>/samples-<method>: the run's own samples, which its report shows, stay.
-With --compare, every method draws the same samples from the same noise: <method>/*.mp4, comparison.json and comparison.html,
-by default in <workdir>/compare.
+Averaged weights and hard routing by default. Writes <class>.mp4, grid.png, latents.npz,
+sampling.json and density.json (one sample's density at every step, layer and head) to --out, where
+it replaces an earlier run's files. The default is <workdir>/samples, which the run's report shows,
+or <workdir>/samples-<method> with --method. With --compare, every method draws the same samples
+from the same noise and writes <method>/*.mp4, comparison.json and comparison.html, by default to
+<workdir>/compare.
 """
 
 import dataclasses
 import json
 import pathlib
-import time
 
 import jax
 import numpy as np
 from absl import flags, logging
-from flax import nnx
 
 from freqformer.command import cli
-from freqformer.config import ConfigError, did_you_mean
-from freqformer.cost import sampling_cost
-from freqformer.diffusion.sampling import SampleConfig, compile_steps, make_step, sample
+from freqformer.config import ConfigError
+from freqformer.diffusion.sampling import SampleConfig
 from freqformer.evaluate import compare
-from freqformer.evaluate.record_masks import MaskRecorder, realised_density
-from freqformer.evaluate.restore import restore_model
+from freqformer.evaluate.draw import FLOPS_ARE, SAMPLES_PER_CLASS, draw, requests, sample_config
+from freqformer.evaluate.restore import Run, load_run
 from freqformer.pages.compare import slug, write_comparison
 from freqformer.pages.mp4 import check_folder, grid, grid_png, write_mp4
 
@@ -54,7 +52,7 @@ _EXPORT_MASKS = flags.DEFINE_string(
   "export_masks", None, "Folder for the first sample's masks; timings then include recording."
 )
 _COMPARE = flags.DEFINE_string(
-  "compare", None, "Methods side by side on the same weights and noise, the reference first."
+  "compare", None, "Methods to compare on the same weights and noise, the reference first."
 )
 _METRICS = flags.DEFINE_list(
   "metrics", ["psnr", "ssim"], f"Of --compare: some of {', '.join(compare.METRICS)}."
@@ -67,152 +65,131 @@ _FPS = flags.DEFINE_float("fps", 0, "Frame rate of the mp4s; default 25 / stride
 
 def main(_):
   if _COMPARE.value is not None:
-    return side_by_side()
+    compare_methods()
+  else:
+    sample_one_method()
+
+
+def sample_one_method():
+  """Writes samples of the trained method, or of `--method`."""
   for name in ("metrics", "lpips_weights"):
     if flags.FLAGS[name].present:
       raise ConfigError(
         f"--{name} compares videos; give the methods to compare in --compare as well."
       )
-  model, params, restored = restore_model(
-    _WORKDIR.value, step=_STEP.value, method=_METHOD.value, raw=_RAW.value
-  )
-  config, names = _sample_config(restored.experiment.sample), restored.class_names
-  chosen, labels, indices = _asked_for(names)
+  run = load_run(_WORKDIR.value, step=_STEP.value, method=_METHOD.value, raw=_RAW.value)
+  labels, indices = _requests(run)
+  config = _sample_config(run, len(labels))
   out = _folder("samples" if _METHOD.value is None else f"samples-{slug(_METHOD.value)}")
-  if _EXPORT_MASKS.value is not None:
-    check_folder(_EXPORT_MASKS.value)
+  masks = _EXPORT_MASKS.value and check_folder(_EXPORT_MASKS.value)
+  drawn = draw(run, labels, indices, _SEED.value, config, want_masks=bool(masks))
 
-  # ---- compile, then run: timed apart -------------------------------------------------------------------------------
-  shape, graphdef = restored.latent_shape, nnx.graphdef(model)
-  config = SampleConfig(**{**vars(config), "batch_size": min(config.batch_size, len(labels))})
-  tables = model.tables(shape)
-  clock = time.monotonic()
-  step = make_step(graphdef, config, want_masks=_EXPORT_MASKS.value is not None)
-  step, recorder = compile_steps(step, params, model, tables, shape, config), MaskRecorder()
-  compile_seconds, clock = time.monotonic() - clock, time.monotonic()
-  step = step if _EXPORT_MASKS.value is None else recorder.wrap(step, config.steps)
-  latents, aux = sample(step, params, model, labels, indices, _SEED.value, tables, shape, config)
-  run_seconds = time.monotonic() - clock
-
-  # ---- decode and write ---------------------------------------------------------------------------------------------
+  # ---- videos ---------------------------------------------------------------------------------
   out.mkdir(parents=True, exist_ok=True)
-  videos = restored.decode(latents)
-  for name in (
-    names if (out / "sampling.json").exists() else ()
-  ):  # an earlier run's, maybe of another method
-    (out / f"{name}.mp4").unlink(missing_ok=True)
-  fps = _FPS.value or 25 / restored.experiment.data.stride
-  for label in chosen:
+  names = run.class_names
+  if (out / "sampling.json").exists():  # of an earlier run, maybe of other classes
+    for name in names:
+      (out / f"{name}.mp4").unlink(missing_ok=True)
+  videos = run.decode(drawn.latents)
+  for label in dict.fromkeys(labels.tolist()):
     own = videos[labels == label]
-    write_mp4(out / f"{names[label]}.mp4", grid(own, columns=min(4, len(own))), fps)
-  grid_png(out / "grid.png", videos, [names[i] for i in labels])
+    write_mp4(out / f"{names[label]}.mp4", grid(own, columns=min(4, len(own))), _fps(run))
+  grid_png(out / "grid.png", videos, [names[label] for label in labels])
+
+  # ---- numbers --------------------------------------------------------------------------------
   np.savez_compressed(
-    out / "latents.npz", latents=latents, labels=labels, indices=indices, seed=_SEED.value
+    out / "latents.npz", latents=drawn.latents, labels=labels, indices=indices, seed=_SEED.value
   )
-  if _EXPORT_MASKS.value is not None:
-    recorder.masks().save(_EXPORT_MASKS.value)
-  density = [float(np.mean([np.mean(run["density"]) for run in step])) for step in aux]
-  by_head = {
-    "axes": ["step", "layer", "head"],
-    "density": np.round(realised_density(aux), 5).tolist(),
-  }
-  (out / "density.json").write_text(json.dumps(by_head))
-  cost = sampling_cost(model.config, shape, model.schedule(config.steps), config.guidance != 1)
-  result = {
-    "checkpoint": restored.step,
-    "method": model.config.attention.method,
-    "samples": len(labels),
-    "steps": config.steps,
-    "guidance": config.guidance,
-    "seed": _SEED.value,
-    "soft": config.soft,
-    "weights": "raw" if _RAW.value else "ema",
-    "compile_seconds": compile_seconds,
-    "run_seconds": run_seconds,
-    "seconds_per_sample": run_seconds / len(labels),
-    "attention_flops_per_sample": cost.attention_flops,
-    "total_flops_per_sample": cost.total,
-    "flops_are": compare.FLOPS_ARE,
-    "density_by_step": density,
-    "device": jax.devices()[0].device_kind,
+  if masks:
+    drawn.masks.save(masks)
+  density = {"axes": ["step", "layer", "head"], "density": np.round(drawn.density, 5).tolist()}
+  (out / "density.json").write_text(json.dumps(density))
+  seconds = drawn.run_seconds / len(labels)
+  result = _facts(run, len(labels), config) | {
+    "method": run.model.config.attention.method,
+    "compile_seconds": drawn.compile_seconds,
+    "run_seconds": drawn.run_seconds,
+    "seconds_per_sample": seconds,
+    "attention_flops_per_sample": drawn.cost.attention_flops,
+    "total_flops_per_sample": drawn.cost.total,
+    "density_by_step": drawn.density.mean((1, 2)).tolist(),
   }
   (out / "sampling.json").write_text(json.dumps(result, indent=2))
   logging.info(
     "%d samples in %s: compile %.1f s, run %.1f s (%.2f s each), mean attention density %.3f",
     len(labels),
     out,
-    compile_seconds,
-    run_seconds,
-    run_seconds / len(labels),
-    np.mean(density),
+    drawn.compile_seconds,
+    drawn.run_seconds,
+    seconds,
+    drawn.density.mean(),
   )
 
 
-def side_by_side():
-  """--compare: every method draws the same samples."""
+def compare_methods():
+  """Writes samples of every method of `--compare` and a page that shows them side by side."""
   for flag in (_METHOD, _EXPORT_MASKS):
     if flag.value is not None:
       raise ConfigError(
-        f"--{flag.name} goes with one method; run it without --compare, or name the method in --compare."
+        f"--{flag.name} goes with one method; run it without --compare, or name the method in "
+        "--compare."
       )
   # Compile seconds shall mean compiling, also the second time.
   jax.config.update("jax_compilation_cache_dir", None)
   metrics = compare.metric_functions(_METRICS.value, _LPIPS.value)
   methods = compare.split_methods(_COMPARE.value)
-  _, _, restored = restore_model(_WORKDIR.value, step=_STEP.value, raw=_RAW.value)
-  config = _sample_config(restored.experiment.sample)
-  _, labels, indices = _asked_for(restored.class_names)
+  run = load_run(_WORKDIR.value, step=_STEP.value, raw=_RAW.value)
+  labels, indices = _requests(run)
+  config = _sample_config(run, len(labels))
   out = _folder("compare")
-  config = dataclasses.replace(config, batch_size=min(config.batch_size, len(labels)))
-  found = compare.candidates(_WORKDIR.value, methods, config, restored.step, _RAW.value)
+  found = compare.candidates(_WORKDIR.value, methods, config.steps, run.step, _RAW.value)
   rows, videos = compare.compare(found, labels, indices, _SEED.value, config, metrics)
-  result = {
-    "checkpoint": restored.step,
-    "samples": len(labels),
-    **dataclasses.asdict(config),
-    "seed": _SEED.value,
-    "weights": "raw" if _RAW.value else "ema",
-    "device": jax.devices()[0].device_kind,
-    "flops_are": compare.FLOPS_ARE,
-    "density_is": "scored pairs / n^2 as run, of one sample",
-    "rows": rows,
-  }
+  result = _facts(run, len(labels), config) | {"rows": rows}
   captions = [
-    f"{restored.class_names[label]} {index % 10_000}"
+    f"{run.class_names[label]} {index % SAMPLES_PER_CLASS}"
     for label, index in zip(labels, indices, strict=True)
   ]
-  fps = _FPS.value or 25 / restored.experiment.data.stride
-  page = write_comparison(out, result, videos, captions, fps)
+  page = write_comparison(out, result, videos, captions, _fps(run))
   print(compare.table(rows))
   print(f"page: {page}")
 
 
-def _asked_for(names: list[str]):
-  """The classes asked for, and label and number of every sample."""
-  for name in _CLASSES.value or ():
-    if name not in names:
-      raise ConfigError(f"class {name!r} is not in this checkpoint; {did_you_mean(name, names)}")
+def _requests(run: Run) -> tuple[np.ndarray, np.ndarray]:
+  """Returns label and number of each sample that is asked for."""
+  names = run.class_names
   if not _CLASSES.value and len(names) > 16:
     logging.info("all %d classes are sampled; --classes=%s,%s takes some", len(names), *names[:2])
-  chosen = [names.index(name) for name in (_CLASSES.value or names)]
-  labels = np.repeat(chosen, _SAMPLES.value).astype(np.int32)
-  # A sample's number depends on its class and its place within it: asking for other classes does not change it.
-  indices = (labels * 10_000 + np.tile(np.arange(_SAMPLES.value), len(chosen))).astype(np.int32)
-  return chosen, labels, indices
+  return requests(run, _CLASSES.value, _SAMPLES.value)
+
+
+def _sample_config(run: Run, count: int) -> SampleConfig:
+  """Returns the run's sampling settings with the flags that were given."""
+  return sample_config(
+    run, count, steps=_STEPS.value, guidance=_GUIDANCE.value, soft=_SOFT.value or None
+  )
+
+
+def _facts(run: Run, count: int, config: SampleConfig) -> dict:
+  """Returns what was sampled and how, as plain JSON."""
+  return {
+    "checkpoint": run.step,
+    "samples": count,
+    **dataclasses.asdict(config),
+    "seed": _SEED.value,
+    "weights": "raw" if _RAW.value else "ema",
+    "device": jax.devices()[0].device_kind,
+    "flops_are": FLOPS_ARE,
+    "density_is": "scored pairs / n^2 as run, of one sample",
+  }
 
 
 def _folder(default: str) -> pathlib.Path:
-  """--out, or a folder of the run; checked before anything is sampled."""
+  """Returns --out, or a folder of the run; checked before anything is sampled."""
   return check_folder(_OUT.value or pathlib.Path(_WORKDIR.value) / default)
 
 
-def _sample_config(base: SampleConfig) -> SampleConfig:
-  """The config's sampling with the flags that were given."""
-  given = {"steps": _STEPS.value, "guidance": _GUIDANCE.value, "soft": _SOFT.value or None}
-  try:
-    return SampleConfig(**{**vars(base), **{k: v for k, v in given.items() if v is not None}})
-  except ValueError as error:
-    raise ConfigError(str(error)) from error
+def _fps(run: Run) -> float:
+  return _FPS.value or run.fps
 
 
 if __name__ == "__main__":

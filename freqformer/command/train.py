@@ -3,30 +3,35 @@
   python train.py --config=configs/ucf101.py --workdir=runs/ucf101
   python train.py --config=configs/ucf101.py --config.train.lr=3e-4 --dry_run
 
-The same command resumes: after SIGTERM, Ctrl-C or a crash the newest checkpoint in the workdir goes on bit for bit. A finished
-run goes on once train.steps is raised. Another config on the same workdir is said, and refused where it would make a run of two
-halves (data, model, seed, train.batch_size) unless --resume_changed is given; run.json keeps what was changed and when.
+The same command resumes: after SIGTERM, Ctrl-C or a crash the run goes on from the newest
+checkpoint in the workdir, bit for bit. A finished run goes on once train.steps is raised. If the
+config changed since the last checkpoint, the changed keys are logged, and run.json keeps them with
+their step. Changes of data, model, seed or train.batch_size stop the run unless --resume_changed is
+given.
 """
 
 import functools
 import json
 import pathlib
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
 from absl import flags, logging
 from flax import nnx
-from ml_collections import config_flags
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from freqformer.command import cli
 from freqformer.command.dry_run import describe
-from freqformer.data.cache import prepare
+from freqformer.command.files import define_config
+from freqformer.data.cache import LatentCache, prepare
 from freqformer.data.loader import train_iterator, val_batches
+from freqformer.grid.layout import TileLayout
 from freqformer.model.dit import VideoDiT, make_tables
-from freqformer.train.checkpoint import Checkpoints, git_revision, versions
-from freqformer.train.experiment import experiment
+from freqformer.train.checkpoint import Checkpoints
+from freqformer.train.experiment import Experiment, experiment
 from freqformer.train.metrics import Metrics, channel_power, write_routing
 from freqformer.train.preemption import StopRequest
 from freqformer.train.resume import check_same_config, check_same_data, with_seed
@@ -38,10 +43,9 @@ from freqformer.train.step import (
   make_train_step,
 )
 from freqformer.train.throughput import Throughput
+from freqformer.versions import git_revision, package_versions
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Configuration file, e.g. configs/ucf101.py.", lock_config=True
-)
+_CONFIG = define_config()
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of this run; default runs/<name of the config>."
 )
@@ -57,80 +61,98 @@ _RESUME_CHANGED = flags.DEFINE_bool(
 
 def main(_):
   if _DRY_RUN.value:
-    return print(describe(experiment(_CONFIG.value)))
-  name = pathlib.Path(flags.FLAGS["config"].config_filename).stem
-  train(_CONFIG.value, _WORKDIR.value or f"runs/{name}", _RESUME_CHANGED.value)
+    print(describe(experiment(_CONFIG.value)))
+    return
+  name = pathlib.Path(flags.FLAGS["config"].config_filename.split(":")[0]).stem
+  train(_CONFIG.value, pathlib.Path(_WORKDIR.value or f"runs/{name}"), _RESUME_CHANGED.value)
 
 
-def train(config, workdir, resume_changed: bool = False, progress: bool = True) -> dict:
-  """Trains until `config.train.steps`, or until asked to stop; returns `{"step", "finished", "val_loss"}`.
+def train(config: ConfigDict, workdir: pathlib.Path, resume_changed: bool = False):
+  """Trains until `config.train.steps`, or until asked to stop.
+
+  Args:
+    config: a complete config, of `read_config`.
+    workdir: folder of the run.
+    resume_changed: go on from a checkpoint of another config.
 
   Raises:
-    ConfigError: for a config that cannot be run, or a checkpoint of another one (see `check_same_config`).
+    ConfigError: the config cannot be run, or the checkpoint is of another one (see
+      `check_same_config`).
   """
-  seconds, started = {}, time.monotonic()
+  started = time.monotonic()
+  seconds = {}
   exp = experiment(config)
-  workdir = pathlib.Path(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
 
-  # ---- 1. the newest checkpoint of this workdir: is it of this config, is anything left to do? ------------------------
-  checkpoints, old, changed = Checkpoints(workdir, exp.train.keep), None, {}
+  # ---- 1. the newest checkpoint: is it of this config, is anything left to do? ----------------
+  checkpoints = Checkpoints(workdir, exp.train.keep)
+  old = None
+  changed = {}
   if checkpoints.latest() is not None:
     old = checkpoints.record()
     changed = check_same_config(old, exp, resume_changed)
     if old["step"] >= exp.train.steps:
       checkpoints.close()
-      return _nothing_left(workdir, old["step"], exp.train.steps)
+      _log_nothing_left(workdir, old["step"], exp.train.steps)
+      return
 
-  # ---- 2. data: encoded once, then read from the cache --------------------------------------------------------------
-  train_cache, val_cache = prepare(exp.data, "train"), prepare(exp.data, "val")
+  # ---- 2. data: encoded once, then read from the cache ----------------------------------------
+  train_cache = prepare(exp.data, "train")
+  val_cache = prepare(exp.data, "val")
   seconds["encode"] = time.monotonic() - started
-  shape, classes = tuple(train_cache.latent_shape), len(train_cache.class_names)
   batches = iter(train_iterator(train_cache, exp.train.batch_size, exp.seed))
 
-  # ---- 3. model and state -------------------------------------------------------------------------------------------
+  # ---- 3. model and state ---------------------------------------------------------------------
+  shape = tuple(train_cache.latent_shape)
+  classes = len(train_cache.class_names)
   tables = make_tables(exp.model, shape)
   graphdef, params = nnx.split(VideoDiT(exp.model, shape, classes, nnx.Rngs(exp.seed)))
-  state, record = init_state(params, exp.train, exp.seed), _record(config, train_cache)
+  state = init_state(params, exp.train, exp.seed)
+  record = _record(config, train_cache)
 
-  # ---- 4. resume: that checkpoint goes on, else start fresh ----------------------------------------------------------
+  # ---- 4. resume: that checkpoint goes on, else start fresh -----------------------------------
   metrics = Metrics(workdir, Throughput.of(exp.model, shape, exp.train.batch_size))
   if old is not None:
-    state = _resumed(checkpoints, old, record, state, changed)
+    check_same_data(old, record)
+    record["changes"] = old.get("changes", [])
+    if changed:
+      record["changes"].append({"step": old["step"], "keys": changed})
+    state = with_seed(checkpoints.restore(state), state, changed)
     batches.set_state(json.loads(old["iterator"]))
+    logging.info("resumed at step %d from %s", int(state.step), checkpoints.path)
   step = int(state.step)
   metrics.start(step, config, _facts(exp, params, record, tables["layout"].layout))
 
-  # ---- 5. the steps -------------------------------------------------------------------------------------------------
-  train_step, skips = make_train_step(graphdef, exp.train, classes), SkippedSteps(exp.train)
+  # ---- 5. the steps ---------------------------------------------------------------------------
+  train_step = make_train_step(graphdef, exp.train, classes)
   validate = _validation(exp, graphdef, val_cache, tables)
+  skips = SkippedSteps(exp.train)
 
   def save():
-    skips.check(step)
+    skips.check(step)  # no checkpoint of a run whose steps were all skipped
     iterator = json.dumps(batches.get_state())
     checkpoints.save(step, state, {**record, "iterator": iterator})
 
-  # ---- 6. the loop --------------------------------------------------------------------------------------------------
-  result, compiled, loop_started = None, step, time.monotonic()
-  with (
-    StopRequest() as stop,
-    tqdm(total=exp.train.steps, initial=step, desc="training", disable=not progress) as bar,
-  ):
+  # ---- 6. the loop ----------------------------------------------------------------------------
+  first = step + 1
+  loop_started = time.monotonic()
+  with StopRequest() as stop, tqdm(total=exp.train.steps, initial=step, desc="training") as bar:
     while step < exp.train.steps and not stop():
       batch = next(batches)
       state, values = train_step(state, {k: batch[k] for k in ("latent", "label")}, tables)
       skips.add(values)
       step += 1
-      if step == compiled + 1:  # the first step of this process compiles
+      last = step == exp.train.steps
+      if step == first:  # it compiles
         jax.block_until_ready(values)
-        seconds["compile"], loop_started = time.monotonic() - loop_started, time.monotonic()
+        seconds["compile"] = time.monotonic() - loop_started
+        loop_started = time.monotonic()
       bar.update()
-      if step % exp.train.log_every == 0 or step == exp.train.steps:
+      if last or step % exp.train.log_every == 0:
         values = jax.device_get(values)
         metrics.train(step, values)
         skips.check(step)
         bar.set_postfix(loss=f"{values['loss']:.3f}")
-      last = step == exp.train.steps
       if exp.train.val_every and (last or step % exp.train.val_every == 0) and not stop():
         result = validate(state.ema, stop, functools.partial(metrics.write, step))
         if result is not None:
@@ -144,58 +166,43 @@ def train(config, workdir, resume_changed: bool = False, progress: bool = True) 
     logging.warning(
       "stopped at step %d of %d; the same command goes on from there", step, exp.train.steps
     )
-  return {
-    "step": step,
-    "finished": step >= exp.train.steps,
-    "val_loss": None if result is None else result["loss"],
-  }
 
 
-def _resumed(checkpoints, old, record, state, changed):
-  """The checkpoint's state; `record` learns what changed on the way."""
-  check_same_data(old, record)
-  record["changes"] = old.get("changes", []) + (
-    [{"step": old["step"], "keys": changed}] if changed else []
-  )
-  state = with_seed(checkpoints.restore(state), state, changed)
-  logging.info("resumed at step %d from %s", int(state.step), checkpoints.path)
-  return state
+def _log_nothing_left(workdir: pathlib.Path, step: int, steps: int):
+  """Logs that the run is over.
 
-
-def _nothing_left(workdir, step: int, steps: int) -> dict:
-  """Says that the run is over; also where it ended between its last checkpoint and the note that it had."""
+  A run that ended between its last checkpoint and the note that it had finished gets this note.
+  """
   if step == steps and (workdir / "run.json").exists():
     Metrics(workdir).finish({}, finished=True)
   over = "finished at" if step == steps else "past the end, at"
   logging.info("already %s step %d of %d; raise train.steps to go on", over, step, steps)
-  return {"step": step, "finished": True, "val_loss": None}
 
 
-def _record(config, cache) -> dict:
-  """What a checkpoint says of itself, and what must agree with the data it meets again."""
+def _record(config: ConfigDict, cache: LatentCache) -> dict:
+  """Returns a checkpoint's record: the config, and what a resumed run's data must agree with."""
+  statistics = {name: np.asarray(getattr(cache.statistics, name)) for name in ("mean", "std")}
   return {
     "config": config.to_dict(),
     "class_names": list(cache.class_names),
     "latent_shape": tuple(cache.latent_shape),
-    "statistics": {
-      name: np.asarray(getattr(cache.statistics, name)).tolist() for name in ("mean", "std")
-    },
+    "statistics": {name: values.tolist() for name, values in statistics.items()},
     "video_shape": list(cache.video_shape),
     "cache": cache.manifest["hash"],
     "changes": [],
   }
 
 
-def _facts(exp, params, record, layout) -> dict:
-  """What the run's log starts with: the model, its data, code, machine and grid."""
-  model = {"params": _count(params), "method": exp.model.attention.method}
-  code = model | {"classes": record["class_names"], "changes": record["changes"]}
-  code |= {
+def _facts(exp: Experiment, params: nnx.State, record: dict, layout: TileLayout) -> dict:
+  """Returns the head of the run's log: model, data, code, machine and grid."""
+  return {
+    "params": sum(x.size for x in jax.tree.leaves(params)),
+    "method": exp.model.attention.method,
+    "classes": record["class_names"],
+    "changes": record["changes"],
     "git": git_revision(),
-    "versions": versions(),
-    "device": str(jax.devices()[0].device_kind),
-  }
-  return code | {
+    "versions": package_versions(),
+    "device": jax.devices()[0].device_kind,
     "tokens": layout.n,
     "tiles": layout.tiles,
     "grid": layout.grid,
@@ -203,15 +210,17 @@ def _facts(exp, params, record, layout) -> dict:
   }
 
 
-def _validation(exp, graphdef, cache, tables):
-  """`(params, should_stop, write) -> results of the hard choice`, or None where it was stopped.
+def _validation(exp: Experiment, graphdef: nnx.GraphDef, cache: LatentCache, tables) -> Callable:
+  """Returns `validate(params, should_stop, write)`.
 
-  `write(kind, **numbers)` gets them, and those of the soft mixture where heads are routed.
+  It calls `write(kind, **numbers)` with the results of the hard choice and, where heads are routed,
+  of the soft mixture. It returns those of the hard choice, or None if it was stopped.
   """
   eval_steps = {"val": make_eval_step(graphdef)}
   if exp.train.val_soft and any(method.routed for _, method in exp.model.runs()):
     eval_steps["val_soft"] = make_eval_step(graphdef, soft=True)
-  power, size = channel_power(cache), exp.train.batch_size
+  power = channel_power(cache)
+  size = exp.train.batch_size
 
   def validate(params, should_stop, write):
     results = {}
@@ -224,10 +233,6 @@ def _validation(exp, graphdef, cache, tables):
     return results["val"]
 
   return validate
-
-
-def _count(params) -> int:
-  return sum(x.size for x in jax.tree.leaves(params))
 
 
 if __name__ == "__main__":

@@ -5,10 +5,8 @@ differ. Beside them lies a JSON record: step, config, class map, latent statisti
 """
 
 import contextlib
-import importlib.metadata
 import json
 import pathlib
-import subprocess
 from typing import Any
 
 import jax
@@ -17,9 +15,9 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from freqformer.config import ConfigError
+from freqformer.versions import git_revision, package_versions
 
 SCHEMA = 1
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "av")
 
 
 class Mismatch(ConfigError):
@@ -92,7 +90,7 @@ class Checkpoints:
     record = {
       "schema": SCHEMA,
       "step": step,
-      "versions": versions(),
+      "versions": package_versions(),
       "git": git_revision(),
       **record,
     }
@@ -195,31 +193,3 @@ class Checkpoints:
   def close(self):
     """Waits for what is being written."""
     self._manager.close()
-
-
-def versions() -> dict[str, str]:
-  """Versions of the packages that shape results."""
-  found = {}
-  for name in _PACKAGES:
-    try:
-      found[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-      found[name] = "absent"
-  return found
-
-
-def git_revision() -> str:
-  """The commit that this code is at, "+" if changed since; "unknown" outside a checkout."""
-  root = pathlib.Path(__file__).parents[1]
-
-  def run(*args):
-    return subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=False)
-
-  try:
-    commit = run("rev-parse", "--short", "HEAD")
-    if commit.returncode:
-      return "unknown"
-    changed = run("status", "--porcelain", "--untracked-files=no").stdout.strip()
-  except OSError:
-    return "unknown"
-  return commit.stdout.strip() + ("+" if changed else "")
