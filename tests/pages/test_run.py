@@ -14,7 +14,7 @@ from freqformer.pages import run as report
 from freqformer.pages.files import Absent, check
 from freqformer.pages.mp4 import write_mp4
 
-TITLES = [row[0] for row in report._SECTIONS]
+TITLES = [section.title for section in report.SECTIONS]
 
 
 def routing(layers=2, heads=3):
@@ -194,7 +194,7 @@ def test_what_is_wrong_with_the_drawing_is_not_blamed_on_a_file(tmp_path):
     raise TypeError("a mistake of ours")
 
   with pytest.raises(TypeError, match="of ours"):
-    report._section(tmp_path, "Title", "run.json", "Intro.", broken)
+    report.Section("Title", "run.json", "Intro.", broken).html(tmp_path)
 
 
 def test_check_names_the_place():
@@ -233,7 +233,7 @@ def test_heatmap(tmp_path):
       key: np.asarray(value) if key == "probs" else value
       for key, value in routing(layers, 6).items()
     }
-    report._heatmap(drawn).savefig(tmp_path / "heat.png")
+    report.heatmap(drawn).savefig(tmp_path / "heat.png")
     assert min(Image.open(tmp_path / "heat.png").size) > 200
 
 
