@@ -1,4 +1,4 @@
-"""Versions of the code and the packages that a result was made with, for the records of runs."""
+"""Versions of packages and the commit of the code, for the records of a result."""
 
 import importlib.metadata
 import subprocess
@@ -6,13 +6,11 @@ from collections.abc import Iterable
 
 from freqformer import CHECKOUT
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "av")
 
-
-def package_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
-  """Returns the version of each package, "absent" for one that is not installed."""
+def versions(names: Iterable[str]) -> dict[str, str]:
+  """Returns the installed version of each distribution, "absent" where there is none."""
   found = {}
-  for name in packages:
+  for name in names:
     try:
       found[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -21,23 +19,23 @@ def package_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
 
 
 def git_revision() -> str:
-  """Returns the short commit of this code, with "+" if files were changed since.
+  """Returns the commit of this code, "+" added if files changed; "unknown" outside a checkout.
 
-  "unknown" outside a checkout: the repository around an installed package is somebody else's.
+  The repository around an installed package is somebody else's.
   """
   if CHECKOUT is None:
     return "unknown"
+
+  def git(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+      ["git", *arguments], cwd=CHECKOUT, capture_output=True, text=True, check=False
+    )
+
   try:
-    commit = _git("rev-parse", "--short", "HEAD")
-    changed = _git("status", "--porcelain", "--untracked-files=no")
+    commit = git("rev-parse", "--short", "HEAD")
+    changed = git("status", "--porcelain", "--untracked-files=no").stdout.strip()
   except OSError:
     return "unknown"
   if commit.returncode:
     return "unknown"
-  return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
-
-
-def _git(*arguments: str) -> subprocess.CompletedProcess:
-  return subprocess.run(
-    ["git", *arguments], cwd=CHECKOUT, capture_output=True, text=True, check=False
-  )
+  return commit.stdout.strip() + ("+" if changed else "")

@@ -30,7 +30,7 @@ from freqformer.data.cache import LatentCache, prepare
 from freqformer.data.loader import train_iterator, val_batches
 from freqformer.grid.layout import TileLayout
 from freqformer.model.dit import VideoDiT, make_tables
-from freqformer.train.checkpoint import Checkpoints
+from freqformer.train.checkpoint import PACKAGES, Checkpoints
 from freqformer.train.experiment import Experiment, experiment
 from freqformer.train.metrics import Metrics, channel_power, write_routing
 from freqformer.train.preemption import StopRequest
@@ -43,7 +43,7 @@ from freqformer.train.step import (
   make_train_step,
 )
 from freqformer.train.throughput import Throughput
-from freqformer.versions import git_revision, package_versions
+from freqformer.versions import git_revision, versions
 
 _CONFIG = define_config()
 _WORKDIR = flags.DEFINE_string(
@@ -201,7 +201,7 @@ def _facts(exp: Experiment, params: nnx.State, record: dict, layout: TileLayout)
     "classes": record["class_names"],
     "changes": record["changes"],
     "git": git_revision(),
-    "versions": package_versions(),
+    "versions": versions(PACKAGES),
     "device": jax.devices()[0].device_kind,
     "tokens": layout.n,
     "tiles": layout.tiles,

@@ -13,7 +13,8 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2937; max-width: 1000px; margin: 2em auto }
 h1 { font-size: 1.6em } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 1px solid #e5e7eb }
 table { border-collapse: collapse; margin: 0.8em 0 }
-td, th { padding: 0.2em 1.2em 0.2em 0; text-align: left } tr + tr td { border-top: 1px solid #f0f0f0 }
+td, th { padding: 0.2em 1.2em 0.2em 0; text-align: left }
+tr + tr td { border-top: 1px solid #f0f0f0 }
 .facts td:first-child { white-space: nowrap }
 .n { text-align: right; font-variant-numeric: tabular-nums }
 img { max-width: 100%; display: block } video { width: 192px; border-radius: 4px; display: block }

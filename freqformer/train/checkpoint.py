@@ -15,9 +15,11 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from freqformer.config import ConfigError
-from freqformer.versions import git_revision, package_versions
+from freqformer.versions import git_revision, versions
 
 SCHEMA = 1
+# Distributions whose versions shape results.
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "av")
 
 
 class Mismatch(ConfigError):
@@ -90,7 +92,7 @@ class Checkpoints:
     record = {
       "schema": SCHEMA,
       "step": step,
-      "versions": package_versions(),
+      "versions": versions(PACKAGES),
       "git": git_revision(),
       **record,
     }
