@@ -23,8 +23,12 @@ from freqformer.methods.freqformer import FreqFormer
 from freqformer.methods.head_profile import ProfileConfig
 from freqformer.methods.registry import METHODS
 from freqformer.train.experiment import experiment
+from freqformer.train.resume import changes
+from tests.tiny_config import get_config
 
-DEMO = str(pathlib.Path(__file__).parents[2] / "configs" / "demo.py")
+ROOT = pathlib.Path(__file__).parents[2]
+DEMO = str(ROOT / "configs" / "demo.py")
+TINY = ROOT / "tests" / "tiny_config.py"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +131,11 @@ def test_bounds_name_one_field(values, bounds, message):
     require_one_of(Numbers(word="dens"), "word", ("dense", "radial"))
 
 
+def test_filled_in_defaults_are_no_change_of_a_run():
+  """A checkpoint that was written with the file's own keys goes on with the complete config."""
+  assert changes(experiment(get_config()), experiment(read_config(TINY))) == {}
+
+
 def experiment_of(*argv):
   """What train.py makes of a command line; each call has flags of its own."""
   argv, values = ["train.py", *argv], flags.FlagValues()
@@ -176,7 +185,7 @@ REFUSED = [
   ("@freqformer.router.budget=1.5", "router: budget=1.5 must be above 0 and at most 1."),
   (
     "@radial.deccay=0.5",
-    "config.model.attention.radial.deccay does not exist; did you mean 'model.attention.radial.decay'?",
+    "radial.deccay does not exist; did you mean 'model.attention.radial.decay'?",
   ),
   (
     "@spatial_temporal.profile.row=8",

@@ -1,4 +1,4 @@
-"""The sweep over methods: every trial is a model that can be built, at the density that its config promises."""
+"""The sweep over methods: every trial can be built, at the density that its config promises."""
 
 import pathlib
 

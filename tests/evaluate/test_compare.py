@@ -177,7 +177,7 @@ def test_methods_of_a_comparison_differ():
 
 
 def test_page_of_equal_videos(tmp_path):
-  """A PSNR of infinity is valid JSON and stands in the page; the heatmap of no difference is black."""
+  """A PSNR of infinity is valid JSON and is shown; the heatmap of no difference is black."""
   video = np.random.default_rng(0).integers(0, 256, (1, 2, 32, 32, 3), dtype=np.uint8)
   drawn = types.SimpleNamespace(
     latents=np.zeros((1, 1, 1, 1, 1)),

@@ -165,6 +165,9 @@ def test_missing_files_are_named(tmp_path):
     report.write_report(tmp_path / "absent")
 
 
+ROUTING = {"branches": ["low"], "bucket_edges": [0, 1], "choice": []}
+
+
 @pytest.mark.parametrize("name", ["run.json", "routing.json", "cost.json", "evaluation.json"])
 @pytest.mark.parametrize(
   "text,says",
@@ -173,14 +176,8 @@ def test_missing_files_are_named(tmp_path):
     ('{"probs": 3, "method": 4, "seconds": [1]}', "form than expected"),
     ("[]", ""),
     ('[{"method": "dense"}]', "form than expected"),
-    (
-      '{"branches": ["low"], "bucket_edges": [0, 1], "probs": [[1], [2, 3]], "choice": [], "classifier": {"samples": "x"}}',
-      "",
-    ),
-    (
-      '{"branches": ["low"], "bucket_edges": [0, 1], "probs": [[[0.5]]], "choice": [], "classifier": null}',
-      "",
-    ),
+    (json.dumps(ROUTING | {"classifier": {"samples": "x"}, "probs": [[1], [2, 3]]}), ""),
+    (json.dumps(ROUTING | {"classifier": None, "probs": [[[0.5]]]}), ""),
   ],
 )
 def test_foreign_content_costs_one_section(tmp_path, name, text, says):
