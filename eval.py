@@ -3,7 +3,7 @@
 The code is in freqformer/command/eval.py, so that an installed package has it as well.
 """
 
-from freqformer.command import entries
+from freqformer import entries
 
 if __name__ == "__main__":
   entries.evaluate()

@@ -3,7 +3,7 @@
 The loop is in freqformer/command/train.py, so that an installed package has it as well.
 """
 
-from freqformer.command import entries
+from freqformer import entries
 
 if __name__ == "__main__":
   entries.train()

@@ -8,8 +8,13 @@ import importlib
 import pathlib
 
 # Public names and the modules that define them.
-_PUBLIC = {"VideoDiT": "model.dit", "load_run": "evaluate.restore", "sample": "evaluate.draw"}
-__all__ = ["CHECKOUT", "list_methods", *_PUBLIC]
+_PUBLIC = {
+  "VideoDiT": "model.dit",
+  "list_methods": "methods.registry",
+  "load_run": "evaluate.restore",
+  "sample": "evaluate.draw",
+}
+__all__ = ["CHECKOUT", *_PUBLIC]
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _INSTALLED = (_ROOT / "freqformer" / "kernels").is_dir()
@@ -24,10 +29,3 @@ def __getattr__(name: str):
   if name not in _PUBLIC:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}.")
   return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
-
-
-def list_methods() -> list[str]:
-  """Returns the names of all attention methods, as `attention.method` of a config takes them."""
-  from freqformer.methods.registry import METHODS
-
-  return list(METHODS)

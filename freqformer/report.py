@@ -1,6 +1,6 @@
 """Runs `python -m freqformer.report`; the code is in freqformer/pages/run.py."""
 
-from freqformer.command import entries
+from freqformer import entries
 
 if __name__ == "__main__":
   entries.report()

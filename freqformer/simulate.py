@@ -1,6 +1,6 @@
 """Runs `python -m freqformer.simulate`; the code is in freqformer/simulation/command.py."""
 
-from freqformer.command import entries
+from freqformer import entries
 
 if __name__ == "__main__":
   entries.simulate()

@@ -1,6 +1,6 @@
 """Runs `python -m freqformer.sweep`; the code is in freqformer/command/sweep.py."""
 
-from freqformer.command import entries
+from freqformer import entries
 
 if __name__ == "__main__":
   entries.sweep()
