@@ -1,5 +1,6 @@
 """The console entries of the package; the scripts at the root of a checkout call them too."""
 
+import functools
 import runpy
 import sys
 
@@ -19,31 +20,9 @@ def _run(module: str):
     sys.exit(2)
 
 
-def train():
-  """Runs `freqformer-train` and `train.py`."""
-  _run("freqformer.command.train")
-
-
-def evaluate():
-  """Runs `freqformer-eval` and `eval.py`."""
-  _run("freqformer.command.eval")
-
-
-def sweep():
-  """Runs `freqformer-sweep` and `python -m freqformer.sweep`."""
-  _run("freqformer.command.sweep")
-
-
-def simulate():
-  """Runs `freqformer-simulate` and `python -m freqformer.simulate`."""
-  _run("freqformer.simulation.command")
-
-
-def demo():
-  """Runs `python -m freqformer.demo`."""
-  _run("freqformer.command.demo")
-
-
-def report():
-  """Runs `python -m freqformer.report`."""
-  _run("freqformer.pages.run")
+train = functools.partial(_run, "freqformer.command.train")
+evaluate = functools.partial(_run, "freqformer.command.eval")
+sweep = functools.partial(_run, "freqformer.command.sweep")
+simulate = functools.partial(_run, "freqformer.simulation.command")
+demo = functools.partial(_run, "freqformer.command.demo")
+report = functools.partial(_run, "freqformer.pages.run")

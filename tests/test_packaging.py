@@ -121,6 +121,14 @@ def test_commands_start(environment, command):
   assert "--workdir" in done.stdout or "--study" in done.stdout, done.stderr[-2000:]
 
 
+def test_a_missing_extra_is_named(environment):
+  """Without PyAV the Python names still work; the commands say how to get it."""
+  code = "import sys; sys.modules['av'] = None\n"
+  code += "from freqformer import VideoDiT, entries, load_run, sample\nentries.train()"
+  done = call(environment / "bin" / "python", "-c", code)
+  assert done.returncode == 2 and "pip install 'freqformer[video]'" in done.stderr, done.stderr
+
+
 def test_train_takes_a_config_from_anywhere(environment, tmp_path):
   """The file's own error is answered: it was found, read and completed with defaults."""
   path = tmp_path / "mine.py"
