@@ -1,7 +1,9 @@
-# make setup | demo | simulate | test | lint | gpu. Everything lives in .venv; delete it to start over.
+# make setup | demo | demo-compare | simulate | test | lint | gpu | clean
+# Everything is installed in .venv; delete it to start over.
 SHELL := /bin/bash
 CANDIDATES := python3.12 python3.13 python3.14 python3 python \
-  $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.*/bin/python) $(wildcard /opt/python*/bin/python3)
+  $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.*/bin/python) \
+  $(wildcard /opt/python*/bin/python3)
 VENV := .venv
 RUN := $(VENV)/bin/python
 WORKDIR ?= runs/demo
@@ -18,11 +20,12 @@ core: $(VENV)/.core
 
 $(RUN):
 	@for p in $(CANDIDATES); do \
-	  if "$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1; then \
-	    found="$$p"; break; fi; done; \
+	  if "$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' \
+	    >/dev/null 2>&1; then found="$$p"; break; fi; done; \
 	if [ -z "$$found" ]; then \
-	  echo "No Python >= 3.12 with venv found. Install one (apt install python3.12-venv, pyenv install 3.12," \
-	       "or uv python install 3.12) and run make again, or name it: make CANDIDATES=/path/to/python3.12 $(MAKECMDGOALS)" >&2; \
+	  echo "No Python >= 3.12 with venv found. Install one (apt install python3.12-venv," \
+	       "pyenv install 3.12, or uv python install 3.12) and run make again, or name it:" \
+	       "make CANDIDATES=/path/to/python3.12 $(MAKECMDGOALS)" >&2; \
 	  exit 1; fi; \
 	echo "Python: $$("$$found" --version) from $$found"; \
 	"$$found" -m venv $(VENV)

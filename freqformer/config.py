@@ -1,4 +1,4 @@
-"""From a config dict to frozen dataclasses: every key is known, every type is right, or one clear sentence says what is not."""
+"""Builds frozen dataclasses from config dicts; every mistake is one sentence that names the key."""
 
 import contextlib
 import dataclasses
@@ -7,42 +7,64 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 
 class ConfigError(ValueError):
   """A config that cannot be used; the message names the key, what was given and what is allowed."""
 
 
-def did_you_mean(name: str, known) -> str:
-  """ "; did you mean 'x'?" for a near miss, else the known names."""
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+  """Returns "did you mean 'x'?" for a near miss, otherwise the known names."""
   known = sorted(known)
   close = difflib.get_close_matches(name, known, n=1)
   return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known) or 'none'}."
 
 
+def split_outside_brackets(text: str) -> list[str]:
+  """Splits at commas that no bracket encloses: `"dense, radial(decay=0.5, sink=0)"` has two parts.
+
+  Parts are stripped; empty ones are left out.
+  """
+  parts = [""]
+  depth = 0
+  for character in text:
+    if character in "([":
+      depth += 1
+    elif character in ")]":
+      depth -= 1
+    if character == "," and depth == 0:
+      parts.append("")
+    else:
+      parts[-1] += character
+  return [part.strip() for part in parts if part.strip()]
+
+
 @contextlib.contextmanager
-def refusing(where: str):
-  """Whatever a user's config makes impossible inside is a ConfigError: `where`, a colon and the error's own sentence."""
+def refusing(where: str) -> Iterator[None]:
+  """Turns errors about a user's values into a ConfigError that begins with `where`."""
   try:
     yield
   except ConfigError:
     raise
   except (ValueError, NotImplementedError) as error:
-    # `{self.decay=}` is the shortest way to say what was given; users do not know of any self.
+    # `{self.decay=}` is the shortest way to name a value; a user does not know of any self.
     raise ConfigError(f"{where}: {re.sub(r'\bself\.', '', str(error))}") from error
 
 
 def require(config, fields: str, *, above=None, least=None, below=None, most=None):
-  """Refuses the first of some fields whose number, or one of whose numbers, is not finite or outside of the bounds.
+  """Refuses fields whose number, or one of whose numbers, is not finite or out of bounds.
 
   Args:
     config: a dataclass, in its `__post_init__`.
-    fields: names with spaces between.
-    above, below: bounds that are excluded; least, most: bounds that are allowed.
+    fields: names, separated by spaces.
+    above: lower bound, excluded.
+    least: lower bound, allowed.
+    below: upper bound, excluded.
+    most: upper bound, allowed.
 
   Raises:
-    ValueError: one sentence about one field.
+    ValueError: one sentence about the first such field.
   """
   bounds = {"above": above, "at least": least, "below": below, "at most": most}
   rule = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
@@ -52,78 +74,121 @@ def require(config, fields: str, *, above=None, least=None, below=None, most=Non
       inside = (above is None or x > above) and (least is None or x >= least)
       inside = inside and (below is None or x < below) and (most is None or x <= most)
       if not (inside and math.isfinite(x)):
-        raise ValueError(
-          f"{name}={given!r} must be {rule}{', in every entry' if isinstance(given, tuple) else ''}."
-        )
+        everywhere = ", in every entry" if isinstance(given, tuple) else ""
+        raise ValueError(f"{name}={given!r} must be {rule}{everywhere}.")
 
 
-def require_one_of(config, name: str, allowed):
-  """Refuses a field whose value is none of `allowed`, with the nearest one; raises ValueError."""
-  if (given := getattr(config, name)) not in (allowed := tuple(allowed)):
-    close = difflib.get_close_matches(str(given), allowed, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else "."
-    raise ValueError(f"{name}={given!r} must be one of {', '.join(map(str, allowed))}{hint}")
-
-
-def build(cls, values: Mapping, path: str = "", root: str = "config."):
-  """Builds the dataclass `cls` from a mapping, recursively; absent keys take their defaults.
-
-  Args:
-    path: of the mapping, for messages; root: what stands before it, "" where no config file is meant.
+def require_one_of(config, name: str, allowed: Iterable):
+  """Refuses a field whose value is not among `allowed`.
 
   Raises:
-    ConfigError: for an unknown key, a missing key without default, a wrong type, or what `cls` itself refuses.
+    ValueError: names the nearest allowed value.
+  """
+  allowed = tuple(allowed)
+  given = getattr(config, name)
+  if given not in allowed:
+    names = ", ".join(map(str, allowed))
+    raise ValueError(f"{name}={given!r} must be one of {names}{_hint(given, allowed)}")
+
+
+def build(cls: type, values: Mapping, path: str = "", root: str = "config."):
+  """Builds the dataclass `cls` from a mapping, recursively; absent keys take their defaults.
+
+  A group that is given in part takes its other keys from the default of the field that it fills.
+
+  Args:
+    cls: the dataclass.
+    values: its keys.
+    path: the mapping's own key, for messages.
+    root: text before the path, "" where no config file is meant.
+
+  Raises:
+    ConfigError: an unknown key, a key without default that is missing, a wrong type, or a value
+      that `cls` itself refuses.
   """
   where = root + (path or cls.__name__)
   if not isinstance(values, Mapping):
     raise ConfigError(f"{where} must be a group of keys, got {values!r}.")
-  fields, hints = {f.name: f for f in dataclasses.fields(cls)}, typing.get_type_hints(cls)
+  fields = {f.name: f for f in dataclasses.fields(cls)}
   for name in values:
     if name not in fields:
       raise ConfigError(f"{where} has no key {name!r}; {did_you_mean(name, fields)}")
-  missing = [
-    n
-    for n, f in fields.items()
-    if n not in values
-    and f.default is dataclasses.MISSING
-    and f.default_factory is dataclasses.MISSING
-  ]
+  missing = [n for n, f in fields.items() if n not in values and _default(f) is _NONE]
   if missing:
-    raise ConfigError(
-      f"{where} lacks {', '.join(missing)}; {'set them in get_config' if root else 'add them'}."
-    )
+    remedy = "set them in get_config" if root else "add them"
+    raise ConfigError(f"{where} lacks {', '.join(missing)}; {remedy}.")
+  hints = typing.get_type_hints(cls)
   with refusing(where):
-    return cls(
-      **{n: _convert(v, hints[n], f"{path}.{n}" if path else n, root) for n, v in values.items()}
-    )
+    given = {}
+    for name, value in values.items():
+      own = _default(fields[name])
+      if isinstance(value, Mapping) and dataclasses.is_dataclass(own):
+        value = {**vars(own), **value}
+      given[name] = _convert(value, hints[name], f"{path}.{name}" if path else name, root)
+    return cls(**given)
 
 
-def _convert(value, hint, path, root):
-  """The value as the hinted type; ints pass as floats, lists as tuples, nothing else is bent, and every float is finite."""
+def with_defaults(cls: type, values, default=None):
+  """Returns `values` and, for each absent key of a dataclass that has a default, this default.
+
+  Groups become dicts. Nothing is checked: unknown and missing keys stay as they are, and so does
+  what is not a mapping.
+
+  Args:
+    cls: the dataclass.
+    values: a mapping of the keys that are given.
+    default: an instance of `cls` whose values are the defaults, instead of the class's own.
+  """
+  if not isinstance(values, Mapping):
+    return values
+  full = dict(values)
+  hints = typing.get_type_hints(cls)
+  for field in dataclasses.fields(cls):
+    own = _default(field) if default is None else getattr(default, field.name)
+    hint = hints[field.name]
+    if dataclasses.is_dataclass(hint):
+      group = full.get(field.name, {})
+      full[field.name] = with_defaults(hint, group, None if own is _NONE else own)
+    elif field.name not in full and own is not _NONE:
+      full[field.name] = _convert(own, hint, field.name, "")
+  return full
+
+
+_NONE = object()  # a field without default
+
+
+def _default(field: dataclasses.Field):
+  """Returns the default of a field, `_NONE` if it has none."""
+  if field.default is not dataclasses.MISSING:
+    return field.default
+  if field.default_factory is not dataclasses.MISSING:
+    return field.default_factory()
+  return _NONE
+
+
+def _convert(value, hint, path: str, root: str):
+  """Returns the value as the hinted type.
+
+  Whole numbers pass as floats and lists as tuples. Every float must be finite.
+  """
+  where = root + path
   if isinstance(value, float) and not math.isfinite(value):
-    raise ConfigError(f"{root}{path} must be a finite number, got {value!r}.")
+    raise ConfigError(f"{where} must be a finite number, got {value!r}.")
   origin = typing.get_origin(hint)
   if dataclasses.is_dataclass(hint):
     return value if isinstance(value, hint) else build(hint, value, path, root)
   if origin in (typing.Union, types.UnionType):
     for option in typing.get_args(hint):
-      try:
+      with contextlib.suppress(ConfigError):
         return _convert(value, option, path, root)
-      except ConfigError:
-        continue
-    raise ConfigError(f"{root}{path} must be {_name(hint)}, got {value!r}.")
+    raise ConfigError(f"{where} must be {_name(hint)}, got {value!r}.")
   if origin is tuple:
-    return _tuple(value, typing.get_args(hint), hint, path, root)
+    return _tuple(value, hint, path, root)
   if origin is typing.Literal:
-    if value not in (allowed := typing.get_args(hint)):
-      hint = (
-        f"; did you mean {close[0]!r}?"
-        if (close := difflib.get_close_matches(str(value), allowed, n=1))
-        else "."
-      )
-      raise ConfigError(
-        f"{root}{path} must be one of {', '.join(map(repr, allowed))}, got {value!r}{hint}"
-      )
+    allowed = typing.get_args(hint)
+    if value not in allowed:
+      names = ", ".join(map(repr, allowed))
+      raise ConfigError(f"{where} must be one of {names}, got {value!r}{_hint(value, allowed)}")
     return value
   if hint is typing.Any or (hint is types.NoneType and value is None):
     return value
@@ -132,26 +197,33 @@ def _convert(value, hint, path, root):
   plain = hint if isinstance(hint, type) else origin
   if isinstance(value, plain) and not (plain is int and isinstance(value, bool)):
     return value
-  raise ConfigError(f"{root}{path} must be {_name(hint)}, got {value!r}.")
+  raise ConfigError(f"{where} must be {_name(hint)}, got {value!r}.")
 
 
-def _tuple(value, args, hint, path, root):
+def _tuple(value, hint, path: str, root: str) -> tuple:
+  """Returns a list or tuple as the hinted tuple type, entry by entry."""
   if not isinstance(value, list | tuple):
     raise ConfigError(f"{root}{path} must be {_name(hint)}, got {value!r}.")
-  if not args:
+  entries = typing.get_args(hint)
+  if not entries:
     return tuple(value)
-  if len(args) == 2 and args[1] is Ellipsis:
-    args = (args[0],) * len(value)
-  if len(args) != len(value):
-    raise ConfigError(f"{root}{path} must have {len(args)} entries, got {tuple(value)!r}.")
+  if len(entries) == 2 and entries[1] is Ellipsis:
+    entries = (entries[0],) * len(value)
+  if len(entries) != len(value):
+    raise ConfigError(f"{root}{path} must have {len(entries)} entries, got {tuple(value)!r}.")
   return tuple(
-    _convert(v, a, f"{path}[{i}]", root) for i, (v, a) in enumerate(zip(value, args, strict=True))
+    _convert(entry, own, f"{path}[{i}]", root)
+    for i, (entry, own) in enumerate(zip(value, entries, strict=True))
   )
+
+
+def _hint(given, allowed: Iterable) -> str:
+  """Returns the end of a sentence about allowed values: the nearest one, if any is near."""
+  close = difflib.get_close_matches(str(given), [str(x) for x in allowed], n=1)
+  return f"; did you mean {close[0]!r}?" if close else "."
 
 
 def _name(hint) -> str:
-  return (
-    hint.__name__
-    if isinstance(hint, type)
-    else str(hint).replace("typing.", "").replace("NoneType", "None")
-  )
+  if isinstance(hint, type):
+    return hint.__name__
+  return str(hint).replace("typing.", "").replace("NoneType", "None")

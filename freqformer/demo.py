@@ -1,6 +1,6 @@
 """Runs `python -m freqformer.demo`; the code is in freqformer/command/demo.py."""
 
-import runpy
+from freqformer import entries
 
 if __name__ == "__main__":
-  runpy.run_module("freqformer.command.demo", run_name="__main__", alter_sys=True)
+  entries.demo()

@@ -1,9 +1,10 @@
 """Versions of packages and the commit of the code, for the records of a result."""
 
 import importlib.metadata
-import pathlib
 import subprocess
 from collections.abc import Iterable
+
+from freqformer import CHECKOUT
 
 
 def versions(names: Iterable[str]) -> dict[str, str]:
@@ -18,12 +19,16 @@ def versions(names: Iterable[str]) -> dict[str, str]:
 
 
 def git_revision() -> str:
-  """Returns the commit of this code, "+" added if files changed; "unknown" outside a checkout."""
-  root = pathlib.Path(__file__).parents[1]
+  """Returns the commit of this code, "+" added if files changed; "unknown" outside a checkout.
+
+  The repository around an installed package is somebody else's.
+  """
+  if CHECKOUT is None:
+    return "unknown"
 
   def git(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-      ["git", *arguments], cwd=root, capture_output=True, text=True, check=False
+      ["git", *arguments], cwd=CHECKOUT, capture_output=True, text=True, check=False
     )
 
   try:

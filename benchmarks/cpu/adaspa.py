@@ -24,7 +24,7 @@ from freqformer.kernels.selection.block_scores import block_mass
 
 from benchmarks import rows, timing
 from freqformer.diffusion.sampling import SampleConfig, make_step, sample
-from freqformer.evaluate.restore import restore_model
+from freqformer.evaluate.restore import load_run
 from freqformer.grid.layout import TileLayout
 from freqformer.methods.adaspa import AdaSpa
 from freqformer.methods.base import Cond, Projected
@@ -229,7 +229,9 @@ class Audited(AdaSpa):
 
 def recall_rows(workdir: str, steps: int) -> list[dict]:
   """One row per form of the LSE cache: mass kept, mean over samples, heads and layers, by phase and at the worst step."""
-  base, params, restored = restore_model(workdir, method="dense")
+  restored = load_run(workdir, method="dense")
+  base = restored.model
+  params = restored.params
   shape, found = restored.latent_shape, []
   config = SampleConfig(**{**vars(restored.experiment.sample), "steps": steps, "batch_size": 4})
   labels = np.arange(4, dtype=np.int32) % len(restored.class_names)

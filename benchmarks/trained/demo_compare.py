@@ -22,7 +22,7 @@ from freqformer.cost import model_cost
 from freqformer.data.cache import prepare
 from freqformer.data.render import render_ucf101
 from freqformer.evaluate.classifier import class_accuracy
-from freqformer.evaluate.restore import restore_model
+from freqformer.evaluate.restore import load_run
 from freqformer.train import metrics
 from freqformer.train.checkpoint import Checkpoints
 
@@ -43,7 +43,8 @@ def finished(workdir: pathlib.Path, steps: int) -> bool:
 
 def result_of(workdir: pathlib.Path, name: str, seed: int) -> dict:
   """The row of one trained and sampled run."""
-  model, _, restored = restore_model(workdir)
+  restored = load_run(workdir)
+  model = restored.model
   val = [r for r in metrics.read(workdir / "metrics.jsonl") if r["kind"] == "val"][-1]
   soft = [r for r in metrics.read(workdir / "metrics.jsonl") if r["kind"] == "val_soft"]
   allocations, mean, routing = None, None, None

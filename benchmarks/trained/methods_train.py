@@ -19,7 +19,7 @@ from freqformer.command import cli
 from freqformer.command.files import load_config
 from freqformer.cost import BACKWARD_OVER_FORWARD, model_cost
 from freqformer.data.render import render_ucf101
-from freqformer.evaluate.restore import restore_model
+from freqformer.evaluate.restore import load_run
 from freqformer.train import metrics
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -50,7 +50,8 @@ def train(workdir: pathlib.Path, method: str, steps: int):
 
 def result_of(workdir: pathlib.Path, method: str) -> dict:
   """The row of a finished run. Routed methods: FLOPs by the heads' own hard choices on validation clips, and the soft loss."""
-  model, _, restored = restore_model(workdir)
+  restored = load_run(workdir)
+  model = restored.model
   last = {
     kind: next(
       (r for r in reversed(metrics.read(workdir / "metrics.jsonl")) if r["kind"] == kind), None

@@ -27,8 +27,8 @@ from freqformer.data.render import render_ucf101
 from freqformer.diffusion.sampling import make_step, sample
 from freqformer.evaluate import quality
 from freqformer.evaluate.classifier import class_accuracy
-from freqformer.evaluate.compare import draw
-from freqformer.evaluate.restore import restore_model
+from freqformer.evaluate.draw import draw
+from freqformer.evaluate.restore import load_run
 from freqformer.methods.dense import Dense
 from freqformer.model.dit import VideoDiT
 from freqformer.pages.html import panels
@@ -62,8 +62,9 @@ class Study:
   """The trained weights, and what is sampled with them."""
 
   def __init__(self, workdir: pathlib.Path, samples: int, sampling_steps: int):
-    model, self.params, self.restored = restore_model(workdir)
-    self.config, self.shape = model.config, self.restored.latent_shape
+    self.restored = load_run(workdir)
+    self.params = self.restored.params
+    self.config, self.shape = self.restored.model.config, self.restored.latent_shape
     classes = len(self.restored.class_names)
     self.sample = dataclasses.replace(
       self.restored.experiment.sample, batch_size=classes, steps=sampling_steps
@@ -95,9 +96,8 @@ class Study:
   def draw(self, method):
     """What was drawn, and its videos `[samples, t, y, x, 3]`."""
     model, params = self.fitted(method)
-    drawn = draw(
-      model, params, self.labels, self.indices, 0, self.shape, self.sample, progress=False
-    )
+    run = dataclasses.replace(self.restored, model=model, params=params)
+    drawn = draw(run, self.labels, self.indices, 0, self.sample, progress=False)
     return drawn, self.restored.decode(drawn.latents)
 
 

@@ -284,7 +284,7 @@ def main(argv=None):
   from freqformer.analysis.summary import table
   from freqformer.config import refusing
   from freqformer.data.cache import prepare
-  from freqformer.evaluate.restore import restore_model
+  from freqformer.evaluate.restore import load_run
 
   parser = argparse.ArgumentParser(
     prog="python -m freqformer.analysis.bounds", description=__doc__.split("\n")[0]
@@ -294,13 +294,13 @@ def main(argv=None):
   args = parser.parse_args(argv)
   with refusing("--times"):
     times = [float(t) for t in args.times.split(",")]
-  model, params, restored = restore_model(args.workdir)
+  restored = load_run(args.workdir)
   item = prepare(restored.experiment.data, "val")[0]
   rows = []
   for t in times:
     given = (
-      model.config,
-      params,
+      restored.model.config,
+      restored.params,
       restored.latent_shape,
       len(restored.class_names),
       item["latent"],

@@ -66,7 +66,7 @@ def measure_model(
   """`measure` of every layer of a trained model, on one noisy latent.
 
   Args:
-    config: the model's `ModelConfig`, all of its layers a `FreqFormer`; params: its parameters (of `restore_model`).
+    config: the model's `ModelConfig`, all of its layers a `FreqFormer`; params: its parameters (of `load_run`).
     latent_shape: `(t, y, x, c)`; classes: of the model.
     latents: `[t, y, x, c]`, normalised as in training; noise is added here: `x_t = (1 - t) x_0 + t eps`.
     time: t; label: class. case: name of the rows.

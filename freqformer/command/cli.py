@@ -1,47 +1,58 @@
-"""Entry points: flags are parsed, what the user got wrong is one clear sentence and exit code 2, not a traceback."""
+"""Entry points of commands: what a user got wrong is one sentence and exit code 2, no traceback."""
 
 import ctypes
 import functools
 import importlib.util
 import itertools
+import logging as python_logging
 import math
 import os
 import pathlib
 import re
 import sys
 import traceback
+from collections.abc import Callable, Mapping
+from typing import NoReturn
 
 import jax
 from absl import app, flags, logging
 
+from freqformer import CHECKOUT
 from freqformer.command.files import check_keys, dotted, read_config
 from freqformer.config import ConfigError
 from freqformer.kernels.core.dispatch import NoBackend
 
-_ROOT = pathlib.Path(__file__).parents[2]
+_PACKAGE = pathlib.Path(__file__).parents[1]
 
 
-def run(main):
-  """`app.run` with our error messages; also turns on JAX's compile cache (`.cache/jax` beside the code)."""
-  cache = _ROOT / ".cache" / "jax"
-  jax.config.update("jax_compilation_cache_dir", str(cache))
+def run(main: Callable):
+  """Runs `main(argv)` with flags parsed, our error messages and JAX's compile cache."""
+  jax.config.update("jax_compilation_cache_dir", str(_cache_folder()))
   if "JAX_PLATFORMS" not in os.environ and gpu_wheels_without_gpu():
     jax.config.update("jax_platforms", "cpu")
   logging.set_verbosity(logging.INFO)
   logging.get_absl_handler().setFormatter(None)
-  logging.get_absl_handler().addFilter(_ours_or_warning)
+  logging.get_absl_handler().addFilter(_ours_or_error)
   app.run(guarded(main), flags_parser=parse)
 
 
-def gpu_wheels_without_gpu() -> bool:
-  """Whether JAX's CUDA plugin is here (`make setup` brings it, to compile for absent GPUs) but no NVIDIA driver.
+def _cache_folder() -> pathlib.Path:
+  """Returns the folder of compiled programs: in the checkout, or the user's cache if installed."""
+  if CHECKOUT is not None:
+    return CHECKOUT / ".cache" / "jax"
+  caches = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+  return pathlib.Path(caches) / "freqformer" / "jax"
 
-  The plugin would print tracebacks about itself before JAX goes on with the CPU.
+
+def gpu_wheels_without_gpu() -> bool:
+  """Tells whether JAX's CUDA plugin is installed but no NVIDIA driver is.
+
+  `make setup` installs the plugin to compile for absent GPUs. It would print tracebacks about
+  itself before JAX goes on with the CPU.
   """
-  if (
-    importlib.util.find_spec("jax_plugins") is None
-    or importlib.util.find_spec("jax_plugins.xla_cuda13") is None
-  ):
+  if importlib.util.find_spec("jax_plugins") is None:
+    return False
+  if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
     return False
   try:
     ctypes.CDLL("libcuda.so.1")
@@ -50,8 +61,11 @@ def gpu_wheels_without_gpu() -> bool:
   return False
 
 
-def guarded(main):
-  """`main`, whose refusals end the process with one sentence; `--verbosity=1` prints where they come from, too."""
+def guarded(main: Callable) -> Callable:
+  """Wraps `main` so that its refusals end the process with one sentence.
+
+  `--verbosity=1` also prints where they come from.
+  """
 
   @functools.wraps(main)
   def run_main(argv):
@@ -67,13 +81,19 @@ def guarded(main):
   return run_main
 
 
-def _ours_or_warning(record) -> bool:
-  """Orbax and grain log to absl too: of theirs only errors interest a user (their warnings are about their own plumbing)."""
-  ours = pathlib.Path(record.pathname).is_relative_to(_ROOT) and ".venv" not in record.pathname
-  return ours or record.levelno >= 40
+def _ours_or_error(record: python_logging.LogRecord) -> bool:
+  """Keeps our log lines, and errors of others.
+
+  Orbax and grain log to absl as well; their warnings are about their own plumbing.
+  """
+  path = pathlib.Path(record.pathname)
+  ours = path.is_relative_to(_PACKAGE)
+  if CHECKOUT is not None and not ours:
+    ours = path.is_relative_to(CHECKOUT) and "site-packages" not in path.parts
+  return ours or record.levelno >= python_logging.ERROR
 
 
-def fail(error):
+def fail(error) -> NoReturn:
   """Prints the sentence and leaves with code 2."""
   if logging.level_debug():
     traceback.print_exc()
@@ -81,25 +101,23 @@ def fail(error):
   sys.exit(2)
 
 
-def parse(argv, values=flags.FLAGS):
-  """Parses flags into `values`; what is wrong with the config file or an override is said before ml_collections meets it.
+def parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
+  """Parses flags into `values` and returns what is left over, at most the program's name.
 
-  Whatever belongs to no flag, and a number that is not finite, is refused.
+  The config file and its overrides are checked before ml_collections sees them. Arguments that
+  belong to no flag and numbers that are not finite are refused.
   """
   config = None
   try:
     if file := _config_file(argv):
       config = read_config(*file.split(":", 1))
-      overrides = [
-        match.group(1) for arg in argv if (match := re.match(r"--?(?:no)?config\.([\w.]+)", arg))
-      ]
-      check_keys(config, overrides)
+      matches = [re.match(r"--?(?:no)?config\.([\w.]+)", argument) for argument in argv]
+      check_keys(config, [match.group(1) for match in matches if match])
     rest = values(argv)
   except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
-    # A KeyError's str is its message in quotes.
-    fail(
-      str(error.args[0] if isinstance(error, KeyError) and error.args else error).replace("\n", " ")
-    )
+    # The text of a KeyError is its message in quotes.
+    message = error.args[0] if isinstance(error, KeyError) and error.args else error
+    fail(str(message).replace("\n", " "))
   if rest[1:]:
     fail(_left_over(rest[1], config))
   for name, value in values.flag_values_dict().items():
@@ -108,21 +126,27 @@ def parse(argv, values=flags.FLAGS):
   return rest
 
 
-def _config_file(argv) -> str | None:
-  """The last of `--config=FILE` and `--config FILE`."""
+def _config_file(argv: list[str]) -> str | None:
+  """Returns the last of `--config=FILE` and `--config FILE`."""
   found = None
-  for arg, after in itertools.zip_longest(argv, argv[1:]):
-    if match := re.fullmatch(r"--?config(?:=(.*))?", arg):
-      found = after if match.group(1) is None else match.group(1)
+  for argument, following in itertools.zip_longest(argv, argv[1:]):
+    if match := re.fullmatch(r"--?config(?:=(.*))?", argument):
+      found = following if match.group(1) is None else match.group(1)
   return found
 
 
-def _left_over(argument: str, config) -> str:
-  """Why an argument that belongs to no flag is refused; without its leading `--config.` an override is nothing."""
-  key = argument.split("=")[0].removeprefix("config.")
-  known = [] if config is None else dotted(config)
+def _left_over(argument: str, config: Mapping | None) -> str:
+  """Explains why an argument that belongs to no flag is refused.
+
+  The usual cause is an override without its leading `--config.`.
+  """
+  key, _, value = argument.removeprefix("config.").partition("=")
   if config is not None and "=" in argument:
+    known = dotted(config)
     full = key if key in known else next((k for k in known if k.endswith(f".{key}")), None)
     if full:
-      return f"{argument!r} belongs to no flag; did you mean --config.{full}={argument.split('=', 1)[1]}?"
-  return f"{argument!r} belongs to no flag; flags begin with --, and one that takes a value is written --flag=value."
+      return f"{argument!r} belongs to no flag; did you mean --config.{full}={value}?"
+  return (
+    f"{argument!r} belongs to no flag; flags begin with --, and one that takes a value is written "
+    "--flag=value."
+  )

@@ -1,31 +1,43 @@
-"""Config files: Python modules with `get_config()` and, for sweeps, `sweep()`."""
+"""Config files: Python modules with `get_config()` and, for sweeps, `sweep()`.
+
+A file says only what differs from the defaults of the dataclasses; all other keys are filled in
+when it is read, so that each of them can be set on the command line.
+"""
 
 import contextlib
-import dataclasses
 import functools
 import importlib.util
 import pathlib
+import sys
 import traceback
-import typing
+import types
+from collections.abc import Iterable, Iterator, Mapping
 
-from freqformer.config import ConfigError, did_you_mean
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from freqformer.config import ConfigError, did_you_mean, with_defaults
 from freqformer.methods.registry import METHODS, method_class
+from freqformer.train.experiment import Experiment
 
-_METHODS_AT = "model.attention."
 
+def load_config(path, need: tuple[str, ...] = ("get_config",)) -> types.ModuleType:
+  """Returns the module of a config file.
 
-def load_config(path, need=("get_config",)):
-  """The module of a config file.
+  Args:
+    path: the file.
+    need: names of the functions that it must have.
 
   Raises:
-    ConfigError: if the file or one of the functions in `need` is missing, or the file does not run; names the line.
+    ConfigError: the file or one of the functions is missing, or the file does not run; names the
+      line.
   """
   path = pathlib.Path(path)
   if not path.is_file():
     raise ConfigError(f"no config file {path}; name one of configs/*.py.")
   spec = importlib.util.spec_from_file_location(path.stem, path)
   module = importlib.util.module_from_spec(spec)
-  with _reading(path):
+  with _reading(path), _importable(path.resolve().parents[1]):
     spec.loader.exec_module(module)
   for name in need:
     if not hasattr(module, name):
@@ -33,8 +45,12 @@ def load_config(path, need=("get_config",)):
   return module
 
 
-def read_config(path, *args):
-  """What a file's `get_config(*args)` returns; raises ConfigError where `load_config` does, and if it returns no config."""
+def read_config(path, *args) -> ConfigDict:
+  """Returns what a file's `get_config(*args)` returns, with every other key at its default.
+
+  Raises:
+    ConfigError: as `load_config` does, and if no config is returned.
+  """
   module = load_config(path)
   with _reading(pathlib.Path(path)):
     config = module.get_config(*args)
@@ -42,18 +58,67 @@ def read_config(path, *args):
     raise ConfigError(
       f"get_config() of {path} returned {config!r}; let it return an ml_collections.ConfigDict."
     )
-  return config
+  values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+  return ConfigDict(_complete(values))
+
+
+def _complete(values: dict) -> dict:
+  """Returns a run's config with all keys of all groups; `experiment` checks the values."""
+  model = values.get("model", {})
+  attention = model.get("attention", {}) if isinstance(model, Mapping) else None
+  if isinstance(attention, Mapping):
+    methods = {name: with_defaults(method_class(name), attention.get(name, {})) for name in METHODS}
+    values = {**values, "model": {**model, "attention": {**attention, **methods}}}
+  return with_defaults(Experiment, values)
+
+
+class _CompleteConfig(flags.ArgumentParser):
+  """Parses `--config=FILE` and `--config=FILE:ARGUMENT` to the complete config, locked."""
+
+  def parse(self, path):
+    return read_config(*path.split(":", 1)).lock()
+
+
+def define_config(
+  flag_values: flags.FlagValues = flags.FLAGS, argv: list[str] | None = None
+) -> flags.FlagHolder:
+  """Defines the flag `--config` with an override `--config.key=value` for every key.
+
+  Args:
+    flag_values: where the flags are defined.
+    argv: the command line, to find the overrides in; None takes the process's own.
+  """
+  holder = config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "Configuration file, e.g. configs/ucf101.py.",
+    flag_values=flag_values,
+    sys_argv=argv,
+  )
+  flag_values["config"].parser = _CompleteConfig()
+  return holder
 
 
 @contextlib.contextmanager
-def _reading(path):
-  """Whatever goes wrong in a user's file is said with its line in that file."""
+def _importable(folder: pathlib.Path) -> Iterator[None]:
+  """Lets a config import its neighbours, as `from configs import demo`, wherever it is read."""
+  sys.path.append(str(folder))
+  try:
+    yield
+  finally:
+    sys.path.remove(str(folder))
+
+
+@contextlib.contextmanager
+def _reading(path: pathlib.Path) -> Iterator[None]:
+  """Turns whatever goes wrong in a user's file into a ConfigError that names its line."""
   try:
     yield
   except ConfigError:
     raise
-  except Exception as error:  # Any: it is the user's code that runs.
-    places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+  except Exception as error:  # any: it is the user's code that runs
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [(frame.filename, frame.lineno) for frame in frames]
     if isinstance(error, SyntaxError):
       places.append((error.filename, error.lineno))
     lines = [
@@ -63,8 +128,8 @@ def _reading(path):
     raise ConfigError(f"{where}: {type(error).__name__}: {getattr(error, 'msg', error)}") from error
 
 
-def dotted(config, prefix: str = "") -> list[str]:
-  """All keys of a config dict, groups included: ["train", "train.steps", ...]."""
+def dotted(config: Mapping, prefix: str = "") -> list[str]:
+  """Returns all keys of a config dict, groups included: ["train", "train.steps", ...]."""
   keys = []
   for key, value in config.items():
     keys.append(prefix + key)
@@ -73,37 +138,17 @@ def dotted(config, prefix: str = "") -> list[str]:
   return keys
 
 
-def check_keys(config, keys):
-  """Raises ConfigError for a dotted key that the config does not have, or that names a whole group."""
+def check_keys(config: Mapping, keys: Iterable[str]):
+  """Refuses a dotted key that the config does not have, or that names a whole group.
+
+  Raises:
+    ConfigError: names the nearest key, or the group's members.
+  """
   known = dotted(config)
   for key in keys:
     if key not in known:
-      raise ConfigError(
-        f"config.{key} does not exist; {_method_hint(key) or did_you_mean(key, known)}"
-      )
-    if hasattr(
-      group := functools.reduce(lambda part, name: part[name], key.split("."), config), "items"
-    ):
-      members = (
-        f"add one of them: .{', .'.join(group)}" if len(group) else "the file has none of them"
-      )
+      raise ConfigError(f"config.{key} does not exist; {did_you_mean(key, known)}")
+    value = functools.reduce(lambda part, name: part[name], key.split("."), config)
+    if hasattr(value, "items"):
+      members = f"add one of them: .{', .'.join(value)}" if len(value) else "it has no keys"
       raise ConfigError(f"config.{key} is a group of keys; {members}")
-
-
-def _method_hint(key: str) -> str | None:
-  """How a command line sets a field of a method that has no group, or not this field, in the config file."""
-  name, _, rest = key.removeprefix(_METHODS_AT).partition(".")
-  if not key.startswith(_METHODS_AT) or name not in METHODS:
-    return None
-  if not rest:
-    return f'run it by --config.{_METHODS_AT}method={name}, with fields as "{name}(field=...)".'
-  (*groups, field), owner = rest.split("."), method_class(name)
-  for group in groups:
-    owner = typing.get_type_hints(owner).get(group) if dataclasses.is_dataclass(owner) else None
-  fields = [f.name for f in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else []
-  if field not in fields:
-    return f"method {name} has no field {rest!r}; {did_you_mean(field, fields)}" if fields else None
-  text = f"{field}=..."
-  for group in reversed(groups):
-    text = f"{group}=dict({text})"
-  return f'set it by --config.{_METHODS_AT}method="{name}({text})", or add it to the file.'

@@ -1,11 +1,13 @@
-"""Sweeps over routing hyper-parameters: one workdir per trial, finished trials are skipped, killed ones resumed.
+"""Runs a sweep: one workdir per trial; finished trials are skipped, killed ones resumed.
 
   python -m freqformer.sweep --config=configs/ucf101.py --study=runs/study
-  python -m freqformer.sweep --config=configs/demo.py --study=runs/study --override=train.steps=100 --list
+  python -m freqformer.sweep --config=configs/demo.py --study=runs/study --override=train.steps=9
+  python -m freqformer.sweep --config=configs/demo.py --study=runs/study --list
 
-A config's `sweep()` yields flat overrides (`{"model.attention.freqformer.router.budget": 0.1}`); each trial is one
-`python train.py` with them, so that a trial can be repeated by hand. All are checked before the first one runs. The table at
-the end is also written as study.json; the exit code is 1 if a trial failed.
+A config's `sweep()` yields flat overrides (`{"model.attention.freqformer.router.budget": 0.1}`).
+Each trial is one training command with them, which is logged, so that a trial can be repeated by
+hand. All trials are checked before the first one runs. The table at the end is also written as
+study.json. The exit code is 1 if a trial failed.
 """
 
 import hashlib
@@ -14,44 +16,45 @@ import pathlib
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 
 from absl import flags, logging
-from ml_collections import config_flags
 
 from freqformer.command import cli
-from freqformer.command.files import check_keys, load_config
+from freqformer.command.files import check_keys, define_config, load_config, read_config
 from freqformer.config import ConfigError
 from freqformer.train import metrics
 from freqformer.train.experiment import Experiment, experiment
 from freqformer.train.preemption import StopRequest
 from freqformer.train.resume import change_text, changes
 
-_ROOT = pathlib.Path(__file__).parents[2]
+_NAME_LENGTH = 80  # characters of a trial's folder name before its hash
+_POLL_SECONDS = 0.5  # between two looks at a running trial
+_COLUMNS = ("trial", "val_loss", "val_soft_loss", "val_density", "router_entropy", "step", "status")
 
 
 def trial_name(overrides: dict) -> str:
-  """A readable folder name, unique by a hash of all overrides."""
+  """Returns a readable folder name, unique by a hash of all overrides."""
   short = ",".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in overrides.items())
-  safe = "".join(c if c.isalnum() or c in "=.-," else "_" for c in short)[:80]
-  digest = hashlib.sha256(json.dumps(overrides, sort_keys=True, default=list).encode()).hexdigest()[
-    :6
-  ]
+  safe = "".join(c if c.isalnum() or c in "=.-," else "_" for c in short)[:_NAME_LENGTH]
+  text = json.dumps(overrides, sort_keys=True, default=list)
+  digest = hashlib.sha256(text.encode()).hexdigest()[:6]
   return f"{safe or 'default'}-{digest}"
 
 
 def resolve(config_path, overrides: dict) -> Experiment:
-  """What `python train.py` makes of a config file and these overrides, parsed by the very same flags.
+  """Returns the experiment that training makes of a config file and overrides, by the same flags.
 
   Raises:
     ConfigError: names the trial and what is wrong with it.
   """
   argv = ["sweep", f"--config={config_path}", *_flags(overrides)]
   values = flags.FlagValues()
-  config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv, lock_config=True)
+  config = define_config(values, argv)
   try:
-    check_keys(load_config(config_path).get_config(), overrides)
+    check_keys(read_config(config_path), overrides)
     values(argv)
-    return experiment(values.config)
+    return experiment(config.value)
   except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
     text = str(error.args[0] if error.args else error).replace("\n", " ")
     raise ConfigError(f"trial {trial_name(overrides)}: {text}") from error
@@ -62,7 +65,7 @@ def _flags(overrides: dict) -> list[str]:
 
 
 def changed_since(workdir: pathlib.Path, exp: Experiment) -> str:
-  """How the config that a trial ran with differs from the one it would run with now; empty if it does not."""
+  """Describes how `exp` differs from the config that a trial ran with; empty if it does not."""
   path = workdir / "config.json"
   if not path.exists():
     return ""
@@ -73,29 +76,30 @@ def changed_since(workdir: pathlib.Path, exp: Experiment) -> str:
 
 
 def result_of(workdir: pathlib.Path) -> dict | None:
-  """The last validation of a finished trial, None if it has not finished."""
+  """Returns the last validation of a finished trial, None if it has not finished."""
   run = workdir / "run.json"
   if not run.exists() or not json.loads(run.read_text()).get("finished"):
     return None
-  rows = metrics.read(workdir / "metrics.jsonl")
-  last = {
-    kind: next((r for r in reversed(rows) if r["kind"] == kind), {})
-    for kind in ("val", "val_soft", "train")
-  }
+  last = {row["kind"]: row for row in metrics.read(workdir / "metrics.jsonl")}
+  train, val, soft = (last.get(kind, {}) for kind in ("train", "val", "val_soft"))
   return {
-    "step": last["train"].get("step"),
-    "val_loss": last["val"].get("loss"),
-    "val_density": last["val"].get("density"),
-    "val_soft_loss": last["val_soft"].get("loss"),
-    "router_entropy": last["train"].get("router_entropy"),
+    "step": train.get("step"),
+    "val_loss": val.get("loss"),
+    "val_density": val.get("density"),
+    "val_soft_loss": soft.get("loss"),
+    "router_entropy": train.get("router_entropy"),
   }
 
 
-def run_trial(config_path, workdir: pathlib.Path, overrides: dict, stop) -> int:
-  """One `python train.py`; a stop request is passed on, so that the trial saves. Returns its exit code."""
+def run_trial(config_path, workdir: pathlib.Path, overrides: dict, stop: Callable[[], bool]) -> int:
+  """Trains in a process of its own and returns its exit code.
+
+  A stop request is passed on, so that the trial saves.
+  """
   command = [
     sys.executable,
-    str(_ROOT / "train.py"),
+    "-m",
+    "freqformer.command.train",
     f"--config={config_path}",
     f"--workdir={workdir}",
     *_flags(overrides),
@@ -104,7 +108,7 @@ def run_trial(config_path, workdir: pathlib.Path, overrides: dict, stop) -> int:
   process = subprocess.Popen(command)
   while True:
     try:
-      return process.wait(timeout=0.5)
+      return process.wait(timeout=_POLL_SECONDS)
     except subprocess.TimeoutExpired:
       if stop() and process.poll() is None:
         process.send_signal(signal.SIGTERM)
@@ -112,53 +116,54 @@ def run_trial(config_path, workdir: pathlib.Path, overrides: dict, stop) -> int:
 
 
 def table(rows: list[dict]) -> str:
-  """Aligned text; trials in order of validation loss, unfinished ones last."""
-  rows = sorted(rows, key=lambda r: (r["val_loss"] is None, r["val_loss"]))
-  columns = (
-    "trial",
-    "val_loss",
-    "val_soft_loss",
-    "val_density",
-    "router_entropy",
-    "step",
-    "status",
-  )
+  """Returns aligned text; trials in order of validation loss, unfinished ones last."""
 
-  def cell(v):
-    return "" if v is None else f"{v:.4f}" if isinstance(v, float) else str(v)
+  def cell(value) -> str:
+    if value is None:
+      return ""
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
-  grid = [columns, *(tuple(cell(r.get(c)) for c in columns) for r in rows)]
-  widths = [max(len(row[i]) for row in grid) for i in range(len(columns))]
+  rows = sorted(rows, key=lambda row: (row["val_loss"] is None, row["val_loss"]))
+  lines = [_COLUMNS, *([cell(row.get(column)) for column in _COLUMNS] for row in rows)]
+  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
   return "\n".join(
-    "  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip() for row in grid
+    "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+    for line in lines
   )
 
 
 def sweep(config_path, study, extra: dict, list_only: bool = False) -> list[dict]:
-  """Runs (or goes on with) a study and returns its rows; with `list_only` it runs and writes nothing.
+  """Runs a study, or goes on with it, and returns its rows.
+
+  Args:
+    config_path: file with `get_config()` and `sweep()`.
+    study: folder of the trials.
+    extra: overrides of every trial.
+    list_only: run and write nothing.
 
   Raises:
-    ConfigError: a trial's config is wrong, or a trial ran with another config than it would run with now.
+    ConfigError: a trial's config is wrong, or a trial ran with another config than it would run
+      with now.
   """
-  module, study, rows = load_config(config_path, ("get_config", "sweep")), pathlib.Path(study), []
-  trials = {
-    trial_name(overrides): overrides for overrides in ({**extra, **own} for own in module.sweep())
-  }
-  stale = {
-    name: changed_since(study / name, resolve(config_path, overrides))
-    for name, overrides in trials.items()
-  }
-  stale = {name: text for name, text in stale.items() if text}
+  study = pathlib.Path(study)
+  module = load_config(config_path, ("get_config", "sweep"))
+  trials = {trial_name(extra | own): extra | own for own in module.sweep()}
+  stale = {}
+  for name, overrides in trials.items():
+    if text := changed_since(study / name, resolve(config_path, overrides)):
+      stale[name] = text
   if stale and not list_only:
     name, text = next(iter(stale.items()))
     raise ConfigError(
-      f"{len(stale)} of {len(trials)} trials under {study} ran with another config, e.g. {name}: {text}; name another --study, "
-      "undo the change, or delete those folders."
+      f"{len(stale)} of {len(trials)} trials under {study} ran with another config, e.g. {name}: "
+      f"{text}; name another --study, undo the change, or delete those folders."
     )
+  rows = []
   before = _last_status(study)
   with StopRequest() as stop:
     for number, (name, overrides) in enumerate(trials.items(), 1):
-      workdir, result = study / name, result_of(study / name)
+      workdir = study / name
+      result = result_of(workdir)
       status = "finished" if result else before.get(name, "open")
       if result is None and not list_only and not stop():
         logging.info("trial %d of %d: %s", number, len(trials), name)
@@ -167,16 +172,8 @@ def sweep(config_path, study, extra: dict, list_only: bool = False) -> list[dict
         status = "finished" if result else f"exit {code}" if code else "stopped"
       if name in stale:
         status += f" with another config: {stale[name]}"
-      rows.append(
-        {
-          "trial": name,
-          "step": None,
-          "val_loss": None,
-          **(result or {}),
-          "status": status,
-          "overrides": overrides,
-        }
-      )
+      row = {"trial": name, "step": None, "val_loss": None} | (result or {})
+      rows.append(row | {"status": status, "overrides": overrides})
       if not list_only:
         study.mkdir(parents=True, exist_ok=True)
         (study / "study.json").write_text(json.dumps(rows, indent=2, default=list))
@@ -184,15 +181,10 @@ def sweep(config_path, study, extra: dict, list_only: bool = False) -> list[dict
 
 
 def _last_status(study: pathlib.Path) -> dict[str, str]:
-  """How each trial ended when the study last ran: one that failed is not merely open."""
+  """Returns how each unfinished trial ended when the study last ran: a failed one is not open."""
   path = study / "study.json"
-  if not path.exists():
-    return {}
-  return {
-    row["trial"]: row["status"]
-    for row in json.loads(path.read_text())
-    if row["status"] != "finished"
-  }
+  rows = json.loads(path.read_text()) if path.exists() else []
+  return {row["trial"]: row["status"] for row in rows if row["status"] != "finished"}
 
 
 def main(_):
@@ -206,12 +198,14 @@ def main(_):
     extra[key] = value
   rows = sweep(_CONFIG.value, _STUDY.value, extra, _LIST.value)
   print(table(rows))
-  if failed := [] if _LIST.value else [row for row in rows if row["status"].startswith("exit")]:
-    logging.error("%d of %d trials failed; each has said why above", len(failed), len(rows))
+  failed = [row for row in rows if row["status"].startswith("exit")]
+  if failed and not _LIST.value:
+    logging.error("%d of %d trials failed; each has logged why above", len(failed), len(rows))
     sys.exit(1)
 
 
 if __name__ == "__main__":
+  # Not at import: other commands have a --config of their own.
   _CONFIG = flags.DEFINE_string(
     "config", None, "Config file with get_config() and sweep().", required=True
   )

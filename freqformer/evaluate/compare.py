@@ -1,171 +1,143 @@
-"""Methods side by side on one checkpoint: the same weights, the same noise, one run; the first method is the reference.
+"""Compares methods on one checkpoint: the same weights, the same noise; the first is the reference.
 
-  python eval.py --workdir=runs/demo --compare="dense,adaspa,block_topk(density=0.2, coarse=none),freqformer"
+  python eval.py --workdir=runs/demo --compare="dense,adaspa,block_topk(density=0.2, coarse=none)"
 
-Each method samples the same (seed, index) pairs; quality is that of the decoded videos against the reference's
-(`freqformer/evaluate/quality.py`). Compilation and running are timed apart. FLOPs are the method's own cost over the phases of the run
-(`sampling_cost`, `FLOPS_ARE`), density is what ran. Seconds are those of this machine with whatever else it was doing.
+Each method samples the same (seed, index) pairs. Quality is that of the decoded videos against the
+reference's (`freqformer/evaluate/quality.py`). FLOPs are the method's own cost over the phases of
+the run (`FLOPS_ARE`), density is what ran. Seconds are those of this machine with whatever else it
+was doing.
 """
 
-import dataclasses
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 from absl import logging
-from flax import nnx
 
-from freqformer.config import ConfigError, did_you_mean
-from freqformer.cost import Cost, sampling_cost
-from freqformer.diffusion.sampling import SampleConfig, compile_steps, make_step, sample
+from freqformer.config import ConfigError, did_you_mean, split_outside_brackets
+from freqformer.diffusion.sampling import SampleConfig
 from freqformer.evaluate import quality
+from freqformer.evaluate.draw import Drawn, draw
 from freqformer.evaluate.lpips import load_lpips
-from freqformer.evaluate.record_masks import realised_density
-from freqformer.evaluate.restore import restore_model
+from freqformer.evaluate.restore import Run, load_run
 
 METRICS = ("psnr", "ssim", "lpips")
-FLOPS_ARE = (
-  "the method's cost over the phases of the run, both halves of guidance counted. Heads that choose while sampling are counted "
-  "as expected, not as they chose: by a router's prior, and where heads are measured by the shares that cost() assumes. "
-  "Density is what ran."
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Candidate:
-  """A method on the checkpoint's weights.
-
-  Attributes:
-    text: as it was asked for: a name, or a name with some fields.
-    model: abstract, for its config and tables; params: its parameters.
-    restored: what else the checkpoint knows.
-  """
-
-  text: str
-  model: nnx.Module
-  params: object
-  restored: object
-
-
-@dataclasses.dataclass(frozen=True)
-class Drawn:
-  """What one method sampled.
-
-  Attributes:
-    latents: `[n, t, y, x, c]`.
-    density: `[steps, layers, heads]` of one sample, the first of the last batch.
-    cost: FLOPs of one sample over all steps, both halves of guidance counted.
-    dense: the same run with dense attention in every layer and step.
-    phases: what each step did, one name per run of layers.
-    compile_seconds, run_seconds: of all samples.
-  """
-
-  latents: np.ndarray
-  density: np.ndarray
-  cost: Cost
-  dense: Cost
-  phases: list[tuple[str, ...]]
-  compile_seconds: float
-  run_seconds: float
+# Compares videos with a reference, both uint8 `[b, t, y, x, 3]`: one number per video, `[b]`.
+Metric = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def split_methods(text: str) -> list[str]:
-  """Methods between commas; commas within parentheses belong to a method's fields.
+  """Returns the methods of `--compare`, separated by commas outside brackets.
 
   Raises:
-    ConfigError: for fewer than two methods or the same text twice.
+    ConfigError: there are fewer than two methods, or one of them twice.
   """
-  parts, depth = [""], 0
-  for c in text:
-    depth += (c in "([") - (c in ")]")
-    if c == "," and depth == 0:
-      parts.append("")
-    else:
-      parts[-1] += c
-  parts = [p.strip() for p in parts if p.strip()]
-  if len(parts) < 2 or len(set(parts)) < len(parts):
+  methods = split_outside_brackets(text)
+  if len(methods) < 2 or len(set(methods)) < len(methods):
     raise ConfigError(
-      f"--compare={text!r} must name at least two different methods, the reference first, e.g. --compare=dense,adaspa."
+      f"--compare={text!r} must name at least two different methods, the reference first, e.g. "
+      "--compare=dense,adaspa."
     )
-  return parts
+  return methods
 
 
-def metric_functions(names, lpips_weights=None) -> dict[str, Callable]:
-  """`name -> (videos, reference) -> [b]`.
+def metric_functions(names: Iterable[str], lpips_weights=None) -> dict[str, Metric]:
+  """Returns the metrics by name.
+
+  Args:
+    names: some of `METRICS`.
+    lpips_weights: file of LPIPS's weights, which also asks for LPIPS; or None.
 
   Raises:
-    ConfigError: for an unknown name, or LPIPS without its weights.
+    ConfigError: a name is unknown, or LPIPS has no weights.
   """
+  names = list(names)
   for name in names:
     if name not in METRICS:
       raise ConfigError(f"metric {name!r} is unknown; {did_you_mean(name, METRICS)}")
   if "lpips" in names and not lpips_weights:
     raise ConfigError(
-      "lpips needs its weights: give --lpips_weights=FILE (freqformer/evaluate/lpips.py says how to write it; nothing is downloaded), "
-      "or leave it out of --metrics."
+      "lpips needs its weights: give --lpips_weights=FILE (freqformer/evaluate/lpips.py says how "
+      "to write it; nothing is downloaded), or leave it out of --metrics."
     )
-  found = {"psnr": quality.psnr, "ssim": quality.ssim}
+  known = {"psnr": quality.psnr, "ssim": quality.ssim}
   if lpips_weights:
-    found["lpips"] = load_lpips(lpips_weights)
-    names = dict.fromkeys((*names, "lpips"))
-  return {name: found[name] for name in names}
+    known["lpips"] = load_lpips(lpips_weights)
+    names.append("lpips")
+  return {name: known[name] for name in names}
 
 
 def candidates(
-  workdir, methods, config: SampleConfig, step: int | None = None, raw: bool = False
-) -> list[Candidate]:
-  """Every method restored and its schedule checked, before anything is sampled.
+  workdir, methods: Iterable[str], steps: int, checkpoint: int | None = None, raw: bool = False
+) -> dict[str, Run]:
+  """Loads the run under each method and checks its schedule, before anything is sampled.
+
+  Args:
+    workdir: the run's folder.
+    methods: names, each maybe with fields: "radial(decay=0.5)".
+    steps: denoising steps.
+    checkpoint: training step of the checkpoint; None takes the newest.
+    raw: take the raw weights instead of their average.
 
   Raises:
-    ConfigError: if the checkpoint lacks a method's parameters (named), or a schedule does not fit the run.
+    ConfigError: the checkpoint lacks a method's parameters (named), or a schedule does not fit.
   """
-  found = []
-  for text in methods:
-    candidate = Candidate(text, *restore_model(workdir, step=step, method=text, raw=raw))
-    candidate.model.schedule(config.steps)
-    found.append(candidate)
+  found = {}
+  for method in methods:
+    found[method] = load_run(workdir, step=checkpoint, method=method, raw=raw)
+    found[method].model.schedule(steps)
   return found
 
 
-def draw(
-  model, params, labels, indices, seed: int, shape, config: SampleConfig, progress: bool = True
-) -> Drawn:
-  """Samples with one method; compile seconds mean something where JAX's persistent cache is off."""
-  tables, schedule, guided = model.tables(shape), model.schedule(config.steps), config.guidance != 1
-  clock = time.monotonic()
-  step = compile_steps(make_step(nnx.graphdef(model), config), params, model, tables, shape, config)
-  compile_seconds, clock = time.monotonic() - clock, time.monotonic()
-  latents, aux = sample(step, params, model, labels, indices, seed, tables, shape, config, progress)
-  run_seconds = time.monotonic() - clock
-  cost = sampling_cost(model.config, shape, schedule, guided)
-  dense = sampling_cost(
-    model.config.with_method("dense"), shape, [("",) * len(schedule[0])] * len(schedule), guided
-  )
-  return Drawn(latents, realised_density(aux), cost, dense, schedule, compile_seconds, run_seconds)
+def compare(
+  found: Mapping[str, Run],
+  labels: np.ndarray,
+  indices: np.ndarray,
+  seed: int,
+  config: SampleConfig,
+  metrics: Mapping[str, Metric],
+) -> tuple[list[dict], dict[str, np.ndarray]]:
+  """Samples with every candidate and compares the videos with the first one's.
+
+  Returns:
+    rows: one per candidate, plain JSON.
+    videos: per candidate uint8 `[b, t, y, x, 3]`.
+  """
+  drawn = {}
+  videos = {}
+  for method, run in found.items():
+    logging.info("%s", method)
+    drawn[method] = draw(run, labels, indices, seed, config)
+    videos[method] = run.decode(drawn[method].latents)
+  judged = judge(videos, metrics)
+  return [row(method, drawn[method], judged.get(method)) for method in drawn], videos
 
 
 def judge(
-  videos: Mapping[str, np.ndarray], metrics: Mapping[str, Callable]
+  videos: Mapping[str, np.ndarray], metrics: Mapping[str, Metric]
 ) -> dict[str, dict[str, np.ndarray]]:
-  """Every metric of every method's videos against the first method's: `{method: {metric: [b]}}`, the reference left out."""
+  """Compares every method's videos with the first method's: `{method: {metric: [b]}}`.
+
+  The reference is left out.
+  """
   (_, reference), *others = videos.items()
   return {
-    text: {name: metric(own, reference) for name, metric in metrics.items()} for text, own in others
+    method: {name: metric(own, reference) for name, metric in metrics.items()}
+    for method, own in others
   }
 
 
-def row(text: str, drawn: Drawn, judged: Mapping[str, np.ndarray] | None) -> dict:
-  """One method's figures as plain JSON; quality is None for the reference, equal videos have a PSNR of "inf"."""
+def row(method: str, drawn: Drawn, judged: Mapping[str, np.ndarray] | None) -> dict:
+  """Returns one method's figures as plain JSON.
 
-  def plain(x):
-    return "inf" if np.isinf(x) else float(x)
-
+  Args:
+    method: its name.
+    drawn: its samples.
+    judged: metrics `[b]` by name; None for the reference. Equal videos have a PSNR of "inf".
+  """
   return {
-    "method": text,
-    "quality": None if judged is None else {k: plain(np.mean(v)) for k, v in judged.items()},
-    "quality_by_sample": None
-    if judged is None
-    else {k: [plain(x) for x in v] for k, v in judged.items()},
+    "method": method,
+    "quality": judged and {name: _plain(np.mean(x)) for name, x in judged.items()},
+    "quality_by_sample": judged and {name: [*map(_plain, x)] for name, x in judged.items()},
     "compile_seconds": drawn.compile_seconds,
     "run_seconds": drawn.run_seconds,
     "seconds_per_sample": drawn.run_seconds / len(drawn.latents),
@@ -176,39 +148,33 @@ def row(text: str, drawn: Drawn, judged: Mapping[str, np.ndarray] | None) -> dic
     "density": float(drawn.density.mean()),
     "density_by_step": drawn.density.mean((1, 2)).tolist(),
     "density_by_step_layer_head": np.round(drawn.density, 5).tolist(),
-    "phases": ["/".join(dict.fromkeys(p)) for p in drawn.phases],
+    "phases": ["/".join(dict.fromkeys(step)) for step in drawn.phases],
   }
 
 
-def compare(found: list[Candidate], labels, indices, seed: int, config: SampleConfig, metrics):
-  """Samples with every candidate and holds the videos against the first one's.
-
-  Returns:
-    rows (one per candidate) and `{method text: videos uint8 [b, t, y, x, 3]}`.
-  """
-  drawn, videos = {}, {}
-  for one in found:
-    logging.info("%s", one.text)
-    shape = one.restored.latent_shape
-    drawn[one.text] = draw(one.model, one.params, labels, indices, seed, shape, config)
-    videos[one.text] = one.restored.decode(drawn[one.text].latents)
-  judged = judge(videos, metrics)
-  return [row(text, drawn[text], judged.get(text)) for text in drawn], videos
+def _plain(x) -> float | str:
+  """Returns a number as JSON has it, which knows no infinity."""
+  return "inf" if np.isinf(x) else float(x)
 
 
 def table(rows: list[dict]) -> str:
-  """The rows for people."""
-  names = [n for n in METRICS if n in (rows[-1]["quality"] or {})]
-  head = (
-    f"{'method':40} {'density':>8} {'attention':>9} {'total':>7} {'compile':>9} {'per sample':>11}"
-  )
-  lines = [head + "".join(f" {n:>9}" for n in names)]
+  """Returns the rows as aligned text."""
+  names = [name for name in METRICS if name in (rows[-1]["quality"] or {})]
+  heads = ["density", "attention", "total", "compile", "per sample", *names]
+  widths = [8, 9, 7, 9, 11] + [9] * len(names)
+  lines = [f"{'method':40}"]
+  lines[0] += "".join(f" {head:>{width}}" for head, width in zip(heads, widths, strict=True))
   for r in rows:
-    numbers = (r["quality"] or {}).get
-    shown = ["reference" if r["quality"] is None else numbers(n) for n in names]
-    lines.append(
-      f"{r['method'][:40]:40} {r['density']:8.3f} {r['attention_flops_over_dense']:9.3f} {r['total_flops_over_dense']:7.3f} "
-      f"{r['compile_seconds']:7.1f} s {r['seconds_per_sample']:9.2f} s"
-      + "".join(f" {x:9.3f}" if isinstance(x, float) else f" {x:>9}" for x in shown)
-    )
+    cells = [
+      f"{r['density']:.3f}",
+      f"{r['attention_flops_over_dense']:.3f}",
+      f"{r['total_flops_over_dense']:.3f}",
+      f"{r['compile_seconds']:.1f} s",
+      f"{r['seconds_per_sample']:.2f} s",
+    ]
+    for name in names:
+      value = "reference" if r["quality"] is None else r["quality"][name]
+      cells.append(f"{value:.3f}" if isinstance(value, float) else value)
+    line = "".join(f" {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+    lines.append(f"{r['method'][:40]:40}{line}")
   return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""A model from a checkpoint, ready to sample: also under another attention method, as long as its parameters are there."""
+"""Loads a trained model from a run's folder, also under another attention method."""
 
 import dataclasses
 from typing import Any
@@ -8,65 +8,80 @@ import numpy as np
 from flax import nnx
 
 from freqformer.config import ConfigError
-from freqformer.data.codec import make_codec
+from freqformer.data.codec import LatentStatistics, make_codec
 from freqformer.model.dit import VideoDiT
 from freqformer.train.checkpoint import Checkpoints, Mismatch
 from freqformer.train.experiment import Experiment, experiment
 
 
 @dataclasses.dataclass(frozen=True)
-class Restored:
-  """What a checkpoint knows beside its weights."""
+class Run:
+  """A trained model and what its checkpoint knows about it.
 
+  Attributes:
+    model: the abstract `VideoDiT`, without arrays: for its config, tables and schedule.
+    params: its parameters.
+    experiment: the configuration that it was trained with.
+    record: the checkpoint's JSON record.
+  """
+
+  model: VideoDiT
+  params: nnx.State
   experiment: Experiment
   record: dict[str, Any]
 
   @property
   def step(self) -> int:
+    """Training step of the checkpoint."""
     return self.record["step"]
 
   @property
   def class_names(self) -> list[str]:
+    """Names of the classes; the index is the label."""
     return self.record["class_names"]
 
   @property
   def latent_shape(self) -> tuple[int, ...]:
+    """Shape (t, y, x, c) of a latent."""
     return tuple(self.record["latent_shape"])
 
+  @property
+  def fps(self) -> float:
+    """Frames per second of decoded videos, if the source clips have 25."""
+    return 25 / self.experiment.data.stride
+
   def decode(self, latents) -> np.ndarray:
-    """Normalised latents `[b, t, y, x, c]` -> video uint8 `[b, t, y, x, 3]`, by the checkpoint's own statistics."""
-    mean, std = (np.asarray(self.record["statistics"][n], np.float32) for n in ("mean", "std"))
-    frames, rows, cols = self.record["video_shape"][:3]
-    return make_codec(self.experiment.data.codec).decode(
-      np.asarray(latents) * std + mean, (frames, rows, cols)
-    )
+    """Decodes normalised latents `[b, t, y, x, c]` to video, uint8 `[b, t, y, x, 3]`."""
+    # Early records hold only the statistics that decoding needs.
+    statistics = {name: self.record["statistics"][name] for name in ("mean", "std")}
+    raw = LatentStatistics.from_json(statistics).denormalise(np.asarray(latents))
+    codec = make_codec(self.experiment.data.codec)
+    return codec.decode(raw, tuple(self.record["video_shape"][:3]))
 
 
-def restore_model(
+def load_run(
   workdir, *, step: int | None = None, method: str | None = None, raw: bool = False
-):
-  """Loads a model.
+) -> Run:
+  """Loads a trained model.
 
   Args:
-    workdir: of the run; step: of the checkpoint, default the newest.
-    method: run this method in every layer instead; parameters that it lacks (a router's) are dropped.
-    raw: the raw weights instead of their average.
-
-  Returns:
-    The model (abstract: for its config and tables), its parameters and what else the checkpoint knows.
+    workdir: the run's folder.
+    step: training step of the checkpoint; None takes the newest.
+    method: attention method to run in every layer instead of the trained one, as
+      "radial(decay=0.5)"; parameters that it does not have (a router's) are dropped.
+    raw: take the raw weights instead of their average.
 
   Raises:
-    ConfigError: no checkpoint, a damaged one, or parameters that the method needs are not in it (names two of them).
+    ConfigError: there is no checkpoint, it is damaged, or it lacks parameters that the method
+      needs (names two of them).
   """
   checkpoints = Checkpoints(workdir, create=False)
   record = checkpoints.record(step)
-  restored = Restored(experiment(record["config"]), record)
-  config = (
-    restored.experiment.model if method is None else restored.experiment.model.with_method(method)
-  )
-  model = nnx.eval_shape(
-    lambda: VideoDiT(config, restored.latent_shape, len(restored.class_names), nnx.Rngs(0))
-  )
+  trained = experiment(record["config"])
+  config = trained.model if method is None else trained.model.with_method(method)
+  shape = tuple(record["latent_shape"])
+  classes = len(record["class_names"])
+  model = nnx.eval_shape(lambda: VideoDiT(config, shape, classes, nnx.Rngs(0)))
   group = "params" if raw else "ema"
   try:
     tree = checkpoints.restore({group: nnx.state(model)}, record["step"], ignore_extra=True)
@@ -75,8 +90,8 @@ def restore_model(
       raise
     examples = " and ".join(name.removeprefix(f"{group}/") for name in error.missing[:2])
     raise ConfigError(
-      f"method {method} needs parameters that this checkpoint lacks ({len(error.missing)}, e.g. {examples}); "
-      f"train with it: --config.model.attention.method={config.attention.method}."
+      f"method {method} needs parameters that this checkpoint lacks ({len(error.missing)}, e.g. "
+      f"{examples}); train with it: --config.model.attention.method={config.attention.method}."
     ) from error
   checkpoints.close()
-  return model, jax.tree.map(jax.numpy.asarray, tree[group]), restored
+  return Run(model, jax.tree.map(jax.numpy.asarray, tree[group]), trained, record)

@@ -20,6 +20,11 @@ METHODS = {
 _WORDS = {"true": True, "false": False}
 
 
+def list_methods() -> list[str]:
+  """Returns the names of all methods, as `attention.method` of a config takes them."""
+  return list(METHODS)
+
+
 def method_class(name: str):
   """The dataclass of a method.
 

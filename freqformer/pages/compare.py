@@ -1,12 +1,12 @@
-"""What a comparison of methods leaves behind: videos, comparison.json and one HTML file that needs no network."""
+"""Writes a comparison of methods: videos, comparison.json and a page that needs no network."""
 
-import base64
 import contextlib
 import html
 import io
 import json
 import pathlib
 import re
+from collections.abc import Mapping
 
 import numpy as np
 from matplotlib import colormaps
@@ -14,145 +14,143 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from freqformer.evaluate.quality import difference
-from freqformer.pages.html import STYLE, image, panels, table, text
+from freqformer.pages.html import (
+  absent,
+  facts,
+  image,
+  page,
+  panels,
+  picture,
+  plain_facts,
+  section,
+  table,
+  video,
+)
 from freqformer.pages.mp4 import write_mp4
 
-_MAX_SAMPLES = 16  # Every video is embedded once per method.
-_COLOURS = "magma"
-_EXTRA = ".row { display: flex; gap: 10px; overflow-x: auto; margin-bottom: 1em } .row img { width: 192px; border-radius: 4px }"
+_MAX_SAMPLES = 16  # every video is embedded once per method
+_COLOURS = colormaps["magma"]
+_UNITS = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS"}
+_COLUMNS = {
+  "density": "density",
+  "attention_flops_over_dense": "attention FLOPs / dense",
+  "total_flops_over_dense": "all FLOPs / dense",
+  "compile_seconds": "compile, s",
+  "run_seconds": "run, s",
+  "seconds_per_sample": "s per sample",
+}
 
 
 def write_comparison(
-  out, result: dict, videos: dict[str, np.ndarray], captions: list[str], fps: float
+  out, result: dict, videos: Mapping[str, np.ndarray], captions: list[str], fps: float
 ) -> pathlib.Path:
-  """Writes `<method>/<sample>.mp4` per video, comparison.json and comparison.html to `out`; returns the page's path.
+  """Writes `<method>/<sample>.mp4`, comparison.json and comparison.html; returns the page's path.
 
   Args:
-    result: plain JSON with `rows` (of `compare.compare`) and facts about the run.
-    videos: per method uint8 `[b, t, y, x, 3]`, the reference first; captions: one per sample.
+    out: the folder; what an earlier comparison left there goes.
+    result: plain JSON with `rows` (of `evaluate.compare.compare`) and facts about the run.
+    videos: per method uint8 `[b, t, y, x, 3]`, the reference first.
+    captions: one per sample.
+    fps: frames per second.
   """
   out = pathlib.Path(out)
   out.mkdir(parents=True, exist_ok=True)
   _remove_old(out)
-  paths = {
-    name: [out / slug(name) / f"{i:03d}_{slug(c)}.mp4" for i, c in enumerate(captions)]
-    for name in videos
-  }
-  for name, own in videos.items():
-    for path, video in zip(paths[name], own, strict=True):
-      write_mp4(path, video, fps)
+  paths = {}
+  for method, own in videos.items():
+    names = [f"{i:03d}_{slug(caption)}.mp4" for i, caption in enumerate(captions)]
+    paths[method] = [out / slug(method) / name for name in names]
+    for path, clip in zip(paths[method], own, strict=True):
+      write_mp4(path, clip, fps)
   (out / "comparison.json").write_text(json.dumps(result, indent=1))
-  sections = (
-    (
+  sections = [
+    section(
       "Figures",
       "The first method is the reference; quality is per frame, then averaged.",
       _figures(result),
     ),
-    (
+    section(
       "Videos",
       "The same noise; below each video, where it differs from the reference.",
       _videos(videos, captions, paths),
     ),
-    (
+    section(
       "Density",
       "Scored pairs / n² as run, of one sample: sampling steps to the right, layer and head down.",
-      _density(result),
+      _density(result["rows"]),
     ),
-    ("Run", "What ran, on what.", _facts(result)),
-  )
-  body = "\n".join(
-    f"<section><h2>{title}</h2><p>{intro}</p>{inner}</section>" for title, intro, inner in sections
-  )
-  page = (
-    '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Methods side by side</title>'
-    f"<style>{STYLE}{_EXTRA}</style></head><body><h1>Methods side by side</h1>\n{body}\n</body></html>\n"
-  )
+    section("Run", "What ran, on what.", facts(plain_facts(result))),
+  ]
   path = out / "comparison.html"
-  path.write_text(page, encoding="utf-8")
+  path.write_text(page("Methods side by side", sections), encoding="utf-8")
   return path
 
 
 def _remove_old(out: pathlib.Path):
-  """The videos of an earlier comparison, by what its comparison.json says: other methods, other samples, or both."""
-  before = out / "comparison.json"
+  """Removes the videos of an earlier comparison, by what its comparison.json lists."""
   try:
-    folders = [out / slug(row["method"]) for row in json.loads(before.read_text())["rows"]]
-  except (FileNotFoundError, ValueError, KeyError, TypeError):  # none, or none of ours
+    rows = json.loads((out / "comparison.json").read_text())["rows"]
+    folders = [out / slug(row["method"]) for row in rows]
+  except (FileNotFoundError, ValueError, KeyError, TypeError):  # none, or not one of ours
     return
   for folder in folders:
-    for video in folder.glob("[0-9][0-9][0-9]_*.mp4"):
-      video.unlink()
-    with contextlib.suppress(OSError):  # gone, or something of the user's lies there
+    for path in folder.glob("[0-9][0-9][0-9]_*.mp4"):
+      path.unlink()
+    with contextlib.suppress(OSError):  # it is gone, or has a file of the user's
       folder.rmdir()
 
 
 def slug(name: str) -> str:
-  """A name as a file name: `radial(decay=0.5)` -> `radial_decay_0.5`."""
+  """Returns a name as a file name: `radial(decay=0.5)` -> `radial_decay_0.5`."""
   return re.sub(r"[^\w.-]+", "_", name).strip("_")
 
 
-def _figures(result) -> str:
+def _figures(result: dict) -> str:
   rows = result["rows"]
   metrics = list(rows[-1]["quality"] or {})
-  units = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS"}
-  head = [
-    "method",
-    *(units[m] for m in metrics),
-    "density",
-    "attention FLOPs / dense",
-    "all FLOPs / dense",
-  ]
-  head += ["compile, s", "run, s", "s per sample"]
-  numbers = [
-    (r["method"], *((r["quality"] or {}).get(m) for m in metrics), r["density"])
-    + (r["attention_flops_over_dense"], r["total_flops_over_dense"])
-    + (r["compile_seconds"], r["run_seconds"], r["seconds_per_sample"])
-    for r in rows
-  ]
-  flops = f"<p>FLOPs are {html.escape(result['flops_are'])}</p>" if "flops_are" in result else ""
-  absent = (
-    ""
-    if "lpips" in metrics
-    else "<p class=absent>LPIPS was not measured: it needs --lpips_weights.</p>"
-  )
-  return table(head, numbers) + flops + absent
+  head = ["method", *(_UNITS[metric] for metric in metrics), *_COLUMNS.values()]
+  numbers = []
+  for row in rows:
+    quality = row["quality"] or {}
+    numbers.append([row["method"], *map(quality.get, metrics), *(row[key] for key in _COLUMNS)])
+  found = table(head, numbers)
+  if "flops_are" in result:
+    found += f"<p>FLOPs are {html.escape(result['flops_are'])}</p>"
+  if "lpips" not in metrics:
+    found += absent("LPIPS was not measured: it needs --lpips_weights.")
+  return found
 
 
-def _videos(videos, captions, paths) -> str:
-  (first, reference), shown = next(iter(videos.items())), min(len(captions), _MAX_SAMPLES)
-  maps = {
-    name: difference(own[:shown], reference[:shown])
-    for name, own in videos.items()
-    if name != first
-  }
+def _videos(videos: Mapping[str, np.ndarray], captions: list[str], paths: dict) -> str:
+  (first, reference), *others = videos.items()
+  shown = min(len(captions), _MAX_SAMPLES)
+  maps = {method: difference(own[:shown], reference[:shown]) for method, own in others}
   most = max((float(m.max()) for m in maps.values()), default=0.0) or 1.0
   parts = [
     f"<p>Black is equal, the brightest colour is {most:.1f} grey levels, in all pictures alike.</p>"
   ]
   for i in range(shown):
-    cards = []
-    for name in videos:
-      clip = base64.b64encode(paths[name][i].read_bytes()).decode()
-      heat = "" if name == first else _heat(maps[name][i] / most, f"difference of {name}")
-      video = f'<video autoplay loop muted playsinline src="data:video/mp4;base64,{clip}"></video>'
-      cards.append(f"<figure>{video}{heat}<figcaption>{html.escape(name)}</figcaption></figure>")
+    cards = [video(paths[first][i], first)]
+    for method, own in maps.items():
+      heat = _heat(own[i] / most, f"difference of {method}")
+      cards.append(video(paths[method][i], method, below=heat))
     parts.append(f'<b>{html.escape(captions[i])}</b><div class="row">{"".join(cards)}</div>')
   if shown < len(captions):
-    parts.append(f"<p>{len(captions) - shown} further samples lie beside this page.</p>")
+    parts.append(f"<p>{len(captions) - shown} further samples are in the page's folder.</p>")
   return "".join(parts)
 
 
 def _heat(values: np.ndarray, alt: str) -> str:
-  """A map in [0, 1] as an inline picture, pixel by pixel."""
+  """Returns a map `[y, x]` of values in [0, 1] as a picture, pixel by pixel."""
   data = io.BytesIO()
-  Image.fromarray(colormaps[_COLOURS](values, bytes=True)[..., :3]).save(data, format="png")
-  return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
+  Image.fromarray(_COLOURS(values, bytes=True)[..., :3]).save(data, format="png")
+  return picture(data.getvalue(), alt)
 
 
-def _density(result) -> str:
+def _density(rows: list[dict]) -> str:
   parts = []
-  for r in result["rows"]:
-    density = np.asarray(r["density_by_step_layer_head"])  # [steps, layers, heads]
+  for row in rows:
+    density = np.asarray(row["density_by_step_layer_head"])  # [steps, layers, heads]
     steps, layers, heads = density.shape
     figure, (axis,) = panels(1, 6.5, min(6, 1.3 + 0.09 * layers * heads))
     shown = axis.imshow(
@@ -165,15 +163,9 @@ def _density(result) -> str:
     )
     axis.hlines(np.arange(1, layers) * heads - 0.5, -0.5, steps - 0.5, color="white", lw=1)
     axis.set_yticks(np.arange(layers) * heads, [f"{i}.0" for i in range(layers)])
-    axis.set(xlabel="step", ylabel="layer.head", title=f"{r['method']}: mean {r['density']:.3f}")
+    title = f"{row['method']}: mean {row['density']:.3f}"
+    axis.set(xlabel="step", ylabel="layer.head", title=title)
     figure.colorbar(shown, label="density")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    parts.append(image(figure, f"density of {r['method']}"))
+    parts.append(image(figure, f"density of {row['method']}"))
   return "".join(parts)
-
-
-def _facts(result) -> str:
-  return table(
-    [],
-    [(k.replace("_", " "), text(v)) for k, v in result.items() if isinstance(v, int | float | str)],
-  )

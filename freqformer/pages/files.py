@@ -1,6 +1,7 @@
-"""What a report reads: the files of a run, each checked for its form, so that what draws them meets no surprise.
+"""Reads the files of a run for a report, each checked for its form.
 
-A file that is missing, cut off or foreign costs its section only; an error of the drawing itself is ours and is not hidden.
+A file that is missing, cut off or foreign costs its section only. An error of the drawing itself is
+ours and is not hidden.
 """
 
 import json
@@ -23,7 +24,7 @@ class Absent(Exception):
 
 
 def missing(name: str) -> Absent:
-  """That a run lacks a file, and what would write it."""
+  """Returns the remark that a run lacks a file, with what would write it."""
   return Absent(f"this run has no {name} (written by {_WRITERS.get(name, 'train.py')}).")
 
 
@@ -31,8 +32,9 @@ def check(value, form, where: str):
   """Checks a JSON value against its form and returns it.
 
   Args:
-    form: a type (float takes whole numbers, too); `[form of each entry]`; or `{"key": form}`, where "key?" may be absent or
-      null and the one key `str` stands for any.
+    value: of `json.loads`.
+    form: a type (float takes whole numbers, too); `[form of each entry]`; or `{"key": form}`, where
+      "key?" may be absent or null and the one key `str` stands for any.
     where: the file, for the message.
 
   Raises:
@@ -42,7 +44,8 @@ def check(value, form, where: str):
     allowed = (int, float) if form is float else form
     if not isinstance(value, allowed) or (isinstance(value, bool) and form is not bool):
       raise Absent(
-        f"{where} has another form than expected: {form.__name__} wanted, found {type(value).__name__}."
+        f"{where} has another form than expected: {form.__name__} wanted, found "
+        f"{type(value).__name__}."
       )
   elif isinstance(form, list):
     for i, entry in enumerate(check(value, list, where)):
@@ -53,16 +56,20 @@ def check(value, form, where: str):
   else:
     check(value, dict, where)
     for key, own in form.items():
-      name, optional = key.removesuffix("?"), key.endswith("?")
+      name = key.removesuffix("?")
       if value.get(name) is not None:
         check(value[name], own, f"{where}: {name}")
-      elif not optional:
+      elif not key.endswith("?"):
         raise Absent(f"{where} has another form than expected: it lacks {name}.")
   return value
 
 
 def read_json(workdir: pathlib.Path, name: str, form=dict):
-  """A file of the run; raises `Absent` if it is not there, no JSON, or of another form (see `check`)."""
+  """Reads a JSON file of the run.
+
+  Raises:
+    Absent: it is not there, not JSON, or of another form (see `check`).
+  """
   path = workdir / name
   if not path.exists():
     raise missing(name)
@@ -74,7 +81,11 @@ def read_json(workdir: pathlib.Path, name: str, form=dict):
 
 
 def metric_rows(workdir: pathlib.Path, kind: str) -> list[dict]:
-  """Lines of metrics.jsonl of a kind: train, val or val_soft."""
+  """Returns the lines of metrics.jsonl of a kind: train, val or val_soft.
+
+  Raises:
+    Absent: there is no such file, or a line has another form.
+  """
   path = workdir / "metrics.jsonl"
   if not path.exists():
     raise missing("metrics.jsonl")
@@ -83,29 +94,35 @@ def metric_rows(workdir: pathlib.Path, kind: str) -> list[dict]:
   return [check(row, form, "metrics.jsonl") for row in rows]
 
 
-def series(rows: list[dict], key: str):
-  """Steps and finite values of a key, as two arrays."""
-  pairs = [(r["step"], r[key]) for r in rows if isinstance(r.get(key), int | float)]
-  pairs = np.asarray([p for p in pairs if np.isfinite(p[1])]).reshape(-1, 2)
+def series(rows: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
+  """Returns steps and finite values of a key, `[n]` both."""
+  pairs = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
+  pairs = np.asarray([pair for pair in pairs if np.isfinite(pair[1])]).reshape(-1, 2)
   return pairs[:, 0], pairs[:, 1]
 
 
 def read_routing(workdir: pathlib.Path) -> dict:
-  """routing.json with `probs` and `choice` as float64 `[layers, quarters of t, heads, branches]`."""
-  routing = read_json(
-    workdir,
-    "routing.json",
-    {"branches": [str], "bucket_edges": [float], "probs": list, "choice": list},
-  )
-  wanted = (len(routing["bucket_edges"]) - 1, len(routing["branches"]))
+  """Reads routing.json.
+
+  Returns:
+    Its content; `probs` and `choice` are float64 `[layers, quarters of t, heads, branches]`.
+
+  Raises:
+    Absent: as `read_json` does, and for arrays of other shapes.
+  """
+  form = {"branches": [str], "bucket_edges": [float], "probs": list, "choice": list}
+  routing = read_json(workdir, "routing.json", form)
+  quarters = len(routing["bucket_edges"]) - 1
+  branches = len(routing["branches"])
   for key in ("probs", "choice"):
     try:
       array = np.asarray(routing[key], np.float64)
     except (ValueError, TypeError) as error:  # ragged, or no numbers
       raise Absent(f"routing.json: {key} is no array of numbers ({error}).") from error
-    if array.ndim != 4 or 0 in array.shape or (array.shape[1], array.shape[3]) != wanted:
+    if array.ndim != 4 or 0 in array.shape or array.shape[1::2] != (quarters, branches):
       raise Absent(
-        f"routing.json: {key} has shape {array.shape}, expected [layers, {wanted[0]} quarters, heads, {wanted[1]} branches]."
+        f"routing.json: {key} has shape {array.shape}, expected [layers, {quarters} quarters, "
+        f"heads, {branches} branches]."
       )
     routing[key] = array
   return routing

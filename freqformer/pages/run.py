@@ -1,405 +1,430 @@
-"""One HTML file that shows a run: samples beside real clips, losses, routing, cost. It needs no network and no second file.
+"""Writes one HTML file that shows a run: samples, losses, routing, cost. It needs no network.
 
   python -m freqformer.report --workdir=runs/demo
 
-Each section reads one file of the run and says which; a section whose file is absent says so and the rest goes on.
+Each section reads some files of the run and names them. A section whose file is absent says so, and
+the others are shown.
 """
 
-import base64
+import dataclasses
 import html
 import json
 import pathlib
+from collections.abc import Callable
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from freqformer.command import cli
 from freqformer.config import ConfigError
 from freqformer.pages.files import Absent, metric_rows, missing, read_json, read_routing, series
-from freqformer.pages.html import STYLE, facts, image, panels, table
+from freqformer.pages.html import (
+  absent,
+  facts,
+  image,
+  page,
+  panels,
+  plain_facts,
+  section,
+  table,
+  video,
+)
 from freqformer.train.resume import change_text
 
 _COLOURS = ("#3b6fb6", "#e0a030", "#b5483f", "#4f8f5b", "#7a5ca8", "#6b7280")
-_MAX_CLASSES = (
-  24  # Videos are embedded: all of UCF-101's classes would make a page of tens of megabytes.
-)
+_GREY = _COLOURS[-1]
+_MAX_CLASSES = 24  # videos are embedded: all classes of UCF-101 would make tens of megabytes
+_MAX_NAMES = 64  # rows of a heatmap that can each carry a name
+_BAR = 0.27  # distance of bars that belong together, in units of an axis with steps of 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+  """A part of the report.
+
+  Attributes:
+    title: its heading.
+    source: files of the run that it shows.
+    intro: one sentence.
+    body: makes the HTML from the run's folder; raises `Absent` if there is nothing to show.
+  """
+
+  title: str
+  source: str
+  intro: str
+  body: Callable[[pathlib.Path], str]
+
+  def html(self, workdir: pathlib.Path) -> str:
+    """Returns the section, or why it cannot be shown."""
+    try:
+      inner = self.body(workdir)
+    except Absent as reason:
+      inner = absent(f"Not shown: {reason}")
+    return section(self.title, self.intro, inner, self.source)
 
 
 def write_report(workdir) -> pathlib.Path:
   """Writes `<workdir>/report.html` from what the run has written so far and returns its path.
 
-  Reads run.json, samples/, real/, metrics.jsonl, routing.json, cost.json, evaluation.json, config.json; each may be missing.
+  Reads run.json, samples/, real/, metrics.jsonl, routing.json, cost.json, evaluation.json and
+  config.json; each may be missing.
 
   Raises:
-    ConfigError: if `workdir` is no folder.
+    ConfigError: `workdir` is no folder.
   """
   workdir = pathlib.Path(workdir)
   if not workdir.is_dir():
     raise ConfigError(f"{workdir} is no folder; give --workdir the folder of a run.")
-  sections = "\n".join(_section(workdir, *row) for row in _SECTIONS)
-  name = html.escape(workdir.resolve().name)
-  page = (
-    f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title><style>{STYLE}</style></head>'
-    f"<body><h1>FreqFormer run: {name}</h1>\n{sections}\n</body></html>\n"
-  )
+  title = f"FreqFormer run: {workdir.resolve().name}"
   path = workdir / "report.html"
-  path.write_text(page, encoding="utf-8")
+  sections = [one.html(workdir) for one in SECTIONS]
+  path.write_text(page(title, sections), encoding="utf-8")
   return path
 
 
-def _section(workdir, title, source, intro, body) -> str:
-  """A heading, one sentence, the file it comes from, and the body or why there is none."""
-  try:
-    inner = body(workdir)
-  except Absent as reason:
-    inner = f'<p class="absent">Not shown: {html.escape(str(reason))}</p>'
-  return (
-    f'<section><h2>{title}</h2><p>{intro}</p>{inner}<p class="file">From {source}.</p></section>'
-  )
+# ---- run ----------------------------------------------------------------------------------------
 
-
-_RUN = {
-  **dict.fromkeys(("method?", "device?", "git?"), str),
-  **dict.fromkeys(("params?", "tokens?", "tiles?"), int),
-  **dict.fromkeys(("grid?", "tile?"), [int]),
+_RUN_FORM = {
+  "method?": str,
+  "device?": str,
+  "git?": str,
+  "params?": int,
+  "tokens?": int,
+  "tiles?": int,
+  "grid?": [int],
+  "tile?": [int],
   "seconds?": {str: float},
   "versions?": {str: str},
   "finished?": bool,
   "changes?": [{"step": int, "keys": {str: list}}],
 }
+_RUN_NAMES = {
+  "method": "attention method",
+  "device": "device",
+  "git": "git revision",
+  "params": "parameters",
+  "tokens": "tokens per clip",
+  "tiles": "tiles",
+}
 
 
-def _run_table(workdir) -> str:
-  run = {
-    key: value for key, value in read_json(workdir, "run.json", _RUN).items() if value is not None
-  }
-  names = {"method": "attention method", "device": "device", "git": "git revision"}
-  names |= {"params": "parameters", "tokens": "tokens per clip", "tiles": "tiles"}
-  rows = [(name, run[key]) for key, name in names.items() if key in run]
-  rows += [
-    (f"{n}, t × y × x tokens", " × ".join(map(str, run[n]))) for n in ("grid", "tile") if n in run
-  ]
+def _run(workdir: pathlib.Path) -> str:
+  read = read_json(workdir, "run.json", _RUN_FORM)
+  run = {key: value for key, value in read.items() if value is not None}
+  rows = []
+  if run.get("finished") is False:
+    rows.append(("state", "training has not finished"))
+  rows += [(name, run[key]) for key, name in _RUN_NAMES.items() if key in run]
+  for key in ("grid", "tile"):
+    if key in run:
+      rows.append((f"{key}, t × y × x tokens", " × ".join(map(str, run[key]))))
   rows += [(f"{name}, seconds", float(value)) for name, value in run.get("seconds", {}).items()]
   if "versions" in run:
-    rows += [("versions", ", ".join(f"{k} {v}" for k, v in run["versions"].items()))]
+    rows.append(("versions", ", ".join(f"{k} {v}" for k, v in run["versions"].items())))
   for change in run.get("changes", ()):
     rows.append((f"config changed at step {change['step']}", change_text(change["keys"])))
-  if run.get("finished") is False:
-    rows.insert(0, ("state", "training has not finished"))
   return facts(rows)
 
 
-def _samples(workdir) -> str:
-  names = sorted(p.stem for p in (workdir / "samples").glob("*.mp4"))
+# ---- samples ------------------------------------------------------------------------------------
+
+
+def _samples(workdir: pathlib.Path) -> str:
+  names = sorted(path.stem for path in (workdir / "samples").glob("*.mp4"))
   if not names:
     raise missing("samples/*.mp4")
-
-  def video(folder, name, caption):
-    path = workdir / folder / f"{name}.mp4"
-    if not path.exists():
-      return '<span class="absent">no clip</span>'
-    data = base64.b64encode(path.read_bytes()).decode()
-    clip = f'<video autoplay loop muted playsinline src="data:video/mp4;base64,{data}"></video>'
-    return f"<figure>{clip}<figcaption>{caption}</figcaption></figure>"
-
-  cards = "".join(
-    f'<div><b>{html.escape(n)}</b><div class="pair">{video("samples", n, "generated")}{video("real", n, "real")}</div></div>'
-    for n in names[:_MAX_CLASSES]
-  )
-  more = (
-    f"<p>{len(names) - _MAX_CLASSES} further classes are in samples/.</p>"
-    if len(names) > _MAX_CLASSES
-    else ""
-  )
-  known = (workdir / "samples" / "sampling.json").exists()
-  plain = (
-    [(k.replace("_", " "), v) for k, v in read_json(workdir, "samples/sampling.json").items()]
-    if known
-    else []
-  )
-  plain = [(k, v) for k, v in plain if isinstance(v, int | float | str)]
-  details = (
-    f"<details><summary>How they were sampled</summary>{facts(plain)}</details>" if plain else ""
-  )
-  return f'<div class="clips">{cards}</div>{more}{details}'
+  cards = []
+  for name in names[:_MAX_CLASSES]:
+    generated = video(workdir / "samples" / f"{name}.mp4", "generated")
+    clip = workdir / "real" / f"{name}.mp4"
+    real = video(clip, "real") if clip.exists() else '<span class="absent">no clip</span>'
+    pair = f'<div class="pair">{generated}{real}</div>'
+    cards.append(f"<div><b>{html.escape(name)}</b>{pair}</div>")
+  found = f'<div class="clips">{"".join(cards)}</div>'
+  if len(names) > _MAX_CLASSES:
+    found += f"<p>{len(names) - _MAX_CLASSES} further classes are in samples/.</p>"
+  if (workdir / "samples" / "sampling.json").exists():
+    details = facts(plain_facts(read_json(workdir, "samples/sampling.json")))
+    found += f"<details><summary>How they were sampled</summary>{details}</details>"
+  return found
 
 
-def _smooth(values, span: float):
-  """Exponential mean over about `span` values, free of the bias towards the first."""
-  total = weight = 0.0
-  out = []
+# ---- curves -------------------------------------------------------------------------------------
+
+
+def _smooth(values: np.ndarray, span: float) -> list[float]:
+  """Returns the exponential mean over about `span` values, without bias towards the first."""
+  total = 0.0
+  weight = 0.0
+  means = []
   for value in values:
-    total, weight = total + (value - total) / span, weight + (1 - weight) / span
-    out.append(total / weight)
-  return out
+    total += (value - total) / span
+    weight += (1 - weight) / span
+    means.append(total / weight)
+  return means
 
 
-def _losses(workdir) -> str:
+def _losses(workdir: pathlib.Path) -> str:
   train = metric_rows(workdir, "train")
   if not train:
     raise Absent("metrics.jsonl has no training line yet.")
   figure, (left, right) = panels(2)
   steps, loss = series(train, "loss")
   left.plot(steps, loss, color=_COLOURS[0], alpha=0.3, lw=0.8, label="train")
-  left.plot(
-    steps, _smooth(loss, max(1, len(loss) / 15)), color=_COLOURS[0], label="train, smoothed"
-  )
-  for kind, label, colour in (
-    ("val", "validation", _COLOURS[2]),
-    ("val_soft", "validation, soft routing", _COLOURS[1]),
-  ):
-    if len(series(metric_rows(workdir, kind), "loss")[0]):
-      left.plot(*series(metric_rows(workdir, kind), "loss"), "o-", ms=4, color=colour, label=label)
+  smooth = _smooth(loss, max(1, len(loss) / 15))
+  left.plot(steps, smooth, color=_COLOURS[0], label="train, smoothed")
+  validations = {
+    "val": ("validation", _COLOURS[2]),
+    "val_soft": ("validation, soft routing", _COLOURS[1]),
+  }
+  for kind, (label, colour) in validations.items():
+    steps, loss = series(metric_rows(workdir, kind), "loss")
+    if len(steps):
+      left.plot(steps, loss, "o-", ms=4, color=colour, label=label)
   left.set(xlabel="step", ylabel="velocity loss (mean square)")
   left.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
-  right.plot(*series(train, "grad_norm"), color=_COLOURS[5], lw=0.9)
+  right.plot(*series(train, "grad_norm"), color=_GREY, lw=0.9)
   right.set(xlabel="step", ylabel="gradient norm", yscale="log")
   for axis in (left, right):
     axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-  last = {
-    k: float(series(train, k)[1][-1])
-    for k in ("loss", "lr", "steps_per_s")
-    if len(series(train, k)[1])
-  }
-  units = {
+  names = {
     "loss": "last training loss",
     "lr": "last learning rate",
     "steps_per_s": "steps per second",
   }
-  return image(figure, "loss over steps") + facts((units[k], v) for k, v in last.items())
+  last = []
+  for key, name in names.items():
+    _, values = series(train, key)
+    if len(values):
+      last.append((name, float(values[-1])))
+  return image(figure, "loss over steps") + facts(last)
 
 
-def _buckets(workdir) -> str:
-  rows = [r for r in metric_rows(workdir, "val") if r.get("buckets")]
+def _buckets(workdir: pathlib.Path) -> str:
+  rows = [row for row in metric_rows(workdir, "val") if row.get("buckets")]
   if not rows:
     raise Absent("metrics.jsonl has no validation line with buckets yet.")
-  last, count = rows[-1], len(rows[-1]["buckets"])
-  soft = [r["buckets"] for r in metric_rows(workdir, "val_soft") if r["step"] == last["step"]]
-  bars = {"model": last["buckets"], "model, soft routing": soft[0] if soft else None}
-  bars = {
-    k: v
-    for k, v in {**bars, "best per-channel linear predictor": last.get("linear_buckets")}.items()
-    if v
-  }
+  last = rows[-1]
+  bars = {"model": last["buckets"]}
+  for row in metric_rows(workdir, "val_soft"):
+    if row["step"] == last["step"] and row.get("buckets"):
+      bars.setdefault("model, soft routing", row["buckets"])
+  colours = dict(zip(bars, _COLOURS, strict=False))
+  if last.get("linear_buckets"):
+    bars["best per-channel linear predictor"] = last["linear_buckets"]
+  count = len(last["buckets"])
+  labels = [f"{i / count:g} – {(i + 1) / count:g}" for i in range(count)]
   figure, (axis,) = panels(1, 8.5)
   for i, (name, values) in enumerate(bars.items()):
-    colour = _COLOURS[5] if "linear" in name else _COLOURS[i]
-    axis.bar(
-      np.arange(count) + (i - (len(bars) - 1) / 2) * 0.27, values, 0.25, label=name, color=colour
-    )
-  labels = [f"{i / count:g} – {(i + 1) / count:g}" for i in range(count)]
+    at = np.arange(count) + (i - (len(bars) - 1) / 2) * _BAR
+    axis.bar(at, values, 0.25, label=name, color=colours.get(name, _GREY))
   axis.set_xticks(range(count), labels)
-  axis.set(
-    xlabel="t (1 is noise)", ylabel="velocity loss", title=f"validation at step {last['step']}"
-  )
-  axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-  head = ["mean-square velocity error", *(f"t {t}" for t in labels)]
-  return image(figure, "loss by timestep") + table(
-    head, [(k, *map(float, v)) for k, v in bars.items()]
-  )
+  title = f"validation at step {last['step']}"
+  axis.set(xlabel="t (1 is noise)", ylabel="velocity loss", title=title)
+  _legend(axis)
+  head = ["mean-square velocity error", *(f"t {label}" for label in labels)]
+  numbers = [(name, *map(float, values)) for name, values in bars.items()]
+  return image(figure, "loss by timestep") + table(head, numbers)
 
 
-def _router(workdir) -> str:
+def _router(workdir: pathlib.Path) -> str:
   rows = metric_rows(workdir, "train")
-  keys = {
+  labels = {
     "router_entropy": "router entropy (nats)",
     "density": "density (scored pairs / n²)",
     "cost": "cost (computed pairs / n²)",
   }
-  keys = {k: label for k, label in keys.items() if len(series(rows, k)[0])}
-  if not keys:
+  curves = {label: series(rows, key) for key, label in labels.items()}
+  curves = {label: curve for label, curve in curves.items() if len(curve[0])}
+  if not curves:
     raise Absent("no training line has router_entropy, density or cost.")
-  figure, axes = panels(len(keys), 3.3 * len(keys), 2.7)
-  for axis, (key, label), colour in zip(axes, keys.items(), _COLOURS, strict=False):
-    axis.plot(*series(rows, key), color=colour, lw=1.2)
+  figure, axes = panels(len(curves), 3.3 * len(curves), 2.7)
+  for axis, (label, (steps, values)), colour in zip(axes, curves.items(), _COLOURS, strict=False):
+    axis.plot(steps, values, color=colour, lw=1.2)
     axis.set(xlabel="step", title=label)
     axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axis.set_ylim(0, 1.08 * series(rows, key)[1].max() or None)
+    axis.set_ylim(0, 1.08 * values.max() or None)
   return image(figure, "router entropy, density and cost over steps")
 
 
-def _heatmap(routing: dict) -> Figure:
-  """A panel per quarter of t, a row per layer.head, a column per branch."""
+# ---- routing ------------------------------------------------------------------------------------
+
+
+def heatmap(routing: dict) -> Figure:
+  """Draws a panel per quarter of t, with a row per layer.head and a column per branch."""
   probs = routing["probs"]  # [layers, buckets, heads, branches]
   layers, buckets, heads, branches = probs.shape
-  figure, axes = panels(buckets, 1.2 + 1.9 * buckets, min(14, 1.3 + 0.17 * layers * heads))
-  every = -(-layers * heads // 64)  # Beyond 64 rows only some can carry a name.
-  ticks = range(0, layers * heads, every)
+  rows = layers * heads
+  ticks = range(0, rows, -(-rows // _MAX_NAMES))
+  figure, axes = panels(buckets, 1.2 + 1.9 * buckets, min(14, 1.3 + 0.17 * rows))
   for i, axis in enumerate(axes):
-    flat = probs[:, i].reshape(-1, branches)
-    image = axis.imshow(
-      flat, vmin=0, vmax=1, aspect="auto", cmap="viridis", interpolation="nearest"
+    shown = axis.imshow(
+      probs[:, i].reshape(rows, branches),
+      vmin=0,
+      vmax=1,
+      aspect="auto",
+      cmap="viridis",
+      interpolation="nearest",
     )
     axis.hlines(np.arange(1, layers) * heads - 0.5, -0.5, branches - 0.5, color="white", lw=1.5)
     axis.set_xticks(range(branches), routing["branches"])
-    axis.set_yticks(
-      ticks, [f"{r // heads}.{r % heads}" for r in ticks] if i == 0 else [], fontsize=7
-    )
+    names = [f"{row // heads}.{row % heads}" for row in ticks] if i == 0 else []
+    axis.set_yticks(ticks, names, fontsize=7)
     axis.set_title("t {:g} – {:g}".format(*routing["bucket_edges"][i : i + 2]), fontsize=10)
   axes[0].set_ylabel("layer.head")
-  figure.colorbar(image, ax=list(axes), label="mean probability", fraction=0.03, pad=0.01)
+  figure.colorbar(shown, ax=list(axes), label="mean probability", fraction=0.03, pad=0.01)
   return figure
 
 
-def _routing(workdir) -> str:
+def _routing(workdir: pathlib.Path) -> str:
   routing = read_routing(workdir)
-  edges, names = routing["bucket_edges"], routing["branches"]
-  labels = [f"{a:g} – {b:g}" for a, b in zip(edges, edges[1:], strict=False)]
-  kinds = {"mean soft probability": "probs", "share of heads by hard choice": "choice"}
+  names = routing["branches"]
+  edges = routing["bucket_edges"]
+  labels = [f"{low:g} – {high:g}" for low, high in zip(edges, edges[1:], strict=False)]
+  kinds = {"probs": "mean soft probability", "choice": "share of heads by hard choice"}
   figure, axes = panels(2, 8.5, 2.8)
-  for axis, (title, key) in zip(axes, kinds.items(), strict=True):
+  for axis, (key, title) in zip(axes, kinds.items(), strict=True):
     share = routing[key].mean((0, 2))  # [buckets, branches]
     below = np.zeros(len(share))
     for branch, name in enumerate(names):
-      axis.bar(
-        labels,
-        share[:, branch],
-        0.7,
-        bottom=below,
-        label=name,
-        color=_COLOURS[branch % len(_COLOURS)],
-      )
+      colour = _COLOURS[branch % len(_COLOURS)]
+      axis.bar(labels, share[:, branch], 0.7, bottom=below, label=name, color=colour)
       below = below + share[:, branch]
     axis.set(xlabel="t (1 is noise)", title=title, ylim=(0, 1))
-  axes[1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-  rows = [
-    (f"t {t}", *map(float, s)) for t, s in zip(labels, routing["probs"].mean((0, 2)), strict=True)
-  ]
-  heat = image(_heatmap(routing), "routing heatmap")
-  return (
-    heat + image(figure, "allocation over timesteps") + table(["mean probability", *names], rows)
-  )
+  _legend(axes[1])
+  shares = routing["probs"].mean((0, 2))
+  rows = [(f"t {t}", *map(float, share)) for t, share in zip(labels, shares, strict=True)]
+  heat = image(heatmap(routing), "routing heatmap")
+  allocation = image(figure, "allocation over timesteps")
+  return heat + allocation + table(["mean probability", *names], rows)
 
 
-_COST = {"method": str, **dict.fromkeys(("attention_flops", "linear_flops", "density"), float)}
-_COST |= {"layer_ms?": float, "attention_ms?": float, "note?": str}
+# ---- cost and evaluation ------------------------------------------------------------------------
+
+_COST_FORM = {
+  "method": str,
+  "attention_flops": float,
+  "linear_flops": float,
+  "density": float,
+  "layer_ms?": float,
+  "attention_ms?": float,
+  "note?": str,
+}
+_COST_BARS = {
+  "attention_flops": "attention FLOPs",
+  "layer_ms": "layer time",
+  "attention_ms": "attention time",
+}
+_FLOP_UNITS = {1e12: "TFLOP", 1e9: "GFLOP", 1e6: "MFLOP"}
 
 
-def _cost(workdir) -> str:
-  rows = read_json(workdir, "cost.json", [_COST])
+def _cost(workdir: pathlib.Path) -> str:
+  rows = read_json(workdir, "cost.json", [_COST_FORM])
   if not rows:
     raise Absent("cost.json has no rows.")
-  most = max(r["attention_flops"] + r["linear_flops"] for r in rows)
-  scale, unit = next(
-    ((s, u) for s, u in ((1e12, "TFLOP"), (1e9, "GFLOP")) if most >= s), (1e6, "MFLOP")
-  )
-  head = [
-    "method",
-    f"attention, {unit}",
-    f"linear, {unit}",
-    "density",
-    "sparsity",
-    "layer, ms",
-    "attention, ms",
-    "note",
-  ]
-  numbers = table(
-    head,
-    [
-      (
-        r["method"],
-        r["attention_flops"] / scale,
-        r["linear_flops"] / scale,
-        float(r["density"]),
-        1 - float(r["density"]),
-      )
-      + (r.get("layer_ms"), r.get("attention_ms"), r.get("note") or "")
-      for r in rows
-    ],
-  )
-  dense = next((r for r in rows if r["method"] == "dense"), None)
+  most = max(row["attention_flops"] + row["linear_flops"] for row in rows)
+  scale = next((scale for scale in _FLOP_UNITS if most >= scale), 1e6)
+  unit = _FLOP_UNITS[scale]
+  head = ["method", f"attention, {unit}", f"linear, {unit}", "density", "sparsity"]
+  head += ["layer, ms", "attention, ms", "note"]
+  numbers = []
+  for row in rows:
+    flops = [row["attention_flops"] / scale, row["linear_flops"] / scale]
+    density = float(row["density"])
+    measured = [row.get("layer_ms"), row.get("attention_ms"), row.get("note") or ""]
+    numbers.append([row["method"], *flops, density, 1 - density, *measured])
+  found = table(head, numbers)
+  dense = next((row for row in rows if row["method"] == "dense"), None)
   if dense is None:
-    return (
-      numbers + '<p class="absent">No chart: cost.json has no row named dense to compare with.</p>'
-    )
-  kinds = {
-    "attention_flops": "attention FLOPs",
-    "layer_ms": "layer time",
-    "attention_ms": "attention time",
-  }
-  kinds = {k: label for k, label in kinds.items() if dense.get(k)}
+    return found + absent("No chart: cost.json has no row named dense to compare with.")
+  return image(_cost_chart(rows, dense), "cost relative to dense") + found
+
+
+def _cost_chart(rows: list[dict], dense: dict) -> Figure:
+  """Draws bars of each method's cost over dense attention's."""
+  kinds = {key: label for key, label in _COST_BARS.items() if dense.get(key)}
   figure, (axis,) = panels(1, 7.5, 1.1 + 0.55 * len(rows))
   for i, (key, label) in enumerate(kinds.items()):
-    at = np.arange(len(rows)) + (i - (len(kinds) - 1) / 2) * 0.27
-    bars = axis.barh(
-      at, [(r.get(key) or 0) / dense[key] for r in rows], 0.25, label=label, color=_COLOURS[i]
-    )
-    axis.bar_label(
-      bars,
-      [f"{r[key] / dense[key]:.2f}" if r.get(key) else "not timed" for r in rows],
-      padding=3,
-      fontsize=8,
-    )
-  axis.set_yticks(range(len(rows)), [r["method"] for r in rows])
-  axis.axvline(1, color=_COLOURS[5], lw=0.8, ls="--")
+    at = np.arange(len(rows)) + (i - (len(kinds) - 1) / 2) * _BAR
+    shares = [(row.get(key) or 0) / dense[key] for row in rows]
+    texts = [f"{share:.2f}" if share else "not timed" for share in shares]
+    bars = axis.barh(at, shares, 0.25, label=label, color=_COLOURS[i])
+    axis.bar_label(bars, texts, padding=3, fontsize=8)
+  axis.set_yticks(range(len(rows)), [row["method"] for row in rows])
+  axis.axvline(1, color=_GREY, lw=0.8, ls="--")
   axis.invert_yaxis()
   axis.set(xlabel="relative to dense (less is cheaper)")
-  axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-  return image(figure, "cost relative to dense") + numbers
+  _legend(axis)
+  return figure
 
 
-def _evaluation(workdir) -> str:
+def _evaluation(workdir: pathlib.Path) -> str:
   names = {"samples": "samples", "real_val": "real validation clips", "chance": "chance"}
   form = {"classifier": {**dict.fromkeys(names, float), "count": int}}
   result = read_json(workdir, "evaluation.json", form)["classifier"]
-  rows = [(label, float(result[k])) for k, label in names.items()]
-  return (
-    table(["clips", "accuracy, share"], rows)
-    + f"<p>{int(result['count'])} samples were classified.</p>"
-  )
+  rows = [(label, float(result[key])) for key, label in names.items()]
+  remark = f"<p>{result['count']} samples were classified.</p>"
+  return table(["clips", "accuracy, share"], rows) + remark
 
 
-def _config(workdir) -> str:
-  text = json.dumps(read_json(workdir, "config.json"), indent=2)
-  return f"<details><summary>Show the full config</summary><pre>{html.escape(text)}</pre></details>"
+def _config(workdir: pathlib.Path) -> str:
+  text = html.escape(json.dumps(read_json(workdir, "config.json"), indent=2))
+  return f"<details><summary>Show the full config</summary><pre>{text}</pre></details>"
 
 
-_SECTIONS = (  # title, file, one sentence, body
-  ("Run", "run.json", "What ran, on what, and how long each part took.", _run_table),
-  (
+def _legend(axis: Axes):
+  axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+SECTIONS = (
+  Section("Run", "run.json", "What ran, on what, and how long each part took.", _run),
+  Section(
     "Samples",
     "samples/ and real/",
     "Generated | a real training clip of the class (through the codec).",
     _samples,
   ),
-  ("Losses", "metrics.jsonl", "The velocity error in training and on held-out clips.", _losses),
-  (
+  Section(
+    "Losses", "metrics.jsonl", "The velocity error in training and on held-out clips.", _losses
+  ),
+  Section(
     "Loss by timestep",
     "metrics.jsonl",
     "A model no better than the linear predictor has learned only channel statistics.",
     _buckets,
   ),
-  (
+  Section(
     "Router in training",
     "metrics.jsonl",
     "Entropy 0: heads are decided. Density is the chosen branches, cost all that ran.",
     _router,
   ),
-  (
+  Section(
     "Routing",
     "routing.json",
     "Which branch each head is given, by timestep: t near 1 is noise, t near 0 is video.",
     _routing,
   ),
-  (
+  Section(
     "Cost",
     "cost.json",
     "What attention costs, counted and, where a time is given, measured.",
     _cost,
   ),
-  (
+  Section(
     "Evaluation",
     "evaluation.json",
     "How often a classifier of real clips recognises the class asked for.",
     _evaluation,
   ),
-  ("Config", "config.json", "Every setting of the run.", _config),
+  Section("Config", "config.json", "Every setting of the run.", _config),
 )
 
 
 if __name__ == "__main__":
-  # Not at import: train.py, eval.py and the demo have a --workdir of their own.
+  # Not at import: other commands have a --workdir of their own.
   from absl import flags
 
   _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)

@@ -129,15 +129,6 @@ def parse_grid(text: str) -> tuple[int, int, int]:
   return tuple(int(w) for w in words)
 
 
-def split_methods(text: str) -> list[str]:
-  """Splits at commas outside brackets: `dense,block_topk(density=0.2, coarse=none)`."""
-  found, depth = [""], 0
-  for c in text:
-    depth += (c == "(") - (c == ")")
-    found = [*found, ""] if c == "," and depth == 0 else [*found[:-1], found[-1] + c]
-  return [f.strip() for f in found if f.strip()]
-
-
 def grids(args, card: ModelCard) -> list[tuple[int, int, int]]:
   """The grids that were asked for: given, of the model's usual video, its own with so many tokens, or the most cubic one.
 

@@ -15,7 +15,7 @@ import sys
 
 import jax
 
-from freqformer.config import ConfigError
+from freqformer.config import ConfigError, split_outside_brackets
 from freqformer.simulation import arguments, calibrate, plots
 from freqformer.simulation.descriptions import Gpu, load_gpu, load_model, write_gpu
 from freqformer.simulation.forward import Plan, dense_baseline, make_method
@@ -39,7 +39,7 @@ def simulated_rows(args, gpu: Gpu) -> list[dict]:
     ConfigError: for a model, method or grid that is none, or if every row is refused: the first one's reason.
   """
   card, rows, refused = load_model(args.model), [], []
-  names = list(dict.fromkeys([args.method, *arguments.split_methods(args.compare)]))
+  names = list(dict.fromkeys([args.method, *split_outside_brackets(args.compare)]))
   methods = {name: make_method(name) for name in names}
   check_gpus(card, args.gpus)
   for grid in arguments.grids(args, card):

@@ -8,14 +8,27 @@ import pytest
 from absl import flags
 from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.core.dispatch import NoBackend
-from ml_collections import config_flags
 
 from freqformer.command import cli
-from freqformer.command.files import read_config
-from freqformer.config import ConfigError, build, require, require_one_of
+from freqformer.command.files import define_config, read_config
+from freqformer.config import (
+  ConfigError,
+  build,
+  require,
+  require_one_of,
+  split_outside_brackets,
+  with_defaults,
+)
+from freqformer.methods.freqformer import FreqFormer
+from freqformer.methods.head_profile import ProfileConfig
+from freqformer.methods.registry import METHODS
 from freqformer.train.experiment import experiment
+from freqformer.train.resume import changes
+from tests.tiny_config import get_config
 
-DEMO = str(pathlib.Path(__file__).parents[2] / "configs" / "demo.py")
+ROOT = pathlib.Path(__file__).parents[2]
+DEMO = str(ROOT / "configs" / "demo.py")
+TINY = ROOT / "tests" / "tiny_config.py"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +54,24 @@ def test_builds():
   assert build(Outer, values) == Outer(3, "a", Inner(1.0, (3, 4)), (1, 2))
 
 
+def test_a_group_in_part_keeps_the_rest_of_its_fields_default():
+  """`profile` of FreqFormer is not `ProfileConfig()`: what a config leaves out is FreqFormer's."""
+  profile = build(FreqFormer, dict(profile=dict(rows=8))).profile
+  assert profile == dataclasses.replace(FreqFormer().profile, rows=8) != ProfileConfig(rows=8)
+  full = with_defaults(FreqFormer, dict(profile=dict(rows=8), unknown=1))
+  assert full["profile"] == vars(profile) and full["unknown"] == 1
+  assert build(FreqFormer, with_defaults(FreqFormer, {})) == FreqFormer()
+
+
+def test_a_read_config_has_every_key():
+  """A file says what differs from the defaults; each other key is there for the command line."""
+  config = read_config(DEMO)
+  assert config.train.clip == 1.0 and isinstance(config.train.clip, float)
+  assert config.model.attention.radial.decay == 1.0 and config.sample.shift == 1.0
+  assert set(METHODS) < set(config.model.attention) and "methods" not in config.model.attention
+  assert config.seed == 0 and config.data.codec.name == "dct"
+
+
 @pytest.mark.parametrize(
   "values, message",
   [
@@ -63,6 +94,11 @@ def test_refusals(values, message):
   with pytest.raises(ConfigError) as error:
     build(Outer, values)
   assert message in str(error.value)
+
+
+def test_commas_outside_brackets():
+  text = "dense, a(b=(1, 2), c=[d,e]) ,radial,"
+  assert split_outside_brackets(text) == ["dense", "a(b=(1, 2), c=[d,e])", "radial"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,10 +131,15 @@ def test_bounds_name_one_field(values, bounds, message):
     require_one_of(Numbers(word="dens"), "word", ("dense", "radial"))
 
 
+def test_filled_in_defaults_are_no_change_of_a_run():
+  """A checkpoint that was written with the file's own keys goes on with the complete config."""
+  assert changes(experiment(get_config()), experiment(read_config(TINY))) == {}
+
+
 def experiment_of(*argv):
   """What train.py makes of a command line; each call has flags of its own."""
   argv, values = ["train.py", *argv], flags.FlagValues()
-  config = config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=argv)
+  config = define_config(values, argv)
   flags.DEFINE_float("guidance", None, "", flag_values=values)
   flags.DEFINE_bool("dry_run", False, "", flag_values=values)
   return cli.guarded(lambda _: experiment(config.value))(cli.parse(argv, values))
@@ -120,7 +161,7 @@ REFUSED = [
   ),
   ("--config.train.stps=3", "config.train.stps does not exist; did you mean 'train.steps'?"),
   ("--config.train=3", "config.train is a group of keys; add one of them: .batch_size, "),
-  ("@dense=3", "config.model.attention.dense is a group of keys; the file has none of them"),
+  ("@dense=3", "config.model.attention.dense is a group of keys; it has no keys"),
   ("--config.sample.steps=0", "config.sample: steps=0 must be at least 1."),
   ("--config.model.heads=5", "not divisible by 5 heads"),
   ("--config.seed=-1", "seed=-1 must be at least 0"),
@@ -141,17 +182,16 @@ REFUSED = [
     "config.model.attention.freqformer: window=(0, 2, 2) must be at least 1, in every entry.",
   ),
   ("@freqformer.filter=w", "freqformer: filter='w' must be one of"),
+  ("@freqformer.router.budget=1.5", "router: budget=1.5 must be above 0 and at most 1."),
   (
-    "@freqformer.methods.parts.router.budget=1.5",
-    "router: budget=1.5 must be above 0 and at most 1.",
+    "@radial.deccay=0.5",
+    "radial.deccay does not exist; did you mean 'model.attention.radial.decay'?",
   ),
   (
-    "@radial.decay=0.5",
-    'set it by --config.model.attention.method="radial(decay=...)", or add it to the file.',
+    "@spatial_temporal.profile.row=8",
+    "did you mean 'model.attention.spatial_temporal.profile.rows'?",
   ),
-  ("@radial.deccay=0.5", "method radial has no field 'deccay'; did you mean 'decay'?"),
-  ("@spatial_temporal.profile.rows=8", 'method="spatial_temporal(profile=dict(rows=...))"'),
-  ("@freqformer.profile.rows=8", 'method="freqformer(profile=dict(rows=...))"'),
+  ("@radial.decay=0", "config.model.attention.radial: decay=0.0 must be above 0"),
   ("@method=radial(decay=0)", "config.model.attention.radial: decay=0.0 must be above 0"),
   (
     "@method=radial(deccay=1)",
@@ -181,6 +221,8 @@ def test_command_lines_are_answered_in_one_sentence(argument, answer, capsys):
       "layers=((0, 1, 'radial(sink=0)'), (1, None, 'dense'))",
       [(1, "Radial(decay=1.0, sink=0)"), (3, "Dense()")],
     ),
+    # Of a method that the file does not name, too.
+    ("radial.decay=0.5", [(4, "mid_tiles=3")]),
     (
       "method=freqformer(window=(3, 1, 1))",
       [(4, "mid_tiles=3, sink=0, anchors=0, window=(3, 1, 1)")],

@@ -1,4 +1,4 @@
-"""The whole path as a user walks it, in processes of its own: train, SIGTERM, resume, sample, report, refuse."""
+"""The whole path as a user walks it, in processes: train, stop, resume, sample, report, refuse."""
 
 import json
 import pathlib
@@ -67,32 +67,18 @@ def test_run_leaves_what_it_should(whole):
   workdir, done = whole
   rows = read(workdir / "metrics.jsonl")
   assert [r["step"] for r in rows if r["kind"] == "train"] == list(range(1, 41))
-  assert (
-    [r["step"] for r in rows if r["kind"] == "val"]
-    == [20, 40]
-    == [r["step"] for r in rows if r["kind"] == "val_soft"]
-  )
+  for kind in ("val", "val_soft"):
+    assert [r["step"] for r in rows if r["kind"] == kind] == [20, 40]
   assert {"loss", "grad_norm", "router_entropy", "density", "cost", "steps_per_s"} <= rows[5].keys()
   run = json.loads((workdir / "run.json").read_text())
   assert run["finished"] and len(run["classes"]) == 8 and run["seconds"]["compile"] > 0
   routing = json.loads((workdir / "routing.json").read_text())
-  assert np.shape(routing["probs"]) == (2, 4, 2, 3) and routing["branches"] == [
-    "low",
-    "mid",
-    "high",
-  ]
+  assert np.shape(routing["probs"]) == (2, 4, 2, 3)
+  assert routing["branches"] == ["low", "mid", "high"]
   record = Checkpoints(workdir, create=False).record()
-  assert {
-    "config",
-    "class_names",
-    "statistics",
-    "iterator",
-    "versions",
-    "git",
-    "latent_shape",
-    "cache",
-  } <= record.keys()
-  assert "_c05.avi: it cannot be opened" in done.stderr or "could not be used" in done.stderr
+  keys = "config class_names statistics iterator versions git latent_shape cache"
+  assert record.keys() >= set(keys.split())
+  assert "_g03_c02.avi: it cannot be opened" in done.stderr
 
 
 def test_sigterm_and_resume_is_bit_equal(place, whole):
@@ -154,8 +140,8 @@ def test_eval_writes_videos(place, whole):
   ]
   assert page.count("Not shown") == len(absent) == 2 and page.count("data:video/mp4;base64,") == 8
   assert "How they were sampled" in page and page.count("data:image/png;base64,") == 5
-  # One class alone gives the very same sample and takes the other classes' videos away; dense attention on the same weights
-  # gives another one, in a folder of its own.
+  # One class alone gives the very same sample and takes the other classes' videos away. Dense
+  # attention on the same weights gives another one, in a folder of its own.
   name = json.loads((whole[0] / "run.json").read_text())["classes"][3]
   for folder, arg, same in (
     (out, "--nosoft", True),
@@ -166,9 +152,8 @@ def test_eval_writes_videos(place, whole):
     alone = np.load(folder / "latents.npz")["latents"][0]
     assert np.allclose(alone, saved["latents"][6], atol=1e-4) == same
     assert [p.name for p in folder.glob("*.mp4")] == [f"{name}.mp4"]
-  assert (
-    json.loads((out / "sampling.json").read_text())["method"] == "freqformer"
-  )  # still the run's own
+  # The run's own samples are still there.
+  assert json.loads((out / "sampling.json").read_text())["method"] == "freqformer"
 
 
 def test_dry_run_needs_no_data(tmp_path):
@@ -185,11 +170,8 @@ def test_dry_run_needs_no_data(tmp_path):
     timeout=300,
   )
   assert done.returncode == 0, done.stderr[-3000:]
-  assert (
-    "101 classes, UCF-101's: assumed" in done.stdout
-    and "tokens" in done.stdout
-    and "GFLOP" in done.stdout
-  )
+  for text in ("101 classes, UCF-101's: assumed", "tokens", "GFLOP"):
+    assert text in done.stdout
   assert not list(tmp_path.iterdir())
 
 
@@ -251,7 +233,7 @@ def test_eval_refuses_in_one_sentence(place, whole, args, message):
 
 
 def test_sweep_runs_and_skips_and_a_dense_checkpoint_lacks_the_router(place):
-  """Trials are dense here, whatever the sweep says of FreqFormer: both are one program, compiled once."""
+  """Trials are dense here, whatever the sweep changes of FreqFormer: one program is compiled."""
   args = [
     sys.executable,
     "-m",

@@ -1,4 +1,4 @@
-"""The sweep over methods: every trial is a model that can be built, at the density that its config promises."""
+"""The sweep over methods: every trial can be built, at the density that its config promises."""
 
 import pathlib
 
@@ -6,14 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from freqformer.command.files import check_keys, load_config
+from freqformer.command.files import check_keys, load_config, read_config
 from freqformer.model.dit import VideoDiT
 from freqformer.train.experiment import experiment
 
-MODULE = load_config(
-  pathlib.Path(__file__).parents[2] / "configs" / "methods.py", ("get_config", "sweep")
-)
-TRIALS = list(MODULE.sweep())
+CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "methods.py"
+TRIALS = list(load_config(CONFIG, ("sweep",)).sweep())
 SHAPE = (8, 12, 12, 16)  # the demo's latents
 
 
@@ -25,7 +23,7 @@ def test_what_is_swept():
 
 @pytest.mark.parametrize("trial", TRIALS, ids=lambda trial: trial["model.attention.method"])
 def test_trials_have_the_promised_density(trial):
-  config = MODULE.get_config()
+  config = read_config(CONFIG)
   check_keys(config, trial)
   config.update_from_flattened_dict(trial)
   model = experiment(config.to_dict()).model

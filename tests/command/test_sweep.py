@@ -1,4 +1,4 @@
-"""Sweeps: names, refusals, and a study that skips what is finished and goes on with what was killed."""
+"""Sweeps: names, refusals, and studies that skip finished trials and go on with killed ones."""
 
 import json
 import types
@@ -109,8 +109,9 @@ def test_trials_of_another_config_are_not_taken_for_done(config, tmp_path, monke
   study = tmp_path / "study"
   monkeypatch.setattr(sweep_module, "run_trial", lambda *_: pytest.fail("nothing may run"))
   finish(study / trial_name({"train.lr": 0.5}), 0.9, rate=0.5)
-  changed = "tiny = get_config\n\ndef get_config():\n  config = tiny()\n  config.train.ema = 0.5\n  return config\n"
-  config.write_text(CONFIG.replace("\ndef sweep", f"\n{changed}\ndef sweep"))
+  changed = CONFIG.replace("import get_config", "import get_config as tiny")
+  changed += "def get_config():\n  config = tiny()\n  config.train.ema = 0.5\n  return config\n"
+  config.write_text(changed)
   with pytest.raises(
     ConfigError, match=r"1 of 3 trials .*lr=0.5-\w+: train.ema 0.9 -> 0.5; name another --study"
   ):

@@ -1,14 +1,16 @@
-"""Methods side by side: only the method differs, the figures are those of the videos, refusals are clear."""
+"""Methods side by side: only the method differs, and figures are those of the videos."""
 
 import json
 import pathlib
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 
 from freqformer.config import ConfigError
+from freqformer.cost import Cost
 from freqformer.data.render import RenderedSet, render_ucf101
 from freqformer.diffusion.sampling import SampleConfig
 from freqformer.evaluate import compare, quality
@@ -22,20 +24,19 @@ SAMPLING = SampleConfig(steps=4, guidance=2.0, batch_size=2)
 
 
 def call(place, *args):
-  return subprocess.run(
-    [sys.executable, *args], capture_output=True, text=True, cwd=place, timeout=300
-  )
+  command = [sys.executable, *map(str, args)]
+  return subprocess.run(command, capture_output=True, text=True, cwd=place, timeout=300)
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-  """A dense checkpoint of a few steps: adaLN-Zero has left its zeros, so that attention reaches the output."""
+  """A dense checkpoint of a few steps: past adaLN-Zero's zeros, attention reaches the output."""
   place = tmp_path_factory.mktemp("compare")
   sizes = RenderedSet(classes=2, groups=3, clips_per_group=1, rows=48, cols=64)
   render_ucf101(place / "ucf", sizes)
   done = call(
     place,
-    str(ROOT / "train.py"),
+    ROOT / "train.py",
     f"--config={ROOT / 'tests' / 'tiny_config.py'}",
     f"--workdir={place / 'run'}",
     f"--config.data.root={place / 'ucf'}",
@@ -53,9 +54,8 @@ def workdir(tmp_path_factory):
 def compared(workdir):
   metrics = compare.metric_functions(("psnr", "ssim"))
   labels, indices = np.array([0, 1, 1], np.int32), np.array([0, 10_000, 10_001], np.int32)
-  return compare.compare(
-    compare.candidates(workdir, METHODS, SAMPLING), labels, indices, 0, SAMPLING, metrics
-  )
+  found = compare.candidates(workdir, METHODS, SAMPLING.steps)
+  return compare.compare(found, labels, indices, 0, SAMPLING, metrics)
 
 
 def test_figures_are_those_of_the_videos(compared):
@@ -70,7 +70,7 @@ def test_figures_are_those_of_the_videos(compared):
 
 
 def test_density_one_is_the_reference(compared):
-  """The same weights and noise: a method that lists every tile draws dense attention's videos, to a grey level."""
+  """A method that lists every tile draws the videos of dense attention, to a grey level."""
   _, videos = compared
   full, dense = (videos[m].astype(int) for m in METHODS[1::-1])
   assert np.abs(full - dense).max() <= 1
@@ -81,20 +81,14 @@ def test_density_and_flops(compared):
   rows, _ = compared
   dense, full, half, adaspa = rows
   assert np.shape(half["density_by_step_layer_head"]) == (4, 2, 2)
-  assert (
-    dense["density"]
-    == 1
-    == dense["attention_flops_over_dense"]
-    == full["attention_flops_over_dense"]
-  )
-  n, width, depth = 3 * 3 * 4, 24, 2
-  assert (
-    dense["attention_flops_per_sample"] == 4 * n**2 * width * depth * 4 * 2
-  )  # of 4 steps, both halves of guidance
+  assert dense["density"] == 1
+  assert dense["attention_flops_over_dense"] == full["attention_flops_over_dense"] == 1
+  tokens, width, depth, steps, halves = 3 * 3 * 4, 24, 2, 4, 2
+  flops = 4 * tokens**2 * width * depth * steps * halves
+  assert dense["attention_flops_per_sample"] == flops
   np.testing.assert_allclose(half["density"], half["attention_flops_over_dense"], rtol=0.2)
-  assert (
-    half["density"] < 0.7 and half["total_flops_over_dense"] > half["attention_flops_over_dense"]
-  )
+  assert half["density"] < 0.7
+  assert half["total_flops_over_dense"] > half["attention_flops_over_dense"]
   # AdaSpa's first search step is dense, later ones are not: density and FLOPs follow the phases.
   assert adaspa["phases"] == ["search_first", "reuse", "search", "reuse"]
   by_step = np.array(adaspa["density_by_step"])
@@ -109,7 +103,7 @@ def test_command_and_page(workdir, tmp_path):
   out = tmp_path / "out"
   done = call(
     tmp_path,
-    str(ROOT / "eval.py"),
+    ROOT / "eval.py",
     f"--workdir={workdir}",
     f"--out={out}",
     "--steps=2",
@@ -118,19 +112,13 @@ def test_command_and_page(workdir, tmp_path):
   )
   assert done.returncode == 0, done.stderr[-3000:]
   result = json.loads((out / "comparison.json").read_text())
-  assert (
-    [r["method"] for r in result["rows"]] == ["dense", TOPK]
-    and result["samples"] == 4
-    and result["steps"] == 2
-  )
+  assert [r["method"] for r in result["rows"]] == ["dense", TOPK]
+  assert result["samples"] == 4 and result["steps"] == 2
   assert TOPK in done.stdout and "psnr" in done.stdout
   page = (out / "comparison.html").read_text()
   assert page.count("data:video/mp4;base64,") == 8 and page.count('alt="difference of') == 4
-  assert (
-    page.count('alt="density of') == 2
-    and "LPIPS was not measured" in page
-    and "not as they chose" in page
-  )
+  assert page.count('alt="density of') == 2
+  assert "LPIPS was not measured" in page and "not as they chose" in page
   assert "http://" not in page and "https://" not in page
   assert {p.parent.name for p in out.glob("*/*.mp4")} == {
     "dense",
@@ -150,7 +138,7 @@ def test_command_and_page(workdir, tmp_path):
 def test_command_refuses_before_sampling(workdir, tmp_path, args, message):
   done = call(
     tmp_path,
-    str(ROOT / "eval.py"),
+    ROOT / "eval.py",
     f"--workdir={workdir}",
     f"--out={tmp_path / 'out'}",
     "--steps=4",
@@ -164,15 +152,12 @@ def test_command_refuses_before_sampling(workdir, tmp_path, args, message):
 
 def test_refusals(workdir):
   for method, message in (
-    (
-      "block_topk",
-      "method block_topk needs parameters that this checkpoint lacks .*e.g. .*/method/.*; train with it",
-    ),
+    ("block_topk", "method block_topk needs parameters .*lacks .*e.g. .*/method/.*; train with it"),
     ("adaspa(search=(7,))", "comes after the last step"),
     ("adapsa", "did you mean 'adaspa'"),
   ):
     with pytest.raises(ConfigError, match=message):
-      compare.candidates(workdir, ["dense", method], SAMPLING)
+      compare.candidates(workdir, ["dense", method], SAMPLING.steps)
   for metrics, weights, message in (
     (("psnr", "lpips"), None, "--lpips_weights"),
     (("psnr",), "nothing.npz", "nothing is downloaded"),
@@ -182,35 +167,29 @@ def test_refusals(workdir):
       compare.metric_functions(metrics, weights)
 
 
-def test_split_methods():
-  text = "dense, adaspa,block_topk(density=0.2, coarse=none) ,radial(decay=0.5)"
-  assert compare.split_methods(text) == [
-    "dense",
-    "adaspa",
-    "block_topk(density=0.2, coarse=none)",
-    "radial(decay=0.5)",
-  ]
-  assert compare.split_methods("dense,adaspa(search=(0.2, 0.6))")[1] == "adaspa(search=(0.2, 0.6))"
+def test_methods_of_a_comparison_differ():
+  text = "dense,adaspa(search=(0.2, 0.6))"
+  assert compare.split_methods(text) == ["dense", "adaspa(search=(0.2, 0.6))"]
   for text in ("dense,", "dense,dense"):
     with pytest.raises(ConfigError, match="at least two different"):
       compare.split_methods(text)
 
 
 def test_page_of_equal_videos(tmp_path):
-  """A PSNR of infinity is valid JSON and stands in the page; the heatmap of no difference is black."""
+  """A PSNR of infinity is valid JSON and is shown; the heatmap of no difference is black."""
   video = np.random.default_rng(0).integers(0, 256, (1, 2, 32, 32, 3), dtype=np.uint8)
-  drawn = compare.Drawn(
-    np.zeros((1, 1, 1, 1, 1)),
-    np.ones((2, 1, 1)),
-    compare.Cost(1.0, 1.0),
-    compare.Cost(1.0, 1.0),
-    [("",), ("",)],
-    1.0,
-    2.0,
+  drawn = types.SimpleNamespace(
+    latents=np.zeros((1, 1, 1, 1, 1)),
+    density=np.ones((2, 1, 1)),
+    phases=[("",), ("",)],
+    cost=Cost(1.0, 1.0),
+    dense=Cost(1.0, 1.0),
+    compile_seconds=1.0,
+    run_seconds=2.0,
   )
   judged = compare.judge({"a": video, "b": video}, compare.metric_functions(("psnr", "ssim")))
   rows = [compare.row("a", drawn, None), compare.row("b", drawn, judged["b"])]
-  # An earlier comparison's videos go, whatever else lies beside them stays.
+  # Videos of an earlier comparison go, other files in their folders stay.
   before = [compare.row(name, drawn, None) for name in ("b", "radial(decay=0.5)")]
   write_comparison(
     tmp_path, {"rows": before}, dict.fromkeys(("b", "radial(decay=0.5)"), video), ["old"], 12.5

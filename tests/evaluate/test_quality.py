@@ -102,7 +102,7 @@ def test_ssim_refuses_frames_smaller_than_its_window():
     quality.ssim(clips(y=10), clips(y=10))
 
 
-# ---- LPIPS, on made-up weights -----------------------------------------------------------------------------------------
+# ---- LPIPS, on made-up weights ------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -75,7 +75,7 @@ def test_masks_of_a_run(tmp_path):
     for at, layer in np.ndindex(5, 4):
       density = np.broadcast_to(found.mask(at, layer).check().density(4 * 6 * 6), (1, 2))[0]
       np.testing.assert_allclose(density, found.density[at, layer], rtol=1e-5)
-  # Two dense steps, then one measured table that stays; dense is one table for all layers and steps.
+  # Two dense steps, then one measured table that stays; dense is one table wherever it runs.
   assert len(set(read.index[:2, :2].ravel()) | set(read.index[:, 3])) == 1
   assert (read.index[2:, :2] == read.index[2, :2]).all() and read.index[2, 0] != read.index[0, 0]
   names = sorted(p.name for p in folder.iterdir())

@@ -91,12 +91,12 @@ def test_grid_refuses():
     video.grid([], 1)
 
 
-def test_pictures(tmp_path):
+def test_a_picture_of_frames(tmp_path):
   clip = moving(frames=9)
-  video.write_png_strip(tmp_path / "strip.png", clip, frames=3)
-  strip = np.asarray(Image.open(tmp_path / "strip.png"))
-  assert strip.shape == (32, 3 * 48 + 2 * 2, 3)
-  np.testing.assert_array_equal(strip[:, :48], clip[0])
-  np.testing.assert_array_equal(strip[:, -48:], clip[-1])
-  video.grid_png(tmp_path / "grid.png", [clip, moving(frames=4)], ["a", "b"])
-  assert Image.open(tmp_path / "grid.png").size == (4 * 48 + 3 * 2, 2 * (32 + 14) + 2)
+  video.grid_png(tmp_path / "one.png", [clip], ["a"], frames=3)
+  strip = np.asarray(Image.open(tmp_path / "one.png"))
+  assert strip.shape == (14 + 32, 3 * 48 + 2 * 2, 3)
+  np.testing.assert_array_equal(strip[14:, :48], clip[0])
+  np.testing.assert_array_equal(strip[14:, -48:], clip[-1])
+  video.grid_png(tmp_path / "two.png", [clip, moving(frames=4)], ["a", "b"])
+  assert Image.open(tmp_path / "two.png").size == (4 * 48 + 3 * 2, 2 * (32 + 14) + 2)

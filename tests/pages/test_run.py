@@ -14,7 +14,7 @@ from freqformer.pages import run as report
 from freqformer.pages.files import Absent, check
 from freqformer.pages.mp4 import write_mp4
 
-TITLES = [row[0] for row in report._SECTIONS]
+TITLES = [section.title for section in report.SECTIONS]
 
 
 def routing(layers=2, heads=3):
@@ -165,6 +165,9 @@ def test_missing_files_are_named(tmp_path):
     report.write_report(tmp_path / "absent")
 
 
+ROUTING = {"branches": ["low"], "bucket_edges": [0, 1], "choice": []}
+
+
 @pytest.mark.parametrize("name", ["run.json", "routing.json", "cost.json", "evaluation.json"])
 @pytest.mark.parametrize(
   "text,says",
@@ -173,14 +176,8 @@ def test_missing_files_are_named(tmp_path):
     ('{"probs": 3, "method": 4, "seconds": [1]}', "form than expected"),
     ("[]", ""),
     ('[{"method": "dense"}]', "form than expected"),
-    (
-      '{"branches": ["low"], "bucket_edges": [0, 1], "probs": [[1], [2, 3]], "choice": [], "classifier": {"samples": "x"}}',
-      "",
-    ),
-    (
-      '{"branches": ["low"], "bucket_edges": [0, 1], "probs": [[[0.5]]], "choice": [], "classifier": null}',
-      "",
-    ),
+    (json.dumps(ROUTING | {"classifier": {"samples": "x"}, "probs": [[1], [2, 3]]}), ""),
+    (json.dumps(ROUTING | {"classifier": None, "probs": [[[0.5]]]}), ""),
   ],
 )
 def test_foreign_content_costs_one_section(tmp_path, name, text, says):
@@ -194,7 +191,7 @@ def test_what_is_wrong_with_the_drawing_is_not_blamed_on_a_file(tmp_path):
     raise TypeError("a mistake of ours")
 
   with pytest.raises(TypeError, match="of ours"):
-    report._section(tmp_path, "Title", "run.json", "Intro.", broken)
+    report.Section("Title", "run.json", "Intro.", broken).html(tmp_path)
 
 
 def test_check_names_the_place():
@@ -233,7 +230,7 @@ def test_heatmap(tmp_path):
       key: np.asarray(value) if key == "probs" else value
       for key, value in routing(layers, 6).items()
     }
-    report._heatmap(drawn).savefig(tmp_path / "heat.png")
+    report.heatmap(drawn).savefig(tmp_path / "heat.png")
     assert min(Image.open(tmp_path / "heat.png").size) > 200
 
 

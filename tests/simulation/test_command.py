@@ -16,7 +16,6 @@ from freqformer.config import ConfigError
 from freqformer.methods.registry import METHODS
 from freqformer.simulation import command as simulate
 from freqformer.simulation import scaling
-from freqformer.simulation.arguments import split_methods
 from freqformer.simulation.descriptions import known, load_gpu, load_model, write_gpu
 from freqformer.simulation.forward import cubic_grid, row
 from tests.simulation.cases import plan, rows_of
@@ -190,7 +189,6 @@ def test_any_integer_works_and_the_grid_is_printed(capsys):
 
 
 def test_fields_of_methods_as_text():
-  assert split_methods("dense, a(b=(1, 2), c=d),e") == ["dense", "a(b=(1, 2), c=d)", "e"]
   nested = (
     "freqformer(low_shared=true, router=dict(prior=(1, 1, 2)), basis=dict(low=(0.25, 0.5, 0.5)))"
   )

@@ -1,0 +1,187 @@
+"""Draws samples from a trained model, timed, with the attention that ran."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from flax import nnx
+
+from freqformer.config import ConfigError, did_you_mean, refusing
+from freqformer.cost import Cost, sampling_cost
+from freqformer.diffusion import sampling
+from freqformer.diffusion.sampling import SampleConfig
+from freqformer.evaluate.record_masks import MaskRecorder, RunMasks, realised_density
+from freqformer.evaluate.restore import Run
+
+FLOPS_ARE = (
+  "the method's cost over the phases of the run, both halves of guidance counted. Heads that "
+  "choose while sampling are counted as expected, not as they chose: by a router's prior, and "
+  "where heads are measured by the shares that cost() assumes. Density is what ran."
+)
+# choice: the most samples of one class whose numbers do not overlap with the next class's.
+SAMPLES_PER_CLASS = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+  """Samples of one method.
+
+  Attributes:
+    run: the model that was sampled.
+    config: how it was sampled.
+    latents: `[n, t, y, x, c]`, normalised.
+    density: `[steps, layers, heads]` of one sample, the first of the last batch.
+    compile_seconds: seconds that compiling took; near 0 if JAX's persistent cache had the program.
+    run_seconds: seconds that sampling took, of all samples.
+    masks: the first sample's masks, if they were asked for.
+  """
+
+  run: Run
+  config: SampleConfig
+  latents: np.ndarray
+  density: np.ndarray
+  compile_seconds: float
+  run_seconds: float
+  masks: RunMasks | None = None
+
+  @property
+  def phases(self) -> list[tuple[str, ...]]:
+    """The phase of each step, one name per run of layers."""
+    return self.run.model.schedule(self.config.steps)
+
+  @functools.cached_property
+  def cost(self) -> Cost:
+    """FLOPs of one sample over all steps, both halves of guidance counted."""
+    return self._cost(self.run.model.config, self.phases)
+
+  @functools.cached_property
+  def dense(self) -> Cost:
+    """`cost` of the same run with dense attention in every layer and step."""
+    phases = [("",) * len(step) for step in self.phases]
+    return self._cost(self.run.model.config.with_method("dense"), phases)
+
+  def _cost(self, model, phases) -> Cost:
+    return sampling_cost(model, self.run.latent_shape, phases, self.config.guidance != 1)
+
+
+def requests(
+  run: Run, classes: Sequence[str] | None, samples: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns label and number of each sample, int32 `[n]` both; a sample's noise is its number's.
+
+  A number depends on the class and the place within it: asking for other classes changes none.
+
+  Args:
+    run: the trained model.
+    classes: names; None takes all.
+    samples: samples per class.
+
+  Raises:
+    ConfigError: a class is unknown, or there are more samples of a class than numbers.
+  """
+  names = run.class_names
+  for name in classes or ():
+    if name not in names:
+      raise ConfigError(f"class {name!r} is not in this checkpoint; {did_you_mean(name, names)}")
+  if not 1 <= samples <= SAMPLES_PER_CLASS:
+    raise ConfigError(f"samples={samples} of a class must lie in 1..{SAMPLES_PER_CLASS:,}.")
+  chosen = [names.index(name) for name in classes or names]
+  labels = np.repeat(chosen, samples).astype(np.int32)
+  places = np.tile(np.arange(samples), len(chosen))
+  return labels, (labels * SAMPLES_PER_CLASS + places).astype(np.int32)
+
+
+def sample_config(run: Run, count: int, **given) -> SampleConfig:
+  """Returns the run's own sampling settings for `count` samples; what is given replaces them.
+
+  Args:
+    run: the trained model.
+    count: samples that are drawn; a batch is no larger.
+    **given: fields of `SampleConfig`; None leaves a field as it is.
+
+  Raises:
+    ConfigError: a value is out of its bounds.
+  """
+  base = run.experiment.sample
+  given = {name: value for name, value in given.items() if value is not None}
+  with refusing("sampling"):
+    return dataclasses.replace(base, **given, batch_size=min(base.batch_size, count))
+
+
+def draw(
+  run: Run,
+  labels: np.ndarray,
+  indices: np.ndarray,
+  seed: int,
+  config: SampleConfig,
+  *,
+  want_masks: bool = False,
+  progress: bool = True,
+) -> Drawn:
+  """Samples latents; compiling and running are timed apart.
+
+  Args:
+    run: the trained model.
+    labels: int `[n]`.
+    indices: int `[n]`: a sample's noise depends on (seed, index) only.
+    seed: of all noise.
+    config: steps, guidance, batch size.
+    want_masks: record the first sample's masks; the seconds then include recording.
+    progress: show a progress bar.
+
+  Raises:
+    ConfigError: the method's schedule does not fit the number of steps.
+  """
+  model = run.model
+  shape = run.latent_shape
+  tables = model.tables(shape)
+  clock = time.monotonic()
+  step = sampling.make_step(nnx.graphdef(model), config, want_masks=want_masks)
+  step = sampling.compile_steps(step, run.params, model, tables, shape, config)
+  compile_seconds = time.monotonic() - clock
+  recorder = MaskRecorder() if want_masks else None
+  if recorder:
+    step = recorder.wrap(step, config.steps)
+  clock = time.monotonic()
+  latents, aux = sampling.sample(
+    step, run.params, model, labels, indices, seed, tables, shape, config, progress
+  )
+  run_seconds = time.monotonic() - clock
+  masks = recorder.masks() if recorder else None
+  density = realised_density(aux)
+  return Drawn(run, config, latents, density, compile_seconds, run_seconds, masks)
+
+
+def sample(
+  run: Run,
+  classes: Sequence[str] | str | None = None,
+  *,
+  samples: int = 1,
+  seed: int = 0,
+  steps: int | None = None,
+  guidance: float | None = None,
+  progress: bool = False,
+) -> np.ndarray:
+  """Samples videos of some classes.
+
+  Args:
+    run: of `load_run`.
+    classes: names, or one name; None takes all classes.
+    samples: videos per class.
+    seed: of the noise; with another one all videos are others.
+    steps: denoising steps; None takes those of the run's config.
+    guidance: guidance scale, 1 is none; None takes the config's.
+    progress: show a progress bar.
+
+  Returns:
+    Videos, uint8 `[classes * samples, t, y, x, 3]`, in the order of `classes`.
+
+  Raises:
+    ConfigError: a class is unknown or a number is out of its bounds.
+  """
+  classes = [classes] if isinstance(classes, str) else classes
+  labels, indices = requests(run, classes, samples)
+  config = sample_config(run, len(labels), steps=steps, guidance=guidance)
+  return run.decode(draw(run, labels, indices, seed, config, progress=progress).latents)

@@ -1,0 +1,176 @@
+"""The wheel, installed outside the checkout, has all that the checkout has."""
+
+import importlib.metadata
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import zipfile
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = pathlib.Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+pytestmark = pytest.mark.xdist_group("packaging")
+
+# Attention with gradients, a method's layer under jit, and no module from the checkout.
+USE = """
+import pathlib, sys
+import freqformer, jax, numpy as np
+from flax import nnx
+from freqformer import VideoDiT
+from freqformer.kernels import BlockMask, attention
+from freqformer.model.config import model_config
+
+q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 32, 2, 8))
+grads = jax.grad(lambda q, k, v: attention(q, k, v)[0].sum(), argnums=(0, 1, 2))(q, k, v)
+assert all(np.isfinite(g).all() and g.any() for g in grads)
+
+attention_config = dict(method="sliding_tile(window=(3, 3, 3))", block=16)
+sizes = dict(size="custom", width=16, depth=1, heads=2, patch=(1, 1, 1))
+config = model_config(sizes | dict(attention=attention_config))
+shape = (2, 8, 8, 4)
+model = nnx.jit(lambda: VideoDiT(config, shape, 3, nnx.Rngs(0)))()
+x = np.ones((1, *shape), np.float32)
+run = nnx.jit(lambda model, *args: model(*args))
+out, _, aux = run(model, x, np.ones(1, np.float32), np.zeros(1, int), model.tables(shape))
+assert out.shape == x.shape and 0 < aux[0]["density"].mean() < 1
+
+ours = [m for n, m in sys.modules.items() if n.split(".")[0] in ("freqformer", "kernels")]
+for module in ours:
+  assert pathlib.Path(module.__file__).is_relative_to(sys.prefix), module
+assert freqformer.CHECKOUT is None and len(ours) > 20
+"""
+
+
+def call(*command):
+  """Runs a command away from the checkout."""
+  environment = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
+  }
+  environment.pop("PYTHONPATH", None)
+  command = [str(part) for part in command]
+  return subprocess.run(command, capture_output=True, text=True, cwd="/", env=environment)
+
+
+def run(*command):
+  """Runs a command that must succeed, and returns its output."""
+  done = call(*command)
+  assert done.returncode == 0, done.stderr[-3000:]
+  return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+  """The wheel, built from a copy: building leaves files beside the sources."""
+  place = tmp_path_factory.mktemp("build")
+  for name in ("freqformer", "kernels"):
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / name, place / "source" / name, ignore=ignored)
+  for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    shutil.copy(ROOT / name, place / "source" / name)
+  offline = ("--quiet", "--no-index", "--no-deps", "--no-build-isolation")
+  run(sys.executable, "-m", "pip", "wheel", *offline, "-w", place / "dist", place / "source")
+  (path,) = (place / "dist").glob("*.whl")
+  return path
+
+
+@pytest.fixture(scope="module")
+def environment(wheel, tmp_path_factory):
+  """A fresh environment that sees this one's packages, with the wheel installed."""
+  place = tmp_path_factory.mktemp("environment")
+  run(sys.executable, "-m", "venv", "--without-pip", place)
+  python = place / "bin" / "python"
+  own = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
+  pathlib.Path(own, "packages.pth").write_text(sysconfig.get_path("purelib"))
+  offline = ("--quiet", "--no-index", "--no-deps")
+  run(sys.executable, "-m", "pip", "--python", python, "install", *offline, wheel)
+  return place
+
+
+def test_the_wheel_has_every_file_under_one_name(wheel):
+  found = set(zipfile.ZipFile(wheel).namelist())
+  for part, place in (("freqformer", ""), ("kernels", "freqformer/")):
+    for path in (ROOT / part).rglob("*"):
+      if path.suffix in (".py", ".json"):
+        assert place + str(path.relative_to(ROOT)) in found
+  tops = {name.split("/")[0] for name in found if ".dist-info/" not in name}
+  assert tops == {"freqformer"}
+
+
+def test_attention_and_a_method_run(environment):
+  run(environment / "bin" / "python", "-c", USE)
+
+
+def test_simulate_runs(environment):
+  arguments = ("--model=wan2.1-1.3b", "--method=radial", "--compare=dense", "--grid=4,8,8")
+  text = run(environment / "bin" / "freqformer-simulate", *arguments)
+  assert "radial" in text and "dense" in text
+
+
+@pytest.mark.parametrize("command", ["freqformer-eval", "freqformer-sweep"])
+def test_commands_start(environment, command):
+  """Their help names their own flags; absl ends with 1 after it."""
+  done = call(environment / "bin" / command, "--help")
+  assert "--workdir" in done.stdout or "--study" in done.stdout, done.stderr[-2000:]
+
+
+def test_a_missing_extra_is_named(environment):
+  """Without PyAV the Python names still work; the commands say how to get it."""
+  code = "import sys; sys.modules['av'] = None\n"
+  code += "from freqformer import VideoDiT, entries, load_run, sample\nentries.train()"
+  done = call(environment / "bin" / "python", "-c", code)
+  assert done.returncode == 2 and "pip install 'freqformer[video]'" in done.stderr, done.stderr
+
+
+def test_train_takes_a_config_from_anywhere(environment, tmp_path):
+  """The file's own error is answered: it was found, read and completed with defaults."""
+  path = tmp_path / "mine.py"
+  path.write_text(
+    "from ml_collections import ConfigDict\n\ndef get_config():\n  return ConfigDict()"
+  )
+  command = [environment / "bin" / "freqformer-train", f"--config={path}", "--dry_run"]
+  done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+  assert done.returncode == 2 and "config.data lacks source, root" in done.stderr, done.stderr
+
+
+def requirements(name: str) -> dict[str, Requirement]:
+  """The requirements of a file and of those that it includes, by name."""
+  found = {}
+  for line in (ROOT / name).read_text().splitlines():
+    if line.startswith("-r "):
+      found |= requirements(line.removeprefix("-r "))
+    elif line and not line.startswith("#"):
+      requirement = Requirement(line)
+      found[requirement.name.replace("_", "-")] = requirement
+  return found
+
+
+@pytest.mark.parametrize(
+  "name, extras",
+  [
+    ("requirements.txt", ["video"]),
+    ("requirements-gpu.txt", ["video", "gpu"]),
+    ("requirements-dev.txt", ["video", "dev"]),
+  ],
+)
+def test_pinned_files_follow_the_project(name, extras):
+  """Each file has the project's dependencies, in versions that the project allows."""
+  lines = PROJECT["dependencies"] + sum((PROJECT["optional-dependencies"][e] for e in extras), [])
+  wanted = {}
+  for requirement in map(Requirement, lines):
+    if requirement.name != "freqformer":
+      wanted[requirement.name.replace("_", "-")] = requirement
+  pinned = requirements(name)
+  assert pinned.keys() - {"jaxlib"} == wanted.keys()  # jaxlib comes with jax
+  for key, requirement in wanted.items():
+    for version in re.findall(r"==([\d.]+)", str(pinned[key].specifier)):
+      assert version in requirement.specifier
+    if requirement.name != "jax" or not requirement.extras:
+      assert importlib.metadata.version(requirement.name) in requirement.specifier
