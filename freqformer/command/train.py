@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable
 
 import jax
-import numpy as np
 from absl import flags, logging
 from flax import nnx
 from ml_collections import ConfigDict
