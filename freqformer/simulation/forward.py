@@ -6,7 +6,7 @@ import functools
 import math
 
 from freqformer.config import ConfigError
-from freqformer.cost import BlockShape, Cost, around_bytes, method_call
+from freqformer.cost import BlockShape, Cost
 from freqformer.grid.layout import TileLayout
 from freqformer.kernels.block_sparse.cost import CallCost, uniform
 from freqformer.methods.base import Method
