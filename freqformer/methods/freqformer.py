@@ -279,13 +279,13 @@ class FreqFormer(RoutedMethod):
     Without an allocation the fixed one counts, or the router's prior (also for measured heads,
     before they are measured). A measuring step runs every band on every head as well.
     """
-    share = self.shares(heads, allocation)
+    low_share, mid_share, high_share = map(float, self.shares(heads, allocation))
     measured_heads = self.allocation == "measured"
     if measured_heads and phase == "warmup":
       return even_lists(layout, heads, layout.n**2)
     low, mid, high = _count_bands(self, layout)
-    run = low.scaled(heads * share[LOW]) + mid.scaled(heads * share[MID])
-    run += high.scaled(heads * share[HIGH])
+    run = low.scaled(heads * low_share) + mid.scaled(heads * mid_share)
+    run += high.scaled(heads * high_share)
     if measured_heads and phase not in (None, "run"):
       return run + (low + mid + high).scaled(heads)
     return run

@@ -112,7 +112,7 @@ class SparseFlow(RoutedMethod):
 
   def tables(self, layout):
     return SparseFlowTables(
-      _levels(self.schedule, self.around, self.anchors, layout), _frames(layout)
+      _levels(self.schedule, self.around, self.anchors, layout), frame_segments(layout)
     )
 
   def __call__(self, module, qkv, cond, tables, state):
@@ -196,8 +196,8 @@ def _levels(schedule: Schedule, around, anchors: int, layout: TileLayout) -> Blo
 
 
 @functools.lru_cache(maxsize=16)
-def _frames(layout: TileLayout) -> Segments:
-  """The rows of every frame."""
+def frame_segments(layout: TileLayout) -> Segments:
+  """Returns the rows of every frame."""
   arrays = layout.arrays()
   return Segments.of_ids(np.where(arrays.valid, arrays.positions[:, 0], -1).astype(np.int32))
 
