@@ -106,6 +106,7 @@ def layer_cost(
   return cost
 
 
+@functools.lru_cache(maxsize=64)
 def branch_costs(method, layout, heads: int, head_dim: int) -> np.ndarray:
   """Returns FLOPs of a layer whose heads all take one branch, over dense attention: `[branches]`.
 
@@ -114,7 +115,9 @@ def branch_costs(method, layout, heads: int, head_dim: int) -> np.ndarray:
   dense = attention_cost(heads * layout.n**2, head_dim).total
   branches = map(tuple, np.eye(len(method.branches)))
   each = [layer_cost(method, layout, heads, head_dim, alone).total for alone in branches]
-  return np.asarray(each) / dense
+  found = np.asarray(each) / dense
+  found.setflags(write=False)  # shared by every caller through the cache
+  return found
 
 
 @functools.lru_cache(maxsize=256)

@@ -74,7 +74,9 @@ class Schedule:
   def shares(self, levels: int) -> np.ndarray:
     """Share of t in [0, 1] that each level gets, `[levels]`."""
     time = (np.arange(4096, dtype=np.float32) + 0.5) / 4096
-    return np.bincount(np.asarray(self.level(time, levels)), minlength=levels) / len(time)
+    with jax.ensure_compile_time_eval():  # a number of the config, also while a layer is traced
+      level = np.asarray(self.level(time, levels))
+    return np.bincount(level, minlength=levels) / len(time)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -141,7 +141,9 @@ def head_pairs(plan: Plan, phase: str | None = None) -> list[float]:
   branches = len(method.branches)
   if not branches:
     return [method.pairs(plan.layout, 1, phase=phase).pairs] * heads
-  each = [method.pairs(plan.layout, 1, alone, phase).pairs for alone in map(tuple, np.eye(branches))]
+  each = [
+    method.pairs(plan.layout, 1, alone, phase).pairs for alone in map(tuple, np.eye(branches))
+  ]
   edges = np.round(np.cumsum(method.shares(heads)) * heads).astype(int)
   return [each[int(np.searchsorted(edges, i, side="right"))] for i in range(heads)]
 
