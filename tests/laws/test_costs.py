@@ -105,7 +105,11 @@ ADDED = (
   (FIXED + ", summary=1", FIXED + ", summary=16", 15 * 30 * N * WIDTH),
   (FIXED, FIXED + ", low_op=linear", 4 * T * CELLS * WIDTH * (D + 8)),
   (ROUTED + ", router=dict(statistics=False)", ROUTED, 2 * N * BOX * WIDTH + 2 * HEADS * 64 * 3),
-  (ROUTED + ", router=dict(hidden=1)", ROUTED + ", router=dict(hidden=2)", 2 * WIDTH + 2 * HEADS * 6),
+  (
+    ROUTED + ", router=dict(hidden=1)",
+    ROUTED + ", router=dict(hidden=2)",
+    2 * WIDTH + 2 * HEADS * 6,
+  ),
   ("sparseflow(allocation=(3, 1)", "sparseflow(allocation=(1, 3)", 2 * LINEAR),
   ("dense", "block_topk(coarse=none", SCORES),
   ("block_topk(coarse=none", "block_topk", 2 * N * D * WIDTH),
