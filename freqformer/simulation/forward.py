@@ -110,10 +110,16 @@ def make_method(text: str) -> Method:
 
 
 def attention_call(
-  method: Method, layout: TileLayout, heads: int, head_dim: int, phase: str | None = None
+  method: Method,
+  layout: TileLayout,
+  heads: int,
+  head_dim: int,
+  allocation: tuple[float, ...] | None = None,
+  phase: str | None = None,
 ) -> CallCost:
-  """Returns the attention of a layer as one call; `phase`: of a sampling step, None is a usual one."""
-  return dataclasses.replace(method.pairs(layout, heads, phase=phase), head_dim=head_dim)
+  """Returns the attention of a layer as one call; arguments as those of `layer_cost`."""
+  call = method.pairs(layout, heads, allocation, phase)
+  return dataclasses.replace(call, head_dim=head_dim)
 
 
 def dense_baseline(plan: Plan) -> Plan:
