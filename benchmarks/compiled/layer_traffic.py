@@ -3,8 +3,8 @@
   python -m benchmarks.compiled.layer_traffic --device=offline
   python -m benchmarks.compiled.layer_traffic --device=offline --only=adaspa@search
 
-The scheduled HLO is read (`hlo_bytes.py`): bytes through device memory of every operation except the
-attention kernels, in passes over one bf16 array of tokens `[n, D]`, and how many operations are
+The scheduled HLO is read (`hlo_bytes.py`): bytes through device memory of every operation except
+the attention kernels, in passes over one bf16 array of tokens `[n, D]`, and how many operations are
 launched. `parts_passes` splits the bytes by the part of the layer (`jax.named_scope`); an operation
 of several parts is listed under all their names. Two kinds of rows:
 
@@ -92,9 +92,9 @@ AROUND = (
 )
 MID_DENSITY = 0.05  # of the mid band in `AROUND`
 PARTS = ("prepare", "norm_rotary", "compress", "filter", "pool", "select", "pack", "lift")
-# The selection's bisection stops when every row of a chunk is known; how often it runs is not in the
-# program. Counted on normal scores: 8 passes of 7 trial values for lists of 5 % of 512 tiles, 9 for
-# those of 1,024, 8,192 and 16,384.
+# The selection's bisection stops when every row of a chunk is known; how often it runs is not in
+# the program. Counted on normal scores: 8 passes of 7 trial values for lists of 5 % of 512 tiles, 9
+# for those of 1,024, 8,192 and 16,384.
 BISECTION_PASSES = 9
 
 

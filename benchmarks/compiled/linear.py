@@ -6,13 +6,14 @@
 
 Rows with `measured: false` simulate an H100: exact FLOPs, bytes that the compiled program reads and
 writes (every kernel its operands once and its results once, Mosaic kernels the share of the heads
-that take part; compiled for sm_90a, never run), and the simulator's rates (`freqformer/simulation`).
-Names that end in `_xla` are the same without the kernels of `kernels/linear/hopper.py`. Rows with
-`measured: true` are of this machine's CPU, both ops on the same inputs in turns.
+that take part; compiled for sm_90a, never run), and the simulator's rates
+(`freqformer/simulation`). Names that end in `_xla` are the same without the kernels of
+`kernels/linear/hopper.py`. Rows with `measured: true` are of this machine's CPU, both ops on the
+same inputs in turns.
 
-One launch for both could do two things for a linear head: skip the passes that separate kernels make
-(down to reading q, k, v and writing the output once), and overlap the rest with the sparse heads'
-products. The rows tell the two apart.
+One launch for both could do two things for a linear head: skip the passes that separate kernels
+make (down to reading q, k, v and writing the output once), and overlap the rest with the sparse
+heads' products. The rows tell the two apart.
 """
 
 import dataclasses
@@ -100,8 +101,9 @@ def linear_bytes(
 def sparseflow(name: str, shape: Shape, method: SparseFlow, implementation: str) -> dict:
   """Returns the row of SparseFlow in evaluation.
 
-  A router's choice is known when it runs: the kernels leave the sparse heads out and write into their
-  output, XLA runs the op on all heads. A fixed allocation is known before: XLA cuts its heads out.
+  A router's choice is known when it runs: the kernels leave the sparse heads out and write into
+  their output, XLA runs the op on all heads. A fixed allocation is known before: XLA cuts its heads
+  out.
   """
   fixed = np.repeat([False, True], SPLIT)[None]
   tables = method.tables(shape.layout())
@@ -235,8 +237,8 @@ def gradients(name: str, shape: Shape, method: SparseFlow, implementation: str) 
     "goal": None,
     "met": None,
     "measured": False,
-    "what": "linear attention forward and backward, all heads; reading q, k, v, dO and writing out, "
-    "dq, dk, dv once is 16",
+    "what": "linear attention forward and backward, all heads; reading q, k, v, dO and writing "
+    "out, dq, dk, dv once is 16",
     "n": shape.layout().n,
     "heads": shape.heads,
     "head_dim": shape.head_dim,

@@ -5,8 +5,8 @@
   python -m benchmarks.pages.complexity --keep_approximation          # without a trained run
 
 Rows go to results/simulation.json, plots to docs/figures/, tables into docs/complexity.md between
-their markers. `measured` of a row says what its figures are: true for approximation errors, false for
-the simulator's seconds; a measurement beside such a row, published or our own, is its
+their markers. `measured` of a row says what its figures are: true for approximation errors, false
+for the simulator's seconds; a measurement beside such a row, published or our own, is its
 `measured_seconds`. The command that made a row stands in it.
 """
 
@@ -76,7 +76,7 @@ def validation() -> tuple[Gpu, list[dict]]:
 
 
 def cpu_rows() -> list[dict]:
-  """Returns our own CPU rows: two rates fitted to the dense and one sparse call, others predicted."""
+  """Returns our own CPU rows: two rates fitted to the dense and one sparse call."""
   path = row_files.RESULTS / "attention_cpu.json"
   fitted = (": dense_mode", ": sparse")
   measured, _ = calibrate.load_rows(path, "cpu")
@@ -204,8 +204,9 @@ def default_rows() -> list[dict]:
   """Returns what every method's defaults cost on published video grids; counts, no timing.
 
   One layer of 24 heads of 128 channels, forward, one sample, the step that most of a sampling run
-  does. Tiles have at most 128 rows except where the paper has its own (sliding_tile: 6 x 8 x 8 = 384
-  rows; radial: 1 x 8 x 16, and once more on the layout's choice). Routed methods are at their prior.
+  does. Tiles have at most 128 rows except where the paper has its own (sliding_tile: 6 x 8 x 8 =
+  384 rows; radial: 1 x 8 x 16, and once more on the layout's choice). Routed methods are at their
+  prior.
   """
   heads = 24
   found = []
@@ -279,7 +280,7 @@ MEASURED = {"measured": yes("measured")}
 
 
 def comparison(found: list[dict]) -> str:
-  """Returns simulated beside measured seconds; below, sources, derived figures and the fit's rates."""
+  """Returns simulated beside measured seconds, with sources, derived figures and fitted rates."""
   unit, name = (1, "s") if max(r["seconds"] for r in found) > 10 else (1e-3, "ms")
   sources = list(dict.fromkeys(r["source"] for r in found))
 

@@ -1,7 +1,8 @@
-"""Which pattern suits a head: measured once on a few query rows of dense attention, as Sparse VideoGen does (arXiv 2502.01776).
+"""Measures which pattern suits a head, as Sparse VideoGen does (arXiv 2502.01776).
 
-Shared by the training-free methods that deal heads by what they measure. Query rows are drawn once per grid with a fixed seed;
-each candidate's output at these rows is held against dense attention's.
+Shared by the training-free methods that deal heads by what they measure. A few query rows are drawn
+once per grid with a fixed seed; each candidate's output at these rows is compared with dense
+attention's.
 """
 
 import dataclasses
@@ -17,13 +18,15 @@ from freqformer.kernels.block_sparse.table import BlockMask
 
 @dataclasses.dataclass(frozen=True)
 class ProfileConfig:
-  """When and on what heads are measured.
+  """Schedule and size of the measurement.
 
   Attributes:
     warmup: share of the run's steps that are dense before the first measurement.
-    every: measure again every so many steps; 0: once, 1: at every step after the warm-up (Sparse VideoGen's).
+    every: measure again every so many steps; 0: once, 1: at every step after the warm-up (Sparse
+      VideoGen's).
     rows: query rows measured on.
-    slack: a head gets the cheapest pattern whose error is at most `1 + slack` times the smallest; 0: the most faithful.
+    slack: a head gets the cheapest pattern whose error is at most `1 + slack` times the smallest;
+      0: the most faithful.
   """
 
   warmup: float = 0.2
@@ -37,11 +40,11 @@ class ProfileConfig:
     require(self, "rows", least=1)
 
   def warm_steps(self, steps: int) -> int:
-    """Dense steps of a run of `steps`."""
+    """Returns the dense steps of a run of `steps`."""
     return int(self.warmup * steps + 0.5)
 
   def phase(self, step: int, steps: int) -> str:
-    """What a sampling step does: "warmup" (dense), "profile" (measure, then run) or "run"."""
+    """Names a sampling step: "warmup" (dense), "profile" (measure, then run) or "run"."""
     after = step - self.warm_steps(steps)
     if after < 0:
       return "warmup"
@@ -51,8 +54,8 @@ class ProfileConfig:
     """Raises ConfigError if a run of `steps` steps ends before heads are measured."""
     if (warm := self.warm_steps(steps)) >= steps:
       raise ConfigError(
-        f"profile.warmup={self.warmup} makes {warm} of {steps} sampling steps dense, so that no head is ever measured; "
-        "lower it or take more steps."
+        f"profile.warmup={self.warmup} makes {warm} of {steps} sampling steps dense, so that no head "
+        "is ever measured; lower it or take more steps."
       )
 
 
@@ -86,7 +89,8 @@ def dense_rows(q: jax.Array, k: jax.Array, v: jax.Array, valid, listed=()) -> ja
     listed: bool arrays `[rows, n_buffer]`.
 
   Returns:
-    float32 `[1 + patterns, b, rows, h, d]`; head by head, so that scores of one head are in memory at a time.
+    float32 `[1 + patterns, b, rows, h, d]`; head by head, so that scores of one head are in memory
+    at a time.
   """
   seen = [jnp.asarray(valid), *(jnp.asarray(valid) & x for x in listed)]
 

@@ -1,4 +1,4 @@
-"""Counts of a static pattern without its table: memory is linear in tiles, however long the lists."""
+"""Counts of a static pattern without its table, in memory that is linear in tiles."""
 
 import dataclasses
 from collections.abc import Callable
@@ -26,8 +26,8 @@ def count_tiles(
     layout: the tile grid.
     counts: int `[t, y, x]`, tiles that a query tile lists.
     keys: int `[t, y, x]`, tokens of these.
-    mark: `(seen, t, y, x0, x1)` sets in bool `[t, y, x]` what the query tiles (t, y, x0..x1-1) list,
-      all together.
+    mark: `(seen, t, y, x0, x1)` sets in bool `[t, y, x]` what the query tiles (t, y, x0..x1-1)
+      list, all together.
     parts: the table is refined by so much (`BlockMask.refine`).
     before: rows of the table that come first and list nothing.
   """

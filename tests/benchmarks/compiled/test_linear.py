@@ -22,7 +22,8 @@ def test_bytes_of_heads_and_in_place():
 
 
 def test_sparseflow_moves_little_more_than_its_rows():
-  """Compiled for an H100: five heads' q, k, v, output and sums; no copy of the output, no other head.
+  """Compiled for an H100: five heads' q, k, v, output and sums; no copy of the output, no other
+  head.
 
   The simulator's table has the same bytes.
   """
