@@ -120,10 +120,13 @@ class RoutedMethod(Method):
     return dataclasses.replace(self, allocation="routed")
 
   def aux(self, routing: Routing, density, qkv, cond) -> dict:
-    """The layer's aux: densities, the router's entropy and its cost penalty.
+    """Returns the layer's aux: densities, the router's entropy and its cost penalty.
 
     Args:
-      density: float32 `[b, h, branches]`, what each head scores in each branch.
+      routing: of the layer.
+      density: float32 `[b, h, branches]`, of each head in each branch.
+      qkv: the layer's projections.
+      cond: the layer's moment.
     """
     taken = jnp.take_along_axis(density, routing.choice[..., None], -1)[..., 0]
     run = density.sum(-1) if routing.all_branches else taken
