@@ -305,7 +305,7 @@ def comparison(found: list[dict]) -> str:
 
 
 SWEEP = {
-  "tokens": number("tokens", ","),
+  "tokens": lambda r: f"{r['tokens']:,}",
   "method": text("method"),
   "density": number("density", ".4f"),
   "attention TFLOP": number("attention_flops", ",.1f", 1e12),

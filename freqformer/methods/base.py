@@ -239,15 +239,8 @@ def even_lists(layout: TileLayout, heads: float, pairs: float) -> CallCost:
   It is exact for dense attention where tiles are equally full; in general only its pairs are.
   """
   listed = pairs / (layout.tiles * (layout.fill * layout.block) ** 2)
-  return uniform(
-    layout.tiles,
-    listed,
-    layout.tiles,
-    head_dim=1,
-    block=layout.block,
-    fill=layout.fill,
-    heads=heads,
-  )
+  call = uniform(layout.tiles, listed, layout.tiles, head_dim=1, block=layout.block, heads=heads)
+  return dataclasses.replace(call, pairs=float(pairs) * heads)
 
 
 def attend(qkv: Projected, mask, cond: Cond):

@@ -17,7 +17,7 @@ def _number(field: str, form: str, unit: float = 1.0):
 
 
 _COLUMNS = {
-  "tokens": _number("tokens", ","),
+  "tokens": lambda r: f"{r['tokens']:,}",
   "grid": lambda r: "x".join(map(str, r["grid"])),
   "method": lambda r: r["method"],
   "GPUs": lambda r: str(r.get("gpus", 1)),
