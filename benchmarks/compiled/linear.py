@@ -16,27 +16,31 @@ make (down to reading q, k, v and writing the output once), and overlap the rest
 heads' products. The rows tell the two apart.
 """
 
-import dataclasses
-import functools
+import os
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from absl import app, flags
-from freqformer.kernels.block_sparse.api import attention
-from freqformer.kernels.linear.api import Segments, linear_attention
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # for the absent GPU; see tools/offline.py
 
-from benchmarks import rows, timing
-from benchmarks.compiled import hlo_bytes
-from freqformer.cost import layer_cost
-from freqformer.grid.layout import TileLayout
-from freqformer.methods.base import Method
-from freqformer.methods.sparse_linear import SparseLinear
-from freqformer.methods.sparseflow import SparseFlow
-from freqformer.simulation.descriptions import load_gpu, load_model
-from freqformer.simulation.forward import Plan, attention_call, simulate
-from freqformer.simulation.roofline import attention_seconds
-from tools import offline
+import dataclasses  # noqa: E402
+import functools  # noqa: E402
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from absl import app, flags  # noqa: E402
+from freqformer.kernels.block_sparse.api import attention  # noqa: E402
+from freqformer.kernels.linear.api import Segments, linear_attention  # noqa: E402
+
+from benchmarks import rows, timing  # noqa: E402
+from benchmarks.compiled import hlo_bytes  # noqa: E402
+from freqformer.cost import layer_cost  # noqa: E402
+from freqformer.grid.layout import TileLayout  # noqa: E402
+from freqformer.methods.base import Method  # noqa: E402
+from freqformer.methods.sparse_linear import SparseLinear  # noqa: E402
+from freqformer.methods.sparseflow import SparseFlow  # noqa: E402
+from freqformer.simulation.descriptions import load_gpu, load_model  # noqa: E402
+from freqformer.simulation.forward import Plan, attention_call, simulate  # noqa: E402
+from freqformer.simulation.roofline import attention_seconds  # noqa: E402
+from tools import offline  # noqa: E402
 
 _QUICK = flags.DEFINE_bool(
   "quick", False, "Small CPU shapes and few repeats; writes no rows.", allow_override=True

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.extend.core import ClosedJaxpr
 
 from freqformer.grid.layout import LayoutTables, TileLayout
 from freqformer.kernels.block_sparse.api import attention
@@ -204,9 +205,7 @@ class Method:
     """Returns the method whose program is counted; some fields choose among its results only."""
     return self
 
-  def program(
-    self, layout: TileLayout, heads: int, head_dim: int, phase: str
-  ) -> jax.extend.core.ClosedJaxpr:
+  def program(self, layout: TileLayout, heads: int, head_dim: int, phase: str) -> ClosedJaxpr:
     """Traces one sampling step between a layer's projections, in the plain form of every op.
 
     Nothing is computed, and it works while another program is traced. Parameters are made in the
