@@ -1,14 +1,10 @@
 """FreqFormer as a layer runs it, between the projections, and what of it is left without attention."""
 
-import functools
 from unittest import mock
 
-import jax
 import jax.numpy as jnp
-from freqformer.kernels.around.prepare import EPS, prepare, unsupported
 
 import freqformer.methods.freqformer as freqformer_module
-from freqformer.grid.rotary import angle_tables, rotate
 from freqformer.methods.base import Cond, Projected
 from freqformer.methods.freqformer import FreqFormer
 
@@ -16,11 +12,10 @@ from freqformer.methods.freqformer import FreqFormer
 def freqformer_forward(
   method: FreqFormer, q, k, v, arrays, tables, implementation: str | None = None
 ):
-  """The method on `[b, n_buffer, h, d]`: output and density; rotary included, QK-norm not."""
+  """The method on `[b, n_buffer, h, d]`: output and density; QK-norm and rotary included."""
   cond = Cond(jnp.zeros(q.shape[0]), jnp.zeros((q.shape[0], 1)))
-  out, _, aux = method(
-    None, Projected(q, k, v, rotate, rotate, arrays, implementation), cond, tables, {}
-  )
+  joint = jnp.stack([q, k, v], 2)
+  out, _, aux = method(None, projected(joint, arrays, implementation), cond, tables, {})
   return out, aux["density"]
 
 
@@ -42,26 +37,10 @@ def freqformer_without_attention(method: FreqFormer, *args):
 
 
 def projected(joint, arrays, implementation: str | None = None) -> Projected:
-  """What a layer hands to its method from the joint projection `[b, n_buffer, 3, h, d]`: gains 1, bias 0.
-
-  As in the layer, a kernel norms, rotates and packs where the device has one.
-  """
+  """What a layer hands to its method from the joint projection `[b, n_buffer, 3, h, d]`: gains 1, bias 0."""
   _, _, _, h, d = joint.shape
-
-  def norm(x):
-    return (
-      x * jax.lax.rsqrt(jnp.square(x.astype(jnp.float32)).mean(-1, keepdims=True) + EPS)
-    ).astype(x.dtype)
-
-  finish, fused = (lambda x, positions: rotate(norm(x), positions)), None
-  if implementation in (None, "pallas_mgpu") and not unsupported(joint, arrays.layout.tiles):
-    learned = (
-      jnp.zeros((3, h, d), joint.dtype),
-      (jnp.ones(d), jnp.ones(d)),
-      angle_tables(arrays.positions, d),
-    )
-    fused = functools.partial(prepare, joint, *learned, arrays.kv_len)
-  return Projected(*jnp.unstack(joint, axis=2), finish, finish, arrays, implementation, fused)
+  bias, gain = jnp.zeros((3, h, d), joint.dtype), jnp.ones(d)
+  return Projected.of_joint(joint, bias, (gain, gain), arrays, implementation)
 
 
 def around_attention(method: FreqFormer, implementation, joint, arrays, tables):

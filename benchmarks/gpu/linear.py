@@ -9,7 +9,8 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from freqformer.kernels.linear.api import BACKENDS, Segments, linear_attention
+from freqformer.kernels.core.op import ALIASES
+from freqformer.kernels.linear.api import LINEAR_ATTENTION, Segments, linear_attention
 
 from benchmarks.arg_specs import AttentionSpec
 from benchmarks.gpu import masks as gpu_masks
@@ -97,15 +98,19 @@ def _draw(case: LinearCase):
   )
 
 
+def _known(implementation: str) -> str:
+  """Returns the implementation of attention, or "xla" where linear attention has none of that name."""
+  name = ALIASES.get(implementation, implementation)
+  return name if name in LINEAR_ATTENTION.implementations else "xla"
+
+
 def check(case: LinearCase, implementation: str) -> dict:
   """Errors of all results, each at most twice that of the portable backend with the same bfloat16 operands; two runs equal.
 
   An implementation of attention that linear attention has none of stands for the portable one.
   """
   rows, d_log, segments, arrays = _draw(case)
-  run = functools.partial(
-    _both, implementation if implementation in BACKENDS else "xla", case.feature_map
-  )
+  run = functools.partial(_both, _known(implementation), case.feature_map)
   found, again = run(rows, d_log, segments, arrays), run(rows, d_log, segments, arrays)
   plain = _both("xla", case.feature_map, rows, d_log, segments, arrays)
   exact = _both(
@@ -132,7 +137,7 @@ def timed(spec: AttentionSpec, implementation: str, effort: Effort) -> dict:
   q, k, v, d_out = gpu_masks.dense(spec).inputs(4)
   segments = jax.tree.map(jnp.asarray, frames(spec.layout))
   heads = jnp.arange(spec.heads)[None] >= spec.heads - round(5 * spec.heads / 12)
-  name = implementation if implementation in BACKENDS else "xla"
+  name = _known(implementation)
 
   def forward(q, k, v, segments, name):
     return linear_attention(q, k, v, segments, feature_map="elu", implementation=name)[0]

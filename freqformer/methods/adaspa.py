@@ -176,13 +176,13 @@ class AdaSpa(Method):
       return run(tables["dense"])[0], state, aux_of(tables["dense"])
     if cond.phase == "search_first":
       out, lse = run(tables["dense"])
-      bits, found = self.find(own(q), own(k), own(lse), arrays, tables["fixed"], qkv.beside)
+      bits, found = self.find(own(q), own(k), own(lse), arrays, tables["fixed"], qkv.other_ops_implementation)
       state = {"bits": bits, **lse_cache.store(self.lse_cache, self.lse_dtype, own(lse), arrays)}
       return out, state, _with_search(aux_of(tables["dense"]), found, b)
     found = None
     if cond.phase == "search":
       lse = lse_cache.load(self.lse_cache, state, arrays)
-      bits, found = self.find(own(q), own(k), lse, arrays, tables["fixed"], qkv.beside)
+      bits, found = self.find(own(q), own(k), lse, arrays, tables["fixed"], qkv.other_ops_implementation)
       state = {**state, "bits": bits}
     mask = self.mask(state["bits"], arrays)
     if cond.guided and mask.kv_counts.shape[0] > 1:

@@ -69,6 +69,7 @@ class BlockTopK(Method):
       tables,
       arrays.kv_len,
       layout.block,
+      qkv.other_ops_implementation,
     )
     mask = dataclasses.replace(mask, kv_indices=checkpoint_name(mask.kv_indices, "tables"))
     out, _ = attention(q, k, qkv.v, mask, implementation=qkv.implementation)

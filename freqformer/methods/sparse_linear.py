@@ -70,7 +70,7 @@ class SparseLinear(Method):
       Segments.of_tiles(layout.kv_len, block),
       ~(mask.to_tiles() | worst.to_tiles()),
     )
-    how = dict(feature_map=self.feature_map, implementation=qkv.beside)
+    how = dict(feature_map=self.feature_map, implementation=qkv.other_ops_implementation)
     linear, _ = linear_attention(q, k, qkv.v, segments, reads=marginal, **how)
     aux = plain_aux(mask, layout.layout.n, q.shape[0], q.shape[2], cond.want_masks)
     return out + module(linear).astype(out.dtype), state, aux

@@ -127,7 +127,7 @@ class SparseFlow(RoutedMethod):
     q, k = qkv.rotated()
     ran = mask if routing.all_branches else _only(mask, routing.choice == SPARSE)
     out, _ = attention(q, k, qkv.v, ran, implementation=qkv.implementation)
-    how = dict(feature_map=self.feature_map, implementation=qkv.beside)
+    how = dict(feature_map=self.feature_map, implementation=qkv.other_ops_implementation)
     linear = functools.partial(linear_attention, q, k, qkv.v, tables.frames, **how)
     linear = jax.named_scope(LINEAR_PART)(linear)
     if routing.all_branches:

@@ -9,9 +9,9 @@ import pytest
 from benchmarks import rows
 from benchmarks.arg_specs import SPECS
 from benchmarks.cpu import methods as benchmark
+from benchmarks.layer import projected
 from freqformer.cost import layer_cost
-from freqformer.grid.rotary import rotate
-from freqformer.methods.base import Cond, Projected
+from freqformer.methods.base import Cond
 from freqformer.methods.block_topk import BlockTopK
 from freqformer.methods.radial import Radial
 from freqformer.methods.sparse_linear import SparseLinear
@@ -25,9 +25,8 @@ TINY = dataclasses.replace(
 def run(method):
   layout, (q, k, v) = TINY.layout, TINY.inputs()
   cond = Cond(jnp.full(1, 0.5), jnp.zeros((1, 8)))
-  return method(
-    None, Projected(q, k, v, rotate, rotate, layout.arrays()), cond, method.tables(layout), {}
-  )
+  qkv = projected(jnp.stack([q, k, v], 2), layout.arrays())
+  return method(None, qkv, cond, method.tables(layout), {})
 
 
 @pytest.mark.parametrize(
