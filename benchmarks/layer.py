@@ -1,15 +1,11 @@
 """FreqFormer as a layer runs it, between the projections, with and without its attention call."""
 
-import functools
 from collections.abc import Callable
 from unittest import mock
 
-import jax
 import jax.numpy as jnp
-from freqformer.kernels.around.prepare import EPS, prepare, unsupported
 
 import freqformer.methods.freqformer as freqformer_module
-from freqformer.grid.rotary import angle_tables, rotate
 from freqformer.methods.base import Cond, Projected
 from freqformer.methods.freqformer import FreqFormer
 
@@ -17,12 +13,13 @@ from freqformer.methods.freqformer import FreqFormer
 def freqformer_forward(
   method: FreqFormer, q, k, v, arrays, tables, implementation: str | None = None
 ):
-  """Runs the method on `[b, n_buffer, h, d]`, rotary included, QK-norm not.
+  """Runs the method on `[b, n_buffer, h, d]`, QK-norm and rotary included.
 
   Returns:
     output and density.
   """
-  out, _, aux = _run(method, Projected(q, k, v, rotate, rotate, arrays, implementation), tables)
+  joint = jnp.stack([q, k, v], 2)
+  out, _, aux = _run(method, projected(joint, arrays, implementation), tables)
   return out, aux["density"]
 
 
@@ -61,29 +58,17 @@ def freqformer_without_attention(method: FreqFormer, *args):
 
 
 def projected(joint, arrays, implementation: str | None = None) -> Projected:
-  """Returns a layer's hand-over to its method: gains 1, bias 0.
-
-  As in the layer, a kernel norms, rotates and packs where the device has one.
+  """Returns what a layer hands to its method: gains 1, bias 0.
 
   Args:
     joint: the joint projection `[b, n_buffer, 3, h, d]`.
     arrays: of the layout.
-    implementation: attention backend.
+    implementation: attention's, or None.
   """
   _, _, _, h, d = joint.shape
-
-  def finish(x, positions):
-    mean = jnp.square(x.astype(jnp.float32)).mean(-1, keepdims=True)
-    return rotate((x * jax.lax.rsqrt(mean + EPS)).astype(x.dtype), positions)
-
-  fused = None
-  if implementation in (None, "pallas_mgpu") and not unsupported(joint, arrays.layout.tiles):
-    bias = jnp.zeros((3, h, d), joint.dtype)
-    gains = (jnp.ones(d), jnp.ones(d))
-    rotary = angle_tables(arrays.positions, d)
-    fused = functools.partial(prepare, joint, bias, gains, rotary, arrays.kv_len)
-  q, k, v = jnp.unstack(joint, axis=2)
-  return Projected(q, k, v, finish, finish, arrays, implementation, fused)
+  bias = jnp.zeros((3, h, d), joint.dtype)
+  gain = jnp.ones(d)
+  return Projected.of_joint(joint, bias, (gain, gain), arrays, implementation)
 
 
 def around_attention(method: FreqFormer, implementation: str | None, joint, arrays, tables):

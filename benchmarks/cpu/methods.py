@@ -28,9 +28,9 @@ from freqformer.kernels.linear.api import linear_attention
 from benchmarks import rows, timing
 from benchmarks.arg_specs import SPECS, AttentionSpec
 from benchmarks.cpu.competitors import call, sparse
+from benchmarks.layer import projected
 from freqformer.cost import attention_cost
-from freqformer.grid.rotary import rotate
-from freqformer.methods.base import Cond, Dims, Projected
+from freqformer.methods.base import Cond, Dims
 from freqformer.methods.registry import METHODS, method_class, parse_method, with_fields
 
 _QUICK = flags.DEFINE_bool(
@@ -89,7 +89,7 @@ def _taken_out(found: dict):
 
 
 def calls_of(method, spec: AttentionSpec, phase: str, state) -> Calls:
-  """What one layer does at a phase, between its projections: rotary included, QK-norm not."""
+  """What one layer does at a phase, between its projections: QK-norm and rotary included."""
   layout, (q, k, v) = spec.layout, spec.inputs()
   graphdef, params = nnx.split(
     method.build(Dims(spec.heads, spec.head_dim, _COND_DIM), layout, nnx.Rngs(0))
@@ -100,9 +100,8 @@ def calls_of(method, spec: AttentionSpec, phase: str, state) -> Calls:
     found.update(attention=[], linear=[])
     cond = Cond(jnp.full(q.shape[0], 0.5), jnp.zeros((q.shape[0], _COND_DIM)), phase=phase)
     with _taken_out(found):
-      out, state, _ = method(
-        nnx.merge(graphdef, params), Projected(q, k, v, rotate, rotate, arrays), cond, tables, state
-      )
+      qkv = projected(jnp.stack([q, k, v], 2), arrays)
+      out, state, _ = method(nnx.merge(graphdef, params), qkv, cond, tables, state)
     return found["attention"], found["linear"], state, out
 
   taken = call(around, params, q, k, v, layout.arrays(), method.tables(layout), state)

@@ -7,7 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 from freqformer.kernels.block_sparse import tuning
-from freqformer.kernels.block_sparse.api import attention, backend
+from freqformer.kernels.block_sparse.api import ATTENTION, attention
 from freqformer.kernels.block_sparse.table import BlockMask, TransposedMask
 from freqformer.kernels.block_sparse.tuning import Key, TuningConfig
 
@@ -93,8 +93,9 @@ def run(direction: str, implementation: str, data, mask):
   q, k, v, d_out, lse, delta = data
   scale = 1 / math.sqrt(q.shape[-1])
   if direction == "forward":
-    return backend(implementation).forward(q, k, v, mask, scale)
-  dq, dk, dv = backend(implementation).backward(q, k, v, mask, scale, lse, delta, d_out)
+    return ATTENTION.module(implementation).forward(q, k, v, mask, scale=scale)
+  backward = ATTENTION.module(implementation).backward
+  dq, dk, dv = backward(q, k, v, mask, lse, delta, d_out, scale=scale)
   return dq if direction == "dq" else (dk, dv)
 
 

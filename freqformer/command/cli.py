@@ -20,7 +20,7 @@ from absl import app, flags, logging
 from freqformer import CHECKOUT
 from freqformer.command.files import check_keys, dotted, read_config
 from freqformer.config import ConfigError
-from freqformer.kernels.core.dispatch import NoBackend
+from freqformer.kernels.core.op import NoImplementation
 
 _PACKAGE = pathlib.Path(__file__).parents[1]
 
@@ -71,7 +71,7 @@ def guarded(main: Callable) -> Callable:
   def run_main(argv):
     try:
       return main(argv)
-    except (ConfigError, NoBackend) as error:
+    except (ConfigError, NoImplementation) as error:
       fail(error)
     except (FileExistsError, NotADirectoryError) as error:
       fail(f"{error.filename} is a file where a folder is needed; name another, or move it away.")

@@ -1,10 +1,12 @@
-"""The seam of a method: what an attention layer hands over, and the five calls that it makes.
+"""The seam of a method: what an attention layer hands over, and the calls that it makes.
 
-A method is one frozen dataclass. Its parameters live in the NNX module it builds, its static masks in the tables it makes
-once per grid, its memory between denoising steps in a state that the sampler carries. The layer knows no method by name.
+A method is one frozen dataclass. Its parameters live in the NNX module it builds, its static masks
+in the tables it makes once per grid, its memory between denoising steps in a state that the sampler
+carries. The layer knows no method by name.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,16 +14,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.extend.core import ClosedJaxpr
 
-from freqformer.cost import Cost
 from freqformer.grid.layout import LayoutTables, TileLayout
+from freqformer.grid.rotary import angle_tables
+from freqformer.kernels.around.prepare import Prepared, norm_and_turn, prepare
 from freqformer.kernels.block_sparse.api import attention
-from freqformer.kernels.block_sparse.cost import CallCost
+from freqformer.kernels.block_sparse.cost import CallCost, uniform
+from freqformer.kernels.block_sparse.table import BlockMask
+from freqformer.kernels.core.op import ALIASES
 
 
 @dataclasses.dataclass(frozen=True)
 class Dims:
-  """Sizes that a method's parameters depend on."""
+  """Sizes that a method's parameters depend on.
+
+  Attributes:
+    heads: of the layer.
+    head_dim: channels of a head.
+    cond_dim: channels of the timestep's embedding.
+  """
 
   heads: int
   head_dim: int
@@ -31,17 +43,20 @@ class Dims:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cond:
-  """What a layer knows about the moment it runs in. Layers of one run share all of it but `rng`.
+  """The moment that a layer runs in. Layers of one run share all of it but `rng`.
 
   Attributes:
     time: `[b]`, 1 is noise.
-    embedding: `[b, cond_dim]`, the timestep's embedding (without the class, so that both guidance halves share it).
+    embedding: `[b, cond_dim]`, the timestep's embedding (without the class, so that both guidance
+      halves share it).
     progress: scalar in [0, 1], how much of the training is done; 1 in evaluation.
     rng: key for stochastic routing, or None.
     train: static; training mode of routers.
-    guided: static; the batch is [conditional half, unconditional half] and both share routing and masks.
+    guided: static; the batch is [conditional half, unconditional half] and both share routing and
+      masks.
     soft_evaluation: static; evaluate with the soft mixture instead of the hard choice.
-    phase: static; what this sampling step does for the layer's method (`Method.phase`); "" in training.
+    phase: static; what this sampling step does for the layer's method (`Method.phase`); "" in
+      training.
     want_masks: static; aux then holds `"mask"`, the `BlockMask` that ran.
   """
 
@@ -56,7 +71,7 @@ class Cond:
   want_masks: bool = dataclasses.field(default=False, metadata={"static": True})
 
   def share(self, x: jax.Array) -> jax.Array:
-    """Gives the unconditional half (if there is one) the conditional half's rows of `x` `[b, ...]`."""
+    """Returns `x` `[b, ...]` with the conditional half's rows in the unconditional half, if any."""
     if not self.guided:
       return x
     half = x[: x.shape[0] // 2]
@@ -68,11 +83,16 @@ class Projected:
   """Un-rotated, un-normed projections in tile order, and what finishes them.
 
   Attributes:
-    q, k, v: `[b, n_buffer, h, d]`.
-    rotate_q, rotate_k: `(x [b, m, h, d], positions [m, 3]) -> [b, m, h, d]`: QK-norm, then rotary at the positions.
+    q: `[b, n_buffer, h, d]`.
+    k: likewise.
+    v: likewise.
+    rotate_q: `(x [b, m, h, d], positions [m, 3]) -> [b, m, h, d]`: QK-norm, then rotary at the
+      positions.
+    rotate_k: likewise for k.
     layout: the layout's arrays.
-    implementation: attention backend, or None for automatic choice.
-    prepare: where a kernel does it in one pass, `kernels.around.prepare.prepare` from its argument `cells` on; else None.
+    implementation: of attention, or None for automatic choice.
+    prepare: packs q, k and v in one pass, see `of_joint`. None where q, k and v were not projected
+      together: such a value serves methods that ask for `rotated` only.
   """
 
   q: jax.Array
@@ -82,20 +102,75 @@ class Projected:
   rotate_k: Callable
   layout: LayoutTables
   implementation: str | None = None
-  prepare: Callable | None = None
+  prepare: Callable[..., Prepared] | None = None
+
+  @classmethod
+  def of_joint(
+    cls,
+    product: jax.Array,
+    bias: jax.Array,
+    gains: tuple[jax.Array, jax.Array],
+    layout: LayoutTables,
+    implementation: str | None = None,
+  ) -> "Projected":
+    """Returns what a layer hands to its method.
+
+    Its `prepare(cells=None, bands=None, *, copies=1, filtered="", pooled=False)` is
+    `kernels.around.prepare.prepare` of the product; `copies` repeats all heads before.
+
+    Args:
+      product: `[b, n_buffer, 3, h, d]`, of the joint projection without its bias, which XLA may not
+        fuse with the product.
+      bias: `[3, h, d]`.
+      gains: of the norms of q and k, `[d]` each.
+      layout: the layout's arrays.
+      implementation: of attention, or None for automatic choice.
+    """
+    head_dim = product.shape[-1]
+    with jax.named_scope("prepare"):
+      tables = angle_tables(layout.positions, head_dim)
+
+    def finish(gain, x, positions):
+      with jax.named_scope("norm_rotary"):
+        return norm_and_turn(x, gain, angle_tables(positions, head_dim))
+
+    def packed(cells=None, bands=None, *, copies=1, **options):
+      return prepare(
+        jnp.tile(product, (1, 1, 1, copies, 1)),
+        jnp.tile(bias, (1, copies, 1)),
+        gains,
+        tables,
+        layout.kv_len,
+        cells,
+        bands,
+        implementation=other_ops_implementation(implementation),
+        **options,
+      )
+
+    rotations = (functools.partial(finish, gain) for gain in gains)
+    arrays = jnp.unstack(product + bias.astype(product.dtype), axis=2)
+    return cls(*arrays, *rotations, layout, implementation, packed)
 
   @property
-  def beside(self) -> str | None:
-    """Backend of the layer's other ops: "xla" where a portable one was named for attention; None (the device's own) else."""
-    return None if self.implementation in (None, "pallas_mgpu") else "xla"
+  def other_ops_implementation(self) -> str | None:
+    """Implementation of the layer's ops other than attention; see the function of this name."""
+    return other_ops_implementation(self.implementation)
 
   def rotated(self) -> tuple[jax.Array, jax.Array]:
-    """q and k finished, each token at its own position."""
+    """Returns q and k finished, each token at its own position."""
     if self.prepare is not None:
       return self.prepare()[:2]
-    return self.rotate_q(self.q, self.layout.positions), self.rotate_k(
-      self.k, self.layout.positions
-    )
+    positions = self.layout.positions
+    return self.rotate_q(self.q, positions), self.rotate_k(self.k, positions)
+
+
+def other_ops_implementation(attention: str | None) -> str | None:
+  """Returns the implementation of a layer's other ops.
+
+  It is "xla" if attention was forced to another than the Hopper kernels, else None (automatic):
+  these kernels may refuse an op's call while they run attention's.
+  """
+  return None if ALIASES.get(attention, attention) in (None, "hopper") else "xla"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,13 +186,17 @@ class Method:
     return None
 
   def tables(self, layout: TileLayout) -> Any:
-    """Static masks and matrices as a pytree of NumPy arrays: made once per grid, passed to jit as arguments."""
+    """Returns static masks and matrices as a pytree of NumPy arrays.
+
+    They are made once per grid and passed to jit as arguments.
+    """
     return {}
 
   def init_state(self, batch: int, dims: Dims, layout: TileLayout) -> Any:
-    """What one layer remembers between denoising steps; `{}` for most.
+    """Returns what one layer remembers between denoising steps; `{}` for most.
 
-    The sampler carries it, one entry per layer, from step to step; its shapes never change and no checkpoint holds it.
+    The sampler carries it, one entry per layer, from step to step; its shapes never change and no
+    checkpoint holds it.
 
     Args:
       batch: rows that run together; where `shares_state`, samples: with guidance half of the rows.
@@ -126,54 +205,71 @@ class Method:
 
   @property
   def shares_state(self) -> bool:
-    """Whether the halves of guidance have one state between them, that of the conditional half."""
+    """True if the halves of guidance have one state between them, that of the conditional half."""
     return False
 
   def phase(self, step: int, steps: int) -> str:
-    """What sampling step `step` of `steps` does ("warmup", "search", "reuse", ...): each phase is its own compiled step."""
+    """Names what sampling step `step` of `steps` does ("warmup", "search", "reuse", ...).
+
+    Each phase is its own compiled step.
+    """
     return ""
 
   def check_run(self, steps: int) -> None:
     """Raises ConfigError if the method's schedule does not fit a run of `steps` sampling steps."""
 
   def __call__(self, module, qkv: Projected, cond: Cond, tables, state):
-    """Attention of one layer.
+    """Runs the attention of one layer.
 
     Returns:
-      out `[b, n_buffer, h, d]`, the new state, and aux: a dict with at least `density` `[b, h]` (scored pairs / n^2, as
-      run), `cost` (scalar: pairs run over h n^2, all branches counted) and `loss` (scalar, added to the training loss);
-      with `cond.want_masks` also `mask`, the `BlockMask` that ran.
+      out `[b, n_buffer, h, d]`, the new state, and aux: a dict with at least `density` `[b, h]`
+      (scored pairs / n^2, as run), `cost` (scalar: pairs run over h n^2, all branches counted) and
+      `loss` (scalar, added to the training loss); with `cond.want_masks` also `mask`, the
+      `BlockMask` that ran.
     """
     raise NotImplementedError
 
-  def cost(self, layout: TileLayout, heads: int, head_dim: int, allocation=None) -> Cost:
-    """Exact cost of one layer and sample, forward; `allocation`: share of heads per branch, for methods that have some."""
+  def pairs(
+    self, layout: TileLayout, heads: int, allocation=None, phase: str | None = None
+  ) -> CallCost:
+    """Counts the attention of one layer and sample exactly, without a table.
+
+    Args:
+      layout: of the grid.
+      heads: of the layer.
+      allocation: share of heads per branch, for methods that have some; None: the method's own
+        expectation.
+      phase: of a sampling step; None is `usual_phase`.
+
+    Returns:
+      pairs and lists of all attention calls of the layer, at head dimension 1. Lists that depend on
+      the data are taken as equally long (`even_lists`).
+
+    Raises:
+      ConfigError: for an allocation that is invalid or not of so many heads.
+    """
     raise NotImplementedError
 
-  def phase_cost(
-    self, phase: str, layout: TileLayout, heads: int, head_dim: int, allocation=None
-  ) -> Cost:
-    """`cost` of a sampling step of one phase; the same in all phases unless overridden."""
-    return self.cost(layout, heads, head_dim, allocation)
+  @property
+  def usual_phase(self) -> str:
+    """The phase of the step that most of a sampling run does: what is counted by default."""
+    return ""
 
-  def training_cost(self, layout: TileLayout, heads: int, head_dim: int, allocation=None) -> Cost:
-    """`cost` of a training step's forward, where that runs more (every branch of every head)."""
-    return self.cost(layout, heads, head_dim, allocation)
+  def only_attends(self, phase: str) -> bool:
+    """Whether a step does nothing but attend by tables: no program is then traced, no table built.
 
-  def call_cost(
-    self, layout: TileLayout, heads: int, head_dim: int, allocation=None
-  ) -> CallCost | None:
-    """Lists of a layer's attention call, for traffic and waves; None: unknown, taken as equally long (`freqformer.cost`)."""
-    return None
+    At 1M tokens radial's table takes 12 s to build, its pairs a few milliseconds to count.
+    """
+    return False
 
   @property
   def routed(self) -> bool:
-    """Whether a router deals the heads, so that training and evaluation run differently."""
+    """True if a router deals the heads, so that training and evaluation run differently."""
     return False
 
   @property
   def trains_all_branches(self) -> bool:
-    """Whether a training step runs every branch of every head, and so costs more than an evaluation."""
+    """True if a training step runs every branch of every head: it costs more than an evaluation."""
     return False
 
   @property
@@ -181,21 +277,66 @@ class Method:
     """Names of what a head can be given; routing is an array over these."""
     return ()
 
+  @property
+  def branch_of_part(self) -> dict[str, str]:
+    """Named scopes (`jax.named_scope`) of the program that only heads of one branch need."""
+    return {}
 
-def attend(qkv: Projected, mask, cond: Cond):
-  """Every token by one table: out and the aux of a method without routing or losses."""
+  # ---- counting, the same for all methods
+  # ----------------------------------------------------------
+
+  def for_counting(self) -> "Method":
+    """Returns the method whose program is counted; some fields choose among its results only."""
+    return self
+
+  def program(self, layout: TileLayout, heads: int, head_dim: int, phase: str) -> ClosedJaxpr:
+    """Traces one sampling step between a layer's projections, in the plain form of every op.
+
+    Nothing is computed, and it works while another program is traced. Parameters are made in the
+    scope "parameters".
+    """
+    dims = Dims(heads, head_dim, heads * head_dim)
+    state = jax.eval_shape(lambda: self.init_state(1, dims, layout))
+    product = jax.ShapeDtypeStruct((1, layout.n_buffer, 3, heads, head_dim), jnp.float32)
+    embedding = jax.ShapeDtypeStruct((1, dims.cond_dim), jnp.float32)
+
+    def run(product, embedding, arrays, tables, state):
+      with jax.named_scope("parameters"):
+        module = self.build(dims, layout, nnx.Rngs(0))
+        bias = jnp.zeros((3, heads, head_dim))
+        gains = (jnp.ones(head_dim), jnp.ones(head_dim))
+      cond = Cond(jnp.full(1, 0.5), embedding, phase=phase)
+      projected = Projected.of_joint(product, bias, gains, arrays, implementation="xla")
+      out, state, _ = self(module, projected, cond, tables, state)
+      return out, state
+
+    return jax.make_jaxpr(run)(product, embedding, layout.arrays(), self.tables(layout), state)
+
+
+def even_lists(layout: TileLayout, heads: float, pairs: float) -> CallCost:
+  """Returns the lists of `heads` heads of `pairs` scored pairs each: all equally long.
+
+  It is exact for dense attention where tiles are equally full; in general only its pairs are.
+  """
+  listed = pairs / (layout.tiles * (layout.fill * layout.block) ** 2)
+  call = uniform(layout.tiles, listed, layout.tiles, head_dim=1, block=layout.block, heads=heads)
+  return dataclasses.replace(call, pairs=float(pairs) * heads)
+
+
+def attend(qkv: Projected, mask: BlockMask, cond: Cond) -> tuple[jax.Array, dict]:
+  """Runs every token by one table: out, and the aux of a method without routing or losses."""
   q, k = qkv.rotated()
   out, _ = attention(q, k, qkv.v, mask, implementation=qkv.implementation)
   return out, plain_aux(mask, qkv.layout.layout.n, q.shape[0], q.shape[2], cond.want_masks)
 
 
-def mask_density(mask, n: int, b: int, h: int) -> jax.Array:
-  """Density of a table for every sample and head, float32 `[b, h]`."""
+def mask_density(mask: BlockMask, n: int, b: int, h: int) -> jax.Array:
+  """Returns the density of a table for every sample and head, float32 `[b, h]`."""
   return jnp.broadcast_to(jnp.asarray(mask.density(n), jnp.float32), (b, h))
 
 
-def plain_aux(mask, n: int, b: int, h: int, want_masks: bool = False) -> dict:
-  """The aux of a method without routing or losses."""
+def plain_aux(mask: BlockMask, n: int, b: int, h: int, want_masks: bool = False) -> dict:
+  """Returns the aux of a method without routing or losses."""
   density = mask_density(mask, n, b, h)
   return {
     "density": density,
@@ -205,8 +346,11 @@ def plain_aux(mask, n: int, b: int, h: int, want_masks: bool = False) -> dict:
   }
 
 
-def mask_aux(mask, want_masks: bool) -> dict:
-  """`{"mask": mask}` on request, without its backward table; lists are written out, so that no leaf is None."""
+def mask_aux(mask: BlockMask, want_masks: bool) -> dict:
+  """Returns `{"mask": mask}` on request, without its backward table.
+
+  Lists are written out, so that no leaf is None.
+  """
   if not want_masks:
     return {}
   bias = np.zeros(mask.kv_tiles, np.float32) if mask.kv_bias is None else mask.kv_bias

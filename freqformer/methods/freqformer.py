@@ -1,10 +1,13 @@
-"""FreqFormer: low frequencies dense on compressed tokens, mid block-sparse, high in a sliding window; a router deals the heads.
+"""FreqFormer: a router gives each head to a frequency band with its own operator.
 
-Implements the abstract of arXiv 2604.22808; every constant below is ours (docs/design.md says what supports it).
+Low frequencies are dense on compressed tokens, mid frequencies block-sparse, high frequencies in a
+sliding window. Implements the abstract of arXiv 2604.22808; every constant below is our choice
+(docs/design.md says what supports it).
 
-One packed buffer `[coarse tokens | full tokens]` holds all heads. A head's branch is only which rows of the table it gets,
-so hard routing is one attention call with static shapes, whatever the assignment. When all branches must run (soft
-training), each head appears once per branch in that same call and the outputs are mixed.
+One packed buffer `[coarse tokens | full tokens]` holds all heads. A head's branch is only which
+rows of the table it gets, so hard routing is one attention call with static shapes, whatever the
+assignment. When all branches must run (soft training), each head appears once per branch in that
+same call and the outputs are mixed.
 """
 
 import dataclasses
@@ -15,46 +18,50 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from freqformer.config import require
-from freqformer.cost import Cost
 from freqformer.grid.basis import SpectralBasis, SpectralTables
 from freqformer.grid.layout import TileLayout
+from freqformer.grid.rotary import angle_tables
+from freqformer.grid.sizes import coarse_tokens
 from freqformer.grid.tile_matrices import TileCells, tile_cells
-from freqformer.kernels.around.lift import lift
+from freqformer.kernels.around.lift import Expansion, lift
+from freqformer.kernels.around.prepare import Cells, Prepared
 from freqformer.kernels.block_sparse.api import attention
-from freqformer.kernels.block_sparse.cost import CallCost
+from freqformer.kernels.block_sparse.cost import CallCost, uniform
 from freqformer.kernels.block_sparse.table import BlockMask, select
 from freqformer.kernels.linear.api import linear_attention
-from freqformer.methods import freqformer_cost, measured
-from freqformer.methods.base import mask_aux, mask_density
+from freqformer.methods import measured
+from freqformer.methods.base import Projected, even_lists, mask_aux, mask_density
 from freqformer.methods.head_profile import ProfileConfig
+from freqformer.methods.parts.router import Routing
 from freqformer.methods.parts.summary_tokens import SummaryTokens
 from freqformer.methods.routed import RoutedMethod
+from freqformer.tables.counting import with_coarse
 from freqformer.tables.packed import coarse_rows, full_rows, packed_kv_len
-from freqformer.tables.topk import block_topk, fixed_tiles, pool_tiles
-from freqformer.tables.window import BORDERS, sliding_tile
+from freqformer.tables.topk import block_topk, fixed_tiles
+from freqformer.tables.window import BORDERS, count_window, sliding_tile
 
-LOW, MID, HIGH = range(3)
+LOW = 0  # number of the low branch
 FILTERS = ("none", "qkv", "v")
 LOW_OPS = ("dense", "linear")
-# Rows of a head are a x + b P_box x + c P_low x; its coarse rows (low band) do not use these.
-_FILTER_COEFFICIENTS = np.array([[1, 0, 0], [0, 1, -1], [1, -1, 0]], np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
 class FreqFormer(RoutedMethod):
-  """Fields of the method, beside `router` of `RoutedMethod`.
+  """Fields of the method, in addition to `router` of `RoutedMethod`.
 
   Attributes:
     basis: the spectral basis and its cuts.
-    allocation: "routed"; or head counts per band (low, mid, high); or "measured": training-free, each head gets the band that
-      serves it best at a step after a dense warm-up (`methods/measured.py`).
+    allocation: "routed"; or head counts per band (low, mid, high); or "measured": training-free,
+      each head gets the band that serves it best at a step after a dense warm-up
+      (`methods/measured.py`).
     mid_tiles: key tiles per query tile in the mid band, fixed ones included.
     sink: first tiles that every mid list holds.
     anchors: evenly spread frames whose tile at the same place every mid list holds.
     window: of the high band, in tiles (t, y, x).
     border: of the window, "clamp" or "clip".
     filter: which projections of mid and high heads are band-filtered: "none", "qkv" or "v".
-    low_op: among coarse tokens, "dense" (softmax) or "linear" (`kernels/linear/api.py`, softmax feature map): O(n) overall.
+    low_op: among coarse tokens, "dense" (softmax) or "linear" (`kernels/linear/api.py`, softmax
+      feature map): O(n) overall.
     low_shared: mid and high rows also list the coarse tiles, in one joint softmax.
     summary: summary tokens per band and head; 0 is off.
     profile: for `allocation="measured"`.
@@ -81,12 +88,11 @@ class FreqFormer(RoutedMethod):
     require(self, "window", least=1)
     if self.low_op not in LOW_OPS:
       raise ValueError(f"{self.low_op=} must be one of {LOW_OPS}.")
-    if (
-      self.mid_tiles < 1 + self.sink + self.anchors
-      or min(self.sink, self.anchors, self.summary) < 0
-    ):
+    least = min(self.sink, self.anchors, self.summary)
+    if self.mid_tiles < 1 + self.sink + self.anchors or least < 0:
       raise ValueError(
-        f"{self.mid_tiles=} must hold the own tile and {self.sink=}, {self.anchors=} >= 0; {self.summary=} >= 0."
+        f"{self.mid_tiles=} must hold the own tile and {self.sink=}, {self.anchors=} >= 0; "
+        f"{self.summary=} >= 0."
       )
 
   @property
@@ -99,6 +105,7 @@ class FreqFormer(RoutedMethod):
 
   def build(self, dims, layout, rngs):
     modules = super().build(dims, layout, rngs)
+    # One assignment: flax fixes on the first one whether an attribute holds parameters.
     modules.summary = (
       SummaryTokens(self.summary, dims.heads, dims.head_dim, rngs) if self.summary else None
     )
@@ -117,14 +124,8 @@ class FreqFormer(RoutedMethod):
       low = dataclasses.replace(low, kv_counts=np.zeros_like(low.kv_counts))
     high = full_rows(window, kv_len, coarse_tiles, self.low_shared)
     if self.low_shared:
-      # A cell stands for s^2 tokens: log-multiplicity 2 log s, one number per tile (its cells' mean; equal except at edges).
-      weights = np.pad(
-        2 * np.log(spectral.cell_weight), (0, -spectral.n_coarse % layout.block), mode="edge"
-      )
-      bias = np.concatenate(
-        [weights.reshape(coarse_tiles, -1).mean(-1), np.zeros(layout.tiles)]
-      ).astype(np.float32)
-      low, high = (dataclasses.replace(m, kv_bias=bias) for m in (low, high))
+      bias = _multiplicities(spectral, coarse_tiles)
+      low, high = (dataclasses.replace(mask, kv_bias=bias) for mask in (low, high))
     fixed = fixed_tiles(layout, self.sink, self.anchors)
     profile = measured.tables(layout, self.profile) if self.allocation == "measured" else None
     cells = tile_cells(spectral, coarse_tiles * layout.block, filtered=self.filter != "none")
@@ -138,164 +139,274 @@ class FreqFormer(RoutedMethod):
       self.profile.check_run(steps)
 
   def init_state(self, batch, dims, layout):
-    return (
-      {"choice": jnp.zeros((batch, dims.heads), jnp.int32)} if self.allocation == "measured" else {}
-    )
+    if self.allocation != "measured":
+      return {}
+    return {"choice": jnp.zeros((batch, dims.heads), jnp.int32)}
 
   def __call__(self, module, qkv, cond, tables, state):
     if self.allocation == "measured" and cond.phase != "run":
       return measured.call(self, module, qkv, cond, tables, state)
-    spectral, layout = tables.spectral, qkv.layout
-    routing = self.route(
-      module, qkv, cond, tables, state["choice"] if self.allocation == "measured" else None
-    )
-    b, _, h, _ = qkv.q.shape
-    choice, repeat = routing.choice, lambda x: x
-    if routing.all_branches:  # head index = branch * h + head
-      choice, repeat = (
-        np.repeat(np.arange(3, dtype=np.int32), h)[None],
-        lambda x: jnp.tile(x, (1, 1, 3, 1)),
-      )
-    fused = qkv.prepare is not None and tables.cells is not None
-    (q, k, v), pools = self._prepared(qkv, routing, choice, repeat, tables, fused)
-    mid = self._mid_table(qkv, cond, tables, (q, k), pools)
+    measured_bands = state["choice"] if self.allocation == "measured" else None
+    routing = self.route(module, qkv, cond, tables, measured_bands)
+    h = qkv.q.shape[2]
+    choice = routing.choice
+    if routing.all_branches:  # head number = branch * h + head
+      choice = np.repeat(np.arange(3, dtype=np.int32), h)[None]
+    cells = tables.around(qkv.q.shape[-1])
+    packed = self._packed(qkv, routing, choice, cells)
+    mid = self._mid_table(qkv, cond, tables, packed)
     masks = (tables.low, mid, tables.high)
-    if routing.all_branches:
-      mid = dataclasses.replace(
-        mid,
-        kv_indices=jnp.tile(mid.kv_indices, (1, 3, 1, 1)),
-        kv_counts=jnp.tile(mid.kv_counts, (1, 3, 1)),
-      )
-    mask = select((tables.low, mid, tables.high), choice)
-    out, _ = attention(q, k, v, mask, implementation=qkv.implementation)
-    if fused and self.low_op == "dense" and not routing.all_branches:
-      out = lift(out, routing.weights.sum(-1), routing.choice == LOW, tables.cells.expansion)
-    else:
-      out = self._merged(out, (q, k, v), routing, qkv, tables)
+    mask = select((tables.low, _for_heads(mid, choice), tables.high), choice)
+    out, _ = attention(packed.q, packed.k, packed.v, mask, implementation=qkv.implementation)
+    out = self._lifted(out, packed, routing, qkv, tables)
     if self.summary:
-      plain = jnp.zeros_like(layout.positions)
-      out = out + module.summary(
-        qkv.rotate_q(qkv.q, plain),
-        qkv.rotate_k(qkv.k, plain),
-        qkv.v,
-        jax.lax.stop_gradient(routing.weights),
-        spectral,
-        layout,
-      )
+      out = out + self._summarised(module, qkv, routing, tables)
     return out, state, self._aux(routing, masks, qkv, cond) | mask_aux(mask, cond.want_masks)
 
-  def _prepared(self, qkv, routing, choice, repeat, tables, fused):
-    """q, k, v of the packed buffer, and the means of q and k per tile where the kernel made them, which is there if `fused`."""
+  def _packed(self, qkv: Projected, routing: Routing, choice, cells) -> Prepared:
+    """Returns `[coarse tokens | tokens]` of the heads of `choice`, and means of q and k per tile.
 
-    def pack(names):
-      return self._packed(qkv, tables.spectral, choice, repeat, tables.coarse_tiles, names)
-
-    filtered = "" if self.filter == "none" else self.filter
-    left = filtered if fused and routing.all_branches else "" if fused else "qkv"  # to XLA
-    if left == "qkv":
-      return pack("qkv"), None
-    cells = tables.cells.cells(tables.spectral.centres, qkv.q.shape[-1])
-    *packed, q_pool, k_pool = qkv.prepare(
-      cells, choice, filtered="" if left else filtered, pooled=True
-    )
-    q, k, v = map(repeat, packed)
-    return (q, k, pack("v")[0] if left else v), (q_pool, k_pool)
-
-  def _merged(self, out, packed, routing, qkv, tables):
-    """Attention's packed output as tokens: branches mixed where all ran, coarse rows lifted and added."""
-    (b, h), spectral = routing.choice.shape, tables.spectral
-    if routing.all_branches:
-      out = jnp.einsum(
-        "bnchd,bhc->bnhd",
-        out.reshape(b, -1, 3, h, out.shape[-1]),
-        routing.weights.astype(out.dtype),
-      )
-    else:
-      out = out * routing.weights.sum(-1)[:, None, :, None].astype(out.dtype)
-    start, coarse = tables.coarse_tiles * spectral.layout.block, out[:, : spectral.n_coarse]
-    if (
-      self.low_op == "linear"
-    ):  # for every head, so that shapes stay static; where all branches run, low is the first
-      linear, _ = linear_attention(
-        *(x[:, : spectral.n_coarse, :h] for x in packed), implementation=qkv.beside
-      )
-      coarse = coarse + linear * routing.weights[:, None, :, LOW, None].astype(linear.dtype)
-    return out[:, start:] + spectral.lift(coarse)
-
-  def _mid_table(self, qkv, cond, tables, packed, pools=None) -> BlockMask:
-    """Top tiles by pooled *unfiltered*, normed, rotated q and k: a band-filtered tensor has zero mean in a tile.
-
-    `pools`: these means, where the packing kernel made them. Else, unless q and k are filtered, the packed buffer holds them.
-    The barrier has them pooled from there: otherwise XLA would norm and rotate into a buffer of its own, for pooling and
-    packing to read (docs/log.md).
+    The means are of unfiltered tokens of the layer's own heads.
     """
-    layout, h = qkv.layout, qkv.q.shape[2]
-    if pools is None:
-      if self.filter == "qkv":
-        q, k = qkv.rotated()
-      else:
-        start = tables.coarse_tiles * layout.layout.block
-        q, k = (x[:, start:, :h] for x in jax.lax.optimization_barrier(packed))
-      pools = [pool_tiles(jax.lax.stop_gradient(x), layout) for x in (q, k)]
-    q, k = pools
+    filtered = "" if self.filter == "none" else self.filter
+    copies = 3 if routing.all_branches else 1
+    if filtered:
+      # The filter's number (0: none, 1: mid, 2: high) is the branch's: low heads keep their tokens.
+      heads = (qkv.q.shape[0], choice.shape[1])
+      return qkv.prepare(
+        cells, jnp.broadcast_to(choice, heads), copies=copies, filtered=filtered, pooled=True
+      )
+    found = qkv.prepare(cells, pooled=True)
+    if copies == 1:
+      return found
+    q, k, v = (jnp.tile(x, (1, 1, copies, 1)) for x in found[:3])
+    return found._replace(q=q, k=k, v=v)
+
+  def _lifted(self, out, packed: Prepared, routing: Routing, qkv: Projected, tables):
+    """Returns attention's packed output as tokens: branches mixed, coarse rows lifted."""
+    b, h = routing.choice.shape
+    if self.low_op == "linear":
+      # No low list has a tile, so that the softmax leaves the coarse rows empty. All heads are
+      # computed, so that shapes stay static; where all branches run, low heads come first.
+      coarse = slice(0, tables.spectral.n_coarse)
+      linear, _ = linear_attention(
+        *(x[:, coarse, :h] for x in packed[:3]), implementation=qkv.other_ops_implementation
+      )
+      out = out.at[:, coarse, :h].set(linear)
+    weights = routing.weights.sum(-1)
+    low = routing.choice == LOW
+    if routing.all_branches:
+      branches = out.reshape(b, -1, 3, h, out.shape[-1])
+      out = jnp.einsum("bnchd,bhc->bnhd", branches, routing.weights.astype(out.dtype))
+      weights = jnp.ones_like(weights)
+      low = jnp.ones_like(low)
+    implementation = qkv.other_ops_implementation
+    return lift(out, weights, low, tables.expansion, implementation=implementation)
+
+  def _mid_table(self, qkv: Projected, cond, tables, packed: Prepared) -> BlockMask:
+    """Returns the mid band's table: top tiles by pooled, normed, rotated q and k.
+
+    They are unfiltered: a band-filtered tensor has zero mean in a tile.
+    """
+    h = qkv.q.shape[2]
+    q, k = (cond.share(pool[:, :h]) for pool in (packed.q_pool, packed.k_pool))
     mask = block_topk(
-      cond.share(q), cond.share(k), self.mid_tiles, tables.fixed, layout.kv_len, layout.layout.block
+      q,
+      k,
+      self.mid_tiles,
+      tables.fixed,
+      qkv.layout.kv_len,
+      qkv.layout.layout.block,
+      qkv.other_ops_implementation,
     )
     mask = dataclasses.replace(mask, kv_indices=checkpoint_name(mask.kv_indices, "tables"))
     mask = full_rows(mask, tables.high.kv_len, tables.coarse_tiles, self.low_shared)
     return dataclasses.replace(mask, kv_bias=tables.high.kv_bias)
 
-  @jax.named_scope("pack")
-  def _packed(self, qkv, spectral: SpectralTables, choice, repeat, coarse_tiles, names="qkv"):
-    """Of the packed buffer what is named: compress or filter first, then QK-norm and rotary at each token's own place."""
-    block = qkv.layout.layout.block
-    filler = coarse_tiles * block - spectral.n_coarse
-    rotate = {"q": qkv.rotate_q, "k": qkv.rotate_k, "v": lambda x, positions: x}
-    coefficients = jnp.asarray(_FILTER_COEFFICIENTS)[choice]  # [b or 1, h', 3]
-    packed = []
-    for name in names:
-      x = getattr(qkv, name)
-      coarse = rotate[name](spectral.compress(x), spectral.centres)
-      coarse = jnp.pad(repeat(coarse), ((0, 0), (0, filler), (0, 0), (0, 0)))
-      if self.filter == "qkv" or self.filter == name:
-        box, low = (repeat(p(x)) for p in (spectral.project_box, spectral.project_low))
-        a, b, c = (coefficients[:, None, :, None, i].astype(x.dtype) for i in range(3))
-        full = rotate[name](a * repeat(x) + b * box + c * low, qkv.layout.positions)
-      else:
-        full = repeat(rotate[name](x, qkv.layout.positions))
-      packed.append(jnp.concatenate([coarse, full], 1))
-    return packed
+  def _summarised(self, module, qkv: Projected, routing: Routing, tables):
+    """Returns what the rows read of the other bands' summary tokens."""
+    unmoved = jnp.zeros_like(qkv.layout.positions)
+    return module.summary(
+      qkv.rotate_q(qkv.q, unmoved),
+      qkv.rotate_k(qkv.k, unmoved),
+      qkv.v,
+      jax.lax.stop_gradient(routing.weights),
+      tables.spectral,
+      qkv.layout,
+    )
 
   def _aux(self, routing, masks, qkv, cond):
-    (b, h), n = routing.choice.shape, qkv.layout.layout.n
-    return self.aux(routing, jnp.stack([mask_density(m, n, b, h) for m in masks], -1), qkv, cond)
+    """Returns the layer's aux."""
+    b, h = routing.choice.shape
+    densities = [mask_density(mask, qkv.layout.layout.n, b, h) for mask in masks]
+    return self.aux(routing, jnp.stack(densities, -1), qkv, cond)
 
-  def statistics_cost(self, layout, heads, head_dim) -> Cost:
-    return freqformer_cost.statistics_cost(self, layout, heads, head_dim)
+  # ---- counting
+  # ------------------------------------------------------------------------------------
 
-  def cost(self, layout: TileLayout, heads, head_dim, allocation=None) -> Cost:
-    return freqformer_cost.cost(self, layout, heads, head_dim, allocation)
+  def pairs(self, layout, heads, allocation=None, phase=None):
+    """Counts each band's rows of the packed buffer for its share of the heads.
 
-  def call_cost(self, layout, heads, head_dim, allocation=None) -> CallCost:
-    return freqformer_cost.call_cost(self, layout, heads, head_dim, allocation)
+    Without an allocation the fixed one counts, or the router's prior (also for measured heads,
+    before they are measured). A measuring step runs every band on every head as well.
+    """
+    low_share, mid_share, high_share = map(float, self.shares(heads, allocation))
+    measured_heads = self.allocation == "measured"
+    if measured_heads and phase == "warmup":
+      return even_lists(layout, heads, layout.n**2)
+    low, mid, high = _count_bands(self, layout)
+    run = low.scaled(heads * low_share) + mid.scaled(heads * mid_share)
+    run += high.scaled(heads * high_share)
+    if measured_heads and phase not in (None, "run"):
+      return run + (low + mid + high).scaled(heads)
+    return run
 
-  def phase_cost(self, phase, layout, heads, head_dim, allocation=None) -> Cost:
-    if self.allocation != "measured":
-      return self.cost(layout, heads, head_dim, allocation)
-    return measured.phase_cost(self, phase, layout, heads, head_dim, allocation)
+  @property
+  def usual_phase(self):
+    return "run" if self.allocation == "measured" else ""
+
+  @property
+  def branch_of_part(self):
+    return {"lift": "low"}
+
+
+def _count_bands(method: FreqFormer, layout: TileLayout) -> tuple[CallCost, CallCost, CallCost]:
+  """Counts one head of each band at head dimension 1: low and high exactly, mid with full tiles.
+
+  Unions of mid lists, which depend on the data, are those of random lists.
+  """
+  block = layout.block
+  n_coarse = coarse_tokens(method.basis, layout)
+  coarse = -(-n_coarse // block)
+  dense = 0 if method.low_op == "linear" else coarse
+  low = uniform(dense, dense, dense, 1, block=block)
+  low = dataclasses.replace(
+    low, pairs=float(n_coarse) ** 2 * (dense > 0), rows=coarse + layout.tiles
+  )
+  listed = min(method.mid_tiles, layout.tiles)
+  every = layout.tiles + coarse
+  mid = uniform(
+    layout.tiles, listed + method.low_shared * coarse, every, 1, block=block, fill=layout.fill
+  )
+  shared = method.low_shared * float(layout.n) * n_coarse
+  mid = dataclasses.replace(mid, pairs=layout.n * listed * layout.n / layout.tiles + shared)
+  high = count_window(layout, method.window, method.border, before=coarse)
+  if method.low_shared:
+    high = with_coarse(high, layout, n_coarse, coarse)
+  return low, mid, high
+
+
+def _multiplicities(spectral: SpectralTables, coarse_tiles: int) -> np.ndarray:
+  """Returns the bias of the packed buffer's key tiles, float32 `[tiles]`.
+
+  A cell stands for s^2 tokens: its log-multiplicity is 2 log s. A tile has one number, its cells'
+  mean; they are equal except at edges.
+  """
+  layout = spectral.layout
+  weights = 2 * np.log(spectral.cell_weight)
+  weights = np.pad(weights, (0, -spectral.n_coarse % layout.block), mode="edge")
+  coarse = weights.reshape(coarse_tiles, -1).mean(-1)
+  return np.concatenate([coarse, np.zeros(layout.tiles)]).astype(np.float32)
+
+
+def _for_heads(mid: BlockMask, choice) -> BlockMask:
+  """Returns the layer's mid table for the heads of `choice`, which may be all heads per branch."""
+  copies = choice.shape[1] // mid.kv_counts.shape[1]
+  return dataclasses.replace(
+    mid,
+    kv_indices=jnp.tile(mid.kv_indices, (1, copies, 1, 1)),
+    kv_counts=jnp.tile(mid.kv_counts, (1, copies, 1)),
+  )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class WholeAxes:
+  """Compression and lift of a transform that leaves the tile (dct, haar), for `prepare` and `lift`.
+
+  Such a transform is no matrix per tile, which is all that `Cells`, `Expansion` and the Hopper
+  kernels know; the spectral tables apply it along whole axes.
+
+  Attributes:
+    spectral: the spectral tables.
+    cos: float32 `[n_coarse, d / 2]`, rotary at the cells' centres; None to lift.
+    sin: likewise.
+    front: static; rows of the packed buffer before the tokens.
+  """
+
+  spectral: SpectralTables
+  cos: jax.Array | None
+  sin: jax.Array | None
+  front: int = dataclasses.field(metadata={"static": True})
+
+  @property
+  def tiles(self) -> int:
+    """Tiles of tokens."""
+    return self.spectral.layout.tiles
+
+  @property
+  def per_tile(self) -> None:
+    """None: coarse tokens are of no tile."""
+    return None
+
+  @property
+  def can_filter(self) -> bool:
+    """True: every basis has its projections."""
+    return True
+
+  def compress(self, x: jax.Array) -> jax.Array:
+    """Returns coarse tokens `[b, n_coarse, h, d]` of `[b, n_buffer, h, d]`."""
+    return self.spectral.compress(x)
+
+  def filter(self, x: jax.Array, bands: jax.Array) -> jax.Array:
+    """Returns each head's tokens in the mid (1) or high (2) band."""
+    bands = bands[:, None, :, None]
+    box = self.spectral.project_box(x)
+    return jnp.where(bands == 1, box - self.spectral.project_low(x), x - box)
+
+  def lift(self, packed: jax.Array, low: jax.Array) -> jax.Array:
+    """Returns the tokens `[b, n_buffer, h, d]` of low heads' coarse tokens."""
+    coarse = packed[:, : self.spectral.n_coarse]
+    return self.spectral.lift(jnp.where(low[:, None, :, None], coarse, 0))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FreqFormerTables:
-  """Static tables of one grid, in packed tile ids."""
+  """Static tables of one grid, in packed tile ids.
+
+  Attributes:
+    spectral: for statistics and summary tokens, and for transforms that leave the tile.
+    low: the low band's table, coarse rows.
+    high: the high band's table, full rows.
+    fixed: int32 `[tiles, f]`, key tiles that every mid list holds.
+    coarse_tiles: static; tiles of coarse tokens.
+    profile: for measured heads, or None.
+    by_tile: the matrices by tile; None where the transform leaves the tile.
+  """
 
   spectral: SpectralTables
   low: BlockMask
   high: BlockMask
   fixed: np.ndarray
   coarse_tiles: int = dataclasses.field(metadata={"static": True})
-  profile: dict | None = None  # for measured heads
-  cells: TileCells | None = (
-    None  # for the kernels around attention; None where the transform leaves the tile
-  )
+  profile: dict | None = None
+  by_tile: TileCells | None = None
+
+  def around(self, head_dim: int) -> Cells | WholeAxes:
+    """Returns how tokens are compressed, for `prepare`."""
+    if self.by_tile is not None:
+      return self.by_tile.cells(self.spectral.centres, head_dim)
+    return WholeAxes(self.spectral, *angle_tables(self.spectral.centres, head_dim), self.front)
+
+  @property
+  def expansion(self) -> Expansion | WholeAxes:
+    """How coarse tokens are lifted, for `lift`."""
+    if self.by_tile is not None:
+      return self.by_tile.expansion
+    return WholeAxes(self.spectral, None, None, self.front)
+
+  @property
+  def front(self) -> int:
+    """Rows of the packed buffer before the tokens."""
+    return self.coarse_tiles * self.spectral.layout.block

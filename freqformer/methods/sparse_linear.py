@@ -16,10 +16,9 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from freqformer.cost import Cost, attention_cost, linear_attention_cost, selection_cost
 from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.linear.api import FEATURE_MAPS, Segments, linear_attention
-from freqformer.methods.base import Method, plain_aux
+from freqformer.methods.base import Method, even_lists, plain_aux
 from freqformer.tables.topk import block_topk, pool_tiles
 
 
@@ -71,7 +70,7 @@ class SparseLinear(Method):
       Segments.of_tiles(layout.kv_len, block),
       ~(mask.to_tiles() | worst.to_tiles()),
     )
-    how = dict(feature_map=self.feature_map, implementation=qkv.beside)
+    how = dict(feature_map=self.feature_map, implementation=qkv.other_ops_implementation)
     linear, _ = linear_attention(q, k, qkv.v, segments, reads=marginal, **how)
     aux = plain_aux(mask, layout.layout.n, q.shape[0], q.shape[2], cond.want_masks)
     return out + module(linear).astype(out.dtype), state, aux
@@ -86,14 +85,7 @@ class SparseLinear(Method):
     ids, counts = checkpoint_name(mask.kv_indices, "tables"), jnp.full_like(mask.kv_counts, budget)
     return dataclasses.replace(mask, kv_indices=ids, kv_counts=counts)
 
-  def cost(self, layout, heads, head_dim, allocation=None) -> Cost:
-    """Critical pairs (tiles of average length), `4 d` each; linear attention over tiles, its projection `2 n d D`; rankings of
-    the best and the worst, by the same means. Bytes: 16 per element of q on Hopper (benchmarks/compiled/linear.py), 10 to project."""
-    n, tiles, width = layout.n, layout.tiles, heads * head_dim
-    found = attention_cost(heads * n * self.budgets(tiles)[0] * n / tiles, head_dim)
-    found += linear_attention_cost(n, heads, head_dim, tiles) + Cost(
-      0.0, 2.0 * n * head_dim * width, 26.0 * n * width, 9
-    )
-    return (
-      found + selection_cost(n, tiles, heads, head_dim) + selection_cost(0, tiles, heads, head_dim)
-    )
+  def pairs(self, layout, heads, allocation=None, phase=None):
+    """Counts critical tiles of average length."""
+    critical, _ = self.budgets(layout.tiles)
+    return even_lists(layout, heads, layout.n * critical * layout.n / layout.tiles)

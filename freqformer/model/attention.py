@@ -1,7 +1,7 @@
-"""`SpectralAttention`: the attention layer of every method. It projects, normalises and rotates; the method does the rest."""
+"""The attention layer of every method: it projects, and the method does the rest."""
 
 import dataclasses
-import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +9,7 @@ from flax import nnx
 
 from freqformer.config import ConfigError, refusing
 from freqformer.grid.layout import LayoutTables, TileLayout
-from freqformer.grid.rotary import angle_tables, axis_pairs, rotate
-from freqformer.kernels.around.prepare import log_choice, unsupported
-from freqformer.kernels.around.prepare import prepare as fused
+from freqformer.grid.rotary import axis_pairs
 from freqformer.methods.base import Cond, Dims, Method, Projected
 
 
@@ -23,7 +21,8 @@ class AttentionDims:
     width: of the residual stream.
     heads: must divide the width into an even head dimension.
     cond_dim: of the timestep embedding.
-    qk_gain: initial gain of the query norm; small heads cap logits, and a gain above 1 helps dense attention most.
+    qk_gain: initial gain of the query norm; small heads cap logits, and a gain above 1 helps dense
+      attention most.
   """
 
   width: int
@@ -43,16 +42,17 @@ class AttentionDims:
 
   @property
   def head_dim(self) -> int:
+    """Channels of a head."""
     return self.width // self.heads
 
   @property
   def for_method(self) -> Dims:
-    """What of it a method sees."""
+    """The sizes that a method sees."""
     return Dims(self.heads, self.head_dim, self.cond_dim)
 
 
 class SpectralAttention(nnx.Module):
-  """Multi-head attention with QK-norm (RMS, learned per channel), 3-D rotary and a pluggable method."""
+  """Multi-head attention with QK-norm (RMS, learned per channel), 3-D rotary and a method."""
 
   def __init__(
     self,
@@ -61,11 +61,14 @@ class SpectralAttention(nnx.Module):
     layout: TileLayout,
     rngs: nnx.Rngs,
     *,
-    dtype=jnp.float32,
+    dtype: jax.typing.DTypeLike = jnp.float32,
     implementation: str | None = None,
   ):
+    self.dims = dims
+    self.config = method
+    self.dtype = dtype
+    self.implementation = implementation
     head_dim = dims.head_dim
-    self.dims, self.config, self.dtype, self.implementation = dims, method, dtype, implementation
     init = nnx.initializers.xavier_uniform()
     self.qkv = nnx.Linear(dims.width, 3 * dims.width, kernel_init=init, dtype=dtype, rngs=rngs)
     self.out = nnx.Linear(dims.width, dims.width, kernel_init=init, dtype=dtype, rngs=rngs)
@@ -76,46 +79,30 @@ class SpectralAttention(nnx.Module):
     with refusing(f"attention method {type(method).__name__}"):
       self.method = method.build(dims.for_method, layout, rngs)
 
-  def __call__(self, x: jax.Array, cond: Cond, layout: LayoutTables, tables, state):
+  def __call__(
+    self, x: jax.Array, cond: Cond, layout: LayoutTables, tables: Any, state: Any
+  ) -> tuple[jax.Array, Any, dict]:
     """Attention over tokens in tile order.
 
     Args:
       x: `[b, n_buffer, width]`; padding rows hold anything finite.
-      layout: arrays of the layout; `tables`, `state`: the method's own.
+      cond: the moment that the layer runs in.
+      layout: arrays of the layout.
+      tables: of the method, for this layout.
+      state: of the method, for this layer.
 
     Returns:
       `[b, n_buffer, width]`, the new state and the method's aux.
     """
     b, n, width = x.shape
     shape = (3, self.dims.heads, self.dims.head_dim)
-    x, kernel, bias = (y.astype(self.dtype) for y in (x, self.qkv.kernel[...], self.qkv.bias[...]))
-    product = (x @ kernel).reshape(b, n, *shape)
-    joint = product + bias.reshape(shape)
-    rotations = (functools.partial(_norm_rotary, norm) for norm in (self.q_norm, self.k_norm))
-    prepare = self._kernel(product, layout)
-    projected = Projected(
-      *jnp.unstack(joint, axis=2), *rotations, layout, self.implementation, prepare
+    product = x.astype(self.dtype) @ self.qkv.kernel[...].astype(self.dtype)
+    projected = Projected.of_joint(
+      product.reshape(b, n, *shape),
+      self.qkv.bias[...].reshape(shape),
+      (self.q_norm.scale[...], self.k_norm.scale[...]),
+      layout,
+      self.implementation,
     )
     out, state, aux = self.config(self.method, projected, cond, tables, state)
     return self.out(out.reshape(b, n, width).astype(self.dtype)), state, aux
-
-  def _kernel(self, product, layout):
-    """`Projected.prepare` where the device has a kernel; it adds the bias, too, which XLA may not fuse with the product."""
-    reason = f"attention runs on {self.implementation}"
-    if self.implementation in (None, "pallas_mgpu"):
-      reason = unsupported(product, layout.layout.tiles)
-    log_choice("what prepares attention", reason)
-    if reason:
-      return None
-    learned = (
-      self.qkv.bias[...].reshape(product.shape[2:]),
-      (self.q_norm.scale[...], self.k_norm.scale[...]),
-    )
-    with jax.named_scope("prepare"):
-      tables = angle_tables(layout.positions, self.dims.head_dim)
-    return functools.partial(fused, product, *learned, tables, layout.kv_len)
-
-
-@jax.named_scope("norm_rotary")
-def _norm_rotary(norm, x, positions):
-  return rotate(norm(x), positions)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from freqformer.config import ConfigError, build, did_you_mean, refusing, require, require_one_of
 from freqformer.grid.layout import TileLayout
-from freqformer.kernels.block_sparse.api import BACKENDS
+from freqformer.kernels.block_sparse.api import ATTENTION
+from freqformer.kernels.core.op import ALIASES
 from freqformer.methods.base import Method
 from freqformer.methods.registry import METHODS, method_class, parse_method, with_fields
 from freqformer.model.attention import AttentionDims
@@ -49,8 +50,8 @@ class AttentionConfig:
     require(self, "qk_gain", above=0)
     if len(self.tile) not in (0, 3):
       raise ValueError(f"tile={self.tile} must be empty or three extents (t, y, x).")
-    if self.implementation is not None:
-      require_one_of(self, "implementation", BACKENDS)
+    if self.implementation is not None and self.implementation not in ALIASES:
+      require_one_of(self, "implementation", tuple(ATTENTION.implementations))
 
   def named(self, name: str) -> Method:
     """Returns the configured method of a name; one that is not configured has its defaults."""

@@ -46,7 +46,13 @@ def fixed_tiles(layout: TileLayout, sink: int = 0, anchors: int = 0) -> np.ndarr
 
 @jax.named_scope("select")
 def block_topk(
-  q_pool: jax.Array, k_pool: jax.Array, budget: int, fixed: np.ndarray, kv_len, block: int
+  q_pool: jax.Array,
+  k_pool: jax.Array,
+  budget: int,
+  fixed: np.ndarray,
+  kv_len,
+  block: int,
+  implementation: str | None = None,
 ) -> BlockMask:
   """The `budget` best key tiles per query tile by `q_pool . k_pool`; fixed tiles count inside the budget.
 
@@ -56,6 +62,7 @@ def block_topk(
     fixed: int `[tiles, f]`, ids that are always listed (repeats allowed).
     kv_len: int32 `[tiles]`.
     block: rows of a tile.
+    implementation: of the top-k, or None for automatic choice.
 
   Raises:
     ValueError: if the budget cannot hold the fixed tiles.
@@ -71,9 +78,8 @@ def block_topk(
     raise ValueError(
       f"{budget=} key tiles cannot hold the {distinct} fixed ones (own, sink, anchors); raise the budget."
     )
-  ids = top_tiles(
-    jax.lax.stop_gradient(q_pool), jax.lax.stop_gradient(k_pool), budget, fixed, _CHUNK_SCORES
-  )
+  q_pool, k_pool = jax.lax.stop_gradient((q_pool, k_pool))
+  ids = top_tiles(q_pool, k_pool, budget, fixed, _CHUNK_SCORES, implementation)
   counts = jnp.full(ids.shape[:3], budget, jnp.int32)
   return BlockMask(ids, counts, kv_len, None, block, block)
 

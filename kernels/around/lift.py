@@ -1,27 +1,52 @@
-"""Attention's packed output brought back to the tokens: `weights * (tokens + U coarse)` in one pass.
+"""Attention's packed output brought back to tokens: `weights * (tokens + U coarse)` in one pass.
 
-`lift` is defined by its plain form in JAX below, which also gives its gradients; on Hopper a Mosaic GPU kernel (`hopper_lift.py`)
-reads the tokens once and writes them once, and multiplies for the heads that have coarse rows only.
+`forward` below defines `lift` in plain JAX and gives its gradients. On Hopper a kernel
+(`hopper_lift.py`) reads the tokens once and writes them once, and multiplies for the heads that
+have coarse rows only.
 """
 
 import dataclasses
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-from freqformer.kernels.around.prepare import MAX_CELLS, refusal, two_terms
 from freqformer.kernels.core.cotangents import no_gradient
-from freqformer.kernels.core.partition import by_sample_and_head, several_devices
-from freqformer.kernels.core.target import Target
+from freqformer.kernels.core.op import Op, Split
+
+LIFT = Op(
+  name="lift",
+  implementations={"hopper": "around.hopper_lift_call", "xla": "around.lift"},
+  forward=Split(("b.h.", "bh", "bh", "."), "b.h."),
+)
+
+
+class Lifting(Protocol):
+  """Anything that lifts coarse tokens, as `Expansion` does where the transform stays in a tile.
+
+  Attributes:
+    front: rows before the tokens in the packed buffer.
+    tiles: tiles of tokens.
+    per_tile: coarse tokens of a tile, or None if the transform leaves the tile.
+  """
+
+  front: int
+  tiles: int
+  per_tile: int | None
+
+  def lift(self, packed: jax.Array, low: jax.Array) -> jax.Array:
+    """Returns tokens `[b, n, h, d]` of the coarse rows of packed, of `low` heads alone."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Expansion:
-  """How each tile is lifted: its rows get `matrices[classes[t]]` times the coarse tokens from `starts[t]` on.
+  """Lifts by tile: a tile's rows get its matrix times its coarse tokens.
 
   Attributes:
-    matrices: float32 `[classes, block, cells]`; rows of padding and columns that a class does not have are zero.
-    classes, starts: int32 `[tiles]`.
+    matrices: float32 `[classes, block, cells]`; rows of padding and columns that a class does not
+      have are zero.
+    classes: int32 `[tiles]`, the matrix of each tile.
+    starts: int32 `[tiles]`, each tile's first coarse token.
     front: static; rows before the tokens in the packed buffer.
   """
 
@@ -31,115 +56,79 @@ class Expansion:
   front: int = dataclasses.field(metadata={"static": True})
 
   @property
-  def block(self) -> int:
-    return self.matrices.shape[1]
+  def tiles(self) -> int:
+    """Tiles of tokens."""
+    return len(self.starts)
 
   @property
-  def aligned(self) -> bool:
-    """Whether every tile's coarse tokens begin at a multiple of 8, seen from the shapes."""
-    return self.matrices.shape[0] == 1 and self.matrices.shape[2] % 8 == 0
+  def per_tile(self) -> int:
+    """Coarse tokens of the largest class."""
+    return self.matrices.shape[2]
+
+  @property
+  def alike(self) -> bool:
+    """True if all tiles have one shape."""
+    return self.matrices.shape[0] == 1
+
+  def lift(self, packed: jax.Array, low: jax.Array) -> jax.Array:
+    """Returns `[b, n, h, d]` in at least float32."""
+    b, _, h, d = packed.shape
+    dtype = jnp.promote_types(packed.dtype, jnp.float32)
+    matrices = jnp.asarray(self.matrices, dtype)
+    starts = jnp.asarray(self.starts)
+    if self.alike:  # no gather, whose gradient would be a scatter
+      coarse = packed[:, : self.per_tile * self.tiles]
+    else:  # behind a tile's own coarse tokens its matrix is zero
+      coarse = packed[:, (starts[:, None] + jnp.arange(self.per_tile)).reshape(-1)]
+    coarse = jnp.where(low[:, None, :, None], coarse, 0).astype(dtype)
+    coarse = coarse.reshape(b, self.tiles, self.per_tile, h, d)
+    product = "rk,btkhd->btrhd" if self.alike else "trk,btkhd->btrhd"
+    matrices = matrices[0] if self.alike else matrices[self.classes]
+    lifted = jnp.einsum(product, matrices, coarse, precision=jax.lax.Precision.HIGHEST)
+    return lifted.reshape(b, -1, h, d)
 
 
-def lift(packed, weights, low, expansion: Expansion, implementation=None):
-  """Sum of both resolutions.
+def lift(
+  packed: jax.Array,
+  weights: jax.Array,
+  low: jax.Array,
+  expansion: Lifting,
+  implementation: str | None = None,
+) -> jax.Array:
+  """Returns the weighted sum of both resolutions, differentiable in packed and weights.
 
   Args:
     packed: `[b, front + n, h, d]`, coarse tokens first; finite everywhere.
     weights: `[b, h]`, multiplies the sum.
     low: bool `[b, h]`, heads whose coarse rows count; those of others are not read.
-    implementation: "pallas_mgpu" or "plain"; None: the kernel where it is supported.
+    expansion: how coarse tokens become tokens.
+    implementation: one of `LIFT.implementations`, or None for the first that supports the call.
 
   Returns:
-    `[b, n, h, d]` in packed's dtype. Differentiable in packed and weights.
+    `[b, n, h, d]` in packed's dtype.
 
   Raises:
-    NotImplementedError: if the kernel was named and does not support the call, with the reasons.
+    ValueError: if the implementation is unknown.
+    NotImplementedError: if the named implementation does not support the call, with the reasons.
   """
-  reason = None if implementation == "plain" else unsupported(packed, expansion)
-  if implementation == "pallas_mgpu" and reason:
-    raise NotImplementedError(f"lift: {reason}")
-  if implementation == "plain" or reason:
-    return _plain(packed, weights, low, expansion)
-  return _fused(packed, weights, low, expansion)
-
-
-def unsupported(packed, expansion: Expansion, target: Target | None = None) -> str | None:
-  """Why the kernel cannot run this call, all reasons at once; None if it can."""
-  most = (
-    MAX_CELLS if expansion.aligned else MAX_CELLS - 7
-  )  # it reads 64 rows from a multiple of 8 on
-  return refusal(packed, expansion.block, expansion.matrices.shape[2], target, most)
+  name = LIFT.choose(packed, expansion, implementation=implementation)
+  return LIFT.run_as_defined(name, (packed, weights, low, expansion))
 
 
 @jax.named_scope("lift")
-def _plain(packed, weights, low, expansion):
-  """The definition, in float32 (or wider), rounded once."""
-  dtype = jnp.promote_types(packed.dtype, jnp.float32)
-  classes, _, k = expansion.matrices.shape
-  matrices, starts = jnp.asarray(expansion.matrices, dtype), jnp.asarray(expansion.starts)
-  if classes == 1:  # no gather, whose gradient would be a scatter
-    coarse = packed[:, : k * len(starts)]
-  else:
-    coarse = packed[
-      :, (starts[:, None] + jnp.arange(k)).reshape(-1)
-    ]  # behind a tile's own cells the matrix is zero
-  coarse = (
-    jnp.where(low[:, None, :, None], coarse, 0)
-    .astype(dtype)
-    .reshape(packed.shape[0], -1, k, *packed.shape[2:])
-  )
-  matrices, product = (
-    (matrices[0], "rk,btkhd->btrhd")
-    if classes == 1
-    else (matrices[expansion.classes], "trk,btkhd->btrhd")
-  )
-  lifted = jnp.einsum(product, matrices, coarse, precision=jax.lax.Precision.HIGHEST)
-  tokens = packed[:, expansion.front :]
-  out = (tokens.astype(dtype) + lifted.reshape(tokens.shape)) * weights[:, None, :, None].astype(
-    dtype
-  )
-  return out.astype(packed.dtype)
+def forward(packed, weights, low, expansion: Lifting):
+  """Computes in float32 (or wider) and rounds once."""
+  tokens = packed[:, expansion.front :].astype(jnp.promote_types(packed.dtype, jnp.float32))
+  total = tokens + expansion.lift(packed, low)
+  return (total * weights[:, None, :, None].astype(total.dtype)).astype(packed.dtype)
 
 
-@jax.custom_vjp
-def _fused(packed, weights, low, expansion):
-  if not several_devices():
-    return _run(packed, weights, low, expansion)
-  dims = ["b.h.", "bh", "bh", *("." * jnp.ndim(leaf) for leaf in jax.tree.leaves(expansion))]
-  return by_sample_and_head(_run, (packed, weights, low, expansion), dims, "b.h.")
-
-
-def _fused_fwd(*operands):
-  return _fused(*operands), operands
-
-
-def _fused_bwd(operands, cotangent):
+def backward(operands, cotangent):
+  """Returns the operands' cotangents."""
   packed, weights, low, expansion = operands
-  _, pull = jax.vjp(
-    lambda packed, weights: _plain(packed, weights, low, expansion), packed, weights
-  )
+
+  def run(packed, weights):
+    return forward(packed, weights, low, expansion)
+
+  _, pull = jax.vjp(run, packed, weights)
   return *pull(cotangent), *jax.tree.map(no_gradient, (low, expansion))
-
-
-_fused.defvjp(_fused_fwd, _fused_bwd)
-
-
-@jax.named_scope("lift")
-def _run(packed, weights, low, expansion):
-  # Pallas is imported where it is used
-  from freqformer.kernels.around import hopper_lift as hopper_lift
-
-  (classes, block, k), starts = expansion.matrices.shape, jnp.asarray(expansion.starts, jnp.int32)
-  shifts = 1 if expansion.aligned else 8
-  # Copies begin at multiples of 8 rows; where a tile's first coarse token lies behind one, its matrix moves to the right.
-  padded = [((0, 0), (0, 0), (shift, MAX_CELLS - shift - k)) for shift in range(shifts)]
-  matrices = jnp.stack(
-    [jnp.pad(jnp.asarray(expansion.matrices, jnp.float32), pad) for pad in padded], 1
-  )
-  terms = two_terms(matrices.reshape(-1, block, MAX_CELLS))
-  plan = hopper_lift.Plan(*packed.shape, block, expansion.front)
-  kinds = jnp.asarray(expansion.classes) * shifts + starts % shifts
-  terms = terms.reshape(classes * shifts, 2, plan.pieces, hopper_lift.ROWS, MAX_CELLS)
-  return hopper_lift.forward(
-    plan, packed, terms, kinds, starts // 8, low.astype(jnp.int32), weights.astype(jnp.float32)
-  )

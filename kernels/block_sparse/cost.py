@@ -1,15 +1,17 @@
-"""Exact counts of one `attention` call, from its table or from a closed form: FLOPs, traffic, work items.
+"""Exact counts of one `attention` call: FLOPs, traffic, work items, of a table or in closed form.
 
-Per scored pair and channel the forward does q k^T and p v: 2 matmuls of 2 FLOPs, `4 * pairs * d` in all (FlashAttention,
-arXiv 2205.14135, counts the same; dense: 4 n^2 D). The backward recomputes q k^T and does dO v^T, dS k, dS^T q, p^T dO:
-5 matmuls, 2.5 times the forward; a kernel that walks the table twice (once for dQ, once for dK and dV) does 7.
+Per scored pair and channel the forward does q k^T and p v: 2 matmuls of 2 FLOPs, `4 * pairs * d` in
+all (FlashAttention, arXiv 2205.14135, counts the same; dense: 4 n^2 D). The backward recomputes q
+k^T and does dO v^T, dS k, dS^T q, p^T dO: 5 matmuls, 2.5 times the forward; a kernel that walks the
+table twice (once for dQ, once for dK and dV) does 7.
 
-Traffic of the forward. Each query tile with a list reads its q once, the k and v of every tile that it lists, and writes
-out and LSE. Summed over lists that is what L2 must deliver; device memory delivers at least every distinct byte once, and,
-where a head's k and v do not fit into L2, about the union of the lists that run at the same time.
+Traffic of the forward. Each query tile with a list reads its q once, the k and v of every tile that
+it lists, and writes out and LSE. Summed over lists that is what L2 must deliver; device memory
+delivers at least every distinct byte once, and, where a head's k and v do not fit into L2, about
+the union of the lists that run at the same time.
 
-Not counted: maxima, rescaling and the masks (`REFERENCE_SOFTMAX`: how many in the full-matrix form); instruction issue;
-bytes of counts and offsets (4 per query tile).
+Not counted: maxima, rescaling and the masks (`REFERENCE_SOFTMAX`: how many in the full-matrix
+form); instruction issue; bytes of counts and offsets (4 per query tile).
 """
 
 import dataclasses
@@ -21,8 +23,9 @@ FORWARD_MATMULS = 2
 BACKWARD_MATMULS = {"one_pass": 5, "two_pass": 7}
 # Of the three kernels on Hopper; both of the backward recompute q k^T and dO v^T.
 KERNEL_MATMULS = {"forward": 2, "dq": 3, "dkv": 4}
-# Elementwise operations per pair of `kernels/block_sparse/reference.py` (scale, mask, maximum, differences, sum), as XLA counts them
-# beside two exponentials. No useful work, hence in no other count.
+# Elementwise operations per pair of `kernels/block_sparse/reference.py` (scale, mask, maximum,
+# differences, sum), as XLA counts them beside two exponentials. No useful work, hence in no other
+# count.
 REFERENCE_SOFTMAX = 8
 # Query tiles that run at the same time where nothing better is known: one per SM of an H100.
 CONCURRENT = 132
@@ -30,19 +33,22 @@ CONCURRENT = 132
 
 @dataclasses.dataclass(frozen=True)
 class CallCost:
-  """Of one call, over all samples and heads. Counts, not rates: any device, any precision.
+  """Counts of one call over all samples and heads; no rates: any device, any precision.
 
   Attributes:
     pairs: scored valid (query, key) pairs: the useful work.
-    computed_pairs: rows times keys of all listed tiles, padding included: what a tile kernel computes. Also the number of
-      exponentials.
+    computed_pairs: rows times keys of all listed tiles, padding included: what a tile kernel
+      computes. Also the number of exponentials.
     rows: query tiles, whether they list something or not.
     items: query tiles that list something: work items of a kernel.
     loads: listed key tiles, summed over query tiles.
     distinct: key tiles that at least one list of their head names, summed over heads.
-    wave_loads: the union of the lists of `CONCURRENT` neighbouring query tiles of a head, summed over such groups.
+    wave_loads: the union of the lists of `CONCURRENT` neighbouring query tiles of a head, summed
+      over such groups.
     longest: tiles of the longest list.
-    head_dim, block_q, block_kv: of the call.
+    head_dim: of the call.
+    block_q: rows of a query tile.
+    block_kv: rows of a key tile.
   """
 
   pairs: float
@@ -58,12 +64,13 @@ class CallCost:
   block_kv: int = 128
 
   def __add__(self, other: "CallCost") -> "CallCost":
-    """Both in one launch.
+    """Returns the counts of both in one launch.
 
     Raises:
       ValueError: if head dimension or tile sizes differ.
     """
-    mine, theirs = ((c.head_dim, c.block_q, c.block_kv) for c in (self, other))
+    mine = (self.head_dim, self.block_q, self.block_kv)
+    theirs = (other.head_dim, other.block_q, other.block_kv)
     if mine != theirs:
       raise ValueError(
         f"costs of one launch need equal (head_dim, block_q, block_kv), got {mine} and {theirs}."
@@ -72,10 +79,10 @@ class CallCost:
     return dataclasses.replace(self, **summed, longest=max(self.longest, other.longest))
 
   def scaled(self, factor: float) -> "CallCost":
-    """`factor` times as many heads or samples (or a share of them); the longest list stays."""
+    """Returns the counts of `factor` times as many heads or samples; the longest list stays."""
     return dataclasses.replace(self, **{n: getattr(self, n) * factor for n in _COUNTS})
 
-  # ---- work ------------------------------------------------------------------------------------------------------------
+  # ---- work --------------------------------------------------------------------------------------
 
   @property
   def flops(self) -> float:
@@ -88,34 +95,40 @@ class CallCost:
     return 2.0 * FORWARD_MATMULS * self.computed_pairs * self.head_dim
 
   def backward_flops(self, passes: str = "one_pass") -> float:
-    """Useful FLOPs of the backward, by 5 (`one_pass`, the convention) or 7 (`two_pass`) matmuls."""
+    """Returns useful FLOPs of the backward, by a name of `BACKWARD_MATMULS`."""
     return 2.0 * BACKWARD_MATMULS[passes] * self.pairs * self.head_dim
 
-  # ---- bytes -----------------------------------------------------------------------------------------------------------
+  # ---- bytes -------------------------------------------------------------------------------------
 
   def kv_bytes(self, itemsize: int = 2) -> float:
-    """k and v that L2 delivers: every list reads its tiles. Shared by `block_q` queries, hence falls with `block_q`."""
+    """Returns the bytes of k and v that L2 delivers: every list reads its tiles.
+
+    A tile is shared by `block_q` queries, hence they fall with `block_q`.
+    """
     return 2.0 * self.loads * self.block_kv * self.head_dim * itemsize
 
   def row_bytes(self, itemsize: int = 2) -> float:
-    """q of the rows that list something, out and LSE (float32) of all rows, and the lists themselves (int32)."""
+    """Returns the bytes of q of rows with a list, out and LSE (float32) of all rows, and lists."""
     q_out = (self.items + self.rows) * self.block_q * self.head_dim * itemsize
     return q_out + 4.0 * self.rows * self.block_q + 4.0 * self.loads
 
   def l2_bytes(self, itemsize: int = 2) -> float:
-    """All bytes that pass L2."""
+    """Returns all bytes that pass L2."""
     return self.kv_bytes(itemsize) + self.row_bytes(itemsize)
 
   def min_bytes(self, itemsize: int = 2) -> float:
-    """Device memory at best: every distinct byte once."""
+    """Returns the bytes of device memory at best: every distinct one once."""
     return 2.0 * self.distinct * self.block_kv * self.head_dim * itemsize + self.row_bytes(itemsize)
 
   def expected_bytes(self, itemsize: int = 2, cache: float = 0.0, heads: float = 1.0) -> float:
-    """Device memory if query tiles run in order, sorted lists sweep the keys together and L2 holds one head at a time.
+    """Returns the bytes of device memory where L2 holds one head at a time.
+
+    Query tiles run in order and sorted lists sweep the keys together.
 
     Args:
       itemsize: bytes per element of q, k, v and out.
-      cache: bytes of L2. A head whose listed k and v fit is read once; else every group of concurrent tiles reads its union.
+      cache: bytes of L2. A head whose listed k and v fit is read once; else every group of
+        concurrent tiles reads its union.
       heads: heads times samples in this call.
     """
     head = 2.0 * self.distinct / max(heads, 1.0) * self.block_kv * self.head_dim * itemsize
@@ -123,9 +136,10 @@ class CallCost:
     return 2.0 * loads * self.block_kv * self.head_dim * itemsize + self.row_bytes(itemsize)
 
   def estimate(self, itemsize: int = 2, kernel: str = "forward") -> dict[str, int]:
-    """Arguments of `pallas.CostEstimate`: what the launch of a kernel tells of it.
+    """Returns the arguments of `pallas.CostEstimate` for the launch of a kernel.
 
-    dQ: q and dO are read and dQ is written, k and v are read; dK and dV: q and dO are read, k and v read, dK and dV written;
+    dQ: q and dO are read and dQ is written, k and v are read; dK and dV: q and dO are read, k and v
+      read, dK and dV written;
     both read LSE and delta (float32) and the lists. Every distinct byte once, as in `min_bytes`.
 
     Args:
@@ -153,7 +167,9 @@ def count(
 
   Args:
     mask: NumPy leaves (or concrete arrays).
-    batch, heads: of the call; a table with batch or head dimension 1 serves all.
+    head_dim: of the call.
+    batch: samples of the call; a table with batch dimension 1 serves all.
+    heads: of the call; a table with head dimension 1 serves all.
     concurrent: query tiles of a head that run at the same time, for `wave_loads`.
 
   Raises:
@@ -165,11 +181,11 @@ def count(
       raise ValueError(
         f"the table is for {what}={have}, the call has {got}; it must match or be 1."
       )
-  counts, ids = np.asarray(mask.kv_counts), mask.kv_indices
+  counts = np.asarray(mask.kv_counts)
+  ids = mask.kv_indices
   shared = batch / lead[0] * heads / lead[1]
-  pairs = np.broadcast_to(
-    np.asarray(mask.pairs(), np.float64), np.broadcast_shapes(np.shape(mask.pairs()), lead)
-  )
+  pairs = np.asarray(mask.pairs(), np.float64)
+  pairs = np.broadcast_to(pairs, np.broadcast_shapes(pairs.shape, lead))
   if ids is None or one_list(ids):  # prefixes of one list: a union is its longest
     distinct, waves = _prefix_unions(counts, concurrent)
   else:
@@ -190,31 +206,39 @@ def count(
 
 
 def _prefix_unions(counts, concurrent):
-  padded = np.pad(counts, ((0, 0), (0, 0), (0, -counts.shape[-1] % concurrent)))
-  return float(counts.max(-1).sum()), float(
-    padded.reshape(*counts.shape[:2], -1, concurrent).max(-1).sum()
-  )
+  """Returns what `_unions` does of lists that are prefixes of one list: a union is the longest."""
+  groups = np.pad(counts, ((0, 0), (0, 0), (0, -counts.shape[-1] % concurrent)))
+  groups = groups.reshape(*counts.shape[:2], -1, concurrent)
+  return float(counts.max(-1).sum()), float(groups.max(-1).sum())
 
 
 def _unions(ids, counts, kv_tiles, concurrent):
-  """Key tiles that some list names: per head, and per group of `concurrent` query tiles; one group's lists at a time."""
+  """Returns the key tiles that some list names, summed over heads, and over groups of query tiles.
+
+  The lists of one group of `concurrent` query tiles are read at a time.
+  """
   slots = np.arange(ids.shape[-1], dtype=np.int32)
   distinct = waves = 0
   for b, h in np.ndindex(*counts.shape[:2]):
     whole = np.zeros(kv_tiles, bool)
     for start in range(0, counts.shape[-1], concurrent):
-      group, seen = slice(start, start + concurrent), np.zeros(kv_tiles, bool)
+      group = slice(start, start + concurrent)
+      seen = np.zeros(kv_tiles, bool)
       seen[ids[b, h, group][slots < counts[b, h, group, None]]] = True
-      waves, whole = waves + int(seen.sum()), whole | seen
+      waves += int(seen.sum())
+      whole |= seen
     distinct += int(whole.sum())
   return float(distinct), float(waves)
 
 
 def expected(mask: BlockMask, head_dim: int, heads: int) -> CallCost:
-  """A table's cost where only its shape can be read: the mean length that `with_mean` noted, else lists of full length.
+  """Returns a table's cost where only its shape can be read.
+
+  Lists have the mean length that `with_mean` noted, else full length.
 
   Args:
     mask: the leaves may be traced.
+    head_dim: of the call.
     heads: heads times samples of the call.
   """
   listed = mask.max_kv if mask.mean_listed is None else mask.mean_listed
@@ -240,21 +264,26 @@ def uniform(
   fill: float = 1.0,
   heads: float = 1.0,
 ) -> CallCost:
-  """Closed form: every query tile lists `listed` of `kv_tiles` key tiles, all equally filled.
+  """Returns the counts in closed form: every query tile lists `listed` of `kv_tiles` key tiles.
 
-  With `listed = kv_tiles` it is dense attention on a padded buffer, exact where every tile holds `fill * block` tokens
-  (and always exact in everything but `pairs`). Lists that depend on the data are not known beforehand; their unions are taken
-  as those of independent random lists: each key tile is missed by `c` of them with probability `(1 - listed / kv_tiles)^c`.
-  That is an upper bound where neighbouring query tiles prefer the same keys.
+  With `listed = kv_tiles` it is dense attention on a padded buffer, exact where every tile holds
+  `fill * block` tokens (and always exact in everything but `pairs`). Lists that depend on the data
+  are not known beforehand; their unions are taken as those of independent random lists: each key
+  tile is missed by `c` of them with probability `(1 - listed / kv_tiles)^c`. That is an upper bound
+  where neighbouring query tiles prefer the same keys.
 
   Args:
-    q_tiles, kv_tiles: of one head.
+    q_tiles: query tiles of one head.
     listed: tiles per list; may be a mean.
-    block: rows of a query tile; block_kv: of a key tile, None: the same.
+    kv_tiles: key tiles of one head.
+    head_dim: of the call.
+    block: rows of a query tile.
+    block_kv: rows of a key tile; None: as many.
     fill: share of a tile's rows that hold a token.
     heads: heads times samples.
   """
-  listed, block_kv = min(listed, kv_tiles), block_kv or block
+  listed = min(listed, kv_tiles)
+  block_kv = block_kv or block
 
   def union(rows):
     return kv_tiles * (1.0 - (1.0 - listed / kv_tiles) ** rows) if kv_tiles else 0.0

@@ -53,7 +53,7 @@ def _either(values):
   return " or ".join(map(str, values))
 
 
-def forward(q, k, v, mask, scale):
+def forward(q, k, v, mask, *, scale):
   """Shapes as in `kernels.block_sparse.api.attention`."""
   data, walked = (q, k, v), _by_query(mask, q.shape[0], q.shape[2])
   return hopper_forward.forward(
@@ -61,7 +61,7 @@ def forward(q, k, v, mask, scale):
   )
 
 
-def backward(q, k, v, mask, scale, lse, delta, d_out):
+def backward(q, k, v, mask, lse, delta, d_out, *, scale):
   """dQ by the lists, dK and dV by the transposed ones."""
   # A row that sees nothing: an LSE so large that every P is 0.
   lse = jnp.where(lse > -jnp.inf, lse * parts.LOG2E, 1e30)

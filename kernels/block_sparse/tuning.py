@@ -1,8 +1,8 @@
-"""How the GPU kernels are cut for a device: `TuningConfig` per device, head dimension, tile sizes and direction.
+"""A GPU kernel's cut per device, head dimension, tile sizes and direction: `TuningConfig`.
 
-A table `tuning.json` holds what a search on the device found (`python -m benchmarks.gpu.tune`) and says
-where. Until one has run, and for what it lacks, `default` is used, which is reasoned from shared
-memory and registers, not measured.
+A table `tuning.json` holds what a search on the device found (`python -m benchmarks.gpu.tune`) and
+says where. Until one has run, and for what it lacks, `default` is used, which is reasoned from
+shared memory and registers, not measured.
 """
 
 import contextlib
@@ -27,11 +27,13 @@ _override = contextvars.ContextVar("override", default=None)
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Key:
-  """What a configuration depends on.
+  """The facts that a configuration depends on.
 
   Attributes:
     device: "h100".
-    head_dim, block_q, block_kv: of the call.
+    head_dim: of the call.
+    block_q: rows of a query tile.
+    block_kv: rows of a key tile.
     direction: "forward", "dq" (backward of the queries) or "dkv" (of keys and values).
   """
 
@@ -57,11 +59,14 @@ class TuningConfig:
 
   Attributes:
     stages: depth of the ring buffer that the memory warpgroup fills.
-    step: rows of the walked-over side per stage, at most 128: several short tiles share a stage, long tiles are halved.
-    compute_registers: per thread of a compute warpgroup; a multiple of 8, or 0 to keep what the compiler gave.
+    step: rows of the walked-over side per stage, at most 128: several short tiles share a stage,
+      long tiles are halved.
+    compute_registers: per thread of a compute warpgroup; a multiple of 8, or 0 to keep what the
+      compiler gave.
     memory_registers: per thread of the memory warpgroup, likewise.
     take_turns: two compute warpgroups alternate between tensor cores and softmax (forward).
-    by_lane: Mosaic lowers the kernel lane by lane instead of by warpgroup: other instructions for the same kernel.
+    by_lane: Mosaic lowers the kernel lane by lane instead of by warpgroup: other instructions for
+      the same kernel.
     scores_ahead: the scores of the next stage are issued beside the values of this one (forward).
     tiles_per_block: 2 gives each of two neighbouring 64-row tiles a compute and a memory
       warpgroup, a list and a ring of its own.
@@ -93,12 +98,13 @@ class TuningConfig:
       )
 
   def consumers(self, key: Key) -> int:
-    """Compute warpgroups of a thread block."""
+    """Returns the compute warpgroups of a thread block."""
     return self.tiles_per_block * key.readers
 
   def shared_bytes(self, key: Key, itemsize: int = 2) -> int:
-    """Shared memory of a thread block: what stays, and the rings."""
-    rows, side = self.consumers(key) * 64, key.head_dim * itemsize
+    """Returns the bytes of shared memory of a thread block: what stays, and the rings."""
+    rows = self.consumers(key) * 64
+    side = key.head_dim * itemsize
     slots = self.tiles_per_block * self.stages
     ring = 2 * [slots * self.step * side]
     if key.direction == "forward":
@@ -111,7 +117,7 @@ class TuningConfig:
     return sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in arrays) + _BARRIER_BYTES
 
   def check(self, key: Key) -> "TuningConfig":
-    """The configuration, if it fits the key.
+    """Returns the configuration, if it fits the key.
 
     Raises:
       ValueError: if shared memory or registers do not suffice, if a single stage is to be taken in
@@ -135,7 +141,8 @@ class TuningConfig:
     if self.compute_registers:
       if consumers != 2:
         raise ValueError(
-          f"{self} moves registers, but {key} has one compute warpgroup: nothing to gain, set 0 and 0."
+          f"{self} moves registers, but {key} has one compute warpgroup: nothing to gain, set 0 "
+          "and 0."
         )
       # What a block starts with is all it ever has: a warpgroup that asked for more than the
       # others gave back would wait for ever.
@@ -144,7 +151,8 @@ class TuningConfig:
       used = consumers * self.compute_registers + self.tiles_per_block * self.memory_registers
       if used > pool:
         raise ValueError(
-          f"{self} needs {used} registers per lane of {warpgroups} warpgroups, they start with {pool}."
+          f"{self} needs {used} registers per lane of {warpgroups} warpgroups, they start with "
+          f"{pool}."
         )
     return self
 
@@ -217,7 +225,7 @@ def _fits(config: TuningConfig, key: Key) -> bool:
 
 
 def lookup(key: Key) -> TuningConfig:
-  """The configuration of a key: an override, else the committed table's, else the default."""
+  """Returns a key's configuration: an override, else the committed table's, else the default."""
   override = _override.get()
   if override and key in override:
     return override[key].check(key)
@@ -236,7 +244,7 @@ def override(configs: dict[Key, TuningConfig]):
 
 @functools.cache
 def table() -> dict[Key, TuningConfig]:
-  """The table that a search wrote; empty where none has run.
+  """Returns the table that a search wrote; empty where none has run.
 
   Raises:
     ValueError: if a configuration does not fit its key.

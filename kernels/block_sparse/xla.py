@@ -1,13 +1,15 @@
-"""The portable backend: plain XLA, any device, any shape. The CPU's and TPU's path, and fast there.
+"""The portable implementation: plain XLA, any device, any shape. The CPU's and TPU's path.
 
-One row of work = the query tile of one head and its list. Rows run in groups of a few, in order of falling list length, so
-that the loop over key chunks of a group (a dynamic bound) does little for shorter lists, and empty rows do not run at all.
-Each step gathers a chunk of listed tiles and does dense matmuls: nothing of size n x n, and no gathered copy of K or V
-larger than one group's chunk, ever exists.
+One row of work = the query tile of one head and its list. Rows run in groups of a few, in order of
+falling list length, so that the loop over key chunks of a group (a dynamic bound) does little for
+shorter lists, and empty rows do not run at all. Each step gathers a chunk of listed tiles and does
+dense matmuls: nothing of size n x n, and no gathered copy of K or V larger than one group's chunk,
+ever exists.
 
-Masking is done by the matmul. Keys carry one more column: 0 (or the tile's bias) in valid rows and `_HIDDEN` in padding rows;
-queries carry a 1 there. Slots behind a list's count read one more tile, hidden as a whole. Scores thus arrive masked, and
-the passes over them are a maximum and an exponential, nothing else.
+Masking is done by the matmul. Keys carry one more column: 0 (or the tile's bias) in valid rows and
+`_HIDDEN` in padding rows; queries carry a 1 there. Slots behind a list's count read one more tile,
+hidden as a whole. Scores thus arrive masked, and the passes over them are a maximum and an
+exponential, nothing else.
 """
 
 import dataclasses
@@ -18,69 +20,77 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-# Measured on 2 CPU cores (docs/log.md): larger groups leave the cache, smaller ones pay for dispatch.
+# Measured on 2 CPU cores (docs/log.md): larger groups leave the cache, smaller ones pay for
+# dispatch.
 _GROUP_ROWS = 1024  # query rows that run together
 _CHUNK_KEYS = 1024  # keys per step, at most
-# The score of what may not be seen. Finite, so that it survives a matmul on devices that split floats, and needs no care
-# where a row has seen nothing yet: exp(_HIDDEN - score) is 0 for every true score.
+# The score of what may not be seen. Finite, so that it survives a matmul on devices that split
+# floats, and needs no care where a row has seen nothing yet: exp(_HIDDEN - score) is 0 for every
+# true score.
 _HIDDEN = -1e30
-
-
-def unsupported(q, k, v, mask, target) -> str | None:
-  """XLA runs everything."""
-  return None
 
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-  """Rows of work and what they list; flat tiles are numbered `(sample * h + head) * tiles + tile`."""
+  """Rows of work and the tiles that they list.
 
-  rows: jax.Array  # int32 [groups, g], row ids by falling count, then filler
-  counts: jax.Array  # int32 [groups, g]
-  lists: jax.Array | None  # int32 [table rows, max_kv]
-  table_row: jax.Array  # int32 [groups, g], into `lists`
-  first_tile: jax.Array  # int32 [groups, g], flat number of key tile 0 of the row's sample and head
-  hidden_tile: int  # flat number of the tile behind the last
-  chunk: int  # key tiles per step
+  Flat tiles are numbered `(sample * h + head) * tiles + tile`.
+
+  Attributes:
+    rows: int32 `[groups, g]`, row ids by falling count, then filler.
+    counts: int32 `[groups, g]`.
+    lists: int32 `[table rows, max_kv]`, or None for all tiles in order.
+    table_row: int32 `[groups, g]`, into `lists`.
+    first_tile: int32 `[groups, g]`, flat number of key tile 0 of the row's sample and head.
+    hidden_tile: flat number of the tile behind the last.
+    chunk: key tiles per step.
+  """
+
+  rows: jax.Array
+  counts: jax.Array
+  lists: jax.Array | None
+  table_row: jax.Array
+  first_tile: jax.Array
+  hidden_tile: int
+  chunk: int
 
   @classmethod
   def of(cls, mask, b, h):
-    num_rows, (table_b, table_h) = b * h * mask.q_tiles, mask.kv_counts.shape[:2]
+    """Plans the work of a table in a call with `b` samples and `h` heads."""
+    num_rows = b * h * mask.q_tiles
+    table_b, table_h = mask.kv_counts.shape[:2]
     counts = jnp.broadcast_to(jnp.asarray(mask.kv_counts), (b, h, mask.q_tiles)).reshape(-1)
     group = max(1, min(num_rows, _GROUP_ROWS // mask.block_q))
     order = jnp.argsort(-counts, stable=True).astype(jnp.int32)
-    filler = jnp.arange(
-      num_rows, num_rows + -num_rows % group, dtype=jnp.int32
-    )  # out of bounds, hence never stored
+    # Filler is out of bounds, hence never stored.
+    filler = jnp.arange(num_rows, num_rows + -num_rows % group, dtype=jnp.int32)
     rows = jnp.concatenate([order, filler]).reshape(-1, group)
     sample_head, tile = jnp.divmod(jnp.minimum(rows, num_rows - 1), mask.q_tiles)
     sample, head = jnp.divmod(sample_head, h)
-    table_row = (
-      (sample if table_b > 1 else 0) * table_h + (head if table_h > 1 else 0)
-    ) * mask.q_tiles + tile
-    steps = -(-mask.max_kv * mask.block_kv // _CHUNK_KEYS)
+    table = (sample if table_b > 1 else 0) * table_h + (head if table_h > 1 else 0)
+    steps = max(1, -(-mask.max_kv * mask.block_kv // _CHUNK_KEYS))
+    indices = mask.kv_indices
     return cls(
-      rows,
-      jnp.take(counts, rows, mode="fill", fill_value=0),
-      None if mask.kv_indices is None else jnp.asarray(mask.kv_indices).reshape(-1, mask.max_kv),
-      table_row,
-      sample_head * mask.kv_tiles,
-      b * h * mask.kv_tiles,
-      max(
-        1, math.ceil(mask.max_kv / max(1, steps))
-      ),  # equal chunks: a list of 9 is 5 + 4, not 8 + 1
+      rows=rows,
+      counts=jnp.take(counts, rows, mode="fill", fill_value=0),
+      lists=None if indices is None else jnp.asarray(indices).reshape(-1, mask.max_kv),
+      table_row=table * mask.q_tiles + tile,
+      first_tile=sample_head * mask.kv_tiles,
+      hidden_tile=b * h * mask.kv_tiles,
+      # Equal chunks: a list of 9 is 5 + 4, not 8 + 1.
+      chunk=max(1, math.ceil(mask.max_kv / steps)),
     )
 
   def live_groups(self):
-    """Groups with anything to do; sorted rows put them first."""
+    """Returns the number of groups with anything to do; sorted rows put them first."""
     return (self.counts[:, 0] > 0).sum(dtype=jnp.int32)
 
   def steps(self, group):
-    """Chunks that the longest list of a group needs."""
+    """Returns the number of chunks that the longest list of a group needs."""
     return (self.counts[group, 0] + self.chunk - 1) // self.chunk
 
   def tiles(self, group, step):
-    """Flat key tiles of one chunk of each row's list: int32 `[g, chunk]`."""
+    """Returns the flat key tiles of one chunk of each row's list: int32 `[g, chunk]`."""
     slots = step * self.chunk + jnp.arange(self.chunk, dtype=jnp.int32)
     ids = slots[None]
     if self.lists is not None:
@@ -91,71 +101,70 @@ class _Plan:
 
 
 def _view(x, block, tiles):
-  """`[b, n, h, d] -> [b, tiles, block, h, d]`: no copy unless n ends inside a tile."""
+  """Returns `[b, n, h, d]` as `[b, tiles, block, h, d]`: no copy unless n ends inside a tile."""
   b, n, h, d = x.shape
   return jnp.pad(x, ((0, 0), (0, tiles * block - n), (0, 0), (0, 0))).reshape(b, tiles, block, h, d)
 
 
 def _unview(x, n):
-  """The inverse of `_view`."""
+  """Inverts `_view`."""
   return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :n]
 
 
 def _row_view(x, block, tiles):
-  """`[b, h, n] -> [b * h * tiles, block]`: one number per query row."""
+  """Returns one number per query row, `[b, h, n]`, as `[b * h * tiles, block]`."""
   return jnp.pad(x, ((0, 0), (0, 0), (0, tiles * block - x.shape[-1]))).reshape(-1, block)
 
 
 def _at(view, flat):
-  """The tiles of a view with these flat numbers, to read or to update; a number behind the last is out of bounds."""
+  """Returns the tiles of a view with these flat numbers, to read or to update.
+
+  A number behind the last one is out of bounds.
+  """
   sample_head, tile = jnp.divmod(flat, view.shape[1])
   sample, head = jnp.divmod(sample_head, view.shape[3])
   return view.at[sample, tile, :, head]
 
 
 def _read(view, flat):
-  """`[..., block, d]` of flat tiles `[...]`, in float32 (or float64); zeros where the number is out of bounds."""
+  """Returns `[..., block, d]` of flat tiles `[...]`, in at least float32; zeros out of bounds."""
   x = _at(view, flat).get(mode="fill", fill_value=0)
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _key_tiles(k, mask):
-  """Tiles of k with the masking column, and one hidden tile: `[b * h * kv_tiles + 1, block_kv, d + 1]`.
+  """Returns tiles of k with the masking column, and one hidden tile behind the last.
 
   Padding rows are zeroed, so that nothing finite in them can overflow.
+
+  Returns:
+    `[b * h * kv_tiles + 1, block_kv, d + 1]`.
   """
-  n, d, block = k.shape[1], k.shape[3], mask.block_kv
-  bound = np.clip(
-    n - np.arange(mask.kv_tiles) * block, 0, block
-  )  # the buffer may end inside its last tile
-  kv_len = jnp.minimum(jnp.asarray(mask.kv_len), bound.astype(np.int32)).reshape(
-    -1, 1, mask.kv_tiles, 1
-  )
+  _, n, _, d = k.shape
+  block = mask.block_kv
+  dtype = jnp.promote_types(k.dtype, jnp.float32)
+  # The buffer may end inside its last tile.
+  bound = np.clip(n - np.arange(mask.kv_tiles) * block, 0, block).astype(np.int32)
+  kv_len = jnp.minimum(jnp.asarray(mask.kv_len), bound).reshape(-1, 1, mask.kv_tiles, 1)
   valid = (jnp.arange(block, dtype=jnp.int32) < kv_len)[..., None]
-  k = (
-    _view(k, block, mask.kv_tiles)
-    .astype(jnp.promote_types(k.dtype, jnp.float32))
-    .transpose(0, 3, 1, 2, 4)
-  )
-  bias = (
-    jnp.zeros(mask.kv_tiles)
-    if mask.kv_bias is None
-    else jnp.maximum(jnp.asarray(mask.kv_bias), _HIDDEN)
-  )
-  column = jnp.where(valid, bias[:, None, None].astype(k.dtype), _HIDDEN)
+  k = _view(k, block, mask.kv_tiles).astype(dtype).transpose(0, 3, 1, 2, 4)
+  bias = jnp.zeros(mask.kv_tiles)
+  if mask.kv_bias is not None:
+    bias = jnp.maximum(jnp.asarray(mask.kv_bias), _HIDDEN)
+  column = jnp.where(valid, bias[:, None, None].astype(dtype), _HIDDEN)
   column = jnp.broadcast_to(column, (*k.shape[:-1], 1))
   tiles = jnp.concatenate([jnp.where(valid, k, 0), column], -1).reshape(-1, block, d + 1)
-  hidden = jnp.zeros((1, block, d + 1), k.dtype).at[..., d].set(_HIDDEN)
+  hidden = jnp.zeros((1, block, d + 1), dtype).at[..., d].set(_HIDDEN)
   return jnp.concatenate([tiles, hidden])
 
 
 def _join(x):
-  """The tiles of a chunk in a row: `[g, c, block, d] -> [g, c * block, d]`."""
+  """Returns the tiles of a chunk in a row: `[g, c, block, d]` as `[g, c * block, d]`."""
   return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
 def _with_one(queries):
-  """Queries `[g, i, d + 1]` that let the masking column of the keys through."""
+  """Returns queries `[g, i, d + 1]` that let the masking column of the keys through."""
   return jnp.pad(queries, ((0, 0), (0, 0), (0, 1)), constant_values=1)
 
 
@@ -163,11 +172,13 @@ def _dot(equation, x, y):
   return jnp.einsum(equation, x, y, precision="highest")
 
 
-def forward(q, k, v, mask, scale):
-  """Online softmax over chunks; shapes as in `kernels.block_sparse.api.attention`."""
+def forward(q, k, v, mask, *, scale):
+  """Returns out and LSE by an online softmax over chunks."""
   b, n_q, h, _ = q.shape
-  plan, k_tiles = _Plan.of(mask, b, h), _key_tiles(k, mask)
-  q, v = _view(q, mask.block_q, mask.q_tiles), _view(v, mask.block_kv, mask.kv_tiles)
+  plan = _Plan.of(mask, b, h)
+  k_tiles = _key_tiles(k, mask)
+  q = _view(q, mask.block_q, mask.q_tiles)
+  v = _view(v, mask.block_kv, mask.kv_tiles)
 
   def group(i, carry):
     outs, lses = carry
@@ -186,29 +197,30 @@ def forward(q, k, v, mask, scale):
       return out, new, total * shrink + p.sum(-1)
 
     top = jnp.full(queries.shape[:2], _HIDDEN, queries.dtype)
-    out, top, total = lax.fori_loop(
-      0, plan.steps(i), step, (jnp.zeros_like(queries), top, jnp.zeros_like(top))
-    )
+    start = (jnp.zeros_like(queries), top, jnp.zeros_like(top))
+    out, top, total = lax.fori_loop(0, plan.steps(i), step, start)
     some = top > _HIDDEN / 2
     out = jnp.where(some[..., None], out / total[..., None], 0).astype(q.dtype)
     lse = jnp.where(some, top + jnp.log(total), -jnp.inf)
-    return _at(outs, rows).set(out, unique_indices=True), lses.at[rows].set(
-      lse, unique_indices=True
-    )
+    outs = _at(outs, rows).set(out, unique_indices=True)
+    return outs, lses.at[rows].set(lse, unique_indices=True)
 
   empty = jnp.full((b * h * mask.q_tiles, mask.block_q), -jnp.inf, k_tiles.dtype)
   out, lse = lax.fori_loop(0, plan.live_groups(), group, (jnp.zeros_like(q), empty))
   return _unview(out, n_q), lse.reshape(b, h, -1)[..., :n_q]
 
 
-def backward(q, k, v, mask, scale, lse, delta, d_out):
-  """One pass over the same rows: dQ stays with its row, dK and dV are added tile by tile, in a fixed order.
+def backward(q, k, v, mask, lse, delta, d_out, *, scale):
+  """Returns dq, dk, dv by one pass over the same rows.
 
-  Scores are transposed, keys first: then dK and dV are plain matmuls. Queries first, XLA's CPU matmul would contract both
+  dQ stays with its row, dK and dV are added tile by tile, in a fixed order. Scores are transposed,
+  keys first: then dK and dV are plain matmuls. Queries first, XLA's CPU matmul would contract both
   operands over their slow axis, at a quarter of the speed.
   """
-  (b, n_q, h, d), n_kv = q.shape, k.shape[1]
-  plan, k_tiles = _Plan.of(mask, b, h), _key_tiles(k, mask)
+  b, n_q, h, d = q.shape
+  n_kv = k.shape[1]
+  plan = _Plan.of(mask, b, h)
+  k_tiles = _key_tiles(k, mask)
   q, d_out = (_view(x, mask.block_q, mask.q_tiles) for x in (q, d_out))
   v = _view(v, mask.block_kv, mask.kv_tiles)
   lse = jnp.where(lse > -jnp.inf, lse, 0)  # rows without keys: their P is 0, every key is hidden
@@ -217,7 +229,8 @@ def backward(q, k, v, mask, scale, lse, delta, d_out):
   def group(i, carry):
     dq, *dkv = carry
     rows = plan.rows[i]
-    queries, d_rows = _read(q, rows) * scale, _read(d_out, rows)
+    queries = _read(q, rows) * scale
+    d_rows = _read(d_out, rows)
     lse_rows, delta_rows = (x.at[rows].get(mode="clip")[:, None] for x in (lse, delta))
     keyed = _with_one(queries)
 
@@ -229,9 +242,8 @@ def backward(q, k, v, mask, scale, lse, delta, d_out):
       ds = p * (_dot("gjd,gid->gji", _join(_read(v, ids)), d_rows) - delta_rows)
       dq += _dot("gji,gjd->gid", ds, keys)
       shape = (*ids.shape, mask.block_kv, d)
-      dk = dk.at[ids].add(
-        _dot("gji,gid->gjd", ds, queries).reshape(shape)
-      )  # the hidden tile's is dropped
+      # The hidden tile's gradient is out of bounds and dropped.
+      dk = dk.at[ids].add(_dot("gji,gid->gjd", ds, queries).reshape(shape))
       dv = dv.at[ids].add(_dot("gji,gid->gjd", p, d_rows).reshape(shape))
       return dq, dk, dv
 
@@ -239,8 +251,7 @@ def backward(q, k, v, mask, scale, lse, delta, d_out):
     return _at(dq, rows).set(new[..., :d] * scale, unique_indices=True), *dkv
 
   zeros = jnp.zeros((plan.hidden_tile, mask.block_kv, d), k_tiles.dtype)
-  dq, *dkv = lax.fori_loop(
-    0, plan.live_groups(), group, (jnp.zeros(q.shape, zeros.dtype), zeros, zeros)
-  )
+  start = (jnp.zeros(q.shape, zeros.dtype), zeros, zeros)
+  dq, *dkv = lax.fori_loop(0, plan.live_groups(), group, start)
   dk, dv = (x.reshape(b, h, -1, d)[:, :, :n_kv].transpose(0, 2, 1, 3) for x in dkv)
   return _unview(dq, n_q), dk, dv

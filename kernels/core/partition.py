@@ -1,11 +1,14 @@
-"""Attention on several devices: every device runs its own samples and heads, nothing is gathered.
+"""Ops on several devices: every device runs its own samples and heads, nothing is gathered.
 
-A kernel is opaque to XLA's partitioner: left alone it would gather q, k and v of the whole batch and run them on every device.
-Here it learns that samples and heads are independent: operands keep whatever sharding these two dimensions have, all other
-dimensions are made whole. On one device, and inside `shard_map`, this adds nothing to the program.
+A kernel is opaque to XLA's partitioner: left alone it would gather q, k and v of the whole batch
+and run them on every device. Here it learns that samples and heads are independent: operands keep
+whatever sharding these two dimensions have, all other dimensions are made whole. On one device, and
+inside `shard_map`, this adds nothing to the program.
 """
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,32 +17,22 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 
 def several_devices() -> bool:
-  """Whether the code being traced now may be split over devices."""
+  """Returns True if the code being traced may be split over devices."""
   return jax.device_count() > 1 or jax.sharding.get_abstract_mesh().size > 1
 
 
-def table_dims(mask, b: int, h: int) -> list[str]:
-  """Which dimensions of a `BlockMask`'s leaves are samples and heads of a call with `b` and `h` of them; size 1 serves all."""
+def by_sample_and_head(fn: Callable, operands: tuple, operand_dims: Any, result_dims: Any) -> Any:
+  """Runs `fn(*operands)`, split over devices along samples and heads where the operands are.
 
-  def dims(x):
-    # Everything per head starts [b or 1, h or 1]; kv_len alone may be [b, kv_tiles]. Both 1-D leaves are per key tile.
-    lead = {1: ".", 2: "b."}.get(x.ndim, "bh" + "." * (x.ndim - 2))
-    return "".join(
-      d if d == "." or size == {"b": b, "h": h}[d] > 1 else "."
-      for d, size in zip(lead, x.shape, strict=True)
-    )
-
-  return [dims(x) for x in jax.tree.leaves(mask)]
-
-
-def by_sample_and_head(fn, operands, operand_dims, result_dims):
-  """`fn(*operands)`, split over devices along samples and heads where the operands are.
+  Dimensions of an array are a string with one letter each: "b" samples, "h" heads, "." anything
+  else, which missing letters at the end mean, too. Where a leaf has size 1 for samples or heads of
+  which the first operand has more, it serves all of them.
 
   Args:
-    fn: a function of arrays that treats samples and heads independently; it also runs on a part of them.
-    operands: pytrees of arrays.
-    operand_dims: one string per leaf of `operands`, one letter per dimension: "b" samples, "h" heads, "." anything else.
-    result_dims: the same of what `fn` returns, in the structure that it returns.
+    fn: a function of arrays that treats samples and heads independently, and so runs on parts.
+    operands: pytrees of arrays; the first one is an array with samples and heads.
+    operand_dims: a tree of strings whose structure is a prefix of the operands'.
+    result_dims: likewise of what `fn` returns.
 
   Returns:
     What `fn` returns.
@@ -50,52 +43,75 @@ def by_sample_and_head(fn, operands, operand_dims, result_dims):
   def flat(*leaves):
     return fn(*jax.tree.unflatten(tree, leaves))
 
-  # What is partitioned may not hold constants: they become operands, whole on every device. A part has constants of its own.
+  # What is partitioned may not hold constants: they become operands, whole on every device. A part
+  # has constants of its own.
   whole, structure = jax.make_jaxpr(flat, return_shape=True)(*leaves)
-  count, constants = len(leaves), whole.consts
-  operand_dims = [*operand_dims, *("." * np.ndim(c) for c in constants)]
+  count = len(leaves)
+  constants = whole.consts
+  size = dict(zip(operand_dims[0], leaves[0].shape, strict=False))
+  operand_letters = _letters(operand_dims, operands, size)
+  operand_letters += ["." * np.ndim(constant) for constant in constants]
+  result_letters = _letters(result_dims, structure, size)
+  results = jax.tree.structure(structure)
 
   def all_of_it(*leaves_and_constants):
-    leaves, constants = leaves_and_constants[:count], leaves_and_constants[count:]
-    out = jax.core.eval_jaxpr(whole.jaxpr, constants, *leaves)
-    return jax.tree.unflatten(jax.tree.structure(structure), out)
+    leaves = leaves_and_constants[:count]
+    out = jax.core.eval_jaxpr(whole.jaxpr, leaves_and_constants[count:], *leaves)
+    return jax.tree.unflatten(results, out)
 
   def partition(mesh, arg_shapes, result_shape):
+    del result_shape
     axes = {"b": None, "h": None, ".": None}
-    for dims, leaf in zip(operand_dims, arg_shapes, strict=True):
-      for letter, axis in zip(dims, _spec(leaf), strict=False):
+    for letters, leaf in zip(operand_letters, arg_shapes, strict=True):
+      for letter, axis in zip(letters, _spec(leaf), strict=False):
         if letter != "." and axes[letter] is None:
           axes[letter] = axis
 
-    def place(dims):
-      return NamedSharding(mesh, PartitionSpec(*(axes[letter] for letter in dims)))
+    def place(letters):
+      return NamedSharding(mesh, PartitionSpec(*(axes[letter] for letter in letters)))
 
     def local(*leaves_and_constants):
-      with jax.sharding.use_abstract_mesh(
-        outer
-      ):  # the device that the program is for, as seen when it was traced
+      # The target is read off the mesh that was set when the program was traced.
+      with jax.sharding.use_abstract_mesh(outer):
         return flat(*leaves_and_constants[:count])
 
-    del result_shape
-    return mesh, local, jax.tree.map(place, result_dims), tuple(map(place, operand_dims))
+    placed = jax.tree.unflatten(results, [place(letters) for letters in result_letters])
+    return mesh, local, placed, tuple(place(letters) for letters in operand_letters)
 
   call = custom_partitioning(all_of_it)
-  call.def_partition(partition, sharding_rule=_rule(operand_dims, jax.tree.leaves(result_dims)))
+  call.def_partition(partition, sharding_rule=_rule(operand_letters, result_letters))
   return call(*leaves, *constants)
 
 
-def _spec(leaf):
+def _letters(dims, arrays, size: dict[str, int]) -> list[str]:
+  """Returns one letter per dimension of every leaf of `arrays`."""
+  found = []
+
+  def of_leaf(letters, x):
+    letters = letters.ljust(np.ndim(x), ".")
+    shared = zip(letters, np.shape(x), strict=True)
+    found.append("".join("." if n != size.get(letter) else letter for letter, n in shared))
+
+  def of_subtree(letters, subtree):
+    jax.tree.map(lambda x: of_leaf(letters, x), subtree)
+
+  jax.tree.map(of_subtree, dims, arrays)
+  return found
+
+
+def _spec(leaf) -> tuple:
   spec = getattr(leaf.sharding, "spec", None)
   return tuple(spec) if spec is not None else ()
 
 
-def _rule(operand_dims, result_dims) -> str:
-  """Shardy's einsum-like rule: b and h are shared, every other dimension has a factor of its own."""
+def _rule(operand_letters, result_letters) -> str:
+  """Returns Shardy's einsum-like rule: b and h are shared, other dimensions have own factors."""
   number = itertools.count()
 
-  def side(all_dims):
+  def side(all_letters):
     return ", ".join(
-      " ".join(d if d != "." else f"x{next(number)}" for d in dims) for dims in all_dims
+      " ".join(letter if letter != "." else f"x{next(number)}" for letter in letters)
+      for letters in all_letters
     )
 
-  return f"{side(operand_dims)} -> {side(result_dims)}"
+  return f"{side(operand_letters)} -> {side(result_letters)}"

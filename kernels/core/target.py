@@ -1,34 +1,35 @@
-"""The device that a call is traced for: an abstract mesh's device where one is set, else the default backend's."""
+"""The device that a call is traced for: that of the abstract mesh, else the default one."""
 
 import dataclasses
 
 import jax
 
-# Compute capability by what the device's name contains, for devices that are only described (NVIDIA's list of CUDA GPUs);
-# a GPU that is there says it itself. First match wins.
-_CAPABILITIES = (
-  ("H100", "9.0"),
-  ("H200", "9.0"),
-  ("H800", "9.0"),
-  ("H20", "9.0"),
-  ("GH200", "9.0"),
-  ("B200", "10.0"),
-  ("RTX 50", "12.0"),
-  ("RTX 40", "8.9"),
-  ("L40", "8.9"),
-  ("L4", "8.9"),
-  ("A100", "8.0"),
-)
+# Compute capability by what the device's name contains, for GPUs that are only described (NVIDIA's
+# list of CUDA GPUs); a GPU that is there reports its own. The first match counts.
+_CAPABILITIES = {
+  "H100": "9.0",
+  "H200": "9.0",
+  "H800": "9.0",
+  "H20": "9.0",
+  "GH200": "9.0",
+  "B200": "10.0",
+  "RTX 50": "12.0",
+  "RTX 40": "8.9",
+  "L40": "8.9",
+  "L4": "8.9",
+  "A100": "8.0",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-  """What a backend needs to know to accept or refuse.
+  """What an implementation needs to know of a device to accept or refuse a call.
 
   Attributes:
     platform: "cpu", "cuda" or "tpu".
     kind: the device's own name.
-    capability: CUDA compute capability, "9.0"; None for other platforms and unknown GPUs that are not there.
+    capability: CUDA compute capability, e.g. "9.0"; None for other platforms and for unknown GPUs
+      that are not there.
   """
 
   platform: str
@@ -41,18 +42,18 @@ class Target:
 
 
 def current_target() -> Target:
-  """The target of the code being traced now; one compiles for an absent GPU under an abstract mesh."""
+  """Returns the target of the code being traced; an abstract mesh stands for an absent GPU."""
   device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
   if device is None:
     device = jax.local_devices()[0]
-  platform = "cuda" if device.platform in ("gpu", "cuda") else device.platform
-  return Target(platform, device.device_kind, _capability(device) if platform == "cuda" else None)
+  if device.platform not in ("gpu", "cuda"):
+    return Target(device.platform, device.device_kind)
+  return Target("cuda", device.device_kind, _capability(device))
 
 
 def _capability(device) -> str | None:
-  said = getattr(device, "compute_capability", None)  # an abstract device has none
-  if said is not None:
-    return str(said)
-  return next(
-    (capability for name, capability in _CAPABILITIES if name in device.device_kind), None
-  )
+  reported = getattr(device, "compute_capability", None)  # an abstract device has none
+  if reported is not None:
+    return str(reported)
+  known = (number for name, number in _CAPABILITIES.items() if name in device.device_kind)
+  return next(known, None)

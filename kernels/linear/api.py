@@ -1,38 +1,44 @@
-"""Linear attention: `out_i = phi(q_i) (sum_j phi(k_j) v_j^T) / (phi(q_i) sum_j phi(k_j))`, the sums over a segment of rows.
+"""Linear attention: `out_i = phi(q_i) (sum_j phi(k_j) v_j^T) / (phi(q_i) sum_j phi(k_j))`.
 
-Not a softmax and not causal (Katharopoulos et al., arXiv 2006.16236). A segment is any set of rows: a frame, a tile, the
-whole buffer. Costs `4 n d (d + 1)` FLOPs per head and memory O(n d); nothing of size n x n exists.
+The sums run over a segment of rows: a frame, a tile, the whole buffer. Not a softmax and not causal
+(Katharopoulos et al., arXiv 2006.16236). Costs `4 n d (d + 1)` FLOPs per head and memory O(n d);
+nothing of size n x n exists.
 
-Feature maps (elementwise or over the channels of one token, all >= 0, so that denominators are sums of weights >= 0):
+Feature maps (elementwise or over the channels of one token, all >= 0, so that denominators are sums
+of weights >= 0):
 
   softmax   over channels (the default of SLA, arXiv 2509.24006)
   elu       elu(x) + 1 (arXiv 2006.16236): strictly positive
   relu      sparse; a row may see nothing, then it counts as empty
 
-A backend is a module `kernels.linear_*` with `unsupported`, `forward` and `backward`; a named one is used or refused, never
-silently replaced.
+An implementation is a module with three functions:
+
+  unsupported(q, segments, target) -> str | None
+  forward(q, k, v, segments, reads, heads, into, *, feature_map) -> (out, log_den, kept)
+  backward(q, k, v, segments, reads, heads, kept, log_den, delta, d_out, *, feature_map)
+
+`kept` is what its backward wants to keep of the forward, a tree of `[b, h, ...]`, or None.
 """
 
 import functools
-import importlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from freqformer.kernels.core.cotangents import no_gradient
-from freqformer.kernels.core.dispatch import choose
-from freqformer.kernels.core.partition import by_sample_and_head, several_devices
-from freqformer.kernels.core.target import Target, current_target
+from freqformer.kernels.core.cotangents import no_gradient, of_weighted_means
+from freqformer.kernels.core.op import Op, Split
 from freqformer.kernels.linear.segments import Segments
 from freqformer.kernels.linear.xla import FEATURE_MAPS
 
-# In order of preference: the names that `attention` uses, and their modules.
-BACKENDS = {
-  "pallas_mgpu": "freqformer.kernels.linear.hopper",
-  "xla": "freqformer.kernels.linear.xla",
-}
+__all__ = ["FEATURE_MAPS", "LINEAR_ATTENTION", "Segments", "linear_attention"]
 
-__all__ = ["BACKENDS", "FEATURE_MAPS", "Segments", "choose_backend", "linear_attention"]
+_INPUTS = ("b.h.", "b.h.", "b.h.", ".", "bh..", "bh")  # q, k, v, segments, reads, heads
+LINEAR_ATTENTION = Op(
+  name="linear attention",
+  implementations={"hopper": "linear.hopper", "xla": "linear.xla"},
+  forward=Split((*_INPUTS, "b.h."), ("b.h.", "bh.", "bh")),
+  backward=Split((*_INPUTS, "bh", "bh.", "bh.", "b.h."), "b.h."),
+)
 
 
 def linear_attention(
@@ -50,22 +56,27 @@ def linear_attention(
   """Linear attention within segments, or over the segments that each one reads.
 
   Args:
-    q, k, v: `[b, n, h, d]`, one dtype; the three share the rows and their segments. Rows in no segment may hold anything
-      finite: nothing depends on them. Features and sums are float32 (float64 for float64 inputs); where inputs have 16
-      bits, features and sums are rounded to them as operands of a product, never while they add up.
+    q, k, v: `[b, n, h, d]`, one dtype; the three share the rows and their segments. Rows in no
+      segment may hold anything finite: nothing depends on them. Features and sums are float32
+      (float64 for float64 inputs); where inputs have 16 bits, features and sums are rounded to them
+      as operands of a product, never while they add up.
     segments: which rows are summed together; None: all of them.
-    reads: which segments' sums a segment's queries read, bool or weights >= 0 `[b or 1, h or 1, segments, segments]`,
-      not differentiated; None: their own.
+    reads: which segments' sums a segment's queries read, bool or weights >= 0
+      `[b or 1, h or 1, segments, segments]`, not differentiated; None: their own.
     feature_map: a name of `FEATURE_MAPS`.
-    heads: bool `[b or 1, h or 1]`, which heads take part; the others read nothing, and a GPU kernel moves nothing for them.
-      None: all. A NumPy array `[1, h]` is known before tracing: then XLA, too, computes nothing for them.
-    into: `[b, n, h, d]` in q's dtype, the output of the heads that take no part; it may be overwritten in place. None: 0.
-    implementation: a name of `BACKENDS`, or None for the first that supports the call.
+    heads: bool `[b or 1, h or 1]`, which heads take part; the others read nothing, and a GPU kernel
+      moves nothing for them. None: all. A NumPy array `[1, h]` is known before tracing: then XLA,
+      too, computes nothing for them.
+    into: `[b, n, h, d]` in q's dtype, the output of the heads that take no part; it may be
+      overwritten in place. None: 0.
+    implementation: one of `LINEAR_ATTENTION.implementations`, or None for the first that supports
+      the call.
 
   Returns:
-    out `[b, n, h, d]` in q's dtype, and the natural log of each row's denominator `[b, h, n]`, float32 (float64). Rows that
-    read nothing (no segment, an empty one, or a denominator below 1e-18) give 0, -inf and no gradient. Both results are
-    differentiable in q, k, v, the first in `into`, too.
+    out `[b, n, h, d]` in q's dtype, and the natural log of each row's denominator `[b, h, n]`,
+    float32 (float64). Rows that read nothing (no segment, an empty one, or a denominator below
+    1e-18) give 0, -inf and no gradient. Both results are differentiable in q, k, v, the first in
+    `into`, too.
 
   Raises:
     ValueError: for an unknown feature map or implementation, or shapes that contradict each other.
@@ -73,39 +84,11 @@ def linear_attention(
   """
   segments = Segments.whole(q.shape[1]) if segments is None else segments
   _validate(q, k, v, segments, reads, feature_map, heads, into)
-  name = choose_backend(q, segments, implementation)
+  name = LINEAR_ATTENTION.choose(q, segments, implementation=implementation)
+  run = functools.partial(_linear, name, feature_map)
   if name == "xla" and isinstance(heads, np.ndarray) and heads.shape == (1, q.shape[2]):
-    return _on_known_heads(
-      functools.partial(_linear, name, feature_map),
-      q,
-      k,
-      v,
-      segments,
-      reads,
-      np.flatnonzero(heads),
-      into,
-    )
-  return _linear(name, feature_map, q, k, v, segments, reads, heads, into)
-
-
-def choose_backend(
-  q, segments: Segments, implementation: str | None = None, target: Target | None = None
-) -> str:
-  """The name of the backend that `linear_attention` would run; raises as it does."""
-  if implementation not in (None, *BACKENDS):
-    raise ValueError(
-      f"{implementation=} is unknown; choose one of {', '.join(BACKENDS)} or None for automatic choice."
-    )
-  target = current_target() if target is None else target
-
-  def refused(name):
-    return _backend(name).unsupported(q, segments, target)
-
-  return choose("linear attention", BACKENDS, refused, implementation, target)
-
-
-def _backend(name):
-  return importlib.import_module(BACKENDS[name])
+    return _on_known_heads(run, q, k, v, segments, reads, np.flatnonzero(heads), into)
+  return run(q, k, v, segments, reads, heads, into)
 
 
 def _validate(q, k, v, segments, reads, feature_map, heads, into):
@@ -118,7 +101,8 @@ def _validate(q, k, v, segments, reads, feature_map, heads, into):
     )
   if segments.buffer != q.shape[1]:
     raise ValueError(
-      f"the segments describe {segments.buffer} rows, the input has {q.shape[1]}; build them for this buffer."
+      f"the segments describe {segments.buffer} rows, the input has {q.shape[1]}; build them for "
+      "this buffer."
     )
 
   def lead(x):
@@ -139,16 +123,16 @@ def _validate(q, k, v, segments, reads, feature_map, heads, into):
     )
   if into is not None and (heads is None or into.shape != q.shape or into.dtype != q.dtype):
     raise ValueError(
-      f"into must come with heads and be {q.dtype} {q.shape}, got {into.dtype} {into.shape} and {heads=}."
+      f"into must come with heads and be {q.dtype} {q.shape}, got {into.dtype} {into.shape} and "
+      f"{heads=}."
     )
 
 
 def _on_known_heads(run, q, k, v, segments, reads, own, into):
-  """XLA's shapes are static: `run` on the heads that take part, cut out and put back."""
+  """Runs the heads that take part, cut out and put back: XLA's shapes are static."""
   into = jnp.zeros(q.shape, q.dtype) if into is None else into
-  empty = jnp.full(
-    (q.shape[0], *q.shape[2:0:-1]), -jnp.inf, jnp.promote_types(q.dtype, jnp.float32)
-  )
+  b, n, h, _ = q.shape
+  empty = jnp.full((b, h, n), -jnp.inf, jnp.promote_types(q.dtype, jnp.float32))
   if not len(own):
     return into, empty
 
@@ -157,80 +141,30 @@ def _on_known_heads(run, q, k, v, segments, reads, own, into):
 
   reads = reads if reads is None or reads.shape[1] == 1 else cut(reads, 1)
   out, log_den = run(cut(q, 2), cut(k, 2), cut(v, 2), segments, reads, None, None)
-  return into.at[:, :, own].set(out, unique_indices=True), empty.at[:, own].set(
-    log_den, unique_indices=True
-  )
+  out = into.at[:, :, own].set(out, unique_indices=True)
+  return out, empty.at[:, own].set(log_den, unique_indices=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _linear(name, feature_map, *operands):
-  return _forward(name, feature_map, *operands)[:2]
+  return LINEAR_ATTENTION.run(name, operands, feature_map=feature_map)[:2]
 
 
-def _forward(name, feature_map, q, k, v, segments, reads, heads, into):
-  run, operands = (
-    functools.partial(_backend(name).forward, feature_map),
-    (q, k, v, segments, reads, heads, into),
-  )
-  if name == "xla" or not several_devices():
-    return run(*operands)
-  dims = [
-    *_dims(q, segments),
-    *_lead(q, reads, "bh.."),
-    *_lead(q, heads, "bh"),
-    *_lead(q, into, "b.h."),
-  ]
-  kept = None if jax.eval_shape(run, *operands)[2] is None else ("bh...", "bh..")
-  return by_sample_and_head(run, operands, dims, ("b.h.", "bh.", kept))
-
-
-def _backward(name, feature_map, q, k, v, segments, reads, heads, sums, rows):
-  run, operands = (
-    functools.partial(_backend(name).backward, feature_map),
-    (q, k, v, segments, reads, heads, sums, rows),
-  )
-  if name == "xla" or not several_devices():
-    return run(*operands)
-  dims = [*_dims(q, segments), *_lead(q, reads, "bh.."), *_lead(q, heads, "bh")]
-  dims += ["bh...", "bh.."] * (sums is not None) + ["bh."] * 3 + ["b.h."]
-  return by_sample_and_head(run, operands, dims, ("b.h.",) * 3)
-
-
-def _dims(q, segments):
-  """For `by_sample_and_head`: which dimensions of q, k, v and the segments' leaves are samples and heads."""
-  return ["b.h."] * 3 + ["." * np.ndim(x) for x in jax.tree.leaves(segments)]
-
-
-def _lead(q, x, dims):
-  """The same of an array that may serve all samples or heads (size 1), or be None."""
-  size = {"b": q.shape[0], "h": q.shape[2]}
-  return (
-    []
-    if x is None
-    else ["".join(d if x.shape[i] == size.get(d) else "." for i, d in enumerate(dims))]
-  )
-
-
-def _forward_rule(name, feature_map, q, k, v, segments, reads, heads, into):
-  out, log_den, kept = _forward(name, feature_map, q, k, v, segments, reads, heads, into)
+def _linear_fwd(name, feature_map, q, k, v, segments, reads, heads, into):
+  operands = (q, k, v, segments, reads, heads, into)
+  out, log_den, kept = LINEAR_ATTENTION.run(name, operands, feature_map=feature_map)
   others = None if into is None else ~heads  # whose output is `into`
   return (out, log_den), (q, k, v, segments, reads, heads, others, out, log_den, kept)
 
 
-def _backward_rule(name, feature_map, residuals, cotangents):
-  """What concerns rows alone: who reads nothing has no gradient, whatever its cotangents hold; delta = sum(dO * O)."""
+def _linear_bwd(name, feature_map, residuals, cotangents):
   q, k, v, segments, reads, heads, others, out, log_den, kept = residuals
-  d_out, d_log = cotangents
-  d_into = None if others is None else jnp.where(others[:, None, :, None], d_out, 0)
-  some = log_den > -jnp.inf
-  d_out = jnp.where(some.transpose(0, 2, 1)[..., None], d_out, 0)
-  delta = (d_out.astype(log_den.dtype) * out.astype(log_den.dtype)).sum(-1).transpose(0, 2, 1)
-  d_log = jnp.where(some, d_log, 0)
-  grads = _backward(
-    name, feature_map, q, k, v, segments, reads, heads, kept, (log_den, d_log, delta, d_out)
-  )
-  grads = (g.astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True))
+  d_into = None if others is None else jnp.where(others[:, None, :, None], cotangents[0], 0)
+  d_out, delta = of_weighted_means(out, log_den, *cotangents)
+  operands = (q, k, v, segments, reads, heads, kept, log_den, delta, d_out)
+  dq, dk, dv = LINEAR_ATTENTION.run(name, operands, "backward", feature_map=feature_map)
+  grads = (dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype))
   return *grads, *(jax.tree.map(no_gradient, x) for x in (segments, reads, heads)), d_into
 
 
-_linear.defvjp(_forward_rule, _backward_rule)
+_linear.defvjp(_linear_fwd, _linear_bwd)

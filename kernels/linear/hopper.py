@@ -27,7 +27,7 @@ def unsupported(q, segments, target: Target) -> str | None:
   return "; ".join(reasons) or None
 
 
-def forward(feature_map, q, k, v, segments, reads, heads, into):
+def forward(q, k, v, segments, reads, heads, into, *, feature_map):
   """Shapes as in `kernels.linear.api.linear_attention`; the third result is for the backward."""
   walk = _walk(feature_map, segments, heads)
   sums = _sums(walk, segments, k, v, jnp.asarray(segments.work.fresh)[None, None], None)
@@ -47,14 +47,15 @@ def forward(feature_map, q, k, v, segments, reads, heads, into):
   return out, log_den, sums if 4 * segments.count * q.shape[-1] <= q.shape[1] else None
 
 
-def backward(feature_map, q, k, v, segments, reads, heads, sums, rows):
+def backward(q, k, v, segments, reads, heads, sums, log_den, delta, d_out, *, feature_map):
   """dq, dk, dv.
 
   Args:
     sums: of `forward`, or None.
-    rows: log_den, d_log, delta, float32 `[b, h, n]`, the last `sum(d_out * out)`; and d_out, 0 in rows that read nothing.
+    log_den: float32 `[b, h, n]`.
+    delta: float32 `[b, h, n]`, `rowsum(d_out * out) - d_log_den`, 0 in rows that read nothing.
+    d_out: 0 in rows that read nothing.
   """
-  log_den, d_log, delta, d_out = rows
   walk, work = _walk(feature_map, segments, heads), segments.work
   if sums is None:
     sums = _read_sums(
@@ -62,7 +63,7 @@ def backward(feature_map, q, k, v, segments, reads, heads, sums, rows):
     )
   some = log_den > -jnp.inf
   inverse = jnp.where(some, jnp.exp(-jnp.where(some, log_den, 0)), 0)
-  d_den = jnp.where(some, (d_log - delta) * inverse, 0)
+  d_den = jnp.where(some, -delta * inverse, 0)
   inverse, d_den = work.stage_rows(inverse), work.stage_rows(d_den)
   dq = kernels.dq(walk, q, d_out, inverse, d_den, *sums)
   d_sums = _sums(walk, segments, q, d_out, inverse * work.fresh, d_den * work.fresh)

@@ -1,8 +1,9 @@
-"""Segments: which rows of a buffer linear attention sums together, and the order in which a GPU walks them.
+"""Sets of rows that linear attention sums together, and the order in which a GPU walks them.
 
-A segment is any set of rows: a frame, a tile, the whole buffer. In tile order a frame is scattered over the buffer in short
-runs. `Work` cuts the runs into boxes of 8 to 64 rows, each one copy, and gathers the boxes of one segment into stages of 64
-rows, so that a thread block reads rows of a single segment, every row once, and nothing else.
+A segment is any set of rows: a frame, a tile, the whole buffer. In tile order a frame is scattered
+over the buffer in short runs. `Work` cuts the runs into boxes of 8 to 64 rows, each one copy, and
+gathers the boxes of one segment into stages of 64 rows, so that a thread block reads rows of a
+single segment, every row once, and nothing else.
 """
 
 import dataclasses
@@ -12,37 +13,41 @@ import jax.numpy as jnp
 import numpy as np
 from freqformer.kernels.block_sparse.table import Array
 
-# A denominator below this is no denominator: its inverse, squared in the backward, would leave float32.
+# A denominator below this is no denominator: its inverse, squared in the backward, would leave
+# float32.
 TINY = 1e-18
 STAGE = 64  # rows of a stage: one wgmma
-# Stages of a chunk at most (2,048 rows): a chunk's partial sums are then 6 % of the bytes of its rows at d = 128. Ours.
-_CHUNK = 32
-_MOST = 2.5  # ours: beyond, XLA's passes cost hardly more
-_BOXES = (
-  64,
-  32,
-  16,
-  8,
-)  # a copy begins at a multiple of 8 rows, as the swizzled form in shared memory does
+# Stages of a chunk at most (2,048 rows): a chunk's partial sums are then 6 % of the bytes of its
+# rows at d = 128.
+# choice: 32.
+_MAX_CHUNK_STAGES = 32
+# choice: rows of all stages over rows of the buffer, at most. Beyond, XLA costs hardly more.
+_MAX_STAGE_ROWS = 2.5
+# Rows of a box. A copy begins at a multiple of 8 rows, as the swizzled form in shared memory does.
+_BOXES = (64, 32, 16, 8)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """Stages of 64 rows, chunks of stages; every buffer row stands in some stage, a few stand in it twice.
+  """Stages of 64 rows, and chunks of stages; every buffer row is in a stage, a few are in it twice.
 
-  Chunk c belongs to segment `c // per_segment`; chunks behind the segments' hold the rows of none.
+  Chunk c belongs to segment `c // per_segment`. Chunks after the last segment's hold rows that
+  belong to no segment.
 
   Attributes:
-    boxes: int32 `[stages, 64 / box]`, which box of the buffer each one of a stage is; box i starts at row `i * box`. What
-      fills up a stage repeats its last box: the same results, written twice.
-    fresh: float32 `[stages * 64]`, 1 for the rows that count in their segment's sums, each once, else 0.
+    boxes: int32 `[stages, 64 / box]`, the numbers of a stage's boxes; box i starts at row
+      `i * box`. What fills up a stage repeats its last box: the same results, written twice.
+    fresh: float32 `[stages * 64]`, 1 for the rows that count in their segment's sums, each once,
+      else 0.
     valid: float32 `[stages * 64]`, 1 for the rows of a segment.
     back: int32 `[n]`, a place in the stages of every buffer row.
-    start, count: int32 `[chunks]`, stages of each chunk.
+    start: int32 `[chunks]`, first stage of each chunk.
+    count: int32 `[chunks]`, stages of each chunk.
     per_segment: static, chunks of each segment.
-    mixed: static, whether a box may hold rows of several segments. It then stands in stages of each, so that results per row
-      must be written in the order of the stages and put back (`back` names each row's own segment's stage).
+    mixed: static, whether a box may hold rows of several segments. It is then in stages of each, so
+      that results per row must be written in the order of the stages and put back (`back` names
+      each row's own segment's stage).
   """
 
   boxes: Array
@@ -65,20 +70,28 @@ class Work:
     return self.fresh.shape[0]
 
   def stage_rows(self, x: jax.Array) -> jax.Array:
-    """`[b, h, n] -> [b, h, rows]`: numbers of buffer rows in the order of the stages."""
+    """Puts numbers of buffer rows `[b, h, n]` in the order of the stages, `[b, h, rows]`."""
     rows = (jnp.asarray(self.boxes)[..., None] * self.box + jnp.arange(self.box)).reshape(-1)
     return jnp.take(x, rows, axis=2, mode="clip")
 
   def buffer_rows(self, x: jax.Array) -> jax.Array:
-    """`[b, h, rows] -> [b, h, n]`."""
+    """Puts numbers in the order of the stages `[b, h, rows]` back, `[b, h, n]`."""
     return jnp.take(x, jnp.asarray(self.back), axis=2, mode="clip")
 
   @classmethod
   def of_ids(cls, ids: np.ndarray, segments: int) -> "Work | None":
-    """From the segment of every buffer row, int `[n]`, -1 for none; None for a buffer of no multiple of 8 rows, and for runs so
-    short that stages would hold more than `_MOST` times its rows.
+    """Returns the work of segments that are given row by row.
 
-    Boxes are as large as they can be without mixing segments; where they cannot be without, they have 8 rows.
+    Boxes are as large as they can be without mixing segments; where that is impossible, they have 8
+    rows.
+
+    Args:
+      ids: int `[n]`, the segment of every buffer row, -1 for no segment.
+      segments: how many there are.
+
+    Returns:
+      None for a buffer whose rows are no multiple of 8, and for runs so short that stages would
+      hold more than `_MAX_STAGE_ROWS` times its rows.
     """
     if len(ids) % _BOXES[-1]:
       return None
@@ -88,54 +101,67 @@ class Work:
         break
     holds = np.sort(ids.reshape(-1, size), axis=1)
     new = np.diff(holds, axis=1, prepend=-2) != 0  # each segment of a box once
-    new[:, :-1] &= (holds[:, :-1] >= 0) | (
-      holds[:, -1:] < 0
-    )  # none only where there is nothing else
-    box, owner = np.nonzero(new)[0], holds[new]
+    # Rows of no segment count only where there is nothing else.
+    new[:, :-1] &= (holds[:, :-1] >= 0) | (holds[:, -1:] < 0)
+    box = np.nonzero(new)[0]
+    owner = holds[new]
     order, count = _pack(owner, segments, STAGE // size)
-    if order.size * size > _MOST * len(ids) + STAGE * segments:
+    if order.size * size > _MAX_STAGE_ROWS * len(ids) + STAGE * segments:
       return None
     again = np.zeros(order.shape, bool)
     again[:, 1:] = order[:, 1:] == order[:, :-1]
     rows = (box[order][..., None] * size + np.arange(size)).reshape(-1)
     valid = (ids[rows] >= 0) & (ids[rows] == np.repeat(owner[order].reshape(-1), size))
     back = np.zeros(len(ids), np.int32)
-    for which in (
-      ~valid,
-      valid,
-    ):  # a row of none may stand anywhere, the others in their own segment's stage
+    # A row of no segment may be anywhere, the others are in their own segment's stage.
+    for which in (~valid, valid):
       back[rows[which][::-1]] = np.flatnonzero(which)[::-1]
     fresh = valid & ~np.repeat(again.reshape(-1), size)
-    per_segment = max(1, -(-int(count[:segments].max()) // _CHUNK))
-    chunks = _chunks(count, per_segment, segments)
-
-    def flat(x):
-      return x.astype(np.float32)
-
+    per_segment = max(1, -(-int(count[:segments].max()) // _MAX_CHUNK_STAGES))
     return cls(
-      box[order].astype(np.int32), flat(fresh), flat(valid), back, *chunks, per_segment, mixed
+      box[order].astype(np.int32),
+      fresh.astype(np.float32),
+      valid.astype(np.float32),
+      back,
+      *_chunks(count, per_segment, segments),
+      per_segment,
+      mixed,
     )
 
   @classmethod
   def of_tiles(cls, kv_len: Array, block: int) -> "Work | None":
-    """One segment per tile of `block` rows, a multiple of 64, of which the first `kv_len` `[tiles]` are valid."""
+    """Returns the work of one segment per tile; None if tiles are no multiple of 64 rows.
+
+    Args:
+      kv_len: int32 `[tiles]`, valid rows of each tile, which come first.
+      block: rows of a tile.
+    """
     if block % STAGE:
       return None
     tiles, stages = kv_len.shape[0], block // STAGE
     xp = np if isinstance(kv_len, np.ndarray) else jnp
     valid = (xp.arange(block) < xp.asarray(kv_len)[:, None]).reshape(-1).astype(xp.float32)
-    per_segment, number = -(-stages // _CHUNK), np.arange(tiles * block, dtype=np.int32)
+    per_segment, number = -(-stages // _MAX_CHUNK_STAGES), np.arange(tiles * block, dtype=np.int32)
     chunks = _chunks(np.r_[np.full(tiles, stages), 0], per_segment, tiles)
     return cls(number[: tiles * stages, None], valid, valid, number, *chunks, per_segment)
 
 
 def _mixed(boxes) -> bool:
-  """Whether any row of `[boxes, size]` ids holds two segments."""
+  """Returns True if any row of `[boxes, size]` ids holds two segments."""
   return not ((boxes == boxes.max(1, keepdims=True)) | (boxes < 0)).all()
 
 
 def _pack(owner, segments: int, parts: int):
-  """Boxes of each stage `[stages, parts]`, segment by segment, those of none last; stages of each `[segments + 1]`."""
+  """Gathers boxes into stages, segment by segment; boxes of no segment come last.
+
+  Args:
+    owner: int `[boxes]`, each box's segment, -1 for no segment.
+    segments: how many there are.
+    parts: boxes of a stage.
+
+  Returns:
+    The boxes of each stage `[stages, parts]`, and the stages of each segment `[segments + 1]`.
+  """
   owner = np.where(owner < 0, segments, owner)
   order = np.argsort(owner, kind="stable")
   boxed = np.bincount(owner, minlength=segments + 1)
@@ -147,29 +173,33 @@ def _pack(owner, segments: int, parts: int):
 
 
 def _chunks(count, per_segment: int, segments: int):
-  """Start and count of each chunk: `per_segment` nearly equal parts of every segment, the rows of none in short ones."""
+  """Returns start and count of each chunk.
+
+  A segment has `per_segment` nearly equal ones; rows of no segment are in chunks of full length.
+  """
   begin = np.cumsum(count) - count
   cuts = begin[:segments, None] + np.arange(per_segment + 1) * count[:segments, None] // per_segment
-  rest = np.arange(begin[segments], begin[segments] + count[segments], _CHUNK)
+  rest = np.arange(begin[segments], begin[segments] + count[segments], _MAX_CHUNK_STAGES)
   start = np.r_[cuts[:, :-1].reshape(-1), rest]
-  length = np.r_[
-    np.diff(cuts).reshape(-1), np.minimum(begin[segments] + count[segments] - rest, _CHUNK)
-  ]
+  last = np.minimum(begin[segments] + count[segments] - rest, _MAX_CHUNK_STAGES)
+  length = np.r_[np.diff(cuts).reshape(-1), last]
   return start.astype(np.int32), length.astype(np.int32)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Segments:
-  """Which rows of a buffer are summed together; a row is in one segment or in none.
+  """Rows of a buffer that are summed together; a row is in one segment or in none.
 
   Attributes:
-    rows: int32 `[segments, size]`, buffer rows of each segment, valid ones first; None: the buffer itself, in order,
-      `segments * size` rows.
-    place: int32 `[n]`, where each buffer row stands in `rows` (out of bounds: in none); None where `rows` is.
+    rows: int32 `[segments, size]`, buffer rows of each segment, valid ones first; None: the buffer
+      itself, in order, `segments * size` rows.
+    place: int32 `[n]`, each buffer row's place in `rows` (out of bounds: in none); None where
+      `rows` is.
     length: int32 `[segments]`, rows of each segment, 0..size.
     work: how a GPU walks them; None where it cannot.
-    size: static, rows of the longest segment. Memory is `segments * size * d`: near n where segments are equal.
+    size: static, rows of the longest segment. Memory is `segments * size * d`: near n where
+      segments are equal.
   """
 
   rows: Array | None
@@ -180,7 +210,10 @@ class Segments:
 
   @classmethod
   def of_ids(cls, ids: np.ndarray) -> "Segments":
-    """From the segment of every buffer row, int `[n]`, -1 for none; ids that do not occur are empty segments."""
+    """Returns the segments of int `[n]` ids of every buffer row, -1 for no segment.
+
+    Ids that do not occur are empty segments.
+    """
     ids = np.asarray(ids)
     order = np.argsort(ids, kind="stable")
     order = order[ids[order] >= 0].astype(np.int32)
@@ -188,21 +221,20 @@ class Segments:
     size = max(1, int(length.max()))
     column = np.arange(len(order)) - np.repeat(np.cumsum(length) - length, length)
     at = (ids[order] * size + column).astype(np.int32)
-    rows, place = (
-      np.zeros(len(length) * size, np.int32),
-      np.full(len(ids), len(length) * size, np.int32),
-    )
-    rows[at], place[order] = order, at
+    rows = np.zeros(len(length) * size, np.int32)
+    rows[at] = order
+    place = np.full(len(ids), len(length) * size, np.int32)
+    place[order] = at
     return cls(rows.reshape(-1, size), place, length, Work.of_ids(ids, len(length)), size)
 
   @classmethod
   def of_tiles(cls, kv_len: Array, block: int) -> "Segments":
-    """One segment per tile of `block` rows, of which the first `kv_len` `[tiles]` are valid."""
+    """Returns one segment per tile of `block` rows, whose first `kv_len` `[tiles]` are valid."""
     return cls(None, None, kv_len, Work.of_tiles(kv_len, block), block)
 
   @classmethod
   def whole(cls, n: int) -> "Segments":
-    """One segment: all n rows."""
+    """Returns one segment of all n rows."""
     return cls(None, None, np.full(1, n, np.int32), Work.of_ids(np.zeros(n, np.int32), 1), n)
 
   @property
@@ -216,20 +248,20 @@ class Segments:
     return self.count * self.size if self.place is None else self.place.shape[0]
 
   def gather(self, x: jax.Array) -> jax.Array:
-    """`[b, n, h, d] -> [b, segments, h, size, d]`, zeros where there is no row."""
+    """Returns `[b, n, h, d]` as `[b, segments, h, size, d]`, zeros where there is no row."""
     if self.rows is not None:
       x = jnp.take(x, jnp.asarray(self.rows).reshape(-1), axis=1, mode="clip")
     x = x.reshape(x.shape[0], -1, self.size, *x.shape[2:]).swapaxes(2, 3)
     return jnp.where(self.valid(), x, 0)
 
-  def scatter(self, x: jax.Array, fill=0) -> jax.Array:
-    """The inverse of `gather`, `fill` in rows without a segment."""
+  def scatter(self, x: jax.Array, fill: float = 0) -> jax.Array:
+    """Inverts `gather`, with `fill` in rows without a segment."""
     x = jnp.where(self.valid(), x, fill).swapaxes(2, 3)
     x = x.reshape(x.shape[0], -1, *x.shape[3:])
-    return (
-      x if self.place is None else jnp.take(x, self.place, axis=1, mode="fill", fill_value=fill)
-    )
+    if self.place is None:
+      return x
+    return jnp.take(x, self.place, axis=1, mode="fill", fill_value=fill)
 
   def valid(self) -> jax.Array:
-    """bool `[segments, 1, size, 1]`: which gathered rows are rows."""
+    """Returns bool `[segments, 1, size, 1]`: True where a gathered row is one of the segment's."""
     return (jnp.arange(self.size) < jnp.asarray(self.length)[:, None])[:, None, :, None]

@@ -13,25 +13,29 @@ import jax.numpy as jnp
 from freqformer.kernels.hopper import parts
 from freqformer.kernels.hopper.launch import launch
 from freqformer.kernels.hopper.parts import LAYOUT, ROWS
+from freqformer.kernels.selection.block_scores import LARGEST_EXPONENT, row_shifts
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 STAGES = 4
 COLLECT = 64  # key tiles whose row sums are added up at once: the rows of one warpgroup's array
+# choice: masses that the kernel writes before `reduce` sees them, and query tiles that should run
+# together at least: four rounds of thread blocks on 132 multiprocessors. Not measured.
+_MASSES = 1 << 23
+_LEAST_BLOCKS = 528
 HEAD_DIMS, BLOCKS, DTYPES = (32, 64, 128), (64, 128), (jnp.bfloat16, jnp.float16)
 
 
 def unsupported(q, block: int, target) -> str | None:
-  """Why the kernel cannot run on q and k; None if it can."""
-  if reason := parts.wrong_device(target):
-    return reason
+  """Returns why the kernel cannot run on q and k, all reasons at once; None if it can."""
+  reasons = [reason for reason in [parts.wrong_device(target)] if reason]
   if q.dtype not in DTYPES or q.shape[-1] not in HEAD_DIMS or block not in BLOCKS:
-    return (
-      f"q is {q.dtype} with head_dim {q.shape[-1]} in tiles of {block} rows, it takes bfloat16 or float16, "
-      f"one of {HEAD_DIMS} and one of {BLOCKS}"
+    reasons.append(
+      f"q is {q.dtype} with head_dim {q.shape[-1]} in tiles of {block} rows, it takes bfloat16 or "
+      f"float16, one of {HEAD_DIMS} and one of {BLOCKS}"
     )
-  return None
+  return "; ".join(reasons) or None
 
 
 def row_mass(data, place, scale: float, largest: float):
@@ -134,3 +138,23 @@ def _cost(q, block: int, count: int, out) -> pl.CostEstimate:
   pairs, heads = count * block * n, -(-count // max(1, n // block))
   moved = (count * block + heads * n) * d * q.dtype.itemsize + math.prod(out.shape) * 4
   return pl.CostEstimate(flops=2 * pairs * d, transcendentals=pairs, bytes_accessed=moved)
+
+
+def forward(q, k, lse, kv_len, *, block, scale, reduce):
+  """Runs chunks of query tiles of all heads in turn, each a launch."""
+  (b, n, h, _), tiles = q.shape, kv_len.shape[-1]
+  shifts = (row_shifts(lse, kv_len, block) * math.log2(math.e)).reshape(b, h, n)
+  total = b * h * tiles
+  chunks = -(-total // min(total, max(_LEAST_BLOCKS, _MASSES // tiles)))
+  count = -(-total // chunks)
+
+  def one(first):
+    mass = row_mass((q, k, shifts, kv_len), (first[None], count), scale, LARGEST_EXPONENT)
+    if reduce is None:
+      return mass
+    return reduce(mass, (first + jnp.arange(count, dtype=jnp.int32)) % tiles)
+
+  found = lax.map(one, jnp.arange(chunks, dtype=jnp.int32) * count)
+  return jax.tree.map(
+    lambda x: x.reshape(-1, *x.shape[2:])[:total].reshape(b, h, tiles, *x.shape[2:]), found
+  )

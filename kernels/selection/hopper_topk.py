@@ -21,12 +21,14 @@ _LEAST = np.int32(-(1 << 31))
 
 
 def unsupported(scores, target: Target) -> str | None:
-  """Why these rows cannot be bisected by the kernel; None if they can."""
-  if reason := parts.wrong_device(target):
-    return reason
+  """Returns why these rows cannot be bisected by the kernel, all reasons at once; None if they can."""
+  reasons = [reason for reason in [parts.wrong_device(target)] if reason]
   if scores.dtype != jnp.float32 or scores.shape[-1] > MOST:
-    return f"scores are {scores.dtype} over {scores.shape[-1]} candidates, it takes float32 over at most {MOST}"
-  return None
+    reasons.append(
+      f"scores are {scores.dtype} over {scores.shape[-1]} candidates, it takes float32 over at most "
+      f"{MOST}"
+    )
+  return "; ".join(reasons) or None
 
 
 def kth_largest(budget: int, scores, always=None):
@@ -86,3 +88,8 @@ def kth_largest(budget: int, scores, always=None):
   )
   (found,) = launched
   return (lax.bitcast_convert_type(found, jnp.uint32) ^ jnp.uint32(1 << 31)).reshape(lead)
+
+
+def forward(scores, always, *, budget):
+  """Returns each row's `budget`-th largest score, as `kernels.selection.topk.forward`."""
+  return kth_largest(budget, scores, always)

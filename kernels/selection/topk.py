@@ -1,12 +1,15 @@
-"""Exact top-k as ascending lists, without a sort: a threshold by bisection, a bit per candidate, and the set bits' places.
+"""Exact top-k as ascending lists, without a sort: threshold, a bit per candidate, set bits' places.
 
-A block-sparse list needs the set of the k best tiles in ascending order; how they rank among themselves does not matter. So a
-row is never sorted. Floats are read as unsigned integers of the same order; the k-th largest is bracketed by counting how many
-reach a few trial values, each pass narrowing the bracket, until the row's set is known. What lies above is packed into words of
-32 candidates, ties are taken from the left, and the r-th set bit of a row is found by a search over word counts. On Hopper a
-kernel finds the k-th largest of a row on chip (`hopper_topk.py`).
+A block-sparse list needs the set of the k best tiles in ascending order; how they rank among
+themselves does not matter. So a row is never sorted. Floats are read as unsigned integers of the
+same order; the k-th largest is bracketed by counting how many reach a few trial values, each pass
+narrowing the bracket, until the row's set is known. What lies above is packed into words of 32
+candidates, ties are taken from the left, and the r-th set bit of a row is found by a search over
+word counts. `forward` below defines the threshold; on Hopper a kernel finds it on chip
+(`hopper_topk.py`).
 
-Scores of all query tiles never exist at once: `top_tiles` computes, selects and drops them chunk by chunk.
+Scores of all query tiles never exist at once: `top_tiles` computes, selects and drops them chunk by
+chunk.
 """
 
 import functools
@@ -14,88 +17,112 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from freqformer.kernels.core.partition import by_sample_and_head, several_devices
+from freqformer.kernels.core.op import Op, Split
 from freqformer.kernels.core.target import current_target
 from jax import lax
 
-# Scores of one chunk. On 2 CPU cores 2^20 was faster than 2^18 and 2^22, at 2K and 4K tiles. On a GPU every chunk costs a
-# handful of launches, so it is larger: 2^25 scores are 128 MB. No GPU has seen that guess yet.
+# Scores of one chunk. On 2 CPU cores 2^20 was faster than 2^18 and 2^22, at 2K and 4K tiles. On a
+# GPU every chunk costs a handful of launches, so it is larger: 2^25 scores are 128 MB. choice: the
+# GPU's number is a guess that has not been measured.
 _CHUNK = {"cpu": 1 << 20}
 _CHUNK_ELSEWHERE = 1 << 25
-# Trial values per pass are 2^bits - 1, counted together. On a CPU counting is what costs, elsewhere reading is: XLA counts 7
-# values in one read, but 15 in two, and so few fewer passes (7 instead of 9 on normal scores) would not pay for that.
+# Trial values per pass are 2^bits - 1, counted together. On a CPU counting is what costs, elsewhere
+# reading is: XLA counts 7 values in one read, but 15 in two, and so few fewer passes (7 instead of
+# 9 on normal scores) would not pay for that.
 _BITS = {"cpu": 1}
 _BITS_ELSEWHERE = 3
 _INFINITY = np.uint32(0xFF800000)  # the ordered integer of +inf
 _WORD = 32
 
+TOP_K = Op(
+  name="top-k",
+  implementations={"hopper": "selection.hopper_topk", "xla": "selection.topk"},
+  forward=Split(("bh", "."), "bh"),
+)
+
 
 def ordered_integers(x: jax.Array) -> jax.Array:
-  """uint32 in the order of float32 values: `x < y` as floats iff as integers; -0 and 0 are one, NaN lies beyond the ends."""
+  """Returns uint32 in the order of float32 values: `x < y` as floats if and only if as integers.
+
+  -0 and 0 are one; NaN lies beyond the ends.
+  """
   sign = jnp.uint32(1 << 31)
   bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
   return jnp.where(bits > sign, ~bits, bits | sign)
 
 
-def top_ids(scores: jax.Array, budget: int, always=None) -> jax.Array:
-  """Places of the `budget` largest scores of each row, ascending; of equal scores the leftmost are taken.
+def top_ids(
+  scores: jax.Array, budget: int, always: jax.Array | None = None, implementation: str | None = None
+) -> jax.Array:
+  """Returns the places of the `budget` largest scores of each row, ascending.
 
-  The set that an exact top-k with ties to the lower place gives. Rows with NaN get some valid, ascending ids.
+  The set that an exact top-k with ties to the lower place gives. Rows with NaN get some valid,
+  ascending ids.
 
   Args:
     scores: float32 (or narrower) `[..., m]`.
     budget: 1..m.
-    always: int `[r, f]` for scores `[..., r, m]`: places that come before all others (repeats allowed), or None.
+    always: int `[r, f]` for scores `[..., r, m]`: places that come before all others (repeats
+      allowed), or None.
+    implementation: one of `TOP_K.implementations`, or None for the first that supports the call.
 
   Returns:
     int32 `[..., budget]`.
 
   Raises:
-    ValueError: if the budget is not in 1..m.
+    ValueError: if the budget is not in 1..m, or the implementation is unknown.
+    NotImplementedError: if the named implementation does not support the call, with the reason.
   """
   if budget == scores.shape[-1]:
+    TOP_K.choose(scores, implementation=implementation)  # a named one is refused here, too
     return jnp.broadcast_to(jnp.arange(budget, dtype=jnp.int32), scores.shape)
-  return places(top_words(scores, budget, always), budget)
+  return places(top_words(scores, budget, always, implementation), budget)
 
 
-def top_words(scores: jax.Array, budget: int, always=None) -> jax.Array:
-  """The same set as a bit per candidate, candidate 0 in the lowest bit of word 0: uint32 `[..., ceil(m / 32)]`."""
-  # Pallas is imported where it is used
-  from freqformer.kernels.selection import hopper_topk as hopper_topk
+def top_words(
+  scores: jax.Array, budget: int, always: jax.Array | None = None, implementation: str | None = None
+) -> jax.Array:
+  """Returns the set of `top_ids` as a bit per candidate: uint32 `[..., ceil(m / 32)]`.
 
-  m, target = scores.shape[-1], current_target()
+  Candidate 0 is the lowest bit of word 0.
+  """
+  m = scores.shape[-1]
   if not 1 <= budget <= m:
     raise ValueError(f"{budget=} must lie in 1..{m}, the candidates of a row.")
-  if hopper_topk.unsupported(scores, target):
-    if always is not None:
-      scores = scores.at[..., jnp.arange(len(always))[:, None], always].set(jnp.inf)
-    keys = ordered_integers(scores).reshape(-1, m)
-    threshold = _threshold(keys, budget, _BITS.get(target.platform, _BITS_ELSEWHERE))
-  else:  # scores are read twice and never written again
-    threshold = _on_each_device(
-      functools.partial(hopper_topk.kth_largest, budget), scores, always
-    ).reshape(-1, 1)
-    keys = ordered_integers(scores)
-    for column in () if always is None else jnp.moveaxis(jnp.asarray(always), -1, 0):
-      keys = jnp.where(jnp.arange(m) == column[:, None], _INFINITY, keys)
-    keys = keys.reshape(-1, m)
-  return _chosen_words(keys, threshold, budget).reshape(*scores.shape[:-1], -1)
+  name = TOP_K.choose(scores, implementation=implementation)
+  # Two leading axes, along which several devices share the rows.
+  wide = scores[(None,) * max(0, 3 - scores.ndim)]
+  threshold = TOP_K.run(name, (wide, always), budget=budget)
+  keys = _keys(scores, always).reshape(-1, m)
+  return _chosen_words(keys, threshold.reshape(-1, 1), budget).reshape(*scores.shape[:-1], -1)
 
 
-def _on_each_device(fn, scores, always):
-  """A function of rows `[..., m]` and of what they always hold, on several devices split along the first two axes."""
-  if not several_devices() or scores.ndim < 3:
-    return fn(scores, always)
-  dims = ["bh" + "." * (scores.ndim - 2), *([] if always is None else [".."])]
-  return by_sample_and_head(fn, (scores, always), dims, dims[0][:-1])
+def forward(scores, always, *, budget):
+  """Returns a value per row that `budget` keys reach and fewer exceed: uint32 `[...]`."""
+  bits = _BITS.get(current_target().platform, _BITS_ELSEWHERE)
+  keys = _keys(scores, always).reshape(-1, scores.shape[-1])
+  return _threshold(keys, budget, bits).reshape(scores.shape[:-1])
+
+
+def _keys(scores, always):
+  """Returns the scores' ordered integers, infinite in places that are always taken."""
+  keys = ordered_integers(scores)
+  if always is None:
+    return keys
+  place = jnp.arange(scores.shape[-1])
+  for column in jnp.moveaxis(jnp.asarray(always), -1, 0):
+    keys = jnp.where(place == column[:, None], _INFINITY, keys)
+  return keys
 
 
 def _threshold(keys, budget: int, bits: int):
-  """A value per row that at least `budget` keys reach and fewer than `budget` exceed: uint32 `[rows, 1]`.
+  """Returns a value per row that at least `budget` keys reach and fewer exceed: uint32 `[rows, 1]`.
 
-  Invariant: `low` is reached by `reached >= budget` keys, `high` by fewer. A row is done when exactly `budget` reach `low`
-  (its set is known, whatever the exact k-th value) or when the bracket holds one value. Infinite scores (tiles that every
-  list must hold) would stretch the bracket over all floats, so it starts at the largest finite one.
+  Invariant: `low` is reached by `reached >= budget` keys, `high` by fewer. A row is done when
+    exactly
+  `budget` reach `low` (its set is known, whatever the exact k-th value) or when the bracket holds
+  one value. Infinite scores (tiles that every list must hold) would stretch the bracket over all
+  floats, so it starts at the largest finite one.
   """
   most = jnp.sum(keys >= _INFINITY, -1, dtype=jnp.int32, keepdims=True) >= budget
   low = jnp.where(most, _INFINITY, keys.min(-1, keepdims=True))
@@ -130,8 +157,9 @@ def _threshold(keys, budget: int, bits: int):
 
 
 def _chosen_words(keys, threshold, budget: int):
-  """A bit per candidate, 32 to a word: above the threshold, and of those equal to it the leftmost that fit: `[rows, words]`."""
-  above, equal = _pack(keys > threshold), _pack(keys == threshold)
+  """Returns a bit per candidate `[rows, words]`: above the threshold, then ties from the left."""
+  above = _pack(keys > threshold)
+  equal = _pack(keys == threshold)
   left = budget - lax.population_count(above).astype(jnp.int32).sum(-1, keepdims=True)
   ties = lax.population_count(equal).astype(jnp.int32)
   take = left - (jnp.cumsum(ties, -1) - ties)  # how many of this word's ties still fit
@@ -142,15 +170,14 @@ def _chosen_words(keys, threshold, budget: int):
 
 
 def _pack(flags):
-  """bool `[rows, m]` -> uint32 `[rows, ceil(m / 32)]`, candidate 0 in the lowest bit."""
+  """Returns bool `[rows, m]` as uint32 `[rows, ceil(m / 32)]`, candidate 0 in the lowest bit."""
   flags = jnp.pad(flags, ((0, 0), (0, -flags.shape[-1] % _WORD))).reshape(flags.shape[0], -1, _WORD)
-  return jnp.sum(
-    flags.astype(jnp.uint32) << jnp.arange(_WORD, dtype=jnp.uint32), -1, dtype=jnp.uint32
-  )
+  bits = flags.astype(jnp.uint32) << jnp.arange(_WORD, dtype=jnp.uint32)
+  return jnp.sum(bits, -1, dtype=jnp.uint32)
 
 
 def _nth_bit(word, n):
-  """Place of the n-th set bit (from 0), halving the word five times; 31 at most where there is none."""
+  """Returns the place of the n-th set bit (from 0), at most 31; halves the word five times."""
   place = jnp.zeros_like(n)
   for width in (16, 8, 4, 2, 1):
     lower = lax.population_count(word & jnp.uint32((1 << width) - 1)).astype(jnp.int32)
@@ -162,15 +189,21 @@ def _nth_bit(word, n):
 
 
 def places(words: jax.Array, budget: int) -> jax.Array:
-  """Places of the first `budget` set bits of each row `[..., words]`, ascending: int32 `[..., budget]`.
+  """Returns the places of the first `budget` set bits of each row, ascending.
 
-  Behind the last set bit: anything, perhaps beyond the candidates.
+  Args:
+    words: uint32 `[..., words]`.
+
+  Returns:
+    int32 `[..., budget]`. Behind the last set bit: anything, perhaps beyond the candidates.
   """
-  lead, words = words.shape[:-1], words.reshape(-1, words.shape[-1])
+  lead = words.shape[:-1]
+  words = words.reshape(-1, words.shape[-1])
   counts = lax.population_count(words).astype(jnp.int32)
   ends = jnp.cumsum(counts, -1)
   slots = jnp.arange(budget, dtype=jnp.int32)
-  # Comparing all words moves nothing but the words; halving would write its bounds in every round, which a CPU minds less.
+  # Comparing all words moves nothing but the words; halving would write its bounds in every round,
+  # which a CPU minds less.
   method = "scan" if current_target().platform == "cpu" else "compare_all"
   at = jax.vmap(lambda row: jnp.searchsorted(row, slots, side="right", method=method))(ends)
   at = jnp.minimum(at, words.shape[-1] - 1).astype(jnp.int32)
@@ -180,15 +213,22 @@ def places(words: jax.Array, budget: int) -> jax.Array:
 
 
 def top_tiles(
-  q_pool: jax.Array, k_pool: jax.Array, budget: int, fixed, chunk_scores: int | None = None
+  q_pool: jax.Array,
+  k_pool: jax.Array,
+  budget: int,
+  fixed: jax.Array,
+  chunk_scores: int | None = None,
+  implementation: str | None = None,
 ) -> jax.Array:
-  """Per head and query tile the `budget` key tiles of largest `q_pool . k_pool`, and fixed ones before all others.
+  """Returns per query tile the key tiles of largest `q_pool . k_pool`, fixed ones before others.
 
   Args:
-    q_pool, k_pool: `[b, h, tiles, d]`.
+    q_pool: `[b, h, tiles, d]`.
+    k_pool: `[b, h, key tiles, d]`.
     budget: ids per list, fixed ones included.
-    fixed: int `[q tiles, f]`, ids that come first (repeats allowed).
+    fixed: int `[tiles, f]`, ids that come first (repeats allowed).
     chunk_scores: scores that exist at once; None for the target's default.
+    implementation: as in `top_ids`.
 
   Returns:
     int32 `[b, h, tiles, budget]`, ascending.
@@ -197,21 +237,16 @@ def top_tiles(
   most = chunk_scores or _CHUNK.get(current_target().platform, _CHUNK_ELSEWHERE)
   chunk = max(1, min(tiles, most // (b * h * k_pool.shape[2])))
   filler = -tiles % chunk
-  rows = (
-    jnp.pad(q_pool, ((0, 0), (0, 0), (0, filler), (0, 0)))
-    .reshape(b, h, -1, chunk, d)
-    .transpose(2, 0, 1, 3, 4)
-  )
-  always = jnp.pad(jnp.asarray(fixed, jnp.int32), ((0, filler), (0, 0)), mode="edge").reshape(
-    len(rows), chunk, fixed.shape[-1]
-  )
+  rows = jnp.pad(q_pool, ((0, 0), (0, 0), (0, filler), (0, 0)))
+  rows = rows.reshape(b, h, -1, chunk, d).transpose(2, 0, 1, 3, 4)
+  always = jnp.pad(jnp.asarray(fixed, jnp.int32), ((0, filler), (0, 0)), mode="edge")
+  always = always.reshape(len(rows), chunk, fixed.shape[-1])
 
   def best(args):
     q, keep = args
-    scores = jnp.einsum(
-      "bhid,bhjd->bhij", q, k_pool, precision="highest", preferred_element_type=jnp.float32
-    )
-    return top_ids(scores, budget, keep)
+    product = functools.partial(jnp.einsum, precision="highest")
+    scores = product("bhid,bhjd->bhij", q, k_pool, preferred_element_type=jnp.float32)
+    return top_ids(scores, budget, keep, implementation)
 
-  ids = best((rows[0], always[0]))[None] if rows.shape[0] == 1 else lax.map(best, (rows, always))
+  ids = best((rows[0], always[0]))[None] if len(rows) == 1 else lax.map(best, (rows, always))
   return ids.transpose(1, 2, 0, 3, 4).reshape(b, h, -1, budget)[:, :, :tiles]

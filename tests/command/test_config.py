@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from absl import flags
 from freqformer.kernels.block_sparse.api import attention
-from freqformer.kernels.core.dispatch import NoBackend
+from freqformer.kernels.core.op import NoImplementation
 
 from freqformer.command import cli
 from freqformer.command.files import define_config, read_config
@@ -175,7 +175,7 @@ REFUSED = [
   ("@qk_gain=0", "qk_gain=0.0 must be above 0."),
   (
     "@implementation=xl",
-    "implementation='xl' must be one of pallas_mgpu, xla, reference; did you mean 'xla'?",
+    "implementation='xl' must be one of hopper, xla, reference; did you mean 'xla'?",
   ),
   (
     "@freqformer.window=(0,2,2)",
@@ -269,7 +269,7 @@ def test_what_else_ends_in_one_sentence(tmp_path, capsys):
     with pytest.raises(SystemExit):
       cli.guarded(lambda _, work=work: work())([])
     assert answer in capsys.readouterr().err
-  with pytest.raises(NoBackend):
+  with pytest.raises(NoImplementation):
     attention(q, q, q, implementation="pallas_mgpu")
 
 

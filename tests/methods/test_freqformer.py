@@ -170,8 +170,8 @@ def test_router_gradient_through_the_layer(mode):
   dy = jnp.asarray(np.random.default_rng(5).standard_normal((2, LAYOUT.n, DIMS.width)), jnp.float32)
   got = jax.jit(jax.grad(loss))(layer.method.router.bias[...])
   probs = run(layer, x)[1]["probs"]
-  # The out projection is linear: its bias is common to all branches and cancels in the softmax's Jacobian... per head it
-  # does not, so split heads by projecting each one alone.
+  # The out projection is linear: its bias is common to all branches and cancels in the softmax's
+  # Jacobian... per head it does not, so split heads by projecting each one alone.
   kernel = layer.out.kernel[...].reshape(6, 8, 48)
   inner = jnp.stack([jnp.einsum("bnw,bnw->b", dy, branch(i)) for i in range(3)], -1)
   per_head = []
@@ -200,7 +200,8 @@ def test_planted_match_is_selected(filter_):
   method = FreqFormer(basis=BASIS, allocation=(0, 6, 0), mid_tiles=2, filter=filter_)
   layer = layer_of(method, layout=layout)
   x = np.random.default_rng(0).standard_normal((1, layout.n_buffer, 48)).astype(np.float32) * 0.05
-  # Keys and queries = the input itself: a shared direction in tiles 1 and 14 is a match, up to the rotation of distance.
+  # Keys and queries = the input itself: a shared direction in tiles 1 and 14 is a match, up to the
+  # rotation of distance.
   eye = np.eye(48, dtype=np.float32)
   layer.qkv.kernel[...] = jnp.concatenate([eye, eye, eye], 1)
   direction = np.zeros(48, np.float32)
@@ -278,8 +279,8 @@ def test_cost_is_the_tables_cost():
     method = FreqFormer(basis=BASIS, allocation=allocation, low_shared=shared, window=(1, 1, 3))
     _, aux = run(layer_of(method, layout=layout), tokens(layout), layout=layout)
     pairs = float(aux["density"][0].sum()) * layout.n**2
-    np.testing.assert_allclose(method.cost(layout, 6, 8).attention_flops, 4 * 8 * pairs, rtol=1e-5)
-  np.testing.assert_allclose(Dense().cost(layout, 6, 8).attention_flops, 4 * layout.n**2 * 48)
+    np.testing.assert_allclose(method.pairs(layout, 6).pairs, pairs, rtol=1e-5)
+  np.testing.assert_allclose(Dense().pairs(layout, 6).pairs, 6 * layout.n**2)
 
 
 def test_refusals():

@@ -204,9 +204,9 @@ def test_training_counts_every_branch():
   config = config_of()
   method = config.attention.named("freqformer")
   layout = config.layout(SHAPE)
-  alone = [method.cost(layout, 2, 12, tuple(np.eye(3)[i])).attention_flops for i in range(3)]
+  pairs = sum(method.pairs(layout, 2, tuple(np.eye(3)[i])).pairs for i in range(3))
   training = model_cost(config, SHAPE, training=True).attention_flops
-  np.testing.assert_allclose(training, 2 * sum(alone), rtol=1e-6)
+  np.testing.assert_allclose(training, 2 * 4 * 12 * pairs, rtol=1e-6)
   assert model_cost(config, SHAPE).attention_flops < training
   dense = config_of("dense")
   assert model_cost(dense, SHAPE, training=True) == model_cost(dense, SHAPE)

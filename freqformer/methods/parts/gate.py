@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from freqformer.cost import Cost
-
 
 class QueryGate(nnx.Module):
   """Per head a linear map of the token's query to one factor per channel: `[b, n, h, d] -> [b, n, h, d]`; 0 at the start."""
@@ -18,12 +16,3 @@ class QueryGate(nnx.Module):
     return jnp.einsum("bnhd,hde->bnhe", q, self.kernel[...].astype(q.dtype)) + self.bias[
       ...
     ].astype(q.dtype)
-
-
-def gated_cost(n: int, heads: int, head_dim: int) -> Cost:
-  """An output by tiles added through the gate: means of v `n D`, the gate's product `2 n d D` (d x d for each head).
-
-  Bytes: 7 bf16 passes over `[n, D]` (`python -m benchmarks.compiled.layer_traffic`). Not counted: bias, product and sum of the gate.
-  """
-  size = float(n) * heads * head_dim
-  return Cost(linear_flops=size * (1 + 2 * head_dim), linear_bytes=14 * size, launches=6)

@@ -1,4 +1,4 @@
-"""The kernels around attention: plain forms against the operators they stand for, Hopper kernels against the plain forms."""
+"""`prepare` and `lift`: definitions against the spectral operators, Hopper against definitions."""
 
 import dataclasses
 import functools
@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 from freqformer.kernels.around import hopper_lift, hopper_prepare
-from freqformer.kernels.around.lift import lift
-from freqformer.kernels.around.lift import unsupported as lift_unsupported
-from freqformer.kernels.around.prepare import prepare, turn, unsupported
-from freqformer.kernels.block_sparse import api as attention_entry
+from freqformer.kernels.around.lift import LIFT, lift
+from freqformer.kernels.around.prepare import PREPARE, prepare, turn
+from freqformer.kernels.block_sparse.api import ATTENTION
 from freqformer.kernels.core.target import Target
 from freqformer.kernels.hopper import parts
 
@@ -27,12 +26,16 @@ from freqformer.methods.freqformer import FreqFormer
 from freqformer.model.attention import AttentionDims, SpectralAttention
 
 HOPPER = Target("cuda", "NVIDIA H100 80GB HBM3", "9.0")
+CPU = Target("cpu", "cpu")
 BASIS = SpectralBasis("block_dct", (0.5, 0.5, 0.5), (0.75, 0.75, 0.75))
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """A layer's sizes; the grid decides whether tiles are alike. Heads have all bands in turn, where something is filtered."""
+  """A layer's sizes; the grid decides whether tiles are alike.
+
+  Heads have all bands in turn, where something is filtered.
+  """
 
   grid: tuple
   tile: tuple
@@ -100,8 +103,8 @@ def case(request, monkeypatch):
   return case
 
 
-def test_plain_form_is_the_layers_own_operators(case):
-  """Norm by its formula, rotary, compression, filters and pooling by the layer's own functions, in float32."""
+def test_the_definition_is_the_spectral_operators(case):
+  """Norm and pooling by formula; rotary, compression and filters by functions of the grid."""
   joint, bias, gains, tables, lengths, cells, spectral = _inputs(case, jnp.float32)
   arrays, front = case.layout.arrays(), cells.front
   operands = (
@@ -113,7 +116,7 @@ def test_plain_form_is_the_layers_own_operators(case):
     cells.cells(spectral.centres, case.d),
     case.bands,
   )
-  got = prepare(*operands, pooled=True, filtered=case.filtered, implementation="plain")
+  got = prepare(*operands, pooled=True, filtered=case.filtered, implementation="xla")
   coarse = slice(0, spectral.n_coarse)
   for name, gain, pool, x in zip(
     "qkv", (*gains, None), (*got[3:], None), jnp.unstack(joint + bias, axis=2), strict=True
@@ -154,19 +157,18 @@ def test_rotary_multiplies_complex_numbers():
 
 
 def test_prepare_kernel(case, capfd):
-  """Against the plain form in float32 from the same 16-bit inputs: one rounding apart. The first case watches for races."""
+  """Against the definition in float32 from the same 16-bit inputs: one rounding apart.
+
+  The first case watches for races.
+  """
   joint, bias, gains, tables, lengths, cells, spectral = _inputs(case)
   cells = cells.cells(spectral.centres, case.d)
   operands = (bias, gains, tables, lengths, cells, case.bands)
   want = prepare(
-    joint.astype(jnp.float32),
-    *operands,
-    pooled=True,
-    filtered=case.filtered,
-    implementation="plain",
+    joint.astype(jnp.float32), *operands, pooled=True, filtered=case.filtered, implementation="xla"
   )
   with parts.interpreted(detect_races=case == CASES["alike"]):
-    assert unsupported(joint, len(lengths), cells) is None
+    assert PREPARE.choose(joint, lengths, cells) == "hopper"
     got = jax.jit(lambda *a: prepare(*a, pooled=True, filtered=case.filtered))(joint, *operands)
     alone = jax.jit(prepare)(joint, bias, gains, tables, lengths)
     jax.block_until_ready((got, alone))
@@ -212,7 +214,7 @@ def test_lift_kernel(case, capfd):
 
 
 def _layer(case, method, dtype):
-  """Output, valid rows only, and gradients of a layer whose gains are not one and biases not zero, in float32."""
+  """Valid rows of the output and gradients, of a layer whose gains and biases are not trivial."""
   layout, width = case.layout, case.h * case.d
 
   def build():
@@ -253,9 +255,12 @@ METHODS = {
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_layer_with_and_without_kernels(method, monkeypatch):
-  """Output and every gradient err at most 1.5 times as much as XLA's 16-bit layer; XLA's attention runs in all."""
+  """Output and every gradient err at most 1.5 times as much as XLA's 16-bit layer.
+
+  XLA's attention runs in all.
+  """
   case = dataclasses.replace(CASES["ragged"], grid=(5, 4, 7), b=1)
-  monkeypatch.setattr(attention_entry, "BACKENDS", ("xla",))
+  monkeypatch.delitem(ATTENTION.implementations, "hopper")
   forward, plans = hopper_prepare.forward, []
   monkeypatch.setattr(
     hopper_prepare, "forward", lambda plan, operands: plans.append(plan) or forward(plan, operands)
@@ -269,19 +274,53 @@ def test_layer_with_and_without_kernels(method, monkeypatch):
     assert np.linalg.norm(f - r) <= 1.5 * np.linalg.norm(p - r) + 1e-3 * np.linalg.norm(r)
 
 
+def _refusal(op, *call, target=HOPPER):
+  with pytest.raises(NotImplementedError) as error:
+    op.choose(*call, implementation="hopper", target=target)
+  return str(error.value)
+
+
 def test_refusals():
-  """Every reason at once; a named kernel is not replaced."""
+  """Every reason at once."""
   case = dataclasses.replace(CASES["ragged"], block=72, d=80)
-  joint, bias, gains, tables, lengths, _, _ = _inputs(case, jnp.float32)
+  joint, _, _, _, lengths, _, _ = _inputs(case, jnp.float32)
   assert re.search(
-    "compute capability 9.0.*float32.*head_dim is 80.*72 rows", unsupported(joint, len(lengths))
+    "compute capability 9.0.*float32.*head_dim is 80.*72 rows",
+    _refusal(PREPARE, joint, lengths, None, target=CPU),
   )
-  assert unsupported(jnp.zeros((1, 128, 3, 1, 64), jnp.bfloat16), 1, None, HOPPER) is None
-  with pytest.raises(NotImplementedError, match="head_dim is 80"):
-    prepare(joint, bias, gains, tables, lengths, implementation="pallas_mgpu")
+  fits = jnp.zeros((1, 128, 3, 1, 64), jnp.bfloat16)
+  assert PREPARE.choose(fits, np.array([128]), None, target=HOPPER) == "hopper"
   *_, cells, spectral = _inputs(
     dataclasses.replace(CASES["ragged"], tile=(4, 4, 4)),
     basis=SpectralBasis("block_dct", *[(1,) * 3] * 2),
   )
-  reason = lift_unsupported(jnp.zeros((1, 1024, 1, 64), jnp.bfloat16), cells.expansion, HOPPER)
-  assert reason == "a tile has 64 coarse tokens, it takes at most 57"
+  packed = jnp.zeros((1, cells.front + 64 * 8, 1, 64), jnp.bfloat16)
+  assert _refusal(LIFT, packed, cells.expansion).endswith(
+    "hopper: a tile has 64 coarse tokens, it takes at most 57"
+  )
+
+
+@pytest.mark.parametrize("kind", ["dct", "haar"])
+def test_a_transform_of_whole_axes(kind):
+  """Kernels refuse it; the definitions compress, filter and lift by the spectral tables."""
+  case = CASES["ragged"]
+  basis = dataclasses.replace(BASIS, kind=kind, mid=(0.5, 1.0, 1.0))
+  tables = FreqFormer(basis=basis, filter="qkv").tables(case.layout)
+  spectral = tables.spectral
+  joint, bias, gains, angles, lengths, *_ = _inputs(case, jnp.float32)
+  cells = tables.around(case.d)
+  assert "the transform leaves the tile" in _refusal(PREPARE, joint, lengths, cells)
+  packed, *_ = found = prepare(
+    joint, bias, gains, angles, lengths, cells, case.bands, filtered="v", pooled=True
+  )
+  assert "the transform leaves the tile" in _refusal(LIFT, packed, tables.expansion)
+  valid, coarse = case.layout.arrays().valid, slice(0, spectral.n_coarse)
+  v = joint[:, :, 2] + bias[2]
+  low, box = spectral.project_low(v), spectral.project_box(v)
+  bands = case.bands[:, None, :, None]
+  want = jnp.select([bands == 1, bands == 2], [box - low, v - box], v)
+  _close(found.v[:, cells.front :][:, valid], want[:, valid], 1e-4)
+  _close(found.v[:, coarse], spectral.compress(v), 1e-4)
+  weights = jnp.ones(case.bands.shape)
+  got = lift(found.v, weights, weights > 0, tables.expansion)
+  _close(got[:, valid], (want + low)[:, valid], 1e-4)

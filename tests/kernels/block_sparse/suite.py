@@ -1,6 +1,7 @@
-"""The conformance suite: what every attention backend is held to. Subclass it, name the implementation, change nothing.
+"""The conformance suite of attention. Subclass it, name the implementation, change nothing.
 
-The oracle is NumPy in float64 and shares no code with the package. Cotangents of the output *and* of the LSE are random.
+The oracle is NumPy in float64 and shares no code with the package. Cotangents of the output *and*
+of the LSE are random.
 """
 
 import dataclasses
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from freqformer.kernels.block_sparse.api import attention, merge
+from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.table import BlockMask, dense_mask, from_tiles, select
 
 # Tiles that an online softmax must meet in some list of every head, lest it pass without rescaling
@@ -52,7 +53,8 @@ CASES = (
   Case("every_tile_in_order", listed=False),
   Case("sparse_lists", n_q=512, n_kv=512, keep=0.1, d=64),
 )
-# Shapes that only backends without alignment needs can run; such a backend keeps `any_shape = True`.
+# Shapes that only backends without alignment needs can run; such a backend keeps `any_shape =
+# True`.
 ODD_CASES = (
   Case("odd_d_and_tiles", d=7, block_q=5, block_kv=3, n_q=35, n_kv=24),
   Case("cut_last_tiles", d=16, block_q=16, block_kv=16, n_q=45, n_kv=70, ragged=False),
@@ -186,7 +188,7 @@ def relative_error(got, want):
 
 
 def plain_low_precision(q, k, v, mask, d_out, d_lse):
-  """The error model: textbook attention with every product rounded to the input's dtype, by autodiff."""
+  """Textbook attention, every product rounded to the input's dtype, by autodiff: the error model."""
 
   def textbook(q, k, v):
     s = jnp.einsum("bihd,bjhd->bhij", q, k).astype(jnp.float32) / math.sqrt(q.shape[-1])
@@ -254,7 +256,7 @@ class AttentionSuite:
 
   @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
   def test_low_precision(self, dtype):
-    """At most twice the error of the plain low-precision computation, and gradients in their input's dtype."""
+    """At most twice the plain low-precision error, and gradients in their input's dtype."""
     for case in (CASES[1], CASES[4]):
       mask, data = draw_mask(case, 1), draw_inputs(case, 1, dtype)
       got = self.run(*data[:3], mask, *data[3:])
@@ -287,7 +289,7 @@ class AttentionSuite:
         np.testing.assert_array_equal(np.asarray(np.compress(~valid, b, 1), np.float32), 0)
 
   def test_empty_rows(self):
-    """Count 0, or only empty tiles: output 0, LSE -inf, gradients 0 even if the cotangents are NaN there."""
+    """Count 0, or only empty tiles: output 0, LSE -inf, gradients 0 though cotangents are NaN."""
     case = Case("empty", ragged=False, empty=True)
     mask = draw_mask(case, 3)
     q, k, v, d_out, d_lse = draw_inputs(case, 3, self.dtypes[0])
@@ -341,7 +343,7 @@ class AttentionSuite:
       np.testing.assert_array_equal(a, b)
 
   def test_one_trace_serves_every_table(self):
-    """Tables are arguments: two assignments of tables to heads share a compilation and give what each table gives."""
+    """Tables are arguments: two assignments share a compilation and give what each table gives."""
     case, traces = Case("select", n_q=256, n_kv=256, empty=False, ragged=False), []
     masks = [draw_mask(dataclasses.replace(case, keep=p), 6) for p in (0.2, 0.6)]
     q, k, v, *_ = draw_inputs(case, 6, self.dtypes[0])
@@ -364,7 +366,7 @@ class AttentionSuite:
     assert len(traces) == 1
 
   def test_merge_of_two_halves_is_the_whole(self):
-    """Two disjoint key sets merged by LSE give the joint softmax, and its gradient: this needs dLSE."""
+    """Two disjoint key sets merged by LSE give the joint softmax and its gradient: needs dLSE."""
     case = Case("halves", keep=1.0, ragged=False, empty=False, n_q=128, n_kv=256)
     q, k, v, d_out, d_lse = draw_inputs(case, 7, self.dtypes[0])
     tiles = np.zeros((1, 1, 2, 4), bool)
@@ -374,7 +376,9 @@ class AttentionSuite:
 
     def merged(q, k, v):
       parts = [attention(q, k, v, m, implementation=self.implementation) for m in halves]
-      return merge(*zip(*parts, strict=True))
+      outs, lses = (jnp.stack(x) for x in zip(*parts, strict=True))
+      shares = jax.nn.softmax(lses, 0).transpose(0, 1, 3, 2)[..., None]
+      return (outs * shares).sum(0).astype(q.dtype), jax.nn.logsumexp(lses, 0)
 
     (out, lse), vjp = jax.vjp(jax.jit(merged), q, k, v)
     got = (out, lse, *vjp((jnp.asarray(d_out, out.dtype), jnp.asarray(d_lse, lse.dtype))))

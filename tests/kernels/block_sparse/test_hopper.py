@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from freqformer.kernels.block_sparse import hopper as pallas_mgpu
 from freqformer.kernels.block_sparse import tuning
-from freqformer.kernels.block_sparse.api import attention, choose_backend
+from freqformer.kernels.block_sparse.api import ATTENTION, attention
 from freqformer.kernels.block_sparse.table import dense_mask, from_tiles
 from freqformer.kernels.core import lists
 from freqformer.kernels.core.target import Target
@@ -158,7 +158,8 @@ def _shapes(dtype=jnp.bfloat16, n=256, d=64):
 def test_refuses(inputs, mask, target, words):
   n, block = mask
   with pytest.raises(NotImplementedError, match=words):
-    choose_backend(*inputs, dense_mask(n, n, block, block), "pallas_mgpu", target)
+    mask = dense_mask(n, n, block, block)
+    ATTENTION.choose(*inputs, mask, implementation="hopper", target=target)
 
 
 def test_reasons_are_collected():
@@ -166,14 +167,15 @@ def test_reasons_are_collected():
   with pytest.raises(
     NotImplementedError, match="float32.*head_dim is 80.*block_q is 32.*block_kv is 32"
   ):
-    choose_backend(*_shapes(jnp.float32, 200, 80), mask, "pallas_mgpu", HOPPER)
+    inputs = _shapes(jnp.float32, 200, 80)
+    ATTENTION.choose(*inputs, mask, implementation="hopper", target=HOPPER)
 
 
 def test_chosen_on_hopper_and_passed_over_elsewhere():
   mask = dense_mask(256, 256, 64, 64)
-  assert choose_backend(*_shapes(), mask, target=HOPPER) == "pallas_mgpu"
-  assert choose_backend(*_shapes(), mask, target=Target("cpu", "cpu", None)) == "xla"
-  assert choose_backend(*_shapes(jnp.float32), mask, target=HOPPER) == "xla"
+  assert ATTENTION.choose(*_shapes(), mask, target=HOPPER) == "hopper"
+  assert ATTENTION.choose(*_shapes(), mask, target=Target("cpu", "cpu", None)) == "xla"
+  assert ATTENTION.choose(*_shapes(jnp.float32), mask, target=HOPPER) == "xla"
 
 
 def test_interpretation_is_only_on_request():

@@ -6,13 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from freqformer.kernels.block_sparse.table import (
-  BlockMask,
-  TransposedMask,
-  dense_mask,
-  from_tiles,
-  select,
-)
+from freqformer.kernels.block_sparse.table import BlockMask, dense_mask, from_tiles, select
 
 from tests.kernels.block_sparse.suite import CASES, draw_mask, seen_pairs
 
@@ -39,24 +33,16 @@ def query_rows(mask):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 @pytest.mark.parametrize("traced", [False, True])
-def test_transpose_and_back(case, traced):
+def test_transpose(case, traced):
   mask = draw_mask(case, 1)
   tiles = np.asarray(mask.to_tiles())
   flipped = jax.jit(lambda m: m.transpose())(mask) if traced else mask.transpose()
-  assert (
-    isinstance(flipped, TransposedMask)
-    and flipped.q_indices.dtype == np.int32
-    and flipped.offsets.dtype == np.int32
-  )
+  assert flipped.q_indices.dtype == flipped.offsets.dtype == np.int32
   for b, h, j in np.ndindex(*tiles.shape[:2], mask.kv_tiles):
     start, stop = flipped.offsets[b, h, j], flipped.offsets[b, h, j + 1]
     np.testing.assert_array_equal(
       flipped.q_indices[b, h, start:stop], np.flatnonzero(tiles[b, h, :, j])
     )
-  ids, counts = jax.jit(lambda m: m.transpose())(flipped) if traced else flipped.transpose()
-  np.testing.assert_array_equal(counts, mask.kv_counts)
-  listed = np.arange(mask.max_kv) < np.asarray(counts)[..., None]
-  np.testing.assert_array_equal(np.where(listed, ids, -1), np.where(listed, mask.indices(), -1))
 
 
 def test_with_transpose_stores_it_once():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from freqformer.kernels.block_sparse import xla
-from freqformer.kernels.block_sparse.api import attention, choose_backend
+from freqformer.kernels.block_sparse.api import ATTENTION, attention
 from freqformer.kernels.block_sparse.table import dense_mask
 from freqformer.kernels.core.target import Target
 
@@ -55,7 +55,7 @@ def test_float32_with_x64_enabled(implementation):
 
 
 def test_lists_longer_than_a_chunk():
-  """Several chunks per row, unequal counts within a group: the online softmax and its loop bound."""
+  """Several chunks per row, unequal counts in a group: the online softmax and its loop bound."""
   case = Case(
     "long", b=1, h=3, d=8, n_q=256, n_kv=4096, block_q=32, block_kv=64, keep=0.6, table_h=3
   )
@@ -92,18 +92,10 @@ def test_memory_is_linear_in_tokens():
   assert bytes_ < 24 * n * d * 4 + 64e6
 
 
-def test_dispatch_names_its_reasons():
+def test_automatic_choice_goes_on_to_the_next(monkeypatch):
   q = jnp.zeros((1, 8, 1, 4))
+  call = (q, q, q, dense_mask(8, 8))
   cpu = Target("cpu", "cpu")
-  assert choose_backend(q, q, q, dense_mask(8, 8), None, cpu) == "xla"
-  with pytest.raises(ValueError, match="implementation='flash' is unknown; choose one of"):
-    attention(q, q, q, implementation="flash")
-
-
-def test_a_refusal_is_raised_with_its_reason(monkeypatch):
-  monkeypatch.setattr(xla, "unsupported", lambda *a: "d=4 is below 64")
-  q = jnp.zeros((1, 8, 1, 4))
-  with pytest.raises(NotImplementedError, match="xla: d=4 is below 64"):
-    attention(q, q, q, implementation="xla")
-  out, _ = attention(q, q, q)  # automatic choice goes on to the next
-  assert not out.any()
+  assert ATTENTION.choose(*call, target=cpu) == "xla"
+  monkeypatch.setattr(xla, "unsupported", lambda *a: "d=4 is below 64", raising=False)
+  assert ATTENTION.choose(*call, target=cpu) == "reference"

@@ -1,4 +1,7 @@
-"""Run by `tests/kernels/core/test_partition.py` in a process with four CPU devices: attention on them equals attention on one."""
+"""Attention on four devices equals attention on one.
+
+`tests/kernels/core/test_partition.py` runs this in a process with four CPU devices.
+"""
 
 import functools
 
@@ -16,7 +19,7 @@ B, H, N, D, BLOCK = 4, 2, 96, 16, 16
 
 
 def tables(rng):
-  """Tables with and without lists per sample and head, valid rows per sample, a bias, a stored transpose."""
+  """Tables with and without lists per sample and head, lengths per sample, a bias, stored lists."""
   tiles = N // BLOCK
 
   def table(b, h, kv_len, bias=None):

@@ -10,6 +10,7 @@ from freqformer.kernels.block_sparse import api as attention_module
 from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.table import BlockMask
 from freqformer.kernels.core import lists
+from freqformer.kernels.core import op as op_module
 from freqformer.kernels.hopper.parts import interpreted
 
 from tests.kernels.block_sparse.suite import CASES, draw_inputs, draw_mask, relative_error
@@ -85,8 +86,9 @@ def test_parts_of_a_call_order_their_own_heads(monkeypatch):
     seen.append(operands[3])
     return run(*operands)
 
-  monkeypatch.setattr(attention_module, "several_devices", lambda: True)
-  monkeypatch.setattr(attention_module, "by_sample_and_head", one_part)
+  for module in (attention_module, op_module):
+    monkeypatch.setattr(module, "several_devices", lambda: True)
+  monkeypatch.setattr(op_module, "by_sample_and_head", one_part)
   mask = draw_mask(CASES[0], 1).with_launch()
   assert mask.launch.by_query[-1] is not None and mask.launch.by_key[-1] is not None
   q, k, v, *_ = draw_inputs(CASES[0], 1, jnp.float32)

@@ -10,7 +10,7 @@ import pytest
 from freqformer.kernels.core.target import Target
 from freqformer.kernels.hopper import parts
 from freqformer.kernels.linear import segments
-from freqformer.kernels.linear.api import Segments, choose_backend, linear_attention
+from freqformer.kernels.linear.api import LINEAR_ATTENTION, Segments, linear_attention
 from jax.sharding import PartitionSpec as P
 
 from freqformer.grid.layout import TileLayout
@@ -59,7 +59,7 @@ def error(got, want):
 
 
 def in_chunks(n):
-  with mock.patch.object(segments, "_CHUNK", 2):
+  with mock.patch.object(segments, "_MAX_CHUNK_STAGES", 2):
     return Segments.whole(n)
 
 
@@ -182,17 +182,18 @@ def test_refusals_and_choice():
     return jax.ShapeDtypeStruct((1, n, 2, d), dtype)
 
   good, bad = Segments.whole(256), Segments.of_ids(np.arange(256) % 4)
-  assert choose_backend(x(), good, target=HOPPER) == "pallas_mgpu"
-  assert choose_backend(x(), bad, target=HOPPER) == "xla"
-  assert choose_backend(x(), good) == "xla"
+  assert LINEAR_ATTENTION.choose(x(), good, target=HOPPER) == "hopper"
+  assert LINEAR_ATTENTION.choose(x(), bad, target=HOPPER) == "xla"
+  assert LINEAR_ATTENTION.choose(x(), good) == "xla"
   with pytest.raises(
     NotImplementedError, match="float16, it takes bfloat16.*head_dim is 80.*a few rows only"
   ):
-    choose_backend(x(jnp.float16, 80), bad, "pallas_mgpu", HOPPER)
+    LINEAR_ATTENTION.choose(x(jnp.float16, 80), bad, implementation="hopper", target=HOPPER)
   with pytest.raises(NotImplementedError, match="9.0.*A100"):
-    choose_backend(x(), good, "pallas_mgpu", Target("cuda", "NVIDIA A100", "8.0"))
-  with pytest.raises(ValueError, match="pallas_mgpu, xla or None"):
-    choose_backend(x(), good, "reference")
+    ampere = Target("cuda", "NVIDIA A100", "8.0")
+    LINEAR_ATTENTION.choose(x(), good, implementation="hopper", target=ampere)
+  with pytest.raises(ValueError, match="hopper, xla or None"):
+    LINEAR_ATTENTION.choose(x(), good, implementation="reference")
   q = jnp.zeros((1, 8, 2, 4))
   with pytest.raises(ValueError, match="heads must be bool"):
     linear_attention(q, q, q, heads=np.ones((1, 3), bool))

@@ -1,4 +1,4 @@
-"""Linear attention against its O(n^2) form in float64 NumPy: values, log-denominators, all gradients; empties, padding."""
+"""Linear attention against its O(n^2) form in float64 NumPy, gradients, empties and padding too."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,10 @@ def phi64(x, name):
 
 
 def oracle(q, k, v, weights, name, d_out, d_log):
-  """Dense: weights `[b, h, n, n]` says how much query i reads of key j. Rows without any: 0, -inf, no gradient."""
+  """The dense form: `weights` `[b, h, n, n]` is how much query i reads of key j.
+
+  Rows without any give 0, -inf and no gradient.
+  """
   (fq, back_q), (fk, back_k) = phi64(q, name), phi64(k, name)
   scores = weights * np.einsum("bihm,bjhm->bhij", fq, fk)
   den = scores.sum(-1)
@@ -150,7 +153,7 @@ def test_a_vanishing_denominator_is_an_empty_row():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_sixteen_bits_lose_no_more_than_the_plain_computation(dtype):
-  """RMS error against float64 at most twice that of the O(n^2) form, differentiated in the same dtype; all results."""
+  """RMS errors against float64 are at most twice those of the O(n^2) form in the same dtype."""
   (q, k, v), d_out, _ = draw(n=256)
   low, d_low = [jnp.asarray(x, dtype) for x in (q, k, v)], jnp.asarray(d_out, dtype)
   wide = [np.asarray(x, np.float64) for x in (*low, d_low)]
@@ -208,7 +211,10 @@ def test_refusals():
 
 
 def test_memory_on_a_gpu_is_linear_in_n():
-  """Compiled for an H100 at d = 128: temporary bytes of forward and backward per token and head, with frames of 1,024."""
+  """Compiled for an H100: temporary bytes of forward and backward per token and head.
+
+  d = 128, frames of 1,024 tokens.
+  """
 
   def temporary(frames):
     def both(q, k, v, segments):

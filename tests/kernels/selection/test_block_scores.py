@@ -9,7 +9,7 @@ import pytest
 from freqformer.kernels.core.target import Target
 from freqformer.kernels.hopper.parts import interpreted
 from freqformer.kernels.selection import block_scores, hopper_block_scores
-from freqformer.kernels.selection.block_scores import block_mass, choose_backend
+from freqformer.kernels.selection.block_scores import BLOCK_MASS, block_mass
 from jax.sharding import PartitionSpec as P
 
 from tests.kernels.block_sparse.suite import relative_error
@@ -24,7 +24,7 @@ SCALE = (
 
 
 def inputs(seed=0, b=2, h=3, d=8, kv_len=KV_LEN, dtype=jnp.float32):
-  """q, k and the row LSE `[b, h, n]` in float32; `dtype` rounds q and k first, so that the LSE belongs to them."""
+  """q, k and their row LSE `[b, h, n]` in float32; `dtype` rounds q and k first."""
   rng = np.random.default_rng(seed)
   q, k = (
     jnp.asarray(rng.standard_normal((b, len(kv_len) * BLOCK, h, d)) * 1.5, dtype) for _ in "qk"
@@ -64,7 +64,7 @@ def kept(mass, truth, count=3):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("scores, rows", [(1 << 20, 1024), (2 * BLOCK**2, 16), (6 * BLOCK**2, 48)])
 def test_equals_brute_force(monkeypatch, scores, rows, dtype):
-  """Whatever the group and chunk sizes: 48 rows are 3 tiles of 7, 6 squared tiles of scores are 2 key tiles of 7."""
+  """Whatever the group and chunk sizes: 48 rows are 3 tiles of 7, 6 tiles of scores 2 key tiles."""
   monkeypatch.setattr(block_scores, "_SCORES", {"cpu": scores})
   monkeypatch.setattr(block_scores, "_GROUP_ROWS", rows)
   q, k, lse = inputs(dtype=dtype)
@@ -109,7 +109,7 @@ def test_reduce_sees_every_tile_once_with_its_number():
 
 
 def test_coarser_lse_loses_little(record_property):
-  """A bf16 LSE scales a row's mass by at most exp(ulp / 2) and moves no tile within a row; a tile's mean moves more."""
+  """A bf16 LSE scales a row's mass by at most exp(ulp / 2); a tile's mean moves more."""
   q, k, lse = inputs(seed=3)
   truth = brute(q, k, lse)
   rows = (np.where(valid(), lse, 0).reshape(2, 3, TILES, BLOCK)).sum(-1) / KV_LEN
@@ -161,7 +161,7 @@ def test_refusals():
     block_mass(q, k, lse[..., :5], KV_LEN, BLOCK)
 
 
-# ---- the Hopper kernel -----------------------------------------------------------------------------------------------
+# ---- the Hopper kernel ---------------------------------------------------------------------------
 
 
 def tile_inputs(block, kv_len, b, h, d, dtype=jnp.bfloat16):
@@ -174,7 +174,7 @@ def tile_inputs(block, kv_len, b, h, d, dtype=jnp.bfloat16):
 
 @pytest.mark.parametrize("block, dtype", [(64, jnp.bfloat16), (128, jnp.float16)])
 def test_the_hopper_kernel_gives_the_same_masses(block, dtype):
-  """Ragged and empty tiles, lengths per sample, dead rows, stale LSEs, a negative scale; interpreted."""
+  """Ragged and empty tiles, lengths per sample, dead rows, stale LSEs, a negative scale."""
   kv_len = np.array([[block, 37, 0], [1, block, block]], np.int32)
   q, k, lse = tile_inputs(block, kv_len, 2, 2, 32, dtype)
   lse = lse.at[:, :, 3].set(-jnp.inf).at[:, 1, 5].set(-500.0)
@@ -212,8 +212,8 @@ def test_sums_of_many_key_tiles(capfd):
 
 
 def test_chunks_cross_heads(monkeypatch):
-  monkeypatch.setattr(block_scores, "_MASSES", 8)
-  monkeypatch.setattr(block_scores, "_LEAST_BLOCKS", 1)
+  monkeypatch.setattr(hopper_block_scores, "_MASSES", 8)
+  monkeypatch.setattr(hopper_block_scores, "_LEAST_BLOCKS", 1)
   kv_len = np.array([64, 64, 40], np.int32)
   q, k, lse = tile_inputs(64, kv_len, 1, 3, 32)
   with interpreted():
@@ -249,18 +249,9 @@ def test_the_hopper_kernel_compiles(devices, block, d):
 
 
 def test_who_runs_it():
-  hopper, (q, *_) = (
-    Target("cuda", "NVIDIA H100 80GB HBM3", "9.0"),
-    tile_inputs(64, np.array([64]), 1, 1, 32),
-  )
-  assert choose_backend(q, 64, target=hopper) == "pallas_mgpu"
-  assert (
-    choose_backend(q, 16, target=hopper)
-    == choose_backend(q, 64)
-    == choose_backend(q, 64, "xla", hopper)
-    == "xla"
-  )
+  hopper = Target("cuda", "NVIDIA H100 80GB HBM3", "9.0")
+  q, *_ = tile_inputs(64, np.array([64]), 1, 1, 32)
+  assert BLOCK_MASS.choose(q, 64, target=hopper) == "hopper"
+  assert BLOCK_MASS.choose(q, 16, target=hopper) == "xla"
   with pytest.raises(NotImplementedError, match="tiles of 16 rows"):
-    choose_backend(q, 16, "pallas_mgpu", hopper)
-  with pytest.raises(ValueError, match="implementation='cuda' is unknown"):
-    choose_backend(q, 64, "cuda")
+    BLOCK_MASS.choose(q, 16, implementation="hopper", target=hopper)

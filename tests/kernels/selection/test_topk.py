@@ -1,4 +1,4 @@
-"""Exact top-k without a sort: the same set as NumPy's, ties to the left, whatever the scores look like."""
+"""Exact top-k without a sort: the same set as NumPy's, ties to the left, for any scores."""
 
 import functools
 import re
@@ -59,7 +59,7 @@ KINDS = {
 
 @functools.cache
 def _jitted(bits):
-  """Compiled once per number of trial values, for all kinds of scores: a new function, so that jax has no older trace of it."""
+  """Compiled once per number of trial values: a new function, of which jax has no older trace."""
   return jax.jit(lambda scores, budget: top_ids(scores, budget), static_argnums=1)
 
 
@@ -159,7 +159,7 @@ def test_tiles_per_head_with_fixed_ones(chunk_scores):
 
 
 def test_scores_of_a_whole_head_never_exist():
-  """16K x 16K tiles, 12 heads (2M tokens in tiles of 128): 12.9 GB of scores; a chunk and the lists are all there may be."""
+  """12 heads of 16K x 16K tiles (2M tokens in tiles of 128): all scores would be 12.9 GB."""
   tiles, heads, budget = 16384, 12, 819
   pool = jax.ShapeDtypeStruct((1, heads, tiles, 128), jnp.float32)
   fixed = np.arange(tiles, dtype=np.int32)[:, None]

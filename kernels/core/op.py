@@ -1,0 +1,169 @@
+"""An op of the kernels: one definition in plain JAX, and implementations that may run in its place.
+
+Attention, linear attention, block mass, top-k, prepare and lift are one `Op` each. An
+implementation is a module; it runs a call or refuses it with a reason. A named implementation is
+used or refused, never replaced. Without a name the first in order of preference that supports the
+call runs it, and that choice is logged once.
+"""
+
+import dataclasses
+import difflib
+import functools
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import jax
+from absl import logging
+from freqformer.kernels.core.partition import by_sample_and_head, several_devices
+from freqformer.kernels.core.target import Target, current_target
+
+# Former names, which configs, commands and result files may still hold.
+ALIASES = {"pallas_mgpu": "hopper"}
+
+
+class NoImplementation(NotImplementedError):
+  """No implementation, or not the one that was named, runs a call; the message has every reason."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+  """Dimensions of a function's arrays along which devices may share its work.
+
+  Attributes:
+    operands: an entry per operand: the dimensions of its leaves as in `by_sample_and_head`, or a
+      function of the operand that returns them.
+    results: the dimensions of what the function returns.
+  """
+
+  operands: tuple[str | Callable, ...]
+  results: Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Op:
+  """What an op is called, who can run it, and how it may be split over devices.
+
+  An implementation's module has `forward(*operands, **settings)`; a `backward` where the op's
+  gradient does not come from the definition; and, unless it runs every call,
+  `unsupported(*call, target)`, which returns a reason or None.
+
+  Attributes:
+    name: in messages, e.g. "linear attention".
+    implementations: module below `freqformer.kernels` of each implementation, imported when it is
+      first used, in order of preference. The last one is the definition: it runs every call.
+    forward: how `forward` is split over devices.
+    backward: how `backward` is split, where an implementation has its own.
+    opaque: implementations that XLA cannot partition; they are split as said above.
+  """
+
+  name: str
+  implementations: Mapping[str, str]
+  forward: Split
+  backward: Split | None = None
+  opaque: tuple[str, ...] = ("hopper",)
+
+  @property
+  def definition(self) -> ModuleType:
+    """The module of the definition."""
+    return self.module(list(self.implementations)[-1])
+
+  def module(self, name: str) -> ModuleType:
+    """Returns the module of an implementation, which may be named by an alias."""
+    path = self.implementations[ALIASES.get(name, name)]
+    return importlib.import_module(f"freqformer.kernels.{path}")
+
+  def choose(
+    self, *call: Any, implementation: str | None = None, target: Target | None = None
+  ) -> str:
+    """Returns the name of the implementation that runs a call.
+
+    Args:
+      call: what the implementations' `unsupported` reads.
+      implementation: the only one to ask (an alias is resolved), or None for the first that can.
+      target: None for the device that is traced for.
+
+    Raises:
+      ValueError: if the name is unknown.
+      NoImplementation: (a NotImplementedError) if none runs the call, with every reason.
+    """
+    target = current_target() if target is None else target
+    names = list(self.implementations)
+    if implementation is not None:
+      names = [self._known(implementation)]
+    reasons = []
+    for name in names:
+      unsupported = getattr(self.module(name), "unsupported", None)
+      reason = unsupported and unsupported(*call, target)
+      if reason is None:
+        if implementation is None:
+          _log_choice(self.name, name, target, "; ".join(reasons))
+        return name
+      reasons.append(f"{name}: {reason}")
+    raise NoImplementation(
+      f"no implementation of {self.name} for this call on {target}: " + "; ".join(reasons)
+    )
+
+  def _known(self, implementation: str) -> str:
+    name = ALIASES.get(implementation, implementation)
+    if name in self.implementations:
+      return name
+    close = difflib.get_close_matches(implementation, [*self.implementations, *ALIASES], 1)
+    raise ValueError(
+      f"{implementation=} is unknown; choose one of {', '.join(self.implementations)} or None for "
+      "automatic choice." + (f" Did you mean {close[0]!r}?" if close else "")
+    )
+
+  def run(
+    self, name: str, operands: Sequence[Any], direction: str = "forward", **settings: Any
+  ) -> Any:
+    """Runs an implementation, on several devices on each one's own samples and heads.
+
+    Args:
+      name: of the implementation, as `choose` returns it.
+      operands: pytrees of arrays.
+      direction: "forward" or "backward".
+      settings: static arguments of the function.
+    """
+    function = functools.partial(getattr(self.module(name), direction), **settings)
+    if name not in self.opaque or not several_devices():
+      return function(*operands)
+    split = getattr(self, direction)
+    dims = [
+      dims(operand) if callable(dims) else dims
+      for dims, operand in zip(split.operands, operands, strict=True)
+    ]
+    return by_sample_and_head(function, tuple(operands), tuple(dims), split.results)
+
+  def run_as_defined(self, name: str, operands: Sequence[Any], **settings: Any) -> Any:
+    """Runs an implementation forward with the definition's gradient, recomputed from the operands.
+
+    The definition itself is differentiated by JAX.
+    """
+    if self.module(name) is self.definition:
+      return self.definition.forward(*operands, **settings)
+    return _as_defined(self, name, tuple(settings.items()), *operands)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _as_defined(op, name, settings, *operands):
+  return op.run(name, operands, **dict(settings))
+
+
+def _as_defined_forward(op, name, settings, *operands):
+  return op.run(name, operands, **dict(settings)), operands
+
+
+def _as_defined_backward(op, name, settings, operands, cotangents):
+  del name
+  return op.definition.backward(operands, cotangents, **dict(settings))
+
+
+_as_defined.defvjp(_as_defined_forward, _as_defined_backward)
+
+
+@functools.cache
+def _log_choice(op: str, name: str, target: Target, reasons: str) -> None:
+  reasons = f" ({reasons})" if reasons else ""
+  logging.info("%s runs on implementation %r for %s%s", op, name, target, reasons)
