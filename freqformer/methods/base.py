@@ -143,18 +143,24 @@ class Projected:
         layout.kv_len,
         cells,
         bands,
-        implementation=other_ops_implementation(implementation),
+        implementation=projected.other_ops_implementation,
         **options,
       )
 
     rotations = (functools.partial(finish, gain) for gain in gains)
     arrays = jnp.unstack(product + bias.astype(product.dtype), axis=2)
-    return cls(*arrays, *rotations, layout, implementation, packed)
+    projected = cls(*arrays, *rotations, layout, implementation, packed)
+    return projected
 
   @property
   def other_ops_implementation(self) -> str | None:
-    """Implementation of the layer's ops other than attention; see the function of this name."""
-    return other_ops_implementation(self.implementation)
+    """Implementation of the layer's ops other than attention.
+
+    It is "xla" if attention was forced to another than the Hopper kernels, else None (automatic):
+    these kernels may refuse an op's call while they run attention's.
+    """
+    name = ALIASES.get(self.implementation, self.implementation)
+    return None if name in (None, "hopper") else "xla"
 
   def rotated(self) -> tuple[jax.Array, jax.Array]:
     """Returns q and k finished, each token at its own position."""
@@ -162,15 +168,6 @@ class Projected:
       return self.prepare()[:2]
     positions = self.layout.positions
     return self.rotate_q(self.q, positions), self.rotate_k(self.k, positions)
-
-
-def other_ops_implementation(attention: str | None) -> str | None:
-  """Returns the implementation of a layer's other ops.
-
-  It is "xla" if attention was forced to another than the Hopper kernels, else None (automatic):
-  these kernels may refuse an op's call while they run attention's.
-  """
-  return None if ALIASES.get(attention, attention) in (None, "hopper") else "xla"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ have coarse rows only.
 """
 
 import dataclasses
-from typing import Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,23 +18,6 @@ LIFT = Op(
   implementations={"hopper": "around.hopper_lift_call", "xla": "around.lift"},
   forward=Split(("b.h.", "bh", "bh", "."), "b.h."),
 )
-
-
-class Lifting(Protocol):
-  """Anything that lifts coarse tokens, as `Expansion` does where the transform stays in a tile.
-
-  Attributes:
-    front: rows before the tokens in the packed buffer.
-    tiles: tiles of tokens.
-    per_tile: coarse tokens of a tile, or None if the transform leaves the tile.
-  """
-
-  front: int
-  tiles: int
-  per_tile: int | None
-
-  def lift(self, packed: jax.Array, low: jax.Array) -> jax.Array:
-    """Returns tokens `[b, n, h, d]` of the coarse rows of packed, of `low` heads alone."""
 
 
 @jax.tree_util.register_dataclass
@@ -92,7 +75,7 @@ def lift(
   packed: jax.Array,
   weights: jax.Array,
   low: jax.Array,
-  expansion: Lifting,
+  expansion: Any,
   implementation: str | None = None,
 ) -> jax.Array:
   """Returns the weighted sum of both resolutions, differentiable in packed and weights.
@@ -101,7 +84,8 @@ def lift(
     packed: `[b, front + n, h, d]`, coarse tokens first; finite everywhere.
     weights: `[b, h]`, multiplies the sum.
     low: bool `[b, h]`, heads whose coarse rows count; those of others are not read.
-    expansion: how coarse tokens become tokens.
+    expansion: an `Expansion`, or another value with its `front`, `tiles`, `per_tile` (None if the
+      transform leaves the tile) and `lift`.
     implementation: one of `LIFT.implementations`, or None for the first that supports the call.
 
   Returns:
@@ -116,7 +100,7 @@ def lift(
 
 
 @jax.named_scope("lift")
-def forward(packed, weights, low, expansion: Lifting):
+def forward(packed, weights, low, expansion):
   """Computes in float32 (or wider) and rounds once."""
   tokens = packed[:, expansion.front :].astype(jnp.promote_types(packed.dtype, jnp.float32))
   total = tokens + expansion.lift(packed, low)

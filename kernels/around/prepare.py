@@ -6,7 +6,7 @@
 
 import dataclasses
 import functools
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,30 +46,6 @@ PREPARE = Op(
     ("b..h.", ".h.", ".", ".", ".", ".", "bh"), Prepared("b.h.", "b.h.", "b.h.", "bh..", "bh..")
   ),
 )
-
-
-class Compression(Protocol):
-  """Anything that compresses and filters, as `Cells` does where the transform stays in a tile.
-
-  Attributes:
-    cos: float32 `[n_coarse, d / 2]`, rotary at the coarse tokens' places.
-    sin: likewise.
-    front: rows of the results before the tokens, at least n_coarse.
-    per_tile: coarse tokens of a tile, or None if the transform leaves the tile.
-    can_filter: whether there are filters.
-  """
-
-  cos: jax.Array
-  sin: jax.Array
-  front: int
-  per_tile: int | None
-  can_filter: bool
-
-  def compress(self, x: jax.Array) -> jax.Array:
-    """Returns coarse tokens `[b, n_coarse, h, d]` of `[b, n, h, d]`; keeps constants."""
-
-  def filter(self, x: jax.Array, bands: jax.Array) -> jax.Array:
-    """Returns each head's tokens in band 1 or 2 of `[b, h]`; constants become zero."""
 
 
 @jax.tree_util.register_dataclass
@@ -166,7 +142,7 @@ def prepare(
   gains: tuple[jax.Array, jax.Array],
   tables: tuple[jax.Array, jax.Array],
   lengths: jax.Array,
-  cells: Compression | None = None,
+  cells: Any = None,
   bands: jax.Array | None = None,
   *,
   filtered: str = "",
@@ -182,7 +158,9 @@ def prepare(
     gains: of the norms of q and k, `[d]` each.
     tables: cos and sin of every row's angles, float32 `[n, d / 2]`.
     lengths: int32 `[tiles]`, valid rows of each tile; they come first.
-    cells: compression; None: tokens only, `front` is 0.
+    cells: compression: `Cells`, or another value with its `compress`, `filter`, `cos`, `sin`,
+      `front`, `per_tile` (None if the transform leaves the tile) and `can_filter`. None: tokens
+      only, `front` is 0.
     bands: int32 `[b, h]`, 1 plus the filter (of `cells`) that a head's tokens go through before the
       norm, 0 for none.
     filtered: what goes through it: "", "v" or "qkv". Coarse tokens and means are of what is not

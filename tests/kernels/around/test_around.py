@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +25,6 @@ from freqformer.methods.freqformer import FreqFormer
 from freqformer.model.attention import AttentionDims, SpectralAttention
 
 HOPPER = Target("cuda", "NVIDIA H100 80GB HBM3", "9.0")
-CPU = Target("cpu", "cpu")
 BASIS = SpectralBasis("block_dct", (0.5, 0.5, 0.5), (0.75, 0.75, 0.75))
 
 
@@ -274,23 +272,14 @@ def test_layer_with_and_without_kernels(method, monkeypatch):
     assert np.linalg.norm(f - r) <= 1.5 * np.linalg.norm(p - r) + 1e-3 * np.linalg.norm(r)
 
 
-def _refusal(op, *call, target=HOPPER):
+def _refusal(op, *call):
   with pytest.raises(NotImplementedError) as error:
-    op.choose(*call, implementation="hopper", target=target)
+    op.choose(*call, implementation="hopper", target=HOPPER)
   return str(error.value)
 
 
-def test_refusals():
-  """Every reason at once."""
-  case = dataclasses.replace(CASES["ragged"], block=72, d=80)
-  joint, _, _, _, lengths, _, _ = _inputs(case, jnp.float32)
-  assert re.search(
-    "compute capability 9.0.*float32.*head_dim is 80.*72 rows",
-    _refusal(PREPARE, joint, lengths, None, target=CPU),
-  )
-  fits = jnp.zeros((1, 128, 3, 1, 64), jnp.bfloat16)
-  assert PREPARE.choose(fits, np.array([128]), None, target=HOPPER) == "hopper"
-  *_, cells, spectral = _inputs(
+def test_lift_reads_64_rows_from_a_multiple_of_8_on():
+  *_, cells, _ = _inputs(
     dataclasses.replace(CASES["ragged"], tile=(4, 4, 4)),
     basis=SpectralBasis("block_dct", *[(1,) * 3] * 2),
   )
@@ -310,11 +299,10 @@ def test_a_transform_of_whole_axes(kind):
   joint, bias, gains, angles, lengths, *_ = _inputs(case, jnp.float32)
   cells = tables.around(case.d)
   assert "the transform leaves the tile" in _refusal(PREPARE, joint, lengths, cells)
-  packed, *_ = found = prepare(
-    joint, bias, gains, angles, lengths, cells, case.bands, filtered="v", pooled=True
-  )
-  assert "the transform leaves the tile" in _refusal(LIFT, packed, tables.expansion)
-  valid, coarse = case.layout.arrays().valid, slice(0, spectral.n_coarse)
+  found = prepare(joint, bias, gains, angles, lengths, cells, case.bands, filtered="v")
+  assert "the transform leaves the tile" in _refusal(LIFT, found.v, tables.expansion)
+  valid = case.layout.arrays().valid
+  coarse = slice(0, spectral.n_coarse)
   v = joint[:, :, 2] + bias[2]
   low, box = spectral.project_low(v), spectral.project_box(v)
   bands = case.bands[:, None, :, None]

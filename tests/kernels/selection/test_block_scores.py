@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from freqformer.kernels.core.target import Target
 from freqformer.kernels.hopper.parts import interpreted
 from freqformer.kernels.selection import block_scores, hopper_block_scores
-from freqformer.kernels.selection.block_scores import BLOCK_MASS, block_mass
+from freqformer.kernels.selection.block_scores import block_mass
 from jax.sharding import PartitionSpec as P
 
 from tests.kernels.block_sparse.suite import relative_error
@@ -246,12 +245,3 @@ def test_the_hopper_kernel_compiles(devices, block, d):
   assert not re.search(
     "all-gather|all-reduce|all-to-all|collective-permute", compiled.compiled.as_text()
   )
-
-
-def test_who_runs_it():
-  hopper = Target("cuda", "NVIDIA H100 80GB HBM3", "9.0")
-  q, *_ = tile_inputs(64, np.array([64]), 1, 1, 32)
-  assert BLOCK_MASS.choose(q, 64, target=hopper) == "hopper"
-  assert BLOCK_MASS.choose(q, 16, target=hopper) == "xla"
-  with pytest.raises(NotImplementedError, match="tiles of 16 rows"):
-    BLOCK_MASS.choose(q, 16, implementation="hopper", target=hopper)

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from freqformer.kernels.core.target import Target
 from freqformer.kernels.hopper.parts import interpreted
 from freqformer.kernels.selection import hopper_topk, topk
 from freqformer.kernels.selection.topk import ordered_integers, top_ids, top_tiles, top_words
@@ -108,14 +107,6 @@ def test_the_hopper_kernel_compiles(devices):
   assert not re.search(
     "all-gather|all-reduce|all-to-all|collective-permute", compiled.compiled.as_text()
   )
-
-
-def test_rows_that_the_hopper_kernel_does_not_take():
-  h100 = Target("cuda", "NVIDIA H100", "9.0")
-  assert hopper_topk.unsupported(jnp.zeros((2, 9)), h100) is None
-  assert "at most 16384" in hopper_topk.unsupported(jnp.zeros((1, hopper_topk.MOST + 1)), h100)
-  assert "bfloat16" in hopper_topk.unsupported(jnp.zeros((1, 9), jnp.bfloat16), h100)
-  assert "8.0" in hopper_topk.unsupported(jnp.zeros((2, 9)), Target("cuda", "A100", "8.0"))
 
 
 def test_leading_axes_and_narrow_types():
