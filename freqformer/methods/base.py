@@ -149,7 +149,7 @@ class Projected:
 
     rotations = (functools.partial(finish, gain) for gain in gains)
     arrays = jnp.unstack(product + bias.astype(product.dtype), axis=2)
-    projected = cls(*arrays, *rotations, layout, implementation, packed)
+    projected = cls(*arrays, *rotations, layout, implementation, packed)  # `packed` reads it
     return projected
 
   @property
