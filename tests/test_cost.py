@@ -109,7 +109,7 @@ def test_lists_of_every_method_hold_its_pairs(name):
   for phase in (None, method.phase(0, 50)):
     call = method.pairs(LAYOUT, 12, phase=phase)
     assert call.head_dim == 1 and 0 < call.pairs <= 12 * LAYOUT.n**2 * (1 + 1e-9)
-    assert call.pairs <= call.computed_pairs
+    assert call.pairs <= call.computed_pairs * (1 + 1e-9)  # shares of lists round
     assert call.items <= call.rows and call.distinct <= call.loads
 
 
