@@ -31,7 +31,7 @@ from freqformer.methods.base import Cond, Projected
 from freqformer.model.config import model_config
 from freqformer.model.dit import VideoDiT
 from freqformer.tables import lse_cache
-from freqformer.tables.tile_bits import top_bits, unpack_bits
+from freqformer.tables.adaspa_memory import top_bits, unpack_bits
 from tools.offline import compile_for
 
 _PART = flags.DEFINE_enum("part", "time", ["time", "state", "recall"], "What to measure.")

@@ -20,7 +20,7 @@ from freqformer.methods.radial import Radial
 from freqformer.methods.sliding_tile import SlidingTile
 from freqformer.methods.spatial_temporal import SpatialTemporal
 from freqformer.tables.dense import dense
-from freqformer.tables.radial import radial_density
+from freqformer.methods.radial import radial_density
 from freqformer.tables.topk import fixed_tiles
 
 

@@ -14,7 +14,7 @@ from freqformer.grid.layout import TileLayout
 from freqformer.methods.adaspa import AdaSpa, levels
 from freqformer.methods.base import Cond, Dims, Projected
 from freqformer.tables import lse_cache
-from freqformer.tables.tile_bits import top_bits, unpack_bits
+from freqformer.tables.adaspa_memory import top_bits, unpack_bits
 from tests.kernels.block_sparse.suite import relative_error
 
 LAYOUT = TileLayout((8, 8, 16), (2, 4, 4), 32)  # 32 full tiles

@@ -21,8 +21,8 @@ from freqformer.methods.registry import method_class
 from freqformer.model.attention import AttentionDims, SpectralAttention
 from freqformer.simulation import command as simulate
 from freqformer.simulation.forward import make_method
-from freqformer.tables.radial import count_radial, radial
-from freqformer.tables.spatial_temporal import count_pairs, spatial_temporal
+from freqformer.methods.radial import count_radial, radial
+from freqformer.methods.spatial_temporal import count_pairs, spatial_temporal
 from freqformer.tables.window import BORDERS, count_window, sliding_tile
 
 LAYOUT = TileLayout((8, 16, 16), (4, 4, 8), 128)
