@@ -4,7 +4,8 @@
   python -m benchmarks.cpu.methods --quick    # a small shape, no rows
 
 A row's value is the share of the ideal that is retained: speed-up over the dense mode times
-density, 1 if time falls as pairs do. All attention calls of a layer count, the pooled one of block_topk too.
+density, 1 if time falls as pairs do. All attention calls of a layer count, also the pooled one of
+block_topk.
 The same by CPU time of all threads is in the row as well. The rest of a method between its
 projections (selection, search, compression, linear heads) is timed apart, for every phase of a
 sampling run. For a method with linear heads a second row takes both ops together and counts linear
