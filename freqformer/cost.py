@@ -1,48 +1,44 @@
-"""Exact arithmetic of attention, from the same tables that run. One multiply-add = 2 FLOPs.
+"""Counts of FLOPs: of attention by its exact pairs, of all else by the matrix products that run.
 
-Attention of `pairs` scored (query, key) pairs at head dimension d does q k^T and p v: `4 * pairs * d` FLOPs forward
-(dense: 4 n^2 D with D = heads * d; FlashAttention, arXiv 2205.14135, counts the same). The backward does 5 matmuls for the
-forward's 2: 2.5 times as many. Exponentials, maxima and masks are not counted; padding that a kernel happens to compute
-is not useful work and is not counted either.
+One multiply-add is 2 FLOPs. Attention of `pairs` scored (query, key) pairs at head dimension d does
+q k^T and p v: `4 * pairs * d` FLOPs forward (dense: 4 n^2 D with D = heads * d; FlashAttention,
+arXiv 2205.14135, counts the same). The backward does 5 matmuls for the forward's 2: 2.5 times as
+many. Exponentials, maxima, masks and sums over tokens are not counted, nor is attention's padding.
 """
 
 import collections
 import dataclasses
 import functools
+import math
+from collections.abc import Iterator
 
-from freqformer.kernels.block_sparse.cost import (
-  BACKWARD_MATMULS,
-  FORWARD_MATMULS,
-  CallCost,
-  uniform,
-)
+import numpy as np
+from freqformer.kernels.block_sparse.cost import BACKWARD_MATMULS, FORWARD_MATMULS
+from jax.extend import core
+
+BACKWARD_OVER_FORWARD = BACKWARD_MATMULS["one_pass"] / FORWARD_MATMULS
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """Of one layer and sample, forward.
+  """FLOPs of one sample, forward.
 
   Attributes:
-    attention_flops: from scored pairs.
-    linear_flops: transforms, selection, summaries, linear attention, router: products (and sums over tokens) that a method
-      adds around attention. Elementwise work is in no count of FLOPs.
-    linear_bytes: device memory that this extra work reads and writes (2 bytes per element), where the method says so.
-    launches: kernels beside the attention call.
+    attention_flops: of scored pairs.
+    linear_flops: of all other matrix products.
   """
 
   attention_flops: float = 0.0
   linear_flops: float = 0.0
-  linear_bytes: float = 0.0
-  launches: float = 0.0
 
   def __add__(self, other: "Cost") -> "Cost":
     return Cost(
-      *(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True))
+      self.attention_flops + other.attention_flops, self.linear_flops + other.linear_flops
     )
 
   def scaled(self, factor: float) -> "Cost":
-    """The cost of `factor` times the work."""
-    return Cost(*(x * factor for x in dataclasses.astuple(self)))
+    """Returns the cost of `factor` times the work."""
+    return Cost(self.attention_flops * factor, self.linear_flops * factor)
 
   @property
   def total(self) -> float:
@@ -50,70 +46,122 @@ class Cost:
     return self.attention_flops + self.linear_flops
 
 
-BACKWARD_OVER_FORWARD = BACKWARD_MATMULS["one_pass"] / FORWARD_MATMULS
-
-
 def attention_cost(pairs: float, head_dim: int) -> Cost:
-  """`4 * pairs * head_dim` FLOPs, forward."""
+  """Returns `4 * pairs * head_dim` FLOPs, forward."""
   return Cost(attention_flops=4.0 * float(pairs) * head_dim)
 
 
-# Device memory per pooled score that the selection moves on Hopper: 17 to 21 bytes for 512 to 8,192 tiles
-# (benchmarks/compiled/memory_bound.py; 67 to 71 in XLA alone).
-_SCORE_BYTES = 20.0
+# ---- a layer's method ----------------------------------------------------------------------------
+
+# Named scopes (`jax.named_scope`) whose products are counted apart from a method's other ones.
+_NOT_AROUND = ("attention", "parameters")  # the attention op, whose pairs are exact; initial values
+_SCORES = "scores"  # attention of a few rows that is written out instead of calling the op
+_ROUTER = "router"
+_MEASURING = "measuring"  # every branch runs on every head, whatever the allocation
 
 
-def selection_cost(n: int, tiles: int, heads: int, head_dim: int, read: float = 2.0) -> Cost:
-  """Key tiles chosen by pooled scores: means of q and k (2 n D), q k^T of the means (2 tiles^2 D), and the search for each
-  row's threshold, which moves scores and does no products (comparisons are not counted).
+def layer_cost(
+  method,
+  layout,
+  heads: int,
+  head_dim: int,
+  allocation=None,
+  phase: str | None = None,
+  training: bool = False,
+) -> Cost:
+  """Returns what a method does between a layer's projections, of one sample, forward.
 
-  Args:
-    read: `[n, D]` arrays that are read for the means; 0 where another kernel makes them on its way.
-  """
-  width = heads * head_dim
-  moved = 2.0 * read * n * width + _SCORE_BYTES * heads * tiles**2
-  return Cost(linear_flops=(2.0 * n + 2.0 * tiles**2) * width, linear_bytes=moved, launches=9)
-
-
-def linear_attention_cost(n: int, heads: float, head_dim: int, segments: int = 0) -> Cost:
-  """Linear attention (arXiv 2006.16236): states and norms of segments `2 n d (d + 1)` per head, reading them as much again.
-
-  Where queries read the sums of other segments (arXiv 2509.24006), `2 segments^2 d (d + 1)` more to add them up. Not counted:
-  feature maps; bytes, which depend on the segments.
-  """
-  return Cost(linear_flops=(4.0 * n + 2.0 * segments**2) * head_dim * (head_dim + 1) * heads)
-
-
-# ---- a method on a grid --------------------------------------------------------------------------------------------------
-
-
-def method_call(
-  method, layout, heads: int, head_dim: int, phase: str | None = None, allocation=None
-) -> CallCost:
-  """The attention call of a layer: the method's own lists where it knows them, else equal lists with the same pairs.
+  Attention is counted by `Method.pairs`. Products around it are read off the traced program, which
+  computes some parts for every head; only heads of the branch that needs a part count for it
+  (`Method.branch_of_part`).
 
   Args:
-    method: a `Method`; layout: of the grid.
-    phase: of a sampling step; None is a usual step, for which alone a method states its lists.
-    allocation: share of heads per branch, for methods that have some.
+    method: a `Method`.
+    layout: `TileLayout` of the grid.
+    heads: of the layer.
+    head_dim: channels of a head.
+    allocation: share of heads per branch; None is the method's own expectation.
+    phase: of a sampling step; None is the step that most of a run does.
+    training: count every branch of every head where training runs them all.
+
+  Raises:
+    ConfigError: for an allocation that is invalid or not of so many heads.
   """
-  own = method.call_cost(layout, heads, head_dim, allocation) if phase is None else None
-  if own is not None:
-    return own
-  cost = method.cost if phase is None else functools.partial(method.phase_cost, phase)
-  pairs = cost(layout, heads, head_dim, allocation).attention_flops / (4.0 * head_dim)
-  listed = pairs / (heads * layout.tiles * (layout.fill * layout.block) ** 2)
-  return uniform(
-    layout.tiles, listed, layout.tiles, head_dim, block=layout.block, fill=layout.fill, heads=heads
-  )
+  phase = method.usual_phase if phase is None else phase
+  names = method.branches
+  if training and method.trains_all_branches:
+    pairs = sum(method.pairs(layout, heads, alone, phase).pairs for alone in np.eye(len(names)))
+    share = dict.fromkeys(names, 1.0)
+  else:
+    pairs = method.pairs(layout, heads, allocation, phase).pairs
+    share = dict(zip(names, method.shares(heads, allocation) if names else (), strict=True))
+  cost = attention_cost(pairs, head_dim)
+  if method.only_attends(phase):
+    return cost
+  for part, flops in _products(method.for_counting(), layout, heads, head_dim, phase).items():
+    if part == _SCORES:
+      cost += Cost(attention_flops=flops)
+    elif part != _ROUTER or method.routed:
+      cost += Cost(linear_flops=flops * share.get(method.branch_of_part.get(part), 1.0))
+  return cost
 
 
-def around_bytes(cost: Cost, n: int, width: int, itemsize: int = 2) -> float:
-  """Device memory of the work around attention; a method that counts FLOPs but no bytes is taken to read q, k and v once."""
-  return cost.linear_bytes or (3.0 * n * width * itemsize if cost.linear_flops else 0.0)
+@functools.lru_cache(maxsize=64)
+def branch_costs(method, layout, heads: int, head_dim: int) -> np.ndarray:
+  """Returns FLOPs of a layer whose heads all take one branch, over dense attention: `[branches]`.
+
+  The router's penalty weighs branches by it: a usual step, of all times alike where times differ.
+  """
+  dense = attention_cost(heads * layout.n**2, head_dim).total
+  branches = map(tuple, np.eye(len(method.branches)))
+  each = [layer_cost(method, layout, heads, head_dim, alone).total for alone in branches]
+  found = np.asarray(each) / dense
+  found.setflags(write=False)  # shared by every caller through the cache
+  return found
 
 
-# ---- a block -------------------------------------------------------------------------------------------------------------
+@functools.lru_cache(maxsize=256)
+def _products(method, layout, heads: int, head_dim: int, phase: str) -> dict[str, float]:
+  """Returns FLOPs of the matrix products around attention by part; a trace takes 0.3 to 3 s."""
+  parts = {*method.branch_of_part, _SCORES, _ROUTER, _MEASURING}
+  found = collections.Counter()
+  for scopes, flops in _walk(method.program(layout, heads, head_dim, phase).jaxpr):
+    known = [name for name in scopes if name in parts]
+    found[_SCORES if _SCORES in known else known[0] if known else ""] += flops
+  return dict(found)
+
+
+def _walk(jaxpr, scopes: tuple[str, ...] = (), times: int = 1) -> Iterator[tuple]:
+  """Yields `(named scopes from the outermost, FLOPs)` of every matrix product of a program.
+
+  Loops count as often as they run, of branches the costliest one. Kernels (`pallas_call`) do not
+  occur: the plain form of every op is traced.
+
+  Raises:
+    ValueError: for a product in a loop of unknown length.
+  """
+  for eqn in jaxpr.eqns:
+    inside = (*scopes, *str(eqn.source_info.name_stack).split("/"))
+    if any(name in inside for name in _NOT_AROUND):
+      continue
+    name = eqn.primitive.name
+    if name == "dot_general":
+      (contracted, _), _ = eqn.params["dimension_numbers"]
+      depth = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+      yield inside, 2.0 * depth * math.prod(eqn.outvars[0].aval.shape) * times
+    length = eqn.params["length"] if name == "scan" else 1
+    bodies = [
+      list(_walk(body, inside, times * length)) for body in core.jaxprs_in_params(eqn.params)
+    ]
+    if name == "while" and any(bodies):
+      raise ValueError("a loop of unknown length holds matrix products: they cannot be counted")
+    if name == "cond":
+      bodies = [max(bodies, key=lambda found: sum(flops for _, flops in found))]
+    for found in bodies:
+      yield from found
+
+
+# ---- a block -------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,12 +169,14 @@ class BlockShape:
   """Sizes of one transformer block, ours or a published one.
 
   Attributes:
-    width: D. heads, head_dim: with `heads * head_dim = D`.
+    width: D.
+    heads: with `heads * head_dim = D`.
     mlp: hidden width of the two-matrix MLP.
     text: text tokens m.
-    text_mode: "none"; "joint": text tokens pass all matrices and attend with the video (MM-DiT); "cross": video attends
-      to them in a second attention (q and out on video, k and v on text).
-    modulation: columns of the conditioning's matrix, in widths (adaLN: 6); 0 where the model shares one.
+    text_mode: "none"; "joint": text tokens pass all matrices and attend with the video (MM-DiT);
+      "cross": video attends to them in a second attention (q and out on video, k and v on text).
+    modulation: columns of the conditioning's matrix, in widths (adaLN: 6); 0 if the model shares
+      one among its blocks.
     modulation_rows: rows of that matrix; 0 means the width.
   """
 
@@ -142,9 +192,14 @@ class BlockShape:
   def head_dim(self) -> int:
     return self.width // self.heads
 
+  def rows(self, n: int) -> int:
+    """Rows that pass all matrices: n video tokens and the joint text."""
+    return n + self.text * (self.text_mode == "joint")
+
   def matmuls(self, n: int) -> list[tuple[str, float, int, int]]:
-    """`(name, rows, inner, columns)` of every matrix product of one sample: 2 rows inner columns FLOPs each."""
-    d, rows = self.width, n + self.text * (self.text_mode == "joint")
+    """Returns `(name, rows, inner, columns)` of every matrix product of one sample."""
+    d = self.width
+    rows = self.rows(n)
     found = [
       ("qkv", rows, d, 3 * d),
       ("out", rows, d, d),
@@ -153,92 +208,101 @@ class BlockShape:
     ]
     if self.text_mode == "cross":
       found += [("cross_q", n, d, d), ("cross_kv", self.text, d, 2 * d), ("cross_out", n, d, d)]
-    return found + [("modulation", 1, self.modulation_rows or d, self.modulation * d)] * bool(
-      self.modulation
-    )
+    if self.modulation:
+      found.append(("modulation", 1, self.modulation_rows or d, self.modulation * d))
+    return found
 
   def linear_flops(self, n: int) -> float:
-    """Everything that is linear in the tokens: matrix products and, where there is one, cross-attention (4 n m D)."""
+    """Returns all that is linear in the tokens: matrix products and cross-attention."""
     return sum(2.0 * r * k * c for _, r, k, c in self.matmuls(n)) + self.cross_attention_flops(n)
 
   def cross_attention_flops(self, n: int) -> float:
-    """4 n m D, or 0 without cross-attention."""
+    """Returns 4 n m D, or 0 without cross-attention."""
     return 4.0 * n * self.text * self.width * (self.text_mode == "cross")
 
   def text_attention_flops(self, n: int) -> float:
-    """What joint text adds to self-attention: text sees all and all see it, `(n + m)^2 - n^2` pairs per head, always dense."""
+    """Returns what joint text adds to self-attention: `(n + m)^2 - n^2` pairs per head.
+
+    Text sees all tokens and all tokens see it, whatever the method.
+    """
     return 4.0 * (2.0 * n * self.text + self.text**2) * self.width * (self.text_mode == "joint")
 
   def elementwise_bytes(self, n: int, itemsize: int = 2) -> float:
-    """Norms, modulation, rotary, gates and residuals if each is one fused pass: 14 reads and writes of `[n, D]`, and 7 more
-    around a cross-attention. Activations belong to the MLP's matmuls.
+    """Returns bytes of norms, modulation, rotary, gates and residuals, each one fused pass.
 
-    Norm + modulate twice (2 each), QK-norm + rotary (2 in, 2 out), gated residual twice (3 each).
+    These are 14 reads and writes of `[n, D]`: norm + modulate twice (2 each), QK-norm + rotary (2
+    in, 2 out), gated residual twice (3 each); and 7 more around a cross-attention. Activations
+    belong to the MLP's products.
     """
-    rows = n + self.text * (self.text_mode == "joint")
-    return (14.0 + 7.0 * (self.text_mode == "cross")) * rows * self.width * itemsize
+    return (14.0 + 7.0 * (self.text_mode == "cross")) * self.rows(n) * self.width * itemsize
 
   def matmul_bytes(self, n: int, itemsize: int = 2) -> float:
-    """Inputs, weights and outputs of the matrix products, each once."""
-    return (
-      sum(float(r) * k + float(k) * c + float(r) * c for _, r, k, c in self.matmuls(n)) * itemsize
-    )
+    """Returns bytes of inputs, weights and outputs of the matrix products, each once."""
+    return sum(itemsize * (float(r) * k + k * c + r * c) for _, r, k, c in self.matmuls(n))
 
 
-# ---- a model, a run ------------------------------------------------------------------------------------------------------
+# ---- a model, a run ------------------------------------------------------------------------------
 
 
 def model_cost(config, latent_shape, allocations=None, training: bool = False, phases=None) -> Cost:
-  """Forward of a whole `VideoDiT` for one sample.
+  """Returns the forward of a whole `VideoDiT` for one sample.
 
-  Counted: attention as the methods count it; per layer 8 n D^2 (q, k, v and out projections), 4 n D H (MLP of hidden width
-  H) and 12 D^2 (adaLN); patch embedding and final projection. Not counted: norms, rotary, activations, the embedders.
+  Counted: `layer_cost` of every layer; per layer 8 n D^2 (q, k, v and out projections), 4 n D H
+  (MLP of hidden width H) and 12 D^2 (adaLN); patch embedding and final projection. Not counted:
+  norms, rotary, activations, the embedders.
 
   Args:
-    config: a `ModelConfig`; latent_shape: `(t, y, x, c)`.
-    allocations: share of heads per branch for every run of layers, or None for each method's own expectation.
-    training: count every branch of every head where training runs them all (soft and straight-through routing;
-      `Method.training_cost`).
-    phases: one per run of layers: count this sampling step (`Method.phase_cost`), not a usual one.
+    config: a `ModelConfig`.
+    latent_shape: `(t, y, x, c)`.
+    allocations: share of heads per branch for every run of layers, or None for each method's own
+      expectation.
+    training: count every branch of every head where training runs them all (soft and
+      straight-through routing).
+    phases: one per run of layers: count this sampling step instead of a usual one.
   """
-  layout, width = config.layout(latent_shape), config.width
-  total, n = Cost(), layout.n
-  block = BlockShape(width, config.heads, int(width * config.mlp_ratio))
-  for i, (count, method) in enumerate(config.runs()):
-    allocation = None if allocations is None else allocations[i]
-    cost = method.training_cost if training else method.cost
-    if phases is not None:
-      cost = functools.partial(method.phase_cost, phases[i])
-    layer = cost(layout, config.heads, config.dims.head_dim, allocation)
-    total = total + (layer + Cost(linear_flops=block.linear_flops(n))).scaled(count)
-  patch = latent_shape[3] * config.patch[0] * config.patch[1] * config.patch[2]
-  return total + Cost(linear_flops=2 * 2.0 * n * width * patch)
+  layout = config.layout(latent_shape)
+  runs = config.runs()
+  block = BlockShape(config.width, config.heads, int(config.width * config.mlp_ratio))
+  patch = latent_shape[3] * math.prod(config.patch)
+  total = Cost(linear_flops=2 * 2.0 * layout.n * config.width * patch)
+  for i, (count, method) in enumerate(runs):
+    layer = layer_cost(
+      method,
+      layout,
+      config.heads,
+      config.dims.head_dim,
+      allocation=None if allocations is None else allocations[i],
+      phase=None if phases is None else phases[i],
+      training=training,
+    )
+    total += (layer + Cost(linear_flops=block.linear_flops(layout.n))).scaled(count)
+  return total
 
 
 def sampling_cost(config, latent_shape, schedule, guided: bool = True) -> Cost:
-  """All forwards of one sample: every step by its own phase (warm-up, searches, reuse), two forwards a step if guided.
+  """Returns all forwards of one sample: every step by its own phase, two a step if guided.
 
   Args:
-    config: a `ModelConfig`; latent_shape: `(t, y, x, c)`.
+    config: a `ModelConfig`.
+    latent_shape: `(t, y, x, c)`.
     schedule: phases per step and run of layers, of `VideoDiT.schedule`.
-    guided: whether each step runs the conditional and the unconditional half; what only one of them does (a search whose
-      masks both run with) is counted twice, so this is an upper bound there.
+    guided: whether each step runs the conditional and the unconditional half. Work that one of them
+      does for both (a search for masks) is counted twice, so this is an upper bound there.
   """
-  counts = collections.Counter(schedule)
   steps = [
     model_cost(config, latent_shape, phases=phases).scaled(count)
-    for phases, count in counts.items()
+    for phases, count in collections.Counter(schedule).items()
   ]
   return sum(steps, Cost()).scaled(1 + guided)
 
 
 def training_flops(cost: Cost) -> float:
-  """Forward and backward of a step: 3 times the linear work (2 matmuls back for 1 forward), 3.5 times attention."""
+  """Returns forward and backward of a step: 3 times the linear work, 3.5 times attention."""
   return 3.0 * cost.linear_flops + (1.0 + BACKWARD_OVER_FORWARD) * cost.attention_flops
 
 
 def utilisation(flops: float, seconds: float, peak: float) -> float:
-  """Model FLOPs utilisation that knows of sparsity: *scored* work over what the device could have done in that time.
+  """Returns scored work over what the device could have done in that time.
 
   Dense FLOPs over sparse time is not utilisation; it has no name here.
   """

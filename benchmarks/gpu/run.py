@@ -21,7 +21,6 @@ from benchmarks.gpu.guards import GUARDS
 from benchmarks.gpu.plan import FULL, REHEARSAL, Plan
 from benchmarks.gpu.rows import Deadline, Store, open_device
 
-EXPECTED = rows.RESULTS / "attention_gpu_expected.json"
 
 
 def _label(density: float) -> str:
@@ -285,7 +284,7 @@ def run_parts(run: Session, parts=PARTS) -> None:
       part(run)
     except Exception:
       logging.exception("part %s failed", part.__name__)
-    for row in gates.gate_rows(run.store.all(), rows.read_rows(EXPECTED)):
+    for row in gates.gate_rows(run.store.all()):
       # Tiny shapes pass or miss nothing.
       run.store.add(row | ({"passed": None, "record_met": None} if run.store.rehearsal else {}))
 

@@ -11,9 +11,8 @@ import jax.numpy as jnp
 from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.table import BlockMask
 
-from freqformer.cost import attention_cost
 from freqformer.methods.adaspa import AdaSpa
-from freqformer.methods.base import Method, attend, plain_aux
+from freqformer.methods.base import Method, attend, even_lists, plain_aux
 from freqformer.methods.block_topk import BlockTopK
 from freqformer.methods.freqformer import FreqFormer
 from freqformer.methods.head_profile import ProfileConfig
@@ -61,8 +60,11 @@ class RandomTiles(Method):
     counts = jnp.full(ids.shape[:3], self.budget, jnp.int32)
     return BlockMask(ids, counts, arrays.kv_len, None, arrays.block, arrays.block)
 
-  def cost(self, layout, heads, head_dim, allocation=None):
-    return attention_cost(heads * layout.n * self.budget * layout.n / layout.tiles, head_dim)
+  def pairs(self, layout, heads, allocation=None, phase=None):
+    return even_lists(layout, heads, layout.n * self.budget * layout.n / layout.tiles)
+
+  def only_attends(self, phase):
+    return True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,13 +89,14 @@ class Warmed(Method):
     out, aux = attend(qkv, tables["dense"], cond)
     return out, state, aux
 
-  def cost(self, layout, heads, head_dim, allocation=None):
-    return self.inner.cost(layout, heads, head_dim, allocation)
+  @property
+  def usual_phase(self):
+    return "run"
 
-  def phase_cost(self, phase, layout, heads, head_dim, allocation=None):
+  def pairs(self, layout, heads, allocation=None, phase=None):
     if phase == "warmup":
-      return attention_cost(heads * layout.n**2, head_dim)
-    return self.cost(layout, heads, head_dim, allocation)
+      return even_lists(layout, heads, layout.n**2)
+    return self.inner.pairs(layout, heads, allocation)
 
 
 @dataclasses.dataclass(frozen=True)

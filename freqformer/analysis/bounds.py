@@ -168,7 +168,7 @@ def compressed(head: Head, bounded: bool) -> dict:
 
 
 def filtered(head: Head, band: int) -> dict:
-  """Measures dense attention's output with one band kept: the error must be the other bands' norm."""
+  """Measures dense attention with one band kept: the error must be the other bands' norm."""
   y = np.where(head.valid[:, None], softmax(head.scores()) @ head.v, 0)
   parts = head.operators.bands(y)
   found = _result(head, y - parts[band], None)

@@ -110,8 +110,10 @@ def measure_model(
 def random_tensors(
   arrays: LayoutTables, method, heads: int, d: int, seed: int, smooth: float = 0.0
 ) -> dict:
-  """Draws normal q, k, v and compresses them; `smooth` in [0, 1) is the share of their variance that
-  the whole grid shares."""
+  """Draws normal q, k, v and compresses them.
+
+  The whole grid shares a part `smooth` in [0, 1) of their variance.
+  """
   rng = np.random.default_rng(seed)
   shared = np.sqrt(smooth) * rng.normal(size=(3, 1, heads, d))
   own = np.sqrt(1 - smooth) * rng.normal(size=(3, arrays.layout.n_buffer, heads, d))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from freqformer.cost import layer_cost
 from freqformer.methods.base import Cond
 from freqformer.model.attention import SpectralAttention
 
@@ -39,7 +40,7 @@ def layer_rows(model, latent_shape, allocation=None, repeats: int = 7) -> list[d
       note = "heads " + ", ".join(f"{c} {b}" for b, c in zip(method.branches, counts, strict=True))
     calls[name] = _call(model, method, layout)
     density = float(np.mean(calls[name]()[1]["density"]))
-    cost = method.cost(layout, heads, model.dims.head_dim)
+    cost = layer_cost(method, layout, heads, model.dims.head_dim)
     rows.append(
       {
         "method": name,

@@ -22,11 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from freqformer.config import ConfigError
-from freqformer.cost import Cost, attention_cost
 from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.table import BlockMask
 from freqformer.kernels.selection.block_scores import block_mass
-from freqformer.methods.base import Method, plain_aux
+from freqformer.methods.base import Method, even_lists, plain_aux
 from freqformer.tables.adaspa_memory import (
   LSE_DTYPES,
   LSE_KINDS,
@@ -39,10 +38,6 @@ from freqformer.tables.adaspa_memory import (
 )
 from freqformer.tables.dense import dense
 from freqformer.tables.topk import fixed_tiles
-
-# Of a program compiled for an H100. Search: bytes per pair of tiles (masses, their ranking), kernels per chunk of 2^23 masses.
-# Lists from bits: kernels.
-_SEARCH_BYTES, _SEARCH_LAUNCHES, _LISTS_LAUNCHES = 58.0, 20, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,37 +251,20 @@ class AdaSpa(Method):
     layout = arrays.layout
     return lists_of_bits(bits, self.budgets(layout)[2], arrays.kv_len, layout.block)
 
-  def cost(self, layout, heads, head_dim, allocation=None) -> Cost:
-    """Of a step that reuses its masks: `n` queries, each with the base budget of average tiles, the mean over heads; and lists
-    written out from a bit per pair of tiles.
+  def pairs(self, layout, heads, allocation=None, phase=None):
+    """Counts dense steps as dense, others with the base budget of average tiles, the mean of heads.
 
-    Left out: that heads differ. Up to half of them list half as many tiles again, as many list half as many (`budgets`);
-    which, is known only once they are searched. Where whole heads are dealt to devices beforehand, the busiest one may thus
-    have 1.5 times the mean attention; dealt anew after each search, little more than the mean.
+    Heads differ: up to half of them list half as many tiles again, as many list half as many
+    (`budgets`); which ones is known only after a search. Where whole heads are dealt to devices
+    beforehand, the busiest one may thus have 1.5 times the mean attention.
     """
-    tiles, (_, base, most) = layout.tiles, self.budgets(layout)
-    lists = Cost(linear_bytes=heads * tiles * (tiles / 8 + 40.0 * most), launches=_LISTS_LAUNCHES)
-    return attention_cost(heads * layout.n * base * layout.n / tiles, head_dim) + lists
+    if phase in ("", "warmup", "search_first"):
+      return even_lists(layout, heads, layout.n**2)
+    return even_lists(layout, heads, layout.n * self.budgets(layout)[1] * layout.n / layout.tiles)
 
-  def phase_cost(self, phase, layout, heads, head_dim, allocation=None) -> Cost:
-    """Dense steps are dense. A search adds q k^T of every pair, `2 n^2 D`; it reads q and k and writes a number per two tiles.
-
-    Bytes and kernels are those of the program compiled for an H100 (`python -m benchmarks.compiled.layer_traffic`), keys read once
-    (a head's stay in the L2). Not counted: exponentials, ranking. The first search also writes the LSE that later ones read:
-    4 to 8 bytes per row, left out.
-    """
-    whole = attention_cost(heads * layout.n**2, head_dim)
-    run = whole if phase in ("", "warmup", "search_first") else self.cost(layout, heads, head_dim)
-    if not phase.startswith("search"):
-      return run
-    masses = heads * float(layout.tiles) ** 2
-    moved, chunks = (
-      4.0 * layout.n_buffer * heads * head_dim + _SEARCH_BYTES * masses,
-      math.ceil(masses / 2**23),
-    )
-    return run + Cost(
-      linear_flops=whole.attention_flops / 2, linear_bytes=moved, launches=_SEARCH_LAUNCHES * chunks
-    )
+  @property
+  def usual_phase(self):
+    return "reuse"
 
 
 def levels(recall: jax.Array, threshold: float) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Who gets how many heads: the one place that says which allocations there are."""
+"""Allocations of heads to branches: the one place that says which ones are valid."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from freqformer.config import ConfigError
 
 
 def head_shares(allocation, branches: tuple[str, ...]) -> np.ndarray:
-  """Share of heads per branch, float64 `[branches]`, summing to 1, of any weights.
+  """Returns the share of heads per branch, float64 `[branches]`, summing to 1, of any weights.
 
   Raises:
     ConfigError: unless there is one finite weight >= 0 per branch and not all are 0.
@@ -15,14 +15,11 @@ def head_shares(allocation, branches: tuple[str, ...]) -> np.ndarray:
     weights = np.asarray(allocation, np.float64)
   except (TypeError, ValueError):
     weights = np.empty(0)
-  if (
-    weights.shape != (len(branches),)
-    or not np.isfinite(weights).all()
-    or weights.min() < 0
-    or weights.sum() <= 0
-  ):
+  one_each = weights.shape == (len(branches),)
+  if not one_each or not np.isfinite(weights).all() or weights.min() < 0 or weights.sum() <= 0:
     raise ConfigError(
-      f"{allocation=} must be {len(branches)} head counts ({', '.join(branches)}), none negative and not all 0."
+      f"{allocation=} must be {len(branches)} head counts ({', '.join(branches)}), none negative "
+      "and not all 0."
     )
   return weights / weights.sum()
 
@@ -38,5 +35,6 @@ def check_heads(allocation, heads: int) -> None:
   """Raises ConfigError unless fixed head counts hand out every head of a layer, each once."""
   if sum(allocation) != heads:
     raise ConfigError(
-      f'{allocation=} hands out {sum(allocation)} heads, the layer has {heads}; make them equal or use "routed".'
+      f"{allocation=} hands out {sum(allocation)} heads, the layer has {heads}; "
+      'make them equal or use "routed".'
     )

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from freqformer.cost import Cost
 from freqformer.grid.layout import LayoutTables, TileLayout
 from freqformer.kernels.block_sparse.api import attention
-from freqformer.kernels.block_sparse.cost import CallCost
+from freqformer.kernels.block_sparse.cost import CallCost, uniform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,25 +145,38 @@ class Method:
     """
     raise NotImplementedError
 
-  def cost(self, layout: TileLayout, heads: int, head_dim: int, allocation=None) -> Cost:
-    """Exact cost of one layer and sample, forward; `allocation`: share of heads per branch, for methods that have some."""
+  def pairs(
+    self, layout: TileLayout, heads: int, allocation=None, phase: str | None = None
+  ) -> CallCost:
+    """Counts the attention of one layer and sample exactly, without a table.
+
+    Args:
+      layout: of the grid.
+      heads: of the layer.
+      allocation: share of heads per branch, for methods that have some; None: the method's own
+        expectation.
+      phase: of a sampling step; None is `usual_phase`.
+
+    Returns:
+      pairs and lists of all attention calls of the layer, at head dimension 1. Lists that depend on
+      the data are taken as equally long (`even_lists`).
+
+    Raises:
+      ConfigError: for an allocation that is invalid or not of so many heads.
+    """
     raise NotImplementedError
 
-  def phase_cost(
-    self, phase: str, layout: TileLayout, heads: int, head_dim: int, allocation=None
-  ) -> Cost:
-    """`cost` of a sampling step of one phase; the same in all phases unless overridden."""
-    return self.cost(layout, heads, head_dim, allocation)
+  @property
+  def usual_phase(self) -> str:
+    """The phase of the step that most of a sampling run does: what is counted by default."""
+    return ""
 
-  def training_cost(self, layout: TileLayout, heads: int, head_dim: int, allocation=None) -> Cost:
-    """`cost` of a training step's forward, where that runs more (every branch of every head)."""
-    return self.cost(layout, heads, head_dim, allocation)
+  def only_attends(self, phase: str) -> bool:
+    """Whether a step does nothing but attend by tables: no program is then traced, no table built.
 
-  def call_cost(
-    self, layout: TileLayout, heads: int, head_dim: int, allocation=None
-  ) -> CallCost | None:
-    """Lists of a layer's attention call, for traffic and waves; None: unknown, taken as equally long (`freqformer.cost`)."""
-    return None
+    At 1M tokens radial's table takes 12 s to build, its pairs a few milliseconds to count.
+    """
+    return False
 
   @property
   def routed(self) -> bool:
@@ -180,6 +192,62 @@ class Method:
   def branches(self) -> tuple[str, ...]:
     """Names of what a head can be given; routing is an array over these."""
     return ()
+
+  @property
+  def branch_of_part(self) -> dict[str, str]:
+    """Named scopes (`jax.named_scope`) of the program that only heads of one branch need."""
+    return {}
+
+  # ---- counting, the same for all methods ----------------------------------------------------------
+
+  def for_counting(self) -> "Method":
+    """Returns the method whose program is counted; some fields choose among its results only."""
+    return self
+
+  def program(
+    self, layout: TileLayout, heads: int, head_dim: int, phase: str
+  ) -> jax.extend.core.ClosedJaxpr:
+    """Traces one sampling step between a layer's projections, in the plain form of every op.
+
+    Nothing is computed, and it works while another program is traced. Parameters are made in the
+    scope "parameters".
+    """
+    dims = Dims(heads, head_dim, heads * head_dim)
+    state = jax.eval_shape(lambda: self.init_state(1, dims, layout))
+    x = jax.ShapeDtypeStruct((1, layout.n_buffer, heads, head_dim), jnp.float32)
+    embedding = jax.ShapeDtypeStruct((1, dims.cond_dim), jnp.float32)
+
+    def run(q, k, v, embedding, arrays, tables, state):
+      with jax.named_scope("parameters"):
+        module = self.build(dims, layout, nnx.Rngs(0))
+      cond = Cond(jnp.full(1, 0.5), embedding, phase=phase)
+      # Norm and rotary are elementwise, hence in no count of products.
+      projected = Projected(q, k, v, _unchanged, _unchanged, arrays, implementation="xla")
+      out, state, _ = self(module, projected, cond, tables, state)
+      return out, state
+
+    return jax.make_jaxpr(run)(x, x, x, embedding, layout.arrays(), self.tables(layout), state)
+
+
+def _unchanged(x: jax.Array, positions: jax.Array) -> jax.Array:
+  return x
+
+
+def even_lists(layout: TileLayout, heads: float, pairs: float) -> CallCost:
+  """Returns the lists of `heads` heads of `pairs` scored pairs each: all equally long.
+
+  It is exact for dense attention where tiles are equally full; in general only its pairs are.
+  """
+  listed = pairs / (layout.tiles * (layout.fill * layout.block) ** 2)
+  return uniform(
+    layout.tiles,
+    listed,
+    layout.tiles,
+    head_dim=1,
+    block=layout.block,
+    fill=layout.fill,
+    heads=heads,
+  )
 
 
 def attend(qkv: Projected, mask, cond: Cond):

@@ -14,11 +14,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from freqformer.config import ConfigError
-from freqformer.cost import Cost, attention_cost, selection_cost
 from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.table import dense_mask
-from freqformer.methods.base import Method, plain_aux
-from freqformer.methods.parts.gate import QueryGate, gated_cost
+from freqformer.methods.base import Method, even_lists, plain_aux
+from freqformer.methods.parts.gate import QueryGate
 from freqformer.tables.topk import block_topk, fixed_tiles, pool_tiles
 
 COARSE = ("gated", "none")
@@ -96,14 +95,8 @@ class BlockTopK(Method):
     }
     return out, state, aux
 
-  def cost(self, layout, heads, head_dim, allocation=None) -> Cost:
-    """Pairs of average tiles, `4 d` each, the selection; if gated, the averages' own pairs (without padding) and the gate."""
-    n, tiles, gated = layout.n, layout.tiles, self.coarse == "gated"
-    found = attention_cost(
-      heads * (self.budget(layout) * n * n / tiles + gated * tiles**2), head_dim
-    )
-    return (
-      found
-      + selection_cost(n, tiles, heads, head_dim)
-      + gated_cost(n, heads, head_dim).scaled(gated)
-    )
+  def pairs(self, layout, heads, allocation=None, phase=None):
+    """Counts listed tiles of average length and, if gated, the averages' own pairs."""
+    listed = layout.n * self.budget(layout) * layout.n / layout.tiles
+    averages = layout.tiles**2 if self.coarse == "gated" else 0
+    return even_lists(layout, heads, listed + averages)

@@ -2,8 +2,7 @@
 
 import dataclasses
 
-from freqformer.cost import Cost, attention_cost
-from freqformer.methods.base import Method, attend
+from freqformer.methods.base import Method, attend, even_lists
 from freqformer.tables.dense import dense
 
 
@@ -18,6 +17,8 @@ class Dense(Method):
     out, aux = attend(qkv, tables, cond)
     return out, state, aux
 
-  def cost(self, layout, heads, head_dim, allocation=None) -> Cost:
-    """n^2 pairs per head, `4 d` each: `4 n^2 D`. Nothing lies around them but norm and rotary, which no method counts."""
-    return attention_cost(heads * layout.n**2, head_dim)
+  def pairs(self, layout, heads, allocation=None, phase=None):
+    return even_lists(layout, heads, layout.n**2)
+
+  def only_attends(self, phase):
+    return True

@@ -15,23 +15,24 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from freqformer.config import require
-from freqformer.cost import Cost
 from freqformer.grid.basis import SpectralBasis, SpectralTables
 from freqformer.grid.layout import TileLayout
+from freqformer.grid.sizes import coarse_tokens
 from freqformer.grid.tile_matrices import TileCells, tile_cells
 from freqformer.kernels.around.lift import lift
 from freqformer.kernels.block_sparse.api import attention
-from freqformer.kernels.block_sparse.cost import CallCost
+from freqformer.kernels.block_sparse.cost import CallCost, uniform
 from freqformer.kernels.block_sparse.table import BlockMask, select
 from freqformer.kernels.linear.api import linear_attention
-from freqformer.methods import freqformer_cost, measured
-from freqformer.methods.base import mask_aux, mask_density
+from freqformer.methods import measured
+from freqformer.methods.base import even_lists, mask_aux, mask_density
 from freqformer.methods.head_profile import ProfileConfig
 from freqformer.methods.parts.summary_tokens import SummaryTokens
 from freqformer.methods.routed import RoutedMethod
+from freqformer.tables.counting import with_coarse
 from freqformer.tables.packed import coarse_rows, full_rows, packed_kv_len
 from freqformer.tables.topk import block_topk, fixed_tiles, pool_tiles
-from freqformer.tables.window import BORDERS, sliding_tile
+from freqformer.tables.window import BORDERS, count_window, sliding_tile
 
 LOW, MID, HIGH = range(3)
 FILTERS = ("none", "qkv", "v")
@@ -270,19 +271,58 @@ class FreqFormer(RoutedMethod):
     (b, h), n = routing.choice.shape, qkv.layout.layout.n
     return self.aux(routing, jnp.stack([mask_density(m, n, b, h) for m in masks], -1), qkv, cond)
 
-  def statistics_cost(self, layout, heads, head_dim) -> Cost:
-    return freqformer_cost.statistics_cost(self, layout, heads, head_dim)
+  # ---- counting ------------------------------------------------------------------------------------
 
-  def cost(self, layout: TileLayout, heads, head_dim, allocation=None) -> Cost:
-    return freqformer_cost.cost(self, layout, heads, head_dim, allocation)
+  def pairs(self, layout, heads, allocation=None, phase=None):
+    """Counts each band's rows of the packed buffer for its share of the heads.
 
-  def call_cost(self, layout, heads, head_dim, allocation=None) -> CallCost:
-    return freqformer_cost.call_cost(self, layout, heads, head_dim, allocation)
+    Without an allocation the fixed one counts, or the router's prior (also for measured heads,
+    before they are measured). A measuring step runs every band on every head as well.
+    """
+    low_share, mid_share, high_share = map(float, self.shares(heads, allocation))
+    measured_heads = self.allocation == "measured"
+    if measured_heads and phase == "warmup":
+      return even_lists(layout, heads, layout.n**2)
+    low, mid, high = _count_bands(self, layout)
+    run = low.scaled(heads * low_share) + mid.scaled(heads * mid_share)
+    run += high.scaled(heads * high_share)
+    if measured_heads and phase not in (None, "run"):
+      return run + (low + mid + high).scaled(heads)
+    return run
 
-  def phase_cost(self, phase, layout, heads, head_dim, allocation=None) -> Cost:
-    if self.allocation != "measured":
-      return self.cost(layout, heads, head_dim, allocation)
-    return measured.phase_cost(self, phase, layout, heads, head_dim, allocation)
+  @property
+  def usual_phase(self):
+    return "run" if self.allocation == "measured" else ""
+
+  @property
+  def branch_of_part(self):
+    return {"lift": "low"}
+
+
+def _count_bands(method: FreqFormer, layout: TileLayout) -> tuple[CallCost, CallCost, CallCost]:
+  """Counts one head of each band at head dimension 1: low and high exactly, mid with full tiles.
+
+  Unions of mid lists, which depend on the data, are those of random lists.
+  """
+  block = layout.block
+  n_coarse = coarse_tokens(method.basis, layout)
+  coarse = -(-n_coarse // block)
+  dense = 0 if method.low_op == "linear" else coarse
+  low = uniform(dense, dense, dense, 1, block=block)
+  low = dataclasses.replace(
+    low, pairs=float(n_coarse) ** 2 * (dense > 0), rows=coarse + layout.tiles
+  )
+  listed = min(method.mid_tiles, layout.tiles)
+  every = layout.tiles + coarse
+  mid = uniform(
+    layout.tiles, listed + method.low_shared * coarse, every, 1, block=block, fill=layout.fill
+  )
+  shared = method.low_shared * float(layout.n) * n_coarse
+  mid = dataclasses.replace(mid, pairs=layout.n * listed * layout.n / layout.tiles + shared)
+  high = count_window(layout, method.window, method.border, before=coarse)
+  if method.low_shared:
+    high = with_coarse(high, layout, n_coarse, coarse)
+  return low, mid, high
 
 
 @jax.tree_util.register_dataclass

@@ -11,13 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from freqformer.config import ConfigError, require
-from freqformer.cost import Cost
 from freqformer.grid.layout import TileLayout
 from freqformer.kernels.block_sparse.table import BlockMask
-
-# Of `dense_rows` and what follows it, compiled for an H100 (`python -m benchmarks.compiled.layer_traffic`): passes over a bf16 array of
-# tokens, bytes per score of each pattern, kernels per head.
-_ROW_PASSES, _ROW_BYTES, _ROW_LAUNCHES = 29.0, 10.0, 12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +76,7 @@ def rows_of(mask: BlockMask, rows: np.ndarray) -> np.ndarray:
   return part.to_tiles()[0, 0]
 
 
+@jax.named_scope("scores")
 def dense_rows(q: jax.Array, k: jax.Array, v: jax.Array, valid, listed=()) -> jax.Array:
   """Dense attention of a few rows, and of the same rows under each of some patterns.
 
@@ -104,19 +100,6 @@ def dense_rows(q: jax.Array, k: jax.Array, v: jax.Array, valid, listed=()) -> ja
 
   out = jax.lax.map(head, tuple(jax.lax.stop_gradient(x).transpose(2, 0, 1, 3) for x in (q, k, v)))
   return out.transpose(1, 2, 3, 0, 4)
-
-
-def measuring_cost(rows: int, n: int, heads: int, head_dim: int, patterns: int = 1) -> Cost:
-  """Of `dense_rows`: a row's scores once, `2 n d`, and values summed once for dense and for each other pattern, as much each.
-
-  Bytes as XLA moves them on Hopper: k and v by head in float32, scores of all rows and patterns. Not counted: exponentials.
-
-  Args:
-    patterns: how often values are summed: dense attention, and each pattern beside it.
-  """
-  flops = 2.0 * (1 + patterns) * min(rows, n) * n * head_dim * heads
-  moved = (_ROW_PASSES * 2.0 * head_dim + _ROW_BYTES * patterns * min(rows, n)) * n * heads
-  return Cost(attention_flops=flops, linear_bytes=moved, launches=_ROW_LAUNCHES * heads)
 
 
 def relative_errors(outs: jax.Array, exact: jax.Array) -> jax.Array:

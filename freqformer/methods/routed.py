@@ -1,7 +1,6 @@
 """Base of methods that give each head one branch: dealt by a router, or by fixed head counts."""
 
 import dataclasses
-import functools
 import re
 
 import jax
@@ -10,13 +9,12 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from freqformer.cost import Cost, attention_cost
+from freqformer.cost import branch_costs
 from freqformer.methods.allocation import check_counts, check_heads, head_shares
 from freqformer.methods.base import Method
 from freqformer.methods.parts.router import RouterConfig, Routing, SpectralRouter, entropy, penalty
 
 _PARTS = 3  # of a head's energy, which the router reads
-_ROUTER_LAUNCHES = 6  # of the network, its choice and the lists that follow it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +81,7 @@ class RoutedMethod(Method):
     """What the router reads of a head: the energy of its values `[b, n_buffer, h, d]` in three parts, `[b, h, 3]`."""
     raise NotImplementedError
 
+  @jax.named_scope("router")
   def route(self, module, qkv, cond, tables, choice=None) -> Routing:
     """The router's decision; else each head's known branch: `choice` int32 `[b, h]`, or the fixed assignment."""
     b, _, h, _ = qkv.q.shape
@@ -100,44 +99,10 @@ class RoutedMethod(Method):
       routing = Routing(hot, jnp.broadcast_to(choice, (b, h)), hot, False)
     return dataclasses.replace(routing, choice=checkpoint_name(routing.choice, "routing"))
 
-  # ---- cost --------------------------------------------------------------------------------------------------------------
-
-  def statistics_cost(self, layout, heads: int, head_dim: int) -> Cost:
-    """Of `energies`, for all heads."""
-    raise NotImplementedError
-
-  def router_cost(self, layout, heads: int, head_dim: int) -> Cost:
-    """Of the router where heads are routed, else nothing: the statistics, and its network's products.
-
-    Per sample and layer, with hidden width m: `2 D m` for the timestep's embedding (as wide as the model), `2 m` for each of a
-    head's statistics and each of its branches. Launches beside the statistics' are counted on Hopper (docs/log.md).
-    """
-    if not self.routed:
-      return Cost()
-    router, m = self.router, self.router.hidden
-    read = _PARTS * router.statistics
-    network = Cost(
-      linear_flops=2.0 * heads * m * (head_dim + read + len(self.branches)),
-      launches=_ROUTER_LAUNCHES,
-    )
-    return network + self.statistics_cost(layout, heads, head_dim) if read else network
-
-  def training_cost(self, layout, heads, head_dim, allocation=None) -> Cost:
-    """Where every branch runs: the pairs of all of them, and once whatever lies around any."""
-    if not self.trains_all_branches:
-      return self.cost(layout, heads, head_dim, allocation)
-    each = [self.cost(layout, heads, head_dim, alone) for alone in np.eye(len(self.branches))]
-    largest = (
-      max(getattr(c, name) for c in each) for name in ("linear_flops", "linear_bytes", "launches")
-    )
-    return Cost(sum(c.attention_flops for c in each), *largest)
-
-  def branch_costs(self, layout, heads: int, head_dim: int) -> np.ndarray:
-    """FLOPs of a layer whose heads all take one branch over those of dense attention, `[branches]`: what the penalty weighs.
-
-    By `cost`, hence of a usual step (of all times alike, where times differ), transforms, selection and router included.
-    """
-    return _branch_costs(self, layout, heads, head_dim)
+  def for_counting(self):
+    """Returns the routed method where heads are dealt by fixed counts: its program has all parts."""
+    fixed = not isinstance(self.allocation, str)
+    return dataclasses.replace(self, allocation="routed") if fixed else self
 
   def aux(self, routing: Routing, density, qkv, cond) -> dict:
     """The layer's aux: densities, the router's entropy and its cost penalty.
@@ -149,9 +114,8 @@ class RoutedMethod(Method):
     run = density.sum(-1) if routing.all_branches else taken
     loss = jnp.float32(0)
     if self.routed and cond.train:
-      loss = penalty(
-        self.router, routing.probs, self.branch_costs(qkv.layout.layout, *qkv.q.shape[2:])
-      )
+      costs = branch_costs(self, qkv.layout.layout, *qkv.q.shape[2:])
+      loss = penalty(self.router, routing.probs, costs)
     return {
       "density": taken,
       "cost": run.mean(),
@@ -161,16 +125,6 @@ class RoutedMethod(Method):
       "expected_density": (routing.probs * density).sum(-1),
       "entropy": entropy(routing.probs),
     }
-
-
-@functools.lru_cache(maxsize=64)
-def _branch_costs(method: RoutedMethod, layout, heads: int, head_dim: int) -> np.ndarray:
-  with jax.ensure_compile_time_eval():  # numbers, also while a layer is traced
-    each = [
-      method.cost(layout, heads, head_dim, tuple(alone)).total
-      for alone in np.eye(len(method.branches))
-    ]
-  return np.asarray(each) / attention_cost(heads * layout.n**2, head_dim).total
 
 
 class RoutedModules(nnx.Module):

@@ -18,11 +18,10 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from freqformer.cost import Cost, attention_cost, linear_attention_cost, selection_cost
 from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.table import BlockMask
 from freqformer.kernels.linear.api import FEATURE_MAPS, Segments, linear_attention
-from freqformer.methods.base import Method, plain_aux
+from freqformer.methods.base import Method, even_lists, plain_aux
 from freqformer.tables.topk import block_topk, pool_tiles
 
 
@@ -85,17 +84,10 @@ class SparseLinear(Method):
     aux = plain_aux(mask, arrays.n, b, h, cond.want_masks)
     return out + module(linear).astype(out.dtype), state, aux
 
-  def cost(self, layout, heads, head_dim, allocation=None) -> Cost:
-    """Critical pairs (tiles of average length), `4 d` each; linear attention over tiles, its projection `2 n d D`; rankings of
-    the best and the worst, by the same means. Bytes: 16 per element of q on Hopper (benchmarks/compiled/linear.py), 10 to project."""
-    n, tiles, width = layout.n, layout.tiles, heads * head_dim
-    found = attention_cost(heads * n * self.budgets(tiles)[0] * n / tiles, head_dim)
-    found += linear_attention_cost(n, heads, head_dim, tiles) + Cost(
-      0.0, 2.0 * n * head_dim * width, 26.0 * n * width, 9
-    )
-    return (
-      found + selection_cost(n, tiles, heads, head_dim) + selection_cost(0, tiles, heads, head_dim)
-    )
+  def pairs(self, layout, heads, allocation=None, phase=None):
+    """Counts critical tiles of average length."""
+    critical, _ = self.budgets(layout.tiles)
+    return even_lists(layout, heads, layout.n * critical * layout.n / layout.tiles)
 
 
 def _best_tiles(q_pool, k_pool, budget: int, arrays) -> BlockMask:

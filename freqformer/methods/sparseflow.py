@@ -20,10 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from freqformer.cost import Cost, attention_cost, linear_attention_cost
 from freqformer.grid.layout import LayoutTables, TileLayout
 from freqformer.kernels.block_sparse.api import attention
-from freqformer.kernels.block_sparse.cost import CallCost, count
+from freqformer.kernels.block_sparse.cost import count
 from freqformer.kernels.block_sparse.table import BlockMask, check_listed, pad_lists
 from freqformer.kernels.linear.api import FEATURE_MAPS, Segments, linear_attention
 from freqformer.methods.base import mask_aux, mask_density
@@ -32,10 +31,7 @@ from freqformer.methods.routed import RoutedMethod
 from freqformer.tables.topk import anchor_frames, pool_tiles
 
 SPARSE, LINEAR = range(2)
-# Linear attention on a Hopper GPU: bytes per element of its own heads of q, of 8 at least, and kernels (benchmarks/compiled/linear.py).
-# Frames that share boxes of rows cost more; what the kernels refuse runs in XLA.
-_OWN_BOXES, _SHARED_BOXES, _REFUSED = (9.1, 4), (27.2, 5), (37.1, 8)
-_STATISTICS_LAUNCHES = 11
+LINEAR_PART = "linear_heads"  # the named scope of linear attention
 DIRECTIONS = ("sparse_early", "dense_early")
 SHAPES = ("linear", "cosine", "step")
 
@@ -81,7 +77,9 @@ class Schedule:
   def shares(self, levels: int) -> np.ndarray:
     """Share of t in [0, 1] that each level gets, `[levels]`."""
     time = (np.arange(4096, dtype=np.float32) + 0.5) / 4096
-    return np.bincount(np.asarray(self.level(time, levels)), minlength=levels) / len(time)
+    with jax.ensure_compile_time_eval():  # a number of the config, also while a layer is traced
+      level = np.asarray(self.level(time, levels))
+    return np.bincount(level, minlength=levels) / len(time)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +117,7 @@ class SparseFlow(RoutedMethod):
 
   def tables(self, layout):
     levels = _levels(self.schedule, self.around, self.anchors, layout)
-    return SparseFlowTables(levels, _frames(layout))
+    return SparseFlowTables(levels, frame_segments(layout))
 
   def __call__(self, module, qkv, cond, tables, state):
     routing = self.route(module, qkv, cond, tables)
@@ -137,6 +135,7 @@ class SparseFlow(RoutedMethod):
       feature_map=self.feature_map,
       implementation=qkv.beside,
     )
+    linear = jax.named_scope(LINEAR_PART)(linear)
     if routing.all_branches:
       weights = routing.weights.astype(q.dtype)[:, None, :, :, None]
       out = weights[..., SPARSE, :] * out + weights[..., LINEAR, :] * linear()[0]
@@ -167,48 +166,24 @@ class SparseFlow(RoutedMethod):
       kv_counts=take(tables.levels.kv_counts),
     )
 
-  def statistics_cost(self, layout, heads, head_dim) -> Cost:
-    """Sums of v and of its squares over tiles, `3 n D`. Bytes and launches by `python -m benchmarks.compiled.layer_traffic`."""
-    size = layout.n * heads * head_dim
-    return Cost(linear_flops=3.0 * size, linear_bytes=2.4 * size, launches=_STATISTICS_LAUNCHES)
+  def pairs(self, layout, heads, allocation=None, phase=None):
+    """Counts the levels' tables, each weighted with the share of uniform t that it gets.
 
-  def cost(self, layout: TileLayout, heads, head_dim, allocation=None) -> Cost:
-    """Pairs of the temporal table, averaged over uniform t, times the share of sparse heads; linear attention; the router.
-
-    `allocation` defaults to the fixed one, or to the router's prior. Linear attention is counted
-    for the heads that are linear, as on Hopper: not what XLA computes for other heads and throws away, where heads are routed
-    and no kernel runs.
+    Linear heads list nothing.
     """
-    share, shares, levels = self._expected(layout, heads, allocation)
-    own, work = heads * (1 - share), _frames(layout).work
-    moved, kernels = _REFUSED if work is None else _SHARED_BOXES if work.mixed else _OWN_BOXES
-    linear = linear_attention_cost(layout.n, own, head_dim)
-    linear += Cost(linear_bytes=moved * layout.n * head_dim * own, launches=kernels)
-    pairs = heads * share * float(shares @ levels.pairs()[:, 0])
-    return attention_cost(pairs, head_dim) + linear + self.router_cost(layout, heads, head_dim)
-
-  def call_cost(self, layout, heads, head_dim, allocation=None) -> CallCost:
-    """The levels' lists, each weighted with the share of t that it gets; linear heads list nothing."""
-    share, shares, levels = self._expected(layout, heads, allocation)
-
-    def one(i):
-      return dataclasses.replace(
-        levels, **{f: getattr(levels, f)[i : i + 1] for f in ("kv_indices", "kv_counts")}
-      )
-
-    return functools.reduce(
-      operator.add,
-      (count(one(i), head_dim).scaled(heads * share * weight) for i, weight in enumerate(shares)),
-    )
-
-  def _expected(self, layout, heads, allocation):
-    """Share of sparse heads, share of t per level, and the levels' tables."""
+    sparse = float(self.shares(heads, allocation)[SPARSE])
     levels = _levels(self.schedule, self.around, self.anchors, layout)
-    return (
-      float(self.shares(heads, allocation)[SPARSE]),
-      self.schedule.shares(len(levels.kv_counts)),
-      levels,
-    )
+    found = []
+    for i, share in enumerate(self.schedule.shares(len(levels.kv_counts))):
+      one = dataclasses.replace(
+        levels, kv_indices=levels.kv_indices[i : i + 1], kv_counts=levels.kv_counts[i : i + 1]
+      )
+      found.append(count(one, head_dim=1).scaled(heads * sparse * share))
+    return functools.reduce(operator.add, found)
+
+  @property
+  def branch_of_part(self):
+    return {LINEAR_PART: "linear"}
 
 
 @jax.tree_util.register_dataclass
@@ -289,7 +264,7 @@ def _levels(schedule: Schedule, around, anchors: int, layout: TileLayout) -> Blo
 
 
 @functools.lru_cache(maxsize=16)
-def _frames(layout: TileLayout) -> Segments:
+def frame_segments(layout: TileLayout) -> Segments:
   """Returns the rows of every frame."""
   arrays = layout.arrays()
   return Segments.of_ids(np.where(arrays.valid, arrays.positions[:, 0], -1).astype(np.int32))

@@ -15,16 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from freqformer.cost import Cost, attention_cost
 from freqformer.grid.layout import TileLayout
 from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.table import BlockMask, select
 from freqformer.methods.allocation import head_shares
-from freqformer.methods.base import Method, plain_aux
+from freqformer.methods.base import Method, even_lists, plain_aux
 from freqformer.methods.head_profile import (
   ProfileConfig,
   dense_rows,
-  measuring_cost,
   most_faithful,
   relative_errors,
   rows_of,
@@ -96,21 +94,20 @@ class SpatialTemporal(Method):
     listed_tiles = jnp.stack([jnp.asarray(mask.kv_counts).sum() for mask in tables["masks"]])
     return most_faithful(errors, listed_tiles, self.profile.slack)
 
-  def cost(self, layout, heads, head_dim, allocation=None) -> Cost:
-    """Of a measured step: the tables' pairs, `4 d` each; `allocation`: share of spatial and temporal heads, else half each."""
+  def pairs(self, layout, heads, allocation=None, phase=None):
+    """Counts the tables' pairs; `allocation`: shares of spatial and temporal heads, else halves."""
     share = head_shares((1, 1) if allocation is None else allocation, ("spatial", "temporal"))
-    return attention_cost(
-      heads * float(share @ count_pairs(layout, self.frames, self.places, self.sink)), head_dim
-    )
-
-  def phase_cost(self, phase, layout, heads, head_dim, allocation=None) -> Cost:
-    """The warm-up is dense; measuring sums values of its rows three times."""
     if phase == "warmup":
-      return attention_cost(heads * layout.n**2, head_dim)
-    measuring = measuring_cost(self.profile.rows, layout.n, heads, head_dim, patterns=3).scaled(
-      phase != "run"
-    )
-    return self.cost(layout, heads, head_dim, allocation) + measuring
+      return even_lists(layout, heads, layout.n**2)
+    each = count_pairs(layout, self.frames, self.places, self.sink)
+    return even_lists(layout, heads, float(share @ each))
+
+  @property
+  def usual_phase(self):
+    return "run"
+
+  def only_attends(self, phase):
+    return phase in ("warmup", "run")
 
 
 def spatial_temporal(

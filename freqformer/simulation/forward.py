@@ -1,12 +1,16 @@
-"""One forward of a whole model, a denoising run, and their rows: batch 1, the text length of the model's card."""
+"""One forward of a whole model, a denoising run, and their rows.
+
+Batch 1, with the text of the model's card.
+"""
 
 import collections
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 from freqformer.config import ConfigError
-from freqformer.cost import BlockShape, Cost, around_bytes, method_call
+from freqformer.cost import BlockShape, layer_cost
 from freqformer.grid.layout import TileLayout
 from freqformer.kernels.block_sparse.cost import CallCost, uniform
 from freqformer.methods.base import Method
@@ -18,17 +22,22 @@ from freqformer.simulation.roofline import (
   matmul_seconds,
   memory_seconds,
 )
+from freqformer.simulation.traffic import around_attention
 
 ELEMENTWISE_LAUNCHES = 5  # norm + modulate twice, QK-norm + rotary, gated residual twice
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What is simulated.
+  """A model, a method and a grid to be simulated.
 
   Attributes:
-    card: the model. name: the method as it was asked for. method: its configuration.
-    grid: tokens (t, y, x). block: rows of a tile; tile: extents, or None for the best fit.
+    card: the model.
+    name: of the method as it was asked for.
+    method: its configuration.
+    grid: tokens (t, y, x).
+    block: rows of a tile.
+    tile: extents of a tile, or None for the best fit.
     unpadded: tokens lie in a row and only the last tile holds padding (see `dense_baseline`).
   """
 
@@ -51,9 +60,20 @@ class Plan:
 class Forward:
   """Counts and seconds of one forward; sums over layers.
 
-  `attention_flops`: scored pairs of self-attention, joint text included. `linear_flops`: all else, cross-attention too.
-  `attention_s`, `around_s`, `matmul_s`, `elementwise_s`: the call, the method's work around it, matrix products (and
-  cross-attention), norms and the like.
+  Attributes:
+    attention_flops: of scored pairs of self-attention, joint text included.
+    linear_flops: of all else, cross-attention too.
+    hbm_bytes: through device memory.
+    l2_bytes: through L2, of self-attention.
+    kv_bytes: k and v among them.
+    attention_bytes: through device memory, of self-attention.
+    launches: of all kernels.
+    attention_s: seconds of the attention calls.
+    around_s: of the method's work around them.
+    matmul_s: of matrix products and cross-attention.
+    elementwise_s: of norms and the like.
+    density: scored pairs over all pairs of tokens.
+    bound: what limits attention: "compute", "l2" or "hbm".
   """
 
   attention_flops: float
@@ -80,7 +100,7 @@ class Forward:
 
 
 def make_method(text: str) -> Method:
-  """A method as a command line names it, `radial` or `block_topk(density=0.2)`, with its defaults otherwise.
+  """Builds a method as a command line names it: `radial`, or `block_topk(density=0.2)`.
 
   Raises:
     ConfigError: for an unknown name or field, or a value out of range.
@@ -89,13 +109,21 @@ def make_method(text: str) -> Method:
   return with_fields(method_class(name)(), fields, name, root="")
 
 
-def dense_baseline(plan: Plan) -> Plan:
-  """What speed-ups compare with: dense attention as a kernel like FlashAttention runs it, on n tokens in a row in tiles of 128.
+def attention_call(
+  method: Method, layout: TileLayout, heads: int, head_dim: int, phase: str | None = None
+) -> CallCost:
+  """Returns the attention of a layer as one call; `phase`: of a sampling step, None is a usual one."""
+  return dataclasses.replace(method.pairs(layout, heads, phase=phase), head_dim=head_dim)
 
-  Our own dense method runs in the buffer that all methods share, whose tiles are boxes of the grid: where these do not divide
-  it, it computes the padding as well (13 % more attention on 21x45x80, 27 % on 11x48x85). That stays the row of the method
-  `dense`; a ratio against it would credit sparse methods with padding that a user's dense kernel never pays. Where the grid
-  fills its tiles both are the same.
+
+def dense_baseline(plan: Plan) -> Plan:
+  """Returns what speed-ups compare with: dense attention as a kernel like FlashAttention runs it.
+
+  Its n tokens lie in a row in tiles of 128. Our own dense method runs in the buffer that all methods
+  share, whose tiles are boxes of the grid: where these do not divide it, it computes the padding as
+  well (13 % more attention on 21x45x80, 27 % on 11x48x85). That stays the row of the method `dense`;
+  a ratio against it would credit sparse methods with padding that a user's dense kernel never pays.
+  Where the grid fills its tiles both are the same.
   """
   return dataclasses.replace(
     plan, name="dense, unpadded", method=make_method("dense"), block=128, tile=None, unpadded=True
@@ -103,62 +131,78 @@ def dense_baseline(plan: Plan) -> Plan:
 
 
 def cubic_grid(tokens: int) -> tuple[int, int, int]:
-  """The most cubic factorisation `t <= y <= x` of a number of tokens: least surface."""
+  """Returns the factorisation `t <= y <= x` of a number of tokens with the least surface."""
+
+  def surface(grid):
+    t, y, x = grid
+    return t * y + y * x + x * t
+
   divisors = [d for d in range(1, math.isqrt(tokens) + 1) if tokens % d == 0]
   best = (1, 1, tokens)
   for t in divisors:
     rest = tokens // t
-    for y in (d for d in divisors if d >= t and rest % d == 0 and d * d <= rest):
-      best = min(best, (t, y, rest // y), key=lambda g: g[0] * g[1] + g[1] * g[2] + g[2] * g[0])
+    for y in divisors:
+      if y >= t and rest % y == 0 and y * y <= rest:
+        best = min(best, (t, y, rest // y), key=surface)
   return best
 
 
 def simulate(plan: Plan, gpu: Gpu, phase: str | None = None) -> Forward:
-  """One forward on one GPU; `phase`: of a sampling step, None is a usual one.
+  """Returns one forward on one GPU; `phase`: of a sampling step, None is a usual one.
 
   Raises:
     ConfigError: if the method cannot run on this grid.
   """
-  card, shape, n = plan.card, plan.card.block, math.prod(plan.grid)
+  card = plan.card
+  shape = card.block
+  n = math.prod(plan.grid)
+  size = gpu.itemsize
+  sizes = (plan.layout, card.heads, shape.head_dim)
   try:
-    cost = _cost(plan, phase)
-    own = method_call(plan.method, plan.layout, card.heads, shape.head_dim, phase)
+    cost = layer_cost(plan.method, *sizes, phase=phase)
+    call = attention_call(plan.method, *sizes, phase=phase)
+    traffic = around_attention(plan.method, *sizes, cost, phase=phase)
   except (ValueError, ZeroDivisionError) as error:
     raise ConfigError(
       f"method {plan.name} cannot run on grid {plan.grid} with tiles of {plan.block} rows: {error}"
     ) from error
-  call = own if shape.text_mode != "joint" else own + _text_call(shape, n, own)
+  if shape.text_mode == "joint":
+    call += _text_call(shape, n, call)
   seconds = attention_seconds(call, gpu, card.heads)
   attention_bytes = expected_bytes(call, gpu, card.heads)
-  size = gpu.itemsize
-  around = around_bytes(cost, n, card.width) * size / 2  # counted at 2 bytes per element
-  around_s = memory_seconds(around, gpu, cost.launches) + cost.linear_flops / gpu.rates.matmul_flops
-  matmul_s = sum(
-    matmul_seconds(2.0 * r * k * c, float(size) * (r * k + k * c + r * c), gpu)
-    for _, r, k, c in shape.matmuls(n)
-  )
+  around = traffic.bytes * size / 2  # counted at 2 bytes per element
+  around_s = 0.0
+  if cost.linear_flops or traffic.bytes:
+    around_s = cost.linear_flops / gpu.rates.matmul_flops
+    around_s += memory_seconds(around, gpu, traffic.launches)
+  products = shape.matmuls(n)
   matmul_bytes = shape.matmul_bytes(n, size)
+  matmul_s = 0.0
+  for _, rows, inner, columns in products:
+    moved = float(size) * (rows * inner + inner * columns + rows * columns)
+    matmul_s += matmul_seconds(2.0 * rows * inner * columns, moved, gpu)
   if shape.text_mode == "cross":
-    tiles, text = -(-n // plan.block), -(-shape.text // plan.block)
-    cross = uniform(tiles, text, text, shape.head_dim, block=plan.block, heads=card.heads)
+    text = -(-shape.text // plan.block)
+    cross = uniform(
+      -(-n // plan.block), text, text, shape.head_dim, block=plan.block, heads=card.heads
+    )
     matmul_s += attention_seconds(cross, gpu, card.heads).total
     matmul_bytes += expected_bytes(cross, gpu, card.heads)
   elementwise = shape.elementwise_bytes(n, size)
   ends = 4.0 * n * card.width * card.patch_channels  # patch embedding and final projection
-  launches = (
-    1 + cost.launches + len(shape.matmuls(n)) + (shape.text_mode == "cross") + ELEMENTWISE_LAUNCHES
-  )
+  launches = 1 + traffic.launches + ELEMENTWISE_LAUNCHES
+  launches += len(products) + (shape.text_mode == "cross")
   layers = card.layers
   return Forward(
     attention_flops=layers * (cost.attention_flops + shape.text_attention_flops(n)),
     linear_flops=layers * (cost.linear_flops + shape.linear_flops(n)) + ends,
     hbm_bytes=layers * (attention_bytes + around + matmul_bytes + elementwise),
-    l2_bytes=layers * call.l2_bytes(gpu.itemsize),
-    kv_bytes=layers * call.kv_bytes(gpu.itemsize),
+    l2_bytes=layers * call.l2_bytes(size),
+    kv_bytes=layers * call.kv_bytes(size),
     attention_bytes=layers * attention_bytes,
     launches=layers * launches,
     attention_s=layers * seconds.total,
-    around_s=layers * around_s if cost.linear_flops or cost.linear_bytes else 0.0,
+    around_s=layers * around_s,
     matmul_s=layers * matmul_s + ends / gpu.rates.matmul_flops,
     elementwise_s=layers * memory_seconds(elementwise, gpu, ELEMENTWISE_LAUNCHES),
     density=cost.attention_flops / (4.0 * float(n) ** 2 * card.width),
@@ -166,31 +210,34 @@ def simulate(plan: Plan, gpu: Gpu, phase: str | None = None) -> Forward:
   )
 
 
-def _cost(plan: Plan, phase: str | None) -> Cost:
-  cost = plan.method.cost if phase is None else functools.partial(plan.method.phase_cost, phase)
-  return cost(plan.layout, plan.card.heads, plan.card.block.head_dim)
-
-
 def _text_call(shape: BlockShape, n: int, like: CallCost) -> CallCost:
-  """Joint text in the same launch: every video tile also lists the text tiles, text tiles list all. Pairs are exact."""
-  block, tiles = like.block_q, like.rows / shape.heads
+  """Counts joint text in the same launch; pairs are exact.
+
+  Every video tile also lists the text tiles, text tiles list all tiles.
+  """
+  block = like.block_q
+  tiles = like.rows / shape.heads
   text = -(-shape.text // block)
-  video = dataclasses.replace(
-    uniform(tiles, text, text, like.head_dim, block=block), rows=0.0, items=0.0
-  )
+  video = uniform(tiles, text, text, like.head_dim, block=block)
+  video = dataclasses.replace(video, rows=0.0, items=0.0)
   own = uniform(text, tiles + text, tiles + text, like.head_dim, block=block)
-  both = dataclasses.replace(video + own, pairs=2.0 * n * shape.text + shape.text**2).scaled(
-    shape.heads
-  )
-  return dataclasses.replace(both, block_q=like.block_q, block_kv=like.block_kv)
+  both = dataclasses.replace(video + own, pairs=2.0 * n * shape.text + shape.text**2)
+  scaled = both.scaled(shape.heads)
+  return dataclasses.replace(scaled, block_q=like.block_q, block_kv=like.block_kv)
 
 
 def run_seconds(
-  plan: Plan, gpu: Gpu, steps: int | None = None, seconds=None
+  plan: Plan,
+  gpu: Gpu,
+  steps: int | None = None,
+  seconds: Callable[[str | None], float] | None = None,
 ) -> tuple[float, dict[str, int]]:
-  """A denoising run: every step by its own phase (warm-up, searches, reuse), `card.forwards` forwards each.
+  """Simulates a denoising run: every step by its own phase, `card.forwards` forwards each.
 
   Args:
+    plan: of one forward.
+    gpu: the device.
+    steps: of the run; None: the card's.
     seconds: of one forward by its phase (None: a usual one); default: `simulate`, on one GPU.
 
   Returns:
@@ -202,13 +249,17 @@ def run_seconds(
   steps = plan.card.steps if steps is None else steps
   plan.method.check_run(steps)
   phases = collections.Counter(plan.method.phase(i, steps) for i in range(steps))
-  seconds = seconds or (lambda phase: simulate(plan, gpu, phase).seconds)
+  if seconds is None:
+
+    def seconds(phase):
+      return simulate(plan, gpu, phase).seconds
+
   total = sum(count * seconds(phase or None) for phase, count in phases.items())
   return total * plan.card.forwards, dict(phases)
 
 
 def row(plan: Plan, gpu: Gpu, forward: Forward | None = None) -> dict:
-  """The row of one forward: the fields that every row has, then what explains them. Never a measurement."""
+  """Returns the row of one forward; it is never a measurement."""
   forward = simulate(plan, gpu) if forward is None else forward
   n = math.prod(plan.grid)
   return {

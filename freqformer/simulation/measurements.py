@@ -24,11 +24,10 @@ import math
 import pathlib
 
 from freqformer.config import ConfigError
-from freqformer.cost import method_call
 from freqformer.grid.layout import TileLayout
 from freqformer.kernels.block_sparse.cost import CallCost, uniform
 from freqformer.simulation.descriptions import gpu_named
-from freqformer.simulation.forward import make_method
+from freqformer.simulation.forward import attention_call, make_method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +193,7 @@ def _call(row, heads, d, batch) -> CallCost:
     return call
   if "method" in row:
     layout = TileLayout.fit(row["grid"], block, row.get("tile"))
-    return method_call(make_method(row["method"]), layout, heads, d).scaled(batch)
+    return attention_call(make_method(row["method"]), layout, heads, d).scaled(batch)
   n = _positive(row, "tokens" if "tokens" in row else "n")
   density = row.get("density", 1.0)
   if isinstance(density, bool) or not 0 < density <= 1 + 1e-9:

@@ -1,5 +1,6 @@
-"""Counts of a static pattern without its table: memory is linear in tiles, whatever the lists would hold."""
+"""Counts of a static pattern without its table; memory is linear in tiles."""
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -19,32 +20,39 @@ def count_tiles(
   parts: int = 1,
   before: int = 0,
 ) -> CallCost:
-  """What `kernels.block_sparse.cost.count` finds in the table of one head, at head dimension 1.
+  """Counts what `kernels.block_sparse.cost.count` finds in one head's table, at head dimension 1.
 
   Args:
     layout: the tile grid.
-    counts, keys: int `[t, y, x]`: how many tiles a query tile lists, and how many tokens these hold.
-    mark: `(seen, t, y, x0, x1)` sets in bool `[t, y, x]` what the query tiles (t, y, x0..x1-1) list, all together.
+    counts: int `[t, y, x]`, tiles that a query tile lists.
+    keys: int `[t, y, x]`, tokens of these.
+    mark: `(seen, t, y, x0, x1)` sets in bool `[t, y, x]` what the query tiles (t, y, x0..x1-1)
+      list together.
     parts: the table is refined by so much (`BlockMask.refine`).
     before: rows of the table that come first and list nothing.
   """
-  tiles, (_, rows_y, rows_x) = layout.tiles, layout.tile_grid
-  seen, ever, waves = np.zeros(layout.tile_grid, bool), np.zeros(layout.tile_grid, bool), 0
-  for start in range(-(before % CONCURRENT), tiles * parts, CONCURRENT):
-    first, stop = max(start, 0) // parts, -(-min(start + CONCURRENT, tiles * parts) // parts)
+  rows = layout.tiles * parts
+  _, rows_y, rows_x = layout.tile_grid
+  seen = np.zeros(layout.tile_grid, bool)
+  ever = np.zeros(layout.tile_grid, bool)
+  waves = 0
+  for start in range(-(before % CONCURRENT), rows, CONCURRENT):
+    tile = max(start, 0) // parts
+    stop = -(-min(start + CONCURRENT, rows) // parts)
     seen[...] = False
-    while first < stop:  # a row of query tiles, or what of it is in this group
-      row, x = divmod(first, rows_x)
-      end = min(rows_x, x + stop - first)
+    while tile < stop:  # the part of a row of query tiles that lies in this group
+      row, x = divmod(tile, rows_x)
+      end = min(rows_x, x + stop - tile)
       mark(seen, *divmod(row, rows_y), x, end)
-      first += end - x
+      tile += end - x
     waves += int(seen.sum())
     ever |= seen
-  block, loads = layout.block // parts, float(counts.sum()) * parts**2
+  block = layout.block // parts
+  loads = float(counts.sum()) * parts**2
   return CallCost(
     pairs=float((keys.reshape(-1).astype(np.int64) * layout.tile_lengths).sum()),
     computed_pairs=loads * block**2,
-    rows=float(before + tiles * parts),
+    rows=float(before + rows),
     items=float((counts > 0).sum()) * parts,
     loads=loads,
     distinct=float(ever.sum()) * parts,
@@ -56,6 +64,28 @@ def count_tiles(
   )
 
 
+def with_coarse(full: CallCost, layout: TileLayout, n_coarse: int, coarse: int) -> CallCost:
+  """Adds all coarse tiles of a packed buffer to every list of its full rows.
+
+  Args:
+    full: counts of the full rows, which come after `coarse` tiles of coarse rows.
+    layout: of the full rows.
+    n_coarse: coarse tokens.
+    coarse: tiles that hold them.
+  """
+  groups = len(range(-(coarse % CONCURRENT), layout.tiles, CONCURRENT))
+  loads = float(layout.tiles) * coarse
+  return dataclasses.replace(
+    full,
+    pairs=full.pairs + float(layout.n) * n_coarse,
+    computed_pairs=full.computed_pairs + loads * layout.block**2,
+    loads=full.loads + loads,
+    distinct=full.distinct + coarse,
+    wave_loads=full.wave_loads + groups * coarse,
+    longest=full.longest + coarse,
+  )
+
+
 def axis_lengths(layout: TileLayout) -> list[np.ndarray]:
-  """Per axis the tokens of each tile along it, int64."""
+  """Returns per axis the tokens of each tile along it, int64."""
   return [np.asarray(lengths, np.int64) for lengths in layout.lengths]

@@ -42,6 +42,7 @@ def backend(name: str):
   return importlib.import_module(f"freqformer.kernels.block_sparse.{BACKENDS[name]}")
 
 
+@jax.named_scope("attention")
 def attention(
   q: jax.Array,
   k: jax.Array,

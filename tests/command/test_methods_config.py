@@ -32,8 +32,6 @@ def test_trials_have_the_promised_density(trial):
   shapes = nnx.eval_shape(lambda: VideoDiT(model, SHAPE, 8, nnx.Rngs(0)))
   assert len(shapes.runs) == 1
   ((_, method),), layout = model.runs(), model.layout(SHAPE)
-  density = method.cost(layout, model.heads, model.dims.head_dim).attention_flops / (
-    4 * layout.n**2 * model.width
-  )
+  density = method.pairs(layout, model.heads).pairs / (layout.n**2 * model.heads)
   low, high = (1, 1) if trial["model.attention.method"] == "dense" else (0.19, 0.245)
   assert low <= np.round(density, 3) <= high

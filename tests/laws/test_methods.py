@@ -276,10 +276,7 @@ def test_cost_is_what_runs(method):
         allocation = np.bincount(
           np.asarray(aux["choice"][i]), minlength=max(2, len(method.branches))
         )
-      flops = method.phase_cost(phase, EVEN, DIMS.heads, DIMS.head_dim, allocation).attention_flops
-      np.testing.assert_allclose(
-        flops, 4 * DIMS.head_dim * EVEN.n**2 * float(aux["density"][i].sum()), rtol=1e-5
-      )
-  assert method.cost(EVEN, DIMS.heads, DIMS.head_dim) == method.phase_cost(
-    last, EVEN, DIMS.heads, DIMS.head_dim
-  )
+      pairs = method.pairs(EVEN, DIMS.heads, allocation, phase).pairs
+      ran = EVEN.n**2 * float(aux["density"][i].sum())
+      np.testing.assert_allclose(pairs, ran, rtol=1e-5)
+  assert method.usual_phase == last

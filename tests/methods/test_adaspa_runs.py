@@ -10,7 +10,7 @@ from flax import nnx
 from freqformer.kernels.selection.block_scores import block_mass
 
 from freqformer.config import ConfigError
-from freqformer.cost import model_cost, sampling_cost
+from freqformer.cost import layer_cost, model_cost, sampling_cost
 from freqformer.diffusion.sampling import SampleConfig, compile_steps, make_step, sample
 from freqformer.grid.layout import TileLayout
 from freqformer.methods.adaspa import AdaSpa
@@ -128,7 +128,7 @@ def test_cost_by_phase():
   layout = TileLayout((8, 8, 16), (2, 4, 4), 32)
   method, args, whole = AdaSpa(sparsity=0.75), (layout, 6, 16), 4 * layout.n**2 * 96
   totals = {
-    p: method.phase_cost(p, *args).total / whole
+    p: layer_cost(method, *args, phase=p).total / whole
     for p in ("", "warmup", "search_first", "search", "reuse")
   }
   assert totals == pytest.approx(

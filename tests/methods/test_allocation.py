@@ -1,4 +1,4 @@
-"""Who gets how many heads, what is counted without tables, and what the router's penalty weighs."""
+"""Allocations of heads, counts without tables, and the router's penalty."""
 
 import dataclasses
 import tracemalloc
@@ -11,54 +11,58 @@ from flax import nnx
 from freqformer.kernels.block_sparse.cost import count
 
 from freqformer.config import ConfigError
-from freqformer.cost import attention_cost, method_call
+from freqformer.cost import branch_costs, layer_cost
 from freqformer.grid.basis import SpectralBasis
 from freqformer.grid.layout import TileLayout
-from freqformer.grid.sizes import TransformSizes
+from freqformer.grid.sizes import coarse_tokens, most_cells
 from freqformer.methods.base import Cond
 from freqformer.methods.parts.router import RouterConfig, penalty
+from freqformer.methods.radial import count_radial, radial
 from freqformer.methods.registry import method_class
+from freqformer.methods.spatial_temporal import count_pairs, spatial_temporal
 from freqformer.model.attention import AttentionDims, SpectralAttention
 from freqformer.simulation import command as simulate
 from freqformer.simulation.forward import make_method
-from freqformer.methods.radial import count_radial, radial
-from freqformer.methods.spatial_temporal import count_pairs, spatial_temporal
 from freqformer.tables.window import BORDERS, count_window, sliding_tile
 
 LAYOUT = TileLayout((8, 16, 16), (4, 4, 8), 128)
 
+# ---- counts without tables -----------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("seed", range(12))
 def test_counts_are_those_of_the_tables(seed):
-  """Of random ragged grids: windows, radial bands, spatial and temporal heads, and FreqFormer's packed buffer."""
+  """Windows, radial bands, spatial and temporal heads, FreqFormer's buffer, on random ragged grids."""
   rng = np.random.default_rng(seed)
-  layout = TileLayout.fit(
-    tuple(int(e) for e in rng.integers(1, 15, 3)), int(rng.choice([4, 6, 8, 12]))
-  )
-  window, border = tuple(int(w) for w in rng.integers(1, 7, 3)), BORDERS[seed % 2]
-  parts, sink = 1 + seed % 2, int(rng.integers(1, 4))
-  assert count_window(layout, window, border, parts) == count(
-    sliding_tile(layout, window, border).refine(parts), 1
-  )
+  grid = tuple(int(e) for e in rng.integers(1, 15, 3))
+  layout = TileLayout.fit(grid, int(rng.choice([4, 6, 8, 12])))
+  window = tuple(int(w) for w in rng.integers(1, 7, 3))
+  border = BORDERS[seed % 2]
+  parts = 1 + seed % 2
+  sink = int(rng.integers(1, 4))
+  table = sliding_tile(layout, window, border).refine(parts)
+  assert count_window(layout, window, border, parts) == count(table, 1)
   decay = float(rng.choice([0.3, 1.0, 2.5]))
   assert count_radial(layout, decay, sink) == count(radial(layout, decay, sink), 1)
   reach = (int(rng.integers(0, 3)), int(rng.integers(0, 3)), sink)
-  assert count_pairs(layout, *reach) == tuple(
-    int(mask.pairs().sum()) for mask in spatial_temporal(layout, *reach)
-  )
+  two = spatial_temporal(layout, *reach)
+  assert count_pairs(layout, *reach) == tuple(int(mask.pairs().sum()) for mask in two)
   method = make_method(f"freqformer(window={window}, border={border}, low_shared={seed % 3 == 0})")
   tables = method.tables(layout)
   for allocation, table in (((1, 0, 0), tables.low), ((0, 0, 1), tables.high)):
-    assert dataclasses.replace(
-      method.call_cost(layout, 1, 8, allocation), longest=0
-    ) == dataclasses.replace(count(table, 8), longest=0)
+    # `longest` is that of all bands, whoever has heads
+    found = dataclasses.replace(method.pairs(layout, 1, allocation), longest=0)
+    assert found == dataclasses.replace(count(table, 1), longest=0)
 
 
 @pytest.mark.parametrize("kind", ["block_dct", "dct", "haar"])
-def test_transform_sizes_are_the_fitted_basis_s(kind):
+def test_sizes_are_the_fitted_basis_s(kind):
   layout = TileLayout.fit((5, 6, 9), 32)
   basis = SpectralBasis(kind, (0.5, 0.25, 0.5), (0.5, 1.0, 1.0))
-  assert TransformSizes.of(basis, layout).n_coarse == basis.fit(layout).n_coarse
+  tables = basis.fit(layout)
+  assert coarse_tokens(basis, layout) == tables.n_coarse
+  if kind == "block_dct":
+    assert most_cells(basis, layout) == tables.operators.classes[0].compress.shape[0]
 
 
 @pytest.mark.parametrize(
@@ -66,22 +70,18 @@ def test_transform_sizes_are_the_fitted_basis_s(kind):
   [("radial", 32), ("freqformer", 32), ("spatial_temporal", 32), ("sliding_tile", 64)],
 )
 def test_a_million_tokens_are_counted_in_little_memory(name, block):
-  """A prime number of tokens in a row, and in small tiles: nothing of tiles x tiles, no list, no array of tokens."""
+  """Nothing of tiles x tiles, no list, no array of tokens: also for a prime number in a row."""
   method = method_class(name)()
   for grid in ((1, 1, 1_048_573), (64, 128, 128)):
     layout = TileLayout.fit(grid, block)
     tracemalloc.start()
-    cost = method.cost(layout, 40, 128)
-    method_call(method, layout, 40, 128)
+    pairs = method.pairs(layout, 40).pairs
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert (
-      0 < cost.attention_flops <= attention_cost(40 * layout.n**2, 128).attention_flops
-      and peak < 64e6
-    )
+    assert 0 < pairs <= 40 * layout.n**2 and peak < 64e6
 
 
-# ---- allocations and the router's penalty --------------------------------------------------------------------------------
+# ---- allocations ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -94,60 +94,61 @@ def test_a_million_tokens_are_counted_in_little_memory(name, block):
     ((1.5, 4.5, 6), "whole numbers"),
   ],
 )
-def test_an_allocation_that_is_none_is_refused(allocation, said):
+def test_an_invalid_allocation_is_refused(allocation, said):
   with pytest.raises(ConfigError, match=said):
     method_class("freqformer")(allocation=allocation)
 
 
+@pytest.mark.parametrize("name", ["freqformer", "sparseflow", "spatial_temporal"])
+def test_invalid_shares_are_refused_where_they_are_counted(name):
+  shares = (-1, 2, 3) if name == "freqformer" else (-1, 2)
+  with pytest.raises(ConfigError, match="none negative"):
+    method_class(name)().pairs(LAYOUT, 12, shares)
+
+
 def test_an_allocation_is_that_of_the_layer():
-  """Counted and built, whatever counts it: the same sentence."""
+  """The same sentence, whatever counts it."""
+  message = "hands out 39 heads, the layer has 12"
   method = method_class("freqformer")(allocation=(13, 13, 13))
-  for call in (lambda: method.cost(LAYOUT, 12, 32), lambda: method.call_cost(LAYOUT, 12, 32)):
-    with pytest.raises(ConfigError, match="hands out 39 heads, the layer has 12"):
-      call()
-  for name in ("freqformer", "sparseflow", "spatial_temporal"):
-    with pytest.raises(ConfigError, match="none negative"):
-      method_class(name)().cost(LAYOUT, 12, 32, (-1, 2, 3)[: 2 + (name == "freqformer")])
-  with pytest.raises(ConfigError, match="hands out 39 heads, the layer has 12"):
+  with pytest.raises(ConfigError, match=message):
+    method.pairs(LAYOUT, 12)
+  with pytest.raises(ConfigError, match=message):
+    layer_cost(method, LAYOUT, 12, 32)
+  with pytest.raises(ConfigError, match=message):
     simulate.run(
       ["--method=freqformer(allocation=(13, 13, 13))", "--model=wan2.1-1.3b", "--tokens=4096"]
     )
 
 
-@pytest.mark.parametrize("name", ["freqformer", "sparseflow"])
-def test_the_penalty_weighs_what_is_counted(name):
-  """The layer's loss is `penalty` of its probabilities and of `cost` with all heads in one branch, over dense."""
-  router = RouterConfig(
-    prior=(0.3, 0.3, 0.4) if name == "freqformer" else (0.5, 0.5), budget=1e-3, penalty=0.7
-  )
+# ---- what the router's penalty weighs ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, branches", [("freqformer", 3), ("sparseflow", 2)])
+def test_the_penalty_weighs_what_is_counted(name, branches):
+  """The loss is `penalty` of the probabilities and of `layer_cost` with all heads in one branch."""
+  router = RouterConfig(prior=(1.0,) * branches, budget=1e-3, penalty=0.7)
   method = method_class(name)(router=router)
-  layout, dims = TileLayout.fit((4, 8, 16), 32), AttentionDims(32, 4, 32)
-  costs = [
-    method.cost(layout, 4, 8, alone).total / (4 * 32 * layout.n**2)
-    for alone in np.eye(len(method.branches))
-  ]
-  assert method.branch_costs(layout, 4, 8) == pytest.approx(costs)
-  layer = SpectralAttention(dims, method, layout, nnx.Rngs(0))
+  layout = TileLayout.fit((4, 8, 16), 32)
+  layer = SpectralAttention(AttentionDims(32, 4, 32), method, layout, nnx.Rngs(0))
   x = jnp.asarray(np.random.default_rng(0).standard_normal((1, layout.n_buffer, 32)), jnp.float32)
   cond = Cond(jnp.full(1, 0.5), jnp.ones((1, 32)), train=True, rng=jax.random.key(0))
+  branch_costs.cache_clear()  # counted while the layer is traced
   run = nnx.jit(lambda layer, x: layer(x, cond, layout.arrays(), method.tables(layout), {})[2])
   aux = run(layer, x)
-  want = penalty(router, aux["probs"], np.asarray(costs))
-  assert float(aux["loss"]) == pytest.approx(float(want), rel=1e-5) and float(want) > 0
+  dense = 4 * 32 * layout.n**2
+  one_hot = map(tuple, np.eye(branches))
+  costs = [layer_cost(method, layout, 4, 8, alone).total / dense for alone in one_hot]
+  assert branch_costs(method, layout, 4, 8) == pytest.approx(costs)
+  want = float(penalty(router, aux["probs"], np.asarray(costs)))
+  assert float(aux["loss"]) == pytest.approx(want, rel=1e-5) and want > 0
 
 
 def test_every_branch_of_every_head_in_training():
-  """Pairs of all branches, what lies around them once."""
+  """Pairs of all branches and work around attention of all heads; one branch where it is sampled."""
   method = method_class("sparseflow")()
-  both_ways, alone = (
-    method.training_cost(LAYOUT, 4, 32),
-    [method.cost(LAYOUT, 4, 32, one) for one in np.eye(2)],
-  )
-  assert both_ways.attention_flops == sum(c.attention_flops for c in alone)
-  assert (
-    both_ways.linear_flops
-    == max(c.linear_flops for c in alone)
-    > min(c.linear_flops for c in alone)
-  )
+  training = layer_cost(method, LAYOUT, 4, 32, training=True)
+  sparse, linear = (layer_cost(method, LAYOUT, 4, 32, one) for one in ((1, 0), (0, 1)))
+  assert training.attention_flops == sparse.attention_flops + linear.attention_flops
+  assert training.linear_flops == linear.linear_flops > sparse.linear_flops
   sampled = method_class("sparseflow")(router=dataclasses.replace(method.router, mode="sampled"))
-  assert sampled.training_cost(LAYOUT, 4, 32) == sampled.cost(LAYOUT, 4, 32)
+  assert layer_cost(sampled, LAYOUT, 4, 32, training=True) == layer_cost(sampled, LAYOUT, 4, 32)

@@ -11,9 +11,8 @@ from freqformer.kernels.block_sparse.table import from_tiles
 from freqformer.config import ConfigError
 from freqformer.grid.layout import TileLayout
 from freqformer.methods.block_topk import BlockTopK
-from freqformer.methods.radial import Radial
+from freqformer.methods.radial import Radial, radial, radial_density, radial_widths
 from freqformer.methods.sliding_tile import SlidingTile
-from freqformer.methods.radial import radial, radial_density, radial_widths
 from freqformer.methods.spatial_temporal import spatial_temporal
 from freqformer.tables.where import tiles_where
 from tests.methods.method_training import trains

@@ -71,10 +71,7 @@ def test_it_is_configured_counted_and_small():
   layout = TileLayout(
     (6, 12, 12), (2, 4, 4), 32
   )  # 3 x 3 x 3 tiles: a stride of 3 leaves the own one
-  assert (
-    method == Dilated(3)
-    and method.cost(layout, 2, 8).attention_flops == 4 * 8 * 2 * layout.n**2 / 27
-  )
+  assert method == Dilated(3) and method.pairs(layout, 2).pairs == 2 * layout.n**2 / 27
   lines = [
     line for line in pathlib.Path(extra_method.__file__).read_text().splitlines() if line.strip()
   ]

@@ -278,8 +278,8 @@ def test_cost_is_the_tables_cost():
     method = FreqFormer(basis=BASIS, allocation=allocation, low_shared=shared, window=(1, 1, 3))
     _, aux = run(layer_of(method, layout=layout), tokens(layout), layout=layout)
     pairs = float(aux["density"][0].sum()) * layout.n**2
-    np.testing.assert_allclose(method.cost(layout, 6, 8).attention_flops, 4 * 8 * pairs, rtol=1e-5)
-  np.testing.assert_allclose(Dense().cost(layout, 6, 8).attention_flops, 4 * layout.n**2 * 48)
+    np.testing.assert_allclose(method.pairs(layout, 6).pairs, pairs, rtol=1e-5)
+  np.testing.assert_allclose(Dense().pairs(layout, 6).pairs, 6 * layout.n**2)
 
 
 def test_refusals():

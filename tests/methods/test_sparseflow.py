@@ -9,13 +9,14 @@ import pytest
 from flax import nnx
 
 from freqformer.config import ConfigError
+from freqformer.cost import layer_cost
 from freqformer.grid.layout import TileLayout
 from freqformer.methods.base import Cond
 from freqformer.methods.parts.router import RouterConfig
-from freqformer.methods.sparseflow import Schedule, SparseFlow, variance_shares
+from freqformer.methods.sparseflow import Schedule, SparseFlow, temporal, variance_shares
 from freqformer.model.attention import AttentionDims, SpectralAttention
 from freqformer.model.dit import KEPT
-from freqformer.tables.temporal import anchor_frames, temporal
+from freqformer.tables.topk import anchor_frames
 from tests.methods.method_training import trains
 from tools import offline
 
@@ -313,13 +314,9 @@ def test_cost_is_what_runs_over_all_times():
       for t in time
     ]
   )
-  cost = method.cost(LAYOUT, 6, 8)
+  cost = layer_cost(method, LAYOUT, 6, 8)
   np.testing.assert_allclose(cost.attention_flops, 4 * 8 * density * LAYOUT.n**2, rtol=0.02)
-  assert cost.linear_flops == pytest.approx(4 * LAYOUT.n * 8 * 9 * 2)
-  routed = SparseFlow()
-  router = routed.router_cost(LAYOUT, 6, 8).linear_flops
-  assert routed.cost(LAYOUT, 6, 8, (4, 2)).linear_flops - router == pytest.approx(cost.linear_flops)
-  assert method.call_cost(LAYOUT, 6, 8).flops == pytest.approx(cost.attention_flops)
+  assert method.pairs(LAYOUT, 6).pairs * 4 * 8 == pytest.approx(cost.attention_flops)
 
 
 @pytest.mark.parametrize("grid", [(1, 1, 1), (1, 2, 3), (7, 5, 3)])

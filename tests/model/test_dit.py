@@ -245,9 +245,9 @@ def test_training_counts_every_branch():
   """Soft routing runs all three branches of each head; the sampled mode and evaluation run one."""
   config, layout = config_of(), config_of().layout(SHAPE)
   method = config.attention.named("freqformer")
-  alone = [method.cost(layout, 2, 12, tuple(np.eye(3)[i])).attention_flops for i in range(3)]
+  pairs = sum(method.pairs(layout, 2, tuple(np.eye(3)[i])).pairs for i in range(3))
   np.testing.assert_allclose(
-    model_cost(config, SHAPE, training=True).attention_flops, 2 * sum(alone), rtol=1e-6
+    model_cost(config, SHAPE, training=True).attention_flops, 2 * 4 * 12 * pairs, rtol=1e-6
   )
   assert (
     model_cost(config, SHAPE).attention_flops

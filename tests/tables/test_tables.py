@@ -9,11 +9,11 @@ import pytest
 
 from freqformer.grid.basis import SpectralBasis
 from freqformer.grid.layout import TileLayout
+from freqformer.methods.radial import radial
+from freqformer.methods.sparseflow import temporal
 from freqformer.tables import topk as planner
 from freqformer.tables.dense import dense
 from freqformer.tables.packed import coarse_rows, full_rows, packed_kv_len
-from freqformer.methods.radial import radial
-from freqformer.tables.temporal import temporal
 from freqformer.tables.topk import block_topk, fixed_tiles, pool_tiles, top_tiles
 from freqformer.tables.where import tiles_where
 from freqformer.tables.window import sliding_tile

@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from freqformer.cost import Cost
-
 
 class QueryGate(nnx.Module):
   """A linear map per head from a token's query to a factor per channel; 0 at the start.
@@ -20,12 +18,3 @@ class QueryGate(nnx.Module):
   def __call__(self, q: jax.Array) -> jax.Array:
     kernel = self.kernel[...].astype(q.dtype)
     return jnp.einsum("bnhd,hde->bnhe", q, kernel) + self.bias[...].astype(q.dtype)
-
-
-def gated_cost(n: int, heads: int, head_dim: int) -> Cost:
-  """An output by tiles added through the gate: means of v `n D`, the gate's product `2 n d D` (d x d for each head).
-
-  Bytes: 7 bf16 passes over `[n, D]` (`python -m benchmarks.compiled.layer_traffic`). Not counted: bias, product and sum of the gate.
-  """
-  size = float(n) * heads * head_dim
-  return Cost(linear_flops=size * (1 + 2 * head_dim), linear_bytes=14 * size, launches=6)

@@ -49,7 +49,7 @@ def test_make_gpu_is_a_slot_and_installs_nothing_where_an_interpreter_is_named()
 
 
 @pytest.mark.parametrize(
-  "module", ["attention", "gpu_check", "gpu_slot", "tune", "expected", "torch_peers"]
+  "module", ["attention", "gpu_check", "gpu_slot", "tune", "torch_peers"]
 )
 def test_entry_points_import_without_what_a_gpu_machine_may_lack(module):
   absent = "; ".join(f"sys.modules[{name!r}] = None" for name in _ABSENT)

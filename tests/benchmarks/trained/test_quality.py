@@ -25,10 +25,9 @@ def test_every_training_free_method_has_points():
 def test_points_begin_dense_and_have_their_density(setting):
   method, _, budget, config = setting
   config.check_run(STEPS)
-  dense = 4 * LAYOUT.n**2 * 6 * 16
+  dense = 6 * LAYOUT.n**2
   flops = [
-    config.phase_cost(config.phase(s, STEPS), LAYOUT, 6, 16).attention_flops / dense
-    for s in range(STEPS)
+    config.pairs(LAYOUT, 6, phase=config.phase(s, STEPS)).pairs / dense for s in range(STEPS)
   ]
   assert flops[:WARM] == [1] * WARM and max(flops[WARM + 1 :]) < 0.6
   if method in ("adaspa", "random", "sliding_tile", "block_topk"):

@@ -1,0 +1,269 @@
+"""Bytes and launches of what methods do around attention, on a Hopper GPU.
+
+The one table of such numbers. They are read off layers compiled for an H100 (`python -m
+benchmarks.compiled.layer_traffic`, rows in `benchmarks/results/layer_traffic.json`; `python -m
+benchmarks.compiled.linear`, rows in `linear.json`); nothing was measured on a GPU. Norm and rotary
+are not among them: every method has them (`BlockShape.elementwise_bytes`). Other devices are
+simulated with the same numbers.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+from freqformer.cost import Cost
+from freqformer.grid.layout import TileLayout
+from freqformer.grid.sizes import coarse_tokens, most_cells
+from freqformer.kernels.around.prepare import BLOCKS, HEAD_DIMS, MAX_CELLS
+from freqformer.methods.adaspa import AdaSpa
+from freqformer.methods.base import Method
+from freqformer.methods.block_topk import BlockTopK
+from freqformer.methods.freqformer import FreqFormer
+from freqformer.methods.sparse_linear import SparseLinear
+from freqformer.methods.sparseflow import LINEAR, SparseFlow, frame_segments
+from freqformer.methods.spatial_temporal import SpatialTemporal
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """An entry of the table.
+
+  Attributes:
+    passes: reads and writes of one bf16 array of tokens `[n, D]`.
+    launches: kernels in addition to the attention call.
+    rows: where it was counted: rows of layer_traffic.json (a difference of two, b - a), or of the
+      file that is named.
+  """
+
+  passes: float
+  launches: float
+  rows: str
+
+
+BANDS = "freqformer(allocation=(3, 6, 3))"
+AXES = "freqformer(allocation=(3, 6, 3), basis=dict(kind=dct))"
+PARTS = {
+  # FreqFormer's transforms, packing and lift, by who does them: the Hopper kernels (v in and out,
+  # which other methods' layers move uncounted; angles; lift in and out), XLA in tiles of 16 cells,
+  # XLA along whole axes.
+  "bands, kernels": Part(4.4, 1, f"{BANDS} - dense"),
+  "bands, tiles": Part(17.0, 16, "around/a_64k_xla"),
+  "bands, axes": Part(48.0, 32, f"{AXES} - dense"),
+  "filter v, kernels": Part(0.0, 1, f"{BANDS}, filter=v - none"),
+  "filter v, tiles": Part(11.0, 5, "around/a_64k_filter_v_xla - around/a_64k_xla"),
+  "filter v, axes": Part(47.0, 19, f"{AXES}, filter=v - none"),
+  "filter qkv, kernels": Part(0.0, 1, f"{BANDS}, filter=qkv - none"),
+  "filter qkv, tiles": Part(35.0, 13, "around/a_64k_filter_qkv_xla - around/a_64k_xla"),
+  "filter qkv, axes": Part(151.0, 58, f"{AXES}, filter=qkv - none"),
+  # A linear low band, and the lift that XLA then does instead of the kernel.
+  "linear low band, kernels": Part(2.9, 3, f"{BANDS}, low_op=linear - dense"),
+  "linear low band, tiles": Part(0.0, 3, f"{BANDS}, low_op=linear - dense"),
+  "linear low band, axes": Part(0.0, 3, f"{BANDS}, low_op=linear - dense"),
+  "summary, kernels": Part(52.0, 57, f"{BANDS}, summary=4 - 0"),
+  "summary, tiles": Part(52.0, 57, f"{BANDS}, summary=4 - 0"),
+  "summary, axes": Part(130.0, 80, f"{AXES}, summary=4 - 0"),
+  "each summary token": Part(0.64, 0, f"{BANDS}, summary=16 - 4"),
+  # Band energies for the router, and its network, choice and lists.
+  "energies, kernels": Part(4.75, 11, f"freqformer - {BANDS}"),
+  "energies, tiles": Part(4.75, 11, f"freqformer - {BANDS}"),
+  "energies, axes": Part(12.2, 11, f"freqformer(basis=dict(kind=dct)) - {AXES}"),
+  "variances": Part(1.2, 11, "sparseflow - sparseflow(allocation=(7, 5))"),
+  "router": Part(0.0, 6, f"freqformer - {BANDS}"),
+  # Measured heads: q and k by head in float32 for the dense rows; norm and rotary once more for
+  # each of three bands and for the dense rows (4 passes each). Launches of rows are per head.
+  "dense rows": Part(29.0, 0, "spatial_temporal@profile - @run"),
+  "norm and rotary again": Part(16.0, 0, "freqformer(allocation=measured)@profile - @run"),
+  # Linear attention: passes over the linear heads' own channels. Frames that share boxes of eight
+  # rows cost more; what the kernels refuse runs in XLA.
+  "linear, own boxes": Part(4.55, 4, "linear.json: h100_sparseflow_fixed_64k"),
+  "linear, shared boxes": Part(13.6, 5, "linear.json: h100_sparseflow_fixed_21x30x52"),
+  "linear, refused": Part(18.55, 8, "linear.json: h100_sparseflow_fixed_64k_xla"),
+  "linear over tiles": Part(13.0, 9, "linear.json: h100_sparse_linear_64k (8), projection (5)"),
+  # Means of q and k, where no other kernel makes them on its way; scores and search beside them.
+  "means": Part(2.0, 0, "block_topk(coarse=none) - dense"),
+  "selection": Part(0.0, 9, "block_topk(coarse=none) - dense"),
+  "gate": Part(7.0, 6, "block_topk - block_topk(coarse=none)"),
+  "lists of bits": Part(0.0, 4, "adaspa@reuse - dense"),
+}
+# Bytes per pooled score that the selection moves: 17 to 21 for 512 to 8,192 tiles, 67 to 71 in XLA
+# alone (rows around/a_64k to around/a_1m, part "select").
+SCORE_BYTES = 20.0
+# Bytes per pair of tiles of AdaSpa's search: masses and their ranking (adaspa@search - @reuse).
+SEARCH_BYTES = 58.0
+SEARCH_PAIRS = 2**23  # pairs of tiles of one chunk of the search
+SEARCH_LAUNCHES = 20  # kernels per chunk
+LIST_BYTES = 40.0  # bytes per listed tile where lists are written out from bits (adaspa@reuse)
+# Of the dense rows that heads are measured on (spatial_temporal@profile, rows=64 and 32).
+ROW_SCORE_BYTES = 10.0  # bytes per score of each pattern
+ROW_LAUNCHES = 12  # kernels per head
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+  """Work around attention of one layer and sample.
+
+  Attributes:
+    bytes: of device memory, at 2 bytes per element.
+    launches: kernels in addition to the attention call.
+  """
+
+  bytes: float = 0.0
+  launches: float = 0.0
+
+  def __add__(self, other: "Traffic") -> "Traffic":
+    return Traffic(self.bytes + other.bytes, self.launches + other.launches)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+  """Sizes of the layer whose traffic is counted, and the step that it does."""
+
+  layout: TileLayout
+  heads: int
+  head_dim: int
+  allocation: tuple[float, ...] | None
+  phase: str
+
+  def part(self, name: str, share: float = 1.0) -> Traffic:
+    """An entry of the table for a share of the heads."""
+    part = PARTS[name]
+    moved = 2.0 * part.passes * self.layout.n * self.heads * self.head_dim * share
+    return Traffic(moved, part.launches)
+
+  def selection(self, means: bool = True) -> Traffic:
+    """Ranking of all pairs of tiles by pooled scores; `means`: of q and k, made for it alone."""
+    scores = Traffic(SCORE_BYTES * self.heads * self.layout.tiles**2)
+    found = self.part("selection") + scores
+    return found + self.part("means") if means else found
+
+  def measured_rows(self, rows: int, patterns: int) -> Traffic:
+    """Dense attention of a few rows; values are summed `patterns` times."""
+    scores = ROW_SCORE_BYTES * patterns * min(rows, self.layout.n) * self.layout.n * self.heads
+    return self.part("dense rows") + Traffic(scores, ROW_LAUNCHES * self.heads)
+
+
+def around_attention(
+  method: Method,
+  layout: TileLayout,
+  heads: int,
+  head_dim: int,
+  cost: Cost,
+  allocation=None,
+  phase: str | None = None,
+) -> Traffic:
+  """Returns bytes and launches of a method's work around attention in one layer.
+
+  Args:
+    method: a method without an entry here is taken to read q, k and v once if it does any products.
+    layout: of the grid.
+    heads: of the layer.
+    head_dim: channels of a head.
+    cost: of the layer (`freqformer.cost.layer_cost`).
+    allocation: share of heads per branch, or None for the method's own expectation.
+    phase: of a sampling step; None is a usual one.
+  """
+  phase = method.usual_phase if phase is None else phase
+  if method.only_attends(phase):
+    return Traffic()
+  found = _traffic(method, Layer(layout, heads, head_dim, allocation, phase))
+  if found is not None:
+    return found
+  return Traffic(6.0 * layout.n * heads * head_dim if cost.linear_flops else 0.0)
+
+
+@functools.singledispatch
+def _traffic(method: Method, layer: Layer) -> Traffic | None:
+  return None
+
+
+register: Callable = _traffic.register
+
+
+@register
+def _(method: FreqFormer, layer: Layer) -> Traffic:
+  if method.allocation == "measured" and layer.phase == "warmup":
+    return Traffic()
+  found = _bands(method, layer)
+  if method.summary:
+    each = layer.part("each summary token")
+    found += layer.part(f"summary, {_form(method, layer)}")
+    found += Traffic(each.bytes * method.summary)
+  if method.routed:
+    found += layer.part("router")
+    if method.router.statistics:
+      found += layer.part(f"energies, {_form(method, layer)}")
+  if method.allocation == "measured" and layer.phase != "run":
+    for _ in range(3):
+      found += _bands(method, layer)
+    found += layer.part("norm and rotary again")
+    found += layer.measured_rows(method.profile.rows, patterns=1)
+  return found
+
+
+def _form(method: FreqFormer, layer: Layer) -> str:
+  """Who does FreqFormer's transforms: the Hopper kernels, or XLA in tiles or along whole axes."""
+  if method.basis.kind != "block_dct":
+    return "axes"
+  cells = most_cells(method.basis, layer.layout)
+  taken = layer.head_dim in HEAD_DIMS and layer.layout.block in BLOCKS and cells <= MAX_CELLS
+  return "kernels" if taken else "tiles"
+
+
+def _bands(method: FreqFormer, layer: Layer) -> Traffic:
+  """Transforms, filters, packing, selection and lift."""
+  form = _form(method, layer)
+  found = layer.part(f"bands, {form}") + layer.selection(means=form != "kernels")
+  if form == "kernels":  # coarse rows are written and read for q, k, v and the output
+    n_coarse = coarse_tokens(method.basis, layer.layout)
+    found += Traffic(4 * 2.0 * n_coarse * layer.heads * layer.head_dim)
+  if method.filter != "none":
+    found += layer.part(f"filter {method.filter}, {form}")
+  if method.low_op == "linear":
+    found += layer.part(f"linear low band, {form}")
+  return found
+
+
+@register
+def _(method: SparseFlow, layer: Layer) -> Traffic:
+  work = frame_segments(layer.layout).work
+  kind = "refused" if work is None else "shared boxes" if work.mixed else "own boxes"
+  share = float(method.shares(layer.heads, layer.allocation)[LINEAR])
+  found = layer.part(f"linear, {kind}", share)
+  if method.routed:
+    found += layer.part("router")
+    if method.router.statistics:
+      found += layer.part("variances")
+  return found
+
+
+@register
+def _(method: BlockTopK, layer: Layer) -> Traffic:
+  found = layer.selection()
+  return found + layer.part("gate") if method.coarse == "gated" else found
+
+
+@register
+def _(method: SparseLinear, layer: Layer) -> Traffic:
+  return layer.part("linear over tiles") + layer.selection() + layer.selection(means=False)
+
+
+@register
+def _(method: SpatialTemporal, layer: Layer) -> Traffic:
+  return layer.measured_rows(method.profile.rows, patterns=3)
+
+
+@register
+def _(method: AdaSpa, layer: Layer) -> Traffic:
+  layout = layer.layout
+  found = Traffic()
+  if layer.phase in ("reuse", "search"):
+    _, _, most = method.budgets(layout)
+    written = layer.heads * layout.tiles * (layout.tiles / 8 + LIST_BYTES * most)
+    found += layer.part("lists of bits") + Traffic(written)
+  if layer.phase.startswith("search"):
+    pairs = layer.heads * float(layout.tiles) ** 2
+    read = 4.0 * layout.n_buffer * layer.heads * layer.head_dim
+    chunks = math.ceil(pairs / SEARCH_PAIRS)
+    found += Traffic(read + SEARCH_BYTES * pairs, SEARCH_LAUNCHES * chunks)
+  return found
