@@ -193,9 +193,8 @@ def test_density_one_is_dense(name, layout=RAGGED):
 
 
 def test_all_bands_are_dense_attention_on_full_tiles_too():
-  test_density_one_is_dense(
-    "freqformer", EVEN
-  )  # one class of tiles: coarse tokens keep their order
+  """With one class of tiles, coarse tokens keep their order."""
+  test_density_one_is_dense("freqformer", EVEN)
 
 
 @every_method
@@ -222,7 +221,8 @@ def test_guidance_shares_masks_and_bfloat16_rounds(method):
     # or is lost, no more.
     error = np.linalg.norm(out[:2].astype(jnp.float32) - want) / np.linalg.norm(want)
     assert error < 0.2
-    for leaf in (aux["mask"].kv_indices, aux["mask"].kv_counts, aux["density"]):
+    routed = [aux[key] for key in ("probs", "choice") if key in aux]
+    for leaf in (aux["mask"].kv_indices, aux["mask"].kv_counts, aux["density"], *routed):
       if leaf.shape[0] == 4:
         np.testing.assert_array_equal(leaf[:2], leaf[2:])
 
@@ -263,11 +263,10 @@ def test_a_sample_does_not_see_its_batch_and_one_compile_serves_all_inputs(metho
 
 @every_method
 def test_cost_is_what_runs(method):
-  """Of the first and last step, on tiles of equal length; a method whose heads differ is told what each sample chose."""
-  found, last = (
-    dict(zip(phases(method), usual(method)[1], strict=True)),
-    method.phase(STEPS - 1, STEPS),
-  )
+  """Holds in the first and the last step on tiles of equal length; a method whose heads differ is
+  told what each sample chose."""
+  found = dict(zip(phases(method), usual(method)[1], strict=True))
+  last = method.phase(STEPS - 1, STEPS)
   for phase in {method.phase(0, STEPS), last}:
     aux = found[phase][2]
     for i in range(2):

@@ -70,7 +70,7 @@ def dense_mass(layout, q, k):
   return np.asarray(block_mass(q, k, lse, arrays.kv_len, layout.block)), lse
 
 
-# ---- budgets and levels --------------------------------------------------------------------------------------------------
+# ---- budgets and levels ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.2, 1 / 3, 0.5, 0.8, 0.9])
@@ -130,7 +130,7 @@ def test_lse_cache_round_trip(dtype):
   )
 
 
-# ---- one layer -----------------------------------------------------------------------------------------------------------
+# ---- one layer -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", [LAYOUT, RAGGED], ids=["even", "ragged"])

@@ -59,7 +59,7 @@ def run(method, qkv, phase, state, b, **fields):
   return jax.jit(step)(qkv.q, qkv.k, qkv.v, state)
 
 
-# ---- the measurement -----------------------------------------------------------------------------------------------------
+# ---- the measurement -------------------------------------------------------------------
 
 
 def test_sampled_rows_are_rows_of_attention():
@@ -105,7 +105,7 @@ def test_phases():
   FreqFormer().check_run(1)
 
 
-# ---- planted heads -------------------------------------------------------------------------------------------------------
+# ---- planted heads ---------------------------------------------------------------------
 
 
 def planted():
