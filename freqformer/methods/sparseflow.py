@@ -140,10 +140,11 @@ class SparseFlow(RoutedMethod):
       weights = routing.weights.astype(q.dtype)[:, None, :, :, None]
       out = weights[..., SPARSE, :] * out + weights[..., LINEAR, :] * linear()[0]
     else:
-      # Either op leaves the other's heads alone. Those of a fixed allocation are known to tracing.
-      heads = np.repeat([False, True], self.allocation)[None]
+      # Either op leaves the other's heads alone.
       if self.routed:
         heads = routing.choice == LINEAR
+      else:  # known to tracing
+        heads = np.repeat([False, True], self.allocation)[None]
       out, _ = linear(heads=heads, into=out)
       if self.routed and cond.train:  # in evaluation all weights are 1
         out = out * routing.weights.sum(-1)[:, None, :, None].astype(out.dtype)

@@ -95,7 +95,7 @@ def test_radial_on_tiles_is_the_papers_mask_of_tiles(grid, tile, decay, sink):
 
 
 def test_radial_saves_what_its_paper_says():
-  """500 frames of 720p: 9x less attention (arXiv 2506.19852); 128 latent frames of 45 x 80 tokens."""
+  """9x less attention at 500 frames of 720p, which are 128 latent frames of 45 x 80 tokens."""
   mask = Radial().mask(TileLayout((128, 45, 80), (1, 8, 16), 128))
   assert 1 / mask.density(128 * 45 * 80).item() == pytest.approx(9, rel=0.02)
 
