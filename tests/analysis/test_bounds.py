@@ -47,7 +47,7 @@ def test_random_tensors(grid, block, smooth):
 
 
 def test_the_bound_of_cell_means_is_tight_and_can_fail():
-  """With nearly constant tensors delta is small and the bound far below the trivial one. Values that
+  """With nearly constant tensors delta is small, the bound far below the trivial one. Values that
   are not the means of the cells exceed it."""
   arrays = TileLayout.fit((4, 4, 8), 16).arrays()
   tensors = probe.random_tensors(arrays, METHOD, 3, 8, 0, smooth=0.999999)
@@ -71,7 +71,7 @@ def plain_head(v) -> bounds.Head:
 
 
 def test_dropped_mass_of_a_known_row():
-  """Of two keys with equal scores one is dropped: e = 1/2, and for v1 = -v0 the bound is reached."""
+  """Of two keys with equal scores one is dropped: e = 1/2; for v1 = -v0 the bound is reached."""
   head = plain_head(np.array([[1.0, 0.0], [-1.0, 0.0]]))
   found = bounds.dropped(head, np.eye(2, dtype=bool))
   assert found["error"] == pytest.approx(1) and found["bound"] == pytest.approx(1)

@@ -237,7 +237,7 @@ def test_padding_rows_change_nothing(basis, garbage):
 @kinds
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_low_precision_only_rounds_the_result(basis, dtype):
-  """Computed in float32: against float64 on the rounded input, the error is the output's rounding."""
+  """Computed in float32: against float64 on that input, the error is the output's rounding."""
   layout = LAYOUTS[3]
   tables, index = basis.fit(layout), layout.arrays()
   x = jnp.asarray(np.random.default_rng(3).standard_normal((1, layout.n_buffer, 3)), dtype)

@@ -89,7 +89,7 @@ def probe(budget, *inputs):
 
 
 def test_probe():
-  """All tiles make no error; equal errors of two steps add up to twice their squares, others less."""
+  """All tiles make no error; equal errors of two steps add up to twice their squares."""
   first, second = (
     2 * jax.random.normal(jax.random.key(i), (2, LAYOUT.n_buffer, 2, 4)) for i in range(2)
   )
