@@ -174,7 +174,8 @@ def test_band_energy_is_the_squared_norm_of_each_band(basis, layout):
   buffer = np.full((2, layout.n_buffer, 2, 3), np.nan)
   buffer[:, index.scatter] = x
   with jax.enable_x64(True):
-    energy = jax.jit(lambda tables, x: tables.band_energy(x))(basis.fit(layout, np.float64), buffer)
+    run = jax.jit(lambda tables, x: tables.band_energy(x))
+    energy = np.asarray(run(basis.fit(layout, np.float64), buffer))
   assert energy.dtype == np.float64
   close(energy, expected, atol=1e-9)
   close(np.sum(energy, axis=-1), np.square(x).sum(axis=(1, 3)), atol=1e-9)
