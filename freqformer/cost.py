@@ -13,8 +13,9 @@ import math
 from collections.abc import Iterator
 
 import numpy as np
-from freqformer.kernels.block_sparse.cost import BACKWARD_MATMULS, FORWARD_MATMULS
 from jax.extend import core
+
+from freqformer.kernels.block_sparse.cost import BACKWARD_MATMULS, FORWARD_MATMULS
 
 BACKWARD_OVER_FORWARD = BACKWARD_MATMULS["one_pass"] / FORWARD_MATMULS
 

@@ -1,4 +1,4 @@
-"""Counts are exact: against brute force, against XLA's own, against the field's published arithmetic."""
+"""Counts against brute force, XLA's own and the field's published arithmetic."""
 
 import dataclasses
 import math

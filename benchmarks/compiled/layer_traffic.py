@@ -1,53 +1,64 @@
-"""What a method moves and launches around its attention: a layer of each, compiled for an H100, beside the dense layer.
+"""Bytes and launches around a layer's attention, counted in programs compiled for an H100.
 
   python -m benchmarks.compiled.layer_traffic --device=offline
+  python -m benchmarks.compiled.layer_traffic --device=offline --only=adaspa@search
 
-The scheduled HLO is read (benchmarks/compiled/hlo_bytes.py): bytes of every operation but the attention kernels, in passes over one
-bf16 array of tokens `[n, D]`, and how many operations are launched. The model of costs takes its bytes and launches from
-these rows (`tests/laws/test_costs.py` holds the two together). Counted in a program, not measured on a GPU.
+The scheduled HLO is read (`hlo_bytes.py`): bytes through device memory of every operation except
+the attention kernels, in passes over one bf16 array of tokens `[n, D]`, and how many operations are
+launched. `parts_passes` splits the bytes by the part of the layer (`jax.named_scope`); an operation
+of several parts is listed under all their names. Two kinds of rows:
+
+* `method(fields)@phase`: a layer of 16 x 32 x 32 tokens of each method. The simulator's table of
+  bytes and launches (`freqformer/simulation/traffic.py`) is made of their differences.
+* `around/<shape>`: FreqFormer with a mid band of 5 % on the shapes of `benchmarks/arg_specs.py`;
+  with `_xla` without the kernels around attention, with `_filter_v` and `_filter_qkv` filtered.
+
+Counted in a program, not measured on a GPU.
 """
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import collections  # noqa: E402
+import contextlib  # noqa: E402
+import dataclasses  # noqa: E402
+from unittest import mock  # noqa: E402
+
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
-from absl import app, flags, logging  # noqa: E402
+from absl import app, flags  # noqa: E402
 from flax import nnx  # noqa: E402
+from freqformer.kernels.selection import hopper_topk  # noqa: E402
 
+import freqformer.model.attention  # noqa: E402
+from benchmarks.arg_specs import SPECS  # noqa: E402
 from benchmarks.compiled.hlo_bytes import operations  # noqa: E402
 from benchmarks.rows import write_rows  # noqa: E402
 from freqformer.grid.layout import TileLayout  # noqa: E402
 from freqformer.methods.base import Cond  # noqa: E402
 from freqformer.model.attention import AttentionDims, SpectralAttention  # noqa: E402
 from freqformer.simulation.forward import make_method  # noqa: E402
-from tools.offline import compile_for  # noqa: E402
+from tools.offline import Compilation, compile_for  # noqa: E402
 
 _DEVICE = flags.DEFINE_enum(
-  "device",
-  "offline",
-  ["offline"],
-  "Where the layer is compiled for: an absent H100.",
-  allow_override=True,
+  "device", "offline", ["offline"], "An absent H100 is compiled for.", allow_override=True
 )
-_ONLY = flags.DEFINE_multi_string(
-  "only", [], "Layers to compile, as `method(fields)@phase`; default: all."
-)
+_ONLY = flags.DEFINE_multi_string("only", [], "Names of rows; default: all.", allow_override=True)
+
 LAYOUT = TileLayout((16, 32, 32), (4, 4, 8), 128)
-HEADS, HEAD_DIM = 12, 128
-# Rounds of the selection's bisection, which stop by themselves: as in benchmarks/compiled/memory_bound.py.
-_PASSES = 9
-FIXED = "freqformer(allocation=(3, 6, 3)"
-AXES = FIXED + ", basis=dict(kind=dct)"
+HEADS = 12
+HEAD_DIM = 128
+BANDS = "freqformer(allocation=(3, 6, 3)"
+AXES = BANDS + ", basis=dict(kind=dct)"
 LAYERS = (
   "dense",
-  f"{FIXED})",
-  f"{FIXED}, filter=v)",
-  f"{FIXED}, filter=qkv)",
-  f"{FIXED}, low_op=linear)",
-  f"{FIXED}, summary=4)",
-  f"{FIXED}, summary=16)",
+  f"{BANDS})",
+  f"{BANDS}, filter=v)",
+  f"{BANDS}, filter=qkv)",
+  f"{BANDS}, low_op=linear)",
+  f"{BANDS}, summary=4)",
+  f"{BANDS}, summary=16)",
   "freqformer",
   f"{AXES})",
   f"{AXES}, filter=v)",
@@ -67,62 +78,134 @@ LAYERS = (
   "adaspa@reuse",
   "adaspa@search",
 )
+AROUND = (
+  "around/a_64k",
+  "around/a_128k",
+  "around/a_1m",
+  "around/a_64k_filter_v",
+  "around/a_64k_filter_qkv",
+  "around/a_64k_xla",
+  "around/a_128k_xla",
+  "around/a_1m_xla",
+  "around/a_64k_filter_v_xla",
+  "around/a_64k_filter_qkv_xla",
+)
+MID_DENSITY = 0.05  # of the mid band in `AROUND`
+PARTS = ("prepare", "norm_rotary", "compress", "filter", "pool", "select", "pack", "lift")
+# The selection's bisection stops when every row of a chunk is known; how often it runs is not in
+# the program. Counted on normal scores: 8 passes of 7 trial values for lists of 5 % of 512 tiles, 9
+# for those of 1,024, 8,192 and 16,384.
+BISECTION_PASSES = 9
 
 
-def compiled(text: str):
-  """A layer of the method (and phase, behind an @) compiled for an H100."""
-  text, _, phase = text.partition("@")
-  method, width = make_method(text), HEADS * HEAD_DIM
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """A layer to be compiled.
+
+  Attributes:
+    method: as a command line names it.
+    phase: of a sampling step.
+    layout: of the grid.
+    kernels: whether Hopper kernels may run around attention.
+  """
+
+  method: str
+  phase: str = ""
+  layout: TileLayout = LAYOUT
+  kernels: bool = True
+
+  @classmethod
+  def named(cls, name: str) -> "Case":
+    """Returns the case of a row."""
+    if not name.startswith("around/"):
+      method, _, phase = name.partition("@")
+      return cls(method, phase)
+    shape, _, fields = name.removeprefix("around/").partition("_filter_")
+    shape = shape.removesuffix("_xla")
+    layout = SPECS[shape].layout
+    filtered = fields.removesuffix("_xla") or "none"
+    method = f"{BANDS}, mid_tiles={int(layout.tiles * MID_DENSITY)}, filter={filtered})"
+    return cls(method, layout=layout, kernels=not name.endswith("_xla"))
+
+
+def compiled(case: Case) -> Compilation:
+  """Compiles a layer for an H100."""
+  method = make_method(case.method)
+  width = HEADS * HEAD_DIM
   dims = AttentionDims(width, HEADS, width)
 
   def build():
     return SpectralAttention(
-      dims, method, LAYOUT, nnx.Rngs(0), dtype=jnp.bfloat16, implementation="pallas_mgpu"
+      dims, method, case.layout, nnx.Rngs(0), dtype=jnp.bfloat16, implementation="pallas_mgpu"
     )
 
   graphdef, params = nnx.split(nnx.eval_shape(build))
-  state = jax.eval_shape(lambda: method.init_state(1, dims.for_method, LAYOUT)) if phase else {}
+  state = {}
+  if case.phase:
+    state = jax.eval_shape(lambda: method.init_state(1, dims.for_method, case.layout))
 
   def forward(params, x, arrays, tables, state):
-    cond = Cond(jnp.full(1, 0.5), jnp.ones((1, width)), phase=phase)
+    cond = Cond(jnp.full(1, 0.5), jnp.ones((1, width)), phase=case.phase)
     return nnx.merge(graphdef, params)(x, cond, arrays, tables, state)[:2]
 
-  x = jax.ShapeDtypeStruct((1, LAYOUT.n_buffer, width), jnp.bfloat16)
-  return compile_for(forward, params, x, LAYOUT.arrays(), method.tables(LAYOUT), state)
+  x = jax.ShapeDtypeStruct((1, case.layout.n_buffer, width), jnp.bfloat16)
+  with contextlib.nullcontext() if case.kernels else _without_kernels():
+    return compile_for(forward, params, x, case.layout.arrays(), method.tables(case.layout), state)
 
 
-def measure(text: str) -> dict:
-  """A row: bytes and launches beside the attention kernels."""
-  found = operations(compiled(text).compiled.as_text(), unknown_trips=_PASSES)
-  around = [
-    op
-    for op in found
-    if not (op.kernel and any("attention_forward" in scope for scope in op.scopes))
-  ]
-  moved, unit = sum(op.bytes for op in around), 2 * LAYOUT.n_buffer * HEADS * HEAD_DIM
+@contextlib.contextmanager
+def _without_kernels():
+  """Has XLA do what lies around attention."""
+  with contextlib.ExitStack() as stack:
+    for module in (freqformer.model.attention, hopper_topk):
+      stack.enter_context(mock.patch.object(module, "unsupported", lambda *_: "not wanted"))
+    yield
+
+
+def parts_of(scopes) -> str:
+  """Returns the parts of the layer that an operation's scopes name, the innermost of each scope."""
+  found = set()
+  for scope in scopes:
+    names = [name for name in scope.split("/") if name in PARTS]
+    found.update(names[-1:])
+  return "+".join(part for part in PARTS if part in found)
+
+
+def measure(name: str) -> dict:
+  """Returns a row: bytes and launches beside the attention kernels."""
+  case = Case.named(name)
+  found = operations(compiled(case).compiled.as_text(), unknown_trips=BISECTION_PASSES)
+  around = []
+  for op in found:
+    attention = op.kernel and any("attention_forward" in scope for scope in op.scopes)
+    if not attention:
+      around.append(op)
+  moved = collections.Counter()
+  for op in around:
+    moved[parts_of(op.scopes) or "other"] += op.bytes
+  unit = 2 * case.layout.n_buffer * HEADS * HEAD_DIM
   return {
-    "name": text,
+    "name": name,
     "expected": True,
-    "tokens": LAYOUT.n,
-    "bytes": int(moved),
-    "passes": round(moved / unit, 2),
+    "tokens": case.layout.n,
+    "bytes": int(sum(moved.values())),
+    "passes": round(sum(moved.values()) / unit, 2),
+    "parts_passes": {part: round(b / unit, 2) for part, b in moved.most_common()},
     "launches": int(sum(op.runs for op in around)),
     "attention_launches": len(found) - len(around),
   }
 
 
-def main(_):
-  logging.set_verbosity(logging.INFO)
+def main(_) -> None:
   context = {"device": "NVIDIA H100 80GB HBM3 (compiled for, absent)"}
-  for text in _ONLY.value or LAYERS:
-    row = measure(text)
-    write_rows(
-      "layer_traffic",
-      [context | row],
-      "python -m benchmarks.compiled.layer_traffic --device=offline",
-    )
+  command = "python -m benchmarks.compiled.layer_traffic --device=offline"
+  for name in _ONLY.value or LAYERS + AROUND:
+    row = measure(name)
+    write_rows("layer_traffic", [context | row], command)
     print(
-      f"{text}: {row['passes']} passes, {row['launches']} launches beside {row['attention_launches']} of attention"
+      f"{name}: {row['passes']} passes, {row['launches']} launches beside "
+      f"{row['attention_launches']} of attention; {row['parts_passes']}",
+      flush=True,
     )
 
 

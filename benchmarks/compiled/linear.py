@@ -1,49 +1,57 @@
-"""Does linear attention need to run in the launch of the sparse attention beside it?
+"""Linear attention beside a sparse launch: would it gain from running in the same launch?
 
   python -m benchmarks.compiled.linear            # 2 minutes; rows go to results/linear.json
+  python -m benchmarks.compiled.linear --nocpu    # only the rows of programs compiled for an H100
   python -m benchmarks.compiled.linear --quick    # small CPU shapes, writes nothing
 
-Two kinds of rows. `measured: false`: a model of an H100 from exact FLOPs, from the bytes that the compiled program reads and
-writes (every kernel its operands once and its results once, Mosaic kernels the share of the heads that take part; compiled for
-sm_90a, never run), and from two assumed rates. Names that end in `_xla` are the same without the kernels of
-`kernels/linear/hopper.py`. `measured: true`: this machine's CPU, both ops on the same inputs in turns.
+Rows with `measured: false` simulate an H100: exact FLOPs, bytes that the compiled program reads and
+writes (every kernel its operands once and its results once, Mosaic kernels the share of the heads
+that take part; compiled for sm_90a, never run), and the simulator's rates
+(`freqformer/simulation`). Names that end in `_xla` are the same without the kernels of
+`kernels/linear/hopper.py`. Rows with `measured: true` are of this machine's CPU, both ops on the
+same inputs in turns.
 
-One launch for both could do two things for a linear head: skip the passes that separate kernels make (down to reading q, k, v
-and writing the output once), and overlap what is left with the sparse heads' products. The rows tell the two apart.
+One launch for both could do two things for a linear head: skip the passes that separate kernels
+make (down to reading q, k, v and writing the output once), and overlap the rest with the sparse
+heads' products. The rows tell the two apart.
 """
 
-import dataclasses
-import functools
-import itertools
+import os
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from absl import app, flags
-from freqformer.kernels.block_sparse.api import attention
-from freqformer.kernels.linear.api import Segments, linear_attention
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # for the absent GPU; see tools/offline.py
 
-from benchmarks import rows, timing
-from benchmarks.compiled import hlo_bytes
-from freqformer.grid.layout import TileLayout
-from freqformer.methods.base import Method
-from freqformer.methods.sparse_linear import SparseLinear
-from freqformer.methods.sparseflow import SparseFlow
-from freqformer.simulation.descriptions import load_gpu, load_model
-from freqformer.simulation.forward import Plan, simulate
-from tools import offline
+import dataclasses  # noqa: E402
+import functools  # noqa: E402
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from absl import app, flags  # noqa: E402
+from freqformer.kernels.block_sparse.api import attention  # noqa: E402
+from freqformer.kernels.linear.api import Segments, linear_attention  # noqa: E402
+
+from benchmarks import rows, timing  # noqa: E402
+from benchmarks.compiled import hlo_bytes  # noqa: E402
+from freqformer.cost import layer_cost  # noqa: E402
+from freqformer.grid.layout import TileLayout  # noqa: E402
+from freqformer.methods.base import Method  # noqa: E402
+from freqformer.methods.sparse_linear import SparseLinear  # noqa: E402
+from freqformer.methods.sparseflow import SparseFlow  # noqa: E402
+from freqformer.simulation.descriptions import load_gpu, load_model  # noqa: E402
+from freqformer.simulation.forward import Plan, attention_call, simulate  # noqa: E402
+from freqformer.simulation.roofline import attention_seconds  # noqa: E402
+from tools import offline  # noqa: E402
 
 _QUICK = flags.DEFINE_bool(
   "quick", False, "Small CPU shapes and few repeats; writes no rows.", allow_override=True
 )
+_CPU = flags.DEFINE_bool("cpu", True, "Also measure on this machine's CPU.", allow_override=True)
 
-# Assumed for an H100 until measured: 85 % of the best published dense attention rate (697 TFLOP/s), and a plain copy.
-TENSOR_RATE, COPY_RATE = 0.85 * 697e12, 3.0e12
-# The last one's frames share boxes of eight rows (`kernels.linear.segments.Work.mixed`).
+# Frames of the last one share boxes of eight rows (`kernels.linear.segments.Work.mixed`).
 GRIDS = {"64k": (16, 64, 64), "128k": (32, 64, 64), "21x30x52": (21, 30, 52)}
 SPLIT = (7, 5)  # sparse and linear heads: the router's prior, in whole heads
-BLOCK = "wan2.1-1.3b"  # the rest of the block is this model's: 12 heads of 128 channels
-_OTHERS = "sparse_heads"  # the scope of what is no linear attention
+MODEL = "wan2.1-1.3b"  # the rest of the block is this model's: 12 heads of 128 channels
+SPARSE_SCOPE = "sparse_heads"  # named scope of the sparse attention, excluded from the count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,42 +73,49 @@ class Shape:
     )
 
 
+# ---- compiled for an H100 ------------------------------------------------------------------------
+
+
 def linear_bytes(
   operations: list[hlo_bytes.Operation], share: float, in_place: float
 ) -> tuple[float, int]:
-  """Bytes that linear attention moves in a compiled program, and its kernels.
+  """Returns bytes that linear attention moves in a compiled program, and its kernels.
 
   Args:
     operations: of the whole program; those in the scope of the sparse heads are left out.
     share: of the heads that take part; a Mosaic kernel moves nothing for the others.
-    in_place: bytes of the arrays that `linear_read` writes into, which are operands but not read; 0 if there are none.
+    in_place: bytes of the arrays that `linear_read` writes into, which are operands but not read; 0
+      if there are none.
   """
 
-  # What only allocates moves nothing.
-  def left_out(scope):
-    return f"/{_OTHERS}/" in scope or scope.endswith("/empty")
+  def left_out(scope):  # an allocation moves nothing
+    return f"/{SPARSE_SCOPE}/" in scope or scope.endswith("/empty")
 
-  ours = [o for o in operations if not any(map(left_out, o.scopes))]
-
-  def within(o):
-    return in_place * any("linear_read" in scope for scope in o.scopes)
-
-  return sum((o.bytes - within(o)) * share if o.kernel else o.bytes for o in ours), len(ours)
+  moved = 0.0
+  kernels = 0
+  for op in operations:
+    if any(map(left_out, op.scopes)):
+      continue
+    kernels += 1
+    written = in_place if any("linear_read" in scope for scope in op.scopes) else 0.0
+    moved += (op.bytes - written) * share if op.kernel else op.bytes
+  return moved, kernels
 
 
 def sparseflow(name: str, shape: Shape, method: SparseFlow, implementation: str) -> dict:
-  """The H100 model's row of SparseFlow in evaluation.
+  """Returns the row of SparseFlow in evaluation.
 
-  A router's choice is known when it runs: the kernels leave the sparse heads out and write into their output, XLA runs the op
-  on all heads. A fixed allocation is known before: XLA cuts its heads out.
+  A router's choice is known when it runs: the kernels leave the sparse heads out and write into
+  their output, XLA runs the op on all heads. A fixed allocation is known before: XLA cuts its heads
+  out.
   """
-  layout, own = shape.layout(), SPLIT[1]
   fixed = np.repeat([False, True], SPLIT)[None]
-  tables, x = method.tables(layout), shape.rows()
+  tables = method.tables(shape.layout())
+  x = shape.rows()
 
   def call(q, k, v, tables, heads):
     heads = heads if method.routed else fixed
-    with jax.named_scope(_OTHERS):
+    with jax.named_scope(SPARSE_SCOPE):
       mask = method.mask_at(tables, jnp.full(1, 0.5))
       counts = jnp.where(heads[..., None], 0, mask.kv_counts)
       ids = jnp.broadcast_to(mask.kv_indices, (*counts.shape, mask.max_kv))
@@ -112,56 +127,67 @@ def sparseflow(name: str, shape: Shape, method: SparseFlow, implementation: str)
     return run(q, k, v, tables.frames, heads=heads, into=out)[0]
 
   compiled = offline.compile_for(call, x, x, x, tables, jax.ShapeDtypeStruct(fixed.shape, bool))
-  in_place = (2 + 4 / shape.head_dim) * x.size  # the output, and a logarithm per row
-  in_place *= implementation != "xla" and not tables.frames.work.mixed
-  row = modelled(name, shape, method, own, compiled, in_place)
+  in_place = 0.0
+  if implementation != "xla" and not tables.frames.work.mixed:
+    in_place = (2 + 4 / shape.head_dim) * x.size  # the output, and a logarithm per row
+  row = simulated(name, shape, method, SPLIT[1], compiled, in_place, allocation=SPLIT)
   return row | {"allocation": SPLIT}
 
 
 def sparse_linear(name: str, shape: Shape, method: SparseLinear, implementation: str) -> dict:
-  """The H100 model's row of sparse-linear attention: every head reads the sums of its marginal tiles."""
-  layout, x = shape.layout(), shape.rows()
+  """Returns the row of sparse-linear attention: heads read the sums of their marginal tiles."""
+  layout = shape.layout()
+  x = shape.rows()
   tiles = jax.ShapeDtypeStruct((1, shape.heads, layout.tiles, layout.tiles), jnp.bool_)
+  segments = Segments.of_tiles(layout.arrays().kv_len, layout.block)
   run = functools.partial(
     linear_attention, feature_map=method.feature_map, implementation=implementation
   )
-
-  def call(q, k, v, segments, reads):
-    return run(q, k, v, segments, reads=reads)[0]
-
   compiled = offline.compile_for(
-    call, x, x, x, Segments.of_tiles(layout.arrays().kv_len, layout.block), tiles
+    lambda q, k, v, segments, reads: run(q, k, v, segments, reads=reads)[0],
+    *(x, x, x, segments, tiles),
   )
-  return modelled(name, shape, method, shape.heads, compiled)
+  return simulated(name, shape, method, shape.heads, compiled)
 
 
-def modelled(
+def simulated(
   name: str,
   shape: Shape,
   method: Method,
   own: int,
   compiled: offline.Compilation,
   in_place: float = 0.0,
+  allocation: tuple[int, ...] | None = None,
 ) -> dict:
-  """Seconds of linear attention on `own` heads, as compiled and at the least bytes, beside the sparse launch and in a block."""
-  layout, share = shape.layout(), own / shape.heads
+  """Returns seconds of linear attention on `own` heads beside the sparse launch and in a block.
+
+  Args:
+    name: of the row, without "h100_".
+    shape: of the comparison.
+    method: whose sparse launch it is.
+    own: linear heads.
+    compiled: the program with linear attention.
+    in_place: see `linear_bytes`.
+    allocation: heads per branch.
+  """
+  layout = shape.layout()
+  gpu = load_gpu("h100")
+  card = load_model(MODEL)
+  share = own / shape.heads
   moved, kernels = linear_bytes(hlo_bytes.operations(compiled.compiled.as_text()), share, in_place)
   least = 4 * 2 * shape.rows().size * share  # q, k, v in, the output out
-  cost = method.cost(
-    layout, shape.heads, shape.head_dim, SPLIT if isinstance(method, SparseFlow) else None
-  )
-  sums = (
-    layout.tiles**2 if isinstance(method, SparseLinear) else 0
-  )  # segments read the sums of others
+  # Segments of sparse-linear attention read the sums of others.
+  sums = layout.tiles**2 if isinstance(method, SparseLinear) else 0
   flops = (4.0 * layout.n + 2.0 * sums) * shape.head_dim * (shape.head_dim + 1) * own
-  sparse_s, linear_s, least_s = (
-    cost.attention_flops / TENSOR_RATE,
-    moved / COPY_RATE,
-    least / COPY_RATE,
-  )
-  linear_s, least_s = (max(s, flops / TENSOR_RATE) for s in (linear_s, least_s))
-  card = load_model(BLOCK)
-  whole = simulate(Plan(card, name, method, shape.grid, shape.block), load_gpu("h100"))
+
+  def seconds(moved):
+    return max(moved / gpu.rates.hbm, flops / gpu.rates.matmul_flops)
+
+  sizes = (layout, shape.heads, shape.head_dim)
+  call = attention_call(method, *sizes, allocation=allocation)
+  sparse_s = attention_seconds(call, gpu, shape.heads).total
+  linear_s = seconds(moved)
+  whole = simulate(Plan(card, name, method, shape.grid, shape.block), gpu)
   rest_s = (whole.matmul_s + whole.elementwise_s) / card.layers
   return {
     "name": f"h100_{name}",
@@ -171,13 +197,13 @@ def modelled(
     "met": None,
     "measured": False,
     "what": "seconds of linear attention as compiled, over seconds of the sparse launch",
-    "rates": "assumed: 592 TFLOP/s (85 % of 697), 3.0 TB/s; the rest of the block: freqformer/simulation",
+    "rates": "freqformer/simulation/gpus/h100.json",
     "n": layout.n,
     "heads": shape.heads,
     "head_dim": shape.head_dim,
     "linear_heads": own,
-    "density": cost.attention_flops / (4.0 * layout.n**2 * shape.heads * shape.head_dim),
-    "sparse_flops": cost.attention_flops,
+    "density": call.pairs / (float(layout.n) ** 2 * shape.heads),
+    "sparse_flops": layer_cost(method, *sizes, allocation).attention_flops,
     "linear_flops": flops,
     "linear_bytes": moved,
     "linear_bytes_least": least,
@@ -185,23 +211,24 @@ def modelled(
     "temp_bytes": compiled.temp_bytes,
     "sparse_s": sparse_s,
     "linear_s": linear_s,
-    "linear_least_s": least_s,
+    "linear_least_s": seconds(least),
     "block_rest_s": rest_s,
-    "fewer_passes_gain": (linear_s - least_s) / (sparse_s + linear_s),
-    # What one launch could win at most: all of linear attention's time, hidden behind the sparse heads.
+    "fewer_passes_gain": (linear_s - seconds(least)) / (sparse_s + linear_s),
+    # One launch could win at most all of linear attention's time, hidden behind the sparse heads.
     "same_launch_gain_at_most": linear_s / (sparse_s + linear_s),
     "same_launch_block_gain_at_most": linear_s / (sparse_s + linear_s + rest_s),
   }
 
 
 def gradients(name: str, shape: Shape, method: SparseFlow, implementation: str) -> dict:
-  """Bytes of forward and backward on all heads, as soft training runs them, per element of q."""
-  x, frames = shape.rows(), method.tables(shape.layout()).frames
+  """Returns bytes of forward and backward on all heads, as soft training runs, per element of q."""
+  x = shape.rows()
+  frames = method.tables(shape.layout()).frames
+  run = functools.partial(
+    linear_attention, feature_map=method.feature_map, implementation=implementation
+  )
 
   def call(q, k, v, frames, d_out):
-    run = functools.partial(
-      linear_attention, feature_map=method.feature_map, implementation=implementation
-    )
     out, rule = jax.vjp(lambda *x: run(*x, frames)[0], q, k, v)
     return out, rule(d_out)
 
@@ -214,7 +241,8 @@ def gradients(name: str, shape: Shape, method: SparseFlow, implementation: str) 
     "goal": None,
     "met": None,
     "measured": False,
-    "what": "linear attention forward and backward, all heads; reading q, k, v, dO and writing out, dq, dk, dv once is 16",
+    "what": "linear attention forward and backward, all heads; reading q, k, v, dO and writing "
+    "out, dq, dk, dv once is 16",
     "n": shape.layout().n,
     "heads": shape.heads,
     "head_dim": shape.head_dim,
@@ -224,8 +252,29 @@ def gradients(name: str, shape: Shape, method: SparseFlow, implementation: str) 
   }
 
 
+def compiled_rows() -> list[dict]:
+  """Returns the rows of all programs compiled for an H100."""
+  found = []
+  for size, grid in GRIDS.items():
+    shape = Shape(grid, 12, 128)
+    for end, implementation in (("", "pallas_mgpu"), ("_xla", "xla")):
+      name = f"{size}{end}"
+      fixed = SparseFlow(allocation=SPLIT)
+      found += [
+        sparseflow(f"sparseflow_routed_{name}", shape, SparseFlow(), implementation),
+        sparseflow(f"sparseflow_fixed_{name}", shape, fixed, implementation),
+        sparse_linear(f"sparse_linear_{name}", shape, SparseLinear(), implementation),
+      ]
+      if size == "64k":
+        found.append(gradients(f"gradients_{name}", shape, SparseFlow(), implementation))
+  return found
+
+
+# ---- measured on this CPU ------------------------------------------------------------------------
+
+
 def measured(shape: Shape, method: SparseFlow, rounds: int) -> dict:
-  """One row of this machine: linear attention over the sparse call of all-sparse heads at t = 1/2."""
+  """Returns this machine's row: linear attention over the all-sparse call at t = 1/2."""
   layout = shape.layout()
   tables = jax.tree.map(jnp.asarray, method.tables(layout))
   q, k, v = jax.random.normal(
@@ -266,23 +315,13 @@ def measured(shape: Shape, method: SparseFlow, rounds: int) -> dict:
   }
 
 
-def main(_):
+def main(_) -> None:
   if _QUICK.value:
     found = [measured(Shape((4, 16, 16), 2, 32), SparseFlow(), 2)]
   else:
-    found, methods = [], {"routed": SparseFlow(), "fixed": SparseFlow(allocation=SPLIT)}
-    for (name, grid), (end, implementation) in itertools.product(
-      GRIDS.items(), {"": "pallas_mgpu", "_xla": "xla"}.items()
-    ):
-      shape = Shape(grid, 12, 128)
-      for kind, method in methods.items():
-        found.append(sparseflow(f"sparseflow_{kind}_{name}{end}", shape, method, implementation))
-      found.append(
-        sparse_linear(f"sparse_linear_{name}{end}", shape, SparseLinear(), implementation)
-      )
-      if name == "64k":
-        found.append(gradients(f"gradients_{name}{end}", shape, SparseFlow(), implementation))
-    found += [measured(Shape((16, 32, 32), 4, 64), SparseFlow(), 7)]
+    found = compiled_rows()
+    if _CPU.value:
+      found.append(measured(Shape((16, 32, 32), 4, 64), SparseFlow(), 7))
     rows.write_rows("linear", found, "python -m benchmarks.compiled.linear")
   print(rows.table(found))
 

@@ -22,7 +22,6 @@ from benchmarks.gpu.plan import FULL, REHEARSAL, Plan
 from benchmarks.gpu.rows import Deadline, Store, open_device
 
 
-
 def _label(density: float) -> str:
   return f"d{round(100 * density):02d}"
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.extend.core import ClosedJaxpr
 
 from freqformer.grid.layout import LayoutTables, TileLayout
 from freqformer.kernels.block_sparse.api import attention
@@ -204,9 +205,7 @@ class Method:
     """Returns the method whose program is counted; some fields choose among its results only."""
     return self
 
-  def program(
-    self, layout: TileLayout, heads: int, head_dim: int, phase: str
-  ) -> jax.extend.core.ClosedJaxpr:
+  def program(self, layout: TileLayout, heads: int, head_dim: int, phase: str) -> ClosedJaxpr:
     """Traces one sampling step between a layer's projections, in the plain form of every op.
 
     Nothing is computed, and it works while another program is traced. Parameters are made in the
@@ -239,15 +238,8 @@ def even_lists(layout: TileLayout, heads: float, pairs: float) -> CallCost:
   It is exact for dense attention where tiles are equally full; in general only its pairs are.
   """
   listed = pairs / (layout.tiles * (layout.fill * layout.block) ** 2)
-  return uniform(
-    layout.tiles,
-    listed,
-    layout.tiles,
-    head_dim=1,
-    block=layout.block,
-    fill=layout.fill,
-    heads=heads,
-  )
+  call = uniform(layout.tiles, listed, layout.tiles, head_dim=1, block=layout.block, heads=heads)
+  return dataclasses.replace(call, pairs=float(pairs) * heads)
 
 
 def attend(qkv: Projected, mask, cond: Cond):

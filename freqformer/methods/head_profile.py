@@ -1,7 +1,8 @@
-"""Which pattern suits a head: measured once on a few query rows of dense attention, as Sparse VideoGen does (arXiv 2502.01776).
+"""Measures which pattern suits a head, as Sparse VideoGen does (arXiv 2502.01776).
 
-Shared by the training-free methods that deal heads by what they measure. Query rows are drawn once per grid with a fixed seed;
-each candidate's output at these rows is held against dense attention's.
+Shared by the training-free methods that deal heads by what they measure. A few query rows are drawn
+once per grid with a fixed seed; each candidate's output at these rows is compared with dense
+attention's.
 """
 
 import dataclasses
@@ -17,13 +18,15 @@ from freqformer.kernels.block_sparse.table import BlockMask
 
 @dataclasses.dataclass(frozen=True)
 class ProfileConfig:
-  """When and on what heads are measured.
+  """Schedule and size of the measurement.
 
   Attributes:
     warmup: share of the run's steps that are dense before the first measurement.
-    every: measure again every so many steps; 0: once, 1: at every step after the warm-up (Sparse VideoGen's).
+    every: measure again every so many steps; 0: once, 1: at every step after the warm-up (Sparse
+      VideoGen's).
     rows: query rows measured on.
-    slack: a head gets the cheapest pattern whose error is at most `1 + slack` times the smallest; 0: the most faithful.
+    slack: a head gets the cheapest pattern whose error is at most `1 + slack` times the smallest;
+      0: the most faithful.
   """
 
   warmup: float = 0.2
@@ -37,11 +40,11 @@ class ProfileConfig:
     require(self, "rows", least=1)
 
   def warm_steps(self, steps: int) -> int:
-    """Dense steps of a run of `steps`."""
+    """Returns the dense steps of a run of `steps`."""
     return int(self.warmup * steps + 0.5)
 
   def phase(self, step: int, steps: int) -> str:
-    """What a sampling step does: "warmup" (dense), "profile" (measure, then run) or "run"."""
+    """Names a sampling step: "warmup" (dense), "profile" (measure, then run) or "run"."""
     after = step - self.warm_steps(steps)
     if after < 0:
       return "warmup"
@@ -51,19 +54,23 @@ class ProfileConfig:
     """Raises ConfigError if a run of `steps` steps ends before heads are measured."""
     if (warm := self.warm_steps(steps)) >= steps:
       raise ConfigError(
-        f"profile.warmup={self.warmup} makes {warm} of {steps} sampling steps dense, so that no head is ever measured; "
-        "lower it or take more steps."
+        f"profile.warmup={self.warmup} makes {warm} of {steps} sampling steps dense, so that no "
+        "head is ever measured; lower it or take more steps."
       )
 
 
 def sample_rows(layout: TileLayout, count: int) -> np.ndarray:
-  """Buffer rows of `count` tokens (all if there are fewer), ascending, the same at every call: int32 `[rows]`."""
+  """Draws buffer rows of `count` tokens (all if there are fewer), the same at every call.
+
+  Returns:
+    int32 `[rows]`, ascending.
+  """
   order = np.random.default_rng(0).permutation(layout.n)[:count]
   return np.sort(layout.arrays().scatter[order]).astype(np.int32)
 
 
 def rows_of(mask: BlockMask, rows: np.ndarray) -> np.ndarray:
-  """Which key tiles the query rows list under one head's static table: bool `[rows, kv_tiles]`."""
+  """Returns the key tiles that query rows list under one head's table: bool `[rows, kv_tiles]`."""
   tiles = rows // mask.block_q
   part = BlockMask(
     mask.indices()[:, :, tiles],
@@ -78,41 +85,60 @@ def rows_of(mask: BlockMask, rows: np.ndarray) -> np.ndarray:
 
 @jax.named_scope("scores")
 def dense_rows(q: jax.Array, k: jax.Array, v: jax.Array, valid, listed=()) -> jax.Array:
-  """Dense attention of a few rows, and of the same rows under each of some patterns.
+  """Computes dense attention of a few rows, and of the same rows under each of some patterns.
 
   Args:
-    q: `[b, rows, h, d]`; k, v: `[b, n_buffer, h, d]`, all normed and rotated.
+    q: `[b, rows, h, d]`, normed and rotated.
+    k: `[b, n_buffer, h, d]`, normed and rotated.
+    v: `[b, n_buffer, h, d]`.
     valid: bool `[n_buffer]`, False in padding rows.
-    listed: bool arrays `[rows, n_buffer]`.
+    listed: bool arrays `[rows, n_buffer]`, a pattern each.
 
   Returns:
-    float32 `[1 + patterns, b, rows, h, d]`; head by head, so that scores of one head are in memory at a time.
+    float32 `[1 + patterns, b, rows, h, d]`; head by head, so that scores of one head are in memory
+    at a time.
   """
-  seen = [jnp.asarray(valid), *(jnp.asarray(valid) & x for x in listed)]
+  valid = jnp.asarray(valid)
+  seen = [valid, *(valid & pattern for pattern in listed)]
 
   def head(args):
     q, k, v = (x.astype(jnp.float32) for x in args)
     scores = jnp.einsum("bid,bjd->bij", q, k) * q.shape[-1] ** -0.5
-    v = jnp.where(jnp.asarray(valid)[:, None], v, 0)
-    return jnp.stack(
-      [jnp.einsum("bij,bjd->bid", jax.nn.softmax(jnp.where(s, scores, -jnp.inf)), v) for s in seen]
-    )
+    v = jnp.where(valid[:, None], v, 0)
+    outs = []
+    for pattern in seen:
+      p = jax.nn.softmax(jnp.where(pattern, scores, -jnp.inf))
+      outs.append(jnp.einsum("bij,bjd->bid", p, v))
+    return jnp.stack(outs)
 
-  out = jax.lax.map(head, tuple(jax.lax.stop_gradient(x).transpose(2, 0, 1, 3) for x in (q, k, v)))
-  return out.transpose(1, 2, 3, 0, 4)
+  by_head = tuple(jax.lax.stop_gradient(x).transpose(2, 0, 1, 3) for x in (q, k, v))
+  return jax.lax.map(head, by_head).transpose(1, 2, 3, 0, 4)
 
 
 def relative_errors(outs: jax.Array, exact: jax.Array) -> jax.Array:
-  """`|out - exact|^2 / |exact|^2` over rows and channels: `[c, b, rows, h, d]`, `[b, rows, h, d]` -> `[b, h, c]`."""
+  """Returns `|out - exact|^2 / |exact|^2` over rows and channels.
+
+  Args:
+    outs: `[c, b, rows, h, d]`, of c candidates.
+    exact: `[b, rows, h, d]`.
+
+  Returns:
+    `[b, h, c]`.
+  """
   error = jnp.square(outs - exact).sum((2, 4)) / jnp.maximum(jnp.square(exact).sum((1, 3)), 1e-30)
   return error.transpose(1, 2, 0)
 
 
 def most_faithful(errors: jax.Array, costs: jax.Array, slack: float = 0.0) -> jax.Array:
-  """The cheapest candidate whose error is at most `1 + slack` times the smallest: int32 `[b, h]`.
+  """Chooses the cheapest candidate whose error is at most `1 + slack` times the smallest.
 
   Args:
-    errors: `[b, h, c]`; costs: broadcastable to that.
+    errors: `[b, h, c]`.
+    costs: broadcastable to that.
+    slack: share by which an error may exceed the smallest.
+
+  Returns:
+    int32 `[b, h]`.
   """
   close = errors <= (1 + slack) * errors.min(-1, keepdims=True)
   return jnp.where(close, costs, jnp.inf).argmin(-1).astype(jnp.int32)

@@ -19,11 +19,12 @@ _PARTS = 3  # of a head's energy, which the router reads
 
 @dataclasses.dataclass(frozen=True)
 class RoutedMethod(Method):
-  """A subclass names its branches, tells how a head's energy is shared out (`energies`) and runs what `route` decides.
+  """Base of methods with branches; a subclass names them and runs what `route` decides.
 
   Attributes:
-    allocation: "routed"; or head counts per branch for a fixed assignment, where "2,2,2" means (2, 2, 2), so that a command
-      line can override one with the other; or another of `allocations`.
+    allocation: "routed"; or head counts per branch for a fixed assignment, where "2,2,2" means
+      (2, 2, 2), so that a command line can override one with the other; or another of
+      `allocations`.
     router: for `allocation="routed"`.
   """
 
@@ -48,7 +49,7 @@ class RoutedMethod(Method):
 
   @property
   def allocations(self) -> tuple[str, ...]:
-    """What `allocation` may be beside head counts."""
+    """Values of `allocation` other than head counts."""
     return ("routed",)
 
   @property
@@ -60,10 +61,10 @@ class RoutedMethod(Method):
     return self.routed and self.router.mode != "sampled"
 
   def shares(self, heads: int, allocation=None) -> np.ndarray:
-    """Share of heads per branch: as given, else the fixed one, else the router's prior (before anything is measured too).
+    """Returns the share of heads per branch: as given, else the fixed one, else the router's prior.
 
     Raises:
-      ConfigError: for weights that are none, or fixed head counts that are not those of `heads`.
+      ConfigError: for invalid weights, or fixed head counts that are not those of `heads`.
     """
     if allocation is not None:
       return head_shares(allocation, self.branches)
@@ -78,12 +79,25 @@ class RoutedMethod(Method):
     return RoutedModules(self, dims, rngs)
 
   def energies(self, v: jax.Array, layout, tables) -> jax.Array:
-    """What the router reads of a head: the energy of its values `[b, n_buffer, h, d]` in three parts, `[b, h, 3]`."""
+    """Returns what the router reads of a head: the energy of its values in three parts.
+
+    Args:
+      v: `[b, n_buffer, h, d]`.
+      layout: arrays of the layout.
+      tables: the method's own.
+
+    Returns:
+      `[b, h, 3]`.
+    """
     raise NotImplementedError
 
   @jax.named_scope("router")
   def route(self, module, qkv, cond, tables, choice=None) -> Routing:
-    """The router's decision; else each head's known branch: `choice` int32 `[b, h]`, or the fixed assignment."""
+    """Returns the router's decision, or each head's known branch.
+
+    Args:
+      choice: int32 `[b, h]`, the branch where heads are neither routed nor fixed.
+    """
     b, _, h, _ = qkv.q.shape
     if self.routed:
       stats = None
@@ -100,15 +114,19 @@ class RoutedMethod(Method):
     return dataclasses.replace(routing, choice=checkpoint_name(routing.choice, "routing"))
 
   def for_counting(self):
-    """Returns the routed method where heads are dealt by fixed counts: its program has all parts."""
-    fixed = not isinstance(self.allocation, str)
-    return dataclasses.replace(self, allocation="routed") if fixed else self
+    """Returns the routed method in place of fixed head counts: its program has all parts."""
+    if isinstance(self.allocation, str):
+      return self
+    return dataclasses.replace(self, allocation="routed")
 
   def aux(self, routing: Routing, density, qkv, cond) -> dict:
-    """The layer's aux: densities, the router's entropy and its cost penalty.
+    """Returns the layer's aux: densities, the router's entropy and its cost penalty.
 
     Args:
-      density: float32 `[b, h, branches]`, what each head scores in each branch.
+      routing: of the layer.
+      density: float32 `[b, h, branches]`, of each head in each branch.
+      qkv: the layer's projections.
+      cond: the layer's moment.
     """
     taken = jnp.take_along_axis(density, routing.choice[..., None], -1)[..., 0]
     run = density.sum(-1) if routing.all_branches else taken

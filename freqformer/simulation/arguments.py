@@ -1,4 +1,4 @@
-"""What the command line of the simulator says, checked before anything is counted."""
+"""The simulator's command line, checked before anything is counted."""
 
 import argparse
 import math
@@ -12,9 +12,10 @@ from freqformer.simulation import plots
 from freqformer.simulation.descriptions import ModelCard, known
 from freqformer.simulation.forward import cubic_grid
 
-MOST_BLOCK = 1024  # rows of a tile: far more than an SM can hold at once, which is what a work item is priced as
+# Rows of a tile: far more than an SM can hold at once, which is how a work item is priced.
+MOST_BLOCK = 1024
 _SUFFIXES = {"k": 1 << 10, "m": 1 << 20}
-# Who gives one of these asks for rows; the others only say how.
+# Giving any of these flags requests result rows; the others only change how they are computed.
 _ASKS = ("model", "method", "compare", "tokens", "grid", "gpus", "block", "run")
 _DEFAULTS = {
   "model": "wan2.1-1.3b",
@@ -28,7 +29,7 @@ _DEFAULTS = {
 
 
 def parse(argv, description: str) -> argparse.Namespace:
-  """The arguments; `rows`: whether rows are asked for (with --calibrate alone they are not).
+  """Returns the arguments; `rows`: whether rows are requested (not with --calibrate alone).
 
   Raises:
     ConfigError: for a value out of range, or an argument that the others leave without effect.
@@ -36,48 +37,41 @@ def parse(argv, description: str) -> argparse.Namespace:
   parser = argparse.ArgumentParser(
     prog="python -m freqformer.simulate", description=description, allow_abbrev=False
   )
-  add = parser.add_argument
-  add(
-    "--model", help=f"{', '.join(known('models'))} (default {_DEFAULTS['model']}), or a JSON file"
-  )
-  add(
-    "--method",
-    help=f"{', '.join(METHODS)}, with fields: block_topk(density=0.2), freqformer(router=dict(prior=(1,1,2)))",
-  )
-  add("--compare", help="further methods, separated by commas")
-  add("--gpu", default="h100", help=f"{', '.join(known('gpus'))}, or a JSON file")
-  add("--gpus", type=int, help="sequence-parallel GPUs")
-  add("--tokens", help="64k,128k,1m or any whole numbers; default: the model's usual video")
-  add("--grid", help="tokens t,y,x")
-  add("--block", type=int, help=f"rows of a tile, 1..{MOST_BLOCK}; default {_DEFAULTS['block']}")
-  add(
+  helps = {
+    "model": f"{', '.join(known('models'))} (default {_DEFAULTS['model']}), or a JSON file",
+    "method": f"{', '.join(METHODS)}, with fields: block_topk(density=0.2), "
+    "freqformer(router=dict(prior=(1,1,2)))",
+    "compare": "further methods, separated by commas",
+    "tokens": "64k,128k,1m or any whole numbers; default: the model's usual video",
+    "grid": "tokens t,y,x",
+    "calibrate": "JSON rows of measurements: fit rates, report every row, use them for the rest",
+    "write_gpu": "with --calibrate: write the calibrated GPU to this file",
+    "plot": "write a plot of the rows (with --calibrate alone: of the fit) to this file",
+  }
+  for name, text in helps.items():
+    parser.add_argument(f"--{name}", help=text)
+  block = f"rows of a tile, 1..{MOST_BLOCK}; default {_DEFAULTS['block']}"
+  parser.add_argument("--gpu", default="h100", help=f"{', '.join(known('gpus'))}, or a JSON file")
+  parser.add_argument("--gpus", type=int, help="sequence-parallel GPUs")
+  parser.add_argument("--block", type=int, help=block)
+  parser.add_argument("--steps", type=int, help="denoising steps of --run; default: the model's")
+  parser.add_argument("--format", default="table", choices=("table", "json", "csv"))
+  parser.add_argument(
     "--run", action="store_true", help="also a whole denoising run and the longest video that fits"
-  )
-  add("--steps", type=int, help="denoising steps of --run; default: the model's")
-  add(
-    "--calibrate",
-    default="",
-    help="JSON rows of measurements: fit the rates, report every row; uses them for the rest",
-  )
-  add("--write_gpu", default="", help="with --calibrate: write the calibrated GPU to this file")
-  add("--format", default="table", choices=("table", "json", "csv"))
-  add(
-    "--plot",
-    default="",
-    help="write a plot of the rows (with --calibrate alone: of the fit) to this file",
   )
   args = parser.parse_args(argv)
   args.rows = not args.calibrate or any(getattr(args, name) for name in _ASKS)
   for name, value in _DEFAULTS.items():
-    setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+    if getattr(args, name) is None:
+      setattr(args, name, value)
   _check(args)
   return args
 
 
-def _check(args):
+def _check(args) -> None:
   if not 1 <= args.block <= MOST_BLOCK:
     raise ConfigError(
-      f"--block={args.block} must lie in 1..{MOST_BLOCK}, the rows of a tile that one SM works on."
+      f"--block={args.block} must lie in 1..{MOST_BLOCK}, rows of a tile that one SM works on."
     )
   if args.gpus < 1:
     raise ConfigError(f"--gpus={args.gpus} must be at least 1.")
@@ -94,10 +88,11 @@ def _check(args):
 
 
 def parse_tokens(text: str) -> list[int]:
-  """`64k,75600,1m` -> [65536, 75600, 1048576]; k is 1,024 and m 1,048,576.
+  """Reads `64k,75600,1m` as [65536, 75600, 1048576]; k is 1,024 and m 1,048,576.
 
   Raises:
-    ConfigError: for anything that is not a positive whole number of tokens, or more than int32 can index.
+    ConfigError: for anything that is not a positive whole number of tokens, or more than int32 can
+      index.
   """
   found = []
   for word in text.split(","):
@@ -108,19 +103,20 @@ def parse_tokens(text: str) -> list[int]:
       value = math.nan
     if not (math.isfinite(value) and value >= 1 and value == int(value)):
       raise ConfigError(
-        f"--tokens: {word!r} is no positive whole number of tokens; write 75600, 64k (65,536) or 1m (1,048,576)."
+        f"--tokens: {word!r} is no positive whole number of tokens; write 75600, 64k (65,536) or "
+        "1m (1,048,576)."
       )
     if value > MOST_ROWS:
       raise ConfigError(
-        f"--tokens: {int(value):,} are {value / MOST_ROWS:,.1f} times the {MOST_ROWS:,} tokens that an int32 index reaches; "
-        "give fewer."
+        f"--tokens: {int(value):,} are {value / MOST_ROWS:,.1f} times the {MOST_ROWS:,} tokens "
+        "that an int32 index reaches; give fewer."
       )
     found.append(int(value))
   return found
 
 
 def parse_grid(text: str) -> tuple[int, int, int]:
-  """`21,45,80` or `21x45x80` -> (21, 45, 80)."""
+  """Reads `21,45,80` or `21x45x80` as (21, 45, 80); raises ConfigError for anything else."""
   words = [w.strip() for w in text.lower().replace("x", ",").split(",")]
   if len(words) != 3 or not all(re.fullmatch(r"0*[1-9][0-9]{0,17}", w) for w in words):
     raise ConfigError(
@@ -131,32 +127,37 @@ def parse_grid(text: str) -> tuple[int, int, int]:
 
 def split_methods(text: str) -> list[str]:
   """Splits at commas outside brackets: `dense,block_topk(density=0.2, coarse=none)`."""
-  found, depth = [""], 0
+  found = [""]
+  depth = 0
   for c in text:
     depth += (c == "(") - (c == ")")
-    found = [*found, ""] if c == "," and depth == 0 else [*found[:-1], found[-1] + c]
+    if c == "," and depth == 0:
+      found.append("")
+    else:
+      found[-1] += c
   return [f.strip() for f in found if f.strip()]
 
 
 def grids(args, card: ModelCard) -> list[tuple[int, int, int]]:
-  """The grids that were asked for: given, of the model's usual video, its own with so many tokens, or the most cubic one.
+  """Returns the grids that were asked for.
 
-  What was not given is said on stderr.
+  Without --grid: the model's own with so many tokens, else the most cubic one; without --tokens:
+  its usual video's. A grid that was not given is printed on stderr.
   """
   if args.grid:
     grid = parse_grid(args.grid)
     if args.tokens and parse_tokens(args.tokens) != [math.prod(grid)]:
       raise ConfigError(
-        f"--grid={args.grid} has {math.prod(grid)} tokens, --tokens={args.tokens}; give one, or equal ones."
+        f"--grid={args.grid} has {math.prod(grid)} tokens, --tokens={args.tokens}; give one, or "
+        "equal ones."
       )
     return [grid]
   found = []
   for n in parse_tokens(args.tokens) if args.tokens else [math.prod(card.grid)]:
     own = card.grid_of(n)
-    found.append(own or cubic_grid(n))
-    what = f"of a video of {card.name}" if own else "the most cubic"
-    print(
-      f"{n:,} tokens: grid {'x'.join(map(str, found[-1]))}, {what} (choose with --grid)",
-      file=sys.stderr,
-    )
+    grid = own or cubic_grid(n)
+    found.append(grid)
+    kind = f"of a video of {card.name}" if own else "the most cubic"
+    shown = "x".join(map(str, grid))
+    print(f"{n:,} tokens: grid {shown}, {kind} (choose with --grid)", file=sys.stderr)
   return found

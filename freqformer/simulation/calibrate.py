@@ -1,4 +1,4 @@
-"""Fits a device's free rates to measured attention calls (`measurements.py`), and says how wrong every row comes out."""
+"""Fits a device's free rates to measured attention calls and reports the error of every row."""
 
 import dataclasses
 import math
@@ -9,7 +9,8 @@ from freqformer.simulation.descriptions import Gpu
 from freqformer.simulation.measurements import Measurement, load_rows
 from freqformer.simulation.roofline import attention_seconds
 
-# In the order in which they are added while there are rows to tell them apart, and how far each may move.
+# Rates that may be fitted, in the order in which they are added while there are rows to tell them
+# apart: the factors by which each may move.
 _FREE = {
   "attention_flops": (0.1, 10.0),
   "softmax_exposed": (0.01, 3.0),
@@ -17,8 +18,10 @@ _FREE = {
   "l2": (0.1, 10.0),
   "launch_s": (0.01, 30.0),
 }
-_MATTERS = 0.01  # a rate is fitted only if halving it moves some fitted row by this share
-_MISSED = 0.15  # a fitted row that comes out further off than this was not described by any choice of the rates
+# choice: a rate is fitted only if halving it moves some fitted row by this share
+_MATTERS = 0.01
+# choice: no rates describe a fitted row that comes out further off than this
+_MISSED = 0.15
 # Rates that belong to an SM, whatever memory stands behind it.
 _SM_RATES = ("attention_flops", "softmax_exposed", "item_s")
 _SM_FACTS = ("tensor_flops", "sms", "exp_per_sm_s")
@@ -29,10 +32,11 @@ class Calibration:
   """A fit.
 
   Attributes:
-    gpu: the device with fitted rates; it says itself which those are.
+    gpu: the device with fitted rates; `gpu.fitted` names them.
     fitted: names of the rates of this fit.
     rows: one per measurement, with the prediction's error.
-    notes: what was left out or held out. warnings: why the fit is not to be trusted; empty where nothing speaks against it.
+    notes: rows that were left out or held out.
+    warnings: reasons not to trust the fit; usually empty.
   """
 
   gpu: Gpu
@@ -42,11 +46,11 @@ class Calibration:
   warnings: tuple[str, ...] = ()
 
   def worst(self, fitted: bool) -> float:
-    """Largest absolute relative error of the fitted, or of the other rows; 0 if there are none."""
+    """Returns the largest absolute relative error of the fitted or the other rows; 0: no rows."""
     return max((abs(r["error"]) for r in self.rows if r["fitted"] == fitted), default=0.0)
 
   def report(self) -> str:
-    """For people."""
+    """Returns rates, rows and errors for people."""
     rates = ", ".join(f"{name} = {getattr(self.gpu.rates, name):.4g}" for name in self.fitted)
     lines = [
       *self.notes,
@@ -64,13 +68,16 @@ class Calibration:
         abs(r["error"]) for r in self.rows if not r["fitted"] and r["implementation"] == kernel
       ]
       if errors:
-        what = f"{len(errors)} rows{f' of {kernel}' * bool(kernel and len(kernels) > 1)} not fitted"
-        lines.append(f"{what}: mean error {statistics.mean(errors):.1%}, worst {max(errors):.1%}")
+        of = f" of {kernel}" if kernel and len(kernels) > 1 else ""
+        lines.append(
+          f"{len(errors)} rows{of} not fitted: mean error {statistics.mean(errors):.1%}, "
+          f"worst {max(errors):.1%}"
+        )
     return "\n".join(lines + [f"WARNING: {w}" for w in self.warnings])
 
 
 def fit_file(gpu: Gpu, path) -> Calibration:
-  """`calibrate` by the rows of a file; raises ConfigError as `load_rows` does."""
+  """Fits a device to the rows of a file; raises ConfigError as `load_rows` does."""
   measured, notes = load_rows(path, gpu.name)
   return dataclasses.replace(calibrate(gpu, measured), notes=tuple(notes))
 
@@ -78,15 +85,18 @@ def fit_file(gpu: Gpu, path) -> Calibration:
 def calibrate(
   gpu: Gpu, measured: list[Measurement], free: tuple[str, ...] | None = None
 ) -> Calibration:
-  """Least squares of log(simulated / measured) over the rows with `fit`, one rate at a time until nothing moves.
+  """Minimises squares of log(simulated / measured) over the rows with `fit`, one rate at a time.
 
   Args:
-    gpu: where the rates start; those not fitted stay.
+    gpu: starting rates; those not fitted stay.
     measured: of `load_rows`; `fit` says which to fit to.
-    free: names of rates to fit; default: of `_FREE`, in its order, those that matter to these rows, at most one per row.
+    free: names of rates to fit; default: of `_FREE`, in its order, those that matter to these rows,
+      at most one per row.
   """
   rows = [m for m in measured if m.fit]
-  names = tuple(n for n in _FREE if _matters(gpu, rows, n))[: len(rows)] if free is None else free
+  if free is None:
+    free = tuple(name for name in _FREE if _matters(gpu, rows, name))[: len(rows)]
+  names = free
   best = gpu
   for step in (2.0, 1.3, 1.1, 1.03, 1.01, 1.003, 1.001, 1.0003):
     for _ in range(60):
@@ -110,9 +120,10 @@ def calibrate(
 
 
 def carry_over(fitted: Gpu, to: Gpu) -> Gpu:
-  """A device with the rates that another one with the same SMs was fitted to: those of an SM; memory and links stay its own.
+  """Returns a device with the SMs' rates of a fitted one that has the same SMs.
 
-  Clocks are taken to be the same, too: the data sheets say nothing else, and no measurement of `to` is involved.
+  Memory and links stay its own. Clocks are taken to be the same, too: the data sheets say nothing
+  else, and no measurement of `to` is involved.
 
   Raises:
     ConfigError: if the SMs differ by their descriptions.
@@ -126,7 +137,8 @@ def carry_over(fitted: Gpu, to: Gpu) -> Gpu:
   return dataclasses.replace(
     to,
     rates=dataclasses.replace(to.rates, **{n: getattr(fitted.rates, n) for n in names}),
-    rates_from=f"{', '.join(names)}: carried over from {fitted.name}, whose SMs are the same. The others: {to.rates_from}",
+    rates_from=f"{', '.join(names)}: carried over from {fitted.name}, whose SMs are the same. "
+    f"The others: {to.rates_from}",
     fitted=names,
     fitted_to=f"{fitted.fitted_to} of {fitted.name}, which has the same SMs",
     fit_warnings=fitted.fit_warnings,
@@ -134,7 +146,10 @@ def carry_over(fitted: Gpu, to: Gpu) -> Gpu:
 
 
 def _limits(gpu, start, names) -> list[str]:
-  """Rates that ended on a limit of their search: the rows do not determine them, or the model does not describe the rows."""
+  """Lists rates that ended on a limit of their search.
+
+  The rows do not determine them, or the model does not describe the rows.
+  """
   found = []
   for name in names:
     value = getattr(gpu.rates, name)
@@ -144,16 +159,15 @@ def _limits(gpu, start, names) -> list[str]:
 
 
 def _misses(gpu, rows) -> list[str]:
-  """Fitted rows that are missed all the same."""
-  errors = sorted(
-    ((_predict(gpu, m) / m.seconds - 1, m.name) for m in rows), key=lambda e: -abs(e[0])
-  )
-  missed = [e for e in errors if abs(e[0]) > _MISSED]
+  """Says how many fitted rows are missed all the same."""
+  errors = {m.name: _predict(gpu, m) / m.seconds - 1 for m in rows}
+  missed = {name: error for name, error in errors.items() if abs(error) > _MISSED}
   if not missed:
     return []
-  error, name = missed[0]
+  worst = max(missed, key=lambda name: abs(missed[name]))
   return [
-    f"{len(missed)} of {len(rows)} fitted rows are missed by more than {_MISSED:.0%}; the worst is {name}, {error:+.1%}"
+    f"{len(missed)} of {len(rows)} fitted rows are missed by more than {_MISSED:.0%}; the worst is "
+    f"{worst}, {missed[worst]:+.1%}"
   ]
 
 
@@ -187,7 +201,7 @@ def _loss(gpu, rows):
 
 
 def _matters(gpu, rows, name):
-  """Whether some row depends on the rate."""
+  """Whether some row depends on a rate."""
   halved = _with(gpu, name, getattr(gpu.rates, name) / 2)
   return any(abs(_predict(halved, m) / _predict(gpu, m) - 1) > _MATTERS for m in rows)
 

@@ -1,13 +1,18 @@
-"""What a model, a method and a GPU come to: FLOPs, traffic, seconds, memory. Simulated, and every row says so.
+"""Simulates a model with a method on a GPU: FLOPs, traffic, seconds, memory. Every row says so.
 
-  python -m freqformer.simulate --model=wan2.1-14b --method=freqformer --gpu=h100 --tokens=64k,128k,1m --compare=dense
-  python -m freqformer.simulate --model=hunyuanvideo --method='sliding_tile(window=(18, 24, 24))' --grid=30,48,80
-  python -m freqformer.simulate --model=wan2.1-14b --method='freqformer(router=dict(prior=(1, 1, 2)))' --gpus=8 --run
+  python -m freqformer.simulate --model=wan2.1-14b --method=freqformer --gpu=h100 \\
+    --tokens=64k,128k,1m --compare=dense
+  python -m freqformer.simulate --model=hunyuanvideo --grid=30,48,80 \\
+    --method='sliding_tile(window=(18, 24, 24))'
+  python -m freqformer.simulate --model=wan2.1-14b --gpus=8 --run \\
+    --method='freqformer(router=dict(prior=(1, 1, 2)))'
   python -m freqformer.simulate --calibrate=freqformer/simulation/published/h100.json --gpu=h100
 
-Rows are for one forward of the whole model at batch 1 with the text of the model's card; with --gpus, on so many GPUs: seconds
-of the busiest one, rates of all together (`simulation/scaling.py`). What cannot run or does not fit has a row that says why,
-unless there is nothing else. `--gpu` and `--model` also take the path of a JSON file.
+Rows are for one forward of the whole model at batch 1 with the text of the model's card; with
+--gpus,
+on so many GPUs: seconds of the busiest one, rates of all together (`simulation/scaling.py`). What
+cannot run or does not fit has a row that says why, unless there is no other row. `--gpu` and
+`--model` also take the path of a JSON file.
 """
 
 import math
@@ -33,12 +38,15 @@ __all__ = ["main", "render", "run", "simulated_rows", "table"]
 
 
 def simulated_rows(args, gpu: Gpu) -> list[dict]:
-  """A row per grid and method; `speedup_over_dense`: over `dense_baseline`, on as many GPUs.
+  """Returns a row per grid and method; `speedup_over_dense`: over `dense_baseline`, on as many
+  GPUs.
 
   Raises:
-    ConfigError: for a model, method or grid that is none, or if every row is refused: the first one's reason.
+    ConfigError: for an invalid model, method or grid, or if every row is refused: the first reason.
   """
-  card, rows, refused = load_model(args.model), [], []
+  card = load_model(args.model)
+  rows = []
+  refused = []
   names = list(dict.fromkeys([args.method, *arguments.split_methods(args.compare)]))
   methods = {name: make_method(name) for name in names}
   check_gpus(card, args.gpus)
@@ -65,8 +73,9 @@ def _simulated(plan: Plan, gpu: Gpu, args) -> dict:
   if args.run:
     seconds, phases = parallel_run(plan, gpu, args.gpus, args.steps)
     largest = largest_video(plan, gpu, args.gpus)
-    found |= {"run_seconds": seconds, "run_phases": phases}
     found |= {
+      "run_seconds": seconds,
+      "run_phases": phases,
       "largest_grid": list(largest),
       "largest_video_seconds": plan.card.video_seconds(largest),
     }
@@ -74,13 +83,11 @@ def _simulated(plan: Plan, gpu: Gpu, args) -> dict:
 
 
 def _refused(plan: Plan, gpu: Gpu, gpus: int, reason: str) -> dict:
-  facts = {
+  return {
     "model": plan.card.name,
     "method": plan.name,
     "gpu": gpu.name,
     "tokens": math.prod(plan.grid),
-  }
-  return facts | {
     "grid": list(plan.grid),
     **dict.fromkeys(REFUSED),
     "measured": False,
@@ -91,12 +98,15 @@ def _refused(plan: Plan, gpu: Gpu, gpus: int, reason: str) -> dict:
 
 def _reason(error: Exception) -> str:
   if isinstance(error, MemoryError):
-    return f"counting it takes more memory than this machine has ({error}); give fewer tokens or a larger --block."
+    return (
+      f"counting it takes more memory than this machine has ({error}); give fewer tokens or a "
+      "larger --block."
+    )
   return str(error)
 
 
 def run(argv) -> str:
-  """What the command prints.
+  """Returns what the command prints.
 
   Raises:
     ConfigError: for anything that the user got wrong.
@@ -112,7 +122,7 @@ def run(argv) -> str:
       plots.validation_plot(fit.rows, args.plot)
     if not args.rows and args.format == "table":
       return fit.report()
-    print(fit.report(), file=sys.stderr)  # it also says what was left out and why a fit is doubtful
+    print(fit.report(), file=sys.stderr)  # also what was left out and why a fit is doubtful
     if not args.rows:
       return render(fit.rows, args.format)
   rows = simulated_rows(args, gpu)
@@ -123,10 +133,9 @@ def run(argv) -> str:
 
 
 def main(argv=None):
-  """Prints rows; what the user got wrong is one sentence and exit code 2."""
-  jax.config.update(
-    "jax_platforms", "cpu"
-  )  # counting needs no accelerator, and should not wait for one
+  """Prints rows; a mistake of the user's is one sentence and exit code 2."""
+  # Counting needs no accelerator and should not wait for one.
+  jax.config.update("jax_platforms", "cpu")
   try:
     print(run(sys.argv[1:] if argv is None else argv))
   except ConfigError as error:

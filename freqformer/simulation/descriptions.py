@@ -14,13 +14,14 @@ _HERE = pathlib.Path(__file__).parent
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-  """What a device achieves; the free parameters of the model.
+  """Rates that a device achieves; the free parameters of the model.
 
   Attributes:
     attention_flops: FLOP/s of the two matmuls inside attention, softmax not included.
     softmax_exposed: share of the exponentials' time that the matmuls do not hide.
     matmul_flops: FLOP/s of large matrix products.
-    hbm: bytes/s of device memory. l2: bytes/s of L2 over all SMs.
+    hbm: bytes/s of device memory.
+    l2: bytes/s of L2 over all SMs.
     item_s: start, first loads and end of one work item (a query tile on an SM).
     launch_s: gap between two kernels.
     link: bytes/s that a GPU sends to its peers in an all-to-all.
@@ -47,17 +48,20 @@ class Gpu:
   """One device.
 
   Attributes:
-    name, title: short and long.
-    tensor_flops: data sheet, dense bf16, FLOP/s.
-    hbm_bytes_per_s, memory_bytes: data sheet.
+    name: short, as on command lines.
+    title: long.
+    tensor_flops: of the data sheet, dense bf16, FLOP/s.
+    hbm_bytes_per_s: of the data sheet.
+    memory_bytes: of the data sheet.
     l2_bytes: capacity.
-    sms: multiprocessors (cores of a CPU). exp_per_sm_s: exponentials per second of one.
+    sms: multiprocessors (cores of a CPU).
+    exp_per_sm_s: exponentials per second of one.
     rates: achieved.
-    rates_from: where the rates come from.
+    rates_from: origin of the rates.
     sources: of the facts.
     fitted: names of the rates that were fitted to measurements; all others are assumed.
-    fitted_to: to what: how many rows, of which device.
-    fit_warnings: what is wrong with that fit.
+    fitted_to: number of measured rows, and their device.
+    fit_warnings: reasons not to trust that fit.
     itemsize: bytes per element that it computes attention in.
   """
 
@@ -88,7 +92,8 @@ class Gpu:
     ):
       if getattr(self.rates, rate) > getattr(self, sheet):
         raise ValueError(
-          f"rates.{rate}={getattr(self.rates, rate):g} exceeds the data sheet's {sheet}={getattr(self, sheet):g}."
+          f"rates.{rate}={getattr(self.rates, rate):g} exceeds the data sheet's "
+          f"{sheet}={getattr(self, sheet):g}."
         )
     if unknown := set(self.fitted) - {f.name for f in dataclasses.fields(Rates)}:
       raise ValueError(f"fitted={self.fitted} names no rates: {', '.join(sorted(unknown))}.")
@@ -100,11 +105,13 @@ class Gpu:
 
   @property
   def rates_note(self) -> str:
-    """Which rates were fitted and which are assumed, in a line."""
+    """A line that names the fitted and the assumed rates."""
     if not self.fitted:
       return "all rates assumed"
     text = f"{', '.join(self.fitted)} fitted to {self.fitted_to}; {', '.join(self.assumed)} assumed"
-    return f"{text}; DOUBTFUL FIT: {'; '.join(self.fit_warnings)}" if self.fit_warnings else text
+    if self.fit_warnings:
+      text += f"; DOUBTFUL FIT: {'; '.join(self.fit_warnings)}"
+    return text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,17 +119,27 @@ class ModelCard:
   """One video diffusion transformer.
 
   Attributes:
-    name, title: short and long.
-    layers, width, heads, mlp: of the blocks (two-matrix MLP).
-    text: text tokens; text_mode: "none", "joint" or "cross" (see `BlockShape`).
-    modulation, modulation_rows: see `BlockShape`.
+    name: short, as on command lines.
+    title: long.
+    layers: blocks.
+    width: of the residual stream.
+    heads: of a block.
+    mlp: hidden width of the two-matrix MLP.
     patch_channels: channels of a patched token, in and out.
-    patch: latent cells per token (t, y, x); compression: pixels per latent cell (t, y, x).
-    padded_latents: latent frames of the last token frame that hold no video.
-    fps: frames per second of its videos. grid: tokens (t, y, x) of its usual video; grids: of further ones.
-    steps: denoising steps of its card; forwards: forwards per step (2 with classifier-free guidance).
-    parameters: published; what weights occupy is 2 bytes each.
+    patch: latent cells per token (t, y, x).
+    compression: pixels per latent cell (t, y, x).
+    fps: frames per second of its videos.
+    grid: tokens (t, y, x) of its usual video.
+    steps: denoising steps of its card.
+    forwards: forwards per step (2 with classifier-free guidance).
+    parameters: published.
     sources: of the facts.
+    text: text tokens.
+    text_mode: "none", "joint" or "cross" (see `BlockShape`).
+    modulation: see `BlockShape`.
+    modulation_rows: see `BlockShape`.
+    padded_latents: latent frames of the last token frame that hold no video.
+    grids: tokens (t, y, x) of further videos.
   """
 
   name: str
@@ -168,7 +185,7 @@ class ModelCard:
 
   @property
   def block(self) -> BlockShape:
-    """Its block's sizes."""
+    """Sizes of a block."""
     return BlockShape(
       self.width,
       self.heads,
@@ -180,24 +197,27 @@ class ModelCard:
     )
 
   def grid_of(self, tokens: int) -> tuple[int, int, int] | None:
-    """The model's own grid with so many tokens, None if it has none."""
+    """Returns the model's own grid with so many tokens, None if it has none."""
     return next((g for g in (self.grid, *self.grids) if math.prod(g) == tokens), None)
 
   def video_seconds(self, grid) -> float:
-    """Seconds of video in a token grid: causal video codecs hold one more frame than whole groups; padding holds none."""
+    """Returns seconds of video in a token grid.
+
+    Causal video codecs hold one more frame than whole groups; padding holds none.
+    """
     latent = grid[0] * self.patch[0] - self.padded_latents
     return (1 + (latent - 1) * self.compression[0]) / self.fps
 
 
 def known(kind: str) -> list[str]:
-  """Names of the files of a kind, "gpus" or "models"."""
+  """Returns the names of the files of a kind, "gpus" or "models"."""
   return sorted(p.stem for p in (_HERE / kind).glob("*.json"))
 
 
-def write_gpu(gpu: Gpu, path):
+def write_gpu(gpu: Gpu, path) -> None:
   """Writes the JSON file of a GPU; raises ConfigError where that cannot be done."""
   values = dataclasses.asdict(gpu)
-  if math.isinf(gpu.rates.link):  # no number of JSON: absent means infinite
+  if math.isinf(gpu.rates.link):  # JSON has no infinite numbers: absent means infinite
     del values["rates"]["link"]
   try:
     pathlib.Path(path).write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
@@ -206,21 +226,26 @@ def write_gpu(gpu: Gpu, path):
 
 
 def load_gpu(name: str) -> Gpu:
-  """A GPU by name or by the path of a JSON file.
+  """Reads a GPU by name or by the path of a JSON file.
 
   Raises:
-    ConfigError: for an unknown name (lists the known ones and the format) or a file that does not describe one.
+    ConfigError: for an unknown name (lists the known ones and the format), or a file that does not
+      describe a GPU.
   """
   return _load(Gpu, "gpus", name)
 
 
 def load_model(name: str) -> ModelCard:
-  """A model by name or by the path of a JSON file; raises ConfigError as `load_gpu` does."""
+  """Reads a model by name or by the path of a JSON file; raises ConfigError as `load_gpu` does."""
   return _load(ModelCard, "models", name)
 
 
 def gpu_named(device_kind: str) -> str | None:
-  """Which description is of a device that calls itself so (`NVIDIA H100 80GB HBM3`, `NVIDIA A100-SXM4-80GB`); None: none."""
+  """Returns the name of the description of a device, None if there is none.
+
+  Args:
+    device_kind: the device's own name, such as `NVIDIA H100 80GB HBM3`.
+  """
   words = re.split(r"[^a-z0-9]+", device_kind.lower())
   return next((name for name in known("gpus") if name in words), None)
 
@@ -230,8 +255,8 @@ def _load(cls, kind: str, name: str):
   if not path.is_file():
     needed = ", ".join(f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING)
     raise ConfigError(
-      f"{kind[:-1]} {name!r} is unknown; known: {', '.join(known(kind))}. Or give the path of a JSON file with {needed} "
-      f"(freqformer/simulation/{kind}/{known(kind)[0]}.json is an example)."
+      f"{kind[:-1]} {name!r} is unknown; known: {', '.join(known(kind))}. Or give the path of a "
+      f"JSON file with {needed} (freqformer/simulation/{kind}/{known(kind)[0]}.json is an example)."
     )
   try:
     values = json.loads(path.read_text())

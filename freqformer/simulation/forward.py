@@ -110,20 +110,27 @@ def make_method(text: str) -> Method:
 
 
 def attention_call(
-  method: Method, layout: TileLayout, heads: int, head_dim: int, phase: str | None = None
+  method: Method,
+  layout: TileLayout,
+  heads: int,
+  head_dim: int,
+  allocation: tuple[float, ...] | None = None,
+  phase: str | None = None,
 ) -> CallCost:
-  """Returns the attention of a layer as one call; `phase`: of a sampling step, None is a usual one."""
-  return dataclasses.replace(method.pairs(layout, heads, phase=phase), head_dim=head_dim)
+  """Returns the attention of a layer as one call; arguments as those of `layer_cost`."""
+  call = method.pairs(layout, heads, allocation, phase)
+  return dataclasses.replace(call, head_dim=head_dim)
 
 
 def dense_baseline(plan: Plan) -> Plan:
   """Returns what speed-ups compare with: dense attention as a kernel like FlashAttention runs it.
 
-  Its n tokens lie in a row in tiles of 128. Our own dense method runs in the buffer that all methods
+  Its n tokens lie in a row in tiles of 128. Our own dense method runs in the buffer that all
+  methods
   share, whose tiles are boxes of the grid: where these do not divide it, it computes the padding as
-  well (13 % more attention on 21x45x80, 27 % on 11x48x85). That stays the row of the method `dense`;
-  a ratio against it would credit sparse methods with padding that a user's dense kernel never pays.
-  Where the grid fills its tiles both are the same.
+  well (13 % more attention on 21x45x80, 27 % on 11x48x85). That stays the row of the method
+  `dense`; a ratio against it would credit sparse methods with padding that a user's dense kernel
+  never pays. Where the grid fills its tiles both are the same.
   """
   return dataclasses.replace(
     plan, name="dense, unpadded", method=make_method("dense"), block=128, tile=None, unpadded=True

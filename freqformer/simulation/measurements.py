@@ -1,8 +1,8 @@
-"""Measured attention calls from JSON files: written by hand, or by this repository's benchmarks.
+"""Measured attention calls from JSON files, written by hand or by this repository's benchmarks.
 
 A row of measurements is an object with
 
-  name, source; gpu (a name of `--gpu`) or device (what the device calls itself: NVIDIA H100 80GB HBM3)
+  name, source; gpu (a name of `--gpu`) or device (the device's own name: NVIDIA H100 80GB HBM3)
   heads, head_dim, seconds (or tflops, by useful FLOPs), batch (default 1)
   the lists, as one of
     counts: the fields of `kernels.block_sparse.cost.CallCost`, all samples and heads together
@@ -10,11 +10,12 @@ A row of measurements is an object with
     tokens (or n), and density (default 1): every query tile lists that share of the key tiles
   block_q (or block; default 128), block_kv (default: the same)
   fit: whether rates may be fitted to it. If no row says so, `split` chooses: every other one.
-  implementation: the kernel; derived: how the figure follows from others, where it was not measured itself
+  implementation: the kernel; derived: how the figure follows from others, where it was not measured
+    itself
 
-A row of `python -m benchmarks.attention` may hold several timed calls: `attention_calls` describes each, by the name of its
-times.
-Everything else that benchmarks write (ceilings, gates, other kernels than attention, failures, models) is left out and counted.
+A row of `python -m benchmarks.attention` may hold several timed calls: `attention_calls` describes
+each, by the name of its times. Everything else that benchmarks write (ceilings, gates, other
+kernels than attention, failures, models) is left out and counted.
 """
 
 import collections
@@ -35,9 +36,13 @@ class Measurement:
   """One measured call.
 
   Attributes:
-    name, source: for people. seconds: measured, or derived as `derived` says.
-    call: what ran. heads: times samples.
-    fit: whether rates may be fitted to it; None: nobody said.
+    name: for people.
+    seconds: measured, or derived as `derived` says.
+    call: counts of the call.
+    heads: heads times samples.
+    fit: whether rates may be fitted to it; None: not stated.
+    source: for people.
+    derived: how `seconds` follows from other figures, or "".
     kernel: that was measured; rates of one kernel say little about another.
   """
 
@@ -52,11 +57,11 @@ class Measurement:
 
 
 def load_rows(path, gpu: str) -> tuple[list[Measurement], list[str]]:
-  """The rows of one device in a JSON file, and what is to be said of the others, a line each.
+  """Returns the rows of one device in a JSON file, and a line for each kind of row left out.
 
   Raises:
-    ConfigError: for a file that is absent or no list of rows, a row without a needed field (names it), or a file with no row
-      of this device to fit to (says what its rows are instead).
+    ConfigError: for a file that is absent or no list of rows, a row without a needed field (names
+      it), or a file with no row of this device to fit to (says what its rows are instead).
   """
   try:
     rows = json.loads(pathlib.Path(path).read_text())
@@ -65,57 +70,56 @@ def load_rows(path, gpu: str) -> tuple[list[Measurement], list[str]]:
   if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
     raise ConfigError(f"--calibrate={path} must be a JSON list of objects, one per measured call.")
   reasons = [_left_out(r, gpu) for r in rows]
-  found, said = split(
-    [m for r, reason in zip(rows, reasons, strict=True) if not reason for m in measurements(r)]
-  )
+  used = [r for r, reason in zip(rows, reasons, strict=True) if not reason]
+  found, notes = split([m for r in used for m in measurements(r)])
   counts = collections.Counter(filter(None, reasons))
   parts = ", ".join(f"{n} {reason}" for reason, n in counts.most_common())
   left_out = [f"{sum(counts.values())} of {len(rows)} rows left out: {parts}"] if counts else []
   if not any(m.fit for m in found):
     why = left_out[0] if left_out else "every row says fit: false" if rows else "it is empty"
     raise ConfigError(
-      f"{path} has no row of {gpu} to fit to ({why}). Rows need heads, head_dim, seconds and gpu={gpu!r}, or a device that "
-      "calls itself so; choose --gpu accordingly."
+      f"{path} has no row of {gpu} to fit to ({why}). Rows need heads, head_dim, seconds and "
+      f"gpu={gpu!r}, or a device that calls itself so; choose --gpu accordingly."
     )
-  return found, left_out + said
+  return found, left_out + notes
 
 
 def split(found: list[Measurement]) -> tuple[list[Measurement], list[str]]:
-  """Decides which rows are fitted to and which are held out, where the rows leave it open; and says what was decided.
+  """Decides which rows are fitted to and which are held out, and says what was decided.
 
-  Where some row asks to be fitted, those that say nothing are held out. Where none does: of the rows of the kernel that has
-  the most, sorted by FLOPs, every other one between the smallest and the largest is held out (of two the larger), so that
-  nothing is extrapolated. Other kernels' rows are held out.
+  If some row asks to be fitted, rows without `fit` are held out. If none does: of the rows of the
+  kernel that has the most, sorted by FLOPs, every other one between the smallest and the largest is
+  held out (of two the larger), so that nothing is extrapolated; so are other kernels' rows.
   """
+  notes = []
   open_rows = [m for m in found if m.fit is None]
   if not open_rows or any(m.fit for m in found):
-    found, said = [dataclasses.replace(m, fit=bool(m.fit)) for m in found], []
+    found = [dataclasses.replace(m, fit=bool(m.fit)) for m in found]
   else:
     kernel = collections.Counter(m.kernel for m in open_rows).most_common(1)[0][0]
     own = sorted((m for m in open_rows if m.kernel == kernel), key=lambda m: m.call.flops)
-    held_out = {id(m) for m in found if m.kernel != kernel or m.fit is False} | {
-      id(m) for m in own[1:-1:2] or own[1:]
-    }
+    held_out = {id(m) for m in found if m.kernel != kernel or m.fit is False}
+    held_out |= {id(m) for m in own[1:-1:2] or own[1:]}
     found = [dataclasses.replace(m, fit=id(m) not in held_out) for m in found]
-    of = f" of {kernel}" * any(m.kernel != kernel for m in found)
-    said = [
-      f"no row says which to fit to: {len(found) - len(held_out)}{of} were, every other one by FLOPs; {len(held_out)} held out"
-    ]
+    of = f" of {kernel}" if any(m.kernel != kernel for m in found) else ""
+    notes.append(
+      f"no row says which to fit to: {len(found) - len(held_out)}{of} were, every other one by "
+      f"FLOPs; {len(held_out)} held out"
+    )
   if found and all(m.fit for m in found):
-    said.append("nothing was held out: the errors are those of a fit, not of a prediction")
-  return found, said
+    notes.append("nothing was held out: the errors are those of a fit, not of a prediction")
+  return found, notes
 
 
 def _left_out(row: dict, gpu: str) -> str:
-  """Why a row is not used; "" if it is."""
+  """Returns the reason why a row is not used; "" if it is."""
   device = row.get("gpu") or row.get("device")
   called = row.get("gpu") or gpu_named(str(device)) or str(device)
   timed = "attention_calls" in row or (
     {"heads", "head_dim"} <= row.keys() and bool({"seconds", "tflops"} & row.keys())
   )
-  by_hand = (
-    bool({"heads", "head_dim"} & row.keys()) and "command" not in row
-  )  # then a lacking field is named, not passed over
+  # Of a row written by hand, a missing field is named instead of passing over the row.
+  by_hand = bool({"heads", "head_dim"} & row.keys()) and "command" not in row
   reasons = {
     "of a rehearsal": bool(row.get("rehearsal")),
     "not measured but modelled": bool(row.get("expected")) or row.get("measured") is False,
@@ -129,39 +133,36 @@ def _left_out(row: dict, gpu: str) -> str:
   return next((reason for reason, holds in reasons.items() if holds), "")
 
 
-# ---- one row -------------------------------------------------------------------------------------------------------------
+# ---- one row -------------------------------------------------------------------------------------
 
 
 def measurements(row: dict) -> list[Measurement]:
-  """The timed calls of a row; raises ConfigError naming the row and what it lacks or misstates."""
+  """Returns a row's timed calls; raises ConfigError naming the row and its wrong field."""
   if "attention_calls" not in row:
     return [measurement(row)]
-  calls, shared = (
-    row["attention_calls"],
-    {k: row[k] for k in ("source", "command", "commit", "fit") if k in row},
-  )
+  calls = row["attention_calls"]
+  shared = {k: row[k] for k in ("source", "command", "commit", "fit") if k in row}
   if not isinstance(calls, dict) or not all(isinstance(call, dict) for call in calls.values()):
     raise ConfigError(
-      f"measured row {row.get('name')!r}: attention_calls must hold an object per timed call, got {calls!r}."
+      f"measured row {row.get('name')!r}: attention_calls must hold an object per timed call, got "
+      f"{calls!r}."
     )
   found = []
   for part, call in calls.items():
     timing = row.get(part)
-    times = (
-      {"seconds": timing["median_s"]} if isinstance(timing, dict) and "median_s" in timing else {}
-    )
+    timed = isinstance(timing, dict) and "median_s" in timing
+    times = {"seconds": timing["median_s"]} if timed else {}
     found.append(measurement(shared | times | call | {"name": f"{row.get('name')}: {part}"}))
   return found
 
 
 def measurement(row: dict) -> Measurement:
-  """A row as the call that was measured; raises ConfigError naming the row and what it lacks or misstates."""
+  """Reads a row as the measured call; raises ConfigError naming the row and its wrong field."""
   name = str(row.get("name", "(no name)"))
   try:
-    heads, d, batch = (
-      _positive(row, key, *default)
-      for key, default in (("heads", ()), ("head_dim", ()), ("batch", (1,)))
-    )
+    heads = _positive(row, "heads")
+    d = _positive(row, "head_dim")
+    batch = _positive(row, "batch", 1)
     call = _call(row, heads, d, batch)
     if "seconds" not in row and "tflops" not in row:
       raise KeyError("seconds or tflops")
@@ -172,11 +173,20 @@ def measurement(row: dict) -> Measurement:
       raise ValueError(f"{fit=} must be true or false")
   except (KeyError, TypeError, ValueError) as error:
     raise ConfigError(
-      f"measured row {name!r} lacks or misstates a field: {error} (freqformer/simulation/measurements.py lists them)."
+      f"measured row {name!r} lacks or misstates a field: {error} "
+      "(freqformer/simulation/measurements.py lists them)."
     ) from error
-  source, derived, kernel = (str(row.get(k) or "") for k in ("source", "derived", "implementation"))
-  source = source or ", commit ".join(str(row[k]) for k in ("command", "commit") if k in row)
-  return Measurement(name, seconds, call, heads * batch, fit, source, derived, kernel)
+  command = ", commit ".join(str(row[k]) for k in ("command", "commit") if k in row)
+  return Measurement(
+    name,
+    seconds,
+    call,
+    heads * batch,
+    fit,
+    source=str(row.get("source") or command),
+    derived=str(row.get("derived") or ""),
+    kernel=str(row.get("implementation") or ""),
+  )
 
 
 def _call(row, heads, d, batch) -> CallCost:
@@ -198,7 +208,8 @@ def _call(row, heads, d, batch) -> CallCost:
   density = row.get("density", 1.0)
   if isinstance(density, bool) or not 0 < density <= 1 + 1e-9:
     raise ValueError(f"{density=} must lie in (0, 1]: scored pairs over all pairs")
-  q_tiles, kv_tiles = -(-n // block), -(-n // block_kv)
+  q_tiles = -(-n // block)
+  kv_tiles = -(-n // block_kv)
   call = uniform(
     q_tiles, density * kv_tiles, kv_tiles, d, block=block, block_kv=block_kv, heads=heads * batch
   )
@@ -207,7 +218,7 @@ def _call(row, heads, d, batch) -> CallCost:
 
 
 def _positive(row, key, default=None, whole=True):
-  """A positive number of a row; KeyError or ValueError otherwise."""
+  """Returns a positive number of a row; raises KeyError or ValueError otherwise."""
   value = row.get(key, default)
   if value is None:
     raise KeyError(key)

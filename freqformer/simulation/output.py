@@ -1,83 +1,73 @@
-"""Rows of the simulator for people and programs. A row with `error` was refused: its numbers are None, the others stand."""
+"""Rows of the simulator for people and programs.
+
+A row with `error` was refused: its numbers are None, all else is as in other rows.
+"""
 
 import csv
 import io
 import json
 
-REFUSED = (
-  "attention_flops",
-  "linear_flops",
-  "total_flops",
-  "hbm_bytes",
-  "seconds",
-)  # of every row, None in a refused one
+# Fields of every row that are None in a refused one.
+REFUSED = ("attention_flops", "linear_flops", "total_flops", "hbm_bytes", "seconds")
 
-_COLUMNS = (
-  ("tokens", lambda r: f"{r['tokens']:,}"),
-  ("grid", lambda r: "x".join(map(str, r["grid"]))),
-  ("method", lambda r: r["method"]),
-  ("GPUs", lambda r: str(r.get("gpus", 1))),
-  ("density", lambda r: f"{r['density']:.4f}"),
-  ("attention TFLOP", lambda r: f"{r['attention_flops'] / 1e12:,.1f}"),
-  ("linear TFLOP", lambda r: f"{r['linear_flops'] / 1e12:,.1f}"),
-  ("device memory GB", lambda r: f"{r['hbm_bytes'] / 1e9:,.1f}"),
-  ("KV GB", lambda r: f"{r['kv_bytes'] / 1e9:,.1f}"),
-  ("FLOP/byte", lambda r: f"{r['flops_per_byte']:,.0f}"),
-  ("seconds", lambda r: f"{r['seconds']:.4g}"),
-  ("tokens/s", lambda r: f"{r['tokens_per_s']:,.0f}"),
-  ("video s", lambda r: f"{r['video_seconds']:.1f}"),
-  ("run s", lambda r: f"{r['run_seconds']:,.0f}" if "run_seconds" in r else "-"),
-  ("resident GB/GPU", lambda r: f"{r['memory_bytes'] / 1e9:.1f}" if "memory_bytes" in r else "-"),
-  (
-    "unpadded dense / this",
-    lambda r: f"{r['speedup_over_dense']:.2f}" if "speedup_over_dense" in r else "-",
-  ),
-  ("measured", lambda r: "yes" if r["measured"] else "no"),
-)
-_KNOWN = ("tokens", "grid", "method", "GPUs", "measured")  # columns that a refused row has
+
+def _number(field: str, form: str, unit: float = 1.0):
+  """Returns a cell that shows a field in a unit, or "-" where a row has none."""
+  return lambda r: format(r[field] / unit, form) if r.get(field) is not None else "-"
+
+
+_COLUMNS = {
+  "tokens": lambda r: f"{r['tokens']:,}",
+  "grid": lambda r: "x".join(map(str, r["grid"])),
+  "method": lambda r: r["method"],
+  "GPUs": lambda r: str(r.get("gpus", 1)),
+  "density": _number("density", ".4f"),
+  "attention TFLOP": _number("attention_flops", ",.1f", 1e12),
+  "linear TFLOP": _number("linear_flops", ",.1f", 1e12),
+  "device memory GB": _number("hbm_bytes", ",.1f", 1e9),
+  "KV GB": _number("kv_bytes", ",.1f", 1e9),
+  "FLOP/byte": _number("flops_per_byte", ",.0f"),
+  "seconds": _number("seconds", ".4g"),
+  "tokens/s": _number("tokens_per_s", ",.0f"),
+  "video s": _number("video_seconds", ".1f"),
+  "run s": _number("run_seconds", ",.0f"),
+  "resident GB/GPU": _number("memory_bytes", ".1f", 1e9),
+  "unpadded dense / this": _number("speedup_over_dense", ".2f"),
+  "measured": lambda r: "yes" if r["measured"] else "no",
+}
 
 
 def table(rows: list[dict]) -> str:
-  """The rows for people: what they are of, a line each, and why some were refused."""
-
-  def cell(r, name, show):
-    return show(r) if "error" not in r or name in _KNOWN else "-"
-
-  cells = [
-    [name for name, _ in _COLUMNS],
-    *([cell(r, *column) for column in _COLUMNS] for r in rows),
-  ]
-  widths = [max(len(line[i]) for line in cells) for i in range(len(_COLUMNS))]
+  """Returns the rows for people: models and devices, a line each, and why some were refused."""
+  cells = [list(_COLUMNS), *([show(r) for show in _COLUMNS.values()] for r in rows)]
+  widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
   of = dict.fromkeys(f"{r['model']} on {r.get('gpus', 1)} x {r['gpu']}" for r in rows)
-  lines = [
-    f"{', '.join(of)}: one forward at batch 1, {'simulated' if not any(r['measured'] for r in rows) else 'measured too'}"
-  ]
+  kind = "measured too" if any(r["measured"] for r in rows) else "simulated"
+  lines = [f"{', '.join(of)}: one forward at batch 1, {kind}"]
   lines += [f"rates: {rates}" for rates in dict.fromkeys(r["rates"] for r in rows if "rates" in r)]
   lines += ["  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in cells]
-  return "\n".join(
-    lines
-    + [
-      f"refused: {r['method']} on {r['tokens']:,} tokens: {r['error']}"
-      for r in rows
-      if "error" in r
-    ]
-  )
+  refused = [r for r in rows if "error" in r]
+  lines += [f"refused: {r['method']} on {r['tokens']:,} tokens: {r['error']}" for r in refused]
+  return "\n".join(lines)
 
 
 def render(rows: list[dict], form: str) -> str:
-  """Rows as "table", "json" or "csv"."""
+  """Returns rows as "table", "json" or "csv"."""
   if form == "json":
     return json.dumps(rows, indent=1)
   if form == "table":
     return table(rows)
+  fields = list(dict.fromkeys(key for r in rows for key in r))
   out = io.StringIO()
-  writer = csv.DictWriter(out, list(dict.fromkeys(k for r in rows for k in r)), lineterminator="\n")
+  writer = csv.DictWriter(out, fields, lineterminator="\n")
   writer.writeheader()
-
-  def joined(v):
-    return (
-      (" " if v and isinstance(v[0], str) else "x").join(map(str, v)) if isinstance(v, list) else v
-    )
-
-  writer.writerows({k: joined(v) for k, v in r.items()} for r in rows)
+  writer.writerows({key: _joined(value) for key, value in r.items()} for r in rows)
   return out.getvalue().rstrip("\n")
+
+
+def _joined(value):
+  """Returns a list as one cell: names with spaces, numbers with x."""
+  if not isinstance(value, list):
+    return value
+  words = value and isinstance(value[0], str)
+  return (" " if words else "x").join(map(str, value))

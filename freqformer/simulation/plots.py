@@ -1,4 +1,4 @@
-"""Plots. One rule: measured is black and filled, simulated is coloured (hollow marks, lines, bars); the legend names both."""
+"""Plots: measured is black and filled, simulated is coloured (hollow marks, lines, bars)."""
 
 import pathlib
 
@@ -8,14 +8,15 @@ from matplotlib.figure import Figure
 
 from freqformer.config import ConfigError
 
-SIMULATED, MEASURED = "#3b6fb6", "black"
-# Of a stack of simulated parts, none of them black.
+SIMULATED = "#3b6fb6"
+MEASURED = "black"
+# Colours of a stack of simulated parts, none of them black.
 _PARTS = (SIMULATED, "#e0a030", "#4f8f5b", "#c4b5dd")
 _LINES = ("-", "--", ":", "-.")
 _MARKS = "osD^vPX*<>"
 
 
-def check_format(path):
+def check_format(path) -> None:
   """Raises ConfigError unless the name's ending is a format that can be drawn."""
   formats = sorted(Figure().canvas.get_supported_filetypes())
   if pathlib.Path(path).suffix[1:].lower() not in formats:
@@ -24,7 +25,7 @@ def check_format(path):
     )
 
 
-def _save(figure: Figure, path):
+def _save(figure: Figure, path) -> None:
   path = pathlib.Path(path)
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,15 +43,16 @@ def _save(figure: Figure, path):
     ) from error
 
 
-def _axes(count, width, height=3.6):
+def _axes(count: int, width: float, height: float = 3.6):
+  """Returns a figure and its axes side by side; sizes in inches."""
   figure = Figure(figsize=(width, height), layout="constrained")
   return figure, figure.subplots(1, count, squeeze=False)[0]
 
 
-def scaling_plot(rows: list[dict], path, title: str | None = None):
-  """Seconds, device memory traffic and FLOPs per byte of one forward over tokens: a line per method, all simulated.
+def scaling_plot(rows: list[dict], path, title: str | None = None) -> None:
+  """Draws seconds, device memory traffic and FLOPs per byte of one forward over tokens.
 
-  Rows that were refused have no point.
+  A line per method, all simulated; rows that were refused have no point.
   """
   figure, axes = _axes(3, 13)
   rows = [r for r in rows if r["seconds"] is not None]
@@ -67,9 +69,8 @@ def scaling_plot(rows: list[dict], path, title: str | None = None):
       style = {"ls": _LINES[i % 4], "marker": _MARKS[i % 10], "mfc": "none", "ms": 5, "lw": 1.2}
       axis.plot(x, y, color=f"C{i % 10}", label=f"{name[:32]}: simulated", **style)
     axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
-    axis.set_xticks(
-      sorted({r["tokens"] for r in rows}), [_count(n) for n in sorted({r["tokens"] for r in rows})]
-    )
+    tokens = sorted({r["tokens"] for r in rows})
+    axis.set_xticks(tokens, [_count(n) for n in tokens])
     axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
   axes[-1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
   of = "{model} on {gpus} x {gpu}".format(**{"gpus": 1} | rows[0])
@@ -77,13 +78,13 @@ def scaling_plot(rows: list[dict], path, title: str | None = None):
   _save(figure, path)
 
 
-def validation_plot(rows: list[dict], path):
-  """Simulated over measured seconds of every calibration row."""
+def validation_plot(rows: list[dict], path) -> None:
+  """Draws simulated over measured seconds of every calibration row."""
   _save(validation_figure(rows), path)
 
 
 def validation_figure(rows: list[dict]) -> Figure:
-  """A line for each call, in units of its measured seconds: what was measured stands at 1, what was simulated beside it."""
+  """Draws a line for each call in units of its measured seconds: measured is at 1."""
   figure, (axis,) = _axes(1, 8, 1.2 + 0.24 * len(rows))
   labels = [f"{r['name']}: {1e3 * r['measured_seconds']:.4g} ms" for r in rows]
   axis.axvspan(0.85, 1.15, color="black", alpha=0.06, lw=0, label="within 15 %")
@@ -112,8 +113,8 @@ def validation_figure(rows: list[dict]) -> Figure:
   return figure
 
 
-def bars(rows: list[dict], path, title: str):
-  """Where one forward's time goes: stacked simulated seconds per method."""
+def bars(rows: list[dict], path, title: str) -> None:
+  """Draws the parts of one forward's time: stacked simulated seconds per method."""
   figure, (axis,) = _axes(1, 8.5, 0.9 + 0.42 * len(rows))
   left = [0.0] * len(rows)
   labels = [r["method"][:32] for r in rows]
@@ -129,26 +130,27 @@ def bars(rows: list[dict], path, title: str):
   _save(figure, path)
 
 
-def errors_plot(rows: list[dict], path):
-  """Measured error / bound of every head and operator that has a bound."""
+def errors_plot(rows: list[dict], path) -> None:
+  """Draws measured error / bound of every head and operator that has a bound."""
   _save(errors_figure(rows), path)
 
 
 def errors_figure(rows: list[dict]) -> Figure:
-  """A point for each head: the largest error / bound of any of its rows, so that below 1 every row keeps its bound."""
+  """Draws a point for each head: the largest error / bound of its rows; below 1 all keep theirs."""
   figure, (axis,) = _axes(1, 8.5, 3.8)
-  cases, kinds = (list(dict.fromkeys(r[name] for r in rows)) for name in ("case", "kind"))
+  cases = list(dict.fromkeys(r["case"] for r in rows))
+  kinds = list(dict.fromkeys(r["kind"] for r in rows))
   for j, kind in enumerate(kinds):
     own = [r for r in rows if r["kind"] == kind]
 
-    # Heads beside each other, in their order, so that equal ratios stay visible.
-    def place(r, j=j):
-      return cases.index(r["case"]) + 0.25 * (j - (len(kinds) - 1) / 2)
-
-    counts = {case: sum(r["case"] == case for r in own) for case in cases}
-    nth = {id(r): i for case in cases for i, r in enumerate(x for x in own if x["case"] == case)}
-    x = [place(r) + 0.16 * ((nth[id(r)] + 0.5) / counts[r["case"]] - 0.5) for r in own]
-    ratios = [r["closest"]["ratio"] for r in own]
+    # Heads lie side by side in their order, so that equal ratios stay visible.
+    x = []
+    ratios = []
+    for i, case in enumerate(cases):
+      heads = [r for r in own if r["case"] == case]
+      centre = i + 0.25 * (j - (len(kinds) - 1) / 2)
+      x += [centre + 0.16 * ((k + 0.5) / len(heads) - 0.5) for k in range(len(heads))]
+      ratios += [r["closest"]["ratio"] for r in heads]
     axis.plot(
       x, ratios, _MARKS[j], color=MEASURED, ms=3.5, mew=0, ls="none", label=f"{kind} (measured)"
     )

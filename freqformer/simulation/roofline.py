@@ -2,16 +2,18 @@
 
 Attention. A work item is a query tile on an SM. All SMs together take
 
-  compute   computed FLOPs / attention_flops + softmax_exposed * exponentials / (SMs * exponentials per second)
+  compute   computed FLOPs / attention_flops + softmax_exposed * exponentials / (SMs * their rate)
   l2        bytes of all lists / l2
   hbm       expected bytes of device memory / hbm
 
-and the slowest of the three counts: they overlap. On top come `item_s` for every wave of items, the tail, and `launch_s`.
-Tail: equal lists end in whole waves (`ceil(items / SMs)`); unequal ones, dearest first, idle half a mean item on average.
+and the slowest of the three counts: they overlap. On top come `item_s` for every wave of items, the
+tail, and `launch_s`. Tail: equal lists end in whole waves (`ceil(items / SMs)`); unequal ones,
+dearest first, idle half a mean item on average.
 
-Matrix products take the slower of FLOPs / matmul_flops and bytes / hbm; everything else bytes / hbm.
+Matrix products take the slower of FLOPs / matmul_flops and bytes / hbm; all else takes bytes / hbm.
 
-Not modelled: instruction issue, bank conflicts, clocks that fall under load, host time, overlap between kernels.
+Not modelled: instruction issue, bank conflicts, clocks that fall under load, host time, overlap
+between kernels.
 """
 
 import dataclasses
@@ -20,13 +22,23 @@ import math
 from freqformer.kernels.block_sparse.cost import CallCost
 from freqformer.simulation.descriptions import Gpu
 
-# A head's k and v stay in L2 if they fill no more than this share of it; q, out and the lists pass through too. Ours.
-_CACHE_SHARE = 0.8
+# choice: a head's k and v stay in L2 if they fill no more than this share of it; q, out and the
+# lists pass through too.
+CACHE_SHARE = 0.8
 
 
 @dataclasses.dataclass(frozen=True)
 class Seconds:
-  """Of one attention call, by cause; `total` is what it takes."""
+  """Seconds of one attention call, by cause.
+
+  Attributes:
+    compute: of products and exposed exponentials.
+    l2: of bytes through L2.
+    hbm: of bytes through device memory.
+    tail: of SMs that idle at the end.
+    items: of starting and ending work items.
+    launch: of the launch.
+  """
 
   compute: float
   l2: float
@@ -37,21 +49,22 @@ class Seconds:
 
   @property
   def total(self) -> float:
+    """What the call takes."""
     return max(self.compute, self.l2, self.hbm) + self.tail + self.items + self.launch
 
   @property
   def bound(self) -> str:
-    """What limits it: "compute", "l2" or "hbm"."""
+    """The name of what limits it: "compute", "l2" or "hbm"."""
     return max(("compute", "l2", "hbm"), key=lambda name: getattr(self, name))
 
 
 def expected_bytes(call: CallCost, gpu: Gpu, heads: float) -> float:
-  """Device memory of a call on this device."""
-  return call.expected_bytes(gpu.itemsize, _CACHE_SHARE * gpu.l2_bytes, heads)
+  """Returns the device memory traffic of a call on this device."""
+  return call.expected_bytes(gpu.itemsize, CACHE_SHARE * gpu.l2_bytes, heads)
 
 
 def attention_seconds(call: CallCost, gpu: Gpu, heads: float) -> Seconds:
-  """One call over `heads` heads (times samples)."""
+  """Returns the seconds of one call over `heads` heads (times samples)."""
   rates = gpu.rates
   exponentials = call.computed_pairs / (gpu.sms * gpu.exp_per_sm_s)
   compute = call.computed_flops / rates.attention_flops + rates.softmax_exposed * exponentials
@@ -67,10 +80,10 @@ def attention_seconds(call: CallCost, gpu: Gpu, heads: float) -> Seconds:
 
 
 def matmul_seconds(flops: float, moved: float, gpu: Gpu) -> float:
-  """One matrix product of `flops` that moves `moved` bytes."""
+  """Returns the seconds of one matrix product of `flops` that moves `moved` bytes."""
   return max(flops / gpu.rates.matmul_flops, moved / gpu.rates.hbm) + gpu.rates.launch_s
 
 
 def memory_seconds(moved: float, gpu: Gpu, launches: float = 1.0) -> float:
-  """Kernels that only move bytes."""
+  """Returns the seconds of kernels that only move bytes."""
   return moved / gpu.rates.hbm + launches * gpu.rates.launch_s

@@ -33,10 +33,11 @@ def memory_bytes(plan: Plan, gpus: int = 1, itemsize: int = 2) -> float:
   """Returns the least device memory of one forward at batch 1, on each of `gpus`.
 
   Weights (`itemsize` bytes per parameter, on every GPU) + the residual stream and q, k, v in the
-  padded buffer, 4 D per row (out overwrites q, the MLP runs by chunks of tokens, norms and rotary are
-  fused) + LSE + the method's state, these divided over sequence-parallel GPUs. A closed form: no
-  table is built. Not counted: text encoder, video codec, workspace, fragmentation. A plain program
-  that keeps every intermediate of a layer needs about 2.5 times as much in addition to the weights.
+  padded buffer, 4 D per row (out overwrites q, the MLP runs by chunks of tokens, norms and rotary
+  are fused) + LSE + the method's state, these divided over sequence-parallel GPUs. A closed form:
+  no table is built. Not counted: text encoder, video codec, workspace, fragmentation. A plain
+  program that keeps every intermediate of a layer needs about 2.5 times as much in addition to the
+  weights.
 
   Raises:
     ValueError: for a grid that int32 cannot index.
@@ -117,7 +118,8 @@ def check_gpus(card: ModelCard, gpus: int) -> None:
   """Raises ConfigError for more GPUs than heads."""
   if not 1 <= gpus <= card.heads:
     raise ConfigError(
-      f"--gpus={gpus} must lie in 1..{card.heads}, the heads of {card.name}: each needs a whole head."
+      f"--gpus={gpus} must lie in 1..{card.heads}, the heads of {card.name}: each needs a whole "
+      "head."
     )
 
 
@@ -234,8 +236,8 @@ def parallel_run(
 def parallel_row(plan: Plan, gpu: Gpu, gpus: int, forward: Forward | None = None) -> dict:
   """Returns `row` on several GPUs.
 
-  Counts (FLOPs, bytes of memory traffic) are of the whole forward. `seconds` and its parts are of the
-  busiest GPU and add up; `tokens_per_s` and `tflops_per_s` are of all GPUs together;
+  Counts (FLOPs, bytes of memory traffic) are of the whole forward. `seconds` and its parts are of
+  the busiest GPU and add up; `tokens_per_s` and `tflops_per_s` are of all GPUs together;
   `tflops_per_s_per_gpu`, `launches`, `memory_bytes` and `sent_bytes` are of one.
   """
   forward = simulate(plan, gpu) if forward is None else forward

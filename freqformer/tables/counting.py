@@ -1,4 +1,4 @@
-"""Counts of a static pattern without its table; memory is linear in tiles."""
+"""Counts of a static pattern without its table, in memory that is linear in tiles."""
 
 import dataclasses
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def count_tiles(
     counts: int `[t, y, x]`, tiles that a query tile lists.
     keys: int `[t, y, x]`, tokens of these.
     mark: `(seen, t, y, x0, x1)` sets in bool `[t, y, x]` what the query tiles (t, y, x0..x1-1)
-      list together.
+      list, all together.
     parts: the table is refined by so much (`BlockMask.refine`).
     before: rows of the table that come first and list nothing.
   """

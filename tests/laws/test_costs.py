@@ -38,7 +38,8 @@ AROUND = {
   # formula had d + 1; sums over tokens (means, variances) are no products.
   "sparseflow": 0.05,
   "sparse_linear": 0.08,
-  # The gate multiplies the buffer's padding rows too: 4 % on 21x30x52. Means are no products: 1.2 %.
+  # The gate multiplies the buffer's padding rows too: 4 % on 21x30x52. Means are no products: 1.2
+  # %.
   "block_topk": 0.05,
 }
 
@@ -80,8 +81,8 @@ def test_models_cost_what_they_did(row):
 
 # ---- sums by hand --------------------------------------------------------------------------------
 
-# Full tiles without padding: 16 of 4 x 4 x 8 = 128 tokens, of which BASIS keeps 64 cells, 96 rows of
-# the box.
+# Full tiles without padding: 16 of 4 x 4 x 8 = 128 tokens, of which BASIS keeps 64 cells, 96 rows
+# of the box.
 LAYOUT = TileLayout((8, 16, 16), (4, 4, 8), 128)
 BASIS = "basis=dict(low=(0.5, 1.0, 1.0), mid=(0.75, 1.0, 1.0))"
 FIXED = f"freqformer(allocation=(1, 2, 1), {BASIS}"

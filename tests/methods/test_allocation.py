@@ -32,7 +32,7 @@ LAYOUT = TileLayout((8, 16, 16), (4, 4, 8), 128)
 
 @pytest.mark.parametrize("seed", range(12))
 def test_counts_are_those_of_the_tables(seed):
-  """Windows, radial bands, spatial and temporal heads, FreqFormer's buffer, on random ragged grids."""
+  """Windows, radial bands, spatial and temporal heads, FreqFormer's buffer; random ragged grids."""
   rng = np.random.default_rng(seed)
   grid = tuple(int(e) for e in rng.integers(1, 15, 3))
   layout = TileLayout.fit(grid, int(rng.choice([4, 6, 8, 12])))
@@ -144,7 +144,7 @@ def test_the_penalty_weighs_what_is_counted(name, branches):
 
 
 def test_every_branch_of_every_head_in_training():
-  """Pairs of all branches and work around attention of all heads; one branch where it is sampled."""
+  """Pairs of all branches and work around attention of all heads; sampled: of one branch."""
   method = method_class("sparseflow")()
   training = layer_cost(method, LAYOUT, 4, 32, training=True)
   sparse, linear = (layer_cost(method, LAYOUT, 4, 32, one) for one in ((1, 0), (0, 1)))

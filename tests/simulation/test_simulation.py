@@ -1,4 +1,4 @@
-"""The simulator: models on devices, the roofline's laws, calibration against published measurements."""
+"""The simulator: models on devices, the roofline's laws, calibration against measurements."""
 
 import dataclasses
 import json
@@ -16,13 +16,18 @@ from freqformer.simulation.descriptions import known, load_gpu, load_model
 from freqformer.simulation.forward import dense_baseline, make_method, row, run_seconds
 from freqformer.simulation.forward import simulate as forward
 from freqformer.simulation.roofline import attention_seconds
+from freqformer.train.experiment import experiment
 from tests.simulation.cases import plan, rows_of
 from tests.tiny_config import get_config
 
 PUBLISHED = "freqformer/simulation/published/h100.json"
 
 
-# ---- every model, GPU and method -----------------------------------------------------------------------------------------
+# ---- every model, GPU and method -----------------------------------------------------------------
+
+
+def with_rates(gpu, **rates):
+  return dataclasses.replace(gpu, rates=dataclasses.replace(gpu.rates, **rates))
 
 
 @pytest.mark.parametrize("model", known("models"))
@@ -31,31 +36,26 @@ def test_every_model_on_every_gpu(model, gpu):
   card = load_model(model)
   found = row(plan(model, "dense", card.grid), load_gpu(gpu))
   assert found["seconds"] > 0 and found["tokens_per_s"] > 0 and found["flops_per_byte"] > 1
-  assert (
-    found["rates"] == "all rates assumed"
-    and not found["rates_fitted"]
-    and "hbm" in found["rates_assumed"]
-  )
-  assert load_gpu(gpu).rates_from.startswith("Assumed")
+  assert found["rates"] == "all rates assumed" and not found["rates_fitted"]
+  assert "hbm" in found["rates_assumed"] and load_gpu(gpu).rates_from.startswith("Assumed")
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_method_is_simulated_and_run(method):
-  p, gpu = plan("wan2.1-1.3b", method), load_gpu("h100")
-  seconds, phases = run_seconds(p, gpu)
-  assert sum(phases.values()) == 50 and seconds > 0
-  dense = run_seconds(plan(), gpu)[0]
-  assert method == "dense" or seconds < 1.2 * dense
+  gpu = load_gpu("h100")
+  seconds, phases = run_seconds(plan("wan2.1-1.3b", method), gpu)
+  dense, _ = run_seconds(plan(), gpu)
+  assert sum(phases.values()) == 50 and 0 < seconds < 1.2 * dense
 
 
-# ---- the cards -----------------------------------------------------------------------------------------------------------
+# ---- the cards -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model", known("models"))
 def test_parameters_follow_from_the_sizes(model):
   card = load_model(model)
   matrices = sum(float(k) * c for _, _, k, c in card.block.matmuls(1)) * card.layers
-  # Of HunyuanVideo's 60 blocks 20 have a second set of weights, for text: 12 D^2 and a modulation each.
+  # HunyuanVideo: 20 of 60 blocks have a second set of weights for text, 12 D^2 and a modulation.
   matrices += 20 * 12 * card.width**2 if model == "hunyuanvideo" else 0
   assert matrices == pytest.approx(card.parameters, rel=0.06)
 
@@ -67,67 +67,64 @@ def test_our_sizes_are_the_model_s_own():
 
 
 def test_our_card_counts_like_the_model():
-  from freqformer.train.experiment import experiment
-
   config = get_config()
   config.model.size, config.model.width, config.model.depth, config.model.heads = "S", 0, 0, 0
   config.model.mlp_ratio, config.model.attention.block = 4.0, 128
   model = experiment(config).model.with_method("dense")
   ours = model_cost(model, (8, 16, 16, 32))
   found = forward(plan("s", "dense", (8, 16, 16)), load_gpu("h100"))
-  assert found.attention_flops == ours.attention_flops and found.linear_flops == pytest.approx(
-    ours.linear_flops, rel=1e-12
-  )
+  assert found.attention_flops == ours.attention_flops
+  assert found.linear_flops == pytest.approx(ours.linear_flops, rel=1e-12)
 
 
 def test_the_field_s_shares():
-  """Attention has about half of a forward at 480p, 70-78 % at 720p, about 95 % at 1M tokens (by FLOPs)."""
-
-  def share(f):
-    return f.attention_flops / f.total_flops
-
+  """Attention has half of a forward's FLOPs at 480p, 70-78 % at 720p, about 95 % at 1M tokens."""
   gpu = load_gpu("h100")
-  assert 0.45 < share(forward(plan("wan2.1-14b", "dense", (21, 30, 52)), gpu)) < 0.6
-  assert 0.65 < share(forward(plan("wan2.1-14b", "dense", (21, 45, 80)), gpu)) < 0.8
-  assert share(forward(plan("wan2.1-14b", "dense", (64, 128, 128)), gpu)) > 0.93
+  shares = (((21, 30, 52), 0.45, 0.6), ((21, 45, 80), 0.65, 0.8), ((64, 128, 128), 0.93, 1))
+  for grid, low, high in shares:
+    found = forward(plan("wan2.1-14b", "dense", grid), gpu)
+    assert low < found.attention_flops / found.total_flops < high
   hunyuan = forward(plan("hunyuanvideo", "dense", (30, 48, 80)), gpu)
   assert hunyuan.attention_flops * 50 == pytest.approx(491e15, rel=0.01)
 
 
-# ---- the roofline --------------------------------------------------------------------------------------------------------
+# ---- the roofline --------------------------------------------------------------------------------
 
 
 def test_roofline_limits():
   h100 = load_gpu("h100")
-  long, few = uniform(1024, 1024, 1024, 128, heads=24), uniform(1024, 1, 1024, 128, heads=24)
-  assert attention_seconds(long, h100, 24).bound == "compute"
-  thin = dataclasses.replace(h100, rates=dataclasses.replace(h100.rates, l2=1e11))
-  assert attention_seconds(long, thin, 24).bound == "l2"
-  slow = dataclasses.replace(h100, rates=dataclasses.replace(h100.rates, hbm=1e9))
-  assert attention_seconds(few, slow, 24).bound == "hbm"
+  long = uniform(1024, 1024, 1024, 128, heads=24)
+  few = uniform(1024, 1, 1024, 128, heads=24)
+  for call, rates, bound in (
+    (long, {}, "compute"),
+    (long, {"l2": 1e11}, "l2"),
+    (few, {"hbm": 1e9}, "hbm"),
+  ):
+    assert attention_seconds(call, with_rates(h100, **rates), 24).bound == bound
   # 133 equal items take two waves, as 264 do.
   a, b = (attention_seconds(uniform(n, 64, 512, 128), h100, 1) for n in (133, 264))
-  assert (
-    a.total == pytest.approx(b.total, rel=0.02)
-    and a.tail > 0.9 * a.compute
-    and b.tail < 1e-6 * b.compute
-  )
+  assert a.total == pytest.approx(b.total, rel=0.02)
+  assert a.tail > 0.9 * a.compute and b.tail < 1e-6 * b.compute
   empty = attention_seconds(uniform(10, 0, 10, 128), h100, 1)
   assert 0 < empty.total < 1e-3
 
 
 def test_time_at_a_fixed_key_budget_is_linear_and_at_fixed_density_quadratic():
   gpu = load_gpu("h100")
-  grids = ((16, 64, 64), (64, 128, 128))
-  seconds = {}
-  for name in ("sliding_tile(window=(12, 16, 16))", "block_topk(density=0.05)", "dense"):
-    seconds[name] = [forward(plan("wan2.1-1.3b", name, g), gpu).attention_s for g in grids]
-  ratios = [b / a for a, b in seconds.values()]
-  assert 14 < ratios[0] < 18 and 200 < ratios[1] < 280 and 240 < ratios[2] < 260
+  for name, low, high in (
+    ("sliding_tile(window=(12, 16, 16))", 14, 18),
+    ("block_topk(density=0.05)", 200, 280),
+    ("dense", 240, 260),
+  ):
+    few, many = (
+      forward(plan("wan2.1-1.3b", name, grid), gpu).attention_s
+      for grid in ((16, 64, 64), (64, 128, 128))
+    )
+    assert low < many / few < high
 
 
 def test_the_baseline_pays_no_padding():
-  """At most one tile of it, whatever the grid; our own dense method pays what its layout holds. Both score the same pairs."""
+  """At most one tile of it; our own dense method pays what its layout holds, for the same pairs."""
   gpu = load_gpu("h100")
   for grid, least, most in (
     ((21, 45, 80), 1.1, 1.2),
@@ -137,18 +134,16 @@ def test_the_baseline_pays_no_padding():
     ours = plan("wan2.1-14b", "dense", grid, block=128)
     base = dense_baseline(dataclasses.replace(ours, method=make_method("radial"), block=64))
     assert base.layout.n_buffer - base.layout.n < 128 and base.layout.block == 128
-    padded, unpadded = forward(ours, gpu), forward(base, gpu)
+    padded = forward(ours, gpu)
+    unpadded = forward(base, gpu)
     assert least < padded.attention_s / unpadded.attention_s < most
-    assert (
-      padded.attention_flops == unpadded.attention_flops and padded.matmul_s == unpadded.matmul_s
-    )
-  (found,) = rows_of(
-    "--model=wan2.1-14b", "--method=dense", "--gpus=2"
-  )  # its usual video is ragged
+    assert padded.attention_flops == unpadded.attention_flops
+    assert padded.matmul_s == unpadded.matmul_s
+  (found,) = rows_of("--model=wan2.1-14b", "--method=dense", "--gpus=2")  # a ragged grid
   assert found["speedup_over_dense"] == found["unpadded_dense_seconds"] / found["seconds"] < 0.95
 
 
-# ---- calibration ---------------------------------------------------------------------------------------------------------
+# ---- calibration ---------------------------------------------------------------------------------
 
 
 def test_sta_is_predicted_from_the_dense_rate_alone():
@@ -167,31 +162,22 @@ def test_published_rows_that_were_not_fitted_are_within_15_percent():
   assert sum(r["fitted"] for r in fit.rows) == 3 and fit.worst(True) < 0.01
   assert sum(not r["fitted"] for r in fit.rows) >= 15 and fit.worst(False) < 0.15
   assert not fit.warnings and not fit.notes and "not fitted: mean error" in fit.report()
-  assert fit.gpu.fitted == fit.fitted and {"l2", "hbm", "matmul_flops", "launch_s"} <= set(
-    fit.gpu.assumed
-  )
-  assert fit.gpu.rates_note.startswith(
-    "attention_flops, softmax_exposed, item_s fitted to 3 measured rows; matmul_flops"
-  )
+  assert fit.gpu.fitted == fit.fitted
+  assert {"l2", "hbm", "matmul_flops", "launch_s"} <= set(fit.gpu.assumed)
+  fitted = "attention_flops, softmax_exposed, item_s fitted to 3 measured rows; matmul_flops"
+  assert fit.gpu.rates_note.startswith(fitted)
   # The H200 has the same SMs and gets their rates, its memory stays its own; the A100 gets nothing.
   h200 = calibrate.carry_over(fit.gpu, load_gpu("h200"))
-  assert (
-    h200.rates.attention_flops == fit.gpu.rates.attention_flops
-    and h200.rates.hbm == load_gpu("h200").rates.hbm
-  )
+  assert h200.rates.attention_flops == fit.gpu.rates.attention_flops
+  assert h200.rates.hbm == load_gpu("h200").rates.hbm
   assert "of h100, which has the same SMs" in row(plan(), h200)["rates"]
   with pytest.raises(ConfigError, match="tensor_flops, sms, exp_per_sm_s differ"):
     calibrate.carry_over(fit.gpu, load_gpu("a100"))
 
 
 def test_calibration_finds_known_rates(tmp_path):
-  truth = load_gpu("h100")
-  truth = dataclasses.replace(
-    truth,
-    rates=dataclasses.replace(
-      truth.rates, attention_flops=700e12, item_s=5e-6, softmax_exposed=0.5
-    ),
-  )
+  known = {"attention_flops": 700e12, "item_s": 5e-6, "softmax_exposed": 0.5}
+  truth = with_rates(load_gpu("h100"), **known)
   rows = []
   for d, n in ((128, 1024), (128, 16384), (64, 16384), (128, 4096)):
     call = uniform(n // 128, n // 128, n // 128, d, heads=16)
@@ -199,31 +185,20 @@ def test_calibration_finds_known_rates(tmp_path):
     rows[-1] |= {"seconds": attention_seconds(call, truth, 16).total, "fit": n != 4096}
   (tmp_path / "rows.json").write_text(json.dumps(rows))
   fit = calibrate.fit_file(load_gpu("h100"), tmp_path / "rows.json")
-  assert fit.gpu.rates.attention_flops == pytest.approx(
-    700e12, rel=0.03
-  ) and fit.gpu.rates.item_s == pytest.approx(5e-6, rel=0.1)
-  assert fit.worst(False) < 0.02
+  assert fit.gpu.rates.attention_flops == pytest.approx(700e12, rel=0.03)
+  assert fit.gpu.rates.item_s == pytest.approx(5e-6, rel=0.1) and fit.worst(False) < 0.02
   text = simulate.run(
     ["--gpu=h100", f"--calibrate={tmp_path}/rows.json", f"--write_gpu={tmp_path}/fitted.json"]
   )
   written = load_gpu(f"{tmp_path}/fitted.json")
-  assert (
-    "fitted" in text and written.fitted == fit.fitted and written.fitted_to == "3 measured rows"
-  )
-  (shown,) = rows_of(
-    f"--gpu={tmp_path}/fitted.json", "--model=s", "--method=dense", "--grid=8,16,16"
-  )
+  assert "fitted" in text and written.fitted == fit.fitted
+  assert written.fitted_to == "3 measured rows"
+  small = ("--model=s", "--method=dense", "--grid=8,16,16")
+  (shown,) = rows_of(f"--gpu={tmp_path}/fitted.json", *small)
   assert shown["rates_fitted"] == list(fit.fitted) and "l2" in shown["rates_assumed"]
 
 
-CALL = {
-  "name": "x",
-  "gpu": "h100",
-  "heads": 16,
-  "head_dim": 128,
-  "tokens": 16384,
-  "seconds": 3.4e-3,
-}
+CALL = dict(name="x", gpu="h100", heads=16, head_dim=128, tokens=16384, seconds=3.4e-3)
 
 
 def written(path, *rows):
@@ -232,20 +207,18 @@ def written(path, *rows):
 
 
 def test_a_fit_that_fails_says_so(tmp_path):
-  """A row that no choice of rates gives: the rate ends on the limit of its search, and the row is missed."""
-  fit = calibrate.fit_file(
-    load_gpu("h100"), written(tmp_path / "rows.json", CALL | {"seconds": 1e-9})
-  )
+  """No choice of rates gives the row: a rate ends on the limit of its search, the row is missed."""
+  path = written(tmp_path / "rows.json", CALL | {"seconds": 1e-9})
+  fit = calibrate.fit_file(load_gpu("h100"), path)
   limit, missed = fit.warnings
-  assert limit.startswith("attention_flops ended on the limit") and missed.startswith(
-    "1 of 1 fitted rows are missed"
-  )
+  assert limit.startswith("attention_flops ended on the limit")
+  assert missed.startswith("1 of 1 fitted rows are missed")
   assert fit.report().count("WARNING") == 2 and fit.notes[-1].startswith("nothing was held out")
   assert "DOUBTFUL" in fit.gpu.rates_note and fit.rows[0]["rates_warnings"] == list(fit.warnings)
 
 
 def test_rows_that_do_not_say_are_split(tmp_path):
-  """Every other one by size; where some ask to be fitted, the others are held out; other kernels are held out."""
+  """Every other one by size is fitted, or those that ask for it; other kernels are held out."""
   sizes = [
     CALL | {"name": str(n), "tokens": n, "seconds": n**2 * 1.3e-11}
     for n in (4096, 16384, 8192, 2048)

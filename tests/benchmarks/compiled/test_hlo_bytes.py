@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.compiled.hlo_bytes import operations, size
-from benchmarks.compiled.memory_bound import parts_of
+from benchmarks.compiled.layer_traffic import parts_of
 from tools.offline import compile_for
 
 N = 1 << 20
