@@ -1,8 +1,9 @@
-"""Bytes that each operation of a scheduled HLO module moves through device memory, by reading the module's text.
+"""Bytes that each operation of a scheduled HLO module moves through device memory.
 
-An operation reads its operands and writes its results, whole; a fusion that only slices or gathers from an operand reads what
-it takes, and one that updates a slice in place writes that slice. Loops count as often as they run, where the program says
-so. Caches are not modelled: what fits the L2 between two operations is cheaper than counted here.
+They are read off the module's text. An operation reads its operands and writes its results, whole;
+a fusion that only slices or gathers from an operand reads what it takes, and one that updates a
+slice in place writes that slice. Loops count as often as they run, if the program says so. Caches
+are not modelled: what fits the L2 between two operations is cheaper than counted here.
 """
 
 import dataclasses
@@ -10,36 +11,15 @@ import functools
 import math
 import re
 
-_BYTES = {
-  "pred": 1,
-  "s8": 1,
-  "u8": 1,
-  "bf16": 2,
-  "f16": 2,
-  "s16": 2,
-  "u16": 2,
-  "s32": 4,
-  "u32": 4,
-  "f32": 4,
-  "s64": 8,
-  "u64": 8,
-  "f64": 8,
-}
+_TYPES = {1: "pred s8 u8", 2: "bf16 f16 s16 u16", 4: "f32 s32 u32", 8: "f64 s64 u64"}
+_BYTES = {name: size for size, names in _TYPES.items() for name in names.split()}
 _SHAPE = re.compile(r"\b(" + "|".join(_BYTES) + r")\[([\d,]*)\]")
 _LINE = re.compile(r"^\s+(?:ROOT )?%(\S+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
-_FREE = {
-  "parameter",
-  "constant",
-  "bitcast",
-  "tuple",
-  "get-tuple-element",
-  "after-all",
-  "partition-id",
-  "iota",
-  "while",
-  "call",
-  "conditional",
-}
+# Operations that move no bytes of their own, and those that read a part of their operand.
+_FREE = set(
+  "parameter constant bitcast tuple get-tuple-element after-all partition-id iota while call "
+  "conditional".split()
+)
 _TAKES = {"slice", "dynamic-slice", "gather"}
 
 
@@ -48,11 +28,12 @@ class Operation:
   """One launched operation.
 
   Attributes:
-    name, opcode: as in the module.
-    bytes: read and written, times the runs of the loops around it.
-    scopes: the `op_name`s of all it holds, as jax wrote them.
-    kernel: a custom call: not XLA's own.
-    runs: how often, by the loops around it.
+    name: as in the module.
+    opcode: as in the module.
+    bytes: read and written, times `runs`.
+    scopes: the `op_name`s of all that it holds, as jax wrote them.
+    kernel: whether it is a custom call, not XLA's own.
+    runs: number of times that the loops around it run it.
   """
 
   name: str
@@ -78,11 +59,11 @@ class _Line:
 
 
 def operations(text: str, unknown_trips: float = 1) -> list[Operation]:
-  """All operations of a module in scheduled order, loops' bodies in place of the loops.
+  """Lists all operations of a module in scheduled order, loops' bodies in place of the loops.
 
   Args:
     text: `compiled.as_text()`.
-    unknown_trips: how often a loop runs whose count the module does not know.
+    unknown_trips: runs of a loop whose count the module does not know.
   """
   computations = _computations(text)
   entry = re.search(r"^ENTRY %?([\w.-]+)", text, re.M)[1]
@@ -91,14 +72,19 @@ def operations(text: str, unknown_trips: float = 1) -> list[Operation]:
 
 def size(shape: str) -> int:
   """Bytes of a shape or tuple of shapes, as HLO writes it."""
-  return sum(
-    _BYTES[kind] * math.prod(int(d) for d in dims.split(",") if d)
-    for kind, dims in _SHAPE.findall(shape)
-  )
+  return sum(_BYTES[kind] * _product(dims) for kind, dims in _SHAPE.findall(shape))
+
+
+def _elements(shape: str) -> int:
+  return sum(_product(dims) for _, dims in _SHAPE.findall(shape))
+
+
+def _product(dims: str) -> int:
+  return math.prod(int(d) for d in dims.split(",") if d)
 
 
 def _computations(text):
-  """Name -> lines in order."""
+  """Lines of each computation by its name, in order."""
   found, current = {}, None
   for line in text.splitlines():
     if header := re.match(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$", line):
@@ -124,14 +110,10 @@ def _walk(computations, name, times, unknown_trips):
     elif line.opcode not in _FREE and not line.opcode.endswith("-done"):
       inside = computations.get(line.called("calls"), [])
       moved = _read(line, inside, shapes) + _written(line, inside)
-      scopes = tuple(
-        dict.fromkeys(
-          re.findall(r'op_name="([^"]*)"', "\n".join(part.rest for part in (*inside, line)))
-        )
-      )
-      yield Operation(
-        line.name, line.opcode, times * moved, scopes, line.opcode == "custom-call", times
-      )
+      rest = "\n".join(part.rest for part in (*inside, line))
+      scopes = tuple(dict.fromkeys(re.findall(r'op_name="([^"]*)"', rest)))
+      kernel = line.opcode == "custom-call"
+      yield Operation(line.name, line.opcode, times * moved, scopes, kernel, times)
 
 
 def _read(line, inside, shapes) -> int:
@@ -149,26 +131,25 @@ def _read(line, inside, shapes) -> int:
 
 
 def _taken(inside, name, whole) -> int:
-  """Bytes that a fusion reads of one parameter: what slices take of it, also behind element-wise operations."""
+  """Bytes that a fusion reads of one parameter: those that slices take, also of what is computed
+  from it element by element."""
   shapes = {line.name: line.shape for line in inside}
-
-  def elements(shape):
-    return sum(math.prod(int(d) for d in dims.split(",") if d) for _, dims in _SHAPE.findall(shape))
 
   @functools.cache
   def share(value) -> float:
     users = [line for line in inside if value in line.operands]
     if not users:
       return 1.0
-    total, count = 0.0, max(1, elements(shapes[value]))
+    total = 0.0
+    count = max(1, _elements(shapes[value]))
     for user in users:
       first = user.operands[0] == value
       if user.opcode in _TAKES and first:
-        total += elements(user.shape) / count * share(user.name)
+        total += _elements(user.shape) / count * share(user.name)
       elif user.opcode == "dynamic-update-slice" and first:
         continue  # updated in place
       else:
-        total += share(user.name) if elements(user.shape) == count else 1.0
+        total += share(user.name) if _elements(user.shape) == count else 1.0
     return min(1.0, total)
 
   return round(whole * share(name))
@@ -176,7 +157,7 @@ def _taken(inside, name, whole) -> int:
 
 def _written(line, inside) -> int:
   if line.opcode == "dynamic-update-slice":
-    return 0  # as much as it reads of the update, in place: counted once
+    return 0  # it writes in place what it reads of the update, which is counted there
   root = next((part for part in inside if part.root), None)
   if root is not None and root.opcode == "dynamic-update-slice":
     update = next(part for part in inside if part.name == root.operands[1])

@@ -1,8 +1,11 @@
-"""Block-sparse attention against dense attention on a CPU, in the same run: `python -m benchmarks.attention --device=cpu`.
+"""Block-sparse attention against dense attention on a CPU, in the same run.
 
-The competitors take turns, so that drift cancels in the ratios. The dense competitor is a loop over chunks of queries in
-plain JAX, at the best of several chunk sizes and forms; `jax.nn.dot_product_attention` runs as it comes. Goals that are
-missed are printed and stored as missed, beside the floor that the machine's own matmuls set.
+  python -m benchmarks.attention --device=cpu
+
+The competitors take turns, so that drift cancels in the ratios. The dense competitor is a loop over
+chunks of queries in plain JAX, at the best of several chunk sizes and forms;
+`jax.nn.dot_product_attention` runs as it comes. Goals that are missed are printed and stored as
+missed, with the floor that the machine's own matmuls set.
 """
 
 import dataclasses
@@ -17,20 +20,20 @@ from benchmarks import rows, timing
 from benchmarks.arg_specs import SPECS, AttentionSpec
 from benchmarks.cpu.competitors import DenseForm, call, fastest, gradients, sparse, tile_matmuls
 from benchmarks.layer import freqformer_forward, freqformer_without_attention
-from freqformer.cost import BACKWARD_OVER_FORWARD, attention_cost
+from freqformer.cost import attention_cost, training_flops
 from freqformer.grid.rotary import rotate
 from freqformer.methods.freqformer import FreqFormer
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """What one run measures.
+  """Shapes and competitors of one run.
 
   Attributes:
     base: the shape of the comparisons.
     large: the shape of the scaling and memory rows.
     chunks: query rows per step that the dense loop may choose from.
-    backward_chunks: the same where it is differentiated.
+    backward_chunks: the same for its gradients.
     rounds: turns of every competitor.
     methods: FreqFormer configurations by name, with the block size that each runs at.
     goals: whether the goals are for these shapes.
@@ -46,66 +49,68 @@ class Run:
 
 
 FULL = Run(
-  SPECS["cpu_16k"],
-  SPECS["cpu_64k"],
-  (256, 512, 1024),
-  (128, 256, 512),
-  7,
-  (
+  base=SPECS["cpu_16k"],
+  large=SPECS["cpu_64k"],
+  chunks=(256, 512, 1024),
+  backward_chunks=(128, 256, 512),
+  rounds=7,
+  methods=(
     ("block64", 64, FreqFormer(allocation=(1, 1, 2), mid_tiles=16)),
     ("block128", 128, FreqFormer(allocation=(1, 1, 2), mid_tiles=8)),
   ),
   goals=True,
 )
 QUICK = Run(
-  SPECS["cpu_1k"],
-  SPECS["cpu_4k"],
-  (128, 256),
-  (128,),
-  2,
-  (("block64", 64, FreqFormer(allocation=(0, 1, 1), mid_tiles=4)),),
+  base=SPECS["cpu_1k"],
+  large=SPECS["cpu_4k"],
+  chunks=(128, 256),
+  backward_chunks=(128,),
+  rounds=2,
+  methods=(("block64", 64, FreqFormer(allocation=(0, 1, 1), mid_tiles=4)),),
 )
 
 
-def _listed(spec: AttentionSpec, keys: int | None = None) -> dict:
-  """What the simulator needs to know of a call (`freqformer/simulation/measurements.py`); keys listed, default the spec's."""
-  shape = {
-    "heads": spec.heads,
-    "head_dim": spec.head_dim,
-    "batch": spec.batch,
-    "tokens": spec.n,
-    "block": spec.block,
-  }
-  return shape | {"density": (spec.keys if keys is None else keys) / spec.n}
-
-
 def described(found: list[dict], run: Run) -> list[dict]:
-  """The rows of a run with `attention_calls`: what those of their times are of that are one forward attention call of ours."""
-  base, n = run.base, run.base.n
+  """Adds `attention_calls` to the rows of a run: which of their times is which forward call.
+
+  The simulator is compared with these (`freqformer/simulation/measurements.py`).
+  """
+  base = run.base
+
+  def listed(spec, keys):
+    return {
+      "heads": spec.heads,
+      "head_dim": spec.head_dim,
+      "batch": spec.batch,
+      "tokens": spec.n,
+      "block": spec.block,
+      "density": keys / spec.n,
+    }
+
+  small = listed(base, base.keys)
+  large = listed(run.large, run.large.keys)
   calls = {
-    f"forward_vs_dense_loop_{base.name}": {"sparse": _listed(base)},
-    f"dense_mode_vs_dense_loop_{base.name}": {"dense_mode": _listed(base, n)},
-    f"time_{run.large.name}_over_{base.name}": {
-      "small": _listed(base),
-      "large": _listed(run.large),
-    },
+    f"forward_vs_dense_loop_{base.name}": {"sparse": small},
+    f"dense_mode_vs_dense_loop_{base.name}": {"dense_mode": listed(base, base.n)},
+    f"time_{run.large.name}_over_{base.name}": {"small": small, "large": large},
   }
   for name, block, method in run.methods:
-    shape = {
-      "heads": base.heads,
-      "head_dim": base.head_dim,
-      "batch": base.batch,
-      "grid": list(base.grid),
-      "block": block,
+    calls[f"freqformer_{name}_vs_dense_loop_{base.name}"] = {
+      "attention_alone": {
+        "heads": base.heads,
+        "head_dim": base.head_dim,
+        "batch": base.batch,
+        "grid": list(base.grid),
+        "block": block,
+        "method": f"freqformer(allocation={method.allocation}, mid_tiles={method.mid_tiles})",
+      }
     }
-    shape["method"] = f"freqformer(allocation={method.allocation}, mid_tiles={method.mid_tiles})"
-    calls[f"freqformer_{name}_vs_dense_loop_{base.name}"] = {"attention_alone": shape}
   return [
     row | ({"attention_calls": calls[row["name"]]} if row["name"] in calls else {}) for row in found
   ]
 
 
-# ---- measurements --------------------------------------------------------------------------------------------------------
+# ---- measurements ------------------------------------------------------------------------
 
 
 def _forms(chunks, late=(False, True)):
@@ -113,15 +118,16 @@ def _forms(chunks, late=(False, True)):
 
 
 def measure_forward(run: Run) -> list[dict]:
-  """Sparse against the best dense loop of all, the best one with `jax.nn.softmax`, `dot_product_attention`, and matmuls."""
-  spec, (q, k, v) = run.base, run.base.inputs()
+  """Times the sparse call against the best dense loop, the best one with `jax.nn.softmax`,
+  `dot_product_attention`, and bare matmuls."""
+  spec = run.base
+  q, k, v = spec.inputs()
   mask = spec.mask()
-  best, plain = (
-    fastest(_forms(run.chunks), (q, k, v)),
-    fastest(_forms(run.chunks, (False,)), (q, k, v)),
-  )
+  best = fastest(_forms(run.chunks), (q, k, v))
+  plain = fastest(_forms(run.chunks, (False,)), (q, k, v))
   square = jnp.ones((2048, 2048), q.dtype)
   everything = dense_mask(q.shape[1], q.shape[1], spec.block, spec.block)
+  matmuls = functools.partial(tile_matmuls, keys=spec.keys, block=spec.block)
   t = timing.interleave(
     {
       "sparse": call(sparse, q, k, v, mask),
@@ -130,32 +136,26 @@ def measure_forward(run: Run) -> list[dict]:
       "dense_mode": call(sparse, q, k, v, everything),
       "dot_product_attention": call(jax.nn.dot_product_attention, q, k, v),
       "matmul": call(jnp.matmul, square, square),
-      "tile_matmuls": call(
-        functools.partial(tile_matmuls, keys=spec.keys, block=spec.block), q, k, v
-      ),
+      "tile_matmuls": call(matmuls, q, k, v),
     },
     run.rounds,
   )
   flops = attention_cost(float(mask.pairs().sum()), spec.head_dim).attention_flops
   gflops = 2 * 2048**3 / t["matmul"].median / 1e9
-  floors = {
-    "flops": flops,
-    "matmul_gflops": gflops,
-    "floor_s": flops / gflops / 1e9,
-    "tile_matmuls_s": t["tile_matmuls"].median,
-    "tile_matmul_gflops": flops / t["tile_matmuls"].median / 1e9,
-  }
+  floor_s = flops / gflops / 1e9
   density = float(np.mean(mask.density()))
 
   def race(name, competitor, goal, **fields):
-    """A speed-up over one competitor, and the largest that its time leaves room for at the speed of a bare matmul."""
-    fields |= {"density": density, "sparse": t["sparse"].row(), "against": t[competitor].row()}
-    fields["largest_possible"] = t[competitor].median / floors["floor_s"]
+    """A speed-up over one competitor, and the largest that its time allows at a matmul's speed."""
     return rows.goal_row(
       f"forward_vs_{name}_{spec.name}",
       t[competitor].median / t["sparse"].median,
       goal,
       unit="x",
+      density=density,
+      sparse=t["sparse"].row(),
+      against=t[competitor].row(),
+      largest_possible=t[competitor].median / floor_s,
       **fields,
     )
 
@@ -165,10 +165,14 @@ def measure_forward(run: Run) -> list[dict]:
     race("dot_product_attention", "dot_product_attention", ">= 60"),
     rows.goal_row(
       f"forward_over_floor_{spec.name}",
-      t["sparse"].median / floors["floor_s"],
+      t["sparse"].median / floor_s,
       None,
       unit="x",
-      **floors,
+      flops=flops,
+      matmul_gflops=gflops,
+      floor_s=floor_s,
+      tile_matmuls_s=t["tile_matmuls"].median,
+      tile_matmul_gflops=flops / t["tile_matmuls"].median / 1e9,
     ),
     rows.goal_row(
       f"dense_mode_vs_dense_loop_{spec.name}",
@@ -183,8 +187,9 @@ def measure_forward(run: Run) -> list[dict]:
 
 
 def measure_backward(run: Run) -> list[dict]:
-  """Forward and backward together, against the dense loop's own with each chunk rematerialised."""
-  spec, (q, k, v, d_out) = run.base, run.base.inputs(4)
+  """Times forward and backward together, against the dense loop's with rematerialised chunks."""
+  spec = run.base
+  q, k, v, d_out = spec.inputs(4)
   mask = spec.mask()
   args = (d_out, q, k, v)
   best = fastest(_forms(run.backward_chunks), args, gradients, remat=True)
@@ -202,67 +207,68 @@ def measure_backward(run: Run) -> list[dict]:
       form=str(best),
       sparse=t["sparse"].row(),
       against=t["loop"].row(),
-      flops=(1 + BACKWARD_OVER_FORWARD)
-      * attention_cost(float(mask.pairs().sum()), spec.head_dim).attention_flops,
+      flops=training_flops(attention_cost(float(mask.pairs().sum()), spec.head_dim)),
     )
   ]
 
 
 def measure_scaling(run: Run) -> list[dict]:
-  """Time at four times the tokens, keys per query unchanged: linear would be 4."""
+  """Times four times the tokens at the same keys per query: linear would be 4."""
   calls = {s.name: call(sparse, *s.inputs(), s.mask()) for s in (run.base, run.large)}
   t = timing.interleave(calls, run.rounds)
-  small, large = t[run.base.name], t[run.large.name]
+  small = t[run.base.name]
+  large = t[run.large.name]
   name = f"time_{run.large.name}_over_{run.base.name}"
-  return [
-    rows.goal_row(
-      name, large.median / small.median, "<= 4.5", unit="x", small=small.row(), large=large.row()
-    )
-  ]
+  times = dict(small=small.row(), large=large.row())
+  return [rows.goal_row(name, large.median / small.median, "<= 4.5", unit="x", **times)]
 
 
 def measure_memory(run: Run) -> list[dict]:
-  """Peak resident memory of a process that does nothing but one call at the large shape, interpreter and inputs included."""
+  """Measures the peak resident memory of a process that makes one call at the large shape.
+
+  Interpreter and inputs are included.
+  """
   found = []
   for what, bound in (("forward", "<= 2"), ("backward", "<= 3")):
     arguments = ["-m", "benchmarks.attention", f"--memory_of={what}", f"--spec={run.large.name}"]
-    found.append(
-      rows.goal_row(
-        f"peak_memory_{what}_{run.large.name}",
-        int(timing.in_child(arguments)) / 1e9,
-        bound,
-        unit="GB",
-      )
-    )
+    gigabytes = int(timing.in_child(arguments)) / 1e9
+    name = f"peak_memory_{what}_{run.large.name}"
+    found.append(rows.goal_row(name, gigabytes, bound, unit="GB"))
   return found
 
 
 def print_memory(spec: AttentionSpec, what: str):
-  """The child of `measure_memory`."""
+  """Makes one call and prints the process's peak memory: the child of `measure_memory`."""
   q, k, v, d_out = spec.inputs(4)
-  run = (
-    call(sparse, q, k, v, spec.mask())
-    if what == "forward"
-    else call(gradients(sparse), d_out, q, k, v, spec.mask())
-  )
+  if what == "forward":
+    run = call(sparse, q, k, v, spec.mask())
+  else:
+    run = call(gradients(sparse), d_out, q, k, v, spec.mask())
   jax.block_until_ready(run())
   print(timing.peak_rss())
 
 
-# ---- FreqFormer ----------------------------------------------------------------------------------------------------------
+# ---- FreqFormer ------------------------------------------------------------------------
 
 
 def _rotated(f):
-  return lambda q, k, v, positions: f(rotate(q, positions), rotate(k, positions), v)
+  """Makes `f(q, k, v, positions)` of `f(q, k, v)`: q and k are rotated first."""
+
+  def run(q, k, v, positions):
+    return f(rotate(q, positions), rotate(k, positions), v)
+
+  return run
 
 
 def measure_freqformer(run: Run) -> list[dict]:
-  """FreqFormer with heads dealt by hand, on its own tables and buffer, against rotary and the same dense loop."""
+  """Times FreqFormer with a fixed allocation, on its own tables and buffer, against rotary and the
+  dense loop."""
   found = []
   for name, block, method in run.methods:
     spec = dataclasses.replace(run.base, block=block)
-    layout, (q, k, v) = spec.layout, spec.inputs()
-    arrays, tables = layout.arrays(), method.tables(layout)
+    q, k, v = spec.inputs()
+    arrays = spec.layout.arrays()
+    tables = method.tables(spec.layout)
     args = (q, k, v, arrays.positions)
     best = fastest(_forms(run.chunks, (True,)), args, _rotated)
     around = call(functools.partial(freqformer_without_attention, method), q, k, v, arrays, tables)
@@ -296,29 +302,23 @@ def measure_freqformer(run: Run) -> list[dict]:
   return found
 
 
-# ---- the run -------------------------------------------------------------------------------------------------------------
+# ---- the run ---------------------------------------------------------------------------
 
 
 def measure(run: Run, memory: bool = True) -> list[dict]:
-  """All rows of a run."""
+  """Measures all rows of a run; `others_cpu` is the share of the machine that others used."""
+  parts = [measure_forward, measure_backward, measure_scaling, measure_freqformer]
   found = []
-  parts = (measure_memory,) * memory + (
-    measure_forward,
-    measure_backward,
-    measure_scaling,
-    measure_freqformer,
-  )
-  for part in parts:
+  for part in [measure_memory] * memory + parts:
     bystanders = timing.Bystanders()
     measured = part(run)
-    # Many small steps on all cores suffer more from company than a few large ones: a row says how much company it had.
     found += [row | {"others_cpu": bystanders.share()} for row in measured]
   return found if run.goals else [row | {"goal": None, "met": None} for row in found]
 
 
 def main(quick: bool, command: str) -> None:
-  """The command line's entry: measures, prints, and, unless `quick`, writes rows."""
-  context = rows.context(command)  # asked before the run: the commit that is measured
+  """Measures, prints and, unless `quick`, writes rows."""
+  context = rows.context(command)  # before the run, so that it names the commit that is measured
   found = measure(QUICK if quick else FULL)
   print(rows.table(found))
   if not quick:

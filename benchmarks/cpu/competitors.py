@@ -1,33 +1,38 @@
-"""What block-sparse attention is measured against: dense attention in plain JAX, and bare matmuls as a floor."""
+"""Competitors of block-sparse attention: dense attention in plain JAX, bare matmuls as a floor."""
 
 import dataclasses
 import functools
 import math
+import time
 from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from freqformer.kernels.block_sparse.api import attention
 
 from benchmarks import timing
 
 
 def sparse(q, k, v, mask):
-  """`[b, n, h, d]`: the block-sparse call under test."""
+  """The block-sparse call under test, `[b, n, h, d]`."""
   return attention(q, k, v, mask)[0]
 
 
 def dense_loop(q, k, v, chunk: int, late: bool = False, remat: bool = False):
-  """Dense attention over chunks of queries, all heads at once: what one writes to keep the score matrix small.
+  """Dense attention over chunks of queries, all heads at once, to keep the score matrix small.
 
   Args:
-    q, k, v: `[b, n, h, d]`, n divisible by `chunk`.
+    q: `[b, n, h, d]`, n divisible by `chunk`.
+    k: `[b, n, h, d]`.
+    v: `[b, n, h, d]`.
     chunk: query rows per step.
     late: divide by the softmax's sum after the second matmul, not before.
     remat: recompute each chunk's scores in the backward pass instead of keeping them.
   """
   b, n, h, d = q.shape
-  keys, values = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+  keys = k.transpose(0, 2, 1, 3)
+  values = v.transpose(0, 2, 1, 3)
 
   def rows_of(queries):
     scores = jnp.einsum("bhid,bhjd->bhij", queries, keys)
@@ -42,7 +47,10 @@ def dense_loop(q, k, v, chunk: int, late: bool = False, remat: bool = False):
 
 
 def tile_matmuls(q, k, v, keys: int, block: int):
-  """The two matmuls of block-sparse attention and nothing else: no lists, gather, softmax or mask. A floor for the backend."""
+  """Computes only the two matmuls of block-sparse attention: a floor for the backend's time.
+
+  It has no lists, gather, softmax or mask.
+  """
   b, n, h, d = q.shape
   group = math.gcd(8, b * h * n // block)
   q, k, v = (x.transpose(0, 2, 1, 3).reshape(-1, d) for x in (q, k, v))
@@ -56,7 +64,7 @@ def tile_matmuls(q, k, v, keys: int, block: int):
 
 
 def gradients(f: Callable) -> Callable:
-  """Forward and backward of `f(q, k, v, *rest)` for a given cotangent: (dq, dk, dv)."""
+  """Makes forward and backward of `f(q, k, v, *rest)`: `(d_out, q, k, v, *rest)` -> out, grads."""
 
   def run(d_out, q, k, v, *rest):
     out, vjp = jax.vjp(lambda q, k, v: f(q, k, v, *rest), q, k, v)
@@ -66,14 +74,23 @@ def gradients(f: Callable) -> Callable:
 
 
 def call(f: Callable, *args) -> Callable:
-  """`f` compiled, its arguments passed at every call: nothing can be folded into constants."""
-  compiled = jax.jit(f)
-  return lambda: compiled(*args)
+  """Compiles `f`; its arguments are passed at every call, so that none becomes a constant."""
+  return functools.partial(jax.jit(f), *args)
+
+
+def cpu_seconds(function: Callable, rounds: int) -> float:
+  """Median CPU time of a call over all threads, which a busy machine changes least."""
+  times = []
+  for _ in range(rounds):
+    start = time.process_time()
+    jax.block_until_ready(function())
+    times.append(time.process_time() - start)
+  return float(np.median(times))
 
 
 @dataclasses.dataclass(frozen=True)
 class DenseForm:
-  """One way to write the dense loop, see `dense_loop`."""
+  """One form of `dense_loop`, with its arguments."""
 
   chunk: int
   late: bool
@@ -82,15 +99,13 @@ class DenseForm:
     return f"chunk {self.chunk}, {'late division' if self.late else 'jax.nn.softmax'}"
 
   def call(self, args, wrap=lambda f: f, remat: bool = False) -> Callable:
-    """The compiled loop on `args`; `wrap` makes `f(*args)` of `f(q, k, v)`."""
-    return call(
-      wrap(functools.partial(dense_loop, chunk=self.chunk, late=self.late, remat=remat)), *args
-    )
+    """Compiles the loop on `args`; `wrap` makes `f(*args)` of `f(q, k, v)`."""
+    loop = functools.partial(dense_loop, chunk=self.chunk, late=self.late, remat=remat)
+    return call(wrap(loop), *args)
 
 
 def fastest(forms: Iterable[DenseForm], args, wrap=lambda f: f, remat: bool = False) -> DenseForm:
-  """The form that takes least time: the competitor is chosen before the race, at its best."""
-  times = timing.interleave(
-    {form: form.call(args, wrap, remat) for form in forms}, rounds=1, slice_s=0
-  )
+  """Returns the form that takes least time: the competitor is chosen before the race."""
+  calls = {form: form.call(args, wrap, remat) for form in forms}
+  times = timing.interleave(calls, rounds=1, slice_s=0)
   return min(times, key=lambda form: times[form].median)

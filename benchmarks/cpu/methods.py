@@ -1,20 +1,22 @@
-"""Attention of every sparse method against the dense mode of the same backend, on the same machine in the same run.
+"""Attention of every sparse method against the dense mode of the same backend, in the same run.
 
-  python -m benchmarks.cpu.methods            # about 3 minutes on 2 idle CPU cores; rows go to results/methods_cpu.json
+  python -m benchmarks.cpu.methods            # 3 minutes on 2 idle cores: results/methods_cpu.json
   python -m benchmarks.cpu.methods --quick    # a small shape, no rows
 
-A row's value is what is retained of the ideal: speed-up over the dense mode times density, 1 where time falls as pairs do. All
-attention calls of a layer count, the pooled one of block_topk too. Beside it stands the same by CPU time of all threads. What
-else a method does between its projections (selection, search, compression, linear heads) is timed apart, for every phase of a
-sampling run. Where a method has linear heads, a second row takes both ops together and counts linear attention by its FLOPs:
-the time that the dense mode would take for as many FLOPs, over the time of both. Inputs are random, so selections are
-arbitrary, their number is not.
+A row's value is the share of the ideal that is retained: speed-up over the dense mode times
+density, 1 if time falls as pairs do. All attention calls of a layer count, also the pooled one of
+block_topk.
+The same by CPU time of all threads is in the row as well. The rest of a method between its
+projections (selection, search, compression, linear heads) is timed apart, for every phase of a
+sampling run. For a method with linear heads a second row takes both ops together and counts linear
+attention by its FLOPs: the time that the dense mode would take for as many FLOPs, over the time of
+both. Inputs are random, so selections are arbitrary, their number is not.
 """
 
 import contextlib
 import dataclasses
 import sys
-import time
+from collections.abc import Callable
 from unittest import mock
 
 import jax
@@ -27,7 +29,7 @@ from freqformer.kernels.linear.api import linear_attention
 
 from benchmarks import rows, timing
 from benchmarks.arg_specs import SPECS, AttentionSpec
-from benchmarks.cpu.competitors import call, sparse
+from benchmarks.cpu.competitors import call, cpu_seconds, sparse
 from benchmarks.layer import projected
 from freqformer.cost import attention_cost
 from freqformer.methods.base import Cond, Dims
@@ -37,7 +39,7 @@ _QUICK = flags.DEFINE_bool(
   "quick", False, "A small shape and few repeats; writes no rows.", allow_override=True
 )
 
-# At densities of 0.05 to 0.25 on the 128 tiles of cpu_16k; no router, so that a head's branch is known.
+# Densities of 0.05 to 0.25 on the 128 tiles of cpu_16k; no router: the branch of a head is known.
 SETTINGS = (
   "freqformer(allocation=(1, 1, 2), mid_tiles=8, window=(2, 3, 3))",
   "sliding_tile(window=(12, 12, 16))",
@@ -48,31 +50,40 @@ SETTINGS = (
   "sparseflow(allocation=(2, 2), schedule=dict(frames=(3, 3)), anchors=0)",
   "adaspa(sparsity=0.9)",
 )
-STEPS = 50  # of the sampling run whose phases are looked at
+STEPS = 50  # of the sampling run whose phases are measured
+_OPS = ("dense_mode", "attention", "linear")
 _COND_DIM = 8
-_BUSY = 0.3  # share of the machine's time in others' hands above which wall times say little
+_BUSY = 0.3  # share of the machine that others use above which wall times say little
 
 
 @dataclasses.dataclass(frozen=True)
 class Calls:
-  """Attention calls that a method made at one phase, with their inputs: functions without arguments, ready to be timed."""
+  """Calls of a layer at one phase: compiled functions without arguments, ready to be timed.
 
-  around: object  # the method with its attention and linear attention taken out; what they would have got is computed
-  attention: object
-  linear: object  # None where there is none
+  Attributes:
+    around: the method with its attention and linear attention taken out; their inputs are computed.
+    attention: its attention calls.
+    linear: its linear attention calls, or None.
+    linear_flops: of the linear calls.
+    density: of the attention calls, mean over heads.
+    state: the method's state after the phase.
+  """
+
+  around: Callable
+  attention: Callable
+  linear: Callable | None
   linear_flops: float
-  density: float  # of the attention calls, over heads
+  density: float
   state: object
 
 
 @contextlib.contextmanager
 def _taken_out(found: dict):
-  """Replaces both ops in every method's module: their inputs go to `found`, their outputs are stand-ins."""
+  """Replaces both ops in every method's module by stand-ins that record their inputs in `found`."""
 
   def attention(q, k, v, mask=None, **_):
-    found["attention"].append(
-      (q, k, v, dense_mask(q.shape[1], k.shape[1]) if mask is None else mask)
-    )
+    mask = dense_mask(q.shape[1], k.shape[1]) if mask is None else mask
+    found["attention"].append((q, k, v, mask))
     return v[:, : q.shape[1]], jnp.zeros((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
 
   def linear(q, k, v, segments, *, feature_map, implementation=None, **arrays):
@@ -89,16 +100,17 @@ def _taken_out(found: dict):
 
 
 def calls_of(method, spec: AttentionSpec, phase: str, state) -> Calls:
-  """What one layer does at a phase, between its projections: QK-norm and rotary included."""
-  layout, (q, k, v) = spec.layout, spec.inputs()
-  graphdef, params = nnx.split(
-    method.build(Dims(spec.heads, spec.head_dim, _COND_DIM), layout, nnx.Rngs(0))
-  )
+  """Runs a layer at a phase, QK-norm and rotary included, and takes its calls apart."""
+  layout = spec.layout
+  dims = Dims(spec.heads, spec.head_dim, _COND_DIM)
+  q, k, v = spec.inputs()
+  graphdef, params = nnx.split(method.build(dims, layout, nnx.Rngs(0)))
   found = {}
 
   def around(params, q, k, v, arrays, tables, state):
     found.update(attention=[], linear=[])
-    cond = Cond(jnp.full(q.shape[0], 0.5), jnp.zeros((q.shape[0], _COND_DIM)), phase=phase)
+    b = q.shape[0]
+    cond = Cond(jnp.full(b, 0.5), jnp.zeros((b, _COND_DIM)), phase=phase)
     with _taken_out(found):
       qkv = projected(jnp.stack([q, k, v], 2), arrays)
       out, state, _ = method(nnx.merge(graphdef, params), qkv, cond, tables, state)
@@ -116,89 +128,80 @@ def calls_of(method, spec: AttentionSpec, phase: str, state) -> Calls:
     return [linear_attention(*x[:-1], feature_map=found["feature_map"], **x[-1]) for x in inputs]
 
   return Calls(
-    taken,
-    call(lambda inputs: [sparse(*x) for x in inputs], attentions),
-    call(linear, linears) if linears else None,
-    sum(linear_flops(*inputs) for inputs in linears),
-    pairs / spec.heads,
-    state,
+    around=taken,
+    attention=call(lambda inputs: [sparse(*x) for x in inputs], attentions),
+    linear=call(linear, linears) if linears else None,
+    linear_flops=sum(linear_flops(*inputs) for inputs in linears),
+    density=pairs / spec.heads,
+    state=state,
   )
 
 
 def linear_flops(q, k, v, segments, arrays) -> float:
-  """`4 n d (d + 1)` per head, and where segments read sums of others, `2 segments^2 d (d + 1)` to add them up."""
-  (b, n, h, d), segments = q.shape, segments.length.shape[-1]
+  """Counts `4 n d (d + 1)` per head, and `2 segments^2 d (d + 1)` if segments read other sums."""
+  b, n, h, d = q.shape
+  segments = segments.length.shape[-1]
   return b * h * d * (d + 1) * (4.0 * n + 2.0 * segments**2 * ("reads" in arrays))
 
 
 def measure_method(text: str, spec: AttentionSpec, rounds: int) -> list[dict]:
-  """Rows of one method: what its usual step retains, and where it has linear heads, the same with them."""
+  """Measures a method's usual step: a row of attention, another of both ops for linear heads."""
   name, fields = parse_method(text)
-  method, layout = with_fields(method_class(name)(), fields, name), spec.layout
-  state, phases = method.init_state(1, Dims(spec.heads, spec.head_dim, _COND_DIM), layout), {}
-  for phase in [method.phase(step, STEPS) for step in range(STEPS)]:
-    if phase not in phases:
-      phases[phase] = calls_of(method, spec, phase, state)
-      state = phases[phase].state
-  usual = phases[method.phase(STEPS - 1, STEPS)]  # what most steps do
+  method = with_fields(method_class(name)(), fields, name)
+  state = method.init_state(1, Dims(spec.heads, spec.head_dim, _COND_DIM), spec.layout)
+  phases = {}
+  for phase in dict.fromkeys(method.phase(step, STEPS) for step in range(STEPS)):
+    phases[phase] = calls_of(method, spec, phase, state)
+    state = phases[phase].state
+  usual = phases[method.phase(STEPS - 1, STEPS)]  # of most steps
   q, k, v = spec.inputs()
   everything = dense_mask(q.shape[1], q.shape[1], spec.block, spec.block)
   timed = {"dense_mode": call(sparse, q, k, v, everything), "attention": usual.attention}
   timed |= {f"around_{phase or 'attention'}": calls.around for phase, calls in phases.items()}
   if usual.linear is not None:
     timed["linear"] = usual.linear
-  t = timing.interleave(timed, rounds)
-  speedup = t["dense_mode"].median / t["attention"].median
-  by_cpu = cpu_seconds(timed["dense_mode"], rounds) / cpu_seconds(timed["attention"], rounds)
-  found = [
-    rows.goal_row(
+  times = timing.interleave(timed, rounds)
+  wall = {part: t.median for part, t in times.items()}
+  cpu = {part: cpu_seconds(timed[part], rounds) for part in _OPS if part in timed}
+
+  def retained(name, share, *parts, **fields):
+    """A row of speed-up over the dense mode times the share of its work that is left."""
+    speedup = wall["dense_mode"] / sum(wall[part] for part in parts)
+    by_cpu = cpu["dense_mode"] / sum(cpu[part] for part in parts)
+    return rows.goal_row(
       f"{name}_vs_dense_mode_{spec.name}",
-      speedup * usual.density,
+      speedup * share,
       ">= 0.6",
       unit="",
       method=text,
       density=usual.density,
       speedup=speedup,
-      retained_by_cpu_time=by_cpu * usual.density,
-      **{what: taken.row() for what, taken in t.items()},
+      retained_by_cpu_time=by_cpu * share,
+      **fields,
     )
-  ]
+
+  every = {part: t.row() for part, t in times.items()}
+  found = [retained(name, usual.density, "attention", **every)]
   if usual.linear is not None:
-    dense_flops = attention_cost(spec.heads * layout.n_buffer**2, spec.head_dim).attention_flops
-    both, share = (
-      t["attention"].median + t["linear"].median,
-      usual.density + usual.linear_flops / dense_flops,
+    dense_flops = attention_cost(spec.heads * q.shape[1] ** 2, spec.head_dim).attention_flops
+    over_dense = usual.linear_flops / dense_flops
+    found.append(
+      retained(
+        f"{name}_with_linear",
+        usual.density + over_dense,
+        "attention",
+        "linear",
+        linear_flops_over_dense=over_dense,
+        linear_gflops=usual.linear_flops / wall["linear"] / 1e9,
+        dense_mode_gflops=dense_flops / wall["dense_mode"] / 1e9,
+        linear=every["linear"],
+      )
     )
-    spent = {
-      part: cpu_seconds(timed[part], rounds) for part in ("dense_mode", "attention", "linear")
-    }
-    fields = dict(
-      method=text,
-      density=usual.density,
-      linear_flops_over_dense=usual.linear_flops / dense_flops,
-      speedup=t["dense_mode"].median / both,
-      retained_by_cpu_time=spent["dense_mode"] / (spent["attention"] + spent["linear"]) * share,
-      linear_gflops=usual.linear_flops / t["linear"].median / 1e9,
-      dense_mode_gflops=dense_flops / t["dense_mode"].median / 1e9,
-      linear=t["linear"].row(),
-    )
-    name = f"{name}_with_linear_vs_dense_mode_{spec.name}"
-    found.append(rows.goal_row(name, fields["speedup"] * share, ">= 0.6", unit="", **fields))
   return found
 
 
-def cpu_seconds(function, rounds: int) -> float:
-  """CPU time of a call, all threads: the median. It moves less than wall time does when others use the machine."""
-  times = []
-  for _ in range(rounds):
-    start = time.process_time()
-    jax.block_until_ready(function())
-    times.append(time.process_time() - start)
-  return float(np.median(times))
-
-
 def measure(spec: AttentionSpec, rounds: int, settings=SETTINGS) -> list[dict]:
-  """Rows of all methods; one that others took much of the machine from claims neither that its goal is met nor missed."""
+  """Measures all methods; on a busy machine a row does not say whether its goal is met."""
   if missing := set(METHODS) - {"dense"} - {parse_method(text)[0] for text in SETTINGS}:
     logging.warning(
       "not measured, there is no setting for %s: add one to SETTINGS", ", ".join(sorted(missing))
@@ -221,7 +224,7 @@ def main(argv):
   jax.config.update("jax_platforms", "cpu")
   logging.set_verbosity(logging.INFO)
   command = "python -m benchmarks.cpu.methods" + (" --quick" if _QUICK.value else "")
-  context = rows.context(command)  # asked before the run: the commit that is measured
+  context = rows.context(command)  # before the run, so that it names the commit that is measured
   # The quick shape has as many tiles, so that the settings mean the same.
   quick = dataclasses.replace(SPECS["cpu_4k"], name="quick", heads=4, block=32)
   found = measure(quick, 2) if _QUICK.value else measure(SPECS["cpu_16k"], 5)

@@ -1,9 +1,10 @@
-"""What `benchmarks/trained/quality.py` compares: training-free methods at equal density, and random block masks as their control.
+"""Points of `benchmarks/trained/quality.py`: training-free methods and random masks as a control.
 
-The control and the wrapper live here and not in the package: nobody should generate videos with them.
+The control and the wrapper are no part of the package: nobody should generate videos with them.
 """
 
 import dataclasses
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -19,46 +20,45 @@ from freqformer.methods.radial import Radial
 from freqformer.methods.sliding_tile import SlidingTile
 from freqformer.methods.spatial_temporal import SpatialTemporal
 from freqformer.tables.dense import dense
-from freqformer.tables.radial import radial_density
 from freqformer.tables.topk import fixed_tiles
 
 
 @dataclasses.dataclass(frozen=True)
 class RandomTiles(Method):
-  """Random lists of `budget` key tiles, the own one among them, as all methods here have it.
+  """Random lists of key tiles, the own one among them, as in all methods here.
 
   Attributes:
-    fresh: drawn anew by every layer, step, sample and head (errors then average out over a run); else one list per head and
-      query tile for the whole run, as a mask that is searched once.
+    budget: key tiles per list.
+    fresh: draw anew in every layer, step, sample and head (errors then average out over a run);
+      otherwise one list per head and query tile for the whole run, as a mask that is searched once.
   """
 
   budget: int = 9
   fresh: bool = True
 
   def __call__(self, module, qkv, cond, tables, state):
-    arrays, (b, _, h, _) = qkv.layout, qkv.q.shape
+    b, _, h, _ = qkv.q.shape
     q, k = qkv.rotated()
-    mask = self.mask(q, cond, arrays)
+    mask = self.mask(q, cond, qkv.layout)
     out, _ = attention(q, k, qkv.v, mask, implementation=qkv.implementation)
-    return out, state, plain_aux(mask, arrays.layout.n, b, h, cond.want_masks)
+    return out, state, plain_aux(mask, qkv.layout.n, b, h, cond.want_masks)
 
   def mask(self, q, cond, arrays) -> BlockMask:
-    """Lists for every sample and head of `q` `[b, n_buffer, h, d]`."""
-    (b, _, h, _), tiles, block = q.shape, arrays.layout.tiles, arrays.layout.block
-    # The seam hands out no random key in sampling: the bits of the queries' sum differ by layer, step and sample.
+    """Draws lists for every sample and head of `q` `[b, n_buffer, h, d]`."""
+    b, _, h, _ = q.shape
+    tiles = arrays.tiles
+    # The seam hands out no random key in sampling. The bits of the queries' sum serve as one: they
+    # differ by layer, step and sample.
     sums = cond.share(q.astype(jnp.float32).sum((1, 2, 3))) if self.fresh else jnp.zeros(b)
 
     def draw(x):
-      return jax.random.uniform(
-        jax.random.fold_in(jax.random.key(0), jax.lax.bitcast_convert_type(x, jnp.uint32)), shape
-      )
+      bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+      return jax.random.uniform(jax.random.fold_in(jax.random.key(0), bits), (h, tiles, tiles))
 
-    shape = (h, tiles, tiles)
     scores = jax.vmap(draw)(sums) + 2 * jnp.eye(tiles)
     ids = jnp.sort(jax.lax.top_k(scores, self.budget)[1], -1).astype(jnp.int32)
-    return BlockMask(
-      ids, jnp.full(ids.shape[:3], self.budget, jnp.int32), arrays.kv_len, None, block, block
-    )
+    counts = jnp.full(ids.shape[:3], self.budget, jnp.int32)
+    return BlockMask(ids, counts, arrays.kv_len, None, arrays.block, arrays.block)
 
   def pairs(self, layout, heads, allocation=None, phase=None):
     return even_lists(layout, heads, layout.n * self.budget * layout.n / layout.tiles)
@@ -69,7 +69,7 @@ class RandomTiles(Method):
 
 @dataclasses.dataclass(frozen=True)
 class Warmed(Method):
-  """A stateless method without a schedule, after the same dense steps that the others begin with."""
+  """A stateless method without a schedule, after the dense steps that the others begin with."""
 
   inner: Method = RandomTiles()
   steps: int = 5
@@ -101,12 +101,12 @@ class Warmed(Method):
 
 @dataclasses.dataclass(frozen=True)
 class Probe(Method):
-  """Dense attention that notes what lists of `budget` tiles would have done to its output, at every step of a dense run.
+  """Dense attention that also measures the errors that lists of `budget` tiles would have made.
 
-  Candidates are the tiles of most softmax mass (an exact search at this very step, equal heads), random ones drawn anew, and
-  random ones kept. Of each the aux holds `error`, `|e|^2 / |out|^2` of this step over samples, tokens and heads, and `adds_up`,
-  `|sum of e|^2 / sum of |e|^2` over the steps so far: 1 where errors of different steps are orthogonal, the number of steps
-  where they are equal.
+  Candidates are the tiles of most softmax mass (an exact search at this very step, equal heads),
+  random ones drawn anew, and random ones kept. For each the aux holds `error`, `|e|^2 / |out|^2`
+  of this step over samples, tokens and heads, and `adds_up`, `|sum of e|^2 / sum of |e|^2` over the
+  steps so far: 1 if errors of different steps are orthogonal, the number of steps if all are equal.
   """
 
   budget: int = 9
@@ -120,98 +120,116 @@ class Probe(Method):
     return {"sum": sums, "squares": jnp.zeros(3)}
 
   def __call__(self, module, qkv, cond, tables, state):
-    arrays, (b, _, h, _) = qkv.layout, qkv.q.shape
+    arrays = qkv.layout
+    b, _, h, _ = qkv.q.shape
     q, k = qkv.rotated()
 
     def run(mask):
       return attention(q, k, qkv.v, mask, implementation=qkv.implementation)
 
     out, lse = run(tables["dense"])
-    search = AdaSpa(1 - self.budget / arrays.layout.tiles, adaptive=False)
+    search = AdaSpa(1 - self.budget / arrays.tiles, adaptive=False)
     bits, found = search.find(q, k, lse, arrays, tables["fixed"])
     masks = [search.mask(cond.share(bits), arrays)]
     masks += [RandomTiles(self.budget, fresh).mask(q, cond, arrays) for fresh in (True, False)]
     valid = jnp.asarray(arrays.valid)[:, None, None]
     errors = jnp.stack([jnp.where(valid, run(mask)[0] - out, 0) for mask in masks])
-    sums, squares = state["sum"] + errors, state["squares"] + jnp.square(errors).sum((1, 2, 3, 4))
-    error = jnp.square(errors).sum((1, 2, 3, 4)) / jnp.square(jnp.where(valid, out, 0)).sum()
-    noted = {
-      "error": error,
-      "adds_up": jnp.square(sums).sum((1, 2, 3, 4)) / squares,
+    norms = jnp.square(errors).sum((1, 2, 3, 4))
+    state = {"sum": state["sum"] + errors, "squares": state["squares"] + norms}
+    aux = plain_aux(tables["dense"], arrays.n, b, h) | {
+      "error": norms / jnp.square(jnp.where(valid, out, 0)).sum(),
+      "adds_up": jnp.square(state["sum"]).sum((1, 2, 3, 4)) / state["squares"],
       "recall": found["recall"],
     }
-    return (
-      out,
-      {"sum": sums, "squares": squares},
-      plain_aux(tables["dense"], arrays.layout.n, b, h) | noted,
-    )
+    return out, state, aux
 
 
-# Windows in tiles of 2 x 2 x 4 tokens, by how many tiles they hold; the first of each is the most cubic in tokens.
+# Windows in tiles of 2 x 2 x 4 tokens by the number of tiles that they hold; the first of each is
+# the most cubic in tokens.
 WINDOWS = {4: ((2, 2, 1),), 9: ((3, 3, 1), (1, 3, 3)), 18: ((3, 3, 2), (2, 3, 3)), 36: ((3, 4, 3),)}
 
 
-def settings(layout, warm: int, steps: int):
-  """`(method, variant, budget, Method)` of every point, in the order in which they are worth having.
+@dataclasses.dataclass(frozen=True)
+class Setting:
+  """One point of the study.
+
+  Attributes:
+    method: name of the method.
+    variant: name of its form; "" for the usual one.
+    budget: key tiles per query tile after the warm-up. Methods whose density comes in other steps
+      (radial, spatial_temporal, measured freqformer) report what ran.
+    config: the method.
+  """
+
+  method: str
+  variant: str
+  budget: int
+  config: Method
+
+  @property
+  def name(self) -> str:
+    """Name of its row."""
+    return point_name(self.method, self.variant, self.budget)
+
+
+def point_name(method: str, variant: str, budget: int) -> str:
+  """Formats the name of a point: `radial(decay=0.1)/9`."""
+  return f"{method}{f'({variant})' if variant else ''}/{budget}"
+
+
+def settings(layout, warm: int, steps: int) -> Iterator[Setting]:
+  """Yields every point, the most informative first.
 
   Args:
-    warm: dense steps that every method begins with, of `steps`; AdaSpa's first search step is the last of them.
-
-  `budget` is the number of key tiles per query tile after the warm-up that a point is made for; methods whose density comes in
-  other steps (radial, spatial_temporal, measured freqformer) report what ran.
+    layout: the tiles.
+    warm: dense steps that every method begins with; AdaSpa's first search step is the last of them.
+    steps: of the run.
   """
-  share, again = warm / steps, max(warm, int(0.6 * steps))
-  profile = ProfileConfig(warmup=share)
+  again = max(warm, int(0.6 * steps))
+  profile = ProfileConfig(warmup=warm / steps)
+
+  def adaspa(k, variant="", search=(warm - 1, again), **fields):
+    return Setting(
+      "adaspa", variant, k, AdaSpa(1 - k / layout.tiles, warm - 1, tuple(search), **fields)
+    )
+
+  def warmed(method, variant, k, inner):
+    return Setting(method, variant, k, Warmed(inner, warm))
+
+  def sliding(k, window):
+    inner = SlidingTile(window=window, unit="tiles")
+    return warmed("sliding_tile", "x".join(map(str, window)), k, inner)
+
   for k in WINDOWS:
-    yield "adaspa", "", k, AdaSpa(1 - k / layout.tiles, warm - 1, (warm - 1, again))
-    yield "random", "", k, Warmed(RandomTiles(k), warm)
-    yield sliding(WINDOWS[k][0], k, warm)
+    yield adaspa(k)
+    yield warmed("random", "", k, RandomTiles(k))
+    yield sliding(k, WINDOWS[k][0])
   for k in WINDOWS:
-    yield "block_topk", "", k, Warmed(BlockTopK(density=k / layout.tiles, coarse="none"), warm)
+    yield warmed("block_topk", "", k, BlockTopK(density=k / layout.tiles, coarse="none"))
   for k in WINDOWS:
     decay = decay_for(layout, k / layout.tiles)
-    yield "radial", f"decay={decay:.3g}", k, Warmed(Radial(decay, 0), warm)
+    yield warmed("radial", f"decay={decay:.3g}", k, Radial(decay, 0))
   for k in (9, 18, 36):
-    own = FreqFormer(
-      allocation="measured",
-      mid_tiles=k,
-      window=WINDOWS[k][0],
-      profile=dataclasses.replace(profile, slack=0.1),
-    )
-    yield "freqformer", "measured", k, own
+    slack = dataclasses.replace(profile, slack=0.1)
+    own = FreqFormer(allocation="measured", mid_tiles=k, window=WINDOWS[k][0], profile=slack)
+    yield Setting("freqformer", "measured", k, own)
   for frames, places, k in ((0, 0, 9), (0, 1, 18), (1, 1, 36)):
     own = SpatialTemporal(frames=frames, places=places, sink=0, profile=profile)
-    yield "spatial_temporal", f"frames={frames},places={places}", k, own
+    yield Setting("spatial_temporal", f"frames={frames},places={places}", k, own)
   for k in WINDOWS:
-    yield "random", "fixed", k, Warmed(RandomTiles(k, fresh=False), warm)
+    yield warmed("random", "fixed", k, RandomTiles(k, fresh=False))
   for k in (9, 18, 36):
-    yield (
-      "adaspa",
-      "search every step",
-      k,
-      AdaSpa(1 - k / layout.tiles, warm - 1, tuple(range(warm - 1, steps))),
-    )
+    yield adaspa(k, "search every step", range(warm - 1, steps))
   for k in (9, 18):
-    yield sliding(WINDOWS[k][1], k, warm)
-    yield (
-      "adaspa",
-      "equal heads",
-      k,
-      AdaSpa(1 - k / layout.tiles, warm - 1, (warm - 1, again), adaptive=False),
-    )
-
-
-def sliding(window, k: int, warm: int):
-  """The point of one window, in tiles."""
-  return (
-    "sliding_tile",
-    "x".join(map(str, window)),
-    k,
-    Warmed(SlidingTile(window=window, unit="tiles"), warm),
-  )
+    yield sliding(k, WINDOWS[k][1])
+    yield adaspa(k, "equal heads", adaptive=False)
 
 
 def decay_for(layout, density: float) -> float:
-  """The radial decay whose density without sink is nearest."""
+  """Returns the radial decay whose density without sink is nearest."""
   decays = [0.02 * 1.05**i for i in range(120)]
-  return min(decays, key=lambda decay: abs(radial_density(layout, decay, 0) - density))
+
+  def distance(decay):
+    return abs(float(Radial(decay, 0).mask(layout).density(layout.n)[0, 0]) - density)
+
+  return min(decays, key=distance)

@@ -1,19 +1,23 @@
-"""How wrong each operator of FreqFormer is, head by head, beside what bounds it (docs/complexity.md derives the bounds).
+"""Error of each of FreqFormer's operators, head by head, next to its bound.
 
-  python -m freqformer.analysis.bounds --workdir=runs/demo      # on q, k, v of a trained checkpoint
+  python -m freqformer.analysis.bounds --workdir=runs/demo   # on q, k, v of a trained checkpoint
 
-Y is dense attention, Y' the operator's output; a row's error is the Euclidean norm of its difference, max|v| the largest norm
-of a value.
+Y is dense attention, Y' the operator's output; a row's error is the Euclidean norm of its
+difference, max|v| the largest norm of a value. docs/complexity.md derives the bounds.
 
-  dropped     tiles left out, with softmax mass e of a row:          |y - y'| <= 2 e max|v|
-  cell means  q, k, v replaced by the means of their cells (haar):   |y - y'| <= (exp(2 delta) - 1) max|v|
-              delta: the row's largest difference between a pair's score and its cells'; above delta = log(3) / 2 the
-              trivial 2 max|v| is the smaller bound and is taken
-  filter      a band kept, the others discarded:                     |Y - P_b Y|^2 = sum of the other bands' |P Y|^2 exactly
+  dropped     tiles left out, with softmax mass e of a row:
+              |y - y'| <= 2 e max|v|
+  cell means  q, k, v replaced by the means of their cells (haar):
+              |y - y'| <= (exp(2 delta) - 1) max|v|, delta the row's largest difference between a
+              pair's score and its cells'; above delta = log(3) / 2 the trivial bound 2 max|v| is
+              smaller and is used
+  filter      a band kept, the others discarded:
+              |Y - P_b Y|^2 = sum of the other bands' |P Y|^2 exactly
   other bases (block_dct, dct): measured; no bound is claimed
 
-An error always stands beside the bound of its own row; a head keeps its bound if no row's error / bound passes 1.
-The squared error splits over bands exactly: |Y - Y'|^2 = sum_b |P_b (Y - Y')|^2. Everything but the transforms is float64.
+An error is always compared with the bound of its own row; a head keeps its bound if no row's
+error / bound exceeds 1. The squared error splits over bands exactly:
+|Y - Y'|^2 = sum_b |P_b (Y - Y')|^2. Everything but the transforms is float64.
 """
 
 import dataclasses
@@ -33,21 +37,27 @@ BANDS = ("low", "mid", "high")
 # Cells of two tokens per axis; the mid cut decides only how an error is split over bands.
 CELL_MEANS = SpectralBasis("haar", (0.5, 0.5, 0.5), (1.0, 1.0, 1.0))
 
-# Above it the trivial bound of cell means is the smaller one.
+# The delta above which the trivial bound of cell means is the smaller one.
 TRIVIAL_DELTA = np.log(3) / 2
-# What float64 rounding may add to a row that misses nothing, in units of max|v|.
+# Error that float64 rounding may add to a row, in units of max|v|.
 ROUNDING = 1e-9
-# The transforms come from float32 programs: bands are orthogonal to about this share of |Y|. Ours, ten times what we saw.
+# The transforms come from float32 programs: bands are orthogonal to about this share of |Y|.
+# choice: ten times what was seen.
 ORTHOGONAL = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-  """One head's finished q and k, its v and its coarse tokens; NumPy float64, padding rows dropped from nothing.
+  """One head's normed and rotated q and k, its v and its coarse tokens; NumPy float64.
 
   Attributes:
-    q, k, v: `[n_buffer, d]`. valid: bool `[n_buffer]`.
-    coarse_q, coarse_k, coarse_v: `[n_coarse, d]` of one basis.
+    q: `[n_buffer, d]`.
+    k: `[n_buffer, d]`.
+    v: `[n_buffer, d]`.
+    valid: bool `[n_buffer]`, False in padding rows.
+    coarse_q: `[n_coarse, d]`, of one basis.
+    coarse_k: `[n_coarse, d]`.
+    coarse_v: `[n_coarse, d]`.
     operators: that basis on the layout.
   """
 
@@ -62,6 +72,7 @@ class Head:
 
   @property
   def scale(self) -> float:
+    """Factor of the scores."""
     return self.q.shape[-1] ** -0.5
 
   def scores(self) -> np.ndarray:
@@ -75,10 +86,12 @@ class Head:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Operators:
-  """The transforms of a small layout as plain matrices, taken from the code that runs; float64, columns in padding 0.
+  """The transforms of a small layout as float64 matrices, read off the code that runs.
 
   Attributes:
-    low, box: projections `[n_buffer, n_buffer]`. lift: `[n_buffer, n_coarse]`.
+    low: P_low, `[n_buffer, n_buffer]`; columns of padding rows are 0.
+    box: P_low + P_mid, `[n_buffer, n_buffer]`.
+    lift: `[n_buffer, n_coarse]`.
     weight: s^2, the tokens that each coarse token stands for, `[n_coarse]`.
   """
 
@@ -91,40 +104,36 @@ class Operators:
   @functools.lru_cache(maxsize=8)  # noqa: B019  a classmethod: the cache holds no instance
   def of(cls, basis: SpectralBasis, layout: TileLayout) -> "Operators":
     spectral = basis.fit(layout)
-    rows, coarse = (
-      np.eye(layout.n_buffer, dtype=np.float32)[None],
-      np.eye(spectral.n_coarse, dtype=np.float32)[None],
-    )
+    rows = np.eye(layout.n_buffer, dtype=np.float32)[None]
+    coarse = np.eye(spectral.n_coarse, dtype=np.float32)[None]
     run = jax.jit(lambda s, x, y: (s.project_low(x), s.project_box(x), s.lift(y)))
-    found = run(spectral, rows, coarse)
-    return cls(
-      *(np.asarray(x[0], np.float64) for x in found),
-      np.asarray(spectral.cell_weight, np.float64) ** 2,
-    )
+    low, box, lift = (np.asarray(x[0], np.float64) for x in run(spectral, rows, coarse))
+    return cls(low, box, lift, weight=np.asarray(spectral.cell_weight, np.float64) ** 2)
 
   def bands(self, x: np.ndarray) -> np.ndarray:
     """P_low x, P_mid x, P_high x of `[n_buffer, d]`."""
-    low, box = self.low @ x, self.box @ x
+    low = self.low @ x
+    box = self.box @ x
     return np.stack([low, box - low, x - box])
 
   def cells(self) -> np.ndarray:
-    """Of each buffer row the coarse token whose cell it lies in (haar), int `[n_buffer]`; 0 in padding rows."""
+    """Coarse token whose cell each row lies in (haar), int `[n_buffer]`; 0 in padding rows."""
     return self.lift.argmax(-1)
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
-  """Over the last axis; rows that see nothing come out 0."""
+  """Softmax over the last axis; rows that see nothing come out 0."""
   top = scores.max(-1, keepdims=True)
   p = np.exp(scores - np.where(np.isfinite(top), top, 0))
   total = p.sum(-1, keepdims=True)
   return p / np.where(total > 0, total, 1)
 
 
-# ---- the operators -------------------------------------------------------------------------------------------------------
+# ---- the operators ------------------------------------------------------------
 
 
 def dropped(head: Head, listed: np.ndarray) -> dict:
-  """Attention over the listed pairs only, bool `[n_buffer, n_buffer]`: error and bound `2 e max|v|` of every row."""
+  """Measures attention over the pairs listed in bool `[n_buffer, n_buffer]` only."""
   scores = head.scores()
   p = softmax(scores)
   mass = np.where(listed, 0, p).sum(-1)
@@ -133,11 +142,11 @@ def dropped(head: Head, listed: np.ndarray) -> dict:
 
 
 def compressed(head: Head, bounded: bool) -> dict:
-  """Dense attention among coarse tokens, lifted; a cell counts as the tokens that it stands for.
+  """Measures dense attention among coarse tokens, lifted; a cell counts as its tokens.
 
   Args:
     head: with the coarse tokens of its basis.
-    bounded: whether cells are sets of tokens (haar), so that the bound applies; else the bound is None.
+    bounded: whether cells are sets of tokens (haar), so that the bound applies; else it is None.
   """
   operators = head.operators
   coarse = head.coarse_q @ head.coarse_k.T * head.scale
@@ -159,30 +168,34 @@ def compressed(head: Head, bounded: bool) -> dict:
 
 
 def filtered(head: Head, band: int) -> dict:
-  """Keeps one band of dense attention's output: the error must equal the norm of the other bands together."""
+  """Measures dense attention with one band kept: the error must be the other bands' norm."""
   y = np.where(head.valid[:, None], softmax(head.scores()) @ head.v, 0)
   parts = head.operators.bands(y)
   found = _result(head, y - parts[band], None)
-  error, bound = found["total"], float(np.linalg.norm(np.delete(parts, band, 0)))
-  closest = {
-    "row": None,
-    "error": error,
-    "bound": bound,
-    "ratio": error / bound if bound > 0 else float(error > 0),
-  }
+  error = found["total"]
+  bound = float(np.linalg.norm(np.delete(parts, band, 0)))
+  ratio = error / bound if bound > 0 else float(error > 0)
+  closest = {"row": None, "error": error, "bound": bound, "ratio": ratio}
   holds = abs(error - bound) <= ORTHOGONAL * float(np.linalg.norm(y))
   return found | {"exact": True, "error": error, "bound": bound, "closest": closest, "holds": holds}
 
 
 def _result(head: Head, difference: np.ndarray, bound: np.ndarray | None) -> dict:
-  """The row with the largest error, the row that comes closest to its bound, and the squared error by band.
+  """Sums up the rows of a head.
 
   Args:
-    head: whose rows these are. difference: `Y - Y'`, `[n_buffer, d]`. bound: `[n_buffer]`, None: none is claimed.
+    head: whose rows these are.
+    difference: `Y - Y'`, `[n_buffer, d]`.
+    bound: `[n_buffer]`, or None if none is claimed.
 
   Returns:
-    `error` and `bound` of the row with the largest error; `closest`: `row`, `error`, `bound` and `ratio` of the row with
-    the largest error / bound; `holds`: that ratio is at most 1; `total`, `bands`, `exact`.
+    error: of the row with the largest error.
+    bound: of the same row.
+    closest: `row`, `error`, `bound` and `ratio` of the row with the largest error / bound.
+    holds: whether that ratio is at most 1.
+    total: norm over all rows.
+    bands: the squared error in low, mid, high.
+    exact: False.
   """
   difference = np.where(head.valid[:, None], difference, 0)
   error = np.linalg.norm(difference, axis=-1)
@@ -207,25 +220,27 @@ def _result(head: Head, difference: np.ndarray, bound: np.ndarray | None) -> dic
   return found | {"bound": float(bound[worst]), "closest": closest, "holds": closest["ratio"] <= 1}
 
 
-# ---- all heads of a layer ------------------------------------------------------------------------------------------------
+# ---- all heads of a layer ------------------------------------------------------------
 
 
 def measure(tensors: dict, layout: TileLayout, method, case: str, layer: int = 0) -> list[dict]:
-  """Every operator on every head of one sample.
+  """Measures every operator on every head of one sample.
 
   Args:
-    tensors: `q`, `k` (finished) and `v` `[n_buffer, h, d]`, and per basis name `(q, k, v)` coarse `[n_coarse, h, d]` under
-      `coarse`; of `Probe`.
-    layout: of the buffer. method: a `FreqFormer`: its window, mid budget and basis.
-    case, layer: what the rows are called.
+    tensors: of `Probe`: `q`, `k` (normed and rotated) and `v` `[n_buffer, h, d]`, and under
+      `coarse`, per basis name, the coarse (q, k, v), each `[n_coarse, h, d]`.
+    layout: of the buffer.
+    method: a `FreqFormer`; its window, mid budget and basis are used.
+    case: name of the rows.
+    layer: number of the layer, for the rows.
 
   Returns:
-    rows `{"case", "layer", "head", "kind", "error", "bound", "closest", "holds", "exact", "total", "bands"}`, one for each
-    head and operator. `error` is the norm of the row with the largest error and `bound` that row's (of a filter the whole
-    head's); `closest` as in `_result`; `bands` the squared error in low, mid, high. Cell means have `delta`, the largest of
-    any row, and `trivial`, the share of rows that have only the trivial bound.
+    One row per head and operator with `case`, `layer`, `head`, `kind` and the fields of `_result`;
+    a filter's error and bound are those of the whole head. Rows of cell means add `delta`, the
+    largest of any row, and `trivial`, the share of rows that have only the trivial bound.
   """
-  arrays, rows = layout.arrays(), []
+  arrays = layout.arrays()
+  rows = []
   listed = {
     "mid: top tiles": _mid(tensors, arrays, method),
     "high: window": sliding_tile(layout, method.window, method.border),
@@ -250,21 +265,14 @@ def measure(tensors: dict, layout: TileLayout, method, case: str, layer: int = 0
 
 
 def bases(method) -> dict[str, SpectralBasis]:
-  """Cell means, which have a bound, and the method's own basis, which has none."""
+  """Names cell means, which have a bound, and the method's own basis, which has none."""
   return {"cell means": CELL_MEANS, method.basis.kind: method.basis}
 
 
 def _mid(tensors, arrays, method) -> BlockMask:
-  layout = arrays.layout
   q, k = (pool_tiles(jnp.asarray(tensors[n], jnp.float32)[None], arrays) for n in "qk")
-  return block_topk(
-    q,
-    k,
-    method.mid_tiles,
-    fixed_tiles(layout, method.sink, method.anchors),
-    arrays.kv_len,
-    layout.block,
-  )
+  fixed = fixed_tiles(arrays.layout, method.sink, method.anchors)
+  return block_topk(q, k, method.mid_tiles, fixed, arrays.kv_len, arrays.block)
 
 
 def _head(tensors, arrays, h, name, operators) -> Head:
@@ -273,11 +281,11 @@ def _head(tensors, arrays, h, name, operators) -> Head:
   return Head(*fine, np.asarray(arrays.valid), *coarse, operators)
 
 
-# ---- the command ---------------------------------------------------------------------------------------------------------
+# ---- the command ------------------------------------------------------------
 
 
 def main(argv=None):
-  """Measures a checkpoint."""
+  """Measures a checkpoint and prints the table."""
   import argparse
 
   from freqformer.analysis.probe import measure_model
@@ -298,16 +306,17 @@ def main(argv=None):
   item = prepare(restored.experiment.data, "val")[0]
   rows = []
   for t in times:
-    given = (
+    measured = measure_model(
       restored.model.config,
       restored.params,
       restored.latent_shape,
       len(restored.class_names),
       item["latent"],
       t,
-      int(item["label"]),
+      label=int(item["label"]),
+      case=f"t = {t:g}",
     )
-    rows += [r | {"steps": restored.step} for r in measure_model(*given, case=f"t = {t:g}")]
+    rows += [row | {"steps": restored.step} for row in measured]
   print(table(rows))
   return rows
 

@@ -1,4 +1,4 @@
-"""Where `freqformer.analysis.bounds` takes q, k, v from: a trained model, or random numbers."""
+"""Sources of q, k, v for `freqformer.analysis.bounds`: a trained model, or random numbers."""
 
 import dataclasses
 
@@ -16,7 +16,10 @@ from freqformer.model.dit import VideoDiT
 
 @dataclasses.dataclass(frozen=True)
 class Probe(Method):
-  """Runs another method and hands its q, k, v out in aux; same parameters, so any checkpoint of that method loads."""
+  """Runs another method and hands its q, k, v out in aux.
+
+  It has that method's parameters, so any checkpoint of it loads.
+  """
 
   inner: Method
 
@@ -35,7 +38,10 @@ class Probe(Method):
 
 
 def finished(qkv, spectra: dict[str, SpectralTables]) -> dict:
-  """q and k as attention sees them, and the coarse tokens of each basis: compressed first, then normed and rotated."""
+  """Returns q and k as attention sees them, and each basis's coarse tokens.
+
+  Coarse tokens are compressed first, then normed and rotated.
+  """
   coarse = {
     name: (
       qkv.rotate_q(s.compress(qkv.q), s.centres),
@@ -63,13 +69,18 @@ def measure_model(
   label: int = 0,
   case: str = "model",
 ):
-  """`measure` of every layer of a trained model, on one noisy latent.
+  """Measures every layer of a trained model on one noisy latent, see `measure`.
 
   Args:
-    config: the model's `ModelConfig`, all of its layers a `FreqFormer`; params: its parameters (of `load_run`).
-    latent_shape: `(t, y, x, c)`; classes: of the model.
-    latents: `[t, y, x, c]`, normalised as in training; noise is added here: `x_t = (1 - t) x_0 + t eps`.
-    time: t; label: class. case: name of the rows.
+    config: the model's `ModelConfig`, all of its layers a `FreqFormer`.
+    params: its parameters (of `load_run`).
+    latent_shape: `(t, y, x, c)`.
+    classes: number of the model's classes.
+    latents: `[t, y, x, c]`, normalised as in training; noise is added here,
+      `x_t = (1 - t) x_0 + t eps`.
+    time: t.
+    label: class.
+    case: name of the rows.
   """
   methods = tuple(
     (name, Probe(method)) for name, method in config.attention.methods if hasattr(method, "basis")
@@ -86,7 +97,8 @@ def measure_model(
   tables = jax.tree.map(jnp.asarray, model.tables(latent_shape))
   run = jax.jit(lambda model, *args: model(*args)[2])
   auxes = run(model, x, jnp.full(1, time), jnp.full(1, label), tables)
-  rows, layer = [], 0
+  rows = []
+  layer = 0
   for (count, method), aux in zip(probed.runs(), auxes, strict=True):
     for i in range(count):
       tensors = jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i, 0], np.float64), aux["probe"])
@@ -98,18 +110,18 @@ def measure_model(
 def random_tensors(
   arrays: LayoutTables, method, heads: int, d: int, seed: int, smooth: float = 0.0
 ) -> dict:
-  """Normal q, k, v and their coarse tokens; `smooth` in [0, 1) is the share of variance that a whole grid shares."""
-  rng, layout = np.random.default_rng(seed), arrays.layout
-  shared = rng.normal(size=(3, 1, heads, d))
+  """Draws normal q, k, v and compresses them.
 
-  def mix(own, base):
-    return np.sqrt(1 - smooth) * own + np.sqrt(smooth) * base
-
-  q, k, v = mix(rng.normal(size=(3, layout.n_buffer, heads, d)), shared).astype(np.float32)
+  The whole grid shares a part `smooth` in [0, 1) of their variance.
+  """
+  rng = np.random.default_rng(seed)
+  shared = np.sqrt(smooth) * rng.normal(size=(3, 1, heads, d))
+  own = np.sqrt(1 - smooth) * rng.normal(size=(3, arrays.layout.n_buffer, heads, d))
+  qkv = (own + shared).astype(np.float32)
   compress = jax.jit(lambda spectral, x: spectral.compress(x))
-
-  def all_of(basis):
-    return np.asarray(compress(basis.fit(layout), np.stack([q, k, v])))
-
-  coarse = {name: tuple(all_of(basis)) for name, basis in bases(method).items()}
+  coarse = {
+    name: tuple(np.asarray(compress(basis.fit(arrays.layout), qkv)))
+    for name, basis in bases(method).items()
+  }
+  q, k, v = qkv
   return {"q": q, "k": k, "v": v, "coarse": coarse}

@@ -1,21 +1,29 @@
-"""Rows of `freqformer.analysis.bounds` over the heads: for people and for docs/complexity.md."""
+"""Rows of `freqformer.analysis.bounds` summed up over heads, as data and as a printed table."""
 
 import numpy as np
 
 
 def summary(rows: list[dict]) -> list[dict]:
-  """Over the heads of each case and operator.
+  """Sums up the heads of each case and operator.
 
   Returns:
-    rows `{"case", "kind", "heads", "error", "bound", "closest", "kept", "band_shares", "exact", "measured"}`: `error` is the
-    largest of any head's rows and `bound` that row's own; `closest` is the row with the largest error / bound (of filters,
-    which must reach 1, the head farthest from it); `kept` counts heads that keep their bound. None where none is claimed.
+    One row per case and kind:
+    heads: their number.
+    error: the largest of any head's rows.
+    bound: of the same row; None if none is claimed.
+    closest: the row with the largest error / bound; of filters, which must reach 1, the head
+      farthest from it; None if no bound is claimed.
+    kept: number of heads that keep their bound; None if none is claimed.
+    band_shares: shares of the squared error in low, mid, high.
+    exact: whether error and bound must be equal.
+    measured: True.
   """
   found = []
   for case, kind in dict.fromkeys((r["case"], r["kind"]) for r in rows):
     own = [r for r in rows if (r["case"], r["kind"]) == (case, kind)]
     worst = max(own, key=lambda r: r["error"])
-    exact, claimed = worst["exact"], worst["bound"] is not None
+    exact = worst["exact"]
+    claimed = worst["bound"] is not None
 
     def distance(c, exact=exact):
       return abs(c["ratio"] - 1) if exact else c["ratio"]
@@ -39,7 +47,7 @@ def summary(rows: list[dict]) -> list[dict]:
 
 
 def ratio_text(r: dict) -> str:
-  """Largest error / bound of a row of `summary`: `0.289`, of filters `1 - 2e-07`, `none` where no bound is claimed."""
+  """Formats the largest error / bound of a row of `summary`: `0.289`, `1 - 2e-07` or `none`."""
   if r["closest"] is None:
     return "none"
   ratio = r["closest"]["ratio"]
@@ -48,9 +56,11 @@ def ratio_text(r: dict) -> str:
 
 
 def table(rows: list[dict]) -> str:
-  """`summary` for people."""
-  head = f"{'measured':<18} {'operator':<16} {'error':>8} {'its bound':>9} {'error/bound':>11} {'of that row':>15} {'heads':>7}"
-  lines = [f"{head}  squared error low/mid/high"]
+  """Formats `summary` as a text table."""
+  lines = [
+    f"{'measured':<18} {'operator':<16} {'error':>8} {'its bound':>9} {'error/bound':>11} "
+    f"{'of that row':>15} {'heads':>7}  squared error low/mid/high"
+  ]
   for r in summary(rows):
     bound, pair, kept = "none", "-", f"-/{r['heads']}"
     if r["bound"] is not None:
@@ -58,9 +68,11 @@ def table(rows: list[dict]) -> str:
       pair = f"{r['closest']['error']:.3g}/{r['closest']['bound']:.3g}"
     shares = " / ".join(f"{s:.0%}" for s in r["band_shares"])
     lines.append(
-      f"{r['case']:<18} {r['kind']:<16} {r['error']:>8.3g} {bound:>9} {ratio_text(r):>11} {pair:>15} {kept:>7}  {shares}"
+      f"{r['case']:<18} {r['kind']:<16} {r['error']:>8.3g} {bound:>9} {ratio_text(r):>11} "
+      f"{pair:>15} {kept:>7}  {shares}"
     )
   lines.append(
-    "error: largest of any row; its bound: of the same row; error/bound: largest of any row; heads: that keep it"
+    "error: largest of any row; its bound: of the same row; error/bound: largest of any row; "
+    "heads: that keep it"
   )
   return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""One attention layer, counted and timed: a method against dense on the same weights, in one process and in turns."""
+"""One attention layer, counted and timed: methods against dense on the same weights, in turns."""
 
 import dataclasses
 import time
@@ -14,21 +14,25 @@ from freqformer.model.attention import SpectralAttention
 
 
 def layer_rows(model, latent_shape, allocation=None, repeats: int = 7) -> list[dict]:
-  """Rows for the model's methods and dense.
+  """Times a forward layer of each of the model's methods and of dense attention, one sample.
 
   Args:
     model: a `ModelConfig`.
     latent_shape: `(t, y, x, c)`.
-    allocation: measured share of heads per branch; the layer is timed and counted with the nearest whole heads.
+    allocation: measured share of heads per branch; the layer is timed and counted with the nearest
+      whole heads.
     repeats: timings per method, interleaved; the median is reported.
 
   Returns:
-    `{"method", "attention_flops", "linear_flops", "density", "layer_ms", "note"}`, forward, one sample.
+    `{"method", "attention_flops", "linear_flops", "density", "layer_ms", "note"}` per method.
   """
-  layout, heads = model.layout(latent_shape), model.heads
-  calls, rows = {}, []
+  layout = model.layout(latent_shape)
+  heads = model.heads
+  calls = {}
+  rows = []
   for name in dict.fromkeys(["dense", *(name for _, name in model.attention.runs(model.depth))]):
-    method, note = model.attention.named(name), "every token sees every token"
+    method = model.attention.named(name)
+    note = "every token sees every token"
     if method.branches:
       share = np.asarray(allocation if allocation is not None else method.router.prior, np.float64)
       counts = whole_heads(share / share.sum(), heads)
@@ -56,7 +60,7 @@ def layer_rows(model, latent_shape, allocation=None, repeats: int = 7) -> list[d
 
 
 def whole_heads(share, heads: int) -> tuple[int, ...]:
-  """Largest-remainder rounding of shares to `heads` heads."""
+  """Rounds shares to `heads` heads by largest remainders."""
   exact = np.asarray(share) * heads
   counts = np.floor(exact).astype(int)
   for i in np.argsort(counts - exact, kind="stable")[: heads - counts.sum()]:
@@ -65,7 +69,7 @@ def whole_heads(share, heads: int) -> tuple[int, ...]:
 
 
 def _call(model, method, layout):
-  """A jitted layer on random tokens: `() -> (out, aux)`, compiled."""
+  """Compiles a layer on random tokens: returns `() -> (out, aux)`."""
   graphdef, params = nnx.split(SpectralAttention(model.dims, method, layout, nnx.Rngs(0)))
   x = jax.random.normal(jax.random.key(0), (1, layout.n_buffer, model.width))
   cond = Cond(jnp.full(1, 0.5), jnp.ones((1, model.width)))

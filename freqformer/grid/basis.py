@@ -1,19 +1,20 @@
-"""Frequency bands of functions on the token grid: compression to a coarse grid, projections, band energies.
+"""Frequency bands of functions on the token grid: compression, projections and band energies.
 
-Each axis of length L has an orthonormal analysis matrix A [L, L]; row i has frequency i / L (block_dct: of
-its own block's length). With k rows below the low cut and m rows below the mid cut of each axis,
+Each axis of length L has an orthonormal analysis matrix A `[L, L]`; row i has frequency i / L (for
+block_dct: of its own block's length). With k rows below the low cut and m rows below the mid cut of
+each axis,
 
   P_low = A[:k]^T A[:k],   P_box = A[:m]^T A[:m]   (Kronecker products over t, y, x),
   P_mid = P_box - P_low,   P_high = I - P_box:     orthogonal, they sum to I, and Parseval holds.
 
-Compression: U = A[:k]^T A_k, A_k the orthonormal *forward* DCT of the k coarse samples (haar: the identity).
-U^T x is thus the inverse coarse transform of the low coefficients, and a coarse token has a place: its cell's
-centre. With s = U^T 1 (about sqrt(n / n_coarse); the cell stands for s^2 tokens), compress(x) = U^T x / s
-preserves means and lift(y) = U (s * y), so lift(compress(x)) = P_low x. Mathematics: docs/design.md; the
-transforms and the cuts are our choice.
+Compression is U = A[:k]^T A_k with A_k the orthonormal *forward* DCT of the k coarse samples (haar:
+the identity). U^T x is thus the inverse coarse transform of the low coefficients, so a coarse token
+has a place: its cell's centre. With s = U^T 1 (about sqrt(n / n_coarse); the cell stands for s^2
+tokens), compress(x) = U^T x / s preserves means and lift(y) = U (s * y), hence
+lift(compress(x)) = P_low x. The mathematics is in docs/design.md.
 
-Everything works on tile-ordered buffers [b, n_buffer, ...] (layout.py). Padding rows are never read (they may
-hold NaN) and come out as zero.
+Everything works on tile-ordered buffers `[b, n_buffer, ...]` (layout.py). Padding rows are never
+read (they may hold NaN) and come out as zero.
 """
 
 from __future__ import annotations
@@ -37,30 +38,24 @@ from freqformer.grid.operators import (
 )
 from freqformer.grid.transforms import Kind, block
 
+# choice: the transforms and the form of their cuts; arXiv 2604.22808 names neither.
 _KINDS = ("block_dct", "dct", "haar")
-_LONGEST_AXIS = 8_192  # of a transform of whole axes: its square matrices are 0.5 GB in float64
-_pytree = jax.tree_util.register_dataclass
-_frozen = dataclasses.dataclass(
-  frozen=True, eq=False
-)  # arrays have no truth value: compare by identity
-
-
-def _static():
-  return dataclasses.field(metadata={"static": True})
+# Tokens along an axis that is transformed whole: its square matrix is 0.5 GB in float64.
+_LONGEST_AXIS = 8_192
 
 
 @dataclasses.dataclass(frozen=True)
 class SpectralBasis:
-  """Which transform, and where its bands end. Static config.
+  """A transform and the ends of its bands. Static config.
 
   Attributes:
-    kind: "block_dct": DCT-II inside each tile's extent, one small matmul per tile; "dct": DCT-II of whole
-      axes; "haar": dyadic block means.
+    kind: "block_dct": DCT-II inside each tile's extent, one small matmul per tile; "dct": DCT-II
+      of whole axes; "haar": dyadic block means.
     low: cut of the low band per axis (t, y, x), a fraction of the axis's rows: 0 < low <= mid.
     mid: cut of the mid band per axis, mid <= 1. haar takes only powers of 1/2.
 
   Raises:
-    ValueError: an unknown kind, or cuts that are out of range, out of order, or not dyadic for haar.
+    ValueError: an unknown kind, or cuts out of range, out of order, or not dyadic for haar.
   """
 
   kind: Kind
@@ -87,12 +82,12 @@ class SpectralBasis:
       )
 
   def fit(self, layout: TileLayout, dtype=np.float32) -> SpectralTables:
-    """The operators of this basis on a layout: NumPy, computed once per (basis, layout, dtype)."""
+    """Returns this basis's operators on a layout, in NumPy, computed once per set of arguments."""
     return _fit(self, layout, np.dtype(dtype))
 
 
-@_pytree
-@_frozen
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)  # arrays have no truth value
 class SpectralTables:
   """A basis fitted to a layout. NumPy until passed to jit (as an argument, never closed over).
 
@@ -100,66 +95,61 @@ class SpectralTables:
 
   Attributes:
     operators: the matrices and how to apply them.
-    cell_weight: s, [n_coarse]; the cell stands for s^2 tokens.
-    centres: float32 [n_coarse, 3], position (t, y, x) of each coarse token.
-    layout: static.
-    basis: static.
-    coarse_grid: static, coarse samples per axis. Coarse tokens are in its raster order for dct and haar, tile
-      by tile (raster order inside a tile, no gaps) for block_dct.
+    cell_weight: s, `[n_coarse]`; the cell stands for s^2 tokens.
+    centres: float32 `[n_coarse, 3]`, position (t, y, x) of each coarse token.
+    layout: of the buffer; static.
+    basis: what was fitted; static.
+    coarse_grid: coarse samples per axis; static. Coarse tokens are in its raster order for dct and
+      haar, tile by tile (raster order inside a tile, no gaps) for block_dct.
   """
 
   operators: TileOperators | GridOperators
   cell_weight: Array
   centres: Array
-  layout: TileLayout = _static()
-  basis: SpectralBasis = _static()
-  coarse_grid: Triple = _static()
+  layout: TileLayout = dataclasses.field(metadata={"static": True})
+  basis: SpectralBasis = dataclasses.field(metadata={"static": True})
+  coarse_grid: Triple = dataclasses.field(metadata={"static": True})
 
   @property
   def n_coarse(self) -> int:
     """Coarse tokens."""
     return math.prod(self.coarse_grid)
 
-  @property
-  def ratio(self) -> float:
-    """Tokens per coarse token."""
-    return self.layout.n / self.n_coarse
-
   @jax.named_scope("compress")
   def compress(self, x: jax.Array) -> jax.Array:
-    """U^T x / s: [b, n_buffer, ...] -> [b, n_coarse, ...]; a constant stays that constant."""
+    """U^T x / s: `[b, n_buffer, ...]` -> `[b, n_coarse, ...]`; a constant stays that constant."""
     self._check_buffer("compress", x)
     return self.operators.flatten(self.operators.reduce(x, "compress")).astype(x.dtype)
 
   @jax.named_scope("lift")
   def lift(self, y: jax.Array) -> jax.Array:
-    """U (s * y): [b, n_coarse, ...] -> [b, n_buffer, ...]; lift(compress(x)) = P_low x."""
+    """U (s * y): `[b, n_coarse, ...]` -> `[b, n_buffer, ...]`; lift(compress(x)) = P_low x."""
     check_rows("lift", y, self.n_coarse, f"the coarse tokens of coarse_grid={self.coarse_grid}")
     check_floating("lift", y)
     return self.operators.expand(self.operators.unflatten(y), "lift").astype(y.dtype)
 
   @jax.named_scope("filter")
   def project_low(self, x: jax.Array) -> jax.Array:
-    """P_low x: [b, n_buffer, ...] -> the same."""
+    """P_low x of `[b, n_buffer, ...]`."""
     self._check_buffer("project_low", x)
     return self.operators.expand(self.operators.reduce(x, "compress"), "lift").astype(x.dtype)
 
   @jax.named_scope("filter")
   def project_box(self, x: jax.Array) -> jax.Array:
-    """P_box x = (P_low + P_mid) x: [b, n_buffer, ...] -> the same."""
+    """P_box x = (P_low + P_mid) x of `[b, n_buffer, ...]`."""
     self._check_buffer("project_box", x)
     return self.operators.expand(self.operators.reduce(x, "analyse"), "synthesise").astype(x.dtype)
 
   def band_energy(self, x: jax.Array) -> jax.Array:
-    """Squared norms of P_low x, P_mid x and P_high x over tokens and channels, by Parseval.
+    """Returns the squared norms of P_low x, P_mid x and P_high x, by Parseval.
 
     High is |x|^2 less the other two, clipped at zero: its rounding error is relative to |x|^2.
 
     Args:
-      x: [b, n_buffer, h, d].
+      x: `[b, n_buffer, h, d]`.
 
     Returns:
-      float32 (float64 for float64 x) [b, h, 3], none negative, summing to |x|^2 of each head.
+      float32 (float64 for float64 x) `[b, h, 3]`, none negative, summing to |x|^2 of each head.
     """
     self._check_buffer("band_energy", x)
     if x.ndim != 4:
@@ -178,7 +168,8 @@ def _fit(basis: SpectralBasis, layout: TileLayout, dtype: np.dtype) -> SpectralT
   tiled = basis.kind == "block_dct"
   if not tiled and max(layout.grid) > _LONGEST_AXIS:
     raise ValueError(
-      f"{basis.kind} takes matrices as long as the axes of {layout.grid}: choose block_dct above {_LONGEST_AXIS}"
+      f"{basis.kind} takes matrices as long as the axes of {layout.grid}: choose block_dct above "
+      f"{_LONGEST_AXIS}"
     )
   lengths = layout.lengths if tiled else tuple((l,) for l in layout.grid)
   cuts = zip(lengths, basis.low, basis.mid, strict=True)
@@ -209,7 +200,7 @@ def _fit(basis: SpectralBasis, layout: TileLayout, dtype: np.dtype) -> SpectralT
 
 
 def _kron(blocks, dtype) -> Matrices:
-  """Matrices of the box that is the product of one block per axis given; low rows of `analyse` first."""
+  """Matrices of the product of one block per axis; the low rows of `analyse` come first."""
   analyse = functools.reduce(np.kron, [b.analyse for b in blocks])
   low = functools.reduce(np.kron, [np.arange(len(b.analyse)) < b.up.shape[1] for b in blocks])
   up = functools.reduce(np.kron, [b.up for b in blocks])
@@ -219,30 +210,29 @@ def _kron(blocks, dtype) -> Matrices:
 
 
 def _coarse_samples(blocks):
-  """Of each coarse sample along an axis: s, centre, its block's number, whether that block is ragged."""
+  """Returns s, the centre, the block's number and the block's raggedness of an axis's coarse
+  samples."""
   counts = [len(b.centres) for b in blocks]
   lengths = [len(b.up) for b in blocks]
   start = np.repeat(np.cumsum([0, *lengths[:-1]]), counts)
   weight = np.concatenate([b.up.sum(axis=0) for b in blocks])
   ragged = np.repeat(np.less(lengths, lengths[0]).astype(int), counts)
-  return (
-    weight,
-    start + np.concatenate([b.centres for b in blocks]),
-    np.repeat(range(len(blocks)), counts),
-    ragged,
-  )
+  centres = start + np.concatenate([b.centres for b in blocks])
+  return weight, centres, np.repeat(range(len(blocks)), counts), ragged
 
 
 def _coarse_order(tile, ragged):
-  """Orders of the coarse tokens, each [n_coarse], from the block number and raggedness per axis.
+  """Orders of the coarse tokens, from the block number and raggedness per axis.
 
   Returns:
-    by_tile: raster index on the coarse grid of each coarse token, tile by tile.
-    order: int32, place of each of these when tiles are sorted by class first.
+    by_tile: raster index on the coarse grid of each coarse token, tile by tile, `[n_coarse]`.
+    order: int32 `[n_coarse]`, place of each of these when tiles are sorted by class first.
     inverse: int32, the inverse of `order`.
   """
-  tiles_y, tiles_x = tile[1][-1] + 1, tile[2][-1] + 1
-  (t, y, x), (half_t, half_y, half_x) = np.ix_(*tile), np.ix_(*ragged)
+  tiles_y = tile[1][-1] + 1
+  tiles_x = tile[2][-1] + 1
+  t, y, x = np.ix_(*tile)
+  half_t, half_y, half_x = np.ix_(*ragged)
   by_tile = np.argsort(((t * tiles_y + y) * tiles_x + x).reshape(-1), kind="stable")
   inverse = np.argsort(((half_t * 2 + half_y) * 2 + half_x).reshape(-1)[by_tile], kind="stable")
   return by_tile, np.argsort(inverse).astype(np.int32), inverse.astype(np.int32)

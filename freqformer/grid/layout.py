@@ -1,12 +1,12 @@
 """Tile order: the permutation that gives every 3-D box of tokens its own rows of one buffer.
 
-Attention kernels see tiles, never video. The grid is cut into boxes of at most `block` tokens; each box gets
-`block` rows of a buffer `[b, n_buffer, ...]`, its tokens first, padding after. This happens once, at
-patchify, and is undone once, at the end; everything between works on the buffer.
+Attention kernels see tiles, never video. The grid is cut into boxes of at most `block` tokens; each
+box gets `block` rows of a buffer `[b, n_buffer, ...]`, its tokens first, padding after. This
+happens once, at patchify, and is undone once, at the end; everything between works on the buffer.
 
   layout = TileLayout.fit(grid=(21, 45, 80), block=128)   # tiles of 3x5x8
-  tables = layout.arrays()                                # NumPy; pass it to jit as an argument
-  buffer = tables.pack(tokens)                            # [b, n, ...] -> [b, n_buffer, ...]
+  arrays = layout.arrays()                                # NumPy; pass it to jit as an argument
+  buffer = arrays.pack(tokens)                            # [b, n, ...] -> [b, n_buffer, ...]
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 
 Triple = tuple[int, int, int]
-MOST_ROWS = int(np.iinfo(np.int32).max)  # rows of a buffer: tables hold int32
+MOST_ROWS = int(np.iinfo(np.int32).max)  # rows of a buffer, because index arrays hold int32
 
-# `fit` considers no box more elongated than this. Without it 21x45x80 would be cut into 7x9x2: 600 tiles, not
-# the 630 of 3x5x8, but a tile's mean key, or a window of whole tiles, would stretch over 7 frames. Our
-# choice, unmeasured.
+# `fit` considers no box more elongated than this. Without the limit 21x45x80 would be cut into
+# 7x9x2: 600 tiles instead of the 630 of 3x5x8, but a tile's mean key, or a window of whole tiles,
+# would stretch over 7 frames.
+# choice: unmeasured.
 _MAX_ELONGATION = 3.0
 
 
@@ -34,12 +35,12 @@ _MAX_ELONGATION = 3.0
 class TileLayout:
   """How a token grid is cut into tiles. Static: hashable, no arrays.
 
-  Tiles are in raster order of the tile grid. Inside a tile, tokens are in raster order of its box (shorter at
-  the ragged end of an axis) and come first; the rest of the tile's `block` rows is padding.
+  Tiles are in raster order of the tile grid. Inside a tile, tokens are in raster order of its box
+  (shorter at the ragged end of an axis) and come first; the rest of the `block` rows is padding.
 
   Attributes:
     grid: tokens per axis (t, y, x).
-    tile: tokens of a full tile per axis (t, y, x); clipped to the grid, so any tile works on a small grid.
+    tile: tokens of a full tile per axis (t, y, x), clipped to the grid.
     block: rows of a tile in the buffer.
 
   Raises:
@@ -59,39 +60,37 @@ class TileLayout:
     object.__setattr__(self, "block", block)
     if math.prod(tile) > block:
       raise ValueError(
-        f"{tile=} has {math.prod(tile)} tokens, but a tile has only {block=} rows: choose smaller extents, "
-        "a larger block, or let TileLayout.fit choose"
+        f"{tile=} has {math.prod(tile)} tokens, but a tile has only {block=} rows: choose smaller "
+        "extents, a larger block, or let TileLayout.fit choose"
       )
     if self.n_buffer > MOST_ROWS:
       raise ValueError(
-        f"{grid=} in tiles of {block} rows needs {self.n_buffer:,} rows, more than the {MOST_ROWS:,} that an int32 "
-        "index reaches: use a smaller grid"
+        f"{grid=} in tiles of {block} rows needs {self.n_buffer:,} rows, more than the "
+        f"{MOST_ROWS:,} that an int32 index reaches: use a smaller grid"
       )
 
   @classmethod
   def fit(cls, grid: Sequence[int], block: int, tile: Sequence[int] | None = None) -> TileLayout:
-    """The layout of `grid` with the fewest tiles (hence the least padding), ties by the smallest surface.
+    """Returns the layout with the fewest tiles (the least padding), ties by the smallest surface.
 
-    Only boxes at most three times as long as wide are considered; an axis that one tile covers whole cannot
-    be wider and does not count. Of the extents that need equally many tiles along an axis, only the shortest
-    is tried: 9 tokens are 5 + 4, not 8 + 1.
+    Only boxes at most three times as long as wide are considered; an axis that one tile covers
+    whole cannot be wider and does not count. Of the extents that need equally many tiles along an
+    axis, only the shortest is tried: 9 tokens are 5 + 4, not 8 + 1.
 
     Args:
       grid: tokens per axis (t, y, x).
       block: rows of a tile in the buffer.
       tile: extents to use instead of searching.
     """
-    grid, block = _extents("grid", grid), _positive("block", block)
+    grid = _extents("grid", grid)
+    block = _positive("block", block)
     if tile is not None:
       return cls(grid, tuple(tile), block)
 
     def cost(extents):
       a, b, c = extents
-      return (
-        math.prod(_ceil_div(l, e) for l, e in zip(grid, extents, strict=True)),
-        a * b + b * c + c * a,
-        extents,
-      )
+      tiles = math.prod(_ceil_div(l, e) for l, e in zip(grid, extents, strict=True))
+      return tiles, a * b + b * c + c * a, extents
 
     return cls(grid, min(_compact_boxes(grid, block), key=cost), block)
 
@@ -122,7 +121,7 @@ class TileLayout:
 
   @property
   def lengths(self) -> tuple[tuple[int, ...], ...]:
-    """Per axis the tokens of each tile along it: all equal to the tile's extent but perhaps the last."""
+    """Tokens of each tile along each axis: the tile's extent, in the last one perhaps fewer."""
     return tuple(
       tuple(min(e, l - start) for start in range(0, l, e))
       for l, e in zip(self.grid, self.tile, strict=True)
@@ -130,26 +129,27 @@ class TileLayout:
 
   @property
   def tile_lengths(self) -> np.ndarray:
-    """int32 [tiles], tokens of each tile."""
+    """Tokens of each tile, int32 `[tiles]`."""
     return math.prod(np.ix_(*(np.asarray(v, np.int32) for v in self.lengths))).reshape(-1)
 
   def arrays(self) -> LayoutTables:
-    """The index tables, in NumPy, computed once per layout."""
-    return _tables(self)
+    """Returns the index arrays, in NumPy, computed once per layout."""
+    return _index_arrays(self)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class LayoutTables:
-  """Index tables of a layout: NumPy until they are passed to jit (as an argument, never closed over).
+  """Index arrays of a layout: NumPy until passed to jit (as an argument, never closed over).
 
   Attributes:
-    gather: int32 [n_buffer], the raster token of each buffer row; padding rows name their tile's first token.
-    scatter: int32 [n], the buffer row of each raster token.
-    kv_len: int32 [tiles], tokens of each tile.
-    positions: float32 [n_buffer, 3], (t, y, x) of each row; padding rows 0.
-    valid: bool [n_buffer], False in padding rows.
-    layout: static.
+    gather: int32 `[n_buffer]`, the raster token of each buffer row; a padding row names its tile's
+      first token.
+    scatter: int32 `[n]`, the buffer row of each raster token.
+    kv_len: int32 `[tiles]`, tokens of each tile.
+    positions: float32 `[n_buffer, 3]`, (t, y, x) of each row; padding rows 0.
+    valid: bool `[n_buffer]`, False in padding rows.
+    layout: what they index; static.
   """
 
   gather: jax.Array | np.ndarray
@@ -159,21 +159,36 @@ class LayoutTables:
   valid: jax.Array | np.ndarray
   layout: TileLayout = dataclasses.field(metadata={"static": True})
 
+  @property
+  def n(self) -> int:
+    """Tokens."""
+    return self.layout.n
+
+  @property
+  def tiles(self) -> int:
+    """Number of tiles."""
+    return self.layout.tiles
+
+  @property
+  def block(self) -> int:
+    """Rows of a tile in the buffer."""
+    return self.layout.block
+
   def pack(self, x: jax.Array) -> jax.Array:
-    """Raster order to tile order: [b, n, ...] -> [b, n_buffer, ...], padding rows zero."""
+    """Raster order to tile order: `[b, n, ...]` -> `[b, n_buffer, ...]`, padding rows zero."""
     check_rows("pack", x, self.layout.n, f"the tokens of grid={self.layout.grid}")
     valid = jnp.expand_dims(self.valid, range(1, x.ndim - 1))
     # A gather and a select: on every backend cheaper than a scatter into zeros.
     return jnp.where(valid, jnp.take(x, self.gather, axis=1, mode="clip"), jnp.zeros((), x.dtype))
 
   def unpack(self, x: jax.Array) -> jax.Array:
-    """Tile order to raster order: [b, n_buffer, ...] -> [b, n, ...]; padding rows are not read."""
+    """Tile order to raster order: `[b, n_buffer, ...]` -> `[b, n, ...]`; padding is not read."""
     check_rows("unpack", x, self.layout.n_buffer, f"the buffer rows of {self.layout}")
     return jnp.take(x, self.scatter, axis=1, mode="clip", unique_indices=True)
 
 
 def check_rows(name: str, x: jax.Array, rows: int, meaning: str):
-  """Raises ValueError unless x is [b, rows, ...]."""
+  """Raises ValueError unless x is `[b, rows, ...]`."""
   if x.ndim < 2 or x.shape[1] != rows:
     raise ValueError(
       f"{name} got shape {x.shape}, but takes [b, {rows}, ...]: axis 1 holds {meaning}"
@@ -181,19 +196,14 @@ def check_rows(name: str, x: jax.Array, rows: int, meaning: str):
 
 
 @functools.lru_cache(maxsize=32)
-def _tables(layout: TileLayout) -> LayoutTables:
-  tile, inside, length = (
-    [],
-    [],
-    [],
-  )  # per axis: each coordinate's tile, its place in it, that tile's length
-  for lengths in layout.lengths:
-    tile.append(np.repeat(np.arange(len(lengths), dtype=np.int32), lengths))
-    inside.append(np.concatenate([np.arange(e, dtype=np.int32) for e in lengths]))
-    length.append(np.repeat(np.asarray(lengths, np.int32), lengths))
-  (tile_t, tile_y, tile_x), (in_t, in_y, in_x), (_, len_y, len_x) = (
-    np.ix_(*v) for v in (tile, inside, length)
+def _index_arrays(layout: TileLayout) -> LayoutTables:
+  axes = [np.asarray(lengths, np.int32) for lengths in layout.lengths]
+  # Of each coordinate along an axis: its tile, its place in that tile, and the tile's length.
+  tile_t, tile_y, tile_x = np.ix_(*(np.repeat(np.arange(len(v), dtype=np.int32), v) for v in axes))
+  in_t, in_y, in_x = np.ix_(
+    *(np.concatenate([np.arange(e, dtype=np.int32) for e in v]) for v in axes)
   )
+  _, len_y, len_x = np.ix_(*(np.repeat(v, v) for v in axes))
   _, tiles_y, tiles_x = layout.tile_grid
   tile_id = (tile_t * tiles_y + tile_y) * tiles_x + tile_x
   row = (in_t * len_y + in_y) * len_x + in_x
@@ -218,7 +228,7 @@ def _tables(layout: TileLayout) -> LayoutTables:
 
 
 def _compact_boxes(grid: Triple, block: int):
-  """Boxes of at most `block` tokens and bounded elongation; (1, 1, 1) is always among them."""
+  """Yields boxes of at most `block` tokens and bounded elongation, (1, 1, 1) among them."""
   axes = [
     sorted({_ceil_div(l, _ceil_div(l, e)) for e in range(1, min(l, block) + 1)}) for l in grid
   ]
@@ -242,7 +252,7 @@ def _ceil_div(a: int, b: int) -> int:
 
 
 def _positive(name: str, value) -> int:
-  """`value` as an int; raises ValueError unless it is a positive integer (of NumPy or of Python)."""
+  """Returns `value` as an int; raises ValueError unless it is a positive integer."""
   try:
     result = operator.index(value)
   except TypeError:
@@ -253,7 +263,7 @@ def _positive(name: str, value) -> int:
 
 
 def _extents(name: str, value) -> Triple:
-  """`value` as three positive ints; raises ValueError otherwise."""
+  """Returns `value` as three positive ints; raises ValueError if it is anything else."""
   if not isinstance(value, Sequence) or len(value) != 3:
     raise ValueError(f"{name}={value!r} is not allowed: give three token extents (t, y, x)")
   return tuple(_positive(name, v) for v in value)

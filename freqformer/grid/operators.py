@@ -1,4 +1,5 @@
-"""How spectral matrices meet a tile-ordered buffer: per tile where the transform stays inside a tile, per axis otherwise."""
+"""Spectral matrices applied to a tile-ordered buffer: per tile if the transform stays inside one,
+else per axis of the whole grid."""
 
 from __future__ import annotations
 
@@ -13,25 +14,17 @@ import numpy as np
 from freqformer.grid.layout import LayoutTables, TileLayout
 
 Array = jax.Array | np.ndarray
-_pytree = jax.tree_util.register_dataclass
-_frozen = dataclasses.dataclass(
-  frozen=True, eq=False
-)  # arrays have no truth value: compare by identity
 
 
-def _static():
-  return dataclasses.field(metadata={"static": True})
-
-
-@_pytree
-@_frozen
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)  # arrays have no truth value
 class Matrices:
-  """Of one axis, or of one class of tiles: e tokens, k coarse cells, m >= k rows inside the box.
+  """Matrices of one axis or one class of tiles: e tokens, k coarse cells, m >= k rows of the box.
 
   Attributes:
-    compress: U^T / s, [k, e].
-    lift: U s, [e, k].
-    analyse: orthonormal rows of the box, [m, e]; the first k are the low band.
+    compress: U^T / s, `[k, e]`.
+    lift: U s, `[e, k]`.
+    analyse: orthonormal rows of the box, `[m, e]`; the first k are the low band.
   """
 
   compress: Array
@@ -40,33 +33,35 @@ class Matrices:
 
   @property
   def synthesise(self) -> Array:
-    """[e, m], with synthesise @ analyse = P_box."""
+    """The transpose of `analyse`, `[e, m]`: synthesise @ analyse = P_box."""
     return self.analyse.T
 
 
-@_pytree
-@_frozen
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)  # arrays have no truth value
 class TileOperators:
-  """Transforms that stay inside a tile: one matmul per class of equally shaped tiles, tile order kept.
+  """Transforms that stay inside a tile: one matmul per class of equally shaped tiles.
 
   Attributes:
     classes: one entry per tile shape: one where no tile is ragged, at most eight.
-    order: int32 [n_coarse], place in class order of each coarse token in tile order; None for a single class.
-    inverse: int32 [n_coarse], the inverse permutation; None for a single class.
-    layout: static.
+    order: int32 `[n_coarse]`, place in class order of each coarse token in tile order; None for a
+      single class.
+    inverse: int32 `[n_coarse]`, the inverse permutation; None for a single class.
+    layout: of the buffer; static.
   """
 
   classes: tuple[Matrices, ...]
   order: Array | None
   inverse: Array | None
-  layout: TileLayout = _static()
+  layout: TileLayout = dataclasses.field(metadata={"static": True})
 
   def reduce(self, x: jax.Array, name: str) -> list[jax.Array]:
-    """[b, n_buffer, ...] -> per class [b, *its tiles (t, y, x), rows of matrix `name`, ...]."""
+    """`[b, n_buffer, ...]` -> per class `[b, *its tiles (t, y, x), rows of matrix "name", ...]`."""
     return [_matmul("kr,btyxr...->btyxk...", getattr(m, name), part) for m, part in self._split(x)]
 
   def expand(self, coefficients: list[jax.Array], name: str) -> jax.Array:
-    """Per class [b, *its tiles, columns of matrix `name`, ...] -> [b, n_buffer, ...], padding rows zero."""
+    """Per class `[b, *its tiles, columns of matrix "name", ...]` -> `[b, n_buffer, ...]`; padding
+    rows are zero."""
     parts = []
     for m, part in zip(self.classes, coefficients, strict=True):
       part = _matmul("rk,btyxk...->btyxr...", getattr(m, name), part)
@@ -78,7 +73,7 @@ class TileOperators:
     return parts[0].reshape(parts[0].shape[0], self.layout.n_buffer, *parts[0].shape[5:])
 
   def flatten(self, coefficients: list[jax.Array]) -> jax.Array:
-    """Per class [b, *its tiles, k, ...] -> [b, n_coarse, ...], tile by tile without gaps."""
+    """Per class `[b, *its tiles, k, ...]` -> `[b, n_coarse, ...]`, tile by tile without gaps."""
     parts = [c.reshape(c.shape[0], math.prod(c.shape[1:5]), *c.shape[5:]) for c in coefficients]
     if self.order is None:
       return parts[0]
@@ -90,7 +85,8 @@ class TileOperators:
     """The inverse of `flatten`."""
     if self.inverse is not None:
       y = jnp.take(y, self.inverse, axis=1, mode="clip", unique_indices=True)
-    parts, start = [], 0
+    parts = []
+    start = 0
     for m, tiles in zip(self.classes, _class_slices(self.layout), strict=True):
       shape = (*(s.stop - s.start for s in tiles), m.lift.shape[1])
       stop = start + math.prod(shape)
@@ -99,81 +95,80 @@ class TileOperators:
     return parts
 
   def band_energy(self, x: jax.Array) -> jax.Array:
-    """[b, n_buffer, h, d] -> [b, h, 3]."""
+    """`[b, n_buffer, h, d]` -> `[b, h, 3]`, squared norms of low, mid and high."""
     energy = 0.0
     for (m, part), box in zip(self._split(x), self.reduce(x, "analyse"), strict=True):
-      k, box, total = (
-        m.compress.shape[0],
-        squares(box),
-        squares(part).sum(axis=4),
-      )  # box: [b, *tiles, m, h]
-      low, mid = box[..., :k, :].sum(axis=4), box[..., k:, :].sum(axis=4)
-      # Subtracted per tile, where the sums are short and their rounding small; it may still fall below zero.
+      k = m.compress.shape[0]
+      box = squares(box)  # [b, *tiles, m, h]
+      total = squares(part).sum(axis=4)
+      low = box[..., :k, :].sum(axis=4)
+      mid = box[..., k:, :].sum(axis=4)
+      # Subtracted per tile, where the sums are short and their rounding is small; the difference
+      # may still fall below zero.
       high = jnp.maximum(total - low - mid, 0)
       energy += jnp.stack([low, mid, high], axis=-1).sum(axis=(1, 2, 3))
     return energy
 
   def _split(self, x):
-    """(matrices, [b, *tiles, e, ...]) of each class. Valid rows come first: a slice leaves padding unread."""
+    """Yields (matrices, `[b, *tiles, e, ...]`) of each class; padding rows are sliced off."""
     x = x.reshape(x.shape[0], *self.layout.tile_grid, self.layout.block, *x.shape[2:])
     for m, tiles in zip(self.classes, _class_slices(self.layout), strict=True):
       yield m, x[:, *tiles, : m.compress.shape[1]]
 
 
-@_pytree
-@_frozen
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)  # arrays have no truth value
 class GridOperators:
-  """Transforms of whole axes: unpack to the grid, one matmul per axis, pack again.
+  """Transforms of whole axes: raster order, one matmul per axis, tile order again.
 
   Attributes:
     axes: matrices of the t, y and x axis.
-    tables: the permutation between buffer and grid.
+    arrays: the permutation between buffer and grid.
   """
 
   axes: tuple[Matrices, ...]
-  tables: LayoutTables
+  arrays: LayoutTables
 
   def reduce(self, x: jax.Array, name: str) -> jax.Array:
-    """[b, n_buffer, ...] -> [b, t, y, x, ...] with the rows of matrix `name` per axis."""
-    x = self.tables.unpack(x)
-    return self._per_axis(x.reshape(x.shape[0], *self.tables.layout.grid, *x.shape[2:]), name)
+    """`[b, n_buffer, ...]` -> `[b, t, y, x, ...]` with the rows of matrix `name` per axis."""
+    x = self.arrays.unpack(x)
+    return self._per_axis(x.reshape(x.shape[0], *self.arrays.layout.grid, *x.shape[2:]), name)
 
   def expand(self, coefficients: jax.Array, name: str) -> jax.Array:
-    """[b, t, y, x, ...] with columns of matrix `name` per axis -> [b, n_buffer, ...], padding rows zero."""
+    """`[b, t, y, x, ...]` with columns of matrix `name` per axis -> `[b, n_buffer, ...]`; padding
+    rows are zero."""
     x = self._per_axis(coefficients, name)
-    return self.tables.pack(x.reshape(x.shape[0], self.tables.layout.n, *x.shape[4:]))
+    return self.arrays.pack(x.reshape(x.shape[0], self.arrays.n, *x.shape[4:]))
 
   def flatten(self, coefficients: jax.Array) -> jax.Array:
-    """[b, kt, ky, kx, ...] -> [b, n_coarse, ...]."""
-    return coefficients.reshape(
-      coefficients.shape[0], math.prod(coefficients.shape[1:4]), *coefficients.shape[4:]
-    )
+    """`[b, kt, ky, kx, ...]` -> `[b, n_coarse, ...]`."""
+    b, *axes = coefficients.shape
+    return coefficients.reshape(b, math.prod(axes[:3]), *axes[3:])
 
   def unflatten(self, y: jax.Array) -> jax.Array:
     """The inverse of `flatten`."""
     return y.reshape(y.shape[0], *(m.lift.shape[1] for m in self.axes), *y.shape[2:])
 
   def band_energy(self, x: jax.Array) -> jax.Array:
-    """[b, n_buffer, h, d] -> [b, h, 3]."""
-    total = squares(self.tables.unpack(x)).sum(axis=1)
+    """`[b, n_buffer, h, d]` -> `[b, h, 3]`, squared norms of low, mid and high."""
+    total = squares(self.arrays.unpack(x)).sum(axis=1)
     box = squares(self.reduce(x, "analyse"))  # [b, mt, my, mx, h]
     t, y, x = (m.compress.shape[0] for m in self.axes)
-    # Mid is the box around the low corner, as three disjoint slabs: no difference of two nearly equal sums.
+    # Mid is the box without its low corner, as three disjoint slabs: a difference of two nearly
+    # equal sums would lose digits.
     slabs = (box[:, :t, :y, :x], box[:, t:], box[:, :t, y:], box[:, :t, :y, x:])
     low, *mid = (s.sum(axis=(1, 2, 3)) for s in slabs)
     return jnp.stack([low, sum(mid), jnp.maximum(total - low - sum(mid), 0)], axis=-1)
 
   def _per_axis(self, x, name):
     for i, m in enumerate(self.axes):
-      source, target = "btyx", "btyx".replace("tyx"[i], "k")
-      x = _matmul(f"k{'tyx'[i]},{source}...->{target}...", getattr(m, name), x)
+      axis = "tyx"[i]
+      x = _matmul(f"k{axis},btyx...->{'btyx'.replace(axis, 'k')}...", getattr(m, name), x)
     return x
 
 
-# --- The tables ---------------------------------------------------------------------------------------
-
-
 def check_floating(name, x):
+  """Raises TypeError unless x is real floating point; `name` is the caller's."""
   if not jnp.issubdtype(x.dtype, jnp.floating):
     raise TypeError(
       f"{name} got dtype {x.dtype}, but takes real floating point: cast the input first"
@@ -181,13 +176,12 @@ def check_floating(name, x):
 
 
 def _matmul(subscripts, matrix, x):
-  """Einsum in at least float32. HIGHEST: TF32 would leave 1e-3 of a constant in the high band.
-
-  16-bit x is held back from its widening: XLA then widens inside the product. Otherwise it would widen once for all readers
-  of x, and write and read that copy, twice as large, in memory (docs/log.md).
-  """
+  """Einsum in at least float32, at full precision: TF32 would leave 1e-3 of a constant in the high
+  band."""
   dtype = jnp.promote_types(x.dtype, jnp.float32)
   if x.dtype != dtype:
+    # Makes XLA widen inside the product. Otherwise it widens once for all readers of x, and writes
+    # and reads that copy, twice as large, in memory.
     x = jax.lax.optimization_barrier(x)
   return jnp.einsum(
     subscripts, matrix.astype(dtype), x.astype(dtype), precision=jax.lax.Precision.HIGHEST
@@ -200,11 +194,11 @@ def squares(x):
 
 
 def halves(lengths):
-  """Ranges of equally long tiles along an axis: all of them; or all but the last, and the ragged last."""
+  """Slices of equally long tiles along an axis: the full ones and, if ragged, the last one."""
   full = lengths.count(lengths[0])
   return [slice(0, full), slice(full, len(lengths))][: 1 + (full < len(lengths))]
 
 
 def _class_slices(layout):
-  """Per class of equally shaped tiles its slices (t, y, x) of the tile grid."""
+  """Slices (t, y, x) of the tile grid, one triple per class of equally shaped tiles."""
   return list(itertools.product(*map(halves, layout.lengths)))

@@ -1,4 +1,4 @@
-"""3-D rotary position embedding for tokens at real-valued positions (RoPE, arXiv 2104.09864, split over t, y, x)."""
+"""3-D rotary position embedding at real-valued positions (RoPE, arXiv 2104.09864, per axis)."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from freqformer.kernels.around.prepare import turn
 
 
 def axis_pairs(head_dim: int) -> tuple[int, int, int]:
-  """Rotated pairs per axis (t, y, x): equal shares of `head_dim // 2`, what is left over goes to y, then x.
+  """Rotated pairs per axis (t, y, x): equal shares of `head_dim // 2`, the rest to y, then x.
 
   Raises:
     ValueError: if head_dim is odd.
@@ -22,20 +22,20 @@ def axis_pairs(head_dim: int) -> tuple[int, int, int]:
 
 
 def rotate(x: jax.Array, positions, theta: float = 10_000.0) -> jax.Array:
-  """Rotates pairs of channels by angles position * theta^(-i / pairs), each axis its own channels.
+  """Rotates pairs of channels by position * theta^(-i / pairs); each axis has its own channels.
 
   Args:
     x: `[b, n, h, d]`; channel i is paired with i + d / 2.
-    positions: float `[n, 3]` (t, y, x) in token units; a compressed token sits at its cell's centre.
+    positions: float `[n, 3]`, (t, y, x) in tokens; a coarse token sits at its cell's centre.
+    theta: base of the frequencies.
   """
   return turn(x, *angle_tables(positions, x.shape[-1], theta))
 
 
 def angle_tables(positions, head_dim: int, theta: float = 10_000.0) -> tuple[jax.Array, jax.Array]:
-  """Cosines and sines of `rotate`'s angles, float32 `[n, head_dim / 2]`, of `positions` `[n, 3]`."""
-  frequencies = np.zeros(
-    (3, head_dim // 2), np.float32
-  )  # of every channel's own axis; zero elsewhere, so that sums are exact
+  """Cosines and sines of `rotate`'s angles at `positions` `[n, 3]`, float32 `[n, head_dim / 2]`."""
+  # Each channel has a frequency on its own axis and zeros elsewhere, so that the sums are exact.
+  frequencies = np.zeros((3, head_dim // 2), np.float32)
   start = 0
   for axis, pairs in enumerate(axis_pairs(head_dim)):
     exponents = -np.arange(pairs, dtype=np.float32) / max(pairs, 1)

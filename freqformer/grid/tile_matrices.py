@@ -20,10 +20,12 @@ class TileCells:
   """A basis whose transform stays inside a tile. NumPy until passed to jit.
 
   Attributes:
-    compress: float32 `[classes, cells, block]`; lift: `[classes, block, cells]`; zero beyond a class's own cells and tokens.
-    classes: int32 `[tiles]`, which of them a tile has; starts: int32 `[tiles]`, its first coarse token.
-    rows: int32 `[n_coarse]`, `tile * cells + j` of each coarse token; None where all tiles are alike.
-    front: static; rows of the packed buffer before the tokens.
+    compress: float32 `[classes, cells, block]`, zero beyond a class's own cells and tokens.
+    lift: float32 `[classes, block, cells]`, zero in the same places.
+    classes: int32 `[tiles]`, the class of each tile.
+    starts: int32 `[tiles]`, the first coarse token of each tile.
+    rows: int32 `[n_coarse]`, `tile * cells + j` of each coarse token; None if all tiles are alike.
+    front: rows of the packed buffer before the tokens; static.
     filters: float32 `[classes, 2, block, block]`, P_mid and P_high of a tile, or None.
   """
 
@@ -37,62 +39,69 @@ class TileCells:
 
   @jax.named_scope("prepare")
   def cells(self, centres, head_dim: int) -> Cells:
-    """For `kernels.around.prepare`; `centres` as in `SpectralTables`."""
-    return Cells(
-      self.compress,
-      self.classes,
-      self.rows,
-      *angle_tables(centres, head_dim),
-      self.front,
-      self.filters,
-    )
+    """Argument of `kernels.around.prepare`; `centres` as in `SpectralTables`."""
+    angles = angle_tables(centres, head_dim)
+    return Cells(self.compress, self.classes, self.rows, *angles, self.front, self.filters)
 
   @property
   def expansion(self) -> Expansion:
-    """For `kernels.around.lift`."""
+    """Argument of `kernels.around.lift`."""
     return Expansion(self.lift, self.classes, self.starts, self.front)
 
 
 def tile_cells(spectral: SpectralTables, front: int, filtered: bool = False) -> TileCells | None:
-  """None where the transform leaves the tile; `filtered`: whether filters are wanted."""
-  operators, layout = spectral.operators, spectral.layout
+  """Returns the matrices of a fitted basis by tile, or None if its transform leaves the tile.
+
+  Args:
+    spectral: the fitted basis.
+    front: rows of the packed buffer before the tokens.
+    filtered: whether `filters` are wanted.
+  """
+  operators = spectral.operators
+  layout = spectral.layout
   if not isinstance(operators, TileOperators):
     return None
-  counts = [m.compress.shape for m in operators.classes]  # cells and tokens of a tile
-  most = max(k for k, _ in counts)
+  counts = [len(m.compress) for m in operators.classes]  # coarse tokens of a tile of each class
+  most = max(counts)
 
-  def pad(m, shape):
-    return np.pad(m, [(0, full - size) for full, size in zip(shape, m.shape, strict=True)])
+  def stack(matrices, *shape):
+    """Zero-pads each class's matrix to `shape` and stacks them."""
+    padded = [
+      np.pad(m, [(0, full - size) for full, size in zip(shape, m.shape, strict=True)])
+      for m in matrices
+    ]
+    return np.stack(padded).astype(np.float32)
 
-  compress = np.stack([pad(m.compress, (most, layout.block)) for m in operators.classes]).astype(
-    np.float32
+  classes = _class_of_tile(layout)
+  cells = np.array(counts)[classes]
+  starts = np.cumsum([0, *cells[:-1]]).astype(np.int32)
+  rows = np.concatenate([tile * most + np.arange(k) for tile, k in enumerate(cells)])
+  filters = None
+  if filtered:
+    filters = stack(map(_band_projections, operators.classes), 2, layout.block, layout.block)
+  return TileCells(
+    compress=stack((m.compress for m in operators.classes), most, layout.block),
+    lift=stack((m.lift for m in operators.classes), layout.block, most),
+    classes=classes,
+    starts=starts,
+    rows=None if len(counts) == 1 else rows.astype(np.int32),
+    front=front,
+    filters=filters,
   )
-  lift = np.stack([pad(m.lift, (layout.block, most)) for m in operators.classes]).astype(np.float32)
+
+
+def _class_of_tile(layout) -> np.ndarray:
+  """Number of each tile's class in the order of `TileOperators.classes`, int32 `[tiles]`."""
   classes = np.zeros(layout.tile_grid, np.int32)
-  for axis, lengths in enumerate(layout.lengths):  # in the order of `TileOperators.classes`
+  for axis, lengths in enumerate(layout.lengths):
     parts = halves(lengths)
     ragged = np.repeat(np.arange(len(parts)), [part.stop - part.start for part in parts])
     classes = classes * len(parts) + ragged.reshape([-1 if a == axis else 1 for a in range(3)])
-  classes = classes.reshape(-1).astype(np.int32)
-  cells = np.array([k for k, _ in counts])[classes]
-  starts = np.cumsum([0, *cells[:-1]]).astype(np.int32)
-  rows = np.concatenate([tile * most + np.arange(k) for tile, k in enumerate(cells)]).astype(
-    np.int32
-  )
-  filters = (
-    np.stack([pad(_bands(m), (2, layout.block, layout.block)) for m in operators.classes])
-    if filtered
-    else None
-  )
-  return TileCells(
-    compress, lift, classes, starts, None if len(operators.classes) == 1 else rows, front, filters
-  )
+  return classes.reshape(-1).astype(np.int32)
 
 
-def _bands(m: Matrices) -> np.ndarray:
-  """P_mid and P_high of one class of tiles, float32 `[2, e, e]`."""
-  low, box = (
-    a.astype(np.float64) @ b.astype(np.float64)
-    for a, b in ((m.lift, m.compress), (m.synthesise, m.analyse))
-  )
-  return np.stack([box - low, np.eye(len(box)) - box]).astype(np.float32)
+def _band_projections(m: Matrices) -> np.ndarray:
+  """P_mid and P_high of one class of tiles, float64 `[2, e, e]`."""
+  low = m.lift.astype(np.float64) @ m.compress.astype(np.float64)
+  box = m.synthesise.astype(np.float64) @ m.analyse.astype(np.float64)
+  return np.stack([box - low, np.eye(len(box)) - box])

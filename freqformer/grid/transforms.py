@@ -1,4 +1,4 @@
-"""Orthonormal transforms of one axis, in NumPy and float64: DCT-II and Haar, with the coarse samples that go with them."""
+"""Orthonormal DCT-II and Haar transforms of one axis with their coarse samples; NumPy, float64."""
 
 import dataclasses
 import functools
@@ -12,7 +12,13 @@ Kind = Literal["block_dct", "dct", "haar"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Block:
-  """e tokens along an axis: analyse [m, e] by rising frequency, up = U [e, k], centres [k] from the start."""
+  """The transform of e neighbouring tokens along an axis.
+
+  Attributes:
+    analyse: `[m, e]`, rows by rising frequency.
+    up: U `[e, k]`.
+    centres: `[k]`, places of the coarse samples, from the block's first token.
+  """
 
   analyse: np.ndarray
   up: np.ndarray
@@ -22,7 +28,8 @@ class Block:
 @functools.lru_cache(maxsize=256)
 def block(kind: Kind, length: int, low: float, mid: float) -> Block:
   """The rows below both cuts of one block (or whole axis) of `length` tokens."""
-  k, m = rows_below(length, low), rows_below(length, mid)
+  k = rows_below(length, low)
+  m = rows_below(length, mid)
   if kind == "haar":
     rows = haar(length, levels=round(-math.log2(low)))[:m]
     return Block(rows, rows[:k].T, np.square(rows[:k]) @ np.arange(length))
@@ -31,12 +38,12 @@ def block(kind: Kind, length: int, low: float, mid: float) -> Block:
 
 
 def rows_below(length: int, cut: float) -> int:
-  """Rows i with i / length < cut, forgiving the rounding of length * cut (25 * 0.28 = 7.000000000000001)."""
+  """Number of rows i with i / length < cut; forgives that 25 * 0.28 is 7.000000000000001."""
   return max(1, math.ceil(length * cut - 1e-9))
 
 
 def dct(length: int) -> np.ndarray:
-  """Orthonormal DCT-II, [length, length], rows by rising frequency."""
+  """Orthonormal DCT-II, `[length, length]`, rows by rising frequency."""
   i, j = np.ogrid[:length, :length]
   rows = np.sqrt(2 / length) * np.cos(np.pi * i * (2 * j + 1) / (2 * length))
   rows[0] = np.sqrt(1 / length)
@@ -44,17 +51,22 @@ def dct(length: int) -> np.ndarray:
 
 
 def haar(length: int, levels: int) -> np.ndarray:
-  """Haar transform of `levels` levels, [length, length]: scaling rows, then details from coarse to fine.
+  """Haar transform, `[length, length]`: scaling rows, then details from coarse to fine.
 
-  An odd left-over sample passes on to the next level unpaired, so a pair may have supports of unequal size.
-  Its weights sqrt(size) (unbalanced Haar transform, Fryzlewicz 2007) keep scaling rows constant on their
-  support; the plain 1/sqrt(2) would put part of a constant into the details.
+  An odd left-over sample passes on to the next level unpaired, so a pair may have supports of
+  unequal size. Weights sqrt(size) (unbalanced Haar transform, Fryzlewicz 2007) keep scaling rows
+  constant on their support; the plain 1/sqrt(2) would put part of a constant into the details.
   """
-  scaling, size, details = np.eye(length), np.ones(length), []
+  scaling = np.eye(length)
+  size = np.ones(length)
+  details = []
   for _ in range(levels):
     paired = len(size) // 2 * 2
-    a, b = np.sqrt(size[:paired:2, None]), np.sqrt(size[1:paired:2, None])
-    first, second, norm = scaling[:paired:2], scaling[1:paired:2], np.hypot(a, b)
+    a = np.sqrt(size[:paired:2, None])
+    b = np.sqrt(size[1:paired:2, None])
+    norm = np.hypot(a, b)
+    first = scaling[:paired:2]
+    second = scaling[1:paired:2]
     details.insert(0, (b * first - a * second) / norm)
     scaling = np.concatenate([(a * first + b * second) / norm, scaling[paired:]])
     size = np.concatenate([size[:paired:2] + size[1:paired:2], size[paired:]])

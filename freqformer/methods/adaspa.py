@@ -1,14 +1,18 @@
-"""AdaSpa (arXiv 2502.21079): block-sparse attention whose masks are searched exactly, online, on any dense checkpoint.
+"""AdaSpa (arXiv 2502.21079): block-sparse attention with masks searched exactly, online.
 
-Row LSE and the pattern of attention change little between denoising steps. So: dense warm-up; at the first search step a dense
-pass gives the output and each row's LSE, and a second pass the exact softmax mass of every pair of tiles
-(`kernels/selection/block_scores.py`); each query tile keeps the key tiles with the most mass. Later searches need the second pass only,
-with the cached LSE. Between searches masks are reused. Heads that need few tiles give budget to heads that need many.
+Runs on any dense checkpoint. Row LSE and the pattern of attention change little between denoising
+steps, so a run begins with dense steps. At the first search step a dense pass gives the output and
+each row's LSE, and a second pass the exact softmax mass of every pair of tiles
+(`kernels/selection/block_scores.py`); each query tile keeps the key tiles with the most mass. Later
+searches need only the second pass, with the cached LSE. Between searches masks are reused. Heads
+that need few tiles give budget to heads that need many.
 
-The paper's: block mass, cached LSE, steps {10, 30} of 50 after 10 dense ones, sparsity 0.8, recall 0.8, the three levels, equal
-budgets for all rows of a head. Ours, where the paper is silent: see `levels` and `AdaSpa.budgets`; the own tile is always kept;
-sink tiles stand for the text blocks that this model does not have.
+From the paper: block mass, cached LSE, steps {10, 30} of 50 after 10 dense ones, sparsity 0.8,
+recall 0.8, the three levels, equal budgets for all rows of a head.
 """
+
+# choice: the own tile is always kept; sink tiles stand for the text blocks that this model lacks.
+# Two more, where the paper is silent, are in `AdaSpa.budgets` and `levels`.
 
 import dataclasses
 import math
@@ -22,26 +26,39 @@ from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.table import BlockMask
 from freqformer.kernels.selection.block_scores import block_mass
 from freqformer.methods.base import Method, even_lists, plain_aux
-from freqformer.tables import lse_cache
+from freqformer.tables.adaspa_memory import (
+  LSE_DTYPES,
+  LSE_KINDS,
+  empty_lse,
+  lists_of_bits,
+  load_lse,
+  store_lse,
+  top_bits,
+  unpack_bits,
+)
 from freqformer.tables.dense import dense
-from freqformer.tables.tile_bits import lists_of_bits, top_bits, unpack_bits
 from freqformer.tables.topk import fixed_tiles
 
 
 @dataclasses.dataclass(frozen=True)
 class AdaSpa(Method):
-  """Fields of the method. Steps are whole numbers, or shares of the run as floats in [0, 1) (0.2 of 50 steps is step 10).
+  """Fields of the method.
+
+  Steps are whole numbers, or shares of the run as floats in [0, 1): 0.2 of 50 steps is step 10.
 
   Attributes:
     sparsity: share of key tiles that a head at the base level does not list.
     warmup: number of dense steps before anything is searched.
-    search: steps that search, ascending; every step up to the first is dense, and so is that step's own output.
+    search: steps that search, ascending; every step up to the first is dense, and so is that
+      step's own output.
     recall: a head whose base mask keeps more than this share of its softmax mass counts as easy.
-    adaptive: give tiles of easy heads to hard ones (three levels); else every head has the base budget.
+    adaptive: gives tiles of easy heads to hard ones (three levels); otherwise every head has the
+      base budget.
     sink: first tiles that every list holds, inside the budget. The own tile is always listed.
-    lse_cache: "row" keeps each row's LSE between searches, "tile" one mean per query tile (smaller, approximate: all rows of a
-      tile then weigh as if their LSE were equal).
-    lse_dtype: of the cache: "bfloat16", "float32", or "uint8" (rows only: steps within a tile's range).
+    lse_cache: "row" keeps each row's LSE between searches, "tile" one mean per query tile (smaller,
+      approximate: all rows of a tile then weigh as if their LSE were equal).
+    lse_dtype: of the cache: "bfloat16", "float32", or "uint8" (rows only: steps within a tile's
+      range).
   """
 
   sparsity: float = 0.8
@@ -56,13 +73,13 @@ class AdaSpa(Method):
   def __post_init__(self):
     if not 0 <= self.sparsity < 1:
       raise ValueError(
-        f"sparsity={self.sparsity} must lie in [0, 1): it is the share of tiles that are not listed."
+        f"sparsity={self.sparsity} must lie in [0, 1): the share of tiles that are not listed."
       )
     if not 0 <= self.recall <= 1 or self.sink < 0:
       raise ValueError(f"{self.recall=} must lie in [0, 1] and {self.sink=} must be >= 0.")
-    if self.lse_cache not in lse_cache.KINDS or self.lse_dtype not in lse_cache.DTYPES:
+    if self.lse_cache not in LSE_KINDS or self.lse_dtype not in LSE_DTYPES:
       raise ValueError(
-        f"{self.lse_cache=} must be one of {lse_cache.KINDS}, {self.lse_dtype=} one of {lse_cache.DTYPES}."
+        f"{self.lse_cache=} must be one of {LSE_KINDS}, {self.lse_dtype=} one of {LSE_DTYPES}."
       )
     if self.lse_cache == "tile" and self.lse_dtype == "uint8":
       raise ValueError(
@@ -73,17 +90,16 @@ class AdaSpa(Method):
     for name, values in (("warmup", (self.warmup,)), ("search", self.search)):
       if any(v < 0 or isinstance(v, float) and v >= 1 for v in values):
         raise ValueError(
-          f"{name}={getattr(self, name)} must hold steps (integers >= 0) or shares of the run in [0, 1)."
+          f"{name}={getattr(self, name)} must hold steps (integers >= 0) or shares of the run in "
+          "[0, 1)."
         )
 
   @property
   def shares_state(self):
     return True
 
-  # ---- schedule --------------------------------------------------------------------------------------------------------
-
   def _steps(self, steps: int) -> tuple[int, tuple[int, ...]]:
-    """Warm-up steps and search steps in a run of `steps`; shares that meet on one step are one search."""
+    """Warm-up steps and search steps in a run of `steps`; shares on one step are one search."""
 
     def at(v):
       return int(v * steps + 1e-6) if isinstance(v, float) else v
@@ -94,20 +110,23 @@ class AdaSpa(Method):
     warmup, search = self._steps(steps)
     if warmup > steps:
       raise ConfigError(
-        f"adaspa.warmup={self.warmup} is longer than the run of {steps} steps; lower it or give a share such as 0.2."
+        f"adaspa.warmup={self.warmup} is longer than the run of {steps} steps; lower it or give a "
+        "share such as 0.2."
       )
     if list(search) != sorted(search):
       raise ConfigError(
-        f"adaspa.search={self.search} means steps {search} of {steps}; give them in ascending order."
+        f"adaspa.search={self.search} means steps {search} of {steps}; give them in ascending "
+        "order."
       )
     if search[-1] >= steps:
       raise ConfigError(
-        f"adaspa.search step {search[-1]} comes after the last step of a run of {steps} (0..{steps - 1}); "
-        "lower it or give shares such as 0.6."
+        f"adaspa.search step {search[-1]} comes after the last step of a run of {steps} "
+        f"(0..{steps - 1}); lower it or give shares such as 0.6."
       )
     if search[0] < warmup:
       raise ConfigError(
-        f"adaspa.search step {search[0]} lies in the warm-up of {warmup} dense steps; search at {warmup} or later."
+        f"adaspa.search step {search[0]} lies in the warm-up of {warmup} dense steps; search at "
+        f"{warmup} or later."
       )
 
   def phase(self, step, steps):
@@ -116,15 +135,12 @@ class AdaSpa(Method):
       return "search_first" if step == search[0] else "warmup"
     return "search" if step in search else "reuse"
 
-  # ---- sizes -----------------------------------------------------------------------------------------------------------
-
   def budgets(self, layout) -> tuple[int, int, int]:
     """Key tiles per query tile of heads at the (high, base, low) sparsity level.
 
-    The paper's levels (1 + s) / 2, s, (3 s - 1) / 2 are densities (1 - s) / 2, 1 - s, 3 (1 - s) / 2: the base and half of it
-    less or more. In whole tiles: base, and half of it (rounded down) moved. Ours: what is moved is cut to what a hard head can
-    take (for s < 1/3 the low level would be below 0) and to what an easy head can give (its own and sink tiles stay), on both
-    sides alike, so the mean over heads is the base budget exactly.
+    The paper's levels (1 + s) / 2, s, (3 s - 1) / 2 are densities (1 - s) / 2, 1 - s,
+    3 (1 - s) / 2: the base and half of it less or more. In whole tiles: base, and half of it
+    (rounded down) moved.
 
     Raises:
       ConfigError: if the density rounds to no tile or to fewer than the own and sink tiles.
@@ -135,14 +151,17 @@ class AdaSpa(Method):
     if base < 1:
       raise ConfigError(
         f"adaspa.sparsity={self.sparsity} of {tiles} tiles rounds to no tile per query tile; "
-        f"lower it to {math.floor(1000 * (1 - 0.5 / tiles)) / 1000:g} or less, or use smaller tiles "
-        f"(attention.block={layout.block})."
+        f"lower it to {math.floor(1000 * (1 - 0.5 / tiles)) / 1000:g} or less, or use smaller "
+        f"tiles (attention.block={layout.block})."
       )
     if base < least:
       raise ConfigError(
-        f"adaspa.sparsity={self.sparsity} of {tiles} tiles leaves {base} per query tile, fewer than the own tile and "
-        f"sink={self.sink}; lower one of them."
+        f"adaspa.sparsity={self.sparsity} of {tiles} tiles leaves {base} per query tile, fewer "
+        f"than the own tile and sink={self.sink}; lower one of them."
       )
+    # choice: a hard head takes no more tiles than there are (for s < 1/3 the low level would be
+    # below 0) and an easy head keeps its own and sink tiles. Both sides are cut alike, so that the
+    # mean over heads is exactly the base budget.
     moved = min(base // 2, tiles - base, base - least) if self.adaptive else 0
     return base - moved, base, base + moved
 
@@ -155,59 +174,63 @@ class AdaSpa(Method):
 
   def init_state(self, batch, dims, layout):
     bits = jnp.zeros((batch, dims.heads, layout.tiles, -(-layout.tiles // 8)), jnp.uint8)
-    return {"bits": bits, **lse_cache.empty(self.lse_cache, self.lse_dtype, bits.shape[:2], layout)}
-
-  # ---- running ---------------------------------------------------------------------------------------------------------
+    return {"bits": bits, **empty_lse(self.lse_cache, self.lse_dtype, bits.shape[:2], layout)}
 
   def __call__(self, module, qkv, cond, tables, state):
-    arrays, (b, _, h, _) = qkv.layout, qkv.q.shape
+    arrays = qkv.layout
+    b, _, h, _ = qkv.q.shape
     q, k = qkv.rotated()
 
     def run(mask):
       return attention(q, k, qkv.v, mask, implementation=qkv.implementation)
 
     def aux_of(mask):
-      return plain_aux(mask, arrays.layout.n, b, h, cond.want_masks)
+      return plain_aux(mask, arrays.n, b, h, cond.want_masks)
 
     def own(x):
       return x[: b // 2] if cond.guided else x  # the half whose masks both run with
+
+    def find(lse):
+      return self.find(own(q), own(k), lse, arrays, tables["fixed"], qkv.other_ops_implementation)
 
     if cond.phase in ("", "warmup"):
       return run(tables["dense"])[0], state, aux_of(tables["dense"])
     if cond.phase == "search_first":
       out, lse = run(tables["dense"])
-      bits, found = self.find(own(q), own(k), own(lse), arrays, tables["fixed"], qkv.other_ops_implementation)
-      state = {"bits": bits, **lse_cache.store(self.lse_cache, self.lse_dtype, own(lse), arrays)}
+      bits, found = find(own(lse))
+      state = {"bits": bits, **store_lse(self.lse_cache, self.lse_dtype, own(lse), arrays)}
       return out, state, _with_search(aux_of(tables["dense"]), found, b)
     found = None
     if cond.phase == "search":
-      lse = lse_cache.load(self.lse_cache, state, arrays)
-      bits, found = self.find(own(q), own(k), lse, arrays, tables["fixed"], qkv.other_ops_implementation)
+      bits, found = find(load_lse(self.lse_cache, state, arrays))
       state = {**state, "bits": bits}
     mask = self.mask(state["bits"], arrays)
     if cond.guided and mask.kv_counts.shape[0] > 1:
-
-      def twice(x):
-        return jnp.concatenate([x, x])
-
       mask = dataclasses.replace(
-        mask, kv_indices=twice(mask.kv_indices), kv_counts=twice(mask.kv_counts)
+        mask,
+        kv_indices=jnp.concatenate([mask.kv_indices] * 2),
+        kv_counts=jnp.concatenate([mask.kv_counts] * 2),
       )
     return run(mask)[0], state, _with_search(aux_of(mask), found, b)
 
   def find(self, q, k, lse, arrays, fixed, implementation=None):
-    """Searches: exact block mass, the best key tiles of every row, and each head's level by its recall.
+    """Searches for the key tiles of largest exact block mass and each head's level by its recall.
 
     Args:
-      q, k: `[b, n_buffer, h, d]`, finished; lse: `[b, h, n_buffer]` or `[b, h, tiles]`, fresh or cached.
+      q: `[b, n_buffer, h, d]`, normed and rotated.
+      k: the same of the keys.
+      lse: `[b, h, n_buffer]` or `[b, h, tiles]`, fresh or cached.
+      arrays: of the layout.
       fixed: int `[tiles, f]`, tiles that a query tile always lists.
       implementation: of `kernels.selection.block_scores.block_mass`.
 
     Returns:
-      bits uint8 `[b, h, tiles, ceil(tiles / 8)]`, and `{"recall", "level"}` `[b, h]`: share of the softmax mass that the base
-      budget keeps, and 0, 1, 2 for the high, base, low sparsity.
+      bits uint8 `[b, h, tiles, ceil(tiles / 8)]`, and a dict of `[b, h]`: "recall", the share of
+      the softmax mass that the base budget keeps, and "level", 0, 1, 2 for high, base, low
+      sparsity.
     """
-    layout, fixed = arrays.layout, jnp.asarray(fixed)
+    layout = arrays.layout
+    fixed = jnp.asarray(fixed)
     counts = self.budgets(layout)
 
     def keep(mass, tile):
@@ -224,7 +247,7 @@ class AdaSpa(Method):
     return bits, {"recall": recall, "level": level}
 
   def mask(self, bits, arrays) -> BlockMask:
-    """The lists of one layer's bits."""
+    """Builds the lists of one layer's bits."""
     layout = arrays.layout
     return lists_of_bits(bits, self.budgets(layout)[2], arrays.kv_len, layout.block)
 
@@ -247,9 +270,9 @@ class AdaSpa(Method):
 def levels(recall: jax.Array, threshold: float) -> jax.Array:
   """Each head's level, int32 `[b, h]`: 0 gives tiles, 1 keeps its budget, 2 takes tiles.
 
-  n = heads with recall > threshold; the n best give, the n worst take (AdaSpa). Ours: n is at most h // 2, so that no head is
-  both; ties go by the head's number.
+  n = heads with recall > threshold; the n best give, the n worst take (AdaSpa).
   """
+  # choice: n is at most h // 2, so that no head does both; ties go by the head's number.
   heads = recall.shape[-1]
   rank = jnp.argsort(jnp.argsort(-recall, -1, stable=True), -1, stable=True)
   n = jnp.minimum((recall > threshold).sum(-1, keepdims=True), heads // 2)
@@ -257,7 +280,7 @@ def levels(recall: jax.Array, threshold: float) -> jax.Array:
 
 
 def _with_search(aux, found, b):
-  """Adds what a search found, of its samples; its q k^T is half of dense attention, on half of `b` rows where guided."""
+  """Adds what a search found, and its cost: q k^T, half of dense attention, of its own samples."""
   if found is None:
     return aux
   return aux | found | {"cost": aux["cost"] + np.float32(0.5 * found["recall"].shape[0] / b)}

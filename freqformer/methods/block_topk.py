@@ -1,10 +1,12 @@
 """Top-k key tiles by pooled scores, and the pooled attention's own output (VSA, arXiv 2505.13389).
 
-q, k, v are averaged over tiles. Attention among the averages picks each query tile's key tiles, and its output, repeated over
-the tile's tokens and times a gate, is added to the exact attention over them: `out = exact + gate * coarse`. The gate is
-linear in the token; ours starts at 0, as in fine-tuning, and reads the head's query, because a method sees no residual stream.
-Ours too: a tile's own tile is always listed. `coarse="none"` runs on any checkpoint.
+q, k, v are averaged over tiles. Attention among the averages picks each query tile's key tiles, and
+its output, repeated over the tile's tokens and times a gate, is added to the exact attention over
+them: `out = exact + gate * coarse`. `coarse="none"` runs on any checkpoint.
 """
+
+# choice: the paper's gate is linear in the token. This one starts at 0, as in fine-tuning, and
+# reads the head's query, because a method sees no residual stream. A tile always lists itself.
 
 import dataclasses
 
@@ -42,12 +44,17 @@ class BlockTopK(Method):
       )
 
   def budget(self, layout) -> int:
-    """Key tiles per query tile; ConfigError where the density rounds to fewer than the fixed ones."""
-    budget, fixed = int(self.density * layout.tiles + 0.5), min(1 + self.sink, layout.tiles)
+    """Returns the key tiles per query tile.
+
+    Raises:
+      ConfigError: if the density rounds to fewer tiles than the fixed ones.
+    """
+    budget = int(self.density * layout.tiles + 0.5)
+    fixed = min(1 + self.sink, layout.tiles)
     if budget < fixed:
       raise ConfigError(
-        f"block_topk: density {self.density} of {layout.tiles} tiles rounds to {budget}, fewer than the {fixed} fixed "
-        f"ones (own, sink); give at least {fixed / layout.tiles:.3g}."
+        f"block_topk: density {self.density} of {layout.tiles} tiles rounds to {budget}, fewer "
+        f"than the {fixed} fixed ones (own, sink); give at least {fixed / layout.tiles:.3g}."
       )
     return budget
 
@@ -59,50 +66,41 @@ class BlockTopK(Method):
     return fixed_tiles(layout, self.sink)
 
   def __call__(self, module, qkv, cond, tables, state):
-    arrays, layout, (b, _, h, _) = qkv.layout, qkv.layout.layout, qkv.q.shape
+    arrays = qkv.layout
+    tiles = arrays.tiles
+    block = arrays.block
+    b, _, h, _ = qkv.q.shape
     q, k = qkv.rotated()
-    q_pool, k_pool = pool_tiles(q, arrays), pool_tiles(k, arrays)
+    q_pool = pool_tiles(q, arrays)
+    k_pool = pool_tiles(k, arrays)
     mask = block_topk(
       cond.share(q_pool),
       cond.share(k_pool),
-      self.budget(layout),
+      self.budget(arrays.layout),
       tables,
       arrays.kv_len,
-      layout.block,
+      block,
       qkv.other_ops_implementation,
     )
     mask = dataclasses.replace(mask, kv_indices=checkpoint_name(mask.kv_indices, "tables"))
     out, _ = attention(q, k, qkv.v, mask, implementation=qkv.implementation)
+    aux = plain_aux(mask, arrays.n, b, h, cond.want_masks)
+    coarse_density = 0.0
     if module is not None:
-      pooled = (
-        x.transpose(0, 2, 1, 3).astype(q.dtype) for x in (q_pool, k_pool, pool_tiles(qkv.v, arrays))
-      )
-      whole = [
-        (0, 0),
-        (0, -layout.tiles % layout.block),
-        (0, 0),
-        (0, 0),
-      ]  # tiles, as kernels take them
-      pooled, dense = (
-        (jnp.pad(x, whole) for x in pooled),
-        dense_mask(layout.tiles, layout.tiles, layout.block, layout.block),
-      )
-      coarse = attention(*pooled, dense, implementation=qkv.implementation)[0][:, : layout.tiles]
-      out = out + (module(qkv.q) * jnp.repeat(coarse, layout.block, axis=1)).astype(out.dtype)
-    aux, coarse = (
-      plain_aux(mask, layout.n, b, h, cond.want_masks),
-      (module is not None) * (layout.tiles / layout.n) ** 2,
-    )
-    return (
-      out,
-      state,
-      aux
-      | {
-        "density": aux["density"] + coarse,
-        "cost": aux["cost"] + coarse,
-        "coarse_density": coarse,
-      },
-    )
+      pools = (q_pool, k_pool, pool_tiles(qkv.v, arrays))
+      # Kernels take whole blocks of rows; the mask hides those beyond the tiles.
+      to_blocks = [(0, 0), (0, -tiles % block), (0, 0), (0, 0)]
+      pooled = [jnp.pad(x.transpose(0, 2, 1, 3).astype(q.dtype), to_blocks) for x in pools]
+      everything = dense_mask(tiles, tiles, block, block)
+      coarse = attention(*pooled, everything, implementation=qkv.implementation)[0][:, :tiles]
+      out = out + (module(qkv.q) * jnp.repeat(coarse, block, axis=1)).astype(out.dtype)
+      coarse_density = (tiles / arrays.n) ** 2
+    aux |= {
+      "density": aux["density"] + coarse_density,
+      "cost": aux["cost"] + coarse_density,
+      "coarse_density": coarse_density,
+    }
+    return out, state, aux
 
   def pairs(self, layout, heads, allocation=None, phase=None):
     """Counts listed tiles of average length and, if gated, the averages' own pairs."""

@@ -1,4 +1,4 @@
-"""Full attention: every token sees every token. The baseline, and the oracle of sparse methods."""
+"""Full attention: the baseline, and the oracle of the sparse methods' quality."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from freqformer.tables.dense import dense
 
 @dataclasses.dataclass(frozen=True)
 class Dense(Method):
-  """No fields: nothing to choose."""
+  """Every token sees every token. It has no fields."""
 
   def tables(self, layout):
     return dense(layout)

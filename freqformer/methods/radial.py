@@ -1,12 +1,29 @@
-"""Radial attention (arXiv 2506.19852): a static O(n log n) table whose spatial width halves with every temporal band.
+"""Radial attention (arXiv 2506.19852): a static table; reach shrinks with the distance in time.
 
-The formula and what of it is ours (tiles instead of tokens) stand in `freqformer/tables/radial.py`.
+For tokens k of frame i and l of frame j, s tokens a frame, `r = floor(log2 max(|i - j|, 1))` is the
+temporal band (2 ceil(log2 max(frames, 2)) - 1 bands in all; n log n pairs), and l is seen if
+
+  |k - l| + 1 <= s / 2^r          a spatial width that halves with every band, or
+  k = l and (i - j) mod ceil(2^r / s) = 0      once that width is below one token: the same place,
+                                               every so many frames.
+
+All tokens of the first frame are seen from everywhere.
 """
+
+# choice: the rule is applied to tiles: k, l are raster numbers of tiles within a frame of tiles, s
+# is the tiles of such a frame, and distances in time are in tokens. With tiles of one token it is
+# the paper's rule.
 
 import dataclasses
 
+import numpy as np
+
+from freqformer.grid.layout import TileLayout
+from freqformer.kernels.block_sparse.cost import CallCost
+from freqformer.kernels.block_sparse.table import BlockMask
 from freqformer.methods.static import StaticMethod
-from freqformer.tables.radial import count_radial, radial
+from freqformer.tables.counting import axis_lengths, count_tiles
+from freqformer.tables.where import frame_tiles, tiles_where
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,3 +47,54 @@ class Radial(StaticMethod):
 
   def counted(self, layout):
     return count_radial(layout, self.decay, self.sink)
+
+
+def radial_widths(layout: TileLayout, decay: float = 1.0) -> np.ndarray:
+  """Spatial width in tiles at each distance in tile frames, int64 `[tile frames]`; 0 sees nothing.
+
+  Args:
+    layout: the tile grid.
+    decay: multiplies the width s / 2^r.
+  """
+  s = frame_tiles(layout)
+  distance = np.arange(layout.tile_grid[0])
+  band = np.floor(np.log2(np.maximum(distance * layout.tile[0], 1)))
+  width = decay * s / 2**band
+  stride = np.ceil(1 / np.minimum(width, 1)).astype(np.int64)
+  wide = np.minimum(np.floor(width), s)
+  return np.where(width >= 1, wide, distance % stride == 0).astype(np.int64)
+
+
+def radial(layout: TileLayout, decay: float = 1.0, sink: int = 1) -> BlockMask:
+  """Builds the table; `sink` is the number of first frames of tiles that every query sees."""
+  widths = radial_widths(layout, decay)
+  columns = layout.tile_grid[2]
+
+  def rule(query, key):
+    apart = np.abs((query[1] - key[1]) * columns + query[2] - key[2])
+    return (apart < widths[np.abs(query[0] - key[0])]) | (key[0] < sink)
+
+  return tiles_where(layout, rule)
+
+
+def count_radial(layout: TileLayout, decay: float = 1.0, sink: int = 1) -> CallCost:
+  """Counts of `radial` at head dimension 1: a query tile sees one run of places in each frame."""
+  frames, _, columns = layout.tile_grid
+  s, at = frame_tiles(layout), np.arange(frames)
+  widths = radial_widths(layout, decay)[np.abs(at[:, None] - at)]  # [query frame, key frame]
+  widths[:, :sink] = s
+  t, y, x = axis_lengths(layout)
+  sums, places = np.concatenate([[0], np.cumsum(np.outer(y, x))]), np.arange(s)
+  counts, keys = np.zeros((2, frames, s), np.int64)
+  for width in np.unique(widths[widths > 0]):
+    low, high = np.maximum(places - width + 1, 0), np.minimum(places + width, s)
+    counts += np.outer((widths == width).sum(1), high - low)
+    keys += np.outer((widths == width) @ t, sums[high] - sums[low])
+
+  def mark(seen, frame, row, first, stop):
+    seen, row = seen.reshape(frames, s), row * columns
+    for other, width in enumerate(widths[frame]):
+      if width:
+        seen[other, max(row + first - width + 1, 0) : row + stop - 1 + width] = True
+
+  return count_tiles(layout, counts.reshape(layout.tile_grid), keys.reshape(layout.tile_grid), mark)

@@ -1,4 +1,4 @@
-"""From a method's name to its config dataclass: the only place that lists methods."""
+"""The table of methods, the only place that lists them: from a name to its config dataclass."""
 
 import ast
 import importlib
@@ -26,10 +26,10 @@ def list_methods() -> list[str]:
 
 
 def method_class(name: str):
-  """The dataclass of a method.
+  """Returns the dataclass of a method.
 
   Raises:
-    ConfigError: for an unknown name, and for a line of `METHODS` without its file or class.
+    ConfigError: for an unknown name, or a line of `METHODS` without its file or class.
   """
   if name not in METHODS:
     raise ConfigError(f"attention method {name!r} is unknown; {did_you_mean(name, METHODS)}")
@@ -49,17 +49,19 @@ def method_class(name: str):
       if isinstance(value, type) and value.__module__ == module.__name__
     ]
     raise ConfigError(
-      f"registry.py lists {METHODS[name]!r} for the method {name!r}, but freqformer/methods/{name}.py has no such class; "
-      f"{did_you_mean(METHODS[name], classes)}"
+      f"registry.py lists {METHODS[name]!r} for the method {name!r}, but "
+      f"freqformer/methods/{name}.py has no such class; {did_you_mean(METHODS[name], classes)}"
     )
   return getattr(module, METHODS[name])
 
 
 def parse_method(text: str) -> tuple[str, dict]:
-  """A method as a command line names it: `radial`, `block_topk(density=0.2, coarse=none)`, `x(group=dict(field=1))`.
+  """Reads a method as a command line names it.
+
+  Examples: `radial`, `block_topk(density=0.2, coarse=none)`, `x(group=dict(field=1))`.
 
   Returns:
-    its name and the fields that are given; a bare word is a string, but true and false are what they say.
+    its name and the fields that are given; a bare word is a string, true and false are bools.
 
   Raises:
     ConfigError: for an unknown name or text that cannot be read.
@@ -76,7 +78,13 @@ def parse_method(text: str) -> tuple[str, dict]:
 
 
 def with_fields(method, fields: dict, path: str, root: str = "config."):
-  """The method with some fields replaced, those within groups too; `root` and `path` name it in errors.
+  """Replaces some fields of a method, those within groups too.
+
+  Args:
+    method: the dataclass.
+    fields: new values by name, nested for groups.
+    path: names the method in errors, after `root`.
+    root: the beginning of names in errors.
 
   Raises:
     ConfigError: for an unknown field or a value that it cannot take.
@@ -89,14 +97,14 @@ def with_fields(method, fields: dict, path: str, root: str = "config."):
 
 
 def _fields(call: ast.Call) -> dict:
-  """The keyword arguments of a call."""
+  """Returns the keyword arguments of a call."""
   if call.args or any(word.arg is None for word in call.keywords):
     raise ValueError("fields are given by name")
   return {word.arg: _value(word.value) for word in call.keywords}
 
 
 def _value(node):
-  """A literal; a bare word is itself (true and false are bools), `dict(...)` a group of fields."""
+  """Reads a literal, a bare word (true and false are bools), or `dict(...)`, a group of fields."""
   if isinstance(node, ast.Call) and node.func.id == "dict":
     return _fields(node)
   return _WORDS.get(node.id, node.id) if isinstance(node, ast.Name) else ast.literal_eval(node)

@@ -1,12 +1,15 @@
-"""Sliding tile attention (STA, arXiv 2502.04507): a 3-D window that moves tile by tile, so that no block is mixed.
+"""Sliding tile attention (STA, arXiv 2502.04507): a 3-D window that moves tile by tile.
 
-STA's own setting is a window of 18 x 24 x 24 tokens in tiles of 6 x 8 x 8 = 384 rows that the kernel reads as 3 blocks of 128:
+No block is mixed. STA's own setting is a window of 18 x 24 x 24 tokens in tiles of 6 x 8 x 8 = 384
+rows that the kernel reads as 3 blocks of 128:
 
   attention.block=384  attention.tile=(6, 8, 8)  attention.method="sliding_tile"
 
-On 30 x 48 x 80 tokens that is a density of 9.00 %. On other layouts (ours) the window is rounded up to whole tiles of the
-layout and a block up to `rows` stays as it is.
+On 30 x 48 x 80 tokens that is a density of 9.00 %.
 """
+
+# choice: on other layouts the window is rounded up to whole tiles and a block of at most `rows`
+# rows stays as it is.
 
 import dataclasses
 
@@ -22,9 +25,10 @@ class SlidingTile(StaticMethod):
 
   Attributes:
     window: extents (t, y, x); an axis shorter than its extent is covered whole.
-    unit: of the window, "tokens" (rounded up to whole tiles) or "tiles".
+    unit: unit of the window, "tokens" (rounded up to whole tiles) or "tiles".
     border: "clamp" shifts the window inwards at the video's edges (STA's), "clip" cuts it off.
-    rows: longest tile that a kernel is given; longer tiles are read in equal parts of at most so many rows.
+    rows: longest tile that a kernel is given; longer tiles are read in equal parts that are not
+      longer than this.
   """
 
   window: tuple[int, int, int] = (18, 24, 24)
@@ -49,12 +53,11 @@ class SlidingTile(StaticMethod):
     return count_window(layout, window, self.border, parts)
 
   def _in_tiles(self, layout) -> tuple[tuple[int, int, int], int]:
-    """The window in tiles, and in how many parts a tile is read."""
+    """Returns the window in tiles and the number of parts in which a tile is read."""
     tile = layout.tile if self.unit == "tokens" else (1, 1, 1)
     window = tuple(-(-w // e) for w, e in zip(self.window, tile, strict=True))
     # The fewest equal parts that are short enough: 384 rows are 3 x 128; 100 rows stay whole.
-    return window, next(
-      p
-      for p in range(1, layout.block + 1)
-      if layout.block % p == 0 and layout.block // p <= self.rows
-    )
+    parts = -(-layout.block // self.rows)
+    while layout.block % parts:
+      parts += 1
+    return window, parts

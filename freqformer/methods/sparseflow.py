@@ -1,13 +1,16 @@
-"""SparseFlow: block-sparse attention across frames, linear attention within frames, a router deals the heads to the two.
+"""SparseFlow: block-sparse attention across frames, linear attention within frames, routed heads.
 
-Implements the abstract of SparseFlow-Attention (Zenodo 19712508): temporal attention to neighbouring and anchor frames, linear
-spatial attention, a temporal budget that depends on the timestep (sparser early in denoising), a head-wise router, soft in
-training and hard in evaluation. Every constant below is ours, the schedule's form too (docs/methods.md).
+Implements the abstract of SparseFlow-Attention (Zenodo 19712508): temporal attention to
+neighbouring and anchor frames, linear spatial attention, a temporal budget that depends on the
+timestep (sparser early in denoising), a head-wise router, soft in training and hard in evaluation.
 
-A head on the linear path has count 0 in every row of the table, so it pays for no softmax. In evaluation linear attention
-leaves the sparse heads alone and writes into their output; where heads are routed, XLA runs it for all of them, since its
-shapes are static, and the Hopper kernels for their own.
+A head on the linear path has count 0 in every row of the table, so it pays for no softmax. In
+evaluation linear attention leaves the sparse heads alone and writes into their output. If heads are
+routed, XLA runs linear attention for all of them, since its shapes are static; the Hopper kernels
+run it for their own heads only.
 """
+
+# choice: every constant below, and the schedule's form (docs/methods.md).
 
 import dataclasses
 import functools
@@ -20,32 +23,28 @@ import numpy as np
 from freqformer.grid.layout import LayoutTables, TileLayout
 from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.cost import count
-from freqformer.kernels.block_sparse.table import BlockMask, check_listed
+from freqformer.kernels.block_sparse.table import BlockMask, check_listed, pad_lists
 from freqformer.kernels.linear.api import FEATURE_MAPS, Segments, linear_attention
-from freqformer.methods.base import mask_aux
+from freqformer.methods.base import mask_aux, mask_density
 from freqformer.methods.parts.router import RouterConfig
 from freqformer.methods.routed import RoutedMethod
-from freqformer.tables.temporal import temporal
-from freqformer.tables.topk import pool_tiles
+from freqformer.tables.topk import anchor_frames, pool_tiles
 
 SPARSE, LINEAR = range(2)
 LINEAR_PART = "linear_heads"  # the named scope of linear attention
 DIRECTIONS = ("sparse_early", "dense_early")
-SHAPES = {
-  "linear": lambda u: u,
-  "cosine": lambda u: (1 - jnp.cos(jnp.pi * u)) / 2,
-  "step": lambda u: 1.0 * (u >= 0.5),
-}
+SHAPES = ("linear", "cosine", "step")
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """How many neighbouring frames a query sees at time t (1 is noise).
+  """Number of neighbouring frames that a query sees at time t (1 is noise).
 
   Attributes:
-    frames: layers of tiles at the sparse and at the dense end; every extent between is a level of its own.
+    frames: layers of tiles at the sparse and at the dense end; every extent between is a level.
     direction: "sparse_early" (the abstract's: few frames at high t) or "dense_early".
-    shape: from one end to the other over t: "linear", "cosine" (slow at both ends) or "step" (one jump at t = 1/2).
+    shape: the way from one end to the other over t: "linear", "cosine" (slow at both ends) or
+      "step" (one jump at t = 1/2).
   """
 
   frames: tuple[int, int] = (1, 5)
@@ -59,17 +58,21 @@ class Schedule:
       )
     if self.direction not in DIRECTIONS or self.shape not in SHAPES:
       raise ValueError(
-        f"schedule {self.direction=} must be one of {DIRECTIONS} and {self.shape=} one of {tuple(SHAPES)}."
+        f"schedule {self.direction=} must be one of {DIRECTIONS} and {self.shape=} one of {SHAPES}."
       )
 
   def extents(self, layers: int) -> tuple[int, ...]:
-    """Frames seen per level, ascending, on a grid of so many layers of tiles."""
+    """Frames seen per level, ascending, on a grid with this many layers of tiles."""
     return tuple(range(min(self.frames[0], layers), min(self.frames[1], layers) + 1))
 
   def level(self, time, levels: int) -> jax.Array:
-    """int32 level of each time, 0 the sparsest."""
-    u = 1 - time if self.direction == "sparse_early" else time
-    return jnp.round(SHAPES[self.shape](jnp.clip(u, 0, 1)) * (levels - 1)).astype(jnp.int32)
+    """Returns the int32 level of each time, 0 the sparsest."""
+    u = jnp.clip(1 - time if self.direction == "sparse_early" else time, 0, 1)
+    if self.shape == "cosine":
+      u = (1 - jnp.cos(jnp.pi * u)) / 2
+    elif self.shape == "step":
+      u = 1.0 * (u >= 0.5)
+    return jnp.round(u * (levels - 1)).astype(jnp.int32)
 
   def shares(self, levels: int) -> np.ndarray:
     """Share of t in [0, 1] that each level gets, `[levels]`."""
@@ -81,7 +84,7 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class SparseFlow(RoutedMethod):
-  """Fields of the method, beside those of `RoutedMethod`; head counts are (sparse, linear).
+  """Fields of the method in addition to those of `RoutedMethod`; head counts are (sparse, linear).
 
   Attributes:
     schedule: temporal extent over the timestep.
@@ -113,38 +116,46 @@ class SparseFlow(RoutedMethod):
     return variance_shares(v, layout)
 
   def tables(self, layout):
-    return SparseFlowTables(
-      _levels(self.schedule, self.around, self.anchors, layout), frame_segments(layout)
-    )
+    levels = _levels(self.schedule, self.around, self.anchors, layout)
+    return SparseFlowTables(levels, frame_segments(layout))
 
   def __call__(self, module, qkv, cond, tables, state):
-    layout, routing = qkv.layout, self.route(module, qkv, cond, tables)
+    routing = self.route(module, qkv, cond, tables)
     mask = self.mask_at(tables, cond.share(cond.time))
     b, _, h, _ = qkv.q.shape
-    density = jnp.broadcast_to(
-      jnp.asarray(mask.density(layout.layout.n), jnp.float32), (b, h)
-    )  # of a head that is sparse
     q, k = qkv.rotated()
     ran = mask if routing.all_branches else _only(mask, routing.choice == SPARSE)
     out, _ = attention(q, k, qkv.v, ran, implementation=qkv.implementation)
-    how = dict(feature_map=self.feature_map, implementation=qkv.other_ops_implementation)
-    linear = functools.partial(linear_attention, q, k, qkv.v, tables.frames, **how)
+    linear = functools.partial(
+      linear_attention,
+      q,
+      k,
+      qkv.v,
+      tables.frames,
+      feature_map=self.feature_map,
+      implementation=qkv.other_ops_implementation,
+    )
     linear = jax.named_scope(LINEAR_PART)(linear)
     if routing.all_branches:
       weights = routing.weights.astype(q.dtype)[:, None, :, :, None]
       out = weights[..., SPARSE, :] * out + weights[..., LINEAR, :] * linear()[0]
-    else:  # either op leaves the other's heads alone; under a fixed allocation they are known before tracing
-      heads = (
-        routing.choice == LINEAR if self.routed else np.repeat([False, True], self.allocation)[None]
-      )
+    else:
+      # Either op leaves the other's heads alone.
+      if self.routed:
+        heads = routing.choice == LINEAR
+      else:  # known to tracing
+        heads = np.repeat([False, True], self.allocation)[None]
       out, _ = linear(heads=heads, into=out)
       if self.routed and cond.train:  # in evaluation all weights are 1
         out = out * routing.weights.sum(-1)[:, None, :, None].astype(out.dtype)
-    aux = self.aux(routing, jnp.stack([density, jnp.zeros_like(density)], -1), qkv, cond)
+    sparse_density = mask_density(mask, qkv.layout.n, b, h)
+    density = jnp.stack([sparse_density, jnp.zeros_like(sparse_density)], -1)
+    aux = self.aux(routing, density, qkv, cond)
     return out, state, aux | mask_aux(ran, cond.want_masks)
 
   def mask_at(self, tables: "SparseFlowTables", time) -> BlockMask:
-    """The table of a sparse head at times `[b]`: `[b, 1, tiles, max_kv]`; one trace for all times."""
+    """Returns the table of a sparse head at times `[b]`, `[b, 1, tiles, max_kv]`; one trace for all
+    times."""
     level = self.schedule.level(time, tables.levels.kv_counts.shape[0])
 
     def take(x):
@@ -176,9 +187,65 @@ class SparseFlow(RoutedMethod):
     return {LINEAR_PART: "linear"}
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SparseFlowTables:
+  """Static tables of one grid.
+
+  Attributes:
+    levels: the temporal table of every level, stacked along its batch axis.
+    frames: the rows of every frame.
+  """
+
+  levels: BlockMask
+  frames: Segments
+
+
+# ---- tables -------------------------------------------------------------
+
+
+def temporal(layout: TileLayout, frames: int, around: tuple[int, int], anchors: int) -> BlockMask:
+  """Each query tile lists, of every frame it sees, the tiles around its own place.
+
+  A frame here is a layer of tiles: `layout.tile[0]` frames of tokens. Both windows are shifted
+  inwards at the video's edges, so that a query tile always sees `frames x around` tiles, its own
+  among them.
+
+  Args:
+    layout: the tile grid.
+    frames: neighbouring frames, the own one included; more than there are means all.
+    around: extent in tiles (y, x) of what is seen of a frame; more than there are means the whole
+      axis.
+    anchors: evenly spread frames that every query tile sees; 1 is the first frame alone.
+  """
+  count_t, count_y, count_x = layout.tile_grid
+  y = _window(count_y, around[0])  # [tiles, extent]
+  x = _window(count_x, around[1])
+  place = (y[:, None, :, None] * count_x + x[None, :, None, :]).reshape(count_y * count_x, -1)
+  lists = [np.union1d(row, anchor_frames(count_t, anchors)) for row in _window(count_t, frames)]
+  most = max(map(len, lists))
+  check_listed(
+    layout.tiles * most * place.shape[1], f"a temporal table of {most} frames on {layout.tile_grid}"
+  )
+  seen = np.stack([np.pad(v, (0, most - len(v)), mode="edge") for v in lists])  # [count_t, most]
+  # Frames are the outer dimension of the lists, so that ids ascend.
+  ids = seen[:, None, :, None] * (count_y * count_x) + place[None, :, None, :]
+  ids = ids.reshape(1, 1, layout.tiles, -1).astype(np.int32)
+  counts = np.repeat([len(v) * place.shape[1] for v in lists], count_y * count_x)
+  counts = counts.reshape(1, 1, layout.tiles).astype(np.int32)
+  return pad_lists(ids, counts, layout.tile_lengths, None, layout.block, layout.block)
+
+
+def _window(size: int, extent: int) -> np.ndarray:
+  """Positions that each position sees along one axis, int `[size, extent]`."""
+  extent = min(extent, size)
+  start = np.clip(np.arange(size) - extent // 2, 0, size - extent)
+  return start[:, None] + np.arange(extent)
+
+
 @functools.lru_cache(maxsize=16)
 def _levels(schedule: Schedule, around, anchors: int, layout: TileLayout) -> BlockMask:
-  """The temporal table of every level, stacked along its batch axis."""
+  """Returns the temporal table of every level, stacked along its batch axis."""
   masks = [
     temporal(layout, extent, around, anchors) for extent in schedule.extents(layout.tile_grid[0])
   ]
@@ -190,11 +257,11 @@ def _levels(schedule: Schedule, around, anchors: int, layout: TileLayout) -> Blo
   def widen(ids):
     return np.pad(ids, ((0, 0),) * 3 + ((0, longest - ids.shape[-1]),), mode="edge")
 
-  ids, counts = (
-    np.concatenate([widen(m.kv_indices) for m in masks]),
-    np.concatenate([m.kv_counts for m in masks]),
+  return dataclasses.replace(
+    masks[0],
+    kv_indices=np.concatenate([widen(m.kv_indices) for m in masks]),
+    kv_counts=np.concatenate([m.kv_counts for m in masks]),
   )
-  return dataclasses.replace(masks[0], kv_indices=ids, kv_counts=counts)
 
 
 @functools.lru_cache(maxsize=16)
@@ -205,39 +272,32 @@ def frame_segments(layout: TileLayout) -> Segments:
 
 
 def _only(mask: BlockMask, heads) -> BlockMask:
-  """The table for the heads where bool `[b, h]` says so; the others list nothing."""
+  """Keeps the table of the heads that are True in bool `[b, h]`; the others list nothing."""
   counts = jnp.where(heads[..., None], mask.kv_counts, 0)
   ids = jnp.broadcast_to(mask.kv_indices, (*counts.shape, mask.max_kv))
   return dataclasses.replace(mask, kv_indices=ids, kv_counts=counts)
 
 
-def variance_shares(x: jax.Array, layout: LayoutTables) -> jax.Array:
-  """Variance of `[b, n_buffer, h, d]` within tiles, over time at one place, and between places: `[b, h, 3]`, a sum of three.
+def variance_shares(x: jax.Array, arrays: LayoutTables) -> jax.Array:
+  """Splits the variance of `[b, n_buffer, h, d]` into three parts that sum to it, `[b, h, 3]`.
 
-  The law of total variance over tiles; texture, motion and structure of a head's values at the price of one pass.
+  The parts are those within tiles, over time at one place, and between places (the law of total
+  variance over tiles): texture, motion and structure of a head's values, in one pass.
   """
-  pooled = pool_tiles(x, layout)  # [b, h, tiles, d]
-  grid = layout.layout.tile_grid
+  t, y, x_tiles = arrays.layout.tile_grid
 
   def fold(a):
-    return a.reshape(*a.shape[: a.ndim - 2], grid[0], grid[1] * grid[2], a.shape[-1])
+    return a.reshape(*a.shape[: a.ndim - 2], t, y * x_tiles, a.shape[-1])
 
-  weight = (
-    fold(jnp.asarray(layout.kv_len, jnp.float32)[:, None]) / layout.layout.n
-  )  # [t, places, 1]
-  pooled, square = fold(pooled), lambda a: (a**2 * weight).sum((-3, -2, -1))
+  weight = fold(jnp.asarray(arrays.kv_len, jnp.float32)[:, None]) / arrays.n  # [t, places, 1]
+  pooled = fold(pool_tiles(x, arrays))  # [b, h, t, places, d]
+
+  def square(a):
+    return (a**2 * weight).sum((-3, -2, -1))
+
   place = (pooled * weight).sum(2, keepdims=True) / weight.sum(0)
   mean = (pooled * weight).sum((2, 3), keepdims=True)
-  valid = jnp.asarray(layout.valid)[:, None, None]
-  energy = (jnp.where(valid, x, 0).astype(jnp.float32) ** 2).sum((1, 3)) / layout.layout.n
+  valid = jnp.asarray(arrays.valid)[:, None, None]
+  energy = (jnp.where(valid, x, 0).astype(jnp.float32) ** 2).sum((1, 3)) / arrays.n
   within = jnp.maximum(energy - square(pooled), 0)
   return jnp.stack([within, square(pooled - place), square(place - mean)], -1)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SparseFlowTables:
-  """Static tables of one grid: the temporal table of every level, stacked along its batch axis, and the frames' rows."""
-
-  levels: BlockMask
-  frames: Segments

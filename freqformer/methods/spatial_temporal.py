@@ -1,18 +1,23 @@
-"""Heads that are spatial or temporal, found online (Sparse VideoGen, arXiv 2502.01776). Training-free, on any checkpoint.
+"""Spatial and temporal heads, told apart online (Sparse VideoGen, arXiv 2502.01776). Training-free.
 
-A spatial head sees a few whole frames, a temporal head a few places in every frame, both the first frame. Which one a head is
-is measured: the pattern with the smaller squared error on a few rows of dense attention. Ours: patterns in tiles; measured once
-after a dense warm-up (`profile.every`; the paper's code: at every step). Outside sampling each call measures for itself.
+A spatial head sees a few whole frames, a temporal head a few places in every frame; both see the
+first frame. A head gets the pattern with the smaller squared error on a few rows of dense
+attention. Runs on any checkpoint. Outside sampling each call measures for itself.
 """
+
+# choice: patterns are made of tiles, not tokens; heads are measured once, after a dense warm-up
+# (`profile.every`), where the paper's code measures at every step.
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from freqformer.grid.layout import TileLayout
 from freqformer.kernels.block_sparse.api import attention
-from freqformer.kernels.block_sparse.table import select
+from freqformer.kernels.block_sparse.table import BlockMask, select
 from freqformer.methods.allocation import head_shares
 from freqformer.methods.base import Method, even_lists, plain_aux
 from freqformer.methods.head_profile import (
@@ -23,13 +28,22 @@ from freqformer.methods.head_profile import (
   rows_of,
   sample_rows,
 )
+from freqformer.tables.counting import axis_lengths
 from freqformer.tables.dense import dense
-from freqformer.tables.spatial_temporal import count_pairs, spatial_temporal
+from freqformer.tables.where import tiles_where
 
 
 @dataclasses.dataclass(frozen=True)
 class SpatialTemporal(Method):
-  """Fields of the method: reach of the patterns in tiles (see `planners/spatial_temporal.py`), and when heads are measured."""
+  """Fields of the method.
+
+  Attributes:
+    frames: a spatial head sees every tile up to this many frames of tiles away.
+    places: a temporal head sees, in every frame of tiles, the tiles up to this many rows and
+      columns away.
+    sink: first frames of tiles that both see whole.
+    profile: when heads are measured, and on how many rows.
+  """
 
   frames: int = 0
   places: int = 1
@@ -50,10 +64,8 @@ class SpatialTemporal(Method):
     return {"choice": jnp.zeros((batch, dims.heads), jnp.int32)}
 
   def tables(self, layout):
-    masks, rows = (
-      spatial_temporal(layout, self.frames, self.places, self.sink),
-      sample_rows(layout, self.profile.rows),
-    )
+    masks = spatial_temporal(layout, self.frames, self.places, self.sink)
+    rows = sample_rows(layout, self.profile.rows)
     return {
       "masks": masks,
       "dense": dense(layout),
@@ -62,30 +74,28 @@ class SpatialTemporal(Method):
     }
 
   def __call__(self, module, qkv, cond, tables, state):
-    arrays, (b, _, h, _) = qkv.layout, qkv.q.shape
+    b, _, h, _ = qkv.q.shape
     q, k = qkv.rotated()
     if cond.phase == "warmup":
-      choice, mask = jnp.zeros((b, h), jnp.int32), tables["dense"]
+      choice = jnp.zeros((b, h), jnp.int32)
+      mask = tables["dense"]
     else:
-      choice = (
-        state["choice"] if cond.phase == "run" else self._measure(q, k, qkv.v, cond, arrays, tables)
-      )
+      choice = state["choice"] if cond.phase == "run" else self._measure(q, k, qkv, cond, tables)
       mask = select(tables["masks"], checkpoint_name(choice, "routing"))
     out, _ = attention(q, k, qkv.v, mask, implementation=qkv.implementation)
-    aux = plain_aux(mask, arrays.layout.n, b, h, cond.want_masks)
+    aux = plain_aux(mask, qkv.layout.n, b, h, cond.want_masks)
     return out, {"choice": choice} if state else state, aux | {"choice": choice}
 
-  def _measure(self, q, k, v, cond, arrays, tables) -> jax.Array:
-    """The better pattern of each sample and head, int32 `[b, h]`: 0 spatial, 1 temporal."""
-    listed = [jnp.repeat(jnp.asarray(x), arrays.layout.block, axis=-1) for x in tables["listed"]]
-    exact, *outs = dense_rows(q[:, tables["rows"]], k, v, arrays.valid, listed)
-    costs = jnp.stack([jnp.asarray(mask.kv_counts).sum() for mask in tables["masks"]])
-    return most_faithful(
-      cond.share(relative_errors(jnp.stack(outs), exact)), costs, self.profile.slack
-    )
+  def _measure(self, q, k, qkv, cond, tables) -> jax.Array:
+    """Returns the better pattern per sample and head, int32 `[b, h]`: 0 spatial, 1 temporal."""
+    listed = [jnp.repeat(jnp.asarray(x), qkv.layout.block, axis=-1) for x in tables["listed"]]
+    exact, *outs = dense_rows(q[:, tables["rows"]], k, qkv.v, qkv.layout.valid, listed)
+    errors = cond.share(relative_errors(jnp.stack(outs), exact))
+    listed_tiles = jnp.stack([jnp.asarray(mask.kv_counts).sum() for mask in tables["masks"]])
+    return most_faithful(errors, listed_tiles, self.profile.slack)
 
   def pairs(self, layout, heads, allocation=None, phase=None):
-    """Counts the tables' pairs; `allocation`: share of spatial and temporal heads, else half each."""
+    """Counts the tables' pairs; `allocation`: shares of spatial and temporal heads, else halves."""
     share = head_shares((1, 1) if allocation is None else allocation, ("spatial", "temporal"))
     if phase == "warmup":
       return even_lists(layout, heads, layout.n**2)
@@ -98,3 +108,45 @@ class SpatialTemporal(Method):
 
   def only_attends(self, phase):
     return phase in ("warmup", "run")
+
+
+def spatial_temporal(
+  layout: TileLayout, frames: int = 1, places: int = 1, sink: int = 1
+) -> tuple[BlockMask, BlockMask]:
+  """Builds the tables (spatial, temporal); arguments as in `SpatialTemporal`."""
+
+  def spatial(q, k):
+    return (np.abs(q[0] - k[0]) <= frames) | (k[0] < sink)
+
+  def temporal(q, k):
+    return (np.maximum(np.abs(q[1] - k[1]), np.abs(q[2] - k[2])) <= places) | (k[0] < sink)
+
+  return tiles_where(layout, spatial), tiles_where(layout, temporal)
+
+
+def count_pairs(
+  layout: TileLayout, frames: int = 1, places: int = 1, sink: int = 1
+) -> tuple[int, int]:
+  """Scored pairs of the two tables of one head: products of what tiles along each axis see."""
+  t, y, x = axis_lengths(layout)
+  plane = int(y.sum() * x.sum())  # tokens of a frame
+  spatial = _seen(t, frames, sink) * plane**2
+  temporal = (
+    int(t.sum() * t[sink:].sum()) * _seen(y, places) * _seen(x, places)
+    + layout.n * int(t[:sink].sum()) * plane
+  )
+  return spatial, temporal
+
+
+def _seen(lengths: np.ndarray, reach: int, sink: int = 0) -> int:
+  """Pairs of tokens along an axis whose tiles are at most `reach` apart or whose second tile is
+  among the first `sink`."""
+  tiles = len(lengths)
+  at = np.arange(tiles)
+  sums = np.concatenate([[0], np.cumsum(lengths)])
+  low = np.maximum(at - reach, 0)
+  high = np.minimum(at + reach + 1, tiles)
+  first = min(sink, tiles)
+  # Tokens of the first tiles that are near as well: they count once.
+  again = np.maximum(sums[np.minimum(high, first)] - sums[np.minimum(low, first)], 0)
+  return int(lengths @ (sums[high] - sums[low] - again)) + int(sums[-1] * sums[first])

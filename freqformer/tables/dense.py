@@ -1,4 +1,4 @@
-"""Every tile sees every tile."""
+"""The table in which every tile lists every tile."""
 
 import numpy as np
 
@@ -7,6 +7,6 @@ from freqformer.kernels.block_sparse.table import BlockMask
 
 
 def dense(layout: TileLayout) -> BlockMask:
-  """The dense table of a layout: no lists (`kv_indices` is None), padding rows hidden by `kv_len`."""
+  """The dense table of a layout: no lists (`kv_indices` is None); `kv_len` hides padding rows."""
   counts = np.full((1, 1, layout.tiles), layout.tiles, np.int32)
   return BlockMask(None, counts, layout.tile_lengths, None, layout.block, layout.block)

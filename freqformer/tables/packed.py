@@ -1,7 +1,8 @@
-"""Tables over the packed buffer `[coarse tokens | full tokens]`: tile ids below `coarse_tiles` are coarse, the rest full.
+"""Tables over the packed buffer `[coarse tokens | full tokens]`.
 
-A head's table fills either the coarse or the full query rows and leaves the other rows with count 0, so their output is 0
-and `full rows + lift(coarse rows)` needs no select. One launch serves every head, whatever its band.
+Tile ids below `coarse_tiles` are coarse, the others full. A head's table fills either the coarse or
+the full query rows and leaves the others with count 0, so that their output is 0 and
+`full rows + lift(coarse rows)` needs no select. One launch serves every head, whatever its band.
 """
 
 import numpy as np
@@ -17,7 +18,7 @@ def packed_kv_len(n_coarse: int, full_kv_len: np.ndarray, block: int) -> np.ndar
 
 
 def coarse_rows(kv_len: np.ndarray, coarse_tiles: int, block: int) -> BlockMask:
-  """Dense among coarse tokens; full query rows see nothing."""
+  """A dense table among coarse tokens; full query rows list nothing."""
   tiles = len(kv_len)
   counts = np.where(np.arange(tiles) < coarse_tiles, coarse_tiles, 0).astype(np.int32)
   ids = np.broadcast_to(np.arange(coarse_tiles, dtype=np.int32), (1, 1, tiles, coarse_tiles))
@@ -27,25 +28,26 @@ def coarse_rows(kv_len: np.ndarray, coarse_tiles: int, block: int) -> BlockMask:
 def full_rows(
   mask: BlockMask, kv_len: np.ndarray, coarse_tiles: int, shared: bool = False
 ) -> BlockMask:
-  """A table over the full tokens, moved into the packed buffer; coarse query rows see nothing.
+  """A table over the full tokens, moved into the packed buffer; coarse query rows list nothing.
 
   Args:
     mask: lists over full tiles, `[b or 1, h or 1, full_tiles, max_kv]`, NumPy or traced.
     kv_len: of the packed buffer.
-    coarse_tiles: how many tiles come first.
-    shared: let each full row list the coarse tiles too (one joint softmax over both resolutions).
+    coarse_tiles: number of tiles that come first.
+    shared: lets each full row list the coarse tiles too (one softmax over both resolutions).
   """
   xnp = array_module(mask.kv_indices, mask.kv_counts)
-  ids, counts = mask.indices() + coarse_tiles, mask.kv_counts
+  ids = mask.indices() + coarse_tiles
+  counts = mask.kv_counts
   if shared:
     check_listed(
       len(kv_len) * (coarse_tiles + ids.shape[-1]),
       "a table of full rows that list all coarse tiles",
     )
     extra = np.broadcast_to(np.arange(coarse_tiles, dtype=np.int32), (*ids.shape[:3], coarse_tiles))
-    ids, counts = xnp.concatenate([extra, ids], -1), xnp.where(counts > 0, counts + coarse_tiles, 0)
+    ids = xnp.concatenate([extra, ids], -1)
+    counts = xnp.where(counts > 0, counts + coarse_tiles, 0)
   front = ((0, 0), (0, 0), (coarse_tiles, 0))
-  ids, counts = xnp.pad(ids, (*front, (0, 0))), xnp.pad(counts, front)
-  return BlockMask(
-    ids.astype(np.int32), counts.astype(np.int32), kv_len, None, mask.block_q, mask.block_kv
-  )
+  ids = xnp.pad(ids, (*front, (0, 0))).astype(np.int32)
+  counts = xnp.pad(counts, front).astype(np.int32)
+  return BlockMask(ids, counts, kv_len, None, mask.block_q, mask.block_kv)

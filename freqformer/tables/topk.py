@@ -1,4 +1,4 @@
-"""Per query tile the key tiles with the largest pooled score, plus fixed ones. Depends on the data, so it is traced."""
+"""The key tiles with the largest pooled score, plus fixed ones. They depend on data: traced."""
 
 import functools
 
@@ -11,37 +11,33 @@ from freqformer.grid.layout import LayoutTables, TileLayout
 from freqformer.kernels.block_sparse.table import BlockMask
 from freqformer.kernels.selection.topk import top_tiles
 
-# Pooled scores that exist at once; None: what `top_tiles` holds for good on the target.
-_CHUNK_SCORES = None
-
 
 @jax.named_scope("pool")
-def pool_tiles(x: jax.Array, tables: LayoutTables) -> jax.Array:
+def pool_tiles(x: jax.Array, arrays: LayoutTables) -> jax.Array:
   """Mean over each tile's valid rows: `[b, n_buffer, h, d] -> [b, h, tiles, d]`, float32."""
-  layout = tables.layout
   b, _, h, d = x.shape
-  valid = jnp.asarray(tables.valid)[:, None, None]
-  x = jnp.where(valid, x, 0).astype(jnp.float32).reshape(b, layout.tiles, layout.block, h, d).sum(2)
-  return (x / jnp.asarray(tables.kv_len, jnp.float32)[:, None, None]).transpose(0, 2, 1, 3)
+  valid = jnp.asarray(arrays.valid)[:, None, None]
+  x = jnp.where(valid, x, 0).astype(jnp.float32).reshape(b, arrays.tiles, arrays.block, h, d).sum(2)
+  return (x / jnp.asarray(arrays.kv_len, jnp.float32)[:, None, None]).transpose(0, 2, 1, 3)
+
+
+def anchor_frames(frames: int, anchors: int) -> np.ndarray:
+  """Evenly spread frames of `frames`, the first always among them; none if `anchors` is 0."""
+  return np.unique(np.linspace(0, frames - 1, min(anchors, frames)).round().astype(np.int32))
 
 
 def fixed_tiles(layout: TileLayout, sink: int = 0, anchors: int = 0) -> np.ndarray:
-  """Tiles that every list holds: its own, the first `sink`, and the tile at its place in evenly spread frames.
+  """Tiles that every list holds: its own, the first `sink`, and its place in the anchor frames.
 
   Returns:
     int32 `[tiles, 1 + sink + anchors]`; ids may repeat within a row.
   """
   own = np.arange(layout.tiles, dtype=np.int32)[:, None]
-  frames, place = layout.tile_grid[0], layout.tile_grid[1] * layout.tile_grid[2]
-  spread = np.unique(np.linspace(0, frames - 1, min(anchors, frames)).round().astype(np.int32))
-  columns = [
-    own,
-    np.broadcast_to(
-      np.arange(min(sink, layout.tiles), dtype=np.int32), (layout.tiles, min(sink, layout.tiles))
-    ),
-  ]
-  columns.append((spread * place + own % place).astype(np.int32))
-  return np.concatenate(columns, 1)
+  frames, rows, columns = layout.tile_grid
+  sinks = np.arange(min(sink, layout.tiles), dtype=np.int32)
+  sinks = np.broadcast_to(sinks, (layout.tiles, len(sinks)))
+  anchored = anchor_frames(frames, anchors) * (rows * columns) + own % (rows * columns)
+  return np.concatenate([own, sinks, anchored.astype(np.int32)], 1)
 
 
 @jax.named_scope("select")
@@ -53,16 +49,19 @@ def block_topk(
   kv_len,
   block: int,
   implementation: str | None = None,
+  chunk_scores: int | None = None,
 ) -> BlockMask:
-  """The `budget` best key tiles per query tile by `q_pool . k_pool`; fixed tiles count inside the budget.
+  """Lists the `budget` best key tiles per query tile by `q_pool . k_pool`; no gradient flows.
 
   Args:
-    q_pool, k_pool: `[b, h, tiles, d]`, pooled from unfiltered, normed, rotated q and k. No gradient flows.
-    budget: tiles per list; more than there are means all.
+    q_pool: `[b, h, tiles, d]`, pooled from unfiltered, normed, rotated q.
+    k_pool: `[b, h, tiles, d]`, the same of k.
+    budget: tiles per list, fixed ones included; more than there are means all.
     fixed: int `[tiles, f]`, ids that are always listed (repeats allowed).
-    kv_len: int32 `[tiles]`.
+    kv_len: int32 `[tiles]`, tokens of each tile.
     block: rows of a tile.
     implementation: of the top-k, or None for automatic choice.
+    chunk_scores: pooled scores that exist at once; None: what suits the target (`top_tiles`).
 
   Raises:
     ValueError: if the budget cannot hold the fixed tiles.
@@ -71,15 +70,17 @@ def block_topk(
   if budget > tiles:
     _log_all_tiles(budget, tiles)
   budget = min(budget, tiles)
-  distinct = (
-    max(len(np.unique(row)) for row in fixed) if isinstance(fixed, np.ndarray) and fixed.size else 0
-  )
+  distinct = 0
+  if isinstance(fixed, np.ndarray) and fixed.size:
+    distinct = max(len(np.unique(row)) for row in fixed)
   if distinct > budget:
     raise ValueError(
-      f"{budget=} key tiles cannot hold the {distinct} fixed ones (own, sink, anchors); raise the budget."
+      f"{budget=} key tiles cannot hold the {distinct} fixed ones (own, sink, anchors); raise the "
+      "budget."
     )
-  q_pool, k_pool = jax.lax.stop_gradient((q_pool, k_pool))
-  ids = top_tiles(q_pool, k_pool, budget, fixed, _CHUNK_SCORES, implementation)
+  q_pool = jax.lax.stop_gradient(q_pool)
+  k_pool = jax.lax.stop_gradient(k_pool)
+  ids = top_tiles(q_pool, k_pool, budget, fixed, chunk_scores, implementation)
   counts = jnp.full(ids.shape[:3], budget, jnp.int32)
   return BlockMask(ids, counts, kv_len, None, block, block)
 

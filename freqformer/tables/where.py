@@ -1,4 +1,4 @@
-"""A static table from a rule over tile places: what a new static pattern needs to be written as."""
+"""A static table from a rule over tile places, the way to write a new static pattern."""
 
 import math
 from collections.abc import Callable
@@ -8,30 +8,36 @@ import numpy as np
 from freqformer.grid.layout import TileLayout
 from freqformer.kernels.block_sparse.table import BlockMask, check_listed, pad_lists
 
-# Entries of the rule that are held at once: 8,192 x 8,192 tiles are never whole in memory.
-_CHUNK = 1 << 21
-# Of 46,340 tiles a rule is asked about 2^31 pairs, which takes tens of seconds.
+# Pairs of tiles that a rule is asked about at once: 8,192 x 8,192 are never whole in memory.
+_CHUNK_PAIRS = 1 << 21
+# A rule over this many tiles is asked about 2^31 pairs, which takes tens of seconds.
 _MOST_TILES = 46_340
 
 
 def tiles_where(
   layout: TileLayout, rule: Callable[[np.ndarray, np.ndarray], np.ndarray]
 ) -> BlockMask:
-  """The table that lists a key tile wherever `rule` says so.
+  """Returns the table that lists a key tile wherever `rule` is true.
 
   Args:
     layout: the tile grid.
-    rule: `(query [3, m, 1], key [3, 1, tiles]) -> bool [m, tiles]`; places are tile coordinates (t, y, x), int32.
+    rule: `(query [3, m, 1], key [3, 1, tiles]) -> bool [m, tiles]`; places are tile coordinates
+      (t, y, x), int32.
 
   Raises:
-    ValueError: if some query tile lists nothing: its output would be 0; or for more tiles than a table may list.
+    ValueError: if some query tile lists nothing (its output would be 0), or for more tiles than a
+      table may list.
   """
   if layout.tiles > _MOST_TILES:
     raise ValueError(
-      f"a rule over all pairs of {layout.tiles:,} tiles takes minutes; give fewer tokens or larger tiles"
+      f"a rule over all pairs of {layout.tiles:,} tiles takes minutes; give fewer tokens or larger "
+      "tiles"
     )
   places = np.stack(np.unravel_index(np.arange(layout.tiles), layout.tile_grid)).astype(np.int32)
-  step, found, counts, longest = max(1, _CHUNK // layout.tiles), [], [], 0
+  step = max(1, _CHUNK_PAIRS // layout.tiles)
+  found = []
+  counts = []
+  longest = 0
   for start in range(0, layout.tiles, step):
     query = places[:, start : start + step, None]
     listed = np.broadcast_to(rule(query, places[:, None]), (query.shape[1], layout.tiles))
@@ -39,13 +45,14 @@ def tiles_where(
     counts.append(listed.sum(-1, dtype=np.int32))
     longest = max(longest, int(counts[-1].max()))
     check_listed(layout.tiles * longest, f"a rule's table on {layout.tile_grid}")
-  flat, counts = np.concatenate(found), np.concatenate(counts)
+  counts = np.concatenate(counts)
   if not counts.all():
     raise ValueError(
-      f"query tile {int(np.argmin(counts))} of grid {layout.tile_grid} lists no key tile; list its own at least."
+      f"query tile {int(np.argmin(counts))} of grid {layout.tile_grid} lists no key tile; list its "
+      "own at least."
     )
-  ids = np.zeros((layout.tiles, int(counts.max())), np.int32)
-  ids[np.arange(ids.shape[1]) < counts[:, None]] = flat
+  ids = np.zeros((layout.tiles, longest), np.int32)
+  ids[np.arange(longest) < counts[:, None]] = np.concatenate(found)
   return pad_lists(
     ids[None, None], counts[None, None], layout.tile_lengths, None, layout.block, layout.block
   )

@@ -17,13 +17,13 @@ BORDERS = ("clamp", "clip")
 def sliding_tile(
   layout: TileLayout, window: tuple[int, int, int], border: str = "clamp"
 ) -> BlockMask:
-  """Each query tile lists the tiles of a box around it.
+  """Returns the table in which each query tile lists the tiles of a box around it.
 
   Args:
     layout: the tile grid.
     window: extent of the box in tiles per axis; larger than the grid means the whole axis.
-    border: "clamp" shifts the box inwards, so that every query tile lists equally many (STA's choice);
-      "clip" cuts it off, so that border tiles list fewer.
+    border: "clamp" shifts the box inwards, so that every query tile lists equally many (STA's
+      choice); "clip" cuts it off, so that border tiles list fewer.
 
   Raises:
     ValueError: for an unknown border, a window below one tile, or more tiles than a table may list.
@@ -32,24 +32,16 @@ def sliding_tile(
   check_listed(
     layout.tiles * math.prod(extent), f"a window of {extent} tiles on {layout.tile_grid}"
   )
-  axes = [_axis(w, g, border) for w, g in zip(extent, layout.tile_grid, strict=True)]
-  (t, t_in), (y, y_in), (x, x_in) = axes
-  grid_t, grid_y, grid_x = layout.tile_grid
-  shape = (grid_t, grid_y, grid_x, *extent)
-
-  def at(a, axis):
-    return a.reshape(
-      [
-        grid if i == axis else w if i == axis + 3 else 1
-        for i, (grid, w) in enumerate(
-          zip((*layout.tile_grid, 1, 1, 1), (1, 1, 1, *extent), strict=True)
-        )
-      ]
-    )
-
-  ids = (at(t, 0) * grid_y + at(y, 1)) * grid_x + at(x, 2)
-  inside = np.broadcast_to(at(t_in, 0) & at(y_in, 1) & at(x_in, 2), shape).reshape(layout.tiles, -1)
-  ids = np.broadcast_to(ids.astype(np.int32), shape).reshape(layout.tiles, -1)
+  ids = np.zeros((1,) * 6, np.int32)
+  inside = np.ones((1,) * 6, bool)
+  for axis, (w, grid) in enumerate(zip(extent, layout.tile_grid, strict=True)):
+    # A query's place along this axis is dimension `axis`, a key's place in the window `axis + 3`.
+    others = [i for i in range(6) if i not in (axis, axis + 3)]
+    position, exists = (np.expand_dims(a, others) for a in _axis(w, grid, border))
+    ids = ids * grid + position
+    inside = inside & exists
+  ids = ids.astype(np.int32).reshape(layout.tiles, -1)
+  inside = inside.reshape(layout.tiles, -1)
   if not inside.all():  # the listed ones first, still ascending
     ids = np.take_along_axis(ids, np.argsort(~inside, axis=-1, stable=True), -1)
   ids = ids[None, None]
@@ -64,7 +56,7 @@ def count_window(
   parts: int = 1,
   before: int = 0,
 ) -> CallCost:
-  """Counts of `sliding_tile(...).refine(parts)` at head dimension 1, `before` empty rows first; raises as it does."""
+  """Counts of `sliding_tile(...).refine(parts)` at head dimension 1, `before` empty rows first."""
   extent = _extent(layout, window, border)
   ranges = []  # per axis: the first position that each one sees, and the one behind the last
   for w, grid in zip(extent, layout.tile_grid, strict=True):
@@ -88,7 +80,7 @@ def count_window(
 
 
 def _extent(layout, window, border) -> tuple[int, int, int]:
-  """The window where it is larger than the grid: the grid."""
+  """Returns the window, cut to the grid; raises ValueError for a wrong border or window."""
   if border not in BORDERS:
     raise ValueError(f"{border=} is unknown; choose one of {', '.join(BORDERS)}.")
   if len(window) != 3 or min(window) < 1:

@@ -1,4 +1,4 @@
-"""Measured errors of FreqFormer's operators stay below their bounds, on random tensors and in a trained model."""
+"""Errors of FreqFormer's operators stay below their bounds, on random tensors and when trained."""
 
 import dataclasses
 
@@ -8,26 +8,23 @@ import pytest
 from flax import nnx
 
 from benchmarks.pages import complexity
-from freqformer.analysis import bounds as approximation
-from freqformer.analysis import probe as approximation_probe
-from freqformer.analysis import summary as approximation_summary
+from freqformer.analysis import bounds, probe, summary
 from freqformer.grid.layout import TileLayout
 from freqformer.methods.freqformer import FreqFormer
 from freqformer.model.config import model_config
-from freqformer.model.dit import VideoDiT, make_tables
+from freqformer.model.dit import VideoDiT
 from freqformer.simulation import plots
-from freqformer.train.step import TrainConfig, init_state, make_train_step
-from tests.methods.method_training import SHAPE, batch_of
+from tests.methods.method_training import SHAPE, batch_of, train
 from tests.tiny_config import get_config
 
 # One worker: what the file prepares or compiles is then made once.
-pytestmark = pytest.mark.xdist_group("approximation")
+pytestmark = pytest.mark.xdist_group("bounds")
 
 METHOD = FreqFormer(allocation=(1, 1, 1), mid_tiles=2, window=(1, 2, 2))
 
 
 def check(rows):
-  """Every bound holds, the split over bands is exact, and something was wrong at all (or the test compares zeros)."""
+  """Every bound holds, the split over bands is exact, and every kind has an error above 0."""
   for r in rows:
     assert sum(r["bands"]) == pytest.approx(r["total"] ** 2, rel=1e-4, abs=1e-9), r
     if r["bound"] is not None:
@@ -41,63 +38,51 @@ def check(rows):
 @pytest.mark.parametrize("smooth", [0.0, 0.9, 0.9999])
 def test_random_tensors(grid, block, smooth):
   arrays = TileLayout.fit(grid, block).arrays()
-  tensors = approximation_probe.random_tensors(
+  tensors = probe.random_tensors(
     arrays, METHOD, heads=3, d=8, seed=len(grid) + block, smooth=smooth
   )
-  rows = approximation.measure(tensors, arrays.layout, METHOD, f"smooth {smooth}")
+  rows = bounds.measure(tensors, arrays.layout, METHOD, f"smooth {smooth}")
   check(rows)
   assert {r["head"] for r in rows} == {0, 1, 2} and len(rows) == 3 * 7
 
 
-def test_the_bound_of_cell_means_is_tight_where_cells_are_alike():
-  """Nearly constant tensors: delta is small, the bound is far below the trivial one, and still holds."""
+def test_the_bound_of_cell_means_is_tight_and_can_fail():
+  """With nearly constant tensors delta is small, the bound far below the trivial one. Values that
+  are not the means of the cells exceed it."""
   arrays = TileLayout.fit((4, 4, 8), 16).arrays()
-  tensors = approximation_probe.random_tensors(arrays, METHOD, 3, 8, 0, smooth=0.999999)
-  rows = [
-    r
-    for r in approximation.measure(tensors, arrays.layout, METHOD, "alike")
-    if r["kind"] == "low: cell means"
-  ]
-  assert all(r["holds"] and r["delta"] < 0.1 for r in rows)
+  tensors = probe.random_tensors(arrays, METHOD, 3, 8, 0, smooth=0.999999)
 
+  def cell_means():
+    rows = bounds.measure(tensors, arrays.layout, METHOD, "alike")
+    return [r for r in rows if r["kind"] == "low: cell means"]
 
-def test_a_broken_operator_breaks_its_bound():
-  """The bound can fail: values that do not belong to the cells' means exceed it."""
-  arrays = TileLayout.fit((4, 4, 8), 16).arrays()
-  tensors = approximation_probe.random_tensors(arrays, METHOD, 3, 8, 0, smooth=0.999999)
+  assert all(r["holds"] and r["delta"] < 0.1 for r in cell_means())
   q, k, v = tensors["coarse"]["cell means"]
   tensors["coarse"]["cell means"] = (q, k, v + 1)
-  rows = [
-    r
-    for r in approximation.measure(tensors, arrays.layout, METHOD, "x")
-    if r["kind"] == "low: cell means"
-  ]
-  assert not any(r["holds"] for r in rows)
+  assert not any(r["holds"] for r in cell_means())
 
 
-def plain_head(v) -> approximation.Head:
+def plain_head(v) -> bounds.Head:
   """Equal scores everywhere and the given values, one token per row of `[n, d]`."""
   n = len(v)
-  operators = approximation.Operators.of(approximation.CELL_MEANS, TileLayout.fit((1, 1, n), 1))
+  operators = bounds.Operators.of(bounds.CELL_MEANS, TileLayout.fit((1, 1, n), 1))
   zeros, coarse = np.zeros_like(v), np.zeros((n // 2, v.shape[1]))
-  return approximation.Head(zeros, zeros, v, np.ones(n, bool), coarse, coarse, coarse, operators)
+  return bounds.Head(zeros, zeros, v, np.ones(n, bool), coarse, coarse, coarse, operators)
 
 
 def test_dropped_mass_of_a_known_row():
-  """Two keys with equal scores, one dropped: e = 1/2, y' - y = (v0 - v1) / 2, the bound is max|v|: reached for v1 = -v0."""
-  found = approximation.dropped(
-    plain_head(np.array([[1.0, 0.0], [-1.0, 0.0]])), np.eye(2, dtype=bool)
-  )
-  assert (
-    found["error"] == pytest.approx(1) and found["bound"] == pytest.approx(1) and found["holds"]
-  )
+  """Of two keys with equal scores one is dropped: e = 1/2; for v1 = -v0 the bound is reached."""
+  head = plain_head(np.array([[1.0, 0.0], [-1.0, 0.0]]))
+  found = bounds.dropped(head, np.eye(2, dtype=bool))
+  assert found["error"] == pytest.approx(1) and found["bound"] == pytest.approx(1)
+  assert found["holds"]
 
 
 def test_an_error_stands_beside_the_bound_of_its_own_row():
-  """Row 0 leaves out key 0: error 0.4833 of 0.5. Row 1 keeps keys 1 and 2: 0.55 of 1. Row 2 keeps key 3 only: 0.35 of 1.5.
-  Row 3 leaves nothing out: 0 of 0, the least distance to a bound and not the closest to breaking it."""
+  """Row 0 leaves out key 0: error 0.4833 of 0.5. Row 1 keeps keys 1 and 2: 0.55 of 1. Row 2 keeps
+  key 3 only: 0.35 of 1.5. Row 3 leaves nothing out: 0 of 0, which breaks no bound."""
   listed = np.array([[0, 1, 1, 1], [0, 1, 1, 0], [0, 0, 0, 1], [1, 1, 1, 1]], bool)
-  found = approximation.dropped(plain_head(np.array([[1.0], [-1.0], [-1.0], [-0.8]])), listed)
+  found = bounds.dropped(plain_head(np.array([[1.0], [-1.0], [-1.0], [-0.8]])), listed)
   assert (found["error"], found["bound"]) == (pytest.approx(0.55), pytest.approx(1))
   closest = {"row": 0, "error": 0.45 + 0.1 / 3, "bound": 0.5, "ratio": 0.9 + 0.2 / 3}
   assert found["closest"] == pytest.approx(closest, rel=1e-8) and found["holds"]
@@ -106,24 +91,18 @@ def test_an_error_stands_beside_the_bound_of_its_own_row():
 def test_a_filter_of_bands_that_are_not_orthogonal_is_not_exact():
   head = plain_head(np.array([[1.0, 0.3], [-0.5, 0.2], [0.1, -0.7], [-0.8, 0.4]]))
   head = dataclasses.replace(head, q=head.v, k=9 * head.v)
-  assert all(approximation.filtered(head, i)["holds"] for i in range(3))
+  assert all(bounds.filtered(head, i)["holds"] for i in range(3))
   slanted = dataclasses.replace(head.operators, low=0.9 * head.operators.low)
-  assert not all(
-    approximation.filtered(dataclasses.replace(head, operators=slanted), i)["holds"]
-    for i in range(3)
-  )
+  head = dataclasses.replace(head, operators=slanted)
+  assert not all(bounds.filtered(head, i)["holds"] for i in range(3))
 
 
 def row(head, kind, pair, closest, holds=True, **more):
   """A row as `measure` gives it; pair and closest: (error, bound)."""
-  closest = (
-    None
-    if closest is None
-    else dict(
-      zip(("row", "error", "bound", "ratio"), (0, *closest, closest[0] / closest[1]), strict=True)
-    )
-  )
-  facts = {
+  if closest is not None:
+    error, bound = closest
+    closest = {"row": 0, "error": error, "bound": bound, "ratio": error / bound}
+  return {
     "case": "t = 0",
     "layer": 0,
     "head": head,
@@ -131,19 +110,13 @@ def row(head, kind, pair, closest, holds=True, **more):
     "error": pair[0],
     "bound": pair[1],
     "closest": closest,
-  }
-  return (
-    facts
-    | {
-      "holds": holds,
-      "total": 1.0,
-      "bands": [1.0, 0.0, 0.0],
-      "exact": False,
-      "steps": 5,
-      "measured": True,
-    }
-    | more
-  )
+    "holds": holds,
+    "total": 1.0,
+    "bands": [1.0, 0.0, 0.0],
+    "exact": False,
+    "steps": 5,
+    "measured": True,
+  } | more
 
 
 # The largest error, the largest bound, the largest error / bound: three heads.
@@ -160,7 +133,7 @@ ROWS = [
 
 
 def test_the_summary_shows_pairs_and_counts_what_was_kept():
-  window, cells, filters, other = approximation_summary.summary(ROWS)
+  window, cells, filters, other = summary.summary(ROWS)
   assert (window["error"], window["bound"], window["kept"]) == (2.0, 20.0, 3)
   assert window["closest"] == {"row": 0, "error": 0.9, "bound": 1.0, "ratio": 0.9}
   assert (cells["kept"], cells["heads"], cells["closest"]["ratio"]) == (1, 2, 1.5)
@@ -168,13 +141,13 @@ def test_the_summary_shows_pairs_and_counts_what_was_kept():
     "the head farthest from exact is shown"
   )
   assert (other["kept"], other["bound"], other["closest"]) == (None, None, None)
-  ratios = [approximation_summary.ratio_text(r) for r in (window, cells, filters, other)]
+  ratios = [summary.ratio_text(r) for r in (window, cells, filters, other)]
   assert ratios == ["0.900", "1.500", "1 - 9e-02", "none"]
-  assert all(ratio in approximation_summary.table(ROWS) for ratio in ratios)
+  assert all(ratio in summary.table(ROWS) for ratio in ratios)
 
 
 def test_the_page_and_the_figure_show_the_same_ratios():
-  table = complexity.markdown(approximation_summary.summary(ROWS), complexity.APPROXIMATION)
+  table = complexity.markdown(summary.summary(ROWS), complexity.APPROXIMATION)
   assert "| 2 | 20 | 0.900 | 0.9 of 1 | 3 of 3 | 100% / 0% / 0% |" in table
   assert "| 1 of 2 |" in table
   bounded = [r for r in ROWS if r["bound"] is not None and not r["exact"]]
@@ -208,38 +181,25 @@ def test_measured_points_are_filled_and_black_simulated_ones_hollow_and_not():
 @pytest.fixture(scope="module")
 def trained():
   """`tests.tiny_config`'s model after 40 steps."""
-  config = get_config().model.to_dict()
-  model, train = (
-    model_config(config),
-    TrainConfig(steps=40, batch_size=4, lr=3e-3, warmup=3, ema=0.9),
-  )
-  graphdef, params = nnx.split(VideoDiT(model, SHAPE, 2, nnx.Rngs(0)))
-  state, step, tables = (
-    init_state(params, train, 0),
-    make_train_step(graphdef, train, 2),
-    make_tables(model, SHAPE),
-  )
-  for i in range(40):
-    state, _ = step(state, batch_of(i), tables)
-  return model, graphdef, jax.device_get(state.params)
+  model = model_config(get_config().model.to_dict())
+  graphdef, _, params, _ = train(model, 40)
+  return model, graphdef, params
 
 
 @pytest.mark.parametrize("time", [0.9, 0.1])
 def test_a_trained_model(trained, time):
   model, _, params = trained
   latents = batch_of(99)["latent"][0]
-  rows = approximation_probe.measure_model(model, params, SHAPE, 2, latents, time)
+  rows = probe.measure_model(model, params, SHAPE, 2, latents, time)
   assert {(r["layer"], r["head"]) for r in rows} == {(a, b) for a in range(2) for b in range(2)}
   check(rows)
-  text = approximation_summary.table(rows)
+  text = summary.table(rows)
   assert "low: cell means" in text and "none" in text
 
 
 def test_the_probe_changes_nothing(trained):
   model, graphdef, params = trained
-  methods = tuple(
-    (n, approximation_probe.Probe(m)) for n, m in model.attention.methods if n == "freqformer"
-  )
+  methods = tuple((n, probe.Probe(m)) for n, m in model.attention.methods if n == "freqformer")
   probed = dataclasses.replace(
     model, attention=dataclasses.replace(model.attention, methods=methods)
   )

@@ -1,4 +1,4 @@
-"""Dilated attention: every so many tiles along each axis, and the own neighbourhood. What a user would write."""
+"""Dilated attention, a static method as a user would write it."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from freqformer.tables.where import tiles_where
 
 @dataclasses.dataclass(frozen=True)
 class Dilated(StaticMethod):
-  """`stride`: tiles at multiples of it from the query's, along every axis, are seen; so is every tile up to `reach` away."""
+  """A query sees tiles at multiples of `stride` along every axis, and all up to `reach` away."""
 
   stride: int = 2
   reach: int = 0

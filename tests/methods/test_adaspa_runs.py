@@ -1,4 +1,4 @@
-"""AdaSpa in whole sampling runs: compiled steps, state and its size, cost by phase, and what is refused."""
+"""AdaSpa in whole sampling runs: compiled steps, state and its size, cost by phase, refusals."""
 
 import math
 
@@ -14,7 +14,6 @@ from freqformer.cost import layer_cost, model_cost, sampling_cost
 from freqformer.diffusion.sampling import SampleConfig, compile_steps, make_step, sample
 from freqformer.grid.layout import TileLayout
 from freqformer.methods.adaspa import AdaSpa
-from freqformer.methods.base import Dims
 from freqformer.model.config import model_config
 from freqformer.model.dit import VideoDiT
 from tests.kernels.block_sparse.suite import relative_error
@@ -50,29 +49,32 @@ def draw(model, steps=10, guidance=3.0, labels=(0, 1), compiled=True):
   return (*out, run)
 
 
-def test_a_run_is_four_compiled_steps():
+@pytest.fixture(scope="module")
+def run():
+  """A model at half density, and ten steps of it: the sample, each step's aux, the jitted step."""
   model = model_of(dict(sparsity=0.5))
-  out, aux, step = draw(model, compiled=False)
+  return model, *draw(model, compiled=False)
+
+
+def test_a_run_is_four_compiled_steps(run):
+  model, out, aux, step = run
   assert step._cache_size() == 4 and np.isfinite(out).all()
   ahead, _, _ = draw(model)
   np.testing.assert_array_equal(out, ahead)
   density = [float(a[0]["density"].mean()) for a in aux]
   searched = [i for i, a in enumerate(aux) if "recall" in a[0]]
   assert density[:3] == [1, 1, 1] and searched == [2, 6]
-  np.testing.assert_allclose(
-    density[3:], 0.5
-  )  # full tiles: exactly the base budget, in every step and layer
+  # Tiles are full: exactly the base budget, in every step and layer.
+  np.testing.assert_allclose(density[3:], 0.5)
   assert aux[3][0]["density"].shape == (3, 4, 2) and aux[2][0]["recall"].shape == (3, 2, 2)
-  assert float(aux[6][0]["cost"].mean()) == pytest.approx(0.75) and float(
-    aux[2][0]["cost"].mean()
-  ) == pytest.approx(1.25)
+  assert float(aux[6][0]["cost"].mean()) == pytest.approx(0.75)
+  assert float(aux[2][0]["cost"].mean()) == pytest.approx(1.25)
 
 
 def test_runs_of_layers_mix_and_share_one_schedule():
   model = model_of(dict(sparsity=0.5), layers=((0, 1, "dense"), (1, None, "adaspa")))
-  assert model.schedule(5) == [
-    ("", p) for p in ("warmup", "search_first", "reuse", "search", "reuse")
-  ]
+  phases = ("warmup", "search_first", "reuse", "search", "reuse")
+  assert model.schedule(5) == [("", phase) for phase in phases]
   _, aux, step = draw(model, steps=5, compiled=False)
   assert step._cache_size() == 4
   np.testing.assert_allclose(aux[-1][0]["density"], 1)
@@ -80,31 +82,34 @@ def test_runs_of_layers_mix_and_share_one_schedule():
 
 
 def test_sparsity_zero_samples_as_dense():
-  dense, wide = model_of(method="dense"), model_of(dict(sparsity=0.0))
-  # Every sampling step feeds the last one's float32 rounding through the whole model, so five steps get more than one layer's.
+  dense = model_of(method="dense")
+  wide = model_of(dict(sparsity=0.0))
+  # Each step feeds the last one's float32 rounding through the model: more than one layer's error.
   assert relative_error(draw(wide, steps=5)[0], draw(dense, steps=5)[0]) < 1e-5
 
 
-def test_a_checkpoint_holds_nothing_of_it():
+def test_a_checkpoint_holds_nothing_of_it(run):
   """Parameters are those of dense attention: nothing is cached in a module, whatever has run."""
 
   def paths(model):
     return {(p, leaf.shape) for p, leaf in nnx.to_flat_state(nnx.state(model))}
 
-  model = model_of(dict(sparsity=0.5))
-  before = paths(model)
-  draw(model, steps=5)
-  assert paths(model) == before == paths(model_of(method="dense"))
+  assert paths(run[0]) == paths(model_of(method="dense"))
 
 
 def test_training_is_dense():
-  sparse, dense = model_of(dict(sparsity=0.5)), model_of(method="dense")
-  x, t, y = jnp.ones((1, *SHAPE)), jnp.full(1, 0.5), jnp.zeros(1, jnp.int32)
-  out = [m(x, t, y, m.tables(SHAPE), train=True, rng=jax.random.key(0))[0] for m in (sparse, dense)]
-  assert relative_error(*out) < 1e-6
+  x = jnp.ones((1, *SHAPE))
+  time = jnp.full(1, 0.5)
+  label = jnp.zeros(1, jnp.int32)
+
+  @nnx.jit
+  def out(model):
+    return model(x, time, label, model.tables(SHAPE), train=True, rng=jax.random.key(0))[0]
+
+  assert relative_error(out(model_of(dict(sparsity=0.5))), out(model_of(method="dense"))) < 1e-6
 
 
-# ---- size and cost -------------------------------------------------------------------------------------------------------
+# ---- size and cost ---------------------------------------------------------------------
 
 
 def state_bytes(tile=None, **fields):
@@ -136,24 +141,19 @@ def test_cost_by_phase():
   )
 
 
-def test_cost_of_a_run():
+def test_cost_of_a_run(run):
   """10 steps: 3 dense, 7 at half; attention FLOPs are what the steps' densities say."""
-  model = model_of(dict(sparsity=0.5))
-  _, aux, _ = draw(model)
-  got, dense = (
-    sampling_cost(model.config, SHAPE, model.schedule(10)),
-    model_cost(model.config.with_method("dense"), SHAPE),
-  )
-  assert got.attention_flops == pytest.approx(
-    20 * dense.attention_flops * np.mean([a[0]["density"] for a in aux])
-  )
-  assert got.linear_flops == pytest.approx(
-    20 * dense.linear_flops + 2 * 2 * dense.attention_flops / 2
-  )
+  model, _, aux, _ = run
+  got = sampling_cost(model.config, SHAPE, model.schedule(10))
+  dense = model_cost(model.config.with_method("dense"), SHAPE)
+  density = np.mean([a[0]["density"] for a in aux])
+  assert got.attention_flops == pytest.approx(20 * dense.attention_flops * density)
+  searches = 2 * 2 * dense.attention_flops / 2  # two steps, two rows: q k^T without the values
+  assert got.linear_flops == pytest.approx(20 * dense.linear_flops + searches)
 
 
 def test_search_memory_on_a_gpu():
-  """Of 40 heads at 75,600 tokens: scores of one head alone would be 26 GB; compiled for an H100, without one."""
+  """Scores of one head alone would be 26 GB; compiled for an H100, without one."""
   layout = TileLayout.fit((21, 45, 80), 128)
   arrays, method = layout.arrays(), AdaSpa()
   q = jax.ShapeDtypeStruct((1, layout.n_buffer, 40, 128), jnp.bfloat16)
@@ -170,7 +170,7 @@ def test_search_memory_on_a_gpu():
   assert compile_for(masses, q, q, lse).temp_bytes < 512 * 2**20
 
 
-# ---- refusals ------------------------------------------------------------------------------------------------------------
+# ---- refusals --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -224,9 +224,3 @@ def test_shares_and_steps():
     assert (
       searches(steps)[0] <= steps // 5 and method.phase(searches(steps)[0], steps) == "search_first"
     )
-
-
-def test_the_layer_builds_no_parameters():
-  assert (
-    AdaSpa(sparsity=0.5).build(Dims(6, 8, 8), TileLayout((8, 8, 16), (2, 4, 4), 32), None) is None
-  )

@@ -17,12 +17,12 @@ from freqformer.grid.layout import TileLayout
 from freqformer.grid.sizes import coarse_tokens, most_cells
 from freqformer.methods.base import Cond
 from freqformer.methods.parts.router import RouterConfig, penalty
+from freqformer.methods.radial import count_radial, radial
 from freqformer.methods.registry import method_class
+from freqformer.methods.spatial_temporal import count_pairs, spatial_temporal
 from freqformer.model.attention import AttentionDims, SpectralAttention
 from freqformer.simulation import command as simulate
 from freqformer.simulation.forward import make_method
-from freqformer.tables.radial import count_radial, radial
-from freqformer.tables.spatial_temporal import count_pairs, spatial_temporal
 from freqformer.tables.window import BORDERS, count_window, sliding_tile
 
 LAYOUT = TileLayout((8, 16, 16), (4, 4, 8), 128)

@@ -1,4 +1,4 @@
-"""Heads dealt by what is measured: planted heads are recognised, the choice stays, both halves of guidance share it."""
+"""Heads dealt by measurement: planted heads are recognised, the choice stays and is shared."""
 
 import dataclasses
 
@@ -36,13 +36,8 @@ def projected(q, k, v, layout=LAYOUT):
   def plain(x, positions):
     return x
 
-  return Projected(
-    *(arrays.pack(jnp.asarray(x, jnp.float32)) for x in (q, k, v)),
-    plain,
-    plain,
-    arrays,
-    "reference",
-  )
+  packed = (arrays.pack(jnp.asarray(x, jnp.float32)) for x in (q, k, v))
+  return Projected(*packed, plain, plain, arrays, "reference")
 
 
 def hot(number, gain=6.0):
@@ -59,15 +54,15 @@ def run(method, qkv, phase, state, b, **fields):
   return jax.jit(step)(qkv.q, qkv.k, qkv.v, state)
 
 
-# ---- the measurement -----------------------------------------------------------------------------------------------------
+# ---- the measurement -------------------------------------------------------------------
 
 
 def test_sampled_rows_are_rows_of_attention():
-  rng, arrays, rows = np.random.default_rng(0), RAGGED.arrays(), sample_rows(RAGGED, 20)
+  rng = np.random.default_rng(0)
+  arrays = RAGGED.arrays()
+  rows = sample_rows(RAGGED, 20)
   assert len(rows) == 20 and arrays.valid[rows].all() and (np.diff(rows) > 0).all()
-  q, k, v = (
-    jnp.asarray(rng.standard_normal((2, RAGGED.n_buffer, 3, 8)), jnp.float32) for _ in range(3)
-  )
+  q, k, v = jnp.asarray(rng.standard_normal((3, 2, RAGGED.n_buffer, 3, 8)), jnp.float32)
   v = jnp.where(arrays.valid[:, None, None], v, jnp.nan)  # padding may hold anything
   tiles = rng.random((RAGGED.tiles, RAGGED.tiles)) < 0.4
   np.fill_diagonal(tiles, True)
@@ -92,11 +87,8 @@ def test_the_cheapest_of_the_faithful_is_chosen():
 
 def test_phases():
   profile = ProfileConfig(warmup=0.3, every=3)
-  assert [profile.phase(i, 10) for i in range(10)] == ["warmup"] * 3 + [
-    "profile",
-    "run",
-    "run",
-  ] * 2 + ["profile"]
+  after = ["profile", "run", "run", "profile", "run", "run", "profile"]
+  assert [profile.phase(i, 10) for i in range(10)] == ["warmup"] * 3 + after
   assert [ProfileConfig(warmup=0.0).phase(i, 3) for i in range(3)] == ["profile", "run", "run"]
   with pytest.raises(ConfigError, match="makes 3 of 3 sampling steps dense"):
     ProfileConfig(warmup=0.9).check_run(3)
@@ -105,7 +97,7 @@ def test_phases():
   FreqFormer().check_run(1)
 
 
-# ---- planted heads -------------------------------------------------------------------------------------------------------
+# ---- planted heads ---------------------------------------------------------------------
 
 
 def planted():
@@ -134,9 +126,11 @@ def test_spatial_and_temporal_heads_are_told_apart():
 
 
 def test_bands_are_given_to_the_heads_they_serve():
-  """Even attention is the low band's; to tokens like it in its half the window's; in four far tiles the top-k's."""
+  """Low serves even attention, the window tokens alike in one half, top-k four far tiles."""
   t, y, x = np.unravel_index(np.arange(LAYOUT.n), LAYOUT.grid)
-  four, half, parity = (t // 2) * 2 + y // 4, t // 4, (t % 2) * 4 + (y % 2) * 2 + x % 2
+  four = (t // 2) * 2 + y // 4
+  half = t // 4
+  parity = (t % 2) * 4 + (y % 2) * 2 + x % 2
 
   def like(place):
     return hot(place) + hot(8 + parity)  # parity is what compression blurs
@@ -145,7 +139,7 @@ def test_bands_are_given_to_the_heads_they_serve():
   queries = np.stack([keys[:, 0], keys[:, 1], like((four + 4) % 8)], 1)
   v = np.random.default_rng(1).standard_normal((LAYOUT.n, 3, D))
   basis = SpectralBasis("block_dct", (0.5, 0.5, 0.5), (0.75, 0.75, 0.75))
-  # Five of the 16 tiles of a half are too few, a window of three of the four frames of tiles holds either half.
+  # Five of the 16 tiles of a half are too few; three of the four frames of tiles hold either half.
   method = FreqFormer(basis=basis, allocation="measured", mid_tiles=5, window=(3, 2, 4))
   _, _, aux = run(method, projected(queries[None], keys[None], v[None]), "profile", {}, 1)
   assert aux["choice"].tolist() == [[0, 2, 1]]

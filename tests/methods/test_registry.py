@@ -37,14 +37,8 @@ def test_methods_as_text(text, want):
 @pytest.mark.parametrize(
   "text",
   [
-    "",
-    "3",
-    "a b",
-    "block_topk(",
-    "block_topk(0.2)",
-    "block_topk(**a)",
-    "block_topk(density=a.b)",
-    "radial.x",
+    *("", "3", "a b", "radial.x", "block_topk(", "block_topk(0.2)"),
+    *("block_topk(**a)", "block_topk(density=a.b)"),
   ],
 )
 def test_unreadable_text(text):

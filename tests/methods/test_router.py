@@ -19,9 +19,8 @@ from freqformer.methods.parts.router import (
 )
 
 LOGITS = jnp.asarray(np.random.default_rng(0).standard_normal((2, 4, 3)), jnp.float32)
-Y = jnp.asarray(
-  np.random.default_rng(1).standard_normal((2, 4, 3, 5)), jnp.float32
-)  # branch outputs
+# Outputs of the branches, and a cotangent.
+Y = jnp.asarray(np.random.default_rng(1).standard_normal((2, 4, 3, 5)), jnp.float32)
 DY = jnp.asarray(np.random.default_rng(2).standard_normal((2, 4, 5)), jnp.float32)
 
 
@@ -64,13 +63,8 @@ def test_sampled_runs_one_branch_and_draws_from_p():
   share = np.bincount(np.asarray(routing.choice[:, 0]), minlength=3) / 4000
   np.testing.assert_allclose(share, routing.probs[0, 0], atol=0.03)
   grad = jax.grad(lambda z: route(z, config, cond()).weights.sum())(LOGITS)
-  chosen = route(LOGITS, config, cond())
-  want = jax.grad(
-    lambda z: (
-      route(z, dataclasses.replace(config, mode="soft"), cond()).probs
-      * jax.nn.one_hot(chosen.choice, 3)
-    ).sum()
-  )(LOGITS)
+  chosen = jax.nn.one_hot(route(LOGITS, config, cond()).choice, 3)
+  want = jax.grad(lambda z: (route(z, config, cond()).probs * chosen).sum())(LOGITS)
   np.testing.assert_allclose(grad, want, atol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""A learned gate that starts at 0: whatever is added through it leaves a fresh or restored model as it was."""
+"""A learned gate that starts at 0: what is added through it leaves a new model as it was."""
 
 import jax
 import jax.numpy as jnp
@@ -6,13 +6,15 @@ from flax import nnx
 
 
 class QueryGate(nnx.Module):
-  """Per head a linear map of the token's query to one factor per channel: `[b, n, h, d] -> [b, n, h, d]`; 0 at the start."""
+  """A linear map per head from a token's query to a factor per channel; 0 at the start.
+
+  Both are `[b, n, h, d]`.
+  """
 
   def __init__(self, heads: int, head_dim: int):
     self.kernel = nnx.Param(jnp.zeros((heads, head_dim, head_dim)))
     self.bias = nnx.Param(jnp.zeros((heads, head_dim)))
 
   def __call__(self, q: jax.Array) -> jax.Array:
-    return jnp.einsum("bnhd,hde->bnhe", q, self.kernel[...].astype(q.dtype)) + self.bias[
-      ...
-    ].astype(q.dtype)
+    kernel = self.kernel[...].astype(q.dtype)
+    return jnp.einsum("bnhd,hde->bnhe", q, kernel) + self.bias[...].astype(q.dtype)

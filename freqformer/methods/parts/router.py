@@ -1,14 +1,15 @@
-"""The router: for each sample and head a distribution over a method's branches, from the timestep and the layer's statistics.
+"""The router: a distribution over a method's branches for each sample and head.
 
-Training runs it in one of three ways, evaluation takes the likeliest branch:
+Its inputs are the timestep and the layer's statistics. Training runs it in one of three ways,
+evaluation takes the likeliest branch:
 
   soft              every branch runs, outputs weighted by p: exact gradients, cost of all branches
   straight_through  every branch runs, weights onehot + p - sg(p): hard forward, gradients of soft
-  sampled           one branch runs, drawn by Gumbel-max, output times 1 + p_c - sg(p_c): cheap and *biased* (the other
-                    branches' outputs never enter the gradient)
-
-The architecture, prior and schedules are ours; the abstract of arXiv 2604.22808 gives only the inputs.
+  sampled           one branch runs, drawn by Gumbel-max, output times 1 + p_c - sg(p_c): cheap and
+                    *biased* (the other branches' outputs never enter the gradient)
 """
+
+# choice: architecture, prior and schedules; the abstract of arXiv 2604.22808 gives only the inputs.
 
 import dataclasses
 import math
@@ -24,14 +25,16 @@ MODES = ("soft", "straight_through", "sampled")
 
 @dataclasses.dataclass(frozen=True)
 class RouterConfig:
-  """How heads are handed to branches.
+  """Fields of the router.
 
   Attributes:
     mode: training mode, one of `MODES`.
     hidden: width of the router's two-layer network.
-    statistics: also feed log band-energy fractions of each head's values (off: timestep and head only).
+    statistics: also feed log band-energy fractions of each head's values (off: timestep and head
+      only).
     prior: initial share of heads per branch; most heads local is what the evidence supports.
-    prior_slope: added to the first branch's logit times (t - 1/2): more global structure at high noise.
+    prior_slope: added to the first branch's logit times (t - 1/2): more global structure at high
+      noise.
     temperature: of the softmax at the start and the end of training, geometric in between.
     budget: expected cost per head, relative to dense, above which the penalty starts.
     penalty: weight of the penalty `max(0, cost / budget - 1)`.
@@ -59,13 +62,13 @@ class RouterConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routing:
-  """What the router decided.
+  """The router's decision.
 
   Attributes:
     probs: float32 `[b, h, branches]`.
     choice: int32 `[b, h]`, the branch that runs where only one does.
     weights: float32 `[b, h, branches]`, factors of the branches' outputs.
-    all_branches: whether every branch must run (static).
+    all_branches: whether every branch must run; static.
   """
 
   probs: jax.Array
@@ -78,7 +81,8 @@ class SpectralRouter(nnx.Module):
   """A shared two-layer network over heads with a learned bias per head; one per layer."""
 
   def __init__(self, config: RouterConfig, heads: int, cond_dim: int, stats: int, rngs: nnx.Rngs):
-    branches, hidden = len(config.prior), config.hidden
+    branches = len(config.prior)
+    hidden = config.hidden
     self.config = config
     self.time = nnx.Linear(cond_dim, hidden, rngs=rngs)
     self.stats = nnx.Linear(stats, hidden, use_bias=False, rngs=rngs) if config.statistics else None
@@ -93,7 +97,13 @@ class SpectralRouter(nnx.Module):
     self.slope = nnx.Param(jnp.zeros((heads, branches)).at[:, 0].set(config.prior_slope))
 
   def logits(self, embedding: jax.Array, time: jax.Array, stats: jax.Array | None) -> jax.Array:
-    """`[b, h, branches]` from the timestep's embedding `[b, cond_dim]`, time `[b]` and statistics `[b, h, stats]`."""
+    """Computes logits `[b, h, branches]`.
+
+    Args:
+      embedding: `[b, cond_dim]`, of the timestep.
+      time: `[b]`, 1 is noise.
+      stats: `[b, h, stats]`, or None.
+    """
     x = self.time(embedding.astype(jnp.float32))[:, None] + self.head[...]
     if self.stats is not None:
       x = x + self.stats(jax.lax.stop_gradient(stats).astype(jnp.float32))
@@ -106,13 +116,13 @@ class SpectralRouter(nnx.Module):
 
 
 def temperature(config: RouterConfig, progress) -> jax.Array:
-  """Geometric from start to end over training progress in [0, 1]."""
+  """Returns the temperature at a training progress in [0, 1], geometric from start to end."""
   start, end = (math.log(t) for t in config.temperature)
   return jnp.exp(start + (end - start) * jnp.clip(progress, 0, 1))
 
 
 def route(logits: jax.Array, config: RouterConfig, cond) -> Routing:
-  """The training mode's (or, outside training, the hard) weights of logits `[b, h, branches]`."""
+  """Weighs branches by logits `[b, h, branches]`: as the mode says in training, hard otherwise."""
   logits = logits.astype(jnp.float32)
   branches = logits.shape[-1]
   probs = jax.nn.softmax(logits / temperature(config, cond.progress))
@@ -132,7 +142,13 @@ def route(logits: jax.Array, config: RouterConfig, cond) -> Routing:
 
 
 def penalty(config: RouterConfig, probs: jax.Array, costs) -> jax.Array:
-  """`penalty * max(0, expected cost / budget - 1)`, differentiable; `costs` `[branches]` relative to dense."""
+  """`penalty * max(0, expected cost / budget - 1)`, differentiable.
+
+  Args:
+    config: with the budget and the penalty's weight.
+    probs: `[b, h, branches]`.
+    costs: `[branches]`, relative to dense attention.
+  """
   expected = (probs.mean((0, 1)) * jnp.asarray(costs, jnp.float32)).sum()
   return config.penalty * jnp.maximum(0, expected / config.budget - 1)
 

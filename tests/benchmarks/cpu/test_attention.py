@@ -1,7 +1,4 @@
-"""The CPU benchmark runs on tiny shapes, compares equal things and writes whole rows.
-
-Timings are never asserted.
-"""
+"""The benchmark runs on tiny shapes, compares equal things and writes whole rows."""
 
 import dataclasses
 import json
@@ -60,7 +57,7 @@ def test_a_row_replaces_its_namesake_and_keeps_its_context(tmp_path):
 
 
 def test_sources_are_those_of_a_commit(tmp_path, monkeypatch):
-  """The hash of files on disk is that of the commit that holds them; results do not count."""
+  """The hash of files on disk is their commit's; results do not count, one byte of code does."""
   monkeypatch.setattr(rows, "_ROOT", tmp_path)
   files = {
     "train.py": "a",
@@ -95,7 +92,7 @@ def test_missed_goals_are_stored_as_missed():
 
 
 def test_sparse_call_equals_the_oracle():
-  """The timed call is block-sparse attention, gradients included, on a ragged grid, too."""
+  """The timed call is block-sparse attention with its gradients, on a ragged grid too."""
   for spec in (TINY, dataclasses.replace(TINY, grid=(3, 5, 9), keys=64)):
     mask = spec.mask().check()
     q, k, v, d_out = spec.inputs(4)
@@ -143,6 +140,8 @@ def test_a_child_reports_its_own_peak():
   code = "from benchmarks.timing import peak_rss; print(peak_rss())"
   assert 1e6 < int(timing.in_child(["-c", code])) < timing.peak_rss()
   assert held.nbytes < timing.peak_rss()
+  with pytest.raises(RuntimeError, match="failed with 3"):
+    timing.in_child(["-c", "raise SystemExit(3)"])
 
 
 def test_specs():

@@ -1,4 +1,4 @@
-"""The quality study is fair: equal densities, the same dense steps, a control that is random, a verdict that can say no."""
+"""The quality study is fair: equal densities, equal dense steps, a random control, a verdict."""
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +15,17 @@ SETTINGS = list(quality_methods.settings(LAYOUT, WARM, STEPS))
 
 
 def test_every_training_free_method_has_points():
-  ours = "freqformer sliding_tile radial block_topk spatial_temporal adaspa random"  # a new one need not join
-  assert {s[0] for s in SETTINGS} == set(ours.split())
-  names = [quality.point_name(*s[:3]) for s in SETTINGS]
+  ours = "freqformer sliding_tile radial block_topk spatial_temporal adaspa random"
+  assert {s.method for s in SETTINGS} == set(ours.split())
+  names = [s.name for s in SETTINGS]
   assert len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: quality.point_name(*s[:3]))
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.name)
 def test_points_begin_dense_and_have_their_density(setting):
-  method, _, budget, config = setting
+  method = setting.method
+  budget = setting.budget
+  config = setting.config
   config.check_run(STEPS)
   dense = 6 * LAYOUT.n**2
   flops = [
@@ -56,29 +58,22 @@ def test_the_control_is_random():
   others = np.bincount(drawn.ravel(), minlength=72)
   assert others.min() > 0.4 * others.mean() and others.max() < 1.8 * others.mean()
 
-  # Between samples, heads and inputs two lists share their own tile and one of the others in nine; fixed ones are equal.
+  # Between samples, heads and inputs two lists share their own tile and one of the others in nine.
   def shared(a, b):
-    return np.mean(
-      [len(np.intersect1d(p, q)) for p, q in zip(a.reshape(-1, 9), b.reshape(-1, 9), strict=True)]
-    )
+    pairs = zip(a.reshape(-1, 9), b.reshape(-1, 9), strict=True)
+    return np.mean([len(np.intersect1d(p, q)) for p, q in pairs])
 
   for a, b in ((drawn[0], drawn[1]), (drawn[:, 0], drawn[:, 1]), (drawn, lists(fresh, 2 * x))):
     assert shared(a, b) < 2.5
   assert shared(drawn, lists(fresh, x)) == 9
   still = lists(fixed, x)
-  assert (
-    (still[0] == still[1]).all()
-    and (still == lists(fixed, 2 * x)).all()
-    and shared(still[0, 0], still[0, 1]) < 2.5
-  )
+  assert (still[0] == still[1]).all() and (still == lists(fixed, 2 * x)).all()
+  assert shared(still[0, 0], still[0, 1]) < 2.5
 
 
 def test_both_halves_of_guidance_share_the_control():
-  drawn = lists(
-    quality_methods.RandomTiles(9),
-    jax.random.normal(jax.random.key(0), (4, LAYOUT.n_buffer, 2, 4)),
-    guided=True,
-  )
+  x = jax.random.normal(jax.random.key(0), (4, LAYOUT.n_buffer, 2, 4))
+  drawn = lists(quality_methods.RandomTiles(9), x, guided=True)
   assert (drawn[:2] == drawn[2:]).all() and (drawn[0] != drawn[1]).any()
 
 
@@ -94,7 +89,7 @@ def probe(budget, *inputs):
 
 
 def test_probe():
-  """All tiles: no error. The same input twice: the errors are equal, so they add up to twice their squares; another: less."""
+  """All tiles make no error; equal errors of two steps add up to twice their squares."""
   first, second = (
     2 * jax.random.normal(jax.random.key(i), (2, LAYOUT.n_buffer, 2, 4)) for i in range(2)
   )
@@ -107,7 +102,7 @@ def test_probe():
 
 def row(method, psnr, variant="", budget=9):
   return {
-    "name": quality.point_name(method, variant, budget),
+    "name": quality_methods.point_name(method, variant, budget),
     "method": method,
     "variant": variant,
     "budget": budget,

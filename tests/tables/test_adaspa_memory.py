@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from freqformer.tables.tile_bits import lists_of_bits, top_bits, unpack_bits
+from freqformer.tables.adaspa_memory import lists_of_bits, top_bits, unpack_bits
 
 
 @pytest.mark.parametrize("tiles", [1, 7, 8, 33, 64])
