@@ -69,8 +69,9 @@ class SparseLinear(Method):
     q_pool = cond.share(pool_tiles(jax.lax.stop_gradient(q), arrays))
     k_pool = cond.share(pool_tiles(jax.lax.stop_gradient(k), arrays))
     critical, negligible = self.budgets(arrays.tiles)
-    mask = _best_tiles(q_pool, k_pool, critical, arrays)
-    worst = _best_tiles(-q_pool, k_pool, negligible, arrays)
+    others = qkv.other_ops_implementation
+    mask = _best_tiles(q_pool, k_pool, critical, arrays, others)
+    worst = _best_tiles(-q_pool, k_pool, negligible, arrays, others)
     out, _ = attention(q, k, qkv.v, mask, implementation=qkv.implementation)
     linear, _ = linear_attention(
       q,
@@ -79,7 +80,7 @@ class SparseLinear(Method):
       Segments.of_tiles(arrays.kv_len, arrays.block),
       reads=~(mask.to_tiles() | worst.to_tiles()),
       feature_map=self.feature_map,
-      implementation=qkv.other_ops_implementation,
+      implementation=others,
     )
     aux = plain_aux(mask, arrays.n, b, h, cond.want_masks)
     return out + module(linear).astype(out.dtype), state, aux
@@ -90,9 +91,11 @@ class SparseLinear(Method):
     return even_lists(layout, heads, layout.n * critical * layout.n / layout.tiles)
 
 
-def _best_tiles(q_pool, k_pool, budget: int, arrays) -> BlockMask:
+def _best_tiles(q_pool, k_pool, budget: int, arrays, implementation) -> BlockMask:
   """Lists the `budget` key tiles of largest pooled score (perhaps none) per query tile."""
   unfixed = np.zeros((arrays.tiles, 0), np.int32)
-  mask = block_topk(q_pool, k_pool, max(budget, 1), unfixed, arrays.kv_len, arrays.block)
+  mask = block_topk(
+    q_pool, k_pool, max(budget, 1), unfixed, arrays.kv_len, arrays.block, implementation
+  )
   ids = checkpoint_name(mask.kv_indices, "tables")
   return dataclasses.replace(mask, kv_indices=ids, kv_counts=jnp.full_like(mask.kv_counts, budget))

@@ -73,7 +73,7 @@ def test_topk_is_exact_and_keeps_fixed_tiles(budget, chunk, caplog):
   fixed = fixed_tiles(layout, sink=1, anchors=1)
 
   def call(q, k):
-    return block_topk(q, k, budget, fixed, layout.arrays().kv_len, 16, chunk)
+    return block_topk(q, k, budget, fixed, layout.arrays().kv_len, 16, chunk_scores=chunk)
 
   topk._log_all_tiles.cache_clear()
   with caplog.at_level("INFO", logger="absl"):
