@@ -8,7 +8,7 @@ checkout `import kernels` works as well and gives the same modules.
   around/         the passes before and after attention in FreqFormer's layer
   selection/      top-k of scores, attention mass of tiles
   hopper/         the parts of all Hopper kernels
-  core/           dispatch, target device, partitioning, list codes
+  core/           the record of an op, target device, partitioning, list codes
 """
 
 import importlib
