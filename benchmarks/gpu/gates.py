@@ -54,7 +54,7 @@ class Gate:
     return _WORSE[self.relation](values) if values else None, missing
 
   def met(self, value: float | None, bound: float) -> bool:
-    """Whether a value keeps a bound."""
+    """True if a value keeps a bound."""
     if value is None:
       return False
     return value >= bound if self.relation == ">=" else value <= bound

@@ -33,7 +33,7 @@ _MAX_ELONGATION = 3.0
 
 @dataclasses.dataclass(frozen=True)
 class TileLayout:
-  """How a token grid is cut into tiles. Static: hashable, no arrays.
+  """A cut of a token grid into tiles. Static: hashable, no arrays.
 
   Tiles are in raster order of the tile grid. Inside a tile, tokens are in raster order of its box
   (shorter at the ragged end of an axis) and come first; the rest of the `block` rows is padding.

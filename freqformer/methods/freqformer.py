@@ -401,7 +401,7 @@ class FreqFormerTables:
 
   @property
   def expansion(self) -> Expansion | WholeAxes:
-    """How coarse tokens are lifted, for `lift`."""
+    """Returns the way in which coarse tokens are lifted, for `lift`."""
     if self.by_tile is not None:
       return self.by_tile.expansion
     return WholeAxes(self.spectral, None, None, self.front)

@@ -43,7 +43,7 @@ class Split:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Op:
-  """What an op is called, who can run it, and how it may be split over devices.
+  """An op: its name, the implementations that can run it, and its split over devices.
 
   An implementation's module has `forward(*operands, **settings)`; a `backward` where the op's
   gradient does not come from the definition; and, unless it runs every call,

@@ -23,7 +23,7 @@ _CAPABILITIES = {
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-  """What an implementation needs to know of a device to accept or refuse a call.
+  """A device, as far as an implementation must know it to accept or refuse a call.
 
   Attributes:
     platform: "cpu", "cuda" or "tpu".

@@ -1,4 +1,4 @@
-"""What is read off a listing of machine code; the listings here are made up."""
+"""Figures that are read off a listing of machine code; the listings here are made up."""
 
 import pytest
 
