@@ -216,7 +216,7 @@ class FreqFormer(RoutedMethod):
       self.mid_tiles,
       tables.fixed,
       qkv.layout.kv_len,
-      qkv.layout.layout.block,
+      qkv.layout.block,
       qkv.other_ops_implementation,
     )
     mask = dataclasses.replace(mask, kv_indices=checkpoint_name(mask.kv_indices, "tables"))
@@ -238,11 +238,10 @@ class FreqFormer(RoutedMethod):
   def _aux(self, routing, masks, qkv, cond):
     """Returns the layer's aux."""
     b, h = routing.choice.shape
-    densities = [mask_density(mask, qkv.layout.layout.n, b, h) for mask in masks]
+    densities = [mask_density(mask, qkv.layout.n, b, h) for mask in masks]
     return self.aux(routing, jnp.stack(densities, -1), qkv, cond)
 
   # ---- counting
-  # ------------------------------------------------------------------------------------
 
   def pairs(self, layout, heads, allocation=None, phase=None):
     """Counts each band's rows of the packed buffer for its share of the heads.
