@@ -280,7 +280,6 @@ class Method:
     return {}
 
   # ---- counting, the same for all methods
-  # ----------------------------------------------------------
 
   def for_counting(self) -> "Method":
     """Returns the method whose program is counted; some fields choose among its results only."""
