@@ -1,17 +1,15 @@
 """The latents of a data set, encoded once: `prepare` makes or finds them, `LatentCache` reads them.
 
-A cache is a folder `<cache>/<source>-<split>-<hash12>/` of shards and a manifest. The manifest
-holds everything that the latents depend on: the protocol and its hash, codec, statistics, each clip
-with its fingerprint and views, the clips left out and why, library versions. A cache is whole or
-absent: it is written under another name and renamed when complete. Another protocol has another
-hash, hence another cache.
+A cache is a folder `<cache>/<source>-<split>-<hash12>/` of shards and a manifest of everything that
+the latents depend on, with the clips left out and why. It is whole or absent: it is written under
+another name and renamed when complete. Another protocol has another hash, hence another cache.
 """
 
 import contextlib
-import dataclasses
+import errno
 import hashlib
 import json
-import operator
+import math
 import os
 import pathlib
 import platform
@@ -29,12 +27,13 @@ from freqformer.data.clips import list_clips
 from freqformer.data.codec import CodecConfig, LatentStatistics, StatisticsAccumulator, make_codec
 from freqformer.data.encode import encode_all
 from freqformer.data.protocol import BrokenClip, Clip, DataConfig, Listing
-from freqformer.data.records import Record, ShardWriter, is_disk_full
+from freqformer.data.records import ShardWriter, from_record, to_record
 from freqformer.versions import versions
 
 SCHEMA = 1
 PACKAGES = ("numpy", "av", "pillow", "array_record", "grain")
 _REPORTED = 20  # left-out clips that the log names; the manifest has all
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class CacheError(ConfigError):
@@ -51,7 +50,6 @@ class LatentCache:
     video_shape: (frames, rows, cols).
     class_names: index = label.
     statistics: of the training views, also in a validation cache.
-    codec: made from the manifest's config.
   """
 
   def __init__(self, path: pathlib.Path, manifest: dict):
@@ -68,36 +66,34 @@ class LatentCache:
     )
 
   @classmethod
-  def open(cls, path: str | os.PathLike, expect: str | None = None) -> "LatentCache":
+  def open(cls, path: pathlib.Path, expect: str | None = None) -> "LatentCache":
     """Opens a complete cache.
 
     Raises:
       CacheError: it is not there, not complete, or made with another protocol than `expect`.
     """
-    path = pathlib.Path(path)
     try:
       manifest = json.loads((path / "manifest.json").read_text())
-      shards = {shard["file"]: shard["bytes"] for shard in manifest["shards"]}
-      schema = manifest["schema"]
-      found = manifest["hash"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
       raise CacheError(
         f"{path} is not a complete cache, its manifest.json cannot be read: delete the folder."
       ) from error
-    if schema != SCHEMA:
+    if manifest["schema"] != SCHEMA:
       raise CacheError(
-        f"The cache {path} has schema {schema}, this code reads {SCHEMA}: delete the folder to "
-        "encode again."
+        f"The cache {path} has schema {manifest['schema']}, this code reads {SCHEMA}: delete the "
+        "folder to encode again."
       )
-    if expect is not None and found != expect:
+    if expect is not None and manifest["hash"] != expect:
       raise CacheError(
-        f"The cache {path} was made with protocol {found[:12]}, but {expect[:12]} is wanted: "
-        "delete the folder, or name another data.cache."
+        f"The cache {path} was made with protocol {manifest['hash'][:12]}, but {expect[:12]} is "
+        "wanted: delete the folder, or name another data.cache."
       )
-    for file, size in shards.items():
-      if not (path / file).is_file() or (path / file).stat().st_size != size:
+    for shard in manifest["shards"]:
+      file = path / shard["file"]
+      if not file.is_file() or file.stat().st_size != shard["bytes"]:
         raise CacheError(
-          f"The cache {path} is damaged: {file} is missing or not {size} bytes; delete the folder."
+          f"The cache {path} is damaged: {shard['file']} is missing or not {shard['bytes']} bytes; "
+          "delete the folder."
         )
     return cls(path, manifest)
 
@@ -106,14 +102,12 @@ class LatentCache:
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
     """Returns `{"latent": float32 [t, y, x, c] normalised, "label": int32, "index": int32}`."""
-    index = operator.index(index)
-    if not -len(self) <= index < len(self):
+    if not 0 <= index < len(self):
       raise IndexError(f"The cache holds {len(self)} records, number {index} is not among them.")
-    index %= len(self)
-    record = Record.from_bytes(self._records[index], self.latent_shape)
+    latent, label = from_record(self._records[index], self.latent_shape)
     return {
-      "latent": self.statistics.normalise(record.latent),
-      "label": np.int32(record.label),
+      "latent": self.statistics.normalise(latent),
+      "label": np.int32(label),
       "index": np.int32(index),
     }
 
@@ -146,7 +140,10 @@ def prepare(config: DataConfig, split: str) -> LatentCache:
     return cache
   statistics = None if split == "train" else prepare(config, "train").statistics
   listing = list_clips(config, split)
-  with _whole_folder(path, _bytes_needed(config, split, len(listing.clips))) as folder:
+  latent = make_codec(config.codec).latent_shape(*config.video_shape)
+  # float16 latents, headers and index, and a manifest of 1 kB a clip.
+  clip_bytes = config.views_of(split) * (2 * math.prod(latent) + 256) + 1024
+  with _whole_folder(path, len(listing.clips) * clip_bytes + (1 << 20)) as folder:
     manifest = _encode_into(folder, config, split, listing, statistics)
     (folder / "manifest.json").write_text(json.dumps(manifest))
   return LatentCache.open(path, config.protocol_hash)
@@ -162,14 +159,7 @@ def _encode_into(
   listing: Listing,
   statistics: LatentStatistics | None,
 ) -> dict:
-  """Writes the shards and returns the manifest.
-
-  Args:
-    statistics: to store, or None to compute them from what is encoded.
-
-  Raises:
-    ConfigError: no clip is usable.
-  """
+  """Writes the shards and returns the manifest; statistics are computed where none are given."""
   codec = make_codec(config.codec)
   accumulator = StatisticsAccumulator()
   writer = ShardWriter(folder)
@@ -184,15 +174,21 @@ def _encode_into(
   with bar, encoded as results:
     for clip, result in results:
       bar.update()
-      entry = {"key": clip.key, "label": clip.label, **_identity(clip)}
+      stat = os.stat(clip.path)
+      entry = {
+        "key": clip.key,
+        "label": clip.label,
+        "bytes": stat.st_size,
+        "mtime_ns": stat.st_mtime_ns,
+        "fingerprint": _fingerprint(clip.path),
+      }
       if isinstance(result, BrokenClip):
         skipped.append({**entry, "reason": result.reason})
         continue
       for latent in result.latents:
-        writer.write(Record(latent, clip.label, len(clips), clip.key))
+        writer.write(to_record(latent, clip.label, len(clips), clip.key))
         accumulator.add(latent)
-      drawn = dataclasses.asdict(result.drawn)
-      clips.append({**entry, "frames": drawn.pop("length"), **drawn})
+      clips.append({**entry, **result.drawn})
       if result.psnr is not None:
         quality.append(result.psnr)
   writer.close()
@@ -243,14 +239,14 @@ def _whole_folder(path: pathlib.Path, needed: int) -> Iterator[pathlib.Path]:
   Raises:
     CacheError: the folder cannot be written, or the disk has less than the `needed` bytes.
   """
-  partial = path.with_name(f"{_partial_prefix(path.name)}{os.getpid()}.partial")
-  free = None
+  partial = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
+  free = 0
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_dead(path.parent)
     free = shutil.disk_usage(path.parent).free
     if needed > free:
-      raise _no_space(path, needed, free)
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     # A restarted container has the process id of the one that died.
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -261,9 +257,16 @@ def _whole_folder(path: pathlib.Path, needed: int) -> Iterator[pathlib.Path]:
       # Where another process was faster, its cache (the same) stays.
       if not (path / "manifest.json").exists():
         raise
-  except OSError as error:
-    if is_disk_full(error):
-      raise _no_space(path, needed, free) from error
+  except (OSError, RuntimeError) as error:
+    # ArrayRecord raises a RuntimeError that holds the system's words.
+    if any(os.strerror(code) in str(error) for code in _DISK_FULL):
+      raise CacheError(
+        f"No space left in {str(path.parent)!r}: the cache {path.name} needs about "
+        f"{needed / 2**20:,.1f} MiB and {free / 2**20:,.1f} MiB were free before; free some, or "
+        "let data.cache name a folder on another disk."
+      ) from error
+    if isinstance(error, RuntimeError):
+      raise
     raise CacheError(
       f"data.cache {str(path.parent)!r} cannot be written ({error.strerror}): name another folder."
     ) from error
@@ -271,43 +274,16 @@ def _whole_folder(path: pathlib.Path, needed: int) -> Iterator[pathlib.Path]:
     shutil.rmtree(partial, ignore_errors=True)
 
 
-def _partial_prefix(name: str) -> str:
-  return f".{name}.{socket.gethostname()}-"
-
-
 def _remove_dead(parent: pathlib.Path) -> None:
   """Removes the unfinished folders of this machine's processes that no longer live."""
-  for folder in parent.glob(f"{_partial_prefix('*')}*.partial"):
+  for folder in parent.glob(f".*.{socket.gethostname()}-*.partial"):
     pid = folder.name.removesuffix(".partial").rpartition("-")[2]
-    if pid.isdigit() and not _alive(int(pid)):
+    try:
+      os.kill(int(pid), 0)
+    except ProcessLookupError:
       shutil.rmtree(folder, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-  try:
-    os.kill(pid, 0)
-  except OSError as error:
-    return isinstance(error, PermissionError)
-  return True
-
-
-def _bytes_needed(config: DataConfig, split: str, clips: int) -> int:
-  """Estimates a cache's size: float16 latents, headers and index, and a manifest of 1 kB a clip."""
-  shape = make_codec(config.codec).latent_shape(*config.video_shape)
-  views = config.views if split == "train" else 1
-  return clips * (views * (2 * int(np.prod(shape)) + 256) + 1024) + (1 << 20)
-
-
-def _no_space(path: pathlib.Path, needed: int, free: int | None) -> CacheError:
-  before = "" if free is None else f" and {_size(free)} were free before"
-  return CacheError(
-    f"No space left in {str(path.parent)!r}: the cache {path.name} needs about {_size(needed)}"
-    f"{before}; free some, or let data.cache name a folder on another disk."
-  )
-
-
-def _size(count: int) -> str:
-  return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+    except PermissionError:
+      continue  # another user's process, which lives
 
 
 # ---- finding ----------------------------------------------------------------------------------
@@ -315,10 +291,7 @@ def _size(count: int) -> str:
 
 def _check_statistics(cache: LatentCache, train: pathlib.Path) -> None:
   """Refuses a validation cache that outlived the training cache whose statistics it has."""
-  if not train.exists():
-    return
-  other = LatentCache.open(train).statistics
-  if other.to_json() != cache.statistics.to_json():
+  if train.exists() and LatentCache.open(train).statistics.to_json() != cache.statistics.to_json():
     raise CacheError(
       f"The cache {cache.path} is normalised with other statistics than {train}: delete "
       f"{cache.path}."
@@ -328,24 +301,18 @@ def _check_statistics(cache: LatentCache, train: pathlib.Path) -> None:
 def _check_source(cache: LatentCache, config: DataConfig, split: str) -> None:
   """Refuses a cache whose clips on disk are no longer those it was encoded from."""
   try:
-    listing = list_clips(config, split)
+    clips = list_clips(config, split).clips
   except ConfigError as error:
     logging.warning("Using the cache %s without its videos: %s", cache.path, error)
     return
-  known = {entry["key"]: entry for entry in cache.manifest["clips"] + cache.manifest["skipped"]}
-  new = []
-  changed = []
-  for clip in listing.clips:
-    entry = known.get(clip.key)
-    if entry is None or entry["bytes"] is None:
-      new.append(clip.key)
-    elif not _is_same(clip, entry):
-      changed.append(clip.key)
-  present = {clip.key for clip in listing.clips}
-  gone = [entry["key"] for entry in cache.manifest["clips"] if entry["key"] not in present]
+  entries = cache.manifest["clips"] + cache.manifest["skipped"]
+  known = {entry["key"]: entry for entry in entries if entry["bytes"] is not None}
+  new = [clip.key for clip in clips if clip.key not in known]
+  changed = [c.key for c in clips if c.key in known and not _is_same(c, known[c.key])]
+  gone = {entry["key"] for entry in cache.manifest["clips"]} - {clip.key for clip in clips}
   if gone:
     logging.warning(
-      "%d clips of the cache %s are no longer on disk, e.g. %s.", len(gone), cache.path, gone[0]
+      "%d clips of the cache %s are no longer on disk, e.g. %s.", len(gone), cache.path, min(gone)
     )
   if new or changed:
     raise CacheError(
@@ -356,22 +323,12 @@ def _check_source(cache: LatentCache, config: DataConfig, split: str) -> None:
 
 
 def _is_same(clip: Clip, entry: dict) -> bool:
-  """Returns whether a clip's file is the one of a manifest's entry."""
+  """Tells whether a clip's file is the one of a manifest's entry."""
   now = os.stat(clip.path)
   if entry["label"] != clip.label or entry["bytes"] != now.st_size:
     return False
   # A copied data set has new times but the same contents.
   return entry["mtime_ns"] == now.st_mtime_ns or entry["fingerprint"] == _fingerprint(clip.path)
-
-
-def _identity(clip: Clip) -> dict:
-  """Returns what `_is_same` compares."""
-  stat = os.stat(clip.path)
-  return {
-    "bytes": stat.st_size,
-    "mtime_ns": stat.st_mtime_ns,
-    "fingerprint": _fingerprint(clip.path),
-  }
 
 
 def _fingerprint(path: str) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from freqformer.data.codec import DctCodec, reconstruction_psnr
-from freqformer.data.decode import ClipViews, decode_clip
+from freqformer.data.decode import decode_clip
 from freqformer.data.protocol import BrokenClip, Clip, DataConfig
 
 MEASURED = 32  # clips per split whose reconstruction is measured, spread over the list
@@ -26,17 +26,17 @@ class EncodedClip:
 
   Attributes:
     latents: float16 `[views, t, y, x, c]`, un-normalised.
-    drawn: what the latents show.
+    drawn: the manifest's entry on what the latents show, of `decode_clip`.
     psnr: of the first view through the codec in dB, or None if it was not measured.
   """
 
   latents: np.ndarray
-  drawn: ClipViews
-  psnr: float | None = None
+  drawn: dict
+  psnr: float | None
 
 
 def encode_clip(
-  config: DataConfig, codec: DctCodec, split: str, clip: Clip, measure: bool = False
+  config: DataConfig, codec: DctCodec, split: str, clip: Clip, measure: bool
 ) -> EncodedClip:
   """Decodes and encodes the views of a clip.
 
@@ -45,10 +45,6 @@ def encode_clip(
   """
   pixels, drawn = decode_clip(config, split, clip)
   latents = codec.encode(pixels).astype(np.float16)
-  if not np.isfinite(latents).all():
-    raise ValueError(
-      f"The codec gives latents beyond float16 (65504) for {clip.key}; scale them inside the codec."
-    )
   psnr = None
   if measure:
     psnr = reconstruction_psnr(pixels[:1], codec.decode(latents[:1], config.video_shape))
@@ -59,7 +55,9 @@ def encode_all(
   config: DataConfig, codec: DctCodec, split: str, clips: list[Clip]
 ) -> Iterator[tuple[Clip, EncodedClip | BrokenClip]]:
   """Yields every clip in order with its latents, or with the reason why it has none."""
-  workers = config.workers or _cpus()
+  # A container often has fewer CPUs than the machine; only Linux tells.
+  allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+  workers = config.workers or len(allowed(0))
   measured = {i * len(clips) // MEASURED for i in range(MEASURED)}
 
   def encode(index: int):
@@ -81,8 +79,3 @@ def encode_all(
       yield waiting.popleft().result()
   finally:
     pool.shutdown(cancel_futures=True)
-
-
-def _cpus() -> int:
-  """Returns the CPUs this process may use; a container often has fewer than the machine."""
-  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

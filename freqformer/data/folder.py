@@ -13,7 +13,7 @@ EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", 
 
 
 def list_folder(config: DataConfig, split: str) -> Listing:
-  """Lists the clips of a split, "train" or "val"; classes are in alphabetical order.
+  """Lists the clips of a split; classes are in alphabetical order.
 
   A clip's split follows from the hash of its path inside root, so new clips move no old one. Both
   splits get at least one clip; a single clip serves both, which then show different views of it.
@@ -27,23 +27,25 @@ def list_folder(config: DataConfig, split: str) -> Listing:
       f"data.root {config.root!r} is not a folder: name one that holds video files, one subfolder "
       "per class, or run `make demo`, which renders a small data set."
     )
-  files = _video_files(root)
-  if not files:
+  keys = sorted(_video_files(root))
+  if not keys:
     raise ConfigError(
       f"data.root {config.root!r} holds no video file; known endings are {', '.join(EXTENSIONS)}."
     )
   top = root.resolve().name or "videos"
-  classes = {key: key.split("/")[0] if "/" in key else top for key in files}
+  classes = {key: key.split("/")[0] if "/" in key else top for key in keys}
   names = sorted(set(classes.values()))
-  kept = _split(sorted(files), config, split)
-  return Listing([Clip(key, str(root / key), names.index(classes[key])) for key in kept], names)
+  if len(keys) > 1:
+    # The lowest hashes are validation.
+    places = {key: uniforms(f"{config.seed}|split|{key}")[0] for key in keys}
+    count = sum(place < config.val_fraction for place in places.values())
+    val = set(sorted(keys, key=places.get)[: min(max(count, 1), len(keys) - 1)])
+    keys = [key for key in keys if (key in val) == (split == "val")]
+  return Listing([Clip(key, str(root / key), names.index(classes[key])) for key in keys], names)
 
 
 def _video_files(root: pathlib.Path) -> list[str]:
-  """Returns paths relative to root, with "/".
-
-  Links to folders are followed once, hidden files and folders are not.
-  """
+  """Returns paths below root; links to folders are followed once, hidden names are not."""
   found = []
   seen = set()
   for folder, subfolders, names in os.walk(root, followlinks=True):
@@ -57,14 +59,3 @@ def _video_files(root: pathlib.Path) -> list[str]:
       if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
         found.append((pathlib.Path(folder) / name).relative_to(root).as_posix())
   return found
-
-
-def _split(keys: list[str], config: DataConfig, split: str) -> list[str]:
-  """Returns the keys of one split, in order; the lowest hashes are validation."""
-  if len(keys) == 1:
-    return keys
-  places = {key: uniforms(f"{config.seed}|split|{key}")[0] for key in keys}
-  count = sum(place < config.val_fraction for place in places.values())
-  count = min(max(count, 1), len(keys) - 1)
-  val = set(sorted(keys, key=places.get)[:count])
-  return [key for key in keys if (key in val) == (split == "val")]

@@ -39,7 +39,6 @@ class DataConfig:
       validation takes its middle.
     max_clips: most clips per split, spread over the classes; 0 takes all.
     workers: threads that encode; 0 takes one per CPU.
-    codec: see `CodecConfig`.
   """
 
   source: str
@@ -73,6 +72,10 @@ class DataConfig:
     """(frames, rows, cols) of a view."""
     return self.frames, *self.resolution
 
+  def views_of(self, split: str) -> int:
+    """Returns the views per clip of a split."""
+    return self.views if split == "train" else 1
+
   def protocol(self) -> dict:
     """Returns everything that decides which latents come out, as JSON values."""
     values = dataclasses.asdict(self)
@@ -91,13 +94,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-  """One video file of a split.
-
-  Attributes:
-    key: its name in reports and hashes.
-    path: of the file.
-    label: its class, counted from 0.
-  """
+  """One video file of a split; `key` is its name in reports and hashes."""
 
   key: str
   path: str
@@ -125,7 +122,7 @@ class View:
 
   Attributes:
     start: first source frame.
-    stride: frame i is source frame `min(start + i * stride, last)`.
+    stride: source frames from one frame to the next.
     box: (top, left, bottom, right) of the crop, as fractions of the source frame.
     flip: mirrored left to right.
   """
@@ -145,21 +142,16 @@ class BrokenClip(Exception):
 
   def __init__(self, name: str, reason: str):
     super().__init__(f"{name}: {reason}")
-    self.name = name
     self.reason = reason
-
-  def __reduce__(self):
-    return BrokenClip, (self.name, self.reason)
 
 
 def draw_view(
   config: DataConfig, split: str, key: str, index: int, length: int, size: tuple[int, int]
 ) -> View:
-  """Draws a view of a clip, a function of its arguments only.
+  """Draws view number `index` of a clip, a function of the arguments only.
 
   Args:
     key: name of the clip.
-    index: number of the view.
     length: frames of the clip, as decoded.
     size: (rows, cols) of its frames.
 
@@ -186,18 +178,13 @@ def _stride(config: DataConfig, key: str, length: int) -> int:
   needed = (config.frames - 1) * config.stride + 1
   if length >= needed or config.short == "pad":
     return config.stride
+  has = f"it has {length} frames"
   if config.short == "skip":
-    raise BrokenClip(
-      key,
-      f"it has {length} frames, {needed} are needed at stride {config.stride}, and data.short is "
-      "'skip'",
-    )
+    text = f"{has}, {needed} are needed at stride {config.stride}, and data.short is 'skip'"
+    raise BrokenClip(key, text)
   if length < config.frames:
-    raise BrokenClip(
-      key,
-      f"it has {length} frames, {config.frames} are needed even at stride 1; data.short='pad' "
-      "would keep it",
-    )
+    text = f"{has}, {config.frames} are needed even at stride 1; data.short='pad' would keep it"
+    raise BrokenClip(key, text)
   return (length - 1) // (config.frames - 1)
 
 
