@@ -36,10 +36,6 @@ _REPORTED = 20  # left-out clips that the log names; the manifest has all
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class CacheError(ConfigError):
-  """A cache that cannot be written or used; the message says where and what to do."""
-
-
 class LatentCache:
   """Normalised latents by number. Picklable, and safe to read from many threads.
 
@@ -66,32 +62,18 @@ class LatentCache:
     )
 
   @classmethod
-  def open(cls, path: pathlib.Path, expect: str | None = None) -> "LatentCache":
-    """Opens a complete cache.
-
-    Raises:
-      CacheError: it is not there, not complete, or made with another protocol than `expect`.
-    """
+  def open(cls, path: pathlib.Path) -> "LatentCache":
+    """Opens a cache; raises ConfigError if it is not whole."""
     try:
       manifest = json.loads((path / "manifest.json").read_text())
     except (OSError, ValueError) as error:
-      raise CacheError(
+      raise ConfigError(
         f"{path} is not a complete cache, its manifest.json cannot be read: delete the folder."
       ) from error
-    if manifest["schema"] != SCHEMA:
-      raise CacheError(
-        f"The cache {path} has schema {manifest['schema']}, this code reads {SCHEMA}: delete the "
-        "folder to encode again."
-      )
-    if expect is not None and manifest["hash"] != expect:
-      raise CacheError(
-        f"The cache {path} was made with protocol {manifest['hash'][:12]}, but {expect[:12]} is "
-        "wanted: delete the folder, or name another data.cache."
-      )
     for shard in manifest["shards"]:
       file = path / shard["file"]
       if not file.is_file() or file.stat().st_size != shard["bytes"]:
-        raise CacheError(
+        raise ConfigError(
           f"The cache {path} is damaged: {shard['file']} is missing or not {shard['bytes']} bytes; "
           "delete the folder."
         )
@@ -128,12 +110,11 @@ def prepare(config: DataConfig, split: str) -> LatentCache:
   are gone can still be used; one whose videos changed is refused.
 
   Raises:
-    ConfigError: the data set is missing, or no clip of it is usable.
-    CacheError: the cache contradicts the request, or the disk is full.
+    ConfigError: no clip is usable, the cache contradicts the clips, or the disk is full.
   """
   path = cache_path(config, split)
   if path.exists():
-    cache = LatentCache.open(path, config.protocol_hash)
+    cache = LatentCache.open(path)
     _check_source(cache, config, split)
     if split != "train":
       _check_statistics(cache, cache_path(config, "train"))
@@ -146,7 +127,7 @@ def prepare(config: DataConfig, split: str) -> LatentCache:
   with _whole_folder(path, len(listing.clips) * clip_bytes + (1 << 20)) as folder:
     manifest = _encode_into(folder, config, split, listing, statistics)
     (folder / "manifest.json").write_text(json.dumps(manifest))
-  return LatentCache.open(path, config.protocol_hash)
+  return LatentCache.open(path)
 
 
 # ---- writing ----------------------------------------------------------------------------------
@@ -159,12 +140,11 @@ def _encode_into(
   listing: Listing,
   statistics: LatentStatistics | None,
 ) -> dict:
-  """Writes the shards and returns the manifest; statistics are computed where none are given."""
+  """Writes the shards and returns the manifest; computes statistics where none are given."""
   codec = make_codec(config.codec)
   accumulator = StatisticsAccumulator()
   writer = ShardWriter(folder)
   clips = []
-  quality = []
   skipped = [
     {"key": key, "reason": reason, "label": None, "bytes": None}
     for key, reason in listing.missing.items()
@@ -185,17 +165,13 @@ def _encode_into(
       if isinstance(result, BrokenClip):
         skipped.append({**entry, "reason": result.reason})
         continue
-      for latent in result.latents:
+      latents, drawn = result
+      for latent in latents:
         writer.write(to_record(latent, clip.label, len(clips), clip.key))
         accumulator.add(latent)
-      clips.append({**entry, **result.drawn})
-      if result.psnr is not None:
-        quality.append(result.psnr)
+      clips.append({**entry, **drawn})
   writer.close()
   _report(skipped, len(clips), config, split)
-  psnr = None
-  if quality:
-    psnr = {"mean": float(np.mean(quality)), "min": min(quality), "views": len(quality)}
   return {
     "schema": SCHEMA,
     "hash": config.protocol_hash,
@@ -208,7 +184,6 @@ def _encode_into(
     "shards": writer.shards,
     "class_names": listing.class_names,
     "statistics": (statistics or accumulator.result()).to_json(),
-    "psnr": psnr,
     "clips": clips,
     "skipped": skipped,
     "versions": {"python": platform.python_version(), **versions(PACKAGES)},
@@ -234,11 +209,7 @@ def _report(skipped: list[dict], used: int, config: DataConfig, split: str) -> N
 
 @contextlib.contextmanager
 def _whole_folder(path: pathlib.Path, needed: int) -> Iterator[pathlib.Path]:
-  """Yields a folder that becomes `path` when the block ends without an error, or else vanishes.
-
-  Raises:
-    CacheError: the folder cannot be written, or the disk has less than the `needed` bytes.
-  """
+  """Yields a folder that becomes `path` when the block ends without an error, or else vanishes."""
   partial = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
   free = 0
   try:
@@ -260,14 +231,14 @@ def _whole_folder(path: pathlib.Path, needed: int) -> Iterator[pathlib.Path]:
   except (OSError, RuntimeError) as error:
     # ArrayRecord raises a RuntimeError that holds the system's words.
     if any(os.strerror(code) in str(error) for code in _DISK_FULL):
-      raise CacheError(
+      raise ConfigError(
         f"No space left in {str(path.parent)!r}: the cache {path.name} needs about "
         f"{needed / 2**20:,.1f} MiB and {free / 2**20:,.1f} MiB were free before; free some, or "
         "let data.cache name a folder on another disk."
       ) from error
     if isinstance(error, RuntimeError):
       raise
-    raise CacheError(
+    raise ConfigError(
       f"data.cache {str(path.parent)!r} cannot be written ({error.strerror}): name another folder."
     ) from error
   finally:
@@ -292,7 +263,7 @@ def _remove_dead(parent: pathlib.Path) -> None:
 def _check_statistics(cache: LatentCache, train: pathlib.Path) -> None:
   """Refuses a validation cache that outlived the training cache whose statistics it has."""
   if train.exists() and LatentCache.open(train).statistics.to_json() != cache.statistics.to_json():
-    raise CacheError(
+    raise ConfigError(
       f"The cache {cache.path} is normalised with other statistics than {train}: delete "
       f"{cache.path}."
     )
@@ -315,7 +286,7 @@ def _check_source(cache: LatentCache, config: DataConfig, split: str) -> None:
       "%d clips of the cache %s are no longer on disk, e.g. %s.", len(gone), cache.path, min(gone)
     )
   if new or changed:
-    raise CacheError(
+    raise ConfigError(
       f"Under {config.root!r} {len(new)} clips are new and {len(changed)} changed since the cache "
       f"{cache.path} was encoded (e.g. {(new + changed)[0]}): delete the caches "
       f"{cache.path.parent}/*-{config.protocol_hash[:12]} to encode again."

@@ -30,7 +30,6 @@ class CodecConfig:
   """A codec and its sizes.
 
   Attributes:
-    name: "dct".
     factor: pixels per latent cell, (t, y, x).
     channels: of a latent cell; `3 * t * y * x` of them keep everything (dct).
   """
@@ -52,8 +51,8 @@ class CodecConfig:
 class DctCodec:
   """Block DCT of every `factor` box of pixels in [-1, 1]. NumPy in, NumPy out; thread-safe.
 
-  Sizes that are no multiple of the factor are padded by repeating the edge. A latent's magnitude is
-  at most `sqrt(3 * t * y * x)` of the factor. Another codec has the same members.
+  Sizes that are no multiple of the factor are padded by repeating the edge. Another codec has the
+  same members.
   """
 
   version = 1  # part of a cache's hash: raise it when the same config gives other latents
@@ -120,15 +119,6 @@ def _basis(factor, channels) -> np.ndarray:
     for colour, kt, ky, kx in dct_order(factor)[:channels]
   ]
   return np.stack(rows).astype(np.float32)
-
-
-def reconstruction_psnr(a: np.ndarray, b: np.ndarray) -> float:
-  """Returns the PSNR in dB of two uint8 videos `[..., t, y, x, 3]`, the mean over frames.
-
-  Equal frames have 100 dB; `freqformer.evaluate.quality.psnr` of samples has no such limit.
-  """
-  error = np.mean((a.astype(np.float32) - b.astype(np.float32)) ** 2, axis=(-3, -2, -1))
-  return float(np.mean(10 * np.log10(255.0**2 / np.maximum(error, 255.0**2 * 1e-10))))
 
 
 @dataclasses.dataclass(frozen=True)

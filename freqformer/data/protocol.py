@@ -24,19 +24,15 @@ class DataConfig:
     split: of UCF-101: official split 1, 2 or 3; 0 trains on all clips, those of split 1's test
       list included (Latte's protocol).
     cache: folder of the encoded latents.
-    resolution: (rows, cols) after the crop; the largest box of this shape is cut, then resized.
-    frames: of a view.
+    resolution: (rows, cols) of the largest box of this shape, resized.
     stride: source frames from one frame of a view to the next, at whatever fps the file has.
     crop: place of the box in training views, "center" or "random".
     flip: mirror every other training view of a clip; a coin decides for its first view.
     views: training views per clip. Validation has one: the clip's middle, centre crop, no mirror.
     short: treatment of clips with fewer than `(frames - 1) * stride + 1` frames. "pad" repeats the
-      last frame; "clamp" takes the largest stride that fits; "skip" leaves them out and reports
-      them by name, as "clamp" does with clips of fewer than `frames` frames.
+      last frame, "clamp" takes the largest stride that fits, "skip" leaves them out.
     seed: of views and of the folder source's choices.
-    val_fraction: of the folder source: share of clips kept for validation, by hash of their path.
-      Each side has at least one clip. A single clip serves both: training draws its views,
-      validation takes its middle.
+    val_fraction: of the folder source: share of clips kept for validation; see `list_folder`.
     max_clips: most clips per split, spread over the classes; 0 takes all.
     workers: threads that encode; 0 takes one per CPU.
   """

@@ -57,15 +57,15 @@ class RenderedSet:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-  """The draws of a clip; all lengths in frame heights.
+  """The draws of a clip, of which frequency and angle are its group's.
 
   Attributes:
-    frequency: of the group, cycles per height.
-    angle: of the group, radians.
-    speed: of the clip, in the class's own unit per second, signed.
-    phase: of the clip, two offsets in cycles.
-    center: of the clip, `(u, v)`.
-    size: of the clip, relative size of objects.
+    frequency: cycles per frame height.
+    angle: radians.
+    speed: in the class's own unit per second, signed.
+    phase: two offsets in cycles.
+    center: `(u, v)` in frame heights.
+    size: relative size of objects.
   """
 
   frequency: float
@@ -158,15 +158,7 @@ def morphing_clouds(s, u, v, t):
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-  """A class.
-
-  Attributes:
-    field: its picture, one of the functions above.
-    palette: RGB in hexadecimal, from field 0 to 1.
-    frequency: typical one, cycles per height.
-    speed: typical one, in the field's own unit per second.
-    angle: typical one, radians.
-  """
+  """A class: its picture, RGB in hexadecimal from field 0 to 1, and typical values of a `Scene`."""
 
   field: Callable
   palette: tuple[str, ...]

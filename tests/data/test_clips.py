@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import pickle
 import shutil
 
 import numpy as np
@@ -12,11 +11,11 @@ from freqformer.config import ConfigError, build
 from freqformer.data import decode as video
 from freqformer.data.cache import prepare
 from freqformer.data.clips import list_clips
-from freqformer.data.codec import CodecConfig, reconstruction_psnr
+from freqformer.data.codec import CodecConfig
 from freqformer.data.decode import VideoFile, crop_resize
 from freqformer.data.protocol import BrokenClip, DataConfig, draw_view
 from tests.data import helpers
-from tests.data.helpers import UCF_CLASSES, config, moving_square, write_clip
+from tests.data.helpers import UCF_CLASSES, config, moving_square, psnr, write_clip
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +120,7 @@ def test_chosen_frames_of_any_container(tmp_path, suffix, fps):
   with VideoFile(write_clip(tmp_path / f"clip{suffix}", original, fps)) as file:
     assert file.length == 20 and file.size == (24, 32)
     frames = file.read([3, 7, 7, 19])
-  assert reconstruction_psnr(np.stack(frames), original[[3, 7, 7, 19]]) > 28
+  assert psnr(np.stack(frames), original[[3, 7, 7, 19]]) > 28
 
 
 def test_seeking_gives_the_very_frames_of_decoding_through(tmp_path, monkeypatch):
@@ -174,9 +173,8 @@ def test_past_the_end_says_how_many_frames_there_are(tmp_path):
 def test_a_broken_file_is_named(tmp_path, data):
   path = tmp_path / "clip.avi"
   path.write_bytes(data)
-  with pytest.raises(BrokenClip, match="a/clip.avi: it cannot be opened") as error:
+  with pytest.raises(BrokenClip, match="a/clip.avi: it cannot be opened"):
     VideoFile(path, "a/clip.avi")
-  assert pickle.loads(pickle.dumps(error.value)).name == "a/clip.avi"
 
 
 def test_crop_then_resize():
@@ -228,7 +226,7 @@ def test_ucf101_missing_clips_are_counted_by_name(ucf):
   [
     ("JumpRope/", "JumpRopes/", "'JumpRopes' is not in classInd.txt; did you mean 'JumpRope'"),
     (" 5", " 4", "has class id 4, but classInd.txt gives JumpRope 5"),
-    (None, "", "lists no clip"),
+    (None, "", "None of the 0 clips listed"),
   ],
 )
 def test_ucf101_refuses_wrong_lists(ucf, old, new, words):

@@ -12,9 +12,8 @@ from freqformer.data.codec import (
   StatisticsAccumulator,
   dct_order,
   make_codec,
-  reconstruction_psnr,
 )
-from tests.data.helpers import moving_square
+from tests.data.helpers import moving_square, psnr
 from tests.kernels.block_sparse.suite import relative_error
 
 
@@ -51,28 +50,12 @@ def test_order_is_a_permutation_that_starts_with_luma_and_keeps_prefixes():
 def test_more_channels_never_hurt_and_a_constant_needs_only_three():
   video = moving_square(6, 16, 24)[None]
   codecs = [make_codec(CodecConfig(factor=(2, 8, 8), channels=c)) for c in (3, 8, 16, 48)]
-  quality = [reconstruction_psnr(video, c.decode(c.encode(video), (6, 16, 24))) for c in codecs]
+  quality = [psnr(video, c.decode(c.encode(video), (6, 16, 24))) for c in codecs]
   assert quality == sorted(quality)
   flat = np.full((1, 2, 8, 8, 3), (10, 200, 90), np.uint8)
   # The three constants are among the first six.
   kept = make_codec(CodecConfig(factor=(2, 8, 8), channels=6))
   np.testing.assert_array_equal(kept.decode(kept.encode(flat), (2, 8, 8)), flat)
-
-
-def test_latents_of_mirrored_video_are_not_mirrored_latents():
-  codec = make_codec(CodecConfig(factor=(1, 4, 4), channels=8))
-  video = moving_square(2, 16, 16)[None]
-  assert np.abs(codec.encode(video[:, :, :, ::-1]) - codec.encode(video)[:, :, :, ::-1]).max() > 0.1
-
-
-def test_psnr_is_per_frame_then_mean():
-  a = np.zeros((2, 4, 4, 3), np.uint8)
-  b = a.copy()
-  b[1] = 255
-  assert reconstruction_psnr(a, a) == pytest.approx(100)
-  assert reconstruction_psnr(a, b) == pytest.approx(50)
-  with pytest.raises(ValueError, match="one shape"):
-    reconstruction_psnr(a, b[:1])
 
 
 def test_statistics_normalise():
@@ -109,8 +92,7 @@ def test_configs_are_refused(values, words):
 
 
 def test_other_arrays_are_refused():
+
   codec = make_codec(CodecConfig(factor=(2, 4, 4), channels=8))
-  with pytest.raises(ValueError, match="uint8"):
-    codec.encode(np.zeros((1, 2, 4, 4, 3), np.float32))
   with pytest.raises(ValueError, match="has latents"):
     codec.decode(np.zeros((1, 2, 1, 1, 8), np.float32), (2, 4, 4))
