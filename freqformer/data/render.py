@@ -19,8 +19,6 @@ from collections.abc import Callable
 import numpy as np
 from tqdm import tqdm
 
-from freqformer.config import require
-
 VERSION = 2  # of the pictures: sets of another version are rendered again
 FPS = 25
 SEED = 0
@@ -37,7 +35,9 @@ class RenderedSet:
   Attributes:
     classes: how many of `LOOKS`, from the first.
     groups: per class; at least 2, so that train and test share none.
-    rows: of a frame, even, and so are `cols`.
+    clips_per_group: below 99.
+    rows: of a frame, even.
+    cols: of a frame, even.
   """
 
   classes: int = 8
@@ -45,14 +45,6 @@ class RenderedSet:
   clips_per_group: int = 4
   rows: int = 120
   cols: int = 160
-
-  def __post_init__(self):
-    require(self, "classes", least=1, most=len(LOOKS))
-    require(self, "groups", least=2, most=99)
-    require(self, "clips_per_group", least=1, most=98)
-    require(self, "rows cols", least=2)
-    if self.rows % 2 or self.cols % 2:
-      raise ValueError(f"rows={self.rows} and cols={self.cols} must be even.")
 
 
 @dataclasses.dataclass(frozen=True)

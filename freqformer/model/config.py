@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 import jax.numpy as jnp
+import numpy as np
 
 from freqformer.config import ConfigError, build, did_you_mean, refusing, require, require_one_of
 from freqformer.grid.layout import TileLayout
@@ -61,23 +62,15 @@ class AttentionConfig:
     """Returns `(layers, name)` in order; raises ConfigError if they do not cover 0 to `depth`."""
     if not self.layers:
       return ((depth, self.method),)
-    at = 0
-    runs = []
-    for first, stop, name in self.layers:
-      stop = depth if stop is None else stop
-      if first != at or not first < stop <= depth:
-        raise ConfigError(
-          f"attention.layers {self.layers} must cover layers 0..{depth} in order without gaps; the "
-          f"run ({first}, {stop}, {name!r}) does not start at {at} or ends outside of the model."
-        )
-      runs.append((stop - first, name))
-      at = stop
-    if at != depth:
+    edges = [0, *(depth if stop is None else stop for _, stop, _ in self.layers)]
+    firsts = [first for first, _, _ in self.layers]
+    if firsts != edges[:-1] or edges[-1] != depth or edges != sorted(set(edges)):
       raise ConfigError(
-        f"attention.layers {self.layers} ends at layer {at}, the model has {depth}; end it with "
-        "None."
+        f"attention.layers {self.layers} must cover layers 0..{depth} in order without gaps; the "
+        "last run may end with None."
       )
-    return tuple(runs)
+    names = [name for _, _, name in self.layers]
+    return tuple(zip(np.diff(edges).tolist(), names, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -208,10 +208,6 @@ class VideoDiT(nnx.Module):
     return x, state, aux
 
 
-def _repeat(count: int, x) -> jax.Array:
-  return jnp.broadcast_to(x, (count, *x.shape))
-
-
 def _stack(config, method, layout, count, rngs):
   """Returns `count` blocks with stacked parameters."""
 
@@ -221,6 +217,10 @@ def _stack(config, method, layout, count, rngs):
     return DiTBlock(config, method, layout, rngs)
 
   return create(rngs)
+
+
+def _repeat(count: int, x) -> jax.Array:
+  return jnp.broadcast_to(x, (count, *x.shape))
 
 
 def make_tables(config: ModelConfig, latent_shape) -> dict:

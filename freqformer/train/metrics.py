@@ -33,7 +33,7 @@ class Metrics:
 
   def write(self, step: int, kind: str, **values):
     """Appends one line; arrays become lists."""
-    plain = {k: v if isinstance(v, str) else np.asarray(v).tolist() for k, v in values.items()}
+    plain = {name: np.asarray(value).tolist() for name, value in values.items()}
     with self.path.open("a") as file:
       file.write(json.dumps({"step": step, "kind": kind, **plain}) + "\n")
 
@@ -43,7 +43,7 @@ class Metrics:
     speed = {}
     if self._last_line is not None:
       rate = (step - self._last_line[0]) / (now - self._last_line[1])
-      speed = self._throughput.rates(rate) if self._throughput else {"steps_per_s": rate}
+      speed = self._throughput.rates(rate)
     self._last_line = (step, now)
     self.write(step, "train", **values, **speed)
 

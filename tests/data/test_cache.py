@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from freqformer.config import ConfigError
-from freqformer.data import encode, records
+from freqformer.data import cache as data_cache
+from freqformer.data import encode
 from freqformer.data.cache import cache_path, prepare
 from freqformer.data.decode import VideoFile, crop_resize
 from freqformer.data.loader import train_iterator, val_batches
@@ -187,7 +188,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(folder, tmp_path, monkey
   if how == "before":
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
   else:
-    monkeypatch.setattr(records, "ArrayRecordWriter", Full)
+    monkeypatch.setattr(data_cache, "ArrayRecordWriter", Full)
   with pytest.raises(ConfigError, match="No space left in .*needs about 1.0 MiB and .* were free"):
     prepare(config(folder, tmp_path), "train")
   assert not list(tmp_path.iterdir())

@@ -32,9 +32,6 @@ def ucf_config(root, **changes):
   return config(root, root / "cache", source="ucf101", **changes)
 
 
-# ---- protocol and views -----------------------------------------------------------------------
-
-
 SAME_LATENTS = dict(cache="elsewhere", workers=7, root="data/", split=2)
 OTHER_LATENTS = dict(
   root="data2",
@@ -69,12 +66,9 @@ CONFIG = dict(
   "wrong, words",
   [
     (dict(source="folders"), "config.data: source='folders' .* did you mean 'folder'"),
-    (dict(crop="middle"), "one of center, random"),
-    (dict(frames=0), "frames=0 must be at least 1"),
     (dict(split=4), "split=4 must be at least 0 and at most 3"),
     (dict(val_fraction=1.0), "above 0 and below 1"),
     (dict(resolution=[0, 4]), "at least 1, in every entry"),
-    (dict(stryde=1), "did you mean 'stride'"),
   ],
 )
 def test_config_comes_from_a_dict_and_refuses_in_one_sentence(wrong, words):
