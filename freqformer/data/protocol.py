@@ -24,7 +24,7 @@ class DataConfig:
     split: of UCF-101: official split 1, 2 or 3; 0 trains on all clips, those of split 1's test
       list included (Latte's protocol).
     cache: folder of the encoded latents.
-    resolution: (rows, cols) of the largest box of this shape, resized.
+    resolution: (rows, cols) of a view: the largest box of this shape is cut, then resized.
     stride: source frames from one frame of a view to the next, at whatever fps the file has.
     crop: place of the box in training views, "center" or "random".
     flip: mirror every other training view of a clip; a coin decides for its first view.

@@ -30,14 +30,6 @@ def test_all_channels_decode_exactly_at_any_size(factor):
   np.testing.assert_array_equal(codec.decode(latents, (5, 9, 7)), video)
 
 
-def test_transform_is_orthonormal():
-  codec = make_codec(CodecConfig(factor=(2, 4, 4), channels=96))
-  a, b = _noise(2, 4, 8, 8, 3)
-  za, zb = codec.encode(a[None]), codec.encode(b[None])
-  np.testing.assert_allclose(np.sum(za**2), np.sum((a / 127.5 - 1) ** 2), rtol=1e-5)
-  np.testing.assert_allclose(np.sum(za * zb), np.sum((a / 127.5 - 1) * (b / 127.5 - 1)), rtol=1e-4)
-
-
 def test_order_is_a_permutation_that_starts_with_luma_and_keeps_prefixes():
   order = dct_order((2, 8, 8))
   assert len(np.unique(order, axis=0)) == len(order) == 3 * 2 * 8 * 8
