@@ -105,9 +105,6 @@ def test_short_clips_are_padded_clamped_or_skipped():
     draw("clamp", 15)
 
 
-# ---- files ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("suffix, fps", [(".avi", 25), (".mp4", 30), (".mkv", 8)])
 def test_chosen_frames_of_any_container(tmp_path, suffix, fps):
   original = moving_square()
@@ -177,9 +174,6 @@ def test_crop_then_resize():
   cut = crop_resize(image, (0.25, 0.5, 0.75, 1), (12, 16))
   np.testing.assert_array_equal(cut, image[6:18, 16:])
   assert crop_resize(image, (0, 0, 1, 1), (7, 13)).shape == (7, 13, 3)
-
-
-# ---- lists ------------------------------------------------------------------------------------
 
 
 def test_ucf101_labels_follow_class_ind(ucf):
