@@ -1,27 +1,28 @@
 """The latents of a data set, encoded once: `prepare` makes or finds them, `LatentCache` reads them.
 
-A cache is a folder `<cache>/<source>-<split>-<hash12>/` of shards and a manifest. The manifest
-holds everything that the latents depend on: the protocol and its hash, codec, statistics, each clip
-with its fingerprint and views, the clips left out and why, library versions. A cache is whole or
-absent: it is written under another name and renamed when complete. Another protocol has another
-hash, hence another cache.
+A cache is a folder `<cache>/<source>-<split>-<hash12>/` of shards and a manifest of everything that
+the latents depend on, with the clips left out and why. It is written under another name and renamed
+when complete. A record is little-endian: int32 label, int32 clip, int32 length of the key, the key
+in UTF-8, then the latent as float16 `[t, y, x, c]` in C order: 0.2 grey levels at worst.
 """
 
 import contextlib
-import dataclasses
+import errno
 import hashlib
 import json
-import operator
+import math
 import os
 import pathlib
 import platform
 import shutil
 import socket
+import struct
 from collections.abc import Iterator
 
 import grain
 import numpy as np
 from absl import logging
+from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
 from freqformer.config import ConfigError, build
@@ -29,16 +30,14 @@ from freqformer.data.clips import list_clips
 from freqformer.data.codec import CodecConfig, LatentStatistics, StatisticsAccumulator, make_codec
 from freqformer.data.encode import encode_all
 from freqformer.data.protocol import BrokenClip, Clip, DataConfig, Listing
-from freqformer.data.records import Record, ShardWriter, is_disk_full
 from freqformer.versions import versions
 
 SCHEMA = 1
+_HEADER = struct.Struct("<iii")
+_RECORDS = "latents-00000.array_record"
 PACKAGES = ("numpy", "av", "pillow", "array_record", "grain")
 _REPORTED = 20  # left-out clips that the log names; the manifest has all
-
-
-class CacheError(ConfigError):
-  """A cache that cannot be written or used; the message says where and what to do."""
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class LatentCache:
@@ -51,7 +50,6 @@ class LatentCache:
     video_shape: (frames, rows, cols).
     class_names: index = label.
     statistics: of the training views, also in a validation cache.
-    codec: made from the manifest's config.
   """
 
   def __init__(self, path: pathlib.Path, manifest: dict):
@@ -68,36 +66,20 @@ class LatentCache:
     )
 
   @classmethod
-  def open(cls, path: str | os.PathLike, expect: str | None = None) -> "LatentCache":
-    """Opens a complete cache.
-
-    Raises:
-      CacheError: it is not there, not complete, or made with another protocol than `expect`.
-    """
-    path = pathlib.Path(path)
+  def open(cls, path: pathlib.Path) -> "LatentCache":
+    """Opens a cache; raises ConfigError if it is not whole."""
     try:
       manifest = json.loads((path / "manifest.json").read_text())
-      shards = {shard["file"]: shard["bytes"] for shard in manifest["shards"]}
-      schema = manifest["schema"]
-      found = manifest["hash"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-      raise CacheError(
+    except (OSError, ValueError) as error:
+      raise ConfigError(
         f"{path} is not a complete cache, its manifest.json cannot be read: delete the folder."
       ) from error
-    if schema != SCHEMA:
-      raise CacheError(
-        f"The cache {path} has schema {schema}, this code reads {SCHEMA}: delete the folder to "
-        "encode again."
-      )
-    if expect is not None and found != expect:
-      raise CacheError(
-        f"The cache {path} was made with protocol {found[:12]}, but {expect[:12]} is wanted: "
-        "delete the folder, or name another data.cache."
-      )
-    for file, size in shards.items():
-      if not (path / file).is_file() or (path / file).stat().st_size != size:
-        raise CacheError(
-          f"The cache {path} is damaged: {file} is missing or not {size} bytes; delete the folder."
+    for shard in manifest["shards"]:
+      file = path / shard["file"]
+      if not file.is_file() or file.stat().st_size != shard["bytes"]:
+        raise ConfigError(
+          f"The cache {path} is damaged: {shard['file']} is missing or not {shard['bytes']} bytes; "
+          "delete the folder."
         )
     return cls(path, manifest)
 
@@ -106,14 +88,14 @@ class LatentCache:
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
     """Returns `{"latent": float32 [t, y, x, c] normalised, "label": int32, "index": int32}`."""
-    index = operator.index(index)
-    if not -len(self) <= index < len(self):
+    if not 0 <= index < len(self):
       raise IndexError(f"The cache holds {len(self)} records, number {index} is not among them.")
-    index %= len(self)
-    record = Record.from_bytes(self._records[index], self.latent_shape)
+    data = self._records[index]
+    label, _, length = _HEADER.unpack_from(data)
+    latent = np.frombuffer(data, "<f2", offset=_HEADER.size + length).astype(np.float32)
     return {
-      "latent": self.statistics.normalise(record.latent),
-      "label": np.int32(record.label),
+      "latent": self.statistics.normalise(latent.reshape(self.latent_shape)),
+      "label": np.int32(label),
       "index": np.int32(index),
     }
 
@@ -134,22 +116,29 @@ def prepare(config: DataConfig, split: str) -> LatentCache:
   are gone can still be used; one whose videos changed is refused.
 
   Raises:
-    ConfigError: the data set is missing, or no clip of it is usable.
-    CacheError: the cache contradicts the request, or the disk is full.
+    ConfigError: no clip is usable, the cache contradicts the clips, or the disk is full.
   """
   path = cache_path(config, split)
   if path.exists():
-    cache = LatentCache.open(path, config.protocol_hash)
+    cache = LatentCache.open(path)
     _check_source(cache, config, split)
-    if split != "train":
-      _check_statistics(cache, cache_path(config, "train"))
+    train = cache_path(config, "train")
+    if train.exists():
+      wanted = LatentCache.open(train).statistics.to_json()
+      if cache.statistics.to_json() != wanted:
+        raise ConfigError(
+          f"The cache {path} is normalised with other statistics than {train}: delete {path}."
+        )
     return cache
   statistics = None if split == "train" else prepare(config, "train").statistics
   listing = list_clips(config, split)
-  with _whole_folder(path, _bytes_needed(config, split, len(listing.clips))) as folder:
+  latent = make_codec(config.codec).latent_shape(*config.video_shape)
+  # float16 latents, headers and index, and a manifest of 1 kB a clip.
+  clip_bytes = config.views_of(split) * (2 * math.prod(latent) + 256) + 1024
+  with _whole_folder(path, len(listing.clips) * clip_bytes + (1 << 20)) as folder:
     manifest = _encode_into(folder, config, split, listing, statistics)
     (folder / "manifest.json").write_text(json.dumps(manifest))
-  return LatentCache.open(path, config.protocol_hash)
+  return LatentCache.open(path)
 
 
 # ---- writing ----------------------------------------------------------------------------------
@@ -162,19 +151,13 @@ def _encode_into(
   listing: Listing,
   statistics: LatentStatistics | None,
 ) -> dict:
-  """Writes the shards and returns the manifest.
-
-  Args:
-    statistics: to store, or None to compute them from what is encoded.
-
-  Raises:
-    ConfigError: no clip is usable.
-  """
+  """Writes the records and returns the manifest; computes statistics where none are given."""
   codec = make_codec(config.codec)
   accumulator = StatisticsAccumulator()
-  writer = ShardWriter(folder)
+  # One record per group, for random access; raw, because float16 latents hardly compress.
+  writer = ArrayRecordWriter(str(folder / _RECORDS), "group_size:1,uncompressed")
+  records = 0
   clips = []
-  quality = []
   skipped = [
     {"key": key, "reason": reason, "label": None, "bytes": None}
     for key, reason in listing.missing.items()
@@ -184,22 +167,28 @@ def _encode_into(
   with bar, encoded as results:
     for clip, result in results:
       bar.update()
-      entry = {"key": clip.key, "label": clip.label, **_identity(clip)}
+      stat = os.stat(clip.path)
+      entry = {
+        "key": clip.key,
+        "label": clip.label,
+        "bytes": stat.st_size,
+        "mtime_ns": stat.st_mtime_ns,
+        "fingerprint": _fingerprint(clip.path),
+      }
       if isinstance(result, BrokenClip):
         skipped.append({**entry, "reason": result.reason})
         continue
-      for latent in result.latents:
-        writer.write(Record(latent, clip.label, len(clips), clip.key))
+      latents, drawn = result
+      key = clip.key.encode()
+      header = _HEADER.pack(clip.label, len(clips), len(key))
+      for latent in latents:
+        writer.write(header + key + latent.astype("<f2").tobytes())
         accumulator.add(latent)
-      drawn = dataclasses.asdict(result.drawn)
-      clips.append({**entry, "frames": drawn.pop("length"), **drawn})
-      if result.psnr is not None:
-        quality.append(result.psnr)
+        records += 1
+      clips.append({**entry, **drawn})
   writer.close()
   _report(skipped, len(clips), config, split)
-  psnr = None
-  if quality:
-    psnr = {"mean": float(np.mean(quality)), "min": min(quality), "views": len(quality)}
+  size = (folder / _RECORDS).stat().st_size
   return {
     "schema": SCHEMA,
     "hash": config.protocol_hash,
@@ -208,11 +197,10 @@ def _encode_into(
     "protocol": config.protocol(),
     "latent_shape": codec.latent_shape(*config.video_shape),
     "video_shape": config.video_shape,
-    "records": sum(shard["records"] for shard in writer.shards),
-    "shards": writer.shards,
+    "records": records,
+    "shards": [{"file": _RECORDS, "records": records, "bytes": size}],
     "class_names": listing.class_names,
     "statistics": (statistics or accumulator.result()).to_json(),
-    "psnr": psnr,
     "clips": clips,
     "skipped": skipped,
     "versions": {"python": platform.python_version(), **versions(PACKAGES)},
@@ -238,19 +226,15 @@ def _report(skipped: list[dict], used: int, config: DataConfig, split: str) -> N
 
 @contextlib.contextmanager
 def _whole_folder(path: pathlib.Path, needed: int) -> Iterator[pathlib.Path]:
-  """Yields a folder that becomes `path` when the block ends without an error, or else vanishes.
-
-  Raises:
-    CacheError: the folder cannot be written, or the disk has less than the `needed` bytes.
-  """
-  partial = path.with_name(f"{_partial_prefix(path.name)}{os.getpid()}.partial")
-  free = None
+  """Yields a folder that becomes `path` when the block ends without an error, or else vanishes."""
+  partial = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
+  free = 0
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_dead(path.parent)
     free = shutil.disk_usage(path.parent).free
     if needed > free:
-      raise _no_space(path, needed, free)
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     # A restarted container has the process id of the one that died.
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -261,94 +245,56 @@ def _whole_folder(path: pathlib.Path, needed: int) -> Iterator[pathlib.Path]:
       # Where another process was faster, its cache (the same) stays.
       if not (path / "manifest.json").exists():
         raise
-  except OSError as error:
-    if is_disk_full(error):
-      raise _no_space(path, needed, free) from error
-    raise CacheError(
+  except (OSError, RuntimeError) as error:
+    # ArrayRecord raises a RuntimeError that holds the system's words.
+    if any(os.strerror(code) in str(error) for code in _DISK_FULL):
+      raise ConfigError(
+        f"No space left in {str(path.parent)!r}: the cache {path.name} needs about "
+        f"{needed / 2**20:,.1f} MiB and {free / 2**20:,.1f} MiB were free before; free some, or "
+        "let data.cache name a folder on another disk."
+      ) from error
+    if isinstance(error, RuntimeError):
+      raise
+    raise ConfigError(
       f"data.cache {str(path.parent)!r} cannot be written ({error.strerror}): name another folder."
     ) from error
   finally:
     shutil.rmtree(partial, ignore_errors=True)
 
 
-def _partial_prefix(name: str) -> str:
-  return f".{name}.{socket.gethostname()}-"
-
-
 def _remove_dead(parent: pathlib.Path) -> None:
   """Removes the unfinished folders of this machine's processes that no longer live."""
-  for folder in parent.glob(f"{_partial_prefix('*')}*.partial"):
+  for folder in parent.glob(f".*.{socket.gethostname()}-*.partial"):
     pid = folder.name.removesuffix(".partial").rpartition("-")[2]
-    if pid.isdigit() and not _alive(int(pid)):
+    try:
+      os.kill(int(pid), 0)
+    except ProcessLookupError:
       shutil.rmtree(folder, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-  try:
-    os.kill(pid, 0)
-  except OSError as error:
-    return isinstance(error, PermissionError)
-  return True
-
-
-def _bytes_needed(config: DataConfig, split: str, clips: int) -> int:
-  """Estimates a cache's size: float16 latents, headers and index, and a manifest of 1 kB a clip."""
-  shape = make_codec(config.codec).latent_shape(*config.video_shape)
-  views = config.views if split == "train" else 1
-  return clips * (views * (2 * int(np.prod(shape)) + 256) + 1024) + (1 << 20)
-
-
-def _no_space(path: pathlib.Path, needed: int, free: int | None) -> CacheError:
-  before = "" if free is None else f" and {_size(free)} were free before"
-  return CacheError(
-    f"No space left in {str(path.parent)!r}: the cache {path.name} needs about {_size(needed)}"
-    f"{before}; free some, or let data.cache name a folder on another disk."
-  )
-
-
-def _size(count: int) -> str:
-  return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+    except PermissionError:
+      continue  # another user's process, which lives
 
 
 # ---- finding ----------------------------------------------------------------------------------
 
 
-def _check_statistics(cache: LatentCache, train: pathlib.Path) -> None:
-  """Refuses a validation cache that outlived the training cache whose statistics it has."""
-  if not train.exists():
-    return
-  other = LatentCache.open(train).statistics
-  if other.to_json() != cache.statistics.to_json():
-    raise CacheError(
-      f"The cache {cache.path} is normalised with other statistics than {train}: delete "
-      f"{cache.path}."
-    )
-
-
 def _check_source(cache: LatentCache, config: DataConfig, split: str) -> None:
   """Refuses a cache whose clips on disk are no longer those it was encoded from."""
   try:
-    listing = list_clips(config, split)
+    clips = list_clips(config, split).clips
   except ConfigError as error:
     logging.warning("Using the cache %s without its videos: %s", cache.path, error)
     return
-  known = {entry["key"]: entry for entry in cache.manifest["clips"] + cache.manifest["skipped"]}
-  new = []
-  changed = []
-  for clip in listing.clips:
-    entry = known.get(clip.key)
-    if entry is None or entry["bytes"] is None:
-      new.append(clip.key)
-    elif not _is_same(clip, entry):
-      changed.append(clip.key)
-  present = {clip.key for clip in listing.clips}
-  gone = [entry["key"] for entry in cache.manifest["clips"] if entry["key"] not in present]
+  entries = cache.manifest["clips"] + cache.manifest["skipped"]
+  known = {entry["key"]: entry for entry in entries if entry["bytes"] is not None}
+  new = [clip.key for clip in clips if clip.key not in known]
+  changed = [c.key for c in clips if c.key in known and not _is_same(c, known[c.key])]
+  gone = {entry["key"] for entry in cache.manifest["clips"]} - {clip.key for clip in clips}
   if gone:
     logging.warning(
-      "%d clips of the cache %s are no longer on disk, e.g. %s.", len(gone), cache.path, gone[0]
+      "%d clips of the cache %s are no longer on disk, e.g. %s.", len(gone), cache.path, min(gone)
     )
   if new or changed:
-    raise CacheError(
+    raise ConfigError(
       f"Under {config.root!r} {len(new)} clips are new and {len(changed)} changed since the cache "
       f"{cache.path} was encoded (e.g. {(new + changed)[0]}): delete the caches "
       f"{cache.path.parent}/*-{config.protocol_hash[:12]} to encode again."
@@ -356,22 +302,12 @@ def _check_source(cache: LatentCache, config: DataConfig, split: str) -> None:
 
 
 def _is_same(clip: Clip, entry: dict) -> bool:
-  """Returns whether a clip's file is the one of a manifest's entry."""
+  """Tells whether a clip's file is the one of a manifest's entry."""
   now = os.stat(clip.path)
   if entry["label"] != clip.label or entry["bytes"] != now.st_size:
     return False
   # A copied data set has new times but the same contents.
   return entry["mtime_ns"] == now.st_mtime_ns or entry["fingerprint"] == _fingerprint(clip.path)
-
-
-def _identity(clip: Clip) -> dict:
-  """Returns what `_is_same` compares."""
-  stat = os.stat(clip.path)
-  return {
-    "bytes": stat.st_size,
-    "mtime_ns": stat.st_mtime_ns,
-    "fingerprint": _fingerprint(clip.path),
-  }
 
 
 def _fingerprint(path: str) -> str:

@@ -1,11 +1,9 @@
 """From pixels to latents and back, by a codec that needs no weights.
 
 `dct` is an orthonormal 3-D block DCT in an orthonormal luma/opponent colour space that keeps the
-lowest coefficients of each block. It is a codec for demos, tests and method comparisons, not a
-learned VAE: at equal channels a VAE reconstructs better. Its virtues: nothing has to be downloaded
-and, with all channels kept, nothing is lost.
-
-Latents are normalised per channel with statistics of the training views, never with constants.
+lowest coefficients of each block: for demos, tests and method comparisons. At equal channels a
+learned VAE reconstructs better, but here nothing has to be downloaded. Latents are normalised per
+channel with statistics of the training views.
 """
 
 import dataclasses
@@ -25,7 +23,6 @@ COLOUR = np.array([[1, 1, 1], [1, 0, -1], [-1, 2, -1]]) / np.sqrt([[3], [2], [6]
 # 0.6 dB against a ranking by those clips' own measured variance.
 COLOUR_COST = np.array([1.0, 1.7, 2.5])
 AXIS_COST = np.array([1.5, 1.0, 1.0])
-LOSSLESS_PSNR = 100.0  # dB, of equal frames in `reconstruction_psnr`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +30,6 @@ class CodecConfig:
   """A codec and its sizes.
 
   Attributes:
-    name: "dct".
     factor: pixels per latent cell, (t, y, x).
     channels: of a latent cell; `3 * t * y * x` of them keep everything (dct).
   """
@@ -55,8 +51,8 @@ class CodecConfig:
 class DctCodec:
   """Block DCT of every `factor` box of pixels in [-1, 1]. NumPy in, NumPy out; thread-safe.
 
-  Sizes that are no multiple of the factor are padded by repeating the edge. A latent's magnitude is
-  at most `sqrt(3 * t * y * x)` of the factor. Another codec has the same members.
+  Sizes that are no multiple of the factor are padded by repeating the edge. Another codec has the
+  same members.
   """
 
   version = 1  # part of a cache's hash: raise it when the same config gives other latents
@@ -72,10 +68,6 @@ class DctCodec:
 
   def encode(self, video: np.ndarray) -> np.ndarray:
     """Encodes uint8 `[b, t, y, x, 3]` to un-normalised float32 `[b, t', y', x', c]`."""
-    if video.ndim != 5 or video.shape[-1] != 3 or video.dtype != np.uint8:
-      raise ValueError(
-        f"The codec encodes uint8 video [b, t, y, x, 3], got {video.dtype} {video.shape}."
-      )
     ft, fy, fx = self.config.factor
     pad = [(0, -n % f) for n, f in zip(video.shape[1:4], self.config.factor, strict=True)]
     x = np.pad(video, [(0, 0), *pad, (0, 0)], mode="edge").astype(np.float32) / 127.5 - 1
@@ -129,27 +121,9 @@ def _basis(factor, channels) -> np.ndarray:
   return np.stack(rows).astype(np.float32)
 
 
-def reconstruction_psnr(a: np.ndarray, b: np.ndarray) -> float:
-  """Returns the peak signal-to-noise ratio in dB of two uint8 videos `[..., t, y, x, 3]`.
-
-  It is the mean over frames, of which equal ones have `LOSSLESS_PSNR`. Samples are compared by
-  `freqformer.evaluate.quality.psnr`, which has no such limit.
-  """
-  if a.shape != b.shape:
-    raise ValueError(f"PSNR compares videos of one shape, got {a.shape} and {b.shape}.")
-  error = np.mean((a.astype(np.float32) - b.astype(np.float32)) ** 2, axis=(-3, -2, -1))
-  least = 255.0**2 * 10 ** (-LOSSLESS_PSNR / 10)
-  return float(np.mean(10 * np.log10(255.0**2 / np.maximum(error, least))))
-
-
 @dataclasses.dataclass(frozen=True)
 class LatentStatistics:
-  """Mean and standard deviation of un-normalised training latents.
-
-  Attributes:
-    mean: float32 `[c]`.
-    std: float32 `[c]`.
-  """
+  """Mean and standard deviation of un-normalised training latents, float32 `[c]` both."""
 
   mean: np.ndarray
   std: np.ndarray
@@ -163,7 +137,7 @@ class LatentStatistics:
     return (np.asarray(latents, np.float32) * self.std + self.mean).astype(np.float32)
 
   def to_json(self) -> dict[str, list[float]]:
-    """Returns lists of floats, exact for float32."""
+    """Returns lists of floats."""
     return {"mean": self.mean.tolist(), "std": self.std.tolist()}
 
   @classmethod

@@ -7,7 +7,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from freqformer.data.protocol import BrokenClip, Clip, DataConfig, View, draw_view
+from freqformer.data.protocol import BrokenClip, Clip, DataConfig, draw_view
 
 # Frames: a later start seeks to a key frame, where the file's timestamps allow it; an earlier one
 # is reached as fast by decoding through.
@@ -15,36 +15,22 @@ SEEK_AFTER = 300
 _ATTEMPTS = 3  # to find a number of frames that decodes
 
 
-@dataclasses.dataclass(frozen=True)
-class ClipViews:
-  """The views of one clip, and the file they were drawn from.
-
-  Attributes:
-    views: in order of their numbers.
-    length: number of frames that decode.
-    size: (rows, cols) of the frames, before the crop.
-  """
-
-  views: list[View]
-  length: int
-  size: tuple[int, int]
-
-
-def decode_clip(config: DataConfig, split: str, clip: Clip) -> tuple[np.ndarray, ClipViews]:
+def decode_clip(config: DataConfig, split: str, clip: Clip) -> tuple[np.ndarray, dict]:
   """Draws the views of a clip, then decodes, crops and mirrors them.
 
   Returns:
-    Pixels uint8 `[views, frames, rows, cols, 3]`, and the views.
+    Pixels uint8 `[views, frames, rows, cols, 3]`, and the manifest's `frames` (those that decode),
+    `views` and `size` ((rows, cols) before the crop).
 
   Raises:
     BrokenClip: it cannot be decoded, or `config.short` leaves it out.
   """
-  count = config.views if split == "train" else 1
   with VideoFile(clip.path, clip.key) as video:
     # Views are drawn again when fewer frames decode than the container promised.
     for _ in range(_ATTEMPTS):
       views = [
-        draw_view(config, split, clip.key, i, video.length, video.size) for i in range(count)
+        draw_view(config, split, clip.key, i, video.length, video.size)
+        for i in range(config.views_of(split))
       ]
       chosen = [view.indices(config.frames, video.length) for view in views]
       wanted = sorted({index for indices in chosen for index in indices})
@@ -53,14 +39,14 @@ def decode_clip(config: DataConfig, split: str, clip: Clip) -> tuple[np.ndarray,
         break
     else:
       raise BrokenClip(clip.key, "it decodes to another number of frames each time")
-    drawn = ClipViews(views, video.length, video.size)
   frames = dict(zip(wanted, found, strict=True))
   pixels = []
   for view, indices in zip(views, chosen, strict=True):
     cut = np.stack([crop_resize(frames[i], view.box, config.resolution) for i in indices])
     # Pixels are mirrored: mirrored latents are not those of a mirrored video.
     pixels.append(cut[:, :, ::-1] if view.flip else cut)
-  return np.stack(pixels), drawn
+  drawn = [dataclasses.asdict(view) for view in views]
+  return np.stack(pixels), {"frames": video.length, "views": drawn, "size": video.size}
 
 
 class VideoFile:
@@ -116,6 +102,7 @@ class VideoFile:
     wanted = set(indices)
     found = {}
     count = 0
+    failure = None
     try:
       for index, frame in self._decode(self._times[indices[0]] if seek else None):
         count = index + 1
@@ -124,12 +111,12 @@ class VideoFile:
         if index >= indices[-1]:
           break
     except av.FFmpegError as error:
-      if not count:
-        raise BrokenClip(self.name, f"no frame can be decoded ({_reason(error)})") from error
+      failure = error
     if wanted <= found.keys():
       return [found[i] for i in indices]
     if not seek and not count:
-      raise BrokenClip(self.name, "no frame can be decoded")
+      reason = f" ({_reason(failure)})" if failure else ""
+      raise BrokenClip(self.name, f"no frame can be decoded{reason}") from failure
     if not seek:
       self.length = count
     return None

@@ -7,65 +7,42 @@ their start included, 17; many cores were not measured.
 
 import collections
 import concurrent.futures
-import dataclasses
 import os
 from collections.abc import Iterator
 
 import numpy as np
 
-from freqformer.data.codec import DctCodec, reconstruction_psnr
-from freqformer.data.decode import ClipViews, decode_clip
+from freqformer.data.codec import DctCodec
+from freqformer.data.decode import decode_clip
 from freqformer.data.protocol import BrokenClip, Clip, DataConfig
-
-MEASURED = 32  # clips per split whose reconstruction is measured, spread over the list
-
-
-@dataclasses.dataclass(frozen=True)
-class EncodedClip:
-  """The views of one clip, encoded.
-
-  Attributes:
-    latents: float16 `[views, t, y, x, c]`, un-normalised.
-    drawn: what the latents show.
-    psnr: of the first view through the codec in dB, or None if it was not measured.
-  """
-
-  latents: np.ndarray
-  drawn: ClipViews
-  psnr: float | None = None
 
 
 def encode_clip(
-  config: DataConfig, codec: DctCodec, split: str, clip: Clip, measure: bool = False
-) -> EncodedClip:
+  config: DataConfig, codec: DctCodec, split: str, clip: Clip
+) -> tuple[np.ndarray, dict]:
   """Decodes and encodes the views of a clip.
+
+  Returns:
+    Latents float16 `[views, t, y, x, c]`, un-normalised, and what they show, of `decode_clip`.
 
   Raises:
     BrokenClip: it cannot be decoded, or `config.short` leaves it out.
   """
   pixels, drawn = decode_clip(config, split, clip)
-  latents = codec.encode(pixels).astype(np.float16)
-  if not np.isfinite(latents).all():
-    raise ValueError(
-      f"The codec gives latents beyond float16 (65504) for {clip.key}; scale them inside the codec."
-    )
-  psnr = None
-  if measure:
-    psnr = reconstruction_psnr(pixels[:1], codec.decode(latents[:1], config.video_shape))
-  return EncodedClip(latents, drawn, psnr)
+  return codec.encode(pixels).astype(np.float16), drawn
 
 
 def encode_all(
   config: DataConfig, codec: DctCodec, split: str, clips: list[Clip]
-) -> Iterator[tuple[Clip, EncodedClip | BrokenClip]]:
+) -> Iterator[tuple[Clip, tuple[np.ndarray, dict] | BrokenClip]]:
   """Yields every clip in order with its latents, or with the reason why it has none."""
-  workers = config.workers or _cpus()
-  measured = {i * len(clips) // MEASURED for i in range(MEASURED)}
+  # A container often has fewer CPUs than the machine; only Linux tells.
+  allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+  workers = config.workers or len(allowed(0))
 
-  def encode(index: int):
-    clip = clips[index]
+  def encode(clip: Clip):
     try:
-      return clip, encode_clip(config, codec, split, clip, index in measured)
+      return clip, encode_clip(config, codec, split, clip)
     except BrokenClip as error:
       return clip, error
 
@@ -73,16 +50,11 @@ def encode_all(
   try:
     # A bounded window: finished clips wait in memory for a slow one, but not the whole data set.
     waiting = collections.deque()
-    for index in range(len(clips)):
-      waiting.append(pool.submit(encode, index))
+    for clip in clips:
+      waiting.append(pool.submit(encode, clip))
       if len(waiting) > 3 * workers:
         yield waiting.popleft().result()
     while waiting:
       yield waiting.popleft().result()
   finally:
     pool.shutdown(cancel_futures=True)
-
-
-def _cpus() -> int:
-  """Returns the CPUs this process may use; a container often has fewer than the machine."""
-  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 
-from freqformer.config import ConfigError
 from freqformer.data.cache import LatentCache
 
 _THREADS = 4  # that read; never worker processes, whose state depends on their number
@@ -17,44 +16,26 @@ def train_iterator(cache: LatentCache, batch_size: int, seed: int) -> grain.Data
   Every epoch is shuffled anew from the seed. The records form one endless stream that is cut into
   batches, so a batch may span two epochs and may be larger than the data set. `get_state()` is a
   small JSON-able dict; `set_state` of it goes on with exactly the batches that would have come.
-
-  Raises:
-    ConfigError: the cache is empty or the batch size below 1.
   """
-  _check(cache, batch_size)
   stream = grain.MapDataset.source(cache).shuffle(seed=seed).repeat().batch(batch_size)
   options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=2 * _THREADS)
   return iter(stream.to_iter_dataset(options))
 
 
 def val_batches(
-  cache: LatentCache, batch_size: int, limit: int | None = None
+  cache: LatentCache, batch_size: int, limit: int = 0
 ) -> Iterator[dict[str, np.ndarray]]:
   """Yields batches in the cache's order, all of one size.
 
   A batch also has `weight`, float32 `[b]`: 1, or 0 where the last one is padded.
 
   Args:
-    limit: most records, spread evenly over the cache (whose order is often by class); None or 0
-      takes all.
-
-  Raises:
-    ConfigError: the cache is empty or the batch size below 1.
+    limit: most records, spread evenly over the cache (whose order is often by class); 0 takes all.
   """
-  _check(cache, batch_size)
-  count = min(len(cache), limit) if limit else len(cache)
+  count = min(len(cache), limit or len(cache))
   chosen = [i * len(cache) // count for i in range(count)]
   for first in range(0, count, batch_size):
     part = chosen[first : first + batch_size]
     items = [cache[i] for i in part] + [cache[part[-1]]] * (batch_size - len(part))
     batch = {name: np.stack([item[name] for item in items]) for name in items[0]}
     yield {**batch, "weight": (np.arange(batch_size) < len(part)).astype(np.float32)}
-
-
-def _check(cache: LatentCache, batch_size: int):
-  if batch_size < 1:
-    raise ConfigError(f"The batch size must be at least 1, got {batch_size}.")
-  if not len(cache):
-    raise ConfigError(
-      "The data cache holds no record; encode it again from a data set with usable clips."
-    )

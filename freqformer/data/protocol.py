@@ -24,22 +24,17 @@ class DataConfig:
     split: of UCF-101: official split 1, 2 or 3; 0 trains on all clips, those of split 1's test
       list included (Latte's protocol).
     cache: folder of the encoded latents.
-    resolution: (rows, cols) after the crop; the largest box of this shape is cut, then resized.
-    frames: of a view.
+    resolution: (rows, cols) of a view: the largest box of this shape is cut, then resized.
     stride: source frames from one frame of a view to the next, at whatever fps the file has.
     crop: place of the box in training views, "center" or "random".
     flip: mirror every other training view of a clip; a coin decides for its first view.
     views: training views per clip. Validation has one: the clip's middle, centre crop, no mirror.
     short: treatment of clips with fewer than `(frames - 1) * stride + 1` frames. "pad" repeats the
-      last frame; "clamp" takes the largest stride that fits; "skip" leaves them out and reports
-      them by name, as "clamp" does with clips of fewer than `frames` frames.
+      last frame, "clamp" takes the largest stride that fits, "skip" leaves them out.
     seed: of views and of the folder source's choices.
-    val_fraction: of the folder source: share of clips kept for validation, by hash of their path.
-      Each side has at least one clip. A single clip serves both: training draws its views,
-      validation takes its middle.
+    val_fraction: of the folder source: share of clips kept for validation; see `list_folder`.
     max_clips: most clips per split, spread over the classes; 0 takes all.
     workers: threads that encode; 0 takes one per CPU.
-    codec: see `CodecConfig`.
   """
 
   source: str
@@ -73,6 +68,10 @@ class DataConfig:
     """(frames, rows, cols) of a view."""
     return self.frames, *self.resolution
 
+  def views_of(self, split: str) -> int:
+    """Returns the views per clip of a split."""
+    return self.views if split == "train" else 1
+
   def protocol(self) -> dict:
     """Returns everything that decides which latents come out, as JSON values."""
     values = dataclasses.asdict(self)
@@ -91,13 +90,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-  """One video file of a split.
-
-  Attributes:
-    key: its name in reports and hashes.
-    path: of the file.
-    label: its class, counted from 0.
-  """
+  """One video file of a split; `key` is its name in reports and hashes."""
 
   key: str
   path: str
@@ -125,7 +118,7 @@ class View:
 
   Attributes:
     start: first source frame.
-    stride: frame i is source frame `min(start + i * stride, last)`.
+    stride: source frames from one frame to the next.
     box: (top, left, bottom, right) of the crop, as fractions of the source frame.
     flip: mirrored left to right.
   """
@@ -145,21 +138,16 @@ class BrokenClip(Exception):
 
   def __init__(self, name: str, reason: str):
     super().__init__(f"{name}: {reason}")
-    self.name = name
     self.reason = reason
-
-  def __reduce__(self):
-    return BrokenClip, (self.name, self.reason)
 
 
 def draw_view(
   config: DataConfig, split: str, key: str, index: int, length: int, size: tuple[int, int]
 ) -> View:
-  """Draws a view of a clip, a function of its arguments only.
+  """Draws view number `index` of a clip, a function of the arguments only.
 
   Args:
     key: name of the clip.
-    index: number of the view.
     length: frames of the clip, as decoded.
     size: (rows, cols) of its frames.
 
@@ -186,18 +174,13 @@ def _stride(config: DataConfig, key: str, length: int) -> int:
   needed = (config.frames - 1) * config.stride + 1
   if length >= needed or config.short == "pad":
     return config.stride
+  has = f"it has {length} frames"
   if config.short == "skip":
-    raise BrokenClip(
-      key,
-      f"it has {length} frames, {needed} are needed at stride {config.stride}, and data.short is "
-      "'skip'",
-    )
+    text = f"{has}, {needed} are needed at stride {config.stride}, and data.short is 'skip'"
+    raise BrokenClip(key, text)
   if length < config.frames:
-    raise BrokenClip(
-      key,
-      f"it has {length} frames, {config.frames} are needed even at stride 1; data.short='pad' "
-      "would keep it",
-    )
+    text = f"{has}, {config.frames} are needed even at stride 1; data.short='pad' would keep it"
+    raise BrokenClip(key, text)
   return (length - 1) // (config.frames - 1)
 
 

@@ -1,14 +1,9 @@
 """Renders a small data set in the shape of UCF-101: same folders, file names and split lists.
 
-With it the whole path (lists, decoding, broken and short clips, training, sampling by class) runs
-anywhere in seconds, and nothing is downloaded. Classes differ in texture and in motion. One pair
-differs in motion only (DriftingStripes, SwayingStripes), one in texture only (RotatingChecker,
-RotatingPetals). As in UCF-101 a *group* is one scene: its clips share colours, frequency and
-direction and differ in phase, place, speed and length. Nothing here is real footage: results on it
-say that the machine works, not that a method is good.
-
-A picture is a smooth scalar field in [0, 1] looked up in a palette of 256 colours. Lengths are in
-frame heights, speeds per second, so a class looks alike at every resolution.
+Classes differ in texture and in motion; DriftingStripes and SwayingStripes in motion only. A
+*group* is one scene: its clips share colours, frequency and direction and differ in phase, place,
+speed and length. A picture is a smooth scalar field in [0, 1] looked up in 256 colours. Lengths are
+in frame heights, speeds per second. Results on these data say that the machine works, no more.
 """
 
 import concurrent.futures
@@ -24,8 +19,6 @@ from collections.abc import Callable
 import numpy as np
 from tqdm import tqdm
 
-from freqformer.config import require
-
 VERSION = 2  # of the pictures: sets of another version are rendered again
 FPS = 25
 SEED = 0
@@ -40,9 +33,9 @@ class RenderedSet:
   """Sizes of a data set.
 
   Attributes:
-    classes: how many of `LOOKS`, from the first; ids follow the alphabet, as in classInd.txt.
+    classes: how many of `LOOKS`, from the first.
     groups: per class; at least 2, so that train and test share none.
-    clips_per_group: per group.
+    clips_per_group: below 99.
     rows: of a frame, even.
     cols: of a frame, even.
   """
@@ -53,26 +46,18 @@ class RenderedSet:
   rows: int = 120
   cols: int = 160
 
-  def __post_init__(self):
-    require(self, "classes", least=1, most=len(LOOKS))
-    require(self, "groups", least=2, most=99)
-    require(self, "clips_per_group", least=1, most=98)
-    require(self, "rows cols", least=2)
-    if self.rows % 2 or self.cols % 2:
-      raise ValueError(f"rows={self.rows} and cols={self.cols} must be even.")
-
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-  """The draws of a clip; all lengths in frame heights.
+  """The draws of a clip, of which frequency and angle are its group's.
 
   Attributes:
-    frequency: of the group, cycles per height.
-    angle: of the group, radians.
-    speed: of the clip, in the class's own unit per second, signed.
-    phase: of the clip, two offsets in cycles.
-    center: of the clip, `(u, v)`.
-    size: of the clip, relative size of objects.
+    frequency: cycles per frame height.
+    angle: radians.
+    speed: in the class's own unit per second, signed.
+    phase: two offsets in cycles.
+    center: `(u, v)` in frame heights.
+    size: relative size of objects.
   """
 
   frequency: float
@@ -88,12 +73,6 @@ class Scene:
 
 def _wave(cycles):
   return 0.5 + 0.5 * np.sin(np.float32(TWO_PI) * cycles)
-
-
-def _disc(s: Scene, u, v, center, radius: float):
-  """Returns 1 inside, 0 outside; the edge of a tenth of the height is as sharp as codecs keep."""
-  r = np.sqrt((u - center[0]) ** 2 + (v - center[1]) ** 2)
-  return 1 / (1 + np.exp(np.clip((r - radius * s.size) / 0.03, -30, 30)))
 
 
 def _around(s: Scene, u, v, turn):
@@ -152,8 +131,10 @@ def bouncing_balls(s, u, v, t):
     hop = np.abs(np.sin(math.pi * (abs(s.speed) * t + s.phase[i])))
     # A triangle wave: it turns at the walls.
     side = np.abs((0.25 * s.speed * t + s.phase[1 - i] + i / 2) % 2 - 1)
-    center = (0.15 + (width - 0.3) * side, 0.8 - 0.55 * hop)
-    field = np.maximum(field, (1 - 0.2 * i) * _disc(s, u, v, center, 0.15))
+    r = np.sqrt((u - (0.15 + (width - 0.3) * side)) ** 2 + (v - (0.8 - 0.55 * hop)) ** 2)
+    # The edge, a tenth of the height, is as sharp as codecs keep.
+    ball = 1 / (1 + np.exp(np.clip((r - 0.15 * s.size) / 0.03, -30, 30)))
+    field = np.maximum(field, (1 - 0.2 * i) * ball)
   return field
 
 
@@ -169,15 +150,7 @@ def morphing_clouds(s, u, v, t):
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-  """A class.
-
-  Attributes:
-    field: its picture, one of the functions above.
-    palette: RGB in hexadecimal, from field 0 to 1.
-    frequency: typical one, cycles per height.
-    speed: typical one, in the field's own unit per second.
-    angle: typical one, radians.
-  """
+  """A class: its picture, RGB in hexadecimal from field 0 to 1, and typical values of a `Scene`."""
 
   field: Callable
   palette: tuple[str, ...]
@@ -223,7 +196,7 @@ def render_clip(
 
 
 def _palette(look: Look, rng) -> np.ndarray:
-  """uint8 `[256, 3]`: the class's stops, each moved a little, joined by straight lines."""
+  """Returns uint8 `[256, 3]`: the class's stops, each moved a little, joined by straight lines."""
   brightness = rng.uniform(0.88, 1.08)
   stops = np.array([list(bytes.fromhex(stop)) for stop in look.palette]) * brightness
   stops += rng.uniform(-14, 14, stops.shape)
@@ -251,26 +224,16 @@ def write_avi(path, video: np.ndarray) -> None:
     container.mux(stream.encode())
 
 
-def _frames(index: int) -> int:
-  """Draws a length: 40 to 90, and fewer than 40 for one clip in `SHORT_EVERY`."""
-  rng = np.random.default_rng([SEED, index])
-  return int(rng.integers(14, 36) if index % SHORT_EVERY == 5 else rng.integers(40, 91))
-
-
 def _relative(name: str, group: int, clip: int) -> str:
   return f"{name}/v_{name}_g{group:02d}_c{clip:02d}.avi"
 
 
 def render_ucf101(root, sizes: RenderedSet | None = None) -> None:
-  """Renders a data set below `root`, and one clip that cannot be decoded.
+  """Renders `UCF-101/` and `ucfTrainTestlist/` below `root`, and one clip that cannot be decoded.
 
   The broken clip is the last of the first class's last group and is listed in trainlist01, because
-  a data path must name what it cannot read. `root/.complete` holds the parameters: an existing set
-  with the same ones is kept, another is replaced.
-
-  Args:
-    root: folder; `UCF-101/` and `ucfTrainTestlist/` appear in it.
-    sizes: of the set; default those of `RenderedSet`.
+  a data path must name what it cannot read. `root/.complete` holds the parameters, and none while
+  the set is being made: an existing set with the same ones is kept, another is replaced.
 
   Raises:
     FileExistsError: `root` holds a data set that was not rendered here.
@@ -278,18 +241,30 @@ def render_ucf101(root, sizes: RenderedSet | None = None) -> None:
   root = pathlib.Path(root)
   sizes = sizes or RenderedSet()
   wanted = {"version": VERSION, **dataclasses.asdict(sizes), "fps": FPS, "seed": SEED}
-  if not _prepare(root, wanted):
+  complete = root / ".complete"
+  videos = root / "UCF-101"
+  lists = root / "ucfTrainTestlist"
+  if complete.exists() and json.loads(complete.read_text()) == wanted:
     return
+  if (videos.exists() or lists.exists()) and not complete.exists():
+    raise FileExistsError(
+      f"{root} holds a data set that was not rendered here; render into another folder."
+    )
+  root.mkdir(parents=True, exist_ok=True)
+  complete.write_text("{}")
+  shutil.rmtree(videos, ignore_errors=True)
+  shutil.rmtree(lists, ignore_errors=True)
   names = sorted(list(LOOKS)[: sizes.classes])
   groups = range(1, sizes.groups + 1)
   numbers = range(1, sizes.clips_per_group + 1)
   clips = [(name, group, number) for name in names for group in groups for number in numbers]
-  videos = root / "UCF-101"
   for name in names:
     (videos / name).mkdir(parents=True)
 
   def render(index: int):
-    video = render_clip(*clips[index], _frames(index), sizes.rows, sizes.cols)
+    rng = np.random.default_rng([SEED, index])
+    frames = int(rng.integers(14, 36) if index % SHORT_EVERY == 5 else rng.integers(40, 91))
+    video = render_clip(*clips[index], frames, sizes.rows, sizes.cols)
     write_avi(videos / _relative(*clips[index]), video)
 
   with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -298,38 +273,15 @@ def render_ucf101(root, sizes: RenderedSet | None = None) -> None:
   broken = (names[0], sizes.groups, sizes.clips_per_group + 1)
   whole = (videos / _relative(*clips[0])).read_bytes()
   (videos / _relative(*broken)).write_bytes(whole[:BROKEN_BYTES])
-  _write_lists(root / "ucfTrainTestlist", names, sorted([*clips, broken]), sizes.groups)
-  (root / ".complete").write_text(json.dumps(wanted))
-  (root / ".rendering").unlink()
-
-
-def _prepare(root: pathlib.Path, wanted: dict) -> bool:
-  """Returns whether there is something to render.
-
-  Empties an unfinished or different set, and refuses to touch one that was not rendered here.
-  """
-  complete = root / ".complete"
-  begun = root / ".rendering"
-  if complete.exists() and json.loads(complete.read_text()) == wanted:
-    return False
-  held = [root / "UCF-101", root / "ucfTrainTestlist"]
-  if any(path.exists() for path in held) and not (complete.exists() or begun.exists()):
-    raise FileExistsError(
-      f"{root} holds a data set that was not rendered here; render into another folder."
-    )
-  root.mkdir(parents=True, exist_ok=True)
-  begun.write_text("")
-  complete.unlink(missing_ok=True)
-  for path in held:
-    shutil.rmtree(path, ignore_errors=True)
-  return True
+  _write_lists(lists, names, sorted([*clips, broken]), sizes.groups)
+  complete.write_text(json.dumps(wanted))
 
 
 def _write_lists(
   folder: pathlib.Path, names: list[str], clips: list[tuple[str, int, int]], groups: int
 ) -> None:
   """Writes class ids and three splits; each tests on other groups, about 28 % (7 of 25) of them."""
-  folder.mkdir(parents=True, exist_ok=True)
+  folder.mkdir()
   ids = {name: i for i, name in enumerate(names, 1)}
   (folder / "classInd.txt").write_text("".join(f"{i} {name}\n" for name, i in ids.items()))
   tested = max(1, round(0.28 * groups))

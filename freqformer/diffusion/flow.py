@@ -18,10 +18,7 @@ def sample_noise(key: jax.Array, index: jax.Array, shape) -> jax.Array:
 def sample_time(key: jax.Array, batch: int, kind: str) -> jax.Array:
   """Draws timesteps `[batch]`, stratified over the batch.
 
-  Args:
-    key: random key.
-    batch: number of samples.
-    kind: "uniform", or "logit_normal" (arXiv 2403.03206), which favours the middle.
+  The kind is "uniform", or "logit_normal" (arXiv 2403.03206), which favours the middle.
   """
   key_shift, key_order = jax.random.split(key)
   u = (jnp.arange(batch) + jax.random.uniform(key_shift, (batch,))) / batch
@@ -40,13 +37,8 @@ def interpolate(x0: jax.Array, noise: jax.Array, time: jax.Array) -> tuple[jax.A
 def linear_velocity(xt: jax.Array, time: jax.Array, power: jax.Array) -> jax.Array:
   """Returns the best prediction `v = a_c(t) x_t` per channel.
 
-  `a = E[v x_t] / E[x_t^2] = (t - (1 - t) p) / ((1 - t)^2 p + t^2)` for channels of mean square
-  `p`. A model that is no better has learned nothing.
-
-  Args:
-    xt: noisy latents `[b, ..., c]`.
-    time: `[b]`.
-    power: mean square of the latents per channel, `[c]`.
+  `a = E[v x_t] / E[x_t^2] = (t - (1 - t) p) / ((1 - t)^2 p + t^2)` for latents `[b, ..., c]` whose
+  mean square `p` is `power` `[c]`. A model that is no better has learned nothing.
   """
   t = _like(time, xt)
   return (t - (1 - t) * power) / ((1 - t) ** 2 * power + t**2) * xt

@@ -20,7 +20,6 @@ class SampleConfig:
   Attributes:
     steps: Euler steps from t = 1 to t = 0.
     guidance: scale; 1 is the conditional model alone (one forward a step), others guide (two).
-    batch_size: samples that run together.
     shift: timestep shift s: t -> s t / (1 + (s - 1) t); above 1 spends more steps at high noise.
     soft: mix all branches of a router instead of taking the likeliest.
   """
@@ -48,22 +47,18 @@ class SampleConfig:
 
 
 def make_step(graphdef, config: SampleConfig, want_masks: bool = False):
-  """Returns the jitted Euler step.
+  """Returns `(params, x, label, t, t_next, tables, state, phases) -> (x, state, aux)`, jitted.
 
-  It is called `(params, x, label, t, t_next, tables, state, phases) -> (x, state, aux)`. `phases`
-  (of `VideoDiT.schedule`) is static: one compilation per shape and distinct tuple. The state is
-  donated: the one passed in is gone after the call. `want_masks` puts each layer's `BlockMask` into
-  aux.
+  `phases`, of `VideoDiT.schedule`, is static: each distinct tuple is compiled. The state is
+  donated. `want_masks` puts each layer's `BlockMask` into aux.
   """
 
   @functools.partial(jax.jit, static_argnums=7, donate_argnums=6)
   def step(params, x, label, t, t_next, tables, state, phases=()):
     model = nnx.merge(graphdef, params)
-    rows = x
-    labels = label
-    if config.guided:
-      rows = jnp.concatenate([x, x])
-      labels = jnp.concatenate([label, jnp.full_like(label, model.classes)])
+    rows = jnp.concatenate([x, x]) if config.guided else x
+    null = jnp.full_like(label, model.classes)
+    labels = jnp.concatenate([label, null]) if config.guided else label
     velocity, state, aux = model(
       rows,
       jnp.broadcast_to(t, labels.shape),
@@ -86,11 +81,7 @@ def make_step(graphdef, config: SampleConfig, want_masks: bool = False):
 def compile_steps(step, params, model, tables, latent_shape, config: SampleConfig):
   """Compiles `step` of `make_step` ahead for every phase of a run; the result is called like it.
 
-  Whatever begins a batch (noise, first state) runs once and is thrown away: otherwise the first
-  sample would pay for compiling it.
-
-  Raises:
-    ConfigError: a method's schedule does not fit the run.
+  What begins a batch (noise, first state) runs once, so that no sample pays for compiling it.
   """
   batch = config.batch_size
   scalar = jax.ShapeDtypeStruct((), np.float32)
@@ -132,9 +123,7 @@ def sample(
     model: for `init_state` and `schedule`; its own parameters are not used.
     labels: int `[n]`.
     indices: int `[n]`, number of each sample: its noise depends on (seed, index) only.
-    tables: of the model, for this grid.
     latent_shape: (t, y, x, c).
-    progress: show a bar.
 
   Returns:
     Latents float32 `[n, *latent_shape]`, and the aux of every step of the last batch (a list).
@@ -148,7 +137,6 @@ def sample(
   schedule = model.schedule(config.steps)
   starts = range(0, len(labels), config.batch_size)
   latents = []
-  auxes = []
   total = len(starts) * config.steps
   with tqdm(total=total, desc="sampling", unit="step", disable=not progress) as bar:
     for start in starts:

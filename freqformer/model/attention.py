@@ -21,8 +21,7 @@ class AttentionDims:
     width: of the residual stream.
     heads: must divide the width into an even head dimension.
     cond_dim: of the timestep embedding.
-    qk_gain: initial gain of the query norm; small heads cap logits, and a gain above 1 helps dense
-      attention most.
+    qk_gain: initial gain of the query norm; small heads cap logits, which hurts dense most.
   """
 
   width: int
@@ -32,9 +31,7 @@ class AttentionDims:
 
   def __post_init__(self):
     if self.heads < 1 or self.width % self.heads:
-      near = [
-        h for h in range(1, self.width + 1) if self.width % h == 0 and (self.width // h) % 2 == 0
-      ]
+      near = [h for h in range(1, self.width // 2 + 1) if self.width % (2 * h) == 0]
       raise ConfigError(
         f"width {self.width} is not divisible by {self.heads} heads; heads may be {near}."
       )
@@ -72,9 +69,8 @@ class SpectralAttention(nnx.Module):
     init = nnx.initializers.xavier_uniform()
     self.qkv = nnx.Linear(dims.width, 3 * dims.width, kernel_init=init, dtype=dtype, rngs=rngs)
     self.out = nnx.Linear(dims.width, dims.width, kernel_init=init, dtype=dtype, rngs=rngs)
-    self.q_norm = nnx.RMSNorm(
-      head_dim, scale_init=nnx.initializers.constant(dims.qk_gain), dtype=dtype, rngs=rngs
-    )
+    gain = nnx.initializers.constant(dims.qk_gain)
+    self.q_norm = nnx.RMSNorm(head_dim, scale_init=gain, dtype=dtype, rngs=rngs)
     self.k_norm = nnx.RMSNorm(head_dim, dtype=dtype, rngs=rngs)
     with refusing(f"attention method {type(method).__name__}"):
       self.method = method.build(dims.for_method, layout, rngs)
@@ -82,14 +78,11 @@ class SpectralAttention(nnx.Module):
   def __call__(
     self, x: jax.Array, cond: Cond, layout: LayoutTables, tables: Any, state: Any
   ) -> tuple[jax.Array, Any, dict]:
-    """Attention over tokens in tile order.
+    """Runs attention over tokens in tile order.
 
     Args:
       x: `[b, n_buffer, width]`; padding rows hold anything finite.
-      cond: the moment that the layer runs in.
-      layout: arrays of the layout.
-      tables: of the method, for this layout.
-      state: of the method, for this layer.
+      tables: of the method, for this layout, as is the layer's `state`.
 
     Returns:
       `[b, n_buffer, width]`, the new state and the method's aux.

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 import jax.numpy as jnp
+import numpy as np
 
 from freqformer.config import ConfigError, build, did_you_mean, refusing, require, require_one_of
 from freqformer.grid.layout import TileLayout
@@ -26,12 +27,11 @@ class AttentionConfig:
   `"radial(decay=0.5)"`. They replace those of the method's own group.
 
   Attributes:
-    methods: `(name, method)` pairs, one per configured method.
+    methods: `(name, method)` pairs.
     method: name of the method that runs in every layer, unless `layers` is given.
     layers: runs of layers with a method each, `((first, stop or None, name), ...)`, or empty.
     block: rows of a tile in the buffer, `block_q = block_kv`.
     tile: extents of a tile (t, y, x), or empty for the best fit.
-    qk_gain: initial gain of the query norm.
     implementation: of the attention kernel, or None for automatic choice.
   """
 
@@ -59,30 +59,18 @@ class AttentionConfig:
     return configured[name] if name in configured else method_class(name)()
 
   def runs(self, depth: int) -> tuple[tuple[int, str], ...]:
-    """Returns `(layers, name)` from the first layer to the last.
-
-    Raises:
-      ConfigError: the runs leave a gap, overlap or do not end at `depth`.
-    """
+    """Returns `(layers, name)` in order; raises ConfigError if they do not cover 0 to `depth`."""
     if not self.layers:
       return ((depth, self.method),)
-    at = 0
-    runs = []
-    for first, stop, name in self.layers:
-      stop = depth if stop is None else stop
-      if first != at or not first < stop <= depth:
-        raise ConfigError(
-          f"attention.layers {self.layers} must cover layers 0..{depth} in order without gaps; the "
-          f"run ({first}, {stop}, {name!r}) does not start at {at} or ends outside of the model."
-        )
-      runs.append((stop - first, name))
-      at = stop
-    if at != depth:
+    edges = [0, *(depth if stop is None else stop for _, stop, _ in self.layers)]
+    firsts = [first for first, _, _ in self.layers]
+    if firsts != edges[:-1] or edges[-1] != depth or edges != sorted(set(edges)):
       raise ConfigError(
-        f"attention.layers {self.layers} ends at layer {at}, the model has {depth}; end it with "
-        "None."
+        f"attention.layers {self.layers} must cover layers 0..{depth} in order without gaps; the "
+        "last run may end with None."
       )
-    return tuple(runs)
+    names = [name for _, _, name in self.layers]
+    return tuple(zip(np.diff(edges).tolist(), names, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +78,7 @@ class ModelConfig:
   """Settings of a `VideoDiT`.
 
   Attributes:
-    attention: see `AttentionConfig`.
-    size: "S", "B", "L", or "custom" with width, depth and heads given.
-    width: of the residual stream; 0 takes the size's.
-    depth: number of layers; 0 takes the size's.
-    heads: of attention; 0 takes the size's.
+    size: "S", "B", "L", or "custom" with width, depth and heads given; each is the size's if 0.
     patch: latent cells per token (t, y, x).
     mlp_ratio: hidden width of the MLP over the width.
     dtype: of activations; parameters are float32.
@@ -132,28 +116,20 @@ class ModelConfig:
     attention = self.attention
     return tuple((count, attention.named(name)) for count, name in attention.runs(self.depth))
 
-  def grid(self, latent_shape) -> tuple[int, int, int]:
-    """Returns the token grid of latents `(t, y, x, c)`; patches that are cut count as whole."""
-    return tuple(-(-size // p) for size, p in zip(latent_shape[:3], self.patch, strict=True))
-
   def layout(self, latent_shape) -> TileLayout:
-    """Returns the tile order of the tokens of latents `(t, y, x, c)`.
+    """Returns the tile order of the tokens of latents `(t, y, x, c)`; cut patches count as whole.
 
     Raises:
       ConfigError: a tile does not fit into its block.
     """
-    grid = self.grid(latent_shape)
+    grid = tuple(-(-size // p) for size, p in zip(latent_shape[:3], self.patch, strict=True))
     with refusing("config.model.attention"):
       return TileLayout.fit(grid, self.attention.block, self.attention.tile or None)
 
   def with_method(self, text: str) -> "ModelConfig":
-    """Returns the same model with one method everywhere.
+    """Returns the same model with one method everywhere, as `parse_method` reads it.
 
     Runs of layers keep their borders, so that the weights still fit.
-
-    Args:
-      text: as `parse_method` reads it: a name, or a name with some fields that replace the
-        configured ones.
     """
     name, fields = parse_method(text)
     own = with_fields(self.attention.named(name), fields, f"model.attention.{name}")
@@ -167,11 +143,7 @@ class ModelConfig:
 
 
 def model_config(values: Mapping) -> ModelConfig:
-  """Builds the config from `config.model`, where methods' groups are keys of `attention`.
-
-  Raises:
-    ConfigError: names the key that is unknown, missing or wrong.
-  """
+  """Builds the config from `config.model`, where methods' groups are keys of `attention`."""
   attention = dict(values.get("attention", {}))
   methods = {
     name: build(method_class(name), attention.pop(name), f"model.attention.{name}")
@@ -182,8 +154,7 @@ def model_config(values: Mapping) -> ModelConfig:
   for name in attention:
     if name not in known:
       raise ConfigError(f"config.model.attention has no key {name!r}; {did_you_mean(name, known)}")
-  attention = _plain_names(attention, methods)
-  attention = build(AttentionConfig, attention, "model.attention")
+  attention = build(AttentionConfig, _plain_names(attention, methods), "model.attention")
   return build(ModelConfig, {**values, "attention": attention}, "model")
 
 

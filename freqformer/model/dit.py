@@ -69,18 +69,9 @@ class DiTBlock(nnx.Module):
     self.modulation = linear(width, 6 * width, kernel_init=_ZEROS)
 
   def __call__(self, x, condition, cond: Cond, layout, tables, state):
-    """Runs the layer.
+    """Returns x `[b, n_buffer, width]`, the new state and the method's aux.
 
-    Args:
-      x: tokens in tile order, `[b, n_buffer, width]`.
-      condition: sum of the timestep's and the class's embedding, `[b, width]`.
-      cond: the moment it runs in, for the method.
-      layout: arrays of the layout.
-      tables: of the method.
-      state: the layer's memory between denoising steps.
-
-    Returns:
-      x, the new state and the method's aux.
+    The condition is the sum of the timestep's and the class's embedding, `[b, width]`.
     """
     parts = jnp.split(self.modulation(nnx.silu(condition)), 6, axis=-1)
     shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = parts
@@ -111,11 +102,8 @@ class VideoDiT(nnx.Module):
   """A transformer that predicts the velocity `eps - x_0` of latents `[b, t, y, x, c]`.
 
   Args:
-    config: sizes and methods.
-    latent_shape: `(t, y, x, c)` of the training latents; other grids work at call time, with
-      tables of their own.
+    latent_shape: `(t, y, x, c)` in training; other grids work with tables of their own.
     classes: number of classes; label `classes` is the null class of guidance.
-    rngs: NNX random streams.
   """
 
   def __init__(self, config: ModelConfig, latent_shape, classes: int, rngs: nnx.Rngs):
@@ -142,9 +130,7 @@ class VideoDiT(nnx.Module):
   def init_state(self, batch: int, latent_shape, guided: bool = False) -> list:
     """Returns the layers' memory before the first denoising step, one stacked pytree per run.
 
-    Args:
-      batch: rows that run together; both halves of guidance count.
-      guided: the rows are two halves.
+    If `guided`, the `batch` rows are the two halves of guidance.
     """
     layout = self.config.layout(latent_shape)
     dims = self.config.dims.for_method
@@ -156,11 +142,7 @@ class VideoDiT(nnx.Module):
     return states
 
   def schedule(self, steps: int) -> list[tuple[str, ...]]:
-    """Returns the phases of each of `steps` sampling steps, one per run of layers.
-
-    Raises:
-      ConfigError: a method's schedule does not fit the run.
-    """
+    """Returns each sampling step's phases, one per run of layers; ConfigError if none fit."""
     methods = [method for _, method in self.config.runs()]
     for method in methods:
       method.check_run(steps)
@@ -175,7 +157,6 @@ class VideoDiT(nnx.Module):
       x: `[b, t, y, x, c]`.
       time: `[b]`, 1 is noise.
       label: int `[b]`.
-      tables: of `tables(x.shape[1:])`.
       state: of `init_state`, or None to start fresh.
       rng: key for stochastic routing, or None.
       phases: one per run of layers, of `schedule`; empty in training.
@@ -227,10 +208,6 @@ class VideoDiT(nnx.Module):
     return x, state, aux
 
 
-def _repeat(count: int, x) -> jax.Array:
-  return jnp.broadcast_to(x, (count, *x.shape))
-
-
 def _stack(config, method, layout, count, rngs):
   """Returns `count` blocks with stacked parameters."""
 
@@ -242,25 +219,29 @@ def _stack(config, method, layout, count, rngs):
   return create(rngs)
 
 
-def make_tables(config: ModelConfig, latent_shape) -> dict:
-  """Returns the tables of one grid without a model.
+def _repeat(count: int, x) -> jax.Array:
+  return jnp.broadcast_to(x, (count, *x.shape))
 
-  Returns:
-    `{"layout": LayoutTables, "methods": [one per run of layers]}`.
+
+def make_tables(config: ModelConfig, latent_shape) -> dict:
+  """Returns `{"layout": LayoutTables, "methods": [one per run of layers]}` of one grid.
 
   Raises:
     ConfigError: a method cannot serve the grid.
   """
   layout = config.layout(latent_shape)
 
+  def is_mask(x):
+    return isinstance(x, BlockMask)
+
   def finish(x):
-    return x.with_mean() if isinstance(x, BlockMask) else x
+    return x.with_mean() if is_mask(x) else x
 
   methods = []
   for _, method in config.runs():
     with refusing(f"attention method {type(method).__name__}"):
       tables = method.tables(layout)
-    methods.append(jax.tree.map(finish, tables, is_leaf=lambda x: isinstance(x, BlockMask)))
+    methods.append(jax.tree.map(finish, tables, is_leaf=is_mask))
   return {"layout": layout.arrays(), "methods": methods}
 
 

@@ -1,8 +1,7 @@
 """Orbax checkpoints: all that a run needs to go on bit for bit, and all that a sampler needs.
 
-A checkpoint has two items. `arrays` is one flat `{path: array}` tree, so that a checkpoint of
-another model is refused by naming the leaves that differ. `record` is JSON: step, config, class
-map, latent statistics, data iterator, versions.
+`arrays` is one flat `{path: array}` tree, so that a checkpoint of another model is refused by
+naming the leaves that differ. `record` is JSON: step, config, class map, statistics, data iterator.
 """
 
 import contextlib
@@ -26,11 +25,7 @@ _QUOTED = 300  # characters of Orbax's own error; it adds its specification, in 
 
 
 class Mismatch(ConfigError):
-  """A checkpoint of another model.
-
-  Attributes:
-    missing: names of the leaves that the model wants and the checkpoint lacks.
-  """
+  """A checkpoint of another model, which lacks the leaves `missing`."""
 
   def __init__(self, message: str, missing: list[str]):
     super().__init__(message)
@@ -49,18 +44,13 @@ def _name(path) -> str:
 
 def _differences(wanted: dict, found: dict) -> list[str]:
   """Returns one line per leaf whose presence or shape differs."""
-  wrong = []
-  unknown = []
-  for name in sorted(wanted.keys() | found.keys()):
-    want = tuple(wanted[name].shape) if name in wanted else None
-    have = tuple(found[name].shape) if name in found else None
-    if have is None:
-      wrong.append(f"{name}: missing in the checkpoint, the model wants {want}")
-    elif want is None:
-      unknown.append(f"{name}: {have} in the checkpoint, unknown to the model")
-    elif want != have:
-      wrong.append(f"{name}: {have} in the checkpoint, the model wants {want}")
-  lines = wrong + unknown
+  lines = []
+  for name, leaf in sorted(wanted.items()):
+    have = f"{tuple(found[name].shape)} in" if name in found else "missing in"
+    if name not in found or found[name].shape != leaf.shape:
+      lines.append(f"{name}: {have} the checkpoint, the model wants {tuple(leaf.shape)}")
+  for name in sorted(found.keys() - wanted.keys()):
+    lines.append(f"{name}: {tuple(found[name].shape)} in the checkpoint, unknown to the model")
   more = len(lines) - _LISTED
   return lines if more <= 0 else [*lines[:_LISTED], f"... and {more} more"]
 
@@ -69,11 +59,7 @@ class Checkpoints:
   """The checkpoints of one run, in `<workdir>/checkpoints/<step>/`."""
 
   def __init__(self, workdir, keep: int = 2, create: bool = True):
-    """Opens the folder, of which the `keep` newest checkpoints stay.
-
-    Raises:
-      ConfigError: there is no such folder and `create` is false.
-    """
+    """Opens the folder, of which the `keep` newest checkpoints stay; it is made if `create`."""
     self.path = (pathlib.Path(workdir) / "checkpoints").absolute()
     if not create and not self.path.is_dir():
       raise ConfigError(
@@ -85,7 +71,6 @@ class Checkpoints:
       options=ocp.CheckpointManagerOptions(
         max_to_keep=keep, create=create, enable_async_checkpointing=False
       ),
-      item_names=("arrays", "record"),
       item_handlers={
         "arrays": ocp.StandardCheckpointHandler(),
         "record": ocp.JsonCheckpointHandler(),
@@ -117,11 +102,7 @@ class Checkpoints:
     logging.info("checkpoint of step %d in %s", step, self.path)
 
   def record(self, step: int | None = None) -> dict:
-    """Reads the JSON record of a step (default: the newest).
-
-    Raises:
-      ConfigError: there is no such step, it cannot be read, or another schema wrote it.
-    """
+    """Reads the JSON record of a step (default: the newest); raises ConfigError if it cannot."""
     step = self._step(step)
     with self._readable(step):
       wanted = ocp.args.Composite(record=ocp.args.JsonRestore())
@@ -139,8 +120,7 @@ class Checkpoints:
 
     Args:
       template: a pytree of arrays or ShapeDtypeStructs.
-      ignore_extra: drop leaves that the template lacks: the optimizer's, the raw weights, another
-        method's parameters.
+      ignore_extra: drop leaves that the template lacks, as a sampler does the optimizer's.
 
     Raises:
       Mismatch: lists the leaves that differ.
@@ -169,19 +149,16 @@ class Checkpoints:
 
   @contextlib.contextmanager
   def _readable(self, step: int):
-    """Turns any error inside into a ConfigError that calls the checkpoint damaged."""
+    """Calls the checkpoint damaged in a ConfigError, whatever goes wrong inside."""
     try:
       yield
     except Exception as error:
-      # Any exception: which one Orbax raises depends on the file that is broken and how, and it
-      # documents none of them. Nothing is hidden: the error's first words and its trace remain.
+      # Orbax documents none of its errors: which one it raises depends on the file that is broken.
       cause = str(error)
       if len(cause) > _QUOTED:
         cause = f"{cause[:_QUOTED]} ..."
       before = [known for known in self.steps() if known < step]
-      remedy = "to start over: there is no earlier one"
-      if before:
-        remedy = f"to go on from step {before[-1]}"
+      remedy = f"to go on from step {before[-1]}" if before else "to start over: it is the first"
       raise ConfigError(
         f"checkpoint {self.path}/{step} is damaged and cannot be read ({type(error).__name__}: "
         f"{cause}); delete that folder {remedy}."

@@ -32,11 +32,7 @@ class Experiment:
 
 
 def experiment(config: Mapping) -> Experiment:
-  """Builds an experiment from a config dict, or the plain dict that a checkpoint holds.
-
-  Raises:
-    ConfigError: one sentence that names the key.
-  """
+  """Builds an experiment from a config or the dict of a checkpoint; a ConfigError names a key."""
   values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
   if isinstance(values.get("model"), Mapping):
     values["model"] = model_config(values["model"])

@@ -1,36 +1,30 @@
 """Records of a run: `metrics.jsonl` (rows), `run.json`, `config.json` and `routing.json`."""
 
+import contextlib
 import json
 import pathlib
 import time
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from freqformer.diffusion.flow import BUCKETS
+from freqformer.model.config import ModelConfig
+from freqformer.train.throughput import Throughput
 
 
 class Metrics:
-  """Writes a run's records.
+  """Writes a run's records into its folder."""
 
-  Args:
-    workdir: folder of the run.
-    throughput: a `Throughput` that turns steps per second into what the device does; or None.
-  """
-
-  def __init__(self, workdir, throughput=None):
+  def __init__(self, workdir, throughput: Throughput | None = None):
     self.workdir = pathlib.Path(workdir)
     self.path = self.workdir / "metrics.jsonl"
     self._run = self.workdir / "run.json"
     self._throughput = throughput
     self._last_line: tuple[int, float] | None = None  # step and time of the last training line
 
-  def start(self, step: int, config, run: dict):
-    """Begins the records, or resumes them at `step`: lines of later steps are dropped.
-
-    Args:
-      config: the `ConfigDict`.
-      run: facts for `run.json`.
-    """
+  def start(self, step: int, config: ConfigDict, run: dict):
+    """Begins the records with facts for `run.json`; a resumed run drops lines of later steps."""
     rows = [row for row in read(self.path) if row["step"] <= step] if step else []
     self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (self.workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2))
@@ -39,7 +33,7 @@ class Metrics:
 
   def write(self, step: int, kind: str, **values):
     """Appends one line; arrays become lists."""
-    plain = {k: v if isinstance(v, str) else np.asarray(v).tolist() for k, v in values.items()}
+    plain = {name: np.asarray(value).tolist() for name, value in values.items()}
     with self.path.open("a") as file:
       file.write(json.dumps({"step": step, "kind": kind, **plain}) + "\n")
 
@@ -49,7 +43,7 @@ class Metrics:
     speed = {}
     if self._last_line is not None:
       rate = (step - self._last_line[0]) / (now - self._last_line[1])
-      speed = self._throughput.rates(rate) if self._throughput else {"steps_per_s": rate}
+      speed = self._throughput.rates(rate)
     self._last_line = (step, now)
     self.write(step, "train", **values, **speed)
 
@@ -65,22 +59,18 @@ class Metrics:
 
 def read(path) -> list[dict]:
   """Reads all lines of a metrics file; a line cut off by a crash is dropped."""
+  path = pathlib.Path(path)
   rows = []
-  if pathlib.Path(path).exists():
-    for line in pathlib.Path(path).read_text().splitlines():
-      try:
-        rows.append(json.loads(line))
-      except json.JSONDecodeError:
-        continue
+  for line in path.read_text().splitlines() if path.exists() else ():
+    with contextlib.suppress(json.JSONDecodeError):
+      rows.append(json.loads(line))
   return rows
 
 
-def write_routing(workdir, result: dict, model):
-  """Writes `routing.json`: mean probability and share of hard choices of each branch.
+def write_routing(workdir, result: dict, model: ModelConfig):
+  """Writes `routing.json`, mean probability and share of hard choices of each branch.
 
-  Args:
-    result: of `evaluate`; nothing is written if no head is routed.
-    model: the `ModelConfig`.
+  Nothing is written if the `result` of `evaluate` tells of no routed head.
   """
   if "probs" not in result:
     return

@@ -1,6 +1,6 @@
 """SIGTERM and Ctrl-C ask a run to save and stop; a second signal kills it at once.
 
-JAX's own preemption point works only under `jax.distributed`; a single process needs a handler.
+JAX's own preemption point works only under `jax.distributed`.
 """
 
 import signal

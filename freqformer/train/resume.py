@@ -1,9 +1,8 @@
 """What must agree between a checkpoint and the run that goes on from it.
 
-Other data are always refused: the commonest silent bug is another normalisation. If the config's
-`data`, `model`, `seed` or `train.batch_size` differ from the checkpoint's, resuming is refused
-unless `--resume_changed` is given; other keys may change. Every change is logged, and kept with
-its step in the run's record, which would otherwise claim that all of the run had its last config.
+Other data are always refused: the commonest silent bug is another normalisation. Changes of `data`,
+`model`, `seed` or `train.batch_size` are refused unless `--resume_changed` is given; others may
+happen. Every change is logged and kept with its step in the run's record.
 """
 
 import dataclasses
@@ -11,6 +10,7 @@ import json
 
 import numpy as np
 from absl import logging
+from flax.traverse_util import flatten_dict
 
 from freqformer.config import ConfigError
 from freqformer.train.experiment import Experiment, experiment
@@ -28,33 +28,20 @@ _FREE = (
 _LISTED = 12  # changes that a message names
 
 
-def settings(exp: Experiment) -> dict:
-  """Returns all that a run uses, by dotted key, as JSON values.
-
-  Defaults are filled in, and methods that no layer runs are left out.
-  """
+def _settings(exp: Experiment) -> dict:
+  """Returns all that a run uses, by dotted key, as JSON values; no method that no layer runs."""
   values = dataclasses.asdict(exp)
   attention = exp.model.attention
   del values["model"]["attention"]["methods"]
   for _, name in attention.runs(exp.model.depth):
     values["model"]["attention"][name] = dataclasses.asdict(attention.named(name))
-  return _flat(json.loads(json.dumps(values)))
-
-
-def _flat(values: dict, prefix: str = "") -> dict:
-  flat = {}
-  for key, value in values.items():
-    flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-  return flat
+  return flatten_dict(json.loads(json.dumps(values)), sep=".")
 
 
 def changes(old: Experiment, new: Experiment) -> dict[str, list]:
-  """Returns `{"train.lr": [before, now], ...}` in order of the keys.
-
-  If the method changed, that alone is listed, not the settings of the two methods.
-  """
-  before = settings(old)
-  now = settings(new)
+  """Returns `{"train.lr": [before, now], ...}`; of a changed method no settings."""
+  before = _settings(old)
+  now = _settings(new)
   return {key: [before[key], now[key]] for key in before if key in now and before[key] != now[key]}
 
 
@@ -68,11 +55,8 @@ def change_text(changed: dict[str, list]) -> str:
 def check_same_config(record: dict, new: Experiment, allow: bool = False) -> dict[str, list]:
   """Logs and returns the changes since a checkpoint's record was written.
 
-  Args:
-    allow: accept changes of data, model, seed and train.batch_size too.
-
   Raises:
-    ConfigError: names what differs and what to do.
+    ConfigError: names changes of data, model, seed or train.batch_size, unless they are allowed.
   """
   step = record["step"]
   try:
@@ -101,11 +85,7 @@ def with_seed(state, fresh, changed: dict):
 
 
 def check_same_data(old: dict, new: dict):
-  """Compares two checkpoint records.
-
-  Raises:
-    ConfigError: the latents' shape, their statistics or the class map differ.
-  """
+  """Raises ConfigError if latents' shape, statistics or class map of two records differ."""
   before = tuple(old["latent_shape"])
   now = tuple(new["latent_shape"])
   if before != now:

@@ -13,8 +13,7 @@ from flax import nnx
 from freqformer.config import ConfigError, require, require_one_of
 from freqformer.diffusion.flow import TIME_SAMPLING, interpolate, sample_noise, sample_time
 
-SCHEDULES = ("constant", "cosine")
-# choice: training stops after this many consecutive steps that are not finite.
+# choice: training stops after this many consecutive steps that are not finite, or half of the run.
 CONSECUTIVE_SKIPS = 10
 
 
@@ -23,22 +22,18 @@ class TrainConfig:
   """Optimisation, logging and saving.
 
   Attributes:
-    steps: optimisation steps of the run.
-    batch_size: samples per step.
     lr: peak learning rate.
     warmup: steps of linear warm-up; see `warm_steps`.
-    schedule: after the warm-up, "constant" or "cosine", which ends at a tenth of the peak.
+    schedule: "constant" or "cosine", which ends at a tenth of the peak.
     weight_decay: of AdamW, on matrices only.
     beta2: of AdamW.
     clip: largest global norm of a gradient.
     ema: decay of the averaged weights, ramped up as (1 + step) / (10 + step).
     label_dropout: share of samples that are trained on the null class.
-    time_sampling: "uniform" or "logit_normal".
-    log_every: steps between two lines of the log.
-    val_every: steps between two validations; 0 turns them off.
+    time_sampling: see `sample_time`.
+    val_every: 0 turns validation off.
     val_batches: batches per validation; 0 takes all.
     val_soft: also validate the soft mixture of branches (the soft-hard gap).
-    checkpoint_every: steps between two checkpoints.
     keep: number of newest checkpoints that stay on disk.
   """
 
@@ -66,18 +61,13 @@ class TrainConfig:
     require(self, "lr clip", above=0)
     require(self, "beta2 ema", least=0, below=1)
     require(self, "label_dropout", least=0, most=1)
-    require_one_of(self, "schedule", SCHEDULES)
+    require_one_of(self, "schedule", ("constant", "cosine"))
     require_one_of(self, "time_sampling", TIME_SAMPLING)
 
   @property
   def warm_steps(self) -> int:
-    """Warm-up steps that run: at most half of a short run, so that it reaches its peak rate."""
+    """Warm-up steps that run: at most half of the run, so that it reaches its peak rate."""
     return min(self.warmup, max(1, self.steps // 2))
-
-  @property
-  def skip_limit(self) -> int:
-    """Consecutive skipped steps that end the run: `CONSECUTIVE_SKIPS`, half of a short run."""
-    return min(CONSECUTIVE_SKIPS, -(-self.steps // 2))
 
 
 @jax.tree_util.register_dataclass
@@ -163,7 +153,7 @@ def make_train_step(graphdef, config: TrainConfig, classes: int):
     )
     loss = jnp.mean((velocity - target) ** 2)
     penalty = sum(run["loss"].mean() for run in aux)
-    return loss + penalty, (loss, summarise(aux))
+    return loss + penalty, (loss, _summary(aux))
 
   @functools.partial(jax.jit, donate_argnums=0)
   def step(state: TrainState, batch, tables):
@@ -178,8 +168,7 @@ def make_train_step(graphdef, config: TrainConfig, classes: int):
     decay = jnp.minimum(config.ema, (1 + state.step) / (10 + state.step))
     ema = optax.incremental_update(params, state.ema, 1 - decay)
     # A step that is not finite changes nothing but the step count, and with it the next step's
-    # noise. optax.apply_if_finite would look at the gradients alone, not at the loss nor at what
-    # the optimizer makes of them, and would not hold the average back.
+    # noise. optax.apply_if_finite looks at gradients alone and would not hold the average back.
     finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
     done = TrainState(state.step + 1, params, ema, opt_state, state.key)
     skipped = dataclasses.replace(state, step=state.step + 1)
@@ -196,14 +185,11 @@ def make_train_step(graphdef, config: TrainConfig, classes: int):
 
 
 class SkippedSteps:
-  """Ends a run that only skips: counts consecutive skipped steps.
-
-  The counts are read where the loop waits for the device anyway.
-  """
+  """Ends a run that only skips; it is checked where the loop waits for the device anyway."""
 
   def __init__(self, config: TrainConfig):
-    self.limit = config.skip_limit
-    self.consecutive = 0  # skipped steps that end at the last one checked
+    self._limit = min(CONSECUTIVE_SKIPS, -(-config.steps // 2))
+    self._consecutive = 0  # skipped steps that end at the last one checked
     self._unchecked: list[jax.Array] = []
 
   def add(self, metrics: dict):
@@ -211,33 +197,26 @@ class SkippedSteps:
     self._unchecked.append(metrics["skipped"])
 
   def check(self, step: int):
-    """Checks all steps up to `step`; called before every save, so that none is of a broken run.
-
-    Raises:
-      ConfigError: if `limit` consecutive steps were skipped.
-    """
+    """Raises ConfigError if too many consecutive steps up to `step` were skipped."""
     first = step - len(self._unchecked) + 1
     for number, skipped in enumerate(jax.device_get(self._unchecked), first):
-      self.consecutive = self.consecutive + 1 if skipped else 0
-      if self.consecutive >= self.limit:
+      self._consecutive = self._consecutive + 1 if skipped else 0
+      if self._consecutive >= self._limit:
         raise ConfigError(
-          f"training stopped: steps {number + 1 - self.consecutive} to {number} all had a loss, "
+          f"training stopped: steps {number + 1 - self._consecutive} to {number} all had a loss, "
           "gradient or update that is not finite and were skipped; lower train.lr or train.clip, "
           "or look at the data. Earlier checkpoints are as they were."
         )
     self._unchecked = []
 
 
-def summarise(aux: list[dict]) -> dict[str, jax.Array]:
+def _summary(aux: list[dict]) -> dict[str, jax.Array]:
   """Returns means over layers: density, cost and, of routed ones, entropy and expected density."""
-  metrics = {name: _layer_mean(aux, name) for name in ("density", "cost")}
-  routed = [run for run in aux if "entropy" in run]
-  if routed:
-    metrics["router_entropy"] = _layer_mean(routed, "entropy")
-    metrics["expected_density"] = _layer_mean(routed, "expected_density")
+  names = {"density": "density", "cost": "cost"}
+  names |= {"router_entropy": "entropy", "expected_density": "expected_density"}
+  metrics = {}
+  for metric, name in names.items():
+    runs = [run[name] for run in aux if name in run]
+    if runs:
+      metrics[metric] = jnp.concatenate([x.reshape(len(x), -1).mean(-1) for x in runs]).mean()
   return metrics
-
-
-def _layer_mean(aux, name):
-  layers = [run[name].reshape(run[name].shape[0], -1).mean(-1) for run in aux]
-  return jnp.concatenate(layers).mean()

@@ -31,10 +31,7 @@ class Throughput:
     return cls(flops, None if peak is None else peak * jax.device_count())
 
   def rates(self, steps_per_s: float) -> dict[str, float]:
-    """Returns `steps_per_s`, `tflops_per_s` and, where the peak is known, `mfu`.
-
-    `mfu` knows of sparsity: it is never dense FLOPs over sparse time.
-    """
+    """Returns `steps_per_s`, `tflops_per_s` and, where the peak is known, `mfu` of sparse FLOPs."""
     found = {"steps_per_s": steps_per_s, "tflops_per_s": self.flops * steps_per_s / 1e12}
     if self.peak is not None:
       found["mfu"] = utilisation(self.flops, 1 / steps_per_s, self.peak)
@@ -42,6 +39,6 @@ class Throughput:
 
 
 def peak_of(device_kind: str) -> float | None:
-  """Returns dense bf16 FLOP/s of a device by its own name; None if no description has that name."""
+  """Returns dense bf16 FLOP/s of a device by its own name; None if it is not described."""
   name = gpu_named(device_kind)
   return None if name is None else load_gpu(name).tensor_flops

@@ -77,10 +77,7 @@ def evaluate(
 
   Args:
     step: of `make_eval_step`.
-    params: parameters to judge.
-    batches: dicts latent, label, weight.
     power: `channel_power` of the validation latents, `[c]`, for the best linear prediction.
-    tables: of the model, for the latents' grid.
     should_stop: polled between batches; True gives up.
 
   Returns:

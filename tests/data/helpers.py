@@ -21,6 +21,12 @@ def moving_square(frames: int = 20, rows: int = 24, cols: int = 32, seed: int = 
   return video
 
 
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+  """The mean over frames of two videos' PSNR in dB; equal frames have 100."""
+  error = np.mean((a.astype(np.float32) - b.astype(np.float32)) ** 2, axis=(-3, -2, -1))
+  return float(np.mean(10 * np.log10(255.0**2 / np.maximum(error, 255.0**2 * 1e-10))))
+
+
 def write_clip(path: pathlib.Path, video: np.ndarray, fps: int = 25) -> pathlib.Path:
   """Writes an .avi (mpeg4, tagged XVID) or whatever the suffix says; sizes must be even."""
   path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from freqformer.data import render
-from freqformer.data.codec import CodecConfig, make_codec, reconstruction_psnr
+from freqformer.data.codec import CodecConfig, make_codec
 from freqformer.data.render import RenderedSet
+from tests.data.helpers import psnr
 
 SMALL = RenderedSet(classes=8, groups=2, clips_per_group=1, rows=48, cols=64)
 ONE_CLASS = dataclasses.replace(SMALL, classes=1)
@@ -42,10 +43,9 @@ def test_official_format(root):
   assert len(files) == 8 * 2 + 1
   for split in (1, 2, 3):
     train, test = lines(root, f"trainlist{split:02d}.txt"), lines(root, f"testlist{split:02d}.txt")
-    for line in train:
-      name, label = re.fullmatch(r"(\w+)/v_\1_g\d\d_c\d\d\.avi (\d+)", line).groups()
-      assert ids[name] == label
-    assert all(re.fullmatch(r"(\w+)/v_\1_g\d\d_c\d\d\.avi", line) for line in test)
+    for line in train + test:
+      name, label = re.fullmatch(r"(\w+)/v_\1_g\d\d_c\d\d\.avi ?(\d*)", line).groups()
+      assert label == (ids[name] if line in train else "")
     assert {line.split()[0] for line in train} | set(test) == files
     groups = [{re.search(r"_(g\d\d)_", line).group(1) for line in part} for part in (train, test)]
     assert groups[0] and groups[1] and not groups[0] & groups[1]
@@ -70,7 +70,7 @@ def test_every_clip_but_one_decodes(root):
 def test_decoded_is_what_was_drawn(root):
   video = decode(root / "UCF-101/FallingDots/v_FallingDots_g01_c01.avi")
   drawn = render.render_clip("FallingDots", 1, 1, len(video), 48, 64)
-  assert np.abs(video.astype(float) - drawn).mean() < 6  # Loss of 4:2:0 chroma and the quantiser.
+  assert np.abs(video.astype(float) - drawn).mean() < 6  # loss of 4:2:0 chroma and the quantiser
 
 
 def test_two_runs_give_the_same_bytes(tmp_path):
@@ -89,10 +89,10 @@ def test_complete_set_is_kept_and_another_replaced(tmp_path):
   render.render_ucf101(tmp_path, dataclasses.replace(ONE_CLASS, rows=32))
   assert clip.stat().st_mtime_ns != before
   assert json.loads((tmp_path / ".complete").read_text())["rows"] == 32
-  (tmp_path / ".complete").rename(tmp_path / ".rendering")  # a run killed half-way
+  (tmp_path / ".complete").write_text("{}")  # a run killed half-way
   clip.unlink()
   render.render_ucf101(tmp_path, ONE_CLASS)
-  assert clip.exists() and not (tmp_path / ".rendering").exists()
+  assert clip.exists()
 
 
 def test_foreign_data_is_never_touched(root, tmp_path):
@@ -100,14 +100,6 @@ def test_foreign_data_is_never_touched(root, tmp_path):
   with pytest.raises(FileExistsError, match="not rendered here"):
     render.render_ucf101(tmp_path, SMALL)
   assert len(list((tmp_path / "UCF-101/FallingDots").iterdir())) == 2
-
-
-@pytest.mark.parametrize(
-  "name, value", [("classes", 11), ("groups", 1), ("rows", 47), ("clips_per_group", 0)]
-)
-def test_sizes_are_refused(name, value):
-  with pytest.raises(ValueError, match=f"{name}={value}"):
-    RenderedSet(**{name: value})
 
 
 def _features(name, group, clip):
@@ -155,6 +147,6 @@ def test_smooth_enough_for_the_demo_codec(name):
       [np.asarray(Image.fromarray(f).resize((96, 96), Image.Resampling.BILINEAR)) for f in frames]
     )
     decoded = codec.decode(codec.encode(view[None]), view.shape[:3])[0]
-    found[group, clip] = reconstruction_psnr(view, decoded)
+    found[group, clip] = psnr(view, decoded)
   worst = min(found, key=found.get)
   assert found[worst] >= 28, f"{name} group {worst[0]} clip {worst[1]}: {found[worst]:.1f} dB"

@@ -1,4 +1,4 @@
-"""Rates of a training run: scored work over time, and over the peak where the device is described."""
+"""Rates of a training run: scored work over time, and over the peak of a described device."""
 
 import pytest
 
