@@ -10,9 +10,7 @@ simulated with the same numbers.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 
-from freqformer.cost import Cost
 from freqformer.grid.layout import TileLayout
 from freqformer.grid.sizes import coarse_tokens, most_cells
 from freqformer.kernels.around.prepare import BLOCKS, HEAD_DIMS, MAX_CELLS
@@ -148,39 +146,26 @@ def around_attention(
   layout: TileLayout,
   heads: int,
   head_dim: int,
-  cost: Cost,
-  allocation=None,
+  allocation: tuple[float, ...] | None = None,
   phase: str | None = None,
 ) -> Traffic:
   """Returns bytes and launches of a method's work around attention in one layer.
 
-  Args:
-    method: a method without an entry here is taken to read q, k and v once if it does any products.
-    layout: of the grid.
-    heads: of the layer.
-    head_dim: channels of a head.
-    cost: of the layer (`freqformer.cost.layer_cost`).
-    allocation: share of heads per branch, or None for the method's own expectation.
-    phase: of a sampling step; None is a usual one.
+  Arguments as those of `layer_cost`. A method without an entry here is taken to read q, k and v
+  once if it does more than attend.
   """
   phase = method.usual_phase if phase is None else phase
   if method.only_attends(phase):
     return Traffic()
-  found = _traffic(method, Layer(layout, heads, head_dim, allocation, phase))
-  if found is not None:
-    return found
-  return Traffic(6.0 * layout.n * heads * head_dim if cost.linear_flops else 0.0)
+  return _traffic(method, Layer(layout, heads, head_dim, allocation, phase))
 
 
 @functools.singledispatch
-def _traffic(method: Method, layer: Layer) -> Traffic | None:
-  return None
+def _traffic(method: Method, layer: Layer) -> Traffic:
+  return Traffic(6.0 * layer.layout.n * layer.heads * layer.head_dim)
 
 
-register: Callable = _traffic.register
-
-
-@register
+@_traffic.register
 def _(method: FreqFormer, layer: Layer) -> Traffic:
   if method.allocation == "measured" and layer.phase == "warmup":
     return Traffic()
@@ -224,7 +209,7 @@ def _bands(method: FreqFormer, layer: Layer) -> Traffic:
   return found
 
 
-@register
+@_traffic.register
 def _(method: SparseFlow, layer: Layer) -> Traffic:
   work = frame_segments(layer.layout).work
   kind = "refused" if work is None else "shared boxes" if work.mixed else "own boxes"
@@ -237,23 +222,23 @@ def _(method: SparseFlow, layer: Layer) -> Traffic:
   return found
 
 
-@register
+@_traffic.register
 def _(method: BlockTopK, layer: Layer) -> Traffic:
   found = layer.selection()
   return found + layer.part("gate") if method.coarse == "gated" else found
 
 
-@register
+@_traffic.register
 def _(method: SparseLinear, layer: Layer) -> Traffic:
   return layer.part("linear over tiles") + layer.selection() + layer.selection(means=False)
 
 
-@register
+@_traffic.register
 def _(method: SpatialTemporal, layer: Layer) -> Traffic:
   return layer.measured_rows(method.profile.rows, patterns=3)
 
 
-@register
+@_traffic.register
 def _(method: AdaSpa, layer: Layer) -> Traffic:
   layout = layer.layout
   found = Traffic()
