@@ -3,17 +3,11 @@
   python -m benchmarks.compiled.layer_traffic --device=offline
   python -m benchmarks.compiled.layer_traffic --device=offline --only=adaspa@search
 
-The scheduled HLO is read (`hlo_bytes.py`): bytes through device memory of every operation except
-the attention kernels, in passes over one bf16 array of tokens `[n, D]`, and how many operations are
-launched. `parts_passes` splits the bytes by the part of the layer (`jax.named_scope`); an operation
-of several parts is listed under all their names. Two kinds of rows:
-
-* `method(fields)@phase`: a layer of 16 x 32 x 32 tokens of each method. The simulator's table of
-  bytes and launches (`freqformer/simulation/traffic.py`) is made of their differences.
-* `around/<shape>`: FreqFormer with a mid band of 5 % on the shapes of `benchmarks/arg_specs.py`;
-  with `_xla` without the kernels around attention, with `_filter_v` and `_filter_qkv` filtered.
-
-Counted in a program, not measured on a GPU.
+Bytes of every operation but the attention kernels, in passes over a bf16 array of tokens `[n, D]`;
+`parts_passes` splits them by the part of the layer (`jax.named_scope`). `method(fields)@phase` is a
+layer of 16 x 32 x 32 tokens; `freqformer/simulation/traffic.py` is made of their differences.
+Rows `around/<shape>`: FreqFormer with a mid band of 5 % on the shapes of `benchmarks/arg_specs.py`;
+with `_xla` without the kernels around attention. Counted in a program, not measured on a GPU.
 """
 
 import os

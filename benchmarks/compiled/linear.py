@@ -4,16 +4,13 @@
   python -m benchmarks.compiled.linear --nocpu    # only the rows of programs compiled for an H100
   python -m benchmarks.compiled.linear --quick    # small CPU shapes, writes nothing
 
-Rows with `measured: false` simulate an H100: exact FLOPs, bytes that the compiled program reads and
-writes (every kernel its operands once and its results once, Mosaic kernels the share of the heads
-that take part; compiled for sm_90a, never run), and the simulator's rates
-(`freqformer/simulation`). Names that end in `_xla` are the same without the kernels of
-`kernels/linear/hopper.py`. Rows with `measured: true` are of this machine's CPU, both ops on the
-same inputs in turns.
+Rows with `measured: false` simulate an H100: exact FLOPs, bytes that the compiled program moves
+(every kernel its operands and results once, Mosaic kernels the share of the heads that take part)
+and the simulator's rates. Names that end in `_xla` are without the kernels of
+`kernels/linear/hopper.py`. Rows with `measured: true` are of this machine's CPU.
 
-One launch for both could do two things for a linear head: skip the passes that separate kernels
-make (down to reading q, k, v and writing the output once), and overlap the rest with the sparse
-heads' products. The rows tell the two apart.
+One launch for both could skip the passes that separate kernels make, down to reading q, k, v and
+writing the output once, and overlap the rest with the sparse heads' products.
 """
 
 import os

@@ -27,6 +27,7 @@ from freqformer.methods.registry import METHODS
 from freqformer.simulation import calibrate, plots
 from freqformer.simulation.descriptions import Gpu, load_gpu, load_model
 from freqformer.simulation.forward import Plan, dense_baseline, make_method
+from freqformer.simulation.output import grid_text, number
 from freqformer.simulation.scaling import largest_video, row, run_seconds
 
 _WORKDIR = flags.DEFINE_string(
@@ -94,19 +95,18 @@ def cpu_rows() -> list[dict]:
 def published_run(gpu: Gpu) -> list[dict]:
   """Returns HunyuanVideo end to end on an H100: published, and simulated for the same shape."""
   one = row(plans(("dense",), "hunyuanvideo", (30, 48, 80))[0], gpu)  # what they ran
-  facts = {
+  facts = {k: one[k] for k in ("gpu", "measured", "rates_fitted", "rates_assumed")} | {
     "set": "published run",
-    "gpu": gpu.name,
-    "measured": False,
     "fitted": False,
     "source": "arXiv 2502.04507: 945 s on one H100 with FlashAttention-3, 800 s of it attention; "
     "50 steps",
     "derived": "",
-    **{k: one[k] for k in ("rates_fitted", "rates_assumed")},
   }
   found = []
-  steps = {"all": (one["seconds"], 945.0), "attention": (one["attention_seconds"], 800.0)}
-  for part, (step, published) in steps.items():
+  for part, step, published in (
+    ("all", one["seconds"], 945.0),
+    ("attention", one["attention_seconds"], 800.0),
+  ):
     seconds = 50 * step
     times = {"seconds": seconds, "measured_seconds": published, "error": seconds / published - 1}
     found.append({"name": f"HunyuanVideo, 115,200 tokens, 50 steps: {part}"} | facts | times)
@@ -168,15 +168,6 @@ def durations(gpu: Gpu) -> list[dict]:
   return found
 
 
-def several_gpus(gpu: Gpu) -> list[dict]:
-  """Returns Wan2.1-14B at 720p on 1 to 8 GPUs, heads dealt greedily."""
-  found = []
-  for gpus in (1, 2, 4, 8):
-    found += against_dense("gpus", gpu, gpus)
-  methods = list(dict.fromkeys(r["method"] for r in found))
-  return sorted(found, key=lambda r: methods.index(r["method"]))
-
-
 def against_dense(name: str, gpu: Gpu, gpus: int = 1) -> list[dict]:
   """Returns one forward of Wan2.1-14B at 720p: the baseline, dense and FreqFormer."""
   found = [
@@ -184,6 +175,13 @@ def against_dense(name: str, gpu: Gpu, gpus: int = 1) -> list[dict]:
   ]
   dense = found[0]["seconds"]
   return [r | {"set": name, "speedup_over_dense": dense / r["seconds"]} for r in found]
+
+
+def several_gpus(gpu: Gpu) -> list[dict]:
+  """Returns Wan2.1-14B at 720p on 1 to 8 GPUs, heads dealt greedily."""
+  found = [r for gpus in (1, 2, 4, 8) for r in against_dense("gpus", gpu, gpus)]
+  methods = list(dict.fromkeys(r["method"] for r in found))
+  return sorted(found, key=lambda r: methods.index(r["method"]))
 
 
 def devices(h100: Gpu) -> list[dict]:
@@ -207,11 +205,8 @@ def default_rows() -> list[dict]:
     for grid in VIDEO_GRIDS:
       layout = TileLayout.fit(grid, math.prod(tile) if tile else 128, tile)
       pairs = make_method(name).pairs(layout, heads).pairs
-      counts = {
-        "density": pairs / (heads * float(layout.n) ** 2),
-        "attention_flops": 4 * 128 * pairs,
-      }
       facts = {"set": "defaults", "method": label, "grid": list(grid), "tile": list(layout.tile)}
+      counts = {"density": pairs / (heads * layout.n**2), "attention_flops": 4 * 128 * pairs}
       found.append(facts | counts | {"measured": False})
   return found
 
@@ -247,21 +242,12 @@ def markdown(found: list[dict], columns: dict[str, Cell]) -> str:
   return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def number(field: str, form: str, unit: float = 1.0) -> Cell:
-  """Returns a cell: a field in a unit, formatted."""
-  return lambda r: format(r[field] / unit, form)
-
-
 def text(field: str) -> Cell:
   return lambda r: r[field]
 
 
 def yes(field: str) -> Cell:
   return lambda r: "yes" if r[field] else "no"
-
-
-def grid_text(r: dict) -> str:
-  return "x".join(map(str, r["grid"]))
 
 
 MEASURED = {"measured": yes("measured")}

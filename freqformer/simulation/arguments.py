@@ -71,20 +71,21 @@ def parse(argv, description: str) -> argparse.Namespace:
 
 
 def _check(args) -> None:
-  if not 1 <= args.block <= MOST_BLOCK:
-    raise ConfigError(
-      f"--block={args.block} must lie in 1..{MOST_BLOCK}, rows of a tile that one SM works on."
-    )
-  if args.gpus < 1:
-    raise ConfigError(f"--gpus={args.gpus} must be at least 1.")
-  if args.steps is not None and (args.steps < 1 or not args.run):
-    raise ConfigError(
-      f"--steps={args.steps} must be at least 1 and is the length of --run; add --run."
-    )
-  if args.write_gpu and not args.calibrate:
-    raise ConfigError(
-      f"--write_gpu={args.write_gpu} writes what --calibrate=rows.json fits; add --calibrate."
-    )
+  refusals = {
+    f"--block={args.block} must lie in 1..{MOST_BLOCK}, rows of a tile that one SM works on.": (
+      not 1 <= args.block <= MOST_BLOCK
+    ),
+    f"--gpus={args.gpus} must be at least 1.": args.gpus < 1,
+    f"--steps={args.steps} must be at least 1 and is the length of --run; add --run.": (
+      args.steps is not None and (args.steps < 1 or not args.run)
+    ),
+    f"--write_gpu={args.write_gpu} writes what --calibrate=rows.json fits; add --calibrate.": (
+      args.write_gpu and not args.calibrate
+    ),
+  }
+  for message, holds in refusals.items():
+    if holds:
+      raise ConfigError(message)
   if args.plot:
     plots.check_format(args.plot)
 
@@ -124,20 +125,20 @@ def parse_grid(text: str) -> tuple[int, int, int]:
 
 def grids(args, card: ModelCard) -> list[tuple[int, int, int]]:
   """Returns --grid, or the model's own with so many --tokens, or the most cubic one; printed."""
+  tokens = parse_tokens(args.tokens) if args.tokens else [math.prod(card.grid)]
   if args.grid:
     grid = parse_grid(args.grid)
-    if args.tokens and parse_tokens(args.tokens) != [math.prod(grid)]:
+    if args.tokens and tokens != [math.prod(grid)]:
       raise ConfigError(
         f"--grid={args.grid} has {math.prod(grid)} tokens, --tokens={args.tokens}; give one, or "
         "equal ones."
       )
     return [grid]
   found = []
-  for n in parse_tokens(args.tokens) if args.tokens else [math.prod(card.grid)]:
+  for n in tokens:
     own = card.grid_of(n)
-    grid = own or cubic_grid(n)
-    found.append(grid)
+    found.append(own or cubic_grid(n))
     kind = f"of a video of {card.name}" if own else "the most cubic"
-    shown = "x".join(map(str, grid))
+    shown = "x".join(map(str, found[-1]))
     print(f"{n:,} tokens: grid {shown}, {kind} (choose with --grid)", file=sys.stderr)
   return found

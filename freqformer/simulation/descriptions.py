@@ -77,16 +77,16 @@ class Gpu:
     require(
       self, "tensor_flops hbm_bytes_per_s memory_bytes l2_bytes sms exp_per_sm_s itemsize", above=0
     )
-    for rate, sheet in (
-      ("attention_flops", "tensor_flops"),
-      ("matmul_flops", "tensor_flops"),
-      ("hbm", "hbm_bytes_per_s"),
-    ):
-      if getattr(self.rates, rate) > getattr(self, sheet):
-        raise ValueError(
-          f"rates.{rate}={getattr(self.rates, rate):g} exceeds the data sheet's "
-          f"{sheet}={getattr(self, sheet):g}."
-        )
+    limits = {
+      "attention_flops": "tensor_flops",
+      "matmul_flops": "tensor_flops",
+      "hbm": "hbm_bytes_per_s",
+    }
+    for rate, sheet in limits.items():
+      value = getattr(self.rates, rate)
+      limit = getattr(self, sheet)
+      if value > limit:
+        raise ValueError(f"rates.{rate}={value:g} exceeds the data sheet's {sheet}={limit:g}.")
     if unknown := set(self.fitted) - {f.name for f in dataclasses.fields(Rates)}:
       raise ValueError(f"fitted={self.fitted} names no rates: {', '.join(sorted(unknown))}.")
 

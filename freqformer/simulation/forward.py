@@ -54,22 +54,15 @@ class Forward:
   Attributes:
     attention_flops: of scored pairs of self-attention, joint text included.
     linear_flops: of all else, cross-attention too.
-    hbm_bytes: through device memory.
     density: scored pairs over all pairs of tokens.
-    attention_seconds: of the attention calls.
-    around_seconds: of the method's work around them.
+    around_seconds: of the method's work around its attention calls.
     matmul_seconds: of matrix products and cross-attention.
     elementwise_seconds: of norms and the like.
     attention_bound: what limits attention: "compute", "l2" or "hbm".
-    attention_hbm_bytes: through device memory, of self-attention.
-    l2_bytes: through L2, of self-attention.
-    kv_bytes: k and v among them.
+    kv_bytes: k and v among the bytes through L2, of self-attention.
     launches: of all kernels, on each GPU.
-    gpus: how many share the forward.
-    communication_seconds: of all-to-alls.
-    sent_bytes: of each GPU.
+    communication_seconds: of all-to-alls; each GPU sends `sent_bytes`.
     imbalance: attention of the busiest GPU over the mean.
-    speedup_over_one_gpu: in time.
   """
 
   attention_flops: float

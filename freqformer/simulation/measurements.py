@@ -4,18 +4,15 @@ A row of measurements is an object with
 
   name, source; gpu (a name of `--gpu`) or device (the device's own name: NVIDIA H100 80GB HBM3)
   heads, head_dim, seconds (or tflops, by useful FLOPs), batch (default 1)
-  the lists, as one of
-    counts: the fields of `kernels.block_sparse.cost.CallCost`, all samples and heads together
-    method, grid and, if need be, tile: the lists that the method makes of that grid
-    tokens (or n), and density (default 1): every query tile lists that share of the key tiles
+  the lists: counts (fields of `kernels.block_sparse.cost.CallCost`, of all samples and heads); or
+    method, grid and, if need be, tile; or tokens (or n) and density (default 1): the share of key
+    tiles that every query tile lists
   block_q (or block; default 128), block_kv (default: the same)
-  fit: whether rates may be fitted to it. If no row says so, `split` chooses: every other one.
-  implementation: the kernel; derived: how the figure follows from others, where it was not measured
-    itself
+  fit: whether rates may be fitted to it. If no row says so, every other one is.
+  implementation: the kernel; derived: how the figure follows from others, if not measured itself
 
 A row of `python -m benchmarks.attention` may hold several timed calls: `attention_calls` describes
-each, by the name of its times. Everything else that benchmarks write (ceilings, gates, other
-kernels than attention, failures, models) is left out and counted.
+each, by the name of its times. Everything else that benchmarks write is left out and counted.
 """
 
 import collections
