@@ -141,7 +141,7 @@ def test_the_simulator_is_calibrated_by_the_file_as_it_is(rehearsed, tmp_path):
     assert reason in left_out
   assert "of reference" in chosen
   assert not any(row["fitted"] for row in fit.rows if row["implementation"] == "cudnn")
-  assert any("missed" in warning for warning in fit.warnings)  # a CPU's times are no H100's
+  assert any("missed" in warning for warning in fit.gpu.fit_warnings)  # a CPU's times are no H100's
 
 
 def test_the_committed_cpu_rows_calibrate_the_cpu():
