@@ -22,12 +22,7 @@ BACKWARD_OVER_FORWARD = BACKWARD_MATMULS["one_pass"] / FORWARD_MATMULS
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """FLOPs of one sample, forward.
-
-  Attributes:
-    attention_flops: of scored pairs.
-    linear_flops: of all other matrix products.
-  """
+  """FLOPs of one sample, forward: of attention's scored pairs, of all other matrix products."""
 
   attention_flops: float = 0.0
   linear_flops: float = 0.0
@@ -38,12 +33,10 @@ class Cost:
     )
 
   def scaled(self, factor: float) -> "Cost":
-    """Returns the cost of `factor` times the work."""
     return Cost(self.attention_flops * factor, self.linear_flops * factor)
 
   @property
   def total(self) -> float:
-    """All FLOPs."""
     return self.attention_flops + self.linear_flops
 
 
@@ -79,8 +72,6 @@ def layer_cost(
   Args:
     method: a `Method`.
     layout: `TileLayout` of the grid.
-    heads: of the layer.
-    head_dim: channels of a head.
     allocation: share of heads per branch; None is the method's own expectation.
     phase: of a sampling step; None is the step that most of a run does.
     training: count every branch of every head where training runs them all.
@@ -111,7 +102,7 @@ def layer_cost(
 def branch_costs(method, layout, heads: int, head_dim: int) -> np.ndarray:
   """Returns FLOPs of a layer whose heads all take one branch, over dense attention: `[branches]`.
 
-  The router's penalty weighs branches by it: a usual step, of all times alike where times differ.
+  The router's penalty weighs branches by it, at a usual step.
   """
   dense = attention_cost(heads * layout.n**2, head_dim).total
   branches = map(tuple, np.eye(len(method.branches)))
@@ -214,12 +205,9 @@ class BlockShape:
     return found
 
   def linear_flops(self, n: int) -> float:
-    """Returns all that is linear in the tokens: matrix products and cross-attention."""
-    return sum(2.0 * r * k * c for _, r, k, c in self.matmuls(n)) + self.cross_attention_flops(n)
-
-  def cross_attention_flops(self, n: int) -> float:
-    """Returns 4 n m D, or 0 without cross-attention."""
-    return 4.0 * n * self.text * self.width * (self.text_mode == "cross")
+    """Returns all that is linear in the tokens: matrix products and 4 n m D of cross-attention."""
+    cross = 4.0 * n * self.text * self.width * (self.text_mode == "cross")
+    return sum(2.0 * r * k * c for _, r, k, c in self.matmuls(n)) + cross
 
   def text_attention_flops(self, n: int) -> float:
     """Returns what joint text adds to self-attention: `(n + m)^2 - n^2` pairs per head.
@@ -237,10 +225,6 @@ class BlockShape:
     """
     return (14.0 + 7.0 * (self.text_mode == "cross")) * self.rows(n) * self.width * itemsize
 
-  def matmul_bytes(self, n: int, itemsize: int = 2) -> float:
-    """Returns bytes of inputs, weights and outputs of the matrix products, each once."""
-    return sum(itemsize * (float(r) * k + k * c + r * c) for _, r, k, c in self.matmuls(n))
-
 
 # ---- a model, a run ------------------------------------------------------------------------------
 
@@ -248,25 +232,21 @@ class BlockShape:
 def model_cost(config, latent_shape, allocations=None, training: bool = False, phases=None) -> Cost:
   """Returns the forward of a whole `VideoDiT` for one sample.
 
-  Counted: `layer_cost` of every layer; per layer 8 n D^2 (q, k, v and out projections), 4 n D H
-  (MLP of hidden width H) and 12 D^2 (adaLN); patch embedding and final projection. Not counted:
-  norms, rotary, activations, the embedders.
+  Counted: `layer_cost` and `BlockShape.linear_flops` of every layer; patch embedding and final
+  projection. Not counted: norms, rotary, activations, the embedders.
 
   Args:
     config: a `ModelConfig`.
     latent_shape: `(t, y, x, c)`.
-    allocations: share of heads per branch for every run of layers, or None for each method's own
-      expectation.
-    training: count every branch of every head where training runs them all (soft and
-      straight-through routing).
-    phases: one per run of layers: count this sampling step instead of a usual one.
+    allocations: `allocation` of `layer_cost` for every run of layers.
+    training: as of `layer_cost`.
+    phases: `phase` of `layer_cost` for every run of layers.
   """
   layout = config.layout(latent_shape)
-  runs = config.runs()
   block = BlockShape(config.width, config.heads, int(config.width * config.mlp_ratio))
   patch = latent_shape[3] * math.prod(config.patch)
   total = Cost(linear_flops=2 * 2.0 * layout.n * config.width * patch)
-  for i, (count, method) in enumerate(runs):
+  for i, (count, method) in enumerate(config.runs()):
     layer = layer_cost(
       method,
       layout,
@@ -287,8 +267,8 @@ def sampling_cost(config, latent_shape, schedule, guided: bool = True) -> Cost:
     config: a `ModelConfig`.
     latent_shape: `(t, y, x, c)`.
     schedule: phases per step and run of layers, of `VideoDiT.schedule`.
-    guided: whether each step runs the conditional and the unconditional half. Work that one of them
-      does for both (a search for masks) is counted twice, so this is an upper bound there.
+    guided: each step runs a conditional and an unconditional half. Work that one of them does for
+      both (a search for masks) is counted twice, so this is an upper bound there.
   """
   steps = [
     model_cost(config, latent_shape, phases=phases).scaled(count)
@@ -303,8 +283,5 @@ def training_flops(cost: Cost) -> float:
 
 
 def utilisation(flops: float, seconds: float, peak: float) -> float:
-  """Returns scored work over what the device could have done in that time.
-
-  Dense FLOPs over sparse time is not utilisation; it has no name here.
-  """
+  """Returns scored work over what the device could have done in that time."""
   return flops / (seconds * peak)

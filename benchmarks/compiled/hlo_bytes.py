@@ -1,24 +1,22 @@
-"""Bytes that each operation of a scheduled HLO module moves through device memory.
+"""Bytes that each operation of a scheduled HLO module moves through device memory, from its text.
 
-They are read off the module's text. An operation reads its operands and writes its results, whole;
-a fusion that only slices or gathers from an operand reads what it takes, and one that updates a
-slice in place writes that slice. Loops count as often as they run, if the program says so. Caches
-are not modelled: what fits the L2 between two operations is cheaper than counted here.
+An operation reads its operands and writes its results, whole; a fusion that only slices or gathers
+from an operand reads what it takes, and one that updates a slice in place writes that slice. Loops
+count as often as they run, where the program says so. Caches are not modelled: what fits the L2
+between two operations is cheaper than counted here.
 """
 
 import dataclasses
 import functools
 import math
 import re
+from collections.abc import Iterator
 
-_TYPES = {1: "pred s8 u8", 2: "bf16 f16 s16 u16", 4: "f32 s32 u32", 8: "f64 s64 u64"}
-_BYTES = {name: size for size, names in _TYPES.items() for name in names.split()}
-_SHAPE = re.compile(r"\b(" + "|".join(_BYTES) + r")\[([\d,]*)\]")
+_SHAPE = re.compile(r"\b(pred|(?:bf|f|s|u)(?:8|16|32|64))\[([\d,]*)\]")
 _LINE = re.compile(r"^\s+(?:ROOT )?%(\S+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
-# Operations that move no bytes of their own, and those that read a part of their operand.
+# Operations that move nothing themselves.
 _FREE = set(
-  "parameter constant bitcast tuple get-tuple-element after-all partition-id iota while call "
-  "conditional".split()
+  "parameter constant bitcast tuple get-tuple-element after-all partition-id iota".split()
 )
 _TAKES = {"slice", "dynamic-slice", "gather"}
 
@@ -30,10 +28,10 @@ class Operation:
   Attributes:
     name: as in the module.
     opcode: as in the module.
-    bytes: read and written, times `runs`.
-    scopes: the `op_name`s of all that it holds, as jax wrote them.
-    kernel: whether it is a custom call, not XLA's own.
-    runs: number of times that the loops around it run it.
+    bytes: read and written, times the runs of the loops around it.
+    scopes: the `op_name`s of all it holds, as jax wrote them.
+    kernel: a custom call: not XLA's own.
+    runs: how often, by the loops around it.
   """
 
   name: str
@@ -59,45 +57,35 @@ class _Line:
 
 
 def operations(text: str, unknown_trips: float = 1) -> list[Operation]:
-  """Lists all operations of a module in scheduled order, loops' bodies in place of the loops.
+  """Returns all operations of a module in scheduled order, loops' bodies in place of the loops.
 
   Args:
     text: `compiled.as_text()`.
-    unknown_trips: runs of a loop whose count the module does not know.
+    unknown_trips: how often a loop runs whose count the module does not know.
   """
-  computations = _computations(text)
+  computations = {}
+  current = []
+  for line in text.splitlines():
+    if header := re.match(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$", line):
+      current = computations.setdefault(header[1], [])
+    elif parts := _LINE.match(line):
+      name, shape, opcode, tail = parts.groups()
+      operands = tuple(re.findall(r"%([\w.-]+)", tail.split(")", 1)[0]))
+      current.append(_Line(name, shape, opcode, operands, tail, line.lstrip().startswith("ROOT")))
   entry = re.search(r"^ENTRY %?([\w.-]+)", text, re.M)[1]
   return list(_walk(computations, entry, 1, unknown_trips))
 
 
 def size(shape: str) -> int:
-  """Bytes of a shape or tuple of shapes, as HLO writes it."""
-  return sum(_BYTES[kind] * _product(dims) for kind, dims in _SHAPE.findall(shape))
+  """Returns the bytes of a shape or tuple of shapes, as HLO writes it."""
+  return sum(
+    math.prod(int(d) for d in dims.split(",") if d)
+    * (1 if kind == "pred" else int(kind.lstrip("bfsu")) // 8)
+    for kind, dims in _SHAPE.findall(shape)
+  )
 
 
-def _elements(shape: str) -> int:
-  return sum(_product(dims) for _, dims in _SHAPE.findall(shape))
-
-
-def _product(dims: str) -> int:
-  return math.prod(int(d) for d in dims.split(",") if d)
-
-
-def _computations(text):
-  """Lines of each computation by its name, in order."""
-  found, current = {}, None
-  for line in text.splitlines():
-    if header := re.match(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$", line):
-      current = found.setdefault(header[1], [])
-    elif current is not None and (parts := _LINE.match(line)):
-      name, shape, opcode, tail = parts.groups()
-      arguments = tail.split(")", 1)[0]
-      operands = tuple(re.findall(r"%([\w.-]+)", arguments))
-      current.append(_Line(name, shape, opcode, operands, tail, line.lstrip().startswith("ROOT")))
-  return found
-
-
-def _walk(computations, name, times, unknown_trips):
+def _walk(computations, name, times, unknown_trips) -> Iterator[Operation]:
   lines = computations[name]
   shapes = {line.name: line.shape for line in lines}
   for line in lines:
@@ -110,30 +98,32 @@ def _walk(computations, name, times, unknown_trips):
     elif line.opcode not in _FREE and not line.opcode.endswith("-done"):
       inside = computations.get(line.called("calls"), [])
       moved = _read(line, inside, shapes) + _written(line, inside)
-      rest = "\n".join(part.rest for part in (*inside, line))
-      scopes = tuple(dict.fromkeys(re.findall(r'op_name="([^"]*)"', rest)))
+      held = "\n".join(part.rest for part in (*inside, line))
+      scopes = tuple(dict.fromkeys(re.findall(r'op_name="([^"]*)"', held)))
       kernel = line.opcode == "custom-call"
       yield Operation(line.name, line.opcode, times * moved, scopes, kernel, times)
 
 
 def _read(line, inside, shapes) -> int:
-  if not inside:
-    if line.opcode in _TAKES:
-      return size(line.shape)
-    operands = line.operands[1:] if line.opcode == "dynamic-update-slice" else line.operands
-    return sum(size(shapes[o]) for o in dict.fromkeys(operands) if o in shapes)
-  parameters = {int(p.rest.split(")")[0]): p.name for p in inside if p.opcode == "parameter"}
-  return sum(
-    _taken(inside, parameters[i], size(shapes.get(o, "")))
-    for i, o in enumerate(line.operands)
-    if i in parameters
-  )
+  if inside:
+    parameters = {int(p.rest.split(")")[0]): p.name for p in inside if p.opcode == "parameter"}
+    return sum(
+      _taken(inside, parameters[i], size(shapes.get(o, "")))
+      for i, o in enumerate(line.operands)
+      if i in parameters
+    )
+  if line.opcode in _TAKES:
+    return size(line.shape)
+  operands = line.operands[1:] if line.opcode == "dynamic-update-slice" else line.operands
+  return sum(size(shapes[o]) for o in dict.fromkeys(operands) if o in shapes)
 
 
 def _taken(inside, name, whole) -> int:
-  """Bytes that a fusion reads of one parameter: those that slices take, also of what is computed
-  from it element by element."""
+  """Returns what a fusion reads of a parameter: slices, also behind element-wise operations."""
   shapes = {line.name: line.shape for line in inside}
+
+  def elements(shape):
+    return sum(math.prod(int(d) for d in dims.split(",") if d) for _, dims in _SHAPE.findall(shape))
 
   @functools.cache
   def share(value) -> float:
@@ -141,15 +131,15 @@ def _taken(inside, name, whole) -> int:
     if not users:
       return 1.0
     total = 0.0
-    count = max(1, _elements(shapes[value]))
+    count = max(1, elements(shapes[value]))
     for user in users:
       first = user.operands[0] == value
       if user.opcode in _TAKES and first:
-        total += _elements(user.shape) / count * share(user.name)
+        total += elements(user.shape) / count * share(user.name)
       elif user.opcode == "dynamic-update-slice" and first:
         continue  # updated in place
       else:
-        total += share(user.name) if _elements(user.shape) == count else 1.0
+        total += share(user.name) if elements(user.shape) == count else 1.0
     return min(1.0, total)
 
   return round(whole * share(name))
@@ -157,9 +147,8 @@ def _taken(inside, name, whole) -> int:
 
 def _written(line, inside) -> int:
   if line.opcode == "dynamic-update-slice":
-    return 0  # it writes in place what it reads of the update, which is counted there
-  root = next((part for part in inside if part.root), None)
-  if root is not None and root.opcode == "dynamic-update-slice":
-    update = next(part for part in inside if part.name == root.operands[1])
-    return size(update.shape)
+    return 0  # as much as it reads of the update, in place: counted once
+  for root in inside:
+    if root.root and root.opcode == "dynamic-update-slice":
+      return size(next(part.shape for part in inside if part.name == root.operands[1]))
   return size(line.shape)

@@ -3,17 +3,11 @@
   python -m benchmarks.compiled.layer_traffic --device=offline
   python -m benchmarks.compiled.layer_traffic --device=offline --only=adaspa@search
 
-The scheduled HLO is read (`hlo_bytes.py`): bytes through device memory of every operation except
-the attention kernels, in passes over one bf16 array of tokens `[n, D]`, and how many operations are
-launched. `parts_passes` splits the bytes by the part of the layer (`jax.named_scope`); an operation
-of several parts is listed under all their names. Two kinds of rows:
-
-* `method(fields)@phase`: a layer of 16 x 32 x 32 tokens of each method. The simulator's table of
-  bytes and launches (`freqformer/simulation/traffic.py`) is made of their differences.
-* `around/<shape>`: FreqFormer with a mid band of 5 % on the shapes of `benchmarks/arg_specs.py`;
-  with `_xla` without the kernels around attention, with `_filter_v` and `_filter_qkv` filtered.
-
-Counted in a program, not measured on a GPU.
+Bytes of every operation but the attention kernels, in passes over a bf16 array of tokens `[n, D]`;
+`parts_passes` splits them by the part of the layer (`jax.named_scope`). `method(fields)@phase` is a
+layer of 16 x 32 x 32 tokens; `freqformer/simulation/traffic.py` is made of their differences.
+Rows `around/<shape>`: FreqFormer with a mid band of 5 % on the shapes of `benchmarks/arg_specs.py`;
+with `_xla` without the kernels around attention. Counted in a program, not measured on a GPU.
 """
 
 import os
@@ -78,18 +72,8 @@ LAYERS = (
   "adaspa@reuse",
   "adaspa@search",
 )
-AROUND = (
-  "around/a_64k",
-  "around/a_128k",
-  "around/a_1m",
-  "around/a_64k_filter_v",
-  "around/a_64k_filter_qkv",
-  "around/a_64k_xla",
-  "around/a_128k_xla",
-  "around/a_1m_xla",
-  "around/a_64k_filter_v_xla",
-  "around/a_64k_filter_qkv_xla",
-)
+SHAPES = ("a_64k", "a_128k", "a_1m", "a_64k_filter_v", "a_64k_filter_qkv")
+AROUND = tuple(f"around/{shape}{end}" for end in ("", "_xla") for shape in SHAPES)
 MID_DENSITY = 0.05  # of the mid band in `AROUND`
 PARTS = ("prepare", "norm_rotary", "compress", "filter", "pool", "select", "pack", "lift")
 # The selection's bisection stops when every row of a chunk is known; how often it runs is not in
@@ -100,14 +84,7 @@ BISECTION_PASSES = 9
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """A layer to be compiled.
-
-  Attributes:
-    method: as a command line names it.
-    phase: of a sampling step.
-    layout: of the grid.
-    kernels: whether Hopper kernels may run around attention.
-  """
+  """A layer to be compiled; `kernels`: Hopper kernels may run around attention."""
 
   method: str
   phase: str = ""
@@ -116,7 +93,6 @@ class Case:
 
   @classmethod
   def named(cls, name: str) -> "Case":
-    """Returns the case of a row."""
     if not name.startswith("around/"):
       method, _, phase = name.partition("@")
       return cls(method, phase)
@@ -149,50 +125,43 @@ def compiled(case: Case) -> Compilation:
     return nnx.merge(graphdef, params)(x, cond, arrays, tables, state)[:2]
 
   x = jax.ShapeDtypeStruct((1, case.layout.n_buffer, width), jnp.bfloat16)
-  with contextlib.nullcontext() if case.kernels else _without_kernels():
-    return compile_for(forward, params, x, case.layout.arrays(), method.tables(case.layout), state)
-
-
-@contextlib.contextmanager
-def _without_kernels():
-  """Has XLA do what lies around attention."""
   with contextlib.ExitStack() as stack:
-    for module in (hopper_prepare_call, hopper_lift_call, hopper_topk):
-      stack.enter_context(mock.patch.object(module, "unsupported", lambda *_: "not wanted"))
-    yield
+    if not case.kernels:
+      for module in (hopper_prepare_call, hopper_lift_call, hopper_topk):
+        stack.enter_context(mock.patch.object(module, "unsupported", lambda *_: "not wanted"))
+    return compile_for(forward, params, x, case.layout.arrays(), method.tables(case.layout), state)
 
 
 def parts_of(scopes) -> str:
   """Returns the parts of the layer that an operation's scopes name, the innermost of each scope."""
   found = set()
   for scope in scopes:
-    names = [name for name in scope.split("/") if name in PARTS]
-    found.update(names[-1:])
+    found.update([name for name in scope.split("/") if name in PARTS][-1:])
   return "+".join(part for part in PARTS if part in found)
 
 
 def measure(name: str) -> dict:
   """Returns a row: bytes and launches beside the attention kernels."""
   case = Case.named(name)
-  found = operations(compiled(case).compiled.as_text(), unknown_trips=BISECTION_PASSES)
-  around = []
-  for op in found:
-    attention = op.kernel and any("attention_forward" in scope for scope in op.scopes)
-    if not attention:
-      around.append(op)
   moved = collections.Counter()
-  for op in around:
-    moved[parts_of(op.scopes) or "other"] += op.bytes
+  launches = 0
+  attention_launches = 0
+  for op in operations(compiled(case).compiled.as_text(), unknown_trips=BISECTION_PASSES):
+    if op.kernel and any("attention_forward" in scope for scope in op.scopes):
+      attention_launches += 1
+    else:
+      moved[parts_of(op.scopes) or "other"] += op.bytes
+      launches += int(op.runs)
   unit = 2 * case.layout.n_buffer * HEADS * HEAD_DIM
   return {
     "name": name,
     "expected": True,
     "tokens": case.layout.n,
-    "bytes": int(sum(moved.values())),
-    "passes": round(sum(moved.values()) / unit, 2),
+    "bytes": int(moved.total()),
+    "passes": round(moved.total() / unit, 2),
     "parts_passes": {part: round(b / unit, 2) for part, b in moved.most_common()},
-    "launches": int(sum(op.runs for op in around)),
-    "attention_launches": len(found) - len(around),
+    "launches": launches,
+    "attention_launches": attention_launches,
   }
 
 

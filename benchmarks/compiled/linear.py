@@ -4,16 +4,13 @@
   python -m benchmarks.compiled.linear --nocpu    # only the rows of programs compiled for an H100
   python -m benchmarks.compiled.linear --quick    # small CPU shapes, writes nothing
 
-Rows with `measured: false` simulate an H100: exact FLOPs, bytes that the compiled program reads and
-writes (every kernel its operands once and its results once, Mosaic kernels the share of the heads
-that take part; compiled for sm_90a, never run), and the simulator's rates
-(`freqformer/simulation`). Names that end in `_xla` are the same without the kernels of
-`kernels/linear/hopper.py`. Rows with `measured: true` are of this machine's CPU, both ops on the
-same inputs in turns.
+Rows with `measured: false` simulate an H100: exact FLOPs, bytes that the compiled program moves
+(every kernel its operands and results once, Mosaic kernels the share of the heads that take part)
+and the simulator's rates. Names that end in `_xla` are without the kernels of
+`kernels/linear/hopper.py`. Rows with `measured: true` are of this machine's CPU.
 
-One launch for both could do two things for a linear head: skip the passes that separate kernels
-make (down to reading q, k, v and writing the output once), and overlap the rest with the sparse
-heads' products. The rows tell the two apart.
+One launch for both could skip the passes that separate kernels make, down to reading q, k, v and
+writing the output once, and overlap the rest with the sparse heads' products.
 """
 
 import os
@@ -56,21 +53,45 @@ SPARSE_SCOPE = "sparse_heads"  # named scope of the sparse attention, excluded f
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-  """Tokens and heads of one comparison; `block` rows per tile."""
+  """Tokens and heads of one comparison."""
 
   grid: tuple[int, int, int]
   heads: int
   head_dim: int
-  block: int = 128
 
   def layout(self) -> TileLayout:
-    return TileLayout.fit(self.grid, self.block)
+    return TileLayout.fit(self.grid, 128)
 
   def rows(self) -> jax.ShapeDtypeStruct:
     """q, k, v or the output."""
     return jax.ShapeDtypeStruct(
       (1, self.layout().n_buffer, self.heads, self.head_dim), jnp.bfloat16
     )
+
+  def linear_flops(self, heads: int, sums: int = 0) -> float:
+    """Returns FLOPs of linear attention whose segments read the sums of `sums` others in all."""
+    return (4.0 * self.layout().n + 2.0 * sums) * self.head_dim * (self.head_dim + 1) * heads
+
+  def row(self, name: str, value: float, unit: str, measured: bool, what: str) -> dict:
+    return {
+      "name": name,
+      "value": value,
+      "unit": unit,
+      "goal": None,
+      "met": None,
+      "measured": measured,
+      "what": what,
+      "n": self.layout().n,
+      "heads": self.heads,
+      "head_dim": self.head_dim,
+    }
+
+
+def op_of(method: Method, implementation: str | None = None):
+  """Returns the op that computes a method's linear attention."""
+  return functools.partial(
+    linear_attention, feature_map=method.feature_map, implementation=implementation
+  )
 
 
 # ---- compiled for an H100 ------------------------------------------------------------------------
@@ -87,19 +108,23 @@ def linear_bytes(
     in_place: bytes of the arrays that `linear_read` writes into, which are operands but not read; 0
       if there are none.
   """
-
-  def left_out(scope):  # an allocation moves nothing
-    return f"/{SPARSE_SCOPE}/" in scope or scope.endswith("/empty")
-
   moved = 0.0
   kernels = 0
   for op in operations:
-    if any(map(left_out, op.scopes)):
+    # An allocation moves nothing.
+    if any(f"/{SPARSE_SCOPE}/" in scope or scope.endswith("/empty") for scope in op.scopes):
       continue
     kernels += 1
     written = in_place if any("linear_read" in scope for scope in op.scopes) else 0.0
     moved += (op.bytes - written) * share if op.kernel else op.bytes
   return moved, kernels
+
+
+def counts(compiled: offline.Compilation, share: float = 1.0, in_place: float = 0.0) -> dict:
+  """Returns fields of a row; arguments as those of `linear_bytes`."""
+  operations = hlo_bytes.operations(compiled.compiled.as_text())
+  moved, kernels = linear_bytes(operations, share, in_place)
+  return {"linear_bytes": moved, "linear_kernels": kernels, "temp_bytes": compiled.temp_bytes}
 
 
 def sparseflow(name: str, shape: Shape, method: SparseFlow, implementation: str) -> dict:
@@ -117,21 +142,18 @@ def sparseflow(name: str, shape: Shape, method: SparseFlow, implementation: str)
     heads = heads if method.routed else fixed
     with jax.named_scope(SPARSE_SCOPE):
       mask = method.mask_at(tables, jnp.full(1, 0.5))
-      counts = jnp.where(heads[..., None], 0, mask.kv_counts)
-      ids = jnp.broadcast_to(mask.kv_indices, (*counts.shape, mask.max_kv))
-      mask = dataclasses.replace(mask, kv_indices=ids, kv_counts=counts)
+      listed = jnp.where(heads[..., None], 0, mask.kv_counts)
+      ids = jnp.broadcast_to(mask.kv_indices, (*listed.shape, mask.max_kv))
+      mask = dataclasses.replace(mask, kv_indices=ids, kv_counts=listed)
       out, _ = attention(q, k, v, mask, implementation="pallas_mgpu")
-    run = functools.partial(
-      linear_attention, feature_map=method.feature_map, implementation=implementation
-    )
-    return run(q, k, v, tables.frames, heads=heads, into=out)[0]
+    return op_of(method, implementation)(q, k, v, tables.frames, heads=heads, into=out)[0]
 
   compiled = offline.compile_for(call, x, x, x, tables, jax.ShapeDtypeStruct(fixed.shape, bool))
   in_place = 0.0
   if implementation != "xla" and not tables.frames.work.mixed:
     in_place = (2 + 4 / shape.head_dim) * x.size  # the output, and a logarithm per row
-  row = simulated(name, shape, method, SPLIT[1], compiled, in_place, allocation=SPLIT)
-  return row | {"allocation": SPLIT}
+  counted = counts(compiled, SPLIT[1] / shape.heads, in_place)
+  return simulated(name, shape, method, SPLIT, counted) | {"allocation": SPLIT}
 
 
 def sparse_linear(name: str, shape: Shape, method: SparseLinear, implementation: str) -> dict:
@@ -140,45 +162,36 @@ def sparse_linear(name: str, shape: Shape, method: SparseLinear, implementation:
   x = shape.rows()
   tiles = jax.ShapeDtypeStruct((1, shape.heads, layout.tiles, layout.tiles), jnp.bool_)
   segments = Segments.of_tiles(layout.arrays().kv_len, layout.block)
-  run = functools.partial(
-    linear_attention, feature_map=method.feature_map, implementation=implementation
-  )
-  compiled = offline.compile_for(
-    lambda q, k, v, segments, reads: run(q, k, v, segments, reads=reads)[0],
-    *(x, x, x, segments, tiles),
-  )
-  return simulated(name, shape, method, shape.heads, compiled)
+
+  def call(q, k, v, segments, reads):
+    return op_of(method, implementation)(q, k, v, segments, reads=reads)[0]
+
+  compiled = offline.compile_for(call, x, x, x, segments, tiles)
+  return simulated(name, shape, method, None, counts(compiled), sums=layout.tiles**2)
 
 
 def simulated(
   name: str,
   shape: Shape,
   method: Method,
-  own: int,
-  compiled: offline.Compilation,
-  in_place: float = 0.0,
-  allocation: tuple[int, ...] | None = None,
+  allocation: tuple[int, int] | None,
+  counted: dict,
+  sums: int = 0,
 ) -> dict:
-  """Returns seconds of linear attention on `own` heads beside the sparse launch and in a block.
+  """Returns seconds of linear attention beside the sparse launch and in a block.
 
   Args:
     name: of the row, without "h100_".
-    shape: of the comparison.
-    method: whose sparse launch it is.
-    own: linear heads.
-    compiled: the program with linear attention.
-    in_place: see `linear_bytes`.
-    allocation: heads per branch.
+    allocation: sparse and linear heads; None: every head is both.
+    counted: of `counts`.
+    sums: see `Shape.linear_flops`.
   """
   layout = shape.layout()
   gpu = load_gpu("h100")
   card = load_model(MODEL)
-  share = own / shape.heads
-  moved, kernels = linear_bytes(hlo_bytes.operations(compiled.compiled.as_text()), share, in_place)
-  least = 4 * 2 * shape.rows().size * share  # q, k, v in, the output out
-  # Segments of sparse-linear attention read the sums of others.
-  sums = layout.tiles**2 if isinstance(method, SparseLinear) else 0
-  flops = (4.0 * layout.n + 2.0 * sums) * shape.head_dim * (shape.head_dim + 1) * own
+  own = shape.heads if allocation is None else allocation[1]
+  least = 4 * 2 * shape.rows().size * own / shape.heads  # q, k, v in, the output out
+  flops = shape.linear_flops(own, sums)
 
   def seconds(moved):
     return max(moved / gpu.rates.hbm, flops / gpu.rates.matmul_flops)
@@ -186,29 +199,19 @@ def simulated(
   sizes = (layout, shape.heads, shape.head_dim)
   call = attention_call(method, *sizes, allocation=allocation)
   sparse_s = attention_seconds(call, gpu, shape.heads).total
-  linear_s = seconds(moved)
-  whole = simulate(Plan(card, name, method, shape.grid, shape.block), gpu)
-  rest_s = (whole.matmul_s + whole.elementwise_s) / card.layers
+  linear_s = seconds(counted["linear_bytes"])
+  whole = simulate(Plan(card, name, method, shape.grid), gpu)
+  rest_s = (whole.matmul_seconds + whole.elementwise_seconds) / card.layers
+  what = "seconds of linear attention as compiled, over seconds of the sparse launch"
   return {
-    "name": f"h100_{name}",
-    "value": linear_s / sparse_s,
-    "unit": "x",
-    "goal": None,
-    "met": None,
-    "measured": False,
-    "what": "seconds of linear attention as compiled, over seconds of the sparse launch",
+    **shape.row(f"h100_{name}", linear_s / sparse_s, "x", False, what),
+    **counted,
     "rates": "freqformer/simulation/gpus/h100.json",
-    "n": layout.n,
-    "heads": shape.heads,
-    "head_dim": shape.head_dim,
     "linear_heads": own,
     "density": call.pairs / (float(layout.n) ** 2 * shape.heads),
     "sparse_flops": layer_cost(method, *sizes, allocation).attention_flops,
     "linear_flops": flops,
-    "linear_bytes": moved,
     "linear_bytes_least": least,
-    "linear_kernels": kernels,
-    "temp_bytes": compiled.temp_bytes,
     "sparse_s": sparse_s,
     "linear_s": linear_s,
     "linear_least_s": seconds(least),
@@ -224,32 +227,19 @@ def gradients(name: str, shape: Shape, method: SparseFlow, implementation: str) 
   """Returns bytes of forward and backward on all heads, as soft training runs, per element of q."""
   x = shape.rows()
   frames = method.tables(shape.layout()).frames
-  run = functools.partial(
-    linear_attention, feature_map=method.feature_map, implementation=implementation
-  )
 
   def call(q, k, v, frames, d_out):
+    run = op_of(method, implementation)
     out, rule = jax.vjp(lambda *x: run(*x, frames)[0], q, k, v)
     return out, rule(d_out)
 
-  compiled = offline.compile_for(call, x, x, x, frames, x)
-  moved, kernels = linear_bytes(hlo_bytes.operations(compiled.compiled.as_text()), 1.0, 0)
-  return {
-    "name": f"h100_{name}",
-    "value": moved / x.size,
-    "unit": "bytes per element",
-    "goal": None,
-    "met": None,
-    "measured": False,
-    "what": "linear attention forward and backward, all heads; reading q, k, v, dO and writing "
-    "out, dq, dk, dv once is 16",
-    "n": shape.layout().n,
-    "heads": shape.heads,
-    "head_dim": shape.head_dim,
-    "linear_bytes": moved,
-    "linear_kernels": kernels,
-    "temp_bytes": compiled.temp_bytes,
-  }
+  counted = counts(offline.compile_for(call, x, x, x, frames, x))
+  each = counted["linear_bytes"] / x.size
+  what = (
+    "linear attention forward and backward, all heads; reading q, k, v, dO and writing out, dq, "
+    "dk, dv once is 16"
+  )
+  return shape.row(f"h100_{name}", each, "bytes per element", False, what) | counted
 
 
 def compiled_rows() -> list[dict]:
@@ -281,34 +271,25 @@ def measured(shape: Shape, method: SparseFlow, rounds: int) -> dict:
     jax.random.key(0), (3, 1, layout.n_buffer, shape.heads, shape.head_dim)
   )
 
-  @functools.partial(jax.jit, static_argnums=0)
-  def run(linear, q, k, v, tables):
-    if linear:
-      return linear_attention(q, k, v, tables.frames, feature_map=method.feature_map)[0]
+  @jax.jit
+  def linear(q, k, v, tables):
+    return op_of(method)(q, k, v, tables.frames)[0]
+
+  @jax.jit
+  def sparse(q, k, v, tables):
     return attention(q, k, v, method.mask_at(tables, jnp.full(1, 0.5)))[0]
 
   others = timing.Bystanders()
-  calls = {
-    "linear": lambda: run(True, q, k, v, tables),
-    "sparse": lambda: run(False, q, k, v, tables),
-  }
+  calls = {"linear": lambda: linear(q, k, v, tables), "sparse": lambda: sparse(q, k, v, tables)}
   times = timing.interleave(calls, rounds)
   mask = method.mask_at(method.tables(layout), jnp.full(1, 0.5))
-  pairs = float(mask.pairs().sum()) * shape.heads
-  linear_flops = 4.0 * layout.n * shape.head_dim * (shape.head_dim + 1) * shape.heads
-  return {
-    "name": f"cpu_{layout.n}",
-    "value": times["linear"].median / times["sparse"].median,
-    "unit": "x",
-    "goal": None,
-    "met": None,
-    "measured": True,
-    "what": "seconds of linear attention over seconds of sparse attention, all heads each, float32",
-    "n": layout.n,
-    "heads": shape.heads,
-    "head_dim": shape.head_dim,
-    "density": pairs / shape.heads / layout.n**2,
-    "flops_ratio": linear_flops / (4.0 * pairs * shape.head_dim),
+  pairs = float(mask.pairs().sum())
+  sparse_flops = 4.0 * pairs * shape.heads * shape.head_dim
+  value = times["linear"].median / times["sparse"].median
+  what = "seconds of linear attention over seconds of sparse attention, all heads each, float32"
+  return shape.row(f"cpu_{layout.n}", value, "x", True, what) | {
+    "density": pairs / layout.n**2,
+    "flops_ratio": shape.linear_flops(shape.heads) / sparse_flops,
     "others_cpu": others.share(),
     "linear": times["linear"].row(),
     "sparse": times["sparse"].row(),

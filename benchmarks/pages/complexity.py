@@ -5,9 +5,8 @@
   python -m benchmarks.pages.complexity --keep_approximation          # without a trained run
 
 Rows go to results/simulation.json, plots to docs/figures/, tables into docs/complexity.md between
-their markers. `measured` of a row says what its figures are: true for approximation errors, false
-for the simulator's seconds; a measurement beside such a row, published or our own, is its
-`measured_seconds`. The command that made a row stands in it.
+their markers. `measured` of a row is true for approximation errors, false for the simulator's
+seconds; a measurement beside such a row, published or our own, is its `measured_seconds`.
 """
 
 import dataclasses
@@ -27,8 +26,9 @@ from freqformer.grid.layout import TileLayout
 from freqformer.methods.registry import METHODS
 from freqformer.simulation import calibrate, plots
 from freqformer.simulation.descriptions import Gpu, load_gpu, load_model
-from freqformer.simulation.forward import Plan, dense_baseline, make_method, row, run_seconds
-from freqformer.simulation.scaling import largest_video, memory_bytes, parallel
+from freqformer.simulation.forward import Plan, dense_baseline, make_method
+from freqformer.simulation.output import grid_text, number
+from freqformer.simulation.scaling import largest_video, row, run_seconds
 
 _WORKDIR = flags.DEFINE_string(
   "workdir",
@@ -53,6 +53,7 @@ COMMAND = "python -m benchmarks.pages.complexity"
 # The papers' range, at shape A's grids; the model with 12 heads of 128.
 GRIDS = ((16, 64, 64), (32, 64, 64), (64, 64, 64), (64, 64, 128), (64, 128, 128))
 MID_DENSITY = 0.05  # of FreqFormer's mid band in the sweep's last line
+SPARSER = "freqformer (mid band at 5 %)"
 # Wan 2.1 at 480p and 720p, HunyuanVideo at 117 frames of 768 x 1280 and at 509 frames of 720p.
 VIDEO_GRIDS = ((21, 30, 52), (21, 45, 80), (30, 48, 80), (128, 45, 80))
 OWN_TILES = {"sliding_tile": (6, 8, 8), "radial": (1, 8, 16)}  # the papers'
@@ -61,9 +62,9 @@ OWN_TILES = {"sliding_tile": (6, 8, 8), "radial": (1, 8, 16)}  # the papers'
 
 
 def validation() -> tuple[Gpu, list[dict]]:
-  """Returns the H100 fitted to three published rows, the errors of all, and a fit of one rate.
+  """Returns the H100 fitted to three published rows, and the errors of two fits.
 
-  The latter predicts STA's row after fitting the dense rate alone.
+  The second fit predicts sliding tile attention's row after fitting the dense rate alone.
   """
   start = load_gpu("h100")
   measured, _ = calibrate.load_rows(PUBLISHED, "h100")
@@ -93,24 +94,20 @@ def cpu_rows() -> list[dict]:
 
 def published_run(gpu: Gpu) -> list[dict]:
   """Returns HunyuanVideo end to end on an H100: published, and simulated for the same shape."""
-  dense = Plan(load_model("hunyuanvideo"), "dense", make_method("dense"), (30, 48, 80))
-  one = row(dense_baseline(dense), gpu)  # what they ran
-  facts = {
+  one = row(plans(("dense",), "hunyuanvideo", (30, 48, 80))[0], gpu)  # what they ran
+  facts = {k: one[k] for k in ("gpu", "measured", "rates_fitted", "rates_assumed")} | {
     "set": "published run",
-    "gpu": gpu.name,
-    "measured": False,
     "fitted": False,
     "source": "arXiv 2502.04507: 945 s on one H100 with FlashAttention-3, 800 s of it attention; "
     "50 steps",
     "derived": "",
-    **{k: one[k] for k in ("rates_fitted", "rates_assumed")},
   }
   found = []
-  for part, field, published in (
-    ("all", "seconds", 945.0),
-    ("attention", "attention_seconds", 800.0),
+  for part, step, published in (
+    ("all", one["seconds"], 945.0),
+    ("attention", one["attention_seconds"], 800.0),
   ):
-    seconds = 50 * one[field]
+    seconds = 50 * step
     times = {"seconds": seconds, "measured_seconds": published, "error": seconds / published - 1}
     found.append({"name": f"HunyuanVideo, 115,200 tokens, 50 steps: {part}"} | facts | times)
   return found
@@ -119,10 +116,10 @@ def published_run(gpu: Gpu) -> list[dict]:
 # ---- rows: simulation ----------------------------------------------------------------------------
 
 
-def baseline_and(names: tuple[str, ...], card: str, grid) -> list[Plan]:
-  """Returns the plan of the unpadded dense baseline, then those of methods with their defaults."""
-  plans = [Plan(load_model(card), name, make_method(name), grid) for name in names]
-  return [dense_baseline(plans[0]), *plans]
+def plans(methods: tuple[str, ...], card: str, grid: tuple[int, int, int]) -> list[Plan]:
+  """Returns the plan of the unpadded dense baseline, then those of the methods."""
+  found = [Plan(load_model(card), name, make_method(name), grid) for name in methods]
+  return [dense_baseline(found[0]), *found]
 
 
 def sweep(gpu: Gpu) -> list[dict]:
@@ -130,15 +127,15 @@ def sweep(gpu: Gpu) -> list[dict]:
 
   These grids fill their tiles: `dense` is its own unpadded baseline.
   """
-  card = load_model("wan2.1-1.3b")
   found = []
   for grid in GRIDS:
-    tiles = Plan(card, "dense", make_method("dense"), grid).layout.tiles
-    names = {name: name for name in METHODS}
-    names["freqformer (mid band at 5 %)"] = f"freqformer(mid_tiles={round(MID_DENSITY * tiles)})"
-    base = row(baseline_and(("dense",), card.name, grid)[0], gpu)
-    for name, text in names.items():
-      r = row(Plan(card, name, make_method(text), grid), gpu)
+    baseline, *defaults = plans(tuple(METHODS), "wan2.1-1.3b", grid)
+    tiles = round(MID_DENSITY * baseline.layout.tiles)
+    sparser = make_method(f"freqformer(mid_tiles={tiles})")
+    sparser = dataclasses.replace(defaults[0], name=SPARSER, method=sparser)
+    base = row(baseline, gpu)
+    for plan in (*defaults, sparser):
+      r = row(plan, gpu)
       attention = r["attention_seconds"] + r["around_seconds"]
       speedups = {
         "speedup_over_dense": base["seconds"] / r["seconds"],
@@ -153,16 +150,16 @@ def durations(gpu: Gpu) -> list[dict]:
   card = load_model("hunyuanvideo")
   found = []
   for t in (33, 66, 128, 256):
-    for plan in baseline_and(("dense", "freqformer", "sliding_tile"), card.name, (t, 45, 80)):
+    for plan in plans(("dense", "freqformer", "sliding_tile"), card.name, (t, 45, 80)):
+      one = row(plan, gpu)
       run, _ = run_seconds(plan, gpu)
       extra = {
         "set": "duration",
         "run_seconds": run,
-        "memory_bytes": memory_bytes(plan),
-        "fits": memory_bytes(plan) <= gpu.memory_bytes,
-        "gpu_s_per_video_s": run / card.video_seconds(plan.grid),
+        "fits": one["memory_bytes"] <= gpu.memory_bytes,
+        "gpu_s_per_video_s": run / one["video_seconds"],
       }
-      found.append(row(plan, gpu) | extra)
+      found.append(one | extra)
   for name in ("dense", "freqformer"):
     grid = largest_video(Plan(card, name, make_method(name), (1, 45, 80)), gpu)
     facts = {"set": "largest", "model": card.name, "method": name, "gpu": gpu.name}
@@ -171,42 +168,34 @@ def durations(gpu: Gpu) -> list[dict]:
   return found
 
 
+def against_dense(name: str, gpu: Gpu, gpus: int = 1) -> list[dict]:
+  """Returns one forward of Wan2.1-14B at 720p: the baseline, dense and FreqFormer."""
+  found = [
+    row(plan, gpu, gpus) for plan in plans(("dense", "freqformer"), "wan2.1-14b", (21, 45, 80))
+  ]
+  dense = found[0]["seconds"]
+  return [r | {"set": name, "speedup_over_dense": dense / r["seconds"]} for r in found]
+
+
 def several_gpus(gpu: Gpu) -> list[dict]:
   """Returns Wan2.1-14B at 720p on 1 to 8 GPUs, heads dealt greedily."""
-  found = []
-  plans = baseline_and(("dense", "freqformer"), "wan2.1-14b", (21, 45, 80))
-  for plan in plans:
-    facts = {"set": "gpus", "model": plan.card.name, "method": plan.name, "gpu": gpu.name}
-    for gpus in (1, 2, 4, 8):
-      one = parallel(plan, gpu, gpus)
-      speedup = parallel(plans[0], gpu, gpus).seconds / one.seconds
-      times = dataclasses.asdict(one) | {"speedup_over_dense": speedup}
-      found.append(facts | {"measured": False} | times)
-  return found
+  found = [r for gpus in (1, 2, 4, 8) for r in against_dense("gpus", gpu, gpus)]
+  methods = list(dict.fromkeys(r["method"] for r in found))
+  return sorted(found, key=lambda r: methods.index(r["method"]))
 
 
 def devices(h100: Gpu) -> list[dict]:
-  """Returns one forward of Wan2.1-14B at 720p on each GPU.
-
-  The H200 has the H100's SMs and gets the rates that were fitted there.
-  """
+  """Returns one forward on each GPU; the H200 has the H100's SMs, hence its fitted rates."""
   h200 = calibrate.carry_over(h100, load_gpu("h200"))
-  found = []
-  for gpu in (h100, h200, load_gpu("a100"), load_gpu("b200")):
-    plans = baseline_and(("dense", "freqformer"), "wan2.1-14b", (21, 45, 80))
-    at = [row(plan, gpu) for plan in plans]
-    for r in at:
-      found.append({"set": "devices"} | r | {"speedup_over_dense": at[0]["seconds"] / r["seconds"]})
-  return found
+  gpus = (h100, h200, load_gpu("a100"), load_gpu("b200"))
+  return [r for gpu in gpus for r in against_dense("devices", gpu)]
 
 
 def default_rows() -> list[dict]:
   """Returns what every method's defaults cost on published video grids; counts, no timing.
 
-  One layer of 24 heads of 128 channels, forward, one sample, the step that most of a sampling run
-  does. Tiles have at most 128 rows except where the paper has its own (sliding_tile: 6 x 8 x 8 =
-  384 rows; radial: 1 x 8 x 16, and once more on the layout's choice). Routed methods are at their
-  prior.
+  One layer of 24 heads of 128 channels, forward, one sample, a usual step. Tiles have at most 128
+  rows except where the paper has its own. Routed methods are at their prior.
   """
   heads = 24
   found = []
@@ -216,11 +205,8 @@ def default_rows() -> list[dict]:
     for grid in VIDEO_GRIDS:
       layout = TileLayout.fit(grid, math.prod(tile) if tile else 128, tile)
       pairs = make_method(name).pairs(layout, heads).pairs
-      counts = {
-        "density": pairs / (heads * float(layout.n) ** 2),
-        "attention_flops": 4 * 128 * pairs,
-      }
       facts = {"set": "defaults", "method": label, "grid": list(grid), "tile": list(layout.tile)}
+      counts = {"density": pairs / (heads * layout.n**2), "attention_flops": 4 * 128 * pairs}
       found.append(facts | counts | {"measured": False})
   return found
 
@@ -229,10 +215,7 @@ def default_rows() -> list[dict]:
 
 
 def approximation_rows(workdir: str) -> list[dict]:
-  """Returns errors of every operator beside their bounds.
-
-  Of random tensors, then of every layer and head of a trained model.
-  """
+  """Returns errors of every operator beside their bounds: of random tensors and a trained model."""
   method = make_method("freqformer(mid_tiles=3, window=(1, 2, 2))")
   arrays = TileLayout.fit((8, 12, 12), 64, (4, 4, 4)).arrays()
   found = []
@@ -259,21 +242,12 @@ def markdown(found: list[dict], columns: dict[str, Cell]) -> str:
   return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def number(field: str, form: str, unit: float = 1.0) -> Cell:
-  """Returns a cell: a field in a unit, formatted."""
-  return lambda r: format(r[field] / unit, form)
-
-
 def text(field: str) -> Cell:
   return lambda r: r[field]
 
 
 def yes(field: str) -> Cell:
   return lambda r: "yes" if r[field] else "no"
-
-
-def grid_text(r: dict) -> str:
-  return "x".join(map(str, r["grid"]))
 
 
 MEASURED = {"measured": yes("measured")}
@@ -332,9 +306,9 @@ GPUS = {
   "method": text("method"),
   "GPUs": text("gpus"),
   "seconds per forward": number("seconds", ".3f"),
-  "of it communication": number("communication_s", ".3f"),
+  "of it communication": number("communication_seconds", ".3f"),
   "busiest / mean GPU": number("imbalance", ".2f"),
-  "speed-up over one": number("speedup", ".2f"),
+  "speed-up over one": number("speedup_over_one_gpu", ".2f"),
   "unpadded dense / this": number("speedup_over_dense", ".2f"),
 }
 DEVICES = {
@@ -369,19 +343,14 @@ APPROXIMATION = {
 
 def defaults_table(found: list[dict]) -> str:
   """Returns densities and TFLOP of attention: a line per method, a column per grid."""
-  at = {(r["method"], grid_text(r)): r for r in found}
-  grids = list(dict.fromkeys(grid_text(r) for r in found))
-
-  def cell(grid):
-    def show(line):
-      r = at[line["method"], grid]
-      return f"{r['density']:.4f}, {r['attention_flops'] / 1e12:.1f}"
-
-    return show
-
-  lines = [{"method": name} for name in dict.fromkeys(r["method"] for r in found)]
-  columns = {"method": text("method")} | {grid: cell(grid) for grid in grids}
-  return markdown(lines, columns | {"measured": lambda _: "no"})
+  lines = {}
+  for r in found:
+    line = lines.setdefault(r["method"], {"method": r["method"], "measured": False})
+    line[grid_text(r)] = f"{r['density']:.4f}, {r['attention_flops'] / 1e12:.1f}"
+  grids = dict.fromkeys(grid_text(r) for r in found)
+  return markdown(
+    list(lines.values()), {name: text(name) for name in ("method", *grids)} | MEASURED
+  )
 
 
 def tables(rows: list[dict]) -> dict[str, str]:
@@ -406,11 +375,7 @@ def tables(rows: list[dict]) -> dict[str, str]:
 
 
 def fill(page: str, found: dict[str, str]) -> str:
-  """Replaces what stands between `<!-- name -->` and `<!-- end name -->` of a page.
-
-  Raises:
-    ValueError: if the page lacks a marker.
-  """
+  """Replaces what stands between a page's markers; raises ValueError for a page without them."""
   for name, body in found.items():
     pattern = rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)"
     page, count = re.subn(pattern, lambda m, b=body: f"{m[1]}{b}\n{m[2]}", page, flags=re.S)
@@ -428,15 +393,18 @@ def fill(page: str, found: dict[str, str]) -> str:
 def draw(rows: list[dict]) -> None:
   """Writes the page's figures."""
   found = of_set(rows, "sweep")
-  title = f"{found[0]['model']} on {found[0]['gpu']}, one forward: simulated"
-  plots.scaling_plot(found, FIGURES / "scaling.png", title)
   most = max(r["tokens"] for r in found)
   last = [r for r in found if r["tokens"] == most and r["method"] != "dense"]
-  title = f"One forward at {most:,} tokens, without dense: simulated"
-  plots.bars(last, FIGURES / "parts.png", title)
-  plots.validation_plot(of_set(rows, "three published rows fitted"), FIGURES / "validation.png")
+  published = of_set(rows, "three published rows fitted")
   bounded = [r for r in of_set(rows, "approximation") if r["bound"] is not None and not r["exact"]]
-  plots.errors_plot(bounded, FIGURES / "errors.png")
+  figures = {
+    "scaling": plots.scaling_figure(found),
+    "parts": plots.bars(last, f"One forward at {most:,} tokens, without dense: simulated"),
+    "validation": plots.validation_figure(published),
+    "errors": plots.errors_figure(bounded),
+  }
+  for name, figure in figures.items():
+    plots.save(figure, FIGURES / f"{name}.png")
 
 
 def counted_rows() -> list[dict]:

@@ -15,8 +15,7 @@ from freqformer.simulation.forward import cubic_grid
 # Rows of a tile: far more than an SM can hold at once, which is how a work item is priced.
 MOST_BLOCK = 1024
 _SUFFIXES = {"k": 1 << 10, "m": 1 << 20}
-# Giving any of these flags requests result rows; the others only change how they are computed.
-_ASKS = ("model", "method", "compare", "tokens", "grid", "gpus", "block", "run")
+# Giving any of these flags, or --run, requests result rows.
 _DEFAULTS = {
   "model": "wan2.1-1.3b",
   "method": "freqformer",
@@ -37,7 +36,7 @@ def parse(argv, description: str) -> argparse.Namespace:
   parser = argparse.ArgumentParser(
     prog="python -m freqformer.simulate", description=description, allow_abbrev=False
   )
-  helps = {
+  texts = {
     "model": f"{', '.join(known('models'))} (default {_DEFAULTS['model']}), or a JSON file",
     "method": f"{', '.join(METHODS)}, with fields: block_topk(density=0.2), "
     "freqformer(router=dict(prior=(1,1,2)))",
@@ -48,19 +47,22 @@ def parse(argv, description: str) -> argparse.Namespace:
     "write_gpu": "with --calibrate: write the calibrated GPU to this file",
     "plot": "write a plot of the rows (with --calibrate alone: of the fit) to this file",
   }
-  for name, text in helps.items():
+  numbers = {
+    "gpus": "sequence-parallel GPUs",
+    "block": f"rows of a tile, 1..{MOST_BLOCK}; default {_DEFAULTS['block']}",
+    "steps": "denoising steps of --run; default: the model's",
+  }
+  for name, text in texts.items():
     parser.add_argument(f"--{name}", help=text)
-  block = f"rows of a tile, 1..{MOST_BLOCK}; default {_DEFAULTS['block']}"
   parser.add_argument("--gpu", default="h100", help=f"{', '.join(known('gpus'))}, or a JSON file")
-  parser.add_argument("--gpus", type=int, help="sequence-parallel GPUs")
-  parser.add_argument("--block", type=int, help=block)
-  parser.add_argument("--steps", type=int, help="denoising steps of --run; default: the model's")
+  for name, text in numbers.items():
+    parser.add_argument(f"--{name}", type=int, help=text)
   parser.add_argument("--format", default="table", choices=("table", "json", "csv"))
   parser.add_argument(
     "--run", action="store_true", help="also a whole denoising run and the longest video that fits"
   )
   args = parser.parse_args(argv)
-  args.rows = not args.calibrate or any(getattr(args, name) for name in _ASKS)
+  args.rows = not args.calibrate or any(getattr(args, name) for name in (*_DEFAULTS, "run"))
   for name, value in _DEFAULTS.items():
     if getattr(args, name) is None:
       setattr(args, name, value)
@@ -69,31 +71,27 @@ def parse(argv, description: str) -> argparse.Namespace:
 
 
 def _check(args) -> None:
-  if not 1 <= args.block <= MOST_BLOCK:
-    raise ConfigError(
-      f"--block={args.block} must lie in 1..{MOST_BLOCK}, rows of a tile that one SM works on."
-    )
-  if args.gpus < 1:
-    raise ConfigError(f"--gpus={args.gpus} must be at least 1.")
-  if args.steps is not None and (args.steps < 1 or not args.run):
-    raise ConfigError(
-      f"--steps={args.steps} must be at least 1 and is the length of --run; add --run."
-    )
-  if args.write_gpu and not args.calibrate:
-    raise ConfigError(
-      f"--write_gpu={args.write_gpu} writes what --calibrate=rows.json fits; add --calibrate."
-    )
+  refusals = {
+    f"--block={args.block} must lie in 1..{MOST_BLOCK}, rows of a tile that one SM works on.": (
+      not 1 <= args.block <= MOST_BLOCK
+    ),
+    f"--gpus={args.gpus} must be at least 1.": args.gpus < 1,
+    f"--steps={args.steps} must be at least 1 and is the length of --run; add --run.": (
+      args.steps is not None and (args.steps < 1 or not args.run)
+    ),
+    f"--write_gpu={args.write_gpu} writes what --calibrate=rows.json fits; add --calibrate.": (
+      args.write_gpu and not args.calibrate
+    ),
+  }
+  for message, holds in refusals.items():
+    if holds:
+      raise ConfigError(message)
   if args.plot:
     plots.check_format(args.plot)
 
 
 def parse_tokens(text: str) -> list[int]:
-  """Reads `64k,75600,1m` as [65536, 75600, 1048576]; k is 1,024 and m 1,048,576.
-
-  Raises:
-    ConfigError: for anything that is not a positive whole number of tokens, or more than int32 can
-      index.
-  """
+  """Reads `64k,75600,1m` as [65536, 75600, 1048576]; raises ConfigError for anything else."""
   found = []
   for word in text.split(","):
     word = word.strip().lower()
@@ -126,25 +124,21 @@ def parse_grid(text: str) -> tuple[int, int, int]:
 
 
 def grids(args, card: ModelCard) -> list[tuple[int, int, int]]:
-  """Returns the grids that were asked for.
-
-  Without --grid: the model's own with so many tokens, else the most cubic one; without --tokens:
-  its usual video's. A grid that was not given is printed on stderr.
-  """
+  """Returns --grid, or the model's own with so many --tokens, or the most cubic one; printed."""
+  tokens = parse_tokens(args.tokens) if args.tokens else [math.prod(card.grid)]
   if args.grid:
     grid = parse_grid(args.grid)
-    if args.tokens and parse_tokens(args.tokens) != [math.prod(grid)]:
+    if args.tokens and tokens != [math.prod(grid)]:
       raise ConfigError(
         f"--grid={args.grid} has {math.prod(grid)} tokens, --tokens={args.tokens}; give one, or "
         "equal ones."
       )
     return [grid]
   found = []
-  for n in parse_tokens(args.tokens) if args.tokens else [math.prod(card.grid)]:
+  for n in tokens:
     own = card.grid_of(n)
-    grid = own or cubic_grid(n)
-    found.append(grid)
+    found.append(own or cubic_grid(n))
     kind = f"of a video of {card.name}" if own else "the most cubic"
-    shown = "x".join(map(str, grid))
+    shown = "x".join(map(str, found[-1]))
     print(f"{n:,} tokens: grid {shown}, {kind} (choose with --grid)", file=sys.stderr)
   return found

@@ -32,22 +32,16 @@ class Calibration:
   """A fit.
 
   Attributes:
-    gpu: the device with fitted rates; `gpu.fitted` names them.
+    gpu: the device with fitted rates; `gpu.fit_warnings`: reasons not to trust them.
     fitted: names of the rates of this fit.
     rows: one per measurement, with the prediction's error.
     notes: rows that were left out or held out.
-    warnings: reasons not to trust the fit; usually empty.
   """
 
   gpu: Gpu
   fitted: tuple[str, ...]
   rows: list[dict]
   notes: tuple[str, ...] = ()
-  warnings: tuple[str, ...] = ()
-
-  def worst(self, fitted: bool) -> float:
-    """Returns the largest absolute relative error of the fitted or the other rows; 0: no rows."""
-    return max((abs(r["error"]) for r in self.rows if r["fitted"] == fitted), default=0.0)
 
   def report(self) -> str:
     """Returns rates, rows and errors for people."""
@@ -64,16 +58,15 @@ class Calibration:
       lines.append(f"{r['name']:<44} {times}  {'yes' if r['fitted'] else 'no'}")
     kernels = {r["implementation"] for r in self.rows}
     for kernel in sorted(kernels):
-      errors = [
-        abs(r["error"]) for r in self.rows if not r["fitted"] and r["implementation"] == kernel
-      ]
+      own = [r for r in self.rows if r["implementation"] == kernel]
+      errors = [abs(r["error"]) for r in own if not r["fitted"]]
       if errors:
         of = f" of {kernel}" if kernel and len(kernels) > 1 else ""
         lines.append(
           f"{len(errors)} rows{of} not fitted: mean error {statistics.mean(errors):.1%}, "
           f"worst {max(errors):.1%}"
         )
-    return "\n".join(lines + [f"WARNING: {w}" for w in self.warnings])
+    return "\n".join(lines + [f"WARNING: {w}" for w in self.gpu.fit_warnings])
 
 
 def fit_file(gpu: Gpu, path) -> Calibration:
@@ -89,41 +82,37 @@ def calibrate(
 
   Args:
     gpu: starting rates; those not fitted stay.
-    measured: of `load_rows`; `fit` says which to fit to.
     free: names of rates to fit; default: of `_FREE`, in its order, those that matter to these rows,
       at most one per row.
   """
   rows = [m for m in measured if m.fit]
   if free is None:
     free = tuple(name for name in _FREE if _matters(gpu, rows, name))[: len(rows)]
-  names = free
   best = gpu
   for step in (2.0, 1.3, 1.1, 1.03, 1.01, 1.003, 1.001, 1.0003):
     for _ in range(60):
       before = _loss(best, rows)
-      for name in names:
+      for name in free:
         best = _line_search(best, gpu, rows, name, step)
       if _loss(best, rows) > before * (1 - 1e-6) - 1e-15:
         break
-  warnings = tuple(_limits(best, gpu, names) + _misses(best, rows))
   to = f"{len(rows)} measured rows"
-  changed = f"Fitted ({', '.join(names)}) to {to}; the other rates as before: {gpu.rates_from}"
-  before = tuple(n for n in gpu.fitted if n not in names)
+  before = tuple(n for n in gpu.fitted if n not in free)
   best = dataclasses.replace(
     best,
-    rates_from=changed,
-    fitted=before + names,
+    rates_from=f"Fitted ({', '.join(free)}) to {to}; the other rates as before: {gpu.rates_from}",
+    fitted=before + free,
     fitted_to=f"{to} (before: {gpu.fitted_to})" if before else to,
-    fit_warnings=warnings,
+    fit_warnings=(*_limits(best, gpu, free), *_misses(best, rows)),
   )
-  return Calibration(best, names, [_row(best, m) for m in measured], warnings=warnings)
+  return Calibration(best, free, [_row(best, m) for m in measured])
 
 
 def carry_over(fitted: Gpu, to: Gpu) -> Gpu:
-  """Returns a device with the SMs' rates of a fitted one that has the same SMs.
+  """Returns a device with the SMs' rates of a fitted one; memory and links stay its own.
 
-  Memory and links stay its own. Clocks are taken to be the same, too: the data sheets say nothing
-  else, and no measurement of `to` is involved.
+  Clocks are taken to be the same, too: the data sheets say nothing else, and no measurement of `to`
+  is involved.
 
   Raises:
     ConfigError: if the SMs differ by their descriptions.
@@ -146,28 +135,24 @@ def carry_over(fitted: Gpu, to: Gpu) -> Gpu:
 
 
 def _limits(gpu, start, names) -> list[str]:
-  """Lists rates that ended on a limit of their search.
-
-  The rows do not determine them, or the model does not describe the rows.
-  """
-  found = []
-  for name in names:
-    value = getattr(gpu.rates, name)
-    if any(math.isclose(value, limit, rel_tol=1e-6) for limit in _range(start, name)):
-      found.append(f"{name} ended on the limit of its search, {value:.4g}")
-  return found
+  """Lists rates on a limit of their search: not determined by the rows, or the model is wrong."""
+  values = {name: getattr(gpu.rates, name) for name in names}
+  return [
+    f"{name} ended on the limit of its search, {value:.4g}"
+    for name, value in values.items()
+    if any(math.isclose(value, limit, rel_tol=1e-6) for limit in _range(start, name))
+  ]
 
 
 def _misses(gpu, rows) -> list[str]:
   """Says how many fitted rows are missed all the same."""
-  errors = {m.name: _predict(gpu, m) / m.seconds - 1 for m in rows}
-  missed = {name: error for name, error in errors.items() if abs(error) > _MISSED}
+  missed = [r for r in (_row(gpu, m) for m in rows) if abs(r["error"]) > _MISSED]
   if not missed:
     return []
-  worst = max(missed, key=lambda name: abs(missed[name]))
+  worst = max(missed, key=lambda r: abs(r["error"]))
   return [
     f"{len(missed)} of {len(rows)} fitted rows are missed by more than {_MISSED:.0%}; the worst is "
-    f"{worst}, {missed[worst]:+.1%}"
+    f"{worst['name']}, {worst['error']:+.1%}"
   ]
 
 
@@ -201,7 +186,6 @@ def _loss(gpu, rows):
 
 
 def _matters(gpu, rows, name):
-  """Whether some row depends on a rate."""
   halved = _with(gpu, name, getattr(gpu.rates, name) / 2)
   return any(abs(_predict(halved, m) / _predict(gpu, m) - 1) > _MATTERS for m in rows)
 

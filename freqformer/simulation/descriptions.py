@@ -45,20 +45,12 @@ class Rates:
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-  """One device.
+  """One device: facts of its data sheet, and rates that it achieves.
 
   Attributes:
-    name: short, as on command lines.
-    title: long.
-    tensor_flops: of the data sheet, dense bf16, FLOP/s.
-    hbm_bytes_per_s: of the data sheet.
-    memory_bytes: of the data sheet.
-    l2_bytes: capacity.
+    tensor_flops: dense bf16, FLOP/s.
     sms: multiprocessors (cores of a CPU).
     exp_per_sm_s: exponentials per second of one.
-    rates: achieved.
-    rates_from: origin of the rates.
-    sources: of the facts.
     fitted: names of the rates that were fitted to measurements; all others are assumed.
     fitted_to: number of measured rows, and their device.
     fit_warnings: reasons not to trust that fit.
@@ -85,16 +77,16 @@ class Gpu:
     require(
       self, "tensor_flops hbm_bytes_per_s memory_bytes l2_bytes sms exp_per_sm_s itemsize", above=0
     )
-    for rate, sheet in (
-      ("attention_flops", "tensor_flops"),
-      ("matmul_flops", "tensor_flops"),
-      ("hbm", "hbm_bytes_per_s"),
-    ):
-      if getattr(self.rates, rate) > getattr(self, sheet):
-        raise ValueError(
-          f"rates.{rate}={getattr(self.rates, rate):g} exceeds the data sheet's "
-          f"{sheet}={getattr(self, sheet):g}."
-        )
+    limits = {
+      "attention_flops": "tensor_flops",
+      "matmul_flops": "tensor_flops",
+      "hbm": "hbm_bytes_per_s",
+    }
+    for rate, sheet in limits.items():
+      value = getattr(self.rates, rate)
+      limit = getattr(self, sheet)
+      if value > limit:
+        raise ValueError(f"rates.{rate}={value:g} exceeds the data sheet's {sheet}={limit:g}.")
     if unknown := set(self.fitted) - {f.name for f in dataclasses.fields(Rates)}:
       raise ValueError(f"fitted={self.fitted} names no rates: {', '.join(sorted(unknown))}.")
 
@@ -114,17 +106,11 @@ class Gpu:
     return text
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelCard:
-  """One video diffusion transformer.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelCard(BlockShape):
+  """One video diffusion transformer: sizes of its blocks and of its videos.
 
   Attributes:
-    name: short, as on command lines.
-    title: long.
-    layers: blocks.
-    width: of the residual stream.
-    heads: of a block.
-    mlp: hidden width of the two-matrix MLP.
     patch_channels: channels of a patched token, in and out.
     patch: latent cells per token (t, y, x).
     compression: pixels per latent cell (t, y, x).
@@ -133,11 +119,6 @@ class ModelCard:
     steps: denoising steps of its card.
     forwards: forwards per step (2 with classifier-free guidance).
     parameters: published.
-    sources: of the facts.
-    text: text tokens.
-    text_mode: "none", "joint" or "cross" (see `BlockShape`).
-    modulation: see `BlockShape`.
-    modulation_rows: see `BlockShape`.
     padded_latents: latent frames of the last token frame that hold no video.
     grids: tokens (t, y, x) of further videos.
   """
@@ -145,9 +126,6 @@ class ModelCard:
   name: str
   title: str
   layers: int
-  width: int
-  heads: int
-  mlp: int
   patch_channels: int
   patch: tuple[int, int, int]
   compression: tuple[int, int, int]
@@ -157,10 +135,6 @@ class ModelCard:
   forwards: int
   parameters: float
   sources: tuple[str, ...]
-  text: int = 0
-  text_mode: str = "none"
-  modulation: int = 6
-  modulation_rows: int = 0
   padded_latents: int = 0
   grids: tuple[tuple[int, int, int], ...] = ()
 
@@ -182,19 +156,6 @@ class ModelCard:
     for grid in self.grids:
       if min(grid) < 1:
         raise ValueError(f"grids={self.grids!r} must be of positive token counts.")
-
-  @property
-  def block(self) -> BlockShape:
-    """Sizes of a block."""
-    return BlockShape(
-      self.width,
-      self.heads,
-      self.mlp,
-      self.text,
-      self.text_mode,
-      self.modulation,
-      self.modulation_rows or self.width,
-    )
 
   def grid_of(self, tokens: int) -> tuple[int, int, int] | None:
     """Returns the model's own grid with so many tokens, None if it has none."""
@@ -226,26 +187,17 @@ def write_gpu(gpu: Gpu, path) -> None:
 
 
 def load_gpu(name: str) -> Gpu:
-  """Reads a GPU by name or by the path of a JSON file.
-
-  Raises:
-    ConfigError: for an unknown name (lists the known ones and the format), or a file that does not
-      describe a GPU.
-  """
+  """Reads a GPU by name or by the path of a JSON file; raises ConfigError where there is none."""
   return _load(Gpu, "gpus", name)
 
 
 def load_model(name: str) -> ModelCard:
-  """Reads a model by name or by the path of a JSON file; raises ConfigError as `load_gpu` does."""
+  """Reads a model by name or by the path of a JSON file; raises ConfigError where there is none."""
   return _load(ModelCard, "models", name)
 
 
 def gpu_named(device_kind: str) -> str | None:
-  """Returns the name of the description of a device, None if there is none.
-
-  Args:
-    device_kind: the device's own name, such as `NVIDIA H100 80GB HBM3`.
-  """
+  """Returns "h100" for a device that calls itself `NVIDIA H100 80GB HBM3`; None if unknown."""
   words = re.split(r"[^a-z0-9]+", device_kind.lower())
   return next((name for name in known("gpus") if name in words), None)
 

@@ -1,16 +1,11 @@
-"""One forward of a whole model, a denoising run, and their rows.
+"""One forward of a whole model on one GPU, batch 1, with the text of the model's card."""
 
-Batch 1, with the text of the model's card.
-"""
-
-import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 
 from freqformer.config import ConfigError
-from freqformer.cost import BlockShape, layer_cost
+from freqformer.cost import layer_cost
 from freqformer.grid.layout import TileLayout
 from freqformer.kernels.block_sparse.cost import CallCost, uniform
 from freqformer.methods.base import Method
@@ -32,12 +27,9 @@ class Plan:
   """A model, a method and a grid to be simulated.
 
   Attributes:
-    card: the model.
     name: of the method as it was asked for.
-    method: its configuration.
     grid: tokens (t, y, x).
     block: rows of a tile.
-    tile: extents of a tile, or None for the best fit.
     unpadded: tokens lie in a row and only the last tile holds padding (see `dense_baseline`).
   """
 
@@ -46,49 +38,51 @@ class Plan:
   method: Method
   grid: tuple[int, int, int]
   block: int = 128
-  tile: tuple[int, int, int] | None = None
   unpadded: bool = False
 
   @functools.cached_property
   def layout(self) -> TileLayout:
     if self.unpadded:
       return TileLayout((1, 1, math.prod(self.grid)), (1, 1, self.block), self.block)
-    return TileLayout.fit(self.grid, self.block, self.tile)
+    return TileLayout.fit(self.grid, self.block)
 
 
 @dataclasses.dataclass(frozen=True)
 class Forward:
-  """Counts and seconds of one forward; sums over layers.
+  """Counts of one forward, summed over layers, and seconds of the busiest GPU; as rows name them.
 
   Attributes:
     attention_flops: of scored pairs of self-attention, joint text included.
     linear_flops: of all else, cross-attention too.
-    hbm_bytes: through device memory.
-    l2_bytes: through L2, of self-attention.
-    kv_bytes: k and v among them.
-    attention_bytes: through device memory, of self-attention.
-    launches: of all kernels.
-    attention_s: seconds of the attention calls.
-    around_s: of the method's work around them.
-    matmul_s: of matrix products and cross-attention.
-    elementwise_s: of norms and the like.
     density: scored pairs over all pairs of tokens.
-    bound: what limits attention: "compute", "l2" or "hbm".
+    around_seconds: of the method's work around its attention calls.
+    matmul_seconds: of matrix products and cross-attention.
+    elementwise_seconds: of norms and the like.
+    attention_bound: what limits attention: "compute", "l2" or "hbm".
+    kv_bytes: k and v among the bytes through L2, of self-attention.
+    launches: of all kernels, on each GPU.
+    communication_seconds: of all-to-alls; each GPU sends `sent_bytes`.
+    imbalance: attention of the busiest GPU over the mean.
   """
 
   attention_flops: float
   linear_flops: float
   hbm_bytes: float
+  density: float
+  attention_seconds: float
+  around_seconds: float
+  matmul_seconds: float
+  elementwise_seconds: float
+  attention_bound: str
+  attention_hbm_bytes: float
   l2_bytes: float
   kv_bytes: float
-  attention_bytes: float
   launches: float
-  attention_s: float
-  around_s: float
-  matmul_s: float
-  elementwise_s: float
-  density: float
-  bound: str
+  gpus: int = 1
+  communication_seconds: float = 0.0
+  sent_bytes: float = 0.0
+  imbalance: float = 1.0
+  speedup_over_one_gpu: float = 1.0
 
   @property
   def total_flops(self) -> float:
@@ -96,7 +90,8 @@ class Forward:
 
   @property
   def seconds(self) -> float:
-    return self.attention_s + self.around_s + self.matmul_s + self.elementwise_s
+    computing = self.attention_seconds + self.around_seconds + self.matmul_seconds
+    return computing + self.elementwise_seconds + self.communication_seconds
 
 
 def make_method(text: str) -> Method:
@@ -125,15 +120,12 @@ def attention_call(
 def dense_baseline(plan: Plan) -> Plan:
   """Returns what speed-ups compare with: dense attention as a kernel like FlashAttention runs it.
 
-  Its n tokens lie in a row in tiles of 128. Our own dense method runs in the buffer that all
-  methods
-  share, whose tiles are boxes of the grid: where these do not divide it, it computes the padding as
-  well (13 % more attention on 21x45x80, 27 % on 11x48x85). That stays the row of the method
-  `dense`; a ratio against it would credit sparse methods with padding that a user's dense kernel
-  never pays. Where the grid fills its tiles both are the same.
+  Its n tokens lie in a row in tiles of 128. Our own dense method computes the padding of its tiles
+  as well (13 % more attention on 21x45x80, 27 % on 11x48x85): a ratio against it would credit
+  sparse methods with padding that a user's dense kernel never pays.
   """
   return dataclasses.replace(
-    plan, name="dense, unpadded", method=make_method("dense"), block=128, tile=None, unpadded=True
+    plan, name="dense, unpadded", method=make_method("dense"), block=128, unpadded=True
   )
 
 
@@ -161,142 +153,70 @@ def simulate(plan: Plan, gpu: Gpu, phase: str | None = None) -> Forward:
     ConfigError: if the method cannot run on this grid.
   """
   card = plan.card
-  shape = card.block
   n = math.prod(plan.grid)
   size = gpu.itemsize
-  sizes = (plan.layout, card.heads, shape.head_dim)
+  sizes = (plan.layout, card.heads, card.head_dim)
   try:
     cost = layer_cost(plan.method, *sizes, phase=phase)
     call = attention_call(plan.method, *sizes, phase=phase)
-    traffic = around_attention(plan.method, *sizes, cost, phase=phase)
+    traffic = around_attention(plan.method, *sizes, phase=phase)
   except (ValueError, ZeroDivisionError) as error:
     raise ConfigError(
       f"method {plan.name} cannot run on grid {plan.grid} with tiles of {plan.block} rows: {error}"
     ) from error
-  if shape.text_mode == "joint":
-    call += _text_call(shape, n, call)
-  seconds = attention_seconds(call, gpu, card.heads)
+  if card.text_mode == "joint":
+    call += _text_call(card, n, call)
+  attention = attention_seconds(call, gpu, card.heads)
   attention_bytes = expected_bytes(call, gpu, card.heads)
-  around = traffic.bytes * size / 2  # counted at 2 bytes per element
+  around_bytes = traffic.bytes * size / 2  # counted at 2 bytes per element
   around_s = 0.0
   if cost.linear_flops or traffic.bytes:
     around_s = cost.linear_flops / gpu.rates.matmul_flops
-    around_s += memory_seconds(around, gpu, traffic.launches)
-  products = shape.matmuls(n)
-  matmul_bytes = shape.matmul_bytes(n, size)
+    around_s += memory_seconds(around_bytes, gpu, traffic.launches)
+  products = card.matmuls(n)
+  launches = 1 + traffic.launches + ELEMENTWISE_LAUNCHES + len(products)
+  matmul_bytes = 0.0
   matmul_s = 0.0
   for _, rows, inner, columns in products:
     moved = float(size) * (rows * inner + inner * columns + rows * columns)
+    matmul_bytes += moved
     matmul_s += matmul_seconds(2.0 * rows * inner * columns, moved, gpu)
-  if shape.text_mode == "cross":
-    text = -(-shape.text // plan.block)
+  if card.text_mode == "cross":
+    text = -(-card.text // plan.block)
     cross = uniform(
-      -(-n // plan.block), text, text, shape.head_dim, block=plan.block, heads=card.heads
+      -(-n // plan.block), text, text, card.head_dim, block=plan.block, heads=card.heads
     )
-    matmul_s += attention_seconds(cross, gpu, card.heads).total
+    launches += 1
     matmul_bytes += expected_bytes(cross, gpu, card.heads)
-  elementwise = shape.elementwise_bytes(n, size)
+    matmul_s += attention_seconds(cross, gpu, card.heads).total
+  elementwise = card.elementwise_bytes(n, size)
   ends = 4.0 * n * card.width * card.patch_channels  # patch embedding and final projection
-  launches = 1 + traffic.launches + ELEMENTWISE_LAUNCHES
-  launches += len(products) + (shape.text_mode == "cross")
   layers = card.layers
   return Forward(
-    attention_flops=layers * (cost.attention_flops + shape.text_attention_flops(n)),
-    linear_flops=layers * (cost.linear_flops + shape.linear_flops(n)) + ends,
-    hbm_bytes=layers * (attention_bytes + around + matmul_bytes + elementwise),
+    attention_flops=layers * (cost.attention_flops + card.text_attention_flops(n)),
+    linear_flops=layers * (cost.linear_flops + card.linear_flops(n)) + ends,
+    hbm_bytes=layers * (attention_bytes + around_bytes + matmul_bytes + elementwise),
+    density=cost.attention_flops / (4.0 * float(n) ** 2 * card.width),
+    attention_seconds=layers * attention.total,
+    around_seconds=layers * around_s,
+    matmul_seconds=layers * matmul_s + ends / gpu.rates.matmul_flops,
+    elementwise_seconds=layers * memory_seconds(elementwise, gpu, ELEMENTWISE_LAUNCHES),
+    attention_bound=attention.bound,
+    attention_hbm_bytes=layers * attention_bytes,
     l2_bytes=layers * call.l2_bytes(size),
     kv_bytes=layers * call.kv_bytes(size),
-    attention_bytes=layers * attention_bytes,
     launches=layers * launches,
-    attention_s=layers * seconds.total,
-    around_s=layers * around_s,
-    matmul_s=layers * matmul_s + ends / gpu.rates.matmul_flops,
-    elementwise_s=layers * memory_seconds(elementwise, gpu, ELEMENTWISE_LAUNCHES),
-    density=cost.attention_flops / (4.0 * float(n) ** 2 * card.width),
-    bound=seconds.bound,
   )
 
 
-def _text_call(shape: BlockShape, n: int, like: CallCost) -> CallCost:
-  """Counts joint text in the same launch; pairs are exact.
-
-  Every video tile also lists the text tiles, text tiles list all tiles.
-  """
+def _text_call(card: ModelCard, n: int, like: CallCost) -> CallCost:
+  """Counts joint text in the same launch: video lists the text tiles, text lists all tiles."""
   block = like.block_q
-  tiles = like.rows / shape.heads
-  text = -(-shape.text // block)
+  tiles = like.rows / card.heads
+  text = -(-card.text // block)
   video = uniform(tiles, text, text, like.head_dim, block=block)
   video = dataclasses.replace(video, rows=0.0, items=0.0)
   own = uniform(text, tiles + text, tiles + text, like.head_dim, block=block)
-  both = dataclasses.replace(video + own, pairs=2.0 * n * shape.text + shape.text**2)
-  scaled = both.scaled(shape.heads)
+  exact = 2.0 * n * card.text + card.text**2
+  scaled = dataclasses.replace(video + own, pairs=exact).scaled(card.heads)
   return dataclasses.replace(scaled, block_q=like.block_q, block_kv=like.block_kv)
-
-
-def run_seconds(
-  plan: Plan,
-  gpu: Gpu,
-  steps: int | None = None,
-  seconds: Callable[[str | None], float] | None = None,
-) -> tuple[float, dict[str, int]]:
-  """Simulates a denoising run: every step by its own phase, `card.forwards` forwards each.
-
-  Args:
-    plan: of one forward.
-    gpu: the device.
-    steps: of the run; None: the card's.
-    seconds: of one forward by its phase (None: a usual one); default: `simulate`, on one GPU.
-
-  Returns:
-    seconds, and how many steps each phase has.
-
-  Raises:
-    ConfigError: if the method's schedule does not fit the number of steps.
-  """
-  steps = plan.card.steps if steps is None else steps
-  plan.method.check_run(steps)
-  phases = collections.Counter(plan.method.phase(i, steps) for i in range(steps))
-  if seconds is None:
-
-    def seconds(phase):
-      return simulate(plan, gpu, phase).seconds
-
-  total = sum(count * seconds(phase or None) for phase, count in phases.items())
-  return total * plan.card.forwards, dict(phases)
-
-
-def row(plan: Plan, gpu: Gpu, forward: Forward | None = None) -> dict:
-  """Returns the row of one forward; it is never a measurement."""
-  forward = simulate(plan, gpu) if forward is None else forward
-  n = math.prod(plan.grid)
-  return {
-    "model": plan.card.name,
-    "method": plan.name,
-    "gpu": gpu.name,
-    "tokens": n,
-    "grid": list(plan.grid),
-    "attention_flops": forward.attention_flops,
-    "linear_flops": forward.linear_flops,
-    "total_flops": forward.total_flops,
-    "hbm_bytes": forward.hbm_bytes,
-    "seconds": forward.seconds,
-    "measured": False,
-    "density": forward.density,
-    "attention_seconds": forward.attention_s,
-    "around_seconds": forward.around_s,
-    "matmul_seconds": forward.matmul_s,
-    "elementwise_seconds": forward.elementwise_s,
-    "attention_bound": forward.bound,
-    "attention_hbm_bytes": forward.attention_bytes,
-    "l2_bytes": forward.l2_bytes,
-    "kv_bytes": forward.kv_bytes,
-    "launches": forward.launches,
-    "flops_per_byte": forward.total_flops / forward.hbm_bytes,
-    "attention_flops_per_byte": forward.attention_flops / forward.attention_bytes,
-    "tokens_per_s": n / forward.seconds,
-    "tflops_per_s": forward.total_flops / forward.seconds / 1e12,
-    "video_seconds": plan.card.video_seconds(plan.grid),
-    "rates": gpu.rates_note,
-    "rates_fitted": list(gpu.fitted),
-    "rates_assumed": list(gpu.assumed),
-  }

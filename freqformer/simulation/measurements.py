@@ -4,18 +4,15 @@ A row of measurements is an object with
 
   name, source; gpu (a name of `--gpu`) or device (the device's own name: NVIDIA H100 80GB HBM3)
   heads, head_dim, seconds (or tflops, by useful FLOPs), batch (default 1)
-  the lists, as one of
-    counts: the fields of `kernels.block_sparse.cost.CallCost`, all samples and heads together
-    method, grid and, if need be, tile: the lists that the method makes of that grid
-    tokens (or n), and density (default 1): every query tile lists that share of the key tiles
+  the lists: counts (fields of `kernels.block_sparse.cost.CallCost`, of all samples and heads); or
+    method, grid and, if need be, tile; or tokens (or n) and density (default 1): the share of key
+    tiles that every query tile lists
   block_q (or block; default 128), block_kv (default: the same)
-  fit: whether rates may be fitted to it. If no row says so, `split` chooses: every other one.
-  implementation: the kernel; derived: how the figure follows from others, where it was not measured
-    itself
+  fit: whether rates may be fitted to it. If no row says so, every other one is.
+  implementation: the kernel; derived: how the figure follows from others, if not measured itself
 
 A row of `python -m benchmarks.attention` may hold several timed calls: `attention_calls` describes
-each, by the name of its times. Everything else that benchmarks write (ceilings, gates, other
-kernels than attention, failures, models) is left out and counted.
+each, by the name of its times. Everything else that benchmarks write is left out and counted.
 """
 
 import collections
@@ -33,16 +30,11 @@ from freqformer.simulation.forward import attention_call, make_method
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-  """One measured call.
+  """One measured call; see the fields of rows.
 
   Attributes:
-    name: for people.
-    seconds: measured, or derived as `derived` says.
-    call: counts of the call.
     heads: heads times samples.
     fit: whether rates may be fitted to it; None: not stated.
-    source: for people.
-    derived: how `seconds` follows from other figures, or "".
     kernel: that was measured; rates of one kernel say little about another.
   """
 
@@ -50,14 +42,14 @@ class Measurement:
   seconds: float
   call: CallCost
   heads: float
-  fit: bool | None = None
-  source: str = ""
-  derived: str = ""
-  kernel: str = ""
+  fit: bool | None
+  source: str
+  derived: str
+  kernel: str
 
 
 def load_rows(path, gpu: str) -> tuple[list[Measurement], list[str]]:
-  """Returns the rows of one device in a JSON file, and a line for each kind of row left out.
+  """Returns the rows of one device in a JSON file, and notes on what was left or held out.
 
   Raises:
     ConfigError: for a file that is absent or no list of rows, a row without a needed field (names
@@ -69,12 +61,17 @@ def load_rows(path, gpu: str) -> tuple[list[Measurement], list[str]]:
     raise ConfigError(f"--calibrate={path} cannot be read as JSON rows: {error}") from error
   if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
     raise ConfigError(f"--calibrate={path} must be a JSON list of objects, one per measured call.")
-  reasons = [_left_out(r, gpu) for r in rows]
-  used = [r for r, reason in zip(rows, reasons, strict=True) if not reason]
-  found, notes = split([m for r in used for m in measurements(r)])
-  counts = collections.Counter(filter(None, reasons))
+  counts = collections.Counter()
+  found = []
+  for row in rows:
+    reason = _left_out(row, gpu)
+    if reason:
+      counts[reason] += 1
+    else:
+      found += _measurements(row)
+  found, notes = _split(found)
   parts = ", ".join(f"{n} {reason}" for reason, n in counts.most_common())
-  left_out = [f"{sum(counts.values())} of {len(rows)} rows left out: {parts}"] if counts else []
+  left_out = [f"{counts.total()} of {len(rows)} rows left out: {parts}"] if counts else []
   if not any(m.fit for m in found):
     why = left_out[0] if left_out else "every row says fit: false" if rows else "it is empty"
     raise ConfigError(
@@ -84,13 +81,11 @@ def load_rows(path, gpu: str) -> tuple[list[Measurement], list[str]]:
   return found, left_out + notes
 
 
-def split(found: list[Measurement]) -> tuple[list[Measurement], list[str]]:
-  """Decides which rows are fitted to and which are held out, and says what was decided.
-
-  If some row asks to be fitted, rows without `fit` are held out. If none does: of the rows of the
-  kernel that has the most, sorted by FLOPs, every other one between the smallest and the largest is
-  held out (of two the larger), so that nothing is extrapolated; so are other kernels' rows.
-  """
+def _split(found: list[Measurement]) -> tuple[list[Measurement], list[str]]:
+  """Decides which rows are fitted to and which are held out, and says what was decided."""
+  # If some row asks to be fitted, rows without `fit` are held out. If none does: of the rows of the
+  # kernel that has the most, sorted by FLOPs, every other one between the smallest and the largest
+  # is held out (of two the larger), so that nothing is extrapolated; so are other kernels' rows.
   notes = []
   open_rows = [m for m in found if m.fit is None]
   if not open_rows or any(m.fit for m in found):
@@ -136,40 +131,41 @@ def _left_out(row: dict, gpu: str) -> str:
 # ---- one row -------------------------------------------------------------------------------------
 
 
-def measurements(row: dict) -> list[Measurement]:
+def _measurements(row: dict) -> list[Measurement]:
   """Returns a row's timed calls; raises ConfigError naming the row and its wrong field."""
   if "attention_calls" not in row:
-    return [measurement(row)]
+    return [_measurement(row)]
   calls = row["attention_calls"]
-  shared = {k: row[k] for k in ("source", "command", "commit", "fit") if k in row}
   if not isinstance(calls, dict) or not all(isinstance(call, dict) for call in calls.values()):
     raise ConfigError(
       f"measured row {row.get('name')!r}: attention_calls must hold an object per timed call, got "
       f"{calls!r}."
     )
+  shared = {k: row[k] for k in ("source", "command", "commit", "fit") if k in row}
   found = []
   for part, call in calls.items():
     timing = row.get(part)
     timed = isinstance(timing, dict) and "median_s" in timing
     times = {"seconds": timing["median_s"]} if timed else {}
-    found.append(measurement(shared | times | call | {"name": f"{row.get('name')}: {part}"}))
+    found.append(_measurement(shared | times | call | {"name": f"{row.get('name')}: {part}"}))
   return found
 
 
-def measurement(row: dict) -> Measurement:
-  """Reads a row as the measured call; raises ConfigError naming the row and its wrong field."""
+def _measurement(row: dict) -> Measurement:
   name = str(row.get("name", "(no name)"))
   try:
     heads = _positive(row, "heads")
     d = _positive(row, "head_dim")
     batch = _positive(row, "batch", 1)
     call = _call(row, heads, d, batch)
-    if "seconds" not in row and "tflops" not in row:
+    if "seconds" in row:
+      seconds = _positive(row, "seconds", whole=False)
+    elif "tflops" in row:
+      seconds = call.flops / (_positive(row, "tflops", whole=False) * 1e12)
+    else:
       raise KeyError("seconds or tflops")
-    given = _positive(row, "seconds" if "seconds" in row else "tflops", whole=False)
-    seconds = given if "seconds" in row else call.flops / (given * 1e12)
     fit = row.get("fit")
-    if fit not in (None, True, False) or isinstance(fit, int) and not isinstance(fit, bool):
+    if not isinstance(fit, bool | None):
       raise ValueError(f"{fit=} must be true or false")
   except (KeyError, TypeError, ValueError) as error:
     raise ConfigError(
@@ -194,11 +190,8 @@ def _call(row, heads, d, batch) -> CallCost:
   block_kv = _positive(row, "block_kv", block)
   if "counts" in row:
     call = CallCost(**row["counts"])
-    numbers = dataclasses.astuple(call)
-    if (
-      not all(math.isfinite(x) and x >= 0 for x in numbers)
-      or min(call.pairs, call.items, call.loads, call.head_dim) <= 0
-    ):
+    valid = all(math.isfinite(x) and x >= 0 for x in dataclasses.astuple(call))
+    if not valid or min(call.pairs, call.items, call.loads, call.head_dim) <= 0:
       raise ValueError(f"counts must be positive, got {row['counts']}")
     return call
   if "method" in row:
@@ -218,7 +211,6 @@ def _call(row, heads, d, batch) -> CallCost:
 
 
 def _positive(row, key, default=None, whole=True):
-  """Returns a positive number of a row; raises KeyError or ValueError otherwise."""
   value = row.get(key, default)
   if value is None:
     raise KeyError(key)

@@ -6,34 +6,36 @@ A row with `error` was refused: its numbers are None, all else is as in other ro
 import csv
 import io
 import json
-
-# Fields of every row that are None in a refused one.
-REFUSED = ("attention_flops", "linear_flops", "total_flops", "hbm_bytes", "seconds")
+from collections.abc import Callable
 
 
-def _number(field: str, form: str, unit: float = 1.0):
-  """Returns a cell that shows a field in a unit, or "-" where a row has none."""
+def number(field: str, form: str, unit: float = 1.0) -> Callable[[dict], str]:
+  """Returns a cell: a field in a unit, or "-" where a row has none."""
   return lambda r: format(r[field] / unit, form) if r.get(field) is not None else "-"
+
+
+def grid_text(row: dict) -> str:
+  return "x".join(map(str, row["grid"]))
 
 
 _COLUMNS = {
   "tokens": lambda r: f"{r['tokens']:,}",
-  "grid": lambda r: "x".join(map(str, r["grid"])),
+  "grid": grid_text,
   "method": lambda r: r["method"],
-  "GPUs": lambda r: str(r.get("gpus", 1)),
-  "density": _number("density", ".4f"),
-  "attention TFLOP": _number("attention_flops", ",.1f", 1e12),
-  "linear TFLOP": _number("linear_flops", ",.1f", 1e12),
-  "device memory GB": _number("hbm_bytes", ",.1f", 1e9),
-  "KV GB": _number("kv_bytes", ",.1f", 1e9),
-  "FLOP/byte": _number("flops_per_byte", ",.0f"),
-  "seconds": _number("seconds", ".4g"),
-  "tokens/s": _number("tokens_per_s", ",.0f"),
-  "video s": _number("video_seconds", ".1f"),
-  "run s": _number("run_seconds", ",.0f"),
-  "resident GB/GPU": _number("memory_bytes", ".1f", 1e9),
-  "unpadded dense / this": _number("speedup_over_dense", ".2f"),
-  "measured": lambda r: "yes" if r["measured"] else "no",
+  "GPUs": lambda r: str(r["gpus"]),
+  "density": number("density", ".4f"),
+  "attention TFLOP": number("attention_flops", ",.1f", 1e12),
+  "linear TFLOP": number("linear_flops", ",.1f", 1e12),
+  "device memory GB": number("hbm_bytes", ",.1f", 1e9),
+  "KV GB": number("kv_bytes", ",.1f", 1e9),
+  "FLOP/byte": number("flops_per_byte", ",.0f"),
+  "seconds": number("seconds", ".4g"),
+  "tokens/s": number("tokens_per_s", ",.0f"),
+  "video s": number("video_seconds", ".1f"),
+  "run s": number("run_seconds", ",.0f"),
+  "resident GB/GPU": number("memory_bytes", ".1f", 1e9),
+  "unpadded dense / this": number("speedup_over_dense", ".2f"),
+  "measured": lambda r: "no",
 }
 
 
@@ -41,9 +43,8 @@ def table(rows: list[dict]) -> str:
   """Returns the rows for people: models and devices, a line each, and why some were refused."""
   cells = [list(_COLUMNS), *([show(r) for show in _COLUMNS.values()] for r in rows)]
   widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-  of = dict.fromkeys(f"{r['model']} on {r.get('gpus', 1)} x {r['gpu']}" for r in rows)
-  kind = "measured too" if any(r["measured"] for r in rows) else "simulated"
-  lines = [f"{', '.join(of)}: one forward at batch 1, {kind}"]
+  of = dict.fromkeys(f"{r['model']} on {r['gpus']} x {r['gpu']}" for r in rows)
+  lines = [f"{', '.join(of)}: one forward at batch 1, simulated"]
   lines += [f"rates: {rates}" for rates in dict.fromkeys(r["rates"] for r in rows if "rates" in r)]
   lines += ["  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in cells]
   refused = [r for r in rows if "error" in r]

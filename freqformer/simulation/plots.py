@@ -25,36 +25,33 @@ def check_format(path) -> None:
     )
 
 
-def _save(figure: Figure, path) -> None:
+def save(figure: Figure, path) -> None:
+  """Writes a figure; raises ConfigError where that cannot be done."""
   path = pathlib.Path(path)
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     # No date and no hash in the file: the same rows give the same bytes.
     with matplotlib.rc_context({"svg.hashsalt": "freqformer"}):
-      figure.savefig(
-        path,
-        bbox_inches="tight",
-        dpi=130,
-        metadata={"Date": None} if path.suffix == ".svg" else None,
-      )
+      metadata = {"Date": None} if path.suffix == ".svg" else None
+      figure.savefig(path, bbox_inches="tight", dpi=130, metadata=metadata)
   except OSError as error:
     raise ConfigError(
       f"the plot cannot be written to {path}: {error.strerror or error}."
     ) from error
 
 
-def _axes(count: int, width: float, height: float = 3.6):
-  """Returns a figure and its axes side by side; sizes in inches."""
-  figure = Figure(figsize=(width, height), layout="constrained")
-  return figure, figure.subplots(1, count, squeeze=False)[0]
+def _figure(width: float, height: float) -> Figure:
+  """Returns an empty figure; sizes in inches."""
+  return Figure(figsize=(width, height), layout="constrained")
 
 
-def scaling_plot(rows: list[dict], path, title: str | None = None) -> None:
+def scaling_figure(rows: list[dict]) -> Figure:
   """Draws seconds, device memory traffic and FLOPs per byte of one forward over tokens.
 
   A line per method, all simulated; rows that were refused have no point.
   """
-  figure, axes = _axes(3, 13)
+  figure = _figure(13, 3.6)
+  axes = figure.subplots(1, 3)
   rows = [r for r in rows if r["seconds"] is not None]
   names = list(dict.fromkeys(r["method"] for r in rows))
   panels = (
@@ -73,39 +70,32 @@ def scaling_plot(rows: list[dict], path, title: str | None = None) -> None:
     axis.set_xticks(tokens, [_count(n) for n in tokens])
     axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
   axes[-1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-  of = "{model} on {gpus} x {gpu}".format(**{"gpus": 1} | rows[0])
-  figure.suptitle(title or f"{of}: simulated, nothing measured", fontsize=10)
-  _save(figure, path)
-
-
-def validation_plot(rows: list[dict], path) -> None:
-  """Draws simulated over measured seconds of every calibration row."""
-  _save(validation_figure(rows), path)
+  of = "{model} on {gpus} x {gpu}".format(**rows[0])
+  figure.suptitle(f"{of}: simulated, nothing measured", fontsize=10)
+  return figure
 
 
 def validation_figure(rows: list[dict]) -> Figure:
-  """Draws a line for each call in units of its measured seconds: measured is at 1."""
-  figure, (axis,) = _axes(1, 8, 1.2 + 0.24 * len(rows))
+  """Draws a line for each calibration row in units of its measured seconds: measured is at 1."""
+  figure = _figure(8, 1.2 + 0.24 * len(rows))
+  axis = figure.subplots()
   labels = [f"{r['name']}: {1e3 * r['measured_seconds']:.4g} ms" for r in rows]
   axis.axvspan(0.85, 1.15, color="black", alpha=0.06, lw=0, label="within 15 %")
-  for derived, fill, label in (
-    (False, MEASURED, "measured"),
-    (True, "none", "derived from measurements"),
-  ):
-    own = [i for i, r in enumerate(rows) if bool(r.get("derived")) == derived]
+  hollow = {"mfc": "none", "ms": 7}
+  looks = {
+    "measured": {"marker": "o", "color": MEASURED, "ms": 4},
+    "derived from measurements": {"marker": "D", "color": MEASURED, "mfc": "none", "ms": 4},
+    "simulated, fitted to this row": {"marker": "s", "color": SIMULATED} | hollow,
+    "simulated, not fitted to it": {"marker": "o", "color": SIMULATED} | hollow,
+  }
+  points = {label: [] for label in looks}
+  for i, r in enumerate(rows):
+    points["derived from measurements" if r.get("derived") else "measured"].append((1, i))
+    fit = "simulated, fitted to this row" if r["fitted"] else "simulated, not fitted to it"
+    points[fit].append((r["seconds"] / r["measured_seconds"], i))
+  for label, own in points.items():
     if own:
-      axis.plot(
-        [1] * len(own), own, "D" if derived else "o", color=MEASURED, mfc=fill, ms=4, label=label
-      )
-  for fitted, mark, label in (
-    (True, "s", "simulated, fitted to this row"),
-    (False, "o", "simulated, not fitted to it"),
-  ):
-    own = [
-      (r["seconds"] / r["measured_seconds"], i) for i, r in enumerate(rows) if r["fitted"] == fitted
-    ]
-    if own:
-      axis.plot(*zip(*own, strict=True), mark, color=SIMULATED, mfc="none", ms=7, label=label)
+      axis.plot(*zip(*own, strict=True), ls="none", label=label, **looks[label])
   axis.set_yticks(range(len(rows)), labels, fontsize=8)
   axis.invert_yaxis()
   axis.set(xlabel="seconds / measured seconds")
@@ -113,9 +103,10 @@ def validation_figure(rows: list[dict]) -> Figure:
   return figure
 
 
-def bars(rows: list[dict], path, title: str) -> None:
+def bars(rows: list[dict], title: str) -> Figure:
   """Draws the parts of one forward's time: stacked simulated seconds per method."""
-  figure, (axis,) = _axes(1, 8.5, 0.9 + 0.42 * len(rows))
+  figure = _figure(8.5, 0.9 + 0.42 * len(rows))
+  axis = figure.subplots()
   left = [0.0] * len(rows)
   labels = [r["method"][:32] for r in rows]
   parts = ("attention_seconds", "around_seconds", "matmul_seconds", "elementwise_seconds")
@@ -127,33 +118,26 @@ def bars(rows: list[dict], path, title: str) -> None:
   axis.invert_yaxis()
   axis.set(xlabel="seconds per forward", title=title)
   axis.legend(frameon=False, fontsize=8)
-  _save(figure, path)
-
-
-def errors_plot(rows: list[dict], path) -> None:
-  """Draws measured error / bound of every head and operator that has a bound."""
-  _save(errors_figure(rows), path)
+  return figure
 
 
 def errors_figure(rows: list[dict]) -> Figure:
   """Draws a point for each head: the largest error / bound of its rows; below 1 all keep theirs."""
-  figure, (axis,) = _axes(1, 8.5, 3.8)
+  figure = _figure(8.5, 3.8)
+  axis = figure.subplots()
   cases = list(dict.fromkeys(r["case"] for r in rows))
   kinds = list(dict.fromkeys(r["kind"] for r in rows))
   for j, kind in enumerate(kinds):
-    own = [r for r in rows if r["kind"] == kind]
-
     # Heads lie side by side in their order, so that equal ratios stay visible.
     x = []
     ratios = []
     for i, case in enumerate(cases):
-      heads = [r for r in own if r["case"] == case]
+      heads = [r for r in rows if r["kind"] == kind and r["case"] == case]
       centre = i + 0.25 * (j - (len(kinds) - 1) / 2)
       x += [centre + 0.16 * ((k + 0.5) / len(heads) - 0.5) for k in range(len(heads))]
       ratios += [r["closest"]["ratio"] for r in heads]
-    axis.plot(
-      x, ratios, _MARKS[j], color=MEASURED, ms=3.5, mew=0, ls="none", label=f"{kind} (measured)"
-    )
+    label = f"{kind} (measured)"
+    axis.plot(x, ratios, _MARKS[j], color=MEASURED, ms=3.5, mew=0, ls="none", label=label)
   axis.axhline(1, color="grey", lw=1, label="the bound")
   axis.set_xticks(range(len(cases)), [n.replace(", ", ",\n") for n in cases], fontsize=8)
   axis.set(yscale="log", ylabel="largest error / bound of a row")

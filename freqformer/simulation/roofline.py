@@ -29,16 +29,7 @@ CACHE_SHARE = 0.8
 
 @dataclasses.dataclass(frozen=True)
 class Seconds:
-  """Seconds of one attention call, by cause.
-
-  Attributes:
-    compute: of products and exposed exponentials.
-    l2: of bytes through L2.
-    hbm: of bytes through device memory.
-    tail: of SMs that idle at the end.
-    items: of starting and ending work items.
-    launch: of the launch.
-  """
+  """Seconds of one attention call, by the causes that the module names."""
 
   compute: float
   l2: float
@@ -49,7 +40,6 @@ class Seconds:
 
   @property
   def total(self) -> float:
-    """What the call takes."""
     return max(self.compute, self.l2, self.hbm) + self.tail + self.items + self.launch
 
   @property

@@ -1,5 +1,7 @@
-"""Memory of a forward, the largest video that fits, and sequence parallelism with communication."""
+"""Memory of a forward, the largest video that fits, several GPUs; the rows of all of it."""
 
+import bisect
+import collections
 import dataclasses
 import math
 
@@ -7,26 +9,12 @@ import jax
 import numpy as np
 
 from freqformer.config import ConfigError
+from freqformer.grid.layout import MOST_ROWS
 from freqformer.methods.base import Dims
-from freqformer.simulation.descriptions import Gpu, ModelCard, known, load_gpu
-from freqformer.simulation.forward import (
-  ELEMENTWISE_LAUNCHES,
-  Forward,
-  Plan,
-  row,
-  run_seconds,
-  simulate,
-)
+from freqformer.simulation.descriptions import Gpu, known, load_gpu
+from freqformer.simulation.forward import ELEMENTWISE_LAUNCHES, Forward, Plan, simulate
 
 # ---- memory --------------------------------------------------------------------------------------
-
-
-def state_bytes(plan: Plan) -> float:
-  """Returns what the method remembers between denoising steps, all layers, by its `init_state`."""
-  card = plan.card
-  dims = Dims(card.heads, card.block.head_dim, card.width)
-  state = jax.eval_shape(lambda: plan.method.init_state(1, dims, plan.layout))
-  return float(card.layers * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)))
 
 
 def memory_bytes(plan: Plan, gpus: int = 1, itemsize: int = 2) -> float:
@@ -34,18 +22,21 @@ def memory_bytes(plan: Plan, gpus: int = 1, itemsize: int = 2) -> float:
 
   Weights (`itemsize` bytes per parameter, on every GPU) + the residual stream and q, k, v in the
   padded buffer, 4 D per row (out overwrites q, the MLP runs by chunks of tokens, norms and rotary
-  are fused) + LSE + the method's state, these divided over sequence-parallel GPUs. A closed form:
-  no table is built. Not counted: text encoder, video codec, workspace, fragmentation. A plain
-  program that keeps every intermediate of a layer needs about 2.5 times as much in addition to the
-  weights.
+  are fused) + LSE + the method's state of all layers, these divided over sequence-parallel GPUs. A
+  closed form: no table is built. Not counted: text encoder, video codec, workspace, fragmentation.
+  A plain program that keeps every intermediate of a layer needs about 2.5 times as much in addition
+  to the weights.
 
   Raises:
     ValueError: for a grid that int32 cannot index.
   """
   card = plan.card
-  rows = card.block.rows(plan.layout.n_buffer)
+  rows = card.rows(plan.layout.n_buffer)
   activations = 4.0 * rows * card.width * itemsize + 4.0 * rows * card.heads
-  return float(itemsize) * card.parameters + (activations + state_bytes(plan)) / gpus
+  dims = Dims(card.heads, card.head_dim, card.width)
+  state = jax.eval_shape(lambda: plan.method.init_state(1, dims, plan.layout))
+  remembered = card.layers * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+  return float(itemsize) * card.parameters + (activations + remembered) / gpus
 
 
 def fits(plan: Plan, gpu: Gpu, gpus: int = 1) -> bool:
@@ -58,8 +49,6 @@ def fits(plan: Plan, gpu: Gpu, gpus: int = 1) -> bool:
 
 def check_fits(plan: Plan, gpu: Gpu, gpus: int = 1) -> None:
   """Raises ConfigError if a forward cannot fit: by how much, and what would."""
-  if fits(plan, gpu, gpus):
-    return
   try:
     needed = memory_bytes(plan, gpus, gpu.itemsize)
     text = (
@@ -68,8 +57,10 @@ def check_fits(plan: Plan, gpu: Gpu, gpus: int = 1) -> None:
       f"{(needed - gpu.memory_bytes) / 1e9:,.1f} GB too much"
     )
   except ValueError as error:
+    needed = math.inf
     text = str(error)
-  raise ConfigError(f"{text}. What fits: {' or '.join(_options(plan, gpu, gpus))}.")
+  if needed > gpu.memory_bytes:
+    raise ConfigError(f"{text}. What fits: {' or '.join(_options(plan, gpu, gpus))}.")
 
 
 def _options(plan: Plan, gpu: Gpu, gpus: int) -> list[str]:
@@ -79,7 +70,7 @@ def _options(plan: Plan, gpu: Gpu, gpus: int) -> list[str]:
   larger = [g for g in map(load_gpu, known("gpus")) if fits(plan, g, gpus)]
   larger.sort(key=lambda g: g.memory_bytes)
   options += [f"--gpu={g.name}" for g in larger[:1]]
-  own_frame = dataclasses.replace(plan, grid=plan.card.grid, tile=None)
+  own_frame = dataclasses.replace(plan, grid=plan.card.grid)
   largest = largest_video(plan, gpu, gpus) or largest_video(own_frame, gpu, gpus)
   if largest is not None:
     options.append(f"--grid={','.join(map(str, largest))} ({math.prod(largest):,} tokens)")
@@ -87,40 +78,17 @@ def _options(plan: Plan, gpu: Gpu, gpus: int) -> list[str]:
 
 
 def largest_video(plan: Plan, gpu: Gpu, gpus: int = 1) -> tuple[int, int, int] | None:
-  """Returns the longest grid with this plan's frame size that fits, by bisection over t.
+  """Returns the longest grid with this plan's frame size that fits; None: not even one frame."""
 
-  None if not even one frame fits.
-  """
+  def too_long(frames):
+    longer = dataclasses.replace(plan, grid=(frames, *plan.grid[1:]))
+    return not fits(longer, gpu, gpus)
 
-  def at(t):
-    return dataclasses.replace(plan, grid=(t, *plan.grid[1:]), tile=None)
-
-  if not fits(at(1), gpu, gpus):
-    return None
-  low = 1
-  high = 2
-  while fits(at(high), gpu, gpus):
-    low = high
-    high *= 2
-  while high - low > 1:
-    mid = (low + high) // 2
-    if fits(at(mid), gpu, gpus):
-      low = mid
-    else:
-      high = mid
-  return at(low).grid
+  frames = bisect.bisect_left(range(1, MOST_ROWS), True, key=too_long)
+  return (frames, *plan.grid[1:]) if frames else None
 
 
 # ---- several GPUs --------------------------------------------------------------------------------
-
-
-def check_gpus(card: ModelCard, gpus: int) -> None:
-  """Raises ConfigError for more GPUs than heads."""
-  if not 1 <= gpus <= card.heads:
-    raise ConfigError(
-      f"--gpus={gpus} must lie in 1..{card.heads}, the heads of {card.name}: each needs a whole "
-      "head."
-    )
 
 
 def imbalance(plan: Plan, gpus: int, phase: str | None = None) -> float:
@@ -130,129 +98,117 @@ def imbalance(plan: Plan, gpus: int, phase: str | None = None) -> float:
   cost; the shares are the method's own expectation. Heads that differ by what the data ask for
   (AdaSpa's levels, spatial and temporal heads) are taken as alike, hence too fast.
   """
+  heads = plan.card.heads
+  method = plan.method
+  if method.branches:
+    each = [
+      method.pairs(plan.layout, 1, tuple(alone), phase).pairs
+      for alone in np.eye(len(method.branches))
+    ]
+    edges = np.round(np.cumsum(method.shares(heads)) * heads)
+    pairs = np.array(each)[np.searchsorted(edges, np.arange(heads), side="right")]
+  else:
+    pairs = np.full(heads, method.pairs(plan.layout, 1, phase=phase).pairs)
   loads = np.zeros(gpus)
-  for pairs in sorted(head_pairs(plan, phase), reverse=True):
-    loads[loads.argmin()] += pairs
+  for head in np.sort(pairs)[::-1]:
+    loads[loads.argmin()] += head
   return float(loads.max() / loads.mean()) if loads.any() else 1.0
 
 
-def head_pairs(plan: Plan, phase: str | None = None) -> list[float]:
-  """Returns the scored pairs of each head of a layer; `phase`: of a step, None is a usual one."""
-  heads = plan.card.heads
-  method = plan.method
-  branches = len(method.branches)
-  if not branches:
-    return [method.pairs(plan.layout, 1, phase=phase).pairs] * heads
-  each = [
-    method.pairs(plan.layout, 1, alone, phase).pairs for alone in map(tuple, np.eye(branches))
-  ]
-  edges = np.round(np.cumsum(method.shares(heads)) * heads).astype(int)
-  return [each[int(np.searchsorted(edges, i, side="right"))] for i in range(heads)]
-
-
-@dataclasses.dataclass(frozen=True)
-class Parallel:
-  """One forward on several GPUs.
-
-  Attributes:
-    gpus: how many.
-    seconds: of the busiest one, the sum of the five parts.
-    attention_s: seconds of attention calls.
-    around_s: of the method's work around them.
-    matmul_s: of matrix products.
-    elementwise_s: of norms and the like.
-    communication_s: of all-to-alls.
-    sent_bytes: of each GPU.
-    imbalance: attention of the busiest GPU over the mean.
-    speedup: over one GPU.
-  """
-
-  gpus: int
-  seconds: float
-  attention_s: float
-  around_s: float
-  matmul_s: float
-  elementwise_s: float
-  communication_s: float
-  sent_bytes: float
-  imbalance: float
-  speedup: float
-
-
-def parallel(
-  plan: Plan, gpu: Gpu, gpus: int, single: Forward | None = None, phase: str | None = None
-) -> Parallel:
-  """Simulates Ulysses sequence parallelism (arXiv 2309.14509).
+def parallel(plan: Plan, gpu: Gpu, gpus: int = 1, phase: str | None = None) -> Forward:
+  """Simulates Ulysses sequence parallelism (arXiv 2309.14509) on at most as many GPUs as heads.
 
   Tokens are split except in attention, where heads are. Per layer four all-to-alls (q, k, v there,
   out back): each GPU sends `4 n D (g - 1) / g^2` elements. Nothing overlaps. Weights are whole on
   every GPU, and every GPU launches every kernel. Attention is divided by its heads, all else evenly
-  (the reading of weights too, which it should not be).
-
-  Args:
-    plan: of one forward.
-    gpu: each device.
-    gpus: how many.
-    single: the forward on one GPU where it is known.
-    phase: of a sampling step, None is a usual one.
-
-  Raises:
-    ConfigError: for more GPUs than heads.
+  (the reading of weights too, which it should not be). `phase`: of a sampling step.
   """
-  check_gpus(plan.card, gpus)
-  single = simulate(plan, gpu, phase) if single is None else single
+  single = simulate(plan, gpu, phase)
+  if gpus == 1:
+    return single
   card = plan.card
   layers = card.layers
   launch_s = gpu.rates.launch_s
   sent = layers * 4.0 * math.prod(plan.grid) * card.width * gpu.itemsize * (gpus - 1) / gpus**2
-  uneven = imbalance(plan, gpus, phase) if gpus > 1 else 1.0
-  matmuls = len(card.block.matmuls(1)) + (card.text_mode == "cross")
+  uneven = imbalance(plan, gpus, phase)
   launches = {
-    "attention_s": layers,
-    "matmul_s": layers * matmuls,
-    "elementwise_s": layers * ELEMENTWISE_LAUNCHES,
+    "attention_seconds": layers,
+    "matmul_seconds": layers * (len(card.matmuls(1)) + (card.text_mode == "cross")),
+    "elementwise_seconds": layers * ELEMENTWISE_LAUNCHES,
   }
-  launches["around_s"] = single.launches - sum(launches.values())
-  parts = {"communication_s": sent / gpu.rates.link + (gpus > 1) * layers * 4 * launch_s}
+  launches["around_seconds"] = single.launches - sum(launches.values())
+  parts = {"communication_seconds": sent / gpu.rates.link + layers * 4 * launch_s}
   for name, count in launches.items():
-    part = getattr(single, name)
-    if gpus > 1:
-      fixed = min(part, count * launch_s)
-      part = fixed + (part - fixed) / gpus * (uneven if name == "attention_s" else 1.0)
-    parts[name] = part
-  seconds = sum(parts.values())
-  return Parallel(
-    gpus, seconds, sent_bytes=sent, imbalance=uneven, speedup=single.seconds / seconds, **parts
-  )
+    alone = getattr(single, name)
+    fixed = min(alone, count * launch_s)
+    share = uneven / gpus if name == "attention_seconds" else 1 / gpus
+    parts[name] = fixed + (alone - fixed) * share
+  several = dataclasses.replace(single, gpus=gpus, sent_bytes=sent, imbalance=uneven, **parts)
+  return dataclasses.replace(several, speedup_over_one_gpu=single.seconds / several.seconds)
 
 
-def parallel_run(
-  plan: Plan, gpu: Gpu, gpus: int, steps: int | None = None
+def run_seconds(
+  plan: Plan, gpu: Gpu, gpus: int = 1, steps: int | None = None
 ) -> tuple[float, dict[str, int]]:
-  """Simulates `run_seconds` on several GPUs: each phase with its own work and imbalance."""
-  return run_seconds(plan, gpu, steps, lambda phase: parallel(plan, gpu, gpus, phase=phase).seconds)
+  """Simulates a denoising run: every step by its own phase, `card.forwards` forwards each.
+
+  Returns:
+    seconds, and how many of the steps (None: the card's) each phase has.
+
+  Raises:
+    ConfigError: if the method's schedule does not fit the number of steps.
+  """
+  steps = plan.card.steps if steps is None else steps
+  plan.method.check_run(steps)
+  phases = collections.Counter(plan.method.phase(i, steps) for i in range(steps))
+  total = sum(
+    count * parallel(plan, gpu, gpus, phase or None).seconds for phase, count in phases.items()
+  )
+  return total * plan.card.forwards, dict(phases)
 
 
-def parallel_row(plan: Plan, gpu: Gpu, gpus: int, forward: Forward | None = None) -> dict:
-  """Returns `row` on several GPUs.
+# ---- rows ----------------------------------------------------------------------------------------
+
+TOTALS = ("attention_flops", "linear_flops", "total_flops", "hbm_bytes", "seconds")
+
+
+def row(plan: Plan, gpu: Gpu, gpus: int = 1) -> dict:
+  """Returns the row of one forward; it is never a measurement.
 
   Counts (FLOPs, bytes of memory traffic) are of the whole forward. `seconds` and its parts are of
   the busiest GPU and add up; `tokens_per_s` and `tflops_per_s` are of all GPUs together;
   `tflops_per_s_per_gpu`, `launches`, `memory_bytes` and `sent_bytes` are of one.
   """
-  forward = simulate(plan, gpu) if forward is None else forward
-  several = parallel(plan, gpu, gpus, forward)
-  parts = ("attention", "around", "matmul", "elementwise", "communication")
-  rate = forward.total_flops / several.seconds / 1e12
-  return row(plan, gpu, forward) | {
-    "gpus": gpus,
-    "seconds": several.seconds,
-    **{f"{part}_seconds": getattr(several, f"{part}_s") for part in parts},
-    "tokens_per_s": math.prod(plan.grid) / several.seconds,
+  found = parallel(plan, gpu, gpus)
+  rate = found.total_flops / found.seconds / 1e12
+  return _asked(plan, gpu) | {
+    **{name: getattr(found, name) for name in TOTALS},
+    "measured": False,
+    **dataclasses.asdict(found),
+    "flops_per_byte": found.total_flops / found.hbm_bytes,
+    "attention_flops_per_byte": found.attention_flops / found.attention_hbm_bytes,
+    "tokens_per_s": math.prod(plan.grid) / found.seconds,
     "tflops_per_s": rate,
     "tflops_per_s_per_gpu": rate / gpus,
     "memory_bytes": memory_bytes(plan, gpus, gpu.itemsize),
-    "sent_bytes": several.sent_bytes,
-    "imbalance": several.imbalance,
-    "speedup_over_one_gpu": several.speedup,
+    "video_seconds": plan.card.video_seconds(plan.grid),
+    "rates": gpu.rates_note,
+    "rates_fitted": list(gpu.fitted),
+    "rates_assumed": list(gpu.assumed),
+  }
+
+
+def refused_row(plan: Plan, gpu: Gpu, gpus: int, reason: str) -> dict:
+  """Returns the row of what cannot run: no totals, and `error`."""
+  refused = {"measured": False, "gpus": gpus, "error": reason}
+  return _asked(plan, gpu) | dict.fromkeys(TOTALS) | refused
+
+
+def _asked(plan: Plan, gpu: Gpu) -> dict:
+  return {
+    "model": plan.card.name,
+    "method": plan.name,
+    "gpu": gpu.name,
+    "tokens": math.prod(plan.grid),
+    "grid": list(plan.grid),
   }

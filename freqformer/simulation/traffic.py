@@ -10,9 +10,7 @@ simulated with the same numbers.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 
-from freqformer.cost import Cost
 from freqformer.grid.layout import TileLayout
 from freqformer.grid.sizes import coarse_tokens, most_cells
 from freqformer.kernels.around.prepare import BLOCKS, HEAD_DIMS, MAX_CELLS
@@ -32,8 +30,7 @@ class Part:
   Attributes:
     passes: reads and writes of one bf16 array of tokens `[n, D]`.
     launches: kernels in addition to the attention call.
-    rows: where it was counted: rows of layer_traffic.json (a difference of two, b - a), or of the
-      file that is named.
+    rows: of layer_traffic.json or the named file, where it was counted (a difference: b - a).
   """
 
   passes: float
@@ -58,15 +55,12 @@ PARTS = {
   "filter qkv, axes": Part(151.0, 58, f"{AXES}, filter=qkv - none"),
   # A linear low band, and the lift that XLA then does instead of the kernel.
   "linear low band, kernels": Part(2.9, 3, f"{BANDS}, low_op=linear - dense"),
-  "linear low band, tiles": Part(0.0, 3, f"{BANDS}, low_op=linear - dense"),
-  "linear low band, axes": Part(0.0, 3, f"{BANDS}, low_op=linear - dense"),
-  "summary, kernels": Part(52.0, 57, f"{BANDS}, summary=4 - 0"),
-  "summary, tiles": Part(52.0, 57, f"{BANDS}, summary=4 - 0"),
+  "linear low band": Part(0.0, 3, f"{BANDS}, low_op=linear - dense"),
+  "summary": Part(52.0, 57, f"{BANDS}, summary=4 - 0"),
   "summary, axes": Part(130.0, 80, f"{AXES}, summary=4 - 0"),
   "each summary token": Part(0.64, 0, f"{BANDS}, summary=16 - 4"),
   # Band energies for the router, and its network, choice and lists.
-  "energies, kernels": Part(4.75, 11, f"freqformer - {BANDS}"),
-  "energies, tiles": Part(4.75, 11, f"freqformer - {BANDS}"),
+  "energies": Part(4.75, 11, f"freqformer - {BANDS}"),
   "energies, axes": Part(12.2, 11, f"freqformer(basis=dict(kind=dct)) - {AXES}"),
   "variances": Part(1.2, 11, "sparseflow - sparseflow(allocation=(7, 5))"),
   "router": Part(0.0, 6, f"freqformer - {BANDS}"),
@@ -101,12 +95,7 @@ ROW_LAUNCHES = 12  # kernels per head
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-  """Work around attention of one layer and sample.
-
-  Attributes:
-    bytes: of device memory, at 2 bytes per element.
-    launches: kernels in addition to the attention call.
-  """
+  """Work around attention: bytes of device memory at 2 per element, kernels besides attention's."""
 
   bytes: float = 0.0
   launches: float = 0.0
@@ -125,9 +114,9 @@ class Layer:
   allocation: tuple[float, ...] | None
   phase: str
 
-  def part(self, name: str, share: float = 1.0) -> Traffic:
-    """An entry of the table for a share of the heads."""
-    part = PARTS[name]
+  def part(self, name: str, form: str = "", share: float = 1.0) -> Traffic:
+    """Returns an entry of the table, in its own `form` if it has one, for a share of the heads."""
+    part = PARTS.get(f"{name}, {form}") or PARTS[name]
     moved = 2.0 * part.passes * self.layout.n * self.heads * self.head_dim * share
     return Traffic(moved, part.launches)
 
@@ -148,51 +137,38 @@ def around_attention(
   layout: TileLayout,
   heads: int,
   head_dim: int,
-  cost: Cost,
-  allocation=None,
+  allocation: tuple[float, ...] | None = None,
   phase: str | None = None,
 ) -> Traffic:
   """Returns bytes and launches of a method's work around attention in one layer.
 
-  Args:
-    method: a method without an entry here is taken to read q, k and v once if it does any products.
-    layout: of the grid.
-    heads: of the layer.
-    head_dim: channels of a head.
-    cost: of the layer (`freqformer.cost.layer_cost`).
-    allocation: share of heads per branch, or None for the method's own expectation.
-    phase: of a sampling step; None is a usual one.
+  Arguments as those of `layer_cost`. A method without an entry here is taken to read q, k and v
+  once if it does more than attend.
   """
   phase = method.usual_phase if phase is None else phase
   if method.only_attends(phase):
     return Traffic()
-  found = _traffic(method, Layer(layout, heads, head_dim, allocation, phase))
-  if found is not None:
-    return found
-  return Traffic(6.0 * layout.n * heads * head_dim if cost.linear_flops else 0.0)
+  return _traffic(method, Layer(layout, heads, head_dim, allocation, phase))
 
 
 @functools.singledispatch
-def _traffic(method: Method, layer: Layer) -> Traffic | None:
-  return None
+def _traffic(method: Method, layer: Layer) -> Traffic:
+  return Traffic(6.0 * layer.layout.n * layer.heads * layer.head_dim)
 
 
-register: Callable = _traffic.register
-
-
-@register
+@_traffic.register
 def _(method: FreqFormer, layer: Layer) -> Traffic:
   if method.allocation == "measured" and layer.phase == "warmup":
     return Traffic()
   found = _bands(method, layer)
   if method.summary:
     each = layer.part("each summary token")
-    found += layer.part(f"summary, {_form(method, layer)}")
+    found += layer.part("summary", _form(method, layer))
     found += Traffic(each.bytes * method.summary)
   if method.routed:
     found += layer.part("router")
     if method.router.statistics:
-      found += layer.part(f"energies, {_form(method, layer)}")
+      found += layer.part("energies", _form(method, layer))
   if method.allocation == "measured" and layer.phase != "run":
     for _ in range(3):
       found += _bands(method, layer)
@@ -213,23 +189,23 @@ def _form(method: FreqFormer, layer: Layer) -> str:
 def _bands(method: FreqFormer, layer: Layer) -> Traffic:
   """Transforms, filters, packing, selection and lift."""
   form = _form(method, layer)
-  found = layer.part(f"bands, {form}") + layer.selection(means=form != "kernels")
+  found = layer.part("bands", form) + layer.selection(means=form != "kernels")
   if form == "kernels":  # coarse rows are written and read for q, k, v and the output
     n_coarse = coarse_tokens(method.basis, layer.layout)
     found += Traffic(4 * 2.0 * n_coarse * layer.heads * layer.head_dim)
   if method.filter != "none":
-    found += layer.part(f"filter {method.filter}, {form}")
+    found += layer.part(f"filter {method.filter}", form)
   if method.low_op == "linear":
-    found += layer.part(f"linear low band, {form}")
+    found += layer.part("linear low band", form)
   return found
 
 
-@register
+@_traffic.register
 def _(method: SparseFlow, layer: Layer) -> Traffic:
   work = frame_segments(layer.layout).work
   kind = "refused" if work is None else "shared boxes" if work.mixed else "own boxes"
   share = float(method.shares(layer.heads, layer.allocation)[LINEAR])
-  found = layer.part(f"linear, {kind}", share)
+  found = layer.part("linear", kind, share)
   if method.routed:
     found += layer.part("router")
     if method.router.statistics:
@@ -237,23 +213,23 @@ def _(method: SparseFlow, layer: Layer) -> Traffic:
   return found
 
 
-@register
+@_traffic.register
 def _(method: BlockTopK, layer: Layer) -> Traffic:
   found = layer.selection()
   return found + layer.part("gate") if method.coarse == "gated" else found
 
 
-@register
+@_traffic.register
 def _(method: SparseLinear, layer: Layer) -> Traffic:
   return layer.part("linear over tiles") + layer.selection() + layer.selection(means=False)
 
 
-@register
+@_traffic.register
 def _(method: SpatialTemporal, layer: Layer) -> Traffic:
   return layer.measured_rows(method.profile.rows, patterns=3)
 
 
-@register
+@_traffic.register
 def _(method: AdaSpa, layer: Layer) -> Traffic:
   layout = layer.layout
   found = Traffic()

@@ -58,7 +58,7 @@ def test_layers_cost_what_they_did(row):
     cost = layer_cost(method, *sizes, training=training)
     assert cost.attention_flops == pytest.approx(row[key][0], rel=1e-6)
     assert cost.linear_flops == pytest.approx(row[key][1], rel=around)
-  traffic = around_attention(method, *sizes, layer_cost(method, *sizes))
+  traffic = around_attention(method, *sizes)
   assert (traffic.bytes, traffic.launches) == pytest.approx(row["run"][2:], rel=1e-6)
   if "branches" in row:
     rel = [0.01, around] if row["method"] == "sparseflow" else [0.01] * 3
@@ -79,7 +79,7 @@ def test_models_cost_what_they_did(row):
   for count, method in model.runs():
     sizes = (layout, model.heads, model.dims.head_dim)
     for _ in range(count):
-      found += around_attention(method, *sizes, layer_cost(method, *sizes))
+      found += around_attention(method, *sizes)
   assert (found.bytes, found.launches) == pytest.approx(row["forward"][2:], rel=1e-6)
 
 

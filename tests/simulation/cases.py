@@ -2,13 +2,13 @@
 
 import json
 
-from freqformer.simulation import command as simulate
+from freqformer.simulation import command
 from freqformer.simulation.descriptions import load_model
 from freqformer.simulation.forward import Plan, make_method
 
 
 def rows_of(*argv) -> list[dict]:
-  return json.loads(simulate.run([*argv, "--format=json"]))
+  return json.loads(command.run([*argv, "--format=json"]))
 
 
 def plan(model="wan2.1-1.3b", method="dense", grid=(21, 30, 52), **fields) -> Plan:

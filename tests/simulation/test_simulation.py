@@ -13,9 +13,10 @@ from freqformer.model.config import SIZES
 from freqformer.simulation import calibrate
 from freqformer.simulation import command as simulate
 from freqformer.simulation.descriptions import known, load_gpu, load_model
-from freqformer.simulation.forward import dense_baseline, make_method, row, run_seconds
+from freqformer.simulation.forward import dense_baseline, make_method
 from freqformer.simulation.forward import simulate as forward
 from freqformer.simulation.roofline import attention_seconds
+from freqformer.simulation.scaling import row, run_seconds
 from freqformer.train.experiment import experiment
 from tests.simulation.cases import plan, rows_of
 from tests.tiny_config import get_config
@@ -30,22 +31,21 @@ def with_rates(gpu, **rates):
   return dataclasses.replace(gpu, rates=dataclasses.replace(gpu.rates, **rates))
 
 
-@pytest.mark.parametrize("model", known("models"))
 @pytest.mark.parametrize("gpu", known("gpus"))
-def test_every_model_on_every_gpu(model, gpu):
-  card = load_model(model)
-  found = row(plan(model, "dense", card.grid), load_gpu(gpu))
-  assert found["seconds"] > 0 and found["tokens_per_s"] > 0 and found["flops_per_byte"] > 1
-  assert found["rates"] == "all rates assumed" and not found["rates_fitted"]
-  assert "hbm" in found["rates_assumed"] and load_gpu(gpu).rates_from.startswith("Assumed")
+def test_every_model_on_every_gpu(gpu):
+  for model in known("models"):
+    found = row(plan(model, "dense", load_model(model).grid), load_gpu(gpu))
+    assert found["seconds"] > 0 and found["tokens_per_s"] > 0 and found["flops_per_byte"] > 1
+    assert found["rates"] == "all rates assumed" and not found["rates_fitted"]
+    assert "hbm" in found["rates_assumed"] and load_gpu(gpu).rates_from.startswith("Assumed")
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_every_method_is_simulated_and_run(method):
+def test_no_method_s_run_is_much_slower_than_dense(method):
   gpu = load_gpu("h100")
-  seconds, phases = run_seconds(plan("wan2.1-1.3b", method), gpu)
+  seconds, _ = run_seconds(plan("wan2.1-1.3b", method), gpu)
   dense, _ = run_seconds(plan(), gpu)
-  assert sum(phases.values()) == 50 and 0 < seconds < 1.2 * dense
+  assert 0 < seconds < 1.2 * dense
 
 
 # ---- the cards -----------------------------------------------------------------------------------
@@ -54,7 +54,7 @@ def test_every_method_is_simulated_and_run(method):
 @pytest.mark.parametrize("model", known("models"))
 def test_parameters_follow_from_the_sizes(model):
   card = load_model(model)
-  matrices = sum(float(k) * c for _, _, k, c in card.block.matmuls(1)) * card.layers
+  matrices = sum(float(k) * c for _, _, k, c in card.matmuls(1)) * card.layers
   # HunyuanVideo: 20 of 60 blocks have a second set of weights for text, 12 D^2 and a modulation.
   matrices += 20 * 12 * card.width**2 if model == "hunyuanvideo" else 0
   assert matrices == pytest.approx(card.parameters, rel=0.06)
@@ -68,8 +68,10 @@ def test_our_sizes_are_the_model_s_own():
 
 def test_our_card_counts_like_the_model():
   config = get_config()
-  config.model.size, config.model.width, config.model.depth, config.model.heads = "S", 0, 0, 0
-  config.model.mlp_ratio, config.model.attention.block = 4.0, 128
+  config.model.size = "S"
+  config.model.width = config.model.depth = config.model.heads = 0
+  config.model.mlp_ratio = 4.0
+  config.model.attention.block = 128
   model = experiment(config).model.with_method("dense")
   ours = model_cost(model, (8, 16, 16, 32))
   found = forward(plan("s", "dense", (8, 16, 16)), load_gpu("h100"))
@@ -117,7 +119,7 @@ def test_time_at_a_fixed_key_budget_is_linear_and_at_fixed_density_quadratic():
     ("dense", 240, 260),
   ):
     few, many = (
-      forward(plan("wan2.1-1.3b", name, grid), gpu).attention_s
+      forward(plan("wan2.1-1.3b", name, grid), gpu).attention_seconds
       for grid in ((16, 64, 64), (64, 128, 128))
     )
     assert low < many / few < high
@@ -136,9 +138,9 @@ def test_the_baseline_pays_no_padding():
     assert base.layout.n_buffer - base.layout.n < 128 and base.layout.block == 128
     padded = forward(ours, gpu)
     unpadded = forward(base, gpu)
-    assert least < padded.attention_s / unpadded.attention_s < most
+    assert least < padded.attention_seconds / unpadded.attention_seconds < most
     assert padded.attention_flops == unpadded.attention_flops
-    assert padded.matmul_s == unpadded.matmul_s
+    assert padded.matmul_seconds == unpadded.matmul_seconds
   (found,) = rows_of("--model=wan2.1-14b", "--method=dense", "--gpus=2")  # a ragged grid
   assert found["speedup_over_dense"] == found["unpadded_dense_seconds"] / found["seconds"] < 0.95
 
@@ -146,31 +148,20 @@ def test_the_baseline_pays_no_padding():
 # ---- calibration ---------------------------------------------------------------------------------
 
 
-def test_sta_is_predicted_from_the_dense_rate_alone():
-  measured, _ = calibrate.load_rows(PUBLISHED, "h100")
-  only = [dataclasses.replace(m, fit=m.name == "FA3 dense on 30x48x80") for m in measured]
-  fit = calibrate.calibrate(load_gpu("h100"), only, free=("attention_flops",))
-  found = {r["name"]: r for r in fit.rows}
-  assert abs(found["FA3 dense on 30x48x80"]["error"]) < 1e-3
-  sta = found["STA 18x24x24 on 30x48x80"]
-  assert not sta["fitted"] and abs(sta["error"]) < 0.15
+def worst(fit, fitted):
+  return max(abs(r["error"]) for r in fit.rows if r["fitted"] == fitted)
 
 
 def test_published_rows_that_were_not_fitted_are_within_15_percent():
   fit = calibrate.fit_file(load_gpu("h100"), PUBLISHED)
   assert set(fit.fitted) == {"attention_flops", "softmax_exposed", "item_s"}
-  assert sum(r["fitted"] for r in fit.rows) == 3 and fit.worst(True) < 0.01
-  assert sum(not r["fitted"] for r in fit.rows) >= 15 and fit.worst(False) < 0.15
-  assert not fit.warnings and not fit.notes and "not fitted: mean error" in fit.report()
+  assert sum(r["fitted"] for r in fit.rows) == 3 and worst(fit, True) < 0.01
+  assert sum(not r["fitted"] for r in fit.rows) >= 15 and worst(fit, False) < 0.15
+  assert not fit.gpu.fit_warnings and not fit.notes and "not fitted: mean error" in fit.report()
   assert fit.gpu.fitted == fit.fitted
   assert {"l2", "hbm", "matmul_flops", "launch_s"} <= set(fit.gpu.assumed)
   fitted = "attention_flops, softmax_exposed, item_s fitted to 3 measured rows; matmul_flops"
   assert fit.gpu.rates_note.startswith(fitted)
-  # The H200 has the same SMs and gets their rates, its memory stays its own; the A100 gets nothing.
-  h200 = calibrate.carry_over(fit.gpu, load_gpu("h200"))
-  assert h200.rates.attention_flops == fit.gpu.rates.attention_flops
-  assert h200.rates.hbm == load_gpu("h200").rates.hbm
-  assert "of h100, which has the same SMs" in row(plan(), h200)["rates"]
   with pytest.raises(ConfigError, match="tensor_flops, sms, exp_per_sm_s differ"):
     calibrate.carry_over(fit.gpu, load_gpu("a100"))
 
@@ -186,7 +177,7 @@ def test_calibration_finds_known_rates(tmp_path):
   (tmp_path / "rows.json").write_text(json.dumps(rows))
   fit = calibrate.fit_file(load_gpu("h100"), tmp_path / "rows.json")
   assert fit.gpu.rates.attention_flops == pytest.approx(700e12, rel=0.03)
-  assert fit.gpu.rates.item_s == pytest.approx(5e-6, rel=0.1) and fit.worst(False) < 0.02
+  assert fit.gpu.rates.item_s == pytest.approx(5e-6, rel=0.1) and worst(fit, False) < 0.02
   text = simulate.run(
     ["--gpu=h100", f"--calibrate={tmp_path}/rows.json", f"--write_gpu={tmp_path}/fitted.json"]
   )
@@ -210,11 +201,13 @@ def test_a_fit_that_fails_says_so(tmp_path):
   """No choice of rates gives the row: a rate ends on the limit of its search, the row is missed."""
   path = written(tmp_path / "rows.json", CALL | {"seconds": 1e-9})
   fit = calibrate.fit_file(load_gpu("h100"), path)
-  limit, missed = fit.warnings
+  limit, missed = fit.gpu.fit_warnings
   assert limit.startswith("attention_flops ended on the limit")
   assert missed.startswith("1 of 1 fitted rows are missed")
   assert fit.report().count("WARNING") == 2 and fit.notes[-1].startswith("nothing was held out")
-  assert "DOUBTFUL" in fit.gpu.rates_note and fit.rows[0]["rates_warnings"] == list(fit.warnings)
+  assert "DOUBTFUL" in fit.gpu.rates_note and fit.rows[0]["rates_warnings"] == list(
+    fit.gpu.fit_warnings
+  )
 
 
 def test_rows_that_do_not_say_are_split(tmp_path):
@@ -244,13 +237,10 @@ BAD_ROWS = [
     "'x: a' lacks or misstates a field: 'seconds or tflops'",
   ),
   ({"block": 0}, "block=0 must be a positive whole number"),
-  ({"tokens": 0}, "tokens=0 must be"),
-  ({"heads": 0}, "heads=0 must be"),
   ({"heads": 2.5}, "heads=2.5 must be a positive whole number"),
   ({"seconds": None, "tflops": 0}, "tflops=0 must be a positive number"),
   ({"seconds": float("nan")}, "seconds=nan must be"),
   ({"density": -3}, r"density=-3 must lie in \(0, 1\]"),
-  ({"density": 3}, r"density=3 must lie in \(0, 1\]"),
   ({"fit": "false"}, "fit='false' must be true or false"),
   ({"counts": {"pairs": 1}}, "missing"),
   ({"method": "dense", "grid": [8, 16]}, "grid"),
