@@ -1,11 +1,13 @@
 """Heads dealt by measurement: planted heads are recognised, the choice stays and is shared."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from freqformer.kernels.around.prepare import Prepared
 from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.table import from_tiles
 
@@ -23,6 +25,7 @@ from freqformer.methods.head_profile import (
   sample_rows,
 )
 from freqformer.methods.spatial_temporal import SpatialTemporal
+from freqformer.tables.topk import pool_tiles
 
 LAYOUT = TileLayout((8, 8, 16), (2, 4, 4), 32)  # 4 x 2 x 4 tiles
 RAGGED = TileLayout((5, 6, 9), (2, 4, 4), 32)
@@ -38,6 +41,20 @@ def projected(q, k, v, layout=LAYOUT):
 
   packed = (arrays.pack(jnp.asarray(x, jnp.float32)) for x in (q, k, v))
   return Projected(*packed, plain, plain, arrays, "reference")
+
+
+def packed(qkv, cells=None, pooled=False):
+  """`kernels.around.prepare.prepare` without norm and rotary."""
+  arrays = (qkv.q, qkv.k, qkv.v)
+  if cells is None:
+    return Prepared(*arrays)
+
+  def pack(x):
+    coarse = cells.compress(x)
+    filler = jnp.zeros((x.shape[0], cells.front - coarse.shape[1], *x.shape[2:]))
+    return jnp.concatenate([coarse, filler, x], 1)
+
+  return Prepared(*map(pack, arrays), *(pool_tiles(x, qkv.layout) for x in arrays[:2]))
 
 
 def hot(number, gain=6.0):
@@ -141,7 +158,9 @@ def test_bands_are_given_to_the_heads_they_serve():
   basis = SpectralBasis("block_dct", (0.5, 0.5, 0.5), (0.75, 0.75, 0.75))
   # Five of the 16 tiles of a half are too few; three of the four frames of tiles hold either half.
   method = FreqFormer(basis=basis, allocation="measured", mid_tiles=5, window=(3, 2, 4))
-  _, _, aux = run(method, projected(queries[None], keys[None], v[None]), "profile", {}, 1)
+  qkv = projected(queries[None], keys[None], v[None])
+  qkv = dataclasses.replace(qkv, prepare=functools.partial(packed, qkv))
+  _, _, aux = run(method, qkv, "profile", {}, 1)
   assert aux["choice"].tolist() == [[0, 2, 1]]
   errors = aux["band_errors"][0]
   assert max(errors[0, 0], errors[2, 1]) < 1e-4 and errors[1, 2] < 0.1 < errors[1, 1]
