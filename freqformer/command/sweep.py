@@ -42,12 +42,8 @@ def trial_name(overrides: dict) -> str:
   return f"{safe or 'default'}-{digest}"
 
 
-def resolve(config_path, overrides: dict) -> Experiment:
-  """Returns the experiment that training makes of a config file and overrides, by the same flags.
-
-  Raises:
-    ConfigError: names the trial and what is wrong with it.
-  """
+def _resolve(config_path, overrides: dict) -> Experiment:
+  """Returns the experiment that training makes of a config file and overrides."""
   argv = ["sweep", f"--config={config_path}", *_flags(overrides)]
   values = flags.FlagValues()
   config = define_config(values, argv)
@@ -64,7 +60,7 @@ def _flags(overrides: dict) -> list[str]:
   return [f"--config.{key}={value}" for key, value in overrides.items()]
 
 
-def changed_since(workdir: pathlib.Path, exp: Experiment) -> str:
+def _changed_since(workdir: pathlib.Path, exp: Experiment) -> str:
   """Describes how `exp` differs from the config that a trial ran with; empty if it does not."""
   path = workdir / "config.json"
   if not path.exists():
@@ -92,20 +88,11 @@ def result_of(workdir: pathlib.Path) -> dict | None:
 
 
 def run_trial(config_path, workdir: pathlib.Path, overrides: dict, stop: Callable[[], bool]) -> int:
-  """Trains in a process of its own and returns its exit code.
-
-  A stop request is passed on, so that the trial saves.
-  """
-  command = [
-    sys.executable,
-    "-m",
-    "freqformer.command.train",
-    f"--config={config_path}",
-    f"--workdir={workdir}",
-    *_flags(overrides),
-  ]
-  logging.info("%s", " ".join(command[1:]))
-  process = subprocess.Popen(command)
+  """Trains in a process that a stop request is passed on to, and returns its exit code."""
+  command = ["-m", "freqformer.command.train", f"--config={config_path}", f"--workdir={workdir}"]
+  command += _flags(overrides)
+  logging.info("%s", " ".join(command))
+  process = subprocess.Popen([sys.executable, *command])
   while True:
     try:
       return process.wait(timeout=_POLL_SECONDS)
@@ -117,14 +104,11 @@ def run_trial(config_path, workdir: pathlib.Path, overrides: dict, stop: Callabl
 
 def table(rows: list[dict]) -> str:
   """Returns aligned text; trials in order of validation loss, unfinished ones last."""
-
-  def cell(value) -> str:
-    if value is None:
-      return ""
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
-
-  rows = sorted(rows, key=lambda row: (row["val_loss"] is None, row["val_loss"]))
-  lines = [_COLUMNS, *([cell(row.get(column)) for column in _COLUMNS] for row in rows)]
+  lines = [_COLUMNS]
+  for row in sorted(rows, key=lambda row: (row["val_loss"] is None, row["val_loss"])):
+    values = [row.get(column) for column in _COLUMNS]
+    texts = [f"{x:.4f}" if isinstance(x, float) else str(x) for x in values]
+    lines.append(["" if x is None else text for x, text in zip(values, texts, strict=True)])
   widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
   return "\n".join(
     "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
@@ -150,7 +134,7 @@ def sweep(config_path, study, extra: dict, list_only: bool = False) -> list[dict
   trials = {trial_name(extra | own): extra | own for own in module.sweep()}
   stale = {}
   for name, overrides in trials.items():
-    if text := changed_since(study / name, resolve(config_path, overrides)):
+    if text := _changed_since(study / name, _resolve(config_path, overrides)):
       stale[name] = text
   if stale and not list_only:
     name, text = next(iter(stale.items()))
@@ -159,7 +143,10 @@ def sweep(config_path, study, extra: dict, list_only: bool = False) -> list[dict
       f"{text}; name another --study, undo the change, or delete those folders."
     )
   rows = []
-  before = _last_status(study)
+  # How each trial ended when the study last ran: one that failed is not open.
+  path = study / "study.json"
+  old = json.loads(path.read_text()) if path.exists() else []
+  before = {row["trial"]: row["status"] for row in old if row["status"] != "finished"}
   with StopRequest() as stop:
     for number, (name, overrides) in enumerate(trials.items(), 1):
       workdir = study / name
@@ -176,15 +163,8 @@ def sweep(config_path, study, extra: dict, list_only: bool = False) -> list[dict
       rows.append(row | {"status": status, "overrides": overrides})
       if not list_only:
         study.mkdir(parents=True, exist_ok=True)
-        (study / "study.json").write_text(json.dumps(rows, indent=2, default=list))
+        path.write_text(json.dumps(rows, indent=2, default=list))
   return rows
-
-
-def _last_status(study: pathlib.Path) -> dict[str, str]:
-  """Returns how each unfinished trial ended when the study last ran: a failed one is not open."""
-  path = study / "study.json"
-  rows = json.loads(path.read_text()) if path.exists() else []
-  return {row["trial"]: row["status"] for row in rows if row["status"] != "finished"}
 
 
 def main(_):

@@ -40,12 +40,8 @@ from freqformer.train.validation import channel_power, evaluate, make_eval_step
 from freqformer.versions import git_revision, versions
 
 _CONFIG = define_config()
-_WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Folder of this run; default runs/<name of the config>."
-)
-_DRY_RUN = flags.DEFINE_bool(
-  "dry_run", False, "Print shapes, parameters, memory and FLOPs; touch no data."
-)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; default runs/<config>.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print shapes, memory and FLOPs; touch no data.")
 _RESUME_CHANGED = flags.DEFINE_bool(
   "resume_changed",
   False,
@@ -64,14 +60,9 @@ def main(_):
 def train(config: ConfigDict, workdir: pathlib.Path, resume_changed: bool = False):
   """Trains until `config.train.steps`, or until asked to stop.
 
-  Args:
-    config: a complete config, of `read_config`.
-    workdir: folder of the run.
-    resume_changed: go on from a checkpoint of another config.
-
   Raises:
-    ConfigError: the config cannot be run, or the checkpoint is of another one (see
-      `check_same_config`).
+    ConfigError: the config cannot be run, or the checkpoint is of another one and
+      `resume_changed` does not allow that (see `check_same_config`).
   """
   started = time.monotonic()
   seconds = {}
@@ -87,7 +78,14 @@ def train(config: ConfigDict, workdir: pathlib.Path, resume_changed: bool = Fals
     changed = check_same_config(old, exp, resume_changed)
     if old["step"] >= exp.train.steps:
       checkpoints.close()
-      _log_nothing_left(workdir, old["step"], exp.train.steps)
+      over = "past the end, at"
+      if old["step"] == exp.train.steps:
+        over = "finished at"
+        # A run may have ended between its last checkpoint and the note that it had finished.
+        if (workdir / "run.json").exists():
+          Metrics(workdir).finish({}, finished=True)
+      text = "already %s step %d of %d; raise train.steps to go on"
+      logging.info(text, over, old["step"], exp.train.steps)
       return
 
   # ---- 2. data: encoded once, then read from the cache ----------------------------------------
@@ -162,17 +160,6 @@ def train(config: ConfigDict, workdir: pathlib.Path, resume_changed: bool = Fals
     )
 
 
-def _log_nothing_left(workdir: pathlib.Path, step: int, steps: int):
-  """Logs that the run is over.
-
-  A run that ended between its last checkpoint and the note that it had finished gets this note.
-  """
-  if step == steps and (workdir / "run.json").exists():
-    Metrics(workdir).finish({}, finished=True)
-  over = "finished at" if step == steps else "past the end, at"
-  logging.info("already %s step %d of %d; raise train.steps to go on", over, step, steps)
-
-
 def _record(config: ConfigDict, cache: LatentCache) -> dict:
   """Returns a checkpoint's record: the config, and what a resumed run's data must agree with."""
   return {
@@ -204,10 +191,9 @@ def _facts(exp: Experiment, params: nnx.State, record: dict, layout: TileLayout)
 
 
 def _validation(exp: Experiment, graphdef: nnx.GraphDef, cache: LatentCache, tables) -> Callable:
-  """Returns `validate(params, should_stop, write)`.
+  """Returns `validate(params, should_stop, write)`, which writes `kind, **numbers` of each kind.
 
-  It calls `write(kind, **numbers)` with the results of the hard choice and, where heads are routed,
-  of the soft mixture. It returns those of the hard choice, or None if it was stopped.
+  It returns the results of the hard choice, or None if it was stopped.
   """
   eval_steps = {"val": make_eval_step(graphdef)}
   if exp.train.val_soft and any(method.routed for _, method in exp.model.runs()):

@@ -30,9 +30,7 @@ def realised_density(auxes: Sequence, sample: int = 0) -> np.ndarray:
     auxes: per step the aux of `VideoDiT`: one dict per run of layers.
     sample: number of the sample in the batch.
   """
-  steps = []
-  for aux in auxes:
-    steps.append(np.concatenate([np.asarray(run["density"])[:, sample] for run in aux]))
+  steps = [np.concatenate([run["density"][:, sample] for run in aux]) for aux in auxes]
   return np.stack(steps).astype(np.float32)
 
 
@@ -51,12 +49,8 @@ class RunMasks:
   index: np.ndarray
   density: np.ndarray
 
-  def mask(self, step: int, layer: int) -> BlockMask:
-    """Returns the table that one layer ran at one step."""
-    return self.tables[self.index[step, layer]]
-
-  def save(self, folder, pictures: int = 4) -> pathlib.Path:
-    """Writes masks.npz, density.png and pictures of some steps; returns the folder.
+  def save(self, folder, pictures: int = 4):
+    """Writes masks.npz, density.png and pictures of some steps.
 
     Args:
       folder: made if it is missing; pictures of an earlier run in it go.
@@ -78,29 +72,26 @@ class RunMasks:
     for step in np.unique(changes[places]):
       self.picture(step).savefig(folder / f"masks_step_{step:03d}.png")
     density_picture(self.density).savefig(folder / "density.png")
-    return folder
 
   def picture(self, step: int) -> Figure:
     """Draws the masks of a step: layers from top to bottom, heads from left to right."""
     rows = []
-    for layer in range(self.index.shape[1]):
-      rows.append([_panel(tiles) for tiles in self.mask(step, layer).to_tiles()[0]])
+    for number in self.index[step]:
+      rows.append([_panel(tiles) for tiles in self.tables[number].to_tiles()[0]])
     heads = max(map(len, rows))
-    height = max(panel.shape[0] for row in rows for panel in row) + 2 * _MARGIN
-    width = max(panel.shape[1] for row in rows for panel in row) + 2 * _MARGIN
-    canvas = np.full((height * len(rows), width * heads, 3), _BACKGROUND)
+    side = len(rows[0][0]) + 2 * _MARGIN
+    canvas = np.full((len(rows), side, heads, side, 3), _BACKGROUND)
     for i, row in enumerate(rows):
       for j, panel in enumerate(row):
-        y = i * height + _MARGIN
-        x = j * width + _MARGIN
-        canvas[y : y + panel.shape[0], x : x + panel.shape[1]] = 1 - panel[..., None]
+        canvas[i, _MARGIN:-_MARGIN, j, _MARGIN:-_MARGIN] = 1 - panel[..., None]
+    canvas = canvas.reshape(len(rows) * side, heads * side, 3)
     # Inches; the title needs 3.6 of them.
     size = (max(3.6, 1.2 + canvas.shape[1] / 80), max(2.0, 1.2 + canvas.shape[0] / 80))
     figure = Figure(figsize=size, dpi=100, layout="constrained")
     axis = figure.add_subplot()
     axis.imshow(canvas, interpolation="nearest")
-    axis.set_yticks((np.arange(len(rows)) + 0.5) * height, range(len(rows)))
-    axis.set_xticks((np.arange(heads) + 0.5) * width, range(heads) if heads > 1 else ["all"])
+    axis.set_yticks((np.arange(len(rows)) + 0.5) * side, range(len(rows)))
+    axis.set_xticks((np.arange(heads) + 0.5) * side, range(heads) if heads > 1 else ["all"])
     shared = "; one panel in a row: all heads" if any(len(row) == 1 for row in rows) else ""
     title = f"step {step}: query tiles down, key tiles right,\ndark is listed{shared}"
     axis.set_title(title, fontsize=9)
@@ -143,22 +134,17 @@ class MaskRecorder:
     self._density = []
 
   def wrap(self, step: Callable, steps: int) -> Callable:
-    """Returns a sampling step that records its first `steps` calls, which are one batch.
-
-    Args:
-      step: of `sampling.make_step(..., want_masks=True)`.
-      steps: denoising steps of the run.
-    """
+    """Wraps a step of `sampling.make_step(..., want_masks=True)`; its first batch is recorded."""
 
     def recorded(*args):
       x, state, aux = step(*args)
       if len(self._index) < steps:
-        self.add(aux)
+        self._add(aux)
       return x, state, [{k: v for k, v in run.items() if k != "mask"} for run in aux]
 
     return recorded
 
-  def add(self, aux: Sequence[dict]):
+  def _add(self, aux: Sequence[dict]):
     """Records one step's aux, with masks."""
     numbers = []
     for run in aux:
@@ -169,22 +155,13 @@ class MaskRecorder:
     self._density.append(realised_density([aux])[0])
 
   def masks(self) -> RunMasks:
-    """Returns what was recorded.
-
-    Raises:
-      ValueError: nothing was.
-    """
-    if not self._index:
-      raise ValueError("no step was recorded; wrap the step that runs, made with want_masks=True.")
+    """Returns what was recorded."""
     return RunMasks(tuple(self._tables), np.asarray(self._index, np.int32), np.stack(self._density))
 
   def _number(self, mask: BlockMask) -> int:
     """Returns the number of a layer's table, of whose samples the first is kept."""
     kv_len = mask.kv_len if mask.kv_len.ndim == 1 else mask.kv_len[0]
-    first = dataclasses.replace(
-      mask, kv_indices=mask.kv_indices[:1], kv_counts=mask.kv_counts[:1], kv_len=kv_len
-    )
-    tiles = first.to_tiles()
+    tiles = mask.to_tiles()[:1]
     if (tiles == tiles[:, :1]).all():
       tiles = tiles[:, :1]  # all heads share one
     key = (tiles.shape, np.packbits(tiles).tobytes(), kv_len.tobytes(), mask.block_q, mask.block_kv)

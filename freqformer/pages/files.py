@@ -43,9 +43,9 @@ def check(value, form, where: str):
   if isinstance(form, type):
     allowed = (int, float) if form is float else form
     if not isinstance(value, allowed) or (isinstance(value, bool) and form is not bool):
+      found = type(value).__name__
       raise Absent(
-        f"{where} has another form than expected: {form.__name__} wanted, found "
-        f"{type(value).__name__}."
+        f"{where} has another form than expected: {form.__name__} wanted, found {found}."
       )
   elif isinstance(form, list):
     for i, entry in enumerate(check(value, list, where)):
@@ -65,11 +65,7 @@ def check(value, form, where: str):
 
 
 def read_json(workdir: pathlib.Path, name: str, form=dict):
-  """Reads a JSON file of the run.
-
-  Raises:
-    Absent: it is not there, not JSON, or of another form (see `check`).
-  """
+  """Reads a JSON file of the run; Absent if it is not there, not JSON or of another form."""
   path = workdir / name
   if not path.exists():
     raise missing(name)
@@ -81,11 +77,7 @@ def read_json(workdir: pathlib.Path, name: str, form=dict):
 
 
 def metric_rows(workdir: pathlib.Path, kind: str) -> list[dict]:
-  """Returns the lines of metrics.jsonl of a kind: train, val or val_soft.
-
-  Raises:
-    Absent: there is no such file, or a line has another form.
-  """
+  """Returns the lines of metrics.jsonl of a kind: train, val or val_soft."""
   path = workdir / "metrics.jsonl"
   if not path.exists():
     raise missing("metrics.jsonl")
@@ -96,20 +88,14 @@ def metric_rows(workdir: pathlib.Path, kind: str) -> list[dict]:
 
 def series(rows: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
   """Returns steps and finite values of a key, `[n]` both."""
-  pairs = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
-  pairs = np.asarray([pair for pair in pairs if np.isfinite(pair[1])]).reshape(-1, 2)
+  given = [row for row in rows if isinstance(row.get(key), int | float)]
+  pairs = [(row["step"], row[key]) for row in given if np.isfinite(row[key])]
+  pairs = np.asarray(pairs).reshape(-1, 2)
   return pairs[:, 0], pairs[:, 1]
 
 
 def read_routing(workdir: pathlib.Path) -> dict:
-  """Reads routing.json.
-
-  Returns:
-    Its content; `probs` and `choice` are float64 `[layers, quarters of t, heads, branches]`.
-
-  Raises:
-    Absent: as `read_json` does, and for arrays of other shapes.
-  """
+  """Reads routing.json; `probs` and `choice` are `[layers, quarters of t, heads, branches]`."""
   form = {"branches": [str], "bucket_edges": [float], "probs": list, "choice": list}
   routing = read_json(workdir, "routing.json", form)
   quarters = len(routing["bucket_edges"]) - 1
