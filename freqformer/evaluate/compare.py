@@ -68,13 +68,6 @@ def candidates(
 ) -> dict[str, Run]:
   """Loads the run under each method and checks its schedule, before anything is sampled.
 
-  Args:
-    workdir: the run's folder.
-    methods: names, each maybe with fields: "radial(decay=0.5)".
-    steps: denoising steps.
-    checkpoint: training step of the checkpoint; None takes the newest.
-    raw: take the raw weights instead of their average.
-
   Raises:
     ConfigError: the checkpoint lacks a method's parameters (named), or a schedule does not fit.
   """

@@ -15,10 +15,11 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
 from freqformer.kernels.block_sparse.table import BlockMask, from_tiles
 
-_PANEL = 72  # pixels of one head's mask, at most
+_PANEL = 72  # pixels of one head's mask
 _MARGIN = 2  # pixels around a panel
 _BACKGROUND = (0.8, 0.85, 1.0)  # red, green, blue
 
@@ -30,7 +31,7 @@ def realised_density(auxes: Sequence, sample: int = 0) -> np.ndarray:
     auxes: per step the aux of `VideoDiT`: one dict per run of layers.
     sample: number of the sample in the batch.
   """
-  steps = [np.concatenate([run["density"][:, sample] for run in aux]) for aux in auxes]
+  steps = [np.concatenate([np.asarray(run["density"])[:, sample] for run in aux]) for aux in auxes]
   return np.stack(steps).astype(np.float32)
 
 
@@ -77,13 +78,14 @@ class RunMasks:
     """Draws the masks of a step: layers from top to bottom, heads from left to right."""
     rows = []
     for number in self.index[step]:
-      rows.append([_panel(tiles) for tiles in self.tables[number].to_tiles()[0]])
+      masks = self.tables[number].to_tiles()[0].astype(np.float32)
+      rows.append([Image.fromarray(mask).resize((_PANEL, _PANEL), Image.BOX) for mask in masks])
     heads = max(map(len, rows))
-    side = len(rows[0][0]) + 2 * _MARGIN
+    side = _PANEL + 2 * _MARGIN
     canvas = np.full((len(rows), side, heads, side, 3), _BACKGROUND)
     for i, row in enumerate(rows):
       for j, panel in enumerate(row):
-        canvas[i, _MARGIN:-_MARGIN, j, _MARGIN:-_MARGIN] = 1 - panel[..., None]
+        canvas[i, _MARGIN:-_MARGIN, j, _MARGIN:-_MARGIN] = 1 - np.asarray(panel)[..., None]
     canvas = canvas.reshape(len(rows) * side, heads * side, 3)
     # Inches; the title needs 3.6 of them.
     size = (max(3.6, 1.2 + canvas.shape[1] / 80), max(2.0, 1.2 + canvas.shape[0] / 80))
@@ -169,12 +171,3 @@ class MaskRecorder:
       self._numbers[key] = len(self._tables)
       self._tables.append(from_tiles(tiles, kv_len, mask.block_q, mask.block_kv))
     return self._numbers[key]
-
-
-def _panel(tiles: np.ndarray) -> np.ndarray:
-  """Returns a mask `[q_tiles, kv_tiles]` as darkness, scaled to about `_PANEL` pixels a side."""
-  step = -(-max(tiles.shape) // _PANEL)
-  padded = np.pad(tiles.astype(np.float32), [(0, -size % step) for size in tiles.shape])
-  cells = padded.reshape(padded.shape[0] // step, step, padded.shape[1] // step, step).mean((1, 3))
-  grow = max(1, _PANEL // max(cells.shape))
-  return np.repeat(np.repeat(cells, grow, 0), grow, 1)

@@ -13,13 +13,14 @@ import pathlib
 from collections.abc import Callable
 
 import numpy as np
+from absl import logging
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from freqformer.command import cli
 from freqformer.config import ConfigError
-from freqformer.pages.files import Absent, metric_rows, missing, read_json, read_routing, series
+from freqformer.pages.files import Absent, metric_rows, missing, read_json, series
 from freqformer.pages.html import (
   absent,
   facts,
@@ -38,6 +39,11 @@ _COLOURS = ("#3b6fb6", "#e0a030", "#b5483f", "#4f8f5b", "#7a5ca8", "#6b7280")
 _GREY = _COLOURS[-1]
 _MAX_CLASSES = 24  # videos are embedded: all classes of UCF-101 would make tens of megabytes
 _MAX_NAMES = 64  # rows of a heatmap that can each carry a name
+_ROUTER = {
+  "router_entropy": "router entropy (nats)",
+  "density": "density (scored pairs / n²)",
+  "cost": "cost (computed pairs / n²)",
+}
 _LAST = {
   "loss": "last training loss",
   "lr": "last learning rate",
@@ -50,7 +56,7 @@ SECTIONS: dict[str, Callable[[pathlib.Path], str]] = {}
 
 
 def shown(title: str, source: str, intro: str) -> Callable:
-  """Makes a section of the decorated function; where that raises `Absent`, the reason is shown.
+  """Makes a section of the decorated function; if that fails, the reason is shown in its place.
 
   Args:
     title: its heading.
@@ -65,6 +71,9 @@ def shown(title: str, source: str, intro: str) -> Callable:
         inner = body(workdir)
       except Absent as reason:
         inner = absent(f"Not shown: {reason}")
+      except (AttributeError, LookupError, TypeError, ValueError) as error:
+        logging.exception("the report's section %r cannot be drawn", title)
+        inner = absent(f"Not shown: {source} has another form than expected ({error!r}).")
       return section(title, intro, inner, source)
 
     SECTIONS[title] = show
@@ -89,11 +98,6 @@ def write_report(workdir) -> pathlib.Path:
   return path
 
 
-_RUN_FORM = {
-  "seconds?": {str: float},
-  "versions?": {str: str},
-  "changes?": [{"step": int, "keys": {str: list}}],
-}
 _RUN_NAMES = {
   "method": "attention method",
   "device": "device",
@@ -108,9 +112,7 @@ _RUN_NAMES = {
 
 @shown("Run", "run.json", "What ran, on what, and how long each part took.")
 def _run(workdir: pathlib.Path) -> str:
-  read = read_json(workdir, "run.json", _RUN_FORM)
-  run = {"seconds": {}, "versions": {}, "changes": []}
-  run |= {key: value for key, value in read.items() if value is not None}
+  run = {"seconds": {}, "versions": {}, "changes": [], **read_json(workdir, "run.json")}
   rows = []
   if run.get("finished") is False:
     rows.append(("state", "training has not finished"))
@@ -218,12 +220,7 @@ def _buckets(workdir: pathlib.Path) -> str:
 )
 def _router(workdir: pathlib.Path) -> str:
   rows = metric_rows(workdir, "train")
-  labels = {
-    "router_entropy": "router entropy (nats)",
-    "density": "density (scored pairs / n²)",
-    "cost": "cost (computed pairs / n²)",
-  }
-  curves = {label: series(rows, key) for key, label in labels.items()}
+  curves = {label: series(rows, key) for key, label in _ROUTER.items()}
   curves = {label: curve for label, curve in curves.items() if len(curve[0])}
   if not curves:
     raise Absent("no training line has router_entropy, density or cost.")
@@ -238,7 +235,7 @@ def _router(workdir: pathlib.Path) -> str:
 
 def heatmap(routing: dict) -> Figure:
   """Draws a panel per quarter of t, with a row per layer.head and a column per branch."""
-  probs = routing["probs"]  # [layers, buckets, heads, branches]
+  probs = np.array(routing["probs"])  # [layers, buckets, heads, branches]
   layers, buckets, heads, branches = probs.shape
   rows = layers * heads
   ticks = range(0, rows, -(-rows // _MAX_NAMES))
@@ -259,14 +256,14 @@ def heatmap(routing: dict) -> Figure:
   "Which branch each head is given, by timestep: t near 1 is noise, t near 0 is video.",
 )
 def _routing(workdir: pathlib.Path) -> str:
-  routing = read_routing(workdir)
+  routing = read_json(workdir, "routing.json")
   names = routing["branches"]
   edges = routing["bucket_edges"]
   labels = [f"{low:g} – {high:g}" for low, high in zip(edges, edges[1:], strict=False)]
   kinds = {"probs": "mean soft probability", "choice": "share of heads by hard choice"}
   figure, axes = panels(2, 8.5, 2.8)
   for axis, (key, title) in zip(axes, kinds.items(), strict=True):
-    share = routing[key].mean((0, 2))  # [buckets, branches]
+    share = np.mean(routing[key], (0, 2))  # [buckets, branches]
     below = np.zeros(len(share))
     for branch, name in enumerate(names):
       colour = _COLOURS[branch % len(_COLOURS)]
@@ -274,21 +271,12 @@ def _routing(workdir: pathlib.Path) -> str:
       below = below + share[:, branch]
     axis.set(xlabel="t (1 is noise)", title=title, ylim=(0, 1))
   _legend(axes[1])
-  shares = routing["probs"].mean((0, 2))
+  shares = np.mean(routing["probs"], (0, 2))
   rows = [(f"t {t}", *map(float, share)) for t, share in zip(labels, shares, strict=True)]
   pictures = image(heatmap(routing), "routing heatmap") + image(figure, "allocation over timesteps")
   return pictures + table(["mean probability", *names], rows)
 
 
-_COST_FORM = {
-  "method": str,
-  "attention_flops": float,
-  "linear_flops": float,
-  "density": float,
-  "layer_ms?": float,
-  "attention_ms?": float,
-  "note?": str,
-}
 _COST_BARS = {
   "attention_flops": "attention FLOPs",
   "layer_ms": "layer time",
@@ -299,9 +287,7 @@ _FLOP_UNITS = {1e12: "TFLOP", 1e9: "GFLOP", 1e6: "MFLOP"}
 
 @shown("Cost", "cost.json", "What attention costs, counted and, where a time is given, measured.")
 def _cost(workdir: pathlib.Path) -> str:
-  rows = read_json(workdir, "cost.json", [_COST_FORM])
-  if not rows:
-    raise Absent("cost.json has no rows.")
+  rows = read_json(workdir, "cost.json")
   most = max(row["attention_flops"] + row["linear_flops"] for row in rows)
   scale = next((scale for scale in _FLOP_UNITS if most >= scale), 1e6)
   unit = _FLOP_UNITS[scale]
@@ -345,8 +331,7 @@ def _cost_chart(rows: list[dict], dense: dict) -> Figure:
 )
 def _evaluation(workdir: pathlib.Path) -> str:
   names = {"samples": "samples", "real_val": "real validation clips", "chance": "chance"}
-  form = {"classifier": {**dict.fromkeys(names, float), "count": int}}
-  result = read_json(workdir, "evaluation.json", form)["classifier"]
+  result = read_json(workdir, "evaluation.json")["classifier"]
   rows = [(label, float(result[key])) for key, label in names.items()]
   remark = f"<p>{result['count']} samples were classified.</p>"
   return table(["clips", "accuracy, share"], rows) + remark

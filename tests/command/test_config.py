@@ -281,6 +281,7 @@ def test_gpu_wheels_without_a_gpu_are_left_alone(monkeypatch, wheel, driver, abs
     if not driver:
       raise OSError(name)
 
-  monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: wheel or None)
+  version = "1.0" if wheel else "absent"
+  monkeypatch.setattr(cli, "versions", lambda names: dict.fromkeys(names, version))
   monkeypatch.setattr(cli.ctypes, "CDLL", load)
   assert cli.gpu_wheels_without_gpu() == absent
