@@ -10,6 +10,7 @@ from freqformer.config import ConfigError
 from freqformer.cost import model_cost, training_flops
 from freqformer.data.clips import list_clips
 from freqformer.model.dit import VideoDiT, make_tables
+from freqformer.pages.text import aligned
 from freqformer.train.experiment import Experiment
 from freqformer.train.step import init_state, make_train_step
 
@@ -66,8 +67,7 @@ def describe(experiment: Experiment) -> str:
     f"attention {dense.attention_flops / 1e9:,.2f}; this model's attention has "
     f"{cost.attention_flops / dense.attention_flops:.1%} of it",
   }
-  width = max(map(len, rows))
-  return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
+  return aligned(list(rows.items()))
 
 
 def _by(sizes) -> str:

@@ -28,38 +28,24 @@ from freqformer.diffusion.sampling import SampleConfig
 from freqformer.evaluate import compare
 from freqformer.evaluate.draw import FLOPS_ARE, SAMPLES_PER_CLASS, draw, requests, sample_config
 from freqformer.evaluate.restore import Run, load_run
-from freqformer.pages.compare import slug, write_comparison
+from freqformer.pages.compare import slug, text_table, write_comparison
 from freqformer.pages.mp4 import grid, grid_png, write_mp4
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run to sample from.", required=True)
 _STEP = flags.DEFINE_integer("checkpoint", None, "Step of the checkpoint; default the newest.")
-_OUT = flags.DEFINE_string(
-  "out", None, "Folder to write to; default <workdir>/samples, or samples-<method>, or compare."
-)
+_OUT = flags.DEFINE_string("out", None, "Folder to write to; default one in <workdir>.")
 _CLASSES = flags.DEFINE_list("classes", None, "Class names; default all.")
 _SAMPLES = flags.DEFINE_integer("samples", 1, "Samples per class.", lower_bound=1)
-_SEED = flags.DEFINE_integer(
-  "seed", 0, "Seed; sample i of a class has its own noise, whatever else is sampled."
-)
+_SEED = flags.DEFINE_integer("seed", 0, "Sample i of a class has its own noise, seed by seed.")
 _STEPS = flags.DEFINE_integer("steps", None, "Denoising steps; default the config's.")
 _GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale, 1 is none; default the config's.")
 _METHOD = flags.DEFINE_string("method", None, "Run another attention method on the same weights.")
 _RAW = flags.DEFINE_bool("raw", False, "Use the raw weights instead of their average.")
-_SOFT = flags.DEFINE_bool(
-  "soft", False, "Mix all branches of the router instead of taking the likeliest."
-)
-_EXPORT_MASKS = flags.DEFINE_string(
-  "export_masks", None, "Folder for the first sample's masks; timings then include recording."
-)
-_COMPARE = flags.DEFINE_string(
-  "compare", None, "Methods to compare on the same weights and noise, the reference first."
-)
-_METRICS = flags.DEFINE_list(
-  "metrics", ["psnr", "ssim"], f"Of --compare: some of {', '.join(compare.METRICS)}."
-)
-_LPIPS = flags.DEFINE_string(
-  "lpips_weights", None, "Weights (.npz) of LPIPS; adds it to --compare. Nothing is downloaded."
-)
+_SOFT = flags.DEFINE_bool("soft", False, "Mix all branches of the router, not the likeliest alone.")
+_EXPORT_MASKS = flags.DEFINE_string("export_masks", None, "Folder for the first sample's masks.")
+_COMPARE = flags.DEFINE_string("compare", None, "Methods to compare, the reference first.")
+_METRICS = flags.DEFINE_list("metrics", ["psnr", "ssim"], f"Some of {', '.join(compare.METRICS)}.")
+_LPIPS = flags.DEFINE_string("lpips_weights", None, "Weights (.npz) of LPIPS, for --compare.")
 _FPS = flags.DEFINE_float("fps", 0, "Frame rate of the mp4s; default 25 / stride.", lower_bound=0)
 
 
@@ -74,9 +60,7 @@ def _sample_one_method():
   """Writes samples of the trained method, or of `--method`."""
   for name in ("metrics", "lpips_weights"):
     if flags.FLAGS[name].present:
-      raise ConfigError(
-        f"--{name} compares videos; give the methods to compare in --compare as well."
-      )
+      raise ConfigError(f"--{name} compares videos; give --compare the methods as well.")
   run = load_run(_WORKDIR.value, step=_STEP.value, method=_METHOD.value, raw=_RAW.value)
   labels, indices, config = _requests(run)
   out = _folder("samples" if _METHOD.value is None else f"samples-{slug(_METHOD.value)}")
@@ -93,7 +77,9 @@ def _sample_one_method():
   videos = run.decode(drawn.latents)
   for label in dict.fromkeys(labels.tolist()):
     own = videos[labels == label]
-    write_mp4(out / f"{names[label]}.mp4", grid(own, columns=min(4, len(own))), _fps(run))
+    write_mp4(
+      out / f"{names[label]}.mp4", grid(own, columns=min(4, len(own))), _FPS.value or run.fps
+    )
   grid_png(out / "grid.png", videos, [names[label] for label in labels])
 
   # ---- numbers --------------------------------------------------------------------------------
@@ -142,8 +128,8 @@ def _compare_methods():
     f"{run.class_names[label]} {index % SAMPLES_PER_CLASS}"
     for label, index in zip(labels, indices, strict=True)
   ]
-  page = write_comparison(out, result, videos, captions, _fps(run))
-  print(compare.table(rows))
+  page = write_comparison(out, result, videos, captions, _FPS.value or run.fps)
+  print(text_table(rows))
   print(f"page: {page}")
 
 
@@ -176,10 +162,6 @@ def _folder(default: str) -> pathlib.Path:
   out = pathlib.Path(_OUT.value or pathlib.Path(_WORKDIR.value) / default)
   out.mkdir(parents=True, exist_ok=True)
   return out
-
-
-def _fps(run: Run) -> float:
-  return _FPS.value or run.fps
 
 
 if __name__ == "__main__":

@@ -4,10 +4,9 @@
   python -m freqformer.sweep --config=configs/demo.py --study=runs/study --override=train.steps=9
   python -m freqformer.sweep --config=configs/demo.py --study=runs/study --list
 
-A config's `sweep()` yields flat overrides (`{"model.attention.freqformer.router.budget": 0.1}`).
-Each trial is one training command with them, which is logged, so that a trial can be repeated by
-hand. All trials are checked before the first one runs. The table at the end is also written as
-study.json. The exit code is 1 if a trial failed.
+A config's `sweep()` yields flat overrides (`{"train.lr": 0.1}`). Each trial is one training command
+with them, which is logged. All trials are checked before the first one runs. The table at the end
+is also written as study.json. The exit code is 1 if a trial failed.
 """
 
 import hashlib
@@ -23,6 +22,7 @@ from absl import flags, logging
 from freqformer.command import cli
 from freqformer.command.files import check_keys, define_config, load_config, read_config
 from freqformer.config import ConfigError
+from freqformer.pages.text import aligned
 from freqformer.train import metrics
 from freqformer.train.experiment import Experiment, experiment
 from freqformer.train.preemption import StopRequest
@@ -109,21 +109,11 @@ def table(rows: list[dict]) -> str:
     values = [row.get(column) for column in _COLUMNS]
     texts = [f"{x:.4f}" if isinstance(x, float) else str(x) for x in values]
     lines.append(["" if x is None else text for x, text in zip(values, texts, strict=True)])
-  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-  return "\n".join(
-    "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
-    for line in lines
-  )
+  return aligned(lines)
 
 
 def sweep(config_path, study, extra: dict, list_only: bool = False) -> list[dict]:
-  """Runs a study, or goes on with it, and returns its rows.
-
-  Args:
-    config_path: file with `get_config()` and `sweep()`.
-    study: folder of the trials.
-    extra: overrides of every trial.
-    list_only: run and write nothing.
+  """Runs a study, or goes on with it, and returns its rows; `extra` overrides keys of every trial.
 
   Raises:
     ConfigError: a trial's config is wrong, or a trial ran with another config than it would run
@@ -172,9 +162,7 @@ def main(_):
   for item in _OVERRIDE.value:
     key, separator, value = item.partition("=")
     if not separator:
-      raise ConfigError(
-        f"--override={item!r} must read key=value, e.g. --override=train.steps=100."
-      )
+      raise ConfigError(f"--override={item!r} must read key=value, e.g. train.steps=100.")
     extra[key] = value
   rows = sweep(_CONFIG.value, _STUDY.value, extra, _LIST.value)
   print(table(rows))
@@ -186,12 +174,8 @@ def main(_):
 
 if __name__ == "__main__":
   # Not at import: other commands have a --config of their own.
-  _CONFIG = flags.DEFINE_string(
-    "config", None, "Config file with get_config() and sweep().", required=True
-  )
+  _CONFIG = flags.DEFINE_string("config", None, "Has get_config() and sweep().", required=True)
   _STUDY = flags.DEFINE_string("study", None, "Folder of the study.", required=True)
-  _OVERRIDE = flags.DEFINE_multi_string(
-    "override", [], "key=value for every trial, e.g. train.steps=100."
-  )
+  _OVERRIDE = flags.DEFINE_multi_string("override", [], "key=value for every trial.")
   _LIST = flags.DEFINE_bool("list", False, "Only show what has run.")
   cli.run(main)

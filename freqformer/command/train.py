@@ -4,10 +4,9 @@
   python train.py --config=configs/ucf101.py --config.train.lr=3e-4 --dry_run
 
 The same command resumes: after SIGTERM, Ctrl-C or a crash the run goes on from the newest
-checkpoint in the workdir, bit for bit. A finished run goes on once train.steps is raised. If the
-config changed since the last checkpoint, the changed keys are logged, and run.json keeps them with
-their step. Changes of data, model, seed or train.batch_size stop the run unless --resume_changed is
-given.
+checkpoint in the workdir, bit for bit. A finished run goes on once train.steps is raised. Keys of
+the config that changed meanwhile are logged and kept in run.json. Changes of data, model, seed or
+train.batch_size stop the run unless --resume_changed is given.
 """
 
 import functools
@@ -27,7 +26,6 @@ from freqformer.command.dry_run import describe
 from freqformer.command.files import define_config
 from freqformer.data.cache import LatentCache, prepare
 from freqformer.data.loader import train_iterator, val_batches
-from freqformer.grid.layout import TileLayout
 from freqformer.model.dit import VideoDiT, make_tables
 from freqformer.train.checkpoint import PACKAGES, Checkpoints
 from freqformer.train.experiment import Experiment, experiment
@@ -43,9 +41,7 @@ _CONFIG = define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; default runs/<config>.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print shapes, memory and FLOPs; touch no data.")
 _RESUME_CHANGED = flags.DEFINE_bool(
-  "resume_changed",
-  False,
-  "Go on from the checkpoint though data, model, seed or train.batch_size are no longer its own.",
+  "resume_changed", False, "Go on though data, model, seed or train.batch_size have changed."
 )
 
 
@@ -113,7 +109,21 @@ def train(config: ConfigDict, workdir: pathlib.Path, resume_changed: bool = Fals
     batches.set_state(json.loads(old["iterator"]))
     logging.info("resumed at step %d from %s", int(state.step), checkpoints.path)
   step = int(state.step)
-  metrics.start(step, config, _facts(exp, params, record, tables["layout"].layout))
+  layout = tables["layout"].layout
+  facts = {
+    "params": sum(x.size for x in jax.tree.leaves(params)),
+    "method": exp.model.attention.method,
+    "classes": record["class_names"],
+    "changes": record["changes"],
+    "git": git_revision(),
+    "versions": versions(PACKAGES),
+    "device": jax.devices()[0].device_kind,
+    "tokens": layout.n,
+    "tiles": layout.tiles,
+    "grid": layout.grid,
+    "tile": layout.tile,
+  }
+  metrics.start(step, config, facts)
 
   # ---- 5. the steps ---------------------------------------------------------------------------
   train_step = make_train_step(graphdef, exp.train, classes)
@@ -170,23 +180,6 @@ def _record(config: ConfigDict, cache: LatentCache) -> dict:
     "video_shape": list(cache.video_shape),
     "cache": cache.manifest["hash"],
     "changes": [],
-  }
-
-
-def _facts(exp: Experiment, params: nnx.State, record: dict, layout: TileLayout) -> dict:
-  """Returns the head of the run's log: model, data, code, machine and grid."""
-  return {
-    "params": sum(x.size for x in jax.tree.leaves(params)),
-    "method": exp.model.attention.method,
-    "classes": record["class_names"],
-    "changes": record["changes"],
-    "git": git_revision(),
-    "versions": versions(PACKAGES),
-    "device": jax.devices()[0].device_kind,
-    "tokens": layout.n,
-    "tiles": layout.tiles,
-    "grid": layout.grid,
-    "tile": layout.tile,
   }
 
 

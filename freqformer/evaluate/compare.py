@@ -3,9 +3,8 @@
   python eval.py --workdir=runs/demo --compare="dense,adaspa,block_topk(density=0.2, coarse=none)"
 
 Each method samples the same (seed, index) pairs. Quality is that of the decoded videos against the
-reference's (`freqformer/evaluate/quality.py`). FLOPs are the method's own cost over the phases of
-the run (`FLOPS_ARE`), density is what ran. Seconds are those of this machine with whatever else it
-was doing.
+reference's. FLOPs are the method's own cost over the phases of the run (`FLOPS_ARE`), density is
+what ran. Seconds are those of this machine with whatever else it was doing.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -26,11 +25,7 @@ Metric = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def split_methods(text: str) -> list[str]:
-  """Returns the methods of `--compare`, separated by commas outside brackets.
-
-  Raises:
-    ConfigError: there are fewer than two methods, or one of them twice.
-  """
+  """Returns the methods of `--compare`; ConfigError for less than two, or one of them twice."""
   methods = split_outside_brackets(text)
   if len(methods) < 2 or len(set(methods)) < len(methods):
     raise ConfigError(
@@ -132,26 +127,3 @@ def row(
     "density_by_step_layer_head": np.round(drawn.density, 5).tolist(),
     "phases": ["/".join(dict.fromkeys(step)) for step in drawn.phases],
   }
-
-
-def table(rows: list[dict]) -> str:
-  """Returns the rows as aligned text."""
-  names = [name for name in METRICS if name in (rows[-1]["quality"] or {})]
-  heads = ["density", "attention", "total", "compile", "per sample", *names]
-  lines = [["method", *heads]]
-  for r in rows:
-    quality = r["quality"] or dict.fromkeys(names, "reference")
-    lines.append(
-      [
-        r["method"][:40],
-        f"{r['density']:.3f}",
-        f"{r['attention_flops_over_dense']:.3f}",
-        f"{r['total_flops_over_dense']:.3f}",
-        f"{r['compile_seconds']:.1f} s",
-        f"{r['seconds_per_sample']:.2f} s",
-        *(x if isinstance(x, str) else f"{x:.3f}" for x in map(quality.get, names)),
-      ]
-    )
-  return "\n".join(
-    f"{method:40}" + "".join(f" {cell:>10}" for cell in cells) for method, *cells in lines
-  )

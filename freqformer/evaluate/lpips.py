@@ -9,9 +9,7 @@ Where torch and lpips are installed, this writes it:
   arrays |= {k: v.numpy() for k, v in trained.items() if k.startswith("lin")}
   np.savez("lpips_alex.npz", **arrays)
 
-The features of both videos are scaled to unit length over channels at five depths. Their squared
-differences, weighted per channel, are averaged over places and added up; 0 is equal. Not checked
-against the original's own numbers: its weights are not here.
+Not checked against the original's own numbers: its weights are not here.
 """
 
 import dataclasses
@@ -95,7 +93,7 @@ def load_lpips(path) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
 
 
 def _distance(weights: dict, a: jax.Array, b: jax.Array) -> jax.Array:
-  """Returns the distance of each frame, float32 `[t]`, of frames uint8 `[t, y, x, 3]`."""
+  """Returns each frame's weighted squared difference of features: `[t, y, x, 3] -> [t]`."""
   total = 0.0
   for i, (x, y) in enumerate(zip(_features(weights, a), _features(weights, b), strict=True)):
     squares = jnp.square(x - y) * weights[f"lin{i}.model.1.weight"][0]

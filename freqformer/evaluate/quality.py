@@ -16,17 +16,12 @@ _PEAK = 255.0  # grey levels
 _UINT8 = np.dtype(np.uint8)
 
 
-def psnr_frames(videos: np.ndarray, reference: np.ndarray) -> np.ndarray:
-  """Returns `10 log10(255^2 / MSE)` of each frame, dB, float64 `[b, t]`; inf for equal frames."""
+def psnr(videos: np.ndarray, reference: np.ndarray) -> np.ndarray:
+  """Returns the mean over frames of `10 log10(255^2 / MSE)`, dB, `[b]`; inf for equal videos."""
   videos, reference = _checked(videos, reference)
   error = np.square(videos.astype(np.float64) - reference).mean((2, 3, 4))
   with np.errstate(divide="ignore"):
-    return 10 * np.log10(_PEAK**2 / error)
-
-
-def psnr(videos: np.ndarray, reference: np.ndarray) -> np.ndarray:
-  """Returns the mean over frames of `psnr_frames`, `[b]`; inf if a whole video is equal."""
-  frames = psnr_frames(videos, reference)
+    frames = 10 * np.log10(_PEAK**2 / error)
   # choice: an equal frame among others counts as if one channel of one pixel were off by one, the
   # least that can differ. Otherwise a single equal frame would make the mean infinite.
   least = 10 * np.log10(_PEAK**2 * np.prod(np.shape(videos)[2:]))

@@ -2,9 +2,8 @@
 
   python eval.py --workdir=runs/demo --method="block_topk(coarse=none)" --export_masks=masks
 
-A mask is kept once, however many steps, layers or heads share it, as bits: which query tile lists
-which key tile. Of a batch the first sample is recorded (under guidance its conditional half, which
-decides for both).
+A mask is kept once, however many steps, layers or heads share it. Of a batch the first sample is
+recorded (under guidance its conditional half, which decides for both).
 """
 
 import dataclasses
@@ -24,14 +23,9 @@ _MARGIN = 2  # pixels around a panel
 _BACKGROUND = (0.8, 0.85, 1.0)  # red, green, blue
 
 
-def realised_density(auxes: Sequence, sample: int = 0) -> np.ndarray:
-  """Returns the density of every step, layer and head, float32 `[steps, layers, heads]`.
-
-  Args:
-    auxes: per step the aux of `VideoDiT`: one dict per run of layers.
-    sample: number of the sample in the batch.
-  """
-  steps = [np.concatenate([np.asarray(run["density"])[:, sample] for run in aux]) for aux in auxes]
+def realised_density(auxes: Sequence) -> np.ndarray:
+  """Returns the first sample's density, float32 `[steps, layers, heads]`, from each step's aux."""
+  steps = [np.concatenate([np.asarray(run["density"])[:, 0] for run in aux]) for aux in auxes]
   return np.stack(steps).astype(np.float32)
 
 
@@ -51,11 +45,9 @@ class RunMasks:
   density: np.ndarray
 
   def save(self, folder, pictures: int = 4):
-    """Writes masks.npz, density.png and pictures of some steps.
+    """Writes masks.npz, density.png and pictures of some steps; an earlier run's pictures go.
 
-    Args:
-      folder: made if it is missing; pictures of an earlier run in it go.
-      pictures: at most so many steps whose masks differ from the step before, evenly spaced.
+    Drawn are at most `pictures` steps whose masks differ from the step before, evenly spaced.
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -28,6 +28,7 @@ from freqformer.pages.html import (
   video,
 )
 from freqformer.pages.mp4 import write_mp4
+from freqformer.pages.text import aligned
 
 _MAX_SAMPLES = 16  # every video is embedded once per method
 _COLOURS = colormaps["magma"]
@@ -94,6 +95,19 @@ def _remove_old(out: pathlib.Path):
 def slug(name: str) -> str:
   """Returns a name as a file name: `radial(decay=0.5)` -> `radial_decay_0.5`."""
   return re.sub(r"[^\w.-]+", "_", name).strip("_")
+
+
+def text_table(rows: list[dict]) -> str:
+  """Returns the rows of a comparison as plain text."""
+  names = list(rows[-1]["quality"] or {})
+  lines = [["method", "density", "attention", "total", "compile", "per sample", *names]]
+  for row in rows:
+    shares = [row["density"], row["attention_flops_over_dense"], row["total_flops_over_dense"]]
+    seconds = [f"{row['compile_seconds']:.1f} s", f"{row['seconds_per_sample']:.2f} s"]
+    judged = (row["quality"] or dict.fromkeys(names, "reference")).values()
+    quality = [x if isinstance(x, str) else f"{x:.3f}" for x in judged]
+    lines.append([row["method"], *(f"{x:.3f}" for x in shares), *seconds, *quality])
+  return aligned(lines)
 
 
 def _figures(result: dict) -> str:

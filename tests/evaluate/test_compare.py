@@ -11,7 +11,7 @@ from freqformer.config import ConfigError
 from freqformer.cost import Cost
 from freqformer.diffusion.sampling import SampleConfig
 from freqformer.evaluate import compare, quality
-from freqformer.pages.compare import slug, write_comparison
+from freqformer.pages.compare import slug, text_table, write_comparison
 from tests.command.process import call, render
 
 pytestmark = pytest.mark.xdist_group("compare")
@@ -164,6 +164,6 @@ def test_page_of_equal_videos(tmp_path):
   assert found == ["a/000_one.mp4", "b/000_one.mp4", "b/mine.mp4"]
   assert "Infinity" not in (tmp_path / "comparison.json").read_text()
   assert ">inf<" in page and "&lt;one&gt;" in page
-  assert re.search("inf +1.000", compare.table(rows))
-  assert re.search("reference +reference", compare.table(rows))
+  assert re.search("inf +1.000", text_table(rows))
+  assert re.search("reference +reference", text_table(rows))
   assert slug("radial(decay=0.5)") == "radial_decay_0.5"

@@ -18,7 +18,7 @@ def clips(b=2, t=3, y=16, x=20):
 
 def test_equal_videos():
   a = clips()
-  assert np.isinf(quality.psnr(a, a)).all() and np.isinf(quality.psnr_frames(a, a)).all()
+  assert np.isinf(quality.psnr(a, a)).all()
   np.testing.assert_allclose(quality.ssim(a, a), 1, atol=1e-12)
   assert not quality.difference(a, a).any()
 
@@ -29,10 +29,7 @@ def test_psnr_of_a_known_error():
   b[:, 0] += 5  # MSE 25
   b[:, 1, :, :4] -= 10  # MSE 50: half of the pixels
   want = 10 * np.log10(255**2 / np.array([25, 50]))
-  np.testing.assert_allclose(quality.psnr_frames(b, a)[0], want)
-  np.testing.assert_allclose(
-    quality.psnr(b, a), want.mean()
-  )  # of frames' PSNR, not of the mean error
+  np.testing.assert_allclose(quality.psnr(b, a), want.mean())  # not of the mean error
   assert quality.psnr(b, a) == quality.psnr(a, b)
   np.testing.assert_allclose(quality.difference(b, a)[0, :, 0], 7.5)
 
