@@ -51,13 +51,7 @@ def refusing(where: str) -> Iterator[None]:
 def require(config, fields: str, *, above=None, least=None, below=None, most=None):
   """Refuses fields whose number, or one of whose numbers, is not finite or out of bounds.
 
-  Args:
-    config: a dataclass, in its `__post_init__`.
-    fields: names, separated by spaces.
-    above: lower bound, excluded.
-    least: lower bound, allowed.
-    below: upper bound, excluded.
-    most: upper bound, allowed.
+  The names of the fields are separated by spaces. `least` and `most` are allowed themselves.
 
   Raises:
     ValueError: one sentence about the first such field.

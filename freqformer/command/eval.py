@@ -36,7 +36,7 @@ _STEP = flags.DEFINE_integer("checkpoint", None, "Step of the checkpoint; defaul
 _OUT = flags.DEFINE_string("out", None, "Folder to write to; default one in <workdir>.")
 _CLASSES = flags.DEFINE_list("classes", None, "Class names; default all.")
 _SAMPLES = flags.DEFINE_integer("samples", 1, "Samples per class.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Sample i of a class has its own noise, seed by seed.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the samples' noise.")
 _STEPS = flags.DEFINE_integer("steps", None, "Denoising steps; default the config's.")
 _GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale, 1 is none; default the config's.")
 _METHOD = flags.DEFINE_string("method", None, "Run another attention method on the same weights.")

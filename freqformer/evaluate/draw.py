@@ -33,8 +33,8 @@ class Drawn:
     config: how it was sampled.
     latents: `[n, t, y, x, c]`, normalised.
     density: `[steps, layers, heads]` of one sample, the first of the last batch.
-    compile_seconds: seconds that compiling took; near 0 if JAX's persistent cache had the program.
-    run_seconds: seconds that sampling took, of all samples.
+    compile_seconds: near 0 if JAX's persistent cache had the program.
+    run_seconds: of all samples.
     masks: the first sample's masks, if they were asked for.
   """
 
@@ -125,13 +125,9 @@ def draw(
   """Samples latents; compiling and running are timed apart.
 
   Args:
-    run: the trained model.
     labels: int `[n]`.
     indices: int `[n]`: a sample's noise depends on (seed, index) only.
-    seed: of all noise.
-    config: how to sample.
     want_masks: record the first sample's masks; the seconds then include recording.
-    progress: show a progress bar.
 
   Raises:
     ConfigError: the method's schedule does not fit the number of steps.

@@ -65,7 +65,6 @@ def load_run(
   """Loads a trained model from a run's folder.
 
   Args:
-    workdir: the folder.
     step: training step of the checkpoint; None takes the newest.
     method: attention method to run in every layer instead of the trained one, as
       "radial(decay=0.5)"; parameters that it does not have (a router's) are dropped.

@@ -51,14 +51,7 @@ def grid(videos: np.ndarray, columns: int) -> np.ndarray:
 
 
 def grid_png(path, videos: np.ndarray, labels: Sequence[str], frames: int = 8):
-  """Writes a picture with one row per video, under its label, and one column per frame.
-
-  Args:
-    path: the .png file.
-    videos: uint8 `[n, t, y, x, 3]`.
-    labels: n texts, cut at the picture's width.
-    frames: columns, evenly spaced in time; fewer if there are fewer frames.
-  """
+  """Writes a row per video `[n, t, y, x, 3]`, under its label, of at most so many frames of it."""
   t = videos.shape[1]
   picks = np.linspace(0, t - 1, min(frames, t)).round().astype(int)
   rows = []

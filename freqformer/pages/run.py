@@ -58,10 +58,7 @@ SECTIONS: dict[str, Callable[[pathlib.Path], str]] = {}
 def shown(title: str, source: str, intro: str) -> Callable:
   """Makes a section of the decorated function; if that fails, the reason is shown in its place.
 
-  Args:
-    title: its heading.
-    source: files of the run that it shows.
-    intro: one sentence.
+  `source` names the files of the run that it shows, `intro` is one sentence.
   """
 
   def register(body: Callable[[pathlib.Path], str]) -> Callable[[pathlib.Path], str]:
