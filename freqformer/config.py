@@ -27,16 +27,12 @@ def split_outside_brackets(text: str) -> list[str]:
   Parts are stripped; empty ones are left out.
   """
   parts = [""]
-  depth = 0
-  for character in text:
-    if character in "([":
-      depth += 1
-    elif character in ")]":
-      depth -= 1
-    if character == "," and depth == 0:
-      parts.append("")
+  for piece in text.split(","):
+    depth = sum(map(parts[-1].count, "([")) - sum(map(parts[-1].count, ")]"))
+    if depth > 0:
+      parts[-1] += f",{piece}"
     else:
-      parts[-1] += character
+      parts.append(piece)
   return [part.strip() for part in parts if part.strip()]
 
 
@@ -55,13 +51,7 @@ def refusing(where: str) -> Iterator[None]:
 def require(config, fields: str, *, above=None, least=None, below=None, most=None):
   """Refuses fields whose number, or one of whose numbers, is not finite or out of bounds.
 
-  Args:
-    config: a dataclass, in its `__post_init__`.
-    fields: names, separated by spaces.
-    above: lower bound, excluded.
-    least: lower bound, allowed.
-    below: upper bound, excluded.
-    most: upper bound, allowed.
+  The names of the fields are separated by spaces. `least` and `most` are allowed themselves.
 
   Raises:
     ValueError: one sentence about the first such field.
@@ -84,11 +74,9 @@ def require_one_of(config, name: str, allowed: Iterable):
   Raises:
     ValueError: names the nearest allowed value.
   """
-  allowed = tuple(allowed)
   given = getattr(config, name)
   if given not in allowed:
-    names = ", ".join(map(str, allowed))
-    raise ValueError(f"{name}={given!r} must be one of {names}{_hint(given, allowed)}")
+    raise ValueError(f"{name}={given!r} must be {_one_of(given, map(str, allowed))}")
 
 
 def build(cls: type, values: Mapping, path: str = "", root: str = "config."):
@@ -113,7 +101,7 @@ def build(cls: type, values: Mapping, path: str = "", root: str = "config."):
   for name in values:
     if name not in fields:
       raise ConfigError(f"{where} has no key {name!r}; {did_you_mean(name, fields)}")
-  missing = [n for n, f in fields.items() if n not in values and _default(f) is _NONE]
+  missing = [n for n, f in fields.items() if n not in values and _default(f) is dataclasses.MISSING]
   if missing:
     remedy = "set them in get_config" if root else "add them"
     raise ConfigError(f"{where} lacks {', '.join(missing)}; {remedy}.")
@@ -129,15 +117,10 @@ def build(cls: type, values: Mapping, path: str = "", root: str = "config."):
 
 
 def with_defaults(cls: type, values, default=None):
-  """Returns `values` and, for each absent key of a dataclass that has a default, this default.
+  """Returns `values` with each absent key of a dataclass at its default, or as `default` has it.
 
   Groups become dicts. Nothing is checked: unknown and missing keys stay as they are, and so does
   what is not a mapping.
-
-  Args:
-    cls: the dataclass.
-    values: a mapping of the keys that are given.
-    default: an instance of `cls` whose values are the defaults, instead of the class's own.
   """
   if not isinstance(values, Mapping):
     return values
@@ -148,22 +131,17 @@ def with_defaults(cls: type, values, default=None):
     hint = hints[field.name]
     if dataclasses.is_dataclass(hint):
       group = full.get(field.name, {})
-      full[field.name] = with_defaults(hint, group, None if own is _NONE else own)
-    elif field.name not in full and own is not _NONE:
+      full[field.name] = with_defaults(hint, group, None if own is dataclasses.MISSING else own)
+    elif field.name not in full and own is not dataclasses.MISSING:
       full[field.name] = _convert(own, hint, field.name, "")
   return full
 
 
-_NONE = object()  # a field without default
-
-
 def _default(field: dataclasses.Field):
-  """Returns the default of a field, `_NONE` if it has none."""
-  if field.default is not dataclasses.MISSING:
-    return field.default
+  """Returns the default of a field, MISSING if it has none."""
   if field.default_factory is not dataclasses.MISSING:
     return field.default_factory()
-  return _NONE
+  return field.default
 
 
 def _convert(value, hint, path: str, root: str):
@@ -182,13 +160,18 @@ def _convert(value, hint, path: str, root: str):
       with contextlib.suppress(ConfigError):
         return _convert(value, option, path, root)
     raise ConfigError(f"{where} must be {_name(hint)}, got {value!r}.")
-  if origin is tuple:
-    return _tuple(value, hint, path, root)
+  if origin is tuple and isinstance(value, list | tuple):
+    entries = typing.get_args(hint) or (typing.Any, Ellipsis)
+    if entries[1:] == (Ellipsis,):
+      entries = entries[:1] * len(value)
+    if len(entries) != len(value):
+      raise ConfigError(f"{where} must have {len(entries)} entries, got {tuple(value)!r}.")
+    pairs = enumerate(zip(value, entries, strict=True))
+    return tuple(_convert(entry, own, f"{path}[{i}]", root) for i, (entry, own) in pairs)
   if origin is typing.Literal:
     allowed = typing.get_args(hint)
     if value not in allowed:
-      names = ", ".join(map(repr, allowed))
-      raise ConfigError(f"{where} must be one of {names}, got {value!r}{_hint(value, allowed)}")
+      raise ConfigError(f"{where}={value!r} must be {_one_of(value, map(str, allowed))}")
     return value
   if hint is typing.Any or (hint is types.NoneType and value is None):
     return value
@@ -200,27 +183,12 @@ def _convert(value, hint, path: str, root: str):
   raise ConfigError(f"{where} must be {_name(hint)}, got {value!r}.")
 
 
-def _tuple(value, hint, path: str, root: str) -> tuple:
-  """Returns a list or tuple as the hinted tuple type, entry by entry."""
-  if not isinstance(value, list | tuple):
-    raise ConfigError(f"{root}{path} must be {_name(hint)}, got {value!r}.")
-  entries = typing.get_args(hint)
-  if not entries:
-    return tuple(value)
-  if len(entries) == 2 and entries[1] is Ellipsis:
-    entries = (entries[0],) * len(value)
-  if len(entries) != len(value):
-    raise ConfigError(f"{root}{path} must have {len(entries)} entries, got {tuple(value)!r}.")
-  return tuple(
-    _convert(entry, own, f"{path}[{i}]", root)
-    for i, (entry, own) in enumerate(zip(value, entries, strict=True))
-  )
-
-
-def _hint(given, allowed: Iterable) -> str:
-  """Returns the end of a sentence about allowed values: the nearest one, if any is near."""
-  close = difflib.get_close_matches(str(given), [str(x) for x in allowed], n=1)
-  return f"; did you mean {close[0]!r}?" if close else "."
+def _one_of(given, allowed: Iterable[str]) -> str:
+  """Returns the end of a sentence about allowed values: all, and the nearest one if any is near."""
+  allowed = list(allowed)
+  close = difflib.get_close_matches(str(given), allowed, n=1)
+  hint = f"; did you mean {close[0]!r}?" if close else "."
+  return f"one of {', '.join(allowed)}{hint}"
 
 
 def _name(hint) -> str:

@@ -4,19 +4,15 @@ import functools
 import runpy
 import sys
 
-# Packages of pyproject.toml's extras that a command needs, with the extra that brings each.
-_EXTRAS = {"av": "video"}
-
 
 def _run(module: str):
   """Runs a module as `python -m` would, so that `--help` shows its docstring and flags."""
   try:
     runpy.run_module(module, run_name="__main__", alter_sys=True)
   except ModuleNotFoundError as error:
-    if error.name not in _EXTRAS:
+    if error.name != "av":  # the one package of an extra that a command needs
       raise
-    extra = _EXTRAS[error.name]
-    print(f"error: {error}; install it by pip install 'freqformer[{extra}]'.", file=sys.stderr)
+    print(f"error: {error}; install it by pip install 'freqformer[video]'.", file=sys.stderr)
     sys.exit(2)
 
 

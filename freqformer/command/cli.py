@@ -2,7 +2,6 @@
 
 import ctypes
 import functools
-import importlib.util
 import itertools
 import logging as python_logging
 import math
@@ -21,13 +20,16 @@ from freqformer import CHECKOUT
 from freqformer.command.files import check_keys, dotted, read_config
 from freqformer.config import ConfigError
 from freqformer.kernels.core.op import NoImplementation
+from freqformer.versions import versions
 
-_PACKAGE = pathlib.Path(__file__).parents[1]
+_CODE = CHECKOUT or pathlib.Path(__file__).parents[1]
 
 
 def run(main: Callable):
   """Runs `main(argv)` with flags parsed, our error messages and JAX's compile cache."""
-  jax.config.update("jax_compilation_cache_dir", str(_cache_folder()))
+  caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+  cache = CHECKOUT / ".cache" / "jax" if CHECKOUT else caches / "freqformer" / "jax"
+  jax.config.update("jax_compilation_cache_dir", str(cache))
   if "JAX_PLATFORMS" not in os.environ and gpu_wheels_without_gpu():
     jax.config.update("jax_platforms", "cpu")
   logging.set_verbosity(logging.INFO)
@@ -36,23 +38,13 @@ def run(main: Callable):
   app.run(guarded(main), flags_parser=parse)
 
 
-def _cache_folder() -> pathlib.Path:
-  """Returns the folder of compiled programs: in the checkout, or the user's cache if installed."""
-  if CHECKOUT is not None:
-    return CHECKOUT / ".cache" / "jax"
-  caches = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-  return pathlib.Path(caches) / "freqformer" / "jax"
-
-
 def gpu_wheels_without_gpu() -> bool:
   """Tells whether JAX's CUDA plugin is installed but no NVIDIA driver is.
 
   `make setup` installs the plugin to compile for absent GPUs. It would print tracebacks about
   itself before JAX goes on with the CPU.
   """
-  if importlib.util.find_spec("jax_plugins") is None:
-    return False
-  if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+  if versions(["jax-cuda13-plugin"])["jax-cuda13-plugin"] == "absent":
     return False
   try:
     ctypes.CDLL("libcuda.so.1")
@@ -62,39 +54,31 @@ def gpu_wheels_without_gpu() -> bool:
 
 
 def guarded(main: Callable) -> Callable:
-  """Wraps `main` so that its refusals end the process with one sentence.
-
-  `--verbosity=1` also prints where they come from.
-  """
+  """Wraps `main` so that its refusals end the process with one sentence."""
 
   @functools.wraps(main)
   def run_main(argv):
     try:
       return main(argv)
     except (ConfigError, NoImplementation) as error:
-      fail(error)
+      _fail(error)
     except (FileExistsError, NotADirectoryError) as error:
-      fail(f"{error.filename} is a file where a folder is needed; name another, or move it away.")
+      _fail(f"{error.filename} is a file where a folder is needed; name another, or move it away.")
     except (PermissionError, IsADirectoryError) as error:
-      fail(f"{error.filename} cannot be used: {error.strerror}.")
+      _fail(f"{error.filename} cannot be used: {error.strerror}.")
 
   return run_main
 
 
 def _ours_or_error(record: python_logging.LogRecord) -> bool:
-  """Keeps our log lines, and errors of others.
-
-  Orbax and grain log to absl as well; their warnings are about their own plumbing.
-  """
+  """Keeps our log lines, and errors of others: Orbax and grain warn of their own plumbing."""
   path = pathlib.Path(record.pathname)
-  ours = path.is_relative_to(_PACKAGE)
-  if CHECKOUT is not None and not ours:
-    ours = path.is_relative_to(CHECKOUT) and "site-packages" not in path.parts
+  ours = path.is_relative_to(_CODE) and "site-packages" not in path.relative_to(_CODE).parts
   return ours or record.levelno >= python_logging.ERROR
 
 
-def fail(error) -> NoReturn:
-  """Prints the sentence and leaves with code 2."""
+def _fail(error) -> NoReturn:
+  """Prints the sentence, with --verbosity=1 also where it comes from, and leaves with code 2."""
   if logging.level_debug():
     traceback.print_exc()
   print(f"error: {error}", file=sys.stderr)
@@ -107,7 +91,7 @@ def parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
   The config file and its overrides are checked before ml_collections sees them. Arguments that
   belong to no flag and numbers that are not finite are refused.
   """
-  config = None
+  config = {}
   try:
     if file := _config_file(argv):
       config = read_config(*file.split(":", 1))
@@ -117,35 +101,31 @@ def parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
   except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
     # The text of a KeyError is its message in quotes.
     message = error.args[0] if isinstance(error, KeyError) and error.args else error
-    fail(str(message).replace("\n", " "))
+    _fail(str(message).replace("\n", " "))
   if rest[1:]:
-    fail(_left_over(rest[1], config))
+    _fail(_left_over(rest[1], config))
   for name, value in values.flag_values_dict().items():
     if isinstance(value, float) and not math.isfinite(value):
-      fail(f"--{name}={value} must be a finite number.")
+      _fail(f"--{name}={value} must be a finite number.")
   return rest
 
 
 def _config_file(argv: list[str]) -> str | None:
   """Returns the last of `--config=FILE` and `--config FILE`."""
   found = None
-  for argument, following in itertools.zip_longest(argv, argv[1:]):
+  for argument, following in itertools.pairwise([*argv, None]):
     if match := re.fullmatch(r"--?config(?:=(.*))?", argument):
       found = following if match.group(1) is None else match.group(1)
   return found
 
 
-def _left_over(argument: str, config: Mapping | None) -> str:
-  """Explains why an argument that belongs to no flag is refused.
-
-  The usual cause is an override without its leading `--config.`.
-  """
-  key, _, value = argument.removeprefix("config.").partition("=")
-  if config is not None and "=" in argument:
-    known = dotted(config)
-    full = key if key in known else next((k for k in known if k.endswith(f".{key}")), None)
-    if full:
-      return f"{argument!r} belongs to no flag; did you mean --config.{full}={value}?"
+def _left_over(argument: str, config: Mapping) -> str:
+  """Refuses an argument of no flag; usually it is an override without its leading `--config.`."""
+  key, equals, value = argument.removeprefix("config.").partition("=")
+  near = [known for known in dotted(config) if f".{known}".endswith(f".{key}")]
+  if equals and near:
+    full = key if key in near else near[0]
+    return f"{argument!r} belongs to no flag; did you mean --config.{full}={value}?"
   return (
     f"{argument!r} belongs to no flag; flags begin with --, and one that takes a value is written "
     "--flag=value."

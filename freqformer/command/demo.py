@@ -29,23 +29,21 @@ _WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Folder of the run.")
 _CONFIG = flags.DEFINE_string("config", str(_ROOT / "configs" / "demo.py"), "Config of the run.")
 
 
-def step(name: str, *command: str):
+def _command(*arguments: str):
   """Runs a Python command as a user would; leaves if it fails."""
-  logging.info("---- %s: python %s", name, " ".join(command))
-  code = subprocess.run([sys.executable, *command], cwd=_ROOT, check=False).returncode
+  logging.info("---- python %s", " ".join(arguments))
+  code = subprocess.run([sys.executable, *arguments], cwd=_ROOT, check=False).returncode
   if code:
     sys.exit(code)
 
 
-def write_real_clips(cache: LatentCache, workdir: pathlib.Path, fps: float):
+def _write_real_clips(cache: LatentCache, workdir: pathlib.Path, fps: float):
   """Writes one training clip per class, decoded from its latent, to compare samples with."""
-  written = set()
-  for i in range(len(cache)):
-    item = cache[i]
-    name = cache.class_names[int(item["label"])]
-    if name not in written:
-      written.add(name)
-      write_mp4(workdir / "real" / f"{name}.mp4", cache.decode(item["latent"][None])[0], fps)
+  first = {}
+  for item in map(cache.__getitem__, range(len(cache))):
+    first.setdefault(cache.class_names[int(item["label"])], item["latent"])
+  for name, latent in first.items():
+    write_mp4(workdir / "real" / f"{name}.mp4", cache.decode(latent[None])[0], fps)
 
 
 def main(_):
@@ -56,11 +54,11 @@ def main(_):
   render_ucf101(_ROOT / exp.data.root)
   render_seconds = time.monotonic() - clock
   arguments = [f"--config={_CONFIG.value}", f"--workdir={workdir}"]
-  step("train", "-m", "freqformer.command.train", *arguments)
-  step("sample", "-m", "freqformer.command.eval", f"--workdir={workdir}")
+  _command("-m", "freqformer.command.train", *arguments)
+  _command("-m", "freqformer.command.eval", f"--workdir={workdir}")
 
   cache = prepare(exp.data, "train")
-  write_real_clips(cache, workdir, _SOURCE_FPS / exp.data.stride)
+  _write_real_clips(cache, workdir, _SOURCE_FPS / exp.data.stride)
   drawn = np.load(workdir / "samples" / "latents.npz")
   accuracy = class_accuracy(cache, prepare(exp.data, "val"), drawn["latents"], drawn["labels"])
   _write(workdir / "evaluation.json", {"classifier": accuracy})

@@ -9,49 +9,34 @@ from flax import nnx
 from freqformer.config import ConfigError
 from freqformer.cost import model_cost, training_flops
 from freqformer.data.clips import list_clips
-from freqformer.data.protocol import DataConfig
 from freqformer.model.dit import VideoDiT, make_tables
+from freqformer.pages.text import aligned
 from freqformer.train.experiment import Experiment
 from freqformer.train.step import init_state, make_train_step
 
 _UCF101_CLASSES = 101
 
 
-def abstract_model(experiment: Experiment, latent_shape, classes: int):
-  """Returns the model's graph definition and abstract parameters; nothing is allocated."""
-
-  def make():
-    return VideoDiT(experiment.model, latent_shape, classes, nnx.Rngs(experiment.seed))
-
-  return nnx.split(nnx.eval_shape(make))
-
-
-def _classes(data: DataConfig) -> tuple[int, str]:
-  """Returns the number of classes, and a remark if it is assumed."""
-  try:
-    return len(list_clips(data, "train").class_names), ""
-  except ConfigError:
-    return _UCF101_CLASSES, f", UCF-101's: assumed, {data.root} cannot be read"
-
-
-def describe(experiment: Experiment, classes: int | None = None) -> str:
+def describe(experiment: Experiment) -> str:
   """Returns a page of text; its memory figures come from compiling the train step for this device.
 
-  Args:
-    experiment: the run.
-    classes: number of classes; None counts those of the data, and takes UCF-101's if there are
-      no data.
+  Without data there are as many classes as in UCF-101.
   """
-  assumed = ""
-  if classes is None:
-    classes, assumed = _classes(experiment.data)
   data = experiment.data
   model = experiment.model
   batch_size = experiment.train.batch_size
   shape = experiment.latent_shape
   layout = model.layout(shape)
+  assumed = ""
+  try:
+    classes = len(list_clips(data, "train").class_names)
+  except ConfigError:
+    classes = _UCF101_CLASSES
+    assumed = f", UCF-101's: assumed, {data.root} cannot be read"
 
-  graphdef, params = abstract_model(experiment, shape, classes)
+  graphdef, params = nnx.split(
+    nnx.eval_shape(lambda: VideoDiT(model, shape, classes, nnx.Rngs(experiment.seed)))
+  )
   state = jax.eval_shape(lambda p: init_state(p, experiment.train, 0), params)
   batch = {
     "latent": jax.ShapeDtypeStruct((batch_size, *shape), jnp.float32),
@@ -82,8 +67,7 @@ def describe(experiment: Experiment, classes: int | None = None) -> str:
     f"attention {dense.attention_flops / 1e9:,.2f}; this model's attention has "
     f"{cost.attention_flops / dense.attention_flops:.1%} of it",
   }
-  width = max(map(len, rows))
-  return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
+  return aligned(list(rows.items()))
 
 
 def _by(sizes) -> str:

@@ -28,64 +28,48 @@ from freqformer.diffusion.sampling import SampleConfig
 from freqformer.evaluate import compare
 from freqformer.evaluate.draw import FLOPS_ARE, SAMPLES_PER_CLASS, draw, requests, sample_config
 from freqformer.evaluate.restore import Run, load_run
-from freqformer.pages.compare import slug, write_comparison
-from freqformer.pages.mp4 import check_folder, grid, grid_png, write_mp4
+from freqformer.pages.compare import slug, text_table, write_comparison
+from freqformer.pages.mp4 import grid, grid_png, write_mp4
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run to sample from.", required=True)
 _STEP = flags.DEFINE_integer("checkpoint", None, "Step of the checkpoint; default the newest.")
-_OUT = flags.DEFINE_string(
-  "out", None, "Folder to write to; default <workdir>/samples, or samples-<method>, or compare."
-)
+_OUT = flags.DEFINE_string("out", None, "Folder to write to; default one in <workdir>.")
 _CLASSES = flags.DEFINE_list("classes", None, "Class names; default all.")
 _SAMPLES = flags.DEFINE_integer("samples", 1, "Samples per class.", lower_bound=1)
-_SEED = flags.DEFINE_integer(
-  "seed", 0, "Seed; sample i of a class has its own noise, whatever else is sampled."
-)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the samples' noise.")
 _STEPS = flags.DEFINE_integer("steps", None, "Denoising steps; default the config's.")
 _GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale, 1 is none; default the config's.")
 _METHOD = flags.DEFINE_string("method", None, "Run another attention method on the same weights.")
 _RAW = flags.DEFINE_bool("raw", False, "Use the raw weights instead of their average.")
-_SOFT = flags.DEFINE_bool(
-  "soft", False, "Mix all branches of the router instead of taking the likeliest."
-)
-_EXPORT_MASKS = flags.DEFINE_string(
-  "export_masks", None, "Folder for the first sample's masks; timings then include recording."
-)
-_COMPARE = flags.DEFINE_string(
-  "compare", None, "Methods to compare on the same weights and noise, the reference first."
-)
-_METRICS = flags.DEFINE_list(
-  "metrics", ["psnr", "ssim"], f"Of --compare: some of {', '.join(compare.METRICS)}."
-)
-_LPIPS = flags.DEFINE_string(
-  "lpips_weights", None, "Weights (.npz) of LPIPS; adds it to --compare. Nothing is downloaded."
-)
+_SOFT = flags.DEFINE_bool("soft", False, "Mix all branches of the router, not the likeliest alone.")
+_EXPORT_MASKS = flags.DEFINE_string("export_masks", None, "Folder for the first sample's masks.")
+_COMPARE = flags.DEFINE_string("compare", None, "Methods to compare, the reference first.")
+_METRICS = flags.DEFINE_list("metrics", ["psnr", "ssim"], f"Some of {', '.join(compare.METRICS)}.")
+_LPIPS = flags.DEFINE_string("lpips_weights", None, "Weights (.npz) of LPIPS, for --compare.")
 _FPS = flags.DEFINE_float("fps", 0, "Frame rate of the mp4s; default 25 / stride.", lower_bound=0)
 
 
 def main(_):
   if _COMPARE.value is not None:
-    compare_methods()
+    _compare_methods()
   else:
-    sample_one_method()
+    _sample_one_method()
 
 
-def sample_one_method():
+def _sample_one_method():
   """Writes samples of the trained method, or of `--method`."""
   for name in ("metrics", "lpips_weights"):
     if flags.FLAGS[name].present:
-      raise ConfigError(
-        f"--{name} compares videos; give the methods to compare in --compare as well."
-      )
+      raise ConfigError(f"--{name} compares videos; give --compare the methods as well.")
   run = load_run(_WORKDIR.value, step=_STEP.value, method=_METHOD.value, raw=_RAW.value)
-  labels, indices = _requests(run)
-  config = _sample_config(run, len(labels))
+  labels, indices, config = _requests(run)
   out = _folder("samples" if _METHOD.value is None else f"samples-{slug(_METHOD.value)}")
-  masks = _EXPORT_MASKS.value and check_folder(_EXPORT_MASKS.value)
+  masks = _EXPORT_MASKS.value
+  if masks:
+    pathlib.Path(masks).mkdir(parents=True, exist_ok=True)
   drawn = draw(run, labels, indices, _SEED.value, config, want_masks=bool(masks))
 
   # ---- videos ---------------------------------------------------------------------------------
-  out.mkdir(parents=True, exist_ok=True)
   names = run.class_names
   if (out / "sampling.json").exists():  # of an earlier run, maybe of other classes
     for name in names:
@@ -93,7 +77,9 @@ def sample_one_method():
   videos = run.decode(drawn.latents)
   for label in dict.fromkeys(labels.tolist()):
     own = videos[labels == label]
-    write_mp4(out / f"{names[label]}.mp4", grid(own, columns=min(4, len(own))), _fps(run))
+    write_mp4(
+      out / f"{names[label]}.mp4", grid(own, columns=min(4, len(own))), _FPS.value or run.fps
+    )
   grid_png(out / "grid.png", videos, [names[label] for label in labels])
 
   # ---- numbers --------------------------------------------------------------------------------
@@ -104,15 +90,9 @@ def sample_one_method():
     drawn.masks.save(masks)
   density = {"axes": ["step", "layer", "head"], "density": np.round(drawn.density, 5).tolist()}
   (out / "density.json").write_text(json.dumps(density))
-  seconds = drawn.run_seconds / len(labels)
   result = _facts(run, len(labels), config) | {
     "method": run.model.config.attention.method,
-    "compile_seconds": drawn.compile_seconds,
-    "run_seconds": drawn.run_seconds,
-    "seconds_per_sample": seconds,
-    "attention_flops_per_sample": drawn.cost.attention_flops,
-    "total_flops_per_sample": drawn.cost.total,
-    "density_by_step": drawn.density.mean((1, 2)).tolist(),
+    **drawn.figures(),
   }
   (out / "sampling.json").write_text(json.dumps(result, indent=2))
   logging.info(
@@ -121,12 +101,12 @@ def sample_one_method():
     out,
     drawn.compile_seconds,
     drawn.run_seconds,
-    seconds,
+    result["seconds_per_sample"],
     drawn.density.mean(),
   )
 
 
-def compare_methods():
+def _compare_methods():
   """Writes samples of every method of `--compare` and a page that shows them side by side."""
   for flag in (_METHOD, _EXPORT_MASKS):
     if flag.value is not None:
@@ -139,34 +119,28 @@ def compare_methods():
   metrics = compare.metric_functions(_METRICS.value, _LPIPS.value)
   methods = compare.split_methods(_COMPARE.value)
   run = load_run(_WORKDIR.value, step=_STEP.value, raw=_RAW.value)
-  labels, indices = _requests(run)
-  config = _sample_config(run, len(labels))
-  out = _folder("compare")
+  labels, indices, config = _requests(run)
   found = compare.candidates(_WORKDIR.value, methods, config.steps, run.step, _RAW.value)
+  out = _folder("compare")
   rows, videos = compare.compare(found, labels, indices, _SEED.value, config, metrics)
   result = _facts(run, len(labels), config) | {"rows": rows}
   captions = [
     f"{run.class_names[label]} {index % SAMPLES_PER_CLASS}"
     for label, index in zip(labels, indices, strict=True)
   ]
-  page = write_comparison(out, result, videos, captions, _fps(run))
-  print(compare.table(rows))
+  page = write_comparison(out, result, videos, captions, _FPS.value or run.fps)
+  print(text_table(rows))
   print(f"page: {page}")
 
 
-def _requests(run: Run) -> tuple[np.ndarray, np.ndarray]:
-  """Returns label and number of each sample that is asked for."""
+def _requests(run: Run) -> tuple[np.ndarray, np.ndarray, SampleConfig]:
+  """Returns label and number of each sample that is asked for, and how they are sampled."""
   names = run.class_names
   if not _CLASSES.value and len(names) > 16:
     logging.info("all %d classes are sampled; --classes=%s,%s takes some", len(names), *names[:2])
-  return requests(run, _CLASSES.value, _SAMPLES.value)
-
-
-def _sample_config(run: Run, count: int) -> SampleConfig:
-  """Returns the run's sampling settings with the flags that were given."""
-  return sample_config(
-    run, count, steps=_STEPS.value, guidance=_GUIDANCE.value, soft=_SOFT.value or None
-  )
+  labels, indices = requests(run, _CLASSES.value, _SAMPLES.value)
+  given = {"steps": _STEPS.value, "guidance": _GUIDANCE.value, "soft": _SOFT.value or None}
+  return labels, indices, sample_config(run, len(labels), **given)
 
 
 def _facts(run: Run, count: int, config: SampleConfig) -> dict:
@@ -184,12 +158,10 @@ def _facts(run: Run, count: int, config: SampleConfig) -> dict:
 
 
 def _folder(default: str) -> pathlib.Path:
-  """Returns --out, or a folder of the run; checked before anything is sampled."""
-  return check_folder(_OUT.value or pathlib.Path(_WORKDIR.value) / default)
-
-
-def _fps(run: Run) -> float:
-  return _FPS.value or run.fps
+  """Makes and returns --out or a folder of the run, before anything is sampled."""
+  out = pathlib.Path(_OUT.value or pathlib.Path(_WORKDIR.value) / default)
+  out.mkdir(parents=True, exist_ok=True)
+  return out
 
 
 if __name__ == "__main__":

@@ -22,23 +22,23 @@ from freqformer.train.experiment import Experiment
 
 
 def load_config(path, need: tuple[str, ...] = ("get_config",)) -> types.ModuleType:
-  """Returns the module of a config file.
-
-  Args:
-    path: the file.
-    need: names of the functions that it must have.
+  """Returns the module of a config file, which must have the functions that `need` names.
 
   Raises:
-    ConfigError: the file or one of the functions is missing, or the file does not run; names the
-      line.
+    ConfigError: the file or a function is missing, or the file does not run; names the line.
   """
   path = pathlib.Path(path)
   if not path.is_file():
     raise ConfigError(f"no config file {path}; name one of configs/*.py.")
   spec = importlib.util.spec_from_file_location(path.stem, path)
   module = importlib.util.module_from_spec(spec)
-  with _reading(path), _importable(path.resolve().parents[1]):
-    spec.loader.exec_module(module)
+  neighbours = str(path.resolve().parents[1])  # for `from configs import demo`
+  sys.path.append(neighbours)
+  try:
+    with _reading(path):
+      spec.loader.exec_module(module)
+  finally:
+    sys.path.remove(neighbours)
   for name in need:
     if not hasattr(module, name):
       raise ConfigError(f"{path} has no {name}(); write one, configs/demo.py shows how.")
@@ -59,17 +59,13 @@ def read_config(path, *args) -> ConfigDict:
       f"get_config() of {path} returned {config!r}; let it return an ml_collections.ConfigDict."
     )
   values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-  return ConfigDict(_complete(values))
-
-
-def _complete(values: dict) -> dict:
-  """Returns a run's config with all keys of all groups; `experiment` checks the values."""
+  # All keys of all groups; `experiment` checks the values.
   model = values.get("model", {})
   attention = model.get("attention", {}) if isinstance(model, Mapping) else None
   if isinstance(attention, Mapping):
     methods = {name: with_defaults(method_class(name), attention.get(name, {})) for name in METHODS}
     values = {**values, "model": {**model, "attention": {**attention, **methods}}}
-  return with_defaults(Experiment, values)
+  return ConfigDict(with_defaults(Experiment, values))
 
 
 class _CompleteConfig(flags.ArgumentParser):
@@ -84,29 +80,14 @@ def define_config(
 ) -> flags.FlagHolder:
   """Defines the flag `--config` with an override `--config.key=value` for every key.
 
-  Args:
-    flag_values: where the flags are defined.
-    argv: the command line, to find the overrides in; None takes the process's own.
+  The overrides are found in `argv`; None takes the process's own command line.
   """
+  text = "Configuration file, e.g. configs/ucf101.py."
   holder = config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "Configuration file, e.g. configs/ucf101.py.",
-    flag_values=flag_values,
-    sys_argv=argv,
+    "config", None, text, flag_values=flag_values, sys_argv=argv
   )
   flag_values["config"].parser = _CompleteConfig()
   return holder
-
-
-@contextlib.contextmanager
-def _importable(folder: pathlib.Path) -> Iterator[None]:
-  """Lets a config import its neighbours, as `from configs import demo`, wherever it is read."""
-  sys.path.append(str(folder))
-  try:
-    yield
-  finally:
-    sys.path.remove(str(folder))
 
 
 @contextlib.contextmanager
@@ -117,14 +98,11 @@ def _reading(path: pathlib.Path) -> Iterator[None]:
   except ConfigError:
     raise
   except Exception as error:  # any: it is the user's code that runs
-    frames = traceback.extract_tb(error.__traceback__)
-    places = [(frame.filename, frame.lineno) for frame in frames]
+    places = list(traceback.extract_tb(error.__traceback__))
     if isinstance(error, SyntaxError):
-      places.append((error.filename, error.lineno))
-    lines = [
-      line for file, line in places if file and pathlib.Path(file).resolve() == path.resolve()
-    ]
-    where = f"{path}, line {lines[-1]}" if lines else str(path)
+      places.append(error)
+    own = [place.lineno for place in places if place.filename == str(path.absolute())]
+    where = f"{path}, line {own[-1]}" if own else str(path)
     raise ConfigError(f"{where}: {type(error).__name__}: {getattr(error, 'msg', error)}") from error
 
 

@@ -4,10 +4,9 @@
   python -m freqformer.sweep --config=configs/demo.py --study=runs/study --override=train.steps=9
   python -m freqformer.sweep --config=configs/demo.py --study=runs/study --list
 
-A config's `sweep()` yields flat overrides (`{"model.attention.freqformer.router.budget": 0.1}`).
-Each trial is one training command with them, which is logged, so that a trial can be repeated by
-hand. All trials are checked before the first one runs. The table at the end is also written as
-study.json. The exit code is 1 if a trial failed.
+A config's `sweep()` yields flat overrides (`{"train.lr": 0.1}`). Each trial is one training command
+with them, which is logged. All trials are checked before the first one runs. The table at the end
+is also written as study.json. The exit code is 1 if a trial failed.
 """
 
 import hashlib
@@ -23,6 +22,7 @@ from absl import flags, logging
 from freqformer.command import cli
 from freqformer.command.files import check_keys, define_config, load_config, read_config
 from freqformer.config import ConfigError
+from freqformer.pages.text import aligned
 from freqformer.train import metrics
 from freqformer.train.experiment import Experiment, experiment
 from freqformer.train.preemption import StopRequest
@@ -42,12 +42,8 @@ def trial_name(overrides: dict) -> str:
   return f"{safe or 'default'}-{digest}"
 
 
-def resolve(config_path, overrides: dict) -> Experiment:
-  """Returns the experiment that training makes of a config file and overrides, by the same flags.
-
-  Raises:
-    ConfigError: names the trial and what is wrong with it.
-  """
+def _resolve(config_path, overrides: dict) -> Experiment:
+  """Returns the experiment that training makes of a config file and overrides."""
   argv = ["sweep", f"--config={config_path}", *_flags(overrides)]
   values = flags.FlagValues()
   config = define_config(values, argv)
@@ -64,7 +60,7 @@ def _flags(overrides: dict) -> list[str]:
   return [f"--config.{key}={value}" for key, value in overrides.items()]
 
 
-def changed_since(workdir: pathlib.Path, exp: Experiment) -> str:
+def _changed_since(workdir: pathlib.Path, exp: Experiment) -> str:
   """Describes how `exp` differs from the config that a trial ran with; empty if it does not."""
   path = workdir / "config.json"
   if not path.exists():
@@ -92,20 +88,11 @@ def result_of(workdir: pathlib.Path) -> dict | None:
 
 
 def run_trial(config_path, workdir: pathlib.Path, overrides: dict, stop: Callable[[], bool]) -> int:
-  """Trains in a process of its own and returns its exit code.
-
-  A stop request is passed on, so that the trial saves.
-  """
-  command = [
-    sys.executable,
-    "-m",
-    "freqformer.command.train",
-    f"--config={config_path}",
-    f"--workdir={workdir}",
-    *_flags(overrides),
-  ]
-  logging.info("%s", " ".join(command[1:]))
-  process = subprocess.Popen(command)
+  """Trains in a process that a stop request is passed on to, and returns its exit code."""
+  command = ["-m", "freqformer.command.train", f"--config={config_path}", f"--workdir={workdir}"]
+  command += _flags(overrides)
+  logging.info("%s", " ".join(command))
+  process = subprocess.Popen([sys.executable, *command])
   while True:
     try:
       return process.wait(timeout=_POLL_SECONDS)
@@ -117,29 +104,16 @@ def run_trial(config_path, workdir: pathlib.Path, overrides: dict, stop: Callabl
 
 def table(rows: list[dict]) -> str:
   """Returns aligned text; trials in order of validation loss, unfinished ones last."""
-
-  def cell(value) -> str:
-    if value is None:
-      return ""
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
-
-  rows = sorted(rows, key=lambda row: (row["val_loss"] is None, row["val_loss"]))
-  lines = [_COLUMNS, *([cell(row.get(column)) for column in _COLUMNS] for row in rows)]
-  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-  return "\n".join(
-    "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
-    for line in lines
-  )
+  lines = [_COLUMNS]
+  for row in sorted(rows, key=lambda row: (row["val_loss"] is None, row["val_loss"])):
+    values = [row.get(column) for column in _COLUMNS]
+    texts = [f"{x:.4f}" if isinstance(x, float) else str(x) for x in values]
+    lines.append(["" if x is None else text for x, text in zip(values, texts, strict=True)])
+  return aligned(lines)
 
 
 def sweep(config_path, study, extra: dict, list_only: bool = False) -> list[dict]:
-  """Runs a study, or goes on with it, and returns its rows.
-
-  Args:
-    config_path: file with `get_config()` and `sweep()`.
-    study: folder of the trials.
-    extra: overrides of every trial.
-    list_only: run and write nothing.
+  """Runs a study, or goes on with it, and returns its rows; `extra` overrides keys of every trial.
 
   Raises:
     ConfigError: a trial's config is wrong, or a trial ran with another config than it would run
@@ -150,7 +124,7 @@ def sweep(config_path, study, extra: dict, list_only: bool = False) -> list[dict
   trials = {trial_name(extra | own): extra | own for own in module.sweep()}
   stale = {}
   for name, overrides in trials.items():
-    if text := changed_since(study / name, resolve(config_path, overrides)):
+    if text := _changed_since(study / name, _resolve(config_path, overrides)):
       stale[name] = text
   if stale and not list_only:
     name, text = next(iter(stale.items()))
@@ -159,7 +133,10 @@ def sweep(config_path, study, extra: dict, list_only: bool = False) -> list[dict
       f"{text}; name another --study, undo the change, or delete those folders."
     )
   rows = []
-  before = _last_status(study)
+  # How each trial ended when the study last ran: one that failed is not open.
+  path = study / "study.json"
+  old = json.loads(path.read_text()) if path.exists() else []
+  before = {row["trial"]: row["status"] for row in old if row["status"] != "finished"}
   with StopRequest() as stop:
     for number, (name, overrides) in enumerate(trials.items(), 1):
       workdir = study / name
@@ -176,15 +153,8 @@ def sweep(config_path, study, extra: dict, list_only: bool = False) -> list[dict
       rows.append(row | {"status": status, "overrides": overrides})
       if not list_only:
         study.mkdir(parents=True, exist_ok=True)
-        (study / "study.json").write_text(json.dumps(rows, indent=2, default=list))
+        path.write_text(json.dumps(rows, indent=2, default=list))
   return rows
-
-
-def _last_status(study: pathlib.Path) -> dict[str, str]:
-  """Returns how each unfinished trial ended when the study last ran: a failed one is not open."""
-  path = study / "study.json"
-  rows = json.loads(path.read_text()) if path.exists() else []
-  return {row["trial"]: row["status"] for row in rows if row["status"] != "finished"}
 
 
 def main(_):
@@ -192,9 +162,7 @@ def main(_):
   for item in _OVERRIDE.value:
     key, separator, value = item.partition("=")
     if not separator:
-      raise ConfigError(
-        f"--override={item!r} must read key=value, e.g. --override=train.steps=100."
-      )
+      raise ConfigError(f"--override={item!r} must read key=value, e.g. train.steps=100.")
     extra[key] = value
   rows = sweep(_CONFIG.value, _STUDY.value, extra, _LIST.value)
   print(table(rows))
@@ -206,12 +174,8 @@ def main(_):
 
 if __name__ == "__main__":
   # Not at import: other commands have a --config of their own.
-  _CONFIG = flags.DEFINE_string(
-    "config", None, "Config file with get_config() and sweep().", required=True
-  )
+  _CONFIG = flags.DEFINE_string("config", None, "Has get_config() and sweep().", required=True)
   _STUDY = flags.DEFINE_string("study", None, "Folder of the study.", required=True)
-  _OVERRIDE = flags.DEFINE_multi_string(
-    "override", [], "key=value for every trial, e.g. train.steps=100."
-  )
+  _OVERRIDE = flags.DEFINE_multi_string("override", [], "key=value for every trial.")
   _LIST = flags.DEFINE_bool("list", False, "Only show what has run.")
   cli.run(main)

@@ -4,10 +4,9 @@
   python train.py --config=configs/ucf101.py --config.train.lr=3e-4 --dry_run
 
 The same command resumes: after SIGTERM, Ctrl-C or a crash the run goes on from the newest
-checkpoint in the workdir, bit for bit. A finished run goes on once train.steps is raised. If the
-config changed since the last checkpoint, the changed keys are logged, and run.json keeps them with
-their step. Changes of data, model, seed or train.batch_size stop the run unless --resume_changed is
-given.
+checkpoint in the workdir, bit for bit. A finished run goes on once train.steps is raised. Keys of
+the config that changed meanwhile are logged and kept in run.json. Changes of data, model, seed or
+train.batch_size stop the run unless --resume_changed is given.
 """
 
 import functools
@@ -27,7 +26,6 @@ from freqformer.command.dry_run import describe
 from freqformer.command.files import define_config
 from freqformer.data.cache import LatentCache, prepare
 from freqformer.data.loader import train_iterator, val_batches
-from freqformer.grid.layout import TileLayout
 from freqformer.model.dit import VideoDiT, make_tables
 from freqformer.train.checkpoint import PACKAGES, Checkpoints
 from freqformer.train.experiment import Experiment, experiment
@@ -40,16 +38,10 @@ from freqformer.train.validation import channel_power, evaluate, make_eval_step
 from freqformer.versions import git_revision, versions
 
 _CONFIG = define_config()
-_WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Folder of this run; default runs/<name of the config>."
-)
-_DRY_RUN = flags.DEFINE_bool(
-  "dry_run", False, "Print shapes, parameters, memory and FLOPs; touch no data."
-)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; default runs/<config>.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print shapes, memory and FLOPs; touch no data.")
 _RESUME_CHANGED = flags.DEFINE_bool(
-  "resume_changed",
-  False,
-  "Go on from the checkpoint though data, model, seed or train.batch_size are no longer its own.",
+  "resume_changed", False, "Go on though data, model, seed or train.batch_size have changed."
 )
 
 
@@ -64,14 +56,9 @@ def main(_):
 def train(config: ConfigDict, workdir: pathlib.Path, resume_changed: bool = False):
   """Trains until `config.train.steps`, or until asked to stop.
 
-  Args:
-    config: a complete config, of `read_config`.
-    workdir: folder of the run.
-    resume_changed: go on from a checkpoint of another config.
-
   Raises:
-    ConfigError: the config cannot be run, or the checkpoint is of another one (see
-      `check_same_config`).
+    ConfigError: the config cannot be run, or the checkpoint is of another one and
+      `resume_changed` does not allow that (see `check_same_config`).
   """
   started = time.monotonic()
   seconds = {}
@@ -87,7 +74,14 @@ def train(config: ConfigDict, workdir: pathlib.Path, resume_changed: bool = Fals
     changed = check_same_config(old, exp, resume_changed)
     if old["step"] >= exp.train.steps:
       checkpoints.close()
-      _log_nothing_left(workdir, old["step"], exp.train.steps)
+      over = "past the end, at"
+      if old["step"] == exp.train.steps:
+        over = "finished at"
+        # A run may have ended between its last checkpoint and the note that it had finished.
+        if (workdir / "run.json").exists():
+          Metrics(workdir).finish({}, finished=True)
+      text = "already %s step %d of %d; raise train.steps to go on"
+      logging.info(text, over, old["step"], exp.train.steps)
       return
 
   # ---- 2. data: encoded once, then read from the cache ----------------------------------------
@@ -115,7 +109,21 @@ def train(config: ConfigDict, workdir: pathlib.Path, resume_changed: bool = Fals
     batches.set_state(json.loads(old["iterator"]))
     logging.info("resumed at step %d from %s", int(state.step), checkpoints.path)
   step = int(state.step)
-  metrics.start(step, config, _facts(exp, params, record, tables["layout"].layout))
+  layout = tables["layout"].layout
+  facts = {
+    "params": sum(x.size for x in jax.tree.leaves(params)),
+    "method": exp.model.attention.method,
+    "classes": record["class_names"],
+    "changes": record["changes"],
+    "git": git_revision(),
+    "versions": versions(PACKAGES),
+    "device": jax.devices()[0].device_kind,
+    "tokens": layout.n,
+    "tiles": layout.tiles,
+    "grid": layout.grid,
+    "tile": layout.tile,
+  }
+  metrics.start(step, config, facts)
 
   # ---- 5. the steps ---------------------------------------------------------------------------
   train_step = make_train_step(graphdef, exp.train, classes)
@@ -162,17 +170,6 @@ def train(config: ConfigDict, workdir: pathlib.Path, resume_changed: bool = Fals
     )
 
 
-def _log_nothing_left(workdir: pathlib.Path, step: int, steps: int):
-  """Logs that the run is over.
-
-  A run that ended between its last checkpoint and the note that it had finished gets this note.
-  """
-  if step == steps and (workdir / "run.json").exists():
-    Metrics(workdir).finish({}, finished=True)
-  over = "finished at" if step == steps else "past the end, at"
-  logging.info("already %s step %d of %d; raise train.steps to go on", over, step, steps)
-
-
 def _record(config: ConfigDict, cache: LatentCache) -> dict:
   """Returns a checkpoint's record: the config, and what a resumed run's data must agree with."""
   return {
@@ -186,28 +183,10 @@ def _record(config: ConfigDict, cache: LatentCache) -> dict:
   }
 
 
-def _facts(exp: Experiment, params: nnx.State, record: dict, layout: TileLayout) -> dict:
-  """Returns the head of the run's log: model, data, code, machine and grid."""
-  return {
-    "params": sum(x.size for x in jax.tree.leaves(params)),
-    "method": exp.model.attention.method,
-    "classes": record["class_names"],
-    "changes": record["changes"],
-    "git": git_revision(),
-    "versions": versions(PACKAGES),
-    "device": jax.devices()[0].device_kind,
-    "tokens": layout.n,
-    "tiles": layout.tiles,
-    "grid": layout.grid,
-    "tile": layout.tile,
-  }
-
-
 def _validation(exp: Experiment, graphdef: nnx.GraphDef, cache: LatentCache, tables) -> Callable:
-  """Returns `validate(params, should_stop, write)`.
+  """Returns `validate(params, should_stop, write)`, which writes `kind, **numbers` of each kind.
 
-  It calls `write(kind, **numbers)` with the results of the hard choice and, where heads are routed,
-  of the soft mixture. It returns those of the hard choice, or None if it was stopped.
+  It returns the results of the hard choice, or None if it was stopped.
   """
   eval_steps = {"val": make_eval_step(graphdef)}
   if exp.train.val_soft and any(method.routed for _, method in exp.model.runs()):

@@ -33,8 +33,8 @@ class Drawn:
     config: how it was sampled.
     latents: `[n, t, y, x, c]`, normalised.
     density: `[steps, layers, heads]` of one sample, the first of the last batch.
-    compile_seconds: seconds that compiling took; near 0 if JAX's persistent cache had the program.
-    run_seconds: seconds that sampling took, of all samples.
+    compile_seconds: near 0 if JAX's persistent cache had the program.
+    run_seconds: of all samples.
     masks: the first sample's masks, if they were asked for.
   """
 
@@ -65,6 +65,17 @@ class Drawn:
   def _cost(self, model, phases) -> Cost:
     return sampling_cost(model, self.run.latent_shape, phases, self.config.guidance != 1)
 
+  def figures(self) -> dict:
+    """Returns times, FLOPs and density as plain JSON."""
+    return {
+      "compile_seconds": self.compile_seconds,
+      "run_seconds": self.run_seconds,
+      "seconds_per_sample": self.run_seconds / len(self.latents),
+      "attention_flops_per_sample": self.cost.attention_flops,
+      "total_flops_per_sample": self.cost.total,
+      "density_by_step": self.density.mean((1, 2)).tolist(),
+    }
+
 
 def requests(
   run: Run, classes: Sequence[str] | None, samples: int
@@ -72,11 +83,7 @@ def requests(
   """Returns label and number of each sample, int32 `[n]` both; a sample's noise is its number's.
 
   A number depends on the class and the place within it: asking for other classes changes none.
-
-  Args:
-    run: the trained model.
-    classes: names; None takes all.
-    samples: samples per class.
+  None takes all classes.
 
   Raises:
     ConfigError: a class is unknown, or there are more samples of a class than numbers.
@@ -94,12 +101,7 @@ def requests(
 
 
 def sample_config(run: Run, count: int, **given) -> SampleConfig:
-  """Returns the run's own sampling settings for `count` samples; what is given replaces them.
-
-  Args:
-    run: the trained model.
-    count: samples that are drawn; a batch is no larger.
-    **given: fields of `SampleConfig`; None leaves a field as it is.
+  """Returns the run's own sampling settings for `count` samples, with the fields that are not None.
 
   Raises:
     ConfigError: a value is out of its bounds.
@@ -123,13 +125,9 @@ def draw(
   """Samples latents; compiling and running are timed apart.
 
   Args:
-    run: the trained model.
     labels: int `[n]`.
     indices: int `[n]`: a sample's noise depends on (seed, index) only.
-    seed: of all noise.
-    config: steps, guidance, batch size.
     want_masks: record the first sample's masks; the seconds then include recording.
-    progress: show a progress bar.
 
   Raises:
     ConfigError: the method's schedule does not fit the number of steps.
@@ -141,15 +139,15 @@ def draw(
   step = sampling.make_step(nnx.graphdef(model), config, want_masks=want_masks)
   step = sampling.compile_steps(step, run.params, model, tables, shape, config)
   compile_seconds = time.monotonic() - clock
-  recorder = MaskRecorder() if want_masks else None
-  if recorder:
+  recorder = MaskRecorder()
+  if want_masks:
     step = recorder.wrap(step, config.steps)
   clock = time.monotonic()
   latents, aux = sampling.sample(
     step, run.params, model, labels, indices, seed, tables, shape, config, progress
   )
   run_seconds = time.monotonic() - clock
-  masks = recorder.masks() if recorder else None
+  masks = recorder.masks() if want_masks else None
   density = realised_density(aux)
   return Drawn(run, config, latents, density, compile_seconds, run_seconds, masks)
 
@@ -170,7 +168,7 @@ def sample(
     run: of `load_run`.
     classes: names, or one name; None takes all classes.
     samples: videos per class.
-    seed: of the noise; with another one all videos are others.
+    seed: of the noise.
     steps: denoising steps; None takes those of the run's config.
     guidance: guidance scale, 1 is none; None takes the config's.
     progress: show a progress bar.

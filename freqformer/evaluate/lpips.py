@@ -9,9 +9,7 @@ Where torch and lpips are installed, this writes it:
   arrays |= {k: v.numpy() for k, v in trained.items() if k.startswith("lin")}
   np.savez("lpips_alex.npz", **arrays)
 
-The features of both videos are scaled to unit length over channels at five depths. Their squared
-differences, weighted per channel, are averaged over places and added up; 0 is equal. Not checked
-against the original's own numbers: its weights are not here.
+Not checked against the original's own numbers: its weights are not here.
 """
 
 import dataclasses
@@ -34,21 +32,13 @@ _SCALE = np.array([0.458, 0.448, 0.450], np.float32)
 
 @dataclasses.dataclass(frozen=True)
 class _Layer:
-  """A convolution of AlexNet.
+  """A convolution of AlexNet; lengths are in pixels."""
 
-  Attributes:
-    number: its place in `features` of the weights file.
-    kernel: pixels a side.
-    stride: pixels.
-    padding: pixels on each side.
-    pooled: a 3 x 3 max pooling of stride 2 comes before it.
-  """
-
-  number: int
+  number: int  # in `features` of the weights file
   kernel: int
   stride: int
   padding: int
-  pooled: bool
+  pooled: bool  # a 3 x 3 max pooling of stride 2 comes before it
 
 
 _LAYERS = (
@@ -87,21 +77,15 @@ def load_lpips(path) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
       weights = {name: data[name].astype(np.float32) for name in shapes if name in data}
   except (ValueError, OSError) as error:
     raise ConfigError(f"{path} is not an .npz of arrays ({error}); {how}.") from error
-  wrong = [
-    f"{name} {shape}"
-    for name, shape in shapes.items()
-    if name not in weights or weights[name].shape != shape
-  ]
-  if wrong:
+  found = {name: array.shape for name, array in weights.items()}
+  if wrong := [f"{name} {shape}" for name, shape in shapes.items() if found.get(name) != shape]:
     raise ConfigError(f"LPIPS weights {path} lack or have in another shape: {', '.join(wrong)}.")
   distance = jax.jit(functools.partial(_distance, jax.tree.map(jnp.asarray, weights)))
 
   def lpips(videos, reference):
-    if min(np.shape(videos)[2:4]) < SMALLEST:
-      raise ConfigError(
-        f"LPIPS needs frames of at least {SMALLEST} x {SMALLEST} pixels, got "
-        f"{np.shape(videos)[2:4]}."
-      )
+    size = videos.shape[2:4]
+    if min(size) < SMALLEST:
+      raise ConfigError(f"LPIPS needs frames of at least {SMALLEST} x {SMALLEST}, got {size}.")
     pairs = zip(videos, reference, strict=True)
     return np.array([np.asarray(distance(a, b), np.float64).mean() for a, b in pairs])
 
@@ -109,21 +93,16 @@ def load_lpips(path) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
 
 
 def _distance(weights: dict, a: jax.Array, b: jax.Array) -> jax.Array:
-  """Returns the distance of each frame, float32 `[t]`, of frames uint8 `[t, y, x, 3]`."""
+  """Returns each frame's weighted squared difference of features: `[t, y, x, 3] -> [t]`."""
   total = 0.0
   for i, (x, y) in enumerate(zip(_features(weights, a), _features(weights, b), strict=True)):
-    squares = jnp.square(_unit(x) - _unit(y)) * weights[f"lin{i}.model.1.weight"][0]
+    squares = jnp.square(x - y) * weights[f"lin{i}.model.1.weight"][0]
     total += squares.sum(1).mean((1, 2))
   return total
 
 
-def _unit(x: jax.Array) -> jax.Array:
-  """Scales `[t, channels, y, x]` to unit length over channels."""
-  return x / (jnp.sqrt(jnp.square(x).sum(1, keepdims=True)) + 1e-10)
-
-
 def _features(weights: dict, frames: jax.Array) -> list[jax.Array]:
-  """Returns AlexNet's activations at five depths, `[t, channels, y, x]`."""
+  """Returns AlexNet's activations at five depths, of unit length over `[t, (channels), y, x]`."""
   x = ((frames.astype(jnp.float32) / 127.5 - 1 - _SHIFT) / _SCALE).transpose(0, 3, 1, 2)
   found = []
   for layer in _LAYERS:
@@ -133,5 +112,5 @@ def _features(weights: dict, frames: jax.Array) -> list[jax.Array]:
     strides = (layer.stride, layer.stride)
     x = jax.lax.conv_general_dilated(x, kernel, strides, [(layer.padding, layer.padding)] * 2)
     x = jax.nn.relu(x + weights[f"features.{layer.number}.bias"][:, None, None])
-    found.append(x)
+    found.append(x / (jnp.linalg.norm(x, axis=1, keepdims=True) + 1e-10))
   return found

@@ -2,7 +2,7 @@
 
 Videos are uint8 `[b, t, y, x, 3]`. Every measure is taken per frame and then averaged over the
 frames of a video, as papers on sparse video attention report it: the mean of the frames' PSNR, not
-the PSNR of their mean error.
+the PSNR of their mean error. Anything else than two videos of one shape is a ValueError.
 """
 
 import numpy as np
@@ -16,21 +16,12 @@ _PEAK = 255.0  # grey levels
 _UINT8 = np.dtype(np.uint8)
 
 
-def psnr_frames(videos: np.ndarray, reference: np.ndarray) -> np.ndarray:
-  """Returns `10 log10(255^2 / MSE)` of each frame, dB, float64 `[b, t]`; inf for equal frames.
-
-  Raises:
-    ValueError: the videos are not uint8 `[b, t, y, x, 3]` of one shape.
-  """
+def psnr(videos: np.ndarray, reference: np.ndarray) -> np.ndarray:
+  """Returns the mean over frames of `10 log10(255^2 / MSE)`, dB, `[b]`; inf for equal videos."""
   videos, reference = _checked(videos, reference)
   error = np.square(videos.astype(np.float64) - reference).mean((2, 3, 4))
   with np.errstate(divide="ignore"):
-    return 10 * np.log10(_PEAK**2 / error)
-
-
-def psnr(videos: np.ndarray, reference: np.ndarray) -> np.ndarray:
-  """Returns the mean over frames of `psnr_frames`, `[b]`; inf if a whole video is equal."""
-  frames = psnr_frames(videos, reference)
+    frames = 10 * np.log10(_PEAK**2 / error)
   # choice: an equal frame among others counts as if one channel of one pixel were off by one, the
   # least that can differ. Otherwise a single equal frame would make the mean infinite.
   least = 10 * np.log10(_PEAK**2 * np.prod(np.shape(videos)[2:]))
@@ -41,21 +32,15 @@ def ssim(videos: np.ndarray, reference: np.ndarray) -> np.ndarray:
   """Returns structural similarity, averaged over frames and colour channels, float64 `[b]`.
 
   Raises:
-    ValueError: other shapes than `psnr_frames` takes, or frames smaller than the window.
+    ValueError: frames are smaller than the window.
   """
   videos, reference = _checked(videos, reference)
-  if min(videos.shape[2:4]) < SSIM_WINDOW:
-    raise ValueError(
-      f"SSIM needs frames of at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels, got "
-      f"{videos.shape[2:4]}."
-    )
+  b, t, y, x, _ = videos.shape
+  if min(y, x) < SSIM_WINDOW:
+    raise ValueError(f"SSIM needs frames of at least {SSIM_WINDOW} x {SSIM_WINDOW}, got {y} x {x}.")
   # One frame at a time, so that memory does not grow with the video.
-  return np.array(
-    [
-      np.mean([_ssim_of_frame(a, b) for a, b in zip(video, other, strict=True)])
-      for video, other in zip(videos, reference, strict=True)
-    ]
-  )
+  frames = [_ssim_of_frame(videos[at], reference[at]) for at in np.ndindex(b, t)]
+  return np.reshape(frames, (b, t)).mean(1)
 
 
 def _ssim_of_frame(a: np.ndarray, b: np.ndarray) -> float:

@@ -2,9 +2,8 @@
 
   python eval.py --workdir=runs/demo --method="block_topk(coarse=none)" --export_masks=masks
 
-A mask is kept once, however many steps, layers or heads share it, as bits: which query tile lists
-which key tile. Of a batch the first sample is recorded (under guidance its conditional half, which
-decides for both).
+A mask is kept once, however many steps, layers or heads share it. Of a batch the first sample is
+recorded (under guidance its conditional half, which decides for both).
 """
 
 import dataclasses
@@ -15,24 +14,18 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
 from freqformer.kernels.block_sparse.table import BlockMask, from_tiles
 
-_PANEL = 72  # pixels of one head's mask, at most
+_PANEL = 72  # pixels of one head's mask
 _MARGIN = 2  # pixels around a panel
 _BACKGROUND = (0.8, 0.85, 1.0)  # red, green, blue
 
 
-def realised_density(auxes: Sequence, sample: int = 0) -> np.ndarray:
-  """Returns the density of every step, layer and head, float32 `[steps, layers, heads]`.
-
-  Args:
-    auxes: per step the aux of `VideoDiT`: one dict per run of layers.
-    sample: number of the sample in the batch.
-  """
-  steps = []
-  for aux in auxes:
-    steps.append(np.concatenate([np.asarray(run["density"])[:, sample] for run in aux]))
+def realised_density(auxes: Sequence) -> np.ndarray:
+  """Returns the first sample's density, float32 `[steps, layers, heads]`, from each step's aux."""
+  steps = [np.concatenate([np.asarray(run["density"])[:, 0] for run in aux]) for aux in auxes]
   return np.stack(steps).astype(np.float32)
 
 
@@ -51,16 +44,10 @@ class RunMasks:
   index: np.ndarray
   density: np.ndarray
 
-  def mask(self, step: int, layer: int) -> BlockMask:
-    """Returns the table that one layer ran at one step."""
-    return self.tables[self.index[step, layer]]
+  def save(self, folder, pictures: int = 4):
+    """Writes masks.npz, density.png and pictures of some steps; an earlier run's pictures go.
 
-  def save(self, folder, pictures: int = 4) -> pathlib.Path:
-    """Writes masks.npz, density.png and pictures of some steps; returns the folder.
-
-    Args:
-      folder: made if it is missing; pictures of an earlier run in it go.
-      pictures: at most so many steps whose masks differ from the step before, evenly spaced.
+    Drawn are at most `pictures` steps whose masks differ from the step before, evenly spaced.
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,29 +65,27 @@ class RunMasks:
     for step in np.unique(changes[places]):
       self.picture(step).savefig(folder / f"masks_step_{step:03d}.png")
     density_picture(self.density).savefig(folder / "density.png")
-    return folder
 
   def picture(self, step: int) -> Figure:
     """Draws the masks of a step: layers from top to bottom, heads from left to right."""
     rows = []
-    for layer in range(self.index.shape[1]):
-      rows.append([_panel(tiles) for tiles in self.mask(step, layer).to_tiles()[0]])
+    for number in self.index[step]:
+      masks = self.tables[number].to_tiles()[0].astype(np.float32)
+      rows.append([Image.fromarray(mask).resize((_PANEL, _PANEL), Image.BOX) for mask in masks])
     heads = max(map(len, rows))
-    height = max(panel.shape[0] for row in rows for panel in row) + 2 * _MARGIN
-    width = max(panel.shape[1] for row in rows for panel in row) + 2 * _MARGIN
-    canvas = np.full((height * len(rows), width * heads, 3), _BACKGROUND)
+    side = _PANEL + 2 * _MARGIN
+    canvas = np.full((len(rows), side, heads, side, 3), _BACKGROUND)
     for i, row in enumerate(rows):
       for j, panel in enumerate(row):
-        y = i * height + _MARGIN
-        x = j * width + _MARGIN
-        canvas[y : y + panel.shape[0], x : x + panel.shape[1]] = 1 - panel[..., None]
+        canvas[i, _MARGIN:-_MARGIN, j, _MARGIN:-_MARGIN] = 1 - np.asarray(panel)[..., None]
+    canvas = canvas.reshape(len(rows) * side, heads * side, 3)
     # Inches; the title needs 3.6 of them.
     size = (max(3.6, 1.2 + canvas.shape[1] / 80), max(2.0, 1.2 + canvas.shape[0] / 80))
     figure = Figure(figsize=size, dpi=100, layout="constrained")
     axis = figure.add_subplot()
     axis.imshow(canvas, interpolation="nearest")
-    axis.set_yticks((np.arange(len(rows)) + 0.5) * height, range(len(rows)))
-    axis.set_xticks((np.arange(heads) + 0.5) * width, range(heads) if heads > 1 else ["all"])
+    axis.set_yticks((np.arange(len(rows)) + 0.5) * side, range(len(rows)))
+    axis.set_xticks((np.arange(heads) + 0.5) * side, range(heads) if heads > 1 else ["all"])
     shared = "; one panel in a row: all heads" if any(len(row) == 1 for row in rows) else ""
     title = f"step {step}: query tiles down, key tiles right,\ndark is listed{shared}"
     axis.set_title(title, fontsize=9)
@@ -143,22 +128,17 @@ class MaskRecorder:
     self._density = []
 
   def wrap(self, step: Callable, steps: int) -> Callable:
-    """Returns a sampling step that records its first `steps` calls, which are one batch.
-
-    Args:
-      step: of `sampling.make_step(..., want_masks=True)`.
-      steps: denoising steps of the run.
-    """
+    """Wraps a step of `sampling.make_step(..., want_masks=True)`; its first batch is recorded."""
 
     def recorded(*args):
       x, state, aux = step(*args)
       if len(self._index) < steps:
-        self.add(aux)
+        self._add(aux)
       return x, state, [{k: v for k, v in run.items() if k != "mask"} for run in aux]
 
     return recorded
 
-  def add(self, aux: Sequence[dict]):
+  def _add(self, aux: Sequence[dict]):
     """Records one step's aux, with masks."""
     numbers = []
     for run in aux:
@@ -169,22 +149,13 @@ class MaskRecorder:
     self._density.append(realised_density([aux])[0])
 
   def masks(self) -> RunMasks:
-    """Returns what was recorded.
-
-    Raises:
-      ValueError: nothing was.
-    """
-    if not self._index:
-      raise ValueError("no step was recorded; wrap the step that runs, made with want_masks=True.")
+    """Returns what was recorded."""
     return RunMasks(tuple(self._tables), np.asarray(self._index, np.int32), np.stack(self._density))
 
   def _number(self, mask: BlockMask) -> int:
     """Returns the number of a layer's table, of whose samples the first is kept."""
     kv_len = mask.kv_len if mask.kv_len.ndim == 1 else mask.kv_len[0]
-    first = dataclasses.replace(
-      mask, kv_indices=mask.kv_indices[:1], kv_counts=mask.kv_counts[:1], kv_len=kv_len
-    )
-    tiles = first.to_tiles()
+    tiles = mask.to_tiles()[:1]
     if (tiles == tiles[:, :1]).all():
       tiles = tiles[:, :1]  # all heads share one
     key = (tiles.shape, np.packbits(tiles).tobytes(), kv_len.tobytes(), mask.block_q, mask.block_kv)
@@ -192,12 +163,3 @@ class MaskRecorder:
       self._numbers[key] = len(self._tables)
       self._tables.append(from_tiles(tiles, kv_len, mask.block_q, mask.block_kv))
     return self._numbers[key]
-
-
-def _panel(tiles: np.ndarray) -> np.ndarray:
-  """Returns a mask `[q_tiles, kv_tiles]` as darkness, scaled to about `_PANEL` pixels a side."""
-  step = -(-max(tiles.shape) // _PANEL)
-  padded = np.pad(tiles.astype(np.float32), [(0, -size % step) for size in tiles.shape])
-  cells = padded.reshape(padded.shape[0] // step, step, padded.shape[1] // step, step).mean((1, 3))
-  grow = max(1, _PANEL // max(cells.shape))
-  return np.repeat(np.repeat(cells, grow, 0), grow, 1)

@@ -62,10 +62,9 @@ class Run:
 def load_run(
   workdir, *, step: int | None = None, method: str | None = None, raw: bool = False
 ) -> Run:
-  """Loads a trained model.
+  """Loads a trained model from a run's folder.
 
   Args:
-    workdir: the run's folder.
     step: training step of the checkpoint; None takes the newest.
     method: attention method to run in every layer instead of the trained one, as
       "radial(decay=0.5)"; parameters that it does not have (a router's) are dropped.

@@ -17,6 +17,7 @@ from freqformer.evaluate.quality import difference
 from freqformer.pages.html import (
   absent,
   facts,
+  heat,
   image,
   page,
   panels,
@@ -27,6 +28,7 @@ from freqformer.pages.html import (
   video,
 )
 from freqformer.pages.mp4 import write_mp4
+from freqformer.pages.text import aligned
 
 _MAX_SAMPLES = 16  # every video is embedded once per method
 _COLOURS = colormaps["magma"]
@@ -47,14 +49,13 @@ def write_comparison(
   """Writes `<method>/<sample>.mp4`, comparison.json and comparison.html; returns the page's path.
 
   Args:
-    out: the folder; what an earlier comparison left there goes.
+    out: an existing folder; what an earlier comparison left there goes.
     result: plain JSON with `rows` (of `evaluate.compare.compare`) and facts about the run.
     videos: per method uint8 `[b, t, y, x, 3]`, the reference first.
     captions: one per sample.
     fps: frames per second.
   """
   out = pathlib.Path(out)
-  out.mkdir(parents=True, exist_ok=True)
   _remove_old(out)
   paths = {}
   for method, own in videos.items():
@@ -63,24 +64,15 @@ def write_comparison(
     for path, clip in zip(paths[method], own, strict=True):
       write_mp4(path, clip, fps)
   (out / "comparison.json").write_text(json.dumps(result, indent=1))
-  sections = [
-    section(
-      "Figures",
-      "The first method is the reference; quality is per frame, then averaged.",
-      _figures(result),
-    ),
-    section(
-      "Videos",
-      "The same noise; below each video, where it differs from the reference.",
-      _videos(videos, captions, paths),
-    ),
-    section(
-      "Density",
-      "Scored pairs / n² as run, of one sample: sampling steps to the right, layer and head down.",
-      _density(result["rows"]),
-    ),
-    section("Run", "What ran, on what.", facts(plain_facts(result))),
-  ]
+  intro = "The first method is the reference; quality is per frame, then averaged."
+  sections = [section("Figures", intro, _figures(result))]
+  intro = "The same noise; below each video, where it differs from the reference."
+  sections.append(section("Videos", intro, _videos(videos, captions, paths)))
+  intro = (
+    "Scored pairs / n² as run, of one sample: sampling steps to the right, layer and head down."
+  )
+  sections.append(section("Density", intro, _density(result["rows"])))
+  sections.append(section("Run", "What ran, on what.", facts(plain_facts(result))))
   path = out / "comparison.html"
   path.write_text(page("Methods side by side", sections), encoding="utf-8")
   return path
@@ -103,6 +95,19 @@ def _remove_old(out: pathlib.Path):
 def slug(name: str) -> str:
   """Returns a name as a file name: `radial(decay=0.5)` -> `radial_decay_0.5`."""
   return re.sub(r"[^\w.-]+", "_", name).strip("_")
+
+
+def text_table(rows: list[dict]) -> str:
+  """Returns the rows of a comparison as plain text."""
+  names = list(rows[-1]["quality"] or {})
+  lines = [["method", "density", "attention", "total", "compile", "per sample", *names]]
+  for row in rows:
+    shares = [row["density"], row["attention_flops_over_dense"], row["total_flops_over_dense"]]
+    seconds = [f"{row['compile_seconds']:.1f} s", f"{row['seconds_per_sample']:.2f} s"]
+    judged = (row["quality"] or dict.fromkeys(names, "reference")).values()
+    quality = [x if isinstance(x, str) else f"{x:.3f}" for x in judged]
+    lines.append([row["method"], *(f"{x:.3f}" for x in shares), *seconds, *quality])
+  return aligned(lines)
 
 
 def _figures(result: dict) -> str:
@@ -132,19 +137,15 @@ def _videos(videos: Mapping[str, np.ndarray], captions: list[str], paths: dict) 
   for i in range(shown):
     cards = [video(paths[first][i], first)]
     for method, own in maps.items():
-      heat = _heat(own[i] / most, f"difference of {method}")
-      cards.append(video(paths[method][i], method, below=heat))
+      data = io.BytesIO()
+      pixels = _COLOURS(own[i] / most, bytes=True)[..., :3]
+      Image.fromarray(pixels).save(data, format="png")
+      below = picture(data.getvalue(), f"difference of {method}")
+      cards.append(video(paths[method][i], method, below))
     parts.append(f'<b>{html.escape(captions[i])}</b><div class="row">{"".join(cards)}</div>')
   if shown < len(captions):
     parts.append(f"<p>{len(captions) - shown} further samples are in the page's folder.</p>")
   return "".join(parts)
-
-
-def _heat(values: np.ndarray, alt: str) -> str:
-  """Returns a map `[y, x]` of values in [0, 1] as a picture, pixel by pixel."""
-  data = io.BytesIO()
-  Image.fromarray(_COLOURS(values, bytes=True)[..., :3]).save(data, format="png")
-  return picture(data.getvalue(), alt)
 
 
 def _density(rows: list[dict]) -> str:
@@ -153,18 +154,9 @@ def _density(rows: list[dict]) -> str:
     density = np.asarray(row["density_by_step_layer_head"])  # [steps, layers, heads]
     steps, layers, heads = density.shape
     figure, (axis,) = panels(1, 6.5, min(6, 1.3 + 0.09 * layers * heads))
-    shown = axis.imshow(
-      density.reshape(steps, -1).T,
-      vmin=0,
-      vmax=1,
-      aspect="auto",
-      cmap="viridis",
-      interpolation="nearest",
-    )
-    axis.hlines(np.arange(1, layers) * heads - 0.5, -0.5, steps - 0.5, color="white", lw=1)
+    shown = heat(axis, density.reshape(steps, -1).T, heads)
     axis.set_yticks(np.arange(layers) * heads, [f"{i}.0" for i in range(layers)])
-    title = f"{row['method']}: mean {row['density']:.3f}"
-    axis.set(xlabel="step", ylabel="layer.head", title=title)
+    axis.set(xlabel="step", title=f"{row['method']}: mean {row['density']:.3f}")
     figure.colorbar(shown, label="density")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     parts.append(image(figure, f"density of {row['method']}"))

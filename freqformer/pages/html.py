@@ -6,8 +6,10 @@ import io
 import pathlib
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2937; max-width: 1000px; margin: 2em auto }
@@ -59,6 +61,8 @@ def text(value) -> str:
     return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
   if isinstance(value, int) and not isinstance(value, bool):
     return f"{value:,}"
+  if isinstance(value, list):
+    return " × ".join(map(str, value))
   return str(value)
 
 
@@ -70,25 +74,20 @@ def facts(rows: Iterable[tuple]) -> str:
 
 def plain_facts(values: dict) -> list[tuple]:
   """Returns the (name, value) pairs of a JSON object that are numbers or text."""
-  return [
-    (name.replace("_", " "), value)
-    for name, value in values.items()
-    if isinstance(value, int | float | str)
-  ]
+  plain = {name: value for name, value in values.items() if isinstance(value, int | float | str)}
+  return [(name.replace("_", " "), value) for name, value in plain.items()]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence]) -> str:
   """Returns a table; numbers are right-aligned, a column without any value is left out."""
-  columns = [
-    (name, values)
-    for name, values in zip(head, zip(*rows, strict=True), strict=True)
-    if any(value is not None for value in values)
-  ]
-  numeric = [any(isinstance(x, int | float) for x in values) for _, values in columns]
-  lines = ["".join(_cell(name, "th", n) for (name, _), n in zip(columns, numeric, strict=True))]
-  for row in zip(*(values for _, values in columns), strict=True):
-    lines.append("".join(_cell(value, "td", isinstance(value, int | float)) for value in row))
-  return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+  columns = []
+  for name, *values in zip(head, *rows, strict=True):
+    if any(value is not None for value in values):
+      numbers = [isinstance(value, int | float) for value in values]
+      cells = [_cell(value, "td", number) for value, number in zip(values, numbers, strict=True)]
+      columns.append([_cell(name, "th", any(numbers)), *cells])
+  lines = [f"<tr>{''.join(cells)}</tr>" for cells in zip(*columns, strict=True)]
+  return f"<table>{''.join(lines)}</table>"
 
 
 def _cell(value, tag: str = "td", number: bool = False) -> str:
@@ -117,6 +116,17 @@ def video(path: pathlib.Path, caption: str, below: str = "") -> str:
     f'src="data:video/mp4;base64,{encoded}"></video>{below}'
     f"<figcaption>{html.escape(caption)}</figcaption></figure>"
   )
+
+
+def heat(axis: Axes, values: np.ndarray, heads: int) -> AxesImage:
+  """Draws `[layers * heads, columns]` of numbers in [0, 1], with a line between layers."""
+  image = axis.imshow(
+    values, vmin=0, vmax=1, aspect="auto", cmap="viridis", interpolation="nearest"
+  )
+  rows, columns = values.shape
+  axis.hlines(np.arange(heads, rows, heads) - 0.5, -0.5, columns - 0.5, color="white", lw=1)
+  axis.set_ylabel("layer.head")
+  return image
 
 
 def panels(count: int, width: float = 9.5, height: float = 3.0) -> tuple[Figure, list[Axes]]:

@@ -6,23 +6,25 @@ Each section reads some files of the run and names them. A section whose file is
 the others are shown.
 """
 
-import dataclasses
+import functools
 import html
 import json
 import pathlib
 from collections.abc import Callable
 
 import numpy as np
+from absl import logging
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from freqformer.command import cli
 from freqformer.config import ConfigError
-from freqformer.pages.files import Absent, metric_rows, missing, read_json, read_routing, series
+from freqformer.pages.files import Absent, metric_rows, missing, read_json, series
 from freqformer.pages.html import (
   absent,
   facts,
+  heat,
   image,
   page,
   panels,
@@ -37,39 +39,48 @@ _COLOURS = ("#3b6fb6", "#e0a030", "#b5483f", "#4f8f5b", "#7a5ca8", "#6b7280")
 _GREY = _COLOURS[-1]
 _MAX_CLASSES = 24  # videos are embedded: all classes of UCF-101 would make tens of megabytes
 _MAX_NAMES = 64  # rows of a heatmap that can each carry a name
+_ROUTER = {
+  "router_entropy": "router entropy (nats)",
+  "density": "density (scored pairs / n²)",
+  "cost": "cost (computed pairs / n²)",
+}
+_LAST = {
+  "loss": "last training loss",
+  "lr": "last learning rate",
+  "steps_per_s": "steps per second",
+}
 _BAR = 0.27  # distance of bars that belong together, in units of an axis with steps of 1
 
+# Makes the HTML of each section from the run's folder, by title.
+SECTIONS: dict[str, Callable[[pathlib.Path], str]] = {}
 
-@dataclasses.dataclass(frozen=True)
-class Section:
-  """A part of the report.
 
-  Attributes:
-    title: its heading.
-    source: files of the run that it shows.
-    intro: one sentence.
-    body: makes the HTML from the run's folder; raises `Absent` if there is nothing to show.
+def shown(title: str, source: str, intro: str) -> Callable:
+  """Makes a section of the decorated function; if that fails, the reason is shown in its place.
+
+  `source` names the files of the run that it shows, `intro` is one sentence.
   """
 
-  title: str
-  source: str
-  intro: str
-  body: Callable[[pathlib.Path], str]
+  def register(body: Callable[[pathlib.Path], str]) -> Callable[[pathlib.Path], str]:
+    @functools.wraps(body)
+    def show(workdir: pathlib.Path) -> str:
+      try:
+        inner = body(workdir)
+      except Absent as reason:
+        inner = absent(f"Not shown: {reason}")
+      except (AttributeError, LookupError, TypeError, ValueError) as error:
+        logging.exception("the report's section %r cannot be drawn", title)
+        inner = absent(f"Not shown: {source} has another form than expected ({error!r}).")
+      return section(title, intro, inner, source)
 
-  def html(self, workdir: pathlib.Path) -> str:
-    """Returns the section, or why it cannot be shown."""
-    try:
-      inner = self.body(workdir)
-    except Absent as reason:
-      inner = absent(f"Not shown: {reason}")
-    return section(self.title, self.intro, inner, self.source)
+    SECTIONS[title] = show
+    return show
+
+  return register
 
 
 def write_report(workdir) -> pathlib.Path:
   """Writes `<workdir>/report.html` from what the run has written so far and returns its path.
-
-  Reads run.json, samples/, real/, metrics.jsonl, routing.json, cost.json, evaluation.json and
-  config.json; each may be missing.
 
   Raises:
     ConfigError: `workdir` is no folder.
@@ -79,27 +90,11 @@ def write_report(workdir) -> pathlib.Path:
     raise ConfigError(f"{workdir} is no folder; give --workdir the folder of a run.")
   title = f"FreqFormer run: {workdir.resolve().name}"
   path = workdir / "report.html"
-  sections = [one.html(workdir) for one in SECTIONS]
+  sections = [show(workdir) for show in SECTIONS.values()]
   path.write_text(page(title, sections), encoding="utf-8")
   return path
 
 
-# ---- run ----------------------------------------------------------------------------------------
-
-_RUN_FORM = {
-  "method?": str,
-  "device?": str,
-  "git?": str,
-  "params?": int,
-  "tokens?": int,
-  "tiles?": int,
-  "grid?": [int],
-  "tile?": [int],
-  "seconds?": {str: float},
-  "versions?": {str: str},
-  "finished?": bool,
-  "changes?": [{"step": int, "keys": {str: list}}],
-}
 _RUN_NAMES = {
   "method": "attention method",
   "device": "device",
@@ -107,30 +102,31 @@ _RUN_NAMES = {
   "params": "parameters",
   "tokens": "tokens per clip",
   "tiles": "tiles",
+  "grid": "grid, t × y × x tokens",
+  "tile": "tile, t × y × x tokens",
 }
 
 
+@shown("Run", "run.json", "What ran, on what, and how long each part took.")
 def _run(workdir: pathlib.Path) -> str:
-  read = read_json(workdir, "run.json", _RUN_FORM)
-  run = {key: value for key, value in read.items() if value is not None}
+  run = {"seconds": {}, "versions": {}, "changes": [], **read_json(workdir, "run.json")}
   rows = []
   if run.get("finished") is False:
     rows.append(("state", "training has not finished"))
   rows += [(name, run[key]) for key, name in _RUN_NAMES.items() if key in run]
-  for key in ("grid", "tile"):
-    if key in run:
-      rows.append((f"{key}, t × y × x tokens", " × ".join(map(str, run[key]))))
-  rows += [(f"{name}, seconds", float(value)) for name, value in run.get("seconds", {}).items()]
-  if "versions" in run:
+  rows += [(f"{name}, seconds", float(value)) for name, value in run["seconds"].items()]
+  if run["versions"]:
     rows.append(("versions", ", ".join(f"{k} {v}" for k, v in run["versions"].items())))
-  for change in run.get("changes", ()):
+  for change in run["changes"]:
     rows.append((f"config changed at step {change['step']}", change_text(change["keys"])))
   return facts(rows)
 
 
-# ---- samples ------------------------------------------------------------------------------------
-
-
+@shown(
+  "Samples",
+  "samples/ and real/",
+  "Generated | a real training clip of the class (through the codec).",
+)
 def _samples(workdir: pathlib.Path) -> str:
   names = sorted(path.stem for path in (workdir / "samples").glob("*.mp4"))
   if not names:
@@ -151,21 +147,7 @@ def _samples(workdir: pathlib.Path) -> str:
   return found
 
 
-# ---- curves -------------------------------------------------------------------------------------
-
-
-def _smooth(values: np.ndarray, span: float) -> list[float]:
-  """Returns the exponential mean over about `span` values, without bias towards the first."""
-  total = 0.0
-  weight = 0.0
-  means = []
-  for value in values:
-    total += (value - total) / span
-    weight += (1 - weight) / span
-    means.append(total / weight)
-  return means
-
-
+@shown("Losses", "metrics.jsonl", "The velocity error in training and on held-out clips.")
 def _losses(workdir: pathlib.Path) -> str:
   train = metric_rows(workdir, "train")
   if not train:
@@ -173,13 +155,12 @@ def _losses(workdir: pathlib.Path) -> str:
   figure, (left, right) = panels(2)
   steps, loss = series(train, "loss")
   left.plot(steps, loss, color=_COLOURS[0], alpha=0.3, lw=0.8, label="train")
-  smooth = _smooth(loss, max(1, len(loss) / 15))
-  left.plot(steps, smooth, color=_COLOURS[0], label="train, smoothed")
-  validations = {
-    "val": ("validation", _COLOURS[2]),
-    "val_soft": ("validation, soft routing", _COLOURS[1]),
-  }
-  for kind, (label, colour) in validations.items():
+  if len(loss):
+    weights = (1 - 1 / max(1, len(loss) / 15)) ** np.arange(len(loss))  # of an exponential mean
+    smooth = np.convolve(loss, weights)[: len(loss)] / np.cumsum(weights)
+    left.plot(steps, smooth, color=_COLOURS[0], label="train, smoothed")
+  validations = {"val": "validation", "val_soft": "validation, soft routing"}
+  for colour, (kind, label) in zip(_COLOURS[2:0:-1], validations.items(), strict=True):
     steps, loss = series(metric_rows(workdir, kind), "loss")
     if len(steps):
       left.plot(steps, loss, "o-", ms=4, color=colour, label=label)
@@ -189,19 +170,19 @@ def _losses(workdir: pathlib.Path) -> str:
   right.set(xlabel="step", ylabel="gradient norm", yscale="log")
   for axis in (left, right):
     axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-  names = {
-    "loss": "last training loss",
-    "lr": "last learning rate",
-    "steps_per_s": "steps per second",
-  }
   last = []
-  for key, name in names.items():
+  for key, name in _LAST.items():
     _, values = series(train, key)
     if len(values):
       last.append((name, float(values[-1])))
   return image(figure, "loss over steps") + facts(last)
 
 
+@shown(
+  "Loss by timestep",
+  "metrics.jsonl",
+  "A model no better than the linear predictor has learned only channel statistics.",
+)
 def _buckets(workdir: pathlib.Path) -> str:
   rows = [row for row in metric_rows(workdir, "val") if row.get("buckets")]
   if not rows:
@@ -229,14 +210,14 @@ def _buckets(workdir: pathlib.Path) -> str:
   return image(figure, "loss by timestep") + table(head, numbers)
 
 
+@shown(
+  "Router in training",
+  "metrics.jsonl",
+  "Entropy 0: heads are decided. Density is the chosen branches, cost all that ran.",
+)
 def _router(workdir: pathlib.Path) -> str:
   rows = metric_rows(workdir, "train")
-  labels = {
-    "router_entropy": "router entropy (nats)",
-    "density": "density (scored pairs / n²)",
-    "cost": "cost (computed pairs / n²)",
-  }
-  curves = {label: series(rows, key) for key, label in labels.items()}
+  curves = {label: series(rows, key) for key, label in _ROUTER.items()}
   curves = {label: curve for label, curve in curves.items() if len(curve[0])}
   if not curves:
     raise Absent("no training line has router_entropy, density or cost.")
@@ -249,44 +230,37 @@ def _router(workdir: pathlib.Path) -> str:
   return image(figure, "router entropy, density and cost over steps")
 
 
-# ---- routing ------------------------------------------------------------------------------------
-
-
 def heatmap(routing: dict) -> Figure:
   """Draws a panel per quarter of t, with a row per layer.head and a column per branch."""
-  probs = routing["probs"]  # [layers, buckets, heads, branches]
+  probs = np.array(routing["probs"])  # [layers, buckets, heads, branches]
   layers, buckets, heads, branches = probs.shape
   rows = layers * heads
   ticks = range(0, rows, -(-rows // _MAX_NAMES))
   figure, axes = panels(buckets, 1.2 + 1.9 * buckets, min(14, 1.3 + 0.17 * rows))
   for i, axis in enumerate(axes):
-    shown = axis.imshow(
-      probs[:, i].reshape(rows, branches),
-      vmin=0,
-      vmax=1,
-      aspect="auto",
-      cmap="viridis",
-      interpolation="nearest",
-    )
-    axis.hlines(np.arange(1, layers) * heads - 0.5, -0.5, branches - 0.5, color="white", lw=1.5)
+    shown = heat(axis, probs[:, i].reshape(rows, branches), heads)
     axis.set_xticks(range(branches), routing["branches"])
-    names = [f"{row // heads}.{row % heads}" for row in ticks] if i == 0 else []
-    axis.set_yticks(ticks, names, fontsize=7)
+    axis.set_yticks(ticks, [f"{row // heads}.{row % heads}" for row in ticks], fontsize=7)
     axis.set_title("t {:g} – {:g}".format(*routing["bucket_edges"][i : i + 2]), fontsize=10)
-  axes[0].set_ylabel("layer.head")
+    axis.label_outer()
   figure.colorbar(shown, ax=list(axes), label="mean probability", fraction=0.03, pad=0.01)
   return figure
 
 
+@shown(
+  "Routing",
+  "routing.json",
+  "Which branch each head is given, by timestep: t near 1 is noise, t near 0 is video.",
+)
 def _routing(workdir: pathlib.Path) -> str:
-  routing = read_routing(workdir)
+  routing = read_json(workdir, "routing.json")
   names = routing["branches"]
   edges = routing["bucket_edges"]
   labels = [f"{low:g} – {high:g}" for low, high in zip(edges, edges[1:], strict=False)]
   kinds = {"probs": "mean soft probability", "choice": "share of heads by hard choice"}
   figure, axes = panels(2, 8.5, 2.8)
   for axis, (key, title) in zip(axes, kinds.items(), strict=True):
-    share = routing[key].mean((0, 2))  # [buckets, branches]
+    share = np.mean(routing[key], (0, 2))  # [buckets, branches]
     below = np.zeros(len(share))
     for branch, name in enumerate(names):
       colour = _COLOURS[branch % len(_COLOURS)]
@@ -294,24 +268,12 @@ def _routing(workdir: pathlib.Path) -> str:
       below = below + share[:, branch]
     axis.set(xlabel="t (1 is noise)", title=title, ylim=(0, 1))
   _legend(axes[1])
-  shares = routing["probs"].mean((0, 2))
+  shares = np.mean(routing["probs"], (0, 2))
   rows = [(f"t {t}", *map(float, share)) for t, share in zip(labels, shares, strict=True)]
-  heat = image(heatmap(routing), "routing heatmap")
-  allocation = image(figure, "allocation over timesteps")
-  return heat + allocation + table(["mean probability", *names], rows)
+  pictures = image(heatmap(routing), "routing heatmap") + image(figure, "allocation over timesteps")
+  return pictures + table(["mean probability", *names], rows)
 
 
-# ---- cost and evaluation ------------------------------------------------------------------------
-
-_COST_FORM = {
-  "method": str,
-  "attention_flops": float,
-  "linear_flops": float,
-  "density": float,
-  "layer_ms?": float,
-  "attention_ms?": float,
-  "note?": str,
-}
 _COST_BARS = {
   "attention_flops": "attention FLOPs",
   "layer_ms": "layer time",
@@ -320,10 +282,9 @@ _COST_BARS = {
 _FLOP_UNITS = {1e12: "TFLOP", 1e9: "GFLOP", 1e6: "MFLOP"}
 
 
+@shown("Cost", "cost.json", "What attention costs, counted and, where a time is given, measured.")
 def _cost(workdir: pathlib.Path) -> str:
-  rows = read_json(workdir, "cost.json", [_COST_FORM])
-  if not rows:
-    raise Absent("cost.json has no rows.")
+  rows = read_json(workdir, "cost.json")
   most = max(row["attention_flops"] + row["linear_flops"] for row in rows)
   scale = next((scale for scale in _FLOP_UNITS if most >= scale), 1e6)
   unit = _FLOP_UNITS[scale]
@@ -360,15 +321,20 @@ def _cost_chart(rows: list[dict], dense: dict) -> Figure:
   return figure
 
 
+@shown(
+  "Evaluation",
+  "evaluation.json",
+  "How often a classifier of real clips recognises the class asked for.",
+)
 def _evaluation(workdir: pathlib.Path) -> str:
   names = {"samples": "samples", "real_val": "real validation clips", "chance": "chance"}
-  form = {"classifier": {**dict.fromkeys(names, float), "count": int}}
-  result = read_json(workdir, "evaluation.json", form)["classifier"]
+  result = read_json(workdir, "evaluation.json")["classifier"]
   rows = [(label, float(result[key])) for key, label in names.items()]
   remark = f"<p>{result['count']} samples were classified.</p>"
   return table(["clips", "accuracy, share"], rows) + remark
 
 
+@shown("Config", "config.json", "Every setting of the run.")
 def _config(workdir: pathlib.Path) -> str:
   text = html.escape(json.dumps(read_json(workdir, "config.json"), indent=2))
   return f"<details><summary>Show the full config</summary><pre>{text}</pre></details>"
@@ -376,51 +342,6 @@ def _config(workdir: pathlib.Path) -> str:
 
 def _legend(axis: Axes):
   axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-
-
-SECTIONS = (
-  Section("Run", "run.json", "What ran, on what, and how long each part took.", _run),
-  Section(
-    "Samples",
-    "samples/ and real/",
-    "Generated | a real training clip of the class (through the codec).",
-    _samples,
-  ),
-  Section(
-    "Losses", "metrics.jsonl", "The velocity error in training and on held-out clips.", _losses
-  ),
-  Section(
-    "Loss by timestep",
-    "metrics.jsonl",
-    "A model no better than the linear predictor has learned only channel statistics.",
-    _buckets,
-  ),
-  Section(
-    "Router in training",
-    "metrics.jsonl",
-    "Entropy 0: heads are decided. Density is the chosen branches, cost all that ran.",
-    _router,
-  ),
-  Section(
-    "Routing",
-    "routing.json",
-    "Which branch each head is given, by timestep: t near 1 is noise, t near 0 is video.",
-    _routing,
-  ),
-  Section(
-    "Cost",
-    "cost.json",
-    "What attention costs, counted and, where a time is given, measured.",
-    _cost,
-  ),
-  Section(
-    "Evaluation",
-    "evaluation.json",
-    "How often a classifier of real clips recognises the class asked for.",
-    _evaluation,
-  ),
-  Section("Config", "config.json", "Every setting of the run.", _config),
-)
 
 
 if __name__ == "__main__":

@@ -7,18 +7,10 @@ import numpy as np
 import pytest
 from absl import flags
 from freqformer.kernels.block_sparse.api import attention
-from freqformer.kernels.core.op import NoImplementation
 
 from freqformer.command import cli
 from freqformer.command.files import define_config, read_config
-from freqformer.config import (
-  ConfigError,
-  build,
-  require,
-  require_one_of,
-  split_outside_brackets,
-  with_defaults,
-)
+from freqformer.config import ConfigError, build, require, split_outside_brackets, with_defaults
 from freqformer.methods.freqformer import FreqFormer
 from freqformer.methods.head_profile import ProfileConfig
 from freqformer.methods.registry import METHODS
@@ -84,10 +76,7 @@ def test_a_read_config_has_every_key():
     (dict(steps=1, inner=3), "config.inner must be a group of keys"),
     (dict(steps=1, choice=1.5), "config.choice must be str | tuple"),
     (dict(steps=-1), "config.Outer: steps=-1 must be >= 0"),
-    (
-      dict(steps=1, inner=dict(rate=float("nan"))),
-      "config.inner.rate must be a finite number, got nan",
-    ),
+    (dict(steps=1, inner=dict(rate=float("nan"))), "config.inner.rate must be a finite number"),
   ],
 )
 def test_refusals(values, message):
@@ -105,30 +94,20 @@ def test_commas_outside_brackets():
 class Numbers:
   low: float = 1.0
   high: tuple[int, ...] = (1, 2)
-  word: str = "dense"
 
 
 @pytest.mark.parametrize(
   "values, bounds, message",
   [
-    (dict(low=0.0), dict(above=0), "low=0.0 must be above 0."),
     (dict(low=float("inf")), dict(above=0), "low=inf must be above 0."),
     (dict(low=float("nan")), dict(least=0, below=2), "low=nan must be at least 0 and below 2."),
-    (
-      dict(high=(0, 2)),
-      dict(least=1, most=2),
-      r"high=\(0, 2\) must be at least 1 and at most 2, in every entry.",
-    ),
+    (dict(high=(0, 2)), dict(least=1, most=2), "at least 1 and at most 2, in every entry."),
   ],
 )
 def test_bounds_name_one_field(values, bounds, message):
   require(Numbers(), "low high", least=1, most=2)
   with pytest.raises(ValueError, match=message):
     require(Numbers(**values), "low high", **bounds)
-  with pytest.raises(
-    ValueError, match="word='dens' must be one of dense, radial; did you mean 'dense'?"
-  ):
-    require_one_of(Numbers(word="dens"), "word", ("dense", "radial"))
 
 
 def test_filled_in_defaults_are_no_change_of_a_run():
@@ -153,12 +132,7 @@ REFUSED = [
   ("--config.train.steps=0", "config.train: steps=0 must be at least 1."),
   ("--config.train.beta2=1.5", "beta2=1.5 must be at least 0 and below 1."),
   ("--config.train.weight_decay=-3", "weight_decay=-3.0 must be at least 0."),
-  ("--config.train.warmup=-5", "warmup=-5 must be at least 0."),
-  ("--config.train.val_every=-1", "val_every=-1 must be at least 0."),
-  (
-    "--config.train.schedule=cosin",
-    "schedule='cosin' must be one of constant, cosine; did you mean 'cosine'?",
-  ),
+  ("--config.train.schedule=cosin", "must be one of constant, cosine; did you mean 'cosine'?"),
   ("--config.train.stps=3", "config.train.stps does not exist; did you mean 'train.steps'?"),
   ("--config.train=3", "config.train is a group of keys; add one of them: .batch_size, "),
   ("@dense=3", "config.model.attention.dense is a group of keys; it has no keys"),
@@ -173,30 +147,15 @@ REFUSED = [
   ("@tile=(0,4,4)", "config.model.attention: tile=(0, 4, 4) must be at least 1, in every entry."),
   ("@tile=(4,4)", "tile=(4, 4) must be empty or three extents"),
   ("@qk_gain=0", "qk_gain=0.0 must be above 0."),
-  (
-    "@implementation=xl",
-    "implementation='xl' must be one of hopper, xla, reference; did you mean 'xla'?",
-  ),
-  (
-    "@freqformer.window=(0,2,2)",
-    "config.model.attention.freqformer: window=(0, 2, 2) must be at least 1, in every entry.",
-  ),
+  ("@implementation=xl", "must be one of hopper, xla, reference; did you mean 'xla'?"),
+  ("@freqformer.window=(0,2,2)", "attention.freqformer: window=(0, 2, 2) must be at least 1"),
   ("@freqformer.filter=w", "freqformer: filter='w' must be one of"),
   ("@freqformer.router.budget=1.5", "router: budget=1.5 must be above 0 and at most 1."),
-  (
-    "@radial.deccay=0.5",
-    "radial.deccay does not exist; did you mean 'model.attention.radial.decay'?",
-  ),
-  (
-    "@spatial_temporal.profile.row=8",
-    "did you mean 'model.attention.spatial_temporal.profile.rows'?",
-  ),
+  ("@radial.deccay=0.5", "does not exist; did you mean 'model.attention.radial.decay'?"),
+  ("@spatial_temporal.profile.row=8", "attention.spatial_temporal.profile.rows'?"),
   ("@radial.decay=0", "config.model.attention.radial: decay=0.0 must be above 0"),
   ("@method=radial(decay=0)", "config.model.attention.radial: decay=0.0 must be above 0"),
-  (
-    "@method=radial(deccay=1)",
-    "config.model.attention.radial has no key 'deccay'; did you mean 'decay'?",
-  ),
+  ("@method=radial(deccay=1)", "attention.radial has no key 'deccay'; did you mean 'decay'?"),
   ("@method=freqfromer", "attention method 'freqfromer' is unknown; did you mean 'freqformer'?"),
   ("@method=radial(", "must read like radial or block_topk(density=0.2, coarse=none)"),
   ("@layers=((0,2,'radial(decay=2)'),(2,None,'radial(decay=3)'))", "sets radial twice"),
@@ -208,9 +167,8 @@ def test_command_lines_are_answered_in_one_sentence(argument, answer, capsys):
   with pytest.raises(SystemExit) as end:
     experiment_of("--config", DEMO, argument.replace("@", "--config.model.attention."))
   (line,) = capsys.readouterr().err.strip().split("\n")
-  assert (
-    end.value.code == 2 and line.startswith("error: ") and answer in line and "self." not in line
-  )
+  assert end.value.code == 2 and line.startswith("error: ")
+  assert answer in line and "self." not in line
 
 
 @pytest.mark.parametrize(
@@ -221,20 +179,16 @@ def test_command_lines_are_answered_in_one_sentence(argument, answer, capsys):
       "layers=((0, 1, 'radial(sink=0)'), (1, None, 'dense'))",
       [(1, "Radial(decay=1.0, sink=0)"), (3, "Dense()")],
     ),
-    # Of a method that the file does not name, too.
+    # Of a method that the file does not name, too; its other fields stay.
     ("radial.decay=0.5", [(4, "mid_tiles=3")]),
-    (
-      "method=freqformer(window=(3, 1, 1))",
-      [(4, "mid_tiles=3, sink=0, anchors=0, window=(3, 1, 1)")],
-    ),  # the rest stays
+    ("method=freqformer(window=(3, 1, 1))", [(4, "mid_tiles=3, sink=0, anchors=0, window=(3, 1")]),
   ],
 )
 def test_fields_of_a_method_on_the_command_line(argument, want):
-  runs = experiment_of(
-    f"--config={DEMO}", f"--config.model.attention.{argument}", "--dry_run"
-  ).model.runs()
-  assert [count for count, _ in runs] == [count for count, _ in want]
-  assert all(text in str(method) for (_, method), (_, text) in zip(runs, want, strict=True))
+  flag = f"--config.model.attention.{argument}"
+  runs = experiment_of(f"--config={DEMO}", flag, "--dry_run").model.runs()
+  for (count, method), (expected, text) in zip(runs, want, strict=True):
+    assert count == expected and text in str(method)
 
 
 @pytest.mark.parametrize(
@@ -256,21 +210,18 @@ def test_a_config_file_that_does_not_run(tmp_path, text, answer):
 
 def test_what_else_ends_in_one_sentence(tmp_path, capsys):
   """A file in a folder's place, and a backend that this device does not have."""
-  (tmp_path / "taken").write_text("")
+  taken = tmp_path / "taken"
+  taken.write_text("")
   q = np.zeros((1, 8, 1, 64), np.float32)
+  in_the_way = "is a file where a folder is needed"
   for work, answer in (
-    (lambda: (tmp_path / "taken").mkdir(), "is a file where a folder is needed"),
-    (
-      lambda: (tmp_path / "taken" / "samples").mkdir(parents=True),
-      "is a file where a folder is needed",
-    ),
+    (lambda: taken.mkdir(), in_the_way),
+    (lambda: (taken / "samples").mkdir(parents=True), in_the_way),
     (lambda: attention(q, q, q, implementation="pallas_mgpu"), "it runs on NVIDIA GPUs"),
   ):
     with pytest.raises(SystemExit):
       cli.guarded(lambda _, work=work: work())([])
     assert answer in capsys.readouterr().err
-  with pytest.raises(NoImplementation):
-    attention(q, q, q, implementation="pallas_mgpu")
 
 
 @pytest.mark.parametrize(
@@ -281,6 +232,7 @@ def test_gpu_wheels_without_a_gpu_are_left_alone(monkeypatch, wheel, driver, abs
     if not driver:
       raise OSError(name)
 
-  monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: wheel or None)
+  version = "1.0" if wheel else "absent"
+  monkeypatch.setattr(cli, "versions", lambda names: dict.fromkeys(names, version))
   monkeypatch.setattr(cli.ctypes, "CDLL", load)
   assert cli.gpu_wheels_without_gpu() == absent

@@ -17,19 +17,11 @@ def clips(n, seed, tell=True):
 
 
 def test_accuracy():
-  samples = clips(30, 2)
-  result = class_accuracy(
-    clips(60, 0), clips(30, 1), np.stack([s["latent"] for s in samples]), np.arange(30) % 3
-  )
+  samples = np.stack([clip["latent"] for clip in clips(30, 2)])
+  labels = np.arange(30) % 3
+  result = class_accuracy(clips(60, 0), clips(30, 1), samples, labels)
   assert result["samples"] > 0.9 and result["real_val"] > 0.9 and result["count"] == 30
-  wrong = class_accuracy(
-    clips(60, 0), clips(30, 1), np.stack([s["latent"] for s in samples]), (np.arange(30) + 1) % 3
-  )
+  wrong = class_accuracy(clips(60, 0), clips(30, 1), samples, (labels + 1) % 3)
   assert wrong["samples"] < 0.1
-  blind = class_accuracy(
-    clips(300, 0, False),
-    clips(300, 1, False),
-    np.stack([s["latent"] for s in samples]),
-    np.arange(30) % 3,
-  )
+  blind = class_accuracy(clips(300, 0, False), clips(300, 1, False), samples, labels)
   assert blind["real_val"] < 0.5

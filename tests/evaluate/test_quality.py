@@ -18,7 +18,7 @@ def clips(b=2, t=3, y=16, x=20):
 
 def test_equal_videos():
   a = clips()
-  assert np.isinf(quality.psnr(a, a)).all() and np.isinf(quality.psnr_frames(a, a)).all()
+  assert np.isinf(quality.psnr(a, a)).all()
   np.testing.assert_allclose(quality.ssim(a, a), 1, atol=1e-12)
   assert not quality.difference(a, a).any()
 
@@ -29,10 +29,7 @@ def test_psnr_of_a_known_error():
   b[:, 0] += 5  # MSE 25
   b[:, 1, :, :4] -= 10  # MSE 50: half of the pixels
   want = 10 * np.log10(255**2 / np.array([25, 50]))
-  np.testing.assert_allclose(quality.psnr_frames(b, a)[0], want)
-  np.testing.assert_allclose(
-    quality.psnr(b, a), want.mean()
-  )  # of frames' PSNR, not of the mean error
+  np.testing.assert_allclose(quality.psnr(b, a), want.mean())  # not of the mean error
   assert quality.psnr(b, a) == quality.psnr(a, b)
   np.testing.assert_allclose(quality.difference(b, a)[0, :, 0], 7.5)
 
@@ -58,20 +55,18 @@ def test_ssim_of_constant_frames():
 def test_ssim_against_its_formula_window_by_window():
   a = clips(1, 1, 13, 14)
   b = np.clip(a.astype(int) + RNG.integers(-40, 40, a.shape), 0, 255).astype(np.uint8)
-  side, sigma = quality.SSIM_WINDOW, quality.SSIM_SIGMA
-  at = np.arange(side) - side // 2
-  window = np.exp(-(at[:, None] ** 2 + at**2) / (2 * sigma**2))
+  at = np.arange(quality.SSIM_WINDOW) - quality.SSIM_WINDOW // 2
+  window = np.exp(-(at[:, None] ** 2 + at**2) / (2 * quality.SSIM_SIGMA**2))
   window /= window.sum()
-  c1, c2, found = (0.01 * 255) ** 2, (0.03 * 255) ** 2, []
+  c1 = (0.01 * 255) ** 2
+  c2 = (0.03 * 255) ** 2
+  found = []
   for y, x, c in itertools.product(range(3), range(4), range(3)):
-    p, q = (v[0, 0, y : y + side, x : x + side, c].astype(float) for v in (a, b))
+    p, q = (v[0, 0, y : y + len(at), x : x + len(at), c].astype(float) for v in (a, b))
     mp, mq = (window * p).sum(), (window * q).sum()
-    vp, vq, cov = (
-      (window * (p - mp) ** 2).sum(),
-      (window * (q - mq) ** 2).sum(),
-      (window * (p - mp) * (q - mq)).sum(),
-    )
-    found.append((2 * mp * mq + c1) * (2 * cov + c2) / ((mp**2 + mq**2 + c1) * (vp + vq + c2)))
+    variances = (window * ((p - mp) ** 2 + (q - mq) ** 2)).sum()
+    cov = (window * (p - mp) * (q - mq)).sum()
+    found.append((2 * mp * mq + c1) * (2 * cov + c2) / ((mp**2 + mq**2 + c1) * (variances + c2)))
   np.testing.assert_allclose(quality.ssim(a, b), np.mean(found), rtol=1e-9)
 
 
@@ -109,20 +104,14 @@ def test_ssim_refuses_frames_smaller_than_its_window():
 def weights(tmp_path_factory):
   path = tmp_path_factory.mktemp("lpips") / "alex.npz"
 
-  def scale(s):
-    return np.sqrt(2 / np.prod(s[1:])) if len(s) == 4 else 0.1
-
-  np.savez(
-    path,
-    **{
-      k: np.abs(RNG.normal(0, scale(s), s)) if "lin" in k else RNG.normal(0, scale(s), s)
-      for k, s in SHAPES.items()
-    },
-  )
+  arrays = {}
+  for name, shape in array_shapes().items():
+    spread = np.sqrt(2 / np.prod(shape[1:])) if len(shape) == 4 else 0.1
+    arrays[name] = RNG.normal(0, spread, shape)
+    if "lin" in name:
+      arrays[name] = np.abs(arrays[name])
+  np.savez(path, **arrays)
   return path
-
-
-SHAPES = array_shapes()
 
 
 def test_lpips_is_a_distance(weights):
@@ -135,45 +124,30 @@ def test_lpips_is_a_distance(weights):
 
 
 def test_lpips_against_loops(weights):
-  """The first depth and the whole sum, by a convolution written as loops over places."""
+  """The whole sum, by a convolution and a pooling written as loops over places."""
   a, b = clips(1, 1, SMALLEST, SMALLEST), clips(1, 1, SMALLEST, SMALLEST)
   w = {k: v.astype(np.float64) for k, v in np.load(weights).items()}
 
-  def conv(x, kernel, bias, stride, pad):
-    x = np.pad(x, ((0, 0), (pad, pad), (pad, pad)))
-    side = kernel.shape[-1]
+  def walk(x, side, stride, work):
     rows, cols = ((s - side) // stride + 1 for s in x.shape[1:])
-    out = np.zeros((len(kernel), rows, cols))
-    for i, j in itertools.product(range(rows), range(cols)):
-      part = x[:, i * stride : i * stride + side, j * stride : j * stride + side]
-      out[:, i, j] = np.tensordot(kernel, part, 3) + bias
-    return np.maximum(out, 0)
-
-  def pool(x):
-    rows, cols = ((s - 3) // 2 + 1 for s in x.shape[1:])
-    places = itertools.product(range(rows), range(cols))
-    return np.array(
-      [x[:, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3].max((1, 2)) for i, j in places]
-    ).T.reshape(-1, rows, cols)
+    places = itertools.product(range(0, rows * stride, stride), range(0, cols * stride, stride))
+    found = [work(x[:, i : i + side, j : j + side]) for i, j in places]
+    return np.transpose(found).reshape(-1, rows, cols)
 
   def features(frame):
     x = (frame / 127.5 - 1 - [-0.030, -0.088, -0.188]) / [0.458, 0.448, 0.450]
-    x, found = x.transpose(2, 0, 1), []
-    for number, stride, pad, pooled in (
-      (0, 4, 2, False),
-      (3, 1, 2, True),
-      (6, 1, 1, True),
-      (8, 1, 1, False),
-      (10, 1, 1, False),
-    ):
-      x = pool(x) if pooled else x
-      x = conv(x, w[f"features.{number}.weight"], w[f"features.{number}.bias"], stride, pad)
-      found.append(x)
-    return found
+    x = x.transpose(2, 0, 1)
+    for number, stride, pad in ((0, 4, 2), (3, 1, 2), (6, 1, 1), (8, 1, 1), (10, 1, 1)):
+      if number in (3, 6):
+        x = walk(x, 3, 2, lambda part: part.max((1, 2)))
+      x = np.pad(x, ((0, 0), (pad, pad), (pad, pad)))
+      kernel = w[f"features.{number}.weight"]
+      x = walk(x, kernel.shape[-1], stride, lambda part, k=kernel: np.tensordot(k, part, 3))
+      x = np.maximum(x + w[f"features.{number}.bias"][:, None, None], 0)
+      yield x / (np.sqrt((x**2).sum(0)) + 1e-10)
 
   want = 0
   for i, (x, y) in enumerate(zip(features(a[0, 0]), features(b[0, 0]), strict=True)):
-    x, y = (f / (np.sqrt((f**2).sum(0)) + 1e-10) for f in (x, y))
     want += ((x - y) ** 2 * w[f"lin{i}.model.1.weight"][0]).sum(0).mean()
   np.testing.assert_allclose(load_lpips(weights)(a, b), want, rtol=1e-3)
 
