@@ -36,8 +36,7 @@ def kernels_digest() -> str:
   return _digest(
     (
       "kernels/block_sparse/hopper*.py",
-      "kernels/hopper/parts.py",
-      "kernels/hopper/launch.py",
+      "kernels/hopper/*.py",
       "kernels/core/lists.py",
       "kernels/block_sparse/tuning.py",
     )

@@ -134,10 +134,10 @@ def refusal(
   x, block: int, cells: int, target: Target | None = None, most: int = MAX_CELLS
 ) -> str | None:
   """What the kernels around attention do not take of `x` `[..., d]` in tiles of `block` rows with `cells` coarse tokens."""
-  from freqformer.kernels.hopper import parts  # Pallas is imported where it is used
+  from freqformer.kernels.hopper.machine import wrong_device
 
   target = current_target() if target is None else target
-  reasons = [reason for reason in [parts.wrong_device(target)] if reason]
+  reasons = [reason for reason in [wrong_device(target)] if reason]
   if x.dtype != jnp.bfloat16:
     reasons.append(f"the tokens are {x.dtype}, it takes bfloat16")
   if x.shape[-1] not in HEAD_DIMS:

@@ -130,8 +130,9 @@ def _fused(block, scale, reduce, q, k, lse, kv_len):
   count = -(-total // chunks)
 
   def one(first):
-    data = (q, k, shifts, kv_len.reshape(-1, tiles))
-    mass = hopper_block_scores.row_mass(data, (first[None], count), scale, _LARGEST)
+    mass = hopper_block_scores.row_mass(
+      q, k, shifts, kv_len.reshape(-1, tiles), first[None], count=count, scale=scale, largest=_LARGEST
+    )
     return (
       mass if reduce is None else reduce(mass, (first + jnp.arange(count, dtype=jnp.int32)) % tiles)
     )

@@ -16,7 +16,7 @@ from freqformer.kernels.block_sparse.api import attention, choose_backend
 from freqformer.kernels.block_sparse.table import dense_mask, from_tiles
 from freqformer.kernels.core import lists
 from freqformer.kernels.core.target import Target
-from freqformer.kernels.hopper import parts
+from freqformer.kernels.hopper import interpret, machine, products, softmax
 
 from tests.compiled.test_resources import GOLDEN
 from tests.kernels.block_sparse.suite import (
@@ -39,14 +39,14 @@ class TestPallasMgpu(AttentionSuite):
 
   @pytest.fixture(autouse=True)
   def _interpreted(self):
-    with parts.interpreted():
+    with interpret.interpreted():
       yield
 
 
 def _check(case, dtype=jnp.bfloat16, seed=0, **kwargs):
   """Output, LSE and gradients of the interpreted kernels against the oracle."""
   mask, data = draw_mask(case, seed), draw_inputs(case, seed, dtype)
-  with parts.interpreted(**kwargs):
+  with interpret.interpreted(**kwargs):
     got = value_and_grads(*data[:3], mask, *data[3:], "pallas_mgpu")
   for name, g, w in zip(
     ("out", "lse", "dq", "dk", "dv"), got, oracle(*data[:3], mask, *data[3:]), strict=True
@@ -57,7 +57,7 @@ def _check(case, dtype=jnp.bfloat16, seed=0, **kwargs):
 def _check_forward(case, seed=0, **kwargs):
   """The same of the forward alone."""
   mask, (q, k, v, *_) = draw_mask(case, seed), draw_inputs(case, seed, jnp.bfloat16)
-  with parts.interpreted(**kwargs):
+  with interpret.interpreted(**kwargs):
     got = jax.jit(lambda *x: attention(*x, implementation="pallas_mgpu"))(q, k, v, mask)
   for name, g, w in zip(("out", "lse"), got, oracle(q, k, v, mask), strict=True):
     assert relative_error(g, w) < (1e-6 if name == "lse" else 4e-3), name
@@ -129,7 +129,7 @@ def test_odd_scales(scale):
   """Hidden keys stay hidden under a scale that is not positive."""
   case = Case("scale", b=1, h=1, table_h=1)
   mask, (q, k, v, *_) = draw_mask(case, 1), draw_inputs(case, 1, jnp.bfloat16)
-  with parts.interpreted():
+  with interpret.interpreted():
     out, lse = jax.jit(lambda *a: attention(*a, scale=scale, implementation="pallas_mgpu"))(
       q, k, v, mask
     )
@@ -208,7 +208,7 @@ def test_tuning_refuses_what_does_not_fit():
 
 
 def _fused_exponentials(x, unit, top, columns):
-  """`parts.exponentials` as a device may round it: the product of x and unit is not rounded.
+  """`softmax.exponentials` as a device may round it: the product of x and unit is not rounded.
 
   A kernel has no wider type to hold it, so what rounding left out is computed (Dekker's product).
   """
@@ -222,7 +222,7 @@ def _fused_exponentials(x, unit, top, columns):
   product = x * unit
   left_out = x_high * unit_high - product + x_high * unit_low + x_low * unit_high
   left_out = left_out + x_low * unit_low
-  return jnp.exp2(product - parts.over_columns(top, columns) + left_out)
+  return jnp.exp2(product - products.over_columns(top, columns) + left_out)
 
 
 # Scales whose rounding leaves the larger part of a hidden score above the rounded maximum.
@@ -233,15 +233,15 @@ def _fused_exponentials(x, unit, top, columns):
 )
 def test_hidden_scores_have_no_probability_however_they_are_rounded(d, scale, monkeypatch):
   """Lists that begin with a stage of padding, and one of padding alone, by fused multiply-adds."""
-  hidden = jnp.full((parts.ROWS, 1), parts.HIDDEN, jnp.float32)
-  _, unit = parts.split_scale(scale)
+  hidden = jnp.full((machine.ROWS, 1), softmax.HIDDEN, jnp.float32)
+  _, unit = softmax.split_scale(scale)
   assert np.isposinf(_fused_exponentials(hidden, unit, hidden[:, 0] * unit, 1)).all()
-  monkeypatch.setattr(parts, "exponentials", _fused_exponentials)
+  monkeypatch.setattr(softmax, "exponentials", _fused_exponentials)
   tiles, kv_len = np.array([[True, True, True], [True, True, False]]), np.array([0, 0, 50])
   mask = from_tiles(tiles, kv_len, 64, 64)
   q, k, v, *_ = draw_inputs(Case("padding_first", b=1, h=1, d=d, n_q=128), 0, jnp.bfloat16)
   run = functools.partial(attention, scale=scale, implementation="pallas_mgpu")
-  with parts.interpreted():
+  with interpret.interpreted():
     out, lse = jax.jit(run)(q, k, v, mask)
   wide = [x.astype(jnp.float32) for x in (q, k, v)]
   want, want_lse = attention(*wide, mask, scale=scale, implementation="reference")

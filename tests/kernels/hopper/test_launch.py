@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.table import dense_mask
-from freqformer.kernels.hopper.parts import interpreted
+from freqformer.kernels.hopper.interpret import interpreted
 from jax.sharding import PartitionSpec as P
 
 from tools import offline

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from freqformer.kernels.core.target import Target
-from freqformer.kernels.hopper import parts
+from freqformer.kernels.hopper.interpret import interpreted
 from freqformer.kernels.linear import segments
 from freqformer.kernels.linear.api import Segments, choose_backend, linear_attention
 from jax.sharding import PartitionSpec as P
@@ -89,7 +89,7 @@ def test_errs_no_more_than_xla(name):
   """All results against float32: RMS error at most 1.2 times that of XLA with the same bfloat16 operands."""
   feature_map, b, d, segments, how = CASES[name]
   rows, d_log = draw(segments, b, 2 if "heads" in how else 1, d)
-  with parts.interpreted():
+  with interpreted():
     got = run("pallas_mgpu", feature_map, rows, d_log, segments, **how)
   plain = run("xla", feature_map, rows, d_log, segments, **how)
   want = run("xla", feature_map, [x.astype(jnp.float32) for x in rows], d_log, segments, **how)
@@ -114,7 +114,7 @@ def test_rows_without_a_segment_and_repeats():
     jnp.where(none, jnp.asarray(y, x.dtype), x)
     for x, y in zip(rows, (1e4, 1e4, 1e4, jnp.nan, 0), strict=True)
   ]
-  with parts.interpreted():
+  with interpreted():
     clean = run("pallas_mgpu", "softmax", rows, d_log, segments)
     soiled = run("pallas_mgpu", "softmax", dirty, np.where(FRAMES < 0, np.nan, d_log), segments)
   for x, y in zip(clean[:5], soiled[:5], strict=True):
@@ -127,7 +127,7 @@ def test_no_races(capfd):
   """Rings that wrap around, several boxes a stage; no box stands for a second time, which would be a race that is meant."""
   segments = Segments.of_ids(np.tile(np.repeat([0, 1], 32), 10))
   rows, d_log = draw(segments, 1, 1, 64)
-  with parts.interpreted(detect_races=True):
+  with interpreted(detect_races=True):
     jax.block_until_ready(run("pallas_mgpu", "softmax", rows, d_log, segments))
   assert "RACE DETECTED" not in capfd.readouterr().out  # the detector prints and goes on
 
