@@ -19,7 +19,7 @@ import tempfile
 
 import jax
 import jax.numpy as jnp
-from freqformer.kernels.hopper.machine import SHARED_BYTES as SHARED_LIMIT
+from freqformer.kernels.hopper.machine import SHARED_BYTES
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 TARGETS = pathlib.Path(__file__).with_name("targets")
@@ -30,6 +30,7 @@ _ASSEMBLER_PIN = f"'{ASSEMBLER}>=13,<14'"
 # the time, to the same bytes.
 NO_AUTOTUNING = {"xla_gpu_autotune_level": 0}
 _BARRIER_BYTES = 8
+SHARED_LIMIT = SHARED_BYTES  # of a thread block
 
 
 @dataclasses.dataclass(frozen=True)

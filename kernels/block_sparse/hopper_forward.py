@@ -1,4 +1,4 @@
-"""The forward kernel: a thread block takes a query tile of one head and walks its list of key tiles.
+"""The forward kernel: a thread block walks the list of key tiles of one head's query tile.
 
 Compute warpgroups keep 64 query rows each; a further one only moves memory. A 128-row tile has two
 compute warpgroups, which share every key tile. 64-row tiles have one each, and either a thread

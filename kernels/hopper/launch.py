@@ -80,7 +80,7 @@ def launch(
 
 
 def _varying_like(operands, out_type):
-  """Returns `out_type` as it is inside `shard_map`: varying over every axis that an operand does."""
+  """Returns `out_type` as inside `shard_map`: varying over each axis that some operand does."""
   varying = frozenset().union(
     *(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(operands))
   )

@@ -114,7 +114,7 @@ def load_own(pairs, barrier, wanted):
 
 
 def store_own(*pairs):
-  """Copies results that were written to shared memory, `(source, target)` each, to global memory."""
+  """Copies results from shared to global memory, `(source, target)` each."""
   plgpu.commit_smem()
   for source, target in pairs:
     plgpu.copy_smem_to_gmem(source, target)

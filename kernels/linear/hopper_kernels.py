@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 from freqformer.kernels.hopper.launch import launch, streaming_cost
 from freqformer.kernels.hopper.products import (
-  LAYOUT,
   PER_COLUMN,
   PER_ROW,
   over_columns,

@@ -1,6 +1,6 @@
 """Every shipped kernel configuration compiles for an H100 without spilling, to known resources.
 
-  python -m tests.compiled.test_resources        writes the table anew; look at its diff
+python -m tests.compiled.test_resources        writes the table anew; look at its diff
 """
 
 import dataclasses
@@ -73,9 +73,7 @@ class Config:
     for direction in tuning.DIRECTIONS:
       key = tuning.Key("h100", self.head_dim, self.block_q, self.block_kv, direction)
       base = tuning.PAIR if self.paired else tuning.default(key)
-      found[key] = dataclasses.replace(
-        base, by_lane=self.by_lane, scores_ahead=self.scores_ahead
-      )
+      found[key] = dataclasses.replace(base, by_lane=self.by_lane, scores_ahead=self.scores_ahead)
     return found
 
 
@@ -115,7 +113,7 @@ def compile_attention(config: Config) -> offline.Compilation:
 
 
 def compile_around(d: int, block: int, filtered: str = "") -> offline.Compilation:
-  """Compiles the kernels around attention, for tiles of several kinds, and without coarse tokens."""
+  """Compiles the kernels around attention: tiles of several kinds, and no coarse tokens."""
   layout = TileLayout.fit((9, 10, 20), block)
   spectral = SpectralBasis("block_dct", (0.5,) * 3, (0.75,) * 3).fit(layout)
   tables = tile_cells(spectral, -(-spectral.n_coarse // block) * block, bool(filtered))
@@ -147,9 +145,7 @@ def compile_linear(feature_map: str) -> offline.Compilation:
   """Compiles linear attention at its largest: runs of 40 rows, eight copies a stage."""
   x = _spec((1, ROWS, HEADS, 128), jnp.bfloat16)
   segments = Segments.of_ids(np.resize(np.repeat(np.arange(4), 40), ROWS))
-  call = functools.partial(
-    linear_attention, feature_map=feature_map, implementation="pallas_mgpu"
-  )
+  call = functools.partial(linear_attention, feature_map=feature_map, implementation="pallas_mgpu")
 
   def both(q, k, v, segments, d_out):
     out, pull = jax.vjp(lambda *x: call(*x, segments)[0], q, k, v)
