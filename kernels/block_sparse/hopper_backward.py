@@ -11,18 +11,11 @@ import jax
 import jax.numpy as jnp
 from freqformer.kernels.block_sparse.hopper_forward import QueryLists, Settings
 from freqformer.kernels.hopper import products, softmax
+from freqformer.kernels.hopper import ring as rings
 from freqformer.kernels.hopper.launch import set_registers
 from freqformer.kernels.hopper.machine import ROWS
 from freqformer.kernels.hopper.products import LAYOUT, PER_COLUMN, PER_ROW
-from freqformer.kernels.hopper.ring import (
-  Feed,
-  Ring,
-  fill_rings,
-  head_numbers,
-  head_rows,
-  load_own,
-  store_own,
-)
+from freqformer.kernels.hopper.ring import Feed, Ring, head_numbers, head_rows
 from freqformer.kernels.hopper.tile_walk import TileList, TileWalk, broadcast_index, place_of
 from jax import lax
 from jax.experimental import pallas as pl
@@ -78,38 +71,6 @@ class KeyLists(NamedTuple):
     return TileList(walk, count, entry)
 
 
-class _QueryOwn(NamedTuple):
-  """Shared memory of dQ's compute warpgroups: their query rows, and a barrier for each.
-
-  Attributes:
-    q: `[consumers, ROWS, d]`, then dQ.
-    d_out: `[consumers, ROWS, d]`.
-    lse: float32 `[consumers, ROWS]`.
-    delta: float32 `[consumers, ROWS]`.
-    arrived: barriers.
-  """
-
-  q: Any
-  d_out: Any
-  lse: Any
-  delta: Any
-  arrived: Any
-
-
-class _KeyOwn(NamedTuple):
-  """Shared memory of dK's and dV's compute warpgroups: their key rows, and a barrier for each.
-
-  Attributes:
-    k: `[consumers, ROWS, d]`, then dK.
-    v: `[consumers, ROWS, d]`, then dV.
-    arrived: barriers.
-  """
-
-  k: Any
-  v: Any
-  arrived: Any
-
-
 def dq(inputs: Inputs, lists: QueryLists, bias, settings: Settings):
   """Returns the gradient of the queries, `[b, n_q, h, d]` in their dtype.
 
@@ -127,8 +88,8 @@ def dq(inputs: Inputs, lists: QueryLists, bias, settings: Settings):
   biased = bias is not None
   sign, factor = softmax.split_scale(settings.scale)
 
-  def attention_dq(inputs, lists, bias_gm, dq_gm, own, rings, staging):
-    k_ring, v_ring = rings
+  def attention_dq(inputs, lists, bias_gm, dq_gm, *scratch):
+    q_sm, do_sm, lse_sm, delta_sm, arrived, k_ring, v_ring, staging = scratch
     (keys,) = k_ring.slots
     (values,) = v_ring.slots
     warpgroup = lax.axis_index("warpgroup")
@@ -141,17 +102,16 @@ def dq(inputs: Inputs, lists: QueryLists, bias, settings: Settings):
     def compute_warpgroup():
       set_registers(tuning.compute_registers, "increase")
       rows = pl.ds(tile * settings.block_q + deal.part(warpgroup) * ROWS, ROWS)
-      q_own = own.q.at[warpgroup]
-      do_own = own.d_out.at[warpgroup]
-      lse_own = own.lse.at[warpgroup]
-      delta_own = own.delta.at[warpgroup]
+      q_own, do_own, lse_own, delta_own = (
+        ref.at[warpgroup] for ref in (q_sm, do_sm, lse_sm, delta_sm)
+      )
       pairs = [
         (inputs.q.at[sample, rows, head], q_own),
         (inputs.d_out.at[sample, rows, head], do_own),
         (inputs.lse.at[sample, head, rows], lse_own),
         (inputs.delta.at[sample, head, rows], delta_own),
       ]
-      load_own(pairs, own.arrived.at[warpgroup], listed.count > 0)
+      rings.load_own(pairs, arrived.at[warpgroup], listed.count > 0)
       lse = plgpu.load(lse_own, layout=PER_ROW)
       delta = plgpu.load(delta_own, layout=PER_ROW)
 
@@ -176,30 +136,31 @@ def dq(inputs: Inputs, lists: QueryLists, bias, settings: Settings):
 
       acc = lax.fori_loop(0, listed.steps, kv_loop, products.zeros(d))
       q_own[...] = (acc * settings.scale).astype(dtype)
-      store_own((q_own, dq_gm.at[sample, rows, head]))
+      rings.store_own((q_own, dq_gm.at[sample, rows, head]))
 
     @pl.when(warpgroup >= deal.consumers)
     def memory_warpgroup():
-      feeds = [
-        Feed(k_ring, [head_rows(inputs.k, sample, head)]),
-        Feed(v_ring, [head_rows(inputs.v, sample, head)]),
-      ]
-      fill_rings(listed, feeds, deal, side, tuning.memory_registers)
+      keys_feed = Feed(k_ring, [head_rows(inputs.k, sample, head)])
+      values_feed = Feed(v_ring, [head_rows(inputs.v, sample, head)])
+      rings.fill_rings(listed, [keys_feed, values_feed], deal, side, tuning.memory_registers)
 
   rows_type = products.tiles_type(deal.consumers, ROWS, d, dtype=dtype)
   numbers_type = plgpu.SMEM((deal.consumers, ROWS), jnp.float32)
-  own = _QueryOwn(
-    q=rows_type,
-    d_out=rows_type,
-    lse=numbers_type,
-    delta=numbers_type,
-    arrived=plgpu.Barrier(num_arrivals=4, num_barriers=deal.consumers),
-  )
   ring = Ring.types(walk, deal, products.tiles_type(deal.slots, tuning.step, d, dtype=dtype))
-  scratch = [own, (ring, ring), products.staging_types(deal.consumers, tuning.step, dtype)]
-  out_type = jax.ShapeDtypeStruct(inputs.q.shape, dtype)
+  scratch = [
+    rows_type,  # queries, then dQ
+    rows_type,  # dO
+    numbers_type,  # LSE
+    numbers_type,  # delta
+    plgpu.Barrier(num_arrivals=4, num_barriers=deal.consumers),  # a warpgroup's have arrived
+    ring,
+    ring,
+    products.staging_types(deal.consumers, tuning.step, dtype),
+  ]
+  out_type = [jax.ShapeDtypeStruct(inputs.q.shape, dtype)]
   operands = (inputs, lists, softmax.in_log2(bias))
-  return settings.launch(attention_dq, operands, out_type, scratch, deal, b * h)
+  (found,) = settings.launch(attention_dq, operands, out_type, scratch, deal, b * h)
+  return found
 
 
 def dkv(inputs: Inputs, lists: KeyLists, bias, settings: Settings):
@@ -219,9 +180,8 @@ def dkv(inputs: Inputs, lists: KeyLists, bias, settings: Settings):
   biased = bias is not None
   sign, factor = softmax.split_scale(settings.scale)
 
-  def attention_dkv(inputs, lists, bias_gm, out, own, rings, staging):
-    dk_gm, dv_gm = out
-    q_ring, do_ring = rings
+  def attention_dkv(inputs, lists, bias_gm, dk_gm, dv_gm, *scratch):
+    k_sm, v_sm, arrived, q_ring, do_ring, staging = scratch
     warpgroup = lax.axis_index("warpgroup")
     sample, head, place = place_of(lax.axis_index("block"), deal.blocks, h, lists.order)
     side = deal.side(warpgroup)
@@ -232,10 +192,10 @@ def dkv(inputs: Inputs, lists: KeyLists, bias, settings: Settings):
     def compute_warpgroup():
       set_registers(tuning.compute_registers, "increase")
       rows = pl.ds(tile * settings.block_kv + deal.part(warpgroup) * ROWS, ROWS)
-      k_own = own.k.at[warpgroup]
-      v_own = own.v.at[warpgroup]
+      k_own = k_sm.at[warpgroup]
+      v_own = v_sm.at[warpgroup]
       pairs = [(inputs.k.at[sample, rows, head], k_own), (inputs.v.at[sample, rows, head], v_own)]
-      load_own(pairs, own.arrived.at[warpgroup], listed.count > 0)
+      rings.load_own(pairs, arrived.at[warpgroup], listed.count > 0)
 
       def q_loop(s, carry):
         dk, dv = carry
@@ -271,29 +231,30 @@ def dkv(inputs: Inputs, lists: KeyLists, bias, settings: Settings):
       seen = plgpu.broadcasted_iota(jnp.int32, (ROWS, d), 0, layout=LAYOUT) < valid
       k_own[...] = jnp.where(seen, dk * settings.scale, 0.0).astype(dtype)
       v_own[...] = jnp.where(seen, dv, 0.0).astype(dtype)
-      store_own((k_own, dk_gm.at[sample, rows, head]), (v_own, dv_gm.at[sample, rows, head]))
+      rings.store_own((k_own, dk_gm.at[sample, rows, head]), (v_own, dv_gm.at[sample, rows, head]))
 
     @pl.when(warpgroup >= deal.consumers)
     def memory_warpgroup():
-      feeds = [
-        Feed(q_ring, [head_rows(inputs.q, sample, head), head_numbers(inputs.lse, sample, head)]),
-        Feed(
-          do_ring, [head_rows(inputs.d_out, sample, head), head_numbers(inputs.delta, sample, head)]
-        ),
-      ]
-      fill_rings(listed, feeds, deal, side, tuning.memory_registers)
+      pair = (sample, head)
+      q_feed = Feed(q_ring, [head_rows(inputs.q, *pair), head_numbers(inputs.lse, *pair)])
+      do_feed = Feed(do_ring, [head_rows(inputs.d_out, *pair), head_numbers(inputs.delta, *pair)])
+      rings.fill_rings(listed, [q_feed, do_feed], deal, side, tuning.memory_registers)
 
   rows_type = products.tiles_type(deal.consumers, ROWS, d, dtype=dtype)
-  own = _KeyOwn(
-    k=rows_type, v=rows_type, arrived=plgpu.Barrier(num_arrivals=2, num_barriers=deal.consumers)
-  )
   ring = Ring.types(
     walk,
     deal,
     products.tiles_type(deal.slots, tuning.step, d, dtype=dtype),
     plgpu.SMEM((deal.slots, tuning.step), jnp.float32),
   )
-  scratch = [own, (ring, ring), products.staging_types(deal.consumers, tuning.step, dtype)]
-  out_type = (jax.ShapeDtypeStruct(inputs.k.shape, dtype),) * 2
+  scratch = [
+    rows_type,  # keys, then dK
+    rows_type,  # values, then dV
+    plgpu.Barrier(num_arrivals=2, num_barriers=deal.consumers),  # a warpgroup's have arrived
+    ring,
+    ring,
+    products.staging_types(deal.consumers, tuning.step, dtype),
+  ]
+  out_type = [jax.ShapeDtypeStruct(inputs.k.shape, dtype)] * 2
   operands = (inputs, lists, softmax.in_log2(bias))
   return settings.launch(attention_dkv, operands, out_type, scratch, deal, b * h)

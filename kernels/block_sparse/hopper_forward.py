@@ -46,19 +46,18 @@ class Settings:
     """Returns how tiles of `block` rows, `rows` in all, are dealt to thread blocks."""
     return Deal(rows // block, self.tuning.tiles_per_block, block // ROWS, self.tuning.stages)
 
-  def launch(self, body, operands, out_type, scratch, deal: Deal, heads: int):
-    """Launches a kernel with one result (a tree) for `heads` heads of all samples together."""
-    (found,) = launch(
+  def launch(self, body, operands, out_type, scratch, deal: Deal, heads: int) -> list:
+    """Launches a kernel for `heads` heads, of all samples together; see `launch.launch`."""
+    return launch(
       body,
       operands,
-      [out_type],
+      out_type,
       scratch,
       cost=self.cost,
       blocks=heads * deal.blocks,
       warpgroups=deal.warpgroups,
       by_lane=self.tuning.by_lane,
     )
-    return found
 
 
 class QueryLists(NamedTuple):
@@ -79,28 +78,6 @@ class QueryLists(NamedTuple):
     row = broadcast_index(self.codes, sample, head, tile)
     count = self.counts[broadcast_index(self.counts, sample, head, tile)]
     return TileList(walk, count, lambda i: decode(self.codes[(*row, i)]))
-
-
-class _Inputs(NamedTuple):
-  q: Any
-  k: Any
-  v: Any
-
-
-class _Own(NamedTuple):
-  """Shared memory of the compute warpgroups, and their barriers.
-
-  Attributes:
-    q: query rows `[consumers, ROWS, d]`, then the output's.
-    lse: float32 `[consumers, ROWS]`.
-    arrived: a barrier per warpgroup for its query rows.
-    turn: barrier on which both warpgroups meet to pass the tensor cores on.
-  """
-
-  q: Any
-  lse: Any
-  arrived: Any
-  turn: Any
 
 
 def forward(q, k, v, lists: QueryLists, bias, settings: Settings):
@@ -127,10 +104,8 @@ def forward(q, k, v, lists: QueryLists, bias, settings: Settings):
   biased = bias is not None
   unit = 1.0 if biased else factor  # a biased score is in log2 units when the maximum is taken
 
-  def attention_forward(inputs, lists, bias_gm, out, own, rings, staging):
-    q_gm, k_gm, v_gm = inputs
-    out_gm, lse_gm = out
-    k_ring, v_ring = rings
+  def attention_forward(q_gm, k_gm, v_gm, lists, bias_gm, out_gm, lse_gm, *scratch):
+    q_sm, lse_sm, arrived, turn, k_ring, v_ring, staging = scratch
     (keys,) = k_ring.slots
     (values,) = v_ring.slots
     warpgroup = lax.axis_index("warpgroup")
@@ -141,15 +116,15 @@ def forward(q, k, v, lists: QueryLists, bias, settings: Settings):
 
     def pass_turn():
       if in_turns:
-        plgpu.barrier_arrive(own.turn)
-        plgpu.barrier_wait(own.turn)
+        plgpu.barrier_arrive(turn)
+        plgpu.barrier_wait(turn)
 
     @pl.when(warpgroup < deal.consumers)
     def compute_warpgroup():
       set_registers(tuning.compute_registers, "increase")
-      mine = own.q.at[warpgroup]
+      mine = q_sm.at[warpgroup]
       rows = pl.ds(tile * settings.block_q + deal.part(warpgroup) * ROWS, ROWS)
-      load_own([(q_gm.at[sample, rows, head], mine)], own.arrived.at[warpgroup], listed.count > 0)
+      load_own([(q_gm.at[sample, rows, head], mine)], arrived.at[warpgroup], listed.count > 0)
       pl.when(warpgroup == 1)(pass_turn)
       stage = [x.at[warpgroup] for x in staging]
 
@@ -255,26 +230,27 @@ def forward(q, k, v, lists: QueryLists, bias, settings: Settings):
       inverse = jnp.where(alive, 1 / jnp.where(alive, total, 1.0), 0.0)
       mine[...] = (acc * products.over_columns(inverse, d)).astype(q.dtype)
       lse = (top + jnp.log2(jnp.where(alive, total, 1.0))) * (1 / softmax.LOG2E)
-      lse_sm = own.lse.at[warpgroup]
-      lse_sm[...] = jnp.where(alive, lse, -jnp.inf)
-      store_own((mine, out_gm.at[sample, rows, head]), (lse_sm, lse_gm.at[sample, head, rows]))
+      lse_own = lse_sm.at[warpgroup]
+      lse_own[...] = jnp.where(alive, lse, -jnp.inf)
+      store_own((mine, out_gm.at[sample, rows, head]), (lse_own, lse_gm.at[sample, head, rows]))
 
     @pl.when(warpgroup >= deal.consumers)
     def memory_warpgroup():
-      feeds = [
-        Feed(k_ring, [head_rows(k_gm, sample, head)]),
-        Feed(v_ring, [head_rows(v_gm, sample, head)]),
-      ]
-      fill_rings(listed, feeds, deal, side, tuning.memory_registers)
+      keys_feed = Feed(k_ring, [head_rows(k_gm, sample, head)])
+      values_feed = Feed(v_ring, [head_rows(v_gm, sample, head)])
+      fill_rings(listed, [keys_feed, values_feed], deal, side, tuning.memory_registers)
 
   ring = Ring.types(walk, deal, products.tiles_type(deal.slots, step, d, dtype=q.dtype))
-  own = _Own(
-    q=products.tiles_type(deal.consumers, ROWS, d, dtype=q.dtype),
-    lse=plgpu.SMEM((deal.consumers, ROWS), jnp.float32),
-    arrived=plgpu.Barrier(num_barriers=deal.consumers),
-    turn=plgpu.Barrier(num_arrivals=deal.consumers),
-  )
-  out_type = (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((b, h, n), jnp.float32))
-  scratch = [own, (ring, ring), products.staging_types(deal.consumers, step, q.dtype)]
-  operands = (_Inputs(q, k, v), lists, softmax.in_log2(bias))
-  return settings.launch(attention_forward, operands, out_type, scratch, deal, b * h)
+  scratch = [
+    products.tiles_type(deal.consumers, ROWS, d, dtype=q.dtype),  # queries, then the output
+    plgpu.SMEM((deal.consumers, ROWS), jnp.float32),  # LSE
+    plgpu.Barrier(num_barriers=deal.consumers),  # a warpgroup's queries have arrived
+    plgpu.Barrier(num_arrivals=deal.consumers),  # both warpgroups meet: a turn ends
+    ring,
+    ring,
+    products.staging_types(deal.consumers, step, q.dtype),
+  ]
+  out_type = [jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((b, h, n), jnp.float32)]
+  operands = (q, k, v, lists, softmax.in_log2(bias))
+  out, lse = settings.launch(attention_forward, operands, out_type, scratch, deal, b * h)
+  return out, lse

@@ -199,31 +199,6 @@ class _Stages:
       plgpu.copy_smem_to_gmem(shared.at[lanes], target.at[self.sample, rows, self.head])
 
 
-class _Tables(NamedTuple):
-  """Integers that every thread block looks its work up in; attributes of `Work` and the call."""
-
-  boxes: Any
-  start: Any
-  count: Any
-  heads: Any
-
-
-class _Refs(NamedTuple):
-  """References that a kernel's body uses besides its stages.
-
-  Attributes:
-    whole: global operands that do not come in stages.
-    results: global results.
-    rings: shared memory of the rows that come in stages, then of the numbers.
-    scratch: further shared memory.
-  """
-
-  whole: Any
-  results: Any
-  rings: Any
-  scratch: Any
-
-
 class _Sums(NamedTuple):
   """A segment's sums in shared memory.
 
@@ -295,7 +270,9 @@ def _launch(
   """Runs a kernel on a grid of samples x heads x chunks.
 
   Args:
-    body: `(stages, chunk, refs)`, with `_Stages` and `_Refs`.
+    body: `(stages, chunk, rings, whole, results, scratch)`, of the thread block: `_Stages`, the
+      number of its chunk, and references to the slots of rows and numbers, to `whole`, to
+      `targets` and the results, and to `scratch`.
     call: what is common to the kernels.
     out_type: of the results.
     rows: operands `[b, n, h, d]` that come in stages.
@@ -311,24 +288,22 @@ def _launch(
   chunks = call.chunks if chunks is None else chunks
   name = body.__name__
   slots = _SLOTS[name]
-  tables = _Tables(*map(jnp.asarray, (work.boxes, work.start, work.count)), call.heads)
+  tables = (*map(jnp.asarray, (work.boxes, work.start, work.count)), call.heads)
 
   def kernel(tables, rows_gm, numbers_gm, whole, targets, *refs):
+    boxes, start, count, heads = tables
     *results, full, rings, scratch = refs
     sample, head, chunk = place_of(lax.axis_index("block"), chunks, h)
 
     def run():
-      begin = tables.start[chunk]
-      count = tables.count[chunk]
-      stages = _Stages(
-        sample, head, begin, count, tables.boxes, work, rows_gm, numbers_gm, rings, full
-      )
-      body(stages, chunk, _Refs(whole, (*targets, *results), rings, scratch))
+      part = (start[chunk], count[chunk])
+      stages = _Stages(sample, head, *part, boxes, work, rows_gm, numbers_gm, rings, full)
+      body(stages, chunk, rings, whole, (*targets, *results), scratch)
 
-    if tables.heads is None:
+    if heads is None:
       run()
     else:
-      pl.when(tables.heads[broadcast_index(tables.heads, sample, head)] > 0)(run)
+      pl.when(heads[broadcast_index(heads, sample, head)] > 0)(run)
 
   kernel.__name__ = name
   rings = [tiles_type(slots, STAGE, d, dtype=rows[0].dtype)] * len(rows)
@@ -370,10 +345,10 @@ def states(call: LinearCall, x, y, weights, others, segments: int, dtype):
   chunks = segments * call.work.per_segment
   low = x.dtype
 
-  def linear_states(stages, chunk, refs):
-    state_gm, total_gm = refs.results
-    x_sm, y_sm, weights_sm, *others_sm = refs.rings
-    (total_sm,) = refs.scratch
+  def linear_states(stages, chunk, rings, whole, results, scratch):
+    x_sm, y_sm, weights_sm, *others_sm = rings
+    state_gm, total_gm = results
+    (total_sm,) = scratch
 
     def odd(s):
       return lax.rem(s, jnp.int32(2))
@@ -453,12 +428,12 @@ def read(call: LinearCall, q, state, total, valid, into):
   b, _, h, d = q.shape
   low = q.dtype
 
-  def linear_read(stages, chunk, refs):
-    out_gm, log_gm = refs.results
-    q_sm, valid_sm = refs.rings
-    (sums,) = refs.scratch
+  def linear_read(stages, chunk, rings, whole, results, scratch):
+    q_sm, valid_sm = rings
+    out_gm, log_gm = results
+    (sums,) = scratch
     stages.start()
-    sums.load(call, stages, chunk, *refs.whole)
+    sums.load(call, stages, chunk, *whole)
     total = plgpu.load(sums.total, layout=PER_COLUMN)
 
     @pl.loop(0, stages.count)
@@ -524,12 +499,12 @@ def dq(call: LinearCall, q, d_out, inverse, d_den, state, total):
   d = q.shape[3]
   low = q.dtype
 
-  def linear_dq(stages, chunk, refs):
-    (dq_gm,) = refs.results
-    q_sm, do_sm, inverse_sm, den_sm = refs.rings
-    (sums,) = refs.scratch
+  def linear_dq(stages, chunk, rings, whole, results, scratch):
+    q_sm, do_sm, inverse_sm, den_sm = rings
+    (dq_gm,) = results
+    (sums,) = scratch
     stages.start()
-    sums.load(call, stages, chunk, *refs.whole)
+    sums.load(call, stages, chunk, *whole)
     total = plgpu.load(sums.total, layout=PER_COLUMN)
 
     @pl.loop(0, stages.count)
@@ -576,12 +551,12 @@ def dkv(call: LinearCall, k, v, valid, d_state, d_total):
   d = k.shape[3]
   low = k.dtype
 
-  def linear_dkv(stages, chunk, refs):
-    dk_gm, dv_gm = refs.results
-    k_sm, v_sm, valid_sm = refs.rings
-    sums, p_sm = refs.scratch
+  def linear_dkv(stages, chunk, rings, whole, results, scratch):
+    k_sm, v_sm, valid_sm = rings
+    dk_gm, dv_gm = results
+    sums, p_sm = scratch
     stages.start()
-    sums.load(call, stages, chunk, *refs.whole)
+    sums.load(call, stages, chunk, *whole)
 
     @pl.loop(0, stages.count)
     def _stage(s):
