@@ -15,7 +15,7 @@ import pytest
 
 _TESTS = pathlib.Path(__file__).parent
 # The module that holds `interpreted`, in which tests run the kernels on a CPU.
-INTERPRETER = "freqformer.kernels.hopper.parts"
+INTERPRETER = "freqformer.kernels.hopper.interpret"
 # Conformance tests by file, the cheapest last. All others are about a CPU, the interpreter or the
 # compiler, which a GPU does not change.
 ON_DEVICE = {

@@ -24,9 +24,9 @@ def refusal(x, block: int, tiled, target: Target, most: int = MAX_CELLS) -> str 
     target: the device.
     most: coarse tokens that a tile may have.
   """
-  from freqformer.kernels.hopper import parts  # Pallas is slow to load
+  from freqformer.kernels.hopper.machine import wrong_device
 
-  reasons = [reason for reason in [parts.wrong_device(target)] if reason]
+  reasons = [reason for reason in [wrong_device(target)] if reason]
   if x.dtype != jnp.bfloat16:
     reasons.append(f"the tokens are {x.dtype}, it takes bfloat16")
   if x.shape[-1] not in HEAD_DIMS:

@@ -18,6 +18,7 @@ import dataclasses
 
 import numpy as np
 from freqformer.kernels.block_sparse.table import BlockMask, one_list
+from freqformer.kernels.hopper.machine import MULTIPROCESSORS
 
 FORWARD_MATMULS = 2
 BACKWARD_MATMULS = {"one_pass": 5, "two_pass": 7}
@@ -28,7 +29,7 @@ KERNEL_MATMULS = {"forward": 2, "dq": 3, "dkv": 4}
 # count.
 REFERENCE_SOFTMAX = 8
 # Query tiles that run at the same time where nothing better is known: one per SM of an H100.
-CONCURRENT = 132
+CONCURRENT = MULTIPROCESSORS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,109 +1,117 @@
-"""The Hopper backend: Pallas Mosaic GPU kernels, forward and backward, that walk the table's lists. One launch for all heads.
+"""The Hopper implementation of attention: Mosaic GPU kernels that walk the table's lists.
 
-Nothing here needs a GPU to be checked: `parts.interpreted()` runs the kernels on any device, and under an abstract
-mesh of an H100 they compile in a process without one.
+All heads share one launch. Nothing here needs a GPU to be checked: `hopper.interpret.interpreted()`
+runs the kernels on any device, and under an abstract mesh of an H100 they compile in a process
+without one.
 """
+
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 from freqformer.kernels.block_sparse import cost, hopper_backward, hopper_forward, tuning
+from freqformer.kernels.block_sparse.hopper_backward import Inputs, KeyLists
+from freqformer.kernels.block_sparse.hopper_forward import QueryLists, Settings
 from freqformer.kernels.block_sparse.table import BlockMask
 from freqformer.kernels.core import lists
 from freqformer.kernels.core.lists import MAX_TILES
-from freqformer.kernels.hopper import parts
+from freqformer.kernels.core.target import Target
+from freqformer.kernels.hopper.machine import CAPABILITY, wrong_device
+from freqformer.kernels.hopper.softmax import HIDDEN, LOG2E
 from jax.experimental import pallas as pl
 
 HEAD_DIMS = (32, 64, 128)
 BLOCKS = (64, 128)
 DTYPES = (jnp.bfloat16, jnp.float16)
+# LSE of a row that sees nothing, in the backward: so large that every probability is 0.
+_LSE_OF_EMPTY_ROWS = 1e30
 
 
-def unsupported(q, k, v, mask: BlockMask, target) -> str | None:
-  """Why this call cannot run, all reasons at once; None if it can."""
+def unsupported(q, k, v, mask: BlockMask, target: Target) -> str | None:
+  """Returns all reasons why this call cannot run, as one clause; None if it can."""
   reasons = [*_wrong_target(target)]
   if q.dtype not in DTYPES:
     reasons.append(f"q, k, v are {q.dtype}, it takes bfloat16 or float16")
   if q.shape[-1] not in HEAD_DIMS:
     reasons.append(f"head_dim is {q.shape[-1]}, it takes {_either(HEAD_DIMS)}")
-  for what, block, rows in (("q", mask.block_q, q.shape[1]), ("kv", mask.block_kv, k.shape[1])):
-    if block not in BLOCKS:
-      reasons.append(f"block_{what} is {block}, it takes {_either(BLOCKS)}")
-    elif rows % block:
-      reasons.append(
-        f"{rows} {'query' if what == 'q' else 'key'} rows are no multiple of block_{what}={block}; pad the buffer"
-      )
+  reasons += _bad_tiles("query", "block_q", mask.block_q, q.shape[1])
+  reasons += _bad_tiles("key", "block_kv", mask.block_kv, k.shape[1])
   if mask.kv_tiles > MAX_TILES:
     reasons.append(f"{mask.kv_tiles} key tiles exceed {MAX_TILES}")
   return "; ".join(reasons) or None
 
 
-def _wrong_target(target):
-  if parts.is_interpreted():
+def _wrong_target(target: Target) -> Iterator[str]:
+  if wrong_device(target) is None:
     return
-  if target.platform != "cuda":
+  if target.platform == "cuda":
     yield (
-      f"it runs on NVIDIA GPUs of compute capability 9.0, the target is {target}; use implementation='xla' there, or trace "
-      "inside kernels.hopper.parts.interpreted() to check numerics"
+      f"it needs compute capability {CAPABILITY} (Hopper), the target is {target}; "
+      "use implementation='xla' there"
     )
-  elif target.capability != parts.CAPABILITY:
-    yield f"it needs compute capability 9.0 (Hopper), the target is {target}; use implementation='xla' there"
+  else:
+    yield (
+      f"it runs on NVIDIA GPUs of compute capability {CAPABILITY}, the target is {target}; "
+      "use implementation='xla' there, or trace inside "
+      "kernels.hopper.interpret.interpreted() to check numerics"
+    )
 
 
-def _either(values):
+def _bad_tiles(what: str, name: str, block: int, rows: int) -> Iterator[str]:
+  if block not in BLOCKS:
+    yield f"{name} is {block}, it takes {_either(BLOCKS)}"
+  elif rows % block:
+    yield f"{rows} {what} rows are no multiple of {name}={block}; pad the buffer"
+
+
+def _either(values) -> str:
   return " or ".join(map(str, values))
 
 
-def forward(q, k, v, mask, *, scale):
-  """Shapes as in `kernels.block_sparse.api.attention`."""
-  data, walked = (q, k, v), _by_query(mask, q.shape[0], q.shape[2])
-  return hopper_forward.forward(
-    data, walked, _bias(mask), _blocks(mask), scale, *_config(q, mask, "forward")
-  )
-
-
-def backward(q, k, v, mask, lse, delta, d_out, *, scale):
-  """dQ by the lists, dK and dV by the transposed ones."""
-  # A row that sees nothing: an LSE so large that every P is 0.
-  lse = jnp.where(lse > -jnp.inf, lse * parts.LOG2E, 1e30)
-  data = (q, k, v, d_out.astype(q.dtype), lse, delta)
-  bias, blocks = _bias(mask), _blocks(mask)
+def forward(q, k, v, mask: BlockMask, *, scale: float):
+  """Returns out and LSE; shapes as in `kernels.block_sparse.api.attention`."""
   walked = _by_query(mask, q.shape[0], q.shape[2])
-  dq = hopper_backward.dq(data, walked, bias, blocks, scale, *_config(q, mask, "dq"))
-  walked = _by_key(mask, q.shape[0], q.shape[2])
-  dk, dv = hopper_backward.dkv(data, walked, bias, blocks, scale, *_config(q, mask, "dkv"))
+  return hopper_forward.forward(q, k, v, walked, _bias(mask), _settings(q, mask, scale, "forward"))
+
+
+def backward(q, k, v, mask: BlockMask, lse, delta, d_out, *, scale: float):
+  """Returns dq by the lists of the table, dk and dv by the transposed ones."""
+  lse = jnp.where(lse > -jnp.inf, lse * LOG2E, _LSE_OF_EMPTY_ROWS)
+  inputs = Inputs(q, k, v, d_out.astype(q.dtype), lse, delta)
+  b, _, h, _ = q.shape
+  bias = _bias(mask)
+  dq = hopper_backward.dq(inputs, _by_query(mask, b, h), bias, _settings(q, mask, scale, "dq"))
+  dk, dv = hopper_backward.dkv(inputs, _by_key(mask, b, h), bias, _settings(q, mask, scale, "dkv"))
   return dq, dk, dv
 
 
-def _config(q, mask, direction):
-  """How the kernel runs, and what it costs: exactly where the table was NumPy, else as if all lists were full."""
+def _settings(q, mask: BlockMask, scale: float, direction: str) -> Settings:
+  """Returns how a kernel runs and what it costs.
+
+  The cost is exact where the table was NumPy, otherwise it is that of full lists.
+  """
   b, _, h, d = q.shape
   estimate = cost.expected(mask, d, b * h).estimate(q.dtype.itemsize, direction)
-  return tuning.lookup(
-    tuning.Key("h100", d, mask.block_q, mask.block_kv, direction)
-  ), pl.CostEstimate(**estimate)
+  key = tuning.Key("h100", d, mask.block_q, mask.block_kv, direction)
+  return Settings(
+    mask.block_q, mask.block_kv, scale, tuning.lookup(key), pl.CostEstimate(**estimate)
+  )
 
 
-def _blocks(mask):
-  return mask.block_q, mask.block_kv
+def _bias(mask: BlockMask):
+  return None if mask.kv_bias is None else jnp.maximum(jnp.asarray(mask.kv_bias), HIDDEN)
 
 
-def _bias(mask):
-  return None if mask.kv_bias is None else jnp.maximum(jnp.asarray(mask.kv_bias), parts.HIDDEN)
-
-
-def _by_query(mask, b, h):
-  """Returns `lists.by_query` of the table, stored or made here, with the order of the call's heads."""
+def _by_query(mask: BlockMask, b: int, h: int) -> QueryLists:
+  """Returns the table's lists by query tile, stored or made here, with the order of the heads."""
   codes, counts, order = mask.launch.by_query if mask.launch else lists.by_query(mask)
   order = lists.order_of_call(counts, order, b, h)
-  return jax.tree.map(jnp.asarray, (codes, counts, order))
+  return jax.tree.map(jnp.asarray, QueryLists(codes, counts, order))
 
 
-def _by_key(mask, b, h):
-  """Returns `lists.by_key` of the table, stored or made here, with the order of the call's heads.
-
-  Valid rows per key tile stand before the order.
-  """
+def _by_key(mask: BlockMask, b: int, h: int) -> KeyLists:
+  """Returns the table's lists by key tile, stored or made here, with the order of the heads."""
   starts, counts, readers, order = mask.launch.by_key if mask.launch else lists.by_key(mask)
   order = lists.order_of_call(counts, order, b, h)
   kv_len = mask.kv_len.reshape(-1, mask.kv_tiles)
-  return jax.tree.map(jnp.asarray, (starts, counts, readers, kv_len, order))
+  return jax.tree.map(jnp.asarray, KeyLists(starts, counts, readers, kv_len, order))

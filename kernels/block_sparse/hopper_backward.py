@@ -1,205 +1,260 @@
-"""The backward in two kernels: dQ walks the forward lists, dK and dV walk the transposed ones. No atomics, hence deterministic.
+"""The backward in two kernels: dQ walks the forward lists, dK and dV walk the transposed ones.
 
-P is recomputed from the scores and the row's LSE; dS = P (dO V^T - delta), where delta already carries -dLSE. Both kernels
-recompute P and dP, 7 matmuls instead of the 5 of a single pass with atomic adds.
+Neither uses atomics, hence both are deterministic. P is recomputed from the scores and the row's
+LSE; dS = P (dO V^T - delta), where delta already carries -dLSE. Both kernels recompute P and dP:
+7 products per pair of tiles instead of the 5 of a single pass with atomic adds.
 """
 
-import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from freqformer.kernels.block_sparse.tuning import TuningConfig
-from freqformer.kernels.core.lists import decode
-from freqformer.kernels.hopper import parts
-from freqformer.kernels.hopper.launch import launch
-from freqformer.kernels.hopper.parts import LAYOUT, ROWS
+from freqformer.kernels.block_sparse.hopper_forward import QueryLists, Settings
+from freqformer.kernels.hopper import products, softmax
+from freqformer.kernels.hopper import ring as rings
+from freqformer.kernels.hopper.launch import set_registers
+from freqformer.kernels.hopper.machine import ROWS
+from freqformer.kernels.hopper.products import LAYOUT, PER_COLUMN, PER_ROW
+from freqformer.kernels.hopper.ring import Feed, Ring, head_numbers, head_rows
+from freqformer.kernels.hopper.tile_walk import TileList, TileWalk, broadcast_index, place_of
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 
-def dq(data, lists, bias, blocks, scale: float, config: TuningConfig, cost: pl.CostEstimate):
-  """Gradient of the queries.
+class Inputs(NamedTuple):
+  """Arrays that both kernels read.
+
+  Attributes:
+    q: `[b, n_q, h, d]`, bf16 or f16.
+    k: `[b, n_kv, h, d]`.
+    v: `[b, n_kv, h, d]`.
+    d_out: `[b, n_q, h, d]`.
+    lse: float32 `[b, h, n_q]` in log2 units, large where a row sees nothing.
+    delta: float32 `[b, h, n_q]`.
+  """
+
+  q: Any
+  k: Any
+  v: Any
+  d_out: Any
+  lse: Any
+  delta: Any
+
+
+class KeyLists(NamedTuple):
+  """Query tiles that read each key tile, int32, as `lists.by_key` makes them.
+
+  Attributes:
+    starts: `[b or 1, h or 1, kv_tiles]`.
+    counts: `[b or 1, h or 1, kv_tiles]`.
+    readers: `[b or 1, h or 1, list]`.
+    kv_len: `[b or 1, kv_tiles]`, valid rows.
+    order: `[b * h]`, `lists.order_of_call`; None for heads as they are numbered.
+  """
+
+  starts: Any
+  counts: Any
+  readers: Any
+  kv_len: Any
+  order: Any
+
+  def of_tile(self, walk: TileWalk, sample, head, tile) -> TileList:
+    """Returns the list of one key tile, read inside a kernel; all rows of query tiles count."""
+    count = self.counts[broadcast_index(self.counts, sample, head, tile)]
+    start = self.starts[broadcast_index(self.starts, sample, head, tile)]
+
+    def entry(i):
+      reader = self.readers[(*broadcast_index(self.readers, sample, head), start + i)]
+      return reader, jnp.int32(walk.block)
+
+    return TileList(walk, count, entry)
+
+
+def dq(inputs: Inputs, lists: QueryLists, bias, settings: Settings):
+  """Returns the gradient of the queries, `[b, n_q, h, d]` in their dtype.
 
   Args:
-    data: q, k, v, d_out `[b, n, h, d]` and lse (log2, large where a row sees nothing), delta `[b, h, n_q]`.
-    lists, bias, blocks, cost: as in `hopper_forward.forward`.
-
-  Returns:
-    `[b, n_q, h, d]` in q's dtype.
+    inputs: arrays of the forward and cotangents.
+    lists: key tiles of each query tile.
+    bias: float32 `[kv_tiles]` or None.
+    settings: tiles, scale and tuning.
   """
-  (q, *_), (block_q, block_kv) = data, blocks
-  b, n, h, d = q.shape
-  deal = parts.Deal(n // block_q, config.tiles_per_block, block_q // ROWS, config.stages)
-  walk, biased = parts.Walk(config.step, block_kv), bias is not None
-  sign, factor = parts.split_scale(scale)
+  b, n, h, d = inputs.q.shape
+  dtype = inputs.q.dtype
+  tuning = settings.tuning
+  deal = settings.deal(n, settings.block_q)
+  walk = TileWalk(tuning.step, settings.block_kv)
+  biased = bias is not None
+  sign, factor = softmax.split_scale(settings.scale)
 
-  def attention_dq(data, lists, bias_gm, dq_gm, own, rings, staging):
-    (q_gm, k_gm, v_gm, do_gm, lse_gm, delta_gm), (codes_gm, counts_gm, order_gm) = data, lists
-    (*kept, own_bar), (k_ring, v_ring) = own, rings
+  def attention_dq(inputs, lists, bias_gm, dq_gm, *scratch):
+    q_sm, do_sm, lse_sm, delta_sm, arrived, k_ring, v_ring, staging = scratch
+    (keys,) = k_ring.slots
+    (values,) = v_ring.slots
     warpgroup = lax.axis_index("warpgroup")
-    sample, head, place = parts.place(order_gm, deal.blocks, h)
+    sample, head, place = place_of(lax.axis_index("block"), deal.blocks, h, lists.order)
     side = deal.side(warpgroup)
     tile = deal.tile(place, side)
-    count = counts_gm[parts.at(counts_gm, sample, head, tile)]
-    listed = parts.TileList(
-      walk, count, lambda i: decode(codes_gm[(*parts.at(codes_gm, sample, head, tile), i)])
-    )
+    listed = lists.of_tile(walk, sample, head, tile)
 
     @pl.when(warpgroup < deal.consumers)
-    def _compute():
-      parts.set_registers(config.compute_registers, "increase")
-      rows = pl.ds(tile * block_q + deal.part(warpgroup) * ROWS, ROWS)
-      q_own, do_own, *numbers = (ref.at[warpgroup] for ref in kept)
-      pairs = [(q_gm.at[sample, rows, head], q_own), (do_gm.at[sample, rows, head], do_own)]
-      pairs += [
-        (source.at[sample, head, rows], own)
-        for source, own in zip((lse_gm, delta_gm), numbers, strict=True)
+    def compute_warpgroup():
+      set_registers(tuning.compute_registers, "increase")
+      rows = pl.ds(tile * settings.block_q + deal.part(warpgroup) * ROWS, ROWS)
+      q_own, do_own, lse_own, delta_own = (
+        ref.at[warpgroup] for ref in (q_sm, do_sm, lse_sm, delta_sm)
+      )
+      pairs = [
+        (inputs.q.at[sample, rows, head], q_own),
+        (inputs.d_out.at[sample, rows, head], do_own),
+        (inputs.lse.at[sample, head, rows], lse_own),
+        (inputs.delta.at[sample, head, rows], delta_own),
       ]
-      parts.load_own(pairs, own_bar.at[warpgroup], count > 0)
-      lse, delta = (plgpu.load(ref, layout=LAYOUT.reduce(1)) for ref in numbers)
+      rings.load_own(pairs, arrived.at[warpgroup], listed.count > 0)
+      lse = plgpu.load(lse_own, layout=PER_ROW)
+      delta = plgpu.load(delta_own, layout=PER_ROW)
 
-      def attend(s, acc):
-        slot, (keys,), (values,) = deal.slot(side, s), k_ring.slots, v_ring.slots
+      def kv_loop(s, acc):
+        slot = deal.slot(side, s)
         entries = listed.entries(s)
+        # Scores and dP.
         k_ring.wait(slot)
         v_ring.wait(slot)
-        x, dp = parts.two_products(q_own, keys.at[slot], do_own, values.at[slot])
+        x, dp = products.two_products(q_own, keys.at[slot], do_own, values.at[slot])
         v_ring.release(slot)
+        # P, and dS in 16 bits.
         x = walk.hide(x * sign if sign != 1 else x, entries) * factor
         if biased:
-          x = x + walk.spread([bias_gm[tile] for tile, *_ in entries])
-        p = jnp.exp2(x - parts.over_columns(lse, config.step))
-        ds = (p * (dp - parts.over_columns(delta, config.step))).astype(q.dtype)
-        acc = parts.accumulate(acc, ds, keys.at[slot], *(x.at[warpgroup] for x in staging))
+          x = x + walk.spread([bias_gm[part.tile] for part in entries])
+        p = jnp.exp2(x - products.over_columns(lse, tuning.step))
+        ds = (p * (dp - products.over_columns(delta, tuning.step))).astype(dtype)
+        # dQ.
+        acc = products.accumulate(acc, ds, keys.at[slot], *(x.at[warpgroup] for x in staging))
         k_ring.release(slot)
         return acc
 
-      acc = lax.fori_loop(0, listed.steps, attend, parts.zeros(d))
-      q_own[...] = (acc * scale).astype(q.dtype)
-      parts.store_own((q_own, dq_gm.at[sample, rows, head]))
+      acc = lax.fori_loop(0, listed.steps, kv_loop, products.zeros(d))
+      q_own[...] = (acc * settings.scale).astype(dtype)
+      rings.store_own((q_own, dq_gm.at[sample, rows, head]))
 
     @pl.when(warpgroup >= deal.consumers)
-    def _memory():
-      def rows_of(ref):
-        return lambda rows: ref.at[sample, rows, head]
+    def memory_warpgroup():
+      keys_feed = Feed(k_ring, [head_rows(inputs.k, sample, head)])
+      values_feed = Feed(v_ring, [head_rows(inputs.v, sample, head)])
+      rings.fill_rings(listed, [keys_feed, values_feed], deal, side, tuning.memory_registers)
 
-      sources = [(k_ring, [rows_of(k_gm)]), (v_ring, [rows_of(v_gm)])]
-      parts.memory_warpgroup(listed, sources, deal, side, config.memory_registers)
+  rows_type = products.tiles_type(deal.consumers, ROWS, d, dtype=dtype)
+  numbers_type = plgpu.SMEM((deal.consumers, ROWS), jnp.float32)
+  ring = Ring.types(walk, deal, products.tiles_type(deal.slots, tuning.step, d, dtype=dtype))
+  scratch = [
+    rows_type,  # queries, then dQ
+    rows_type,  # dO
+    numbers_type,  # LSE
+    numbers_type,  # delta
+    plgpu.Barrier(num_arrivals=4, num_barriers=deal.consumers),  # a warpgroup's have arrived
+    ring,
+    ring,
+    products.staging_types(deal.consumers, tuning.step, dtype),
+  ]
+  out_type = [jax.ShapeDtypeStruct(inputs.q.shape, dtype)]
+  operands = (inputs, lists, softmax.in_log2(bias))
+  (found,) = settings.launch(attention_dq, operands, out_type, scratch, deal, b * h)
+  return found
 
-  tile_of = functools.partial(parts.tiles_type, dtype=q.dtype)
-  ring = parts.Ring.types(walk, deal, tile_of(deal.slots, config.step, d))
-  own, number = tile_of(deal.consumers, ROWS, d), plgpu.SMEM((deal.consumers, ROWS), jnp.float32)
-  own = (own, own, number, number, plgpu.Barrier(num_arrivals=4, num_barriers=deal.consumers))
-  scratch = [own, (ring, ring), parts.staging_types(deal.consumers, config.step, q.dtype)]
-  options = {
-    "blocks": b * h * deal.blocks,
-    "warpgroups": deal.warpgroups,
-    "by_lane": config.by_lane,
-  }
-  operands, out_type = (data, lists, parts.in_log2(bias)), jax.ShapeDtypeStruct(q.shape, q.dtype)
-  return launch(attention_dq, operands, [out_type], scratch, cost=cost, **options)[0]
 
-
-def dkv(data, lists, bias, blocks, scale: float, config: TuningConfig, cost: pl.CostEstimate):
-  """Gradients of keys and values.
+def dkv(inputs: Inputs, lists: KeyLists, bias, settings: Settings):
+  """Returns the gradients of keys and values, `[b, n_kv, h, d]` in their dtype; 0 in padding rows.
 
   Args:
-    data: as in `dq`.
-    lists: `(starts, counts, readers, kv_len, order)`: those of `lists.by_key`, with int32
-      `[b or 1, kv_tiles]` before the order.
-    bias, blocks, cost: as in `dq`.
-
-  Returns:
-    dk, dv `[b, n_kv, h, d]` in k's dtype; 0 in padding rows.
+    inputs: arrays of the forward and cotangents.
+    lists: query tiles that read each key tile.
+    bias: float32 `[kv_tiles]` or None.
+    settings: tiles, scale and tuning.
   """
-  (q, k, *_), (block_q, block_kv) = data, blocks
-  b, n, h, d = k.shape
-  deal = parts.Deal(n // block_kv, config.tiles_per_block, block_kv // ROWS, config.stages)
-  walk, biased = parts.Walk(config.step, block_q), bias is not None
-  sign, factor = parts.split_scale(scale)
+  b, n, h, d = inputs.k.shape
+  dtype = inputs.k.dtype
+  tuning = settings.tuning
+  deal = settings.deal(n, settings.block_kv)
+  walk = TileWalk(tuning.step, settings.block_q)
+  biased = bias is not None
+  sign, factor = softmax.split_scale(settings.scale)
 
-  def attention_dkv(data, lists, bias_gm, out, own, rings, staging):
-    (q_gm, k_gm, v_gm, do_gm, lse_gm, delta_gm), (dk_gm, dv_gm) = data, out
-    (starts_gm, counts_gm, indices_gm, len_gm, order_gm), (k_sm, v_sm, own_bar) = lists, own
-    q_ring, do_ring = rings
+  def attention_dkv(inputs, lists, bias_gm, dk_gm, dv_gm, *scratch):
+    k_sm, v_sm, arrived, q_ring, do_ring, staging = scratch
     warpgroup = lax.axis_index("warpgroup")
-    sample, head, place = parts.place(order_gm, deal.blocks, h)
+    sample, head, place = place_of(lax.axis_index("block"), deal.blocks, h, lists.order)
     side = deal.side(warpgroup)
     tile = deal.tile(place, side)
-    count = counts_gm[parts.at(counts_gm, sample, head, tile)]
-    start = starts_gm[parts.at(starts_gm, sample, head, tile)]
-
-    def entry(i):
-      return (indices_gm[(*parts.at(indices_gm, sample, head), start + i)], jnp.int32(block_q))
-
-    listed = parts.TileList(walk, count, entry)
+    listed = lists.of_tile(walk, sample, head, tile)
 
     @pl.when(warpgroup < deal.consumers)
-    def _compute():
-      parts.set_registers(config.compute_registers, "increase")
-      rows = pl.ds(tile * block_kv + deal.part(warpgroup) * ROWS, ROWS)
-      own_k, own_v = k_sm.at[warpgroup], v_sm.at[warpgroup]
-      pairs = [(k_gm.at[sample, rows, head], own_k), (v_gm.at[sample, rows, head], own_v)]
-      parts.load_own(pairs, own_bar.at[warpgroup], count > 0)
+    def compute_warpgroup():
+      set_registers(tuning.compute_registers, "increase")
+      rows = pl.ds(tile * settings.block_kv + deal.part(warpgroup) * ROWS, ROWS)
+      k_own = k_sm.at[warpgroup]
+      v_own = v_sm.at[warpgroup]
+      pairs = [(inputs.k.at[sample, rows, head], k_own), (inputs.v.at[sample, rows, head], v_own)]
+      rings.load_own(pairs, arrived.at[warpgroup], listed.count > 0)
 
-      def attend(s, carry):
-        (dk, dv), slot = carry, deal.slot(side, s)
+      def q_loop(s, carry):
+        dk, dv = carry
+        slot = deal.slot(side, s)
         queries, lse, d_outs, delta = (ref.at[slot] for ref in (*q_ring.slots, *do_ring.slots))
+        # Scores, transposed: keys are the rows.
         q_ring.wait(slot)
-        x = parts.product(own_k, queries)
-        lse = plgpu.load(lse, layout=LAYOUT.reduce(0))
+        x = products.product(k_own, queries)
+        lse = plgpu.load(lse, layout=PER_COLUMN)
         x = (x * sign if sign != 1 else x) * factor
         if biased:
           x = x + bias_gm[tile]
-        x = x - parts.over_rows(lse)
+        x = x - products.over_rows(lse)
         if walk.parts > 1:
           x = walk.hide(x, listed.entries(s))
         p = jnp.exp2(x)
+        # dV and dP. One in flight with the other, not both products of a stage first: that would
+        # cost 16 registers, and there are none left.
         stage = [x.at[warpgroup] for x in staging]
         do_ring.wait(slot)
-        # One in flight beside the other, not both products first: that would cost 16 registers, and there are none left.
-        dv, dp = parts.accumulate_beside(dv, p.astype(q.dtype), d_outs, own_v, d_outs, *stage)
-        delta = plgpu.load(delta, layout=LAYOUT.reduce(0))
+        dv, dp = products.accumulate_beside(dv, p.astype(dtype), d_outs, v_own, d_outs, *stage)
+        delta = plgpu.load(delta, layout=PER_COLUMN)
         do_ring.release(slot)
-        ds = (p * (dp - parts.over_rows(delta))).astype(q.dtype)
-        dk = parts.accumulate(dk, ds, queries, *stage)
+        # dK.
+        ds = (p * (dp - products.over_rows(delta))).astype(dtype)
+        dk = products.accumulate(dk, ds, queries, *stage)
         q_ring.release(slot)
         return dk, dv
 
-      dk, dv = lax.fori_loop(0, listed.steps, attend, (parts.zeros(d), parts.zeros(d)))
-      valid = len_gm[parts.at(len_gm, sample, tile)] - deal.part(warpgroup) * ROWS
+      dk, dv = lax.fori_loop(0, listed.steps, q_loop, (products.zeros(d), products.zeros(d)))
+      valid = lists.kv_len[broadcast_index(lists.kv_len, sample, tile)]
+      valid = valid - deal.part(warpgroup) * ROWS
       seen = plgpu.broadcasted_iota(jnp.int32, (ROWS, d), 0, layout=LAYOUT) < valid
-      own_k[...] = jnp.where(seen, dk * scale, 0.0).astype(q.dtype)
-      own_v[...] = jnp.where(seen, dv, 0.0).astype(q.dtype)
-      parts.store_own((own_k, dk_gm.at[sample, rows, head]), (own_v, dv_gm.at[sample, rows, head]))
+      k_own[...] = jnp.where(seen, dk * settings.scale, 0.0).astype(dtype)
+      v_own[...] = jnp.where(seen, dv, 0.0).astype(dtype)
+      rings.store_own((k_own, dk_gm.at[sample, rows, head]), (v_own, dv_gm.at[sample, rows, head]))
 
     @pl.when(warpgroup >= deal.consumers)
-    def _memory():
-      def rows_of(ref):
-        return lambda rows: ref.at[sample, rows, head]
+    def memory_warpgroup():
+      pair = (sample, head)
+      q_feed = Feed(q_ring, [head_rows(inputs.q, *pair), head_numbers(inputs.lse, *pair)])
+      do_feed = Feed(do_ring, [head_rows(inputs.d_out, *pair), head_numbers(inputs.delta, *pair)])
+      rings.fill_rings(listed, [q_feed, do_feed], deal, side, tuning.memory_registers)
 
-      def numbers_of(ref):
-        return lambda rows: ref.at[sample, head, rows]
-
-      sources = (
-        (q_ring, [rows_of(q_gm), numbers_of(lse_gm)]),
-        (do_ring, [rows_of(do_gm), numbers_of(delta_gm)]),
-      )
-      parts.memory_warpgroup(listed, sources, deal, side, config.memory_registers)
-
-  tile_of = functools.partial(parts.tiles_type, dtype=q.dtype)
-  numbers = plgpu.SMEM((deal.slots, config.step), jnp.float32)
-  ring = parts.Ring.types(walk, deal, tile_of(deal.slots, config.step, d), numbers)
-  own = tile_of(deal.consumers, ROWS, d)
-  own = (own, own, plgpu.Barrier(num_arrivals=2, num_barriers=deal.consumers))
-  scratch = [own, (ring, ring), parts.staging_types(deal.consumers, config.step, q.dtype)]
-  options = {
-    "blocks": b * h * deal.blocks,
-    "warpgroups": deal.warpgroups,
-    "by_lane": config.by_lane,
-  }
-  out_type = (jax.ShapeDtypeStruct(k.shape, k.dtype),) * 2
-  return launch(
-    attention_dkv, (data, lists, parts.in_log2(bias)), [out_type], scratch, cost=cost, **options
-  )[0]
+  rows_type = products.tiles_type(deal.consumers, ROWS, d, dtype=dtype)
+  ring = Ring.types(
+    walk,
+    deal,
+    products.tiles_type(deal.slots, tuning.step, d, dtype=dtype),
+    plgpu.SMEM((deal.slots, tuning.step), jnp.float32),
+  )
+  scratch = [
+    rows_type,  # keys, then dK
+    rows_type,  # values, then dV
+    plgpu.Barrier(num_arrivals=2, num_barriers=deal.consumers),  # a warpgroup's have arrived
+    ring,
+    ring,
+    products.staging_types(deal.consumers, tuning.step, dtype),
+  ]
+  out_type = [jax.ShapeDtypeStruct(inputs.k.shape, dtype)] * 2
+  operands = (inputs, lists, softmax.in_log2(bias))
+  return settings.launch(attention_dkv, operands, out_type, scratch, deal, b * h)

@@ -13,9 +13,10 @@ import itertools
 import json
 import pathlib
 
+from freqformer.kernels.hopper.machine import SHARED_BYTES
+
 DIRECTIONS = ("forward", "dq", "dkv")
 TABLE = pathlib.Path(__file__).with_name("tuning.json")
-_SHARED_BYTES = 227 * 1024
 _BARRIER_BYTES = 512
 _ALIGNMENT = 1024  # of every array in shared memory
 # Two thread blocks share a multiprocessor if each asks for at most half of its 228 KB, of which a
@@ -123,9 +124,9 @@ class TuningConfig:
       ValueError: if shared memory or registers do not suffice, if a single stage is to be taken in
         turns, or if two query tiles are asked for where a block cannot take them.
     """
-    if (need := self.shared_bytes(key)) > _SHARED_BYTES:
+    if (need := self.shared_bytes(key)) > SHARED_BYTES:
       raise ValueError(
-        f"{self} needs {need} bytes of shared memory for {key}, a thread block has {_SHARED_BYTES}."
+        f"{self} needs {need} bytes of shared memory for {key}, a thread block has {SHARED_BYTES}."
       )
     if self.tiles_per_block == 2 and key.readers != 1:
       rows = 64 * key.readers
@@ -181,7 +182,7 @@ def default(key: Key) -> TuningConfig:
   return _deepest(key, PAIR)
 
 
-def _deepest(key: Key, config: TuningConfig, limit: int = _SHARED_BYTES) -> TuningConfig:
+def _deepest(key: Key, config: TuningConfig, limit: int = SHARED_BYTES) -> TuningConfig:
   """Returns `config` with as many of 2 to 4 stages as fit into `limit` bytes, 2 if none does."""
   for stages in (4, 3, 2):
     found = dataclasses.replace(config, stages=stages)

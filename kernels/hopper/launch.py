@@ -1,22 +1,29 @@
-"""Launching a Hopper kernel: every kernel of the project goes through here, with what it costs.
+"""Launches of Hopper kernels: every kernel of the project goes through here, with its cost.
 
-`plgpu.kernel` would do but for one thing: it takes no estimate of a kernel's cost. `pl.kernel`, which it wraps, does.
+`plgpu.kernel` would do but for one thing: it takes no estimate of a kernel's cost. `pl.kernel`,
+which it wraps, does.
 """
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 
 import jax
+from freqformer.kernels.hopper.machine import MULTIPROCESSORS
 from jax.custom_batching import sequential_vmap
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+# Thread blocks that keep a GPU busy where two run at once on a multiprocessor: four rounds, so
+# that the last round is at least four fifths full.  # choice: 4
+STREAMING_BLOCKS = 4 * 2 * MULTIPROCESSORS
+
 
 def launch(
-  body,
-  operands,
-  out_type,
-  scratch,
+  body: Callable,
+  operands: Sequence,
+  out_type: Sequence,
+  scratch: Sequence,
   *,
   blocks: int,
   cost: pl.CostEstimate,
@@ -28,15 +35,20 @@ def launch(
   """Runs a kernel on a grid of thread blocks (axis "block") of warpgroups (axis "warpgroup").
 
   Args:
-    body: takes references to the operands, the results and the scratch memory, one argument per entry of the three sequences.
+    body: takes references to the operands, the results and the scratch memory, one argument per
+      entry of the three sequences.
     operands: trees of arrays, or of references that the kernel writes to.
-    out_type: trees of `ShapeDtypeStruct`; scratch: trees of Mosaic GPU's memory and barrier types.
-    blocks: how many.
-    cost: of all blocks together. Mosaic GPU of JAX 0.11.2 takes it and does not use it; `tools.program_cost` reads it.
+    out_type: trees of `ShapeDtypeStruct`.
+    scratch: trees of Mosaic GPU's memory and barrier types.
+    blocks: number of thread blocks.
+    cost: of all blocks together. Mosaic GPU of JAX 0.11.2 takes it and does not use it;
+      `tools.program_cost` reads it.
     warpgroups: of a thread block.
-    by_lane: lowers by lane, where the body gives every layout: inferring them costs seconds of each compile.
-    approx_math: lets exponentials and divisions be the hardware's.
-    reduction_bytes: shared memory for sums across warps. Rows of an accumulator lie within four lanes and need none.
+    by_lane: lowers by lane. The body must give every layout; inferring them costs seconds of each
+      compile.
+    approx_math: allows the hardware's approximate exponentials and divisions.
+    reduction_bytes: shared memory for sums across warps. Rows of an accumulator lie within four
+      lanes and need none.
 
   Returns:
     A list like `out_type`. Under `jax.vmap` the launches follow each other.
@@ -54,10 +66,9 @@ def launch(
     pl.run_scoped(functools.partial(body, *refs), *scratch, collective_axes="warpgroup")
 
   def run(*operands):
-    out = _varying_like(operands, list(out_type))
     call = pl.kernel(
       with_scratch,
-      out_type=out,
+      out_type=_varying_like(operands, list(out_type)),
       mesh=mesh,
       compiler_params=params,
       cost_estimate=cost,
@@ -69,7 +80,7 @@ def launch(
 
 
 def _varying_like(operands, out_type):
-  """Inside `shard_map`, results vary over every mesh axis that some operand varies over."""
+  """Returns `out_type` as inside `shard_map`: varying over each axis that some operand does."""
   varying = frozenset().union(
     *(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(operands))
   )
@@ -83,10 +94,37 @@ def _varying_like(operands, out_type):
 
 
 def streaming_cost(operands, out_type, flops: float) -> pl.CostEstimate:
-  """Of a kernel that reads every operand and writes every result once.
+  """Returns the cost of a kernel that reads every operand and writes every result once.
 
   Args:
+    operands: trees of arrays.
+    out_type: trees of `ShapeDtypeStruct`.
     flops: of its products, or of whatever it does most.
   """
   moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves((operands, out_type)))
   return pl.CostEstimate(flops=int(flops), transcendentals=0, bytes_accessed=moved)
+
+
+def streaming_heads(heads: int, tiles: int) -> int:
+  """Returns how many heads of a tile one thread block of a streaming kernel walks over.
+
+  It is the largest divisor of `heads` that leaves `STREAMING_BLOCKS` blocks; 1 if none does.
+
+  Args:
+    heads: of the call.
+    tiles: of all samples together.
+  """
+  dividing = [share for share in range(1, heads + 1) if heads % share == 0]
+  enough = [share for share in dividing if tiles * (heads // share) >= STREAMING_BLOCKS]
+  return max(enough, default=1)
+
+
+def set_registers(count: int, action: str):
+  """Moves registers between warpgroups.
+
+  Args:
+    count: registers per thread that this warpgroup has afterwards; 0 leaves them as they are.
+    action: "increase" or "decrease".
+  """
+  if count:
+    plgpu.set_max_registers(count, action=action)

@@ -1,36 +1,48 @@
-"""The four Hopper kernels of linear attention: sums of a segment, reading them, and the gradients of both sides.
+"""The four Hopper kernels of linear attention: segment sums, reading them, both sides' gradients.
 
-All are memory-bound and alike: a thread block is one warpgroup that walks the stages of one chunk of one segment
-(`kernels.linear.segments.Work`), with a ring of stages whose copies run ahead. Blocks of heads that are not linear leave at once.
-Results leave through the slot that their rows came in (dV through a place of its own); a slot is filled again one stage later,
-when every warp has passed it.
+All are memory-bound and alike: a thread block is one warpgroup that walks the stages of one chunk
+of one segment (`kernels.linear.segments.Work`), with a ring of stages whose copies run ahead.
+Blocks of heads that are not linear leave at once. Results leave through the slot that their rows
+came in (dV through a place of its own); a slot is filled again one stage later, when every warp has
+passed it.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from freqformer.kernels.hopper import parts
 from freqformer.kernels.hopper.launch import launch, streaming_cost
-from freqformer.kernels.hopper.parts import LAYOUT
+from freqformer.kernels.hopper.products import (
+  PER_COLUMN,
+  PER_ROW,
+  over_columns,
+  over_rows,
+  tiles_type,
+)
+from freqformer.kernels.hopper.tile_walk import broadcast_index, place_of
 from freqformer.kernels.linear.segments import STAGE, TINY, Work
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-# Stages in the ring. At d = 128 two thread blocks of the first three share a multiprocessor, the last has it to itself.
-_STAGES = {"linear_states": 3, "linear_read": 3, "linear_dq": 2, "linear_dkv": 3}
-# Products of `[d, d]` matrices with each row. Costs count all heads: which of them take part may be known only on the device.
+# Slots of the ring. At d = 128 two thread blocks of the first three kernels share a
+# multiprocessor; the last has one to itself.
+_SLOTS = {"linear_states": 3, "linear_read": 3, "linear_dq": 2, "linear_dkv": 3}
+# Products of `[d, d]` matrices with each row. Costs count all heads: which of them take part may
+# be known only on the device.
 _PRODUCTS = {"linear_states": 1, "linear_read": 1, "linear_dq": 1, "linear_dkv": 2}
+_WARPS = 4  # of a warpgroup
 
 
 @dataclasses.dataclass(frozen=True)
-class Walk:
-  """What all four kernels walk over.
+class LinearCall:
+  """What is common to the kernels of one call.
 
   Attributes:
-    work: the stages and chunks.
+    work: stages and chunks of the segments.
     heads: int32 `[b or 1, h or 1]`, nonzero where a head takes part; None: all.
     feature_map: a name of `kernels.linear.api.FEATURE_MAPS`.
   """
@@ -39,31 +51,47 @@ class Walk:
   heads: jax.Array | None
   feature_map: str
 
+  @property
+  def chunks(self) -> int:
+    """Chunks of a head."""
+    return len(self.work.start)
 
-# ---- feature maps in registers ---------------------------------------------------------------------------------------
+  def rows_type(self, x) -> jax.ShapeDtypeStruct:
+    """Returns the type of results like `x` `[b, n, h, d]`.
+
+    Where boxes are mixed, their rows are in the order of the stages.
+    """
+    b, n, *rest = x.shape
+    return jax.ShapeDtypeStruct((b, self.work.rows if self.work.mixed else n, *rest), x.dtype)
+
+
+# ---- feature maps in registers -------------------------------------------------------------------
 
 
 def _phi(name: str, x):
-  """Features of float32 rows `[64, d]`."""
+  """Returns the features of float32 rows `[64, d]`."""
   if name == "relu":
     return jnp.maximum(x, 0.0)
   if name == "elu":
     return jnp.where(x > 0, x + 1, jnp.exp(x))
-  e = jnp.exp(x - parts.over_columns(x.max(axis=1), x.shape[1]))
-  return e * parts.over_columns(1 / e.sum(axis=1), x.shape[1])
+  e = jnp.exp(x - over_columns(x.max(axis=1), x.shape[1]))
+  return e * over_columns(1 / e.sum(axis=1), x.shape[1])
 
 
 def _phi_back(name: str, x, p, g):
-  """Gradient of the rows from that of their features p."""
+  """Returns the gradient of rows `x` from the gradient `g` of their features `p`."""
   if name == "relu":
     return jnp.where(x > 0, g, 0.0)
   if name == "elu":
     return g * jnp.where(x > 0, 1.0, p)
-  return p * (g - parts.over_columns((p * g).sum(axis=1), x.shape[1]))
+  return p * (g - over_columns((p * g).sum(axis=1), x.shape[1]))
 
 
 def _phi_parts(name: str, ring):
-  """Features of a stage's rows, 64 columns at a time: `(columns, [64, 64])`. Two accumulators leave no more registers."""
+  """Yields the features of a stage's rows, 64 columns at a time: `(columns, [64, 64])`.
+
+  Two accumulators leave no registers for more.
+  """
 
   def load(columns):
     return ring.at[:, columns][...].astype(jnp.float32)
@@ -75,415 +103,492 @@ def _phi_parts(name: str, ring):
   top = functools.reduce(jnp.maximum, [load(part).max(axis=1) for part in columns])
 
   def e(part):
-    return jnp.exp(load(part) - parts.over_columns(top, STAGE))
+    return jnp.exp(load(part) - over_columns(top, STAGE))
 
   inverse = 1 / sum(e(part).sum(axis=1) for part in columns)
-  yield from ((part, e(part) * parts.over_columns(inverse, STAGE)) for part in columns)
+  yield from ((part, e(part) * over_columns(inverse, STAGE)) for part in columns)
 
 
-# ---- what the kernels share ------------------------------------------------------------------------------------------
+# ---- what the kernels share ----------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
-class _Ring:
-  """Copies of one block's stages, ahead of their use.
+class _Stages:
+  """The stages of one thread block's chunk, copied ahead of their use.
 
   Attributes:
-    place: sample, head.
-    begin, count: first stage and number of stages of the chunk.
-    table: reference to `Work.boxes`; box: rows of a copy; mixed: of `Work`.
-    boxed: `(global rows [b, n, h, d], ring [slots, 64, d])`; vectors: `(global numbers [b or 1, h or 1, rows], ring)`.
-    full: barriers, one per slot.
+    sample: of the thread block.
+    head: of the thread block.
+    begin: first stage of the chunk.
+    count: stages of the chunk.
+    table: reference to `Work.boxes`.
+    work: the stages of all chunks.
+    rows_gm: global rows `[b, n, h, d]` that come in stages.
+    numbers_gm: global numbers per row `[b or 1, h or 1, rows]` that come in stages.
+    rings: slots of both, `[slots, 64, d]` and `[slots, 64]`.
+    full: a barrier per slot.
   """
 
-  place: tuple
-  begin: jax.Array
-  count: jax.Array
-  table: object
-  box: int
-  mixed: bool
-  boxed: tuple
-  vectors: tuple
-  full: object
+  sample: Any
+  head: Any
+  begin: Any
+  count: Any
+  table: Any
+  work: Work
+  rows_gm: Sequence
+  numbers_gm: Sequence
+  rings: Sequence
+  full: Any
 
   @property
   def slots(self) -> int:
-    return self.boxed[0][1].shape[0]
+    return self.rings[0].shape[0]
 
   def slot(self, s):
+    """Returns the slot of stage `s`."""
     return lax.rem(s, jnp.int32(self.slots))
 
-  def boxes(self, s):
-    """`(rows of the buffer, rows of the stage)` of each box."""
-
-    def row(i):
-      return self.table[self.begin + s, i] * self.box
-
-    return [
-      (pl.ds(row(i), self.box), pl.ds(i * self.box, self.box)) for i in range(self.table.shape[1])
-    ]
-
-  def fetch(self, s):
-    """Starts the copies of stage s."""
-    (sample, head), slot = self.place, self.slot(s)
-    for rows, lanes in self.boxes(s):
-      for source, ring in self.boxed:
-        plgpu.copy_gmem_to_smem(
-          source.at[sample, rows, head], ring.at[slot, lanes], self.full.at[slot]
-        )
-    for source, ring in self.vectors:
-      numbers = source.at[(*parts.at(source, sample, head), self.rows(s))]
-      plgpu.copy_gmem_to_smem(numbers, ring.at[slot], self.full.at[slot])
-
-  def store(self, s, shared, target):
-    """Starts the copies of a stage's rows `[64, d]` to where they belong, or in the order of the stages."""
-    sample, head = self.place
-    for rows, lanes in [(self.rows(s), pl.ds(0, STAGE))] if self.mixed else self.boxes(s):
-      plgpu.copy_smem_to_gmem(shared.at[lanes], target.at[sample, rows, head])
+  def wait(self, slot):
+    """Waits until the slot is filled."""
+    plgpu.barrier_wait(self.full.at[slot])
 
   def rows(self, s):
-    """The stage's rows in the order of the stages."""
+    """Returns the rows of stage `s` in the order of the stages."""
     return pl.ds((self.begin + s) * STAGE, STAGE)
 
+  def boxes(self, s) -> list[tuple]:
+    """Returns `(rows of the buffer, rows of the stage)` of each box of stage `s`."""
+    box = self.work.box
+
+    def row(i):
+      return self.table[self.begin + s, i] * box
+
+    return [(pl.ds(row(i), box), pl.ds(i * box, box)) for i in range(self.table.shape[1])]
+
+  def fetch(self, s):
+    """Starts the copies of stage `s`."""
+    slot = self.slot(s)
+    full = self.full.at[slot]
+    rows_sm = self.rings[: len(self.rows_gm)]
+    for rows, lanes in self.boxes(s):
+      for source, ring in zip(self.rows_gm, rows_sm, strict=True):
+        place = source.at[self.sample, rows, self.head]
+        plgpu.copy_gmem_to_smem(place, ring.at[slot, lanes], full)
+    for source, ring in zip(self.numbers_gm, self.rings[len(rows_sm) :], strict=True):
+      lead = broadcast_index(source, self.sample, self.head)
+      plgpu.copy_gmem_to_smem(source.at[(*lead, self.rows(s))], ring.at[slot], full)
+
   def start(self):
+    """Starts the copies of the first stages, one per slot."""
     for s in range(self.slots):
       pl.when(s < self.count)(functools.partial(self.fetch, jnp.int32(s)))
 
   def refill(self, s):
-    """In stage s, behind a barrier of all warps: the slot of the stage before is free."""
+    """Fills the slot of the stage before `s` again; a barrier of all warps has come before."""
     pl.when(jnp.logical_and(s >= 1, s - 1 + self.slots < self.count))(
       lambda: self.fetch(s - 1 + self.slots)
     )
 
+  def store(self, s, shared, target):
+    """Starts the copies of a stage's result `[64, d]` to its rows of `target`.
+
+    Where boxes are mixed, `target` is in the order of the stages.
+    """
+    boxes = [(self.rows(s), pl.ds(0, STAGE))] if self.work.mixed else self.boxes(s)
+    for rows, lanes in boxes:
+      plgpu.copy_smem_to_gmem(shared.at[lanes], target.at[self.sample, rows, self.head])
+
+
+class _Sums(NamedTuple):
+  """A segment's sums in shared memory.
+
+  Attributes:
+    state: `[d, d]`.
+    total: float32 `[d]`.
+    arrived: barrier of both.
+  """
+
+  state: Any
+  total: Any
+  arrived: Any
+
+  @classmethod
+  def types(cls, d: int, dtype) -> "_Sums":
+    """Returns scratch types."""
+    total = plgpu.SMEM((d,), jnp.float32)
+    return cls(tiles_type(d, d, dtype=dtype), total, plgpu.Barrier(num_arrivals=2))
+
+  def load(self, call: LinearCall, stages: _Stages, chunk, state_gm, total_gm):
+    """Copies the sums that a chunk's segment reads, if the chunk has any rows.
+
+    Rows that belong to no segment read the last segment's sums, and are 0 whatever they are.
+    """
+    last = total_gm.shape[2] - 1
+    segment = jnp.minimum(lax.div(chunk, jnp.int32(call.work.per_segment)), last)
+
+    @pl.when(stages.count > 0)
+    def _load():
+      for source, target in ((state_gm, self.state), (total_gm, self.total)):
+        place = source.at[stages.sample, stages.head, segment]
+        plgpu.copy_gmem_to_smem(place, target, self.arrived)
+      plgpu.barrier_wait(self.arrived)
+
 
 def _numbers(ring, slot):
-  """float32 `[64]`, one per row."""
-  return plgpu.load(ring.at[slot], layout=LAYOUT.reduce(1))
+  """Returns a stage's numbers, float32 `[64]`, one per row."""
+  return plgpu.load(ring.at[slot], layout=PER_ROW)
 
 
 def _rows(ring, slot):
+  """Returns a stage's rows, float32 `[64, d]`."""
   return ring.at[slot][...].astype(jnp.float32)
 
 
-def _products(*pairs):
-  """Products of shared-memory operands, in flight together."""
+def _product(a, b):
+  """Returns `a b` of operands `[64, k]` and `[k, d]` in shared memory."""
 
-  def run(*accs):
-    for acc, (a, b) in zip(accs, pairs, strict=True):
-      plgpu.wgmma(acc, a, b)
-    return [acc[...] for acc in accs]
+  def run(acc):
+    plgpu.wgmma(acc, a, b)
+    return acc[...]
 
-  return pl.run_scoped(run, *(plgpu.ACC((STAGE, b.shape[1]), jnp.float32) for _, b in pairs))
+  return pl.run_scoped(run, plgpu.ACC((STAGE, b.shape[1]), jnp.float32))
 
 
-def _launch(body, walk: Walk, operands, counts, out_type, scratch=()):
+def _launch(
+  body: Callable,
+  call: LinearCall,
+  out_type: Sequence,
+  *,
+  rows: Sequence,
+  numbers: Sequence,
+  whole: Sequence = (),
+  targets: Sequence = (),
+  scratch: Sequence = (),
+  chunks: int | None = None,
+  reduction_bytes: int = 0,
+) -> list:
   """Runs a kernel on a grid of samples x heads x chunks.
 
   Args:
-    body: `(ring, chunk, *rest)` with references to operands, results, the rings' slots and `scratch` as rest.
-    operands: first the rows `[b, n, h, d]` that come in stages, then numbers per row, then anything.
-    counts: how many operands are rows, how many are numbers, and the chunks of a head.
+    body: `(stages, chunk, rings, whole, results, scratch)`, of the thread block: `_Stages`, the
+      number of its chunk, and references to the slots of rows and numbers, to `whole`, to
+      `targets` and the results, and to `scratch`.
+    call: what is common to the kernels.
+    out_type: of the results.
+    rows: operands `[b, n, h, d]` that come in stages.
+    numbers: operands `[b or 1, h or 1, rows]` that come in stages.
+    whole: operands that do not come in stages.
+    targets: references that the kernel writes to, before its results.
+    scratch: further shared memory, types.
+    chunks: of a head; None: all.
+    reduction_bytes: see `launch`.
   """
-  (b, _, h, d), (boxed, vectors, chunks) = operands[0].shape, counts
-  work, slots, moved = walk.work, _STAGES[body.__name__], boxed + vectors
-  tables = [jnp.asarray(x) for x in (work.boxes, work.start, work.count)] + (
-    [] if walk.heads is None else [walk.heads]
-  )
-  rings = [parts.tiles_type(slots, STAGE, d, dtype=operands[0].dtype)] * boxed
-  rings += [plgpu.SMEM((slots, STAGE), jnp.float32)] * vectors
-  arrivals = boxed * work.boxes.shape[1] + vectors
+  b, _, h, d = rows[0].shape
+  work = call.work
+  chunks = call.chunks if chunks is None else chunks
+  name = body.__name__
+  slots = _SLOTS[name]
+  tables = (*map(jnp.asarray, (work.boxes, work.start, work.count)), call.heads)
 
-  def kernel(*refs):
-    (boxes_gm, start_gm, count_gm, *heads_gm), (full, *rest) = (
-      refs[: len(tables)],
-      refs[len(tables) + results :],
-    )
-    program = lax.axis_index("block")
-    chunk, pair = lax.rem(program, jnp.int32(chunks)), lax.div(program, jnp.int32(chunks))
-    sample, head = lax.div(pair, jnp.int32(h)), lax.rem(pair, jnp.int32(h))
-    arrays = refs[len(tables) : len(tables) + results]
-    moves = tuple(zip(arrays[:moved], rest[:moved], strict=True))
+  def kernel(tables, rows_gm, numbers_gm, whole, targets, *refs):
+    boxes, start, count, heads = tables
+    *results, full, rings, scratch = refs
+    sample, head, chunk = place_of(lax.axis_index("block"), chunks, h)
 
     def run():
-      place = ((sample, head), start_gm[chunk], count_gm[chunk], boxes_gm, work.box, work.mixed)
-      body(_Ring(*place, moves[:boxed], moves[boxed:], full), chunk, *arrays, *rest)
+      part = (start[chunk], count[chunk])
+      stages = _Stages(sample, head, *part, boxes, work, rows_gm, numbers_gm, rings, full)
+      body(stages, chunk, rings, whole, (*targets, *results), scratch)
 
-    if heads_gm:
-      pl.when(heads_gm[0][parts.at(heads_gm[0], sample, head)] > 0)(run)
-    else:
+    if heads is None:
       run()
+    else:
+      pl.when(heads[broadcast_index(heads, sample, head)] > 0)(run)
 
-  kernel.__name__ = body.__name__
-  results = len(operands) + len(out_type)
-  scratch = [plgpu.Barrier(num_arrivals=arrivals, num_barriers=slots), *rings, *scratch]
-  cost = streaming_cost(
-    (tables, operands), out_type, _PRODUCTS[body.__name__] * 2 * b * h * work.rows * d * d
-  )
-  # Sums over rows cross the warps, in `states` alone: a float32 per warp and column.
-  crossing = 16 * d * (body.__name__ == "linear_states")
-  operands = (*tables, *operands)
+  kernel.__name__ = name
+  rings = [tiles_type(slots, STAGE, d, dtype=rows[0].dtype)] * len(rows)
+  rings += [plgpu.SMEM((slots, STAGE), jnp.float32)] * len(numbers)
+  arrivals = len(rows) * work.boxes.shape[1] + len(numbers)
+  full = plgpu.Barrier(num_arrivals=arrivals, num_barriers=slots)
+  operands = (tables, rows, numbers, whole, targets)
+  flops = _PRODUCTS[name] * 2 * b * h * work.rows * d * d
   return launch(
-    kernel, operands, out_type, scratch, blocks=b * h * chunks, cost=cost, reduction_bytes=crossing
+    kernel,
+    operands,
+    out_type,
+    [full, rings, scratch],
+    blocks=b * h * chunks,
+    cost=streaming_cost(operands, out_type, flops),
+    reduction_bytes=reduction_bytes,
   )
 
 
-def _rows_type(walk: Walk, x):
-  """Of results like `x` `[b, n, h, d]`: in the order of the stages where boxes are mixed."""
-  b, n, *rest = x.shape
-  return jax.ShapeDtypeStruct((b, walk.work.rows if walk.work.mixed else n, *rest), x.dtype)
+# ---- the kernels ---------------------------------------------------------------------------------
 
 
-def _segment(walk: Walk, chunk, segments: int):
-  """Whose sums a chunk reads; rows of no segment read the last one's and are 0 whatever they are."""
-  return jnp.minimum(lax.div(chunk, jnp.int32(walk.work.per_segment)), segments - 1)
-
-
-def _load_sums(ring, segment, state, total, full):
-  """A segment's sums into shared memory, if the chunk has any rows; `state` and `total` are `(global, shared)`."""
-
-  @pl.when(ring.count > 0)
-  def _load():
-    for source, target in (state, total):
-      plgpu.copy_gmem_to_smem(source.at[(*ring.place, segment)], target, full)
-    plgpu.barrier_wait(full)
-
-
-# ---- the kernels -----------------------------------------------------------------------------------------------------
-
-
-def states(walk: Walk, x, y, weights, others, segments: int, dtype):
-  """Sums over a chunk: `phi(x)^T diag(weights) y` and `phi(x)^T others`.
+def states(call: LinearCall, x, y, weights, others, segments: int, dtype):
+  """Computes the sums over a chunk: `phi(x)^T diag(weights) y` and `phi(x)^T others`.
 
   Args:
-    x, y: `[b, n, h, d]` bf16.
+    call: what is common to the kernels.
+    x: bf16 `[b, n, h, d]`.
+    y: bf16 `[b, n, h, d]`.
     weights: float32 `[b or 1, h or 1, rows]`, rows in the order of the stages.
     others: like `weights`; None: the same, and then summed as the product's operand is rounded.
+    segments: number of segments.
     dtype: of the first result.
 
   Returns:
     `[b, h, chunks, d, d]` and float32 `[b, h, chunks, d]`, of the segments' chunks.
   """
-  (b, _, h, d), chunks, low = x.shape, segments * walk.work.per_segment, x.dtype
+  b, _, h, d = x.shape
+  chunks = segments * call.work.per_segment
+  low = x.dtype
 
-  def linear_states(ring, chunk, *refs):
-    state_gm, total_gm, x_sm, y_sm, w_sm, *u_sm, total_sm = refs[-6 - (others is not None) :]
+  def linear_states(stages, chunk, rings, whole, results, scratch):
+    x_sm, y_sm, weights_sm, *others_sm = rings
+    state_gm, total_gm = results
+    (total_sm,) = scratch
 
     def odd(s):
       return lax.rem(s, jnp.int32(2))
 
-    ring.start()
-    total_sm.at[1][...] = plgpu.layout_cast(jnp.zeros((d,), jnp.float32), LAYOUT.reduce(0))
+    stages.start()
+    total_sm.at[1][...] = plgpu.layout_cast(jnp.zeros((d,), jnp.float32), PER_COLUMN)
     plgpu.commit_smem()
 
     def run(*accs):
-      @pl.loop(0, ring.count)
+      @pl.loop(0, stages.count)
       def _stage(s):
-        slot = ring.slot(s)
-        plgpu.barrier_wait(ring.full.at[slot])
-        weights, others = (_numbers(x, slot) for x in (w_sm, *u_sm, w_sm)[:2])
-        for columns, p in _phi_parts(walk.feature_map, x_sm.at[slot]):
-          weighted = (p * parts.over_columns(weights, STAGE)).astype(low)
-          counted = p * parts.over_columns(others, STAGE) if u_sm else weighted.astype(jnp.float32)
-          # In shared memory for want of registers, and never in place: lanes hold copies of each other's columns.
-          before = plgpu.load(total_sm.at[odd(s + 1), columns], layout=LAYOUT.reduce(0))
+        slot = stages.slot(s)
+        stages.wait(slot)
+        weights = _numbers(weights_sm, slot)
+        others = _numbers(others_sm[0], slot) if others_sm else None
+        for columns, p in _phi_parts(call.feature_map, x_sm.at[slot]):
+          weighted = (p * over_columns(weights, STAGE)).astype(low)
+          counted = p * over_columns(others, STAGE) if others_sm else weighted.astype(jnp.float32)
+          # In shared memory for want of registers, and never in place: lanes hold copies of each
+          # other's columns.
+          before = plgpu.load(total_sm.at[odd(s + 1), columns], layout=PER_COLUMN)
           total_sm.at[odd(s), columns][...] = before + counted.sum(axis=0)
           x_sm.at[slot, :, columns][...] = weighted
-        plgpu.wgmma_wait(0)  # of the stage before, under way until here
+        plgpu.wgmma_wait(0)  # for the products of the stage before
         plgpu.commit_smem()
         for i, acc in enumerate(accs):
           columns = x_sm.at[slot, :, pl.ds(i * STAGE, STAGE)]
           plgpu.wgmma(acc, columns.transpose((1, 0)), y_sm.at[slot])
-        ring.refill(s)
+        stages.refill(s)
 
       return [acc[...] for acc in accs]
 
     found = pl.run_scoped(run, *[plgpu.ACC((STAGE, d), jnp.float32)] * (d // STAGE))
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(total_sm.at[odd(ring.count + 1)], total_gm.at[(*ring.place, chunk)])
-    sample, head = ring.place
+    total = total_sm.at[odd(stages.count + 1)]
+    plgpu.copy_smem_to_gmem(total, total_gm.at[stages.sample, stages.head, chunk])
     for i, acc in enumerate(found):
-      state_gm.at[pl.ds(((sample * h + head) * chunks + chunk) * d + i * STAGE, STAGE)][...] = (
-        acc.astype(dtype)
-      )
+      part = acc.astype(dtype)
+      row = ((stages.sample * h + stages.head) * chunks + chunk) * d + i * STAGE
+      state_gm.at[pl.ds(row, STAGE)][...] = part
     plgpu.wait_smem_to_gmem(0)
 
-  # Straight from registers, and flat: what is stored that way has no index but one.
-  out = [
+  out_type = [
+    # Straight from registers, and flat: an array that is stored that way has a single index.
     jax.ShapeDtypeStruct((b * h * chunks * d, d), dtype),
     jax.ShapeDtypeStruct((b, h, chunks, d), jnp.float32),
   ]
-  operands = [x, y, weights, *([] if others is None else [others])]
-  counts = (2, len(operands) - 2, chunks)
   state, total = _launch(
-    linear_states, walk, operands, counts, out, [plgpu.SMEM((2, d), jnp.float32)]
+    linear_states,
+    call,
+    out_type,
+    rows=[x, y],
+    numbers=[weights] if others is None else [weights, others],
+    scratch=[plgpu.SMEM((2, d), jnp.float32)],
+    chunks=chunks,
+    reduction_bytes=_WARPS * 4 * d,  # sums over rows cross the warps: a float32 per warp and column
   )
   return state.reshape(b, h, chunks, d, d), total
 
 
-def read(walk: Walk, q, state, total, valid, into):
-  """What queries read of their segment's sums.
+def read(call: LinearCall, q, state, total, valid, into):
+  """Computes what queries read of their segment's sums.
 
   Args:
-    state: bf16 `[b, h, segments, d, d]`; total: float32 `[b, h, segments, d]`.
+    call: what is common to the kernels.
+    q: bf16 `[b, n, h, d]`.
+    state: bf16 `[b, h, segments, d, d]`.
+    total: float32 `[b, h, segments, d]`.
     valid: float32 `[1, 1, rows]`, 0 for rows that read nothing.
-    into: None, or `[b, n, h, d]`, whose rows of the heads that take part are overwritten; in place where nobody else reads it.
-      Not where boxes are mixed.
+    into: None, or `[b, n, h, d]`, whose rows of the heads that take part are overwritten, in place
+      where nobody else reads it. Must be None where boxes are mixed.
 
   Returns:
-    out `[b, n, h, d]` (mixed boxes: `[b, rows, h, d]`), and log_den float32 `[b, h, rows]`, which is not written where a head
-    takes no part.
+    out `[b, n, h, d]` (mixed boxes: `[b, rows, h, d]`), and log_den float32 `[b, h, rows]`, which
+    is not written where a head takes no part.
   """
-  (b, _, h, d), segments, low = q.shape, state.shape[2], q.dtype
+  b, _, h, d = q.shape
+  low = q.dtype
 
-  def linear_read(ring, chunk, *refs):
-    (state_gm, total_gm), (out_gm, log_gm, q_sm, valid_sm, state_sm, total_sm, sums_bar) = (
-      refs[2:4],
-      refs[-7:],
-    )
-    sample, head = ring.place
-    ring.start()
-    _load_sums(
-      ring, _segment(walk, chunk, segments), (state_gm, state_sm), (total_gm, total_sm), sums_bar
-    )
-    total = plgpu.load(total_sm, layout=LAYOUT.reduce(0))
+  def linear_read(stages, chunk, rings, whole, results, scratch):
+    q_sm, valid_sm = rings
+    out_gm, log_gm = results
+    (sums,) = scratch
+    stages.start()
+    sums.load(call, stages, chunk, *whole)
+    total = plgpu.load(sums.total, layout=PER_COLUMN)
 
-    @pl.loop(0, ring.count)
+    @pl.loop(0, stages.count)
     def _stage(s):
-      slot = ring.slot(s)
-      plgpu.barrier_wait(ring.full.at[slot])
-      p = _phi(walk.feature_map, _rows(q_sm, slot)).astype(low)
+      slot = stages.slot(s)
+      stages.wait(slot)
+      p = _phi(call.feature_map, _rows(q_sm, slot)).astype(low)
       q_sm.at[slot][...] = p
-      den = (p.astype(jnp.float32) * parts.over_rows(total)).sum(axis=1) * _numbers(valid_sm, slot)
+      den = (p.astype(jnp.float32) * over_rows(total)).sum(axis=1) * _numbers(valid_sm, slot)
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
       plgpu.commit_smem()
-      ring.refill(s)
-      (acc,) = _products((q_sm.at[slot], state_sm))
+      stages.refill(s)
+      acc = _product(q_sm.at[slot], sums.state)
       some = den > TINY
       inverse = jnp.where(some, 1 / jnp.where(some, den, 1.0), 0.0)
       plgpu.commit_smem()  # every warp has read its operands: their place may be written
-      q_sm.at[slot][...] = (acc * parts.over_columns(inverse, d)).astype(low)
+      q_sm.at[slot][...] = (acc * over_columns(inverse, d)).astype(low)
       log_den = jnp.where(some, jnp.log(jnp.where(some, den, 1.0)), -jnp.inf)
-      log_gm.at[pl.ds(((sample * h + head) * walk.work.rows + (ring.begin + s) * STAGE), STAGE)][
-        ...
-      ] = log_den
+      first = (stages.sample * h + stages.head) * call.work.rows + (stages.begin + s) * STAGE
+      log_gm.at[pl.ds(first, STAGE)][...] = log_den
       plgpu.commit_smem()
-      ring.store(s, q_sm.at[slot], out_gm)
+      stages.store(s, q_sm.at[slot], out_gm)
 
     plgpu.wait_smem_to_gmem(0)
 
-  log, extra = jax.ShapeDtypeStruct((b * h * walk.work.rows,), jnp.float32), _sums_types(d, low)
+  log_type = jax.ShapeDtypeStruct((b * h * call.work.rows,), jnp.float32)
 
-  def run(out, targets=()):
+  def run(out_type, targets=()):
     return _launch(
       linear_read,
-      walk,
-      [q, valid, state, total, *targets],
-      (1, 1, len(walk.work.start)),
-      out,
-      extra,
+      call,
+      out_type,
+      rows=[q],
+      numbers=[valid],
+      whole=[state, total],
+      targets=targets,
+      scratch=[_Sums.types(d, low)],
     )
 
+  def write(targets):
+    run([], targets)
+
   if into is None:
-    out, log_den = run([_rows_type(walk, q), log])
-  else:  # what a kernel writes to that is not its result is an operand by reference
-
-    def write(targets):
-      run([], targets)
-
-    out, log_den = pl.run_state(write)((into, lax.empty(log.shape, log.dtype)))
+    out, log_den = run([call.rows_type(q), log_type])
+  else:
+    # An array that a kernel writes to and that is not its result is an operand by reference.
+    out, log_den = pl.run_state(write)((into, lax.empty(log_type.shape, log_type.dtype)))
   return out, log_den.reshape(b, h, -1)
 
 
-def dq(walk: Walk, q, d_out, inverse, d_den, state, total):
-  """Gradient of the queries, as `read` gives out.
+def dq(call: LinearCall, q, d_out, inverse, d_den, state, total):
+  """Returns the gradient of the queries, in the form of `read`'s out.
 
   Args:
-    inverse, d_den: float32 `[b, h, rows]`, 1 / denominator and its gradient; 0 for rows that read nothing.
-    state, total: as in `read`.
+    call: what is common to the kernels.
+    q: bf16 `[b, n, h, d]`.
+    d_out: bf16 `[b, n, h, d]`.
+    inverse: float32 `[b, h, rows]`, 1 / denominator; 0 for rows that read nothing.
+    d_den: float32 `[b, h, rows]`, gradient of the denominator; 0 for rows that read nothing.
+    state: as in `read`.
+    total: as in `read`.
   """
-  (d,), segments, low = q.shape[3:], state.shape[2], q.dtype
+  d = q.shape[3]
+  low = q.dtype
 
-  def linear_dq(ring, chunk, *refs):
-    (state_gm, total_gm), (dq_gm, q_sm, do_sm, inverse_sm, den_sm, state_sm, total_sm, sums_bar) = (
-      refs[4:6],
-      refs[-8:],
-    )
-    ring.start()
-    _load_sums(
-      ring, _segment(walk, chunk, segments), (state_gm, state_sm), (total_gm, total_sm), sums_bar
-    )
-    total = plgpu.load(total_sm, layout=LAYOUT.reduce(0))
+  def linear_dq(stages, chunk, rings, whole, results, scratch):
+    q_sm, do_sm, inverse_sm, den_sm = rings
+    (dq_gm,) = results
+    (sums,) = scratch
+    stages.start()
+    sums.load(call, stages, chunk, *whole)
+    total = plgpu.load(sums.total, layout=PER_COLUMN)
 
-    @pl.loop(0, ring.count)
+    @pl.loop(0, stages.count)
     def _stage(s):
-      slot = ring.slot(s)
-      plgpu.barrier_wait(ring.full.at[slot])
-      (acc,) = _products((do_sm.at[slot], state_sm.transpose((1, 0))))
-      g = acc * parts.over_columns(_numbers(inverse_sm, slot), d)
-      g = g + parts.over_columns(_numbers(den_sm, slot), d) * parts.over_rows(total)
+      slot = stages.slot(s)
+      stages.wait(slot)
+      acc = _product(do_sm.at[slot], sums.state.transpose((1, 0)))
+      g = acc * over_columns(_numbers(inverse_sm, slot), d)
+      g = g + over_columns(_numbers(den_sm, slot), d) * over_rows(total)
       x = _rows(q_sm, slot)
-      q_sm.at[slot][...] = _phi_back(walk.feature_map, x, _phi(walk.feature_map, x), g).astype(low)
+      q_sm.at[slot][...] = _phi_back(call.feature_map, x, _phi(call.feature_map, x), g).astype(low)
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
       plgpu.commit_smem()
-      ring.refill(s)
-      ring.store(s, q_sm.at[slot], dq_gm)
+      stages.refill(s)
+      stages.store(s, q_sm.at[slot], dq_gm)
 
     plgpu.wait_smem_to_gmem(0)
 
-  operands, out = [q, d_out, inverse, d_den, state, total], [_rows_type(walk, q)]
-  return _launch(linear_dq, walk, operands, (2, 2, len(walk.work.start)), out, _sums_types(d, low))[
-    0
-  ]
+  (found,) = _launch(
+    linear_dq,
+    call,
+    [call.rows_type(q)],
+    rows=[q, d_out],
+    numbers=[inverse, d_den],
+    whole=[state, total],
+    scratch=[_Sums.types(d, low)],
+  )
+  return found
 
 
-def dkv(walk: Walk, k, v, valid, d_state, d_total):
-  """Gradients of keys and values, as `read` gives out, from those of the sums; 0 in rows of no segment."""
-  (d,), segments, low = k.shape[3:], d_state.shape[2], k.dtype
+def dkv(call: LinearCall, k, v, valid, d_state, d_total):
+  """Returns the gradients of keys and values, in the form of `read`'s out.
 
-  def linear_dkv(ring, chunk, *refs):
-    state_gm, total_gm, dk_gm, dv_gm, k_sm, v_sm, valid_sm, state_sm, total_sm, sums_bar, p_sm = (
-      refs[3:]
-    )
-    ring.start()
-    _load_sums(
-      ring, _segment(walk, chunk, segments), (state_gm, state_sm), (total_gm, total_sm), sums_bar
-    )
+  They are 0 in rows of no segment.
 
-    @pl.loop(0, ring.count)
+  Args:
+    call: what is common to the kernels.
+    k: bf16 `[b, n, h, d]`.
+    v: bf16 `[b, n, h, d]`.
+    valid: as in `read`.
+    d_state: gradient of `read`'s state, bf16.
+    d_total: gradient of `read`'s total, float32.
+  """
+  d = k.shape[3]
+  low = k.dtype
+
+  def linear_dkv(stages, chunk, rings, whole, results, scratch):
+    k_sm, v_sm, valid_sm = rings
+    dk_gm, dv_gm = results
+    sums, p_sm = scratch
+    stages.start()
+    sums.load(call, stages, chunk, *whole)
+
+    @pl.loop(0, stages.count)
     def _stage(s):
-      slot = ring.slot(s)
-      plgpu.barrier_wait(ring.full.at[slot])
-      p = _phi(walk.feature_map, _rows(k_sm, slot)).astype(low)
+      slot = stages.slot(s)
+      stages.wait(slot)
+      p = _phi(call.feature_map, _rows(k_sm, slot)).astype(low)
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
       p_sm[...] = p
       plgpu.commit_smem()
-      ring.refill(s)
-      seen = parts.over_columns(_numbers(valid_sm, slot), d)
-      (dv,) = _products((p_sm, state_sm))
+      stages.refill(s)
+      seen = over_columns(_numbers(valid_sm, slot), d)
+      dv = _product(p_sm, sums.state)
       plgpu.commit_smem()  # every warp has read its operands: their place may be written
       p_sm[...] = (dv * seen).astype(low)
-      (g,) = _products((v_sm.at[slot], state_sm.transpose((1, 0))))
-      total = plgpu.load(total_sm, layout=LAYOUT.reduce(0))
-      x = _rows(
-        k_sm, slot
-      )  # again, and the features too: beside products there are no registers to keep them
-      g = _phi_back(walk.feature_map, x, _phi(walk.feature_map, x), g + parts.over_rows(total))
+      g = _product(v_sm.at[slot], sums.state.transpose((1, 0)))
+      total = plgpu.load(sums.total, layout=PER_COLUMN)
+      # Rows and features once more: there are no registers to keep them during the products.
+      x = _rows(k_sm, slot)
+      g = _phi_back(call.feature_map, x, _phi(call.feature_map, x), g + over_rows(total))
       k_sm.at[slot][...] = (g * seen).astype(low)
       plgpu.commit_smem()
-      ring.store(s, k_sm.at[slot], dk_gm)
-      ring.store(s, p_sm, dv_gm)
+      stages.store(s, k_sm.at[slot], dk_gm)
+      stages.store(s, p_sm, dv_gm)
 
     plgpu.wait_smem_to_gmem(0)
 
-  operands, out = [k, v, valid, d_state, d_total], [_rows_type(walk, k)] * 2
-  scratch = [*_sums_types(d, low), parts.tiles_type(STAGE, d, dtype=low)]
-  return _launch(linear_dkv, walk, operands, (2, 1, len(walk.work.start)), out, scratch)
-
-
-def _sums_types(d: int, dtype):
-  """Shared memory for a segment's sums, and the barrier they arrive on."""
-  return [
-    parts.tiles_type(d, d, dtype=dtype),
-    plgpu.SMEM((d,), jnp.float32),
-    plgpu.Barrier(num_arrivals=2),
-  ]
+  return _launch(
+    linear_dkv,
+    call,
+    [call.rows_type(k)] * 2,
+    rows=[k, v],
+    numbers=[valid],
+    whole=[d_state, d_total],
+    scratch=[_Sums.types(d, low), tiles_type(STAGE, d, dtype=low)],
+  )

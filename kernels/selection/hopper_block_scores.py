@@ -1,8 +1,10 @@
-"""The Hopper kernel of `kernels.selection.block_scores`: attention's forward kernel without v, which keeps one number per tile.
+"""The Hopper kernel of `kernels.selection.block_scores`: attention's forward without v.
 
-A thread block takes one query tile of one head and walks all key tiles. Two compute warpgroups (one for 64-row tiles) keep 64
-query rows each; a third moves keys through a ring. Probabilities are added up along keys in registers. Across rows they would
-have to cross the warps at every key tile, so row sums of `COLLECT` key tiles wait in shared memory and are added up together.
+It keeps one number per key tile. A thread block takes one query tile of one head and walks all key
+tiles. Two compute warpgroups (one for 64-row tiles) keep 64 query rows each; a third moves keys
+through a ring. Probabilities are added up along keys in registers. Across rows they would have to
+cross the warps at every key tile, so row sums of `COLLECT` key tiles wait in shared memory and are
+added up together.
 """
 
 import functools
@@ -10,9 +12,13 @@ import math
 
 import jax
 import jax.numpy as jnp
-from freqformer.kernels.hopper import parts
+from freqformer.kernels.core.target import Target
 from freqformer.kernels.hopper.launch import launch
-from freqformer.kernels.hopper.parts import LAYOUT, ROWS
+from freqformer.kernels.hopper.machine import MULTIPROCESSORS, ROWS, wrong_device
+from freqformer.kernels.hopper.products import LAYOUT, PER_ROW, over_columns, product, tiles_type
+from freqformer.kernels.hopper.ring import Feed, Ring, fill_rings, head_rows, load_own
+from freqformer.kernels.hopper.softmax import LOG2E
+from freqformer.kernels.hopper.tile_walk import Deal, TileList, TileWalk, broadcast_index, place_of
 from freqformer.kernels.selection.block_scores import LARGEST_EXPONENT, row_shifts
 from jax import lax
 from jax.experimental import pallas as pl
@@ -21,65 +27,74 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 STAGES = 4
 COLLECT = 64  # key tiles whose row sums are added up at once: the rows of one warpgroup's array
 # choice: masses that the kernel writes before `reduce` sees them, and query tiles that should run
-# together at least: four rounds of thread blocks on 132 multiprocessors. Not measured.
+# together at least: four rounds of thread blocks, one per multiprocessor. Not measured.
 _MASSES = 1 << 23
-_LEAST_BLOCKS = 528
-HEAD_DIMS, BLOCKS, DTYPES = (32, 64, 128), (64, 128), (jnp.bfloat16, jnp.float16)
+_LEAST_BLOCKS = 4 * MULTIPROCESSORS
+HEAD_DIMS = (32, 64, 128)
+BLOCKS = (64, 128)
+DTYPES = (jnp.bfloat16, jnp.float16)
 
 
-def unsupported(q, block: int, target) -> str | None:
-  """Returns why the kernel cannot run on q and k, all reasons at once; None if it can."""
-  reasons = [reason for reason in [parts.wrong_device(target)] if reason]
+def unsupported(q, block: int, target: Target) -> str | None:
+  """Returns all reasons why the kernel cannot run on q and k, as one clause; None if it can."""
+  reasons = [wrong_device(target)]
   if q.dtype not in DTYPES or q.shape[-1] not in HEAD_DIMS or block not in BLOCKS:
     reasons.append(
       f"q is {q.dtype} with head_dim {q.shape[-1]} in tiles of {block} rows, it takes bfloat16 or "
       f"float16, one of {HEAD_DIMS} and one of {BLOCKS}"
     )
-  return "; ".join(reasons) or None
+  return "; ".join(filter(None, reasons)) or None
 
 
-def row_mass(data, place, scale: float, largest: float):
-  """Mass of consecutive query tiles on every key tile of their heads.
+def row_mass(q, k, lse, kv_len, first, *, count: int, scale: float, largest: float) -> jax.Array:
+  """Computes the mass of consecutive query tiles on every key tile of their heads.
 
   Args:
-    data: q, k `[b, n, h, d]`; lse in log2 units, float32 `[b, h, n]`, inf for rows that count nothing; kv_len int32
-      `[b or 1, tiles]`.
-    place: `(first, count)`: int32 `[1]`, the number of the first query tile, `(sample * h + head) * tiles + tile`, and how
-      many; tiles behind the last are the last one again.
-    scale: multiplies q k^T. largest: where the exponent is cut, natural units.
+    q: `[b, n, h, d]`.
+    k: `[b, n, h, d]`.
+    lse: float32 `[b, h, n]` in log2 units, inf for rows that count nothing.
+    kv_len: int32 `[b or 1, tiles]`, valid rows of each tile.
+    first: int32 `[1]`, number of the first query tile, `(sample * h + head) * tiles + tile`.
+    count: number of query tiles; those after the last are the last one again.
+    scale: multiplies q k^T.
+    largest: where the exponent is cut, natural units.
 
   Returns:
     float32 `[count, tiles]`.
   """
-  (q, k, lse, kv_len), (first, count) = data, place
-  (b, n, h, d), tiles = q.shape, kv_len.shape[-1]
+  b, n, h, d = q.shape
+  tiles = kv_len.shape[-1]
   block = n // tiles
-  deal, groups = parts.Deal(tiles, 1, block // ROWS, STAGES), -(-tiles // COLLECT)
+  deal = Deal(tiles, 1, block // ROWS, STAGES)
+  groups = -(-tiles // COLLECT)
   consumers = deal.consumers
-  walk = parts.Walk(block, block)  # a stage is one key tile
+  walk = TileWalk(block, block)  # a stage is one key tile
 
-  def block_mass(data, out_gm, own, rings, sums):
-    (q_gm, k_gm, lse_gm, len_gm, first_gm), (q_sm, lse_sm, own_bar), (k_ring,) = data, own, rings
+  def block_mass(q_gm, k_gm, lse_gm, len_gm, first_gm, out_gm, own, k_ring, sums):
+    q_sm, lse_sm, own_arrived = own
     collected, added = sums
+    (keys,) = k_ring.slots
     program = lax.axis_index("block")
-    flat = jnp.minimum(first_gm[0] + program, jnp.int32(b * h * tiles - 1))
-    tile, pair = lax.rem(flat, jnp.int32(tiles)), lax.div(flat, jnp.int32(tiles))
-    sample, head = lax.div(pair, jnp.int32(h)), lax.rem(pair, jnp.int32(h))
-    every = parts.TileList(
-      walk, jnp.int32(tiles), lambda i: (i, len_gm[parts.at(len_gm, sample, i)])
-    )
+    number = jnp.minimum(first_gm[0] + program, jnp.int32(b * h * tiles - 1))
+    sample, head, tile = place_of(number, tiles, h)
+
+    def entry(i):
+      return i, len_gm[broadcast_index(len_gm, sample, i)]
+
+    every = TileList(walk, jnp.int32(tiles), entry)
     warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup < consumers)
-    def _compute():
+    def compute_warpgroup():
       rows = pl.ds(tile * block + warpgroup * ROWS, ROWS)
-      mine, numbers = q_sm.at[warpgroup], lse_sm.at[warpgroup]
-      pairs = [(q_gm.at[sample, rows, head], mine), (lse_gm.at[sample, head, rows], numbers)]
-      parts.load_own(pairs, own_bar.at[warpgroup], tiles > 0)
-      shift = plgpu.load(numbers, layout=LAYOUT.reduce(1))
+      mine = q_sm.at[warpgroup]
+      lse_own = lse_sm.at[warpgroup]
+      pairs = [(q_gm.at[sample, rows, head], mine), (lse_gm.at[sample, head, rows], lse_own)]
+      load_own(pairs, own_arrived.at[warpgroup], tiles > 0)
+      shift = plgpu.load(lse_own, layout=PER_ROW)
 
       def add_up(s):
-        """Row sums of the last stages to a number each, and to where it belongs."""
+        """Adds the row sums of the last stages up to a number each, and sends them."""
         plgpu.commit_smem()  # every warp has written its rows
         found = plgpu.load(collected.at[warpgroup], layout=LAYOUT, optimized=False).sum(axis=1)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -89,14 +104,14 @@ def row_mass(data, place, scale: float, largest: float):
         plgpu.copy_smem_to_gmem(added.at[warpgroup], out_gm.at[program, warpgroup, group])
 
       @pl.loop(0, every.steps)
-      def _stage(s):
-        slot, (keys,) = deal.slot(0, s), k_ring.slots
+      def kv_loop(s):
+        slot = deal.slot(0, s)
         entries = every.entries(s)
         k_ring.wait(slot)
-        x = parts.product(mine, keys.at[slot])
+        x = product(mine, keys.at[slot])
         k_ring.release(slot)
-        x = walk.hide(x * (scale * parts.LOG2E), entries) - parts.over_columns(shift, block)
-        p = jnp.exp2(jnp.minimum(x, largest * parts.LOG2E))
+        x = walk.hide(x * (scale * LOG2E), entries) - over_columns(shift, block)
+        p = jnp.exp2(jnp.minimum(x, largest * LOG2E))
         collected.at[warpgroup, lax.rem(s, jnp.int32(COLLECT))][...] = p.sum(axis=1)
         last = jnp.logical_or(lax.rem(s, jnp.int32(COLLECT)) == COLLECT - 1, s == every.steps - 1)
         pl.when(last)(functools.partial(add_up, s))
@@ -104,15 +119,11 @@ def row_mass(data, place, scale: float, largest: float):
       plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == consumers)
-    def _memory():
-      parts.memory_warpgroup(
-        every, [(k_ring, [lambda rows: k_gm.at[sample, rows, head]])], deal, 0, 0
-      )
+    def memory_warpgroup():
+      fill_rings(every, [Feed(k_ring, [head_rows(k_gm, sample, head)])], deal, 0, 0)
 
-  tile_of = functools.partial(parts.tiles_type, dtype=q.dtype)
-  ring = parts.Ring.types(walk, deal, tile_of(STAGES, block, d))
   own = (
-    tile_of(consumers, ROWS, d),
+    tiles_type(consumers, ROWS, d, dtype=q.dtype),
     plgpu.SMEM((consumers, ROWS), jnp.float32),
     plgpu.Barrier(num_arrivals=2, num_barriers=consumers),
   )
@@ -121,35 +132,43 @@ def row_mass(data, place, scale: float, largest: float):
     plgpu.SMEM((consumers, COLLECT), jnp.float32),
   )
   out = jax.ShapeDtypeStruct((count, consumers, groups * COLLECT), jnp.float32)
-  options = {
-    "blocks": count,
-    "warpgroups": deal.warpgroups,
-    "by_lane": True,
-    "cost": _cost(q, block, count, out),
-  }
-  operands, scratch = (q, k, lse, kv_len, first), [own, (ring,), sums]
-  (found,) = launch(block_mass, [operands], [out], scratch, **options)
+  (found,) = launch(
+    block_mass,
+    (q, k, lse, kv_len, first),
+    [out],
+    [own, Ring.types(walk, deal, tiles_type(STAGES, block, d, dtype=q.dtype)), sums],
+    blocks=count,
+    cost=_cost(q, block, count, out),
+    warpgroups=deal.warpgroups,
+    by_lane=True,
+  )
   return found.sum(1)[:, :tiles]
 
 
-def _cost(q, block: int, count: int, out) -> pl.CostEstimate:
-  """2 FLOPs per pair and channel and an exponential per pair; keys of the heads that take part once."""
+def _cost(q, block: int, count: int, out: jax.ShapeDtypeStruct) -> pl.CostEstimate:
+  """Counts 2 FLOPs per pair and channel, and an exponential per pair.
+
+  Keys of the heads that take part are read once.
+  """
   _, n, h, d = q.shape
-  pairs, heads = count * block * n, -(-count // max(1, n // block))
+  pairs = count * block * n
+  heads = -(-count // max(1, n // block))
   moved = (count * block + heads * n) * d * q.dtype.itemsize + math.prod(out.shape) * 4
   return pl.CostEstimate(flops=2 * pairs * d, transcendentals=pairs, bytes_accessed=moved)
 
 
 def forward(q, k, lse, kv_len, *, block, scale, reduce):
   """Runs chunks of query tiles of all heads in turn, each a launch."""
-  (b, n, h, _), tiles = q.shape, kv_len.shape[-1]
-  shifts = (row_shifts(lse, kv_len, block) * math.log2(math.e)).reshape(b, h, n)
+  b, n, h, _ = q.shape
+  tiles = kv_len.shape[-1]
+  shifts = (row_shifts(lse, kv_len, block) * LOG2E).reshape(b, h, n)
   total = b * h * tiles
   chunks = -(-total // min(total, max(_LEAST_BLOCKS, _MASSES // tiles)))
   count = -(-total // chunks)
 
   def one(first):
-    mass = row_mass((q, k, shifts, kv_len), (first[None], count), scale, LARGEST_EXPONENT)
+    tables = (q, k, shifts, kv_len, first[None])
+    mass = row_mass(*tables, count=count, scale=scale, largest=LARGEST_EXPONENT)
     if reduce is None:
       return mass
     return reduce(mass, (first + jnp.arange(count, dtype=jnp.int32)) % tiles)

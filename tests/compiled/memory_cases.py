@@ -1,11 +1,13 @@
-"""What `tests/compiled/test_memory.py` compiles for an absent H100: attention, one DiT block, one-layer train steps. Named, so that the
-golden table can list them."""
+"""Programs whose temporary memory on an H100 is in a golden table, compiled without one.
+
+They are attention, one DiT block and one-layer train steps.
+"""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.table import BlockMask
@@ -19,15 +21,28 @@ from freqformer.train.step import TrainConfig, init_state, make_train_step
 from tools.offline import NO_AUTOTUNING, Compilation, compile_for
 
 GRIDS = {"16k": (16, 32, 32), "64k": (16, 64, 64), "128k": (32, 64, 64)}
-# From here on temporary memory per token stays the same: at 16K what does not depend on tokens shows.
+# From here on temporary memory per token stays the same; at 16K, memory that does not depend on
+# tokens still shows.
 LARGE = ("64k", "128k")
-HEADS, BLOCK, LISTED = 12, 128, 26
-_CHANNELS = 16
+HEADS = 12
+BLOCK = 128
+LISTED = 26  # key tiles in each list
+CHANNELS = 16
+
+_spec = jax.ShapeDtypeStruct
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """One compile: `what` ("attention", "block", "train"), tokens by grid, head dimension, backend, number of GPUs."""
+  """One compile.
+
+  Attributes:
+    what: "attention", "block" or "train".
+    size: tokens, by a name of `GRIDS`.
+    head_dim: channels of a head.
+    implementation: of attention.
+    devices: number of GPUs.
+  """
 
   what: str
   size: str
@@ -42,37 +57,54 @@ class Case:
 
   @property
   def tokens(self) -> int:
-    return int(np.prod(GRIDS[self.size]))
+    return math.prod(GRIDS[self.size])
+
+  @property
+  def latent(self) -> tuple[int, ...]:
+    """Shape of a sample's latent."""
+    return (*GRIDS[self.size], CHANNELS)
+
+  def model_config(self) -> ModelConfig:
+    """Returns one FreqFormer layer of 3 low, 6 mid and 3 high heads, bf16 activations."""
+    method = FreqFormer(allocation=(3, 6, 3), mid_tiles=LISTED, window=(3, 3, 3))
+    named = (("freqformer", method),)
+    return ModelConfig(
+      AttentionConfig(named, block=BLOCK, implementation=self.implementation),
+      dtype="bfloat16",
+      size="custom",
+      width=HEADS * self.head_dim,
+      depth=1,
+      heads=HEADS,
+      patch=(1, 1, 1),
+    )
 
   def compile(self) -> Compilation:
     return {"attention": _attention, "block": _block, "train": _train}[self.what](self)
 
 
-def _cases():
-  for head_dim in (64, 128):
-    yield from (Case("attention", size, head_dim, "pallas_mgpu") for size in ("16k", "128k"))
-  yield Case("attention", "16k", 128, "xla")
-  for what in ("block", "train"):
-    yield from (Case(what, size, 128, "pallas_mgpu") for size in LARGE)
-  # Memory is close to linear in n: d = 64 at one size says whether its tiles cost more than they should.
-  yield Case("block", "16k", 64, "pallas_mgpu")
-  yield Case("train", "16k", 64, "pallas_mgpu", devices=8)
-
-
-CASES = {case.name: case for case in _cases()}
+CASES = {
+  case.name: case
+  for case in (
+    *(Case("attention", size, d, "pallas_mgpu") for d in (64, 128) for size in ("16k", "128k")),
+    Case("attention", "16k", 128, "xla"),
+    *(Case(what, size, 128, "pallas_mgpu") for what in ("block", "train") for size in LARGE),
+    # Memory is close to linear in n: d = 64 at one size tells if its tiles cost more than they
+    # should.
+    Case("block", "16k", 64, "pallas_mgpu"),
+    Case("train", "16k", 64, "pallas_mgpu", devices=8),
+  )
+}
 
 
 def measure(name: str) -> int:
-  """Temporary bytes per GPU."""
+  """Returns temporary bytes per GPU."""
   return CASES[name].compile().temp_bytes
 
 
-_spec = jax.ShapeDtypeStruct
-
-
 def _attention(case: Case) -> Compilation:
-  """Forward and backward of one call with per-head lists of `LISTED` tiles."""
-  n, tiles = case.tokens, case.tokens // BLOCK
+  """Compiles forward and backward of one call with per-head lists of `LISTED` tiles."""
+  n = case.tokens
+  tiles = n // BLOCK
 
   def both(q, k, v, ids, counts, d_out, d_lse):
     mask = BlockMask(ids, counts, jnp.full(tiles, BLOCK, jnp.int32), None, BLOCK, BLOCK)
@@ -81,51 +113,49 @@ def _attention(case: Case) -> Compilation:
     )
     return pull((d_out, d_lse))
 
-  x, lse = _spec((1, n, HEADS, case.head_dim), jnp.bfloat16), _spec((1, HEADS, n), jnp.float32)
-  lists = _spec((1, HEADS, tiles, LISTED), jnp.int32), _spec((1, HEADS, tiles), jnp.int32)
-  return compile_for(both, x, x, x, *lists, x, lse)
-
-
-def model_config(case: Case) -> ModelConfig:
-  """One FreqFormer layer, 3 low, 6 mid and 3 high heads, bf16 activations."""
-  method = FreqFormer(allocation=(3, 6, 3), mid_tiles=LISTED, window=(3, 3, 3))
-  attention = AttentionConfig(
-    (("freqformer", method),), block=BLOCK, implementation=case.implementation
-  )
-  sizes = dict(size="custom", width=HEADS * case.head_dim, depth=1, heads=HEADS, patch=(1, 1, 1))
-  return ModelConfig(attention, dtype="bfloat16", **sizes)
+  x = _spec((1, n, HEADS, case.head_dim), jnp.bfloat16)
+  lse = _spec((1, HEADS, n), jnp.float32)
+  ids = _spec((1, HEADS, tiles, LISTED), jnp.int32)
+  counts = _spec((1, HEADS, tiles), jnp.int32)
+  return compile_for(both, x, x, x, ids, counts, x, lse)
 
 
 def _block(case: Case) -> Compilation:
-  """Forward of one DiT block."""
-  config, shape = model_config(case), (*GRIDS[case.size], _CHANNELS)
-  (_, method), layout = config.runs()[0], config.layout(shape)
-  graphdef, params = nnx.split(
-    nnx.eval_shape(lambda: DiTBlock(config, method, layout, nnx.Rngs(0)))
-  )
-  tables = make_tables(config, shape)
+  """Compiles the forward of one DiT block."""
+  config = case.model_config()
+  _, method = config.runs()[0]
+  layout = config.layout(case.latent)
+  block = nnx.eval_shape(lambda: DiTBlock(config, method, layout, nnx.Rngs(0)))
+  graphdef, params = nnx.split(block)
 
   def forward(params, x, condition, tables):
     cond = Cond(jnp.full(1, 0.5), condition.astype(jnp.float32))
-    out, _, _ = nnx.merge(graphdef, params)(
-      x, condition, cond, tables["layout"], tables["methods"][0], {}
-    )
-    return out
+    block = nnx.merge(graphdef, params)
+    return block(x, condition, cond, tables["layout"], tables["methods"][0], {})[0]
 
   x = _spec((1, layout.n_buffer, config.width), jnp.bfloat16)
-  return compile_for(
-    forward, params, x, _spec((1, config.width), jnp.bfloat16), tables, options=NO_AUTOTUNING
-  )
+  condition = _spec((1, config.width), jnp.bfloat16)
+  tables = make_tables(config, case.latent)
+  return compile_for(forward, params, x, condition, tables, options=NO_AUTOTUNING)
 
 
 def _train(case: Case) -> Compilation:
-  """A whole optimisation step of a model of one layer, one sample per GPU."""
-  config, shape, b = model_config(case), (*GRIDS[case.size], _CHANNELS), case.devices
-  graphdef, params = nnx.split(nnx.eval_shape(lambda: VideoDiT(config, shape, 10, nnx.Rngs(0))))
-  train = TrainConfig(steps=100, batch_size=b)
+  """Compiles a whole optimisation step of a model of one layer, one sample per GPU."""
+  config = case.model_config()
+  model = nnx.eval_shape(lambda: VideoDiT(config, case.latent, 10, nnx.Rngs(0)))
+  graphdef, params = nnx.split(model)
+  train = TrainConfig(steps=100, batch_size=case.devices)
   state = jax.eval_shape(lambda p: init_state(p, train, 0), params)
-  batch = {"latent": _spec((b, *shape), jnp.float32), "label": _spec((b,), jnp.int32)}
-  step, tables = make_train_step(graphdef, train, 10), make_tables(config, shape)
+  batch = {
+    "latent": _spec((case.devices, *case.latent), jnp.float32),
+    "label": _spec((case.devices,), jnp.int32),
+  }
   return compile_for(
-    step, state, batch, tables, devices=b, shardings=(P(), P("data"), P()), options=NO_AUTOTUNING
+    make_train_step(graphdef, train, 10),
+    state,
+    batch,
+    make_tables(config, case.latent),
+    devices=case.devices,
+    shardings=(P(), P("data"), P()),
+    options=NO_AUTOTUNING,
   )

@@ -1,18 +1,17 @@
-"""Temporary memory on an H100, from compiles without one: ceilings of what attention, a block and a train step may take.
+"""Temporary memory on an H100, from compiles without one: ceilings for attention and training.
 
 `python -m tests.golden memory --write` measures `tests/golden/memory.json` anew.
 """
 
 import functools
-import math
 import re
 
 import pytest
 
 from tests import golden
-from tests.compiled.memory_cases import CASES, GRIDS, HEADS, LARGE
+from tests.compiled.memory_cases import CASES, HEADS, LARGE
 
-# One worker: what the file prepares or compiles is then made once.
+# One worker: a program that the file compiles is then compiled once.
 pytestmark = pytest.mark.xdist_group("memory")
 
 SLACK = 0.1
@@ -24,23 +23,22 @@ def _compiled(name):
   return CASES[name].compile()
 
 
-def _cases(what):
-  return [name for name, case in CASES.items() if case.what == what]
-
-
 def test_every_case_has_its_golden_number():
   assert set(golden.read("memory")) == set(CASES), "run python -m tests.golden memory --write"
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_temporary_bytes_stay_where_they_were(name):
-  found, known = _compiled(name).temp_bytes, golden.read("memory")[name]
+  found = _compiled(name).temp_bytes
+  known = golden.read("memory")[name]
   change = found / known - 1
-  advice = f"temporary bytes of {name} moved by {change:+.0%}, {known:,} -> {found:,}; if meant: python -m tests.golden memory --write"
-  assert abs(change) <= SLACK, advice
+  assert abs(change) <= SLACK, (
+    f"temporary bytes of {name} moved by {change:+.0%}, {known:,} -> {found:,}; if meant: "
+    "python -m tests.golden memory --write"
+  )
 
 
-@pytest.mark.parametrize("name", _cases("attention"))
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("attention")])
 def test_attention_takes_at_most_3_kb_per_token_and_head(name):
   """Forward and backward together: what must live between them, and what the backward adds."""
   assert _compiled(name).temp_bytes <= 3 * KB * CASES[name].tokens * HEADS
@@ -48,17 +46,16 @@ def test_attention_takes_at_most_3_kb_per_token_and_head(name):
 
 @pytest.mark.parametrize("what", ["block", "train"])
 def test_memory_is_linear_in_tokens(what):
-  """From 64K to 128K tokens memory may not grow faster than they do: nothing of size n x n exists."""
-  per_token = [
-    golden.read("memory")[f"{what}_pallas_mgpu_d128_{size}"] / math.prod(GRIDS[size])
-    for size in LARGE
-  ]
-  assert per_token[1] <= 1.02 * per_token[0]
+  """From 64K to 128K tokens memory may not grow faster than they do: nothing is n x n."""
+  names = [f"{what}_pallas_mgpu_d128_{size}" for size in LARGE]
+  fewer, more = (_compiled(name).temp_bytes / CASES[name].tokens for name in names)
+  assert more <= 1.02 * fewer
 
 
 def test_kernels_of_a_train_step_do_not_spill():
   kernels = _compiled("train_pallas_mgpu_d128_64k").kernels
-  assert len(kernels) >= 3 and not any(k.spill_stores or k.spill_loads for k in kernels), kernels
+  assert len(kernels) >= 3
+  assert not any(kernel.spill_stores or kernel.spill_loads for kernel in kernels), kernels
 
 
 def test_eight_gpus_each_attend_to_their_own_sample():

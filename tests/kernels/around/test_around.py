@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from freqformer.kernels.around import hopper_lift, hopper_prepare
+from freqformer.kernels.around import hopper_prepare
 from freqformer.kernels.around.lift import LIFT, lift
 from freqformer.kernels.around.prepare import PREPARE, prepare, turn
 from freqformer.kernels.block_sparse.api import ATTENTION
 from freqformer.kernels.core.target import Target
-from freqformer.kernels.hopper import parts
+from freqformer.kernels.hopper import interpret, launch
 
 from freqformer.grid.basis import SpectralBasis
 from freqformer.grid.layout import TileLayout
@@ -96,8 +96,7 @@ def case(request, monkeypatch):
   """Where there is one sample, a thread block walks over all heads; elsewhere over one."""
   case = CASES[request.param]
   if case.b == 1:
-    monkeypatch.setattr(hopper_prepare, "BLOCKS", 1)
-    monkeypatch.setattr(hopper_lift, "BLOCKS", 1)
+    monkeypatch.setattr(launch, "STREAMING_BLOCKS", 1)
   return case
 
 
@@ -165,7 +164,7 @@ def test_prepare_kernel(case, capfd):
   want = prepare(
     joint.astype(jnp.float32), *operands, pooled=True, filtered=case.filtered, implementation="xla"
   )
-  with parts.interpreted(detect_races=case == CASES["alike"]):
+  with interpret.interpreted(detect_races=case == CASES["alike"]):
     assert PREPARE.choose(joint, lengths, cells) == "hopper"
     got = jax.jit(lambda *a: prepare(*a, pooled=True, filtered=case.filtered))(joint, *operands)
     alone = jax.jit(prepare)(joint, bias, gains, tables, lengths)
@@ -199,7 +198,7 @@ def test_lift_kernel(case, capfd):
   coarse = jnp.where(low[:, None, :, None], wide[:, : spectral.n_coarse], 0)
   want = (wide[:, cells.front :] + spectral.lift(coarse)) * weights[:, None, :, None]
   _close(lift(wide, weights, low, cells.expansion), want, 1e-5)
-  with parts.interpreted(detect_races=case == CASES["alike"]):
+  with interpret.interpreted(detect_races=case == CASES["alike"]):
     got = jax.block_until_ready(jax.jit(lift)(packed, weights, low, cells.expansion))
   assert "RACE DETECTED" not in capfd.readouterr().out
   valid = case.layout.arrays().valid
@@ -265,7 +264,7 @@ def test_layer_with_and_without_kernels(method, monkeypatch):
   )
   right, plain = (_layer(case, method, dtype) for dtype in (jnp.float32, jnp.bfloat16))
   assert not plans
-  with parts.interpreted():
+  with interpret.interpreted():
     found = _layer(case, method, jnp.bfloat16)
   assert [plan.filtered for plan in plans] == [getattr(method, "filter", "").replace("none", "")]
   for f, p, r in zip(found, plain, right, strict=True):

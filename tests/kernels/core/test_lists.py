@@ -11,7 +11,7 @@ from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.table import BlockMask
 from freqformer.kernels.core import lists
 from freqformer.kernels.core import op as op_module
-from freqformer.kernels.hopper.parts import interpreted
+from freqformer.kernels.hopper.interpret import interpreted
 
 from tests.kernels.block_sparse.suite import CASES, draw_inputs, draw_mask, relative_error
 from tools import offline

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.table import dense_mask
-from freqformer.kernels.hopper.parts import interpreted
+from freqformer.kernels.hopper.interpret import interpreted
 from jax.sharding import PartitionSpec as P
 
 from tools import offline
@@ -14,23 +14,18 @@ from tools import offline
 
 def test_mapped_launches_follow_each_other():
   x = jax.random.normal(jax.random.key(0), (2, 1, 64, 1, 32), jnp.bfloat16)
-
-  def run(x):
-    return attention(x, x, x)[0]
-
+  mask = dense_mask(64, 64, 64, 64)
   with interpreted():
-    found = jax.vmap(
-      lambda x: attention(x, x, x, dense_mask(64, 64, 64, 64), implementation="pallas_mgpu")[0]
-    )(x)
-  np.testing.assert_allclose(
-    *(np.asarray(y, np.float32) for y in (found, jax.vmap(run)(x))), atol=2e-2
-  )
+    found = jax.vmap(lambda x: attention(x, x, x, mask, implementation="pallas_mgpu")[0])(x)
+  want = jax.vmap(lambda x: attention(x, x, x)[0])(x)
+  np.testing.assert_allclose(found.astype(np.float32), want.astype(np.float32), atol=2e-2)
 
 
 @pytest.mark.parametrize("check", [True, False])
 def test_inside_shard_map(check):
   """Results vary over the axes that operands vary over, gradients too: JAX compares the types."""
-  gpus, x = offline.mesh(2), jax.ShapeDtypeStruct((2, 128, 2, 64), jnp.bfloat16)
+  gpus = offline.mesh(2)
+  x = jax.ShapeDtypeStruct((2, 128, 2, 64), jnp.bfloat16)
   gradient = jax.grad(lambda q: attention(q, q, q)[0].astype(jnp.float32).sum())
   mapped = jax.shard_map(
     gradient, mesh=gpus, in_specs=P("data"), out_specs=P("data"), check_vma=check

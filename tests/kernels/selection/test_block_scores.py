@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from freqformer.kernels.hopper.parts import interpreted
+from freqformer.kernels.hopper.interpret import interpreted
 from freqformer.kernels.selection import block_scores, hopper_block_scores
 from freqformer.kernels.selection.block_scores import block_mass
 from jax.sharding import PartitionSpec as P
@@ -198,7 +198,9 @@ def test_sums_of_many_key_tiles(capfd):
   q, k, lse = tile_inputs(64, kv_len, 1, 1, 32)
   with interpreted(detect_races=True):
     found = jax.jit(
-      lambda first: hopper_block_scores.row_mass((q, k, lse, kv_len[None]), (first, 2), 0.2, 60.0)
+      lambda first: hopper_block_scores.row_mass(
+        q, k, lse, kv_len[None], first, count=2, scale=0.2, largest=60.0
+      )
     )(jnp.int32([65]))
     found.block_until_ready()
   assert "RACE DETECTED" not in capfd.readouterr().out  # the detector prints and goes on

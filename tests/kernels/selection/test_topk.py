@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from freqformer.kernels.hopper.parts import interpreted
+from freqformer.kernels.hopper.interpret import interpreted
 from freqformer.kernels.selection import hopper_topk, topk
 from freqformer.kernels.selection.topk import ordered_integers, top_ids, top_tiles, top_words
 from jax.sharding import PartitionSpec
