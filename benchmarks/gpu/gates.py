@@ -1,7 +1,7 @@
 """Goals of the GPU kernels: which rows they read, what passes, what would be a record.
 
-A gate reads one field of named rows. It is met only if every one of its rows is there and correct; a
-gate with some of its rows missing shows what it has so far and says that it is incomplete.
+A gate reads one field of named rows. It is met only if every one of its rows is there and correct;
+a gate with some of its rows missing shows what it has so far and says that it is incomplete.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Golden tables: numbers that code is held to, kept as JSON beside this file so that a change shows in the diff.
+"""Golden tables: numbers that code is held to, kept as JSON so that a change shows in the diff.
 
 python -m tests.golden memory              measures and prints what differs
 python -m tests.golden memory --write      writes tests/golden/memory.json

@@ -188,7 +188,7 @@ def relative_error(got, want):
 
 
 def plain_low_precision(q, k, v, mask, d_out, d_lse):
-  """Textbook attention, every product rounded to the input's dtype, by autodiff: the error model."""
+  """The error model: textbook attention by autodiff, products rounded to the input's dtype."""
 
   def textbook(q, k, v):
     s = jnp.einsum("bihd,bjhd->bhij", q, k).astype(jnp.float32) / math.sqrt(q.shape[-1])
