@@ -6,7 +6,8 @@
 
 Rows go to results/simulation.json, plots to docs/figures/, tables into docs/complexity.md between
 their markers. `measured` of a row is true for approximation errors, false for the simulator's
-seconds; a measurement beside such a row, published or our own, is its `measured_seconds`.
+seconds; a measurement beside such a row, published or our own, is its `measured_seconds`. The page
+shows part of a row's fields; the file has all.
 """
 
 import dataclasses
@@ -230,6 +231,15 @@ def approximation_rows(workdir: str) -> list[dict]:
 
 Cell = Callable[[dict], object]
 
+# Links under the tables, by how the source of a published row begins.
+LINKS = {
+  "FlashAttention-3": "[FlashAttention-3](https://arxiv.org/abs/2407.08608)",
+  "PyTorch benchmark": "[TritonBench](https://github.com/pytorch/benchmark/pull/2391)",
+  "Sliding tile attention": "[STA](https://arxiv.org/abs/2502.04507)",
+  "JAX's Mosaic GPU": "JAX's Mosaic GPU attention example (cuDNN; heads not stated, 16 taken)",
+}
+SWEEP_TOKENS = (65_536, 262_144, 1_048_576)  # columns of the sweep's tables; its figure has all
+
 
 def of_set(rows: list[dict], name: str) -> list[dict]:
   return [r for r in rows if r["set"] == name]
@@ -237,140 +247,253 @@ def of_set(rows: list[dict], name: str) -> list[dict]:
 
 def markdown(found: list[dict], columns: dict[str, Cell]) -> str:
   """Returns a table with a line per row; `columns`: title -> what a row shows there."""
-  lines = [list(columns), ["---"] * len(columns)]
-  lines += [[cell(r) for cell in columns.values()] for r in found]
-  return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+  lines = [list(columns), *([cell(r) for cell in columns.values()] for r in found)]
+  head, *body = ["| " + " | ".join(map(str, line)) + " |" for line in lines]
+  return "\n".join([head, "|" + "---|" * len(columns), *body])
 
 
 def text(field: str) -> Cell:
   return lambda r: r[field]
 
 
-def yes(field: str) -> Cell:
-  return lambda r: "yes" if r[field] else "no"
+def grouped(found: list[dict], line: Cell, column: Cell) -> dict[str, dict[str, dict]]:
+  """Returns the rows by line and column; raises ValueError where two rows meet."""
+  groups = {}
+  for r in found:
+    group = groups.setdefault(line(r), {})
+    if column(r) in group:
+      raise ValueError(f"two rows for line {line(r)!r} and column {column(r)!r}.")
+    group[column(r)] = r
+  return groups
 
 
-MEASURED = {"measured": yes("measured")}
+def pivot(found: list[dict], title: str, line: Cell, column: Cell, cell: Cell) -> str:
+  """Returns a table with a row of `found` in each cell, "-" where there is none."""
+
+  def shown(name):
+    return lambda item: cell(item[1][name]) if name in item[1] else "-"
+
+  names = dict.fromkeys(column(r) for r in found)
+  columns = {title: lambda item: item[0]} | {name: shown(name) for name in names}
+  return markdown(list(grouped(found, line, column).items()), columns)
+
+
+def of_method(method: str, cell: Cell) -> Cell:
+  """Returns a cell of a group of rows: what its row of `method` shows."""
+  return lambda group: cell(group[method])
+
+
+def by_method(found: list[dict], line: Cell, columns: dict[str, Cell]) -> str:
+  """Returns a table with a line per group; `columns`: title -> cell of a group, by method."""
+  return markdown(list(grouped(found, line, text("method")).values()), columns)
+
+
+# ---- tables: validation --------------------------------------------------------------------------
+
+
+def seconds_text(seconds: float) -> str:
+  return f"{seconds:.4g} s" if seconds > 10 else f"{1e3 * seconds:.4g} ms"
+
+
+def measured_text(r: dict) -> str:
+  return seconds_text(r["measured_seconds"]) + (" (derived)" if r["derived"] else "")
+
+
+def error_text(r: dict) -> str:
+  return f"{r['error']:+.1%}" + (" (fitted)" if r["fitted"] else "")
+
+
+def notes(found: list[dict]) -> str:
+  """Returns sources, derived figures, fitted rates and the error of what is not fitted."""
+  sources = dict.fromkeys(r["source"] for r in found)
+  links = [
+    next((link for start, link in LINKS.items() if source.startswith(start)), source)
+    for source in sources
+  ]
+  errors = [abs(r["error"]) for r in found if not r["fitted"]]
+  lines = [f"Measured by: {'; '.join(dict.fromkeys(links))}."]
+  lines += [f"Derived, not measured: {r['name']}, {r['derived']}." for r in found if r["derived"]]
+  lines.append(f"Fitted rates: {', '.join(found[0]['rates_fitted'])}; the others are assumed.")
+  lines.append(
+    f"Rows that are not fitted: {len(errors)}, mean error {sum(errors) / len(errors):.1%}, "
+    f"worst {max(errors):.1%}."
+  )
+  lines += [f"WARNING: {warning}." for warning in found[0].get("rates_warnings", ())]
+  return "\n".join(f"* {line}" for line in lines)
 
 
 def comparison(found: list[dict]) -> str:
-  """Returns simulated beside measured seconds, with sources, derived figures and fitted rates."""
-  unit, name = (1, "s") if max(r["seconds"] for r in found) > 10 else (1e-3, "ms")
-  sources = list(dict.fromkeys(r["source"] for r in found))
-
-  def measured(r):
-    return f"{r['measured_seconds'] / unit:.4g}{' (derived)' if r['derived'] else ''}"
-
+  """Returns simulated beside measured seconds."""
   columns = {
     "call": text("name"),
-    f"measured, {name}": measured,
-    f"simulated, {name}": number("seconds", ".4g", unit),
-    "error": number("error", "+.1%"),
-    "fitted to": yes("fitted"),
-    "source": lambda r: sources.index(r["source"]) + 1,
+    "measured": measured_text,
+    "simulated": lambda r: seconds_text(r["seconds"]),
+    "error": error_text,
   }
-  notes = [f"* Source {i}: {source}." for i, source in enumerate(sources, 1)]
-  notes += [f"* Derived, not measured: {r['name']}, {r['derived']}." for r in found if r["derived"]]
-  fitted = ", ".join(found[0]["rates_fitted"])
-  assumed = ", ".join(found[0]["rates_assumed"])
-  notes.append(f"* Fitted: {fitted}. Assumed: {assumed}.")
-  notes += [f"* WARNING: {warning}." for warning in found[0].get("rates_warnings", ())]
-  return f"{markdown(found, columns)}\n\n" + "\n".join(notes)
+  return markdown(found, columns)
 
 
-SWEEP = {
-  "tokens": lambda r: f"{r['tokens']:,}",
-  "method": text("method"),
-  "density": number("density", ".4f"),
-  "attention TFLOP": number("attention_flops", ",.1f", 1e12),
-  "all TFLOP": number("total_flops", ",.1f", 1e12),
-  "device memory, GB": number("hbm_bytes", ",.0f", 1e9),
-  "KV through L2, GB": number("kv_bytes", ",.0f", 1e9),
-  "FLOP/byte": number("flops_per_byte", ",.0f"),
-  "seconds": number("seconds", ".3g"),
-  "tokens/s": number("tokens_per_s", ",.0f"),
-  "unpadded dense / this": number("speedup_over_dense", ".2f"),
-  "attention: unpadded dense / this": number("attention_speedup", ".1f"),
-}
-DURATION = {
-  "video, s": number("video_seconds", ".1f"),
-  "grid": grid_text,
-  "method": text("method"),
-  "run of 50 steps, s": number("run_seconds", ",.0f"),
-  "GPU s per video s": number("gpu_s_per_video_s", ",.0f"),
-  "resident, GB": number("memory_bytes", ".0f", 1e9),
-  "fits": yes("fits"),
-}
-LARGEST = {"method": text("method"), "grid": grid_text, "video, s": number("video_seconds", ".0f")}
-GPUS = {
-  "method": text("method"),
-  "GPUs": text("gpus"),
-  "seconds per forward": number("seconds", ".3f"),
-  "of it communication": number("communication_seconds", ".3f"),
-  "busiest / mean GPU": number("imbalance", ".2f"),
-  "speed-up over one": number("speedup_over_one_gpu", ".2f"),
-  "unpadded dense / this": number("speedup_over_dense", ".2f"),
-}
-DEVICES = {
-  "GPU": text("gpu"),
-  "method": text("method"),
-  "seconds per forward": number("seconds", ".3f"),
-  "TFLOP/s": number("tflops_per_s", ".0f"),
-  "unpadded dense / this": number("speedup_over_dense", ".2f"),
-  "rates": lambda r: (
-    r["rates"].split(";")[0] + ("; the others assumed" if r["rates_fitted"] else "")
-  ),
-}
+def published_tables(calls: list[dict], run: list[dict]) -> str:
+  """Returns a line for each kernel that was timed at several lengths, and a table of the rest."""
+  lengths = [r for r in calls if " n=" in r["name"]]
+  others = [r for r in calls if " n=" not in r["name"]] + run
+
+  def kernel(r):
+    return r["name"].split(" n=")[0]
+
+  def length(r):
+    return f"n={r['name'].split(' n=')[1]}"
+
+  def cell(r):
+    return f"{1e3 * r['measured_seconds']:.4g}, {error_text(r)}"
+
+  table = pivot(lengths, "measured ms, error", kernel, length, cell)
+  return f"{table}\n\n{comparison(others)}\n\n{notes(calls)}"
 
 
-def closest_pair(r: dict) -> str:
-  if r["closest"] is None:
-    return "-"
-  return f"{r['closest']['error']:.3g} of {r['closest']['bound']:.3g}"
+# ---- tables: simulation --------------------------------------------------------------------------
 
 
-APPROXIMATION = {
-  "q, k, v": text("case"),
-  "operator": text("kind"),
-  "largest error": number("error", ".3g"),
-  "bound of that row": lambda r: "none" if r["bound"] is None else f"{r['bound']:.3g}",
-  "largest error / bound": ratio_text,
-  "error and bound of that row": closest_pair,
-  "heads within": lambda r: "-" if r["kept"] is None else f"{r['kept']} of {r['heads']}",
-  "squared error low / mid / high": lambda r: " / ".join(f"{s:.0%}" for s in r["band_shares"]),
-}
+def tokens_text(r: dict) -> str:
+  return f"{r['tokens']:,}"
 
 
 def defaults_table(found: list[dict]) -> str:
-  """Returns densities and TFLOP of attention: a line per method, a column per grid."""
-  lines = {}
-  for r in found:
-    line = lines.setdefault(r["method"], {"method": r["method"], "measured": False})
-    line[grid_text(r)] = f"{r['density']:.4f}, {r['attention_flops'] / 1e12:.1f}"
-  grids = dict.fromkeys(grid_text(r) for r in found)
-  return markdown(
-    list(lines.values()), {name: text(name) for name in ("method", *grids)} | MEASURED
+  """Returns densities; of dense attention, whose density is 1, the TFLOP."""
+
+  def label(r):
+    return "dense, TFLOP" if r["method"] == "dense" else r["method"]
+
+  def cell(r):
+    if r["method"] == "dense":
+      return f"{r['attention_flops'] / 1e12:.1f}"
+    return f"{r['density']:.4f}"
+
+  return pivot(found, "density", label, grid_text, cell)
+
+
+def sweep_tables(found: list[dict]) -> str:
+  """Returns two tables over tokens: whole forwards, then attention alone."""
+
+  def whole(r):
+    return f"{r['seconds']:.3g} ({r['speedup_over_dense']:.1f})"
+
+  def attention(r):
+    return f"{r['density']:.4f} ({r['attention_speedup']:.1f})"
+
+  shown = [r for r in found if r["tokens"] in SWEEP_TOKENS]
+  sparse = [r for r in shown if r["method"] != "dense"]
+  return (
+    pivot(shown, "seconds (dense / this)", text("method"), tokens_text, whole)
+    + "\n\n"
+    + pivot(sparse, "density (dense / this)", text("method"), tokens_text, attention)
+  )
+
+
+DURATION_METHODS = ("dense, unpadded", "dense", "freqformer", "sliding_tile")
+
+
+def run_text(r: dict) -> str:
+  return f"{r['run_seconds']:,.0f} ({r['gpu_s_per_video_s']:,.0f})"
+
+
+def resident_text(group: dict[str, dict]) -> str:
+  most = max(group.values(), key=lambda r: r["memory_bytes"])
+  return f"{most['memory_bytes'] / 1e9:.0f}" + ("" if most["fits"] else " (does not fit)")
+
+
+def duration_table(found: list[dict], largest: list[dict]) -> str:
+  """Returns a line per video, and a sentence on the longest that fits."""
+  columns = {
+    "video, s": of_method("dense", number("video_seconds", ".1f")),
+    "grid": of_method("dense", grid_text),
+  }
+  columns |= {method: of_method(method, run_text) for method in DURATION_METHODS}
+  columns["resident, GB"] = resident_text
+  longest = ", ".join(
+    f"{r['video_seconds']:.0f} s ({grid_text(r)}) with {r['method']}" for r in largest
+  )
+  table = by_method(found, grid_text, columns)
+  return f"{table}\n\nThe longest 720p video that fits: {longest}."
+
+
+FORWARD_METHODS = ("dense, unpadded", "dense", "freqformer")
+FORWARDS = {method: of_method(method, number("seconds", ".3f")) for method in FORWARD_METHODS}
+SPEEDUP = {
+  "unpadded dense / freqformer": of_method("freqformer", number("speedup_over_dense", ".2f"))
+}
+GPUS = (
+  {"GPUs": of_method("freqformer", text("gpus"))}
+  | FORWARDS
+  | SPEEDUP
+  | {
+    "communication": of_method("freqformer", number("communication_seconds", ".3f")),
+    "busiest / mean GPU": of_method("freqformer", number("imbalance", ".2f")),
+  }
+)
+
+
+def device_rates(r: dict) -> str:
+  return r["rates"].split(";")[0]
+
+
+DEVICES = (
+  {"GPU": of_method("freqformer", text("gpu"))}
+  | FORWARDS
+  | SPEEDUP
+  | {"rates": of_method("freqformer", device_rates)}
+)
+
+
+# ---- tables: approximation -----------------------------------------------------------------------
+
+
+def bound_text(r: dict) -> str:
+  """Returns the largest error of any row, and the largest error / bound of any row."""
+  return f"{r['error']:.3g} ({ratio_text(r)})"
+
+
+def shares_text(r: dict) -> str:
+  return "/".join(f"{100 * s:.0f}" for s in r["band_shares"])
+
+
+def approximation_tables(found: list[dict]) -> str:
+  """Returns errors and bounds, shares of the bands, and the count of the bounds that hold."""
+  heads = summary(found)
+  inexact = [r for r in heads if not r["exact"]]
+  bounded = [r for r in inexact if r["kept"] is not None]
+  filters = [r for r in heads if r["exact"]]
+  kept = sum(r["kept"] for r in bounded)
+  claimed = sum(r["heads"] for r in bounded)
+  exact = sum(r["kept"] for r in filters)
+  farthest = max((abs(r["closest"]["ratio"] - 1) for r in filters), default=0)
+  return "\n\n".join(
+    (
+      pivot(inexact, "error (of its bound)", text("case"), text("kind"), bound_text),
+      pivot(inexact, "squared error, %", text("case"), text("kind"), shares_text),
+      f"{kept} of {claimed} pairs of head and operator keep their bound in every row; "
+      f"{exact} of {sum(r['heads'] for r in filters)} filters\ndiscard exactly what they must "
+      f"(the ratio is at most {farthest:.0e} away from 1).",
+    )
   )
 
 
 def tables(rows: list[dict]) -> dict[str, str]:
   """Returns every table of the page by its marker."""
-
-  def plain(name, columns):
-    return markdown(of_set(rows, name), columns | MEASURED)
-
+  dense_rate = of_set(rows, "dense rate alone fitted")
+  calls = of_set(rows, "three published rows fitted")
+  run = of_set(rows, "published run")
+  cpu = of_set(rows, "cpu")
   return {
-    "dense-rate": comparison(of_set(rows, "dense rate alone fitted")),
-    "published": comparison(of_set(rows, "three published rows fitted")),
-    "cpu": comparison(of_set(rows, "cpu")),
-    "run": comparison(of_set(rows, "published run")),
     "defaults": defaults_table(of_set(rows, "defaults")),
-    "sweep": plain("sweep", SWEEP),
-    "duration": plain("duration", DURATION),
-    "largest": plain("largest", LARGEST),
-    "gpus": plain("gpus", GPUS),
-    "devices": plain("devices", DEVICES),
-    "approximation": markdown(summary(of_set(rows, "approximation")), APPROXIMATION | MEASURED),
+    "dense-rate": comparison(dense_rate),
+    "published": published_tables(calls, run),
+    "cpu": f"{comparison(cpu)}\n\n{notes(cpu)}",
+    "sweep": sweep_tables(of_set(rows, "sweep")),
+    "duration": duration_table(of_set(rows, "duration"), of_set(rows, "largest")),
+    "gpus": by_method(of_set(rows, "gpus"), text("gpus"), GPUS),
+    "devices": by_method(of_set(rows, "devices"), text("gpu"), DEVICES),
+    "approximation": approximation_tables(of_set(rows, "approximation")),
   }
 
 
@@ -428,7 +551,7 @@ def main(argv) -> None:
   ROWS.write_text("[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n")
   draw(rows)
   DOC.write_text(fill(DOC.read_text(), tables(rows)))
-  print(markdown(of_set(rows, "sweep"), SWEEP))
+  print(tables(rows)["sweep"])
   logging.info("wrote %s, %s and %s", ROWS, DOC, FIGURES)
 
 
