@@ -38,7 +38,7 @@ class Trial:
     shared_bytes: of a thread block of its kernel.
     seconds: measured; None where nothing was.
     final: among the best, timed again in turns.
-    error: relative error against the XLA backend; None where nothing ran.
+    error: relative error against XLA's; None where nothing ran.
   """
 
   config: TuningConfig
@@ -79,11 +79,11 @@ def problem_of(key: Key, grid: tuple[int, int, int] | None = None) -> masks.Prob
 
 
 def run(direction: str, implementation: str, data, mask):
-  """Runs one direction by the backend itself; XLA drops the kernels of the others.
+  """Runs one direction by the implementation itself; XLA drops the kernels of the others.
 
   Args:
     direction: of `kernels.block_sparse.tuning.DIRECTIONS`.
-    implementation: a backend's name.
+    implementation: an implementation's name.
     data: q, k, v, d_out `[b, n, h, d]` and lse, delta `[b, h, n]`, residuals of the backward.
     mask: the table.
 
@@ -117,9 +117,7 @@ def compile_kernel(key: Key, config: TuningConfig) -> offline.KernelResources:
   kv_tiles = n // key.block_kv
   x = jax.ShapeDtypeStruct((1, n, heads, key.head_dim), jnp.bfloat16)
   row = jax.ShapeDtypeStruct((1, heads, n), jnp.float32)
-  transposed = TransposedMask(
-    ints(1, heads, q_tiles * listed), ints(1, heads, kv_tiles + 1), q_tiles, listed
-  )
+  transposed = TransposedMask(ints(1, heads, q_tiles * listed), ints(1, heads, kv_tiles + 1))
   mask = BlockMask(
     ints(1, heads, q_tiles, listed),
     ints(1, heads, q_tiles),
@@ -158,14 +156,14 @@ def time_candidates(
   budget: Budget,
   grid: tuple[int, int, int] | None = None,
 ) -> list[Trial]:
-  """Checks each remaining candidate against the XLA backend and times those that are right.
+  """Checks each remaining candidate against XLA's and times those that are right.
 
   All are timed briefly; the best ones and the default again, in turns.
 
   Args:
     key: of the configurations.
     trials: the candidates, as `compile_candidate` left them.
-    implementation: a backend's name.
+    implementation: an implementation's name.
     budget: of time.
     grid: tokens per axis; default 64K in all.
   """
@@ -218,7 +216,7 @@ def checked(trial: Trial, call: Call, want) -> Trial:
   pairs = zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True)
   worst = max(oracle.Error.of(got, exact).relative for got, exact in pairs)
   wrong = not worst < _TOLERANCE  # a NaN is not below it
-  reason = f"wrong: relative error {worst:.2g} against the XLA backend" if wrong else ""
+  reason = f"wrong: relative error {worst:.2g} against XLA's" if wrong else ""
   return dataclasses.replace(trial, error=worst, refused=reason)
 
 
