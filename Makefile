@@ -48,8 +48,8 @@ demo: core
 demo-compare: core
 	$(RUN) -m benchmarks.trained.demo_compare
 
-# The page's trained q, k, v come from 120 steps of the demo; runs/complexity is trained if it is not there. All on the CPU, also
-# beside a GPU: the page's rows were made there, and a model trained elsewhere is another one.
+# The page's trained q, k, v come from 120 steps of the demo; runs/complexity is trained if it is
+# not there. All on the CPU, also beside a GPU: a model trained elsewhere is another one.
 simulate: export JAX_PLATFORMS := cpu
 simulate: core
 	$(RUN) -c "from freqformer.data.render import render_ucf101 as r; r('data/demo')"
