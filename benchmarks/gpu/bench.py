@@ -106,8 +106,7 @@ class Bench:
   def form(self, spec: AttentionSpec, form: Form) -> dict:
     """Times a forward as it is configured and otherwise, in turns, and checks both.
 
-    Returns:
-      fields of both, and `ratio`: the time of the other form over that of the configured one.
+    `ratio` is the time of the other form over that of the configured one.
     """
     problem = form.problem(spec)
     mask = problem.mask
@@ -192,13 +191,8 @@ class Bench:
   ) -> dict | None:
     """Returns cuDNN's row for a shape, measured once per process: no ratio mixes two runs.
 
-    Args:
-      spec: the shape.
-      direction: "forward" or "backward".
-      measured: its times, where it has run in turns with another call.
-
-    Returns:
-      the row; None if cuDNN failed, which its row then says.
+    `measured` are its times, where it has run in turns with another call. It is None if cuDNN
+    failed, which its row then says.
     """
     key = (spec.n, spec.heads, spec.head_dim, direction)
     if key not in self._dense:

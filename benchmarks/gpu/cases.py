@@ -21,13 +21,7 @@ ON_REQUEST = ("forms",)
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """One row to measure.
-
-  Attributes:
-    name: of the row.
-    part: a key of `GUARDS`, which `--parts` chooses by.
-    measure: returns the row's fields.
-  """
+  """One row to measure; `measure` returns its fields, `part` is a key of `GUARDS`."""
 
   name: str
   part: str

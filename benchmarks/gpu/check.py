@@ -4,16 +4,11 @@
   python -m benchmarks.gpu.check --only="^plain, seed 0$" --config="take_turns=False"    # one case
   python -m benchmarks.gpu.check --rehearse --out=/tmp/x     # tiny shapes, a stand-in, any device
 
-`pytest --device=gpu` holds every kernel to the conformance tests, which are small. The cases here
-fill the device, have more than 2^31 elements, or hand the kernels operands as a program does.
-
-A case that is right already (same device, same code) is skipped. A case for which no time is left
-gets no row: it is printed as unreached, and the exit status is 1. Each case is announced before it
-begins, so that a run that is killed has named the case that it was in.
-
-Every case draws random inputs, cotangents of the output and of the LSE, and a random table. Errors
-on sampled rows must stay within twice those of the plain computation in the input's type, and two
-runs must agree bit for bit.
+The conformance tests (`pytest --device=gpu`) are small; the cases here fill the device, have more
+than 2^31 elements, or hand the kernels operands as a program does. A case that is right already
+(same device, same code) is skipped; one for which no time is left gets no row and is printed as
+unreached. Errors on sampled rows must stay within twice those of the plain computation in the
+input's type, and two runs must agree bit for bit.
 """
 
 import argparse
@@ -42,14 +37,10 @@ class Case:
   """One attention call.
 
   Attributes:
-    name: of the row.
     b: samples.
     h: heads.
     n: rows of the buffer.
     d: channels of a head.
-    block_q: rows of a query tile.
-    block_kv: rows of a key tile.
-    dtype: of q, k, v.
     keep: probability that a tile is listed; 0: dense mode, no lists.
     ragged: tiles hold random numbers of valid rows.
     empty: this share of query tiles lists nothing.
@@ -256,8 +247,7 @@ def check_sliced_in_scan(case: Case, implementation: str, count: int) -> dict:
 def check_selection(sizes: tuple[tuple[int, int], ...]) -> dict:
   """Checks that lists of real lengths, with fixed places and many ties, are an exact top-k's.
 
-  Args:
-    sizes: (width of a row, entries to select).
+  `sizes` are pairs: width of a row, entries to select.
   """
   rng = np.random.default_rng(0)
   correct = True
@@ -280,12 +270,9 @@ def check_selection(sizes: tuple[tuple[int, int], ...]) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """One case to run.
+  """One case to run: `run(implementation)` returns errors and "correct".
 
-  Attributes:
-    name: of the row.
-    run: `implementation -> errors and "correct"`.
-    case: the attention call at its full size, whose kernels `--config` changes; None for others.
+  `case` is the attention call at full size, whose kernels `--config` changes; None for others.
   """
 
   name: str
@@ -294,11 +281,7 @@ class Job:
 
 
 def jobs(small: bool) -> list[Job]:
-  """Returns every case in order of value: each once, the large ones, then more seeds.
-
-  Args:
-    small: tiny shapes.
-  """
+  """Returns every case in order of value: each once, the large ones, then more seeds."""
   count = FEW_ROWS if small else SAMPLED_ROWS
 
   def sized(case: Case) -> Case:
@@ -356,8 +339,7 @@ def sweep(
   """Runs cases one by one; a case that raises is not correct.
 
   Returns:
-    the rows, and the names of the cases for which there was no time: these are unknown, not wrong,
-    and have no row.
+    the rows, and the names of the cases for which there was no time, which have no row.
   """
   checked = []
   unreached = []
@@ -410,9 +392,6 @@ def command_line() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> bool:
   """Runs the cases asked for; returns whether all were reached and are right.
-
-  Args:
-    arguments: of the command line; default the program's own.
 
   Raises:
     ValueError: if a rehearsal would write among the measured rows, or an argument is invalid.

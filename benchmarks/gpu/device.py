@@ -14,12 +14,7 @@ from benchmarks.gpu.code import code_digest
 
 @dataclasses.dataclass(frozen=True)
 class Deadline:
-  """A point in time at which to stop.
-
-  Attributes:
-    seconds: from `start` on.
-    start: in seconds of the monotonic clock.
-  """
+  """A point in time, `seconds` after `start` on the monotonic clock."""
 
   seconds: float
   start: float = dataclasses.field(default_factory=time.monotonic)
@@ -31,12 +26,9 @@ class Deadline:
 
 
 def open_device(rehearse: bool) -> str:
-  """Chooses the GPU, or the CPU for a rehearsal, and leaves memory for child processes.
+  """Chooses the GPU, or the CPU for a rehearsal, before anything runs; returns the device's kind.
 
-  It must be called before anything runs.
-
-  Returns:
-    the device's kind.
+  It leaves memory for child processes.
 
   Raises:
     RuntimeError: if there is no GPU; the message says what to do.
@@ -67,7 +59,7 @@ def open_store(
 
   Args:
     name: of the file, e.g. "gpu_check_{device}"; a rehearsal's device is "rehearsal".
-    command: what makes the rows.
+    command: makes the rows.
     out: folder; default `$OUT`, else benchmarks/results.
     rehearse: mark rows as no measurement.
 

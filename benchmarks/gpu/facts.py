@@ -44,10 +44,9 @@ _LIBDEVICE = "/usr/local/cuda/nvvm/libdevice/libdevice.10.bc"
 
 @functools.cache
 def toolchain() -> dict[str, str]:
-  """Returns what a kernel's machine code and its launch depend on; every row carries these fields.
+  """Returns what a kernel's machine code and launch depend on; every row carries these fields.
 
-  `ptxas` is the one on PATH, which XLA prefers; `ptxas_wheel` is that of the wheel
-  nvidia-cuda-nvcc. Each is a path and a version, or "absent".
+  `ptxas` is the one on PATH, which XLA prefers, `ptxas_wheel` that of the wheel nvidia-cuda-nvcc.
   """
   return {
     "ptxas": described_ptxas(shutil.which("ptxas")),

@@ -15,7 +15,6 @@ class Gate:
   """One goal.
 
   Attributes:
-    name: for people.
     rows: names of the rows that it reads; the worst one counts.
     field: of those rows.
     unit: "" is a ratio.

@@ -72,8 +72,7 @@ def in_child(
 ) -> dict[str, dict]:
   """Runs `compare` in a process whose command buffers run independent kernels concurrently.
 
-  Returns:
-    the fields of a results row for `fused` and `separate`.
+  It returns the fields of a results row for `fused` and `separate`.
   """
   code = (
     "from benchmarks.gpu.launches import child; from benchmarks.arg_specs import AttentionSpec; "

@@ -20,7 +20,6 @@ class Problem:
   """One attention call.
 
   Attributes:
-    spec: the shape: tokens, heads, head dimension, dtype.
     mask: the table, in NumPy; its tiles say how many rows the buffer has.
     what: the table in words.
     heads: heads of this call; the spec's unless it is a part of them.
@@ -76,18 +75,16 @@ def on_device(mask: BlockMask) -> BlockMask:
 def random_ids(
   heads: int, tiles: tuple[int, int], keep: int, seed: int = 0, ordered: bool = True
 ) -> np.ndarray:
-  """Draws distinct key tiles for every query tile, its own among them.
+  """Draws distinct key tiles for every query tile, its own (at the same place) among them.
 
   Args:
-    heads: lists differ from head to head.
-    tiles: `(q_tiles, kv_tiles)`; own = the key tile at the same place.
+    tiles: `(q_tiles, kv_tiles)`.
     keep: tiles per list, at most `kv_tiles`.
-    seed: of the draw.
     ordered: True for ascending lists, as tables must be; False leaves each list in random order,
       whose cost is a row of its own.
 
   Returns:
-    int32 `[1, heads, q_tiles, keep]`.
+    int32 `[1, heads, q_tiles, keep]`; lists differ from head to head.
   """
   q_tiles, kv_tiles = tiles
 

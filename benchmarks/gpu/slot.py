@@ -5,10 +5,9 @@
   python3 -m benchmarks.gpu.slot --rehearse --minutes=15 --out=/tmp/x
 
 docs/gpu_queue.md says when to run which plan; the last line rehearses one with a stand-in on a CPU.
-Every step is a process of its own. When it overstays, its whole process group is killed and the
-case it had begun is named. Small checks run several at a time, what is timed runs alone. Steps
-write row by row into one file per kind under --out, each file whole or not at all, so that a step
-that is cut off loses nothing. This process imports no jax: nothing that a kernel does can hold it.
+Every step is a process of its own. When it overstays, its process group is killed and the case it
+had begun is named. Checks run several at a time, what is timed runs alone. Steps write row by row,
+each file whole or not at all. This process imports no jax: no kernel can hold it.
 """
 
 import argparse
@@ -52,13 +51,7 @@ _LOG_CHARACTERS = 200_000
 
 
 class Slot:
-  """One run over a plan.
-
-  Attributes:
-    out: folder of what is kept.
-    rehearse: whether tiny shapes run on a CPU.
-    outcomes: of the steps so far, in the order in which they ended.
-  """
+  """One run over a plan; `outcomes` are those of the steps so far, in the order of their ends."""
 
   def __init__(self, out: pathlib.Path, minutes: float, rehearse: bool = False):
     self.out = out
@@ -217,10 +210,7 @@ class Slot:
         self._end(process)
 
   def _spawn(self, command: list[str], sink) -> subprocess.Popen:
-    """Starts a process in a session, and so in a process group, of its own.
-
-    `_kill` then ends it with all that it starts.
-    """
+    """Starts a process in a session, and so in a process group, of its own, which `_kill` ends."""
     process = subprocess.Popen(
       command,
       cwd=ROOT,

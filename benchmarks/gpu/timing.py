@@ -53,12 +53,7 @@ class Effort:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Call:
-  """A call `f(first, *rest)`.
-
-  Attributes:
-    f: the function.
-    args: its arguments; a chain threads the first, a floating-point array, from call to call.
-  """
+  """A call `f(first, *rest)`; a chain threads the first, a floating-point array, through calls."""
 
   f: Callable
   args: tuple
@@ -159,14 +154,7 @@ class _Chain:
 
 
 def chained(f: Callable, length: int, state: tuple, *rest) -> tuple:
-  """Runs `length` calls, each on the one before.
-
-  Args:
-    f: `f(first, *rest) -> results`.
-    length: calls.
-    state: `(first, results)`, as it is returned.
-    rest: further arguments.
-  """
+  """Runs `length` calls `f(first, *rest)`, each on the one before; `state` is (first, results)."""
 
   def step(_, state):
     x, _ = state

@@ -2,9 +2,8 @@
 
   python -m benchmarks.gpu.torch_peers    # one JSON row per line; --rehearse: tiny shapes
 
-It needs torch with CUDA and nothing of ours. FlexAttention compiles its own Triton kernels, which
-takes about 20 s per shape. Times are CUDA events around single calls, after two warm-up calls, in
-bfloat16 on normal inputs; the `clock` of the rows says so.
+It needs torch with CUDA and nothing of ours. FlexAttention compiles its own Triton kernels, about
+20 s per shape. Times are CUDA events around single calls, in bfloat16 on normal inputs.
 """
 
 import argparse
@@ -38,9 +37,6 @@ class Torch:
   """PyTorch and the parts of it that are used; on a CPU everything runs in float32.
 
   Attributes:
-    torch: the module.
-    cuda: whether there is a GPU.
-    samples: of each call.
     flex: FlexAttention, compiled on a GPU.
     facts: fields of every row.
   """
@@ -88,11 +84,7 @@ class Torch:
     return times
 
   def table(self, seen):
-    """Returns FlexAttention's table of whole blocks, none of them partial.
-
-    Args:
-      seen: bool `[heads or 1, tiles, tiles]`.
-    """
+    """Returns FlexAttention's table of the blocks that bool `seen [heads, tiles, tiles]` marks."""
     from torch.nn.attention.flex_attention import BlockMask
 
     listed = seen.to(self.torch.int32)

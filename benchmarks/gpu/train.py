@@ -3,10 +3,8 @@
   python -m benchmarks.gpu.train --steps=60 --out=$OUT     # FreqFormer-S, bfloat16, 64 per head
   python -m benchmarks.gpu.train --rehearse --steps=3 --out=/tmp/x     # tiny, on a CPU
 
-The step is the one of train.py; the data path (files, cache, loader) is left out, so that neither
-its packages nor its speed matter. configs/demo.py says nothing about the kernels: its heads of 16
-channels in float32 run the portable backend. The row says how much of the device's time attention
-takes where a profiler saw the kernels, else how much of the model's FLOPs.
+The step is the one of train.py; files, cache and loader are left out. The row says how much of the
+device's time attention takes where a profiler saw the kernels, else how much of the model's FLOPs.
 """
 
 import argparse
@@ -69,12 +67,9 @@ def rendered_batch(exp: Experiment) -> dict[str, np.ndarray]:
 
 
 def measure(exp: Experiment, steps: int, deadline: Deadline) -> dict:
-  """Trains on one batch and returns the fields of the row.
+  """Trains on one batch, until the deadline at most, and returns the fields of the row.
 
-  Args:
-    exp: the experiment.
-    steps: to time, after the first one, which compiles.
-    deadline: no step is begun after it.
+  The first step, which compiles, is not timed.
   """
   shape = exp.latent_shape
   batch = rendered_batch(exp)

@@ -4,13 +4,10 @@
   python -m benchmarks.gpu.tune --static            # anywhere: a report of the candidates that fit
   python -m benchmarks.gpu.tune --rehearse --out=/tmp/x     # one key, tiny, a stand-in on a CPU
 
-The table is written twice: into the checkout, where later runs read it, and next to the report as
-`kernels_tuning.json`, because a rented machine gives back only its output folder.
-
 Per key (head dimension, tile sizes, direction): candidates -> those that compile for the device
 without spilling and within shared memory -> those that agree with the XLA backend -> the fastest.
-The default is always a candidate, and another one is taken only where it is faster by more than
-`tune_trials.MARGIN`: below that, noise would write the table.
+The table is written twice: into the checkout, and next to the report as `kernels_tuning.json`,
+because a rented machine gives back only its output folder.
 """
 
 import argparse
@@ -52,11 +49,7 @@ def all_keys() -> list[Key]:
 
 
 def parse_key(text: str) -> Key:
-  """Returns the key that `128:128:64:dq` names.
-
-  Raises:
-    ValueError: if it is not of that form.
-  """
+  """Returns the key that e.g. `128:128:64:dq` names; a ValueError says the form."""
   try:
     d, q, kv, direction = text.split(":")
     return Key(DEVICE, int(d), int(q), int(kv), direction)
@@ -76,17 +69,13 @@ def search(
   static: bool = False,
   save: Callable[[dict[Key, TuningConfig]], None] | None = None,
 ) -> dict[Key, TuningConfig]:
-  """Goes through the keys, a row of trials each.
+  """Goes through the keys, the most used first, a row of trials each; returns the choices.
 
   Args:
-    keys: the most used first.
     store: of the rows; a rehearsal's tries few candidates with a stand-in.
     budget: of the whole search.
     static: compile only.
     save: gets everything chosen so far after each key, so that a search that is killed keeps it.
-
-  Returns:
-    the choice, for the keys that were timed.
   """
   chosen = {}
   for number, key in enumerate(keys):
@@ -177,13 +166,7 @@ def report(key: Key, trials: list[Trial], chosen: TuningConfig | None) -> str:
 
 
 def write_tables(places: list[pathlib.Path], store: Store, chosen: dict[Key, TuningConfig]):
-  """Writes the table with what was found so far.
-
-  Args:
-    places: files; a rehearsal has none in the checkout.
-    store: its context says where and with what the configurations were timed.
-    chosen: what was found.
-  """
+  """Writes the table with what was found so far, and where and with what it was timed."""
   known = ("command", "device", "jax", "jaxlib", "ptxas", "driver", "commit", "date")
   facts = {name: store.context[name] for name in known}
   facts |= {"rehearsal": True} if store.rehearsal else {}

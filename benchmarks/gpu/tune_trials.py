@@ -29,16 +29,14 @@ _DENSITY = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-  """One candidate and its fate.
+  """One candidate and its fate; None where nothing was compiled or ran.
 
   Attributes:
-    config: the candidate.
     refused: why it is out; "" if it is not.
     registers: per thread of its kernel.
     shared_bytes: of a thread block of its kernel.
-    seconds: measured; None where nothing was.
     final: among the best, timed again in turns.
-    error: relative error against XLA's; None where nothing ran.
+    error: relative error against XLA's.
   """
 
   config: TuningConfig
@@ -59,7 +57,6 @@ class Budget:
   """The time that a search may take.
 
   Attributes:
-    deadline: nothing is begun after it.
     brief: for every candidate that is right.
     full: for the `finalists` best and the default, in turns.
   """
@@ -158,14 +155,8 @@ def time_candidates(
 ) -> list[Trial]:
   """Checks each remaining candidate against XLA's and times those that are right.
 
-  All are timed briefly; the best ones and the default again, in turns.
-
-  Args:
-    key: of the configurations.
-    trials: the candidates, as `compile_candidate` left them.
-    implementation: an implementation's name.
-    budget: of time.
-    grid: tokens per axis; default 64K in all.
+  All are timed briefly; the best ones and the default again, in turns. A call has 64K tokens unless
+  `grid` is given.
   """
   problem = problem_of(key, grid)
   q, k, v, d_out = problem.inputs(4)
@@ -221,9 +212,9 @@ def checked(trial: Trial, call: Call, want) -> Trial:
 
 
 def choose(key: Key, trials: list[Trial]) -> TuningConfig | None:
-  """Returns the fastest finalist, the default unless another is faster by more than the margin.
+  """Returns the fastest finalist; None if nothing was timed.
 
-  It is None if nothing was timed.
+  The default stays unless another is faster by more than the margin.
   """
   timed = [trial for trial in trials if trial.final]
   if not timed:
