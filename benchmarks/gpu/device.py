@@ -11,6 +11,9 @@ from benchmarks import rows
 from benchmarks.gpu import facts
 from benchmarks.gpu.code import code_digest
 
+# A kernel's speed depends on their versions.
+_PACKAGES = ("jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13")
+
 
 @dataclasses.dataclass(frozen=True)
 class Deadline:
@@ -74,13 +77,7 @@ def open_store(
   device = jax.devices()[0]
   label = "rehearsal" if rehearse else device_slug(device.device_kind)
   context = rows.context(command) | {"code": code_digest(), "platform": device.platform}
-  context |= versions() | facts.toolchain()
+  context |= {package: facts.version_of(package) for package in _PACKAGES} | facts.toolchain()
   return rows.Store(
     folder / f"{name.format(device=label)}.json", context, ("device", "code"), rehearse
   )
-
-
-def versions() -> dict[str, str]:
-  """Returns versions of the packages that a kernel's speed depends on, or "absent"."""
-  packages = ("jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13")
-  return {package: facts.version_of(package) for package in packages}

@@ -116,7 +116,7 @@ def facts() -> dict:
     "python": platform.python_version(),
     "machine": platform.machine(),
     "cores": os.cpu_count(),
-    "memory_gib": _memory_gib(),
+    "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
     "nvidia_smi": answer(["nvidia-smi"])[:_SMI_CHARACTERS],
   }
 
@@ -127,10 +127,6 @@ def version_of(package: str) -> str:
     return importlib.metadata.version(package)
   except importlib.metadata.PackageNotFoundError:
     return ABSENT
-
-
-def _memory_gib() -> float:
-  return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
 
 
 def main():

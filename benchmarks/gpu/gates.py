@@ -33,10 +33,6 @@ class Gate:
   record: float
   scale: float = 1.0
 
-  def __post_init__(self):
-    if self.relation not in _WORSE:
-      raise ValueError(f"{self.relation=} must be one of {', '.join(_WORSE)}.")
-
   def read(self, found: dict[str, dict]) -> tuple[float | None, list[str]]:
     """Returns the worst value in the gate's unit (None: no row), and the rows that are missing."""
     values = []
@@ -52,10 +48,8 @@ class Gate:
         values.append(value * self.scale)
     return _WORSE[self.relation](values) if values else None, missing
 
-  def met(self, value: float | None, bound: float) -> bool:
+  def met(self, value: float, bound: float) -> bool:
     """True if a value keeps a bound."""
-    if value is None:
-      return False
     return value >= bound if self.relation == ">=" else value <= bound
 
 

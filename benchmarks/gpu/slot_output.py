@@ -94,7 +94,7 @@ def read_output(step: Step, text: str, code: int | None) -> Outcome:
   if code is None:
     found.state = "killed"
   elif code < 0:
-    found.state = f"died: {_signal_name(-code)}"
+    found.state = f"died: {signal.Signals(-code).name}"
   elif found.wrong:
     found.state = "wrong"
   elif found.unreached:
@@ -108,11 +108,6 @@ def read_output(step: Step, text: str, code: int | None) -> Outcome:
   if step.wrapper and not step.judged and code is not None and (code or not _clean(text)):
     found.state = "said something"
   return found
-
-
-def _signal_name(number: int) -> str:
-  known = {int(each): each.name for each in signal.Signals}
-  return known.get(number, f"signal {number}")
 
 
 def _clean(text: str) -> bool:

@@ -46,10 +46,6 @@ class Effort:
   chain_s: float = 0.03
   turns: int = 4
 
-  def __post_init__(self):
-    if min(self.samples, self.slow_samples, self.turns) < 1 or min(self.slow_s, self.chain_s) < 0:
-      raise ValueError(f"counts must be >= 1 and seconds >= 0, got {self}.")
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Call:

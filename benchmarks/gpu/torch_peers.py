@@ -31,6 +31,8 @@ BACKWARD_DENSITY = 0.1
 # FLOPs per scored pair and channel, and of forward + backward over forward.
 _FLOPS_PER_PAIR = 4
 _WITH_BACKWARD = 3.5
+# Of each call.
+_SAMPLES = 20
 
 
 class Torch:
@@ -41,12 +43,11 @@ class Torch:
     facts: fields of every row.
   """
 
-  def __init__(self, samples: int):
+  def __init__(self):
     import torch
     from torch.nn.attention.flex_attention import flex_attention
 
     self.torch = torch
-    self.samples = samples
     self.cuda = torch.cuda.is_available()
     self.device = "cuda" if self.cuda else "cpu"
     self.flex = torch.compile(flex_attention, dynamic=False) if self.cuda else flex_attention
@@ -74,7 +75,7 @@ class Torch:
       run()
       return [time.perf_counter() - start]
     times = []
-    for _ in range(self.samples):
+    for _ in range(_SAMPLES):
       start, end = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
       start.record()
       run()
@@ -212,11 +213,10 @@ def main():
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--rehearse", action="store_true", help="tiny shapes, on any device")
-  parser.add_argument("--samples", type=int, default=20)
   options = parser.parse_args()
   shapes = TINY if options.rehearse else SHAPES
   tile_grid = TINY_WINDOW_TILES if options.rehearse else WINDOW_TILES
-  t = Torch(options.samples)
+  t = Torch()
   if not (t.cuda or options.rehearse):
     raise SystemExit(
       "torch sees no GPU: nothing to compare with (--rehearse runs tiny shapes on a CPU)"

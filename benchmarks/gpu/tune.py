@@ -11,6 +11,7 @@ because a rented machine gives back only its output folder.
 """
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import json
@@ -99,11 +100,11 @@ def search(
       "key": vars(key),
       "static": static,
       "kernels": kernels_digest(),
-      "trials": [trial.row() for trial in trials],
+      "trials": [dataclasses.asdict(trial) for trial in trials],
       "chosen": vars(best) if best else None,
     }
     store.add(row)
-    if save is not None and best is not None:
+    if save and best:
       save(chosen)
     verdict = "ok    " if static or best else "FAILED"
     print(f"{verdict}{row_name(key)}\n{report(key, trials, best)}", flush=True)

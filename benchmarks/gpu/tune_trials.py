@@ -47,10 +47,6 @@ class Trial:
   final: bool = False
   error: float | None = None
 
-  def row(self) -> dict:
-    """Returns the fields of a report."""
-    return dataclasses.asdict(self)
-
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
@@ -75,30 +71,26 @@ def problem_of(key: Key, grid: tuple[int, int, int] | None = None) -> masks.Prob
   return masks.rectangular(spec, key.block_q, key.block_kv, _DENSITY)
 
 
-def run(direction: str, implementation: str, data, mask):
+def run(direction: str, implementation: str, q, rest, mask):
   """Runs one direction by the implementation itself; XLA drops the kernels of the others.
 
   Args:
     direction: of `kernels.block_sparse.tuning.DIRECTIONS`.
     implementation: an implementation's name.
-    data: q, k, v, d_out `[b, n, h, d]` and lse, delta `[b, h, n]`, residuals of the backward.
+    q: apart from `rest`, because a timed chain goes through its first argument.
+    rest: k, v, d_out `[b, n, h, d]` and lse, delta `[b, h, n]`, residuals of the backward.
     mask: the table.
 
   Returns:
     out and LSE, dQ, or dK and dV.
   """
-  q, k, v, d_out, lse, delta = data
+  k, v, d_out, lse, delta = rest
   scale = 1 / math.sqrt(q.shape[-1])
   if direction == "forward":
     return ATTENTION.module(implementation).forward(q, k, v, mask, scale=scale)
   backward = ATTENTION.module(implementation).backward
   dq, dk, dv = backward(q, k, v, mask, lse, delta, d_out, scale=scale)
   return dq if direction == "dq" else (dk, dv)
-
-
-def _run(direction, implementation, q, rest, mask):
-  """Runs a direction with q apart: a timed chain goes through its first argument."""
-  return run(direction, implementation, (q, *rest), mask)
 
 
 def compile_kernel(key: Key, config: TuningConfig) -> offline.KernelResources:
@@ -126,7 +118,7 @@ def compile_kernel(key: Key, config: TuningConfig) -> offline.KernelResources:
   )
   with tuning.override({key: config}):
     call = functools.partial(run, key.direction, "pallas_mgpu")
-    compiled = offline.compile_for(call, (x, x, x, x, row, row), mask, device=key.device)
+    compiled = offline.compile_for(call, x, (x, x, x, row, row), mask, device=key.device)
   (own,) = [kernel for kernel in compiled.kernels if key.direction in kernel.name]
   return own
 
@@ -164,7 +156,7 @@ def time_candidates(
   out, lse = jax.jit(lambda *a: attention(*a, implementation="xla"))(q, k, v, mask)
   delta = jnp.einsum("bnhd,bnhd->bhn", d_out.astype(jnp.float32), out.astype(jnp.float32))
   args = (q, (k, v, d_out, lse, delta), mask)
-  want = jax.jit(functools.partial(_run, key.direction, "xla"))(*args)
+  want = jax.jit(functools.partial(run, key.direction, "xla"))(*args)
   found = []
   calls = {}
   for i, trial in enumerate(trials):
@@ -192,7 +184,7 @@ def _call(key: Key, config: TuningConfig, implementation: str, args: tuple) -> C
   # A function of its own: jit would otherwise give back what the last candidate traced.
   def candidate(*args):
     with tuning.override({key: config}):
-      return _run(key.direction, implementation, *args)
+      return run(key.direction, implementation, *args)
 
   return Call(candidate, args)
 

@@ -90,8 +90,8 @@ def test_wrong_and_failing_candidates_are_refused(monkeypatch):
   right, wrong, failing = _trials()
   run = tune_trials.run
 
-  def by_config(direction, implementation, data, mask):
-    out, lse = run(direction, implementation, data, mask)
+  def by_config(direction, implementation, q, rest, mask):
+    out, lse = run(direction, implementation, q, rest, mask)
     config = tuning.lookup(KEY)
     if config == failing.config and implementation != "xla":
       raise RuntimeError("launch failed")
@@ -146,7 +146,7 @@ def test_a_static_report_of_the_same_kernels_saves_compiling(monkeypatch, tmp_pa
   row = {
     "name": tune.row_name(KEY),
     "kernels": tune.kernels_digest(),
-    "trials": [t.row() for t in _trials()],
+    "trials": [dataclasses.asdict(t) for t in _trials()],
   }
   tune.rows.merge_rows(tmp_path / "tuning_static.json", [row])
   assert tune.known_trials(KEY) == _trials()
