@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from benchmarks.gpu import masks, ops, peers
-from benchmarks.gpu.bench import Bench, Form
+from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.masks import Composition
 from benchmarks.gpu.sizes import Sizes
 from benchmarks.gpu.slot_steps import GUARDS
@@ -43,9 +43,14 @@ def _forward(make: Callable, *args, **kwargs) -> Callable[[Bench], dict]:
   return lambda bench: bench.forward(make(*args, **kwargs))
 
 
-def _backward(make: Callable, *args, **kwargs) -> Callable[[Bench], dict]:
+def _backward(make: Callable, *args) -> Callable[[Bench], dict]:
   """Returns the measurement of a backward pass."""
-  return lambda bench: bench.backward(make(*args, **kwargs))
+  return lambda bench: bench.backward(make(*args))
+
+
+def _form(changes: str, make: Callable, *args) -> Callable[[Bench], dict]:
+  """Returns the measurement of a forward pass with and without changes of its configuration."""
+  return lambda bench: bench.form(make(*args), changes)
 
 
 def cases(sizes: Sizes) -> list[Case]:
@@ -137,13 +142,13 @@ def cases(sizes: Sizes) -> list[Case]:
   # The forward as it is configured and otherwise, in turns: the worth of a choice.
   one_by_one = "scores_ahead=False"
   alone = "tiles_per_block=1, compute_registers=0, memory_registers=0"
-  for name, shape, form in (
-    ("by_lane_dense", "a_64k", Form("by_lane=True")),
-    ("stage_by_stage_dense", "a_64k", Form(one_by_one)),
-    ("stage_by_stage_d05", "a_64k", Form(one_by_one, 0.05)),
-    ("one_tile_d10_64x64", "a_128k", Form(alone, 0.1, 64 // shrink)),
-  ):
-    add("forms", f"form_{name}/{shape}", _of(Bench.form, spec[shape], form))
+  dense = (masks.dense, spec["a_64k"])
+  lists = (masks.random_lists, spec["a_64k"], 0.05)
+  small_tiles = (masks.rectangular, spec["a_128k"], 64 // shrink, 64 // shrink, 0.1)
+  add("forms", "form_by_lane_dense/a_64k", _form("by_lane=True", *dense))
+  add("forms", "form_stage_by_stage_dense/a_64k", _form(one_by_one, *dense))
+  add("forms", "form_stage_by_stage_d05/a_64k", _form(one_by_one, *lists))
+  add("forms", "form_one_tile_d10_64x64/a_128k", _form(alone, *small_tiles))
   return found
 
 

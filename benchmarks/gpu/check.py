@@ -399,7 +399,7 @@ def main(arguments: list[str] | None = None) -> bool:
   options = command_line().parse_args(arguments)
   open_device(options.rehearse)
   found, configs = selected(options.rehearse, options.only, options.config)
-  command = "python -m benchmarks.gpu.check" + (" --rehearse" if options.rehearse else "")
+  command = "python -m benchmarks.gpu.check"
   command += f" --config={options.config}" if options.config else ""
   store = open_store("gpu_check_{device}", command, options.out, options.rehearse)
   implementation = options.implementation or ("xla" if options.rehearse else "pallas_mgpu")

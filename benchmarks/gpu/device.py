@@ -76,6 +76,7 @@ def open_store(
     )
   device = jax.devices()[0]
   label = "rehearsal" if rehearse else device_slug(device.device_kind)
+  command += " --rehearse" if rehearse else ""
   context = rows.context(command) | {"code": code_digest(), "platform": device.platform}
   context |= {package: facts.version_of(package) for package in _PACKAGES} | facts.toolchain()
   return rows.Store(

@@ -117,7 +117,6 @@ def main(
   configs = config.everywhere(config.parse(configuration)) if configuration else {}
   open_device(rehearse)
   command = f"python -m benchmarks.attention --device=gpu --minutes={minutes:g}"
-  command += " --rehearse" if rehearse else ""
   for option, value in (("parts", ",".join(parts)), ("only", only), ("config", configuration)):
     command += f" --{option}='{value}'" if value else ""
   store = open_store("attention_gpu_{device}", command, out, rehearse)

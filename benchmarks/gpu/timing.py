@@ -93,23 +93,14 @@ class Measured:
     return found | ({"timing_note": self.note} if self.note else {})
 
 
-def measure(
-  calls: Mapping[str, Call], effort: Effort = Effort(), kernels: bool | None = None
-) -> dict[str, Measured]:
-  """Times competitors in turns.
-
-  Args:
-    calls: by name.
-    effort: number of samples.
-    kernels: ask CUPTI for kernel times; None: where the default device is a GPU.
-  """
-  kernels = jax.default_backend() == "gpu" if kernels is None else kernels
+def measure(calls: Mapping[str, Call], effort: Effort) -> dict[str, Measured]:
+  """Times competitors in turns, and on a GPU their kernels."""
   chains = {name: _Chain(call, effort) for name, call in calls.items()}
   walls = in_turns({name: chain.sample for name, chain in chains.items()}, effort.turns)
   found = {}
   for name, chain in chains.items():
     measured = Measured(walls[name], note="wall clock only")
-    if kernels:
+    if jax.default_backend() == "gpu":
       few = effort.slow_samples if walls[name].median > _LONG_CALL_SECONDS else effort.samples
       measured = device_times(calls[name], walls[name], min(few, chain.samples))
     note = "; ".join(filter(None, (chain.note, measured.note)))

@@ -92,8 +92,7 @@ def measure(exp: Experiment, steps: int, deadline: Deadline) -> dict:
   jax.block_until_ready(state)
   seconds = (time.monotonic() - started) / done
   losses = [float(x) for x in losses]
-  device = jax.devices()[0]
-  memory = device.memory_stats() or {}
+  memory = jax.devices()[0].memory_stats() or {}
   text = step.as_text()
   row = {
     "model": f"{exp.model.size}, {exp.model.depth} layers of {exp.model.width}",
@@ -113,12 +112,10 @@ def measure(exp: Experiment, steps: int, deadline: Deadline) -> dict:
     "attention_kernels": [name for name in ATTENTION_KERNELS if name in text],
     **attention_share(exp, profiled(step, state, batch, tables)),
   }
-  fine = bool(np.isfinite(losses).all())
   # A run that quietly used the portable backend would time something else.
-  missing = device.platform == "gpu" and len(row["attention_kernels"]) < len(ATTENTION_KERNELS)
-  if missing:
+  if jax.default_backend() == "gpu" and len(row["attention_kernels"]) < len(ATTENTION_KERNELS):
     return row | {"correct": False, "error": "attention ran on no Hopper kernel"}
-  return row | {"correct": fine}
+  return row | {"correct": bool(np.isfinite(losses).all())}
 
 
 def profiled(step, state, batch, tables) -> dict[str, float]:
@@ -171,8 +168,7 @@ def attention_share(exp: Experiment, kernels: dict[str, float]) -> dict:
   }
 
 
-def command_line() -> argparse.ArgumentParser:
-  """Returns the parser of the command line."""
+def main() -> int:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -180,11 +176,7 @@ def command_line() -> argparse.ArgumentParser:
   parser.add_argument("--out", default=ROOT / "runs" / "gpu", help="folder for the row")
   parser.add_argument("--minutes", type=float, default=2, help="stop by then")
   parser.add_argument("--rehearse", action="store_true", help="a tiny model on a CPU")
-  return parser
-
-
-def main() -> int:
-  options = command_line().parse_args()
+  options = parser.parse_args()
   logging.set_verbosity(logging.INFO)
   open_device(options.rehearse)
   config = read_config(ROOT / "configs" / "ucf101.py")
@@ -192,7 +184,6 @@ def main() -> int:
     tiny(config)
   name = "train/ucf101_S"
   command = f"python -m benchmarks.gpu.train --steps={options.steps}"
-  command += " --rehearse" if options.rehearse else ""
   store = open_store("gpu_train_{device}", command, options.out, options.rehearse)
   print(f"wanted {name}\nbegin {name}", flush=True)
   # Measured anew each time: the row depends on more code than the store's hash covers.

@@ -207,7 +207,6 @@ def main() -> int:
   open_device(options.static or rehearse)
   keys = [parse_key(text) for text in options.keys.split(",") if text] or all_keys()
   command = "python -m benchmarks.gpu.tune" + (" --static" if options.static else "")
-  command += " --rehearse" if rehearse else ""
   store = open_store(STATIC_REPORT if options.static else "tuning", command, options.out, rehearse)
   deadline = Deadline(60 * options.minutes)
   budget = Budget(deadline, _ONCE, _ONCE) if rehearse else Budget(deadline)
