@@ -29,7 +29,6 @@ from freqformer.kernels.selection.topk import top_ids
 from benchmarks.gpu import config, masks, oracle
 from benchmarks.gpu.attempt import attempt, verdict
 from benchmarks.gpu.device import Deadline, open_device, open_store
-from benchmarks.rows import Store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,31 +332,6 @@ def selected(small: bool, only: str, configuration: str) -> tuple[list[Job], dic
   return found, config.changed(fields, keys)
 
 
-def sweep(
-  store: Store, implementation: str, found: list[Job], deadline: Deadline, configuration: str = ""
-) -> tuple[list[dict], list[str]]:
-  """Runs cases one by one; a case that raises is not correct.
-
-  Returns:
-    the rows, and the names of the cases for which there was no time, which have no row.
-  """
-  checked = []
-  unreached = []
-  context = {"implementation": implementation}
-  context |= {"config": configuration} if configuration else {}
-  names = [job.name + (f" [{configuration}]" if configuration else "") for job in found]
-  print("\n".join(f"wanted {name}" for name in names), flush=True)
-  for name, job in zip(names, found, strict=True):
-    measure = functools.partial(job.run, implementation=implementation)
-    row = attempt(store, name, measure, deadline, context=context)
-    if row is None:
-      unreached.append(name)
-    else:
-      checked.append(row)
-      print(line(row), flush=True)
-  return checked, unreached
-
-
 def line(row: dict) -> str:
   """Returns one row for people."""
   errors = [
@@ -404,12 +378,25 @@ def main(arguments: list[str] | None = None) -> bool:
   store = open_store("gpu_check_{device}", command, options.out, options.rehearse)
   implementation = options.implementation or ("xla" if options.rehearse else "pallas_mgpu")
   deadline = Deadline(60 * options.minutes)
+  context = {"implementation": implementation}
+  context |= {"config": options.config} if options.config else {}
+  names = [job.name + (f" [{options.config}]" if options.config else "") for job in found]
+  print("\n".join(f"wanted {name}" for name in names), flush=True)
+  wrong = []
+  unreached = []
   # One configuration for the whole process: traces are cached without it.
   with tuning.override(configs):
-    checked, unreached = sweep(store, implementation, found, deadline, options.config)
-  wrong = [row["name"] for row in checked if not row["correct"]]
+    for name, job in zip(names, found, strict=True):
+      measure = functools.partial(job.run, implementation=implementation)
+      row = attempt(store, name, measure, deadline, context=context)
+      if row is None:
+        unreached.append(name)
+        continue
+      print(line(row), flush=True)
+      if not row["correct"]:
+        wrong.append(name)
   print(
-    f"{len(checked) - len(wrong)} of {len(checked) + len(unreached)} right"
+    f"{len(names) - len(wrong) - len(unreached)} of {len(names)} right"
     + (f"; wrong: {', '.join(wrong)}" if wrong else "")
     + (f"; no time for: {', '.join(unreached)}" if unreached else "")
   )

@@ -101,8 +101,6 @@ class Slot:
 
   def _together(self, steps: list[Step]) -> list[Outcome]:
     """Runs steps at the same time, as many at once as the machine takes."""
-    if not steps:
-      return []
     at_once = min(AT_ONCE, max(2, (os.cpu_count() or 2) // 2))
     with ThreadPoolExecutor(at_once) as pool:
       return list(pool.map(self._step, steps))
@@ -263,7 +261,7 @@ class Slot:
     self._before = self._before or _read_json(folder / STATE, {})
     for path in sorted(folder.glob("*.json")):
       found = _read_json(path, None)
-      if _are_rows(found):
+      if isinstance(found, list):
         there = {row["name"] for row in read_rows(self.out / path.name)}
         merge_rows(self.out / path.name, [row for row in found if row["name"] not in there])
 
@@ -388,13 +386,6 @@ def _read_json(path: pathlib.Path, otherwise):
     return json.loads(path.read_text())
   except (OSError, ValueError):
     return otherwise
-
-
-def _are_rows(content) -> bool:
-  """Returns True for a list of rows, which have names."""
-  if not isinstance(content, list):
-    return False
-  return all(isinstance(row, dict) and "name" in row for row in content)
 
 
 def command_line() -> argparse.ArgumentParser:

@@ -114,8 +114,8 @@ def sanitizer(tool: str, after: tuple[str, ...] = ("first calls",)) -> Step:
   False alarms on operands of wgmma are known, hence it is not judged.
   """
   wrapper = ("compute-sanitizer", "--tool", tool)
-  one_tile = checks(tool, "^one tile, seed 0$", alone=True, after=after, wrapper=wrapper)
-  return dataclasses.replace(one_tile, judged=False)
+  fields = {"alone": True, "after": after, "wrapper": wrapper, "judged": False}
+  return checks(tool, "^one tile, seed 0$", **fields)
 
 
 FACTS = Step("facts", "benchmarks.gpu.facts", (), 30, alone=True, resumes=False)

@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import functools
 import itertools
-import json
 import pathlib
 import sys
 from collections.abc import Callable
@@ -119,15 +118,13 @@ def compiled(key: Key, static: bool) -> list[Trial]:
   configs = tuning.candidates(key)
   try:
     trials = [compile_candidate(key, config) for config in configs]
-    trouble = trials[0].refused
-    if not all(trial.refused.startswith("does not compile") for trial in trials):
+    if static or not all(trial.refused.startswith("does not compile") for trial in trials):
       return trials
+    trouble = trials[0].refused
   except RuntimeError as error:
     if static:
       raise
     trouble = str(error)
-  if static:
-    return trials
   logging.warning("nothing compiles ahead of time here, candidates are judged by runs: %s", trouble)
   return [Trial(config) for config in configs]
 
@@ -171,16 +168,10 @@ def write_tables(places: list[pathlib.Path], store: Store, chosen: dict[Key, Tun
   known = ("command", "device", "jax", "jaxlib", "ptxas", "driver", "commit", "date")
   facts = {name: store.context[name] for name in known}
   facts |= {"rehearsal": True} if store.rehearsal else {}
+  # Keys that a run does not reach stay as they are in the checkout.
+  configs = tuning.table() | chosen
   for place in places:
-    tuning.write(committed() | chosen, facts, place)
-
-
-def committed() -> dict[Key, TuningConfig]:
-  """Returns the table in the checkout: keys that a run does not reach stay as they are."""
-  if not tuning.TABLE.exists():
-    return {}
-  found = json.loads(tuning.TABLE.read_text())["configs"]
-  return {Key(**row["key"]): TuningConfig(**row["config"]) for row in found}
+    tuning.write(configs, facts, place)
 
 
 def command_line() -> argparse.ArgumentParser:

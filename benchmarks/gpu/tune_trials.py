@@ -23,7 +23,8 @@ MARGIN = 0.01
 _TOLERANCE = 2**-7
 # Enough work to fill the device many times; lists so long that the pipeline's depth shows, and so
 # short that its fill does.
-_SHAPE = {"grid": (16, 64, 64), "heads": 12, "dtype": "bfloat16"}
+_GRID = (16, 64, 64)
+_HEADS = 12
 _DENSITY = 0.1
 
 
@@ -61,14 +62,6 @@ class Budget:
   brief: Effort = Effort(samples=5, slow_samples=3, chain_s=0.01, turns=1)
   full: Effort = Effort()
   finalists: int = 4
-
-
-def problem_of(key: Key, grid: tuple[int, int, int] | None = None) -> masks.Problem:
-  """Returns the call on which a key is tuned: random lists at 64K tokens, 12 heads."""
-  shape = _SHAPE | ({"grid": grid} if grid else {})
-  block = max(key.block_q, key.block_kv)
-  spec = AttentionSpec("tune", head_dim=key.head_dim, keys=block, block=block, **shape)
-  return masks.rectangular(spec, key.block_q, key.block_kv, _DENSITY)
 
 
 def run(direction: str, implementation: str, q, rest, mask):
@@ -143,14 +136,15 @@ def time_candidates(
   trials: list[Trial],
   implementation: str,
   budget: Budget,
-  grid: tuple[int, int, int] | None = None,
+  grid: tuple[int, int, int] = _GRID,
 ) -> list[Trial]:
   """Checks each remaining candidate against XLA's and times those that are right.
 
-  All are timed briefly; the best ones and the default again, in turns. A call has 64K tokens unless
-  `grid` is given.
+  All are timed briefly on random lists; the best ones and the default again, in turns.
   """
-  problem = problem_of(key, grid)
+  block = max(key.block_q, key.block_kv)
+  spec = AttentionSpec("tune", grid, _HEADS, key.head_dim, keys=block, block=block)
+  problem = masks.rectangular(spec, key.block_q, key.block_kv, _DENSITY)
   q, k, v, d_out = problem.inputs(4)
   mask = masks.on_device(problem.mask.with_transpose())
   out, lse = jax.jit(lambda *a: attention(*a, implementation="xla"))(q, k, v, mask)

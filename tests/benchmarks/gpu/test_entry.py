@@ -4,7 +4,6 @@ import re
 import shlex
 import subprocess
 
-import jax
 import pytest
 
 from benchmarks import attention, timing
@@ -49,10 +48,6 @@ def test_without_a_gpu_it_says_what_to_do():
   text = "from benchmarks.gpu.device import open_device; open_device(False)"
   with pytest.raises(RuntimeError, match="--rehearse --out=FOLDER"):
     timing.in_child(["-c", text], {"JAX_PLATFORMS": ""})
-
-
-def test_a_rehearsal_opens_the_cpu():
-  assert device.open_device(True) == "cpu" and jax.default_backend() == "cpu"
 
 
 def test_devices_have_files_of_their_own():
@@ -134,5 +129,3 @@ def test_children_get_the_environment_and_a_time_limit():
   assert timing.in_child(["-c", text], {"OF_THE_CHILD": "here"}) == "here True"
   with pytest.raises(RuntimeError, match="took longer than 1 s"):
     timing.in_child(["-c", "import time; time.sleep(20)"], timeout_s=1)
-  with pytest.raises(RuntimeError, match="failed with 3"):
-    timing.in_child(["-c", "raise SystemExit(3)"])

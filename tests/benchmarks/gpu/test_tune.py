@@ -157,10 +157,10 @@ def test_a_static_report_of_the_same_kernels_saves_compiling(monkeypatch, tmp_pa
 def test_a_written_table_is_what_the_kernels_look_up(monkeypatch, tmp_path):
   monkeypatch.setattr(tuning, "TABLE", tmp_path / "tuning.json")
   tuning.table.cache_clear()
-  assert tune.committed() == {}
+  assert tuning.table() == {}
   best = TuningConfig(stages=2, step=64)
   tuning.write({KEY: best}, {"device": "test"}, tuning.TABLE)
-  assert tune.committed() == {KEY: best} and tuning.lookup(KEY) == best
+  assert tuning.table() == {KEY: best} and tuning.lookup(KEY) == best
   tuning.table.cache_clear()
 
 
