@@ -33,9 +33,7 @@ class Bench:
   """Measures rows of attention.
 
   Attributes:
-    sizes: shapes and effort.
     store: of the rows; cuDNN's are added when the first ratio needs them.
-    deadline: of the run.
     implementation: backend under test, or its named stand-in.
   """
 

@@ -43,18 +43,15 @@ class Step:
   """One process of a slot.
 
   Attributes:
-    name: in the log and the summary.
     module: run with `python -m`; it takes --minutes, in a rehearsal --rehearse, and --out unless it
       is pytest.
-    arguments: further ones.
     seconds: it is killed after so many.
     alone: nothing runs at the same time, because it is timed or because others build on it.
     bisect: if a case of it hangs or is wrong, that case is tried under other configurations
       (`bisection`).
     after: names of steps; if one of them was killed or died, this one is not begun, since it would
       end likewise.
-    wrapper: a program and its arguments that run the command; the step is left out where PATH has
-      no such program.
+    wrapper: a program, with arguments, that runs the command; without it the step is left out.
     judged: False: its findings are reported and kept in the log, and neither its rows nor its exit
       status count.
     resumes: it is left out where an earlier call of the same code on the same device ended it well.

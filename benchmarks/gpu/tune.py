@@ -180,21 +180,19 @@ def command_line() -> argparse.ArgumentParser:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--minutes", type=float, default=10, help="stop by then")
-  parser.add_argument("--static", action="store_true", help="only compile, without a GPU")
+  mode = parser.add_mutually_exclusive_group()
+  mode.add_argument("--static", action="store_true", help="only compile, without a GPU")
+  mode.add_argument("--rehearse", action="store_true", help="one key, tiny; needs --out")
   parser.add_argument("--out", help="folder for the report; default $OUT, else benchmarks/results")
   parser.add_argument(
     "--keys", default="", help="only these, as head_dim:block_q:block_kv:direction, by commas"
   )
-  parser.add_argument("--rehearse", action="store_true", help="one key, tiny; needs --out")
   return parser
 
 
 def main() -> int:
-  parser = command_line()
-  options = parser.parse_args()
+  options = command_line().parse_args()
   rehearse = options.rehearse
-  if rehearse and options.static:
-    parser.error("--rehearse times a stand-in: leave --static out.")
   open_device(options.static or rehearse)
   keys = [parse_key(text) for text in options.keys.split(",") if text] or all_keys()
   command = "python -m benchmarks.gpu.tune" + (" --static" if options.static else "")

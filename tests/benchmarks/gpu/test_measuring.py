@@ -21,7 +21,6 @@ from tests.kernels.block_sparse import suite
 from tests.kernels.block_sparse.suite import CASES, draw_inputs, draw_mask
 from tools import offline
 
-ONCE = Effort(samples=2, slow_samples=1, chain_s=0.0, turns=1)
 BANDS = cases.BANDS
 
 
@@ -215,7 +214,7 @@ def test_a_broken_profiler_costs_the_device_time_only(monkeypatch):
   _fake_profiler(monkeypatch, broken)
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   calls = {"a": Call(jnp.sin, (jnp.ones(2),))}
-  measured = gpu_timing.measure(calls, dataclasses.replace(ONCE, samples=1))["a"]
+  measured = gpu_timing.measure(calls, TINY.effort)["a"]
   row = measured.row()
   assert measured.device is None and "no CUPTI here" in row["timing_note"]
   assert row["clock"] == "wall" and row["seconds"] == row["wall"]["median_s"]

@@ -9,12 +9,10 @@ from freqformer.kernels.block_sparse.tuning import Key, TuningConfig
 
 from benchmarks.gpu import tune, tune_trials
 from benchmarks.gpu.device import Deadline, open_store
-from benchmarks.gpu.timing import Effort
 from tools import offline
 
 KEY = Key("h100", 64, 64, 128, "forward")
-ONCE = Effort(samples=1, slow_samples=1, chain_s=0.0, turns=1)
-BUDGET = tune_trials.Budget(Deadline(1e9), ONCE, ONCE, finalists=1)
+BUDGET = tune_trials.Budget(Deadline(1e9), tune._ONCE, tune._ONCE, finalists=1)
 LATE = dataclasses.replace(BUDGET, deadline=Deadline(0))
 GRID = (4, 8, 16)
 
