@@ -33,9 +33,9 @@ class Case:
     return GUARDS[self.part]
 
 
-def _of(method: Callable, *args, **kwargs) -> Callable[[Bench], dict]:
+def _of(method: Callable, *args) -> Callable[[Bench], dict]:
   """Returns a measurement by a method of `Bench`, or by a function of one."""
-  return lambda bench: method(bench, *args, **kwargs)
+  return lambda bench: method(bench, *args)
 
 
 def _forward(make: Callable, *args, **kwargs) -> Callable[[Bench], dict]:
@@ -76,8 +76,8 @@ def cases(sizes: Sizes) -> list[Case]:
     add("launches", f"fused_over_separate/{shape}", measure)
 
   # The rates that nothing on this device beats.
-  add("ceilings", "ceiling/matmul", _of(ops.matmul))
-  add("ceilings", "ceiling/copy", _of(ops.copy))
+  add("ceilings", "ceiling/matmul", ops.matmul)
+  add("ceilings", "ceiling/copy", ops.copy)
 
   # The same kernel without lists, in turns with cuDNN: the unit of "retained".
   for shape in ("a_64k", "a_16k", "a_128k"):
@@ -122,7 +122,7 @@ def cases(sizes: Sizes) -> list[Case]:
   add_launches("a_1m", concurrent=False)
 
   # PyTorch's and tokamax' kernels.
-  add("torch", "torch_rows", _of(Bench.torch))
+  add("torch", "torch_rows", Bench.torch)
   if peers.tokamax() is not None:
     for shape in ("a_64k", "a_16k", "a_128k"):
       add("tokamax", f"tokamax/{shape}", _of(Bench.tokamax, spec[shape]))
