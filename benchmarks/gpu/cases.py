@@ -38,9 +38,9 @@ def _of(method: Callable, *args) -> Callable[[Bench], dict]:
   return lambda bench: method(bench, *args)
 
 
-def _forward(make: Callable, *args, **kwargs) -> Callable[[Bench], dict]:
+def _forward(make: Callable, *args) -> Callable[[Bench], dict]:
   """Returns the measurement of a forward pass; the problem is made only when it is its turn."""
-  return lambda bench: bench.forward(make(*args, **kwargs))
+  return lambda bench: bench.forward(make(*args))
 
 
 def _backward(make: Callable, *args) -> Callable[[Bench], dict]:
@@ -65,7 +65,7 @@ def cases(sizes: Sizes) -> list[Case]:
   def add_lists(part: str, shape: str, density: float, ordered: bool = True):
     """Random lists of square tiles."""
     name = f"lists_d{round(100 * density):02d}{'' if ordered else '_unsorted'}/{shape}"
-    add(part, name, _forward(masks.random_lists, spec[shape], density, ordered=ordered))
+    add(part, name, _forward(masks.random_lists, spec[shape], density, ordered))
 
   def add_fused(shape: str):
     """All bands of FreqFormer in one call, mid at 5 %."""
@@ -130,8 +130,8 @@ def cases(sizes: Sizes) -> list[Case]:
   # FreqFormer's backward, a fixed budget of random keys, other head counts, ragged grids, and
   # densities that complete the plot.
   add("rest", "backward_freqformer/a_128k", _backward(masks.fused, spec["a_128k"], BANDS))
-  keys = 32 * spec["a_1m"].block  # as many as the window of `BANDS` has
-  add("rest", "lists_4k/a_1m", _forward(masks.random_lists, spec["a_1m"], keys=keys))
+  density = 32 / spec["a_1m"].layout.tiles  # as many keys as the window of `BANDS` has
+  add("rest", "lists_4k/a_1m", _forward(masks.random_lists, spec["a_1m"], density))
   for shape in ("d_75k", "d_32k", "c_64k"):
     add_lists("rest", shape, 0.1)
   for density in (0.02, 0.2, 0.4):

@@ -264,9 +264,6 @@ def check_selection(sizes: tuple[tuple[int, int], ...]) -> dict:
   return {"rows": 6 * len(rows) * len(sizes), "correct": bool(correct)}
 
 
-# ---- the sweep -----------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class Job:
   """One case to run: `run(implementation)` returns errors and "correct".

@@ -69,9 +69,6 @@ def on_device(mask: BlockMask) -> BlockMask:
   return jax.tree.map(jnp.asarray, mask)
 
 
-# ---- tables --------------------------------------------------------------------------------------
-
-
 def random_ids(
   heads: int, tiles: tuple[int, int], keep: int, seed: int = 0, ordered: bool = True
 ) -> np.ndarray:
@@ -124,13 +121,9 @@ def dense(spec: AttentionSpec) -> Problem:
   return Problem(spec, dataclasses.replace(mask, kv_len=layout.arrays().kv_len), "dense mode")
 
 
-def random_lists(
-  spec: AttentionSpec, density: float = 0.0, keys: int = 0, ordered: bool = True
-) -> Problem:
-  """Random lists of a given density, or of a given number of keys."""
-  tiles = spec.layout.tiles
-  wanted = round(tiles * density) if density else keys // spec.block
-  keep = max(1, min(tiles, wanted))
+def random_lists(spec: AttentionSpec, density: float, ordered: bool = True) -> Problem:
+  """Random lists of a given density."""
+  keep = max(1, round(spec.layout.tiles * density))
   order = "random" if ordered else "unsorted random"
   return Problem(
     spec, _random_table(spec, spec.heads, keep, ordered), f"{order} lists of {keep} tiles"
@@ -155,9 +148,6 @@ def window(
   mask = sliding_tile(layout, extent)
   tokens = "x".join(str(t * e) for t, e in zip(tile, extent, strict=True))
   return Problem(spec, mask.refine(refine), f"3-D window {tokens}")
-
-
-# ---- FreqFormer's composition --------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)

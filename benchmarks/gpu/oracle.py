@@ -201,9 +201,6 @@ def key_rows(inputs, mask, found, cotangents, where, *, round_to=None):
   return jax.lax.map(one, jnp.asarray(where))
 
 
-# ---- the fields of a results row -----------------------------------------------------------------
-
-
 def _sampled(x, where):
   """Returns rows `(sample, head, row)` of `[b, n, h, d]` or `[b, h, n]`."""
   sample, head, row = jnp.asarray(where).T

@@ -2,15 +2,16 @@
 
   python -m benchmarks.gpu.torch_peers    # one JSON row per line; --rehearse: tiny shapes
 
-It needs torch with CUDA and nothing of ours. FlexAttention compiles its own Triton kernels, about
+It needs torch with CUDA, and nothing of ours. FlexAttention compiles its own Triton kernels, about
 20 s per shape. Times are CUDA events around single calls, in bfloat16 on normal inputs.
 """
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable
+
+import numpy as np
 
 # (tokens, heads) by name: the shapes of benchmarks/arg_specs.py, where torch must not be needed.
 SHAPES = {
@@ -117,11 +118,8 @@ def emit(name: str, facts: dict, times: list[float] | None = None, pairs: int = 
   if times:
     flops = _FLOPS_PER_PAIR * pairs * HEAD_DIM
     flops *= _WITH_BACKWARD if row["direction"] == "forward_backward" else 1
-    seconds = statistics.median(times)
-    tenths = times * 9
-    if len(times) > 1:
-      tenths = statistics.quantiles(times, n=10, method="inclusive")
-    spread = {"median_s": seconds, "p10_s": tenths[0], "p90_s": tenths[-1], "calls": len(times)}
+    low, seconds, high = (float(x) for x in np.percentile(times, (10, 50, 90)))
+    spread = {"median_s": seconds, "p10_s": low, "p90_s": high, "calls": len(times)}
     rate = {"flops": flops, "tflops": flops / seconds / 1e12}
     row |= {"seconds": seconds, "device": spread} | rate
   print(json.dumps(row), flush=True)

@@ -59,9 +59,6 @@ def parse_key(text: str) -> Key:
     ) from error
 
 
-# ---- the search ----------------------------------------------------------------------------------
-
-
 def search(
   keys: list[Key],
   store: Store,
@@ -158,9 +155,6 @@ def report(key: Key, trials: list[Trial], chosen: TuningConfig | None) -> str:
     fields = " ".join(f"{name}={value}" for name, value in vars(t.config).items())
     lines.append(f"  {mark} {fields:<86} {t.registers or '-':>4} registers  {time}")
   return "\n".join(lines)
-
-
-# ---- the table -----------------------------------------------------------------------------------
 
 
 def write_tables(places: list[pathlib.Path], store: Store, chosen: dict[Key, TuningConfig]):
