@@ -26,7 +26,7 @@ from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.table import BlockMask, dense_mask, from_tiles
 from freqformer.kernels.selection.topk import top_ids
 
-from benchmarks.gpu import config, masks, oracle
+from benchmarks.gpu import config, device, masks, oracle
 from benchmarks.gpu.attempt import attempt, verdict
 from benchmarks.gpu.device import Deadline, open_device, open_store
 
@@ -341,14 +341,8 @@ def line(row: dict) -> str:
 
 def command_line() -> argparse.ArgumentParser:
   """Returns the parser of the command line."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument("--out", help="folder for the rows; default $OUT, else benchmarks/results")
+  parser = device.command_line(__doc__, minutes=8)
   parser.add_argument("--implementation", help="default the GPU kernel; in a rehearsal xla")
-  parser.add_argument(
-    "--rehearse", action="store_true", help="tiny shapes on any device, with a stand-in"
-  )
   parser.add_argument(
     "--only", default="", help="regular expression: only cases whose name it finds"
   )
@@ -357,7 +351,6 @@ def command_line() -> argparse.ArgumentParser:
     default="",
     help="fields of kernels.block_sparse.tuning.TuningConfig to change, e.g. stages=2,step=64",
   )
-  parser.add_argument("--minutes", type=float, default=8, help="stop by then")
   return parser
 
 

@@ -1,5 +1,6 @@
 """The GPU that is measured, the file that holds its rows, and the time that is left."""
 
+import argparse
 import dataclasses
 import os
 import pathlib
@@ -47,6 +48,17 @@ def open_device(rehearse: bool) -> str:
       "--rehearse --out=FOLDER runs the whole program on tiny shapes on a CPU. "
       f"jax says: {str(error)[:300]}"
     ) from error
+
+
+def command_line(description: str, minutes: float) -> argparse.ArgumentParser:
+  """Returns a parser with the options that every program for a device has."""
+  parser = argparse.ArgumentParser(
+    description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--out", help="folder for the rows; default $OUT, else benchmarks/results")
+  parser.add_argument("--minutes", type=float, default=minutes, help="stop by then")
+  parser.add_argument("--rehearse", action="store_true", help="tiny, with a stand-in on a CPU")
+  return parser
 
 
 def device_slug(kind: str) -> str:

@@ -7,7 +7,6 @@ The step is the one of train.py; files, cache and loader are left out. The row s
 device's time attention takes where a profiler saw the kernels, else how much of the model's FLOPs.
 """
 
-import argparse
 import pathlib
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from absl import logging
 from flax import nnx
 
 from benchmarks.gpu.code import ROOT
-from benchmarks.gpu.device import Deadline, open_device, open_store
+from benchmarks.gpu.device import Deadline, command_line, open_device, open_store
 from freqformer.command.files import read_config
 from freqformer.cost import BACKWARD_OVER_FORWARD, model_cost, training_flops
 from freqformer.data.codec import StatisticsAccumulator, make_codec
@@ -169,13 +168,9 @@ def attention_share(exp: Experiment, kernels: dict[str, float]) -> dict:
 
 
 def main() -> int:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = command_line(__doc__, minutes=2)
+  parser.set_defaults(out=ROOT / "runs" / "gpu")
   parser.add_argument("--steps", type=int, default=60, help="timed steps")
-  parser.add_argument("--out", default=ROOT / "runs" / "gpu", help="folder for the row")
-  parser.add_argument("--minutes", type=float, default=2, help="stop by then")
-  parser.add_argument("--rehearse", action="store_true", help="a tiny model on a CPU")
   options = parser.parse_args()
   logging.set_verbosity(logging.INFO)
   open_device(options.rehearse)

@@ -23,6 +23,7 @@ from freqformer.kernels.block_sparse import tuning
 from freqformer.kernels.block_sparse.tuning import DIRECTIONS, Key, TuningConfig
 
 from benchmarks import rows
+from benchmarks.gpu import device
 from benchmarks.gpu.code import kernels_digest
 from benchmarks.gpu.device import Deadline, open_device, open_store
 from benchmarks.gpu.timing import Effort
@@ -170,14 +171,8 @@ def write_tables(places: list[pathlib.Path], store: Store, chosen: dict[Key, Tun
 
 def command_line() -> argparse.ArgumentParser:
   """Returns the parser of the command line."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument("--minutes", type=float, default=10, help="stop by then")
-  mode = parser.add_mutually_exclusive_group()
-  mode.add_argument("--static", action="store_true", help="only compile, without a GPU")
-  mode.add_argument("--rehearse", action="store_true", help="one key, tiny; needs --out")
-  parser.add_argument("--out", help="folder for the report; default $OUT, else benchmarks/results")
+  parser = device.command_line(__doc__, minutes=10)
+  parser.add_argument("--static", action="store_true", help="only compile, without a GPU")
   parser.add_argument(
     "--keys", default="", help="only these, as head_dim:block_q:block_kv:direction, by commas"
   )
@@ -185,8 +180,11 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-  options = command_line().parse_args()
+  parser = command_line()
+  options = parser.parse_args()
   rehearse = options.rehearse
+  if rehearse and options.static:
+    parser.error("--rehearse times a stand-in: leave --static out.")
   open_device(options.static or rehearse)
   keys = [parse_key(text) for text in options.keys.split(",") if text] or all_keys()
   command = "python -m benchmarks.gpu.tune" + (" --static" if options.static else "")
