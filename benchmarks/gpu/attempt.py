@@ -17,20 +17,15 @@ def attempt(
   seconds: float = 0.0,
   context: dict | None = None,
 ) -> dict | None:
-  """Returns the row of a name, measured unless a right one is there.
+  """Returns the row of a name, measured unless a right one is there; None where there was no time.
 
-  The row is announced before it is measured: a run that is killed has named the one it was in.
+  The row is announced before it is measured: a run that is killed has named the one it was in. No
+  time is unknown, not wrong, and makes no row.
 
   Args:
-    store: of the rows.
-    name: of the row.
-    measure: returns its fields; if it raises, the row says why.
-    deadline: of the run.
+    measure: returns the row's fields; if it raises, the row says why.
     seconds: that it may take, at a guess; nothing is begun that would end after the deadline.
     context: further fields, also of a row that fails.
-
-  Returns:
-    the row; None where there was no time, which is unknown, not wrong, and makes no row.
   """
   row = store.get(name)
   if row is not None and row.get("correct", True):

@@ -29,34 +29,11 @@ _LAST_TORCH_ROW = "torch_sdpa_cudnn/a_16k"
 _LEAST_CHILD_SECONDS = 30.0
 
 
-@dataclasses.dataclass(frozen=True)
-class Form:
-  """Another configuration of the forward kernel, and the call on which it is tried.
-
-  Attributes:
-    changes: of the configuration, as `config.parse` reads them.
-    density: of random lists; 0: dense mode.
-    block: rows of a tile; None: the shape's own.
-  """
-
-  changes: str
-  density: float = 0.0
-  block: int | None = None
-
-  def problem(self, spec: AttentionSpec) -> Problem:
-    """Returns the call at a shape."""
-    if self.block:
-      return masks.rectangular(spec, self.block, self.block, self.density)
-    return masks.random_lists(spec, self.density) if self.density else masks.dense(spec)
-
-
 class Bench:
   """Measures rows of attention.
 
   Attributes:
-    sizes: shapes and effort.
     store: of the rows; cuDNN's are added when the first ratio needs them.
-    deadline: of the run.
     implementation: backend under test, or its named stand-in.
   """
 
@@ -103,21 +80,20 @@ class Bench:
     error = backward_error(tuple(qkv), problem.mask, found, cotangents, call(), rows)
     return self.against_dense(self.describe(problem, measured, "backward") | error, problem.spec)
 
-  def form(self, spec: AttentionSpec, form: Form) -> dict:
-    """Times a forward as it is configured and otherwise, in turns, and checks both.
+  def form(self, problem: Problem, changes: str) -> dict:
+    """Times a forward as it is configured and with `changes`, in turns, and checks both.
 
-    Returns:
-      fields of both, and `ratio`: the time of the other form over that of the configured one.
+    `ratio` is the time of the other form over that of the configured one.
     """
-    problem = form.problem(spec)
+    spec = problem.spec
     mask = problem.mask
     key = tuning.Key("h100", spec.head_dim, mask.block_q, mask.block_kv, "forward")
     calls = {
       "configured": self.call(problem),
-      "otherwise": self.call(problem, config.changed(config.parse(form.changes), [key])),
+      "otherwise": self.call(problem, config.changed(config.parse(changes), [key])),
     }
     t = self.measure(calls)
-    row = {"n": spec.n, "mask": problem.what, "density": problem.density, "changes": form.changes}
+    row = {"n": spec.n, "mask": problem.what, "density": problem.density, "changes": changes}
     for name, call in calls.items():
       row[name] = self.describe(problem, t[name]) | self.checked(problem, call)
     row["ratio"] = t["otherwise"].seconds / t["configured"].seconds
@@ -192,13 +168,8 @@ class Bench:
   ) -> dict | None:
     """Returns cuDNN's row for a shape, measured once per process: no ratio mixes two runs.
 
-    Args:
-      spec: the shape.
-      direction: "forward" or "backward".
-      measured: its times, where it has run in turns with another call.
-
-    Returns:
-      the row; None if cuDNN failed, which its row then says.
+    `measured` are its times, where it has run in turns with another call. It is None if cuDNN
+    failed, which its row then says.
     """
     key = (spec.n, spec.heads, spec.head_dim, direction)
     if key not in self._dense:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from benchmarks.gpu import masks, ops, peers
-from benchmarks.gpu.bench import Bench, Form
+from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.masks import Composition
 from benchmarks.gpu.sizes import Sizes
 from benchmarks.gpu.slot_steps import GUARDS
@@ -21,13 +21,7 @@ ON_REQUEST = ("forms",)
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """One row to measure.
-
-  Attributes:
-    name: of the row.
-    part: a key of `GUARDS`, which `--parts` chooses by.
-    measure: returns the row's fields.
-  """
+  """One row to measure; `measure` returns its fields, `part` is a key of `GUARDS`."""
 
   name: str
   part: str
@@ -39,19 +33,24 @@ class Case:
     return GUARDS[self.part]
 
 
-def _of(method: Callable, *args, **kwargs) -> Callable[[Bench], dict]:
+def _of(method: Callable, *args) -> Callable[[Bench], dict]:
   """Returns a measurement by a method of `Bench`, or by a function of one."""
-  return lambda bench: method(bench, *args, **kwargs)
+  return lambda bench: method(bench, *args)
 
 
-def _forward(make: Callable, *args, **kwargs) -> Callable[[Bench], dict]:
+def _forward(make: Callable, *args) -> Callable[[Bench], dict]:
   """Returns the measurement of a forward pass; the problem is made only when it is its turn."""
-  return lambda bench: bench.forward(make(*args, **kwargs))
+  return lambda bench: bench.forward(make(*args))
 
 
-def _backward(make: Callable, *args, **kwargs) -> Callable[[Bench], dict]:
+def _backward(make: Callable, *args) -> Callable[[Bench], dict]:
   """Returns the measurement of a backward pass."""
-  return lambda bench: bench.backward(make(*args, **kwargs))
+  return lambda bench: bench.backward(make(*args))
+
+
+def _form(changes: str, make: Callable, *args) -> Callable[[Bench], dict]:
+  """Returns the measurement of a forward pass with and without changes of its configuration."""
+  return lambda bench: bench.form(make(*args), changes)
 
 
 def cases(sizes: Sizes) -> list[Case]:
@@ -66,7 +65,7 @@ def cases(sizes: Sizes) -> list[Case]:
   def add_lists(part: str, shape: str, density: float, ordered: bool = True):
     """Random lists of square tiles."""
     name = f"lists_d{round(100 * density):02d}{'' if ordered else '_unsorted'}/{shape}"
-    add(part, name, _forward(masks.random_lists, spec[shape], density, ordered=ordered))
+    add(part, name, _forward(masks.random_lists, spec[shape], density, ordered))
 
   def add_fused(shape: str):
     """All bands of FreqFormer in one call, mid at 5 %."""
@@ -77,8 +76,8 @@ def cases(sizes: Sizes) -> list[Case]:
     add("launches", f"fused_over_separate/{shape}", measure)
 
   # The rates that nothing on this device beats.
-  add("ceilings", "ceiling/matmul", _of(ops.matmul))
-  add("ceilings", "ceiling/copy", _of(ops.copy))
+  add("ceilings", "ceiling/matmul", ops.matmul)
+  add("ceilings", "ceiling/copy", ops.copy)
 
   # The same kernel without lists, in turns with cuDNN: the unit of "retained".
   for shape in ("a_64k", "a_16k", "a_128k"):
@@ -123,7 +122,7 @@ def cases(sizes: Sizes) -> list[Case]:
   add_launches("a_1m", concurrent=False)
 
   # PyTorch's and tokamax' kernels.
-  add("torch", "torch_rows", _of(Bench.torch))
+  add("torch", "torch_rows", Bench.torch)
   if peers.tokamax() is not None:
     for shape in ("a_64k", "a_16k", "a_128k"):
       add("tokamax", f"tokamax/{shape}", _of(Bench.tokamax, spec[shape]))
@@ -131,8 +130,8 @@ def cases(sizes: Sizes) -> list[Case]:
   # FreqFormer's backward, a fixed budget of random keys, other head counts, ragged grids, and
   # densities that complete the plot.
   add("rest", "backward_freqformer/a_128k", _backward(masks.fused, spec["a_128k"], BANDS))
-  keys = 32 * spec["a_1m"].block  # as many as the window of `BANDS` has
-  add("rest", "lists_4k/a_1m", _forward(masks.random_lists, spec["a_1m"], keys=keys))
+  density = 32 / spec["a_1m"].layout.tiles  # as many keys as the window of `BANDS` has
+  add("rest", "lists_4k/a_1m", _forward(masks.random_lists, spec["a_1m"], density))
   for shape in ("d_75k", "d_32k", "c_64k"):
     add_lists("rest", shape, 0.1)
   for density in (0.02, 0.2, 0.4):
@@ -143,13 +142,13 @@ def cases(sizes: Sizes) -> list[Case]:
   # The forward as it is configured and otherwise, in turns: the worth of a choice.
   one_by_one = "scores_ahead=False"
   alone = "tiles_per_block=1, compute_registers=0, memory_registers=0"
-  for name, shape, form in (
-    ("by_lane_dense", "a_64k", Form("by_lane=True")),
-    ("stage_by_stage_dense", "a_64k", Form(one_by_one)),
-    ("stage_by_stage_d05", "a_64k", Form(one_by_one, 0.05)),
-    ("one_tile_d10_64x64", "a_128k", Form(alone, 0.1, 64 // shrink)),
-  ):
-    add("forms", f"form_{name}/{shape}", _of(Bench.form, spec[shape], form))
+  dense = (masks.dense, spec["a_64k"])
+  lists = (masks.random_lists, spec["a_64k"], 0.05)
+  small_tiles = (masks.rectangular, spec["a_128k"], 64 // shrink, 64 // shrink, 0.1)
+  add("forms", "form_by_lane_dense/a_64k", _form("by_lane=True", *dense))
+  add("forms", "form_stage_by_stage_dense/a_64k", _form(one_by_one, *dense))
+  add("forms", "form_stage_by_stage_d05/a_64k", _form(one_by_one, *lists))
+  add("forms", "form_one_tile_d10_64x64/a_128k", _form(alone, *small_tiles))
   return found
 
 

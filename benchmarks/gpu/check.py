@@ -4,16 +4,11 @@
   python -m benchmarks.gpu.check --only="^plain, seed 0$" --config="take_turns=False"    # one case
   python -m benchmarks.gpu.check --rehearse --out=/tmp/x     # tiny shapes, a stand-in, any device
 
-`pytest --device=gpu` holds every kernel to the conformance tests, which are small. The cases here
-fill the device, have more than 2^31 elements, or hand the kernels operands as a program does.
-
-A case that is right already (same device, same code) is skipped. A case for which no time is left
-gets no row: it is printed as unreached, and the exit status is 1. Each case is announced before it
-begins, so that a run that is killed has named the case that it was in.
-
-Every case draws random inputs, cotangents of the output and of the LSE, and a random table. Errors
-on sampled rows must stay within twice those of the plain computation in the input's type, and two
-runs must agree bit for bit.
+The conformance tests (`pytest --device=gpu`) are small; the cases here fill the device, have more
+than 2^31 elements, or hand the kernels operands as a program does. A case that is right already
+(same device, same code) is skipped; one for which no time is left gets no row and is printed as
+unreached. Errors on sampled rows must stay within twice those of the plain computation in the
+input's type, and two runs must agree bit for bit.
 """
 
 import argparse
@@ -31,10 +26,9 @@ from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.table import BlockMask, dense_mask, from_tiles
 from freqformer.kernels.selection.topk import top_ids
 
-from benchmarks.gpu import config, masks, oracle
+from benchmarks.gpu import config, device, masks, oracle
 from benchmarks.gpu.attempt import attempt, verdict
 from benchmarks.gpu.device import Deadline, open_device, open_store
-from benchmarks.rows import Store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,14 +36,10 @@ class Case:
   """One attention call.
 
   Attributes:
-    name: of the row.
     b: samples.
     h: heads.
     n: rows of the buffer.
     d: channels of a head.
-    block_q: rows of a query tile.
-    block_kv: rows of a key tile.
-    dtype: of q, k, v.
     keep: probability that a tile is listed; 0: dense mode, no lists.
     ragged: tiles hold random numbers of valid rows.
     empty: this share of query tiles lists nothing.
@@ -256,8 +246,7 @@ def check_sliced_in_scan(case: Case, implementation: str, count: int) -> dict:
 def check_selection(sizes: tuple[tuple[int, int], ...]) -> dict:
   """Checks that lists of real lengths, with fixed places and many ties, are an exact top-k's.
 
-  Args:
-    sizes: (width of a row, entries to select).
+  `sizes` are pairs: width of a row, entries to select.
   """
   rng = np.random.default_rng(0)
   correct = True
@@ -275,17 +264,11 @@ def check_selection(sizes: tuple[tuple[int, int], ...]) -> dict:
   return {"rows": 6 * len(rows) * len(sizes), "correct": bool(correct)}
 
 
-# ---- the sweep -----------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """One case to run.
+  """One case to run: `run(implementation)` returns errors and "correct".
 
-  Attributes:
-    name: of the row.
-    run: `implementation -> errors and "correct"`.
-    case: the attention call at its full size, whose kernels `--config` changes; None for others.
+  `case` is the attention call at full size, whose kernels `--config` changes; None for others.
   """
 
   name: str
@@ -294,11 +277,7 @@ class Job:
 
 
 def jobs(small: bool) -> list[Job]:
-  """Returns every case in order of value: each once, the large ones, then more seeds.
-
-  Args:
-    small: tiny shapes.
-  """
+  """Returns every case in order of value: each once, the large ones, then more seeds."""
   count = FEW_ROWS if small else SAMPLED_ROWS
 
   def sized(case: Case) -> Case:
@@ -350,32 +329,6 @@ def selected(small: bool, only: str, configuration: str) -> tuple[list[Job], dic
   return found, config.changed(fields, keys)
 
 
-def sweep(
-  store: Store, implementation: str, found: list[Job], deadline: Deadline, configuration: str = ""
-) -> tuple[list[dict], list[str]]:
-  """Runs cases one by one; a case that raises is not correct.
-
-  Returns:
-    the rows, and the names of the cases for which there was no time: these are unknown, not wrong,
-    and have no row.
-  """
-  checked = []
-  unreached = []
-  context = {"implementation": implementation}
-  context |= {"config": configuration} if configuration else {}
-  names = [job.name + (f" [{configuration}]" if configuration else "") for job in found]
-  print("\n".join(f"wanted {name}" for name in names), flush=True)
-  for name, job in zip(names, found, strict=True):
-    measure = functools.partial(job.run, implementation=implementation)
-    row = attempt(store, name, measure, deadline, context=context)
-    if row is None:
-      unreached.append(name)
-    else:
-      checked.append(row)
-      print(line(row), flush=True)
-  return checked, unreached
-
-
 def line(row: dict) -> str:
   """Returns one row for people."""
   errors = [
@@ -388,14 +341,8 @@ def line(row: dict) -> str:
 
 def command_line() -> argparse.ArgumentParser:
   """Returns the parser of the command line."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument("--out", help="folder for the rows; default $OUT, else benchmarks/results")
+  parser = device.command_line(__doc__, minutes=8)
   parser.add_argument("--implementation", help="default the GPU kernel; in a rehearsal xla")
-  parser.add_argument(
-    "--rehearse", action="store_true", help="tiny shapes on any device, with a stand-in"
-  )
   parser.add_argument(
     "--only", default="", help="regular expression: only cases whose name it finds"
   )
@@ -404,15 +351,11 @@ def command_line() -> argparse.ArgumentParser:
     default="",
     help="fields of kernels.block_sparse.tuning.TuningConfig to change, e.g. stages=2,step=64",
   )
-  parser.add_argument("--minutes", type=float, default=8, help="stop by then")
   return parser
 
 
 def main(arguments: list[str] | None = None) -> bool:
   """Runs the cases asked for; returns whether all were reached and are right.
-
-  Args:
-    arguments: of the command line; default the program's own.
 
   Raises:
     ValueError: if a rehearsal would write among the measured rows, or an argument is invalid.
@@ -420,17 +363,30 @@ def main(arguments: list[str] | None = None) -> bool:
   options = command_line().parse_args(arguments)
   open_device(options.rehearse)
   found, configs = selected(options.rehearse, options.only, options.config)
-  command = "python -m benchmarks.gpu.check" + (" --rehearse" if options.rehearse else "")
+  command = "python -m benchmarks.gpu.check"
   command += f" --config={options.config}" if options.config else ""
   store = open_store("gpu_check_{device}", command, options.out, options.rehearse)
   implementation = options.implementation or ("xla" if options.rehearse else "pallas_mgpu")
   deadline = Deadline(60 * options.minutes)
+  context = {"implementation": implementation}
+  context |= {"config": options.config} if options.config else {}
+  names = [job.name + (f" [{options.config}]" if options.config else "") for job in found]
+  print("\n".join(f"wanted {name}" for name in names), flush=True)
+  wrong = []
+  unreached = []
   # One configuration for the whole process: traces are cached without it.
   with tuning.override(configs):
-    checked, unreached = sweep(store, implementation, found, deadline, options.config)
-  wrong = [row["name"] for row in checked if not row["correct"]]
+    for name, job in zip(names, found, strict=True):
+      measure = functools.partial(job.run, implementation=implementation)
+      row = attempt(store, name, measure, deadline, context=context)
+      if row is None:
+        unreached.append(name)
+        continue
+      print(line(row), flush=True)
+      if not row["correct"]:
+        wrong.append(name)
   print(
-    f"{len(checked) - len(wrong)} of {len(checked) + len(unreached)} right"
+    f"{len(names) - len(wrong) - len(unreached)} of {len(names)} right"
     + (f"; wrong: {', '.join(wrong)}" if wrong else "")
     + (f"; no time for: {', '.join(unreached)}" if unreached else "")
   )

@@ -49,12 +49,7 @@ def _digest(patterns: tuple[str, ...]) -> str:
 
 
 def meaning(text: str, suffix: str = ".py") -> str:
-  """Returns what of a file's text matters when it runs, the same for every version of Python.
-
-  Args:
-    text: of the file.
-    suffix: ".py" or ".json".
-  """
+  """Returns what of a Python or JSON file's text matters, the same for every version of Python."""
   if suffix == ".json":
     return json.dumps(json.loads(text), sort_keys=True)
   tree = ast.parse(text)

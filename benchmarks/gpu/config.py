@@ -11,15 +11,10 @@ from freqformer.kernels.block_sparse.tuning import Key, TuningConfig
 
 
 def parse(text: str) -> dict[str, bool | int]:
-  """Returns the fields that `--config` names.
-
-  Args:
-    text: `field=value` pairs separated by commas, e.g. "stages=2, take_turns=False"; "" changes
-      nothing.
+  """Returns the fields of `field=value` pairs, e.g. "stages=2, take_turns=False"; "": none.
 
   Raises:
-    ValueError: for an unknown field (the allowed ones are listed) or a value of another type than
-      the field's.
+    ValueError: for an unknown field, or a value of another type than the field's.
   """
   defaults = {field.name: field.default for field in dataclasses.fields(TuningConfig)}
   found = {}

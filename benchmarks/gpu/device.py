@@ -1,5 +1,6 @@
 """The GPU that is measured, the file that holds its rows, and the time that is left."""
 
+import argparse
 import dataclasses
 import os
 import pathlib
@@ -11,15 +12,13 @@ from benchmarks import rows
 from benchmarks.gpu import facts
 from benchmarks.gpu.code import code_digest
 
+# A kernel's speed depends on their versions.
+_PACKAGES = ("jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13")
+
 
 @dataclasses.dataclass(frozen=True)
 class Deadline:
-  """A point in time at which to stop.
-
-  Attributes:
-    seconds: from `start` on.
-    start: in seconds of the monotonic clock.
-  """
+  """A point in time, `seconds` after `start` on the monotonic clock."""
 
   seconds: float
   start: float = dataclasses.field(default_factory=time.monotonic)
@@ -31,12 +30,9 @@ class Deadline:
 
 
 def open_device(rehearse: bool) -> str:
-  """Chooses the GPU, or the CPU for a rehearsal, and leaves memory for child processes.
+  """Chooses the GPU, or the CPU for a rehearsal, before anything runs; returns the device's kind.
 
-  It must be called before anything runs.
-
-  Returns:
-    the device's kind.
+  It leaves memory for child processes.
 
   Raises:
     RuntimeError: if there is no GPU; the message says what to do.
@@ -54,6 +50,17 @@ def open_device(rehearse: bool) -> str:
     ) from error
 
 
+def command_line(description: str, minutes: float) -> argparse.ArgumentParser:
+  """Returns a parser with the options that every program for a device has."""
+  parser = argparse.ArgumentParser(
+    description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--out", help="folder for the rows; default $OUT, else benchmarks/results")
+  parser.add_argument("--minutes", type=float, default=minutes, help="stop by then")
+  parser.add_argument("--rehearse", action="store_true", help="tiny, with a stand-in on a CPU")
+  return parser
+
+
 def device_slug(kind: str) -> str:
   """Returns a device's name for files: `NVIDIA H100 80GB HBM3` -> `h100`."""
   words = [w for w in kind.lower().split() if any(c.isdigit() for c in w) and w[0].isalpha()]
@@ -67,7 +74,7 @@ def open_store(
 
   Args:
     name: of the file, e.g. "gpu_check_{device}"; a rehearsal's device is "rehearsal".
-    command: what makes the rows.
+    command: makes the rows.
     out: folder; default `$OUT`, else benchmarks/results.
     rehearse: mark rows as no measurement.
 
@@ -81,14 +88,9 @@ def open_store(
     )
   device = jax.devices()[0]
   label = "rehearsal" if rehearse else device_slug(device.device_kind)
+  command += " --rehearse" if rehearse else ""
   context = rows.context(command) | {"code": code_digest(), "platform": device.platform}
-  context |= versions() | facts.toolchain()
+  context |= {package: facts.version_of(package) for package in _PACKAGES} | facts.toolchain()
   return rows.Store(
     folder / f"{name.format(device=label)}.json", context, ("device", "code"), rehearse
   )
-
-
-def versions() -> dict[str, str]:
-  """Returns versions of the packages that a kernel's speed depends on, or "absent"."""
-  packages = ("jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13")
-  return {package: facts.version_of(package) for package in packages}

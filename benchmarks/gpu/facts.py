@@ -44,10 +44,9 @@ _LIBDEVICE = "/usr/local/cuda/nvvm/libdevice/libdevice.10.bc"
 
 @functools.cache
 def toolchain() -> dict[str, str]:
-  """Returns what a kernel's machine code and its launch depend on; every row carries these fields.
+  """Returns what a kernel's machine code and launch depend on; every row carries these fields.
 
-  `ptxas` is the one on PATH, which XLA prefers; `ptxas_wheel` is that of the wheel
-  nvidia-cuda-nvcc. Each is a path and a version, or "absent".
+  `ptxas` is the one on PATH, which XLA prefers, `ptxas_wheel` that of the wheel nvidia-cuda-nvcc.
   """
   return {
     "ptxas": described_ptxas(shutil.which("ptxas")),
@@ -117,7 +116,7 @@ def facts() -> dict:
     "python": platform.python_version(),
     "machine": platform.machine(),
     "cores": os.cpu_count(),
-    "memory_gib": _memory_gib(),
+    "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
     "nvidia_smi": answer(["nvidia-smi"])[:_SMI_CHARACTERS],
   }
 
@@ -128,10 +127,6 @@ def version_of(package: str) -> str:
     return importlib.metadata.version(package)
   except importlib.metadata.PackageNotFoundError:
     return ABSENT
-
-
-def _memory_gib() -> float:
-  return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
 
 
 def main():

@@ -32,13 +32,6 @@ def attend(q, k, v, mask, implementation):
   return attention(q, k, v, mask, implementation=implementation)
 
 
-def fused_call(spec: AttentionSpec, of: Composition, implementation: str) -> Call:
-  """Returns the call of all bands at once."""
-  problem = masks.fused(spec, of)
-  run = functools.partial(attend, implementation=implementation)
-  return Call(run, (*problem.inputs(), masks.on_device(problem.mask)))
-
-
 def separate_call(spec: AttentionSpec, of: Composition, implementation: str) -> Call:
   """Returns the calls band by band, in one jit; mid first: a chain runs through the costliest."""
   low, mid, high = masks.separate(spec, of)
@@ -60,11 +53,11 @@ def compare(
   spec: AttentionSpec, of: Composition, implementation: str, effort: Effort
 ) -> dict[str, Measured]:
   """Times both forms, in turns."""
-  calls = {
-    "fused": fused_call(spec, of, implementation),
-    "separate": separate_call(spec, of, implementation),
-  }
-  return measure(calls, effort)
+  problem = masks.fused(spec, of)
+  run = functools.partial(attend, implementation=implementation)
+  fused = Call(run, (*problem.inputs(), masks.on_device(problem.mask)))
+  separate = separate_call(spec, of, implementation)
+  return measure({"fused": fused, "separate": separate}, effort)
 
 
 def in_child(
@@ -72,8 +65,7 @@ def in_child(
 ) -> dict[str, dict]:
   """Runs `compare` in a process whose command buffers run independent kernels concurrently.
 
-  Returns:
-    the fields of a results row for `fused` and `separate`.
+  It returns the fields of a results row for `fused` and `separate`.
   """
   code = (
     "from benchmarks.gpu.launches import child; from benchmarks.arg_specs import AttentionSpec; "

@@ -20,7 +20,6 @@ class Problem:
   """One attention call.
 
   Attributes:
-    spec: the shape: tokens, heads, head dimension, dtype.
     mask: the table, in NumPy; its tiles say how many rows the buffer has.
     what: the table in words.
     heads: heads of this call; the spec's unless it is a part of them.
@@ -39,13 +38,13 @@ class Problem:
     """Rows of the buffer."""
     return self.mask.q_tiles * self.mask.block_q
 
-  def inputs(self, count: int = 3, seed: int = 0) -> list[jax.Array]:
+  def inputs(self, count: int = 3) -> list[jax.Array]:
     """Returns `count` normal arrays `[batch, rows, heads, head_dim]`.
 
     They are never zeros, on which tensor cores run faster.
     """
     shape = (self.spec.batch, self.rows, self.heads, self.spec.head_dim)
-    keys = jax.random.split(jax.random.key(seed), count)
+    keys = jax.random.split(jax.random.key(0), count)
     return [jax.random.normal(key, shape, jnp.dtype(self.spec.dtype)) for key in keys]
 
   @functools.cached_property
@@ -70,24 +69,19 @@ def on_device(mask: BlockMask) -> BlockMask:
   return jax.tree.map(jnp.asarray, mask)
 
 
-# ---- tables --------------------------------------------------------------------------------------
-
-
 def random_ids(
   heads: int, tiles: tuple[int, int], keep: int, seed: int = 0, ordered: bool = True
 ) -> np.ndarray:
-  """Draws distinct key tiles for every query tile, its own among them.
+  """Draws distinct key tiles for every query tile, its own (at the same place) among them.
 
   Args:
-    heads: lists differ from head to head.
-    tiles: `(q_tiles, kv_tiles)`; own = the key tile at the same place.
+    tiles: `(q_tiles, kv_tiles)`.
     keep: tiles per list, at most `kv_tiles`.
-    seed: of the draw.
     ordered: True for ascending lists, as tables must be; False leaves each list in random order,
       whose cost is a row of its own.
 
   Returns:
-    int32 `[1, heads, q_tiles, keep]`.
+    int32 `[1, heads, q_tiles, keep]`; lists differ from head to head.
   """
   q_tiles, kv_tiles = tiles
 
@@ -127,13 +121,9 @@ def dense(spec: AttentionSpec) -> Problem:
   return Problem(spec, dataclasses.replace(mask, kv_len=layout.arrays().kv_len), "dense mode")
 
 
-def random_lists(
-  spec: AttentionSpec, density: float = 0.0, keys: int = 0, ordered: bool = True
-) -> Problem:
-  """Random lists of a given density, or of a given number of keys."""
-  tiles = spec.layout.tiles
-  wanted = round(tiles * density) if density else keys // spec.block
-  keep = max(1, min(tiles, wanted))
+def random_lists(spec: AttentionSpec, density: float, ordered: bool = True) -> Problem:
+  """Random lists of a given density."""
+  keep = max(1, round(spec.layout.tiles * density))
   order = "random" if ordered else "unsorted random"
   return Problem(
     spec, _random_table(spec, spec.heads, keep, ordered), f"{order} lists of {keep} tiles"
@@ -151,16 +141,13 @@ def rectangular(spec: AttentionSpec, block_q: int, block_kv: int, density: float
 
 
 def window(
-  spec: AttentionSpec, tile: tuple[int, int, int], extent: tuple[int, int, int], refine: int = 1
+  spec: AttentionSpec, tile: tuple[int, int, int], extent: tuple[int, int, int], refine: int
 ) -> Problem:
-  """A clamped 3-D window of whole tiles; coarse tiles may be refined to the kernel's."""
+  """A clamped 3-D window of whole tiles; coarse tiles are refined to the kernel's."""
   layout = TileLayout.fit(spec.grid, spec.block * refine, tile)
   mask = sliding_tile(layout, extent)
   tokens = "x".join(str(t * e) for t, e in zip(tile, extent, strict=True))
-  return Problem(spec, mask.refine(refine) if refine > 1 else mask, f"3-D window {tokens}")
-
-
-# ---- FreqFormer's composition --------------------------------------------------------------------
+  return Problem(spec, mask.refine(refine), f"3-D window {tokens}")
 
 
 @dataclasses.dataclass(frozen=True)

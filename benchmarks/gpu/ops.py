@@ -28,11 +28,6 @@ AROUND_TOLERANCE = 4e-3
 MASS_TOLERANCE = 1e-3
 
 
-def _implementation(bench: Bench) -> str:
-  """Returns who runs ops that have no stand-in: the kernel under test, or the portable form."""
-  return bench.implementation if bench.implementation == "pallas_mgpu" else "xla"
-
-
 def matmul(bench: Bench) -> dict:
   """The rate of a bf16 matmul, which nothing on this device beats."""
   size = bench.sizes.matmul
@@ -124,19 +119,22 @@ def linear(bench: Bench, spec: AttentionSpec) -> dict:
   # The last five of twelve heads.
   heads = jnp.arange(spec.heads)[None] >= spec.heads - round(5 * spec.heads / 12)
 
+  # Without the kernel under test, the portable form: there is no other stand-in.
+  implementation = bench.implementation if bench.implementation == "pallas_mgpu" else "xla"
+
   def forward(q, k, v, segments, name):
     how = {"feature_map": "elu", "implementation": name}
     return linear_attention(q, k, v, segments, **how)[0]
 
   def some(q, k, v, segments, heads):
-    how = {"feature_map": "elu", "implementation": _implementation(bench)}
+    how = {"feature_map": "elu", "implementation": implementation}
     return linear_attention(q, k, v, segments, heads=heads, into=v * 2, **how)[0]
 
   def backward(q, k, v, d_out, segments):
-    out, rule = jax.vjp(lambda *x: forward(*x, segments, _implementation(bench)), q, k, v)
+    out, rule = jax.vjp(lambda *x: forward(*x, segments, implementation), q, k, v)
     return out, rule(d_out)
 
-  ours = functools.partial(forward, name=_implementation(bench))
+  ours = functools.partial(forward, name=implementation)
   portable = functools.partial(forward, name="xla")
   calls = {
     "all_heads": Call(ours, (q, k, v, segments)),

@@ -49,13 +49,7 @@ class Error:
 
 
 def compared(name: str, got, want, plain) -> tuple[dict, bool]:
-  """Compares a result with the right one and with the plain low-precision computation.
-
-  Args:
-    name: of the result, e.g. "dq".
-    got: the result under test.
-    want: the right one.
-    plain: the plain computation's.
+  """Compares a result with the right one, and its error with the plain computation's.
 
   Returns:
     fields of a row, and whether the error is at most twice the plain one's (a NaN never is).
@@ -78,8 +72,6 @@ def pick_rows(
   Args:
     mask: in NumPy.
     shape: `[b, n, h, d]` of q, or of k with `keys`.
-    count: rows.
-    seed: of the draw.
     keys: rows of k and v instead of q.
 
   Returns:
@@ -131,11 +123,9 @@ def query_rows(inputs, mask, where, cotangents=None, *, round_to=None):
 
   Args:
     inputs: `(q, k, v)`, each `[b, n, h, d]`.
-    mask: the table of the call.
     where: int32 `[m, 3]`, (sample, head, row).
-    cotangents: `(d_out, d_lse)` of the whole call, `[b, n, h, d]` and `[b, h, n]`, or None.
-    round_to: a dtype: scores, probabilities and results are rounded to it, as the plain
-      computation in that type would.
+    cotangents: `(d_out, d_lse)` of the whole call, `[b, n, h, d]` and `[b, h, n]`.
+    round_to: a dtype to which scores, probabilities and results are rounded.
 
   Returns:
     out `[m, d]`, lse `[m]`, and dq `[m, d]` where cotangents are given; float32.
@@ -177,18 +167,9 @@ def query_rows(inputs, mask, where, cotangents=None, *, round_to=None):
 
 @functools.partial(jax.jit, static_argnames="round_to")
 def key_rows(inputs, mask, found, cotangents, where, *, round_to=None):
-  """Computes dK and dV of some key rows, from the output and LSE under test.
+  """Computes dK and dV `[m, d]` of some key rows, from `found = (out, lse)` under test.
 
-  Args:
-    inputs: `(q, k, v)`.
-    mask: the table of the call.
-    found: `(out, lse)` of the call.
-    cotangents: `(d_out, d_lse)`.
-    where: int32 `[m, 3]`, (sample, head, key row).
-    round_to: as in `query_rows`.
-
-  Returns:
-    dk and dv `[m, d]`, float32.
+  The other arguments are as in `query_rows`.
   """
   q, k, v = inputs
   out, lse = found
@@ -220,9 +201,6 @@ def key_rows(inputs, mask, found, cotangents, where, *, round_to=None):
   return jax.lax.map(one, jnp.asarray(where))
 
 
-# ---- the fields of a results row -----------------------------------------------------------------
-
-
 def _sampled(x, where):
   """Returns rows `(sample, head, row)` of `[b, n, h, d]` or `[b, h, n]`."""
   sample, head, row = jnp.asarray(where).T
@@ -234,21 +212,14 @@ def _low(dtype):
   return None if jnp.dtype(dtype).itemsize > 2 else jnp.dtype(dtype)
 
 
-def forward_error(inputs, mask: BlockMask, found, count: int = 64, seed: int = 0) -> dict:
-  """Compares a forward pass on sampled rows.
-
-  Args:
-    inputs: `(q, k, v)`.
-    mask: in NumPy.
-    found: `(out, lse or None)` of the call under test.
-    count: rows.
-    seed: of the sample.
+def forward_error(inputs, mask: BlockMask, found, count: int = 64) -> dict:
+  """Compares `found = (out, lse or None)` of a forward pass on sampled rows.
 
   Returns:
     errors, and `correct`: all of them within tolerance.
   """
   out, lse = found
-  where = pick_rows(mask, inputs[0].shape, count, seed)
+  where = pick_rows(mask, inputs[0].shape, count)
   table = dataclasses.replace(mask, transposed=None)
   want, want_lse = query_rows(inputs, table, where)
   plain, _ = query_rows(inputs, table, where, round_to=_low(out.dtype))

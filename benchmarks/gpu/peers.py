@@ -33,16 +33,13 @@ def tokamax() -> Callable | None:
 def backward_call(
   f: Callable, inputs: tuple, cotangents: tuple, tables: tuple = ()
 ) -> tuple[Call, tuple]:
-  """Returns the backward pass alone, from stored residuals.
+  """Returns the backward pass alone, from stored residuals, and the result of the forward pass.
 
   Args:
     f: `f(q, k, v, *tables) -> out` or a tuple of results.
     inputs: q, k, v.
-    cotangents: one per result, the output's first.
+    cotangents: one per result, the output's first; the call's chain runs through it.
     tables: further arguments, not differentiated.
-
-  Returns:
-    the call (its chain runs through dO), and the result of the forward pass.
   """
   forward = jax.jit(lambda inputs, tables: jax.vjp(lambda *a: f(*a, *tables), *inputs))
   found, pullback = forward(inputs, tables)
@@ -55,10 +52,7 @@ def backward_call(
 
 
 def torch_rows(arguments: list[str], timeout_s: float) -> list[dict]:
-  """Runs `benchmarks.gpu.torch_peers` in a process of its own.
-
-  Returns:
-    the rows that it printed, also if it was cut short.
+  """Returns the rows that `benchmarks.gpu.torch_peers` prints, also if it is cut short.
 
   Raises:
     RuntimeError: if there is no torch, or no row at all came back.

@@ -21,11 +21,7 @@ def _kind(row: dict) -> str | None:
 
 
 def draw(found: list[dict], path: pathlib.Path) -> pathlib.Path:
-  """Draws four panels and returns the file.
-
-  Args:
-    found: rows of one device; those with `speedup` and a correct result are drawn.
-    path: of the PNG.
+  """Draws four panels of the correct rows of one device with `speedup`; returns the PNG's path.
 
   Raises:
     ValueError: if no row can be drawn.

@@ -22,13 +22,7 @@ PEERS = ("cudnn", "torch", "tokamax")
 
 
 class Run:
-  """One pass over the cases.
-
-  Attributes:
-    bench: measures them.
-    store: of the rows.
-    skipped: names of rows for which there was no time.
-  """
+  """One pass over the cases; `skipped` names the rows for which there was no time."""
 
   def __init__(self, bench: Bench):
     self.bench = bench
@@ -110,9 +104,9 @@ def main(
     implementation: backend under test; default the GPU kernel, for a rehearsal "xla".
     rehearse: tiny shapes on any device; rows are marked and say nothing about speed.
     parts: names of parts; none: all but `cases.ON_REQUEST`.
-    only: a regular expression that finds the rows by name. The plot is drawn of a whole run only.
+    only: a regular expression that finds the rows by name.
     configuration: fields of the kernels' configuration to change wherever that fits (config.py).
-      Its rows say so, and count as rows of other code: a run without it measures them anew.
+      Its rows count as rows of other code: a run without it measures them anew.
 
   Raises:
     ValueError: for an unknown part, an invalid `configuration`, or a rehearsal among measured rows.
@@ -123,7 +117,6 @@ def main(
   configs = config.everywhere(config.parse(configuration)) if configuration else {}
   open_device(rehearse)
   command = f"python -m benchmarks.attention --device=gpu --minutes={minutes:g}"
-  command += " --rehearse" if rehearse else ""
   for option, value in (("parts", ",".join(parts)), ("only", only), ("config", configuration)):
     command += f" --{option}='{value}'" if value else ""
   store = open_store("attention_gpu_{device}", command, out, rehearse)

@@ -12,8 +12,6 @@ class Sizes:
   """Shapes and effort of a run.
 
   Attributes:
-    specs: attention shapes by name.
-    effort: number of samples of each figure.
     matmul: rows and columns of the ceiling's matrices.
     copy_bytes: size of the ceiling's copy.
     shrink: 64 and 128-row tiles of variants are divided by it.

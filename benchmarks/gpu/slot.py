@@ -5,10 +5,9 @@
   python3 -m benchmarks.gpu.slot --rehearse --minutes=15 --out=/tmp/x
 
 docs/gpu_queue.md says when to run which plan; the last line rehearses one with a stand-in on a CPU.
-Every step is a process of its own. When it overstays, its whole process group is killed and the
-case it had begun is named. Small checks run several at a time, what is timed runs alone. Steps
-write row by row into one file per kind under --out, each file whole or not at all, so that a step
-that is cut off loses nothing. This process imports no jax: nothing that a kernel does can hold it.
+Every step is a process of its own. When it overstays, its process group is killed and the case it
+had begun is named. Checks run several at a time, what is timed runs alone. Steps write row by row,
+each file whole or not at all. This process imports no jax: no kernel can hold it.
 """
 
 import argparse
@@ -52,13 +51,7 @@ _LOG_CHARACTERS = 200_000
 
 
 class Slot:
-  """One run over a plan.
-
-  Attributes:
-    out: folder of what is kept.
-    rehearse: whether tiny shapes run on a CPU.
-    outcomes: of the steps so far, in the order in which they ended.
-  """
+  """One run over a plan; `outcomes` are those of the steps so far, in the order of their ends."""
 
   def __init__(self, out: pathlib.Path, minutes: float, rehearse: bool = False):
     self.out = out
@@ -108,8 +101,6 @@ class Slot:
 
   def _together(self, steps: list[Step]) -> list[Outcome]:
     """Runs steps at the same time, as many at once as the machine takes."""
-    if not steps:
-      return []
     at_once = min(AT_ONCE, max(2, (os.cpu_count() or 2) // 2))
     with ThreadPoolExecutor(at_once) as pool:
       return list(pool.map(self._step, steps))
@@ -217,10 +208,7 @@ class Slot:
         self._end(process)
 
   def _spawn(self, command: list[str], sink) -> subprocess.Popen:
-    """Starts a process in a session, and so in a process group, of its own.
-
-    `_kill` then ends it with all that it starts.
-    """
+    """Starts a process in a session, and so in a process group, of its own, which `_kill` ends."""
     process = subprocess.Popen(
       command,
       cwd=ROOT,
@@ -273,7 +261,7 @@ class Slot:
     self._before = self._before or _read_json(folder / STATE, {})
     for path in sorted(folder.glob("*.json")):
       found = _read_json(path, None)
-      if _are_rows(found):
+      if isinstance(found, list):
         there = {row["name"] for row in read_rows(self.out / path.name)}
         merge_rows(self.out / path.name, [row for row in found if row["name"] not in there])
 
@@ -398,13 +386,6 @@ def _read_json(path: pathlib.Path, otherwise):
     return json.loads(path.read_text())
   except (OSError, ValueError):
     return otherwise
-
-
-def _are_rows(content) -> bool:
-  """Returns True for a list of rows, which have names."""
-  if not isinstance(content, list):
-    return False
-  return all(isinstance(row, dict) and "name" in row for row in content)
 
 
 def command_line() -> argparse.ArgumentParser:

@@ -26,11 +26,9 @@ class Outcome:
   """The end of a step.
 
   Attributes:
-    step: the step.
     state: "ok"; "wrong" (a case is), "unreached" (no time for a case); "killed", "died: SIGNAL",
       "exit N"; "not begun"; "error" (of the slot itself); "skipped" (an earlier call ended it
       well), "absent" (a program that it needs is); "said something" (a step that is not judged).
-    seconds: its length.
     lines: verdicts that it printed, one per case.
     reached: names of the cases that have one.
     begun: the case in which it was killed or died.
@@ -77,10 +75,7 @@ class Outcome:
 def read_output(step: Step, text: str, code: int | None) -> Outcome:
   """Returns the outcome that a step's output and exit status mean.
 
-  Args:
-    step: the step.
-    text: all that it printed.
-    code: its exit status, negative for a signal; None: it was killed for overstaying.
+  The status `code` is negative for a signal, and None if the step was killed for overstaying.
   """
   named = {word: [] for word in ("wanted", "begin", "unreached")}
   found = Outcome(step, "ok")
@@ -99,7 +94,7 @@ def read_output(step: Step, text: str, code: int | None) -> Outcome:
   if code is None:
     found.state = "killed"
   elif code < 0:
-    found.state = f"died: {_signal_name(-code)}"
+    found.state = f"died: {signal.Signals(-code).name}"
   elif found.wrong:
     found.state = "wrong"
   elif found.unreached:
@@ -113,11 +108,6 @@ def read_output(step: Step, text: str, code: int | None) -> Outcome:
   if step.wrapper and not step.judged and code is not None and (code or not _clean(text)):
     found.state = "said something"
   return found
-
-
-def _signal_name(number: int) -> str:
-  known = {int(each): each.name for each in signal.Signals}
-  return known.get(number, f"signal {number}")
 
 
 def _clean(text: str) -> bool:
@@ -147,13 +137,7 @@ def described(outcome: Outcome, text: str) -> str:
 
 
 def summary(outcomes: list[Outcome], notes: list[str], rehearse: bool) -> list[str]:
-  """Returns a slot on one page: a line a step, then what needs attention.
-
-  Args:
-    outcomes: of its steps.
-    notes: of its bisect.
-    rehearse: whether it is a rehearsal.
-  """
+  """Returns a slot on one page: a line a step, what needs attention, the notes of the bisect."""
   lines = ["", "---- summary" + (" (a rehearsal: no measurement)" if rehearse else "")]
   for outcome in outcomes:
     detail = f"in: {outcome.begun}" if outcome.begun else outcome.note

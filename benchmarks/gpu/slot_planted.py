@@ -25,13 +25,9 @@ ROW = "before it hung"
 def misbehave(kind: str, out: pathlib.Path, configuration: str | None):
   """Ends, or does not end, as a kernel's process may.
 
-  Args:
-    kind: "stubborn" writes a row, ignores SIGTERM and sleeps, and so does its child; "aborting"
-      ends as Mosaic's runtime does when a launch fails; "failing" has an exit status; "garbage"
-      prints bytes that are no text, and is right; "wrong" is wrong, unless `configuration` repairs
-      it.
-    out: folder of its rows.
-    configuration: given by the bisect of the wrong case.
+  "stubborn" writes a row, ignores SIGTERM and sleeps, and so does its child; "aborting" ends as
+  Mosaic's runtime does when a launch fails; "failing" has an exit status; "garbage" prints bytes
+  that are no text, and is right; "wrong" is wrong, unless `configuration` repairs it.
   """
   path = out / "planted.json"
   if kind == "stubborn":

@@ -43,18 +43,15 @@ class Step:
   """One process of a slot.
 
   Attributes:
-    name: in the log and the summary.
     module: run with `python -m`; it takes --minutes, in a rehearsal --rehearse, and --out unless it
       is pytest.
-    arguments: further ones.
     seconds: it is killed after so many.
     alone: nothing runs at the same time, because it is timed or because others build on it.
     bisect: if a case of it hangs or is wrong, that case is tried under other configurations
       (`bisection`).
     after: names of steps; if one of them was killed or died, this one is not begun, since it would
       end likewise.
-    wrapper: a program and its arguments that run the command; the step is left out where PATH has
-      no such program.
+    wrapper: a program, with arguments, that runs the command; without it the step is left out.
     judged: False: its findings are reported and kept in the log, and neither its rows nor its exit
       status count.
     resumes: it is left out where an earlier call of the same code on the same device ended it well.
@@ -91,10 +88,8 @@ def timed(name: str, parts: str, only: str, seconds: float, **fields) -> Step:
   """Returns a step of timed rows, alone on the machine.
 
   Args:
-    name: of the step.
     parts: keys of `GUARDS`, separated by commas.
     only: a regular expression that finds the rows.
-    seconds: of the whole step.
     fields: others of the step.
 
   Raises:
@@ -116,8 +111,8 @@ def sanitizer(tool: str, after: tuple[str, ...] = ("first calls",)) -> Step:
   False alarms on operands of wgmma are known, hence it is not judged.
   """
   wrapper = ("compute-sanitizer", "--tool", tool)
-  one_tile = checks(tool, "^one tile, seed 0$", alone=True, after=after, wrapper=wrapper)
-  return dataclasses.replace(one_tile, judged=False)
+  fields = {"alone": True, "after": after, "wrapper": wrapper, "judged": False}
+  return checks(tool, "^one tile, seed 0$", **fields)
 
 
 FACTS = Step("facts", "benchmarks.gpu.facts", (), 30, alone=True, resumes=False)
@@ -219,12 +214,7 @@ AS_IS = "as is"
 
 
 def bisection(case: str, module: str = CHECK) -> tuple[Step, ...]:
-  """Returns one step per variant of the kernels' configuration, all of the same case.
-
-  Args:
-    case: its name.
-    module: the program that checks the case; a rehearsal names a stand-in.
-  """
+  """Returns one step per variant of the kernels' configuration, all of the same case."""
   steps = []
   for variant in VARIANTS:
     arguments = (f"--only={only([case])}", f"--config={variant}")
@@ -236,13 +226,8 @@ def bisection(case: str, module: str = CHECK) -> tuple[Step, ...]:
 def verdict(case: str, states: dict[str, str]) -> tuple[str, str]:
   """Returns the meaning of a bisect in words, and the variant that repairs the case.
 
-  Args:
-    case: its name.
-    states: of the steps of the bisect, by name.
-
-  Returns:
-    a sentence, and the first variant under which the case was right: "" if there is none, or if it
-    was right as it is.
+  That is the first one under which the case was right: "" if there is none, or if it was right as
+  it is. `states` are those of the bisect's steps, by name.
   """
   found = {name.removeprefix(PREFIX): state for name, state in states.items()}
   right = [name for name, state in found.items() if state == "ok"]
@@ -281,11 +266,7 @@ PLANS = ("first", "right", "hangs", "wrong")
 
 
 def plan(name: str, case: str = "") -> tuple[Step, ...]:
-  """Returns the steps of a call.
-
-  Args:
-    name: of `PLANS`: the first call, or the second after one that was right, hung, or was wrong.
-    case: for "hangs" and "wrong": the name of the case, e.g. "plain, seed 0".
+  """Returns the steps of a call: the first, or the second after one that was right, hung, or wrong.
 
   Raises:
     ValueError: for an unknown name, or where a case must be named and is not, or must not and is.
@@ -305,12 +286,9 @@ def plan(name: str, case: str = "") -> tuple[Step, ...]:
 
 
 def chosen(steps: tuple[Step, ...], names: str, rehearse: bool) -> tuple[Step, ...]:
-  """Returns the steps with these names, all if there are none.
+  """Returns the steps with these names, separated by ";", or all if there are none.
 
-  Args:
-    steps: of a plan.
-    names: separated by ";".
-    rehearse: True adds the steps that misbehave, and gives all more time.
+  A rehearsal adds the steps that misbehave, and gives all more time.
 
   Raises:
     ValueError: for a name that no step has.

@@ -46,19 +46,10 @@ class Effort:
   chain_s: float = 0.03
   turns: int = 4
 
-  def __post_init__(self):
-    if min(self.samples, self.slow_samples, self.turns) < 1 or min(self.slow_s, self.chain_s) < 0:
-      raise ValueError(f"counts must be >= 1 and seconds >= 0, got {self}.")
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Call:
-  """A call `f(first, *rest)`.
-
-  Attributes:
-    f: the function.
-    args: its arguments; a chain threads the first, a floating-point array, from call to call.
-  """
+  """A call `f(first, *rest)`; a chain threads the first, a floating-point array, through calls."""
 
   f: Callable
   args: tuple
@@ -102,23 +93,14 @@ class Measured:
     return found | ({"timing_note": self.note} if self.note else {})
 
 
-def measure(
-  calls: Mapping[str, Call], effort: Effort = Effort(), kernels: bool | None = None
-) -> dict[str, Measured]:
-  """Times competitors in turns.
-
-  Args:
-    calls: by name.
-    effort: number of samples.
-    kernels: ask CUPTI for kernel times; None: where the default device is a GPU.
-  """
-  kernels = jax.default_backend() == "gpu" if kernels is None else kernels
+def measure(calls: Mapping[str, Call], effort: Effort) -> dict[str, Measured]:
+  """Times competitors in turns, and on a GPU their kernels."""
   chains = {name: _Chain(call, effort) for name, call in calls.items()}
   walls = in_turns({name: chain.sample for name, chain in chains.items()}, effort.turns)
   found = {}
   for name, chain in chains.items():
     measured = Measured(walls[name], note="wall clock only")
-    if kernels:
+    if jax.default_backend() == "gpu":
       few = effort.slow_samples if walls[name].median > _LONG_CALL_SECONDS else effort.samples
       measured = device_times(calls[name], walls[name], min(few, chain.samples))
     note = "; ".join(filter(None, (chain.note, measured.note)))
@@ -159,14 +141,7 @@ class _Chain:
 
 
 def chained(f: Callable, length: int, state: tuple, *rest) -> tuple:
-  """Runs `length` calls, each on the one before.
-
-  Args:
-    f: `f(first, *rest) -> results`.
-    length: calls.
-    state: `(first, results)`, as it is returned.
-    rest: further arguments.
-  """
+  """Runs `length` calls `f(first, *rest)`, each on the one before; `state` is (first, results)."""
 
   def step(_, state):
     x, _ = state

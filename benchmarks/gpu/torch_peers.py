@@ -2,16 +2,16 @@
 
   python -m benchmarks.gpu.torch_peers    # one JSON row per line; --rehearse: tiny shapes
 
-It needs torch with CUDA and nothing of ours. FlexAttention compiles its own Triton kernels, which
-takes about 20 s per shape. Times are CUDA events around single calls, after two warm-up calls, in
-bfloat16 on normal inputs; the `clock` of the rows says so.
+It needs torch with CUDA, and nothing of ours. FlexAttention compiles its own Triton kernels, about
+20 s per shape. Times are CUDA events around single calls, in bfloat16 on normal inputs.
 """
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable
+
+import numpy as np
 
 # (tokens, heads) by name: the shapes of benchmarks/arg_specs.py, where torch must not be needed.
 SHAPES = {
@@ -32,25 +32,23 @@ BACKWARD_DENSITY = 0.1
 # FLOPs per scored pair and channel, and of forward + backward over forward.
 _FLOPS_PER_PAIR = 4
 _WITH_BACKWARD = 3.5
+# Of each call.
+_SAMPLES = 20
 
 
 class Torch:
   """PyTorch and the parts of it that are used; on a CPU everything runs in float32.
 
   Attributes:
-    torch: the module.
-    cuda: whether there is a GPU.
-    samples: of each call.
     flex: FlexAttention, compiled on a GPU.
     facts: fields of every row.
   """
 
-  def __init__(self, samples: int):
+  def __init__(self):
     import torch
     from torch.nn.attention.flex_attention import flex_attention
 
     self.torch = torch
-    self.samples = samples
     self.cuda = torch.cuda.is_available()
     self.device = "cuda" if self.cuda else "cpu"
     self.flex = torch.compile(flex_attention, dynamic=False) if self.cuda else flex_attention
@@ -78,7 +76,7 @@ class Torch:
       run()
       return [time.perf_counter() - start]
     times = []
-    for _ in range(self.samples):
+    for _ in range(_SAMPLES):
       start, end = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
       start.record()
       run()
@@ -88,11 +86,7 @@ class Torch:
     return times
 
   def table(self, seen):
-    """Returns FlexAttention's table of whole blocks, none of them partial.
-
-    Args:
-      seen: bool `[heads or 1, tiles, tiles]`.
-    """
+    """Returns FlexAttention's table of the blocks that bool `seen [heads, tiles, tiles]` marks."""
     from torch.nn.attention.flex_attention import BlockMask
 
     listed = seen.to(self.torch.int32)
@@ -124,11 +118,8 @@ def emit(name: str, facts: dict, times: list[float] | None = None, pairs: int = 
   if times:
     flops = _FLOPS_PER_PAIR * pairs * HEAD_DIM
     flops *= _WITH_BACKWARD if row["direction"] == "forward_backward" else 1
-    seconds = statistics.median(times)
-    tenths = times * 9
-    if len(times) > 1:
-      tenths = statistics.quantiles(times, n=10, method="inclusive")
-    spread = {"median_s": seconds, "p10_s": tenths[0], "p90_s": tenths[-1], "calls": len(times)}
+    low, seconds, high = (float(x) for x in np.percentile(times, (10, 50, 90)))
+    spread = {"median_s": seconds, "p10_s": low, "p90_s": high, "calls": len(times)}
     rate = {"flops": flops, "tflops": flops / seconds / 1e12}
     row |= {"seconds": seconds, "device": spread} | rate
   print(json.dumps(row), flush=True)
@@ -205,8 +196,6 @@ def flex_window(t: Torch, spec: str, shape: tuple[int, int], tile_grid: tuple[in
   for axis in (0, 1):
     seen = seen.repeat_interleave(BLOCKS_PER_TILE, axis)
   seen = seen.to(t.device)
-  if seen.shape[0] * BLOCK != n:
-    raise ValueError(f"{tile_grid=} holds {seen.shape[0] * BLOCK} tokens, {spec} has {n}.")
   mask = t.table(seen[None].expand(heads, -1, -1))
   q, k, v = t.inputs(n, heads)
   times = t.seconds(lambda: t.flex(q, k, v, block_mask=mask))
@@ -220,11 +209,10 @@ def main():
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--rehearse", action="store_true", help="tiny shapes, on any device")
-  parser.add_argument("--samples", type=int, default=20)
   options = parser.parse_args()
   shapes = TINY if options.rehearse else SHAPES
   tile_grid = TINY_WINDOW_TILES if options.rehearse else WINDOW_TILES
-  t = Torch(options.samples)
+  t = Torch()
   if not (t.cuda or options.rehearse):
     raise SystemExit(
       "torch sees no GPU: nothing to compare with (--rehearse runs tiny shapes on a CPU)"

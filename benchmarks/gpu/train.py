@@ -3,13 +3,10 @@
   python -m benchmarks.gpu.train --steps=60 --out=$OUT     # FreqFormer-S, bfloat16, 64 per head
   python -m benchmarks.gpu.train --rehearse --steps=3 --out=/tmp/x     # tiny, on a CPU
 
-The step is the one of train.py; the data path (files, cache, loader) is left out, so that neither
-its packages nor its speed matter. configs/demo.py says nothing about the kernels: its heads of 16
-channels in float32 run the portable backend. The row says how much of the device's time attention
-takes where a profiler saw the kernels, else how much of the model's FLOPs.
+The step is the one of train.py; files, cache and loader are left out. The row says how much of the
+device's time attention takes where a profiler saw the kernels, else how much of the model's FLOPs.
 """
 
-import argparse
 import pathlib
 import sys
 import tempfile
@@ -21,7 +18,7 @@ from absl import logging
 from flax import nnx
 
 from benchmarks.gpu.code import ROOT
-from benchmarks.gpu.device import Deadline, open_device, open_store
+from benchmarks.gpu.device import Deadline, command_line, open_device, open_store
 from freqformer.command.files import read_config
 from freqformer.cost import BACKWARD_OVER_FORWARD, model_cost, training_flops
 from freqformer.data.codec import StatisticsAccumulator, make_codec
@@ -69,12 +66,9 @@ def rendered_batch(exp: Experiment) -> dict[str, np.ndarray]:
 
 
 def measure(exp: Experiment, steps: int, deadline: Deadline) -> dict:
-  """Trains on one batch and returns the fields of the row.
+  """Trains on one batch, until the deadline at most, and returns the fields of the row.
 
-  Args:
-    exp: the experiment.
-    steps: to time, after the first one, which compiles.
-    deadline: no step is begun after it.
+  The first step, which compiles, is not timed.
   """
   shape = exp.latent_shape
   batch = rendered_batch(exp)
@@ -97,8 +91,7 @@ def measure(exp: Experiment, steps: int, deadline: Deadline) -> dict:
   jax.block_until_ready(state)
   seconds = (time.monotonic() - started) / done
   losses = [float(x) for x in losses]
-  device = jax.devices()[0]
-  memory = device.memory_stats() or {}
+  memory = jax.devices()[0].memory_stats() or {}
   text = step.as_text()
   row = {
     "model": f"{exp.model.size}, {exp.model.depth} layers of {exp.model.width}",
@@ -118,12 +111,10 @@ def measure(exp: Experiment, steps: int, deadline: Deadline) -> dict:
     "attention_kernels": [name for name in ATTENTION_KERNELS if name in text],
     **attention_share(exp, profiled(step, state, batch, tables)),
   }
-  fine = bool(np.isfinite(losses).all())
   # A run that quietly used the portable backend would time something else.
-  missing = device.platform == "gpu" and len(row["attention_kernels"]) < len(ATTENTION_KERNELS)
-  if missing:
+  if jax.default_backend() == "gpu" and len(row["attention_kernels"]) < len(ATTENTION_KERNELS):
     return row | {"correct": False, "error": "attention ran on no Hopper kernel"}
-  return row | {"correct": fine}
+  return row | {"correct": bool(np.isfinite(losses).all())}
 
 
 def profiled(step, state, batch, tables) -> dict[str, float]:
@@ -176,20 +167,11 @@ def attention_share(exp: Experiment, kernels: dict[str, float]) -> dict:
   }
 
 
-def command_line() -> argparse.ArgumentParser:
-  """Returns the parser of the command line."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument("--steps", type=int, default=60, help="timed steps")
-  parser.add_argument("--out", default=ROOT / "runs" / "gpu", help="folder for the row")
-  parser.add_argument("--minutes", type=float, default=2, help="stop by then")
-  parser.add_argument("--rehearse", action="store_true", help="a tiny model on a CPU")
-  return parser
-
-
 def main() -> int:
-  options = command_line().parse_args()
+  parser = command_line(__doc__, minutes=2)
+  parser.set_defaults(out=ROOT / "runs" / "gpu")
+  parser.add_argument("--steps", type=int, default=60, help="timed steps")
+  options = parser.parse_args()
   logging.set_verbosity(logging.INFO)
   open_device(options.rehearse)
   config = read_config(ROOT / "configs" / "ucf101.py")
@@ -197,7 +179,6 @@ def main() -> int:
     tiny(config)
   name = "train/ucf101_S"
   command = f"python -m benchmarks.gpu.train --steps={options.steps}"
-  command += " --rehearse" if options.rehearse else ""
   store = open_store("gpu_train_{device}", command, options.out, options.rehearse)
   print(f"wanted {name}\nbegin {name}", flush=True)
   # Measured anew each time: the row depends on more code than the store's hash covers.

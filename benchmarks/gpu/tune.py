@@ -4,19 +4,16 @@
   python -m benchmarks.gpu.tune --static            # anywhere: a report of the candidates that fit
   python -m benchmarks.gpu.tune --rehearse --out=/tmp/x     # one key, tiny, a stand-in on a CPU
 
-The table is written twice: into the checkout, where later runs read it, and next to the report as
-`kernels_tuning.json`, because a rented machine gives back only its output folder.
-
 Per key (head dimension, tile sizes, direction): candidates -> those that compile for the device
 without spilling and within shared memory -> those that agree with the XLA backend -> the fastest.
-The default is always a candidate, and another one is taken only where it is faster by more than
-`tune_trials.MARGIN`: below that, noise would write the table.
+The table is written twice: into the checkout, and next to the report as `kernels_tuning.json`,
+because a rented machine gives back only its output folder.
 """
 
 import argparse
+import dataclasses
 import functools
 import itertools
-import json
 import pathlib
 import sys
 from collections.abc import Callable
@@ -26,6 +23,7 @@ from freqformer.kernels.block_sparse import tuning
 from freqformer.kernels.block_sparse.tuning import DIRECTIONS, Key, TuningConfig
 
 from benchmarks import rows
+from benchmarks.gpu import device
 from benchmarks.gpu.code import kernels_digest
 from benchmarks.gpu.device import Deadline, open_device, open_store
 from benchmarks.gpu.timing import Effort
@@ -52,11 +50,7 @@ def all_keys() -> list[Key]:
 
 
 def parse_key(text: str) -> Key:
-  """Returns the key that `128:128:64:dq` names.
-
-  Raises:
-    ValueError: if it is not of that form.
-  """
+  """Returns the key that e.g. `128:128:64:dq` names; a ValueError says the form."""
   try:
     d, q, kv, direction = text.split(":")
     return Key(DEVICE, int(d), int(q), int(kv), direction)
@@ -66,9 +60,6 @@ def parse_key(text: str) -> Key:
     ) from error
 
 
-# ---- the search ----------------------------------------------------------------------------------
-
-
 def search(
   keys: list[Key],
   store: Store,
@@ -76,17 +67,13 @@ def search(
   static: bool = False,
   save: Callable[[dict[Key, TuningConfig]], None] | None = None,
 ) -> dict[Key, TuningConfig]:
-  """Goes through the keys, a row of trials each.
+  """Goes through the keys, the most used first, a row of trials each; returns the choices.
 
   Args:
-    keys: the most used first.
     store: of the rows; a rehearsal's tries few candidates with a stand-in.
     budget: of the whole search.
     static: compile only.
     save: gets everything chosen so far after each key, so that a search that is killed keeps it.
-
-  Returns:
-    the choice, for the keys that were timed.
   """
   chosen = {}
   for number, key in enumerate(keys):
@@ -110,11 +97,11 @@ def search(
       "key": vars(key),
       "static": static,
       "kernels": kernels_digest(),
-      "trials": [trial.row() for trial in trials],
+      "trials": [dataclasses.asdict(trial) for trial in trials],
       "chosen": vars(best) if best else None,
     }
     store.add(row)
-    if save is not None and best is not None:
+    if save and best:
       save(chosen)
     verdict = "ok    " if static or best else "FAILED"
     print(f"{verdict}{row_name(key)}\n{report(key, trials, best)}", flush=True)
@@ -129,15 +116,13 @@ def compiled(key: Key, static: bool) -> list[Trial]:
   configs = tuning.candidates(key)
   try:
     trials = [compile_candidate(key, config) for config in configs]
-    trouble = trials[0].refused
-    if not all(trial.refused.startswith("does not compile") for trial in trials):
+    if static or not all(trial.refused.startswith("does not compile") for trial in trials):
       return trials
+    trouble = trials[0].refused
   except RuntimeError as error:
     if static:
       raise
     trouble = str(error)
-  if static:
-    return trials
   logging.warning("nothing compiles ahead of time here, candidates are judged by runs: %s", trouble)
   return [Trial(config) for config in configs]
 
@@ -173,44 +158,24 @@ def report(key: Key, trials: list[Trial], chosen: TuningConfig | None) -> str:
   return "\n".join(lines)
 
 
-# ---- the table -----------------------------------------------------------------------------------
-
-
 def write_tables(places: list[pathlib.Path], store: Store, chosen: dict[Key, TuningConfig]):
-  """Writes the table with what was found so far.
-
-  Args:
-    places: files; a rehearsal has none in the checkout.
-    store: its context says where and with what the configurations were timed.
-    chosen: what was found.
-  """
+  """Writes the table with what was found so far, and where and with what it was timed."""
   known = ("command", "device", "jax", "jaxlib", "ptxas", "driver", "commit", "date")
   facts = {name: store.context[name] for name in known}
   facts |= {"rehearsal": True} if store.rehearsal else {}
+  # Keys that a run does not reach stay as they are in the checkout.
+  configs = tuning.table() | chosen
   for place in places:
-    tuning.write(committed() | chosen, facts, place)
-
-
-def committed() -> dict[Key, TuningConfig]:
-  """Returns the table in the checkout: keys that a run does not reach stay as they are."""
-  if not tuning.TABLE.exists():
-    return {}
-  found = json.loads(tuning.TABLE.read_text())["configs"]
-  return {Key(**row["key"]): TuningConfig(**row["config"]) for row in found}
+    tuning.write(configs, facts, place)
 
 
 def command_line() -> argparse.ArgumentParser:
   """Returns the parser of the command line."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument("--minutes", type=float, default=10, help="stop by then")
+  parser = device.command_line(__doc__, minutes=10)
   parser.add_argument("--static", action="store_true", help="only compile, without a GPU")
-  parser.add_argument("--out", help="folder for the report; default $OUT, else benchmarks/results")
   parser.add_argument(
     "--keys", default="", help="only these, as head_dim:block_q:block_kv:direction, by commas"
   )
-  parser.add_argument("--rehearse", action="store_true", help="one key, tiny; needs --out")
   return parser
 
 
@@ -223,7 +188,6 @@ def main() -> int:
   open_device(options.static or rehearse)
   keys = [parse_key(text) for text in options.keys.split(",") if text] or all_keys()
   command = "python -m benchmarks.gpu.tune" + (" --static" if options.static else "")
-  command += " --rehearse" if rehearse else ""
   store = open_store(STATIC_REPORT if options.static else "tuning", command, options.out, rehearse)
   deadline = Deadline(60 * options.minutes)
   budget = Budget(deadline, _ONCE, _ONCE) if rehearse else Budget(deadline)

@@ -23,22 +23,21 @@ MARGIN = 0.01
 _TOLERANCE = 2**-7
 # Enough work to fill the device many times; lists so long that the pipeline's depth shows, and so
 # short that its fill does.
-_SHAPE = {"grid": (16, 64, 64), "heads": 12, "dtype": "bfloat16"}
+_GRID = (16, 64, 64)
+_HEADS = 12
 _DENSITY = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-  """One candidate and its fate.
+  """One candidate and its fate; None where nothing was compiled or ran.
 
   Attributes:
-    config: the candidate.
     refused: why it is out; "" if it is not.
     registers: per thread of its kernel.
     shared_bytes: of a thread block of its kernel.
-    seconds: measured; None where nothing was.
     final: among the best, timed again in turns.
-    error: relative error against XLA's; None where nothing ran.
+    error: relative error against XLA's.
   """
 
   config: TuningConfig
@@ -49,17 +48,12 @@ class Trial:
   final: bool = False
   error: float | None = None
 
-  def row(self) -> dict:
-    """Returns the fields of a report."""
-    return dataclasses.asdict(self)
-
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
   """The time that a search may take.
 
   Attributes:
-    deadline: nothing is begun after it.
     brief: for every candidate that is right.
     full: for the `finalists` best and the default, in turns.
   """
@@ -70,38 +64,26 @@ class Budget:
   finalists: int = 4
 
 
-def problem_of(key: Key, grid: tuple[int, int, int] | None = None) -> masks.Problem:
-  """Returns the call on which a key is tuned: random lists at 64K tokens, 12 heads."""
-  shape = _SHAPE | ({"grid": grid} if grid else {})
-  block = max(key.block_q, key.block_kv)
-  spec = AttentionSpec("tune", head_dim=key.head_dim, keys=block, block=block, **shape)
-  return masks.rectangular(spec, key.block_q, key.block_kv, _DENSITY)
-
-
-def run(direction: str, implementation: str, data, mask):
+def run(direction: str, implementation: str, q, rest, mask):
   """Runs one direction by the implementation itself; XLA drops the kernels of the others.
 
   Args:
     direction: of `kernels.block_sparse.tuning.DIRECTIONS`.
     implementation: an implementation's name.
-    data: q, k, v, d_out `[b, n, h, d]` and lse, delta `[b, h, n]`, residuals of the backward.
+    q: apart from `rest`, because a timed chain goes through its first argument.
+    rest: k, v, d_out `[b, n, h, d]` and lse, delta `[b, h, n]`, residuals of the backward.
     mask: the table.
 
   Returns:
     out and LSE, dQ, or dK and dV.
   """
-  q, k, v, d_out, lse, delta = data
+  k, v, d_out, lse, delta = rest
   scale = 1 / math.sqrt(q.shape[-1])
   if direction == "forward":
     return ATTENTION.module(implementation).forward(q, k, v, mask, scale=scale)
   backward = ATTENTION.module(implementation).backward
   dq, dk, dv = backward(q, k, v, mask, lse, delta, d_out, scale=scale)
   return dq if direction == "dq" else (dk, dv)
-
-
-def _run(direction, implementation, q, rest, mask):
-  """Runs a direction with q apart: a timed chain goes through its first argument."""
-  return run(direction, implementation, (q, *rest), mask)
 
 
 def compile_kernel(key: Key, config: TuningConfig) -> offline.KernelResources:
@@ -129,7 +111,7 @@ def compile_kernel(key: Key, config: TuningConfig) -> offline.KernelResources:
   )
   with tuning.override({key: config}):
     call = functools.partial(run, key.direction, "pallas_mgpu")
-    compiled = offline.compile_for(call, (x, x, x, x, row, row), mask, device=key.device)
+    compiled = offline.compile_for(call, x, (x, x, x, row, row), mask, device=key.device)
   (own,) = [kernel for kernel in compiled.kernels if key.direction in kernel.name]
   return own
 
@@ -154,26 +136,21 @@ def time_candidates(
   trials: list[Trial],
   implementation: str,
   budget: Budget,
-  grid: tuple[int, int, int] | None = None,
+  grid: tuple[int, int, int] = _GRID,
 ) -> list[Trial]:
   """Checks each remaining candidate against XLA's and times those that are right.
 
-  All are timed briefly; the best ones and the default again, in turns.
-
-  Args:
-    key: of the configurations.
-    trials: the candidates, as `compile_candidate` left them.
-    implementation: an implementation's name.
-    budget: of time.
-    grid: tokens per axis; default 64K in all.
+  All are timed briefly on random lists; the best ones and the default again, in turns.
   """
-  problem = problem_of(key, grid)
+  block = max(key.block_q, key.block_kv)
+  spec = AttentionSpec("tune", grid, _HEADS, key.head_dim, keys=block, block=block)
+  problem = masks.rectangular(spec, key.block_q, key.block_kv, _DENSITY)
   q, k, v, d_out = problem.inputs(4)
   mask = masks.on_device(problem.mask.with_transpose())
   out, lse = jax.jit(lambda *a: attention(*a, implementation="xla"))(q, k, v, mask)
   delta = jnp.einsum("bnhd,bnhd->bhn", d_out.astype(jnp.float32), out.astype(jnp.float32))
   args = (q, (k, v, d_out, lse, delta), mask)
-  want = jax.jit(functools.partial(_run, key.direction, "xla"))(*args)
+  want = jax.jit(functools.partial(run, key.direction, "xla"))(*args)
   found = []
   calls = {}
   for i, trial in enumerate(trials):
@@ -201,7 +178,7 @@ def _call(key: Key, config: TuningConfig, implementation: str, args: tuple) -> C
   # A function of its own: jit would otherwise give back what the last candidate traced.
   def candidate(*args):
     with tuning.override({key: config}):
-      return _run(key.direction, implementation, *args)
+      return run(key.direction, implementation, *args)
 
   return Call(candidate, args)
 
@@ -221,9 +198,9 @@ def checked(trial: Trial, call: Call, want) -> Trial:
 
 
 def choose(key: Key, trials: list[Trial]) -> TuningConfig | None:
-  """Returns the fastest finalist, the default unless another is faster by more than the margin.
+  """Returns the fastest finalist; None if nothing was timed.
 
-  It is None if nothing was timed.
+  The default stays unless another is faster by more than the margin.
   """
   timed = [trial for trial in trials if trial.final]
   if not timed:

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from freqformer.kernels.block_sparse import tuning
 
-from benchmarks import rows
 from benchmarks.gpu import check
 from benchmarks.gpu.check import CASES, LARGE, tiny
 
@@ -163,8 +162,3 @@ def test_the_cases_are_what_their_names_say():
   assert covered == {(64, 64), (64, 128), (128, 64), (128, 128)}
   assert {case.d for case in CASES} == {64, 128}
   assert {case.dtype for case in CASES} == {"bfloat16", "float16"}
-
-
-def test_a_rehearsal_stays_apart():
-  with pytest.raises(ValueError, match="a rehearsal measures nothing"):
-    check.main([ONLY, "--rehearse", f"--out={rows.RESULTS}"])

@@ -261,7 +261,7 @@ def test_both_sizes_have_the_same_rows_and_every_gate_its_own():
 
 
 def test_gates_take_the_worst_row_and_wait_for_all():
-  gate = gates.Gate("g", ("a", "b"), "retained", "", ">=", 0.85, 0.94)
+  gate = gates.Gate("g", ("a", "b"), "retained", 0.85, 0.94)
 
   def judged(*values, **more):
     found = [{"name": n, "retained": x, **more} for n, x in zip("ab", values, strict=False)]

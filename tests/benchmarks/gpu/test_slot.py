@@ -221,7 +221,9 @@ def test_an_error_of_the_parent_costs_one_step(tmp_path, monkeypatch):
     return popen(command, **options)
 
   monkeypatch.setattr(gpu_slot.subprocess, "Popen", no_memory)
-  slot = _run(tmp_path, planted("failing"), planted("garbage"))
+  monkeypatch.setattr(gpu_slot.tempfile, "tempdir", str(tmp_path))
+  slot = _run(tmp_path / "out", planted("failing"), planted("garbage"))
+  assert not list(tmp_path.glob("slot-*"))  # temporary folders are removed
   assert [outcome.state for outcome in slot.outcomes] == ["error", "ok"]
   assert "failed: failing" in slot.summary() and "OSError: no memory" in slot.summary()
 
@@ -282,12 +284,6 @@ def test_fetched_rows_do_not_replace_newer_ones(tmp_path):
   assert found == {"a": "new", "b": "old"} and not (out / "torn.json").exists()
   with pytest.raises(FileNotFoundError, match="--resume=.*missing is no folder"):
     gpu_slot.Slot(out, 1).resume(tmp_path / "missing")
-
-
-def test_temporary_folders_are_removed(tmp_path, monkeypatch):
-  monkeypatch.setattr(gpu_slot.tempfile, "tempdir", str(tmp_path))
-  _run(tmp_path / "out", planted("garbage"))
-  assert not list(tmp_path.glob("slot-*"))
 
 
 def test_an_assembler_is_found(tmp_path, monkeypatch):

@@ -9,12 +9,10 @@ from freqformer.kernels.block_sparse.tuning import Key, TuningConfig
 
 from benchmarks.gpu import tune, tune_trials
 from benchmarks.gpu.device import Deadline, open_store
-from benchmarks.gpu.timing import Effort
 from tools import offline
 
 KEY = Key("h100", 64, 64, 128, "forward")
-ONCE = Effort(samples=1, slow_samples=1, chain_s=0.0, turns=1)
-BUDGET = tune_trials.Budget(Deadline(1e9), ONCE, ONCE, finalists=1)
+BUDGET = tune_trials.Budget(Deadline(1e9), tune._ONCE, tune._ONCE, finalists=1)
 LATE = dataclasses.replace(BUDGET, deadline=Deadline(0))
 GRID = (4, 8, 16)
 
@@ -90,8 +88,8 @@ def test_wrong_and_failing_candidates_are_refused(monkeypatch):
   right, wrong, failing = _trials()
   run = tune_trials.run
 
-  def by_config(direction, implementation, data, mask):
-    out, lse = run(direction, implementation, data, mask)
+  def by_config(direction, implementation, q, rest, mask):
+    out, lse = run(direction, implementation, q, rest, mask)
     config = tuning.lookup(KEY)
     if config == failing.config and implementation != "xla":
       raise RuntimeError("launch failed")
@@ -146,7 +144,7 @@ def test_a_static_report_of_the_same_kernels_saves_compiling(monkeypatch, tmp_pa
   row = {
     "name": tune.row_name(KEY),
     "kernels": tune.kernels_digest(),
-    "trials": [t.row() for t in _trials()],
+    "trials": [dataclasses.asdict(t) for t in _trials()],
   }
   tune.rows.merge_rows(tmp_path / "tuning_static.json", [row])
   assert tune.known_trials(KEY) == _trials()
@@ -157,10 +155,10 @@ def test_a_static_report_of_the_same_kernels_saves_compiling(monkeypatch, tmp_pa
 def test_a_written_table_is_what_the_kernels_look_up(monkeypatch, tmp_path):
   monkeypatch.setattr(tuning, "TABLE", tmp_path / "tuning.json")
   tuning.table.cache_clear()
-  assert tune.committed() == {}
+  assert tuning.table() == {}
   best = TuningConfig(stages=2, step=64)
   tuning.write({KEY: best}, {"device": "test"}, tuning.TABLE)
-  assert tune.committed() == {KEY: best} and tuning.lookup(KEY) == best
+  assert tuning.table() == {KEY: best} and tuning.lookup(KEY) == best
   tuning.table.cache_clear()
 
 
