@@ -28,8 +28,7 @@ class Target:
   Attributes:
     platform: "cpu", "cuda" or "tpu".
     kind: the device's own name.
-    capability: CUDA compute capability, e.g. "9.0"; None for other platforms and for unknown GPUs
-      that are not there.
+    capability: CUDA's, e.g. "9.0"; None elsewhere and for unknown GPUs that are not there.
   """
 
   platform: str
