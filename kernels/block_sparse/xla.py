@@ -123,7 +123,7 @@ def _read(view, flat):
 
 
 def _key_tiles(k, mask):
-  """Returns `[b * h * kv_tiles + 1, block_kv, d + 1]`, padding rows zeroed, the last tile hidden."""
+  """Returns `[b * h * kv_tiles + 1, block_kv, d + 1]`, padding rows zeroed, last tile hidden."""
   _, n, _, d = k.shape
   block = mask.block_kv
   dtype = jnp.promote_types(k.dtype, jnp.float32)

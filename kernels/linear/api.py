@@ -56,21 +56,19 @@ def linear_attention(
   """Linear attention within segments, or over the segments that each one reads.
 
   Args:
-    q, k, v: `[b, n, h, d]`, one dtype; the three share the rows and their segments. Rows in no
-      segment may hold anything finite: nothing depends on them. Features and sums are float32
-      (float64 for float64 inputs); where inputs have 16 bits, features and sums are rounded to them
+    q, k, v: `[b, n, h, d]`, one dtype. Rows in no segment may hold anything finite: nothing depends
+      on them. Features and sums are float32 (float64 for float64 inputs); 16-bit inputs round them
       as operands of a product, never while they add up.
     segments: which rows are summed together; None: all of them.
     reads: which segments' sums a segment's queries read, bool or weights >= 0
       `[b or 1, h or 1, segments, segments]`, not differentiated; None: their own.
     feature_map: a name of `FEATURE_MAPS`.
     heads: bool `[b or 1, h or 1]`, which heads take part; the others read nothing, and a GPU kernel
-      moves nothing for them. None: all. A NumPy array `[1, h]` is known before tracing: then XLA,
-      too, computes nothing for them.
+      moves nothing for them. None: all. XLA, too, computes nothing for heads that a NumPy array
+      `[1, h]` excludes.
     into: `[b, n, h, d]` in q's dtype, the output of the heads that take no part; it may be
       overwritten in place. None: 0.
-    implementation: one of `LINEAR_ATTENTION.implementations`, or None for the first that supports
-      the call.
+    implementation: of `LINEAR_ATTENTION.implementations`; None: the first that supports the call.
 
   Returns:
     out `[b, n, h, d]` in q's dtype, and the natural log of each row's denominator `[b, h, n]`,

@@ -1,15 +1,10 @@
 """Exact top-k as ascending lists, without a sort: threshold, a bit per candidate, set bits' places.
 
-A block-sparse list needs the set of the k best tiles in ascending order; how they rank among
-themselves does not matter. So a row is never sorted. Floats are read as unsigned integers of the
-same order; the k-th largest is bracketed by counting how many reach a few trial values, each pass
-narrowing the bracket, until the row's set is known. What lies above is packed into words of 32
-candidates, ties are taken from the left, and the r-th set bit of a row is found by a search over
-word counts. `forward` below defines the threshold; on Hopper a kernel finds it on chip
-(`hopper_topk.py`).
-
-Scores of all query tiles never exist at once: `top_tiles` computes, selects and drops them chunk by
-chunk.
+The rank of the best tiles among themselves does not matter. Floats are read as unsigned integers of
+the same order; counting how many reach a few trial values brackets the k-th largest. What lies
+above is packed into words of 32 candidates, ties from the left, and a search over word counts finds
+the r-th set bit. `forward` defines the threshold; on Hopper a kernel finds it (`hopper_topk.py`).
+`top_tiles` computes, selects and drops scores chunk by chunk, never all at once.
 """
 
 import functools
@@ -42,10 +37,7 @@ TOP_K = Op(
 
 
 def ordered_integers(x: jax.Array) -> jax.Array:
-  """Returns uint32 in the order of float32 values: `x < y` as floats if and only if as integers.
-
-  -0 and 0 are one; NaN lies beyond the ends.
-  """
+  """Returns uint32 in the order of the float32 values; -0 and 0 are one, NaN is beyond the ends."""
   sign = jnp.uint32(1 << 31)
   bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
   return jnp.where(bits > sign, ~bits, bits | sign)
@@ -54,20 +46,15 @@ def ordered_integers(x: jax.Array) -> jax.Array:
 def top_ids(
   scores: jax.Array, budget: int, always: jax.Array | None = None, implementation: str | None = None
 ) -> jax.Array:
-  """Returns the places of the `budget` largest scores of each row, ascending.
+  """Returns the ascending places of the `budget` largest scores of each row, int32 `[..., budget]`.
 
-  The set that an exact top-k with ties to the lower place gives. Rows with NaN get some valid,
-  ascending ids.
+  Ties go to the lower place. Rows with NaN get some valid, ascending ids.
 
   Args:
     scores: float32 (or narrower) `[..., m]`.
     budget: 1..m.
-    always: int `[r, f]` for scores `[..., r, m]`: places that come before all others (repeats
-      allowed), or None.
-    implementation: one of `TOP_K.implementations`, or None for the first that supports the call.
-
-  Returns:
-    int32 `[..., budget]`.
+    always: None, or int `[r, f]` for scores `[..., r, m]`: places that come first (may repeat).
+    implementation: of `TOP_K.implementations`; None: the first that supports the call.
 
   Raises:
     ValueError: if the budget is not in 1..m, or the implementation is unknown.
@@ -82,10 +69,7 @@ def top_ids(
 def top_words(
   scores: jax.Array, budget: int, always: jax.Array | None = None, implementation: str | None = None
 ) -> jax.Array:
-  """Returns the set of `top_ids` as a bit per candidate: uint32 `[..., ceil(m / 32)]`.
-
-  Candidate 0 is the lowest bit of word 0.
-  """
+  """Returns the set of `top_ids` in bits, lowest first: uint32 `[..., ceil(m / 32)]`."""
   m = scores.shape[-1]
   if not 1 <= budget <= m:
     raise ValueError(f"{budget=} must lie in 1..{m}, the candidates of a row.")
@@ -119,10 +103,8 @@ def _threshold(keys, budget: int, bits: int):
   """Returns a value per row that at least `budget` keys reach and fewer exceed: uint32 `[rows, 1]`.
 
   Invariant: `low` is reached by `reached >= budget` keys, `high` by fewer. A row is done when
-    exactly
-  `budget` reach `low` (its set is known, whatever the exact k-th value) or when the bracket holds
-  one value. Infinite scores (tiles that every list must hold) would stretch the bracket over all
-  floats, so it starts at the largest finite one.
+  exactly `budget` reach `low` (its set is known) or when the bracket holds one value. Infinite
+  scores (of fixed tiles) would stretch the bracket, so it starts at the largest finite one.
   """
   most = jnp.sum(keys >= _INFINITY, -1, dtype=jnp.int32, keepdims=True) >= budget
   low = jnp.where(most, _INFINITY, keys.min(-1, keepdims=True))
@@ -189,13 +171,9 @@ def _nth_bit(word, n):
 
 
 def places(words: jax.Array, budget: int) -> jax.Array:
-  """Returns the places of the first `budget` set bits of each row, ascending.
+  """Returns the ascending places of each row's first `budget` set bits, int32 `[..., budget]`.
 
-  Args:
-    words: uint32 `[..., words]`.
-
-  Returns:
-    int32 `[..., budget]`. Behind the last set bit: anything, perhaps beyond the candidates.
+  Behind the last set bit of uint32 `[..., words]`: anything, perhaps beyond the candidates.
   """
   lead = words.shape[:-1]
   words = words.reshape(-1, words.shape[-1])
@@ -223,8 +201,7 @@ def top_tiles(
   """Returns per query tile the key tiles of largest `q_pool . k_pool`, fixed ones before others.
 
   Args:
-    q_pool: `[b, h, tiles, d]`.
-    k_pool: `[b, h, key tiles, d]`.
+    q_pool, k_pool: `[b, h, tiles, d]`, `[b, h, key tiles, d]`.
     budget: ids per list, fixed ones included.
     fixed: int `[tiles, f]`, ids that come first (repeats allowed).
     chunk_scores: scores that exist at once; None for the target's default.
