@@ -1,5 +1,4 @@
-"""Spectral matrices applied to a tile-ordered buffer: per tile if the transform stays inside one,
-else per axis of the whole grid."""
+"""Spectral matrices on a tile-ordered buffer: per tile where possible, else per axis."""
 
 from __future__ import annotations
 
@@ -44,10 +43,8 @@ class TileOperators:
 
   Attributes:
     classes: one entry per tile shape: one where no tile is ragged, at most eight.
-    order: int32 `[n_coarse]`, place in class order of each coarse token in tile order; None for a
-      single class.
-    inverse: int32 `[n_coarse]`, the inverse permutation; None for a single class.
-    layout: of the buffer; static.
+    order, inverse: int32 `[n_coarse]`, place in class order of each coarse token in tile order,
+      and the inverse; None for a single class.
   """
 
   classes: tuple[Matrices, ...]
@@ -60,8 +57,7 @@ class TileOperators:
     return [_matmul("kr,btyxr...->btyxk...", getattr(m, name), part) for m, part in self._split(x)]
 
   def expand(self, coefficients: list[jax.Array], name: str) -> jax.Array:
-    """Per class `[b, *its tiles, columns of matrix "name", ...]` -> `[b, n_buffer, ...]`; padding
-    rows are zero."""
+    """Returns `[b, n_buffer, ...]` of `[b, *tiles, columns of matrix, ...]` per class; padding 0."""
     parts = []
     for m, part in zip(self.classes, coefficients, strict=True):
       part = _matmul("rk,btyxk...->btyxr...", getattr(m, name), part)
@@ -119,12 +115,7 @@ class TileOperators:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)  # arrays have no truth value
 class GridOperators:
-  """Transforms of whole axes: raster order, one matmul per axis, tile order again.
-
-  Attributes:
-    axes: matrices of the t, y and x axis.
-    arrays: the permutation between buffer and grid.
-  """
+  """Transforms of whole axes t, y, x: raster order, one matmul per axis, tile order again."""
 
   axes: tuple[Matrices, ...]
   arrays: LayoutTables
@@ -135,8 +126,7 @@ class GridOperators:
     return self._per_axis(x.reshape(x.shape[0], *self.arrays.layout.grid, *x.shape[2:]), name)
 
   def expand(self, coefficients: jax.Array, name: str) -> jax.Array:
-    """`[b, t, y, x, ...]` with columns of matrix `name` per axis -> `[b, n_buffer, ...]`; padding
-    rows are zero."""
+    """Returns `[b, n_buffer, ...]` of `[b, t, y, x, ...]` in columns of "name"; padding is zero."""
     x = self._per_axis(coefficients, name)
     return self.arrays.pack(x.reshape(x.shape[0], self.arrays.n, *x.shape[4:]))
 
@@ -176,8 +166,7 @@ def check_floating(name, x):
 
 
 def _matmul(subscripts, matrix, x):
-  """Einsum in at least float32, at full precision: TF32 would leave 1e-3 of a constant in the high
-  band."""
+  """Einsum in at least float32: TF32 would leave 1e-3 of a constant in the high band."""
   dtype = jnp.promote_types(x.dtype, jnp.float32)
   if x.dtype != dtype:
     # Makes XLA widen inside the product. Otherwise it widens once for all readers of x, and writes

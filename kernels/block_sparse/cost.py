@@ -1,11 +1,10 @@
 """Exact counts of one `attention` call: FLOPs, traffic, work items, of a table or in closed form.
 
 Forward: 2 matmuls, `4 * pairs * d` FLOPs (FlashAttention, arXiv 2205.14135, counts the same).
-Backward: 5 matmuls; 7 where a kernel walks the table twice, for dQ and for dK and dV. Traffic:
-each listing query tile reads its q once and the k and v of all its tiles, and writes out and LSE.
-L2 delivers that sum; device memory every distinct byte once, or, where a head's k and v exceed
-L2, about the union of concurrent lists. Not counted: softmax's elementwise work beyond the
-exponentials, instruction issue, bytes of counts and offsets (4 per query tile).
+Backward: 5; 7 where a kernel walks the table twice. Each listing query tile reads its q once, k and
+v of all its tiles, and writes out and LSE. L2 delivers that sum; device memory every distinct byte
+once, or, where a head's k and v exceed L2, about the union of concurrent lists. Not counted:
+softmax beyond the exponentials, instruction issue, counts and offsets (4 bytes per query tile).
 """
 
 import dataclasses
@@ -209,11 +208,7 @@ def _unions(ids, counts, kv_tiles, concurrent):
 
 
 def expected(mask: BlockMask, head_dim: int, heads: int) -> CallCost:
-  """Returns the cost of a perhaps traced table: lists have the length of `with_mean`, else full.
-
-  Args:
-    heads: heads times samples of the call.
-  """
+  """Returns a perhaps traced table's cost for `heads` times samples; lists are `with_mean` or full."""
   listed = mask.max_kv if mask.mean_listed is None else mask.mean_listed
   return uniform(
     mask.q_tiles,

@@ -69,11 +69,7 @@ class KeyLists(NamedTuple):
 
 
 def dq(inputs: Inputs, lists: QueryLists, bias, settings: Settings):
-  """Returns the gradient of the queries, `[b, n_q, h, d]` in their dtype.
-
-  Args:
-    bias: float32 `[kv_tiles]` or None.
-  """
+  """Returns the queries' gradient, `[b, n_q, h, d]` in their dtype; bias is `[kv_tiles]` or None."""
   b, n, h, d = inputs.q.shape
   dtype = inputs.q.dtype
   tuning = settings.tuning
@@ -158,11 +154,7 @@ def dq(inputs: Inputs, lists: QueryLists, bias, settings: Settings):
 
 
 def dkv(inputs: Inputs, lists: KeyLists, bias, settings: Settings):
-  """Returns the gradients of keys and values, `[b, n_kv, h, d]` in their dtype; 0 in padding rows.
-
-  Args:
-    bias: float32 `[kv_tiles]` or None.
-  """
+  """Returns gradients of keys and values, `[b, n_kv, h, d]` in their dtype; 0 in padding rows."""
   b, n, h, d = inputs.k.shape
   dtype = inputs.k.dtype
   tuning = settings.tuning

@@ -96,12 +96,9 @@ def streaming_cost(operands, out_type, flops: float) -> pl.CostEstimate:
 
 
 def streaming_heads(heads: int, tiles: int) -> int:
-  """Returns how many heads of a tile one thread block of a streaming kernel walks over.
+  """Returns the heads of a tile that one thread block of a streaming kernel walks over.
 
-  It is the largest divisor of `heads` that leaves `STREAMING_BLOCKS` blocks; 1 if none does.
-
-  Args:
-    tiles: of all samples together.
+  It is the largest divisor of `heads` that leaves `STREAMING_BLOCKS` blocks, or 1.
   """
   dividing = [share for share in range(1, heads + 1) if heads % share == 0]
   enough = [share for share in dividing if tiles * (heads // share) >= STREAMING_BLOCKS]

@@ -1,23 +1,11 @@
 """Linear attention: `out_i = phi(q_i) (sum_j phi(k_j) v_j^T) / (phi(q_i) sum_j phi(k_j))`.
 
-The sums run over a segment of rows: a frame, a tile, the whole buffer. Not a softmax and not causal
-(Katharopoulos et al., arXiv 2006.16236). Costs `4 n d (d + 1)` FLOPs per head and memory O(n d);
-nothing of size n x n exists.
+Sums run over a segment of rows, not causal (arXiv 2006.16236): `4 n d (d + 1)` FLOPs per head.
+Feature maps are >= 0: softmax over channels (SLA's default, arXiv 2509.24006), elu(x) + 1, relu.
 
-Feature maps (elementwise or over the channels of one token, all >= 0, so that denominators are sums
-of weights >= 0):
-
-  softmax   over channels (the default of SLA, arXiv 2509.24006)
-  elu       elu(x) + 1 (arXiv 2006.16236): strictly positive
-  relu      sparse; a row may see nothing, then it counts as empty
-
-An implementation is a module with three functions:
-
-  unsupported(q, segments, target) -> str | None
-  forward(q, k, v, segments, reads, heads, into, *, feature_map) -> (out, log_den, kept)
-  backward(q, k, v, segments, reads, heads, kept, log_den, delta, d_out, *, feature_map)
-
-`kept` is what its backward wants to keep of the forward, a tree of `[b, h, ...]`, or None.
+An implementation is a module with `unsupported(q, segments, target) -> str | None`, `forward(q, k,
+v, segments, reads, heads, into, *, feature_map) -> (out, log_den, kept)` and `backward(q, k, v,
+segments, reads, heads, kept, log_den, delta, d_out, *, feature_map)`; it keeps `[b, h, ...]`.
 """
 
 import functools

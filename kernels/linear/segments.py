@@ -125,11 +125,7 @@ class Work:
 
   @classmethod
   def of_tiles(cls, kv_len: Array, block: int) -> "Work | None":
-    """Returns the work of one segment per tile; None if tiles are no multiple of 64 rows.
-
-    Args:
-      kv_len: int32 `[tiles]`, valid rows of each tile, which come first.
-    """
+    """Returns the work of a segment per tile (`kv_len` valid rows first); None unless block is 64 m."""
     if block % STAGE:
       return None
     tiles, stages = kv_len.shape[0], block // STAGE
