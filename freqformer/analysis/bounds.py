@@ -124,11 +124,7 @@ def dropped(head: Head, listed: np.ndarray) -> dict:
 
 
 def compressed(head: Head, bounded: bool) -> dict:
-  """Measures dense attention among coarse tokens, lifted; a cell counts as its tokens.
-
-  Args:
-    bounded: whether cells are sets of tokens (haar), so that the bound applies; else it is None.
-  """
+  """Measures lifted attention among coarse tokens; `bounded` if cells are sets of tokens (haar)."""
   operators = head.operators
   coarse = head.coarse_q @ head.coarse_k.T * head.scale
   scores = head.scores()

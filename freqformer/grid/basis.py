@@ -1,10 +1,10 @@
 """Frequency bands of functions on the token grid: compression, projections and band energies.
 
-Each axis of length L has an orthonormal analysis matrix A; row i has frequency i / L (block_dct: of
-its block's length). With k rows below the low cut and m below the mid cut, P_low = A[:k]^T A[:k],
-P_mid = A[:m]^T A[:m] - P_low, P_high = I - both (Kronecker over t, y, x). With U = A[:k]^T A_k, A_k
-the forward DCT of k samples (haar: I), and s = U^T 1, compress(x) = U^T x / s preserves means,
-lift(y) = U (s * y), lift(compress(x)) = P_low x. Padding is never read and comes out as zero.
+Each axis has an orthonormal analysis matrix A; row i has frequency i / length. With k rows below
+the low cut and m below the mid cut, P_low = A[:k]^T A[:k], P_mid = A[:m]^T A[:m] - P_low, P_high =
+I - both (Kronecker over t, y, x). U = A[:k]^T A_k, A_k the forward DCT of k samples (haar: I); with
+s = U^T 1, compress(x) = U^T x / s preserves means, lift(y) = U (s * y), lift(compress(x)) = P_low x
+(docs/design.md). Padding rows are never read (they may hold NaN) and come out as zero.
 """
 
 from __future__ import annotations

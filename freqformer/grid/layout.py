@@ -4,7 +4,7 @@ Each box of at most `block` tokens gets `block` rows, its tokens first, padding 
 patchify, undone once, at the end. Everything between, attention kernels too, sees only the buffer.
 
   arrays = TileLayout.fit(grid=(21, 45, 80), block=128).arrays()  # 3x5x8; an argument of jit
-  buffer = arrays.pack(tokens)                                    # [b, n, ...] -> [b, n_buffer, ...]
+  buffer = arrays.pack(tokens)  # [b, n, ...] -> [b, n_buffer, ...]
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ import numpy as np
 Triple = tuple[int, int, int]
 MOST_ROWS = int(np.iinfo(np.int32).max)  # rows of a buffer, because index arrays hold int32
 
-# `fit` considers no box more elongated than this. Without the limit 21x45x80 would be cut into
-# 7x9x2: 600 tiles instead of the 630 of 3x5x8, but a tile's mean key, or a window of whole tiles,
-# would stretch over 7 frames.
+# `fit` considers no box more elongated than this: 21x45x80 would be cut into 7x9x2, 600 tiles
+# instead of the 630 of 3x5x8, but a tile's mean key or a window would stretch over 7 frames.
 # choice: unmeasured.
 _MAX_ELONGATION = 3.0
 

@@ -57,7 +57,7 @@ class TileOperators:
     return [_matmul("kr,btyxr...->btyxk...", getattr(m, name), part) for m, part in self._split(x)]
 
   def expand(self, coefficients: list[jax.Array], name: str) -> jax.Array:
-    """Returns `[b, n_buffer, ...]` of `[b, *tiles, columns of matrix, ...]` per class; padding 0."""
+    """Returns `[b, n_buffer, ...]` of `[b, *tiles, columns, ...]` per class; padding is zero."""
     parts = []
     for m, part in zip(self.classes, coefficients, strict=True):
       part = _matmul("rk,btyxk...->btyxr...", getattr(m, name), part)
@@ -99,8 +99,7 @@ class TileOperators:
       total = squares(part).sum(axis=4)
       low = box[..., :k, :].sum(axis=4)
       mid = box[..., k:, :].sum(axis=4)
-      # Subtracted per tile, where the sums are short and their rounding is small; the difference
-      # may still fall below zero.
+      # Per tile sums are short and their rounding is small, yet the difference may fall below zero.
       high = jnp.maximum(total - low - mid, 0)
       energy += jnp.stack([low, mid, high], axis=-1).sum(axis=(1, 2, 3))
     return energy
@@ -144,8 +143,7 @@ class GridOperators:
     total = squares(self.arrays.unpack(x)).sum(axis=1)
     box = squares(self.reduce(x, "analyse"))  # [b, mt, my, mx, h]
     t, y, x = (m.compress.shape[0] for m in self.axes)
-    # Mid is the box without its low corner, as three disjoint slabs: a difference of two nearly
-    # equal sums would lose digits.
+    # Mid is the box without its low corner; a difference of nearly equal sums would lose digits.
     slabs = (box[:, :t, :y, :x], box[:, t:], box[:, :t, y:], box[:, :t, :y, x:])
     low, *mid = (s.sum(axis=(1, 2, 3)) for s in slabs)
     return jnp.stack([low, sum(mid), jnp.maximum(total - low - sum(mid), 0)], axis=-1)
@@ -169,8 +167,7 @@ def _matmul(subscripts, matrix, x):
   """Einsum in at least float32: TF32 would leave 1e-3 of a constant in the high band."""
   dtype = jnp.promote_types(x.dtype, jnp.float32)
   if x.dtype != dtype:
-    # Makes XLA widen inside the product. Otherwise it widens once for all readers of x, and writes
-    # and reads that copy, twice as large, in memory.
+    # Makes XLA widen inside the product instead of once, into a copy in memory twice as large.
     x = jax.lax.optimization_barrier(x)
   return jnp.einsum(
     subscripts, matrix.astype(dtype), x.astype(dtype), precision=jax.lax.Precision.HIGHEST

@@ -49,11 +49,9 @@ class TileCells:
 
 
 def tile_cells(spectral: SpectralTables, front: int, filtered: bool = False) -> TileCells | None:
-  """Returns the matrices of a fitted basis by tile, or None if its transform leaves the tile.
+  """Returns a fitted basis's matrices by tile, or None if its transform leaves the tile.
 
-  Args:
-    front: rows of the packed buffer before the tokens.
-    filtered: whether `filters` are wanted.
+  `front` rows of the packed buffer come before the tokens; `filters` are made if `filtered`.
   """
   operators = spectral.operators
   layout = spectral.layout

@@ -149,9 +149,8 @@ class AdaSpa(Method):
         f"adaspa.sparsity={self.sparsity} of {tiles} tiles leaves {base} per query tile, fewer "
         f"than the own tile and sink={self.sink}; lower one of them."
       )
-    # choice: a hard head takes no more tiles than there are (for s < 1/3 the low level would be
-    # below 0) and an easy head keeps its own and sink tiles. Both sides are cut alike, so that the
-    # mean over heads is exactly the base budget.
+    # choice: a hard head takes no more tiles than there are (the low level may be below 0), an easy
+    # head keeps own and sink tiles. Both are cut alike: the mean over heads is exactly the base.
     moved = min(base // 2, tiles - base, base - least) if self.adaptive else 0
     return base - moved, base, base + moved
 

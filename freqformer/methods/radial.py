@@ -6,9 +6,8 @@ is below one token, if k = l and (i - j) mod ceil(2^r / s) = 0: the same place, 
 frames. n log n pairs. All tokens of the first frame are seen from everywhere.
 """
 
-# choice: the rule is applied to tiles: k, l are raster numbers of tiles within a frame of tiles, s
-# is the tiles of such a frame, and distances in time are in tokens. With tiles of one token it is
-# the paper's rule.
+# choice: the rule is applied to tiles: k, l number the tiles within a frame of tiles, s counts
+# them, and distances in time are in tokens. With tiles of one token it is the paper's rule.
 
 import dataclasses
 

@@ -79,12 +79,12 @@ class RoutedMethod(Method):
     return RoutedModules(self, dims, rngs)
 
   def energies(self, v: jax.Array, layout, tables) -> jax.Array:
-    """Returns the energy `[b, h, 3]` of values `[b, n_buffer, h, d]` in three parts, for the router."""
+    """Returns energies `[b, h, 3]` of values `[b, n_buffer, h, d]`, inputs of the router."""
     raise NotImplementedError
 
   @jax.named_scope("router")
   def route(self, module, qkv, cond, tables, choice=None) -> Routing:
-    """Returns the router's decision, or each head's branch: fixed, or else `choice` int32 `[b, h]`."""
+    """Returns the router's decision, or each head's branch: fixed, or else `choice`, `[b, h]`."""
     b, _, h, _ = qkv.q.shape
     if self.routed:
       stats = None

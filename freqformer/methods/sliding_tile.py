@@ -6,8 +6,7 @@ rows that the kernel reads as 3 blocks of 128 (9.00 % of 30 x 48 x 80 tokens):
   attention.block=384  attention.tile=(6, 8, 8)  attention.method="sliding_tile"
 """
 
-# choice: on other layouts the window is rounded up to whole tiles and a block of at most `rows`
-# rows stays as it is.
+# choice: elsewhere windows are rounded up to whole tiles, and blocks of at most `rows` rows stay.
 
 import dataclasses
 

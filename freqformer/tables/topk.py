@@ -27,7 +27,7 @@ def anchor_frames(frames: int, anchors: int) -> np.ndarray:
 
 
 def fixed_tiles(layout: TileLayout, sink: int = 0, anchors: int = 0) -> np.ndarray:
-  """Lists a tile, the first `sink`, its place in anchor frames: int32 `[tiles, f]`, repeats allowed."""
+  """Lists a tile, the first `sink`, its place in anchor frames: int32 `[tiles, f]`, some twice."""
   own = np.arange(layout.tiles, dtype=np.int32)[:, None]
   frames, rows, columns = layout.tile_grid
   sinks = np.arange(min(sink, layout.tiles), dtype=np.int32)

@@ -29,8 +29,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 COLUMNS = 32  # of each half, that are worked on at once
 HALVES = 2  # of the channels: a head's rotary pairs are (i, i + d / 2)
 TERMS = 2  # 16-bit terms of a matrix
-# Shared memory for means, which cross the warps four registers at a time: with room for one, each
-# would cost two barriers.
+# For means, which cross the warps four registers at a time: room for one would cost two barriers.
 _REDUCTION_BYTES = 4096
 
 
@@ -303,8 +302,7 @@ class _Block:
     first_slot = which * plan.pieces % plan.slots
 
     def multiply(*accumulators):
-      # A loop, never unrolled: all products' addresses at once would cost a hundred registers.
-      # Pieces of padding add nothing.
+      # A loop, not unrolled: all addresses at once would cost a hundred registers. Padding adds 0.
       @pl.loop(0, TERMS * lax.div(self.valid + (ROWS - 1), jnp.int32(ROWS)))
       def _product(step):
         part = lax.div(step, jnp.int32(TERMS))

@@ -17,9 +17,8 @@ FORWARD_MATMULS = 2
 BACKWARD_MATMULS = {"one_pass": 5, "two_pass": 7}
 # Of the three kernels on Hopper; both of the backward recompute q k^T and dO v^T.
 KERNEL_MATMULS = {"forward": 2, "dq": 3, "dkv": 4}
-# Elementwise operations per pair of `kernels/block_sparse/reference.py` (scale, mask, maximum,
-# differences, sum), as XLA counts them beside two exponentials. No useful work, hence in no other
-# count.
+# Elementwise operations per pair of `kernels/block_sparse/reference.py`, as XLA counts them beside
+# two exponentials: scale, mask, maximum, differences, sum. No useful work, in no other count.
 REFERENCE_SOFTMAX = 8
 # Query tiles that run at the same time where nothing better is known: one per SM of an H100.
 CONCURRENT = MULTIPROCESSORS
@@ -208,7 +207,10 @@ def _unions(ids, counts, kv_tiles, concurrent):
 
 
 def expected(mask: BlockMask, head_dim: int, heads: int) -> CallCost:
-  """Returns a perhaps traced table's cost for `heads` times samples; lists are `with_mean` or full."""
+  """Returns a perhaps traced table's cost, of lists as long as `with_mean` says, else full.
+
+  `heads` are heads times samples of the call.
+  """
   listed = mask.max_kv if mask.mean_listed is None else mask.mean_listed
   return uniform(
     mask.q_tiles,

@@ -69,7 +69,7 @@ class KeyLists(NamedTuple):
 
 
 def dq(inputs: Inputs, lists: QueryLists, bias, settings: Settings):
-  """Returns the queries' gradient, `[b, n_q, h, d]` in their dtype; bias is `[kv_tiles]` or None."""
+  """Returns the queries' gradient, `[b, n_q, h, d]` in their dtype; bias `[kv_tiles]` or None."""
   b, n, h, d = inputs.q.shape
   dtype = inputs.q.dtype
   tuning = settings.tuning

@@ -204,8 +204,7 @@ def forward(q, k, v, lists: QueryLists, bias, settings: Settings):
       acc, top, total = scores_ahead() if tuning.scores_ahead else stage_by_stage()
       pl.when(warpgroup == 0)(pass_turn)
       if deal.sides == 2 and in_turns:
-        # Both sides pass turns as often as the longer list needs. The last stage of a list has
-        # no turn where scores run ahead.
+        # Both sides pass turns as often as the longer list needs; ahead, a last stage has none.
         untaken = 1 if tuning.scores_ahead else 0
         other = lists.of_tile(walk, sample, head, deal.tile(place, 1 - side))
 

@@ -370,11 +370,9 @@ def dense_mask(n_q: int, n_kv: int, block_q: int = 128, block_kv: int = 128) -> 
 
 
 def from_tiles(tiles: np.ndarray, kv_len: np.ndarray, block_q: int, block_kv: int) -> BlockMask:
-  """Returns the table of a concrete bool array.
+  """Returns the table of a concrete bool array `[b or 1, h or 1, q_tiles, kv_tiles]`.
 
-  Args:
-    tiles: `[b or 1, h or 1, q_tiles, kv_tiles]` or `[q_tiles, kv_tiles]`, True where listed.
-    kv_len: as in `BlockMask`.
+  Dimensions b and h may be missing; `kv_len` is as in `BlockMask`.
   """
   tiles = np.asarray(tiles, bool)
   tiles = tiles[None, None] if tiles.ndim == 2 else tiles

@@ -15,13 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-# Measured on 2 CPU cores (docs/log.md): larger groups leave the cache, smaller ones pay for
-# dispatch.
+# On 2 CPU cores (docs/log.md) larger groups leave the cache, smaller ones pay for dispatch.
 _GROUP_ROWS = 1024  # query rows that run together
 _CHUNK_KEYS = 1024  # keys per step, at most
-# The score of what may not be seen. Finite, so that it survives a matmul on devices that split
-# floats, and needs no care where a row has seen nothing yet: exp(_HIDDEN - score) is 0 for every
-# true score.
+# The score of what may not be seen. Finite: it survives a matmul on devices that split floats, and
+# where a row has seen nothing, exp(_HIDDEN - score) is still 0 for every true score.
 _HIDDEN = -1e30
 
 

@@ -72,11 +72,9 @@ def search(rows, values: np.ndarray, side: str):
 
 
 def encode(indices, lengths):
-  """Returns list entries with their tile's valid rows, int32 like `indices`.
+  """Returns int32 list entries, `indices` `[b or 1, h or 1, tiles or 1, list]` with valid rows.
 
-  Args:
-    indices: int32 `[b or 1, h or 1, tiles or 1, list]`.
-    lengths: int32 `[tiles]` or `[b, tiles]`.
+  `lengths` are int32 `[tiles]` or `[b, tiles]`.
   """
   xnp = array_module(indices, lengths)
   indices, lengths = xnp.asarray(indices), xnp.asarray(lengths)

@@ -39,8 +39,7 @@ def by_sample_and_head(fn: Callable, operands: tuple, operand_dims: Any, result_
   def flat(*leaves):
     return fn(*jax.tree.unflatten(tree, leaves))
 
-  # What is partitioned may not hold constants: they become operands, whole on every device. A part
-  # has constants of its own.
+  # What is partitioned may hold no constants: they become operands; a part has its own.
   whole, structure = jax.make_jaxpr(flat, return_shape=True)(*leaves)
   count = len(leaves)
   constants = whole.consts

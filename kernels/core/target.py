@@ -4,8 +4,7 @@ import dataclasses
 
 import jax
 
-# Compute capability by what the device's name contains, for GPUs that are only described (NVIDIA's
-# list of CUDA GPUs); a GPU that is there reports its own. The first match counts.
+# CUDA capability by the first match in the name of a GPU that is only described (NVIDIA's list).
 _CAPABILITIES = {
   "H100": "9.0",
   "H200": "9.0",

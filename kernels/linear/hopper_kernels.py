@@ -27,11 +27,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-# Slots of the ring. At d = 128 two thread blocks of the first three kernels share a
-# multiprocessor; the last has one to itself.
+# Slots of the ring. At d = 128 two blocks share a multiprocessor, except of the last kernel.
 _SLOTS = {"linear_states": 3, "linear_read": 3, "linear_dq": 2, "linear_dkv": 3}
-# Products of `[d, d]` matrices with each row. Costs count all heads: which of them take part may
-# be known only on the device.
+# Products of `[d, d]` with each row, of all heads: only the device may know which take part.
 _PRODUCTS = {"linear_states": 1, "linear_read": 1, "linear_dq": 1, "linear_dkv": 2}
 _WARPS = 4  # of a warpgroup
 
@@ -328,8 +326,7 @@ def states(call: LinearCall, x, y, weights, others, segments: int, dtype):
         for columns, p in _phi_parts(call.feature_map, x_sm.at[slot]):
           weighted = (p * over_columns(weights, STAGE)).astype(low)
           counted = p * over_columns(others, STAGE) if others_sm else weighted.astype(jnp.float32)
-          # In shared memory for want of registers, and never in place: lanes hold copies of each
-          # other's columns.
+          # In shared memory for want of registers, never in place: lanes hold each other's columns.
           before = plgpu.load(total_sm.at[odd(s + 1), columns], layout=PER_COLUMN)
           total_sm.at[odd(s), columns][...] = before + counted.sum(axis=0)
           x_sm.at[slot, :, columns][...] = weighted

@@ -13,12 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from freqformer.kernels.block_sparse.table import Array
 
-# A denominator below this is no denominator: its inverse, squared in the backward, would leave
-# float32.
+# Below this there is no denominator: its inverse, squared in the backward, would leave float32.
 TINY = 1e-18
 STAGE = 64  # rows of a stage: one wgmma
-# Stages of a chunk at most (2,048 rows): a chunk's partial sums are then 6 % of the bytes of its
-# rows at d = 128.
+# Stages of a chunk at most (2,048 rows): partial sums are then 6 % of its bytes at d = 128.
 # choice: 32.
 _MAX_CHUNK_STAGES = 32
 # choice: rows of all stages over rows of the buffer, at most. Beyond, XLA costs hardly more.
@@ -125,7 +123,7 @@ class Work:
 
   @classmethod
   def of_tiles(cls, kv_len: Array, block: int) -> "Work | None":
-    """Returns the work of a segment per tile (`kv_len` valid rows first); None unless block is 64 m."""
+    """Returns the work of a segment per tile; None if tiles are no multiple of 64 rows."""
     if block % STAGE:
       return None
     tiles, stages = kv_len.shape[0], block // STAGE

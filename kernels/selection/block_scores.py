@@ -17,14 +17,12 @@ from freqformer.kernels.core.op import Op, Split
 from freqformer.kernels.core.target import current_target
 from jax import lax
 
-# Scores of one step. On 2 CPU cores 1,024 x 1,024 was the fastest shape tried. On a GPU each step
-# is a launch of a few kernels, so it must be larger. choice: 2^26 (256 MB) is a guess that has not
-# been measured.
+# Scores of one step. On 2 CPU cores 1,024 x 1,024 was fastest; on a GPU, where each step is a few
+# launches, it must be larger. choice: 2^26 (256 MB) is a guess that has not been measured.
 _SCORES = {"cpu": 1 << 20}
 _SCORES_ELSEWHERE = 1 << 26
 _GROUP_ROWS = 1024  # query rows that run together, at most
-# exp's argument is cut here: a cached LSE may be far below today's scores, and infinite masses
-# could not be compared.
+# exp's argument is cut here: scores may far exceed a cached LSE; infinities do not compare.
 LARGEST_EXPONENT = 60.0
 
 BLOCK_MASS = Op(

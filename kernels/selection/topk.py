@@ -16,14 +16,12 @@ from freqformer.kernels.core.op import Op, Split
 from freqformer.kernels.core.target import current_target
 from jax import lax
 
-# Scores of one chunk. On 2 CPU cores 2^20 was faster than 2^18 and 2^22, at 2K and 4K tiles. On a
-# GPU every chunk costs a handful of launches, so it is larger: 2^25 scores are 128 MB. choice: the
-# GPU's number is a guess that has not been measured.
+# Scores of one chunk. On 2 CPU cores 2^20 beat 2^18 and 2^22, at 2K and 4K tiles. A GPU launches per
+# chunk, so it is larger. choice: 2^25 scores (128 MB), a guess that has not been measured.
 _CHUNK = {"cpu": 1 << 20}
 _CHUNK_ELSEWHERE = 1 << 25
-# Trial values per pass are 2^bits - 1, counted together. On a CPU counting is what costs, elsewhere
-# reading is: XLA counts 7 values in one read, but 15 in two, and so few fewer passes (7 instead of
-# 9 on normal scores) would not pay for that.
+# 2^bits - 1 trial values per pass. On a CPU counting costs, elsewhere reading: XLA counts 7 values in
+# one read, 15 in two, and so few fewer passes (7, not 9, on normal scores) would not pay for that.
 _BITS = {"cpu": 1}
 _BITS_ELSEWHERE = 3
 _INFINITY = np.uint32(0xFF800000)  # the ordered integer of +inf
@@ -180,8 +178,7 @@ def places(words: jax.Array, budget: int) -> jax.Array:
   counts = lax.population_count(words).astype(jnp.int32)
   ends = jnp.cumsum(counts, -1)
   slots = jnp.arange(budget, dtype=jnp.int32)
-  # Comparing all words moves nothing but the words; halving would write its bounds in every round,
-  # which a CPU minds less.
+  # Comparing all moves only words; halving writes its bounds each round, which a CPU minds less.
   method = "scan" if current_target().platform == "cpu" else "compare_all"
   at = jax.vmap(lambda row: jnp.searchsorted(row, slots, side="right", method=method))(ends)
   at = jnp.minimum(at, words.shape[-1] - 1).astype(jnp.int32)

@@ -1,10 +1,10 @@
-"""The router: a distribution over a method's branches for each sample and head, by time and statistics.
+"""The router: a distribution over a method's branches for each sample and head.
 
 Evaluation takes the likeliest branch. Training runs in one of three ways:
   soft              every branch runs, outputs weighted by p: exact gradients, cost of all branches
   straight_through  every branch runs, weights onehot + p - sg(p): hard forward, gradients of soft
-  sampled           one branch runs, drawn by Gumbel-max, output times 1 + p_c - sg(p_c): cheap and
-                    *biased* (the other branches' outputs never enter the gradient)
+  sampled           one branch runs, drawn by Gumbel-max, output times 1 + p_c - sg(p_c): cheap,
+                    *biased* (the gradient never sees the other branches' outputs)
 """
 
 # choice: architecture, prior and schedules; the abstract of arXiv 2604.22808 gives only the inputs.
@@ -92,7 +92,7 @@ class SpectralRouter(nnx.Module):
     self.slope = nnx.Param(jnp.zeros((heads, branches)).at[:, 0].set(config.prior_slope))
 
   def logits(self, embedding: jax.Array, time: jax.Array, stats: jax.Array | None) -> jax.Array:
-    """Computes `[b, h, branches]` from the embedding `[b, cond_dim]`, time `[b]`, stats `[b, h, s]`."""
+    """Computes `[b, h, branches]` from embedding `[b, cond_dim]`, time `[b]`, stats `[b, h, s]`."""
     x = self.time(embedding.astype(jnp.float32))[:, None] + self.head[...]
     if self.stats is not None:
       x = x + self.stats(jax.lax.stop_gradient(stats).astype(jnp.float32))
