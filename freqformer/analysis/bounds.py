@@ -160,8 +160,8 @@ def filtered(head: Head, band: int) -> dict:
 def _result(head: Head, difference: np.ndarray, bound: np.ndarray | None) -> dict:
   """Sums up `Y - Y'` `[n_buffer, d]` and its bound `[n_buffer]` or None.
 
-  `error`, `bound` are of the row with the largest error, `closest` of that with the largest
-  error / bound; `holds` if this is at most 1; `total` is the norm, `bands` its square's parts.
+  `error`, `bound` are of the row of largest error, `closest` of that of largest error / bound,
+  which `holds` if at most 1; `total` is the norm, `bands` its square's parts.
   """
   difference = np.where(head.valid[:, None], difference, 0)
   error = np.linalg.norm(difference, axis=-1)

@@ -196,7 +196,7 @@ class FreqFormer(RoutedMethod):
     return lift(out, weights, low, tables.expansion, implementation=implementation)
 
   def _mid_table(self, qkv: Projected, cond, tables, packed: Prepared) -> BlockMask:
-    """Returns the table of top tiles by pooled, unfiltered q and k: a band's mean over a tile is 0."""
+    """Returns the table of top tiles by pooled q and k, unfiltered: a band has mean 0 in a tile."""
     h = qkv.q.shape[2]
     q, k = (cond.share(pool[:, :h]) for pool in (packed.q_pool, packed.k_pool))
     mask = block_topk(

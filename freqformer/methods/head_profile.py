@@ -108,7 +108,7 @@ def dense_rows(q: jax.Array, k: jax.Array, v: jax.Array, valid, listed=()) -> ja
 
 
 def relative_errors(outs: jax.Array, exact: jax.Array) -> jax.Array:
-  """Returns `|out - exact|^2 / |exact|^2`, `[b, h, c]`, of c `[b, rows, h, d]`, stacked in `outs`."""
+  """Returns `|out - exact|^2 / |exact|^2`, `[b, h, c]`, of `outs` `[c, b, rows, h, d]`."""
   error = jnp.square(outs - exact).sum((2, 4)) / jnp.maximum(jnp.square(exact).sum((1, 3)), 1e-30)
   return error.transpose(1, 2, 0)
 

@@ -45,7 +45,7 @@ class Radial(StaticMethod):
 
 
 def radial_widths(layout: TileLayout, decay: float = 1.0) -> np.ndarray:
-  """Returns the width in tiles, `decay` s / 2^r, at each distance in tile frames; 0 sees nothing."""
+  """Returns widths in tiles, `decay` s / 2^r, by distance in tile frames; 0 sees nothing."""
   s = frame_tiles(layout)
   distance = np.arange(layout.tile_grid[0])
   band = np.floor(np.log2(np.maximum(distance * layout.tile[0], 1)))

@@ -334,10 +334,7 @@ class _Block:
     self.finish(self.product(which), which, head, tables, biased=False)
 
   def finish(self, read, which, head, tables, pooled_part=None, biased=True):
-    """Writes 64 rows to the staging, some channels at a time to save registers.
-
-    `read` is `(half, columns) -> [64, COLUMNS]`; neither mid nor high band holds the constant bias.
-    """
+    """Writes 64 rows, some channels at a time to save registers; only `biased` gets the bias."""
     plan = self.plan
     refs = self.refs
 

@@ -161,10 +161,7 @@ def forward(q, k, v, lists: QueryLists, bias, settings: Settings):
         return lax.fori_loop(0, listed.steps, kv_loop, start)
 
       def scores_ahead():
-        """Walks the list with the next stage's scores issued beside this one's values.
-
-        The tensor cores then have both products queued when the turn is passed on.
-        """
+        """Walks the list; the tensor cores have a stage's values and the next scores queued."""
         last = listed.steps - 1
 
         def kv_loop(s, carry):

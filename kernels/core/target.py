@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 
-# CUDA capability by the first match in the name of a GPU that is only described (NVIDIA's list).
+# By the first match in the name of a GPU that is only described (NVIDIA's list of CUDA GPUs).
 _CAPABILITIES = {
   "H100": "9.0",
   "H200": "9.0",

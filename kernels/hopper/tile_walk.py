@@ -32,12 +32,7 @@ class Part(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TileWalk:
-  """The way a list of tiles is cut into stages: short tiles share one, long tiles are split.
-
-  Attributes:
-    step: rows of a stage.
-    block: rows of a listed tile.
-  """
+  """A list of `block`-row tiles in `step`-row stages: short tiles share one, long ones are split."""
 
   step: int
   block: int

@@ -16,12 +16,12 @@ from freqformer.kernels.core.op import Op, Split
 from freqformer.kernels.core.target import current_target
 from jax import lax
 
-# Scores of one chunk. On 2 CPU cores 2^20 beat 2^18 and 2^22, at 2K and 4K tiles. A GPU launches per
-# chunk, so it is larger. choice: 2^25 scores (128 MB), a guess that has not been measured.
+# Scores of one chunk. On 2 CPU cores 2^20 beat 2^18 and 2^22, at 2K and 4K tiles. A GPU pays for
+# launches, so it takes more. choice: 2^25 scores (128 MB), a guess that has not been measured.
 _CHUNK = {"cpu": 1 << 20}
 _CHUNK_ELSEWHERE = 1 << 25
-# 2^bits - 1 trial values per pass. On a CPU counting costs, elsewhere reading: XLA counts 7 values in
-# one read, 15 in two, and so few fewer passes (7, not 9, on normal scores) would not pay for that.
+# 2^bits - 1 trial values per pass. On a CPU counting costs, elsewhere reading: XLA counts 7 in one
+# read, 15 in two, and so few fewer passes (7, not 9, on normal scores) would not pay for that.
 _BITS = {"cpu": 1}
 _BITS_ELSEWHERE = 3
 _INFINITY = np.uint32(0xFF800000)  # the ordered integer of +inf
