@@ -142,9 +142,9 @@ class Projected:
 
   @property
   def other_ops_implementation(self) -> str | None:
-    """Implementation of the layer's ops other than attention, or None (automatic).
+    """Implementation of the layer's ops other than attention, "xla" or None (automatic).
 
-    It is "xla" if attention was forced to another than the Hopper kernels, which may refuse an op.
+    It is automatic beside Hopper's attention too: Hopper kernels may refuse an op's call.
     """
     name = ALIASES.get(self.implementation, self.implementation)
     return None if name in (None, "hopper") else "xla"

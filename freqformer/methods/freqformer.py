@@ -259,7 +259,7 @@ class FreqFormer(RoutedMethod):
 
 
 def _count_bands(method: FreqFormer, layout: TileLayout) -> tuple[CallCost, CallCost, CallCost]:
-  """Counts a head of each band at head dimension 1; lists of mid are full and random."""
+  """Counts a head of each band at head dimension 1; mid lists have full, random tiles."""
   block = layout.block
   n_coarse = coarse_tokens(method.basis, layout)
   coarse = -(-n_coarse // block)

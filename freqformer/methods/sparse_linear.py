@@ -3,8 +3,8 @@
   out = softmax over critical tiles
         + project(phi(q_i) sum_marginal phi(k_j) v_j^T / phi(q_i) sum_marginal phi(k_j))
 
-Mean-pooled q and k rank tiles per query tile. The projection (d x d, shared by heads as in the
-authors' code) starts at 0. Their code feeds all keys to the linear part, their paper marginal ones.
+Mean-pooled q and k rank tiles per query tile. The projection (d x d, shared by the heads, as in the
+authors' code) starts at 0. Only marginal tiles are linear, as in the paper; in their code all are.
 """
 
 import dataclasses

@@ -139,7 +139,7 @@ def count_pairs(
 
 
 def _seen(lengths: np.ndarray, reach: int, sink: int = 0) -> int:
-  """Counts token pairs along an axis whose tiles are within `reach`, or the second in `sink`."""
+  """Counts token pairs on an axis with tiles at most `reach` apart or the second in `sink`."""
   tiles = len(lengths)
   at = np.arange(tiles)
   sums = np.concatenate([[0], np.cumsum(lengths)])

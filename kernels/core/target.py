@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 
-# By the first match in the name of a GPU that is only described (NVIDIA's list of CUDA GPUs).
+# Compute capability by name, first match, for GPUs that are only described (NVIDIA's list of GPUs).
 _CAPABILITIES = {
   "H100": "9.0",
   "H200": "9.0",

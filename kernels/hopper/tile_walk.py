@@ -32,7 +32,7 @@ class Part(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TileWalk:
-  """A list of `block`-row tiles in `step`-row stages: short tiles share one, long ones are split."""
+  """A list of `block`-row tiles in `step`-row stages: short tiles share one, long are split."""
 
   step: int
   block: int

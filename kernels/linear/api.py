@@ -1,11 +1,11 @@
 """Linear attention: `out_i = phi(q_i) (sum_j phi(k_j) v_j^T) / (phi(q_i) sum_j phi(k_j))`.
 
 Sums run over a segment of rows, not causal (arXiv 2006.16236): `4 n d (d + 1)` FLOPs per head.
-Feature maps are >= 0: softmax over channels (SLA's default, arXiv 2509.24006), elu(x) + 1, relu.
+Features are >= 0: softmax over channels (SLA's default, arXiv 2509.24006), elu(x) + 1, relu.
 
 An implementation is a module with `unsupported(q, segments, target) -> str | None`, `forward(q, k,
 v, segments, reads, heads, into, *, feature_map) -> (out, log_den, kept)` and `backward(q, k, v,
-segments, reads, heads, kept, log_den, delta, d_out, *, feature_map)`; it keeps `[b, h, ...]`.
+segments, reads, heads, kept, log_den, delta, d_out, *, feature_map)`; kept is a tree or None.
 """
 
 import functools

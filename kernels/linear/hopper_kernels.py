@@ -36,7 +36,7 @@ _WARPS = 4  # of a warpgroup
 
 @dataclasses.dataclass(frozen=True)
 class LinearCall:
-  """Common to the kernels of one call: stages, heads that take part, a name of `FEATURE_MAPS`.
+  """Facts that the kernels of one call share; `feature_map` is a name of `FEATURE_MAPS`.
 
   Attributes:
     heads: int32 `[b or 1, h or 1]`, nonzero where a head takes part; None: all.
@@ -195,7 +195,7 @@ class _Sums(NamedTuple):
     return cls(tiles_type(d, d, dtype=dtype), total, plgpu.Barrier(num_arrivals=2))
 
   def load(self, call: LinearCall, stages: _Stages, chunk, state_gm, total_gm):
-    """Copies the sums that a chunk with rows reads (no segment: the last's; its rows become 0)."""
+    """Copies the sums that a chunk's segment reads, if the chunk has any rows."""
     last = total_gm.shape[2] - 1
     segment = jnp.minimum(lax.div(chunk, jnp.int32(call.work.per_segment)), last)
 
