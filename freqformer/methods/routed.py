@@ -107,7 +107,7 @@ class RoutedMethod(Method):
     return dataclasses.replace(self, allocation="routed")
 
   def aux(self, routing: Routing, density, qkv, cond) -> dict:
-    """Returns the layer's aux of `density` `[b, h, branches]`, the router's entropy, its penalty."""
+    """Returns the layer's aux of `density` `[b, h, branches]`, router's entropy and penalty."""
     taken = jnp.take_along_axis(density, routing.choice[..., None], -1)[..., 0]
     run = density.sum(-1) if routing.all_branches else taken
     loss = jnp.float32(0)
