@@ -1,14 +1,10 @@
 """Attention kernels for any device: one table (`BlockMask`), one entry point (`attention`).
 
-Installed, this package is `freqformer.kernels`, and all code names it so. From the root of a
-checkout `import kernels` works as well and gives the same modules.
+The installed package is `freqformer.kernels`; at the root of a checkout `import kernels` works too.
 
-  block_sparse/   softmax attention over listed tiles
-  linear/         linear attention over segments of rows
-  around/         the passes before and after attention in FreqFormer's layer
-  selection/      top-k of scores, attention mass of tiles
-  hopper/         the parts of all Hopper kernels
-  core/           the record of an op, target device, partitioning, list codes
+  block_sparse/, linear/   softmax attention over listed tiles, linear over segments of rows
+  around/, selection/      the passes around FreqFormer's attention; top-k, mass of tiles
+  hopper/, core/           parts of all Hopper kernels; op record, target, partitioning, lists
 """
 
 import importlib

@@ -1,23 +1,10 @@
-"""Error of each of FreqFormer's operators, head by head, next to its bound.
+"""Error of each of FreqFormer's operators, head by head, next to its bound (docs/complexity.md).
 
   python -m freqformer.analysis.bounds --workdir=runs/demo   # on q, k, v of a trained checkpoint
 
-Y is dense attention, Y' the operator's output; a row's error is the Euclidean norm of its
-difference, max|v| the largest norm of a value. docs/complexity.md derives the bounds.
-
-  dropped     tiles left out, with softmax mass e of a row:
-              |y - y'| <= 2 e max|v|
-  cell means  q, k, v replaced by the means of their cells (haar):
-              |y - y'| <= (exp(2 delta) - 1) max|v|, delta the row's largest difference between a
-              pair's score and its cells'; above delta = log(3) / 2 the trivial bound 2 max|v| is
-              smaller and is used
-  filter      a band kept, the others discarded:
-              |Y - P_b Y|^2 = sum of the other bands' |P Y|^2 exactly
-  other bases (block_dct, dct): measured; no bound is claimed
-
-An error is always compared with the bound of its own row; a head keeps its bound if no row's
-error / bound exceeds 1. The squared error splits over bands exactly:
-|Y - Y'|^2 = sum_b |P_b (Y - Y')|^2. Everything but the transforms is float64.
+Row errors against bounds of the same row: dropped tiles of softmax mass e: 2 e max|v|; cell means
+(haar): (exp(2 delta) - 1) max|v|, delta the largest difference of a pair's score and its cells',
+or 2 max|v|; filter: the other bands' |P Y|^2, exactly. |Y - Y'|^2 splits over bands exactly.
 """
 
 import dataclasses
@@ -51,13 +38,9 @@ class Head:
   """One head's normed and rotated q and k, its v and its coarse tokens; NumPy float64.
 
   Attributes:
-    q: `[n_buffer, d]`.
-    k: `[n_buffer, d]`.
-    v: `[n_buffer, d]`.
+    q, k, v: `[n_buffer, d]`.
     valid: bool `[n_buffer]`, False in padding rows.
-    coarse_q: `[n_coarse, d]`, of one basis.
-    coarse_k: `[n_coarse, d]`.
-    coarse_v: `[n_coarse, d]`.
+    coarse_q, coarse_k, coarse_v: `[n_coarse, d]`, of one basis.
     operators: that basis on the layout.
   """
 
@@ -89,8 +72,7 @@ class Operators:
   """The transforms of a small layout as float64 matrices, read off the code that runs.
 
   Attributes:
-    low: P_low, `[n_buffer, n_buffer]`; columns of padding rows are 0.
-    box: P_low + P_mid, `[n_buffer, n_buffer]`.
+    low, box: P_low and P_low + P_mid, `[n_buffer, n_buffer]`; columns of padding rows are 0.
     lift: `[n_buffer, n_coarse]`.
     weight: s^2, the tokens that each coarse token stands for, `[n_coarse]`.
   """
@@ -142,12 +124,7 @@ def dropped(head: Head, listed: np.ndarray) -> dict:
 
 
 def compressed(head: Head, bounded: bool) -> dict:
-  """Measures dense attention among coarse tokens, lifted; a cell counts as its tokens.
-
-  Args:
-    head: with the coarse tokens of its basis.
-    bounded: whether cells are sets of tokens (haar), so that the bound applies; else it is None.
-  """
+  """Measures lifted attention among coarse tokens; `bounded` if cells are sets of tokens (haar)."""
   operators = head.operators
   coarse = head.coarse_q @ head.coarse_k.T * head.scale
   scores = head.scores()
@@ -181,21 +158,10 @@ def filtered(head: Head, band: int) -> dict:
 
 
 def _result(head: Head, difference: np.ndarray, bound: np.ndarray | None) -> dict:
-  """Sums up the rows of a head.
+  """Sums up `Y - Y'` `[n_buffer, d]` and its bound `[n_buffer]` or None.
 
-  Args:
-    head: whose rows these are.
-    difference: `Y - Y'`, `[n_buffer, d]`.
-    bound: `[n_buffer]`, or None if none is claimed.
-
-  Returns:
-    error: of the row with the largest error.
-    bound: of the same row.
-    closest: `row`, `error`, `bound` and `ratio` of the row with the largest error / bound.
-    holds: whether that ratio is at most 1.
-    total: norm over all rows.
-    bands: the squared error in low, mid, high.
-    exact: False.
+  `error`, `bound` are of the row of largest error, `closest` of that of largest error / bound,
+  which `holds` if at most 1; `total` is the norm, `bands` its square's parts.
   """
   difference = np.where(head.valid[:, None], difference, 0)
   error = np.linalg.norm(difference, axis=-1)
@@ -229,10 +195,8 @@ def measure(tensors: dict, layout: TileLayout, method, case: str, layer: int = 0
   Args:
     tensors: of `Probe`: `q`, `k` (normed and rotated) and `v` `[n_buffer, h, d]`, and under
       `coarse`, per basis name, the coarse (q, k, v), each `[n_coarse, h, d]`.
-    layout: of the buffer.
     method: a `FreqFormer`; its window, mid budget and basis are used.
-    case: name of the rows.
-    layer: number of the layer, for the rows.
+    case, layer: name and number that the rows carry.
 
   Returns:
     One row per head and operator with `case`, `layer`, `head`, `kind` and the fields of `_result`;

@@ -16,10 +16,7 @@ from freqformer.model.dit import VideoDiT
 
 @dataclasses.dataclass(frozen=True)
 class Probe(Method):
-  """Runs another method and hands its q, k, v out in aux.
-
-  It has that method's parameters, so any checkpoint of it loads.
-  """
+  """Runs another method, with its parameters and checkpoints, and hands its q, k, v out in aux."""
 
   inner: Method
 
@@ -38,10 +35,7 @@ class Probe(Method):
 
 
 def finished(qkv, spectra: dict[str, SpectralTables]) -> dict:
-  """Returns q and k as attention sees them, and each basis's coarse tokens.
-
-  Coarse tokens are compressed first, then normed and rotated.
-  """
+  """Returns q and k as attention sees them, and each basis's tokens, normed after compression."""
   coarse = {
     name: (
       qkv.rotate_q(s.compress(qkv.q), s.centres),
@@ -75,11 +69,8 @@ def measure_model(
     config: the model's `ModelConfig`, all of its layers a `FreqFormer`.
     params: its parameters (of `load_run`).
     latent_shape: `(t, y, x, c)`.
-    classes: number of the model's classes.
     latents: `[t, y, x, c]`, normalised as in training; noise is added here,
       `x_t = (1 - t) x_0 + t eps`.
-    time: t.
-    label: class.
     case: name of the rows.
   """
   methods = tuple(
@@ -110,10 +101,7 @@ def measure_model(
 def random_tensors(
   arrays: LayoutTables, method, heads: int, d: int, seed: int, smooth: float = 0.0
 ) -> dict:
-  """Draws normal q, k, v and compresses them.
-
-  The whole grid shares a part `smooth` in [0, 1) of their variance.
-  """
+  """Draws normal q, k, v and compresses them; a part `smooth` of their variance is shared."""
   rng = np.random.default_rng(seed)
   shared = np.sqrt(smooth) * rng.normal(size=(3, 1, heads, d))
   own = np.sqrt(1 - smooth) * rng.normal(size=(3, arrays.layout.n_buffer, heads, d))

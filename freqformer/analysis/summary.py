@@ -9,8 +9,7 @@ def summary(rows: list[dict]) -> list[dict]:
   Returns:
     One row per case and kind:
     heads: their number.
-    error: the largest of any head's rows.
-    bound: of the same row; None if none is claimed.
+    error, bound: the largest error of any head's rows, and that row's bound (None: not claimed).
     closest: the row with the largest error / bound; of filters, which must reach 1, the head
       farthest from it; None if no bound is claimed.
     kept: number of heads that keep their bound; None if none is claimed.

@@ -19,8 +19,7 @@ def layer_rows(model, latent_shape, allocation=None, repeats: int = 7) -> list[d
   Args:
     model: a `ModelConfig`.
     latent_shape: `(t, y, x, c)`.
-    allocation: measured share of heads per branch; the layer is timed and counted with the nearest
-      whole heads.
+    allocation: measured share of heads per branch, rounded to whole heads.
     repeats: timings per method, interleaved; the median is reported.
 
   Returns:

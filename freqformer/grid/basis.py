@@ -1,20 +1,10 @@
 """Frequency bands of functions on the token grid: compression, projections and band energies.
 
-Each axis of length L has an orthonormal analysis matrix A `[L, L]`; row i has frequency i / L (for
-block_dct: of its own block's length). With k rows below the low cut and m rows below the mid cut of
-each axis,
-
-  P_low = A[:k]^T A[:k],   P_box = A[:m]^T A[:m]   (Kronecker products over t, y, x),
-  P_mid = P_box - P_low,   P_high = I - P_box:     orthogonal, they sum to I, and Parseval holds.
-
-Compression is U = A[:k]^T A_k with A_k the orthonormal *forward* DCT of the k coarse samples (haar:
-the identity). U^T x is thus the inverse coarse transform of the low coefficients, so a coarse token
-has a place: its cell's centre. With s = U^T 1 (about sqrt(n / n_coarse); the cell stands for s^2
-tokens), compress(x) = U^T x / s preserves means and lift(y) = U (s * y), hence
-lift(compress(x)) = P_low x. The mathematics is in docs/design.md.
-
-Everything works on tile-ordered buffers `[b, n_buffer, ...]` (layout.py). Padding rows are never
-read (they may hold NaN) and come out as zero.
+Each axis has an orthonormal analysis matrix A; row i has frequency i / length. With k rows below
+the low cut and m below the mid cut, P_low = A[:k]^T A[:k], P_mid = A[:m]^T A[:m] - P_low, P_high =
+I - both (Kronecker over t, y, x). U = A[:k]^T A_k, A_k the forward DCT of k samples (haar: I); with
+s = U^T 1, compress(x) = U^T x / s preserves means, lift(y) = U (s * y), lift(compress(x)) = P_low x
+(docs/design.md). Padding rows are never read (they may hold NaN) and come out as zero.
 """
 
 from __future__ import annotations
@@ -49,10 +39,10 @@ class SpectralBasis:
   """A transform and the ends of its bands. Static config.
 
   Attributes:
-    kind: "block_dct": DCT-II inside each tile's extent, one small matmul per tile; "dct": DCT-II
-      of whole axes; "haar": dyadic block means.
-    low: cut of the low band per axis (t, y, x), a fraction of the axis's rows: 0 < low <= mid.
-    mid: cut of the mid band per axis, mid <= 1. haar takes only powers of 1/2.
+    kind: "block_dct": DCT-II inside each tile, one small matmul per tile; "dct": DCT-II of whole
+      axes; "haar": dyadic block means.
+    low, mid: cuts of the bands per axis (t, y, x), fractions of its rows: 0 < low <= mid <= 1. haar
+      takes only powers of 1/2.
 
   Raises:
     ValueError: an unknown kind, or cuts out of range, out of order, or not dyadic for haar.
@@ -97,8 +87,7 @@ class SpectralTables:
     operators: the matrices and how to apply them.
     cell_weight: s, `[n_coarse]`; the cell stands for s^2 tokens.
     centres: float32 `[n_coarse, 3]`, position (t, y, x) of each coarse token.
-    layout: of the buffer; static.
-    basis: what was fitted; static.
+    layout, basis: what was fitted to what; static.
     coarse_grid: coarse samples per axis; static. Coarse tokens are in its raster order for dct and
       haar, tile by tile (raster order inside a tile, no gaps) for block_dct.
   """
@@ -141,15 +130,10 @@ class SpectralTables:
     return self.operators.expand(self.operators.reduce(x, "analyse"), "synthesise").astype(x.dtype)
 
   def band_energy(self, x: jax.Array) -> jax.Array:
-    """Returns the squared norms of P_low x, P_mid x and P_high x, by Parseval.
+    """Returns |P_low x|^2, |P_mid x|^2 and |P_high x|^2 by Parseval, float32 (float64) `[b, h, 3]`.
 
-    High is |x|^2 less the other two, clipped at zero: its rounding error is relative to |x|^2.
-
-    Args:
-      x: `[b, n_buffer, h, d]`.
-
-    Returns:
-      float32 (float64 for float64 x) `[b, h, 3]`, none negative, summing to |x|^2 of each head.
+    None is negative; they sum to |x|^2 of each head of `[b, n_buffer, h, d]`. High is |x|^2 less
+    the other two, clipped at zero: its rounding error is relative to |x|^2.
     """
     self._check_buffer("band_energy", x)
     if x.ndim != 4:
@@ -210,8 +194,7 @@ def _kron(blocks, dtype) -> Matrices:
 
 
 def _coarse_samples(blocks):
-  """Returns s, the centre, the block's number and the block's raggedness of an axis's coarse
-  samples."""
+  """Returns s, centre, block and the block's raggedness of an axis's coarse samples."""
   counts = [len(b.centres) for b in blocks]
   lengths = [len(b.up) for b in blocks]
   start = np.repeat(np.cumsum([0, *lengths[:-1]]), counts)
@@ -222,13 +205,7 @@ def _coarse_samples(blocks):
 
 
 def _coarse_order(tile, ragged):
-  """Orders of the coarse tokens, from the block number and raggedness per axis.
-
-  Returns:
-    by_tile: raster index on the coarse grid of each coarse token, tile by tile, `[n_coarse]`.
-    order: int32 `[n_coarse]`, place of each of these when tiles are sorted by class first.
-    inverse: int32, the inverse of `order`.
-  """
+  """Orders coarse tokens: raster index by tile; int32 places in order of class, and inverse."""
   tiles_y = tile[1][-1] + 1
   tiles_x = tile[2][-1] + 1
   t, y, x = np.ix_(*tile)

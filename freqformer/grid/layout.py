@@ -1,12 +1,10 @@
 """Tile order: the permutation that gives every 3-D box of tokens its own rows of one buffer.
 
-Attention kernels see tiles, never video. The grid is cut into boxes of at most `block` tokens; each
-box gets `block` rows of a buffer `[b, n_buffer, ...]`, its tokens first, padding after. This
-happens once, at patchify, and is undone once, at the end; everything between works on the buffer.
+Each box of at most `block` tokens gets `block` rows, its tokens first, padding after: once, at
+patchify, undone once, at the end. Everything between, attention kernels too, sees only the buffer.
 
-  layout = TileLayout.fit(grid=(21, 45, 80), block=128)   # tiles of 3x5x8
-  arrays = layout.arrays()                                # NumPy; pass it to jit as an argument
-  buffer = arrays.pack(tokens)                            # [b, n, ...] -> [b, n_buffer, ...]
+  arrays = TileLayout.fit(grid=(21, 45, 80), block=128).arrays()  # 3x5x8; an argument of jit
+  buffer = arrays.pack(tokens)  # [b, n, ...] -> [b, n_buffer, ...]
 """
 
 from __future__ import annotations
@@ -24,9 +22,8 @@ import numpy as np
 Triple = tuple[int, int, int]
 MOST_ROWS = int(np.iinfo(np.int32).max)  # rows of a buffer, because index arrays hold int32
 
-# `fit` considers no box more elongated than this. Without the limit 21x45x80 would be cut into
-# 7x9x2: 600 tiles instead of the 630 of 3x5x8, but a tile's mean key, or a window of whole tiles,
-# would stretch over 7 frames.
+# `fit` considers no box more elongated than this: 21x45x80 would be cut into 7x9x2, 600 tiles
+# instead of the 630 of 3x5x8, but a tile's mean key or a window would stretch over 7 frames.
 # choice: unmeasured.
 _MAX_ELONGATION = 3.0
 
@@ -74,12 +71,10 @@ class TileLayout:
     """Returns the layout with the fewest tiles (the least padding), ties by the smallest surface.
 
     Only boxes at most three times as long as wide are considered; an axis that one tile covers
-    whole cannot be wider and does not count. Of the extents that need equally many tiles along an
-    axis, only the shortest is tried: 9 tokens are 5 + 4, not 8 + 1.
+    whole cannot be wider and does not count. Of extents that need equally many tiles, only the
+    shortest is tried: 9 tokens are 5 + 4, not 8 + 1.
 
     Args:
-      grid: tokens per axis (t, y, x).
-      block: rows of a tile in the buffer.
       tile: extents to use instead of searching.
     """
     grid = _extents("grid", grid)
@@ -143,13 +138,11 @@ class LayoutTables:
   """Index arrays of a layout: NumPy until passed to jit (as an argument, never closed over).
 
   Attributes:
-    gather: int32 `[n_buffer]`, the raster token of each buffer row; a padding row names its tile's
-      first token.
+    gather: int32 `[n_buffer]`, each row's raster token; in padding rows their tile's first.
     scatter: int32 `[n]`, the buffer row of each raster token.
     kv_len: int32 `[tiles]`, tokens of each tile.
     positions: float32 `[n_buffer, 3]`, (t, y, x) of each row; padding rows 0.
     valid: bool `[n_buffer]`, False in padding rows.
-    layout: what they index; static.
   """
 
   gather: jax.Array | np.ndarray

@@ -1,5 +1,4 @@
-"""Spectral matrices applied to a tile-ordered buffer: per tile if the transform stays inside one,
-else per axis of the whole grid."""
+"""Spectral matrices on a tile-ordered buffer: per tile where possible, else per axis."""
 
 from __future__ import annotations
 
@@ -44,10 +43,8 @@ class TileOperators:
 
   Attributes:
     classes: one entry per tile shape: one where no tile is ragged, at most eight.
-    order: int32 `[n_coarse]`, place in class order of each coarse token in tile order; None for a
-      single class.
-    inverse: int32 `[n_coarse]`, the inverse permutation; None for a single class.
-    layout: of the buffer; static.
+    order, inverse: int32 `[n_coarse]`, place in class order of each coarse token in tile order,
+      and the inverse; None for a single class.
   """
 
   classes: tuple[Matrices, ...]
@@ -60,8 +57,7 @@ class TileOperators:
     return [_matmul("kr,btyxr...->btyxk...", getattr(m, name), part) for m, part in self._split(x)]
 
   def expand(self, coefficients: list[jax.Array], name: str) -> jax.Array:
-    """Per class `[b, *its tiles, columns of matrix "name", ...]` -> `[b, n_buffer, ...]`; padding
-    rows are zero."""
+    """Returns `[b, n_buffer, ...]` of `[b, *tiles, columns, ...]` per class; padding is zero."""
     parts = []
     for m, part in zip(self.classes, coefficients, strict=True):
       part = _matmul("rk,btyxk...->btyxr...", getattr(m, name), part)
@@ -103,8 +99,7 @@ class TileOperators:
       total = squares(part).sum(axis=4)
       low = box[..., :k, :].sum(axis=4)
       mid = box[..., k:, :].sum(axis=4)
-      # Subtracted per tile, where the sums are short and their rounding is small; the difference
-      # may still fall below zero.
+      # Per tile sums are short and their rounding is small, yet the difference may fall below zero.
       high = jnp.maximum(total - low - mid, 0)
       energy += jnp.stack([low, mid, high], axis=-1).sum(axis=(1, 2, 3))
     return energy
@@ -119,12 +114,7 @@ class TileOperators:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)  # arrays have no truth value
 class GridOperators:
-  """Transforms of whole axes: raster order, one matmul per axis, tile order again.
-
-  Attributes:
-    axes: matrices of the t, y and x axis.
-    arrays: the permutation between buffer and grid.
-  """
+  """Transforms of whole axes t, y, x: raster order, one matmul per axis, tile order again."""
 
   axes: tuple[Matrices, ...]
   arrays: LayoutTables
@@ -135,8 +125,7 @@ class GridOperators:
     return self._per_axis(x.reshape(x.shape[0], *self.arrays.layout.grid, *x.shape[2:]), name)
 
   def expand(self, coefficients: jax.Array, name: str) -> jax.Array:
-    """`[b, t, y, x, ...]` with columns of matrix `name` per axis -> `[b, n_buffer, ...]`; padding
-    rows are zero."""
+    """Returns `[b, n_buffer, ...]` of `[b, t, y, x, ...]` in columns of "name"; padding is zero."""
     x = self._per_axis(coefficients, name)
     return self.arrays.pack(x.reshape(x.shape[0], self.arrays.n, *x.shape[4:]))
 
@@ -154,8 +143,7 @@ class GridOperators:
     total = squares(self.arrays.unpack(x)).sum(axis=1)
     box = squares(self.reduce(x, "analyse"))  # [b, mt, my, mx, h]
     t, y, x = (m.compress.shape[0] for m in self.axes)
-    # Mid is the box without its low corner, as three disjoint slabs: a difference of two nearly
-    # equal sums would lose digits.
+    # Mid is the box without its low corner; a difference of nearly equal sums would lose digits.
     slabs = (box[:, :t, :y, :x], box[:, t:], box[:, :t, y:], box[:, :t, :y, x:])
     low, *mid = (s.sum(axis=(1, 2, 3)) for s in slabs)
     return jnp.stack([low, sum(mid), jnp.maximum(total - low - sum(mid), 0)], axis=-1)
@@ -176,12 +164,10 @@ def check_floating(name, x):
 
 
 def _matmul(subscripts, matrix, x):
-  """Einsum in at least float32, at full precision: TF32 would leave 1e-3 of a constant in the high
-  band."""
+  """Einsum in at least float32: TF32 would leave 1e-3 of a constant in the high band."""
   dtype = jnp.promote_types(x.dtype, jnp.float32)
   if x.dtype != dtype:
-    # Makes XLA widen inside the product. Otherwise it widens once for all readers of x, and writes
-    # and reads that copy, twice as large, in memory.
+    # Makes XLA widen inside the product instead of once, into a copy in memory twice as large.
     x = jax.lax.optimization_barrier(x)
   return jnp.einsum(
     subscripts, matrix.astype(dtype), x.astype(dtype), precision=jax.lax.Precision.HIGHEST

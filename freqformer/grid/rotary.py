@@ -27,7 +27,6 @@ def rotate(x: jax.Array, positions, theta: float = 10_000.0) -> jax.Array:
   Args:
     x: `[b, n, h, d]`; channel i is paired with i + d / 2.
     positions: float `[n, 3]`, (t, y, x) in tokens; a coarse token sits at its cell's centre.
-    theta: base of the frequencies.
   """
   return turn(x, *angle_tables(positions, x.shape[-1], theta))
 

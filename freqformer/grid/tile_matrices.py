@@ -20,10 +20,9 @@ class TileCells:
   """A basis whose transform stays inside a tile. NumPy until passed to jit.
 
   Attributes:
-    compress: float32 `[classes, cells, block]`, zero beyond a class's own cells and tokens.
-    lift: float32 `[classes, block, cells]`, zero in the same places.
-    classes: int32 `[tiles]`, the class of each tile.
-    starts: int32 `[tiles]`, the first coarse token of each tile.
+    compress, lift: float32 `[classes, cells, block]`, `[classes, block, cells]`, zero beyond a
+      class's own cells and tokens.
+    classes, starts: int32 `[tiles]`, the class and the first coarse token of each tile.
     rows: int32 `[n_coarse]`, `tile * cells + j` of each coarse token; None if all tiles are alike.
     front: rows of the packed buffer before the tokens; static.
     filters: float32 `[classes, 2, block, block]`, P_mid and P_high of a tile, or None.
@@ -50,12 +49,9 @@ class TileCells:
 
 
 def tile_cells(spectral: SpectralTables, front: int, filtered: bool = False) -> TileCells | None:
-  """Returns the matrices of a fitted basis by tile, or None if its transform leaves the tile.
+  """Returns a fitted basis's matrices by tile, or None if its transform leaves the tile.
 
-  Args:
-    spectral: the fitted basis.
-    front: rows of the packed buffer before the tokens.
-    filtered: whether `filters` are wanted.
+  `front` rows of the packed buffer come before the tokens; `filters` are made if `filtered`.
   """
   operators = spectral.operators
   layout = spectral.layout

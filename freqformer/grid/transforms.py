@@ -53,9 +53,9 @@ def dct(length: int) -> np.ndarray:
 def haar(length: int, levels: int) -> np.ndarray:
   """Haar transform, `[length, length]`: scaling rows, then details from coarse to fine.
 
-  An odd left-over sample passes on to the next level unpaired, so a pair may have supports of
-  unequal size. Weights sqrt(size) (unbalanced Haar transform, Fryzlewicz 2007) keep scaling rows
-  constant on their support; the plain 1/sqrt(2) would put part of a constant into the details.
+  An odd left-over sample passes on unpaired, so a pair's supports may differ in size. Weights
+  sqrt(size) (unbalanced Haar transform, Fryzlewicz 2007) keep scaling rows constant on their
+  support; the plain 1/sqrt(2) would put part of a constant into the details.
   """
   scaling = np.eye(length)
   size = np.ones(length)

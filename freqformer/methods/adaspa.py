@@ -1,14 +1,10 @@
 """AdaSpa (arXiv 2502.21079): block-sparse attention with masks searched exactly, online.
 
-Runs on any dense checkpoint. Row LSE and the pattern of attention change little between denoising
-steps, so a run begins with dense steps. At the first search step a dense pass gives the output and
-each row's LSE, and a second pass the exact softmax mass of every pair of tiles
-(`kernels/selection/block_scores.py`); each query tile keeps the key tiles with the most mass. Later
-searches need only the second pass, with the cached LSE. Between searches masks are reused. Heads
-that need few tiles give budget to heads that need many.
-
-From the paper: block mass, cached LSE, steps {10, 30} of 50 after 10 dense ones, sparsity 0.8,
-recall 0.8, the three levels, equal budgets for all rows of a head.
+Runs on any dense checkpoint. A run begins with dense steps. A search computes the exact softmax
+mass of every pair of tiles (`kernels/selection/block_scores.py`) from each row's LSE, which changes
+little between steps: the first search's dense pass gives it, later ones reuse it, and masks stay
+between searches. Each query tile keeps the key tiles with the most mass; easy heads give budget to
+hard ones. The paper's: steps {10, 30} of 50 after 10 dense ones, sparsity and recall 0.8, levels.
 """
 
 # choice: the own tile is always kept; sink tiles stand for the text blocks that this model lacks.
@@ -42,23 +38,18 @@ from freqformer.tables.topk import fixed_tiles
 
 @dataclasses.dataclass(frozen=True)
 class AdaSpa(Method):
-  """Fields of the method.
-
-  Steps are whole numbers, or shares of the run as floats in [0, 1): 0.2 of 50 steps is step 10.
+  """Fields of the method; a step may be a share of the run: 0.2 of 50 steps is step 10.
 
   Attributes:
     sparsity: share of key tiles that a head at the base level does not list.
     warmup: number of dense steps before anything is searched.
-    search: steps that search, ascending; every step up to the first is dense, and so is that
-      step's own output.
+    search: steps that search, ascending; all up to the first are dense, its own output included.
     recall: a head whose base mask keeps more than this share of its softmax mass counts as easy.
-    adaptive: gives tiles of easy heads to hard ones (three levels); otherwise every head has the
-      base budget.
+    adaptive: gives tiles of easy heads to hard ones (three levels); otherwise all have the base.
     sink: first tiles that every list holds, inside the budget. The own tile is always listed.
     lse_cache: "row" keeps each row's LSE between searches, "tile" one mean per query tile (smaller,
       approximate: all rows of a tile then weigh as if their LSE were equal).
-    lse_dtype: of the cache: "bfloat16", "float32", or "uint8" (rows only: steps within a tile's
-      range).
+    lse_dtype: "bfloat16", "float32", or "uint8" (rows only: steps within a tile's range).
   """
 
   sparsity: float = 0.8
@@ -138,9 +129,8 @@ class AdaSpa(Method):
   def budgets(self, layout) -> tuple[int, int, int]:
     """Key tiles per query tile of heads at the (high, base, low) sparsity level.
 
-    The paper's levels (1 + s) / 2, s, (3 s - 1) / 2 are densities (1 - s) / 2, 1 - s,
-    3 (1 - s) / 2: the base and half of it less or more. In whole tiles: base, and half of it
-    (rounded down) moved.
+    The paper's levels (1 + s) / 2, s, (3 s - 1) / 2 are the base density 1 - s and half of it less
+    or more: in whole tiles, the base and half of it (rounded down) moved.
 
     Raises:
       ConfigError: if the density rounds to no tile or to fewer than the own and sink tiles.
@@ -159,9 +149,8 @@ class AdaSpa(Method):
         f"adaspa.sparsity={self.sparsity} of {tiles} tiles leaves {base} per query tile, fewer "
         f"than the own tile and sink={self.sink}; lower one of them."
       )
-    # choice: a hard head takes no more tiles than there are (for s < 1/3 the low level would be
-    # below 0) and an easy head keeps its own and sink tiles. Both sides are cut alike, so that the
-    # mean over heads is exactly the base budget.
+    # choice: a hard head takes no more tiles than there are (the low level may be below 0), an easy
+    # head keeps own and sink tiles. Both are cut alike: the mean over heads is exactly the base.
     moved = min(base // 2, tiles - base, base - least) if self.adaptive else 0
     return base - moved, base, base + moved
 
@@ -217,17 +206,15 @@ class AdaSpa(Method):
     """Searches for the key tiles of largest exact block mass and each head's level by its recall.
 
     Args:
-      q: `[b, n_buffer, h, d]`, normed and rotated.
-      k: the same of the keys.
+      q, k: `[b, n_buffer, h, d]`, normed and rotated.
       lse: `[b, h, n_buffer]` or `[b, h, tiles]`, fresh or cached.
       arrays: of the layout.
       fixed: int `[tiles, f]`, tiles that a query tile always lists.
-      implementation: of `kernels.selection.block_scores.block_mass`.
+      implementation: of `block_mass`.
 
     Returns:
-      bits uint8 `[b, h, tiles, ceil(tiles / 8)]`, and a dict of `[b, h]`: "recall", the share of
-      the softmax mass that the base budget keeps, and "level", 0, 1, 2 for high, base, low
-      sparsity.
+      bits uint8 `[b, h, tiles, ceil(tiles / 8)]`, and `[b, h]` under "recall" (share of the mass
+      that the base budget keeps) and "level" (0, 1, 2 for high, base, low sparsity).
     """
     layout = arrays.layout
     fixed = jnp.asarray(fixed)
@@ -254,9 +241,8 @@ class AdaSpa(Method):
   def pairs(self, layout, heads, allocation=None, phase=None):
     """Counts dense steps as dense, others with the base budget of average tiles, the mean of heads.
 
-    Heads differ: up to half of them list half as many tiles again, as many list half as many
-    (`budgets`); which ones is known only after a search. Where whole heads are dealt to devices
-    beforehand, the busiest one may thus have 1.5 times the mean attention.
+    Heads differ (`budgets`), as only a search tells: where whole heads are dealt to devices
+    beforehand, the busiest one may have 1.5 times the mean attention.
     """
     if phase in ("", "warmup", "search_first"):
       return even_lists(layout, heads, layout.n**2)
@@ -268,7 +254,7 @@ class AdaSpa(Method):
 
 
 def levels(recall: jax.Array, threshold: float) -> jax.Array:
-  """Each head's level, int32 `[b, h]`: 0 gives tiles, 1 keeps its budget, 2 takes tiles.
+  """Returns each head's level, int32 `[b, h]`: 0 gives tiles, 1 keeps its budget, 2 takes tiles.
 
   n = heads with recall > threshold; the n best give, the n worst take (AdaSpa).
   """

@@ -27,13 +27,7 @@ from freqformer.kernels.core.op import ALIASES
 
 @dataclasses.dataclass(frozen=True)
 class Dims:
-  """Sizes that a method's parameters depend on.
-
-  Attributes:
-    heads: of the layer.
-    head_dim: channels of a head.
-    cond_dim: channels of the timestep's embedding.
-  """
+  """Sizes that a method's parameters depend on; `cond_dim` is the timestep's embedding."""
 
   heads: int
   head_dim: int
@@ -47,16 +41,14 @@ class Cond:
 
   Attributes:
     time: `[b]`, 1 is noise.
-    embedding: `[b, cond_dim]`, the timestep's embedding (without the class, so that both guidance
-      halves share it).
+    embedding: `[b, cond_dim]`, of the timestep, not the class: both guidance halves share it.
     progress: scalar in [0, 1], how much of the training is done; 1 in evaluation.
     rng: key for stochastic routing, or None.
     train: static; training mode of routers.
     guided: static; the batch is [conditional half, unconditional half] and both share routing and
       masks.
     soft_evaluation: static; evaluate with the soft mixture instead of the hard choice.
-    phase: static; what this sampling step does for the layer's method (`Method.phase`); "" in
-      training.
+    phase: static; what this step does for the layer's method (`Method.phase`); "" in training.
     want_masks: static; aux then holds `"mask"`, the `BlockMask` that ran.
   """
 
@@ -83,12 +75,9 @@ class Projected:
   """Un-rotated, un-normed projections in tile order, and what finishes them.
 
   Attributes:
-    q: `[b, n_buffer, h, d]`.
-    k: likewise.
-    v: likewise.
-    rotate_q: `(x [b, m, h, d], positions [m, 3]) -> [b, m, h, d]`: QK-norm, then rotary at the
-      positions.
-    rotate_k: likewise for k.
+    q, k, v: `[b, n_buffer, h, d]`.
+    rotate_q, rotate_k: `(x [b, m, h, d], positions [m, 3]) -> [b, m, h, d]`: QK-norm, then rotary
+      at the positions.
     layout: the layout's arrays.
     implementation: of attention, or None for automatic choice.
     prepare: packs q, k and v in one pass, see `of_joint`. None where q, k and v were not projected
@@ -123,7 +112,6 @@ class Projected:
         fuse with the product.
       bias: `[3, h, d]`.
       gains: of the norms of q and k, `[d]` each.
-      layout: the layout's arrays.
       implementation: of attention, or None for automatic choice.
     """
     head_dim = product.shape[-1]
@@ -154,10 +142,9 @@ class Projected:
 
   @property
   def other_ops_implementation(self) -> str | None:
-    """Implementation of the layer's ops other than attention.
+    """Implementation of the layer's ops other than attention, "xla" or None (automatic).
 
-    It is "xla" if attention was forced to another than the Hopper kernels, else None (automatic):
-    these kernels may refuse an op's call while they run attention's.
+    It is automatic beside Hopper's attention too: Hopper kernels may refuse an op's call.
     """
     name = ALIASES.get(self.implementation, self.implementation)
     return None if name in (None, "hopper") else "xla"
@@ -175,7 +162,7 @@ class Method:
   """Base of all methods; a subclass overrides what it needs."""
 
   def build(self, dims: Dims, layout: TileLayout, rngs: nnx.Rngs) -> nnx.Module | None:
-    """The method's parameters (router, gates), or None.
+    """Returns the method's parameters (router, gates), or None.
 
     Raises:
       ConfigError: if the method cannot serve these sizes.
@@ -183,17 +170,13 @@ class Method:
     return None
 
   def tables(self, layout: TileLayout) -> Any:
-    """Returns static masks and matrices as a pytree of NumPy arrays.
-
-    They are made once per grid and passed to jit as arguments.
-    """
+    """Returns NumPy masks and matrices as a pytree, once per grid; they are arguments of jit."""
     return {}
 
   def init_state(self, batch: int, dims: Dims, layout: TileLayout) -> Any:
     """Returns what one layer remembers between denoising steps; `{}` for most.
 
-    The sampler carries it, one entry per layer, from step to step; its shapes never change and no
-    checkpoint holds it.
+    The sampler carries it; its shapes never change and no checkpoint holds it.
 
     Args:
       batch: rows that run together; where `shares_state`, samples: with guidance half of the rows.
@@ -206,10 +189,7 @@ class Method:
     return False
 
   def phase(self, step: int, steps: int) -> str:
-    """Names what sampling step `step` of `steps` does ("warmup", "search", "reuse", ...).
-
-    Each phase is its own compiled step.
-    """
+    """Names what a sampling step does ("warmup", "search", ...); each phase compiles on its own."""
     return ""
 
   def check_run(self, steps: int) -> None:
@@ -229,18 +209,14 @@ class Method:
   def pairs(
     self, layout: TileLayout, heads: int, allocation=None, phase: str | None = None
   ) -> CallCost:
-    """Counts the attention of one layer and sample exactly, without a table.
+    """Counts pairs and lists of one layer and sample at head dimension 1, without a table.
+
+    It is exact; lists that depend on the data are taken as equally long (`even_lists`).
 
     Args:
-      layout: of the grid.
       heads: of the layer.
-      allocation: share of heads per branch, for methods that have some; None: the method's own
-        expectation.
+      allocation: share of heads per branch; None: the method's own expectation.
       phase: of a sampling step; None is `usual_phase`.
-
-    Returns:
-      pairs and lists of all attention calls of the layer, at head dimension 1. Lists that depend on
-      the data are taken as equally long (`even_lists`).
 
     Raises:
       ConfigError: for an allocation that is invalid or not of so many heads.
@@ -253,7 +229,7 @@ class Method:
     return ""
 
   def only_attends(self, phase: str) -> bool:
-    """Whether a step does nothing but attend by tables: no program is then traced, no table built.
+    """Returns whether a step only attends by tables: then no program is traced, no table built.
 
     At 1M tokens radial's table takes 12 s to build, its pairs a few milliseconds to count.
     """
@@ -288,8 +264,7 @@ class Method:
   def program(self, layout: TileLayout, heads: int, head_dim: int, phase: str) -> ClosedJaxpr:
     """Traces one sampling step between a layer's projections, in the plain form of every op.
 
-    Nothing is computed, and it works while another program is traced. Parameters are made in the
-    scope "parameters".
+    Nothing is computed, also while another program is traced. The scope "parameters" makes these.
     """
     dims = Dims(heads, head_dim, heads * head_dim)
     state = jax.eval_shape(lambda: self.init_state(1, dims, layout))
@@ -310,10 +285,7 @@ class Method:
 
 
 def even_lists(layout: TileLayout, heads: float, pairs: float) -> CallCost:
-  """Returns the lists of `heads` heads of `pairs` scored pairs each: all equally long.
-
-  It is exact for dense attention where tiles are equally full; in general only its pairs are.
-  """
+  """Returns equally long lists of `heads` heads of `pairs` pairs each; only its pairs are exact."""
   listed = pairs / (layout.tiles * (layout.fill * layout.block) ** 2)
   call = uniform(layout.tiles, listed, layout.tiles, head_dim=1, block=layout.block, heads=heads)
   return dataclasses.replace(call, pairs=float(pairs) * heads)
@@ -343,10 +315,7 @@ def plain_aux(mask: BlockMask, n: int, b: int, h: int, want_masks: bool = False)
 
 
 def mask_aux(mask: BlockMask, want_masks: bool) -> dict:
-  """Returns `{"mask": mask}` on request, without its backward table.
-
-  Lists are written out, so that no leaf is None.
-  """
+  """Returns `{"mask": mask}` on request, its lists written out, without its backward table."""
   if not want_masks:
     return {}
   bias = np.zeros(mask.kv_tiles, np.float32) if mask.kv_bias is None else mask.kv_bias

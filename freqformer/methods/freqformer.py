@@ -1,13 +1,10 @@
 """FreqFormer: a router gives each head to a frequency band with its own operator.
 
-Low frequencies are dense on compressed tokens, mid frequencies block-sparse, high frequencies in a
-sliding window. Implements the abstract of arXiv 2604.22808; every constant below is our choice
-(docs/design.md says what supports it).
-
-One packed buffer `[coarse tokens | full tokens]` holds all heads. A head's branch is only which
-rows of the table it gets, so hard routing is one attention call with static shapes, whatever the
-assignment. When all branches must run (soft training), each head appears once per branch in that
-same call and the outputs are mixed.
+Low frequencies are dense on compressed tokens, mid ones block-sparse, high ones in a sliding
+window: the abstract of arXiv 2604.22808; every constant is our choice (docs/design.md). One packed
+buffer `[coarse tokens | full tokens]` holds all heads. A head's branch is only which rows of the
+table it gets: hard routing is one attention call with static shapes. When all branches must run
+(soft training), each head appears once per branch in that call and the outputs are mixed.
 """
 
 import dataclasses
@@ -51,17 +48,15 @@ class FreqFormer(RoutedMethod):
 
   Attributes:
     basis: the spectral basis and its cuts.
-    allocation: "routed"; or head counts per band (low, mid, high); or "measured": training-free,
-      each head gets the band that serves it best at a step after a dense warm-up
-      (`methods/measured.py`).
+    allocation: "routed"; or head counts per band (low, mid, high); or "measured": each head gets
+      the band that serves it best, training-free, after a dense warm-up (`methods/measured.py`).
     mid_tiles: key tiles per query tile in the mid band, fixed ones included.
     sink: first tiles that every mid list holds.
     anchors: evenly spread frames whose tile at the same place every mid list holds.
     window: of the high band, in tiles (t, y, x).
     border: of the window, "clamp" or "clip".
     filter: which projections of mid and high heads are band-filtered: "none", "qkv" or "v".
-    low_op: among coarse tokens, "dense" (softmax) or "linear" (`kernels/linear/api.py`, softmax
-      feature map): O(n) overall.
+    low_op: among coarse tokens, "dense" (softmax) or "linear" (softmax features): O(n) overall.
     low_shared: mid and high rows also list the coarse tiles, in one joint softmax.
     summary: summary tokens per band and head; 0 is off.
     profile: for `allocation="measured"`.
@@ -164,10 +159,7 @@ class FreqFormer(RoutedMethod):
     return out, state, self._aux(routing, masks, qkv, cond) | mask_aux(mask, cond.want_masks)
 
   def _packed(self, qkv: Projected, routing: Routing, choice, cells) -> Prepared:
-    """Returns `[coarse tokens | tokens]` of the heads of `choice`, and means of q and k per tile.
-
-    The means are of unfiltered tokens of the layer's own heads.
-    """
+    """Returns packed tokens of the heads of `choice`, and means of the layer's unfiltered heads."""
     filtered = "" if self.filter == "none" else self.filter
     copies = 3 if routing.all_branches else 1
     if filtered:
@@ -204,10 +196,7 @@ class FreqFormer(RoutedMethod):
     return lift(out, weights, low, tables.expansion, implementation=implementation)
 
   def _mid_table(self, qkv: Projected, cond, tables, packed: Prepared) -> BlockMask:
-    """Returns the mid band's table: top tiles by pooled, normed, rotated q and k.
-
-    They are unfiltered: a band-filtered tensor has zero mean in a tile.
-    """
+    """Returns the table of top tiles by pooled q and k, unfiltered: a band has mean 0 in a tile."""
     h = qkv.q.shape[2]
     q, k = (cond.share(pool[:, :h]) for pool in (packed.q_pool, packed.k_pool))
     mask = block_topk(
@@ -270,10 +259,7 @@ class FreqFormer(RoutedMethod):
 
 
 def _count_bands(method: FreqFormer, layout: TileLayout) -> tuple[CallCost, CallCost, CallCost]:
-  """Counts one head of each band at head dimension 1: low and high exactly, mid with full tiles.
-
-  Unions of mid lists, which depend on the data, are those of random lists.
-  """
+  """Counts a head of each band at head dimension 1; mid lists have full, random tiles."""
   block = layout.block
   n_coarse = coarse_tokens(method.basis, layout)
   coarse = -(-n_coarse // block)
@@ -296,11 +282,7 @@ def _count_bands(method: FreqFormer, layout: TileLayout) -> tuple[CallCost, Call
 
 
 def _multiplicities(spectral: SpectralTables, coarse_tiles: int) -> np.ndarray:
-  """Returns the bias of the packed buffer's key tiles, float32 `[tiles]`.
-
-  A cell stands for s^2 tokens: its log-multiplicity is 2 log s. A tile has one number, its cells'
-  mean; they are equal except at edges.
-  """
+  """Returns the key tiles' bias, float32 `[tiles]`: the mean over cells of 2 log s (s^2 tokens)."""
   layout = spectral.layout
   weights = 2 * np.log(spectral.cell_weight)
   weights = np.pad(weights, (0, -spectral.n_coarse % layout.block), mode="edge")
@@ -323,13 +305,10 @@ def _for_heads(mid: BlockMask, choice) -> BlockMask:
 class WholeAxes:
   """Compression and lift of a transform that leaves the tile (dct, haar), for `prepare` and `lift`.
 
-  Such a transform is no matrix per tile, which is all that `Cells`, `Expansion` and the Hopper
-  kernels know; the spectral tables apply it along whole axes.
+  It is no matrix per tile, as `Cells` and the kernels need; tables apply it along whole axes.
 
   Attributes:
-    spectral: the spectral tables.
-    cos: float32 `[n_coarse, d / 2]`, rotary at the cells' centres; None to lift.
-    sin: likewise.
+    cos, sin: float32 `[n_coarse, d / 2]`, rotary at the cells' centres; None to lift.
     front: static; rows of the packed buffer before the tokens.
   """
 
@@ -345,7 +324,7 @@ class WholeAxes:
 
   @property
   def per_tile(self) -> None:
-    """None: coarse tokens are of no tile."""
+    """Coarse tokens are of no tile."""
     return None
 
   @property
@@ -376,8 +355,7 @@ class FreqFormerTables:
 
   Attributes:
     spectral: for statistics and summary tokens, and for transforms that leave the tile.
-    low: the low band's table, coarse rows.
-    high: the high band's table, full rows.
+    low, high: the low band's table of coarse rows, the high band's of full rows.
     fixed: int32 `[tiles, f]`, key tiles that every mid list holds.
     coarse_tiles: static; tiles of coarse tokens.
     profile: for measured heads, or None.

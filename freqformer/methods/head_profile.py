@@ -1,8 +1,7 @@
 """Measures which pattern suits a head, as Sparse VideoGen does (arXiv 2502.01776).
 
 Shared by the training-free methods that deal heads by what they measure. A few query rows are drawn
-once per grid with a fixed seed; each candidate's output at these rows is compared with dense
-attention's.
+once per grid with a fixed seed; each candidate's output there is compared with dense attention's.
 """
 
 import dataclasses
@@ -22,8 +21,7 @@ class ProfileConfig:
 
   Attributes:
     warmup: share of the run's steps that are dense before the first measurement.
-    every: measure again every so many steps; 0: once, 1: at every step after the warm-up (Sparse
-      VideoGen's).
+    every: steps between measurements; 0: once, 1: each after the warm-up (Sparse VideoGen's).
     rows: query rows measured on.
     slack: a head gets the cheapest pattern whose error is at most `1 + slack` times the smallest;
       0: the most faithful.
@@ -60,11 +58,7 @@ class ProfileConfig:
 
 
 def sample_rows(layout: TileLayout, count: int) -> np.ndarray:
-  """Draws buffer rows of `count` tokens (all if there are fewer), the same at every call.
-
-  Returns:
-    int32 `[rows]`, ascending.
-  """
+  """Draws ascending buffer rows of `count` tokens (at most all), int32, the same at every call."""
   order = np.random.default_rng(0).permutation(layout.n)[:count]
   return np.sort(layout.arrays().scatter[order]).astype(np.int32)
 
@@ -89,14 +83,12 @@ def dense_rows(q: jax.Array, k: jax.Array, v: jax.Array, valid, listed=()) -> ja
 
   Args:
     q: `[b, rows, h, d]`, normed and rotated.
-    k: `[b, n_buffer, h, d]`, normed and rotated.
-    v: `[b, n_buffer, h, d]`.
+    k, v: `[b, n_buffer, h, d]`, k normed and rotated.
     valid: bool `[n_buffer]`, False in padding rows.
     listed: bool arrays `[rows, n_buffer]`, a pattern each.
 
   Returns:
-    float32 `[1 + patterns, b, rows, h, d]`; head by head, so that scores of one head are in memory
-    at a time.
+    float32 `[1 + patterns, b, rows, h, d]`; scores of one head are in memory at a time.
   """
   valid = jnp.asarray(valid)
   seen = [valid, *(valid & pattern for pattern in listed)]
@@ -116,15 +108,7 @@ def dense_rows(q: jax.Array, k: jax.Array, v: jax.Array, valid, listed=()) -> ja
 
 
 def relative_errors(outs: jax.Array, exact: jax.Array) -> jax.Array:
-  """Returns `|out - exact|^2 / |exact|^2` over rows and channels.
-
-  Args:
-    outs: `[c, b, rows, h, d]`, of c candidates.
-    exact: `[b, rows, h, d]`.
-
-  Returns:
-    `[b, h, c]`.
-  """
+  """Returns `|out - exact|^2 / |exact|^2`, `[b, h, c]`, of `outs` `[c, b, rows, h, d]`."""
   error = jnp.square(outs - exact).sum((2, 4)) / jnp.maximum(jnp.square(exact).sum((1, 3)), 1e-30)
   return error.transpose(1, 2, 0)
 
@@ -133,9 +117,7 @@ def most_faithful(errors: jax.Array, costs: jax.Array, slack: float = 0.0) -> ja
   """Chooses the cheapest candidate whose error is at most `1 + slack` times the smallest.
 
   Args:
-    errors: `[b, h, c]`.
-    costs: broadcastable to that.
-    slack: share by which an error may exceed the smallest.
+    errors, costs: `[b, h, c]`; costs are broadcast to that.
 
   Returns:
     int32 `[b, h]`.

@@ -1,10 +1,10 @@
 """FreqFormer without training: each head gets the band that serves it best on any dense checkpoint.
 
 After a dense warm-up every band runs on every head, and a few query rows of each output are
-compared with dense attention of the same rows. A head gets the cheapest band whose relative squared
-error is at most `1 + slack` times the smallest. The choice is per layer, sample and head and stays
-in the sampler's state; both halves of guidance share it. Errors of outputs decide, not masses of
-attention: mass on coarse cells says nothing about what compressing the queries loses.
+compared with dense attention. A head gets the cheapest band whose relative squared error is at most
+`1 + slack` times the smallest, per layer, sample and head, in the sampler's state; both halves of
+guidance share it. Errors of outputs decide, not masses of attention: mass on coarse cells says
+nothing about what compressing the queries loses.
 """
 
 import dataclasses

@@ -1,18 +1,13 @@
 """Radial attention (arXiv 2506.19852): a static table; reach shrinks with the distance in time.
 
-For tokens k of frame i and l of frame j, s tokens a frame, `r = floor(log2 max(|i - j|, 1))` is the
-temporal band (2 ceil(log2 max(frames, 2)) - 1 bands in all; n log n pairs), and l is seen if
-
-  |k - l| + 1 <= s / 2^r          a spatial width that halves with every band, or
-  k = l and (i - j) mod ceil(2^r / s) = 0      once that width is below one token: the same place,
-                                               every so many frames.
-
-All tokens of the first frame are seen from everywhere.
+For tokens k of frame i and l of frame j, s tokens a frame, band `r = floor(log2 max(|i - j|, 1))`,
+l is seen if `|k - l| + 1 <= s / 2^r`, a spatial width that halves with every band, or, once that
+is below one token, if k = l and (i - j) mod ceil(2^r / s) = 0: the same place, every so many
+frames. n log n pairs. All tokens of the first frame are seen from everywhere.
 """
 
-# choice: the rule is applied to tiles: k, l are raster numbers of tiles within a frame of tiles, s
-# is the tiles of such a frame, and distances in time are in tokens. With tiles of one token it is
-# the paper's rule.
+# choice: the rule is applied to tiles: k, l number the tiles within a frame of tiles, s counts
+# them, and distances in time are in tokens. With tiles of one token it is the paper's rule.
 
 import dataclasses
 
@@ -50,12 +45,7 @@ class Radial(StaticMethod):
 
 
 def radial_widths(layout: TileLayout, decay: float = 1.0) -> np.ndarray:
-  """Spatial width in tiles at each distance in tile frames, int64 `[tile frames]`; 0 sees nothing.
-
-  Args:
-    layout: the tile grid.
-    decay: multiplies the width s / 2^r.
-  """
+  """Returns widths in tiles, `decay` s / 2^r, by distance in tile frames; 0 sees nothing."""
   s = frame_tiles(layout)
   distance = np.arange(layout.tile_grid[0])
   band = np.floor(np.log2(np.maximum(distance * layout.tile[0], 1)))

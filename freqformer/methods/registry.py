@@ -56,12 +56,9 @@ def method_class(name: str):
 
 
 def parse_method(text: str) -> tuple[str, dict]:
-  """Reads a method as a command line names it.
+  """Reads name and fields: `radial`, `block_topk(density=0.2, coarse=none)`, `x(group=dict(y=1))`.
 
-  Examples: `radial`, `block_topk(density=0.2, coarse=none)`, `x(group=dict(field=1))`.
-
-  Returns:
-    its name and the fields that are given; a bare word is a string, true and false are bools.
+  A bare word is a string, true and false are bools.
 
   Raises:
     ConfigError: for an unknown name or text that cannot be read.
@@ -78,13 +75,11 @@ def parse_method(text: str) -> tuple[str, dict]:
 
 
 def with_fields(method, fields: dict, path: str, root: str = "config."):
-  """Replaces some fields of a method, those within groups too.
+  """Replaces some fields of a method dataclass, those within groups too.
 
   Args:
-    method: the dataclass.
     fields: new values by name, nested for groups.
-    path: names the method in errors, after `root`.
-    root: the beginning of names in errors.
+    path, root: in errors, `path` after `root` names the method.
 
   Raises:
     ConfigError: for an unknown field or a value that it cannot take.

@@ -79,25 +79,12 @@ class RoutedMethod(Method):
     return RoutedModules(self, dims, rngs)
 
   def energies(self, v: jax.Array, layout, tables) -> jax.Array:
-    """Returns what the router reads of a head: the energy of its values in three parts.
-
-    Args:
-      v: `[b, n_buffer, h, d]`.
-      layout: arrays of the layout.
-      tables: the method's own.
-
-    Returns:
-      `[b, h, 3]`.
-    """
+    """Returns energies `[b, h, 3]` of values `[b, n_buffer, h, d]`, inputs of the router."""
     raise NotImplementedError
 
   @jax.named_scope("router")
   def route(self, module, qkv, cond, tables, choice=None) -> Routing:
-    """Returns the router's decision, or each head's known branch.
-
-    Args:
-      choice: int32 `[b, h]`, the branch where heads are neither routed nor fixed.
-    """
+    """Returns the router's decision, or each head's branch: fixed, or else `choice`, `[b, h]`."""
     b, _, h, _ = qkv.q.shape
     if self.routed:
       stats = None
@@ -120,14 +107,7 @@ class RoutedMethod(Method):
     return dataclasses.replace(self, allocation="routed")
 
   def aux(self, routing: Routing, density, qkv, cond) -> dict:
-    """Returns the layer's aux: densities, the router's entropy and its cost penalty.
-
-    Args:
-      routing: of the layer.
-      density: float32 `[b, h, branches]`, of each head in each branch.
-      qkv: the layer's projections.
-      cond: the layer's moment.
-    """
+    """Returns the layer's aux of `density` `[b, h, branches]`, router's entropy and penalty."""
     taken = jnp.take_along_axis(density, routing.choice[..., None], -1)[..., 0]
     run = density.sum(-1) if routing.all_branches else taken
     loss = jnp.float32(0)

@@ -1,15 +1,12 @@
 """Sliding tile attention (STA, arXiv 2502.04507): a 3-D window that moves tile by tile.
 
 No block is mixed. STA's own setting is a window of 18 x 24 x 24 tokens in tiles of 6 x 8 x 8 = 384
-rows that the kernel reads as 3 blocks of 128:
+rows that the kernel reads as 3 blocks of 128 (9.00 % of 30 x 48 x 80 tokens):
 
   attention.block=384  attention.tile=(6, 8, 8)  attention.method="sliding_tile"
-
-On 30 x 48 x 80 tokens that is a density of 9.00 %.
 """
 
-# choice: on other layouts the window is rounded up to whole tiles and a block of at most `rows`
-# rows stays as it is.
+# choice: elsewhere windows are rounded up to whole tiles, and blocks of at most `rows` rows stay.
 
 import dataclasses
 
@@ -27,8 +24,7 @@ class SlidingTile(StaticMethod):
     window: extents (t, y, x); an axis shorter than its extent is covered whole.
     unit: unit of the window, "tokens" (rounded up to whole tiles) or "tiles".
     border: "clamp" shifts the window inwards at the video's edges (STA's), "clip" cuts it off.
-    rows: longest tile that a kernel is given; longer tiles are read in equal parts that are not
-      longer than this.
+    rows: longest tile that a kernel is given; longer ones are read in equal parts that fit.
   """
 
   window: tuple[int, int, int] = (18, 24, 24)

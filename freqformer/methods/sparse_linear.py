@@ -3,10 +3,8 @@
   out = softmax over critical tiles
         + project(phi(q_i) sum_marginal phi(k_j) v_j^T / phi(q_i) sum_marginal phi(k_j))
 
-Tiles are ranked by the scores of mean-pooled q and k, per query tile. The projection (d x d, shared
-by the heads, as in the authors' code) starts at 0: a fresh layer is its sparse part, and nothing is
-summed that was not learned. Their code feeds all keys to the linear part; here, as in the paper,
-only marginal tiles.
+Mean-pooled q and k rank tiles per query tile. The projection (d x d, shared by the heads, as in the
+authors' code) starts at 0. Only marginal tiles are linear, as in the paper; in their code all are.
 """
 
 import dataclasses

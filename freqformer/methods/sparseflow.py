@@ -1,13 +1,10 @@
 """SparseFlow: block-sparse attention across frames, linear attention within frames, routed heads.
 
-Implements the abstract of SparseFlow-Attention (Zenodo 19712508): temporal attention to
-neighbouring and anchor frames, linear spatial attention, a temporal budget that depends on the
-timestep (sparser early in denoising), a head-wise router, soft in training and hard in evaluation.
-
-A head on the linear path has count 0 in every row of the table, so it pays for no softmax. In
-evaluation linear attention leaves the sparse heads alone and writes into their output. If heads are
-routed, XLA runs linear attention for all of them, since its shapes are static; the Hopper kernels
-run it for their own heads only.
+Implements the abstract of SparseFlow-Attention (Zenodo 19712508): neighbouring and anchor frames, a
+temporal budget that depends on the timestep (sparser early in denoising), linear spatial attention,
+a head-wise router, soft in training and hard in evaluation. A head on the linear path has count 0
+in the whole table, so it pays for no softmax; linear attention writes only its own heads' output.
+Where heads are routed, XLA computes it for all (static shapes), the Hopper kernels do not.
 """
 
 # choice: every constant below, and the schedule's form (docs/methods.md).
@@ -43,8 +40,7 @@ class Schedule:
   Attributes:
     frames: layers of tiles at the sparse and at the dense end; every extent between is a level.
     direction: "sparse_early" (the abstract's: few frames at high t) or "dense_early".
-    shape: the way from one end to the other over t: "linear", "cosine" (slow at both ends) or
-      "step" (one jump at t = 1/2).
+    shape: over t, "linear", "cosine" (slow at both ends) or "step" (one jump at t = 1/2).
   """
 
   frames: tuple[int, int] = (1, 5)
@@ -154,8 +150,7 @@ class SparseFlow(RoutedMethod):
     return out, state, aux | mask_aux(ran, cond.want_masks)
 
   def mask_at(self, tables: "SparseFlowTables", time) -> BlockMask:
-    """Returns the table of a sparse head at times `[b]`, `[b, 1, tiles, max_kv]`; one trace for all
-    times."""
+    """Returns a sparse head's table `[b, 1, tiles, max_kv]` at times `[b]`; one trace for all."""
     level = self.schedule.level(time, tables.levels.kv_counts.shape[0])
 
     def take(x):
@@ -168,10 +163,7 @@ class SparseFlow(RoutedMethod):
     )
 
   def pairs(self, layout, heads, allocation=None, phase=None):
-    """Counts the levels' tables, each weighted with the share of uniform t that it gets.
-
-    Linear heads list nothing.
-    """
+    """Counts the levels' tables by their shares of uniform t; linear heads list nothing."""
     sparse = float(self.shares(heads, allocation)[SPARSE])
     levels = _levels(self.schedule, self.around, self.anchors, layout)
     found = []
@@ -190,12 +182,7 @@ class SparseFlow(RoutedMethod):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SparseFlowTables:
-  """Static tables of one grid.
-
-  Attributes:
-    levels: the temporal table of every level, stacked along its batch axis.
-    frames: the rows of every frame.
-  """
+  """Static tables of one grid: all levels', stacked along the batch axis, and the frames' rows."""
 
   levels: BlockMask
   frames: Segments
@@ -205,17 +192,15 @@ class SparseFlowTables:
 
 
 def temporal(layout: TileLayout, frames: int, around: tuple[int, int], anchors: int) -> BlockMask:
-  """Each query tile lists, of every frame it sees, the tiles around its own place.
+  """Lists for each query tile, of every frame it sees, the tiles around its own place.
 
   A frame here is a layer of tiles: `layout.tile[0]` frames of tokens. Both windows are shifted
   inwards at the video's edges, so that a query tile always sees `frames x around` tiles, its own
-  among them.
+  among them. More frames or tiles than there are mean all.
 
   Args:
-    layout: the tile grid.
-    frames: neighbouring frames, the own one included; more than there are means all.
-    around: extent in tiles (y, x) of what is seen of a frame; more than there are means the whole
-      axis.
+    frames: neighbouring frames, the own one included.
+    around: extent in tiles (y, x) of what is seen of a frame.
     anchors: evenly spread frames that every query tile sees; 1 is the first frame alone.
   """
   count_t, count_y, count_x = layout.tile_grid
@@ -281,8 +266,8 @@ def _only(mask: BlockMask, heads) -> BlockMask:
 def variance_shares(x: jax.Array, arrays: LayoutTables) -> jax.Array:
   """Splits the variance of `[b, n_buffer, h, d]` into three parts that sum to it, `[b, h, 3]`.
 
-  The parts are those within tiles, over time at one place, and between places (the law of total
-  variance over tiles): texture, motion and structure of a head's values, in one pass.
+  Within tiles, over time at one place, between places (law of total variance over tiles): texture,
+  motion and structure of a head's values.
   """
   t, y, x_tiles = arrays.layout.tile_grid
 

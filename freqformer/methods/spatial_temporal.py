@@ -39,8 +39,8 @@ class SpatialTemporal(Method):
 
   Attributes:
     frames: a spatial head sees every tile up to this many frames of tiles away.
-    places: a temporal head sees, in every frame of tiles, the tiles up to this many rows and
-      columns away.
+    places: a temporal head sees, in every frame of tiles, tiles up to this many rows and columns
+      away.
     sink: first frames of tiles that both see whole.
     profile: when heads are measured, and on how many rows.
   """
@@ -139,8 +139,7 @@ def count_pairs(
 
 
 def _seen(lengths: np.ndarray, reach: int, sink: int = 0) -> int:
-  """Pairs of tokens along an axis whose tiles are at most `reach` apart or whose second tile is
-  among the first `sink`."""
+  """Counts token pairs on an axis with tiles at most `reach` apart or the second in `sink`."""
   tiles = len(lengths)
   at = np.arange(tiles)
   sums = np.concatenate([[0], np.cumsum(lengths)])

@@ -51,7 +51,6 @@ def lists_of_bits(bits: jax.Array, max_kv: int, kv_len, block: int) -> BlockMask
     bits: uint8 `[b, h, q_tiles, ceil(kv_tiles / 8)]`.
     max_kv: static bound on the tiles that a row lists.
     kv_len: int32 `[kv_tiles]`, tokens of each tile.
-    block: rows of a tile.
   """
   words = jnp.pad(bits, ((0, 0),) * 3 + ((0, -bits.shape[-1] % 4),)).reshape(*bits.shape[:3], -1, 4)
   words = jax.lax.bitcast_convert_type(words, jnp.uint32)

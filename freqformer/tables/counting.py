@@ -23,9 +23,7 @@ def count_tiles(
   """Counts what `kernels.block_sparse.cost.count` finds in one head's table, at head dimension 1.
 
   Args:
-    layout: the tile grid.
-    counts: int `[t, y, x]`, tiles that a query tile lists.
-    keys: int `[t, y, x]`, tokens of these.
+    counts, keys: int `[t, y, x]`, tiles that a query tile lists, and tokens of these.
     mark: `(seen, t, y, x0, x1)` sets in bool `[t, y, x]` what the query tiles (t, y, x0..x1-1)
       list, all together.
     parts: the table is refined by so much (`BlockMask.refine`).
@@ -68,10 +66,8 @@ def with_coarse(full: CallCost, layout: TileLayout, n_coarse: int, coarse: int) 
   """Adds all coarse tiles of a packed buffer to every list of its full rows.
 
   Args:
-    full: counts of the full rows, which come after `coarse` tiles of coarse rows.
-    layout: of the full rows.
-    n_coarse: coarse tokens.
-    coarse: tiles that hold them.
+    full, layout: counts of the full rows, which come after the coarse ones, and their layout.
+    n_coarse, coarse: coarse tokens, and tiles that hold them.
   """
   groups = len(range(-(coarse % CONCURRENT), layout.tiles, CONCURRENT))
   loads = float(layout.tiles) * coarse

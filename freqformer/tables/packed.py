@@ -28,7 +28,7 @@ def coarse_rows(kv_len: np.ndarray, coarse_tiles: int, block: int) -> BlockMask:
 def full_rows(
   mask: BlockMask, kv_len: np.ndarray, coarse_tiles: int, shared: bool = False
 ) -> BlockMask:
-  """A table over the full tokens, moved into the packed buffer; coarse query rows list nothing.
+  """Moves a table over the full tokens into the packed buffer; coarse query rows list nothing.
 
   Args:
     mask: lists over full tiles, `[b or 1, h or 1, full_tiles, max_kv]`, NumPy or traced.

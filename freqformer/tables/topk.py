@@ -27,11 +27,7 @@ def anchor_frames(frames: int, anchors: int) -> np.ndarray:
 
 
 def fixed_tiles(layout: TileLayout, sink: int = 0, anchors: int = 0) -> np.ndarray:
-  """Tiles that every list holds: its own, the first `sink`, and its place in the anchor frames.
-
-  Returns:
-    int32 `[tiles, 1 + sink + anchors]`; ids may repeat within a row.
-  """
+  """Lists a tile, the first `sink`, its place in anchor frames: int32 `[tiles, f]`, some twice."""
   own = np.arange(layout.tiles, dtype=np.int32)[:, None]
   frames, rows, columns = layout.tile_grid
   sinks = np.arange(min(sink, layout.tiles), dtype=np.int32)
@@ -54,14 +50,11 @@ def block_topk(
   """Lists the `budget` best key tiles per query tile by `q_pool . k_pool`; no gradient flows.
 
   Args:
-    q_pool: `[b, h, tiles, d]`, pooled from unfiltered, normed, rotated q.
-    k_pool: `[b, h, tiles, d]`, the same of k.
+    q_pool, k_pool: `[b, h, tiles, d]`, pooled from unfiltered, normed, rotated q and k.
     budget: tiles per list, fixed ones included; more than there are means all.
     fixed: int `[tiles, f]`, ids that are always listed (repeats allowed).
     kv_len: int32 `[tiles]`, tokens of each tile.
-    block: rows of a tile.
-    implementation: of the top-k, or None for automatic choice.
-    chunk_scores: pooled scores that exist at once; None: what suits the target (`top_tiles`).
+    implementation, chunk_scores: of the top-k (`top_tiles`).
 
   Raises:
     ValueError: if the budget cannot hold the fixed tiles.

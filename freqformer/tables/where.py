@@ -20,13 +20,11 @@ def tiles_where(
   """Returns the table that lists a key tile wherever `rule` is true.
 
   Args:
-    layout: the tile grid.
     rule: `(query [3, m, 1], key [3, 1, tiles]) -> bool [m, tiles]`; places are tile coordinates
       (t, y, x), int32.
 
   Raises:
-    ValueError: if some query tile lists nothing (its output would be 0), or for more tiles than a
-      table may list.
+    ValueError: if a query tile lists nothing (output 0), or for more tiles than a table may list.
   """
   if layout.tiles > _MOST_TILES:
     raise ValueError(

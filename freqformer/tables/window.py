@@ -20,7 +20,6 @@ def sliding_tile(
   """Returns the table in which each query tile lists the tiles of a box around it.
 
   Args:
-    layout: the tile grid.
     window: extent of the box in tiles per axis; larger than the grid means the whole axis.
     border: "clamp" shifts the box inwards, so that every query tile lists equally many (STA's
       choice); "clip" cuts it off, so that border tiles list fewer.

@@ -1,9 +1,8 @@
 """The Hopper kernel of `kernels.around.lift`: tokens are read once and written once.
 
 A thread block is one warpgroup with one tile and some heads, as in `hopper_prepare`. Pieces of 64
-rows come through a ring; the matrix stays in shared memory. For low-band heads the kernel
-multiplies a 64-row window of coarse rows that contains the tile's own; the matrix is zero in the
-other columns.
+rows come through a ring; the matrix stays in shared memory. For low-band heads it multiplies a
+64-row window of coarse rows that contains the tile's own, and is zero in the other columns.
 """
 
 import dataclasses
@@ -24,13 +23,9 @@ TERMS = 2  # 16-bit terms of a matrix
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """Sizes of a launch.
+  """Sizes of a launch on `packed` `[b, rows, h, d]`.
 
   Attributes:
-    b: samples of `packed` `[b, rows, h, d]`.
-    rows: of `packed`.
-    h: heads.
-    d: channels of a head.
     block: rows of a tile.
     front: rows of `packed` before the tokens.
     share: heads that one thread block walks over; 0: as many as leave enough blocks.
@@ -71,19 +66,15 @@ class Plan:
 
 
 def forward(plan: Plan, packed, matrices, kinds, eighths, low, weights):
-  """Runs the kernel.
+  """Runs the kernel; returns `[b, n, h, d]`.
 
   Args:
-    plan: sizes.
     packed: bf16 `[b, rows, h, d]`.
     matrices: bf16 `[kinds, 2, pieces, 64, 64]`, two terms whose sum is the matrix.
     kinds: int32 `[tiles]`, the matrix of each tile.
     eighths: int32 `[tiles]`; a tile's matrix multiplies the 64 rows that begin at 8 times this.
     low: int32 `[b, h]`, nonzero where a head has coarse rows.
     weights: float32 `[b, h]`, factors of the results.
-
-  Returns:
-    `[b, n, h, d]`.
   """
   groups = plan.h // plan.heads
   pieces = plan.pieces

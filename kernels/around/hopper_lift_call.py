@@ -19,11 +19,7 @@ def unsupported(packed, expansion: Expansion, target: Target) -> str | None:
 
 @jax.named_scope("lift")
 def forward(packed, weights, low, expansion: Expansion):
-  """Runs the kernel.
-
-  Copies begin at multiples of 8 rows. Where a tile's first coarse token lies behind one, its matrix
-  moves to the right: there is a matrix for each such shift.
-  """
+  """Runs the kernel; copies begin at multiples of 8 rows, with a matrix for each shift from one."""
   from freqformer.kernels.around import hopper_lift
 
   classes, block, k = expansion.matrices.shape

@@ -3,8 +3,7 @@
 The kernel is bound by memory. A thread block is one warpgroup. It takes one tile and some heads,
 and brings q, k and v in pieces of 64 rows through a ring of slots; two or three blocks share a
 multiprocessor and hide each other's latencies. A piece lies in shared memory as two halves of the
-channels, so that rotary's pairs meet in one thread; the weights of compression stay there for all
-heads of the block.
+channels, so that rotary's pairs meet in one thread; the weights of compression stay there.
 """
 
 import dataclasses
@@ -30,24 +29,19 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 COLUMNS = 32  # of each half, that are worked on at once
 HALVES = 2  # of the channels: a head's rotary pairs are (i, i + d / 2)
 TERMS = 2  # 16-bit terms of a matrix
-# Shared memory for means, which cross the warps four registers at a time: with room for one, each
-# would cost two barriers.
+# For means, which cross the warps four registers at a time: room for one would cost two barriers.
 _REDUCTION_BYTES = 4096
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """Sizes of a launch.
+  """Sizes of a launch on the joint projection `[b, n, 3, h, d]`.
 
   Attributes:
-    b: samples of the joint projection `[b, n, 3, h, d]`.
-    n: rows of a sample.
-    h: heads.
-    d: channels of a head.
     block: rows of a tile.
     front: rows of the results before the tokens.
     cells: coarse rows per tile as stored, a multiple of 8; 0 without compression.
-    in_place: coarse rows go straight to the front of the results; otherwise to arrays of their own.
+    in_place: coarse rows go straight to the front of the results; otherwise to their own arrays.
     pooled: means over the tiles' valid rows are asked for.
     filtered: the arrays of "qkv" that are band-filtered, in heads that have a band.
     share: heads that one thread block walks over; 0: as many as leave enough blocks.
@@ -77,18 +71,12 @@ class Plan:
 
   @property
   def arrays(self) -> str:
-    """Arrays that are written.
-
-    v is one of them where coarse tokens go with it; tokens alone are a slice of the projection.
-    """
+    """Arrays that are written: v only with coarse tokens, else it is a slice of the projection."""
     return "qkv" if self.cells else "qk"
 
   @property
   def slots(self) -> int:
-    """Slots of the ring.
-
-    A head's pieces fall on the same slots every time, so that addresses are known at compile time.
-    """
+    """Slots of the ring: a head's pieces always fall on the same, so that addresses are static."""
     return 3 if self.cells else 2 * self.pieces
 
   @property
@@ -136,10 +124,7 @@ class Plan:
     return found
 
   def scratch(self, dtype) -> dict:
-    """Returns the types of shared memory and barriers.
-
-    Operands of one product must share a swizzle, so all arrays can be cut every `COLUMNS` columns.
-    """
+    """Returns shared memory and barriers; all arrays share a swizzle and cut every `COLUMNS`."""
     cut = functools.partial(tiles_type, dtype=dtype, lanes=COLUMNS)
     found = {
       "ring": cut(self.slots, HALVES, ROWS, self.half),
@@ -155,10 +140,9 @@ class Plan:
 
 
 def forward(plan: Plan, operands: dict) -> dict:
-  """Runs the kernel.
+  """Runs the kernel and returns the arrays of `plan.results`.
 
   Args:
-    plan: sizes.
     operands: by the names of `plan.operands()`:
       joint: bf16 `[b, n, 3, h, d]`.
       bias: float32 `[3, h, 2, d / 2]`.
@@ -171,9 +155,6 @@ def forward(plan: Plan, operands: dict) -> dict:
       cell_cos, cell_sin: float32 `[tiles * cells + 64 - cells, d / 2]`.
       filters: bf16 `[classes, bands, pieces of rows, 2 terms, pieces of columns, 64, 64]`.
       bands: int32 `[b, h]`, 0 where tokens are left as they are.
-
-  Returns:
-    The arrays of `plan.results`.
   """
   dtype = operands["joint"].dtype
   results = plan.results(dtype)
@@ -259,10 +240,7 @@ class _Block:
       pl.when(i + 1 < self.plan.heads)(lambda: self.fetch(self.first + i + 1, following - count))
 
   def load_weights(self, source):
-    """Brings both terms of 64 rows of a matrix.
-
-    Every warp that still used the last ones has gone through `store` since.
-    """
+    """Brings both terms of 64 rows; all warps that used the last have gone through `store`."""
     refs = self.refs
     for term in range(TERMS):
       for part in range(self.plan.pieces):
@@ -317,21 +295,14 @@ class _Block:
       plgpu.copy_smem_to_gmem(refs.pool, pool_gm.at[self.sample, head, self.tile])
 
   def product(self, which):
-    """Multiplies the matrix in `weights_sm` by the tile.
-
-    The matrix comes in two terms, since the tensor cores round it to 16 bits.
-
-    Returns:
-      `(half, columns)` -> float32 `[64, COLUMNS]`.
-    """
+    """Multiplies both terms in `weights_sm` by the tile: `(half, columns)` -> `[64, COLUMNS]`."""
     plan = self.plan
     refs = self.refs
     chunks = [(half, columns) for half in range(HALVES) for columns in plan.chunks]
     first_slot = which * plan.pieces % plan.slots
 
     def multiply(*accumulators):
-      # A loop, never unrolled: all products' addresses at once would cost a hundred registers.
-      # Pieces of padding add nothing.
+      # A loop, not unrolled: all addresses at once would cost a hundred registers. Padding adds 0.
       @pl.loop(0, TERMS * lax.div(self.valid + (ROWS - 1), jnp.int32(ROWS)))
       def _product(step):
         part = lax.div(step, jnp.int32(TERMS))
@@ -363,18 +334,7 @@ class _Block:
     self.finish(self.product(which), which, head, tables, biased=False)
 
   def finish(self, read, which, head, tables, pooled_part=None, biased=True):
-    """Writes 64 rows to the staging: bias, and norm and rotary of q and k.
-
-    Some channels are done at a time, to save registers.
-
-    Args:
-      read: `(half, columns)` -> float32 `[64, COLUMNS]`.
-      which: 0, 1, 2 for q, k, v.
-      head: number of the head.
-      tables: cos and sin in global memory, `[64, d / 2]`.
-      pooled_part: number of this piece in the tile, if its rows count for the mean.
-      biased: the bias counts. It is a constant, and neither mid nor high band holds one.
-    """
+    """Writes 64 rows, some channels at a time to save registers; only `biased` gets the bias."""
     plan = self.plan
     refs = self.refs
 
@@ -413,10 +373,7 @@ class _Block:
           refs.pool.at[half, columns][...] = mean if pooled_part == 0 else before[half][i] + mean
 
   def pool_before(self, part):
-    """Returns what earlier pieces of the tile have added to its means, None for the first.
-
-    Several threads hold each number: all must read before one writes.
-    """
+    """Returns earlier pieces' part of the means, or None; all threads read before one writes."""
     if not part:
       return None
     pool = self.refs.pool

@@ -19,9 +19,7 @@ def refusal(x, block: int, tiled, target: Target, most: int = MAX_CELLS) -> str 
 
   Args:
     x: `[..., d]`.
-    block: rows of a tile.
     tiled: what compresses or lifts; None: nothing does.
-    target: the device.
     most: coarse tokens that a tile may have.
   """
   from freqformer.kernels.hopper.machine import wrong_device
@@ -74,22 +72,14 @@ def forward(joint, bias, gains, tables, lengths, cells, bands, *, filtered, pool
 
 
 def two_terms(matrices):
-  """Returns bf16 `[m, 2, ...]` of float32 `[m, ...]`: the matrix rounded, and what that left out.
-
-  Tensor cores take 16 bits.
-  """
+  """Returns bf16 `[m, 2, ...]` of float32 `[m, ...]`, rounded and the rest, for tensor cores."""
   # Not a cast there and back, which XLA may drop.
   high = jax.lax.reduce_precision(matrices, exponent_bits=8, mantissa_bits=7)
   return jnp.stack([high, matrices - high], 1).astype(jnp.bfloat16)
 
 
 def _cell_operands(cells: Cells, count: int, pieces: int) -> dict:
-  """Returns matrices as two 16-bit terms in pieces of 64 x 64, and tables by tile.
-
-  Args:
-    count: coarse rows of a tile as stored, a multiple of 8.
-    pieces: pieces of 64 rows of a tile.
-  """
+  """Returns matrices as two terms in pieces of 64 x 64, and tables by tile of `count` rows."""
   classes, k, block = cells.matrices.shape
   matrices = jnp.pad(jnp.asarray(cells.matrices, jnp.float32), ((0, 0), (0, MAX_CELLS - k), (0, 0)))
   terms = two_terms(matrices).reshape(classes, 2, MAX_CELLS, pieces, block // pieces)
@@ -112,14 +102,7 @@ def _cell_operands(cells: Cells, count: int, pieces: int) -> dict:
 
 
 def _filter_operand(filters):
-  """Returns filters as the kernel reads them.
-
-  Args:
-    filters: float32 `[classes, bands, block, block]`.
-
-  Returns:
-    bf16 `[classes, bands, pieces of rows, 2 terms, pieces of columns, 64, 64]`.
-  """
+  """Returns `[classes, bands, block, block]` as bf16 pieces, two terms each, for the kernel."""
   classes, bands, block, _ = filters.shape
   terms = two_terms(jnp.asarray(filters, jnp.float32).reshape(-1, block, block))
   pieces = block // MAX_CELLS

@@ -1,8 +1,7 @@
 """Attention's packed output brought back to tokens: `weights * (tokens + U coarse)` in one pass.
 
 `forward` below defines `lift` in plain JAX and gives its gradients. On Hopper a kernel
-(`hopper_lift.py`) reads the tokens once and writes them once, and multiplies for the heads that
-have coarse rows only.
+(`hopper_lift.py`) moves each token once, and multiplies only for heads with coarse rows.
 """
 
 import dataclasses
@@ -26,8 +25,7 @@ class Expansion:
   """Lifts by tile: a tile's rows get its matrix times its coarse tokens.
 
   Attributes:
-    matrices: float32 `[classes, block, cells]`; rows of padding and columns that a class does not
-      have are zero.
+    matrices: float32 `[classes, block, cells]`; padding rows and columns that a class lacks are 0.
     classes: int32 `[tiles]`, the matrix of each tile.
     starts: int32 `[tiles]`, each tile's first coarse token.
     front: static; rows before the tokens in the packed buffer.
@@ -78,7 +76,7 @@ def lift(
   expansion: Any,
   implementation: str | None = None,
 ) -> jax.Array:
-  """Returns the weighted sum of both resolutions, differentiable in packed and weights.
+  """Returns `[b, n, h, d]`, both resolutions' weighted sum, differentiable in packed and weights.
 
   Args:
     packed: `[b, front + n, h, d]`, coarse tokens first; finite everywhere.
@@ -86,10 +84,7 @@ def lift(
     low: bool `[b, h]`, heads whose coarse rows count; those of others are not read.
     expansion: an `Expansion`, or another value with its `front`, `tiles`, `per_tile` (None if the
       transform leaves the tile) and `lift`.
-    implementation: one of `LIFT.implementations`, or None for the first that supports the call.
-
-  Returns:
-    `[b, n, h, d]` in packed's dtype.
+    implementation: of `LIFT.implementations`; None: the first that supports the call.
 
   Raises:
     ValueError: if the implementation is unknown.

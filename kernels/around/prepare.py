@@ -24,12 +24,10 @@ class Prepared(NamedTuple):
   """Packed q, k, v `[b, front + n, h, d]`, coarse tokens first, and means of q and k by tile.
 
   Attributes:
-    q: normed and rotated.
-    k: normed and rotated.
+    q, k: normed and rotated.
     v: as projected.
-    q_pool: float32 `[b, h, tiles, d]`, means over each tile's valid rows of the tokens as they were
-      rounded, or None. No gradient flows through them.
-    k_pool: likewise of k.
+    q_pool, k_pool: float32 `[b, h, tiles, d]`, means over each tile's valid rows of the tokens as
+      they were rounded, or None. No gradient flows through them.
   """
 
   q: jax.Array
@@ -54,15 +52,13 @@ class Cells:
   """Compresses by tile: coarse token j of tile t is row j of its matrix times the tile's rows.
 
   Attributes:
-    matrices: float32 `[classes, cells, block]`; columns of padding and rows that a class does not
-      have are zero, other rows sum to one.
+    matrices: float32 `[classes, cells, block]`; padding columns and rows that a class lacks are 0,
+      other rows sum to one.
     classes: int32 `[tiles]`, the matrix of each tile.
     rows: int32 `[n_coarse]`, `tile * cells + j` of each coarse token; None if all tiles are alike
       and that is its own number.
-    cos: float32 `[n_coarse, d / 2]`, rotary at the cells' centres.
-    sin: likewise.
-    front: static; rows of the results before the tokens, at least n_coarse. Those behind the coarse
-      tokens are zero.
+    cos, sin: float32 `[n_coarse, d / 2]`, rotary at the cells' centres.
+    front: static; rows of the results before the tokens, at least n_coarse; the spare ones are 0.
     filters: float32 `[classes, bands, block, block]`, projections of a tile's rows; constants and
       padding become zero. Or None.
   """
@@ -114,8 +110,7 @@ def turn(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
   Args:
     x: `[..., n, h, d]`; channel i is paired with i + d / 2.
-    cos: `[n, d / 2]`.
-    sin: `[n, d / 2]`.
+    cos, sin: `[n, d / 2]`.
   """
   dtype = jnp.promote_types(x.dtype, jnp.float32)
   first, second = jnp.split(x.astype(dtype), 2, axis=-1)
@@ -125,12 +120,7 @@ def turn(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 def norm_and_turn(x: jax.Array, gain: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-  """Norms `x` `[..., n, h, d]` (RMS, `EPS`, one gain per channel) and rotates it; rounds once.
-
-  Args:
-    gain: `[d]`.
-    tables: cos and sin of `turn`.
-  """
+  """Norms `x` `[..., n, h, d]` (RMS, `EPS`, `gain` `[d]`) and rotates it (`turn`); rounds once."""
   wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   inverse = jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + EPS)
   return turn(wide * (inverse * gain.astype(wide.dtype)), *tables).astype(x.dtype)
@@ -163,13 +153,12 @@ def prepare(
       only, `front` is 0.
     bands: int32 `[b, h]`, 1 plus the filter (of `cells`) that a head's tokens go through before the
       norm, 0 for none.
-    filtered: what goes through it: "", "v" or "qkv". Coarse tokens and means are of what is not
-      filtered.
+    filtered: what goes through it: "", "v" or "qkv"; never coarse tokens and means.
     pooled: whether the means of q and k are asked for.
-    implementation: one of `PREPARE.implementations`, or None for the first that supports the call.
+    implementation: of `PREPARE.implementations`; None: the first that supports the call.
 
   Raises:
-    ValueError: if something is filtered without filters or bands, or the implementation is unknown.
+    ValueError: if filters or bands are missing for `filtered`, or the implementation is unknown.
     NotImplementedError: if the named implementation does not support the call, with the reasons.
   """
   can_filter = bands is not None and cells is not None and cells.can_filter
@@ -203,14 +192,7 @@ def forward(joint, bias, gains, tables, lengths, cells, bands, *, filtered, pool
 
 
 def _one(x, bias, gain, *, tables, cells, bands, filtered):
-  """Returns one packed array, and a function that gives its unfiltered tokens.
-
-  Args:
-    x: `[b, n, h, d]`.
-    bias: `[h, d]`.
-    gain: `[d]`, or None where there is neither norm nor rotary.
-    filtered: whether heads with a band go through its filter.
-  """
+  """Returns a packed array of `x` `[b, n, h, d]`, and a function for its unfiltered tokens."""
 
   def finish(wide, tables):
     # Of a wide array: `norm_and_turn` rounds to its input's type, which is wide here.
@@ -254,10 +236,7 @@ def _means(x, lengths):
 
 
 def backward(operands, cotangents: Prepared, *, filtered, pooled):
-  """Returns the operands' cotangents, one array after the other.
-
-  Together, the float32 intermediates of q, k and v would be alive at once.
-  """
+  """Returns the cotangents, array by array: together, all float32 intermediates would be alive."""
   del pooled  # no gradient flows through the means
   joint, bias, gains, tables, lengths, cells, bands = operands
   # v, which has no gain, is not there without cells.

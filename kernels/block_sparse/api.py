@@ -24,11 +24,7 @@ _DTYPES = (jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 def _table_dims(mask: BlockMask) -> BlockMask:
-  """Returns the dimensions of a table's leaves, for `by_sample_and_head`.
-
-  Whatever is per head starts [b or 1, h or 1]. `kv_len` alone may be [b, kv_tiles], and 1-D leaves
-  are per key tile.
-  """
+  """Returns dimensions for `by_sample_and_head`: only `kv_len` and 1-D leaves have no `h`."""
   return jax.tree.map(lambda x: {1: ".", 2: "b."}.get(x.ndim, "bh"), mask)
 
 
@@ -61,14 +57,12 @@ def attention(
 
   Args:
     q: `[b, n_q, h, d]`; row r belongs to query tile `r // mask.block_q`. f64, f32, bf16 or f16.
-    k: `[b, n_kv, h, d]`; row r belongs to key tile `r // mask.block_kv`.
-    v: as `k`.
-    mask: the table; None means that every query sees every key (unpadded inputs only). Rows behind
-      `kv_len` are padding: whatever finite values they hold, no valid output or gradient depends on
-      them. Outputs of padding *query* rows are finite and meaningless; give them no cotangent.
+    k, v: `[b, n_kv, h, d]`; row r belongs to key tile `r // mask.block_kv`.
+    mask: None: every query sees every key (unpadded inputs only). Rows behind `kv_len` are padding:
+      no valid output or gradient depends on the finite values they hold. Outputs of padding
+      *query* rows are finite and meaningless; give them no cotangent.
     scale: multiplies q k^T; default `1 / sqrt(d)`.
-    implementation: one of `ATTENTION.implementations`, or None for the first that supports the
-      call.
+    implementation: of `ATTENTION.implementations`; None: the first that supports the call.
 
   Returns:
     out `[b, n_q, h, d]` in q's dtype, and the log-sum-exp of each row's scaled scores
@@ -77,8 +71,7 @@ def attention(
 
   Raises:
     ValueError: if shapes, dtypes and table contradict each other.
-    NotImplementedError: if no implementation (or not the named one) supports the call, with every
-      reason.
+    NotImplementedError: if no implementation (or not the named one) supports the call, and why.
   """
   mask = _validated(q, k, v, mask).with_mean()
   scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)

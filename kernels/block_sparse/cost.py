@@ -1,17 +1,10 @@
 """Exact counts of one `attention` call: FLOPs, traffic, work items, of a table or in closed form.
 
-Per scored pair and channel the forward does q k^T and p v: 2 matmuls of 2 FLOPs, `4 * pairs * d` in
-all (FlashAttention, arXiv 2205.14135, counts the same; dense: 4 n^2 D). The backward recomputes q
-k^T and does dO v^T, dS k, dS^T q, p^T dO: 5 matmuls, 2.5 times the forward; a kernel that walks the
-table twice (once for dQ, once for dK and dV) does 7.
-
-Traffic of the forward. Each query tile with a list reads its q once, the k and v of every tile that
-it lists, and writes out and LSE. Summed over lists that is what L2 must deliver; device memory
-delivers at least every distinct byte once, and, where a head's k and v do not fit into L2, about
-the union of the lists that run at the same time.
-
-Not counted: maxima, rescaling and the masks (`REFERENCE_SOFTMAX`: how many in the full-matrix
-form); instruction issue; bytes of counts and offsets (4 per query tile).
+Forward: 2 matmuls, `4 * pairs * d` FLOPs (FlashAttention, arXiv 2205.14135, counts the same).
+Backward: 5; 7 where a kernel walks the table twice. Each listing query tile reads its q once, k and
+v of all its tiles, and writes out and LSE. L2 delivers that sum; device memory every distinct byte
+once, or, where a head's k and v exceed L2, about the union of concurrent lists. Not counted:
+softmax beyond the exponentials, instruction issue, counts and offsets (4 bytes per query tile).
 """
 
 import dataclasses
@@ -24,9 +17,8 @@ FORWARD_MATMULS = 2
 BACKWARD_MATMULS = {"one_pass": 5, "two_pass": 7}
 # Of the three kernels on Hopper; both of the backward recompute q k^T and dO v^T.
 KERNEL_MATMULS = {"forward": 2, "dq": 3, "dkv": 4}
-# Elementwise operations per pair of `kernels/block_sparse/reference.py` (scale, mask, maximum,
-# differences, sum), as XLA counts them beside two exponentials. No useful work, hence in no other
-# count.
+# Elementwise operations per pair of `kernels/block_sparse/reference.py`, as XLA counts them beside
+# two exponentials: scale, mask, maximum, differences, sum. No useful work, in no other count.
 REFERENCE_SOFTMAX = 8
 # Query tiles that run at the same time where nothing better is known: one per SM of an H100.
 CONCURRENT = MULTIPROCESSORS
@@ -38,18 +30,14 @@ class CallCost:
 
   Attributes:
     pairs: scored valid (query, key) pairs: the useful work.
-    computed_pairs: rows times keys of all listed tiles, padding included: what a tile kernel
-      computes. Also the number of exponentials.
+    computed_pairs: rows times keys of all listed tiles, with padding; also the exponentials.
     rows: query tiles, whether they list something or not.
     items: query tiles that list something: work items of a kernel.
     loads: listed key tiles, summed over query tiles.
     distinct: key tiles that at least one list of their head names, summed over heads.
-    wave_loads: the union of the lists of `CONCURRENT` neighbouring query tiles of a head, summed
-      over such groups.
+    wave_loads: unions of the lists of `CONCURRENT` neighbouring query tiles of a head, summed.
     longest: tiles of the longest list.
-    head_dim: of the call.
-    block_q: rows of a query tile.
-    block_kv: rows of a key tile.
+    head_dim, block_q, block_kv: of the call.
   """
 
   pairs: float
@@ -102,10 +90,7 @@ class CallCost:
   # ---- bytes -------------------------------------------------------------------------------------
 
   def kv_bytes(self, itemsize: int = 2) -> float:
-    """Returns the bytes of k and v that L2 delivers: every list reads its tiles.
-
-    A tile is shared by `block_q` queries, hence they fall with `block_q`.
-    """
+    """Returns the bytes of k and v that L2 delivers; `block_q` queries share a tile's read."""
     return 2.0 * self.loads * self.block_kv * self.head_dim * itemsize
 
   def row_bytes(self, itemsize: int = 2) -> float:
@@ -122,9 +107,7 @@ class CallCost:
     return 2.0 * self.distinct * self.block_kv * self.head_dim * itemsize + self.row_bytes(itemsize)
 
   def expected_bytes(self, itemsize: int = 2, cache: float = 0.0, heads: float = 1.0) -> float:
-    """Returns the bytes of device memory where L2 holds one head at a time.
-
-    Query tiles run in order and sorted lists sweep the keys together.
+    """Returns the bytes of device memory where L2 holds one head, and sorted lists sweep together.
 
     Args:
       itemsize: bytes per element of q, k, v and out.
@@ -137,14 +120,10 @@ class CallCost:
     return 2.0 * loads * self.block_kv * self.head_dim * itemsize + self.row_bytes(itemsize)
 
   def estimate(self, itemsize: int = 2, kernel: str = "forward") -> dict[str, int]:
-    """Returns the arguments of `pallas.CostEstimate` for the launch of a kernel.
+    """Returns the arguments of `pallas.CostEstimate` for a kernel of `KERNEL_MATMULS`.
 
-    dQ: q and dO are read and dQ is written, k and v are read; dK and dV: q and dO are read, k and v
-      read, dK and dV written;
-    both read LSE and delta (float32) and the lists. Every distinct byte once, as in `min_bytes`.
-
-    Args:
-      kernel: a name of `KERNEL_MATMULS`.
+    Every distinct byte counts once, as in `min_bytes`. Both backward kernels read q, k, v, dO, LSE
+    and delta (float32) and the lists; one writes dQ, the other dK and dV.
     """
     moved = self.min_bytes(itemsize)
     if kernel != "forward":
@@ -168,9 +147,7 @@ def count(
 
   Args:
     mask: NumPy leaves (or concrete arrays).
-    head_dim: of the call.
-    batch: samples of the call; a table with batch dimension 1 serves all.
-    heads: of the call; a table with head dimension 1 serves all.
+    batch, heads: of the call; a table with dimension 1 serves all.
     concurrent: query tiles of a head that run at the same time, for `wave_loads`.
 
   Raises:
@@ -214,10 +191,7 @@ def _prefix_unions(counts, concurrent):
 
 
 def _unions(ids, counts, kv_tiles, concurrent):
-  """Returns the key tiles that some list names, summed over heads, and over groups of query tiles.
-
-  The lists of one group of `concurrent` query tiles are read at a time.
-  """
+  """Returns listed key tiles summed over heads, and over groups of `concurrent` query tiles."""
   slots = np.arange(ids.shape[-1], dtype=np.int32)
   distinct = waves = 0
   for b, h in np.ndindex(*counts.shape[:2]):
@@ -233,14 +207,9 @@ def _unions(ids, counts, kv_tiles, concurrent):
 
 
 def expected(mask: BlockMask, head_dim: int, heads: int) -> CallCost:
-  """Returns a table's cost where only its shape can be read.
+  """Returns a perhaps traced table's cost, of lists as long as `with_mean` says, else full.
 
-  Lists have the mean length that `with_mean` noted, else full length.
-
-  Args:
-    mask: the leaves may be traced.
-    head_dim: of the call.
-    heads: heads times samples of the call.
+  `heads` are heads times samples of the call.
   """
   listed = mask.max_kv if mask.mean_listed is None else mask.mean_listed
   return uniform(
@@ -267,19 +236,15 @@ def uniform(
 ) -> CallCost:
   """Returns the counts in closed form: every query tile lists `listed` of `kv_tiles` key tiles.
 
-  With `listed = kv_tiles` it is dense attention on a padded buffer, exact where every tile holds
-  `fill * block` tokens (and always exact in everything but `pairs`). Lists that depend on the data
-  are not known beforehand; their unions are taken as those of independent random lists: each key
-  tile is missed by `c` of them with probability `(1 - listed / kv_tiles)^c`. That is an upper bound
-  where neighbouring query tiles prefer the same keys.
+  With `listed = kv_tiles` it is dense attention on a padded buffer; only `pairs` is inexact there
+  if `fill` varies. Unions are those of independent random lists: `c` of them miss a key tile with
+  probability `(1 - listed / kv_tiles)^c`. That is an upper bound where neighbours prefer the same
+  keys.
 
   Args:
-    q_tiles: query tiles of one head.
+    q_tiles, kv_tiles: of one head.
     listed: tiles per list; may be a mean.
-    kv_tiles: key tiles of one head.
-    head_dim: of the call.
-    block: rows of a query tile.
-    block_kv: rows of a key tile; None: as many.
+    block, block_kv: rows of a query and of a key tile; `block_kv` None: as many.
     fill: share of a tile's rows that hold a token.
     heads: heads times samples.
   """

@@ -1,8 +1,7 @@
 """The Hopper implementation of attention: Mosaic GPU kernels that walk the table's lists.
 
-All heads share one launch. Nothing here needs a GPU to be checked: `hopper.interpret.interpreted()`
-runs the kernels on any device, and under an abstract mesh of an H100 they compile in a process
-without one.
+Checks need no GPU: `hopper.interpret.interpreted()` runs the kernels on any device, and under an
+abstract mesh of an H100 they compile in a process without one.
 """
 
 from collections.abc import Iterator
@@ -86,10 +85,7 @@ def backward(q, k, v, mask: BlockMask, lse, delta, d_out, *, scale: float):
 
 
 def _settings(q, mask: BlockMask, scale: float, direction: str) -> Settings:
-  """Returns how a kernel runs and what it costs.
-
-  The cost is exact where the table was NumPy, otherwise it is that of full lists.
-  """
+  """Returns how a kernel runs and its cost, exact for NumPy tables, else that of full lists."""
   b, _, h, d = q.shape
   estimate = cost.expected(mask, d, b * h).estimate(q.dtype.itemsize, direction)
   key = tuning.Key("h100", d, mask.block_q, mask.block_kv, direction)

@@ -26,10 +26,8 @@ class Inputs(NamedTuple):
   """Arrays that both kernels read.
 
   Attributes:
-    q: `[b, n_q, h, d]`, bf16 or f16.
-    k: `[b, n_kv, h, d]`.
-    v: `[b, n_kv, h, d]`.
-    d_out: `[b, n_q, h, d]`.
+    q, d_out: `[b, n_q, h, d]`, bf16 or f16.
+    k, v: `[b, n_kv, h, d]`.
     lse: float32 `[b, h, n_q]` in log2 units, large where a row sees nothing.
     delta: float32 `[b, h, n_q]`.
   """
@@ -46,8 +44,7 @@ class KeyLists(NamedTuple):
   """Query tiles that read each key tile, int32, as `lists.by_key` makes them.
 
   Attributes:
-    starts: `[b or 1, h or 1, kv_tiles]`.
-    counts: `[b or 1, h or 1, kv_tiles]`.
+    starts, counts: `[b or 1, h or 1, kv_tiles]`.
     readers: `[b or 1, h or 1, list]`.
     kv_len: `[b or 1, kv_tiles]`, valid rows.
     order: `[b * h]`, `lists.order_of_call`; None for heads as they are numbered.
@@ -72,14 +69,7 @@ class KeyLists(NamedTuple):
 
 
 def dq(inputs: Inputs, lists: QueryLists, bias, settings: Settings):
-  """Returns the gradient of the queries, `[b, n_q, h, d]` in their dtype.
-
-  Args:
-    inputs: arrays of the forward and cotangents.
-    lists: key tiles of each query tile.
-    bias: float32 `[kv_tiles]` or None.
-    settings: tiles, scale and tuning.
-  """
+  """Returns the queries' gradient, `[b, n_q, h, d]` in their dtype; bias `[kv_tiles]` or None."""
   b, n, h, d = inputs.q.shape
   dtype = inputs.q.dtype
   tuning = settings.tuning
@@ -164,14 +154,7 @@ def dq(inputs: Inputs, lists: QueryLists, bias, settings: Settings):
 
 
 def dkv(inputs: Inputs, lists: KeyLists, bias, settings: Settings):
-  """Returns the gradients of keys and values, `[b, n_kv, h, d]` in their dtype; 0 in padding rows.
-
-  Args:
-    inputs: arrays of the forward and cotangents.
-    lists: query tiles that read each key tile.
-    bias: float32 `[kv_tiles]` or None.
-    settings: tiles, scale and tuning.
-  """
+  """Returns gradients of keys and values, `[b, n_kv, h, d]` in their dtype; 0 in padding rows."""
   b, n, h, d = inputs.k.shape
   dtype = inputs.k.dtype
   tuning = settings.tuning

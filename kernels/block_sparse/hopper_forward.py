@@ -1,8 +1,8 @@
 """The forward kernel: a thread block walks the list of key tiles of one head's query tile.
 
 Compute warpgroups keep 64 query rows each; a further one only moves memory. A 128-row tile has two
-compute warpgroups, which share every key tile. 64-row tiles have one each, and either a thread
-block of their own or one for two neighbours, each with its own list, ring and memory warpgroup
+compute warpgroups, which share every key tile. 64-row tiles have one each, and either a block of
+their own or one for two neighbours, each with its own list, ring and memory warpgroup
 (`TuningConfig.tiles_per_block`). Each stage of a ring holds `step` keys: two listed 64-key tiles,
 one 128-key tile, or half of one.
 """
@@ -29,8 +29,7 @@ class Settings:
   """Settings of one launch of an attention kernel.
 
   Attributes:
-    block_q: rows of a query tile, 64 or 128.
-    block_kv: rows of a key tile, 64 or 128.
+    block_q, block_kv: rows of a query and of a key tile, 64 or 128.
     scale: multiplies q k^T.
     tuning: how the kernel is cut into stages and warpgroups.
     cost: of the launch, for readers of the program.
@@ -85,11 +84,8 @@ def forward(q, k, v, lists: QueryLists, bias, settings: Settings):
 
   Args:
     q: `[b, n_q, h, d]`, bf16 or f16, whole tiles.
-    k: `[b, n_kv, h, d]`.
-    v: `[b, n_kv, h, d]`.
-    lists: key tiles of each query tile.
+    k, v: `[b, n_kv, h, d]`.
     bias: float32 `[kv_tiles]` or None.
-    settings: tiles, scale and tuning.
 
   Returns:
     out `[b, n_q, h, d]` and lse float32 `[b, h, n_q]`.
@@ -129,13 +125,7 @@ def forward(q, k, v, lists: QueryLists, bias, settings: Settings):
       stage = [x.at[warpgroup] for x in staging]
 
       def soften(sums, x, entries):
-        """Turns raw scores into rescaled sums and 16-bit probabilities.
-
-        Args:
-          sums: output so far `[ROWS, d]`, running maximum and denominator `[ROWS]`.
-          x: raw scores of a stage, float32 `[ROWS, step]`.
-          entries: of `TileList.entries` for the stage.
-        """
+        """Turns raw scores `[ROWS, step]` into rescaled sums and 16-bit probabilities."""
         acc, top, total = sums
         x = walk.hide(x * sign if sign != 1 else x, entries)
         if biased:
@@ -171,11 +161,7 @@ def forward(q, k, v, lists: QueryLists, bias, settings: Settings):
         return lax.fori_loop(0, listed.steps, kv_loop, start)
 
       def scores_ahead():
-        """Walks the list with the next stage's scores issued together with this one's values.
-
-        The tensor cores then have both products queued when the turn is passed on, and nothing
-        of a stage stands between its values and the scores of the next.
-        """
+        """Walks the list; the tensor cores have a stage's values and the next scores queued."""
         last = listed.steps - 1
 
         def kv_loop(s, carry):
@@ -215,8 +201,7 @@ def forward(q, k, v, lists: QueryLists, bias, settings: Settings):
       acc, top, total = scores_ahead() if tuning.scores_ahead else stage_by_stage()
       pl.when(warpgroup == 0)(pass_turn)
       if deal.sides == 2 and in_turns:
-        # Both sides pass turns as often as the longer list needs. The last stage of a list has
-        # no turn where scores run ahead.
+        # Both sides pass turns as often as the longer list needs; ahead, a last stage has none.
         untaken = 1 if tuning.scores_ahead else 0
         other = lists.of_tile(walk, sample, head, deal.tile(place, 1 - side))
 

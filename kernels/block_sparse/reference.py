@@ -1,7 +1,4 @@
-"""The definition of attention: the full n x n matrix, written to be read.
-
-It serves any device and dtype, and is meant for small inputs.
-"""
+"""The definition of attention: the full n x n matrix, for any device and dtype and small inputs."""
 
 import jax.numpy as jnp
 

@@ -1,8 +1,7 @@
 """`BlockMask`: which key tiles each query tile may see. The kernels' whole view of the world.
 
-It knows nothing of video, bands or diffusion. Every method becomes one of these tables, every
-implementation reads nothing else, and the backward table is generated from the forward one here and
-nowhere else.
+Every method becomes one of these tables, every implementation reads nothing else, and the backward
+table is generated from the forward one here and nowhere else.
 """
 
 import dataclasses
@@ -29,10 +28,9 @@ class TransposedMask:
   """The same table by key tile, in CSR form, which dK and dV walk over.
 
   Attributes:
-    q_indices: int32 `[b or 1, h or 1, nnz]`, query tiles ordered by key tile, ascending within one;
-      nnz is static (`q_tiles * max_kv`), entries behind the last offset are padding (0).
-    offsets: int32 `[b or 1, h or 1, kv_tiles + 1]`; key tile j is read by
-      `q_indices[offsets[j]:offsets[j + 1]]`.
+    q_indices: int32 `[b or 1, h or 1, nnz]`, query tiles by key tile, ascending within one; nnz is
+      static (`q_tiles * max_kv`), entries behind the last offset are padding (0).
+    offsets: int32 `[b or 1, h or 1, kv_tiles + 1]`; `q_indices[offsets[j]:offsets[j + 1]]` read j.
   """
 
   q_indices: Array
@@ -42,11 +40,7 @@ class TransposedMask:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LaunchLists:
-  """A table as GPU kernels read it, made once for a static one instead of before each call.
-
-  Attributes:
-    by_query, by_key: see the functions of these names in `kernels.core.lists`.
-  """
+  """A table as GPU kernels read it, made once if static; see functions of `kernels.core.lists`."""
 
   by_query: tuple
   by_key: tuple
@@ -63,17 +57,13 @@ class BlockMask:
       in order, no list is read.
     kv_counts: int32 `[b or 1, h or 1, q_tiles]`, tiles listed. A row with 0 gives output 0, LSE
       -inf and no gradient.
-    kv_len: int32 `[kv_tiles]` or `[b, kv_tiles]`, valid key rows per tile, 0..block_kv, valid rows
-      first.
+    kv_len: int32 `[kv_tiles]` or `[b, kv_tiles]`, valid key rows of each tile; they come first.
     kv_bias: float32 `[kv_tiles]` or None, added to the scaled scores; not differentiated.
-    block_q: rows of a query tile in the buffer.
-    block_kv: rows of a key tile in the buffer.
-    transposed: the backward table where it was stored (`with_transpose`), else None and built on
-      demand.
-    mean_listed: static, tiles per list where that is known, for estimates of cost alone
-      (`with_mean`).
-    launch: what GPU kernels read of the table where it was stored (`with_launch`), else None. Like
-      `transposed` it goes stale where lists or lengths are replaced: set it to None then.
+    block_q, block_kv: rows of a query and of a key tile in the buffer.
+    transposed: the backward table if stored (`with_transpose`), else None and built on demand.
+    mean_listed: static, known tiles per list (`with_mean`), for estimates of cost alone.
+    launch: what GPU kernels read if stored (`with_launch`), else None. Like `transposed` it goes
+      stale where lists or lengths are replaced: set it to None then.
   """
 
   kv_indices: Array | None
@@ -164,11 +154,7 @@ class BlockMask:
     return out[..., :-1]
 
   def to_dense(self) -> Array:
-    """Returns True where a row may see another; for small tables only.
-
-    Returns:
-      bool `[b or 1, h or 1, q_tiles * block_q, kv_tiles * block_kv]`.
-    """
+    """Returns bool `[b or 1, h or 1, query rows, key rows]`, True where seen. For small tables."""
     xnp = array_module(self.kv_indices, self.kv_counts, self.kv_len)
     # [(b,) kv_tiles, block_kv]
     valid = np.arange(self.block_kv, dtype=np.int32) < self.kv_len[..., None]
@@ -247,8 +233,7 @@ class BlockMask:
   def q_len(self) -> Array:
     """Returns valid query rows per query tile, `[1 or b, q_tiles]`.
 
-    Where queries and keys share one buffer (equal rows), `kv_len` has them; otherwise every query
-    row counts as valid.
+    `kv_len` where queries and keys share a buffer (equal rows); else every query row is valid.
     """
     xnp, rows = array_module(self.kv_len), self.q_tiles * self.block_q
     kv_len = self.kv_len if self.kv_len.ndim == 2 else self.kv_len[None]
@@ -258,10 +243,7 @@ class BlockMask:
     return valid.reshape(kv_len.shape[0], self.q_tiles, self.block_q).sum(-1).astype(np.int32)
 
   def pairs(self) -> Array:
-    """Returns scored valid (query, key) pairs per sample and head, `[b or 1, h or 1]`.
-
-    They are exact int64 for NumPy tables, float32 for traced ones.
-    """
+    """Returns scored valid pairs `[b or 1, h or 1]`: exact int64 for NumPy, float32 if traced."""
     xnp = array_module(self.kv_indices, self.kv_counts, self.kv_len)
     kind = np.int64 if xnp is np else jnp.float32
     keys = self._listed_keys(xnp, kind)
@@ -363,16 +345,14 @@ def one_list(ids: Array) -> bool:
 
 
 def check_listed(entries: int, what: str) -> None:
-  """Refuses a concrete table before it is built.
-
-  `MOST_LISTED` int32 ids are 0.5 GB, and building takes several copies.
+  """Refuses a concrete table of too many entries; building takes several copies of the ids.
 
   Args:
     entries: query tiles times tiles of the longest list, at most.
     what: whose table, for the message.
 
   Raises:
-    ValueError: if it is too large.
+    ValueError: above `MOST_LISTED` (0.5 GB of int32 ids).
   """
   if entries > MOST_LISTED:
     raise ValueError(
@@ -390,13 +370,9 @@ def dense_mask(n_q: int, n_kv: int, block_q: int = 128, block_kv: int = 128) -> 
 
 
 def from_tiles(tiles: np.ndarray, kv_len: np.ndarray, block_q: int, block_kv: int) -> BlockMask:
-  """Returns the table of a concrete bool array.
+  """Returns the table of a concrete bool array `[b or 1, h or 1, q_tiles, kv_tiles]`.
 
-  Args:
-    tiles: `[b or 1, h or 1, q_tiles, kv_tiles]` or `[q_tiles, kv_tiles]`, True where listed.
-    kv_len: valid rows per key tile, as in `BlockMask`.
-    block_q: rows of a query tile.
-    block_kv: rows of a key tile.
+  Dimensions b and h may be missing; `kv_len` is as in `BlockMask`.
   """
   tiles = np.asarray(tiles, bool)
   tiles = tiles[None, None] if tiles.ndim == 2 else tiles
@@ -422,19 +398,15 @@ def pad_lists(
 
 
 def select(masks: Sequence[BlockMask], choice: Array) -> BlockMask:
-  """Returns per sample and head one of several tables over the same buffer.
-
-  Hard routing is this and nothing else.
+  """Returns per sample and head one of several tables over the same buffer: hard routing.
 
   Args:
     masks: tables with equal block sizes, tile counts and `kv_len` (the first one's is used); lists
       may differ in length.
-    choice: int32 `[b or 1, h]`, traced or not; the shapes of the result do not depend on its
-      values.
+    choice: int32 `[b or 1, h]`; the result's shapes do not depend on its values.
 
   Returns:
-    A table `[b', h', q_tiles, max over masks of max_kv]`, where b' and h' are broadcast over choice
-    and masks.
+    A table `[b', h', q_tiles, longest max_kv]`, b' and h' broadcast over choice and masks.
 
   Raises:
     ValueError: if the tables do not describe the same buffer.

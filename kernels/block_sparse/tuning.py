@@ -1,8 +1,7 @@
 """A GPU kernel's cut per device, head dimension, tile sizes and direction: `TuningConfig`.
 
 A table `tuning.json` holds what a search on the device found (`python -m benchmarks.gpu.tune`) and
-says where. Until one has run, and for what it lacks, `default` is used, which is reasoned from
-shared memory and registers, not measured.
+says where. For what it lacks `default` is used, reasoned from shared memory and registers.
 """
 
 import contextlib
@@ -32,9 +31,7 @@ class Key:
 
   Attributes:
     device: "h100".
-    head_dim: of the call.
-    block_q: rows of a query tile.
-    block_kv: rows of a key tile.
+    head_dim, block_q, block_kv: of the call.
     direction: "forward", "dq" (backward of the queries) or "dkv" (of keys and values).
   """
 
@@ -62,12 +59,10 @@ class TuningConfig:
     stages: depth of the ring buffer that the memory warpgroup fills.
     step: rows of the walked-over side per stage, at most 128: several short tiles share a stage,
       long tiles are halved.
-    compute_registers: per thread of a compute warpgroup; a multiple of 8, or 0 to keep what the
-      compiler gave.
-    memory_registers: per thread of the memory warpgroup, likewise.
+    compute_registers, memory_registers: per thread of a compute and of the memory warpgroup; a
+      multiple of 8, or 0 to keep what the compiler gave.
     take_turns: two compute warpgroups alternate between tensor cores and softmax (forward).
-    by_lane: Mosaic lowers the kernel lane by lane instead of by warpgroup: other instructions for
-      the same kernel.
+    by_lane: Mosaic lowers lane by lane instead of by warpgroup: other instructions, same kernel.
     scores_ahead: the scores of the next stage are issued beside the values of this one (forward).
     tiles_per_block: 2 gives each of two neighbouring 64-row tiles a compute and a memory
       warpgroup, a list and a ring of its own.
@@ -163,12 +158,11 @@ PAIR = TuningConfig(step=64, compute_registers=232, memory_registers=24, tiles_p
 
 
 def default(key: Key) -> TuningConfig:
-  """Returns a configuration that is reasoned, not measured.
+  """Returns a configuration that is reasoned, not measured, with as deep a ring as fits.
 
-  It has as deep a ring as fits, and always a second warpgroup with work for the tensor cores: one
-  alone leaves them idle during its softmax. A 128-row tile has two. Beside a 64-row tile it is
-  another thread block on the same multiprocessor where two fit, which takes at most 128 registers
-  and half of the shared memory; elsewhere it is a second tile in the same block.
+  A second warpgroup always has work for the tensor cores: one alone leaves them idle during its
+  softmax. A 128-row tile has two. Beside a 64-row tile it is another thread block where two fit
+  (at most 128 registers and half of the shared memory), else a second tile in the same block.
   """
   forward = key.direction == "forward"
   if key.readers == 2:
@@ -194,8 +188,8 @@ def _deepest(key: Key, config: TuningConfig, limit: int = SHARED_BYTES) -> Tunin
 def candidates(key: Key) -> list[TuningConfig]:
   """Returns the configurations worth trying for a key, the default first.
 
-  Then come the default with one of its other settings changed, and ring depths, steps and tiles
-  per block in all combinations, each with its usual registers.
+  Then come the default with one other setting changed, and all combinations of ring depths, steps
+  and tiles per block, each with its usual registers.
   """
   first = default(key)
   forms = [TuningConfig()]

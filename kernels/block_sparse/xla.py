@@ -1,15 +1,10 @@
 """The portable implementation: plain XLA, any device, any shape. The CPU's and TPU's path.
 
-One row of work = the query tile of one head and its list. Rows run in groups of a few, in order of
-falling list length, so that the loop over key chunks of a group (a dynamic bound) does little for
-shorter lists, and empty rows do not run at all. Each step gathers a chunk of listed tiles and does
-dense matmuls: nothing of size n x n, and no gathered copy of K or V larger than one group's chunk,
-ever exists.
-
-Masking is done by the matmul. Keys carry one more column: 0 (or the tile's bias) in valid rows and
-`_HIDDEN` in padding rows; queries carry a 1 there. Slots behind a list's count read one more tile,
-hidden as a whole. Scores thus arrive masked, and the passes over them are a maximum and an
-exponential, nothing else.
+A row of work is a head's query tile and its list. Rows run in small groups by falling list length,
+so that a group's loop (a dynamic bound) does little for shorter lists; empty rows do not run. Each
+step gathers a chunk of listed tiles and does dense matmuls: no more of K or V is ever copied.
+Matmuls mask: keys carry one more column, 0 (or the tile's bias) in valid rows and `_HIDDEN` in
+padding, queries a 1 there, and slots behind a list's count read one more tile, hidden as a whole.
 """
 
 import dataclasses
@@ -20,21 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-# Measured on 2 CPU cores (docs/log.md): larger groups leave the cache, smaller ones pay for
-# dispatch.
+# On 2 CPU cores (docs/log.md) larger groups leave the cache, smaller ones pay for dispatch.
 _GROUP_ROWS = 1024  # query rows that run together
 _CHUNK_KEYS = 1024  # keys per step, at most
-# The score of what may not be seen. Finite, so that it survives a matmul on devices that split
-# floats, and needs no care where a row has seen nothing yet: exp(_HIDDEN - score) is 0 for every
-# true score.
+# The score of what may not be seen. Finite: it survives a matmul on devices that split floats, and
+# where a row has seen nothing, exp(_HIDDEN - score) is still 0 for every true score.
 _HIDDEN = -1e30
 
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-  """Rows of work and the tiles that they list.
-
-  Flat tiles are numbered `(sample * h + head) * tiles + tile`.
+  """Rows of work and the tiles they list; flat tiles are `(sample * h + head) * tiles + tile`.
 
   Attributes:
     rows: int32 `[groups, g]`, row ids by falling count, then filler.
@@ -117,10 +108,7 @@ def _row_view(x, block, tiles):
 
 
 def _at(view, flat):
-  """Returns the tiles of a view with these flat numbers, to read or to update.
-
-  A number behind the last one is out of bounds.
-  """
+  """Returns a view's tiles by flat number, to read or update; behind the last is out of bounds."""
   sample_head, tile = jnp.divmod(flat, view.shape[1])
   sample, head = jnp.divmod(sample_head, view.shape[3])
   return view.at[sample, tile, :, head]
@@ -133,13 +121,7 @@ def _read(view, flat):
 
 
 def _key_tiles(k, mask):
-  """Returns tiles of k with the masking column, and one hidden tile behind the last.
-
-  Padding rows are zeroed, so that nothing finite in them can overflow.
-
-  Returns:
-    `[b * h * kv_tiles + 1, block_kv, d + 1]`.
-  """
+  """Returns `[b * h * kv_tiles + 1, block_kv, d + 1]`, padding rows zeroed, last tile hidden."""
   _, n, _, d = k.shape
   block = mask.block_kv
   dtype = jnp.promote_types(k.dtype, jnp.float32)
@@ -211,11 +193,10 @@ def forward(q, k, v, mask, *, scale):
 
 
 def backward(q, k, v, mask, lse, delta, d_out, *, scale):
-  """Returns dq, dk, dv by one pass over the same rows.
+  """Returns dq, dk, dv by one pass over the same rows; dK and dV add up in a fixed order.
 
-  dQ stays with its row, dK and dV are added tile by tile, in a fixed order. Scores are transposed,
-  keys first: then dK and dV are plain matmuls. Queries first, XLA's CPU matmul would contract both
-  operands over their slow axis, at a quarter of the speed.
+  Scores are transposed, keys first, so that dK and dV are plain matmuls. Queries first, XLA's CPU
+  matmul would contract both operands over their slow axis, at a quarter of the speed.
   """
   b, n_q, h, d = q.shape
   n_kv = k.shape[1]

@@ -18,14 +18,11 @@ def of_weighted_means(
 ) -> tuple[jax.Array, jax.Array]:
   """Returns what the backward of `out_i = sum_j w_ij v_j / sum_j w_ij` needs of its two cotangents.
 
-  The weights' cotangent is `(dO V^T - delta) w / sum w`. Rows without weights have no gradient,
-  whatever their cotangents hold.
+  The weights' cotangent is `(dO V^T - delta) w / sum w`. Rows without weights have no gradient.
 
   Args:
-    out: `[b, n, h, d]`.
-    log_sum: `[b, h, n]`, log of each row's sum of weights; -inf in rows without any.
-    d_out: cotangent of `out`.
-    d_log_sum: cotangent of `log_sum`.
+    out, d_out: `[b, n, h, d]`.
+    log_sum, d_log_sum: `[b, h, n]`, log of each row's sum of weights; -inf in rows without any.
 
   Returns:
     d_out, and `delta = rowsum(dO * O) - d_log_sum` `[b, h, n]`; both 0 in rows without weights.

@@ -14,10 +14,7 @@ MAX_TILES = 1 << (31 - _LENGTH_BITS)
 
 
 def array_module(*arrays):
-  """Returns NumPy while every input is concrete NumPy, jax.numpy as soon as one is not.
-
-  Tables are built once, on the host.
-  """
+  """Returns NumPy while every input is concrete NumPy, jax.numpy as soon as one is not."""
   return np if all(a is None or isinstance(a, np.ndarray | np.generic) for a in arrays) else jnp
 
 
@@ -25,10 +22,7 @@ def array_module(*arrays):
 
 
 def by_query(mask) -> tuple:
-  """Returns what the forward and dQ walk.
-
-  Args:
-    mask: a `BlockMask`. One without lists gets one list of all tiles, which every row shares.
+  """Returns what the forward and dQ walk; a table without lists gets one list of all tiles.
 
   Returns:
     codes: int32 `[b or 1, h or 1, q_tiles or 1, list]`, see `encode`.
@@ -42,12 +36,7 @@ def by_query(mask) -> tuple:
 
 
 def by_key(mask) -> tuple:
-  """Returns what dK and dV walk.
-
-  Key tile j is read by the query tiles `readers[starts[j] : starts[j] + counts[j]]`.
-
-  Args:
-    mask: a `BlockMask`.
+  """Returns what dK and dV walk: `readers[starts[j] : starts[j] + counts[j]]` read key tile j.
 
   Returns:
     starts, counts: int32 `[b or 1, h or 1, kv_tiles]`.
@@ -70,16 +59,7 @@ def by_key(mask) -> tuple:
 
 
 def search(rows, values: np.ndarray, side: str):
-  """Returns `searchsorted` of the same values in every sorted row.
-
-  Args:
-    rows: `[..., m]`.
-    values: `[k]`.
-    side: as in `numpy.searchsorted`.
-
-  Returns:
-    int32 `[..., k]`.
-  """
+  """Returns NumPy's `searchsorted` of `[k]` values in sorted rows `[..., m]`, int32 `[..., k]`."""
   flat = rows.reshape(-1, rows.shape[-1])
   if isinstance(rows, np.ndarray):
     found = np.stack([np.searchsorted(row, values, side=side) for row in flat])
@@ -92,14 +72,9 @@ def search(rows, values: np.ndarray, side: str):
 
 
 def encode(indices, lengths):
-  """Returns list entries with their tile's valid rows.
+  """Returns int32 list entries, `indices` `[b or 1, h or 1, tiles or 1, list]` with valid rows.
 
-  Args:
-    indices: int32 `[b or 1, h or 1, tiles or 1, list]`.
-    lengths: int32 `[tiles]` or `[b, tiles]`.
-
-  Returns:
-    int32 `[b or 1, h or 1, tiles or 1, list]`.
+  `lengths` are int32 `[tiles]` or `[b, tiles]`.
   """
   xnp = array_module(indices, lengths)
   indices, lengths = xnp.asarray(indices), xnp.asarray(lengths)
@@ -124,8 +99,7 @@ def decode(code):
 def costliest_first(counts):
   """Returns a table's heads by falling cost, or None where one list of counts serves all of them.
 
-  Thread blocks start in the order of the grid: the long ones first leave the short ones to fill
-  the end.
+  Thread blocks start in the order of the grid: long ones first leave short ones to fill the end.
 
   Args:
     counts: int32 `[b or 1, h or 1, tiles]`, tiles listed.
@@ -145,7 +119,6 @@ def order_of_call(counts, order, b: int, h: int):
   Args:
     counts: int32 `[b or 1, h or 1, tiles]`, the table's.
     order: what `costliest_first` gave for them, or None: then it is asked here.
-    b, h: samples and heads of the call.
 
   Returns:
     int32 `[b * h]`, `sample * h + head`; None for heads as they are numbered.

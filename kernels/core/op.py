@@ -51,8 +51,8 @@ class Op:
 
   Attributes:
     name: in messages, e.g. "linear attention".
-    implementations: module below `freqformer.kernels` of each implementation, imported when it is
-      first used, in order of preference. The last one is the definition: it runs every call.
+    implementations: their modules below `freqformer.kernels`, imported when first used, in order of
+      preference. The last one is the definition: it runs every call.
     forward: how `forward` is split over devices.
     backward: how `backward` is split, where an implementation has its own.
     opaque: implementations that XLA cannot partition; they are split as said above.
@@ -81,7 +81,7 @@ class Op:
 
     Args:
       call: what the implementations' `unsupported` reads.
-      implementation: the only one to ask (an alias is resolved), or None for the first that can.
+      implementation: the only one to ask (an alias is resolved); None: the first that can.
       target: None for the device that is traced for.
 
     Raises:
@@ -137,10 +137,7 @@ class Op:
     return by_sample_and_head(function, tuple(operands), tuple(dims), split.results)
 
   def run_as_defined(self, name: str, operands: Sequence[Any], **settings: Any) -> Any:
-    """Runs an implementation forward with the definition's gradient, recomputed from the operands.
-
-    The definition itself is differentiated by JAX.
-    """
+    """Runs an implementation forward; the gradient is the definition's, recomputed by JAX."""
     if self.module(name) is self.definition:
       return self.definition.forward(*operands, **settings)
     return _as_defined(self, name, tuple(settings.items()), *operands)

@@ -24,18 +24,14 @@ def several_devices() -> bool:
 def by_sample_and_head(fn: Callable, operands: tuple, operand_dims: Any, result_dims: Any) -> Any:
   """Runs `fn(*operands)`, split over devices along samples and heads where the operands are.
 
-  Dimensions of an array are a string with one letter each: "b" samples, "h" heads, "." anything
-  else, which missing letters at the end mean, too. Where a leaf has size 1 for samples or heads of
-  which the first operand has more, it serves all of them.
+  Dimensions of an array are a string with one letter each: "b" samples, "h" heads, "." (or a
+  missing letter at the end) anything else. A leaf with size 1 for samples or heads serves all.
 
   Args:
     fn: a function of arrays that treats samples and heads independently, and so runs on parts.
     operands: pytrees of arrays; the first one is an array with samples and heads.
     operand_dims: a tree of strings whose structure is a prefix of the operands'.
     result_dims: likewise of what `fn` returns.
-
-  Returns:
-    What `fn` returns.
   """
   leaves, tree = jax.tree.flatten(operands)
   outer = jax.sharding.get_abstract_mesh()
@@ -43,8 +39,7 @@ def by_sample_and_head(fn: Callable, operands: tuple, operand_dims: Any, result_
   def flat(*leaves):
     return fn(*jax.tree.unflatten(tree, leaves))
 
-  # What is partitioned may not hold constants: they become operands, whole on every device. A part
-  # has constants of its own.
+  # What is partitioned may hold no constants: they become operands; a part has its own.
   whole, structure = jax.make_jaxpr(flat, return_shape=True)(*leaves)
   count = len(leaves)
   constants = whole.consts

@@ -4,8 +4,7 @@ import dataclasses
 
 import jax
 
-# Compute capability by what the device's name contains, for GPUs that are only described (NVIDIA's
-# list of CUDA GPUs); a GPU that is there reports its own. The first match counts.
+# Compute capability by name, first match, for GPUs that are only described (NVIDIA's list of GPUs).
 _CAPABILITIES = {
   "H100": "9.0",
   "H200": "9.0",
@@ -28,8 +27,7 @@ class Target:
   Attributes:
     platform: "cpu", "cuda" or "tpu".
     kind: the device's own name.
-    capability: CUDA compute capability, e.g. "9.0"; None for other platforms and for unknown GPUs
-      that are not there.
+    capability: CUDA's, e.g. "9.0"; None elsewhere and for unknown GPUs that are not there.
   """
 
   platform: str

@@ -1,10 +1,7 @@
 """The parts that all Hopper kernels are built from.
 
-machine     facts about an H100
-interpret   running kernels on a machine without a GPU
-launch      launching a kernel, with its cost
-tile_walk   lists of tiles, cut into stages and dealt to thread blocks
-ring        copies through rings of shared memory
-products    tensor-core products and register arrays
-softmax     powers of two and hidden scores
+machine, interpret    facts about an H100; running kernels without a GPU
+launch, tile_walk     launching a kernel with its cost; lists of tiles, cut and dealt to blocks
+ring, products        copies through shared memory; tensor-core products, register arrays
+softmax               powers of two and hidden scores
 """

@@ -8,10 +8,9 @@ _interpreting = contextvars.ContextVar("interpreting", default=False)
 
 @contextlib.contextmanager
 def interpreted(detect_races: bool = False):
-  """Runs the kernels that are traced inside in JAX's GPU interpreter: slow, for small shapes.
+  """Runs kernels traced inside in JAX's GPU interpreter: slow, for small shapes.
 
-  Args:
-    detect_races: prints "RACE DETECTED" where two warpgroups touch memory without an order.
+  `detect_races` prints "RACE DETECTED" where two warpgroups touch memory without an order.
   """
   # Pallas is slow to import, and `is_interpreted` is asked by code that does not need it.
   from jax.experimental.pallas import mosaic_gpu as plgpu

@@ -1,7 +1,6 @@
 """Launches of Hopper kernels: every kernel of the project goes through here, with its cost.
 
-`plgpu.kernel` would do but for one thing: it takes no estimate of a kernel's cost. `pl.kernel`,
-which it wraps, does.
+`pl.kernel` takes an estimate of that cost; `plgpu.kernel`, which wraps it, takes none.
 """
 
 import functools
@@ -35,17 +34,14 @@ def launch(
   """Runs a kernel on a grid of thread blocks (axis "block") of warpgroups (axis "warpgroup").
 
   Args:
-    body: takes references to the operands, the results and the scratch memory, one argument per
-      entry of the three sequences.
+    body: takes references to operands, results and scratch, one argument per entry of each.
     operands: trees of arrays, or of references that the kernel writes to.
     out_type: trees of `ShapeDtypeStruct`.
     scratch: trees of Mosaic GPU's memory and barrier types.
     blocks: number of thread blocks.
-    cost: of all blocks together. Mosaic GPU of JAX 0.11.2 takes it and does not use it;
-      `tools.program_cost` reads it.
+    cost: of all blocks. Mosaic GPU of JAX 0.11.2 ignores it; `tools.program_cost` reads it.
     warpgroups: of a thread block.
-    by_lane: lowers by lane. The body must give every layout; inferring them costs seconds of each
-      compile.
+    by_lane: lowers by lane. The body must give every layout; inferring them takes seconds.
     approx_math: allows the hardware's approximate exponentials and divisions.
     reduction_bytes: shared memory for sums across warps. Rows of an accumulator lie within four
       lanes and need none.
@@ -94,25 +90,15 @@ def _varying_like(operands, out_type):
 
 
 def streaming_cost(operands, out_type, flops: float) -> pl.CostEstimate:
-  """Returns the cost of a kernel that reads every operand and writes every result once.
-
-  Args:
-    operands: trees of arrays.
-    out_type: trees of `ShapeDtypeStruct`.
-    flops: of its products, or of whatever it does most.
-  """
+  """Returns the cost of a kernel that reads every operand and writes every result once."""
   moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves((operands, out_type)))
   return pl.CostEstimate(flops=int(flops), transcendentals=0, bytes_accessed=moved)
 
 
 def streaming_heads(heads: int, tiles: int) -> int:
-  """Returns how many heads of a tile one thread block of a streaming kernel walks over.
+  """Returns the heads of a tile that one thread block of a streaming kernel walks over.
 
-  It is the largest divisor of `heads` that leaves `STREAMING_BLOCKS` blocks; 1 if none does.
-
-  Args:
-    heads: of the call.
-    tiles: of all samples together.
+  It is the largest divisor of `heads` that leaves `STREAMING_BLOCKS` blocks, or 1.
   """
   dividing = [share for share in range(1, heads + 1) if heads % share == 0]
   enough = [share for share in dividing if tiles * (heads // share) >= STREAMING_BLOCKS]
@@ -120,11 +106,6 @@ def streaming_heads(heads: int, tiles: int) -> int:
 
 
 def set_registers(count: int, action: str):
-  """Moves registers between warpgroups.
-
-  Args:
-    count: registers per thread that this warpgroup has afterwards; 0 leaves them as they are.
-    action: "increase" or "decrease".
-  """
+  """Sets this warpgroup's registers per thread (0: unchanged) by "increase" or "decrease"."""
   if count:
     plgpu.set_max_registers(count, action=action)

@@ -22,8 +22,6 @@ def tiles_type(*shape: int, dtype, lanes: int | None = None):
   """Returns shared memory for `[..., rows, d]` in the swizzled form of TMA and wgmma.
 
   Args:
-    shape: of the array.
-    dtype: of the array.
     lanes: columns that are swizzled together, and at whose multiples the array can be cut. None
       takes as many as the widest swizzle holds.
   """
@@ -66,12 +64,9 @@ def _nothing():
 
 
 def product(a, b, issued=_nothing):
-  """Returns `a b^T`, float32 `[ROWS, columns]`.
+  """Returns `a b^T` of a `[ROWS, d]`, b `[columns, d]` in shared memory; float32 `[ROWS, columns]`.
 
-  Args:
-    a: `[ROWS, d]` in shared memory.
-    b: `[columns, d]` in shared memory.
-    issued: runs while the tensor cores do.
+  `issued` runs while the tensor cores do.
   """
 
   def run(acc):
@@ -99,14 +94,13 @@ def two_products(a, b, c, d):
 
 
 def accumulate(acc, a, b, staging=None, issued=_nothing):
-  """Returns `acc + a b`.
+  """Returns `acc + a b`; `issued` runs while the tensor cores do.
 
   Args:
     acc: float32 `[ROWS, d]`.
     a: `[ROWS, k]` in registers.
     b: `[k, d]` in shared memory.
     staging: see `staging_types`.
-    issued: runs while the tensor cores do.
   """
   if staging is None:
 
@@ -126,10 +120,7 @@ def accumulate(acc, a, b, staging=None, issued=_nothing):
 
 
 def accumulate_beside(acc, a, b, c, d, staging=None, issued=_nothing):
-  """Returns `acc + a b` as `accumulate` does and `c d^T` as `product` does, in flight together.
-
-  `issued` runs while the tensor cores work on both.
-  """
+  """Returns `acc + a b` (`accumulate`) and `c d^T` (`product`), in flight beside `issued`."""
 
   def run(second):
     plgpu.wgmma(second, c, d.transpose((1, 0)))
@@ -140,7 +131,7 @@ def accumulate_beside(acc, a, b, c, d, staging=None, issued=_nothing):
 
 
 def staging_types(consumers: int, columns: int, dtype) -> list:
-  """Returns scratch for `accumulate` in the interpreter, `[consumers, ROWS, columns]`; [] on a GPU.
+  """Returns scratch `[consumers, ROWS, columns]` for `accumulate` in the interpreter; [] on a GPU.
 
   Interpreted, wgmma takes its left operand from shared memory only, and not inside `run_state`.
   """

@@ -41,12 +41,7 @@ class Ring(NamedTuple):
 
 
 class Feed(NamedTuple):
-  """A ring and where its stages come from.
-
-  Attributes:
-    ring: the ring.
-    sources: one per array of the ring, `rows (a slice) -> the global rows`.
-  """
+  """A ring and where its stages come from: per array, `rows (a slice) -> the global rows`."""
 
   ring: Ring
   sources: Sequence[Callable]
@@ -66,9 +61,7 @@ def fill_rings(tiles: TileList, feeds: Sequence[Feed], deal: Deal, side, registe
   """Does the work of a memory warpgroup: fetches each stage as soon as its slots are free.
 
   Args:
-    tiles: the list that it serves.
     feeds: rings that are filled stage by stage.
-    deal: of tiles to thread blocks.
     side: of the thread block, whose slots are filled.
     registers: per thread that the warpgroup keeps; 0 keeps all.
   """
@@ -98,13 +91,7 @@ def fill_rings(tiles: TileList, feeds: Sequence[Feed], deal: Deal, side, registe
 
 
 def load_own(pairs, barrier, wanted):
-  """Copies the rows that a compute warpgroup keeps to shared memory, and waits for them.
-
-  Args:
-    pairs: `(source, target)` of each copy.
-    barrier: on which the copies arrive.
-    wanted: scalar bool; where it is false, nothing is copied.
-  """
+  """Copies the `(source, target)` rows a compute warpgroup keeps, and waits; only if `wanted`."""
 
   @pl.when(wanted)
   def _load():

@@ -29,15 +29,13 @@ def in_log2(bias):
 def exponentials(x, unit: float, top, columns: int):
   """Returns `exp2(x * unit - top)`, the probabilities of a stage before division by their sum.
 
-  A device may compute the exponent by one fused multiply-add: the exact product minus a maximum
-  that was rounded. Over hidden scores alone, what is left of -1e30 may be +1e21, and its power of
-  two infinite. Running maxima therefore start at `DEAD`, not at `HIDDEN`: that is so far above all
+  A fused multiply-add leaves the exact product minus a rounded maximum: over hidden scores alone
+  -1e30 may leave +1e21, an infinite power. Running maxima therefore start at `DEAD`, so far above
   hidden scores that their powers are 0 however the exponents are rounded.
 
   Args:
     x: raw scores, float32 `[ROWS, columns]`.
     unit: factor that turns them into log2 units.
     top: running maximum of each row in log2 units, float32 `[ROWS]`.
-    columns: of `x`.
   """
   return jnp.exp2(x * unit - over_columns(top, columns))

@@ -32,12 +32,7 @@ class Part(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TileWalk:
-  """The way a list of tiles is cut into stages: short tiles share one, long tiles are split.
-
-  Attributes:
-    step: rows of a stage.
-    block: rows of a listed tile.
-  """
+  """A list of `block`-row tiles in `step`-row stages: short tiles share one, long are split."""
 
   step: int
   block: int
@@ -62,13 +57,7 @@ class TileWalk:
     return lax.div(count + _i32(self.parts - 1), _i32(self.parts)) * self.splits
 
   def entries(self, s, count, entry: Callable) -> list[Part]:
-    """Returns the parts of stage `s`.
-
-    Args:
-      s: number of the stage.
-      count: tiles in the list.
-      entry: `i -> (tile, valid rows)` of a list entry.
-    """
+    """Returns the parts of stage `s`; `entry` is `i -> (tile, valid rows)`, `count` of them."""
     if self.splits > 1:
       tile, length = entry(lax.div(s, _i32(self.splits)))
       first = lax.rem(s, _i32(self.splits)) * self.step
@@ -88,17 +77,13 @@ class TileWalk:
       source: rows (a slice) -> the global rows.
       target: slot of the ring.
       full: barrier on which each copy arrives.
-      entries: parts of the stage.
     """
     for i, part in enumerate(entries):
       rows = pl.ds(part.tile * self.block + part.first, self.rows)
       plgpu.copy_gmem_to_smem(source(rows), target.at[pl.ds(i * self.rows, self.rows)], full)
 
   def hide(self, x, entries: list[Part]):
-    """Returns scores `[ROWS, step]` with `HIDDEN` in the columns of rows that are not valid.
-
-    Most stages have none and skip it.
-    """
+    """Returns `[ROWS, step]` with `HIDDEN` in columns that are not valid; most stages have none."""
     full = [part.length == self.rows for part in entries]
     return lax.cond(
       functools.reduce(jnp.logical_and, full), lambda x: x, lambda x: self._hidden(x, entries), x
@@ -127,9 +112,8 @@ class TileList:
 
   Attributes:
     walk: how they are cut into stages.
-    count: number of tiles.
+    count, steps: number of tiles and of stages.
     entry: `i -> (tile, valid rows)`.
-    steps: number of stages.
   """
 
   def __init__(self, walk: TileWalk, count, entry: Callable):
@@ -190,10 +174,7 @@ class Deal:
     return lax.rem(warpgroup, _i32(2)) if self.sides == 2 else _i32(0)
 
   def tile(self, place, side):
-    """Returns the tile of a side.
-
-    The last block of an odd number of tiles has its tile twice, and stores the same twice.
-    """
+    """Returns a side's tile; the last block of an odd number has its tile twice, stored twice."""
     return jnp.minimum(place * 2 + side, _i32(self.tiles - 1)) if self.sides == 2 else place
 
   def part(self, warpgroup):
@@ -216,9 +197,7 @@ def place_of(number, places: int, h: int, order=None):
   Places of a head run together, so that they meet the same keys in the L2.
 
   Args:
-    number: of the thread block.
     places: thread blocks of a head.
-    h: heads.
     order: int32 `[b * h]`, (sample, head) pairs as they start (`lists.costliest_first`); None for
       pairs as they are numbered.
   """

@@ -1,23 +1,11 @@
 """Linear attention: `out_i = phi(q_i) (sum_j phi(k_j) v_j^T) / (phi(q_i) sum_j phi(k_j))`.
 
-The sums run over a segment of rows: a frame, a tile, the whole buffer. Not a softmax and not causal
-(Katharopoulos et al., arXiv 2006.16236). Costs `4 n d (d + 1)` FLOPs per head and memory O(n d);
-nothing of size n x n exists.
+Sums run over a segment of rows, not causal (arXiv 2006.16236): `4 n d (d + 1)` FLOPs per head.
+Features are >= 0: softmax over channels (SLA's default, arXiv 2509.24006), elu(x) + 1, relu.
 
-Feature maps (elementwise or over the channels of one token, all >= 0, so that denominators are sums
-of weights >= 0):
-
-  softmax   over channels (the default of SLA, arXiv 2509.24006)
-  elu       elu(x) + 1 (arXiv 2006.16236): strictly positive
-  relu      sparse; a row may see nothing, then it counts as empty
-
-An implementation is a module with three functions:
-
-  unsupported(q, segments, target) -> str | None
-  forward(q, k, v, segments, reads, heads, into, *, feature_map) -> (out, log_den, kept)
-  backward(q, k, v, segments, reads, heads, kept, log_den, delta, d_out, *, feature_map)
-
-`kept` is what its backward wants to keep of the forward, a tree of `[b, h, ...]`, or None.
+An implementation is a module with `unsupported(q, segments, target) -> str | None`, `forward(q, k,
+v, segments, reads, heads, into, *, feature_map) -> (out, log_den, kept)` and `backward(q, k, v,
+segments, reads, heads, kept, log_den, delta, d_out, *, feature_map)`; kept is a tree or None.
 """
 
 import functools
@@ -56,21 +44,19 @@ def linear_attention(
   """Linear attention within segments, or over the segments that each one reads.
 
   Args:
-    q, k, v: `[b, n, h, d]`, one dtype; the three share the rows and their segments. Rows in no
-      segment may hold anything finite: nothing depends on them. Features and sums are float32
-      (float64 for float64 inputs); where inputs have 16 bits, features and sums are rounded to them
+    q, k, v: `[b, n, h, d]`, one dtype. Rows in no segment may hold anything finite: nothing depends
+      on them. Features and sums are float32 (float64 for float64 inputs); 16-bit inputs round them
       as operands of a product, never while they add up.
     segments: which rows are summed together; None: all of them.
     reads: which segments' sums a segment's queries read, bool or weights >= 0
       `[b or 1, h or 1, segments, segments]`, not differentiated; None: their own.
     feature_map: a name of `FEATURE_MAPS`.
     heads: bool `[b or 1, h or 1]`, which heads take part; the others read nothing, and a GPU kernel
-      moves nothing for them. None: all. A NumPy array `[1, h]` is known before tracing: then XLA,
-      too, computes nothing for them.
+      moves nothing for them. None: all. XLA, too, computes nothing for heads that a NumPy array
+      `[1, h]` excludes.
     into: `[b, n, h, d]` in q's dtype, the output of the heads that take no part; it may be
       overwritten in place. None: 0.
-    implementation: one of `LINEAR_ATTENTION.implementations`, or None for the first that supports
-      the call.
+    implementation: of `LINEAR_ATTENTION.implementations`; None: the first that supports the call.
 
   Returns:
     out `[b, n, h, d]` in q's dtype, and the natural log of each row's denominator `[b, h, n]`,

@@ -1,9 +1,8 @@
 """Linear attention on Hopper: three kernels forward and back.
 
-The sums of chunks and what segments read of each other's sums are in XLA. The forward reads q, k
-and v and writes the output once, in addition to a segment's sums (d (d + 1) numbers per chunk of up
-to 2,048 rows). Nothing is moved for heads that take no part. The products' operands are bfloat16,
-sums and denominators float32.
+XLA sums chunks and what segments read of each other. The forward reads q, k and v and writes the
+output once, besides a segment's sums (d (d + 1) numbers per chunk of up to 2,048 rows). Nothing
+moves for heads that take no part. Operands of products are bfloat16, sums float32.
 """
 
 import jax
@@ -35,10 +34,7 @@ def unsupported(q, segments: Segments, target: Target) -> str | None:
 
 
 def forward(q, k, v, segments: Segments, reads, heads, into, *, feature_map: str):
-  """Returns out, log_den and what the backward needs.
-
-  Shapes are those of `kernels.linear.api.linear_attention`.
-  """
+  """Returns out, log_den and what the backward needs; shapes as in `linear_attention`."""
   call = _call(feature_map, segments, heads)
   work = segments.work
   sums = _sums(call, segments, k, v, jnp.asarray(work.fresh)[None, None], None)
@@ -62,13 +58,10 @@ def backward(
 ):
   """Returns dq, dk and dv.
 
-  Args not named here are those of `forward`.
-
   Args:
     sums: third result of `forward`.
-    log_den: float32 `[b, h, n]`.
-    delta: float32 `[b, h, n]`, `rowsum(d_out * out) - d_log_den`, 0 in rows that read nothing.
-    d_out: 0 in rows that read nothing.
+    log_den, delta: float32 `[b, h, n]`; delta is `rowsum(d_out * out) - d_log_den`, 0 in rows that
+      read nothing, as is d_out `[b, n, h, d]`.
   """
   call = _call(feature_map, segments, heads)
   work = segments.work
@@ -102,11 +95,8 @@ def _in_place(work: Work, heads, x: jax.Array, others) -> jax.Array:
 
 
 def _sums(call: LinearCall, segments: Segments, x, y, weights, others):
-  """Returns each segment's sums; arguments as in `hopper_kernels.states`.
-
-  Returns:
-    `phi(x)^T diag(weights) y` in the type of the inputs, `[b, h, segments, d, d]`, and
-    `phi(x)^T others` in float32, `[b, h, segments, d]`.
+  """Returns each segment's `phi(x)^T diag(weights) y` `[b, h, segments, d, d]` in the inputs' type,
+  and float32 `phi(x)^T others` `[b, h, segments, d]`; arguments as in `hopper_kernels.states`.
   """
   per_segment = call.work.per_segment
   dtype = jnp.float32 if per_segment > 1 else x.dtype

@@ -3,8 +3,7 @@
 All are memory-bound and alike: a thread block is one warpgroup that walks the stages of one chunk
 of one segment (`kernels.linear.segments.Work`), with a ring of stages whose copies run ahead.
 Blocks of heads that are not linear leave at once. Results leave through the slot that their rows
-came in (dV through a place of its own); a slot is filled again one stage later, when every warp has
-passed it.
+came in (dV through its own); a slot is filled again one stage later, when every warp has passed it.
 """
 
 import dataclasses
@@ -28,23 +27,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-# Slots of the ring. At d = 128 two thread blocks of the first three kernels share a
-# multiprocessor; the last has one to itself.
+# Slots of the ring. At d = 128 two blocks share a multiprocessor, except of the last kernel.
 _SLOTS = {"linear_states": 3, "linear_read": 3, "linear_dq": 2, "linear_dkv": 3}
-# Products of `[d, d]` matrices with each row. Costs count all heads: which of them take part may
-# be known only on the device.
+# Products of `[d, d]` with each row, of all heads: only the device may know which take part.
 _PRODUCTS = {"linear_states": 1, "linear_read": 1, "linear_dq": 1, "linear_dkv": 2}
 _WARPS = 4  # of a warpgroup
 
 
 @dataclasses.dataclass(frozen=True)
 class LinearCall:
-  """What is common to the kernels of one call.
+  """Facts that the kernels of one call share; `feature_map` is a name of `FEATURE_MAPS`.
 
   Attributes:
-    work: stages and chunks of the segments.
     heads: int32 `[b or 1, h or 1]`, nonzero where a head takes part; None: all.
-    feature_map: a name of `kernels.linear.api.FEATURE_MAPS`.
   """
 
   work: Work
@@ -57,10 +52,7 @@ class LinearCall:
     return len(self.work.start)
 
   def rows_type(self, x) -> jax.ShapeDtypeStruct:
-    """Returns the type of results like `x` `[b, n, h, d]`.
-
-    Where boxes are mixed, their rows are in the order of the stages.
-    """
+    """Returns the type of results like `x` `[b, n, h, d]`, in stage order where boxes are mixed."""
     b, n, *rest = x.shape
     return jax.ShapeDtypeStruct((b, self.work.rows if self.work.mixed else n, *rest), x.dtype)
 
@@ -88,10 +80,7 @@ def _phi_back(name: str, x, p, g):
 
 
 def _phi_parts(name: str, ring):
-  """Yields the features of a stage's rows, 64 columns at a time: `(columns, [64, 64])`.
-
-  Two accumulators leave no registers for more.
-  """
+  """Yields `(columns, features [64, 64])`; two accumulators leave no registers for more."""
 
   def load(columns):
     return ring.at[:, columns][...].astype(jnp.float32)
@@ -117,14 +106,10 @@ class _Stages:
   """The stages of one thread block's chunk, copied ahead of their use.
 
   Attributes:
-    sample: of the thread block.
-    head: of the thread block.
-    begin: first stage of the chunk.
-    count: stages of the chunk.
+    sample, head: of the thread block.
+    begin, count: first stage of the chunk, and how many.
     table: reference to `Work.boxes`.
-    work: the stages of all chunks.
-    rows_gm: global rows `[b, n, h, d]` that come in stages.
-    numbers_gm: global numbers per row `[b or 1, h or 1, rows]` that come in stages.
+    rows_gm, numbers_gm: global `[b, n, h, d]` and `[b or 1, h or 1, rows]` that come in stages.
     rings: slots of both, `[slots, 64, d]` and `[slots, 64]`.
     full: a barrier per slot.
   """
@@ -190,23 +175,14 @@ class _Stages:
     )
 
   def store(self, s, shared, target):
-    """Starts the copies of a stage's result `[64, d]` to its rows of `target`.
-
-    Where boxes are mixed, `target` is in the order of the stages.
-    """
+    """Starts copies of a stage's `[64, d]` to its rows of `target` (mixed: in stage order)."""
     boxes = [(self.rows(s), pl.ds(0, STAGE))] if self.work.mixed else self.boxes(s)
     for rows, lanes in boxes:
       plgpu.copy_smem_to_gmem(shared.at[lanes], target.at[self.sample, rows, self.head])
 
 
 class _Sums(NamedTuple):
-  """A segment's sums in shared memory.
-
-  Attributes:
-    state: `[d, d]`.
-    total: float32 `[d]`.
-    arrived: barrier of both.
-  """
+  """A segment's sums in shared memory: `[d, d]`, float32 `[d]`, and the barrier of both."""
 
   state: Any
   total: Any
@@ -219,10 +195,7 @@ class _Sums(NamedTuple):
     return cls(tiles_type(d, d, dtype=dtype), total, plgpu.Barrier(num_arrivals=2))
 
   def load(self, call: LinearCall, stages: _Stages, chunk, state_gm, total_gm):
-    """Copies the sums that a chunk's segment reads, if the chunk has any rows.
-
-    Rows that belong to no segment read the last segment's sums, and are 0 whatever they are.
-    """
+    """Copies the sums that a chunk's segment reads, if the chunk has any rows."""
     last = total_gm.shape[2] - 1
     segment = jnp.minimum(lax.div(chunk, jnp.int32(call.work.per_segment)), last)
 
@@ -267,21 +240,9 @@ def _launch(
   chunks: int | None = None,
   reduction_bytes: int = 0,
 ) -> list:
-  """Runs a kernel on a grid of samples x heads x chunks.
+  """Runs `body(stages, chunk, rings, whole, results, scratch)` on samples x heads x chunks.
 
-  Args:
-    body: `(stages, chunk, rings, whole, results, scratch)`, of the thread block: `_Stages`, the
-      number of its chunk, and references to the slots of rows and numbers, to `whole`, to
-      `targets` and the results, and to `scratch`.
-    call: what is common to the kernels.
-    out_type: of the results.
-    rows: operands `[b, n, h, d]` that come in stages.
-    numbers: operands `[b or 1, h or 1, rows]` that come in stages.
-    whole: operands that do not come in stages.
-    targets: references that the kernel writes to, before its results.
-    scratch: further shared memory, types.
-    chunks: of a head; None: all.
-    reduction_bytes: see `launch`.
+  `rows` `[b, n, h, d]` and `numbers` `[b or 1, h or 1, rows]` come in stages, `whole` does not.
   """
   b, _, h, d = rows[0].shape
   work = call.work
@@ -330,9 +291,7 @@ def states(call: LinearCall, x, y, weights, others, segments: int, dtype):
   """Computes the sums over a chunk: `phi(x)^T diag(weights) y` and `phi(x)^T others`.
 
   Args:
-    call: what is common to the kernels.
-    x: bf16 `[b, n, h, d]`.
-    y: bf16 `[b, n, h, d]`.
+    x, y: bf16 `[b, n, h, d]`.
     weights: float32 `[b or 1, h or 1, rows]`, rows in the order of the stages.
     others: like `weights`; None: the same, and then summed as the product's operand is rounded.
     segments: number of segments.
@@ -367,8 +326,7 @@ def states(call: LinearCall, x, y, weights, others, segments: int, dtype):
         for columns, p in _phi_parts(call.feature_map, x_sm.at[slot]):
           weighted = (p * over_columns(weights, STAGE)).astype(low)
           counted = p * over_columns(others, STAGE) if others_sm else weighted.astype(jnp.float32)
-          # In shared memory for want of registers, and never in place: lanes hold copies of each
-          # other's columns.
+          # In shared memory for want of registers, never in place: lanes hold each other's columns.
           before = plgpu.load(total_sm.at[odd(s + 1), columns], layout=PER_COLUMN)
           total_sm.at[odd(s), columns][...] = before + counted.sum(axis=0)
           x_sm.at[slot, :, columns][...] = weighted
@@ -413,10 +371,8 @@ def read(call: LinearCall, q, state, total, valid, into):
   """Computes what queries read of their segment's sums.
 
   Args:
-    call: what is common to the kernels.
     q: bf16 `[b, n, h, d]`.
-    state: bf16 `[b, h, segments, d, d]`.
-    total: float32 `[b, h, segments, d]`.
+    state, total: bf16 `[b, h, segments, d, d]` and float32 `[b, h, segments, d]`.
     valid: float32 `[1, 1, rows]`, 0 for rows that read nothing.
     into: None, or `[b, n, h, d]`, whose rows of the heads that take part are overwritten, in place
       where nobody else reads it. Must be None where boxes are mixed.
@@ -488,13 +444,10 @@ def dq(call: LinearCall, q, d_out, inverse, d_den, state, total):
   """Returns the gradient of the queries, in the form of `read`'s out.
 
   Args:
-    call: what is common to the kernels.
-    q: bf16 `[b, n, h, d]`.
-    d_out: bf16 `[b, n, h, d]`.
-    inverse: float32 `[b, h, rows]`, 1 / denominator; 0 for rows that read nothing.
-    d_den: float32 `[b, h, rows]`, gradient of the denominator; 0 for rows that read nothing.
-    state: as in `read`.
-    total: as in `read`.
+    q, d_out: bf16 `[b, n, h, d]`.
+    inverse, d_den: float32 `[b, h, rows]`, 1 / denominator and the denominator's gradient; 0 for
+      rows that read nothing.
+    state, total: as in `read`.
   """
   d = q.shape[3]
   low = q.dtype
@@ -536,17 +489,12 @@ def dq(call: LinearCall, q, d_out, inverse, d_den, state, total):
 
 
 def dkv(call: LinearCall, k, v, valid, d_state, d_total):
-  """Returns the gradients of keys and values, in the form of `read`'s out.
-
-  They are 0 in rows of no segment.
+  """Returns the gradients of keys and values, in the form of `read`'s out; 0 in rows of no segment.
 
   Args:
-    call: what is common to the kernels.
-    k: bf16 `[b, n, h, d]`.
-    v: bf16 `[b, n, h, d]`.
+    k, v: bf16 `[b, n, h, d]`.
     valid: as in `read`.
-    d_state: gradient of `read`'s state, bf16.
-    d_total: gradient of `read`'s total, float32.
+    d_state, d_total: gradients of `read`'s, bf16 and float32.
   """
   d = k.shape[3]
   low = k.dtype

@@ -13,12 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from freqformer.kernels.block_sparse.table import Array
 
-# A denominator below this is no denominator: its inverse, squared in the backward, would leave
-# float32.
+# Below this there is no denominator: its inverse, squared in the backward, would leave float32.
 TINY = 1e-18
 STAGE = 64  # rows of a stage: one wgmma
-# Stages of a chunk at most (2,048 rows): a chunk's partial sums are then 6 % of the bytes of its
-# rows at d = 128.
+# Stages of a chunk at most (2,048 rows): partial sums are then 6 % of its bytes at d = 128.
 # choice: 32.
 _MAX_CHUNK_STAGES = 32
 # choice: rows of all stages over rows of the buffer, at most. Beyond, XLA costs hardly more.
@@ -32,18 +30,15 @@ _BOXES = (64, 32, 16, 8)
 class Work:
   """Stages of 64 rows, and chunks of stages; every buffer row is in a stage, a few are in it twice.
 
-  Chunk c belongs to segment `c // per_segment`. Chunks after the last segment's hold rows that
-  belong to no segment.
+  Chunk c belongs to segment `c // per_segment`; those after the last hold rows of no segment.
 
   Attributes:
-    boxes: int32 `[stages, 64 / box]`, the numbers of a stage's boxes; box i starts at row
-      `i * box`. What fills up a stage repeats its last box: the same results, written twice.
-    fresh: float32 `[stages * 64]`, 1 for the rows that count in their segment's sums, each once,
-      else 0.
+    boxes: int32 `[stages, 64 / box]`, a stage's boxes; box i starts at row `i * box`. What fills up
+      a stage repeats its last box: the same results, written twice.
+    fresh: float32 `[stages * 64]`, 1 once for each row that counts in its segment's sums, else 0.
     valid: float32 `[stages * 64]`, 1 for the rows of a segment.
     back: int32 `[n]`, a place in the stages of every buffer row.
-    start: int32 `[chunks]`, first stage of each chunk.
-    count: int32 `[chunks]`, stages of each chunk.
+    start, count: int32 `[chunks]`, first stage and number of stages of each chunk.
     per_segment: static, chunks of each segment.
     mixed: static, whether a box may hold rows of several segments. It is then in stages of each, so
       that results per row must be written in the order of the stages and put back (`back` names
@@ -82,12 +77,10 @@ class Work:
   def of_ids(cls, ids: np.ndarray, segments: int) -> "Work | None":
     """Returns the work of segments that are given row by row.
 
-    Boxes are as large as they can be without mixing segments; where that is impossible, they have 8
-    rows.
+    Boxes are as large as they can be without mixing segments; else they have 8 rows.
 
     Args:
       ids: int `[n]`, the segment of every buffer row, -1 for no segment.
-      segments: how many there are.
 
     Returns:
       None for a buffer whose rows are no multiple of 8, and for runs so short that stages would
@@ -130,12 +123,7 @@ class Work:
 
   @classmethod
   def of_tiles(cls, kv_len: Array, block: int) -> "Work | None":
-    """Returns the work of one segment per tile; None if tiles are no multiple of 64 rows.
-
-    Args:
-      kv_len: int32 `[tiles]`, valid rows of each tile, which come first.
-      block: rows of a tile.
-    """
+    """Returns the work of a segment per tile; None if tiles are no multiple of 64 rows."""
     if block % STAGE:
       return None
     tiles, stages = kv_len.shape[0], block // STAGE
@@ -152,16 +140,7 @@ def _mixed(boxes) -> bool:
 
 
 def _pack(owner, segments: int, parts: int):
-  """Gathers boxes into stages, segment by segment; boxes of no segment come last.
-
-  Args:
-    owner: int `[boxes]`, each box's segment, -1 for no segment.
-    segments: how many there are.
-    parts: boxes of a stage.
-
-  Returns:
-    The boxes of each stage `[stages, parts]`, and the stages of each segment `[segments + 1]`.
-  """
+  """Returns boxes `[stages, parts]` by segment (`owner`, -1 last), and stages `[segments + 1]`."""
   owner = np.where(owner < 0, segments, owner)
   order = np.argsort(owner, kind="stable")
   boxed = np.bincount(owner, minlength=segments + 1)
@@ -173,10 +152,7 @@ def _pack(owner, segments: int, parts: int):
 
 
 def _chunks(count, per_segment: int, segments: int):
-  """Returns start and count of each chunk.
-
-  A segment has `per_segment` nearly equal ones; rows of no segment are in chunks of full length.
-  """
+  """Returns start and count of nearly equal chunks; rows of no segment have full chunks."""
   begin = np.cumsum(count) - count
   cuts = begin[:segments, None] + np.arange(per_segment + 1) * count[:segments, None] // per_segment
   rest = np.arange(begin[segments], begin[segments] + count[segments], _MAX_CHUNK_STAGES)
@@ -194,8 +170,7 @@ class Segments:
   Attributes:
     rows: int32 `[segments, size]`, buffer rows of each segment, valid ones first; None: the buffer
       itself, in order, `segments * size` rows.
-    place: int32 `[n]`, each buffer row's place in `rows` (out of bounds: in none); None where
-      `rows` is.
+    place: int32 `[n]`, each row's place in `rows` (out of bounds: in none); None where `rows` is.
     length: int32 `[segments]`, rows of each segment, 0..size.
     work: how a GPU walks them; None where it cannot.
     size: static, rows of the longest segment. Memory is `segments * size * d`: near n where
@@ -210,10 +185,7 @@ class Segments:
 
   @classmethod
   def of_ids(cls, ids: np.ndarray) -> "Segments":
-    """Returns the segments of int `[n]` ids of every buffer row, -1 for no segment.
-
-    Ids that do not occur are empty segments.
-    """
+    """Returns the segments of int `[n]` ids of all rows, -1 for none; ids left out are empty."""
     ids = np.asarray(ids)
     order = np.argsort(ids, kind="stable")
     order = order[ids[order] >= 0].astype(np.int32)

@@ -43,9 +43,8 @@ def backward(q, k, v, segments, reads, heads, kept, log_den, delta, d_out, *, fe
   """Returns dq, dk, dv.
 
   With [num, den] = phi(q) S: dnum = dO / den and dden = -delta / den; the rest is linear. S is
-  computed again: keeping it would save one product of seven, and cost as much memory as q where
-  segments are as short as d. A head that takes no part has log_den = -inf: it reads nothing, and
-  nothing reads it.
+  computed again: keeping it saves one product of seven, and can cost as much memory as q. A head
+  that takes no part has log_den = -inf: it reads nothing, and nothing reads it.
   """
   del heads, kept
   dot = _product(q.dtype)
@@ -75,11 +74,8 @@ def _wide(x):
 
 
 def _product(dtype):
-  """Returns the einsum for inputs of `dtype`.
-
-  bfloat16 operands go to tensor cores and add up in float32; float32 is multiplied exactly. float16
-  has no range for sums over a segment: its operands are float32, at the device's default (fast)
-  precision.
+  """Returns the einsum for `dtype`: bfloat16 adds up in float32 on tensor cores, float32 is exact,
+  float16 (no range for sums) becomes float32 at the device's default, fast precision.
   """
   if dtype != jnp.bfloat16:
     return functools.partial(jnp.einsum, precision="default" if dtype == jnp.float16 else "highest")
@@ -97,10 +93,7 @@ def _keys(phi, segments, k):
 
 
 def _append(x, last):
-  """Appends a column `[..., 1]` to `[..., d]`: numerator and denominator are one product.
-
-  Zeros fill the rows up to 16 aligned bytes.
-  """
+  """Appends `[..., 1]` to `[..., d]` (both sums in one product) and zeros up to 16 bytes."""
   zeros = jnp.zeros((*x.shape[:-1], _COLUMNS - 1), x.dtype)
   return jnp.concatenate([x, jnp.broadcast_to(last, (*x.shape[:-1], 1)).astype(x.dtype), zeros], -1)
 

@@ -1,19 +1,10 @@
 """Exact softmax mass per (query tile, key tile), from a row LSE that is already known.
 
-    mass[I, J] = sum over valid rows i of query tile I and valid keys j of key tile J of
-                 exp(scale q_i k_j - LSE_i)
-
-With the true LSE a query tile's mass sums to its number of valid rows; with an LSE cached at
-another denoising step, or one per tile, it is an estimate whose rows need not sum to that. AdaSpa
-(arXiv 2502.21079) searches its masks with it.
-
-One pass over q and k without v: 2 of attention's 4 FLOPs per pair and channel. Nothing of size n x
-n
-exists: scores of one group of query tiles against one chunk of keys do, and with `reduce` not even
-the masses of a whole head.
-
-`forward` below defines the op: one group of query rows against all keys of its head, whose scores
-pass through memory. On Hopper they stay in registers (`hopper_block_scores.py`).
+mass[I, J] is the sum of exp(scale q_i k_j - LSE_i) over valid rows i of I and keys j of J. With
+the true LSE a query tile's masses sum to its valid rows; with one of another denoising step, or one
+per tile, they need not (AdaSpa, arXiv 2502.21079, searches so). One pass without v, 2 of
+attention's 4 FLOPs. Only scores of a group of query tiles against a chunk of keys exist. `forward`
+passes scores through memory; on Hopper they stay in registers (`hopper_block_scores.py`).
 """
 
 import math
@@ -26,14 +17,12 @@ from freqformer.kernels.core.op import Op, Split
 from freqformer.kernels.core.target import current_target
 from jax import lax
 
-# Scores of one step. On 2 CPU cores 1,024 x 1,024 was the fastest shape tried. On a GPU each step
-# is a launch of a few kernels, so it must be larger. choice: 2^26 (256 MB) is a guess that has not
-# been measured.
+# Scores of one step. On 2 CPU cores 1,024 x 1,024 was fastest; on a GPU, where each step is a few
+# launches, it must be larger. choice: 2^26 (256 MB) is a guess that has not been measured.
 _SCORES = {"cpu": 1 << 20}
 _SCORES_ELSEWHERE = 1 << 26
 _GROUP_ROWS = 1024  # query rows that run together, at most
-# exp's argument is cut here: a cached LSE may be far below today's scores, and infinite masses
-# could not be compared.
+# exp's argument is cut here: scores may far exceed a cached LSE; infinities do not compare.
 LARGEST_EXPONENT = 60.0
 
 BLOCK_MASS = Op(
@@ -57,19 +46,16 @@ def block_mass(
   """Returns the mass of every pair of tiles, or what `reduce` makes of it.
 
   Args:
-    q: `[b, n, h, d]`, a buffer of tiles; what padding rows hold is not seen.
-    k: likewise, of the same buffer.
+    q, k: `[b, n, h, d]`, one buffer of tiles; what padding rows hold is not seen.
     lse: natural log, any float dtype: `[b, h, n]` per row, or `[b, h, tiles]` one for all rows of a
       query tile (told apart by their length; a row whose LSE is not finite counts nothing).
     kv_len: int32 `[tiles]` or `[b, tiles]`, valid rows per tile, valid first: of keys and queries.
     block: rows of a tile.
     scale: multiplies q k^T; default `1 / sqrt(d)`.
-    reduce: `(mass [g, tiles], query tiles int32 [g]) -> pytree of [g, ...]`, row by row; applied to
-      each group of query tiles as soon as it is known, so that masses of all heads never exist
-      together. A group may hold tiles of several heads, and rows that are not query tiles: what it
-      returns for them is dropped.
-    implementation: one of `BLOCK_MASS.implementations`, or None for the first that supports the
-      call.
+    reduce: `(mass [g, tiles], query tiles int32 [g]) -> pytree of [g, ...]`, row by row; applied
+      group by group, so that masses of all heads never exist together. A group may hold tiles of
+      several heads, and rows that are not query tiles, whose results are dropped.
+    implementation: of `BLOCK_MASS.implementations`; None: the first that supports the call.
 
   Returns:
     float32 `[b, h, tiles, tiles]`, or `reduce`'s pytree with leading `[b, h, tiles]`.
@@ -96,10 +82,7 @@ def block_mass(
 
 
 def row_shifts(lse: jax.Array, kv_len: jax.Array, block: int) -> jax.Array:
-  """Returns what is taken from a row's scores: float32 `[b, h, tiles, block]`.
-
-  It is the row's LSE, or infinite for rows that count nothing.
-  """
+  """Returns each row's LSE, infinite where it counts nothing: float32 `[b, h, tiles, block]`."""
   b, h, tiles = *lse.shape[:2], kv_len.shape[-1]
   valid = jnp.arange(block) < kv_len[:, None, :, None]
   shifts = jnp.broadcast_to(lse.astype(jnp.float32).reshape(b, h, tiles, -1), (b, h, tiles, block))
@@ -143,17 +126,7 @@ def _rows_of(x, sample, head):
 
 
 def _row_mass(queries, shifts, keys, valid, scale):
-  """Returns the mass of a group of query tiles on every key tile of its head.
-
-  Args:
-    queries: `[g, block, d]`.
-    shifts: `[g, block]`, as `row_shifts`.
-    keys: `[tiles, block, d]`.
-    valid: bool `[tiles, block]`.
-
-  Returns:
-    float32 `[g, tiles]`.
-  """
+  """Returns the mass `[g, tiles]` of queries `[g, block, d]` on keys `[tiles, block, d]`."""
   group, block, _ = queries.shape
   tiles = keys.shape[0]
   scores = _SCORES.get(current_target().platform, _SCORES_ELSEWHERE)

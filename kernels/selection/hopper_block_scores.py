@@ -2,9 +2,8 @@
 
 It keeps one number per key tile. A thread block takes one query tile of one head and walks all key
 tiles. Two compute warpgroups (one for 64-row tiles) keep 64 query rows each; a third moves keys
-through a ring. Probabilities are added up along keys in registers. Across rows they would have to
-cross the warps at every key tile, so row sums of `COLLECT` key tiles wait in shared memory and are
-added up together.
+through a ring. Probabilities add up along keys in registers. Across rows they would have to cross
+the warps at every key tile, so row sums of `COLLECT` tiles wait in shared memory.
 """
 
 import functools
@@ -47,20 +46,16 @@ def unsupported(q, block: int, target: Target) -> str | None:
 
 
 def row_mass(q, k, lse, kv_len, first, *, count: int, scale: float, largest: float) -> jax.Array:
-  """Computes the mass of consecutive query tiles on every key tile of their heads.
+  """Computes the mass of consecutive query tiles on the key tiles, float32 `[count, tiles]`.
 
   Args:
-    q: `[b, n, h, d]`.
-    k: `[b, n, h, d]`.
+    q, k: `[b, n, h, d]`.
     lse: float32 `[b, h, n]` in log2 units, inf for rows that count nothing.
     kv_len: int32 `[b or 1, tiles]`, valid rows of each tile.
     first: int32 `[1]`, number of the first query tile, `(sample * h + head) * tiles + tile`.
     count: number of query tiles; those after the last are the last one again.
     scale: multiplies q k^T.
     largest: where the exponent is cut, natural units.
-
-  Returns:
-    float32 `[count, tiles]`.
   """
   b, n, h, d = q.shape
   tiles = kv_len.shape[-1]
@@ -146,10 +141,7 @@ def row_mass(q, k, lse, kv_len, first, *, count: int, scale: float, largest: flo
 
 
 def _cost(q, block: int, count: int, out: jax.ShapeDtypeStruct) -> pl.CostEstimate:
-  """Counts 2 FLOPs per pair and channel, and an exponential per pair.
-
-  Keys of the heads that take part are read once.
-  """
+  """Counts 2 FLOPs per pair and channel, an exponential per pair, one read of the heads' keys."""
   _, n, h, d = q.shape
   pairs = count * block * n
   heads = -(-count // max(1, n // block))

@@ -35,15 +35,11 @@ def unsupported(scores, target: Target) -> str | None:
 
 
 def kth_largest(budget: int, scores, always=None) -> jax.Array:
-  """Returns the `budget`-th largest score of each row, as uint32 in the order of the floats.
+  """Returns each row's `budget`-th largest score, as uint32 `[...]` in the order of the floats.
 
   Args:
-    budget: k.
     scores: float32 `[..., m]`; -0 counts as 0.
     always: int32 `[rows of the last axis but one, f]`, candidates that count as infinite, or None.
-
-  Returns:
-    uint32 `[...]`.
   """
   *lead, m = scores.shape
   scores = jnp.pad(scores, [(0, 0)] * len(lead) + [(0, -m % _THREADS)])

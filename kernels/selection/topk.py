@@ -1,15 +1,10 @@
 """Exact top-k as ascending lists, without a sort: threshold, a bit per candidate, set bits' places.
 
-A block-sparse list needs the set of the k best tiles in ascending order; how they rank among
-themselves does not matter. So a row is never sorted. Floats are read as unsigned integers of the
-same order; the k-th largest is bracketed by counting how many reach a few trial values, each pass
-narrowing the bracket, until the row's set is known. What lies above is packed into words of 32
-candidates, ties are taken from the left, and the r-th set bit of a row is found by a search over
-word counts. `forward` below defines the threshold; on Hopper a kernel finds it on chip
-(`hopper_topk.py`).
-
-Scores of all query tiles never exist at once: `top_tiles` computes, selects and drops them chunk by
-chunk.
+The rank of the best tiles among themselves does not matter. Floats are read as unsigned integers of
+the same order; counting how many reach a few trial values brackets the k-th largest. What lies
+above is packed into words of 32 candidates, ties from the left, and a search over word counts finds
+the r-th set bit. `forward` defines the threshold; on Hopper a kernel finds it (`hopper_topk.py`).
+`top_tiles` computes, selects and drops scores chunk by chunk, never all at once.
 """
 
 import functools
@@ -21,14 +16,12 @@ from freqformer.kernels.core.op import Op, Split
 from freqformer.kernels.core.target import current_target
 from jax import lax
 
-# Scores of one chunk. On 2 CPU cores 2^20 was faster than 2^18 and 2^22, at 2K and 4K tiles. On a
-# GPU every chunk costs a handful of launches, so it is larger: 2^25 scores are 128 MB. choice: the
-# GPU's number is a guess that has not been measured.
+# Scores of one chunk. On 2 CPU cores 2^20 beat 2^18 and 2^22, at 2K and 4K tiles. A GPU pays for
+# launches, so it takes more. choice: 2^25 scores (128 MB), a guess that has not been measured.
 _CHUNK = {"cpu": 1 << 20}
 _CHUNK_ELSEWHERE = 1 << 25
-# Trial values per pass are 2^bits - 1, counted together. On a CPU counting is what costs, elsewhere
-# reading is: XLA counts 7 values in one read, but 15 in two, and so few fewer passes (7 instead of
-# 9 on normal scores) would not pay for that.
+# 2^bits - 1 trial values per pass. On a CPU counting costs, elsewhere reading: XLA counts 7 in one
+# read, 15 in two, and so few fewer passes (7, not 9, on normal scores) would not pay for that.
 _BITS = {"cpu": 1}
 _BITS_ELSEWHERE = 3
 _INFINITY = np.uint32(0xFF800000)  # the ordered integer of +inf
@@ -42,10 +35,7 @@ TOP_K = Op(
 
 
 def ordered_integers(x: jax.Array) -> jax.Array:
-  """Returns uint32 in the order of float32 values: `x < y` as floats if and only if as integers.
-
-  -0 and 0 are one; NaN lies beyond the ends.
-  """
+  """Returns uint32 in the order of the float32 values; -0 and 0 are one, NaN is beyond the ends."""
   sign = jnp.uint32(1 << 31)
   bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
   return jnp.where(bits > sign, ~bits, bits | sign)
@@ -54,20 +44,15 @@ def ordered_integers(x: jax.Array) -> jax.Array:
 def top_ids(
   scores: jax.Array, budget: int, always: jax.Array | None = None, implementation: str | None = None
 ) -> jax.Array:
-  """Returns the places of the `budget` largest scores of each row, ascending.
+  """Returns the ascending places of the `budget` largest scores of each row, int32 `[..., budget]`.
 
-  The set that an exact top-k with ties to the lower place gives. Rows with NaN get some valid,
-  ascending ids.
+  Ties go to the lower place. Rows with NaN get some valid, ascending ids.
 
   Args:
     scores: float32 (or narrower) `[..., m]`.
     budget: 1..m.
-    always: int `[r, f]` for scores `[..., r, m]`: places that come before all others (repeats
-      allowed), or None.
-    implementation: one of `TOP_K.implementations`, or None for the first that supports the call.
-
-  Returns:
-    int32 `[..., budget]`.
+    always: None, or int `[r, f]` for scores `[..., r, m]`: places that come first (may repeat).
+    implementation: of `TOP_K.implementations`; None: the first that supports the call.
 
   Raises:
     ValueError: if the budget is not in 1..m, or the implementation is unknown.
@@ -82,10 +67,7 @@ def top_ids(
 def top_words(
   scores: jax.Array, budget: int, always: jax.Array | None = None, implementation: str | None = None
 ) -> jax.Array:
-  """Returns the set of `top_ids` as a bit per candidate: uint32 `[..., ceil(m / 32)]`.
-
-  Candidate 0 is the lowest bit of word 0.
-  """
+  """Returns the set of `top_ids` in bits, lowest first: uint32 `[..., ceil(m / 32)]`."""
   m = scores.shape[-1]
   if not 1 <= budget <= m:
     raise ValueError(f"{budget=} must lie in 1..{m}, the candidates of a row.")
@@ -119,10 +101,8 @@ def _threshold(keys, budget: int, bits: int):
   """Returns a value per row that at least `budget` keys reach and fewer exceed: uint32 `[rows, 1]`.
 
   Invariant: `low` is reached by `reached >= budget` keys, `high` by fewer. A row is done when
-    exactly
-  `budget` reach `low` (its set is known, whatever the exact k-th value) or when the bracket holds
-  one value. Infinite scores (tiles that every list must hold) would stretch the bracket over all
-  floats, so it starts at the largest finite one.
+  exactly `budget` reach `low` (its set is known) or when the bracket holds one value. Infinite
+  scores (of fixed tiles) would stretch the bracket, so it starts at the largest finite one.
   """
   most = jnp.sum(keys >= _INFINITY, -1, dtype=jnp.int32, keepdims=True) >= budget
   low = jnp.where(most, _INFINITY, keys.min(-1, keepdims=True))
@@ -189,21 +169,16 @@ def _nth_bit(word, n):
 
 
 def places(words: jax.Array, budget: int) -> jax.Array:
-  """Returns the places of the first `budget` set bits of each row, ascending.
+  """Returns the ascending places of each row's first `budget` set bits, int32 `[..., budget]`.
 
-  Args:
-    words: uint32 `[..., words]`.
-
-  Returns:
-    int32 `[..., budget]`. Behind the last set bit: anything, perhaps beyond the candidates.
+  Behind the last set bit of uint32 `[..., words]`: anything, perhaps beyond the candidates.
   """
   lead = words.shape[:-1]
   words = words.reshape(-1, words.shape[-1])
   counts = lax.population_count(words).astype(jnp.int32)
   ends = jnp.cumsum(counts, -1)
   slots = jnp.arange(budget, dtype=jnp.int32)
-  # Comparing all words moves nothing but the words; halving would write its bounds in every round,
-  # which a CPU minds less.
+  # Comparing all moves only words; halving writes its bounds each round, which a CPU minds less.
   method = "scan" if current_target().platform == "cpu" else "compare_all"
   at = jax.vmap(lambda row: jnp.searchsorted(row, slots, side="right", method=method))(ends)
   at = jnp.minimum(at, words.shape[-1] - 1).astype(jnp.int32)
@@ -223,8 +198,7 @@ def top_tiles(
   """Returns per query tile the key tiles of largest `q_pool . k_pool`, fixed ones before others.
 
   Args:
-    q_pool: `[b, h, tiles, d]`.
-    k_pool: `[b, h, key tiles, d]`.
+    q_pool, k_pool: `[b, h, tiles, d]`, `[b, h, key tiles, d]`.
     budget: ids per list, fixed ones included.
     fixed: int `[tiles, f]`, ids that come first (repeats allowed).
     chunk_scores: scores that exist at once; None for the target's default.

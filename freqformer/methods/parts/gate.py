@@ -6,10 +6,7 @@ from flax import nnx
 
 
 class QueryGate(nnx.Module):
-  """A linear map per head from a token's query to a factor per channel; 0 at the start.
-
-  Both are `[b, n, h, d]`.
-  """
+  """A linear map per head from queries `[b, n, h, d]` to a factor per channel; 0 at the start."""
 
   def __init__(self, heads: int, head_dim: int):
     self.kernel = nnx.Param(jnp.zeros((heads, head_dim, head_dim)))

@@ -1,12 +1,10 @@
 """The router: a distribution over a method's branches for each sample and head.
 
-Its inputs are the timestep and the layer's statistics. Training runs it in one of three ways,
-evaluation takes the likeliest branch:
-
+Evaluation takes the likeliest branch. Training runs in one of three ways:
   soft              every branch runs, outputs weighted by p: exact gradients, cost of all branches
   straight_through  every branch runs, weights onehot + p - sg(p): hard forward, gradients of soft
-  sampled           one branch runs, drawn by Gumbel-max, output times 1 + p_c - sg(p_c): cheap and
-                    *biased* (the other branches' outputs never enter the gradient)
+  sampled           one branch runs, drawn by Gumbel-max, output times 1 + p_c - sg(p_c): cheap,
+                    *biased* (the gradient never sees the other branches' outputs)
 """
 
 # choice: architecture, prior and schedules; the abstract of arXiv 2604.22808 gives only the inputs.
@@ -30,11 +28,9 @@ class RouterConfig:
   Attributes:
     mode: training mode, one of `MODES`.
     hidden: width of the router's two-layer network.
-    statistics: also feed log band-energy fractions of each head's values (off: timestep and head
-      only).
+    statistics: also feed log energy fractions of each head's values (off: timestep and head only).
     prior: initial share of heads per branch; most heads local is what the evidence supports.
-    prior_slope: added to the first branch's logit times (t - 1/2): more global structure at high
-      noise.
+    prior_slope: times (t - 1/2), added to the first branch's logit: more global at high noise.
     temperature: of the softmax at the start and the end of training, geometric in between.
     budget: expected cost per head, relative to dense, above which the penalty starts.
     penalty: weight of the penalty `max(0, cost / budget - 1)`.
@@ -65,9 +61,8 @@ class Routing:
   """The router's decision.
 
   Attributes:
-    probs: float32 `[b, h, branches]`.
+    probs, weights: float32 `[b, h, branches]`; weights are factors of the branches' outputs.
     choice: int32 `[b, h]`, the branch that runs where only one does.
-    weights: float32 `[b, h, branches]`, factors of the branches' outputs.
     all_branches: whether every branch must run; static.
   """
 
@@ -97,13 +92,7 @@ class SpectralRouter(nnx.Module):
     self.slope = nnx.Param(jnp.zeros((heads, branches)).at[:, 0].set(config.prior_slope))
 
   def logits(self, embedding: jax.Array, time: jax.Array, stats: jax.Array | None) -> jax.Array:
-    """Computes logits `[b, h, branches]`.
-
-    Args:
-      embedding: `[b, cond_dim]`, of the timestep.
-      time: `[b]`, 1 is noise.
-      stats: `[b, h, stats]`, or None.
-    """
+    """Computes `[b, h, branches]` from embedding `[b, cond_dim]`, time `[b]`, stats `[b, h, s]`."""
     x = self.time(embedding.astype(jnp.float32))[:, None] + self.head[...]
     if self.stats is not None:
       x = x + self.stats(jax.lax.stop_gradient(stats).astype(jnp.float32))
@@ -142,13 +131,7 @@ def route(logits: jax.Array, config: RouterConfig, cond) -> Routing:
 
 
 def penalty(config: RouterConfig, probs: jax.Array, costs) -> jax.Array:
-  """`penalty * max(0, expected cost / budget - 1)`, differentiable.
-
-  Args:
-    config: with the budget and the penalty's weight.
-    probs: `[b, h, branches]`.
-    costs: `[branches]`, relative to dense attention.
-  """
+  """Returns `penalty * max(0, cost / budget - 1)`; probs `[b, h, branches]`, costs `[branches]`."""
   expected = (probs.mean((0, 1)) * jnp.asarray(costs, jnp.float32)).sum()
   return config.penalty * jnp.maximum(0, expected / config.budget - 1)
 

@@ -26,12 +26,8 @@ class SummaryTokens(nnx.Module):
     """Computes what each row reads from the other bands, `[b, n_buffer, h, d]`.
 
     Args:
-      q: `[b, n_buffer, h, d]`, normed, not rotated (a summary has no place).
-      k: the same of the keys.
-      v: `[b, n_buffer, h, d]`.
+      q, k, v: `[b, n_buffer, h, d]`; q and k normed, not rotated (a summary has no place).
       share: `[b, h, 3]`, how much of a head belongs to each band; a head does not read its own.
-      spectral: the bands.
-      layout: of the buffer.
     """
     scale = q.shape[-1] ** -0.5
     valid = jnp.asarray(layout.valid)
