@@ -40,7 +40,7 @@ def memory_bytes(plan: Plan, gpus: int = 1, itemsize: int = 2) -> float:
 
 
 def fits(plan: Plan, gpu: Gpu, gpus: int = 1) -> bool:
-  """Whether a forward fits; a grid that int32 cannot index fits nowhere."""
+  """True if a forward fits; a grid that int32 cannot index fits nowhere."""
   try:
     return memory_bytes(plan, gpus, gpu.itemsize) <= gpu.memory_bytes
   except ValueError:

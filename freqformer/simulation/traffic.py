@@ -178,7 +178,7 @@ def _(method: FreqFormer, layer: Layer) -> Traffic:
 
 
 def _form(method: FreqFormer, layer: Layer) -> str:
-  """Who does FreqFormer's transforms: the Hopper kernels, or XLA in tiles or along whole axes."""
+  """The program of FreqFormer's transforms: Hopper kernels, or XLA in tiles or along whole axes."""
   if method.basis.kind != "block_dct":
     return "axes"
   cells = most_cells(method.basis, layer.layout)

@@ -1,4 +1,4 @@
-"""What must agree between a checkpoint and the run that goes on from it.
+"""Agreement of a checkpoint with the run that goes on from it.
 
 Other data are always refused: the commonest silent bug is another normalisation. Changes of `data`,
 `model`, `seed` or `train.batch_size` are refused unless `--resume_changed` is given; others may

@@ -71,7 +71,7 @@ def plain_head(v) -> bounds.Head:
 
 
 def test_dropped_mass_of_a_known_row():
-  """Of two keys with equal scores one is dropped: e = 1/2; for v1 = -v0 the bound is reached."""
+  """One of two keys with equal scores is dropped: e = 1/2; for v1 = -v0 the bound is reached."""
   head = plain_head(np.array([[1.0, 0.0], [-1.0, 0.0]]))
   found = bounds.dropped(head, np.eye(2, dtype=bool))
   assert found["error"] == pytest.approx(1) and found["bound"] == pytest.approx(1)

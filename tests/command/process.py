@@ -25,7 +25,7 @@ def command(place, script, *args):
 
 
 def call(place, script, *args, code=0):
-  """What a script printed, which must end with `code` and without a traceback."""
+  """Returns what a script printed, which must end with `code` and without a traceback."""
   line = command(place, script, *args)
   done = subprocess.run(line, capture_output=True, text=True, cwd=place, timeout=300)
   assert done.returncode == code and "Traceback" not in done.stderr, done.stderr[-3000:]

@@ -116,7 +116,7 @@ def test_filled_in_defaults_are_no_change_of_a_run():
 
 
 def experiment_of(*argv):
-  """What train.py makes of a command line; each call has flags of its own."""
+  """Returns what train.py makes of a command line; each call has flags of its own."""
   argv, values = ["train.py", *argv], flags.FlagValues()
   config = define_config(values, argv)
   flags.DEFINE_float("guidance", None, "", flag_values=values)

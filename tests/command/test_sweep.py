@@ -27,7 +27,7 @@ def config(tmp_path):
 
 
 def finish(workdir, loss, rate):
-  """What a finished train.py leaves behind."""
+  """Writes what a finished train.py leaves behind."""
   workdir.mkdir(parents=True, exist_ok=True)
   values = get_config()
   values.train.lr = rate

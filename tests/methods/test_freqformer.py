@@ -268,7 +268,7 @@ def test_any_grid_works(grid):
 
 
 def test_cost_is_the_tables_cost():
-  """Of fixed allocations: the analytic pairs are the pairs that run (tiles of equal length)."""
+  """Fixed allocations: the analytic pairs are the pairs that run (tiles of equal length)."""
   layout = TileLayout.fit((4, 8, 16), 32, tile=(2, 4, 4))
   for allocation, shared in (
     ((6, 0, 0), False),

@@ -1,4 +1,4 @@
-"""What the tests of the simulator share: a plan, and the rows that a command line gives."""
+"""Cases that the tests of the simulator share: a plan, and the rows that a command line gives."""
 
 import json
 

@@ -93,7 +93,7 @@ def _rightly_rounded(got, want):
 
 @pytest.fixture(params=CASES, ids=str)
 def case(request, monkeypatch):
-  """Where there is one sample, a thread block walks over all heads; elsewhere over one."""
+  """With one sample a thread block walks over all heads, otherwise over one."""
   case = CASES[request.param]
   if case.b == 1:
     monkeypatch.setattr(launch, "STREAMING_BLOCKS", 1)
