@@ -64,8 +64,8 @@ lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-# Checks and conformance tests (which need pytest) first, then what is timed. Every step is killed when
-# it overstays, and a second call goes on from the rows of the first.
+# Checks and conformance tests (which need pytest) first, then what is timed. Every step is killed
+# when it overstays, and a second call goes on from the rows of the first.
 gpu: $(if $(PYTHON),,$(VENV)/.gpu $(VENV)/.dev)
 	$(GPU_RUN) -m benchmarks.gpu.slot --minutes=$(GPU_MINUTES)
 

@@ -97,7 +97,7 @@ def _reading(path: pathlib.Path) -> Iterator[None]:
     yield
   except ConfigError:
     raise
-  except Exception as error:  # any: it is the user's code that runs
+  except Exception as error:  # a user's file runs here: it may raise anything
     places = list(traceback.extract_tb(error.__traceback__))
     if isinstance(error, SyntaxError):
       places.append(error)

@@ -66,20 +66,38 @@ class LatentCache:
     )
 
   @classmethod
-  def open(cls, path: pathlib.Path) -> "LatentCache":
-    """Opens a cache; raises ConfigError if it is not whole."""
+  def open(cls, path: pathlib.Path, protocol: str | None = None) -> "LatentCache":
+    """Opens a cache.
+
+    Args:
+      protocol: the `DataConfig.protocol_hash` that it must have been made with.
+
+    Raises:
+      ConfigError: it is not whole, or made with another protocol or by other code.
+    """
     try:
       manifest = json.loads((path / "manifest.json").read_text())
-    except (OSError, ValueError) as error:
+      sizes = {shard["file"]: shard["bytes"] for shard in manifest["shards"]}
+      schema = manifest["schema"]
+      found = manifest["hash"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
       raise ConfigError(
         f"{path} is not a complete cache, its manifest.json cannot be read: delete the folder."
       ) from error
-    for shard in manifest["shards"]:
-      file = path / shard["file"]
-      if not file.is_file() or file.stat().st_size != shard["bytes"]:
+    if schema != SCHEMA:
+      raise ConfigError(
+        f"The cache {path} has schema {schema}, this code reads {SCHEMA}: delete the folder."
+      )
+    if protocol not in (None, found):
+      raise ConfigError(
+        f"The cache {path} was made with protocol {found[:12]}, but {protocol[:12]} is wanted: "
+        "delete the folder, or name another data.cache."
+      )
+    for name, size in sizes.items():
+      file = path / name
+      if not file.is_file() or file.stat().st_size != size:
         raise ConfigError(
-          f"The cache {path} is damaged: {shard['file']} is missing or not {shard['bytes']} bytes; "
-          "delete the folder."
+          f"The cache {path} is damaged: {name} is missing or not {size} bytes; delete the folder."
         )
     return cls(path, manifest)
 
@@ -120,7 +138,7 @@ def prepare(config: DataConfig, split: str) -> LatentCache:
   """
   path = cache_path(config, split)
   if path.exists():
-    cache = LatentCache.open(path)
+    cache = LatentCache.open(path, config.protocol_hash)
     _check_source(cache, config, split)
     train = cache_path(config, "train")
     if train.exists():

@@ -27,9 +27,15 @@ def encode_clip(
 
   Raises:
     BrokenClip: it cannot be decoded, or `config.short` leaves it out.
+    ValueError: the codec's latents do not fit into a float16.
   """
   pixels, drawn = decode_clip(config, split, clip)
-  return codec.encode(pixels).astype(np.float16), drawn
+  latents = codec.encode(pixels)
+  if np.abs(latents).max() > np.finfo(np.float16).max:
+    raise ValueError(
+      f"The codec gives latents beyond float16 (65504) for {clip.key}; scale them in the codec."
+    )
+  return latents.astype(np.float16), drawn
 
 
 def encode_all(

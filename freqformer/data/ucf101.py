@@ -92,6 +92,8 @@ def _read_list(path: pathlib.Path, names: list[str]) -> dict[str, int]:
         f"{where}: {key} has class id {rest[0]}, but classInd.txt gives {names[label]} {label + 1}."
       )
     entries[key] = label
+  if not entries:
+    raise ConfigError(f"The split file {str(path)!r} lists no clip: {REMEDY}")
   return entries
 
 

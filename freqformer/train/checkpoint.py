@@ -152,8 +152,7 @@ class Checkpoints:
     """Calls the checkpoint damaged in a ConfigError, whatever goes wrong inside."""
     try:
       yield
-    except Exception as error:
-      # Orbax documents none of its errors: which one it raises depends on the file that is broken.
+    except Exception as error:  # Orbax documents none of its errors; they differ by broken file
       cause = str(error)
       if len(cause) > _QUOTED:
         cause = f"{cause[:_QUOTED]} ..."

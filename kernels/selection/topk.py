@@ -117,7 +117,9 @@ def _threshold(keys, budget: int, bits: int):
   def narrow(state):
     low, high, reached = state
     step = ((high - low - 1) >> bits) + 1  # parts of the bracket, the last may be empty
-    new_low, new_high, new_reached = low, jnp.minimum(low + step, high), reached
+    new_low = low
+    new_high = jnp.minimum(low + step, high)
+    new_reached = reached
     for part in range(1, 1 << bits):
       offset = part * step
       trial = low + offset

@@ -205,7 +205,9 @@ def test_the_probe_changes_nothing(trained):
     model, attention=dataclasses.replace(model.attention, methods=methods)
   )
   other, _ = nnx.split(nnx.eval_shape(lambda: VideoDiT(probed, SHAPE, 2, nnx.Rngs(0))))
-  x, time, label = batch_of(5)["latent"][:1], np.full(1, 0.5, np.float32), np.zeros(1, np.int32)
+  x = batch_of(5)["latent"][:1]
+  time = np.full(1, 0.5, np.float32)
+  label = np.zeros(1, np.int32)
 
   def run(g):
     return jax.jit(lambda p: (m := nnx.merge(g, p))(x, time, label, m.tables(SHAPE))[0])(params)

@@ -16,6 +16,7 @@ from freqformer.config import ConfigError
 from freqformer.data import cache as data_cache
 from freqformer.data import encode
 from freqformer.data.cache import cache_path, prepare
+from freqformer.data.clips import list_clips
 from freqformer.data.decode import VideoFile, crop_resize
 from freqformer.data.loader import train_iterator, val_batches
 from tests.data.helpers import config, moving_square, psnr, write_clip, write_folder
@@ -75,7 +76,12 @@ def test_a_cache_is_used_again_and_other_protocols_get_their_own(folder, cache, 
   monkeypatch.setattr(encode, "encode_clip", None)
   again = prepare(same, "train")
   np.testing.assert_array_equal(again[0]["latent"], cache[0]["latent"])
-  assert cache_path(dataclasses.replace(same, stride=1), "train") != cache.path
+  other = dataclasses.replace(same, stride=1)
+  assert cache_path(other, "train") != cache.path
+  shutil.copytree(cache.path, cache_path(other, "train"))
+  with pytest.raises(ConfigError, match="was made with protocol"):
+    prepare(other, "train")
+  shutil.rmtree(cache_path(other, "train"))
 
 
 def test_val_has_the_statistics_of_train(folder, tmp_path):
@@ -129,9 +135,24 @@ def test_damaged_caches_are_refused(folder, tmp_path):
   shard.write_bytes(shard.read_bytes()[:-1])
   with pytest.raises(ConfigError, match="damaged: latents-00000"):
     prepare(c, "train")
-  (path / "manifest.json").write_text("{")
-  with pytest.raises(ConfigError, match="not a complete cache"):
+  manifest = json.loads((path / "manifest.json").read_text())
+  (path / "manifest.json").write_text(json.dumps(manifest | {"schema": 99}))
+  with pytest.raises(ConfigError, match="has schema 99"):
     prepare(c, "train")
+  for text in ("{", "{}"):
+    (path / "manifest.json").write_text(text)
+    with pytest.raises(ConfigError, match="not a complete cache"):
+      prepare(c, "train")
+
+
+def test_latents_beyond_float16_are_refused(folder, tmp_path):
+  class Loud:
+    def encode(self, pixels):
+      return np.full((1, 2, 2, 3, 4), 7e4, np.float32)
+
+  c = config(folder, tmp_path)
+  with pytest.raises(ValueError, match="beyond float16"):
+    encode.encode_clip(c, Loud(), "train", list_clips(c, "train").clips[0])
 
 
 def test_changed_clips_are_noticed_and_copied_ones_accepted(tmp_path):

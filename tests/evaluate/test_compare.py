@@ -65,8 +65,9 @@ def test_density_and_flops(compared):
   assert np.shape(half["density_by_step_layer_head"]) == (4, 2, 2)
   assert dense["density"] == 1
   assert dense["attention_flops_over_dense"] == full["attention_flops_over_dense"] == 1
-  tokens, width, depth, steps, halves = 3 * 3 * 4, 24, 2, 4, 2
-  flops = 4 * tokens**2 * width * depth * steps * halves
+  tokens = 3 * 3 * 4
+  layer = 4 * tokens**2 * 24  # width 24
+  flops = layer * 2 * 4 * 2  # layers, steps, halves of guidance
   assert dense["attention_flops_per_sample"] == flops
   np.testing.assert_allclose(half["density"], half["attention_flops_over_dense"], rtol=0.2)
   assert half["density"] < 0.7
