@@ -99,3 +99,16 @@ def test_the_import_is_light():
   code = "import freqformer, sys; freqformer.list_methods(); print('jax' in sys.modules)"
   done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
   assert done.stdout.strip() == "False", done.stderr
+
+
+def test_the_checkout_s_kernels_are_the_package_s():
+  """A second copy of a module would have classes and caches of its own."""
+  code = """
+import kernels
+from freqformer.kernels.block_sparse import table
+from kernels.block_sparse.table import BlockMask as again
+assert table.BlockMask is again is kernels.BlockMask
+assert table.__spec__.name == "freqformer.kernels.block_sparse.table"
+"""
+  done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+  assert not done.returncode, done.stderr
