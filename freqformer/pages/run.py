@@ -6,7 +6,6 @@ Each section reads some files of the run and names them. A section whose file is
 the others are shown.
 """
 
-import functools
 import html
 import json
 import pathlib
@@ -20,11 +19,11 @@ from matplotlib.ticker import MaxNLocator
 
 from freqformer.command import cli
 from freqformer.config import ConfigError
+from freqformer.evaluate.record_masks import heat
 from freqformer.pages.files import Absent, metric_rows, missing, read_json, series
 from freqformer.pages.html import (
   absent,
   facts,
-  heat,
   image,
   page,
   panels,
@@ -51,32 +50,34 @@ _LAST = {
 }
 _BAR = 0.27  # distance of bars that belong together, in units of an axis with steps of 1
 
-# Makes the HTML of each section from the run's folder, by title.
-SECTIONS: dict[str, Callable[[pathlib.Path], str]] = {}
+# Source, intro and function of each section, by title.
+SECTIONS: dict[str, tuple[str, str, Callable[[pathlib.Path], str]]] = {}
 
 
 def shown(title: str, source: str, intro: str) -> Callable:
-  """Makes a section of the decorated function; if that fails, the reason is shown in its place.
+  """Makes a section of the decorated function, which makes HTML from the run's folder.
 
   `source` names the files of the run that it shows, `intro` is one sentence.
   """
 
-  def register(body: Callable[[pathlib.Path], str]) -> Callable[[pathlib.Path], str]:
-    @functools.wraps(body)
-    def show(workdir: pathlib.Path) -> str:
-      try:
-        inner = body(workdir)
-      except Absent as reason:
-        inner = absent(f"Not shown: {reason}")
-      except (AttributeError, LookupError, TypeError, ValueError) as error:
-        logging.exception("the report's section %r cannot be drawn", title)
-        inner = absent(f"Not shown: {source} has another form than expected ({error!r}).")
-      return section(title, intro, inner, source)
-
-    SECTIONS[title] = show
-    return show
+  def register(body: Callable[[pathlib.Path], str]):
+    SECTIONS[title] = (source, intro, body)
+    return body
 
   return register
+
+
+def _show(workdir: pathlib.Path, title: str) -> str:
+  """Returns a section; if its function fails, the reason is shown in its place."""
+  source, intro, body = SECTIONS[title]
+  try:
+    inner = body(workdir)
+  except Absent as reason:
+    inner = absent(f"Not shown: {reason}")
+  except (AttributeError, LookupError, TypeError, ValueError) as error:
+    logging.exception("the report's section %r cannot be drawn", title)
+    inner = absent(f"Not shown: {source} has another form than expected ({error!r}).")
+  return section(title, intro, inner, source)
 
 
 def write_report(workdir) -> pathlib.Path:
@@ -90,7 +91,7 @@ def write_report(workdir) -> pathlib.Path:
     raise ConfigError(f"{workdir} is no folder; give --workdir the folder of a run.")
   title = f"FreqFormer run: {workdir.resolve().name}"
   path = workdir / "report.html"
-  sections = [show(workdir) for show in SECTIONS.values()]
+  sections = [_show(workdir, title) for title in SECTIONS]
   path.write_text(page(title, sections), encoding="utf-8")
   return path
 

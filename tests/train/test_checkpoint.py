@@ -14,7 +14,7 @@ from flax import nnx
 
 from freqformer.config import ConfigError
 from freqformer.model.dit import VideoDiT
-from freqformer.train.checkpoint import Checkpoints, flatten
+from freqformer.train.checkpoint import Checkpoints
 from freqformer.train.experiment import experiment
 from freqformer.train.resume import check_same_config, check_same_data, with_seed
 from freqformer.train.step import init_state
@@ -23,8 +23,9 @@ from tests.train.test_step import MODEL, SHAPE, TRAIN
 
 
 def state_of(width=24):
-  config = MODEL if width == 24 else dataclasses.replace(MODEL, width=width)
-  return init_state(nnx.state(VideoDiT(config, SHAPE, 2, nnx.Rngs(0))), TRAIN, 3)
+  config = dataclasses.replace(MODEL, width=width)
+  model = nnx.jit(lambda: VideoDiT(config, SHAPE, 2, nnx.Rngs(0)))()
+  return init_state(nnx.state(model), TRAIN, 3)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,6 @@ def test_round_trip(saved):
   assert jax.tree.structure(restored) == jax.tree.structure(state)
   jax.tree.map(functools.partial(np.testing.assert_array_equal, strict=True), restored, state)
   part = again.restore({"ema": state.ema}, ignore_extra=True)
-  assert all(name.startswith("ema/") for name in flatten(part))
   jax.tree.map(np.testing.assert_array_equal, part["ema"], state.ema)
   record = again.record(5)
   assert record["iterator"] == "x" and record["step"] == 5
@@ -55,7 +55,7 @@ def test_round_trip(saved):
 def test_another_shape_lists_the_leaves(saved):
   message = r"leaves that differ:\n  ema/embed/bias: \(24,\) in the checkpoint, .*\(48,\)"
   with pytest.raises(ConfigError, match=message):
-    saved[2].restore(state_of(48))
+    saved[2].restore(jax.eval_shape(lambda: state_of(48)))
   with pytest.raises(ConfigError, match="extra: missing in the checkpoint"):
     saved[2].restore({"extra": jnp.zeros(2), "params": saved[1].params})
 
