@@ -13,6 +13,7 @@ import zipfile
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = pathlib.Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -129,18 +130,6 @@ def test_train_takes_a_config_from_anywhere(environment, tmp_path):
   assert "config.data lacks source, root" in run(*command, code=2)
 
 
-def requirements(name: str) -> dict[str, Requirement]:
-  """The requirements of a file and of those that it includes, by name."""
-  found = {}
-  for line in (ROOT / name).read_text().splitlines():
-    if line.startswith("-r "):
-      found |= requirements(line.removeprefix("-r "))
-    elif line and not line.startswith("#"):
-      requirement = Requirement(line)
-      found[requirement.name.replace("_", "-")] = requirement
-  return found
-
-
 @pytest.mark.parametrize(
   "name, extras",
   [
@@ -151,12 +140,16 @@ def requirements(name: str) -> dict[str, Requirement]:
 )
 def test_pinned_files_follow_the_project(name, extras):
   """Each file has the project's dependencies, in versions that the project allows."""
-  lines = PROJECT["dependencies"] + sum((PROJECT["optional-dependencies"][e] for e in extras), [])
-  wanted = {}
-  for requirement in map(Requirement, lines):
-    if requirement.name != "freqformer":
-      wanted[requirement.name.replace("_", "-")] = requirement
-  pinned = requirements(name)
+
+  def by_name(lines):
+    found = [Requirement(line) for line in lines if line and line[0] not in "#-"]
+    return {canonicalize_name(requirement.name): requirement for requirement in found}
+
+  extra = sum((PROJECT["optional-dependencies"][e] for e in extras), [])
+  wanted = by_name(PROJECT["dependencies"] + extra)
+  wanted.pop("freqformer", None)
+  files = dict.fromkeys(("requirements.txt", name))  # which the others include
+  pinned = by_name(sum(((ROOT / file).read_text().splitlines() for file in files), []))
   assert pinned.keys() - {"jaxlib"} == wanted.keys()  # jaxlib comes with jax
   for key, requirement in wanted.items():
     for version in re.findall(r"==([\d.]+)", str(pinned[key].specifier)):
