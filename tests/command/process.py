@@ -12,7 +12,7 @@ import sys
 import types
 
 import jax
-from absl import flags
+from absl import app, flags  # noqa: F401  app has flags of its own, which stay
 
 from freqformer.data.render import RenderedSet, render_ucf101
 

@@ -43,15 +43,17 @@ def compiled():
 
 
 def test_masks_of_a_run(tmp_path):
-  attention = dict(layers=LAYERS, block=8, block_topk=dict(density=0.3, coarse="none"))
+  fields = dict(block=8, implementation="reference")
+  attention = dict(layers=LAYERS, block_topk=dict(density=0.3, coarse="none"), **fields)
   config = model_config(
     dict(size="custom", width=12, depth=3, heads=2, patch=(1, 1, 1), attention=attention)
   )
-  model = VideoDiT(config, SHAPE, 3, nnx.Rngs(0))
+  model = nnx.jit(lambda: VideoDiT(config, SHAPE, 3, nnx.Rngs(0)))()
   run = SampleConfig(steps=3, guidance=2.0, batch_size=2)
   graphdef, params = nnx.split(model)
+  rng = np.random.default_rng(0)
   params = jax.tree.map(
-    lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params
+    lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32), jax.device_get(params)
   )
   tables, recorder = model.tables(SHAPE), MaskRecorder()
   args = (params, model, jnp.array([0, 1, 2]), np.arange(3), 0, tables, SHAPE, run)

@@ -26,10 +26,10 @@ pytestmark = pytest.mark.xdist_group("training")
 
 SHAPE = (2, 4, 4, 3)
 ATTENTION = dict(method="freqformer", block=8, freqformer=dict(window=(1, 1, 1), mid_tiles=2))
-MODEL = model_config(
-  dict(size="custom", width=24, depth=2, heads=2, patch=(1, 1, 1), attention=ATTENTION)
-)
-TRAIN = TrainConfig(steps=200, batch_size=4, lr=3e-3, warmup=10, ema=0.9, label_dropout=0.1)
+ATTENTION["implementation"] = "reference"  # which compiles fastest
+SIZES = dict(size="custom", width=24, depth=1, heads=2, patch=(1, 1, 1), remat=False)
+MODEL = model_config(dict(SIZES, attention=ATTENTION))
+TRAIN = TrainConfig(steps=100, batch_size=4, lr=3e-3, warmup=10, ema=0.9, label_dropout=0.1)
 
 
 def batch_of(n=4, seed=0):
@@ -84,7 +84,7 @@ def test_it_learns_more_than_a_linear_predictor(trained, eval_step):
   assert np.mean(losses[-20:]) < 0.5 * np.mean(losses[:5])
   assert {"grad_norm", "lr", "density", "cost", "router_entropy"} <= metrics.keys()
   result = evaluate(eval_step, average, [batch_of(8, 999)], POWER, TABLES)
-  assert np.shape(result["probs"]) == (2, 4, 2, 3) and len(result["buckets"]) == 4
+  assert np.shape(result["probs"]) == (1, 4, 2, 3) and len(result["buckets"]) == 4
   np.testing.assert_allclose(result["probs"].sum(-1), 1, rtol=1e-5)
   np.testing.assert_allclose(result["choice"].sum(-1), 1, rtol=1e-5)
   assert result["loss"] == pytest.approx(np.mean(result["buckets"]))
@@ -153,8 +153,8 @@ def test_a_run_that_only_skips_is_stopped(log_every):
 @pytest.mark.parametrize(
   "changes, rates",
   [
-    (dict(), {0: 0, 10: 3e-3, 200: 3e-4}),
-    (dict(schedule="constant"), {0: 0, 10: 3e-3, 200: 3e-3}),
+    (dict(), {0: 0, 10: 3e-3, 100: 3e-4}),
+    (dict(schedule="constant"), {0: 0, 10: 3e-3, 100: 3e-3}),
     (dict(warmup=0), {0: 3e-3}),
     (dict(warmup=0, schedule="constant"), {0: 3e-3}),
     (dict(steps=8), {4: 3e-3}),  # warm-up is at most half of the run
@@ -170,6 +170,7 @@ def test_the_average_follows_with_a_ramped_decay(step, state):
   after = jax.tree.map(jnp.asarray, state)
   for _ in range(2):
     after, _ = step(after, batch_of())
+  after = jax.device_get(after)
   moved = jax.tree.map(lambda new, old: np.abs(new - old).max(), after.params, state.params)
   assert max(jax.tree.leaves(moved)) > 1e-4
 
