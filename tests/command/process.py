@@ -12,7 +12,7 @@ import sys
 import types
 
 import jax
-from absl import app, flags  # noqa: F401  app has flags of its own, which stay
+from absl import flags
 
 from freqformer.data.render import RenderedSet, render_ucf101
 
@@ -33,7 +33,6 @@ def call(place, script, *args, code=0):
   if script == "train.py":
     data = (f"--config.data.root={place / 'ucf'}", f"--config.data.cache={place / 'cache'}")
     args = (f"--config={TINY}", *data, *args)
-  known = set(flags.FLAGS)
   caches = jax.config.jax_compilation_cache_dir
   out, err = io.StringIO(), io.StringIO()
   log = logging.StreamHandler(err)
@@ -48,7 +47,9 @@ def call(place, script, *args, code=0):
     sys.argv = argv
     logging.getLogger("absl").removeHandler(log)
     jax.config.update("jax_compilation_cache_dir", caches)
-    for name in set(flags.FLAGS) - known:  # the next script has flags of its own
-      delattr(flags.FLAGS, name)
+    for name in set(flags.FLAGS):  # the next script has flags of its own
+      module = flags.FLAGS.find_module_defining_flag(name)
+      if name.split(".")[0] == "config" or module.startswith(str(ROOT)):
+        delattr(flags.FLAGS, name)
   assert "Traceback" not in err.getvalue(), err.getvalue()[-3000:]
   return types.SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())

@@ -4,14 +4,20 @@ import json
 import re
 import types
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
+from freqformer.command.files import read_config
 from freqformer.config import ConfigError
 from freqformer.cost import Cost
 from freqformer.evaluate import compare, quality
+from freqformer.model.dit import VideoDiT
 from freqformer.pages.compare import slug, text_table, write_comparison
-from tests.command.process import call, render
+from freqformer.train.checkpoint import Checkpoints
+from freqformer.train.experiment import experiment
+from tests.command.process import TINY, call
 
 pytestmark = pytest.mark.xdist_group("compare")
 TOPK = "block_topk(density=0.5, coarse=none)"
@@ -20,14 +26,24 @@ METHODS = ["dense", TOPK, "adaspa(sparsity=0.5)"]
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-  """A dense checkpoint of a few steps: past adaLN-Zero's zeros, attention reaches the output."""
-  place = tmp_path_factory.mktemp("compare")
-  render(place, classes=2)
-  changed = dict(steps=30, val_every=0, lr=1e-2)
-  flags = [f"--config.train.{key}={value}" for key, value in changed.items()]
-  flags += [f"--workdir={place / 'run'}", "--config.model.attention.method=dense"]
-  call(place, "train.py", *flags)
-  return place / "run"
+  """A dense checkpoint with noise on adaLN-Zero's zeros: attention reaches the output."""
+  workdir = tmp_path_factory.mktemp("compare")
+  config = read_config(TINY)
+  config.model.attention.method = "dense"
+  exp = experiment(config)
+  shape = exp.latent_shape
+  params = nnx.state(nnx.jit(lambda: VideoDiT(exp.model, shape, 2, nnx.Rngs(0)))())
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32), params)
+  record = {
+    "config": config.to_dict(),
+    "class_names": ["a", "b"],
+    "latent_shape": shape,
+    "statistics": {"mean": [0.0] * shape[-1], "std": [5.0] * shape[-1]},
+    "video_shape": exp.data.video_shape,
+  }
+  Checkpoints(workdir).save(3, {"ema": params}, record)
+  return workdir
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +75,8 @@ def test_figures_are_those_of_the_videos(compared):
     own = quality.psnr(videos[r["method"]], videos["dense"])
     np.testing.assert_allclose(r["quality_by_sample"]["psnr"], own)
     np.testing.assert_allclose(r["quality"]["psnr"], own.mean())
-    assert 5 < r["quality"]["psnr"] < 100 and r["quality"]["ssim"] < 1
+    # Of other noise it is below 10.
+    assert 20 < r["quality"]["psnr"] < 100 and r["quality"]["ssim"] < 1
 
 
 def test_density_and_flops(compared):
