@@ -50,7 +50,7 @@ for module in ours:
 assert freqformer.CHECKOUT is None and len(ours) > 20
 
 commands = importlib.metadata.entry_points(group="console_scripts", module="freqformer.entries")
-assert {command.load() for command in commands} <= set(vars(entries).values())
+assert all(callable(command.load()) for command in commands)
 print(*sorted({command.name for command in commands}))
 sys.argv = ["freqformer-train"]
 entries.train()
