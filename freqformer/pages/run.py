@@ -49,28 +49,21 @@ _LAST = {
   "steps_per_s": "steps per second",
 }
 _BAR = 0.27  # distance of bars that belong together, in units of an axis with steps of 1
-_WRITERS = {
-  "samples/*.mp4": "eval.py",
-  "routing.json": "train.py, at a validation, of a method with a router",
-  "cost.json": "make demo",
-  "evaluation.json": "make demo",
-}
 
 
 class Absent(Exception):
   """A section cannot be shown; the message says why and is shown instead."""
 
 
-def _missing(name: str) -> Absent:
-  """Returns the remark that a run lacks a file, with what would write it."""
-  return Absent(f"this run has no {name} (written by {_WRITERS.get(name, 'train.py')}).")
+def _missing(name: str, writer: str) -> Absent:
+  return Absent(f"this run has no {name} (written by {writer}).")
 
 
-def _read_json(workdir: pathlib.Path, name: str):
+def _read_json(workdir: pathlib.Path, name: str, writer: str = "train.py"):
   """Reads a JSON file of the run; raises Absent if it is not there, or not JSON."""
   path = workdir / name
   if not path.exists():
-    raise _missing(name)
+    raise _missing(name, writer)
   try:
     return json.loads(path.read_text())
   except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -81,7 +74,7 @@ def _metric_rows(workdir: pathlib.Path, kind: str) -> list[dict]:
   """Returns the lines of metrics.jsonl of a kind: train, val or val_soft."""
   path = workdir / "metrics.jsonl"
   if not path.exists():
-    raise _missing("metrics.jsonl")
+    raise _missing("metrics.jsonl", "train.py")
   return [row for row in read(path) if row["kind"] == kind]
 
 
@@ -173,7 +166,7 @@ def _run(workdir: pathlib.Path) -> str:
 def _samples(workdir: pathlib.Path) -> str:
   names = sorted(path.stem for path in (workdir / "samples").glob("*.mp4"))
   if not names:
-    raise _missing("samples/*.mp4")
+    raise _missing("samples/*.mp4", "eval.py")
   cards = []
   for name in names[:_MAX_CLASSES]:
     generated = video(workdir / "samples" / f"{name}.mp4", "generated")
@@ -296,7 +289,8 @@ def heatmap(routing: dict) -> Figure:
   "Which branch each head is given, by timestep: t near 1 is noise, t near 0 is video.",
 )
 def _routing(workdir: pathlib.Path) -> str:
-  routing = _read_json(workdir, "routing.json")
+  writer = "train.py, at a validation, of a method with a router"
+  routing = _read_json(workdir, "routing.json", writer)
   names = routing["branches"]
   edges = routing["bucket_edges"]
   labels = [f"{low:g} – {high:g}" for low, high in zip(edges, edges[1:], strict=False)]
@@ -327,7 +321,7 @@ _FLOP_UNITS = {1e12: "TFLOP", 1e9: "GFLOP", 1e6: "MFLOP"}
 
 @shown("Cost", "cost.json", "What attention costs, counted and, where a time is given, measured.")
 def _cost(workdir: pathlib.Path) -> str:
-  rows = _read_json(workdir, "cost.json")
+  rows = _read_json(workdir, "cost.json", "make demo")
   most = max(row["attention_flops"] + row["linear_flops"] for row in rows)
   scale = next((scale for scale in _FLOP_UNITS if most >= scale), 1e6)
   unit = _FLOP_UNITS[scale]
@@ -371,7 +365,7 @@ def _cost_chart(rows: list[dict], dense: dict) -> Figure:
 )
 def _evaluation(workdir: pathlib.Path) -> str:
   names = {"samples": "samples", "real_val": "real validation clips", "chance": "chance"}
-  result = _read_json(workdir, "evaluation.json")["classifier"]
+  result = _read_json(workdir, "evaluation.json", "make demo")["classifier"]
   rows = [(label, float(result[key])) for key, label in names.items()]
   remark = f"<p>{result['count']} samples were classified.</p>"
   return table(["clips", "accuracy, share"], rows) + remark

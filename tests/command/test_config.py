@@ -10,7 +10,7 @@ from freqformer.kernels.block_sparse.api import attention
 
 from freqformer.command import cli
 from freqformer.command.files import define_config, read_config
-from freqformer.config import ConfigError, build, require, split_outside_brackets, with_defaults
+from freqformer.config import ConfigError, build, require, with_defaults
 from freqformer.methods.freqformer import FreqFormer
 from freqformer.methods.head_profile import ProfileConfig
 from freqformer.methods.registry import METHODS
@@ -80,11 +80,6 @@ def test_refusals(values, message):
   with pytest.raises(ConfigError) as error:
     build(Outer, values)
   assert message in str(error.value)
-
-
-def test_commas_outside_brackets():
-  text = "dense, a(b=(1, 2), c=[d,e]) ,radial,"
-  assert split_outside_brackets(text) == ["dense", "a(b=(1, 2), c=[d,e])", "radial"]
 
 
 @pytest.mark.parametrize(

@@ -156,13 +156,10 @@ WIDER = ("--config.model.width=48", "--config.train.steps=41")
     ((*WIDER, "--resume_changed"), 2, "leaves that differ"),
   ],
 )
-def test_a_finished_run_is_not_begun_anew_nor_turned_into_another(
-  place, whole, args, code, message
-):
-  before = json.loads((whole[0] / "run.json").read_text())
+def test_a_finished_run_stays_what_it_is(place, whole, args, code, message):
+  before = (whole[0] / "run.json").read_text()
   done = call(place, "train.py", f"--workdir={whole[0]}", *args, code=code)
-  assert message in done.stderr
-  assert json.loads((whole[0] / "run.json").read_text()) == before
+  assert message in done.stderr and (whole[0] / "run.json").read_text() == before
 
 
 @pytest.mark.parametrize(

@@ -147,8 +147,12 @@ def test_refusals(workdir):
 
 
 def test_methods_of_a_comparison_differ():
-  text = "dense,adaspa(search=(0.2, 0.6))"
-  assert compare.split_methods(text) == ["dense", "adaspa(search=(0.2, 0.6))"]
+  text = "dense, adaspa(search=(0.2, 0.6), levels=[0.8]) ,radial"
+  assert compare.split_methods(text) == [
+    "dense",
+    "adaspa(search=(0.2, 0.6), levels=[0.8])",
+    "radial",
+  ]
   for text in ("dense,", "dense,dense"):
     with pytest.raises(ConfigError, match="at least two different"):
       compare.split_methods(text)
