@@ -124,6 +124,7 @@ def test_heatmap(layers):
   assert (box > -0.1).all() and (box < figure.get_size_inches() + 0.1).all()
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 def test_command_line(tmp_path):
   done = call(tmp_path, "freqformer/report.py", f"--workdir={tmp_path}")
   assert done.stdout.strip() == str(tmp_path / "report.html")
