@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 
+from freqformer.command.sweep import result_of
 from freqformer.pages.run import write_report
 from freqformer.train.checkpoint import Checkpoints
 from freqformer.train.metrics import read
@@ -49,6 +50,13 @@ def test_run_leaves_what_it_should(whole):
   assert {"loss", "grad_norm", "router_entropy", "density", "cost", "steps_per_s"} <= rows[5].keys()
   run = json.loads((workdir / "run.json").read_text())
   assert run["finished"] and len(run["classes"]) == 3 and run["seconds"]["compile"] > 0
+  assert result_of(workdir) == {
+    "step": 40,
+    "val_loss": rows[-2]["loss"],
+    "val_density": rows[-2]["density"],
+    "val_soft_loss": rows[-1]["loss"],
+    "router_entropy": rows[-3]["router_entropy"],
+  }
   routing = json.loads((workdir / "routing.json").read_text())
   assert np.shape(routing["probs"]) == (2, 4, 2, 3)
   assert routing["branches"] == ["low", "mid", "high"]

@@ -2,6 +2,7 @@
 
 import pathlib
 
+import av
 import numpy as np
 
 from freqformer.data.codec import CodecConfig
@@ -28,9 +29,19 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def write_clip(path: pathlib.Path, video: np.ndarray) -> pathlib.Path:
-  """Writes an .avi as UCF-101 has them, or an .mp4; sizes must be even."""
+  """Writes an .avi as UCF-101 has them, or the packets of an .mp4 in whatever the suffix says."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  (write_avi if path.suffix == ".avi" else write_mp4)(path, video)
+  if path.suffix == ".avi":
+    write_avi(path, video)
+    return path
+  write_mp4(path.with_suffix(".mp4"), video)
+  if path.suffix != ".mp4":
+    with av.open(str(path.with_suffix(".mp4"))) as source, av.open(str(path), "w") as target:
+      stream = target.add_stream_from_template(source.streams.video[0])
+      for packet in source.demux(video=0):
+        if packet.size:
+          packet.stream = stream
+          target.mux(packet)
   return path
 
 

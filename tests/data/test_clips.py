@@ -77,7 +77,7 @@ def test_short_clips_are_padded_clamped_or_skipped():
     draw("clamp", 15)
 
 
-@pytest.mark.parametrize("suffix", [".avi", ".mp4"])
+@pytest.mark.parametrize("suffix", [".avi", ".mp4", ".mkv"])
 def test_chosen_frames_of_any_container(tmp_path, suffix):
   original = moving_square()
   with VideoFile(write_clip(tmp_path / f"clip{suffix}", original)) as file:

@@ -69,8 +69,8 @@ def test_missing_checkpoints_say_what_to_do(tmp_path, saved):
     saved[2].record(7)
 
 
-def _cut_data(step):
-  for file in (step / "arrays").glob("**/d/*"):
+def _cut(*files):
+  for file in files:
     os.truncate(file, file.stat().st_size // 2)
 
 
@@ -78,7 +78,11 @@ DAMAGE = {
   "record gone": lambda step: shutil.rmtree(step / "record"),
   "record foreign": lambda step: (step / "record" / "metadata").write_text('{"a": 1}'),
   "no metadata": lambda step: (step / "arrays" / "_METADATA").unlink(),
-  "data cut": _cut_data,
+  "record cut": lambda step: _cut(step / "record" / "metadata"),
+  "arrays gone": lambda step: shutil.rmtree(step / "arrays"),
+  "metadata cut": lambda step: _cut(step / "arrays" / "_METADATA"),
+  "no manifest": lambda step: (step / "arrays" / "manifest.ocdbt").unlink(),
+  "data cut": lambda step: _cut(*(step / "arrays").glob("**/d/*")),
 }
 
 
