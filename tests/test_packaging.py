@@ -13,17 +13,20 @@ import zipfile
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = pathlib.Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 pytestmark = pytest.mark.xdist_group("packaging")
 
-# Attention with gradients, a method's layer under jit, and no module from the checkout.
+# Without PyAV: attention with gradients, a method's layer under jit, no module from the checkout;
+# the commands are there, and one that needs PyAV says how to get it.
 USE = """
-import pathlib, sys
+import importlib.metadata, pathlib, sys
+sys.modules["av"] = None
 import freqformer, jax, numpy as np
 from flax import nnx
-from freqformer import VideoDiT
+from freqformer import VideoDiT, entries, load_run, sample
 from freqformer.kernels import BlockMask, attention
 from freqformer.model.config import model_config
 
@@ -45,25 +48,26 @@ ours = [m for n, m in sys.modules.items() if n.split(".")[0] in ("freqformer", "
 for module in ours:
   assert pathlib.Path(module.__file__).is_relative_to(sys.prefix), module
 assert freqformer.CHECKOUT is None and len(ours) > 20
+
+commands = importlib.metadata.entry_points(group="console_scripts", module="freqformer.entries")
+assert all(callable(command.load()) for command in commands)
+print(*sorted({command.name for command in commands}))
+sys.argv = ["freqformer-train"]
+entries.train()
 """
 
 
-def call(*command):
-  """Runs a command away from the checkout."""
+def run(*command, code=0):
+  """Runs a command away from the checkout, and returns what it wrote."""
   environment = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
   }
   environment.pop("PYTHONPATH", None)
   command = [str(part) for part in command]
-  return subprocess.run(command, capture_output=True, text=True, cwd="/", env=environment)
-
-
-def run(*command):
-  """Runs a command that must succeed, and returns its output."""
-  done = call(*command)
-  assert done.returncode == 0, done.stderr[-3000:]
-  return done.stdout
+  done = subprocess.run(command, capture_output=True, text=True, cwd="/", env=environment)
+  assert done.returncode == code, done.stderr[-3000:]
+  return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +91,7 @@ def environment(wheel, tmp_path_factory):
   place = tmp_path_factory.mktemp("environment")
   run(sys.executable, "-m", "venv", "--without-pip", place)
   python = place / "bin" / "python"
-  own = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
+  own = sysconfig.get_path("purelib", "venv", {"base": str(place)})
   pathlib.Path(own, "packages.pth").write_text(sysconfig.get_path("purelib"))
   offline = ("--quiet", "--no-index", "--no-deps")
   run(sys.executable, "-m", "pip", "--python", python, "install", *offline, wheel)
@@ -104,8 +108,10 @@ def test_the_wheel_has_every_file_under_one_name(wheel):
   assert tops == {"freqformer"}
 
 
-def test_attention_and_a_method_run(environment):
-  run(environment / "bin" / "python", "-c", USE)
+def test_names_and_commands_without_the_extra(environment):
+  said = run(environment / "bin" / "python", "-c", USE, code=2)
+  assert "freqformer-eval freqformer-simulate freqformer-sweep freqformer-train\n" in said
+  assert "pip install 'freqformer[video]'" in said
 
 
 def test_simulate_runs(environment):
@@ -114,42 +120,14 @@ def test_simulate_runs(environment):
   assert "radial" in text and "dense" in text
 
 
-@pytest.mark.parametrize("command", ["freqformer-eval", "freqformer-sweep"])
-def test_commands_start(environment, command):
-  """Their help names their own flags; absl ends with 1 after it."""
-  done = call(environment / "bin" / command, "--help")
-  assert "--workdir" in done.stdout or "--study" in done.stdout, done.stderr[-2000:]
-
-
-def test_a_missing_extra_is_named(environment):
-  """Without PyAV the Python names still work; the commands say how to get it."""
-  code = "import sys; sys.modules['av'] = None\n"
-  code += "from freqformer import VideoDiT, entries, load_run, sample\nentries.train()"
-  done = call(environment / "bin" / "python", "-c", code)
-  assert done.returncode == 2 and "pip install 'freqformer[video]'" in done.stderr, done.stderr
-
-
 def test_train_takes_a_config_from_anywhere(environment, tmp_path):
   """The file's own error is answered: it was found, read and completed with defaults."""
   path = tmp_path / "mine.py"
   path.write_text(
     "from ml_collections import ConfigDict\n\ndef get_config():\n  return ConfigDict()"
   )
-  command = [environment / "bin" / "freqformer-train", f"--config={path}", "--dry_run"]
-  done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-  assert done.returncode == 2 and "config.data lacks source, root" in done.stderr, done.stderr
-
-
-def requirements(name: str) -> dict[str, Requirement]:
-  """The requirements of a file and of those that it includes, by name."""
-  found = {}
-  for line in (ROOT / name).read_text().splitlines():
-    if line.startswith("-r "):
-      found |= requirements(line.removeprefix("-r "))
-    elif line and not line.startswith("#"):
-      requirement = Requirement(line)
-      found[requirement.name.replace("_", "-")] = requirement
-  return found
+  command = (environment / "bin" / "freqformer-train", f"--config={path}", "--dry_run")
+  assert "config.data lacks source, root" in run(*command, code=2)
 
 
 @pytest.mark.parametrize(
@@ -162,12 +140,16 @@ def requirements(name: str) -> dict[str, Requirement]:
 )
 def test_pinned_files_follow_the_project(name, extras):
   """Each file has the project's dependencies, in versions that the project allows."""
-  lines = PROJECT["dependencies"] + sum((PROJECT["optional-dependencies"][e] for e in extras), [])
-  wanted = {}
-  for requirement in map(Requirement, lines):
-    if requirement.name != "freqformer":
-      wanted[requirement.name.replace("_", "-")] = requirement
-  pinned = requirements(name)
+
+  def by_name(lines):
+    found = [Requirement(line) for line in lines if line and line[0] not in "#-"]
+    return {canonicalize_name(requirement.name): requirement for requirement in found}
+
+  extra = sum((PROJECT["optional-dependencies"][e] for e in extras), [])
+  wanted = by_name(PROJECT["dependencies"] + extra)
+  wanted.pop("freqformer", None)
+  files = dict.fromkeys(("requirements.txt", name))  # which the others include
+  pinned = by_name(sum(((ROOT / file).read_text().splitlines() for file in files), []))
   assert pinned.keys() - {"jaxlib"} == wanted.keys()  # jaxlib comes with jax
   for key, requirement in wanted.items():
     for version in re.findall(r"==([\d.]+)", str(pinned[key].specifier)):

@@ -35,7 +35,7 @@ def run(main: Callable):
   logging.set_verbosity(logging.INFO)
   logging.get_absl_handler().setFormatter(None)
   logging.get_absl_handler().addFilter(_ours_or_error)
-  app.run(guarded(main), flags_parser=parse)
+  app.run(guarded(main), flags_parser=guarded(parse))
 
 
 def gpu_wheels_without_gpu() -> bool:
@@ -57,9 +57,9 @@ def guarded(main: Callable) -> Callable:
   """Wraps `main` so that its refusals end the process with one sentence."""
 
   @functools.wraps(main)
-  def run_main(argv):
+  def run_main(*args):
     try:
-      return main(argv)
+      return main(*args)
     except (ConfigError, NoImplementation) as error:
       _fail(error)
     except (FileExistsError, NotADirectoryError) as error:
@@ -88,8 +88,10 @@ def _fail(error) -> NoReturn:
 def parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
   """Parses flags into `values` and returns what is left over, at most the program's name.
 
-  The config file and its overrides are checked before ml_collections sees them. Arguments that
-  belong to no flag and numbers that are not finite are refused.
+  The config file and its overrides are checked before ml_collections sees them.
+
+  Raises:
+    ConfigError: a value is wrong, an argument belongs to no flag, or a number is not finite.
   """
   config = {}
   try:
@@ -101,12 +103,12 @@ def parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
   except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
     # The text of a KeyError is its message in quotes.
     message = error.args[0] if isinstance(error, KeyError) and error.args else error
-    _fail(str(message).replace("\n", " "))
+    raise ConfigError(str(message).replace("\n", " ")) from error
   if rest[1:]:
-    _fail(_left_over(rest[1], config))
+    raise ConfigError(_left_over(rest[1], config))
   for name, value in values.flag_values_dict().items():
     if isinstance(value, float) and not math.isfinite(value):
-      _fail(f"--{name}={value} must be a finite number.")
+      raise ConfigError(f"--{name}={value} must be a finite number.")
   return rest
 
 

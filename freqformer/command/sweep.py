@@ -20,7 +20,7 @@ from collections.abc import Callable
 from absl import flags, logging
 
 from freqformer.command import cli
-from freqformer.command.files import check_keys, define_config, load_config, read_config
+from freqformer.command.files import define_config, load_config
 from freqformer.config import ConfigError
 from freqformer.pages.text import aligned
 from freqformer.train import metrics
@@ -48,12 +48,10 @@ def _resolve(config_path, overrides: dict) -> Experiment:
   values = flags.FlagValues()
   config = define_config(values, argv)
   try:
-    check_keys(read_config(config_path), overrides)
-    values(argv)
+    cli.parse(argv, values)
     return experiment(config.value)
-  except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
-    text = str(error.args[0] if error.args else error).replace("\n", " ")
-    raise ConfigError(f"trial {trial_name(overrides)}: {text}") from error
+  except ConfigError as error:
+    raise ConfigError(f"trial {trial_name(overrides)}: {error}") from error
 
 
 def _flags(overrides: dict) -> list[str]:

@@ -52,21 +52,7 @@ class LatentCache:
     statistics: of the training views, also in a validation cache.
   """
 
-  def __init__(self, path: pathlib.Path, manifest: dict):
-    """Use `LatentCache.open`."""
-    self.path = path
-    self.manifest = manifest
-    self.latent_shape = tuple(manifest["latent_shape"])
-    self.video_shape = tuple(manifest["video_shape"])
-    self.class_names = list(manifest["class_names"])
-    self.statistics = LatentStatistics.from_json(manifest["statistics"])
-    self.codec = make_codec(build(CodecConfig, manifest["protocol"]["codec"], "data.codec"))
-    self._records = grain.sources.ArrayRecordDataSource(
-      [str(path / shard["file"]) for shard in manifest["shards"]]
-    )
-
-  @classmethod
-  def open(cls, path: pathlib.Path, protocol: str | None = None) -> "LatentCache":
+  def __init__(self, path: pathlib.Path, protocol: str | None = None):
     """Opens a cache.
 
     Args:
@@ -99,7 +85,16 @@ class LatentCache:
         raise ConfigError(
           f"The cache {path} is damaged: {name} is missing or not {size} bytes; delete the folder."
         )
-    return cls(path, manifest)
+    self.path = path
+    self.manifest = manifest
+    self.latent_shape = tuple(manifest["latent_shape"])
+    self.video_shape = tuple(manifest["video_shape"])
+    self.class_names = list(manifest["class_names"])
+    self.statistics = LatentStatistics.from_json(manifest["statistics"])
+    self.codec = make_codec(build(CodecConfig, manifest["protocol"]["codec"], "data.codec"))
+    self._records = grain.sources.ArrayRecordDataSource(
+      [str(path / shard["file"]) for shard in manifest["shards"]]
+    )
 
   def __len__(self) -> int:
     return self.manifest["records"]
@@ -138,11 +133,11 @@ def prepare(config: DataConfig, split: str) -> LatentCache:
   """
   path = cache_path(config, split)
   if path.exists():
-    cache = LatentCache.open(path, config.protocol_hash)
+    cache = LatentCache(path, config.protocol_hash)
     _check_source(cache, config, split)
     train = cache_path(config, "train")
     if train.exists():
-      wanted = LatentCache.open(train).statistics.to_json()
+      wanted = LatentCache(train).statistics.to_json()
       if cache.statistics.to_json() != wanted:
         raise ConfigError(
           f"The cache {path} is normalised with other statistics than {train}: delete {path}."
@@ -156,7 +151,7 @@ def prepare(config: DataConfig, split: str) -> LatentCache:
   with _whole_folder(path, len(listing.clips) * clip_bytes + (1 << 20)) as folder:
     manifest = _encode_into(folder, config, split, listing, statistics)
     (folder / "manifest.json").write_text(json.dumps(manifest))
-  return LatentCache.open(path)
+  return LatentCache(path)
 
 
 # ---- writing ----------------------------------------------------------------------------------
@@ -176,10 +171,7 @@ def _encode_into(
   writer = ArrayRecordWriter(str(folder / _RECORDS), "group_size:1,uncompressed")
   records = 0
   clips = []
-  skipped = [
-    {"key": key, "reason": reason, "label": None, "bytes": None}
-    for key, reason in listing.missing.items()
-  ]
+  skipped = [{"key": key, "reason": reason} for key, reason in listing.missing.items()]
   encoded = contextlib.closing(encode_all(config, codec, split, listing.clips))
   bar = tqdm(total=len(listing.clips), desc=f"encoding {split}", unit="clip")
   with bar, encoded as results:
@@ -232,14 +224,13 @@ def _report(skipped: list[dict], used: int, config: DataConfig, split: str) -> N
     raise ConfigError(
       f"None of the {len(skipped)} {split} clips under {config.root!r} can be used{example}."
     )
-  if not skipped:
-    return
-  lines = [f"  {entry['key']}: {entry['reason']}" for entry in skipped[:_REPORTED]]
-  if len(skipped) > _REPORTED:
-    lines.append(f"  ... and {len(skipped) - _REPORTED} more, all in the manifest")
-  total = used + len(skipped)
-  text = "\n".join(lines)
-  logging.warning("%d of %d %s clips could not be used:\n%s", len(skipped), total, split, text)
+  if skipped:
+    lines = [f"  {entry['key']}: {entry['reason']}" for entry in skipped[:_REPORTED]]
+    if len(skipped) > _REPORTED:
+      lines.append(f"  ... and {len(skipped) - _REPORTED} more, all in the manifest")
+    total = used + len(skipped)
+    text = "\n".join(lines)
+    logging.warning("%d of %d %s clips could not be used:\n%s", len(skipped), total, split, text)
 
 
 @contextlib.contextmanager
@@ -303,7 +294,7 @@ def _check_source(cache: LatentCache, config: DataConfig, split: str) -> None:
     logging.warning("Using the cache %s without its videos: %s", cache.path, error)
     return
   entries = cache.manifest["clips"] + cache.manifest["skipped"]
-  known = {entry["key"]: entry for entry in entries if entry["bytes"] is not None}
+  known = {entry["key"]: entry for entry in entries if entry.get("bytes") is not None}
   new = [clip.key for clip in clips if clip.key not in known]
   changed = [c.key for c in clips if c.key in known and not _is_same(c, known[c.key])]
   gone = {entry["key"] for entry in cache.manifest["clips"]} - {clip.key for clip in clips}

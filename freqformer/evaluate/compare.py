@@ -19,9 +19,10 @@ from freqformer.evaluate.draw import Drawn, draw
 from freqformer.evaluate.lpips import load_lpips
 from freqformer.evaluate.restore import Run, load_run
 
-METRICS = ("psnr", "ssim", "lpips")
 # Compares videos with a reference, both uint8 `[b, t, y, x, 3]`: one number per video, `[b]`.
 Metric = Callable[[np.ndarray, np.ndarray], np.ndarray]
+# LPIPS is loaded from its weights.
+METRICS: dict[str, Metric | None] = {"psnr": quality.psnr, "ssim": quality.ssim, "lpips": None}
 
 
 def split_methods(text: str) -> list[str]:
@@ -41,18 +42,16 @@ def metric_functions(names: Iterable[str], lpips_weights=None) -> dict[str, Metr
   Raises:
     ConfigError: a name is unknown, or LPIPS has no weights.
   """
-  known = {"psnr": quality.psnr, "ssim": quality.ssim}
-  chosen = {}
+  names = list(names)
   for name in names:
     if name not in METRICS:
       raise ConfigError(f"metric {name!r} is unknown; {did_you_mean(name, METRICS)}")
-    if name in known:
-      chosen[name] = known[name]
-    elif not lpips_weights:
+    if name == "lpips" and not lpips_weights:
       raise ConfigError(
         "lpips needs its weights: give --lpips_weights=FILE (freqformer/evaluate/lpips.py says how "
         "to write it; nothing is downloaded), or leave it out of --metrics."
       )
+  chosen = {name: METRICS[name] for name in names}
   if lpips_weights:
     chosen["lpips"] = load_lpips(lpips_weights)
   return chosen

@@ -12,7 +12,9 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
@@ -104,18 +106,30 @@ def load_masks(path) -> RunMasks:
     return RunMasks(tuple(tables), data["index"], data["density"])
 
 
-def density_picture(density: np.ndarray) -> Figure:
-  """Draws density `[steps, layers, heads]`, heads averaged: steps to the right, layers down."""
-  figure = Figure(figsize=(6, 3.2), dpi=100, layout="constrained")
+def density_picture(density: np.ndarray, title: str = "density: scored pairs / n²") -> Figure:
+  """Draws density `[steps, layers, heads]`: steps to the right, layers and their heads down."""
+  steps, layers, heads = density.shape
+  # Inches; the axis's label needs 2 of them.
+  size = (6.5, min(6, max(2, 1.3 + 0.09 * layers * heads)))
+  figure = Figure(figsize=size, dpi=100, layout="constrained")
   axis = figure.add_subplot()
-  image = axis.imshow(
-    density.mean(-1).T, aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest"
-  )
-  axis.set(xlabel="sampling step", ylabel="layer", title="density: scored pairs / n²")
-  for ticks in (axis.xaxis, axis.yaxis):
-    ticks.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-  figure.colorbar(image, label="density, mean over heads")
+  image = heat(axis, density.reshape(steps, -1).T, heads)
+  axis.set_yticks(np.arange(layers) * heads, [f"{i}.0" for i in range(layers)])
+  axis.set(xlabel="sampling step", title=title)
+  axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+  figure.colorbar(image, label="density")
   return figure
+
+
+def heat(axis: Axes, values: np.ndarray, heads: int) -> AxesImage:
+  """Draws `[layers * heads, columns]` of numbers in [0, 1], with a line between layers."""
+  image = axis.imshow(
+    values, vmin=0, vmax=1, aspect="auto", cmap="viridis", interpolation="nearest"
+  )
+  rows, columns = values.shape
+  axis.hlines(np.arange(heads, rows, heads) - 0.5, -0.5, columns - 0.5, color="white", lw=1)
+  axis.set_ylabel("layer.head")
+  return image
 
 
 class MaskRecorder:

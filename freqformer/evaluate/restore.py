@@ -52,9 +52,7 @@ class Run:
 
   def decode(self, latents) -> np.ndarray:
     """Decodes normalised latents `[b, t, y, x, c]` to video, uint8 `[b, t, y, x, 3]`."""
-    # Early records hold only the statistics that decoding needs.
-    statistics = {name: self.record["statistics"][name] for name in ("mean", "std")}
-    raw = LatentStatistics.from_json(statistics).denormalise(np.asarray(latents))
+    raw = LatentStatistics.from_json(self.record["statistics"]).denormalise(latents)
     codec = make_codec(self.experiment.data.codec)
     return codec.decode(raw, tuple(self.record["video_shape"][:3]))
 

@@ -10,21 +10,20 @@ from collections.abc import Mapping
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from freqformer.evaluate.quality import difference
+from freqformer.evaluate.record_masks import density_picture
 from freqformer.pages.html import (
   absent,
   facts,
-  heat,
   image,
   page,
-  panels,
   picture,
   plain_facts,
   section,
   table,
+  text,
   video,
 )
 from freqformer.pages.mp4 import write_mp4
@@ -99,29 +98,25 @@ def slug(name: str) -> str:
 
 def text_table(rows: list[dict]) -> str:
   """Returns the rows of a comparison as plain text."""
-  names = list(rows[-1]["quality"] or {})
-  lines = [["method", "density", "attention", "total", "compile", "per sample", *names]]
+  return aligned([[text(value) for value in line] for line in _lines(rows)])
+
+
+def _lines(rows: list[dict]) -> list[list]:
+  """Returns the head and the rows of the table of figures."""
+  metrics = list(rows[-1]["quality"] or {})
+  lines = [["method", *(_UNITS[metric] for metric in metrics), *_COLUMNS.values()]]
   for row in rows:
-    shares = [row["density"], row["attention_flops_over_dense"], row["total_flops_over_dense"]]
-    seconds = [f"{row['compile_seconds']:.1f} s", f"{row['seconds_per_sample']:.2f} s"]
-    judged = (row["quality"] or dict.fromkeys(names, "reference")).values()
-    quality = [x if isinstance(x, str) else f"{x:.3f}" for x in judged]
-    lines.append([row["method"], *(f"{x:.3f}" for x in shares), *seconds, *quality])
-  return aligned(lines)
+    quality = row["quality"] or {}
+    lines.append([row["method"], *map(quality.get, metrics), *(row[key] for key in _COLUMNS)])
+  return lines
 
 
 def _figures(result: dict) -> str:
-  rows = result["rows"]
-  metrics = list(rows[-1]["quality"] or {})
-  head = ["method", *(_UNITS[metric] for metric in metrics), *_COLUMNS.values()]
-  numbers = []
-  for row in rows:
-    quality = row["quality"] or {}
-    numbers.append([row["method"], *map(quality.get, metrics), *(row[key] for key in _COLUMNS)])
+  head, *numbers = _lines(result["rows"])
   found = table(head, numbers)
   if "flops_are" in result:
     found += f"<p>FLOPs are {html.escape(result['flops_are'])}</p>"
-  if "lpips" not in metrics:
+  if _UNITS["lpips"] not in head:
     found += absent("LPIPS was not measured: it needs --lpips_weights.")
   return found
 
@@ -151,13 +146,7 @@ def _videos(videos: Mapping[str, np.ndarray], captions: list[str], paths: dict) 
 def _density(rows: list[dict]) -> str:
   parts = []
   for row in rows:
-    density = np.asarray(row["density_by_step_layer_head"])  # [steps, layers, heads]
-    steps, layers, heads = density.shape
-    figure, (axis,) = panels(1, 6.5, min(6, 1.3 + 0.09 * layers * heads))
-    shown = heat(axis, density.reshape(steps, -1).T, heads)
-    axis.set_yticks(np.arange(layers) * heads, [f"{i}.0" for i in range(layers)])
-    axis.set(xlabel="step", title=f"{row['method']}: mean {row['density']:.3f}")
-    figure.colorbar(shown, label="density")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    density = np.asarray(row["density_by_step_layer_head"])
+    figure = density_picture(density, f"{row['method']}: mean {row['density']:.3f}")
     parts.append(image(figure, f"density of {row['method']}"))
   return "".join(parts)

@@ -6,10 +6,8 @@ import io
 import pathlib
 from collections.abc import Iterable, Sequence
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2937; max-width: 1000px; margin: 2em auto }
@@ -116,17 +114,6 @@ def video(path: pathlib.Path, caption: str, below: str = "") -> str:
     f'src="data:video/mp4;base64,{encoded}"></video>{below}'
     f"<figcaption>{html.escape(caption)}</figcaption></figure>"
   )
-
-
-def heat(axis: Axes, values: np.ndarray, heads: int) -> AxesImage:
-  """Draws `[layers * heads, columns]` of numbers in [0, 1], with a line between layers."""
-  image = axis.imshow(
-    values, vmin=0, vmax=1, aspect="auto", cmap="viridis", interpolation="nearest"
-  )
-  rows, columns = values.shape
-  axis.hlines(np.arange(heads, rows, heads) - 0.5, -0.5, columns - 0.5, color="white", lw=1)
-  axis.set_ylabel("layer.head")
-  return image
 
 
 def panels(count: int, width: float = 9.5, height: float = 3.0) -> tuple[Figure, list[Axes]]:

@@ -6,7 +6,6 @@ Each section reads some files of the run and names them. A section whose file is
 the others are shown.
 """
 
-import functools
 import html
 import json
 import pathlib
@@ -20,11 +19,10 @@ from matplotlib.ticker import MaxNLocator
 
 from freqformer.command import cli
 from freqformer.config import ConfigError
-from freqformer.pages.files import Absent, metric_rows, missing, read_json, series
+from freqformer.evaluate.record_masks import heat
 from freqformer.pages.html import (
   absent,
   facts,
-  heat,
   image,
   page,
   panels,
@@ -33,6 +31,7 @@ from freqformer.pages.html import (
   table,
   video,
 )
+from freqformer.train.metrics import read
 from freqformer.train.resume import change_text
 
 _COLOURS = ("#3b6fb6", "#e0a030", "#b5483f", "#4f8f5b", "#7a5ca8", "#6b7280")
@@ -51,32 +50,69 @@ _LAST = {
 }
 _BAR = 0.27  # distance of bars that belong together, in units of an axis with steps of 1
 
-# Makes the HTML of each section from the run's folder, by title.
-SECTIONS: dict[str, Callable[[pathlib.Path], str]] = {}
+
+class Absent(Exception):
+  """A section cannot be shown; the message says why and is shown instead."""
+
+
+def _missing(name: str, writer: str) -> Absent:
+  return Absent(f"this run has no {name} (written by {writer}).")
+
+
+def _read_json(workdir: pathlib.Path, name: str, writer: str = "train.py"):
+  """Reads a JSON file of the run; raises Absent if it is not there, or not JSON."""
+  path = workdir / name
+  if not path.exists():
+    raise _missing(name, writer)
+  try:
+    return json.loads(path.read_text())
+  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    raise Absent(f"{name} is not valid JSON ({error}).") from error
+
+
+def _metric_rows(workdir: pathlib.Path, kind: str) -> list[dict]:
+  """Returns the lines of metrics.jsonl of a kind: train, val or val_soft."""
+  path = workdir / "metrics.jsonl"
+  if not path.exists():
+    raise _missing("metrics.jsonl", "train.py")
+  return [row for row in read(path) if row["kind"] == kind]
+
+
+def _series(rows: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
+  """Returns steps and finite values of a key, `[n]` both."""
+  pairs = np.array([(row["step"], row[key]) for row in rows if key in row], np.float64)
+  pairs = pairs.reshape(-1, 2)
+  return tuple(pairs[np.isfinite(pairs[:, 1])].T)
+
+
+# Source, intro and function of each section, by title.
+SECTIONS: dict[str, tuple[str, str, Callable[[pathlib.Path], str]]] = {}
 
 
 def shown(title: str, source: str, intro: str) -> Callable:
-  """Makes a section of the decorated function; if that fails, the reason is shown in its place.
+  """Makes a section of the decorated function, which makes HTML from the run's folder.
 
   `source` names the files of the run that it shows, `intro` is one sentence.
   """
 
-  def register(body: Callable[[pathlib.Path], str]) -> Callable[[pathlib.Path], str]:
-    @functools.wraps(body)
-    def show(workdir: pathlib.Path) -> str:
-      try:
-        inner = body(workdir)
-      except Absent as reason:
-        inner = absent(f"Not shown: {reason}")
-      except (AttributeError, LookupError, TypeError, ValueError) as error:
-        logging.exception("the report's section %r cannot be drawn", title)
-        inner = absent(f"Not shown: {source} has another form than expected ({error!r}).")
-      return section(title, intro, inner, source)
-
-    SECTIONS[title] = show
-    return show
+  def register(body: Callable[[pathlib.Path], str]):
+    SECTIONS[title] = (source, intro, body)
+    return body
 
   return register
+
+
+def _show(workdir: pathlib.Path, title: str) -> str:
+  """Returns a section; if its function fails, the reason is shown in its place."""
+  source, intro, body = SECTIONS[title]
+  try:
+    inner = body(workdir)
+  except Absent as reason:
+    inner = absent(f"Not shown: {reason}")
+  except (AttributeError, LookupError, TypeError, ValueError) as error:
+    logging.exception("the report's section %r cannot be drawn", title)
+    inner = absent(f"Not shown: {source} has another form than expected ({error!r}).")
+  return section(title, intro, inner, source)
 
 
 def write_report(workdir) -> pathlib.Path:
@@ -90,7 +126,7 @@ def write_report(workdir) -> pathlib.Path:
     raise ConfigError(f"{workdir} is no folder; give --workdir the folder of a run.")
   title = f"FreqFormer run: {workdir.resolve().name}"
   path = workdir / "report.html"
-  sections = [show(workdir) for show in SECTIONS.values()]
+  sections = [_show(workdir, title) for title in SECTIONS]
   path.write_text(page(title, sections), encoding="utf-8")
   return path
 
@@ -109,7 +145,7 @@ _RUN_NAMES = {
 
 @shown("Run", "run.json", "What ran, on what, and how long each part took.")
 def _run(workdir: pathlib.Path) -> str:
-  run = {"seconds": {}, "versions": {}, "changes": [], **read_json(workdir, "run.json")}
+  run = {"seconds": {}, "versions": {}, "changes": [], **_read_json(workdir, "run.json")}
   rows = []
   if run.get("finished") is False:
     rows.append(("state", "training has not finished"))
@@ -130,7 +166,7 @@ def _run(workdir: pathlib.Path) -> str:
 def _samples(workdir: pathlib.Path) -> str:
   names = sorted(path.stem for path in (workdir / "samples").glob("*.mp4"))
   if not names:
-    raise missing("samples/*.mp4")
+    raise _missing("samples/*.mp4", "eval.py")
   cards = []
   for name in names[:_MAX_CLASSES]:
     generated = video(workdir / "samples" / f"{name}.mp4", "generated")
@@ -142,18 +178,18 @@ def _samples(workdir: pathlib.Path) -> str:
   if len(names) > _MAX_CLASSES:
     found += f"<p>{len(names) - _MAX_CLASSES} further classes are in samples/.</p>"
   if (workdir / "samples" / "sampling.json").exists():
-    details = facts(plain_facts(read_json(workdir, "samples/sampling.json")))
+    details = facts(plain_facts(_read_json(workdir, "samples/sampling.json")))
     found += f"<details><summary>How they were sampled</summary>{details}</details>"
   return found
 
 
 @shown("Losses", "metrics.jsonl", "The velocity error in training and on held-out clips.")
 def _losses(workdir: pathlib.Path) -> str:
-  train = metric_rows(workdir, "train")
+  train = _metric_rows(workdir, "train")
   if not train:
     raise Absent("metrics.jsonl has no training line yet.")
   figure, (left, right) = panels(2)
-  steps, loss = series(train, "loss")
+  steps, loss = _series(train, "loss")
   left.plot(steps, loss, color=_COLOURS[0], alpha=0.3, lw=0.8, label="train")
   if len(loss):
     weights = (1 - 1 / max(1, len(loss) / 15)) ** np.arange(len(loss))  # of an exponential mean
@@ -161,18 +197,18 @@ def _losses(workdir: pathlib.Path) -> str:
     left.plot(steps, smooth, color=_COLOURS[0], label="train, smoothed")
   validations = {"val": "validation", "val_soft": "validation, soft routing"}
   for colour, (kind, label) in zip(_COLOURS[2:0:-1], validations.items(), strict=True):
-    steps, loss = series(metric_rows(workdir, kind), "loss")
+    steps, loss = _series(_metric_rows(workdir, kind), "loss")
     if len(steps):
       left.plot(steps, loss, "o-", ms=4, color=colour, label=label)
   left.set(xlabel="step", ylabel="velocity loss (mean square)")
   left.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
-  right.plot(*series(train, "grad_norm"), color=_GREY, lw=0.9)
+  right.plot(*_series(train, "grad_norm"), color=_GREY, lw=0.9)
   right.set(xlabel="step", ylabel="gradient norm", yscale="log")
   for axis in (left, right):
     axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
   last = []
   for key, name in _LAST.items():
-    _, values = series(train, key)
+    _, values = _series(train, key)
     if len(values):
       last.append((name, float(values[-1])))
   return image(figure, "loss over steps") + facts(last)
@@ -184,12 +220,12 @@ def _losses(workdir: pathlib.Path) -> str:
   "A model no better than the linear predictor has learned only channel statistics.",
 )
 def _buckets(workdir: pathlib.Path) -> str:
-  rows = [row for row in metric_rows(workdir, "val") if row.get("buckets")]
+  rows = [row for row in _metric_rows(workdir, "val") if row.get("buckets")]
   if not rows:
     raise Absent("metrics.jsonl has no validation line with buckets yet.")
   last = rows[-1]
   bars = {"model": last["buckets"]}
-  for row in metric_rows(workdir, "val_soft"):
+  for row in _metric_rows(workdir, "val_soft"):
     if row["step"] == last["step"] and row.get("buckets"):
       bars.setdefault("model, soft routing", row["buckets"])
   colours = dict(zip(bars, _COLOURS, strict=False))
@@ -216,8 +252,8 @@ def _buckets(workdir: pathlib.Path) -> str:
   "Entropy 0: heads are decided. Density is the chosen branches, cost all that ran.",
 )
 def _router(workdir: pathlib.Path) -> str:
-  rows = metric_rows(workdir, "train")
-  curves = {label: series(rows, key) for key, label in _ROUTER.items()}
+  rows = _metric_rows(workdir, "train")
+  curves = {label: _series(rows, key) for key, label in _ROUTER.items()}
   curves = {label: curve for label, curve in curves.items() if len(curve[0])}
   if not curves:
     raise Absent("no training line has router_entropy, density or cost.")
@@ -253,7 +289,8 @@ def heatmap(routing: dict) -> Figure:
   "Which branch each head is given, by timestep: t near 1 is noise, t near 0 is video.",
 )
 def _routing(workdir: pathlib.Path) -> str:
-  routing = read_json(workdir, "routing.json")
+  writer = "train.py, at a validation, of a method with a router"
+  routing = _read_json(workdir, "routing.json", writer)
   names = routing["branches"]
   edges = routing["bucket_edges"]
   labels = [f"{low:g} – {high:g}" for low, high in zip(edges, edges[1:], strict=False)]
@@ -284,7 +321,7 @@ _FLOP_UNITS = {1e12: "TFLOP", 1e9: "GFLOP", 1e6: "MFLOP"}
 
 @shown("Cost", "cost.json", "What attention costs, counted and, where a time is given, measured.")
 def _cost(workdir: pathlib.Path) -> str:
-  rows = read_json(workdir, "cost.json")
+  rows = _read_json(workdir, "cost.json", "make demo")
   most = max(row["attention_flops"] + row["linear_flops"] for row in rows)
   scale = next((scale for scale in _FLOP_UNITS if most >= scale), 1e6)
   unit = _FLOP_UNITS[scale]
@@ -328,7 +365,7 @@ def _cost_chart(rows: list[dict], dense: dict) -> Figure:
 )
 def _evaluation(workdir: pathlib.Path) -> str:
   names = {"samples": "samples", "real_val": "real validation clips", "chance": "chance"}
-  result = read_json(workdir, "evaluation.json")["classifier"]
+  result = _read_json(workdir, "evaluation.json", "make demo")["classifier"]
   rows = [(label, float(result[key])) for key, label in names.items()]
   remark = f"<p>{result['count']} samples were classified.</p>"
   return table(["clips", "accuracy, share"], rows) + remark
@@ -336,7 +373,7 @@ def _evaluation(workdir: pathlib.Path) -> str:
 
 @shown("Config", "config.json", "Every setting of the run.")
 def _config(workdir: pathlib.Path) -> str:
-  text = html.escape(json.dumps(read_json(workdir, "config.json"), indent=2))
+  text = html.escape(json.dumps(_read_json(workdir, "config.json"), indent=2))
   return f"<details><summary>Show the full config</summary><pre>{text}</pre></details>"
 
 

@@ -1,8 +1,18 @@
-"""Commands as a user runs them, in processes of their own, on a small rendered data set."""
+"""Commands as a user runs them, on a small rendered data set.
 
+They run in this process: to import JAX is most of what a process of their own would cost.
+"""
+
+import contextlib
+import io
+import logging
 import pathlib
-import subprocess
+import runpy
 import sys
+import types
+
+import jax
+from absl import flags
 
 from freqformer.data.render import RenderedSet, render_ucf101
 
@@ -15,18 +25,31 @@ def render(place, classes):
   render_ucf101(place / "ucf", sizes)
 
 
-def command(place, script, *args):
-  """The command line of a script of the checkout; train.py takes the tiny config and the data."""
-  flags = []
+def call(place, script, *args, code=0):
+  """Returns what a script printed and logged; it must end with `code` and without a traceback.
+
+  train.py takes the tiny config and the data in `place`.
+  """
   if script == "train.py":
     data = (f"--config.data.root={place / 'ucf'}", f"--config.data.cache={place / 'cache'}")
-    flags = [f"--config={TINY}", *data]
-  return [sys.executable, str(ROOT / script), *flags, *args]
-
-
-def call(place, script, *args, code=0):
-  """Returns what a script printed, which must end with `code` and without a traceback."""
-  line = command(place, script, *args)
-  done = subprocess.run(line, capture_output=True, text=True, cwd=place, timeout=300)
-  assert done.returncode == code and "Traceback" not in done.stderr, done.stderr[-3000:]
-  return done
+    args = (f"--config={TINY}", *data, *args)
+  caches = jax.config.jax_compilation_cache_dir
+  out, err = io.StringIO(), io.StringIO()
+  log = logging.StreamHandler(err)
+  argv, sys.argv = sys.argv, [script, *args]
+  logging.getLogger("absl").addHandler(log)
+  try:
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.chdir(place):
+      runpy.run_path(str(ROOT / script), run_name="__main__")
+  except SystemExit as end:
+    assert (end.code or 0) == code, err.getvalue()[-3000:]
+  finally:
+    sys.argv = argv
+    logging.getLogger("absl").removeHandler(log)
+    jax.config.update("jax_compilation_cache_dir", caches)
+    for name in set(flags.FLAGS):  # the next script has flags of its own
+      module = flags.FLAGS.find_module_defining_flag(name)
+      if name.split(".")[0] == "config" or module.startswith(str(ROOT)):
+        delattr(flags.FLAGS, name)
+  assert "Traceback" not in err.getvalue(), err.getvalue()[-3000:]
+  return types.SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())

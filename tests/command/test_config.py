@@ -10,7 +10,7 @@ from freqformer.kernels.block_sparse.api import attention
 
 from freqformer.command import cli
 from freqformer.command.files import define_config, read_config
-from freqformer.config import ConfigError, build, require, split_outside_brackets, with_defaults
+from freqformer.config import ConfigError, build, require, with_defaults
 from freqformer.methods.freqformer import FreqFormer
 from freqformer.methods.head_profile import ProfileConfig
 from freqformer.methods.registry import METHODS
@@ -41,13 +41,10 @@ class Outer:
       raise ValueError(f"{self.steps=} must be >= 0.")
 
 
-def test_builds():
-  values = dict(steps=3, inner=dict(rate=1, size=[3, 4]), choice=[1, 2])
-  assert build(Outer, values) == Outer(3, "a", Inner(1.0, (3, 4)), (1, 2))
-
-
 def test_a_group_in_part_keeps_the_rest_of_its_fields_default():
   """`profile` of FreqFormer is not `ProfileConfig()`: what a config leaves out is FreqFormer's."""
+  values = dict(steps=3, inner=dict(rate=1), choice=[1, 2])
+  assert build(Outer, values) == Outer(3, "a", Inner(1.0, (1, 2)), (1, 2))
   profile = build(FreqFormer, dict(profile=dict(rows=8))).profile
   assert profile == dataclasses.replace(FreqFormer().profile, rows=8) != ProfileConfig(rows=8)
   full = with_defaults(FreqFormer, dict(profile=dict(rows=8), unknown=1))
@@ -85,29 +82,18 @@ def test_refusals(values, message):
   assert message in str(error.value)
 
 
-def test_commas_outside_brackets():
-  text = "dense, a(b=(1, 2), c=[d,e]) ,radial,"
-  assert split_outside_brackets(text) == ["dense", "a(b=(1, 2), c=[d,e])", "radial"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Numbers:
-  low: float = 1.0
-  high: tuple[int, ...] = (1, 2)
-
-
 @pytest.mark.parametrize(
   "values, bounds, message",
   [
-    (dict(low=float("inf")), dict(above=0), "low=inf must be above 0."),
-    (dict(low=float("nan")), dict(least=0, below=2), "low=nan must be at least 0 and below 2."),
-    (dict(high=(0, 2)), dict(least=1, most=2), "at least 1 and at most 2, in every entry."),
+    (dict(rate=float("inf")), dict(above=0), "rate=inf must be above 0."),
+    (dict(rate=float("nan")), dict(least=0, below=2), "rate=nan must be at least 0 and below 2."),
+    (dict(size=(0, 2)), dict(least=0.5, most=2), "at least 0.5 and at most 2, in every entry."),
   ],
 )
 def test_bounds_name_one_field(values, bounds, message):
-  require(Numbers(), "low high", least=1, most=2)
+  require(Inner(), "rate size", least=0.5, most=2)
   with pytest.raises(ValueError, match=message):
-    require(Numbers(**values), "low high", **bounds)
+    require(Inner(**values), "rate size", **bounds)
 
 
 def test_filled_in_defaults_are_no_change_of_a_run():
@@ -121,7 +107,8 @@ def experiment_of(*argv):
   config = define_config(values, argv)
   flags.DEFINE_float("guidance", None, "", flag_values=values)
   flags.DEFINE_bool("dry_run", False, "", flag_values=values)
-  return cli.guarded(lambda _: experiment(config.value))(cli.parse(argv, values))
+  cli.guarded(cli.parse)(argv, values)
+  return cli.guarded(lambda: experiment(config.value))()
 
 
 # Arguments, "@" for "--config.model.attention.", and a part of the answer.
@@ -131,12 +118,16 @@ REFUSED = [
   ("--config.train.lr=0", "config.train: lr=0.0 must be above 0."),
   ("--config.train.steps=0", "config.train: steps=0 must be at least 1."),
   ("--config.train.beta2=1.5", "beta2=1.5 must be at least 0 and below 1."),
-  ("--config.train.weight_decay=-3", "weight_decay=-3.0 must be at least 0."),
   ("--config.train.schedule=cosin", "must be one of constant, cosine; did you mean 'cosine'?"),
-  ("--config.train.stps=3", "config.train.stps does not exist; did you mean 'train.steps'?"),
   ("--config.train=3", "config.train is a group of keys; add one of them: .batch_size, "),
   ("@dense=3", "config.model.attention.dense is a group of keys; it has no keys"),
-  ("--config.sample.steps=0", "config.sample: steps=0 must be at least 1."),
+  ("--config.data.source=folders", "config.data: source='folders' must be one of ucf101, folder; "),
+  ("--config.data.split=4", "split=4 must be at least 0 and at most 3"),
+  ("--config.data.val_fraction=1.0", "val_fraction=1.0 must be above 0 and below 1"),
+  ("--config.data.resolution=(0,4)", "resolution=(0, 4) must be at least 1, in every entry"),
+  ("--config.data.codec.name=dtc", "config.data.codec: name='dtc' must be one of dct; did you"),
+  ("--config.data.codec.channels=999", "has 1 to 384 channels, got 999"),
+  ("--config.data.codec.factor=(0,8,8)", "factor=(0, 8, 8) must be at least 1"),
   ("--config.model.heads=5", "not divisible by 5 heads"),
   ("--config.seed=-1", "seed=-1 must be at least 0"),
   ("--guidance=nan", "--guidance=nan must be a finite number."),
@@ -151,7 +142,6 @@ REFUSED = [
   ("@freqformer.window=(0,2,2)", "attention.freqformer: window=(0, 2, 2) must be at least 1"),
   ("@freqformer.filter=w", "freqformer: filter='w' must be one of"),
   ("@freqformer.router.budget=1.5", "router: budget=1.5 must be above 0 and at most 1."),
-  ("@radial.deccay=0.5", "does not exist; did you mean 'model.attention.radial.decay'?"),
   ("@spatial_temporal.profile.row=8", "attention.spatial_temporal.profile.rows'?"),
   ("@radial.decay=0", "config.model.attention.radial: decay=0.0 must be above 0"),
   ("@method=radial(decay=0)", "config.model.attention.radial: decay=0.0 must be above 0"),
@@ -220,7 +210,7 @@ def test_what_else_ends_in_one_sentence(tmp_path, capsys):
     (lambda: attention(q, q, q, implementation="pallas_mgpu"), "it runs on NVIDIA GPUs"),
   ):
     with pytest.raises(SystemExit):
-      cli.guarded(lambda _, work=work: work())([])
+      cli.guarded(work)()
     assert answer in capsys.readouterr().err
 
 

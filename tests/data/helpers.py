@@ -1,13 +1,14 @@
-"""Tiny clips and data sets for tests, written with PyAV in UCF-101's own codec and container."""
+"""Tiny clips and data sets for tests."""
 
 import pathlib
-from fractions import Fraction
 
 import av
 import numpy as np
 
 from freqformer.data.codec import CodecConfig
 from freqformer.data.protocol import DataConfig
+from freqformer.data.render import write_avi
+from freqformer.pages.mp4 import write_mp4
 
 
 def moving_square(frames: int = 20, rows: int = 24, cols: int = 32, seed: int = 0) -> np.ndarray:
@@ -27,32 +28,27 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
   return float(np.mean(10 * np.log10(255.0**2 / np.maximum(error, 255.0**2 * 1e-10))))
 
 
-def write_clip(path: pathlib.Path, video: np.ndarray, fps: int = 25) -> pathlib.Path:
-  """Writes an .avi (mpeg4, tagged XVID) or whatever the suffix says; sizes must be even."""
+def write_clip(path: pathlib.Path, video: np.ndarray) -> pathlib.Path:
+  """Writes an .avi as UCF-101 has them, or the packets of an .mp4 in whatever the suffix says."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  with av.open(str(path), "w") as container:
-    stream = container.add_stream("mpeg4", rate=Fraction(fps))
-    if path.suffix == ".avi":
-      stream.codec_context.codec_tag = "XVID"
-    stream.height, stream.width, stream.pix_fmt = *video.shape[1:3], "yuv420p"
-    stream.codec_context.bit_rate = 4_000_000
-    for image in video:
-      container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-    container.mux(stream.encode())
+  if path.suffix == ".avi":
+    write_avi(path, video)
+    return path
+  write_mp4(path.with_suffix(".mp4"), video)
+  if path.suffix != ".mp4":
+    with av.open(str(path.with_suffix(".mp4"))) as source, av.open(str(path), "w") as target:
+      stream = target.add_stream_from_template(source.streams.video[0])
+      for packet in source.demux(video=0):
+        if packet.size:
+          packet.stream = stream
+          target.mux(packet)
   return path
 
 
 def config(root, cache, **changes) -> DataConfig:
   """A small folder config."""
-  values = dict(
-    source="folder",
-    root=str(root),
-    cache=str(cache),
-    resolution=(16, 24),
-    frames=4,
-    stride=2,
-    workers=2,
-  )
+  values = dict(source="folder", root=str(root), cache=str(cache), workers=2)
+  values |= dict(resolution=(16, 24), frames=4, stride=2)
   values["codec"] = CodecConfig(factor=(2, 4, 4), channels=24)
   return DataConfig(**(values | changes))
 

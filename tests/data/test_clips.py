@@ -7,13 +7,13 @@ import shutil
 import numpy as np
 import pytest
 
-from freqformer.config import ConfigError, build
+from freqformer.config import ConfigError
 from freqformer.data import decode as video
 from freqformer.data.cache import prepare
 from freqformer.data.clips import list_clips
 from freqformer.data.codec import CodecConfig
 from freqformer.data.decode import VideoFile, crop_resize
-from freqformer.data.protocol import BrokenClip, DataConfig, draw_view
+from freqformer.data.protocol import BrokenClip, draw_view
 from tests.data import helpers
 from tests.data.helpers import UCF_CLASSES, config, moving_square, psnr, write_clip
 
@@ -32,55 +32,27 @@ def ucf_config(root, **changes):
   return config(root, root / "cache", source="ucf101", **changes)
 
 
-SAME_LATENTS = dict(cache="elsewhere", workers=7, root="data/", split=2)
-OTHER_LATENTS = dict(
-  root="data2",
-  resolution=(24, 16),
-  frames=5,
-  stride=1,
-  crop="random",
-  flip=True,
-  views=2,
-  short="pad",
-  seed=1,
-  val_fraction=0.2,
-  max_clips=3,
-  codec=CodecConfig(factor=(2, 4, 4), channels=23),
-)
-
-
 def test_hash_covers_what_changes_latents_and_nothing_else():
-  base = config("data", "cache")
-  for values, same in ((SAME_LATENTS, True), (OTHER_LATENTS, False)):
-    for name, value in values.items():
-      changed = dataclasses.replace(base, **{name: value})
-      assert (changed.protocol_hash == base.protocol_hash) == same, name
-
-
-CONFIG = dict(
-  source="folder", root="x", resolution=[16, 24], frames=4, codec=dict(factor=[1, 4, 4], channels=8)
-)
-
-
-@pytest.mark.parametrize(
-  "wrong, words",
-  [
-    (dict(source="folders"), "config.data: source='folders' .* did you mean 'folder'"),
-    (dict(split=4), "split=4 must be at least 0 and at most 3"),
-    (dict(val_fraction=1.0), "above 0 and below 1"),
-    (dict(resolution=[0, 4]), "at least 1, in every entry"),
-  ],
-)
-def test_config_comes_from_a_dict_and_refuses_in_one_sentence(wrong, words):
-  assert build(DataConfig, CONFIG, "data").video_shape == (4, 16, 24)
-  with pytest.raises(ConfigError, match=words):
-    build(DataConfig, CONFIG | wrong, "data")
+  c = config("data", "cache")
+  read = {field.name for field in dataclasses.fields(c)} - {"cache", "workers", "split"}
+  assert c.protocol().keys() == read | {"version", "codec_version"}
+  for changes, same in (
+    (dict(root="data/"), True),
+    (dict(split=2), True),  # which only UCF-101 has
+    (dict(root="data2"), False),
+    (dict(codec=CodecConfig(factor=(2, 4, 4), channels=23)), False),
+    (dict(source="ucf101"), False),
+  ):
+    other = dataclasses.replace(c, **changes)
+    assert (other.protocol_hash == c.protocol_hash) == same, changes
+  ucf = dataclasses.replace(c, source="ucf101")
+  assert dataclasses.replace(ucf, val_fraction=0.2).protocol_hash == ucf.protocol_hash
+  assert dataclasses.replace(ucf, split=2).protocol_hash != ucf.protocol_hash
 
 
 def test_views_depend_on_seed_clip_and_number_only():
   c = config("x", "y", crop="random", flip=True, views=4)
   views = [draw_view(c, "train", "a/b.avi", i, 100, (48, 100)) for i in range(40)]
-  assert views == [draw_view(c, "train", "a/b.avi", i, 100, (48, 100)) for i in range(40)]
   assert len({v.start for v in views}) > 20 and len({v.box for v in views}) > 20
   assert all(0 <= v.start <= 93 and max(v.indices(4, 100)) <= 99 for v in views)
   assert all(a.flip != b.flip for a, b in itertools.pairwise(views))
@@ -105,13 +77,15 @@ def test_short_clips_are_padded_clamped_or_skipped():
     draw("clamp", 15)
 
 
-@pytest.mark.parametrize("suffix, fps", [(".avi", 25), (".mp4", 30), (".mkv", 8)])
-def test_chosen_frames_of_any_container(tmp_path, suffix, fps):
+@pytest.mark.parametrize("suffix", [".avi", ".mp4", ".mkv"])
+def test_chosen_frames_of_any_container(tmp_path, suffix):
   original = moving_square()
-  with VideoFile(write_clip(tmp_path / f"clip{suffix}", original, fps)) as file:
+  with VideoFile(write_clip(tmp_path / f"clip{suffix}", original)) as file:
     assert file.length == 20 and file.size == (24, 32)
     frames = file.read([3, 7, 7, 19])
-  assert psnr(np.stack(frames), original[[3, 7, 7, 19]]) > 28
+    assert psnr(np.stack(frames), original[[3, 7, 7, 19]]) > 28
+    file.length = 30
+    assert file.read([0, 25]) is None and file.length == 20
 
 
 def test_seeking_gives_the_very_frames_of_decoding_through(tmp_path, monkeypatch):
@@ -152,20 +126,6 @@ def test_a_phone_s_turn_is_applied(tmp_path):
   assert file.size == frame.shape[:2] == (32, 24)
   # Shown a quarter turn clockwise, the bright right is below.
   assert frame[-4:].mean() > frame[:4].mean() + 50
-
-
-def test_past_the_end_says_how_many_frames_there_are(tmp_path):
-  with VideoFile(write_clip(tmp_path / "clip.avi", moving_square(20))) as file:
-    file.length = 30
-    assert file.read([0, 25]) is None and file.length == 20
-
-
-@pytest.mark.parametrize("data", [b"", b"no video" * 1000])
-def test_a_broken_file_is_named(tmp_path, data):
-  path = tmp_path / "clip.avi"
-  path.write_bytes(data)
-  with pytest.raises(BrokenClip, match="a/clip.avi: it cannot be opened"):
-    VideoFile(path, "a/clip.avi")
 
 
 def test_crop_then_resize():

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 
-from freqformer.config import ConfigError, build
 from freqformer.data.codec import (
   CodecConfig,
   LatentStatistics,
@@ -70,21 +69,7 @@ def test_statistics_normalise():
   np.testing.assert_array_equal(again.std, stats.std)
 
 
-@pytest.mark.parametrize(
-  "values, words",
-  [
-    (dict(name="dtc", factor=(1, 2, 2), channels=1), "did you mean 'dct'"),
-    (dict(factor=(1, 2, 2), channels=13), "1 to 12 channels, got 13"),
-    (dict(factor=(0, 2, 2), channels=1), "at least 1"),
-  ],
-)
-def test_configs_are_refused(values, words):
-  with pytest.raises(ConfigError, match=words):
-    build(CodecConfig, values, "data.codec")
-
-
 def test_other_arrays_are_refused():
-
   codec = make_codec(CodecConfig(factor=(2, 4, 4), channels=8))
   with pytest.raises(ValueError, match="has latents"):
     codec.decode(np.zeros((1, 2, 1, 1, 8), np.float32), (2, 4, 4))

@@ -1,6 +1,7 @@
 """Training steps and validation: they learn, guard, and judge every model on the same draws."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +26,10 @@ pytestmark = pytest.mark.xdist_group("training")
 
 SHAPE = (2, 4, 4, 3)
 ATTENTION = dict(method="freqformer", block=8, freqformer=dict(window=(1, 1, 1), mid_tiles=2))
-MODEL = model_config(
-  dict(size="custom", width=24, depth=2, heads=2, patch=(1, 1, 1), attention=ATTENTION)
-)
-TRAIN = TrainConfig(steps=200, batch_size=4, lr=3e-3, warmup=10, ema=0.9, label_dropout=0.1)
+ATTENTION["implementation"] = "reference"  # which compiles fastest
+SIZES = dict(size="custom", width=24, depth=1, heads=2, patch=(1, 1, 1), remat=False)
+MODEL = model_config(dict(SIZES, attention=ATTENTION))
+TRAIN = TrainConfig(steps=100, batch_size=4, lr=3e-3, warmup=10, ema=0.9, label_dropout=0.1)
 
 
 def batch_of(n=4, seed=0):
@@ -40,64 +41,78 @@ def batch_of(n=4, seed=0):
 
 
 TABLES = make_tables(MODEL, SHAPE)
-
-
-def split_model():
-  return nnx.split(VideoDiT(MODEL, SHAPE, 2, nnx.Rngs(0)))
+POWER = np.full(3, 4.01, np.float32)
 
 
 @pytest.fixture(scope="module")
-def step():
+def model():
+  """The graph and the parameters."""
+  return nnx.split(nnx.jit(lambda: VideoDiT(MODEL, SHAPE, 2, nnx.Rngs(0)))())
+
+
+@pytest.fixture(scope="module")
+def step(model):
   """The compiled training step, `(state, batch) -> (state, metrics)`."""
-  step = make_train_step(split_model()[0], TRAIN, 2)
+  step = make_train_step(model[0], TRAIN, 2)
   return lambda state, batch: step(state, batch, TABLES)
 
 
-@pytest.fixture
-def state():
-  """The state before the first step, on the host."""
-  return jax.device_get(init_state(split_model()[1], TRAIN, 0))
+@pytest.fixture(scope="module")
+def eval_step(model):
+  return make_eval_step(model[0])
 
 
 @pytest.fixture(scope="module")
-def trained(step):
-  """A state after 200 steps, its graph and its metrics."""
-  graphdef, params = split_model()
-  state = init_state(params, TRAIN, 0)
+def state(model):
+  """The state before the first step, on the host."""
+  return jax.device_get(init_state(model[1], TRAIN, 0))
+
+
+@pytest.fixture(scope="module")
+def trained(step, state):
+  """The averaged parameters after the steps, the losses and the last metrics."""
+  state = jax.tree.map(jnp.asarray, state)
   losses = []
-  for i in range(200):
+  for i in range(TRAIN.steps):
     state, metrics = step(state, batch_of(seed=i))
     losses.append(float(metrics["loss"]))
-  return graphdef, state, losses, metrics
+  return state.ema, losses, metrics
 
 
-def test_it_learns_more_than_a_linear_predictor(trained):
-  graphdef, state, losses, metrics = trained
+def test_it_learns_more_than_a_linear_predictor(trained, eval_step):
+  average, losses, metrics = trained
   assert np.mean(losses[-20:]) < 0.5 * np.mean(losses[:5])
   assert {"grad_norm", "lr", "density", "cost", "router_entropy"} <= metrics.keys()
-  power = np.full(3, 4.01, np.float32)
-  result = evaluate(make_eval_step(graphdef), state.ema, [batch_of(8, 999)], power, TABLES)
-  assert np.shape(result["probs"]) == (2, 4, 2, 3) and len(result["buckets"]) == 4
+  result = evaluate(eval_step, average, [batch_of(8, 999)], POWER, TABLES)
+  assert np.shape(result["probs"]) == (1, 4, 2, 3) and len(result["buckets"]) == 4
   np.testing.assert_allclose(result["probs"].sum(-1), 1, rtol=1e-5)
   np.testing.assert_allclose(result["choice"].sum(-1), 1, rtol=1e-5)
   assert result["loss"] == pytest.approx(np.mean(result["buckets"]))
   assert (np.asarray(result["buckets"]) < result["linear_buckets"])[1:].all()
 
 
-def test_validation_does_not_depend_on_batching_or_padding(trained):
-  graphdef, state, *_ = trained
-  step = make_eval_step(graphdef)
+def test_validation_does_not_depend_on_batching_or_padding(trained, eval_step):
+  """Two batches, against the sums of three others, two of which are padded with weight 0."""
+  whole = batch_of(16)
 
-  def judge(batches, **options):
-    power = np.ones(3, np.float32)
-    return evaluate(step, state.ema, batches, power, TABLES, **options)
+  def part(chosen, weight):
+    return {k: v[chosen] for k, v in whole.items()} | {"weight": np.float32(weight)}
 
-  whole = batch_of(6)
-  parts = [{k: v[i : i + 4] for k, v in whole.items()} for i in (0, 4)]
-  parts[1] = {k: np.concatenate([v, v * 0]) for k, v in parts[1].items()}  # padded with weight 0
-  for name in ("buckets", "density", "probs", "choice"):
-    np.testing.assert_allclose(judge([whole])[name], judge(parts)[name], rtol=1e-4, atol=1e-6)
-  assert judge(parts, should_stop=lambda: True) is None
+  halves = [part(slice(8), [1] * 8), part(slice(8, 16), [1] * 8)]
+  result = evaluate(eval_step, trained[0], halves, POWER, TABLES)
+  parts = {
+    0: part([0, 1, 2, 0, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0, 0, 0]),
+    3: part(slice(3, 11), [1] * 8),
+    11: part([11, 12, 13, 14, 15, 0, 0, 0], [1, 1, 1, 1, 1, 0, 0, 0]),
+  }
+  sums = [eval_step(trained[0], own, POWER, TABLES, at)[0] for at, own in parts.items()]
+  mean = jax.tree.map(lambda *own: sum(own) / 16, *sums)
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+  close(result["buckets"], mean["loss"])
+  close(result["density"], mean["density"].mean())
+  for name in ("probs", "choice"):
+    close(result[name], mean[name].transpose(1, 0, 2, 3))
+  assert evaluate(eval_step, trained[0], halves, POWER, TABLES, lambda: True) is None
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_the_count(step, state):
@@ -138,8 +153,8 @@ def test_a_run_that_only_skips_is_stopped(log_every):
 @pytest.mark.parametrize(
   "changes, rates",
   [
-    (dict(), {0: 0, 10: 3e-3, 200: 3e-4}),
-    (dict(schedule="constant"), {0: 0, 10: 3e-3, 200: 3e-3}),
+    (dict(), {0: 0, 10: 3e-3, 100: 3e-4}),
+    (dict(schedule="constant"), {0: 0, 10: 3e-3, 100: 3e-3}),
     (dict(warmup=0), {0: 3e-3}),
     (dict(warmup=0, schedule="constant"), {0: 3e-3}),
     (dict(steps=8), {4: 3e-3}),  # warm-up is at most half of the run
@@ -155,6 +170,7 @@ def test_the_average_follows_with_a_ramped_decay(step, state):
   after = jax.tree.map(jnp.asarray, state)
   for _ in range(2):
     after, _ = step(after, batch_of())
+  after = jax.device_get(after)
   moved = jax.tree.map(lambda new, old: np.abs(new - old).max(), after.params, state.params)
   assert max(jax.tree.leaves(moved)) > 1e-4
 
@@ -162,15 +178,3 @@ def test_the_average_follows_with_a_ramped_decay(step, state):
     np.testing.assert_allclose(ema, (2 * old + 9 * new) / 11, atol=1e-6)
 
   jax.tree.map(check, after.ema, after.params, state.params)
-
-
-@pytest.mark.parametrize(
-  "bad, message",
-  [
-    (dict(schedule="linear"), "schedule"),
-    (dict(ema=1.0), "ema=1.0 must be at least 0 and below 1"),
-  ],
-)
-def test_refusals(bad, message):
-  with pytest.raises(ValueError, match=message):
-    TrainConfig(**{"steps": 1, "batch_size": 1, **bad})
