@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import pathlib
-import resource
+import re
 import subprocess
 import sys
 import time
@@ -101,18 +101,13 @@ def _cpu_times() -> np.ndarray:
 
 
 def peak_rss() -> int:
-  """Returns the bytes of resident memory that this process has reached.
+  """Returns the bytes of resident memory that this process has reached, on Linux.
 
-  Linux keeps `ru_maxrss` across exec, so that a child would report its parent's memory; VmHWM
-  starts with the program.
+  `ru_maxrss` would be kept across exec, so that a child reported its parent's memory; VmHWM starts
+  with the program.
   """
-  if os.path.exists("/proc/self/status"):
-    with open("/proc/self/status") as f:
-      for line in f:
-        if line.startswith("VmHWM:"):
-          return int(line.split()[1]) * 1024
-  unit = 1 if sys.platform == "darwin" else 1024
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+  status = pathlib.Path("/proc/self/status").read_text()
+  return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024
 
 
 def in_child(

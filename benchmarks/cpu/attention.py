@@ -18,9 +18,9 @@ from freqformer.kernels.block_sparse.table import dense_mask
 
 from benchmarks import rows, timing
 from benchmarks.arg_specs import SPECS, AttentionSpec
-from benchmarks.cpu.competitors import DenseForm, call, fastest, gradients, sparse, tile_matmuls
+from benchmarks.cpu.competitors import DenseForm, call, fastest, gradients, sparse
 from benchmarks.cpu.methods import calls_of
-from freqformer.cost import attention_cost, training_flops
+from freqformer.cost import attention_cost
 from freqformer.grid.rotary import rotate
 from freqformer.methods.freqformer import FreqFormer
 
@@ -108,7 +108,7 @@ def _forms(chunks, late=(False, True)):
 
 def measure_forward(run: Run) -> list[dict]:
   """Times the sparse call against the best dense loop, the best one with `jax.nn.softmax`,
-  `dot_product_attention`, and bare matmuls."""
+  `dot_product_attention`, and a bare matmul."""
   spec = run.base
   q, k, v = spec.inputs()
   mask = spec.mask()
@@ -116,7 +116,6 @@ def measure_forward(run: Run) -> list[dict]:
   plain = fastest(_forms(run.chunks, (False,)), (q, k, v))
   square = jnp.ones((2048, 2048), q.dtype)
   everything = dense_mask(q.shape[1], q.shape[1], spec.block, spec.block)
-  matmuls = functools.partial(tile_matmuls, keys=spec.keys, block=spec.block)
   t = timing.interleave(
     {
       "sparse": call(sparse, q, k, v, mask),
@@ -125,13 +124,11 @@ def measure_forward(run: Run) -> list[dict]:
       "dense_mode": call(sparse, q, k, v, everything),
       "dot_product_attention": call(jax.nn.dot_product_attention, q, k, v),
       "matmul": call(jnp.matmul, square, square),
-      "tile_matmuls": call(matmuls, q, k, v),
     },
     run.rounds,
   )
   flops = attention_cost(float(mask.pairs().sum()), spec.head_dim).attention_flops
-  gflops = 2 * 2048**3 / t["matmul"].median / 1e9
-  floor_s = flops / gflops / 1e9
+  floor_s = flops / (2 * 2048**3) * t["matmul"].median
   density = float(np.mean(mask.density()))
 
   def race(name, competitor, goal, **fields):
@@ -152,17 +149,6 @@ def measure_forward(run: Run) -> list[dict]:
     race("dense_loop", "loop", ">= 14", form=str(best)),
     race("softmax_loop", "softmax_loop", ">= 14", form=str(plain)),
     race("dot_product_attention", "dot_product_attention", ">= 60"),
-    rows.goal_row(
-      f"forward_over_floor_{spec.name}",
-      t["sparse"].median / floor_s,
-      None,
-      unit="x",
-      flops=flops,
-      matmul_gflops=gflops,
-      floor_s=floor_s,
-      tile_matmuls_s=t["tile_matmuls"].median,
-      tile_matmul_gflops=flops / t["tile_matmuls"].median / 1e9,
-    ),
     rows.goal_row(
       f"dense_mode_vs_dense_loop_{spec.name}",
       t["loop"].median / t["dense_mode"].median,
@@ -196,7 +182,6 @@ def measure_backward(run: Run) -> list[dict]:
       form=str(best),
       sparse=t["sparse"].row(),
       against=t["loop"].row(),
-      flops=training_flops(attention_cost(float(mask.pairs().sum()), spec.head_dim)),
     )
   ]
 

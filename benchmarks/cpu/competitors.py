@@ -1,14 +1,12 @@
-"""Competitors of block-sparse attention: dense attention in plain JAX, bare matmuls as a floor."""
+"""Competitors of block-sparse attention: dense attention in plain JAX."""
 
 import dataclasses
 import functools
 import math
-import time
 from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from freqformer.kernels.block_sparse.api import attention
 
 from benchmarks import timing
@@ -46,23 +44,6 @@ def dense_loop(q, k, v, chunk: int, late: bool = False, remat: bool = False):
   return out.transpose(1, 0, 3, 2, 4).reshape(b, n, h, d)
 
 
-def tile_matmuls(q, k, v, keys: int, block: int):
-  """Computes only the two matmuls of block-sparse attention: a floor for the backend's time.
-
-  It has no lists, gather, softmax or mask.
-  """
-  b, n, h, d = q.shape
-  group = math.gcd(8, b * h * n // block)
-  q, k, v = (x.transpose(0, 2, 1, 3).reshape(-1, d) for x in (q, k, v))
-  k, v = (jnp.broadcast_to(x[:keys], (group, keys, d)) for x in (k, v))
-
-  def step(rows):
-    scores = jax.lax.optimization_barrier(jnp.einsum("gid,gjd->gij", rows, k))
-    return jnp.einsum("gij,gjd->gid", scores, v)
-
-  return jax.lax.map(step, q.reshape(-1, group, block, d))
-
-
 def gradients(f: Callable) -> Callable:
   """Makes forward and backward of `f(q, k, v, *rest)`: `(d_out, q, k, v, *rest)` -> out, grads."""
 
@@ -76,16 +57,6 @@ def gradients(f: Callable) -> Callable:
 def call(f: Callable, *args) -> Callable:
   """Compiles `f`; its arguments are passed at every call, so that none becomes a constant."""
   return functools.partial(jax.jit(f), *args)
-
-
-def cpu_seconds(function: Callable, rounds: int) -> float:
-  """Median CPU time of a call over all threads, which a busy machine changes least."""
-  times = []
-  for _ in range(rounds):
-    start = time.process_time()
-    jax.block_until_ready(function())
-    times.append(time.process_time() - start)
-  return float(np.median(times))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,12 +5,11 @@
 
 A row's value is the share of the ideal that is retained: speed-up over the dense mode times
 density, 1 if time falls as pairs do. All attention calls of a layer count, also the pooled one of
-block_topk.
-The same by CPU time of all threads is in the row as well. The rest of a method between its
-projections (selection, search, compression, linear heads) is timed apart, for every phase of a
-sampling run. For a method with linear heads a second row takes both ops together and counts linear
-attention by its FLOPs: the time that the dense mode would take for as many FLOPs, over the time of
-both. Inputs are random, so selections are arbitrary, their number is not.
+block_topk. The rest of a method between its projections (selection, search, compression, linear
+heads) is timed apart, for every phase of a sampling run. For a method with linear heads a second
+row takes both ops together and counts linear attention by its FLOPs: the time that the dense mode
+would take for as many FLOPs, over the time of both. Inputs are random, so selections are arbitrary,
+their number is not.
 """
 
 import dataclasses
@@ -26,7 +25,7 @@ from freqformer.kernels.linear.api import linear_attention
 
 from benchmarks import rows, timing
 from benchmarks.arg_specs import SPECS, AttentionSpec
-from benchmarks.cpu.competitors import call, cpu_seconds, sparse
+from benchmarks.cpu.competitors import call, sparse
 from benchmarks.layer import projected, taken_out
 from freqformer.cost import attention_cost
 from freqformer.methods.base import Cond, Dims
@@ -140,13 +139,11 @@ def measure_method(text: str, spec: AttentionSpec, rounds: int) -> list[dict]:
   around = {f"around_{phase or 'attention'}": calls.around for phase, calls in phases.items()}
   times = timing.interleave(ops | around, rounds)
   wall = {part: t.median for part, t in times.items()}
-  cpu = {part: cpu_seconds(op, rounds) for part, op in ops.items()}
   every = {part: t.row() for part, t in times.items()}
 
   def retained(end, share, *parts, **fields):
     """A row of speed-up over the dense mode times the share of its work that is left."""
     speedup = wall["dense_mode"] / sum(wall[part] for part in parts)
-    by_cpu = cpu["dense_mode"] / sum(cpu[part] for part in parts)
     return rows.goal_row(
       f"{parse_method(text)[0]}{end}_vs_dense_mode_{spec.name}",
       speedup * share,
@@ -155,7 +152,6 @@ def measure_method(text: str, spec: AttentionSpec, rounds: int) -> list[dict]:
       method=text,
       density=usual.density,
       speedup=speedup,
-      retained_by_cpu_time=by_cpu * share,
       **fields,
     )
 

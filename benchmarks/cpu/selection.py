@@ -3,7 +3,7 @@
   JAX_PLATFORMS=cpu python -m benchmarks.cpu.selection
 
 Both compute the same pooled scores chunk by chunk and return the same lists (the ids of `top_k` are
-sorted). The time of the scores alone is measured too.
+sorted).
 """
 
 import jax
@@ -47,9 +47,6 @@ def measure(tiles: int, heads: int, budget: int, rounds: int) -> dict:
   calls = {
     "bisect": call(lambda q, k: top_tiles(q, k, budget, fixed), q, k),
     "sort": call(lambda q, k: by_sorting(q, k, budget, fixed), q, k),
-    "scores": call(
-      lambda q, k: jnp.einsum("bhid,bhjd->bhij", q, k, precision="highest").max(), q, k
-    ),
   }
   np.testing.assert_array_equal(calls["bisect"](), calls["sort"]())
   times = interleave(calls, rounds)
