@@ -18,7 +18,7 @@ from freqformer.kernels.block_sparse.table import dense_mask
 
 from benchmarks import rows, timing
 from benchmarks.arg_specs import SPECS, AttentionSpec
-from benchmarks.cpu.competitors import DenseForm, call, fastest, gradients, sparse
+from benchmarks.cpu.competitors import DenseForm, by_speed, call, gradients, sparse
 from benchmarks.cpu.methods import calls_of
 from freqformer.cost import attention_cost
 from freqformer.grid.rotary import rotate
@@ -112,15 +112,16 @@ def measure_forward(run: Run) -> list[dict]:
   spec = run.base
   q, k, v = spec.inputs()
   mask = spec.mask()
-  best = fastest(_forms(run.chunks), (q, k, v))
-  plain = fastest(_forms(run.chunks, (False,)), (q, k, v))
+  loops = by_speed(_forms(run.chunks), (q, k, v))
+  best, loop = loops[0]
+  plain, softmax_loop = next(found for found in loops if not found[0].late)
   square = jnp.ones((2048, 2048), q.dtype)
   everything = dense_mask(q.shape[1], q.shape[1], spec.block, spec.block)
   t = timing.interleave(
     {
       "sparse": call(sparse, q, k, v, mask),
-      "loop": best.call((q, k, v)),
-      "softmax_loop": plain.call((q, k, v)),
+      "loop": loop,
+      "softmax_loop": softmax_loop,
       "dense_mode": call(sparse, q, k, v, everything),
       "dot_product_attention": call(jax.nn.dot_product_attention, q, k, v),
       "matmul": call(jnp.matmul, square, square),
@@ -167,11 +168,8 @@ def measure_backward(run: Run) -> list[dict]:
   q, k, v, d_out = spec.inputs(4)
   args = (d_out, q, k, v)
   mask = spec.mask()
-  best = fastest(_forms(run.backward_chunks), args, gradients, remat=True)
-  calls = {
-    "sparse": call(gradients(sparse), *args, mask),
-    "loop": best.call(args, gradients, remat=True),
-  }
+  best, loop = by_speed(_forms(run.backward_chunks), args, gradients, remat=True)[0]
+  calls = {"sparse": call(gradients(sparse), *args, mask), "loop": loop}
   t = timing.interleave(calls, max(2, run.rounds // 2))
   return [
     rows.goal_row(
@@ -239,14 +237,9 @@ def measure_freqformer(run: Run) -> list[dict]:
   for name, block, method in run.methods:
     spec = dataclasses.replace(run.base, block=block)
     args = (*spec.inputs(), spec.layout.arrays().positions)
-    best = fastest(_forms(run.chunks, (True,)), args, _rotated)
+    best, loop = by_speed(_forms(run.chunks, (True,)), args, _rotated)[0]
     own = calls_of(method, spec)
-    calls = {
-      "whole": own.whole,
-      "around": own.around,
-      "attention": own.attention,
-      "loop": best.call(args, _rotated),
-    }
+    calls = {"whole": own.whole, "around": own.around, "attention": own.attention, "loop": loop}
     t = timing.interleave(calls, run.rounds)
     speedup = t["loop"].median / t["whole"].median
     found.append(

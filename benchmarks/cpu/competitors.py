@@ -69,14 +69,20 @@ class DenseForm:
   def __str__(self):
     return f"chunk {self.chunk}, {'late division' if self.late else 'jax.nn.softmax'}"
 
-  def call(self, args, wrap=lambda f: f, remat: bool = False) -> Callable:
-    """Compiles the loop on `args`; `wrap` makes `f(*args)` of `f(q, k, v)`."""
-    loop = functools.partial(dense_loop, chunk=self.chunk, late=self.late, remat=remat)
-    return call(wrap(loop), *args)
 
+def by_speed(
+  forms: Iterable[DenseForm], args, wrap=lambda f: f, remat: bool = False
+) -> list[tuple[DenseForm, Callable]]:
+  """Returns the forms, the fastest first, each compiled: competitors are chosen before the race.
 
-def fastest(forms: Iterable[DenseForm], args, wrap=lambda f: f, remat: bool = False) -> DenseForm:
-  """Returns the form that takes least time: the competitor is chosen before the race."""
-  calls = {form: form.call(args, wrap, remat) for form in forms}
+  Args:
+    args: of the compiled calls.
+    wrap: makes `f(*args)` of `f(q, k, v)`.
+    remat: as of `dense_loop`.
+  """
+  calls = {}
+  for form in forms:
+    loop = functools.partial(dense_loop, chunk=form.chunk, late=form.late, remat=remat)
+    calls[form] = call(wrap(loop), *args)
   times = timing.interleave(calls, rounds=1, slice_s=0)
-  return min(times, key=lambda form: times[form].median)
+  return sorted(calls.items(), key=lambda found: times[found[0]].median)

@@ -48,7 +48,7 @@ def ranked(rows: list[dict], methods: list[str]) -> str:
   rows = sorted((r for r in rows if r["name"] in methods), key=itemgetter("val_loss"))
   columns = {
     "method": itemgetter("method"),
-    "steps": number("steps", "d"),
+    "steps": number("steps", ".0f"),
     "val loss": number("val_loss", ".4f"),
     "soft": number("val_soft_loss", ".4f"),
     "density": number("density", ".3f"),
