@@ -26,7 +26,8 @@ from freqformer.simulation.output import number
 def result_of(workdir: pathlib.Path, name: str, seed: int) -> dict:
   """Reads the row of one trained and sampled run."""
   trained = Finished(workdir)
-  layout = trained.model.config.layout(trained.restored.latent_shape)
+  restored = trained.restored
+  layout = restored.model.config.layout(restored.latent_shape)
   routing = trained.routing
   saved = np.load(workdir / "samples" / "latents.npz")
   record = json.loads((workdir / "run.json").read_text())

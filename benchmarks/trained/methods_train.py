@@ -35,7 +35,7 @@ def trials() -> list[str]:
 def result_of(workdir: pathlib.Path, method: str) -> dict:
   """Reads the row of a finished run; FLOPs of a routed method are those of its measured heads."""
   run = Finished(workdir)
-  config = run.model.config
+  config = run.restored.model.config
   shape = run.restored.latent_shape
   training = model_cost(config, shape, training=True)
   dense = model_cost(config.with_method("dense"), shape)

@@ -68,7 +68,7 @@ class Study:
     """Returns the run with another method: its model, and the trained parameters in its form."""
     model = with_method(self.restored, method, block=BLOCK, tile=())
     state = nnx.state(model)
-    found = flatten(self.run.params)
+    found = flatten(self.restored.params)
     leaves = [found[name] for name in flatten(state)]
     params = jax.tree.unflatten(jax.tree.structure(state), leaves)
     return dataclasses.replace(self.restored, model=model, params=params)

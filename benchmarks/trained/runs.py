@@ -54,9 +54,7 @@ class Finished:
 
   Attributes:
     workdir: its folder.
-    model: an abstract `VideoDiT` of its config.
-    params: the trained parameters.
-    restored: the rest of the checkpoint, see `load_run`.
+    restored: its checkpoint, see `load_run`.
     routing: the routing of heads on validation clips (`routing.json`), or None without a router.
     allocation: share of heads per branch by the router's hard choices, averaged over layers and
       quarters of t; None without a router.
@@ -65,8 +63,6 @@ class Finished:
   def __init__(self, workdir: pathlib.Path):
     self.workdir = workdir
     self.restored = load_run(workdir)
-    self.model = self.restored.model
-    self.params = self.restored.params
     self.routing = None
     self.allocation = None
     if (workdir / "routing.json").exists():
@@ -79,7 +75,7 @@ class Finished:
     Losses are of validation, overall and per quarter of t, beside the linear predictor's and the
     soft loss of a routed run. Every layer is counted with the measured allocation.
     """
-    config = self.model.config
+    config = self.restored.model.config
     shape = self.restored.latent_shape
     val = self.last("val")
     soft = self.last("val_soft")
