@@ -150,6 +150,7 @@ def measure_forward(run: Run) -> list[dict]:
     race("dense_loop", "loop", ">= 14", form=str(best)),
     race("softmax_loop", "softmax_loop", ">= 14", form=str(plain)),
     race("dot_product_attention", "dot_product_attention", ">= 60"),
+    rows.goal_row(f"forward_over_floor_{spec.name}", t["sparse"].median / floor_s, None, unit="x"),
     rows.goal_row(
       f"dense_mode_vs_dense_loop_{spec.name}",
       t["loop"].median / t["dense_mode"].median,

@@ -31,7 +31,7 @@ RUN = benchmark.Run(
 
 def test_rows_of_a_run(tmp_path):
   found = benchmark.measure(RUN, memory=False)
-  assert len({row["name"] for row in found}) == len(found) == 7
+  assert len({row["name"] for row in found}) == len(found) == 8
   for row in found:
     assert set(row) >= {"name", "value", "unit", "goal", "met", "others_cpu"}
     assert np.isfinite(row["value"]) and row["value"] > 0
