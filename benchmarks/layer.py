@@ -1,60 +1,13 @@
-"""FreqFormer as a layer runs it, between the projections, with and without its attention call."""
+"""A layer between its projections, with its attention calls taken out of it."""
 
-from collections.abc import Callable
+import contextlib
+import sys
 from unittest import mock
 
 import jax.numpy as jnp
+from freqformer.kernels.block_sparse.table import dense_mask
 
-import freqformer.methods.freqformer as freqformer_module
-from freqformer.methods.base import Cond, Projected
-from freqformer.methods.freqformer import FreqFormer
-
-
-def freqformer_forward(
-  method: FreqFormer, q, k, v, arrays, tables, implementation: str | None = None
-):
-  """Runs the method on `[b, n_buffer, h, d]`, QK-norm and rotary included.
-
-  Returns:
-    output and density.
-  """
-  joint = jnp.stack([q, k, v], 2)
-  out, _, aux = _run(method, projected(joint, arrays, implementation), tables)
-  return out, aux["density"]
-
-
-def _run(method: FreqFormer, qkv: Projected, tables):
-  """Runs the method at t = 0 without parameters of its own."""
-  batch = qkv.q.shape[0]
-  cond = Cond(jnp.zeros(batch), jnp.zeros((batch, 1)))
-  return method(None, qkv, cond, tables, {})
-
-
-def _without_attention(run: Callable):
-  """Runs a method with its attention call left out.
-
-  Returns:
-    the arguments that attention would have got (q, k, v, mask), so that they are computed, and the
-    output.
-  """
-  taken = []
-
-  def stand_in(q, k, v, mask, **_):
-    taken.append((q, k, v, mask))
-    return v, None
-
-  with mock.patch.object(freqformer_module, "attention", stand_in):
-    out, *_ = run()
-  return taken[0], out
-
-
-def freqformer_without_attention(method: FreqFormer, *args):
-  """Runs all of `freqformer_forward` but the attention call: selection, packing, compression, lift.
-
-  Returns:
-    as `_without_attention`.
-  """
-  return _without_attention(lambda: freqformer_forward(method, *args))
+from freqformer.methods.base import Cond, Method, Projected
 
 
 def projected(joint, arrays, implementation: str | None = None) -> Projected:
@@ -66,18 +19,52 @@ def projected(joint, arrays, implementation: str | None = None) -> Projected:
     implementation: attention's, or None.
   """
   _, _, _, h, d = joint.shape
-  bias = jnp.zeros((3, h, d), joint.dtype)
   gain = jnp.ones(d)
-  return Projected.of_joint(joint, bias, (gain, gain), arrays, implementation)
+  return Projected.of_joint(
+    joint, jnp.zeros((3, h, d), joint.dtype), (gain, gain), arrays, implementation
+  )
 
 
-def around_attention(method: FreqFormer, implementation: str | None, joint, arrays, tables):
-  """Runs FreqFormer's layer between its projections without the attention call.
+@contextlib.contextmanager
+def taken_out():
+  """Replaces both ops in every method's module by stand-ins that record what they are called with.
+
+  Yields:
+    the arguments `(q, k, v, mask)` of each attention call, and of each call of linear attention
+    `(q, k, v, segments, other arrays by name)`.
+  """
+  attentions = []
+  linears = []
+
+  def attention(q, k, v, mask=None, **_):
+    mask = dense_mask(q.shape[1], k.shape[1]) if mask is None else mask
+    attentions.append((q, k, v, mask))
+    return v[:, : q.shape[1]], jnp.zeros((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
+
+  def linear(q, k, v, segments, *, feature_map, implementation=None, **arrays):
+    linears.append((q, k, v, segments, arrays))
+    return v, None
+
+  with contextlib.ExitStack() as stack:
+    for module in [m for name, m in sys.modules.items() if name.startswith("freqformer.methods.")]:
+      for name, stand_in in (("attention", attention), ("linear_attention", linear)):
+        if callable(getattr(module, name, None)):
+          stack.enter_context(mock.patch.object(module, name, stand_in))
+    yield attentions, linears
+
+
+def around_attention(method: Method, implementation: str | None, joint, arrays, tables):
+  """Runs a method without parameters at t = 0, without its one attention call.
 
   Returns:
-    as `_without_attention`.
+    the arguments that attention would have got (q, k, v, mask), so that they are computed, and the
+    output.
   """
-  return _without_attention(lambda: _run(method, projected(joint, arrays, implementation), tables))
+  batch = joint.shape[0]
+  cond = Cond(jnp.zeros(batch), jnp.zeros((batch, 1)))
+  with taken_out() as (attentions, _):
+    out, *_ = method(None, projected(joint, arrays, implementation), cond, tables, {})
+  return attentions[0], out
 
 
 def norm_and_rotary(implementation: str | None, joint, arrays):

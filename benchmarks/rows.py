@@ -27,16 +27,7 @@ _ROOT = RESULTS.parent.parent
 # What a figure may depend on: the code and tables in these places.
 _SOURCES = ("train.py", "eval.py", "kernels", "freqformer", "configs", "benchmarks")
 # Fields that the printed table shows after the value, where a row has them.
-_NOTES = (
-  "others_cpu",
-  "density",
-  "retained",
-  "largest_possible",
-  "floor_s",
-  "matmul_gflops",
-  "tile_matmuls_s",
-  "tile_matmul_gflops",
-)
+_NOTES = ("others_cpu", "density", "retained", "largest_possible")
 
 
 def context(command: str) -> dict[str, str]:

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import pathlib
-import resource
+import re
 import subprocess
 import sys
 import time
@@ -79,43 +79,35 @@ def timed(call: Callable) -> float:
   return time.perf_counter() - start
 
 
-class Bystanders:
-  """The share of the machine that other processes take while this one measures."""
+def beside_others(measure: Callable[[], list[dict]]) -> list[dict]:
+  """Returns measured rows with `others_cpu`, the share of the machine that others took meanwhile.
 
-  def __init__(self):
-    self._start = self._sample()
+  It is the work of other processes over what all cores could have done, 0 to 1.
+  """
+  start = _cpu_times()
+  found = measure()
+  total, busy, own = _cpu_times() - start
+  share = float(max(0.0, busy - own) / max(total, 1e-9))
+  return [row | {"others_cpu": share} for row in found]
 
-  @staticmethod
-  def _sample():
-    """Returns seconds of CPU time: of the whole machine, of its busy part, and of this process.
 
-    Those of this process include its children's.
-    """
-    with open("/proc/stat") as f:
-      ticks = [int(x) for x in f.readline().split()[1:9]]
-    per_second = os.sysconf("SC_CLK_TCK")
-    busy = sum(ticks) - ticks[3] - ticks[4]
-    return np.array([sum(ticks) / per_second, busy / per_second, sum(os.times()[:4])])
-
-  def share(self) -> float:
-    """Returns work of others since the start over what all cores could have done, 0 to 1."""
-    total, busy, own = self._sample() - self._start
-    return float(max(0.0, busy - own) / max(total, 1e-9))
+def _cpu_times() -> np.ndarray:
+  """Returns CPU seconds: of the whole machine, of its busy part, of this process and children."""
+  with open("/proc/stat") as f:
+    ticks = [int(x) for x in f.readline().split()[1:9]]
+  per_second = os.sysconf("SC_CLK_TCK")
+  busy = sum(ticks) - ticks[3] - ticks[4]
+  return np.array([sum(ticks) / per_second, busy / per_second, sum(os.times()[:4])])
 
 
 def peak_rss() -> int:
-  """Returns the bytes of resident memory that this process has reached.
+  """Returns the bytes of resident memory that this process has reached, on Linux.
 
-  Linux keeps `ru_maxrss` across exec, so that a child would report its parent's memory; VmHWM
-  starts with the program.
+  `ru_maxrss` would be kept across exec, so that a child reported its parent's memory; VmHWM starts
+  with the program.
   """
-  if os.path.exists("/proc/self/status"):
-    with open("/proc/self/status") as f:
-      for line in f:
-        if line.startswith("VmHWM:"):
-          return int(line.split()[1]) * 1024
-  unit = 1 if sys.platform == "darwin" else 1024
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+  status = pathlib.Path("/proc/self/status").read_text()
+  return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024
 
 
 def in_child(

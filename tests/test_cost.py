@@ -1,7 +1,6 @@
 """Counts against brute force, XLA's own and the field's published arithmetic."""
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +27,7 @@ def random_mask(seed, block_q=8, block_kv=4, b=2, h=3, q_tiles=7, kv_tiles=9):
   return from_tiles(tiles, lengths, block_q, block_kv), tiles
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_random_tables_equal_brute_force(seed):
   mask, tiles = random_mask(seed)
   cost = count(mask, 16, batch=2, heads=3, concurrent=3)
@@ -41,25 +40,22 @@ def test_random_tables_equal_brute_force(seed):
   assert cost.flops == 4 * cost.pairs * 16 and cost.backward_flops() == 2.5 * cost.flops
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_tables_are_counted_alike_in_groups_of_rows_and_as_prefixes_of_one_list(seed, monkeypatch):
-  mask, _ = random_mask(seed)
+def test_tables_are_counted_alike_in_groups_of_rows_and_as_prefixes_of_one_list(monkeypatch):
+  mask, _ = random_mask(0)
   whole = count(mask, 16, batch=2, heads=3)
   monkeypatch.setattr(block_mask, "_COUNTED", 1)
   assert count(mask, 16, batch=2, heads=3) == whole
-  rng = np.random.default_rng(seed)
+  rng = np.random.default_rng(0)
   shape = mask.kv_counts.shape
   one = np.sort(rng.permutation(mask.kv_tiles)[:4]).astype(np.int32)
+  ids = np.broadcast_to(one, (*shape, 4))
   counts = rng.integers(0, 5, shape).astype(np.int32)
-  prefixes = dataclasses.replace(
-    mask, kv_indices=np.broadcast_to(one, (*shape, 4)), kv_counts=counts
-  )
-  copied = dataclasses.replace(prefixes, kv_indices=prefixes.kv_indices.copy())
+  prefixes = dataclasses.replace(mask, kv_indices=ids, kv_counts=counts)
+  copied = dataclasses.replace(prefixes, kv_indices=ids.copy())
   assert block_mask.one_list(prefixes.kv_indices)
   assert not block_mask.one_list(copied.kv_indices)
-  assert count(prefixes, 16, batch=2, heads=3, concurrent=3) == count(
-    copied, 16, batch=2, heads=3, concurrent=3
-  )
+  found = [count(table, 16, batch=2, heads=3, concurrent=3) for table in (prefixes, copied)]
+  assert found[0] == found[1]
 
 
 def test_a_shared_table_counts_for_every_head_and_sample():
@@ -72,7 +68,7 @@ def test_a_shared_table_counts_for_every_head_and_sample():
     count(random_mask(0)[0], 8, batch=2, heads=4)
 
 
-@pytest.mark.parametrize("n", [1, 24, 100, 240])
+@pytest.mark.parametrize("n", [1, 100, 240])
 def test_dense_closed_form_is_the_dense_table(n):
   mask = dense_mask(n, n, 24, 24)
   table = count(mask, 32)
@@ -113,7 +109,7 @@ def test_lists_of_every_method_hold_its_pairs(name):
     assert call.items <= call.rows and call.distinct <= call.loads
 
 
-@pytest.mark.parametrize("d", [16, 64, 128, 256])
+@pytest.mark.parametrize("d", [16, 128])
 def test_xla_counts_the_dense_reference_the_same(d):
   n = 512
   heads = 4
@@ -162,19 +158,6 @@ def test_sta_window():
   assert flops == pytest.approx(14.76e12, rel=0.01)
   assert flops / 25.38e-3 == pytest.approx(582e12, rel=0.01)
   assert call.block_q == 128
-
-
-@pytest.mark.parametrize(
-  "grid, tokens",
-  [
-    ((21, 30, 52), 32_760),
-    ((21, 45, 80), 75_600),
-    ((33, 45, 80), 118_800),
-    ((128, 45, 80), 460_800),
-  ],
-)
-def test_token_counts(grid, tokens):
-  assert TileLayout.fit(grid, 128).n == math.prod(grid) == tokens
 
 
 def test_backward_and_utilisation():

@@ -30,7 +30,7 @@ from benchmarks.arg_specs import SPECS  # noqa: E402
 from benchmarks.compiled.hlo_bytes import operations  # noqa: E402
 from benchmarks.rows import write_rows  # noqa: E402
 from freqformer.grid.layout import TileLayout  # noqa: E402
-from freqformer.methods.base import Cond  # noqa: E402
+from freqformer.methods.base import Cond, Method  # noqa: E402
 from freqformer.model.attention import AttentionDims, SpectralAttention  # noqa: E402
 from freqformer.simulation.forward import make_method  # noqa: E402
 from tools.offline import Compilation, compile_for  # noqa: E402
@@ -97,39 +97,41 @@ class Case:
       method, _, phase = name.partition("@")
       return cls(method, phase)
     shape, _, fields = name.removeprefix("around/").partition("_filter_")
-    shape = shape.removesuffix("_xla")
-    layout = SPECS[shape].layout
+    layout = SPECS[shape.removesuffix("_xla")].layout
     filtered = fields.removesuffix("_xla") or "none"
     method = f"{BANDS}, mid_tiles={int(layout.tiles * MID_DENSITY)}, filter={filtered})"
     return cls(method, layout=layout, kernels=not name.endswith("_xla"))
 
 
-def compiled(case: Case) -> Compilation:
-  """Compiles a layer for an H100."""
-  method = make_method(case.method)
-  width = HEADS * HEAD_DIM
-  dims = AttentionDims(width, HEADS, width)
+def program(method: Method, layout: TileLayout, heads: int, head_dim: int, phase: str = ""):
+  """Returns a layer of one bf16 sample on an H100 as a function and the shapes of its arguments."""
+  width = heads * head_dim
+  dims = AttentionDims(width, heads, width)
 
   def build():
     return SpectralAttention(
-      dims, method, case.layout, nnx.Rngs(0), dtype=jnp.bfloat16, implementation="pallas_mgpu"
+      dims, method, layout, nnx.Rngs(0), dtype=jnp.bfloat16, implementation="pallas_mgpu"
     )
 
   graphdef, params = nnx.split(nnx.eval_shape(build))
-  state = {}
-  if case.phase:
-    state = jax.eval_shape(lambda: method.init_state(1, dims.for_method, case.layout))
+  state = jax.eval_shape(lambda: method.init_state(1, dims.for_method, layout)) if phase else {}
 
   def forward(params, x, arrays, tables, state):
-    cond = Cond(jnp.full(1, 0.5), jnp.ones((1, width)), phase=case.phase)
+    cond = Cond(jnp.full(1, 0.5), jnp.ones((1, width)), phase=phase)
     return nnx.merge(graphdef, params)(x, cond, arrays, tables, state)[:2]
 
-  x = jax.ShapeDtypeStruct((1, case.layout.n_buffer, width), jnp.bfloat16)
+  x = jax.ShapeDtypeStruct((1, layout.n_buffer, width), jnp.bfloat16)
+  return forward, (params, x, layout.arrays(), method.tables(layout), state)
+
+
+def compiled(case: Case) -> Compilation:
+  """Compiles a layer for an H100."""
+  forward, args = program(make_method(case.method), case.layout, HEADS, HEAD_DIM, case.phase)
   with contextlib.ExitStack() as stack:
     if not case.kernels:
       for module in (hopper_prepare_call, hopper_lift_call, hopper_topk):
         stack.enter_context(mock.patch.object(module, "unsupported", lambda *_: "not wanted"))
-    return compile_for(forward, params, x, case.layout.arrays(), method.tables(case.layout), state)
+    return compile_for(forward, *args)
 
 
 def parts_of(scopes) -> str:
@@ -154,6 +156,7 @@ def measure(name: str) -> dict:
       launches += int(op.runs)
   unit = 2 * case.layout.n_buffer * HEADS * HEAD_DIM
   return {
+    "device": "NVIDIA H100 80GB HBM3 (compiled for, absent)",
     "name": name,
     "expected": True,
     "tokens": case.layout.n,
@@ -166,11 +169,10 @@ def measure(name: str) -> dict:
 
 
 def main(_) -> None:
-  context = {"device": "NVIDIA H100 80GB HBM3 (compiled for, absent)"}
   command = "python -m benchmarks.compiled.layer_traffic --device=offline"
   for name in _ONLY.value or LAYERS + AROUND:
     row = measure(name)
-    write_rows("layer_traffic", [context | row], command)
+    write_rows("layer_traffic", [row], command)
     print(
       f"{name}: {row['passes']} passes, {row['launches']} launches beside "
       f"{row['attention_launches']} of attention; {row['parts_passes']}",

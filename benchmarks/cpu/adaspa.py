@@ -11,8 +11,8 @@ dense LSE, on AdaSpa's own trajectory) that lies on the listed tiles. It is comp
 tiles, all at the base budget.
 """
 
+import collections
 import dataclasses
-import functools
 import math
 
 import jax
@@ -24,8 +24,9 @@ from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.selection.block_scores import block_mass
 
 from benchmarks import rows, timing
-from benchmarks.cpu.competitors import cpu_seconds
-from freqformer.diffusion.sampling import SampleConfig, make_step, sample
+from benchmarks.arg_specs import AttentionSpec
+from benchmarks.cpu.competitors import call, sparse
+from benchmarks.trained.runs import aux_of_run, with_method
 from freqformer.evaluate.restore import load_run
 from freqformer.grid.layout import TileLayout
 from freqformer.methods.adaspa import AdaSpa
@@ -58,65 +59,46 @@ def time_rows() -> list[dict]:
 
   The shape is 8,192 tokens, 4 heads of 64, tiles of 128 rows.
   """
-  layout = TileLayout.fit((8, 32, 32), 128)
+  spec = AttentionSpec("time", (8, 32, 32), 4, 64, dtype="float32")
+  layout = spec.layout
   method = AdaSpa()
   arrays = layout.arrays()
   tables = method.tables(layout)
-  rng = np.random.default_rng(0)
-  shape = (1, layout.n_buffer, 4, 64)
-  q, k, v = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for _ in "qkv")
-  dense = jax.jit(lambda q, k, v: attention(q, k, v, tables["dense"]))
-  mass_of = jax.jit(lambda q, k, lse: block_mass(q, k, lse, arrays.kv_len, layout.block))
-  find = jax.jit(lambda q, k, lse: method.find(q, k, lse, arrays, tables["fixed"]))
-  select = jax.jit(lambda mass: top_bits(mass, method.budgets(layout), tables["fixed"]))
-  lists = jax.jit(lambda bits: method.mask(bits, arrays))
-  sparse = jax.jit(lambda q, k, v, mask: attention(q, k, v, mask)[0])
-  lse = dense(q, k, v)[1]
-  mass = mass_of(q, k, lse)
-  bits, _ = find(q, k, lse)
-  mask = lists(bits)
-  state = {"bits": bits, **store_lse(method.lse_cache, method.lse_dtype, lse, arrays)}
+  q, k, v = spec.inputs()
+  dense = call(lambda q, k, v: attention(q, k, v, tables["dense"]), q, k, v)
+  lse = dense()[1]
+  mass = call(lambda q, k, lse: block_mass(q, k, lse, arrays.kv_len, layout.block), q, k, lse)
+  find = call(lambda q, k, lse: method.find(q, k, lse, arrays, tables["fixed"]), q, k, lse)
+  select = call(lambda mass: top_bits(mass, method.budgets(layout), tables["fixed"]), mass())
+  lists = call(lambda bits: method.mask(bits, arrays), find()[0])
+  mask = lists()
+  calls = {
+    "dense attention": dense,
+    "block mass": mass,
+    "selection": select,
+    "mass and selection (find)": find,
+    "lists from bits": lists,
+    "sparse attention": call(sparse, q, k, v, mask),
+  }
+  state = {"bits": find()[0], **store_lse(method.lse_cache, method.lse_dtype, lse, arrays)}
 
   def unrotated(x, positions):
     return x
 
-  def whole(phase):
-    def run(q, k, v, state):
+  for phase in ("warmup", "search_first", "search", "reuse"):
+    cond = Cond(jnp.zeros(1), jnp.zeros((1, 1)), phase=phase)
+
+    def step(q, k, v, state, cond=cond):
       qkv = Projected(q, k, v, unrotated, unrotated, arrays)
-      cond = Cond(jnp.zeros(1), jnp.zeros((1, 1)), phase=phase)
       return method(None, qkv, cond, tables, state)[:2]
 
-    return functools.partial(jax.jit(run), q, k, v, state)
-
-  calls = {
-    "dense attention": functools.partial(dense, q, k, v),
-    "block mass": functools.partial(mass_of, q, k, lse),
-    "selection": functools.partial(select, mass),
-    "mass and selection (find)": functools.partial(find, q, k, lse),
-    "lists from bits": functools.partial(lists, bits),
-    "sparse attention": functools.partial(sparse, q, k, v, mask),
-  }
-  for phase in ("warmup", "search_first", "search", "reuse"):
-    calls[f"step {phase}"] = whole(phase)
-  bystanders = timing.Bystanders()
+    calls[f"step {phase}"] = call(step, q, k, v, state)
   times = timing.interleave(calls, _ROUNDS.value)
   density = float(mask.density(layout.n).mean())
-  shared = dict(tokens=layout.n, heads=4, head_dim=64, block=128, density=density)
-  shared["others_cpu"] = bystanders.share()
-  cpu = {name: cpu_seconds(call, _ROUNDS.value) for name, call in calls.items()}
-  found = []
-  for name, t in times.items():
-    fields = {"cpu_s": cpu[name], **t.row(), **shared}
-    found.append(rows.goal_row(f"time/{name}", t.median, None, unit="s", **fields))
-  for name in ("sparse attention", "step reuse"):
-    for kind, ratio in (
-      ("wall time", times["dense attention"].median / times[name].median),
-      ("CPU time", cpu["dense attention"] / cpu[name]),
-    ):
-      fields = shared | {"speed_up": ratio, "largest_possible": 1 / density}
-      name_of_row = f"time/{name}, retained by {kind}"
-      found.append(rows.goal_row(name_of_row, ratio * density, ">= 0.6", unit="", **fields))
-  return found
+  return [
+    rows.goal_row(f"time/{name}", t.median, None, unit="s", density=density, **t.row())
+    for name, t in times.items()
+  ]
 
 
 # ---- state -------------------------------------------------------------------------------
@@ -217,50 +199,26 @@ def recall_rows(workdir: str, steps: int) -> list[dict]:
   Shares are means over samples, heads and layers, by phase and at the worst step.
   """
   restored = load_run(workdir, method="dense")
-  base = restored.model
-  params = restored.params
-  shape = restored.latent_shape
-  classes = len(restored.class_names)
-  config = SampleConfig(**{**vars(restored.experiment.sample), "steps": steps, "batch_size": 4})
-  labels = np.arange(4, dtype=np.int32) % classes
-  kinds = ("adaspa", "first", "oracle", "random")
+  config = dataclasses.replace(restored.experiment.sample, steps=steps, batch_size=4)
+  labels = np.arange(4, dtype=np.int32) % len(restored.class_names)
   found = []
   for name, fields in CACHES.items():
     method = Audited(**fields)
-    attention_config = dataclasses.replace(
-      base.config.attention, method="adaspa", methods=(("adaspa", method),)
-    )
-    audited = dataclasses.replace(base.config, attention=attention_config)
-    model = nnx.eval_shape(lambda c=audited: VideoDiT(c, shape, classes, nnx.Rngs(0)))
-    step = make_step(nnx.graphdef(model), config)
-    _, aux = sample(
-      step, params, model, labels, labels, 0, model.tables(shape), shape, config, progress=False
-    )
-    phases = [run[0] for run in model.schedule(steps)]
-    kept = {
-      s: {kind: float(aux[s][0]["kept"][kind].mean()) for kind in kinds}
-      for s in range(steps)
-      if "kept" in aux[s][0]
-    }
-
-    def mean(which, kind, kept=kept, phases=phases):
-      return float(np.mean([kept[s][kind] for s in kept if phases[s] in which]))
-
-    layout = model.config.layout(shape)
-    row = rows.goal_row(f"recall/{name}", mean(("search", "reuse"), "adaspa"), None, unit="")
-    row |= {
-      f"{kind}_{phase}": mean((phase,), kind) for kind in kinds for phase in ("search", "reuse")
-    }
-    row |= dict(
-      worst_of_oracle=min(shares["adaspa"] / shares["oracle"] for shares in kept.values()),
-      tokens=layout.n,
-      tiles=layout.tiles,
-      listed=method.budgets(layout)[1],
-      by_step_of=kinds,
-      by_step=[[s, *(round(shares[kind], 4) for kind in kinds)] for s, shares in kept.items()],
-      checkpoint_steps=restored.step,
-    )
-    found.append(row)
+    model = with_method(restored, method)
+    aux = aux_of_run(dataclasses.replace(restored, model=model), labels, labels, config)
+    kept = collections.defaultdict(list)  # by kind and phase
+    worst = 1.0
+    for (phase, *_), (own, *_) in zip(model.schedule(steps), aux, strict=True):
+      shares = {kind: float(share.mean()) for kind, share in own.get("kept", {}).items()}
+      for kind, share in shares.items():
+        kept[f"{kind}_{phase}"].append(share)
+      worst = min(worst, shares["adaspa"] / shares["oracle"]) if shares else worst
+    overall = float(np.mean(kept["adaspa_search"] + kept["adaspa_reuse"]))
+    means = {key: float(np.mean(x)) for key, x in kept.items() if not key.endswith("first")}
+    layout = model.config.layout(restored.latent_shape)
+    sizes = dict(tokens=layout.n, tiles=layout.tiles, listed=method.budgets(layout)[1])
+    row = rows.goal_row(f"recall/{name}", overall, None, unit="", **means)
+    found.append(row | sizes | {"worst_of_oracle": worst})
   return found
 
 
@@ -276,7 +234,7 @@ def main(_):
     command += f" --workdir={_WORKDIR.value} --steps={_STEPS.value}"
     found = recall_rows(_WORKDIR.value, _STEPS.value)
   else:
-    found = time_rows() if part == "time" else state_rows()
+    found = timing.beside_others(time_rows) if part == "time" else state_rows()
   logging.info("rows in %s", rows.write_rows("adaspa", found, command))
   print(rows.table(found))
 

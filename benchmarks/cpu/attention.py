@@ -18,9 +18,9 @@ from freqformer.kernels.block_sparse.table import dense_mask
 
 from benchmarks import rows, timing
 from benchmarks.arg_specs import SPECS, AttentionSpec
-from benchmarks.cpu.competitors import DenseForm, call, fastest, gradients, sparse, tile_matmuls
-from benchmarks.layer import freqformer_forward, freqformer_without_attention
-from freqformer.cost import attention_cost, training_flops
+from benchmarks.cpu.competitors import DenseForm, by_speed, call, gradients, sparse
+from benchmarks.cpu.methods import calls_of
+from freqformer.cost import attention_cost
 from freqformer.grid.rotary import rotate
 from freqformer.methods.freqformer import FreqFormer
 
@@ -77,15 +77,11 @@ def described(found: list[dict], run: Run) -> list[dict]:
   """
   base = run.base
 
+  def call_of(spec, **lists):
+    return {"heads": spec.heads, "head_dim": spec.head_dim, "batch": spec.batch} | lists
+
   def listed(spec, keys):
-    return {
-      "heads": spec.heads,
-      "head_dim": spec.head_dim,
-      "batch": spec.batch,
-      "tokens": spec.n,
-      "block": spec.block,
-      "density": keys / spec.n,
-    }
+    return call_of(spec, tokens=spec.n, block=spec.block, density=keys / spec.n)
 
   small = listed(base, base.keys)
   large = listed(run.large, run.large.keys)
@@ -95,16 +91,9 @@ def described(found: list[dict], run: Run) -> list[dict]:
     f"time_{run.large.name}_over_{base.name}": {"small": small, "large": large},
   }
   for name, block, method in run.methods:
-    calls[f"freqformer_{name}_vs_dense_loop_{base.name}"] = {
-      "attention_alone": {
-        "heads": base.heads,
-        "head_dim": base.head_dim,
-        "batch": base.batch,
-        "grid": list(base.grid),
-        "block": block,
-        "method": f"freqformer(allocation={method.allocation}, mid_tiles={method.mid_tiles})",
-      }
-    }
+    text = f"freqformer(allocation={method.allocation}, mid_tiles={method.mid_tiles})"
+    alone = call_of(base, grid=list(base.grid), block=block, method=text)
+    calls[f"freqformer_{name}_vs_dense_loop_{base.name}"] = {"attention_alone": alone}
   return [
     row | ({"attention_calls": calls[row["name"]]} if row["name"] in calls else {}) for row in found
   ]
@@ -119,30 +108,28 @@ def _forms(chunks, late=(False, True)):
 
 def measure_forward(run: Run) -> list[dict]:
   """Times the sparse call against the best dense loop, the best one with `jax.nn.softmax`,
-  `dot_product_attention`, and bare matmuls."""
+  `dot_product_attention`, and a bare matmul."""
   spec = run.base
   q, k, v = spec.inputs()
   mask = spec.mask()
-  best = fastest(_forms(run.chunks), (q, k, v))
-  plain = fastest(_forms(run.chunks, (False,)), (q, k, v))
+  loops = by_speed(_forms(run.chunks), (q, k, v))
+  best, loop = loops[0]
+  plain, softmax_loop = next(found for found in loops if not found[0].late)
   square = jnp.ones((2048, 2048), q.dtype)
   everything = dense_mask(q.shape[1], q.shape[1], spec.block, spec.block)
-  matmuls = functools.partial(tile_matmuls, keys=spec.keys, block=spec.block)
   t = timing.interleave(
     {
       "sparse": call(sparse, q, k, v, mask),
-      "loop": best.call((q, k, v)),
-      "softmax_loop": plain.call((q, k, v)),
+      "loop": loop,
+      "softmax_loop": softmax_loop,
       "dense_mode": call(sparse, q, k, v, everything),
       "dot_product_attention": call(jax.nn.dot_product_attention, q, k, v),
       "matmul": call(jnp.matmul, square, square),
-      "tile_matmuls": call(matmuls, q, k, v),
     },
     run.rounds,
   )
   flops = attention_cost(float(mask.pairs().sum()), spec.head_dim).attention_flops
-  gflops = 2 * 2048**3 / t["matmul"].median / 1e9
-  floor_s = flops / gflops / 1e9
+  floor_s = flops / (2 * 2048**3) * t["matmul"].median
   density = float(np.mean(mask.density()))
 
   def race(name, competitor, goal, **fields):
@@ -163,17 +150,7 @@ def measure_forward(run: Run) -> list[dict]:
     race("dense_loop", "loop", ">= 14", form=str(best)),
     race("softmax_loop", "softmax_loop", ">= 14", form=str(plain)),
     race("dot_product_attention", "dot_product_attention", ">= 60"),
-    rows.goal_row(
-      f"forward_over_floor_{spec.name}",
-      t["sparse"].median / floor_s,
-      None,
-      unit="x",
-      flops=flops,
-      matmul_gflops=gflops,
-      floor_s=floor_s,
-      tile_matmuls_s=t["tile_matmuls"].median,
-      tile_matmul_gflops=flops / t["tile_matmuls"].median / 1e9,
-    ),
+    rows.goal_row(f"forward_over_floor_{spec.name}", t["sparse"].median / floor_s, None, unit="x"),
     rows.goal_row(
       f"dense_mode_vs_dense_loop_{spec.name}",
       t["loop"].median / t["dense_mode"].median,
@@ -190,13 +167,10 @@ def measure_backward(run: Run) -> list[dict]:
   """Times forward and backward together, against the dense loop's with rematerialised chunks."""
   spec = run.base
   q, k, v, d_out = spec.inputs(4)
-  mask = spec.mask()
   args = (d_out, q, k, v)
-  best = fastest(_forms(run.backward_chunks), args, gradients, remat=True)
-  calls = {
-    "sparse": call(gradients(sparse), *args, mask),
-    "loop": best.call(args, gradients, remat=True),
-  }
+  mask = spec.mask()
+  best, loop = by_speed(_forms(run.backward_chunks), args, gradients, remat=True)[0]
+  calls = {"sparse": call(gradients(sparse), *args, mask), "loop": loop}
   t = timing.interleave(calls, max(2, run.rounds // 2))
   return [
     rows.goal_row(
@@ -207,7 +181,6 @@ def measure_backward(run: Run) -> list[dict]:
       form=str(best),
       sparse=t["sparse"].row(),
       against=t["loop"].row(),
-      flops=training_flops(attention_cost(float(mask.pairs().sum()), spec.head_dim)),
     )
   ]
 
@@ -215,9 +188,7 @@ def measure_backward(run: Run) -> list[dict]:
 def measure_scaling(run: Run) -> list[dict]:
   """Times four times the tokens at the same keys per query: linear would be 4."""
   calls = {s.name: call(sparse, *s.inputs(), s.mask()) for s in (run.base, run.large)}
-  t = timing.interleave(calls, run.rounds)
-  small = t[run.base.name]
-  large = t[run.large.name]
+  small, large = timing.interleave(calls, run.rounds).values()
   name = f"time_{run.large.name}_over_{run.base.name}"
   times = dict(small=small.row(), large=large.row())
   return [rows.goal_row(name, large.median / small.median, "<= 4.5", unit="x", **times)]
@@ -266,22 +237,11 @@ def measure_freqformer(run: Run) -> list[dict]:
   found = []
   for name, block, method in run.methods:
     spec = dataclasses.replace(run.base, block=block)
-    q, k, v = spec.inputs()
-    arrays = spec.layout.arrays()
-    tables = method.tables(spec.layout)
-    args = (q, k, v, arrays.positions)
-    best = fastest(_forms(run.chunks, (True,)), args, _rotated)
-    around = call(functools.partial(freqformer_without_attention, method), q, k, v, arrays, tables)
-    handed_over, _ = around()
-    whole = call(functools.partial(freqformer_forward, method), q, k, v, arrays, tables)
-    calls = {
-      "whole": whole,
-      "around": around,
-      "attention": call(sparse, *handed_over),
-      "loop": best.call(args, _rotated),
-    }
+    args = (*spec.inputs(), spec.layout.arrays().positions)
+    best, loop = by_speed(_forms(run.chunks, (True,)), args, _rotated)[0]
+    own = calls_of(method, spec)
+    calls = {"whole": own.whole, "around": own.around, "attention": own.attention, "loop": loop}
     t = timing.interleave(calls, run.rounds)
-    density = float(np.mean(np.asarray(whole()[1])))
     speedup = t["loop"].median / t["whole"].median
     found.append(
       rows.goal_row(
@@ -289,8 +249,8 @@ def measure_freqformer(run: Run) -> list[dict]:
         speedup,
         None,
         unit="x",
-        density=density,
-        retained=speedup * density,
+        density=own.density,
+        retained=speedup * own.density,
         allocation=method.allocation,
         form=str(best),
         whole=t["whole"].row(),
@@ -306,13 +266,11 @@ def measure_freqformer(run: Run) -> list[dict]:
 
 
 def measure(run: Run, memory: bool = True) -> list[dict]:
-  """Measures all rows of a run; `others_cpu` is the share of the machine that others used."""
+  """Measures all rows of a run."""
   parts = [measure_forward, measure_backward, measure_scaling, measure_freqformer]
   found = []
   for part in [measure_memory] * memory + parts:
-    bystanders = timing.Bystanders()
-    measured = part(run)
-    found += [row | {"others_cpu": bystanders.share()} for row in measured]
+    found += timing.beside_others(functools.partial(part, run))
   return found if run.goals else [row | {"goal": None, "met": None} for row in found]
 
 

@@ -1,14 +1,12 @@
-"""Competitors of block-sparse attention: dense attention in plain JAX, bare matmuls as a floor."""
+"""Competitors of block-sparse attention: dense attention in plain JAX."""
 
 import dataclasses
 import functools
 import math
-import time
 from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from freqformer.kernels.block_sparse.api import attention
 
 from benchmarks import timing
@@ -46,23 +44,6 @@ def dense_loop(q, k, v, chunk: int, late: bool = False, remat: bool = False):
   return out.transpose(1, 0, 3, 2, 4).reshape(b, n, h, d)
 
 
-def tile_matmuls(q, k, v, keys: int, block: int):
-  """Computes only the two matmuls of block-sparse attention: a floor for the backend's time.
-
-  It has no lists, gather, softmax or mask.
-  """
-  b, n, h, d = q.shape
-  group = math.gcd(8, b * h * n // block)
-  q, k, v = (x.transpose(0, 2, 1, 3).reshape(-1, d) for x in (q, k, v))
-  k, v = (jnp.broadcast_to(x[:keys], (group, keys, d)) for x in (k, v))
-
-  def step(rows):
-    scores = jax.lax.optimization_barrier(jnp.einsum("gid,gjd->gij", rows, k))
-    return jnp.einsum("gij,gjd->gid", scores, v)
-
-  return jax.lax.map(step, q.reshape(-1, group, block, d))
-
-
 def gradients(f: Callable) -> Callable:
   """Makes forward and backward of `f(q, k, v, *rest)`: `(d_out, q, k, v, *rest)` -> out, grads."""
 
@@ -78,16 +59,6 @@ def call(f: Callable, *args) -> Callable:
   return functools.partial(jax.jit(f), *args)
 
 
-def cpu_seconds(function: Callable, rounds: int) -> float:
-  """Median CPU time of a call over all threads, which a busy machine changes least."""
-  times = []
-  for _ in range(rounds):
-    start = time.process_time()
-    jax.block_until_ready(function())
-    times.append(time.process_time() - start)
-  return float(np.median(times))
-
-
 @dataclasses.dataclass(frozen=True)
 class DenseForm:
   """One form of `dense_loop`, with its arguments."""
@@ -98,14 +69,20 @@ class DenseForm:
   def __str__(self):
     return f"chunk {self.chunk}, {'late division' if self.late else 'jax.nn.softmax'}"
 
-  def call(self, args, wrap=lambda f: f, remat: bool = False) -> Callable:
-    """Compiles the loop on `args`; `wrap` makes `f(*args)` of `f(q, k, v)`."""
-    loop = functools.partial(dense_loop, chunk=self.chunk, late=self.late, remat=remat)
-    return call(wrap(loop), *args)
 
+def by_speed(
+  forms: Iterable[DenseForm], args, wrap=lambda f: f, remat: bool = False
+) -> list[tuple[DenseForm, Callable]]:
+  """Returns the forms, the fastest first, each compiled: competitors are chosen before the race.
 
-def fastest(forms: Iterable[DenseForm], args, wrap=lambda f: f, remat: bool = False) -> DenseForm:
-  """Returns the form that takes least time: the competitor is chosen before the race."""
-  calls = {form: form.call(args, wrap, remat) for form in forms}
+  Args:
+    args: of the compiled calls.
+    wrap: makes `f(*args)` of `f(q, k, v)`.
+    remat: as of `dense_loop`.
+  """
+  calls = {}
+  for form in forms:
+    loop = functools.partial(dense_loop, chunk=form.chunk, late=form.late, remat=remat)
+    calls[form] = call(wrap(loop), *args)
   times = timing.interleave(calls, rounds=1, slice_s=0)
-  return min(times, key=lambda form: times[form].median)
+  return sorted(calls.items(), key=lambda found: times[found[0]].median)

@@ -5,19 +5,15 @@
 
 A row's value is the share of the ideal that is retained: speed-up over the dense mode times
 density, 1 if time falls as pairs do. All attention calls of a layer count, also the pooled one of
-block_topk.
-The same by CPU time of all threads is in the row as well. The rest of a method between its
-projections (selection, search, compression, linear heads) is timed apart, for every phase of a
-sampling run. For a method with linear heads a second row takes both ops together and counts linear
-attention by its FLOPs: the time that the dense mode would take for as many FLOPs, over the time of
-both. Inputs are random, so selections are arbitrary, their number is not.
+block_topk. The rest of a method between its projections (selection, search, compression, linear
+heads) is timed apart, for every phase of a sampling run. For a method with linear heads a second
+row takes both ops together and counts linear attention by its FLOPs: the time that the dense mode
+would take for as many FLOPs, over the time of both. Inputs are random, so selections are arbitrary,
+their number is not.
 """
 
-import contextlib
 import dataclasses
-import sys
 from collections.abc import Callable
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +25,12 @@ from freqformer.kernels.linear.api import linear_attention
 
 from benchmarks import rows, timing
 from benchmarks.arg_specs import SPECS, AttentionSpec
-from benchmarks.cpu.competitors import call, cpu_seconds, sparse
-from benchmarks.layer import projected
+from benchmarks.cpu.competitors import call, sparse
+from benchmarks.layer import projected, taken_out
 from freqformer.cost import attention_cost
 from freqformer.methods.base import Cond, Dims
-from freqformer.methods.registry import METHODS, method_class, parse_method, with_fields
+from freqformer.methods.registry import METHODS, parse_method
+from freqformer.simulation.forward import make_method
 
 _QUICK = flags.DEFINE_bool(
   "quick", False, "A small shape and few repeats; writes no rows.", allow_override=True
@@ -51,7 +48,6 @@ SETTINGS = (
   "adaspa(sparsity=0.9)",
 )
 STEPS = 50  # of the sampling run whose phases are measured
-_OPS = ("dense_mode", "attention", "linear")
 _COND_DIM = 8
 _BUSY = 0.3  # share of the machine that others use above which wall times say little
 
@@ -61,7 +57,8 @@ class Calls:
   """Calls of a layer at one phase: compiled functions without arguments, ready to be timed.
 
   Attributes:
-    around: the method with its attention and linear attention taken out; their inputs are computed.
+    whole: the method, QK-norm and rotary included.
+    around: the same with its attention and linear attention taken out; their inputs are computed.
     attention: its attention calls.
     linear: its linear attention calls, or None.
     linear_flops: of the linear calls.
@@ -69,6 +66,7 @@ class Calls:
     state: the method's state after the phase.
   """
 
+  whole: Callable
   around: Callable
   attention: Callable
   linear: Callable | None
@@ -77,46 +75,25 @@ class Calls:
   state: object
 
 
-@contextlib.contextmanager
-def _taken_out(found: dict):
-  """Replaces both ops in every method's module by stand-ins that record their inputs in `found`."""
-
-  def attention(q, k, v, mask=None, **_):
-    mask = dense_mask(q.shape[1], k.shape[1]) if mask is None else mask
-    found["attention"].append((q, k, v, mask))
-    return v[:, : q.shape[1]], jnp.zeros((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
-
-  def linear(q, k, v, segments, *, feature_map, implementation=None, **arrays):
-    found["linear"].append((q, k, v, segments, arrays))
-    found["feature_map"] = feature_map
-    return v, None
-
-  with contextlib.ExitStack() as stack:
-    for module in [m for name, m in sys.modules.items() if name.startswith("freqformer.methods.")]:
-      for name, stand_in in (("attention", attention), ("linear_attention", linear)):
-        if callable(getattr(module, name, None)):
-          stack.enter_context(mock.patch.object(module, name, stand_in))
-    yield
-
-
-def calls_of(method, spec: AttentionSpec, phase: str, state) -> Calls:
-  """Runs a layer at a phase, QK-norm and rotary included, and takes its calls apart."""
+def calls_of(method, spec: AttentionSpec, phase: str = "", state=None) -> Calls:
+  """Runs a layer at a phase (None: with the state that a run begins with) and takes it apart."""
   layout = spec.layout
   dims = Dims(spec.heads, spec.head_dim, _COND_DIM)
-  q, k, v = spec.inputs()
+  state = method.init_state(spec.batch, dims, layout) if state is None else state
   graphdef, params = nnx.split(method.build(dims, layout, nnx.Rngs(0)))
-  found = {}
 
-  def around(params, q, k, v, arrays, tables, state):
-    found.update(attention=[], linear=[])
-    b = q.shape[0]
-    cond = Cond(jnp.full(b, 0.5), jnp.zeros((b, _COND_DIM)), phase=phase)
-    with _taken_out(found):
-      qkv = projected(jnp.stack([q, k, v], 2), arrays)
-      out, state, _ = method(nnx.merge(graphdef, params), qkv, cond, tables, state)
-    return found["attention"], found["linear"], state, out
+  def whole(params, q, k, v, arrays, tables, state):
+    cond = Cond(jnp.full(spec.batch, 0.5), jnp.zeros((spec.batch, _COND_DIM)), phase=phase)
+    qkv = projected(jnp.stack([q, k, v], 2), arrays)
+    return method(nnx.merge(graphdef, params), qkv, cond, tables, state)[:2]
 
-  taken = call(around, params, q, k, v, layout.arrays(), method.tables(layout), state)
+  def around(*args):
+    with taken_out() as taken:
+      out, state = whole(*args)
+    return *taken, state, out
+
+  args = (params, *spec.inputs(), layout.arrays(), method.tables(layout), state)
+  taken = call(around, *args)
   attentions, linears, state, _ = taken()
   # A call may take some of the heads only.
   pairs = sum(
@@ -125,9 +102,10 @@ def calls_of(method, spec: AttentionSpec, phase: str, state) -> Calls:
   )
 
   def linear(inputs):
-    return [linear_attention(*x[:-1], feature_map=found["feature_map"], **x[-1]) for x in inputs]
+    return [linear_attention(*x[:-1], feature_map=method.feature_map, **x[-1]) for x in inputs]
 
   return Calls(
+    whole=call(whole, *args),
     around=taken,
     attention=call(lambda inputs: [sparse(*x) for x in inputs], attentions),
     linear=call(linear, linears) if linears else None,
@@ -146,48 +124,44 @@ def linear_flops(q, k, v, segments, arrays) -> float:
 
 def measure_method(text: str, spec: AttentionSpec, rounds: int) -> list[dict]:
   """Measures a method's usual step: a row of attention, another of both ops for linear heads."""
-  name, fields = parse_method(text)
-  method = with_fields(method_class(name)(), fields, name)
-  state = method.init_state(1, Dims(spec.heads, spec.head_dim, _COND_DIM), spec.layout)
+  method = make_method(text)
   phases = {}
+  state = None
   for phase in dict.fromkeys(method.phase(step, STEPS) for step in range(STEPS)):
     phases[phase] = calls_of(method, spec, phase, state)
     state = phases[phase].state
   usual = phases[method.phase(STEPS - 1, STEPS)]  # of most steps
   q, k, v = spec.inputs()
   everything = dense_mask(q.shape[1], q.shape[1], spec.block, spec.block)
-  timed = {"dense_mode": call(sparse, q, k, v, everything), "attention": usual.attention}
-  timed |= {f"around_{phase or 'attention'}": calls.around for phase, calls in phases.items()}
+  ops = {"dense_mode": call(sparse, q, k, v, everything), "attention": usual.attention}
   if usual.linear is not None:
-    timed["linear"] = usual.linear
-  times = timing.interleave(timed, rounds)
+    ops["linear"] = usual.linear
+  around = {f"around_{phase or 'attention'}": calls.around for phase, calls in phases.items()}
+  times = timing.interleave(ops | around, rounds)
   wall = {part: t.median for part, t in times.items()}
-  cpu = {part: cpu_seconds(timed[part], rounds) for part in _OPS if part in timed}
+  every = {part: t.row() for part, t in times.items()}
 
-  def retained(name, share, *parts, **fields):
+  def retained(end, share, *parts, **fields):
     """A row of speed-up over the dense mode times the share of its work that is left."""
     speedup = wall["dense_mode"] / sum(wall[part] for part in parts)
-    by_cpu = cpu["dense_mode"] / sum(cpu[part] for part in parts)
     return rows.goal_row(
-      f"{name}_vs_dense_mode_{spec.name}",
+      f"{parse_method(text)[0]}{end}_vs_dense_mode_{spec.name}",
       speedup * share,
       ">= 0.6",
       unit="",
       method=text,
       density=usual.density,
       speedup=speedup,
-      retained_by_cpu_time=by_cpu * share,
       **fields,
     )
 
-  every = {part: t.row() for part, t in times.items()}
-  found = [retained(name, usual.density, "attention", **every)]
+  found = [retained("", usual.density, "attention", **every)]
   if usual.linear is not None:
     dense_flops = attention_cost(spec.heads * q.shape[1] ** 2, spec.head_dim).attention_flops
     over_dense = usual.linear_flops / dense_flops
     found.append(
       retained(
-        f"{name}_with_linear",
+        "_with_linear",
         usual.density + over_dense,
         "attention",
         "linear",
@@ -208,14 +182,8 @@ def measure(spec: AttentionSpec, rounds: int, settings=SETTINGS) -> list[dict]:
     )
   found = []
   for text in settings:
-    bystanders = timing.Bystanders()
-    measured = measure_method(text, spec, rounds)
-    others = bystanders.share()
-    found += [
-      row | {"others_cpu": others, "met": row["met"] if others < _BUSY else None}
-      for row in measured
-    ]
-  return found
+    found += timing.beside_others(lambda text=text: measure_method(text, spec, rounds))
+  return [row if row["others_cpu"] < _BUSY else row | {"met": None} for row in found]
 
 
 def main(argv):
@@ -223,14 +191,16 @@ def main(argv):
     raise app.UsageError(f"unknown arguments {argv[1:]}")
   jax.config.update("jax_platforms", "cpu")
   logging.set_verbosity(logging.INFO)
-  command = "python -m benchmarks.cpu.methods" + (" --quick" if _QUICK.value else "")
-  context = rows.context(command)  # before the run, so that it names the commit that is measured
-  # The quick shape has as many tiles, so that the settings mean the same.
-  quick = dataclasses.replace(SPECS["cpu_4k"], name="quick", heads=4, block=32)
-  found = measure(quick, 2) if _QUICK.value else measure(SPECS["cpu_16k"], 5)
+  if _QUICK.value:
+    # As many tiles, so that the settings mean the same.
+    spec = dataclasses.replace(SPECS["cpu_4k"], name="quick", heads=4, block=32)
+    print(rows.table(measure(spec, 2)))
+    return
+  # Before the run, so that it names the commit that is measured.
+  context = rows.context("python -m benchmarks.cpu.methods")
+  found = measure(SPECS["cpu_16k"], 5)
   print(rows.table(found))
-  if not _QUICK.value:
-    rows.write_rows("methods_cpu", [row | context for row in found], command)
+  rows.write_rows("methods_cpu", [context | row for row in found], context["command"])
 
 
 if __name__ == "__main__":

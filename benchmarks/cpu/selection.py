@@ -3,10 +3,8 @@
   JAX_PLATFORMS=cpu python -m benchmarks.cpu.selection
 
 Both compute the same pooled scores chunk by chunk and return the same lists (the ids of `top_k` are
-sorted). The time of the scores alone is measured too.
+sorted).
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +12,9 @@ import numpy as np
 from absl import app, flags, logging
 from freqformer.kernels.selection.topk import top_tiles
 
+from benchmarks.cpu.competitors import call
 from benchmarks.rows import goal_row, table, write_rows
-from benchmarks.timing import Bystanders, interleave
+from benchmarks.timing import beside_others, interleave
 
 _TILES = flags.DEFINE_multi_integer("tiles", [2048, 4096], "Tiles of the buffer, queries and keys.")
 _HEADS = flags.DEFINE_integer("heads", 2, "Heads.")
@@ -45,13 +44,12 @@ def measure(tiles: int, heads: int, budget: int, rounds: int) -> dict:
   keys = jax.random.split(jax.random.key(0))
   q, k = (jax.random.normal(key, (1, heads, tiles, 64)) for key in keys)
   fixed = np.arange(tiles, dtype=np.int32)[:, None]
-  bisect = jax.jit(lambda q, k: top_tiles(q, k, budget, fixed))
-  sort = jax.jit(lambda q, k: by_sorting(q, k, budget, fixed))
-  scores = jax.jit(lambda q, k: jnp.einsum("bhid,bhjd->bhij", q, k, precision="highest").max())
-  np.testing.assert_array_equal(bisect(q, k), sort(q, k))
-  others = Bystanders()
-  calls = {"bisect": bisect, "sort": sort, "scores": scores}
-  times = interleave({name: functools.partial(f, q, k) for name, f in calls.items()}, rounds)
+  calls = {
+    "bisect": call(lambda q, k: top_tiles(q, k, budget, fixed), q, k),
+    "sort": call(lambda q, k: by_sorting(q, k, budget, fixed), q, k),
+  }
+  np.testing.assert_array_equal(calls["bisect"](), calls["sort"]())
+  times = interleave(calls, rounds)
   return goal_row(
     f"selection_{tiles}_tiles",
     times["sort"].median / times["bisect"].median,
@@ -59,7 +57,6 @@ def measure(tiles: int, heads: int, budget: int, rounds: int) -> dict:
     unit="x",
     heads=heads,
     budget=budget,
-    others_cpu=others.share(),
     **{name: timing.row() for name, timing in times.items()},
   )
 
@@ -67,9 +64,10 @@ def measure(tiles: int, heads: int, budget: int, rounds: int) -> dict:
 def main(_):
   logging.set_verbosity(logging.INFO)
   device = jax.devices()[0].platform
-  rows = [
-    measure(t, _HEADS.value, max(1, int(t * _DENSITY.value)), _ROUNDS.value) for t in _TILES.value
-  ]
+  rows = []
+  for tiles in _TILES.value:
+    budget = max(1, int(tiles * _DENSITY.value))
+    rows += beside_others(lambda n=tiles, k=budget: [measure(n, _HEADS.value, k, _ROUNDS.value)])
   write_rows(
     f"selection_{device}", rows, f"JAX_PLATFORMS={device} python -m benchmarks.cpu.selection"
   )

@@ -15,7 +15,8 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from operator import itemgetter
 
 from absl import app, flags, logging
 
@@ -50,6 +51,7 @@ FIGURES = ROOT / "docs" / "figures"
 PUBLISHED = ROOT / "freqformer" / "simulation" / "published" / "h100.json"
 ROWS = row_files.RESULTS / "simulation.json"
 COMMAND = "python -m benchmarks.pages.complexity"
+Cell = Callable[[dict], str]
 
 # The papers' range, at shape A's grids; the model with 12 heads of 128.
 GRIDS = ((16, 64, 64), (32, 64, 64), (64, 64, 64), (64, 64, 128), (64, 128, 128))
@@ -95,7 +97,7 @@ def cpu_rows() -> list[dict]:
 
 def published_run(gpu: Gpu) -> list[dict]:
   """Returns HunyuanVideo end to end on an H100: published, and simulated for the same shape."""
-  one = row(plans(("dense",), "hunyuanvideo", (30, 48, 80))[0], gpu)  # what they ran
+  one = row(plans((), "hunyuanvideo", (30, 48, 80))[0], gpu)  # what they ran
   facts = {k: one[k] for k in ("gpu", "measured", "rates_fitted", "rates_assumed")} | {
     "set": "published run",
     "fitted": False,
@@ -104,11 +106,11 @@ def published_run(gpu: Gpu) -> list[dict]:
     "derived": "",
   }
   found = []
-  for part, step, published in (
-    ("all", one["seconds"], 945.0),
-    ("attention", one["attention_seconds"], 800.0),
+  for part, field, published in (
+    ("all", "seconds", 945.0),
+    ("attention", "attention_seconds", 800.0),
   ):
-    seconds = 50 * step
+    seconds = 50 * one[field]
     times = {"seconds": seconds, "measured_seconds": published, "error": seconds / published - 1}
     found.append({"name": f"HunyuanVideo, 115,200 tokens, 50 steps: {part}"} | facts | times)
   return found
@@ -119,8 +121,8 @@ def published_run(gpu: Gpu) -> list[dict]:
 
 def plans(methods: tuple[str, ...], card: str, grid: tuple[int, int, int]) -> list[Plan]:
   """Returns the plan of the unpadded dense baseline, then those of the methods."""
-  found = [Plan(load_model(card), name, make_method(name), grid) for name in methods]
-  return [dense_baseline(found[0]), *found]
+  found = [Plan(load_model(card), name, make_method(name), grid) for name in ("dense", *methods)]
+  return [dense_baseline(found[0]), *found[1:]]
 
 
 def sweep(gpu: Gpu) -> list[dict]:
@@ -229,8 +231,6 @@ def approximation_rows(workdir: str) -> list[dict]:
 
 # ---- tables --------------------------------------------------------------------------------------
 
-Cell = Callable[[dict], object]
-
 # Links under the tables, by how the source of a published row begins.
 LINKS = {
   "FlashAttention-3": "[FlashAttention-3](https://arxiv.org/abs/2407.08608)",
@@ -239,64 +239,61 @@ LINKS = {
   "JAX's Mosaic GPU": "JAX's Mosaic GPU attention example (cuDNN; heads not stated, 16 taken)",
 }
 SWEEP_TOKENS = (65_536, 262_144, 1_048_576)  # columns of the sweep's tables; its figure has all
+FORWARDS = ("dense, unpadded", "dense", "freqformer")
 
 
 def of_set(rows: list[dict], name: str) -> list[dict]:
   return [r for r in rows if r["set"] == name]
 
 
-def markdown(found: list[dict], columns: dict[str, Cell]) -> str:
-  """Returns a table with a line per row; `columns`: title -> what a row shows there."""
-  lines = [list(columns), *([cell(r) for cell in columns.values()] for r in found)]
-  head, *body = ["| " + " | ".join(map(str, line)) + " |" for line in lines]
-  return "\n".join([head, "|" + "---|" * len(columns), *body])
-
-
-def text(field: str) -> Cell:
-  return lambda r: r[field]
-
-
-def grouped(found: list[dict], line: Cell, column: Cell) -> dict[str, dict[str, dict]]:
-  """Returns the rows by line and column; raises ValueError where two rows meet."""
-  groups = {}
-  for r in found:
-    group = groups.setdefault(line(r), {})
-    if column(r) in group:
-      raise ValueError(f"two rows for line {line(r)!r} and column {column(r)!r}.")
-    group[column(r)] = r
-  return groups
+def markdown(head: Sequence[str], lines: Iterable[Iterable[str]]) -> str:
+  """Returns a table."""
+  first, *body = ["| " + " | ".join(line) + " |" for line in (head, *lines)]
+  return "\n".join([first, "|" + "---|" * len(head), *body])
 
 
 def pivot(found: list[dict], title: str, line: Cell, column: Cell, cell: Cell) -> str:
-  """Returns a table with a row of `found` in each cell, "-" where there is none."""
+  """Returns a table with a row of `found` in each cell, "-" where there is none.
 
-  def shown(name):
-    return lambda item: cell(item[1][name]) if name in item[1] else "-"
-
-  names = dict.fromkeys(column(r) for r in found)
-  columns = {title: lambda item: item[0]} | {name: shown(name) for name in names}
-  return markdown(list(grouped(found, line, column).items()), columns)
-
-
-def of_method(method: str, cell: Cell) -> Cell:
-  """Returns a cell of a group of rows: what its row of `method` shows."""
-  return lambda group: cell(group[method])
-
-
-def by_method(found: list[dict], line: Cell, columns: dict[str, Cell]) -> str:
-  """Returns a table with a line per group; `columns`: title -> cell of a group, by method."""
-  return markdown(list(grouped(found, line, text("method")).values()), columns)
+  Raises:
+    ValueError: where two rows meet.
+  """
+  cells = {}
+  for r in found:
+    at = line(r), column(r)
+    if at in cells:
+      raise ValueError(f"two rows for line {at[0]!r} and column {at[1]!r}.")
+    cells[at] = cell(r)
+  columns = list(dict.fromkeys(name for _, name in cells))
+  lines = dict.fromkeys(name for name, _ in cells)
+  body = [[name, *(cells.get((name, other), "-") for other in columns)] for name in lines]
+  return markdown([title, *columns], body)
 
 
-# ---- tables: validation --------------------------------------------------------------------------
+def by_method(found: list[dict], line: Cell) -> dict[str, dict[str, dict]]:
+  """Returns the rows by line and method."""
+  groups = {}
+  for r in found:
+    groups.setdefault(line(r), {})[r["method"]] = r
+  return groups
 
 
-def seconds_text(seconds: float) -> str:
-  return f"{seconds:.4g} s" if seconds > 10 else f"{1e3 * seconds:.4g} ms"
+def comparison(found: list[dict]) -> str:
+  """Returns simulated beside measured seconds."""
 
+  def shown(seconds):
+    return f"{seconds:.4g} s" if seconds > 10 else f"{1e3 * seconds:.4g} ms"
 
-def measured_text(r: dict) -> str:
-  return seconds_text(r["measured_seconds"]) + (" (derived)" if r["derived"] else "")
+  lines = [
+    (
+      r["name"],
+      shown(r["measured_seconds"]) + (" (derived)" if r["derived"] else ""),
+      shown(r["seconds"]),
+      error_text(r),
+    )
+    for r in found
+  ]
+  return markdown(("call", "measured", "simulated", "error"), lines)
 
 
 def error_text(r: dict) -> str:
@@ -322,40 +319,18 @@ def notes(found: list[dict]) -> str:
   return "\n".join(f"* {line}" for line in lines)
 
 
-def comparison(found: list[dict]) -> str:
-  """Returns simulated beside measured seconds."""
-  columns = {
-    "call": text("name"),
-    "measured": measured_text,
-    "simulated": lambda r: seconds_text(r["seconds"]),
-    "error": error_text,
-  }
-  return markdown(found, columns)
-
-
 def published_tables(calls: list[dict], run: list[dict]) -> str:
   """Returns a line for each kernel that was timed at several lengths, and a table of the rest."""
   lengths = [r for r in calls if " n=" in r["name"]]
   others = [r for r in calls if " n=" not in r["name"]] + run
-
-  def kernel(r):
-    return r["name"].split(" n=")[0]
-
-  def length(r):
-    return f"n={r['name'].split(' n=')[1]}"
-
-  def cell(r):
-    return f"{1e3 * r['measured_seconds']:.4g}, {error_text(r)}"
-
-  table = pivot(lengths, "measured ms, error", kernel, length, cell)
+  table = pivot(
+    lengths,
+    "measured ms, error",
+    line=lambda r: r["name"].split(" n=")[0],
+    column=lambda r: r["name"].split()[-1],
+    cell=lambda r: f"{1e3 * r['measured_seconds']:.4g}, {error_text(r)}",
+  )
   return f"{table}\n\n{comparison(others)}\n\n{notes(calls)}"
-
-
-# ---- tables: simulation --------------------------------------------------------------------------
-
-
-def tokens_text(r: dict) -> str:
-  return f"{r['tokens']:,}"
 
 
 def defaults_table(found: list[dict]) -> str:
@@ -375,6 +350,9 @@ def defaults_table(found: list[dict]) -> str:
 def sweep_tables(found: list[dict]) -> str:
   """Returns two tables over tokens: whole forwards, then attention alone."""
 
+  def tokens(r):
+    return f"{r['tokens']:,}"
+
   def whole(r):
     return f"{r['seconds']:.3g} ({r['speedup_over_dense']:.1f})"
 
@@ -383,96 +361,73 @@ def sweep_tables(found: list[dict]) -> str:
 
   shown = [r for r in found if r["tokens"] in SWEEP_TOKENS]
   sparse = [r for r in shown if r["method"] != "dense"]
-  return (
-    pivot(shown, "seconds (dense / this)", text("method"), tokens_text, whole)
-    + "\n\n"
-    + pivot(sparse, "density (dense / this)", text("method"), tokens_text, attention)
+  wholes = pivot(shown, "seconds (dense / this)", itemgetter("method"), tokens, whole)
+  return f"{wholes}\n\n" + pivot(
+    sparse, "density (dense / this)", itemgetter("method"), tokens, attention
   )
-
-
-DURATION_METHODS = ("dense, unpadded", "dense", "freqformer", "sliding_tile")
-
-
-def run_text(r: dict) -> str:
-  return f"{r['run_seconds']:,.0f} ({r['gpu_s_per_video_s']:,.0f})"
-
-
-def resident_text(group: dict[str, dict]) -> str:
-  most = max(group.values(), key=lambda r: r["memory_bytes"])
-  return f"{most['memory_bytes'] / 1e9:.0f}" + ("" if most["fits"] else " (does not fit)")
 
 
 def duration_table(found: list[dict], largest: list[dict]) -> str:
   """Returns a line per video, and a sentence on the longest that fits."""
-  columns = {
-    "video, s": of_method("dense", number("video_seconds", ".1f")),
-    "grid": of_method("dense", grid_text),
-  }
-  columns |= {method: of_method(method, run_text) for method in DURATION_METHODS}
-  columns["resident, GB"] = resident_text
+  methods = (*FORWARDS, "sliding_tile")
+  lines = [
+    (
+      f"{group['dense']['video_seconds']:.1f}",
+      grid,
+      *(
+        f"{r['run_seconds']:,.0f} ({r['gpu_s_per_video_s']:,.0f})" for r in map(group.get, methods)
+      ),
+      resident_text(group),
+    )
+    for grid, group in by_method(found, grid_text).items()
+  ]
   longest = ", ".join(
     f"{r['video_seconds']:.0f} s ({grid_text(r)}) with {r['method']}" for r in largest
   )
-  table = by_method(found, grid_text, columns)
+  table = markdown(("video, s", "grid", *methods, "resident, GB"), lines)
   return f"{table}\n\nThe longest 720p video that fits: {longest}."
 
 
-FORWARD_METHODS = ("dense, unpadded", "dense", "freqformer")
-FORWARDS = {method: of_method(method, number("seconds", ".3f")) for method in FORWARD_METHODS}
-SPEEDUP = {
-  "unpadded dense / freqformer": of_method("freqformer", number("speedup_over_dense", ".2f"))
-}
-GPUS = (
-  {"GPUs": of_method("freqformer", text("gpus"))}
-  | FORWARDS
-  | SPEEDUP
-  | {
-    "communication": of_method("freqformer", number("communication_seconds", ".3f")),
-    "busiest / mean GPU": of_method("freqformer", number("imbalance", ".2f")),
-  }
-)
+def resident_text(group: dict[str, dict]) -> str:
+  most = max(group.values(), key=itemgetter("memory_bytes"))
+  return f"{most['memory_bytes'] / 1e9:.0f}" + ("" if most["fits"] else " (does not fit)")
 
 
-def device_rates(r: dict) -> str:
-  return r["rates"].split(";")[0]
-
-
-DEVICES = (
-  {"GPU": of_method("freqformer", text("gpu"))}
-  | FORWARDS
-  | SPEEDUP
-  | {"rates": of_method("freqformer", device_rates)}
-)
-
-
-# ---- tables: approximation -----------------------------------------------------------------------
-
-
-def bound_text(r: dict) -> str:
-  """Returns the largest error of any row, and the largest error / bound of any row."""
-  return f"{r['error']:.3g} ({ratio_text(r)})"
-
-
-def shares_text(r: dict) -> str:
-  return "/".join(f"{100 * s:.0f}" for s in r["band_shares"])
+def forwards_table(found: list[dict], title: str, field: str, more: dict[str, Cell]) -> str:
+  """Returns seconds by the value of a field; `more`: further columns, of FreqFormer's rows."""
+  lines = []
+  for value, group in by_method(found, itemgetter(field)).items():
+    own = group["freqformer"]
+    seconds = [f"{group[method]['seconds']:.3f}" for method in FORWARDS]
+    speedup = f"{own['speedup_over_dense']:.2f}"
+    lines.append((str(value), *seconds, speedup, *(cell(own) for cell in more.values())))
+  return markdown((title, *FORWARDS, "unpadded dense / freqformer", *more), lines)
 
 
 def approximation_tables(found: list[dict]) -> str:
   """Returns errors and bounds, shares of the bands, and the count of the bounds that hold."""
+
+  def bound(r):
+    """The largest error of any row, and the largest error / bound of any row."""
+    return f"{r['error']:.3g} ({ratio_text(r)})"
+
+  def shares(r):
+    return "/".join(f"{100 * s:.0f}" for s in r["band_shares"])
+
   heads = summary(found)
   inexact = [r for r in heads if not r["exact"]]
   bounded = [r for r in inexact if r["kept"] is not None]
   filters = [r for r in heads if r["exact"]]
-  kept = sum(r["kept"] for r in bounded)
-  claimed = sum(r["heads"] for r in bounded)
-  exact = sum(r["kept"] for r in filters)
   farthest = max((abs(r["closest"]["ratio"] - 1) for r in filters), default=0)
+  case = itemgetter("case")
+  kind = itemgetter("kind")
   return "\n\n".join(
     (
-      pivot(inexact, "error (of its bound)", text("case"), text("kind"), bound_text),
-      pivot(inexact, "squared error, %", text("case"), text("kind"), shares_text),
-      f"{kept} of {claimed} pairs of head and operator keep their bound in every row; "
-      f"{exact} of {sum(r['heads'] for r in filters)} filters\ndiscard exactly what they must "
+      pivot(inexact, "error (of its bound)", case, kind, bound),
+      pivot(inexact, "squared error, %", case, kind, shares),
+      f"{sum(r['kept'] for r in bounded)} of {sum(r['heads'] for r in bounded)} pairs of head and "
+      f"operator keep their bound in every row; {sum(r['kept'] for r in filters)} of "
+      f"{sum(r['heads'] for r in filters)} filters\ndiscard exactly what they must "
       f"(the ratio is at most {farthest:.0e} away from 1).",
     )
   )
@@ -480,20 +435,22 @@ def approximation_tables(found: list[dict]) -> str:
 
 def tables(rows: list[dict]) -> dict[str, str]:
   """Returns every table of the page by its marker."""
-  dense_rate = of_set(rows, "dense rate alone fitted")
-  calls = of_set(rows, "three published rows fitted")
-  run = of_set(rows, "published run")
-  cpu = of_set(rows, "cpu")
+  sets = {name: of_set(rows, name) for name in dict.fromkeys(r["set"] for r in rows)}
+  several = {
+    "communication": number("communication_seconds", ".3f"),
+    "busiest / mean GPU": number("imbalance", ".2f"),
+  }
+  rates = {"rates": lambda r: r["rates"].split(";")[0]}
   return {
-    "defaults": defaults_table(of_set(rows, "defaults")),
-    "dense-rate": comparison(dense_rate),
-    "published": published_tables(calls, run),
-    "cpu": f"{comparison(cpu)}\n\n{notes(cpu)}",
-    "sweep": sweep_tables(of_set(rows, "sweep")),
-    "duration": duration_table(of_set(rows, "duration"), of_set(rows, "largest")),
-    "gpus": by_method(of_set(rows, "gpus"), text("gpus"), GPUS),
-    "devices": by_method(of_set(rows, "devices"), text("gpu"), DEVICES),
-    "approximation": approximation_tables(of_set(rows, "approximation")),
+    "defaults": defaults_table(sets["defaults"]),
+    "dense-rate": comparison(sets["dense rate alone fitted"]),
+    "published": published_tables(sets["three published rows fitted"], sets["published run"]),
+    "cpu": f"{comparison(sets['cpu'])}\n\n{notes(sets['cpu'])}",
+    "sweep": sweep_tables(sets["sweep"]),
+    "duration": duration_table(sets["duration"], sets["largest"]),
+    "gpus": forwards_table(sets["gpus"], "GPUs", "gpus", several),
+    "devices": forwards_table(sets["devices"], "GPU", "gpu", rates),
+    "approximation": approximation_tables(sets["approximation"]),
   }
 
 
@@ -518,31 +475,25 @@ def draw(rows: list[dict]) -> None:
   found = of_set(rows, "sweep")
   most = max(r["tokens"] for r in found)
   last = [r for r in found if r["tokens"] == most and r["method"] != "dense"]
-  published = of_set(rows, "three published rows fitted")
   bounded = [r for r in of_set(rows, "approximation") if r["bound"] is not None and not r["exact"]]
   figures = {
     "scaling": plots.scaling_figure(found),
     "parts": plots.bars(last, f"One forward at {most:,} tokens, without dense: simulated"),
-    "validation": plots.validation_figure(published),
+    "validation": plots.validation_figure(of_set(rows, "three published rows fitted")),
     "errors": plots.errors_figure(bounded),
   }
   for name, figure in figures.items():
     plots.save(figure, FIGURES / f"{name}.png")
 
 
-def counted_rows() -> list[dict]:
-  """Returns all rows but those of approximation errors, which need a trained run."""
-  gpu, found = validation()
-  found += cpu_rows() + published_run(gpu) + default_rows()
-  found += sweep(gpu) + durations(gpu) + several_gpus(gpu) + devices(gpu)
-  return [r | {"command": COMMAND} for r in found]
-
-
 def main(argv) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments {argv[1:]}")
   logging.set_verbosity(logging.INFO)
-  rows = counted_rows()
+  gpu, rows = validation()
+  rows += cpu_rows() + published_run(gpu) + default_rows()
+  rows += sweep(gpu) + durations(gpu) + several_gpus(gpu) + devices(gpu)
+  rows = [r | {"command": COMMAND} for r in rows]
   if _KEEP.value:
     rows += of_set(json.loads(ROWS.read_text()), "approximation")
   else:
@@ -550,8 +501,9 @@ def main(argv) -> None:
     rows += [r | {"command": command} for r in approximation_rows(_WORKDIR.value)]
   ROWS.write_text("[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n")
   draw(rows)
-  DOC.write_text(fill(DOC.read_text(), tables(rows)))
-  print(tables(rows)["sweep"])
+  shown = tables(rows)
+  DOC.write_text(fill(DOC.read_text(), shown))
+  print(shown["sweep"])
   logging.info("wrote %s, %s and %s", ROWS, DOC, FIGURES)
 
 

@@ -11,46 +11,35 @@ measured allocation, its probabilities per quarter of t, and the accuracy of a r
 
 import json
 import pathlib
+from operator import itemgetter
 
 import numpy as np
 from absl import flags
 
 from benchmarks.rows import write_rows
-from benchmarks.trained.runs import ROOT, Finished, run, train
+from benchmarks.trained.runs import ROOT, Finished, run, table, train
 from freqformer.command import cli
-from freqformer.data.cache import prepare
 from freqformer.data.render import render_ucf101
-from freqformer.evaluate.classifier import class_accuracy
+from freqformer.simulation.output import number
 
 
 def result_of(workdir: pathlib.Path, name: str, seed: int) -> dict:
   """Reads the row of one trained and sampled run."""
   trained = Finished(workdir)
-  cost = trained.cost()
-  layout = trained.model.config.layout(trained.restored.latent_shape)
+  restored = trained.restored
+  layout = restored.model.config.layout(restored.latent_shape)
   routing = trained.routing
   saved = np.load(workdir / "samples" / "latents.npz")
-  data = trained.restored.experiment.data
-  accuracy = class_accuracy(
-    prepare(data, "train"), prepare(data, "val"), saved["latents"], saved["labels"]
-  )
   record = json.loads((workdir / "run.json").read_text())
   return {
     "name": f"{name}/seed{seed}",
     "method": name,
-    "seed": seed,
-    "steps": trained.restored.step,
     "tokens": layout.n,
     "tiles": layout.tiles,
-    **trained.losses(),
-    "attention_flops": cost.attention_flops,
-    "attention_flops_over_dense": cost.attention_flops / trained.dense_cost().attention_flops,
-    "realised_density": trained.last("val")["density"],
-    "allocation": trained.allocation and list(trained.allocation),
-    "branches": routing and routing["branches"],
+    **trained.row(),
     # Mean over layers and heads, [quarters of t][branches], t = 0 first.
     "probability_by_t": routing and np.asarray(routing["probs"]).mean((0, 2)).tolist(),
-    "classifier": accuracy,
+    "classifier": trained.accuracy(saved["latents"], saved["labels"]),
     "trained_at": record["git"],
     "seconds": record["seconds"],
   }
@@ -83,18 +72,17 @@ def summary(rows: list[dict]) -> tuple[dict, str]:
   def buckets(values):
     return " ".join(f"{value:7.4f}" for value in values)
 
+  columns = {
+    "run": itemgetter("name"),
+    "loss": number("val_loss", ".4f"),
+    "buckets (t = 0 .. 1)": lambda r: buckets(r["val_buckets"]),
+    "attention/dense": number("attention_flops_over_dense", ".3f"),
+    "density": number("density", ".3f"),
+    "samples": lambda r: f"{r['classifier']['samples']:.2f}",
+    "real": lambda r: f"{r['classifier']['real_val']:.2f}",
+  }
   linear = rows[0]["linear_buckets"]
-  lines = [
-    f"{'run':18} {'loss':>7} {'buckets (t = 0 .. 1)':^31} {'attention/dense':>15} {'density':>8} "
-    f"{'samples':>8} {'real':>6}"
-  ]
-  for r in rows:
-    lines.append(
-      f"{r['name']:18} {r['val_loss']:7.4f} {buckets(r['val_buckets'])} "
-      f"{r['attention_flops_over_dense']:15.3f} {r['realised_density']:8.3f} "
-      f"{r['classifier']['samples']:8.2f} {r['classifier']['real_val']:6.2f}"
-    )
-  lines.append(f"{'linear predictor':18} {np.mean(linear):7.4f} {buckets(linear)}")
+  lines = [table(rows, columns), f"linear predictor {np.mean(linear):.4f}: {buckets(linear)}"]
   lines += [f"{'met   ' if met else 'MISSED'} {goal}" for goal, met in goals.items()]
   return row, "\n".join(lines)
 

@@ -10,16 +10,18 @@ fast methods learn here, not how well they end: nothing has converged.
 """
 
 import pathlib
+from operator import itemgetter
 
 import numpy as np
 from absl import flags
 
 from benchmarks.rows import RESULTS, read_rows, write_rows
-from benchmarks.trained.runs import ROOT, Finished, train
+from benchmarks.trained.runs import ROOT, Finished, table, train
 from freqformer.command import cli
 from freqformer.command.files import load_config
 from freqformer.cost import model_cost, training_flops
 from freqformer.data.render import render_ucf101
+from freqformer.simulation.output import number
 
 _NAME = "methods_train_cpu"
 
@@ -33,40 +35,30 @@ def trials() -> list[str]:
 def result_of(workdir: pathlib.Path, method: str) -> dict:
   """Reads the row of a finished run; FLOPs of a routed method are those of its measured heads."""
   run = Finished(workdir)
-  config = run.model.config
-  cost = run.cost()
-  dense = run.dense_cost()
-  training = model_cost(config, run.restored.latent_shape, training=True)
-  return {
-    "name": method,
-    "method": method,
-    "steps": run.restored.step,
-    "seed": run.restored.experiment.seed,
-    **run.losses(),
-    "density": run.last("val")["density"],
-    "attention_flops_over_dense": cost.attention_flops / dense.attention_flops,
-    "all_flops_over_dense": cost.total / dense.total,
-    "training_flops_over_dense": training_flops(training) / training_flops(dense),
-    "allocation": run.allocation and list(run.allocation),
-  }
+  config = run.restored.model.config
+  shape = run.restored.latent_shape
+  training = model_cost(config, shape, training=True)
+  dense = model_cost(config.with_method("dense"), shape)
+  over_dense = training_flops(training) / training_flops(dense)
+  return {"name": method, "method": method, **run.row(), "training_flops_over_dense": over_dense}
 
 
-def table(rows: list[dict], methods: list[str]) -> str:
+def ranked(rows: list[dict], methods: list[str]) -> str:
   """Formats rows in order of validation loss, then names the methods that are missing."""
-  rows = sorted((r for r in rows if r["name"] in methods), key=lambda r: r["val_loss"])
-  lines = [
-    f"{'method':16} {'steps':>5} {'val loss':>8} {'soft':>7} {'density':>8} {'attention':>9} "
-    f"{'all FLOPs':>9} {'training':>9}"
-  ]
-  for r in rows:
-    soft = f"{r['val_soft_loss']:7.4f}" if r["val_soft_loss"] else f"{'':7}"
-    lines.append(
-      f"{r['method']:16} {r['steps']:5} {r['val_loss']:8.4f} {soft} {r['density']:8.3f} "
-      f"{r['attention_flops_over_dense']:9.3f} {r['all_flops_over_dense']:9.3f} "
-      f"{r['training_flops_over_dense']:9.3f}"
-    )
+  rows = sorted((r for r in rows if r["name"] in methods), key=itemgetter("val_loss"))
+  columns = {
+    "method": itemgetter("method"),
+    "steps": number("steps", ".0f"),
+    "val loss": number("val_loss", ".4f"),
+    "soft": number("val_soft_loss", ".4f"),
+    "density": number("density", ".3f"),
+    "attention": number("attention_flops_over_dense", ".3f"),
+    "all FLOPs": number("all_flops_over_dense", ".3f"),
+    "training": number("training_flops_over_dense", ".3f"),
+  }
+  lines = [table(rows, columns)]
   if rows:
-    lines.append(f"linear predictor {np.mean(rows[0]['linear_buckets']):14.4f}")
+    lines.append(f"linear predictor {np.mean(rows[0]['linear_buckets']):.4f}")
   if missing := [m for m in methods if m not in {r["name"] for r in rows}]:
     lines.append(f"missing: {', '.join(missing)}")
   return "\n".join(lines)
@@ -88,7 +80,7 @@ def main(_):
     )
     write_rows(_NAME, [result_of(workdir, method)], command)
   rows = [r for r in read_rows(RESULTS / f"{_NAME}.json") if r["steps"] == steps]
-  print(table(rows, trials()))
+  print(ranked(rows, trials()))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ Rows are written one by one; points that have a row are not run again unless --a
 import dataclasses
 import json
 import pathlib
+from operator import itemgetter
 
 import jax
 import numpy as np
@@ -22,17 +23,16 @@ from flax import nnx
 
 from benchmarks.rows import RESULTS, read_rows, write_rows
 from benchmarks.trained.quality_methods import WINDOWS, Probe, Setting, settings
-from benchmarks.trained.runs import ROOT, Finished, train
+from benchmarks.trained.runs import ROOT, Finished, aux_of_run, table, train, with_method
 from freqformer.command import cli
-from freqformer.data.cache import prepare
 from freqformer.data.render import render_ucf101
-from freqformer.diffusion.sampling import make_step, sample
 from freqformer.evaluate import quality
-from freqformer.evaluate.classifier import class_accuracy
 from freqformer.evaluate.draw import draw
+from freqformer.evaluate.restore import Run
+from freqformer.methods.base import Method
 from freqformer.methods.dense import Dense
-from freqformer.model.dit import VideoDiT
 from freqformer.pages.html import panels
+from freqformer.simulation.output import number
 from freqformer.train.checkpoint import flatten
 
 _NAME = "quality_cpu"
@@ -44,8 +44,7 @@ class Study:
   """The trained weights and the samples that are drawn with them.
 
   Attributes:
-    run: the trained run.
-    shape: of a latent, (t, y, x, c).
+    run: the trained run; `restored` is its checkpoint.
     sample: the sampler's config; a batch is one sample of every class.
     labels: int32 `[samples]`, class of each sample.
     indices: int32 `[samples]`, numbers that seed each sample's noise.
@@ -56,38 +55,27 @@ class Study:
   def __init__(self, workdir: pathlib.Path, samples: int, sampling_steps: int):
     self.run = Finished(workdir)
     self.restored = self.run.restored
-    self.shape = self.restored.latent_shape
     classes = len(self.restored.class_names)
     self.sample = dataclasses.replace(
       self.restored.experiment.sample, batch_size=classes, steps=sampling_steps
     )
     self.labels = np.tile(np.arange(classes, dtype=np.int32), samples)
     self.indices = self.labels * 10_000 + np.repeat(np.arange(samples, dtype=np.int32), classes)
-    self.layout = self.model(Dense()).config.layout(self.shape)
+    self.layout = self.fitted(Dense()).model.config.layout(self.restored.latent_shape)
     self.warm = int(WARM_SHARE * self.sample.steps + 0.5)
 
-  def model(self, method):
-    """Returns the abstract model with a method that needs no name in the registry."""
-    config = self.run.model.config
-    attention = dataclasses.replace(
-      config.attention, methods=(("own", method),), method="own", block=BLOCK, tile=()
-    )
-    config = dataclasses.replace(config, attention=attention)
-    classes = len(self.restored.class_names)
-    return nnx.eval_shape(lambda: VideoDiT(config, self.shape, classes, nnx.Rngs(0)))
-
-  def fitted(self, method):
-    """Returns the model with a method, and the trained parameters in its form."""
-    model = self.model(method)
+  def fitted(self, method: Method) -> Run:
+    """Returns the run with another method: its model, and the trained parameters in its form."""
+    model = with_method(self.restored, method, block=BLOCK, tile=())
     state = nnx.state(model)
-    found = flatten(self.run.params)
+    found = flatten(self.restored.params)
     leaves = [found[name] for name in flatten(state)]
-    return model, jax.tree.unflatten(jax.tree.structure(state), leaves)
+    params = jax.tree.unflatten(jax.tree.structure(state), leaves)
+    return dataclasses.replace(self.restored, model=model, params=params)
 
-  def draw(self, method):
+  def draw(self, method: Method):
     """Samples with a method; returns what was drawn and the videos `[samples, t, y, x, 3]`."""
-    model, params = self.fitted(method)
-    run = dataclasses.replace(self.restored, model=model, params=params)
+    run = self.fitted(method)
     drawn = draw(run, self.labels, self.indices, 0, self.sample, progress=False)
     return drawn, self.restored.decode(drawn.latents)
 
@@ -122,16 +110,12 @@ def point(study: Study, reference, setting: Setting) -> dict:
 
 
 def model_row(study: Study, drawn) -> dict:
-  """Describes the trained model: its validation loss, and how often a classifier of real clips
-  names the class of dense attention's samples."""
-  data = study.restored.experiment.data
+  """Describes the trained model: its losses, and how often a classifier of real clips names the
+  class of dense attention's samples."""
   return {
     "name": "model",
-    "steps": study.restored.step,
-    **study.run.losses(),
-    "classifier": class_accuracy(
-      prepare(data, "train"), prepare(data, "val"), drawn.latents, study.labels
-    ),
+    **study.run.row(),
+    "classifier": study.run.accuracy(drawn.latents, study.labels),
     "tokens": study.layout.n,
     "tile": list(study.layout.tile),
     "tiles": study.layout.tiles,
@@ -143,22 +127,9 @@ def model_row(study: Study, drawn) -> dict:
 
 def probe_row(study: Study, budget: int) -> dict:
   """Measures errors of single attention outputs along a dense run (`Probe`), mean over layers."""
-  model, params = study.fitted(Probe(budget))
-  step = make_step(nnx.graphdef(model), study.sample)
-  tables = model.tables(study.shape)
   count = study.sample.batch_size
-  _, aux = sample(
-    step,
-    params,
-    model,
-    study.labels[:count],
-    study.indices[:count],
-    0,
-    tables,
-    study.shape,
-    study.sample,
-    False,
-  )
+  run = study.fitted(Probe(budget))
+  aux = aux_of_run(run, study.labels[:count], study.indices[:count], study.sample)
 
   def layers(name):
     return np.stack([a[0][name].mean(0) for a in aux])  # [steps, candidates]
@@ -201,29 +172,28 @@ def verdict(rows: list[dict]) -> dict:
   }
 
 
-def table(rows: list[dict]) -> str:
-  """Formats the points, the verdict and the probes as a text table."""
-  lines = [
-    f"{'point':44} {'density':>8} {'of run':>7} {'attention':>9} {'PSNR':>7} {'+-':>5} {'SSIM':>7}"
-  ]
+def text(rows: list[dict]) -> str:
+  """Formats the points, the verdict and the probes as text."""
   points = [r for r in rows if "psnr_by_sample" in r]
-  for r in sorted(points, key=lambda r: (r["budget"], -r["psnr"])):
-    lines.append(
-      f"{r['name']:44} {r['density_after_warmup']:8.3f} {r['density_of_run']:7.3f} "
-      f"{r['attention_flops_over_dense']:9.3f} {r['psnr']:7.2f} {r['psnr_standard_error']:5.2f} "
-      f"{r['ssim']:7.4f}"
-    )
+  columns = {
+    "point": itemgetter("name"),
+    "density": number("density_after_warmup", ".3f"),
+    "of run": number("density_of_run", ".3f"),
+    "attention": number("attention_flops_over_dense", ".3f"),
+    "PSNR": number("psnr", ".2f"),
+    "+-": number("psnr_standard_error", ".2f"),
+    "SSIM": number("ssim", ".4f"),
+  }
+  lines = [table(sorted(points, key=lambda r: (r["budget"], -r["psnr"])), columns)]
   for f in verdict(rows)["adaspa_over"]:
-    lines.append(
-      f"AdaSpa over {f['other']:32} {f['gain_db']:+6.2f} dB +- {f['standard_error']:.2f}"
-    )
+    lines.append(f"AdaSpa over {f['other']} {f['gain_db']:+.2f} dB +- {f['standard_error']:.2f}")
   for r in (r for r in rows if "adds_up" in r):
     shown = [
       f"{n}: {e:.4f} x {a:.2f}"
       for n, e, a in zip(r["candidates"], r["error"], r["adds_up"], strict=True)
     ]
     lines.append(
-      f"{r['name']:10} |e|^2 / |out|^2 x how steps add up  {';  '.join(shown)};  "
+      f"{r['name']}  |e|^2 / |out|^2 x how steps add up  {';  '.join(shown)};  "
       f"mass kept {r['mass_kept']:.3f}"
     )
   return "\n".join(lines)
@@ -298,7 +268,7 @@ def main(_):
     write_rows(_NAME, [probe_row(study, budget)], command)
   rows = read_rows(path)
   write_rows(_NAME, [verdict(rows)], command)
-  print(table(rows))
+  print(text(rows))
   print(json.dumps(next(r for r in rows if r["name"] == "model")["classifier"]))
   print(plot(rows, RESULTS / f"{_NAME}.png"))
 

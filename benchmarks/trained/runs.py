@@ -1,15 +1,24 @@
 """Runs that a benchmark trains for itself, and the facts that it reads off a finished one."""
 
+import dataclasses
 import json
 import pathlib
 import subprocess
 import sys
+from collections.abc import Callable
 
 import numpy as np
 from absl import logging
+from flax import nnx
 
-from freqformer.cost import Cost, model_cost
-from freqformer.evaluate.restore import load_run
+from freqformer.cost import model_cost
+from freqformer.data.cache import prepare
+from freqformer.diffusion.sampling import SampleConfig, make_step, sample
+from freqformer.evaluate.classifier import class_accuracy
+from freqformer.evaluate.restore import Run, load_run
+from freqformer.methods.base import Method
+from freqformer.model.dit import VideoDiT
+from freqformer.pages.text import aligned
 from freqformer.train import metrics
 from freqformer.train.checkpoint import Checkpoints
 
@@ -45,9 +54,7 @@ class Finished:
 
   Attributes:
     workdir: its folder.
-    model: an abstract `VideoDiT` of its config.
-    params: the trained parameters.
-    restored: the rest of the checkpoint, see `load_run`.
+    restored: its checkpoint, see `load_run`.
     routing: the routing of heads on validation clips (`routing.json`), or None without a router.
     allocation: share of heads per branch by the router's hard choices, averaged over layers and
       quarters of t; None without a router.
@@ -56,36 +63,75 @@ class Finished:
   def __init__(self, workdir: pathlib.Path):
     self.workdir = workdir
     self.restored = load_run(workdir)
-    self.model = self.restored.model
-    self.params = self.restored.params
     self.routing = None
     self.allocation = None
     if (workdir / "routing.json").exists():
       self.routing = json.loads((workdir / "routing.json").read_text())
       self.allocation = tuple(np.asarray(self.routing["choice"]).mean((0, 1, 2)).tolist())
 
-  def cost(self) -> Cost:
-    """Counts one forward pass with the measured allocation in every layer."""
-    allocations = self.allocation and [self.allocation] * len(self.model.config.runs())
-    return model_cost(self.model.config, self.restored.latent_shape, allocations)
+  def row(self) -> dict:
+    """Returns what the run was, its losses, and FLOPs of a forward pass over dense attention's.
 
-  def dense_cost(self) -> Cost:
-    """Counts one forward pass of the same model with dense attention."""
-    return model_cost(self.model.config.with_method("dense"), self.restored.latent_shape)
+    Losses are of validation, overall and per quarter of t, beside the linear predictor's and the
+    soft loss of a routed run. Every layer is counted with the measured allocation.
+    """
+    config = self.restored.model.config
+    shape = self.restored.latent_shape
+    val = self.last("val")
+    soft = self.last("val_soft")
+    allocations = self.allocation and [self.allocation] * len(config.runs())
+    cost = model_cost(config, shape, allocations)
+    dense = model_cost(config.with_method("dense"), shape)
+    return {
+      "steps": self.restored.step,
+      "seed": self.restored.experiment.seed,
+      "val_loss": val["loss"],
+      "val_buckets": val["buckets"],
+      "linear_buckets": val["linear_buckets"],
+      "val_soft_loss": soft and soft["loss"],
+      "density": val["density"],
+      "attention_flops_over_dense": cost.attention_flops / dense.attention_flops,
+      "all_flops_over_dense": cost.total / dense.total,
+      "allocation": self.allocation and list(self.allocation),
+    }
 
   def last(self, kind: str) -> dict | None:
     """Returns the last line of a kind in `metrics.jsonl`."""
     lines = metrics.read(self.workdir / "metrics.jsonl")
     return next((line for line in reversed(lines) if line["kind"] == kind), None)
 
-  def losses(self) -> dict:
-    """Validation loss, overall and per quarter of t, and the linear predictor's; the soft loss of a
-    routed run."""
-    val = self.last("val")
-    soft = self.last("val_soft")
-    return {
-      "val_loss": val["loss"],
-      "val_buckets": val["buckets"],
-      "linear_buckets": val["linear_buckets"],
-      "val_soft_loss": soft and soft["loss"],
-    }
+  def accuracy(self, latents, labels) -> dict:
+    """Returns how often a classifier of real clips names the class of samples."""
+    data = self.restored.experiment.data
+    return class_accuracy(prepare(data, "train"), prepare(data, "val"), latents, labels)
+
+
+def with_method(restored: Run, method: Method, **fields) -> VideoDiT:
+  """Returns a run's abstract model with a method that needs no name in the registry.
+
+  Args:
+    **fields: of the attention's config, to be changed as well.
+  """
+  fields |= {"methods": (("own", method),), "method": "own"}
+  attention = dataclasses.replace(restored.model.config.attention, **fields)
+  config = dataclasses.replace(restored.model.config, attention=attention)
+  return nnx.eval_shape(
+    lambda: VideoDiT(config, restored.latent_shape, len(restored.class_names), nnx.Rngs(0))
+  )
+
+
+def aux_of_run(restored: Run, labels, indices, config: SampleConfig) -> list:
+  """Samples one batch with seed 0 and returns the aux of every step."""
+  model = restored.model
+  shape = restored.latent_shape
+  step = make_step(nnx.graphdef(model), config)
+  tables = model.tables(shape)
+  found = sample(
+    step, restored.params, model, labels, indices, 0, tables, shape, config, progress=False
+  )
+  return found[1]
+
+
+def table(found: list[dict], columns: dict[str, Callable[[dict], str]]) -> str:
+  """Returns rows as text; `columns`: title -> what a row shows there."""
+  return aligned([list(columns), *([cell(r) for cell in columns.values()] for r in found)])

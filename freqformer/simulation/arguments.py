@@ -25,6 +25,7 @@ _DEFAULTS = {
   "gpus": 1,
   "block": 128,
 }
+_WHOLE_NUMBERS = ("gpus", "block", "steps")
 
 
 def parse(argv, description: str) -> argparse.Namespace:
@@ -43,20 +44,16 @@ def parse(argv, description: str) -> argparse.Namespace:
     "compare": "further methods, separated by commas",
     "tokens": "64k,128k,1m or any whole numbers; default: the model's usual video",
     "grid": "tokens t,y,x",
+    "gpus": "sequence-parallel GPUs",
+    "block": f"rows of a tile, 1..{MOST_BLOCK}; default {_DEFAULTS['block']}",
+    "steps": "denoising steps of --run; default: the model's",
     "calibrate": "JSON rows of measurements: fit rates, report every row, use them for the rest",
     "write_gpu": "with --calibrate: write the calibrated GPU to this file",
     "plot": "write a plot of the rows (with --calibrate alone: of the fit) to this file",
   }
-  numbers = {
-    "gpus": "sequence-parallel GPUs",
-    "block": f"rows of a tile, 1..{MOST_BLOCK}; default {_DEFAULTS['block']}",
-    "steps": "denoising steps of --run; default: the model's",
-  }
   for name, text in texts.items():
-    parser.add_argument(f"--{name}", help=text)
+    parser.add_argument(f"--{name}", type=int if name in _WHOLE_NUMBERS else str, help=text)
   parser.add_argument("--gpu", default="h100", help=f"{', '.join(known('gpus'))}, or a JSON file")
-  for name, text in numbers.items():
-    parser.add_argument(f"--{name}", type=int, help=text)
   parser.add_argument("--format", default="table", choices=("table", "json", "csv"))
   parser.add_argument(
     "--run", action="store_true", help="also a whole denoising run and the longest video that fits"

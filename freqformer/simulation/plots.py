@@ -40,17 +40,12 @@ def save(figure: Figure, path) -> None:
     ) from error
 
 
-def _figure(width: float, height: float) -> Figure:
-  """Returns an empty figure; sizes in inches."""
-  return Figure(figsize=(width, height), layout="constrained")
-
-
 def scaling_figure(rows: list[dict]) -> Figure:
   """Draws seconds, device memory traffic and FLOPs per byte of one forward over tokens.
 
   A line per method, all simulated; rows that were refused have no point.
   """
-  figure = _figure(13, 3.6)
+  figure = Figure(figsize=(13, 3.6), layout="constrained")
   axes = figure.subplots(1, 3)
   rows = [r for r in rows if r["seconds"] is not None]
   names = list(dict.fromkeys(r["method"] for r in rows))
@@ -77,7 +72,7 @@ def scaling_figure(rows: list[dict]) -> Figure:
 
 def validation_figure(rows: list[dict]) -> Figure:
   """Draws a line for each calibration row in units of its measured seconds: measured is at 1."""
-  figure = _figure(8, 1.2 + 0.24 * len(rows))
+  figure = Figure(figsize=(8, 1.2 + 0.24 * len(rows)), layout="constrained")
   axis = figure.subplots()
   labels = [f"{r['name']}: {1e3 * r['measured_seconds']:.4g} ms" for r in rows]
   axis.axvspan(0.85, 1.15, color="black", alpha=0.06, lw=0, label="within 15 %")
@@ -105,7 +100,7 @@ def validation_figure(rows: list[dict]) -> Figure:
 
 def bars(rows: list[dict], title: str) -> Figure:
   """Draws the parts of one forward's time: stacked simulated seconds per method."""
-  figure = _figure(8.5, 0.9 + 0.42 * len(rows))
+  figure = Figure(figsize=(8.5, 0.9 + 0.42 * len(rows)), layout="constrained")
   axis = figure.subplots()
   left = [0.0] * len(rows)
   labels = [r["method"][:32] for r in rows]
@@ -123,7 +118,7 @@ def bars(rows: list[dict], title: str) -> Figure:
 
 def errors_figure(rows: list[dict]) -> Figure:
   """Draws a point for each head: the largest error / bound of its rows; below 1 all keep theirs."""
-  figure = _figure(8.5, 3.8)
+  figure = Figure(figsize=(8.5, 3.8), layout="constrained")
   axis = figure.subplots()
   cases = list(dict.fromkeys(r["case"] for r in rows))
   kinds = list(dict.fromkeys(r["kind"] for r in rows))

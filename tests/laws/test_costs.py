@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from benchmarks.compiled import layer_traffic
 from freqformer.cost import branch_costs, layer_cost, model_cost, training_flops
 from freqformer.grid.layout import TileLayout
+from freqformer.grid.sizes import most_cells
+from freqformer.grid.transforms import rows_below
 from freqformer.methods.base import Cond
+from freqformer.methods.block_topk import BlockTopK
+from freqformer.methods.freqformer import LOW, FreqFormer
+from freqformer.methods.sparse_linear import SparseLinear
+from freqformer.methods.sparseflow import LINEAR, SparseFlow
 from freqformer.model.attention import AttentionDims, SpectralAttention
 from freqformer.simulation.forward import make_method
-from freqformer.simulation.traffic import Traffic, around_attention
+from freqformer.simulation.traffic import around_attention
 from freqformer.train.experiment import experiment
 from tests import golden
 from tools import offline
@@ -32,38 +40,59 @@ def parse(text):
 # ---- the formulas of earlier versions ------------------------------------------------------------
 
 COUNTS = json.loads(golden.path("counts").read_text())
-# Share by which FLOPs around attention may differ from the formulas where they legitimately do.
-AROUND = {
-  # Tiles of 126 tokens are multiplied with their padding, ragged tiles with a full tile's cells:
-  # 3 % on 21x30x52.
-  "freqformer": 0.04,
-  "freqformer(mid_tiles=5)": 0.04,
-  # Linear attention runs with d + 8 columns (one holds the denominator, 7 pad it to 16 bytes), the
-  # formula had d + 1; sums over tokens (means, variances) are no products.
-  "sparseflow": 0.05,
-  "sparse_linear": 0.08,
-  # The gate multiplies the buffer's padding rows too: 4 % on 21x30x52. Means are no products: 1.2
-  # %.
-  "block_topk": 0.05,
-}
+WIDE = (12, 128)  # heads and channels of a head of the layers in the table
+# FLOPs per element of `[n, D]` that the formulas had for sums over tokens: one for each mean (of q
+# and k; of v too for the gate), three for the variances of v. They are no products.
+SUMS = {FreqFormer: 2, BlockTopK: 3, SparseLinear: 2, SparseFlow: 3}
+
+
+def padding(method, layout, shares) -> float:
+  """FLOPs of products with what holds nothing, which the formulas left out and the trace counts.
+
+  These are the rows behind a tile's tokens, the cells that a ragged tile lacks, and the 7 columns
+  of zeros behind linear attention's d values and their denominator. The heads have `shares`.
+  """
+  heads, d = WIDE
+  column = 2 * heads * d  # of one output column, per row
+  n, rows = layout.n, layout.n_buffer
+  if isinstance(method, BlockTopK):  # the gate
+    return column * d * (rows - n)
+  if isinstance(method, SparseLinear):  # its projection, states and their reading, sums of states
+    linear = 2 * column * ((d + 8) * rows - (d + 1) * n)
+    return column * d * (rows - n) + linear + column * 7 * layout.tiles**2
+  if isinstance(method, SparseFlow):  # frames have no padding rows
+    return 2 * column * 7 * n * shares[LINEAR]
+  if isinstance(method, FreqFormer):  # compression of q, k and v, and the lift of low heads
+    cells = [
+      sum(length * rows_below(length, cut) for length in lengths)
+      for lengths, cut in zip(layout.lengths, method.basis.low, strict=True)
+    ]
+    padded = rows * most_cells(method.basis, layout) - math.prod(cells)
+    return column * (3 + shares[LOW]) * padded
+  return 0.0
 
 
 @pytest.mark.parametrize("row", COUNTS["layers"], ids=lambda r: f"{r['method']} {r['grid']}")
 def test_layers_cost_what_they_did(row):
+  """Useful work is the formulas' exactly: padding and sums are all that the trace has otherwise."""
   method = make_method(row["method"])
   layout = TileLayout.fit(tuple(row["grid"]), 128)
-  sizes = (layout, 12, 128)
-  around = AROUND.get(row["method"], 0.01)
-  for key, training in (("run", False), ("training", True)):
-    cost = layer_cost(method, *sizes, training=training)
+  sizes = (layout, *WIDE)
+  sums = SUMS.get(type(method), 0) * layout.n * math.prod(WIDE)
+  alone = np.eye(len(method.branches))
+  expected = method.shares(WIDE[0]) if method.branches else ()
+  for key, shares in (("run", expected), ("training", alone.sum(0))):
+    cost = layer_cost(method, *sizes, training=key == "training")
     assert cost.attention_flops == pytest.approx(row[key][0], rel=1e-6)
-    assert cost.linear_flops == pytest.approx(row[key][1], rel=around)
+    around = row[key][1] - sums + padding(method, layout, shares)
+    assert cost.linear_flops == pytest.approx(around, rel=1e-6)
   traffic = around_attention(method, *sizes)
   assert (traffic.bytes, traffic.launches) == pytest.approx(row["run"][2:], rel=1e-6)
   if "branches" in row:
-    rel = [0.01, around] if row["method"] == "sparseflow" else [0.01] * 3
-    for found, old, share in zip(branch_costs(method, *sizes), row["branches"], rel, strict=True):
-      assert found == pytest.approx(old, rel=share)
+    dense = 4 * WIDE[0] * WIDE[1] * layout.n**2
+    more = np.array([padding(method, layout, shares) for shares in alone]) - sums
+    want = np.array(row["branches"]) + more / dense
+    np.testing.assert_allclose(branch_costs(method, *sizes), want, rtol=1e-6)
 
 
 @pytest.mark.parametrize("row", COUNTS["models"], ids=lambda r: f"{r['config']} {r['method']}")
@@ -74,13 +103,6 @@ def test_models_cost_what_they_did(row):
   assert (cost.attention_flops, cost.linear_flops) == pytest.approx(row["forward"][:2], rel=0.01)
   training = training_flops(model_cost(model, exp.latent_shape, training=True))
   assert training == pytest.approx(row["training_flops"], rel=0.01)
-  layout = model.layout(exp.latent_shape)
-  found = Traffic()
-  for count, method in model.runs():
-    sizes = (layout, model.heads, model.dims.head_dim)
-    for _ in range(count):
-      found += around_attention(method, *sizes)
-  assert (found.bytes, found.launches) == pytest.approx(row["forward"][2:], rel=1e-6)
 
 
 # ---- sums by hand --------------------------------------------------------------------------------
@@ -101,7 +123,6 @@ SCORES = 2 * T**2 * WIDTH
 COMPRESSION = 3 * 2 * N * CELLS * WIDTH
 PROJECTIONS = 4 * N * (CELLS + BOX) * WIDTH  # P_low and P_box of one array
 FILTERS = 2 * 2 * N * 128 * WIDTH  # a square matrix per tile for each of two bands
-LINEAR = 4 * N * D * (D + 8)  # linear attention of one head
 # (from, to, what it adds to the FLOPs around attention and to those of attention's scores)
 ADDED = (
   ("dense", FIXED, COMPRESSION + 2 * N * CELLS * D + SCORES),  # one head of four is lifted
@@ -116,17 +137,7 @@ ADDED = (
     ROUTED + ", router=dict(hidden=2)",
     2 * WIDTH + 2 * HEADS * 6,
   ),
-  ("sparseflow(allocation=(3, 1)", "sparseflow(allocation=(1, 3)", 2 * LINEAR),
-  ("dense", "block_topk(coarse=none", SCORES),
-  ("block_topk(coarse=none", "block_topk", 2 * N * D * WIDTH),
-  (
-    "dense",
-    "sparse_linear",
-    HEADS * LINEAR + 2 * T**2 * D * (D + 8) * HEADS + 2 * N * D * WIDTH + 2 * SCORES,
-  ),
-  ("dense", "adaspa@reuse", 0),
   ("adaspa@reuse", "adaspa@search", 2 * N**2 * WIDTH),
-  ("dense", "sliding_tile", 0),
   ("spatial_temporal@run", "spatial_temporal@profile", 0),
 )
 
@@ -171,21 +182,9 @@ def test_products_in_a_loop_of_unknown_length_are_refused(monkeypatch):
 
 def kernels(method, head_dim):
   """Launches of one layer on an H100, by name."""
-  width = HEADS * head_dim
-  dims = AttentionDims(width, HEADS, width)
-
-  def build():
-    return SpectralAttention(dims, method, LAYOUT, nnx.Rngs(0), dtype=jnp.bfloat16)
-
-  graphdef, params = nnx.split(nnx.eval_shape(build))
-
-  def forward(params, x, arrays, tables):
-    cond = Cond(jnp.full(1, 0.5), jnp.ones((1, width)))
-    return nnx.merge(graphdef, params)(x, cond, arrays, tables, {})[0]
-
-  x = jax.ShapeDtypeStruct((1, LAYOUT.n_buffer, width), jnp.bfloat16)
+  forward, args = layer_traffic.program(method, LAYOUT, HEADS, head_dim)
   with jax.sharding.use_abstract_mesh(offline.mesh().abstract_mesh):
-    return program_cost(forward, params, x, LAYOUT.arrays(), method.tables(LAYOUT)).kernels
+    return program_cost(forward, *args).kernels
 
 
 @pytest.mark.parametrize("allocation", [(4, 0, 0), (0, 4, 0), (1, 2, 1)])

@@ -1,4 +1,4 @@
-"""Cases that the tests of the simulator share: a plan, and the rows that a command line gives."""
+"""Cases that the tests of the simulator share: plans, measured rows, the rows of a command line."""
 
 import json
 
@@ -13,3 +13,12 @@ def rows_of(*argv) -> list[dict]:
 
 def plan(model="wan2.1-1.3b", method="dense", grid=(21, 30, 52), **fields) -> Plan:
   return Plan(load_model(model), method, make_method(method), grid, **fields)
+
+
+CALL = dict(name="x", gpu="h100", heads=16, head_dim=128, tokens=16384, seconds=3.4e-3)
+
+
+def written(path, *rows):
+  """Writes measured rows and returns the path."""
+  path.write_text(json.dumps(rows))
+  return path

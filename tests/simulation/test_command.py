@@ -6,8 +6,6 @@ import io
 import json
 import math
 import re
-import resource
-import time
 import tracemalloc
 
 import pytest
@@ -18,7 +16,7 @@ from freqformer.simulation import command as simulate
 from freqformer.simulation import scaling
 from freqformer.simulation.descriptions import known, load_gpu, load_model, write_gpu
 from freqformer.simulation.forward import cubic_grid
-from tests.simulation.cases import plan, rows_of
+from tests.simulation.cases import CALL, plan, rows_of, written
 
 PUBLISHED = "freqformer/simulation/published/h100.json"
 COUNTS = ("attention_flops", "linear_flops", "total_flops", "hbm_bytes", "seconds")
@@ -43,13 +41,17 @@ def check_identities(r):
 
 
 def test_rows_have_the_fields_and_add_up():
+  nested = (
+    "freqformer(low_shared=true, router=dict(prior=(1, 1, 2)), basis=dict(low=(0.25, 0.5, 0.5)))"
+  )
   argv = ["--model=wan2.1-1.3b", "--method=freqformer", "--gpu=h100", "--tokens=64k,75600"]
-  rows = rows_of(*argv, "--compare=dense,radial")
+  rows = rows_of(*argv, f"--compare=dense,{nested}")
   assert [r["tokens"] for r in rows] == [65536] * 3 + [75600] * 3
   for r in rows:
     check_identities(r)
-  dense = next(r for r in rows if r["method"] == "dense")
+  plain, dense, changed = rows[:3]
   assert dense["speedup_over_dense"] == 1 and dense["attention_flops"] == 30 * 4 * 65536**2 * 1536
+  assert changed["method"] == nested and changed["attention_flops"] != plain["attention_flops"]
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -59,22 +61,21 @@ def test_rows_on_several_gpus(method):
   gpu = load_gpu("h100")
   steps = p.card.steps
   phases = [p.method.phase(i, steps) or None for i in range(steps)]
-  found = [scaling.row(p, gpu, gpus) for gpus in (1, 8, 12)]
-  alone = found[0]
-  for r in found:
-    gpus = r["gpus"]
+  alone, eight = (scaling.row(p, gpu, gpus) for gpus in (1, 8))
+  for r in (alone, eight):
     check_identities(r)
-    for name in ("total_flops", "hbm_bytes", "kv_bytes", "launches"):
-      assert r[name] == alone[name]
-    speedup = r["speedup_over_one_gpu"]
-    assert speedup * r["seconds"] == pytest.approx(alone["seconds"]) and r["imbalance"] >= 1
-    assert speedup == 1 if gpus == 1 else 1 < speedup < gpus
-    seconds, counts = scaling.run_seconds(p, gpu, gpus)
-    each = {phase: scaling.parallel(p, gpu, gpus, phase).seconds for phase in set(phases)}
+    seconds, counts = scaling.run_seconds(p, gpu, r["gpus"])
+    each = {phase: scaling.parallel(p, gpu, r["gpus"], phase).seconds for phase in set(phases)}
     assert seconds == pytest.approx(p.card.forwards * sum(each[phase] for phase in phases))
     assert sum(counts.values()) == steps
-  for name in ("seconds", "memory_bytes"):
-    assert found[0][name] > found[1][name] > found[2][name]
+  for name in ("total_flops", "hbm_bytes", "kv_bytes", "launches"):
+    assert eight[name] == alone[name]
+  assert alone["speedup_over_one_gpu"] == 1 < eight["speedup_over_one_gpu"] < 8
+  speedup = alone["seconds"] / eight["seconds"]
+  assert speedup == pytest.approx(eight["speedup_over_one_gpu"]) and eight["imbalance"] >= 1
+  assert alone["memory_bytes"] > eight["memory_bytes"]
+  dense, _ = scaling.run_seconds(plan(), gpu, 8)
+  assert seconds < 1.2 * dense
 
 
 def test_a_run_is_shown():
@@ -136,14 +137,6 @@ def test_any_integer_works_and_the_grid_is_printed(capsys):
   assert grids == [(1, 1, 1), (4, 4, 4), (40, 42, 45), (32, 32, 64), (64, 128, 128)]
 
 
-def test_fields_of_methods_as_text():
-  nested = (
-    "freqformer(low_shared=true, router=dict(prior=(1, 1, 2)), basis=dict(low=(0.25, 0.5, 0.5)))"
-  )
-  plain, found = rows_of("--model=s", "--method=freqformer", f"--compare={nested}")
-  assert found["attention_flops"] != plain["attention_flops"]
-
-
 @pytest.mark.parametrize("form", ["table", "json", "csv"])
 def test_what_does_not_fit_has_a_row_that_says_so(form, tmp_path):
   argv = ["--tokens=1m", "--model=wan2.1-14b", f"--format={form}"]
@@ -163,6 +156,7 @@ def test_what_does_not_fit_has_a_row_that_says_so(form, tmp_path):
     assert len(lines) == 7 and lines[4].split()[:4] == ["1,048,576", "64x128x128", "adaspa", "1"]
     assert lines[-1].startswith("refused: adaspa on 1,048,576 tokens: ")
     assert "What fits: --gpus=2" in lines[-1]
+    assert "simulated" in (tmp_path / "p.svg").read_text()
 
 
 REFUSALS = [
@@ -170,39 +164,26 @@ REFUSALS = [
     ["--gpu=h900"],
     r"gpu 'h900' is unknown; known: a100, b200, cpu, h100, h200\. .*JSON file with name",
   ),
-  (["--model=wan3"], r"model 'wan3' is unknown; known: b, cogvideox1\.5-5b"),
   (["--method=frequency"], "unknown"),
-  (["--method=block_topk(density=2.0)"], r"^block_topk: .*density"),
   (["--method=block_topk(densty=0.2)"], "did you mean 'density'"),
   (["--method=freqformer(mid_tiles=0)"], "^freqformer: mid_tiles=0 must"),
   (["--tokens=64q"], "no positive whole number"),
   (["--tokens=inf"], "no positive whole number"),
-  (
-    ["--tokens=1000000000000"],
-    r"1,000,000,000,000 are 465\.7 times the 2,147,483,647 tokens that an int32",
-  ),
-  (
-    ["--tokens=2147483647"],
-    r"2,147,483,648 rows, more than .* int32 .*What fits: --grid=\d+,30,52 \(",
-  ),
-  (["--grid=100000,100000,100000"], r"int32 index reaches.*What fits: --grid=\d+,30,52 \("),
+  (["--tokens=1000000000000"], r"1,000,000,000,000 are 465\.7 times the 2,147,483,647 tokens"),
+  (["--tokens=2147483647"], r"2,147,483,648 rows, more than .*What fits: --grid=\d+,30,52 \("),
   (["--grid=8,16,0"], "three positive token counts"),
   (["--grid=8,16,16", "--tokens=64k"], "has 2048 tokens"),
   (["--model=s", "--gpus=7", "--grid=8,16,16"], "needs a whole head"),
   (["--gpus=0"], "--gpus=0 must be at least 1"),
   (["--block=0"], r"--block=0 must lie in 1\.\.1024"),
   (["--calibrate=nowhere.json"], "cannot be read"),
-  (["--gpu=a100", f"--calibrate={PUBLISHED}"], "no row of a100"),
   (["--model=s", "--method=adaspa(search=(10, 60))", "--grid=8,16,16", "--run"], "60"),
   (["--steps=5"], "add --run"),
   (["--steps=0", "--run"], "must be at least 1"),
   (["--write_gpu=x.json"], "add --calibrate"),
   (["--plot=x.foo"], r"must end in one of .*\.svg"),
   (["--model=s", "--method=dense", "--plot=/proc/x/y.svg"], "cannot be written to /proc/x/y.svg"),
-  (
-    [f"--calibrate={PUBLISHED}", "--write_gpu=/no/such/x.json"],
-    "cannot be written to /no/such/x.json",
-  ),
+  ([f"--calibrate={PUBLISHED}", "--write_gpu=/no/such/x.json"], "be written to /no/such/x.json"),
 ]
 
 
@@ -220,7 +201,7 @@ def test_main_exits_with_a_sentence(capsys):
 
 
 def test_calibration_alone_shows_the_fit_and_with_anything_else_rows(tmp_path):
-  fit = f"--calibrate={PUBLISHED}"
+  fit = f"--calibrate={written(tmp_path / 'rows.json', CALL)}"
   rows = json.loads(simulate.run([fit, "--format=json", f"--plot={tmp_path}/fit.svg"]))
   lines = list(csv.DictReader(io.StringIO(simulate.run([fit, "--format=csv"]))))
   assert [r["name"] for r in lines] == [r["name"] for r in rows] and (tmp_path / "fit.svg").exists()
@@ -281,16 +262,6 @@ def test_two_million_tokens_are_counted_in_little_memory(method):
   assert found["seconds"] > 0 and peak < 250e6
 
 
-def test_plot_and_speed_at_a_million_tokens(tmp_path):
-  start = time.monotonic()
-  before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  asked = ("--model=wan2.1-14b", "--method=freqformer", "--tokens=1m")
-  (found,) = rows_of(*asked, f"--plot={tmp_path}/p.svg")
-  assert time.monotonic() - start < 5 and found["tokens"] == 1 << 20
-  assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1e6  # kilobytes
-  assert "simulated" in (tmp_path / "p.svg").read_text()
-
-
 # ---- descriptions --------------------------------------------------------------------------------
 
 
@@ -301,25 +272,19 @@ H100, WAN = (
 BAD_GPUS = [
   ({"smss": 3}, "Gpu has no key 'smss'; did you mean 'sms'"),
   ({"l2_bytes": -5}, r"l2_bytes=-5\.0 must be above 0"),
-  ({"sms": 1.5}, "sms must be int"),
   ({"rates": H100["rates"] | {"hbm": math.nan}}, r"rates\.hbm must be a finite number"),
   ({"rates": H100["rates"] | {"link": 0}}, r"link=0\.0 must be above 0"),
   ({"rates": H100["rates"] | {"item_s": -1}}, "item_s=-1.0 must be at least 0"),
-  (
-    {"rates": H100["rates"] | {"matmul_flops": 1e18}},
-    "matmul_flops=1e.18 exceeds the data sheet's tensor_flops",
-  ),
+  ({"rates": H100["rates"] | {"matmul_flops": 1e18}}, "exceeds the data sheet's tensor_flops"),
   ({"rates": {}}, "rates lacks attention_flops, .*; add them"),
 ]
 BAD_MODELS = [
-  ({"fps": 0}, r"fps=0\.0 must be above 0"),
   ({"grid": [0, 4, 4]}, "grid=.* must be above 0"),
   ({"grids": [[1, 2, 0]]}, "grids=.* must be of positive"),
   ({"text": -4}, "text=-4 must be at least 0"),
   ({"text": 0}, "must both say whether there is text"),
   ({"text_mode": "crss"}, "did you mean 'cross'"),
   ({"heads": 7}, "heads=7 must divide width=5120"),
-  ({"patch": [1, 2]}, "patch must have 3 entries"),
   ({"padded_latents": 1}, "padded_latents=1 must be at least 0 and below 1"),
 ]
 

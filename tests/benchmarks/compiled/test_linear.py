@@ -2,6 +2,7 @@
 
 import pytest
 
+from benchmarks.arg_specs import AttentionSpec
 from benchmarks.compiled import linear
 from benchmarks.compiled.hlo_bytes import Operation
 from freqformer.methods.sparseflow import SparseFlow
@@ -17,15 +18,16 @@ def test_bytes_of_heads_and_in_place():
     Operation("d", "custom-call", 4.0, ("jit(f)/empty",), True),
     Operation("e", "custom-call", 80.0, ("jit(f)/linear_read/mpmd_map",), True),
   ]
-  assert linear.linear_bytes(operations, 0.5, 20.0) == (30 + 8 + 30, 3)
+  counted = linear.linear_bytes(operations, 0.5, 20.0)
+  assert counted == {"linear_bytes": 30 + 8 + 30, "linear_kernels": 3}
 
 
 def test_sparseflow_moves_little_more_than_its_rows():
   """Five heads' q, k, v, output and sums, as the simulator's table has it; no other head."""
-  shape = linear.Shape((8, 32, 32), 12, 128)
-  row = linear.sparseflow("x", shape, SparseFlow(), "pallas_mgpu")
+  spec = AttentionSpec("x", (8, 32, 32), 12, 128)
+  row = linear.sparseflow("x", spec, SparseFlow(), "pallas_mgpu")
   assert row["linear_bytes_least"] == 4 * 2 * 8192 * 5 * 128
   assert 1 < row["linear_bytes"] / row["linear_bytes_least"] < 1.3
   assert row["linear_kernels"] <= 5
-  table = around_attention(SparseFlow(allocation=linear.SPLIT), shape.layout(), 12, 128)
+  table = around_attention(SparseFlow(allocation=linear.SPLIT), spec.layout, 12, 128)
   assert table.bytes == pytest.approx(row["linear_bytes"], rel=0.1)

@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from freqformer.kernels.block_sparse.api import attention
 
 from benchmarks import rows, timing
 from benchmarks.arg_specs import SPECS
 from benchmarks.cpu import attention as benchmark
-from benchmarks.cpu.competitors import dense_loop, gradients, sparse
+from benchmarks.cpu.competitors import dense_loop, gradients
 from freqformer.methods.freqformer import FreqFormer
-from tests.kernels.block_sparse.suite import oracle, relative_error
+from tests.kernels.block_sparse.suite import relative_error
 
 TINY = dataclasses.replace(
   SPECS["cpu_1k"], name="tiny", grid=(4, 8, 8), head_dim=8, keys=128, block=32
@@ -91,19 +90,6 @@ def test_missed_goals_are_stored_as_missed():
   assert rows.goal_row("a", 4.4, "<= 4.5")["met"] is True
 
 
-def test_sparse_call_equals_the_oracle():
-  """The timed call is block-sparse attention with its gradients, on a ragged grid too."""
-  for spec in (TINY, dataclasses.replace(TINY, grid=(3, 5, 9), keys=64)):
-    mask = spec.mask().check()
-    q, k, v, d_out = spec.inputs(4)
-    out, lse, *grads = oracle(q, k, v, mask, d_out, np.zeros((1, spec.heads, q.shape[1])))
-    got, got_grads = gradients(sparse)(d_out, q, k, v, mask)
-    for g, w in zip(
-      (got, attention(q, k, v, mask)[1], *got_grads), (out, lse, *grads), strict=True
-    ):
-      assert relative_error(g, w) < 3e-6
-
-
 @pytest.mark.parametrize("late", [False, True])
 def test_the_dense_loop_is_dense_attention(late):
   q, k, v, d_out = TINY.inputs(4)
@@ -112,26 +98,9 @@ def test_the_dense_loop_is_dense_attention(late):
     return dense_loop(q, k, v, 64, late, remat=True)
 
   want = gradients(jax.nn.dot_product_attention)(d_out, q, k, v)
-  for g, w in zip(
-    jax.tree.leaves(gradients(loop)(d_out, q, k, v)), jax.tree.leaves(want), strict=True
-  ):
+  found = gradients(loop)(d_out, q, k, v)
+  for g, w in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
     assert relative_error(g, w) < 3e-6
-
-
-def test_without_attention_the_method_hands_over_what_it_would_run():
-  """Attention on the handed-over buffer, put where the method would put it, is the method."""
-  _, block, method = RUN.methods[0]
-  spec = dataclasses.replace(RUN.base, block=block)
-  layout = spec.layout
-  arrays = layout.arrays()
-  tables = method.tables(layout)
-  (q, k, v, mask), _ = benchmark.freqformer_without_attention(
-    method, *spec.inputs(), arrays, tables
-  )
-  out, density = benchmark.freqformer_forward(method, *spec.inputs(), arrays, tables)
-  start = tables.coarse_tiles * block  # no low heads here, so nothing is lifted
-  assert relative_error(out, attention(q, k, v, mask)[0][:, start:]) < 3e-6
-  np.testing.assert_allclose(density[0], np.asarray(mask.density(layout.n))[0], rtol=1e-5)
 
 
 def test_a_child_reports_its_own_peak():
@@ -146,14 +115,10 @@ def test_a_child_reports_its_own_peak():
 
 def test_specs():
   assert SPECS["cpu_16k"].n == 16384 and SPECS["a_1m"].n == 1048576
-  for spec in SPECS.values():
-    assert spec.layout.n == spec.n
-  for name in ("cpu_1k", "cpu_4k"):
-    spec = SPECS[name]
-    mask = spec.mask().check()
-    own = np.arange(spec.layout.tiles)[None, None, :, None]
-    assert (mask.kv_indices == own).any(-1).all() and (
-      mask.kv_counts == spec.keys // spec.block
-    ).all()
+  spec = SPECS["cpu_1k"]
+  mask = spec.mask().check()
+  own = np.arange(spec.layout.tiles)[None, None, :, None]
+  assert (mask.kv_indices == own).any(-1).all()
+  assert (mask.kv_counts == spec.keys // spec.block).all()
   with pytest.raises(ValueError, match="must be a multiple"):
     dataclasses.replace(TINY, keys=33)
