@@ -1,14 +1,14 @@
 """Checks the attention kernels at real sizes against a float32 oracle on sampled rows.
 
-  python -m benchmarks.gpu.check      # on the GPU, about 4 minutes; exits with 1 if a case is wrong
-  python -m benchmarks.gpu.check --only="^plain, seed 0$" --config="take_turns=False"    # one case
+  python -m benchmarks.gpu.check      # on the GPU, about 2 minutes; exits with 1 if a case is wrong
+  python -m benchmarks.gpu.check --only="^plain$" --config="take_turns=False"    # one case
   python -m benchmarks.gpu.check --rehearse --out=/tmp/x     # tiny shapes, a stand-in, any device
 
-The conformance tests (`pytest --device=gpu`) are small; the cases here fill the device, have more
-than 2^31 elements, or hand the kernels operands as a program does. A case that is right already
-(same device, same code) is skipped; one for which no time is left gets no row and is printed as
-unreached. Errors on sampled rows must stay within twice those of the plain computation in the
-input's type, and two runs must agree bit for bit.
+The conformance tests (`pytest --device=gpu`) are small and need pytest; the cases here need jax
+alone, fill the device, have more than 2^31 elements, or hand the kernels operands as a program
+does. A case that is right already (same device, same code) is skipped; one for which no time is
+left gets no row and is printed as unreached. Errors on sampled rows must stay within twice those of
+the plain computation in the input's type, and two runs must agree bit for bit.
 """
 
 import argparse
@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import re
 import sys
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +26,7 @@ from freqformer.kernels.block_sparse.table import BlockMask, dense_mask, from_ti
 from freqformer.kernels.selection.topk import top_ids
 
 from benchmarks.gpu import config, device, masks, oracle
-from benchmarks.gpu.attempt import attempt, verdict
+from benchmarks.gpu.attempt import Job, attempts
 from benchmarks.gpu.device import Deadline, open_device, open_store
 
 
@@ -43,10 +42,8 @@ class Case:
     keep: probability that a tile is listed; 0: dense mode, no lists.
     ragged: tiles hold random numbers of valid rows.
     empty: this share of query tiles lists nothing.
-    per_batch: tables differ from sample to sample.
-    per_head: tables differ from head to head.
+    shared: one table for all samples and heads; else each has its own.
     bias: key tiles carry one.
-    ordered: lists ascend, as tables must; False: the kernel's own tolerance of any order.
     keys: instead of `keep`: key rows per list, drawn as the benchmark does (large shapes).
     backward: check gradients, too.
   """
@@ -62,10 +59,8 @@ class Case:
   keep: float = 0.4
   ragged: bool = False
   empty: float = 0.0
-  per_batch: bool = False
-  per_head: bool = True
+  shared: bool = False
   bias: bool = False
-  ordered: bool = True
   keys: int = 0
   backward: bool = True
 
@@ -76,13 +71,13 @@ class Case:
     return [tuning.Key("h100", self.d, self.block_q, self.block_kv, way) for way in ways]
 
 
-_ODD = {"b": 2, "ragged": True, "empty": 0.2, "bias": True, "per_batch": True}
+_ODD = {"b": 2, "ragged": True, "empty": 0.2, "bias": True}
 # Every configuration of the kernels, and every kind of table, at a size that fills the device.
 CASES = (
   Case("plain"),
   Case("dense mode, ragged", keep=0.0, ragged=True, d=64),
   Case("ragged, empty rows", ragged=True, empty=0.3),
-  Case("one table for all heads", b=2, per_head=False, ragged=True),
+  Case("one table for all heads", b=2, shared=True, ragged=True),
   Case("float16", dtype="float16", **_ODD),
   Case("d=64", d=64, **_ODD),
   Case("64x64 tiles", block_q=64, block_kv=64, **_ODD),
@@ -90,25 +85,23 @@ CASES = (
   Case("64x128 tiles", block_q=64, block_kv=128, **_ODD),
   Case("128x64 tiles", block_q=128, block_kv=64, **_ODD),
   Case("128x64 tiles, odd counts", block_q=128, block_kv=64, keep=0.15, empty=0.3, ragged=True),
-  Case("lists in any order", ordered=False),
   Case("one tile", n=128, keep=1.0, h=1),
   Case("long lists", n=16384, keep=0.5, h=2),
 )
-# More than 2^31 elements in each of q, k, v: an int32 offset anywhere would show in the last heads
-# and rows.
+# The first has more than 2^31 elements in each of q, k, v: an int32 offset anywhere would show in
+# the last heads and rows.
 LARGE = (
   Case("1M tokens, 4K keys, 18 heads", n=1 << 20, h=18, keys=4096, backward=False),
   Case("1M tokens, 4K keys, 6 heads, gradients", n=1 << 20, h=6, keys=4096),
 )
-# Further seeds cost no compilation.
-SEEDS = (0, 1, 2)
 # 15 tiles and 3 heads: no array of the table is a multiple of 256 bytes. The runtime of Mosaic
 # kernels refuses arguments that are not aligned to that ("Input buffer N is not 256-byte aligned"),
 # and an array right behind another one would not be.
 UNALIGNED = Case("", n=15 * 128, h=3, d=64, bias=True)
 # Widths of rows and tiles that are selected from them: 5 % of a tile's candidates at 64K to 2M
-# tokens, and odd ones.
+# tokens, and odd ones; of a rehearsal.
 SELECTIONS = ((512, 26), (630, 126), (2048, 102), (8192, 409), (16384, 819))
+FEW_SELECTIONS = ((96, 7), (200, 67))
 # Sampled rows of a case, and of a tiny one.
 SAMPLED_ROWS = 64
 FEW_ROWS = 8
@@ -116,11 +109,10 @@ FEW_ROWS = 8
 
 def tiny(case: Case) -> Case:
   """Returns the same case at a size that a CPU checks in a second."""
-  n = 2048 if case.keys else 512
   return dataclasses.replace(
     case,
-    n=min(case.n, n) // 8,
-    h=min(case.h, 2),
+    n=min(case.n, 2048) // 8,
+    h=min(case.h, 3),
     d=16,
     block_q=case.block_q // 8,
     block_kv=case.block_kv // 8,
@@ -134,18 +126,17 @@ def draw_mask(case: Case, seed: int) -> BlockMask:
   q_tiles = case.n // case.block_q
   kv_tiles = case.n // case.block_kv
   blocks = (case.block_q, case.block_kv)
-  kv_len = np.full((case.b, kv_tiles) if case.per_batch else kv_tiles, case.block_kv, np.int32)
+  lead = (1, 1) if case.shared else (case.b, case.h)
+  kv_len = np.full((case.b, kv_tiles) if lead[0] > 1 else kv_tiles, case.block_kv, np.int32)
   if case.ragged:
     kv_len = rng.integers(0, case.block_kv + 1, kv_len.shape).astype(np.int32)
     kv_len[..., 0] = case.block_kv - 1
-  if case.keys or not case.ordered:
-    keep = case.keys // case.block_kv or max(1, kv_tiles // 2)
-    ids = masks.random_ids(case.h, (q_tiles, kv_tiles), keep, seed, case.ordered)
+  if case.keys:
+    ids = masks.random_ids(case.h, (q_tiles, kv_tiles), case.keys // case.block_kv, seed)
     mask = masks.full_lists(ids, kv_len, *blocks)
   elif case.keep == 0:
     mask = dataclasses.replace(dense_mask(case.n, case.n, *blocks), kv_len=kv_len)
   else:
-    lead = (case.b if case.per_batch else 1, case.h if case.per_head else 1)
     tiles = rng.random((*lead, q_tiles, kv_tiles)) < case.keep
     tiles[..., 0] |= ~tiles.any(-1)
     tiles &= rng.random((*lead, q_tiles, 1)) >= case.empty
@@ -197,10 +188,10 @@ def judged(inputs, mask: BlockMask, cotangents, results, count: int) -> dict:
   return oracle.backward_error(inputs, mask, found, cotangents, grads, count)
 
 
-def check(case: Case, seed: int, implementation: str, count: int) -> dict:
+def check(case: Case, implementation: str, count: int) -> dict:
   """Runs one case, twice where it is not a large one."""
-  mask = draw_mask(case, seed)
-  inputs, cotangents = draw_inputs(case, seed, mask)
+  mask = draw_mask(case, 0)
+  inputs, cotangents = draw_inputs(case, 0, mask)
   operands = (inputs, masks.on_device(mask), cotangents, implementation)
   results = run(*operands)
   row = judged(inputs, mask, cotangents, results, count)
@@ -264,79 +255,41 @@ def check_selection(sizes: tuple[tuple[int, int], ...]) -> dict:
   return {"rows": 6 * len(rows) * len(sizes), "correct": bool(correct)}
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-  """One case to run: `run(implementation)` returns errors and "correct".
-
-  `case` is the attention call at full size, whose kernels `--config` changes; None for others.
-  """
-
-  name: str
-  run: Callable[[str], dict]
-  case: Case | None = None
-
-
-def jobs(small: bool) -> list[Job]:
-  """Returns every case in order of value: each once, the large ones, then more seeds."""
+def jobs(small: bool, implementation: str) -> list[tuple[Job, list[tuning.Key]]]:
+  """Returns every case in order of value, with the kernel configurations that it looks up."""
   count = FEW_ROWS if small else SAMPLED_ROWS
 
-  def sized(case: Case) -> Case:
-    return tiny(case) if small else case
+  def job(function, case: Case, name: str = "") -> tuple[Job, list[tuning.Key]]:
+    sized = tiny(case) if small else case
+    measure = functools.partial(function, sized, implementation, count)
+    return Job(name or case.name, measure), case.tuning_keys
 
-  def seeded(cases: tuple[Case, ...], seeds: tuple[int, ...]) -> list[Job]:
-    return [
-      Job(
-        f"{case.name}, seed {seed}", functools.partial(check, sized(case), seed, count=count), case
-      )
-      for seed in seeds
-      for case in cases
-    ]
-
-  def unaligned(name: str, function: Callable) -> Job:
-    case = sized(UNALIGNED)
-    case = dataclasses.replace(case, n=15 * case.block_q, h=3)
-    return Job(name, functools.partial(function, case, count=count), UNALIGNED)
-
-  sizes = ((96, 7), (200, 67)) if small else SELECTIONS
+  selection = functools.partial(check_selection, FEW_SELECTIONS if small else SELECTIONS)
   return [
-    *seeded(CASES, SEEDS[:1]),
-    unaligned("constant table", check_constant_table),
-    unaligned("sliced in a scan", check_sliced_in_scan),
-    Job("long selections", lambda implementation: check_selection(sizes)),
-    *seeded(LARGE, SEEDS[:1]),
-    *seeded(CASES, SEEDS[1:]),
+    *(job(check, case) for case in CASES),
+    job(check_constant_table, UNALIGNED, "constant table"),
+    job(check_sliced_in_scan, UNALIGNED, "sliced in a scan"),
+    (Job("long selections", selection), []),
+    *(job(check, case) for case in LARGE),
   ]
 
 
-def selected(small: bool, only: str, configuration: str) -> tuple[list[Job], dict]:
-  """Returns the jobs that `--only` finds, and the configurations of their kernels.
+def selected(
+  small: bool, implementation: str, only: str, configuration: str
+) -> tuple[list[Job], dict[tuning.Key, tuning.TuningConfig]]:
+  """Returns the jobs that `--only` finds, and the changed configurations of their kernels.
 
   Raises:
-    ValueError: if `only` finds none, or if `configuration` is invalid or names cases that have
-      none to change.
+    ValueError: if `only` finds none, or if `configuration` is invalid or does not fit them.
   """
-  found = [job for job in jobs(small) if re.search(only, job.name)]
+  known = jobs(small, implementation)
+  found = [(job, keys) for job, keys in known if re.search(only, job.name)]
   if not found:
-    names = "; ".join(job.name for job in jobs(small))
+    names = "; ".join(job.name for job, _ in known)
     raise ValueError(f"--only={only!r} finds no case; cases are {names}.")
   fields = config.parse(configuration)
-  if not fields:
-    return found, {}
-  if fixed := [job.name for job in found if job.case is None]:
-    names = "; ".join(fixed)
-    raise ValueError(f"--config changes attention's kernels only; leave out {names} with --only.")
-  keys = {key for job in found for key in job.case.tuning_keys}
-  return found, config.changed(fields, keys)
-
-
-def line(row: dict) -> str:
-  """Returns one row for people."""
-  errors = [
-    f"{key.removeprefix('error_')} {value:.1e}"
-    for key, value in row.items()
-    if key.startswith("error_") and not key.endswith("_max")
-  ]
-  return f"{verdict(row)} {row['name']:<48}  {'  '.join(errors)}{row.get('error', '')[:160]}"
+  configs = config.changed(fields, {key for _, keys in found for key in keys}) if fields else {}
+  return [job for job, _ in found], configs
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -362,31 +315,19 @@ def main(arguments: list[str] | None = None) -> bool:
   """
   options = command_line().parse_args(arguments)
   open_device(options.rehearse)
-  found, configs = selected(options.rehearse, options.only, options.config)
-  command = "python -m benchmarks.gpu.check"
-  command += f" --config={options.config}" if options.config else ""
-  store = open_store("gpu_check_{device}", command, options.out, options.rehearse)
   implementation = options.implementation or ("xla" if options.rehearse else "pallas_mgpu")
-  deadline = Deadline(60 * options.minutes)
-  context = {"implementation": implementation}
-  context |= {"config": options.config} if options.config else {}
-  names = [job.name + (f" [{options.config}]" if options.config else "") for job in found]
-  print("\n".join(f"wanted {name}" for name in names), flush=True)
-  wrong = []
-  unreached = []
+  found, configs = selected(options.rehearse, implementation, options.only, options.config)
+  command = "python -m benchmarks.gpu.check"
+  store = open_store("gpu_check_{device}", command, options.out, options.rehearse, options.config)
+  store.context["implementation"] = implementation
+  print("\n".join(f"wanted {job.name}" for job in found), flush=True)
   # One configuration for the whole process: traces are cached without it.
   with tuning.override(configs):
-    for name, job in zip(names, found, strict=True):
-      measure = functools.partial(job.run, implementation=implementation)
-      row = attempt(store, name, measure, deadline, context=context)
-      if row is None:
-        unreached.append(name)
-        continue
-      print(line(row), flush=True)
-      if not row["correct"]:
-        wrong.append(name)
+    rows = dict(attempts(store, found, Deadline(60 * options.minutes)))
+  wrong = [name for name, row in rows.items() if row and not row["correct"]]
+  unreached = [name for name, row in rows.items() if row is None]
   print(
-    f"{len(names) - len(wrong) - len(unreached)} of {len(names)} right"
+    f"{len(rows) - len(wrong) - len(unreached)} of {len(rows)} right"
     + (f"; wrong: {', '.join(wrong)}" if wrong else "")
     + (f"; no time for: {', '.join(unreached)}" if unreached else "")
   )

@@ -14,6 +14,10 @@ from freqformer.grid.layout import TileLayout
 from freqformer.tables.packed import coarse_rows, full_rows, packed_kv_len
 from freqformer.tables.window import sliding_tile
 
+# Tiles of the 3-D window, and kernel tiles in one of them.
+WINDOW_EXTENT = (3, 3, 3)
+WINDOW_REFINE = 3
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Problem:
@@ -140,14 +144,12 @@ def rectangular(spec: AttentionSpec, block_q: int, block_kv: int, density: float
   return Problem(spec, mask, f"random lists of {keep} tiles, {block_q} x {block_kv}")
 
 
-def window(
-  spec: AttentionSpec, tile: tuple[int, int, int], extent: tuple[int, int, int], refine: int
-) -> Problem:
-  """A clamped 3-D window of whole tiles; coarse tiles are refined to the kernel's."""
-  layout = TileLayout.fit(spec.grid, spec.block * refine, tile)
-  mask = sliding_tile(layout, extent)
-  tokens = "x".join(str(t * e) for t, e in zip(tile, extent, strict=True))
-  return Problem(spec, mask.refine(refine), f"3-D window {tokens}")
+def window(spec: AttentionSpec, tile: tuple[int, int, int]) -> Problem:
+  """A clamped 3-D window of whole tiles, which are refined to the kernel's."""
+  layout = TileLayout.fit(spec.grid, spec.block * WINDOW_REFINE, tile)
+  mask = sliding_tile(layout, WINDOW_EXTENT)
+  tokens = "x".join(str(t * e) for t, e in zip(tile, WINDOW_EXTENT, strict=True))
+  return Problem(spec, mask.refine(WINDOW_REFINE), f"3-D window {tokens}")
 
 
 @dataclasses.dataclass(frozen=True)
