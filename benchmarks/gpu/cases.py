@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
-from benchmarks.gpu import masks, ops
+from benchmarks.gpu import check, masks, ops
 from benchmarks.gpu.attempt import Job
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.masks import Composition
@@ -14,8 +14,8 @@ from benchmarks.gpu.slot_steps import GUARDS
 BANDS = Composition()
 # As many keys for a mid head as its window has, whatever the number of tokens.
 FIXED_BUDGET = Composition(mid_density=0.0)
-# Parts that are measured only if they are named: they answer one question and need no repeating.
-ON_REQUEST = ("forms",)
+# Parts that are measured only if they are named: checks are not timed, forms answer one question.
+ON_REQUEST = ("checks", "forms")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +57,9 @@ def cases(sizes: Sizes) -> list[Case]:
     """Random lists of tiles of other sizes: `masks.rectangular` and its arguments."""
     blocks = (block_q // sizes.shrink, block_kv // sizes.shrink)
     return masks.rectangular, spec["a_128k"], *blocks, 0.1
+
+  for name, measure in check.checks(small=sizes.shrink > 1).items():
+    add("checks", name, measure)
 
   # The rates that nothing on this device beats.
   add("ceilings", "ceiling/matmul", ops.matmul)

@@ -4,30 +4,26 @@
   python -m benchmarks.gpu.check --only="^plain$" --config="take_turns=False"    # one case
   python -m benchmarks.gpu.check --rehearse --out=/tmp/x     # tiny shapes, a stand-in, any device
 
-The conformance tests (`pytest --device=gpu`) are small and need pytest; the cases here need jax
-alone, fill the device, have more than 2^31 elements, or hand the kernels operands as a program
-does. A case that is right already (same device, same code) is skipped; one for which no time is
-left gets no row and is printed as unreached. Errors on sampled rows must stay within twice those of
-the plain computation in the input's type, and two runs must agree bit for bit.
+It is the part "checks" of the GPU benchmark. The conformance tests (`pytest --device=gpu`) are
+small and need pytest; the cases here need jax alone, fill the device, have more than 2^31 elements,
+or hand the kernels operands as a program does. Errors on sampled rows must stay within twice those
+of the plain computation in the input's type, and two runs must agree bit for bit.
 """
 
-import argparse
 import dataclasses
 import functools
-import re
 import sys
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from freqformer.kernels.block_sparse import tuning
 from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.table import BlockMask, dense_mask, from_tiles
 from freqformer.kernels.selection.topk import top_ids
 
-from benchmarks.gpu import config, device, masks, oracle
-from benchmarks.gpu.attempt import Job, attempts
-from benchmarks.gpu.device import Deadline, open_device, open_store
+from benchmarks.gpu import device, masks, oracle
+from benchmarks.gpu.bench import Bench
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +60,6 @@ class Case:
   keys: int = 0
   backward: bool = True
 
-  @property
-  def tuning_keys(self) -> list[tuning.Key]:
-    """The kernel configurations that the call looks up."""
-    ways = tuning.DIRECTIONS if self.backward else ("forward",)
-    return [tuning.Key("h100", self.d, self.block_q, self.block_kv, way) for way in ways]
-
 
 _ODD = {"b": 2, "ragged": True, "empty": 0.2, "bias": True}
 # Every configuration of the kernels, and every kind of table, at a size that fills the device.
@@ -99,12 +89,8 @@ LARGE = (
 # and an array right behind another one would not be.
 UNALIGNED = Case("", n=15 * 128, h=3, d=64, bias=True)
 # Widths of rows and tiles that are selected from them: 5 % of a tile's candidates at 64K to 2M
-# tokens, and odd ones; of a rehearsal.
+# tokens, and odd ones.
 SELECTIONS = ((512, 26), (630, 126), (2048, 102), (8192, 409), (16384, 819))
-FEW_SELECTIONS = ((96, 7), (200, 67))
-# Sampled rows of a case, and of a tiny one.
-SAMPLED_ROWS = 64
-FEW_ROWS = 8
 
 
 def tiny(case: Case) -> Case:
@@ -188,13 +174,13 @@ def judged(inputs, mask: BlockMask, cotangents, results, count: int) -> dict:
   return oracle.backward_error(inputs, mask, found, cotangents, grads, count)
 
 
-def check(case: Case, implementation: str, count: int) -> dict:
+def check(bench: Bench, case: Case) -> dict:
   """Runs one case, twice where it is not a large one."""
   mask = draw_mask(case, 0)
   inputs, cotangents = draw_inputs(case, 0, mask)
-  operands = (inputs, masks.on_device(mask), cotangents, implementation)
+  operands = (inputs, masks.on_device(mask), cotangents, bench.implementation)
   results = run(*operands)
-  row = judged(inputs, mask, cotangents, results, count)
+  row = judged(inputs, mask, cotangents, results, bench.sizes.oracle_rows)
   if case.keys:
     return row
   again = run(*operands)
@@ -203,15 +189,15 @@ def check(case: Case, implementation: str, count: int) -> dict:
   return row | {"two_runs_bit_equal": repeat, "correct": row["correct"] and repeat}
 
 
-def check_constant_table(case: Case, implementation: str, count: int) -> dict:
+def check_constant_table(bench: Bench, case: Case) -> dict:
   """Checks a call whose table is a constant of the program, as a method's static one may be."""
   mask = draw_mask(case, 3)
   inputs, cotangents = draw_inputs(case, 3, mask)
-  results = jax.jit(lambda inputs: run(inputs, mask, cotangents, implementation))(inputs)
-  return judged(inputs, mask, cotangents, results, count)
+  results = jax.jit(lambda inputs: run(inputs, mask, cotangents, bench.implementation))(inputs)
+  return judged(inputs, mask, cotangents, results, bench.sizes.oracle_rows)
 
 
-def check_sliced_in_scan(case: Case, implementation: str, count: int) -> dict:
+def check_sliced_in_scan(bench: Bench, case: Case) -> dict:
   """Checks calls whose operands and tables are slices of stacked arrays, as in a scan over layers.
 
   A slice need not begin at a multiple of 256 bytes.
@@ -223,18 +209,18 @@ def check_sliced_in_scan(case: Case, implementation: str, count: int) -> dict:
 
   def layer(_, operands):
     mask, inputs, cotangents = operands
-    return None, run(inputs, mask, cotangents, implementation)
+    return None, run(inputs, mask, cotangents, bench.implementation)
 
   _, stacked = jax.jit(lambda layers: jax.lax.scan(layer, None, layers))(layers)
   errors = []
   for i, (mask, (inputs, cotangents)) in enumerate(zip(tables, data, strict=True)):
     results = jax.tree.map(lambda x, i=i: x[i], stacked)
-    errors.append(judged(inputs, mask, cotangents, results, count))
+    errors.append(judged(inputs, mask, cotangents, results, bench.sizes.oracle_rows))
   worst = {name: max(error[name] for error in errors) for name in errors[0] if name != "correct"}
   return worst | {"correct": all(error["correct"] for error in errors)}
 
 
-def check_selection(sizes: tuple[tuple[int, int], ...]) -> dict:
+def check_selection(_: Bench, sizes: tuple[tuple[int, int], ...]) -> dict:
   """Checks that lists of real lengths, with fixed places and many ties, are an exact top-k's.
 
   `sizes` are pairs: width of a row, entries to select.
@@ -252,88 +238,34 @@ def check_selection(sizes: tuple[tuple[int, int], ...]) -> dict:
       scores[..., rows[:, None], always] = np.inf
       order = np.argsort(-scores, axis=-1, kind="stable")
       correct &= np.array_equal(found, np.sort(order[..., :budget], axis=-1))
-  return {"rows": 6 * len(rows) * len(sizes), "correct": bool(correct)}
+  return {"correct": bool(correct)}
 
 
-def jobs(small: bool, implementation: str) -> list[tuple[Job, list[tuning.Key]]]:
-  """Returns every case in order of value, with the kernel configurations that it looks up."""
-  count = FEW_ROWS if small else SAMPLED_ROWS
-
-  def job(function, case: Case, name: str = "") -> tuple[Job, list[tuning.Key]]:
-    sized = tiny(case) if small else case
-    measure = functools.partial(function, sized, implementation, count)
-    return Job(name or case.name, measure), case.tuning_keys
-
-  selection = functools.partial(check_selection, FEW_SELECTIONS if small else SELECTIONS)
-  return [
-    *(job(check, case) for case in CASES),
-    job(check_constant_table, UNALIGNED, "constant table"),
-    job(check_sliced_in_scan, UNALIGNED, "sliced in a scan"),
-    (Job("long selections", selection), []),
-    *(job(check, case) for case in LARGE),
-  ]
+def checks(small: bool) -> dict[str, Callable[[Bench], dict]]:
+  """Returns the measurement of every case by name, in order of value."""
+  sized = tiny if small else (lambda case: case)
+  unaligned = sized(UNALIGNED)
+  found = {case.name: functools.partial(check, case=sized(case)) for case in CASES}
+  found["constant table"] = functools.partial(check_constant_table, case=unaligned)
+  found["sliced in a scan"] = functools.partial(check_sliced_in_scan, case=unaligned)
+  sizes = SELECTIONS[: 2 if small else None]
+  found["long selections"] = functools.partial(check_selection, sizes=sizes)
+  return found | {case.name: functools.partial(check, case=sized(case)) for case in LARGE}
 
 
-def selected(
-  small: bool, implementation: str, only: str, configuration: str
-) -> tuple[list[Job], dict[tuning.Key, tuning.TuningConfig]]:
-  """Returns the jobs that `--only` finds, and the changed configurations of their kernels.
+def main() -> int:
+  from benchmarks.gpu import run as gpu_run  # which lists these checks among its cases
 
-  Raises:
-    ValueError: if `only` finds none, or if `configuration` is invalid or does not fit them.
-  """
-  known = jobs(small, implementation)
-  found = [(job, keys) for job, keys in known if re.search(only, job.name)]
-  if not found:
-    names = "; ".join(job.name for job, _ in known)
-    raise ValueError(f"--only={only!r} finds no case; cases are {names}.")
-  fields = config.parse(configuration)
-  configs = config.changed(fields, {key for _, keys in found for key in keys}) if fields else {}
-  return [job for job, _ in found], configs
-
-
-def command_line() -> argparse.ArgumentParser:
-  """Returns the parser of the command line."""
   parser = device.command_line(__doc__, minutes=8)
   parser.add_argument("--implementation", help="default the GPU kernel; in a rehearsal xla")
-  parser.add_argument(
-    "--only", default="", help="regular expression: only cases whose name it finds"
+  parser.add_argument("--only", default="", help="regular expression: only cases that it finds")
+  parser.add_argument("--config", default="", help="as of python -m benchmarks.attention")
+  o = parser.parse_args()
+  found = gpu_run.main(
+    o.minutes, o.out, o.implementation, o.rehearse, ("checks",), o.only, o.config
   )
-  parser.add_argument(
-    "--config",
-    default="",
-    help="fields of kernels.block_sparse.tuning.TuningConfig to change, e.g. stages=2,step=64",
-  )
-  return parser
-
-
-def main(arguments: list[str] | None = None) -> bool:
-  """Runs the cases asked for; returns whether all were reached and are right.
-
-  Raises:
-    ValueError: if a rehearsal would write among the measured rows, or an argument is invalid.
-  """
-  options = command_line().parse_args(arguments)
-  open_device(options.rehearse)
-  implementation = options.implementation or ("xla" if options.rehearse else "pallas_mgpu")
-  found, configs = selected(options.rehearse, implementation, options.only, options.config)
-  command = "python -m benchmarks.gpu.check"
-  store = open_store("gpu_check_{device}", command, options.out, options.rehearse, options.config)
-  store.context["implementation"] = implementation
-  print("\n".join(f"wanted {job.name}" for job in found), flush=True)
-  # One configuration for the whole process: traces are cached without it.
-  with tuning.override(configs):
-    rows = dict(attempts(store, found, Deadline(60 * options.minutes)))
-  wrong = [name for name, row in rows.items() if row and not row["correct"]]
-  unreached = [name for name, row in rows.items() if row is None]
-  print(
-    f"{len(rows) - len(wrong) - len(unreached)} of {len(rows)} right"
-    + (f"; wrong: {', '.join(wrong)}" if wrong else "")
-    + (f"; no time for: {', '.join(unreached)}" if unreached else "")
-  )
-  print(f"rows: {store.path}")
-  return not wrong and not unreached
+  return 1 if found.troubles() or found.skipped else 0
 
 
 if __name__ == "__main__":
-  sys.exit(0 if main() else 1)
+  sys.exit(main())

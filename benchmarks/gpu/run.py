@@ -16,33 +16,41 @@ from benchmarks.gpu.cases import Case
 from benchmarks.gpu.device import Deadline, open_device, open_store
 from benchmarks.gpu.sizes import FULL, TINY
 
-# First parts of the names of rows that measure other people's kernels.
-PEERS = ("cudnn", "torch")
+# First part of the names of rows that measure other people's kernels.
+PEERS = "torch"
 
 
 class Run:
-  """One pass over the cases; `skipped` names the rows for which there was no time."""
+  """One pass over the cases.
+
+  Attributes:
+    skipped: names of the rows for which there was no time.
+  """
 
   def __init__(self, bench: Bench):
     self.bench = bench
     self.store = bench.store
     self.skipped: list[str] = []
+    self._troubles: list[str] = []
 
   def rows(self, found: Sequence[Case]):
     """Measures the cases that have no right row yet, and judges the gates after each."""
+    # A run that is killed must have named all that it wanted.
+    print("\n".join(f"wanted {case.name}" for case in found), flush=True)
     jobs = [case.job(self.bench) for case in found]
     for name, row in attempts(self.store, jobs, self.bench.deadline):
       if row is None:
         self.skipped.append(name)
+      elif not row.get("correct", True) and not name.startswith(PEERS):
+        self._troubles.append(name)
       for gate in gates.gate_rows(self.store.all()):
         # Tiny shapes pass or miss nothing.
         unjudged = {"passed": None, "record_met": None} if self.store.rehearsal else {}
         self.store.add(gate | unjudged)
 
   def troubles(self) -> list[str]:
-    """Returns names of our own rows that failed or are wrong."""
-    bad = [row for row in self.store.all() if row.get("correct") is False]
-    return [row["name"] for row in bad if not row["name"].startswith(PEERS)]
+    """Returns names of our own rows that failed or are wrong in this run."""
+    return self._troubles
 
   def report(self) -> str:
     """Returns the gates, and what there was no time for, for people."""
@@ -75,11 +83,15 @@ def main(
     configuration: fields of the kernels' configuration to change wherever that fits (config.py).
 
   Raises:
-    ValueError: for an unknown part, an invalid `configuration`, or a rehearsal among measured rows.
+    ValueError: for an unknown part, an `only` that finds nothing, an invalid `configuration`, or a
+      rehearsal among measured rows.
     RuntimeError: if there is no GPU to measure on.
   """
   sizes = TINY if rehearse else FULL
   found = [case for case in cases.chosen(sizes, parts) if re.search(only, case.name)]
+  if not found:
+    names = "; ".join(case.name for case in cases.chosen(sizes, parts))
+    raise ValueError(f"--only={only!r} finds no case; cases are {names}.")
   configs = config.everywhere(config.parse(configuration)) if configuration else {}
   open_device(rehearse)
   command = f"python -m benchmarks.attention --device=gpu --minutes={minutes:g}"
