@@ -131,7 +131,6 @@ def _attention(tokens: int, head_dim: int, implementation: str) -> Case:
 
 CASES = {
   "attention_d128_128k": _attention(1 << 17, 128, "pallas_mgpu"),
-  "attention_d64_16k": _attention(1 << 14, 64, "pallas_mgpu"),
   "attention_xla_d128_16k": _attention(1 << 14, 128, "xla"),
   "block_d128_128k": Case(math.prod(LATENT_128K[:3]), 21_000, compile_block),
   "train_d128_64k_8gpus": Case(math.prod(LATENT_64K[:3]), 100_000, compile_train_step),

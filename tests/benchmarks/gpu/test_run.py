@@ -28,7 +28,6 @@ pytestmark = pytest.mark.xdist_group("gpu_benchmark")
 # A row of every kind of measurement.
 _REHEARSED = (
   "64x128 tiles",
-  "sliced in a scan",
   "long selections",
   "1M tokens, 4K keys, 18 heads",
   "ceiling/copy",
