@@ -4,7 +4,7 @@
   python -m benchmarks.gpu.train --rehearse --steps=3 --out=/tmp/x     # tiny, on a CPU
 
 The step is the one of train.py; files, cache and loader are left out. The row says how much of the
-device's time attention takes where a profiler saw the kernels, else how much of the model's FLOPs.
+device's time attention takes, where a profiler saw the kernels.
 """
 
 import collections
@@ -23,7 +23,6 @@ from benchmarks.gpu.attempt import Job, attempts
 from benchmarks.gpu.code import ROOT
 from benchmarks.gpu.device import Deadline, command_line, open_device, open_store
 from freqformer.command.files import read_config
-from freqformer.cost import BACKWARD_OVER_FORWARD, model_cost, training_flops
 from freqformer.data.codec import StatisticsAccumulator, make_codec
 from freqformer.data.render import LOOKS, render_clip
 from freqformer.model.dit import VideoDiT, make_tables
@@ -111,7 +110,7 @@ def measure(exp: Experiment, steps: int, deadline: Deadline) -> dict:
     "loss_first": losses[0],
     "loss_last": losses[-1],
     "attention_kernels": [name for name in ATTENTION_KERNELS if name in text],
-    **attention_share(exp, profiled(step, state, batch, tables)),
+    **attention_share(profiled(step, state, batch, tables)),
   }
   # A run that quietly used the portable backend would time something else.
   if jax.default_backend() == "gpu" and len(row["attention_kernels"]) < len(ATTENTION_KERNELS):
@@ -146,23 +145,19 @@ def kernel_times(profile) -> dict[str, float]:
   return dict(found)
 
 
-def attention_share(exp: Experiment, kernels: dict[str, float]) -> dict:
-  """Returns attention's share of a step, of device time where kernels were seen, else of FLOPs."""
-  if kernels:
-    ours = [name for name in kernels if any(word in name for word in ATTENTION_KERNELS)]
-    attention = sum(kernels[name] for name in ours)
-    longest = dict(sorted(kernels.items(), key=lambda item: -item[1])[:10])
-    return {
-      "attention_share": attention / sum(kernels.values()),
-      "attention_share_of": "device time",
-      "device_ms": sum(kernels.values()),
-      "kernels": {name[:80]: ms for name, ms in longest.items()},
-    }
-  cost = model_cost(exp.model, exp.latent_shape, training=True)
-  attention = (1 + BACKWARD_OVER_FORWARD) * cost.attention_flops
+def attention_share(kernels: dict[str, float]) -> dict:
+  """Returns attention's share of the device's time in a step; nothing if no kernels were seen."""
+  if not kernels:
+    return {}
+  total = sum(kernels.values())
+  attention = sum(
+    ms for name, ms in kernels.items() if any(word in name for word in ATTENTION_KERNELS)
+  )
+  longest = sorted(kernels.items(), key=lambda item: -item[1])[:10]
   return {
-    "attention_share": attention / training_flops(cost),
-    "attention_share_of": "modelled FLOPs",
+    "attention_share": attention / total,
+    "device_ms": total,
+    "kernels": {name[:80]: ms for name, ms in longest},
   }
 
 

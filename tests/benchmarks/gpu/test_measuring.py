@@ -254,11 +254,7 @@ def test_torch_rows_survive_a_child_that_is_cut_short(monkeypatch, late):
   monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: name)
   monkeypatch.setattr(peers.subprocess, "run", answer)
   assert [row["name"] for row in peers.torch_rows([], 9)] == ["torch_a", "torch_b"]
-
-
-def test_torch_without_rows_says_why(monkeypatch):
   failed = subprocess.CompletedProcess([], 1, "", "no GPU")
-  monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: name)
   monkeypatch.setattr(peers.subprocess, "run", lambda *_, **__: failed)
   with pytest.raises(RuntimeError, match="gave no rows: no GPU"):
     peers.torch_rows([], 9)
