@@ -112,15 +112,11 @@ class Bench:
       limit = max(_LEAST_CHILD_SECONDS, self.deadline.left)
       child = launches.in_child(spec, bands, self.implementation, self.sizes.effort, limit)
       row |= {f"{name}_concurrent": fields for name, fields in child.items()}
-      row["xla_flags"] = launches.CONCURRENT
       fused.append(child["fused"]["wall"]["median_s"])
       separate["concurrent"] = child["separate"]["wall"]["median_s"]
-    winner = min(separate, key=separate.get)
     return row | {
       "n": spec.n,
-      "mask": bands.words(spec),
-      "ratio": separate[winner] / min(fused),
-      "best_separate": winner,
+      "ratio": min(separate.values()) / min(fused),
       "fused_wall_s": min(fused),
       "separate_wall_s": separate,
     }
@@ -158,7 +154,7 @@ class Bench:
     """Returns dense attention of a shape; one head where all would take seconds per call."""
     heads = 1 if spec.n > self.sizes.one_head_above else spec.heads
     tiles = masks.dense_mask(spec.n, spec.n, spec.block, spec.block)
-    return Problem(spec, tiles, "dense", heads)
+    return Problem(spec, tiles, heads)
 
   def dense(
     self, spec: AttentionSpec, direction: str = "forward", times: Measured | None = None
@@ -209,7 +205,6 @@ class Bench:
       "heads": problem.heads,
       "head_dim": spec.head_dim,
       "dtype": spec.dtype,
-      "mask": problem.what,
       "block_q": mask.block_q,
       "block_kv": mask.block_kv,
       "density": problem.density,
@@ -234,8 +229,6 @@ class Bench:
     speedup = dense["all_heads_seconds"] / row["seconds"]
     return row | {
       "dense_seconds": dense["all_heads_seconds"],
-      "dense_row": dense["name"],
-      "dense_note": dense["note"],
       "speedup": speedup,
       "retained": speedup * row["density"],
     }

@@ -80,7 +80,6 @@ def around(bench: Bench, spec: AttentionSpec, bands: Composition) -> dict:
     "seconds": t["around"].seconds,
     "over_attention": added / t["attention"].seconds,
     "correct": all(error <= AROUND_TOLERANCE for error in errors.values()),
-    "note": "selection, packing, compression, lift, without norm and rotary; no summary tokens",
   }
 
 
@@ -100,6 +99,8 @@ def layer_method(spec: AttentionSpec, bands: Composition):
 
 def linear(bench: Bench, spec: AttentionSpec) -> dict:
   """Times linear attention within frames: on all heads, on some in place, and with its backward.
+
+  On some heads it includes the pass (4 bytes per element) that makes its `into`.
 
   `tb_per_s`: bytes of reading q, k, v and writing the output once, over seconds on all heads. The
   output errs at most twice as much as the portable form with the same 16-bit operands.
@@ -142,7 +143,6 @@ def linear(bench: Bench, spec: AttentionSpec) -> dict:
     "seconds": seconds,
     "ratio": t["xla"].seconds / seconds,
     "tb_per_s": 4 * q.size * q.dtype.itemsize / seconds / 1e12,
-    "note": "elu; some_heads includes the pass (4 bytes per element) that makes its `into`",
     "correct": correct,
     **fields,
   }
