@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -9,7 +10,7 @@ from benchmarks import timing
 from benchmarks.gpu import slot_steps
 from benchmarks.gpu.code import ROOT
 from benchmarks.gpu.slot_output import read_output
-from tests.conftest import ON_DEVICE
+from tests.conftest import ON_DEVICE, OnDevice
 
 _FILE = "tests/kernels/selection/test_topk.py"
 
@@ -27,16 +28,26 @@ def test_without_a_gpu_it_refuses_in_one_sentence():
   assert "Traceback" not in done.stdout and "wanted" not in done.stdout
 
 
-def test_its_tests_exist():
+def test_its_tests_exist_and_are_unreached_without_time():
   """Every name in the list is a test, and the files that hold none are not even imported."""
-  done = _pytest("--rehearse", "--collect-only", "tests/kernels")
-  assert done.returncode == 0, done.stdout
-  collected = {line.removeprefix("wanted ") for line in done.stdout.splitlines() if "::" in line}
-  assert {node.split("::")[0] for node in collected} == {f"tests/{name}" for name in ON_DEVICE}
+  done = _pytest("--rehearse", "--minutes=0", "tests/kernels")
+  # As a slot reads it; tests/benchmarks/gpu/test_slot.py runs one that is reached.
+  found = read_output(slot_steps.tests("all", ""), done.stdout, done.returncode)
+  assert found.state == "unreached" and not found.wrong
+  assert {node.split("::")[0] for node in found.unreached} == {
+    f"tests/{name}" for name in ON_DEVICE
+  }
   for name, tests in ON_DEVICE.items():
     text = (ROOT / "tests" / name).read_text()
     for test in tests:
       assert f"class {test}(" in text or f"def {test}(" in text, test
+
+
+def test_a_pattern_that_finds_nothing_is_refused():
+  options = types.SimpleNamespace(minutes=None, only="nothing", rehearse=False)
+  item = types.SimpleNamespace(nodeid=f"{_FILE}::test_chunks", path=ROOT / _FILE)
+  with pytest.raises(pytest.UsageError, match="finds no conformance test here"):
+    OnDevice(types.SimpleNamespace(option=options)).pytest_collection_modifyitems([item])
 
 
 def test_kernels_are_not_interpreted_on_a_device():
@@ -47,16 +58,3 @@ def test_kernels_are_not_interpreted_on_a_device():
     "pytest.raises(NotImplementedError, t.test_odd_scales, 0.0); print('refused')"
   )
   assert timing.in_child(["-c", text], {"JAX_PLATFORMS": "cpu"}) == "refused"
-
-
-def test_a_slot_reads_its_lines():
-  """One test runs, the rest are left out; where there is no time, it is unreached, not wrong."""
-  step = slot_steps.tests("selection", "selection")
-  name = f"{_FILE}::test_nan_rows_still_list_valid_tiles"
-  done = _pytest("--rehearse", _FILE)
-  found = read_output(step, done.stdout, done.returncode)
-  assert (found.state, found.reached, found.unreached) == ("ok", [name], [])
-  late = _pytest("--rehearse", "--minutes=0", _FILE)
-  found = read_output(step, late.stdout, late.returncode)
-  assert found.state == "unreached" and found.unreached == [name] and late.returncode == 1
-  assert _pytest("--rehearse", "--only=nothing", _FILE).returncode == pytest.ExitCode.USAGE_ERROR

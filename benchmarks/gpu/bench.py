@@ -7,13 +7,14 @@ on sampled rows; rates count the table's own pairs.
 import dataclasses
 import functools
 import gc
+from collections.abc import Callable
 
 import jax
 from freqformer.kernels.block_sparse import cost, tuning
 
 from benchmarks.arg_specs import AttentionSpec
 from benchmarks.gpu import config, launches, masks, peers
-from benchmarks.gpu.attempt import failure
+from benchmarks.gpu.attempt import Job, measured
 from benchmarks.gpu.device import Deadline
 from benchmarks.gpu.launches import attend
 from benchmarks.gpu.masks import Composition, Problem
@@ -42,7 +43,7 @@ class Bench:
     self.store = store
     self.deadline = deadline
     self.implementation = implementation
-    self._dense: dict[tuple, dict | None] = {}
+    self._dense: dict[str, dict | None] = {}
 
   # ---- the kernel under test ---------------------------------------------------------------------
 
@@ -56,53 +57,54 @@ class Bench:
 
     return Call(run, (*problem.inputs(), masks.on_device(problem.mask)))
 
-  def checked(self, problem: Problem, call: Call) -> dict:
-    """Returns the errors of a forward pass on sampled rows, and whether they are tolerated."""
-    return forward_error(call.args[:3], problem.mask, call(), self.sizes.oracle_rows)
+  def checked(self, problem: Problem, call: Call, times: Measured) -> dict:
+    """Returns the row of a forward pass that was timed, with its errors on sampled rows."""
+    errors = forward_error(call.args[:3], problem.mask, call(), self.sizes.oracle_rows)
+    return self.describe(problem, times) | errors
 
-  def forward(self, problem: Problem) -> dict:
-    """Times and checks the forward pass of a problem."""
+  def forward(self, make: Callable[..., Problem], *args) -> dict:
+    """Times and checks the forward pass of the problem `make(*args)`."""
+    problem = make(*args)
     call = self.call(problem)
-    measured = self.measure({"ours": call})["ours"]
-    row = self.describe(problem, measured) | self.checked(problem, call)
+    row = self.checked(problem, call, self.measure({"ours": call})["ours"])
     return self.against_dense(row, problem.spec)
 
-  def backward(self, problem: Problem) -> dict:
+  def backward(self, make: Callable[..., Problem], *args) -> dict:
     """Times and checks the backward pass alone, from stored residuals and a transposed table."""
+    problem = make(*args)
     *qkv, d_out = problem.inputs(4)
     mask = masks.on_device(problem.mask.with_transpose())
     shape = (problem.spec.batch, problem.heads, problem.rows)
     cotangents = (d_out, jax.random.normal(jax.random.key(9), shape))
     ours = functools.partial(attend, implementation=self.implementation)
     call, found = peers.backward_call(ours, tuple(qkv), cotangents, (mask,))
-    measured = self.measure({"ours": call})["ours"]
+    times = self.measure({"ours": call})["ours"]
     rows = self.sizes.oracle_rows
     error = backward_error(tuple(qkv), problem.mask, found, cotangents, call(), rows)
-    return self.against_dense(self.describe(problem, measured, "backward") | error, problem.spec)
+    return self.against_dense(self.describe(problem, times, "backward") | error, problem.spec)
 
-  def form(self, problem: Problem, changes: str) -> dict:
+  def form(self, changes: str, make: Callable[..., Problem], *args) -> dict:
     """Times a forward as it is configured and with `changes`, in turns, and checks both.
 
     `ratio` is the time of the other form over that of the configured one.
     """
-    spec = problem.spec
+    problem = make(*args)
     mask = problem.mask
-    key = tuning.Key("h100", spec.head_dim, mask.block_q, mask.block_kv, "forward")
-    calls = {
-      "configured": self.call(problem),
-      "otherwise": self.call(problem, config.changed(config.parse(changes), [key])),
-    }
+    sizes = (problem.spec.head_dim, mask.block_q, mask.block_kv)
+    other = config.changed(config.parse(changes), [tuning.Key("h100", *sizes, "forward")])
+    calls = {"configured": self.call(problem), "otherwise": self.call(problem, other)}
     t = self.measure(calls)
-    row = {"n": spec.n, "mask": problem.what, "density": problem.density, "changes": changes}
-    for name, call in calls.items():
-      row[name] = self.describe(problem, t[name]) | self.checked(problem, call)
-    row["ratio"] = t["otherwise"].seconds / t["configured"].seconds
-    return row | {"correct": all(row[name]["correct"] for name in calls)}
+    row = {name: self.checked(problem, call, t[name]) for name, call in calls.items()}
+    return row | {
+      "changes": changes,
+      "ratio": t["otherwise"].seconds / t["configured"].seconds,
+      "correct": all(row[name]["correct"] for name in calls),
+    }
 
   def launches(self, spec: AttentionSpec, bands: Composition, concurrent: bool) -> dict:
     """Times one launch against three, and against three that may overlap."""
     t = launches.compare(spec, bands, self.implementation, self.sizes.effort)
-    row = {name: measured.row() for name, measured in t.items()}
+    row = {name: times.row() for name, times in t.items()}
     fused = [t["fused"].wall.median]
     separate = {"sequential": t["separate"].wall.median}
     if concurrent:
@@ -110,15 +112,11 @@ class Bench:
       limit = max(_LEAST_CHILD_SECONDS, self.deadline.left)
       child = launches.in_child(spec, bands, self.implementation, self.sizes.effort, limit)
       row |= {f"{name}_concurrent": fields for name, fields in child.items()}
-      row["xla_flags"] = launches.CONCURRENT
       fused.append(child["fused"]["wall"]["median_s"])
       separate["concurrent"] = child["separate"]["wall"]["median_s"]
-    winner = min(separate, key=separate.get)
     return row | {
       "n": spec.n,
-      "mask": bands.words(spec),
-      "ratio": separate[winner] / min(fused),
-      "best_separate": winner,
+      "ratio": min(separate.values()) / min(fused),
       "fused_wall_s": min(fused),
       "separate_wall_s": separate,
     }
@@ -132,17 +130,11 @@ class Bench:
     peer = Call(peers.cudnn, _without_padding(self.dense_problem(spec), 3))
     t = self.measure({"ours": ours, "cudnn": peer})
     cudnn = self.dense(spec, "forward", t["cudnn"])
-    row = self.describe(problem, t["ours"]) | self.checked(problem, ours)
-    row |= {"dense_seconds": t["cudnn"].seconds}
-    return row | {"over_cudnn": row["tflops"] / cudnn["tflops"]}
-
-  def tokamax(self, spec: AttentionSpec) -> dict:
-    """Times tokamax' dense kernel."""
-    problem = self.dense_problem(spec)
-    call = Call(peers.tokamax(), _without_padding(problem, 3))
-    measured = self.measure({"tokamax": call})["tokamax"]
-    error = forward_error(call.args, problem.mask, (call(), None), self.sizes.oracle_rows)
-    return self.describe(problem, measured) | error | {"implementation": "tokamax mosaic"}
+    row = self.checked(problem, ours, t["ours"])
+    return row | {
+      "dense_seconds": t["cudnn"].seconds,
+      "over_cudnn": row["tflops"] / cudnn["tflops"],
+    }
 
   def torch(self) -> dict:
     """Adds the rows of PyTorch's kernels and returns their names.
@@ -151,8 +143,9 @@ class Bench:
       RuntimeError: if there is no torch, or its process was cut short.
     """
     options = ["--rehearse"] if self.store.rehearsal else []
-    found = [self.store.add(row) for row in peers.torch_rows(options, self.deadline.left)]
-    names = [row["name"] for row in found]
+    names = []
+    for row in peers.torch_rows(options, self.deadline.left):
+      names.append(self.store.add(row)["name"])
     if _LAST_TORCH_ROW not in names:
       raise RuntimeError(f"PyTorch's process ended before {_LAST_TORCH_ROW}; it gave {names}")
     return {"rows": names}
@@ -161,37 +154,32 @@ class Bench:
     """Returns dense attention of a shape; one head where all would take seconds per call."""
     heads = 1 if spec.n > self.sizes.one_head_above else spec.heads
     tiles = masks.dense_mask(spec.n, spec.n, spec.block, spec.block)
-    return Problem(spec, tiles, "dense", heads)
+    return Problem(spec, tiles, heads)
 
   def dense(
-    self, spec: AttentionSpec, direction: str = "forward", measured: Measured | None = None
+    self, spec: AttentionSpec, direction: str = "forward", times: Measured | None = None
   ) -> dict | None:
     """Returns cuDNN's row for a shape, measured once per process: no ratio mixes two runs.
 
-    `measured` are its times, where it has run in turns with another call. It is None if cuDNN
-    failed, which its row then says.
+    `times` are those of cuDNN where it has run in turns with another call. The row is None if cuDNN
+    failed, which the stored one then says.
     """
-    key = (spec.n, spec.heads, spec.head_dim, direction)
-    if key not in self._dense:
-      name = f"cudnn{'_backward' if direction == 'backward' else ''}/{spec.name}"
-      try:
-        fields = self._dense_fields(self.dense_problem(spec), direction, measured)
-      except Exception as error:
-        fields = failure(name, error)
-      row = self.store.add({"name": name} | fields)
-      self._dense[key] = None if "error" in row else row
-      gc.collect()
-    return self._dense[key]
+    name = f"cudnn{'_backward' if direction == 'backward' else ''}/{spec.name}"
+    if name not in self._dense:
+      job = Job(name, lambda: self._dense_fields(spec, direction, times))
+      row = self.store.add({"name": name} | measured(job))
+      self._dense[name] = None if "error" in row else row
+    return self._dense[name]
 
-  def _dense_fields(self, problem: Problem, direction: str, measured: Measured | None) -> dict:
-    spec = problem.spec
+  def _dense_fields(self, spec: AttentionSpec, direction: str, times: Measured | None) -> dict:
+    problem = self.dense_problem(spec)
     *qkv, d_out = _without_padding(problem, 4)
     if direction == "backward":
       call, _ = peers.backward_call(peers.cudnn, tuple(qkv), (d_out,))
     else:
       call = Call(peers.cudnn, tuple(qkv))
-    measured = measured or self.measure({"cudnn": call})["cudnn"]
-    row = self.describe(problem, measured, direction) | {"implementation": "cudnn"}
+    times = times or self.measure({"cudnn": call})["cudnn"]
+    row = self.describe(problem, times, direction) | {"implementation": "cudnn"}
     if direction == "forward":
       row |= forward_error(tuple(qkv), problem.mask, (call(), None), self.sizes.oracle_rows)
     scaled = problem.heads != spec.heads
@@ -204,7 +192,7 @@ class Bench:
     """Times calls in turns."""
     return measure(calls, self.sizes.effort)
 
-  def describe(self, problem: Problem, measured: Measured, direction: str = "forward") -> dict:
+  def describe(self, problem: Problem, times: Measured, direction: str = "forward") -> dict:
     """Returns the fields that every attention row has."""
     spec = problem.spec
     mask = problem.mask
@@ -217,15 +205,14 @@ class Bench:
       "heads": problem.heads,
       "head_dim": spec.head_dim,
       "dtype": spec.dtype,
-      "mask": problem.what,
       "block_q": mask.block_q,
       "block_kv": mask.block_kv,
       "density": problem.density,
       "direction": direction,
       "implementation": self.implementation,
-      **measured.row(),
+      **times.row(),
       "flops": flops,
-      "tflops": flops / measured.seconds / 1e12,
+      "tflops": flops / times.seconds / 1e12,
     }
     if direction == "forward":
       # The simulator is calibrated by the lists as they are, padding rows included, which the
@@ -242,8 +229,6 @@ class Bench:
     speedup = dense["all_heads_seconds"] / row["seconds"]
     return row | {
       "dense_seconds": dense["all_heads_seconds"],
-      "dense_row": dense["name"],
-      "dense_note": dense["note"],
       "speedup": speedup,
       "retained": speedup * row["density"],
     }

@@ -1,9 +1,11 @@
 """The GPU benchmark's plan: every row that is measured, by name and in order of value."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
-from benchmarks.gpu import masks, ops, peers
+from benchmarks.gpu import check, masks, ops
+from benchmarks.gpu.attempt import Job
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.masks import Composition
 from benchmarks.gpu.sizes import Sizes
@@ -12,11 +14,8 @@ from benchmarks.gpu.slot_steps import GUARDS
 BANDS = Composition()
 # As many keys for a mid head as its window has, whatever the number of tokens.
 FIXED_BUDGET = Composition(mid_density=0.0)
-# Tiles of the 3-D window, and kernel tiles in one of them.
-WINDOW_EXTENT = (3, 3, 3)
-WINDOW_REFINE = 3
-# Parts that are measured only if they are named: they answer one question and need no repeating.
-ON_REQUEST = ("forms",)
+# Parts that are measured only if they are named: checks are not timed, forms answer one question.
+ON_REQUEST = ("checks", "forms")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,53 +26,40 @@ class Case:
   part: str
   measure: Callable[[Bench], dict]
 
-  @property
-  def seconds(self) -> float:
-    """A guess at the longest that it takes: nothing is begun that would end after the deadline."""
-    return GUARDS[self.part]
-
-
-def _of(method: Callable, *args) -> Callable[[Bench], dict]:
-  """Returns a measurement by a method of `Bench`, or by a function of one."""
-  return lambda bench: method(bench, *args)
-
-
-def _forward(make: Callable, *args) -> Callable[[Bench], dict]:
-  """Returns the measurement of a forward pass; the problem is made only when it is its turn."""
-  return lambda bench: bench.forward(make(*args))
-
-
-def _backward(make: Callable, *args) -> Callable[[Bench], dict]:
-  """Returns the measurement of a backward pass."""
-  return lambda bench: bench.backward(make(*args))
-
-
-def _form(changes: str, make: Callable, *args) -> Callable[[Bench], dict]:
-  """Returns the measurement of a forward pass with and without changes of its configuration."""
-  return lambda bench: bench.form(make(*args), changes)
+  def job(self, bench: Bench) -> Job:
+    """Returns the row's job, which may take as long as its part's guard."""
+    return Job(self.name, functools.partial(self.measure, bench), GUARDS[self.part])
 
 
 def cases(sizes: Sizes) -> list[Case]:
   """Returns every row, in order of value; the names are the same at all sizes."""
   found: list[Case] = []
   spec = sizes.specs
-  shrink = sizes.shrink
 
-  def add(part: str, name: str, measure: Callable[[Bench], dict]):
-    found.append(Case(name, part, measure))
+  def add(part: str, name: str, method: Callable, *args):
+    """Adds a measurement by a method of `Bench`, or by a function of one."""
+    found.append(Case(name, part, lambda bench: method(bench, *args)))
 
   def add_lists(part: str, shape: str, density: float, ordered: bool = True):
     """Random lists of square tiles."""
     name = f"lists_d{round(100 * density):02d}{'' if ordered else '_unsorted'}/{shape}"
-    add(part, name, _forward(masks.random_lists, spec[shape], density, ordered))
+    add(part, name, Bench.forward, masks.random_lists, spec[shape], density, ordered)
 
   def add_fused(shape: str):
     """All bands of FreqFormer in one call, mid at 5 %."""
-    add("freqformer", f"freqformer/{shape}", _forward(masks.fused, spec[shape], BANDS))
+    add("freqformer", f"freqformer/{shape}", Bench.forward, masks.fused, spec[shape], BANDS)
 
   def add_launches(shape: str, concurrent: bool):
-    measure = _of(Bench.launches, spec[shape], BANDS, concurrent)
-    add("launches", f"fused_over_separate/{shape}", measure)
+    name = f"fused_over_separate/{shape}"
+    add("launches", name, Bench.launches, spec[shape], BANDS, concurrent)
+
+  def small_tiles(block_q: int, block_kv: int) -> tuple:
+    """Random lists of tiles of other sizes: `masks.rectangular` and its arguments."""
+    blocks = (block_q // sizes.shrink, block_kv // sizes.shrink)
+    return masks.rectangular, spec["a_128k"], *blocks, 0.1
+
+  for name, measure in check.checks(small=sizes.shrink > 1).items():
+    add("checks", name, measure)
 
   # The rates that nothing on this device beats.
   add("ceilings", "ceiling/matmul", ops.matmul)
@@ -81,57 +67,53 @@ def cases(sizes: Sizes) -> list[Case]:
 
   # The same kernel without lists, in turns with cuDNN: the unit of "retained".
   for shape in ("a_64k", "a_16k", "a_128k"):
-    add("dense_mode", f"dense/{shape}", _of(Bench.dense_mode, spec[shape]))
+    add("dense_mode", f"dense/{shape}", Bench.dense_mode, spec[shape])
 
   of_value = (("a_128k", 0.1), ("a_512k", 0.05), ("a_64k", 0.1), ("a_64k", 0.05))
   for shape, density in (*of_value, ("a_128k", 0.05), ("a_512k", 0.1)):
     add_lists("lists", shape, density)
   add_lists("list_variants", "a_128k", 0.1, ordered=False)
   add_lists("list_variants", "a_512k", 0.05, ordered=False)
-  for block_q, block_kv in ((64, 64), (128, 64), (64, 128)):
-    tiles = (block_q // shrink, block_kv // shrink)
-    measure = _forward(masks.rectangular, spec["a_128k"], *tiles, 0.1)
-    add("list_variants", f"lists_d10_{block_q}x{block_kv}/a_128k", measure)
+  for blocks in ((64, 64), (128, 64), (64, 128)):
+    name = f"lists_d10_{blocks[0]}x{blocks[1]}/a_128k"
+    add("list_variants", name, Bench.forward, *small_tiles(*blocks))
 
   # The smallest shape, where one launch gains most; the others come later.
   add_launches("a_64k", concurrent=True)
 
   for shape, density in (("a_64k", 0.1), ("a_128k", 0.1), ("a_128k", 0.05)):
     name = f"backward_lists_d{round(100 * density):02d}/{shape}"
-    add("backward", name, _backward(masks.random_lists, spec[shape], density))
+    add("backward", name, Bench.backward, masks.random_lists, spec[shape], density)
   for shape in ("a_16k", "a_64k"):
-    add("backward", f"backward_dense/{shape}", _backward(masks.dense, spec[shape]))
+    add("backward", f"backward_dense/{shape}", Bench.backward, masks.dense, spec[shape])
 
   # The setting of STA: 18x24x24 tokens around each tile of a 30x48x80 grid, 24 heads.
-  window = (spec["b_115k"], sizes.window_tile, WINDOW_EXTENT, WINDOW_REFINE)
-  add("window", "window/b_115k", _forward(masks.window, *window))
+  window = (masks.window, spec["b_115k"], sizes.window_tile)
+  add("window", "window/b_115k", Bench.forward, *window)
 
   for shape in ("a_128k", "a_64k", "a_1m"):
     add_fused(shape)
   for shape in ("a_1m", "a_128k", "a_64k"):
-    add("freqformer", f"fixed4k/{shape}", _forward(masks.fused, spec[shape], FIXED_BUDGET))
+    fixed = (masks.fused, spec[shape], FIXED_BUDGET)
+    add("freqformer", f"fixed4k/{shape}", Bench.forward, *fixed)
   for shape in ("a_256k", "c_64k", "d_75k"):
     add_fused(shape)
 
   # The other kernels of a layer.
-  add("around", "around/a_128k", _of(ops.around, spec["a_128k"], BANDS))
-  add("linear", "linear/a_128k", _of(ops.linear, spec["a_128k"]))
-  add("search", "search/a_128k", _of(ops.search, spec["a_128k"]))
+  add("around", "around/a_128k", ops.around, spec["a_128k"], BANDS)
+  add("linear", "linear/a_128k", ops.linear, spec["a_128k"])
+  add("search", "search/a_128k", ops.search, spec["a_128k"])
 
   add_launches("a_128k", concurrent=True)
   add_launches("a_1m", concurrent=False)
 
-  # PyTorch's and tokamax' kernels.
   add("torch", "torch_rows", Bench.torch)
-  if peers.tokamax() is not None:
-    for shape in ("a_64k", "a_16k", "a_128k"):
-      add("tokamax", f"tokamax/{shape}", _of(Bench.tokamax, spec[shape]))
 
   # FreqFormer's backward, a fixed budget of random keys, other head counts, ragged grids, and
   # densities that complete the plot.
-  add("rest", "backward_freqformer/a_128k", _backward(masks.fused, spec["a_128k"], BANDS))
+  add("rest", "backward_freqformer/a_128k", Bench.backward, masks.fused, spec["a_128k"], BANDS)
   density = 32 / spec["a_1m"].layout.tiles  # as many keys as the window of `BANDS` has
-  add("rest", "lists_4k/a_1m", _forward(masks.random_lists, spec["a_1m"], density))
+  add("rest", "lists_4k/a_1m", Bench.forward, masks.random_lists, spec["a_1m"], density)
   for shape in ("d_75k", "d_32k", "c_64k"):
     add_lists("rest", shape, 0.1)
   for density in (0.02, 0.2, 0.4):
@@ -144,11 +126,13 @@ def cases(sizes: Sizes) -> list[Case]:
   alone = "tiles_per_block=1, compute_registers=0, memory_registers=0"
   dense = (masks.dense, spec["a_64k"])
   lists = (masks.random_lists, spec["a_64k"], 0.05)
-  small_tiles = (masks.rectangular, spec["a_128k"], 64 // shrink, 64 // shrink, 0.1)
-  add("forms", "form_by_lane_dense/a_64k", _form("by_lane=True", *dense))
-  add("forms", "form_stage_by_stage_dense/a_64k", _form(one_by_one, *dense))
-  add("forms", "form_stage_by_stage_d05/a_64k", _form(one_by_one, *lists))
-  add("forms", "form_one_tile_d10_64x64/a_128k", _form(alone, *small_tiles))
+  for name, changes, problem in (
+    ("by_lane_dense/a_64k", "by_lane=True", dense),
+    ("stage_by_stage_dense/a_64k", one_by_one, dense),
+    ("stage_by_stage_d05/a_64k", one_by_one, lists),
+    ("one_tile_d10_64x64/a_128k", alone, small_tiles(64, 64)),
+  ):
+    add("forms", f"form_{name}", Bench.form, changes, *problem)
   return found
 
 

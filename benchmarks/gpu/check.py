@@ -1,34 +1,29 @@
 """Checks the attention kernels at real sizes against a float32 oracle on sampled rows.
 
-  python -m benchmarks.gpu.check      # on the GPU, about 4 minutes; exits with 1 if a case is wrong
-  python -m benchmarks.gpu.check --only="^plain, seed 0$" --config="take_turns=False"    # one case
+  python -m benchmarks.gpu.check      # on the GPU, about 2 minutes; exits with 1 if a case is wrong
+  python -m benchmarks.gpu.check --only="^plain$" --config="take_turns=False"    # one case
   python -m benchmarks.gpu.check --rehearse --out=/tmp/x     # tiny shapes, a stand-in, any device
 
-The conformance tests (`pytest --device=gpu`) are small; the cases here fill the device, have more
-than 2^31 elements, or hand the kernels operands as a program does. A case that is right already
-(same device, same code) is skipped; one for which no time is left gets no row and is printed as
-unreached. Errors on sampled rows must stay within twice those of the plain computation in the
-input's type, and two runs must agree bit for bit.
+It is the part "checks" of the GPU benchmark. The conformance tests (`pytest --device=gpu`) are
+small and need pytest; the cases here need jax alone, fill the device, have more than 2^31 elements,
+or hand the kernels operands as a program does. Errors on sampled rows must stay within twice those
+of the plain computation in the input's type, and two runs must agree bit for bit.
 """
 
-import argparse
 import dataclasses
 import functools
-import re
 import sys
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from freqformer.kernels.block_sparse import tuning
 from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.table import BlockMask, dense_mask, from_tiles
 from freqformer.kernels.selection.topk import top_ids
 
-from benchmarks.gpu import config, device, masks, oracle
-from benchmarks.gpu.attempt import attempt, verdict
-from benchmarks.gpu.device import Deadline, open_device, open_store
+from benchmarks.gpu import device, masks, oracle
+from benchmarks.gpu.bench import Bench
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +38,8 @@ class Case:
     keep: probability that a tile is listed; 0: dense mode, no lists.
     ragged: tiles hold random numbers of valid rows.
     empty: this share of query tiles lists nothing.
-    per_batch: tables differ from sample to sample.
-    per_head: tables differ from head to head.
+    shared: one table for all samples and heads; else each has its own.
     bias: key tiles carry one.
-    ordered: lists ascend, as tables must; False: the kernel's own tolerance of any order.
     keys: instead of `keep`: key rows per list, drawn as the benchmark does (large shapes).
     backward: check gradients, too.
   """
@@ -62,27 +55,19 @@ class Case:
   keep: float = 0.4
   ragged: bool = False
   empty: float = 0.0
-  per_batch: bool = False
-  per_head: bool = True
+  shared: bool = False
   bias: bool = False
-  ordered: bool = True
   keys: int = 0
   backward: bool = True
 
-  @property
-  def tuning_keys(self) -> list[tuning.Key]:
-    """The kernel configurations that the call looks up."""
-    ways = tuning.DIRECTIONS if self.backward else ("forward",)
-    return [tuning.Key("h100", self.d, self.block_q, self.block_kv, way) for way in ways]
 
-
-_ODD = {"b": 2, "ragged": True, "empty": 0.2, "bias": True, "per_batch": True}
+_ODD = {"b": 2, "ragged": True, "empty": 0.2, "bias": True}
 # Every configuration of the kernels, and every kind of table, at a size that fills the device.
 CASES = (
   Case("plain"),
   Case("dense mode, ragged", keep=0.0, ragged=True, d=64),
   Case("ragged, empty rows", ragged=True, empty=0.3),
-  Case("one table for all heads", b=2, per_head=False, ragged=True),
+  Case("one table for all heads", b=2, shared=True, ragged=True),
   Case("float16", dtype="float16", **_ODD),
   Case("d=64", d=64, **_ODD),
   Case("64x64 tiles", block_q=64, block_kv=64, **_ODD),
@@ -90,18 +75,15 @@ CASES = (
   Case("64x128 tiles", block_q=64, block_kv=128, **_ODD),
   Case("128x64 tiles", block_q=128, block_kv=64, **_ODD),
   Case("128x64 tiles, odd counts", block_q=128, block_kv=64, keep=0.15, empty=0.3, ragged=True),
-  Case("lists in any order", ordered=False),
   Case("one tile", n=128, keep=1.0, h=1),
   Case("long lists", n=16384, keep=0.5, h=2),
 )
-# More than 2^31 elements in each of q, k, v: an int32 offset anywhere would show in the last heads
-# and rows.
+# The first has more than 2^31 elements in each of q, k, v: an int32 offset anywhere would show in
+# the last heads and rows.
 LARGE = (
   Case("1M tokens, 4K keys, 18 heads", n=1 << 20, h=18, keys=4096, backward=False),
   Case("1M tokens, 4K keys, 6 heads, gradients", n=1 << 20, h=6, keys=4096),
 )
-# Further seeds cost no compilation.
-SEEDS = (0, 1, 2)
 # 15 tiles and 3 heads: no array of the table is a multiple of 256 bytes. The runtime of Mosaic
 # kernels refuses arguments that are not aligned to that ("Input buffer N is not 256-byte aligned"),
 # and an array right behind another one would not be.
@@ -109,18 +91,14 @@ UNALIGNED = Case("", n=15 * 128, h=3, d=64, bias=True)
 # Widths of rows and tiles that are selected from them: 5 % of a tile's candidates at 64K to 2M
 # tokens, and odd ones.
 SELECTIONS = ((512, 26), (630, 126), (2048, 102), (8192, 409), (16384, 819))
-# Sampled rows of a case, and of a tiny one.
-SAMPLED_ROWS = 64
-FEW_ROWS = 8
 
 
 def tiny(case: Case) -> Case:
   """Returns the same case at a size that a CPU checks in a second."""
-  n = 2048 if case.keys else 512
   return dataclasses.replace(
     case,
-    n=min(case.n, n) // 8,
-    h=min(case.h, 2),
+    n=min(case.n, 2048) // 8,
+    h=min(case.h, 3),
     d=16,
     block_q=case.block_q // 8,
     block_kv=case.block_kv // 8,
@@ -134,18 +112,17 @@ def draw_mask(case: Case, seed: int) -> BlockMask:
   q_tiles = case.n // case.block_q
   kv_tiles = case.n // case.block_kv
   blocks = (case.block_q, case.block_kv)
-  kv_len = np.full((case.b, kv_tiles) if case.per_batch else kv_tiles, case.block_kv, np.int32)
+  lead = (1, 1) if case.shared else (case.b, case.h)
+  kv_len = np.full((case.b, kv_tiles) if lead[0] > 1 else kv_tiles, case.block_kv, np.int32)
   if case.ragged:
     kv_len = rng.integers(0, case.block_kv + 1, kv_len.shape).astype(np.int32)
     kv_len[..., 0] = case.block_kv - 1
-  if case.keys or not case.ordered:
-    keep = case.keys // case.block_kv or max(1, kv_tiles // 2)
-    ids = masks.random_ids(case.h, (q_tiles, kv_tiles), keep, seed, case.ordered)
+  if case.keys:
+    ids = masks.random_ids(case.h, (q_tiles, kv_tiles), case.keys // case.block_kv, seed)
     mask = masks.full_lists(ids, kv_len, *blocks)
   elif case.keep == 0:
     mask = dataclasses.replace(dense_mask(case.n, case.n, *blocks), kv_len=kv_len)
   else:
-    lead = (case.b if case.per_batch else 1, case.h if case.per_head else 1)
     tiles = rng.random((*lead, q_tiles, kv_tiles)) < case.keep
     tiles[..., 0] |= ~tiles.any(-1)
     tiles &= rng.random((*lead, q_tiles, 1)) >= case.empty
@@ -197,13 +174,13 @@ def judged(inputs, mask: BlockMask, cotangents, results, count: int) -> dict:
   return oracle.backward_error(inputs, mask, found, cotangents, grads, count)
 
 
-def check(case: Case, seed: int, implementation: str, count: int) -> dict:
+def check(bench: Bench, case: Case) -> dict:
   """Runs one case, twice where it is not a large one."""
-  mask = draw_mask(case, seed)
-  inputs, cotangents = draw_inputs(case, seed, mask)
-  operands = (inputs, masks.on_device(mask), cotangents, implementation)
+  mask = draw_mask(case, 0)
+  inputs, cotangents = draw_inputs(case, 0, mask)
+  operands = (inputs, masks.on_device(mask), cotangents, bench.implementation)
   results = run(*operands)
-  row = judged(inputs, mask, cotangents, results, count)
+  row = judged(inputs, mask, cotangents, results, bench.sizes.oracle_rows)
   if case.keys:
     return row
   again = run(*operands)
@@ -212,15 +189,15 @@ def check(case: Case, seed: int, implementation: str, count: int) -> dict:
   return row | {"two_runs_bit_equal": repeat, "correct": row["correct"] and repeat}
 
 
-def check_constant_table(case: Case, implementation: str, count: int) -> dict:
+def check_constant_table(bench: Bench, case: Case) -> dict:
   """Checks a call whose table is a constant of the program, as a method's static one may be."""
   mask = draw_mask(case, 3)
   inputs, cotangents = draw_inputs(case, 3, mask)
-  results = jax.jit(lambda inputs: run(inputs, mask, cotangents, implementation))(inputs)
-  return judged(inputs, mask, cotangents, results, count)
+  results = jax.jit(lambda inputs: run(inputs, mask, cotangents, bench.implementation))(inputs)
+  return judged(inputs, mask, cotangents, results, bench.sizes.oracle_rows)
 
 
-def check_sliced_in_scan(case: Case, implementation: str, count: int) -> dict:
+def check_sliced_in_scan(bench: Bench, case: Case) -> dict:
   """Checks calls whose operands and tables are slices of stacked arrays, as in a scan over layers.
 
   A slice need not begin at a multiple of 256 bytes.
@@ -232,18 +209,18 @@ def check_sliced_in_scan(case: Case, implementation: str, count: int) -> dict:
 
   def layer(_, operands):
     mask, inputs, cotangents = operands
-    return None, run(inputs, mask, cotangents, implementation)
+    return None, run(inputs, mask, cotangents, bench.implementation)
 
   _, stacked = jax.jit(lambda layers: jax.lax.scan(layer, None, layers))(layers)
   errors = []
   for i, (mask, (inputs, cotangents)) in enumerate(zip(tables, data, strict=True)):
     results = jax.tree.map(lambda x, i=i: x[i], stacked)
-    errors.append(judged(inputs, mask, cotangents, results, count))
+    errors.append(judged(inputs, mask, cotangents, results, bench.sizes.oracle_rows))
   worst = {name: max(error[name] for error in errors) for name in errors[0] if name != "correct"}
   return worst | {"correct": all(error["correct"] for error in errors)}
 
 
-def check_selection(sizes: tuple[tuple[int, int], ...]) -> dict:
+def check_selection(_: Bench, sizes: tuple[tuple[int, int], ...]) -> dict:
   """Checks that lists of real lengths, with fixed places and many ties, are an exact top-k's.
 
   `sizes` are pairs: width of a row, entries to select.
@@ -261,138 +238,34 @@ def check_selection(sizes: tuple[tuple[int, int], ...]) -> dict:
       scores[..., rows[:, None], always] = np.inf
       order = np.argsort(-scores, axis=-1, kind="stable")
       correct &= np.array_equal(found, np.sort(order[..., :budget], axis=-1))
-  return {"rows": 6 * len(rows) * len(sizes), "correct": bool(correct)}
+  return {"correct": bool(correct)}
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-  """One case to run: `run(implementation)` returns errors and "correct".
-
-  `case` is the attention call at full size, whose kernels `--config` changes; None for others.
-  """
-
-  name: str
-  run: Callable[[str], dict]
-  case: Case | None = None
-
-
-def jobs(small: bool) -> list[Job]:
-  """Returns every case in order of value: each once, the large ones, then more seeds."""
-  count = FEW_ROWS if small else SAMPLED_ROWS
-
-  def sized(case: Case) -> Case:
-    return tiny(case) if small else case
-
-  def seeded(cases: tuple[Case, ...], seeds: tuple[int, ...]) -> list[Job]:
-    return [
-      Job(
-        f"{case.name}, seed {seed}", functools.partial(check, sized(case), seed, count=count), case
-      )
-      for seed in seeds
-      for case in cases
-    ]
-
-  def unaligned(name: str, function: Callable) -> Job:
-    case = sized(UNALIGNED)
-    case = dataclasses.replace(case, n=15 * case.block_q, h=3)
-    return Job(name, functools.partial(function, case, count=count), UNALIGNED)
-
-  sizes = ((96, 7), (200, 67)) if small else SELECTIONS
-  return [
-    *seeded(CASES, SEEDS[:1]),
-    unaligned("constant table", check_constant_table),
-    unaligned("sliced in a scan", check_sliced_in_scan),
-    Job("long selections", lambda implementation: check_selection(sizes)),
-    *seeded(LARGE, SEEDS[:1]),
-    *seeded(CASES, SEEDS[1:]),
-  ]
+def checks(small: bool) -> dict[str, Callable[[Bench], dict]]:
+  """Returns the measurement of every case by name, in order of value."""
+  sized = tiny if small else (lambda case: case)
+  unaligned = sized(UNALIGNED)
+  found = {case.name: functools.partial(check, case=sized(case)) for case in CASES}
+  found["constant table"] = functools.partial(check_constant_table, case=unaligned)
+  found["sliced in a scan"] = functools.partial(check_sliced_in_scan, case=unaligned)
+  sizes = SELECTIONS[: 2 if small else None]
+  found["long selections"] = functools.partial(check_selection, sizes=sizes)
+  return found | {case.name: functools.partial(check, case=sized(case)) for case in LARGE}
 
 
-def selected(small: bool, only: str, configuration: str) -> tuple[list[Job], dict]:
-  """Returns the jobs that `--only` finds, and the configurations of their kernels.
+def main() -> int:
+  from benchmarks.gpu import run as gpu_run  # which lists these checks among its cases
 
-  Raises:
-    ValueError: if `only` finds none, or if `configuration` is invalid or names cases that have
-      none to change.
-  """
-  found = [job for job in jobs(small) if re.search(only, job.name)]
-  if not found:
-    names = "; ".join(job.name for job in jobs(small))
-    raise ValueError(f"--only={only!r} finds no case; cases are {names}.")
-  fields = config.parse(configuration)
-  if not fields:
-    return found, {}
-  if fixed := [job.name for job in found if job.case is None]:
-    names = "; ".join(fixed)
-    raise ValueError(f"--config changes attention's kernels only; leave out {names} with --only.")
-  keys = {key for job in found for key in job.case.tuning_keys}
-  return found, config.changed(fields, keys)
-
-
-def line(row: dict) -> str:
-  """Returns one row for people."""
-  errors = [
-    f"{key.removeprefix('error_')} {value:.1e}"
-    for key, value in row.items()
-    if key.startswith("error_") and not key.endswith("_max")
-  ]
-  return f"{verdict(row)} {row['name']:<48}  {'  '.join(errors)}{row.get('error', '')[:160]}"
-
-
-def command_line() -> argparse.ArgumentParser:
-  """Returns the parser of the command line."""
   parser = device.command_line(__doc__, minutes=8)
   parser.add_argument("--implementation", help="default the GPU kernel; in a rehearsal xla")
-  parser.add_argument(
-    "--only", default="", help="regular expression: only cases whose name it finds"
+  parser.add_argument("--only", default="", help="regular expression: only cases that it finds")
+  parser.add_argument("--config", default="", help="as of python -m benchmarks.attention")
+  o = parser.parse_args()
+  found = gpu_run.main(
+    o.minutes, o.out, o.implementation, o.rehearse, ("checks",), o.only, o.config
   )
-  parser.add_argument(
-    "--config",
-    default="",
-    help="fields of kernels.block_sparse.tuning.TuningConfig to change, e.g. stages=2,step=64",
-  )
-  return parser
-
-
-def main(arguments: list[str] | None = None) -> bool:
-  """Runs the cases asked for; returns whether all were reached and are right.
-
-  Raises:
-    ValueError: if a rehearsal would write among the measured rows, or an argument is invalid.
-  """
-  options = command_line().parse_args(arguments)
-  open_device(options.rehearse)
-  found, configs = selected(options.rehearse, options.only, options.config)
-  command = "python -m benchmarks.gpu.check"
-  command += f" --config={options.config}" if options.config else ""
-  store = open_store("gpu_check_{device}", command, options.out, options.rehearse)
-  implementation = options.implementation or ("xla" if options.rehearse else "pallas_mgpu")
-  deadline = Deadline(60 * options.minutes)
-  context = {"implementation": implementation}
-  context |= {"config": options.config} if options.config else {}
-  names = [job.name + (f" [{options.config}]" if options.config else "") for job in found]
-  print("\n".join(f"wanted {name}" for name in names), flush=True)
-  wrong = []
-  unreached = []
-  # One configuration for the whole process: traces are cached without it.
-  with tuning.override(configs):
-    for name, job in zip(names, found, strict=True):
-      measure = functools.partial(job.run, implementation=implementation)
-      row = attempt(store, name, measure, deadline, context=context)
-      if row is None:
-        unreached.append(name)
-        continue
-      print(line(row), flush=True)
-      if not row["correct"]:
-        wrong.append(name)
-  print(
-    f"{len(names) - len(wrong) - len(unreached)} of {len(names)} right"
-    + (f"; wrong: {', '.join(wrong)}" if wrong else "")
-    + (f"; no time for: {', '.join(unreached)}" if unreached else "")
-  )
-  print(f"rows: {store.path}")
-  return not wrong and not unreached
+  return 1 if found.troubles() or found.skipped else 0
 
 
 if __name__ == "__main__":
-  sys.exit(0 if main() else 1)
+  sys.exit(main())

@@ -1,7 +1,6 @@
 """Other kernel configurations for one run: `--config="take_turns=False"` changes this field."""
 
 import ast
-import contextlib
 import dataclasses
 import itertools
 from collections.abc import Iterable
@@ -44,10 +43,17 @@ def changed(fields: dict, keys: Iterable[Key]) -> dict[Key, TuningConfig]:
 
 
 def everywhere(fields: dict) -> dict[Key, TuningConfig]:
-  """Returns the changed configurations of all keys that they fit; others keep what they have."""
-  sizes = itertools.product((128, 64, 32), (128, 64), (128, 64), tuning.DIRECTIONS)
+  """Returns the changed configurations of all keys that they fit; others keep what they have.
+
+  Raises:
+    ValueError: if they fit none.
+  """
   found = {}
-  for size in sizes:
-    with contextlib.suppress(ValueError):
+  for size in itertools.product((128, 64, 32), (128, 64), (128, 64), tuning.DIRECTIONS):
+    try:
       found |= changed(fields, [Key("h100", *size)])
+    except ValueError as error:
+      refusal = error
+  if not found:
+    raise refusal
   return found

@@ -68,7 +68,11 @@ def device_slug(kind: str) -> str:
 
 
 def open_store(
-  name: str, command: str, out: str | pathlib.Path | None, rehearse: bool = False
+  name: str,
+  command: str,
+  out: str | pathlib.Path | None,
+  rehearse: bool = False,
+  configuration: str = "",
 ) -> rows.Store:
   """Opens the file of a benchmark's rows, one per device.
 
@@ -77,6 +81,8 @@ def open_store(
     command: makes the rows.
     out: folder; default `$OUT`, else benchmarks/results.
     rehearse: mark rows as no measurement.
+    configuration: `--config` of the run. Its rows count as rows of other code: a run without it
+      measures them anew.
 
   Raises:
     ValueError: if a rehearsal would write among the measured rows.
@@ -88,9 +94,12 @@ def open_store(
     )
   device = jax.devices()[0]
   label = "rehearsal" if rehearse else device_slug(device.device_kind)
+  command += f" --config='{configuration}'" if configuration else ""
   command += " --rehearse" if rehearse else ""
   context = rows.context(command) | {"code": code_digest(), "platform": device.platform}
   context |= {package: facts.version_of(package) for package in _PACKAGES} | facts.toolchain()
+  if configuration:
+    context |= {"config": configuration, "code": f"{context['code']} {configuration}"}
   return rows.Store(
     folder / f"{name.format(device=label)}.json", context, ("device", "code"), rehearse
   )

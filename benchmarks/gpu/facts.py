@@ -23,7 +23,6 @@ ABSENT = "absent"
 _SMI_CHARACTERS = 1500
 # A tool that does not answer within this many seconds counts as absent.
 _PATIENCE = 10
-_DRIVER = pathlib.Path("/proc/driver/nvidia/version")
 _PACKAGES = (
   "jax",
   "jaxlib",
@@ -51,7 +50,7 @@ def toolchain() -> dict[str, str]:
   return {
     "ptxas": described_ptxas(shutil.which("ptxas")),
     "ptxas_wheel": described_ptxas(wheel_ptxas()),
-    "driver": driver(),
+    "driver": of_gpu("driver_version"),
   }
 
 
@@ -71,19 +70,10 @@ def shown(path: str) -> str:
   return path
 
 
-def driver() -> str:
-  """Returns the version of the kernel's NVIDIA driver, or "absent"."""
-  if _DRIVER.exists():
-    found = re.search(r"\b(\d+\.\d+(?:\.\d+)?)\b", _DRIVER.read_text(errors="replace"))
-    if found:
-      return found.group(1)
-  return answer(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]) or ABSENT
-
-
-def device() -> str:
-  """Returns the name of the first GPU as nvidia-smi tells it, or "absent"."""
-  names = answer(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]).splitlines()
-  return names[0] if names else ABSENT
+def of_gpu(field: str) -> str:
+  """Returns a field of the first GPU as nvidia-smi tells it, e.g. "name", or "absent"."""
+  found = answer(["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]).splitlines()
+  return found[0] if found else ABSENT
 
 
 def answer(command: list[str]) -> str:
@@ -108,7 +98,7 @@ def wheel_ptxas() -> str | None:
 def facts() -> dict:
   """Returns everything worth knowing before the first kernel runs."""
   return {
-    "device": device(),
+    "device": of_gpu("name"),
     **toolchain(),
     "libdevice": _LIBDEVICE if os.path.exists(_LIBDEVICE) else ABSENT,
     "tools": {name: shown(shutil.which(name) or ABSENT) for name in _TOOLS},

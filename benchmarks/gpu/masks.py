@@ -14,6 +14,10 @@ from freqformer.grid.layout import TileLayout
 from freqformer.tables.packed import coarse_rows, full_rows, packed_kv_len
 from freqformer.tables.window import sliding_tile
 
+# Tiles of the 3-D window, and kernel tiles in one of them.
+WINDOW_EXTENT = (3, 3, 3)
+WINDOW_REFINE = 3
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Problem:
@@ -21,13 +25,11 @@ class Problem:
 
   Attributes:
     mask: the table, in NumPy; its tiles say how many rows the buffer has.
-    what: the table in words.
     heads: heads of this call; the spec's unless it is a part of them.
   """
 
   spec: AttentionSpec
   mask: BlockMask
-  what: str
   heads: int = 0
 
   def __post_init__(self):
@@ -118,36 +120,28 @@ def dense(spec: AttentionSpec) -> Problem:
   """Dense mode: no lists are read; padding rows are hidden where the grid is ragged."""
   layout = spec.layout
   mask = dense_mask(layout.n_buffer, layout.n_buffer, spec.block, spec.block)
-  return Problem(spec, dataclasses.replace(mask, kv_len=layout.arrays().kv_len), "dense mode")
+  return Problem(spec, dataclasses.replace(mask, kv_len=layout.arrays().kv_len))
 
 
 def random_lists(spec: AttentionSpec, density: float, ordered: bool = True) -> Problem:
   """Random lists of a given density."""
   keep = max(1, round(spec.layout.tiles * density))
-  order = "random" if ordered else "unsorted random"
-  return Problem(
-    spec, _random_table(spec, spec.heads, keep, ordered), f"{order} lists of {keep} tiles"
-  )
+  return Problem(spec, _random_table(spec, spec.heads, keep, ordered))
 
 
 def rectangular(spec: AttentionSpec, block_q: int, block_kv: int, density: float) -> Problem:
   """Random lists where query and key tiles differ in size; the grid must fill its tiles."""
   q_tiles = spec.n // block_q
   kv_tiles = spec.n // block_kv
-  keep = max(1, round(kv_tiles * density))
-  ids = random_ids(spec.heads, (q_tiles, kv_tiles), keep)
-  mask = full_lists(ids, np.full(kv_tiles, block_kv, np.int32), block_q, block_kv)
-  return Problem(spec, mask, f"random lists of {keep} tiles, {block_q} x {block_kv}")
+  ids = random_ids(spec.heads, (q_tiles, kv_tiles), max(1, round(kv_tiles * density)))
+  kv_len = np.full(kv_tiles, block_kv, np.int32)
+  return Problem(spec, full_lists(ids, kv_len, block_q, block_kv))
 
 
-def window(
-  spec: AttentionSpec, tile: tuple[int, int, int], extent: tuple[int, int, int], refine: int
-) -> Problem:
-  """A clamped 3-D window of whole tiles; coarse tiles are refined to the kernel's."""
-  layout = TileLayout.fit(spec.grid, spec.block * refine, tile)
-  mask = sliding_tile(layout, extent)
-  tokens = "x".join(str(t * e) for t, e in zip(tile, extent, strict=True))
-  return Problem(spec, mask.refine(refine), f"3-D window {tokens}")
+def window(spec: AttentionSpec, tile: tuple[int, int, int]) -> Problem:
+  """A clamped 3-D window of whole tiles, which are refined to the kernel's."""
+  layout = TileLayout.fit(spec.grid, spec.block * WINDOW_REFINE, tile)
+  return Problem(spec, sliding_tile(layout, WINDOW_EXTENT).refine(WINDOW_REFINE))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,15 +173,6 @@ class Composition:
     """Coarse tokens."""
     return math.prod(-(-l // r) for l, r in zip(spec.grid, self.ratio, strict=True))
 
-  def words(self, spec: AttentionSpec) -> str:
-    """The composition in words."""
-    low, mid, high = self.heads(spec)
-    keys = math.prod(self.window) * spec.block
-    return (
-      f"{low} heads low (r = {math.prod(self.ratio)}), "
-      f"{mid} mid ({self.mid_tiles(spec)} tiles), {high} high ({keys} keys)"
-    )
-
 
 def fused(spec: AttentionSpec, of: Composition) -> Problem:
   """All bands in one call over the packed buffer `[coarse tokens | full tokens]`.
@@ -204,7 +189,7 @@ def fused(spec: AttentionSpec, of: Composition) -> Problem:
     full_rows(sliding_tile(layout, of.window), kv_len, coarse_tiles),
   )
   choice = np.repeat(np.arange(3, dtype=np.int32), of.heads(spec))[None]
-  return Problem(spec, select(masks, choice), "one launch: " + of.words(spec))
+  return Problem(spec, select(masks, choice))
 
 
 def separate(spec: AttentionSpec, of: Composition) -> list[Problem]:
@@ -218,7 +203,7 @@ def separate(spec: AttentionSpec, of: Composition) -> list[Problem]:
   kv_len = packed_kv_len(of.n_coarse(spec), np.zeros(0, np.int32), spec.block)
   lists = _random_table(spec, mid, of.mid_tiles(spec))
   return [
-    Problem(spec, dataclasses.replace(coarse, kv_len=kv_len), "low band alone", low),
-    Problem(spec, lists, "mid band alone", mid),
-    Problem(spec, sliding_tile(spec.layout, of.window), "high band alone", high),
+    Problem(spec, dataclasses.replace(coarse, kv_len=kv_len), low),
+    Problem(spec, lists, mid),
+    Problem(spec, sliding_tile(spec.layout, of.window), high),
   ]

@@ -18,9 +18,8 @@ from benchmarks.gpu import masks
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.launches import attend
 from benchmarks.gpu.masks import Composition
-from benchmarks.gpu.oracle import Error, compared
+from benchmarks.gpu.oracle import compared, relative_error
 from benchmarks.gpu.timing import Call
-from freqformer.grid.layout import TileLayout
 
 # choice: one rounding to bfloat16 is 1.7e-3 at most; a layer's results are rounded once or twice.
 AROUND_TOLERANCE = 4e-3
@@ -32,17 +31,17 @@ def matmul(bench: Bench) -> dict:
   """The rate of a bf16 matmul, which nothing on this device beats."""
   size = bench.sizes.matmul
   x, w = (jax.random.normal(jax.random.key(i), (size, size), jnp.bfloat16) for i in range(2))
-  measured = bench.measure({"matmul": Call(jnp.matmul, (x, w))})["matmul"]
+  times = bench.measure({"matmul": Call(jnp.matmul, (x, w))})["matmul"]
   flops = 2 * size**3
-  return measured.row() | {"size": size, "flops": flops, "tflops": flops / measured.seconds / 1e12}
+  return times.row() | {"size": size, "flops": flops, "tflops": flops / times.seconds / 1e12}
 
 
 def copy(bench: Bench) -> dict:
   """The rate of a copy, bytes read plus bytes written."""
   size = bench.sizes.copy_bytes
   source = jax.random.normal(jax.random.key(2), (size // 2,), jnp.bfloat16)
-  measured = bench.measure({"copy": Call(lambda x: x + jnp.bfloat16(1), (source,))})["copy"]
-  return measured.row() | {"bytes": 2 * size, "tb_per_s": 2 * size / measured.seconds / 1e12}
+  times = bench.measure({"copy": Call(lambda x: x + jnp.bfloat16(1), (source,))})["copy"]
+  return times.row() | {"bytes": 2 * size, "tb_per_s": 2 * size / times.seconds / 1e12}
 
 
 def around(bench: Bench, spec: AttentionSpec, bands: Composition) -> dict:
@@ -70,21 +69,17 @@ def around(bench: Bench, spec: AttentionSpec, bands: Composition) -> dict:
   }
   t = bench.measure(calls)
   portable = functools.partial(layer.around_attention, method, "xla")
-  (*want, _), want_out = jax.jit(portable)(joint.astype(jnp.float32), arrays, tables)
-  found = {"q": handed_over[0], "k": handed_over[1], "v": handed_over[2], "out": out}
-  errors = {
-    f"error_{name}": Error.of(got, exact).relative
-    for (name, got), exact in zip(found.items(), (*want, want_out), strict=True)
-  }
+  wanted, wanted_out = jax.jit(portable)(joint.astype(jnp.float32), arrays, tables)
+  pairs = zip("qkv", handed_over[:3], wanted[:3], strict=True)
+  errors = {f"error_{name}": relative_error(got, want) for name, got, want in pairs}
+  errors["error_out"] = relative_error(out, wanted_out)
   added = t["around"].seconds - t["norm_and_rotary"].seconds
-  row = {name: measured.row() for name, measured in t.items()} | errors
+  row = {name: times.row() for name, times in t.items()} | errors
   return row | {
     "n": spec.n,
     "seconds": t["around"].seconds,
     "over_attention": added / t["attention"].seconds,
-    "over_attention_with_rotary": t["around"].seconds / t["attention"].seconds,
     "correct": all(error <= AROUND_TOLERANCE for error in errors.values()),
-    "note": "selection, packing, compression, lift, without norm and rotary; no summary tokens",
   }
 
 
@@ -102,98 +97,78 @@ def layer_method(spec: AttentionSpec, bands: Composition):
   )
 
 
-def frames(layout: TileLayout) -> Segments:
-  """Returns one segment per frame of the grid."""
-  arrays = layout.arrays()
-  return Segments.of_ids(np.where(arrays.valid, arrays.positions[:, 0], -1).astype(np.int32))
-
-
 def linear(bench: Bench, spec: AttentionSpec) -> dict:
   """Times linear attention within frames: on all heads, on some in place, and with its backward.
+
+  On some heads it includes the pass (4 bytes per element) that makes its `into`.
 
   `tb_per_s`: bytes of reading q, k, v and writing the output once, over seconds on all heads. The
   output errs at most twice as much as the portable form with the same 16-bit operands.
   """
   q, k, v, d_out = masks.dense(spec).inputs(4)
-  segments = jax.tree.map(jnp.asarray, frames(spec.layout))
+  arrays = spec.layout.arrays()
+  frame = np.where(arrays.valid, arrays.positions[:, 0], -1).astype(np.int32)
+  segments = jax.tree.map(jnp.asarray, Segments.of_ids(frame))
   # The last five of twelve heads.
   heads = jnp.arange(spec.heads)[None] >= spec.heads - round(5 * spec.heads / 12)
-
   # Without the kernel under test, the portable form: there is no other stand-in.
   implementation = bench.implementation if bench.implementation == "pallas_mgpu" else "xla"
+  call = functools.partial(linear_attention, feature_map="elu")
 
-  def forward(q, k, v, segments, name):
-    how = {"feature_map": "elu", "implementation": name}
-    return linear_attention(q, k, v, segments, **how)[0]
+  def forward(q, k, v, segments, name=implementation):
+    return call(q, k, v, segments, implementation=name)[0]
 
   def some(q, k, v, segments, heads):
-    how = {"feature_map": "elu", "implementation": implementation}
-    return linear_attention(q, k, v, segments, heads=heads, into=v * 2, **how)[0]
+    how = {"heads": heads, "into": v * 2, "implementation": implementation}
+    return call(q, k, v, segments, **how)[0]
 
   def backward(q, k, v, d_out, segments):
-    out, rule = jax.vjp(lambda *x: forward(*x, segments, implementation), q, k, v)
+    out, rule = jax.vjp(lambda *x: forward(*x, segments), q, k, v)
     return out, rule(d_out)
 
-  ours = functools.partial(forward, name=implementation)
   portable = functools.partial(forward, name="xla")
   calls = {
-    "all_heads": Call(ours, (q, k, v, segments)),
+    "all_heads": Call(forward, (q, k, v, segments)),
     "xla": Call(portable, (q, k, v, segments)),
     "some_heads": Call(some, (q, k, v, segments, heads)),
     "with_backward": Call(backward, (q, k, v, d_out, segments)),
   }
   t = bench.measure(calls)
   wide = (x.astype(jnp.float32) for x in (q, k, v))
-  fields, correct = compared(
-    "out", calls["all_heads"](), jax.jit(portable)(*wide, segments), calls["xla"]()
-  )
+  exact = jax.jit(portable)(*wide, segments)
+  fields, correct = compared("out", calls["all_heads"](), exact, calls["xla"]())
   seconds = t["all_heads"].seconds
-  return {name: measured.row() for name, measured in t.items()} | {
+  return {name: times.row() for name, times in t.items()} | {
     "n": spec.n,
     "seconds": seconds,
     "ratio": t["xla"].seconds / seconds,
     "tb_per_s": 4 * q.size * q.dtype.itemsize / seconds / 1e12,
-    "note": "elu; some_heads includes the pass (4 bytes per element) that makes its `into`",
     "correct": correct,
     **fields,
   }
 
 
 def search(bench: Bench, spec: AttentionSpec) -> dict:
-  """Times the block masses of AdaSpa's search, dense attention, and XLA's form of the masses.
+  """Times the block masses of AdaSpa's search.
 
-  `product_tflops`: 2 n^2 d per head over seconds. `of_dense`: seconds over those of dense
-  attention, which has twice the products. With the true LSE a query tile's masses sum to its
-  number of valid rows: `error_rows` is their distance from it.
+  `product_tflops`: 2 n^2 d per head over seconds. With the true LSE a query tile's masses sum to
+  its number of valid rows: `error_rows` is their distance from it.
   """
   problem = masks.dense(spec)
-  q, k, v = problem.inputs(3)
-  layout = spec.layout
-  table = masks.on_device(problem.mask)
-  lse = attention(q, k, v, table)[1]
+  q, k, v = problem.inputs()
+  kv_len = spec.layout.arrays().kv_len
+  lse = attention(q, k, v, masks.on_device(problem.mask))[1]
 
-  def whole(mass, _):
-    return mass.sum(-1)  # as in a search, the result of a row of masses is small
+  def masses(q, k, lse):
+    # As in a search, the result of a row of masses is small.
+    return block_mass(q, k, lse, kv_len, spec.block, reduce=lambda mass, _: mass.sum(-1))
 
-  def masses(q, k, lse, name):
-    how = {"reduce": whole, "implementation": name}
-    return block_mass(q, k, lse, layout.arrays().kv_len, layout.block, **how)
-
-  calls = {
-    "search": Call(functools.partial(masses, name=None), (q, k, lse)),
-    "dense": Call(lambda *args: attention(*args)[0], (q, k, v, table)),
-    "xla": Call(functools.partial(masses, name="xla"), (q, k, lse)),
-  }
-  t = bench.measure(calls)
-  seconds = t["search"].seconds
-  valid = np.broadcast_to(layout.arrays().kv_len, (*lse.shape[:2], layout.tiles))
-  error = Error.of(calls["search"](), valid).relative
-  return {name: measured.row() for name, measured in t.items()} | {
+  call = Call(masses, (q, k, lse))
+  times = bench.measure({"search": call})["search"]
+  error = relative_error(call(), np.broadcast_to(kv_len, (*lse.shape[:2], len(kv_len))))
+  return times.row() | {
     "n": spec.n,
-    "seconds": seconds,
-    "product_tflops": 2.0 * spec.n**2 * spec.heads * spec.head_dim / seconds / 1e12,
-    "of_dense": seconds / t["dense"].seconds,
-    "ratio": t["xla"].seconds / seconds,
+    "product_tflops": 2.0 * spec.n**2 * spec.heads * spec.head_dim / times.seconds / 1e12,
     "error_rows": error,
-    "correct": bool(error < MASS_TOLERANCE),
+    "correct": error < MASS_TOLERANCE,
   }

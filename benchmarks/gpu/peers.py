@@ -1,6 +1,5 @@
-"""Kernels that ours are measured against on a GPU: cuDNN, tokamax, PyTorch in a child process."""
+"""Kernels that ours are measured against on a GPU: cuDNN, and PyTorch in a child process."""
 
-import functools
 import importlib.util
 import json
 import subprocess
@@ -20,14 +19,6 @@ def cudnn(q, k, v):
   """
   on_gpu = jax.default_backend() == "gpu"
   return jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if on_gpu else "xla")
-
-
-def tokamax() -> Callable | None:
-  """Returns tokamax's Mosaic GPU attention, or None where it is not installed."""
-  if importlib.util.find_spec("tokamax") is None:
-    return None
-  module = importlib.import_module("tokamax")
-  return functools.partial(module.dot_product_attention, implementation="mosaic")
 
 
 def backward_call(

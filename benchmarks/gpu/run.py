@@ -1,9 +1,8 @@
-"""Runs the GPU benchmark: its cases one by one, then the gates, the printed tables and the plot.
+"""Runs the GPU benchmark: its cases one by one, then the gates and the plot.
 
 `python -m benchmarks.attention --device=gpu` runs it (docs/benchmarks.md).
 """
 
-import functools
 import re
 from collections.abc import Sequence
 
@@ -11,80 +10,56 @@ from absl import logging
 from freqformer.kernels.block_sparse import tuning
 
 from benchmarks.gpu import cases, config, gates
-from benchmarks.gpu.attempt import attempt, verdict
+from benchmarks.gpu.attempt import attempts
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.cases import Case
 from benchmarks.gpu.device import Deadline, open_device, open_store
 from benchmarks.gpu.sizes import FULL, TINY
 
-# First parts of the names of rows that measure other people's kernels.
-PEERS = ("cudnn", "torch", "tokamax")
+# First part of the names of rows that measure other people's kernels.
+PEERS = "torch"
 
 
 class Run:
-  """One pass over the cases; `skipped` names the rows for which there was no time."""
+  """One pass over the cases.
+
+  Attributes:
+    skipped: names of the rows for which there was no time.
+  """
 
   def __init__(self, bench: Bench):
     self.bench = bench
     self.store = bench.store
     self.skipped: list[str] = []
+    self._troubles: list[str] = []
 
   def rows(self, found: Sequence[Case]):
     """Measures the cases that have no right row yet, and judges the gates after each."""
-    for case in found:
-      measure = functools.partial(case.measure, self.bench)
-      row = attempt(self.store, case.name, measure, self.bench.deadline, case.seconds)
+    # A run that is killed must have named all that it wanted.
+    print("\n".join(f"wanted {case.name}" for case in found), flush=True)
+    jobs = [case.job(self.bench) for case in found]
+    for name, row in attempts(self.store, jobs, self.bench.deadline):
       if row is None:
-        self.skipped.append(case.name)
-      else:
-        print(f"{verdict(row)} {line(row)}", flush=True)
+        self.skipped.append(name)
+      elif not row.get("correct", True) and not name.startswith(PEERS):
+        self._troubles.append(name)
       for gate in gates.gate_rows(self.store.all()):
         # Tiny shapes pass or miss nothing.
         unjudged = {"passed": None, "record_met": None} if self.store.rehearsal else {}
         self.store.add(gate | unjudged)
 
   def troubles(self) -> list[str]:
-    """Returns names of our own rows that failed or are wrong."""
-    bad = [row for row in self.store.all() if row.get("correct") is False]
-    return [row["name"] for row in bad if not row["name"].startswith(PEERS)]
+    """Returns names of our own rows that failed or are wrong in this run."""
+    return self._troubles
 
   def report(self) -> str:
-    """Returns the rows and gates for people."""
+    """Returns the gates, and what there was no time for, for people."""
     found = self.store.all()
     title = f"{self.store.context['device']}, code {self.store.context['code']}"
     title += "  REHEARSAL: no measurement" if self.store.rehearsal else ""
-    measured = [line(row) for row in found if not row["name"].startswith("gate: ")]
-    table = gates.table([row for row in found if row["name"].startswith("gate: ")])
+    judged = gates.table([row for row in found if row["name"].startswith("gate: ")])
     skipped = f"no time for: {', '.join(self.skipped)}" if self.skipped else "nothing skipped"
-    return "\n".join([title, *measured, "", table, "", skipped])
-
-
-# Fields of a row in its printed line: factor and format.
-_SHOWN = {
-  "seconds": (1e3, "{:9.3f} ms"),
-  "tflops": (1, "{:6.1f} TFLOP/s"),
-  "tb_per_s": (1, "{:.2f} TB/s"),
-  "density": (1, "density {:.4f}"),
-  "speedup": (1, "{:6.2f}x"),
-  "retained": (1, "retained {:.3f}"),
-  "over_cudnn": (1, "{:.3f} of cuDNN"),
-  "ratio": (1, "ratio {:.3f}"),
-  "over_attention": (1, "{:.3f} of attention"),
-  "error_out": (1, "error {:.1e}"),
-}
-
-
-def line(row: dict) -> str:
-  """Returns one row for people."""
-  if "error" in row:
-    return f"{row['name']:<36} FAILED: {row['error'][:120]}"
-  shown = [
-    form.format(factor * row[key])
-    for key, (factor, form) in _SHOWN.items()
-    if row.get(key) is not None
-  ]
-  wrong = [] if row.get("correct", True) else ["WRONG"]
-  return "  ".join([f"{row['name']:<36}", *shown, *wrong])
+    return "\n".join([title, judged, skipped])
 
 
 def main(
@@ -106,23 +81,23 @@ def main(
     parts: names of parts; none: all but `cases.ON_REQUEST`.
     only: a regular expression that finds the rows by name.
     configuration: fields of the kernels' configuration to change wherever that fits (config.py).
-      Its rows count as rows of other code: a run without it measures them anew.
 
   Raises:
-    ValueError: for an unknown part, an invalid `configuration`, or a rehearsal among measured rows.
+    ValueError: for an unknown part, an `only` that finds nothing, an invalid `configuration`, or a
+      rehearsal among measured rows.
     RuntimeError: if there is no GPU to measure on.
   """
   sizes = TINY if rehearse else FULL
   found = [case for case in cases.chosen(sizes, parts) if re.search(only, case.name)]
+  if not found:
+    names = "; ".join(case.name for case in cases.chosen(sizes, parts))
+    raise ValueError(f"--only={only!r} finds no case; cases are {names}.")
   configs = config.everywhere(config.parse(configuration)) if configuration else {}
   open_device(rehearse)
   command = f"python -m benchmarks.attention --device=gpu --minutes={minutes:g}"
-  for option, value in (("parts", ",".join(parts)), ("only", only), ("config", configuration)):
+  for option, value in (("parts", ",".join(parts)), ("only", only)):
     command += f" --{option}='{value}'" if value else ""
-  store = open_store("attention_gpu_{device}", command, out, rehearse)
-  if configuration:
-    code = f"{store.context['code']} {configuration}"
-    store.context |= {"config": configuration, "code": code}
+  store = open_store("attention_gpu_{device}", command, out, rehearse, configuration)
   implementation = implementation or ("xla" if rehearse else "pallas_mgpu")
   run = Run(Bench(sizes, store, Deadline(60 * minutes), implementation))
   with tuning.override(configs):

@@ -124,12 +124,21 @@ class Slot:
   # ---- one step ----------------------------------------------------------------------------------
 
   def _step(self, step: Step) -> Outcome:
-    """Runs one step; whatever becomes of it, the next one follows."""
+    """Runs one step unless it is refused; whatever becomes of it, the next one follows."""
+    start = time.monotonic()
+    text = ""
     try:
-      outcome, text = self._attempt(step)
+      outcome = self._refusal(step)
+      if outcome is None:
+        log = self._work / f"{step.name}.log"
+        arguments = self._arguments(step)
+        code = self._process(step, arguments, log)
+        text = log.read_bytes().decode(errors="replace")
+        outcome = read_output(step, text, code)
+        outcome.command = [step.module, *arguments]
     except Exception as error:  # no memory for a process, no room on the disk: this step is lost
       outcome = Outcome(step, "error", note=f"{type(error).__name__}: {error}")
-      text = ""
+    outcome.seconds = time.monotonic() - start
     with self._lock:
       self.outcomes.append(outcome)
       self._log(f"==== {step.name}: {outcome.state} after {outcome.seconds:.0f} s")
@@ -137,20 +146,6 @@ class Slot:
       self._say(described(outcome, text))
       self._write_state()
     return outcome
-
-  def _attempt(self, step: Step) -> tuple[Outcome, str]:
-    """Runs a step unless it is refused; returns its outcome and its output."""
-    if (refusal := self._refusal(step)) is not None:
-      return refusal, ""
-    start = time.monotonic()
-    arguments = self._arguments(step)
-    log = self._work / f"{step.name}.log"
-    code = self._process(step, arguments, log)
-    text = log.read_bytes().decode(errors="replace")
-    outcome = read_output(step, text, code)
-    outcome.seconds = time.monotonic() - start
-    outcome.command = [step.module, *arguments]
-    return outcome, text
 
   def _refusal(self, step: Step) -> Outcome | None:
     """Returns why a step is not begun; None if it is."""

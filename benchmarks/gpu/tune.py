@@ -12,11 +12,10 @@ because a rented machine gives back only its output folder.
 
 import argparse
 import dataclasses
-import functools
 import itertools
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 
 from absl import logging
 from freqformer.kernels.block_sparse import tuning
@@ -65,7 +64,7 @@ def search(
   store: Store,
   budget: Budget,
   static: bool = False,
-  save: Callable[[dict[Key, TuningConfig]], None] | None = None,
+  places: Sequence[pathlib.Path] = (),
 ) -> dict[Key, TuningConfig]:
   """Goes through the keys, the most used first, a row of trials each; returns the choices.
 
@@ -73,15 +72,15 @@ def search(
     store: of the rows; a rehearsal's tries few candidates with a stand-in.
     budget: of the whole search.
     static: compile only.
-    save: gets everything chosen so far after each key, so that a search that is killed keeps it.
+    places: get the table after each key, so that a search that is killed keeps what it chose.
   """
   chosen = {}
-  for number, key in enumerate(keys):
+  for key in keys:
+    name = row_name(key)
     if budget.deadline.left <= 0:
-      for late in keys[number:]:
-        print(f"unreached {row_name(late)}", flush=True)
-      break
-    print(f"begin {row_name(key)}", flush=True)
+      print(f"unreached {name}", flush=True)
+      continue
+    print(f"begin {name}", flush=True)
     if store.rehearsal:
       trials = [Trial(config) for config in tuning.candidates(key)[:_FEW_CANDIDATES]]
       trials = time_candidates(key, trials, "reference", budget, _TINY_GRID)
@@ -90,10 +89,8 @@ def search(
       if not static:
         trials = time_candidates(key, trials, "pallas_mgpu", budget)
     best = None if static else choose(key, trials)
-    if best is not None:
-      chosen[key] = best
     row = {
-      "name": row_name(key),
+      "name": name,
       "key": vars(key),
       "static": static,
       "kernels": kernels_digest(),
@@ -101,10 +98,12 @@ def search(
       "chosen": vars(best) if best else None,
     }
     store.add(row)
-    if save and best:
-      save(chosen)
+    if best:
+      chosen[key] = best
+      write_tables(places, store, chosen)
     verdict = "ok    " if static or best else "FAILED"
-    print(f"{verdict}{row_name(key)}\n{report(key, trials, best)}", flush=True)
+    fit = sum(not trial.refused for trial in trials)
+    print(f"{verdict}{name}  {fit} of {len(trials)} candidates fit; chosen: {best}", flush=True)
   return chosen
 
 
@@ -146,19 +145,7 @@ def row_name(key: Key) -> str:
   return f"tune: d={key.head_dim} {key.block_q}x{key.block_kv} {key.direction}"
 
 
-def report(key: Key, trials: list[Trial], chosen: TuningConfig | None) -> str:
-  """Returns one key for people."""
-  fit = sum(not trial.refused for trial in trials)
-  lines = [f"{row_name(key)}: {fit} of {len(trials)} candidates fit"]
-  for t in sorted(trials, key=lambda t: (bool(t.refused), t.seconds or 0.0)):
-    time = f"{1e3 * t.seconds:.3f} ms" if t.seconds else t.refused or "not timed"
-    mark = "*" if t.config == chosen else " "
-    fields = " ".join(f"{name}={value}" for name, value in vars(t.config).items())
-    lines.append(f"  {mark} {fields:<86} {t.registers or '-':>4} registers  {time}")
-  return "\n".join(lines)
-
-
-def write_tables(places: list[pathlib.Path], store: Store, chosen: dict[Key, TuningConfig]):
+def write_tables(places: Sequence[pathlib.Path], store: Store, chosen: dict[Key, TuningConfig]):
   """Writes the table with what was found so far, and where and with what it was timed."""
   known = ("command", "device", "jax", "jaxlib", "ptxas", "driver", "commit", "date")
   facts = {name: store.context[name] for name in known}
@@ -192,8 +179,7 @@ def main() -> int:
   deadline = Deadline(60 * options.minutes)
   budget = Budget(deadline, _ONCE, _ONCE) if rehearse else Budget(deadline)
   places = [store.path.with_name(COPY), *([] if rehearse else [tuning.TABLE])]
-  save = functools.partial(write_tables, places, store)
-  chosen = search(keys[:1] if rehearse else keys, store, budget, options.static, save)
+  chosen = search(keys[:1] if rehearse else keys, store, budget, options.static, places)
   print(f"report: {store.path}")
   if options.static:
     print(f"static: nothing was timed, {tuning.TABLE.name} is unchanged")

@@ -191,7 +191,7 @@ def checked(trial: Trial, call: Call, want) -> Trial:
     reason = f"does not run: {type(error).__name__}: {str(error)[:200]}"
     return dataclasses.replace(trial, refused=reason)
   pairs = zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True)
-  worst = max(oracle.Error.of(got, exact).relative for got, exact in pairs)
+  worst = max(oracle.relative_error(got, exact) for got, exact in pairs)
   wrong = not worst < _TOLERANCE  # a NaN is not below it
   reason = f"wrong: relative error {worst:.2g} against XLA's" if wrong else ""
   return dataclasses.replace(trial, error=worst, refused=reason)

@@ -1,6 +1,8 @@
 """The GPU benchmark, rehearsed on a CPU with a stand-in: whole rows, resumed runs, honest gates."""
 
+import contextlib
 import dataclasses
+import io
 import json
 
 import numpy as np
@@ -11,20 +13,23 @@ from benchmarks import rows
 from benchmarks.cpu import attention as cpu_attention
 from benchmarks.gpu import cases, gates
 from benchmarks.gpu import run as gpu_run
-from benchmarks.gpu.bench import Bench
+from benchmarks.gpu import slot_steps as plans
 from benchmarks.gpu.cases import Case
-from benchmarks.gpu.device import Deadline, open_store
 from benchmarks.gpu.sizes import FULL, TINY
 from benchmarks.rows import Store
 from freqformer.config import ConfigError
 from freqformer.simulation import calibrate
 from freqformer.simulation.descriptions import load_gpu
+from tests.benchmarks.gpu import tiny_bench
 
 # One worker: what the file prepares or compiles is then made once.
 pytestmark = pytest.mark.xdist_group("gpu_benchmark")
 
 # A row of every kind of measurement.
 _REHEARSED = (
+  "64x128 tiles",
+  "long selections",
+  "1M tokens, 4K keys, 18 heads",
   "ceiling/copy",
   "dense/a_64k",
   "lists_d10/a_64k",
@@ -45,10 +50,9 @@ def _main(folder, *, parts=_PARTS, **options):
   return gpu_run.main(**fixed, parts=parts, **options)
 
 
-def _run(folder, minutes=60.0, implementation="xla"):
+def _run(folder, **options):
   """An empty run, to be given cases."""
-  store = open_store("run_{device}", "command", folder, rehearse=True)
-  return gpu_run.Run(Bench(TINY, store, Deadline(60 * minutes), implementation))
+  return gpu_run.Run(tiny_bench(folder, **options))
 
 
 def _cases(*names):
@@ -61,20 +65,23 @@ def _measured(run):
 
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory):
-  """A rehearsal of a row of every kind: the run and its folder."""
+  """A rehearsal of a row of every kind: the run, its folder and what it printed."""
   folder = tmp_path_factory.mktemp("rehearsal")
-  return _main(folder, only=f"^({'|'.join(_REHEARSED)})$"), folder
+  printed = io.StringIO()
+  with contextlib.redirect_stdout(printed):
+    run = _main(folder, only=plans.only(_REHEARSED))
+  return run, folder, printed.getvalue()
 
 
 # ---- the whole program ---------------------------------------------------------------------------
 
 
 def test_every_kind_of_row_is_whole_and_correct(rehearsed):
-  run, folder = rehearsed
+  run, folder, printed = rehearsed
   found = {row["name"]: row for row in _measured(run)}
   assert json.loads((folder / "attention_gpu_rehearsal.json").read_text()) == run.store.all()
-  assert set(_REHEARSED) <= set(found) and not run.skipped and not run.troubles()
-  assert {"cudnn/a_64k", "cudnn_backward/a_64k"} <= set(found)
+  assert not run.skipped and not run.troubles()
+  assert {*_REHEARSED, "cudnn/a_64k", "cudnn_backward/a_64k"} <= set(found)
   for name, row in found.items():
     assert "error" not in row and row["rehearsal"] and row["code"] and row["device"] == "cpu"
     if name.startswith(("ceiling", "cudnn_backward", "fused_over")):
@@ -83,14 +90,21 @@ def test_every_kind_of_row_is_whole_and_correct(rehearsed):
     if "flops" in row:
       assert row["clock"] == "wall" and row["timing_note"].endswith("wall clock only")
       assert row["implementation"] == ("cudnn" if name.startswith("cudnn") else "reference")
+  checked = found["64x128 tiles"]
+  assert checked["two_runs_bit_equal"]
+  assert {f"error_{name}" for name in ("out", "lse", "dq", "dk", "dv")} <= set(checked)
+  # A run that is killed must have named all that it wanted, and what it was doing.
+  lines = printed.splitlines()
+  assert {f"wanted {name}" for name in _REHEARSED} == set(lines[: len(_REHEARSED)])
+  place = lines.index("begin 64x128 tiles")
+  assert lines[place + 1].startswith("ok    64x128 tiles  ")
 
 
 def test_ratios_come_from_the_rows_they_name(rehearsed):
-  run, _ = rehearsed
+  run, *_ = rehearsed
   by_name = {row["name"]: row for row in run.store.all()}
   row = by_name["lists_d10/a_64k"]
   dense = by_name["cudnn/a_64k"]
-  assert row["dense_row"] == dense["name"]
   np.testing.assert_allclose(row["speedup"], dense["all_heads_seconds"] / row["seconds"])
   np.testing.assert_allclose(row["retained"], row["speedup"] * row["density"])
   spec = TINY.specs["a_64k"]
@@ -110,7 +124,7 @@ def test_ratios_come_from_the_rows_they_name(rehearsed):
 
 def test_the_simulator_is_calibrated_by_the_file_as_it_is(rehearsed, tmp_path):
   """Every forward pass of attention is taken with its lists; all else is counted."""
-  run, folder = rehearsed
+  run, folder, _ = rehearsed
   gpu = load_gpu("h100")
   message = r"no row of h100 to fit to \((\d+) of \1 rows left out: \1 of a rehearsal\)"
   with pytest.raises(ConfigError, match=message):
@@ -156,10 +170,9 @@ def test_the_committed_cpu_rows_calibrate_the_cpu():
 
 
 def test_a_second_run_measures_nothing_that_is_there(rehearsed):
-  run, folder = rehearsed
+  run, folder, _ = rehearsed
   before = _measured(run)
   again = _run(folder, minutes=0)
-  again.store.path = run.store.path
   again.rows(_cases(*_REHEARSED))
   assert _measured(run) == before and not again.skipped
 
@@ -167,7 +180,7 @@ def test_a_second_run_measures_nothing_that_is_there(rehearsed):
 def test_the_plot_is_drawn_of_what_is_there(rehearsed, tmp_path):
   from benchmarks.gpu.plot import draw
 
-  run, _ = rehearsed
+  run, *_ = rehearsed
   assert draw(run.store.all(), tmp_path / "plot.png").stat().st_size > 10_000
   with pytest.raises(ValueError, match="run the benchmark first"):
     draw([], tmp_path / "none.png")
@@ -187,10 +200,12 @@ def test_rows_of_other_code_are_measured_anew(tmp_path):
 
 
 def test_the_deadline_stops_it(tmp_path, capsys):
+  """What was not reached has no row: "not correct" would alarm about a kernel that nobody ran."""
   run = _run(tmp_path, minutes=0)
   run.rows(_cases("dense/a_64k", "torch_rows"))
   assert run.skipped == ["dense/a_64k", "torch_rows"] and not _measured(run)
-  assert capsys.readouterr().out == "unreached dense/a_64k\nunreached torch_rows\n"
+  printed = capsys.readouterr().out
+  assert printed.endswith("\nunreached dense/a_64k\nunreached torch_rows\n")
   assert all(row["measured"] is None for row in run.store.all())
   assert "no time for: dense/a_64k" in run.report()
 
@@ -199,11 +214,13 @@ def test_parts_and_rows_by_name(tmp_path):
   """A step of a slot gets the rows that it asks for, in the order of its parts."""
   names = [case.name for case in cases.chosen(TINY, ("forms", "ceilings"))]
   assert names[0].startswith("form_") and names[-1] == "ceiling/copy"
-  assert not [case for case in cases.chosen(TINY) if case.part in cases.ON_REQUEST]
-  with pytest.raises(ValueError, match="--parts has no nothing; parts are ceilings, "):
+  assert not {case.part for case in cases.chosen(TINY)} & set(cases.ON_REQUEST)
+  with pytest.raises(ValueError, match="--parts has no nothing; parts are checks, ceilings, "):
     _main(tmp_path, parts=("nothing",))
+  with pytest.raises(ValueError, match="finds no case; cases are plain; dense mode, ragged; "):
+    _main(tmp_path, only="no such case")
   with pytest.raises(ValueError, match="a rehearsal measures nothing"):
-    gpu_run.main(minutes=1, out=str(rows.RESULTS), implementation=None, rehearse=True)
+    _main(rows.RESULTS, only="^one tile$")
 
 
 def test_a_run_in_another_configuration(tmp_path, monkeypatch):
@@ -238,16 +255,18 @@ def test_each_form_is_traced_under_its_own_configuration(tmp_path, monkeypatch):
   assert seen == [True, False]
 
 
-def test_a_failing_kernel_is_a_row_that_says_so(tmp_path):
+def test_a_failing_kernel_is_a_row_that_says_so_and_is_tried_again(tmp_path):
   run = _run(tmp_path, implementation="no_such_backend")
-  run.rows(_cases("lists_d10/a_64k"))
+  run.rows(_cases("plain"))
   (row,) = _measured(run)
-  assert "no_such_backend" in row["error"] and run.store.get(row["name"]) is None
-  assert run.troubles() == ["lists_d10/a_64k"]
-  # A rival that fails or is wrong is no trouble of ours.
-  run.store.add({"name": "torch_flex/a", "error": "x"})
-  run.store.add({"name": "cudnn/a", "correct": False})
-  assert run.troubles() == ["lists_d10/a_64k"]
+  assert "no_such_backend" in row["error"] and run.troubles() == ["plain"]
+  for correct in (False, True):
+    again = _run(tmp_path)
+    again.rows([Case("plain", "checks", lambda _, correct=correct: {"correct": correct})])
+    assert again.troubles() == ([] if correct else ["plain"])
+  # A rival that fails is no trouble of ours.
+  again.rows([Case("torch_rows", "torch", lambda _: 1 / 0)])
+  assert again.troubles() == []
 
 
 def test_both_sizes_have_the_same_rows_and_every_gate_its_own():
@@ -264,9 +283,7 @@ def test_gates_take_the_worst_row_and_wait_for_all():
   gate = gates.Gate("g", ("a", "b"), "retained", 0.85, 0.94)
 
   def judged(*values, **more):
-    found = [{"name": n, "retained": x, **more} for n, x in zip("ab", values, strict=False)]
-    (row,) = gates.gate_rows(found, gates=(gate,))
-    return row
+    return gate.row({n: {"retained": x, **more} for n, x in zip("ab", values, strict=False)})
 
   whole = judged(0.95, 0.9)
   assert (whole["measured"], whole["passed"], whole["record_met"]) == (0.9, True, False)
@@ -277,3 +294,7 @@ def test_gates_take_the_worst_row_and_wait_for_all():
   assert wrong["passed"] is None and wrong["measured"] is None
   missed = judged(0.99, 0.5)
   assert missed["passed"] is False and "MISSED" in gates.table([missed])
+  # Of seconds, less is better.
+  time = gates.Gate("t", ("a", "b"), "seconds", 28.0, 25.4, "ms")
+  late = time.row({"a": {"seconds": 0.027}, "b": {"seconds": 0.029}})
+  assert late["measured"] == 29 and not late["passed"]

@@ -1,6 +1,9 @@
 """A slot keeps what was found whatever its steps do: real processes, some of which misbehave."""
 
+import contextlib
 import dataclasses
+import io
+import itertools
 import json
 import os
 import pathlib
@@ -13,7 +16,7 @@ import time
 import pytest
 from freqformer.kernels.block_sparse import tuning
 
-from benchmarks.gpu import cases, check, config, slot_planted
+from benchmarks.gpu import cases, config, slot_planted
 from benchmarks.gpu import slot as gpu_slot
 from benchmarks.gpu import slot_steps as plans
 from benchmarks.gpu.code import ROOT
@@ -23,13 +26,18 @@ from benchmarks.gpu.slot_steps import Step, planted
 
 pytestmark = pytest.mark.xdist_group("gpu_slot")
 
-# One step of every kind that runs jax, then all that misbehave.
-_REHEARSED = ("facts", "plain", "selection and search", "window")
 # Children compile little, and find what an earlier run of the tests compiled.
 _QUICK = {
   "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
   "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
 }
+# One step of every kind, cheap ones.
+_STEPS = (
+  plans.FACTS,
+  plans.checks("first calls", "^(constant table|sliced in a scan)$", alone=True),
+  plans.tests("conformance", "selection"),
+  plans.timed("timed", "ceilings", "ceiling/copy", 60),
+)
 
 
 def _alive(pid: int) -> bool:
@@ -49,34 +57,38 @@ def _rows(path: pathlib.Path) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory):
-  """A rehearsal by the command line: its output, its exit status and its folder."""
+  """A slot with one step of every kind, then all that misbehave: what it printed and its folder."""
   out = tmp_path_factory.mktemp("slot")
-  steps = ";".join([*_REHEARSED, *(step.name for step in plans.MISBEHAVING)])
-  command = [sys.executable, "-m", "benchmarks.gpu.slot", "--rehearse", "--minutes=15"]
-  command += [f"--out={out}", f"--steps={steps}"]
-  environment = {**os.environ, **_QUICK}
-  done = subprocess.run(
-    command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False
-  )
-  assert not done.stderr, done.stderr
-  return done.stdout, done.returncode, out
+  printed = io.StringIO()
+  with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+    for name, value in _QUICK.items():
+      patch.setenv(name, value)
+    slot = gpu_slot.Slot(out, 15, rehearse=True)
+    assert not slot.run((*_STEPS, *plans.MISBEHAVING))
+  return printed.getvalue(), out
 
 
 def _steps(out: pathlib.Path) -> dict[str, dict]:
   return json.loads((out / gpu_slot.STATE).read_text())["steps"]
 
 
-def test_every_step_that_should_be_right_is(rehearsed):
-  _, _, out = rehearsed
-  for name in _REHEARSED:
-    assert _steps(out)[name]["state"] == "ok", _steps(out)[name]
-  row = _rows(out / "gpu_check_rehearsal.json")["plain, seed 0"]
+def test_every_end_of_a_process_has_its_name(rehearsed):
+  printed, out = rehearsed
+  states = {name: record["state"] for name, record in _steps(out).items()}
+  assert {states[step.name] for step in _STEPS} == {"ok"}, states
+  assert states["aborting"] == "died: SIGABRT" and states["failing"] == "exit 3"
+  assert states["garbage"] == "ok" and states["wrong"] == "wrong"
+  assert f"wrong: {slot_planted.CASE}" in printed and "failed: failing" in printed
+  log = (out / gpu_slot.LOG).read_text(errors="strict")
+  assert "Fatal Python error: Aborted" in log and "==== timed: ok" in log
+  found = _rows(out / "attention_gpu_rehearsal.json")
+  row = found["constant table"]
   assert row["correct"] and row["rehearsal"] and row["ptxas"] and row["driver"]
-  assert _rows(out / "attention_gpu_rehearsal.json")["window/b_115k"]["correct"]
+  assert found["ceiling/copy"]["seconds"] > 0
 
 
 def test_a_step_that_overstays_is_killed_with_its_children_and_keeps_its_rows(rehearsed):
-  printed, _, out = rehearsed
+  printed, out = rehearsed
   record = _steps(out)["stubborn"]
   assert (record["state"], record["begun"]) == ("killed", "stubborn") and record["seconds"] < 30
   assert "in: begin stubborn" in printed and re.search("did not end: .*stubborn", printed)
@@ -86,18 +98,8 @@ def test_a_step_that_overstays_is_killed_with_its_children_and_keeps_its_rows(re
   assert _steps(out)["stubborn, the rest"]["state"] == "ok"
 
 
-def test_every_end_of_a_process_has_its_name(rehearsed):
-  printed, code, out = rehearsed
-  states = {name: record["state"] for name, record in _steps(out).items()}
-  assert states["aborting"] == "died: SIGABRT" and states["failing"] == "exit 3"
-  assert states["garbage"] == "ok" and states["wrong"] == "wrong"
-  assert code == 1 and f"wrong: {slot_planted.CASE}" in printed and "failed: failing" in printed
-  log = (out / gpu_slot.LOG).read_text(errors="strict")
-  assert "Fatal Python error: Aborted" in log and "==== window: ok" in log
-
-
 def test_a_wrong_case_is_bisected_by_itself(rehearsed):
-  printed, _, out = rehearsed
+  printed, out = rehearsed
   repair = slot_planted.REPAIRED_BY
   notes = json.loads((out / gpu_slot.STATE).read_text())["notes"]
   assert notes[0] == f"{slot_planted.CASE} is repaired by {repair}"
@@ -110,33 +112,32 @@ def test_a_wrong_case_is_bisected_by_itself(rehearsed):
 
 def test_what_comes_back_fits(rehearsed):
   """A rented machine returns 8 files, and the last 12,000 characters of output."""
-  printed, _, out = rehearsed
+  printed, out = rehearsed
   files = [path for path in out.rglob("*") if path.is_file()]
-  # A training row and the table of configurations would be two more.
-  assert len(files) <= 6
+  # A training row, and a report and table of configurations, would be three more.
+  assert len(files) <= 5
   assert all(path.parent == out and re.fullmatch(r"[\w.-]+", path.name) for path in files)
   assert len(printed) < 12_000
   summary = printed[printed.index("---- summary") :]
-  for name in ("plain", "window", "stubborn", "wrong:", "unreached:", "files in"):
+  for name in ("first calls", "timed", "stubborn", "wrong:", "unreached:", "files in"):
     assert name in summary
 
 
 def test_a_step_that_ended_well_is_not_run_again(rehearsed, tmp_path):
   """In another folder, from fetched files; of other code, or on another device, it would be."""
-  _, _, out = rehearsed
+  _, out = rehearsed
   slot = gpu_slot.Slot(tmp_path, 1, rehearse=True)
   slot.resume(out)
-  steps = plans.chosen(plans.FIRST, ";".join(_REHEARSED), False)
-  assert slot.run(steps)
+  assert slot.run(_STEPS)
   assert [outcome.state for outcome in slot.outcomes] == ["ok", *["skipped"] * 3]
-  rows = "gpu_check_rehearsal.json"
+  rows = "attention_gpu_rehearsal.json"
   assert set(_rows(tmp_path / rows)) == set(_rows(out / rows))
   again = gpu_slot.Slot(tmp_path, 1, rehearse=True)
-  assert again._ended_well(steps[1])
+  assert again._ended_well(_STEPS[1])
   for key in ("device", "code"):
     other = gpu_slot.Slot(tmp_path, 1, rehearse=True)
     other._before[key] = "other"
-    assert not other._ended_well(steps[1])
+    assert not other._ended_well(_STEPS[1])
 
 
 # ---- single properties, with steps that need no jax ----------------------------------------------
@@ -324,62 +325,45 @@ def test_output_is_read_as_it_was_meant(text, code, state, begun, wrong, unreach
 
 # ---- plans ---------------------------------------------------------------------------------------
 
-_ALL = [*plans.FIRST, *plans.RIGHT, *plans.plan("wrong", "plain, seed 0")]
+_ALL = [*plans.FIRST, *plans.RIGHT, *plans.plan("wrong", "plain")]
 
 
-def _options(step: Step) -> dict[str, str]:
-  named = [argument for argument in step.arguments if argument.startswith("--")]
-  return dict(argument.removeprefix("--").split("=", 1) for argument in named)
+def _rows_of(step: Step) -> list[cases.Case]:
+  """Returns the checks or timed rows of a step."""
+  options = dict(argument.removeprefix("--").split("=", 1) for argument in step.arguments)
+  parts = options.get("parts", "checks").split(",")
+  found = [case for case in cases.chosen(FULL, parts) if re.search(options["only"], case.name)]
+  assert {case.part for case in found} == set(parts), step.name
+  # Every alternative by itself: one that finds nothing is a case that nobody checks.
+  listed = re.fullmatch(r"\^\(([^?].*)\)\$", options["only"])
+  for part in listed.group(1).split("|") if listed else ():
+    assert any(re.search(part, case.name) for case in found), (step.name, part)
+  return found
 
 
-def _timed_rows(step: Step) -> list[cases.Case]:
-  """Returns the rows that a timed step measures."""
-  found = cases.chosen(FULL, _options(step)["parts"].split(","))
-  return [case for case in found if re.search(_options(step)["only"], case.name)]
-
-
-def test_every_pattern_of_a_plan_finds_something():
-  names = [job.name for job in check.jobs(small=False)]
-  for step in _ALL:
-    if step.module == plans.CHECK:
-      # Every alternative by itself: one that finds nothing is a case that nobody checks.
-      only = _options(step)["only"]
-      listed = re.fullmatch(r"\^\(([^?].*)\)(, seed 0)?\$", only)
-      for part in (listed.group(1) if listed else only).split("|"):
-        assert any(re.search(part, name) for name in names), (step.name, part)
-    if step.module == plans.TIMED:
-      parts = {case.part for case in _timed_rows(step)}
-      assert parts == set(_options(step)["parts"].split(",")), step.name
-    if step.module == plans.TESTS:
-      assert (ROOT / step.arguments[-1]).is_dir()
-
-
-def test_first_slots_leave_out_what_costs_minutes():
+def test_every_pattern_of_a_plan_finds_something_and_nothing_that_costs_minutes():
   """No row of a million tokens, no peer from PyTorch, no dense attention of 512K tokens."""
-  found = [case for step in _ALL if step.module == plans.TIMED for case in _timed_rows(step)]
-  assert found and not {case.part for case in found} & {"torch", "tokamax"}
-  assert not [case for case in found if re.search("a_1m|dense.*512k", case.name)]
-  huge = [job.name for job in check.jobs(False) if job.name.startswith("1M")]
-  for step in (step for step in _ALL if step.module == plans.CHECK):
-    assert huge and not [name for name in huge if re.search(_options(step)["only"], name)]
+  found = [case for s in _ALL if s.module in (plans.CHECK, plans.TIMED) for case in _rows_of(s)]
+  assert found and not [case for case in found if re.search("1[mM]|dense.*512k|torch", case.name)]
+  for step in _ALL:
+    assert step.module != plans.TESTS or (ROOT / step.arguments[-1]).is_dir()
 
 
 def test_a_timed_step_is_longer_than_the_guard_of_its_last_row():
-  with pytest.raises(ValueError, match=r"would leave out its last row: give it at least 53 s"):
-    plans.timed("x", "lists,dense_mode", "", 50)
-  assert plans.timed("x", "lists,dense_mode", "", 53).alone
   assert {case.part for case in cases.cases(FULL)} <= set(plans.GUARDS)
+  for step in (step for step in _ALL if step.module == plans.TIMED):
+    guards = (plans.GUARDS[case.part] for case in _rows_of(step))
+    assert step.seconds >= plans.START + max(guards) + plans.MARGIN, step.name
 
 
 def test_plans_and_steps_are_named_or_refused():
   for name in plans.PLANS:
-    case = "plain, seed 0" if name in ("hangs", "wrong") else ""
-    found = [step.name for step in plans.plan(name, case)]
+    found = [step.name for step in plans.plan(name, "plain" if name in ("hangs", "wrong") else "")]
     assert len(set(found)) == len(found) and found[0] == "facts"
   for arguments, message in (
     (("second",), "choose one of first, right, hangs, wrong"),
     (("hangs",), "--case names the case"),
-    (("first", "plain, seed 0"), "--case names the case"),
+    (("first", "plain"), "--case names the case"),
   ):
     with pytest.raises(ValueError, match=message):
       plans.plan(*arguments)
@@ -399,12 +383,11 @@ def test_small_checks_share_the_machine_and_timed_steps_do_not():
 
 
 def test_every_variant_of_the_bisect_fits_the_attention_kernels():
-  keys = [tuning.Key("h100", d, 128, 128, way) for d in (64, 128) for way in tuning.DIRECTIONS]
-  assert len(plans.VARIANTS) >= 6
+  """All of them: one that does not fit would run, and be called right, as it is configured."""
+  sizes = itertools.product((64, 128), (64, 128), (64, 128), tuning.DIRECTIONS)
+  keys = [tuning.Key("h100", *size) for size in sizes]
   for variant in plans.VARIANTS:
-    fields = config.parse(variant)
-    for changed in config.changed(fields, keys).values():
-      assert all(getattr(changed, name) == value for name, value in fields.items())
+    assert config.changed(config.parse(variant), keys)
 
 
 @pytest.mark.parametrize(
