@@ -50,11 +50,12 @@ def forward(joint, bias, gains, tables, lengths, cells, bands, *, filtered, pool
   operands = {
     "joint": joint,
     "bias": jnp.asarray(bias, jnp.float32).reshape(3, h, 2, d // 2),
-    "gains": jnp.stack([jnp.asarray(g, jnp.float32) for g in gains]).reshape(2, 2, d // 2),
     "cos": tables[0],
     "sin": tables[1],
-    "lengths": jnp.asarray(lengths, jnp.int32),
+    "gains": jnp.stack([jnp.asarray(g, jnp.float32) for g in gains]).reshape(2, 2, d // 2),
   }
+  if pooled or cells is not None:
+    operands["lengths"] = jnp.asarray(lengths, jnp.int32)
   if cells is not None:
     count = -(-cells.per_tile // 8) * 8
     in_place = cells.rows is None and count == cells.per_tile
