@@ -5,7 +5,6 @@ of the LSE are random.
 """
 
 import dataclasses
-import itertools
 import math
 
 import jax
@@ -42,15 +41,16 @@ class Case:
   long: bool = True
 
 
+BIAS = Case("bias", bias=True)
 CASES = (
   Case("plain", ragged=False, empty=False),
   Case("ragged_with_empty_rows"),
   Case("per_batch_per_head", b=2, table_b=2, kv_len_per_batch=True),
   Case("shared_by_heads", b=2, table_h=1, d=64),
-  Case("bias", bias=True),
+  Case("every_tile_in_order", listed=False),
+  BIAS,
   Case("rectangular_tiles", block_q=128, block_kv=64, n_q=256, n_kv=320),
   Case("rectangular_tiles_2", block_q=64, block_kv=128, n_q=128, n_kv=384),
-  Case("every_tile_in_order", listed=False),
   Case("sparse_lists", n_q=512, n_kv=512, keep=0.1, d=64),
 )
 # Shapes that only backends without alignment needs can run.
@@ -164,7 +164,7 @@ def _difference(got, want):
   finite = np.isfinite(want)
   np.testing.assert_array_equal(got[~finite], want[~finite])
   size = np.sqrt(np.mean(want[finite] ** 2)) if finite.any() else 0
-  return (got - want)[finite], size + 1e-30
+  return got[finite] - want[finite], size + 1e-30
 
 
 def relative_error(got, want):
@@ -218,12 +218,12 @@ class AttentionSuite:
   dtypes = (jnp.float32, jnp.bfloat16, jnp.float16)
 
   def pytest_generate_tests(self, metafunc):
-    """Takes all cases in the widest dtype, and two in each other one."""
+    """Takes all cases in the widest dtype, and one in each other one."""
     if "case" in metafunc.fixturenames:
       widest, *others = self.dtypes
       found = {case.name: (case, widest) for case in self.cases}
-      for case, dtype in itertools.product((CASES[1], CASES[4]), others):
-        found[f"{case.name}-{dtype.__name__}"] = (case, dtype)
+      for dtype in others:
+        found[f"bias-{dtype.__name__}"] = (BIAS, dtype)
       metafunc.parametrize("case, dtype", found.values(), ids=found)
 
   def test_case(self, case, dtype):
@@ -251,8 +251,8 @@ class AttentionSuite:
     *qkv, d_out, d_lse = draw_inputs(case, 2, self.dtypes[0])
     # Queries and keys share the buffer.
     valid = (np.arange(case.block_kv) < mask.kv_len[:, None]).reshape(-1)
-    d_out[:, ~valid] = 0
-    d_lse[..., ~valid] = 0
+    d_out = np.where(valid[:, None, None], d_out, np.zeros_like(d_out))
+    d_lse = np.where(valid, d_lse, 0)
     dirty = [np.where(valid[:, None, None], x, np.asarray(1e4, x.dtype)) for x in qkv]
     empty = np.arange(case.n_q) < case.block_q
     bad_out = np.where(empty[:, None, None], np.asarray(np.nan, d_out.dtype), d_out)
