@@ -54,7 +54,8 @@ def test_kernels_report_their_resources_every_time():
     assert 8 <= kernel.registers <= 255
     # The tile, its barrier, and what alignment adds; the assembler alone reports a byte or so.
     assert _TILE_BYTES < kernel.shared_bytes < _TILE_BYTES + 2048 < offline.SHARED_LIMIT
-  assert first.argument_bytes == first.output_bytes == 5120 * 128 * 2
+  assert first.argument_bytes == 5120 * 128 * 2
+  assert 0 <= first.output_bytes - first.argument_bytes < 64  # a tuple's pointers
   assert first.temp_bytes <= first.output_bytes
 
 

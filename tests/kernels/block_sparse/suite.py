@@ -244,32 +244,36 @@ class AttentionSuite:
   def test_padding_and_empty_rows_change_nothing(self):
     """1e4 in padding rows, NaN for cotangents of rows that see nothing: all else is bit-equal.
 
-    Rows of a list of no tile, or of empty tiles alone, have output 0, LSE -inf and no gradient.
+    Rows of a list of no tile, or of an empty tile alone, have output 0, LSE -inf and no gradient.
     """
-    case = Case("padding")
-    mask = draw_mask(case, 2)
-    *qkv, d_out, d_lse = draw_inputs(case, 2, self.dtypes[0])
-    # Queries and keys share the buffer.
-    valid = (np.arange(case.block_kv) < mask.kv_len[:, None]).reshape(-1)
-    d_out = np.where(valid[:, None, None], d_out, np.zeros_like(d_out))
-    d_lse = np.where(valid, d_lse, 0)
-    dirty = [np.where(valid[:, None, None], x, np.asarray(1e4, x.dtype)) for x in qkv]
-    empty = np.arange(case.n_q) < case.block_q
-    bad_out = np.where(empty[:, None, None], np.asarray(np.nan, d_out.dtype), d_out)
-    bad_lse = np.where(empty, np.inf, d_lse)
+    case = Case("padding", n_kv=256)
+    tiles = np.ones((3, 4), bool)
+    tiles[0] = False
+    tiles[1] = [False, True, False, False]
+    kv_len = np.array([64, 0, 40, 17])
+    mask = from_tiles(tiles, kv_len, case.block_q, case.block_kv)
+    q, k, v, d_out, d_lse = draw_inputs(case, 2, self.dtypes[0])
+    valid = (np.arange(case.block_kv) < kv_len[:, None]).reshape(-1)
+    rows = np.arange(case.n_q)
+    dead, padding = rows < 128, rows > 180
+
+    def fill(x, where, value):
+      return np.where(where[:, None, None], np.asarray(value, x.dtype), x)
+
+    d_out = fill(d_out, padding, 0)
+    d_lse = np.where(padding, 0, d_lse)
     run = value_and_grads(self.implementation)
-    clean = run(*qkv, mask, d_out, d_lse)
-    soiled = run(*dirty, mask, bad_out, bad_lse)
-    for i, (a, b) in enumerate(zip(clean, soiled, strict=True)):
-      axis = 2 if i == 1 else 1
-      np.testing.assert_array_equal(np.compress(valid, a, axis), np.compress(valid, b, axis))
-      if i > 1:
-        assert not np.compress(~valid, b, 1).any()
-    out, lse, dq, *_ = soiled
-    assert np.isneginf(lse[..., empty]).all() and not out[:, empty].any() and not dq[:, empty].any()
-    hollow = dataclasses.replace(mask, kv_len=np.zeros_like(mask.kv_len))
-    out, lse, *grads = run(*qkv, hollow, bad_out * np.nan, bad_lse)
-    assert np.isneginf(lse).all() and not any(x.any() for x in (out, *grads))
+    clean = run(q, k, v, mask, d_out, d_lse)
+    dirty = (fill(q, padding, 1e4), fill(k, ~valid, 1e4), fill(v, ~valid, 1e4))
+    soiled = run(*dirty, mask, fill(d_out, dead, np.nan), np.where(dead, np.inf, d_lse))
+    for name, a, b in zip(NAMES, clean, soiled, strict=True):
+      if name in ("out", "lse"):
+        axis = 1 if name == "out" else 2
+        a, b = (np.compress(~padding, x, axis) for x in (a, b))
+      np.testing.assert_array_equal(a, b)
+    out, lse, dq, dk, dv = soiled
+    assert np.isneginf(lse[..., dead]).all()
+    assert not any(x.any() for x in (out[:, dead], dq[:, dead], dk[:, ~valid], dv[:, ~valid]))
 
   def test_large_and_hidden_scores(self):
     """Scores of a hundred before or behind small ones, padding between: nothing overflows."""

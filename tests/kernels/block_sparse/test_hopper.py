@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import math
 import re
 
 import jax
@@ -83,21 +82,21 @@ def test_every_cut_of_tiles_into_stages(block_q, block_kv, step):
   _check(case, tuning.TuningConfig(2, step), seed=step)
 
 
-@pytest.mark.parametrize("take_turns", [True, False])
-@pytest.mark.parametrize("scores_ahead", [True, False])
+# With both: every other test.
+@pytest.mark.parametrize("scores_ahead, take_turns", [(True, False), (False, True), (False, False)])
 def test_every_form_of_the_forward(scores_ahead, take_turns):
   config = tuning.TuningConfig(3, 64, scores_ahead=scores_ahead, take_turns=take_turns)
   _check(dataclasses.replace(ONE_HEAD, d=128), config, backward=False)
 
 
-PAIRED = Case("paired", d=64, n_q=5 * 64, n_kv=7 * 64, keep=0.8)
+PAIRED = Case("paired", h=1, table_h=1, n_q=5 * 64, n_kv=7 * 64, keep=0.8)
 
 
 @pytest.mark.parametrize("scores_ahead, step", [(True, 64), (True, 128), (False, 64)])
 def test_two_tiles_in_a_block(scores_ahead, step):
   """Neighbours' lists differ in length, one is empty, and a last tile has no neighbour."""
   counts = np.pad(draw_mask(PAIRED, step).kv_counts, ((0, 0), (0, 0), (0, 1))).reshape(-1, 2)
-  assert (counts[:, 0] != counts[:, 1]).sum() > 3
+  assert (counts[:, 0] != counts[:, 1]).sum() > 1
   config = tuning.TuningConfig(2, step, scores_ahead=scores_ahead, tiles_per_block=2)
   _check(PAIRED, config, seed=step, backward=scores_ahead)
 
@@ -200,21 +199,17 @@ def _fused_exponentials(x, unit, top, columns):
   return jnp.exp2(product - products.over_columns(top, columns) + left_out)
 
 
-# Scales whose rounding leaves the larger part of a hidden score above the rounded maximum.
-@pytest.mark.parametrize(
-  ("d", "scale"),
-  [(32, 1.1 / math.sqrt(32)), (64, 1 / 8), (128, 1.1 / math.sqrt(128))],
-  ids=["32", "64", "128"],
-)
-def test_hidden_scores_have_no_probability_however_they_are_rounded(d, scale, monkeypatch):
+def test_hidden_scores_have_no_probability_however_they_are_rounded(monkeypatch):
   """Lists that begin with a stage of padding, and one of padding alone, by fused multiply-adds."""
+  # Its rounding leaves the larger part of a hidden score above the rounded maximum.
+  scale = 1 / 8
   hidden = jnp.full((ROWS, 1), softmax.HIDDEN, jnp.float32)
   _, unit = softmax.split_scale(scale)
   assert np.isposinf(_fused_exponentials(hidden, unit, hidden[:, 0] * unit, 1)).all()
   monkeypatch.setattr(softmax, "exponentials", _fused_exponentials)
   tiles = np.array([[True, True, True], [True, True, False]])
   mask = from_tiles(tiles, np.array([0, 0, 50]), 64, 64)
-  q, k, v, *_ = draw_inputs(Case("padding_first", h=1, d=d, n_q=128), 0, jnp.bfloat16)
+  q, k, v, *_ = draw_inputs(Case("padding_first", h=1, n_q=128), 0, jnp.bfloat16)
   _against_reference(q, k, v, mask, scale)
 
 

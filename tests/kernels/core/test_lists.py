@@ -14,7 +14,7 @@ from freqformer.kernels.core import lists
 from freqformer.kernels.core import op as op_module
 from freqformer.kernels.hopper.interpret import interpreted
 
-from tests.kernels.block_sparse.suite import CASES, draw_inputs, draw_mask, value_and_grads
+from tests.kernels.block_sparse.suite import CASES, Case, draw_inputs, draw_mask, value_and_grads
 from tools import offline
 
 
@@ -78,9 +78,10 @@ def test_parts_of_a_call_order_their_own_heads(monkeypatch):
 
 def test_kernels_read_the_stored_lists():
   """With lists of another table stored, results are that table's."""
-  one, other = (draw_mask(dataclasses.replace(CASES[1], keep=keep), 1) for keep in (0.9, 0.1))
+  case = Case("stored", h=1, table_h=1)
+  one, other = (draw_mask(dataclasses.replace(case, keep=keep), 1) for keep in (0.9, 0.1))
   assert (one.kv_counts != other.kv_counts).any()
-  q, k, v, *cotangents = draw_inputs(CASES[1], 1, jnp.bfloat16)
+  q, k, v, *cotangents = draw_inputs(case, 1, jnp.bfloat16)
   with interpreted():
     run = value_and_grads("pallas_mgpu")
     want = run(q, k, v, other, *cotangents)
