@@ -181,7 +181,6 @@ class _Block:
     self.tile = lax.rem(place, jnp.int32(plan.tiles))
 
   def run(self):
-    """Walks over the block's heads."""
     plan = self.plan
     refs = self.refs
     for piece in range(plan.slots):
@@ -203,11 +202,9 @@ class _Block:
   # ---- memory ------------------------------------------------------------------------------------
 
   def rows(self, part):
-    """Returns the rows of one piece of the tile."""
     return pl.ds(self.tile * self.plan.block + part * ROWS, ROWS)
 
   def fetch(self, head, piece):
-    """Starts the copy of one of a head's pieces."""
     plan = self.plan
     refs = self.refs
     slot = piece % plan.slots
@@ -304,7 +301,6 @@ class _Block:
     return lambda half, columns: found[half * len(plan.chunks) + plan.chunks.index(columns)]
 
   def compress(self, which, head, result):
-    """Makes and stores the tile's coarse rows."""
     plan = self.plan
     refs = self.refs
     tables = [x.at[pl.ds(self.tile * plan.cells, ROWS)] for x in (refs.cell_cos, refs.cell_sin)]

@@ -46,7 +46,7 @@ def forward(joint, bias, gains, tables, lengths, cells, bands, *, filtered, pool
 
   b, n, _, h, d = joint.shape
   tiles = len(lengths)
-  plan = hopper_prepare.Plan(b, n, h, d, n // tiles, pooled=pooled)
+  plan = hopper_prepare.Plan(b, n, h, d, n // tiles, pooled=pooled, filtered=filtered)
   operands = {
     "joint": joint,
     "bias": jnp.asarray(bias, jnp.float32).reshape(3, h, 2, d // 2),
@@ -62,7 +62,6 @@ def forward(joint, bias, gains, tables, lengths, cells, bands, *, filtered, pool
     plan = dataclasses.replace(plan, front=cells.front, cells=count, in_place=in_place)
     operands |= _cell_operands(cells, count, plan.pieces)
   if filtered:
-    plan = dataclasses.replace(plan, filtered=filtered)
     operands |= {"filters": _filter_operand(cells.filters), "bands": jnp.asarray(bands, jnp.int32)}
   # The barrier: XLA would fuse the kernel with the update of its own result, and find a cycle.
   found = jax.lax.optimization_barrier(hopper_prepare.forward(plan, operands))

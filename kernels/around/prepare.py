@@ -236,7 +236,6 @@ def _one(x, bias, gain, *, tables, cells, bands, filtered):
 
 
 def _biased(x, bias):
-  """Returns the sum in at least float32."""
   wide = jnp.promote_types(x.dtype, jnp.float32)
   return x.astype(wide) + bias.astype(wide)
 
