@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -219,16 +220,12 @@ def _dumps():
     # This import sets MOSAIC_GPU_CUDA_ROOT: it must come before the change.
     import jax.experimental.mosaic.gpu  # noqa: F401
 
-    before = dict(os.environ)
-    os.environ["MOSAIC_GPU_DUMP_TO"] = str(folder / "reports")
-    os.environ["MOSAIC_GPU_CUDA_ROOT"] = str(folder / "cuda")
-    try:
+    variables = {
+      "MOSAIC_GPU_DUMP_TO": str(folder / "reports"),
+      "MOSAIC_GPU_CUDA_ROOT": str(folder / "cuda"),
+    }
+    with mock.patch.dict(os.environ, variables):
       yield folder / "reports"
-    finally:
-      for key in ("MOSAIC_GPU_DUMP_TO", "MOSAIC_GPU_CUDA_ROOT"):
-        os.environ.pop(key)
-        if key in before:
-          os.environ[key] = before[key]
 
 
 @contextlib.contextmanager

@@ -1,12 +1,11 @@
 """Counts of what a traced program does: its own products, and every Hopper kernel's cost.
 
 XLA counts nothing inside a kernel; the estimates that `kernels.hopper.launch` passes on fill that
-gap. Elementwise work outside kernels is not counted.
+gap. Elementwise work and convolutions outside kernels are not counted.
 """
 
 import dataclasses
 import math
-from collections.abc import Iterator
 
 import jax
 from jax.extend import core
@@ -34,7 +33,7 @@ class ProgramCost:
   """The work of one run of a program.
 
   Attributes:
-    product_flops: of matrix products and convolutions outside kernels; a multiply and an add are 2.
+    product_flops: of matrix products outside kernels; a multiply and an add are 2.
     kernels: by name.
   """
 
@@ -60,27 +59,23 @@ def program_cost(fn, *args) -> ProgramCost:
   Raises:
     ValueError: for a loop of unknown length, or a kernel that was launched without a cost.
   """
-  return _count(jax.make_jaxpr(fn)(*args).jaxpr)
+  return _add(ProgramCost(), jax.make_jaxpr(fn)(*args).jaxpr)
 
 
-def _count(jaxpr) -> ProgramCost:
-  found = ProgramCost()
-  _add(found, jaxpr, 1)
-  return found
-
-
-def _add(found: ProgramCost, jaxpr, times: int) -> None:
+def _add(found: ProgramCost, jaxpr, times: int = 1) -> ProgramCost:
   """Adds what a program does in `times` runs."""
   for eqn in jaxpr.eqns:
     name = eqn.primitive.name
-    inner = list(_inner(eqn.params))
-    if name in ("dot_general", "conv_general_dilated"):
-      found.product_flops += times * 2 * _depth(eqn) * math.prod(eqn.outvars[0].aval.shape)
+    inner = list(core.jaxprs_in_params(eqn.params))
+    if name == "dot_general":
+      (contracted, _), _ = eqn.params["dimension_numbers"]
+      depth = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+      found.product_flops += times * 2 * depth * math.prod(eqn.outvars[0].aval.shape)
     elif "cost_estimate" in eqn.params:
       _add_kernel(found, eqn.params["name"], eqn.params["cost_estimate"], times)
     elif name == "cond":
-      _add(found, max(inner, key=lambda branch: _count(branch).flops), times)
-    elif name == "while" and any(_count(part).flops for part in inner):
+      _add(found, max(inner, key=lambda branch: _add(ProgramCost(), branch).flops), times)
+    elif name == "while" and any(_add(ProgramCost(), part).flops for part in inner):
       raise ValueError(
         "a loop of unknown length holds products or kernels; count its body alone and multiply by "
         "its length."
@@ -88,15 +83,7 @@ def _add(found: ProgramCost, jaxpr, times: int) -> None:
     else:
       for part in inner:
         _add(found, part, times * (eqn.params["length"] if name == "scan" else 1))
-
-
-def _depth(eqn) -> int:
-  """Returns how many products are added up in one element of a matrix product or convolution."""
-  if eqn.primitive.name == "dot_general":
-    (contracted, _), _ = eqn.params["dimension_numbers"]
-    return math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
-  kernel = eqn.invars[1].aval.shape
-  return math.prod(kernel) // kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
+  return found
 
 
 def _add_kernel(found: ProgramCost, name: str, estimate, times: int) -> None:
@@ -109,16 +96,3 @@ def _add_kernel(found: ProgramCost, name: str, estimate, times: int) -> None:
   kernel.flops += times * estimate.flops
   kernel.transcendentals += times * estimate.transcendentals
   kernel.bytes_accessed += times * estimate.bytes_accessed
-
-
-def _inner(params) -> Iterator:
-  """Yields the programs that an equation runs.
-
-  A custom derivative's rule is a function and not among them.
-  """
-  for value in params.values():
-    for item in value if isinstance(value, tuple | list) else (value,):
-      if isinstance(item, core.ClosedJaxpr):
-        yield item.jaxpr
-      elif isinstance(item, core.Jaxpr):
-        yield item

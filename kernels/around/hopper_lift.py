@@ -5,8 +5,6 @@ rows come through a ring; the matrix stays in shared memory. For low-band heads 
 64-row window of coarse rows that contains the tile's own, and is zero in the other columns.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from freqformer.kernels.hopper.launch import launch, streaming_cost, streaming_heads
@@ -21,52 +19,8 @@ COLUMNS = 64  # channels that are worked on at once
 TERMS = 2  # 16-bit terms of a matrix
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-  """Sizes of a launch on `packed` `[b, rows, h, d]`.
-
-  Attributes:
-    block: rows of a tile.
-    front: rows of `packed` before the tokens.
-    share: heads that one thread block walks over; 0: as many as leave enough blocks.
-  """
-
-  b: int
-  rows: int
-  h: int
-  d: int
-  block: int
-  front: int
-  share: int = 0
-
-  @property
-  def n(self) -> int:
-    """Rows of tokens."""
-    return self.rows - self.front
-
-  @property
-  def tiles(self) -> int:
-    """Tiles of a sample."""
-    return self.n // self.block
-
-  @property
-  def pieces(self) -> int:
-    """Pieces of 64 rows per tile."""
-    return self.block // ROWS
-
-  @property
-  def heads(self) -> int:
-    """Heads that one thread block walks over."""
-    return self.share or streaming_heads(self.h, self.b * self.tiles)
-
-  @property
-  def flops(self) -> int:
-    """FLOPs of the products if every head has coarse rows."""
-    return TERMS * 2 * self.b * self.h * self.n * ROWS * self.d
-
-
-def forward(plan: Plan, packed, matrices, kinds, eighths, low, weights):
-  """Runs the kernel; returns `[b, n, h, d]`.
+def forward(packed, matrices, kinds, eighths, low, weights):
+  """Runs the kernel; returns the tokens `[b, n, h, d]`, the last n rows of `packed`.
 
   Args:
     packed: bf16 `[b, rows, h, d]`.
@@ -76,23 +30,29 @@ def forward(plan: Plan, packed, matrices, kinds, eighths, low, weights):
     low: int32 `[b, h]`, nonzero where a head has coarse rows.
     weights: float32 `[b, h]`, factors of the results.
   """
-  groups = plan.h // plan.heads
-  pieces = plan.pieces
-  channels = [pl.ds(start, COLUMNS) for start in range(0, plan.d, COLUMNS)]
+  b, rows, h, d = packed.shape
+  tiles = len(kinds)
+  pieces = matrices.shape[2]
+  block = pieces * ROWS
+  n = tiles * block
+  front = rows - n
+  heads = streaming_heads(h, b * tiles)  # that one thread block walks over
+  groups = h // heads
+  channels = [pl.ds(start, COLUMNS) for start in range(0, d, COLUMNS)]
 
   def lift(packed_gm, matrices_gm, kinds_gm, eighths_gm, low_gm, weights_gm, result_gm, *scratch):
     ring, matrix, coarse, out, full, matrix_full, coarse_full = scratch
     program = lax.axis_index("block")
-    first = lax.rem(program, jnp.int32(groups)) * plan.heads
+    first = lax.rem(program, jnp.int32(groups)) * heads
     place = lax.div(program, jnp.int32(groups))
-    sample = lax.div(place, jnp.int32(plan.tiles))
-    tile = lax.rem(place, jnp.int32(plan.tiles))
+    sample = lax.div(place, jnp.int32(tiles))
+    tile = lax.rem(place, jnp.int32(tiles))
 
     def fetch(piece):
       slot = lax.rem(piece, SLOTS)
       head = first + lax.div(piece, pieces)
       part = lax.rem(piece, pieces)
-      rows = pl.ds(plan.front + tile * plan.block + part * ROWS, ROWS)
+      rows = pl.ds(front + tile * block + part * ROWS, ROWS)
       plgpu.copy_gmem_to_smem(packed_gm.at[sample, rows, head], ring.at[slot], full.at[slot])
 
     def lifted(x, columns, part):
@@ -117,7 +77,7 @@ def forward(plan: Plan, packed, matrices, kinds, eighths, low, weights):
         x = ring.at[slot, :, columns][...].astype(jnp.float32)
         out.at[:, columns][...] = (added(x, columns, part) * weight).astype(out.dtype)
 
-    for piece in range(min(SLOTS, plan.heads * pieces)):
+    for piece in range(min(SLOTS, heads * pieces)):
       fetch(jnp.int32(piece))
     for term in range(TERMS):
       for part in range(pieces):
@@ -125,7 +85,7 @@ def forward(plan: Plan, packed, matrices, kinds, eighths, low, weights):
         plgpu.copy_gmem_to_smem(source, matrix.at[term, part], matrix_full)
     plgpu.barrier_wait(matrix_full)
 
-    @pl.loop(0, plan.heads * pieces)
+    @pl.loop(0, heads * pieces)
     def _piece(piece):
       head = first + lax.div(piece, pieces)
       has_coarse = low_gm[sample, head] != 0
@@ -140,30 +100,31 @@ def forward(plan: Plan, packed, matrices, kinds, eighths, low, weights):
       pl.when(has_coarse)(lambda: finish(piece, head, lifted))
       pl.when(jnp.logical_not(has_coarse))(lambda: finish(piece, head, unchanged))
       plgpu.commit_smem()  # also: every thread has read the piece that is replaced next
-      rows = pl.ds(tile * plan.block + lax.rem(piece, pieces) * ROWS, ROWS)
+      rows = pl.ds(tile * block + lax.rem(piece, pieces) * ROWS, ROWS)
       plgpu.copy_smem_to_gmem(out, result_gm.at[sample, rows, head])
-      pl.when(piece + SLOTS < plan.heads * pieces)(lambda: fetch(piece + SLOTS))
+      pl.when(piece + SLOTS < heads * pieces)(lambda: fetch(piece + SLOTS))
 
     plgpu.wait_smem_to_gmem(0)
 
   scratch = [
-    tiles_type(SLOTS, ROWS, plan.d, dtype=packed.dtype),
+    tiles_type(SLOTS, ROWS, d, dtype=packed.dtype),
     tiles_type(TERMS, pieces, ROWS, ROWS, dtype=packed.dtype),
-    tiles_type(ROWS, plan.d, dtype=packed.dtype),
-    tiles_type(ROWS, plan.d, dtype=packed.dtype),
+    tiles_type(ROWS, d, dtype=packed.dtype),
+    tiles_type(ROWS, d, dtype=packed.dtype),
     plgpu.Barrier(num_barriers=SLOTS),
     plgpu.Barrier(num_arrivals=TERMS * pieces),
     plgpu.Barrier(),
   ]
   operands = (packed, matrices, kinds, eighths, low, weights)
-  result = jax.ShapeDtypeStruct((plan.b, plan.n, plan.h, plan.d), packed.dtype)
+  result = jax.ShapeDtypeStruct((b, n, h, d), packed.dtype)
+  flops = TERMS * 2 * b * h * n * ROWS * d  # as if every head had coarse rows
   (found,) = launch(
     lift,
     operands,
     [result],
     scratch,
-    blocks=plan.b * plan.tiles * groups,
-    cost=streaming_cost(operands, result, plan.flops),
+    blocks=b * tiles * groups,
+    cost=streaming_cost(operands, result, flops),
     by_lane=True,
   )
   return found

@@ -30,12 +30,10 @@ def forward(packed, weights, low, expansion: Expansion):
     jnp.pad(matrices, ((0, 0), (0, 0), (shift, MAX_CELLS - shift - k))) for shift in range(shifts)
   ]
   terms = two_terms(jnp.stack(shifted, 1).reshape(-1, block, MAX_CELLS))
-  plan = hopper_lift.Plan(*packed.shape, block, expansion.front)
   kinds = jnp.asarray(expansion.classes) * shifts + starts % shifts
-  terms = terms.reshape(classes * shifts, 2, plan.pieces, hopper_lift.ROWS, MAX_CELLS)
-  return hopper_lift.forward(
-    plan, packed, terms, kinds, starts // 8, low.astype(jnp.int32), weights.astype(jnp.float32)
-  )
+  terms = terms.reshape(classes * shifts, 2, -1, hopper_lift.ROWS, MAX_CELLS)
+  low, weights = low.astype(jnp.int32), weights.astype(jnp.float32)
+  return hopper_lift.forward(packed, terms, kinds, starts // 8, low, weights)
 
 
 def _aligned(expansion) -> bool:

@@ -44,7 +44,6 @@ class Plan:
     in_place: coarse rows go straight to the front of the results; otherwise to their own arrays.
     pooled: means over the tiles' valid rows are asked for.
     filtered: the arrays of "qkv" that are band-filtered, in heads that have a band.
-    share: heads that one thread block walks over; 0: as many as leave enough blocks.
   """
 
   b: int
@@ -57,7 +56,6 @@ class Plan:
   in_place: bool = True
   pooled: bool = False
   filtered: str = ""
-  share: int = 0
 
   @property
   def tiles(self) -> int:
@@ -92,24 +90,13 @@ class Plan:
   @property
   def heads(self) -> int:
     """Heads that one thread block walks over."""
-    return self.share or streaming_heads(self.h, self.b * self.tiles)
+    return streaming_heads(self.h, self.b * self.tiles)
 
   @property
   def flops(self) -> int:
     """FLOPs of the products, with a filter's if every head has a band."""
     rows = ROWS * len(self.arrays) * (self.cells > 0) + self.block * len(self.filtered)
     return TERMS * 2 * self.b * self.h * self.n * rows * self.d
-
-  def operands(self) -> tuple[str, ...]:
-    """Returns the names of the operands, see `forward`."""
-    names = ["joint", "bias", "cos", "sin", "gains"]
-    if self.pooled or self.cells:
-      names += ["lengths"]
-    if self.cells:
-      names += ["weights", "classes", "cell_cos", "cell_sin"]
-    if self.filtered:
-      names += ["filters", "bands"]
-    return tuple(names)
 
   def results(self, dtype) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the types of the results: tokens, coarse rows of their own, means."""
@@ -143,24 +130,24 @@ def forward(plan: Plan, operands: dict) -> dict:
   """Runs the kernel and returns the arrays of `plan.results`.
 
   Args:
-    operands: by the names of `plan.operands()`:
+    operands: by name:
       joint: bf16 `[b, n, 3, h, d]`.
       bias: float32 `[3, h, 2, d / 2]`.
       cos, sin: float32 `[n, d / 2]`.
       gains: float32 `[2, 2, d / 2]`, of q and k, both halves.
-      lengths: int32 `[tiles]`.
+      lengths: int32 `[tiles]`; for means and compression.
       weights: bf16 `[classes, 2, pieces, 64, 64]`, two terms whose sum is the matrix; rows are
-        cells.
+        cells. This and the next three: for compression.
       classes: int32 `[tiles]`.
       cell_cos, cell_sin: float32 `[tiles * cells + 64 - cells, d / 2]`.
-      filters: bf16 `[classes, bands, pieces of rows, 2 terms, pieces of columns, 64, 64]`.
+      filters: bf16 `[classes, bands, pieces of rows, 2 terms, pieces of columns, 64, 64]`. This and
+        the next: for filters.
       bands: int32 `[b, h]`, 0 where tokens are left as they are.
   """
   dtype = operands["joint"].dtype
   results = plan.results(dtype)
   scratch = plan.scratch(dtype)
-  taken = {name: operands[name] for name in plan.operands()}
-  names = (*taken, *results, *scratch)
+  names = (*operands, *results, *scratch)
 
   def prepare(*refs):
     _Block(plan, types.SimpleNamespace(**dict(zip(names, refs, strict=True)))).run()
@@ -168,11 +155,11 @@ def forward(plan: Plan, operands: dict) -> dict:
   prepare.__name__ = "prepare" if plan.cells else "norm_rotary"
   found = launch(
     prepare,
-    list(taken.values()),
+    list(operands.values()),
     results.values(),
     scratch.values(),
     blocks=plan.b * plan.tiles * (plan.h // plan.heads),
-    cost=streaming_cost(list(taken.values()), results, plan.flops),
+    cost=streaming_cost(operands, results, plan.flops),
     # All layouts are given, and inferring them would take Mosaic eight seconds of every compile.
     by_lane=True,
     reduction_bytes=_REDUCTION_BYTES * plan.pooled,
@@ -194,7 +181,6 @@ class _Block:
     self.tile = lax.rem(place, jnp.int32(plan.tiles))
 
   def run(self):
-    """Walks over the block's heads."""
     plan = self.plan
     refs = self.refs
     for piece in range(plan.slots):
@@ -216,11 +202,9 @@ class _Block:
   # ---- memory ------------------------------------------------------------------------------------
 
   def rows(self, part):
-    """Returns the rows of one piece of the tile."""
     return pl.ds(self.tile * self.plan.block + part * ROWS, ROWS)
 
   def fetch(self, head, piece):
-    """Starts the copy of one of a head's pieces."""
     plan = self.plan
     refs = self.refs
     slot = piece % plan.slots
@@ -317,7 +301,6 @@ class _Block:
     return lambda half, columns: found[half * len(plan.chunks) + plan.chunks.index(columns)]
 
   def compress(self, which, head, result):
-    """Makes and stores the tile's coarse rows."""
     plan = self.plan
     refs = self.refs
     tables = [x.at[pl.ds(self.tile * plan.cells, ROWS)] for x in (refs.cell_cos, refs.cell_sin)]

@@ -46,22 +46,22 @@ def forward(joint, bias, gains, tables, lengths, cells, bands, *, filtered, pool
 
   b, n, _, h, d = joint.shape
   tiles = len(lengths)
-  plan = hopper_prepare.Plan(b, n, h, d, n // tiles, pooled=pooled)
+  plan = hopper_prepare.Plan(b, n, h, d, n // tiles, pooled=pooled, filtered=filtered)
   operands = {
     "joint": joint,
     "bias": jnp.asarray(bias, jnp.float32).reshape(3, h, 2, d // 2),
-    "gains": jnp.stack([jnp.asarray(g, jnp.float32) for g in gains]).reshape(2, 2, d // 2),
     "cos": tables[0],
     "sin": tables[1],
-    "lengths": jnp.asarray(lengths, jnp.int32),
+    "gains": jnp.stack([jnp.asarray(g, jnp.float32) for g in gains]).reshape(2, 2, d // 2),
   }
+  if pooled or cells is not None:
+    operands["lengths"] = jnp.asarray(lengths, jnp.int32)
   if cells is not None:
     count = -(-cells.per_tile // 8) * 8
     in_place = cells.rows is None and count == cells.per_tile
     plan = dataclasses.replace(plan, front=cells.front, cells=count, in_place=in_place)
     operands |= _cell_operands(cells, count, plan.pieces)
   if filtered:
-    plan = dataclasses.replace(plan, filtered=filtered)
     operands |= {"filters": _filter_operand(cells.filters), "bands": jnp.asarray(bands, jnp.int32)}
   # The barrier: XLA would fuse the kernel with the update of its own result, and find a cycle.
   found = jax.lax.optimization_barrier(hopper_prepare.forward(plan, operands))

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from freqformer.kernels.around.prepare import multiply_tiles
 from freqformer.kernels.core.cotangents import no_gradient
 from freqformer.kernels.core.op import Op, Split
 
@@ -54,19 +55,14 @@ class Expansion:
   def lift(self, packed: jax.Array, low: jax.Array) -> jax.Array:
     """Returns `[b, n, h, d]` in at least float32."""
     b, _, h, d = packed.shape
-    dtype = jnp.promote_types(packed.dtype, jnp.float32)
-    matrices = jnp.asarray(self.matrices, dtype)
-    starts = jnp.asarray(self.starts)
     if self.alike:  # no gather, whose gradient would be a scatter
       coarse = packed[:, : self.per_tile * self.tiles]
     else:  # behind a tile's own coarse tokens its matrix is zero
+      starts = jnp.asarray(self.starts)
       coarse = packed[:, (starts[:, None] + jnp.arange(self.per_tile)).reshape(-1)]
-    coarse = jnp.where(low[:, None, :, None], coarse, 0).astype(dtype)
+    coarse = jnp.where(low[:, None, :, None], coarse, 0)
     coarse = coarse.reshape(b, self.tiles, self.per_tile, h, d)
-    product = "rk,btkhd->btrhd" if self.alike else "trk,btkhd->btrhd"
-    matrices = matrices[0] if self.alike else matrices[self.classes]
-    lifted = jnp.einsum(product, matrices, coarse, precision=jax.lax.Precision.HIGHEST)
-    return lifted.reshape(b, -1, h, d)
+    return multiply_tiles(self.matrices, self.classes, coarse)
 
 
 def lift(

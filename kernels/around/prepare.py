@@ -93,16 +93,32 @@ class Cells:
     return jnp.select([(bands == i + 1)[:, None, :, None] for i in range(count)], each)
 
   def _by_tile(self, matrices, x):
-    """Multiplies each tile's rows by its class's matrix. TF32 would not leave a constant one."""
     b, _, h, d = x.shape
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
     x = jax.lax.optimization_barrier(x)  # widened inside the product, not once for all readers
-    tiles = x.reshape(b, len(self.classes), -1, h, d).astype(dtype)
-    alike = matrices.shape[0] == 1
-    matrices = matrices[0] if alike else jnp.asarray(matrices)[self.classes]
-    product = "kr,btrhd->btkhd" if alike else "tkr,btrhd->btkhd"
-    y = jnp.einsum(product, matrices.astype(dtype), tiles, precision=jax.lax.Precision.HIGHEST)
-    return y.reshape(b, -1, h, d)
+    tiles = x.reshape(b, len(self.classes), -1, h, d)
+    return multiply_tiles(matrices, self.classes, tiles)
+
+
+def multiply_tiles(matrices: jax.Array, classes: jax.Array, tiles: jax.Array) -> jax.Array:
+  """Multiplies each tile's rows by its class's matrix, in at least float32.
+
+  TF32 would not leave a constant one.
+
+  Args:
+    matrices: `[classes, rows, k]`.
+    classes: int32 `[tiles]`, the matrix of each tile.
+    tiles: `[b, tiles, k, h, d]`.
+
+  Returns:
+    `[b, tiles * rows, h, d]`.
+  """
+  b, _, _, h, d = tiles.shape
+  dtype = jnp.promote_types(tiles.dtype, jnp.float32)
+  alike = matrices.shape[0] == 1
+  matrices = matrices[0] if alike else jnp.asarray(matrices)[classes]
+  product = "rk,btkhd->btrhd" if alike else "trk,btkhd->btrhd"
+  y = jnp.einsum(product, matrices.astype(dtype), tiles.astype(dtype), precision="highest")
+  return y.reshape(b, -1, h, d)
 
 
 def turn(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -220,7 +236,6 @@ def _one(x, bias, gain, *, tables, cells, bands, filtered):
 
 
 def _biased(x, bias):
-  """Returns the sum in at least float32."""
   wide = jnp.promote_types(x.dtype, jnp.float32)
   return x.astype(wide) + bias.astype(wide)
 
@@ -239,25 +254,21 @@ def backward(operands, cotangents: Prepared, *, filtered, pooled):
   """Returns the cotangents, array by array: together, all float32 intermediates would be alive."""
   del pooled  # no gradient flows through the means
   joint, bias, gains, tables, lengths, cells, bands = operands
-  # v, which has no gain, is not there without cells.
-  d_gains = [None, None, None]
-  d_joint = [jnp.zeros_like(joint[:, :, 0])] * 3
-  d_bias = [jnp.zeros_like(bias[0])] * 3
-  before = None
+  found = []
   for i, x in enumerate(jnp.unstack(joint, axis=2)):
     cotangent = cotangents[i]
-    if cotangent is None:
+    if cotangent is None:  # of v, which is not there without cells and has no gain
+      found.append((jnp.zeros_like(x), jnp.zeros_like(bias[i]), None))
       continue
-    if before is not None:
-      before, cotangent = jax.lax.optimization_barrier((before, cotangent))
-      d_joint[i - 1], d_bias[i - 1], d_gains[i - 1] = before
+    if found:
+      found[-1], cotangent = jax.lax.optimization_barrier((found[-1], cotangent))
 
     def run(x, bias, gain, i=i):
       options = dict(tables=tables, cells=cells, bands=bands, filtered="qkv"[i] in filtered)
       return _one(x, bias, gain, **options)[0]
 
     _, pull = jax.vjp(run, x, bias[i], (*gains, None)[i])
-    before = pull(cotangent)
-    d_joint[i], d_bias[i], d_gains[i] = before
+    found.append(pull(cotangent))
+  d_joint, d_bias, d_gains = zip(*found, strict=True)
   rest = jax.tree.map(no_gradient, (tables, lengths, cells, bands))
-  return jnp.stack(d_joint, 2), jnp.stack(d_bias), tuple(d_gains[:2]), *rest
+  return jnp.stack(d_joint, 2), jnp.stack(d_bias), d_gains[:2], *rest

@@ -137,20 +137,21 @@ class BlockMask:
     step = np.arange(self.kv_tiles, dtype=np.int32)
     return array_module(self.kv_counts).broadcast_to(step, (*self.kv_counts.shape, self.kv_tiles))
 
+  def _listed(self) -> Array:
+    """Returns bool `[b or 1, h or 1, q_tiles, max_kv]`: True up to each list's count."""
+    return np.arange(self.max_kv, dtype=np.int32) < self.kv_counts[..., None]
+
   # ---- the same table in other forms -------------------------------------------------------------
 
   def to_tiles(self) -> Array:
     """Returns bool `[b or 1, h or 1, q_tiles, kv_tiles]`: True where a tile lists another."""
-    xnp, ids = array_module(self.kv_indices, self.kv_counts), self.indices()
-    listed = np.arange(self.max_kv, dtype=np.int32) < self.kv_counts[..., None]
-    ids = xnp.where(listed, ids, self.kv_tiles)
+    xnp = array_module(self.kv_indices, self.kv_counts)
+    ids = xnp.where(self._listed(), self.indices(), self.kv_tiles)
+    out = xnp.zeros((*ids.shape[:3], self.kv_tiles + 1), bool)
     if xnp is np:
-      out = np.zeros((*ids.shape[:3], self.kv_tiles + 1), bool)
       np.put_along_axis(out, ids, True, -1)
     else:
-      lead = jnp.ogrid[tuple(slice(s) for s in ids.shape[:3])]
-      out = jnp.zeros((*ids.shape[:3], self.kv_tiles + 1), bool)
-      out = out.at[(*(x[..., None] for x in lead), ids)].set(True)
+      out = jnp.put_along_axis(out, ids, True, -1, inplace=False)
     return out[..., :-1]
 
   def to_dense(self) -> Array:
@@ -167,10 +168,9 @@ class BlockMask:
     """Returns the table by key tile; a stable sort, hence deterministic. Tracers work, too."""
     if self.transposed is not None:
       return self.transposed
-    ids = self.indices()
-    xnp, lead = array_module(self.kv_indices, self.kv_counts), ids.shape[:2]
-    listed = np.arange(self.max_kv, dtype=np.int32) < self.kv_counts[..., None]
-    kv = xnp.where(listed, ids, self.kv_tiles).reshape(*lead, -1)
+    xnp = array_module(self.kv_indices, self.kv_counts)
+    kv = xnp.where(self._listed(), self.indices(), self.kv_tiles)
+    kv = kv.reshape(*kv.shape[:2], -1)
     order = xnp.argsort(kv, axis=-1, stable=True).astype(np.int32)
     rows = np.repeat(np.arange(self.q_tiles, dtype=np.int32), self.max_kv)
     kv = xnp.take_along_axis(kv, order, -1)
@@ -235,48 +235,39 @@ class BlockMask:
 
     `kv_len` where queries and keys share a buffer (equal rows); else every query row is valid.
     """
-    xnp, rows = array_module(self.kv_len), self.q_tiles * self.block_q
-    kv_len = self.kv_len if self.kv_len.ndim == 2 else self.kv_len[None]
-    if rows != self.kv_tiles * self.block_kv:
-      return xnp.full((kv_len.shape[0], self.q_tiles), self.block_q, np.int32)
+    kv_len = self.kv_len.reshape(-1, self.kv_tiles)
+    if self.q_tiles * self.block_q != self.kv_tiles * self.block_kv:
+      shape = (len(kv_len), self.q_tiles)
+      return array_module(self.kv_len).full(shape, self.block_q, np.int32)
     valid = np.arange(self.block_kv, dtype=np.int32) < kv_len[..., None]
-    return valid.reshape(kv_len.shape[0], self.q_tiles, self.block_q).sum(-1).astype(np.int32)
+    return valid.reshape(len(kv_len), self.q_tiles, self.block_q).sum(-1).astype(np.int32)
 
   def pairs(self) -> Array:
     """Returns scored valid pairs `[b or 1, h or 1]`: exact int64 for NumPy, float32 if traced."""
     xnp = array_module(self.kv_indices, self.kv_counts, self.kv_len)
     kind = np.int64 if xnp is np else jnp.float32
-    keys = self._listed_keys(xnp, kind)
+    keys = self._listed_keys(xnp).astype(kind)
     return (keys * self.q_len()[:, None].astype(kind)).sum(-1)
 
-  def _listed_keys(self, xnp, kind) -> Array:
+  def _listed_keys(self, xnp) -> Array:
     """Returns valid keys that each query tile's list holds, `[b or 1, h or 1, q_tiles]`."""
-    if self.kv_indices is None:  # prefixes of all key tiles
-      wide = np.int64 if xnp is np else np.int32
-      sums = xnp.cumsum(self.kv_len, -1, dtype=wide).reshape(-1, 1, self.kv_tiles)
-      sums = xnp.pad(sums, ((0, 0), (0, 0), (1, 0)))
-      shape = np.broadcast_shapes(self.kv_counts.shape, (len(sums), 1, 1))
-      counts = xnp.broadcast_to(self.kv_counts, shape)
-      sums = xnp.broadcast_to(sums, (*shape[:2], self.kv_tiles + 1))
-      return xnp.take_along_axis(sums, counts, -1).astype(kind)
-    ids = self.indices()
+    kv_len = xnp.asarray(self.kv_len).reshape(-1, self.kv_tiles)
+    ids = self.kv_indices
+    if ids is None or one_list(ids):  # prefixes of one list: no table of all of them
+      first = kv_len if ids is None else kv_len[:, ids[0, 0, 0]]
+      sums = xnp.cumsum(first, -1, dtype=np.int64 if xnp is np else np.int32)
+      sums = xnp.pad(sums, ((0, 0), (1, 0)))[:, None]
+      lead = np.broadcast_shapes(self.kv_counts.shape[:2], sums.shape[:2])
+      counts = xnp.broadcast_to(self.kv_counts, (*lead, self.q_tiles))
+      return xnp.take_along_axis(xnp.broadcast_to(sums, (*lead, sums.shape[-1])), counts, -1)
+    sample = np.arange(len(kv_len), dtype=np.int32)[:, None, None, None]
     slots = np.arange(self.max_kv, dtype=np.int32)
-    if xnp is np and self.kv_len.ndim == 1:
-      if one_list(ids):  # prefixes of one list: no table of all of them
-        return np.cumsum([0, *self.kv_len[ids[0, 0, 0]]], dtype=np.int64)[self.kv_counts]
-      found = []
-      step = max(1, _COUNTED // max(1, self.max_kv))
-      for rows in (slice(i, i + step) for i in range(0, self.q_tiles, step)):
-        keys = np.where(slots < self.kv_counts[:, :, rows, None], self.kv_len[ids[:, :, rows]], 0)
-        found.append(keys.sum(-1, dtype=np.int64))
-      return np.concatenate(found, -1)
-    if self.kv_len.ndim == 1:
-      keys = xnp.asarray(self.kv_len)[ids]
-    else:
-      shape = (self.kv_len.shape[0], *ids.shape[1:3])
-      wide = xnp.broadcast_to(self.kv_len[:, None, None], (*shape, self.kv_tiles))
-      keys = xnp.take_along_axis(wide, xnp.broadcast_to(ids, (*shape, ids.shape[-1])), -1)
-    return xnp.where(slots < self.kv_counts[..., None], keys, 0).sum(-1).astype(kind)
+    step = max(1, _COUNTED // max(1, self.max_kv) if xnp is np else self.q_tiles)
+    found = []
+    for rows in (slice(i, i + step) for i in range(0, self.q_tiles, step)):
+      keys = kv_len.reshape(-1)[ids[:, :, rows] + sample * self.kv_tiles]
+      found.append(xnp.where(slots < self.kv_counts[:, :, rows, None], keys, 0).sum(-1))
+    return xnp.concatenate(found, -1)
 
   def density(self, n: int | None = None) -> Array:
     """Returns scored valid pairs / n^2 per sample and head, `[b or 1, h or 1]`.
@@ -287,8 +278,8 @@ class BlockMask:
     """
     if n is not None:
       return self.pairs() / float(n) ** 2
-    kv_len = self.kv_len if self.kv_len.ndim == 2 else self.kv_len[None]
-    return self.pairs() / (self.q_len().sum(-1) * 1.0 * kv_len.sum(-1))[:, None]
+    keys = self.kv_len.reshape(-1, self.kv_tiles).sum(-1)
+    return self.pairs() / (self.q_len().sum(-1) * 1.0 * keys)[:, None]
 
   # ---- for people --------------------------------------------------------------------------------
 
@@ -420,16 +411,14 @@ def select(masks: Sequence[BlockMask], choice: Array) -> BlockMask:
     )
   max_kv = max(m.max_kv for m in masks)
   xnp = array_module(choice, *(m.kv_counts for m in masks), *(m.kv_indices for m in masks))
+
+  def padded(mask):
+    filler = ((0, 0),) * 3 + ((0, max_kv - mask.max_kv),)
+    return xnp.pad(mask.indices(), filler, mode="edge")
+
   pick = choice[..., None]
-  counts = ids = None
+  ids, counts = padded(first), first.kv_counts
   for i, mask in enumerate(masks):
-    own = mask.indices()
-    own = xnp.pad(own, ((0, 0),) * 3 + ((0, max_kv - mask.max_kv),), mode="edge")
-    if i == 0:
-      lead = np.broadcast_shapes(pick.shape[:2], own.shape[:2])
-      ids = xnp.broadcast_to(own, (*lead, *own.shape[2:]))
-      counts = xnp.broadcast_to(mask.kv_counts, (*lead, mask.q_tiles))
-    else:
-      ids = xnp.where(pick[..., None] == i, own, ids)
-      counts = xnp.where(pick == i, mask.kv_counts, counts)
+    ids = xnp.where(pick[..., None] == i, padded(mask), ids)
+    counts = xnp.where(pick == i, mask.kv_counts, counts)
   return BlockMask(ids, counts, first.kv_len, first.kv_bias, first.block_q, first.block_kv)

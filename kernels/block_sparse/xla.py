@@ -47,7 +47,6 @@ class _Plan:
 
   @classmethod
   def of(cls, mask, b, h):
-    """Plans the work of a table in a call with `b` samples and `h` heads."""
     num_rows = b * h * mask.q_tiles
     table_b, table_h = mask.kv_counts.shape[:2]
     counts = jnp.broadcast_to(jnp.asarray(mask.kv_counts), (b, h, mask.q_tiles)).reshape(-1)
@@ -98,7 +97,6 @@ def _view(x, block, tiles):
 
 
 def _unview(x, n):
-  """Inverts `_view`."""
   return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :n]
 
 

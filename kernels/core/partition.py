@@ -80,18 +80,15 @@ def by_sample_and_head(fn: Callable, operands: tuple, operand_dims: Any, result_
 
 def _letters(dims, arrays, size: dict[str, int]) -> list[str]:
   """Returns one letter per dimension of every leaf of `arrays`."""
-  found = []
 
   def of_leaf(letters, x):
-    letters = letters.ljust(np.ndim(x), ".")
-    shared = zip(letters, np.shape(x), strict=True)
-    found.append("".join("." if n != size.get(letter) else letter for letter, n in shared))
+    pairs = zip(letters.ljust(np.ndim(x), "."), np.shape(x), strict=True)
+    return "".join("." if n != size.get(letter) else letter for letter, n in pairs)
 
   def of_subtree(letters, subtree):
-    jax.tree.map(lambda x: of_leaf(letters, x), subtree)
+    return [of_leaf(letters, x) for x in jax.tree.leaves(subtree)]
 
-  jax.tree.map(of_subtree, dims, arrays)
-  return found
+  return jax.tree.leaves(jax.tree.map(of_subtree, dims, arrays))
 
 
 def _spec(leaf) -> tuple:

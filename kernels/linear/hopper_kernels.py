@@ -130,11 +130,9 @@ class _Stages:
     return self.rings[0].shape[0]
 
   def slot(self, s):
-    """Returns the slot of stage `s`."""
     return lax.rem(s, jnp.int32(self.slots))
 
   def wait(self, slot):
-    """Waits until the slot is filled."""
     plgpu.barrier_wait(self.full.at[slot])
 
   def rows(self, s):
@@ -151,7 +149,6 @@ class _Stages:
     return [(pl.ds(row(i), box), pl.ds(i * box, box)) for i in range(self.table.shape[1])]
 
   def fetch(self, s):
-    """Starts the copies of stage `s`."""
     slot = self.slot(s)
     full = self.full.at[slot]
     rows_sm = self.rings[: len(self.rows_gm)]
@@ -164,7 +161,6 @@ class _Stages:
       plgpu.copy_gmem_to_smem(source.at[(*lead, self.rows(s))], ring.at[slot], full)
 
   def start(self):
-    """Starts the copies of the first stages, one per slot."""
     for s in range(self.slots):
       pl.when(s < self.count)(functools.partial(self.fetch, jnp.int32(s)))
 
@@ -190,7 +186,6 @@ class _Sums(NamedTuple):
 
   @classmethod
   def types(cls, d: int, dtype) -> "_Sums":
-    """Returns scratch types."""
     total = plgpu.SMEM((d,), jnp.float32)
     return cls(tiles_type(d, d, dtype=dtype), total, plgpu.Barrier(num_arrivals=2))
 
@@ -213,7 +208,6 @@ def _numbers(ring, slot):
 
 
 def _rows(ring, slot):
-  """Returns a stage's rows, float32 `[64, d]`."""
   return ring.at[slot][...].astype(jnp.float32)
 
 

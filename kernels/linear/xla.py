@@ -69,7 +69,6 @@ def backward(q, k, v, segments, reads, heads, kept, log_den, delta, d_out, *, fe
 
 
 def _wide(x):
-  """Returns `x` in at least float32."""
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 

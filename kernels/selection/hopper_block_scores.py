@@ -45,7 +45,7 @@ def unsupported(q, block: int, target: Target) -> str | None:
   return "; ".join(filter(None, reasons)) or None
 
 
-def row_mass(q, k, lse, kv_len, first, *, count: int, scale: float, largest: float) -> jax.Array:
+def row_mass(q, k, lse, kv_len, first, *, count: int, scale: float) -> jax.Array:
   """Computes the mass of consecutive query tiles on the key tiles, float32 `[count, tiles]`.
 
   Args:
@@ -55,7 +55,6 @@ def row_mass(q, k, lse, kv_len, first, *, count: int, scale: float, largest: flo
     first: int32 `[1]`, number of the first query tile, `(sample * h + head) * tiles + tile`.
     count: number of query tiles; those after the last are the last one again.
     scale: multiplies q k^T.
-    largest: where the exponent is cut, natural units.
   """
   b, n, h, d = q.shape
   tiles = kv_len.shape[-1]
@@ -106,7 +105,7 @@ def row_mass(q, k, lse, kv_len, first, *, count: int, scale: float, largest: flo
         x = product(mine, keys.at[slot])
         k_ring.release(slot)
         x = walk.hide(x * (scale * LOG2E), entries) - over_columns(shift, block)
-        p = jnp.exp2(jnp.minimum(x, largest * LOG2E))
+        p = jnp.exp2(jnp.minimum(x, LARGEST_EXPONENT * LOG2E))
         collected.at[warpgroup, lax.rem(s, jnp.int32(COLLECT))][...] = p.sum(axis=1)
         last = jnp.logical_or(lax.rem(s, jnp.int32(COLLECT)) == COLLECT - 1, s == every.steps - 1)
         pl.when(last)(functools.partial(add_up, s))
@@ -127,26 +126,24 @@ def row_mass(q, k, lse, kv_len, first, *, count: int, scale: float, largest: flo
     plgpu.SMEM((consumers, COLLECT), jnp.float32),
   )
   out = jax.ShapeDtypeStruct((count, consumers, groups * COLLECT), jnp.float32)
+  pairs = count * block * n
+  rows = count * block + -(-count // tiles) * n  # of queries, and of the heads' keys, once
+  cost = pl.CostEstimate(
+    flops=2 * pairs * d,
+    transcendentals=pairs,
+    bytes_accessed=rows * d * q.dtype.itemsize + math.prod(out.shape) * 4,
+  )
   (found,) = launch(
     block_mass,
     (q, k, lse, kv_len, first),
     [out],
     [own, Ring.types(walk, deal, tiles_type(STAGES, block, d, dtype=q.dtype)), sums],
     blocks=count,
-    cost=_cost(q, block, count, out),
+    cost=cost,
     warpgroups=deal.warpgroups,
     by_lane=True,
   )
   return found.sum(1)[:, :tiles]
-
-
-def _cost(q, block: int, count: int, out: jax.ShapeDtypeStruct) -> pl.CostEstimate:
-  """Counts 2 FLOPs per pair and channel, an exponential per pair, one read of the heads' keys."""
-  _, n, h, d = q.shape
-  pairs = count * block * n
-  heads = -(-count // max(1, n // block))
-  moved = (count * block + heads * n) * d * q.dtype.itemsize + math.prod(out.shape) * 4
-  return pl.CostEstimate(flops=2 * pairs * d, transcendentals=pairs, bytes_accessed=moved)
 
 
 def forward(q, k, lse, kv_len, *, block, scale, reduce):
@@ -160,7 +157,7 @@ def forward(q, k, lse, kv_len, *, block, scale, reduce):
 
   def one(first):
     tables = (q, k, shifts, kv_len, first[None])
-    mass = row_mass(*tables, count=count, scale=scale, largest=LARGEST_EXPONENT)
+    mass = row_mass(*tables, count=count, scale=scale)
     if reduce is None:
       return mass
     return reduce(mass, (first + jnp.arange(count, dtype=jnp.int32)) % tiles)

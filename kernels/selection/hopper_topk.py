@@ -34,7 +34,7 @@ def unsupported(scores, target: Target) -> str | None:
   return "; ".join(filter(None, reasons)) or None
 
 
-def kth_largest(budget: int, scores, always=None) -> jax.Array:
+def forward(scores, always, *, budget: int) -> jax.Array:
   """Returns each row's `budget`-th largest score, as uint32 `[...]` in the order of the floats.
 
   Args:
@@ -86,8 +86,3 @@ def kth_largest(budget: int, scores, always=None) -> jax.Array:
     reduction_bytes=_REDUCTION_BYTES,
   )
   return (lax.bitcast_convert_type(found, jnp.uint32) ^ jnp.uint32(1 << 31)).reshape(lead)
-
-
-def forward(scores, always, *, budget):
-  """Returns each row's `budget`-th largest score, as `kernels.selection.topk.forward`."""
-  return kth_largest(budget, scores, always)

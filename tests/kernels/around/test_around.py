@@ -23,6 +23,7 @@ from freqformer.methods.base import Cond
 from freqformer.methods.dense import Dense
 from freqformer.methods.freqformer import FreqFormer
 from freqformer.model.attention import AttentionDims, SpectralAttention
+from tests.kernels.block_sparse.suite import worst_error
 
 HOPPER = Target("cuda", "NVIDIA H100 80GB HBM3", "9.0")
 BASIS = SpectralBasis("block_dct", (0.5, 0.5, 0.5), (0.75, 0.75, 0.75))
@@ -41,30 +42,39 @@ class Case:
   d: int
   b: int = 1
   h: int = 2
+  filtered: str = ""
 
   @property
   def layout(self):
     return TileLayout(self.grid, self.tile, self.block)
 
-  filtered: str = ""
-
   @property
   def bands(self):
     return jnp.arange(self.b * self.h).reshape(self.b, self.h) % 3
 
+  def in_band(self, x, spectral):
+    """Returns tokens `x` in each head's band, by functions of the grid."""
+    low, box = spectral.project_low(x), spectral.project_box(x)
+    bands = self.bands[:, None, :, None]
+    return jnp.select([bands == 1, bands == 2], [box - low, x - box], x)
+
+  def means(self, x, lengths):
+    """Returns means over each tile's valid rows, `[b, h, tiles, d]`."""
+    return np.stack([x[:, t * self.block :][:, :k].mean(1) for t, k in enumerate(lengths)], 2)
+
 
 CASES = {
-  "alike": Case(
-    (4, 8, 16), (4, 4, 8), 128, 128
-  ),  # coarse rows of a tile are a multiple of 8: stored in place
-  "ragged": Case((5, 6, 7), (3, 4, 5), 64, 64, b=2, filtered="v"),  # eight kinds of tiles
+  # Coarse rows of a tile are a multiple of 8: stored in place.
+  "alike": Case((4, 8, 16), (4, 4, 8), 128, 128),
+  # Eight kinds of tiles.
+  "ragged": Case((5, 6, 7), (3, 4, 5), 64, 64, b=2, filtered="v"),
   "ragged, big": Case((4, 6, 7), (4, 5, 6), 128, 64, h=3, filtered="qkv"),
 }
 
 
-def _inputs(case, dtype=jnp.bfloat16, seed=0, basis=BASIS):
+def _inputs(case, dtype=jnp.bfloat16, basis=BASIS):
   """Arguments of `prepare`; padding rows hold large numbers."""
-  layout, draw = case.layout, np.random.default_rng(seed)
+  layout, draw = case.layout, np.random.default_rng(0)
   arrays, spectral = layout.arrays(), basis.fit(layout)
   front = -(-spectral.n_coarse // case.block) * case.block
   joint = draw.standard_normal((case.b, layout.n_buffer, 3, case.h, case.d))
@@ -74,12 +84,6 @@ def _inputs(case, dtype=jnp.bfloat16, seed=0, basis=BASIS):
   cells = tile_cells(spectral, front, filtered=True)
   tables = angle_tables(arrays.positions, case.d)
   return jnp.asarray(joint, dtype), bias, gains, tables, arrays.kv_len, cells, spectral
-
-
-def _close(got, want, tolerance):
-  got, want = (np.asarray(x, np.float64) for x in (got, want))
-  scale = np.sqrt(np.square(want).mean())
-  assert np.abs(got - want).max() <= tolerance * scale, np.abs(got - want).max() / scale
 
 
 def _rightly_rounded(got, want):
@@ -100,47 +104,57 @@ def case(request, monkeypatch):
   return case
 
 
-def test_the_definition_is_the_spectral_operators(case):
-  """Norm and pooling by formula; rotary, compression and filters by functions of the grid."""
-  joint, bias, gains, tables, lengths, cells, spectral = _inputs(case, jnp.float32)
-  arrays, front = case.layout.arrays(), cells.front
-  operands = (
-    joint,
-    bias,
-    gains,
-    tables,
-    lengths,
-    cells.cells(spectral.centres, case.d),
-    case.bands,
-  )
+def _refusal(op, *call):
+  with pytest.raises(NotImplementedError) as error:
+    op.choose(*call, implementation="hopper", target=HOPPER)
+  return str(error.value)
+
+
+@pytest.mark.parametrize(
+  "name, kind", [*((name, "block_dct") for name in CASES), ("ragged", "dct"), ("ragged", "haar")]
+)
+def test_the_definition_is_the_spectral_operators(name, kind):
+  """Norm and pooling by formula; rotary, compression, filters, lift by functions of the grid.
+
+  Kernels refuse a transform of whole axes.
+  """
+  case = CASES[name]
+  joint, bias, gains, angles, lengths, *_ = _inputs(case, jnp.float32)
+  basis = BASIS
+  if kind != "block_dct":
+    basis = dataclasses.replace(BASIS, kind=kind, mid=(0.5, 1.0, 1.0))
+  tables = FreqFormer(basis=basis, filter="qkv").tables(case.layout)
+  spectral, cells = tables.spectral, tables.around(case.d)
+  arrays = case.layout.arrays()
+  valid = np.concatenate([np.zeros(cells.front, bool), arrays.valid])
+  operands = (joint, bias, gains, angles, lengths, cells, case.bands)
   got = prepare(*operands, pooled=True, filtered=case.filtered, implementation="xla")
-  coarse = slice(0, spectral.n_coarse)
-  for name, gain, pool, x in zip(
-    "qkv", (*gains, None), (*got[3:], None), jnp.unstack(joint + bias, axis=2), strict=True
-  ):
 
-    def finish(x, at, gain=gain):
-      return rotate(x / jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6) * gain, at)
-
+  def finish(x, gain, at):
     if gain is None:
+      return x
+    return rotate(x / jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6) * gain, at)
 
-      def finish(x, at):
-        return x
-
-    found, want = getattr(got, name), finish(x, arrays.positions)
-    means = [want[:, t * case.block :][:, :k].mean(1) for t, k in enumerate(lengths)]
-    if name in case.filtered:
-      low, box, bands = (
-        spectral.project_low(x),
-        spectral.project_box(x),
-        case.bands[:, None, :, None],
-      )
-      want = finish(jnp.select([bands == 1, bands == 2], [box - low, x - box], x), arrays.positions)
-    _close(found[:, front:][:, arrays.valid], want[:, arrays.valid], 1e-4)
-    _close(found[:, coarse], finish(spectral.compress(x), spectral.centres), 1e-4)
-    assert not found[:, spectral.n_coarse : front].any()
+  q_k_v = jnp.unstack(joint + bias, axis=2)
+  for name, gain, pool, x in zip("qkv", (*gains, None), (*got[3:], None), q_k_v, strict=True):
+    found = getattr(got, name)
+    tokens = case.in_band(x, spectral) if name in case.filtered else x
+    want = finish(tokens, gain, arrays.positions)[:, arrays.valid]
+    assert worst_error(found[:, valid], want) <= 1e-4
+    coarse = finish(spectral.compress(x), gain, spectral.centres)
+    assert worst_error(found[:, : spectral.n_coarse], coarse) <= 1e-4
+    assert not found[:, spectral.n_coarse : cells.front].any()
     if pool is not None:
-      _close(pool, jnp.stack(means, 2), 1e-4)
+      means = case.means(finish(x, gain, arrays.positions), lengths)
+      assert worst_error(pool, means) <= 1e-4
+  ones = jnp.ones(case.bands.shape)
+  lifted = lift(got.v, ones, ones > 0, tables.expansion, "xla")
+  assert (
+    worst_error(lifted[:, arrays.valid], want + spectral.project_low(x)[:, arrays.valid]) <= 1e-4
+  )
+  if kind != "block_dct":
+    assert "the transform leaves the tile" in _refusal(PREPARE, joint, lengths, cells)
+    assert "the transform leaves the tile" in _refusal(LIFT, got.v, tables.expansion)
 
 
 def test_rotary_multiplies_complex_numbers():
@@ -150,7 +164,7 @@ def test_rotary_multiplies_complex_numbers():
   want = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * angles)[:, None]
   tables = [jnp.asarray(f(angles), jnp.float32) for f in (np.cos, np.sin)]
   want = np.concatenate([want.real, want.imag], -1)
-  _close(turn(jnp.asarray(x, jnp.float32), *tables), want, 1e-6)
+  assert worst_error(turn(jnp.asarray(x, jnp.float32), *tables), want) <= 1e-6
 
 
 def test_prepare_kernel(case, capfd):
@@ -159,14 +173,13 @@ def test_prepare_kernel(case, capfd):
   The first case watches for races.
   """
   joint, bias, gains, tables, lengths, cells, spectral = _inputs(case)
-  cells = cells.cells(spectral.centres, case.d)
-  operands = (bias, gains, tables, lengths, cells, case.bands)
-  want = prepare(
-    joint.astype(jnp.float32), *operands, pooled=True, filtered=case.filtered, implementation="xla"
-  )
+  coarse = cells.cells(spectral.centres, case.d)
+  operands = (bias, gains, tables, lengths, coarse, case.bands)
+  wanted = functools.partial(prepare, pooled=True, filtered=case.filtered)
+  want = wanted(joint.astype(jnp.float32), *operands, implementation="xla")
   with interpret.interpreted(detect_races=case == CASES["alike"]):
-    assert PREPARE.choose(joint, lengths, cells) == "hopper"
-    got = jax.jit(lambda *a: prepare(*a, pooled=True, filtered=case.filtered))(joint, *operands)
+    assert PREPARE.choose(joint, lengths, coarse) == "hopper"
+    got = jax.jit(wanted)(joint, *operands)
     alone = jax.jit(prepare)(joint, bias, gains, tables, lengths)
     jax.block_until_ready((got, alone))
   assert "RACE DETECTED" not in capfd.readouterr().out  # the detector prints and goes on
@@ -175,13 +188,12 @@ def test_prepare_kernel(case, capfd):
     found, right = np.asarray(getattr(got, name), np.float32), np.asarray(getattr(want, name))
     assert np.abs(found - right)[:, valid].max() <= 2**-8 * np.abs(right[:, valid]).max()
     assert np.isfinite(found).all()
-    assert _rightly_rounded(found[:, : spectral.n_coarse], right[:, : spectral.n_coarse])
-    assert _rightly_rounded(found[:, valid], right[:, valid])
+    for rows in (slice(0, spectral.n_coarse), valid):
+      assert _rightly_rounded(found[:, rows], right[:, rows])
     tokens = np.asarray(getattr(alone, name), np.float32)
     assert name in "v" + case.filtered or np.array_equal(tokens, found[:, cells.front :])
     if name in "qk":  # of the tokens as they were rounded, not filtered
-      means = [tokens[:, t * case.block :][:, :k].mean(1) for t, k in enumerate(lengths)]
-      _close(getattr(got, f"{name}_pool"), np.stack(means, 2), 1e-5)
+      assert worst_error(getattr(got, f"{name}_pool"), case.means(tokens, lengths)) <= 1e-5
   assert alone.q_pool is None
 
 
@@ -189,53 +201,42 @@ def test_lift_kernel(case, capfd):
   """Against spectral.lift in float32; heads without coarse rows are scaled only."""
   *_, cells, spectral = _inputs(case)
   draw = np.random.default_rng(1)
-  packed = jnp.asarray(
-    draw.standard_normal((case.b, cells.front + case.layout.n_buffer, case.h, case.d)), jnp.bfloat16
-  )
+  shape = (case.b, cells.front + case.layout.n_buffer, case.h, case.d)
+  packed = jnp.asarray(draw.standard_normal(shape), jnp.bfloat16)
   low = jnp.asarray(draw.random((case.b, case.h)) < 0.5).at[:, 0].set(True).at[:, -1].set(False)
   weights = jnp.asarray(draw.uniform(0.5, 2, low.shape), jnp.float32)
   wide = packed.astype(jnp.float32)
   coarse = jnp.where(low[:, None, :, None], wide[:, : spectral.n_coarse], 0)
   want = (wide[:, cells.front :] + spectral.lift(coarse)) * weights[:, None, :, None]
-  _close(lift(wide, weights, low, cells.expansion), want, 1e-5)
+  assert worst_error(lift(wide, weights, low, cells.expansion), want) <= 1e-5
   with interpret.interpreted(detect_races=case == CASES["alike"]):
     got = jax.block_until_ready(jax.jit(lift)(packed, weights, low, cells.expansion))
   assert "RACE DETECTED" not in capfd.readouterr().out
   valid = case.layout.arrays().valid
-  assert _rightly_rounded(got[:, valid], want[:, valid])
-  _close(got[:, valid], want[:, valid], 2e-2)
-  assert (
-    np.abs(np.asarray(got[:, valid] - want[:, valid])).max()
-    <= 2**-8 * np.abs(np.asarray(want)).max()
-  )
+  got, want = np.asarray(got[:, valid], np.float32), np.asarray(want[:, valid])
+  assert _rightly_rounded(got, want)
+  assert worst_error(got, want) <= 2e-2
+  assert np.abs(got - want).max() <= 2**-8 * np.abs(want).max()
 
 
 def _layer(case, method, dtype):
   """Valid rows of the output and gradients, of a layer whose gains and biases are not trivial."""
   layout, width = case.layout, case.h * case.d
-
-  def build():
-    return SpectralAttention(
-      AttentionDims(width, case.h, 8), method, layout, nnx.Rngs(0), dtype=dtype
-    )
-
-  graphdef, params = nnx.split(build())
+  dims = AttentionDims(width, case.h, 8)
+  graphdef, params = nnx.split(SpectralAttention(dims, method, layout, nnx.Rngs(0), dtype=dtype))
   draw = np.random.default_rng(3)
   params = jax.tree.map(
     lambda x: x + draw.uniform(0, 0.5, x.shape).astype(x.dtype) if x.ndim == 1 else x, params
   )
-  x, weigh = (
-    jnp.asarray(draw.standard_normal((case.b, layout.n_buffer, width)), jnp.bfloat16)
-    for _ in range(2)
-  )
-  valid = jnp.asarray(layout.arrays().valid)[:, None]
-  tables = method.tables(layout)
+  shape = (2, case.b, layout.n_buffer, width)
+  x, weigh = jnp.asarray(draw.standard_normal(shape), jnp.bfloat16)
+  arrays, tables = layout.arrays(), method.tables(layout)
 
   @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
   def loss(params, x):
     cond = Cond(jnp.full(case.b, 0.5), jnp.ones((case.b, 8)))
-    out = nnx.merge(graphdef, params)(x, cond, layout.arrays(), tables, {})[0]
-    out = jnp.where(valid, out, 0)
+    out = nnx.merge(graphdef, params)(x, cond, arrays, tables, {})[0]
+    out = jnp.where(arrays.valid[:, None], out, 0)
     return (out * weigh).astype(jnp.float32).sum(), out
 
   (_, out), grads = jax.jit(loss)(params, x.astype(dtype))
@@ -271,43 +272,9 @@ def test_layer_with_and_without_kernels(method, monkeypatch):
     assert np.linalg.norm(f - r) <= 1.5 * np.linalg.norm(p - r) + 1e-3 * np.linalg.norm(r)
 
 
-def _refusal(op, *call):
-  with pytest.raises(NotImplementedError) as error:
-    op.choose(*call, implementation="hopper", target=HOPPER)
-  return str(error.value)
-
-
 def test_lift_reads_64_rows_from_a_multiple_of_8_on():
-  *_, cells, _ = _inputs(
-    dataclasses.replace(CASES["ragged"], tile=(4, 4, 4)),
-    basis=SpectralBasis("block_dct", *[(1,) * 3] * 2),
-  )
+  case = dataclasses.replace(CASES["ragged"], tile=(4, 4, 4))
+  *_, cells, _ = _inputs(case, basis=SpectralBasis("block_dct", (1,) * 3, (1,) * 3))
   packed = jnp.zeros((1, cells.front + 64 * 8, 1, 64), jnp.bfloat16)
-  assert _refusal(LIFT, packed, cells.expansion).endswith(
-    "hopper: a tile has 64 coarse tokens, it takes at most 57"
-  )
-
-
-@pytest.mark.parametrize("kind", ["dct", "haar"])
-def test_a_transform_of_whole_axes(kind):
-  """Kernels refuse it; the definitions compress, filter and lift by the spectral tables."""
-  case = CASES["ragged"]
-  basis = dataclasses.replace(BASIS, kind=kind, mid=(0.5, 1.0, 1.0))
-  tables = FreqFormer(basis=basis, filter="qkv").tables(case.layout)
-  spectral = tables.spectral
-  joint, bias, gains, angles, lengths, *_ = _inputs(case, jnp.float32)
-  cells = tables.around(case.d)
-  assert "the transform leaves the tile" in _refusal(PREPARE, joint, lengths, cells)
-  found = prepare(joint, bias, gains, angles, lengths, cells, case.bands, filtered="v")
-  assert "the transform leaves the tile" in _refusal(LIFT, found.v, tables.expansion)
-  valid = case.layout.arrays().valid
-  coarse = slice(0, spectral.n_coarse)
-  v = joint[:, :, 2] + bias[2]
-  low, box = spectral.project_low(v), spectral.project_box(v)
-  bands = case.bands[:, None, :, None]
-  want = jnp.select([bands == 1, bands == 2], [box - low, v - box], v)
-  _close(found.v[:, cells.front :][:, valid], want[:, valid], 1e-4)
-  _close(found.v[:, coarse], spectral.compress(v), 1e-4)
-  weights = jnp.ones(case.bands.shape)
-  got = lift(found.v, weights, weights > 0, tables.expansion)
-  _close(got[:, valid], (want + low)[:, valid], 1e-4)
+  words = "hopper: a tile has 64 coarse tokens, it takes at most 57"
+  assert _refusal(LIFT, packed, cells.expansion).endswith(words)

@@ -10,13 +10,10 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from freqformer.kernels.block_sparse.api import attention
-from freqformer.kernels.block_sparse.table import BlockMask, dense_mask, from_tiles, select
+from freqformer.kernels.block_sparse.table import BlockMask, from_tiles, select
 
-# Tiles that an online softmax must meet in some list of every head, lest it pass without rescaling
-# what it has: two stages of the Hopper kernel, which hold up to 128 keys.
-LONG = 3
+NAMES = ("out", "lse", "dq", "dk", "dv")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,22 +36,24 @@ class Case:
   bias: bool = False
   kv_len_per_batch: bool = False
   listed: bool = True  # False: kv_indices is None
-  long: bool = True  # the last query tile of every head lists at least `LONG` tiles
+  # The last query tile of every head lists three tiles, the first and last at least half full: an
+  # online softmax must rescale there. Two stages of the Hopper kernel hold up to 128 keys.
+  long: bool = True
 
 
+BIAS = Case("bias", bias=True)
 CASES = (
   Case("plain", ragged=False, empty=False),
   Case("ragged_with_empty_rows"),
   Case("per_batch_per_head", b=2, table_b=2, kv_len_per_batch=True),
   Case("shared_by_heads", b=2, table_h=1, d=64),
-  Case("bias", bias=True),
+  Case("every_tile_in_order", listed=False),
+  BIAS,
   Case("rectangular_tiles", block_q=128, block_kv=64, n_q=256, n_kv=320),
   Case("rectangular_tiles_2", block_q=64, block_kv=128, n_q=128, n_kv=384),
-  Case("every_tile_in_order", listed=False),
   Case("sparse_lists", n_q=512, n_kv=512, keep=0.1, d=64),
 )
-# Shapes that only backends without alignment needs can run; such a backend keeps `any_shape =
-# True`.
+# Shapes that only backends without alignment needs can run.
 ODD_CASES = (
   Case("odd_d_and_tiles", d=7, block_q=5, block_kv=3, n_q=35, n_kv=24),
   Case("cut_last_tiles", d=16, block_q=16, block_kv=16, n_q=45, n_kv=70, ragged=False),
@@ -99,22 +98,7 @@ def draw_mask(case: Case, seed: int) -> BlockMask:
       mask, kv_indices=None, kv_counts=np.minimum(mask.kv_counts + 1, kv_tiles)
     )
     mask.kv_counts[:, :, 0] = 0
-  mask = mask.check()
-  if case.long:
-    _check_long(mask)
-  return mask
-
-
-def _check_long(mask: BlockMask):
-  """Asserts that some list of every head has many keys in its first tile and behind the second.
-
-  Only there can a running maximum move from one stage to the next.
-  """
-  ids, lengths = np.asarray(mask.indices()), np.atleast_2d(mask.kv_len).min(0)
-  listed = np.arange(mask.max_kv) < mask.kv_counts[..., None]
-  filled = listed & (2 * lengths[ids] >= mask.block_kv)
-  long = filled[..., 0] & filled[..., LONG - 1 :].any(-1)
-  assert long.any(-1).all(), f"a head has no list of {LONG} tiles: {mask.kv_counts}"
+  return mask.check()
 
 
 def draw_inputs(case: Case, seed: int, dtype):
@@ -173,41 +157,48 @@ def oracle(q, k, v, mask, d_out=None, d_lse=None):
   )
 
 
-def relative_error(got, want):
-  """RMS error over RMS size; -inf must stand where -inf stands."""
+def _difference(got, want):
+  """Returns got - want where that is finite, and the RMS of want; -inf stands where -inf stands."""
   got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
   assert got.shape == want.shape
   finite = np.isfinite(want)
   np.testing.assert_array_equal(got[~finite], want[~finite])
-  if not finite.any():
-    return 0.0
-  return float(
-    np.sqrt(np.mean((got[finite] - want[finite]) ** 2))
-    / (np.sqrt(np.mean(want[finite] ** 2)) + 1e-30)
-  )
+  size = np.sqrt(np.mean(want[finite] ** 2)) if finite.any() else 0
+  return got[finite] - want[finite], size + 1e-30
+
+
+def relative_error(got, want):
+  """RMS error over RMS size."""
+  difference, size = _difference(got, want)
+  return float(np.sqrt(np.mean(difference**2)) / size) if difference.size else 0.0
+
+
+def worst_error(got, want):
+  """Largest error over RMS size."""
+  difference, size = _difference(got, want)
+  return float(np.abs(difference).max(initial=0) / size)
 
 
 def plain_low_precision(q, k, v, mask, d_out, d_lse):
   """The error model: textbook attention by autodiff, products rounded to the input's dtype."""
+  seen = seen_pairs(mask, q.shape[1], k.shape[1])
+  some = seen.any(-1, keepdims=True)
 
   def textbook(q, k, v):
     s = jnp.einsum("bihd,bjhd->bhij", q, k).astype(jnp.float32) / math.sqrt(q.shape[-1])
     if mask.kv_bias is not None:
       s = s + jnp.repeat(jnp.asarray(mask.kv_bias), mask.block_kv)[: k.shape[1]]
-    seen = seen_pairs(mask, q.shape[1], k.shape[1])
-    some = seen.any(-1, keepdims=True)
     s = jnp.where(seen, s, jnp.where(some, -jnp.inf, 0))
     lse = jax.nn.logsumexp(s, -1)
     p = jnp.where(some, jnp.exp(s - lse[..., None]), 0).astype(q.dtype)
-    return jnp.einsum("bhij,bjhd->bihd", p, v), jnp.where(some[..., 0], lse, 0)
+    return jnp.einsum("bhij,bjhd->bihd", p, v), jnp.where(some[..., 0], lse, -jnp.inf)
 
-  (out, _), vjp = jax.vjp(textbook, *(jnp.asarray(x) for x in (q, k, v)))
-  alive = np.isfinite(oracle(q, k, v, mask)[1])
-  return out, *vjp((jnp.asarray(d_out), jnp.asarray(np.where(alive, d_lse, 0), jnp.float32)))
+  found, vjp = jax.vjp(textbook, *(jnp.asarray(x) for x in (q, k, v)))
+  return *found, *vjp((jnp.asarray(d_out), jnp.asarray(d_lse, jnp.float32)))
 
 
-def value_and_grads(q, k, v, mask, d_out, d_lse, implementation):
-  """out, lse, dq, dk, dv of the code under test, in one jit."""
+def value_and_grads(implementation):
+  """Returns a jitted function of q, k, v, mask, d_out, d_lse: out, lse, dq, dk, dv under test."""
 
   @jax.jit
   def run(q, k, v, mask, d_out, d_lse):
@@ -216,95 +207,73 @@ def value_and_grads(q, k, v, mask, d_out, d_lse, implementation):
     )
     return out, lse, *vjp((d_out.astype(out.dtype), d_lse.astype(lse.dtype)))
 
-  return run(q, k, v, mask, d_out, d_lse)
-
-
-def _cases(cls):
-  return CASES + (ODD_CASES if cls.any_shape else ())
+  return run
 
 
 class AttentionSuite:
-  """Subclass per backend: set `implementation`, and `any_shape` / `dtypes` to what it declares."""
+  """Subclass per backend: set `implementation`, and the `cases` and `dtypes` that it takes."""
 
   implementation: str
-  any_shape = True
+  cases = CASES + ODD_CASES
   dtypes = (jnp.float32, jnp.bfloat16, jnp.float16)
 
   def pytest_generate_tests(self, metafunc):
+    """Takes all cases in the widest dtype, and one in each other one."""
     if "case" in metafunc.fixturenames:
-      cases = _cases(type(self) if not isinstance(self, type) else self)
-      metafunc.parametrize("case", cases, ids=[c.name for c in cases])
+      widest, *others = self.dtypes
+      found = {case.name: (case, widest) for case in self.cases}
+      for dtype in others:
+        found[f"bias-{dtype.__name__}"] = (BIAS, dtype)
+      metafunc.parametrize("case, dtype", found.values(), ids=found)
 
-  def run(self, q, k, v, mask, d_out, d_lse):
-    return value_and_grads(q, k, v, mask, d_out, d_lse, self.implementation)
-
-  def test_case(self, case):
-    """Against the oracle, in the widest dtype that the backend declares."""
-    dtype = self.dtypes[0]
-    mask, data = draw_mask(case, 0), draw_inputs(case, 0, dtype)
-    got, want = self.run(*data[:3], mask, *data[3:]), oracle(*data[:3], mask, *data[3:])
+  def test_case(self, case, dtype):
+    """Against the oracle; 16 bits err at most twice as much as the plain computation in them."""
+    mask = draw_mask(case, 0)
+    q, k, v, d_out, d_lse = draw_inputs(case, 0, dtype)
+    got = value_and_grads(self.implementation)(q, k, v, mask, d_out, d_lse)
+    want = oracle(q, k, v, mask, d_out, d_lse)
     limits = [3e-6] * 5
     if dtype != jnp.float32:
-      out, *grads = plain_low_precision(*data[:3], mask, *data[3:])
-      limits = [
-        5e-3 if i == 1 else 2 * relative_error(p, want[i])
-        for i, p in enumerate((out, want[1], *grads))
-      ]
-    for i, (name, limit) in enumerate(zip(("out", "lse", "dq", "dk", "dv"), limits, strict=True)):
-      assert relative_error(got[i], want[i]) <= limit, name
-      assert got[i].dtype == (jnp.float32 if name == "lse" else dtype)
+      plain = plain_low_precision(q, k, v, mask, d_out, d_lse)
+      limits = [2 * relative_error(x, y) for x, y in zip(plain, want, strict=True)]
+      limits[1] = 5e-3
+    for name, x, y, limit in zip(NAMES, got, want, limits, strict=True):
+      assert relative_error(x, y) <= limit, name
+      assert x.dtype == (jnp.float32 if name == "lse" else dtype)
 
-  @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
-  def test_low_precision(self, dtype):
-    """At most twice the plain low-precision error, and gradients in their input's dtype."""
-    for case in (CASES[1], CASES[4]):
-      mask, data = draw_mask(case, 1), draw_inputs(case, 1, dtype)
-      got = self.run(*data[:3], mask, *data[3:])
-      want = oracle(*data[:3], mask, *data[3:])
-      plain = plain_low_precision(*data[:3], mask, *data[3:])
-      assert relative_error(got[1], want[1]) < 5e-3 and got[1].dtype == jnp.float32
-      for g, w, p in zip((got[0], *got[2:]), (want[0], *want[2:]), plain, strict=True):
-        assert g.dtype == dtype
-        assert relative_error(g, w) <= 2 * relative_error(p, w)
+  def test_padding_and_empty_rows_change_nothing(self):
+    """1e4 in padding rows, NaN for cotangents of rows that see nothing: all else is bit-equal.
 
-  def test_padding_rows_change_nothing(self):
-    """1e4 in padding rows of q, k and v: bit-equal valid outputs and gradients."""
-    case = Case("padding", n_q=192, n_kv=192)
-    mask = draw_mask(case, 2)
+    Rows of a list of no tile, or of an empty tile alone, have output 0, LSE -inf and no gradient.
+    """
+    case = Case("padding", n_kv=256)
+    tiles = np.ones((3, 4), bool)
+    tiles[0] = False
+    tiles[1] = [False, True, False, False]
+    kv_len = np.array([64, 0, 40, 17])
+    mask = from_tiles(tiles, kv_len, case.block_q, case.block_kv)
     q, k, v, d_out, d_lse = draw_inputs(case, 2, self.dtypes[0])
-    valid = (np.arange(case.block_kv) < mask.kv_len[:, None]).reshape(
-      -1
-    )  # queries and keys share the buffer
-    d_out, d_lse = (
-      np.where(valid[:, None, None], d_out, 0).astype(d_out.dtype),
-      np.where(valid, d_lse, 0),
-    )
-    clean = self.run(q, k, v, mask, d_out, d_lse)
-    dirty = [np.where(valid[:, None, None], x, np.asarray(1e4, x.dtype)) for x in (q, k, v)]
-    soiled = self.run(*dirty, mask, d_out, d_lse)
-    for a, b in zip(clean, soiled, strict=True):
-      axis = 2 if a.ndim == 3 else 1
-      np.testing.assert_array_equal(np.compress(valid, a, axis), np.compress(valid, b, axis))
-      if axis == 1 and b is not soiled[0]:
-        np.testing.assert_array_equal(np.asarray(np.compress(~valid, b, 1), np.float32), 0)
+    valid = (np.arange(case.block_kv) < kv_len[:, None]).reshape(-1)
+    rows = np.arange(case.n_q)
+    dead, padding = rows < 128, rows > 180
 
-  def test_empty_rows(self):
-    """Count 0, or only empty tiles: output 0, LSE -inf, gradients 0 though cotangents are NaN."""
-    case = Case("empty", ragged=False, empty=True)
-    mask = draw_mask(case, 3)
-    q, k, v, d_out, d_lse = draw_inputs(case, 3, self.dtypes[0])
-    rows = slice(0, case.block_q)
-    bad_out, bad_lse = d_out.copy(), d_lse.copy()
-    bad_out[:, rows], bad_lse[..., rows] = np.nan, np.inf
-    out, lse, *grads = self.run(q, k, v, mask, bad_out, bad_lse)
-    assert not np.asarray(out[:, rows], np.float32).any() and np.isneginf(lse[..., rows]).all()
-    assert not np.asarray(grads[0][:, rows], np.float32).any()
-    for got, want in zip(grads, self.run(q, k, v, mask, d_out, d_lse)[2:], strict=True):
-      np.testing.assert_array_equal(got, want)
-    hollow = dataclasses.replace(mask, kv_len=np.zeros_like(mask.kv_len))
-    for x in self.run(q, k, v, hollow, bad_out * np.nan, bad_lse):
-      x = np.asarray(x, np.float32)
-      assert np.isneginf(x).all() if x.ndim == 3 else not x.any()
+    def fill(x, where, value):
+      return np.where(where[:, None, None], np.asarray(value, x.dtype), x)
+
+    d_out = fill(d_out, padding, 0)
+    d_lse = np.where(padding, 0, d_lse)
+    run = value_and_grads(self.implementation)
+    clean = run(q, k, v, mask, d_out, d_lse)
+    dirty = (fill(q, padding, 1e4), fill(k, ~valid, 1e4), fill(v, ~valid, 1e4))
+    soiled = run(*dirty, mask, fill(d_out, dead, np.nan), np.where(dead, np.inf, d_lse))
+    for name, a, b in zip(NAMES, clean, soiled, strict=True):
+      if name in ("out", "lse"):
+        axis = 1 if name == "out" else 2
+        a, b = (np.compress(~padding, x, axis) for x in (a, b))
+      np.testing.assert_array_equal(a, b)
+    out, lse, dq, dk, dv = soiled
+    assert np.isneginf(lse[..., dead]).all()
+    assert not any(x.any() for x in (out[:, dead], dq[:, dead], dk[:, ~valid], dv[:, ~valid]))
 
   def test_large_and_hidden_scores(self):
     """Scores of a hundred before or behind small ones, padding between: nothing overflows."""
@@ -315,37 +284,18 @@ class AttentionSuite:
     k = (k * sizes).astype(k.dtype)
     kv_len = np.array([64, 64, 0, 0, 64, 50, 0])
     mask = from_tiles(np.ones((1, 7), bool), kv_len, case.block_q, case.block_kv)
-    got, want = self.run(q, k, v, mask, d_out, d_lse), oracle(q, k, v, mask, d_out, d_lse)
-    low = self.dtypes[0] != jnp.float32
+    got = value_and_grads(self.implementation)(q, k, v, mask, d_out, d_lse)
+    want = oracle(q, k, v, mask, d_out, d_lse)
     # Float32 leaves out more of larger scores. dq and dk cancel where one key has it all.
-    rounding = 4e-3 if low else 2e-5
+    rounding = 2e-5 if self.dtypes[0] == jnp.float32 else 4e-3
     for i, limit in ((0, rounding), (1, 1e-6), (4, rounding)):
       assert relative_error(got[i], want[i]) < limit
     assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in got)
 
-  def test_entries_behind_the_count_are_not_read(self):
-    case = Case("behind", empty=False)
-    mask, data = draw_mask(case, 4), draw_inputs(case, 4, self.dtypes[0])
-    wide = np.pad(mask.kv_indices, ((0, 0),) * 3 + ((0, 3),), constant_values=1)
-    for a, b in zip(
-      self.run(*data[:3], mask, *data[3:]),
-      self.run(*data[:3], dataclasses.replace(mask, kv_indices=wide), *data[3:]),
-      strict=True,
-    ):
-      assert relative_error(b, np.asarray(a, np.float64)) < 1e-6
-
-  def test_deterministic(self):
-    case = Case("twice", n_q=256, n_kv=384, keep=0.5)
-    mask, data = draw_mask(case, 5), draw_inputs(case, 5, self.dtypes[0])
-    for a, b in zip(
-      self.run(*data[:3], mask, *data[3:]), self.run(*data[:3], mask, *data[3:]), strict=True
-    ):
-      np.testing.assert_array_equal(a, b)
-
   def test_one_trace_serves_every_table(self):
     """Tables are arguments: two assignments share a compilation and give what each table gives."""
-    case, traces = Case("select", n_q=256, n_kv=256, empty=False, ragged=False), []
-    masks = [draw_mask(dataclasses.replace(case, keep=p), 6) for p in (0.2, 0.6)]
+    case, traces = Case("select", empty=False, ragged=False), []
+    masks = [draw_mask(dataclasses.replace(case, keep=p), 6) for p in (0.2, 0.9)]
     q, k, v, *_ = draw_inputs(case, 6, self.dtypes[0])
 
     @jax.jit
@@ -353,52 +303,10 @@ class AttentionSuite:
       traces.append(None)
       return attention(q, k, v, select(masks, choice), implementation=self.implementation)[0]
 
-    single = [
-      np.asarray(attention(q, k, v, m, implementation=self.implementation)[0], np.float32)
-      for m in masks
-    ]
+    single = [oracle(q, k, v, mask)[0] for mask in masks]
     for choice in ([[0, 1]], [[1, 0]]):
-      out = np.asarray(run(jnp.asarray(choice, jnp.int32)), np.float32)
+      out = run(jnp.asarray(choice, jnp.int32))
       for head, pick in enumerate(choice[0]):
-        assert (
-          relative_error(out[:, :, head], single[pick][:, :, head]) < 3e-6
-        )  # the same sums, whatever the dtype
+        limit = 3e-6 if self.dtypes[0] == jnp.float32 else 4e-3
+        assert relative_error(out[:, :, head], single[pick][:, :, head]) < limit
     assert len(traces) == 1
-
-  def test_merge_of_two_halves_is_the_whole(self):
-    """Two disjoint key sets merged by LSE give the joint softmax and its gradient: needs dLSE."""
-    case = Case("halves", keep=1.0, ragged=False, empty=False, n_q=128, n_kv=256)
-    q, k, v, d_out, d_lse = draw_inputs(case, 7, self.dtypes[0])
-    tiles = np.zeros((1, 1, 2, 4), bool)
-    tiles[..., :2] = True
-    kv_len = np.full(4, 64)
-    halves = [from_tiles(t, kv_len, 64, 64) for t in (tiles, ~tiles)]
-
-    def merged(q, k, v):
-      parts = [attention(q, k, v, m, implementation=self.implementation) for m in halves]
-      outs, lses = (jnp.stack(x) for x in zip(*parts, strict=True))
-      shares = jax.nn.softmax(lses, 0).transpose(0, 1, 3, 2)[..., None]
-      return (outs * shares).sum(0).astype(q.dtype), jax.nn.logsumexp(lses, 0)
-
-    (out, lse), vjp = jax.vjp(jax.jit(merged), q, k, v)
-    got = (out, lse, *vjp((jnp.asarray(d_out, out.dtype), jnp.asarray(d_lse, lse.dtype))))
-    whole = dense_mask(128, 256, 64, 64)
-    tolerance = 3e-6 if self.dtypes[0] == jnp.float32 else 2e-2
-    for g, w in zip(got, oracle(q, k, v, whole, d_out, d_lse), strict=True):
-      assert relative_error(g, w) < tolerance
-
-  def test_refuses_what_does_not_fit(self):
-    q = jnp.zeros((1, 128, 2, 32), self.dtypes[0])
-    mask = dense_mask(64, 64, 64, 64)
-    with pytest.raises(ValueError, match="build the table for this buffer"):
-      attention(q, q, q, mask, implementation=self.implementation)
-    with pytest.raises(ValueError, match="must share one of"):
-      attention(q, q, q.astype(jnp.int32), implementation=self.implementation)
-    with pytest.raises(ValueError, match="each must match or be 1"):
-      attention(
-        q,
-        q,
-        q,
-        dataclasses.replace(dense_mask(128, 128), kv_counts=np.ones((1, 3, 1), np.int32)),
-        implementation=self.implementation,
-      )

@@ -1,25 +1,28 @@
 """Laws of the table: its other forms hold the same pairs, on NumPy and on tracers."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from freqformer.kernels.block_sparse.table import BlockMask, dense_mask, from_tiles, select
+from freqformer.kernels.core import lists
 
 from tests.kernels.block_sparse.suite import CASES, draw_mask, seen_pairs
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-@pytest.mark.parametrize("traced", [False, True])
-def test_forms_agree_with_brute_force(case, traced):
-  mask = draw_mask(case, 0)
+@pytest.fixture(params=CASES, ids=lambda case: case.name)
+def mask(request):
+  return draw_mask(request.param, 1)
+
+
+def test_forms_agree_with_brute_force(mask):
   seen = seen_pairs(mask, mask.q_tiles * mask.block_q, mask.kv_tiles * mask.block_kv)
-  on = (lambda f: jax.jit(f)(mask)) if traced else (lambda f: f(mask))
-  np.testing.assert_array_equal(*np.broadcast_arrays(on(lambda m: m.to_dense()), seen))
+  np.testing.assert_array_equal(*np.broadcast_arrays(mask.to_dense(), seen))
   pairs = seen * query_rows(mask)[:, None, :, None]
-  np.testing.assert_array_equal(*np.broadcast_arrays(on(lambda m: m.pairs()), pairs.sum((2, 3))))
+  np.testing.assert_array_equal(*np.broadcast_arrays(mask.pairs(), pairs.sum((2, 3))))
 
 
 def query_rows(mask):
@@ -31,23 +34,27 @@ def query_rows(mask):
   return (np.arange(mask.block_kv) < kv_len[..., None]).reshape(len(kv_len), -1)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-@pytest.mark.parametrize("traced", [False, True])
-def test_transpose(case, traced):
-  mask = draw_mask(case, 1)
-  tiles = np.asarray(mask.to_tiles())
-  flipped = jax.jit(lambda m: m.transpose())(mask) if traced else mask.transpose()
-  assert flipped.q_indices.dtype == flipped.offsets.dtype == np.int32
-  for b, h, j in np.ndindex(*tiles.shape[:2], mask.kv_tiles):
-    start, stop = flipped.offsets[b, h, j], flipped.offsets[b, h, j + 1]
-    np.testing.assert_array_equal(
-      flipped.q_indices[b, h, start:stop], np.flatnonzero(tiles[b, h, :, j])
-    )
+def test_transpose(mask):
+  """Both forms of the table by key tile name its readers, the first one in ascending order."""
+  tiles = mask.to_tiles()
+  flipped = mask.transpose()
+  starts, counts, readers, _ = lists.by_key(mask)
+  for b, h, j in np.ndindex(*counts.shape):
+    want = np.flatnonzero(tiles[b, h, :, j])
+    own = slice(flipped.offsets[b, h, j], flipped.offsets[b, h, j + 1])
+    np.testing.assert_array_equal(flipped.q_indices[b, h, own], want)
+    found = readers[b, h, starts[b, h, j] :][: counts[b, h, j]]
+    np.testing.assert_array_equal(np.sort(found), want)
 
 
-def test_with_transpose_stores_it_once():
-  mask = draw_mask(CASES[1], 2).with_transpose()
-  assert mask.transpose() is mask.transposed
+def test_traced_forms_are_those_of_numpy(mask):
+  def forms(mask):
+    listed = (mask.transpose(), lists.by_query(mask), lists.by_key(mask))
+    return listed, (mask.to_dense(), mask.pairs())
+
+  plain, traced = forms(mask), jax.jit(forms)(mask)
+  assert {x.dtype for x in jax.tree.leaves((plain[0], traced[0]))} == {np.dtype(np.int32)}
+  jax.tree.map(np.testing.assert_array_equal, plain, traced)
 
 
 def test_refine_keeps_the_pairs():
@@ -58,12 +65,6 @@ def test_refine_keeps_the_pairs():
   np.testing.assert_array_equal(fine.pairs(), mask.pairs())
   with pytest.raises(ValueError, match="divisible"):
     mask.refine(3)
-
-
-def test_select_of_equal_masks_is_identity():
-  mask = draw_mask(CASES[1], 4)
-  chosen = select([mask, mask], np.array([[0, 1]], np.int32))
-  np.testing.assert_array_equal(chosen.to_dense(), mask.to_dense())
 
 
 def test_select_takes_rows_per_head():
@@ -84,23 +85,17 @@ def test_density_of_dense_is_one():
   assert mask.density() == 1.0 and mask.density(300) == 1.0 and mask.pairs() == 90000
 
 
-@pytest.mark.parametrize("b, kv_batch", [(1, 0), (2, 0), (1, 2), (2, 2)])
-def test_lists_that_are_not_written_out_count_as_if_they_were(b, kv_batch):
+def test_lists_that_are_not_written_out_count_as_if_they_were():
   """Prefixes of all key tiles, ragged ones too, without an array of tiles x tiles."""
   rng = np.random.default_rng(0)
-  counts, kv_len = (
-    rng.integers(0, 10, (b, 3, 9)),
-    rng.integers(0, 5, (kv_batch, 9) if kv_batch else 9),
-  )
-  mask = BlockMask(None, counts.astype(np.int32), kv_len.astype(np.int32), None, 4, 4)
-  written = dataclasses.replace(mask, kv_indices=np.array(mask.indices()))
-  np.testing.assert_array_equal(mask.pairs(), written.pairs())
-  np.testing.assert_array_equal(jax.jit(lambda m: m.pairs())(mask), written.pairs())
-  large = dense_mask(1 << 20, 1 << 20)
-  assert (
-    jax.jit(lambda m: m.density()).lower(large).compile().memory_analysis().temp_size_in_bytes
-    < 1 << 23
-  )
+  for b, lead in itertools.product((1, 2), ((), (2,))):
+    counts = rng.integers(0, 10, (b, 3, 9), np.int32)
+    mask = BlockMask(None, counts, rng.integers(0, 5, (*lead, 9), np.int32), None, 4, 4)
+    written = dataclasses.replace(mask, kv_indices=np.array(mask.indices()))
+    np.testing.assert_array_equal(mask.pairs(), written.pairs())
+    np.testing.assert_array_equal(jax.jit(BlockMask.pairs)(mask), written.pairs())
+  compiled = jax.jit(BlockMask.density).lower(dense_mask(1 << 20, 1 << 20)).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < 1 << 23
 
 
 def test_from_tiles_and_draw():

@@ -8,16 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from freqformer.kernels.core.target import Target
 from freqformer.kernels.hopper.interpret import interpreted
 from freqformer.kernels.linear import segments
-from freqformer.kernels.linear.api import LINEAR_ATTENTION, Segments, linear_attention
+from freqformer.kernels.linear.api import Segments, linear_attention
 from jax.sharding import PartitionSpec as P
 
 from freqformer.grid.layout import TileLayout
+from tests.kernels.block_sparse.suite import relative_error
 from tools import offline
 
-HOPPER = Target("cuda", "NVIDIA H100 80GB HBM3", "9.0")
 # Runs of 40 rows: boxes of 8. Segment 2 is empty, 3 short of rows, one box has no segment at all.
 FRAMES = np.repeat([0, 1, 3, 0, 4], [40, 40, 16, 24, 40]).astype(np.int32)
 FRAMES[[7, 8, 50, 79]] = -1
@@ -57,15 +56,6 @@ def run(implementation, feature_map, rows, d_log, segments, reads=None, heads=No
   return *found, *pull((d_out, d_log))
 
 
-def error(got, want):
-  """Returns the RMS of the difference; both must be finite in the same places."""
-  got = np.asarray(got, np.float64)
-  want = np.asarray(want, np.float64)
-  there = np.isfinite(want)
-  np.testing.assert_array_equal(np.isfinite(got), there)
-  return np.sqrt(((got - want)[there] ** 2).mean())
-
-
 def in_chunks(n):
   with mock.patch.object(segments, "_MAX_CHUNK_STAGES", 2):
     return Segments.whole(n)
@@ -96,7 +86,8 @@ def test_errs_no_more_than_xla(name):
   for what, x, y, z in zip(names, got, plain, want, strict=True):
     assert x.dtype == y.dtype
     assert x.shape == y.shape
-    assert error(x, z) <= 1.2 * error(y, z) + 1e-7, (what, error(x, z), error(y, z))
+    found, allowed = relative_error(x, z), 1.2 * relative_error(y, z) + 1e-7
+    assert found <= allowed, (what, found, allowed)
   if "heads" in options:
     others = ~np.broadcast_to(options["heads"], (b, 2))
     out, into = (np.asarray(x).transpose(0, 2, 1, 3)[others] for x in (got[0], rows[4]))
@@ -181,30 +172,6 @@ def test_work_on_video():
   assert Segments.of_ids(np.arange(256) % 4).work is None
   assert Segments.of_ids(np.zeros(60, np.int32)).work is None
   assert Segments.of_tiles(TILES, 32).work is None
-
-
-def test_refusals_and_choice():
-  def x(dtype=jnp.bfloat16, d=64, n=256):
-    return jax.ShapeDtypeStruct((1, n, 2, d), dtype)
-
-  good = Segments.whole(256)
-  bad = Segments.of_ids(np.arange(256) % 4)
-  assert LINEAR_ATTENTION.choose(x(), good, target=HOPPER) == "hopper"
-  assert LINEAR_ATTENTION.choose(x(), bad, target=HOPPER) == "xla"
-  assert LINEAR_ATTENTION.choose(x(), good) == "xla"
-  reasons = "float16, it takes bfloat16.*head_dim is 80.*a few rows only"
-  with pytest.raises(NotImplementedError, match=reasons):
-    LINEAR_ATTENTION.choose(x(jnp.float16, 80), bad, implementation="hopper", target=HOPPER)
-  with pytest.raises(NotImplementedError, match="9.0.*A100"):
-    ampere = Target("cuda", "NVIDIA A100", "8.0")
-    LINEAR_ATTENTION.choose(x(), good, implementation="hopper", target=ampere)
-  with pytest.raises(ValueError, match="hopper, xla or None"):
-    LINEAR_ATTENTION.choose(x(), good, implementation="reference")
-  q = jnp.zeros((1, 8, 2, 4))
-  with pytest.raises(ValueError, match="heads must be bool"):
-    linear_attention(q, q, q, heads=np.ones((1, 3), bool))
-  with pytest.raises(ValueError, match="into must come with heads"):
-    linear_attention(q, q, q, into=q)
 
 
 def test_in_place_and_on_two_devices():
