@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from freqformer.config import ConfigError
+from freqformer.config import ConfigError, require, require_one_of
 from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.table import BlockMask
 from freqformer.kernels.selection.block_scores import block_mass
@@ -61,17 +61,15 @@ class AdaSpa(Method):
   lse_cache: str = "row"
   lse_dtype: str = "bfloat16"
 
+  shares_state = True
+  usual_phase = "reuse"
+
   def __post_init__(self):
-    if not 0 <= self.sparsity < 1:
-      raise ValueError(
-        f"sparsity={self.sparsity} must lie in [0, 1): the share of tiles that are not listed."
-      )
-    if not 0 <= self.recall <= 1 or self.sink < 0:
-      raise ValueError(f"{self.recall=} must lie in [0, 1] and {self.sink=} must be >= 0.")
-    if self.lse_cache not in LSE_KINDS or self.lse_dtype not in LSE_DTYPES:
-      raise ValueError(
-        f"{self.lse_cache=} must be one of {LSE_KINDS}, {self.lse_dtype=} one of {LSE_DTYPES}."
-      )
+    require(self, "sparsity", least=0, below=1)
+    require(self, "recall", least=0, most=1)
+    require(self, "sink", least=0)
+    require_one_of(self, "lse_cache", LSE_KINDS)
+    require_one_of(self, "lse_dtype", LSE_DTYPES)
     if self.lse_cache == "tile" and self.lse_dtype == "uint8":
       raise ValueError(
         "lse_dtype='uint8' needs lse_cache='row': it holds steps within a tile's range."
@@ -84,10 +82,6 @@ class AdaSpa(Method):
           f"{name}={getattr(self, name)} must hold steps (integers >= 0) or shares of the run in "
           "[0, 1)."
         )
-
-  @property
-  def shares_state(self):
-    return True
 
   def _steps(self, steps: int) -> tuple[int, tuple[int, ...]]:
     """Warm-up steps and search steps in a run of `steps`; shares on one step are one search."""
@@ -247,10 +241,6 @@ class AdaSpa(Method):
     if phase in ("", "warmup", "search_first"):
       return even_lists(layout, heads, layout.n**2)
     return even_lists(layout, heads, layout.n * self.budgets(layout)[1] * layout.n / layout.tiles)
-
-  @property
-  def usual_phase(self):
-    return "reuse"
 
 
 def levels(recall: jax.Array, threshold: float) -> jax.Array:

@@ -151,18 +151,14 @@ def test_masks_are_the_oracles_at_the_first_search():
   assert aux["level"][0, 0] == 2 and aux["level"][0, -1] == 0
 
 
-@pytest.mark.parametrize(
-  "cache",
-  [dict(), dict(lse_dtype="float32"), dict(lse_dtype="uint8"), dict(lse_cache="tile")],
-  ids=["bf16", "f32", "uint8", "tile"],
-)
+@pytest.mark.parametrize("cache", [dict(lse_dtype="uint8"), dict(lse_cache="tile")], ids=str)
 def test_a_later_search_is_near_the_oracle(cache):
   """With later inputs and a cached LSE, masks keep nearly the mass of the oracle's equal budget."""
   method = AdaSpa(sparsity=0.75, adaptive=False, **cache)
-  first, later = projected(), projected()
+  first = projected()
   moved = near_sighted(seed=9)
   later = dataclasses.replace(
-    later, q=0.4 * first.q + 0.6 * moved[0], k=0.4 * first.k + 0.6 * moved[1]
+    first, q=0.4 * first.q + 0.6 * moved[0], k=0.4 * first.k + 0.6 * moved[1]
   )
   _, state, _ = step(method, first, "search_first", method.init_state(1, DIMS, LAYOUT))
   stale = np.asarray(unpack_bits(state["bits"], LAYOUT.tiles))
@@ -183,13 +179,18 @@ def test_a_later_search_is_near_the_oracle(cache):
   assert aux["density"].mean() == pytest.approx(base / LAYOUT.tiles)
 
 
+def test_training_is_dense():
+  _, state, aux = step(AdaSpa(sparsity=0.75), projected(), "", {})
+  assert (aux["density"] == 1).all() and state == {}
+
+
 def test_guidance_searches_the_conditional_half_only():
-  method, qkv = AdaSpa(sparsity=0.75), projected(b=4)
-  state = method.init_state(2, DIMS, LAYOUT)
-  half = dataclasses.replace(qkv, q=qkv.q[:2], k=qkv.k[:2], v=qkv.v[:2])
+  method, qkv = AdaSpa(sparsity=0.75), projected(b=2)
+  state = method.init_state(1, DIMS, LAYOUT)
+  half = dataclasses.replace(qkv, q=qkv.q[:1], k=qkv.k[:1], v=qkv.v[:1])
   alone = state
-  for phase in ("search_first", "search", "reuse"):
+  for phase in ("search_first", "search"):
     out, state, _ = step(method, qkv, phase, state, guided=True)
     want, alone, _ = step(method, half, phase, alone)
     jax.tree.map(np.testing.assert_array_equal, state, alone)
-    assert relative_error(out[:2], want) < 1e-6
+    assert relative_error(out[:1], want) < 1e-6
