@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from freqformer.kernels.around.prepare import Prepared
 
 from freqformer.grid.basis import SpectralBasis
 from freqformer.grid.layout import TileLayout
 from freqformer.grid.rotary import rotate
-from freqformer.methods.base import Cond
+from freqformer.methods.base import Cond, Projected
 from freqformer.model.attention import AttentionDims, SpectralAttention
+from freqformer.tables.topk import pool_tiles
 
 RAGGED = TileLayout((9, 6, 9), (2, 4, 4), 32)  # 5 x 2 x 3 tiles of 32 to 2 tokens
 DIMS = AttentionDims(48, 6, 8)
@@ -70,3 +72,34 @@ def finished(layer, x):
   q, k, v = jnp.unstack(layer.qkv(RAGGED.arrays().unpack(x)).reshape(shape), axis=2)
   positions = np.stack(np.unravel_index(np.arange(RAGGED.n), RAGGED.grid), -1).astype(np.float32)
   return rotate(layer.q_norm(q), positions), rotate(layer.k_norm(k), positions), v, positions
+
+
+# ---- a method without a layer ------------------------------------------------------------
+
+
+def projected(q, k, v, layout) -> Projected:
+  """What a layer hands over, of finished q, k, v `[b, n_buffer, h, d]`: nothing is rotated."""
+
+  def unrotated(x, positions):
+    return x
+
+  def prepare(cells=None, pooled=False):
+    def pack(x):
+      coarse = cells.compress(x)
+      filler = jnp.zeros((x.shape[0], cells.front - coarse.shape[1], *x.shape[2:]))
+      return jnp.concatenate([coarse, filler, x], 1)
+
+    if cells is None:
+      return Prepared(q, k, v)
+    return Prepared(*map(pack, (q, k, v)), *(pool_tiles(x, layout.arrays()) for x in (q, k)))
+
+  return Projected(q, k, v, unrotated, unrotated, layout.arrays(), "reference", prepare)
+
+
+def step(method, qkv, layout, phase, state, **fields):
+  """Out, state and aux of one step of a method on q, k, v."""
+  b = len(qkv[0])
+  cond = Cond(jnp.full(b, 0.5), jnp.ones((b, 4)), phase=phase, **fields)
+  tables = method.tables(layout)
+  run = jax.jit(lambda qkv, state: method(None, projected(*qkv, layout), cond, tables, state))
+  return run(qkv, state)
