@@ -1,29 +1,20 @@
 """The table of methods, the only place that lists them: from a name to its config dataclass."""
 
 import ast
+import importlib
 
 from freqformer.config import ConfigError, build, did_you_mean
-from freqformer.methods.adaspa import AdaSpa
-from freqformer.methods.base import Method
-from freqformer.methods.block_topk import BlockTopK
-from freqformer.methods.dense import Dense
-from freqformer.methods.freqformer import FreqFormer
-from freqformer.methods.radial import Radial
-from freqformer.methods.sliding_tile import SlidingTile
-from freqformer.methods.sparse_linear import SparseLinear
-from freqformer.methods.sparseflow import SparseFlow
-from freqformer.methods.spatial_temporal import SpatialTemporal
 
 METHODS = {
-  "dense": Dense,
-  "freqformer": FreqFormer,
-  "sparseflow": SparseFlow,
-  "sparse_linear": SparseLinear,
-  "sliding_tile": SlidingTile,
-  "radial": Radial,
-  "block_topk": BlockTopK,
-  "spatial_temporal": SpatialTemporal,
-  "adaspa": AdaSpa,
+  "dense": "Dense",
+  "freqformer": "FreqFormer",
+  "sparseflow": "SparseFlow",
+  "sparse_linear": "SparseLinear",
+  "sliding_tile": "SlidingTile",
+  "radial": "Radial",
+  "block_topk": "BlockTopK",
+  "spatial_temporal": "SpatialTemporal",
+  "adaspa": "AdaSpa",
 }
 
 _WORDS = {"true": True, "false": False}
@@ -34,15 +25,34 @@ def list_methods() -> list[str]:
   return list(METHODS)
 
 
-def method_class(name: str) -> type[Method]:
+def method_class(name: str):
   """Returns the dataclass of a method.
 
   Raises:
-    ConfigError: for an unknown name.
+    ConfigError: for an unknown name, or a line of `METHODS` without its file or class.
   """
   if name not in METHODS:
     raise ConfigError(f"attention method {name!r} is unknown; {did_you_mean(name, METHODS)}")
-  return METHODS[name]
+  place = f"freqformer.methods.{name}"
+  try:
+    module = importlib.import_module(place)
+  except ModuleNotFoundError as error:
+    if error.name != place:
+      raise
+    raise ConfigError(
+      f"registry.py lists the method {name!r}, but there is no freqformer/methods/{name}.py."
+    ) from error
+  if not hasattr(module, METHODS[name]):
+    classes = [
+      key
+      for key, value in vars(module).items()
+      if isinstance(value, type) and value.__module__ == module.__name__
+    ]
+    raise ConfigError(
+      f"registry.py lists {METHODS[name]!r} for the method {name!r}, but "
+      f"freqformer/methods/{name}.py has no such class; {did_you_mean(METHODS[name], classes)}"
+    )
+  return getattr(module, METHODS[name])
 
 
 def parse_method(text: str) -> tuple[str, dict]:

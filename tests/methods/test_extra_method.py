@@ -1,4 +1,6 @@
-"""A further static method is a file and a line of the registry: all the rest comes with it."""
+"""A further static method is one file and one line of the registry: all the rest comes with it."""
+
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from freqformer.methods.registry import METHODS
 from freqformer.model.config import model_config
 from freqformer.model.dit import make_tables
 from tests.laws import test_methods as laws
+from tests.methods import extra_method
 from tests.methods.extra_method import Dilated
 
 LAYOUT = TileLayout((6, 12, 12), (2, 4, 4), 32)  # 3 x 3 x 3 tiles
@@ -16,7 +19,9 @@ LAYOUT = TileLayout((6, 12, 12), (2, 4, 4), 32)  # 3 x 3 x 3 tiles
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
-  monkeypatch.setitem(METHODS, "dilated", Dilated)
+  """Does what the line in the registry and the file in freqformer/methods/ would do."""
+  monkeypatch.setitem(sys.modules, "freqformer.methods.dilated", extra_method)
+  monkeypatch.setitem(METHODS, "dilated", "Dilated")
   monkeypatch.setitem(laws.WIDE, "dilated", dict(stride=1))
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from freqformer.config import ConfigError
 from freqformer.methods.head_profile import ProfileConfig
-from freqformer.methods.registry import method_class, parse_method, with_fields
+from freqformer.methods.registry import METHODS, method_class, parse_method, with_fields
 from freqformer.methods.spatial_temporal import SpatialTemporal
 from freqformer.model.config import model_config
 
@@ -52,6 +52,20 @@ def test_fields_replace_the_configured_ones_within_groups_too():
   ]:
     with pytest.raises(ConfigError, match=message):
       with_fields(base, fields, "here")
+
+
+@pytest.mark.parametrize(
+  "line, message",
+  [
+    (("radial", "Radail"), "has no such class; did you mean 'Radial'?"),
+    (("checkerboard", "Checkerboard"), "there is no freqformer/methods/checkerboard.py"),
+  ],
+)
+def test_a_line_of_the_registry_that_names_nothing(monkeypatch, line, message):
+  monkeypatch.setitem(METHODS, *line)
+  with pytest.raises(ConfigError) as error:
+    method_class(line[0])
+  assert message in str(error.value)
 
 
 def test_a_model_with_another_method():

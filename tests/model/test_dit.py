@@ -20,7 +20,9 @@ BASIS = dict(kind="block_dct", low=(0.5, 0.5, 0.5), mid=(0.75, 0.75, 0.75))
 
 def config_of(method="freqformer", attention=(), router=(), **model):
   freqformer = dict(window=(1, 1, 1), mid_tiles=2, basis=BASIS, router=dict(router))
-  attention = dict(method=method, block=8, freqformer=freqformer) | dict(attention)
+  # The reference backend compiles fastest; backends are held to it elsewhere.
+  own = dict(method=method, block=8, implementation="reference", freqformer=freqformer)
+  attention = own | dict(attention)
   return model_config({**BASE, "attention": attention, **model})
 
 
@@ -53,11 +55,11 @@ def test_starts_at_zero_velocity():
   assert aux[0]["probs"].shape == (2, 2, 2, 3)
 
 
-@pytest.mark.parametrize("mode", ["straight_through", "sampled"])  # all branches, one branch
-def test_gradients_equal_with_and_without_remat(mode):
+def test_gradients_equal_with_and_without_remat():
+  """Also of heads that are dealt at random: what is computed again must not choose again."""
   grads = []
   for remat in (False, True):
-    config = config_of(remat=remat, router=dict(mode=mode))
+    config = config_of(remat=remat, router=dict(mode="sampled"))
     graphdef, params = nnx.split(model_of(config))
 
     def loss(params, config=config, graphdef=graphdef):
