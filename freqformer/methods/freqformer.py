@@ -292,20 +292,13 @@ class WholeAxes:
   sin: jax.Array | None
   front: int = dataclasses.field(metadata={"static": True})
 
+  per_tile = None  # coarse tokens are of no tile
+  can_filter = True  # every basis has its projections
+
   @property
   def tiles(self) -> int:
     """Tiles of tokens."""
     return self.spectral.layout.tiles
-
-  @property
-  def per_tile(self) -> None:
-    """Coarse tokens are of no tile."""
-    return None
-
-  @property
-  def can_filter(self) -> bool:
-    """True: every basis has its projections."""
-    return True
 
   def compress(self, x: jax.Array) -> jax.Array:
     """Returns coarse tokens `[b, n_coarse, h, d]` of `[b, n_buffer, h, d]`."""

@@ -70,14 +70,6 @@ def plain_head(v) -> bounds.Head:
   return bounds.Head(zeros, zeros, v, np.ones(n, bool), coarse, coarse, coarse, operators)
 
 
-def test_dropped_mass_of_a_known_row():
-  """One of two keys with equal scores is dropped: e = 1/2; for v1 = -v0 the bound is reached."""
-  head = plain_head(np.array([[1.0, 0.0], [-1.0, 0.0]]))
-  found = bounds.dropped(head, np.eye(2, dtype=bool))
-  assert found["error"] == pytest.approx(1) and found["bound"] == pytest.approx(1)
-  assert found["holds"]
-
-
 def test_an_error_stands_beside_the_bound_of_its_own_row():
   """Row 0 leaves out key 0: error 0.4833 of 0.5. Row 1 keeps keys 1 and 2: 0.55 of 1. Row 2 keeps
   key 3 only: 0.35 of 1.5. Row 3 leaves nothing out: 0 of 0, which breaks no bound."""

@@ -212,21 +212,6 @@ def test_low_precision_only_rounds_the_result(basis):
 
 
 @kinds
-def test_trailing_dimensions_are_free(basis):
-  layout = LAYOUTS[2]
-  tables = basis.fit(layout)
-  x = np.random.default_rng(5).standard_normal((2, layout.n_buffer, 2, 3)).astype(np.float32)
-
-  @jax.jit
-  def results(tables, x):
-    return tables.compress(x), tables.lift(x[:, : tables.n_coarse]), tables.project_box(x)
-
-  for whole, part in zip(results(tables, x), results(tables, x[:, :, 1, 2]), strict=True):
-    assert whole.shape == (*part.shape, 2, 3)
-    np.testing.assert_allclose(part, np.asarray(whole)[:, :, 1, 2], atol=1e-5)
-
-
-@kinds
 def test_tables_are_float32_and_int32_also_with_x64(basis):
   tables = basis.fit(LAYOUTS[1])
   with jax.enable_x64(True):

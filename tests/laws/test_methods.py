@@ -92,8 +92,7 @@ on_either_grid = pytest.mark.parametrize("layout", [RAGGED, ONE], ids=["ragged",
 
 def opened(method, layout=RAGGED, dtype=jnp.float32):
   """A layer whose zero-initialised gates are open, so that every part of the method matters."""
-  # The reference backend compiles fastest; backends are held to it elsewhere.
-  layer = layer_of(method, layout, dtype=dtype, implementation="reference")
+  layer = layer_of(method, layout, dtype=dtype)
   graphdef, params = nnx.split(layer)
   keys = iter(jax.random.split(jax.random.key(1), 100))
   return nnx.merge(
@@ -160,7 +159,7 @@ def dense_output(layout):
 
 
 def check_dense(name, layout=RAGGED, **fields):
-  layer = layer_of(method_class(name)(**WIDE[name] | fields), layout)
+  layer = layer_of(method_class(name)(**WIDE[name] | fields), layout, implementation=None)
   for out, _, aux in walk(layer, tokens(layout), layout, warm=True, want_masks=False):
     np.testing.assert_allclose(out, dense_output(layout), atol=2e-5)
     np.testing.assert_allclose(aux["density"], 1, rtol=1e-5)
