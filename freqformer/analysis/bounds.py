@@ -24,8 +24,6 @@ BANDS = ("low", "mid", "high")
 # Cells of two tokens per axis; the mid cut decides only how an error is split over bands.
 CELL_MEANS = SpectralBasis("haar", (0.5, 0.5, 0.5), (1.0, 1.0, 1.0))
 
-# The delta above which the trivial bound of cell means is the smaller one.
-TRIVIAL_DELTA = np.log(3) / 2
 # Error that float64 rounding may add to a row, in units of max|v|.
 ROUNDING = 1e-9
 # The transforms come from float32 programs: bands are orthogonal to about this share of |Y|.
@@ -137,11 +135,7 @@ def compressed(head: Head, bounded: bool) -> dict:
     delta = np.where(head.valid, np.abs(scores - coarse[np.ix_(cell, cell)]), 0).max(-1)
   # Two weighted means of v never differ by more than 2 max|v|, whatever the weights.
   bound = np.minimum(np.expm1(2 * delta), 2) * head.largest_value()
-  delta = delta[head.valid]
-  return _result(head, difference, bound) | {
-    "delta": float(delta.max()),
-    "trivial": float((delta > TRIVIAL_DELTA).mean()),
-  }
+  return _result(head, difference, bound) | {"delta": float(delta[head.valid].max())}
 
 
 def filtered(head: Head, band: int) -> dict:
@@ -201,7 +195,7 @@ def measure(tensors: dict, layout: TileLayout, method, case: str, layer: int = 0
   Returns:
     One row per head and operator with `case`, `layer`, `head`, `kind` and the fields of `_result`;
     a filter's error and bound are those of the whole head. Rows of cell means add `delta`, the
-    largest of any row, and `trivial`, the share of rows that have only the trivial bound.
+    largest of any row.
   """
   arrays = layout.arrays()
   rows = []
@@ -236,7 +230,7 @@ def bases(method) -> dict[str, SpectralBasis]:
 def _mid(tensors, arrays, method) -> BlockMask:
   q, k = (pool_tiles(jnp.asarray(tensors[n], jnp.float32)[None], arrays) for n in "qk")
   fixed = fixed_tiles(arrays.layout, method.sink, method.anchors)
-  return block_topk(q, k, method.mid_tiles, fixed, arrays.kv_len, arrays.block)
+  return block_topk(q, k, method.mid_tiles, fixed, arrays)
 
 
 def _head(tensors, arrays, h, name, operators) -> Head:

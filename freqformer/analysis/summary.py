@@ -15,7 +15,6 @@ def summary(rows: list[dict]) -> list[dict]:
     kept: number of heads that keep their bound; None if none is claimed.
     band_shares: shares of the squared error in low, mid, high.
     exact: whether error and bound must be equal.
-    measured: True.
   """
   found = []
   for case, kind in dict.fromkeys((r["case"], r["kind"]) for r in rows):
@@ -39,7 +38,6 @@ def summary(rows: list[dict]) -> list[dict]:
         "kept": sum(r["holds"] for r in own) if claimed else None,
         "band_shares": (bands / max(bands.sum(), 1e-300)).tolist(),
         "exact": exact,
-        "measured": True,
       }
     )
   return found

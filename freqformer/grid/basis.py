@@ -87,7 +87,7 @@ class SpectralTables:
     operators: the matrices and how to apply them.
     cell_weight: s, `[n_coarse]`; the cell stands for s^2 tokens.
     centres: float32 `[n_coarse, 3]`, position (t, y, x) of each coarse token.
-    layout, basis: what was fitted to what; static.
+    layout: what the basis was fitted to; static.
     coarse_grid: coarse samples per axis; static. Coarse tokens are in its raster order for dct and
       haar, tile by tile (raster order inside a tile, no gaps) for block_dct.
   """
@@ -96,7 +96,6 @@ class SpectralTables:
   cell_weight: Array
   centres: Array
   layout: TileLayout = dataclasses.field(metadata={"static": True})
-  basis: SpectralBasis = dataclasses.field(metadata={"static": True})
   coarse_grid: Triple = dataclasses.field(metadata={"static": True})
 
   @property
@@ -175,7 +174,6 @@ def _fit(basis: SpectralBasis, layout: TileLayout, dtype: np.dtype) -> SpectralT
     cell_weight=math.prod(np.ix_(*weight)).reshape(-1)[by_tile].astype(dtype),
     centres=positions[by_tile].astype(np.float32),
     layout=layout,
-    basis=basis,
     coarse_grid=tuple(map(len, weight)),
   )
   for leaf in jax.tree.leaves(tables):

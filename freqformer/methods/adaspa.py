@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from freqformer.config import ConfigError
+from freqformer.config import ConfigError, require, require_one_of
 from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.table import BlockMask
 from freqformer.kernels.selection.block_scores import block_mass
@@ -61,17 +61,15 @@ class AdaSpa(Method):
   lse_cache: str = "row"
   lse_dtype: str = "bfloat16"
 
+  shares_state = True
+  usual_phase = "reuse"
+
   def __post_init__(self):
-    if not 0 <= self.sparsity < 1:
-      raise ValueError(
-        f"sparsity={self.sparsity} must lie in [0, 1): the share of tiles that are not listed."
-      )
-    if not 0 <= self.recall <= 1 or self.sink < 0:
-      raise ValueError(f"{self.recall=} must lie in [0, 1] and {self.sink=} must be >= 0.")
-    if self.lse_cache not in LSE_KINDS or self.lse_dtype not in LSE_DTYPES:
-      raise ValueError(
-        f"{self.lse_cache=} must be one of {LSE_KINDS}, {self.lse_dtype=} one of {LSE_DTYPES}."
-      )
+    require(self, "sparsity", least=0, below=1)
+    require(self, "recall", least=0, most=1)
+    require(self, "sink", least=0)
+    require_one_of(self, "lse_cache", LSE_KINDS)
+    require_one_of(self, "lse_dtype", LSE_DTYPES)
     if self.lse_cache == "tile" and self.lse_dtype == "uint8":
       raise ValueError(
         "lse_dtype='uint8' needs lse_cache='row': it holds steps within a tile's range."
@@ -84,10 +82,6 @@ class AdaSpa(Method):
           f"{name}={getattr(self, name)} must hold steps (integers >= 0) or shares of the run in "
           "[0, 1)."
         )
-
-  @property
-  def shares_state(self):
-    return True
 
   def _steps(self, steps: int) -> tuple[int, tuple[int, ...]]:
     """Warm-up steps and search steps in a run of `steps`; shares on one step are one search."""
@@ -169,38 +163,32 @@ class AdaSpa(Method):
     arrays = qkv.layout
     b, _, h, _ = qkv.q.shape
     q, k = qkv.rotated()
-
-    def run(mask):
-      return attention(q, k, qkv.v, mask, implementation=qkv.implementation)
-
-    def aux_of(mask):
-      return plain_aux(mask, arrays.n, b, h, cond.want_masks)
-
-    def own(x):
-      return x[: b // 2] if cond.guided else x  # the half whose masks both run with
+    own = slice(b // 2 if cond.guided else b)  # the half whose masks both run with
 
     def find(lse):
-      return self.find(own(q), own(k), lse, arrays, tables["fixed"], qkv.other_ops_implementation)
+      return self.find(q[own], k[own], lse, arrays, tables["fixed"], qkv.other_ops_implementation)
 
-    if cond.phase in ("", "warmup"):
-      return run(tables["dense"])[0], state, aux_of(tables["dense"])
-    if cond.phase == "search_first":
-      out, lse = run(tables["dense"])
-      bits, found = find(own(lse))
-      state = {"bits": bits, **store_lse(self.lse_cache, self.lse_dtype, own(lse), arrays)}
-      return out, state, _with_search(aux_of(tables["dense"]), found, b)
-    found = None
+    found = {}
+    mask = tables["dense"]
     if cond.phase == "search":
       bits, found = find(load_lse(self.lse_cache, state, arrays))
       state = {**state, "bits": bits}
-    mask = self.mask(state["bits"], arrays)
-    if cond.guided and mask.kv_counts.shape[0] > 1:
-      mask = dataclasses.replace(
-        mask,
-        kv_indices=jnp.concatenate([mask.kv_indices] * 2),
-        kv_counts=jnp.concatenate([mask.kv_counts] * 2),
-      )
-    return run(mask)[0], state, _with_search(aux_of(mask), found, b)
+    if cond.phase in ("search", "reuse"):
+      mask = self.mask(state["bits"], arrays)
+      if cond.guided and mask.kv_counts.shape[0] > 1:
+        mask = dataclasses.replace(
+          mask,
+          kv_indices=jnp.concatenate([mask.kv_indices] * 2),
+          kv_counts=jnp.concatenate([mask.kv_counts] * 2),
+        )
+    out, lse = attention(q, k, qkv.v, mask, implementation=qkv.implementation)
+    if cond.phase == "search_first":
+      bits, found = find(lse[own])
+      state = {"bits": bits, **store_lse(self.lse_cache, self.lse_dtype, lse[own], arrays)}
+    aux = plain_aux(mask, arrays.n, b, h, cond.want_masks) | found
+    if found:  # a search costs q k^T, half of dense attention, of its own samples
+      aux["cost"] += np.float32(0.5 * len(found["recall"]) / b)
+    return out, state, aux
 
   def find(self, q, k, lse, arrays, fixed, implementation=None):
     """Searches for the key tiles of largest exact block mass and each head's level by its recall.
@@ -248,10 +236,6 @@ class AdaSpa(Method):
       return even_lists(layout, heads, layout.n**2)
     return even_lists(layout, heads, layout.n * self.budgets(layout)[1] * layout.n / layout.tiles)
 
-  @property
-  def usual_phase(self):
-    return "reuse"
-
 
 def levels(recall: jax.Array, threshold: float) -> jax.Array:
   """Returns each head's level, int32 `[b, h]`: 0 gives tiles, 1 keeps its budget, 2 takes tiles.
@@ -263,10 +247,3 @@ def levels(recall: jax.Array, threshold: float) -> jax.Array:
   rank = jnp.argsort(jnp.argsort(-recall, -1, stable=True), -1, stable=True)
   n = jnp.minimum((recall > threshold).sum(-1, keepdims=True), heads // 2)
   return jnp.where(rank < n, 0, jnp.where(rank >= heads - n, 2, 1)).astype(jnp.int32)
-
-
-def _with_search(aux, found, b):
-  """Adds what a search found, and its cost: q k^T, half of dense attention, of its own samples."""
-  if found is None:
-    return aux
-  return aux | found | {"cost": aux["cost"] + np.float32(0.5 * found["recall"].shape[0] / b)}

@@ -8,7 +8,7 @@ carries. The layer knows no method by name.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -159,7 +159,25 @@ class Projected:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-  """Base of all methods; a subclass overrides what it needs."""
+  """Base of all methods; a subclass overrides what it needs, attributes also by properties.
+
+  Attributes:
+    shares_state: the halves of guidance have one state between them, that of the conditional half.
+    usual_phase: phase of the step that most of a sampling run does: what is counted by default.
+    routed: a router deals the heads, so that training and evaluation run differently.
+    trains_all_branches: a training step runs every branch of every head: it costs more than an
+      evaluation.
+    branches: names of what a head can be given; routing is an array over these.
+    branch_of_part: named scopes (`jax.named_scope`) of the program that only heads of one branch
+      need, and that branch.
+  """
+
+  shares_state: ClassVar[bool] = False
+  usual_phase: ClassVar[str] = ""
+  routed: ClassVar[bool] = False
+  trains_all_branches: ClassVar[bool] = False
+  branches: ClassVar[tuple[str, ...]] = ()
+  branch_of_part: ClassVar[dict[str, str]] = {}
 
   def build(self, dims: Dims, layout: TileLayout, rngs: nnx.Rngs) -> nnx.Module | None:
     """Returns the method's parameters (router, gates), or None.
@@ -182,11 +200,6 @@ class Method:
       batch: rows that run together; where `shares_state`, samples: with guidance half of the rows.
     """
     return {}
-
-  @property
-  def shares_state(self) -> bool:
-    """True if the halves of guidance have one state between them, that of the conditional half."""
-    return False
 
   def phase(self, step: int, steps: int) -> str:
     """Names what a sampling step does ("warmup", "search", ...); each phase compiles on its own."""
@@ -223,37 +236,12 @@ class Method:
     """
     raise NotImplementedError
 
-  @property
-  def usual_phase(self) -> str:
-    """The phase of the step that most of a sampling run does: what is counted by default."""
-    return ""
-
   def only_attends(self, phase: str) -> bool:
     """Returns whether a step only attends by tables: then no program is traced, no table built.
 
     A table of 1M tokens is slow to build; its pairs are counted without it.
     """
     return False
-
-  @property
-  def routed(self) -> bool:
-    """True if a router deals the heads, so that training and evaluation run differently."""
-    return False
-
-  @property
-  def trains_all_branches(self) -> bool:
-    """True if a training step runs every branch of every head: it costs more than an evaluation."""
-    return False
-
-  @property
-  def branches(self) -> tuple[str, ...]:
-    """Names of what a head can be given; routing is an array over these."""
-    return ()
-
-  @property
-  def branch_of_part(self) -> dict[str, str]:
-    """Named scopes (`jax.named_scope`) of the program that only heads of one branch need."""
-    return {}
 
   # ---- counting, the same for all methods
 
@@ -291,9 +279,12 @@ def even_lists(layout: TileLayout, heads: float, pairs: float) -> CallCost:
   return dataclasses.replace(call, pairs=float(pairs) * heads)
 
 
-def attend(qkv: Projected, mask: BlockMask, cond: Cond) -> tuple[jax.Array, dict]:
-  """Runs every token by one table: out, and the aux of a method without routing or losses."""
-  q, k = qkv.rotated()
+def attend(qkv: Projected, mask: BlockMask, cond: Cond, rotated=None) -> tuple[jax.Array, dict]:
+  """Runs every token by one table: out, and the aux of a method without routing or losses.
+
+  `rotated` is `qkv.rotated()` where a method has it already.
+  """
+  q, k = rotated or qkv.rotated()
   out, _ = attention(q, k, qkv.v, mask, implementation=qkv.implementation)
   return out, plain_aux(mask, qkv.layout.layout.n, q.shape[0], q.shape[2], cond.want_masks)
 

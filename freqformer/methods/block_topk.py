@@ -11,12 +11,11 @@ them: `out = exact + gate * coarse`. `coarse="none"` runs on any checkpoint.
 import dataclasses
 
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
-from freqformer.config import ConfigError
+from freqformer.config import ConfigError, require, require_one_of
 from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.table import dense_mask
-from freqformer.methods.base import Method, even_lists, plain_aux
+from freqformer.methods.base import Method, attend, even_lists
 from freqformer.methods.parts.gate import QueryGate
 from freqformer.tables.topk import block_topk, fixed_tiles, pool_tiles
 
@@ -38,10 +37,9 @@ class BlockTopK(Method):
   coarse: str = "gated"
 
   def __post_init__(self):
-    if not 0 < self.density <= 1 or self.sink < 0 or self.coarse not in COARSE:
-      raise ValueError(
-        f"{self.density=} must be in (0, 1], {self.sink=} >= 0 and {self.coarse=} one of {COARSE}."
-      )
+    require(self, "density", above=0, most=1)
+    require(self, "sink", least=0)
+    require_one_of(self, "coarse", COARSE)
 
   def budget(self, layout) -> int:
     """Returns the key tiles per query tile.
@@ -69,7 +67,6 @@ class BlockTopK(Method):
     arrays = qkv.layout
     tiles = arrays.tiles
     block = arrays.block
-    b, _, h, _ = qkv.q.shape
     q, k = qkv.rotated()
     q_pool = pool_tiles(q, arrays)
     k_pool = pool_tiles(k, arrays)
@@ -78,13 +75,10 @@ class BlockTopK(Method):
       cond.share(k_pool),
       self.budget(arrays.layout),
       tables,
-      arrays.kv_len,
-      block,
+      arrays,
       qkv.other_ops_implementation,
     )
-    mask = dataclasses.replace(mask, kv_indices=checkpoint_name(mask.kv_indices, "tables"))
-    out, _ = attention(q, k, qkv.v, mask, implementation=qkv.implementation)
-    aux = plain_aux(mask, arrays.n, b, h, cond.want_masks)
+    out, aux = attend(qkv, mask, cond, (q, k))
     coarse_density = 0.0
     if module is not None:
       pools = (q_pool, k_pool, pool_tiles(qkv.v, arrays))

@@ -12,9 +12,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
-from freqformer.config import require
+from freqformer.config import require, require_one_of
 from freqformer.grid.basis import SpectralBasis, SpectralTables
 from freqformer.grid.layout import TileLayout
 from freqformer.grid.rotary import angle_tables
@@ -74,29 +73,21 @@ class FreqFormer(RoutedMethod):
   summary: int = 0
   profile: ProfileConfig = ProfileConfig(slack=0.1)
 
+  branches = ("low", "mid", "high")
+  allocations = ("routed", "measured")
+  branch_of_part = {"lift": "low"}
+
   def __post_init__(self):
     super().__post_init__()
-    if self.filter not in FILTERS or self.border not in BORDERS:
-      raise ValueError(
-        f"{self.filter=} must be one of {FILTERS} and {self.border=} one of {BORDERS}."
-      )
+    require_one_of(self, "filter", FILTERS)
+    require_one_of(self, "border", BORDERS)
+    require_one_of(self, "low_op", LOW_OPS)
     require(self, "window", least=1)
-    if self.low_op not in LOW_OPS:
-      raise ValueError(f"{self.low_op=} must be one of {LOW_OPS}.")
-    least = min(self.sink, self.anchors, self.summary)
-    if self.mid_tiles < 1 + self.sink + self.anchors or least < 0:
+    require(self, "sink anchors summary", least=0)
+    if self.mid_tiles < 1 + self.sink + self.anchors:
       raise ValueError(
-        f"{self.mid_tiles=} must hold the own tile and {self.sink=}, {self.anchors=} >= 0; "
-        f"{self.summary=} >= 0."
+        f"{self.mid_tiles=} must hold the own tile, {self.sink=} and {self.anchors=}."
       )
-
-  @property
-  def branches(self):
-    return ("low", "mid", "high")
-
-  @property
-  def allocations(self):
-    return ("routed", "measured")
 
   def build(self, dims, layout, rngs):
     modules = super().build(dims, layout, rngs)
@@ -156,7 +147,9 @@ class FreqFormer(RoutedMethod):
     out = self._lifted(out, packed, routing, qkv, tables)
     if self.summary:
       out = out + self._summarised(module, qkv, routing, tables)
-    return out, state, self._aux(routing, masks, qkv, cond) | mask_aux(mask, cond.want_masks)
+    density = [mask_density(mask, qkv.layout.n, *routing.choice.shape) for mask in masks]
+    aux = self.aux(routing, jnp.stack(density, -1), qkv, cond)
+    return out, state, aux | mask_aux(mask, cond.want_masks)
 
   def _packed(self, qkv: Projected, routing: Routing, choice, cells) -> Prepared:
     """Returns packed tokens of the heads of `choice`, and means of the layer's unfiltered heads."""
@@ -199,16 +192,8 @@ class FreqFormer(RoutedMethod):
     """Returns the table of top tiles by pooled q and k, unfiltered: a band has mean 0 in a tile."""
     h = qkv.q.shape[2]
     q, k = (cond.share(pool[:, :h]) for pool in (packed.q_pool, packed.k_pool))
-    mask = block_topk(
-      q,
-      k,
-      self.mid_tiles,
-      tables.fixed,
-      qkv.layout.kv_len,
-      qkv.layout.block,
-      qkv.other_ops_implementation,
-    )
-    mask = dataclasses.replace(mask, kv_indices=checkpoint_name(mask.kv_indices, "tables"))
+    implementation = qkv.other_ops_implementation
+    mask = block_topk(q, k, self.mid_tiles, tables.fixed, qkv.layout, implementation)
     mask = full_rows(mask, tables.high.kv_len, tables.coarse_tiles, self.low_shared)
     return dataclasses.replace(mask, kv_bias=tables.high.kv_bias)
 
@@ -223,12 +208,6 @@ class FreqFormer(RoutedMethod):
       tables.spectral,
       qkv.layout,
     )
-
-  def _aux(self, routing, masks, qkv, cond):
-    """Returns the layer's aux."""
-    b, h = routing.choice.shape
-    densities = [mask_density(mask, qkv.layout.n, b, h) for mask in masks]
-    return self.aux(routing, jnp.stack(densities, -1), qkv, cond)
 
   # ---- counting
 
@@ -252,10 +231,6 @@ class FreqFormer(RoutedMethod):
   @property
   def usual_phase(self):
     return "run" if self.allocation == "measured" else ""
-
-  @property
-  def branch_of_part(self):
-    return {"lift": "low"}
 
 
 def _count_bands(method: FreqFormer, layout: TileLayout) -> tuple[CallCost, CallCost, CallCost]:
@@ -317,20 +292,13 @@ class WholeAxes:
   sin: jax.Array | None
   front: int = dataclasses.field(metadata={"static": True})
 
+  per_tile = None  # coarse tokens are of no tile
+  can_filter = True  # every basis has its projections
+
   @property
   def tiles(self) -> int:
     """Tiles of tokens."""
     return self.spectral.layout.tiles
-
-  @property
-  def per_tile(self) -> None:
-    """Coarse tokens are of no tile."""
-    return None
-
-  @property
-  def can_filter(self) -> bool:
-    """True: every basis has its projections."""
-    return True
 
   def compress(self, x: jax.Array) -> jax.Array:
     """Returns coarse tokens `[b, n_coarse, h, d]` of `[b, n_buffer, h, d]`."""

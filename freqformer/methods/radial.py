@@ -10,15 +10,17 @@ frames. n log n pairs. All tokens of the first frame are seen from everywhere.
 # them, and distances in time are in tokens. With tiles of one token it is the paper's rule.
 
 import dataclasses
+import math
 
 import numpy as np
 
+from freqformer.config import require
 from freqformer.grid.layout import TileLayout
 from freqformer.kernels.block_sparse.cost import CallCost
 from freqformer.kernels.block_sparse.table import BlockMask
 from freqformer.methods.static import StaticMethod
 from freqformer.tables.counting import axis_lengths, count_tiles
-from freqformer.tables.where import frame_tiles, tiles_where
+from freqformer.tables.where import tiles_where
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +36,8 @@ class Radial(StaticMethod):
   sink: int = 1
 
   def __post_init__(self):
-    if self.decay <= 0 or self.sink < 0:
-      raise ValueError(f"{self.decay=} must be above 0 and {self.sink=} at least 0.")
+    require(self, "decay", above=0)
+    require(self, "sink", least=0)
 
   def mask(self, layout):
     return radial(layout, self.decay, self.sink)
@@ -46,7 +48,7 @@ class Radial(StaticMethod):
 
 def radial_widths(layout: TileLayout, decay: float = 1.0) -> np.ndarray:
   """Returns widths in tiles, `decay` s / 2^r, by distance in tile frames; 0 sees nothing."""
-  s = frame_tiles(layout)
+  s = math.prod(layout.tile_grid[1:])
   distance = np.arange(layout.tile_grid[0])
   band = np.floor(np.log2(np.maximum(distance * layout.tile[0], 1)))
   width = decay * s / 2**band
@@ -69,8 +71,9 @@ def radial(layout: TileLayout, decay: float = 1.0, sink: int = 1) -> BlockMask:
 
 def count_radial(layout: TileLayout, decay: float = 1.0, sink: int = 1) -> CallCost:
   """Counts of `radial` at head dimension 1: a query tile sees one run of places in each frame."""
-  frames, _, columns = layout.tile_grid
-  s, at = frame_tiles(layout), np.arange(frames)
+  frames, rows, columns = layout.tile_grid
+  s = rows * columns
+  at = np.arange(frames)
   widths = radial_widths(layout, decay)[np.abs(at[:, None] - at)]  # [query frame, key frame]
   widths[:, :sink] = s
   t, y, x = axis_lengths(layout)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +27,13 @@ class RoutedMethod(Method):
       (2, 2, 2), so that a command line can override one with the other; or another of
       `allocations`.
     router: for `allocation="routed"`.
+    allocations: values of `allocation` other than head counts.
   """
 
   allocation: str | tuple[int, ...] = "routed"
   router: RouterConfig = RouterConfig()
+
+  allocations: ClassVar[tuple[str, ...]] = ("routed",)
 
   def __post_init__(self):
     if isinstance(self.allocation, str) and re.fullmatch(r"\(?\d+(, ?\d+)*\)?", self.allocation):
@@ -46,11 +50,6 @@ class RoutedMethod(Method):
       raise ValueError(
         f"router prior {self.router.prior} must have one share per branch {branches}."
       )
-
-  @property
-  def allocations(self) -> tuple[str, ...]:
-    """Values of `allocation` other than head counts."""
-    return ("routed",)
 
   @property
   def routed(self):

@@ -10,6 +10,7 @@ rows that the kernel reads as 3 blocks of 128 (9.00 % of 30 x 48 x 80 tokens):
 
 import dataclasses
 
+from freqformer.config import require, require_one_of
 from freqformer.methods.static import StaticMethod
 from freqformer.tables.window import BORDERS, count_window, sliding_tile
 
@@ -33,12 +34,9 @@ class SlidingTile(StaticMethod):
   rows: int = 128
 
   def __post_init__(self):
-    if min(self.window) < 1 or self.rows < 1:
-      raise ValueError(
-        f"{self.window=} must be three extents of at least 1 and {self.rows=} at least 1."
-      )
-    if self.unit not in UNITS or self.border not in BORDERS:
-      raise ValueError(f"{self.unit=} must be one of {UNITS} and {self.border=} one of {BORDERS}.")
+    require(self, "window rows", least=1)
+    require_one_of(self, "unit", UNITS)
+    require_one_of(self, "border", BORDERS)
 
   def mask(self, layout):
     window, parts = self._in_tiles(layout)

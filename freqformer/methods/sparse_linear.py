@@ -14,12 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
-from freqformer.kernels.block_sparse.api import attention
+from freqformer.config import require, require_one_of
 from freqformer.kernels.block_sparse.table import BlockMask
 from freqformer.kernels.linear.api import FEATURE_MAPS, Segments, linear_attention
-from freqformer.methods.base import Method, even_lists, plain_aux
+from freqformer.methods.base import Method, attend, even_lists
 from freqformer.tables.topk import block_topk, pool_tiles
 
 
@@ -38,16 +37,11 @@ class SparseLinear(Method):
   feature_map: str = "softmax"
 
   def __post_init__(self):
-    if (
-      not 0 < self.critical <= 1
-      or not 0 <= self.negligible < 1
-      or self.critical + self.negligible > 1
-    ):
-      raise ValueError(
-        f"{self.critical=} must be in (0, 1] and {self.negligible=} in [0, 1), together at most 1."
-      )
-    if self.feature_map not in FEATURE_MAPS:
-      raise ValueError(f"{self.feature_map=} must be one of {tuple(FEATURE_MAPS)}.")
+    require(self, "critical", above=0, most=1)
+    require(self, "negligible", least=0, below=1)
+    if self.critical + self.negligible > 1:
+      raise ValueError(f"{self.critical=} and {self.negligible=} must be together at most 1.")
+    require_one_of(self, "feature_map", FEATURE_MAPS)
 
   def budgets(self, tiles: int) -> tuple[int, int]:
     """Critical and negligible key tiles per query tile."""
@@ -62,7 +56,6 @@ class SparseLinear(Method):
 
   def __call__(self, module, qkv, cond, tables, state):
     arrays = qkv.layout
-    b, _, h, _ = qkv.q.shape
     q, k = qkv.rotated()
     q_pool = cond.share(pool_tiles(jax.lax.stop_gradient(q), arrays))
     k_pool = cond.share(pool_tiles(jax.lax.stop_gradient(k), arrays))
@@ -70,7 +63,7 @@ class SparseLinear(Method):
     others = qkv.other_ops_implementation
     mask = _best_tiles(q_pool, k_pool, critical, arrays, others)
     worst = _best_tiles(-q_pool, k_pool, negligible, arrays, others)
-    out, _ = attention(q, k, qkv.v, mask, implementation=qkv.implementation)
+    out, aux = attend(qkv, mask, cond, (q, k))
     linear, _ = linear_attention(
       q,
       k,
@@ -80,7 +73,6 @@ class SparseLinear(Method):
       feature_map=self.feature_map,
       implementation=others,
     )
-    aux = plain_aux(mask, arrays.n, b, h, cond.want_masks)
     return out + module(linear).astype(out.dtype), state, aux
 
   def pairs(self, layout, heads, allocation=None, phase=None):
@@ -92,8 +84,5 @@ class SparseLinear(Method):
 def _best_tiles(q_pool, k_pool, budget: int, arrays, implementation) -> BlockMask:
   """Lists the `budget` key tiles of largest pooled score (perhaps none) per query tile."""
   unfixed = np.zeros((arrays.tiles, 0), np.int32)
-  mask = block_topk(
-    q_pool, k_pool, max(budget, 1), unfixed, arrays.kv_len, arrays.block, implementation
-  )
-  ids = checkpoint_name(mask.kv_indices, "tables")
-  return dataclasses.replace(mask, kv_indices=ids, kv_counts=jnp.full_like(mask.kv_counts, budget))
+  mask = block_topk(q_pool, k_pool, max(budget, 1), unfixed, arrays, implementation)
+  return dataclasses.replace(mask, kv_counts=jnp.full_like(mask.kv_counts, budget))

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from freqformer.config import require, require_one_of
 from freqformer.grid.layout import LayoutTables, TileLayout
 from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.cost import count
@@ -52,10 +53,8 @@ class Schedule:
       raise ValueError(
         f"schedule {self.frames=} must be (fewest, most) layers of tiles with 1 <= fewest <= most."
       )
-    if self.direction not in DIRECTIONS or self.shape not in SHAPES:
-      raise ValueError(
-        f"schedule {self.direction=} must be one of {DIRECTIONS} and {self.shape=} one of {SHAPES}."
-      )
+    require_one_of(self, "direction", DIRECTIONS)
+    require_one_of(self, "shape", SHAPES)
 
   def extents(self, layers: int) -> tuple[int, ...]:
     """Frames seen per level, ascending, on a grid with this many layers of tiles."""
@@ -95,18 +94,14 @@ class SparseFlow(RoutedMethod):
   feature_map: str = "elu"
   router: RouterConfig = RouterConfig(prior=(0.6, 0.4), prior_slope=0.0)
 
+  branches = ("sparse", "linear")
+  branch_of_part = {LINEAR_PART: "linear"}
+
   def __post_init__(self):
     super().__post_init__()
-    if min(self.around) < 1 or self.anchors < 0:
-      raise ValueError(
-        f"{self.around=} must be tile counts (y, x) of at least 1 and {self.anchors=} at least 0."
-      )
-    if self.feature_map not in FEATURE_MAPS:
-      raise ValueError(f"{self.feature_map=} must be one of {tuple(FEATURE_MAPS)}.")
-
-  @property
-  def branches(self):
-    return ("sparse", "linear")
+    require(self, "around", least=1)
+    require(self, "anchors", least=0)
+    require_one_of(self, "feature_map", FEATURE_MAPS)
 
   def energies(self, v, layout, tables):
     return variance_shares(v, layout)
@@ -173,10 +168,6 @@ class SparseFlow(RoutedMethod):
       )
       found.append(count(one, head_dim=1).scaled(heads * sparse * share))
     return functools.reduce(operator.add, found)
-
-  @property
-  def branch_of_part(self):
-    return {LINEAR_PART: "linear"}
 
 
 @jax.tree_util.register_dataclass

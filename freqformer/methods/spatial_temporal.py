@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from freqformer.config import require
 from freqformer.grid.layout import TileLayout
-from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.table import BlockMask, select
 from freqformer.methods.allocation import head_shares
-from freqformer.methods.base import Method, even_lists, plain_aux
+from freqformer.methods.base import Method, attend, even_lists
 from freqformer.methods.head_profile import (
   ProfileConfig,
   dense_rows,
@@ -50,9 +50,10 @@ class SpatialTemporal(Method):
   sink: int = 1
   profile: ProfileConfig = ProfileConfig()
 
+  usual_phase = "run"
+
   def __post_init__(self):
-    if min(self.frames, self.places, self.sink) < 0:
-      raise ValueError(f"{self.frames=}, {self.places=} and {self.sink=} must be at least 0.")
+    require(self, "frames places sink", least=0)
 
   def phase(self, step, steps):
     return self.profile.phase(step, steps)
@@ -82,8 +83,7 @@ class SpatialTemporal(Method):
     else:
       choice = state["choice"] if cond.phase == "run" else self._measure(q, k, qkv, cond, tables)
       mask = select(tables["masks"], checkpoint_name(choice, "routing"))
-    out, _ = attention(q, k, qkv.v, mask, implementation=qkv.implementation)
-    aux = plain_aux(mask, qkv.layout.n, b, h, cond.want_masks)
+    out, aux = attend(qkv, mask, cond, (q, k))
     return out, {"choice": choice} if state else state, aux | {"choice": choice}
 
   def _measure(self, q, k, qkv, cond, tables) -> jax.Array:
@@ -101,10 +101,6 @@ class SpatialTemporal(Method):
       return even_lists(layout, heads, layout.n**2)
     each = count_pairs(layout, self.frames, self.places, self.sink)
     return even_lists(layout, heads, float(share @ each))
-
-  @property
-  def usual_phase(self):
-    return "run"
 
   def only_attends(self, phase):
     return phase in ("warmup", "run")

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jax.ad_checkpoint import checkpoint_name
 
 from freqformer.grid.layout import LayoutTables, TileLayout
 from freqformer.kernels.block_sparse.table import BlockMask
@@ -42,8 +43,7 @@ def block_topk(
   k_pool: jax.Array,
   budget: int,
   fixed: np.ndarray,
-  kv_len,
-  block: int,
+  arrays: LayoutTables,
   implementation: str | None = None,
   chunk_scores: int | None = None,
 ) -> BlockMask:
@@ -53,7 +53,7 @@ def block_topk(
     q_pool, k_pool: `[b, h, tiles, d]`, pooled from unfiltered, normed, rotated q and k.
     budget: tiles per list, fixed ones included; more than there are means all.
     fixed: int `[tiles, f]`, ids that are always listed (repeats allowed).
-    kv_len: int32 `[tiles]`, tokens of each tile.
+    arrays: of the layout.
     implementation, chunk_scores: of the top-k (`top_tiles`).
 
   Raises:
@@ -74,8 +74,9 @@ def block_topk(
   q_pool = jax.lax.stop_gradient(q_pool)
   k_pool = jax.lax.stop_gradient(k_pool)
   ids = top_tiles(q_pool, k_pool, budget, fixed, chunk_scores, implementation)
+  ids = checkpoint_name(ids, "tables")  # the backward pass selects what the forward selected
   counts = jnp.full(ids.shape[:3], budget, jnp.int32)
-  return BlockMask(ids, counts, kv_len, None, block, block)
+  return BlockMask(ids, counts, arrays.kv_len, None, arrays.block, arrays.block)
 
 
 @functools.cache

@@ -1,6 +1,5 @@
 """A static table from a rule over tile places, the way to write a new static pattern."""
 
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -54,8 +53,3 @@ def tiles_where(
   return pad_lists(
     ids[None, None], counts[None, None], layout.tile_lengths, None, layout.block, layout.block
   )
-
-
-def frame_tiles(layout: TileLayout) -> int:
-  """Tiles of one frame of the tile grid."""
-  return math.prod(layout.tile_grid[1:])

@@ -51,35 +51,14 @@ def test_tables_equal_a_walk_over_tiles(layout):
 
 
 @layouts
-def test_lengths_are_the_tiles_of_each_axis(layout):
-  assert [len(v) for v in layout.lengths] == list(layout.tile_grid)
-  assert tuple(map(sum, layout.lengths)) == layout.grid
-  assert all(
-    v == e for lengths, e in zip(layout.lengths, layout.tile, strict=True) for v in lengths[:-1]
-  )
-
-
-@layouts
-@pytest.mark.parametrize("trailing", [(), (2, 3)])
-def test_pack_and_unpack(layout, trailing):
+def test_pack_and_unpack(layout):
   tables = layout.arrays()
-  x = np.random.default_rng(0).standard_normal((2, layout.n, *trailing)).astype(np.float32)
-  packed = np.asarray(jax.jit(lambda tables, x: tables.pack(x))(tables, x))
+  x = np.random.default_rng(0).standard_normal((2, layout.n, 3)).astype(np.float32)
+  packed = np.asarray(tables.pack(x))
   np.testing.assert_array_equal(packed[:, tables.valid], x[:, tables.gather[tables.valid]])
   np.testing.assert_array_equal(packed[:, ~tables.valid], 0)
-  garbage = np.where(tables.valid.reshape(-1, *(1 for _ in trailing)), packed, np.float32(np.nan))
-  np.testing.assert_array_equal(jax.jit(lambda tables, x: tables.unpack(x))(tables, garbage), x)
-
-
-def test_gradients_are_the_transposed_permutation():
-  layout = LAYOUTS[2]
-  tables, rng = layout.arrays(), np.random.default_rng(1)
-  x, dx = rng.standard_normal((2, 1, layout.n, 2)).astype(np.float32)
-  buffer, dbuffer = rng.standard_normal((2, 1, layout.n_buffer, 2)).astype(np.float32)
-  (grad,) = jax.vjp(tables.pack, x)[1](jnp.asarray(dbuffer))  # padding cotangents must be dropped
-  np.testing.assert_array_equal(grad, tables.unpack(dbuffer))
-  (grad,) = jax.vjp(tables.unpack, buffer)[1](jnp.asarray(dx))
-  np.testing.assert_array_equal(grad, tables.pack(dx))
+  garbage = np.where(tables.valid[:, None], packed, np.float32(np.nan))
+  np.testing.assert_array_equal(tables.unpack(garbage), x)
 
 
 @pytest.mark.parametrize(
@@ -134,10 +113,9 @@ def test_layout_is_a_static_value_and_tables_are_computed_once():
     a.arrays().gather[0] = 1
 
 
-@pytest.mark.parametrize("x64", [False, True])
-def test_a_million_tokens_and_explicit_types(x64):
+def test_a_million_tokens_and_explicit_types():
   layout = TileLayout.fit((64, 128, 127), 128)  # ragged in x
-  with jax.enable_x64(x64):
+  with jax.enable_x64(True):
     tables = jax.tree.map(jnp.asarray, layout.arrays())
   types = {
     name: getattr(tables, name).dtype

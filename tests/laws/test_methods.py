@@ -16,41 +16,45 @@ from flax import nnx
 
 from freqformer.grid.basis import SpectralBasis
 from freqformer.grid.layout import TileLayout
-from freqformer.methods.base import Cond
 from freqformer.methods.dense import Dense
 from freqformer.methods.registry import METHODS, method_class
 from freqformer.methods.sparseflow import Schedule
-from freqformer.model.attention import AttentionDims, SpectralAttention
+from tests.methods.layers import BASIS, DIMS, RAGGED, apply, layer_of, tokens, where
 
 EVEN = TileLayout((4, 8, 16), (2, 4, 4), 32)  # 16 full tiles
-RAGGED = TileLayout((5, 6, 9), (2, 4, 4), 32)  # 18 tiles of 32 to 2 tokens
-PAIR = TileLayout((2, 4, 8), (2, 4, 4), 32)  # the fewest tiles whose every band holds something
-SMALL = TileLayout.fit((1, 2, 3), 32)  # one tile, mostly padding
-DIMS = AttentionDims(48, 6, 8)
+ONE = TileLayout((1, 1, 1), (2, 4, 4), 32)  # one token, and padding
 STEPS = 10  # of the sampling run whose phases are walked through
 
-BASIS = SpectralBasis("block_dct", (0.5, 0.5, 0.5), (0.75, 0.75, 0.75))
 WHOLE = SpectralBasis("block_dct", (1.0, 1.0, 1.0), (1.0, 1.0, 1.0))
 # Fields that make a method sparse, yet possible, on these small grids; a method that is not named
 # runs with its defaults.
 SETTINGS = {
   "freqformer": [
-    dict(basis=BASIS, mid_tiles=3, window=(1, 2, 2)),
-    dict(basis=BASIS, allocation=(1, 3, 2), mid_tiles=3, window=(1, 2, 2), low_shared=True),
-    dict(basis=BASIS, allocation="measured", mid_tiles=3, window=(1, 2, 2)),
-    dict(basis=BASIS, low_op="linear", mid_tiles=3, window=(1, 2, 2)),
+    dict(basis=BASIS, low_op="linear", filter="qkv", mid_tiles=3, window=(1, 2, 2)),
+    dict(
+      basis=BASIS,
+      allocation=(1, 3, 2),
+      mid_tiles=5,
+      sink=1,
+      anchors=1,
+      window=(1, 2, 2),
+      filter="v",
+      low_shared=True,
+      summary=2,
+    ),
+    dict(
+      basis=dataclasses.replace(BASIS, kind="dct"),
+      allocation="measured",
+      mid_tiles=3,
+      window=(1, 2, 2),
+      border="clip",
+    ),
   ],
-  "sliding_tile": [
-    dict(window=(2, 8, 8)),
-    dict(window=(1, 2, 3), unit="tiles", border="clip", rows=16),
-  ],
+  "sliding_tile": [dict(window=(1, 2, 3), unit="tiles", border="clip", rows=16)],
   "radial": [dict(decay=0.4)],
-  "block_topk": [dict(density=0.5, coarse="none"), dict(density=0.5, sink=1)],
+  "block_topk": [dict(density=0.5, sink=1)],
   # One extent at all times: `cost` is then exact, not an average over t.
-  "sparseflow": [
-    dict(schedule=Schedule(frames=(1, 1)), around=(1, 2)),
-    dict(schedule=Schedule(frames=(2, 2)), allocation=(2, 4)),
-  ],
+  "sparseflow": [dict(schedule=Schedule(frames=(1, 1)), around=(1, 2))],
   "sparse_linear": [dict(critical=0.25, negligible=0.25)],
   "adaspa": [dict(sparsity=0.5)],
 }
@@ -81,36 +85,19 @@ def cases():
 
 
 every_method = pytest.mark.parametrize("method", list(cases()))
-on_every_grid = pytest.mark.parametrize(
-  "layout", [EVEN, RAGGED, SMALL], ids="even ragged small".split()
-)
+on_either_grid = pytest.mark.parametrize("layout", [RAGGED, ONE], ids=["ragged", "one"])
 
 # ---- running a layer ---------------------------------------------------------------------
 
 
-def layer_of(method, layout=EVEN, dtype=jnp.float32):
+def opened(method, layout=RAGGED, dtype=jnp.float32):
   """A layer whose zero-initialised gates are open, so that every part of the method matters."""
-  # The reference backend compiles fastest; backends are held to it elsewhere.
-  layer = SpectralAttention(
-    DIMS, method, layout, nnx.Rngs(0), dtype=dtype, implementation="reference"
-  )
+  layer = layer_of(method, layout, dtype=dtype)
   graphdef, params = nnx.split(layer)
   keys = iter(jax.random.split(jax.random.key(1), 100))
   return nnx.merge(
     graphdef, jax.tree.map(lambda x: x + 0.05 * jax.random.normal(next(keys), x.shape), params)
   )
-
-
-def tokens(layout=EVEN, b=2, seed=0):
-  x = np.random.default_rng(seed).standard_normal((b, layout.n, DIMS.width)).astype(np.float32)
-  return layout.arrays().pack(x)
-
-
-def where(b=2, **fields):
-  """The moment of each sample; both halves of guidance have the same times."""
-  halves = 2 if fields.get("guided") else 1
-  time = jnp.tile(jnp.linspace(0.3, 0.9, b // halves), halves)
-  return Cond(time, jnp.stack([jnp.sin(time * k) for k in range(1, 9)], -1), **fields)
 
 
 def phases(method):
@@ -119,39 +106,34 @@ def phases(method):
   return list(dict.fromkeys(method.phase(i, STEPS) for i in range(STEPS)))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def apply(graphdef, params, x, cond, arrays, tables, state):
-  out, state, aux = nnx.merge(graphdef, params)(x, cond, arrays, tables, state)
-  return arrays.unpack(out), state, aux
-
-
-def walk(layer, x, layout=EVEN, times=1.0, **fields):
-  """Results `(out, state, aux)` of each phase in turn, the same input in every phase."""
+def walk(layer, x, layout=RAGGED, times=(0.3, 0.9), warm=False, run=apply, **fields):
+  """Results `(out, state, aux)` of each phase in turn, the same input in every phase; `warm`: also
+  of a dense warm-up, for which two laws are enough."""
   method = layer.config
-  b = x.shape[0]
-  fields = {"want_masks": True} | fields
-  halves = 2 if fields.get("guided") and method.shares_state else 1
-  state = method.init_state(b // halves, DIMS.for_method, layout)
+  state = method.init_state(len(times), DIMS.for_method, layout)
+  if fields.get("guided"):  # both halves have the same times
+    times = (*times, *times)
+    state = state if method.shares_state else method.init_state(len(x), DIMS.for_method, layout)
   found = []
   for phase in phases(method):
-    cond = where(b, phase=phase, **fields)
-    cond = dataclasses.replace(cond, time=cond.time * times)
+    if phase == "warmup" and not warm:
+      continue
+    cond = where(times, phase=phase, **{"want_masks": True} | fields)
     args = (x, cond, layout.arrays(), method.tables(layout), state)
-    found.append(apply(*nnx.split(layer), *args))
+    found.append(run(*nnx.split(layer), *args))
     state = found[-1][1]
   return found
 
 
 @functools.cache
-def usual(method, layout=EVEN):
+def usual(method, layout=RAGGED):
   """A layer and its walk on random tokens, which most laws look at: run once."""
-  layer = layer_of(method, layout)
+  layer = opened(method, layout)
   return layer, walk(layer, tokens(layout), layout)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def grads(graphdef, layout, params, x, cond, arrays, tables, state):
-  """Loss with the layer's aux, and its gradients by parameters and input."""
+def training(graphdef, params, x, cond, arrays, tables, state):
+  """Gradients of a loss with the layer's aux by parameters and input, the loss and aux."""
 
   def loss(params, x):
     out, _, aux = nnx.merge(graphdef, params)(x, cond, arrays, tables, state)
@@ -160,46 +142,45 @@ def grads(graphdef, layout, params, x, cond, arrays, tables, state):
   return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x)
 
 
-def training_grads(layer, x, layout, run=grads):
-  """Loss and gradients in training mode, as a list of arrays; the aux holds no mask."""
+def arguments(layer, x, layout=RAGGED):
+  """What `training` takes."""
   method = layer.config
-  b = x.shape[0]
-  cond = where(b, train=True, rng=jax.random.key(0))
-  graphdef, params = nnx.split(layer)
-  state = method.init_state(b, DIMS.for_method, layout)
-  (loss, aux), found = run(
-    graphdef, layout, params, x, cond, layout.arrays(), method.tables(layout), state
-  )
-  assert "mask" not in aux and "density" in aux
-  return jax.tree.leaves((loss, found))
+  cond = where(train=True, rng=jax.random.key(0))
+  state = method.init_state(len(x), DIMS.for_method, layout)
+  return *nnx.split(layer), x, cond, layout.arrays(), method.tables(layout), state
 
 
 # ---- laws --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_density_one_is_dense(name, layout=RAGGED):
-  assert name in WIDE, f"say in WIDE which fields give {name} density 1, or None if nothing does"
-  if WIDE[name] is None:
-    return
-  layer = SpectralAttention(DIMS, method_class(name)(**WIDE[name]), layout, nnx.Rngs(0))
-  dense = SpectralAttention(DIMS, Dense(), layout, nnx.Rngs(1))
-  for part in ("qkv", "out", "q_norm", "k_norm"):
-    nnx.update(getattr(dense, part), nnx.state(getattr(layer, part)))
-  want = walk(dense, tokens(layout), layout)[0][0]
-  for out, _, aux in walk(layer, tokens(layout), layout, want_masks=False):
-    np.testing.assert_allclose(out, want, atol=2e-5)
+@functools.cache
+def dense_output(layout):
+  return walk(layer_of(Dense(), layout), tokens(layout), layout)[0][0]
+
+
+def check_dense(name, layout=RAGGED, **fields):
+  layer = layer_of(method_class(name)(**WIDE[name] | fields), layout, implementation=None)
+  for out, _, aux in walk(layer, tokens(layout), layout, warm=True, want_masks=False):
+    np.testing.assert_allclose(out, dense_output(layout), atol=2e-5)
     np.testing.assert_allclose(aux["density"], 1, rtol=1e-5)
     assert "mask" not in aux  # it comes only when asked for
 
 
-def test_all_bands_are_dense_attention_on_full_tiles_too():
-  """With one class of tiles, coarse tokens keep their order."""
-  test_density_one_is_dense("freqformer", EVEN)
+@pytest.mark.parametrize("name", METHODS)
+def test_density_one_is_dense(name):
+  assert name in WIDE, f"say in WIDE which fields give {name} density 1, or None if nothing does"
+  if WIDE[name] is not None:
+    check_dense(name)
+
+
+@pytest.mark.parametrize("kind, layout", [("block_dct", EVEN), ("dct", RAGGED), ("haar", RAGGED)])
+def test_all_bands_of_any_basis_are_dense_attention(kind, layout):
+  """With one class of tiles, which only `block_dct` knows, coarse tokens keep their order."""
+  check_dense("freqformer", layout, basis=dataclasses.replace(WHOLE, kind=kind))
 
 
 @every_method
-@on_every_grid
+@on_either_grid
 def test_shapes_densities_and_masks(method, layout):
   for out, _, aux in usual(method, layout)[1]:
     assert out.shape == (2, layout.n, DIMS.width) and out.dtype == jnp.float32
@@ -215,7 +196,7 @@ def test_shapes_densities_and_masks(method, layout):
 def test_guidance_shares_masks_and_bfloat16_rounds(method):
   """The conditional half is what it is alone, up to bfloat16, and the other half has its masks."""
   x = jnp.concatenate([tokens(), tokens(seed=6)]).astype(jnp.bfloat16)
-  guided = walk(layer_of(method, dtype=jnp.bfloat16), x, guided=True)
+  guided = walk(opened(method, dtype=jnp.bfloat16), x, guided=True)
   for (want, _, _), (out, _, aux) in zip(usual(method)[1], guided, strict=True):
     assert out.dtype == jnp.bfloat16
     # A tile more or less may be selected, a head dealt otherwise: this says that nothing overflows
@@ -228,28 +209,38 @@ def test_guidance_shares_masks_and_bfloat16_rounds(method):
         np.testing.assert_array_equal(leaf[:2], leaf[2:])
 
 
+def soiled(x, layout):
+  return jnp.where(layout.arrays().valid[:, None], x, 1e4)
+
+
 @every_method
-@pytest.mark.parametrize("layout", [RAGGED, SMALL], ids=["ragged", "small"])
+@on_either_grid
 def test_padding_rows_change_nothing(method, layout):
   layer, found = usual(method, layout)
-  x = tokens(layout)
-  dirty = jnp.where(layout.arrays().valid[:, None], x, 1e4)
-  for clean, soiled in zip(found, walk(layer, dirty, layout), strict=True):
-    np.testing.assert_allclose(clean[0], soiled[0], atol=1e-5)
-    np.testing.assert_allclose(clean[2]["density"], soiled[2]["density"])
-  for a, b in zip(*(training_grads(layer, y, layout) for y in (x, dirty)), strict=True):
+  for clean, dirty in zip(found, walk(layer, soiled(tokens(layout), layout), layout), strict=True):
+    np.testing.assert_allclose(clean[0], dirty[0], atol=1e-5)
+    np.testing.assert_allclose(clean[2]["density"], dirty[2]["density"])
+
+
+@every_method
+def test_padding_rows_change_no_gradient(method):
+  layer = usual(method)[0]
+  run = jax.jit(training, static_argnums=0)
+  results = [run(*arguments(layer, x)) for x in (tokens(), soiled(tokens(), RAGGED))]
+  assert "mask" not in results[0][0][1] and "density" in results[0][0][1]
+  for a, b in zip(*map(jax.tree.leaves, results), strict=True):
     assert np.isfinite(a).all()
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_gradients_do_not_need_jit(name):
-  """On a small grid: each operation is compiled by itself, which is slow."""
-  layer = layer_of(method_class(name)(**SETTINGS.get(name, [{}])[0]), PAIR)
-  x = tokens(PAIR)
-  compiled, plain = (training_grads(layer, x, PAIR, run) for run in (grads, grads.__wrapped__))
-  for a, b in zip(compiled, plain, strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+def test_tables_may_be_constants(name):
+  """A model that is called without jit traces its layers, but not its NumPy tables."""
+  graphdef, params, x, *rest = arguments(
+    opened(method_class(name)(**SETTINGS.get(name, [{}])[0])), tokens()
+  )
+  traced = jax.eval_shape(lambda params, x: training(graphdef, params, x, *rest), params, x)
+  assert jax.tree.map(jnp.shape, traced[1]) == jax.tree.map(jnp.shape, (params, x))
 
 
 @every_method
@@ -259,15 +250,23 @@ def test_a_sample_does_not_see_its_batch_and_one_compile_serves_all_inputs(metho
   other = tokens().at[1].set(tokens(seed=5)[1])
   for (a, _, _), (b, _, _) in zip(found, walk(layer, other), strict=True):
     np.testing.assert_array_equal(a[0], b[0])
-  walk(layer, tokens(seed=4), times=0.1)
+  walk(layer, tokens(seed=4), times=(0.03, 0.09))
   assert apply._cache_size() == compiled
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def only_counts(*args):
+  """Like `apply`, without the output: what a step lists needs no attention."""
+  _, state, aux = apply.__wrapped__(*args)
+  return None, state, {key: aux[key] for key in ("density", "choice") if key in aux}
 
 
 @every_method
 def test_cost_is_what_runs(method):
   """Holds in the first and the last step on tiles of equal length; a method whose heads differ is
   told what each sample chose."""
-  found = dict(zip(phases(method), usual(method)[1], strict=True))
+  walked = walk(opened(method, EVEN), tokens(EVEN), EVEN, warm=True, run=only_counts)
+  found = dict(zip(phases(method), walked, strict=True))
   last = method.phase(STEPS - 1, STEPS)
   for phase in {method.phase(0, STEPS), last}:
     aux = found[phase][2]

@@ -1,19 +1,15 @@
 """AdaSpa in one layer: budgets that keep the mean, masks that are the oracle's, guidance."""
 
-import dataclasses
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from freqformer.kernels.block_sparse.api import attention
-from freqformer.kernels.block_sparse.table import dense_mask
 from freqformer.kernels.selection.block_scores import block_mass
 
 from freqformer.grid.layout import TileLayout
 from freqformer.methods.adaspa import AdaSpa, levels
-from freqformer.methods.base import Cond, Dims, Projected
+from freqformer.methods.base import Dims
 from freqformer.tables.adaspa_memory import (
   LSE_DTYPES,
   empty_lse,
@@ -22,54 +18,36 @@ from freqformer.tables.adaspa_memory import (
   top_bits,
   unpack_bits,
 )
+from freqformer.tables.dense import dense
 from tests.kernels.block_sparse.suite import relative_error
+from tests.methods.layers import RAGGED, step
 
 LAYOUT = TileLayout((8, 8, 16), (2, 4, 4), 32)  # 32 full tiles
-RAGGED = TileLayout((5, 6, 9), (2, 4, 4), 32)  # 18 tiles of 32 to 2 tokens
 HEADS = 6
 HEAD_DIM = 16
 DIMS = Dims(HEADS, HEAD_DIM, 4)
 
 
-def near_sighted(layout=LAYOUT, seed=0, b=1):
+def near_sighted(seed=0, b=1):
   """q, k, v whose heads look at their surroundings, widely (head 0) to narrowly (head 5)."""
   rng = np.random.default_rng(seed)
-  place = layout.arrays().positions / np.asarray(layout.grid, np.float32)
+  place = LAYOUT.arrays().positions / np.asarray(LAYOUT.grid, np.float32)
   waves = rng.standard_normal((3, HEAD_DIM // 2)) * 3
   features = np.concatenate([np.cos(place @ waves), np.sin(place @ waves)], -1)[None, :, None]
   sharp = np.linspace(1.0, 2.6, HEADS)[:, None]
-  shape = (b, layout.n_buffer, HEADS, HEAD_DIM)
+  shape = (b, LAYOUT.n_buffer, HEADS, HEAD_DIM)
   q, k = (features * sharp + 0.3 * rng.standard_normal(shape) for _ in "qk")
   return tuple(jnp.asarray(x, jnp.float32) for x in (q, k, rng.standard_normal(shape)))
 
 
-def projected(layout=LAYOUT, seed=0, b=1):
-  return Projected(*near_sighted(layout, seed, b), unrotated, unrotated, layout.arrays())
+def run(method, qkv, phase, state, **fields):
+  return step(method, qkv, LAYOUT, phase, state, **fields)
 
 
-def unrotated(x, positions):
-  return x
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _step(method, q, k, v, arrays, cond, tables, state):
-  return method(None, Projected(q, k, v, unrotated, unrotated, arrays), cond, tables, state)
-
-
-def step(method, qkv, phase, state, **fields):
-  cond = Cond(jnp.full(len(qkv.q), 0.5), jnp.zeros((len(qkv.q), 4)), phase=phase, **fields)
-  tables = method.tables(qkv.layout.layout)
-  return _step(method, qkv.q, qkv.k, qkv.v, qkv.layout, cond, tables, state)
-
-
-def dense_mass(layout, q, k):
+def dense_mass(q, k):
   """The exact block mass, from the exact LSE."""
-  arrays = layout.arrays()
-  mask = dataclasses.replace(
-    dense_mask(layout.n_buffer, layout.n_buffer, layout.block, layout.block), kv_len=arrays.kv_len
-  )
-  _, lse = attention(q, k, q, mask)
-  return np.asarray(block_mass(q, k, lse, arrays.kv_len, layout.block))
+  _, lse = attention(q, k, q, dense(LAYOUT))
+  return np.asarray(block_mass(q, k, lse, LAYOUT.tile_lengths, LAYOUT.block))
 
 
 # ---- budgets and levels ----------------------------------------------------------------
@@ -127,10 +105,10 @@ def test_lse_cache_round_trip(dtype):
 
 def test_masks_are_the_oracles_at_the_first_search():
   """With the exact LSE every row lists exactly the tiles of largest mass that its level allows."""
-  method, qkv = AdaSpa(sparsity=0.75, recall=0.6), projected()
+  method, qkv = AdaSpa(sparsity=0.75, recall=0.6), near_sighted()
   few, base, many = method.budgets(LAYOUT)
-  _, state, aux = step(method, qkv, "search_first", method.init_state(1, DIMS, LAYOUT))
-  mass = dense_mass(LAYOUT, qkv.q, qkv.k)
+  _, state, aux = run(method, qkv, "search_first", method.init_state(1, DIMS, LAYOUT))
+  mass = dense_mass(*qkv[:2])
   tiles = np.asarray(unpack_bits(state["bits"], LAYOUT.tiles))
   counts = tiles.sum(-1)
   assert {few, many} <= set(counts[0, :, 0].tolist()) <= {few, base, many}
@@ -151,23 +129,16 @@ def test_masks_are_the_oracles_at_the_first_search():
   assert aux["level"][0, 0] == 2 and aux["level"][0, -1] == 0
 
 
-@pytest.mark.parametrize(
-  "cache",
-  [dict(), dict(lse_dtype="float32"), dict(lse_dtype="uint8"), dict(lse_cache="tile")],
-  ids=["bf16", "f32", "uint8", "tile"],
-)
+@pytest.mark.parametrize("cache", [dict(lse_dtype="uint8"), dict(lse_cache="tile")], ids=str)
 def test_a_later_search_is_near_the_oracle(cache):
   """With later inputs and a cached LSE, masks keep nearly the mass of the oracle's equal budget."""
   method = AdaSpa(sparsity=0.75, adaptive=False, **cache)
-  first, later = projected(), projected()
-  moved = near_sighted(seed=9)
-  later = dataclasses.replace(
-    later, q=0.4 * first.q + 0.6 * moved[0], k=0.4 * first.k + 0.6 * moved[1]
-  )
-  _, state, _ = step(method, first, "search_first", method.init_state(1, DIMS, LAYOUT))
+  first, moved = near_sighted(), near_sighted(seed=9)
+  later = (*(0.4 * a + 0.6 * b for a, b in zip(first[:2], moved[:2], strict=True)), first[2])
+  _, state, _ = run(method, first, "search_first", method.init_state(1, DIMS, LAYOUT))
   stale = np.asarray(unpack_bits(state["bits"], LAYOUT.tiles))
-  _, state, aux = step(method, later, "search", state)
-  mass = dense_mass(LAYOUT, later.q, later.k)
+  _, state, aux = run(method, later, "search", state)
+  mass = dense_mass(*later[:2])
   tiles, base = np.asarray(unpack_bits(state["bits"], LAYOUT.tiles)), method.budgets(LAYOUT)[1]
 
   def share(tiles):
@@ -183,13 +154,16 @@ def test_a_later_search_is_near_the_oracle(cache):
   assert aux["density"].mean() == pytest.approx(base / LAYOUT.tiles)
 
 
+def test_training_is_dense():
+  _, state, aux = run(AdaSpa(sparsity=0.75), near_sighted(), "", {})
+  assert (aux["density"] == 1).all() and state == {}
+
+
 def test_guidance_searches_the_conditional_half_only():
-  method, qkv = AdaSpa(sparsity=0.75), projected(b=4)
-  state = method.init_state(2, DIMS, LAYOUT)
-  half = dataclasses.replace(qkv, q=qkv.q[:2], k=qkv.k[:2], v=qkv.v[:2])
-  alone = state
-  for phase in ("search_first", "search", "reuse"):
-    out, state, _ = step(method, qkv, phase, state, guided=True)
-    want, alone, _ = step(method, half, phase, alone)
+  method, qkv = AdaSpa(sparsity=0.75), near_sighted(b=4)
+  state = alone = method.init_state(2, DIMS, LAYOUT)
+  for phase in ("search_first", "search"):
+    out, state, _ = run(method, qkv, phase, state, guided=True)
+    want, alone, _ = run(method, [x[:2] for x in qkv], phase, alone)
     jax.tree.map(np.testing.assert_array_equal, state, alone)
     assert relative_error(out[:2], want) < 1e-6

@@ -1,20 +1,14 @@
 """Heads dealt by measurement: planted heads are recognised, the choice stays and is shared."""
 
-import dataclasses
-import functools
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from freqformer.kernels.around.prepare import Prepared
 from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.table import from_tiles
 
 from freqformer.config import ConfigError
-from freqformer.grid.basis import SpectralBasis
 from freqformer.grid.layout import TileLayout
-from freqformer.methods.base import Cond, Dims, Projected
+from freqformer.methods.base import Dims
 from freqformer.methods.freqformer import FreqFormer
 from freqformer.methods.head_profile import (
   ProfileConfig,
@@ -25,36 +19,10 @@ from freqformer.methods.head_profile import (
   sample_rows,
 )
 from freqformer.methods.spatial_temporal import SpatialTemporal
-from freqformer.tables.topk import pool_tiles
+from tests.methods.layers import BASIS, RAGGED, step
 
 LAYOUT = TileLayout((8, 8, 16), (2, 4, 4), 32)  # 4 x 2 x 4 tiles
-RAGGED = TileLayout((5, 6, 9), (2, 4, 4), 32)
 D = 16
-
-
-def projected(q, k, v, layout=LAYOUT):
-  """Finished projections `[b, n, h, d]` in raster order; nothing is rotated."""
-  arrays = layout.arrays()
-
-  def plain(x, positions):
-    return x
-
-  packed = (arrays.pack(jnp.asarray(x, jnp.float32)) for x in (q, k, v))
-  return Projected(*packed, plain, plain, arrays, "reference")
-
-
-def packed(qkv, cells=None, pooled=False):
-  """`kernels.around.prepare.prepare` without norm and rotary."""
-  arrays = (qkv.q, qkv.k, qkv.v)
-  if cells is None:
-    return Prepared(*arrays)
-
-  def pack(x):
-    coarse = cells.compress(x)
-    filler = jnp.zeros((x.shape[0], cells.front - coarse.shape[1], *x.shape[2:]))
-    return jnp.concatenate([coarse, filler, x], 1)
-
-  return Prepared(*map(pack, arrays), *(pool_tiles(x, qkv.layout) for x in arrays[:2]))
 
 
 def hot(number, gain=6.0):
@@ -62,13 +30,12 @@ def hot(number, gain=6.0):
   return gain * np.eye(D, dtype=np.float32)[number % D]
 
 
-def run(method, qkv, phase, state, b, **fields):
-  cond = Cond(jnp.full(b, 0.5), jnp.ones((b, 4)), phase=phase, **fields)
-
-  def step(q, k, v, state):
-    return method(None, dataclasses.replace(qkv, q=q, k=k, v=v), cond, method.tables(LAYOUT), state)
-
-  return jax.jit(step)(qkv.q, qkv.k, qkv.v, state)
+def run(method, qkv, *args, **fields):
+  """A step on q, k, v `[b, n, h, D]` in raster order."""
+  arrays = LAYOUT.arrays()
+  return step(
+    method, [arrays.pack(jnp.asarray(x, jnp.float32)) for x in qkv], LAYOUT, *args, **fields
+  )
 
 
 # ---- the measurement -------------------------------------------------------------------
@@ -128,18 +95,18 @@ def planted():
 def test_spatial_and_temporal_heads_are_told_apart():
   method = SpatialTemporal(frames=0, places=0, sink=0)
   state = method.init_state(1, Dims(2, D, 4), LAYOUT)
-  out, state, aux = run(method, projected(*planted()), "profile", state, 1)
+  out, state, aux = run(method, planted(), "profile", state)
   assert state["choice"].tolist() == aux["choice"].tolist() == [[0, 1]]
   np.testing.assert_allclose(aux["density"], [[1 / 4, 1 / 8]])
   swapped = [x[:, :, ::-1] for x in planted()]
-  _, kept, _ = run(method, projected(*swapped), "run", state, 1)
+  _, kept, _ = run(method, swapped, "run", state)
   assert kept["choice"].tolist() == [[0, 1]]  # what was measured stays until it is measured again
-  _, anew, _ = run(method, projected(*swapped), "profile", state, 1)
+  _, anew, _ = run(method, swapped, "profile", state)
   assert anew["choice"].tolist() == [[1, 0]]
   both = [np.concatenate([a, b]) for a, b in zip(planted(), swapped, strict=True)]
-  choice = run(method, projected(*both), "profile", {}, 2, guided=True)[2]["choice"]
+  choice = run(method, both, "profile", {}, guided=True)[2]["choice"]
   assert choice.tolist() == [[0, 1]] * 2  # the conditional half's
-  assert run(method, projected(*both), "profile", {}, 2)[2]["choice"].tolist() == [[0, 1], [1, 0]]
+  assert run(method, both, "profile", {})[2]["choice"].tolist() == [[0, 1], [1, 0]]
 
 
 def test_bands_are_given_to_the_heads_they_serve():
@@ -155,12 +122,9 @@ def test_bands_are_given_to_the_heads_they_serve():
   keys = np.stack([np.zeros((LAYOUT.n, D)), like(half), like(four)], 1)
   queries = np.stack([keys[:, 0], keys[:, 1], like((four + 4) % 8)], 1)
   v = np.random.default_rng(1).standard_normal((LAYOUT.n, 3, D))
-  basis = SpectralBasis("block_dct", (0.5, 0.5, 0.5), (0.75, 0.75, 0.75))
   # Five of the 16 tiles of a half are too few; three of the four frames of tiles hold either half.
-  method = FreqFormer(basis=basis, allocation="measured", mid_tiles=5, window=(3, 2, 4))
-  qkv = projected(queries[None], keys[None], v[None])
-  qkv = dataclasses.replace(qkv, prepare=functools.partial(packed, qkv))
-  _, _, aux = run(method, qkv, "profile", {}, 1)
+  method = FreqFormer(basis=BASIS, allocation="measured", mid_tiles=5, window=(3, 2, 4))
+  _, _, aux = run(method, (queries[None], keys[None], v[None]), "profile", {})
   assert aux["choice"].tolist() == [[0, 2, 1]]
   errors = aux["band_errors"][0]
   assert max(errors[0, 0], errors[2, 1]) < 1e-4 and errors[1, 2] < 0.1 < errors[1, 1]

@@ -9,11 +9,6 @@ from freqformer.methods.spatial_temporal import SpatialTemporal
 from freqformer.model.config import model_config
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_every_method_has_defaults(name):
-  assert method_class(name)() == with_fields(method_class(name)(), {}, name)
-
-
 @pytest.mark.parametrize(
   "text, want",
   [

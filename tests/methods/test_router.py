@@ -68,17 +68,6 @@ def test_sampled_runs_one_branch_and_draws_from_p():
   np.testing.assert_allclose(grad, want, atol=1e-6)
 
 
-def test_both_guidance_halves_get_the_conditional_routing():
-  router = SpectralRouter(RouterConfig(), 4, 6, 3, nnx.Rngs(0))
-  router.out.kernel[...] = 0.02 * jnp.ones_like(router.out.kernel[...]) * jnp.arange(3)
-  stats = jnp.asarray(np.random.default_rng(3).standard_normal((2, 4, 3)), jnp.float32)
-  free = router(cond(train=False), stats).probs
-  tied = router(cond(train=False, guided=True), stats).probs
-  assert np.abs(free[0] - free[1]).max() > 1e-3
-  np.testing.assert_array_equal(tied[0], free[0])
-  np.testing.assert_array_equal(tied[1], free[0])
-
-
 def test_prior_and_more_low_at_high_noise():
   router = SpectralRouter(RouterConfig(noise=0.0, prior_slope=2.0), 4, 6, 3, nnx.Rngs(0))
   where = dataclasses.replace(cond(train=False), time=jnp.array([0.5, 1.0]), progress=0.0)

@@ -20,7 +20,9 @@ BASIS = dict(kind="block_dct", low=(0.5, 0.5, 0.5), mid=(0.75, 0.75, 0.75))
 
 def config_of(method="freqformer", attention=(), router=(), **model):
   freqformer = dict(window=(1, 1, 1), mid_tiles=2, basis=BASIS, router=dict(router))
-  attention = dict(method=method, block=8, freqformer=freqformer) | dict(attention)
+  # The reference backend compiles fastest; backends are held to it elsewhere.
+  own = dict(method=method, block=8, implementation="reference", freqformer=freqformer)
+  attention = own | dict(attention)
   return model_config({**BASE, "attention": attention, **model})
 
 
@@ -53,11 +55,11 @@ def test_starts_at_zero_velocity():
   assert aux[0]["probs"].shape == (2, 2, 2, 3)
 
 
-@pytest.mark.parametrize("mode", ["straight_through", "sampled"])  # all branches, one branch
-def test_gradients_equal_with_and_without_remat(mode):
+def test_gradients_equal_with_and_without_remat():
+  """Also of heads that are dealt at random: what is computed again must not choose again."""
   grads = []
   for remat in (False, True):
-    config = config_of(remat=remat, router=dict(mode=mode))
+    config = config_of(remat=remat, router=dict(mode="sampled"))
     graphdef, params = nnx.split(model_of(config))
 
     def loss(params, config=config, graphdef=graphdef):
@@ -72,14 +74,6 @@ def test_gradients_equal_with_and_without_remat(mode):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_runs_of_layers_have_their_own_method():
-  config = config_of(attention=dict(layers=((0, 1, "dense"), (1, None, "freqformer"))))
-  model = model_of(config)
-  out, _, aux = nnx.jit(lambda m, t: m(*inputs(), t))(model, model.tables(SHAPE))
-  assert np.isfinite(out).all() and "probs" not in aux[0] and aux[1]["probs"].shape[0] == 1
-  np.testing.assert_allclose(aux[0]["density"], 1)
-
-
 def test_one_scan_per_run():
   """The program does not grow with depth."""
 
@@ -92,9 +86,8 @@ def test_one_scan_per_run():
   assert size(6) < 1.3 * size(2)
 
 
-@pytest.mark.parametrize("method", ["dense", "freqformer"])
-def test_any_other_grid_at_call_time(method):
-  model = model_of(config_of(method))
+def test_any_other_grid_at_call_time():
+  model = model_of(config_of())
   for shape in ((1, 1, 1, 4), (7, 3, 11, 4)):
     x = jnp.ones((1, *shape))
     out, _, _ = model(x, jnp.ones(1), jnp.zeros(1, jnp.int32), model.tables(shape))
@@ -148,19 +141,17 @@ def test_linear_velocity_is_the_least_squares_fit():
 def test_a_sample_is_the_same_alone_and_in_a_batch(guidance):
   model = model_of(config_of())
   graphdef, params = nnx.split(model)
-  tables, labels = model.tables(SHAPE), np.array([0, 1, 2])
+  tables = model.tables(SHAPE)
 
-  def draw(batch, which):
+  def draw(batch):
     config = SampleConfig(steps=3, guidance=guidance, batch_size=batch)
-    samples = (labels[which], np.arange(3)[which], 7)
-    return sample(
-      make_step(graphdef, config), params, model, *samples, tables, SHAPE, config, progress=False
-    )[0]
+    step = make_step(graphdef, config)
+    samples = (np.arange(3), np.arange(3), 7)  # labels, indices, seed
+    return sample(step, params, model, *samples, tables, SHAPE, config, progress=False)[0]
 
-  together = draw(3, slice(None))
+  together = draw(2)  # the last batch is filled up
   # Not bit-equal: another batch size adds in another order in every step; samples are of size 1.
-  np.testing.assert_allclose(draw(1, slice(1, 2))[0], together[1], atol=1e-4)
-  np.testing.assert_allclose(draw(2, slice(None)), together, atol=1e-4)
+  np.testing.assert_allclose(draw(1), together, atol=1e-4)
   assert np.abs(together[0] - together[1]).max() > 0.1
 
 
@@ -185,19 +176,6 @@ def test_euler_integrates_a_straight_line():
     step = make_step(graphdef, config)
     out, _ = sample(step, params, Straight(), [0], [0], 0, {}, SHAPE, config, progress=False)
     np.testing.assert_allclose(out, 2.0, atol=1e-5)
-
-
-def test_training_counts_every_branch():
-  """Soft routing runs all three branches of each head; the sampled mode and evaluation run one."""
-  config = config_of()
-  method = config.attention.named("freqformer")
-  layout = config.layout(SHAPE)
-  pairs = sum(method.pairs(layout, 2, tuple(np.eye(3)[i])).pairs for i in range(3))
-  training = model_cost(config, SHAPE, training=True).attention_flops
-  np.testing.assert_allclose(training, 2 * 4 * 12 * pairs, rtol=1e-6)
-  assert model_cost(config, SHAPE).attention_flops < training
-  dense = config_of("dense")
-  assert model_cost(dense, SHAPE, training=True) == model_cost(dense, SHAPE)
 
 
 def test_model_cost():
