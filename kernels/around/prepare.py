@@ -138,7 +138,10 @@ def turn(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 def norm_and_turn(x: jax.Array, gain: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
   """Norms `x` `[..., n, h, d]` (RMS, `EPS`, `gain` `[d]`) and rotates it (`turn`); rounds once."""
   wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-  inverse = jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + EPS)
+  # The barrier keeps XLA from writing the normed array in float32 before it is rotated.
+  inverse = jax.lax.optimization_barrier(
+    jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + EPS)
+  )
   return turn(wide * (inverse * gain.astype(wide.dtype)), *tables).astype(x.dtype)
 
 
@@ -199,15 +202,23 @@ def forward(joint, bias, gains, tables, lengths, cells, bands, *, filtered, pool
   # Not three slices, whose gradients would be three arrays of the projection's size.
   q, k, v = jnp.unstack(joint, axis=2)
   one = functools.partial(_one, tables=tables, cells=cells, bands=bands)
-  q, tokens_of_q = one(q, bias[0], gains[0], filtered="q" in filtered)
-  k, tokens_of_k = one(k, bias[1], gains[1], filtered="k" in filtered)
-  v = None if cells is None else one(v, bias[2], None, filtered="v" in filtered)[0]
+  of_q, of_k, of_v = (None,) * 3 if cells is None else _compressed(joint, cells)
+  q, tokens_of_q = one(q, bias[0], gains[0], of_q, filtered="q" in filtered)
+  k, tokens_of_k = one(k, bias[1], gains[1], of_k, filtered="k" in filtered)
+  v = None if cells is None else one(v, bias[2], None, of_v, filtered="v" in filtered)[0]
   if not pooled:
     return Prepared(q, k, v)
   return Prepared(q, k, v, _means(tokens_of_q(), lengths), _means(tokens_of_k(), lengths))
 
 
-def _one(x, bias, gain, *, tables, cells, bands, filtered):
+def _compressed(joint, cells):
+  """Returns the coarse tokens of q, k and v: one product reads all three where they are."""
+  b, n, _, h, d = joint.shape
+  coarse = cells.compress(joint.reshape(b, n, 3 * h, d))
+  return jnp.unstack(coarse.reshape(b, -1, 3, h, d), axis=2)
+
+
+def _one(x, bias, gain, coarse, *, tables, cells, bands, filtered):
   """Returns a packed array of `x` `[b, n, h, d]`, and a function for its unfiltered tokens."""
 
   def finish(wide, tables):
@@ -221,7 +232,7 @@ def _one(x, bias, gain, *, tables, cells, bands, filtered):
   front = 0
   if cells is not None:
     # Compression keeps constants: the bias may come after it.
-    coarse = finish(_biased(cells.compress(x), bias), (cells.cos, cells.sin))
+    coarse = finish(_biased(coarse, bias), (cells.cos, cells.sin))
     front = cells.front
     filler = jnp.zeros((x.shape[0], front - coarse.shape[1], *x.shape[2:]), x.dtype)
     packed = jnp.concatenate([coarse, filler, packed], 1)
@@ -265,7 +276,8 @@ def backward(operands, cotangents: Prepared, *, filtered, pooled):
 
     def run(x, bias, gain, i=i):
       options = dict(tables=tables, cells=cells, bands=bands, filtered="qkv"[i] in filtered)
-      return _one(x, bias, gain, **options)[0]
+      coarse = None if cells is None else cells.compress(x)
+      return _one(x, bias, gain, coarse, **options)[0]
 
     _, pull = jax.vjp(run, x, bias[i], (*gains, None)[i])
     found.append(pull(cotangent))
