@@ -43,25 +43,25 @@ AXES = "freqformer(allocation=(3, 6, 3), basis=dict(kind=dct))"
 PARTS = {
   # FreqFormer's transforms, packing and lift, by who does them: the Hopper kernels (v in and out,
   # which other methods' layers move uncounted; angles; lift in and out), XLA in tiles of 16 cells,
-  # XLA along whole axes.
+  # XLA along whole axes. Of the latter two all but norm and rotary (6), selection and "other".
   "bands, kernels": Part(4.4, 1, f"{BANDS} - dense"),
-  "bands, tiles": Part(17.0, 16, "around/a_64k_xla"),
-  "bands, axes": Part(48.0, 32, f"{AXES} - dense"),
+  "bands, tiles": Part(14.5, 14, "around/a_64k_xla"),
+  "bands, axes": Part(48.3, 26, AXES),
   "filter v, kernels": Part(0.0, 1, f"{BANDS}, filter=v - none"),
-  "filter v, tiles": Part(11.0, 5, "around/a_64k_filter_v_xla - around/a_64k_xla"),
-  "filter v, axes": Part(47.0, 19, f"{AXES}, filter=v - none"),
+  "filter v, tiles": Part(14.0, 6, "around/a_64k_filter_v_xla - around/a_64k_xla"),
+  "filter v, axes": Part(54.1, 23, f"{AXES}, filter=v - none"),
   "filter qkv, kernels": Part(0.0, 1, f"{BANDS}, filter=qkv - none"),
-  "filter qkv, tiles": Part(35.0, 13, "around/a_64k_filter_qkv_xla - around/a_64k_xla"),
-  "filter qkv, axes": Part(151.0, 58, f"{AXES}, filter=qkv - none"),
+  "filter qkv, tiles": Part(50.3, 18, "around/a_64k_filter_qkv_xla - around/a_64k_xla"),
+  "filter qkv, axes": Part(170.2, 68, f"{AXES}, filter=qkv - none"),
   # A linear low band, and the lift that XLA then does instead of the kernel.
-  "linear low band, kernels": Part(2.9, 3, f"{BANDS}, low_op=linear - dense"),
-  "linear low band": Part(0.0, 3, f"{BANDS}, low_op=linear - dense"),
+  "linear low band, kernels": Part(0.8, 4, f"{BANDS}, low_op=linear - {BANDS}"),
+  "linear low band": Part(0.0, 4, f"{BANDS}, low_op=linear - {BANDS}"),
   "summary": Part(52.0, 57, f"{BANDS}, summary=4 - 0"),
-  "summary, axes": Part(130.0, 80, f"{AXES}, summary=4 - 0"),
+  "summary, axes": Part(142.4, 89, f"{AXES}, summary=4 - 0"),
   "each summary token": Part(0.64, 0, f"{BANDS}, summary=16 - 4"),
   # Band energies for the router, and its network, choice and lists.
   "energies": Part(4.75, 11, f"freqformer - {BANDS}"),
-  "energies, axes": Part(12.2, 11, f"freqformer(basis=dict(kind=dct)) - {AXES}"),
+  "energies, axes": Part(15.3, 13, f"freqformer(basis=dict(kind=dct)) - {AXES}"),
   "variances": Part(1.2, 11, "sparseflow - sparseflow(allocation=(7, 5))"),
   "router": Part(0.0, 6, f"freqformer - {BANDS}"),
   # Measured heads: q and k by head in float32 for the dense rows; norm and rotary once more for
