@@ -38,6 +38,11 @@ def _comment_lines(text: str) -> int:
   return len({t.start[0] for t in tokens if t.type == tokenize.COMMENT})
 
 
+def _bare_lines(text: str) -> int:
+  """Returns how many lines are blank or hold nothing but a comment."""
+  return sum(not line.strip() or line.lstrip().startswith("#") for line in text.splitlines())
+
+
 def _functions(tree: ast.AST) -> list[ast.FunctionDef]:
   return [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
 
@@ -138,10 +143,13 @@ def count(root: pathlib.Path) -> dict:
   def share(number: int, of: int) -> float:
     return round(100 * number / max(1, of), 1)
 
+  bare = sum(_bare_lines(texts[path]) for path in product)
+  inside = sum(_bare_lines(text) for text, _ in docstrings)  # counted as docstrings already
   wide = sum(len(line) > WIDTH for path in product for line in texts[path].splitlines())
   report |= {
     "without tests: files": len(product),
     "without tests: lines": total,
+    "without tests: lines of statements": total - bare + inside - sum(n for _, n in docstrings),
     "median file [lines]": statistics.median(lines[path] for path in product),
     "median function [lines]": statistics.median(lengths),
     "90 % of functions up to [lines]": lengths[int(0.9 * len(lengths))],
