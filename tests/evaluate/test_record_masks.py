@@ -24,7 +24,8 @@ from freqformer.model.dit import VideoDiT
 pytestmark = pytest.mark.xdist_group("masks")
 
 SHAPE = (4, 6, 6, 2)
-LAYERS = ((0, 2, "block_topk"), (2, None, "dense"))
+LAYERS = ((0, 2, "spatial_temporal"), (2, None, "block_topk"))
+PROFILED = dict(frames=0, places=0, profile=dict(warmup=0.3))
 
 
 @contextlib.contextmanager
@@ -44,7 +45,9 @@ def compiled():
 
 def test_masks_of_a_run(tmp_path):
   fields = dict(block=8, implementation="reference")
-  attention = dict(layers=LAYERS, block_topk=dict(density=0.3, coarse="none"), **fields)
+  attention = dict(
+    layers=LAYERS, spatial_temporal=PROFILED, block_topk=dict(density=0.3, coarse="none"), **fields
+  )
   config = model_config(
     dict(size="custom", width=12, depth=3, heads=2, patch=(1, 1, 1), attention=attention)
   )
@@ -70,8 +73,10 @@ def test_masks_of_a_run(tmp_path):
   for at in np.ndindex(3, 3):
     (density,) = read.tables[read.index[at]].check().density(4 * 6 * 6)
     np.testing.assert_allclose(np.broadcast_to(density, 2), read.density[at], rtol=1e-5)
-  # Dense attention is one table wherever it runs, the others are chosen anew.
-  assert len(set(read.index[:, 2])) == 1 < len(set(read.index[:, :2].ravel()))
+  # Dense attention in the first step, then the tables that were measured; the others' are chosen
+  # anew in every step.
+  assert read.index[0, 0] == read.index[0, 1] and (read.index[1] == read.index[2])[:2].all()
+  assert (read.index[0] != read.index[1])[:2].all() and len(set(read.index[:, 2])) == 3
   names = sorted(p.name for p in tmp_path.iterdir())
   assert names[0] == "density.png" and names[1] == "masks.npz" and 1 <= len(names[2:]) <= 2
   assert all(p.stat().st_size > 1000 for p in tmp_path.glob("*.png"))
