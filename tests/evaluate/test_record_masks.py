@@ -49,7 +49,7 @@ def test_masks_of_a_run(tmp_path):
     layers=LAYERS, spatial_temporal=PROFILED, block_topk=dict(density=0.3, coarse="none"), **fields
   )
   config = model_config(
-    dict(size="custom", width=12, depth=3, heads=2, patch=(1, 1, 1), attention=attention)
+    dict(size="custom", width=12, depth=4, heads=2, patch=(1, 1, 1), attention=attention)
   )
   model = nnx.jit(lambda: VideoDiT(config, SHAPE, 3, nnx.Rngs(0)))()
   run = SampleConfig(steps=3, guidance=2.0, batch_size=2)
@@ -68,15 +68,15 @@ def test_masks_of_a_run(tmp_path):
   recorder.masks().save(tmp_path, pictures=2)
   read = load_masks(tmp_path / "masks.npz")
   np.testing.assert_array_equal(read.index, recorder.masks().index)
-  assert read.index.shape == (3, 3)
-  assert read.density.shape == (3, 3, 2) == realised_density(aux).shape
-  for at in np.ndindex(3, 3):
+  assert read.index.shape == (3, 4)
+  assert read.density.shape == (3, 4, 2) == realised_density(aux).shape
+  for at in np.ndindex(3, 4):
     (density,) = read.tables[read.index[at]].check().density(4 * 6 * 6)
     np.testing.assert_allclose(np.broadcast_to(density, 2), read.density[at], rtol=1e-5)
   # Dense attention in the first step, then the tables that were measured; the others' are chosen
-  # anew in every step.
+  # anew in every step and layer.
   assert read.index[0, 0] == read.index[0, 1] and (read.index[1] == read.index[2])[:2].all()
-  assert (read.index[0] != read.index[1])[:2].all() and len(set(read.index[:, 2])) == 3
+  assert (read.index[0] != read.index[1])[:2].all() and len(set(read.index[:, 2:].ravel())) == 6
   names = sorted(p.name for p in tmp_path.iterdir())
   assert names[0] == "density.png" and names[1] == "masks.npz" and 1 <= len(names[2:]) <= 2
   assert all(p.stat().st_size > 1000 for p in tmp_path.glob("*.png"))
