@@ -59,9 +59,12 @@ def table(rows: list[dict]) -> str:
     f"{'of that row':>15} {'heads':>7}  squared error low/mid/high"
   ]
   for r in summary(rows):
-    bound, pair, kept = "none", "-", f"-/{r['heads']}"
+    bound = "none"
+    pair = "-"
+    kept = f"-/{r['heads']}"
     if r["bound"] is not None:
-      bound, kept = f"{r['bound']:.3g}", f"{r['kept']}/{r['heads']}"
+      bound = f"{r['bound']:.3g}"
+      kept = f"{r['kept']}/{r['heads']}"
       pair = f"{r['closest']['error']:.3g}/{r['closest']['bound']:.3g}"
     shares = " / ".join(f"{s:.0%}" for s in r["band_shares"])
     lines.append(

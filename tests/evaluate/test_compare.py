@@ -48,7 +48,7 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def compared(workdir):
-  """What the command wrote and printed, and the videos that it compared."""
+  """Runs the command once: what it wrote and printed, and the videos that it compared."""
   videos = {}
 
   def compare_and_keep(*args):

@@ -45,7 +45,9 @@ def _below(length, cut):
 
 def _axis_blocks(basis, layout, axis):
   """Per block of an axis: (P_low, P_box, compress, centres)."""
-  length, low, mid = layout.grid[axis], basis.low[axis], basis.mid[axis]
+  length = layout.grid[axis]
+  low = basis.low[axis]
+  mid = basis.mid[axis]
   step = layout.tile[axis] if basis.kind == "block_dct" else length
   for start in range(0, length, step):
     e = min(step, length - start)

@@ -143,7 +143,7 @@ def training(graphdef, params, x, cond, arrays, tables, state):
 
 
 def arguments(layer, x, layout=RAGGED):
-  """What `training` takes."""
+  """Returns the arguments of `training`."""
   method = layer.config
   cond = where(train=True, rng=jax.random.key(0))
   state = method.init_state(len(x), DIMS.for_method, layout)

@@ -80,7 +80,7 @@ def finished(layer, x):
 
 
 def projected(q, k, v, layout) -> Projected:
-  """What a layer hands over, of finished q, k, v `[b, n_buffer, h, d]`: nothing is rotated."""
+  """Wraps finished q, k, v `[b, n_buffer, h, d]` as a layer hands them over; none is rotated."""
 
   def unrotated(x, positions):
     return x

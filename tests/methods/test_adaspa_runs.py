@@ -93,7 +93,9 @@ def test_state_fits():
 
 def test_cost_by_phase():
   layout = TileLayout((8, 8, 16), (2, 4, 4), 32)
-  method, args, whole = AdaSpa(sparsity=0.75), (layout, 6, 16), 4 * layout.n**2 * 96
+  method = AdaSpa(sparsity=0.75)
+  args = (layout, 6, 16)
+  whole = 4 * layout.n**2 * 96
   totals = {
     p: layer_cost(method, *args, phase=p).total / whole
     for p in ("", "warmup", "search_first", "search", "reuse")

@@ -101,7 +101,7 @@ def test_every_command_of_the_queue_exists_and_can_be_pasted():
 
 
 def test_every_steps_arguments_are_taken():
-  """Of those whose modules are not run in test_slot.py and test_train.py."""
+  """Only steps whose modules do not run in test_slot.py or test_train.py."""
   parsers = {slot_steps.TIMED: attention.command_line, "benchmarks.gpu.tune": tune.command_line}
   for step in (*slot_steps.FIRST, *slot_steps.RIGHT, *slot_steps.REST):
     if step.module in parsers:

@@ -200,7 +200,7 @@ def test_rows_of_other_code_are_measured_anew(tmp_path):
 
 
 def test_the_deadline_stops_it(tmp_path, capsys):
-  """What was not reached has no row: "not correct" would alarm about a kernel that nobody ran."""
+  """A case that was not reached has no row, lest "not correct" blame a kernel that never ran."""
   run = _run(tmp_path, minutes=0)
   run.rows(_cases("dense/a_64k", "torch_rows"))
   assert run.skipped == ["dense/a_64k", "torch_rows"] and not _measured(run)

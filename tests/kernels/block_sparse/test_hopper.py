@@ -145,7 +145,7 @@ def test_odd_scales(scale):
   ids=["cpu", "ampere", "rows"],
 )
 def test_refusals_name_a_remedy(n, target, words):
-  """What else is refused: tests/kernels/core/test_op.py."""
+  """The dispatcher's own refusals are tested in tests/kernels/core/test_op.py."""
   x = jax.ShapeDtypeStruct((1, n, 2, 64), jnp.bfloat16)
   assert re.search(words, hopper.unsupported(x, x, x, dense_mask(n, n, 64, 64), target))
 

@@ -19,7 +19,11 @@ from jax.sharding import PartitionSpec as P
 
 from tests.kernels.block_sparse.suite import relative_error
 
-B, H, N, D, BLOCK = 4, 2, 96, 16, 16
+B = 4
+H = 2
+N = 96
+D = 16
+BLOCK = 16
 
 
 def test_four_devices_equal_one():

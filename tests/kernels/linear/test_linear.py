@@ -11,7 +11,10 @@ from freqformer.kernels.linear.api import FEATURE_MAPS, Segments, linear_attenti
 from tests.kernels.block_sparse.suite import relative_error, worst_error
 from tools import offline
 
-B, N, H, D = 2, 40, 3, 8
+B = 2
+N = 40
+H = 3
+D = 8
 # Segment 1 is empty.
 RAGGED = np.repeat([0, -1, 2, 0, 3, -1, 2], [5, 3, 12, 4, 1, 2, 13])
 TILES = np.array([8, 3, 0, 8, 5], np.int32)

@@ -90,7 +90,10 @@ def test_leading_axes_and_narrow_types():
 
 def test_nan_rows_still_list_valid_tiles():
   scores = np.random.default_rng(2).standard_normal((5, 40)).astype(np.float32)
-  scores[0], scores[1, :20], scores[2, 3], scores[3, ::2] = np.nan, np.nan, -np.nan, -np.nan
+  scores[0] = np.nan
+  scores[1, :20] = np.nan
+  scores[2, 3] = -np.nan
+  scores[3, ::2] = -np.nan
   ids = np.asarray(top_ids(jnp.asarray(scores), 6))
   assert ids.min() >= 0 and ids.max() < 40 and (np.diff(ids) > 0).all()
 
@@ -114,7 +117,9 @@ def test_tiles_per_head_with_fixed_ones(chunk_scores):
 
 def test_scores_of_a_whole_head_never_exist():
   """12 heads of 16K x 16K tiles (2M tokens in tiles of 128): all scores would be 12.9 GB."""
-  tiles, heads, budget = 16384, 12, 819
+  tiles = 16384
+  heads = 12
+  budget = 819
   pool = jax.ShapeDtypeStruct((1, heads, tiles, 128), jnp.float32)
   fixed = np.arange(tiles, dtype=np.int32)[:, None]
   compiled = compile_for(lambda q, k, f: top_tiles(q, k, budget, f), pool, pool, fixed)
