@@ -84,7 +84,7 @@ def _named_lambdas(tree: ast.AST) -> int:
   return sum(isinstance(n.value, ast.Lambda) for n in assigned)
 
 
-def _module_files(root: pathlib.Path, files: list[pathlib.Path]) -> dict[str, pathlib.Path]:
+def _module_files(files: list[pathlib.Path]) -> dict[str, pathlib.Path]:
   """Returns {dotted module name: path}; `kernels` is known by its installed name, too."""
   found = {}
   for path in files:
@@ -99,7 +99,7 @@ def _module_files(root: pathlib.Path, files: list[pathlib.Path]) -> dict[str, pa
 
 def pulled_in(root: pathlib.Path, entry: str, files: list[pathlib.Path]) -> list[pathlib.Path]:
   """Returns the repository's files that `entry` imports, directly or not, itself included."""
-  modules = _module_files(root, files)
+  modules = _module_files(files)
   todo = [pathlib.Path(entry)]
   seen = set()
   while todo:

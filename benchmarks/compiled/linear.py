@@ -80,7 +80,7 @@ def op_of(method: Method, implementation: str | None = None):
 def linear_bytes(
   operations: list[hlo_bytes.Operation], share: float = 1.0, in_place: float = 0.0
 ) -> dict:
-  """Returns bytes that linear attention moves in a compiled program, and its kernels.
+  """Returns fields of a row: bytes that linear attention moves, and its kernels, in a program.
 
   Args:
     operations: of the whole program; those in the scope of the sparse heads are left out.

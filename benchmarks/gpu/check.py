@@ -264,7 +264,7 @@ def main() -> int:
   found = gpu_run.main(
     o.minutes, o.out, o.implementation, o.rehearse, ("checks",), o.only, o.config
   )
-  return 1 if found.troubles() or found.skipped else 0
+  return 1 if found.troubles or found.skipped else 0
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterable
 
+from absl import logging
 from freqformer.kernels.block_sparse import tuning
 from freqformer.kernels.block_sparse.tuning import Key, TuningConfig
 
@@ -49,11 +50,15 @@ def everywhere(fields: dict) -> dict[Key, TuningConfig]:
     ValueError: if they fit none.
   """
   found = {}
+  refused = []
   for size in itertools.product((128, 64, 32), (128, 64), (128, 64), tuning.DIRECTIONS):
     try:
       found |= changed(fields, [Key("h100", *size)])
     except ValueError as error:
       refusal = error
+      refused.append(size)
   if not found:
     raise refusal
+  if refused:
+    logging.warning("%s does not fit, the default stays: %s", fields, refused)
   return found

@@ -77,7 +77,7 @@ def open_store(
   """Opens the file of a benchmark's rows, one per device.
 
   Args:
-    name: of the file, e.g. "gpu_check_{device}"; a rehearsal's device is "rehearsal".
+    name: of the file, e.g. "attention_gpu_{device}"; a rehearsal's device is "rehearsal".
     command: makes the rows.
     out: folder; default `$OUT`, else benchmarks/results.
     rehearse: mark rows as no measurement.

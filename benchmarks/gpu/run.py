@@ -25,13 +25,14 @@ class Run:
 
   Attributes:
     skipped: names of the rows for which there was no time.
+    troubles: names of our own rows that failed or are wrong in this run.
   """
 
   def __init__(self, bench: Bench):
     self.bench = bench
     self.store = bench.store
     self.skipped: list[str] = []
-    self._troubles: list[str] = []
+    self.troubles: list[str] = []
 
   def rows(self, found: Sequence[Case]):
     """Measures the cases that have no right row yet, and judges the gates after each."""
@@ -42,24 +43,21 @@ class Run:
       if row is None:
         self.skipped.append(name)
       elif not row.get("correct", True) and not name.startswith(PEERS):
-        self._troubles.append(name)
+        self.troubles.append(name)
       for gate in gates.gate_rows(self.store.all()):
         # Tiny shapes pass or miss nothing.
         unjudged = {"passed": None, "record_met": None} if self.store.rehearsal else {}
         self.store.add(gate | unjudged)
 
-  def troubles(self) -> list[str]:
-    """Returns names of our own rows that failed or are wrong in this run."""
-    return self._troubles
-
   def report(self) -> str:
-    """Returns the gates, and what there was no time for, for people."""
+    """Returns the gates, what failed and what there was no time for, for people."""
     found = self.store.all()
     title = f"{self.store.context['device']}, code {self.store.context['code']}"
     title += "  REHEARSAL: no measurement" if self.store.rehearsal else ""
     judged = gates.table([row for row in found if row["name"].startswith("gate: ")])
     skipped = f"no time for: {', '.join(self.skipped)}" if self.skipped else "nothing skipped"
-    return "\n".join([title, judged, skipped])
+    wrong = f"failed or wrong: {', '.join(self.troubles)}" if self.troubles else "nothing wrong"
+    return "\n".join([title, judged, wrong, skipped])
 
 
 def main(
@@ -97,7 +95,9 @@ def main(
   command = f"python -m benchmarks.attention --device=gpu --minutes={minutes:g}"
   for option, value in (("parts", ",".join(parts)), ("only", only)):
     command += f" --{option}='{value}'" if value else ""
-  store = open_store("attention_gpu_{device}", command, out, rehearse, configuration)
+  # Checks of another configuration are no rows of the one that is shipped.
+  otherwise = "_otherwise" if configuration and tuple(parts) == ("checks",) else ""
+  store = open_store(f"attention_gpu{otherwise}_{{device}}", command, out, rehearse, configuration)
   implementation = implementation or ("xla" if rehearse else "pallas_mgpu")
   run = Run(Bench(sizes, store, Deadline(60 * minutes), implementation))
   with tuning.override(configs):

@@ -17,7 +17,7 @@ from benchmarks.rows import merge_rows
 KINDS = ("stubborn", "aborting", "failing", "garbage", "wrong")
 # The field that repairs the planted wrong case; the rehearsal's bisect must name it.
 REPAIRED_BY = "take_turns=False"
-CASE = "planted, seed 0"
+CASE = "planted"
 BEHIND = "behind the stubborn one"
 ROW = "before it hung"
 

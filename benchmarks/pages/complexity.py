@@ -10,6 +10,7 @@ seconds; a measurement beside such a row, published or our own, is its `measured
 shows part of a row's fields; the file has all.
 """
 
+import collections
 import dataclasses
 import json
 import math
@@ -435,7 +436,9 @@ def approximation_tables(found: list[dict]) -> str:
 
 def tables(rows: list[dict]) -> dict[str, str]:
   """Returns every table of the page by its marker."""
-  sets = {name: of_set(rows, name) for name in dict.fromkeys(r["set"] for r in rows)}
+  sets = collections.defaultdict(list)  # a set without rows, as --keep_approximation may leave one
+  for found in rows:
+    sets[found["set"]].append(found)
   several = {
     "communication": number("communication_seconds", ".3f"),
     "busiest / mean GPU": number("imbalance", ".2f"),

@@ -38,6 +38,7 @@ def result_of(workdir: pathlib.Path, name: str, seed: int) -> dict:
     "tiles": layout.tiles,
     **trained.row(),
     # Mean over layers and heads, [quarters of t][branches], t = 0 first.
+    "branches": routing and routing["branches"],
     "probability_by_t": routing and np.asarray(routing["probs"]).mean((0, 2)).tolist(),
     "classifier": trained.accuracy(saved["latents"], saved["labels"]),
     "trained_at": record["git"],

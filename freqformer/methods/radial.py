@@ -77,7 +77,8 @@ def count_radial(layout: TileLayout, decay: float = 1.0, sink: int = 1) -> CallC
   widths = radial_widths(layout, decay)[np.abs(at[:, None] - at)]  # [query frame, key frame]
   widths[:, :sink] = s
   t, y, x = axis_lengths(layout)
-  sums, places = np.concatenate([[0], np.cumsum(np.outer(y, x))]), np.arange(s)
+  sums = np.concatenate([[0], np.cumsum(np.outer(y, x))])
+  places = np.arange(s)
   counts, keys = np.zeros((2, frames, s), np.int64)
   for width in np.unique(widths[widths > 0]):
     low, high = np.maximum(places - width + 1, 0), np.minimum(places + width, s)
@@ -85,7 +86,8 @@ def count_radial(layout: TileLayout, decay: float = 1.0, sink: int = 1) -> CallC
     keys += np.outer((widths == width) @ t, sums[high] - sums[low])
 
   def mark(seen, frame, row, first, stop):
-    seen, row = seen.reshape(frames, s), row * columns
+    seen = seen.reshape(frames, s)
+    row *= columns
     for other, width in enumerate(widths[frame]):
       if width:
         seen[other, max(row + first - width + 1, 0) : row + stop - 1 + width] = True

@@ -126,7 +126,7 @@ def write_report(workdir) -> pathlib.Path:
     raise ConfigError(f"{workdir} is no folder; give --workdir the folder of a run.")
   title = f"FreqFormer run: {workdir.resolve().name}"
   path = workdir / "report.html"
-  sections = [_show(workdir, title) for title in SECTIONS]
+  sections = [_show(workdir, name) for name in SECTIONS]
   path.write_text(page(title, sections), encoding="utf-8")
   return path
 

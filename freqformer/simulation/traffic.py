@@ -43,7 +43,8 @@ AXES = "freqformer(allocation=(3, 6, 3), basis=dict(kind=dct))"
 PARTS = {
   # FreqFormer's transforms, packing and lift, by who does them: the Hopper kernels (v in and out,
   # which other methods' layers move uncounted; angles; lift in and out), XLA in tiles of 16 cells,
-  # XLA along whole axes. Of the latter two all but norm and rotary (6), selection and "other".
+  # XLA along whole axes. Of the latter two all but norm and
+  # rotary (6), means (2), selection and "other".
   "bands, kernels": Part(4.4, 1, f"{BANDS} - dense"),
   "bands, tiles": Part(14.5, 14, "around/a_64k_xla"),
   "bands, axes": Part(48.3, 26, AXES),
@@ -53,11 +54,11 @@ PARTS = {
   "filter qkv, kernels": Part(0.0, 1, f"{BANDS}, filter=qkv - none"),
   "filter qkv, tiles": Part(50.3, 18, "around/a_64k_filter_qkv_xla - around/a_64k_xla"),
   "filter qkv, axes": Part(170.2, 68, f"{AXES}, filter=qkv - none"),
-  # A linear low band, and the lift that XLA then does instead of the kernel.
+  # A linear low band.
   "linear low band, kernels": Part(0.8, 4, f"{BANDS}, low_op=linear - {BANDS}"),
   "linear low band": Part(0.0, 4, f"{BANDS}, low_op=linear - {BANDS}"),
   "summary": Part(52.0, 57, f"{BANDS}, summary=4 - 0"),
-  "summary, axes": Part(142.4, 89, f"{AXES}, summary=4 - 0"),
+  "summary, axes": Part(139.9, 89, f"{AXES}, summary=4 - 0"),
   "each summary token": Part(0.64, 0, f"{BANDS}, summary=16 - 4"),
   # Band energies for the router, and its network, choice and lists.
   "energies": Part(4.75, 11, f"freqformer - {BANDS}"),

@@ -32,7 +32,8 @@ def forward(packed, weights, low, expansion: Expansion):
   terms = two_terms(jnp.stack(shifted, 1).reshape(-1, block, MAX_CELLS))
   kinds = jnp.asarray(expansion.classes) * shifts + starts % shifts
   terms = terms.reshape(classes * shifts, 2, -1, hopper_lift.ROWS, MAX_CELLS)
-  low, weights = low.astype(jnp.int32), weights.astype(jnp.float32)
+  low = low.astype(jnp.int32)
+  weights = weights.astype(jnp.float32)
   return hopper_lift.forward(packed, terms, kinds, starts // 8, low, weights)
 
 

@@ -213,7 +213,8 @@ class BlockMask:
         f"{self.block_kv=}."
       )
     xnp = array_module(self.kv_indices, self.kv_counts, self.kv_len)
-    part, block_kv = np.arange(factor, dtype=np.int32), self.block_kv // factor
+    part = np.arange(factor, dtype=np.int32)
+    block_kv = self.block_kv // factor
     indices = None
     if self.kv_indices is not None:
       indices = (self.kv_indices[..., None] * factor + part).reshape(*self.kv_indices.shape[:3], -1)
@@ -417,7 +418,8 @@ def select(masks: Sequence[BlockMask], choice: Array) -> BlockMask:
     return xnp.pad(mask.indices(), filler, mode="edge")
 
   pick = choice[..., None]
-  ids, counts = padded(first), first.kv_counts
+  ids = padded(first)
+  counts = first.kv_counts
   for i, mask in enumerate(masks):
     ids = xnp.where(pick[..., None] == i, padded(mask), ids)
     counts = xnp.where(pick == i, mask.kv_counts, counts)

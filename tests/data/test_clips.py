@@ -223,3 +223,9 @@ def test_flat_single_and_empty_folders(tmp_path):
 def test_max_clips_spreads_over_classes(ucf):
   clips = list_clips(ucf_config(ucf, max_clips=5), "train").clips
   assert sorted(clip.label for clip in clips) == [0, 1, 2, 3, 4]
+
+
+def test_a_broken_file_is_named(tmp_path):
+  (tmp_path / "clip.avi").write_bytes(b"no video" * 1000)
+  with pytest.raises(BrokenClip, match="a/clip.avi: it cannot be opened"):
+    VideoFile(tmp_path / "clip.avi", "a/clip.avi")

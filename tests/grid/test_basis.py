@@ -16,6 +16,7 @@ import scipy.linalg
 
 from freqformer.grid.basis import SpectralBasis
 from freqformer.grid.layout import TileLayout
+from freqformer.grid.sizes import coarse_tokens
 from freqformer.grid.transforms import rows_below
 
 LAYOUTS = [
@@ -293,3 +294,10 @@ def test_a_wrong_basis_is_refused(kind, low, mid, message):
 def test_a_wrong_array_is_refused(name, shape, dtype, error, message):
   with pytest.raises(error, match=message):
     getattr(BASES[0].fit(LAYOUTS[4]), name)(np.zeros(shape, dtype))
+
+
+def test_a_cut_that_floats_cannot_hold_is_rounded_alike_everywhere():
+  """0.28 * 25 is 7.000000000000001 in floats."""
+  basis = SpectralBasis("dct", (0.28, 1, 1), (1, 1, 1))
+  layout = TileLayout((25, 1, 1), (4, 1, 1), 4)
+  assert basis.fit(layout).n_coarse == coarse_tokens(basis, layout) == 7

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+from freqformer.config import require
 from freqformer.methods.static import StaticMethod
 from freqformer.tables.where import tiles_where
 
@@ -16,8 +17,8 @@ class Dilated(StaticMethod):
   reach: int = 0
 
   def __post_init__(self):
-    if self.stride < 1 or self.reach < 0:
-      raise ValueError(f"{self.stride=} must be at least 1 and {self.reach=} at least 0.")
+    require(self, "stride", least=1)
+    require(self, "reach", least=0)
 
   def mask(self, layout):
     return tiles_where(layout, self._sees)

@@ -8,10 +8,11 @@ from flax import nnx
 
 from freqformer.config import ConfigError
 from freqformer.cost import layer_cost
+from freqformer.grid.basis import SpectralBasis
 from freqformer.grid.layout import TileLayout
 from freqformer.grid.rotary import rotate
 from freqformer.methods.dense import Dense
-from freqformer.methods.freqformer import FreqFormer
+from freqformer.methods.freqformer import FreqFormer, WholeAxes
 from freqformer.methods.registry import method_class
 from freqformer.model.attention import AttentionDims
 from tests.methods.layers import BASIS, DIMS, RAGGED, finished, layer_of, run, tokens, where
@@ -93,3 +94,12 @@ def test_refusals():
     FreqFormer(allocation="free")
   for text in ("(1, 2,3)", "1,2,3"):
     assert FreqFormer(allocation=text).allocation == (1, 2, 3)
+
+
+def test_filters_along_whole_axes_are_the_bands():
+  spectral = SpectralBasis("dct", (0.5, 0.5, 0.5), (0.75, 0.75, 0.75)).fit(RAGGED)
+  x = RAGGED.arrays().pack(np.random.default_rng(0).standard_normal((1, RAGGED.n, 2, 4)))
+  box = spectral.project_box(x)
+  want = jnp.stack([(box - spectral.project_low(x))[:, :, 0], (x - box)[:, :, 1]], 2)
+  got = WholeAxes(spectral, None, None, 0).filter(x, jnp.array([[1, 2]]))
+  np.testing.assert_array_equal(got, want)

@@ -78,3 +78,21 @@ def test_router_gradient_through_the_layer(name):
   want = (probs * (value - (probs * value).sum(-1, keepdims=True))).sum(0)
   np.testing.assert_allclose(got, want, rtol=2e-3, atol=2e-3)
   assert np.abs(want).max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["freqformer", "sparseflow"])
+@pytest.mark.parametrize("mode", ["straight_through", "sampled"])
+def test_router_learns(name, mode):
+  """A gradient reaches the router in the modes whose forward pass is hard."""
+  method = METHODS[name]
+  layer = layer_of(
+    dataclasses.replace(method, router=dataclasses.replace(method.router, mode=mode))
+  )
+  cond = where(train=True, rng=jax.random.key(0))
+
+  def loss(layer):
+    out = layer(tokens(), cond, RAGGED.arrays(), layer.config.tables(RAGGED), {})[0]
+    return (out**2).sum()
+
+  gradient = nnx.jit(nnx.grad(loss))(layer).method.router.bias[...]
+  assert np.abs(gradient).max() > 1e-2

@@ -61,12 +61,14 @@ def test_each_sample_runs_at_its_own_time():
 # ---- the linear path -------------------------------------------------------------------
 
 
-def test_a_linear_head_is_the_dense_form_within_its_frame():
-  layer = layer_of(SparseFlow(allocation=(0, 6), feature_map="softmax"))
+@pytest.mark.parametrize("name", ["elu", "softmax"])
+def test_a_linear_head_is_the_dense_form_within_its_frame(name):
+  phi = {"elu": lambda x: jax.nn.elu(x) + 1, "softmax": jax.nn.softmax}[name]
+  layer = layer_of(SparseFlow(allocation=(0, 6), feature_map=name))
   x = tokens()
   q, k, v, position = finished(layer, x)
   same = position[:, 0][:, None] == position[:, 0]
-  scores = jnp.einsum("bihd,bjhd->bhij", jax.nn.softmax(q), jax.nn.softmax(k)) * same
+  scores = jnp.einsum("bihd,bjhd->bhij", phi(q), phi(k)) * same
   want = jnp.einsum("bhij,bjhd->bihd", scores / scores.sum(-1, keepdims=True), v)
   np.testing.assert_allclose(heads_of(layer, x), want, atol=2e-5)
 

@@ -321,3 +321,9 @@ def test_padding_is_no_video():
   for name in known("models"):
     card = load_model(name)
     assert card.grid_of(math.prod(card.grid)) == card.grid and card.grid_of(7) is None
+
+
+def test_more_steps_take_longer():
+  asked = ("--model=wan2.1-1.3b", "--method=adaspa", "--tokens=16k", "--run")
+  few, many = (rows_of(*asked, f"--steps={n}")[0]["run_seconds"] for n in (10, 50))
+  assert few < 0.5 * many

@@ -49,6 +49,9 @@ def test_round_trip(saved):
   jax.tree.map(functools.partial(np.testing.assert_array_equal, strict=True), restored, state)
   part = again.restore({"ema": state.ema}, ignore_extra=True)
   jax.tree.map(np.testing.assert_array_equal, part["ema"], state.ema)
+  narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), state.ema)
+  found = again.restore({"ema": narrow}, ignore_extra=True)["ema"]
+  jax.tree.map(functools.partial(np.testing.assert_array_equal, strict=True), found, narrow)
   record = again.record(5)
   assert record["iterator"] == "x" and record["step"] == 5
   assert record["versions"]["jax"] == jax.__version__

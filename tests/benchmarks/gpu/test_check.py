@@ -1,6 +1,7 @@
 """The checks at real sizes find what is wrong, and check what they say they check."""
 
 import dataclasses
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -82,3 +83,17 @@ def test_the_cases_are_what_their_names_say():
   assert covered == {(64, 64), (64, 128), (128, 64), (128, 128)}
   assert {case.d for case in CASES} == {64, 128}
   assert {case.dtype for case in CASES} == {"bfloat16", "float16"}
+
+
+@pytest.mark.parametrize("option", ["--implementation=no_such_backend", "--minutes=0"])
+def test_what_is_wrong_or_unreached_shows_in_the_exit_code(monkeypatch, tmp_path, option):
+  arguments = ["check", "--rehearse", "--only=^plain$", option, f"--out={tmp_path}"]
+  monkeypatch.setattr(sys, "argv", arguments)
+  assert check.main() == 1
+
+
+def test_checks_of_another_configuration_have_a_file_of_their_own(monkeypatch, tmp_path):
+  arguments = ["check", "--rehearse", "--only=^plain$", "--minutes=0", "--config=stages=2"]
+  monkeypatch.setattr(sys, "argv", [*arguments, f"--out={tmp_path}"])
+  check.main()
+  assert not (tmp_path / "attention_gpu_rehearsal.json").exists()

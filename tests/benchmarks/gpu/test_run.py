@@ -14,7 +14,9 @@ from benchmarks.cpu import attention as cpu_attention
 from benchmarks.gpu import cases, gates
 from benchmarks.gpu import run as gpu_run
 from benchmarks.gpu import slot_steps as plans
+from benchmarks.gpu.attempt import Job, attempts
 from benchmarks.gpu.cases import Case
+from benchmarks.gpu.device import Deadline
 from benchmarks.gpu.sizes import FULL, TINY
 from benchmarks.rows import Store
 from freqformer.config import ConfigError
@@ -80,7 +82,7 @@ def test_every_kind_of_row_is_whole_and_correct(rehearsed):
   run, folder, printed = rehearsed
   found = {row["name"]: row for row in _measured(run)}
   assert json.loads((folder / "attention_gpu_rehearsal.json").read_text()) == run.store.all()
-  assert not run.skipped and not run.troubles()
+  assert not run.skipped and not run.troubles
   assert {*_REHEARSED, "cudnn/a_64k", "cudnn_backward/a_64k"} <= set(found)
   for name, row in found.items():
     assert "error" not in row and row["rehearsal"] and row["code"] and row["device"] == "cpu"
@@ -259,14 +261,14 @@ def test_a_failing_kernel_is_a_row_that_says_so_and_is_tried_again(tmp_path):
   run = _run(tmp_path, implementation="no_such_backend")
   run.rows(_cases("plain"))
   (row,) = _measured(run)
-  assert "no_such_backend" in row["error"] and run.troubles() == ["plain"]
+  assert "no_such_backend" in row["error"] and run.troubles == ["plain"]
   for correct in (False, True):
     again = _run(tmp_path)
     again.rows([Case("plain", "checks", lambda _, correct=correct: {"correct": correct})])
-    assert again.troubles() == ([] if correct else ["plain"])
+    assert again.troubles == ([] if correct else ["plain"])
   # A rival that fails is no trouble of ours.
   again.rows([Case("torch_rows", "torch", lambda _: 1 / 0)])
-  assert again.troubles() == []
+  assert again.troubles == []
 
 
 def test_both_sizes_have_the_same_rows_and_every_gate_its_own():
@@ -298,3 +300,8 @@ def test_gates_take_the_worst_row_and_wait_for_all():
   time = gates.Gate("t", ("a", "b"), "seconds", 28.0, 25.4, "ms")
   late = time.row({"a": {"seconds": 0.027}, "b": {"seconds": 0.029}})
   assert late["measured"] == 29 and not late["passed"]
+
+
+def test_what_cannot_end_in_time_is_not_begun(tmp_path):
+  store = tiny_bench(tmp_path, "reference").store
+  assert list(attempts(store, [Job("a", dict, 60)], Deadline(30))) == [("a", None)]
