@@ -20,7 +20,7 @@ LEAST_MASS = 1e-6
 def power_law(grid: Sequence[int], slope: float, scale: float | None = None) -> np.ndarray:
   """Returns the spectrum `(|k|^2 + 1 / scale^2)^(-slope / 2)`, scaled to variance 1.
 
-  Luma of real footage has slopes of 3.8 to 4.0; 0 is white.
+  Slope 0 is white.
 
   Args:
     grid: tokens per axis (t, y, x).

@@ -1,4 +1,4 @@
-"""docs/evidence.md shows what the rows of its theory say, and the code gives today what they say."""
+"""docs/evidence.md shows what the rows of its theory say, and the code still gives them."""
 
 import json
 
