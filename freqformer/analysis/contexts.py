@@ -192,7 +192,7 @@ class Table:
   """The cells that the lists of a `BlockMask` name, over all of its heads and levels.
 
   A query's token is a row at every level, as a part of its cell; the query sees what any of these
-  rows lists.
+  rows lists. Cells are means over boxes of one size, as a pyramid of even tiles makes them.
 
   Attributes:
     mask: concrete; queries and keys share the buffer. Of a batch, the first sample is read.

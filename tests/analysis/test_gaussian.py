@@ -13,6 +13,7 @@ from freqformer.analysis.contexts import Boxes, Level, Table, octaves, parse, qu
 from freqformer.analysis.gaussian import excess, full_error, measured_spectrum
 from freqformer.command.cli import guarded
 from freqformer.grid.layout import TileLayout
+from freqformer.grid.pyramid import level_layouts
 from freqformer.grid.spectrum import (
   LEAST_MASS,
   level_mass,
@@ -22,6 +23,7 @@ from freqformer.grid.spectrum import (
   suggested_levels,
   wiener,
 )
+from freqformer.methods.octaves import Octaves
 from freqformer.tables.window import sliding_tile
 
 TIMES = (0.1, 0.5, 0.9)
@@ -191,7 +193,7 @@ def test_a_table_of_two_levels():
   cells = TileLayout((2, 2, 2), (2, 2, 2), 16)  # one tile of 8 cells
   # The first head lists tiles of tokens, the second the tile of cells.
   kv_indices = np.zeros((1, 2, 5, 2), np.int32)
-  kv_indices[0, 0, 2] = (0, 2)
+  kv_indices[0, 0, 2] = (1, 3)
   kv_counts = np.zeros((1, 2, 5), np.int32)
   kv_counts[0, 0, 2] = 2
   kv_indices[0, 1, 4] = 4
@@ -203,12 +205,27 @@ def test_a_table_of_two_levels():
   assert (2, 0, 0, 1, 2, 2) in of_cells and len(of_cells) == 8
   assert rows(table.boxes(grid, (0, 0, 0))) == of_cells
   seen = rows(table.boxes(grid, (1, 2, 0)))
-  left = {(t, y, x, 1, 1, 1) for t in range(3) for y in range(4) for x in range(2)}
-  assert seen == of_cells | left
+  right = {(t, y, x, 1, 1, 1) for t in range(3) for y in range(4) for x in (2, 3)}
+  assert seen == of_cells | right  # the padding rows of a tile are no token (0, 0, 0)
   found = excess(power_law(grid, 3), table, (0.5,), np.array([[1, 2, 0]]))
   boxes = table.boxes(grid, (1, 2, 0))
   expected = dense(power_law(grid, 3), boxes, (1, 2, 0), 0.5)
   assert found.keys == 32 and found.percent[0] == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_table_of_octaves():
+  """Over all queries, the keys are the pairs that the method counts, of a cell for each token."""
+  grid = (4, 8, 8)
+  layout = TileLayout(grid, (2, 2, 2), 8)
+  method = Octaves(levels=2)
+  fine, coarse = level_layouts(layout, 2, method.basis)
+  table = Table(method.tables(layout).mask, ((coarse, (2, 2, 2)), (fine, (1, 1, 1))))
+  places = queries(table, grid, layout.n)
+  keys = sum(len(table.boxes(grid, place)) for place in places)
+  pairs = [method.pairs(layout, 1, share).pairs for share in ((1, 0), (0, 1))]
+  assert keys == pairs[0] + 8 * pairs[1]
+  found = excess(power_law(grid, 3.8), table, TIMES, places[:4])
+  assert max(found.percent) < min(of("window1", grid)[1:])
 
 
 def test_a_table_of_another_buffer_is_refused():
@@ -263,8 +280,9 @@ def test_mass_moves_to_coarse_levels_with_noise():
   assert (np.diff(mass[:, 0]) < 0).all() and (np.diff(mass[:, 2]) > 0).all()
   assert level_mass(spectrum, 1, (0.5,)) == pytest.approx(1)
   kernel = np.abs(np.fft.ifftn(wiener(spectrum, 0.5)).real)
-  near = [kernel[o] for o in itertools.product((-1, 0, 1), repeat=3)]
-  assert mass[1, 0] == pytest.approx(np.sum(near) / kernel.sum())
+  # A window of three tokens reaches 1 token, one of three cells of two reaches 3.
+  boxes = [kernel[np.ix_(*[range(-r, r + 1)] * 3)].sum() / kernel.sum() for r in (1, 3)]
+  assert mass[1] == pytest.approx([boxes[0], boxes[1] - boxes[0], 1 - boxes[1]])
 
 
 def test_the_prior_is_finite():
