@@ -80,7 +80,7 @@ def count_window(
 
 
 def _extent(layout, window, border) -> tuple[int, int, int]:
-  """Returns the window, cut to what covers the grid from everywhere; raises ValueError for a wrong border or window."""
+  """Returns the window, cut to what covers the grid from everywhere; raises ValueError if wrong."""
   if border not in BORDERS:
     raise ValueError(f"{border=} is unknown; choose one of {', '.join(BORDERS)}.")
   if len(window) != 3 or min(window) < 1:
