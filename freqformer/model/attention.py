@@ -9,7 +9,7 @@ from flax import nnx
 
 from freqformer.config import ConfigError, refusing
 from freqformer.grid.layout import LayoutTables, TileLayout
-from freqformer.grid.rotary import axis_pairs
+from freqformer.grid.rotary import axis_pairs, grid_theta
 from freqformer.methods.base import Cond, Dims, Method, Projected
 
 
@@ -22,12 +22,14 @@ class AttentionDims:
     heads: must divide the width into an even head dimension.
     cond_dim: of the timestep embedding.
     qk_gain: initial gain of the query norm; small heads cap logits, which hurts dense most.
+    theta: base of rotary per axis (t, y, x), or empty for that of the layer's grid.
   """
 
   width: int
   heads: int
   cond_dim: int
   qk_gain: float = 1.0
+  theta: tuple[float, ...] = ()
 
   def __post_init__(self):
     if self.heads < 1 or self.width % self.heads:
@@ -66,6 +68,8 @@ class SpectralAttention(nnx.Module):
     self.dtype = dtype
     self.implementation = implementation
     head_dim = dims.head_dim
+    # Fixed here: the layer may run on other grids, but its weights know these angles.
+    self.theta = dims.theta or grid_theta(layout.grid, head_dim)
     init = nnx.initializers.xavier_uniform()
     self.qkv = nnx.Linear(dims.width, 3 * dims.width, kernel_init=init, dtype=dtype, rngs=rngs)
     self.out = nnx.Linear(dims.width, dims.width, kernel_init=init, dtype=dtype, rngs=rngs)
@@ -96,6 +100,7 @@ class SpectralAttention(nnx.Module):
       (self.q_norm.scale[...], self.k_norm.scale[...]),
       layout,
       self.implementation,
+      self.theta,
     )
     out, state, aux = self.config(self.method, projected, cond, tables, state)
     return self.out(out.reshape(b, n, width).astype(self.dtype)), state, aux

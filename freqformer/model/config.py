@@ -8,6 +8,7 @@ import numpy as np
 
 from freqformer.config import ConfigError, build, did_you_mean, refusing, require, require_one_of
 from freqformer.grid.layout import TileLayout
+from freqformer.grid.rotary import grid_theta
 from freqformer.kernels.block_sparse.api import ATTENTION
 from freqformer.kernels.core.op import ALIASES
 from freqformer.methods.base import Method
@@ -80,6 +81,8 @@ class ModelConfig:
   Attributes:
     size: "S", "B", "L", or "custom" with width, depth and heads given; each is the size's if 0.
     patch: latent cells per token (t, y, x).
+    rope_theta: base of rotary per axis (t, y, x), or one for all; empty: from the grid that the
+      model is trained on (`resolved`), and kept on all others.
     mlp_ratio: hidden width of the MLP over the width.
     dtype: of activations; parameters are float32.
     remat: recompute blocks in the backward, except attention outputs, LSE, routing and tables.
@@ -91,6 +94,7 @@ class ModelConfig:
   depth: int = 0
   heads: int = 0
   patch: tuple[int, int, int] = (1, 2, 2)
+  rope_theta: tuple[float, ...] = ()
   mlp_ratio: float = 4.0
   dtype: str = "float32"
   remat: bool = True
@@ -102,6 +106,13 @@ class ModelConfig:
         object.__setattr__(self, name, getattr(self, name) or value)
     require(self, "width depth heads patch", least=1)
     require(self, "mlp_ratio", above=0)
+    require(self, "rope_theta", least=1)
+    if len(self.rope_theta) not in (0, 1, 3):
+      raise ValueError(
+        f"rope_theta={self.rope_theta} must be empty, one base, or three bases (t, y, x)."
+      )
+    if len(self.rope_theta) == 1:
+      object.__setattr__(self, "rope_theta", self.rope_theta * 3)
     require_one_of(self, "dtype", DTYPES)
     self.dims  # noqa: B018  refuses heads that do not divide the width
     self.attention.runs(self.depth)
@@ -109,7 +120,17 @@ class ModelConfig:
   @property
   def dims(self) -> AttentionDims:
     """Sizes of the attention layer."""
-    return AttentionDims(self.width, self.heads, self.width, self.attention.qk_gain)
+    gain = self.attention.qk_gain
+    return AttentionDims(self.width, self.heads, self.width, gain, self.rope_theta)
+
+  def resolved(self, latent_shape) -> "ModelConfig":
+    """Returns the config in which numbers stand for what the grid of training decides.
+
+    Args:
+      latent_shape: `(t, y, x, c)` in training.
+    """
+    theta = self.rope_theta or grid_theta(self.layout(latent_shape).grid, self.dims.head_dim)
+    return dataclasses.replace(self, rope_theta=theta)
 
   def runs(self) -> tuple[tuple[int, Method], ...]:
     """Returns `(layers, method)` from the first layer to the last."""

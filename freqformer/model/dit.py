@@ -107,6 +107,7 @@ class VideoDiT(nnx.Module):
   """
 
   def __init__(self, config: ModelConfig, latent_shape, classes: int, rngs: nnx.Rngs):
+    config = config.resolved(latent_shape)
     self.config = config
     self.channels = latent_shape[-1]
     self.classes = classes
