@@ -13,7 +13,7 @@ from freqformer.kernels.block_sparse.api import ATTENTION
 from freqformer.kernels.core.op import ALIASES
 from freqformer.methods.base import Method
 from freqformer.methods.registry import METHODS, method_class, parse_method, with_fields
-from freqformer.model.attention import AttentionDims
+from freqformer.model.attention import AttentionDims, keys_per_query, starting_gain
 
 # width, depth, heads of DiT (arXiv 2212.09748).
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}
@@ -33,6 +33,8 @@ class AttentionConfig:
     layers: runs of layers with a method each, `((first, stop or None, name), ...)`, or empty.
     block: rows of a tile in the buffer, `block_q = block_kv`.
     tile: extents of a tile (t, y, x), or empty for the best fit.
+    qk_gain: initial gain of the query norm; 0: from the keys per query and the head dimension
+      (`starting_gain`), of runs of layers with several methods the longest lists'.
     implementation: of the attention kernel, or None for automatic choice.
   """
 
@@ -41,14 +43,14 @@ class AttentionConfig:
   layers: tuple[tuple[int, int | None, str], ...] = ()
   block: int = 64
   tile: tuple[int, ...] = ()
-  qk_gain: float = 1.0
+  qk_gain: float = 0.0
   implementation: str | None = None
 
   def __post_init__(self):
     for name in (self.method, *(run[2] for run in self.layers)):
       self.named(name)
     require(self, "block tile", least=1)
-    require(self, "qk_gain", above=0)
+    require(self, "qk_gain", least=0)
     if len(self.tile) not in (0, 3):
       raise ValueError(f"tile={self.tile} must be empty or three extents (t, y, x).")
     if self.implementation is not None and self.implementation not in ALIASES:
@@ -129,8 +131,18 @@ class ModelConfig:
     Args:
       latent_shape: `(t, y, x, c)` in training.
     """
-    theta = self.rope_theta or grid_theta(self.layout(latent_shape).grid, self.dims.head_dim)
-    return dataclasses.replace(self, rope_theta=theta)
+    layout = self.layout(latent_shape)
+    head_dim = self.dims.head_dim
+    theta = self.rope_theta or grid_theta(layout.grid, head_dim)
+    gain = self.attention.qk_gain
+    if not gain:
+      keys = []
+      for _, method in self.runs():
+        with refusing(f"attention method {type(method).__name__}"):
+          keys.append(keys_per_query(method, layout, self.heads))
+      gain = starting_gain(max(keys), head_dim)
+    attention = dataclasses.replace(self.attention, qk_gain=gain)
+    return dataclasses.replace(self, rope_theta=theta, attention=attention)
 
   def runs(self) -> tuple[tuple[int, Method], ...]:
     """Returns `(layers, method)` from the first layer to the last."""

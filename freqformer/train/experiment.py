@@ -35,8 +35,8 @@ class Experiment:
     return make_codec(self.data.codec).latent_shape(*self.data.video_shape)
 
 
-# What runs did before these keys of `model` existed; records of them lack the keys.
-_BEFORE = {"rope_theta": (10_000.0,)}
+# What the model did before these keys existed; records of older runs lack them.
+_BEFORE = {"rope_theta": (10_000.0,), "attention": {"qk_gain": 1.0}}
 
 
 def experiment(config: Mapping, begun: Mapping | None = None) -> Experiment:
@@ -48,11 +48,11 @@ def experiment(config: Mapping, begun: Mapping | None = None) -> Experiment:
       was decided then.
   """
   values = _plain(config)
-  model = values.get("model")
-  if begun is not None and isinstance(model, Mapping) and not model.get("rope_theta"):
-    values["model"] = {**model, "rope_theta": _completed(begun)["model"]["rope_theta"]}
   if isinstance(values.get("model"), Mapping):
-    values["model"] = model_config(values["model"])
+    model = values["model"]
+    if begun is not None:
+      model = _as_begun(model, _completed(begun)["model"])
+    values["model"] = model_config(model)
   return build(Experiment, values)
 
 
@@ -69,16 +69,33 @@ def of_record(config: Mapping) -> Experiment:
 
 def recorded(config: Mapping, exp: Experiment) -> ConfigDict:
   """Returns the config as a run records it: with what the grid decided for `exp`."""
-  values = _plain(config)
-  return ConfigDict({**values, "model": {**values["model"], "rope_theta": exp.model.rope_theta}})
+  decided = {
+    "rope_theta": exp.model.rope_theta,
+    "attention": {"qk_gain": exp.model.attention.qk_gain},
+  }
+  return ConfigDict(_merged(_plain(config), {"model": decided}))
+
+
+def _as_begun(model: Mapping, old: Mapping) -> dict:
+  """Returns the model's keys with `old`'s numbers where they leave them to the grid."""
+  attention = dict(model.get("attention", {}))
+  attention["qk_gain"] = attention.get("qk_gain") or old["attention"]["qk_gain"]
+  theta = model.get("rope_theta") or old["rope_theta"]
+  return {**model, "rope_theta": theta, "attention": attention}
 
 
 def _completed(config: Mapping) -> dict:
   """Returns a recorded config with the keys that did not exist when it was written."""
-  values = _plain(config)
-  if isinstance(values.get("model"), Mapping):
-    values["model"] = {**_BEFORE, **values["model"]}
-  return values
+  return _merged({"model": _BEFORE}, _plain(config))
+
+
+def _merged(under: Mapping, over: Mapping) -> dict:
+  """Returns the keys of both; `over` wins, groups are merged."""
+  merged = {**under, **over}
+  for key in under.keys() & over.keys():
+    if isinstance(under[key], Mapping) and isinstance(over[key], Mapping):
+      merged[key] = _merged(under[key], over[key])
+  return merged
 
 
 def _plain(config: Mapping) -> dict:

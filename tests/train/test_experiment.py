@@ -27,17 +27,24 @@ def test_a_run_records_what_its_grid_decides(config):
   assert exp.model.rope_theta == grid_theta(GRID, HEAD_DIM)
   record = json.loads(json.dumps(recorded(config, exp).to_dict()))
   assert tuple(record["model"]["rope_theta"]) == exp.model.rope_theta
+  assert record["model"]["attention"]["qk_gain"] == exp.model.attention.qk_gain >= 1
   assert of_record(record) == exp
 
 
 def test_a_record_without_the_keys_keeps_what_ran(config):
   old = json.loads(config.to_json())
   del old["model"]["rope_theta"]
-  assert of_record(old).model.rope_theta == (10_000.0,) * 3
-  assert experiment(config, old).model.rope_theta == (10_000.0,) * 3
+  del old["model"]["attention"]["qk_gain"]
+  before = of_record(old).model
+  assert before.rope_theta == (10_000.0,) * 3
+  assert before.attention.qk_gain == 1.0
+  assert experiment(config, old).model == before  # a run that goes on
   with config.unlocked():
     config.model.rope_theta = (50.0,)
-  assert experiment(config, old).model.rope_theta == (50.0,) * 3
+    config.model.attention.qk_gain = 2.0
+  asked = experiment(config, old).model
+  assert asked.rope_theta == (50.0,) * 3
+  assert asked.attention.qk_gain == 2.0
 
 
 def test_a_model_keeps_its_theta_on_other_grids():
