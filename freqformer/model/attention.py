@@ -12,6 +12,7 @@ from freqformer.config import ConfigError, refusing
 from freqformer.grid.layout import LayoutTables, TileLayout
 from freqformer.grid.rotary import axis_pairs, grid_theta
 from freqformer.methods.base import Cond, Dims, Method, Projected
+from freqformer.model.streams import named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,14 +97,18 @@ class SpectralAttention(nnx.Module):
     # Fixed here: the layer may run on other grids, but its weights know these angles.
     self.theta = dims.theta or grid_theta(layout.grid, head_dim)
     init = nnx.initializers.xavier_uniform()
-    self.qkv = nnx.Linear(dims.width, 3 * dims.width, kernel_init=init, dtype=dtype, rngs=rngs)
-    self.out = nnx.Linear(dims.width, dims.width, kernel_init=init, dtype=dtype, rngs=rngs)
+    self.qkv = nnx.Linear(
+      dims.width, 3 * dims.width, kernel_init=init, dtype=dtype, rngs=named(rngs, "qkv")
+    )
+    self.out = nnx.Linear(
+      dims.width, dims.width, kernel_init=init, dtype=dtype, rngs=named(rngs, "out")
+    )
     gain = dims.qk_gain or starting_gain(keys_per_query(method, layout, dims.heads), head_dim)
     constant = nnx.initializers.constant(gain)
     self.q_norm = nnx.RMSNorm(head_dim, scale_init=constant, dtype=dtype, rngs=rngs)
     self.k_norm = nnx.RMSNorm(head_dim, dtype=dtype, rngs=rngs)
     with refusing(f"attention method {type(method).__name__}"):
-      self.method = method.build(dims.for_method, layout, rngs)
+      self.method = method.build(dims.for_method, layout, named(rngs, "method"))
 
   def __call__(
     self, x: jax.Array, cond: Cond, layout: LayoutTables, tables: Any, state: Any
