@@ -24,7 +24,7 @@ from freqformer.command.files import define_config, load_config
 from freqformer.config import ConfigError
 from freqformer.pages.text import aligned
 from freqformer.train import metrics
-from freqformer.train.experiment import Experiment, experiment
+from freqformer.train.experiment import Experiment, experiment, of_record
 from freqformer.train.preemption import StopRequest
 from freqformer.train.resume import change_text, changes
 
@@ -64,7 +64,7 @@ def _changed_since(workdir: pathlib.Path, exp: Experiment) -> str:
   if not path.exists():
     return ""
   try:
-    return change_text(changes(experiment(json.loads(path.read_text())), exp))
+    return change_text(changes(of_record(json.loads(path.read_text())), exp))
   except ValueError as error:  # cut off by a crash, or of another revision
     return f"its config.json cannot be read ({error})"
 

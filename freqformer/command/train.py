@@ -28,7 +28,7 @@ from freqformer.data.cache import LatentCache, prepare
 from freqformer.data.loader import train_iterator, val_batches
 from freqformer.model.dit import VideoDiT, make_tables
 from freqformer.train.checkpoint import PACKAGES, Checkpoints
-from freqformer.train.experiment import Experiment, experiment
+from freqformer.train.experiment import Experiment, experiment, recorded
 from freqformer.train.metrics import Metrics, write_routing
 from freqformer.train.preemption import StopRequest
 from freqformer.train.resume import check_same_config, check_same_data, with_seed
@@ -71,6 +71,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, resume_changed: bool = Fals
   changed = {}
   if checkpoints.latest() is not None:
     old = checkpoints.record()
+    exp = experiment(config, old["config"])
     changed = check_same_config(old, exp, resume_changed)
     if old["step"] >= exp.train.steps:
       checkpoints.close()
@@ -96,6 +97,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, resume_changed: bool = Fals
   tables = make_tables(exp.model, shape)
   graphdef, params = nnx.split(VideoDiT(exp.model, shape, classes, nnx.Rngs(exp.seed)))
   state = init_state(params, exp.train, exp.seed)
+  config = recorded(config, exp)
   record = _record(config, train_cache)
 
   # ---- 4. resume: that checkpoint goes on, else start fresh -----------------------------------

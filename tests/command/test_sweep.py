@@ -8,6 +8,7 @@ import pytest
 from freqformer.command import sweep as sweep_module
 from freqformer.command.sweep import result_of, sweep, table, trial_name
 from freqformer.config import ConfigError
+from freqformer.train.experiment import experiment, recorded
 from tests.tiny_config import get_config
 
 CONFIG = """
@@ -31,7 +32,7 @@ def finish(workdir, loss, rate):
   workdir.mkdir(parents=True, exist_ok=True)
   values = get_config()
   values.train.lr = rate
-  (workdir / "config.json").write_text(json.dumps(values.to_dict()))
+  (workdir / "config.json").write_text(json.dumps(recorded(values, experiment(values)).to_dict()))
   (workdir / "run.json").write_text(json.dumps({"finished": True}))
   rows = [
     {"step": 5, "kind": "train", "loss": 1.0},
