@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from freqformer.command.sweep import result_of
+from freqformer.evaluate.quality import artefacts
+from freqformer.evaluate.restore import load_run
 from freqformer.pages.run import write_report
 from freqformer.train.checkpoint import Checkpoints
 from freqformer.train.metrics import read
@@ -124,6 +126,9 @@ def test_eval_writes_videos(place, whole):
   assert len(list(out.glob("*.mp4"))) == 3 and (out / "grid.png").stat().st_size > 1000
   saved = dict(np.load(out / "latents.npz"))
   assert saved["latents"].shape == (6, 3, 3, 4, 4) and np.isfinite(saved["latents"]).all()
+  # Against themselves samples have no more flicker; a tile has 2 x 2 x 2 of 3 x 3 x 4 tokens.
+  found = artefacts(load_run(whole[0]), saved["latents"], saved["latents"])
+  assert found["flicker"] == 1 and all(0.2 < ratio < 5 for ratio in found["seam_ratio"])
   # The report shows all that these commands write.
   page = write_report(whole[0]).read_text()
   absent = re.findall("Not shown: this run has no (cost|evaluation).json", page)

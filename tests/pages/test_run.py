@@ -39,7 +39,7 @@ FILES = {
     choice=np.eye(3)[PROBS.argmax(-1)].tolist(),
   ),
   "cost": [DENSE, SPARSE],
-  "evaluation": {"classifier": dict(samples=0.81, real_val=0.96, chance=0.125, count=64)},
+  "evaluation": {"samples": dict(count=8, seam_ratio=[None, 1.62, 0.9], flicker=0.81)},
   "samples/sampling": {"seconds_per_sample": 1.2345, "density_by_step": [0.2, 0.3]},
 }
 
@@ -74,7 +74,7 @@ def test_every_section_is_shown(page):
 
 
 def test_numbers_stand_in_it(page):
-  numbers = ["1,234,567", "8 × 12 × 12", "GFLOP", "0.4321", "0.8765", "0.81", "1.234"]
+  numbers = ["1,234,567", "8 × 12 × 12", "GFLOP", "0.4321", "0.8765", "0.81", "1.62", "1.234"]
   for text in [*numbers, "a &lt;device&gt;", "six", "How they were sampled", "step 40"]:
     assert text in page, text
 
