@@ -141,7 +141,7 @@ def test_eval_writes_videos(place, whole):
   page = write_report(whole[0]).read_text()
   absent = re.findall("Not shown: this run has no (cost|evaluation).json", page)
   assert page.count("Not shown") == len(absent) == 2 and page.count("data:video/mp4;base64,") == 3
-  assert "How they were sampled" in page and page.count("data:image/png;base64,") == 5
+  assert "How they were sampled" in page and page.count("data:image/png;base64,") == 6
   # One class alone gives the very same samples and takes the other classes' videos away. Dense
   # attention on the same weights gives others, in a folder of its own.
   name = json.loads((whole[0] / "run.json").read_text())["classes"][2]
