@@ -31,14 +31,19 @@ def rotate(x: jax.Array, positions, theta: float = 10_000.0) -> jax.Array:
   return turn(x, *angle_tables(positions, x.shape[-1], theta))
 
 
-def angle_tables(positions, head_dim: int, theta: float = 10_000.0) -> tuple[jax.Array, jax.Array]:
+def level_theta(theta, factor, head_dim):
+  return tuple(max(8.0, t / f**1.5) for t, f in zip(theta, factor))
+
+
+def angle_tables(positions, head_dim: int, theta=10_000.0) -> tuple[jax.Array, jax.Array]:
   """Cosines and sines of `rotate`'s angles at `positions` `[n, 3]`, float32 `[n, head_dim / 2]`."""
   # Each channel has a frequency on its own axis and zeros elsewhere, so that the sums are exact.
   frequencies = np.zeros((3, head_dim // 2), np.float32)
   start = 0
   for axis, pairs in enumerate(axis_pairs(head_dim)):
     exponents = -np.arange(pairs, dtype=np.float32) / max(pairs, 1)
-    frequencies[axis, start : start + pairs] = np.asarray(theta, np.float32) ** exponents
+    base = np.broadcast_to(np.asarray(theta, np.float32), 3)[axis]
+    frequencies[axis, start : start + pairs] = base**exponents
     start += pairs
   positions = jnp.asarray(positions, jnp.float32)
   angles = sum(positions[:, axis, None] * frequencies[axis] for axis in range(3))

@@ -80,6 +80,8 @@ class Projected:
       at the positions.
     layout: the layout's arrays.
     implementation: of attention, or None for automatic choice.
+    gains: of the norms of q and k, `[d]` each, for levels that a method norms itself.
+    theta: of the rotary, per axis.
     prepare: packs q, k and v in one pass, see `of_joint`. None where q, k and v were not projected
       together: such a value serves methods that ask for `rotated` only.
   """
@@ -92,6 +94,8 @@ class Projected:
   layout: LayoutTables
   implementation: str | None = None
   prepare: Callable[..., Prepared] | None = None
+  gains: tuple[jax.Array, jax.Array] | None = None
+  theta: tuple[float, float, float] = (10_000.0,) * 3
 
   @classmethod
   def of_joint(
@@ -137,7 +141,8 @@ class Projected:
 
     rotations = (functools.partial(finish, gain) for gain in gains)
     arrays = jnp.unstack(product + bias.astype(product.dtype), axis=2)
-    projected = cls(*arrays, *rotations, layout, implementation, packed)  # `packed` reads it
+    # `packed` reads it.
+    projected = cls(*arrays, *rotations, layout, implementation, packed, gains)
     return projected
 
   @property
