@@ -130,6 +130,9 @@ def test_eval_writes_videos(place, whole):
   result = json.loads((out / "sampling.json").read_text())
   assert result["samples"] == 6 and len(result["density_by_step"]) == 2
   assert result["compile_seconds"] > 0 and result["run_seconds"] > 0
+  last = read(whole[0] / "metrics.jsonl")[-1]
+  assert result["training_flops"] == last["flops"]
+  assert result["training_seconds"] >= last["seconds"] > 0
   assert len(list(out.glob("*.mp4"))) == 3 and (out / "grid.png").stat().st_size > 1000
   saved = dict(np.load(out / "latents.npz"))
   assert saved["latents"].shape == (6, 3, 3, 4, 4) and np.isfinite(saved["latents"]).all()
