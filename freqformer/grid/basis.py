@@ -41,8 +41,8 @@ class SpectralBasis:
   Attributes:
     kind: "dct": DCT-II of whole axes; "haar": dyadic block means; "block_dct", "block_haar": the
       same inside each tile, one small matmul per tile.
-    low, mid: cuts of the bands per axis (t, y, x), fractions of its rows: 0 < low <= mid <= 1. Block
-      means take only powers of 1/2.
+    low, mid: cuts of the bands per axis (t, y, x), fractions of its rows: 0 < low <= mid <= 1.
+      Means take only powers of 1/2.
 
   Raises:
     ValueError: an unknown kind, or cuts out of range, out of order, or not dyadic for haar.
