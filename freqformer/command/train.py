@@ -24,8 +24,10 @@ from tqdm import tqdm
 from freqformer.command import cli
 from freqformer.command.dry_run import describe
 from freqformer.command.files import define_config
-from freqformer.data.cache import LatentCache, prepare
+from freqformer.data.cache import LatentCache
+from freqformer.data.fields import Fields
 from freqformer.data.loader import train_iterator, val_batches
+from freqformer.data.sources import open_split
 from freqformer.model.dit import VideoDiT, make_tables
 from freqformer.train.checkpoint import PACKAGES, Checkpoints
 from freqformer.train.experiment import Experiment, experiment
@@ -84,19 +86,19 @@ def train(config: ConfigDict, workdir: pathlib.Path, resume_changed: bool = Fals
       logging.info(text, over, old["step"], exp.train.steps)
       return
 
-  # ---- 2. data: encoded once, then read from the cache ----------------------------------------
-  train_cache = prepare(exp.data, "train")
-  val_cache = prepare(exp.data, "val")
+  # ---- 2. data: encoded once, then read from the cache; or drawn on the fly -------------------
+  train_data = open_split(exp.data, "train")
+  val_data = open_split(exp.data, "val")
   seconds["encode"] = time.monotonic() - started
-  batches = iter(train_iterator(train_cache, exp.train.batch_size, exp.seed))
+  batches = iter(train_iterator(train_data, exp.train.batch_size, exp.seed))
 
   # ---- 3. model and state ---------------------------------------------------------------------
-  shape = tuple(train_cache.latent_shape)
-  classes = len(train_cache.class_names)
+  shape = tuple(train_data.latent_shape)
+  classes = len(train_data.class_names)
   tables = make_tables(exp.model, shape)
   graphdef, params = nnx.split(VideoDiT(exp.model, shape, classes, nnx.Rngs(exp.seed)))
   state = init_state(params, exp.train, exp.seed)
-  record = _record(config, train_cache)
+  record = _record(config, train_data)
 
   # ---- 4. resume: that checkpoint goes on, else start fresh -----------------------------------
   metrics = Metrics(workdir, Throughput.of(exp.model, shape, exp.train.batch_size))
@@ -127,7 +129,8 @@ def train(config: ConfigDict, workdir: pathlib.Path, resume_changed: bool = Fals
 
   # ---- 5. the steps ---------------------------------------------------------------------------
   train_step = make_train_step(graphdef, exp.train, classes)
-  validate = _validation(exp, graphdef, val_cache, tables)
+  target = train_data.target
+  validate = _validation(exp, graphdef, val_data, tables)
   skips = SkippedSteps(exp.train)
 
   def save():
@@ -141,7 +144,8 @@ def train(config: ConfigDict, workdir: pathlib.Path, resume_changed: bool = Fals
   with StopRequest() as stop, tqdm(total=exp.train.steps, initial=step, desc="training") as bar:
     while step < exp.train.steps and not stop():
       batch = next(batches)
-      state, values = train_step(state, {k: batch[k] for k in ("latent", "label")}, tables)
+      inputs = {k: batch[k] for k in ("latent", "label")}
+      state, values = train_step(state, inputs, tables, target)
       skips.add(values)
       step += 1
       last = step == exp.train.steps
@@ -170,35 +174,38 @@ def train(config: ConfigDict, workdir: pathlib.Path, resume_changed: bool = Fals
     )
 
 
-def _record(config: ConfigDict, cache: LatentCache) -> dict:
+def _record(config: ConfigDict, data: LatentCache | Fields) -> dict:
   """Returns a checkpoint's record: the config, and what a resumed run's data must agree with."""
   return {
     "config": config.to_dict(),
-    "class_names": list(cache.class_names),
-    "latent_shape": tuple(cache.latent_shape),
-    "statistics": cache.statistics.to_json(),
-    "video_shape": list(cache.video_shape),
-    "cache": cache.manifest["hash"],
+    "class_names": list(data.class_names),
+    "latent_shape": tuple(data.latent_shape),
+    "statistics": data.statistics.to_json(),
+    "video_shape": list(data.video_shape),
+    "cache": data.hash,
     "changes": [],
   }
 
 
-def _validation(exp: Experiment, graphdef: nnx.GraphDef, cache: LatentCache, tables) -> Callable:
-  """Returns `validate(params, should_stop, write)`, which writes `kind, **numbers` of each kind.
+def _validation(
+  exp: Experiment, graphdef: nnx.GraphDef, data: LatentCache | Fields, tables
+) -> Callable:
+  """Returns `validate(params, stop, write)`, which writes `kind, **numbers` of each kind.
 
   It returns the results of the hard choice, or None if it was stopped.
   """
   eval_steps = {"val": make_eval_step(graphdef)}
   if exp.train.val_soft and any(method.routed for _, method in exp.model.runs()):
     eval_steps["val_soft"] = make_eval_step(graphdef, soft=True)
-  power = channel_power(cache)
+  power = channel_power(data)
+  reference = data.reference
   size = exp.train.batch_size
 
-  def validate(params, should_stop, write):
+  def validate(params, stop, write):
     results = {}
     for kind, eval_step in eval_steps.items():
-      data = val_batches(cache, size, limit=exp.train.val_batches * size)
-      results[kind] = evaluate(eval_step, params, data, power, tables, should_stop=should_stop)
+      batches = val_batches(data, size, limit=exp.train.val_batches * size)
+      results[kind] = evaluate(eval_step, params, batches, power, tables, reference, stop)
       if results[kind] is None:
         return None
       write(kind, **{k: v for k, v in results[kind].items() if k not in ("probs", "choice")})

@@ -4,8 +4,9 @@ import dataclasses
 from collections.abc import Mapping
 
 from freqformer.config import build, require
-from freqformer.data.codec import make_codec
+from freqformer.data.fields import FieldsConfig
 from freqformer.data.protocol import DataConfig
+from freqformer.data.sources import data_config
 from freqformer.diffusion.sampling import SampleConfig
 from freqformer.model.config import ModelConfig, model_config
 from freqformer.train.step import TrainConfig
@@ -15,7 +16,7 @@ from freqformer.train.step import TrainConfig
 class Experiment:
   """One run: its data, model, training, sampling and seed."""
 
-  data: DataConfig
+  data: DataConfig | FieldsConfig
   model: ModelConfig
   train: TrainConfig
   sample: SampleConfig = SampleConfig()
@@ -27,8 +28,8 @@ class Experiment:
 
   @property
   def latent_shape(self) -> tuple[int, int, int, int]:
-    """(t, y, x, c) of the latents that the codec makes of the data's views."""
-    return make_codec(self.data.codec).latent_shape(*self.data.video_shape)
+    """(t, y, x, c) of the data's latents."""
+    return self.data.latent_shape
 
 
 def experiment(config: Mapping) -> Experiment:
@@ -36,4 +37,6 @@ def experiment(config: Mapping) -> Experiment:
   values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
   if isinstance(values.get("model"), Mapping):
     values["model"] = model_config(values["model"])
+  if isinstance(values.get("data"), Mapping):
+    values["data"] = data_config(values["data"])
   return build(Experiment, values)
