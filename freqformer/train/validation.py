@@ -77,16 +77,16 @@ def evaluate(
   batches: Iterable[dict],
   power: np.ndarray,
   tables,
-  reference=None,
   should_stop: Callable[[], bool] = lambda: False,
+  reference=None,
 ) -> dict | None:
   """Computes validation losses, overall and per quarter of t, and the routing.
 
   Args:
     step: of `make_eval_step`.
     power: `channel_power` of the validation latents, `[c]`, for the best linear prediction.
-    reference: the `Posterior` of the validation latents, or None if it is not known.
     should_stop: polled between batches; True gives up.
+    reference: the `Posterior` of the validation latents, or None if it is not known.
 
   Returns:
     `loss`, `buckets` and `linear_buckets` (per quarter of t), `density`, overall and in
