@@ -27,7 +27,6 @@ def get_config():
   )
   config.model.attention = dict(
     tile=(4, 4, 4),
-    qk_gain=1.5,
     implementation="xla",
     freqformer=dict(mid_tiles=3, window=(1, 2, 2), router=router),
     # Near FreqFormer's density on 2 x 4 x 4 tiles.

@@ -24,6 +24,8 @@ from freqformer.cost import attention_cost
 from freqformer.grid.rotary import rotate
 from freqformer.methods.freqformer import FreqFormer
 
+THETA = 100.0  # of rotary; no figure depends on it
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -226,7 +228,7 @@ def _rotated(f):
   """Makes `f(q, k, v, positions)` of `f(q, k, v)`: q and k are rotated first."""
 
   def run(q, k, v, positions):
-    return f(rotate(q, positions), rotate(k, positions), v)
+    return f(rotate(q, positions, THETA), rotate(k, positions, THETA), v)
 
   return run
 

@@ -11,7 +11,7 @@ from freqformer.config import ConfigError
 from freqformer.data.codec import LatentStatistics
 from freqformer.model.dit import VideoDiT
 from freqformer.train.checkpoint import Checkpoints, Mismatch
-from freqformer.train.experiment import Experiment, experiment
+from freqformer.train.experiment import Experiment, of_record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ def load_run(
   """
   checkpoints = Checkpoints(workdir, create=False)
   record = checkpoints.record(step)
-  trained = experiment(record["config"])
+  trained = of_record(record["config"])
   config = trained.model if method is None else trained.model.with_method(method)
   shape = tuple(record["latent_shape"])
   classes = len(record["class_names"])

@@ -1,10 +1,23 @@
-"""3-D rotary position embedding at real-valued positions (RoPE, arXiv 2104.09864, per axis)."""
+"""3-D rotary position embedding at real-valued positions (RoPE, arXiv 2104.09864, per axis).
+
+An axis with p pairs of channels turns them by `position * theta^(-i / p)`, i = 0 .. p - 1: from 1
+radian a token down to `theta^(-(p - 1) / p)`. The base of language models, 10,000, has nothing in
+between where a head is small: with 3 pairs their periods are 6.3, 135 and 2,916 tokens, so that no
+sum of them is local on an axis of 12. Bases therefore follow the grid, one per axis.
+"""
+
+import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from freqformer.kernels.around.prepare import turn
+
+# The slowest period in lengths of the axis. choice: at 4 its cosine still falls over twice the
+# axis, so that a model may sample twice the length that it was trained on.
+REACH = 4
 
 
 def axis_pairs(head_dim: int) -> tuple[int, int, int]:
@@ -21,24 +34,63 @@ def axis_pairs(head_dim: int) -> tuple[int, int, int]:
   return share, share + (rest > 0), share + (rest > 1)
 
 
-def rotate(x: jax.Array, positions, theta: float = 10_000.0) -> jax.Array:
+def grid_theta(grid: Sequence[int], head_dim: int) -> tuple[float, float, float]:
+  """Returns the base per axis (t, y, x) whose slowest period is `REACH` times the axis's length.
+
+  The fastest pair turns by 1 radian a token whatever the base, so that a step is resolved. It is
+  the only one on an axis with one pair, where the base has no effect and is 1. It is also 1 on an
+  axis of one token, whose positions are all 0.
+  """
+  periods = [REACH * length / (2 * math.pi) for length in grid]  # in turns of the fastest pair
+  return _bases(periods, [1.0] * 3, head_dim)
+
+
+def level_theta(
+  theta: Sequence[float], factor: Sequence[int], head_dim: int
+) -> tuple[float, float, float]:
+  """Returns the base per axis for positions that are counted in cells instead of tokens.
+
+  The slowest period covers as many tokens as that of `theta` does. The base is never below 1: then
+  all pairs turn by 1 radian a cell, and a step is still resolved.
+
+  Args:
+    theta: base per axis (t, y, x) for positions in tokens.
+    factor: tokens per cell along each axis.
+  """
+  return _bases([1 / f for f in factor], theta, head_dim)
+
+
+def _bases(stretch, theta, head_dim) -> tuple[float, float, float]:
+  """Returns bases whose slowest periods are `stretch` times those of `theta`, at least 1."""
+  found = []
+  for scale, base, pairs in zip(stretch, theta, axis_pairs(head_dim), strict=True):
+    exponent = pairs / (pairs - 1) if pairs > 1 else 0.0
+    found.append(max(1.0, float(base) * scale**exponent))
+  return tuple(found)
+
+
+def rotate(x: jax.Array, positions, theta: float | Sequence[float]) -> jax.Array:
   """Rotates pairs of channels by position * theta^(-i / pairs); each axis has its own channels.
 
   Args:
     x: `[b, n, h, d]`; channel i is paired with i + d / 2.
     positions: float `[n, 3]`, (t, y, x) in tokens; a coarse token sits at its cell's centre.
+    theta: the base, one for all axes or one each.
   """
   return turn(x, *angle_tables(positions, x.shape[-1], theta))
 
 
-def angle_tables(positions, head_dim: int, theta: float = 10_000.0) -> tuple[jax.Array, jax.Array]:
+def angle_tables(
+  positions, head_dim: int, theta: float | Sequence[float]
+) -> tuple[jax.Array, jax.Array]:
   """Cosines and sines of `rotate`'s angles at `positions` `[n, 3]`, float32 `[n, head_dim / 2]`."""
   # Each channel has a frequency on its own axis and zeros elsewhere, so that the sums are exact.
+  bases = np.broadcast_to(np.asarray(theta, np.float32), 3)
   frequencies = np.zeros((3, head_dim // 2), np.float32)
   start = 0
   for axis, pairs in enumerate(axis_pairs(head_dim)):
     exponents = -np.arange(pairs, dtype=np.float32) / max(pairs, 1)
-    frequencies[axis, start : start + pairs] = np.asarray(theta, np.float32) ** exponents
+    frequencies[axis, start : start + pairs] = bases[axis] ** exponents
     start += pairs
   positions = jnp.asarray(positions, jnp.float32)
   angles = sum(positions[:, axis, None] * frequencies[axis] for axis in range(3))

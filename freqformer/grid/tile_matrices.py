@@ -9,7 +9,6 @@ import numpy as np
 
 from freqformer.grid.basis import SpectralTables
 from freqformer.grid.operators import Matrices, TileOperators, halves
-from freqformer.grid.rotary import angle_tables
 from freqformer.kernels.around.lift import Expansion
 from freqformer.kernels.around.prepare import Cells
 
@@ -36,10 +35,8 @@ class TileCells:
   front: int = dataclasses.field(metadata={"static": True})
   filters: np.ndarray | None = None
 
-  @jax.named_scope("prepare")
-  def cells(self, centres, head_dim: int) -> Cells:
-    """Argument of `kernels.around.prepare`; `centres` as in `SpectralTables`."""
-    angles = angle_tables(centres, head_dim)
+  def cells(self, angles: tuple[jax.Array, jax.Array]) -> Cells:
+    """Argument of `kernels.around.prepare`; `angles` are rotary's at the cells' centres."""
     return Cells(self.compress, self.classes, self.rows, *angles, self.front, self.filters)
 
   @property

@@ -7,7 +7,7 @@ carries. The layer knows no method by name.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -17,7 +17,7 @@ from flax import nnx
 from jax.extend.core import ClosedJaxpr
 
 from freqformer.grid.layout import LayoutTables, TileLayout
-from freqformer.grid.rotary import angle_tables
+from freqformer.grid.rotary import angle_tables, grid_theta
 from freqformer.kernels.around.prepare import Prepared, norm_and_turn, prepare
 from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.cost import CallCost, uniform
@@ -82,6 +82,8 @@ class Projected:
     implementation: of attention, or None for automatic choice.
     prepare: packs q, k and v in one pass, see `of_joint`. None where q, k and v were not projected
       together: such a value serves methods that ask for `rotated` only.
+    theta: base of rotary per axis (t, y, x), as trained; empty: from the layout's own grid.
+    gains: of the norms of q and k, `[d]` each, for a method that norms tokens of its own.
   """
 
   q: jax.Array
@@ -92,6 +94,12 @@ class Projected:
   layout: LayoutTables
   implementation: str | None = None
   prepare: Callable[..., Prepared] | None = None
+  theta: Sequence[float] = ()
+  gains: tuple[jax.Array, jax.Array] | None = None
+
+  def __post_init__(self):
+    theta = self.theta or grid_theta(self.layout.layout.grid, self.q.shape[-1])
+    object.__setattr__(self, "theta", tuple(theta))
 
   @classmethod
   def of_joint(
@@ -101,6 +109,7 @@ class Projected:
     gains: tuple[jax.Array, jax.Array],
     layout: LayoutTables,
     implementation: str | None = None,
+    theta: Sequence[float] = (),
   ) -> "Projected":
     """Returns what a layer hands to its method.
 
@@ -113,21 +122,22 @@ class Projected:
       bias: `[3, h, d]`.
       gains: of the norms of q and k, `[d]` each.
       implementation: of attention, or None for automatic choice.
+      theta: as the attribute.
     """
-    head_dim = product.shape[-1]
-    with jax.named_scope("prepare"):
-      tables = angle_tables(layout.positions, head_dim)
 
+    # Both read `projected`, which is made below.
     def finish(gain, x, positions):
       with jax.named_scope("norm_rotary"):
-        return norm_and_turn(x, gain, angle_tables(positions, head_dim))
+        return norm_and_turn(x, gain, projected.angles(positions))
 
     def packed(cells=None, bands=None, *, copies=1, **options):
+      with jax.named_scope("prepare"):
+        angles = projected.angles(layout.positions)
       return prepare(
         jnp.tile(product, (1, 1, 1, copies, 1)),
         jnp.tile(bias, (1, copies, 1)),
         gains,
-        tables,
+        angles,
         layout.kv_len,
         cells,
         bands,
@@ -137,7 +147,8 @@ class Projected:
 
     rotations = (functools.partial(finish, gain) for gain in gains)
     arrays = jnp.unstack(product + bias.astype(product.dtype), axis=2)
-    projected = cls(*arrays, *rotations, layout, implementation, packed)  # `packed` reads it
+    # `packed` reads it.
+    projected = cls(*arrays, *rotations, layout, implementation, packed, theta, gains)
     return projected
 
   @property
@@ -148,6 +159,10 @@ class Projected:
     """
     name = ALIASES.get(self.implementation, self.implementation)
     return None if name in (None, "hopper") else "xla"
+
+  def angles(self, positions) -> tuple[jax.Array, jax.Array]:
+    """Returns rotary's cosines and sines at `positions` `[m, 3]` in tokens, `[m, d / 2]` each."""
+    return angle_tables(positions, self.q.shape[-1], self.theta)
 
   def rotated(self) -> tuple[jax.Array, jax.Array]:
     """Returns q and k finished, each token at its own position."""

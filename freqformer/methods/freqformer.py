@@ -8,6 +8,7 @@ table it gets: hard routing is one attention call with static shapes. When all b
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,6 @@ import numpy as np
 from freqformer.config import require, require_one_of
 from freqformer.grid.basis import SpectralBasis, SpectralTables
 from freqformer.grid.layout import TileLayout
-from freqformer.grid.rotary import angle_tables
 from freqformer.grid.sizes import coarse_tokens
 from freqformer.grid.tile_matrices import TileCells, tile_cells
 from freqformer.kernels.around.lift import Expansion, lift
@@ -138,7 +138,7 @@ class FreqFormer(RoutedMethod):
     choice = routing.choice
     if routing.all_branches:  # head number = branch * h + head
       choice = np.repeat(np.arange(3, dtype=np.int32), h)[None]
-    cells = tables.around(qkv.q.shape[-1])
+    cells = tables.around(qkv.angles)
     packed = self._packed(qkv, routing, choice, cells)
     mid = self._mid_table(qkv, cond, tables, packed)
     masks = (tables.low, mid, tables.high)
@@ -338,11 +338,13 @@ class FreqFormerTables:
   profile: dict | None = None
   by_tile: TileCells | None = None
 
-  def around(self, head_dim: int) -> Cells | WholeAxes:
-    """Returns how tokens are compressed, for `prepare`."""
+  def around(self, angles: Callable) -> Cells | WholeAxes:
+    """Returns how tokens are compressed, for `prepare`; `angles` is `Projected.angles`."""
+    with jax.named_scope("prepare"):
+      rotary = angles(self.spectral.centres)
     if self.by_tile is not None:
-      return self.by_tile.cells(self.spectral.centres, head_dim)
-    return WholeAxes(self.spectral, *angle_tables(self.spectral.centres, head_dim), self.front)
+      return self.by_tile.cells(rotary)
+    return WholeAxes(self.spectral, *rotary, self.front)
 
   @property
   def expansion(self) -> Expansion | WholeAxes:

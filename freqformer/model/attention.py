@@ -1,6 +1,7 @@
 """The attention layer of every method: it projects, and the method does the rest."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -9,8 +10,9 @@ from flax import nnx
 
 from freqformer.config import ConfigError, refusing
 from freqformer.grid.layout import LayoutTables, TileLayout
-from freqformer.grid.rotary import axis_pairs
+from freqformer.grid.rotary import axis_pairs, grid_theta
 from freqformer.methods.base import Cond, Dims, Method, Projected
+from freqformer.model.streams import named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,13 +23,15 @@ class AttentionDims:
     width: of the residual stream.
     heads: must divide the width into an even head dimension.
     cond_dim: of the timestep embedding.
-    qk_gain: initial gain of the query norm; small heads cap logits, which hurts dense most.
+    qk_gain: initial gain of the query norm, or 0 for `starting_gain` of the layer's method.
+    theta: base of rotary per axis (t, y, x), or empty for that of the layer's grid.
   """
 
   width: int
   heads: int
   cond_dim: int
   qk_gain: float = 1.0
+  theta: tuple[float, ...] = ()
 
   def __post_init__(self):
     if self.heads < 1 or self.width % self.heads:
@@ -48,6 +52,30 @@ class AttentionDims:
     return Dims(self.heads, self.head_dim, self.cond_dim)
 
 
+def starting_gain(keys: float, head_dim: int) -> float:
+  """Returns the gain of normed queries at which one key can hold half of a row's mass.
+
+  With |q| = g sqrt(d) and |k| = sqrt(d), d the head dimension, the best key's logit is g sqrt(d),
+  and n random keys sum to n exp(g^2 / 2) on average. They are equal where
+  `g sqrt(d) = ln n + g^2 / 2`, whose smaller root is returned. Gains hardly move while a model
+  trains, so that a start below it leaves attention flat.
+
+  Without a root, where d < 2 ln n, no gain is enough: sqrt(d) comes nearest. At least 1, where
+  norms usually start.
+
+  Args:
+    keys: n, keys in a row's list.
+    head_dim: d.
+  """
+  spread = head_dim - 2 * math.log(max(keys, 1.0))
+  return max(1.0, math.sqrt(head_dim) - math.sqrt(max(spread, 0.0)))
+
+
+def keys_per_query(method: Method, layout: TileLayout, heads: int) -> float:
+  """Returns how many keys a method expects a token to see, on average over tokens and heads."""
+  return method.pairs(layout, heads).pairs / (heads * layout.n)
+
+
 class SpectralAttention(nnx.Module):
   """Multi-head attention with QK-norm (RMS, learned per channel), 3-D rotary and a method."""
 
@@ -66,14 +94,21 @@ class SpectralAttention(nnx.Module):
     self.dtype = dtype
     self.implementation = implementation
     head_dim = dims.head_dim
+    # Fixed here: the layer may run on other grids, but its weights know these angles.
+    self.theta = dims.theta or grid_theta(layout.grid, head_dim)
     init = nnx.initializers.xavier_uniform()
-    self.qkv = nnx.Linear(dims.width, 3 * dims.width, kernel_init=init, dtype=dtype, rngs=rngs)
-    self.out = nnx.Linear(dims.width, dims.width, kernel_init=init, dtype=dtype, rngs=rngs)
-    gain = nnx.initializers.constant(dims.qk_gain)
-    self.q_norm = nnx.RMSNorm(head_dim, scale_init=gain, dtype=dtype, rngs=rngs)
+    self.qkv = nnx.Linear(
+      dims.width, 3 * dims.width, kernel_init=init, dtype=dtype, rngs=named(rngs, "qkv")
+    )
+    self.out = nnx.Linear(
+      dims.width, dims.width, kernel_init=init, dtype=dtype, rngs=named(rngs, "out")
+    )
+    gain = dims.qk_gain or starting_gain(keys_per_query(method, layout, dims.heads), head_dim)
+    constant = nnx.initializers.constant(gain)
+    self.q_norm = nnx.RMSNorm(head_dim, scale_init=constant, dtype=dtype, rngs=rngs)
     self.k_norm = nnx.RMSNorm(head_dim, dtype=dtype, rngs=rngs)
     with refusing(f"attention method {type(method).__name__}"):
-      self.method = method.build(dims.for_method, layout, rngs)
+      self.method = method.build(dims.for_method, layout, named(rngs, "method"))
 
   def __call__(
     self, x: jax.Array, cond: Cond, layout: LayoutTables, tables: Any, state: Any
@@ -96,6 +131,7 @@ class SpectralAttention(nnx.Module):
       (self.q_norm.scale[...], self.k_norm.scale[...]),
       layout,
       self.implementation,
+      self.theta,
     )
     out, state, aux = self.config(self.method, projected, cond, tables, state)
     return self.out(out.reshape(b, n, width).astype(self.dtype)), state, aux

@@ -8,11 +8,12 @@ import numpy as np
 
 from freqformer.config import ConfigError, build, did_you_mean, refusing, require, require_one_of
 from freqformer.grid.layout import TileLayout
+from freqformer.grid.rotary import grid_theta
 from freqformer.kernels.block_sparse.api import ATTENTION
 from freqformer.kernels.core.op import ALIASES
 from freqformer.methods.base import Method
 from freqformer.methods.registry import METHODS, method_class, parse_method, with_fields
-from freqformer.model.attention import AttentionDims
+from freqformer.model.attention import AttentionDims, keys_per_query, starting_gain
 
 # width, depth, heads of DiT (arXiv 2212.09748).
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}
@@ -32,6 +33,8 @@ class AttentionConfig:
     layers: runs of layers with a method each, `((first, stop or None, name), ...)`, or empty.
     block: rows of a tile in the buffer, `block_q = block_kv`.
     tile: extents of a tile (t, y, x), or empty for the best fit.
+    qk_gain: initial gain of the query norm; 0: from the keys per query and the head dimension
+      (`starting_gain`), of runs of layers with several methods the longest lists'.
     implementation: of the attention kernel, or None for automatic choice.
   """
 
@@ -40,14 +43,14 @@ class AttentionConfig:
   layers: tuple[tuple[int, int | None, str], ...] = ()
   block: int = 64
   tile: tuple[int, ...] = ()
-  qk_gain: float = 1.0
+  qk_gain: float = 0.0
   implementation: str | None = None
 
   def __post_init__(self):
     for name in (self.method, *(run[2] for run in self.layers)):
       self.named(name)
     require(self, "block tile", least=1)
-    require(self, "qk_gain", above=0)
+    require(self, "qk_gain", least=0)
     if len(self.tile) not in (0, 3):
       raise ValueError(f"tile={self.tile} must be empty or three extents (t, y, x).")
     if self.implementation is not None and self.implementation not in ALIASES:
@@ -80,6 +83,8 @@ class ModelConfig:
   Attributes:
     size: "S", "B", "L", or "custom" with width, depth and heads given; each is the size's if 0.
     patch: latent cells per token (t, y, x).
+    rope_theta: base of rotary per axis (t, y, x), or one for all; empty: from the grid that the
+      model is trained on (`resolved`), and kept on all others.
     mlp_ratio: hidden width of the MLP over the width.
     dtype: of activations; parameters are float32.
     remat: recompute blocks in the backward, except attention outputs, LSE, routing and tables.
@@ -91,6 +96,7 @@ class ModelConfig:
   depth: int = 0
   heads: int = 0
   patch: tuple[int, int, int] = (1, 2, 2)
+  rope_theta: tuple[float, ...] = ()
   mlp_ratio: float = 4.0
   dtype: str = "float32"
   remat: bool = True
@@ -102,6 +108,13 @@ class ModelConfig:
         object.__setattr__(self, name, getattr(self, name) or value)
     require(self, "width depth heads patch", least=1)
     require(self, "mlp_ratio", above=0)
+    require(self, "rope_theta", least=1)
+    if len(self.rope_theta) not in (0, 1, 3):
+      raise ValueError(
+        f"rope_theta={self.rope_theta} must be empty, one base, or three bases (t, y, x)."
+      )
+    if len(self.rope_theta) == 1:
+      object.__setattr__(self, "rope_theta", self.rope_theta * 3)
     require_one_of(self, "dtype", DTYPES)
     self.dims  # noqa: B018  refuses heads that do not divide the width
     self.attention.runs(self.depth)
@@ -109,7 +122,27 @@ class ModelConfig:
   @property
   def dims(self) -> AttentionDims:
     """Sizes of the attention layer."""
-    return AttentionDims(self.width, self.heads, self.width, self.attention.qk_gain)
+    gain = self.attention.qk_gain
+    return AttentionDims(self.width, self.heads, self.width, gain, self.rope_theta)
+
+  def resolved(self, latent_shape) -> "ModelConfig":
+    """Returns the config in which numbers stand for what the grid of training decides.
+
+    Args:
+      latent_shape: `(t, y, x, c)` in training.
+    """
+    layout = self.layout(latent_shape)
+    head_dim = self.dims.head_dim
+    theta = self.rope_theta or grid_theta(layout.grid, head_dim)
+    gain = self.attention.qk_gain
+    if not gain:
+      keys = []
+      for _, method in self.runs():
+        with refusing(f"attention method {type(method).__name__}"):
+          keys.append(keys_per_query(method, layout, self.heads))
+      gain = starting_gain(max(keys), head_dim)
+    attention = dataclasses.replace(self.attention, qk_gain=gain)
+    return dataclasses.replace(self, rope_theta=theta, attention=attention)
 
   def runs(self) -> tuple[tuple[int, Method], ...]:
     """Returns `(layers, method)` from the first layer to the last."""

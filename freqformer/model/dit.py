@@ -18,6 +18,7 @@ from freqformer.kernels.block_sparse.table import BlockMask
 from freqformer.methods.base import Cond, Method
 from freqformer.model.attention import SpectralAttention
 from freqformer.model.config import DTYPES, ModelConfig
+from freqformer.model.streams import named, numbered
 
 # Names that rematerialisation keeps: the attention kernel runs once, and no choice can flip when
 # the rest is computed again.
@@ -58,15 +59,20 @@ class DiTBlock(nnx.Module):
     norm = functools.partial(
       nnx.LayerNorm, width, use_bias=False, use_scale=False, dtype=dtype, rngs=rngs
     )
-    linear = functools.partial(nnx.Linear, dtype=dtype, rngs=rngs)
+    linear = functools.partial(nnx.Linear, dtype=dtype)
     self.attention_norm = norm()
     self.mlp_norm = norm()
     self.attention = SpectralAttention(
-      config.dims, method, layout, rngs, dtype=dtype, implementation=config.attention.implementation
+      config.dims,
+      method,
+      layout,
+      named(rngs, "attention"),
+      dtype=dtype,
+      implementation=config.attention.implementation,
     )
-    self.mlp_in = linear(width, hidden, kernel_init=_XAVIER)
-    self.mlp_out = linear(hidden, width, kernel_init=_XAVIER)
-    self.modulation = linear(width, 6 * width, kernel_init=_ZEROS)
+    self.mlp_in = linear(width, hidden, kernel_init=_XAVIER, rngs=named(rngs, "mlp_in"))
+    self.mlp_out = linear(hidden, width, kernel_init=_XAVIER, rngs=named(rngs, "mlp_out"))
+    self.modulation = linear(width, 6 * width, kernel_init=_ZEROS, rngs=rngs)
 
   def __call__(self, x, condition, cond: Cond, layout, tables, state):
     """Returns x `[b, n_buffer, width]`, the new state and the method's aux.
@@ -107,6 +113,7 @@ class VideoDiT(nnx.Module):
   """
 
   def __init__(self, config: ModelConfig, latent_shape, classes: int, rngs: nnx.Rngs):
+    config = config.resolved(latent_shape)
     self.config = config
     self.channels = latent_shape[-1]
     self.classes = classes
@@ -114,14 +121,21 @@ class VideoDiT(nnx.Module):
     dtype = DTYPES[config.dtype]
     layout = config.layout(latent_shape)
     patch = self.channels * math.prod(config.patch)
-    self.embed = nnx.Linear(patch, width, kernel_init=_XAVIER, dtype=dtype, rngs=rngs)
-    self.time = TimestepEmbedder(width, rngs)
-    normal = nnx.initializers.normal(0.02)
-    self.label = nnx.Embed(classes + 1, width, embedding_init=normal, rngs=rngs)
-    self.runs = nnx.List(
-      [_stack(config, method, layout, count, rngs) for count, method in config.runs()]
+    self.embed = nnx.Linear(
+      patch, width, kernel_init=_XAVIER, dtype=dtype, rngs=named(rngs, "embed")
     )
-    self.final = FinalLayer(config, patch, rngs)
+    self.time = TimestepEmbedder(width, named(rngs, "time"))
+    normal = nnx.initializers.normal(0.02)
+    self.label = nnx.Embed(classes + 1, width, embedding_init=normal, rngs=named(rngs, "label"))
+    runs = []
+    first = 0
+    for count, method in config.runs():
+      # By the layer's number: runs of other lengths draw the same weights.
+      keys = numbered(rngs, "layer", jnp.arange(first, first + count))
+      runs.append(_stack(config, method, layout, keys))
+      first += count
+    self.runs = nnx.List(runs)
+    self.final = FinalLayer(config, patch, named(rngs, "final"))
 
   def tables(self, latent_shape) -> dict:
     """Returns everything static about a grid, to be passed to jit as an argument."""
@@ -208,15 +222,14 @@ class VideoDiT(nnx.Module):
     return x, state, aux
 
 
-def _stack(config, method, layout, count, rngs):
-  """Returns `count` blocks with stacked parameters."""
+def _stack(config, method, layout, keys):
+  """Returns a block per key `[k]`, with stacked parameters."""
 
-  @nnx.split_rngs(splits=count)
   @nnx.vmap(in_axes=0, out_axes=0)
-  def create(rngs):
-    return DiTBlock(config, method, layout, rngs)
+  def create(key):
+    return DiTBlock(config, method, layout, nnx.Rngs(key))
 
-  return create(rngs)
+  return create(keys)
 
 
 def _repeat(count: int, x) -> jax.Array:

@@ -31,6 +31,7 @@ def sliding_tile(
   check_listed(
     layout.tiles * math.prod(extent), f"a window of {extent} tiles on {layout.tile_grid}"
   )
+  # A clipped window may be wider than the grid: cut to it, an even one would lean to one side.
   ids = np.zeros((1,) * 6, np.int32)
   inside = np.ones((1,) * 6, bool)
   for axis, (w, grid) in enumerate(zip(extent, layout.tile_grid, strict=True)):
@@ -43,8 +44,8 @@ def sliding_tile(
   inside = inside.reshape(layout.tiles, -1)
   if not inside.all():  # the listed ones first, still ascending
     ids = np.take_along_axis(ids, np.argsort(~inside, axis=-1, stable=True), -1)
-  ids = ids[None, None]
   counts = inside.sum(-1).astype(np.int32)[None, None]
+  ids = ids[None, None, :, : counts.max()]
   return pad_lists(ids, counts, layout.tile_lengths, None, layout.block, layout.block)
 
 
@@ -79,15 +80,15 @@ def count_window(
 
 
 def _extent(layout, window, border) -> tuple[int, int, int]:
-  """Returns the window, cut to the grid; raises ValueError for a wrong border or window."""
+  """Returns the window, cut to what covers the grid from everywhere; raises ValueError if wrong."""
   if border not in BORDERS:
     raise ValueError(f"{border=} is unknown; choose one of {', '.join(BORDERS)}.")
   if len(window) != 3 or min(window) < 1:
     raise ValueError(f"{window=} must be three tile counts (t, y, x) of at least 1.")
-  extent = tuple(min(w, g) for w, g in zip(window, layout.tile_grid, strict=True))
-  if extent != tuple(window):
+  if any(w > g for w, g in zip(window, layout.tile_grid, strict=True)):
     _log_whole_axis(tuple(window), layout.tile_grid)
-  return extent
+  whole = (g if border == "clamp" else 2 * g - 1 for g in layout.tile_grid)
+  return tuple(map(min, window, whole))
 
 
 def _axis(window: int, grid: int, border: str) -> tuple[np.ndarray, np.ndarray]:

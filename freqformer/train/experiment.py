@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Mapping
 
+from ml_collections import ConfigDict
+
 from freqformer.config import build, require
 from freqformer.data.fields import FieldsConfig
 from freqformer.data.protocol import DataConfig
@@ -24,7 +26,9 @@ class Experiment:
 
   def __post_init__(self):
     require(self, "seed", least=0, below=2**32)  # the data loader takes no others
-    self.model.layout(self.latent_shape)  # refused here, before hours of encoding
+    # Resolved here: what the grid decides is part of the run. What is wrong with it is refused
+    # before hours of encoding.
+    object.__setattr__(self, "model", self.model.resolved(self.latent_shape))
 
   @property
   def latent_shape(self) -> tuple[int, int, int, int]:
@@ -32,11 +36,70 @@ class Experiment:
     return self.data.latent_shape
 
 
-def experiment(config: Mapping) -> Experiment:
-  """Builds an experiment from a config or the dict of a checkpoint; a ConfigError names a key."""
-  values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+# What the model did before these keys existed; records of older runs lack them.
+_BEFORE = {"rope_theta": (10_000.0,), "attention": {"qk_gain": 1.0}}
+
+
+def experiment(config: Mapping, begun: Mapping | None = None) -> Experiment:
+  """Builds an experiment from a config; a ConfigError names a key.
+
+  Args:
+    config: of a config file.
+    begun: the recorded config of the run that goes on: what `config` leaves to the grid stays as it
+      was decided then.
+  """
+  values = _plain(config)
   if isinstance(values.get("model"), Mapping):
-    values["model"] = model_config(values["model"])
+    model = values["model"]
+    if begun is not None:
+      model = _as_begun(model, _completed(begun)["model"])
+    values["model"] = model_config(model)
   if isinstance(values.get("data"), Mapping):
     values["data"] = data_config(values["data"])
   return build(Experiment, values)
+
+
+def of_record(config: Mapping) -> Experiment:
+  """Builds the experiment of a checkpoint's recorded config or of a run's config.json.
+
+  In a config file an absent key takes its default; in a record, what runs did before it existed.
+
+  Raises:
+    ConfigError: names a key.
+  """
+  return experiment(_completed(config))
+
+
+def recorded(config: Mapping, exp: Experiment) -> ConfigDict:
+  """Returns the config as a run records it: with what the grid decided for `exp`."""
+  decided = {
+    "rope_theta": exp.model.rope_theta,
+    "attention": {"qk_gain": exp.model.attention.qk_gain},
+  }
+  return ConfigDict(_merged(_plain(config), {"model": decided}))
+
+
+def _as_begun(model: Mapping, old: Mapping) -> dict:
+  """Returns the model's keys with `old`'s numbers where they leave them to the grid."""
+  attention = dict(model.get("attention", {}))
+  attention["qk_gain"] = attention.get("qk_gain") or old["attention"]["qk_gain"]
+  theta = model.get("rope_theta") or old["rope_theta"]
+  return {**model, "rope_theta": theta, "attention": attention}
+
+
+def _completed(config: Mapping) -> dict:
+  """Returns a recorded config with the keys that did not exist when it was written."""
+  return _merged({"model": _BEFORE}, _plain(config))
+
+
+def _merged(under: Mapping, over: Mapping) -> dict:
+  """Returns the keys of both; `over` wins, groups are merged."""
+  merged = {**under, **over}
+  for key in under.keys() & over.keys():
+    if isinstance(under[key], Mapping) and isinstance(over[key], Mapping):
+      merged[key] = _merged(under[key], over[key])
+  return merged
+
+
+def _plain(config: Mapping) -> dict:
+  return config.to_dict() if hasattr(config, "to_dict") else dict(config)

@@ -13,7 +13,7 @@ from absl import logging
 from flax.traverse_util import flatten_dict
 
 from freqformer.config import ConfigError
-from freqformer.train.experiment import Experiment, experiment
+from freqformer.train.experiment import Experiment, of_record
 
 # Prefixes of keys that may change; `train.batch_size` may not.
 _FREE = (
@@ -60,7 +60,7 @@ def check_same_config(record: dict, new: Experiment, allow: bool = False) -> dic
   """
   step = record["step"]
   try:
-    old = experiment(record["config"])
+    old = of_record(record["config"])
   except ConfigError as error:
     raise ConfigError(
       f"the config in the checkpoint of step {step} is not one of this code ({error}); go on with "

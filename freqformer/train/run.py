@@ -18,7 +18,7 @@ from freqformer.data.loader import train_iterator, val_batches
 from freqformer.data.sources import open_split
 from freqformer.model.dit import VideoDiT, make_tables
 from freqformer.train.checkpoint import PACKAGES, Checkpoints
-from freqformer.train.experiment import Experiment, experiment
+from freqformer.train.experiment import Experiment, experiment, recorded
 from freqformer.train.metrics import Metrics, write_routing
 from freqformer.train.preemption import StopRequest
 from freqformer.train.resume import check_same_config, check_same_data, with_seed
@@ -46,6 +46,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, resume_changed: bool = Fals
   changed = {}
   if checkpoints.latest() is not None:
     old = checkpoints.record()
+    exp = experiment(config, old["config"])
     changed = check_same_config(old, exp, resume_changed)
     if old["step"] >= exp.train.steps:
       checkpoints.close()
@@ -71,6 +72,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, resume_changed: bool = Fals
   tables = make_tables(exp.model, shape)
   graphdef, params = nnx.split(VideoDiT(exp.model, shape, classes, nnx.Rngs(exp.seed)))
   state = init_state(params, exp.train, exp.seed)
+  config = recorded(config, exp)
   record = _record(config, train_data)
 
   # ---- 4. resume: that checkpoint goes on, else start fresh -----------------------------------
@@ -98,7 +100,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, resume_changed: bool = Fals
     "grid": layout.grid,
     "tile": layout.tile,
   }
-  metrics.start(step, config, facts)
+  metrics.start(step, config, facts, old and old.get("totals"))
 
   # ---- 5. the steps ---------------------------------------------------------------------------
   train_step = make_train_step(graphdef, exp.train, classes)
@@ -109,7 +111,8 @@ def train(config: ConfigDict, workdir: pathlib.Path, resume_changed: bool = Fals
   def save():
     skips.check(step)  # no checkpoint of a run whose steps were all skipped
     iterator = json.dumps(batches.get_state())
-    checkpoints.save(step, state, {**record, "iterator": iterator})
+    progress = {"iterator": iterator, "totals": metrics.totals(step)}
+    checkpoints.save(step, state, record | progress)
 
   # ---- 6. the loop ----------------------------------------------------------------------------
   first = step + 1
@@ -126,6 +129,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, resume_changed: bool = Fals
         jax.block_until_ready(values)
         seconds["compile"] = time.monotonic() - loop_started
         loop_started = time.monotonic()
+        metrics.start_clock(step)
       bar.update()
       if last or step % exp.train.log_every == 0:
         values = jax.device_get(values)
@@ -133,7 +137,9 @@ def train(config: ConfigDict, workdir: pathlib.Path, resume_changed: bool = Fals
         skips.check(step)
         bar.set_postfix(loss=f"{values['loss']:.3f}")
       if exp.train.val_every and (last or step % exp.train.val_every == 0) and not stop():
-        result = validate(state.ema, stop, functools.partial(metrics.write, step))
+        jax.block_until_ready(values)  # steps still running are no part of validation
+        with metrics.paused():
+          result = validate(state.ema, stop, functools.partial(metrics.write, step))
         if result is not None:
           write_routing(workdir, result, exp.model)
       if last or stop() or step % exp.train.checkpoint_every == 0:

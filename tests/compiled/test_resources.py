@@ -30,6 +30,7 @@ TABLE = golden.path("gpu_resources")
 ROWS = 1024
 HEADS = 4
 LISTED = 4
+THETA = 100.0  # of rotary
 # Another ptxas may give a kernel a few registers more or less; threads get them in steps of 8.
 REGISTER_SLACK = 8
 
@@ -131,9 +132,9 @@ def compile_around(d: int, block: int, filtered: str = "") -> offline.Compilatio
   chosen = {"implementation": "pallas_mgpu"}
 
   def around(joint, bias, gains, packed, weights, positions, lengths, tables, centres):
-    operands = (joint, bias, gains, angle_tables(positions, d), lengths)
+    operands = (joint, bias, gains, angle_tables(positions, d, THETA), lengths)
     wanted = {"bands": jnp.ones((1, HEADS), jnp.int32), "filtered": filtered, "pooled": True}
-    coarse = prepare(*operands, tables.cells(centres, d), **wanted, **chosen)
+    coarse = prepare(*operands, tables.cells(angle_tables(centres, d, THETA)), **wanted, **chosen)
     alone = prepare(*operands, pooled=True, **chosen)
     return coarse, alone, lift(packed, weights, weights > 0, tables.expansion, **chosen)
 

@@ -16,7 +16,8 @@ from freqformer.model.attention import AttentionDims, SpectralAttention
 from freqformer.tables.topk import pool_tiles
 
 RAGGED = TileLayout((9, 6, 9), (2, 4, 4), 32)  # 5 x 2 x 3 tiles of 32 to 2 tokens
-DIMS = AttentionDims(48, 6, 8)
+THETA = (50.0, 20.0, 90.0)  # of rotary; not that of any grid here
+DIMS = AttentionDims(48, 6, 8, theta=THETA)
 BASIS = SpectralBasis("block_dct", (0.5, 0.5, 0.5), (0.75, 0.75, 0.75))
 
 
@@ -73,7 +74,9 @@ def finished(layer, x):
   shape = (len(x), RAGGED.n, 3, DIMS.heads, DIMS.head_dim)
   q, k, v = jnp.unstack(layer.qkv(RAGGED.arrays().unpack(x)).reshape(shape), axis=2)
   positions = np.stack(np.unravel_index(np.arange(RAGGED.n), RAGGED.grid), -1).astype(np.float32)
-  return rotate(layer.q_norm(q), positions), rotate(layer.k_norm(k), positions), v, positions
+  norms = (layer.q_norm, layer.k_norm)
+  q, k = (rotate(norm(x), positions, layer.theta) for norm, x in zip(norms, (q, k), strict=True))
+  return q, k, v, positions
 
 
 # ---- a method without a layer ------------------------------------------------------------

@@ -186,3 +186,29 @@ def test_model_cost():
   width = 24
   assert cost.attention_flops == 2 * 4 * n**2 * width
   assert cost.linear_flops == 2 * (24 * n * width**2 + 12 * width**2) + 4 * n * width * 4
+
+
+def test_methods_start_from_the_same_weights():
+  """Everything that two methods share is bit-equal, whatever the router draws."""
+
+  def weights(attention=(), **fields):
+    config = config_of(attention={"qk_gain": 1.0, **dict(attention)}, **fields)
+    model = VideoDiT(config, SHAPE, 3, nnx.Rngs(0))
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {path: np.asarray(x[...]) for path, x in flat}
+
+  routed = weights()
+  dense = weights(method="dense")
+  shared = {path for path in routed if "method" not in path}
+  assert shared == dense.keys() and len(routed) > len(dense)
+  for path in shared:
+    np.testing.assert_array_equal(routed[path], dense[path], err_msg=str(path))
+  drawn = [path for path in shared if path[0] == "runs" and dense[path].std() > 0]
+  assert len(drawn) >= 4  # qkv, out and the two of the MLP
+  for path in drawn:
+    assert (dense[path][0] != dense[path][1]).any()  # layers differ
+  runs = weights(dict(layers=((0, 1, "dense"), (1, None, "freqformer"))))
+  second = {path: x for path, x in runs.items() if path[:2] == ("runs", 1) and "method" not in path}
+  assert len(second) == len([path for path in dense if path[0] == "runs"])
+  for path, x in second.items():
+    np.testing.assert_array_equal(x[0], dense["runs", 0, *path[2:]][1])

@@ -30,7 +30,7 @@ def test_window_lists_the_box_around_each_tile(border, window):
     for j, key in enumerate(itertools.product(*map(range, grid))):
       inside = True
       for q, k, w, g in zip(query, key, window, grid, strict=True):
-        w = min(w, g)
+        w = min(w, g) if border == "clamp" else w
         start = q - w // 2
         start = min(max(start, 0), g - w) if border == "clamp" else start
         inside &= start <= k < start + w

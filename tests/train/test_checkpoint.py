@@ -105,7 +105,7 @@ def test_a_damaged_checkpoint_is_said_to_be_one(saved, tmp_path, damage):
 def changed(values):
   config = read_config(TINY)
   config.update_from_flattened_dict(values)
-  return experiment(config)
+  return experiment(config, get_config().to_dict())
 
 
 WINDOW = "model.attention.freqformer.window"

@@ -27,6 +27,7 @@ from tests.kernels.block_sparse.suite import worst_error
 
 HOPPER = Target("cuda", "NVIDIA H100 80GB HBM3", "9.0")
 BASIS = SpectralBasis("block_dct", (0.5, 0.5, 0.5), (0.75, 0.75, 0.75))
+THETA = (20.0, 30.0, 40.0)  # of rotary, per axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,10 @@ class Case:
   @property
   def bands(self):
     return jnp.arange(self.b * self.h).reshape(self.b, self.h) % 3
+
+  def angles(self, positions):
+    """Returns rotary's tables at positions, as a layer makes them."""
+    return angle_tables(positions, self.d, THETA)
 
   def in_band(self, x, spectral):
     """Returns tokens `x` in each head's band, by functions of the grid."""
@@ -82,7 +87,7 @@ def _inputs(case, dtype=jnp.bfloat16, basis=BASIS):
   bias = jnp.asarray(draw.standard_normal((3, case.h, case.d)), jnp.float32)
   gains = tuple(jnp.asarray(draw.uniform(0.5, 2, case.d), jnp.float32) for _ in "qk")
   cells = tile_cells(spectral, front, filtered=True)
-  tables = angle_tables(arrays.positions, case.d)
+  tables = case.angles(arrays.positions)
   return jnp.asarray(joint, dtype), bias, gains, tables, arrays.kv_len, cells, spectral
 
 
@@ -124,7 +129,7 @@ def test_the_definition_is_the_spectral_operators(name, kind):
   if kind != "block_dct":
     basis = dataclasses.replace(BASIS, kind=kind, mid=(0.5, 1.0, 1.0))
   tables = FreqFormer(basis=basis, filter="qkv").tables(case.layout)
-  spectral, cells = tables.spectral, tables.around(case.d)
+  spectral, cells = tables.spectral, tables.around(case.angles)
   arrays = case.layout.arrays()
   valid = np.concatenate([np.zeros(cells.front, bool), arrays.valid])
   operands = (joint, bias, gains, angles, lengths, cells, case.bands)
@@ -133,7 +138,7 @@ def test_the_definition_is_the_spectral_operators(name, kind):
   def finish(x, gain, at):
     if gain is None:
       return x
-    return rotate(x / jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6) * gain, at)
+    return rotate(x / jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6) * gain, at, THETA)
 
   q_k_v = jnp.unstack(joint + bias, axis=2)
   for name, gain, pool, x in zip("qkv", (*gains, None), (*got[3:], None), q_k_v, strict=True):
@@ -173,7 +178,7 @@ def test_prepare_kernel(case, capfd):
   The first case watches for races.
   """
   joint, bias, gains, tables, lengths, cells, spectral = _inputs(case)
-  coarse = cells.cells(spectral.centres, case.d)
+  coarse = cells.cells(case.angles(spectral.centres))
   operands = (bias, gains, tables, lengths, coarse, case.bands)
   wanted = functools.partial(prepare, pooled=True, filtered=case.filtered)
   want = wanted(joint.astype(jnp.float32), *operands, implementation="xla")

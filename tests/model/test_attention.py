@@ -1,0 +1,41 @@
+"""The initial gain of the query norm."""
+
+import numpy as np
+import pytest
+
+from freqformer.model.attention import starting_gain
+from freqformer.model.config import model_config
+
+
+@pytest.mark.parametrize("keys, head_dim", [(144, 16), (1152, 16), (32_760, 64), (1024, 128)])
+def test_one_key_can_hold_half_of_the_mass(keys, head_dim):
+  """Measured: one key along the query among random ones; gains of 1 are not from the rule."""
+  gain = starting_gain(keys, head_dim)
+  draw = np.random.default_rng(0).standard_normal((keys, head_dim))
+  draw *= np.sqrt(head_dim / np.square(draw).sum(-1, keepdims=True))
+  query = np.full(head_dim, gain)
+  others = np.exp(draw @ query / np.sqrt(head_dim)).sum()
+  best = np.exp(gain * np.sqrt(head_dim))
+  share = best / (best + others)
+  assert share > 0.45
+  assert gain == 1 or share < 0.65
+
+
+def test_gains_where_the_rule_has_no_root_or_would_be_below_the_norm_s_start():
+  assert starting_gain(100_000, 16) == 4.0
+  assert starting_gain(8, 64) == starting_gain(0.5, 64) == 1.0
+
+
+def test_the_gain_follows_the_lists_of_the_method():
+  sizes = dict(size="custom", width=32, depth=2, heads=2, patch=(1, 1, 1))
+  shape = (8, 12, 12, 1)
+
+  def gain(**attention):
+    model = model_config({**sizes, "attention": {"block": 64, "tile": (4, 4, 4), **attention}})
+    return model.resolved(shape).attention.qk_gain
+
+  window = "sliding_tile(window=(1, 3, 3), unit=tiles)"
+  assert gain(method="dense") == starting_gain(1152, 16)
+  assert gain(method=window) == starting_gain(9 * 64, 16)
+  assert gain(layers=((0, 1, window), (1, None, "dense"))) == gain(method="dense")
+  assert gain(method=window, qk_gain=1.25) == 1.25

@@ -1,0 +1,66 @@
+"""What a grid decides for a run: decided once, recorded, and kept."""
+
+import json
+
+import pytest
+from flax import nnx
+
+from freqformer.command.files import read_config
+from freqformer.config import ConfigError
+from freqformer.grid.rotary import grid_theta
+from freqformer.model.config import model_config
+from freqformer.model.dit import VideoDiT
+from freqformer.train.experiment import experiment, of_record, recorded
+from tests import tiny_config
+
+GRID = (3, 3, 4)  # latent tokens of the tiny config
+HEAD_DIM = 12
+
+
+@pytest.fixture
+def config():
+  return read_config(tiny_config.__file__)
+
+
+def test_a_run_records_what_its_grid_decides(config):
+  exp = experiment(config)
+  assert exp.model.rope_theta == grid_theta(GRID, HEAD_DIM)
+  record = json.loads(json.dumps(recorded(config, exp).to_dict()))
+  assert tuple(record["model"]["rope_theta"]) == exp.model.rope_theta
+  assert record["model"]["attention"]["qk_gain"] == exp.model.attention.qk_gain >= 1
+  assert of_record(record) == exp
+
+
+def test_a_record_without_the_keys_keeps_what_ran(config):
+  old = json.loads(config.to_json())
+  del old["model"]["rope_theta"]
+  del old["model"]["attention"]["qk_gain"]
+  before = of_record(old).model
+  assert before.rope_theta == (10_000.0,) * 3
+  assert before.attention.qk_gain == 1.0
+  assert experiment(config, old).model == before  # a run that goes on
+  with config.unlocked():
+    config.model.rope_theta = (50.0,)
+    config.model.attention.qk_gain = 2.0
+  asked = experiment(config, old).model
+  assert asked.rope_theta == (50.0,) * 3
+  assert asked.attention.qk_gain == 2.0
+
+
+def test_a_model_keeps_its_theta_on_other_grids():
+  """The sampler makes tables of any grid; the layers hold what the first one decided."""
+  config = model_config(
+    dict(size="custom", width=24, depth=1, heads=1, patch=(1, 1, 1), attention=dict(method="dense"))
+  )
+  model = nnx.eval_shape(lambda: VideoDiT(config, (8, 6, 6, 1), 1, nnx.Rngs(0)))
+  assert model.runs[0].attention.theta == grid_theta((8, 6, 6), 24)
+  assert model.config.rope_theta == grid_theta((8, 6, 6), 24)
+  assert model.config.resolved((16, 12, 12, 1)) == model.config
+
+
+@pytest.mark.parametrize("theta", [(1.0, 2.0), (0.5,), (float("nan"),)])
+def test_a_wrong_theta_is_refused(theta, config):
+  with config.unlocked():
+    config.model.rope_theta = theta
+  with pytest.raises(ConfigError, match="rope_theta"):
+    experiment(config)
