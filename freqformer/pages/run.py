@@ -248,6 +248,8 @@ def _buckets(workdir: pathlib.Path) -> str:
   colours = dict(zip(bars, _COLOURS, strict=False))
   if last.get("linear_buckets"):
     bars["best per-channel linear predictor"] = last["linear_buckets"]
+  if last.get("bayes_buckets"):
+    bars["Bayes risk, which no model can be below"] = last["bayes_buckets"]
   count = len(last["buckets"])
   labels = [f"{i / count:g} – {(i + 1) / count:g}" for i in range(count)]
   figure, (axis,) = panels(1, 8.5)
