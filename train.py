@@ -1,6 +1,6 @@
 """Trains a model: `python train.py --config=configs/demo.py`.
 
-The loop is in freqformer/command/train.py, so that an installed package has it as well.
+The loop is in freqformer/train/run.py, so that an installed package has it as well.
 """
 
 from freqformer import entries

@@ -349,7 +349,7 @@ def defaults_table(found: list[dict]) -> str:
 
 
 def sweep_tables(found: list[dict]) -> str:
-  """Returns two tables over tokens: whole forwards, then attention alone."""
+  """Returns two tables over tokens, whole forwards and attention alone, and their intensity."""
 
   def tokens(r):
     return f"{r['tokens']:,}"
@@ -363,8 +363,21 @@ def sweep_tables(found: list[dict]) -> str:
   shown = [r for r in found if r["tokens"] in SWEEP_TOKENS]
   sparse = [r for r in shown if r["method"] != "dense"]
   wholes = pivot(shown, "seconds (dense / this)", itemgetter("method"), tokens, whole)
-  return f"{wholes}\n\n" + pivot(
-    sparse, "density (dense / this)", itemgetter("method"), tokens, attention
+  alone = pivot(sparse, "density (dense / this)", itemgetter("method"), tokens, attention)
+  return f"{wholes}\n\n{alone}\n\n{intensity(shown)}"
+
+
+def intensity(found: list[dict]) -> str:
+  """Returns a sentence on FLOPs per byte of device memory, at the smallest and largest size."""
+  sizes = by_method(found, itemgetter("tokens"))
+  shown = [
+    f"{sizes[tokens]['dense']['flops_per_byte']:,.0f} and "
+    f"{sizes[tokens]['freqformer']['flops_per_byte']:,.0f} at {tokens:,} tokens"
+    for tokens in (min(sizes), max(sizes))
+  ]
+  return (
+    "Arithmetic intensity falls with sparsity: FLOPs per byte of device memory of a dense and of\n"
+    f"FreqFormer's forward are {', '.join(shown)}."
   )
 
 

@@ -1,12 +1,15 @@
 """FreqFormer against dense attention, both trained on the demo's data: `make demo-compare`.
 
   python -m benchmarks.trained.demo_compare [--steps=1500] [--seeds=0,1] [--workdir=runs/compare]
+  python -m benchmarks.trained.demo_compare --count
 
 Each run is a plain `python train.py --config=configs/demo.py` with overrides; finished runs are
 reused, killed ones resumed. A row holds the validation loss overall and per quarter of t against
 the best per-channel linear prediction, attention FLOPs by exact count with the router's own
-measured allocation, its probabilities per quarter of t, and the accuracy of a ridge classifier on
-64 samples. `trained_at` and `seconds` are those of the run, which may be older than the row.
+measured allocation, its probabilities per quarter of t, and artefacts of 64 samples
+(`evaluate/quality.py`). `trained_at` and `seconds` are those of the run, which may be older than
+the row. The row `training step` counts what a step costs with all branches that run; --count writes
+it alone and trains nothing.
 """
 
 import json
@@ -19,8 +22,14 @@ from absl import flags
 from benchmarks.rows import write_rows
 from benchmarks.trained.runs import ROOT, Finished, run, table, train
 from freqformer.command import cli
+from freqformer.command.files import read_config
+from freqformer.cost import model_cost, training_flops
 from freqformer.data.render import render_ucf101
 from freqformer.simulation.output import number
+from freqformer.train.experiment import experiment
+
+_NAME = "demo_compare"
+METHODS = ("freqformer", "dense")
 
 
 def result_of(workdir: pathlib.Path, name: str, seed: int) -> dict:
@@ -40,18 +49,33 @@ def result_of(workdir: pathlib.Path, name: str, seed: int) -> dict:
     # Mean over layers and heads, [quarters of t][branches], t = 0 first.
     "branches": routing and routing["branches"],
     "probability_by_t": routing and np.asarray(routing["probs"]).mean((0, 2)).tolist(),
-    "classifier": trained.accuracy(saved["latents"], saved["labels"]),
+    **trained.artefacts(saved["latents"]),
     "trained_at": record["git"],
     "seconds": record["seconds"],
   }
 
 
-def summary(rows: list[dict]) -> tuple[dict, str]:
-  """Returns the row of goals and whether they were met, and a printed table."""
+def training_step() -> dict:
+  """Returns the row of a step's FLOPs per sample, forward and backward, of configs/demo.py."""
+  exp = experiment(read_config(ROOT / "configs" / "demo.py"))
+  flops = {
+    name: training_flops(model_cost(exp.model.with_method(name), exp.latent_shape, training=True))
+    for name in METHODS
+  }
+  ratio = flops["freqformer"] / flops["dense"]
+  return {"name": "training step", "flops": flops, "freqformer_over_dense": ratio}
+
+
+def summary(rows: list[dict], step: dict) -> tuple[dict, str]:
+  """Returns the row of goals and whether they were met, and a printed table.
+
+  Args:
+    rows: of `result_of`.
+    step: of `training_step`.
+  """
   ours = [r for r in rows if r["method"] == "freqformer"]
   loss = {
-    name: float(np.mean([r["val_loss"] for r in rows if r["method"] == name]))
-    for name in ("freqformer", "dense")
+    name: float(np.mean([r["val_loss"] for r in rows if r["method"] == name])) for name in METHODS
   }
   over_dense = max(r["attention_flops_over_dense"] for r in ours)
   goals = {
@@ -61,7 +85,6 @@ def summary(rows: list[dict]) -> tuple[dict, str]:
     "every bucket below the linear predictor": all(
       (np.asarray(r["val_buckets"]) < r["linear_buckets"]).all().item() for r in ours
     ),
-    "classifier names >= 50 % of samples": all(r["classifier"]["samples"] >= 0.5 for r in ours),
   }
   row = {
     "name": "summary",
@@ -69,6 +92,8 @@ def summary(rows: list[dict]) -> tuple[dict, str]:
     "freqformer_over_dense": loss["freqformer"] / loss["dense"],
     "goals": goals,
   }
+
+  dense_seconds = {r["seed"]: r["seconds"]["train"] for r in rows if r["method"] == "dense"}
 
   def buckets(values):
     return " ".join(f"{value:7.4f}" for value in values)
@@ -79,21 +104,27 @@ def summary(rows: list[dict]) -> tuple[dict, str]:
     "buckets (t = 0 .. 1)": lambda r: buckets(r["val_buckets"]),
     "attention/dense": number("attention_flops_over_dense", ".3f"),
     "density": number("density", ".3f"),
-    "samples": lambda r: f"{r['classifier']['samples']:.2f}",
-    "real": lambda r: f"{r['classifier']['real_val']:.2f}",
+    "s": lambda r: f"{r['seconds']['train']:.0f}",
+    "s/dense": lambda r: f"{r['seconds']['train'] / dense_seconds[r['seed']]:.2f}",
   }
   linear = rows[0]["linear_buckets"]
   lines = [table(rows, columns), f"linear predictor {np.mean(linear):.4f}: {buckets(linear)}"]
+  lines.append(f"training step over dense: {step['freqformer_over_dense']:.3f}")
   lines += [f"{'met   ' if met else 'MISSED'} {goal}" for goal, met in goals.items()]
   return row, "\n".join(lines)
 
 
 def main(_):
+  step = training_step()
+  if _COUNT.value:
+    write_rows(_NAME, [step], "python -m benchmarks.trained.demo_compare --count")
+    print(f"training step over dense: {step['freqformer_over_dense']:.3f}")
+    return
   render_ucf101(ROOT / "data" / "demo")
   steps = _STEPS.value
   rows = []
   for seed in _SEEDS.value:
-    for name in ("freqformer", "dense"):
+    for name in METHODS:
       workdir = (pathlib.Path(_WORKDIR.value) / f"{name}-seed{seed}-steps{steps}").absolute()
       train(
         "demo.py",
@@ -106,15 +137,16 @@ def main(_):
       if not (workdir / "samples" / "sampling.json").exists():
         run("eval.py", f"--workdir={workdir}", "--samples=8")
       rows.append(result_of(workdir, name, int(seed)))
-  row, text = summary(rows)
+  row, text = summary(rows, step)
   seeds = ",".join(_SEEDS.value)
   command = f"python -m benchmarks.trained.demo_compare --steps={steps} --seeds={seeds}"
-  write_rows("demo_compare", [*rows, row], command)
+  write_rows(_NAME, [*rows, step, row], command)
   print(text)
 
 
 if __name__ == "__main__":
   _WORKDIR = flags.DEFINE_string("workdir", str(ROOT / "runs" / "compare"), "Folder of the runs.")
   _STEPS = flags.DEFINE_integer("steps", 1500, "Optimisation steps of each run.")
+  _COUNT = flags.DEFINE_bool("count", False, "Only count FLOPs of a training step.")
   _SEEDS = flags.DEFINE_list("seeds", ["0", "1"], "Seeds.")
   cli.run(main)

@@ -12,7 +12,6 @@ Rows are written one by one; points that have a row are not run again unless --a
 """
 
 import dataclasses
-import json
 import pathlib
 from operator import itemgetter
 
@@ -110,12 +109,11 @@ def point(study: Study, reference, setting: Setting) -> dict:
 
 
 def model_row(study: Study, drawn) -> dict:
-  """Describes the trained model: its losses, and how often a classifier of real clips names the
-  class of dense attention's samples."""
+  """Describes the trained model: its losses, and artefacts of dense attention's samples."""
   return {
     "name": "model",
     **study.run.row(),
-    "classifier": study.run.accuracy(drawn.latents, study.labels),
+    **study.run.artefacts(drawn.latents),
     "tokens": study.layout.n,
     "tile": list(study.layout.tile),
     "tiles": study.layout.tiles,
@@ -269,7 +267,6 @@ def main(_):
   rows = read_rows(path)
   write_rows(_NAME, [verdict(rows)], command)
   print(text(rows))
-  print(json.dumps(next(r for r in rows if r["name"] == "model")["classifier"]))
   print(plot(rows, RESULTS / f"{_NAME}.png"))
 
 

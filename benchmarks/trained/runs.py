@@ -14,7 +14,7 @@ from flax import nnx
 from freqformer.cost import model_cost
 from freqformer.data.cache import prepare
 from freqformer.diffusion.sampling import SampleConfig, make_step, sample
-from freqformer.evaluate.classifier import class_accuracy
+from freqformer.evaluate.quality import artefacts, spread
 from freqformer.evaluate.restore import Run, load_run
 from freqformer.methods.base import Method
 from freqformer.model.dit import VideoDiT
@@ -100,10 +100,10 @@ class Finished:
     lines = metrics.read(self.workdir / "metrics.jsonl")
     return next((line for line in reversed(lines) if line["kind"] == kind), None)
 
-  def accuracy(self, latents, labels) -> dict:
-    """Returns how often a classifier of real clips names the class of samples."""
-    data = self.restored.experiment.data
-    return class_accuracy(prepare(data, "train"), prepare(data, "val"), latents, labels)
+  def artefacts(self, latents) -> dict:
+    """Returns seams and flicker of samples, the latter over that of validation clips."""
+    real = spread(prepare(self.restored.experiment.data, "val"))
+    return artefacts(self.restored, latents, real)
 
 
 def with_method(restored: Run, method: Method, **fields) -> VideoDiT:

@@ -249,7 +249,7 @@ def main(argv=None):
   from freqformer.analysis.probe import measure_model
   from freqformer.analysis.summary import table
   from freqformer.config import refusing
-  from freqformer.data.cache import prepare
+  from freqformer.data.sources import open_split
   from freqformer.evaluate.restore import load_run
 
   parser = argparse.ArgumentParser(
@@ -261,7 +261,7 @@ def main(argv=None):
   with refusing("--times"):
     times = [float(t) for t in args.times.split(",")]
   restored = load_run(args.workdir)
-  item = prepare(restored.experiment.data, "val")[0]
+  item = open_split(restored.experiment.data, "val")[0]
   rows = []
   for t in times:
     measured = measure_model(

@@ -18,7 +18,8 @@ from freqformer.command import cli
 from freqformer.command.files import read_config
 from freqformer.data.cache import LatentCache, prepare
 from freqformer.data.render import render_ucf101
-from freqformer.evaluate.classifier import class_accuracy
+from freqformer.evaluate.quality import artefacts, spread
+from freqformer.evaluate.restore import load_run
 from freqformer.pages.mp4 import write_mp4
 from freqformer.pages.run import write_report
 from freqformer.train.experiment import experiment
@@ -37,13 +38,18 @@ def _command(*arguments: str):
     sys.exit(code)
 
 
-def _write_real_clips(cache: LatentCache, workdir: pathlib.Path, fps: float):
-  """Writes one training clip per class, decoded from its latent, to compare samples with."""
+def _write_real_clips(cache: LatentCache, workdir: pathlib.Path, fps: float) -> np.ndarray:
+  """Writes one training clip per class, decoded from its latent, to compare samples with.
+
+  Returns:
+    Their latents `[classes, t, y, x, c]`.
+  """
   first = {}
   for item in map(cache.__getitem__, range(len(cache))):
     first.setdefault(cache.class_names[int(item["label"])], item["latent"])
   for name, latent in first.items():
     write_mp4(workdir / "real" / f"{name}.mp4", cache.decode(latent[None])[0], fps)
+  return np.stack(list(first.values()))
 
 
 def main(_):
@@ -58,10 +64,18 @@ def main(_):
   _command("-m", "freqformer.command.eval", f"--workdir={workdir}")
 
   cache = prepare(exp.data, "train")
-  _write_real_clips(cache, workdir, _SOURCE_FPS / exp.data.stride)
-  drawn = np.load(workdir / "samples" / "latents.npz")
-  accuracy = class_accuracy(cache, prepare(exp.data, "val"), drawn["latents"], drawn["labels"])
-  _write(workdir / "evaluation.json", {"classifier": accuracy})
+  clips = {
+    "samples": np.load(workdir / "samples" / "latents.npz")["latents"],
+    # As few as samples: how far some real clips lie from others.
+    "training clips": _write_real_clips(cache, workdir, _SOURCE_FPS / exp.data.stride),
+    "validation clips": spread(prepare(exp.data, "val")),
+  }
+  trained = load_run(workdir)
+  evaluation = {}
+  for name, latents in clips.items():
+    found = artefacts(trained, latents, clips["validation clips"])
+    evaluation[name] = {"count": len(latents), **found}
+  _write(workdir / "evaluation.json", evaluation)
   allocation = None
   if (workdir / "routing.json").exists():
     routing = json.loads((workdir / "routing.json").read_text())

@@ -8,7 +8,7 @@ from flax import nnx
 
 from freqformer.config import ConfigError
 from freqformer.cost import model_cost, training_flops
-from freqformer.data.clips import list_clips
+from freqformer.data.sources import class_names
 from freqformer.model.dit import VideoDiT, make_tables
 from freqformer.pages.text import aligned
 from freqformer.train.experiment import Experiment
@@ -29,7 +29,7 @@ def describe(experiment: Experiment) -> str:
   layout = model.layout(shape)
   assumed = ""
   try:
-    classes = len(list_clips(data, "train").class_names)
+    classes = len(class_names(data))
   except ConfigError:
     classes = _UCF101_CLASSES
     assumed = f", UCF-101's: assumed, {data.root} cannot be read"
@@ -52,8 +52,7 @@ def describe(experiment: Experiment) -> str:
   step_flops = training_flops(model_cost(model, shape, training=True)) * batch_size
   runs = ", ".join(f"{count} {type(method).__name__}" for count, method in model.runs())
   rows = {
-    "video": f"{data.frames} frames {_by(data.resolution)}, stride {data.stride}",
-    "latents": f"{_by(shape)} (codec {data.codec.name})",
+    **data.facts(),
     "tokens": f"{layout.n:,} = {_by(layout.grid)}; {layout.tiles} tiles of {_by(layout.tile)} in "
     f"{layout.block} rows, {layout.fill:.0%} filled",
     "layers": f"{runs}; width {model.width}, {model.heads} heads",

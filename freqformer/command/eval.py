@@ -144,13 +144,15 @@ def _requests(run: Run) -> tuple[np.ndarray, np.ndarray, SampleConfig]:
 
 
 def _facts(run: Run, count: int, config: SampleConfig) -> dict:
-  """Returns what was sampled and how, as plain JSON."""
+  """Returns what was sampled and how, and what its training took, as plain JSON."""
+  totals = run.record.get("totals") or {}  # of earlier versions unknown
   return {
     "checkpoint": run.step,
     "samples": count,
     **dataclasses.asdict(config),
     "seed": _SEED.value,
     "weights": "raw" if _RAW.value else "ema",
+    **{f"training_{name}": value for name, value in totals.items()},
     "device": jax.devices()[0].device_kind,
     "flops_are": FLOPS_ARE,
     "density_is": "scored pairs / n^2 as run, of one sample",

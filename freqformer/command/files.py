@@ -17,6 +17,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from freqformer.config import ConfigError, did_you_mean, with_defaults
+from freqformer.data.sources import config_class
 from freqformer.methods.registry import METHODS, method_class
 from freqformer.train.experiment import Experiment
 
@@ -65,6 +66,9 @@ def read_config(path, *args) -> ConfigDict:
   if isinstance(attention, Mapping):
     methods = {name: with_defaults(method_class(name), attention.get(name, {})) for name in METHODS}
     values = {**values, "model": {**model, "attention": {**attention, **methods}}}
+  data = values.get("data", {})
+  if isinstance(data, Mapping):
+    values = {**values, "data": with_defaults(config_class(data), data)}
   return ConfigDict(with_defaults(Experiment, values))
 
 

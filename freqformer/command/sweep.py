@@ -6,7 +6,8 @@
 
 A config's `sweep()` yields flat overrides (`{"train.lr": 0.1}`). Each trial is one training command
 with them, which is logged. All trials are checked before the first one runs. The table at the end
-is also written as study.json. The exit code is 1 if a trial failed.
+is also written as study.json, and validation loss over steps, FLOPs and seconds as losses.png. The
+exit code is 1 if a trial failed.
 """
 
 import hashlib
@@ -22,6 +23,7 @@ from absl import flags, logging
 from freqformer.command import cli
 from freqformer.command.files import define_config, load_config
 from freqformer.config import ConfigError
+from freqformer.pages.losses import loss_figure
 from freqformer.pages.text import aligned
 from freqformer.train import metrics
 from freqformer.train.experiment import Experiment, experiment, of_record
@@ -30,7 +32,17 @@ from freqformer.train.resume import change_text, changes
 
 _NAME_LENGTH = 80  # characters of a trial's folder name before its hash
 _POLL_SECONDS = 0.5  # between two looks at a running trial
-_COLUMNS = ("trial", "val_loss", "val_soft_loss", "val_density", "router_entropy", "step", "status")
+_COLUMNS = {
+  "trial": "",
+  "val_loss": ".4f",
+  "val_soft_loss": ".4f",
+  "val_density": ".4f",
+  "router_entropy": ".4f",
+  "step": "d",
+  "flops": ".3g",
+  "seconds": ".0f",
+  "status": "",
+}
 
 
 def trial_name(overrides: dict) -> str:
@@ -82,6 +94,8 @@ def result_of(workdir: pathlib.Path) -> dict | None:
     "val_density": val.get("density"),
     "val_soft_loss": soft.get("loss"),
     "router_entropy": train.get("router_entropy"),
+    "flops": train.get("flops"),
+    "seconds": train.get("seconds"),
   }
 
 
@@ -101,13 +115,26 @@ def run_trial(config_path, workdir: pathlib.Path, overrides: dict, stop: Callabl
 
 
 def table(rows: list[dict]) -> str:
-  """Returns aligned text; trials in order of validation loss, unfinished ones last."""
-  lines = [_COLUMNS]
+  """Returns aligned text; trials in order of validation loss, unfinished ones last.
+
+  `flops` and `seconds` are those of training, see `Metrics`.
+  """
+  lines = [list(_COLUMNS)]
   for row in sorted(rows, key=lambda row: (row["val_loss"] is None, row["val_loss"])):
-    values = [row.get(column) for column in _COLUMNS]
-    texts = [f"{x:.4f}" if isinstance(x, float) else str(x) for x in values]
-    lines.append(["" if x is None else text for x, text in zip(values, texts, strict=True)])
+    cells = {column: row.get(column) for column in _COLUMNS}
+    lines.append(["" if x is None else format(x, _COLUMNS[name]) for name, x in cells.items()])
   return aligned(lines)
+
+
+def draw(rows: list[dict], study: pathlib.Path):
+  """Writes `<study>/losses.png`: validation loss of all trials over steps, FLOPs and seconds."""
+  curves = {}
+  for name in (row["trial"] for row in rows):
+    lines = [row for row in metrics.read(study / name / "metrics.jsonl") if row["kind"] == "val"]
+    if lines:
+      curves[name] = lines
+  if curves:
+    loss_figure(curves).savefig(study / "losses.png", dpi=110)
 
 
 def sweep(config_path, study, extra: dict, list_only: bool = False) -> list[dict]:
@@ -164,6 +191,8 @@ def main(_):
     extra[key] = value
   rows = sweep(_CONFIG.value, _STUDY.value, extra, _LIST.value)
   print(table(rows))
+  if not _LIST.value:
+    draw(rows, pathlib.Path(_STUDY.value))
   failed = [row for row in rows if row["status"].startswith("exit")]
   if failed and not _LIST.value:
     logging.error("%d of %d trials failed; each has logged why above", len(failed), len(rows))

@@ -9,33 +9,15 @@ the config that changed meanwhile are logged and kept in run.json. Changes of da
 train.batch_size stop the run unless --resume_changed is given.
 """
 
-import functools
-import json
 import pathlib
-import time
-from collections.abc import Callable
 
-import jax
-from absl import flags, logging
-from flax import nnx
-from ml_collections import ConfigDict
-from tqdm import tqdm
+from absl import flags
 
 from freqformer.command import cli
 from freqformer.command.dry_run import describe
 from freqformer.command.files import define_config
-from freqformer.data.cache import LatentCache, prepare
-from freqformer.data.loader import train_iterator, val_batches
-from freqformer.model.dit import VideoDiT, make_tables
-from freqformer.train.checkpoint import PACKAGES, Checkpoints
-from freqformer.train.experiment import Experiment, experiment, recorded
-from freqformer.train.metrics import Metrics, write_routing
-from freqformer.train.preemption import StopRequest
-from freqformer.train.resume import check_same_config, check_same_data, with_seed
-from freqformer.train.step import SkippedSteps, init_state, make_train_step
-from freqformer.train.throughput import Throughput
-from freqformer.train.validation import channel_power, evaluate, make_eval_step
-from freqformer.versions import git_revision, versions
+from freqformer.train.experiment import experiment
+from freqformer.train.run import train
 
 _CONFIG = define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; default runs/<config>.")
@@ -51,162 +33,6 @@ def main(_):
     return
   name = pathlib.Path(flags.FLAGS["config"].config_filename.split(":")[0]).stem
   train(_CONFIG.value, pathlib.Path(_WORKDIR.value or f"runs/{name}"), _RESUME_CHANGED.value)
-
-
-def train(config: ConfigDict, workdir: pathlib.Path, resume_changed: bool = False):
-  """Trains until `config.train.steps`, or until asked to stop.
-
-  Raises:
-    ConfigError: the config cannot be run, or the checkpoint is of another one and
-      `resume_changed` does not allow that (see `check_same_config`).
-  """
-  started = time.monotonic()
-  seconds = {}
-  exp = experiment(config)
-  workdir.mkdir(parents=True, exist_ok=True)
-
-  # ---- 1. the newest checkpoint: is it of this config, is anything left to do? ----------------
-  checkpoints = Checkpoints(workdir, exp.train.keep)
-  old = None
-  changed = {}
-  if checkpoints.latest() is not None:
-    old = checkpoints.record()
-    exp = experiment(config, old["config"])
-    changed = check_same_config(old, exp, resume_changed)
-    if old["step"] >= exp.train.steps:
-      checkpoints.close()
-      over = "past the end, at"
-      if old["step"] == exp.train.steps:
-        over = "finished at"
-        # A run may have ended between its last checkpoint and the note that it had finished.
-        if (workdir / "run.json").exists():
-          Metrics(workdir).finish({}, finished=True)
-      text = "already %s step %d of %d; raise train.steps to go on"
-      logging.info(text, over, old["step"], exp.train.steps)
-      return
-
-  # ---- 2. data: encoded once, then read from the cache ----------------------------------------
-  train_cache = prepare(exp.data, "train")
-  val_cache = prepare(exp.data, "val")
-  seconds["encode"] = time.monotonic() - started
-  batches = iter(train_iterator(train_cache, exp.train.batch_size, exp.seed))
-
-  # ---- 3. model and state ---------------------------------------------------------------------
-  shape = tuple(train_cache.latent_shape)
-  classes = len(train_cache.class_names)
-  tables = make_tables(exp.model, shape)
-  graphdef, params = nnx.split(VideoDiT(exp.model, shape, classes, nnx.Rngs(exp.seed)))
-  state = init_state(params, exp.train, exp.seed)
-  config = recorded(config, exp)
-  record = _record(config, train_cache)
-
-  # ---- 4. resume: that checkpoint goes on, else start fresh -----------------------------------
-  metrics = Metrics(workdir, Throughput.of(exp.model, shape, exp.train.batch_size))
-  if old is not None:
-    check_same_data(old, record)
-    record["changes"] = old.get("changes", [])
-    if changed:
-      record["changes"].append({"step": old["step"], "keys": changed})
-    state = with_seed(checkpoints.restore(state), state, changed)
-    batches.set_state(json.loads(old["iterator"]))
-    logging.info("resumed at step %d from %s", int(state.step), checkpoints.path)
-  step = int(state.step)
-  layout = tables["layout"].layout
-  facts = {
-    "params": sum(x.size for x in jax.tree.leaves(params)),
-    "method": exp.model.attention.method,
-    "classes": record["class_names"],
-    "changes": record["changes"],
-    "git": git_revision(),
-    "versions": versions(PACKAGES),
-    "device": jax.devices()[0].device_kind,
-    "tokens": layout.n,
-    "tiles": layout.tiles,
-    "grid": layout.grid,
-    "tile": layout.tile,
-  }
-  metrics.start(step, config, facts)
-
-  # ---- 5. the steps ---------------------------------------------------------------------------
-  train_step = make_train_step(graphdef, exp.train, classes)
-  validate = _validation(exp, graphdef, val_cache, tables)
-  skips = SkippedSteps(exp.train)
-
-  def save():
-    skips.check(step)  # no checkpoint of a run whose steps were all skipped
-    iterator = json.dumps(batches.get_state())
-    checkpoints.save(step, state, {**record, "iterator": iterator})
-
-  # ---- 6. the loop ----------------------------------------------------------------------------
-  first = step + 1
-  loop_started = time.monotonic()
-  with StopRequest() as stop, tqdm(total=exp.train.steps, initial=step, desc="training") as bar:
-    while step < exp.train.steps and not stop():
-      batch = next(batches)
-      state, values = train_step(state, {k: batch[k] for k in ("latent", "label")}, tables)
-      skips.add(values)
-      step += 1
-      last = step == exp.train.steps
-      if step == first:  # it compiles
-        jax.block_until_ready(values)
-        seconds["compile"] = time.monotonic() - loop_started
-        loop_started = time.monotonic()
-      bar.update()
-      if last or step % exp.train.log_every == 0:
-        values = jax.device_get(values)
-        metrics.train(step, values)
-        skips.check(step)
-        bar.set_postfix(loss=f"{values['loss']:.3f}")
-      if exp.train.val_every and (last or step % exp.train.val_every == 0) and not stop():
-        result = validate(state.ema, stop, functools.partial(metrics.write, step))
-        if result is not None:
-          write_routing(workdir, result, exp.model)
-      if last or stop() or step % exp.train.checkpoint_every == 0:
-        save()
-  seconds["train"] = time.monotonic() - loop_started
-  metrics.finish(seconds, finished=step >= exp.train.steps)
-  checkpoints.close()
-  if step < exp.train.steps:
-    logging.warning(
-      "stopped at step %d of %d; the same command goes on from there", step, exp.train.steps
-    )
-
-
-def _record(config: ConfigDict, cache: LatentCache) -> dict:
-  """Returns a checkpoint's record: the config, and what a resumed run's data must agree with."""
-  return {
-    "config": config.to_dict(),
-    "class_names": list(cache.class_names),
-    "latent_shape": tuple(cache.latent_shape),
-    "statistics": cache.statistics.to_json(),
-    "video_shape": list(cache.video_shape),
-    "cache": cache.manifest["hash"],
-    "changes": [],
-  }
-
-
-def _validation(exp: Experiment, graphdef: nnx.GraphDef, cache: LatentCache, tables) -> Callable:
-  """Returns `validate(params, should_stop, write)`, which writes `kind, **numbers` of each kind.
-
-  It returns the results of the hard choice, or None if it was stopped.
-  """
-  eval_steps = {"val": make_eval_step(graphdef)}
-  if exp.train.val_soft and any(method.routed for _, method in exp.model.runs()):
-    eval_steps["val_soft"] = make_eval_step(graphdef, soft=True)
-  power = channel_power(cache)
-  size = exp.train.batch_size
-
-  def validate(params, should_stop, write):
-    results = {}
-    for kind, eval_step in eval_steps.items():
-      data = val_batches(cache, size, limit=exp.train.val_batches * size)
-      results[kind] = evaluate(eval_step, params, data, power, tables, should_stop=should_stop)
-      if results[kind] is None:
-        return None
-      write(kind, **{k: v for k, v in results[kind].items() if k not in ("probs", "choice")})
-    return results["val"]
-
-  return validate
 
 
 if __name__ == "__main__":

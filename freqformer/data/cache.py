@@ -50,7 +50,11 @@ class LatentCache:
     video_shape: (frames, rows, cols).
     class_names: index = label.
     statistics: of the training views, also in a validation cache.
+    hash: of the protocol that it was made with.
   """
+
+  reference = None  # the exact posterior mean of videos is not known
+  target = None
 
   def __init__(self, path: pathlib.Path, protocol: str | None = None):
     """Opens a cache.
@@ -91,6 +95,7 @@ class LatentCache:
     self.video_shape = tuple(manifest["video_shape"])
     self.class_names = list(manifest["class_names"])
     self.statistics = LatentStatistics.from_json(manifest["statistics"])
+    self.hash = found
     self.codec = make_codec(build(CodecConfig, manifest["protocol"]["codec"], "data.codec"))
     self._records = grain.sources.ArrayRecordDataSource(
       [str(path / shard["file"]) for shard in manifest["shards"]]

@@ -1,4 +1,4 @@
-"""Batches from a latent cache: endless and shuffled for training, in order for validation."""
+"""Batches of latents: endless and shuffled for training, in order for validation."""
 
 from collections.abc import Iterator
 
@@ -6,36 +6,39 @@ import grain
 import numpy as np
 
 from freqformer.data.cache import LatentCache
+from freqformer.data.fields import Fields
 
 _THREADS = 4  # that read; never worker processes, whose state depends on their number
 
 
-def train_iterator(cache: LatentCache, batch_size: int, seed: int) -> grain.DatasetIterator:
+def train_iterator(
+  split: LatentCache | Fields, batch_size: int, seed: int
+) -> grain.DatasetIterator:
   """Returns endless batches `{"latent": [b, t, y, x, c], "label": [b], "index": [b]}`.
 
   Every epoch is shuffled anew from the seed. The records form one endless stream that is cut into
   batches, so a batch may span two epochs and may be larger than the data set. `get_state()` is a
   small JSON-able dict; `set_state` of it goes on with exactly the batches that would have come.
   """
-  stream = grain.MapDataset.source(cache).shuffle(seed=seed).repeat().batch(batch_size)
+  stream = grain.MapDataset.source(split).shuffle(seed=seed).repeat().batch(batch_size)
   options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=2 * _THREADS)
   return iter(stream.to_iter_dataset(options))
 
 
 def val_batches(
-  cache: LatentCache, batch_size: int, limit: int = 0
+  split: LatentCache | Fields, batch_size: int, limit: int = 0
 ) -> Iterator[dict[str, np.ndarray]]:
-  """Yields batches in the cache's order, all of one size.
+  """Yields batches in the split's order, all of one size.
 
   A batch also has `weight`, float32 `[b]`: 1, or 0 where the last one is padded.
 
   Args:
-    limit: most records, spread evenly over the cache (whose order is often by class); 0 takes all.
+    limit: most records, spread evenly over the split (whose order is often by class); 0 takes all.
   """
-  count = min(len(cache), limit or len(cache))
-  chosen = [i * len(cache) // count for i in range(count)]
+  count = min(len(split), limit or len(split))
+  chosen = [i * len(split) // count for i in range(count)]
   for first in range(0, count, batch_size):
     part = chosen[first : first + batch_size]
-    items = [cache[i] for i in part] + [cache[part[-1]]] * (batch_size - len(part))
+    items = [split[i] for i in part] + [split[part[-1]]] * (batch_size - len(part))
     batch = {name: np.stack([item[name] for item in items]) for name in items[0]}
     yield {**batch, "weight": (np.arange(batch_size) < len(part)).astype(np.float32)}

@@ -8,8 +8,10 @@ import hashlib
 import json
 import os
 
+import numpy as np
+
 from freqformer.config import require, require_one_of
-from freqformer.data.codec import CodecConfig, make_codec
+from freqformer.data.codec import CodecConfig, LatentStatistics, make_codec
 
 VERSION = 1  # part of the hash: raise it when the same config draws or resizes otherwise
 
@@ -67,6 +69,29 @@ class DataConfig:
   def video_shape(self) -> tuple[int, int, int]:
     """(frames, rows, cols) of a view."""
     return self.frames, *self.resolution
+
+  @property
+  def latent_shape(self) -> tuple[int, int, int, int]:
+    """(t, y, x, c) of the latents that the codec makes of a view."""
+    return make_codec(self.codec).latent_shape(*self.video_shape)
+
+  @property
+  def fps(self) -> float:
+    """Frames per second of decoded videos, if the source clips have 25."""
+    return 25 / self.stride
+
+  def facts(self) -> dict[str, str]:
+    """Describes the views and their latents for people."""
+    rows, cols = self.resolution
+    latents = "x".join(map(str, self.latent_shape))
+    return {
+      "video": f"{self.frames} frames {rows}x{cols}, stride {self.stride}",
+      "latents": f"{latents} (codec {self.codec.name})",
+    }
+
+  def decode(self, latents: np.ndarray, statistics: LatentStatistics) -> np.ndarray:
+    """Decodes normalised latents `[b, t, y, x, c]` to uint8 video `[b, frames, rows, cols, 3]`."""
+    return make_codec(self.codec).decode(statistics.denormalise(latents), self.video_shape)
 
   def views_of(self, split: str) -> int:
     """Returns the views per clip of a split."""

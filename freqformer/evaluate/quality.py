@@ -1,11 +1,19 @@
-"""Measures how close a video is to a reference: PSNR, SSIM, and where they differ.
+"""Measures of videos: how close they are to a reference (PSNR, SSIM), and artefacts of samples.
 
-Videos are uint8 `[b, t, y, x, 3]`. Every measure is taken per frame and then averaged over the
-frames of a video, as papers on sparse video attention report it: the mean of the frames' PSNR, not
-the PSNR of their mean error. Anything else than two videos of one shape is a ValueError.
+Videos are uint8 `[b, t, y, x, 3]`. PSNR and SSIM are taken per frame and then averaged over the
+frames of a video, as papers on sparse video attention report them: the mean of the frames' PSNR,
+not the PSNR of their mean error. Anything else than two videos of one shape is a ValueError.
+
+Samples have no reference of their own. Artefacts are judged by statistics that real clips have,
+too: seams between attention's tiles, and flicker.
 """
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
+
+from freqformer.evaluate.restore import Run
+from freqformer.grid.transforms import dct
 
 # Wang et al., "Image quality assessment: from error visibility to structural similarity" (2004).
 # Windows that do not fit into the frame are left out.
@@ -60,6 +68,76 @@ def difference(videos: np.ndarray, reference: np.ndarray) -> np.ndarray:
   """Returns the absolute difference, mean over frames and channels: grey levels, `[b, y, x]`."""
   videos, reference = _checked(videos, reference)
   return np.abs(videos.astype(np.float32) - reference).mean((1, 4))
+
+
+# ---- artefacts of samples ------------------------------------------------------------------------
+
+
+def seam_ratio(x: np.ndarray, period: Sequence[int]) -> np.ndarray:
+  """Returns the mean |difference| of neighbours across tile borders over elsewhere, per axis.
+
+  Real clips have about 1, because their content does not know where tiles end.
+
+  Args:
+    x: latents or videos `[b, t, y, x, c]`.
+    period: cells from one border to the next per axis (t, y, x); the first tile begins at cell 0.
+
+  Returns:
+    float64 `[3]`; NaN for an axis on which all pairs of neighbours, or none, cross a border.
+  """
+  x = np.asarray(x, np.float64)
+  ratios = []
+  for axis, cells in enumerate(period, 1):
+    others = tuple(a for a in range(x.ndim) if a != axis)
+    steps = np.abs(np.diff(x, axis=axis)).mean(others)
+    border = np.arange(1, len(steps) + 1) % cells == 0
+    both = border.any() and not border.all()
+    ratios.append(steps[border].mean() / steps[~border].mean() if both else np.nan)
+  return np.array(ratios)
+
+
+def flicker(videos: np.ndarray, real: np.ndarray) -> float:
+  """Returns the energy above half the temporal Nyquist frequency over that of real clips.
+
+  By an orthonormal DCT over the frames, whose coefficient k of n has the frequency k / n of
+  Nyquist; unlike a Fourier transform it does not take a clip's end to be followed by its beginning.
+
+  Args:
+    videos: `[b, t, y, x, c]`.
+    real: `[any, t, y, x, c]`, clips that went through the same codec.
+  """
+
+  def energy(clips: np.ndarray) -> float:
+    frames = clips.shape[1]
+    high = dct(frames)[frames // 2 + 1 :]
+    return np.mean([np.square(np.tensordot(high, clip, 1)).mean() for clip in clips])
+
+  return float(energy(np.asarray(videos)) / energy(np.asarray(real)))
+
+
+def artefacts(run: Run, latents: np.ndarray, real: np.ndarray) -> dict:
+  """Returns seams and flicker of a run's samples as plain JSON.
+
+  Seams are measured on latents, because decoded blocks have borders of the codec's own.
+
+  Args:
+    run: gives the tiles and the codec.
+    latents: `[b, t, y, x, c]`, normalised.
+    real: latents of real clips, which flicker is measured against.
+  """
+  config = run.model.config
+  tile = config.layout(run.latent_shape).tile
+  ratios = seam_ratio(latents, [e * p for e, p in zip(tile, config.patch, strict=True)])
+  return {
+    "seam_ratio": [None if np.isnan(ratio) else float(ratio) for ratio in ratios],
+    "flicker": flicker(run.decode(latents), run.decode(real)),
+  }
+
+
+def spread(cache: Sequence[Mapping], most: int = 64) -> np.ndarray:
+  """Returns latents of at most `most` clips, spread evenly over a cache: `[b, t, y, x, c]`."""
+  places = np.linspace(0, len(cache) - 1, min(most, len(cache)))
+  return np.stack([cache[round(place)]["latent"] for place in places])
 
 
 def _blur(x: np.ndarray) -> np.ndarray:

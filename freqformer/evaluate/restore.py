@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from freqformer.config import ConfigError
-from freqformer.data.codec import LatentStatistics, make_codec
+from freqformer.data.codec import LatentStatistics
 from freqformer.model.dit import VideoDiT
 from freqformer.train.checkpoint import Checkpoints, Mismatch
 from freqformer.train.experiment import Experiment, of_record
@@ -47,14 +47,13 @@ class Run:
 
   @property
   def fps(self) -> float:
-    """Frames per second of decoded videos, if the source clips have 25."""
-    return 25 / self.experiment.data.stride
+    """Frames per second of decoded videos."""
+    return self.experiment.data.fps
 
   def decode(self, latents) -> np.ndarray:
     """Decodes normalised latents `[b, t, y, x, c]` to video, uint8 `[b, t, y, x, 3]`."""
-    raw = LatentStatistics.from_json(self.record["statistics"]).denormalise(latents)
-    codec = make_codec(self.experiment.data.codec)
-    return codec.decode(raw, tuple(self.record["video_shape"][:3]))
+    statistics = LatentStatistics.from_json(self.record["statistics"])
+    return self.experiment.data.decode(latents, statistics)
 
 
 def load_run(

@@ -29,7 +29,7 @@ from freqformer.grid.operators import (
 from freqformer.grid.transforms import Kind, block
 
 # choice: the transforms and the form of their cuts; arXiv 2604.22808 names neither.
-_KINDS = ("block_dct", "dct", "haar")
+KINDS = ("block_haar", "block_dct", "dct", "haar")
 # Tokens along an axis that is transformed whole: its square matrix is 0.5 GB in float64.
 _LONGEST_AXIS = 8_192
 
@@ -39,10 +39,10 @@ class SpectralBasis:
   """A transform and the ends of its bands. Static config.
 
   Attributes:
-    kind: "block_dct": DCT-II inside each tile, one small matmul per tile; "dct": DCT-II of whole
-      axes; "haar": dyadic block means.
-    low, mid: cuts of the bands per axis (t, y, x), fractions of its rows: 0 < low <= mid <= 1. haar
-      takes only powers of 1/2.
+    kind: "dct": DCT-II of whole axes; "haar": dyadic block means; "block_dct", "block_haar": the
+      same inside each tile, one small matmul per tile.
+    low, mid: cuts of the bands per axis (t, y, x), fractions of its rows: 0 < low <= mid <= 1.
+      Means take only powers of 1/2.
 
   Raises:
     ValueError: an unknown kind, or cuts out of range, out of order, or not dyadic for haar.
@@ -53,8 +53,8 @@ class SpectralBasis:
   mid: tuple[float, float, float]
 
   def __post_init__(self):
-    if self.kind not in _KINDS:
-      raise ValueError(f"kind={self.kind!r} is unknown: choose one of {', '.join(_KINDS)}")
+    if self.kind not in KINDS:
+      raise ValueError(f"kind={self.kind!r} is unknown: choose one of {', '.join(KINDS)}")
     for name in ("low", "mid"):
       cuts = tuple(float(v) for v in getattr(self, name))
       object.__setattr__(self, name, cuts)
@@ -62,14 +62,19 @@ class SpectralBasis:
         raise ValueError(
           f"{name}={cuts} is not allowed: give three cuts (t, y, x), each above 0 and at most 1"
         )
-      if self.kind == "haar" and not all(math.log2(v).is_integer() for v in cuts):
+      if "haar" in self.kind and not all(math.log2(v).is_integer() for v in cuts):
         raise ValueError(
-          f"{name}={cuts} is not allowed for haar: use powers of 1/2 (1, 0.5, 0.25, ...)"
+          f"{name}={cuts} is not allowed for {self.kind}: use powers of 1/2 (1, 0.5, 0.25, ...)"
         )
     if any(l > m for l, m in zip(self.low, self.mid, strict=True)):
       raise ValueError(
         f"low={self.low} exceeds mid={self.mid} on some axis: raise mid or lower low there"
       )
+
+  @property
+  def tiled(self) -> bool:
+    """True if the transform stays inside a tile."""
+    return self.kind.startswith("block_")
 
   def fit(self, layout: TileLayout, dtype=np.float32) -> SpectralTables:
     """Returns this basis's operators on a layout, in NumPy, computed once per set of arguments."""
@@ -89,7 +94,7 @@ class SpectralTables:
     centres: float32 `[n_coarse, 3]`, position (t, y, x) of each coarse token.
     layout: what the basis was fitted to; static.
     coarse_grid: coarse samples per axis; static. Coarse tokens are in its raster order for dct and
-      haar, tile by tile (raster order inside a tile, no gaps) for block_dct.
+      haar, tile by tile (raster order inside a tile, no gaps) for block_dct and block_haar.
   """
 
   operators: TileOperators | GridOperators
@@ -148,15 +153,16 @@ class SpectralTables:
 
 @functools.lru_cache(maxsize=8)
 def _fit(basis: SpectralBasis, layout: TileLayout, dtype: np.dtype) -> SpectralTables:
-  tiled = basis.kind == "block_dct"
+  tiled = basis.tiled
+  kind = basis.kind.removeprefix("block_")
   if not tiled and max(layout.grid) > _LONGEST_AXIS:
     raise ValueError(
-      f"{basis.kind} takes matrices as long as the axes of {layout.grid}: choose block_dct above "
+      f"{kind} takes matrices as long as the axes of {layout.grid}: choose block_{kind} above "
       f"{_LONGEST_AXIS}"
     )
   lengths = layout.lengths if tiled else tuple((l,) for l in layout.grid)
   cuts = zip(lengths, basis.low, basis.mid, strict=True)
-  axes = [[block(basis.kind, e, low, mid) for e in v] for v, low, mid in cuts]
+  axes = [[block(kind, e, low, mid) for e in v] for v, low, mid in cuts]
   weight, centres, tile, ragged = zip(*map(_coarse_samples, axes), strict=True)
   by_tile, order, inverse = _coarse_order(tile, ragged)
   if tiled:

@@ -127,6 +127,12 @@ class TileLayout:
     """Tokens of each tile, int32 `[tiles]`."""
     return math.prod(np.ix_(*(np.asarray(v, np.int32) for v in self.lengths))).reshape(-1)
 
+  @property
+  def even(self) -> bool:
+    """True if every tile is full and has no padding."""
+    full = all(l % e == 0 for l, e in zip(self.grid, self.tile, strict=True))
+    return full and math.prod(self.tile) == self.block
+
   def arrays(self) -> LayoutTables:
     """Returns the index arrays, in NumPy, computed once per layout."""
     return _index_arrays(self)
@@ -170,6 +176,12 @@ class LayoutTables:
   def pack(self, x: jax.Array) -> jax.Array:
     """Raster order to tile order: `[b, n, ...]` -> `[b, n_buffer, ...]`, padding rows zero."""
     check_rows("pack", x, self.layout.n, f"the tokens of grid={self.layout.grid}")
+    if self.layout.even:  # no gather, whose gradient would be a scatter
+      boxes = [
+        s for pair in zip(self.layout.tile_grid, self.layout.tile, strict=True) for s in pair
+      ]
+      x = x.reshape(x.shape[0], *boxes, *x.shape[2:])
+      return _swap_boxes(x, (1, 3, 5, 2, 4, 6))
     valid = jnp.expand_dims(self.valid, range(1, x.ndim - 1))
     # A gather and a select: on every backend cheaper than a scatter into zeros.
     return jnp.where(valid, jnp.take(x, self.gather, axis=1, mode="clip"), jnp.zeros((), x.dtype))
@@ -177,7 +189,16 @@ class LayoutTables:
   def unpack(self, x: jax.Array) -> jax.Array:
     """Tile order to raster order: `[b, n_buffer, ...]` -> `[b, n, ...]`; padding is not read."""
     check_rows("unpack", x, self.layout.n_buffer, f"the buffer rows of {self.layout}")
+    if self.layout.even:
+      x = x.reshape(x.shape[0], *self.layout.tile_grid, *self.layout.tile, *x.shape[2:])
+      return _swap_boxes(x, (1, 4, 2, 5, 3, 6))
     return jnp.take(x, self.scatter, axis=1, mode="clip", unique_indices=True)
+
+
+def _swap_boxes(x: jax.Array, order: tuple[int, ...]) -> jax.Array:
+  """Permutes the six axes of tile and place in it behind the batch, and joins them."""
+  x = x.transpose(0, *order, *range(7, x.ndim))
+  return x.reshape(x.shape[0], -1, *x.shape[7:])
 
 
 def check_rows(name: str, x: jax.Array, rows: int, meaning: str):

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-Kind = Literal["block_dct", "dct", "haar"]
+Kind = Literal["block_haar", "block_dct", "dct", "haar"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,7 +26,7 @@ class Block:
 
 
 @functools.lru_cache(maxsize=256)
-def block(kind: Kind, length: int, low: float, mid: float) -> Block:
+def block(kind: Literal["dct", "haar"], length: int, low: float, mid: float) -> Block:
   """The rows below both cuts of one block (or whole axis) of `length` tokens."""
   k = rows_below(length, low)
   m = rows_below(length, mid)

@@ -83,6 +83,7 @@ class Projected:
     prepare: packs q, k and v in one pass, see `of_joint`. None where q, k and v were not projected
       together: such a value serves methods that ask for `rotated` only.
     theta: base of rotary per axis (t, y, x), as trained; empty: from the layout's own grid.
+    gains: of the norms of q and k, `[d]` each, for a method that norms tokens of its own.
   """
 
   q: jax.Array
@@ -94,6 +95,7 @@ class Projected:
   implementation: str | None = None
   prepare: Callable[..., Prepared] | None = None
   theta: Sequence[float] = ()
+  gains: tuple[jax.Array, jax.Array] | None = None
 
   def __post_init__(self):
     theta = self.theta or grid_theta(self.layout.layout.grid, self.q.shape[-1])
@@ -145,7 +147,8 @@ class Projected:
 
     rotations = (functools.partial(finish, gain) for gain in gains)
     arrays = jnp.unstack(product + bias.astype(product.dtype), axis=2)
-    projected = cls(*arrays, *rotations, layout, implementation, packed, theta)
+    # `packed` reads it.
+    projected = cls(*arrays, *rotations, layout, implementation, packed, theta, gains)
     return projected
 
   @property

@@ -8,6 +8,7 @@ from freqformer.config import ConfigError, build, did_you_mean
 METHODS = {
   "dense": "Dense",
   "freqformer": "FreqFormer",
+  "octaves": "Octaves",
   "sparseflow": "SparseFlow",
   "sparse_linear": "SparseLinear",
   "sliding_tile": "SlidingTile",

@@ -180,7 +180,7 @@ def _(method: FreqFormer, layer: Layer) -> Traffic:
 
 def _form(method: FreqFormer, layer: Layer) -> str:
   """The program of FreqFormer's transforms: Hopper kernels, or XLA in tiles or along whole axes."""
-  if method.basis.kind != "block_dct":
+  if not method.basis.tiled:
     return "axes"
   cells = most_cells(method.basis, layer.layout)
   taken = layer.head_dim in HEAD_DIMS and layer.layout.block in BLOCKS and cells <= MAX_CELLS

@@ -5,6 +5,8 @@ the full query rows and leaves the others with count 0, so that their output is 
 `full rows + lift(coarse rows)` needs no select. One launch serves every head, whatever its band.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from freqformer.kernels.block_sparse.table import BlockMask, array_module, check_listed
@@ -51,3 +53,30 @@ def full_rows(
   ids = xnp.pad(ids, (*front, (0, 0))).astype(np.int32)
   counts = xnp.pad(counts, front).astype(np.int32)
   return BlockMask(ids, counts, kv_len, None, mask.block_q, mask.block_kv)
+
+
+def side_by_side(masks: Sequence[BlockMask]) -> BlockMask:
+  """Returns the table of several buffers one after the other; none sees another.
+
+  Their lists may be NumPy or traced, `[b or 1, h or 1, tiles, max_kv]`; biases are not kept.
+  """
+  lists = [mask.indices() for mask in masks]
+  counts = [mask.kv_counts for mask in masks]
+  xnp = array_module(*lists, *counts)
+  lead = np.broadcast_shapes(*(x.shape[:2] for x in counts))
+  longest = max(x.shape[-1] for x in lists)
+  before = np.cumsum([0, *(mask.kv_tiles for mask in masks)])
+  found = []
+  for ids, start in zip(lists, before, strict=False):
+    filler = ((0, 0),) * 3 + ((0, longest - ids.shape[-1]),)
+    ids = xnp.pad(ids + start, filler, mode="edge")
+    found.append(xnp.broadcast_to(ids, (*lead, *ids.shape[2:])))
+  counts = [xnp.broadcast_to(x, (*lead, x.shape[-1])) for x in counts]
+  return BlockMask(
+    xnp.concatenate(found, 2).astype(np.int32),
+    xnp.concatenate(counts, 2).astype(np.int32),
+    xnp.concatenate([xnp.asarray(mask.kv_len) for mask in masks]).astype(np.int32),
+    None,
+    masks[0].block_q,
+    masks[0].block_kv,
+  )

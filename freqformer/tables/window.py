@@ -162,13 +162,13 @@ def _extent(layout, window, border, deal) -> tuple[int, int, int]:
     raise ValueError(f"{window=} must be three tile counts (t, y, x) of at least 1.")
   if deal not in DEALS:
     raise ValueError(f"{deal=} is unknown; choose one of {', '.join(DEALS)}.")
+  if any(w > grid for w, grid in zip(window, layout.tile_grid, strict=True)):
+    _log_whole_axis(tuple(window), layout.tile_grid)
   whole = layout.tile_grid
   if border == "clip" and deal != "as_is":
+    # Cut to the grid, a window that is wider would not see all of it from the border.
     whole = tuple(2 * grid - 1 for grid in whole)
-  extent = tuple(min(w, most) for w, most in zip(window, whole, strict=True))
-  if extent != tuple(window):
-    _log_whole_axis(tuple(window), layout.tile_grid)
-  return extent
+  return tuple(map(min, window, whole))
 
 
 def _sides(layout, extent, border, deal) -> list[tuple[int, int, int]]:

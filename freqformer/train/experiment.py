@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from ml_collections import ConfigDict
 
 from freqformer.config import build, require
-from freqformer.data.codec import make_codec
+from freqformer.data.fields import FieldsConfig
 from freqformer.data.protocol import DataConfig
+from freqformer.data.sources import data_config
 from freqformer.diffusion.sampling import SampleConfig
 from freqformer.model.config import ModelConfig, model_config
 from freqformer.train.step import TrainConfig
@@ -17,7 +18,7 @@ from freqformer.train.step import TrainConfig
 class Experiment:
   """One run: its data, model, training, sampling and seed."""
 
-  data: DataConfig
+  data: DataConfig | FieldsConfig
   model: ModelConfig
   train: TrainConfig
   sample: SampleConfig = SampleConfig()
@@ -31,8 +32,8 @@ class Experiment:
 
   @property
   def latent_shape(self) -> tuple[int, int, int, int]:
-    """(t, y, x, c) of the latents that the codec makes of the data's views."""
-    return make_codec(self.data.codec).latent_shape(*self.data.video_shape)
+    """(t, y, x, c) of the data's latents."""
+    return self.data.latent_shape
 
 
 # What the model did before these keys existed; records of older runs lack them.
@@ -56,6 +57,8 @@ def experiment(config: Mapping, begun: Mapping | None = None) -> Experiment:
     if begun is not None:
       model = _as_begun(model, _completed(begun)["model"])
     values["model"] = model_config(model)
+  if isinstance(values.get("data"), Mapping):
+    values["data"] = data_config(values["data"])
   return build(Experiment, values)
 
 

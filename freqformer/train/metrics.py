@@ -14,34 +14,81 @@ from freqformer.train.throughput import Throughput
 
 
 class Metrics:
-  """Writes a run's records into its folder."""
+  """Writes a run's records into its folder.
+
+  Lines carry what training has taken so far, over all processes of a run: `flops` of its steps, and
+  `seconds` of them, without compiling (with which a process begins) and validation. A run that goes
+  on from a checkpoint without these totals, of an earlier version, has lines without them.
+  """
 
   def __init__(self, workdir, throughput: Throughput | None = None):
     self.workdir = pathlib.Path(workdir)
     self.path = self.workdir / "metrics.jsonl"
     self._run = self.workdir / "run.json"
     self._throughput = throughput
-    self._last_line: tuple[int, float] | None = None  # step and time of the last training line
+    self._before: dict | None = None  # `totals` where this process began, and its `step`
+    self._seconds = 0.0  # of training in this process, until the clock was last stopped
+    self._clock: float | None = None  # when it was last started; None while it stands
+    self._last_line: tuple[int, float] | None = None  # step and seconds of the last training line
 
-  def start(self, step: int, config: ConfigDict, run: dict):
-    """Begins the records with facts for `run.json`; a resumed run drops lines of later steps."""
+  def start(self, step: int, config: ConfigDict, run: dict, totals: dict | None = None):
+    """Begins the records; a resumed run drops lines of later steps.
+
+    Args:
+      step: of the checkpoint that training goes on from, or 0.
+      config: for `config.json`.
+      run: facts for `run.json`.
+      totals: `totals` at that checkpoint.
+    """
+    if not step:
+      totals = {"flops": 0.0, "seconds": 0.0}
+    self._before = totals and {"step": step, **totals}
     rows = [row for row in read(self.path) if row["step"] <= step] if step else []
     self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (self.workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2))
     old = json.loads(self._run.read_text()) if self._run.exists() and step else {}
     self._run.write_text(json.dumps(old | run | {"finished": False}, indent=2))
 
+  def start_clock(self, step: int):
+    """Begins to count seconds, behind the steps that compiled."""
+    self._clock = time.monotonic()
+    self._last_line = (step, self._seconds)
+
+  @contextlib.contextmanager
+  def paused(self):
+    """Leaves the time of what is done inside out of the seconds of training."""
+    self._seconds = self._trained()
+    self._clock = None
+    yield
+    self._clock = time.monotonic()
+
+  def _trained(self) -> float:
+    """Returns seconds of training in this process."""
+    running = 0.0 if self._clock is None else time.monotonic() - self._clock
+    return self._seconds + running
+
+  def totals(self, step: int) -> dict[str, float] | None:
+    """Returns FLOPs and seconds of the run up to a step, for its checkpoint; None if unknown."""
+    if self._before is None:
+      return None
+    steps = step - self._before["step"]
+    return {
+      "flops": self._before["flops"] + steps * self._throughput.flops,
+      "seconds": self._before["seconds"] + self._trained(),
+    }
+
   def write(self, step: int, kind: str, **values):
-    """Appends one line; arrays become lists."""
+    """Appends one line with the totals of the run; arrays become lists."""
     plain = {name: np.asarray(value).tolist() for name, value in values.items()}
+    plain |= self.totals(step) or {}
     with self.path.open("a") as file:
       file.write(json.dumps({"step": step, "kind": kind, **plain}) + "\n")
 
   def train(self, step: int, values: dict):
-    """Appends a training line, with the speed since the last one."""
-    now = time.monotonic()
+    """Appends a training line, with the speed of the steps since the last one."""
+    now = self._trained()
     speed = {}
-    if self._last_line is not None:
+    if self._last_line is not None and step > self._last_line[0]:
       rate = (step - self._last_line[0]) / (now - self._last_line[1])
       speed = self._throughput.rates(rate)
     self._last_line = (step, now)

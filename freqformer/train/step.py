@@ -129,9 +129,11 @@ def init_state(params, config: TrainConfig, seed: int) -> TrainState:
 
 
 def make_train_step(graphdef, config: TrainConfig, classes: int):
-  """Returns the jitted step `(state, batch, tables) -> (state, metrics)`; it donates the state.
+  """Returns the jitted step `(state, batch, tables, posterior) -> (state, metrics)`.
 
-  A batch is `{"latent": [b, t, y, x, c], "label": [b]}`; label `classes` is the null class.
+  It donates the state. A batch is `{"latent": [b, t, y, x, c], "label": [b]}`; label `classes` is
+  the null class. The model regresses on the velocity of the draw or, given a `Posterior`, on the
+  velocity's exact mean, of which the metric `loss` is then the regret.
   """
   optimizer = make_optimizer(config)
   schedule = learning_rate(config)
@@ -140,7 +142,7 @@ def make_train_step(graphdef, config: TrainConfig, classes: int):
       "train.warmup=%d is cut to %d, half of the steps", config.warmup, config.warm_steps
     )
 
-  def loss_fn(params, key, batch, tables, progress):
+  def loss_fn(params, key, batch, tables, posterior, progress):
     x0 = batch["latent"]
     key_time, key_noise, key_drop, key_route = jax.random.split(key, 4)
     time = sample_time(key_time, x0.shape[0], config.time_sampling)
@@ -148,6 +150,8 @@ def make_train_step(graphdef, config: TrainConfig, classes: int):
     xt, target = interpolate(x0, noise, time)
     dropped = jax.random.bernoulli(key_drop, config.label_dropout, batch["label"].shape)
     label = jnp.where(dropped, classes, batch["label"])
+    if posterior is not None:
+      target = posterior.velocity(xt, time, label)
     velocity, _, aux = nnx.merge(graphdef, params)(
       xt, time, label, tables, train=True, rng=key_route, progress=progress
     )
@@ -156,11 +160,11 @@ def make_train_step(graphdef, config: TrainConfig, classes: int):
     return loss + penalty, (loss, _summary(aux))
 
   @functools.partial(jax.jit, donate_argnums=0)
-  def step(state: TrainState, batch, tables):
+  def step(state: TrainState, batch, tables, posterior=None):
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     progress = state.step / config.steps
     (_, (loss, routing)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-      state.params, key, batch, tables, progress
+      state.params, key, batch, tables, posterior, progress
     )
     norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

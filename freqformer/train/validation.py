@@ -1,7 +1,8 @@
 """The validation loss, drawn so that every model and every moment of training is judged alike.
 
 Each sample is seen at one timestep in every quarter of t. Its timesteps and noise depend on its
-number only, whatever the batches are.
+number only, whatever the batches are. Where the exact posterior mean is known, the loss is also
+split into the Bayes risk, its distance from the velocity, and the regret, the model's from it.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,33 +17,34 @@ from freqformer.diffusion.flow import BUCKETS, interpolate, linear_velocity, sam
 _SEED = 0
 
 
-def make_eval_step(graphdef, *, soft: bool = False):
-  """Returns the jitted pass `(params, batch, power, tables, offset) -> (sums, weight)`.
+def make_eval_step(graphdef, *, soft: bool = False, buckets: int = BUCKETS):
+  """Returns the jitted pass `(params, batch, power, tables, offset, reference) -> (sums, weight)`.
 
-  `sums` has a leading axis of `BUCKETS`; `weight` is what to divide them by. A batch is
-  `{"latent": [b, t, y, x, c], "label": [b], "weight": [b]}`; `offset` is its first sample's number.
-  `soft` evaluates the soft mixture of branches instead of the hard choice.
+  `sums` has a leading axis of `buckets`, equal parts of t; `weight` is what to divide them by. A
+  batch is `{"latent": [b, t, y, x, c], "label": [b], "weight": [b]}`; `offset` is its first
+  sample's number; `reference` is a `Posterior` or None. `soft` evaluates the soft mixture of
+  branches instead of the hard choice.
   """
 
   @jax.jit
-  def step(params, batch, power, tables, offset):
+  def step(params, batch, power, tables, offset, reference=None):
     x0 = batch["latent"]
     weight = batch["weight"]
     key = jax.random.key(_SEED)
     index = offset + jnp.arange(x0.shape[0])
-    place = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, 2 * i), (BUCKETS,)))(
+    place = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, 2 * i), (buckets,)))(
       index
     )
 
     def bucket(i):
-      time = (i + place[:, i]) / BUCKETS
-      noise = sample_noise(key, (2 * index + 1) * BUCKETS + i, x0.shape[1:])
+      time = (i + place[:, i]) / buckets
+      noise = sample_noise(key, (2 * index + 1) * buckets + i, x0.shape[1:])
       xt, target = interpolate(x0, noise, time)
       velocity, _, aux = nnx.merge(graphdef, params)(
         xt, time, batch["label"], tables, soft_evaluation=soft
       )
 
-      def error(predicted):
+      def error(predicted, target=target):
         return (((predicted - target) ** 2).mean((1, 2, 3, 4)) * weight).sum()
 
       density = jnp.concatenate([run["density"].mean(-1) for run in aux])  # [layers, b]
@@ -51,6 +53,10 @@ def make_eval_step(graphdef, *, soft: bool = False):
         "linear": error(linear_velocity(xt, time, power)),
         "density": (density.mean(0) * weight).sum(),
       }
+      if reference is not None:
+        best = reference.velocity(xt, time, batch["label"])
+        sums["regret"] = error(velocity, best)
+        sums["bayes"] = error(best)
       routed = [run for run in aux if "probs" in run]
       if routed:
         probs = jnp.concatenate([run["probs"] for run in routed])  # [layers, b, heads, branches]
@@ -60,7 +66,7 @@ def make_eval_step(graphdef, *, soft: bool = False):
         sums["choice"] = jnp.einsum("lbhr,b->lhr", choice, weight)
       return sums
 
-    return jax.lax.map(bucket, jnp.arange(BUCKETS)), weight.sum()
+    return jax.lax.map(bucket, jnp.arange(buckets)), weight.sum()
 
   return step
 
@@ -72,6 +78,7 @@ def evaluate(
   power: np.ndarray,
   tables,
   should_stop: Callable[[], bool] = lambda: False,
+  reference=None,
 ) -> dict | None:
   """Computes validation losses, overall and per quarter of t, and the routing.
 
@@ -79,10 +86,12 @@ def evaluate(
     step: of `make_eval_step`.
     power: `channel_power` of the validation latents, `[c]`, for the best linear prediction.
     should_stop: polled between batches; True gives up.
+    reference: the `Posterior` of the validation latents, or None if it is not known.
 
   Returns:
-    `loss`, `buckets` and `linear_buckets` (per quarter of t), `density` and, where heads are
-    routed, `probs` and `choice` `[layers, quarters, heads, branches]`; None if stopped.
+    `loss`, `buckets` and `linear_buckets` (per quarter of t), `density`, overall and in
+    `density_buckets`; with a reference `regret`, `regret_buckets` and `bayes_buckets`; and, where
+    heads are routed, `probs` and `choice` `[layers, quarters, heads, branches]`. None if stopped.
   """
   total = None
   count = 0.0
@@ -90,7 +99,7 @@ def evaluate(
   for batch in batches:
     if should_stop():
       return None
-    sums, weight = jax.device_get(step(params, batch, power, tables, offset))
+    sums, weight = jax.device_get(step(params, batch, power, tables, offset, reference))
     total = sums if total is None else jax.tree.map(np.add, total, sums)
     count += float(weight)
     offset += len(batch["label"])
@@ -100,13 +109,18 @@ def evaluate(
     "buckets": mean["loss"].tolist(),
     "linear_buckets": mean["linear"].tolist(),
     "density": float(mean["density"].mean()),
+    "density_buckets": mean["density"].tolist(),
   }
+  if reference is not None:
+    result["regret"] = float(mean["regret"].mean())
+    result["regret_buckets"] = mean["regret"].tolist()
+    result["bayes_buckets"] = mean["bayes"].tolist()
   for name in mean.keys() & {"probs", "choice"}:
     result[name] = mean[name].transpose(1, 0, 2, 3)  # quarters behind layers, as they are drawn
   return result
 
 
-def channel_power(cache, limit: int = 256) -> np.ndarray:
+def channel_power(split, limit: int = 256) -> np.ndarray:
   """Returns the mean square `[c]` of the normalised latents, over at most `limit` of them."""
-  latents = (cache[i]["latent"] for i in range(min(len(cache), limit)))
+  latents = (split[i]["latent"] for i in range(min(len(split), limit)))
   return np.mean([np.square(x).mean((0, 1, 2)) for x in latents], 0).astype(np.float32)

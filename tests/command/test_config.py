@@ -121,7 +121,10 @@ REFUSED = [
   ("--config.train.schedule=cosin", "must be one of constant, cosine; did you mean 'cosine'?"),
   ("--config.train=3", "config.train is a group of keys; add one of them: .batch_size, "),
   ("@dense=3", "config.model.attention.dense is a group of keys; it has no keys"),
-  ("--config.data.source=folders", "config.data: source='folders' must be one of ucf101, folder; "),
+  (
+    "--config.data.source=folders",
+    "config.data.source='folders' is unknown; did you mean 'folder'?",
+  ),
   ("--config.data.split=4", "split=4 must be at least 0 and at most 3"),
   ("--config.data.val_fraction=1.0", "val_fraction=1.0 must be above 0 and below 1"),
   ("--config.data.resolution=(0,4)", "resolution=(0, 4) must be at least 1, in every entry"),

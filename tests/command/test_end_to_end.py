@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from freqformer.command.sweep import result_of
+from freqformer.evaluate.quality import artefacts
+from freqformer.evaluate.restore import load_run
 from freqformer.pages.run import write_report
 from freqformer.train.checkpoint import Checkpoints
 from freqformer.train.metrics import read
@@ -56,7 +58,11 @@ def test_run_leaves_what_it_should(whole):
     "val_density": rows[-2]["density"],
     "val_soft_loss": rows[-1]["loss"],
     "router_entropy": rows[-3]["router_entropy"],
+    "flops": rows[-3]["flops"],
+    "seconds": rows[-3]["seconds"],
   }
+  assert rows[-3]["flops"] == pytest.approx(40 * rows[0]["flops"])
+  assert 0 < rows[-3]["seconds"] < run["seconds"]["train"]  # which has validation, too
   routing = json.loads((workdir / "routing.json").read_text())
   assert np.shape(routing["probs"]) == (2, 4, 2, 3)
   assert routing["branches"] == ["low", "mid", "high"]
@@ -111,8 +117,11 @@ def test_sigterm_and_resume_is_bit_equal(place, whole):
   for name in want:
     np.testing.assert_array_equal(got[name], want[name], err_msg=name)
   rows = [read(folder / "metrics.jsonl") for folder in (whole[0], workdir)]
-  losses = [[row["loss"] for row in own if row["kind"] == "train"] for own in rows]
-  assert losses[0] == losses[1]
+  for key in ("loss", "flops"):
+    values = [[row[key] for row in own if row["kind"] == "train"] for own in rows]
+    assert values[0] == pytest.approx(values[1], rel=0 if key == "loss" else 1e-9)
+  seconds = [row["seconds"] for row in rows[1] if row["kind"] == "train"]
+  assert seconds == sorted(seconds) and seconds[stopped] > 0
 
 
 def test_eval_writes_videos(place, whole):
@@ -121,14 +130,21 @@ def test_eval_writes_videos(place, whole):
   result = json.loads((out / "sampling.json").read_text())
   assert result["samples"] == 6 and len(result["density_by_step"]) == 2
   assert result["compile_seconds"] > 0 and result["run_seconds"] > 0
+  last = read(whole[0] / "metrics.jsonl")[-1]
+  assert result["training_flops"] == last["flops"]
+  assert result["training_seconds"] >= last["seconds"] > 0
   assert len(list(out.glob("*.mp4"))) == 3 and (out / "grid.png").stat().st_size > 1000
   saved = dict(np.load(out / "latents.npz"))
   assert saved["latents"].shape == (6, 3, 3, 4, 4) and np.isfinite(saved["latents"]).all()
+  # Tiles of 1 x 3 x 2 of 3 x 3 x 4 tokens meet in the middle of x; in t nothing else is there.
+  found = artefacts(load_run(whole[0]), saved["latents"], saved["latents"])
+  assert found["flicker"] == 1
+  assert found["seam_ratio"][:2] == [None, None] and 0.2 < found["seam_ratio"][2] < 5
   # The report shows all that these commands write.
   page = write_report(whole[0]).read_text()
   absent = re.findall("Not shown: this run has no (cost|evaluation).json", page)
   assert page.count("Not shown") == len(absent) == 2 and page.count("data:video/mp4;base64,") == 3
-  assert "How they were sampled" in page and page.count("data:image/png;base64,") == 5
+  assert "How they were sampled" in page and page.count("data:image/png;base64,") == 6
   # One class alone gives the very same samples and takes the other classes' videos away. Dense
   # attention on the same weights gives others, in a folder of its own.
   name = json.loads((whole[0] / "run.json").read_text())["classes"][2]

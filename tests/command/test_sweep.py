@@ -35,8 +35,8 @@ def finish(workdir, loss, rate):
   (workdir / "config.json").write_text(json.dumps(recorded(values, experiment(values)).to_dict()))
   (workdir / "run.json").write_text(json.dumps({"finished": True}))
   rows = [
-    {"step": 5, "kind": "train", "loss": 1.0},
-    {"step": 5, "kind": "val", "loss": loss, "density": 0.1},
+    {"step": 5, "kind": "train", "loss": 1.0, "flops": 2.5e12, "seconds": 61.2},
+    {"step": 5, "kind": "val", "loss": loss, "density": 0.1, "flops": 2.5e12, "seconds": 61.2},
   ]
   (workdir / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
 
@@ -63,7 +63,9 @@ def test_finished_trials_are_skipped_and_killed_ones_run_again(config, tmp_path,
   assert [r["train.lr"] for r in ran] == [2.0, 3.0]
   assert [r["status"] for r in rows] == ["finished", "finished", "exit 1"]
   lines = table(rows).splitlines()
-  for line, texts in zip(lines[1:], (("lr=2.0", "0.7000"), ("lr=0.5",), ("exit 1",)), strict=True):
+  for line, texts in zip(
+    lines[1:], (("lr=2.0", "0.7000", "2.5e+12", "61"), ("lr=0.5",), ("exit 1",)), strict=True
+  ):
     assert all(text in line for text in texts)
   assert len(json.loads((study / "study.json").read_text())) == 3
   assert result_of(study / trial_name({"train.lr": 3.0})) is None
@@ -95,6 +97,7 @@ def test_listing_writes_nothing_and_keeps_the_results(config, tmp_path, monkeypa
     monkeypatch.setattr(sweep_module, name, types.SimpleNamespace(value=value), raising=False)
   with pytest.raises(SystemExit, match="1"):  # a trial failed
     sweep_module.main(None)
+  assert (study / "losses.png").stat().st_size > 5000
   text = (study / "study.json").read_text()
   for extra, statuses in (
     ({}, ["finished", "stopped", "exit 7"]),

@@ -13,7 +13,6 @@ from freqformer.data import render
 from freqformer.data.codec import CodecConfig, make_codec
 from freqformer.data.decode import crop_resize
 from freqformer.data.render import RenderedSet
-from freqformer.evaluate.classifier import class_accuracy
 from tests.data.helpers import psnr
 
 SMALL = RenderedSet(classes=8, groups=2, clips_per_group=1, rows=48, cols=64)
@@ -97,18 +96,15 @@ def test_foreign_data_is_never_touched(root, tmp_path):
 
 
 def test_classes_are_told_apart_on_unseen_groups():
-  """Far above chance (1/8), so labels carry information."""
+  """By mean colour alone, far above chance (1/8), so labels carry information."""
 
-  def clips(groups):
-    for label, name in enumerate(render.LOOKS):
-      for group in groups:
-        video = render.render_clip(name, group, 1, 32, 24, 32)
-        yield {"latent": video / 255.0, "label": label}
+  def colours(groups):
+    clips = [render.render_clip(name, g, 1, 8, 24, 32) for name in render.LOOKS for g in groups]
+    return np.reshape([clip.mean((0, 1, 2)) for clip in clips], (len(render.LOOKS), -1, 3))
 
-  train, val = list(clips((1, 2, 3))), list(clips((4, 5)))
-  latents = np.stack([item["latent"] for item in val])
-  labels = np.array([item["label"] for item in val])
-  assert class_accuracy(train, val, latents, labels)["real_val"] > 0.6
+  known, unseen = colours((1, 2, 3)).mean(1), colours((4, 5))
+  nearest = np.square(unseen[:, :, None] - known).sum(-1).argmin(-1)
+  assert (nearest == np.arange(len(known))[:, None]).mean() > 0.5
   a, b = (render.render_clip("RotatingChecker", 1, c, 4, 48, 64) for c in (1, 2))
   assert np.abs(a.astype(float) - b).mean() > 10
 

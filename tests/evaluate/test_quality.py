@@ -76,6 +76,36 @@ def test_refuses_what_cannot_be_compared(measure, a, b, message):
     measure(a, b)
 
 
+# ---- artefacts ----------------------------------------------------------------------------------
+
+
+def test_seams_are_found_on_their_axis():
+  """Steps of 1 everywhere, of 3 between columns 3|4 and 7|8; the last tile is ragged."""
+  x = np.broadcast_to(np.arange(11.0), (2, 4, 6, 11))
+  x = x + 2 * (np.arange(11) // 4)
+  x = x + np.arange(4)[:, None, None] + np.arange(6)[:, None]
+  np.testing.assert_allclose(quality.seam_ratio(x[..., None], (2, 3, 4)), [1, 1, 3])
+  # One tile has no border, tiles of one cell have nothing else.
+  ratios = quality.seam_ratio(x[..., None], (4, 1, 4))
+  assert np.isnan(ratios[:2]).all() and ratios[2] == 3
+
+
+def test_flicker_is_energy_of_fast_change_only():
+  t = np.arange(16)[:, None, None, None]
+  still = RNG.random((1, 1, 5, 6, 3)) * 100
+  fast = np.cos(np.pi * 12 * (2 * t + 1) / 32)  # 12 / 16 of Nyquist
+  slow = np.cos(np.pi * 7 * (2 * t + 1) / 32)
+  real = still + fast
+  assert quality.flicker(np.repeat(still + 3 * fast + 50 * slow, 2, 0), real) == pytest.approx(9)
+  assert quality.flicker(still + slow, real) < 1e-20
+
+
+def test_clips_are_spread_over_a_cache():
+  cache = [{"latent": np.full((1, 1, 1, 1), i)} for i in range(9)]
+  assert quality.spread(cache, 3).ravel().tolist() == [0, 4, 8]
+  assert len(quality.spread(cache)) == 9
+
+
 # ---- LPIPS, on made-up weights ------------------------------------------------------------------
 
 

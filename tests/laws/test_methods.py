@@ -17,6 +17,8 @@ from flax import nnx
 from freqformer.grid.basis import SpectralBasis
 from freqformer.grid.layout import TileLayout
 from freqformer.methods.dense import Dense
+from freqformer.methods.octaves import Octaves
+from freqformer.methods.parts.router import RouterConfig
 from freqformer.methods.registry import METHODS, method_class
 from freqformer.methods.sparseflow import Schedule
 from tests.methods.layers import BASIS, DIMS, RAGGED, apply, layer_of, tokens, where
@@ -52,6 +54,17 @@ SETTINGS = {
       deal="octant",
     ),
   ],
+  "octaves": [
+    dict(levels=2, window=(1, 3, 1), threshold=0.45),
+    dict(
+      levels=3,
+      window=(1, 1, 1),
+      mid_tiles=2,
+      basis="dct",
+      lift="basis",
+      router=RouterConfig(mode="straight_through", prior=(1, 2, 3), budget=0.1),
+    ),
+  ],
   "sliding_tile": [dict(window=(1, 2, 3), unit="tiles", border="clip", deal="octant", rows=16)],
   "radial": [dict(decay=0.4)],
   "block_topk": [dict(density=0.5, sink=1)],
@@ -64,6 +77,7 @@ SETTINGS = {
 WIDE = {
   "dense": {},
   "freqformer": dict(basis=WHOLE, allocation=(2, 2, 2), mid_tiles=99, window=(9, 9, 9)),
+  "octaves": dict(levels=1),
   "sliding_tile": dict(window=(99, 99, 99)),
   "radial": dict(sink=99),
   "block_topk": dict(density=1.0, coarse="none"),
@@ -72,6 +86,13 @@ WIDE = {
   "sparse_linear": dict(critical=1.0, negligible=0.0),
   "adaspa": dict(sparsity=0.0),
 }
+
+
+def on(method, layout):
+  """The method, with as many levels as the grid has."""
+  if layout == ONE and isinstance(method, Octaves):
+    return Octaves(levels=1)
+  return method
 
 
 def cases():
@@ -184,7 +205,7 @@ def test_all_bands_of_any_basis_are_dense_attention(kind, layout):
 @every_method
 @on_either_grid
 def test_shapes_densities_and_masks(method, layout):
-  for out, _, aux in usual(method, layout)[1]:
+  for out, _, aux in usual(on(method, layout), layout)[1]:
     assert out.shape == (2, layout.n, DIMS.width) and out.dtype == jnp.float32
     assert np.isfinite(out).all()
     assert aux["density"].shape == (2, DIMS.heads)
@@ -218,7 +239,7 @@ def soiled(x, layout):
 @every_method
 @on_either_grid
 def test_padding_rows_change_nothing(method, layout):
-  layer, found = usual(method, layout)
+  layer, found = usual(on(method, layout), layout)
   for clean, dirty in zip(found, walk(layer, soiled(tokens(layout), layout), layout), strict=True):
     np.testing.assert_allclose(clean[0], dirty[0], atol=1e-5)
     np.testing.assert_allclose(clean[2]["density"], dirty[2]["density"])
@@ -260,7 +281,7 @@ def test_a_sample_does_not_see_its_batch_and_one_compile_serves_all_inputs(metho
 def only_counts(*args):
   """Like `apply`, without the output: what a step lists needs no attention."""
   _, state, aux = apply.__wrapped__(*args)
-  return None, state, {key: aux[key] for key in ("density", "choice") if key in aux}
+  return None, state, {key: aux[key] for key in ("density", "choice", "kept") if key in aux}
 
 
 @every_method
@@ -274,7 +295,9 @@ def test_cost_is_what_runs(method):
     aux = found[phase][2]
     for i in range(2):
       allocation = None
-      if "choice" in aux:
+      if "kept" in aux:
+        allocation = np.asarray(aux["kept"][i], np.float64).mean(0)
+      elif "choice" in aux:
         allocation = np.bincount(
           np.asarray(aux["choice"][i]), minlength=max(2, len(method.branches))
         )

@@ -14,7 +14,13 @@ from tests.command.process import call
 TITLES = list(report.SECTIONS)
 PROBS = np.random.default_rng(0).dirichlet([1, 1, 2], (2, 4, 3))  # layers, quarters of t, heads
 TRAIN = dict(grad_norm=1.0, lr=1e-3, steps_per_s=2.5, router_entropy=0.9, density=0.3, cost=0.4)
-VAL = dict(loss=0.7, buckets=[0.9, 0.8, 0.7, 0.4321], linear_buckets=[1.1, 1.0, 0.9, 0.8765])
+VAL = dict(
+  loss=0.7,
+  flops=2.5e12,
+  seconds=61.2,
+  buckets=[0.9, 0.8, 0.7, 0.4321],
+  linear_buckets=[1.1, 1.0, 0.9, 0.8765],
+)
 DENSE = dict(method="dense", attention_flops=2e9, linear_flops=1e9, density=1.0, layer_ms=40.0)
 SPARSE = dict(method="freqformer", attention_flops=5e8, linear_flops=1e9, density=0.2, note="six")
 FILES = {
@@ -39,7 +45,7 @@ FILES = {
     choice=np.eye(3)[PROBS.argmax(-1)].tolist(),
   ),
   "cost": [DENSE, SPARSE],
-  "evaluation": {"classifier": dict(samples=0.81, real_val=0.96, chance=0.125, count=64)},
+  "evaluation": {"samples": dict(count=8, seam_ratio=[None, 1.62, 0.9], flicker=0.81)},
   "samples/sampling": {"seconds_per_sample": 1.2345, "density_by_step": [0.2, 0.3]},
 }
 
@@ -68,13 +74,13 @@ def page(tmp_path_factory):
 def test_every_section_is_shown(page):
   assert re.findall(r"<h2>(.*?)</h2>", page) == TITLES
   assert "Not shown" not in page
-  assert page.count("data:image/png;base64,") == 6 and page.count("data:video/mp4;base64,") == 3
+  assert page.count("data:image/png;base64,") == 7 and page.count("data:video/mp4;base64,") == 3
   assert "no clip" in page  # Hammering has no real clip beside it.
   assert page.count('class="file">From ') == len(TITLES)
 
 
 def test_numbers_stand_in_it(page):
-  numbers = ["1,234,567", "8 × 12 × 12", "GFLOP", "0.4321", "0.8765", "0.81", "1.234"]
+  numbers = ["1,234,567", "8 × 12 × 12", "GFLOP", "0.4321", "0.8765", "0.81", "1.62", "1.234"]
   for text in [*numbers, "a &lt;device&gt;", "six", "How they were sampled", "step 40"]:
     assert text in page, text
 

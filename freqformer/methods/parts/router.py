@@ -29,7 +29,8 @@ class RouterConfig:
     mode: training mode, one of `MODES`.
     hidden: width of the router's two-layer network.
     statistics: also feed log energy fractions of each head's values (off: timestep and head only).
-    prior: initial share of heads per branch; most heads local is what the evidence supports.
+    prior: initial share of heads per branch; most heads local is what the evidence supports. Empty,
+      where a method allows it: uniform.
     prior_slope: times (t - 1/2), added to the first branch's logit: more global at high noise.
     temperature: of the softmax at the start and the end of training, geometric in between.
     budget: expected cost per head, relative to dense, above which the penalty starts.
@@ -75,8 +76,17 @@ class Routing:
 class SpectralRouter(nnx.Module):
   """A shared two-layer network over heads with a learned bias per head; one per layer."""
 
-  def __init__(self, config: RouterConfig, heads: int, cond_dim: int, stats: int, rngs: nnx.Rngs):
-    branches = len(config.prior)
+  def __init__(
+    self,
+    config: RouterConfig,
+    heads: int,
+    cond_dim: int,
+    stats: int,
+    rngs: nnx.Rngs,
+    branches: int = 0,
+  ):
+    prior = config.prior or (1.0,) * branches
+    branches = len(prior)
     hidden = config.hidden
     self.config = config
     self.time = nnx.Linear(cond_dim, hidden, rngs=rngs)
@@ -85,7 +95,7 @@ class SpectralRouter(nnx.Module):
     self.out = nnx.Linear(
       hidden, branches, use_bias=False, kernel_init=nnx.initializers.zeros_init(), rngs=rngs
     )
-    prior = jnp.log(jnp.asarray(config.prior, jnp.float32) / sum(config.prior))
+    prior = jnp.log(jnp.asarray(prior, jnp.float32) / sum(prior))
     self.bias = nnx.Param(
       prior + config.noise * jax.random.normal(rngs.params(), (heads, branches))
     )
@@ -110,11 +120,16 @@ def temperature(config: RouterConfig, progress) -> jax.Array:
   return jnp.exp(start + (end - start) * jnp.clip(progress, 0, 1))
 
 
+def probabilities(logits: jax.Array, config: RouterConfig, progress) -> jax.Array:
+  """Returns the branches' distribution of logits `[b, h, branches]`, float32."""
+  return jax.nn.softmax(logits.astype(jnp.float32) / temperature(config, progress))
+
+
 def route(logits: jax.Array, config: RouterConfig, cond) -> Routing:
   """Weighs branches by logits `[b, h, branches]`: as the mode says in training, hard otherwise."""
   logits = logits.astype(jnp.float32)
   branches = logits.shape[-1]
-  probs = jax.nn.softmax(logits / temperature(config, cond.progress))
+  probs = probabilities(logits, config, cond.progress)
   if cond.soft_evaluation or (cond.train and config.mode == "soft"):
     return Routing(probs, probs.argmax(-1).astype(jnp.int32), probs, True)
   choice = logits

@@ -1,0 +1,130 @@
+"""A pyramid of token grids: each level is the one before compressed by two along every axis.
+
+Every level has tiles of its own, so that windows are boxes of cells at any level. Compression is a
+`SpectralBasis` with cuts at half of its rows; lifting interpolates between the cells' centres, so
+that no edge of a cell or tile is drawn into the result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from freqformer.grid.basis import SpectralBasis, SpectralTables
+from freqformer.grid.layout import LayoutTables, TileLayout
+from freqformer.grid.operators import Array
+from freqformer.grid.sizes import coarse_grid
+
+HALF = (0.5, 0.5, 0.5)
+LIFTS = ("linear", "basis")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Step:
+  """The way from a level to the next coarser one and back. NumPy until passed to jit.
+
+  Attributes:
+    spectral: the transform of the finer level.
+    fine, coarse: arrays of the levels' layouts.
+    order, inverse: int32 `[coarse.n]`, the transform's number of each cell in raster order, and
+      the raster number of each of the transform's cells.
+    interpolate: per axis float32 `[fine extent, coarse extent]`, rows that sum to one; None lifts
+      by the transform.
+  """
+
+  spectral: SpectralTables
+  fine: LayoutTables
+  coarse: LayoutTables
+  order: Array
+  inverse: Array
+  interpolate: tuple[Array, Array, Array] | None
+
+  @jax.named_scope("compress")
+  def compress(self, x: jax.Array) -> jax.Array:
+    """`[b, fine buffer, ...]` -> `[b, coarse buffer, ...]`; padding is not read and comes out 0."""
+    cells = self.spectral.compress(x)
+    return self.coarse.pack(jnp.take(cells, self.order, axis=1, mode="clip", unique_indices=True))
+
+  @jax.named_scope("lift")
+  def lift(self, y: jax.Array) -> jax.Array:
+    """`[b, coarse buffer, ...]` -> `[b, fine buffer, ...]`; a constant stays that constant."""
+    cells = self.coarse.unpack(y)
+    if self.interpolate is None:
+      cells = jnp.take(cells, self.inverse, axis=1, mode="clip", unique_indices=True)
+      return self.spectral.lift(cells)
+    dtype = jnp.promote_types(y.dtype, jnp.float32)
+    b, _, *rest = cells.shape
+    x = cells.reshape(b, *self.coarse.layout.grid, -1).astype(dtype)
+    for axis, matrix in enumerate(self.interpolate, 1):
+      x = jnp.moveaxis(jnp.tensordot(x, jnp.asarray(matrix, dtype).T, (axis, 0)), -1, axis)
+    x = x.reshape(b, -1, *rest).astype(y.dtype)
+    return self.fine.pack(x)
+
+
+@functools.lru_cache(maxsize=32)
+def level_layouts(layout: TileLayout, levels: int, kind: str) -> tuple[TileLayout, ...]:
+  """Returns the layouts of all levels, the finest first; no matrix is made, however large.
+
+  Raises:
+    ValueError: for more levels than the grid has.
+  """
+  found = [layout]
+  for _ in range(levels - 1):
+    fine = found[-1]
+    if fine.n == 1:
+      raise ValueError(
+        f"{levels=} are too many for {layout.grid}: level {len(found)} has one cell already; "
+        f"choose at most {len(found)}."
+      )
+    found.append(TileLayout.fit(coarse_grid(halving(kind), fine), layout.block))
+  return tuple(found)
+
+
+def halving(kind: str) -> SpectralBasis:
+  """Returns the transform between two levels."""
+  return SpectralBasis(kind, HALF, HALF)
+
+
+@functools.lru_cache(maxsize=8)
+def steps(layout: TileLayout, levels: int, kind: str, lift: str) -> tuple[Step, ...]:
+  """Returns the `levels - 1` steps of a pyramid, the finest first.
+
+  Args:
+    kind: of the `SpectralBasis`.
+    lift: "linear", or "basis": by the transform itself, which draws its tiles' edges.
+  """
+  layouts = level_layouts(layout, levels, kind)
+  found = []
+  for fine, coarse in zip(layouts, layouts[1:], strict=False):
+    spectral = halving(kind).fit(fine)
+    centres = spectral.centres
+    order = np.lexsort(centres.T[::-1]).astype(np.int32)
+    matrices = None
+    if lift == "linear":
+      axes = [np.unique(centres[:, axis]) for axis in range(3)]
+      matrices = tuple(map(_between, axes, fine.grid))
+    inverse = np.argsort(order).astype(np.int32)
+    found.append(Step(spectral, fine.arrays(), coarse.arrays(), order, inverse, matrices))
+  return tuple(found)
+
+
+def _between(centres: np.ndarray, extent: int) -> np.ndarray:
+  """Weights of linear interpolation between centres, float32 `[extent, cells]`; flat outside."""
+  places = np.arange(extent)
+  return np.stack([np.interp(places, centres, one) for one in np.eye(len(centres))], -1).astype(
+    np.float32
+  )
+
+
+def cell_widths(layouts: tuple[TileLayout, ...]) -> tuple[tuple[float, float, float], ...]:
+  """Returns the mean tokens of a cell per level and axis."""
+  finest = layouts[0].grid
+  return tuple(
+    tuple(whole / cells for whole, cells in zip(finest, layout.grid, strict=True))
+    for layout in layouts
+  )

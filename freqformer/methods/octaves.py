@@ -1,0 +1,331 @@
+"""Octaves: FreqFormer as a pyramid of bands, every level with its own queries, keys and values.
+
+Level 0 is the token grid; each further one is the level before, compressed by two along every axis.
+A head attends on every level, in a window of tiles, on the coarsest level densely: keys per query
+grow with the logarithm of the grid (docs/evidence.md says why that is enough). A router weighs the
+levels by the timestep, per head. All levels of all heads are one attention call.
+
+  q, k, v -> compress level by level -> norm, rotary in cells of the level -> attention
+          -> weigh -> interpolate and add, from coarse to fine
+
+Evaluation leaves out a level whose weight is below `threshold`: its lists are empty.
+Prior art: Focal Transformer (arXiv 2107.00641), Fast Multipole Attention (arXiv 2310.11960).
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from freqformer.config import ConfigError, require, require_one_of
+from freqformer.grid.basis import KINDS
+from freqformer.grid.layout import TileLayout
+from freqformer.grid.pyramid import LIFTS, Step, cell_widths, level_layouts, steps
+from freqformer.grid.rotary import angle_tables, level_theta
+from freqformer.kernels.around.prepare import norm_and_turn
+from freqformer.kernels.block_sparse.api import attention
+from freqformer.kernels.block_sparse.cost import CallCost, uniform
+from freqformer.kernels.block_sparse.table import BlockMask
+from freqformer.methods.base import Method, Projected, mask_aux, mask_density
+from freqformer.methods.parts.router import RouterConfig, SpectralRouter, entropy, probabilities
+from freqformer.tables.packed import side_by_side
+from freqformer.tables.topk import block_topk
+from freqformer.tables.window import BORDERS, count_window, sliding_tile
+
+# choice: uniform weights at the start; neither temperature nor noise, because nothing is hard.
+_ROUTER = RouterConfig(
+  statistics=False, prior=(), prior_slope=0.0, temperature=(1.0, 1.0), noise=0.0, penalty=0.0
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Octaves(Method):
+  """Fields of the method.
+
+  Attributes:
+    levels: of the pyramid, the token grid included; 1 is dense attention.
+    basis: kind of the `SpectralBasis` that compresses a level into the next one.
+    lift: "linear" interpolates between cells' centres, "basis" inverts the basis.
+    window: of every level but the coarsest, in tiles of that level (t, y, x).
+    border: of the window, "clip" or "clamp".
+    mid_tiles: further key tiles of level 0, the best by pooled scores, in the window's softmax.
+    threshold: weight below which evaluation leaves a level out, per layer, head and sample.
+    router: of the levels' weights; an empty prior is uniform. `budget` holds for the pairs that
+      evaluation runs, over n^2.
+  """
+
+  levels: int = 3
+  basis: str = "block_haar"
+  lift: str = "linear"
+  window: tuple[int, int, int] = (3, 3, 3)
+  border: str = "clip"
+  mid_tiles: int = 0
+  threshold: float = 0.05
+  router: RouterConfig = _ROUTER
+
+  routed = True
+
+  def __post_init__(self):
+    require(self, "levels window", least=1)
+    require(self, "mid_tiles threshold", least=0)
+    require(self, "threshold", below=1)
+    require_one_of(self, "basis", KINDS)
+    require_one_of(self, "lift", LIFTS)
+    require_one_of(self, "border", BORDERS)
+    if self.router.prior and len(self.router.prior) != self.levels:
+      raise ValueError(
+        f"router prior {self.router.prior} must be empty or have a share for each of "
+        f"{self.levels=}."
+      )
+    if self.router.mode == "sampled":
+      raise ValueError(
+        'router mode "sampled" runs one branch; levels take "soft" or "straight_through".'
+      )
+
+  @property
+  def branches(self):
+    return tuple(f"x{2**level}" for level in range(self.levels))
+
+  def build(self, dims, layout, rngs):
+    cheapest = min(call.pairs for call in self._count_levels(layout)) / layout.n**2
+    if self.router.penalty and self.router.budget < cheapest:
+      raise ConfigError(
+        f"router.budget={self.router.budget} cannot be kept: the cheapest level costs "
+        f"{cheapest:.2g} on {layout.grid}; raise it, or set router.penalty=0."
+      )
+    return OctavesModules(self, dims, rngs)
+
+  def tables(self, layout):
+    layouts = level_layouts(layout, self.levels, self.basis)
+    windows = [sliding_tile(level, self.window, self.border) for level in layouts[:-1]]
+    masks = [*windows, sliding_tile(layouts[-1], layouts[-1].tile_grid)][::-1]
+    tiles = [level.tiles for level in layouts[::-1]]
+    pairs = [call.pairs for call in self._count_levels(layout)]
+    return OctavesTables(
+      steps=steps(layout, self.levels, self.basis, self.lift),
+      mask=side_by_side(masks),
+      coarse=masks[:-1],
+      window=masks[-1],
+      level_of_tile=np.repeat(np.arange(self.levels)[::-1], tiles).astype(np.int32),
+      density=(np.array(pairs) / layout.n**2).astype(np.float32),
+      widths=cell_widths(layouts),
+      edges=tuple((np.cumsum([0, *tiles]) * layout.block).tolist()),
+    )
+
+  def __call__(self, module, qkv, cond, tables, state):
+    finest, mask = self._finest(qkv, cond, tables)
+    levels = [*self._coarse(module, qkv, tables), finest]
+    mix = self._mix(module, cond, [v for _, _, v in levels], qkv)
+    if mix.drops:
+      mask = _without(mask, mix.kept, tables.level_of_tile)
+    packed = (jnp.concatenate(parts, 1) for parts in zip(*levels, strict=True))
+    out, _ = attention(*packed, mask, implementation=qkv.implementation)
+    return self._lifted(out, mix.weights, tables), state, self._aux(mix, mask, qkv, cond, tables)
+
+  def _finest(self, qkv: Projected, cond, tables) -> tuple[tuple, BlockMask]:
+    """Returns level 0's q, k and v, and the whole table, mid tiles included."""
+    if not self.mid_tiles:
+      return (*qkv.rotated(), qkv.v), tables.mask
+    q, k, _, q_pool, k_pool = qkv.prepare(pooled=True)
+    own = block_topk(
+      cond.share(q_pool),
+      cond.share(k_pool),
+      tables.window.max_kv + self.mid_tiles,
+      tables.window.indices()[0, 0],
+      qkv.layout,
+      qkv.other_ops_implementation,
+    )
+    return (q, k, qkv.v), side_by_side([*tables.coarse, own])
+
+  def _coarse(self, module, qkv: Projected, tables) -> list[tuple]:
+    """Returns q, k and v of the coarse levels, the coarsest first: normed after compression."""
+    if self.levels == 1:
+      return []
+    raw = jnp.concatenate((qkv.q, qkv.k, qkv.v), 2)
+    d = raw.shape[-1]
+    found = []
+    for level, step in enumerate(tables.steps):
+      raw = step.compress(raw)
+      q, k, v = jnp.split(raw, 3, 2)
+      theta = level_theta(qkv.theta, tables.widths[level + 1], d)
+      angles = angle_tables(step.coarse.positions, d, theta)
+      q_gain, k_gain = qkv.gains
+      q = norm_and_turn(q, q_gain * module.q_gain[...][level, :, None], angles)
+      k = norm_and_turn(k, k_gain * module.k_gain[...][level, :, None], angles)
+      found.append((q, k, v))
+    return found[::-1]
+
+  @jax.named_scope("router")
+  def _mix(self, module, cond, values, qkv) -> "Mix":
+    """Returns the levels' weights. Of content the router sees each level's energy, if anything."""
+    stats = None
+    if self.router.statistics:
+      stats = _energies(jax.lax.stop_gradient(values), qkv.layout.valid)
+    logits = cond.share(module.router.logits(cond.embedding, cond.time, stats))
+    probs = checkpoint_name(probabilities(logits, self.router, cond.progress), "routing")
+    hot = jax.nn.one_hot(probs.argmax(-1), self.levels)
+    drops = not (cond.train or cond.soft_evaluation)
+    if self.router.mode == "straight_through" and not cond.soft_evaluation:
+      weights = hot if drops else hot + probs - jax.lax.stop_gradient(probs)
+      return Mix(probs, weights, hot > 0, drops)
+    kept = (probs >= self.threshold) | (hot > 0)
+    if not drops:
+      return Mix(probs, probs, kept, drops)
+    weights = jnp.where(kept, probs, 0)
+    return Mix(probs, weights / weights.sum(-1, keepdims=True), kept, drops)
+
+  def _lifted(self, out, weights, tables) -> jax.Array:
+    """Returns the levels' weighted sum at every token, `[b, n_buffer, h, d]`."""
+    weights = weights.astype(out.dtype)[:, None, :, :, None]
+    total = None
+    for level in reversed(range(self.levels)):
+      place = self.levels - 1 - level
+      rows = out[:, tables.edges[place] : tables.edges[place + 1]] * weights[..., level, :]
+      total = rows if total is None else tables.steps[level].lift(total) + rows
+    return total
+
+  def _aux(self, mix: "Mix", mask, qkv, cond, tables) -> dict:
+    """Returns the layer's aux; `kept` `[b, h, levels]` are the levels that evaluation runs."""
+    b, h, _ = mix.probs.shape
+    density = mask_density(mask, qkv.layout.n, b, h)
+    # The gradient is that of the weights: a level's weight falls until it is left out.
+    kept = mix.kept + mix.probs - jax.lax.stop_gradient(mix.probs)
+    expected = (kept * tables.density).sum(-1)
+    over = jnp.maximum(0, expected.mean() / self.router.budget - 1)
+    return {
+      "density": density,
+      "cost": density.mean(),
+      "loss": self.router.penalty * over if cond.train else jnp.float32(0),
+      "probs": mix.probs,
+      "choice": mix.probs.argmax(-1).astype(jnp.int32),
+      "kept": mix.kept,
+      "expected_density": expected,
+      "entropy": entropy(mix.probs),
+      **mask_aux(mask, cond.want_masks),
+    }
+
+  # ---- counting
+
+  def shares(self, heads: int, allocation=None) -> np.ndarray:
+    """Returns the share of heads that run each level, `[levels]`: all of them unless given.
+
+    Raises:
+      ConfigError: unless there is one share in [0, 1] per level.
+    """
+    if allocation is None:
+      return np.ones(self.levels)
+    shares = np.asarray(allocation, np.float64)
+    if shares.shape != (self.levels,) or not ((shares >= 0) & (shares <= 1)).all():
+      raise ConfigError(f"{allocation=} must be {self.levels} shares of heads, each in [0, 1].")
+    return shares
+
+  def pairs(self, layout, heads, allocation=None, phase=None):
+    """Counts the levels that run: `allocation` is the share of heads that run each level."""
+    shares = self.shares(heads, allocation)
+    calls = self._count_levels(layout)
+    total = sum(
+      (call.scaled(heads * share) for call, share in zip(calls[1:], shares[1:], strict=True)),
+      calls[0].scaled(heads * shares[0]),
+    )
+    return dataclasses.replace(total, rows=float(heads * self._tiles(layout)))
+
+  def _tiles(self, layout) -> int:
+    return sum(level.tiles for level in level_layouts(layout, self.levels, self.basis))
+
+  def _count_levels(self, layout: TileLayout) -> list[CallCost]:
+    """Counts one head of each level alone, the finest first, at head dimension 1."""
+    layouts = level_layouts(layout, self.levels, self.basis)
+    calls = []
+    before = 0  # tiles of coarser levels
+    for number, level in reversed(list(enumerate(layouts))):
+      coarsest = number == self.levels - 1
+      window = level.tile_grid if coarsest else self.window
+      border = "clamp" if coarsest else self.border
+      call = count_window(level, window, border, before=before)
+      if self.mid_tiles and number == 0:
+        listed = min(math.prod(map(min, window, level.tile_grid)) + self.mid_tiles, level.tiles)
+        call = uniform(level.tiles, listed, level.tiles, 1, block=level.block, fill=level.fill)
+        call = dataclasses.replace(call, pairs=level.n * listed * level.n / level.tiles)
+      calls.append(call)
+      before += level.tiles
+    return calls[::-1]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mix:
+  """Weights of the levels, `[b, h, levels]` each, the finest level first.
+
+  Attributes:
+    probs: of the softmax.
+    weights: factors of the levels' outputs.
+    kept: whether evaluation runs a level.
+    drops: static; whether this call leaves out what is not kept.
+  """
+
+  probs: jax.Array
+  weights: jax.Array
+  kept: jax.Array
+  drops: bool = dataclasses.field(metadata={"static": True})
+
+
+class OctavesModules(nnx.Module):
+  """The method's parameters.
+
+  Attributes:
+    q_gain, k_gain: `[levels - 1, heads]`, gains of the coarse levels on top of the layer's norms.
+  """
+
+  def __init__(self, method: Octaves, dims, rngs):
+    levels = method.levels
+    self.q_gain = nnx.Param(jnp.ones((levels - 1, dims.heads)))
+    self.k_gain = nnx.Param(jnp.ones((levels - 1, dims.heads)))
+    self.router = SpectralRouter(
+      method.router, dims.heads, dims.cond_dim, levels, rngs, branches=levels
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OctavesTables:
+  """Static tables of one grid. Buffers hold the levels from coarse to fine.
+
+  Attributes:
+    steps: between levels, the finest first.
+    mask: of the whole buffer.
+    coarse: tables of the coarse levels alone, the coarsest first.
+    window: table of level 0 alone.
+    level_of_tile: int32 `[tiles]`, of the whole buffer.
+    density: float32 `[levels]`, pairs of each level over n^2, the finest first.
+    widths: static; tokens of a cell per level and axis.
+    edges: static; first row of each level in the buffer and the row behind the last, coarse first.
+  """
+
+  steps: tuple[Step, ...]
+  mask: BlockMask
+  coarse: list[BlockMask]
+  window: BlockMask
+  level_of_tile: np.ndarray
+  density: np.ndarray
+  widths: tuple = dataclasses.field(metadata={"static": True})
+  edges: tuple = dataclasses.field(metadata={"static": True})
+
+
+def _without(mask: BlockMask, kept, level_of_tile) -> BlockMask:
+  """Returns the table with empty lists where a head does not keep a tile's level."""
+  b, h, _ = kept.shape
+  counts = jnp.where(kept[..., level_of_tile], mask.kv_counts, 0)
+  ids = jnp.broadcast_to(mask.indices(), (b, h, *mask.indices().shape[2:]))
+  return BlockMask(ids, counts, mask.kv_len, None, mask.block_q, mask.block_kv)
+
+
+def _energies(values, valid) -> jax.Array:
+  """Returns log fractions of energy by level, float32 `[b, h, levels]`, of values coarse first."""
+  finest = jnp.where(jnp.asarray(valid)[:, None, None], values[-1], 0)
+  each = [jnp.square(v.astype(jnp.float32)).sum((1, 3)) for v in (finest, *reversed(values[:-1]))]
+  energy = jnp.stack(each, -1) + 1e-6
+  return jnp.log(energy / energy.sum(-1, keepdims=True))
