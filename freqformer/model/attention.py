@@ -74,8 +74,14 @@ def starting_gain(keys: float, head_dim: int) -> float:
 
 
 def keys_per_query(method: Method, layout: TileLayout, heads: int) -> float:
-  """Returns how many keys a method expects a token to see, on average over tokens and heads."""
-  return method.pairs(layout, heads).pairs / (heads * layout.n)
+  """Returns how many keys a method expects a token to see, on average over tokens and heads.
+
+  These are all tokens where a method does not count its pairs.
+  """
+  try:
+    return method.pairs(layout, heads).pairs / (heads * layout.n)
+  except NotImplementedError:
+    return float(layout.n)
 
 
 class SpectralAttention(nnx.Module):

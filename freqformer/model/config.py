@@ -138,17 +138,18 @@ class ModelConfig:
 
     Args:
       latent_shape: `(t, y, x, c)` in training.
+
+    Raises:
+      ConfigError: a method cannot serve the grid.
     """
     layout = self.layout(latent_shape)
     head_dim = self.dims.head_dim
     theta = self.rope_theta or grid_theta(layout.grid, head_dim)
-    gain = self.attention.qk_gain
-    if not gain:
-      keys = []
-      for _, method in self.runs():
-        with refusing(f"attention method {type(method).__name__}"):
-          keys.append(keys_per_query(method, layout, self.heads))
-      gain = starting_gain(max(keys), head_dim)
+    keys = []
+    for _, method in self.runs():
+      with refusing(f"attention method {type(method).__name__}"):
+        keys.append(keys_per_query(method, layout, self.heads))
+    gain = self.attention.qk_gain or starting_gain(max(keys), head_dim)
     attention = dataclasses.replace(self.attention, qk_gain=gain)
     return dataclasses.replace(self, rope_theta=theta, attention=attention)
 
