@@ -6,8 +6,8 @@
 
 The sweep trains one run per method, each about as long as the demo, and ends with a table. Model,
 codec, schedule, batches and seeds are those of configs/demo.py, so that runs differ in their
-attention alone. Densities are 0.19 to 0.24, and 1 for dense: with 18 tiles of 64 tokens they come
-in steps of 1/18, so read a loss together with the density that ran. What the routed methods spend
+attention alone. Densities are 0.19 to 0.24, and 1 for dense: with 36 tiles of 32 tokens they come
+in steps of 1/36, so read a loss together with the density that ran. What the routed methods spend
 is up to their routers; the range holds for the expected density of their priors. The training-free
 methods (adaspa, spatial_temporal) sample the dense model:
 `python eval.py --workdir=runs/methods/<dense> --method=adaspa`.
@@ -29,13 +29,13 @@ TRAINABLE = (
 def get_config():
   config = demo.get_config()
   attention = config.model.attention
-  attention.freqformer.mid_tiles = 4
-  attention.sliding_tile = dict(window=(1, 2, 2), unit="tiles")
-  # Without sink tiles: a frame has 9 of the 18 tiles, so one frame would be half of all keys.
+  attention.freqformer.mid_tiles = 11  # the prior then expects 0.19, as sliding_tile has
+  attention.sliding_tile = dict(window=(3, 2, 2), unit="tiles", border="clip", deal="octant")
+  # Without sink tiles: a layer of tiles would be a quarter of all keys.
   attention.radial = dict(decay=0.4, sink=0)
-  attention.block_topk = dict(density=4 / 18)
-  attention.sparse_linear = dict(critical=4 / 18)
-  attention.sparseflow.update(around=(2, 2), anchors=1)
+  attention.block_topk = dict(density=8 / 36)
+  attention.sparse_linear = dict(critical=8 / 36)
+  attention.sparseflow.around = (3, 3)
   attention.sparseflow.router.budget = 0.2  # as FreqFormer's
   return config
 

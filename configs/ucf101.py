@@ -28,7 +28,9 @@ def get_config():
   config.model = dict(size="S", patch=(1, 1, 1), dtype="bfloat16")
   router = dict(prior=(0.15, 0.25, 0.6), prior_slope=2.0, temperature=(1.0, 0.25), penalty=0.05)
   config.model.attention = dict(
-    tile=(4, 4, 4), freqformer=dict(anchors=1, window=(1, 3, 3), router=router)
+    tile=(4, 4, 4),
+    # Both tiles along t, and a quarter of the nearest ones of a frame to each head in turn.
+    freqformer=dict(anchors=1, window=(2, 2, 2), deal="octant", router=router),
   )
   config.train = dict(
     steps=400_000,

@@ -21,7 +21,7 @@ def get_config():
   config.model = dict(size="custom", width=24, depth=2, heads=2, patch=(1, 1, 1), mlp_ratio=2.0)
   router = dict(hidden=8, prior=(0.2, 0.3, 0.5), temperature=(1.0, 0.5))
   config.model.attention = dict(
-    block=8, freqformer=dict(mid_tiles=2, window=(1, 1, 2), router=router)
+    block=8, freqformer=dict(mid_tiles=2, window=(1, 1, 2), deal="octant", router=router)
   )
   config.train = dict(
     steps=40,

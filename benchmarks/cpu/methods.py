@@ -38,8 +38,8 @@ _QUICK = flags.DEFINE_bool(
 
 # Densities of 0.05 to 0.25 on the 128 tiles of cpu_16k; no router: the branch of a head is known.
 SETTINGS = (
-  "freqformer(allocation=(1, 1, 2), mid_tiles=8, window=(2, 3, 3))",
-  "sliding_tile(window=(12, 12, 16))",
+  "freqformer(allocation=(1, 1, 2), mid_tiles=8, window=(2, 3, 3), deal=as_is)",
+  "sliding_tile(window=(12, 12, 16), deal=as_is)",
   "radial(decay=0.25, sink=0)",
   "block_topk(density=0.1)",
   "spatial_temporal(frames=0, places=1, sink=0)",

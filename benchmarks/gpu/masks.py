@@ -151,12 +151,14 @@ class Composition:
   Attributes:
     mid_density: density of a mid head's random lists; 0: as many keys as the window has.
     ratio: compression of the low band per axis.
-    window: of the high band, in tiles; 2x4x4 tiles of 128 are 4,096 keys.
+    window, deal: of the high band, in tiles; 2x4x4 tiles of 128 are 4,096 keys. Not centred, but
+      the same lists in all heads: speed does not depend on which side they reach.
   """
 
   mid_density: float = 0.05
   ratio: tuple[int, int, int] = (4, 4, 4)
   window: tuple[int, int, int] = (2, 4, 4)
+  deal: str = "as_is"
 
   def heads(self, spec: AttentionSpec) -> tuple[int, int, int]:
     """Heads per band (low, mid, high)."""
@@ -186,7 +188,7 @@ def fused(spec: AttentionSpec, of: Composition) -> Problem:
   masks = (
     coarse_rows(kv_len, coarse_tiles, spec.block),
     full_rows(mid, kv_len, coarse_tiles),
-    full_rows(sliding_tile(layout, of.window), kv_len, coarse_tiles),
+    full_rows(sliding_tile(layout, of.window, deal=of.deal), kv_len, coarse_tiles),
   )
   choice = np.repeat(np.arange(3, dtype=np.int32), of.heads(spec))[None]
   return Problem(spec, select(masks, choice))
@@ -205,5 +207,5 @@ def separate(spec: AttentionSpec, of: Composition) -> list[Problem]:
   return [
     Problem(spec, dataclasses.replace(coarse, kv_len=kv_len), low),
     Problem(spec, lists, mid),
-    Problem(spec, sliding_tile(spec.layout, of.window), high),
+    Problem(spec, sliding_tile(spec.layout, of.window, deal=of.deal), high),
   ]

@@ -94,6 +94,7 @@ def layer_method(spec: AttentionSpec, bands: Composition):
     allocation=bands.heads(spec),
     mid_tiles=bands.mid_tiles(spec),
     window=bands.window,
+    deal=bands.deal,
   )
 
 

@@ -146,6 +146,7 @@ class Probe(Method):
 
 # Windows in tiles of 2 x 2 x 4 tokens by the number of tiles that they hold; the first of each is
 # the most cubic in tokens.
+# Those that are not centred run as in the rows on record: `deal="as_is"`.
 WINDOWS = {4: ((2, 2, 1),), 9: ((3, 3, 1), (1, 3, 3)), 18: ((3, 3, 2), (2, 3, 3)), 36: ((3, 4, 3),)}
 
 
@@ -197,7 +198,7 @@ def settings(layout, warm: int, steps: int) -> Iterator[Setting]:
     return Setting(method, variant, k, Warmed(inner, warm))
 
   def sliding(k, window):
-    inner = SlidingTile(window=window, unit="tiles")
+    inner = SlidingTile(window=window, unit="tiles", deal="as_is")
     return warmed("sliding_tile", "x".join(map(str, window)), k, inner)
 
   for k in WINDOWS:
@@ -211,7 +212,9 @@ def settings(layout, warm: int, steps: int) -> Iterator[Setting]:
     yield warmed("radial", f"decay={decay:.3g}", k, Radial(decay, 0))
   for k in (9, 18, 36):
     slack = dataclasses.replace(profile, slack=0.1)
-    own = FreqFormer(allocation="measured", mid_tiles=k, window=WINDOWS[k][0], profile=slack)
+    own = FreqFormer(
+      allocation="measured", mid_tiles=k, window=WINDOWS[k][0], deal="as_is", profile=slack
+    )
     yield Setting("freqformer", "measured", k, own)
   for frames, places, k in ((0, 0, 9), (0, 1, 18), (1, 1, 36)):
     own = SpatialTemporal(frames=frames, places=places, sink=0, profile=profile)

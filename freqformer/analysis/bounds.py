@@ -201,7 +201,7 @@ def measure(tensors: dict, layout: TileLayout, method, case: str, layer: int = 0
   rows = []
   listed = {
     "mid: top tiles": _mid(tensors, arrays, method),
-    "high: window": sliding_tile(layout, method.window, method.border),
+    "high: window": sliding_tile(layout, method.window, method.border, method.deal),
   }
   listed = {name: np.asarray(mask.to_dense())[0] for name, mask in listed.items()}
   for h in range(tensors["q"].shape[1]):
@@ -212,7 +212,7 @@ def measure(tensors: dict, layout: TileLayout, method, case: str, layer: int = 0
       if basis == CELL_MEANS:
         continue
       for kind, pairs in listed.items():
-        found[kind] = dropped(head, pairs[h if len(pairs) > 1 else 0])
+        found[kind] = dropped(head, pairs[h % len(pairs)])
       for i, band in enumerate(BANDS):
         found[f"filter: {band}"] = filtered(head, i)
     rows += [

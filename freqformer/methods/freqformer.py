@@ -34,7 +34,7 @@ from freqformer.methods.routed import RoutedMethod
 from freqformer.tables.counting import with_coarse
 from freqformer.tables.packed import coarse_rows, full_rows, packed_kv_len
 from freqformer.tables.topk import block_topk, fixed_tiles
-from freqformer.tables.window import BORDERS, count_window, sliding_tile
+from freqformer.tables.window import BORDERS, DEALS, count_window, deal_out, sliding_tile
 
 LOW = 0  # number of the low branch
 FILTERS = ("none", "qkv", "v")
@@ -54,6 +54,8 @@ class FreqFormer(RoutedMethod):
     anchors: evenly spread frames whose tile at the same place every mid list holds.
     window: of the high band, in tiles (t, y, x).
     border: of the window, "clamp" or "clip".
+    deal: of a window that cannot be centred on a tile, as in `tables.window`: "centred" refuses it,
+      "octant" gives each head one of its sides; "as_is" is what older checkpoints have.
     filter: which projections of mid and high heads are band-filtered: "none", "qkv" or "v".
     low_op: among coarse tokens, "dense" (softmax) or "linear" (softmax features): O(n) overall.
     low_shared: mid and high rows also list the coarse tiles, in one joint softmax.
@@ -67,6 +69,7 @@ class FreqFormer(RoutedMethod):
   anchors: int = 0
   window: tuple[int, int, int] = (3, 3, 3)
   border: str = "clamp"
+  deal: str = "centred"
   filter: str = "none"
   low_op: str = "dense"
   low_shared: bool = False
@@ -81,6 +84,7 @@ class FreqFormer(RoutedMethod):
     super().__post_init__()
     require_one_of(self, "filter", FILTERS)
     require_one_of(self, "border", BORDERS)
+    require_one_of(self, "deal", DEALS)
     require_one_of(self, "low_op", LOW_OPS)
     require(self, "window", least=1)
     require(self, "sink anchors summary", least=0)
@@ -104,7 +108,7 @@ class FreqFormer(RoutedMethod):
     spectral = self.basis.fit(layout)
     coarse_tiles = -(-spectral.n_coarse // layout.block)
     kv_len = packed_kv_len(spectral.n_coarse, layout.arrays().kv_len, layout.block)
-    window = sliding_tile(layout, self.window, self.border)
+    window = sliding_tile(layout, self.window, self.border, self.deal)
     low = coarse_rows(kv_len, coarse_tiles, layout.block)
     if self.low_op == "linear":  # no softmax: its rows come from the other op
       low = dataclasses.replace(low, kv_counts=np.zeros_like(low.kv_counts))
@@ -141,8 +145,8 @@ class FreqFormer(RoutedMethod):
     cells = tables.around(qkv.angles)
     packed = self._packed(qkv, routing, choice, cells)
     mid = self._mid_table(qkv, cond, tables, packed)
-    masks = (tables.low, mid, tables.high)
-    mask = select((tables.low, _for_heads(mid, choice), tables.high), choice)
+    masks = (tables.low, mid, deal_out(tables.high, h))
+    mask = select([_for_heads(mask, choice) for mask in masks], choice)
     out, _ = attention(packed.q, packed.k, packed.v, mask, implementation=qkv.implementation)
     out = self._lifted(out, packed, routing, qkv, tables)
     if self.summary:
@@ -221,7 +225,10 @@ class FreqFormer(RoutedMethod):
     measured_heads = self.allocation == "measured"
     if measured_heads and phase == "warmup":
       return even_lists(layout, heads, layout.n**2)
-    low, mid, high = _count_bands(self, layout)
+    first = 0
+    if allocation is None and not isinstance(self.allocation, str):
+      first = heads - self.allocation[-1]  # heads in order: the last ones are the high ones
+    low, mid, high = _count_bands(self, layout, heads, first)
     run = low.scaled(heads * low_share) + mid.scaled(heads * mid_share)
     run += high.scaled(heads * high_share)
     if measured_heads and phase not in (None, "run"):
@@ -233,8 +240,14 @@ class FreqFormer(RoutedMethod):
     return "run" if self.allocation == "measured" else ""
 
 
-def _count_bands(method: FreqFormer, layout: TileLayout) -> tuple[CallCost, CallCost, CallCost]:
-  """Counts a head of each band at head dimension 1; mid lists have full, random tiles."""
+def _count_bands(
+  method: FreqFormer, layout: TileLayout, heads: int, first: int
+) -> tuple[CallCost, CallCost, CallCost]:
+  """Counts a head of each band at head dimension 1; mid lists have full, random tiles.
+
+  The high band's is the average over the heads `first` to `heads - 1`, or over all if there are
+  none.
+  """
   block = layout.block
   n_coarse = coarse_tokens(method.basis, layout)
   coarse = -(-n_coarse // block)
@@ -250,7 +263,15 @@ def _count_bands(method: FreqFormer, layout: TileLayout) -> tuple[CallCost, Call
   )
   shared = method.low_shared * float(layout.n) * n_coarse
   mid = dataclasses.replace(mid, pairs=layout.n * listed * layout.n / layout.tiles + shared)
-  high = count_window(layout, method.window, method.border, before=coarse)
+  high = count_window(
+    layout,
+    method.window,
+    method.border,
+    before=coarse,
+    deal=method.deal,
+    heads=heads,
+    first=first if first < heads else 0,
+  )
   if method.low_shared:
     high = with_coarse(high, layout, n_coarse, coarse)
   return low, mid, high
@@ -265,13 +286,16 @@ def _multiplicities(spectral: SpectralTables, coarse_tiles: int) -> np.ndarray:
   return np.concatenate([coarse, np.zeros(layout.tiles)]).astype(np.float32)
 
 
-def _for_heads(mid: BlockMask, choice) -> BlockMask:
-  """Returns the layer's mid table for the heads of `choice`, which may be all heads per branch."""
-  copies = choice.shape[1] // mid.kv_counts.shape[1]
+def _for_heads(mask: BlockMask, choice) -> BlockMask:
+  """Returns a branch's table for the heads of `choice`, which may be all heads per branch."""
+  heads = mask.kv_counts.shape[1]
+  copies = choice.shape[1] // heads
+  if heads == 1 or copies == 1:
+    return mask
   return dataclasses.replace(
-    mid,
-    kv_indices=jnp.tile(mid.kv_indices, (1, copies, 1, 1)),
-    kv_counts=jnp.tile(mid.kv_counts, (1, copies, 1)),
+    mask,
+    kv_indices=jnp.tile(mask.kv_indices, (1, copies, 1, 1)),
+    kv_counts=jnp.tile(mask.kv_counts, (1, copies, 1)),
   )
 
 

@@ -37,7 +37,10 @@ class Experiment:
 
 
 # What the model did before these keys existed; records of older runs lack them.
-_BEFORE = {"rope_theta": (10_000.0,), "attention": {"qk_gain": 1.0}}
+_BEFORE = {
+  "rope_theta": (10_000.0,),
+  "attention": {"qk_gain": 1.0, "freqformer": {"deal": "as_is"}, "sliding_tile": {"deal": "as_is"}},
+}
 
 
 def experiment(config: Mapping, begun: Mapping | None = None) -> Experiment:

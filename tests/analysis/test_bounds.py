@@ -21,7 +21,7 @@ pytestmark = pytest.mark.xdist_group("bounds")
 
 SHAPE = (4, 4, 6, 4)
 LATENTS = np.random.default_rng(1).standard_normal(SHAPE).astype(np.float32)
-METHOD = FreqFormer(allocation=(1, 1, 1), mid_tiles=2, window=(1, 2, 2))
+METHOD = FreqFormer(allocation=(1, 1, 1), mid_tiles=2, window=(1, 2, 2), deal="octant")
 
 
 def check(rows):

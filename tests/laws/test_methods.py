@@ -32,7 +32,7 @@ WHOLE = SpectralBasis("block_dct", (1.0, 1.0, 1.0), (1.0, 1.0, 1.0))
 # runs with its defaults.
 SETTINGS = {
   "freqformer": [
-    dict(basis=BASIS, low_op="linear", filter="qkv", mid_tiles=3, window=(1, 2, 2)),
+    dict(basis=BASIS, low_op="linear", filter="qkv", mid_tiles=3, window=(1, 3, 3)),
     dict(
       basis=BASIS,
       allocation=(1, 3, 2),
@@ -40,6 +40,7 @@ SETTINGS = {
       sink=1,
       anchors=1,
       window=(1, 2, 2),
+      deal="octant",
       filter="v",
       low_shared=True,
       summary=2,
@@ -50,6 +51,7 @@ SETTINGS = {
       mid_tiles=3,
       window=(1, 2, 2),
       border="clip",
+      deal="octant",
     ),
   ],
   "octaves": [
@@ -63,7 +65,7 @@ SETTINGS = {
       router=RouterConfig(mode="straight_through", prior=(1, 2, 3), budget=0.1),
     ),
   ],
-  "sliding_tile": [dict(window=(1, 2, 3), unit="tiles", border="clip", rows=16)],
+  "sliding_tile": [dict(window=(1, 2, 3), unit="tiles", border="clip", deal="octant", rows=16)],
   "radial": [dict(decay=0.4)],
   "block_topk": [dict(density=0.5, sink=1)],
   # One extent at all times: `cost` is then exact, not an average over t.

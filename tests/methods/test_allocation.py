@@ -39,19 +39,31 @@ def test_counts_are_those_of_the_tables(seed):
   border = BORDERS[seed % 2]
   parts = 1 + seed % 2
   sink = int(rng.integers(1, 4))
-  table = sliding_tile(layout, window, border).refine(parts)
-  assert count_window(layout, window, border, parts) == count(table, 1)
+  deal = ("octant", "as_is")[seed % 2]
+  table = sliding_tile(layout, window, border, deal).refine(parts)
+  sides = table.kv_counts.shape[1]
+  for heads, first in ((sides, 0), (3 * sides, sides + 1)):
+    dealt = np.arange(first, heads) % sides
+    lists = {"kv_indices": table.kv_indices[:, dealt], "kv_counts": table.kv_counts[:, dealt]}
+    counted = count_window(layout, window, border, parts, deal=deal, heads=heads, first=first)
+    want = count(dataclasses.replace(table, **lists), 1, heads=heads - first)
+    assert dataclasses.astuple(counted.scaled(heads - first)) == pytest.approx(
+      dataclasses.astuple(want)
+    )
   decay = float(rng.choice([0.3, 1.0, 2.5]))
   assert count_radial(layout, decay, sink) == count(radial(layout, decay, sink), 1)
   reach = (int(rng.integers(0, 3)), int(rng.integers(0, 3)), sink)
   two = spatial_temporal(layout, *reach)
   assert count_pairs(layout, *reach) == tuple(int(mask.pairs().sum()) for mask in two)
-  method = make_method(f"freqformer(window={window}, border={border}, low_shared={seed % 3 == 0})")
+  method = make_method(
+    f"freqformer(window={window}, border={border}, deal={deal}, low_shared={seed % 3 == 0})"
+  )
   tables = method.tables(layout)
   for allocation, table in (((1, 0, 0), tables.low), ((0, 0, 1), tables.high)):
     # `longest` is that of all bands, whoever has heads
-    found = dataclasses.replace(method.pairs(layout, 1, allocation), longest=0)
-    assert found == dataclasses.replace(count(table, 1), longest=0)
+    found = dataclasses.replace(method.pairs(layout, sides, allocation), longest=0)
+    want = dataclasses.replace(count(table, 1, heads=sides), longest=0)
+    assert dataclasses.astuple(found) == pytest.approx(dataclasses.astuple(want))
 
 
 @pytest.mark.parametrize("kind", ["block_dct", "dct", "haar"])

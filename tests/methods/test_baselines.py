@@ -57,9 +57,11 @@ def test_long_tiles_are_read_in_parts_that_see_the_same(block, parts):
 
 def test_window_units():
   layout = TileLayout.fit((16, 32, 32), 128, tile=(4, 4, 8))
-  tokens, tiles = SlidingTile((9, 12, 16)), SlidingTile((3, 3, 2), unit="tiles")
-  np.testing.assert_array_equal(tokens.mask(layout).kv_indices, tiles.mask(layout).kv_indices)
-  assert tokens.mask(layout).max_kv == 18
+  for deal, whole in (("centred", (3, 3, 3)), ("octant", (3, 3, 2)), ("as_is", (3, 3, 2))):
+    tokens = SlidingTile((9, 12, 16), deal=deal).mask(layout)
+    tiles = SlidingTile(whole, unit="tiles", deal=deal).mask(layout)
+    np.testing.assert_array_equal(tokens.kv_indices, tiles.kv_indices)
+    assert tokens.max_kv == math.prod(whole)
 
 
 # ---- radial ----------------------------------------------------------------------------

@@ -14,7 +14,9 @@ from freqformer.grid.rotary import rotate
 from freqformer.methods.dense import Dense
 from freqformer.methods.freqformer import FreqFormer, WholeAxes
 from freqformer.methods.registry import method_class
+from freqformer.methods.sliding_tile import SlidingTile
 from freqformer.model.attention import AttentionDims
+from freqformer.tables.window import sliding_tile
 from tests.methods.layers import BASIS, DIMS, RAGGED, finished, layer_of, run, tokens, where
 
 
@@ -54,6 +56,22 @@ def test_planted_match_is_selected(filter_):
   _, aux = run(layer, x, where([1.0], want_masks=True), layout)
   tiles = np.asarray(aux["mask"].to_tiles())[0, :, -layout.tiles :, -layout.tiles :]
   assert tiles[:, 1, 14].all() and tiles[:, 14, 1].all()
+
+
+@pytest.mark.parametrize(
+  "method",
+  [
+    FreqFormer(basis=BASIS, allocation=(0, 0, 6), window=(2, 2, 2), deal="octant"),
+    SlidingTile(window=(2, 2, 2), unit="tiles", deal="octant"),
+  ],
+  ids=["freqformer", "sliding_tile"],
+)
+def test_heads_run_the_sides_of_their_window_in_turn(method):
+  _, aux = run(layer_of(method), tokens(), where(want_masks=True))
+  ran = np.asarray(aux["mask"].to_tiles())[0, :, -RAGGED.tiles :, -RAGGED.tiles :]
+  sides = sliding_tile(RAGGED, (2, 2, 2), deal="octant").to_tiles()[0]
+  assert len(sides) == 4
+  np.testing.assert_array_equal(ran, sides[np.arange(6) % 4])
 
 
 def test_summary_tokens_are_neutral_at_init_and_learn():

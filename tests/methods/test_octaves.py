@@ -13,7 +13,7 @@ from freqformer.grid.pyramid import cell_widths, level_layouts
 from freqformer.grid.rotary import level_theta, rotate
 from freqformer.methods.octaves import Octaves
 from freqformer.methods.parts.router import RouterConfig
-from tests.methods.layers import DIMS, RAGGED, heads_of, layer_of, run, tokens, where
+from tests.methods.layers import DIMS, RAGGED, THETA, heads_of, layer_of, run, tokens, where
 
 BIAS = np.random.default_rng(3).standard_normal((DIMS.heads, 3)).astype(np.float32)
 METHOD = Octaves(window=(1, 3, 1), threshold=0.0)
@@ -74,7 +74,7 @@ def plain(layer, x, weights):
       raw = means(raw, layouts[level - 1])
     q, k, v = np.moveaxis(raw, 4, 0).reshape(3, len(x), layout.n, DIMS.heads, d)
     cells = np.stack(np.unravel_index(np.arange(layout.n), layout.grid), -1)
-    theta = level_theta(DIMS_THETA, cell_widths(layouts)[level], d)
+    theta = level_theta(THETA, cell_widths(layouts)[level], d)
     finished = []
     modules = (layer.method.q_gain, layer.method.k_gain)
     for y, norm, gain in zip((q, k), (layer.q_norm, layer.k_norm), modules, strict=True):
@@ -104,9 +104,6 @@ def plain(layer, x, weights):
       total = total.reshape(own.shape)
     total = total + own
   return total
-
-
-DIMS_THETA = (10_000.0,) * 3
 
 
 def test_equals_the_plain_form():

@@ -31,7 +31,9 @@ def router(*prior):
 THREE = router(0.1, 0.3, 0.6)
 METHODS = {
   "freqformer": FreqFormer(basis=BASIS, filter="qkv", router=THREE),
-  "linear_low": FreqFormer(basis=BASIS, low_op="linear", window=(1, 2, 2), router=THREE),
+  "linear_low": FreqFormer(
+    basis=BASIS, low_op="linear", window=(2, 2, 2), deal="octant", router=THREE
+  ),
   "sparseflow": SparseFlow(router=router(0.6, 0.4)),
 }
 EMPTY = {"linear_low": 0, "sparseflow": 1}  # the branch whose heads list no tile

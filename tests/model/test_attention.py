@@ -1,10 +1,16 @@
 """The initial gain of the query norm."""
 
+import pathlib
+
 import numpy as np
 import pytest
 
+from freqformer.command.files import read_config
 from freqformer.model.attention import starting_gain
 from freqformer.model.config import model_config
+from freqformer.train.experiment import experiment
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("keys, head_dim", [(144, 16), (1152, 16), (32_760, 64), (1024, 128)])
@@ -39,3 +45,12 @@ def test_the_gain_follows_the_lists_of_the_method():
   assert gain(method=window) == starting_gain(9 * 64, 16)
   assert gain(layers=((0, 1, window), (1, None, "dense"))) == gain(method="dense")
   assert gain(method=window, qk_gain=1.25) == 1.25
+
+
+def test_the_demo_has_the_figures_of_the_design_page():
+  exp = experiment(read_config(ROOT / "configs" / "demo.py"))
+  assert np.round(exp.model.rope_theta).tolist() == [26, 21, 21]
+  assert round(exp.model.attention.qk_gain, 2) == 1.64
+  assert round(starting_gain(1152, 16), 2) == 2.62
+  assert starting_gain(2980, 16) < starting_gain(2981, 16) == 4
+  assert starting_gain(49_000, 128) == 1 < starting_gain(50_000, 128)

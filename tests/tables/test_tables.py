@@ -1,5 +1,6 @@
 """Each table against a slow restatement of what it should list."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -15,34 +16,73 @@ from freqformer.tables import topk
 from freqformer.tables.packed import coarse_rows, full_rows, packed_kv_len
 from freqformer.tables.topk import block_topk, fixed_tiles
 from freqformer.tables.where import tiles_where
-from freqformer.tables.window import sliding_tile
+from freqformer.tables.window import deal_out, sliding_tile
 
 RAGGED = TileLayout.fit((5, 6, 9), 32, tile=(2, 4, 4))
 
 
 @pytest.mark.parametrize("border", ["clamp", "clip"])
-@pytest.mark.parametrize("window", [(1, 1, 1), (3, 1, 3), (2, 2, 2), (9, 9, 9)])
-def test_window_lists_the_box_around_each_tile(border, window):
+@pytest.mark.parametrize("deal", ["octant", "as_is"])
+@pytest.mark.parametrize("window", [(1, 1, 1), (3, 1, 3), (2, 2, 2), (2, 3, 4), (99, 99, 99)])
+def test_window_lists_the_box_around_each_tile(border, deal, window):
   layout = TileLayout.fit((10, 12, 20), 32, tile=(2, 4, 4))
-  tiles = np.asarray(sliding_tile(layout, window, border).check().to_tiles())[0, 0]
   grid = layout.tile_grid
-  for i, query in enumerate(itertools.product(*map(range, grid))):
-    for j, key in enumerate(itertools.product(*map(range, grid))):
-      inside = True
-      for q, k, w, g in zip(query, key, window, grid, strict=True):
-        w = min(w, g) if border == "clamp" else w
-        start = q - w // 2
-        start = min(max(start, 0), g - w) if border == "clamp" else start
-        inside &= start <= k < start + w
-      assert tiles[i, j] == inside, (query, key)
-  assert tiles.diagonal().all()
-  if border == "clamp":
-    assert len(set(tiles.sum(-1))) == 1
+  tables = np.asarray(sliding_tile(layout, window, border, deal).check().to_tiles())[0]
+  even = [w % 2 == 0 for w in window]  # no even one is a whole axis
+  sides = list(itertools.product(*((0, 1) if deal == "octant" and e else (0,) for e in even)))
+  assert len(tables) == len(sides)
+  for tiles, side in zip(tables, sides, strict=True):
+    for i, query in enumerate(itertools.product(*map(range, grid))):
+      for j, key in enumerate(itertools.product(*map(range, grid))):
+        inside = True
+        for q, k, w, g, later in zip(query, key, window, grid, side, strict=True):
+          if border == "clamp" or deal == "as_is":
+            w = min(w, g)
+          start = q - w // 2 + later
+          start = min(max(start, 0), g - w) if border == "clamp" else start
+          inside &= start <= k < start + w
+        assert tiles[i, j] == inside, (query, key)
+    assert tiles.diagonal().all()
+    if border == "clamp":
+      assert len(set(tiles.sum(-1))) == 1
+
+
+@pytest.mark.parametrize("border, whole", [("clamp", True), ("clip", False)])
+def test_a_window_that_is_not_centred_is_refused(border, whole):
+  """An even extent is centred only where it is the whole axis, wherever the query is."""
+  two = TileLayout.fit((4, 12, 12), 32, tile=(2, 4, 4))  # 2 x 3 x 3 tiles
+  with pytest.raises(ValueError, match="cannot be centred along .*y and x.*deal='octant'"):
+    sliding_tile(two, (2, 2, 2), border)
+  if whole:
+    assert sliding_tile(two, (2, 3, 3), border).to_tiles().all()
+  else:
+    with pytest.raises(ValueError, match="along t: tiles"):
+      sliding_tile(two, (2, 3, 3), border)
+
+
+@pytest.mark.parametrize("heads", [8, 11])
+def test_heads_get_the_sides_in_turn(heads):
+  mask = sliding_tile(RAGGED, (2, 1, 2), deal="octant")
+  sides = mask.to_tiles()[0]
+  assert len(sides) == 4
+  dealt = deal_out(mask.with_launch(), heads)
+  np.testing.assert_array_equal(dealt.to_tiles()[0], [sides[h % 4] for h in range(heads)])
+  own = dataclasses.replace(dealt, transposed=None, launch=None).with_launch()
+  for name in ("offsets", "q_indices"):
+    found = getattr(dealt.transposed, name)
+    np.testing.assert_array_equal(found, getattr(own.transposed, name))
+  for part, of_own in ((p, getattr(own.launch, p)) for p in ("by_query", "by_key")):
+    for found, want in zip(getattr(dealt.launch, part)[:-1], of_own[:-1], strict=True):
+      np.testing.assert_array_equal(found, want)
+  with pytest.raises(ValueError, match="4 sides needs as many heads, the layer has 3"):
+    deal_out(mask, 3)
 
 
 def test_window_refuses_nonsense():
   with pytest.raises(ValueError, match="choose one of clamp, clip"):
     sliding_tile(RAGGED, (1, 1, 1), "wrap")
+  with pytest.raises(ValueError, match="choose one of centred, octant, as_is"):
+    sliding_tile(RAGGED, (1, 1, 1), deal="fair")
   with pytest.raises(ValueError, match="at least 1"):
     sliding_tile(RAGGED, (0, 1, 1))
 

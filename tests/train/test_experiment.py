@@ -47,6 +47,17 @@ def test_a_record_without_the_keys_keeps_what_ran(config):
   assert asked.attention.qk_gain == 2.0
 
 
+def test_a_record_from_before_windows_were_dealt_still_loads(config):
+  """An even window is refused in a config, and runs as it did in a record that lacks the key."""
+  for name, unit in (("freqformer", {}), ("sliding_tile", {"unit": "tiles"})):
+    old = json.loads(config.to_json())
+    own = {"window": (1, 1, 2), **unit}
+    old["model"]["attention"] |= {"method": name, name: own, "tile": (3, 3, 1), "block": 9}
+    assert of_record(old).model.attention.named(name).deal == "as_is"
+    with pytest.raises(ConfigError, match="cannot be centred along x.*deal='as_is' goes on"):
+      experiment(old)
+
+
 def test_a_model_keeps_its_theta_on_other_grids():
   """The sampler makes tables of any grid; the layers hold what the first one decided."""
   config = model_config(

@@ -1,0 +1,70 @@
+"""Rows, tables and figure of docs/evidence.md's section on theory; its prose is written by hand.
+
+  python -m benchmarks.pages.theory
+
+Rows go to results/theory.json, one per grid and slope. They are computed, nothing is measured; it
+takes a minute on two cores.
+"""
+
+import json
+import pathlib
+from collections.abc import Sequence
+
+from benchmarks import rows as row_files
+from benchmarks.pages.complexity import fill, markdown
+from freqformer.analysis import theory
+from freqformer.grid.spectrum import power_law
+from freqformer.simulation import plots
+
+ROOT = pathlib.Path(__file__).parents[2]
+DOC = ROOT / "docs" / "evidence.md"
+FIGURE = ROOT / "docs" / "figures" / "theory.png"
+ROWS = row_files.RESULTS / "theory.json"
+COMMAND = "python -m benchmarks.pages.theory"
+GRIDS = ((8, 12, 12), (8, 16, 16), (16, 32, 32), (64, 128, 128))
+SLOPES = (2.5, 3.8)
+SHOWN = "64x128x128, slope 3.8"  # in full, and in the figure
+
+
+def row(grid: tuple[int, int, int], slope: float) -> dict:
+  """Returns the answer of `freqformer.theory` for one grid and slope, as a row."""
+  found = theory.answer(theory.Question(grid), power_law(grid, slope))
+  name = f"{'x'.join(map(str, grid))}, slope {slope:g}"
+  return {"name": name, "measured": False, "slope": slope, "spectrum": f"slope {slope:g}", **found}
+
+
+def tables(rows: Sequence[dict]) -> dict[str, str]:
+  """Returns the page's tables by marker."""
+  shown = next(r for r in rows if r["name"] == SHOWN)
+  head = (f"{SHOWN}: keys seen", "keys", *(f"t = {t:g}" for t in shown["times"]))
+  lines = [
+    (name, f"{of_set['keys']:.0f}", *map(_percent, of_set["excess"]))
+    for name, of_set in shown["sets"].items()
+  ]
+  worst = []
+  for r in rows:
+    cells = [f"{_percent(max(s['excess']))} ({s['keys']:.0f})" for s in r["sets"].values()]
+    worst.append((r["name"], *cells))
+  columns = ["window + low level" if "+" in name else name for name in shown["sets"]]
+  return {
+    "theory over t": markdown(head, lines),
+    "theory over grids": markdown(("worst over t (keys)", *columns), worst),
+  }
+
+
+def _percent(x: float) -> str:
+  """Returns two digits; nothing finer than a tenth of a percent."""
+  return f"{x:,.1f}" if x < 10 else f"{x:,.0f}"
+
+
+def main() -> None:
+  """Computes the rows and remakes the page's tables and figure."""
+  found = [row(grid, slope) for grid in GRIDS for slope in SLOPES]
+  row_files.write_rows("theory", found, COMMAND)
+  rows = json.loads(ROWS.read_text())
+  DOC.write_text(fill(DOC.read_text(), tables(rows)))
+  plots.save(theory.figure(next(r for r in rows if r["name"] == SHOWN)), FIGURE)
+
+
+if __name__ == "__main__":
+  main()

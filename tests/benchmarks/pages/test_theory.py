@@ -1,0 +1,32 @@
+"""docs/evidence.md shows what the rows of its theory say, and the code still gives them."""
+
+import json
+
+import pytest
+
+from benchmarks.pages import theory
+from benchmarks.pages.complexity import fill
+from freqformer.analysis.theory import Question, answer
+from freqformer.grid.spectrum import power_law
+
+
+@pytest.fixture(scope="module")
+def stored():
+  return json.loads(theory.ROWS.read_text())
+
+
+def test_the_page_shows_the_rows(stored):
+  page = theory.DOC.read_text()
+  assert fill(page, theory.tables(stored)) == page
+  assert "figures/theory.png" in page and theory.FIGURE.exists()
+  assert len(stored) == 8 and not any(r["measured"] for r in stored)
+
+
+def test_the_stored_rows_are_today_s(stored):
+  """Two sets on the smallest grid; longer ones take seconds each."""
+  question = Question((8, 12, 12), ("window5", "octaves"))
+  for old in (r for r in stored if r["grid"] == [8, 12, 12]):
+    new = answer(question, power_law(question.grid, old["slope"]))
+    for name, of_set in new["sets"].items():
+      assert of_set["excess"] == pytest.approx(old["sets"][name]["excess"], rel=1e-3, abs=1e-4)
+    assert sum(new["mass"], []) == pytest.approx(sum(old["mass"], []), abs=1e-4)
