@@ -23,8 +23,8 @@ def make_eval_step(
   """Returns the jitted pass `(params, batch, power, tables, offset, reference) -> (sums, weight)`.
 
   `sums` has a leading axis of `buckets`, equal parts of the range of t; `weight` is what to divide
-  them by. A batch is `{"latent": [b, t, y, x, c], "label": [b], "weight": [b]}`; `offset` is its first
-  sample's number; `reference` is a `Posterior` or None. `soft` evaluates the soft mixture of
+  them by. A batch is `{"latent": [b, t, y, x, c], "label": [b], "weight": [b]}`; `offset` is its
+  first sample's number; `reference` is a `Posterior` or None. `soft` evaluates the soft mixture of
   branches instead of the hard choice.
   """
 
