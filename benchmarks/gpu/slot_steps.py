@@ -180,6 +180,17 @@ RIGHT = (
   TUNING,
 )
 
+
+def arm(name: str) -> Step:
+  """Returns a step that trains an arm of the study for 70 seconds."""
+  arguments = (f"--arm={name}", "--seconds=70")
+  return Step(name, "benchmarks.gpu.study", arguments, 160, alone=True)
+
+
+# The kernels are right: which attention learns most in equal seconds? Two arms a call.
+STUDY_1 = (FACTS, arm("octaves"), arm("window"))
+STUDY_2 = (FACTS, arm("freqformer"), arm("dense"))
+
 # The rows of what works; what hangs, or is wrong, is bisected first (`plan`).
 REST = (
   timed("dense", *_DENSE, 75),
@@ -254,11 +265,12 @@ MISBEHAVING = (
 # Two shared cores compile more slowly than sixteen.
 _REHEARSAL_PATIENCE = 3
 
-PLANS = ("first", "right", "hangs", "wrong")
+PLANS = ("first", "right", "hangs", "wrong", "study_1", "study_2")
 
 
 def plan(name: str, case: str = "") -> tuple[Step, ...]:
-  """Returns the steps of a call: the first, or the second after one that was right, hung, or wrong.
+  """Returns the steps of a call: the first, the second after one that was right, hung or wrong, or
+  a half of the study.
 
   Raises:
     ValueError: for an unknown name, or where a case must be named and is not, or must not and is.
@@ -269,10 +281,9 @@ def plan(name: str, case: str = "") -> tuple[Step, ...]:
     raise ValueError(
       "--case names the case that hangs or is wrong: give it with these two plans, and only there."
     )
-  if name == "first":
-    return FIRST
-  if name == "right":
-    return RIGHT
+  whole = {"first": FIRST, "right": RIGHT, "study_1": STUDY_1, "study_2": STUDY_2}
+  if name in whole:
+    return whole[name]
   tools = ("memcheck", "racecheck") if name == "wrong" else ()
   return (FACTS, *bisection(case), *(sanitizer(tool, after=()) for tool in tools), *REST)
 

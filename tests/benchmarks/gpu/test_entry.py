@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from benchmarks import attention, timing
-from benchmarks.gpu import code, device, slot, slot_steps, tune
+from benchmarks.gpu import code, device, slot, slot_steps, study, tune
 from benchmarks.gpu.code import ROOT
 
 # Packages that a machine with jax and numpy may lack, or have in another version.
@@ -87,8 +87,20 @@ def test_the_queues_slots_can_be_run_and_fit_a_quarter_of_an_hour():
   for options in found:
     assert slot_steps.plan(options.plan, options.case)
   assert [options.plan for options in found] == list(slot_steps.PLANS)
-  first, *others = (options.minutes for options in found)
+  first, *others = (options.minutes for options in found if "study" not in options.plan)
   assert 60 * (first + 0.4) <= 420 and first + max(others) + 2 * 2.0 <= 15
+
+
+def test_the_study_s_calls_fit_a_quarter_of_an_hour_of_their_own():
+  """The machine stays warm between both; two steps of either end before it does."""
+  found = [options for options in _slots() if "study" in options.plan]
+  assert len(found) == 2 and sum(60 * (options.minutes + 0.4) for options in found) + 120 <= 900
+  for options in found:
+    steps = slot_steps.plan(options.plan)
+    assert sum(step.seconds for step in steps[1:]) + 10 + slot.CLOSING <= 60 * options.minutes
+    for step in steps[1:]:
+      chosen = study.parser().parse_args([*step.arguments, "--minutes=1", "--out=x"])
+      assert chosen.seconds + slot_steps.START + slot_steps.MARGIN < step.seconds - 45  # compiling
 
 
 def test_every_command_of_the_queue_exists_and_can_be_pasted():

@@ -325,7 +325,7 @@ def test_output_is_read_as_it_was_meant(text, code, state, begun, wrong, unreach
 
 # ---- plans ---------------------------------------------------------------------------------------
 
-_ALL = [*plans.FIRST, *plans.RIGHT, *plans.plan("wrong", "plain")]
+_ALL = [*plans.FIRST, *plans.RIGHT, *plans.plan("wrong", "plain"), *plans.STUDY_1, *plans.STUDY_2]
 
 
 def _rows_of(step: Step) -> list[cases.Case]:
@@ -361,7 +361,7 @@ def test_plans_and_steps_are_named_or_refused():
     found = [step.name for step in plans.plan(name, "plain" if name in ("hangs", "wrong") else "")]
     assert len(set(found)) == len(found) and found[0] == "facts"
   for arguments, message in (
-    (("second",), "choose one of first, right, hangs, wrong"),
+    (("second",), "choose one of first, right, hangs, wrong, study_1, study_2"),
     (("hangs",), "--case names the case"),
     (("first", "plain"), "--case names the case"),
   ):
