@@ -210,19 +210,32 @@ def run(trial: Trial, folder: pathlib.Path, store: Store) -> dict | None:
   return store.add(rounded(row))
 
 
-def judge(restored: Run, soft: bool = False) -> dict:
-  """Returns the validation of a finished run in `BUCKETS` parts of t, see `evaluate`."""
+def judge(restored: Run, soft: bool = False, clips: int = CLIPS, batch_size: int = 0) -> dict:
+  """Returns the validation of a run in `BUCKETS` parts of t, see `evaluate`.
+
+  Args:
+    restored: the run; its experiment's data may be others than it was trained on.
+    soft: weigh all branches instead of the hard choice.
+    clips: at most.
+    batch_size: that is evaluated together; 0: the run's own.
+
+  Returns:
+    `clips`, the values of `evaluate`, and of a router `weights` `[BUCKETS, branches]`: its
+    probabilities, the mean over layers, heads and clips.
+  """
   exp: Experiment = restored.experiment
   data = open_split(exp.data, "val")
   graphdef = nnx.graphdef(restored.model)
   time_range = exp.train.time_range
   step = make_eval_step(graphdef, soft=soft, buckets=BUCKETS, time_range=time_range)
-  batches = val_batches(data, exp.train.batch_size, limit=CLIPS)
+  batches = val_batches(data, batch_size or exp.train.batch_size, limit=clips)
   tables = restored.model.tables(restored.latent_shape)
   power = channel_power(data)
   found = evaluate(step, restored.params, batches, power, tables, reference=data.reference)
-  found = {name: value for name, value in found.items() if name not in ("probs", "choice")}
-  return {"clips": min(CLIPS, len(data)), **found}
+  found.pop("choice", None)
+  if "probs" in found:
+    found["weights"] = found.pop("probs").mean((0, 2)).tolist()
+  return {"clips": min(clips, len(data)), **found}
 
 
 def rounded(value):
