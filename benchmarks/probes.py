@@ -41,12 +41,12 @@ def main(_):
   )
   for subject in found:
     if not _ARMS.value or subject.arm in _ARMS.value:
-      _measure(subject, store)
+      measure(subject, _ONLY.value or list(probes.PROBES), store)
 
 
-def _measure(subject: probes.Subject, store: Store):
-  """Writes the rows of a run that are not there."""
-  names = [name for name in _ONLY.value or probes.PROBES if not _row_of(subject, name, store)]
+def measure(subject: probes.Subject, names: list[str], store: Store):
+  """Writes the rows of a run that are not there, of the probes that fit it."""
+  names = [name for name in names if not _row_of(subject, name, store)]
   if not names:
     return
   run = load_run(subject.workdir)

@@ -178,4 +178,10 @@ def _text(found: dict | None) -> str:
   if found is None:
     return "none"
   half = "" if found["half"] is None else f" +-{found['half']:.4f}"
-  return f"{found['mean']:+.4f}{half} ({found['relative']:+.1%}, {found['seeds']} seeds)"
+  seeds = counted(found["seeds"], "seed")
+  return f"{found['mean']:+.4f}{half} ({found['relative']:+.1%}, {seeds})"
+
+
+def counted(number: int, noun: str) -> str:
+  """Returns "1 seed", "2 seeds"."""
+  return f"{number} {noun}{'s' * (number != 1)}"

@@ -15,6 +15,7 @@ from benchmarks.trained.study_summary import (
   ALL_T,
   Compared,
   Span,
+  counted,
   equal_flops,
   equal_steps,
   half_width,
@@ -71,8 +72,7 @@ class Claim:
     half = half_width(np.array(self.values))
     interval = "" if half is None else f" +- {half:.1%}"
     side = "above" if self.above else "below"
-    count = len(self.values)
-    seeds = f"{count} seed{'s' * (count > 1)}"
+    seeds = counted(len(self.values), "seed")
     mean = f"{np.mean(self.values):+.1%}"
     return f"{self.text}: {mean}{interval}, should be {side} {self.bound:+.1%} ({seeds})"
 
@@ -104,7 +104,7 @@ class Verdict:
       return f"fails: {self.otherwise}"
     if self.state == OPEN:
       seeds = min(len(claim.values) for claim in self.claims)
-      return f"open with {seeds} seed{'s' * (seeds != 1)}"
+      return f"open with {counted(seeds, 'seed')}"
     return HOLDS
 
 
