@@ -8,10 +8,12 @@ results/study_theory.json.
 """
 
 import argparse
+import dataclasses
 import pathlib
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from benchmarks import rows as row_files
 from benchmarks.pages import evidence_figures as figures
@@ -25,7 +27,15 @@ ROOT = pathlib.Path(__file__).parents[2]
 DOC = ROOT / "docs" / "evidence.md"
 FIGURES = ROOT / "docs" / "figures"
 COMMAND = "python -m benchmarks.pages.evidence"
+THEORY = "study_theory"
 AGAINST = "window"
+CAPTIONS = {
+  "regret": "regret over t, trained and predicted",
+  "curves": "regret over steps, FLOPs and seconds",
+  "weights": "what routers weigh over t",
+  "left_out": "pairs over t, and the price of leaving levels out",
+  "transfer": "regret on other clips",
+}
 _NONE = "No rows yet."
 
 
@@ -35,14 +45,41 @@ def read(folder: pathlib.Path, name: str) -> list[dict]:
   return [row for row in found if "error" not in row and not row.get("rehearsal")]
 
 
-def tables(rows: list[dict], copies: list[dict], probes: list[dict]) -> dict[str, str]:
-  """Returns the page's tables by marker.
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """All rows of the page.
 
-  Args:
-    rows: of the study's screen.
+  Attributes:
+    screen: of the study's first stage.
     copies: of its stage with planted copies.
     probes: of `benchmarks.probes`.
+    theory: of `evidence_theory`.
   """
+
+  screen: list[dict]
+  copies: list[dict]
+  probes: list[dict]
+  theory: list[dict]
+
+  @classmethod
+  def read(cls, folder: pathlib.Path) -> "Rows":
+    """Reads the measured rows of a folder, and the stored predictions."""
+    names = ("study_screen", "study_copies", "study_probes")
+    return cls(*(read(folder, name) for name in names), read(row_files.RESULTS, THEORY))
+
+
+def contents(found: Rows) -> tuple[dict[str, str], dict[str, Figure]]:
+  """Returns what stands between the page's markers, and the figures that it shows, by name."""
+  drawn = draw(found)
+  shown = tables(found.screen, found.copies, found.probes)
+  for name, caption in CAPTIONS.items():
+    image = f"![{caption}](figures/evidence_{name}.png)"
+    shown[f"study figure {name}"] = image if name in drawn else _NONE
+  return shown, drawn
+
+
+def tables(rows: list[dict], copies: list[dict], probes: list[dict]) -> dict[str, str]:
+  """Returns the page's tables by marker, of the rows that `Rows` names."""
   of_probe = {}
   for row in probes:
     of_probe.setdefault(row["probe"], []).append(row)
@@ -132,19 +169,17 @@ def _table(lines: Sequence[Sequence[str]]) -> str:
   return markdown(lines[0], lines[1:])
 
 
-def draw(rows: list[dict], probes: list[dict], predicted: list[dict], folder: pathlib.Path):
-  """Writes the figures that there are rows for."""
-  found = {"transfer": figures.transfer(probes)}
-  if rows:
-    found |= {
-      "regret": figures.regret(rows, predicted),
-      "curves": figures.curves(rows),
-      "weights": figures.weights(rows, probes, predicted),
-      "left_out": figures.left_out(rows, probes),
+def draw(found: Rows) -> dict[str, Figure]:
+  """Returns the figures that there are rows for, by name."""
+  drawn = {"transfer": figures.transfer(found.probes)}
+  if found.screen:
+    drawn |= {
+      "regret": figures.regret(found.screen, found.theory),
+      "curves": figures.curves(found.screen),
+      "weights": figures.weights(found.screen, found.probes, found.theory),
+      "left_out": figures.left_out(found.screen, found.probes),
     }
-  for name, figure in found.items():
-    if figure is not None:
-      plots.save(figure, folder / f"evidence_{name}.png")
+  return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -155,14 +190,13 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument("--page", help="file to fill", default=DOC)
   parser.add_argument("--figures", help="folder of the figures", default=FIGURES)
   args = parser.parse_args(argv)
-  if args.theory or not row_files.read_rows(row_files.RESULTS / "study_theory.json"):
-    row_files.write_rows("study_theory", evidence_theory.rows(), f"{COMMAND} --theory")
-  folder = pathlib.Path(args.rows)
-  rows = read(folder, "study_screen")
-  probes = read(folder, "study_probes")
+  if args.theory or not read(row_files.RESULTS, THEORY):
+    row_files.write_rows(THEORY, evidence_theory.rows(), f"{COMMAND} --theory")
+  shown, drawn = contents(Rows.read(pathlib.Path(args.rows)))
   page = pathlib.Path(args.page)
-  page.write_text(fill(page.read_text(), tables(rows, read(folder, "study_copies"), probes)))
-  draw(rows, probes, read(row_files.RESULTS, "study_theory"), pathlib.Path(args.figures))
+  page.write_text(fill(page.read_text(), shown))
+  for name, figure in drawn.items():
+    plots.save(figure, pathlib.Path(args.figures) / f"evidence_{name}.png")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def times() -> list[float]:
 def rows() -> list[dict]:
   """Returns a row per arm of `ARMS`, and one of the Wiener kernel's mass per level of octaves."""
   found = [_row(arm) for arm in ARMS]
-  exp = _experiment("octaves")
+  exp = experiment_of("octaves")
   levels = exp.model.attention.named("octaves").levels
   mass = np.mean([level_mass(s, levels, times(), _REACH) for s in spectra(exp.data)], 0)
   return [
@@ -54,7 +54,7 @@ def _row(arm: str) -> dict:
   Velocities that are mirror images or permutations of each other have the same spectrum up to axes,
   and stand for each other.
   """
-  exp = _experiment(arm)
+  exp = experiment_of(arm)
   ((_, method),) = exp.model.runs()
   context = context_of(method, exp.model.layout(exp.latent_shape))
   total = np.zeros(BUCKETS)
@@ -118,7 +118,8 @@ def _low_and_high(method: FreqFormer, layout: TileLayout) -> Table:
   return Table(joined, ((TileLayout.fit(grid, layout.block), cell), (layout, _TOKEN)))
 
 
-def _experiment(arm: str) -> Experiment:
+def experiment_of(arm: str) -> Experiment:
+  """Returns the configuration of an arm's runs."""
   return experiment(Trial(STAGES[STAGE], arm, 0).config())
 
 
