@@ -138,10 +138,13 @@ class OtherStatistics(FreqFormer):
 
   def energies(self, v, layout, tables):
     found = super().energies(v, layout, tables)
-    shares = found / found.sum(-1, keepdims=True)
+    # A head's own sum stays, so that the router's guard against log 0 weighs what it did.
+    total = found.sum(-1, keepdims=True)
     if self.source == "mean":
-      return jnp.broadcast_to(shares.mean(0), shares.shape)
-    return jnp.roll(shares, 1, 0) if self.source == "another" else shares
+      return (found / total).mean(0) * total
+    if self.source == "another":
+      return jnp.roll(found / total, 1, 0) * total
+    return found
 
 
 def statistics(run: Run) -> dict[str, dict]:

@@ -82,13 +82,17 @@ def test_thresholds_leave_levels_out(octaves, monkeypatch):
 def test_statistics_of_other_clips():
   layout = TileLayout.fit((2, 8, 8), 8)
   v = jax.random.normal(jax.random.key(0), (3, layout.n_buffer, 2, 4))
+  tables = FreqFormer().tables(layout)
   own, mean, another = (
-    probes.OtherStatistics(source=source).energies(v, layout.arrays(), FreqFormer().tables(layout))
+    probes.OtherStatistics(source=source).energies(v, layout.arrays(), tables)
     for source in probes.STATISTICS
   )
-  np.testing.assert_allclose(own.sum(-1), 1, rtol=1e-5)
+  np.testing.assert_array_equal(own, FreqFormer().energies(v, layout.arrays(), tables))
+  for found in (mean, another):
+    np.testing.assert_allclose(found.sum(-1), own.sum(-1), rtol=1e-5)
+  own, mean, another = (found / found.sum(-1, keepdims=True) for found in (own, mean, another))
   np.testing.assert_allclose(mean, np.broadcast_to(own.mean(0), mean.shape), rtol=1e-5)
-  np.testing.assert_allclose(another, np.roll(own, 1, 0))
+  np.testing.assert_allclose(another, np.roll(own, 1, 0), rtol=1e-5)
   assert np.abs(own - mean).max() > 0.01
   with pytest.raises(ValueError, match="source='none' must be one of own, mean, another"):
     probes.OtherStatistics(source="none")
