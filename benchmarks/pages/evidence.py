@@ -122,7 +122,11 @@ def by_setting(probes: list[dict]) -> str:
 
 
 def oracle(probes: list[dict]) -> str:
-  """Returns what a head gains at most by another branch, per part of t and of the best head."""
+  """Returns what heads gain by another branch, and what a branch matters, layer by layer.
+
+  The gain is per part of t, the mean over heads, and of the head that gains most. What a branch
+  matters is the regret of a head's worst branch less that of its best, the mean over heads and t.
+  """
   if not probes:
     return _NONE
   lines = []
@@ -132,9 +136,13 @@ def oracle(probes: list[dict]) -> str:
     gain = np.mean([found["gain"] for found in heads], 0)
     best = np.mean([found["best_gain"] for found in heads])
     cells = (f"{g:+.4f} of {r:.4f}" for g, r in zip(gain, regret, strict=True))
-    lines.append((arm, str(len(own)), *cells, f"{best:+.4f}"))
-  parts = (f"quarter {number}" for number in range(1, len(regret) + 1))
-  return markdown(("gain per head", "seeds", *parts, "best head, mean over t"), lines)
+    forced = np.array([found["forced"] for found in heads])  # [seeds, layers, heads, branches, t]
+    matters = np.ptp(forced.mean(-1), axis=3).mean((0, 2))
+    layers = ", ".join(f"{value:.4f}" for value in matters)
+    lines.append((arm, str(len(own)), *cells, f"{best:+.4f}", layers))
+  parts = (f"gain, quarter {number}" for number in range(1, len(regret) + 1))
+  head = ("one head forced", "seeds", *parts, "best head, all t", "worst less best, by layer")
+  return markdown(head, lines)
 
 
 def samples(probes: list[dict]) -> str:

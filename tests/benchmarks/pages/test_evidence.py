@@ -89,9 +89,13 @@ def test_tables_of_some_arms_and_seeds():
 
 
 def test_gains_of_forced_heads():
+  forced = np.full((2, 2, 3, 4), 0.5)
+  forced[0, 1, 2] = 0.7  # of the first layer one of two heads has a branch that is worse by .2
   heads = {"regret_buckets": [0.5] * 4, "gain": [0.01] * 4, "best_gain": 0.02}
+  heads["forced"] = forced.tolist()
   found = evidence.tables([], [], [probe("oracle", "freqformer", {"heads": heads})])
   assert "| freqformer | 1 | +0.0100 of 0.5000 |" in found["study oracle"]
+  assert found["study oracle"].endswith("| +0.0200 | 0.1000, 0.0000 |")
   assert found["study arms"] == "No rows yet."
 
 
