@@ -39,18 +39,32 @@ _DIGITS = 6
 _POLL_SECONDS = 0.5
 _WORTH_SECONDS = 60  # a trial is not begun with less time left: compiling takes half of it
 
-# Overrides of configs/fields.py, by arm.
+_METHOD = "model.attention.method"
+_BANDS = {_METHOD: "freqformer"}
+_OCTAVES = {_METHOD: "octaves"}
+# Overrides of configs/fields.py, by arm; those that the hypotheses of docs/evidence.md need first.
 ARMS = {
-  "dense": {"model.attention.method": "dense"},
-  "window": {"model.attention.method": "sliding_tile"},
-  "block_topk": {"model.attention.method": "block_topk"},
-  "freqformer": {"model.attention.method": "freqformer"},
-  # Half of the heads low, half local, whatever the clip and the timestep.
-  "fixed_split": {
-    "model.attention.method": "freqformer",
-    "model.attention.freqformer.allocation": (1, 0, 1),
+  "octaves": _OCTAVES,
+  "window": {_METHOD: "sliding_tile"},
+  # A window and one low level with its own queries, weighed: of 4^3 tokens, of 2^3 tokens.
+  "low4": _OCTAVES
+  | {
+    "model.attention.octaves.levels": 2,
+    "model.attention.octaves.factor": 4,
+    "model.attention.octaves.basis": "haar",
   },
-  "octaves": {"model.attention.method": "octaves"},
+  "freqformer": _BANDS,
+  "dense": {_METHOD: "dense"},
+  "low2": _OCTAVES | {"model.attention.octaves.levels": 2},
+  "block_topk": {_METHOD: "block_topk"},
+  # One level for every head and timestep instead of weights.
+  "octaves_hard": _OCTAVES | {"model.attention.octaves.router.mode": "straight_through"},
+  "octaves_mid": _OCTAVES | {"model.attention.octaves.mid_tiles": 8},
+  # A router that knows the timestep and the head, not the content.
+  "freqformer_time": _BANDS | {"model.attention.freqformer.router.statistics": False},
+  # Half of the heads low, half local, whatever the clip and the timestep.
+  "freqformer_fixed": _BANDS | {"model.attention.freqformer.allocation": (1, 0, 1)},
+  "freqformer_slope": _BANDS | {"model.attention.freqformer.router.prior_slope": -2.0},
 }
 
 
@@ -71,12 +85,19 @@ class Stage:
   overrides: dict = dataclasses.field(default_factory=dict)
 
 
-_COPIES = {"data.copies": 8, "data.target": "velocity"}
-# choice: what two cores can do in an evening, a night and a night.
+# Below t = .3 theory sees no difference (docs/evidence.md), and short runs learn it last.
+_SHORT = {"train.batch_size": 2, "train.time_range": (0.3, 1.0)}
+_COPIES = {"data.copies": 8, "data.target": "velocity", "train.batch_size": 2}
+# choice: what a core can do in three hours, in two nights, in a night.
 STAGES = {
-  "screen": Stage(tuple(ARMS), seeds=(0, 1), steps=300),
-  "core": Stage(tuple(ARMS), seeds=(0, 1, 2, 3, 4), steps=1200),
-  "copies": Stage(tuple(ARMS), seeds=(0, 1, 2), steps=600, overrides=_COPIES),
+  "screen": Stage(tuple(ARMS), seeds=(0, 1), steps=300, overrides=_SHORT),
+  "core": Stage(tuple(ARMS)[:6], seeds=(0, 1, 2), steps=2000, overrides=_SHORT),
+  "copies": Stage(
+    ("octaves", "octaves_mid", "window", "block_topk", "dense"),
+    seeds=(0, 1, 2),
+    steps=600,
+    overrides=_COPIES,
+  ),
 }
 _TINY = {
   "data.grid": (2, 8, 8),
@@ -193,7 +214,9 @@ def judge(restored: Run, soft: bool = False) -> dict:
   """Returns the validation of a finished run in `BUCKETS` parts of t, see `evaluate`."""
   exp: Experiment = restored.experiment
   data = open_split(exp.data, "val")
-  step = make_eval_step(nnx.graphdef(restored.model), soft=soft, buckets=BUCKETS)
+  graphdef = nnx.graphdef(restored.model)
+  time_range = exp.train.time_range
+  step = make_eval_step(graphdef, soft=soft, buckets=BUCKETS, time_range=time_range)
   batches = val_batches(data, exp.train.batch_size, limit=CLIPS)
   tables = restored.model.tables(restored.latent_shape)
   power = channel_power(data)

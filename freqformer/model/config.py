@@ -89,8 +89,8 @@ class ModelConfig:
     rope_theta: base of rotary per axis (t, y, x), or one for all; empty: from the grid that the
       model is trained on (`resolved`), and kept on all others.
     mlp_ratio: hidden width of the MLP over the width.
-    skip: add a learned multiple of the noisy latents to the velocity, per channel and timestep: most
-      of what little noise needs, so that short runs get to the rest sooner.
+    skip: add a learned multiple of the noisy latents to the velocity, per channel and timestep, so
+      that the layers need not learn it.
     dtype: of activations; parameters are float32.
     remat: recompute blocks in the backward, except attention outputs, LSE, routing and tables.
   """

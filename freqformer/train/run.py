@@ -169,9 +169,10 @@ def _validation(exp: Experiment, graphdef: nnx.GraphDef, data: Split, tables) ->
 
   It returns the results of the hard choice, or None if it was stopped.
   """
-  eval_steps = {"val": make_eval_step(graphdef)}
+  make = functools.partial(make_eval_step, graphdef, time_range=exp.train.time_range)
+  eval_steps = {"val": make()}
   if exp.train.val_soft and any(method.routed for _, method in exp.model.runs()):
-    eval_steps["val_soft"] = make_eval_step(graphdef, soft=True)
+    eval_steps["val_soft"] = make(soft=True)
   power = channel_power(data)
   reference = data.reference
   size = exp.train.batch_size

@@ -30,7 +30,7 @@ def test_every_arm_is_a_valid_config_of_its_own():
   trials = [trial for stage in study.STAGES.values() for trial in study.trials(stage)]
   digests = [trial.digest for trial in trials]  # refuses unknown keys and invalid values
   assert len(set(digests)) == len(digests)
-  split = study.Trial(study.STAGES["screen"], "fixed_split", 3)
+  split = study.Trial(study.STAGES["screen"], "freqformer_fixed", 3)
   config = split.config()
   assert config.model.attention.freqformer.allocation == (1, 0, 1) and config.seed == 3
   assert config.train.schedule == "constant" and config.train.steps == 300
