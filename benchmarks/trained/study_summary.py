@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 from scipy import stats
 
+from benchmarks.trained.study import BUCKETS
 from freqformer.pages.text import aligned
 
 CONFIDENCE = 0.95
@@ -98,9 +99,9 @@ def summary(rows: list[dict], against: str) -> str:
         f"{np.mean([row['final']['density'] for row in own]):.3f}",
       )
     )
-  count = len(rows[0]["final"]["buckets"])
   name = "buckets" if key == "loss" else "regret_buckets"
-  parts = [(f"{key} at t", *(f"{(i + 0.5) / count:.3g}" for i in range(count)))]
+  edges = np.linspace(*rows[0]["overrides"].get("train.time_range", (0, 1)), BUCKETS + 1)
+  parts = [(f"{key} at t", *(f"{place:.3g}" for place in (edges[1:] + edges[:-1]) / 2))]
   for arm in order:
     values = np.mean([row["final"][name] for row in arms[arm]], 0)
     parts.append((arm, *(f"{value:.4f}" for value in values)))

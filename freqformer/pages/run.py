@@ -251,7 +251,8 @@ def _buckets(workdir: pathlib.Path) -> str:
   if last.get("bayes_buckets"):
     bars["Bayes risk, which no model can be below"] = last["bayes_buckets"]
   count = len(last["buckets"])
-  labels = [f"{i / count:g} – {(i + 1) / count:g}" for i in range(count)]
+  edges = np.linspace(*last.get("time_range", (0, 1)), count + 1)
+  labels = [f"{low:.3g} – {high:.3g}" for low, high in zip(edges, edges[1:], strict=False)]
   figure, (axis,) = panels(1, 8.5)
   for i, (name, values) in enumerate(bars.items()):
     at = np.arange(count) + (i - (len(bars) - 1) / 2) * _BAR
