@@ -1,4 +1,4 @@
-"""Shipped configs with the tiles and windows that they had when rows and golden tables were made."""
+"""Shipped configs with the tiles and windows of the time when rows and golden tables were made."""
 
 import pathlib
 
