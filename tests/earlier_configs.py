@@ -11,11 +11,8 @@ CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 SETTINGS = {
   "demo": {
     "tile": (4, 4, 4),
-    "block": 64,
-    "freqformer.window": (1, 2, 2),
-    "freqformer.mid_tiles": 3,
-    "freqformer.border": "clamp",
     "freqformer.deal": "as_is",
+    "sparseflow.schedule.frames": (1, 2),
     "sparseflow.around": (1, 2),
   },
   "ucf101": {"freqformer.window": (1, 3, 3), "freqformer.deal": "as_is"},
