@@ -20,24 +20,32 @@ def get_config():
   # choice: sizes, learning rate and router are the demo's or near them; heads of 32, because rotary
   # positions of three axes share a head's width.
   config.model = dict(
-    size="custom", width=64, depth=4, heads=2, patch=(1, 1, 1), mlp_ratio=2.0, remat=False
+    size="custom",
+    width=64,
+    depth=4,
+    heads=2,
+    patch=(1, 1, 1),
+    mlp_ratio=2.0,
+    remat=False,
+    skip=True,
   )
   router = dict(
     hidden=32, prior=(0.15, 0.25, 0.6), prior_slope=2.0, temperature=(1.0, 0.25), penalty=0.05
   )
-  window = dict(window=(2, 3, 3), border="clip", deal="octant")
+  window = dict(window=(3, 3, 3), border="clip")
   config.model.attention = dict(
-    # 4 x 4 x 4 tiles. One head sees the tiles before, the other those behind: 0.17 of all pairs.
-    tile=(2, 4, 4),
-    block=32,
+    # 2 x 2 x 2 tiles: a window of 3 x 3 x 3 of them is 6 x 6 x 6 tokens, a twelfth of all.
+    tile=(2, 2, 2),
+    block=8,
     implementation="xla",
-    freqformer=dict(mid_tiles=6, **window, router=router),
-    # Near FreqFormer's density.
+    qk_bias=1.0,
+    octaves=window,
+    freqformer=dict(mid_tiles=20, **window, router=router),
     sliding_tile=dict(unit="tiles", **window),
-    block_topk=dict(density=11 / 64),
+    block_topk=dict(density=20 / 256),
   )
   config.train = dict(
-    steps=600, batch_size=4, lr=2e-3, warmup=50, ema=0.99, val_every=200, checkpoint_every=200
+    steps=600, batch_size=4, lr=3e-3, warmup=50, ema=0.99, val_every=200, checkpoint_every=200
   )
   config.sample = dict(steps=24, guidance=1.0)
   return config
@@ -45,5 +53,5 @@ def get_config():
 
 def sweep():
   """Yields one trial per method."""
-  for method in ("dense", "sliding_tile", "block_topk", "freqformer"):
+  for method in ("dense", "sliding_tile", "block_topk", "freqformer", "octaves"):
     yield {"model.attention.method": method}

@@ -24,6 +24,7 @@ BACK_AND_FORTH = {
   ("freqformer/command", "freqformer/analysis"),
   ("benchmarks", "benchmarks/gpu"),
   ("benchmarks", "benchmarks/cpu"),
+  ("benchmarks", "benchmarks/trained"),
 }
 # Files of one kernel implementation begin with its name.
 IMPLEMENTATIONS = ("reference", "xla", "hopper", "triton")

@@ -53,7 +53,7 @@ commands = importlib.metadata.entry_points(group="console_scripts", module="freq
 assert all(callable(command.load()) for command in commands)
 print(*sorted({command.name for command in commands}))
 sys.argv = ["freqformer-train"]
-entries.train()
+entries.evaluate()
 """
 
 

@@ -5,15 +5,12 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 
-from freqformer.data.cache import LatentCache
-from freqformer.data.fields import Fields
+from freqformer.data.sources import Split
 
 _THREADS = 4  # that read; never worker processes, whose state depends on their number
 
 
-def train_iterator(
-  split: LatentCache | Fields, batch_size: int, seed: int
-) -> grain.DatasetIterator:
+def train_iterator(split: Split, batch_size: int, seed: int) -> grain.DatasetIterator:
   """Returns endless batches `{"latent": [b, t, y, x, c], "label": [b], "index": [b]}`.
 
   Every epoch is shuffled anew from the seed. The records form one endless stream that is cut into
@@ -25,9 +22,7 @@ def train_iterator(
   return iter(stream.to_iter_dataset(options))
 
 
-def val_batches(
-  split: LatentCache | Fields, batch_size: int, limit: int = 0
-) -> Iterator[dict[str, np.ndarray]]:
+def val_batches(split: Split, batch_size: int, limit: int = 0) -> Iterator[dict[str, np.ndarray]]:
   """Yields batches in the split's order, all of one size.
 
   A batch also has `weight`, float32 `[b]`: 1, or 0 where the last one is padded.

@@ -1,8 +1,8 @@
-"""A pyramid of token grids: each level is the one before compressed by two along every axis.
+"""A pyramid of token grids: each level is the one before, compressed alike along every axis.
 
 Every level has tiles of its own, so that windows are boxes of cells at any level. Compression is a
-`SpectralBasis` with cuts at half of its rows; lifting interpolates between the cells' centres, so
-that no edge of a cell or tile is drawn into the result.
+`SpectralBasis` that keeps the lowest half (or less) of its rows; lifting interpolates between the
+cells' centres, so that no edge of a cell or tile is drawn into the result.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from freqformer.grid.layout import LayoutTables, TileLayout
 from freqformer.grid.operators import Array
 from freqformer.grid.sizes import coarse_grid
 
-HALF = (0.5, 0.5, 0.5)
 LIFTS = ("linear", "basis")
 
 
@@ -67,7 +66,9 @@ class Step:
 
 
 @functools.lru_cache(maxsize=32)
-def level_layouts(layout: TileLayout, levels: int, kind: str) -> tuple[TileLayout, ...]:
+def level_layouts(
+  layout: TileLayout, levels: int, kind: str, factor: int
+) -> tuple[TileLayout, ...]:
   """Returns the layouts of all levels, the finest first; no matrix is made, however large.
 
   Raises:
@@ -81,27 +82,31 @@ def level_layouts(layout: TileLayout, levels: int, kind: str) -> tuple[TileLayou
         f"{levels=} are too many for {layout.grid}: level {len(found)} has one cell already; "
         f"choose at most {len(found)}."
       )
-    found.append(TileLayout.fit(coarse_grid(halving(kind), fine), layout.block))
+    found.append(TileLayout.fit(coarse_grid(compression(kind, factor), fine), layout.block))
   return tuple(found)
 
 
-def halving(kind: str) -> SpectralBasis:
-  """Returns the transform between two levels."""
-  return SpectralBasis(kind, HALF, HALF)
+def compression(kind: str, factor: int) -> SpectralBasis:
+  """Returns the transform between two levels, which keeps 1 of `factor` cells along each axis."""
+  cuts = (1 / factor,) * 3
+  return SpectralBasis(kind, cuts, cuts)
 
 
 @functools.lru_cache(maxsize=8)
-def steps(layout: TileLayout, levels: int, kind: str, lift: str) -> tuple[Step, ...]:
+def steps(
+  layout: TileLayout, levels: int, kind: str, lift: str, factor: int = 2
+) -> tuple[Step, ...]:
   """Returns the `levels - 1` steps of a pyramid, the finest first.
 
   Args:
     kind: of the `SpectralBasis`.
+    factor: tokens, or cells, of a cell of the next level along an axis.
     lift: "linear", or "basis": by the transform itself, which draws its tiles' edges.
   """
-  layouts = level_layouts(layout, levels, kind)
+  layouts = level_layouts(layout, levels, kind, factor)
   found = []
   for fine, coarse in zip(layouts, layouts[1:], strict=False):
-    spectral = halving(kind).fit(fine)
+    spectral = compression(kind, factor).fit(fine)
     centres = spectral.centres
     order = np.lexsort(centres.T[::-1]).astype(np.int32)
     matrices = None

@@ -34,8 +34,9 @@ from freqformer.methods.base import Method, Projected, mask_aux, mask_density
 from freqformer.methods.parts.router import RouterConfig, SpectralRouter, entropy, probabilities
 from freqformer.tables.packed import side_by_side
 from freqformer.tables.topk import block_topk
-from freqformer.tables.window import BORDERS, count_window, sliding_tile
+from freqformer.tables.window import BORDERS, DEALS, count_window, deal_out, sliding_tile
 
+FACTORS = (2, 4, 8)
 # choice: uniform weights at the start; neither temperature nor noise, because nothing is hard.
 _ROUTER = RouterConfig(
   statistics=False, prior=(), prior_slope=0.0, temperature=(1.0, 1.0), noise=0.0, penalty=0.0
@@ -48,10 +49,13 @@ class Octaves(Method):
 
   Attributes:
     levels: of the pyramid, the token grid included; 1 is dense attention.
-    basis: kind of the `SpectralBasis` that compresses a level into the next one.
+    factor: cells of a level that the next one makes one, along every axis; a power of 2.
+    basis: kind of the `SpectralBasis` that compresses.
     lift: "linear" interpolates between cells' centres, "basis" inverts the basis.
     window: of every level but the coarsest, in tiles of that level (t, y, x).
     border: of the window, "clip" or "clamp".
+    deal: of an even window, as in `tables.window`: "centred" refuses it, "octant" gives each head
+      one of its sides.
     mid_tiles: further key tiles of level 0, the best by pooled scores, in the window's softmax.
     threshold: weight below which evaluation leaves a level out, per layer, head and sample.
     router: of the levels' weights; an empty prior is uniform. `budget` holds for the pairs that
@@ -59,10 +63,12 @@ class Octaves(Method):
   """
 
   levels: int = 3
+  factor: int = 2
   basis: str = "block_haar"
   lift: str = "linear"
   window: tuple[int, int, int] = (3, 3, 3)
   border: str = "clip"
+  deal: str = "centred"
   mid_tiles: int = 0
   threshold: float = 0.05
   router: RouterConfig = _ROUTER
@@ -76,6 +82,10 @@ class Octaves(Method):
     require_one_of(self, "basis", KINDS)
     require_one_of(self, "lift", LIFTS)
     require_one_of(self, "border", BORDERS)
+    require_one_of(self, "deal", DEALS)
+    require_one_of(self, "factor", FACTORS)
+    if self.mid_tiles and self.deal != "centred":
+      raise ValueError(f"{self.mid_tiles=} go with one window for all heads: take deal='centred'.")
     if self.router.prior and len(self.router.prior) != self.levels:
       raise ValueError(
         f"router prior {self.router.prior} must be empty or have a share for each of "
@@ -88,10 +98,10 @@ class Octaves(Method):
 
   @property
   def branches(self):
-    return tuple(f"x{2**level}" for level in range(self.levels))
+    return tuple(f"x{self.factor**level}" for level in range(self.levels))
 
   def build(self, dims, layout, rngs):
-    cheapest = min(call.pairs for call in self._count_levels(layout)) / layout.n**2
+    cheapest = min(call.pairs for call in self._count_levels(layout, dims.heads)) / layout.n**2
     if self.router.penalty and self.router.budget < cheapest:
       raise ConfigError(
         f"router.budget={self.router.budget} cannot be kept: the cheapest level costs "
@@ -100,13 +110,15 @@ class Octaves(Method):
     return OctavesModules(self, dims, rngs)
 
   def tables(self, layout):
-    layouts = level_layouts(layout, self.levels, self.basis)
-    windows = [sliding_tile(level, self.window, self.border) for level in layouts[:-1]]
+    layouts = self._layouts(layout)
+    windows = [sliding_tile(level, self.window, self.border, self.deal) for level in layouts[:-1]]
     masks = [*windows, sliding_tile(layouts[-1], layouts[-1].tile_grid)][::-1]
+    sides = max(mask.kv_counts.shape[1] for mask in masks)
+    masks = [deal_out(mask, sides) for mask in masks]
     tiles = [level.tiles for level in layouts[::-1]]
-    pairs = [call.pairs for call in self._count_levels(layout)]
+    pairs = [call.pairs for call in self._count_levels(layout, sides)]
     return OctavesTables(
-      steps=steps(layout, self.levels, self.basis, self.lift),
+      steps=steps(layout, self.levels, self.basis, self.lift, self.factor),
       mask=side_by_side(masks),
       coarse=masks[:-1],
       window=masks[-1],
@@ -129,7 +141,7 @@ class Octaves(Method):
   def _finest(self, qkv: Projected, cond, tables) -> tuple[tuple, BlockMask]:
     """Returns level 0's q, k and v, and the whole table, mid tiles included."""
     if not self.mid_tiles:
-      return (*qkv.rotated(), qkv.v), tables.mask
+      return (*qkv.rotated(), qkv.v), deal_out(tables.mask, qkv.q.shape[2])
     q, k, _, q_pool, k_pool = qkv.prepare(pooled=True)
     own = block_topk(
       cond.share(q_pool),
@@ -226,26 +238,28 @@ class Octaves(Method):
   def pairs(self, layout, heads, allocation=None, phase=None):
     """Counts the levels that run: `allocation` is the share of heads that run each level."""
     shares = self.shares(heads, allocation)
-    calls = self._count_levels(layout)
+    calls = self._count_levels(layout, heads)
     total = sum(
       (call.scaled(heads * share) for call, share in zip(calls[1:], shares[1:], strict=True)),
       calls[0].scaled(heads * shares[0]),
     )
-    return dataclasses.replace(total, rows=float(heads * self._tiles(layout)))
+    tiles = sum(level.tiles for level in self._layouts(layout))
+    return dataclasses.replace(total, rows=float(heads * tiles))
 
-  def _tiles(self, layout) -> int:
-    return sum(level.tiles for level in level_layouts(layout, self.levels, self.basis))
+  def _layouts(self, layout: TileLayout) -> tuple[TileLayout, ...]:
+    """Returns the layout of every level, the finest first."""
+    return level_layouts(layout, self.levels, self.basis, self.factor)
 
-  def _count_levels(self, layout: TileLayout) -> list[CallCost]:
-    """Counts one head of each level alone, the finest first, at head dimension 1."""
-    layouts = level_layouts(layout, self.levels, self.basis)
+  def _count_levels(self, layout: TileLayout, heads: int) -> list[CallCost]:
+    """Counts a head of each level alone, the finest first, at head dimension 1."""
+    layouts = self._layouts(layout)
     calls = []
     before = 0  # tiles of coarser levels
     for number, level in reversed(list(enumerate(layouts))):
       coarsest = number == self.levels - 1
       window = level.tile_grid if coarsest else self.window
       border = "clamp" if coarsest else self.border
-      call = count_window(level, window, border, before=before)
+      call = count_window(level, window, border, before=before, deal=self.deal, heads=heads)
       if self.mid_tiles and number == 0:
         listed = min(math.prod(map(min, window, level.tile_grid)) + self.mid_tiles, level.tiles)
         call = uniform(level.tiles, listed, level.tiles, 1, block=level.block, fill=level.fill)

@@ -25,6 +25,7 @@ class AttentionDims:
     cond_dim: of the timestep embedding.
     qk_gain: initial gain of the query norm, or 0 for `starting_gain` of the layer's method.
     theta: base of rotary per axis (t, y, x), or empty for that of the layer's grid.
+    qk_bias: spread of the initial bias that queries and keys share.
   """
 
   width: int
@@ -32,6 +33,7 @@ class AttentionDims:
   cond_dim: int
   qk_gain: float = 1.0
   theta: tuple[float, ...] = ()
+  qk_bias: float = 0.0
 
   def __post_init__(self):
     if self.heads < 1 or self.width % self.heads:
@@ -106,6 +108,10 @@ class SpectralAttention(nnx.Module):
     self.qkv = nnx.Linear(
       dims.width, 3 * dims.width, kernel_init=init, dtype=dtype, rngs=named(rngs, "qkv")
     )
+    if dims.qk_bias:
+      key = named(rngs, "qk_bias")["params"]()
+      shared = dims.qk_bias * jax.random.normal(key, (dims.width,))
+      self.qkv.bias[...] = jnp.concatenate([shared, shared, jnp.zeros(dims.width)])
     self.out = nnx.Linear(
       dims.width, dims.width, kernel_init=init, dtype=dtype, rngs=named(rngs, "out")
     )

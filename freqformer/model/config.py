@@ -35,6 +35,8 @@ class AttentionConfig:
     tile: extents of a tile (t, y, x), or empty for the best fit.
     qk_gain: initial gain of the query norm; 0: from the keys per query and the head dimension
       (`starting_gain`), of runs of layers with several methods the longest lists'.
+    qk_bias: spread of the constant that queries and keys share at the start; with rotary it makes
+      near tokens attend to each other before anything is learned. 0: none.
     implementation: of the attention kernel, or None for automatic choice.
   """
 
@@ -44,13 +46,14 @@ class AttentionConfig:
   block: int = 64
   tile: tuple[int, ...] = ()
   qk_gain: float = 0.0
+  qk_bias: float = 0.0
   implementation: str | None = None
 
   def __post_init__(self):
     for name in (self.method, *(run[2] for run in self.layers)):
       self.named(name)
     require(self, "block tile", least=1)
-    require(self, "qk_gain", least=0)
+    require(self, "qk_gain qk_bias", least=0)
     if len(self.tile) not in (0, 3):
       raise ValueError(f"tile={self.tile} must be empty or three extents (t, y, x).")
     if self.implementation is not None and self.implementation not in ALIASES:
@@ -86,6 +89,8 @@ class ModelConfig:
     rope_theta: base of rotary per axis (t, y, x), or one for all; empty: from the grid that the
       model is trained on (`resolved`), and kept on all others.
     mlp_ratio: hidden width of the MLP over the width.
+    skip: add a learned multiple of the noisy latents to the velocity, per channel and timestep, so
+      that the layers need not learn it.
     dtype: of activations; parameters are float32.
     remat: recompute blocks in the backward, except attention outputs, LSE, routing and tables.
   """
@@ -98,6 +103,7 @@ class ModelConfig:
   patch: tuple[int, int, int] = (1, 2, 2)
   rope_theta: tuple[float, ...] = ()
   mlp_ratio: float = 4.0
+  skip: bool = False
   dtype: str = "float32"
   remat: bool = True
 
@@ -122,8 +128,10 @@ class ModelConfig:
   @property
   def dims(self) -> AttentionDims:
     """Sizes of the attention layer."""
-    gain = self.attention.qk_gain
-    return AttentionDims(self.width, self.heads, self.width, gain, self.rope_theta)
+    own = self.attention
+    return AttentionDims(
+      self.width, self.heads, self.width, own.qk_gain, self.rope_theta, own.qk_bias
+    )
 
   def resolved(self, latent_shape) -> "ModelConfig":
     """Returns the config in which numbers stand for what the grid of training decides.

@@ -136,6 +136,12 @@ class VideoDiT(nnx.Module):
       first += count
     self.runs = nnx.List(runs)
     self.final = FinalLayer(config, patch, named(rngs, "final"))
+    # One assignment: flax fixes on the first one whether an attribute holds parameters.
+    self.skip = (
+      nnx.Linear(width, self.channels, kernel_init=_ZEROS, rngs=named(rngs, "skip"))
+      if config.skip
+      else None
+    )
 
   def tables(self, latent_shape) -> dict:
     """Returns everything static about a grid, to be passed to jit as an argument."""
@@ -201,7 +207,10 @@ class VideoDiT(nnx.Module):
       states.append(new)
       auxes.append(aux)
     velocity = layout.unpack(self.final(tokens, condition))
-    return unpatchify(velocity, x.shape[1:], self.config.patch), states, auxes
+    velocity = unpatchify(velocity, x.shape[1:], self.config.patch)
+    if self.skip is not None:
+      velocity += self.skip(nnx.silu(condition))[:, None, None, None] * x
+    return velocity, states, auxes
 
   def _scan(self, run, x, condition, cond: Cond, layout, tables, state):
     """Scans over the stacked layers of one run."""

@@ -28,7 +28,7 @@ _FREE = (
 _LISTED = 12  # changes that a message names
 
 
-def _settings(exp: Experiment) -> dict:
+def settings(exp: Experiment) -> dict:
   """Returns all that a run uses, by dotted key, as JSON values; no method that no layer runs."""
   values = dataclasses.asdict(exp)
   attention = exp.model.attention
@@ -40,8 +40,8 @@ def _settings(exp: Experiment) -> dict:
 
 def changes(old: Experiment, new: Experiment) -> dict[str, list]:
   """Returns `{"train.lr": [before, now], ...}`; of a changed method no settings."""
-  before = _settings(old)
-  now = _settings(new)
+  before = settings(old)
+  now = settings(new)
   return {key: [before[key], now[key]] for key in before if key in now and before[key] != now[key]}
 
 

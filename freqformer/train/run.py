@@ -12,10 +12,8 @@ from flax import nnx
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from freqformer.data.cache import LatentCache
-from freqformer.data.fields import Fields
 from freqformer.data.loader import train_iterator, val_batches
-from freqformer.data.sources import open_split
+from freqformer.data.sources import Split, open_split
 from freqformer.model.dit import VideoDiT, make_tables
 from freqformer.train.checkpoint import PACKAGES, Checkpoints
 from freqformer.train.experiment import Experiment, experiment, recorded
@@ -153,7 +151,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, resume_changed: bool = Fals
     )
 
 
-def _record(config: ConfigDict, data: LatentCache | Fields) -> dict:
+def _record(config: ConfigDict, data: Split) -> dict:
   """Returns a checkpoint's record: the config, and what a resumed run's data must agree with."""
   return {
     "config": config.to_dict(),
@@ -166,16 +164,15 @@ def _record(config: ConfigDict, data: LatentCache | Fields) -> dict:
   }
 
 
-def _validation(
-  exp: Experiment, graphdef: nnx.GraphDef, data: LatentCache | Fields, tables
-) -> Callable:
+def _validation(exp: Experiment, graphdef: nnx.GraphDef, data: Split, tables) -> Callable:
   """Returns `validate(params, stop, write)`, which writes `kind, **numbers` of each kind.
 
   It returns the results of the hard choice, or None if it was stopped.
   """
-  eval_steps = {"val": make_eval_step(graphdef)}
+  make = functools.partial(make_eval_step, graphdef, time_range=exp.train.time_range)
+  eval_steps = {"val": make()}
   if exp.train.val_soft and any(method.routed for _, method in exp.model.runs()):
-    eval_steps["val_soft"] = make_eval_step(graphdef, soft=True)
+    eval_steps["val_soft"] = make(soft=True)
   power = channel_power(data)
   reference = data.reference
   size = exp.train.batch_size

@@ -31,6 +31,7 @@ class TrainConfig:
     ema: decay of the averaged weights, ramped up as (1 + step) / (10 + step).
     label_dropout: share of samples that are trained on the null class.
     time_sampling: see `sample_time`.
+    time_range: least and largest timestep that is trained on, and validated on.
     val_every: 0 turns validation off.
     val_batches: batches per validation; 0 takes all.
     val_soft: also validate the soft mixture of branches (the soft-hard gap).
@@ -48,6 +49,7 @@ class TrainConfig:
   ema: float = 0.999
   label_dropout: float = 0.1
   time_sampling: str = "uniform"
+  time_range: tuple[float, float] = (0.0, 1.0)
   log_every: int = 10
   val_every: int = 200
   val_batches: int = 4
@@ -63,6 +65,8 @@ class TrainConfig:
     require(self, "label_dropout", least=0, most=1)
     require_one_of(self, "schedule", ("constant", "cosine"))
     require_one_of(self, "time_sampling", TIME_SAMPLING)
+    if not 0 <= self.time_range[0] < self.time_range[1] <= 1:
+      raise ValueError(f"{self.time_range=} must be two rising timesteps in [0, 1].")
 
   @property
   def warm_steps(self) -> int:
@@ -146,6 +150,8 @@ def make_train_step(graphdef, config: TrainConfig, classes: int):
     x0 = batch["latent"]
     key_time, key_noise, key_drop, key_route = jax.random.split(key, 4)
     time = sample_time(key_time, x0.shape[0], config.time_sampling)
+    first, last = config.time_range
+    time = first + (last - first) * time
     noise = sample_noise(key_noise, jnp.arange(x0.shape[0]), x0.shape[1:])
     xt, target = interpolate(x0, noise, time)
     dropped = jax.random.bernoulli(key_drop, config.label_dropout, batch["label"].shape)

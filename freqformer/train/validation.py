@@ -17,12 +17,14 @@ from freqformer.diffusion.flow import BUCKETS, interpolate, linear_velocity, sam
 _SEED = 0
 
 
-def make_eval_step(graphdef, *, soft: bool = False, buckets: int = BUCKETS):
+def make_eval_step(
+  graphdef, *, soft: bool = False, buckets: int = BUCKETS, time_range: tuple = (0.0, 1.0)
+):
   """Returns the jitted pass `(params, batch, power, tables, offset, reference) -> (sums, weight)`.
 
-  `sums` has a leading axis of `buckets`, equal parts of t; `weight` is what to divide them by. A
-  batch is `{"latent": [b, t, y, x, c], "label": [b], "weight": [b]}`; `offset` is its first
-  sample's number; `reference` is a `Posterior` or None. `soft` evaluates the soft mixture of
+  `sums` has a leading axis of `buckets`, equal parts of the range of t; `weight` is what to divide
+  them by. A batch is `{"latent": [b, t, y, x, c], "label": [b], "weight": [b]}`; `offset` is its
+  first sample's number; `reference` is a `Posterior` or None. `soft` evaluates the soft mixture of
   branches instead of the hard choice.
   """
 
@@ -37,7 +39,7 @@ def make_eval_step(graphdef, *, soft: bool = False, buckets: int = BUCKETS):
     )
 
     def bucket(i):
-      time = (i + place[:, i]) / buckets
+      time = time_range[0] + (time_range[1] - time_range[0]) * (i + place[:, i]) / buckets
       noise = sample_noise(key, (2 * index + 1) * buckets + i, x0.shape[1:])
       xt, target = interpolate(x0, noise, time)
       velocity, _, aux = nnx.merge(graphdef, params)(

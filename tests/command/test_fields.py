@@ -29,7 +29,9 @@ def small(steps=3, **data):
   config = read_config(FIELDS)
   config.data.update(dict(grid=(2, 8, 8), val_clips=6, labels="velocity") | data)
   config.model.update(dict(width=24, depth=1))
-  config.model.attention.update(dict(method="dense", tile=(2, 4, 4), implementation="reference"))
+  config.model.attention.update(
+    dict(method="dense", tile=(2, 4, 4), block=32, implementation="reference")
+  )
   config.train.update(dict(steps=steps, warmup=0, schedule="constant", label_dropout=0.5))
   config.train.update(dict(log_every=1, val_every=3, val_batches=0))
   return config

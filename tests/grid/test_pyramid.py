@@ -61,10 +61,10 @@ def test_a_ramp_is_interpolated_between_centres():
 
 
 def test_levels():
-  layouts = level_layouts(RAGGED, 4, "block_haar")
+  layouts = level_layouts(RAGGED, 4, "block_haar", 2)
   # 9 frames in tiles of 2 are 5 tiles of one cell each; then halves of what there is.
   assert [level.grid for level in layouts] == [(9, 6, 9), (5, 3, 5), (3, 2, 3), (2, 1, 2)]
   assert cell_widths(layouts)[3] == (4.5, 6.0, 4.5)
   assert {level.block for level in layouts} == {32}
   with pytest.raises(ValueError, match=r"levels=7.*\(9, 6, 9\).*choose at most 5"):
-    level_layouts(RAGGED, 7, "block_haar")
+    level_layouts(RAGGED, 7, "block_haar", 2)

@@ -64,7 +64,7 @@ def softmax(x):
 def plain(layer, x, weights):
   """Output of heads before the out projection, `[b, n, h, d]`; weights `[h, levels]`."""
   method = layer.config
-  layouts = level_layouts(RAGGED, method.levels, method.basis)
+  layouts = level_layouts(RAGGED, method.levels, method.basis, method.factor)
   flat = np.asarray(layer.qkv(RAGGED.arrays().unpack(x)), np.float64)
   d = DIMS.head_dim
   raw = flat.reshape(len(x), *RAGGED.grid, 3, DIMS.heads, d)

@@ -1,0 +1,289 @@
+"""The study of arms: runs on random fields that differ in nothing but the attention.
+
+A trial is one arm and one seed. Trials of a seed have the same clips, timesteps and noise, and the
+same initial weights where they have the same parameters, so that they are paired. A trial is
+trained by `freqformer.train.run.train`, goes on where it was stopped, and becomes one row when it
+is finished.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+from absl import logging
+from flax import nnx
+from ml_collections import ConfigDict
+
+from benchmarks.rows import Store
+from benchmarks.trained.runs import ROOT
+from freqformer.command.files import check_keys, read_config
+from freqformer.data.loader import val_batches
+from freqformer.data.sources import open_split
+from freqformer.evaluate.restore import Run, load_run
+from freqformer.train import metrics
+from freqformer.train.experiment import Experiment, experiment
+from freqformer.train.resume import settings
+from freqformer.train.run import train
+from freqformer.train.validation import channel_power, evaluate, make_eval_step
+
+CONFIG = ROOT / "configs" / "fields.py"
+BUCKETS = 8  # equal parts of t in which a finished run is judged
+CLIPS = 64  # validation clips of a finished run, each seen once in every bucket: 512 draws
+POINTS = 10  # of a learning curve
+_DIGITS = 6
+_POLL_SECONDS = 0.5
+_WORTH_SECONDS = 60  # a trial is not begun with less time left: compiling takes half of it
+
+_METHOD = "model.attention.method"
+_BANDS = {_METHOD: "freqformer"}
+_OCTAVES = {_METHOD: "octaves"}
+# Overrides of configs/fields.py, by arm; those that the hypotheses of docs/evidence.md need first.
+ARMS = {
+  "octaves": _OCTAVES,
+  "window": {_METHOD: "sliding_tile"},
+  # A window and one low level with its own queries, weighed: of 4^3 tokens, of 2^3 tokens.
+  "low4": _OCTAVES
+  | {
+    "model.attention.octaves.levels": 2,
+    "model.attention.octaves.factor": 4,
+    "model.attention.octaves.basis": "haar",
+  },
+  "freqformer": _BANDS,
+  "dense": {_METHOD: "dense"},
+  "low2": _OCTAVES | {"model.attention.octaves.levels": 2},
+  "block_topk": {_METHOD: "block_topk"},
+  # One level for every head and timestep instead of weights.
+  "octaves_hard": _OCTAVES | {"model.attention.octaves.router.mode": "straight_through"},
+  "octaves_mid": _OCTAVES | {"model.attention.octaves.mid_tiles": 8},
+  # A router that knows the timestep and the head, not the content.
+  "freqformer_time": _BANDS | {"model.attention.freqformer.router.statistics": False},
+  # Half of the heads low, half local, whatever the clip and the timestep.
+  "freqformer_fixed": _BANDS | {"model.attention.freqformer.allocation": (1, 0, 1)},
+  "freqformer_slope": _BANDS | {"model.attention.freqformer.router.prior_slope": -2.0},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """A part of the study.
+
+  Attributes:
+    arms: names of `ARMS`.
+    seeds: of training; validation clips and their noise are the same for all.
+    steps: of every trial.
+    overrides: of the config, for all arms.
+  """
+
+  arms: tuple[str, ...]
+  seeds: tuple[int, ...]
+  steps: int
+  overrides: dict = dataclasses.field(default_factory=dict)
+
+
+# Below t = .3 theory sees no difference (docs/evidence.md), and short runs learn it last.
+_SHORT = {"train.batch_size": 2, "train.time_range": (0.3, 1.0)}
+_COPIES = {"data.copies": 8, "data.target": "velocity", "train.batch_size": 2}
+# choice: what a core can do in three hours, in two nights, in a night.
+STAGES = {
+  "screen": Stage(tuple(ARMS), seeds=(0, 1), steps=300, overrides=_SHORT),
+  "core": Stage(tuple(ARMS)[:6], seeds=(0, 1, 2), steps=2000, overrides=_SHORT),
+  "copies": Stage(
+    ("octaves", "octaves_mid", "window", "block_topk", "dense"),
+    seeds=(0, 1, 2),
+    steps=600,
+    overrides=_COPIES,
+  ),
+}
+_TINY = {
+  "data.grid": (2, 8, 8),
+  "data.val_clips": 8,
+  "model.width": 24,
+  "model.depth": 1,
+  "model.attention.implementation": "reference",
+}
+# Its window covers the whole grid: both trials must come out the same, if they are paired.
+REHEARSAL = Stage(("dense", "window"), seeds=(0,), steps=4, overrides=_TINY)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+  """One run of the study."""
+
+  stage: Stage
+  arm: str
+  seed: int
+
+  @property
+  def name(self) -> str:
+    """Name of its row."""
+    return f"{self.arm}/seed{self.seed}"
+
+  @property
+  def overrides(self) -> dict:
+    """Keys of the config that differ from configs/fields.py."""
+    # A constant rate: every point of the learning curve is a finished run of fewer steps, so that
+    # arms can be compared at equal FLOPs.
+    training = {
+      "seed": self.seed,
+      "train.steps": self.stage.steps,
+      "train.schedule": "constant",
+      "train.val_every": -(-self.stage.steps // POINTS),
+      "train.val_batches": 4,
+      "train.val_soft": False,
+      "train.checkpoint_every": 100,
+    }
+    return training | self.stage.overrides | ARMS[self.arm]
+
+  def config(self) -> ConfigDict:
+    """Returns its complete config; a ConfigError names a key that does not exist."""
+    values = read_config(CONFIG).to_dict()
+    check_keys(values, self.overrides)
+    for key, value in self.overrides.items():
+      *groups, name = key.split(".")
+      group = values
+      for part in groups:
+        group = group[part]
+      group[name] = value
+    return ConfigDict(values)
+
+  @property
+  def digest(self) -> str:
+    """A short hash of all settings that the run uses."""
+    text = json.dumps(settings(experiment(self.config())), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+  def workdir(self, folder: pathlib.Path) -> pathlib.Path:
+    """Returns the folder of the run; a run with other settings has another one."""
+    return folder / f"{self.arm}-seed{self.seed}-{self.digest}"
+
+
+def trials(stage: Stage, shard: tuple[int, int] = (1, 1)) -> list[Trial]:
+  """Returns the trials of a shard (i of n), seed by seed, so that pairs are soon complete."""
+  every = [Trial(stage, arm, seed) for seed in stage.seeds for arm in stage.arms]
+  index, count = shard
+  return every[index - 1 :: count]
+
+
+def row_of(store: Store, trial: Trial) -> dict | None:
+  """Returns a trial's row, unless it is of other settings."""
+  row = store.get(trial.name)
+  return row if row and row["digest"] == trial.digest else None
+
+
+# ---- one trial ----------------------------------------------------------------------------------
+
+
+def run(trial: Trial, folder: pathlib.Path, store: Store) -> dict | None:
+  """Trains a trial in this process, or goes on with it, and writes its row; None if stopped."""
+  workdir = trial.workdir(folder)
+  train(trial.config(), workdir)
+  record = json.loads((workdir / "run.json").read_text())
+  if not record["finished"]:
+    return None
+  restored = load_run(workdir)
+  started = time.monotonic()
+  results = {"final": judge(restored)}
+  if any(method.routed for _, method in restored.model.config.runs()):
+    results["final_soft"] = judge(restored, soft=True)
+  curve = [line for line in metrics.read(workdir / "metrics.jsonl") if line["kind"] == "val"]
+  row = {
+    "name": trial.name,
+    "arm": trial.arm,
+    "seed": trial.seed,
+    "steps": restored.step,
+    "digest": trial.digest,
+    "overrides": trial.overrides,
+    "parameters": record["params"],
+    "tokens": record["tokens"],
+    "training_flops": curve[-1]["flops"],
+    "training_seconds": curve[-1]["seconds"],
+    "compile_seconds": record["seconds"]["compile"],
+    "judging_seconds": time.monotonic() - started,
+    "curve": curve,
+    **results,
+  }
+  return store.add(rounded(row))
+
+
+def judge(restored: Run, soft: bool = False) -> dict:
+  """Returns the validation of a finished run in `BUCKETS` parts of t, see `evaluate`."""
+  exp: Experiment = restored.experiment
+  data = open_split(exp.data, "val")
+  graphdef = nnx.graphdef(restored.model)
+  time_range = exp.train.time_range
+  step = make_eval_step(graphdef, soft=soft, buckets=BUCKETS, time_range=time_range)
+  batches = val_batches(data, exp.train.batch_size, limit=CLIPS)
+  tables = restored.model.tables(restored.latent_shape)
+  power = channel_power(data)
+  found = evaluate(step, restored.params, batches, power, tables, reference=data.reference)
+  found = {name: value for name, value in found.items() if name not in ("probs", "choice")}
+  return {"clips": min(CLIPS, len(data)), **found}
+
+
+def rounded(value):
+  """Returns JSON values with floats of six significant digits; arrays become lists."""
+  if isinstance(value, dict):
+    return {key: rounded(part) for key, part in value.items()}
+  if isinstance(value, list | tuple):
+    return [rounded(part) for part in value]
+  return float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value
+
+
+# ---- all trials ---------------------------------------------------------------------------------
+
+
+def run_all(
+  wanted: list[Trial],
+  store: Store,
+  arguments: list[str],
+  stop: Callable[[], bool],
+  deadline: float | None,
+) -> list[str]:
+  """Runs trials that have no row, each in a process of its own, and returns those that failed.
+
+  Args:
+    wanted: trials in order.
+    store: of rows.
+    arguments: of `python -m benchmarks.study` that a trial's process is given in addition.
+    stop: polled; True lets the running trial save itself, and ends.
+    deadline: in seconds of the monotonic clock, with the same effect, or None.
+  """
+  failed = []
+
+  def over(spare: float = 0.0) -> bool:
+    return stop() or (deadline is not None and time.monotonic() + spare > deadline)
+
+  for number, trial in enumerate(wanted, 1):
+    if row_of(store, trial):
+      continue
+    if over(_WORTH_SECONDS):
+      break
+    logging.info("trial %d of %d: %s", number, len(wanted), trial.name)
+    command = [sys.executable, "-m", "benchmarks.study", f"--run={trial.name}", *arguments]
+    process = subprocess.Popen(command, cwd=ROOT)
+    while process.poll() is None:
+      if over():
+        process.terminate()
+        process.wait()
+        break
+      time.sleep(_POLL_SECONDS)
+    if process.returncode:
+      failed.append(trial.name)
+  return failed
+
+
+def listing(wanted: list[Trial], store: Store, folder: pathlib.Path) -> list[tuple[str, ...]]:
+  """Returns lines of a table: name, settings' hash, state."""
+  lines = [("trial", "settings", "state")]
+  for trial in wanted:
+    state = "open"
+    rows = metrics.read(trial.workdir(folder) / "metrics.jsonl")
+    if rows:
+      state = f"step {rows[-1]['step']} of {trial.stage.steps}"
+    lines.append((trial.name, trial.digest, "finished" if row_of(store, trial) else state))
+  return lines
