@@ -29,6 +29,8 @@ def get_config():
     remat=False,
     skip=True,
   )
+  # The best multiple of x_t is learned at once: what is left to learn is what attention is for.
+  config.model.skip = True
   router = dict(
     hidden=32, prior=(0.15, 0.25, 0.6), prior_slope=2.0, temperature=(1.0, 0.25), penalty=0.05
   )
