@@ -31,7 +31,13 @@ from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.cost import CallCost, uniform
 from freqformer.kernels.block_sparse.table import BlockMask
 from freqformer.methods.base import Method, Projected, mask_aux, mask_density
-from freqformer.methods.parts.router import RouterConfig, SpectralRouter, entropy, probabilities
+from freqformer.methods.parts.router import (
+  RouterConfig,
+  SpectralRouter,
+  check_budget,
+  entropy,
+  probabilities,
+)
 from freqformer.tables.packed import side_by_side
 from freqformer.tables.topk import block_topk
 from freqformer.tables.window import BORDERS, DEALS, count_window, deal_out, sliding_tile
@@ -100,13 +106,11 @@ class Octaves(Method):
   def branches(self):
     return tuple(f"x{self.factor**level}" for level in range(self.levels))
 
+  def check_training(self, layout, heads):
+    check_budget(self.router, min(call.pairs for call in self._count_levels(layout, heads)), layout)
+
   def build(self, dims, layout, rngs):
-    cheapest = min(call.pairs for call in self._count_levels(layout, dims.heads)) / layout.n**2
-    if self.router.penalty and self.router.budget < cheapest:
-      raise ConfigError(
-        f"router.budget={self.router.budget} cannot be kept: the cheapest level costs "
-        f"{cheapest:.2g} on {layout.grid}; raise it, or set router.penalty=0."
-      )
+    self._count_levels(layout, dims.heads)  # refuses levels and windows that cannot be
     return OctavesModules(self, dims, rngs)
 
   def tables(self, layout):

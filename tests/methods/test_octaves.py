@@ -11,9 +11,10 @@ from flax import nnx
 from freqformer.config import ConfigError
 from freqformer.grid.pyramid import cell_widths, level_layouts
 from freqformer.grid.rotary import level_theta, rotate
+from freqformer.methods.freqformer import FreqFormer
 from freqformer.methods.octaves import Octaves
 from freqformer.methods.parts.router import RouterConfig
-from tests.methods.layers import DIMS, RAGGED, THETA, heads_of, layer_of, run, tokens, where
+from tests.methods.layers import BASIS, DIMS, RAGGED, THETA, heads_of, layer_of, run, tokens, where
 
 BIAS = np.random.default_rng(3).standard_normal((DIMS.heads, 3)).astype(np.float32)
 METHOD = Octaves(window=(1, 3, 1), threshold=0.0)
@@ -222,7 +223,9 @@ def test_refuses_grids_and_budgets():
   with pytest.raises(ConfigError, match=r"levels=8.*choose at most 5"):
     layer_of(Octaves(levels=8))
   router = dataclasses.replace(METHOD.router, penalty=0.1, budget=1e-4)
-  with pytest.raises(ConfigError, match="budget=0.0001 cannot be kept.*penalty=0"):
-    layer_of(dataclasses.replace(METHOD, router=router))
+  banded = FreqFormer(basis=BASIS, window=(1, 3, 1), router=RouterConfig(budget=1e-4))
+  for method in (dataclasses.replace(METHOD, router=router), banded):
+    with pytest.raises(ConfigError, match="budget=0.0001 cannot be kept.*penalty=0"):
+      method.check_training(RAGGED, DIMS.heads)
   with pytest.raises(ConfigError, match="3 shares of heads"):
     METHOD.pairs(RAGGED, 6, (1, 1))

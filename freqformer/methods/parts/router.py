@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from freqformer.config import require, require_one_of
+from freqformer.config import ConfigError, require, require_one_of
+from freqformer.grid.layout import TileLayout
 
 MODES = ("soft", "straight_through", "sampled")
 
@@ -149,6 +150,19 @@ def penalty(config: RouterConfig, probs: jax.Array, costs) -> jax.Array:
   """Returns `penalty * max(0, cost / budget - 1)`; probs `[b, h, branches]`, costs `[branches]`."""
   expected = (probs.mean((0, 1)) * jnp.asarray(costs, jnp.float32)).sum()
   return config.penalty * jnp.maximum(0, expected / config.budget - 1)
+
+
+def check_budget(config: RouterConfig, pairs: float, layout: TileLayout) -> None:
+  """Raises ConfigError if a penalty asks for less than the cheapest branch costs.
+
+  `pairs` are those of a head in that branch.
+  """
+  least = pairs / layout.n**2
+  if config.penalty and config.budget < least:
+    raise ConfigError(
+      f"router.budget={config.budget} cannot be kept: the cheapest branch costs {least:.2g} of "
+      f"dense attention on {layout.grid}; raise it, or set router.penalty=0."
+    )
 
 
 def entropy(probs: jax.Array) -> jax.Array:
