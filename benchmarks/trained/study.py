@@ -59,6 +59,7 @@ ARMS = {
   "block_topk": {_METHOD: "block_topk"},
   # One level for every head and timestep instead of weights.
   "octaves_hard": _OCTAVES | {"model.attention.octaves.router.mode": "straight_through"},
+  "octaves_gates": _OCTAVES | {"model.attention.octaves.router.mode": "gates"},
   "octaves_mid": _OCTAVES | {"model.attention.octaves.mid_tiles": 8},
   # A router that knows the timestep and the head, not the content.
   "freqformer_time": _BANDS | {"model.attention.freqformer.router.statistics": False},

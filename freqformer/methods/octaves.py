@@ -99,7 +99,7 @@ class Octaves(Method):
       )
     if self.router.mode == "sampled":
       raise ValueError(
-        'router mode "sampled" runs one branch; levels take "soft" or "straight_through".'
+        'router mode "sampled" draws one branch; levels take "soft", "gates" or "straight_through".'
       )
 
   @property
@@ -192,6 +192,8 @@ class Octaves(Method):
     if not drops:
       return Mix(probs, probs, kept, drops)
     weights = jnp.where(kept, probs, 0)
+    if self.router.mode == "gates":  # each level has its own share of the output
+      return Mix(probs, weights, kept, drops)
     return Mix(probs, weights / weights.sum(-1, keepdims=True), kept, drops)
 
   def _lifted(self, out, weights, tables) -> jax.Array:

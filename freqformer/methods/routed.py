@@ -53,6 +53,8 @@ class RoutedMethod(Method):
       raise ValueError(
         f"{self.allocation=} must be {words} or {len(self.branches)} head counts {branches}."
       )
+    if self.router.mode == "gates":
+      raise ValueError('router mode "gates" gives no head to a branch; it is for octaves.')
     if len(self.router.prior) != len(self.branches):
       raise ValueError(
         f"router prior {self.router.prior} must have one share per branch {branches}."

@@ -5,6 +5,8 @@ Evaluation takes the likeliest branch. Training runs in one of three ways:
   straight_through  every branch runs, weights onehot + p - sg(p): hard forward, gradients of soft
   sampled           one branch runs, drawn by Gumbel-max, output times 1 + p_c - sg(p_c): cheap,
                     *biased* (the gradient never sees the other branches' outputs)
+  gates             for octaves: every branch runs, weighed by a gate of its own; they need not sum
+                    to one
 """
 
 # choice: architecture, prior and schedules; the abstract of arXiv 2604.22808 gives only the inputs.
@@ -19,7 +21,7 @@ from flax import nnx
 from freqformer.config import ConfigError, require, require_one_of
 from freqformer.grid.layout import TileLayout
 
-MODES = ("soft", "straight_through", "sampled")
+MODES = ("soft", "straight_through", "sampled", "gates")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +124,9 @@ def temperature(config: RouterConfig, progress) -> jax.Array:
 
 
 def probabilities(logits: jax.Array, config: RouterConfig, progress) -> jax.Array:
-  """Returns the branches' distribution of logits `[b, h, branches]`, float32."""
-  return jax.nn.softmax(logits.astype(jnp.float32) / temperature(config, progress))
+  """Returns the branches' distribution, or gates, of logits `[b, h, branches]`, float32."""
+  logits = logits.astype(jnp.float32) / temperature(config, progress)
+  return jax.nn.sigmoid(logits) if config.mode == "gates" else jax.nn.softmax(logits)
 
 
 def route(logits: jax.Array, config: RouterConfig, cond) -> Routing:
