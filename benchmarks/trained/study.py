@@ -41,24 +41,29 @@ _WORTH_SECONDS = 60  # a trial is not begun with less time left: compiling takes
 
 _METHOD = "model.attention.method"
 _BANDS = {_METHOD: "freqformer"}
-_OCTAVES = {_METHOD: "octaves"}
+# Before the first trial weights began uniform; the arm `octaves_prior` has today's default.
+_UNIFORM = {"model.attention.octaves.router.prior_slope": 0.0}
+_OCTAVES = {_METHOD: "octaves"} | _UNIFORM
+_TILTED = {_METHOD: "octaves"}
+_LOW4 = {
+  "model.attention.octaves.levels": 2,
+  "model.attention.octaves.factor": 4,
+  "model.attention.octaves.basis": "haar",
+}
 # Overrides of configs/fields.py, by arm; those that the hypotheses of docs/evidence.md need first.
 ARMS = {
   "octaves": _OCTAVES,
   "window": {_METHOD: "sliding_tile"},
   # A window and one low level with its own queries, weighed: of 4^3 tokens, of 2^3 tokens.
-  "low4": _OCTAVES
-  | {
-    "model.attention.octaves.levels": 2,
-    "model.attention.octaves.factor": 4,
-    "model.attention.octaves.basis": "haar",
-  },
+  "low4": _OCTAVES | _LOW4,
   "freqformer": _BANDS,
   "dense": {_METHOD: "dense"},
   "low2": _OCTAVES | {"model.attention.octaves.levels": 2},
   "block_topk": {_METHOD: "block_topk"},
   # One level for every head and timestep instead of weights.
   "octaves_hard": _OCTAVES | {"model.attention.octaves.router.mode": "straight_through"},
+  "octaves_prior": _TILTED,
+  "low4_prior": _LOW4 | _TILTED,
   "octaves_gates": _OCTAVES | {"model.attention.octaves.router.mode": "gates"},
   "octaves_mid": _OCTAVES | {"model.attention.octaves.mid_tiles": 8},
   # A router that knows the timestep and the head, not the content.

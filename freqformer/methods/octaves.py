@@ -43,9 +43,11 @@ from freqformer.tables.topk import block_topk
 from freqformer.tables.window import BORDERS, DEALS, count_window, deal_out, sliding_tile
 
 FACTORS = (2, 4, 8)
-# choice: uniform weights at the start; neither temperature nor noise, because nothing is hard.
+# choice: neither temperature nor noise, because nothing is hard. The slope is about what the Wiener
+# kernel's mass per level has over t (docs/evidence.md): from uniform weights the fine levels are
+# left before they have learned what they are for.
 _ROUTER = RouterConfig(
-  statistics=False, prior=(), prior_slope=0.0, temperature=(1.0, 1.0), noise=0.0, penalty=0.0
+  statistics=False, prior=(), prior_slope=8.0, temperature=(1.0, 1.0), noise=0.0, penalty=0.0
 )
 
 
@@ -305,7 +307,7 @@ class OctavesModules(nnx.Module):
     self.q_gain = nnx.Param(jnp.ones((levels - 1, dims.heads)))
     self.k_gain = nnx.Param(jnp.ones((levels - 1, dims.heads)))
     self.router = SpectralRouter(
-      method.router, dims.heads, dims.cond_dim, levels, rngs, branches=levels
+      method.router, dims.heads, dims.cond_dim, levels, rngs, np.linspace(-0.5, 0.5, levels)
     )
 
 

@@ -17,7 +17,8 @@ from freqformer.methods.parts.router import RouterConfig
 from tests.methods.layers import BASIS, DIMS, RAGGED, THETA, heads_of, layer_of, run, tokens, where
 
 BIAS = np.random.default_rng(3).standard_normal((DIMS.heads, 3)).astype(np.float32)
-METHOD = Octaves(window=(1, 3, 1), threshold=0.0)
+FLAT = dataclasses.replace(Octaves().router, prior_slope=0.0)
+METHOD = Octaves(window=(1, 3, 1), threshold=0.0, router=FLAT)
 
 
 def drawn(method=METHOD):
@@ -190,6 +191,23 @@ def test_mid_tiles_find_a_far_match():
   own = np.arange(tiles) + mask.kv_tiles - tiles
   assert (np.asarray(mask.kv_indices)[..., -tiles:, :2] == own[:, None]).any(-1).all()
   assert np.asarray(static.kv_counts)[..., -tiles:].max() == 1
+
+
+def test_weights_begin_fine_at_little_noise_and_coarse_at_much():
+  router = dataclasses.replace(METHOD.router, prior_slope=6.0)
+  probs = run(layer_of(dataclasses.replace(METHOD, router=router)), tokens())[1]["probs"]
+  # Times are 0.3 and 0.9: logits differ by 6 (t - 1/2) from the finest level to the coarsest.
+  for sample, rise in zip(probs, (-1.2, 2.4), strict=True):
+    want = softmax(np.array([-rise / 2, 0, rise / 2]))
+    np.testing.assert_allclose(sample, np.broadcast_to(want, (DIMS.heads, 3)), rtol=1e-5)
+
+
+def test_gates_do_not_compete():
+  router = dataclasses.replace(METHOD.router, mode="gates")
+  layer = drawn(dataclasses.replace(METHOD, router=router))
+  x = tokens()
+  want = plain(layer, x, 1 / (1 + np.exp(-BIAS.astype(np.float64))))
+  np.testing.assert_allclose(heads_of(layer, x), want, atol=2e-5)
 
 
 def test_statistics_of_content_reach_the_weights():

@@ -13,9 +13,11 @@ Evaluation takes the likeliest branch. Training runs in one of three ways:
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from freqformer.config import ConfigError, require, require_one_of
@@ -34,7 +36,8 @@ class RouterConfig:
     statistics: also feed log energy fractions of each head's values (off: timestep and head only).
     prior: initial share of heads per branch; most heads local is what the evidence supports. Empty,
       where a method allows it: uniform.
-    prior_slope: times (t - 1/2), added to the first branch's logit: more global at high noise.
+    prior_slope: times (t - 1/2), added to the first branch's logit: more global at high noise. Of
+      octaves the coarsest level's logit rises by it over the finest one's, others in between.
     temperature: of the softmax at the start and the end of training, geometric in between.
     budget: expected cost per head, relative to dense, above which the penalty starts.
     penalty: weight of the penalty `max(0, cost / budget - 1)`.
@@ -77,7 +80,11 @@ class Routing:
 
 
 class SpectralRouter(nnx.Module):
-  """A shared two-layer network over heads with a learned bias per head; one per layer."""
+  """A shared two-layer network over heads with a learned bias per head; one per layer.
+
+  Args:
+    tilt: factor of `prior_slope` in each branch's logit; None: 1 in the first, 0 in the others.
+  """
 
   def __init__(
     self,
@@ -86,10 +93,12 @@ class SpectralRouter(nnx.Module):
     cond_dim: int,
     stats: int,
     rngs: nnx.Rngs,
-    branches: int = 0,
+    tilt: Sequence[float] | None = None,
   ):
+    if tilt is None:
+      tilt = np.eye(len(config.prior))[0]
+    branches = len(tilt)
     prior = config.prior or (1.0,) * branches
-    branches = len(prior)
     hidden = config.hidden
     self.config = config
     self.time = nnx.Linear(cond_dim, hidden, rngs=rngs)
@@ -102,7 +111,8 @@ class SpectralRouter(nnx.Module):
     self.bias = nnx.Param(
       prior + config.noise * jax.random.normal(rngs.params(), (heads, branches))
     )
-    self.slope = nnx.Param(jnp.zeros((heads, branches)).at[:, 0].set(config.prior_slope))
+    slope = config.prior_slope * jnp.asarray(tilt, jnp.float32)
+    self.slope = nnx.Param(jnp.broadcast_to(slope, (heads, branches)))
 
   def logits(self, embedding: jax.Array, time: jax.Array, stats: jax.Array | None) -> jax.Array:
     """Computes `[b, h, branches]` from embedding `[b, cond_dim]`, time `[b]`, stats `[b, h, s]`."""
