@@ -31,6 +31,7 @@ def get_config():
     tile=(8, 2, 4),
     implementation="xla",
     freqformer=dict(mid_tiles=3, window=(1, 2, 2), deal="octant", router=router),
+    octaves=dict(window=(1, 2, 2), deal="octant"),
     # Other methods that `method` or `layers` can name, near FreqFormer's density. With one layer of
     # tiles SparseFlow is sparse in space alone; configs/methods.py has tiles of two frames.
     sparseflow=dict(

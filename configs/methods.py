@@ -18,6 +18,7 @@ from configs import demo
 TRAINABLE = (
   "dense",
   "freqformer",
+  "octaves",
   "sparseflow",
   "sliding_tile",
   "radial",
@@ -35,6 +36,7 @@ def get_config():
   window = dict(window=(3, 2, 2), border="clip", deal="octant")
   # At 11 tiles the prior expects 0.19, as sliding_tile has.
   attention.freqformer.update(mid_tiles=11, **window)
+  attention.octaves.update(**window)
   attention.sliding_tile = dict(unit="tiles", **window)
   # Without sink tiles: a layer of tiles would be a quarter of all keys.
   attention.radial = dict(decay=0.4, sink=0)
