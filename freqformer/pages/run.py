@@ -263,6 +263,8 @@ def _buckets(workdir: pathlib.Path) -> str:
   _legend(axis)
   head = ["mean-square velocity error", *(f"t {label}" for label in labels)]
   numbers = [(name, *map(float, values)) for name, values in bars.items()]
+  if "density_buckets" in last:
+    numbers.append(("density of attention", *map(float, last["density_buckets"])))
   return image(figure, "loss by timestep") + table(head, numbers)
 
 
@@ -306,7 +308,7 @@ def heatmap(routing: dict) -> Figure:
 @shown(
   "Routing",
   "routing.json",
-  "Which branch each head is given, by timestep: t near 1 is noise, t near 0 is video.",
+  "Which branch each head is given, or what its levels weigh, by timestep: t near 1 is noise.",
 )
 def _routing(workdir: pathlib.Path) -> str:
   writer = "train.py, at a validation, of a method with a router"
