@@ -54,6 +54,9 @@ def main(_):
     if _AGAINST.value not in {row["arm"] for row in found}:
       raise ConfigError(f"{rows} has no row of {_AGAINST.value}; run that arm first.")
     print(summary(found, _AGAINST.value))
+    now = {trial.name: trial.digest for trial in study.trials(stage)}
+    if other := [row["name"] for row in found if row["digest"] != now.get(row["name"])]:
+      print(f"Not of the settings that these trials have now: {', '.join(other)}.")
   elif _LIST.value:
     print(aligned(study.listing(wanted, store, runs)))
   elif _RUN.value:
