@@ -88,7 +88,7 @@ def curves(rows: list[dict]) -> Figure:
 
 
 def weights(rows: list[dict], probes: list[dict], predicted: list[dict]) -> Figure | None:
-  """Draws what routers weigh over t: the levels of octaves beside theory, and low heads.
+  """Draws what routers weigh over t, beside theory: levels of octaves, windows, low bands.
 
   Returns:
     The figure; None if no row has a routing.
@@ -96,22 +96,40 @@ def weights(rows: list[dict], probes: list[dict], predicted: list[dict]) -> Figu
   routed = [(row, routing_of(row, probes)) for row in rows]
   routed = [(row, found) for row, found in routed if found is not None]
   octaves = [(row, found) for row, found in routed if row["arm"] == "octaves"]
-  low = [row | {"low": [shares[0] for shares in found]} for row, found in routed]
-  low = [row for row in low if row["arm"].startswith("freqformer")]
-  if not octaves and not low:
+  first = [row | {"first": [shares[0] for shares in found]} for row, found in routed]
+  one_level = [row for row in first if row["arm"] in ("low2", "low4")]
+  bands = [row for row in first if row["arm"].startswith("freqformer")]
+  count = sum(map(bool, (octaves, one_level, bands)))
+  if not count:
     return None
-  figure, axes = _panels(bool(octaves) + bool(low))
+  figure, axes = _panels(count)
+  panels = iter(axes)
   if octaves:
-    _draw_levels(axes[0], octaves, predicted)
-  if low:
-    for arm, own in by_name(low).items():
-      places = middles(own[0], len(own[0]["low"]))
-      _thin_and_mean(axes[-1], arm, [places] * len(own), [row["low"] for row in own])
-    axes[-1].set(title="freqformer: probability of the low band")
+    _draw_levels(next(panels), octaves, predicted)
+  if one_level:
+    axis = next(panels)
+    _draw_first(axis, one_level)
+    for row in predicted:
+      if "mass" in row:
+        inside = [shares[0] for shares in row["mass"]]
+        axis.plot(row["times"], inside, "--", color="grey", label="theory")
+    axis.set(title="weight of the window beside a low level")
+  if bands:
+    axis = next(panels)
+    _draw_first(axis, bands)
+    axis.set(title="freqformer: probability of the low band")
   for axis in axes:
-    axis.set(xlabel=_NOISE, ylim=(0, 1), ylabel="mean over layers and heads")
+    axis.set(xlabel=_NOISE, ylim=(0, 1))
+  axes[0].set(ylabel="mean over layers and heads")
   _legends(*axes)
   return figure
+
+
+def _draw_first(axis: Axes, rows: list[dict]):
+  """Draws each arm's share of the first branch."""
+  for arm, own in by_name(rows).items():
+    places = middles(own[0], len(own[0]["first"]))
+    _thin_and_mean(axis, arm, [places] * len(own), [row["first"] for row in own])
 
 
 def _draw_levels(axis: Axes, routed: list[tuple[dict, list]], predicted: list[dict]):

@@ -284,18 +284,18 @@ def _any_run(run: Run) -> bool:
   return isinstance(run.experiment.data, FieldsConfig)
 
 
+def _routed(run: Run) -> bool:
+  return method_of(run).routed
+
+
 def _weighed(run: Run) -> bool:
   method = method_of(run)
-  return isinstance(method, Octaves) and method.levels > 1 and method.router.mode == "soft"
-
-
-def _routed(run: Run) -> bool:
-  method = method_of(run)
-  return isinstance(method, FreqFormer) and method.routed
+  return isinstance(method, Octaves) and method.router.mode == "soft"
 
 
 def _reads_content(run: Run) -> bool:
-  return _routed(run) and method_of(run).router.statistics
+  method = method_of(run)
+  return isinstance(method, FreqFormer) and method.routed and method.router.statistics
 
 
 @dataclasses.dataclass(frozen=True)

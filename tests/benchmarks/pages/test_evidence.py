@@ -127,6 +127,12 @@ def test_figures_of_weights_levels_and_transfer(predicted):
   np.testing.assert_allclose(levels["cells of 4: learned"].get_ydata(), 0.5)
   assert "cells of 4: theory" in levels and len(weights.axes) == 1  # no row of freqformer
   assert evidence_figures.weights(ROWS, [], predicted) is None
+  rows = [row(arm, 0, 1.0) for arm in ("low4", "freqformer")]
+  for each in rows:
+    each["final"]["weights"] = LEVELS
+  window, low = map(lines_of, evidence_figures.weights(rows, [], predicted).axes)
+  assert set(window) == {"low4", "theory"} and set(low) == {"freqformer"}
+  np.testing.assert_allclose(window["low4"].get_ydata(), 0.2)
   density, change = evidence_figures.left_out(ROWS, PROBES).axes
   np.testing.assert_allclose(lines_of(density)["octaves"].get_ydata(), 0.01)
   np.testing.assert_allclose(lines_of(change)["octaves"].get_ydata(), 100 / 9, rtol=1e-5)
