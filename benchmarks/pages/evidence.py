@@ -87,6 +87,7 @@ def tables(rows: list[dict], copies: list[dict], probes: list[dict]) -> dict[str
     "study outcome": outcome(rows, copies, probes),
     "study arms": _table(arm_lines(rows, AGAINST)) if rows else _NONE,
     "study over t": _table(part_lines(rows)) if rows else _NONE,
+    "study layers": by_setting(of_probe.get("layers", [])),
     "study transfer": by_setting(of_probe.get("transfer", [])),
     "study thresholds": by_setting(of_probe.get("threshold", [])),
     "study statistics": by_setting(of_probe.get("statistics", [])),

@@ -39,6 +39,7 @@ _SAMPLING_STEPS = 24
 _ORACLE_PARTS = 4  # of t
 # A logit that decides, whatever the others are.
 _DECIDED = 1e3
+_BIAS = "router/bias"  # [layers, heads, branches]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +120,22 @@ def threshold(run: Run) -> dict[str, dict]:
   return found
 
 
+def layers(run: Run) -> dict[str, dict]:
+  """Judges a run whose layers' attention reaches the tokens no more, one layer at a time."""
+  depth = leaf_of(run.params, "attention/out/kernel").shape[0]
+  found = {"all layers": judge(run, clips=CLIPS)}
+  for layer in range(depth):
+    params = without_attention(run.params, layer)
+    found[f"without {layer + 1}"] = judge(dataclasses.replace(run, params=params), clips=CLIPS)
+  return found
+
+
+def without_attention(params, layer: int):
+  """Returns parameters of a model with one run of layers in which a layer's attention gives 0."""
+  kernel = leaf_of(params, "attention/out/kernel")
+  return with_leaf(params, kernel, kernel.at[layer].set(0))
+
+
 STATISTICS = ("own", "mean", "another")
 
 
@@ -189,7 +206,7 @@ def oracle(run: Run) -> dict[str, dict]:
 
   routed = regret(run.params)
   forced = np.stack([regret(params) for params in forced_routings(run.params)], 1)
-  forced = forced.reshape(2, *_bias(run.params).shape, _ORACLE_PARTS)
+  forced = forced.reshape(2, *leaf_of(run.params, _BIAS).shape, _ORACLE_PARTS)
   chosen = forced[0].argmin(2)
   judged = np.take_along_axis(forced[1], chosen[:, :, None], 2)[:, :, 0]
   gain = routed[1] - judged  # [layers, heads, parts]
@@ -204,18 +221,22 @@ def oracle(run: Run) -> dict[str, dict]:
   }
 
 
-def _bias(params) -> jax.Array:
-  """Returns the router's bias `[layers, heads, branches]` of a model with one run of layers."""
-  (found,) = (leaf for name, leaf in flatten(params).items() if name.endswith("router/bias"))
+def forced_routings(params):
+  """Yields parameters with one head forced to one branch: by layer, head and branch."""
+  bias = leaf_of(params, _BIAS)
+  for place in np.ndindex(*bias.shape):
+    yield with_leaf(params, bias, bias.at[place].add(_DECIDED))
+
+
+def leaf_of(params, name: str) -> jax.Array:
+  """Returns the one leaf whose path ends so."""
+  (found,) = (leaf for path, leaf in flatten(params).items() if path.endswith(name))
   return found
 
 
-def forced_routings(params):
-  """Yields parameters with one head forced to one branch: by layer, head and branch."""
-  bias = _bias(params)
-  for place in np.ndindex(*bias.shape):
-    forced = bias.at[place].add(_DECIDED)
-    yield jax.tree.map(lambda leaf, forced=forced: forced if leaf is bias else leaf, params)
+def with_leaf(params, old: jax.Array, new: jax.Array):
+  """Returns parameters with another leaf in the place of `old`."""
+  return jax.tree.map(lambda leaf: new if leaf is old else leaf, params)
 
 
 # ---- samples -------------------------------------------------------------------------------------
@@ -313,6 +334,7 @@ class Probe:
 
 PROBES = {
   "transfer": Probe(transfer, _any_run),
+  "layers": Probe(layers, _any_run),
   "threshold": Probe(threshold, _weighed),
   "statistics": Probe(statistics, _reads_content),
   "oracle": Probe(oracle, _routed),

@@ -70,6 +70,15 @@ def test_a_run_is_judged_on_another_grid(octaves, monkeypatch):
   np.testing.assert_allclose(found["buckets"], split, rtol=0.2)
 
 
+def test_a_layer_without_attention(octaves, monkeypatch):
+  seen = []
+  monkeypatch.setattr(probes, "judge", lambda run, **_: seen.append(flatten(run.params)) or {})
+  assert list(probes.layers(octaves)) == ["all layers", "without 1"]
+  before, after = seen
+  changed = {name for name in before if not np.array_equal(before[name], after[name])}
+  assert changed == {"runs/0/attention/out/kernel"} and not after[changed.pop()].any()
+
+
 def test_thresholds_leave_levels_out(octaves, monkeypatch):
   kept = []
   monkeypatch.setattr(probes, "judge", lambda run, **_: kept.append(probes.method_of(run)) or {})
@@ -100,14 +109,14 @@ def test_statistics_of_other_clips():
 def test_the_oracle_chooses_on_other_clips_than_it_judges(monkeypatch):
   """Head 1 seems best in branch 2 and is worst there: forcing it does not count as a gain."""
   run = untrained("freqformer")
-  bias = next(leaf for name, leaf in flatten(run.params).items() if name.endswith("router/bias"))
+  bias = probes.leaf_of(run.params, "router/bias")
   assert bias.shape == (1, 2, 3)
   chosen = {0: [[0.0, -0.4, 0.0], [0.0, 0.0, -0.9]], 4: [[0.0, -0.2, 0.0], [0.0, 0.0, 0.6]]}
   asked = []
 
   def make_eval_step(graphdef, *, buckets, time_range):
     def step(params, batch, power, tables, offset, reference):
-      change = next(leaf for n, leaf in flatten(params).items() if n.endswith("router/bias")) - bias
+      change = probes.leaf_of(params, "router/bias") - bias
       forced = np.asarray(change[0] > 500)
       asked.append(forced)
       weight = batch["weight"].sum()
@@ -163,7 +172,7 @@ def test_probes_go_to_the_runs_that_they_fit(octaves):
     model = types.SimpleNamespace(config=types.SimpleNamespace(runs=lambda: ((1, method),)))
     return dataclasses.replace(octaves, model=model)
 
-  every = {"transfer", "samples"}
+  every = {"transfer", "samples", "layers"}
   assert fitting(octaves) == every | {"threshold", "oracle"}
   hard = dataclasses.replace(Octaves().router, mode="straight_through")
   assert fitting(of(Octaves(router=hard))) == every | {"oracle"}
