@@ -278,7 +278,7 @@ def _more_low_heads(rows: list[dict], probes: Iterable[dict]) -> list[float]:
 
 
 def _left_out(rows: list[dict], arm: str) -> tuple[Claim, Claim]:
-  """Returns the claims of H8 and H12: evaluation as it runs against all levels of the same weights."""
+  """Returns the claims of H8, H12: evaluation as it runs against all levels of the same weights."""
   regret = []
   share = []
   for row in rows:
