@@ -85,7 +85,8 @@ def test_tables_of_some_arms_and_seeds():
   )
   assert found["study oracle"] == found["study statistics"] == "No rows yet."
   outcome = found["study outcome"].splitlines()
-  assert len(outcome) == 2 + 8 and "+11.1%" in outcome[-1] and "threshold is 0" in outcome[-1]
+  eighth = outcome[2 + 7]
+  assert len(outcome) == 2 + 12 and "+11.1%" in eighth and "threshold is 0" in eighth
 
 
 def test_gains_of_forced_heads():
