@@ -162,16 +162,17 @@ def samples(probes: list[dict]) -> str:
       (
         name,
         seeds,
-        _triple(np.mean([r["seam_ratio"] for r in results], 0)),
-        _triple(np.mean([r["seam_ratio_twice"] for r in results], 0)),
+        _triple([r["seam_ratio"] for r in results]),
+        _triple([r["seam_ratio_twice"] for r in results]),
         f"{np.mean([r['flicker'] for r in results]):.2f}",
       )
     )
   return markdown(("samples", "seeds", "seams (t, y, x)", "of twice the tile", "flicker"), lines)
 
 
-def _triple(values: np.ndarray) -> str:
-  return ", ".join(f"{value:.2f}" for value in values)
+def _triple(values: list[list[float | None]]) -> str:
+  """Returns means of a ratio per axis; "nan" where a grid has no border that could be measured."""
+  return ", ".join(f"{value:.2f}" for value in np.mean(np.array(values, np.float64), 0))
 
 
 def _table(lines: Sequence[Sequence[str]]) -> str:

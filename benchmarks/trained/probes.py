@@ -294,8 +294,8 @@ def _artefacts(run: Run, latents: np.ndarray, real: np.ndarray) -> dict:
   config = run.model.config
   tile = config.layout(run.latent_shape).tile
   twice = [2 * extent * p for extent, p in zip(tile, config.patch, strict=True)]
-  found = artefacts(run, latents, real)
-  return {"clips": len(latents), **found, "seam_ratio_twice": seam_ratio(latents, twice).tolist()}
+  ratios = [None if np.isnan(ratio) else float(ratio) for ratio in seam_ratio(latents, twice)]
+  return {"clips": len(latents), **artefacts(run, latents, real), "seam_ratio_twice": ratios}
 
 
 # ---- which probe fits which run ------------------------------------------------------------------
@@ -305,8 +305,8 @@ def _any_run(run: Run) -> bool:
   return isinstance(run.experiment.data, FieldsConfig)
 
 
-def _routed(run: Run) -> bool:
-  return method_of(run).routed
+def _routed_of_known_regret(run: Run) -> bool:
+  return method_of(run).routed and not run.experiment.data.copies
 
 
 def _weighed(run: Run) -> bool:
@@ -337,6 +337,6 @@ PROBES = {
   "layers": Probe(layers, _any_run),
   "threshold": Probe(threshold, _weighed),
   "statistics": Probe(statistics, _reads_content),
-  "oracle": Probe(oracle, _routed),
+  "oracle": Probe(oracle, _routed_of_known_regret),
   "samples": Probe(samples, _any_run),
 }

@@ -148,6 +148,7 @@ def test_samples_end_where_training_did(monkeypatch):
   found = probes.samples(run)
   assert found["model"]["seam_ratio"][2] > 5 and found["model"]["clips"] == 8
   assert found["model"]["seam_ratio"][1] == pytest.approx(1, abs=0.15)
+  assert found["model"]["seam_ratio_twice"][0] is None  # four frames are one tile of the next level
   assert found["exact"]["clips"] == probes.CLIPS
   # A clean estimate from t = 0 on, the default, is smoother than a clip, and as large.
   assert 0 < found["exact"]["flicker"] < 1.5
@@ -174,6 +175,10 @@ def test_probes_go_to_the_runs_that_they_fit(octaves):
 
   every = {"transfer", "samples", "layers"}
   assert fitting(octaves) == every | {"threshold", "oracle"}
+  copies = dataclasses.replace(DATA, grid=(2, 16, 16), copies=1, target="velocity")
+  planted = dataclasses.replace(octaves.experiment, data=copies)
+  unknown = dataclasses.replace(octaves, experiment=planted)
+  assert fitting(unknown) == every | {"threshold"}  # of a regret that is not known
   hard = dataclasses.replace(Octaves().router, mode="straight_through")
   assert fitting(of(Octaves(router=hard))) == every | {"oracle"}
   assert fitting(of(FreqFormer())) == every | {"statistics", "oracle"}
