@@ -35,9 +35,9 @@ def render(place, *flags):
   guarded(pans.main)([f"--photos={place / 'photos'}", f"--out={place / 'clips'}", *SIZES, *flags])
 
 
-def refusal(capsys, place, *args):
+def refusal(capsys, place, *flags):
   with pytest.raises(SystemExit) as stopped:
-    render(*args)
+    render(place, *flags)
   assert stopped.value.code == 2
   return capsys.readouterr().err
 
