@@ -257,8 +257,8 @@ class _Cut:
     self._step = sides / (rows, cols)  # between points, in pixels of the middle frame
     top, left = np.asarray(place) + scale * self._low
     bottom, right = np.asarray(place) + scale * np.asarray(high)
-    # Rounding may put a border a hair outside.
-    box = (max(left, 0), max(top, 0), min(right, photo.width), min(bottom, photo.height))
+    # A border may lie a rounding error outside the photograph; Pillow refuses more than that.
+    box = np.round((left, top, right, bottom), 6).tolist()
     self._image = photo.resize((cols, rows), Image.Resampling.LANCZOS, box=box)
 
   def frame(self, pose: tuple[np.ndarray, np.ndarray], config: PansConfig) -> np.ndarray:
