@@ -188,17 +188,17 @@ class Octaves(Method):
     logits = cond.share(module.router.logits(cond.embedding, cond.time, stats))
     probs = checkpoint_name(probabilities(logits, self.router, cond.progress), "routing")
     hot = jax.nn.one_hot(probs.argmax(-1), self.levels)
-    drops = not (cond.train or cond.soft_evaluation)
+    as_run = not (cond.train or cond.soft_evaluation)
     if self.router.mode == "straight_through" and not cond.soft_evaluation:
-      weights = hot if drops else hot + probs - jax.lax.stop_gradient(probs)
-      return Mix(probs, weights, hot > 0, drops)
+      weights = hot if as_run else hot + probs - jax.lax.stop_gradient(probs)
+      return Mix(probs, weights, hot > 0, as_run)
     kept = (probs >= self.threshold) | (hot > 0)
-    if not drops:
-      return Mix(probs, probs, kept, drops)
+    if not (as_run and self.threshold):
+      return Mix(probs, probs, kept, False)
     weights = jnp.where(kept, probs, 0)
-    if self.router.mode == "gates":  # each level has its own share of the output
-      return Mix(probs, weights, kept, drops)
-    return Mix(probs, weights / weights.sum(-1, keepdims=True), kept, drops)
+    if self.router.mode != "gates":  # a gate has its own share of the output
+      weights /= weights.sum(-1, keepdims=True)
+    return Mix(probs, weights, kept, True)
 
   def _lifted(self, out, weights, tables) -> jax.Array:
     """Returns the levels' weighted sum at every token, `[b, n_buffer, h, d]`."""
