@@ -87,6 +87,7 @@ def tables(rows: list[dict], copies: list[dict], probes: list[dict]) -> dict[str
     "study outcome": outcome(rows, copies, probes),
     "study arms": _table(arm_lines(rows, AGAINST)) if rows else _NONE,
     "study over t": _table(part_lines(rows)) if rows else _NONE,
+    "study layers": by_setting(of_probe.get("layers", [])),
     "study transfer": by_setting(of_probe.get("transfer", [])),
     "study thresholds": by_setting(of_probe.get("threshold", [])),
     "study statistics": by_setting(of_probe.get("statistics", [])),
@@ -122,7 +123,11 @@ def by_setting(probes: list[dict]) -> str:
 
 
 def oracle(probes: list[dict]) -> str:
-  """Returns what a head gains at most by another branch, per part of t and of the best head."""
+  """Returns what heads gain by another branch, and what a branch matters, layer by layer.
+
+  The gain is per part of t, the mean over heads, and of the head that gains most. What a branch
+  matters is the regret of a head's worst branch less that of its best, the mean over heads and t.
+  """
   if not probes:
     return _NONE
   lines = []
@@ -132,9 +137,13 @@ def oracle(probes: list[dict]) -> str:
     gain = np.mean([found["gain"] for found in heads], 0)
     best = np.mean([found["best_gain"] for found in heads])
     cells = (f"{g:+.4f} of {r:.4f}" for g, r in zip(gain, regret, strict=True))
-    lines.append((arm, str(len(own)), *cells, f"{best:+.4f}"))
-  parts = (f"quarter {number}" for number in range(1, len(regret) + 1))
-  return markdown(("gain per head", "seeds", *parts, "best head, mean over t"), lines)
+    forced = np.array([found["forced"] for found in heads])  # [seeds, layers, heads, branches, t]
+    matters = np.ptp(forced.mean(-1), axis=3).mean((0, 2))
+    layers = ", ".join(f"{value:.4f}" for value in matters)
+    lines.append((arm, str(len(own)), *cells, f"{best:+.4f}", layers))
+  parts = (f"gain, quarter {number}" for number in range(1, len(regret) + 1))
+  head = ("one head forced", "seeds", *parts, "best head, all t", "worst less best, by layer")
+  return markdown(head, lines)
 
 
 def samples(probes: list[dict]) -> str:
@@ -153,16 +162,17 @@ def samples(probes: list[dict]) -> str:
       (
         name,
         seeds,
-        _triple(np.mean([r["seam_ratio"] for r in results], 0)),
-        _triple(np.mean([r["seam_ratio_twice"] for r in results], 0)),
+        _triple([r["seam_ratio"] for r in results]),
+        _triple([r["seam_ratio_twice"] for r in results]),
         f"{np.mean([r['flicker'] for r in results]):.2f}",
       )
     )
   return markdown(("samples", "seeds", "seams (t, y, x)", "of twice the tile", "flicker"), lines)
 
 
-def _triple(values: np.ndarray) -> str:
-  return ", ".join(f"{value:.2f}" for value in values)
+def _triple(values: list[list[float | None]]) -> str:
+  """Returns means of a ratio per axis; "nan" where a grid has no border that could be measured."""
+  return ", ".join(f"{value:.2f}" for value in np.mean(np.array(values, np.float64), 0))
 
 
 def _table(lines: Sequence[Sequence[str]]) -> str:

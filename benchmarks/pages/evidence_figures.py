@@ -13,6 +13,7 @@ from benchmarks.trained.study_verdict import routing_of
 # Variants of an arm have its colour and another line.
 STYLES = {
   "octaves": ("C0", "-"),
+  "octaves_prior": ("C9", "-"),
   "octaves_hard": ("C0", ":"),
   "octaves_mid": ("C0", "-."),
   "window": ("C1", "-"),
@@ -22,9 +23,11 @@ STYLES = {
   "freqformer_slope": ("C2", (0, (1, 3))),
   "dense": ("black", "-"),
   "low4": ("C3", "-"),
+  "low4_prior": ("C3", ":"),
   "low2": ("C4", "-"),
   "block_topk": ("C5", "-"),
 }
+PYRAMIDS = ("octaves", "octaves_prior")  # whose weights are drawn level by level
 _OTHER = ("grey", "-")
 _NOISE = "t (1 is noise)"
 # choice: less than training shows; predictions at high noise fall to a tenth of it.
@@ -88,30 +91,51 @@ def curves(rows: list[dict]) -> Figure:
 
 
 def weights(rows: list[dict], probes: list[dict], predicted: list[dict]) -> Figure | None:
-  """Draws what routers weigh over t: the levels of octaves beside theory, and low heads.
+  """Draws what routers weigh over t, beside theory: levels of octaves, windows, low bands.
 
   Returns:
     The figure; None if no row has a routing.
   """
   routed = [(row, routing_of(row, probes)) for row in rows]
   routed = [(row, found) for row, found in routed if found is not None]
-  octaves = [(row, found) for row, found in routed if row["arm"] == "octaves"]
-  low = [row | {"low": [shares[0] for shares in found]} for row, found in routed]
-  low = [row for row in low if row["arm"].startswith("freqformer")]
-  if not octaves and not low:
+  first = [row | {"first": [shares[0] for shares in found]} for row, found in routed]
+  one_level = [row for row in first if row["arm"] in ("low2", "low4", "low4_prior")]
+  bands = [row for row in first if row["arm"].startswith("freqformer")]
+  pyramids = {arm: [(row, found) for row, found in routed if row["arm"] == arm] for arm in PYRAMIDS}
+  pyramids = {arm: own for arm, own in pyramids.items() if own}
+  count = len(pyramids) + bool(one_level) + bool(bands)
+  if not count:
     return None
-  figure, axes = _panels(bool(octaves) + bool(low))
-  if octaves:
-    _draw_levels(axes[0], octaves, predicted)
-  if low:
-    for arm, own in by_name(low).items():
-      places = middles(own[0], len(own[0]["low"]))
-      _thin_and_mean(axes[-1], arm, [places] * len(own), [row["low"] for row in own])
-    axes[-1].set(title="freqformer: probability of the low band")
+  figure, axes = _panels(count)
+  panels = iter(axes)
+  for arm, own in pyramids.items():
+    axis = next(panels)
+    _draw_levels(axis, own, predicted)
+    axis.set(title=f"{arm}: weights of the levels")
+  if one_level:
+    axis = next(panels)
+    _draw_first(axis, one_level)
+    for row in predicted:
+      if "mass" in row:
+        inside = [shares[0] for shares in row["mass"]]
+        axis.plot(row["times"], inside, "--", color="grey", label="theory")
+    axis.set(title="weight of the window beside a low level")
+  if bands:
+    axis = next(panels)
+    _draw_first(axis, bands)
+    axis.set(title="freqformer: probability of the low band")
   for axis in axes:
-    axis.set(xlabel=_NOISE, ylim=(0, 1), ylabel="mean over layers and heads")
+    axis.set(xlabel=_NOISE, ylim=(0, 1))
+  axes[0].set(ylabel="mean over layers and heads")
   _legends(*axes)
   return figure
+
+
+def _draw_first(axis: Axes, rows: list[dict]):
+  """Draws each arm's share of the first branch."""
+  for arm, own in by_name(rows).items():
+    places = middles(own[0], len(own[0]["first"]))
+    _thin_and_mean(axis, arm, [places] * len(own), [row["first"] for row in own])
 
 
 def _draw_levels(axis: Axes, routed: list[tuple[dict, list]], predicted: list[dict]):
@@ -127,7 +151,6 @@ def _draw_levels(axis: Axes, routed: list[tuple[dict, list]], predicted: list[di
   for row in predicted:
     for level, mass in enumerate(zip(*row.get("mass", ()), strict=True)):
       axis.plot(row["times"], mass, "--", color=f"C{level}", label=f"cells of {2**level}: theory")
-  axis.set(title="octaves: weights of the levels")
 
 
 def left_out(rows: list[dict], probes: list[dict]) -> Figure | None:
@@ -155,8 +178,9 @@ def left_out(rows: list[dict], probes: list[dict]) -> Figure | None:
       for row in found
     ]
     _thin_and_mean(change, arm, [places] * len(ratio), ratio)
-  swept = [row for row in probes if row["probe"] == "threshold" and row["arm"] == "octaves"]
-  _draw_thresholds(change, swept)
+  for arm in PYRAMIDS:
+    swept = [row for row in probes if row["probe"] == "threshold" and row["arm"] == arm]
+    _draw_thresholds(change, swept)
   density.set(yscale="log", ylabel="pairs / n^2", title="run; dashed: all levels")
   change.set(ylabel=f"change of {measure(rows[0])}, %", title="levels left out, against all levels")
   change.axhline(0.5, color="grey", lw=0.8, ls="--")
@@ -167,9 +191,11 @@ def left_out(rows: list[dict], probes: list[dict]) -> Figure | None:
 
 
 def _draw_thresholds(axis: Axes, probes: list[dict]):
-  """Draws the change of octaves' regret at the thresholds that were probed above 0."""
+  """Draws the change of an arm's regret at the thresholds that were probed above 0."""
   if not probes:
     return
+  arm = probes[0]["arm"]
+  _, line = STYLES[arm]
   names = [name for name in probes[0]["results"] if name != "0"]
   for number, name in enumerate(names):
     ratio = [
@@ -178,8 +204,8 @@ def _draw_thresholds(axis: Axes, probes: list[dict]):
     ]
     places = middles(probes[0], len(ratio[0]))
     grey = str(0.75 * (1 - number / len(names)))
-    style = {"color": grey, "lw": 1, "ls": "-", "marker": "_"}
-    axis.plot(places, np.mean(ratio, 0), label=f"octaves, below {name}", **style)
+    style = {"color": grey, "lw": 1, "ls": line, "marker": "_"}
+    axis.plot(places, np.mean(ratio, 0), label=f"{arm}, below {name}", **style)
 
 
 def _parts(judged: dict) -> list[float]:

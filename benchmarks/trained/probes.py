@@ -39,6 +39,7 @@ _SAMPLING_STEPS = 24
 _ORACLE_PARTS = 4  # of t
 # A logit that decides, whatever the others are.
 _DECIDED = 1e3
+_BIAS = "router/bias"  # [layers, heads, branches]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +120,22 @@ def threshold(run: Run) -> dict[str, dict]:
   return found
 
 
+def layers(run: Run) -> dict[str, dict]:
+  """Judges a run whose layers' attention reaches the tokens no more, one layer at a time."""
+  depth = leaf_of(run.params, "attention/out/kernel").shape[0]
+  found = {"all layers": judge(run, clips=CLIPS)}
+  for layer in range(depth):
+    params = without_attention(run.params, layer)
+    found[f"without {layer + 1}"] = judge(dataclasses.replace(run, params=params), clips=CLIPS)
+  return found
+
+
+def without_attention(params, layer: int):
+  """Returns parameters of a model with one run of layers in which a layer's attention gives 0."""
+  kernel = leaf_of(params, "attention/out/kernel")
+  return with_leaf(params, kernel, kernel.at[layer].set(0))
+
+
 STATISTICS = ("own", "mean", "another")
 
 
@@ -138,10 +155,13 @@ class OtherStatistics(FreqFormer):
 
   def energies(self, v, layout, tables):
     found = super().energies(v, layout, tables)
-    shares = found / found.sum(-1, keepdims=True)
+    # A head's own sum stays, so that the router's guard against log 0 weighs what it did.
+    total = found.sum(-1, keepdims=True)
     if self.source == "mean":
-      return jnp.broadcast_to(shares.mean(0), shares.shape)
-    return jnp.roll(shares, 1, 0) if self.source == "another" else shares
+      return (found / total).mean(0) * total
+    if self.source == "another":
+      return jnp.roll(found / total, 1, 0) * total
+    return found
 
 
 def statistics(run: Run) -> dict[str, dict]:
@@ -186,7 +206,7 @@ def oracle(run: Run) -> dict[str, dict]:
 
   routed = regret(run.params)
   forced = np.stack([regret(params) for params in forced_routings(run.params)], 1)
-  forced = forced.reshape(2, *_bias(run.params).shape, _ORACLE_PARTS)
+  forced = forced.reshape(2, *leaf_of(run.params, _BIAS).shape, _ORACLE_PARTS)
   chosen = forced[0].argmin(2)
   judged = np.take_along_axis(forced[1], chosen[:, :, None], 2)[:, :, 0]
   gain = routed[1] - judged  # [layers, heads, parts]
@@ -201,18 +221,22 @@ def oracle(run: Run) -> dict[str, dict]:
   }
 
 
-def _bias(params) -> jax.Array:
-  """Returns the router's bias `[layers, heads, branches]` of a model with one run of layers."""
-  (found,) = (leaf for name, leaf in flatten(params).items() if name.endswith("router/bias"))
+def forced_routings(params):
+  """Yields parameters with one head forced to one branch: by layer, head and branch."""
+  bias = leaf_of(params, _BIAS)
+  for place in np.ndindex(*bias.shape):
+    yield with_leaf(params, bias, bias.at[place].add(_DECIDED))
+
+
+def leaf_of(params, name: str) -> jax.Array:
+  """Returns the one leaf whose path ends so."""
+  (found,) = (leaf for path, leaf in flatten(params).items() if path.endswith(name))
   return found
 
 
-def forced_routings(params):
-  """Yields parameters with one head forced to one branch: by layer, head and branch."""
-  bias = _bias(params)
-  for place in np.ndindex(*bias.shape):
-    forced = bias.at[place].add(_DECIDED)
-    yield jax.tree.map(lambda leaf, forced=forced: forced if leaf is bias else leaf, params)
+def with_leaf(params, old: jax.Array, new: jax.Array):
+  """Returns parameters with another leaf in the place of `old`."""
+  return jax.tree.map(lambda leaf: new if leaf is old else leaf, params)
 
 
 # ---- samples -------------------------------------------------------------------------------------
@@ -270,8 +294,8 @@ def _artefacts(run: Run, latents: np.ndarray, real: np.ndarray) -> dict:
   config = run.model.config
   tile = config.layout(run.latent_shape).tile
   twice = [2 * extent * p for extent, p in zip(tile, config.patch, strict=True)]
-  found = artefacts(run, latents, real)
-  return {"clips": len(latents), **found, "seam_ratio_twice": seam_ratio(latents, twice).tolist()}
+  ratios = [None if np.isnan(ratio) else float(ratio) for ratio in seam_ratio(latents, twice)]
+  return {"clips": len(latents), **artefacts(run, latents, real), "seam_ratio_twice": ratios}
 
 
 # ---- which probe fits which run ------------------------------------------------------------------
@@ -281,18 +305,18 @@ def _any_run(run: Run) -> bool:
   return isinstance(run.experiment.data, FieldsConfig)
 
 
+def _routed_of_known_regret(run: Run) -> bool:
+  return method_of(run).routed and not run.experiment.data.copies
+
+
 def _weighed(run: Run) -> bool:
   method = method_of(run)
-  return isinstance(method, Octaves) and method.levels > 1 and method.router.mode == "soft"
-
-
-def _routed(run: Run) -> bool:
-  method = method_of(run)
-  return isinstance(method, FreqFormer) and method.routed
+  return isinstance(method, Octaves) and method.router.mode == "soft"
 
 
 def _reads_content(run: Run) -> bool:
-  return _routed(run) and method_of(run).router.statistics
+  method = method_of(run)
+  return isinstance(method, FreqFormer) and method.routed and method.router.statistics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,8 +334,9 @@ class Probe:
 
 PROBES = {
   "transfer": Probe(transfer, _any_run),
+  "layers": Probe(layers, _any_run),
   "threshold": Probe(threshold, _weighed),
   "statistics": Probe(statistics, _reads_content),
-  "oracle": Probe(oracle, _routed),
+  "oracle": Probe(oracle, _routed_of_known_regret),
   "samples": Probe(samples, _any_run),
 }

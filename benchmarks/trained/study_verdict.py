@@ -109,7 +109,7 @@ class Verdict:
 
 
 def verdicts(rows: Iterable[dict], probes: Iterable[dict] = ()) -> list[Verdict]:
-  """Judges H1 to H8.
+  """Judges H1 to H12.
 
   Args:
     rows: of any stages; those with planted copies decide H7, the others all else.
@@ -123,8 +123,10 @@ def verdicts(rows: Iterable[dict], probes: Iterable[dict] = ()) -> list[Verdict]
     Verdict(
       "H1",
       (
-        Claim("octaves v window, t > .7, equal FLOPs", _at_flops(plain, HIGH_NOISE), -0.3),
-        Claim("t < .7", _at_flops(plain, BELOW), 0, if_equal=HOLDS),
+        Claim(
+          "octaves v window, t > .7, equal FLOPs", _at_flops(plain, "octaves", HIGH_NOISE), -0.3
+        ),
+        Claim("t < .7", _at_flops(plain, "octaves", BELOW), 0, if_equal=HOLDS),
       ),
       "the pyramid has no reason to exist on such data",
     ),
@@ -182,10 +184,44 @@ def verdicts(rows: Iterable[dict], probes: Iterable[dict] = ()) -> list[Verdict]
     ),
     Verdict(
       "H7",
-      (Claim("copies: octaves_mid v octaves", relative(copies, "octaves_mid", "octaves"), -0.005),),
+      (
+        Claim(
+          "copies: octaves_mid v octaves_prior",
+          relative(copies, "octaves_mid", "octaves_prior"),
+          -0.005,
+        ),
+      ),
       "the mid tiles go",
     ),
-    Verdict("H8", _left_out(plain), "the threshold is 0"),
+    Verdict("H8", _left_out(plain, "octaves"), "the threshold is 0"),
+    Verdict(
+      "H9",
+      (Claim("octaves_prior v octaves", relative(plain, "octaves_prior", "octaves"), -0.05),),
+      "weights begin uniform",
+    ),
+    Verdict(
+      "H10",
+      (
+        Claim(
+          "octaves_prior v window, t > .7", _at_flops(plain, "octaves_prior", HIGH_NOISE), -0.3
+        ),
+        Claim("t < .7", _at_flops(plain, "octaves_prior", BELOW), 0, if_equal=HOLDS),
+      ),
+      "as H1",
+    ),
+    Verdict(
+      "H11",
+      (
+        Claim(
+          "octaves_prior v low4_prior, t < .7",
+          relative(plain, "octaves_prior", "low4_prior", _within(equal_steps, BELOW)),
+          0,
+          if_equal=FAILS,
+        ),
+      ),
+      "low4_prior, the cheaper one, is the default",
+    ),
+    Verdict("H12", _left_out(plain, "octaves_prior"), "the threshold is 0"),
   ]
 
 
@@ -202,8 +238,8 @@ def _within(compared: Callable, span: Span) -> Compared:
   return lambda row, other: compared(row, other, span)
 
 
-def _at_flops(rows: list[dict], span: Span) -> list[float]:
-  return relative(rows, "octaves", "window", _within(equal_flops, span))
+def _at_flops(rows: list[dict], arm: str, span: Span) -> list[float]:
+  return relative(rows, arm, "window", _within(equal_flops, span))
 
 
 def _quarter_of_steps(row: dict, other: dict) -> tuple[float, float] | None:
@@ -241,19 +277,19 @@ def _more_low_heads(rows: list[dict], probes: Iterable[dict]) -> list[float]:
   return found
 
 
-def _left_out(rows: list[dict]) -> tuple[Claim, Claim]:
-  """Returns the claims of H8: evaluation as it runs against all levels of the same weights."""
+def _left_out(rows: list[dict], arm: str) -> tuple[Claim, Claim]:
+  """Returns the claims of H8, H12: evaluation as it runs against all levels of the same weights."""
   regret = []
   share = []
   for row in rows:
-    if row["arm"] == "octaves":
+    if row["arm"] == arm:
       final = row["final"]
       soft = row["final_soft"]
       regret.append(over(row, final, ALL_T) / over(row, soft, ALL_T) - 1)
       run = over_parts(row, final["density_buckets"], HIGH_NOISE)
       share.append(run / over_parts(row, soft["density_buckets"], HIGH_NOISE))
   return (
-    Claim("octaves, regret of leaving out v all levels", regret, 0.005),
+    Claim(f"{arm}, regret of leaving out v all levels", regret, 0.005),
     Claim("pairs at t > .7 over those of all levels", share, 0.5),
   )
 

@@ -3,12 +3,16 @@
 Every level has tiles of its own, so that windows are boxes of cells at any level. Compression is a
 `SpectralBasis` that keeps the lowest half (or less) of its rows; lifting interpolates between the
 cells' centres, so that no edge of a cell or tile is drawn into the result.
+
+A row is interpolated from at most eight cells. Gathering them is one pass over the rows, which XLA
+joins with what adds the result up; the gradient, which would be a scatter, is a product per axis.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +22,7 @@ from freqformer.grid.basis import SpectralBasis, SpectralTables
 from freqformer.grid.layout import LayoutTables, TileLayout
 from freqformer.grid.operators import Array
 from freqformer.grid.sizes import coarse_grid
+from freqformer.kernels.core.cotangents import no_gradient
 
 LIFTS = ("linear", "basis")
 
@@ -32,8 +37,7 @@ class Step:
     fine, coarse: arrays of the levels' layouts.
     order, inverse: int32 `[coarse.n]`, the transform's number of each cell in raster order, and
       the raster number of each of the transform's cells.
-    interpolate: per axis float32 `[fine extent, coarse extent]`, rows that sum to one; None lifts
-      by the transform.
+    interpolate: None lifts by the transform.
   """
 
   spectral: SpectralTables
@@ -41,7 +45,7 @@ class Step:
   coarse: LayoutTables
   order: Array
   inverse: Array
-  interpolate: tuple[Array, Array, Array] | None
+  interpolate: Interpolation | None
 
   @jax.named_scope("compress")
   def compress(self, x: jax.Array) -> jax.Array:
@@ -52,17 +56,63 @@ class Step:
   @jax.named_scope("lift")
   def lift(self, y: jax.Array) -> jax.Array:
     """`[b, coarse buffer, ...]` -> `[b, fine buffer, ...]`; a constant stays that constant."""
-    cells = self.coarse.unpack(y)
-    if self.interpolate is None:
-      cells = jnp.take(cells, self.inverse, axis=1, mode="clip", unique_indices=True)
-      return self.spectral.lift(cells)
-    dtype = jnp.promote_types(y.dtype, jnp.float32)
-    b, _, *rest = cells.shape
-    x = cells.reshape(b, *self.coarse.layout.grid, -1).astype(dtype)
-    for axis, matrix in enumerate(self.interpolate, 1):
-      x = jnp.moveaxis(jnp.tensordot(x, jnp.asarray(matrix, dtype).T, (axis, 0)), -1, axis)
-    x = x.reshape(b, -1, *rest).astype(y.dtype)
-    return self.fine.pack(x)
+    if self.interpolate is not None:
+      return _interpolate(self, y)
+    cells = jnp.take(self.coarse.unpack(y), self.inverse, axis=1, mode="clip", unique_indices=True)
+    return self.spectral.lift(cells)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Interpolation:
+  """Linear interpolation between the cells' centres, in two forms. NumPy until passed to jit.
+
+  Attributes:
+    corners: int32 `[up to 8, fine buffer]`, rows of the coarse buffer around each row.
+    shares: float32, likewise, what a row takes of them: they sum to one, in padding rows to zero.
+    axes: per axis float32 `[fine extent, coarse extent]`, rows that sum to one.
+  """
+
+  corners: Array
+  shares: Array
+  axes: tuple[Array, Array, Array]
+
+
+@jax.custom_vjp
+def _interpolate(step: Step, y: jax.Array) -> jax.Array:
+  """`[b, coarse buffer, ...]` -> `[b, fine buffer, ...]`, summed in at least float32."""
+  dtype = jnp.promote_types(y.dtype, jnp.float32)
+  total = 0
+  for rows, shares in zip(step.interpolate.corners, step.interpolate.shares, strict=True):
+    shares = jnp.expand_dims(jnp.asarray(shares, dtype), range(1, y.ndim - 1))
+    total += jnp.take(y, rows, axis=1, mode="clip").astype(dtype) * shares
+  return total.astype(y.dtype)
+
+
+def _interpolate_by_axis(step: Step, y: jax.Array) -> jax.Array:
+  """Computes the same as a product per axis, whose gradient is one, too."""
+  dtype = jnp.promote_types(y.dtype, jnp.float32)
+  cells = step.coarse.unpack(y)
+  b, _, *rest = cells.shape
+  x = cells.reshape(b, *step.coarse.layout.grid, -1).astype(dtype)
+  for axis, matrix in enumerate(step.interpolate.axes, 1):
+    x = jnp.moveaxis(jnp.tensordot(x, jnp.asarray(matrix, dtype).T, (axis, 0)), -1, axis)
+  return step.fine.pack(x.reshape(b, -1, *rest).astype(y.dtype))
+
+
+def _interpolate_forward(step, y):
+  return _interpolate(step, y), step
+
+
+@jax.named_scope("lift")
+def _interpolate_backward(step, cotangent):
+  b, _, *rest = cotangent.shape
+  y = jax.ShapeDtypeStruct((b, step.coarse.layout.n_buffer, *rest), cotangent.dtype)
+  (d_y,) = jax.linear_transpose(functools.partial(_interpolate_by_axis, step), y)(cotangent)
+  return jax.tree.map(no_gradient, step), d_y
+
+
+_interpolate.defvjp(_interpolate_forward, _interpolate_backward)
 
 
 @functools.lru_cache(maxsize=32)
@@ -109,13 +159,32 @@ def steps(
     spectral = compression(kind, factor).fit(fine)
     centres = spectral.centres
     order = np.lexsort(centres.T[::-1]).astype(np.int32)
-    matrices = None
-    if lift == "linear":
-      axes = [np.unique(centres[:, axis]) for axis in range(3)]
-      matrices = tuple(map(_between, axes, fine.grid))
+    interpolate = _interpolation(fine, coarse, centres) if lift == "linear" else None
     inverse = np.argsort(order).astype(np.int32)
-    found.append(Step(spectral, fine.arrays(), coarse.arrays(), order, inverse, matrices))
+    found.append(Step(spectral, fine.arrays(), coarse.arrays(), order, inverse, interpolate))
   return tuple(found)
+
+
+def _interpolation(fine: TileLayout, coarse: TileLayout, centres: np.ndarray) -> Interpolation:
+  """Returns both forms for cells with `centres` `[cells, 3]`."""
+  axes = tuple(_between(np.unique(centres[:, i]), extent) for i, extent in enumerate(fine.grid))
+  arrays = fine.arrays()
+  places = np.unravel_index(np.asarray(arrays.gather), fine.grid)
+  corners = []
+  shares = []
+  for sides in itertools.product((0, 1), repeat=3):
+    share = np.asarray(arrays.valid, np.float32)
+    cell = 0
+    for axis, place, side, extent in zip(axes, places, sides, coarse.grid, strict=True):
+      first = (axis > 0).argmax(1)  # of the two cells around a place
+      other = np.minimum(first + side, extent - 1)
+      weight = np.where(first + side < extent, axis[np.arange(len(axis)), other], 0)
+      share = share * weight.astype(np.float32)[place]
+      cell = cell * extent + other[place]
+    if share.any():
+      corners.append(np.asarray(coarse.arrays().scatter)[cell])
+      shares.append(share)
+  return Interpolation(np.stack(corners).astype(np.int32), np.stack(shares), axes)
 
 
 def _between(centres: np.ndarray, extent: int) -> np.ndarray:

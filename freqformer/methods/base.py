@@ -84,6 +84,8 @@ class Projected:
       together: such a value serves methods that ask for `rotated` only.
     theta: base of rotary per axis (t, y, x), as trained; empty: from the layout's own grid.
     gains: of the norms of q and k, `[d]` each, for a method that norms tokens of its own.
+    product, bias: `[b, n_buffer, 3, h, d]` and `[3, h, d]`, whose sum q, k and v are; for a method
+      that reads all three in one pass. None where they were not projected together.
   """
 
   q: jax.Array
@@ -96,6 +98,8 @@ class Projected:
   prepare: Callable[..., Prepared] | None = None
   theta: Sequence[float] = ()
   gains: tuple[jax.Array, jax.Array] | None = None
+  product: jax.Array | None = None
+  bias: jax.Array | None = None
 
   def __post_init__(self):
     theta = self.theta or grid_theta(self.layout.layout.grid, self.q.shape[-1])
@@ -113,7 +117,7 @@ class Projected:
   ) -> "Projected":
     """Returns what a layer hands to its method.
 
-    Its `prepare(cells=None, bands=None, *, copies=1, filtered="", pooled=False)` is
+    Its `prepare(cells=None, bands=None, ahead=None, *, copies=1, filtered="", pooled=False)` is
     `kernels.around.prepare.prepare` of the product; `copies` repeats all heads before.
 
     Args:
@@ -130,7 +134,7 @@ class Projected:
       with jax.named_scope("norm_rotary"):
         return norm_and_turn(x, gain, projected.angles(positions))
 
-    def packed(cells=None, bands=None, *, copies=1, **options):
+    def packed(cells=None, bands=None, ahead=None, *, copies=1, **options):
       with jax.named_scope("prepare"):
         angles = projected.angles(layout.positions)
       return prepare(
@@ -141,6 +145,7 @@ class Projected:
         layout.kv_len,
         cells,
         bands,
+        ahead,
         implementation=projected.other_ops_implementation,
         **options,
       )
@@ -148,7 +153,9 @@ class Projected:
     rotations = (functools.partial(finish, gain) for gain in gains)
     arrays = jnp.unstack(product + bias.astype(product.dtype), axis=2)
     # `packed` reads it.
-    projected = cls(*arrays, *rotations, layout, implementation, packed, theta, gains)
+    projected = cls(
+      *arrays, *rotations, layout, implementation, packed, theta, gains, product, bias
+    )
     return projected
 
   @property

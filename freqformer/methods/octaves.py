@@ -13,6 +13,7 @@ Prior art: Focal Transformer (arXiv 2107.00641), Fast Multipole Attention (arXiv
 """
 
 import dataclasses
+import itertools
 import math
 
 import jax
@@ -26,7 +27,7 @@ from freqformer.grid.basis import KINDS
 from freqformer.grid.layout import TileLayout
 from freqformer.grid.pyramid import LIFTS, Step, cell_widths, level_layouts, steps
 from freqformer.grid.rotary import angle_tables, level_theta
-from freqformer.kernels.around.prepare import norm_and_turn
+from freqformer.kernels.around.prepare import Prepared, norm_and_turn
 from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.cost import CallCost, uniform
 from freqformer.kernels.block_sparse.table import BlockMask
@@ -135,39 +136,39 @@ class Octaves(Method):
     )
 
   def __call__(self, module, qkv, cond, tables, state):
-    finest, mask = self._finest(qkv, cond, tables)
-    levels = [*self._coarse(module, qkv, tables), finest]
-    mix = self._mix(module, cond, [v for _, _, v in levels], qkv)
+    packed = qkv.prepare(ahead=self._coarse(module, qkv, tables), pooled=self.mid_tiles > 0)
+    mask = self._mask(packed, qkv, cond, tables)
+    mix = self._mix(module, cond, packed.v, qkv, tables)
     if mix.drops:
       mask = _without(mask, mix.kept, tables.level_of_tile)
-    packed = (jnp.concatenate(parts, 1) for parts in zip(*levels, strict=True))
-    out, _ = attention(*packed, mask, implementation=qkv.implementation)
+    out, _ = attention(*packed[:3], mask, implementation=qkv.implementation)
     return self._lifted(out, mix.weights, tables), state, self._aux(mix, mask, qkv, cond, tables)
 
-  def _finest(self, qkv: Projected, cond, tables) -> tuple[tuple, BlockMask]:
-    """Returns level 0's q, k and v, and the whole table, mid tiles included."""
+  def _mask(self, packed: Prepared, qkv: Projected, cond, tables) -> BlockMask:
+    """Returns the table of all levels, mid tiles included."""
     if not self.mid_tiles:
-      return (*qkv.rotated(), qkv.v), deal_out(tables.mask, qkv.q.shape[2])
-    q, k, _, q_pool, k_pool = qkv.prepare(pooled=True)
+      return deal_out(tables.mask, qkv.q.shape[2])
     own = block_topk(
-      cond.share(q_pool),
-      cond.share(k_pool),
+      cond.share(packed.q_pool),
+      cond.share(packed.k_pool),
       tables.window.max_kv + self.mid_tiles,
       tables.window.indices()[0, 0],
       qkv.layout,
       qkv.other_ops_implementation,
     )
-    return (q, k, qkv.v), side_by_side([*tables.coarse, own])
+    return side_by_side([*tables.coarse, own])
 
-  def _coarse(self, module, qkv: Projected, tables) -> list[tuple]:
+  def _coarse(self, module, qkv: Projected, tables) -> tuple | None:
     """Returns q, k and v of the coarse levels, the coarsest first: normed after compression."""
     if self.levels == 1:
-      return []
-    raw = jnp.concatenate((qkv.q, qkv.k, qkv.v), 2)
-    d = raw.shape[-1]
+      return None
+    b, n, _, h, d = qkv.product.shape
+    raw = qkv.product.reshape(b, n, 3 * h, d)
     found = []
     for level, step in enumerate(tables.steps):
       raw = step.compress(raw)
+      if level == 0:  # compression keeps constants: the bias may come after it
+        raw += qkv.bias.reshape(3 * h, d).astype(raw.dtype)
       q, k, v = jnp.split(raw, 3, 2)
       theta = level_theta(qkv.theta, tables.widths[level + 1], d)
       angles = angle_tables(step.coarse.positions, d, theta)
@@ -175,14 +176,15 @@ class Octaves(Method):
       q = norm_and_turn(q, q_gain * module.q_gain[...][level, :, None], angles)
       k = norm_and_turn(k, k_gain * module.k_gain[...][level, :, None], angles)
       found.append((q, k, v))
-    return found[::-1]
+    return tuple(jnp.concatenate(parts, 1) for parts in zip(*found[::-1], strict=True))
 
   @jax.named_scope("router")
-  def _mix(self, module, cond, values, qkv) -> "Mix":
+  def _mix(self, module, cond, values, qkv, tables) -> "Mix":
     """Returns the levels' weights. Of content the router sees each level's energy, if anything."""
     stats = None
     if self.router.statistics:
-      stats = _energies(jax.lax.stop_gradient(values), qkv.layout.valid)
+      valid = [*(step.coarse.valid for step in tables.steps[::-1]), qkv.layout.valid]
+      stats = _energies(jax.lax.stop_gradient(values), valid, tables.edges)
     logits = cond.share(module.router.logits(cond.embedding, cond.time, stats))
     probs = checkpoint_name(probabilities(logits, self.router, cond.progress), "routing")
     hot = jax.nn.one_hot(probs.argmax(-1), self.levels)
@@ -345,9 +347,17 @@ def _without(mask: BlockMask, kept, level_of_tile) -> BlockMask:
   return BlockMask(ids, counts, mask.kv_len, None, mask.block_q, mask.block_kv)
 
 
-def _energies(values, valid) -> jax.Array:
-  """Returns log fractions of energy by level, float32 `[b, h, levels]`, of values coarse first."""
-  finest = jnp.where(jnp.asarray(valid)[:, None, None], values[-1], 0)
-  each = [jnp.square(v.astype(jnp.float32)).sum((1, 3)) for v in (finest, *reversed(values[:-1]))]
-  energy = jnp.stack(each, -1) + 1e-6
+def _energies(values, valid, edges) -> jax.Array:
+  """Returns log fractions of energy by level, float32 `[b, h, levels]`, the finest first.
+
+  Args:
+    values: `[b, n, h, d]`, of all levels.
+    valid: bool, of each level's rows, the coarsest first.
+    edges: as in `OctavesTables`.
+  """
+  each = []
+  for here, (start, stop) in zip(valid, itertools.pairwise(edges), strict=True):
+    rows = jnp.where(jnp.asarray(here)[:, None, None], values[:, start:stop], 0)
+    each.append(jnp.square(rows.astype(jnp.float32)).sum((1, 3)))
+  energy = jnp.stack(each[::-1], -1) + 1e-6
   return jnp.log(energy / energy.sum(-1, keepdims=True))

@@ -39,7 +39,7 @@ class Plan:
 
   Attributes:
     block: rows of a tile.
-    front: rows of the results before the tokens.
+    front: rows of the results before the tokens; without compression they are not written.
     cells: coarse rows per tile as stored, a multiple of 8; 0 without compression.
     in_place: coarse rows go straight to the front of the results; otherwise to their own arrays.
     pooled: means over the tiles' valid rows are asked for.
@@ -69,13 +69,13 @@ class Plan:
 
   @property
   def arrays(self) -> str:
-    """Arrays that are written: v only with coarse tokens, else it is a slice of the projection."""
-    return "qkv" if self.cells else "qk"
+    """Arrays that are written: v only behind other rows, else it is a slice of the projection."""
+    return "qkv" if self.front else "qk"
 
   @property
   def slots(self) -> int:
     """Slots of the ring: a head's pieces always fall on the same, so that addresses are static."""
-    return 3 if self.cells else 2 * self.pieces
+    return 3 if self.front else 2 * self.pieces
 
   @property
   def half(self) -> int:
@@ -152,7 +152,7 @@ def forward(plan: Plan, operands: dict) -> dict:
   def prepare(*refs):
     _Block(plan, types.SimpleNamespace(**dict(zip(names, refs, strict=True)))).run()
 
-  prepare.__name__ = "prepare" if plan.cells else "norm_rotary"
+  prepare.__name__ = "prepare" if plan.front else "norm_rotary"
   found = launch(
     prepare,
     list(operands.values()),

@@ -40,13 +40,16 @@ def refusal(x, block: int, tiled, target: Target, most: int = MAX_CELLS) -> str 
 
 
 @jax.named_scope("prepare")
-def forward(joint, bias, gains, tables, lengths, cells, bands, *, filtered, pooled) -> Prepared:
-  """Runs the kernel and places coarse rows that it could not place itself."""
+def forward(
+  joint, bias, gains, tables, lengths, cells, bands, ahead, *, filtered, pooled
+) -> Prepared:
+  """Runs the kernel and places rows before the tokens that it did not place itself."""
   from freqformer.kernels.around import hopper_prepare
 
   b, n, _, h, d = joint.shape
   tiles = len(lengths)
-  plan = hopper_prepare.Plan(b, n, h, d, n // tiles, pooled=pooled, filtered=filtered)
+  front = 0 if ahead is None else ahead[0].shape[1]
+  plan = hopper_prepare.Plan(b, n, h, d, n // tiles, front, pooled=pooled, filtered=filtered)
   operands = {
     "joint": joint,
     "bias": jnp.asarray(bias, jnp.float32).reshape(3, h, 2, d // 2),
@@ -67,6 +70,9 @@ def forward(joint, bias, gains, tables, lengths, cells, bands, *, filtered, pool
   found = jax.lax.optimization_barrier(hopper_prepare.forward(plan, operands))
   if cells is not None:
     found |= {name: _place_coarse_rows(found, name, cells, plan) for name in "qkv"}
+  if ahead is not None:
+    rows = dict(zip("qkv", ahead, strict=True))
+    found |= {name: found[name].at[:, :front].set(rows[name]) for name in "qkv"}
   pools = [found[f"{name}_pool"].reshape(b, h, tiles, d) for name in "qk" if pooled]
   return Prepared(found["q"], found["k"], found.get("v"), *pools)
 

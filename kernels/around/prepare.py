@@ -21,7 +21,7 @@ EPS = 1e-6  # of the norm; flax's default
 
 
 class Prepared(NamedTuple):
-  """Packed q, k, v `[b, front + n, h, d]`, coarse tokens first, and means of q and k by tile.
+  """Packed q, k, v `[b, front + n, h, d]`, tokens last, and means of q and k by tile.
 
   Attributes:
     q, k: normed and rotated.
@@ -41,7 +41,8 @@ PREPARE = Op(
   name="prepare",
   implementations={"hopper": "around.hopper_prepare_call", "xla": "around.prepare"},
   forward=Split(
-    ("b..h.", ".h.", ".", ".", ".", ".", "bh"), Prepared("b.h.", "b.h.", "b.h.", "bh..", "bh..")
+    ("b..h.", ".h.", ".", ".", ".", ".", "bh", "b.h."),
+    Prepared("b.h.", "b.h.", "b.h.", "bh..", "bh.."),
   ),
 )
 
@@ -153,6 +154,7 @@ def prepare(
   lengths: jax.Array,
   cells: Any = None,
   bands: jax.Array | None = None,
+  ahead: tuple[jax.Array, jax.Array, jax.Array] | None = None,
   *,
   filtered: str = "",
   pooled: bool = False,
@@ -172,12 +174,15 @@ def prepare(
       only, `front` is 0.
     bands: int32 `[b, h]`, 1 plus the filter (of `cells`) that a head's tokens go through before the
       norm, 0 for none.
+    ahead: finished rows of q, k and v that come before the tokens, `[b, front, h, d]` each; only
+      without cells.
     filtered: what goes through it: "", "v" or "qkv"; never coarse tokens and means.
     pooled: whether the means of q and k are asked for.
     implementation: of `PREPARE.implementations`; None: the first that supports the call.
 
   Raises:
-    ValueError: if filters or bands are missing for `filtered`, or the implementation is unknown.
+    ValueError: if filters or bands are missing for `filtered`, if there are both cells and rows
+      ahead, or the implementation is unknown.
     NotImplementedError: if the named implementation does not support the call, with the reasons.
   """
   can_filter = bands is not None and cells is not None and cells.can_filter
@@ -185,10 +190,13 @@ def prepare(
     raise ValueError(
       f'{filtered=} must be "", "v" or "qkv"; the latter two need bands and cells with filters.'
     )
+  if ahead is not None and cells is not None:
+    raise ValueError("cells and rows ahead of the tokens would lie in the same place: give one.")
   name = PREPARE.choose(joint, lengths, cells, implementation=implementation)
-  operands = (joint, bias, tuple(gains), tuple(tables), lengths, cells, bands if filtered else None)
+  bands = bands if filtered else None
+  operands = (joint, bias, tuple(gains), tuple(tables), lengths, cells, bands, ahead)
   found = PREPARE.run_as_defined(name, operands, filtered=filtered, pooled=pooled)
-  if cells is None:  # v stays what it is; XLA leaves it out where nobody reads it
+  if found.v is None:  # v stays what it is; XLA leaves it out where nobody reads it
     found = found._replace(v=_biased(joint[:, :, 2], bias[2]).astype(joint.dtype))
   return found
 
@@ -197,15 +205,18 @@ def prepare(
 
 
 @jax.named_scope("prepare")
-def forward(joint, bias, gains, tables, lengths, cells, bands, *, filtered, pooled) -> Prepared:
-  """Computes in float32 (or wider) and rounds once. Without cells there is no v."""
+def forward(
+  joint, bias, gains, tables, lengths, cells, bands, ahead, *, filtered, pooled
+) -> Prepared:
+  """Computes in float32 (or wider) and rounds once. v is there if something comes before it."""
   # Not three slices, whose gradients would be three arrays of the projection's size.
   q, k, v = jnp.unstack(joint, axis=2)
   one = functools.partial(_one, tables=tables, cells=cells, bands=bands)
-  of_q, of_k, of_v = (None,) * 3 if cells is None else _compressed(joint, cells)
+  first = ahead or (None,) * 3
+  of_q, of_k, of_v = first if cells is None else _compressed(joint, cells)
   q, tokens_of_q = one(q, bias[0], gains[0], of_q, filtered="q" in filtered)
   k, tokens_of_k = one(k, bias[1], gains[1], of_k, filtered="k" in filtered)
-  v = None if cells is None else one(v, bias[2], None, of_v, filtered="v" in filtered)[0]
+  v = None if of_v is None else one(v, bias[2], None, of_v, filtered="v" in filtered)[0]
   if not pooled:
     return Prepared(q, k, v)
   return Prepared(q, k, v, _means(tokens_of_q(), lengths), _means(tokens_of_k(), lengths))
@@ -218,8 +229,11 @@ def _compressed(joint, cells):
   return jnp.unstack(coarse.reshape(b, -1, 3, h, d), axis=2)
 
 
-def _one(x, bias, gain, coarse, *, tables, cells, bands, filtered):
-  """Returns a packed array of `x` `[b, n, h, d]`, and a function for its unfiltered tokens."""
+def _one(x, bias, gain, first, *, tables, cells, bands, filtered):
+  """Returns a packed array of `x` `[b, n, h, d]`, and a function for its unfiltered tokens.
+
+  `first`: its coarse tokens, not finished; without cells, finished rows; or None.
+  """
 
   def finish(wide, tables):
     # Of a wide array: `norm_and_turn` rounds to its input's type, which is wide here.
@@ -232,10 +246,13 @@ def _one(x, bias, gain, coarse, *, tables, cells, bands, filtered):
   front = 0
   if cells is not None:
     # Compression keeps constants: the bias may come after it.
-    coarse = finish(_biased(coarse, bias), (cells.cos, cells.sin))
+    first = finish(_biased(first, bias), (cells.cos, cells.sin))
     front = cells.front
-    filler = jnp.zeros((x.shape[0], front - coarse.shape[1], *x.shape[2:]), x.dtype)
-    packed = jnp.concatenate([coarse, filler, packed], 1)
+    filler = jnp.zeros((x.shape[0], front - first.shape[1], *x.shape[2:]), x.dtype)
+    packed = jnp.concatenate([first, filler, packed], 1)
+  elif first is not None:
+    front = first.shape[1]
+    packed = jnp.concatenate([first, packed], 1)
 
   def tokens():
     if filtered:
@@ -264,15 +281,20 @@ def _means(x, lengths):
 def backward(operands, cotangents: Prepared, *, filtered, pooled):
   """Returns the cotangents, array by array: together, all float32 intermediates would be alive."""
   del pooled  # no gradient flows through the means
-  joint, bias, gains, tables, lengths, cells, bands = operands
+  joint, bias, gains, tables, lengths, cells, bands, ahead = operands
   found = []
+  d_ahead = []
   for i, x in enumerate(jnp.unstack(joint, axis=2)):
     cotangent = cotangents[i]
-    if cotangent is None:  # of v, which is not there without cells and has no gain
+    if cotangent is None:  # of v, which is not there if nothing comes before it, and has no gain
       found.append((jnp.zeros_like(x), jnp.zeros_like(bias[i]), None))
       continue
     if found:
       found[-1], cotangent = jax.lax.optimization_barrier((found[-1], cotangent))
+    if ahead is not None:
+      front = ahead[i].shape[1]
+      d_ahead.append(cotangent[:, :front])
+      cotangent = cotangent[:, front:]
 
     def run(x, bias, gain, i=i):
       options = dict(tables=tables, cells=cells, bands=bands, filtered="qkv"[i] in filtered)
@@ -283,4 +305,5 @@ def backward(operands, cotangents: Prepared, *, filtered, pooled):
     found.append(pull(cotangent))
   d_joint, d_bias, d_gains = zip(*found, strict=True)
   rest = jax.tree.map(no_gradient, (tables, lengths, cells, bands))
-  return jnp.stack(d_joint, 2), jnp.stack(d_bias), d_gains[:2], *rest
+  d_ahead = tuple(d_ahead) or None
+  return jnp.stack(d_joint, 2), jnp.stack(d_bias), d_gains[:2], *rest, d_ahead

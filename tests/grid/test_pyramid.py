@@ -1,5 +1,6 @@
 """The pyramid of grids: what compression and lifting keep, and which levels there are."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -58,6 +59,21 @@ def test_a_ramp_is_interpolated_between_centres():
   lifted = np.asarray(lifted).reshape(EVEN.grid)
   np.testing.assert_allclose(lifted[..., 1:-1], ramp.reshape(EVEN.grid)[..., 1:-1], atol=1e-5)
   np.testing.assert_allclose(lifted[..., [0, -1]], np.broadcast_to([0.5, 14.5], (4, 8, 2)))
+
+
+@pytest.mark.parametrize("layout", [RAGGED, EVEN], ids=["ragged", "even"])
+@pytest.mark.parametrize("kind, factor", [("block_haar", 2), ("dct", 2), ("haar", 4)])
+def test_the_gradient_of_lifting_is_its_transpose(kind, factor, layout):
+  """Both forms of the interpolation are one matrix; padding rows get and give nothing."""
+  (step,) = steps(layout, 2, kind, "linear", factor)
+  draw = np.random.default_rng(1)
+  y = draw.standard_normal((1, step.coarse.layout.n_buffer, 3)).astype(np.float32)
+  cotangent = draw.standard_normal((1, layout.n_buffer, 3)).astype(np.float32)
+  lifted, pull = jax.vjp(jax.jit(step.lift), y)
+  (back,) = pull(cotangent)
+  assert not np.asarray(lifted)[:, ~step.fine.valid].any()
+  assert not np.asarray(back)[:, ~step.coarse.valid].any()
+  np.testing.assert_allclose((lifted * cotangent).sum(), (back * y).sum(), rtol=1e-5)
 
 
 def test_levels():

@@ -85,13 +85,18 @@ def test_tables_of_some_arms_and_seeds():
   )
   assert found["study oracle"] == found["study statistics"] == "No rows yet."
   outcome = found["study outcome"].splitlines()
-  assert len(outcome) == 2 + 8 and "+11.1%" in outcome[-1] and "threshold is 0" in outcome[-1]
+  eighth = outcome[2 + 7]
+  assert len(outcome) == 2 + 12 and "+11.1%" in eighth and "threshold is 0" in eighth
 
 
 def test_gains_of_forced_heads():
+  forced = np.full((2, 2, 3, 4), 0.5)
+  forced[0, 1, 2] = 0.7  # of the first layer one of two heads has a branch that is worse by .2
   heads = {"regret_buckets": [0.5] * 4, "gain": [0.01] * 4, "best_gain": 0.02}
+  heads["forced"] = forced.tolist()
   found = evidence.tables([], [], [probe("oracle", "freqformer", {"heads": heads})])
   assert "| freqformer | 1 | +0.0100 of 0.5000 |" in found["study oracle"]
+  assert found["study oracle"].endswith("| +0.0200 | 0.1000, 0.0000 |")
   assert found["study arms"] == "No rows yet."
 
 
@@ -123,6 +128,12 @@ def test_figures_of_weights_levels_and_transfer(predicted):
   np.testing.assert_allclose(levels["cells of 4: learned"].get_ydata(), 0.5)
   assert "cells of 4: theory" in levels and len(weights.axes) == 1  # no row of freqformer
   assert evidence_figures.weights(ROWS, [], predicted) is None
+  rows = [row(arm, 0, 1.0) for arm in ("low4", "freqformer")]
+  for each in rows:
+    each["final"]["weights"] = LEVELS
+  window, low = map(lines_of, evidence_figures.weights(rows, [], predicted).axes)
+  assert set(window) == {"low4", "theory"} and set(low) == {"freqformer"}
+  np.testing.assert_allclose(window["low4"].get_ydata(), 0.2)
   density, change = evidence_figures.left_out(ROWS, PROBES).axes
   np.testing.assert_allclose(lines_of(density)["octaves"].get_ydata(), 0.01)
   np.testing.assert_allclose(lines_of(change)["octaves"].get_ydata(), 100 / 9, rtol=1e-5)

@@ -17,7 +17,6 @@ from freqformer.data.fields import Fields, FieldsConfig
 from freqformer.diffusion.posterior import Posterior
 from freqformer.evaluate.restore import Run
 from freqformer.grid.layout import TileLayout
-from freqformer.methods.base import Dims
 from freqformer.methods.freqformer import FreqFormer
 from freqformer.methods.octaves import Octaves
 from freqformer.model.dit import VideoDiT
@@ -71,6 +70,15 @@ def test_a_run_is_judged_on_another_grid(octaves, monkeypatch):
   np.testing.assert_allclose(found["buckets"], split, rtol=0.2)
 
 
+def test_a_layer_without_attention(octaves, monkeypatch):
+  seen = []
+  monkeypatch.setattr(probes, "judge", lambda run, **_: seen.append(flatten(run.params)) or {})
+  assert list(probes.layers(octaves)) == ["all layers", "without 1"]
+  before, after = seen
+  changed = {name for name in before if not np.array_equal(before[name], after[name])}
+  assert changed == {"runs/0/attention/out/kernel"} and not after[changed.pop()].any()
+
+
 def test_thresholds_leave_levels_out(octaves, monkeypatch):
   kept = []
   monkeypatch.setattr(probes, "judge", lambda run, **_: kept.append(probes.method_of(run)) or {})
@@ -82,13 +90,17 @@ def test_thresholds_leave_levels_out(octaves, monkeypatch):
 def test_statistics_of_other_clips():
   layout = TileLayout.fit((2, 8, 8), 8)
   v = jax.random.normal(jax.random.key(0), (3, layout.n_buffer, 2, 4))
+  tables = FreqFormer().tables(layout)
   own, mean, another = (
-    probes.OtherStatistics(source=source).energies(v, layout.arrays(), FreqFormer().tables(layout))
+    probes.OtherStatistics(source=source).energies(v, layout.arrays(), tables)
     for source in probes.STATISTICS
   )
-  np.testing.assert_allclose(own.sum(-1), 1, rtol=1e-5)
+  np.testing.assert_array_equal(own, FreqFormer().energies(v, layout.arrays(), tables))
+  for found in (mean, another):
+    np.testing.assert_allclose(found.sum(-1), own.sum(-1), rtol=1e-5)
+  own, mean, another = (found / found.sum(-1, keepdims=True) for found in (own, mean, another))
   np.testing.assert_allclose(mean, np.broadcast_to(own.mean(0), mean.shape), rtol=1e-5)
-  np.testing.assert_allclose(another, np.roll(own, 1, 0))
+  np.testing.assert_allclose(another, np.roll(own, 1, 0), rtol=1e-5)
   assert np.abs(own - mean).max() > 0.01
   with pytest.raises(ValueError, match="source='none' must be one of own, mean, another"):
     probes.OtherStatistics(source="none")
@@ -97,14 +109,14 @@ def test_statistics_of_other_clips():
 def test_the_oracle_chooses_on_other_clips_than_it_judges(monkeypatch):
   """Head 1 seems best in branch 2 and is worst there: forcing it does not count as a gain."""
   run = untrained("freqformer")
-  bias = next(leaf for name, leaf in flatten(run.params).items() if name.endswith("router/bias"))
+  bias = probes.leaf_of(run.params, "router/bias")
   assert bias.shape == (1, 2, 3)
   chosen = {0: [[0.0, -0.4, 0.0], [0.0, 0.0, -0.9]], 4: [[0.0, -0.2, 0.0], [0.0, 0.0, 0.6]]}
   asked = []
 
   def make_eval_step(graphdef, *, buckets, time_range):
     def step(params, batch, power, tables, offset, reference):
-      change = next(leaf for n, leaf in flatten(params).items() if n.endswith("router/bias")) - bias
+      change = probes.leaf_of(params, "router/bias") - bias
       forced = np.asarray(change[0] > 500)
       asked.append(forced)
       weight = batch["weight"].sum()
@@ -136,6 +148,7 @@ def test_samples_end_where_training_did(monkeypatch):
   found = probes.samples(run)
   assert found["model"]["seam_ratio"][2] > 5 and found["model"]["clips"] == 8
   assert found["model"]["seam_ratio"][1] == pytest.approx(1, abs=0.15)
+  assert found["model"]["seam_ratio_twice"][0] is None  # four frames are one tile of the next level
   assert found["exact"]["clips"] == probes.CLIPS
   # A clean estimate from t = 0 on, the default, is smoother than a clip, and as large.
   assert 0 < found["exact"]["flicker"] < 1.5
@@ -160,16 +173,18 @@ def test_probes_go_to_the_runs_that_they_fit(octaves):
     model = types.SimpleNamespace(config=types.SimpleNamespace(runs=lambda: ((1, method),)))
     return dataclasses.replace(octaves, model=model)
 
-  every = {"transfer", "samples"}
-  assert fitting(octaves) == every | {"threshold"}
-  assert fitting(of(Octaves(levels=1))) == every
+  every = {"transfer", "samples", "layers"}
+  assert fitting(octaves) == every | {"threshold", "oracle"}
+  copies = dataclasses.replace(DATA, grid=(2, 16, 16), copies=1, target="velocity")
+  planted = dataclasses.replace(octaves.experiment, data=copies)
+  unknown = dataclasses.replace(octaves, experiment=planted)
+  assert fitting(unknown) == every | {"threshold"}  # of a regret that is not known
   hard = dataclasses.replace(Octaves().router, mode="straight_through")
-  assert fitting(of(Octaves(router=hard))) == every
+  assert fitting(of(Octaves(router=hard))) == every | {"oracle"}
   assert fitting(of(FreqFormer())) == every | {"statistics", "oracle"}
   blind = dataclasses.replace(FreqFormer().router, statistics=False)
   assert fitting(of(FreqFormer(router=blind))) == every | {"oracle"}
   assert fitting(of(FreqFormer(allocation=(1, 0, 1)))) == every
-  assert FreqFormer().build(Dims(2, 4, 8), TileLayout.fit((2, 8, 8), 8), nnx.Rngs(0)).router
 
 
 @pytest.fixture

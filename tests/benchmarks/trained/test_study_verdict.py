@@ -123,7 +123,7 @@ def test_low_heads_are_found_or_given():
 
 
 def test_mid_tiles_are_judged_by_copies_alone():
-  plain = seeds("octaves_mid", [0.1, 0.1]) + seeds("octaves", [1.0, 1.0])
+  plain = seeds("octaves_mid", [0.1, 0.1]) + seeds("octaves_prior", [1.0, 1.0])
   assert state("H7", plain) == OPEN
   copies = [r | {"overrides": r["overrides"] | {"data.copies": 8}} for r in plain]
   assert state("H7", copies) == HOLDS

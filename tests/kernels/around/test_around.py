@@ -22,6 +22,7 @@ from freqformer.grid.tile_matrices import tile_cells
 from freqformer.methods.base import Cond
 from freqformer.methods.dense import Dense
 from freqformer.methods.freqformer import FreqFormer
+from freqformer.methods.octaves import Octaves
 from freqformer.model.attention import AttentionDims, SpectralAttention
 from tests.kernels.block_sparse.suite import worst_error
 
@@ -162,6 +163,21 @@ def test_the_definition_is_the_spectral_operators(name, kind):
     assert "the transform leaves the tile" in _refusal(LIFT, got.v, tables.expansion)
 
 
+def test_rows_ahead_of_the_tokens_are_left_alone():
+  """Nothing else changes; with cells they would share a place."""
+  joint, bias, gains, tables, lengths, cells, _ = _inputs(CASES["ragged"], jnp.float32)
+  operands = (joint, bias, gains, tables, lengths)
+  ahead = tuple(jnp.full((2, 3, 2, 64), i, jnp.float32) for i in range(3))
+  alone = prepare(*operands, pooled=True)
+  got = prepare(*operands, ahead=ahead, pooled=True)
+  for i in range(3):
+    assert (got[i][:, :3] == i).all()
+    np.testing.assert_array_equal(got[i][:, 3:], alone[i])
+  np.testing.assert_array_equal(got.q_pool, alone.q_pool)
+  with pytest.raises(ValueError, match="give one"):
+    prepare(*operands, cells, ahead=ahead)
+
+
 def test_rotary_multiplies_complex_numbers():
   """Channels i and i + d / 2 as one number, times that of the angle's cosine and sine."""
   draw = np.random.default_rng(0)
@@ -253,6 +269,7 @@ METHODS = {
   "freqformer": FreqFormer(
     basis=BASIS, allocation=(1, 1, 0), mid_tiles=2, low_shared=True, filter="qkv"
   ),
+  "octaves": Octaves(levels=2, window=(1, 1, 1), basis="haar"),
 }
 
 
@@ -273,6 +290,7 @@ def test_layer_with_and_without_kernels(method, monkeypatch):
   with interpret.interpreted():
     found = _layer(case, method, jnp.bfloat16)
   assert [plan.filtered for plan in plans] == [getattr(method, "filter", "").replace("none", "")]
+  assert (plans[0].front > 0) == (not isinstance(method, Dense))
   for f, p, r in zip(found, plain, right, strict=True):
     assert np.linalg.norm(f - r) <= 1.5 * np.linalg.norm(p - r) + 1e-3 * np.linalg.norm(r)
 
