@@ -62,6 +62,21 @@ def test_classes_that_name_a_direction_are_judged(clips):
   assert motion.judge_directions(still, np.array([0]), ["zoom_in"])[0]["follows"] is None
 
 
+@pytest.mark.parametrize(
+  "velocity, four, eight",
+  [
+    ((0.0, 0.05), False, False),  # stands still
+    ((0.0, 0.2), True, True),
+    ((0.6, 1.0), True, False),  # 31 degrees: nearer to the diagonal, if that is a class
+    ((1.1, 1.0), False, False),
+    ((0.0, -1.0), False, False),
+  ],
+)
+def test_a_direction_is_followed_if_no_other_one_is_nearer(velocity, four, eight):
+  found = [motion.follows(np.array(velocity), "right", count) for count in (4, 8)]
+  assert found == [four, eight]
+
+
 def test_fields_have_the_velocity_of_their_label():
   items = [Fields(FIELDS, "val")[i] for i in range(40)]
   latents = np.stack([item["latent"] for item in items])
