@@ -6,6 +6,7 @@
 Bytes of every operation but the attention kernels, in passes over a bf16 array of tokens `[n, D]`;
 `parts_passes` splits them by the part of the layer (`jax.named_scope`). `method(fields)@phase` is a
 layer of 16 x 32 x 32 tokens; `freqformer/simulation/traffic.py` is made of their differences.
+`shape/method` is one on a shape of `benchmarks/arg_specs.py`.
 Rows `around/<shape>`: FreqFormer with a mid band of 5 % on the shapes of `benchmarks/arg_specs.py`;
 with `_xla` without the kernels around attention. Counted in a program, not measured on a GPU.
 """
@@ -71,6 +72,17 @@ LAYERS = (
   "spatial_temporal@profile",
   "adaspa@reuse",
   "adaspa@search",
+  "octaves",
+  "octaves(levels=2, factor=4)",
+  "octaves(levels=2, basis=haar)",
+  "octaves(levels=2, basis=haar, factor=4)",
+  "octaves(basis=haar)",
+  "octaves(router=dict(statistics=True))",
+  "a_64k/dense",
+  "a_64k/octaves(levels=2)",
+  "a_64k/octaves",
+  "a_64k/octaves(levels=5)",
+  "a_1m/octaves(levels=6, window=(2, 2, 2), deal=octant)",
 )
 SHAPES = ("a_64k", "a_128k", "a_1m", "a_64k_filter_v", "a_64k_filter_qkv")
 AROUND = tuple(f"around/{shape}{end}" for end in ("", "_xla") for shape in SHAPES)
@@ -94,8 +106,9 @@ class Case:
   @classmethod
   def named(cls, name: str) -> "Case":
     if not name.startswith("around/"):
-      method, _, phase = name.partition("@")
-      return cls(method, phase)
+      shape, slash, method = name.rpartition("/")
+      method, _, phase = method.partition("@")
+      return cls(method, phase, SPECS[shape].layout if slash else LAYOUT)
     shape, _, fields = name.removeprefix("around/").partition("_filter_")
     layout = SPECS[shape.removesuffix("_xla")].layout
     filtered = fields.removesuffix("_xla") or "none"

@@ -56,8 +56,9 @@ Cell = Callable[[dict], str]
 
 # The papers' range, at shape A's grids; the model with 12 heads of 128.
 GRIDS = ((16, 64, 64), (32, 64, 64), (64, 64, 64), (64, 64, 128), (64, 128, 128))
-MID_DENSITY = 0.05  # of FreqFormer's mid band in the sweep's last line
+MID_DENSITY = 0.05  # of FreqFormer's mid band in the sweep
 SPARSER = "freqformer (mid band at 5 %)"
+DEEPER = "octaves (6 levels, windows of 2x2x2 tiles)"
 # Wan 2.1 at 480p and 720p, HunyuanVideo at 117 frames of 768 x 1280 and at 509 frames of 720p.
 VIDEO_GRIDS = ((21, 30, 52), (21, 45, 80), (30, 48, 80), (128, 45, 80))
 OWN_TILES = {"sliding_tile": (6, 8, 8), "radial": (1, 8, 16)}  # the papers'
@@ -127,7 +128,8 @@ def plans(methods: tuple[str, ...], card: str, grid: tuple[int, int, int]) -> li
 
 
 def sweep(gpu: Gpu) -> list[dict]:
-  """Returns 64K to 1M tokens: every method's defaults, and FreqFormer at a fixed mid density.
+  """Returns 64K to 1M tokens: every method's defaults, FreqFormer at a fixed mid density, octaves
+  with more levels and dealt windows.
 
   These grids fill their tiles: `dense` is its own unpadded baseline.
   """
@@ -135,10 +137,16 @@ def sweep(gpu: Gpu) -> list[dict]:
   for grid in GRIDS:
     baseline, *defaults = plans(tuple(METHODS), "wan2.1-1.3b", grid)
     tiles = round(MID_DENSITY * baseline.layout.tiles)
-    sparser = make_method(f"freqformer(mid_tiles={tiles})")
-    sparser = dataclasses.replace(defaults[0], name=SPARSER, method=sparser)
+    texts = {
+      SPARSER: f"freqformer(mid_tiles={tiles})",
+      DEEPER: "octaves(levels=6, window=(2, 2, 2), deal=octant)",
+    }
+    more = [
+      dataclasses.replace(defaults[0], name=name, method=make_method(text))
+      for name, text in texts.items()
+    ]
     base = row(baseline, gpu)
-    for plan in (*defaults, sparser):
+    for plan in (*defaults, *more):
       r = row(plan, gpu)
       attention = r["attention_seconds"] + r["around_seconds"]
       speedups = {

@@ -12,12 +12,14 @@ import functools
 import math
 
 from freqformer.grid.layout import TileLayout
+from freqformer.grid.pyramid import compression
 from freqformer.grid.sizes import coarse_tokens, most_cells
 from freqformer.kernels.around.prepare import BLOCKS, HEAD_DIMS, MAX_CELLS
 from freqformer.methods.adaspa import AdaSpa
 from freqformer.methods.base import Method
 from freqformer.methods.block_topk import BlockTopK
 from freqformer.methods.freqformer import FreqFormer
+from freqformer.methods.octaves import Octaves
 from freqformer.methods.sparse_linear import SparseLinear
 from freqformer.methods.sparseflow import LINEAR, SparseFlow, frame_segments
 from freqformer.methods.spatial_temporal import SpatialTemporal
@@ -75,6 +77,16 @@ PARTS = {
   "linear, shared boxes": Part(13.6, 5, "linear.json: h100_sparseflow_fixed_21x30x52"),
   "linear, refused": Part(18.55, 8, "linear.json: h100_sparseflow_fixed_64k_xla"),
   "linear over tiles": Part(13.0, 9, "linear.json: h100_sparse_linear_64k (8), projection (5)"),
+  # Octaves of two levels, by the factor between them: prepare, compression, coarse rows and lift,
+  # without norm and rotary of the tokens (4); what a third level adds, and each one after it.
+  "octaves": Part(9.3, 27, "a_64k/octaves(levels=2) - a_64k/dense"),
+  "octaves, axes": Part(34.1, 31, "octaves(levels=2, basis=haar) - dense"),
+  "octaves by 4": Part(7.6, 25, "octaves(levels=2, factor=4) - dense"),
+  "octaves by 4, axes": Part(21.2, 31, "octaves(levels=2, basis=haar, factor=4) - dense"),
+  "third level": Part(1.6, 7, "a_64k/octaves - a_64k/octaves(levels=2)"),
+  "third level, axes": Part(3.9, 12, "octaves(basis=haar) - octaves(levels=2, basis=haar)"),
+  "each further level": Part(0.12, 5.5, "a_64k/octaves(levels=5) - a_64k/octaves"),
+  "energies of levels": Part(1.2, 7, "octaves(router=dict(statistics=True)) - octaves"),
   # Means of q and k, where no other kernel makes them on its way; scores and search beside them.
   "means": Part(2.0, 0, "block_topk(coarse=none) - dense"),
   "selection": Part(0.0, 9, "block_topk(coarse=none) - dense"),
@@ -198,6 +210,24 @@ def _bands(method: FreqFormer, layer: Layer) -> Traffic:
     found += layer.part(f"filter {method.filter}", form)
   if method.low_op == "linear":
     found += layer.part("linear low band", form)
+  return found
+
+
+@_traffic.register
+def _(method: Octaves, layer: Layer) -> Traffic:
+  form = "" if compression(method.basis, method.factor).tiled else "axes"
+  found = Traffic()
+  if method.levels > 1:
+    found += layer.part("octaves" if method.factor == 2 else "octaves by 4", form)
+  if method.levels > 2:
+    found += layer.part("third level", form)
+    further = layer.part("each further level")
+    more = method.levels - 3
+    found += Traffic(more * further.bytes, more * further.launches)
+  if method.mid_tiles:  # the kernel that packs makes the means
+    found += layer.selection(means=False)
+  if method.router.statistics:
+    found += layer.part("energies of levels")
   return found
 
 

@@ -137,6 +137,9 @@ ADDED = (
     ROUTED + ", router=dict(hidden=2)",
     2 * WIDTH + 2 * HEADS * 6,
   ),
+  # Each level makes an eighth of cells of the one before, 16 of each of its tiles, and a logit.
+  ("octaves(levels=1", "octaves(levels=2", 3 * 2 * N * 16 * WIDTH + 2 * HEADS * 64),
+  ("octaves(levels=2", "octaves(levels=3", 3 * 2 * N // 8 * 16 * WIDTH + 2 * HEADS * 64),
   ("adaspa@reuse", "adaspa@search", 2 * N**2 * WIDTH),
   ("spatial_temporal@run", "spatial_temporal@profile", 0),
 )
@@ -228,6 +231,9 @@ PAIRS = [
   "freqformer(allocation=(2, 1, 1), low_shared=True, border=clip, window=(1, 1, 3)",
   "freqformer(allocation=(2, 1, 1), low_op=linear, "
   "basis=dict(low=(0.5, 1.0, 0.5), mid=(1.0, 1.0, 1.0))",
+  "octaves(window=(1, 2, 3), deal=octant, border=clip, threshold=0.0",
+  "octaves(levels=2, window=(1, 3, 1), mid_tiles=2, border=clamp, threshold=0.0",
+  "octaves(levels=2, factor=4, basis=haar, window=(1, 1, 1), threshold=0.0",
 ]
 
 

@@ -114,6 +114,20 @@ def test_time_at_a_fixed_key_budget_is_linear_and_at_fixed_density_quadratic():
     assert low < many / few < high
 
 
+@pytest.mark.parametrize(
+  "method, keys", [("octaves", 4000), ("octaves(levels=6, window=(2, 2, 2), deal=octant)", 1100)]
+)
+def test_octaves_are_linear_from_64k_to_1m_tokens(method, keys):
+  """Keys per query hardly grow; FLOPs, bytes and seconds per token stay."""
+  gpu = load_gpu("h100")
+  small, large = (
+    forward(plan(method=method, grid=grid), gpu) for grid in ((16, 64, 64), (64, 128, 128))
+  )
+  assert small.density * 2**16 < large.density * 2**20 < keys
+  for name, most in (("total_flops", 1.1), ("hbm_bytes", 1.1), ("seconds", 1.05)):
+    assert 0.95 < getattr(large, name) / getattr(small, name) / 16 < most, name
+
+
 def test_the_baseline_pays_no_padding():
   """At most one tile of it; our own dense method pays what its layout holds, for the same pairs."""
   gpu = load_gpu("h100")
