@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,8 @@ class Step:
     fine, coarse: arrays of the levels' layouts.
     order, inverse: int32 `[coarse.n]`, the transform's number of each cell in raster order, and
       the raster number of each of the transform's cells.
-    interpolate: None lifts by the transform.
+    interpolate: per axis float32 `[fine extent, coarse extent]`, rows that sum to one, of at most
+      two neighbouring cells; None lifts by the transform.
   """
 
   spectral: SpectralTables
@@ -45,7 +47,7 @@ class Step:
   coarse: LayoutTables
   order: Array
   inverse: Array
-  interpolate: Interpolation | None
+  interpolate: tuple[Array, Array, Array] | None
 
   @jax.named_scope("compress")
   def compress(self, x: jax.Array) -> jax.Array:
@@ -62,31 +64,37 @@ class Step:
     return self.spectral.lift(cells)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class Interpolation:
-  """Linear interpolation between the cells' centres, in two forms. NumPy until passed to jit.
-
-  Attributes:
-    corners: int32 `[up to 8, fine buffer]`, rows of the coarse buffer around each row.
-    shares: float32, likewise, what a row takes of them: they sum to one, in padding rows to zero.
-    axes: per axis float32 `[fine extent, coarse extent]`, rows that sum to one.
-  """
-
-  corners: Array
-  shares: Array
-  axes: tuple[Array, Array, Array]
-
-
 @jax.custom_vjp
 def _interpolate(step: Step, y: jax.Array) -> jax.Array:
   """`[b, coarse buffer, ...]` -> `[b, fine buffer, ...]`, summed in at least float32."""
   dtype = jnp.promote_types(y.dtype, jnp.float32)
   total = 0
-  for rows, shares in zip(step.interpolate.corners, step.interpolate.shares, strict=True):
-    shares = jnp.expand_dims(jnp.asarray(shares, dtype), range(1, y.ndim - 1))
+  # The barrier: XLA would find the corners anew for every channel.
+  for rows, shares in jax.lax.optimization_barrier(list(_corners(step))):
+    shares = jnp.expand_dims(shares.astype(dtype), range(1, y.ndim - 1))
     total += jnp.take(y, rows, axis=1, mode="clip").astype(dtype) * shares
   return total.astype(y.dtype)
+
+
+def _corners(step: Step) -> Iterator[tuple[jax.Array, jax.Array]]:
+  """Yields the rows of the cells around each fine row, and what it takes of them; padding: 0.
+
+  They are numbers of rows, not of channels, and cost little to make; stored, they would be the
+  largest tables of a million tokens.
+  """
+  grid = step.coarse.layout.grid
+  places = jnp.unravel_index(step.fine.gather, step.fine.layout.grid)
+  for sides in itertools.product(*((0, 1)[:extent] for extent in grid)):
+    cell = 0
+    shares = jnp.asarray(step.fine.valid, jnp.float32)
+    for matrix, place, side, extent in zip(step.interpolate, places, sides, grid, strict=True):
+      matrix = jnp.asarray(matrix)
+      first = (matrix > 0).argmax(1)
+      other = jnp.minimum(first + side, extent - 1)
+      share = jnp.where(first + side < extent, matrix[jnp.arange(len(matrix)), other], 0)
+      shares *= share[place]
+      cell = cell * extent + other[place]
+    yield jnp.asarray(step.coarse.scatter)[cell], shares
 
 
 def _interpolate_by_axis(step: Step, y: jax.Array) -> jax.Array:
@@ -95,7 +103,7 @@ def _interpolate_by_axis(step: Step, y: jax.Array) -> jax.Array:
   cells = step.coarse.unpack(y)
   b, _, *rest = cells.shape
   x = cells.reshape(b, *step.coarse.layout.grid, -1).astype(dtype)
-  for axis, matrix in enumerate(step.interpolate.axes, 1):
+  for axis, matrix in enumerate(step.interpolate, 1):
     x = jnp.moveaxis(jnp.tensordot(x, jnp.asarray(matrix, dtype).T, (axis, 0)), -1, axis)
   return step.fine.pack(x.reshape(b, -1, *rest).astype(y.dtype))
 
@@ -159,32 +167,13 @@ def steps(
     spectral = compression(kind, factor).fit(fine)
     centres = spectral.centres
     order = np.lexsort(centres.T[::-1]).astype(np.int32)
-    interpolate = _interpolation(fine, coarse, centres) if lift == "linear" else None
+    matrices = None
+    if lift == "linear":
+      axes = [np.unique(centres[:, axis]) for axis in range(3)]
+      matrices = tuple(map(_between, axes, fine.grid))
     inverse = np.argsort(order).astype(np.int32)
-    found.append(Step(spectral, fine.arrays(), coarse.arrays(), order, inverse, interpolate))
+    found.append(Step(spectral, fine.arrays(), coarse.arrays(), order, inverse, matrices))
   return tuple(found)
-
-
-def _interpolation(fine: TileLayout, coarse: TileLayout, centres: np.ndarray) -> Interpolation:
-  """Returns both forms for cells with `centres` `[cells, 3]`."""
-  axes = tuple(_between(np.unique(centres[:, i]), extent) for i, extent in enumerate(fine.grid))
-  arrays = fine.arrays()
-  places = np.unravel_index(np.asarray(arrays.gather), fine.grid)
-  corners = []
-  shares = []
-  for sides in itertools.product((0, 1), repeat=3):
-    share = np.asarray(arrays.valid, np.float32)
-    cell = 0
-    for axis, place, side, extent in zip(axes, places, sides, coarse.grid, strict=True):
-      first = (axis > 0).argmax(1)  # of the two cells around a place
-      other = np.minimum(first + side, extent - 1)
-      weight = np.where(first + side < extent, axis[np.arange(len(axis)), other], 0)
-      share = share * weight.astype(np.float32)[place]
-      cell = cell * extent + other[place]
-    if share.any():
-      corners.append(np.asarray(coarse.arrays().scatter)[cell])
-      shares.append(share)
-  return Interpolation(np.stack(corners).astype(np.int32), np.stack(shares), axes)
 
 
 def _between(centres: np.ndarray, extent: int) -> np.ndarray:

@@ -18,8 +18,10 @@ from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.table import BlockMask
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.compiled import layer_traffic
 from freqformer.methods.base import Cond
 from freqformer.methods.freqformer import FreqFormer
+from freqformer.methods.octaves import Octaves
 from freqformer.model.config import AttentionConfig, ModelConfig
 from freqformer.model.dit import DiTBlock, VideoDiT, make_tables
 from freqformer.train.step import TrainConfig, init_state, make_train_step
@@ -90,6 +92,14 @@ def compile_block() -> Compilation:
 
 
 @functools.cache
+def compile_octaves() -> Compilation:
+  """Compiles the forward of an attention layer of octaves at 64K tokens."""
+  method = Octaves(levels=4, window=(2, 2, 2), deal="octant")
+  forward, args = layer_traffic.program(method, MODEL.layout(LATENT_64K), HEADS, 128)
+  return compile_for(forward, *args, options=NO_AUTOTUNING)
+
+
+@functools.cache
 def compile_train_step() -> Compilation:
   """Compiles an optimisation step of a model of one layer on eight GPUs, 64K tokens on each."""
   model = nnx.eval_shape(lambda: VideoDiT(MODEL, LATENT_64K, 10, nnx.Rngs(0)))
@@ -133,6 +143,7 @@ CASES = {
   "attention_d128_128k": _attention(1 << 17, 128, "pallas_mgpu"),
   "attention_xla_d128_16k": _attention(1 << 14, 128, "xla"),
   "block_d128_128k": Case(math.prod(LATENT_128K[:3]), 21_000, compile_block),
+  "octaves_d128_64k": Case(math.prod(LATENT_64K[:3]), 22_000, compile_octaves),
   "train_d128_64k_8gpus": Case(math.prod(LATENT_64K[:3]), 100_000, compile_train_step),
 }
 
@@ -150,9 +161,12 @@ def test_temporary_bytes_stay_where_they_were(name):
   assert found <= case.ceiling * case.tokens
 
 
-def test_kernels_of_a_train_step_do_not_spill():
-  kernels = compile_train_step().kernels
-  assert len(kernels) >= 3
+@pytest.mark.parametrize(
+  "compiled, least", [(compile_train_step, 3), (compile_octaves, 2)], ids=["train step", "octaves"]
+)
+def test_kernels_do_not_spill(compiled, least):
+  kernels = compiled().kernels
+  assert len(kernels) >= least
   assert not any(kernel.spill_stores or kernel.spill_loads for kernel in kernels), kernels
 
 
