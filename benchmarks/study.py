@@ -3,6 +3,7 @@
   python -m benchmarks.study --stage=screen --list               trials and their state
   python -m benchmarks.study --stage=screen --shard=1/2 --budget-minutes=90
   python -m benchmarks.study --stage=screen --against=window     the table, of what is finished
+  python -m benchmarks.study --stage=screen --verdict            the hypotheses, by these rows
   python -m benchmarks.study --rehearse --out=/tmp/study         two tiny trials, no measurement
 
 The same command goes on: finished trials have a row in benchmarks/results/study_<stage>.json and
@@ -18,20 +19,21 @@ import time
 
 from absl import flags, logging
 
-from benchmarks.rows import RESULTS, Store, context
-from benchmarks.trained import study
+from benchmarks.rows import RESULTS, Store, context, read_rows
+from benchmarks.trained import study, study_verdict
 from benchmarks.trained.study_summary import summary
 from freqformer.command import cli
 from freqformer.config import ConfigError
 from freqformer.pages.text import aligned
 from freqformer.train.preemption import StopRequest
 
+PROBES = "study_probes.json"  # of benchmarks.probes
 _NICE = 10
 _REHEARSAL = "rehearsal"
 
 
 def main(_):
-  """Runs a shard, lists it, or prints the table.
+  """Runs a shard, lists it, or prints the table or the verdicts.
 
   Raises:
     ConfigError: an argument is invalid, or there is no row to summarise.
@@ -45,11 +47,16 @@ def main(_):
   command = f"python -m benchmarks.study --stage={_STAGE.value}"
   store = Store(rows, context(command), rehearsal=_REHEARSE.value)
   wanted = study.trials(stage, _shard(_SHARD.value))
-  if _AGAINST.value:
-    found = [row for row in store.all() if "error" not in row]
+  found = [row for row in store.all() if "error" not in row]
+  if _VERDICT.value:
+    print(study_verdict.text(study_verdict.verdicts(found, read_rows(rows.parent / PROBES))))
+  elif _AGAINST.value:
     if _AGAINST.value not in {row["arm"] for row in found}:
       raise ConfigError(f"{rows} has no row of {_AGAINST.value}; run that arm first.")
     print(summary(found, _AGAINST.value))
+    now = {trial.name: trial.digest for trial in study.trials(stage)}
+    if other := [row["name"] for row in found if row["digest"] != now.get(row["name"])]:
+      print(f"Not of the settings that these trials have now: {', '.join(other)}.")
   elif _LIST.value:
     print(aligned(study.listing(wanted, store, runs)))
   elif _RUN.value:
@@ -91,6 +98,7 @@ if __name__ == "__main__":
   _BUDGET = flags.DEFINE_float("budget-minutes", None, "Stop after so many minutes.", lower_bound=0)
   _LIST = flags.DEFINE_bool("list", False, "Show the trials, run nothing.")
   _AGAINST = flags.DEFINE_enum("against", None, list(study.ARMS), "Print the table against an arm.")
+  _VERDICT = flags.DEFINE_bool("verdict", False, "Judge the hypotheses of docs/evidence.md.")
   _RUN = flags.DEFINE_string("run", None, "One trial by name, in this process.")
   _OUT = flags.DEFINE_string("out", None, "Folder of rows and runs.")
   _REHEARSE = flags.DEFINE_bool("rehearse", False, "Two tiny trials, no measurement.")

@@ -25,17 +25,18 @@ def get_config():
   router = dict(
     hidden=32, prior=(0.15, 0.25, 0.6), prior_slope=2.0, temperature=(1.0, 0.25), penalty=0.05
   )
-  # Tiles of two frames, 4x3x3 of them: windows of three by two by two, dealt to the heads and cut
-  # off at the border, let every token see its nearest 3x5x5 with 0.19 of all pairs.
+  # 1x6x3 tiles, whole in time. Windows of two by two, dealt to the heads: together they see all
+  # neighbours at 4/18 of the pairs.
   config.model.attention = dict(
-    tile=(2, 4, 4),
-    block=32,
+    tile=(8, 2, 4),
     implementation="xla",
-    freqformer=dict(mid_tiles=6, window=(3, 2, 2), border="clip", deal="octant", router=router),
-    # Other methods that `method` or `layers` can name, near FreqFormer's density.
+    freqformer=dict(mid_tiles=3, window=(1, 2, 2), deal="octant", router=router),
+    octaves=dict(window=(1, 2, 2), deal="octant"),
+    # Other methods that `method` or `layers` can name, near FreqFormer's density. With one layer of
+    # tiles SparseFlow is sparse in space alone; configs/methods.py has tiles of two frames.
     sparseflow=dict(
-      schedule=dict(frames=(1, 2)),
-      around=(2, 2),
+      schedule=dict(frames=(1, 1)),
+      around=(1, 3),
       anchors=0,
       # 60 % of heads are sparse by the prior; at a budget of 0.2 the router makes all of them so.
       router=router | dict(prior=(0.6, 0.4), prior_slope=0.0, budget=0.1),

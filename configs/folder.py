@@ -28,7 +28,8 @@ def get_config():
     hidden=32, prior=(0.15, 0.25, 0.6), prior_slope=2.0, temperature=(1.0, 0.25), penalty=0.05
   )
   config.model.attention = dict(
-    freqformer=dict(mid_tiles=3, window=(3, 2, 2), border="clip", deal="octant", router=router)
+    freqformer=dict(mid_tiles=3, window=(3, 2, 2), border="clip", deal="octant", router=router),
+    octaves=dict(window=(3, 2, 2), deal="octant"),
   )
   config.train = dict(steps=2000, batch_size=4, ema=0.995, val_every=500)
   config.sample = dict(steps=32, guidance=1.0, batch_size=4)

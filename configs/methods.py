@@ -18,6 +18,7 @@ from configs import demo
 TRAINABLE = (
   "dense",
   "freqformer",
+  "octaves",
   "sparseflow",
   "sliding_tile",
   "radial",
@@ -29,13 +30,19 @@ TRAINABLE = (
 def get_config():
   config = demo.get_config()
   attention = config.model.attention
-  attention.freqformer.mid_tiles = 11  # the prior then expects 0.19, as sliding_tile has
-  attention.sliding_tile = dict(window=(3, 2, 2), unit="tiles", border="clip", deal="octant")
+  # 4x3x3 tiles: methods that are sparse in time need several along it.
+  attention.tile = (2, 4, 4)
+  attention.block = 32
+  window = dict(window=(3, 2, 2), border="clip", deal="octant")
+  # At 11 tiles the prior expects 0.19, as sliding_tile has.
+  attention.freqformer.update(mid_tiles=11, **window)
+  attention.octaves.update(**window)
+  attention.sliding_tile = dict(unit="tiles", **window)
   # Without sink tiles: a layer of tiles would be a quarter of all keys.
   attention.radial = dict(decay=0.4, sink=0)
   attention.block_topk = dict(density=8 / 36)
   attention.sparse_linear = dict(critical=8 / 36)
-  attention.sparseflow.around = (3, 3)
+  attention.sparseflow.update(schedule=dict(frames=(1, 2)), around=(3, 3))
   attention.sparseflow.router.budget = 0.2  # as FreqFormer's
   return config
 

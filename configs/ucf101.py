@@ -31,6 +31,7 @@ def get_config():
     tile=(4, 4, 4),
     # Both tiles along t, and a quarter of the nearest ones of a frame to each head in turn.
     freqformer=dict(anchors=1, window=(2, 2, 2), deal="octant", router=router),
+    octaves=dict(window=(3, 2, 2), deal="octant"),
   )
   config.train = dict(
     steps=400_000,

@@ -14,6 +14,7 @@ it alone and trains nothing.
 
 import json
 import pathlib
+from collections.abc import Mapping
 from operator import itemgetter
 
 import numpy as np
@@ -55,9 +56,9 @@ def result_of(workdir: pathlib.Path, name: str, seed: int) -> dict:
   }
 
 
-def training_step() -> dict:
-  """Returns the row of a step's FLOPs per sample, forward and backward, of configs/demo.py."""
-  exp = experiment(read_config(ROOT / "configs" / "demo.py"))
+def training_step(config: Mapping) -> dict:
+  """Returns the row of a step's FLOPs per sample, forward and backward, of a demo's config."""
+  exp = experiment(config)
   flops = {
     name: training_flops(model_cost(exp.model.with_method(name), exp.latent_shape, training=True))
     for name in METHODS
@@ -115,7 +116,7 @@ def summary(rows: list[dict], step: dict) -> tuple[dict, str]:
 
 
 def main(_):
-  step = training_step()
+  step = training_step(read_config(ROOT / "configs" / "demo.py"))
   if _COUNT.value:
     write_rows(_NAME, [step], "python -m benchmarks.trained.demo_compare --count")
     print(f"training step over dense: {step['freqformer_over_dense']:.3f}")

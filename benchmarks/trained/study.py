@@ -41,27 +41,33 @@ _WORTH_SECONDS = 60  # a trial is not begun with less time left: compiling takes
 
 _METHOD = "model.attention.method"
 _BANDS = {_METHOD: "freqformer"}
-_OCTAVES = {_METHOD: "octaves"}
-# Overrides of configs/fields.py, by arm; those that the hypotheses of docs/evidence.md need first.
+# Before the first trial weights began uniform; the arm `octaves_prior` has today's default.
+_UNIFORM = {"model.attention.octaves.router.prior_slope": 0.0}
+_OCTAVES = {_METHOD: "octaves"} | _UNIFORM
+_TILTED = {_METHOD: "octaves"}
+_LOW4 = {
+  "model.attention.octaves.levels": 2,
+  "model.attention.octaves.factor": 4,
+  "model.attention.octaves.basis": "haar",
+}
+# Overrides of configs/fields.py, by arm, in the order in which trials of a seed run.
 ARMS = {
-  "octaves": _OCTAVES,
+  "octaves_prior": _TILTED,
   "window": {_METHOD: "sliding_tile"},
   # A window and one low level with its own queries, weighed: of 4^3 tokens, of 2^3 tokens.
-  "low4": _OCTAVES
-  | {
-    "model.attention.octaves.levels": 2,
-    "model.attention.octaves.factor": 4,
-    "model.attention.octaves.basis": "haar",
-  },
+  "low4": _OCTAVES | _LOW4,
+  "low4_prior": _LOW4 | _TILTED,
+  "octaves": _OCTAVES,
   "freqformer": _BANDS,
   "dense": {_METHOD: "dense"},
+  # One level for every head and timestep instead of weights.
+  "octaves_hard": {_METHOD: "octaves", "model.attention.octaves.router.mode": "straight_through"},
   "low2": _OCTAVES | {"model.attention.octaves.levels": 2},
   "block_topk": {_METHOD: "block_topk"},
-  # One level for every head and timestep instead of weights.
-  "octaves_hard": _OCTAVES | {"model.attention.octaves.router.mode": "straight_through"},
-  "octaves_mid": _OCTAVES | {"model.attention.octaves.mid_tiles": 8},
   # A router that knows the timestep and the head, not the content.
   "freqformer_time": _BANDS | {"model.attention.freqformer.router.statistics": False},
+  "octaves_mid": _TILTED | {"model.attention.octaves.mid_tiles": 8},
+  "octaves_gates": _OCTAVES | {"model.attention.octaves.router.mode": "gates"},
   # Half of the heads low, half local, whatever the clip and the timestep.
   "freqformer_fixed": _BANDS | {"model.attention.freqformer.allocation": (1, 0, 1)},
   "freqformer_slope": _BANDS | {"model.attention.freqformer.router.prior_slope": -2.0},
@@ -91,9 +97,9 @@ _COPIES = {"data.copies": 8, "data.target": "velocity", "train.batch_size": 2}
 # choice: what a core can do in three hours, in two nights, in a night.
 STAGES = {
   "screen": Stage(tuple(ARMS), seeds=(0, 1), steps=300, overrides=_SHORT),
-  "core": Stage(tuple(ARMS)[:6], seeds=(0, 1, 2), steps=2000, overrides=_SHORT),
+  "core": Stage(tuple(ARMS)[:7], seeds=(0, 1, 2), steps=2000, overrides=_SHORT),
   "copies": Stage(
-    ("octaves", "octaves_mid", "window", "block_topk", "dense"),
+    ("octaves_prior", "octaves_mid", "window", "block_topk", "dense"),
     seeds=(0, 1, 2),
     steps=600,
     overrides=_COPIES,
@@ -210,19 +216,32 @@ def run(trial: Trial, folder: pathlib.Path, store: Store) -> dict | None:
   return store.add(rounded(row))
 
 
-def judge(restored: Run, soft: bool = False) -> dict:
-  """Returns the validation of a finished run in `BUCKETS` parts of t, see `evaluate`."""
+def judge(restored: Run, soft: bool = False, clips: int = CLIPS, batch_size: int = 0) -> dict:
+  """Returns the validation of a run in `BUCKETS` parts of t, see `evaluate`.
+
+  Args:
+    restored: the run; its experiment's data may be others than it was trained on.
+    soft: weigh all branches instead of the hard choice.
+    clips: at most.
+    batch_size: that is evaluated together; 0: the run's own.
+
+  Returns:
+    `clips`, the values of `evaluate`, and of a router `weights` `[BUCKETS, branches]`: its
+    probabilities, the mean over layers, heads and clips.
+  """
   exp: Experiment = restored.experiment
   data = open_split(exp.data, "val")
   graphdef = nnx.graphdef(restored.model)
   time_range = exp.train.time_range
   step = make_eval_step(graphdef, soft=soft, buckets=BUCKETS, time_range=time_range)
-  batches = val_batches(data, exp.train.batch_size, limit=CLIPS)
+  batches = val_batches(data, batch_size or exp.train.batch_size, limit=clips)
   tables = restored.model.tables(restored.latent_shape)
   power = channel_power(data)
   found = evaluate(step, restored.params, batches, power, tables, reference=data.reference)
-  found = {name: value for name, value in found.items() if name not in ("probs", "choice")}
-  return {"clips": min(CLIPS, len(data)), **found}
+  found.pop("choice", None)
+  if "probs" in found:
+    found["weights"] = found.pop("probs").mean((0, 2)).tolist()
+  return {"clips": min(clips, len(data)), **found}
 
 
 def rounded(value):

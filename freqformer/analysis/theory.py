@@ -192,7 +192,9 @@ def _spectrum(args) -> tuple[Triple, np.ndarray, str]:
   cache = LatentCache(pathlib.Path(args.data))
   clips = min(len(cache), MOST_CLIPS)
   with refusing("--data"):
-    spectrum = measured_spectrum(cache[i]["latent"] for i in range(clips))
+    # Spread over the cache, whose order is by class.
+    places = (i * len(cache) // clips for i in range(clips))
+    spectrum = measured_spectrum(cache[i]["latent"] for i in places)
   source = f"mean of {clips} clips and {cache.latent_shape[-1]} channels of {cache.path.name}"
   return cache.latent_shape[:3], spectrum, source
 

@@ -10,6 +10,7 @@ from flax import nnx
 
 from freqformer.cost import layer_cost
 from freqformer.methods.base import Cond
+from freqformer.methods.routed import RoutedMethod
 from freqformer.model.attention import SpectralAttention
 
 
@@ -32,7 +33,9 @@ def layer_rows(model, latent_shape, allocation=None, repeats: int = 7) -> list[d
   for name in dict.fromkeys(["dense", *(name for _, name in model.attention.runs(model.depth))]):
     method = model.attention.named(name)
     note = "every token sees every token"
-    if method.branches:
+    if method.branches and not isinstance(method, RoutedMethod):
+      note = f"all levels: {', '.join(method.branches)}"
+    elif method.branches:
       share = np.asarray(allocation if allocation is not None else method.router.prior, np.float64)
       counts = whole_heads(share / share.sum(), heads)
       method = dataclasses.replace(method, allocation=counts)

@@ -38,8 +38,10 @@ def list_folder(config: DataConfig, split: str) -> Listing:
 
   Files at the top belong to a class named after the root. Classes are in alphabetical order.
 
-  A clip's split follows from the hash of its path inside root, so new clips move no old one. Both
-  splits get at least one clip; a single clip serves both, which then show different views of it.
+  If all clips lie below root/train and root/val, and both have some, these are the splits, and
+  classes are the folders below them. Otherwise a clip's split follows from the hash of its path
+  inside root, so new clips move no old one. Both splits get at least one clip; a single clip serves
+  both, which then show different views of it.
 
   Raises:
     ConfigError: the folder is missing or holds no video file.
@@ -56,9 +58,13 @@ def list_folder(config: DataConfig, split: str) -> Listing:
       f"data.root {config.root!r} holds no video file; known endings are {', '.join(EXTENSIONS)}."
     )
   top = root.resolve().name or "videos"
-  classes = {key: key.split("/")[0] if "/" in key else top for key in keys}
+  official = {key.split("/")[0] if "/" in key else "" for key in keys} == {"train", "val"}
+  inside = {key: key.partition("/")[2] if official else key for key in keys}
+  classes = {key: path.split("/")[0] if "/" in path else top for key, path in inside.items()}
   names = sorted(set(classes.values()))
-  if len(keys) > 1:
+  if official:
+    keys = [key for key in keys if key.startswith(f"{split}/")]
+  elif len(keys) > 1:
     # The lowest hashes are validation.
     places = {key: uniforms(f"{config.seed}|split|{key}")[0] for key in keys}
     count = sum(place < config.val_fraction for place in places.values())

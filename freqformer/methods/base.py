@@ -230,6 +230,9 @@ class Method:
   def check_run(self, steps: int) -> None:
     """Raises ConfigError if the method's schedule does not fit a run of `steps` sampling steps."""
 
+  def check_training(self, layout: TileLayout, heads: int) -> None:
+    """Raises ConfigError if training on this grid cannot do what the fields ask for."""
+
   def __call__(self, module, qkv: Projected, cond: Cond, tables, state):
     """Runs the attention of one layer.
 

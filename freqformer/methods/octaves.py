@@ -32,15 +32,23 @@ from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.cost import CallCost, uniform
 from freqformer.kernels.block_sparse.table import BlockMask
 from freqformer.methods.base import Method, Projected, mask_aux, mask_density
-from freqformer.methods.parts.router import RouterConfig, SpectralRouter, entropy, probabilities
+from freqformer.methods.parts.router import (
+  RouterConfig,
+  SpectralRouter,
+  check_budget,
+  entropy,
+  probabilities,
+)
 from freqformer.tables.packed import side_by_side
 from freqformer.tables.topk import block_topk
 from freqformer.tables.window import BORDERS, DEALS, count_window, deal_out, sliding_tile
 
 FACTORS = (2, 4, 8)
-# choice: uniform weights at the start; neither temperature nor noise, because nothing is hard.
+# choice: neither temperature nor noise, because nothing is hard. The slope is about what the Wiener
+# kernel's mass per level has over t (docs/evidence.md): from uniform weights the fine levels are
+# left before they have learned what they are for.
 _ROUTER = RouterConfig(
-  statistics=False, prior=(), prior_slope=0.0, temperature=(1.0, 1.0), noise=0.0, penalty=0.0
+  statistics=False, prior=(), prior_slope=8.0, temperature=(1.0, 1.0), noise=0.0, penalty=0.0
 )
 
 
@@ -94,20 +102,18 @@ class Octaves(Method):
       )
     if self.router.mode == "sampled":
       raise ValueError(
-        'router mode "sampled" runs one branch; levels take "soft" or "straight_through".'
+        'router mode "sampled" draws one branch; levels take "soft", "gates" or "straight_through".'
       )
 
   @property
   def branches(self):
     return tuple(f"x{self.factor**level}" for level in range(self.levels))
 
+  def check_training(self, layout, heads):
+    check_budget(self.router, min(call.pairs for call in self._count_levels(layout, heads)), layout)
+
   def build(self, dims, layout, rngs):
-    cheapest = min(call.pairs for call in self._count_levels(layout, dims.heads)) / layout.n**2
-    if self.router.penalty and self.router.budget < cheapest:
-      raise ConfigError(
-        f"router.budget={self.router.budget} cannot be kept: the cheapest level costs "
-        f"{cheapest:.2g} on {layout.grid}; raise it, or set router.penalty=0."
-      )
+    self._count_levels(layout, dims.heads)  # refuses levels and windows that cannot be
     return OctavesModules(self, dims, rngs)
 
   def tables(self, layout):
@@ -182,15 +188,17 @@ class Octaves(Method):
     logits = cond.share(module.router.logits(cond.embedding, cond.time, stats))
     probs = checkpoint_name(probabilities(logits, self.router, cond.progress), "routing")
     hot = jax.nn.one_hot(probs.argmax(-1), self.levels)
-    drops = not (cond.train or cond.soft_evaluation)
+    as_run = not (cond.train or cond.soft_evaluation)
     if self.router.mode == "straight_through" and not cond.soft_evaluation:
-      weights = hot if drops else hot + probs - jax.lax.stop_gradient(probs)
-      return Mix(probs, weights, hot > 0, drops)
+      weights = hot if as_run else hot + probs - jax.lax.stop_gradient(probs)
+      return Mix(probs, weights, hot > 0, as_run)
     kept = (probs >= self.threshold) | (hot > 0)
-    if not drops:
-      return Mix(probs, probs, kept, drops)
+    if not (as_run and self.threshold):
+      return Mix(probs, probs, kept, False)
     weights = jnp.where(kept, probs, 0)
-    return Mix(probs, weights / weights.sum(-1, keepdims=True), kept, drops)
+    if self.router.mode != "gates":  # a gate has its own share of the output
+      weights /= weights.sum(-1, keepdims=True)
+    return Mix(probs, weights, kept, True)
 
   def _lifted(self, out, weights, tables) -> jax.Array:
     """Returns the levels' weighted sum at every token, `[b, n_buffer, h, d]`."""
@@ -301,7 +309,7 @@ class OctavesModules(nnx.Module):
     self.q_gain = nnx.Param(jnp.ones((levels - 1, dims.heads)))
     self.k_gain = nnx.Param(jnp.ones((levels - 1, dims.heads)))
     self.router = SpectralRouter(
-      method.router, dims.heads, dims.cond_dim, levels, rngs, branches=levels
+      method.router, dims.heads, dims.cond_dim, levels, rngs, np.linspace(-0.5, 0.5, levels)
     )
 
 

@@ -13,7 +13,14 @@ from jax.ad_checkpoint import checkpoint_name
 from freqformer.cost import branch_costs
 from freqformer.methods.allocation import check_counts, check_heads, head_shares
 from freqformer.methods.base import Method
-from freqformer.methods.parts.router import RouterConfig, Routing, SpectralRouter, entropy, penalty
+from freqformer.methods.parts.router import (
+  RouterConfig,
+  Routing,
+  SpectralRouter,
+  check_budget,
+  entropy,
+  penalty,
+)
 
 _PARTS = 3  # of a head's energy, which the router reads
 
@@ -46,6 +53,8 @@ class RoutedMethod(Method):
       raise ValueError(
         f"{self.allocation=} must be {words} or {len(self.branches)} head counts {branches}."
       )
+    if self.router.mode == "gates":
+      raise ValueError('router mode "gates" gives no head to a branch; it is for octaves.')
     if len(self.router.prior) != len(self.branches):
       raise ValueError(
         f"router prior {self.router.prior} must have one share per branch {branches}."
@@ -76,6 +85,12 @@ class RoutedMethod(Method):
     if not isinstance(self.allocation, str):
       check_heads(self.allocation, dims.heads)
     return RoutedModules(self, dims, rngs)
+
+  def check_training(self, layout, heads):
+    if self.routed:
+      alone = np.eye(len(self.branches)) * heads
+      costs = [self.pairs(layout, heads, tuple(counts)).pairs for counts in alone]
+      check_budget(self.router, min(costs) / heads, layout)
 
   def energies(self, v: jax.Array, layout, tables) -> jax.Array:
     """Returns energies `[b, h, 3]` of values `[b, n_buffer, h, d]`, inputs of the router."""

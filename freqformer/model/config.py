@@ -153,6 +153,12 @@ class ModelConfig:
     attention = dataclasses.replace(self.attention, qk_gain=gain)
     return dataclasses.replace(self, rope_theta=theta, attention=attention)
 
+  def check_training(self, latent_shape) -> None:
+    """Raises ConfigError if a method's training cannot do on these latents what its config asks."""
+    layout = self.layout(latent_shape)
+    for _, method in self.runs():
+      method.check_training(layout, self.heads)
+
   def runs(self) -> tuple[tuple[int, Method], ...]:
     """Returns `(layers, method)` from the first layer to the last."""
     attention = self.attention

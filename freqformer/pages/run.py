@@ -251,7 +251,8 @@ def _buckets(workdir: pathlib.Path) -> str:
   if last.get("bayes_buckets"):
     bars["Bayes risk, which no model can be below"] = last["bayes_buckets"]
   count = len(last["buckets"])
-  labels = [f"{i / count:g} – {(i + 1) / count:g}" for i in range(count)]
+  edges = np.linspace(*last.get("time_range", (0, 1)), count + 1)
+  labels = [f"{low:.3g} – {high:.3g}" for low, high in zip(edges, edges[1:], strict=False)]
   figure, (axis,) = panels(1, 8.5)
   for i, (name, values) in enumerate(bars.items()):
     at = np.arange(count) + (i - (len(bars) - 1) / 2) * _BAR
@@ -262,6 +263,8 @@ def _buckets(workdir: pathlib.Path) -> str:
   _legend(axis)
   head = ["mean-square velocity error", *(f"t {label}" for label in labels)]
   numbers = [(name, *map(float, values)) for name, values in bars.items()]
+  if "density_buckets" in last:
+    numbers.append(("density of attention", *map(float, last["density_buckets"])))
   return image(figure, "loss by timestep") + table(head, numbers)
 
 
@@ -305,7 +308,7 @@ def heatmap(routing: dict) -> Figure:
 @shown(
   "Routing",
   "routing.json",
-  "Which branch each head is given, by timestep: t near 1 is noise, t near 0 is video.",
+  "Which branch each head is given, or what its levels weigh, by timestep: t near 1 is noise.",
 )
 def _routing(workdir: pathlib.Path) -> str:
   writer = "train.py, at a validation, of a method with a router"

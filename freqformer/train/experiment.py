@@ -52,14 +52,11 @@ def experiment(config: Mapping, begun: Mapping | None = None) -> Experiment:
       was decided then.
   """
   values = _plain(config)
-  if isinstance(values.get("model"), Mapping):
-    model = values["model"]
-    if begun is not None:
-      model = _as_begun(model, _completed(begun)["model"])
-    values["model"] = model_config(model)
-  if isinstance(values.get("data"), Mapping):
-    values["data"] = data_config(values["data"])
-  return build(Experiment, values)
+  if begun is not None and isinstance(values.get("model"), Mapping):
+    values["model"] = _as_begun(values["model"], _completed(begun)["model"])
+  found = _built(values)
+  found.model.check_training(found.latent_shape)
+  return found
 
 
 def of_record(config: Mapping) -> Experiment:
@@ -70,7 +67,18 @@ def of_record(config: Mapping) -> Experiment:
   Raises:
     ConfigError: names a key.
   """
-  return experiment(_completed(config))
+  return _built(_completed(config))
+
+
+def _built(values: dict) -> Experiment:
+  """Builds the groups, each by its own class, and the whole."""
+  makers = {"model": model_config, "data": data_config}
+  made = {
+    name: make(values[name])
+    for name, make in makers.items()
+    if isinstance(values.get(name), Mapping)
+  }
+  return build(Experiment, {**values, **made})
 
 
 def recorded(config: Mapping, exp: Experiment) -> ConfigDict:

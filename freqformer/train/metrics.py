@@ -114,7 +114,7 @@ def read(path) -> list[dict]:
   return rows
 
 
-def write_routing(workdir, result: dict, model: ModelConfig):
+def write_routing(workdir, result: dict, model: ModelConfig, time_range: tuple[float, float]):
   """Writes `routing.json`, mean probability and share of hard choices of each branch.
 
   Nothing is written if the `result` of `evaluate` tells of no routed head.
@@ -124,7 +124,7 @@ def write_routing(workdir, result: dict, model: ModelConfig):
   branches = next(method.branches for _, method in model.runs() if method.branches)
   routing = {
     "branches": list(branches),
-    "bucket_edges": [i / BUCKETS for i in range(BUCKETS + 1)],
+    "bucket_edges": np.linspace(*time_range, BUCKETS + 1).tolist(),
     # [layers][quarters of t][heads][branches]
     "probs": np.round(result["probs"], 5).tolist(),
     "choice": np.round(result["choice"], 5).tolist(),

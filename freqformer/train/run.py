@@ -139,7 +139,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, resume_changed: bool = Fals
         with metrics.paused():
           result = validate(state.ema, stop, functools.partial(metrics.write, step))
         if result is not None:
-          write_routing(workdir, result, exp.model)
+          write_routing(workdir, result, exp.model, exp.train.time_range)
       if last or stop() or step % exp.train.checkpoint_every == 0:
         save()
   seconds["train"] = time.monotonic() - loop_started
@@ -184,7 +184,8 @@ def _validation(exp: Experiment, graphdef: nnx.GraphDef, data: Split, tables) ->
       results[kind] = evaluate(eval_step, params, batches, power, tables, stop, reference)
       if results[kind] is None:
         return None
-      write(kind, **{k: v for k, v in results[kind].items() if k not in ("probs", "choice")})
+      values = {k: v for k, v in results[kind].items() if k not in ("probs", "choice")}
+      write(kind, **values, time_range=exp.train.time_range)
     return results["val"]
 
   return validate

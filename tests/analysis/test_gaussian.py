@@ -220,7 +220,7 @@ def test_the_table_of_octaves():
   grid = (4, 8, 8)
   layout = TileLayout(grid, (2, 2, 2), 8)
   method = Octaves(levels=2)
-  fine, coarse = level_layouts(layout, 2, method.basis)
+  fine, coarse = level_layouts(layout, 2, method.basis, method.factor)
   table = Table(method.tables(layout).mask, ((coarse, (2, 2, 2)), (fine, (1, 1, 1))))
   places = queries(table, grid, layout.n)
   keys = sum(len(table.boxes(grid, place)) for place in places)

@@ -137,7 +137,7 @@ REFUSED = [
   ("train.steps=3", "'train.steps=3' belongs to no flag; did you mean --config.train.steps=3?"),
   ("lr=7", "did you mean --config.train.lr=7?"),
   ("sparse", "'sparse' belongs to no flag; flags begin with --"),
-  ("@tile=(8,8,8)", "has 512 tokens, but a tile has only block=32 rows"),
+  ("@tile=(8,8,8)", "has 512 tokens, but a tile has only block=64 rows"),
   ("@tile=(0,4,4)", "config.model.attention: tile=(0, 4, 4) must be at least 1, in every entry."),
   ("@tile=(4,4)", "tile=(4, 4) must be empty or three extents"),
   ("@qk_gain=-1", "qk_gain=-1.0 must be at least 0."),
@@ -173,8 +173,8 @@ def test_command_lines_are_answered_in_one_sentence(argument, answer, capsys):
       [(1, "Radial(decay=1.0, sink=0)"), (3, "Dense()")],
     ),
     # Of a method that the file does not name, too; its other fields stay.
-    ("radial.decay=0.5", [(4, "mid_tiles=6")]),
-    ("method=freqformer(window=(3, 1, 1))", [(4, "mid_tiles=6, sink=0, anchors=0, window=(3, 1")]),
+    ("radial.decay=0.5", [(4, "mid_tiles=3")]),
+    ("method=freqformer(window=(3, 1, 1))", [(4, "mid_tiles=3, sink=0, anchors=0, window=(3, 1")]),
   ],
 )
 def test_fields_of_a_method_on_the_command_line(argument, want):

@@ -203,6 +203,18 @@ def test_folder_classes_and_split(folder, tmp_path):
   assert {x.key: x.label for x in train.clips + val.clips} == {k: int(k[0] == "d") for k in keys}
 
 
+def test_a_folder_of_train_and_val_has_its_own_splits(tmp_path):
+  for split, name in (("train", "cat"), ("train", "dog"), ("val", "dog")):
+    write_clip(tmp_path / split / name / "a.mp4", moving_square())
+  c = config(tmp_path, tmp_path / "cache", val_fraction=0.9)
+  train, val = (list_clips(c, split) for split in ("train", "val"))
+  assert {x.key: x.label for x in train.clips} == {"train/cat/a.mp4": 0, "train/dog/a.mp4": 1}
+  assert {x.key: x.label for x in val.clips} == {"val/dog/a.mp4": 1}
+  assert train.class_names == val.class_names == ["cat", "dog"]
+  write_clip(tmp_path / "bus" / "a.mp4", moving_square())  # so train is a class, too
+  assert list_clips(c, "train").class_names == ["bus", "train", "val"]
+
+
 def test_flat_single_and_empty_folders(tmp_path):
   root = tmp_path / "mine"
   root.mkdir()

@@ -2,7 +2,6 @@
 
 import json
 import math
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,6 @@ import pytest
 from flax import nnx
 
 from benchmarks.compiled import layer_traffic
-from freqformer.command.files import read_config
 from freqformer.cost import branch_costs, layer_cost, model_cost, training_flops
 from freqformer.grid.layout import TileLayout
 from freqformer.grid.sizes import most_cells
@@ -26,10 +24,10 @@ from freqformer.simulation.forward import make_method
 from freqformer.simulation.traffic import around_attention
 from freqformer.train.experiment import experiment
 from tests import golden
+from tests.earlier_configs import earlier_config
 from tools import offline
 from tools.program_cost import program_cost
 
-ROOT = pathlib.Path(__file__).parents[2]
 HEADS = 4
 
 
@@ -97,27 +95,9 @@ def test_layers_cost_what_they_did(row):
     np.testing.assert_allclose(branch_costs(method, *sizes), want, rtol=1e-6)
 
 
-# Tiles and windows of the configs when the table was made.
-THEN = {
-  "demo": {
-    "tile": (4, 4, 4),
-    "block": 64,
-    "freqformer.window": (1, 2, 2),
-    "freqformer.mid_tiles": 3,
-    "freqformer.border": "clamp",
-    "freqformer.deal": "as_is",
-    "sparseflow.around": (1, 2),
-  },
-  "ucf101": {"freqformer.window": (1, 3, 3), "freqformer.deal": "as_is"},
-}
-
-
 @pytest.mark.parametrize("row", COUNTS["models"], ids=lambda r: f"{r['config']} {r['method']}")
 def test_models_cost_what_they_did(row):
-  config = read_config(ROOT / "configs" / f"{row['config']}.py")
-  then = THEN[row["config"]].items()
-  config.update_from_flattened_dict({f"model.attention.{key}": value for key, value in then})
-  exp = experiment(config)
+  exp = experiment(earlier_config(row["config"]))
   model = exp.model.with_method(row["method"]) if row["method"] else exp.model
   cost = model_cost(model, exp.latent_shape)
   assert (cost.attention_flops, cost.linear_flops) == pytest.approx(row["forward"][:2], rel=0.01)

@@ -9,6 +9,7 @@ import pytest
 from freqformer.command.files import read_config
 from freqformer.grid.layout import TileLayout
 from freqformer.methods.freqformer import FreqFormer
+from freqformer.methods.octaves import Octaves
 from freqformer.methods.sliding_tile import SlidingTile
 from freqformer.methods.spatial_temporal import SpatialTemporal
 from freqformer.tables.window import deal_out, sliding_tile
@@ -18,7 +19,7 @@ CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 NEAREST = (1, 2, 2)  # steps along (t, y, x): 3 x 5 x 5 tokens
 # Methods whose tables do not depend on the data. Radial's do not either, but it thins what is near
 # in raster order by design, and no decay below dense has all neighbours in tiles of several rows.
-STATIC = ("freqformer", "sliding_tile", "spatial_temporal")
+STATIC = ("freqformer", "octaves", "sliding_tile", "spatial_temporal")
 
 
 def neighbours_seen(listed: np.ndarray, layout: TileLayout) -> np.ndarray:
@@ -53,13 +54,15 @@ def listed_by_some_head(method, layout: TileLayout, heads: int) -> np.ndarray:
   if isinstance(method, FreqFormer):
     coarse = tables.coarse_tiles
     return deal_out(tables.high, heads).to_tiles()[0, :, coarse:, coarse:].any(0)
+  if isinstance(method, Octaves):  # the finest level
+    return deal_out(tables.window, heads).to_tiles()[0].any(0)
   assert isinstance(method, SlidingTile)
   parts = layout.block // tables.block_q  # in which a tile is read
   return deal_out(tables, heads).to_tiles()[0, :, ::parts, ::parts].any(0)
 
 
 @pytest.mark.parametrize("name", STATIC)
-@pytest.mark.parametrize("config", ["demo", "fields", "folder", "methods", "ucf101"])
+@pytest.mark.parametrize("config", ["demo", "fields", "folder", "methods", "pans", "ucf101"])
 def test_every_token_sees_its_nearest_neighbours(config, name):
   exp = experiment(read_config(CONFIGS / f"{config}.py"))
   method = exp.model.attention.named(name)

@@ -11,12 +11,14 @@ from flax import nnx
 from freqformer.config import ConfigError
 from freqformer.grid.pyramid import cell_widths, level_layouts
 from freqformer.grid.rotary import level_theta, rotate
+from freqformer.methods.freqformer import FreqFormer
 from freqformer.methods.octaves import Octaves
 from freqformer.methods.parts.router import RouterConfig
-from tests.methods.layers import DIMS, RAGGED, THETA, heads_of, layer_of, run, tokens, where
+from tests.methods.layers import BASIS, DIMS, RAGGED, THETA, heads_of, layer_of, run, tokens, where
 
 BIAS = np.random.default_rng(3).standard_normal((DIMS.heads, 3)).astype(np.float32)
-METHOD = Octaves(window=(1, 3, 1), threshold=0.0)
+FLAT = dataclasses.replace(Octaves().router, prior_slope=0.0)
+METHOD = Octaves(window=(1, 3, 1), threshold=0.0, router=FLAT)
 
 
 def drawn(method=METHOD):
@@ -191,6 +193,23 @@ def test_mid_tiles_find_a_far_match():
   assert np.asarray(static.kv_counts)[..., -tiles:].max() == 1
 
 
+def test_weights_begin_fine_at_little_noise_and_coarse_at_much():
+  router = dataclasses.replace(METHOD.router, prior_slope=6.0)
+  probs = run(layer_of(dataclasses.replace(METHOD, router=router)), tokens())[1]["probs"]
+  # Times are 0.3 and 0.9: logits differ by 6 (t - 1/2) from the finest level to the coarsest.
+  for sample, rise in zip(probs, (-1.2, 2.4), strict=True):
+    want = softmax(np.array([-rise / 2, 0, rise / 2]))
+    np.testing.assert_allclose(sample, np.broadcast_to(want, (DIMS.heads, 3)), rtol=1e-5)
+
+
+def test_gates_do_not_compete():
+  router = dataclasses.replace(METHOD.router, mode="gates")
+  layer = drawn(dataclasses.replace(METHOD, router=router))
+  x = tokens()
+  want = plain(layer, x, 1 / (1 + np.exp(-BIAS.astype(np.float64))))
+  np.testing.assert_allclose(heads_of(layer, x), want, atol=2e-5)
+
+
 def test_statistics_of_content_reach_the_weights():
   router = dataclasses.replace(METHOD.router, statistics=True)
   layer = layer_of(dataclasses.replace(METHOD, router=router))
@@ -222,7 +241,9 @@ def test_refuses_grids_and_budgets():
   with pytest.raises(ConfigError, match=r"levels=8.*choose at most 5"):
     layer_of(Octaves(levels=8))
   router = dataclasses.replace(METHOD.router, penalty=0.1, budget=1e-4)
-  with pytest.raises(ConfigError, match="budget=0.0001 cannot be kept.*penalty=0"):
-    layer_of(dataclasses.replace(METHOD, router=router))
+  banded = FreqFormer(basis=BASIS, window=(1, 3, 1), router=RouterConfig(budget=1e-4))
+  for method in (dataclasses.replace(METHOD, router=router), banded):
+    with pytest.raises(ConfigError, match="budget=0.0001 cannot be kept.*penalty=0"):
+      method.check_training(RAGGED, DIMS.heads)
   with pytest.raises(ConfigError, match="3 shares of heads"):
     METHOD.pairs(RAGGED, 6, (1, 1))

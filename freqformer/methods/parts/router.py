@@ -5,20 +5,25 @@ Evaluation takes the likeliest branch. Training runs in one of three ways:
   straight_through  every branch runs, weights onehot + p - sg(p): hard forward, gradients of soft
   sampled           one branch runs, drawn by Gumbel-max, output times 1 + p_c - sg(p_c): cheap,
                     *biased* (the gradient never sees the other branches' outputs)
+  gates             for octaves: every branch runs, weighed by a gate of its own; they need not sum
+                    to one
 """
 
 # choice: architecture, prior and schedules; the abstract of arXiv 2604.22808 gives only the inputs.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from freqformer.config import require, require_one_of
+from freqformer.config import ConfigError, require, require_one_of
+from freqformer.grid.layout import TileLayout
 
-MODES = ("soft", "straight_through", "sampled")
+MODES = ("soft", "straight_through", "sampled", "gates")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +36,8 @@ class RouterConfig:
     statistics: also feed log energy fractions of each head's values (off: timestep and head only).
     prior: initial share of heads per branch; most heads local is what the evidence supports. Empty,
       where a method allows it: uniform.
-    prior_slope: times (t - 1/2), added to the first branch's logit: more global at high noise.
+    prior_slope: times (t - 1/2), added to the first branch's logit: more global at high noise. Of
+      octaves the coarsest level's logit rises by it over the finest one's, others in between.
     temperature: of the softmax at the start and the end of training, geometric in between.
     budget: expected cost per head, relative to dense, above which the penalty starts.
     penalty: weight of the penalty `max(0, cost / budget - 1)`.
@@ -74,7 +80,11 @@ class Routing:
 
 
 class SpectralRouter(nnx.Module):
-  """A shared two-layer network over heads with a learned bias per head; one per layer."""
+  """A shared two-layer network over heads with a learned bias per head; one per layer.
+
+  Args:
+    tilt: factor of `prior_slope` in each branch's logit; None: 1 in the first, 0 in the others.
+  """
 
   def __init__(
     self,
@@ -83,10 +93,12 @@ class SpectralRouter(nnx.Module):
     cond_dim: int,
     stats: int,
     rngs: nnx.Rngs,
-    branches: int = 0,
+    tilt: Sequence[float] | None = None,
   ):
+    if tilt is None:
+      tilt = np.eye(len(config.prior))[0]
+    branches = len(tilt)
     prior = config.prior or (1.0,) * branches
-    branches = len(prior)
     hidden = config.hidden
     self.config = config
     self.time = nnx.Linear(cond_dim, hidden, rngs=rngs)
@@ -99,7 +111,8 @@ class SpectralRouter(nnx.Module):
     self.bias = nnx.Param(
       prior + config.noise * jax.random.normal(rngs.params(), (heads, branches))
     )
-    self.slope = nnx.Param(jnp.zeros((heads, branches)).at[:, 0].set(config.prior_slope))
+    slope = config.prior_slope * jnp.asarray(tilt, jnp.float32)
+    self.slope = nnx.Param(jnp.broadcast_to(slope, (heads, branches)))
 
   def logits(self, embedding: jax.Array, time: jax.Array, stats: jax.Array | None) -> jax.Array:
     """Computes `[b, h, branches]` from embedding `[b, cond_dim]`, time `[b]`, stats `[b, h, s]`."""
@@ -121,8 +134,9 @@ def temperature(config: RouterConfig, progress) -> jax.Array:
 
 
 def probabilities(logits: jax.Array, config: RouterConfig, progress) -> jax.Array:
-  """Returns the branches' distribution of logits `[b, h, branches]`, float32."""
-  return jax.nn.softmax(logits.astype(jnp.float32) / temperature(config, progress))
+  """Returns the branches' distribution, or gates, of logits `[b, h, branches]`, float32."""
+  logits = logits.astype(jnp.float32) / temperature(config, progress)
+  return jax.nn.sigmoid(logits) if config.mode == "gates" else jax.nn.softmax(logits)
 
 
 def route(logits: jax.Array, config: RouterConfig, cond) -> Routing:
@@ -149,6 +163,19 @@ def penalty(config: RouterConfig, probs: jax.Array, costs) -> jax.Array:
   """Returns `penalty * max(0, cost / budget - 1)`; probs `[b, h, branches]`, costs `[branches]`."""
   expected = (probs.mean((0, 1)) * jnp.asarray(costs, jnp.float32)).sum()
   return config.penalty * jnp.maximum(0, expected / config.budget - 1)
+
+
+def check_budget(config: RouterConfig, pairs: float, layout: TileLayout) -> None:
+  """Raises ConfigError if a penalty asks for less than the cheapest branch costs.
+
+  `pairs` are those of a head in that branch.
+  """
+  least = pairs / layout.n**2
+  if config.penalty and config.budget < least:
+    raise ConfigError(
+      f"router.budget={config.budget} cannot be kept: the cheapest branch costs {least:.2g} of "
+      f"dense attention on {layout.grid}; raise it, or set router.penalty=0."
+    )
 
 
 def entropy(probs: jax.Array) -> jax.Array:

@@ -6,13 +6,14 @@ import pytest
 
 from benchmarks.rows import RESULTS
 from benchmarks.trained import demo_compare
+from tests.earlier_configs import earlier_config
 
 
 def test_costs_stand_beside_the_loss():
-  """The stored runs, and the stored count of a step against today's."""
+  """The stored runs, and the stored count of a step against today's of the same config."""
   stored = json.loads((RESULTS / "demo_compare.json").read_text())
   (step,) = (r for r in stored if r["name"] == "training step")
-  counted = demo_compare.training_step()
+  counted = demo_compare.training_step(earlier_config("demo"))
   assert step["freqformer_over_dense"] == pytest.approx(counted["freqformer_over_dense"], rel=1e-3)
   row, text = demo_compare.summary([r for r in stored if "seed" in r], counted)
   assert row["freqformer_over_dense"] < 0.9 and "training step over dense: 0." in text

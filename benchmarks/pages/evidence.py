@@ -1,0 +1,213 @@
+"""Tables and figures of docs/evidence.md's section on the study; its prose is written by hand.
+
+  python -m benchmarks.pages.evidence              from the rows that there are, whatever their arms
+  python -m benchmarks.pages.evidence --theory     computes the predictions anew, in two minutes
+
+Measured rows are those of `benchmarks.study` and `benchmarks.probes`; predictions go to
+results/study_theory.json.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from benchmarks import rows as row_files
+from benchmarks.pages import evidence_figures as figures
+from benchmarks.pages import evidence_theory
+from benchmarks.pages.complexity import fill, markdown
+from benchmarks.trained.study_summary import arm_lines, part_lines
+from benchmarks.trained.study_verdict import verdicts
+from freqformer.simulation import plots
+
+ROOT = pathlib.Path(__file__).parents[2]
+DOC = ROOT / "docs" / "evidence.md"
+FIGURES = ROOT / "docs" / "figures"
+COMMAND = "python -m benchmarks.pages.evidence"
+THEORY = "study_theory"
+AGAINST = "window"
+CAPTIONS = {
+  "regret": "regret over t, trained and predicted",
+  "curves": "regret over steps, FLOPs and seconds",
+  "weights": "what routers weigh over t",
+  "left_out": "pairs over t, and the price of leaving levels out",
+  "transfer": "regret on other clips",
+}
+_NONE = "No rows yet."
+
+
+def read(folder: pathlib.Path, name: str) -> list[dict]:
+  """Returns the rows of `<folder>/<name>.json` that are measurements."""
+  found = row_files.read_rows(folder / f"{name}.json")
+  return [row for row in found if "error" not in row and not row.get("rehearsal")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """All rows of the page.
+
+  Attributes:
+    screen: of the study's first stage.
+    copies: of its stage with planted copies.
+    probes: of `benchmarks.probes`.
+    theory: of `evidence_theory`.
+  """
+
+  screen: list[dict]
+  copies: list[dict]
+  probes: list[dict]
+  theory: list[dict]
+
+  @classmethod
+  def read(cls, folder: pathlib.Path) -> "Rows":
+    """Reads the measured rows of a folder, and the stored predictions."""
+    names = ("study_screen", "study_copies", "study_probes")
+    return cls(*(read(folder, name) for name in names), read(row_files.RESULTS, THEORY))
+
+
+def contents(found: Rows) -> tuple[dict[str, str], dict[str, Figure]]:
+  """Returns what stands between the page's markers, and the figures that it shows, by name."""
+  drawn = draw(found)
+  shown = tables(found.screen, found.copies, found.probes)
+  for name, caption in CAPTIONS.items():
+    image = f"![{caption}](figures/evidence_{name}.png)"
+    shown[f"study figure {name}"] = image if name in drawn else _NONE
+  return shown, drawn
+
+
+def tables(rows: list[dict], copies: list[dict], probes: list[dict]) -> dict[str, str]:
+  """Returns the page's tables by marker, of the rows that `Rows` names."""
+  of_probe = {}
+  for row in probes:
+    of_probe.setdefault(row["probe"], []).append(row)
+  return {
+    "study outcome": outcome(rows, copies, probes),
+    "study arms": _table(arm_lines(rows, AGAINST)) if rows else _NONE,
+    "study over t": _table(part_lines(rows)) if rows else _NONE,
+    "study layers": by_setting(of_probe.get("layers", [])),
+    "study transfer": by_setting(of_probe.get("transfer", [])),
+    "study thresholds": by_setting(of_probe.get("threshold", [])),
+    "study statistics": by_setting(of_probe.get("statistics", [])),
+    "study oracle": oracle(of_probe.get("oracle", [])),
+    "study samples": samples(of_probe.get("samples", [])),
+  }
+
+
+def outcome(rows: list[dict], copies: list[dict], probes: list[dict]) -> str:
+  """Returns what the rows say of each hypothesis."""
+  lines = []
+  for verdict in verdicts([*rows, *copies], probes):
+    numbers = "; ".join(claim.numbers for claim in verdict.claims)
+    lines.append((verdict.name, numbers, verdict.outcome))
+  return markdown(("", "measured", "outcome"), lines)
+
+
+def by_setting(probes: list[dict]) -> str:
+  """Returns regret and density, of all scored pairs, per arm and setting: means over seeds."""
+  if not probes:
+    return _NONE
+  settings = list(probes[0]["results"])
+  lines = []
+  for arm, own in figures.by_name(probes).items():
+    cells = []
+    for name in settings:
+      judged = [row["results"][name] for row in own]
+      regret = np.mean([found.get("regret", found["loss"]) for found in judged])
+      density = np.mean([found["density"] for found in judged])
+      cells.append(f"{regret:.4f} ({density:.2g})")
+    lines.append((arm, str(len(own)), *cells))
+  return markdown(("regret (density)", "seeds", *settings), lines)
+
+
+def oracle(probes: list[dict]) -> str:
+  """Returns what heads gain by another branch, and what a branch matters, layer by layer.
+
+  The gain is per part of t, the mean over heads, and of the head that gains most. What a branch
+  matters is the regret of a head's worst branch less that of its best, the mean over heads and t.
+  """
+  if not probes:
+    return _NONE
+  lines = []
+  for arm, own in figures.by_name(probes).items():
+    heads = [row["results"]["heads"] for row in own]
+    regret = np.mean([found["regret_buckets"] for found in heads], 0)
+    gain = np.mean([found["gain"] for found in heads], 0)
+    best = np.mean([found["best_gain"] for found in heads])
+    cells = (f"{g:+.4f} of {r:.4f}" for g, r in zip(gain, regret, strict=True))
+    forced = np.array([found["forced"] for found in heads])  # [seeds, layers, heads, branches, t]
+    matters = np.ptp(forced.mean(-1), axis=3).mean((0, 2))
+    layers = ", ".join(f"{value:.4f}" for value in matters)
+    lines.append((arm, str(len(own)), *cells, f"{best:+.4f}", layers))
+  parts = (f"gain, quarter {number}" for number in range(1, len(regret) + 1))
+  head = ("one head forced", "seeds", *parts, "best head, all t", "worst less best, by layer")
+  return markdown(head, lines)
+
+
+def samples(probes: list[dict]) -> str:
+  """Returns seams and flicker of samples, and of samples by the exact velocity."""
+  if not probes:
+    return _NONE
+  lines = []
+  groups = figures.by_name(probes)
+  found = [(arm, own, "model") for arm, own in groups.items()]
+  exact = [row for row in probes if "exact" in row["results"]]
+  found += [("exact velocity", exact, "exact")] if exact else []
+  for name, own, key in found:
+    results = [row["results"][key] for row in own]
+    seeds = "-" if key == "exact" else str(len(own))
+    lines.append(
+      (
+        name,
+        seeds,
+        _triple([r["seam_ratio"] for r in results]),
+        _triple([r["seam_ratio_twice"] for r in results]),
+        f"{np.mean([r['flicker'] for r in results]):.2f}",
+      )
+    )
+  return markdown(("samples", "seeds", "seams (t, y, x)", "of twice the tile", "flicker"), lines)
+
+
+def _triple(values: list[list[float | None]]) -> str:
+  """Returns means of a ratio per axis; "nan" where a grid has no border that could be measured."""
+  return ", ".join(f"{value:.2f}" for value in np.mean(np.array(values, np.float64), 0))
+
+
+def _table(lines: Sequence[Sequence[str]]) -> str:
+  return markdown(lines[0], lines[1:])
+
+
+def draw(found: Rows) -> dict[str, Figure]:
+  """Returns the figures that there are rows for, by name."""
+  drawn = {"transfer": figures.transfer(found.probes)}
+  if found.screen:
+    drawn |= {
+      "regret": figures.regret(found.screen, found.theory),
+      "curves": figures.curves(found.screen),
+      "weights": figures.weights(found.screen, found.probes, found.theory),
+      "left_out": figures.left_out(found.screen, found.probes),
+    }
+  return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Fills the page and draws its figures."""
+  parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.split("\n")[0])
+  parser.add_argument("--theory", action="store_true", help="compute the predictions anew")
+  parser.add_argument("--rows", help="folder of the measured rows", default=row_files.RESULTS)
+  parser.add_argument("--page", help="file to fill", default=DOC)
+  parser.add_argument("--figures", help="folder of the figures", default=FIGURES)
+  args = parser.parse_args(argv)
+  if args.theory or not read(row_files.RESULTS, THEORY):
+    row_files.write_rows(THEORY, evidence_theory.rows(), f"{COMMAND} --theory")
+  shown, drawn = contents(Rows.read(pathlib.Path(args.rows)))
+  page = pathlib.Path(args.page)
+  page.write_text(fill(page.read_text(), shown))
+  for name, figure in drawn.items():
+    plots.save(figure, pathlib.Path(args.figures) / f"evidence_{name}.png")
+
+
+if __name__ == "__main__":
+  main()

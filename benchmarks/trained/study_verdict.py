@@ -1,0 +1,305 @@
+"""The hypotheses of docs/evidence.md, judged by the rows of a study.
+
+Each is one or more claims: a number per seed, and a bound that its mean must keep. A claim holds or
+fails where the t interval over seeds lies on one side of the bound, and is open otherwise, as it is
+with one seed. Numbers are differences of the regret (where it is known, else of the loss) relative
+to the second arm; a part of t counts where its middle lies.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from benchmarks.trained.study_summary import (
+  ALL_T,
+  Compared,
+  Span,
+  counted,
+  equal_flops,
+  equal_steps,
+  half_width,
+  on_curve,
+  over,
+  over_parts,
+  pairs,
+)
+from freqformer.pages.text import aligned
+
+HOLDS = "holds"
+FAILS = "fails"
+OPEN = "open"
+HIGH_NOISE = (0.7, 1.01)
+BELOW = (0.0, 0.7)
+# choice: seeds after which arms that cannot be told apart are taken as equal (H4 names three).
+_ENOUGH = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+  """A mean over seeds that should lie on one side of a bound.
+
+  Attributes:
+    text: the number's name.
+    values: per seed.
+    bound: that the mean is compared with.
+    above: the mean should lie above the bound; otherwise below.
+    if_equal: the state after `_ENOUGH` seeds whose interval has the bound.
+  """
+
+  text: str
+  values: Sequence[float]
+  bound: float
+  above: bool = False
+  if_equal: str = OPEN
+
+  @property
+  def state(self) -> str:
+    """HOLDS, FAILS or OPEN."""
+    half = half_width(np.array(self.values))
+    if half is None:
+      return OPEN
+    distance = np.mean(self.values) - self.bound
+    if abs(distance) <= half:
+      return self.if_equal if len(self.values) >= _ENOUGH else OPEN
+    return HOLDS if (distance > 0) == self.above else FAILS
+
+  @property
+  def numbers(self) -> str:
+    """The mean with its interval, the bound, and how many seeds there are."""
+    if not len(self.values):
+      return f"{self.text}: no rows"
+    half = half_width(np.array(self.values))
+    interval = "" if half is None else f" +- {half:.1%}"
+    side = "above" if self.above else "below"
+    seeds = counted(len(self.values), "seed")
+    mean = f"{np.mean(self.values):+.1%}"
+    return f"{self.text}: {mean}{interval}, should be {side} {self.bound:+.1%} ({seeds})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+  """A hypothesis with its claims.
+
+  Attributes:
+    name: "H1" and so on.
+    claims: all of which must hold.
+    otherwise: the rule, if one fails.
+  """
+
+  name: str
+  claims: tuple[Claim, ...]
+  otherwise: str
+
+  @property
+  def state(self) -> str:
+    """FAILS if a claim fails, else OPEN if one is open, else HOLDS."""
+    states = {claim.state for claim in self.claims}
+    return next(state for state in (FAILS, OPEN, HOLDS) if state in states)
+
+  @property
+  def outcome(self) -> str:
+    """The state, with what follows if it fails and the number of seeds if it is open."""
+    if self.state == FAILS:
+      return f"fails: {self.otherwise}"
+    if self.state == OPEN:
+      seeds = min(len(claim.values) for claim in self.claims)
+      return f"open with {counted(seeds, 'seed')}"
+    return HOLDS
+
+
+def verdicts(rows: Iterable[dict], probes: Iterable[dict] = ()) -> list[Verdict]:
+  """Judges H1 to H12.
+
+  Args:
+    rows: of any stages; those with planted copies decide H7, the others all else.
+    probes: rows of `benchmarks.probes`, whose routing stands in for rows that lack it.
+  """
+  copies = []
+  plain = []
+  for row in rows:
+    (copies if row["overrides"].get("data.copies") else plain).append(row)
+  return [
+    Verdict(
+      "H1",
+      (
+        Claim(
+          "octaves v window, t > .7, equal FLOPs", _at_flops(plain, "octaves", HIGH_NOISE), -0.3
+        ),
+        Claim("t < .7", _at_flops(plain, "octaves", BELOW), 0, if_equal=HOLDS),
+      ),
+      "the pyramid has no reason to exist on such data",
+    ),
+    Verdict(
+      "H2",
+      tuple(
+        Claim(f"{arm} v freqformer", relative(plain, arm, "freqformer"), 0.005, above=True)
+        for arm in ("low2", "low4")
+      ),
+      "the hard choice is no longer the default",
+    ),
+    Verdict(
+      "H3",
+      (
+        Claim(
+          "octaves v dense of four times the steps",
+          relative(plain, "octaves", "dense", _quarter_of_steps),
+          0.01,
+        ),
+      ),
+      "README's first table says so",
+    ),
+    Verdict(
+      "H4",
+      (
+        Claim(
+          "octaves v low4, t < .7",
+          relative(plain, "octaves", "low4", _within(equal_steps, BELOW)),
+          0,
+          if_equal=FAILS,
+        ),
+      ),
+      "low4, the cheaper one, is the default",
+    ),
+    Verdict(
+      "H5",
+      (
+        Claim(
+          "freqformer v freqformer_time", relative(plain, "freqformer", "freqformer_time"), -0.003
+        ),
+      ),
+      "the statistics go",
+    ),
+    Verdict(
+      "H6",
+      (
+        Claim(
+          "low heads of freqformer_slope, t > .7 less t < .7",
+          _more_low_heads(plain, probes),
+          0,
+          above=True,
+        ),
+      ),
+      '"global early" is the prior\'s',
+    ),
+    Verdict(
+      "H7",
+      (
+        Claim(
+          "copies: octaves_mid v octaves_prior",
+          relative(copies, "octaves_mid", "octaves_prior"),
+          -0.005,
+        ),
+      ),
+      "the mid tiles go",
+    ),
+    Verdict("H8", _left_out(plain, "octaves"), "the threshold is 0"),
+    Verdict(
+      "H9",
+      (Claim("octaves_prior v octaves", relative(plain, "octaves_prior", "octaves"), -0.05),),
+      "weights begin uniform",
+    ),
+    Verdict(
+      "H10",
+      (
+        Claim(
+          "octaves_prior v window, t > .7", _at_flops(plain, "octaves_prior", HIGH_NOISE), -0.3
+        ),
+        Claim("t < .7", _at_flops(plain, "octaves_prior", BELOW), 0, if_equal=HOLDS),
+      ),
+      "as H1",
+    ),
+    Verdict(
+      "H11",
+      (
+        Claim(
+          "octaves_prior v low4_prior, t < .7",
+          relative(plain, "octaves_prior", "low4_prior", _within(equal_steps, BELOW)),
+          0,
+          if_equal=FAILS,
+        ),
+      ),
+      "low4_prior, the cheaper one, is the default",
+    ),
+    Verdict("H12", _left_out(plain, "octaves_prior"), "the threshold is 0"),
+  ]
+
+
+def relative(
+  rows: list[dict], arm: str, against: str, compared: Compared = equal_steps
+) -> list[float]:
+  """Returns the difference of two arms over the second one's value, by seed."""
+  found = pairs(rows, arm, against, compared)
+  return (found[:, 0] / found[:, 1] - 1).tolist()
+
+
+def _within(compared: Callable, span: Span) -> Compared:
+  """Returns a comparison over a part of t."""
+  return lambda row, other: compared(row, other, span)
+
+
+def _at_flops(rows: list[dict], arm: str, span: Span) -> list[float]:
+  return relative(rows, arm, "window", _within(equal_flops, span))
+
+
+def _quarter_of_steps(row: dict, other: dict) -> tuple[float, float] | None:
+  """Returns a row's value at a quarter of another row's steps, and that one's last value.
+
+  Both are read off curves, which have the same draws. With a constant learning rate every point of
+  a curve is a run of fewer steps.
+  """
+  pair = (on_curve(row, "step", other["steps"] / 4), on_curve(other, "step", other["steps"]))
+  return None if None in pair else pair
+
+
+def routing_of(row: dict, probes: Iterable[dict]) -> list[list[float]] | None:
+  """Returns a row's `weights` per part of t and branch, or those of a probe of the same run."""
+  if "weights" in row["final"]:
+    return row["final"]["weights"]
+  for probe in probes:
+    same = (probe["arm"], probe["seed"], probe["digest"]) == (
+      row["arm"],
+      row["seed"],
+      row["digest"],
+    )
+    if same and probe["probe"] == "transfer":
+      return probe["results"]["as trained"].get("weights")
+  return None
+
+
+def _more_low_heads(rows: list[dict], probes: Iterable[dict]) -> list[float]:
+  found = []
+  for row in rows:
+    weights = routing_of(row, probes) if row["arm"] == "freqformer_slope" else None
+    if weights is not None:
+      low = [shares[0] for shares in weights]
+      found.append(over_parts(row, low, HIGH_NOISE) - over_parts(row, low, BELOW))
+  return found
+
+
+def _left_out(rows: list[dict], arm: str) -> tuple[Claim, Claim]:
+  """Returns the claims of H8, H12: evaluation as it runs against all levels of the same weights."""
+  regret = []
+  share = []
+  for row in rows:
+    if row["arm"] == arm:
+      final = row["final"]
+      soft = row["final_soft"]
+      regret.append(over(row, final, ALL_T) / over(row, soft, ALL_T) - 1)
+      run = over_parts(row, final["density_buckets"], HIGH_NOISE)
+      share.append(run / over_parts(row, soft["density_buckets"], HIGH_NOISE))
+  return (
+    Claim(f"{arm}, regret of leaving out v all levels", regret, 0.005),
+    Claim("pairs at t > .7 over those of all levels", share, 0.5),
+  )
+
+
+def text(found: list[Verdict]) -> str:
+  """Returns the verdicts for people, a line per claim."""
+  lines = [("", "outcome", "numbers")]
+  for verdict in found:
+    head = (verdict.name, verdict.outcome)
+    for claim in verdict.claims:
+      lines.append((*head, claim.numbers))
+      head = ("", "")
+  return aligned(lines)

@@ -1,0 +1,174 @@
+"""docs/evidence.md shows what the study's rows say, whatever arms and seeds there are."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import rows as row_files
+from benchmarks.pages import evidence, evidence_figures, evidence_theory
+from benchmarks.pages.complexity import fill
+from freqformer.analysis.contexts import queries
+from freqformer.simulation import plots
+
+PARTS = 8
+
+
+def judged(regret, density=1.0):
+  return {
+    "loss": regret + 0.1,
+    "regret": regret,
+    "buckets": [regret + 0.1] * PARTS,
+    "regret_buckets": [regret] * PARTS,
+    "bayes_buckets": [0.1] * PARTS,
+    "density": density,
+    "density_buckets": [density] * PARTS,
+  }
+
+
+def row(arm, seed, regret):
+  points = [
+    {"step": step, "flops": 1e12 * step, "seconds": step, **judged(regret * 300 / step)}
+    for step in (30, 75, 300)
+  ]
+  return {
+    "name": f"{arm}/seed{seed}",
+    "arm": arm,
+    "seed": seed,
+    "digest": arm,
+    "steps": 300,
+    "overrides": {"train.time_range": [0.3, 1.0]},
+    "training_flops": 3e14,
+    "training_seconds": 300,
+    "curve": points,
+    "final": judged(regret, 0.01),
+    "final_soft": judged(regret * 0.9, 0.1),
+  }
+
+
+def probe(name, arm, results):
+  return row(arm, 0, 1.0) | {"name": f"{name}/{arm}/seed0", "probe": name, "results": results}
+
+
+ROWS = [row("octaves", 0, 0.2), row("octaves", 1, 0.4), row("window", 0, 0.4)]
+LEVELS = [[0.2, 0.3, 0.5]] * PARTS
+SEAMS = {"clips": 16, "seam_ratio": [1.0, 1.25, 1.5], "seam_ratio_twice": [1, 1, 1], "flicker": 2.0}
+PROBES = [
+  probe("transfer", "octaves", {"as trained": judged(0.2) | {"weights": LEVELS}}),
+  probe("threshold", "octaves", {"0": judged(0.2, 0.08), "0.05": judged(0.21, 0.004)}),
+  probe("samples", "window", {"model": SEAMS, "exact": SEAMS | {"flicker": 0.25}}),
+]
+
+
+@pytest.fixture(scope="module")
+def predicted():
+  return row_files.read_rows(row_files.RESULTS / "study_theory.json")
+
+
+def test_the_page_shows_the_rows():
+  page = evidence.DOC.read_text()
+  shown, drawn = evidence.contents(evidence.Rows.read(row_files.RESULTS))
+  assert fill(page, shown) == page
+  for name in drawn:
+    assert (evidence.FIGURES / f"evidence_{name}.png").exists()
+
+
+def test_tables_of_some_arms_and_seeds():
+  found = evidence.tables(ROWS, [], PROBES)
+  assert "| octaves | 0.3000 | 2 | -0.2000 (-50.0%, 1 seed) |" in found["study arms"]
+  assert found["study over t"].splitlines()[0].startswith("| regret at t | 0.34 | 0.43 |")
+  assert "| octaves | 1 | 0.2000 (0.08) | 0.2100 (0.004) |" in found["study thresholds"]
+  assert "| window | 1 | 1.00, 1.25, 1.50 | 1.00, 1.00, 1.00 | 2.00 |" in found["study samples"]
+  assert (
+    "| exact velocity | - | 1.00, 1.25, 1.50 | 1.00, 1.00, 1.00 | 0.25 |"
+    in (found["study samples"])
+  )
+  assert found["study oracle"] == found["study statistics"] == "No rows yet."
+  outcome = found["study outcome"].splitlines()
+  eighth = outcome[2 + 7]
+  assert len(outcome) == 2 + 12 and "+11.1%" in eighth and "threshold is 0" in eighth
+
+
+def test_gains_of_forced_heads():
+  forced = np.full((2, 2, 3, 4), 0.5)
+  forced[0, 1, 2] = 0.7  # of the first layer one of two heads has a branch that is worse by .2
+  heads = {"regret_buckets": [0.5] * 4, "gain": [0.01] * 4, "best_gain": 0.02}
+  heads["forced"] = forced.tolist()
+  found = evidence.tables([], [], [probe("oracle", "freqformer", {"heads": heads})])
+  assert "| freqformer | 1 | +0.0100 of 0.5000 |" in found["study oracle"]
+  assert found["study oracle"].endswith("| +0.0200 | 0.1000, 0.0000 |")
+  assert found["study arms"] == "No rows yet."
+
+
+def test_what_was_rehearsed_or_failed_is_not_shown(tmp_path):
+  rows = [row("octaves", 0, 1.0), row("window", 0, 1.0), row("dense", 0, 1.0)]
+  rows[1] |= {"rehearsal": True}
+  rows[2] |= {"error": "killed"}
+  (tmp_path / "study_screen.json").write_text(json.dumps(rows))
+  assert [r["arm"] for r in evidence.read(tmp_path, "study_screen")] == ["octaves"]
+
+
+def lines_of(axis):
+  return {line.get_label(): line for line in axis.lines if not line.get_label().startswith("_")}
+
+
+def test_a_prediction_is_in_units_of_the_regret(predicted):
+  figure = evidence_figures.regret(ROWS, predicted)
+  trained, theory = map(lines_of, figure.axes)
+  assert set(trained) == {"octaves", "window", "Bayes risk"}
+  np.testing.assert_allclose(trained["octaves"].get_ydata(), 0.3)
+  window = next(r for r in predicted if r["name"] == "window")
+  np.testing.assert_allclose(theory["window"].get_ydata(), 1e-3 * np.array(window["excess"]))
+  assert theory["window"].get_linestyle() == "--" and trained["window"].get_linestyle() == "-"
+
+
+def test_figures_of_weights_levels_and_transfer(predicted):
+  weights = evidence_figures.weights(ROWS, PROBES, predicted)
+  levels = lines_of(weights.axes[0])
+  np.testing.assert_allclose(levels["cells of 4: learned"].get_ydata(), 0.5)
+  assert "cells of 4: theory" in levels and len(weights.axes) == 1  # no row of freqformer
+  assert evidence_figures.weights(ROWS, [], predicted) is None
+  rows = [row(arm, 0, 1.0) for arm in ("low4", "freqformer")]
+  for each in rows:
+    each["final"]["weights"] = LEVELS
+  window, low = map(lines_of, evidence_figures.weights(rows, [], predicted).axes)
+  assert set(window) == {"low4", "theory"} and set(low) == {"freqformer"}
+  np.testing.assert_allclose(window["low4"].get_ydata(), 0.2)
+  density, change = evidence_figures.left_out(ROWS, PROBES).axes
+  np.testing.assert_allclose(lines_of(density)["octaves"].get_ydata(), 0.01)
+  np.testing.assert_allclose(lines_of(change)["octaves"].get_ydata(), 100 / 9, rtol=1e-5)
+  np.testing.assert_allclose(lines_of(change)["octaves, below 0.05"].get_ydata(), 5, rtol=1e-5)
+  assert evidence_figures.left_out(ROWS[2:], []) is None
+  (axis,) = evidence_figures.transfer(PROBES).axes
+  np.testing.assert_allclose(lines_of(axis)["octaves"].get_ydata(), [0.2])
+  assert evidence_figures.transfer([]) is None
+
+
+def test_a_page_shows_the_figures_that_there_are(predicted, tmp_path):
+  shown, drawn = evidence.contents(evidence.Rows(ROWS, [], PROBES, predicted))
+  assert set(drawn) == set(evidence.CAPTIONS)
+  assert shown["study figure regret"].endswith("(figures/evidence_regret.png)")
+  plots.save(drawn["curves"], tmp_path / "curves.png")
+  assert (tmp_path / "curves.png").stat().st_size > 10_000
+  shown, drawn = evidence.contents(evidence.Rows([], [], PROBES[:1], predicted))
+  assert set(drawn) == {"transfer"} and shown["study figure regret"] == "No rows yet."
+
+
+@pytest.mark.parametrize("arm", evidence_theory.ARMS)
+def test_predictions_are_of_the_arms_own_tables(arm, predicted):
+  """The whole excess takes seconds an arm; the keys that its queries see take none."""
+  stored = next(r for r in predicted if r["name"] == arm)
+  exp = evidence_theory.experiment_of(arm)
+  ((_, method),) = exp.model.runs()
+  grid = exp.latent_shape[:3]
+  context = evidence_theory.context_of(method, exp.model.layout(exp.latent_shape))
+  keys = [len(context.boxes(grid, query)) for query in queries(context, grid)]
+  assert np.mean(keys) == pytest.approx(stored["keys"])
+  assert stored["times"] == pytest.approx(evidence_theory.times())
+
+
+def test_lists_that_depend_on_the_clip_have_no_prediction():
+  exp = evidence_theory.experiment_of("block_topk")
+  ((_, method),) = exp.model.runs()
+  with pytest.raises(ValueError, match="BlockTopK has lists that depend on the clip"):
+    evidence_theory.context_of(method, exp.model.layout(exp.latent_shape))

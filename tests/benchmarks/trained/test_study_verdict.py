@@ -1,0 +1,147 @@
+"""The hypotheses are judged by their own rules: what holds, what fails, and what stays open."""
+
+import pytest
+
+from benchmarks.trained.study_verdict import FAILS, HOLDS, OPEN, Claim, text, verdicts
+
+PARTS = 8
+
+
+def row(arm, seed, regret, flops=1.0, curve=None, soft=1.0, density=None, **more):
+  """A row whose regret is `regret` in every part of t, or one value for t < .7 and one above."""
+  parts = regret if isinstance(regret, tuple) else (regret, regret)
+  values = [parts[0]] * 5 + [parts[1]] * 3
+  final = judged(values) | {"density_buckets": density or [1.0] * PARTS}
+  points = curve or [(300, flops, values)]
+  return {
+    "arm": arm,
+    "seed": seed,
+    "digest": arm,
+    "steps": 300,
+    "overrides": {"train.time_range": (0.3, 1.0)},
+    "training_flops": flops,
+    "curve": [{"step": step, "flops": at, **judged(v)} for step, at, v in points],
+    "final": final | more,
+    "final_soft": judged([soft] * PARTS) | {"density_buckets": [1.0] * PARTS},
+  }
+
+
+def judged(values):
+  return {"regret": sum(values) / len(values), "regret_buckets": values, "buckets": values}
+
+
+def state(name, rows, probes=()):
+  return next(verdict for verdict in verdicts(rows, probes) if verdict.name == name).state
+
+
+def seeds(arm, values, **more):
+  return [row(arm, seed, value, **more) for seed, value in enumerate(values)]
+
+
+def test_a_claim_needs_an_interval_on_one_side():
+  assert Claim("", [0.1, 0.12], 0).state == OPEN  # 12.7 standard errors: 0.11 +- 0.127
+  assert Claim("", [0.1, 0.101], 0).state == FAILS
+  assert Claim("", [0.1, 0.101], 0, above=True).state == HOLDS
+  assert Claim("", [-0.4], 0).state == OPEN and Claim("", [], 0).state == OPEN
+  noisy = [0.1, -0.1, 0.05]
+  assert Claim("", noisy, 0).state == OPEN
+  assert Claim("", noisy, 0, if_equal=FAILS).state == FAILS
+  assert Claim("", noisy[:2], 0, if_equal=FAILS).state == OPEN
+
+
+def test_octaves_against_the_window_at_equal_flops():
+  """H1: at half of its training octaves had the window's FLOPs, and twice its own last regret."""
+  window = seeds("window", [(0.5, 1.0), (0.5, 1.01), (0.5, 1.02)], flops=2.0)
+  late = [1.2] * PARTS
+
+  def octaves(high, half):
+    curve = [(150, 2.0, half), (300, 4.0, [0.5] * 5 + [high] * 3)]
+    return [row("octaves", seed, (0.5, high), flops=4.0, curve=curve) for seed in range(3)]
+
+  assert state("H1", window + octaves(0.3, [0.5] * 5 + [0.4] * 3)) == HOLDS
+  assert state("H1", window + octaves(0.3, late)) == FAILS
+  assert state("H1", window + octaves(0.3, [0.6] * 5 + [0.4] * 3)) == FAILS  # more below .7
+  assert state("H1", window[:1] + octaves(0.3, late)) == OPEN
+
+
+def test_the_hard_choice_must_beat_both_weighed_arms():
+  routed = seeds("freqformer", [0.5, 0.6])
+  worse = seeds("low2", [0.55, 0.66]) + seeds("low4", [0.55, 0.66])
+  assert state("H2", routed + worse) == HOLDS
+  assert state("H2", routed + worse[:2] + seeds("low4", [0.501, 0.6012])) == FAILS
+  assert state("H2", routed + worse[:2]) == OPEN  # low4 has not run
+
+
+def test_dense_attention_has_four_times_the_steps():
+  ends = [[0.4] * PARTS, [0.41] * PARTS]
+  curves = [[(60, 1, [0.8] * PARTS), (75, 2, [0.2] * PARTS), (300, 4, end)] for end in ends]
+
+  def arms(name):
+    return [row(name, seed, 0.4, curve=curve) for seed, curve in enumerate(curves)]
+
+  assert state("H3", arms("octaves") + arms("dense")) == HOLDS
+  ends[0][:] = [0.19] * PARTS  # dense ends below what octaves had at step 75
+  ends[1][:] = [0.19] * PARTS
+  assert state("H3", arms("octaves") + arms("dense")) == FAILS
+
+
+def test_arms_that_three_seeds_cannot_tell_apart_are_equal():
+  octaves = seeds("octaves", [(0.5, 9.0), (0.6, 9.0), (0.7, 9.0)])
+  same = seeds("low4", [(0.51, 1.0), (0.59, 1.0), (0.71, 1.0)])
+  assert state("H4", octaves[:2] + same[:2]) == OPEN
+  assert state("H4", octaves + same) == FAILS
+  assert state("H4", octaves + seeds("low4", [(0.6, 1.0), (0.71, 1.0), (0.84, 1.0)])) == HOLDS
+
+
+def test_content_must_help_the_router():
+  assert state("H5", seeds("freqformer", [0.5, 0.6]) + seeds("freqformer_time", [1, 1.2])) == HOLDS
+  assert (
+    state("H5", seeds("freqformer", [0.5, 0.6]) + seeds("freqformer_time", [0.5, 0.6])) == FAILS
+  )
+
+
+def test_low_heads_are_found_or_given():
+  rises = [[0.1, 0.9]] * 5 + [[0.5, 0.5]] * 3
+  given = [row("freqformer_slope", seed, 1.0, weights=rises) for seed in range(2)]
+  assert state("H6", given) == HOLDS
+  falls = [row("freqformer_slope", seed, 1.0, weights=rises[::-1]) for seed in range(2)]
+  assert state("H6", falls) == FAILS
+  # Rows of before the key: a probe of the same run has the routing.
+  rows = seeds("freqformer_slope", [1.0, 1.0])
+  probes = [
+    {
+      "probe": "transfer",
+      "arm": "freqformer_slope",
+      "seed": seed,
+      "digest": "freqformer_slope",
+      "results": {"as trained": {"weights": rises}},
+    }
+    for seed in range(2)
+  ]
+  assert state("H6", rows) == OPEN and state("H6", rows, probes) == HOLDS
+  assert state("H6", rows, [probe | {"digest": "other"} for probe in probes]) == OPEN
+
+
+def test_mid_tiles_are_judged_by_copies_alone():
+  plain = seeds("octaves_mid", [0.1, 0.1]) + seeds("octaves_prior", [1.0, 1.0])
+  assert state("H7", plain) == OPEN
+  copies = [r | {"overrides": r["overrides"] | {"data.copies": 8}} for r in plain]
+  assert state("H7", copies) == HOLDS
+  assert state("H8", copies) == OPEN
+
+
+@pytest.mark.parametrize(
+  "regret, density, expected", [(1.001, 0.4, HOLDS), (1.02, 0.4, FAILS), (1.001, 0.6, FAILS)]
+)
+def test_leaving_levels_out(regret, density, expected):
+  # Below t = .7 every level runs: only the last three parts count.
+  run = [1.0] * 5 + [density] * 3
+  assert state("H8", seeds("octaves", [regret, regret], density=run)) == expected
+
+
+def test_the_text_names_bounds_seeds_and_consequences():
+  lines = text(verdicts(seeds("octaves", [1.02, 1.02]))).splitlines()
+  (eighth,) = (line for line in lines if line.startswith("H8"))
+  assert "fails: the threshold is 0" in eighth
+  assert "+2.0% +- 0.0%, should be below +0.5% (2 seeds)" in eighth
+  assert any(line.startswith("H7") and "open with 0 seeds" in line for line in lines)

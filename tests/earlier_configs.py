@@ -1,0 +1,27 @@
+"""Shipped configs with the tiles and windows of the time when rows and golden tables were made."""
+
+import pathlib
+
+from ml_collections import ConfigDict
+
+from freqformer.command.files import read_config
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+# Below `model.attention`.
+SETTINGS = {
+  "demo": {
+    "tile": (4, 4, 4),
+    "freqformer.deal": "as_is",
+    "sparseflow.schedule.frames": (1, 2),
+    "sparseflow.around": (1, 2),
+  },
+  "ucf101": {"freqformer.window": (1, 3, 3), "freqformer.deal": "as_is"},
+}
+
+
+def earlier_config(name: str) -> ConfigDict:
+  """Returns the complete config of configs/<name>.py as it was."""
+  config = read_config(CONFIGS / f"{name}.py")
+  settings = SETTINGS[name].items()
+  config.update_from_flattened_dict({f"model.attention.{key}": value for key, value in settings})
+  return config
