@@ -39,6 +39,7 @@ _QUICK = flags.DEFINE_bool(
 # Densities of 0.05 to 0.25 on the 128 tiles of cpu_16k; no router: the branch of a head is known.
 SETTINGS = (
   "freqformer(allocation=(1, 1, 2), mid_tiles=8, window=(2, 3, 3), deal=as_is)",
+  "octaves(levels=4, window=(2, 2, 3), deal=octant)",
   "sliding_tile(window=(12, 12, 16), deal=as_is)",
   "radial(decay=0.25, sink=0)",
   "block_topk(density=0.1)",
