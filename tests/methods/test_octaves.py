@@ -22,8 +22,10 @@ METHOD = Octaves(window=(1, 3, 1), threshold=0.0, router=FLAT)
 
 
 def drawn(method=METHOD):
-  """A layer whose weights of levels differ by head, and whose gains by level and head."""
+  """A layer whose weights of levels differ by head, gains by level and head; its bias is not 0."""
   layer = layer_of(method)
+  bias = layer.qkv.bias
+  bias[...] = 0.5 * jax.random.normal(jax.random.key(5), bias[...].shape)
   module = layer.method
   module.router.bias[...] = jnp.asarray(BIAS)
   keys = jax.random.split(jax.random.key(4), 2)
