@@ -80,12 +80,12 @@ PARTS = {
   # Octaves of two levels, by the factor between them: prepare, compression, coarse rows and lift,
   # without norm and rotary of the tokens (4); what a third level adds, and each one after it.
   "octaves": Part(9.3, 27, "a_64k/octaves(levels=2) - a_64k/dense"),
-  "octaves, axes": Part(34.1, 31, "octaves(levels=2, basis=haar) - dense"),
-  "octaves by 4": Part(7.6, 25, "octaves(levels=2, factor=4) - dense"),
-  "octaves by 4, axes": Part(21.2, 31, "octaves(levels=2, basis=haar, factor=4) - dense"),
-  "third level": Part(1.6, 7, "a_64k/octaves - a_64k/octaves(levels=2)"),
-  "third level, axes": Part(3.9, 12, "octaves(basis=haar) - octaves(levels=2, basis=haar)"),
-  "each further level": Part(0.12, 5.5, "a_64k/octaves(levels=5) - a_64k/octaves"),
+  "octaves, axes": Part(34.1, 27, "octaves(levels=2, basis=haar) - dense"),
+  "octaves by 4": Part(7.6, 21, "octaves(levels=2, factor=4) - dense"),
+  "octaves by 4, axes": Part(21.2, 27, "octaves(levels=2, basis=haar, factor=4) - dense"),
+  "third level": Part(1.6, 11, "a_64k/octaves - a_64k/octaves(levels=2)"),
+  "third level, axes": Part(3.9, 16, "octaves(basis=haar) - octaves(levels=2, basis=haar)"),
+  "each further level": Part(0.12, 9, "a_64k/octaves(levels=5) - a_64k/octaves"),
   "energies of levels": Part(1.2, 7, "octaves(router=dict(statistics=True)) - octaves"),
   # Means of q and k, where no other kernel makes them on its way; scores and search beside them.
   "means": Part(2.0, 0, "block_topk(coarse=none) - dense"),
