@@ -1,4 +1,4 @@
-"""What theory says of the study's arms: excess errors with the very tables that they attend by.
+"""Theory's excess errors for the study's arms, with the very tables that they attend by.
 
 Rows go to results/study_theory.json, one per arm whose lists do not depend on the clip. They are
 computed, nothing is measured.

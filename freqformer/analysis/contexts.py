@@ -1,4 +1,4 @@
-"""What a query token sees, as means of latents over boxes of tokens.
+"""Contexts: the means of latents over boxes of tokens that a query token sees.
 
 A context is a window of tokens, cells of coarser levels, or whatever a `BlockMask` lists. Windows
 go round the grid, because the latents of `gaussian` are periodic; a table's lists are taken as they

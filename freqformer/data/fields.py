@@ -190,7 +190,7 @@ class Fields:
 
   @property
   def target(self) -> Posterior | None:
-    """What training regresses on; None is the velocity of the draw."""
+    """The posterior that training regresses on; None is the velocity of the draw."""
     return self.reference if self.config.target == "posterior" else None
 
 

@@ -99,7 +99,7 @@ class PansConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Motion:
-  """How the picture changes from a frame to the next; the camera does the opposite.
+  """Change of the picture from a frame to the next; the camera does the opposite.
 
   Attributes:
     velocity: (down, across), pixels per frame.

@@ -272,7 +272,7 @@ def test_the_filter_between_data_and_noise():
     x = x * np.sqrt(spectrum)
     wrong = x - wiener(spectrum, 0.5) * (0.5 * x + 0.5 * noise)
     errors.append(np.mean(np.fft.ifftn(wrong).real ** 2))
-  assert np.mean(errors) == pytest.approx(full_error(spectrum, 0.5), rel=0.1)
+  assert np.mean(errors) == pytest.approx(full_error(spectrum, 0.5), rel=0.05)
 
 
 def test_mass_moves_to_coarse_levels_with_noise():

@@ -74,6 +74,7 @@ def test_the_first_loss_is_the_size_of_the_target(whole, tmp_path, target):
 def test_validation_reports_regret_and_bayes_risk(whole):
   (row,) = rows(whole, "val")
   parts = np.add(row["regret_buckets"], row["bayes_buckets"])
+  # In expectation: the noise of the draw is not correlated with the model's error.
   np.testing.assert_allclose(row["buckets"], parts, rtol=0.2)
   assert row["regret"] == pytest.approx(np.mean(row["regret_buckets"]))
   assert all(0 < x < 1 for x in row["bayes_buckets"])

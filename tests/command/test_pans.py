@@ -55,6 +55,7 @@ def test_the_record_is_what_the_clips_show(place):
     if path.split("/")[1] in ("right", "up"):
       with VideoFile(place / "clips" / path) as video:
         frames = np.stack(video.read(range(4)))
+      # Of 1 or 2 pixels: compression of so small a picture holds blocks back.
       np.testing.assert_allclose(velocities(frames[None])[0], facts["velocity"], atol=0.25)
 
 

@@ -119,7 +119,7 @@ def test_copies_are_equal_and_far(index):
   assert (gap[:, 1:] >= np.array([6, 4])).any(1).all()
   # White noise of unit variance, which a smooth field's neighbours are not.
   planted = latent[tuple(np.array([found[0] for found in pairs]).T)]
-  assert planted.std() == pytest.approx(1, abs=0.25)
+  assert planted.std() == pytest.approx(1, abs=0.15)  # of 288 values
   assert Fields(COPIES, "train").reference is None and Fields(COPIES, "train").target is None
 
 

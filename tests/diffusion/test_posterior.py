@@ -121,6 +121,7 @@ def test_validation_splits_the_loss_into_regret_and_bayes_risk(buckets):
   np.testing.assert_allclose(result["regret_buckets"], wanted, atol=1e-6)
   assert result["regret"] == pytest.approx(0.0625, abs=1e-6)
   total = np.add(result["regret_buckets"], result["bayes_buckets"])
+  # In expectation: the noise of the draw is not correlated with the model's error.
   np.testing.assert_allclose(result["buckets"], total, atol=0.02)
   assert (np.array(result["bayes_buckets"]) < result["linear_buckets"]).all()
   assert "regret" not in evaluate(step, params, batches[:1], power, reference)

@@ -38,7 +38,7 @@ def test_an_arm_trains_for_its_seconds_and_judges_along_the_way():
   row = study.measure("window", exp, 0.5, Deadline(600))
   seconds = [point["seconds"] for point in row["curve"]]
   assert seconds == sorted(seconds) and len(seconds) == 1 + study.POINTS
-  assert row["training_seconds"] == seconds[-1] == pytest.approx(0.5, abs=0.2)
+  assert row["training_seconds"] == seconds[-1] >= row["wanted_seconds"] == 0.5
   assert row["correct"] and row["steps"] > 5 and row["regret"] < row["curve"][0]["regret"]
   for point in row["curve"]:
     assert np.mean(point["regret_buckets"]) == pytest.approx(point["regret"])

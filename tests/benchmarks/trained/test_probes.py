@@ -67,6 +67,7 @@ def test_a_run_is_judged_on_another_grid(octaves, monkeypatch):
   assert found["clips"] == 4 and len(found["weights"]) == study.BUCKETS
   np.testing.assert_allclose(np.sum(found["weights"], 1), 1, rtol=1e-5)
   split = np.add(found["regret_buckets"], found["bayes_buckets"])
+  # In expectation: the noise of the draw is not correlated with the model's error.
   np.testing.assert_allclose(found["buckets"], split, rtol=0.2)
 
 
@@ -147,6 +148,7 @@ def test_samples_end_where_training_did(monkeypatch):
   monkeypatch.setattr(probes, "draw", lambda *args, **_: drawn)
   found = probes.samples(run)
   assert found["model"]["seam_ratio"][2] > 5 and found["model"]["clips"] == 8
+  # Eight clips of 8 x 8 tokens have seams of their own by chance, of a tenth or so.
   assert found["model"]["seam_ratio"][1] == pytest.approx(1, abs=0.15)
   assert found["model"]["seam_ratio_twice"][0] is None  # four frames are one tile of the next level
   assert found["exact"]["clips"] == probes.CLIPS
@@ -162,7 +164,7 @@ def test_the_exact_velocity_makes_samples_of_the_data():
   labels = np.zeros(4, np.int32)
   spectrum = Posterior(jnp.ones((1, 2, 8, 8)), labelled=False)
   found = probes.exact_samples(split, spectrum, labels, np.arange(4), config)
-  assert found.shape == (4, 2, 8, 8, 4) and found.std() == pytest.approx(1, abs=0.1)
+  assert found.shape == (4, 2, 8, 8, 4) and found.std() == pytest.approx(1, abs=0.05)
 
 
 def test_probes_go_to_the_runs_that_they_fit(octaves):

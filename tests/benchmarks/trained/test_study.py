@@ -61,6 +61,7 @@ def test_a_row_says_what_was_run_and_how_well(rehearsed):
   final = dense["final"]
   for name in ("buckets", "regret_buckets", "bayes_buckets", "density_buckets"):
     assert len(final[name]) == 8
+  # In expectation: the noise of the draw is not correlated with the model's error.
   np.testing.assert_allclose(
     final["buckets"], np.add(final["regret_buckets"], final["bayes_buckets"]), rtol=0.1
   )
