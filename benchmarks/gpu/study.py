@@ -26,13 +26,12 @@ from ml_collections import ConfigDict
 from benchmarks.gpu.attempt import Job, attempts
 from benchmarks.gpu.code import ROOT
 from benchmarks.gpu.device import Deadline, command_line, open_device, open_store
-from benchmarks.gpu.train import ATTENTION_KERNELS
+from benchmarks.gpu.train import trained_row
 from freqformer.command.files import read_config
 from freqformer.data.fields import Fields
 from freqformer.model.dit import VideoDiT, make_tables
 from freqformer.train.experiment import Experiment, experiment
 from freqformer.train.step import TrainState, init_state, make_train_step
-from freqformer.train.throughput import Throughput
 from freqformer.train.validation import channel_power, evaluate, make_eval_step
 
 _METHOD = "model.attention.method"
@@ -167,29 +166,15 @@ def measure(arm: str, exp: Experiment, seconds: float, deadline: Deadline) -> di
     logging.info("%s: %.0f s, step %d, regret %.4f", arm, spent, len(losses), curve[-1]["regret"])
   batches.close()
 
-  done = len(losses) - 1
-  text = step.as_text()
-  memory = jax.devices()[0].memory_stats() or {}
-  row = {
+  own = {
     "arm": arm,
-    "tokens": exp.model.layout(shape).n,
-    "batch": exp.train.batch_size,
-    "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
     "training_seconds": spent,
     "wanted_seconds": seconds,
-    "steps": done,
-    "seconds": spent / max(done, 1),
-    **Throughput.of(exp.model, shape, exp.train.batch_size).rates(done / max(spent, 1e-9)),
-    "compile_seconds": compiled,
-    "peak_bytes": memory.get("peak_bytes_in_use"),  # None where unknown, as on a CPU
-    "attention_kernels": [name for name in ATTENTION_KERNELS if name in text],
     "regret": curve[-1]["regret"],
     "curve": curve,
   }
-  # A run that quietly used the portable backend would time something else.
-  if jax.default_backend() == "gpu" and len(row["attention_kernels"]) < len(ATTENTION_KERNELS):
-    return row | {"correct": False, "error": "attention ran on no Hopper kernel"}
-  return row | {"correct": bool(np.isfinite(losses).all() and done)}
+  steps = len(losses) - 1
+  return own | trained_row(exp, state, step, losses, spent / max(steps, 1), compiled)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -92,30 +92,49 @@ def measure(exp: Experiment, steps: int, deadline: Deadline) -> dict:
   done = len(losses) - 1
   seconds = (time.monotonic() - started) / done
   losses = [float(x) for x in losses]
-  memory = jax.devices()[0].memory_stats() or {}
-  text = step.as_text()
-  row = {
+  own = {
     "model": f"{exp.model.size}, {exp.model.depth} layers of {exp.model.width}",
     "heads": exp.model.heads,
     "dtype": exp.model.dtype,
-    "tokens": exp.model.layout(shape).n,
-    "batch": exp.train.batch_size,
-    "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
-    "steps": done,
-    "seconds": seconds,
-    **Throughput.of(exp.model, shape, exp.train.batch_size).rates(1 / seconds),
-    "compile_seconds": compiled,
-    "peak_bytes": memory.get("peak_bytes_in_use"),  # None where unknown, as on a CPU
     "temporary_bytes": step.memory_analysis().temp_size_in_bytes,
     "loss_first": losses[0],
     "loss_last": losses[-1],
-    "attention_kernels": [name for name in ATTENTION_KERNELS if name in text],
     **attention_share(profiled(step, state, batch, tables)),
   }
+  return own | trained_row(exp, state, step, losses, seconds, compiled)
+
+
+def trained_row(exp: Experiment, state, step, losses, seconds: float, compiled: float) -> dict:
+  """Returns the fields that rows of training have in common.
+
+  `correct` says whether every loss is finite and, on a GPU, attention ran on Hopper's kernels.
+
+  Args:
+    state: after the last step.
+    step: compiled.
+    losses: of the first step, which compiles, and of all timed ones.
+    seconds: per timed step.
+    compiled: seconds of compiling.
+  """
+  memory = jax.devices()[0].memory_stats() or {}
+  text = step.as_text()
+  kernels = [name for name in ATTENTION_KERNELS if name in text]
+  rate = 1 / seconds if seconds else 0.0
+  row = {
+    "tokens": exp.model.layout(exp.latent_shape).n,
+    "batch": exp.train.batch_size,
+    "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
+    "steps": len(losses) - 1,
+    "seconds": seconds,
+    **Throughput.of(exp.model, exp.latent_shape, exp.train.batch_size).rates(rate),
+    "compile_seconds": compiled,
+    "peak_bytes": memory.get("peak_bytes_in_use"),  # None where unknown, as on a CPU
+    "attention_kernels": kernels,
+  }
   # A run that quietly used the portable backend would time something else.
-  if jax.default_backend() == "gpu" and len(row["attention_kernels"]) < len(ATTENTION_KERNELS):
+  if jax.default_backend() == "gpu" and len(kernels) < len(ATTENTION_KERNELS):
     return row | {"correct": False, "error": "attention ran on no Hopper kernel"}
-  return row | {"correct": bool(np.isfinite(losses).all())}
+  return row | {"correct": len(losses) > 1 and bool(np.isfinite(losses).all())}
 
 
 def profiled(step, state, batch, tables) -> dict[str, float]:

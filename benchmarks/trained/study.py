@@ -147,15 +147,11 @@ class Trial:
 
   def config(self) -> ConfigDict:
     """Returns its complete config; a ConfigError names a key that does not exist."""
-    values = read_config(CONFIG).to_dict()
-    check_keys(values, self.overrides)
-    for key, value in self.overrides.items():
-      *groups, name = key.split(".")
-      group = values
-      for part in groups:
-        group = group[part]
-      group[name] = value
-    return ConfigDict(values)
+    config = read_config(CONFIG)
+    check_keys(config, self.overrides)
+    with config.ignore_type():  # an allocation is a word or counts
+      config.update_from_flattened_dict(self.overrides)
+    return config
 
   @property
   def digest(self) -> str:

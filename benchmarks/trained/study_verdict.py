@@ -121,14 +121,7 @@ def verdicts(rows: Iterable[dict], probes: Iterable[dict] = ()) -> list[Verdict]
     (copies if row["overrides"].get("data.copies") else plain).append(row)
   return [
     Verdict(
-      "H1",
-      (
-        Claim(
-          "octaves v window, t > .7, equal FLOPs", _at_flops(plain, "octaves", HIGH_NOISE), -0.3
-        ),
-        Claim("t < .7", _at_flops(plain, "octaves", BELOW), 0, if_equal=HOLDS),
-      ),
-      "the pyramid has no reason to exist on such data",
+      "H1", _against_window(plain, "octaves"), "the pyramid has no reason to exist on such data"
     ),
     Verdict(
       "H2",
@@ -149,18 +142,7 @@ def verdicts(rows: Iterable[dict], probes: Iterable[dict] = ()) -> list[Verdict]
       ),
       "README's first table says so",
     ),
-    Verdict(
-      "H4",
-      (
-        Claim(
-          "octaves v low4, t < .7",
-          relative(plain, "octaves", "low4", _within(equal_steps, BELOW)),
-          0,
-          if_equal=FAILS,
-        ),
-      ),
-      "low4, the cheaper one, is the default",
-    ),
+    Verdict("H4", _against_low(plain, "octaves", "low4"), "low4, the cheaper one, is the default"),
     Verdict(
       "H5",
       (
@@ -199,28 +181,8 @@ def verdicts(rows: Iterable[dict], probes: Iterable[dict] = ()) -> list[Verdict]
       (Claim("octaves_prior v octaves", relative(plain, "octaves_prior", "octaves"), -0.05),),
       "weights begin uniform",
     ),
-    Verdict(
-      "H10",
-      (
-        Claim(
-          "octaves_prior v window, t > .7", _at_flops(plain, "octaves_prior", HIGH_NOISE), -0.3
-        ),
-        Claim("t < .7", _at_flops(plain, "octaves_prior", BELOW), 0, if_equal=HOLDS),
-      ),
-      "as H1",
-    ),
-    Verdict(
-      "H11",
-      (
-        Claim(
-          "octaves_prior v low4_prior, t < .7",
-          relative(plain, "octaves_prior", "low4_prior", _within(equal_steps, BELOW)),
-          0,
-          if_equal=FAILS,
-        ),
-      ),
-      "low4_prior, the cheaper one, is the default",
-    ),
+    Verdict("H10", _against_window(plain, "octaves_prior"), "as H1"),
+    Verdict("H11", _against_low(plain, "octaves_prior", "low4_prior"), "as H4"),
     Verdict("H12", _left_out(plain, "octaves_prior"), "the threshold is 0"),
   ]
 
@@ -238,8 +200,21 @@ def _within(compared: Callable, span: Span) -> Compared:
   return lambda row, other: compared(row, other, span)
 
 
-def _at_flops(rows: list[dict], arm: str, span: Span) -> list[float]:
-  return relative(rows, arm, "window", _within(equal_flops, span))
+def _against_window(rows: list[dict], arm: str) -> tuple[Claim, Claim]:
+  """Returns the claims of H1 and H10, at equal FLOPs."""
+  high, below = (
+    relative(rows, arm, "window", _within(equal_flops, span)) for span in (HIGH_NOISE, BELOW)
+  )
+  return (
+    Claim(f"{arm} v window, t > .7, equal FLOPs", high, -0.3),
+    Claim("t < .7", below, 0, if_equal=HOLDS),
+  )
+
+
+def _against_low(rows: list[dict], arm: str, low: str) -> tuple[Claim]:
+  """Returns the claim of H4 and H11."""
+  found = relative(rows, arm, low, _within(equal_steps, BELOW))
+  return (Claim(f"{arm} v {low}, t < .7", found, 0, if_equal=FAILS),)
 
 
 def _quarter_of_steps(row: dict, other: dict) -> tuple[float, float] | None:
