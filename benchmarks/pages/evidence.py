@@ -19,7 +19,8 @@ from benchmarks import rows as row_files
 from benchmarks.pages import evidence_figures as figures
 from benchmarks.pages import evidence_theory
 from benchmarks.pages.complexity import fill, markdown
-from benchmarks.trained.study_summary import arm_lines, part_lines
+from benchmarks.trained.attention_mass import PATHS
+from benchmarks.trained.study_summary import arm_lines, middles, part_lines
 from benchmarks.trained.study_verdict import verdicts
 from freqformer.simulation import plots
 
@@ -33,6 +34,7 @@ CAPTIONS = {
   "regret": "regret over t, trained and predicted",
   "curves": "regret over steps, FLOPs and seconds",
   "weights": "what routers weigh over t",
+  "mass": "where dense attention lies over t",
   "left_out": "pairs over t, and the price of leaving levels out",
   "transfer": "regret on other clips",
 }
@@ -92,6 +94,8 @@ def tables(rows: list[dict], copies: list[dict], probes: list[dict]) -> dict[str
     "study thresholds": by_setting(of_probe.get("threshold", [])),
     "study statistics": by_setting(of_probe.get("statistics", [])),
     "study oracle": oracle(of_probe.get("oracle", [])),
+    "study mass": mass(of_probe.get("mass", [])),
+    "study transfer of bands": transfer_of_bands(of_probe.get("mass", [])),
     "study samples": samples(of_probe.get("samples", [])),
   }
 
@@ -146,6 +150,49 @@ def oracle(probes: list[dict]) -> str:
   return markdown(head, lines)
 
 
+def mass(probes: list[dict]) -> str:
+  """Returns the percent of dense attention in each shell, layer by layer: means over heads."""
+  if not probes:
+    return _NONE
+  theory = probes[0]["results"]
+  layers = _by_layer(probes, "mass")
+  lines = [(f"layer {number}", *map(_percents, shares)) for number, shares in enumerate(layers, 1)]
+  lines.append(("Wiener kernel", *map(_percents, theory["wiener"]["mass"])))
+  lines.append(("uniform", *[_percents(theory["uniform"]["mass"])] * layers.shape[1]))
+  names = " / ".join(figures.shell_names(theory["attention"]["farthest"]))
+  return _over_t(f"% at {names} tokens, t =", probes, lines)
+
+
+def transfer_of_bands(probes: list[dict]) -> str:
+  """Returns the share of energy that stays in its band, and its part in the high band."""
+  if not probes:
+    return _NONE
+  every = [(f"layer {n}", shares) for n, shares in enumerate(_by_layer(probes, "transfer"), 1)]
+  every.append(("Wiener filter", probes[0]["results"]["wiener"]["transfer"]))
+  low = PATHS.index("low to low")
+  high = PATHS.index("high to high")
+  lines = []
+  for name, over_t in every:
+    cells = (f"{100 * (s[low] + s[high]):.0f} ({100 * s[high]:.0f})" for s in over_t)
+    lines.append((name, *cells))
+  return _over_t("% in its band (high), t =", probes, lines)
+
+
+def _by_layer(probes: list[dict], name: str) -> np.ndarray:
+  """Returns what dense attention was measured to do: `[layers, parts of t, shares]`."""
+  return np.mean([row["results"]["attention"][name] for row in probes], (0, 2))
+
+
+def _over_t(title: str, probes: list[dict], lines: list[tuple]) -> str:
+  """Returns a table with a column per part of t."""
+  places = middles(probes[0], len(lines[0]) - 1)
+  return markdown((title, *(f"{place:.2f}" for place in places)), lines)
+
+
+def _percents(shares: Sequence[float]) -> str:
+  return " / ".join(f"{100 * share:.0f}" for share in shares)
+
+
 def samples(probes: list[dict]) -> str:
   """Returns seams and flicker of samples, and of samples by the exact velocity."""
   if not probes:
@@ -181,7 +228,7 @@ def _table(lines: Sequence[Sequence[str]]) -> str:
 
 def draw(found: Rows) -> dict[str, Figure]:
   """Returns the figures that there are rows for, by name."""
-  drawn = {"transfer": figures.transfer(found.probes)}
+  drawn = {"transfer": figures.transfer(found.probes), "mass": figures.mass(found.probes)}
   if found.screen:
     drawn |= {
       "regret": figures.regret(found.screen, found.theory),

@@ -53,9 +53,21 @@ def probe(name, arm, results):
 ROWS = [row("octaves", 0, 0.2), row("octaves", 1, 0.4), row("window", 0, 0.4)]
 LEVELS = [[0.2, 0.3, 0.5]] * PARTS
 SEAMS = {"clips": 16, "seam_ratio": [1.0, 1.25, 1.5], "seam_ratio_twice": [1, 1, 1], "flicker": 2.0}
+SHELLS = [[0.2, 0.3, 0.5]] * PARTS
+MASS = {
+  "attention": {
+    "farthest": [1, 3, 4],
+    # Of one layer's two heads one is as theory has it, one is nowhere near.
+    "mass": [[SHELLS, [[0.0, 0.0, 1.0]] * PARTS]],
+    "transfer": [[[[0.5, 0.1, 0.2, 0.2]] * PARTS, [[0.9, 0.0, 0.0, 0.1]] * PARTS]],
+  },
+  "wiener": {"mass": SHELLS, "transfer": [[0.9, 0.0, 0.0, 0.1]] * PARTS},
+  "uniform": {"mass": [0.1, 0.6, 0.3]},
+}
 PROBES = [
   probe("transfer", "octaves", {"as trained": judged(0.2) | {"weights": LEVELS}}),
   probe("threshold", "octaves", {"0": judged(0.2, 0.08), "0.05": judged(0.21, 0.004)}),
+  probe("mass", "dense", MASS),
   probe("samples", "window", {"model": SEAMS, "exact": SEAMS | {"flicker": 0.25}}),
 ]
 
@@ -84,6 +96,14 @@ def test_tables_of_some_arms_and_seeds():
     in (found["study samples"])
   )
   assert found["study oracle"] == found["study statistics"] == "No rows yet."
+  mass = found["study mass"].splitlines()
+  assert mass[0].startswith("| % at 0-1 / 2-3 / 4 tokens, t = | 0.34 | 0.43 |")
+  assert mass[2].startswith("| layer 1 | 10 / 15 / 75 |")
+  assert mass[3].startswith("| Wiener kernel | 20 / 30 / 50 |")
+  assert mass[4].startswith("| uniform | 10 / 60 / 30 |") and mass[4].count("10 / 60") == PARTS
+  bands = found["study transfer of bands"].splitlines()
+  assert bands[2].startswith("| layer 1 | 85 (15) |")
+  assert bands[3].startswith("| Wiener filter | 100 (10) |")
   outcome = found["study outcome"].splitlines()
   eighth = outcome[2 + 7]
   assert len(outcome) == 2 + 12 and "+11.1%" in eighth and "threshold is 0" in eighth
@@ -142,6 +162,14 @@ def test_figures_of_weights_levels_and_transfer(predicted):
   (axis,) = evidence_figures.transfer(PROBES).axes
   np.testing.assert_allclose(lines_of(axis)["octaves"].get_ydata(), [0.2])
   assert evidence_figures.transfer([]) is None
+
+
+def test_a_figure_of_where_attention_lies():
+  (axis,) = evidence_figures.mass(PROBES).axes
+  np.testing.assert_allclose(lines_of(axis)["2-3 tokens"].get_ydata(), 0.15)
+  dashed = [line for line in axis.lines if line.get_linestyle() == "--"]
+  assert [line.get_ydata()[0] for line in dashed] == [0.2, 0.3, 0.5]
+  assert evidence_figures.mass(PROBES[:2]) is None
 
 
 def test_a_page_shows_the_figures_that_there_are(predicted, tmp_path):
