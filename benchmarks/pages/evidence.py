@@ -95,7 +95,7 @@ def tables(rows: list[dict], copies: list[dict], probes: list[dict]) -> dict[str
     "study statistics": by_setting(of_probe.get("statistics", [])),
     "study oracle": oracle(of_probe.get("oracle", [])),
     "study mass": mass(of_probe.get("mass", [])),
-    "study transfer of bands": transfer_of_bands(of_probe.get("mass", [])),
+    "study bands": between_bands(of_probe.get("mass", [])),
     "study samples": samples(of_probe.get("samples", [])),
   }
 
@@ -154,33 +154,38 @@ def mass(probes: list[dict]) -> str:
   """Returns the percent of dense attention in each shell, layer by layer: means over heads."""
   if not probes:
     return _NONE
-  theory = probes[0]["results"]
-  layers = _by_layer(probes, "mass")
-  lines = [(f"layer {number}", *map(_percents, shares)) for number, shares in enumerate(layers, 1)]
-  lines.append(("Wiener kernel", *map(_percents, theory["wiener"]["mass"])))
-  lines.append(("uniform", *[_percents(theory["uniform"]["mass"])] * layers.shape[1]))
-  names = " / ".join(figures.shell_names(theory["attention"]["farthest"]))
+  uniform = probes[0]["results"]["uniform"]
+  found = _layers_and_theory(probes, "mass")
+  found["uniform"] = [uniform["mass"]] * len(found["Wiener"])
+  lines = [(name, *map(_percents, over_t)) for name, over_t in found.items()]
+  names = " / ".join(figures.shell_names(uniform["farthest"]))
   return _over_t(f"% at {names} tokens, t =", probes, lines)
 
 
-def transfer_of_bands(probes: list[dict]) -> str:
+def between_bands(probes: list[dict]) -> str:
   """Returns the share of energy that stays in its band, and its part in the high band."""
   if not probes:
     return _NONE
-  every = [(f"layer {n}", shares) for n, shares in enumerate(_by_layer(probes, "transfer"), 1)]
-  every.append(("Wiener filter", probes[0]["results"]["wiener"]["transfer"]))
   low = PATHS.index("low to low")
   high = PATHS.index("high to high")
   lines = []
-  for name, over_t in every:
+  for name, over_t in _layers_and_theory(probes, "bands").items():
     cells = (f"{100 * (s[low] + s[high]):.0f} ({100 * s[high]:.0f})" for s in over_t)
     lines.append((name, *cells))
   return _over_t("% in its band (high), t =", probes, lines)
 
 
-def _by_layer(probes: list[dict], name: str) -> np.ndarray:
-  """Returns what dense attention was measured to do: `[layers, parts of t, shares]`."""
-  return np.mean([row["results"]["attention"][name] for row in probes], (0, 2))
+def _layers_and_theory(probes: list[dict], name: str) -> dict[str, Sequence]:
+  """Returns what a filter does, `[parts of t, shares]`: of heads and seeds the mean."""
+
+  def by_layer(setting: str) -> np.ndarray:
+    return np.mean([row["results"][setting][name] for row in probes], (0, 2))
+
+  return {
+    **{f"layer {number}": shares for number, shares in enumerate(by_layer("trained"), 1)},
+    "untrained": by_layer("untrained").mean(0),
+    "Wiener": probes[0]["results"]["wiener"][name],
+  }
 
 
 def _over_t(title: str, probes: list[dict], lines: list[tuple]) -> str:

@@ -165,12 +165,12 @@ def mass(probes: list[dict]) -> Figure | None:
   if not found:
     return None
   first = found[0]["results"]
-  learned = np.array([row["results"]["attention"]["mass"] for row in found])
+  learned = np.array([row["results"]["trained"]["mass"] for row in found])
   by_layer = learned.transpose(1, 4, 0, 2, 3)  # [layers, shells, seeds, heads, parts of t]
   figure, axes = _panels(len(by_layer), share=True, width=3)
   places = middles(found[0], by_layer.shape[-1])
   for number, (axis, of_shells) in enumerate(zip(axes, by_layer, strict=True), 1):
-    for shell, name in enumerate(shell_names(first["attention"]["farthest"])):
+    for shell, name in enumerate(shell_names(first["uniform"]["farthest"])):
       color = f"C{shell}"
       heads = of_shells[shell].reshape(-1, len(places))
       axis.plot(places, heads.mean(0), color=color, marker="o", ms=3, label=f"{name} tokens")

@@ -2,7 +2,7 @@
 
 Two measures of one head's matrix A on one clip. Its mass per shell: shells are those of
 `freqformer.grid.spectrum.level_mass` around a token, Chebyshev distances that double, around the
-period of the fields. And its transfer between two bands: the shares of `|P_b A P_c v|^2`, v the
+period of the fields. And what it moves between two bands: the shares of `|P_b A P_c v|^2`, v the
 head's values, P_low the means of cells and P_high the rest. Attention that treats bands separately
 can do what has b = c.
 """
@@ -66,7 +66,7 @@ def cells(layout: TileLayout) -> np.ndarray:
   return (found / np.sqrt(found.sum(1, keepdims=True))).astype(np.float32)
 
 
-def transfer(
+def between_bands(
   apply: Callable[[jax.Array], jax.Array], values: jax.Array, cells: jax.Array
 ) -> jax.Array:
   """Returns the shares `[4]` of `PATHS` in the energy of a linear map's output.
@@ -89,7 +89,7 @@ def transfer(
 
 @dataclasses.dataclass(frozen=True)
 class Observed(Dense):
-  """Dense attention that reports `mass` and `transfer` of each head, one after the other.
+  """Dense attention that reports `mass` and `between_bands` of each head, one after the other.
 
   They are in aux in the place of a router's shares, over which validation takes the mean.
   """
@@ -108,7 +108,7 @@ class Observed(Dense):
       q, k, v = (x.astype(jnp.float32) for x in qkv_of_head)
       scores = jnp.where(valid, q @ k.T * q.shape[-1] ** -0.5, -jnp.inf)
       attention = jnp.where(tokens, jax.nn.softmax(scores), 0)
-      bands = transfer(lambda x: attention @ x, jnp.where(tokens, v, 0), tables["cells"])
+      bands = between_bands(lambda x: attention @ x, jnp.where(tokens, v, 0), tables["cells"])
       return jnp.concatenate([mass(attention, tables["shells"], count), bands])
 
     # One matrix in memory at a time.
@@ -118,10 +118,10 @@ class Observed(Dense):
     return out, state, aux | {"probs": shares, "choice": jnp.zeros((b, h), int)}
 
 
-def wiener_transfer(
+def wiener_between_bands(
   spectra: Sequence[np.ndarray], times: Sequence[float], arrays: LayoutTables
 ) -> np.ndarray:
-  """Returns `transfer` of the Wiener filter applied to noisy fields, the mean over spectra.
+  """Returns `between_bands` of the Wiener filter applied to noisy fields, the mean over spectra.
 
   Args:
     spectra: power of the fields `[t, y, x]`, each.
@@ -148,7 +148,7 @@ def wiener_transfer(
       noisy = np.sqrt((1 - t) ** 2 * spectrum + t**2)[..., None]
       x = _packed(np.fft.ifftn(white * noisy, axes=axes).real, arrays)
       gain = wiener(spectrum, t)
-      shares.append(transfer(lambda x, gain=gain: filtered(x, gain), x, low))
+      shares.append(between_bands(lambda x, gain=gain: filtered(x, gain), x, low))
     found.append(np.mean(shares, 0))
   return np.array(found, np.float64)
 

@@ -35,6 +35,7 @@ from freqformer.methods.base import Method
 from freqformer.methods.dense import Dense
 from freqformer.methods.freqformer import FreqFormer
 from freqformer.methods.octaves import Octaves
+from freqformer.model.dit import VideoDiT
 from freqformer.train.checkpoint import flatten
 from freqformer.train.validation import channel_power, evaluate, make_eval_step
 
@@ -251,41 +252,53 @@ def mass(run: Run) -> dict[str, dict]:
   """Measures where a dense run's attention lies, and what it moves between bands.
 
   Returns:
-    Results of the "attention" `[layers, heads, parts of t, shares]`, of the "wiener" filter `[parts
-    of t, shares]`, the mean over the clips' velocities, and of "uniform" attention `[shares]`:
-    `mass` by shell, of which `farthest` is the last distance in tokens, and `transfer` by path, see
-    `attention_mass`.
+    Results of the "trained" attention and of the "untrained" one that the run began with
+    `[layers, heads, parts of t, shares]`, of the "wiener" filter `[parts of t, shares]`, the mean
+    over the clips' velocities, and of "uniform" attention `[shares]`: `mass` by shell, of which
+    `farthest` is the last distance in tokens, and `bands` by path, see `attention_mass`.
   """
   data = open_split(run.experiment.data, "val")
   model = with_method(run, attention_mass.Observed())
-  time_range = run.experiment.train.time_range
-  step = make_eval_step(nnx.graphdef(model), buckets=BUCKETS, time_range=time_range)
+  training = run.experiment.train
+  step = make_eval_step(nnx.graphdef(model), buckets=BUCKETS, time_range=training.time_range)
   tables = model.tables(run.latent_shape)
-  batches = val_batches(data, run.experiment.train.batch_size, limit=CLIPS)
-  found = evaluate(step, run.params, batches, channel_power(data), tables, reference=data.reference)
+  power = channel_power(data)
   edges = attention_mass.shell_edges(data.config.grid)
   levels = len(edges) + 1
-  shares = found["probs"].swapaxes(1, 2)
-  times = middles({"overrides": {"train.time_range": time_range}}, BUCKETS)
+
+  def observed(params) -> dict:
+    batches = val_batches(data, training.batch_size, limit=CLIPS)
+    found = evaluate(step, params, batches, power, tables, reference=data.reference)
+    shares = found["probs"].swapaxes(1, 2)
+    return {
+      "regret_buckets": found["regret_buckets"],
+      "mass": shares[..., :levels].tolist(),
+      "bands": shares[..., levels:].tolist(),
+    }
+
+  times = middles({"overrides": {"train.time_range": training.time_range}}, BUCKETS)
   every = spectra(data.config)
   arrays = model.config.layout(run.latent_shape).arrays()
   shell = attention_mass.shells(arrays.layout)
-  counts = np.bincount(shell[arrays.valid][:, arrays.valid].ravel())
-  farthest = [math.ceil(edge) - 1 for edge in edges] + [max(data.config.grid) // 2]
+  pairs = np.bincount(shell[arrays.valid][:, arrays.valid].ravel())
   return {
-    "attention": {
-      "clips": CLIPS,
-      "regret_buckets": found["regret_buckets"],
-      "farthest": farthest,
-      "mass": shares[..., :levels].tolist(),
-      "transfer": shares[..., levels:].tolist(),
-    },
+    "trained": {"clips": CLIPS, **observed(run.params)},
+    "untrained": {"clips": CLIPS, **observed(initial(run))},
     "wiener": {
       "mass": np.mean([level_mass(s, levels, times) for s in every], 0).tolist(),
-      "transfer": attention_mass.wiener_transfer(every, times, arrays).tolist(),
+      "bands": attention_mass.wiener_between_bands(every, times, arrays).tolist(),
     },
-    "uniform": {"mass": (counts / counts.sum()).tolist()},
+    "uniform": {
+      "mass": (pairs / pairs.sum()).tolist(),
+      "farthest": [*(math.ceil(edge) - 1 for edge in edges), max(data.config.grid) // 2],
+    },
   }
+
+
+def initial(run: Run) -> nnx.State:
+  """Returns the parameters that a run began with."""
+  rngs = nnx.Rngs(run.experiment.seed)
+  return nnx.state(VideoDiT(run.model.config, run.latent_shape, len(run.class_names), rngs))
 
 
 # ---- samples -------------------------------------------------------------------------------------

@@ -55,14 +55,17 @@ LEVELS = [[0.2, 0.3, 0.5]] * PARTS
 SEAMS = {"clips": 16, "seam_ratio": [1.0, 1.25, 1.5], "seam_ratio_twice": [1, 1, 1], "flicker": 2.0}
 SHELLS = [[0.2, 0.3, 0.5]] * PARTS
 MASS = {
-  "attention": {
-    "farthest": [1, 3, 4],
-    # Of one layer's two heads one is as theory has it, one is nowhere near.
+  # Of one layer's two heads one is as theory has it, one is nowhere near.
+  "trained": {
     "mass": [[SHELLS, [[0.0, 0.0, 1.0]] * PARTS]],
-    "transfer": [[[[0.5, 0.1, 0.2, 0.2]] * PARTS, [[0.9, 0.0, 0.0, 0.1]] * PARTS]],
+    "bands": [[[[0.5, 0.1, 0.2, 0.2]] * PARTS, [[0.9, 0.0, 0.0, 0.1]] * PARTS]],
   },
-  "wiener": {"mass": SHELLS, "transfer": [[0.9, 0.0, 0.0, 0.1]] * PARTS},
-  "uniform": {"mass": [0.1, 0.6, 0.3]},
+  "untrained": {
+    "mass": [[[[0.1, 0.7, 0.2]] * PARTS] * 2],
+    "bands": [[[[0.4, 0.1, 0.2, 0.3]] * PARTS] * 2],
+  },
+  "wiener": {"mass": SHELLS, "bands": [[0.9, 0.0, 0.0, 0.1]] * PARTS},
+  "uniform": {"mass": [0.1, 0.6, 0.3], "farthest": [1, 3, 4]},
 }
 PROBES = [
   probe("transfer", "octaves", {"as trained": judged(0.2) | {"weights": LEVELS}}),
@@ -99,11 +102,13 @@ def test_tables_of_some_arms_and_seeds():
   mass = found["study mass"].splitlines()
   assert mass[0].startswith("| % at 0-1 / 2-3 / 4 tokens, t = | 0.34 | 0.43 |")
   assert mass[2].startswith("| layer 1 | 10 / 15 / 75 |")
-  assert mass[3].startswith("| Wiener kernel | 20 / 30 / 50 |")
-  assert mass[4].startswith("| uniform | 10 / 60 / 30 |") and mass[4].count("10 / 60") == PARTS
-  bands = found["study transfer of bands"].splitlines()
+  assert mass[3].startswith("| untrained | 10 / 70 / 20 |")
+  assert mass[4].startswith("| Wiener | 20 / 30 / 50 |")
+  assert mass[5].startswith("| uniform | 10 / 60 / 30 |") and mass[5].count("10 / 60") == PARTS
+  bands = found["study bands"].splitlines()
   assert bands[2].startswith("| layer 1 | 85 (15) |")
-  assert bands[3].startswith("| Wiener filter | 100 (10) |")
+  assert bands[3].startswith("| untrained | 70 (30) |")
+  assert bands[4].startswith("| Wiener | 100 (10) |")
   outcome = found["study outcome"].splitlines()
   eighth = outcome[2 + 7]
   assert len(outcome) == 2 + 12 and "+11.1%" in eighth and "threshold is 0" in eighth

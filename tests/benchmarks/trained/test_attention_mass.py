@@ -72,19 +72,19 @@ def test_bands_of_matrices_that_are_known():
   np.testing.assert_allclose(raster[1, 2, 3], means[0], rtol=1e-4)
   np.testing.assert_allclose(raster[2, 0, 4], means[1], rtol=1e-4)
 
-  kept = attention_mass.transfer(lambda x: x, v, cells)
+  kept = attention_mass.between_bands(lambda x: x, v, cells)
   share = (low**2).sum() / (v**2).sum()
   np.testing.assert_allclose(kept, [share, 0, 0, 1 - share], atol=1e-6)
   # The mean of all tokens is low, and comes from low.
   valid = LAYOUT.arrays().valid[:, None]
   uniform = valid @ valid.T / LAYOUT.n
   np.testing.assert_allclose(
-    attention_mass.transfer(lambda x: uniform @ x, v, cells), [1, 0, 0, 0], atol=1e-6
+    attention_mass.between_bands(lambda x: uniform @ x, v, cells), [1, 0, 0, 0], atol=1e-6
   )
   # A token's value, seen by all, is low, and comes from both.
   first = np.zeros_like(uniform)
   first[:, LAYOUT.arrays().scatter[0]] = valid[:, 0]
-  found = attention_mass.transfer(lambda x: first @ x, v, cells)
+  found = attention_mass.between_bands(lambda x: first @ x, v, cells)
   assert found[0] > 0.01 and found[2] > 0.01
   np.testing.assert_allclose(found[0] + found[2], 1, rtol=1e-5)
 
@@ -129,9 +129,9 @@ def test_the_wiener_filter_keeps_bands_where_it_changes_nothing():
   arrays = TileLayout.fit((2, 8, 8), 8).arrays()
   white = np.ones((2, 8, 8))
   smooth = power_law((2, 8, 8), 3.8)
-  clean, even = attention_mass.wiener_transfer([white], [0.0, 0.6], arrays)
+  clean, even = attention_mass.wiener_between_bands([white], [0.0, 0.6], arrays)
   cells = 4 / 128  # of 2 x 4 x 4 tokens
   np.testing.assert_allclose(clean, [cells, 0, 0, 1 - cells], atol=5e-3)
   np.testing.assert_allclose(even, clean, rtol=1e-4, atol=1e-6)
-  (noisy,) = attention_mass.wiener_transfer([smooth], [0.9], arrays)
+  (noisy,) = attention_mass.wiener_between_bands([smooth], [0.9], arrays)
   assert noisy[0] > 0.9 and noisy.sum() == pytest.approx(1)

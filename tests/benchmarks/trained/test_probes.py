@@ -141,26 +141,32 @@ def test_dense_attention_is_measured_on_validation_draws(monkeypatch):
   run = untrained("dense")
   shares = np.random.default_rng(0).random((1, study.BUCKETS, 2, 3 + 4))
   seen = []
+  judged = []
 
   def evaluate(step, params, batches, power, tables, reference):
     """Traces the step and returns layers' shares, as validation does."""
     batch = next(iter(batches))
     sums, _ = jax.eval_shape(step, params, batch, power, tables, 0, reference)
     seen.append(sums["probs"].shape)
+    judged.append(params)
     return {"probs": shares, "regret_buckets": [0.5] * study.BUCKETS}
 
   monkeypatch.setattr(probes, "evaluate", evaluate)
   found = probes.mass(run)
-  assert seen == [(study.BUCKETS, 1, 2, 3 + 4)]
-  attention = found["attention"]
+  assert seen == [(study.BUCKETS, 1, 2, 3 + 4)] * 2
+  # `untrained` adds noise to what a run of this seed begins with.
+  trained, began = (probes.leaf_of(params, "attention/out/kernel") for params in judged)
+  assert trained is probes.leaf_of(run.params, "attention/out/kernel")
+  assert 0.2 < np.std(trained - began) < 0.4
+  attention = found["trained"]
   np.testing.assert_array_equal(np.array(attention["mass"])[0, 1, 5], shares[0, 5, 1, :3])
-  np.testing.assert_array_equal(np.array(attention["transfer"])[0, 1, 5], shares[0, 5, 1, 3:])
-  assert attention["farthest"] == [1, 3, 4]
+  np.testing.assert_array_equal(np.array(attention["bands"])[0, 1, 5], shares[0, 5, 1, 3:])
+  assert found["uniform"]["farthest"] == [1, 3, 4]
   # Of 2 x 8 x 8 tokens a query has 18, 80 and 30 in its shells.
   np.testing.assert_allclose(found["uniform"]["mass"], np.array([18, 80, 30]) / 128)
   theory = np.array(found["wiener"]["mass"])
   assert theory.shape == (study.BUCKETS, 3) and theory[0, 0] > 2 * theory[-1, 0]
-  assert np.shape(found["wiener"]["transfer"]) == (study.BUCKETS, 4)
+  assert np.shape(found["wiener"]["bands"]) == (study.BUCKETS, 4)
 
 
 def test_samples_end_where_training_did(monkeypatch):
