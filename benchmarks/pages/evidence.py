@@ -19,6 +19,7 @@ from benchmarks import rows as row_files
 from benchmarks.pages import evidence_figures as figures
 from benchmarks.pages import evidence_theory
 from benchmarks.pages.complexity import fill, markdown
+from benchmarks.rows import measured_rows
 from benchmarks.trained.attention_mass import PATHS
 from benchmarks.trained.study_summary import arm_lines, middles, part_lines
 from benchmarks.trained.study_verdict import verdicts
@@ -29,6 +30,7 @@ DOC = ROOT / "docs" / "evidence.md"
 FIGURES = ROOT / "docs" / "figures"
 COMMAND = "python -m benchmarks.pages.evidence"
 THEORY = "study_theory"
+_THEORY = row_files.RESULTS / f"{THEORY}.json"
 AGAINST = "window"
 CAPTIONS = {
   "regret": "regret over t, trained and predicted",
@@ -39,12 +41,6 @@ CAPTIONS = {
   "transfer": "regret on other clips",
 }
 _NONE = "No rows yet."
-
-
-def read(folder: pathlib.Path, name: str) -> list[dict]:
-  """Returns the rows of `<folder>/<name>.json` that are measurements."""
-  found = row_files.read_rows(folder / f"{name}.json")
-  return [row for row in found if "error" not in row and not row.get("rehearsal")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +63,8 @@ class Rows:
   def read(cls, folder: pathlib.Path) -> "Rows":
     """Reads the measured rows of a folder, and the stored predictions."""
     names = ("study_screen", "study_copies", "study_probes")
-    return cls(*(read(folder, name) for name in names), read(row_files.RESULTS, THEORY))
+    found = (measured_rows(folder / f"{name}.json") for name in names)
+    return cls(*found, measured_rows(_THEORY))
 
 
 def contents(found: Rows) -> tuple[dict[str, str], dict[str, Figure]]:
@@ -103,7 +100,7 @@ def tables(rows: list[dict], copies: list[dict], probes: list[dict]) -> dict[str
 def outcome(rows: list[dict], copies: list[dict], probes: list[dict]) -> str:
   """Returns what the rows say of each hypothesis."""
   lines = []
-  for verdict in verdicts([*rows, *copies], probes):
+  for verdict in verdicts({"screen": rows, "copies": copies}, probes):
     numbers = "; ".join(claim.numbers for claim in verdict.claims)
     lines.append((verdict.name, numbers, verdict.outcome))
   return markdown(("", "measured", "outcome"), lines)
@@ -252,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument("--page", help="file to fill", default=DOC)
   parser.add_argument("--figures", help="folder of the figures", default=FIGURES)
   args = parser.parse_args(argv)
-  if args.theory or not read(row_files.RESULTS, THEORY):
+  if args.theory or not measured_rows(_THEORY):
     row_files.write_rows(THEORY, evidence_theory.rows(), f"{COMMAND} --theory")
   shown, drawn = contents(Rows.read(pathlib.Path(args.rows)))
   page = pathlib.Path(args.page)

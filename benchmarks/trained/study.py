@@ -43,6 +43,7 @@ _METHOD = "model.attention.method"
 _BANDS = {_METHOD: "freqformer"}
 # Before the first trial weights began uniform; the arm `octaves_prior` has today's default.
 _UNIFORM = {"model.attention.octaves.router.prior_slope": 0.0}
+_SHARED = {"model.attention.freqformer.low_shared": True}
 _OCTAVES = {_METHOD: "octaves"} | _UNIFORM
 _TILTED = {_METHOD: "octaves"}
 _LOW4 = {
@@ -68,10 +69,43 @@ ARMS = {
   "freqformer_time": _BANDS | {"model.attention.freqformer.router.statistics": False},
   "octaves_mid": _TILTED | {"model.attention.octaves.mid_tiles": 8},
   "octaves_gates": _OCTAVES | {"model.attention.octaves.router.mode": "gates"},
+  # For `plane`, where cells of 2, 4 and 8 tokens lie between tokens and the coarsest level.
+  "octaves4_prior": _TILTED | {"model.attention.octaves.levels": 4},
+  "low8_prior": _LOW4 | _TILTED | {"model.attention.octaves.factor": 8},
   # Half of the heads low, half local, whatever the clip and the timestep.
   "freqformer_fixed": _BANDS | {"model.attention.freqformer.allocation": (1, 0, 1)},
+  # Branches drawn anew for every clip and head, by the prior's shares.
+  "freqformer_random": _BANDS
+  | {
+    "model.attention.freqformer.router.mode": "random",
+    "model.attention.freqformer.router.penalty": 0.0,
+    "model.attention.freqformer.router.statistics": False,
+  },
+  # As VORTA has it: a window, the best tiles or all tokens, chosen by the timestep.
+  "vorta": _BANDS
+  | {
+    "model.attention.freqformer.basis.low": (1.0, 1.0, 1.0),
+    "model.attention.freqformer.basis.mid": (1.0, 1.0, 1.0),
+    "model.attention.freqformer.router.statistics": False,
+  },
+  # Queries of all tokens, and a window and one low level in one softmax; the same and, weighed, the
+  # low level's own queries; the best tiles and the low level in one softmax.
+  "joint": _BANDS | _SHARED | {"model.attention.freqformer.allocation": (0, 0, 2)},
+  "joint_and_low": _BANDS | _SHARED,
+  "topk_pooled": _BANDS | _SHARED | {"model.attention.freqformer.allocation": (0, 2, 0)},
+  # As VSA has it: the best tiles beside a low level of one cell a tile, added by gates.
+  "topk_gated": _OCTAVES
+  | {
+    "model.attention.octaves.levels": 2,
+    "model.attention.octaves.window": (1, 1, 1),
+    "model.attention.octaves.mid_tiles": 19,
+    "model.attention.octaves.router.mode": "gates",
+  },
   "freqformer_slope": _BANDS | {"model.attention.freqformer.router.prior_slope": -2.0},
 }
+
+
+_SCREEN = tuple(arm for arm in ARMS if arm not in ("octaves4_prior", "low8_prior"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,10 +128,23 @@ class Stage:
 # Below t = .3 theory sees no difference (docs/evidence.md), and short runs learn it last.
 _SHORT = {"train.batch_size": 2, "train.time_range": (0.3, 1.0)}
 _COPIES = {"data.copies": 8, "data.target": "velocity", "train.batch_size": 2}
-# choice: what a core can do in three hours, in two nights, in a night.
+# One frame of many tokens: the cheapest grid on which theory sees levels between the finest and the
+# coarsest (docs/evidence.md). Two layers, because theory has one and each more relays further.
+_PLANE = _SHORT | {
+  "data.grid": (1, 64, 64),
+  "data.speed": 0,
+  "model.depth": 2,
+  "model.attention.tile": (1, 2, 2),
+  "model.attention.block": 4,
+  "train.schedule": "cosine",
+}
+# choice: what a core can do in three hours, in one, in two nights, in a night.
 STAGES = {
-  "screen": Stage(tuple(ARMS), seeds=(0, 1), steps=300, overrides=_SHORT),
-  "core": Stage(tuple(ARMS)[:7], seeds=(0, 1, 2), steps=2000, overrides=_SHORT),
+  "screen": Stage(_SCREEN, seeds=(0, 1, 2), steps=300, overrides=_SHORT),
+  "plane": Stage(
+    ("octaves4_prior", "low8_prior", "window"), seeds=(0, 1, 2), steps=600, overrides=_PLANE
+  ),
+  "core": Stage(_SCREEN[:7], seeds=(0, 1, 2), steps=2000, overrides=_SHORT),
   "copies": Stage(
     ("octaves_prior", "octaves_mid", "window", "block_topk", "dense"),
     seeds=(0, 1, 2),

@@ -8,6 +8,7 @@ import pytest
 from benchmarks import rows as row_files
 from benchmarks.pages import evidence, evidence_figures, evidence_theory
 from benchmarks.pages.complexity import fill
+from benchmarks.rows import measured_rows
 from freqformer.analysis.contexts import queries
 from freqformer.simulation import plots
 
@@ -130,7 +131,7 @@ def test_what_was_rehearsed_or_failed_is_not_shown(tmp_path):
   rows[1] |= {"rehearsal": True}
   rows[2] |= {"error": "killed"}
   (tmp_path / "study_screen.json").write_text(json.dumps(rows))
-  assert [r["arm"] for r in evidence.read(tmp_path, "study_screen")] == ["octaves"]
+  assert [r["arm"] for r in measured_rows(tmp_path / "study_screen.json")] == ["octaves"]
 
 
 def lines_of(axis):
