@@ -112,7 +112,7 @@ def test_tables_of_some_arms_and_seeds():
   assert bands[4].startswith("| Wiener | 100 (10) |")
   outcome = found["study outcome"].splitlines()
   eighth = outcome[2 + 7]
-  assert len(outcome) == 2 + 12 and "+11.1%" in eighth and "threshold is 0" in eighth
+  assert len(outcome) == 2 + 18 and "+11.1%" in eighth and "threshold is 0" in eighth
 
 
 def test_gains_of_forced_heads():
