@@ -179,8 +179,9 @@ def mass(probes: list[dict]) -> Figure | None:
       theory = [shares[shell] for shares in first["wiener"]["mass"]]
       axis.plot(places, theory, "--", color=color, lw=1)
       axis.axhline(first["uniform"]["mass"][shell], color=color, lw=0.8, ls=":")
-    axis.set(xlabel=_NOISE, ylim=(0, 1), title=f"layer {number}")
+    axis.set(xlabel=_NOISE, title=f"layer {number}")
   axes[0].set(ylabel="share of attention")
+  axes[0].set_ylim(bottom=0)
   _legends(axes[-1])
   figure.suptitle("dense; dashed: Wiener kernel, dotted: uniform", fontsize=10)
   return figure
