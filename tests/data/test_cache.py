@@ -100,6 +100,27 @@ def test_val_has_the_statistics_of_train(folder, tmp_path):
     prepare(c, "val")
 
 
+def test_other_clips_have_the_statistics_of_the_model(folder, tmp_path):
+  """All of them are encoded, once per model; nothing is encoded to make statistics of their own."""
+  c = config(folder, tmp_path)
+  first = LatentStatistics(np.zeros(24, np.float32), np.ones(24, np.float32))
+  raw = prepare(c, "all", first)
+  assert len(raw) == 6 and [path.name for path in tmp_path.iterdir()] == [raw.path.name]
+  assert all(
+    view["box"] == [0.0, 0.0, 1.0, 1.0] for x in raw.manifest["clips"] for view in x["views"]
+  )
+  mean = np.arange(24, dtype=np.float32)
+  second = prepare(c, "all", LatentStatistics(mean, mean + 1))
+  np.testing.assert_allclose(
+    second[3]["latent"], (raw[3]["latent"] - mean) / (mean + 1), rtol=1e-5, atol=1e-6
+  )
+  assert second.path != raw.path and prepare(c, "all", first).path == raw.path
+  # A run's own validation clips are there already.
+  val = prepare(c, "val")
+  assert prepare(c, "val", val.statistics).path == val.path
+  assert prepare(c, "val", first).path not in (val.path, raw.path)
+
+
 def test_an_interrupted_cache_is_never_used_and_what_killed_processes_left_is_removed(
   folder, tmp_path, monkeypatch
 ):
