@@ -74,9 +74,18 @@ _DATA = {
 }
 _OF_VALIDATION = ("clips", *(flag.name for flag in _DATA.values()))
 _OF_SAMPLES = (
-  *("classes", "samples", "seed", "steps", "guidance", "export_masks"),
-  *("compare", "metrics", "lpips_weights", "fps"),
+  "classes",
+  "samples",
+  "seed",
+  "steps",
+  "guidance",
+  "export_masks",
+  "compare",
+  "metrics",
+  "lpips_weights",
+  "fps",
 )
+_LISTED = 4  # unknown classes that are printed; the file has all
 
 
 def main(_):
@@ -226,16 +235,21 @@ def _losses(result: dict, facts: dict[str, str]) -> str:
   if result["left_out"]:
     facts["clips"] += f"; {result['left_out']} could not be used"
   if any(stride != result["data"]["stride"] for stride in result["strides"]):
-    facts["by stride"] = ", ".join(f"{stride}: {n}" for stride, n in result["strides"].items())
+    facts["clips by stride"] = ", ".join(
+      f"{stride}: {n}" for stride, n in result["strides"].items()
+    )
   if "null_class" in result:
-    facts["null class"] = f"for {', '.join(result['null_class'])}: the model has no such class"
-  mean, most = (function(result["power"]) for function in (np.mean, np.max))
-  facts["power"] = f"{mean:.2f} a channel, at most {most:.2f}; in training 1"
-  sizes = {name: "x".join(map(str, result[name])) for name in ("grid", "tile")}
-  facts["tokens"] = f"{sizes['grid']} in tiles of {sizes['tile']}"
-  facts["model"] = (
-    f"step {result['checkpoint']}, {result['parameters']} weights, {result['method']}"
-  )
+    unknown = result["null_class"]
+    more = f" and {len(unknown) - _LISTED} more" if len(unknown) > _LISTED else ""
+    names = ", ".join(unknown[:_LISTED])
+    facts["null class"] = f"for {names}{more}: the model has no such class"
+  power = result["power"]
+  facts["power"] = f"{np.mean(power):.2f} a channel, at most {max(power):.2f}; in training 1"
+  tokens = "x".join(map(str, result["grid"]))
+  tile = "x".join(map(str, result["tile"]))
+  facts["tokens"] = f"{tokens} in tiles of {tile}"
+  weights = f"{result['parameters']} weights"
+  facts["model"] = f"step {result['checkpoint']}, {weights}, {result['method']}"
   columns = {"loss": "buckets", "linear": "linear_buckets", "density": "density_buckets"}
   if "regret" in result:
     columns |= {"regret": "regret_buckets", "Bayes risk": "bayes_buckets"}

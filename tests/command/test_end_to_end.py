@@ -194,6 +194,11 @@ def test_validation_on_own_and_on_other_clips(place, whole):
   (cache,) = (place / "cache").glob("folder-all-*")
   np.testing.assert_array_equal(LatentCache(cache).statistics.std, statistics.std)
   assert not list((place / "cache").glob("folder-train-*"))
+  # A grid that the method cannot have is refused before clips are encoded for it.
+  smaller = ("--method=adaspa", "--config.data.resolution=8,8", "--config.data.frames=2")
+  done = call(place, "eval.py", f"--workdir={whole[0]}", "--validate", *flags, *smaller, code=2)
+  assert "rounds to no tile per query tile" in done.stderr
+  assert list((place / "cache").glob("folder-all-*")) == [cache]
 
 
 def test_dry_run_needs_no_data(tmp_path):
