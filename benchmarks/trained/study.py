@@ -137,6 +137,14 @@ _PLANE = _SHORT | {
   "model.attention.block": 4,
   "train.schedule": "cosine",
 }
+# Tokens grow, windows and keys per query do not: what theory says of resolution.
+SIZES = {576: (4, 12, 12), 1152: (8, 12, 12), 4608: (8, 24, 24)}
+_SCALE = {
+  f"scale_{tokens}": Stage(
+    ("octaves_prior", "window"), seeds=(0, 1), steps=300, overrides=_SHORT | {"data.grid": grid}
+  )
+  for tokens, grid in SIZES.items()
+}
 # choice: what a core can do in three hours, in one, in two nights, in a night.
 STAGES = {
   "screen": Stage(_SCREEN, seeds=(0, 1, 2), steps=300, overrides=_SHORT),
@@ -150,6 +158,7 @@ STAGES = {
     steps=600,
     overrides=_COPIES,
   ),
+  **_SCALE,
 }
 _TINY = {
   "data.grid": (2, 8, 8),
