@@ -91,14 +91,10 @@ def transfer(run: Run) -> dict[str, dict]:
   The regret is the distance from the exact posterior of those clips. A larger frame shows the same
   scene in more tokens: the fields' scale is half the height.
   """
-  found = {}
-  for name, data in other_data(run.experiment.data).items():
-    record = {**run.record, "latent_shape": data.latent_shape}
-    other = dataclasses.replace(run.experiment, data=data)
-    found[name] = judge(
-      dataclasses.replace(run, experiment=other, record=record), clips=CLIPS, batch_size=2
-    )
-  return found
+  return {
+    name: judge(run, data, clips=CLIPS, batch_size=2)
+    for name, data in other_data(run.experiment.data).items()
+  }
 
 
 def other_data(data: FieldsConfig) -> dict[str, FieldsConfig]:

@@ -16,20 +16,19 @@ import time
 from collections.abc import Callable
 
 from absl import logging
-from flax import nnx
 from ml_collections import ConfigDict
 
 from benchmarks.rows import Store
 from benchmarks.trained.runs import ROOT
 from freqformer.command.files import check_keys, read_config
-from freqformer.data.loader import val_batches
+from freqformer.data.fields import FieldsConfig
 from freqformer.data.sources import open_split
 from freqformer.evaluate.restore import Run, load_run
+from freqformer.evaluate.validate import validate
 from freqformer.train import metrics
-from freqformer.train.experiment import Experiment, experiment
+from freqformer.train.experiment import experiment
 from freqformer.train.resume import settings
 from freqformer.train.run import train
-from freqformer.train.validation import channel_power, evaluate, make_eval_step
 
 CONFIG = ROOT / "configs" / "fields.py"
 BUCKETS = 8  # equal parts of t in which a finished run is judged
@@ -268,32 +267,16 @@ def run(trial: Trial, folder: pathlib.Path, store: Store) -> dict | None:
   return store.add(rounded(row))
 
 
-def judge(restored: Run, soft: bool = False, clips: int = CLIPS, batch_size: int = 0) -> dict:
-  """Returns the validation of a run in `BUCKETS` parts of t, see `evaluate`.
+def judge(
+  restored: Run, data: FieldsConfig | None = None, *, soft: bool = False, clips: int = CLIPS, **how
+) -> dict:
+  """Returns the validation of a run in `BUCKETS` parts of t on its own data, or on others.
 
   Args:
-    restored: the run; its experiment's data may be others than it was trained on.
-    soft: weigh all branches instead of the hard choice.
-    clips: at most.
-    batch_size: that is evaluated together; 0: the run's own.
-
-  Returns:
-    `clips`, the values of `evaluate`, and of a router `weights` `[BUCKETS, branches]`: its
-    probabilities, the mean over layers, heads and clips.
+    soft, clips, **how: as of `validate`.
   """
-  exp: Experiment = restored.experiment
-  data = open_split(exp.data, "val")
-  graphdef = nnx.graphdef(restored.model)
-  time_range = exp.train.time_range
-  step = make_eval_step(graphdef, soft=soft, buckets=BUCKETS, time_range=time_range)
-  batches = val_batches(data, batch_size or exp.train.batch_size, limit=clips)
-  tables = restored.model.tables(restored.latent_shape)
-  power = channel_power(data)
-  found = evaluate(step, restored.params, batches, power, tables, reference=data.reference)
-  found.pop("choice", None)
-  if "probs" in found:
-    found["weights"] = found.pop("probs").mean((0, 2)).tolist()
-  return {"clips": min(clips, len(data)), **found}
+  split = open_split(data or restored.experiment.data, "val")
+  return validate(restored, split, soft=soft, buckets=BUCKETS, clips=clips, **how)
 
 
 def rounded(value):
