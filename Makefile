@@ -48,13 +48,15 @@ demo: core
 demo-compare: core
 	$(RUN) -m benchmarks.trained.demo_compare
 
-# The page's trained q, k, v come from 120 steps of the demo; runs/complexity is trained if it is
-# not there. All on the CPU, also beside a GPU: a model trained elsewhere is another one.
+# The page's trained q, k, v come from 120 steps of the demo's model with freqformer;
+# runs/complexity is trained if it is not there. All on the CPU, also beside a GPU: a model trained
+# elsewhere is another one.
 simulate: export JAX_PLATFORMS := cpu
 simulate: core
 	$(RUN) -c "from freqformer.data.render import render_ucf101 as r; r('data/demo')"
 	test -d runs/complexity/checkpoints || \
-	  $(RUN) train.py --config=configs/demo.py --workdir=runs/complexity --config.train.steps=120
+	  $(RUN) train.py --config=configs/demo.py --workdir=runs/complexity --config.train.steps=120 \
+	    --config.model.attention.method=freqformer
 	$(RUN) -m benchmarks.pages.complexity
 
 test: setup

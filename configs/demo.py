@@ -21,19 +21,20 @@ def get_config():
     codec=dict(factor=(2, 8, 8), channels=16),  # latents 8 x 12 x 12 x 16
   )
   config.model = dict(size="custom", width=96, depth=4, heads=6, patch=(1, 1, 1), remat=False)
-  # choice: sizes, router and learning rate; docs/log.md has what was tried.
+  # choice: sizes, FreqFormer's router and learning rate; docs/log.md has what was tried.
   router = dict(
     hidden=32, prior=(0.15, 0.25, 0.6), prior_slope=2.0, temperature=(1.0, 0.25), penalty=0.05
   )
   # 1x6x3 tiles, whole in time. Windows of two by two, dealt to the heads: together they see all
   # neighbours at 4/18 of the pairs.
   config.model.attention = dict(
+    method="octaves",  # docs/evidence.md, H2
     tile=(8, 2, 4),
     implementation="xla",
-    freqformer=dict(mid_tiles=3, window=(1, 2, 2), deal="octant", router=router),
     octaves=dict(window=(1, 2, 2), deal="octant"),
-    # Other methods that `method` or `layers` can name, near FreqFormer's density. With one layer of
-    # tiles SparseFlow is sparse in space alone; configs/methods.py has tiles of two frames.
+    # Other methods that `method` or `layers` can name, near the same density.
+    freqformer=dict(mid_tiles=3, window=(1, 2, 2), deal="octant", router=router),
+    # Sparse in space alone with one layer of tiles; configs/methods.py has tiles of two frames.
     sparseflow=dict(
       schedule=dict(frames=(1, 1)),
       around=(1, 3),
@@ -52,8 +53,16 @@ def get_config():
 
 def sweep():
   """Yields routing hyper-parameters worth trying: flat overrides of the config, one trial each."""
-  for budget in (0.1, 0.2, 0.4):
-    yield {"model.attention.freqformer.router.budget": budget}
-  for mode in ("straight_through", "sampled"):
-    yield {"model.attention.freqformer.router.mode": mode}
-  yield {"model.attention.freqformer.allocation": (2, 2, 2)}
+  for levels in (2, 3):
+    for slope in (0.0, 8.0):
+      yield {
+        "model.attention.octaves.levels": levels,
+        "model.attention.octaves.router.prior_slope": slope,
+      }
+  for mode in ("straight_through", "gates"):
+    yield {"model.attention.octaves.router.mode": mode}
+  for budget in (0.1, 0.2):
+    yield {
+      "model.attention.method": "freqformer",
+      "model.attention.freqformer.router.budget": budget,
+    }

@@ -28,8 +28,9 @@ def get_config():
     hidden=32, prior=(0.15, 0.25, 0.6), prior_slope=2.0, temperature=(1.0, 0.25), penalty=0.05
   )
   config.model.attention = dict(
-    freqformer=dict(mid_tiles=3, window=(3, 2, 2), border="clip", deal="octant", router=router),
+    method="octaves",  # docs/evidence.md, H2
     octaves=dict(window=(3, 2, 2), deal="octant"),
+    freqformer=dict(mid_tiles=3, window=(3, 2, 2), border="clip", deal="octant", router=router),
   )
   config.train = dict(steps=2000, batch_size=4, ema=0.995, val_every=500)
   config.sample = dict(steps=32, guidance=1.0, batch_size=4)
@@ -39,4 +40,4 @@ def get_config():
 def sweep():
   """Yields windows worth trying: flat overrides of the config, one trial each."""
   for window in ((3, 2, 2), (2, 3, 3), (3, 3, 3)):
-    yield {"model.attention.freqformer.window": window}
+    yield {"model.attention.octaves.window": window}

@@ -1,4 +1,4 @@
-"""UCF-101 at 128x128, 16 frames, stride 2: FreqFormer-S, class-conditional.
+"""UCF-101 at 128x128, 16 frames, stride 2: a DiT-S with octaves, class-conditional.
 
   python train.py --config=configs/ucf101.py --workdir=runs/ucf101
   python eval.py --workdir=runs/ucf101 --classes=Basketball,Biking
@@ -28,10 +28,11 @@ def get_config():
   config.model = dict(size="S", patch=(1, 1, 1), dtype="bfloat16")
   router = dict(prior=(0.15, 0.25, 0.6), prior_slope=2.0, temperature=(1.0, 0.25), penalty=0.05)
   config.model.attention = dict(
+    method="octaves",  # docs/evidence.md, H2
     tile=(4, 4, 4),
     # Both tiles along t, and a quarter of the nearest ones of a frame to each head in turn.
-    freqformer=dict(anchors=1, window=(2, 2, 2), deal="octant", router=router),
     octaves=dict(window=(3, 2, 2), deal="octant"),
+    freqformer=dict(anchors=1, window=(2, 2, 2), deal="octant", router=router),
   )
   config.train = dict(
     steps=400_000,
@@ -51,11 +52,19 @@ def get_config():
 
 def sweep():
   """Yields routing hyper-parameters worth trying: flat overrides of the config, one trial each."""
-  for slope in (0.0, 2.0, 4.0):
-    for budget in (0.1, 0.2, 0.4):
+  for levels in (2, 3):
+    for slope in (0.0, 4.0, 8.0):
       yield {
-        "model.attention.freqformer.router.prior_slope": slope,
-        "model.attention.freqformer.router.budget": budget,
+        "model.attention.octaves.levels": levels,
+        "model.attention.octaves.router.prior_slope": slope,
       }
-  for kind in ("dct", "haar"):
-    yield {"model.attention.freqformer.basis.kind": kind}
+  yield {
+    "model.attention.octaves.window": (3, 3, 3),
+    "model.attention.octaves.deal": "centred",
+    "model.attention.octaves.mid_tiles": 4,
+  }
+  for budget in (0.1, 0.2, 0.4):
+    yield {
+      "model.attention.method": "freqformer",
+      "model.attention.freqformer.router.budget": budget,
+    }

@@ -43,7 +43,7 @@ def tiny(config):
   config.model.size = "custom"
   config.model.width = 32
   config.model.depth = 2
-  config.model.heads = 2
+  config.model.heads = 4  # one for each side of the window
   config.model.attention.block = 8
   config.model.attention.tile = (2, 2, 2)
   config.train.batch_size = 2

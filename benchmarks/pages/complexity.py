@@ -485,7 +485,7 @@ def fill(page: str, found: dict[str, str]) -> str:
     page, count = re.subn(pattern, lambda m, b=body: f"{m[1]}{b}\n{m[2]}", page, flags=re.S)
     if count != 1:
       raise ValueError(
-        f"{DOC.name} must have the markers <!-- {name} --> and <!-- end {name} --> once, "
+        f"The page must have the markers <!-- {name} --> and <!-- end {name} --> once, "
         f"found {count} pairs."
       )
   return page

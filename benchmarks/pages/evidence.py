@@ -10,7 +10,7 @@ results/study_theory.json.
 import argparse
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -21,6 +21,7 @@ from benchmarks.pages import evidence_theory
 from benchmarks.pages.complexity import fill, markdown
 from benchmarks.rows import measured_rows
 from benchmarks.trained.attention_mass import PATHS
+from benchmarks.trained.study import SIZES, STAGES
 from benchmarks.trained.study_summary import arm_lines, middles, part_lines
 from benchmarks.trained.study_verdict import verdicts
 from freqformer.simulation import plots
@@ -32,8 +33,13 @@ COMMAND = "python -m benchmarks.pages.evidence"
 THEORY = "study_theory"
 _THEORY = row_files.RESULTS / f"{THEORY}.json"
 AGAINST = "window"
+_SCREEN_TOKENS = 2048
 CAPTIONS = {
   "regret": "regret over t, trained and predicted",
+  "plane": "regret over t on the plane, trained and predicted",
+  "plane_weights": "what routers weigh over t on the plane",
+  "plane_left_out": "pairs over t on the plane, and the price of leaving levels out",
+  "scale": "regret at high noise over tokens",
   "curves": "regret over steps, FLOPs and seconds",
   "weights": "what routers weigh over t",
   "mass": "where dense attention lies over t",
@@ -48,44 +54,49 @@ class Rows:
   """All rows of the page.
 
   Attributes:
-    screen: of the study's first stage.
-    copies: of its stage with planted copies.
+    stages: of the study, by stage; one that is absent has none.
     probes: of `benchmarks.probes`.
     theory: of `evidence_theory`.
   """
 
-  screen: list[dict]
-  copies: list[dict]
+  stages: Mapping[str, list[dict]]
   probes: list[dict]
   theory: list[dict]
 
   @classmethod
   def read(cls, folder: pathlib.Path) -> "Rows":
     """Reads the measured rows of a folder, and the stored predictions."""
-    names = ("study_screen", "study_copies", "study_probes")
-    found = (measured_rows(folder / f"{name}.json") for name in names)
-    return cls(*found, measured_rows(_THEORY))
+    stages = {name: measured_rows(folder / f"study_{name}.json") for name in STAGES}
+    return cls(stages, measured_rows(folder / "study_probes.json"), measured_rows(_THEORY))
+
+  def of_theory(self, stage: str) -> list[dict]:
+    """Returns the predictions for a stage."""
+    return [row for row in self.theory if row["stage"] == stage]
 
 
 def contents(found: Rows) -> tuple[dict[str, str], dict[str, Figure]]:
   """Returns what stands between the page's markers, and the figures that it shows, by name."""
   drawn = draw(found)
-  shown = tables(found.screen, found.copies, found.probes)
+  shown = tables(found.stages, found.probes)
   for name, caption in CAPTIONS.items():
     image = f"![{caption}](figures/evidence_{name}.png)"
     shown[f"study figure {name}"] = image if name in drawn else _NONE
   return shown, drawn
 
 
-def tables(rows: list[dict], copies: list[dict], probes: list[dict]) -> dict[str, str]:
+def tables(stages: Mapping[str, list[dict]], probes: list[dict]) -> dict[str, str]:
   """Returns the page's tables by marker, of the rows that `Rows` names."""
+  rows = stages.get("screen", [])
+  plane = stages.get("plane", [])
   of_probe = {}
   for row in probes:
     of_probe.setdefault(row["probe"], []).append(row)
   return {
-    "study outcome": outcome(rows, copies, probes),
+    "study outcome": outcome(stages, probes),
     "study arms": _table(arm_lines(rows, AGAINST)) if rows else _NONE,
     "study over t": _table(part_lines(rows)) if rows else _NONE,
+    "study plane": _table(arm_lines(plane, AGAINST)) if plane else _NONE,
+    "study plane over t": _table(part_lines(plane)) if plane else _NONE,
     "study layers": by_setting(of_probe.get("layers", [])),
     "study transfer": by_setting(of_probe.get("transfer", [])),
     "study thresholds": by_setting(of_probe.get("threshold", [])),
@@ -97,10 +108,10 @@ def tables(rows: list[dict], copies: list[dict], probes: list[dict]) -> dict[str
   }
 
 
-def outcome(rows: list[dict], copies: list[dict], probes: list[dict]) -> str:
+def outcome(stages: Mapping[str, list[dict]], probes: list[dict]) -> str:
   """Returns what the rows say of each hypothesis."""
   lines = []
-  for verdict in verdicts({"screen": rows, "copies": copies}, probes):
+  for verdict in verdicts(stages, probes):
     numbers = "; ".join(claim.numbers for claim in verdict.claims)
     lines.append((verdict.name, numbers, verdict.outcome))
   return markdown(("", "measured", "outcome"), lines)
@@ -231,13 +242,28 @@ def _table(lines: Sequence[Sequence[str]]) -> str:
 def draw(found: Rows) -> dict[str, Figure]:
   """Returns the figures that there are rows for, by name."""
   drawn = {"transfer": figures.transfer(found.probes), "mass": figures.mass(found.probes)}
-  if found.screen:
+  if screen := found.stages.get("screen"):
+    theory = found.of_theory("screen")
     drawn |= {
-      "regret": figures.regret(found.screen, found.theory),
-      "curves": figures.curves(found.screen),
-      "weights": figures.weights(found.screen, found.probes, found.theory),
-      "left_out": figures.left_out(found.screen, found.probes),
+      "regret": figures.regret(screen, theory),
+      "curves": figures.curves(screen),
+      "weights": figures.weights(screen, found.probes, theory),
+      "left_out": figures.left_out(screen, found.probes),
     }
+  if plane := found.stages.get("plane"):
+    theory = found.of_theory("plane")
+    drawn |= {
+      "plane": figures.regret(plane, theory),
+      "plane_weights": figures.weights(plane, [], theory),
+      "plane_left_out": figures.left_out(plane, []),
+    }
+  by_size = {tokens: f"scale_{tokens}" for tokens in SIZES} | {_SCREEN_TOKENS: "screen"}
+  by_size = dict(sorted(by_size.items()))
+  drawn["scale"] = figures.scale(
+    {tokens: found.stages.get(stage, []) for tokens, stage in by_size.items()},
+    {tokens: found.of_theory(stage) for tokens, stage in by_size.items()},
+    ("octaves_prior", "window"),
+  )
   return {name: figure for name, figure in drawn.items() if figure is not None}
 
 

@@ -7,8 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from benchmarks.trained.study_summary import by_part, measure, middles, over
-from benchmarks.trained.study_verdict import routing_of
+from benchmarks.trained.study_summary import by_part, measure, middles, over, over_parts
+from benchmarks.trained.study_verdict import HIGH_NOISE, routing_of
 
 # Variants of an arm have its colour and another line.
 STYLES = {
@@ -26,8 +26,13 @@ STYLES = {
   "low4_prior": ("C3", ":"),
   "low2": ("C4", "-"),
   "block_topk": ("C5", "-"),
+  "octaves4_prior": ("C9", "-"),
+  "low8_prior": ("C3", "-"),
+  "vorta": ("C6", "-"),
+  "freqformer_random": ("C2", "--"),
+  "joint": ("C8", "-"),
 }
-PYRAMIDS = ("octaves", "octaves_prior")  # whose weights are drawn level by level
+PYRAMIDS = ("octaves", "octaves_prior", "octaves4_prior")  # whose weights are drawn level by level
 _OTHER = ("grey", "-")
 _NOISE = "t (1 is noise)"
 # choice: less than training shows; predictions at high noise fall to a tenth of it.
@@ -56,11 +61,11 @@ def regret(rows: list[dict], predicted: list[dict]) -> Figure:
   places = middles(rows[0], len(bayes))
   for row in predicted:
     if "excess" in row:
-      color, _ = STYLES[row["name"]]
+      color, _ = STYLES[row["arm"]]
       values = np.array(row["excess"]) / 100 * bayes
       # Of two arms that see the same means, the first line shows on both sides of the second.
-      width = 3 if row["name"] == "low2" else 1.4
-      theory.plot(row["times"], values, color=color, ls="--", lw=width, label=row["name"])
+      width = 3 if row["arm"] == "low2" else 1.4
+      theory.plot(row["times"], values, color=color, ls="--", lw=width, label=row["arm"])
   for axis in (trained, theory):
     axis.plot(places, bayes, color="grey", lw=3, alpha=0.3, label="Bayes risk")
     axis.set(yscale="log", xlabel=_NOISE)
@@ -99,7 +104,7 @@ def weights(rows: list[dict], probes: list[dict], predicted: list[dict]) -> Figu
   routed = [(row, routing_of(row, probes)) for row in rows]
   routed = [(row, found) for row, found in routed if found is not None]
   first = [row | {"first": [shares[0] for shares in found]} for row, found in routed]
-  one_level = [row for row in first if row["arm"] in ("low2", "low4", "low4_prior")]
+  one_level = [row for row in first if row["arm"].startswith("low")]
   bands = [row for row in first if row["arm"].startswith("freqformer")]
   pyramids = {arm: [(row, found) for row, found in routed if row["arm"] == arm] for arm in PYRAMIDS}
   pyramids = {arm: own for arm, own in pyramids.items() if own}
@@ -191,6 +196,56 @@ def shell_names(farthest: Sequence[int]) -> list[str]:
   """Returns each shell's distances in tokens, as "2-3", of their last ones."""
   nearest = [0, *(last + 1 for last in farthest[:-1])]
   return [f"{a}-{b}" if a < b else str(a) for a, b in zip(nearest, farthest, strict=True)]
+
+
+def scale(
+  sizes: dict[int, list[dict]], predicted: dict[int, list[dict]], arms: Sequence[str]
+) -> Figure | None:
+  """Draws regret at high noise over tokens, trained and predicted; None if there is no row.
+
+  Args:
+    sizes: rows by number of tokens.
+    predicted: theory's rows by number of tokens.
+    arms: that are drawn; the first one of theory's rows for each.
+  """
+  if not any(sizes.values()):
+    return None
+  figure, (axis,) = _panels(1, width=6)
+  for arm in arms:
+    color, line = STYLES[arm]
+    trained = {
+      tokens: [over(row, row["final"], HIGH_NOISE) for row in rows if row["arm"] == arm]
+      for tokens, rows in sizes.items()
+    }
+    trained = {tokens: values for tokens, values in trained.items() if values}
+    for tokens, values in trained.items():
+      axis.plot([tokens] * len(values), values, "_", color=color, ms=10)
+    means = [np.mean(values) for values in trained.values()]
+    axis.plot(list(trained), means, color=color, ls=line, marker="o", ms=3, label=arm)
+    expected = {
+      tokens: _expected(sizes[tokens], rows, arm) for tokens, rows in predicted.items() if rows
+    }
+    expected = {tokens: value for tokens, value in expected.items() if value is not None}
+    style = {"color": color, "ls": "--", "lw": 1.4}
+    axis.plot(list(expected), list(expected.values()), label=f"{arm}, theory", **style)
+  ticks = list(sizes)
+  axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="regret at t > .7")
+  axis.set_xticks(ticks, [f"{tokens:,}" for tokens in ticks], minor=False)
+  axis.xaxis.set_minor_locator(NullLocator())
+  axis.set(title="the same windows, more tokens")
+  _legends(axis)
+  return figure
+
+
+def _expected(rows: list[dict], predicted: list[dict], arm: str) -> float | None:
+  """Returns theory's regret of an arm at high noise; None if nothing is predicted or was run."""
+  own = [
+    row for row in predicted if row["arm"].removesuffix("_prior") == arm.removesuffix("_prior")
+  ]
+  if not own or not rows:
+    return None
+  bayes = np.mean([row["final"]["bayes_buckets"] for row in rows], 0)
+  return over_parts(rows[0], np.array(own[0]["excess"]) / 100 * bayes, HIGH_NOISE)
 
 
 def left_out(rows: list[dict], probes: list[dict]) -> Figure | None:

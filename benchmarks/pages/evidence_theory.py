@@ -9,7 +9,7 @@ import math
 import numpy as np
 from freqformer.kernels.block_sparse.table import BlockMask
 
-from benchmarks.trained.study import BUCKETS, STAGES, Trial
+from benchmarks.trained.study import BUCKETS, SIZES, STAGES, Trial
 from freqformer.analysis.contexts import Table
 from freqformer.analysis.gaussian import excess
 from freqformer.data.fields import FieldsConfig, spectra
@@ -22,52 +22,56 @@ from freqformer.methods.octaves import Octaves
 from freqformer.methods.sliding_tile import SlidingTile
 from freqformer.train.experiment import Experiment, experiment
 
-STAGE = "screen"
+SCREEN = "screen"
 # freqformer_fixed has a low and a local head; a mid head's lists depend on the clip.
-ARMS = ("octaves", "window", "low4", "low2", "freqformer_fixed")
+ARMS = {
+  SCREEN: ("octaves", "window", "low4", "low2", "freqformer_fixed"),
+  "plane": ("octaves4_prior", "low8_prior", "window"),
+} | {f"scale_{tokens}": ("octaves_prior", "window") for tokens in SIZES}
+_PYRAMIDS = {SCREEN: "octaves", "plane": "octaves4_prior"}
 _TOKEN = (1, 1, 1)
 # Cells that a window of 3 tiles of 2 cells reaches to every side at least.
 _REACH = 2
 
 
-def times() -> list[float]:
-  """Returns the middles of the parts of t that the study's rows are judged in."""
-  low, high = STAGES[STAGE].overrides["train.time_range"]
+def times(stage: str = SCREEN) -> list[float]:
+  """Returns the middles of the parts of t that a stage's rows are judged in."""
+  low, high = STAGES[stage].overrides["train.time_range"]
   return (low + (high - low) * (np.arange(BUCKETS) + 0.5) / BUCKETS).tolist()
 
 
 def rows() -> list[dict]:
-  """Returns a row per arm of `ARMS`, and one of the Wiener kernel's mass per level of octaves."""
-  found = [_row(arm) for arm in ARMS]
-  exp = experiment_of("octaves")
+  """Returns a row per arm of `ARMS`, and the Wiener kernel's mass per level of the pyramids."""
+  found = [_row(arm, stage) for stage, arms in ARMS.items() for arm in arms]
+  return found + [_mass(arm, stage) for stage, arm in _PYRAMIDS.items()]
+
+
+def _mass(arm: str, stage: str) -> dict:
+  exp = experiment_of(arm, stage)
   levels = exp.model.attention.named("octaves").levels
-  mass = np.mean([level_mass(s, levels, times(), _REACH) for s in spectra(exp.data)], 0)
-  return [
-    *found,
-    {"name": "wiener mass", "measured": False, "times": times(), "mass": _lists(mass)},
-  ]
+  places = times(stage)
+  mass = np.mean([level_mass(s, levels, places, _REACH) for s in spectra(exp.data)], 0)
+  return _named(stage, "wiener mass") | {"times": places, "mass": _lists(mass)}
 
 
-def _row(arm: str) -> dict:
+def _named(stage: str, arm: str) -> dict:
+  return {"name": f"{stage}/{arm}", "stage": stage, "arm": arm, "measured": False}
+
+
+def _row(arm: str, stage: str) -> dict:
   """Returns keys and percent of excess of an arm, the mean over the clips' velocities.
 
   Velocities that are mirror images or permutations of each other have the same spectrum up to axes,
   and stand for each other.
   """
-  exp = experiment_of(arm)
+  exp = experiment_of(arm, stage)
   ((_, method),) = exp.model.runs()
   context = context_of(method, exp.model.layout(exp.latent_shape))
   total = np.zeros(BUCKETS)
   for spectrum, weight in _kinds(exp.data):
-    found = excess(spectrum, context, times())
+    found = excess(spectrum, context, times(stage))
     total += weight * np.maximum(found.percent, 0)
-  return {
-    "name": arm,
-    "measured": False,
-    "keys": found.keys,
-    "times": times(),
-    "excess": _lists(total),
-  }
+  return _named(stage, arm) | {"keys": found.keys, "times": times(stage), "excess": _lists(total)}
 
 
 def _kinds(data: FieldsConfig) -> list[tuple[np.ndarray, float]]:
@@ -118,9 +122,9 @@ def _low_and_high(method: FreqFormer, layout: TileLayout) -> Table:
   return Table(joined, ((TileLayout.fit(grid, layout.block), cell), (layout, _TOKEN)))
 
 
-def experiment_of(arm: str) -> Experiment:
+def experiment_of(arm: str, stage: str = SCREEN) -> Experiment:
   """Returns the configuration of an arm's runs."""
-  return experiment(Trial(STAGES[STAGE], arm, 0).config())
+  return experiment(Trial(STAGES[stage], arm, 0).config())
 
 
 def _lists(values: np.ndarray):

@@ -81,6 +81,11 @@ def predicted():
   return row_files.read_rows(row_files.RESULTS / "study_theory.json")
 
 
+@pytest.fixture(scope="module")
+def on_screen(predicted):
+  return [r for r in predicted if r["stage"] == "screen"]
+
+
 def test_the_page_shows_the_rows():
   page = evidence.DOC.read_text()
   shown, drawn = evidence.contents(evidence.Rows.read(row_files.RESULTS))
@@ -90,7 +95,7 @@ def test_the_page_shows_the_rows():
 
 
 def test_tables_of_some_arms_and_seeds():
-  found = evidence.tables(ROWS, [], PROBES)
+  found = evidence.tables({"screen": ROWS}, PROBES)
   assert "| octaves | 0.3000 | 2 | -0.2000 (-50.0%, 1 seed) |" in found["study arms"]
   assert found["study over t"].splitlines()[0].startswith("| regret at t | 0.34 | 0.43 |")
   assert "| octaves | 1 | 0.2000 (0.08) | 0.2100 (0.004) |" in found["study thresholds"]
@@ -120,7 +125,7 @@ def test_gains_of_forced_heads():
   forced[0, 1, 2] = 0.7  # of the first layer one of two heads has a branch that is worse by .2
   heads = {"regret_buckets": [0.5] * 4, "gain": [0.01] * 4, "best_gain": 0.02}
   heads["forced"] = forced.tolist()
-  found = evidence.tables([], [], [probe("oracle", "freqformer", {"heads": heads})])
+  found = evidence.tables({}, [probe("oracle", "freqformer", {"heads": heads})])
   assert "| freqformer | 1 | +0.0100 of 0.5000 |" in found["study oracle"]
   assert found["study oracle"].endswith("| +0.0200 | 0.1000, 0.0000 |")
   assert found["study arms"] == "No rows yet."
@@ -134,30 +139,35 @@ def test_what_was_rehearsed_or_failed_is_not_shown(tmp_path):
   assert [r["arm"] for r in measured_rows(tmp_path / "study_screen.json")] == ["octaves"]
 
 
+PLANE = [row("octaves4_prior", 0, 0.2), row("window", 0, 0.4)]
+PLANE[0]["final"]["weights"] = [[0.1, 0.2, 0.3, 0.4]] * PARTS
+STAGES = {"screen": ROWS, "plane": PLANE}
+
+
 def lines_of(axis):
   return {line.get_label(): line for line in axis.lines if not line.get_label().startswith("_")}
 
 
-def test_a_prediction_is_in_units_of_the_regret(predicted):
-  figure = evidence_figures.regret(ROWS, predicted)
+def test_a_prediction_is_in_units_of_the_regret(on_screen):
+  figure = evidence_figures.regret(ROWS, on_screen)
   trained, theory = map(lines_of, figure.axes)
   assert set(trained) == {"octaves", "window", "Bayes risk"}
   np.testing.assert_allclose(trained["octaves"].get_ydata(), 0.3)
-  window = next(r for r in predicted if r["name"] == "window")
+  window = next(r for r in on_screen if r["arm"] == "window")
   np.testing.assert_allclose(theory["window"].get_ydata(), 1e-3 * np.array(window["excess"]))
   assert theory["window"].get_linestyle() == "--" and trained["window"].get_linestyle() == "-"
 
 
-def test_figures_of_weights_levels_and_transfer(predicted):
-  weights = evidence_figures.weights(ROWS, PROBES, predicted)
+def test_figures_of_weights_levels_and_transfer(on_screen):
+  weights = evidence_figures.weights(ROWS, PROBES, on_screen)
   levels = lines_of(weights.axes[0])
   np.testing.assert_allclose(levels["cells of 4: learned"].get_ydata(), 0.5)
   assert "cells of 4: theory" in levels and len(weights.axes) == 1  # no row of freqformer
-  assert evidence_figures.weights(ROWS, [], predicted) is None
+  assert evidence_figures.weights(ROWS, [], on_screen) is None
   rows = [row(arm, 0, 1.0) for arm in ("low4", "freqformer")]
   for each in rows:
     each["final"]["weights"] = LEVELS
-  window, low = map(lines_of, evidence_figures.weights(rows, [], predicted).axes)
+  window, low = map(lines_of, evidence_figures.weights(rows, [], on_screen).axes)
   assert set(window) == {"low4", "theory"} and set(low) == {"freqformer"}
   np.testing.assert_allclose(window["low4"].get_ydata(), 0.2)
   density, change = evidence_figures.left_out(ROWS, PROBES).axes
@@ -178,27 +188,43 @@ def test_a_figure_of_where_attention_lies():
   assert evidence_figures.mass(PROBES[:2]) is None
 
 
+def test_more_tokens_beside_theory(predicted):
+  (axis,) = evidence_figures.scale(
+    {576: [row("window", 0, 0.2), row("window", 1, 0.4)], 2048: []},
+    {576: [r for r in predicted if r["stage"] == "scale_576"], 2048: []},
+    ("octaves_prior", "window"),
+  ).axes
+  lines = lines_of(axis)
+  np.testing.assert_allclose(lines["window"].get_ydata(), [0.3])
+  excess = next(r["excess"] for r in predicted if r["name"] == "scale_576/window")
+  # Of eight parts of t the last three lie above .7; the Bayes risk is .1.
+  np.testing.assert_allclose(lines["window, theory"].get_ydata(), np.mean(excess[-3:]) / 1000)
+  assert evidence_figures.scale({576: []}, {576: []}, ("window",)) is None
+
+
 def test_a_page_shows_the_figures_that_there_are(predicted, tmp_path):
-  shown, drawn = evidence.contents(evidence.Rows(ROWS, [], PROBES, predicted))
+  shown, drawn = evidence.contents(evidence.Rows(STAGES, PROBES, predicted))
   assert set(drawn) == set(evidence.CAPTIONS)
   assert shown["study figure regret"].endswith("(figures/evidence_regret.png)")
   plots.save(drawn["curves"], tmp_path / "curves.png")
   assert (tmp_path / "curves.png").stat().st_size > 10_000
-  shown, drawn = evidence.contents(evidence.Rows([], [], PROBES[:1], predicted))
+  shown, drawn = evidence.contents(evidence.Rows({}, PROBES[:1], predicted))
   assert set(drawn) == {"transfer"} and shown["study figure regret"] == "No rows yet."
 
 
-@pytest.mark.parametrize("arm", evidence_theory.ARMS)
-def test_predictions_are_of_the_arms_own_tables(arm, predicted):
+@pytest.mark.parametrize(
+  "stage, arm", [(stage, arm) for stage, arms in evidence_theory.ARMS.items() for arm in arms]
+)
+def test_predictions_are_of_the_arms_own_tables(stage, arm, predicted):
   """The whole excess takes seconds an arm; the keys that its queries see take none."""
-  stored = next(r for r in predicted if r["name"] == arm)
-  exp = evidence_theory.experiment_of(arm)
+  stored = next(r for r in predicted if (r["stage"], r["arm"]) == (stage, arm))
+  exp = evidence_theory.experiment_of(arm, stage)
   ((_, method),) = exp.model.runs()
   grid = exp.latent_shape[:3]
   context = evidence_theory.context_of(method, exp.model.layout(exp.latent_shape))
   keys = [len(context.boxes(grid, query)) for query in queries(context, grid)]
   assert np.mean(keys) == pytest.approx(stored["keys"])
-  assert stored["times"] == pytest.approx(evidence_theory.times())
+  assert stored["times"] == pytest.approx(evidence_theory.times(stage))
 
 
 def test_lists_that_depend_on_the_clip_have_no_prediction():
