@@ -59,9 +59,9 @@ def apply_without_attention(*args):
   return None, state, aux
 
 
-def aux_of(layer, x, cond=None):
+def aux_of(layer, x, cond=None, layout=RAGGED):
   """Aux of a layer without memory."""
-  return run(layer, x, cond, apply=apply_without_attention)[1]
+  return run(layer, x, cond, layout, apply_without_attention)[1]
 
 
 def routed_to(layer, choice):
