@@ -1,4 +1,4 @@
-"""Samples from a checkpoint: `python eval.py --workdir=runs/demo`.
+"""Samples from a checkpoint, or validates it: `python eval.py --workdir=runs/demo`.
 
 The code is in freqformer/command/eval.py, so that an installed package has it as well.
 """

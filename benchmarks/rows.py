@@ -135,6 +135,11 @@ def read_rows(path: pathlib.Path) -> list[dict]:
   return json.loads(path.read_text()) if path.exists() else []
 
 
+def measured_rows(path: pathlib.Path) -> list[dict]:
+  """Returns the rows of a file that are measurements: neither errors nor rehearsals."""
+  return [row for row in read_rows(path) if "error" not in row and not row.get("rehearsal")]
+
+
 def goal_row(name: str, value: float, goal: str | None, **fields) -> dict:
   """Returns a row with its goal (`>= 14`, `<= 4.5`, or None) and whether it was met."""
   met = None

@@ -3,7 +3,7 @@
   python -m benchmarks.study --stage=screen --list               trials and their state
   python -m benchmarks.study --stage=screen --shard=1/2 --budget-minutes=90
   python -m benchmarks.study --stage=screen --against=window     the table, of what is finished
-  python -m benchmarks.study --stage=screen --verdict            the hypotheses, by these rows
+  python -m benchmarks.study --verdict                           the hypotheses, by all rows
   python -m benchmarks.study --rehearse --out=/tmp/study         two tiny trials, no measurement
 
 The same command goes on: finished trials have a row in benchmarks/results/study_<stage>.json and
@@ -19,7 +19,7 @@ import time
 
 from absl import flags, logging
 
-from benchmarks.rows import RESULTS, Store, context, read_rows
+from benchmarks.rows import RESULTS, Store, context, measured_rows
 from benchmarks.trained import study, study_verdict
 from benchmarks.trained.study_summary import summary
 from freqformer.command import cli
@@ -49,7 +49,9 @@ def main(_):
   wanted = study.trials(stage, _shard(_SHARD.value))
   found = [row for row in store.all() if "error" not in row]
   if _VERDICT.value:
-    print(study_verdict.text(study_verdict.verdicts(found, read_rows(rows.parent / PROBES))))
+    stages = {name: measured_rows(rows.parent / f"study_{name}.json") for name in study.STAGES}
+    probes = measured_rows(rows.parent / PROBES)
+    print(study_verdict.text(study_verdict.verdicts(stages, probes)))
   elif _AGAINST.value:
     if _AGAINST.value not in {row["arm"] for row in found}:
       raise ConfigError(f"{rows} has no row of {_AGAINST.value}; run that arm first.")

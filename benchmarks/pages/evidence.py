@@ -19,7 +19,9 @@ from benchmarks import rows as row_files
 from benchmarks.pages import evidence_figures as figures
 from benchmarks.pages import evidence_theory
 from benchmarks.pages.complexity import fill, markdown
-from benchmarks.trained.study_summary import arm_lines, part_lines
+from benchmarks.rows import measured_rows
+from benchmarks.trained.attention_mass import PATHS
+from benchmarks.trained.study_summary import arm_lines, middles, part_lines
 from benchmarks.trained.study_verdict import verdicts
 from freqformer.simulation import plots
 
@@ -28,21 +30,17 @@ DOC = ROOT / "docs" / "evidence.md"
 FIGURES = ROOT / "docs" / "figures"
 COMMAND = "python -m benchmarks.pages.evidence"
 THEORY = "study_theory"
+_THEORY = row_files.RESULTS / f"{THEORY}.json"
 AGAINST = "window"
 CAPTIONS = {
   "regret": "regret over t, trained and predicted",
   "curves": "regret over steps, FLOPs and seconds",
   "weights": "what routers weigh over t",
+  "mass": "where dense attention lies over t",
   "left_out": "pairs over t, and the price of leaving levels out",
   "transfer": "regret on other clips",
 }
 _NONE = "No rows yet."
-
-
-def read(folder: pathlib.Path, name: str) -> list[dict]:
-  """Returns the rows of `<folder>/<name>.json` that are measurements."""
-  found = row_files.read_rows(folder / f"{name}.json")
-  return [row for row in found if "error" not in row and not row.get("rehearsal")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +63,8 @@ class Rows:
   def read(cls, folder: pathlib.Path) -> "Rows":
     """Reads the measured rows of a folder, and the stored predictions."""
     names = ("study_screen", "study_copies", "study_probes")
-    return cls(*(read(folder, name) for name in names), read(row_files.RESULTS, THEORY))
+    found = (measured_rows(folder / f"{name}.json") for name in names)
+    return cls(*found, measured_rows(_THEORY))
 
 
 def contents(found: Rows) -> tuple[dict[str, str], dict[str, Figure]]:
@@ -92,6 +91,8 @@ def tables(rows: list[dict], copies: list[dict], probes: list[dict]) -> dict[str
     "study thresholds": by_setting(of_probe.get("threshold", [])),
     "study statistics": by_setting(of_probe.get("statistics", [])),
     "study oracle": oracle(of_probe.get("oracle", [])),
+    "study mass": mass(of_probe.get("mass", [])),
+    "study bands": between_bands(of_probe.get("mass", [])),
     "study samples": samples(of_probe.get("samples", [])),
   }
 
@@ -99,7 +100,7 @@ def tables(rows: list[dict], copies: list[dict], probes: list[dict]) -> dict[str
 def outcome(rows: list[dict], copies: list[dict], probes: list[dict]) -> str:
   """Returns what the rows say of each hypothesis."""
   lines = []
-  for verdict in verdicts([*rows, *copies], probes):
+  for verdict in verdicts({"screen": rows, "copies": copies}, probes):
     numbers = "; ".join(claim.numbers for claim in verdict.claims)
     lines.append((verdict.name, numbers, verdict.outcome))
   return markdown(("", "measured", "outcome"), lines)
@@ -146,6 +147,54 @@ def oracle(probes: list[dict]) -> str:
   return markdown(head, lines)
 
 
+def mass(probes: list[dict]) -> str:
+  """Returns the percent of dense attention in each shell, layer by layer: means over heads."""
+  if not probes:
+    return _NONE
+  uniform = probes[0]["results"]["uniform"]
+  found = _layers_and_theory(probes, "mass")
+  found["uniform"] = [uniform["mass"]] * len(found["Wiener"])
+  lines = [(name, *map(_percents, over_t)) for name, over_t in found.items()]
+  names = " / ".join(figures.shell_names(uniform["farthest"]))
+  return _over_t(f"% at {names} tokens, t =", probes, lines)
+
+
+def between_bands(probes: list[dict]) -> str:
+  """Returns the share of energy that stays in its band, and its part in the high band."""
+  if not probes:
+    return _NONE
+  low = PATHS.index("low to low")
+  high = PATHS.index("high to high")
+  lines = []
+  for name, over_t in _layers_and_theory(probes, "bands").items():
+    cells = (f"{100 * (s[low] + s[high]):.0f} ({100 * s[high]:.0f})" for s in over_t)
+    lines.append((name, *cells))
+  return _over_t("% in its band (high), t =", probes, lines)
+
+
+def _layers_and_theory(probes: list[dict], name: str) -> dict[str, Sequence]:
+  """Returns what a filter does, `[parts of t, shares]`: of heads and seeds the mean."""
+
+  def by_layer(setting: str) -> np.ndarray:
+    return np.mean([row["results"][setting][name] for row in probes], (0, 2))
+
+  return {
+    **{f"layer {number}": shares for number, shares in enumerate(by_layer("trained"), 1)},
+    "untrained": by_layer("untrained").mean(0),
+    "Wiener": probes[0]["results"]["wiener"][name],
+  }
+
+
+def _over_t(title: str, probes: list[dict], lines: list[tuple]) -> str:
+  """Returns a table with a column per part of t."""
+  places = middles(probes[0], len(lines[0]) - 1)
+  return markdown((title, *(f"{place:.2f}" for place in places)), lines)
+
+
+def _percents(shares: Sequence[float]) -> str:
+  return " / ".join(f"{100 * share:.0f}" for share in shares)
+
+
 def samples(probes: list[dict]) -> str:
   """Returns seams and flicker of samples, and of samples by the exact velocity."""
   if not probes:
@@ -181,7 +230,7 @@ def _table(lines: Sequence[Sequence[str]]) -> str:
 
 def draw(found: Rows) -> dict[str, Figure]:
   """Returns the figures that there are rows for, by name."""
-  drawn = {"transfer": figures.transfer(found.probes)}
+  drawn = {"transfer": figures.transfer(found.probes), "mass": figures.mass(found.probes)}
   if found.screen:
     drawn |= {
       "regret": figures.regret(found.screen, found.theory),
@@ -200,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument("--page", help="file to fill", default=DOC)
   parser.add_argument("--figures", help="folder of the figures", default=FIGURES)
   args = parser.parse_args(argv)
-  if args.theory or not read(row_files.RESULTS, THEORY):
+  if args.theory or not measured_rows(_THEORY):
     row_files.write_rows(THEORY, evidence_theory.rows(), f"{COMMAND} --theory")
   shown, drawn = contents(Rows.read(pathlib.Path(args.rows)))
   page = pathlib.Path(args.page)

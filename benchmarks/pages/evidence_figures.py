@@ -153,6 +153,46 @@ def _draw_levels(axis: Axes, routed: list[tuple[dict, list]], predicted: list[di
       axis.plot(row["times"], mass, "--", color=f"C{level}", label=f"cells of {2**level}: theory")
 
 
+def mass(probes: list[dict]) -> Figure | None:
+  """Draws the shells' shares of dense attention over t, a panel per layer and thin lines per head.
+
+  The Wiener kernel is dashed, uniform attention dotted.
+
+  Returns:
+    The figure; None if no row is of that probe.
+  """
+  found = [row for row in probes if row["probe"] == "mass"]
+  if not found:
+    return None
+  first = found[0]["results"]
+  learned = np.array([row["results"]["trained"]["mass"] for row in found])
+  by_layer = learned.transpose(1, 4, 0, 2, 3)  # [layers, shells, seeds, heads, parts of t]
+  figure, axes = _panels(len(by_layer), share=True, width=3)
+  places = middles(found[0], by_layer.shape[-1])
+  for number, (axis, of_shells) in enumerate(zip(axes, by_layer, strict=True), 1):
+    for shell, name in enumerate(shell_names(first["uniform"]["farthest"])):
+      color = f"C{shell}"
+      heads = of_shells[shell].reshape(-1, len(places))
+      axis.plot(places, heads.mean(0), color=color, marker="o", ms=3, label=f"{name} tokens")
+      for line in heads:
+        axis.plot(places, line, color=color, lw=0.5, alpha=0.5)
+      theory = [shares[shell] for shares in first["wiener"]["mass"]]
+      axis.plot(places, theory, "--", color=color, lw=1)
+      axis.axhline(first["uniform"]["mass"][shell], color=color, lw=0.8, ls=":")
+    axis.set(xlabel=_NOISE, title=f"layer {number}")
+  axes[0].set(ylabel="share of attention")
+  axes[0].set_ylim(bottom=0)
+  _legends(axes[-1])
+  figure.suptitle("dense; dashed: Wiener kernel, dotted: uniform", fontsize=10)
+  return figure
+
+
+def shell_names(farthest: Sequence[int]) -> list[str]:
+  """Returns each shell's distances in tokens, as "2-3", of their last ones."""
+  nearest = [0, *(last + 1 for last in farthest[:-1])]
+  return [f"{a}-{b}" if a < b else str(a) for a, b in zip(nearest, farthest, strict=True)]
+
+
 def left_out(rows: list[dict], probes: list[dict]) -> Figure | None:
   """Draws pairs over t of what evaluation runs and of all levels, and what leaving out costs.
 

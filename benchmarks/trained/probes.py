@@ -7,6 +7,7 @@ clips in every part of t, 128 draws, where the study's rows see 512.
 
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Callable
 
@@ -15,10 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from benchmarks.trained import attention_mass
 from benchmarks.trained.runs import with_method
-from benchmarks.trained.study import judge
+from benchmarks.trained.study import BUCKETS, judge
+from benchmarks.trained.study_summary import middles
 from freqformer.config import require_one_of
-from freqformer.data.fields import Fields, FieldsConfig
+from freqformer.data.fields import Fields, FieldsConfig, spectra
 from freqformer.data.loader import val_batches
 from freqformer.data.sources import open_split
 from freqformer.diffusion.flow import sample_noise
@@ -27,11 +30,14 @@ from freqformer.diffusion.sampling import SampleConfig
 from freqformer.evaluate.draw import draw
 from freqformer.evaluate.quality import artefacts, seam_ratio, spread
 from freqformer.evaluate.restore import Run
+from freqformer.grid.spectrum import level_mass
 from freqformer.methods.base import Method
+from freqformer.methods.dense import Dense
 from freqformer.methods.freqformer import FreqFormer
 from freqformer.methods.octaves import Octaves
+from freqformer.model.dit import VideoDiT
 from freqformer.train.checkpoint import flatten
-from freqformer.train.validation import channel_power, make_eval_step
+from freqformer.train.validation import channel_power, evaluate, make_eval_step
 
 CLIPS = 16
 THRESHOLDS = (0.0, 0.02, 0.05, 0.1, 0.2)
@@ -85,14 +91,10 @@ def transfer(run: Run) -> dict[str, dict]:
   The regret is the distance from the exact posterior of those clips. A larger frame shows the same
   scene in more tokens: the fields' scale is half the height.
   """
-  found = {}
-  for name, data in other_data(run.experiment.data).items():
-    record = {**run.record, "latent_shape": data.latent_shape}
-    other = dataclasses.replace(run.experiment, data=data)
-    found[name] = judge(
-      dataclasses.replace(run, experiment=other, record=record), clips=CLIPS, batch_size=2
-    )
-  return found
+  return {
+    name: judge(run, data, clips=CLIPS, batch_size=2)
+    for name, data in other_data(run.experiment.data).items()
+  }
 
 
 def other_data(data: FieldsConfig) -> dict[str, FieldsConfig]:
@@ -239,6 +241,62 @@ def with_leaf(params, old: jax.Array, new: jax.Array):
   return jax.tree.map(lambda leaf: new if leaf is old else leaf, params)
 
 
+# ---- dense attention -----------------------------------------------------------------------------
+
+
+def mass(run: Run) -> dict[str, dict]:
+  """Measures where a dense run's attention lies, and what it moves between bands.
+
+  Returns:
+    Results of the "trained" attention and of the "untrained" one that the run began with
+    `[layers, heads, parts of t, shares]`, of the "wiener" filter `[parts of t, shares]`, the mean
+    over the clips' velocities, and of "uniform" attention `[shares]`: `mass` by shell, of which
+    `farthest` is the last distance in tokens, and `bands` by path, see `attention_mass`.
+  """
+  data = open_split(run.experiment.data, "val")
+  model = with_method(run, attention_mass.Observed())
+  training = run.experiment.train
+  step = make_eval_step(nnx.graphdef(model), buckets=BUCKETS, time_range=training.time_range)
+  tables = model.tables(run.latent_shape)
+  power = channel_power(data)
+  edges = attention_mass.shell_edges(data.config.grid)
+  levels = len(edges) + 1
+
+  def observed(params) -> dict:
+    batches = val_batches(data, training.batch_size, limit=CLIPS)
+    found = evaluate(step, params, batches, power, tables, reference=data.reference)
+    shares = found["probs"].swapaxes(1, 2)
+    return {
+      "regret_buckets": found["regret_buckets"],
+      "mass": shares[..., :levels].tolist(),
+      "bands": shares[..., levels:].tolist(),
+    }
+
+  times = middles({"overrides": {"train.time_range": training.time_range}}, BUCKETS)
+  every = spectra(data.config)
+  arrays = model.config.layout(run.latent_shape).arrays()
+  shell = attention_mass.shells(arrays.layout)
+  pairs = np.bincount(shell[arrays.valid][:, arrays.valid].ravel())
+  return {
+    "trained": {"clips": CLIPS, **observed(run.params)},
+    "untrained": {"clips": CLIPS, **observed(initial(run))},
+    "wiener": {
+      "mass": np.mean([level_mass(s, levels, times) for s in every], 0).tolist(),
+      "bands": attention_mass.wiener_between_bands(every, times, arrays).tolist(),
+    },
+    "uniform": {
+      "mass": (pairs / pairs.sum()).tolist(),
+      "farthest": [*(math.ceil(edge) - 1 for edge in edges), max(data.config.grid) // 2],
+    },
+  }
+
+
+def initial(run: Run) -> nnx.State:
+  """Returns the parameters that a run began with."""
+  rngs = nnx.Rngs(run.experiment.seed)
+  return nnx.state(VideoDiT(run.model.config, run.latent_shape, len(run.class_names), rngs))
+
+
 # ---- samples -------------------------------------------------------------------------------------
 
 
@@ -309,6 +367,10 @@ def _routed_of_known_regret(run: Run) -> bool:
   return method_of(run).routed and not run.experiment.data.copies
 
 
+def _dense_of_known_spectrum(run: Run) -> bool:
+  return isinstance(method_of(run), Dense) and not run.experiment.data.copies
+
+
 def _weighed(run: Run) -> bool:
   method = method_of(run)
   return isinstance(method, Octaves) and method.router.mode == "soft"
@@ -338,5 +400,6 @@ PROBES = {
   "threshold": Probe(threshold, _weighed),
   "statistics": Probe(statistics, _reads_content),
   "oracle": Probe(oracle, _routed_of_known_regret),
+  "mass": Probe(mass, _dense_of_known_spectrum),
   "samples": Probe(samples, _any_run),
 }

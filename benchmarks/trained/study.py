@@ -16,20 +16,19 @@ import time
 from collections.abc import Callable
 
 from absl import logging
-from flax import nnx
 from ml_collections import ConfigDict
 
 from benchmarks.rows import Store
 from benchmarks.trained.runs import ROOT
 from freqformer.command.files import check_keys, read_config
-from freqformer.data.loader import val_batches
+from freqformer.data.fields import FieldsConfig
 from freqformer.data.sources import open_split
 from freqformer.evaluate.restore import Run, load_run
+from freqformer.evaluate.validate import validate
 from freqformer.train import metrics
-from freqformer.train.experiment import Experiment, experiment
+from freqformer.train.experiment import experiment
 from freqformer.train.resume import settings
 from freqformer.train.run import train
-from freqformer.train.validation import channel_power, evaluate, make_eval_step
 
 CONFIG = ROOT / "configs" / "fields.py"
 BUCKETS = 8  # equal parts of t in which a finished run is judged
@@ -43,6 +42,7 @@ _METHOD = "model.attention.method"
 _BANDS = {_METHOD: "freqformer"}
 # Before the first trial weights began uniform; the arm `octaves_prior` has today's default.
 _UNIFORM = {"model.attention.octaves.router.prior_slope": 0.0}
+_SHARED = {"model.attention.freqformer.low_shared": True}
 _OCTAVES = {_METHOD: "octaves"} | _UNIFORM
 _TILTED = {_METHOD: "octaves"}
 _LOW4 = {
@@ -68,10 +68,43 @@ ARMS = {
   "freqformer_time": _BANDS | {"model.attention.freqformer.router.statistics": False},
   "octaves_mid": _TILTED | {"model.attention.octaves.mid_tiles": 8},
   "octaves_gates": _OCTAVES | {"model.attention.octaves.router.mode": "gates"},
+  # For `plane`, where cells of 2, 4 and 8 tokens lie between tokens and the coarsest level.
+  "octaves4_prior": _TILTED | {"model.attention.octaves.levels": 4},
+  "low8_prior": _LOW4 | _TILTED | {"model.attention.octaves.factor": 8},
   # Half of the heads low, half local, whatever the clip and the timestep.
   "freqformer_fixed": _BANDS | {"model.attention.freqformer.allocation": (1, 0, 1)},
+  # Branches drawn anew for every clip and head, by the prior's shares.
+  "freqformer_random": _BANDS
+  | {
+    "model.attention.freqformer.router.mode": "random",
+    "model.attention.freqformer.router.penalty": 0.0,
+    "model.attention.freqformer.router.statistics": False,
+  },
+  # As VORTA has it: a window, the best tiles or all tokens, chosen by the timestep.
+  "vorta": _BANDS
+  | {
+    "model.attention.freqformer.basis.low": (1.0, 1.0, 1.0),
+    "model.attention.freqformer.basis.mid": (1.0, 1.0, 1.0),
+    "model.attention.freqformer.router.statistics": False,
+  },
+  # Queries of all tokens, and a window and one low level in one softmax; the same and, weighed, the
+  # low level's own queries; the best tiles and the low level in one softmax.
+  "joint": _BANDS | _SHARED | {"model.attention.freqformer.allocation": (0, 0, 2)},
+  "joint_and_low": _BANDS | _SHARED,
+  "topk_pooled": _BANDS | _SHARED | {"model.attention.freqformer.allocation": (0, 2, 0)},
+  # As VSA has it: the best tiles beside a low level of one cell a tile, added by gates.
+  "topk_gated": _OCTAVES
+  | {
+    "model.attention.octaves.levels": 2,
+    "model.attention.octaves.window": (1, 1, 1),
+    "model.attention.octaves.mid_tiles": 19,
+    "model.attention.octaves.router.mode": "gates",
+  },
   "freqformer_slope": _BANDS | {"model.attention.freqformer.router.prior_slope": -2.0},
 }
+
+
+_SCREEN = tuple(arm for arm in ARMS if arm not in ("octaves4_prior", "low8_prior"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,16 +127,38 @@ class Stage:
 # Below t = .3 theory sees no difference (docs/evidence.md), and short runs learn it last.
 _SHORT = {"train.batch_size": 2, "train.time_range": (0.3, 1.0)}
 _COPIES = {"data.copies": 8, "data.target": "velocity", "train.batch_size": 2}
-# choice: what a core can do in three hours, in two nights, in a night.
+# One frame of many tokens: the cheapest grid on which theory sees levels between the finest and the
+# coarsest (docs/evidence.md). Two layers, because theory has one and each more relays further.
+_PLANE = _SHORT | {
+  "data.grid": (1, 64, 64),
+  "data.speed": 0,
+  "model.depth": 2,
+  "model.attention.tile": (1, 2, 2),
+  "model.attention.block": 4,
+  "train.schedule": "cosine",
+}
+# Tokens grow, windows and keys per query do not: what theory says of resolution.
+SIZES = {576: (4, 12, 12), 1152: (8, 12, 12), 4608: (8, 24, 24)}
+_SCALE = {
+  f"scale_{tokens}": Stage(
+    ("octaves_prior", "window"), seeds=(0, 1), steps=300, overrides=_SHORT | {"data.grid": grid}
+  )
+  for tokens, grid in SIZES.items()
+}
+# choice: what a core can do in three hours, in one, in two nights, in a night.
 STAGES = {
-  "screen": Stage(tuple(ARMS), seeds=(0, 1), steps=300, overrides=_SHORT),
-  "core": Stage(tuple(ARMS)[:7], seeds=(0, 1, 2), steps=2000, overrides=_SHORT),
+  "screen": Stage(_SCREEN, seeds=(0, 1, 2), steps=300, overrides=_SHORT),
+  "plane": Stage(
+    ("octaves4_prior", "low8_prior", "window"), seeds=(0, 1, 2), steps=600, overrides=_PLANE
+  ),
+  "core": Stage(_SCREEN[:7], seeds=(0, 1, 2), steps=2000, overrides=_SHORT),
   "copies": Stage(
     ("octaves_prior", "octaves_mid", "window", "block_topk", "dense"),
     seeds=(0, 1, 2),
     steps=600,
     overrides=_COPIES,
   ),
+  **_SCALE,
 }
 _TINY = {
   "data.grid": (2, 8, 8),
@@ -212,32 +267,16 @@ def run(trial: Trial, folder: pathlib.Path, store: Store) -> dict | None:
   return store.add(rounded(row))
 
 
-def judge(restored: Run, soft: bool = False, clips: int = CLIPS, batch_size: int = 0) -> dict:
-  """Returns the validation of a run in `BUCKETS` parts of t, see `evaluate`.
+def judge(
+  restored: Run, data: FieldsConfig | None = None, *, soft: bool = False, clips: int = CLIPS, **how
+) -> dict:
+  """Returns the validation of a run in `BUCKETS` parts of t on its own data, or on others.
 
   Args:
-    restored: the run; its experiment's data may be others than it was trained on.
-    soft: weigh all branches instead of the hard choice.
-    clips: at most.
-    batch_size: that is evaluated together; 0: the run's own.
-
-  Returns:
-    `clips`, the values of `evaluate`, and of a router `weights` `[BUCKETS, branches]`: its
-    probabilities, the mean over layers, heads and clips.
+    soft, clips, **how: as of `validate`.
   """
-  exp: Experiment = restored.experiment
-  data = open_split(exp.data, "val")
-  graphdef = nnx.graphdef(restored.model)
-  time_range = exp.train.time_range
-  step = make_eval_step(graphdef, soft=soft, buckets=BUCKETS, time_range=time_range)
-  batches = val_batches(data, batch_size or exp.train.batch_size, limit=clips)
-  tables = restored.model.tables(restored.latent_shape)
-  power = channel_power(data)
-  found = evaluate(step, restored.params, batches, power, tables, reference=data.reference)
-  found.pop("choice", None)
-  if "probs" in found:
-    found["weights"] = found.pop("probs").mean((0, 2)).tolist()
-  return {"clips": min(clips, len(data)), **found}
+  split = open_split(data or restored.experiment.data, "val")
+  return validate(restored, split, soft=soft, buckets=BUCKETS, clips=clips, **how)
 
 
 def rounded(value):

@@ -7,7 +7,7 @@ to the second arm; a part of t counts where its middle lies.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -108,17 +108,16 @@ class Verdict:
     return HOLDS
 
 
-def verdicts(rows: Iterable[dict], probes: Iterable[dict] = ()) -> list[Verdict]:
-  """Judges H1 to H12.
+def verdicts(stages: Mapping[str, list[dict]], probes: Iterable[dict] = ()) -> list[Verdict]:
+  """Judges H1 to H18.
 
   Args:
-    rows: of any stages; those with planted copies decide H7, the others all else.
+    stages: rows by stage; one that is absent has none.
     probes: rows of `benchmarks.probes`, whose routing stands in for rows that lack it.
   """
-  copies = []
-  plain = []
-  for row in rows:
-    (copies if row["overrides"].get("data.copies") else plain).append(row)
+  plain = stages.get("screen", [])
+  copies = stages.get("copies", [])
+  plane = stages.get("plane", [])
   return [
     Verdict(
       "H1", _against_window(plain, "octaves"), "the pyramid has no reason to exist on such data"
@@ -184,6 +183,30 @@ def verdicts(rows: Iterable[dict], probes: Iterable[dict] = ()) -> list[Verdict]
     Verdict("H10", _against_window(plain, "octaves_prior"), "as H1"),
     Verdict("H11", _against_low(plain, "octaves_prior", "low4_prior"), "as H4"),
     Verdict("H12", _left_out(plain, "octaves_prior"), "the threshold is 0"),
+    Verdict("H13", _against_window(plane, "octaves4_prior", equal_steps), "as H1"),
+    Verdict("H14", _against_low(plane, "octaves4_prior", "low8_prior"), "one low level suffices"),
+    Verdict("H15", _left_out(plane, "octaves4_prior"), "the threshold is 0"),
+    Verdict(
+      "H16",
+      (
+        Claim(
+          "freqformer v freqformer_random",
+          relative(plain, "freqformer", "freqformer_random"),
+          -0.005,
+        ),
+      ),
+      "the bands matter, not who has them",
+    ),
+    Verdict(
+      "H17",
+      (Claim("octaves_prior v vorta", relative(plain, "octaves_prior", "vorta"), 0),),
+      "README says so",
+    ),
+    Verdict(
+      "H18",
+      (Claim("low2 v joint", relative(plain, "low2", "joint"), 0, if_equal=FAILS),),
+      "levels need no queries of their own",
+    ),
   ]
 
 
@@ -200,19 +223,22 @@ def _within(compared: Callable, span: Span) -> Compared:
   return lambda row, other: compared(row, other, span)
 
 
-def _against_window(rows: list[dict], arm: str) -> tuple[Claim, Claim]:
-  """Returns the claims of H1 and H10, at equal FLOPs."""
+def _against_window(
+  rows: list[dict], arm: str, compared: Callable = equal_flops
+) -> tuple[Claim, Claim]:
+  """Returns the claims of H1, H10 and H13."""
   high, below = (
-    relative(rows, arm, "window", _within(equal_flops, span)) for span in (HIGH_NOISE, BELOW)
+    relative(rows, arm, "window", _within(compared, span)) for span in (HIGH_NOISE, BELOW)
   )
+  equal = "equal FLOPs" if compared is equal_flops else "equal steps"
   return (
-    Claim(f"{arm} v window, t > .7, equal FLOPs", high, -0.3),
+    Claim(f"{arm} v window, t > .7, {equal}", high, -0.3),
     Claim("t < .7", below, 0, if_equal=HOLDS),
   )
 
 
 def _against_low(rows: list[dict], arm: str, low: str) -> tuple[Claim]:
-  """Returns the claim of H4 and H11."""
+  """Returns the claim of H4, H11 and H14."""
   found = relative(rows, arm, low, _within(equal_steps, BELOW))
   return (Claim(f"{arm} v {low}, t < .7", found, 0, if_equal=FAILS),)
 
@@ -253,7 +279,7 @@ def _more_low_heads(rows: list[dict], probes: Iterable[dict]) -> list[float]:
 
 
 def _left_out(rows: list[dict], arm: str) -> tuple[Claim, Claim]:
-  """Returns the claims of H8, H12: evaluation as it runs against all levels of the same weights."""
+  """Returns the claims of H8, H12, H15: evaluation as it is against all levels, weights alike."""
   regret = []
   share = []
   for row in rows:

@@ -1,6 +1,6 @@
 """Error of each of FreqFormer's operators, head by head, next to its bound (docs/complexity.md).
 
-  python -m freqformer.analysis.bounds --workdir=runs/demo   # on q, k, v of a trained checkpoint
+  python -m freqformer.analysis.bounds --workdir=runs/complexity  # a run with freqformer
 
 Row errors against bounds of the same row: dropped tiles of softmax mass e: 2 e max|v|; cell means
 (haar): (exp(2 delta) - 1) max|v|, delta the largest difference of a pair's score and its cells',

@@ -1,10 +1,14 @@
-"""Samples from a checkpoint.
+"""Samples from a checkpoint, or validates it on its own clips or others.
 
   python eval.py --workdir=runs/ucf101
   python eval.py --workdir=runs/ucf101 --classes=Basketball,Biking --samples=4 --guidance=4
   python eval.py --workdir=runs/ucf101 --method=dense     the same weights, full attention
   python eval.py --workdir=runs/ucf101 --method="radial(decay=0.5)" --export_masks=masks
   python eval.py --workdir=runs/ucf101 --compare="dense,adaspa,block_topk(density=0.2, coarse=none)"
+  python eval.py --workdir=runs/ucf101 --validate
+  python eval.py --workdir=runs/ucf101 --validate --config.data.frames=32
+  python eval.py --workdir=runs/ucf101 --validate --config.data.source=folder \
+    --config.data.root=clips --config.data.stride=4 --config.data.resolution=128,256
 
 Averaged weights and hard routing by default. Writes <class>.mp4, grid.png, latents.npz,
 sampling.json and density.json (one sample's density at every step, layer and head) to --out, where
@@ -12,8 +16,17 @@ it replaces an earlier run's files. The default is <workdir>/samples, which the 
 or <workdir>/samples-<method> with --method. With --compare, every method draws the same samples
 from the same noise and writes <method>/*.mp4, comparison.json and comparison.html, by default to
 <workdir>/compare.
+
+With --validate nothing is sampled: the loss by part of t, the linear predictor's and the density go
+to the terminal and to a JSON file in <workdir>/validation. The clips are those that the run
+validates on, with any key of config.data changed as train.py takes it. Of another folder all clips
+are taken, one view of each; if it is the run's own in another place, give
+--config.data.val_fraction to take those alone that training left out. A class that the model does
+not know by name is given the null class. Codec and normalisation stay as they were trained; that is
+why `config.data.codec` cannot change.
 """
 
+import collections
 import dataclasses
 import json
 import pathlib
@@ -24,12 +37,17 @@ from absl import flags, logging
 
 from freqformer.command import cli
 from freqformer.config import ConfigError
+from freqformer.data.codec import LatentStatistics
+from freqformer.data.sources import Split, data_keys, open_split, other_clips
 from freqformer.diffusion.sampling import SampleConfig
 from freqformer.evaluate import compare
 from freqformer.evaluate.draw import FLOPS_ARE, SAMPLES_PER_CLASS, draw, requests, sample_config
 from freqformer.evaluate.restore import Run, load_run
+from freqformer.evaluate.validate import validate
 from freqformer.pages.compare import slug, text_table, write_comparison
 from freqformer.pages.mp4 import grid, grid_png, write_mp4
+from freqformer.pages.text import aligned
+from freqformer.train.validation import channel_power
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run to sample from.", required=True)
 _STEP = flags.DEFINE_integer("checkpoint", None, "Step of the checkpoint; default the newest.")
@@ -47,10 +65,37 @@ _COMPARE = flags.DEFINE_string("compare", None, "Methods to compare, the referen
 _METRICS = flags.DEFINE_list("metrics", ["psnr", "ssim"], f"Some of {', '.join(compare.METRICS)}.")
 _LPIPS = flags.DEFINE_string("lpips_weights", None, "Weights (.npz) of LPIPS, for --compare.")
 _FPS = flags.DEFINE_float("fps", 0, "Frame rate of the mp4s; default 25 / stride.", lower_bound=0)
+_VALIDATE = flags.DEFINE_bool("validate", False, "Report losses on clips instead of sampling.")
+_CLIPS = flags.DEFINE_integer("clips", 0, "Most clips of --validate; 0 takes all.", lower_bound=0)
+# Not in --help, which need not list a source's keys.
+_DATA = {
+  key: flags.DEFINE_string(f"config.data.{key}", None, "See train.py.", module_name=__package__)
+  for key in data_keys()
+}
+_OF_VALIDATION = ("clips", *(flag.name for flag in _DATA.values()))
+_OF_SAMPLES = (
+  "classes",
+  "samples",
+  "seed",
+  "steps",
+  "guidance",
+  "export_masks",
+  "compare",
+  "metrics",
+  "lpips_weights",
+  "fps",
+)
+_LISTED = 4  # unknown classes that are printed; the file has all
 
 
 def main(_):
-  if _COMPARE.value is not None:
+  for name in _OF_SAMPLES if _VALIDATE.value else _OF_VALIDATION:
+    if flags.FLAGS[name].present:
+      rule = "cannot be given with" if _VALIDATE.value else "needs"
+      raise ConfigError(f"--{name} {rule} --validate, which reports losses and draws no sample.")
+  if _VALIDATE.value:
+    _validate()
+  elif _COMPARE.value is not None:
     _compare_methods()
   else:
     _sample_one_method()
@@ -131,6 +176,89 @@ def _compare_methods():
   page = write_comparison(out, result, videos, captions, _FPS.value or run.fps)
   print(text_table(rows))
   print(f"page: {page}")
+
+
+def _validate():
+  """Prints and writes losses on the run's validation clips, or on those of `--config.data`."""
+  given = {key: flag.value for key, flag in _DATA.items() if flag.value is not None}
+  run = load_run(_WORKDIR.value, step=_STEP.value, method=_METHOD.value, raw=_RAW.value)
+  data, name = other_clips(run.experiment.data, given)
+  # Refused before clips are encoded.
+  run.model.config.resolved(data.latent_shape)
+  out = _folder("validation")
+  split = open_split(data, name, LatentStatistics.from_json(run.record["statistics"]))
+  found = validate(run, split, soft=_SOFT.value, clips=_CLIPS.value)
+  layout = run.model.config.layout(split.latent_shape)
+  strides, left_out = _used(split)
+  result = {
+    "checkpoint": run.step,
+    "parameters": "raw" if _RAW.value else "ema",
+    "method": run.model.config.attention.method,
+    "soft": _SOFT.value,
+    "data": dataclasses.asdict(data),
+    "split": name,
+    "strides": strides,
+    "left_out": left_out,
+    "latent_shape": split.latent_shape,
+    "grid": layout.grid,
+    "tile": layout.tile,
+    "power": channel_power(split).tolist(),
+    "time_range": run.experiment.train.time_range,
+    **found,
+  }
+  words = [f"{key}={text}" for key, text in given.items()] or ["own"]
+  words += [_METHOD.value] if _METHOD.value else []
+  words += [word for word, flag in (("raw", _RAW), ("soft", _SOFT)) if flag.value]
+  path = out / f"{slug(','.join(words))}.json"
+  path.write_text(json.dumps(result, indent=2))
+  print(_losses(result, data.facts()))
+  print(f"written: {path}")
+
+
+def _used(split: Split) -> tuple[dict[int, int], int]:
+  """Returns views by their stride, which short clips may lower, and the number of unusable clips.
+
+  Random fields have neither.
+  """
+  manifest = getattr(split, "manifest", None)
+  if manifest is None:
+    return {}, 0
+  views = (view for clip in manifest["clips"] for view in clip["views"])
+  return dict(collections.Counter(view["stride"] for view in views)), len(manifest["skipped"])
+
+
+def _losses(result: dict, facts: dict[str, str]) -> str:
+  """Returns the text of a validation: what was validated on, and a line per part of t."""
+  of = {"all": "all of the folder", "val": "of the validation split"}[result["split"]]
+  facts = dict(facts)
+  facts["clips"] = f"{result['clips']}, {of}"
+  if result["left_out"]:
+    facts["clips"] += f"; {result['left_out']} could not be used"
+  if any(stride != result["data"]["stride"] for stride in result["strides"]):
+    facts["clips by stride"] = ", ".join(
+      f"{stride}: {n}" for stride, n in result["strides"].items()
+    )
+  if "null_class" in result:
+    unknown = result["null_class"]
+    more = f" and {len(unknown) - _LISTED} more" if len(unknown) > _LISTED else ""
+    names = ", ".join(unknown[:_LISTED])
+    facts["null class"] = f"for {names}{more}: the model has no such class"
+  power = result["power"]
+  facts["power"] = f"{np.mean(power):.2f} a channel, at most {max(power):.2f}; in training 1"
+  tokens = "x".join(map(str, result["grid"]))
+  tile = "x".join(map(str, result["tile"]))
+  facts["tokens"] = f"{tokens} in tiles of {tile}"
+  weights = f"{result['parameters']} weights"
+  facts["model"] = f"step {result['checkpoint']}, {weights}, {result['method']}"
+  columns = {"loss": "buckets", "linear": "linear_buckets", "density": "density_buckets"}
+  if "regret" in result:
+    columns |= {"regret": "regret_buckets", "Bayes risk": "bayes_buckets"}
+  edges = np.linspace(*result["time_range"], len(result["buckets"]) + 1)
+  parts = [f"{low:.2f} to {high:.2f}" for low, high in zip(edges[:-1], edges[1:], strict=True)]
+  lines = [["t", *parts, "mean"]]
+  for title, key in columns.items():
+    lines.append([title, *(f"{x:.4f}" for x in (*result[key], np.mean(result[key])))])
+  return "\n\n".join((aligned(list(facts.items())), aligned(list(zip(*lines, strict=True)))))
 
 
 def _requests(run: Run) -> tuple[np.ndarray, np.ndarray, SampleConfig]:

@@ -122,33 +122,46 @@ class LatentCache:
     return self.codec.decode(self.statistics.denormalise(latents), self.video_shape)
 
 
-def cache_path(config: DataConfig, split: str) -> pathlib.Path:
-  """Returns the folder of a split's cache, whether it is there or not."""
-  return pathlib.Path(config.cache) / f"{config.source}-{split}-{config.protocol_hash[:12]}"
+def cache_path(
+  config: DataConfig, split: str, statistics: LatentStatistics | None = None
+) -> pathlib.Path:
+  """Returns the folder of a cache, whether it is there or not; arguments as of `prepare`."""
+  name = f"{config.source}-{split}"
+  if statistics is not None:
+    name += f"-{hashlib.sha256(json.dumps(statistics.to_json()).encode()).hexdigest()[:6]}"
+  return pathlib.Path(config.cache) / f"{name}-{config.protocol_hash[:12]}"
 
 
-def prepare(config: DataConfig, split: str) -> LatentCache:
-  """Returns the cache of a split ("train" or "val"), encoded first if it is not there yet.
+def prepare(
+  config: DataConfig, split: str, statistics: LatentStatistics | None = None
+) -> LatentCache:
+  """Returns the cache of a split of `list_clips`, encoded first if it is not there yet.
 
-  "val" is normalised with the statistics of "train", which is prepared first. A cache whose videos
-  are gone can still be used; one whose videos changed is refused.
+  A cache whose videos are gone can still be used; one whose videos changed is refused.
+
+  Args:
+    statistics: to normalise with, of a model that was trained on other clips; a cache with others
+      is left alone. None: those of "train", which is prepared first.
 
   Raises:
     ConfigError: no clip is usable, the cache contradicts the clips, or the disk is full.
   """
   path = cache_path(config, split)
+  if statistics is not None and not _normalised_by(statistics, path):
+    path = cache_path(config, split, statistics)
   if path.exists():
     cache = LatentCache(path, config.protocol_hash)
     _check_source(cache, config, split)
     train = cache_path(config, "train")
-    if train.exists():
+    if statistics is None and train.exists():
       wanted = LatentCache(train).statistics.to_json()
       if cache.statistics.to_json() != wanted:
         raise ConfigError(
           f"The cache {path} is normalised with other statistics than {train}: delete {path}."
         )
     return cache
-  statistics = None if split == "train" else prepare(config, "train").statistics
+  if statistics is None and split != "train":
+    statistics = prepare(config, "train").statistics
   listing = list_clips(config, split)
   latent = make_codec(config.codec).latent_shape(*config.video_shape)
   # float16 latents, headers and index, and a manifest of 1 kB a clip.
@@ -157,6 +170,11 @@ def prepare(config: DataConfig, split: str) -> LatentCache:
     manifest = _encode_into(folder, config, split, listing, statistics)
     (folder / "manifest.json").write_text(json.dumps(manifest))
   return LatentCache(path)
+
+
+def _normalised_by(statistics: LatentStatistics, path: pathlib.Path) -> bool:
+  """Tells whether a cache is there and has these statistics."""
+  return path.exists() and LatentCache(path).statistics.to_json() == statistics.to_json()
 
 
 # ---- writing ----------------------------------------------------------------------------------

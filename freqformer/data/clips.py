@@ -13,7 +13,10 @@ EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", 
 
 
 def list_clips(config: DataConfig, split: str) -> Listing:
-  """Lists the clips of a split ("train" or "val"), class names, and clips listed but missing.
+  """Lists the clips of a split, class names, and clips listed but missing.
+
+  Args:
+    split: "train", "val", or of a folder "all", for models that were trained on other clips.
 
   Raises:
     ConfigError: the data set is missing, empty or contradicts itself.
@@ -43,6 +46,9 @@ def list_folder(config: DataConfig, split: str) -> Listing:
   inside root, so new clips move no old one. Both splits get at least one clip; a single clip serves
   both, which then show different views of it.
 
+  The split "all" has every clip, but of root/train and root/val only the latter's: somebody trains
+  on the former.
+
   Raises:
     ConfigError: the folder is missing or holds no video file.
   """
@@ -63,8 +69,9 @@ def list_folder(config: DataConfig, split: str) -> Listing:
   classes = {key: path.split("/")[0] if "/" in path else top for key, path in inside.items()}
   names = sorted(set(classes.values()))
   if official:
-    keys = [key for key in keys if key.startswith(f"{split}/")]
-  elif len(keys) > 1:
+    folder = "train/" if split == "train" else "val/"
+    keys = [key for key in keys if key.startswith(folder)]
+  elif len(keys) > 1 and split != "all":
     # The lowest hashes are validation.
     places = {key: uniforms(f"{config.seed}|split|{key}")[0] for key in keys}
     count = sum(place < config.val_fraction for place in places.values())

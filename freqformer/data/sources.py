@@ -4,10 +4,15 @@ Every config has `latent_shape`, `fps`, `facts()` (lines of text for people) and
 statistics)`; every split is a `Split`.
 """
 
+import ast
+import dataclasses
+import os
+import typing
 from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from freqformer.config import ConfigError, build, did_you_mean
 from freqformer.data.clips import list_clips
@@ -17,6 +22,8 @@ from freqformer.data.protocol import DataConfig
 from freqformer.diffusion.posterior import Posterior
 
 SOURCES = {"ucf101": DataConfig, "folder": DataConfig, "fields": FieldsConfig}
+# Keys that decide which files are validation clips.
+_HELD_OUT_BY = ("source", "split", "seed", "val_fraction")
 
 
 class Split(Protocol):
@@ -60,8 +67,82 @@ def data_config(values: Mapping) -> DataConfig | FieldsConfig:
   return build(config_class(values), values, "data")
 
 
-def open_split(config: DataConfig | FieldsConfig, split: str) -> Split:
-  """Opens "train" or "val"; video files are encoded first if their latents are not there yet.
+def data_keys() -> list[str]:
+  """Returns the keys of all sources' configs, a group's as `codec.channels`."""
+  keys = {}
+  for cls in SOURCES.values():
+    for name, hint in typing.get_type_hints(cls).items():
+      group = dataclasses.fields(hint) if dataclasses.is_dataclass(hint) else ()
+      keys |= dict.fromkeys([f"{name}.{field.name}" for field in group] or [name])
+  return list(keys)
+
+
+def other_clips(
+  config: DataConfig | FieldsConfig, given: Mapping[str, str]
+) -> tuple[DataConfig | FieldsConfig, str]:
+  """Returns the data that a model trained on `config` is validated on, and which split of them.
+
+  Of another folder every clip is taken, because none was trained on; with `val_fraction` those that
+  training left out, if this is the run's own folder in another place.
+
+  Args:
+    given: values of `data_keys`, as text; the others stay as in training.
+
+  Raises:
+    ConfigError: a value is wrong, the latents are not of the kind that the model takes, or clips
+      that it was trained on would be among them.
+  """
+  source = given.get("source", config.source)
+  if source in SOURCES and SOURCES[source] is not type(config):
+    raise ConfigError(
+      f"config.data.source={source!r}: a model trained on {config.source!r} knows no such latents; "
+      "random fields and videos cannot stand in for each other."
+    )
+  values = flatten_dict(dataclasses.asdict(config), sep=".")
+  texts = {key: _value(text, values.get(key)) for key, text in given.items()}
+  other = data_config(unflatten_dict(values | texts, sep="."))
+  changed = [key for key in texts if key.startswith("codec.") and texts[key] != values[key]]
+  if changed:
+    raise ConfigError(
+      f"config.data.{changed[0]}={texts[changed[0]]!r}: the model takes latents of the codec that "
+      f"it was trained with ({changed[0]}={values[changed[0]]!r}); leave config.data.codec out."
+    )
+  if other.latent_shape[-1] != config.latent_shape[-1]:
+    raise ConfigError(
+      f"the clips have {other.latent_shape[-1]} channels, the model takes "
+      f"{config.latent_shape[-1]}; leave config.data.channels out."
+    )
+  if isinstance(other, FieldsConfig):
+    return other, "val"
+  own = os.path.realpath(other.root) == os.path.realpath(config.root)
+  for key in _HELD_OUT_BY if own else ():
+    if getattr(other, key) != getattr(config, key):
+      raise ConfigError(
+        f"config.data.{key} decides which clips of {config.root} the model was not trained on; "
+        "leave it out, or name another config.data.root."
+      )
+  return other, "val" if own or source == "ucf101" or "val_fraction" in given else "all"
+
+
+def _value(text: str, old):
+  """Returns a Python value for a key whose value is `old`; what is none stays text."""
+  if isinstance(old, str):
+    return text
+  try:
+    return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+  except (ValueError, SyntaxError):
+    return text
+
+
+def open_split(
+  config: DataConfig | FieldsConfig, split: str, statistics: LatentStatistics | None = None
+) -> Split:
+  """Opens a split; video files are encoded first if their latents are not there yet.
+
+  Args:
+    split: "train", "val", or of a folder "all", see `list_clips`.
+    statistics: of a model that was trained on other clips, to normalise with; None: those of
+      "train". Random fields are normalised by themselves.
 
   Raises:
     ConfigError: as `cache.prepare` does.
@@ -70,7 +151,7 @@ def open_split(config: DataConfig | FieldsConfig, split: str) -> Split:
     return Fields(config, split)
   from freqformer.data.cache import prepare  # only video files need av, the package of an extra
 
-  return prepare(config, split)
+  return prepare(config, split, statistics)
 
 
 def class_names(config: DataConfig | FieldsConfig) -> list[str]:

@@ -16,7 +16,8 @@ LISTS = "ucfTrainTestlist"
 REMEDY = (
   "get UCF101.rar and UCF101TrainTestSplits-RecognitionTask.zip (the recognition splits, not the "
   "detection ones) from the dataset's home at crcv.ucf.edu and unpack both there, or run "
-  "`make demo`, which renders a small stand-in data set."
+  "`make demo`, which renders a small stand-in data set; any other folder of videos has "
+  "data.source='folder'."
 )
 
 

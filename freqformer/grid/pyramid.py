@@ -84,17 +84,26 @@ def _corners(step: Step) -> Iterator[tuple[jax.Array, jax.Array]]:
   """
   grid = step.coarse.layout.grid
   places = jnp.unravel_index(step.fine.gather, step.fine.layout.grid)
-  for sides in itertools.product(*((0, 1)[:extent] for extent in grid)):
-    cell = 0
-    shares = jnp.asarray(step.fine.valid, jnp.float32)
-    for matrix, place, side, extent in zip(step.interpolate, places, sides, grid, strict=True):
-      matrix = jnp.asarray(matrix)
-      first = (matrix > 0).argmax(1)
-      other = jnp.minimum(first + side, extent - 1)
-      share = jnp.where(first + side < extent, matrix[jnp.arange(len(matrix)), other], 0)
-      shares *= share[place]
-      cell = cell * extent + other[place]
-    yield jnp.asarray(step.coarse.scatter)[cell], shares
+  axes = [
+    _neighbours(jnp.asarray(matrix), place)
+    for matrix, place in zip(step.interpolate, places, strict=True)
+  ]
+  valid = jnp.asarray(step.fine.valid, jnp.float32)
+  for (t, of_t), (y, of_y), (x, of_x) in itertools.product(*axes):
+    cell = (t * grid[1] + y) * grid[2] + x
+    yield jnp.asarray(step.coarse.scatter)[cell], valid * of_t * of_y * of_x
+
+
+def _neighbours(matrix: jax.Array, place: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+  """Returns the one or two cells of an axis around each place on it, and their shares."""
+  extent = matrix.shape[1]
+  first = (matrix > 0).argmax(1)
+  shares = [jnp.take_along_axis(matrix, first[:, None], 1)[:, 0]]
+  cells = [first]
+  if extent > 1:
+    cells.append(jnp.minimum(first + 1, extent - 1))
+    shares.append(1 - shares[0])  # rows sum to one
+  return [(cell[place], share[place]) for cell, share in zip(cells, shares, strict=True)]
 
 
 def _interpolate_by_axis(step: Step, y: jax.Array) -> jax.Array:

@@ -33,6 +33,7 @@ from freqformer.kernels.block_sparse.cost import CallCost, uniform
 from freqformer.kernels.block_sparse.table import BlockMask
 from freqformer.methods.base import Method, Projected, mask_aux, mask_density
 from freqformer.methods.parts.router import (
+  ONE_BRANCH,
   RouterConfig,
   SpectralRouter,
   check_budget,
@@ -100,9 +101,10 @@ class Octaves(Method):
         f"router prior {self.router.prior} must be empty or have a share for each of "
         f"{self.levels=}."
       )
-    if self.router.mode == "sampled":
+    if self.router.mode in ONE_BRANCH:
       raise ValueError(
-        'router mode "sampled" draws one branch; levels take "soft", "gates" or "straight_through".'
+        f"router mode {self.router.mode!r} draws one branch; levels take "
+        '"soft", "gates" or "straight_through".'
       )
 
   @property

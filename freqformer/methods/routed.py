@@ -14,6 +14,7 @@ from freqformer.cost import branch_costs
 from freqformer.methods.allocation import check_counts, check_heads, head_shares
 from freqformer.methods.base import Method
 from freqformer.methods.parts.router import (
+  ONE_BRANCH,
   RouterConfig,
   Routing,
   SpectralRouter,
@@ -66,7 +67,7 @@ class RoutedMethod(Method):
 
   @property
   def trains_all_branches(self):
-    return self.routed and self.router.mode != "sampled"
+    return self.routed and self.router.mode not in ONE_BRANCH
 
   def shares(self, heads: int, allocation=None) -> np.ndarray:
     """Returns the share of heads per branch: as given, else the fixed one, else the router's prior.

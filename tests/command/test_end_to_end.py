@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 
 from freqformer.command.sweep import result_of
+from freqformer.data.cache import LatentCache
+from freqformer.data.codec import LatentStatistics
 from freqformer.evaluate.quality import artefacts
 from freqformer.evaluate.restore import load_run
 from freqformer.pages.run import write_report
 from freqformer.train.checkpoint import Checkpoints
 from freqformer.train.metrics import read
 from tests.command.process import ROOT, call, render
+from tests.data.helpers import moving_square, write_clip
 
 pytestmark = pytest.mark.xdist_group("end_to_end")
 
@@ -161,6 +164,43 @@ def test_eval_writes_videos(place, whole):
   assert json.loads((out / "sampling.json").read_text())["method"] == "freqformer"
 
 
+def test_validation_on_own_and_on_other_clips(place, whole):
+  done = call(place, "eval.py", f"--workdir={whole[0]}", "--validate", "--clips=2")
+  own = json.loads((whole[0] / "validation" / "own.json").read_text())
+  last = [row for row in read(whole[0] / "metrics.jsonl") if row["kind"] == "val"][-1]
+  assert own["split"] == "val" and "null_class" not in own
+  for key in ("buckets", "linear_buckets", "density_buckets"):
+    np.testing.assert_allclose(own[key], last[key], rtol=1e-5)
+  assert re.search(rf"0.00 to 0.25 +{last['buckets'][0]:.4f}", done.stdout)
+  # Without class folders, longer, at another rate, one of them too short for it.
+  clips = place / "clips"
+  for name, frames in (("long", 40), ("short", 20)):
+    write_clip(clips / f"{name}.mp4", moving_square(frames))
+  other = ("source=folder", "root=clips", f"cache={place / 'cache'}", "frames=10", "stride=4")
+  flags = [f"--config.data.{key}" for key in other]
+  done = call(
+    place, "eval.py", f"--workdir={whole[0]}", f"--out={place / 'other'}", "--validate", *flags
+  )
+  (path,) = (place / "other").glob("source_folder_root_clips*.json")
+  found = json.loads(path.read_text())
+  assert found["clips"] == 2 and found["split"] == "all" and found["null_class"] == ["clips"]
+  assert found["latent_shape"] == [5, 3, 4, 4] and found["strides"] == {"4": 1, "2": 1}
+  assert np.isfinite(found["buckets"]).all() and len(found["weights"]) == 4
+  assert "all of the folder" in done.stdout and "the model has no such class" in done.stdout
+  # The model's normalisation, not the clips' own.
+  statistics = LatentStatistics.from_json(
+    Checkpoints(whole[0], create=False).record()["statistics"]
+  )
+  (cache,) = (place / "cache").glob("folder-all-*")
+  np.testing.assert_array_equal(LatentCache(cache).statistics.std, statistics.std)
+  assert not list((place / "cache").glob("folder-train-*"))
+  # A grid that the method cannot have is refused before clips are encoded for it.
+  smaller = ("--method=adaspa", "--config.data.resolution=8,8", "--config.data.frames=2")
+  done = call(place, "eval.py", f"--workdir={whole[0]}", "--validate", *flags, *smaller, code=2)
+  assert "rounds to no tile per query tile" in done.stderr
+  assert list((place / "cache").glob("folder-all-*")) == [cache]
+
+
 def test_dry_run_needs_no_data(tmp_path):
   small = ("--config.model.attention.method=dense", "--config.model.depth=1")  # compiles fast
   done = call(tmp_path, "train.py", "--dry_run", *small)
@@ -195,6 +235,7 @@ def test_a_finished_run_stays_what_it_is(place, whole, args, code, message):
     ("eval.py", "--classes=Nothing", "is not in this checkpoint"),
     ("eval.py", "--checkpoint=7", "there are [40]"),
     ("eval.py", "--steps=0", "steps"),
+    ("eval.py", "--config.data.frames=4", "--config.data.frames needs --validate"),
   ],
 )
 def test_refusals_are_one_sentence(place, whole, script, arg, message):

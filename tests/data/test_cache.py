@@ -17,6 +17,7 @@ from freqformer.data import cache as data_cache
 from freqformer.data import encode
 from freqformer.data.cache import cache_path, prepare
 from freqformer.data.clips import list_clips
+from freqformer.data.codec import LatentStatistics
 from freqformer.data.decode import VideoFile, crop_resize
 from freqformer.data.loader import train_iterator, val_batches
 from tests.data.helpers import config, moving_square, psnr, write_clip, write_folder
@@ -98,6 +99,24 @@ def test_val_has_the_statistics_of_train(folder, tmp_path):
   (train.path / "manifest.json").write_text(json.dumps(manifest))
   with pytest.raises(ConfigError, match="other statistics"):
     prepare(c, "val")
+
+
+def test_other_clips_have_the_statistics_of_the_model(folder, tmp_path):
+  """All are encoded, once per model, and none to make statistics of their own."""
+  c = config(folder, tmp_path)
+  first = LatentStatistics(np.zeros(24, np.float32), np.ones(24, np.float32))
+  raw = prepare(c, "all", first)
+  assert len(raw) == 6 and [path.name for path in tmp_path.iterdir()] == [raw.path.name]
+  mean = np.arange(24, dtype=np.float32)
+  second = prepare(c, "all", LatentStatistics(mean, mean + 1))
+  np.testing.assert_allclose(
+    second[3]["latent"], (raw[3]["latent"] - mean) / (mean + 1), rtol=1e-5, atol=1e-6
+  )
+  assert second.path != raw.path and prepare(c, "all", first).path == raw.path
+  # A run's own validation clips are there already.
+  val = prepare(c, "val")
+  assert prepare(c, "val", val.statistics).path == val.path
+  assert prepare(c, "val", first).path not in (val.path, raw.path)
 
 
 def test_an_interrupted_cache_is_never_used_and_what_killed_processes_left_is_removed(

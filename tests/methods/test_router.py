@@ -68,6 +68,27 @@ def test_sampled_runs_one_branch_and_draws_from_p():
   np.testing.assert_allclose(grad, want, atol=1e-6)
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_random_draws_from_p_and_learns_nothing(train):
+  """Draws differ by sample, head and layer (logits), and both guidance halves share them."""
+  config = RouterConfig(mode="random")
+  logits = jnp.tile(LOGITS[:1, :1], (4000, 1, 1))
+  routing = route(logits, config, cond(train=train))
+  assert not routing.all_branches
+  np.testing.assert_array_equal(routing.weights.sum(-1), 1)
+  share = np.bincount(np.asarray(routing.choice[:, 0]), minlength=3) / 4000
+  # Four standard errors of a share of one half.
+  np.testing.assert_allclose(share, routing.probs[0, 0], atol=0.032)
+  assert not jax.grad(lambda z: (route(z, config, cond(train=train)).probs * Y[..., 0]).sum())(
+    LOGITS
+  ).any()
+  if not train:
+    other = route(logits + 0.1, config, cond(train=False))
+    assert (other.choice != routing.choice).any()
+    guided = route(logits, config, cond(train=False, guided=True)).choice
+    np.testing.assert_array_equal(guided[:2000], guided[2000:])
+
+
 def test_prior_and_more_low_at_high_noise():
   router = SpectralRouter(RouterConfig(noise=0.0, prior_slope=2.0), 4, 6, 3, nnx.Rngs(0))
   where = dataclasses.replace(cond(train=False), time=jnp.array([0.5, 1.0]), progress=0.0)

@@ -7,6 +7,8 @@ Evaluation takes the likeliest branch. Training runs in one of three ways:
                     *biased* (the gradient never sees the other branches' outputs)
   gates             for octaves: every branch runs, weighed by a gate of its own; they need not sum
                     to one
+  random            one branch runs, drawn from the first distribution, also in evaluation: nothing
+                    is learned; what a router must beat
 """
 
 # choice: architecture, prior and schedules; the abstract of arXiv 2604.22808 gives only the inputs.
@@ -23,7 +25,8 @@ from flax import nnx
 from freqformer.config import ConfigError, require, require_one_of
 from freqformer.grid.layout import TileLayout
 
-MODES = ("soft", "straight_through", "sampled", "gates")
+MODES = ("soft", "straight_through", "sampled", "gates", "random")
+ONE_BRANCH = ("sampled", "random")  # modes in which a training step runs one branch per head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,21 +145,30 @@ def probabilities(logits: jax.Array, config: RouterConfig, progress) -> jax.Arra
 def route(logits: jax.Array, config: RouterConfig, cond) -> Routing:
   """Weighs branches by logits `[b, h, branches]`: as the mode says in training, hard otherwise."""
   logits = logits.astype(jnp.float32)
+  if config.mode == "random":
+    logits = jax.lax.stop_gradient(logits)
   branches = logits.shape[-1]
   probs = probabilities(logits, config, cond.progress)
   if cond.soft_evaluation or (cond.train and config.mode == "soft"):
     return Routing(probs, probs.argmax(-1).astype(jnp.int32), probs, True)
   choice = logits
-  if cond.train and config.mode == "sampled":
-    choice = jnp.log(probs) + jax.random.gumbel(cond.rng, logits.shape, jnp.float32)
-  choice = jax.lax.stop_gradient(choice.argmax(-1)).astype(jnp.int32)
+  if config.mode == "random" or (cond.train and config.mode == "sampled"):
+    # Evaluation has no key: its draws follow from the logits, which differ by layer and time.
+    key = cond.rng if cond.train else jax.random.key(_bits(logits))
+    choice = jnp.log(probs) + jax.random.gumbel(key, logits.shape, jnp.float32)
+  choice = cond.share(jax.lax.stop_gradient(choice.argmax(-1)).astype(jnp.int32))
   hot = jax.nn.one_hot(choice, branches, dtype=jnp.float32)
-  if not cond.train:
+  if not cond.train or config.mode == "random":
     return Routing(probs, choice, hot, False)
   frozen = jax.lax.stop_gradient(probs)
   if config.mode == "straight_through":
     return Routing(probs, choice, hot + probs - frozen, True)
   return Routing(probs, choice, hot * (1 + probs - frozen), False)
+
+
+def _bits(x: jax.Array) -> jax.Array:
+  """Returns a scalar uint32 that differs with the sum of a float32 array."""
+  return jax.lax.bitcast_convert_type(x.sum(), jnp.uint32)
 
 
 def penalty(config: RouterConfig, probs: jax.Array, costs) -> jax.Array:

@@ -8,6 +8,7 @@ import pytest
 from benchmarks import rows as row_files
 from benchmarks.pages import evidence, evidence_figures, evidence_theory
 from benchmarks.pages.complexity import fill
+from benchmarks.rows import measured_rows
 from freqformer.analysis.contexts import queries
 from freqformer.simulation import plots
 
@@ -53,9 +54,24 @@ def probe(name, arm, results):
 ROWS = [row("octaves", 0, 0.2), row("octaves", 1, 0.4), row("window", 0, 0.4)]
 LEVELS = [[0.2, 0.3, 0.5]] * PARTS
 SEAMS = {"clips": 16, "seam_ratio": [1.0, 1.25, 1.5], "seam_ratio_twice": [1, 1, 1], "flicker": 2.0}
+SHELLS = [[0.2, 0.3, 0.5]] * PARTS
+MASS = {
+  # Of one layer's two heads one is as theory has it, one is nowhere near.
+  "trained": {
+    "mass": [[SHELLS, [[0.0, 0.0, 1.0]] * PARTS]],
+    "bands": [[[[0.5, 0.1, 0.2, 0.2]] * PARTS, [[0.9, 0.0, 0.0, 0.1]] * PARTS]],
+  },
+  "untrained": {
+    "mass": [[[[0.1, 0.7, 0.2]] * PARTS] * 2],
+    "bands": [[[[0.4, 0.1, 0.2, 0.3]] * PARTS] * 2],
+  },
+  "wiener": {"mass": SHELLS, "bands": [[0.9, 0.0, 0.0, 0.1]] * PARTS},
+  "uniform": {"mass": [0.1, 0.6, 0.3], "farthest": [1, 3, 4]},
+}
 PROBES = [
   probe("transfer", "octaves", {"as trained": judged(0.2) | {"weights": LEVELS}}),
   probe("threshold", "octaves", {"0": judged(0.2, 0.08), "0.05": judged(0.21, 0.004)}),
+  probe("mass", "dense", MASS),
   probe("samples", "window", {"model": SEAMS, "exact": SEAMS | {"flicker": 0.25}}),
 ]
 
@@ -84,9 +100,19 @@ def test_tables_of_some_arms_and_seeds():
     in (found["study samples"])
   )
   assert found["study oracle"] == found["study statistics"] == "No rows yet."
+  mass = found["study mass"].splitlines()
+  assert mass[0].startswith("| % at 0-1 / 2-3 / 4 tokens, t = | 0.34 | 0.43 |")
+  assert mass[2].startswith("| layer 1 | 10 / 15 / 75 |")
+  assert mass[3].startswith("| untrained | 10 / 70 / 20 |")
+  assert mass[4].startswith("| Wiener | 20 / 30 / 50 |")
+  assert mass[5].startswith("| uniform | 10 / 60 / 30 |") and mass[5].count("10 / 60") == PARTS
+  bands = found["study bands"].splitlines()
+  assert bands[2].startswith("| layer 1 | 85 (15) |")
+  assert bands[3].startswith("| untrained | 70 (30) |")
+  assert bands[4].startswith("| Wiener | 100 (10) |")
   outcome = found["study outcome"].splitlines()
   eighth = outcome[2 + 7]
-  assert len(outcome) == 2 + 12 and "+11.1%" in eighth and "threshold is 0" in eighth
+  assert len(outcome) == 2 + 18 and "+11.1%" in eighth and "threshold is 0" in eighth
 
 
 def test_gains_of_forced_heads():
@@ -105,7 +131,7 @@ def test_what_was_rehearsed_or_failed_is_not_shown(tmp_path):
   rows[1] |= {"rehearsal": True}
   rows[2] |= {"error": "killed"}
   (tmp_path / "study_screen.json").write_text(json.dumps(rows))
-  assert [r["arm"] for r in evidence.read(tmp_path, "study_screen")] == ["octaves"]
+  assert [r["arm"] for r in measured_rows(tmp_path / "study_screen.json")] == ["octaves"]
 
 
 def lines_of(axis):
@@ -142,6 +168,14 @@ def test_figures_of_weights_levels_and_transfer(predicted):
   (axis,) = evidence_figures.transfer(PROBES).axes
   np.testing.assert_allclose(lines_of(axis)["octaves"].get_ydata(), [0.2])
   assert evidence_figures.transfer([]) is None
+
+
+def test_a_figure_of_where_attention_lies():
+  (axis,) = evidence_figures.mass(PROBES).axes
+  np.testing.assert_allclose(lines_of(axis)["2-3 tokens"].get_ydata(), 0.15)
+  dashed = [line for line in axis.lines if line.get_linestyle() == "--"]
+  assert [line.get_ydata()[0] for line in dashed] == [0.2, 0.3, 0.5]
+  assert evidence_figures.mass(PROBES[:2]) is None
 
 
 def test_a_page_shows_the_figures_that_there_are(predicted, tmp_path):

@@ -17,6 +17,7 @@ from freqformer.data.fields import Fields, FieldsConfig
 from freqformer.diffusion.posterior import Posterior
 from freqformer.evaluate.restore import Run
 from freqformer.grid.layout import TileLayout
+from freqformer.methods.dense import Dense
 from freqformer.methods.freqformer import FreqFormer
 from freqformer.methods.octaves import Octaves
 from freqformer.model.dit import VideoDiT
@@ -54,16 +55,13 @@ def octaves():
 def test_a_run_is_judged_on_another_grid(octaves, monkeypatch):
   """By that grid's own posterior; half of the clip's tokens are new, all rotary bases are old."""
   seen = []
-  monkeypatch.setattr(probes, "judge", lambda run, **_: seen.append(run) or {})
+  monkeypatch.setattr(probes, "judge", lambda run, data, **_: seen.append(data) or {})
   assert list(probes.transfer(octaves)) == list(probes.other_data(DATA))
   trained, longer, larger, faster = seen
-  assert trained.latent_shape == (2, 8, 8, 4) and longer.latent_shape == (4, 8, 8, 4)
-  assert larger.latent_shape == (2, 12, 12, 4) and larger.experiment.data.grid == (2, 12, 12)
-  assert faster.experiment.data.speed == 2
-  assert longer.model.config.rope_theta == octaves.model.config.rope_theta
-  assert longer.experiment.model == octaves.experiment.model
+  assert trained == DATA and longer.grid == (4, 8, 8) and larger.grid == (2, 12, 12)
+  assert faster.speed == 2
   monkeypatch.undo()
-  found = study.judge(longer, clips=4)
+  found = study.judge(octaves, longer, clips=4)
   assert found["clips"] == 4 and len(found["weights"]) == study.BUCKETS
   np.testing.assert_allclose(np.sum(found["weights"], 1), 1, rtol=1e-5)
   split = np.add(found["regret_buckets"], found["bayes_buckets"])
@@ -136,6 +134,38 @@ def test_the_oracle_chooses_on_other_clips_than_it_judges(monkeypatch):
   assert np.shape(found["forced"]) == (1, 2, 3, 4)
 
 
+def test_dense_attention_is_measured_on_validation_draws(monkeypatch):
+  run = untrained("dense")
+  shares = np.random.default_rng(0).random((1, study.BUCKETS, 2, 3 + 4))
+  seen = []
+  judged = []
+
+  def evaluate(step, params, batches, power, tables, reference):
+    """Traces the step and returns layers' shares, as validation does."""
+    batch = next(iter(batches))
+    sums, _ = jax.eval_shape(step, params, batch, power, tables, 0, reference)
+    seen.append(sums["probs"].shape)
+    judged.append(params)
+    return {"probs": shares, "regret_buckets": [0.5] * study.BUCKETS}
+
+  monkeypatch.setattr(probes, "evaluate", evaluate)
+  found = probes.mass(run)
+  assert seen == [(study.BUCKETS, 1, 2, 3 + 4)] * 2
+  # `untrained` adds noise to what a run of this seed begins with.
+  trained, began = (probes.leaf_of(params, "attention/out/kernel") for params in judged)
+  assert trained is probes.leaf_of(run.params, "attention/out/kernel")
+  assert 0.2 < np.std(trained - began) < 0.4
+  attention = found["trained"]
+  np.testing.assert_array_equal(np.array(attention["mass"])[0, 1, 5], shares[0, 5, 1, :3])
+  np.testing.assert_array_equal(np.array(attention["bands"])[0, 1, 5], shares[0, 5, 1, 3:])
+  assert found["uniform"]["farthest"] == [1, 3, 4]
+  # Of 2 x 8 x 8 tokens a query has 18, 80 and 30 in its shells.
+  np.testing.assert_allclose(found["uniform"]["mass"], np.array([18, 80, 30]) / 128)
+  theory = np.array(found["wiener"]["mass"])
+  assert theory.shape == (study.BUCKETS, 3) and theory[0, 0] > 2 * theory[-1, 0]
+  assert np.shape(found["wiener"]["bands"]) == (study.BUCKETS, 4)
+
+
 def test_samples_end_where_training_did(monkeypatch):
   config = probes.Shortened(steps=3, last=0.4, batch_size=2)
   np.testing.assert_allclose(config.times(), [1, 0.7, 0.4, 0], rtol=1e-6)
@@ -181,6 +211,8 @@ def test_probes_go_to_the_runs_that_they_fit(octaves):
   planted = dataclasses.replace(octaves.experiment, data=copies)
   unknown = dataclasses.replace(octaves, experiment=planted)
   assert fitting(unknown) == every | {"threshold"}  # of a regret that is not known
+  assert fitting(of(Dense())) == every | {"mass"}
+  assert fitting(dataclasses.replace(of(Dense()), experiment=planted)) == every
   hard = dataclasses.replace(Octaves().router, mode="straight_through")
   assert fitting(of(Octaves(router=hard))) == every | {"oracle"}
   assert fitting(of(FreqFormer())) == every | {"statistics", "oracle"}

@@ -30,8 +30,8 @@ def judged(values):
   return {"regret": sum(values) / len(values), "regret_buckets": values, "buckets": values}
 
 
-def state(name, rows, probes=()):
-  return next(verdict for verdict in verdicts(rows, probes) if verdict.name == name).state
+def state(name, rows, probes=(), stage="screen"):
+  return next(v for v in verdicts({stage: rows}, probes) if v.name == name).state
 
 
 def seeds(arm, values, **more):
@@ -125,9 +125,27 @@ def test_low_heads_are_found_or_given():
 def test_mid_tiles_are_judged_by_copies_alone():
   plain = seeds("octaves_mid", [0.1, 0.1]) + seeds("octaves_prior", [1.0, 1.0])
   assert state("H7", plain) == OPEN
-  copies = [r | {"overrides": r["overrides"] | {"data.copies": 8}} for r in plain]
-  assert state("H7", copies) == HOLDS
-  assert state("H8", copies) == OPEN
+  assert state("H7", plain, stage="copies") == HOLDS
+  assert state("H8", plain, stage="copies") == OPEN
+
+
+def test_levels_between_are_judged_on_the_plane_at_equal_steps():
+  octaves = seeds("octaves4_prior", [(0.5, 0.3), (0.5, 0.31), (0.5, 0.32)], flops=3.0)
+  window = seeds("window", [(0.6, 0.6)] * 3)
+  low = seeds("low8_prior", [(0.6, 0.3), (0.61, 0.3), (0.6, 0.3)])
+  assert state("H13", octaves + window, stage="plane") == HOLDS
+  assert state("H14", octaves + low, stage="plane") == HOLDS
+  assert state("H14", octaves + low, stage="screen") == OPEN
+  assert state("H14", low + seeds("octaves4_prior", [0.6, 0.6, 0.62]), stage="plane") == FAILS
+
+
+def test_routing_must_beat_chance_and_the_timestep():
+  ours = seeds("freqformer", [0.5, 0.6]) + seeds("octaves_prior", [0.4, 0.5])
+  others = seeds("freqformer_random", [0.6, 0.7]) + seeds("vorta", [0.41, 0.51])
+  assert state("H16", ours + others) == OPEN  # -16.7 % and -14.3 %: two seeds are too few
+  others = seeds("freqformer_random", [0.6, 0.72]) + seeds("vorta", [0.44, 0.55])
+  assert state("H16", ours + others) == HOLDS and state("H17", ours + others) == HOLDS
+  assert state("H18", seeds("low2", [1.0, 1.0]) + seeds("joint", [0.9, 0.9])) == FAILS
 
 
 @pytest.mark.parametrize(
@@ -140,7 +158,7 @@ def test_leaving_levels_out(regret, density, expected):
 
 
 def test_the_text_names_bounds_seeds_and_consequences():
-  lines = text(verdicts(seeds("octaves", [1.02, 1.02]))).splitlines()
+  lines = text(verdicts({"screen": seeds("octaves", [1.02, 1.02])})).splitlines()
   (eighth,) = (line for line in lines if line.startswith("H8"))
   assert "fails: the threshold is 0" in eighth
   assert "+2.0% +- 0.0%, should be below +0.5% (2 seeds)" in eighth
