@@ -69,6 +69,10 @@ def pytest_configure(config):
     # saves, and numbers are the same up to rounding. Processes that tests start inherit it.
     # `tools.offline` compiles for a GPU as well as ever.
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    # The earlier emitters of fused loops compile a training step in a third of the time.
+    quick = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+    if quick not in os.environ.get("XLA_FLAGS", ""):  # workers inherit it
+      os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}".strip()
   if config.option.device == "gpu":
     config.pluginmanager.register(OnDevice(config), "on_device")
 

@@ -77,7 +77,7 @@ def test_training_takes_the_splits(place):
   config.model.update(dict(width=32, depth=1, heads=4))
   config.model.attention.update(dict(tile=(2, 2, 4), implementation="reference"))
   config.train.update(dict(steps=2, batch_size=2, warmup=0, log_every=1, val_every=2))
-  config.train.val_batches = 1
+  config.train.update(dict(val_batches=1, val_soft=False))
   train(config, place / "run")
   rows = read(place / "run" / "metrics.jsonl")
   assert {row["kind"] for row in rows} >= {"train", "val"}

@@ -21,7 +21,16 @@ from freqformer.methods.octaves import Octaves
 from freqformer.methods.parts.router import RouterConfig
 from freqformer.methods.registry import METHODS, method_class
 from freqformer.methods.sparseflow import Schedule
-from tests.methods.layers import BASIS, DIMS, RAGGED, apply, layer_of, tokens, where
+from tests.methods.layers import (
+  BASIS,
+  DIMS,
+  RAGGED,
+  apply,
+  apply_without_attention,
+  layer_of,
+  tokens,
+  where,
+)
 
 EVEN = TileLayout((4, 8, 16), (2, 4, 4), 32)  # 16 full tiles
 ONE = TileLayout((1, 1, 1), (2, 4, 4), 32)  # one token, and padding
@@ -277,18 +286,12 @@ def test_a_sample_does_not_see_its_batch_and_one_compile_serves_all_inputs(metho
   assert apply._cache_size() == compiled
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def only_counts(*args):
-  """Like `apply`, without the output: what a step lists needs no attention."""
-  _, state, aux = apply.__wrapped__(*args)
-  return None, state, {key: aux[key] for key in ("density", "choice", "kept") if key in aux}
-
-
 @every_method
 def test_cost_is_what_runs(method):
   """Holds in the first and the last step on tiles of equal length; a method whose heads differ is
   told what each sample chose."""
-  walked = walk(opened(method, EVEN), tokens(EVEN), EVEN, warm=True, run=only_counts)
+  how = dict(warm=True, want_masks=False, run=apply_without_attention)
+  walked = walk(opened(method, EVEN), tokens(EVEN), EVEN, **how)
   found = dict(zip(phases(method), walked, strict=True))
   last = method.phase(STEPS - 1, STEPS)
   for phase in {method.phase(0, STEPS), last}:

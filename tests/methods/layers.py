@@ -45,11 +45,23 @@ def apply(graphdef, params, x, cond, arrays, tables, state):
   return arrays.unpack(out), state, aux
 
 
-def run(layer, x, cond=None, layout=RAGGED):
+def run(layer, x, cond=None, layout=RAGGED, apply=apply):
   """Out and aux of a layer without memory."""
   args = (x, where() if cond is None else cond, layout.arrays(), layer.config.tables(layout), {})
   out, _, aux = apply(*nnx.split(layer), *args)
   return out, aux
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply_without_attention(*args):
+  """Like `apply`, without the output: what a step lists and weighs compiles no attention."""
+  _, state, aux = apply.__wrapped__(*args)
+  return None, state, aux
+
+
+def aux_of(layer, x, cond=None, layout=RAGGED):
+  """Aux of a layer without memory."""
+  return run(layer, x, cond, layout, apply_without_attention)[1]
 
 
 def routed_to(layer, choice):

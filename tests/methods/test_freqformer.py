@@ -17,7 +17,7 @@ from freqformer.methods.registry import method_class
 from freqformer.methods.sliding_tile import SlidingTile
 from freqformer.model.attention import AttentionDims
 from freqformer.tables.window import sliding_tile
-from tests.methods.layers import BASIS, DIMS, RAGGED, finished, layer_of, run, tokens, where
+from tests.methods.layers import BASIS, DIMS, RAGGED, aux_of, finished, layer_of, run, tokens, where
 
 
 def test_dense_equals_textbook():
@@ -53,7 +53,7 @@ def test_planted_match_is_selected(filter_):
   direction[2::8] = direction[3::8] = 4.0  # the slowest rotary channels of each head
   for tile in (1, 14):
     x[:, tile * 32 : (tile + 1) * 32] += direction
-  _, aux = run(layer, x, where([1.0], want_masks=True), layout)
+  aux = aux_of(layer, x, where([1.0], want_masks=True), layout)
   tiles = np.asarray(aux["mask"].to_tiles())[0, :, -layout.tiles :, -layout.tiles :]
   assert tiles[:, 1, 14].all() and tiles[:, 14, 1].all()
 
@@ -67,7 +67,7 @@ def test_planted_match_is_selected(filter_):
   ids=["freqformer", "sliding_tile"],
 )
 def test_heads_run_the_sides_of_their_window_in_turn(method):
-  _, aux = run(layer_of(method), tokens(), where(want_masks=True))
+  aux = aux_of(layer_of(method), tokens(), where(want_masks=True))
   ran = np.asarray(aux["mask"].to_tiles())[0, :, -RAGGED.tiles :, -RAGGED.tiles :]
   sides = sliding_tile(RAGGED, (2, 2, 2), deal="octant").to_tiles()[0]
   assert len(sides) == 4

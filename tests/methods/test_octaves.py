@@ -14,7 +14,18 @@ from freqformer.grid.rotary import level_theta, rotate
 from freqformer.methods.freqformer import FreqFormer
 from freqformer.methods.octaves import Octaves
 from freqformer.methods.parts.router import RouterConfig
-from tests.methods.layers import BASIS, DIMS, RAGGED, THETA, heads_of, layer_of, run, tokens, where
+from tests.methods.layers import (
+  BASIS,
+  DIMS,
+  RAGGED,
+  THETA,
+  aux_of,
+  heads_of,
+  layer_of,
+  run,
+  tokens,
+  where,
+)
 
 BIAS = np.random.default_rng(3).standard_normal((DIMS.heads, 3)).astype(np.float32)
 FLAT = dataclasses.replace(Octaves().router, prior_slope=0.0)
@@ -127,9 +138,10 @@ def test_a_level_below_the_threshold_is_left_out():
   assert (kept == 0).sum() == 7
   want = plain(layer, x, kept / kept.sum(-1, keepdims=True))
   np.testing.assert_allclose(heads_of(layer, x), want, atol=2e-5)
-  _, aux = run(layer, x, where(want_masks=True))
-  _, soft = run(layer, x, where(soft_evaluation=True))
-  assert aux["mask"].kv_counts.shape[:2] == (2, DIMS.heads)
+  aux = run(layer, x)[1]
+  soft = aux_of(layer, x, where(soft_evaluation=True))
+  counts = aux_of(layer, x, where(want_masks=True))["mask"].kv_counts
+  assert counts.shape[:2] == (2, DIMS.heads)
   np.testing.assert_array_equal(aux["kept"][0], kept > 0)
   assert aux["density"].mean() < soft["density"].mean()
   np.testing.assert_allclose(aux["expected_density"], aux["density"], rtol=1e-5)
@@ -139,8 +151,7 @@ def test_a_level_below_the_threshold_is_left_out():
 
 def test_the_largest_weight_stays_whatever_the_threshold():
   layer = drawn(dataclasses.replace(METHOD, threshold=0.99))
-  aux = run(layer, tokens())[1]
-  np.testing.assert_array_equal(aux["kept"].sum(-1), 1)
+  np.testing.assert_array_equal(aux_of(layer, tokens())["kept"].sum(-1), 1)
 
 
 def test_straight_through_runs_one_level_and_has_the_gradient_of_all():
@@ -149,15 +160,13 @@ def test_straight_through_runs_one_level_and_has_the_gradient_of_all():
   x = tokens()
   hot = np.eye(3)[BIAS.argmax(-1)]
   np.testing.assert_allclose(heads_of(layer, x), plain(layer, x, hot), atol=2e-5)
-  assert (
-    run(layer, x)[1]["density"].mean() < 0.5 * run(layer, x, where(train=True))[1]["density"].mean()
-  )
-  gradient = router_gradient(layer, x)
+  gradient, aux = router_gradient(layer, x)
   assert (np.abs(gradient) > 1e-6).all()
+  assert run(layer, x)[1]["density"].mean() < 0.5 * aux["density"].mean()
 
 
 def router_gradient(layer, x):
-  """Gradient of the training loss by the router's bias, `[h, levels]`."""
+  """Gradient of the training loss by the router's bias, `[h, levels]`, and the layer's aux."""
   method = layer.config
   args = (where(train=True), RAGGED.arrays(), method.tables(RAGGED), {})
 
@@ -165,17 +174,18 @@ def router_gradient(layer, x):
   def gradient(layer):
     def loss(layer):
       out, _, aux = layer(x, *args)
-      return aux["loss"] + 0 * out.sum() if method.router.penalty else (out**2).sum()
+      return aux["loss"] if method.router.penalty else (out**2).sum(), aux
 
-    return nnx.grad(loss)(layer)
+    return nnx.grad(loss, has_aux=True)(layer)
 
-  return np.asarray(gradient(layer)["method"]["router"]["bias"][...])
+  found, aux = gradient(layer)
+  return np.asarray(found["method"]["router"]["bias"][...]), aux
 
 
 @pytest.mark.parametrize("budget, acts", [(0.05, True), (0.9, False)])
 def test_the_budget_takes_weight_from_dear_levels(budget, acts):
   router = dataclasses.replace(METHOD.router, penalty=1.0, budget=budget)
-  gradient = router_gradient(drawn(dataclasses.replace(METHOD, router=router)), tokens())
+  gradient, _ = router_gradient(drawn(dataclasses.replace(METHOD, router=router)), tokens())
   assert np.abs(gradient).max() > 0 if acts else np.abs(gradient).max() == 0
   if acts:
     assert (gradient[:, 0] > 0).all() and (gradient[:, 2] < 0).all()
@@ -184,9 +194,9 @@ def test_the_budget_takes_weight_from_dear_levels(budget, acts):
 def test_mid_tiles_find_a_far_match():
   """A key that answers a far query is read through the lists of level 0."""
   layer = layer_of(Octaves(levels=2, window=(1, 1, 1), mid_tiles=1, threshold=0.0))
-  mask = run(layer, tokens(), where(want_masks=True))[1]["mask"]
+  mask = aux_of(layer, tokens(), where(want_masks=True))["mask"]
   window = layer_of(Octaves(levels=2, window=(1, 1, 1), threshold=0.0))
-  static = run(window, tokens(), where(want_masks=True))[1]["mask"]
+  static = aux_of(window, tokens(), where(want_masks=True))["mask"]
   tiles = RAGGED.tiles
   counts = np.asarray(mask.kv_counts)[..., -tiles:]
   np.testing.assert_array_equal(counts, 2)
@@ -197,7 +207,7 @@ def test_mid_tiles_find_a_far_match():
 
 def test_weights_begin_fine_at_little_noise_and_coarse_at_much():
   router = dataclasses.replace(METHOD.router, prior_slope=6.0)
-  probs = run(layer_of(dataclasses.replace(METHOD, router=router)), tokens())[1]["probs"]
+  probs = aux_of(layer_of(dataclasses.replace(METHOD, router=router)), tokens())["probs"]
   # Times are 0.3 and 0.9: logits differ by 6 (t - 1/2) from the finest level to the coarsest.
   for sample, rise in zip(probs, (-1.2, 2.4), strict=True):
     want = softmax(np.array([-rise / 2, 0, rise / 2]))
@@ -219,7 +229,7 @@ def test_statistics_of_content_reach_the_weights():
   out[...] = 0.01 * jnp.asarray(np.random.default_rng(0).standard_normal(out[...].shape))
   x = tokens()
   smooth = RAGGED.arrays().pack(jnp.broadcast_to(x[:, :1], (2, RAGGED.n, DIMS.width)))
-  probs = [run(layer, y)[1]["probs"] for y in (x, smooth)]
+  probs = [aux_of(layer, y)["probs"] for y in (x, smooth)]
   assert np.abs(np.asarray(probs[0] - probs[1])).max() > 0.01
 
 

@@ -56,20 +56,25 @@ def test_hard_equals_soft_with_one_hot_gates_and_fixed_heads(name):
   np.testing.assert_allclose(in_order, run(fixed, x)[0], atol=2e-5)
 
 
+def router_gradient(layer, x, cond, loss_of):
+  """Gradient of a loss of the layer's output by the router's bias, `[h, branches]`."""
+  arrays = RAGGED.arrays()
+
+  def loss(bias):
+    twin = nnx.clone(layer)
+    twin.method.router.bias[...] = bias
+    out, _, _ = twin(x, cond, arrays, twin.config.tables(RAGGED), {})
+    return loss_of(arrays.unpack(out))
+
+  return jax.jit(jax.grad(loss))(layer.method.router.bias[...])
+
+
 @pytest.mark.parametrize("name", ["freqformer", "sparseflow"])
 def test_router_gradient_through_the_layer(name):
   """d loss / d logits = softmax' of <dY, Y_b>, with Y_b taken from layers fixed to one branch."""
   layer, x = layer_of(METHODS[name]), tokens()
   dy = jnp.asarray(np.random.default_rng(5).standard_normal((2, RAGGED.n, DIMS.width)), jnp.float32)
-
-  def loss(bias):
-    twin = nnx.clone(layer)
-    twin.method.router.bias[...] = bias
-    arrays = RAGGED.arrays()
-    out, _, _ = twin(x, where(train=True), arrays, twin.config.tables(RAGGED), {})
-    return (arrays.unpack(out) * dy).sum()
-
-  got = jax.jit(jax.grad(loss))(layer.method.router.bias[...])
+  got = router_gradient(layer, x, where(train=True), lambda out: (out * dy).sum())
   probs = run(layer, x)[1]["probs"]
   kernel = layer.out.kernel[...].reshape(DIMS.heads, DIMS.head_dim, DIMS.width)
   values = []
@@ -91,10 +96,5 @@ def test_router_learns(name, mode):
     dataclasses.replace(method, router=dataclasses.replace(method.router, mode=mode))
   )
   cond = where(train=True, rng=jax.random.key(0))
-
-  def loss(layer):
-    out = layer(tokens(), cond, RAGGED.arrays(), layer.config.tables(RAGGED), {})[0]
-    return (out**2).sum()
-
-  gradient = nnx.jit(nnx.grad(loss))(layer).method.router.bias[...]
+  gradient = router_gradient(layer, tokens(), cond, lambda out: (out**2).sum())
   assert np.abs(gradient).max() > 1e-2

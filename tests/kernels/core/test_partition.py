@@ -28,7 +28,7 @@ BLOCK = 16
 
 def test_four_devices_equal_one():
   """In a process of its own: the number of CPU devices is fixed when jax starts."""
-  flags = "--xla_force_host_platform_device_count=4"
+  flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
   run = subprocess.run(
     [sys.executable, "-m", "tests.kernels.core.test_partition"],
     capture_output=True,
