@@ -28,10 +28,10 @@ def get_config():
   # 1x6x3 tiles, whole in time. Windows of two by two, dealt to the heads: together they see all
   # neighbours at 4/18 of the pairs.
   config.model.attention = dict(
-    method="octaves",  # docs/evidence.md, H2
+    method="octaves",  # docs/evidence.md: H2; one low level: H11
     tile=(8, 2, 4),
     implementation="xla",
-    octaves=dict(window=(1, 2, 2), deal="octant"),
+    octaves=dict(levels=2, factor=4, basis="haar", window=(1, 2, 2), deal="octant"),
     # Other methods that `method` or `layers` can name, near the same density.
     freqformer=dict(mid_tiles=3, window=(1, 2, 2), deal="octant", router=router),
     # Sparse in space alone with one layer of tiles; configs/methods.py has tiles of two frames.
@@ -53,12 +53,9 @@ def get_config():
 
 def sweep():
   """Yields routing hyper-parameters worth trying: flat overrides of the config, one trial each."""
-  for levels in (2, 3):
-    for slope in (0.0, 8.0):
-      yield {
-        "model.attention.octaves.levels": levels,
-        "model.attention.octaves.router.prior_slope": slope,
-      }
+  for slope in (0.0, 4.0, 8.0):
+    yield {"model.attention.octaves.router.prior_slope": slope}
+  yield {"model.attention.octaves.levels": 3, "model.attention.octaves.factor": 2}
   for mode in ("straight_through", "gates"):
     yield {"model.attention.octaves.router.mode": mode}
   for budget in (0.1, 0.2):

@@ -28,8 +28,8 @@ def get_config():
     hidden=32, prior=(0.15, 0.25, 0.6), prior_slope=2.0, temperature=(1.0, 0.25), penalty=0.05
   )
   config.model.attention = dict(
-    method="octaves",  # docs/evidence.md, H2
-    octaves=dict(window=(3, 2, 2), deal="octant"),
+    method="octaves",  # docs/evidence.md: H2; one low level: H11
+    octaves=dict(levels=2, factor=4, basis="haar", window=(3, 2, 2), deal="octant"),
     freqformer=dict(mid_tiles=3, window=(3, 2, 2), border="clip", deal="octant", router=router),
   )
   config.train = dict(steps=2000, batch_size=4, ema=0.995, val_every=500)

@@ -28,10 +28,10 @@ def get_config():
   config.model = dict(size="S", patch=(1, 1, 1), dtype="bfloat16")
   router = dict(prior=(0.15, 0.25, 0.6), prior_slope=2.0, temperature=(1.0, 0.25), penalty=0.05)
   config.model.attention = dict(
-    method="octaves",  # docs/evidence.md, H2
+    method="octaves",  # docs/evidence.md: H2; one low level, of a cell per tile: H11
     tile=(4, 4, 4),
     # Both tiles along t, and a quarter of the nearest ones of a frame to each head in turn.
-    octaves=dict(window=(3, 2, 2), deal="octant"),
+    octaves=dict(levels=2, factor=4, window=(3, 2, 2), deal="octant"),
     freqformer=dict(anchors=1, window=(2, 2, 2), deal="octant", router=router),
   )
   config.train = dict(
@@ -52,10 +52,11 @@ def get_config():
 
 def sweep():
   """Yields routing hyper-parameters worth trying: flat overrides of the config, one trial each."""
-  for levels in (2, 3):
+  for levels, factor in ((2, 4), (3, 2)):
     for slope in (0.0, 4.0, 8.0):
       yield {
         "model.attention.octaves.levels": levels,
+        "model.attention.octaves.factor": factor,
         "model.attention.octaves.router.prior_slope": slope,
       }
   yield {

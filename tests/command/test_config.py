@@ -173,7 +173,7 @@ def test_command_lines_are_answered_in_one_sentence(argument, answer, capsys):
       [(1, "Radial(decay=1.0, sink=0)"), (3, "Dense()")],
     ),
     # Of a method that the file does not name, too; its other fields stay.
-    ("radial.decay=0.5", [(4, "Octaves(levels=3")]),
+    ("radial.decay=0.5", [(4, "Octaves(levels=2")]),
     ("method=freqformer(window=(3, 1, 1))", [(4, "mid_tiles=3, sink=0, anchors=0, window=(3, 1")]),
   ],
 )

@@ -50,7 +50,7 @@ def test_the_gain_follows_the_lists_of_the_method():
 def test_the_demo_has_the_figures_of_the_design_page():
   exp = experiment(read_config(ROOT / "configs" / "demo.py"))
   assert np.round(exp.model.rope_theta).tolist() == [26, 21, 21]
-  assert round(exp.model.attention.qk_gain, 2) == 1.69
+  assert round(exp.model.attention.qk_gain, 2) == 1.67
   assert round(starting_gain(1152, 16), 2) == 2.62
   assert starting_gain(2980, 16) < starting_gain(2981, 16) == 4
   assert starting_gain(49_000, 128) == 1 < starting_gain(50_000, 128)
