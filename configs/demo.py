@@ -31,7 +31,7 @@ def get_config():
     method="octaves",  # docs/evidence.md: H2; one low level: H11
     tile=(8, 2, 4),
     implementation="xla",
-    octaves=dict(levels=2, factor=4, basis="haar", window=(1, 2, 2), deal="octant"),
+    octaves=dict(levels=2, factor=4, window=(1, 2, 2), deal="octant"),
     # Other methods that `method` or `layers` can name, near the same density.
     freqformer=dict(mid_tiles=3, window=(1, 2, 2), deal="octant", router=router),
     # Sparse in space alone with one layer of tiles; configs/methods.py has tiles of two frames.

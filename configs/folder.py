@@ -29,7 +29,7 @@ def get_config():
   )
   config.model.attention = dict(
     method="octaves",  # docs/evidence.md: H2; one low level: H11
-    octaves=dict(levels=2, factor=4, basis="haar", window=(3, 2, 2), deal="octant"),
+    octaves=dict(levels=2, factor=4, window=(3, 2, 2), deal="octant"),
     freqformer=dict(mid_tiles=3, window=(3, 2, 2), border="clip", deal="octant", router=router),
   )
   config.train = dict(steps=2000, batch_size=4, ema=0.995, val_every=500)
