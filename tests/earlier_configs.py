@@ -1,4 +1,4 @@
-"""Shipped configs with the tiles and windows of the time when rows and golden tables were made."""
+"""Shipped configs with the method, tiles and windows of the time when rows and golden tables were made."""
 
 import pathlib
 
@@ -10,12 +10,13 @@ CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 # Below `model.attention`.
 SETTINGS = {
   "demo": {
+    "method": "freqformer",
     "tile": (4, 4, 4),
     "freqformer.deal": "as_is",
     "sparseflow.schedule.frames": (1, 2),
     "sparseflow.around": (1, 2),
   },
-  "ucf101": {"freqformer.window": (1, 3, 3), "freqformer.deal": "as_is"},
+  "ucf101": {"method": "freqformer", "freqformer.window": (1, 3, 3), "freqformer.deal": "as_is"},
 }
 
 
