@@ -1,4 +1,4 @@
-"""Shipped configs with the method, tiles and windows of the time when rows and golden tables were made."""
+"""Shipped configs with the method, tiles and windows of when rows and golden tables were made."""
 
 import pathlib
 
