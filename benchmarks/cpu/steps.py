@@ -1,0 +1,140 @@
+"""Seconds and FLOPs of a training step and of a sampling run, each method over dense attention.
+
+  python -m benchmarks.cpu.steps            # 4 minutes on 2 cores: results/steps_cpu.json
+  python -m benchmarks.cpu.steps --quick    # a tiny model, no rows
+
+The model is that of configs/demo.py with the method in all layers, untrained: routers are where
+they begin, losses mean nothing. Methods take turns, so that ratios are of one run. Sampling is the
+run that configs/demo.py asks for, all its steps, guidance included.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from absl import flags
+from flax import nnx
+
+from benchmarks.rows import write_rows
+from benchmarks.timing import Timing, beside_others, in_turns, timed
+from benchmarks.trained.runs import ROOT
+from freqformer.command import cli
+from freqformer.command.files import read_config
+from freqformer.cost import model_cost, training_flops
+from freqformer.diffusion.sampling import SampleConfig, compile_steps, make_step, sample
+from freqformer.model.dit import VideoDiT, make_tables
+from freqformer.pages.text import aligned
+from freqformer.train.experiment import Experiment, experiment
+from freqformer.train.step import init_state, make_train_step
+
+NAME = "steps_cpu"
+METHODS = ("dense", "octaves", "freqformer")
+_CLASSES = 8
+_TURNS = 3
+_STEPS_PER_TURN = 4
+
+
+def training(exp: Experiment) -> Callable[[int], list[float]]:
+  """Returns a sampler of seconds per training step; compiles and runs the first one here."""
+  graphdef, params = nnx.split(VideoDiT(exp.model, exp.latent_shape, _CLASSES, nnx.Rngs(0)))
+  state = init_state(params, exp.train, exp.seed)
+  tables = make_tables(exp.model, exp.latent_shape)
+  rng = np.random.default_rng(0)
+  size = exp.train.batch_size
+  batch = {
+    "latent": rng.standard_normal((size, *exp.latent_shape)).astype(np.float32),
+    "label": np.arange(size, dtype=np.int32) % _CLASSES,
+  }
+  step = make_train_step(graphdef, exp.train, _CLASSES).lower(state, batch, tables).compile()
+  batch, tables = jax.device_put((batch, tables))
+
+  def one():
+    nonlocal state
+    state, values = step(state, batch, tables)
+    return values["loss"]
+
+  jax.block_until_ready(one())
+  return lambda turn: [timed(one) for _ in range(_STEPS_PER_TURN)]
+
+
+def sampling(exp: Experiment, config: SampleConfig) -> Callable[[int], list[float]]:
+  """Returns a sampler of seconds per run of one batch; compiles and runs the first one here."""
+  model = VideoDiT(exp.model, exp.latent_shape, _CLASSES, nnx.Rngs(0))
+  graphdef, params = nnx.split(model)
+  tables = make_tables(exp.model, exp.latent_shape)
+  step = make_step(graphdef, config)
+  step = compile_steps(step, params, model, tables, exp.latent_shape, config)
+  indices = np.arange(config.batch_size)
+  args = (step, params, model, indices % _CLASSES, indices, 0, tables, exp.latent_shape, config)
+
+  def run():
+    return sample(*args, progress=False)[0]
+
+  run()
+  return lambda turn: [timed(run)]
+
+
+def measure(exp: Experiment, config: SampleConfig, turns: int) -> list[dict]:
+  """Returns a row per method and kind of step: seconds and FLOPs, each over dense attention's."""
+  experiments = of_methods(exp)
+  kinds = {
+    "training": {name: training(own) for name, own in experiments.items()},
+    "sampling": {name: sampling(own, config) for name, own in experiments.items()},
+  }
+  found = []
+  for kind, samplers in kinds.items():
+    times = in_turns(samplers, turns)
+    flops = counted(exp, kind)
+    found += [_row(kind, name, times, flops) for name in METHODS]
+  return found
+
+
+def of_methods(exp: Experiment) -> dict[str, Experiment]:
+  """Returns the experiment with each of `METHODS` in all layers."""
+  return {name: dataclasses.replace(exp, model=exp.model.with_method(name)) for name in METHODS}
+
+
+def counted(exp: Experiment, kind: str) -> dict[str, float]:
+  """Returns FLOPs of a sample's step by method; in sampling, of what a router expects at first."""
+  shape = exp.latent_shape
+  models = {name: own.model for name, own in of_methods(exp).items()}
+  if kind == "training":
+    costs = {name: model_cost(model, shape, training=True) for name, model in models.items()}
+    return {name: training_flops(cost) for name, cost in costs.items()}
+  return {name: model_cost(model, shape).total for name, model in models.items()}
+
+
+def _row(kind: str, name: str, times: dict[str, Timing], flops: dict[str, float]) -> dict:
+  dense = times["dense"]
+  own = times[name]
+  return {
+    "name": f"{kind}/{name}",
+    **own.row(),
+    "seconds_over_dense": own.median / dense.median,
+    "dense_p10_over_p90": dense.p10 / dense.p90,
+    "flops_over_dense": flops[name] / flops["dense"],
+  }
+
+
+def main(_):
+  """Measures, prints a table and writes the rows."""
+  config = read_config(ROOT / "configs" / "demo.py")
+  if _QUICK.value:
+    config.data.resolution = (32, 32)
+    config.model.depth = 1
+    config.sample.steps = 2
+  exp = experiment(config)
+  rows = beside_others(lambda: measure(exp, exp.sample, 1 if _QUICK.value else _TURNS))
+  lines = [("", "seconds", "over dense", "FLOPs over dense")]
+  for row in rows:
+    cells = (f"{row[key]:.3f}" for key in ("median_s", "seconds_over_dense", "flops_over_dense"))
+    lines.append((row["name"], *cells))
+  print(aligned(lines))
+  if not _QUICK.value:
+    write_rows(NAME, rows, "python -m benchmarks.cpu.steps")
+
+
+if __name__ == "__main__":
+  _QUICK = flags.DEFINE_bool("quick", False, "A tiny model; writes no rows.")
+  cli.run(main)

@@ -1,0 +1,22 @@
+"""Stored costs of the demo's steps are those that the program counts today."""
+
+import json
+
+import pytest
+
+from benchmarks.cpu import steps
+from benchmarks.rows import RESULTS
+from benchmarks.trained.runs import ROOT
+from freqformer.command.files import read_config
+from freqformer.train.experiment import experiment
+
+
+def test_stored_rows_are_of_todays_model():
+  stored = json.loads((RESULTS / f"{steps.NAME}.json").read_text())
+  exp = experiment(read_config(ROOT / "configs" / "demo.py"))
+  for kind in ("training", "sampling"):
+    flops = steps.counted(exp, kind)
+    for name in steps.METHODS:
+      (row,) = (row for row in stored if row["name"] == f"{kind}/{name}")
+      assert row["flops_over_dense"] == pytest.approx(flops[name] / flops["dense"], rel=1e-6)
+      assert row["seconds_over_dense"] > 0
