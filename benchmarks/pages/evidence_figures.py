@@ -206,7 +206,7 @@ def scale(
   Args:
     sizes: rows by number of tokens.
     predicted: theory's rows by number of tokens.
-    arms: that are drawn; the first one of theory's rows for each.
+    arms: that are drawn. Theory sees lists alone, which `octaves` and `octaves_prior` share.
   """
   if not any(sizes.values()):
     return None

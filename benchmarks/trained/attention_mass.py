@@ -1,4 +1,4 @@
-"""Where dense attention looks, beside what an ideal linear denoiser of Gaussian fields does.
+"""Places that dense attention looks at, beside those of an ideal linear denoiser of fields.
 
 Two measures of one head's matrix A on one clip. Its mass per shell: shells are those of
 `freqformer.grid.spectrum.level_mass` around a token, Chebyshev distances that double, around the

@@ -242,6 +242,7 @@ def test_statistics_of_content_reach_the_weights():
     (dict(threshold=1.0), "threshold=1"),
     (dict(router=RouterConfig(prior=(1, 1))), "share for each of"),
     (dict(router=RouterConfig(prior=(), mode="sampled")), "straight_through"),
+    (dict(router=RouterConfig(prior=(), mode="random")), "straight_through"),
   ],
 )
 def test_refuses_fields(fields, says):

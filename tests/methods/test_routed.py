@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from freqformer.cost import layer_cost
 from freqformer.methods.freqformer import FreqFormer
 from freqformer.methods.parts.router import RouterConfig
 from freqformer.methods.sparseflow import SparseFlow
@@ -98,3 +99,12 @@ def test_router_learns(name, mode):
   cond = where(train=True, rng=jax.random.key(0))
   gradient = router_gradient(layer, tokens(), cond, lambda out: (out**2).sum())
   assert np.abs(gradient).max() > 1e-2
+
+
+def test_a_training_step_costs_the_branches_that_it_runs():
+  """One where heads are drawn, else all of them."""
+  costs = {}
+  for mode in ("soft", "sampled", "random"):
+    method = FreqFormer(router=RouterConfig(mode=mode))
+    costs[mode] = layer_cost(method, RAGGED, DIMS.heads, DIMS.head_dim, training=True).total
+  assert costs["random"] == costs["sampled"] < costs["soft"]

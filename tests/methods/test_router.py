@@ -82,7 +82,10 @@ def test_random_draws_from_p_and_learns_nothing(train):
   assert not jax.grad(lambda z: (route(z, config, cond(train=train)).probs * Y[..., 0]).sum())(
     LOGITS
   ).any()
-  if not train:
+  if train:
+    again = dataclasses.replace(cond(), rng=jax.random.key(7))
+    assert (route(logits, config, again).choice != routing.choice).any()
+  else:
     other = route(logits + 0.1, config, cond(train=False))
     assert (other.choice != routing.choice).any()
     guided = route(logits, config, cond(train=False, guided=True)).choice

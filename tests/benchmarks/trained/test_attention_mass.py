@@ -1,4 +1,4 @@
-"""Where attention looks: matrices whose answer is known, and every pair counted one by one."""
+"""Shells and bands of matrices whose answer is known, and of every pair counted one by one."""
 
 import itertools
 
