@@ -6,9 +6,17 @@ import pytest
 
 from benchmarks.cpu import steps
 from benchmarks.rows import RESULTS
+from benchmarks.timing import Timing
 from benchmarks.trained.runs import ROOT
 from freqformer.command.files import read_config
 from freqformer.train.experiment import experiment
+
+
+def test_a_row_is_over_dense():
+  times = {"dense": Timing((4.0, 4.0, 9.0)), "octaves": Timing((1.0, 1.0, 9.0))}
+  row = steps.over_dense("training", "octaves", times, {"dense": 10.0, "octaves": 5.0})
+  assert row["name"] == "training/octaves"
+  assert row["seconds_over_dense"] == 0.25 and row["flops_over_dense"] == 0.5
 
 
 def test_stored_rows_are_of_todays_model():

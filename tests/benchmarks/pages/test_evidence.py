@@ -203,7 +203,9 @@ def test_more_tokens_beside_theory(predicted):
 
 
 def test_a_page_shows_the_figures_that_there_are(predicted, tmp_path):
-  shown, drawn = evidence.contents(evidence.Rows(STAGES, PROBES, predicted))
+  found = evidence.Rows(STAGES, PROBES, predicted)
+  assert {r["arm"] for r in found.of_theory("scale_576")} == {"octaves_prior", "window"}
+  shown, drawn = evidence.contents(found)
   assert set(drawn) == set(evidence.CAPTIONS)
   assert shown["study figure regret"].endswith("(figures/evidence_regret.png)")
   plots.save(drawn["curves"], tmp_path / "curves.png")

@@ -1,5 +1,6 @@
 """The study: trials and shards, two tiny paired runs, what is skipped or stopped, the table."""
 
+import json
 import math
 import time
 import types
@@ -7,7 +8,7 @@ import types
 import numpy as np
 import pytest
 
-from benchmarks.rows import Store, read_rows
+from benchmarks.rows import RESULTS, Store, read_rows
 from benchmarks.trained import study
 from benchmarks.trained.study_summary import difference, equal_flops, equal_steps, summary
 from freqformer.config import ConfigError
@@ -24,6 +25,15 @@ def test_shards_share_the_trials_of_a_stage():
   assert sorted(t.name for shard in shards for t in shard) == sorted(t.name for t in every)
   # Pairs are soon complete: a seed's arms are neighbours.
   assert {trial.seed for trial in every[: len(stage.arms)]} == {0}
+
+
+@pytest.mark.parametrize("name", study.STAGES)
+def test_stored_rows_are_of_the_trials_that_the_stage_has(name):
+  trials = {trial.name: trial for trial in study.trials(study.STAGES[name])}
+  for row in read_rows(RESULTS / f"study_{name}.json"):
+    own = json.loads(json.dumps(trials[row["name"]].overrides))
+    # What was the config's default then may be said since.
+    assert {**own, **row["overrides"]} == own, row["name"]
 
 
 def test_every_arm_is_a_valid_config_of_its_own():

@@ -155,6 +155,8 @@ def test_leaving_levels_out(regret, density, expected):
   # Below t = .7 every level runs: only the last three parts count.
   run = [1.0] * 5 + [density] * 3
   assert state("H8", seeds("octaves", [regret, regret], density=run)) == expected
+  plane = seeds("octaves4_prior", [regret, regret], density=run)
+  assert state("H15", plane, stage="plane") == expected
 
 
 def test_the_text_names_bounds_seeds_and_consequences():
