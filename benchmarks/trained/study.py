@@ -68,9 +68,6 @@ ARMS = {
   "freqformer_time": _BANDS | {"model.attention.freqformer.router.statistics": False},
   "octaves_mid": _TILTED | {"model.attention.octaves.mid_tiles": 8},
   "octaves_gates": _OCTAVES | {"model.attention.octaves.router.mode": "gates"},
-  # For `plane`, where cells of 2, 4 and 8 tokens lie between tokens and the coarsest level.
-  "octaves4_prior": _TILTED | {"model.attention.octaves.levels": 4},
-  "low8_prior": _LOW4 | _TILTED | {"model.attention.octaves.factor": 8},
   # Half of the heads low, half local, whatever the clip and the timestep.
   "freqformer_fixed": _BANDS | {"model.attention.freqformer.allocation": (1, 0, 1)},
   # Branches drawn anew for every clip and head, by the prior's shares.
@@ -80,7 +77,7 @@ ARMS = {
     "model.attention.freqformer.router.penalty": 0.0,
     "model.attention.freqformer.router.statistics": False,
   },
-  # As VORTA has it: a window, the best tiles or all tokens, chosen by the timestep.
+  # Like VORTA: a window, the best tiles or all tokens, chosen by the timestep alone.
   "vorta": _BANDS
   | {
     "model.attention.freqformer.basis.low": (1.0, 1.0, 1.0),
@@ -92,7 +89,7 @@ ARMS = {
   "joint": _BANDS | _SHARED | {"model.attention.freqformer.allocation": (0, 0, 2)},
   "joint_and_low": _BANDS | _SHARED,
   "topk_pooled": _BANDS | _SHARED | {"model.attention.freqformer.allocation": (0, 2, 0)},
-  # As VSA has it: the best tiles beside a low level of one cell a tile, added by gates.
+  # Like VSA: the best tiles and a low level of one cell a tile, added by gates (of the timestep).
   "topk_gated": _OCTAVES
   | {
     "model.attention.octaves.levels": 2,
@@ -102,9 +99,12 @@ ARMS = {
   },
   "freqformer_slope": _BANDS | {"model.attention.freqformer.router.prior_slope": -2.0},
 }
-
-
-_SCREEN = tuple(arm for arm in ARMS if arm not in ("octaves4_prior", "low8_prior"))
+_SCREEN = tuple(ARMS)
+# Of a grid with room for four levels.
+ARMS |= {
+  "octaves4_prior": _TILTED | {"model.attention.octaves.levels": 4},
+  "low8_prior": _LOW4 | _TILTED | {"model.attention.octaves.factor": 8},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +137,7 @@ _PLANE = _SHORT | {
   "model.attention.block": 4,
   "train.schedule": "cosine",
 }
-# Tokens grow, windows and keys per query do not: what theory says of resolution.
+# Tokens grow, windows do not: theory has the window worse and worse.
 SIZES = {576: (4, 12, 12), 1152: (8, 12, 12), 4608: (8, 24, 24)}
 _SCALE = {
   f"scale_{tokens}": Stage(
