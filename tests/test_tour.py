@@ -39,10 +39,11 @@ def test_the_tour_runs():
   for number, source in enumerate(smaller(code_cells())):
     exec(compile(source, f"tour.ipynb, code cell {number}", "exec"), names)
   names["folder"].cleanup()
+  names["plt"].close("all")
   assert np.abs(names["out"] - names["masked"]).max() < 1e-5
   assert names["run"].step == 2
   assert names["videos"].shape == (3, 4, 128, 128, 3)
-  assert set(names["density"]) != {names["density"][0]}  # the masks depend on the noise level
+  assert len(set(names["density"])) > 1  # the masks depend on the noise level
 
 
 def test_its_outputs_are_of_its_cells():
