@@ -46,7 +46,8 @@ from freqformer.diffusion.sampling import SampleConfig
 from freqformer.diffusion.solvers import SOLVERS
 from freqformer.evaluate import compare
 from freqformer.evaluate.draw import FLOPS_ARE, SAMPLES_PER_CLASS, draw, requests, sample_config
-from freqformer.evaluate.resize import first_frame_latent, parse_size, resized, video_shape
+from freqformer.evaluate.first_frame import first_frame_latent
+from freqformer.evaluate.resize import parse_size, resized, video_shape
 from freqformer.evaluate.restore import Run, load_run
 from freqformer.evaluate.validate import validate
 from freqformer.grid.rotary import ROPE_RULES

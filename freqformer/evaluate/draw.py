@@ -13,8 +13,9 @@ from freqformer.config import ConfigError, did_you_mean, refusing
 from freqformer.cost import Cost, sampling_cost
 from freqformer.diffusion import sampling
 from freqformer.diffusion.sampling import SampleConfig
+from freqformer.evaluate.first_frame import first_frame_latent
 from freqformer.evaluate.record_masks import MaskRecorder, RunMasks, realised_density
-from freqformer.evaluate.resize import first_frame_latent, resized
+from freqformer.evaluate.resize import resized
 from freqformer.evaluate.restore import Run
 
 FLOPS_ARE = (

@@ -1,4 +1,4 @@
-"""Runs at other sizes than they were trained on, and the picture that samples begin with.
+"""Trained runs at other lengths and frame sizes than they were trained on.
 
 The model runs on any grid with tables of its own, and latents are normalised per channel; so a run
 at another size is the same weights with other data settings. Nothing is learned anew: beyond about
@@ -6,18 +6,13 @@ twice the trained lengths nobody has measured it.
 """
 
 import dataclasses
-import pathlib
 import re
 from collections.abc import Sequence
 
-import numpy as np
 from flax import nnx
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from freqformer.config import ConfigError, did_you_mean
-from freqformer.data.codec import LatentStatistics, make_codec
 from freqformer.data.fields import PIXELS, FieldsConfig
-from freqformer.data.protocol import draw_view
 from freqformer.evaluate.restore import Run
 from freqformer.grid.rotary import ROPE_RULES, longer_theta
 from freqformer.model.dit import VideoDiT
@@ -75,54 +70,6 @@ def resized(
     return _at(run, wanted, rope)
   except ConfigError as error:
     raise ConfigError(f"{error} {_next_served(run, wanted, trained, steps, rope)}") from error
-
-
-def first_frame_latent(run: Run, image: str | pathlib.Path | np.ndarray) -> np.ndarray:
-  """Encodes a picture as a run's first latent frame, normalised: float32 `[y, x, c]`.
-
-  It is cropped in the middle and resized as a validation clip is, and stands still over the frames
-  of a latent frame.
-
-  Args:
-    run: at the size that is sampled.
-    image: file, or uint8 `[rows, cols, 3]`.
-
-  Raises:
-    ConfigError: the model was not trained with first frames, or this is no picture.
-  """
-  exp = run.experiment
-  if not (run.model.config.first_frame and exp.train.first_frame):
-    raise ConfigError(
-      "first_frame: this model was not trained with first frames; train one with "
-      "--config.model.first_frame=True --config.train.first_frame=0.5."
-    )
-  if isinstance(exp.data, FieldsConfig):
-    raise ConfigError("first_frame: a model of random fields has no codec that encodes a picture.")
-  from freqformer.data.decode import crop_resize  # needs av, the package of an extra
-
-  pixels = _pixels(image)
-  config = dataclasses.replace(exp.data, short="pad")  # a clip of one frame
-  view = draw_view(config, "val", "first_frame", 0, 1, pixels.shape[:2])
-  frame = crop_resize(pixels, view.box, config.resolution)
-  codec = make_codec(config.codec)
-  still = np.repeat(frame[None, None], config.codec.factor[0], axis=1)
-  statistics = LatentStatistics.from_json(run.record["statistics"])
-  return statistics.normalise(codec.encode(still)[0, 0])
-
-
-def _pixels(image) -> np.ndarray:
-  """Returns a picture as uint8 `[rows, cols, 3]`, upright."""
-  if isinstance(image, np.ndarray):
-    if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
-      raise ConfigError(
-        f"first_frame must be uint8 [rows, cols, 3], got {image.dtype} {list(image.shape)}."
-      )
-    return image
-  try:
-    with Image.open(image) as opened:
-      return np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
-  except (FileNotFoundError, UnidentifiedImageError) as error:
-    raise ConfigError(f"first_frame={str(image)!r} cannot be read as a picture.") from error
 
 
 def _steps(run: Run) -> tuple[int, int, int]:

@@ -1,16 +1,12 @@
-"""Runs at other sizes: shapes, positions, decoded videos, pictures; sizes that cannot be."""
-
-import dataclasses
+"""Runs at other sizes: shapes, positions, decoded videos; sizes that cannot be."""
 
 import numpy as np
 import pytest
 from flax import nnx
-from PIL import Image
 
 from freqformer.command.files import read_config
 from freqformer.config import ConfigError
-from freqformer.data.codec import make_codec
-from freqformer.evaluate.resize import first_frame_latent, parse_size, resized, video_shape
+from freqformer.evaluate.resize import parse_size, resized, video_shape
 from freqformer.evaluate.restore import Run
 from freqformer.model.dit import VideoDiT
 from freqformer.train.experiment import experiment
@@ -58,8 +54,6 @@ def test_fields_have_sizes_of_tokens():
   other = resized(run, frames=4, size=(64, 256))
   assert other.latent_shape == (4, 8, 32, 4) and video_shape(other) == (4, 64, 256)
   assert other.decode(np.zeros((1, 4, 8, 32, 4), np.float32)).shape == (1, 4, 64, 256, 3)
-  with pytest.raises(ConfigError, match="random fields has no codec"):
-    first_frame_latent(given(run), np.zeros((4, 4, 3), np.uint8))
 
 
 @pytest.mark.parametrize(
@@ -89,44 +83,3 @@ def test_sizes_are_rows_times_columns(text):
   assert parse_size("96x128") == (96, 128)
   with pytest.raises(ConfigError, match="must be ROWSxCOLS in pixels"):
     parse_size(text)
-
-
-def given(run):
-  """The run as if it were trained with first frames."""
-  train = dataclasses.replace(run.experiment.train, first_frame=0.5)
-  model = dataclasses.replace(run.model.config, first_frame=True)
-  data = run.experiment.data
-  if hasattr(data, "target"):
-    data = dataclasses.replace(data, target="velocity")
-  exp = dataclasses.replace(run.experiment, train=train, model=model, data=data)
-  abstract = nnx.eval_shape(lambda: VideoDiT(model, run.latent_shape, 2, nnx.Rngs(0)))
-  return dataclasses.replace(run, model=abstract, experiment=exp)
-
-
-def test_a_picture_is_encoded_as_a_still_clip(tmp_path):
-  run = given(run_of(tiny()))
-  pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
-  got = first_frame_latent(run, pixels)
-  codec = make_codec(run.experiment.data.codec)
-  still = codec.encode(np.stack([pixels, pixels])[None])[0, 0]
-  np.testing.assert_allclose(got, (still - np.arange(4)) / (1 + np.arange(4)), rtol=1e-5)
-  # Cut in the middle, as a clip is, and as the size asks.
-  wide = np.concatenate([0 * pixels[:, :8], pixels, 0 * pixels[:, :8]], 1)
-  np.testing.assert_array_equal(first_frame_latent(run, wide), got)
-  assert first_frame_latent(resized(run, size=(32, 32)), pixels).shape == (4, 4, 4)
-  Image.fromarray(pixels).save(tmp_path / "picture.png")
-  np.testing.assert_array_equal(first_frame_latent(run, tmp_path / "picture.png"), got)
-
-
-def test_pictures_that_are_refused(tmp_path):
-  picture = np.zeros((24, 32, 3), np.uint8)
-  for run in (run_of(tiny()), run_of(tiny(first_frame=True))):  # the latter is never given any
-    with pytest.raises(ConfigError, match="was not trained with first frames"):
-      first_frame_latent(run, picture)
-  run = given(run_of(tiny()))
-  (tmp_path / "text.png").write_text("no picture")
-  for wrong in (tmp_path / "text.png", tmp_path / "absent.png"):
-    with pytest.raises(ConfigError, match="cannot be read as a picture"):
-      first_frame_latent(run, wrong)
-  with pytest.raises(ConfigError, match=r"must be uint8 \[rows, cols, 3\], got float64"):
-    first_frame_latent(run, picture / 1.0)
