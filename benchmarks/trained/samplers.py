@@ -4,7 +4,8 @@
 
 All samplers begin with the same noise and end, with enough steps, at the same latents. The
 reference is heun with twice as many steps as the longest run has evaluations. A distance is the RMS
-difference over the RMS of the reference; classes, guidance and shift are those of the run.
+difference over the RMS of the reference; classes, guidance and shift are those of the run. The row
+`reference` is the distance of another sampler with as many evaluations: nearer ones mean nothing.
 """
 
 import dataclasses
@@ -33,7 +34,7 @@ def steps_for(sampler: str, evaluations: int) -> int:
 
 
 def measure(run: Run, budgets: list[int], count: int) -> list[dict]:
-  """Returns a row per sampler and budget of evaluations."""
+  """Returns a row per sampler and budget of evaluations, and one of the reference itself."""
   labels, indices = requests(run, None, 1)
   labels = labels[:count]
   indices = indices[:count]
@@ -49,30 +50,28 @@ def measure(run: Run, budgets: list[int], count: int) -> list[dict]:
     args = (steps[sampler], run.params, model, labels, indices, 0, tables, run.latent_shape, config)
     return sample(*args)[0]
 
+  def row(name, sampler, number):
+    found = distances(latents(sampler, number), reference)
+    return {
+      "name": name,
+      "sampler": sampler,
+      "steps": number,
+      "evaluations": len(dataclasses.replace(base, sampler=sampler, steps=number).guided()),
+      "distance": float(np.sqrt(np.mean(found**2))),
+      "distance_by_sample": found.tolist(),
+      "reference": f"heun, {longest} steps",
+      "samples": len(labels),
+      "guidance": base.guidance,
+      "shift": base.shift,
+      "method": model.config.attention.method,
+      "trained_steps": run.step,
+    }
+
   longest = 2 * max(budgets)
   reference = latents("heun", longest)
-  rows = []
+  rows = [row("reference", "unipc", 2 * longest - 1)]
   for sampler in SOLVERS:
-    for budget in budgets:
-      number = steps_for(sampler, budget)
-      found = distances(latents(sampler, number), reference)
-      config = dataclasses.replace(base, sampler=sampler, steps=number)
-      rows.append(
-        {
-          "name": f"{sampler}/{budget}",
-          "sampler": sampler,
-          "steps": number,
-          "evaluations": len(config.guided()),
-          "distance": float(np.sqrt(np.mean(found**2))),
-          "distance_by_sample": found.tolist(),
-          "reference": f"heun, {longest} steps",
-          "samples": len(labels),
-          "guidance": base.guidance,
-          "shift": base.shift,
-          "method": model.config.attention.method,
-          "trained_steps": run.step,
-        }
-      )
+    rows += [row(f"{sampler}/{n}", sampler, steps_for(sampler, n)) for n in budgets]
   return rows
 
 
