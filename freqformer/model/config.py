@@ -91,6 +91,8 @@ class ModelConfig:
     mlp_ratio: hidden width of the MLP over the width.
     skip: add a learned multiple of the noisy latents to the velocity, per channel and timestep, so
       that the layers need not learn it.
+    first_frame: the first latent frame may be given clean; an embedding marks its tokens. Training
+      gives it to a share of the samples (`train.first_frame`).
     dtype: of activations; parameters are float32.
     remat: recompute blocks in the backward, except attention outputs, LSE, routing and tables.
   """
@@ -104,6 +106,7 @@ class ModelConfig:
   rope_theta: tuple[float, ...] = ()
   mlp_ratio: float = 4.0
   skip: bool = False
+  first_frame: bool = False
   dtype: str = "float32"
   remat: bool = True
 
@@ -122,6 +125,11 @@ class ModelConfig:
     if len(self.rope_theta) == 1:
       object.__setattr__(self, "rope_theta", self.rope_theta * 3)
     require_one_of(self, "dtype", DTYPES)
+    if self.first_frame and self.patch[0] > 1:
+      raise ValueError(
+        f"first_frame=True needs tokens of one latent frame, patch={self.patch} holds "
+        f"{self.patch[0]}; set patch={(1, *self.patch[1:])}."
+      )
     self.dims  # noqa: B018  refuses heads that do not divide the width
     self.attention.runs(self.depth)
 

@@ -136,6 +136,7 @@ class VideoDiT(nnx.Module):
       first += count
     self.runs = nnx.List(runs)
     self.final = FinalLayer(config, patch, named(rngs, "final"))
+    self.first_frame = nnx.Param(jnp.zeros(width)) if config.first_frame else None
     # One assignment: flax fixes on the first one whether an attribute holds parameters.
     self.skip = (
       nnx.Linear(width, self.channels, kernel_init=_ZEROS, rngs=named(rngs, "skip"))
@@ -161,15 +162,41 @@ class VideoDiT(nnx.Module):
       states.append(jax.tree.map(stack, method.init_state(rows, dims, layout)))
     return states
 
+  def conditional_half(self, state: list) -> list:
+    """Returns what the conditional half of guidance remembers, to run it alone."""
+
+    def half(x):
+      return x[:, : x.shape[1] // 2]
+
+    return [
+      own if method.shares_state else jax.tree.map(half, own)
+      for (_, method), own in zip(self.config.runs(), state, strict=True)
+    ]
+
+  def both_halves(self, state: list) -> list:
+    """Inverts `conditional_half`: the unconditional half remembers the same."""
+
+    def twice(x):
+      return jnp.concatenate([x, x], 1)
+
+    return [
+      own if method.shares_state else jax.tree.map(twice, own)
+      for (_, method), own in zip(self.config.runs(), state, strict=True)
+    ]
+
   def schedule(self, steps: int) -> list[tuple[str, ...]]:
-    """Returns each sampling step's phases, one per run of layers; ConfigError if none fit."""
+    """Returns the phases of each evaluation of a sampling run, one per run of layers.
+
+    Raises:
+      ConfigError: a method's schedule does not fit so many evaluations.
+    """
     methods = [method for _, method in self.config.runs()]
     for method in methods:
       method.check_run(steps)
     return [tuple(method.phase(step, steps) for method in methods) for step in range(steps)]
 
   def __call__(
-    self, x, time, label, tables, state=None, *, rng=None, phases=(), **moment
+    self, x, time, label, tables, state=None, *, rng=None, phases=(), given=None, **moment
   ) -> tuple[jax.Array, list, list[dict]]:
     """Predicts the velocity of noisy latents.
 
@@ -180,6 +207,8 @@ class VideoDiT(nnx.Module):
       state: of `init_state`, or None to start fresh.
       rng: key for stochastic routing, or None.
       phases: one per run of layers, of `schedule`; empty in training.
+      given: bool `[b]`, the first latent frame is clean instead of noisy (`ModelConfig.first_frame`
+        only); None: nowhere. The velocity there means nothing.
       **moment: further fields of `Cond`: progress, train, guided, soft_evaluation, want_masks.
 
     Returns:
@@ -190,7 +219,10 @@ class VideoDiT(nnx.Module):
     condition = (embedding + self.label(label)).astype(DTYPES[self.config.dtype])
     cond = Cond(time, embedding, **moment)
     layout = tables["layout"]
-    tokens = layout.pack(self.embed(patchify(x, self.config.patch)))
+    tokens = self.embed(patchify(x, self.config.patch))
+    if given is not None:
+      tokens = self._marked(tokens, given, layout.layout.grid)
+    tokens = layout.pack(tokens)
     if state is None:
       state = self.init_state(x.shape[0], x.shape[1:], cond.guided)
     states = []
@@ -211,6 +243,12 @@ class VideoDiT(nnx.Module):
     if self.skip is not None:
       velocity += self.skip(nnx.silu(condition))[:, None, None, None] * x
     return velocity, states, auxes
+
+  def _marked(self, tokens, given, grid):
+    """Adds the embedding of given tokens to those of the first frame, in raster order."""
+    mark = given[:, None, None] * self.first_frame[...].astype(tokens.dtype)
+    rows = grid[1] * grid[2]
+    return jnp.concatenate([tokens[:, :rows] + mark, tokens[:, rows:]], 1)
 
   def _scan(self, run, x, condition, cond: Cond, layout, tables, state):
     """Scans over the stacked layers of one run."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
-from freqformer.config import build, require
+from freqformer.config import ConfigError, build, require
 from freqformer.data.fields import FieldsConfig
 from freqformer.data.protocol import DataConfig
 from freqformer.data.sources import data_config
@@ -29,6 +29,21 @@ class Experiment:
     # Resolved here: what the grid decides is part of the run. What is wrong with it is refused
     # before hours of encoding.
     object.__setattr__(self, "model", self.model.resolved(self.latent_shape))
+    if self.train.first_frame:
+      self._check_first_frame()
+
+  def _check_first_frame(self):
+    """Refuses training with first frames where the model or the data have none to give."""
+    given = f"config.train.first_frame={self.train.first_frame}"
+    if not self.model.first_frame:
+      raise ConfigError(f"{given} needs config.model.first_frame=True.")
+    if self.latent_shape[0] < 2:
+      raise ConfigError(f"{given} needs two latent frames at least; raise config.data.frames.")
+    if isinstance(self.data, FieldsConfig) and self.data.target == "posterior":
+      raise ConfigError(
+        f"{given} cannot learn from config.data.target='posterior', the mean without a given "
+        "frame; set config.data.target='velocity'."
+      )
 
   @property
   def latent_shape(self) -> tuple[int, int, int, int]:
