@@ -7,7 +7,7 @@ learned VAE reconstructs better, but here nothing has to be downloaded.
   blocks. On smooth clips it needs half as many numbers as `dct` for the same error.
 * `dct` keeps the lowest coefficients of each block: more detail at few cells, and block borders.
 
-Latents are normalised per channel with statistics of the training views.
+Latents are normalised with statistics of the training views.
 """
 
 import dataclasses
@@ -61,6 +61,7 @@ class Codec:
   """
 
   version = 1  # part of a cache's hash: raise it when the same config gives other latents
+  joint_std = False  # latents are divided by one std for all channels
 
   def __init__(self, config: CodecConfig):
     self.config = config
@@ -132,6 +133,8 @@ class LowpassCodec(Codec):
   By the DCT of whole axes: `m` of `n` coefficients are kept and transformed back on m cells, times
   sqrt(m / n), which keeps means. Decoding fills the others with zeros.
   """
+
+  joint_std = True  # luma and colour keep their proportions, as in pixels
 
   @staticmethod
   def most_channels(factor):
@@ -233,9 +236,15 @@ class StatisticsAccumulator:
     self._mean += step * share
     self._cells += len(x)
 
-  def result(self) -> LatentStatistics:
-    """Returns the statistics so far; a channel that never varies gets std 1."""
+  def result(self, joint: bool = False) -> LatentStatistics:
+    """Returns the statistics so far; a channel that never varies gets std 1.
+
+    Args:
+      joint: give all channels one std, so that they keep their proportions.
+    """
     variance = self._squares / self._cells
+    if joint:
+      variance = np.full_like(variance, variance.mean())
     constant = variance < 1e-10 * max(1.0, float(np.max(self._mean**2)))
     std = np.sqrt(np.where(constant, 1.0, variance))
     return LatentStatistics(self._mean.astype(np.float32), std.astype(np.float32))

@@ -10,6 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from freqformer.config import refusing
@@ -18,6 +19,7 @@ from freqformer.kernels.block_sparse.table import BlockMask
 from freqformer.methods.base import Cond, Method
 from freqformer.model.attention import SpectralAttention
 from freqformer.model.config import DTYPES, ModelConfig
+from freqformer.model.precondition import Preconditioner
 from freqformer.model.streams import named, numbered
 
 # Names that rematerialisation keeps: the attention kernel runs once, and no choice can flip when
@@ -25,6 +27,7 @@ from freqformer.model.streams import named, numbered
 KEPT = (*CHECKPOINT_NAMES, "routing", "tables")
 TIME_RANGE = 1000  # DiT's features were made for t in 0..1000
 TIME_FREQUENCIES = 128
+PLACE_WAVES = 8  # choice: cosines of a token's place along each axis
 _ZEROS = nnx.initializers.zeros_init()
 _XAVIER = nnx.initializers.xavier_uniform()
 
@@ -124,6 +127,13 @@ class VideoDiT(nnx.Module):
     self.embed = nnx.Linear(
       patch, width, kernel_init=_XAVIER, dtype=dtype, rngs=named(rngs, "embed")
     )
+    self.position = (
+      nnx.Linear(
+        3 * PLACE_WAVES, width, use_bias=False, kernel_init=_ZEROS, rngs=named(rngs, "position")
+      )
+      if config.positions
+      else None
+    )
     self.time = TimestepEmbedder(width, named(rngs, "time"))
     normal = nnx.initializers.normal(0.02)
     self.label = nnx.Embed(classes + 1, width, embedding_init=normal, rngs=named(rngs, "label"))
@@ -219,7 +229,11 @@ class VideoDiT(nnx.Module):
     condition = (embedding + self.label(label)).astype(DTYPES[self.config.dtype])
     cond = Cond(time, embedding, **moment)
     layout = tables["layout"]
-    tokens = self.embed(patchify(x, self.config.patch))
+    preconditioner = tables.get("preconditioner")
+    seen = x if preconditioner is None else preconditioner.inputs(x, time)
+    tokens = self.embed(patchify(seen, self.config.patch))
+    if self.position is not None:
+      tokens += self.position(tables["places"]).astype(tokens.dtype)
     if given is not None:
       tokens = self._marked(tokens, given, layout.layout.grid)
     tokens = layout.pack(tokens)
@@ -242,6 +256,8 @@ class VideoDiT(nnx.Module):
     velocity = unpatchify(velocity, x.shape[1:], self.config.patch)
     if self.skip is not None:
       velocity += self.skip(nnx.silu(condition))[:, None, None, None] * x
+    if preconditioner is not None:
+      velocity = preconditioner.velocity(x, velocity, time)
     return velocity, states, auxes
 
   def _marked(self, tokens, given, grid):
@@ -284,7 +300,7 @@ def _repeat(count: int, x) -> jax.Array:
 
 
 def make_tables(config: ModelConfig, latent_shape) -> dict:
-  """Returns `{"layout": LayoutTables, "methods": [one per run of layers]}` of one grid.
+  """Returns what is static about a grid: `{"layout": LayoutTables, "methods": [one per run], ...}`.
 
   Raises:
     ConfigError: a method cannot serve the grid.
@@ -302,7 +318,21 @@ def make_tables(config: ModelConfig, latent_shape) -> dict:
     with refusing(f"attention method {type(method).__name__}"):
       tables = method.tables(layout)
     methods.append(jax.tree.map(finish, tables, is_leaf=is_mask))
-  return {"layout": layout.arrays(), "methods": methods}
+  tables = {"layout": layout.arrays(), "methods": methods}
+  if config.precondition:
+    tables["preconditioner"] = Preconditioner.of(config.spectrum, latent_shape)
+  if config.positions:
+    tables["places"] = _places(layout.grid)
+  return tables
+
+
+def _places(grid) -> jax.Array:
+  """Returns `cos(pi k u)`, k = 1, 2, ..., for the place u in (0, 1) along each axis, `[n, 3 k]`."""
+  waves = np.arange(1, PLACE_WAVES + 1)
+  axes = [np.cos(np.pi * waves * (np.arange(n)[:, None] + 0.5) / n) for n in grid]
+  index = np.indices(grid).reshape(3, -1)
+  found = [axis[at] for axis, at in zip(axes, index, strict=True)]
+  return jnp.asarray(np.concatenate(found, -1), jnp.float32)
 
 
 def patchify(x: jax.Array, patch) -> jax.Array:

@@ -1,8 +1,9 @@
 """A whole run's configuration, validated in one place: what `get_config` feeds."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from freqformer.config import ConfigError, build, require
@@ -44,6 +45,10 @@ class Experiment:
         f"{given} cannot learn from config.data.target='posterior', the mean without a given "
         "frame; set config.data.target='velocity'."
       )
+
+  def with_spectrum(self, latents: Iterable[np.ndarray]) -> "Experiment":
+    """Returns the experiment with the spectrum of training latents, if its model needs one."""
+    return dataclasses.replace(self, model=self.model.with_spectrum(latents))
 
   @property
   def latent_shape(self) -> tuple[int, int, int, int]:
@@ -97,11 +102,13 @@ def _built(values: dict) -> Experiment:
 
 
 def recorded(config: Mapping, exp: Experiment) -> ConfigDict:
-  """Returns the config as a run records it: with what the grid decided for `exp`."""
+  """Returns the config as a run records it: with what grid and data decided for `exp`."""
   decided = {
     "rope_theta": exp.model.rope_theta,
     "attention": {"qk_gain": exp.model.attention.qk_gain},
   }
+  if exp.model.spectrum:
+    decided["spectrum"] = exp.model.spectrum
   return ConfigDict(_merged(_plain(config), {"model": decided}))
 
 
@@ -110,7 +117,10 @@ def _as_begun(model: Mapping, old: Mapping) -> dict:
   attention = dict(model.get("attention", {}))
   attention["qk_gain"] = attention.get("qk_gain") or old["attention"]["qk_gain"]
   theta = model.get("rope_theta") or old["rope_theta"]
-  return {**model, "rope_theta": theta, "attention": attention}
+  found = {**model, "rope_theta": theta, "attention": attention}
+  if model.get("precondition") and "spectrum" in old:
+    found["spectrum"] = model.get("spectrum") or old["spectrum"]
+  return found
 
 
 def _completed(config: Mapping) -> dict:

@@ -99,6 +99,10 @@ def test_statistics_normalise():
   assert stats.std[2] == 1 and np.abs(normal[..., 2]).max() < 1e-5
   np.testing.assert_allclose(normal[..., :2].std((0, 1, 2, 3)), 1, rtol=1e-4)
   assert relative_error(stats.denormalise(normal), latents) < 3e-6
+  joint = total.result(joint=True)
+  np.testing.assert_array_equal(joint.mean, stats.mean)
+  whole = exact - exact.mean((0, 1, 2, 3))
+  np.testing.assert_allclose(joint.std, np.sqrt(np.square(whole).mean()), rtol=1e-6)
   again = LatentStatistics.from_json(json.loads(json.dumps(stats.to_json())))
   np.testing.assert_array_equal(again.mean, stats.mean)
   np.testing.assert_array_equal(again.std, stats.std)
