@@ -16,9 +16,9 @@
 Averaged weights and hard routing by default. Writes <class>.mp4, grid.png, latents.npz,
 sampling.json and density.json (one sample's density at every step, layer and head) to --out, where
 it replaces an earlier run's files. The default is <workdir>/samples, which the run's report shows,
-or <workdir>/samples-<method> with --method. With --compare, every method draws the same samples
-from the same noise and writes <method>/*.mp4, comparison.json and comparison.html, by default to
-<workdir>/compare.
+or <workdir>/samples-<method> with --method, likewise with --frames and --size. With --compare,
+every method draws the same samples from the same noise and writes <method>/*.mp4, comparison.json
+and comparison.html, by default to <workdir>/compare.
 
 With --validate nothing is sampled: the loss by part of t, the linear predictor's and the density go
 to the terminal and to a JSON file in <workdir>/validation. The clips are those that the run
@@ -138,7 +138,9 @@ def _sample_one_method():
   labels, indices, config = _requests(run)
   picture = _FIRST_FRAME.value
   first_frame = None if picture is None else first_frame_latent(run, picture)
-  out = _folder("samples" if _METHOD.value is None else f"samples-{slug(_METHOD.value)}")
+  frames = f"frames={_FRAMES.value}" if _FRAMES.value else None
+  words = [slug(word) for word in (_METHOD.value, frames, _SIZE.value) if word]
+  out = _folder("-".join(["samples", *words]))
   masks = _EXPORT_MASKS.value
   if masks:
     pathlib.Path(masks).mkdir(parents=True, exist_ok=True)

@@ -138,7 +138,6 @@ def make_step(graphdef, config: SampleConfig, want_masks: bool = False, first_fr
     rows = jnp.concatenate([x, x]) if guided else x
     labels = jnp.concatenate([label, jnp.full_like(label, model.classes)]) if guided else label
     alone = guides and not guided  # in a run whose other evaluations have two halves
-    given = {"given": jnp.ones(len(rows), bool)} if first_frame else {}
     velocity, state, aux = model(
       rows,
       jnp.broadcast_to(t, labels.shape),
@@ -149,7 +148,7 @@ def make_step(graphdef, config: SampleConfig, want_masks: bool = False, first_fr
       soft_evaluation=config.soft,
       want_masks=want_masks,
       phases=phases,
-      **given,
+      given=jnp.ones(len(rows), bool) if first_frame else None,
     )
     if alone:
       state = model.both_halves(state)
