@@ -9,11 +9,11 @@ No photograph is in both splits, and every class has the same photographs: only 
 apart. docs/evidence.md says where photographs come from.
 """
 
-from configs import demo
+from configs import comparison
 
 
 def get_config():
-  config = demo.get_config()
+  config = comparison.get_config()
   # Clips are 96 x 96 pixels. A mirrored one would move the wrong way: no flip.
   config.data = dict(
     source="folder",
