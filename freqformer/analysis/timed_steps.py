@@ -9,6 +9,8 @@ import jax
 import numpy as np
 from flax import nnx
 
+from freqformer.data.fields import FieldsConfig
+from freqformer.data.sources import open_split
 from freqformer.evaluate.draw import draw, requests, sample_config
 from freqformer.evaluate.restore import Run, load_run
 from freqformer.train.step import init_state, make_train_step
@@ -66,10 +68,13 @@ def _training(run: Run) -> Callable:
   batch = jax.device_put({"latent": latents.astype(np.float32), "label": labels})
   tables = jax.device_put(run.model.tables(run.latent_shape))
   step = make_train_step(nnx.graphdef(run.model), train, classes)
+  data = run.experiment.data
+  # Clips from files have no target of their own, and need not be there.
+  target = open_split(data, "train").target if isinstance(data, FieldsConfig) else None
 
   def one():
     nonlocal state
-    state, values = step(state, batch, tables)
+    state, values = step(state, batch, tables, target)
     return values["loss"]
 
   jax.block_until_ready(one())

@@ -153,7 +153,7 @@ def picture(data: bytes, alt: str, width: int | None = None) -> str:
 def image(figure: Figure, alt: str) -> str:
   """Returns a figure as an inline picture."""
   data = io.BytesIO()
-  figure.savefig(data, format="png", dpi=_FIGURE_DPI, bbox_inches="tight")
+  figure.savefig(data, format="png", dpi=_FIGURE_DPI)
   found = picture(data.getvalue(), alt, round(_FIGURE_WIDTH * figure.get_figwidth()))
   return f'<div class="scroll figure">{found}</div>'
 

@@ -81,6 +81,9 @@ def losses(workdir: pathlib.Path) -> str:
   if not train:
     raise Absent("metrics.jsonl has no training line yet.")
   curves = {label: metric_rows(workdir, kind) for kind, label in VALIDATIONS.items()}
+  soft = curves[VALIDATIONS["val_soft"]]
+  if [row["loss"] for row in soft] == [row["loss"] for row in curves[VALIDATIONS["val"]]]:
+    soft.clear()  # levels are mixed in evaluation, too: one curve
   curves = {label: rows for label, rows in curves.items() if rows}
   found = image(loss_figure(curves, {"training": train}), "loss over steps, FLOPs and seconds")
   moving, constant = _curves(train)
@@ -135,7 +138,7 @@ def _curve_figure(curves: Mapping[str, tuple]) -> Figure:
     axis.set_title(name, fontsize=9)
     axis.set_xlabel("step")
     axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    if name == _CURVES["grad_norm"] and values.min() > 0:
+    if name == _CURVES["grad_norm"] and values.max() > 10 * values.min() > 0:
       plain_log(axis)
     else:
       axis.set_ylim(0, 1.08 * values.max() or None)
@@ -150,7 +153,7 @@ def by_timestep(workdir: pathlib.Path) -> str:
   last = rows[-1]
   bars = {"model": last["buckets"]}
   for row in metric_rows(workdir, "val_soft"):
-    if row["step"] == last["step"] and row.get("buckets"):
+    if row["step"] == last["step"] and row.get("buckets") not in (None, last["buckets"]):
       bars.setdefault("model, soft routing", row["buckets"])
   colours = dict(zip(bars, COLOURS, strict=False))
   if last.get("linear_buckets"):

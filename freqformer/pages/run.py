@@ -27,6 +27,7 @@ _FACTS = {
   "grid": "grid, t × y × x tokens",
   "tile": "tile, t × y × x tokens",
 }
+_PARTS = {"train": "training with validation, samples and reports"}
 
 
 def _evaluation(workdir: pathlib.Path) -> str:
@@ -54,7 +55,8 @@ def _facts(workdir: pathlib.Path) -> str:
   if run.get("finished") is False:
     rows.append(("state", "training has not finished"))
   rows += [(name, run[key]) for key, name in _FACTS.items() if key in run]
-  rows += [(f"{name}, seconds", float(value)) for name, value in run["seconds"].items()]
+  for name, value in run["seconds"].items():
+    rows.append((f"{_PARTS.get(name, name)}, seconds", float(value)))
   if run["versions"]:
     rows.append(("versions", ", ".join(f"{k} {v}" for k, v in run["versions"].items())))
   for change in run["changes"]:
