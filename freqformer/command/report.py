@@ -20,21 +20,23 @@ from freqformer.config import ConfigError
 from freqformer.pages.run import write_report
 from freqformer.pages.runs import write_runs
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
-_TIME_DENSE = flags.DEFINE_bool("time_dense", False, "Time its steps against dense attention's.")
-_COMPARE = flags.DEFINE_list("compare", None, "Folders of runs to show side by side.")
-_OUT = flags.DEFINE_string("out", None, "File of --compare.")
-
 
 def gathered(arguments: list[str]) -> list[str]:
-  """Returns the arguments with those that follow `--compare RUN` joined to it by commas."""
+  """Returns the arguments with `--compare=RUN` for each RUN that follows `--compare`."""
   for i, argument in enumerate(arguments):
-    name, equals, value = argument.partition("=")
-    if name.lstrip("-") == "compare" and name.startswith("-"):
+    if argument in ("--compare", "-compare"):
       runs = list(itertools.takewhile(lambda text: not text.startswith("-"), arguments[i + 1 :]))
       rest = arguments[i + 1 + len(runs) :]
-      return [*arguments[:i], "--compare=" + ",".join([value] * bool(equals) + runs), *rest]
+      return [*arguments[:i], *(f"--compare={run}" for run in runs), *rest]
   return arguments
+
+
+def folders(texts: list[str]) -> list[str]:
+  """Returns the runs that texts name: a text that is no folder may be a list with commas."""
+  found = []
+  for text in texts:  # folders of a sweep have commas in their names
+    found += [text] if pathlib.Path(text).is_dir() else text.split(",")
+  return found
 
 
 def main(_):
@@ -43,8 +45,8 @@ def main(_):
   if _COMPARE.value is not None:
     if _TIME_DENSE.value:
       raise ConfigError("--time_dense goes with --workdir: time one run after the other.")
-    default = pathlib.Path(_COMPARE.value[0] if _COMPARE.value else ".").parent / "compare.html"
-    print(write_runs(_COMPARE.value, _OUT.value or default))
+    runs = folders(_COMPARE.value)
+    print(write_runs(runs, _OUT.value or pathlib.Path(runs[0]).parent / "compare.html"))
     return
   if _OUT.value:
     raise ConfigError("--out goes with --compare; a run's page is <workdir>/report.html.")
@@ -54,5 +56,10 @@ def main(_):
 
 
 if __name__ == "__main__":
+  # Not at import: other commands have a --workdir of their own.
+  _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+  _TIME_DENSE = flags.DEFINE_bool("time_dense", False, "Time its steps against dense attention's.")
+  _COMPARE = flags.DEFINE_multi_string("compare", None, "Folders of runs to show side by side.")
+  _OUT = flags.DEFINE_string("out", None, "File of --compare.")
   sys.argv = gathered(sys.argv)
   cli.run(main)
