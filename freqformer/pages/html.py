@@ -16,6 +16,7 @@ h1 { font-size: 1.5em; margin: 0 0 0.3em } h3 { font-size: 1em; margin: 1.4em 0 
 h2 { font-size: 1.2em; margin-top: 2.2em; border-bottom: 1px solid #e5e7eb }
 table { border-collapse: collapse; margin: 0.8em 0; font-size: 0.93em }
 td, th { padding: 0.2em 1.2em 0.2em 0; text-align: left; vertical-align: top }
+.scroll th { white-space: nowrap } .scroll td:not(.n) { min-width: 8em }
 tr + tr td { border-top: 1px solid #f0f0f0 }
 .facts td:first-child { color: #6b7280; min-width: 9em }
 .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
@@ -26,7 +27,7 @@ video { width: 100%; border-radius: 3px; image-rendering: auto }
 .file, figcaption { color: #6b7280; font-size: 0.85em }
 .absent { color: #6b7280; font-style: italic }
 .clips { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 1.2em }
-.pair { display: grid; gap: 4px; grid-template-columns: repeat(auto-fill, minmax(88px, 1fr)) }
+.pair { display: grid; gap: 4px; grid-template-columns: repeat(auto-fit, minmax(88px, 146px)) }
 .row { display: flex; gap: 10px; overflow-x: auto; margin-bottom: 1em }
 .row figure { flex: none; width: 192px } .row img { width: 192px; border-radius: 3px }
 .mosaic { display: grid; gap: 2px; color: #6b7280; font-size: 0.85em }

@@ -81,15 +81,21 @@ def losses(workdir: pathlib.Path) -> str:
   if not train:
     raise Absent("metrics.jsonl has no training line yet.")
   curves = {label: metric_rows(workdir, kind) for kind, label in VALIDATIONS.items()}
-  soft = curves[VALIDATIONS["val_soft"]]
-  if [row["loss"] for row in soft] == [row["loss"] for row in curves[VALIDATIONS["val"]]]:
-    soft.clear()  # levels are mixed in evaluation, too: one curve
   curves = {label: rows for label, rows in curves.items() if rows}
-  found = image(loss_figure(curves, {"training": train}), "loss over steps, FLOPs and seconds")
+  drawn = dict(curves)
+  if len(curves) > 1 and _alike(*curves.values()):
+    drawn.popitem()
+  found = image(loss_figure(drawn, {"training": train}), "loss over steps, FLOPs and seconds")
   moving, constant = _curves(train)
   if moving:
     found += image(_curve_figure(moving), "curves of training over steps")
   return found + facts([*_totals(train, curves), *constant])
+
+
+def _alike(first: list[dict], second: list[dict]) -> bool:
+  """Tells whether two curves would lie on each other, as with levels that are always mixed."""
+  losses = [[row["loss"] for row in rows] for rows in (first, second)]
+  return len(first) == len(second) and np.allclose(*losses, rtol=_CONSTANT)
 
 
 def _totals(train: list[dict], curves: Mapping[str, list[dict]]) -> list[tuple]:
@@ -153,8 +159,9 @@ def by_timestep(workdir: pathlib.Path) -> str:
   last = rows[-1]
   bars = {"model": last["buckets"]}
   for row in metric_rows(workdir, "val_soft"):
-    if row["step"] == last["step"] and row.get("buckets") not in (None, last["buckets"]):
-      bars.setdefault("model, soft routing", row["buckets"])
+    soft = row.get("buckets") if row["step"] == last["step"] else None
+    if soft and not np.allclose(soft, last["buckets"], rtol=_CONSTANT):
+      bars["model, soft routing"] = soft
   colours = dict(zip(bars, COLOURS, strict=False))
   if last.get("linear_buckets"):
     bars["best per-channel linear predictor"] = last["linear_buckets"]
