@@ -120,7 +120,7 @@ def test_sigterm_and_resume_is_bit_equal(place, whole):
   line += [f"--study={place / 'study'}", f"--override=data.root={place / 'ucf'}"]
   line += [f"--override=data.cache={place / 'cache'}"]
   process = subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-  for _ in range(3000):
+  for _ in range(15_000):
     rows = [row for path in place.glob("study/*/metrics.jsonl") for row in read(path)]
     if any(row["step"] >= 7 for row in rows):
       break
