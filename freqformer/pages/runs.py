@@ -1,6 +1,5 @@
 """Shows several runs side by side: costs, losses over each other, samples, how configs differ."""
 
-import html
 import json
 import pathlib
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from freqformer.config import ConfigError
 from freqformer.pages.files import json_if_any, metric_rows
 from freqformer.pages.html import absent, image, page, section, table, video
 from freqformer.pages.losses import loss_figure
-from freqformer.pages.videos import real_file, sample_files
+from freqformer.pages.videos import by_class, real_file, sample_files
 from freqformer.train.experiment import of_record
 from freqformer.train.resume import settings
 
@@ -91,15 +90,15 @@ def _samples(runs: dict[str, pathlib.Path]) -> str:
   if not classes:
     return absent("None of these runs has samples (written by eval.py).")
   shown = classes[: max(1, _MAX_VIDEOS // (len(runs) + 1))]
-  parts = []
+  cards = {}
   for own in shown:
     clips = [real_file(workdir, own) for workdir in runs.values()]
-    cards = [video(found[own][0], name) for name, found in files.items() if own in found]
-    cards += [video(clip, "real") for clip in clips if clip is not None][:1]
-    parts.append(f'<b>{html.escape(own)}</b><div class="row">{"".join(cards)}</div>')
+    cards[own] = [video(found[own][0], name) for name, found in files.items() if own in found]
+    cards[own] += [video(clip, "real") for clip in clips if clip is not None][:1]
+  text = by_class(cards)
   if len(shown) < len(classes):
-    parts.append(f"<p>{len(classes) - len(shown)} further classes are in the runs' folders.</p>")
-  return "".join(parts)
+    text += f"<p>{len(classes) - len(shown)} further classes are in the runs' folders.</p>"
+  return text
 
 
 def _losses(runs: dict[str, pathlib.Path]) -> str:

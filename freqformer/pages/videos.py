@@ -6,6 +6,7 @@ class side by side; `real/<class>.mp4`; `samples-in-training/<step>.mp4` with a 
 
 import html
 import pathlib
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -39,6 +40,15 @@ def real_file(workdir: pathlib.Path, name: str) -> pathlib.Path | None:
   return path if path.exists() else None
 
 
+def by_class(videos: Mapping[str, Sequence[str]]) -> str:
+  """Returns a grid with a card per class, of videos as HTML."""
+  cards = [
+    f'<div><b>{html.escape(name)}</b><div class="pair">{"".join(own)}</div></div>'
+    for name, own in videos.items()
+  ]
+  return f'<div class="clips">{"".join(cards)}</div>'
+
+
 def samples(workdir: pathlib.Path) -> str:
   """Shows a card per class: its samples, then the real clip; of a run without samples real ones."""
   found = sample_files(workdir)
@@ -47,16 +57,15 @@ def samples(workdir: pathlib.Path) -> str:
     raise Absent("this run has no samples yet (written by eval.py).")
   shown = names[:MAX_CLASSES]
   each = min(_MAX_SAMPLES, max(1, _MAX_VIDEOS // len(shown) - 1))
-  cards = []
+  cards = {}
   for name in shown:
     files = found.get(name, [])[:each]
     videos = [video(path, "generated") for path in files]
     clip = real_file(workdir, name)
     if clip is not None:
       videos.append(video(clip, "real"))
-    inner = f'<div class="pair">{"".join(videos)}</div>'
-    cards.append(f"<div><b>{html.escape(name)}</b>{inner}</div>")
-  text = f'<div class="clips">{"".join(cards)}</div>'
+    cards[name] = videos
+  text = by_class(cards)
   if not found:
     text = "<p>Real clips only: eval.py writes samples.</p>" + text
   if len(names) > len(shown):
