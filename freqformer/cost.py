@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jax.extend import core
@@ -260,21 +260,25 @@ def model_cost(config, latent_shape, allocations=None, training: bool = False, p
   return total
 
 
-def sampling_cost(config, latent_shape, schedule, guided: bool = True) -> Cost:
-  """Returns all forwards of one sample: every step by its own phase, two a step if guided.
+def sampling_cost(config, latent_shape, schedule, guided: bool | Sequence[bool] = True) -> Cost:
+  """Returns all forwards of one sample: every evaluation by its own phase, two where guided.
 
   Args:
     config: a `ModelConfig`.
     latent_shape: `(t, y, x, c)`.
-    schedule: phases per step and run of layers, of `VideoDiT.schedule`.
-    guided: each step runs a conditional and an unconditional half. Work that one of them does for
-      both (a search for masks) is counted twice, so this is an upper bound there.
+    schedule: phases per evaluation and run of layers, of `VideoDiT.schedule`.
+    guided: each evaluation, or each one by itself, runs a conditional and an unconditional half.
+      Work that one of them does for both (a search for masks) is counted twice, so this is an upper
+      bound there.
   """
-  steps = [
+  forwards = collections.Counter()
+  for phases, both in zip(schedule, np.broadcast_to(guided, len(schedule)), strict=True):
+    forwards[phases] += 1 + int(both)
+  costs = [
     model_cost(config, latent_shape, phases=phases).scaled(count)
-    for phases, count in collections.Counter(schedule).items()
+    for phases, count in forwards.items()
   ]
-  return sum(steps, Cost()).scaled(1 + guided)
+  return sum(costs, Cost())
 
 
 def training_flops(cost: Cost) -> float:

@@ -2,6 +2,9 @@
 
   python eval.py --workdir=runs/ucf101
   python eval.py --workdir=runs/ucf101 --classes=Basketball,Biking --samples=4 --guidance=4
+  python eval.py --workdir=runs/ucf101 --sampler=unipc --steps=12 --guidance_interval=0.1,0.9
+  python eval.py --workdir=runs/ucf101 --frames=32 --size=128x192 --rope=ntk
+  python eval.py --workdir=runs/ucf101 --first_frame=photo.jpg    if it was trained with some
   python eval.py --workdir=runs/ucf101 --method=dense     the same weights, full attention
   python eval.py --workdir=runs/ucf101 --method="radial(decay=0.5)" --export_masks=masks
   python eval.py --workdir=runs/ucf101 --compare="dense,adaspa,block_topk(density=0.2, coarse=none)"
@@ -40,10 +43,14 @@ from freqformer.config import ConfigError
 from freqformer.data.codec import LatentStatistics
 from freqformer.data.sources import Split, data_keys, open_split, other_clips
 from freqformer.diffusion.sampling import SampleConfig
+from freqformer.diffusion.solvers import SOLVERS
 from freqformer.evaluate import compare
 from freqformer.evaluate.draw import FLOPS_ARE, SAMPLES_PER_CLASS, draw, requests, sample_config
+from freqformer.evaluate.first_frame import first_frame_latent
+from freqformer.evaluate.resize import parse_size, resized, video_shape
 from freqformer.evaluate.restore import Run, load_run
 from freqformer.evaluate.validate import validate
+from freqformer.grid.rotary import ROPE_RULES
 from freqformer.pages.compare import slug, text_table, write_comparison
 from freqformer.pages.mp4 import grid, grid_png, write_mp4
 from freqformer.pages.run import write_report
@@ -58,6 +65,19 @@ _SAMPLES = flags.DEFINE_integer("samples", 1, "Samples per class.", lower_bound=
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the samples' noise.")
 _STEPS = flags.DEFINE_integer("steps", None, "Denoising steps; default the config's.")
 _GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale, 1 is none; default the config's.")
+_SAMPLER = flags.DEFINE_string(
+  "sampler", None, f"One of {', '.join(SOLVERS)}; default the config's."
+)
+_INTERVAL = flags.DEFINE_list("guidance_interval", None, "Lowest and highest t that are guided.")
+_RESCALE = flags.DEFINE_float(
+  "guidance_rescale", None, "Share of guidance whose spread is restored; default the config's."
+)
+_FRAMES = flags.DEFINE_integer("frames", None, "Frames of a video; default as trained.")
+_SIZE = flags.DEFINE_string("size", None, "ROWSxCOLS of a video in pixels; default as trained.")
+_ROPE = flags.DEFINE_string(
+  "rope", "trained", f"Positions on longer axes: {' or '.join(ROPE_RULES)}."
+)
+_FIRST_FRAME = flags.DEFINE_string("first_frame", None, "Picture that every video begins with.")
 _METHOD = flags.DEFINE_string("method", None, "Run another attention method on the same weights.")
 _RAW = flags.DEFINE_bool("raw", False, "Use the raw weights instead of their average.")
 _SOFT = flags.DEFINE_bool("soft", False, "Mix all branches of the router, not the likeliest alone.")
@@ -80,6 +100,13 @@ _OF_SAMPLES = (
   "seed",
   "steps",
   "guidance",
+  "sampler",
+  "guidance_interval",
+  "guidance_rescale",
+  "frames",
+  "size",
+  "rope",
+  "first_frame",
   "export_masks",
   "compare",
   "metrics",
@@ -108,12 +135,17 @@ def _sample_one_method():
     if flags.FLAGS[name].present:
       raise ConfigError(f"--{name} compares videos; give --compare the methods as well.")
   run = load_run(_WORKDIR.value, step=_STEP.value, method=_METHOD.value, raw=_RAW.value)
+  run = _resized(run)
   labels, indices, config = _requests(run)
+  picture = _FIRST_FRAME.value
+  first_frame = None if picture is None else first_frame_latent(run, picture)
   out = _folder("samples" if _METHOD.value is None else f"samples-{slug(_METHOD.value)}")
   masks = _EXPORT_MASKS.value
   if masks:
     pathlib.Path(masks).mkdir(parents=True, exist_ok=True)
-  drawn = draw(run, labels, indices, _SEED.value, config, want_masks=bool(masks))
+  drawn = draw(
+    run, labels, indices, _SEED.value, config, first_frame=first_frame, want_masks=bool(masks)
+  )
 
   # ---- videos ---------------------------------------------------------------------------------
   names = run.class_names
@@ -155,7 +187,7 @@ def _sample_one_method():
 
 def _compare_methods():
   """Writes samples of every method of `--compare` and a page that shows them side by side."""
-  for flag in (_METHOD, _EXPORT_MASKS):
+  for flag in (_METHOD, _EXPORT_MASKS, _FIRST_FRAME):
     if flag.value is not None:
       raise ConfigError(
         f"--{flag.name} goes with one method; run it without --compare, or name the method in "
@@ -165,9 +197,11 @@ def _compare_methods():
   jax.config.update("jax_compilation_cache_dir", None)
   metrics = compare.metric_functions(_METRICS.value, _LPIPS.value)
   methods = compare.split_methods(_COMPARE.value)
-  run = load_run(_WORKDIR.value, step=_STEP.value, raw=_RAW.value)
+  run = _resized(load_run(_WORKDIR.value, step=_STEP.value, raw=_RAW.value))
   labels, indices, config = _requests(run)
-  found = compare.candidates(_WORKDIR.value, methods, config.steps, run.step, _RAW.value)
+  evaluations = len(config.guided())
+  found = compare.candidates(_WORKDIR.value, methods, evaluations, run.step, _RAW.value)
+  found = {method: _resized(own) for method, own in found.items()}
   out = _folder("compare")
   rows, videos = compare.compare(found, labels, indices, _SEED.value, config, metrics)
   result = _facts(run, len(labels), config) | {"rows": rows}
@@ -270,8 +304,32 @@ def _requests(run: Run) -> tuple[np.ndarray, np.ndarray, SampleConfig]:
   if not _CLASSES.value and len(names) > 16:
     logging.info("all %d classes are sampled; --classes=%s,%s takes some", len(names), *names[:2])
   labels, indices = requests(run, _CLASSES.value, _SAMPLES.value)
-  given = {"steps": _STEPS.value, "guidance": _GUIDANCE.value, "soft": _SOFT.value or None}
+  given = {
+    "steps": _STEPS.value,
+    "guidance": _GUIDANCE.value,
+    "soft": _SOFT.value or None,
+    "sampler": _SAMPLER.value,
+    "guidance_interval": _interval(),
+    "guidance_rescale": _RESCALE.value,
+  }
   return labels, indices, sample_config(run, len(labels), **given)
+
+
+def _interval() -> tuple[float, ...] | None:
+  """Returns the numbers of --guidance_interval."""
+  if _INTERVAL.value is None:
+    return None
+  try:
+    return tuple(float(text) for text in _INTERVAL.value)
+  except ValueError as error:
+    text = ",".join(_INTERVAL.value)
+    raise ConfigError(f"--guidance_interval={text} must be two numbers, e.g. 0.1,0.9.") from error
+
+
+def _resized(run: Run) -> Run:
+  """Returns the run at --frames and --size."""
+  size = None if _SIZE.value is None else parse_size(_SIZE.value)
+  return resized(run, _FRAMES.value, size, _ROPE.value)
 
 
 def _facts(run: Run, count: int, config: SampleConfig) -> dict:
@@ -281,6 +339,10 @@ def _facts(run: Run, count: int, config: SampleConfig) -> dict:
     "checkpoint": run.step,
     "samples": count,
     **dataclasses.asdict(config),
+    "video_shape": video_shape(run),
+    "latent_shape": run.latent_shape,
+    "rope": _ROPE.value,
+    "first_frame": _FIRST_FRAME.value,
     "seed": _SEED.value,
     "weights": "raw" if _RAW.value else "ema",
     **{f"training_{name}": value for name, value in totals.items()},

@@ -233,7 +233,7 @@ def _encode_into(
     "records": records,
     "shards": [{"file": _RECORDS, "records": records, "bytes": size}],
     "class_names": listing.class_names,
-    "statistics": (statistics or accumulator.result()).to_json(),
+    "statistics": (statistics or accumulator.result(codec.joint_std)).to_json(),
     "clips": clips,
     "skipped": skipped,
     "versions": {"python": platform.python_version(), **versions(PACKAGES)},

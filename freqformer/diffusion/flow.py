@@ -34,6 +34,12 @@ def interpolate(x0: jax.Array, noise: jax.Array, time: jax.Array) -> tuple[jax.A
   return (1 - t) * x0 + t * noise, noise - x0
 
 
+def give_first_frame(xt: jax.Array, x0: jax.Array, given: jax.Array) -> jax.Array:
+  """Returns noisy latents `[b, t, y, x, c]` with a clean first frame where `given` `[b]`."""
+  frame = jnp.where(_like(given, x0), x0[:, :1], xt[:, :1])
+  return jnp.concatenate([frame, xt[:, 1:]], 1)
+
+
 def linear_velocity(xt: jax.Array, time: jax.Array, power: jax.Array) -> jax.Array:
   """Returns the best prediction `v = a_c(t) x_t` per channel.
 

@@ -1,4 +1,4 @@
-"""Euler sampling of the rectified flow with classifier-free guidance."""
+"""Samples from the rectified flow with classifier-free guidance, by any solver of `solvers`."""
 
 import dataclasses
 import functools
@@ -9,8 +9,11 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from freqformer.config import require
+from freqformer.config import require, require_one_of
 from freqformer.diffusion.flow import sample_noise
+from freqformer.diffusion.solvers import OTHER_EQUATIONS, SOLVERS, SolverTable
+
+_ROUNDING = 1e-9  # of timesteps at the ends of the guidance interval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,10 +21,17 @@ class SampleConfig:
   """Settings of the sampler.
 
   Attributes:
-    steps: Euler steps from t = 1 to t = 0.
-    guidance: scale; 1 is the conditional model alone (one forward a step), others guide (two).
+    steps: from t = 1 to t = 0. The model is evaluated once in each; with heun twice, but once in
+      the last one.
+    guidance: scale; 1 is the conditional model alone (one forward an evaluation), others guide
+      (two).
     shift: timestep shift s: t -> s t / (1 + (s - 1) t); above 1 spends more steps at high noise.
     soft: mix all branches of a router instead of taking the likeliest.
+    sampler: a name of `solvers.SOLVERS`.
+    guidance_interval: lowest and highest t that are guided (arXiv 2404.07724); elsewhere the
+      conditional model runs alone.
+    guidance_rescale: share of the guided velocity that gets the spread of the conditional one back
+      (phi of arXiv 2305.08891, section 3.4).
   """
 
   steps: int = 50
@@ -29,77 +39,173 @@ class SampleConfig:
   batch_size: int = 8
   shift: float = 1.0
   soft: bool = False
+  sampler: str = "euler"
+  guidance_interval: tuple[float, float] = (0.0, 1.0)
+  guidance_rescale: float = 0.0
 
   def __post_init__(self):
     require(self, "steps batch_size", least=1)
     require(self, "guidance", least=0)
     require(self, "shift", above=0)
-
-  @property
-  def guided(self) -> bool:
-    """True if a step also runs an unconditional half."""
-    return self.guidance != 1
+    require(self, "guidance_rescale guidance_interval", least=0, most=1)
+    if len(self.guidance_interval) != 2 or self.guidance_interval[0] > self.guidance_interval[1]:
+      raise ValueError(
+        f"guidance_interval={self.guidance_interval!r} must be the lowest and the highest t that "
+        "are guided, e.g. (0.1, 0.9)."
+      )
+    other = OTHER_EQUATIONS.get(self.sampler)
+    if other is not None:
+      raise ValueError(
+        f"sampler={self.sampler!r} solves {other}; this model predicts the velocity of a rectified "
+        f"flow, which {', '.join(SOLVERS)} solve."
+      )
+    require_one_of(self, "sampler", SOLVERS)
 
   def times(self) -> np.ndarray:
-    """Returns the step boundaries `[steps + 1]`, from 1 down to 0."""
+    """Returns the step boundaries, float64 `[steps + 1]`, from 1 down to 0."""
     t = np.linspace(1, 0, self.steps + 1)
-    return (self.shift * t / (1 + (self.shift - 1) * t)).astype(np.float32)
+    return self.shift * t / (1 + (self.shift - 1) * t)
+
+  def table(self) -> SolverTable:
+    """Returns the evaluations of a run and the solver's coefficients."""
+    return SOLVERS[self.sampler](np.asarray(self.times(), np.float64))
+
+  def guided(self) -> list[bool]:
+    """Returns, for each evaluation, whether it also runs an unconditional half."""
+    low, high = self.guidance_interval
+    times = self.table().times
+    inside = (low - _ROUNDING <= times) & (times <= high + _ROUNDING)
+    return [bool(x) and self.guidance != 1 for x in inside]
 
 
-def make_step(graphdef, config: SampleConfig, want_masks: bool = False):
-  """Returns `(params, x, label, t, t_next, tables, state, phases) -> (x, state, aux)`, jitted.
+@dataclasses.dataclass(frozen=True)
+class _Evaluation:
+  """One evaluation of the model in a run.
 
-  `phases`, of `VideoDiT.schedule`, is static: each distinct tuple is compiled. The state is
-  donated. `want_masks` puts each layer's `BlockMask` into aux.
+  Attributes:
+    time: float32.
+    weights: float32 `[k, k + 1]`, of `SolverTable`.
+    phases: of the methods, one per run of layers.
+    guided: both halves of guidance run.
   """
 
-  @functools.partial(jax.jit, static_argnums=7, donate_argnums=6)
-  def step(params, x, label, t, t_next, tables, state, phases=()):
+  time: np.ndarray
+  weights: np.ndarray
+  phases: tuple[str, ...]
+  guided: bool
+
+  @property
+  def program(self) -> tuple:
+    """What is static: each distinct value is compiled."""
+    return self.phases, self.guided
+
+
+def _evaluations(model, config: SampleConfig) -> list[_Evaluation]:
+  """Returns a run's evaluations in order.
+
+  The schedule of a method counts evaluations: heun's second one is a moment of its own, at its own
+  t, and what a method remembers goes through all of them in the order of falling noise.
+  """
+  table = config.table()
+  schedule = model.schedule(len(table.times))
+  return [
+    _Evaluation(np.float32(time), weights.astype(np.float32), phases, guided)
+    for time, weights, phases, guided in zip(
+      table.times, table.weights, schedule, config.guided(), strict=True
+    )
+  ]
+
+
+def make_step(graphdef, config: SampleConfig, want_masks: bool = False, first_frame: bool = False):
+  """Returns one evaluation and the solver's update, jitted.
+
+  It is `(params, points, label, t, weights, tables, state, phases, guided) -> (points, state,
+  aux)`. Points and weights are those of `SolverTable`, the points in a tuple. `phases`, of
+  `VideoDiT.schedule`, and `guided` are static: each distinct pair is compiled. The state is
+  donated.
+
+  Args:
+    want_masks: puts each layer's `BlockMask` into aux.
+    first_frame: the first latent frame of the points is given and stays.
+  """
+  guides = any(config.guided())
+  free = slice(int(first_frame), None)  # latent frames that are sampled
+
+  @functools.partial(jax.jit, static_argnums=(7, 8), donate_argnums=6)
+  def step(params, points, label, t, weights, tables, state, phases=(), guided=False):
     model = nnx.merge(graphdef, params)
-    rows = jnp.concatenate([x, x]) if config.guided else x
-    null = jnp.full_like(label, model.classes)
-    labels = jnp.concatenate([label, null]) if config.guided else label
+    x = points[0]
+    rows = jnp.concatenate([x, x]) if guided else x
+    labels = jnp.concatenate([label, jnp.full_like(label, model.classes)]) if guided else label
+    alone = guides and not guided  # in a run whose other evaluations have two halves
+    given = {"given": jnp.ones(len(rows), bool)} if first_frame else {}
     velocity, state, aux = model(
       rows,
       jnp.broadcast_to(t, labels.shape),
       labels,
       tables,
-      state,
-      guided=config.guided,
+      model.conditional_half(state) if alone else state,
+      guided=guided,
       soft_evaluation=config.soft,
       want_masks=want_masks,
       phases=phases,
+      **given,
     )
-    if config.guided:
-      conditional, unconditional = jnp.split(velocity, 2)
-      velocity = unconditional + config.guidance * (conditional - unconditional)
-    return x + (t_next - t) * velocity, state, aux
+    if alone:
+      state = model.both_halves(state)
+    velocity = velocity[:, free]
+    if guided:
+      velocity = _guide(velocity, config)
+    if first_frame:
+      velocity = jnp.pad(velocity, ((0, 0), (1, 0), (0, 0), (0, 0), (0, 0)))
+    known = (*points, velocity)
+    points = tuple(
+      sum(weights[i, j] * array for j, array in enumerate(known)) for i in range(len(points))
+    )
+    return points, state, aux
 
   return step
 
 
-def compile_steps(step, params, model, tables, latent_shape, config: SampleConfig):
-  """Compiles `step` of `make_step` ahead for every phase of a run; the result is called like it.
+def _guide(velocity, config: SampleConfig):
+  """Returns the guided velocity `[b, ...]` of both halves, conditional first, `[2 b, ...]`."""
+  conditional, unconditional = jnp.split(velocity, 2)
+  velocity = unconditional + config.guidance * (conditional - unconditional)
+  if config.guidance_rescale:
+    axes = tuple(range(1, velocity.ndim))
+    spread = jnp.std(velocity, axes, keepdims=True)
+    wanted = jnp.std(conditional, axes, keepdims=True)
+    ratio = wanted / jnp.maximum(spread, np.finfo(np.float32).tiny)
+    velocity *= 1 + config.guidance_rescale * (ratio - 1)
+  return velocity
+
+
+def compile_steps(
+  step, params, model, tables, latent_shape, config: SampleConfig, first_frame=None
+):
+  """Compiles `step` of `make_step` ahead for every evaluation of a run; it is called like it.
 
   What begins a batch (noise, first state) runs once, so that no sample pays for compiling it.
   """
   batch = config.batch_size
-  scalar = jax.ShapeDtypeStruct((), np.float32)
 
   def begin():
     nothing = np.zeros(batch, np.int32)
-    return _begin(model, 0, nothing, nothing, latent_shape, config.guided)
+    return _begin(model, 0, nothing, nothing, latent_shape, config, first_frame)
 
-  x, label, state = jax.eval_shape(begin)
+  points, label, state = jax.eval_shape(begin)
+  scalar = jax.ShapeDtypeStruct((), np.float32)
+  weights = jax.ShapeDtypeStruct((len(points), len(points) + 1), np.float32)
+  programs = dict.fromkeys(each.program for each in _evaluations(model, config))
   compiled = {
-    phases: step.lower(params, x, label, scalar, scalar, tables, state, phases).compile()
-    for phases in dict.fromkeys(model.schedule(config.steps))
+    program: step.lower(params, points, label, scalar, weights, tables, state, *program).compile()
+    for program in programs
   }
   jax.block_until_ready(begin())
 
   def run(*args):
-    *arrays, phases = args
-    return compiled[phases](*arrays)
+    *arrays, phases, guided = args
+    return compiled[phases, guided](*arrays)
 
   return run
 
@@ -115,6 +221,7 @@ def sample(
   latent_shape,
   config: SampleConfig,
   progress: bool = True,
+  first_frame: np.ndarray | None = None,
 ):
   """Draws latents, normalised as in training.
 
@@ -124,38 +231,45 @@ def sample(
     labels: int `[n]`.
     indices: int `[n]`, number of each sample: its noise depends on (seed, index) only.
     latent_shape: (t, y, x, c).
+    first_frame: normalised latents `[y, x, c]` that all samples begin with, or None; the step is
+      then made for them.
 
   Returns:
-    Latents float32 `[n, *latent_shape]`, and the aux of every step of the last batch (a list).
+    Latents float32 `[n, *latent_shape]`, and the aux of every evaluation of the last batch (a
+    list).
 
   Raises:
     ConfigError: a method's schedule does not fit the run.
   """
   labels = np.asarray(labels)
   indices = np.asarray(indices)
-  times = config.times()
-  schedule = model.schedule(config.steps)
+  evaluations = _evaluations(model, config)
   starts = range(0, len(labels), config.batch_size)
   latents = []
-  total = len(starts) * config.steps
-  with tqdm(total=total, desc="sampling", unit="step", disable=not progress) as bar:
+  total = len(starts) * len(evaluations)
+  with tqdm(total=total, desc="sampling", unit="forward", disable=not progress) as bar:
     for start in starts:
       # The last batch repeats its last sample.
       part = np.arange(start, start + config.batch_size).clip(max=len(labels) - 1)
-      x, label, state = _begin(
-        model, seed, labels[part], indices[part], latent_shape, config.guided
+      points, label, state = _begin(
+        model, seed, labels[part], indices[part], latent_shape, config, first_frame
       )
       auxes = []
-      for t, t_next, phases in zip(times[:-1], times[1:], schedule, strict=True):
-        x, state, aux = step(params, x, label, t, t_next, tables, state, phases)
+      for each in evaluations:
+        points, state, aux = step(
+          params, points, label, each.time, each.weights, tables, state, *each.program
+        )
         auxes.append(aux)
         bar.update()
-      latents.append(np.asarray(x)[: len(labels) - start])
+      latents.append(np.asarray(points[0])[: len(labels) - start])
   return np.concatenate(latents), jax.device_get(auxes)
 
 
-def _begin(model, seed: int, labels, indices, latent_shape, guided: bool):
-  """Returns noise, labels and first state of a batch."""
+def _begin(model, seed: int, labels, indices, latent_shape, config: SampleConfig, first_frame):
+  """Returns a batch's points, labels and first state: noise behind the first frame, if given."""
   x = sample_noise(jax.random.key(seed), jnp.asarray(indices), latent_shape)
+  if first_frame is not None:
+    x = x.at[:, 0].set(first_frame)
+  guided = any(config.guided())
   state = model.init_state(len(labels) * (1 + guided), latent_shape, guided)
-  return x, jnp.asarray(labels), state
+  return (x,) * config.table().weights.shape[1], jnp.asarray(labels), state

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import pathlib
 import time
 from collections.abc import Sequence
 
@@ -12,11 +13,13 @@ from freqformer.config import ConfigError, did_you_mean, refusing
 from freqformer.cost import Cost, sampling_cost
 from freqformer.diffusion import sampling
 from freqformer.diffusion.sampling import SampleConfig
+from freqformer.evaluate.first_frame import first_frame_latent
 from freqformer.evaluate.record_masks import MaskRecorder, RunMasks, realised_density
+from freqformer.evaluate.resize import resized
 from freqformer.evaluate.restore import Run
 
 FLOPS_ARE = (
-  "the method's cost over the phases of the run, both halves of guidance counted. Heads that "
+  "the method's cost over the phases of the run, two forwards where guidance acts. Heads that "
   "choose while sampling are counted as expected, not as they chose: by a router's prior, and "
   "where heads are measured by the shares that cost() assumes. Density is what ran."
 )
@@ -32,7 +35,7 @@ class Drawn:
     run: the model that was sampled.
     config: how it was sampled.
     latents: `[n, t, y, x, c]`, normalised.
-    density: `[steps, layers, heads]` of one sample, the first of the last batch.
+    density: `[evaluations, layers, heads]` of one sample, the first of the last batch.
     compile_seconds: near 0 if JAX's persistent cache had the program.
     run_seconds: of all samples.
     masks: the first sample's masks, if they were asked for.
@@ -48,22 +51,22 @@ class Drawn:
 
   @property
   def phases(self) -> list[tuple[str, ...]]:
-    """The phase of each step, one name per run of layers."""
-    return self.run.model.schedule(self.config.steps)
+    """The phase of each evaluation of the model, one name per run of layers."""
+    return self.run.model.schedule(len(self.config.guided()))
 
   @functools.cached_property
   def cost(self) -> Cost:
-    """FLOPs of one sample over all steps, both halves of guidance counted."""
+    """FLOPs of one sample over all evaluations, two forwards where guidance acts."""
     return self._cost(self.run.model.config, self.phases)
 
   @functools.cached_property
   def dense(self) -> Cost:
-    """`cost` of the same run with dense attention in every layer and step."""
+    """`cost` of the same run with dense attention in every layer and evaluation."""
     phases = [("",) * len(step) for step in self.phases]
     return self._cost(self.run.model.config.with_method("dense"), phases)
 
   def _cost(self, model, phases) -> Cost:
-    return sampling_cost(model, self.run.latent_shape, phases, self.config.guidance != 1)
+    return sampling_cost(model, self.run.latent_shape, phases, self.config.guided())
 
   def figures(self) -> dict:
     """Returns times, FLOPs and density as plain JSON."""
@@ -73,6 +76,8 @@ class Drawn:
       "seconds_per_sample": self.run_seconds / len(self.latents),
       "attention_flops_per_sample": self.cost.attention_flops,
       "total_flops_per_sample": self.cost.total,
+      "evaluations": len(self.phases),
+      "forwards": len(self.phases) + sum(self.config.guided()),
       "density_by_step": self.density.mean((1, 2)).tolist(),
     }
 
@@ -119,6 +124,7 @@ def draw(
   seed: int,
   config: SampleConfig,
   *,
+  first_frame: np.ndarray | None = None,
   want_masks: bool = False,
   progress: bool = True,
 ) -> Drawn:
@@ -127,24 +133,27 @@ def draw(
   Args:
     labels: int `[n]`.
     indices: int `[n]`: a sample's noise depends on (seed, index) only.
+    first_frame: of `first_frame_latent`, with which every sample begins.
     want_masks: record the first sample's masks; the seconds then include recording.
 
   Raises:
-    ConfigError: the method's schedule does not fit the number of steps.
+    ConfigError: the method's schedule does not fit the number of evaluations.
   """
   model = run.model
   shape = run.latent_shape
   tables = model.tables(shape)
   clock = time.monotonic()
-  step = sampling.make_step(nnx.graphdef(model), config, want_masks=want_masks)
-  step = sampling.compile_steps(step, run.params, model, tables, shape, config)
+  step = sampling.make_step(
+    nnx.graphdef(model), config, want_masks=want_masks, first_frame=first_frame is not None
+  )
+  step = sampling.compile_steps(step, run.params, model, tables, shape, config, first_frame)
   compile_seconds = time.monotonic() - clock
   recorder = MaskRecorder()
   if want_masks:
-    step = recorder.wrap(step, config.steps)
+    step = recorder.wrap(step, len(config.guided()))
   clock = time.monotonic()
   latents, aux = sampling.sample(
-    step, run.params, model, labels, indices, seed, tables, shape, config, progress
+    step, run.params, model, labels, indices, seed, tables, shape, config, progress, first_frame
   )
   run_seconds = time.monotonic() - clock
   masks = recorder.masks() if want_masks else None
@@ -160,6 +169,13 @@ def sample(
   seed: int = 0,
   steps: int | None = None,
   guidance: float | None = None,
+  sampler: str | None = None,
+  guidance_interval: tuple[float, float] | None = None,
+  guidance_rescale: float | None = None,
+  frames: int | None = None,
+  size: tuple[int, int] | None = None,
+  rope: str = "trained",
+  first_frame: str | pathlib.Path | np.ndarray | None = None,
   progress: bool = False,
 ) -> np.ndarray:
   """Samples videos of some classes.
@@ -169,17 +185,36 @@ def sample(
     classes: names, or one name; None takes all classes.
     samples: videos per class.
     seed: of the noise.
-    steps: denoising steps; None takes those of the run's config.
-    guidance: guidance scale, 1 is none; None takes the config's.
+    steps: denoising steps; None takes those of the run's config, as for the next four.
+    guidance: guidance scale, 1 is none.
+    sampler: "euler", "heun", "dpm++2m" or "unipc".
+    guidance_interval: lowest and highest t that are guided.
+    guidance_rescale: share of the guided velocity whose spread is that of the conditional one.
+    frames: length of the videos; None takes that of training.
+    size: (rows, cols) of the videos in pixels; None takes that of training.
+    rope: rule of rotary positions on a longer axis, "trained" or "ntk" (`rotary.longer_theta`).
+    first_frame: picture that the videos begin with, a file or uint8 `[rows, cols, 3]`.
     progress: show a progress bar.
 
   Returns:
     Videos, uint8 `[classes * samples, t, y, x, 3]`, in the order of `classes`.
 
   Raises:
-    ConfigError: a class is unknown or a number is out of its bounds.
+    ConfigError: a class is unknown, a number is out of its bounds, the model cannot have the size,
+      or was not trained with first frames.
   """
   classes = [classes] if isinstance(classes, str) else classes
   labels, indices = requests(run, classes, samples)
-  config = sample_config(run, len(labels), steps=steps, guidance=guidance)
-  return run.decode(draw(run, labels, indices, seed, config, progress=progress).latents)
+  run = resized(run, frames, size, rope)
+  config = sample_config(
+    run,
+    len(labels),
+    steps=steps,
+    guidance=guidance,
+    sampler=sampler,
+    guidance_interval=guidance_interval,
+    guidance_rescale=guidance_rescale,
+  )
+  frame = None if first_frame is None else first_frame_latent(run, first_frame)
+  drawn = draw(run, labels, indices, seed, config, first_frame=frame, progress=progress)
+  return run.decode(drawn.latents)

@@ -18,6 +18,7 @@ from freqformer.kernels.around.prepare import turn
 # The slowest period in lengths of the axis. choice: at 4 its cosine still falls over twice the
 # axis, so that a model may sample twice the length that it was trained on.
 REACH = 4
+ROPE_RULES = ("trained", "ntk")
 
 
 def axis_pairs(head_dim: int) -> tuple[int, int, int]:
@@ -58,6 +59,30 @@ def level_theta(
     factor: tokens per cell along each axis.
   """
   return _bases([1 / f for f in factor], theta, head_dim)
+
+
+def longer_theta(
+  theta: Sequence[float], trained: Sequence[int], grid: Sequence[int], head_dim: int, rule: str
+) -> tuple[float, float, float]:
+  """Returns the base per axis for sampling on another grid than the trained one.
+
+  "trained" keeps the bases: a step turns as it did in training, and positions beyond the trained
+  ones are new. "ntk" (NTK-aware scaling, arXiv 2309.00071, section 3.1) multiplies the base of an
+  axis that is s times as long by `s^(p / (p - 1))`: over the longer axis its slowest pair turns
+  as it did over the trained one, and its fastest still resolves a step. An axis with one pair has
+  no choice, a shorter axis needs none.
+
+  Args:
+    theta: bases in training.
+    trained: tokens per axis (t, y, x) in training.
+    grid: tokens per axis to be sampled.
+    head_dim: channels of a head.
+    rule: one of `ROPE_RULES`.
+  """
+  if rule == "trained":
+    return tuple(theta)
+  stretch = [max(1.0, new / old) for new, old in zip(grid, trained, strict=True)]
+  return _bases(stretch, theta, head_dim)
 
 
 def _bases(stretch, theta, head_dim) -> tuple[float, float, float]:

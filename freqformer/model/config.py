@@ -1,7 +1,7 @@
 """The model's configuration: sizes, patch, precision, and which method runs in which layers."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +14,7 @@ from freqformer.kernels.core.op import ALIASES
 from freqformer.methods.base import Method
 from freqformer.methods.registry import METHODS, method_class, parse_method, with_fields
 from freqformer.model.attention import AttentionDims, keys_per_query, starting_gain
+from freqformer.model.precondition import Table, measured_power
 
 # width, depth, heads of DiT (arXiv 2212.09748).
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}
@@ -91,6 +92,14 @@ class ModelConfig:
     mlp_ratio: hidden width of the MLP over the width.
     skip: add a learned multiple of the noisy latents to the velocity, per channel and timestep, so
       that the layers need not learn it.
+    precondition: let the transformer add to the best linear prediction of each frequency instead of
+      predicting all of the velocity (`freqformer/model/precondition.py`).
+    spectrum: power of the training latents for it, `measured_power`; empty: measured when training
+      begins.
+    positions: add a learned function of a token's place in the clip to its embedding. Rotary alone
+      only knows distances between tokens.
+    first_frame: the first latent frame may be given clean; an embedding marks its tokens. Training
+      gives it to a share of the samples (`train.first_frame`).
     dtype: of activations; parameters are float32.
     remat: recompute blocks in the backward, except attention outputs, LSE, routing and tables.
   """
@@ -104,6 +113,10 @@ class ModelConfig:
   rope_theta: tuple[float, ...] = ()
   mlp_ratio: float = 4.0
   skip: bool = False
+  precondition: bool = False
+  spectrum: Table = ()
+  positions: bool = False
+  first_frame: bool = False
   dtype: str = "float32"
   remat: bool = True
 
@@ -122,6 +135,16 @@ class ModelConfig:
     if len(self.rope_theta) == 1:
       object.__setattr__(self, "rope_theta", self.rope_theta * 3)
     require_one_of(self, "dtype", DTYPES)
+    if self.first_frame and self.precondition:
+      raise ValueError(
+        "precondition=True mixes all frames, so that none can be given clean: set "
+        "first_frame=False or precondition=False."
+      )
+    if self.first_frame and self.patch[0] > 1:
+      raise ValueError(
+        f"first_frame=True needs tokens of one latent frame, patch={self.patch} holds "
+        f"{self.patch[0]}; set patch={(1, *self.patch[1:])}."
+      )
     self.dims  # noqa: B018  refuses heads that do not divide the width
     self.attention.runs(self.depth)
 
@@ -152,6 +175,12 @@ class ModelConfig:
     gain = self.attention.qk_gain or starting_gain(max(keys), head_dim)
     attention = dataclasses.replace(self.attention, qk_gain=gain)
     return dataclasses.replace(self, rope_theta=theta, attention=attention)
+
+  def with_spectrum(self, latents: Iterable[np.ndarray]) -> "ModelConfig":
+    """Returns the config with the spectrum of training latents `[t, y, x, c]`, if it needs one."""
+    if not self.precondition or self.spectrum:
+      return self
+    return dataclasses.replace(self, spectrum=measured_power(latents))
 
   def check_training(self, latent_shape) -> None:
     """Raises ConfigError if a method's training cannot do on these latents what its config asks."""

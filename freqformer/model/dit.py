@@ -10,6 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from freqformer.config import refusing
@@ -18,6 +19,7 @@ from freqformer.kernels.block_sparse.table import BlockMask
 from freqformer.methods.base import Cond, Method
 from freqformer.model.attention import SpectralAttention
 from freqformer.model.config import DTYPES, ModelConfig
+from freqformer.model.precondition import Preconditioner
 from freqformer.model.streams import named, numbered
 
 # Names that rematerialisation keeps: the attention kernel runs once, and no choice can flip when
@@ -25,6 +27,7 @@ from freqformer.model.streams import named, numbered
 KEPT = (*CHECKPOINT_NAMES, "routing", "tables")
 TIME_RANGE = 1000  # DiT's features were made for t in 0..1000
 TIME_FREQUENCIES = 128
+PLACE_WAVES = 8  # choice: cosines of a token's place along each axis
 _ZEROS = nnx.initializers.zeros_init()
 _XAVIER = nnx.initializers.xavier_uniform()
 
@@ -124,6 +127,13 @@ class VideoDiT(nnx.Module):
     self.embed = nnx.Linear(
       patch, width, kernel_init=_XAVIER, dtype=dtype, rngs=named(rngs, "embed")
     )
+    self.position = (
+      nnx.Linear(
+        3 * PLACE_WAVES, width, use_bias=False, kernel_init=_ZEROS, rngs=named(rngs, "position")
+      )
+      if config.positions
+      else None
+    )
     self.time = TimestepEmbedder(width, named(rngs, "time"))
     normal = nnx.initializers.normal(0.02)
     self.label = nnx.Embed(classes + 1, width, embedding_init=normal, rngs=named(rngs, "label"))
@@ -136,6 +146,7 @@ class VideoDiT(nnx.Module):
       first += count
     self.runs = nnx.List(runs)
     self.final = FinalLayer(config, patch, named(rngs, "final"))
+    self.first_frame = nnx.Param(jnp.zeros(width)) if config.first_frame else None
     # One assignment: flax fixes on the first one whether an attribute holds parameters.
     self.skip = (
       nnx.Linear(width, self.channels, kernel_init=_ZEROS, rngs=named(rngs, "skip"))
@@ -161,15 +172,41 @@ class VideoDiT(nnx.Module):
       states.append(jax.tree.map(stack, method.init_state(rows, dims, layout)))
     return states
 
+  def conditional_half(self, state: list) -> list:
+    """Returns what the conditional half of guidance remembers, to run it alone."""
+
+    def half(x):
+      return x[:, : x.shape[1] // 2]
+
+    return [
+      own if method.shares_state else jax.tree.map(half, own)
+      for (_, method), own in zip(self.config.runs(), state, strict=True)
+    ]
+
+  def both_halves(self, state: list) -> list:
+    """Inverts `conditional_half`: the unconditional half remembers the same."""
+
+    def twice(x):
+      return jnp.concatenate([x, x], 1)
+
+    return [
+      own if method.shares_state else jax.tree.map(twice, own)
+      for (_, method), own in zip(self.config.runs(), state, strict=True)
+    ]
+
   def schedule(self, steps: int) -> list[tuple[str, ...]]:
-    """Returns each sampling step's phases, one per run of layers; ConfigError if none fit."""
+    """Returns the phases of each evaluation of a sampling run, one per run of layers.
+
+    Raises:
+      ConfigError: a method's schedule does not fit so many evaluations.
+    """
     methods = [method for _, method in self.config.runs()]
     for method in methods:
       method.check_run(steps)
     return [tuple(method.phase(step, steps) for method in methods) for step in range(steps)]
 
   def __call__(
-    self, x, time, label, tables, state=None, *, rng=None, phases=(), **moment
+    self, x, time, label, tables, state=None, *, rng=None, phases=(), given=None, **moment
   ) -> tuple[jax.Array, list, list[dict]]:
     """Predicts the velocity of noisy latents.
 
@@ -180,6 +217,8 @@ class VideoDiT(nnx.Module):
       state: of `init_state`, or None to start fresh.
       rng: key for stochastic routing, or None.
       phases: one per run of layers, of `schedule`; empty in training.
+      given: bool `[b]`, the first latent frame is clean instead of noisy (`ModelConfig.first_frame`
+        only); None: nowhere. The velocity there means nothing.
       **moment: further fields of `Cond`: progress, train, guided, soft_evaluation, want_masks.
 
     Returns:
@@ -190,7 +229,14 @@ class VideoDiT(nnx.Module):
     condition = (embedding + self.label(label)).astype(DTYPES[self.config.dtype])
     cond = Cond(time, embedding, **moment)
     layout = tables["layout"]
-    tokens = layout.pack(self.embed(patchify(x, self.config.patch)))
+    preconditioner = tables.get("preconditioner")
+    seen = x if preconditioner is None else preconditioner.inputs(x, time)
+    tokens = self.embed(patchify(seen, self.config.patch))
+    if self.position is not None:
+      tokens += self.position(tables["places"]).astype(tokens.dtype)
+    if given is not None:
+      tokens = self._marked(tokens, given, layout.layout.grid)
+    tokens = layout.pack(tokens)
     if state is None:
       state = self.init_state(x.shape[0], x.shape[1:], cond.guided)
     states = []
@@ -210,7 +256,15 @@ class VideoDiT(nnx.Module):
     velocity = unpatchify(velocity, x.shape[1:], self.config.patch)
     if self.skip is not None:
       velocity += self.skip(nnx.silu(condition))[:, None, None, None] * x
+    if preconditioner is not None:
+      velocity = preconditioner.velocity(x, velocity, time)
     return velocity, states, auxes
+
+  def _marked(self, tokens, given, grid):
+    """Adds the embedding of given tokens to those of the first frame, in raster order."""
+    mark = given[:, None, None] * self.first_frame[...].astype(tokens.dtype)
+    rows = grid[1] * grid[2]
+    return jnp.concatenate([tokens[:, :rows] + mark, tokens[:, rows:]], 1)
 
   def _scan(self, run, x, condition, cond: Cond, layout, tables, state):
     """Scans over the stacked layers of one run."""
@@ -246,7 +300,7 @@ def _repeat(count: int, x) -> jax.Array:
 
 
 def make_tables(config: ModelConfig, latent_shape) -> dict:
-  """Returns `{"layout": LayoutTables, "methods": [one per run of layers]}` of one grid.
+  """Returns what is static about a grid: `{"layout": LayoutTables, "methods": [one per run], ...}`.
 
   Raises:
     ConfigError: a method cannot serve the grid.
@@ -264,7 +318,21 @@ def make_tables(config: ModelConfig, latent_shape) -> dict:
     with refusing(f"attention method {type(method).__name__}"):
       tables = method.tables(layout)
     methods.append(jax.tree.map(finish, tables, is_leaf=is_mask))
-  return {"layout": layout.arrays(), "methods": methods}
+  tables = {"layout": layout.arrays(), "methods": methods}
+  if config.precondition:
+    tables["preconditioner"] = Preconditioner.of(config.spectrum, latent_shape)
+  if config.positions:
+    tables["places"] = _places(layout.grid)
+  return tables
+
+
+def _places(grid) -> jax.Array:
+  """Returns `cos(pi k u)`, k = 1, 2, ..., for the place u in (0, 1) along each axis, `[n, 3 k]`."""
+  waves = np.arange(1, PLACE_WAVES + 1)
+  axes = [np.cos(np.pi * waves * (np.arange(n)[:, None] + 0.5) / n) for n in grid]
+  index = np.indices(grid).reshape(3, -1)
+  found = [axis[at] for axis, at in zip(axes, index, strict=True)]
+  return jnp.asarray(np.concatenate(found, -1), jnp.float32)
 
 
 def patchify(x: jax.Array, patch) -> jax.Array:

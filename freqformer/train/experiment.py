@@ -1,11 +1,12 @@
 """A whole run's configuration, validated in one place: what `get_config` feeds."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
+import numpy as np
 from ml_collections import ConfigDict
 
-from freqformer.config import build, require
+from freqformer.config import ConfigError, build, require
 from freqformer.data.fields import FieldsConfig
 from freqformer.data.protocol import DataConfig
 from freqformer.data.sources import data_config
@@ -29,6 +30,25 @@ class Experiment:
     # Resolved here: what the grid decides is part of the run. What is wrong with it is refused
     # before hours of encoding.
     object.__setattr__(self, "model", self.model.resolved(self.latent_shape))
+    if self.train.first_frame:
+      self._check_first_frame()
+
+  def _check_first_frame(self):
+    """Refuses training with first frames where the model or the data have none to give."""
+    given = f"config.train.first_frame={self.train.first_frame}"
+    if not self.model.first_frame:
+      raise ConfigError(f"{given} needs config.model.first_frame=True.")
+    if self.latent_shape[0] < 2:
+      raise ConfigError(f"{given} needs two latent frames at least; raise config.data.frames.")
+    if isinstance(self.data, FieldsConfig) and self.data.target == "posterior":
+      raise ConfigError(
+        f"{given} cannot learn from config.data.target='posterior', the mean without a given "
+        "frame; set config.data.target='velocity'."
+      )
+
+  def with_spectrum(self, latents: Iterable[np.ndarray]) -> "Experiment":
+    """Returns the experiment with the spectrum of training latents, if its model needs one."""
+    return dataclasses.replace(self, model=self.model.with_spectrum(latents))
 
   @property
   def latent_shape(self) -> tuple[int, int, int, int]:
@@ -82,11 +102,13 @@ def _built(values: dict) -> Experiment:
 
 
 def recorded(config: Mapping, exp: Experiment) -> ConfigDict:
-  """Returns the config as a run records it: with what the grid decided for `exp`."""
+  """Returns the config as a run records it: with what grid and data decided for `exp`."""
   decided = {
     "rope_theta": exp.model.rope_theta,
     "attention": {"qk_gain": exp.model.attention.qk_gain},
   }
+  if exp.model.spectrum:
+    decided["spectrum"] = exp.model.spectrum
   return ConfigDict(_merged(_plain(config), {"model": decided}))
 
 
@@ -95,7 +117,10 @@ def _as_begun(model: Mapping, old: Mapping) -> dict:
   attention = dict(model.get("attention", {}))
   attention["qk_gain"] = attention.get("qk_gain") or old["attention"]["qk_gain"]
   theta = model.get("rope_theta") or old["rope_theta"]
-  return {**model, "rope_theta": theta, "attention": attention}
+  found = {**model, "rope_theta": theta, "attention": attention}
+  if model.get("precondition") and "spectrum" in old:
+    found["spectrum"] = model.get("spectrum") or old["spectrum"]
+  return found
 
 
 def _completed(config: Mapping) -> dict:

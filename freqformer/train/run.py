@@ -24,7 +24,7 @@ from freqformer.train.preemption import StopRequest
 from freqformer.train.resume import check_same_config, check_same_data, with_seed
 from freqformer.train.step import SkippedSteps, init_state, make_train_step
 from freqformer.train.throughput import Throughput
-from freqformer.train.validation import channel_power, evaluate, make_eval_step
+from freqformer.train.validation import channel_power, evaluate, make_eval_step, some_latents
 from freqformer.versions import git_revision, versions
 
 
@@ -106,6 +106,7 @@ def train(
   # ---- 2. data: encoded once, then read from the cache; or drawn on the fly -------------------
   train_data = open_split(exp.data, "train")
   val_data = open_split(exp.data, "val")
+  exp = exp.with_spectrum(some_latents(train_data))
   seconds["encode"] = time.monotonic() - started
   batches = iter(train_iterator(train_data, exp.train.batch_size, exp.seed))
 

@@ -11,10 +11,17 @@ from absl import logging
 from flax import nnx
 
 from freqformer.config import ConfigError, require, require_one_of
-from freqformer.diffusion.flow import TIME_SAMPLING, interpolate, sample_noise, sample_time
+from freqformer.diffusion.flow import (
+  TIME_SAMPLING,
+  give_first_frame,
+  interpolate,
+  sample_noise,
+  sample_time,
+)
 
 # choice: training stops after this many consecutive steps that are not finite, or half of the run.
 CONSECUTIVE_SKIPS = 10
+_FIRST_FRAME = 4  # number of its key; 0 to 3 are those of time, noise, null class and routing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +37,8 @@ class TrainConfig:
     clip: largest global norm of a gradient.
     ema: decay of the averaged weights, ramped up as (1 + step) / (10 + step).
     label_dropout: share of samples that are trained on the null class.
+    first_frame: share of samples that are trained with their first latent frame given
+      (`model.first_frame`); the loss leaves this frame out.
     time_sampling: see `sample_time`.
     time_range: least and largest timestep that is trained on, and validated on.
     val_every: 0 turns validation off.
@@ -49,6 +58,7 @@ class TrainConfig:
   clip: float = 1.0
   ema: float = 0.999
   label_dropout: float = 0.1
+  first_frame: float = 0.0
   time_sampling: str = "uniform"
   time_range: tuple[float, float] = (0.0, 1.0)
   log_every: int = 10
@@ -64,7 +74,7 @@ class TrainConfig:
     require(self, "warmup val_every val_batches samples weight_decay", least=0)
     require(self, "lr clip", above=0)
     require(self, "beta2 ema", least=0, below=1)
-    require(self, "label_dropout", least=0, most=1)
+    require(self, "label_dropout first_frame", least=0, most=1)
     require_one_of(self, "schedule", ("constant", "cosine"))
     require_one_of(self, "time_sampling", TIME_SAMPLING)
     if not 0 <= self.time_range[0] < self.time_range[1] <= 1:
@@ -160,10 +170,16 @@ def make_train_step(graphdef, config: TrainConfig, classes: int):
     label = jnp.where(dropped, classes, batch["label"])
     if posterior is not None:
       target = posterior.velocity(xt, time, label)
+    given = None
+    if config.first_frame:
+      # A key of its own: the other draws are those of a run without first frames.
+      key_given = jax.random.fold_in(key, _FIRST_FRAME)
+      given = jax.random.bernoulli(key_given, config.first_frame, batch["label"].shape)
+      xt = give_first_frame(xt, x0, given)
     velocity, _, aux = nnx.merge(graphdef, params)(
-      xt, time, label, tables, train=True, rng=key_route, progress=progress
+      xt, time, label, tables, train=True, rng=key_route, progress=progress, given=given
     )
-    loss = jnp.mean((velocity - target) ** 2)
+    loss = _mean_square(velocity - target, given)
     penalty = sum(run["loss"].mean() for run in aux)
     return loss + penalty, (loss, _summary(aux))
 
@@ -194,6 +210,14 @@ def make_train_step(graphdef, config: TrainConfig, classes: int):
     return jax.tree.map(functools.partial(jnp.where, finite), done, skipped), metrics
 
   return step
+
+
+def _mean_square(error, given):
+  """Returns the mean square over all cells `[b, t, y, x, c]` but first frames that are given."""
+  if given is None:
+    return jnp.mean(error**2)
+  counted = jnp.ones(error.shape[:2]).at[:, 0].set(~given)
+  return jnp.sum(counted * jnp.mean(error**2, (2, 3, 4))) / jnp.sum(counted)
 
 
 class SkippedSteps:

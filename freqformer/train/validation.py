@@ -5,7 +5,7 @@ number only, whatever the batches are. Where the exact posterior mean is known, 
 split into the Bayes risk, its distance from the velocity, and the regret, the model's from it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +122,13 @@ def evaluate(
   return result
 
 
-def channel_power(split, limit: int = 256) -> np.ndarray:
-  """Returns the mean square `[c]` of the normalised latents, over at most `limit` of them."""
-  latents = (split[i]["latent"] for i in range(min(len(split), limit)))
-  return np.mean([np.square(x).mean((0, 1, 2)) for x in latents], 0).astype(np.float32)
+def some_latents(split, limit: int = 256) -> Iterator[np.ndarray]:
+  """Yields normalised latents `[t, y, x, c]`, at most `limit`, spread evenly over a split."""
+  count = min(len(split), limit)
+  return (split[i * len(split) // count]["latent"] for i in range(count))
+
+
+def channel_power(split) -> np.ndarray:
+  """Returns the mean square `[c]` of the normalised latents."""
+  found = [np.square(x).mean((0, 1, 2)) for x in some_latents(split)]
+  return np.mean(found, 0).astype(np.float32)

@@ -121,6 +121,10 @@ def test_page(workdir, compared):
     (["--compare=dense,freqformer"], "method/router/bias"),
     (["--compare=dense,adaspa", "--metrics=psnr,lpips"], "--lpips_weights"),
     (["--compare=dense,adaspa", "--method=dense"], "--method goes with one method"),
+    (["--guidance_interval=low,high"], "must be two numbers"),
+    (["--frames=7"], "6 and 8 are"),
+    (["--size=24"], "must be ROWSxCOLS"),
+    (["--first_frame=picture.png"], "was not trained with first frames"),
   ],
 )
 def test_command_refuses_before_sampling(workdir, tmp_path, args, message):
@@ -128,6 +132,22 @@ def test_command_refuses_before_sampling(workdir, tmp_path, args, message):
   done = call(tmp_path, "eval.py", *flags, *args, code=2)
   assert message in done.stderr
   assert not (tmp_path / "out").exists() and "sampling" not in done.stderr
+
+
+def test_samples_of_another_size_by_another_sampler(workdir, tmp_path):
+  flags = [f"--workdir={workdir}", f"--out={tmp_path}", "--classes=b", "--frames=8"]
+  flags += ["--size=16x40", "--rope=ntk", "--sampler=unipc", "--steps=3"]
+  flags += ["--guidance_interval=0.9,1", "--guidance_rescale=0.5"]
+  call(tmp_path, "eval.py", *flags)
+  result = json.loads((tmp_path / "sampling.json").read_text())
+  assert result["video_shape"] == [8, 16, 40] and result["rope"] == "ntk"
+  assert result["sampler"] == "unipc" and result["guidance_interval"] == [0.9, 1.0]
+  assert result["evaluations"] == 3 and result["forwards"] == 4
+  tokens = 4 * 2 * 5
+  assert result["attention_flops_per_sample"] == 4 * tokens**2 * 24 * 2 * 4
+  latents = np.load(tmp_path / "latents.npz")["latents"]
+  assert latents.shape == (1, 4, 2, 5, 4) and np.isfinite(latents).all()
+  assert (tmp_path / "b.mp4").stat().st_size > 500
 
 
 def test_refusals(workdir):

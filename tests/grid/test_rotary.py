@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from freqformer.grid.rotary import REACH, angle_tables, axis_pairs, grid_theta, level_theta
+from freqformer.grid.rotary import (
+  REACH,
+  angle_tables,
+  axis_pairs,
+  grid_theta,
+  level_theta,
+  longer_theta,
+)
 
 POSITIONS = np.random.default_rng(0).uniform(0, 30, (7, 3))
 
@@ -66,3 +73,14 @@ def test_levels_have_the_theta_of_their_own_grid():
   np.testing.assert_allclose(coarse, grid_theta((8, 8, 16), 64))
   assert level_theta(fine, (1, 1, 1), 64) == fine
   assert level_theta(fine, (99, 99, 999), 64) == (1.0, 1.0, 1.0)  # not beyond 1 radian a cell
+
+
+def test_a_longer_axis_keeps_its_bases_or_its_slowest_turn():
+  trained = (8, 12, 12)
+  longer = (16, 12, 6)
+  theta = grid_theta(trained, 64)
+  assert longer_theta(theta, trained, longer, 64, "trained") == theta
+  scaled = longer_theta(theta, trained, longer, 64, "ntk")
+  assert scaled[1:] == theta[1:]  # the shorter axis, too
+  periods = slowest_periods(scaled, 64)
+  np.testing.assert_allclose(periods[0], REACH * 16, rtol=1e-3)

@@ -94,9 +94,27 @@ def test_any_other_grid_at_call_time():
     assert out.shape == x.shape and np.isfinite(out).all()
 
 
+def test_a_given_first_frame_is_marked():
+  """An embedding that begins at zero marks the first frame of the samples that have it."""
+  model = VideoDiT(config_of("dense", first_frame=True), SHAPE, 3, nnx.Rngs(0))
+  tables = model.tables(SHAPE)
+  assert not model.first_frame[...].any()
+  assert model_of(config_of("dense")).first_frame is None
+  tokens = jnp.zeros((2, tables["layout"].layout.n, 24))
+  model.first_frame[...] = jnp.arange(24.0)
+  marked = model._marked(tokens, jnp.array([True, False]), tables["layout"].layout.grid)
+  np.testing.assert_array_equal(marked[0, :9], jnp.broadcast_to(jnp.arange(24.0), (9, 24)))
+  assert not marked[0, 9:].any() and not marked[1].any()
+  model = model_of(config_of("dense", first_frame=True))
+  without = model(*inputs(), tables)[0]
+  moved = model(*inputs(), tables, given=jnp.array([True, False]))[0] - without
+  assert np.abs(moved[0]).max() > 1e-4 and np.abs(moved[1]).max() < 1e-6
+
+
 @pytest.mark.parametrize(
   "bad, message",
   [
+    (dict(first_frame=True, patch=(3, 1, 1)), r"first_frame=True needs .* set patch=\(1, 1, 1\)"),
     (dict(attention=dict(layers=((0, 1, "dense"),))), "must cover layers 0..2"),
     (dict(attention=dict(layers=((1, 2, "dense"),))), "without gaps"),
     (dict(attention=dict(tiel=(1, 2, 2))), "did you mean 'tile'"),

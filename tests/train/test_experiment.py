@@ -12,6 +12,7 @@ from freqformer.model.config import model_config
 from freqformer.model.dit import VideoDiT
 from freqformer.train.experiment import experiment, of_record, recorded
 from tests import tiny_config
+from tests.command.process import ROOT
 
 GRID = (3, 3, 4)  # latent tokens of the tiny config
 HEAD_DIM = 12
@@ -75,3 +76,29 @@ def test_a_wrong_theta_is_refused(theta, config):
     config.model.rope_theta = theta
   with pytest.raises(ConfigError, match="rope_theta"):
     experiment(config)
+
+
+@pytest.mark.parametrize(
+  "values, message",
+  [
+    (dict(), "needs config.model.first_frame=True"),
+    (dict(model__first_frame=True, data__frames=2), "raise config.data.frames"),
+  ],
+)
+def test_first_frames_need_a_model_and_a_second_frame(values, message, config):
+  with config.unlocked():
+    config.update_from_flattened_dict({key.replace("__", "."): v for key, v in values.items()})
+    config.train.first_frame = 0.5
+  with pytest.raises(ConfigError, match=message):
+    experiment(config)
+
+
+def test_first_frames_need_the_velocity_of_the_draw():
+  config = read_config(ROOT / "configs" / "fields.py")
+  with config.unlocked():
+    config.model.first_frame = True
+    config.train.first_frame = 0.5
+    with pytest.raises(ConfigError, match="set config.data.target='velocity'"):
+      experiment(config)
+    config.data.target = "velocity"
+  assert experiment(config).train.first_frame == 0.5

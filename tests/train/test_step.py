@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from freqformer.config import ConfigError
+from freqformer.diffusion.flow import give_first_frame, sample_noise
 from freqformer.model.config import model_config
 from freqformer.model.dit import VideoDiT, make_tables
 from freqformer.train.step import (
@@ -178,3 +179,24 @@ def test_the_average_follows_with_a_ramped_decay(step, state):
     np.testing.assert_allclose(ema, (2 * old + 9 * new) / 11, atol=1e-6)
 
   jax.tree.map(check, after.ema, after.params, state.params)
+
+
+def test_the_loss_leaves_given_first_frames_out():
+  """At zero velocity it is the mean square of the target, which the other draws decide as ever."""
+  config = model_config(dict(SIZES, first_frame=True, attention=dict(ATTENTION, method="dense")))
+  graphdef, params = nnx.split(VideoDiT(config, SHAPE, 2, nnx.Rngs(0)))
+  batch = batch_of()
+  key = jax.random.fold_in(jax.random.key(0), 0)
+  noise = sample_noise(jax.random.split(key, 4)[1], jnp.arange(4), SHAPE)
+  square = (noise - batch["latent"]) ** 2
+  tables = make_tables(config, SHAPE)
+  for share, want in ((0.0, square.mean()), (1.0, square[:, 1:].mean())):
+    train = dataclasses.replace(TRAIN, first_frame=share)
+    state = init_state(jax.tree.map(jnp.copy, params), train, 0)
+    _, metrics = make_train_step(graphdef, train, 2)(state, batch, tables)
+    assert float(metrics["loss"]) == pytest.approx(float(want), rel=1e-5)
+  given = jnp.array([True, False, True, True])
+  xt = give_first_frame(noise, batch["latent"], given)
+  np.testing.assert_array_equal(xt[:, 1:], noise[:, 1:])
+  np.testing.assert_array_equal(xt[given, 0], batch["latent"][np.asarray(given), 0])
+  np.testing.assert_array_equal(xt[1], noise[1])
