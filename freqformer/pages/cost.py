@@ -16,7 +16,16 @@ _STAGES = {
   "training": "training: a step of one sample, forward and backward",
   "sampling": "sampling: one sample, all steps",
 }
-_SAME = ("steps", "guidance", "sampler", "device", "samples", "batch_size")
+_SAME = (
+  "steps",
+  "sampler",
+  "guidance",
+  "guidance_interval",
+  "latent_shape",
+  "samples",
+  "batch_size",
+  "device",
+)
 _BAR = 0.27
 
 
@@ -25,7 +34,7 @@ def counted(exp: Experiment, schedule: list[tuple[str, ...]]) -> dict:
 
   Args:
     exp: the run.
-    schedule: phases of its sampling steps, of `VideoDiT.schedule`.
+    schedule: phases of its evaluations in sampling, of `VideoDiT.schedule`.
 
   Returns:
     `{"training" | "sampling": {"own" | "dense": {"attention_flops", "total_flops"}}}`, of one
@@ -43,7 +52,7 @@ def counted(exp: Experiment, schedule: list[tuple[str, ...]]) -> dict:
         total = training_flops(cost)
       else:
         phases = schedule if name == "own" else [("",) * len(step) for step in schedule]
-        cost = sampling_cost(model, shape, phases, exp.sample.guidance != 1)
+        cost = sampling_cost(model, shape, phases, exp.sample.guided())
         attention = cost.attention_flops
         total = cost.total
       found[stage][name] = {"attention_flops": attention, "total_flops": total}

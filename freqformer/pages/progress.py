@@ -44,7 +44,7 @@ class Progress(Watch):
     self._draw = None
     model = nnx.merge(run.graphdef, run.params)
     with _goes_on("costs"):
-      schedule = model.schedule(run.experiment.sample.steps)
+      schedule = model.schedule(len(run.experiment.sample.guided()))
       found = counted(run.experiment, schedule)
       (run.workdir / "cost.json").write_text(json.dumps(found, indent=1))
     if self._mosaic is None:
@@ -137,7 +137,7 @@ def _few_steps(config: SampleConfig, model, count: int) -> SampleConfig:
   own = dataclasses.replace(config, batch_size=min(config.batch_size, count))
   few = dataclasses.replace(own, steps=min(own.steps, _STEPS))
   try:
-    model.schedule(few.steps)
+    model.schedule(len(few.guided()))
   except ConfigError:
     return own
   return few

@@ -16,6 +16,7 @@ from freqformer.train.resume import settings
 
 # choice: videos of a page, see `freqformer.pages.videos`.
 _MAX_VIDEOS = 36
+_CELL = 60  # characters of a setting
 _TABLE = {
   "method": "method",
   "params": "parameters",
@@ -150,11 +151,16 @@ def _settings(workdir: pathlib.Path) -> dict:
     return flatten_dict(config, sep=".")
 
 
+def _shortened(value: str | None) -> str | None:
+  """Returns the beginning of a long value, such as the power of every frequency."""
+  return value if value is None or len(value) <= _CELL else f"{value[:_CELL]} …"
+
+
 def _differences(runs: dict[str, pathlib.Path]) -> str:
   found = [_settings(workdir) for workdir in runs.values()]
   rows = []
   for key in dict.fromkeys(key for own in found for key in own):
     values = [json.dumps(own[key]) if key in own else None for own in found]
     if len(set(values)) > 1:
-      rows.append([key, *values])
+      rows.append([key, *map(_shortened, values)])
   return table(["key", *runs], rows) if rows else "<p>None.</p>"
