@@ -53,6 +53,7 @@ from freqformer.evaluate.validate import validate
 from freqformer.grid.rotary import ROPE_RULES
 from freqformer.pages.compare import slug, text_table, write_comparison
 from freqformer.pages.mp4 import grid, grid_png, write_mp4
+from freqformer.pages.run import write_report
 from freqformer.pages.text import aligned
 from freqformer.train.validation import channel_power
 
@@ -183,6 +184,7 @@ def _sample_one_method():
     result["seconds_per_sample"],
     drawn.density.mean(),
   )
+  _update_report(out)
 
 
 def _compare_methods():
@@ -249,6 +251,7 @@ def _validate():
   path.write_text(json.dumps(result, indent=2))
   print(_losses(result, data.facts()))
   print(f"written: {path}")
+  _update_report(out)
 
 
 def _used(split: Split) -> tuple[dict[int, int], int]:
@@ -349,6 +352,13 @@ def _facts(run: Run, count: int, config: SampleConfig) -> dict:
     "flops_are": FLOPS_ARE,
     "density_is": "scored pairs / n^2 as run, of one sample",
   }
+
+
+def _update_report(out: pathlib.Path):
+  """Writes the run's report anew if the run has what was written."""
+  workdir = pathlib.Path(_WORKDIR.value)
+  if out.resolve().is_relative_to(workdir.resolve()):
+    logging.info("report: %s", write_report(workdir))
 
 
 def _folder(default: str) -> pathlib.Path:
