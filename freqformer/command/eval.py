@@ -10,7 +10,7 @@
   python eval.py --workdir=runs/ucf101 --validate --config.data.source=folder \
     --config.data.root=clips --config.data.stride=4 --config.data.resolution=128,256
 
-Averaged weights and hard routing by default. Writes <class>.mp4, grid.png, latents.npz,
+Averaged weights and hard routing by default. Writes <class>/<index>.mp4, grid.png, latents.npz,
 sampling.json and density.json (one sample's density at every step, layer and head) to --out, where
 it replaces an earlier run's files. The default is <workdir>/samples, which the run's report shows,
 or <workdir>/samples-<method> with --method. With --compare, every method draws the same samples
@@ -43,9 +43,10 @@ from freqformer.diffusion.sampling import SampleConfig
 from freqformer.evaluate import compare
 from freqformer.evaluate.draw import FLOPS_ARE, SAMPLES_PER_CLASS, draw, requests, sample_config
 from freqformer.evaluate.restore import Run, load_run
+from freqformer.evaluate.samples import clip_path
 from freqformer.evaluate.validate import validate
 from freqformer.pages.compare import slug, text_table, write_comparison
-from freqformer.pages.mp4 import grid, grid_png, write_mp4
+from freqformer.pages.mp4 import grid_png, write_mp4
 from freqformer.pages.text import aligned
 from freqformer.train.validation import channel_power
 
@@ -118,13 +119,11 @@ def _sample_one_method():
   names = run.class_names
   if (out / "sampling.json").exists():  # of an earlier run, maybe of other classes
     for name in names:
-      (out / f"{name}.mp4").unlink(missing_ok=True)
+      for path in (out / name).glob("*.mp4"):
+        path.unlink()
   videos = run.decode(drawn.latents)
-  for label in dict.fromkeys(labels.tolist()):
-    own = videos[labels == label]
-    write_mp4(
-      out / f"{names[label]}.mp4", grid(own, columns=min(4, len(own))), _FPS.value or run.fps
-    )
+  for video, label, index in zip(videos, labels, indices, strict=True):
+    write_mp4(clip_path(out, names[label], index), video, _FPS.value or run.fps)
   grid_png(out / "grid.png", videos, [names[label] for label in labels])
 
   # ---- numbers --------------------------------------------------------------------------------
