@@ -196,8 +196,9 @@ def _samples(workdir: pathlib.Path, run: Run) -> tuple[Clips, dict]:
   out = pathlib.Path(_OUT.value or workdir / default)
   labels, indices = spread_requests(run, _N.value)
   config = sample_config(run, len(labels), steps=_STEPS.value, guidance=_GUIDANCE.value)
-  settings = {
-    **dataclasses.asdict(config),
+  settings = dataclasses.asdict(config)
+  del settings["batch_size"]  # changes no sample
+  settings |= {
     "seed": _SEED.value,
     "checkpoint": run.step,
     "method": run.model.config.attention.method if _METHOD.value is None else _METHOD.value,

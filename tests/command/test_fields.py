@@ -100,8 +100,8 @@ def _metadata(checkpoints):
 def test_sampling_and_the_report(whole):
   folder = pathlib.Path(whole)
   call(folder, "eval.py", f"--workdir={folder}", "--steps=2", "--classes=y-1x+0,y+1x+1")
-  names = sorted(path.name for path in (folder / "samples").glob("*.mp4"))
-  assert names == ["y+1x+1.mp4", "y-1x+0.mp4"]
+  names = sorted(path.parent.name for path in (folder / "samples").glob("*/00000.mp4"))
+  assert names == ["y+1x+1", "y-1x+0"]
   assert json.loads((folder / "samples" / "sampling.json").read_text())["samples"] == 2
   page = write_report(folder).read_text()
   assert "Bayes risk" in page and page.count("data:video/mp4;base64,") == 2
