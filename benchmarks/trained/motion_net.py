@@ -24,7 +24,7 @@ from absl import flags, logging
 from scipy import ndimage
 from tqdm import tqdm
 
-from benchmarks.rows import write_rows
+from benchmarks.rows import context, write_rows
 from freqformer.command import cli
 from freqformer.evaluate import motion_net
 from freqformer.evaluate.motion_net import FRAMES, SIDE, TARGETS
@@ -527,6 +527,11 @@ def r_squared(params, clips, targets) -> dict[str, float]:
 
 def main(_):
   clock = time.monotonic()
+  command = (
+    f"python -m benchmarks.trained.motion_net --clips={_CLIPS.value} --steps={_STEPS.value} "
+    f"--seed={_SEED.value}"
+  )
+  here = context(command)  # of the code that runs, whatever is edited meanwhile
   clips, targets = render(_SEED.value, _CLIPS.value)
   rendered = time.monotonic() - clock
   logging.info("%d clips in %.0f s", len(clips), rendered)
@@ -546,13 +551,10 @@ def main(_):
     "bytes": path.stat().st_size,
     "render_seconds": round(rendered),
     "seconds": round(time.monotonic() - clock),
+    "cpu_seconds": round(time.process_time()),
   }
   if _WRITE.value:
-    command = (
-      f"python -m benchmarks.trained.motion_net --clips={_CLIPS.value} --steps={_STEPS.value} "
-      f"--seed={_SEED.value}"
-    )
-    write_rows("motion_net", [row], command)
+    write_rows("motion_net", [here | row], command)
   for name, score in scores.items():
     print(f"{name:<16} {score:6.3f}  {TARGETS[name]}")
   print(f"{path}: {row['bytes']:,} bytes, {row['seconds']} s")
