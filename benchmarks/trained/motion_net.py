@@ -564,6 +564,6 @@ if __name__ == "__main__":
   _CLIPS = flags.DEFINE_integer("clips", 8000, "Clips to train on.", lower_bound=BATCH)
   _STEPS = flags.DEFINE_integer("steps", 1600, "Optimisation steps.", lower_bound=4)
   _SEED = flags.DEFINE_integer("seed", 0, "Seed of clips and parameters.")
-  _OUT = flags.DEFINE_string("out", str(motion_net._file()), "File of the weights.")
+  _OUT = flags.DEFINE_string("out", str(motion_net.weights_file()), "File of the weights.")
   _WRITE = flags.DEFINE_bool("write", True, "Write the row.")
   cli.run(main)

@@ -217,16 +217,17 @@ def _times(t: int) -> np.ndarray:
 @functools.lru_cache(maxsize=1)
 def load() -> dict[str, np.ndarray]:
   """Returns the committed parameters, float32."""
-  with np.load(io.BytesIO(_file().read_bytes())) as data:
+  with np.load(io.BytesIO(weights_file().read_bytes())) as data:
     return {name: data[name].astype(np.float32) for name in data}
 
 
 def weights_hash() -> str:
   """Returns the beginning of the sha256 of the committed weights, hex."""
-  return hashlib.sha256(_file().read_bytes()).hexdigest()[:12]
+  return hashlib.sha256(weights_file().read_bytes()).hexdigest()[:12]
 
 
-def _file():
+def weights_file():
+  """Returns the file of the committed weights, in a checkout or a wheel."""
   return importlib.resources.files("freqformer.evaluate") / "weights" / f"{NAME}.npz"
 
 
