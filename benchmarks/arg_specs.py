@@ -84,6 +84,9 @@ _SPECS = (
   _cpu("cpu_1k", (4, 16, 16), heads=2, head_dim=32, keys=256, block=64),
   _cpu("cpu_4k", (16, 16, 16), heads=2, head_dim=32, keys=256, block=64),
   _cpu("cpu_16k", (16, 32, 32)),
+  # Two heads: gradients of dense attention keep all scores, 9 GB of them at 16K tokens.
+  _cpu("cpu_4k_2h", (16, 16, 16), heads=2, keys=256, block=64),
+  _cpu("cpu_16k_2h", (16, 32, 32), heads=2),
   _cpu("cpu_64k", (16, 64, 64)),
   # A: a small video DiT, from 64K to 1M tokens; 16K for dense mode alone.
   AttentionSpec("a_16k", (16, 32, 32), 12, 128),

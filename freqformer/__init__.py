@@ -9,10 +9,13 @@ import pathlib
 
 # Public names and the modules that define them.
 _PUBLIC = {
+  "TileLayout": "grid.layout",
   "VideoDiT": "model.dit",
   "list_methods": "methods.registry",
   "load_run": "evaluate.restore",
   "sample": "evaluate.draw",
+  "sliding_tile": "tables.window",
+  "tiles_where": "tables.where",
 }
 __all__ = ["CHECKOUT", *_PUBLIC]
 

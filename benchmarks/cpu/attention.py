@@ -34,6 +34,7 @@ class Run:
   Attributes:
     base: the shape of the comparisons.
     large: the shape of the scaling and memory rows.
+    plain: shapes of the comparison with JAX's own attention, forward and backward.
     chunks: query rows per step that the dense loop may choose from.
     backward_chunks: the same for its gradients.
     rounds: turns of every competitor.
@@ -43,6 +44,7 @@ class Run:
 
   base: AttentionSpec
   large: AttentionSpec
+  plain: tuple[AttentionSpec, ...]
   chunks: tuple[int, ...]
   backward_chunks: tuple[int, ...]
   rounds: int
@@ -53,6 +55,7 @@ class Run:
 FULL = Run(
   base=SPECS["cpu_16k"],
   large=SPECS["cpu_64k"],
+  plain=(SPECS["cpu_4k_2h"], SPECS["cpu_16k_2h"]),
   chunks=(256, 512, 1024),
   backward_chunks=(128, 256, 512),
   rounds=7,
@@ -65,6 +68,7 @@ FULL = Run(
 QUICK = Run(
   base=SPECS["cpu_1k"],
   large=SPECS["cpu_4k"],
+  plain=(SPECS["cpu_4k_2h"],),
   chunks=(128, 256),
   backward_chunks=(128,),
   rounds=2,
@@ -187,6 +191,37 @@ def measure_backward(run: Run) -> list[dict]:
   ]
 
 
+def measure_plain(run: Run) -> list[dict]:
+  """Times the sparse call against `jax.nn.dot_product_attention`, alone and with gradients.
+
+  This is what a model gains that calls JAX's attention and takes this one with a sparse mask.
+  """
+  found = []
+  for spec in run.plain:
+    d_out, *qkv = spec.inputs(4)
+    mask = spec.mask()
+    dense = jax.nn.dot_product_attention
+    backward = {
+      "sparse": call(gradients(sparse), d_out, *qkv, mask),
+      "against": call(gradients(dense), d_out, *qkv),
+    }
+    forward = {"sparse": call(sparse, *qkv, mask), "against": call(dense, *qkv)}
+    for what, calls in (("forward", forward), ("forward_backward", backward)):
+      t = timing.interleave(calls, max(2, run.rounds // 2))
+      found.append(
+        rows.goal_row(
+          f"{what}_vs_dot_product_attention_{spec.name}",
+          t["against"].median / t["sparse"].median,
+          None,
+          unit="x",
+          density=float(np.mean(mask.density())),
+          sparse=t["sparse"].row(),
+          against=t["against"].row(),
+        )
+      )
+  return found
+
+
 def measure_scaling(run: Run) -> list[dict]:
   """Times four times the tokens at the same keys per query: linear would be 4."""
   calls = {s.name: call(sparse, *s.inputs(), s.mask()) for s in (run.base, run.large)}
@@ -269,7 +304,7 @@ def measure_freqformer(run: Run) -> list[dict]:
 
 def measure(run: Run, memory: bool = True) -> list[dict]:
   """Measures all rows of a run."""
-  parts = [measure_forward, measure_backward, measure_scaling, measure_freqformer]
+  parts = [measure_forward, measure_backward, measure_plain, measure_scaling, measure_freqformer]
   found = []
   for part in [measure_memory] * memory + parts:
     found += timing.beside_others(functools.partial(part, run))

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from freqformer.data.codec import DctCodec
+from freqformer.data.codec import Codec
 from freqformer.data.decode import decode_clip
 from freqformer.data.protocol import BrokenClip, Clip, DataConfig
 
 
 def encode_clip(
-  config: DataConfig, codec: DctCodec, split: str, clip: Clip
+  config: DataConfig, codec: Codec, split: str, clip: Clip
 ) -> tuple[np.ndarray, dict]:
   """Decodes and encodes the views of a clip.
 
@@ -39,7 +39,7 @@ def encode_clip(
 
 
 def encode_all(
-  config: DataConfig, codec: DctCodec, split: str, clips: list[Clip]
+  config: DataConfig, codec: Codec, split: str, clips: list[Clip]
 ) -> Iterator[tuple[Clip, tuple[np.ndarray, dict] | BrokenClip]]:
   """Yields every clip in order with its latents, or with the reason why it has none."""
   # A container often has fewer CPUs than the machine; only Linux tells.

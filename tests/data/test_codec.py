@@ -1,4 +1,4 @@
-"""The block DCT loses nothing with all channels; statistics normalise what they were taken from."""
+"""Codecs lose nothing that they have room for; statistics normalise what they were taken from."""
 
 import json
 
@@ -12,6 +12,7 @@ from freqformer.data.codec import (
   dct_order,
   make_codec,
 )
+from freqformer.data.render import render_clip
 from tests.data.helpers import moving_square, psnr
 from tests.kernels.block_sparse.suite import relative_error
 
@@ -47,6 +48,40 @@ def test_more_channels_never_hurt_and_a_constant_needs_only_three():
   # The three constants are among the first six.
   kept = make_codec(CodecConfig(factor=(2, 8, 8), channels=6))
   np.testing.assert_array_equal(kept.decode(kept.encode(flat), (2, 8, 8)), flat)
+
+
+def test_lowpass_keeps_slow_waves_at_any_size_and_their_mean():
+  codec = make_codec(CodecConfig(name="lowpass", factor=(2, 3, 3), channels=3))
+  t, y, x = np.ogrid[:8, :24, :18]
+  wave = np.cos(np.pi * (t + 0.5) / 8) * np.cos(np.pi * 5 * (y + 0.5) / 24)
+  wave = wave * np.cos(np.pi * 3 * (x + 0.5) / 18)
+  video = np.rint(128 + 90 * wave[..., None] * (1, -0.5, 0.25)).astype(np.uint8)[None]
+  latents = codec.encode(video)
+  assert latents.shape == (1, *codec.latent_shape(8, 24, 18)) == (1, 4, 8, 6, 3)
+  np.testing.assert_allclose(codec.decode(latents, (8, 24, 18)), video, atol=1)
+  luma = (video / 127.5 - 1).sum(-1).mean() / np.sqrt(3)
+  assert abs(latents[..., 0].mean() - luma) < 1e-5
+  # Frames, rows and columns that the edge cuts.
+  flat = np.full((1, 7, 23, 17, 3), (10, 200, 90), np.uint8)
+  np.testing.assert_array_equal(codec.decode(codec.encode(flat), (7, 23, 17)), flat)
+
+
+def test_lowpass_needs_half_the_numbers_of_blocks_on_a_smooth_clip():
+  video = render_clip("RotatingPetals", 1, 1, 16, 48, 64)[None]
+  found = {}
+  for name, factor, channels in (("lowpass", (2, 4, 4), 3), ("dct", (2, 8, 8), 24)):
+    codec = make_codec(CodecConfig(name=name, factor=factor, channels=channels))
+    latents = codec.encode(video)
+    found[name] = latents.size, psnr(video, codec.decode(latents, (16, 48, 64)))
+  assert found["lowpass"][0] * 2 == found["dct"][0]
+  assert found["lowpass"][1] > found["dct"][1]
+
+
+def test_a_codec_says_how_many_channels_it_can_have():
+  with pytest.raises(
+    ValueError, match=r"codec lowpass with factor \(2, 4, 4\) has 1 to 3 channels"
+  ):
+    CodecConfig(name="lowpass", factor=(2, 4, 4), channels=4)
 
 
 def test_statistics_normalise():

@@ -22,6 +22,7 @@ TINY = dataclasses.replace(
 RUN = benchmark.Run(
   TINY,
   dataclasses.replace(TINY, name="tiny_large", grid=(4, 16, 8)),
+  (dataclasses.replace(TINY, name="tiny_plain"),),
   (64,),
   (64,),
   1,
@@ -31,7 +32,7 @@ RUN = benchmark.Run(
 
 def test_rows_of_a_run(tmp_path):
   found = benchmark.measure(RUN, memory=False)
-  assert len({row["name"] for row in found}) == len(found) == 8
+  assert len({row["name"] for row in found}) == len(found) == 10
   for row in found:
     assert set(row) >= {"name", "value", "unit", "goal", "met", "others_cpu"}
     assert np.isfinite(row["value"]) and row["value"] > 0
