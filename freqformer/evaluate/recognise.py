@@ -2,8 +2,9 @@
 
 It is fitted in closed form, in seconds, to features of training clips (`motion_net`): Gaussian
 groups of one covariance. Its groups are the classes and, for its answer "none of these", controls
-made of the same clips: noise in the clip's colours, its frames shuffled, one frame frozen. To find
-colours useless it is also shown clips whose colours were mixed and whose tones were redrawn.
+made of the same clips: noise in the clip's colours, its frames shuffled, one frame frozen. A clip
+far from all groups is none of them, too. To find colours useless the judge is also shown clips
+whose colours were mixed and whose tones were redrawn.
 
 Fit it on decoded training clips; `Judge.report` tells first what it makes of real clips that it has
 not seen and of their controls. Only where it names those and refuses these do samples count.
@@ -18,7 +19,8 @@ from freqformer.config import ConfigError
 from freqformer.evaluate import motion_net
 
 NONE = -1  # label of what is none of the classes
-SMOOTH = 0.1  # of the frame's height: correlation length of every other clip of colour noise
+# choice: of colour noise, shares of the clip's length and of the frame's height.
+_SMOOTHNESS = ((0, 0), (0, 0.03), (0, 0.1), (0.15, 0.03), (0.15, 0.1))
 # choice: views of a training clip and of each of its controls: as it is, cropped, in other tones.
 VIEWS = 6
 CONTROL_VIEWS = 2
@@ -27,6 +29,8 @@ _CROP = 0.85  # least side of a crop, as a share of the frame's
 # features.
 _SHRINKAGE = 0.1
 _LEAST_CLIPS = 4  # of a class
+# choice: a clip may lie so much farther, in squares, than all but 1 % of clips that were left out.
+_FARTHER = 1.5
 
 
 # ---- controls ------------------------------------------------------------------------------------
@@ -35,28 +39,37 @@ _LEAST_CLIPS = 4  # of a class
 def colour_noise(videos: np.ndarray, seed: int = 0) -> np.ndarray:
   """Returns noise with each clip's mean and covariance of colours, uint8 `[b, t, y, x, 3]`.
 
-  It is white for every other clip, and smooth in space for those between.
+  Clips in turn are white, smooth in space, and smooth in space and slow (`_SMOOTHNESS`).
   """
   noisy = []
   for i, video in enumerate(videos):
     rng = np.random.default_rng([seed, i])
     pixels = video.reshape(-1, 3).astype(np.float32)
-    noise = rng.standard_normal(video.shape, np.float32)
-    if i % 2:
-      noise = _smooth(noise)
+    noise = _smooth(rng.standard_normal(video.shape, np.float32), *_SMOOTHNESS[i % 5])
     spread = np.linalg.cholesky(np.cov(pixels.T) + 1e-3 * np.eye(3)).astype(np.float32)
     noise = noise @ spread.T + pixels.mean(0)
     noisy.append(np.clip(np.rint(noise), 0, 255).astype(np.uint8))
   return np.stack(noisy)
 
 
-def _smooth(noise: np.ndarray) -> np.ndarray:
-  """Returns noise `[t, y, x, 3]` under a Gaussian in space, with deviation 1 again."""
-  rows, cols = noise.shape[1:3]
-  squared = np.fft.fftfreq(rows)[:, None] ** 2 + np.fft.rfftfreq(cols) ** 2
-  envelope = np.exp(-2 * (np.pi * SMOOTH * rows) ** 2 * squared)[:, :, None]
-  smooth = np.fft.irfft2(np.fft.rfft2(noise, axes=(1, 2)) * envelope, (rows, cols), axes=(1, 2))
-  return (smooth / smooth.std()).astype(np.float32)
+def _smooth(noise: np.ndarray, time: float, space: float) -> np.ndarray:
+  """Returns noise `[t, y, x, 3]` under Gaussians in time and in space; mean 0, deviation 1.
+
+  Args:
+    time: deviation of the Gaussian, as a share of the clip.
+    space: the same, as a share of the frame's height.
+  """
+  t, rows, cols = noise.shape[:3]
+  frequencies = [
+    np.fft.fftfreq(t)[:, None, None] * time * t,
+    np.fft.fftfreq(rows)[:, None] * space * rows,
+    np.fft.rfftfreq(cols) * space * rows,
+  ]
+  envelope = np.exp(-2 * np.pi**2 * sum(f**2 for f in frequencies))[..., None]
+  spectrum = np.fft.rfftn(noise, axes=(0, 1, 2)) * envelope
+  smooth = np.fft.irfftn(spectrum, (t, rows, cols), axes=(0, 1, 2))
+  smooth -= smooth.mean((0, 1, 2))
+  return (smooth / smooth.std((0, 1, 2))).astype(np.float32)
 
 
 def shuffled(videos: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -91,16 +104,19 @@ class Judge:
     whiten: `[features, features]`: makes the groups' covariance the identity.
     centers: whitened means of the groups, `[groups, features]`.
     labels: int `[groups]`, class of each group; NONE for controls.
+    limit: squared distance from the nearest group beyond which a clip is like none of them.
   """
 
   class_names: tuple[str, ...]
   whiten: np.ndarray
   centers: np.ndarray
   labels: np.ndarray
+  limit: float = np.inf
 
   def named(self, videos: np.ndarray) -> np.ndarray:
     """Returns the class of each video uint8 `[b, t, y, x, 3]`, int `[b]`; NONE for none of them."""
-    return self.labels[self._squares(motion_net.features([videos])).argmin(1)]
+    squares = self._squares(motion_net.features([videos]))
+    return np.where(squares.min(1) > self.limit, NONE, self.labels[squares.argmin(1)])
 
   def _squares(self, features: np.ndarray) -> np.ndarray:
     """Returns squared Mahalanobis distances `[b, groups]`."""
@@ -179,9 +195,22 @@ def fit(videos: np.ndarray, labels: np.ndarray, class_names: Sequence[str], seed
     sets.append((groups, _views(make(videos, seed), CONTROL_VIEWS, seed + 1)))
   groups = np.concatenate([np.tile(groups, len(x) // len(groups)) for groups, x in sets])
   found = motion_net.features_of(np.concatenate([x for _, x in sets])).astype(np.float64)
+  clips = np.concatenate([np.arange(len(x)) % len(labels) for _, x in sets])
+  far = []
+  for half in (0, 1):
+    seen = clips % 2 == half
+    judge = _fitted(found[seen], groups[seen], class_names)
+    unseen = ~seen & (groups < len(class_names))
+    far.append(judge._squares(found[unseen]).min(1))
+  limit = _FARTHER * float(np.quantile(np.concatenate(far), 0.99))
+  return dataclasses.replace(_fitted(found, groups, class_names), limit=limit)
+
+
+def _fitted(features: np.ndarray, groups: np.ndarray, class_names: Sequence[str]) -> Judge:
+  """Returns a judge without a limit, from features `[n, f]` and the group of each, `[n]`."""
   present = np.unique(groups)
-  means = np.stack([found[groups == group].mean(0) for group in present])
-  rest = found - means[np.searchsorted(present, groups)]
+  means = np.stack([features[groups == group].mean(0) for group in present])
+  rest = features - means[np.searchsorted(present, groups)]
   covariance = rest.T @ rest / (len(rest) - len(present))
   covariance += _SHRINKAGE * (np.diag(np.diag(covariance)) - covariance)
   values, vectors = np.linalg.eigh(covariance)

@@ -7,7 +7,7 @@ import pytest
 
 from freqformer.config import ConfigError
 from freqformer.data import render
-from freqformer.evaluate import recognise
+from freqformer.evaluate import motion_net, recognise
 
 NAMES = ("DriftingStripes", "RotatingPetals", "SwayingStripes")
 
@@ -44,9 +44,9 @@ def test_real_clips_are_named_and_controls_are_not(judge, real):
 
 def test_labels_in_another_order_are_wrong(judge, real):
   videos, labels = real
-  report = judge.report(videos, (labels + 1) % 3, videos, labels)
-  assert report["samples"]["named"] <= 0.2
-  assert report["samples"]["classes_named"] == 0
+  verdict = judge._verdict(judge.named(videos), (labels + 1) % 3)
+  assert verdict["named"] <= 0.2
+  assert verdict["classes_named"] == 0
 
 
 def test_palettes_of_other_classes_change_no_answer(judge, real, monkeypatch):
@@ -70,10 +70,19 @@ def test_controls_are_what_they_say(real):
   )
   noise = recognise.colour_noise(videos)
   np.testing.assert_allclose(noise.mean((1, 2, 3)), videos.mean((1, 2, 3)), atol=12)
-  assert (
-    np.abs(np.diff(noise[0].astype(int), axis=2)).mean()
-    > 3 * np.abs(np.diff(noise[1].astype(int), axis=2)).mean()
-  )
+  # White, smooth in space, and of clip 4 also slow.
+  steps = [np.abs(np.diff(noise.astype(int), axis=axis)).mean((1, 2, 3, 4)) for axis in (1, 2)]
+  assert steps[1][0] > 3 * steps[1][2]
+  assert steps[0][2] > 2 * steps[0][4]
+
+
+def test_what_is_far_from_all_clips_is_none(judge, real):
+  videos, labels = real
+  assert np.isfinite(judge.limit)
+  squares = judge._squares(motion_net.features([videos])).min(1)
+  near = dataclasses.replace(judge, limit=np.median(squares))
+  assert ((near.named(videos) == recognise.NONE) == (squares > near.limit)).all()
+  assert squares.max() < judge.limit
 
 
 def test_a_class_needs_clips():
