@@ -3,7 +3,7 @@
   python -m freqformer.pans --photos=FOLDER                          renders data/pans
   python train.py --config=configs/pans.py --workdir=runs/pans
   python eval.py --workdir=runs/pans --samples=4
-  python -m freqformer.evaluate.motion --workdir=runs/pans           do samples move as told?
+  python -m freqformer.evaluate --workdir=runs/pans --samples=samples --metrics=motion
 
 No photograph is in both splits, and every class has the same photographs: only motion tells classes
 apart. docs/evidence.md says where photographs come from.

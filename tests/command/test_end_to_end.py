@@ -172,7 +172,7 @@ def test_eval_writes_videos(place, whole):
   last = read(whole[0] / "metrics.jsonl")[-1]
   assert result["training_flops"] == last["flops"]
   assert result["training_seconds"] >= last["seconds"] > 0
-  assert len(list(out.glob("*.mp4"))) == 3 and (out / "grid.png").stat().st_size > 1000
+  assert len(list(out.glob("*/*.mp4"))) == 6 and (out / "grid.png").stat().st_size > 1000
   saved = dict(np.load(out / "latents.npz"))
   assert saved["latents"].shape == (6, 3, 3, 4, 4) and np.isfinite(saved["latents"]).all()
   # Tiles of 1 x 3 x 2 of 3 x 3 x 4 tokens meet in the middle of x; in t nothing else is there.
@@ -195,9 +195,39 @@ def test_eval_writes_videos(place, whole):
     folder = whole[0] / folder
     alone = np.load(folder / "latents.npz")["latents"][:2]
     assert np.allclose(alone, saved["latents"][4:], atol=1e-4) == same
-    assert [p.name for p in folder.glob("*.mp4")] == [f"{name}.mp4"]
+    videos = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.mp4"))
+    assert videos == [f"{name}/{i:05d}.mp4" for i in range(len(videos))] and len(videos) >= 2
   # The run's own samples are still there.
   assert json.loads((out / "sampling.json").read_text())["method"] == "freqformer"
+
+
+def test_measured_samples_are_drawn_once(place, whole):
+  folder = whole[0] / "evaluation"
+
+  def measured(count, *args):
+    line = (f"--workdir={whole[0]}", f"--n={count}", "--metrics=flicker,psd", "--steps=2", *args)
+    return call(place, "freqformer/evaluate/__main__.py", *line)
+
+  measured(3)
+  (first,) = sorted((folder / "latents").glob("*.npz"))
+  before = first.stat().st_mtime_ns
+  done = measured(3)
+  assert first.stat().st_mtime_ns == before
+  assert len(list((folder / "samples").glob("*/00000.mp4"))) == 3
+  rows = json.loads((whole[0] / "evaluation.json").read_text())
+  assert [row["name"] for row in rows] == ["flicker", "psd"]
+  for row in rows:
+    assert row["counts"]["samples"] == row["protocol"]["samples"] == 3
+    assert row["protocol"]["seed"] == 0 and row["protocol"]["steps"] == 2
+    assert set(row["controls"]) == {"colour_noise", "shuffled", "frozen"}
+    assert row["name"] in done.stdout
+  for line, words in (
+    ("--metrics=psd --steps=3", "samples drawn with steps=2, not 3"),
+    ("--metrics=fvd --steps=2", "videos [b, t, y, x, 3] of at least 8 frames"),
+  ):
+    line = (f"--workdir={whole[0]}", *line.split())
+    refused = call(place, "freqformer/evaluate/__main__.py", *line, code=2)
+    assert words in refused.stderr
 
 
 def test_validation_on_own_and_on_other_clips(place, whole):

@@ -99,8 +99,8 @@ def _metadata(checkpoints):
 def test_sampling_and_the_report(whole):
   folder = pathlib.Path(whole)
   call(folder, "eval.py", f"--workdir={folder}", "--steps=2", "--classes=y-1x+0,y+1x+1")
-  names = sorted(path.name for path in (folder / "samples").glob("*.mp4"))
-  assert names == ["y+1x+1.mp4", "y-1x+0.mp4"]
+  names = sorted(path.parent.name for path in (folder / "samples").glob("*/00000.mp4"))
+  assert names == ["y+1x+1", "y-1x+0"]
   assert json.loads((folder / "samples" / "sampling.json").read_text())["samples"] == 2
   call(folder, "freqformer/report.py", f"--workdir={folder}", "--time_dense")
   timed = json.loads((folder / "seconds.json").read_text())
