@@ -3,9 +3,9 @@
   python -m benchmarks.cpu.steps            # 4 minutes on 2 cores: results/steps_cpu.json
   python -m benchmarks.cpu.steps --quick    # a tiny model, no rows
 
-The model is that of configs/comparison.py with the method in all layers, untrained: routers are where
-they begin, losses mean nothing. Methods take turns, so that ratios are of one run. Sampling is the
-run that configs/comparison.py asks for, all its steps, guidance included.
+The model is that of configs/comparison.py with the method in all layers, untrained: routers are
+where they begin, losses mean nothing. Methods take turns, so that ratios are of one run. Sampling
+is the run that configs/comparison.py asks for, all its steps, guidance included.
 """
 
 import dataclasses
