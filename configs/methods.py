@@ -1,11 +1,11 @@
-"""Every trainable method on the demo's data, at about the same density of attention.
+"""Every trainable method on rendered clips, at about the same density of attention.
 
-  python -m freqformer.demo --workdir=runs/demo                      renders the data
+  python -c "from freqformer.data.render import render_ucf101 as r; r('data/comparison')"
   python -m freqformer.sweep --config=configs/methods.py --study=runs/methods
   ... --override=train.steps=800                                     longer runs
 
-The sweep trains one run per method, each about as long as the demo, and ends with a table. Model,
-codec, schedule, batches and seeds are those of configs/demo.py, so that runs differ in their
+The sweep trains one run per method, each some minutes, and ends with a table. Model,
+codec, schedule, batches and seeds are those of configs/comparison.py, so that runs differ in their
 attention alone. Densities are 0.19 to 0.24, and 1 for dense: with 36 tiles of 32 tokens they come
 in steps of 1/36, so read a loss together with the density that ran. What the routed methods spend
 is up to their routers; the range holds for the expected density of their priors. The training-free
@@ -13,7 +13,7 @@ methods (adaspa, spatial_temporal) sample the dense model:
 `python eval.py --workdir=runs/methods/<dense> --method=adaspa`.
 """
 
-from configs import demo
+from configs import comparison
 
 TRAINABLE = (
   "dense",
@@ -28,7 +28,7 @@ TRAINABLE = (
 
 
 def get_config():
-  config = demo.get_config()
+  config = comparison.get_config()
   attention = config.model.attention
   # 4x3x3 tiles: methods that are sparse in time need several along it.
   attention.tile = (2, 4, 4)

@@ -3,17 +3,17 @@
   python -m freqformer.pans --photos=FOLDER                          renders data/pans
   python train.py --config=configs/pans.py --workdir=runs/pans
   python eval.py --workdir=runs/pans --samples=4
-  python -m freqformer.evaluate.motion --workdir=runs/pans           do samples move as told?
+  python -m freqformer.evaluate --workdir=runs/pans --samples=samples --metrics=motion
 
 No photograph is in both splits, and every class has the same photographs: only motion tells classes
 apart. docs/evidence.md says where photographs come from.
 """
 
-from configs import demo
+from configs import comparison
 
 
 def get_config():
-  config = demo.get_config()
+  config = comparison.get_config()
   # Clips are 96 x 96 pixels. A mirrored one would move the wrong way: no flip.
   config.data = dict(
     source="folder",

@@ -18,9 +18,10 @@ def _run(module: str):
 
 train = functools.partial(_run, "freqformer.command.train")
 evaluate = functools.partial(_run, "freqformer.command.eval")
+measure = functools.partial(_run, "freqformer.command.measure")
 sweep = functools.partial(_run, "freqformer.command.sweep")
 simulate = functools.partial(_run, "freqformer.simulation.command")
 demo = functools.partial(_run, "freqformer.command.demo")
-report = functools.partial(_run, "freqformer.pages.run")
+report = functools.partial(_run, "freqformer.command.report")
 pans = functools.partial(_run, "freqformer.command.pans")
 theory = functools.partial(_run, "freqformer.analysis.theory")

@@ -1,4 +1,4 @@
-"""Runs `python -m freqformer.report`; the code is in freqformer/pages/run.py."""
+"""Runs `python -m freqformer.report`; the code is in freqformer/command/report.py."""
 
 from freqformer import entries
 

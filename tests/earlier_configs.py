@@ -9,7 +9,7 @@ from freqformer.command.files import read_config
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 # Below `model.attention`.
 SETTINGS = {
-  "demo": {
+  "comparison": {
     "method": "freqformer",
     "tile": (4, 4, 4),
     "freqformer.deal": "as_is",

@@ -28,6 +28,7 @@ import freqformer, jax, numpy as np
 from flax import nnx
 from freqformer import VideoDiT, entries, load_run, sample
 from freqformer.kernels import BlockMask, attention
+from freqformer.evaluate import motion_net
 from freqformer.model.config import model_config
 
 q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 32, 2, 8))
@@ -48,6 +49,8 @@ ours = [m for n, m in sys.modules.items() if n.split(".")[0] in ("freqformer", "
 for module in ours:
   assert pathlib.Path(module.__file__).is_relative_to(sys.prefix), module
 assert freqformer.CHECKOUT is None and len(ours) > 20
+
+assert motion_net.load()["head"].shape == (motion_net.FEATURES, len(motion_net.TARGETS))
 
 commands = importlib.metadata.entry_points(group="console_scripts", module="freqformer.entries")
 assert all(callable(command.load()) for command in commands)

@@ -31,9 +31,11 @@ def get_config():
     log_every=1,
     val_every=20,
     val_batches=1,
+    samples=3,
     checkpoint_every=1000,
   )
-  config.sample = dict(steps=3, guidance=2.0, batch_size=4)
+  # A batch of as many as train.samples: one program for samples in training and by eval.py.
+  config.sample = dict(steps=3, guidance=2.0, batch_size=3)
   return config
 
 

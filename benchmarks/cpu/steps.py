@@ -3,9 +3,9 @@
   python -m benchmarks.cpu.steps            # 4 minutes on 2 cores: results/steps_cpu.json
   python -m benchmarks.cpu.steps --quick    # a tiny model, no rows
 
-The model is that of configs/demo.py with the method in all layers, untrained: routers are where
+The model is that of configs/comparison.py with the method in all layers, untrained: routers are where
 they begin, losses mean nothing. Methods take turns, so that ratios are of one run. Sampling is the
-run that configs/demo.py asks for, all its steps, guidance included.
+run that configs/comparison.py asks for, all its steps, guidance included.
 """
 
 import dataclasses
@@ -119,7 +119,7 @@ def over_dense(kind: str, name: str, times: dict[str, Timing], flops: dict[str, 
 
 def main(_):
   """Measures, prints a table and writes the rows."""
-  config = read_config(ROOT / "configs" / "demo.py")
+  config = read_config(ROOT / "configs" / "comparison.py")
   if _QUICK.value:
     config.data.resolution = (32, 32)
     config.model.depth = 1

@@ -3,7 +3,7 @@
   python -m benchmarks.trained.demo_compare [--steps=1500] [--seeds=0,1] [--workdir=runs/compare]
   python -m benchmarks.trained.demo_compare --count
 
-Each run is a plain `python train.py --config=configs/demo.py` with overrides; finished runs are
+Each run is a plain `python train.py --config=configs/comparison.py` with overrides; finished runs are
 reused, killed ones resumed. A row holds the validation loss overall and per quarter of t against
 the best per-channel linear prediction, attention FLOPs by exact count with the router's own
 measured allocation, its probabilities per quarter of t, and artefacts of 64 samples
@@ -116,19 +116,19 @@ def summary(rows: list[dict], step: dict) -> tuple[dict, str]:
 
 
 def main(_):
-  step = training_step(read_config(ROOT / "configs" / "demo.py"))
+  step = training_step(read_config(ROOT / "configs" / "comparison.py"))
   if _COUNT.value:
     write_rows(_NAME, [step], "python -m benchmarks.trained.demo_compare --count")
     print(f"training step over dense: {step['freqformer_over_dense']:.3f}")
     return
-  render_ucf101(ROOT / "data" / "demo")
+  render_ucf101(ROOT / "data" / "comparison")
   steps = _STEPS.value
   rows = []
   for seed in _SEEDS.value:
     for name in METHODS:
       workdir = (pathlib.Path(_WORKDIR.value) / f"{name}-seed{seed}-steps{steps}").absolute()
       train(
-        "demo.py",
+        "comparison.py",
         workdir,
         steps,
         seed=seed,

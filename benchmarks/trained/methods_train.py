@@ -65,7 +65,7 @@ def ranked(rows: list[dict], methods: list[str]) -> str:
 
 
 def main(_):
-  render_ucf101(ROOT / "data" / "demo")
+  render_ucf101(ROOT / "data" / "comparison")
   steps = _STEPS.value
   command = f"python -m benchmarks.trained.methods_train --steps={steps}"
   for method in _ONLY.value or trials():

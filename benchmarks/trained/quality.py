@@ -3,7 +3,7 @@
   python -m benchmarks.trained.quality [--steps=1000] [--samples=2] [--sampling_steps=12]
                                        [--workdir=runs/quality] [--again]
 
-One dense model (configs/demo.py with another method and number of steps) is trained, or resumed.
+One dense model (configs/comparison.py with another method and number of steps) is trained, or resumed.
 Every point then samples the same classes from the same noise and is compared with dense attention's
 videos: PSNR and SSIM per frame, then averaged (`freqformer/evaluate/quality.py`). All methods begin
 with the same dense steps, a fifth of the run, so that at equal density only masks differ. Tiles
@@ -241,9 +241,9 @@ def plot(rows: list[dict], path: pathlib.Path) -> pathlib.Path:
 def main(_):
   steps = _STEPS.value
   workdir = (pathlib.Path(_WORKDIR.value) / f"dense-seed0-steps{steps}").absolute()
-  render_ucf101(ROOT / "data" / "demo")
+  render_ucf101(ROOT / "data" / "comparison")
   train(
-    "demo.py",
+    "comparison.py",
     workdir,
     steps,
     seed=0,

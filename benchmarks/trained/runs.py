@@ -43,7 +43,7 @@ def train(config: str, workdir: pathlib.Path, steps: int, **overrides):
   checkpoints = workdir / "checkpoints"
   if checkpoints.is_dir() and Checkpoints(workdir, create=False).latest() == steps:
     return
-  given = {"train.steps": steps, "train.val_batches": 16}
+  given = {"train.steps": steps, "train.val_batches": 16, "train.samples": 0}
   given |= {key.replace("__", "."): value for key, value in overrides.items()}
   flags = [f"--config.{key}={value}" for key, value in given.items()]
   run("train.py", f"--config={ROOT / 'configs' / config}", f"--workdir={workdir}", *flags)

@@ -13,7 +13,7 @@
   python eval.py --workdir=runs/ucf101 --validate --config.data.source=folder \
     --config.data.root=clips --config.data.stride=4 --config.data.resolution=128,256
 
-Averaged weights and hard routing by default. Writes <class>.mp4, grid.png, latents.npz,
+Averaged weights and hard routing by default. Writes <class>/<index>.mp4, grid.png, latents.npz,
 sampling.json and density.json (one sample's density at every step, layer and head) to --out, where
 it replaces an earlier run's files. The default is <workdir>/samples, which the run's report shows,
 or <workdir>/samples-<method> with --method, likewise with --frames and --size. With --compare,
@@ -49,10 +49,12 @@ from freqformer.evaluate.draw import FLOPS_ARE, SAMPLES_PER_CLASS, draw, request
 from freqformer.evaluate.first_frame import first_frame_latent
 from freqformer.evaluate.resize import parse_size, resized, video_shape
 from freqformer.evaluate.restore import Run, load_run
+from freqformer.evaluate.samples import clip_path
 from freqformer.evaluate.validate import validate
 from freqformer.grid.rotary import ROPE_RULES
 from freqformer.pages.compare import slug, text_table, write_comparison
-from freqformer.pages.mp4 import grid, grid_png, write_mp4
+from freqformer.pages.mp4 import grid_png, write_mp4
+from freqformer.pages.run import write_report
 from freqformer.pages.text import aligned
 from freqformer.train.validation import channel_power
 
@@ -152,13 +154,11 @@ def _sample_one_method():
   names = run.class_names
   if (out / "sampling.json").exists():  # of an earlier run, maybe of other classes
     for name in names:
-      (out / f"{name}.mp4").unlink(missing_ok=True)
+      for path in (out / name).glob("*.mp4"):
+        path.unlink()
   videos = run.decode(drawn.latents)
-  for label in dict.fromkeys(labels.tolist()):
-    own = videos[labels == label]
-    write_mp4(
-      out / f"{names[label]}.mp4", grid(own, columns=min(4, len(own))), _FPS.value or run.fps
-    )
+  for video, label, index in zip(videos, labels, indices, strict=True):
+    write_mp4(clip_path(out, names[label], index), video, _FPS.value or run.fps)
   grid_png(out / "grid.png", videos, [names[label] for label in labels])
 
   # ---- numbers --------------------------------------------------------------------------------
@@ -183,6 +183,7 @@ def _sample_one_method():
     result["seconds_per_sample"],
     drawn.density.mean(),
   )
+  _update_report(out)
 
 
 def _compare_methods():
@@ -249,6 +250,7 @@ def _validate():
   path.write_text(json.dumps(result, indent=2))
   print(_losses(result, data.facts()))
   print(f"written: {path}")
+  _update_report(out)
 
 
 def _used(split: Split) -> tuple[dict[int, int], int]:
@@ -349,6 +351,13 @@ def _facts(run: Run, count: int, config: SampleConfig) -> dict:
     "flops_are": FLOPS_ARE,
     "density_is": "scored pairs / n^2 as run, of one sample",
   }
+
+
+def _update_report(out: pathlib.Path):
+  """Writes the run's report anew if the run has what was written."""
+  workdir = pathlib.Path(_WORKDIR.value)
+  if out.resolve().is_relative_to(workdir.resolve()):
+    logging.info("report: %s", write_report(workdir))
 
 
 def _folder(default: str) -> pathlib.Path:

@@ -7,6 +7,9 @@ The same command resumes: after SIGTERM, Ctrl-C or a crash the run goes on from 
 checkpoint in the workdir, bit for bit. A finished run goes on once train.steps is raised. Keys of
 the config that changed meanwhile are logged and kept in run.json. Changes of data, model, seed or
 train.batch_size stop the run unless --resume_changed is given.
+
+At every validation <workdir>/report.html is written anew: samples of train.samples classes, losses,
+routing, costs. `python -m freqformer.report --compare RUN RUN` shows several runs side by side.
 """
 
 import pathlib
@@ -16,6 +19,7 @@ from absl import flags
 from freqformer.command import cli
 from freqformer.command.dry_run import describe
 from freqformer.command.files import define_config
+from freqformer.pages.progress import Progress
 from freqformer.train.experiment import experiment
 from freqformer.train.run import train
 
@@ -32,7 +36,8 @@ def main(_):
     print(describe(experiment(_CONFIG.value)))
     return
   name = pathlib.Path(flags.FLAGS["config"].config_filename.split(":")[0]).stem
-  train(_CONFIG.value, pathlib.Path(_WORKDIR.value or f"runs/{name}"), _RESUME_CHANGED.value)
+  workdir = pathlib.Path(_WORKDIR.value or f"runs/{name}")
+  train(_CONFIG.value, workdir, _RESUME_CHANGED.value, Progress())
 
 
 if __name__ == "__main__":

@@ -1,19 +1,13 @@
 """Measures how samples move, against how their class says that they should.
 
-  python -m freqformer.evaluate.motion --workdir=runs/pans
-  python -m freqformer.evaluate.motion --workdir=runs/fields --samples=samples-dense
+  python -m freqformer.evaluate --workdir=runs/pans --samples=samples --metrics=motion
 
-It reads <workdir>/<samples>/latents.npz, which eval.py writes, prints a line per class and writes
-motion.json beside it. A class that names a direction (camera moves over photographs) is judged by
-phase correlation of decoded frames. A class that is a velocity (`data.labels="velocity"` of random
-fields) is judged by the latents' likelihood.
+A class that names a direction (camera moves over photographs) is judged by phase correlation of
+decoded frames. A class that is a velocity (`data.labels="velocity"` of random fields) is judged by
+the latents' likelihood.
 """
 
-import argparse
-import json
 import math
-import pathlib
-import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,7 +15,6 @@ import numpy as np
 from freqformer.config import ConfigError
 from freqformer.data.fields import Fields, FieldsConfig
 from freqformer.data.pans import DIRECTIONS
-from freqformer.evaluate.restore import load_run
 
 # choice: cycles per pixel, the width of the Gaussian band that frames are compared in. Decoded
 # latents have little above it, and what they have is the codec's blocks, which never move.
@@ -147,38 +140,3 @@ def judge_fields(config: FieldsConfig, latents: np.ndarray, labels: np.ndarray) 
     }
     for label in np.unique(labels)
   ]
-
-
-def main(argv: Sequence[str] | None = None) -> list[dict]:
-  """Prints and writes the rows of a run's samples; returns them."""
-  parser = argparse.ArgumentParser(
-    prog="python -m freqformer.evaluate.motion", description=__doc__.split("\n")[0]
-  )
-  parser.add_argument("--workdir", required=True, help="folder of the run")
-  parser.add_argument("--samples", default="samples", help="folder in it that eval.py wrote")
-  args = parser.parse_args(argv)
-  folder = pathlib.Path(args.workdir) / args.samples
-  if not (folder / "latents.npz").is_file():
-    raise ConfigError(f"{folder} has no latents.npz: run eval.py --workdir={args.workdir} first.")
-  run = load_run(args.workdir)
-  drawn = np.load(folder / "latents.npz")
-  data = run.experiment.data
-  if isinstance(data, FieldsConfig):
-    rows = judge_fields(data, drawn["latents"], drawn["labels"])
-  else:
-    # Frames of one latent share its errors, which do not move; two latents apart little is left.
-    lag = min(2 * data.codec.factor[0], data.frames - 1)
-    videos = run.decode(drawn["latents"])
-    rows = judge_directions(videos, drawn["labels"], run.class_names, lag)
-  for row in rows:
-    print("  ".join(f"{key} {value}" for key, value in row.items()))
-  (folder / "motion.json").write_text(json.dumps(rows, indent=1) + "\n")
-  return rows
-
-
-if __name__ == "__main__":
-  try:
-    main()
-  except ConfigError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)

@@ -96,23 +96,23 @@ def seam_ratio(x: np.ndarray, period: Sequence[int]) -> np.ndarray:
   return np.array(ratios)
 
 
-def flicker(videos: np.ndarray, real: np.ndarray) -> float:
-  """Returns the energy above half the temporal Nyquist frequency over that of real clips.
+def flicker_energy(videos: np.ndarray) -> np.ndarray:
+  """Returns each clip's mean squared coefficient above half the temporal Nyquist frequency, `[b]`.
 
   By an orthonormal DCT over the frames, whose coefficient k of n has the frequency k / n of
   Nyquist; unlike a Fourier transform it does not take a clip's end to be followed by its beginning.
 
   Args:
     videos: `[b, t, y, x, c]`.
-    real: `[any, t, y, x, c]`, clips that went through the same codec.
   """
+  frames = videos.shape[1]
+  high = dct(frames)[frames // 2 + 1 :]
+  return np.array([np.square(np.tensordot(high, clip, 1)).mean() for clip in videos])
 
-  def energy(clips: np.ndarray) -> float:
-    frames = clips.shape[1]
-    high = dct(frames)[frames // 2 + 1 :]
-    return np.mean([np.square(np.tensordot(high, clip, 1)).mean() for clip in clips])
 
-  return float(energy(np.asarray(videos)) / energy(np.asarray(real)))
+def flicker(videos: np.ndarray, real: np.ndarray) -> float:
+  """Returns the `flicker_energy` of videos over that of real clips of the same codec."""
+  return float(flicker_energy(np.asarray(videos)).mean() / flicker_energy(np.asarray(real)).mean())
 
 
 def artefacts(run: Run, latents: np.ndarray, real: np.ndarray) -> dict:

@@ -10,23 +10,34 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1f2937; max-width: 1000px; margin: 2em auto }
-h1 { font-size: 1.6em } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 1px solid #e5e7eb }
-table { border-collapse: collapse; margin: 0.8em 0 }
-td, th { padding: 0.2em 1.2em 0.2em 0; text-align: left }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1f2937; background: #fff; max-width: 1000px;
+  margin: 0 auto; padding: 1.5em 16px 4em; overflow-wrap: break-word }
+h1 { font-size: 1.5em; margin: 0 0 0.3em } h3 { font-size: 1em; margin: 1.4em 0 0.2em }
+h2 { font-size: 1.2em; margin-top: 2.2em; border-bottom: 1px solid #e5e7eb }
+table { border-collapse: collapse; margin: 0.8em 0; font-size: 0.93em }
+td, th { padding: 0.2em 1.2em 0.2em 0; text-align: left; vertical-align: top }
+.scroll th { white-space: nowrap } .scroll td:not(.n) { min-width: 8em }
 tr + tr td { border-top: 1px solid #f0f0f0 }
-.facts td:first-child { white-space: nowrap }
-.n { text-align: right; font-variant-numeric: tabular-nums }
-img { max-width: 100%; display: block } video { width: 192px; border-radius: 4px; display: block }
+.facts td:first-child { color: #6b7280; min-width: 9em }
+.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+.scroll { overflow-x: auto } figure { margin: 0; min-width: 0 }
+img, video { display: block; height: auto }
+.figure img { max-width: max(100%, 640px) }
+video { width: 100%; border-radius: 3px; image-rendering: auto }
 .file, figcaption { color: #6b7280; font-size: 0.85em }
 .absent { color: #6b7280; font-style: italic }
-.clips { display: grid; grid-template-columns: repeat(auto-fill, minmax(400px, 1fr)); gap: 1em }
-.pair { display: flex; gap: 6px } figure { margin: 0 }
+.clips { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 1.2em }
+.pair { display: grid; gap: 4px; grid-template-columns: repeat(auto-fit, minmax(88px, 146px)) }
 .row { display: flex; gap: 10px; overflow-x: auto; margin-bottom: 1em }
-.row img { width: 192px; border-radius: 4px }
-pre { background: #f9fafb; padding: 1em; overflow: auto }
+.row figure { flex: none; width: 192px } .row img { width: 192px; border-radius: 3px }
+.mosaic { display: grid; gap: 2px; color: #6b7280; font-size: 0.85em }
+.steps { display: grid; gap: 0.6em }
+.mosaic span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
+pre { background: #f9fafb; padding: 1em; overflow: auto } summary { cursor: pointer }
 """
-_FIGURE_DPI = 160
+COLOURS = ("#3b6fb6", "#e0a030", "#b5483f", "#4f8f5b", "#7a5ca8", "#2b8a9a", "#6b7280")
+GREY = COLOURS[-1]
+_FIGURE_DPI = 140
 _FIGURE_WIDTH = 100  # pixels on the page per inch of a figure
 
 
@@ -35,7 +46,8 @@ def page(title: str, sections: Iterable[str]) -> str:
   title = html.escape(title)
   body = "\n".join(sections)
   return (
-    f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+    '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+    f'<meta name="viewport" content="width=device-width"><title>{title}</title>'
     f"<style>{_STYLE}</style></head><body><h1>{title}</h1>\n{body}\n</body></html>\n"
   )
 
@@ -60,14 +72,15 @@ def text(value) -> str:
   if isinstance(value, int) and not isinstance(value, bool):
     return f"{value:,}"
   if isinstance(value, list):
-    return " × ".join(map(str, value))
+    sizes = all(isinstance(own, int) for own in value)
+    return (" × " if sizes else ", ").join(map(text, value)) or "–"
   return str(value)
 
 
 def facts(rows: Iterable[tuple]) -> str:
   """Returns a table of (name, value), left-aligned: the values have no common unit."""
   body = [f"<tr>{_cell(name)}{_cell(text(value))}</tr>" for name, value in rows]
-  return f"<table class=facts>{''.join(body)}</table>"
+  return f'<table class="facts">{"".join(body)}</table>'
 
 
 def plain_facts(values: dict) -> list[tuple]:
@@ -85,11 +98,50 @@ def table(head: Sequence[str], rows: Sequence[Sequence]) -> str:
       cells = [_cell(value, "td", number) for value, number in zip(values, numbers, strict=True)]
       columns.append([_cell(name, "th", any(numbers)), *cells])
   lines = [f"<tr>{''.join(cells)}</tr>" for cells in zip(*columns, strict=True)]
-  return f"<table>{''.join(lines)}</table>"
+  return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
+
+
+def json_tables(value, title: str = "") -> str:
+  """Returns any JSON as tables: objects of one kind by row, plain values by name, the rest nested.
+
+  Args:
+    value: of `json.loads`.
+    title: of the tables, plain text.
+  """
+  head = f"<h3>{html.escape(title)}</h3>" if title else ""
+  if isinstance(value, dict) and value and all(isinstance(own, dict) for own in value.values()):
+    value = [{"": name, **own} for name, own in value.items()]
+  if isinstance(value, list) and value and all(isinstance(own, dict) for own in value):
+    names = dict.fromkeys(name for row in value for name in row)
+    plain = [name for name in names if all(_is_plain(row.get(name)) for row in value)]
+    rows = [[row.get(name) for name in plain] for row in value]
+    found = table([name.replace("_", " ") for name in plain], rows) if plain else ""
+    for row in value:
+      label = " ".join(str(row[name]) for name in plain[:1])
+      for name in names:
+        if name in row and name not in plain and not _is_plain(row[name]):
+          found += json_tables(row[name], f"{label} {name}".strip())
+    return head + found
+  if not isinstance(value, dict):
+    return head + facts([("", value)])
+  plain = {name: own for name, own in value.items() if _is_plain(own)}
+  found = facts((name.replace("_", " "), own) for name, own in plain.items()) if plain else ""
+  for name, own in value.items():
+    if name not in plain:
+      found += json_tables(own, name.replace("_", " "))
+  return head + found
+
+
+def _is_plain(value) -> bool:
+  """Tells whether a value fits into a cell: a number, text, or a list of these."""
+  if isinstance(value, list):
+    return all(own is None or isinstance(own, int | float | str) for own in value)
+  return value is None or isinstance(value, int | float | str)
 
 
 def _cell(value, tag: str = "td", number: bool = False) -> str:
-  return f"<{tag}{' class=n' if number else ''}>{html.escape(text(value))}</{tag}>"
+  kind = ' class="n"' if number else ""
+  return f"<{tag}{kind}>{html.escape(text(value))}</{tag}>"
 
 
 def picture(data: bytes, alt: str, width: int | None = None) -> str:
@@ -102,18 +154,25 @@ def picture(data: bytes, alt: str, width: int | None = None) -> str:
 def image(figure: Figure, alt: str) -> str:
   """Returns a figure as an inline picture."""
   data = io.BytesIO()
-  figure.savefig(data, format="png", dpi=_FIGURE_DPI, bbox_inches="tight")
-  return picture(data.getvalue(), alt, round(_FIGURE_WIDTH * figure.get_figwidth()))
+  figure.savefig(data, format="png", dpi=_FIGURE_DPI)
+  found = picture(data.getvalue(), alt, round(_FIGURE_WIDTH * figure.get_figwidth()))
+  return f'<div class="scroll figure">{found}</div>'
 
 
 def video(path: pathlib.Path, caption: str, below: str = "") -> str:
   """Returns an mp4 file as an inline video with a caption; `below` is HTML between the two."""
+  return f"<figure>{player(path)}{below}<figcaption>{html.escape(caption)}</figcaption></figure>"
+
+
+def player(path: pathlib.Path) -> str:
+  """Returns an mp4 file as an inline video that plays by itself."""
   encoded = base64.b64encode(path.read_bytes()).decode()
-  return (
-    "<figure><video autoplay loop muted playsinline "
-    f'src="data:video/mp4;base64,{encoded}"></video>{below}'
-    f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-  )
+  return f'<video autoplay loop muted playsinline src="data:video/mp4;base64,{encoded}"></video>'
+
+
+def legend(axis: Axes):
+  """Puts an axis's legend to its right."""
+  axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def panels(count: int, width: float = 9.5, height: float = 3.0) -> tuple[Figure, list[Axes]]:

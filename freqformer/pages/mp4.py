@@ -17,12 +17,22 @@ def write_mp4(path, video: np.ndarray, fps: float = 25):
 
   PyAV without libx264 writes MPEG-4 part 2. Odd heights and widths are made even by repeating the
   last row or column, because 4:2:0 chroma needs pairs.
+
+  Raises:
+    OSError: the file cannot be written, or nothing encodes it.
   """
   odd = [(0, video.shape[axis] % 2) for axis in (1, 2)]
   video = np.pad(video, ((0, 0), *odd, (0, 0)), mode="edge")
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+  try:
+    _encode(path, video, fps, codec)
+  except av.FFmpegError as error:  # some of them are no OSError
+    raise OSError(f"{path} cannot be written: {error}") from error
+
+
+def _encode(path: pathlib.Path, video: np.ndarray, fps: float, codec: str):
   # `faststart` puts the index first: a browser can play the file before it has all of it.
   with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
     # An exact rate: 25 / 3 frames per second must not become 8.

@@ -1,10 +1,12 @@
 """A run: data, model, steps, validation, checkpoints. It goes on from the newest checkpoint."""
 
+import dataclasses
 import functools
 import json
 import pathlib
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from absl import logging
@@ -26,7 +28,49 @@ from freqformer.train.validation import channel_power, evaluate, make_eval_step,
 from freqformer.versions import git_revision, versions
 
 
-def train(config: ConfigDict, workdir: pathlib.Path, resume_changed: bool = False):
+@dataclasses.dataclass(frozen=True)
+class Training:
+  """A run as those see it who look on.
+
+  Attributes:
+    experiment: its configuration.
+    workdir: its folder.
+    data: training clips.
+    graphdef: of the `VideoDiT`.
+    params: shapes of its parameters; the arrays change hands at every step.
+    tables: of the grid.
+  """
+
+  experiment: Experiment
+  workdir: pathlib.Path
+  data: Split
+  graphdef: nnx.GraphDef
+  params: Any
+  tables: Any
+
+
+class Watch:
+  """Looks on while a run trains, outside its seconds, and changes nothing in it; this one sleeps.
+
+  Training must not depend on pictures: what a watcher cannot do is not raised.
+  """
+
+  def begin(self, run: Training, step: int):
+    """Is called before the first step after `step`."""
+
+  def validated(self, step: int, params):
+    """Is called behind each validation, with the averaged weights."""
+
+  def end(self):
+    """Is called when a run has ended, also one that was asked to stop."""
+
+
+def train(
+  config: ConfigDict,
+  workdir: pathlib.Path,
+  resume_changed: bool = False,
+  watch: Watch | None = None,
+):
   """Trains until `config.train.steps`, or until asked to stop.
 
   Raises:
@@ -35,6 +79,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, resume_changed: bool = Fals
   """
   started = time.monotonic()
   seconds = {}
+  watch = watch or Watch()
   exp = experiment(config)
   workdir.mkdir(parents=True, exist_ok=True)
 
@@ -106,6 +151,8 @@ def train(config: ConfigDict, workdir: pathlib.Path, resume_changed: bool = Fals
   target = train_data.target
   validate = _validation(exp, graphdef, val_data, tables)
   skips = SkippedSteps(exp.train)
+  shapes = jax.eval_shape(lambda: params)
+  watch.begin(Training(exp, workdir, train_data, graphdef, shapes, tables), step)
 
   def save():
     skips.check(step)  # no checkpoint of a run whose steps were all skipped
@@ -139,12 +186,14 @@ def train(config: ConfigDict, workdir: pathlib.Path, resume_changed: bool = Fals
         jax.block_until_ready(values)  # steps still running are no part of validation
         with metrics.paused():
           result = validate(state.ema, stop, functools.partial(metrics.write, step))
-        if result is not None:
-          write_routing(workdir, result, exp.model, exp.train.time_range)
+          if result is not None:
+            write_routing(workdir, result, exp.model, exp.train.time_range)
+            watch.validated(step, state.ema)
       if last or stop() or step % exp.train.checkpoint_every == 0:
         save()
   seconds["train"] = time.monotonic() - loop_started
   metrics.finish(seconds, finished=step >= exp.train.steps)
+  watch.end()
   checkpoints.close()
   if step < exp.train.steps:
     logging.warning(

@@ -44,6 +44,7 @@ class TrainConfig:
     val_every: 0 turns validation off.
     val_batches: batches per validation; 0 takes all.
     val_soft: also validate the soft mixture of branches (the soft-hard gap).
+    samples: classes of which a sample is drawn at every validation, for the run's report.
     keep: number of newest checkpoints that stay on disk.
   """
 
@@ -64,12 +65,13 @@ class TrainConfig:
   val_every: int = 200
   val_batches: int = 4
   val_soft: bool = True
+  samples: int = 4
   checkpoint_every: int = 500
   keep: int = 2
 
   def __post_init__(self):
     require(self, "steps batch_size log_every checkpoint_every keep", least=1)
-    require(self, "warmup val_every val_batches weight_decay", least=0)
+    require(self, "warmup val_every val_batches samples weight_decay", least=0)
     require(self, "lr clip", above=0)
     require(self, "beta2 ema", least=0, below=1)
     require(self, "label_dropout first_frame", least=0, most=1)

@@ -19,7 +19,7 @@ from freqformer.train.resume import changes
 from tests.tiny_config import get_config
 
 ROOT = pathlib.Path(__file__).parents[2]
-DEMO = str(ROOT / "configs" / "demo.py")
+DEMO = str(ROOT / "configs" / "comparison.py")
 TINY = ROOT / "tests" / "tiny_config.py"
 
 

@@ -1,5 +1,6 @@
 """The whole path as a user walks it: train, stop, resume, sample, report, refuse."""
 
+import html
 import json
 import re
 import signal
@@ -15,11 +16,12 @@ from freqformer.data.cache import LatentCache
 from freqformer.data.codec import LatentStatistics
 from freqformer.evaluate.quality import artefacts
 from freqformer.evaluate.restore import load_run
-from freqformer.pages.run import write_report
+from freqformer.pages.run import SECTIONS
 from freqformer.train.checkpoint import Checkpoints
 from freqformer.train.metrics import read
 from tests.command.process import ROOT, call, render
 from tests.data.helpers import moving_square, write_clip
+from tests.pages.markup import sections
 
 pytestmark = pytest.mark.xdist_group("end_to_end")
 
@@ -78,22 +80,47 @@ def test_run_leaves_what_it_should(whole):
   assert re.search(r"_g03_c02\.avi: it cannot be opened as a video", left_out[0][1])
 
 
+def test_the_report_is_there_when_training_ends(whole):
+  workdir, done = whole
+  names = json.loads((workdir / "run.json").read_text())["classes"]
+  assert sorted(path.stem for path in (workdir / "real").glob("*.mp4")) == sorted(names)
+  drawn = workdir / "samples-in-training"
+  assert sorted(path.name for path in drawn.glob("*.mp4")) == ["00000020.mp4", "00000040.mp4"]
+  about = json.loads((drawn / "about.json").read_text())
+  assert about["classes"] == names and about["steps"] == 3
+  cost = json.loads((workdir / "cost.json").read_text())
+  last = read(workdir / "metrics.jsonl")[-1]
+  # What was counted for the report is what training adds up: 40 steps of two samples.
+  assert cost["training"]["own"]["total_flops"] * 80 == pytest.approx(last["flops"])
+  assert cost["sampling"]["own"]["total_flops"] < cost["sampling"]["dense"]["total_flops"]
+  page = (workdir / "report.html").read_text()
+  shown = sections(page)
+  assert shown == list(SECTIONS) and shown[0] == "Samples"
+  # Nothing was sampled or evaluated yet.
+  assert page.count("Not shown") == 1 and "this run was not evaluated" in page
+  assert "Real clips only" in page and page.count("data:video/mp4;base64,") == 3 + 2
+  assert "training has not finished" not in page
+
+
 SWEEP = """
 from tests.tiny_config import get_config
 
 def sweep():
-  yield {"train.keep": 2}
+  yield {"train.keep": 2, "train.samples": 0}
 """
 
 
 def test_sigterm_and_resume_is_bit_equal(place, whole):
-  """2N steps = some steps in a trial of a sweep, SIGTERM, the rest by train.py."""
+  """2N steps = some steps in a trial of a sweep, SIGTERM, the rest by train.py.
+
+  The whole run draws samples while it trains, the other one none.
+  """
   (place / "config.py").write_text(SWEEP)
   line = [sys.executable, "-m", "freqformer.sweep", f"--config={place / 'config.py'}"]
   line += [f"--study={place / 'study'}", f"--override=data.root={place / 'ucf'}"]
   line += [f"--override=data.cache={place / 'cache'}"]
   process = subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-  for _ in range(3000):
+  for _ in range(15_000):
     rows = [row for path in place.glob("study/*/metrics.jsonl") for row in read(path)]
     if any(row["step"] >= 7 for row in rows):
       break
@@ -109,7 +136,8 @@ def test_sigterm_and_resume_is_bit_equal(place, whole):
   stopped = Checkpoints(workdir, create=False).latest()
   assert 7 <= stopped < 40
   # What does not touch the numbers may change; it is said, and the run keeps it.
-  again = call(place, "train.py", f"--workdir={workdir}", "--config.train.keep=3")
+  changed = ("--config.train.keep=3", "--config.train.samples=0")
+  again = call(place, "train.py", f"--workdir={workdir}", *changed)
   assert f"resumed at step {stopped}" in again.stderr
   assert f"changed since the checkpoint of step {stopped}: train.keep 2 -> 3" in again.stderr
   change = [{"step": stopped, "keys": {"train.keep": [2, 3]}}]
@@ -125,6 +153,14 @@ def test_sigterm_and_resume_is_bit_equal(place, whole):
     assert values[0] == pytest.approx(values[1], rel=0 if key == "loss" else 1e-9)
   seconds = [row["seconds"] for row in rows[1] if row["kind"] == "train"]
   assert seconds == sorted(seconds) and seconds[stopped] > 0
+  # Both on a page.
+  assert not (workdir / "samples-in-training").exists()
+  call(place, "freqformer/report.py", "--compare", str(whole[0]), str(workdir))
+  page = (place / "compare.html").read_text()
+  assert sections(page) == ["Samples", "Losses", "Figures", "Configs"]
+  assert ">whole<" in page and f">{html.escape(row['trial'])}<" in page
+  for name, text in {"keep": "<td>2</td><td>3</td>", "samples": "<td>3</td><td>0</td>"}.items():
+    assert f"<td>train.{name}</td>{text}" in page.replace(' class="n"', "")
 
 
 def test_eval_writes_videos(place, whole):
@@ -136,7 +172,7 @@ def test_eval_writes_videos(place, whole):
   last = read(whole[0] / "metrics.jsonl")[-1]
   assert result["training_flops"] == last["flops"]
   assert result["training_seconds"] >= last["seconds"] > 0
-  assert len(list(out.glob("*.mp4"))) == 3 and (out / "grid.png").stat().st_size > 1000
+  assert len(list(out.glob("*/*.mp4"))) == 6 and (out / "grid.png").stat().st_size > 1000
   saved = dict(np.load(out / "latents.npz"))
   assert saved["latents"].shape == (6, 3, 3, 4, 4) and np.isfinite(saved["latents"]).all()
   # Tiles of 1 x 3 x 2 of 3 x 3 x 4 tokens meet in the middle of x; in t nothing else is there.
@@ -144,10 +180,10 @@ def test_eval_writes_videos(place, whole):
   assert found["flicker"] == 1
   assert found["seam_ratio"][:2] == [None, None] and 0.2 < found["seam_ratio"][2] < 5
   # The report shows all that these commands write.
-  page = write_report(whole[0]).read_text()
-  absent = re.findall("Not shown: this run has no (cost|evaluation).json", page)
-  assert page.count("Not shown") == len(absent) == 2 and page.count("data:video/mp4;base64,") == 3
-  assert "How they were sampled" in page and page.count("data:image/png;base64,") == 6
+  page = (whole[0] / "report.html").read_text()
+  assert sections(page) == list(SECTIONS) and page.count("Not shown") == 1
+  assert "How they were sampled" in page and "by eval.py, 6 samples" in page
+  assert page.count("data:video/mp4;base64,") == 3 + 3 + 2
   # One class alone gives the very same samples and takes the other classes' videos away. Dense
   # attention on the same weights gives others, in a folder of its own.
   name = json.loads((whole[0] / "run.json").read_text())["classes"][2]
@@ -159,9 +195,39 @@ def test_eval_writes_videos(place, whole):
     folder = whole[0] / folder
     alone = np.load(folder / "latents.npz")["latents"][:2]
     assert np.allclose(alone, saved["latents"][4:], atol=1e-4) == same
-    assert [p.name for p in folder.glob("*.mp4")] == [f"{name}.mp4"]
+    videos = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.mp4"))
+    assert videos == [f"{name}/{i:05d}.mp4" for i in range(len(videos))] and len(videos) >= 2
   # The run's own samples are still there.
   assert json.loads((out / "sampling.json").read_text())["method"] == "freqformer"
+
+
+def test_measured_samples_are_drawn_once(place, whole):
+  folder = whole[0] / "evaluation"
+
+  def measured(count, *args):
+    line = (f"--workdir={whole[0]}", f"--n={count}", "--metrics=flicker,psd", "--steps=2", *args)
+    return call(place, "freqformer/evaluate/__main__.py", *line)
+
+  measured(3)
+  (first,) = sorted((folder / "latents").glob("*.npz"))
+  before = first.stat().st_mtime_ns
+  done = measured(3)
+  assert first.stat().st_mtime_ns == before
+  assert len(list((folder / "samples").glob("*/00000.mp4"))) == 3
+  rows = json.loads((whole[0] / "evaluation.json").read_text())
+  assert [row["name"] for row in rows] == ["flicker", "psd"]
+  for row in rows:
+    assert row["counts"]["samples"] == row["protocol"]["samples"] == 3
+    assert row["protocol"]["seed"] == 0 and row["protocol"]["steps"] == 2
+    assert set(row["controls"]) == {"colour_noise", "shuffled", "frozen"}
+    assert row["name"] in done.stdout
+  for line, words in (
+    ("--metrics=psd --steps=3", "samples drawn with steps=2, not 3"),
+    ("--metrics=fvd --steps=2", "videos [b, t, y, x, 3] of at least 8 frames"),
+  ):
+    line = (f"--workdir={whole[0]}", *line.split())
+    refused = call(place, "freqformer/evaluate/__main__.py", *line, code=2)
+    assert words in refused.stderr
 
 
 def test_validation_on_own_and_on_other_clips(place, whole):
@@ -172,6 +238,8 @@ def test_validation_on_own_and_on_other_clips(place, whole):
   for key in ("buckets", "linear_buckets", "density_buckets"):
     np.testing.assert_allclose(own[key], last[key], rtol=1e-5)
   assert re.search(rf"0.00 to 0.25 +{last['buckets'][0]:.4f}", done.stdout)
+  page = (whole[0] / "report.html").read_text()
+  assert "Not shown" not in page and "validated on" in page
   # Without class folders, longer, at another rate, one of them too short for it.
   clips = place / "clips"
   for name, frames in (("long", 40), ("short", 20)):

@@ -13,7 +13,6 @@ from freqformer.command.files import read_config
 from freqformer.data.loader import train_iterator
 from freqformer.data.sources import open_split
 from freqformer.diffusion.flow import interpolate, sample_noise, sample_time
-from freqformer.pages.run import write_report
 from freqformer.train.checkpoint import Checkpoints
 from freqformer.train.experiment import experiment
 from freqformer.train.metrics import read
@@ -100,10 +99,14 @@ def _metadata(checkpoints):
 def test_sampling_and_the_report(whole):
   folder = pathlib.Path(whole)
   call(folder, "eval.py", f"--workdir={folder}", "--steps=2", "--classes=y-1x+0,y+1x+1")
-  names = sorted(path.name for path in (folder / "samples").glob("*.mp4"))
-  assert names == ["y+1x+1.mp4", "y-1x+0.mp4"]
+  names = sorted(path.parent.name for path in (folder / "samples").glob("*/00000.mp4"))
+  assert names == ["y+1x+1", "y-1x+0"]
   assert json.loads((folder / "samples" / "sampling.json").read_text())["samples"] == 2
-  page = write_report(folder).read_text()
+  call(folder, "freqformer/report.py", f"--workdir={folder}", "--time_dense")
+  timed = json.loads((folder / "seconds.json").read_text())
+  for stage in ("training", "sampling"):  # its own attention is dense
+    assert 0.1 < timed[stage]["own"] / timed[stage]["dense"] < 10
+  page = (folder / "report.html").read_text()
   assert "Bayes risk" in page and page.count("data:video/mp4;base64,") == 2
 
 

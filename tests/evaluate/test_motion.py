@@ -1,8 +1,6 @@
 """Measured velocities are those that were rendered or drawn."""
 
 import dataclasses
-import json
-import types
 
 import numpy as np
 import pytest
@@ -94,22 +92,3 @@ def test_fields_without_a_known_velocity_are_refused(change):
   config = dataclasses.replace(FIELDS, **change)
   with pytest.raises(ConfigError, match="has no velocity to judge by"):
     motion.judge_fields(config, np.zeros((1, 4, 8, 8, 2)), np.zeros(1, int))
-
-
-def test_the_command_reads_what_eval_wrote(monkeypatch, tmp_path, capsys, clips):
-  videos, _, labels = clips
-  data = types.SimpleNamespace(codec=CodecConfig(factor=(2, 8, 8), channels=16), frames=8)
-  run = types.SimpleNamespace(
-    experiment=types.SimpleNamespace(data=data),
-    class_names=list(pans.DIRECTIONS),
-    decode=lambda latents: latents,
-  )
-  monkeypatch.setattr(motion, "load_run", lambda workdir: run)
-  with pytest.raises(ConfigError, match="run eval.py --workdir="):
-    motion.main([f"--workdir={tmp_path}"])
-  (tmp_path / "samples").mkdir()
-  np.savez(tmp_path / "samples" / "latents.npz", latents=videos, labels=labels)
-  rows = motion.main([f"--workdir={tmp_path}"])
-  assert json.loads((tmp_path / "samples" / "motion.json").read_text()) == rows
-  assert [row["follows"] for row in rows] == [1] * 8
-  assert "class right  samples 3" in capsys.readouterr().out

@@ -62,7 +62,9 @@ def listed_by_some_head(method, layout: TileLayout, heads: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", STATIC)
-@pytest.mark.parametrize("config", ["demo", "fields", "folder", "methods", "pans", "ucf101"])
+@pytest.mark.parametrize(
+  "config", ["comparison", "demo", "fields", "folder", "methods", "pans", "ucf101"]
+)
 def test_every_token_sees_its_nearest_neighbours(config, name):
   exp = experiment(read_config(CONFIGS / f"{config}.py"))
   method = exp.model.attention.named(name)

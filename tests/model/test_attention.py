@@ -48,7 +48,7 @@ def test_the_gain_follows_the_lists_of_the_method():
 
 
 def test_the_demo_has_the_figures_of_the_design_page():
-  exp = experiment(read_config(ROOT / "configs" / "demo.py"))
+  exp = experiment(read_config(ROOT / "configs" / "comparison.py"))
   assert np.round(exp.model.rope_theta).tolist() == [26, 21, 21]
   assert round(exp.model.attention.qk_gain, 2) == 1.67
   assert round(starting_gain(1152, 16), 2) == 2.62

@@ -21,7 +21,7 @@ def test_a_row_is_over_dense():
 
 def test_stored_rows_are_of_todays_model():
   stored = json.loads((RESULTS / f"{steps.NAME}.json").read_text())
-  exp = experiment(read_config(ROOT / "configs" / "demo.py"))
+  exp = experiment(read_config(ROOT / "configs" / "comparison.py"))
   for kind in ("training", "sampling"):
     flops = steps.counted(exp, kind)
     for name in steps.METHODS:

@@ -13,7 +13,7 @@ def test_costs_stand_beside_the_loss():
   """The stored runs, and the stored count of a step against today's of the same config."""
   stored = json.loads((RESULTS / "demo_compare.json").read_text())
   (step,) = (r for r in stored if r["name"] == "training step")
-  counted = demo_compare.training_step(earlier_config("demo"))
+  counted = demo_compare.training_step(earlier_config("comparison"))
   assert step["freqformer_over_dense"] == pytest.approx(counted["freqformer_over_dense"], rel=1e-3)
   row, text = demo_compare.summary([r for r in stored if "seed" in r], counted)
   assert row["freqformer_over_dense"] < 0.9 and "training step over dense: 0." in text

@@ -1,0 +1,81 @@
+"""Drawing goes on where it was, adds to what is there, and refuses samples of other settings."""
+
+import types
+
+import numpy as np
+import pytest
+
+from freqformer.config import ConfigError
+from freqformer.diffusion.sampling import SampleConfig
+from freqformer.evaluate import samples
+from freqformer.evaluate.draw import requests
+
+RUN = types.SimpleNamespace(class_names=["a", "b", "c"])
+CONFIG = SampleConfig(batch_size=2)
+
+
+class Killed(Exception):
+  """Ends the second batch of the first run."""
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+  """The numbers of the samples that were drawn, batch by batch; sample i is full of i."""
+  batches = []
+
+  def compiled(run, config):
+    def draw(labels, indices, seed):
+      batches.append(indices.tolist())
+      if batches == [[0, 10_000], [20_000, 1]]:
+        raise Killed
+      return np.float32(indices)[:, None, None, None, None] * np.ones((1, 2, 2, 2, 1), np.float32)
+
+    return draw
+
+  monkeypatch.setattr(samples, "_compiled", compiled)
+  return batches
+
+
+def draw(folder, count, seed=0):
+  kept = []
+  labels, indices = samples.spread_requests(RUN, count)
+  latents = samples.draw_missing(
+    RUN, folder, labels, indices, {"seed": seed}, CONFIG, lambda x, y, i: kept.extend(i)
+  )
+  assert kept == indices.tolist()
+  return latents[:, 0, 0, 0, 0].tolist(), indices.tolist()
+
+
+def test_a_killed_run_goes_on_and_a_longer_one_adds(drawn, tmp_path):
+  with pytest.raises(Killed):
+    draw(tmp_path, 5)
+  found, wanted = draw(tmp_path, 5)
+  assert found == wanted == [0, 10_000, 20_000, 1, 10_001]
+  # The first batch was there; the interrupted one was drawn again.
+  assert drawn == [[0, 10_000], [20_000, 1], [20_000, 1], [10_001]]
+  drawn.clear()
+  found, wanted = draw(tmp_path, 7)
+  assert found == wanted == [0, 10_000, 20_000, 1, 10_001, 20_001, 2]
+  # Only what the last file lacked, and what is new; a shorter run draws its own last file.
+  assert drawn == [[10_001, 20_001], [2]]
+
+
+def test_samples_of_other_settings_are_refused(drawn, tmp_path):
+  draw(tmp_path, 2)
+  with pytest.raises(ConfigError, match="drawn with seed=0, not 1: name another --out"):
+    draw(tmp_path, 2, seed=1)
+
+
+def test_numbers_are_those_of_eval():
+  labels, indices = samples.spread_requests(RUN, 6)
+  own = dict(zip(*(x.tolist() for x in requests(RUN, None, 2)[::-1]), strict=True))
+  assert dict(zip(indices.tolist(), labels.tolist(), strict=True)) == own
+  assert samples.clip_path("x", "b", 10_001).as_posix() == "x/b/00001.mp4"
+
+
+def test_samples_of_eval_are_read(tmp_path):
+  with pytest.raises(ConfigError, match="run eval.py first"):
+    samples.read_drawn(tmp_path)
+  np.savez(tmp_path / "latents.npz", latents=np.zeros((1, 2)), labels=[3])
+  latents, labels = samples.read_drawn(tmp_path)
+  assert latents.shape == (1, 2) and labels.tolist() == [3]
