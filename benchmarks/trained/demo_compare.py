@@ -4,8 +4,8 @@
   python -m benchmarks.trained.demo_compare --count
 
 Each run is a plain `python train.py --config=configs/comparison.py` with overrides; finished runs
-are reused, killed ones resumed. A row holds the validation loss overall and per quarter of t against
-the best per-channel linear prediction, attention FLOPs by exact count with the router's own
+are reused, killed ones resumed. A row holds the validation loss overall and per quarter of t
+against the best per-channel linear prediction, attention FLOPs by exact count with the router's own
 measured allocation, its probabilities per quarter of t, and artefacts of 64 samples
 (`evaluate/quality.py`). `trained_at` and `seconds` are those of the run, which may be older than
 the row. The row `training step` counts what a step costs with all branches that run; --count writes

@@ -4,10 +4,10 @@
                                        [--workdir=runs/quality] [--again]
 
 One dense model (configs/comparison.py with another method and number of steps) is trained, or
-resumed. Every point then samples the same classes from the same noise and is compared with dense attention's
-videos: PSNR and SSIM per frame, then averaged (`freqformer/evaluate/quality.py`). All methods begin
-with the same dense steps, a fifth of the run, so that at equal density only masks differ. Tiles
-have 16 tokens (2 x 2 x 4, 72 of them): with the demo's own 64 there are only 18 to choose from.
+resumed. Every point then samples the same classes from the same noise and is compared with dense
+attention's videos: PSNR and SSIM per frame, then averaged (`freqformer/evaluate/quality.py`). All
+methods begin with the same dense steps, a fifth of the run, so that at equal density only masks
+differ. Tiles have 16 tokens (2 x 2 x 4, 72 of them): with the model's own 64 there are only 18.
 Rows are written one by one; points that have a row are not run again unless --again is given.
 """
 
