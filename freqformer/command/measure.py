@@ -46,6 +46,7 @@ from freqformer.evaluate.restore import Run, load_run
 from freqformer.evaluate.samples import clip_path, draw_missing, read_drawn, spread_requests
 from freqformer.pages.compare import slug
 from freqformer.pages.mp4 import write_mp4
+from freqformer.pages.run import write_report
 from freqformer.pages.text import aligned
 
 METRICS = (*measure.NAMES, "judge", "motion")
@@ -88,6 +89,7 @@ def main(_):
   path.write_text(json.dumps(list(merged.values()), indent=1) + "\n")
   print(aligned(measure.table(rows)))
   print(f"written: {path}")
+  write_report(workdir)
 
 
 # ---- features of another network -----------------------------------------------------------------

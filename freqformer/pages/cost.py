@@ -124,7 +124,7 @@ def _seconds(workdir: pathlib.Path) -> list[tuple]:
   for stage in _STAGES:
     if stage in timed:
       own = timed[stage]
-      how = f"in turns, {own['of']}; {timed['device']}"
+      how = f"one after the other, {own['of']}; {timed['device']}"
       rows.append((stage, own["unit"], own["own"], own["dense"], how))
   _, rates = series(metric_rows(workdir, "train"), "steps_per_s")
   if len(rates):

@@ -94,9 +94,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence]) -> str:
   columns = []
   for name, *values in zip(head, *rows, strict=True):
     if any(value is not None for value in values):
-      numbers = [isinstance(value, int | float) for value in values]
-      cells = [_cell(value, "td", number) for value, number in zip(values, numbers, strict=True)]
-      columns.append([_cell(name, "th", any(numbers)), *cells])
+      numeric = any(isinstance(value, int | float) for value in values)
+      cells = [_cell(own, "td", numeric and not isinstance(own, str)) for own in values]
+      columns.append([_cell(name, "th", numeric), *cells])
   lines = [f"<tr>{''.join(cells)}</tr>" for cells in zip(*columns, strict=True)]
   return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
 

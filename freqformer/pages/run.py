@@ -12,9 +12,9 @@ from collections.abc import Callable
 from absl import logging
 
 from freqformer.config import ConfigError
-from freqformer.pages import cost, losses, routing, videos
-from freqformer.pages.files import Absent, json_if_any, read_json
-from freqformer.pages.html import absent, facts, json_tables, page, section, table
+from freqformer.pages import cost, evaluation, losses, routing, videos
+from freqformer.pages.files import Absent, read_json
+from freqformer.pages.html import absent, facts, page, section
 from freqformer.train.resume import change_text
 
 _FACTS = {
@@ -28,24 +28,6 @@ _FACTS = {
   "tile": "tile, t × y × x tokens",
 }
 _PARTS = {"train": "training with validation, samples and reports"}
-
-
-def _evaluation(workdir: pathlib.Path) -> str:
-  """Shows evaluation.json, whatever tables it holds, and the validations by eval.py."""
-  text = ""
-  if (workdir / "evaluation.json").exists():
-    text += json_tables(read_json(workdir, "evaluation.json"))
-  rows = []
-  for path in sorted((workdir / "validation").glob("*.json")):
-    found = json_if_any(workdir, f"validation/{path.name}")
-    if "loss" in found:
-      values = [found.get(key) for key in ("checkpoint", "clips", "loss", "density", "regret")]
-      rows.append([path.stem, found.get("method"), *values])
-  if rows:
-    text += table(["validated on", "method", "step", "clips", "loss", "density", "regret"], rows)
-  if not text:
-    raise Absent("this run was not evaluated: it has no evaluation.json and no validation/.")
-  return text
 
 
 def _facts(workdir: pathlib.Path) -> str:
@@ -107,9 +89,10 @@ SECTIONS: dict[str, tuple[str, str, Callable[[pathlib.Path], str]]] = {
   ),
   "Evaluation": (
     "evaluation.json and validation/",
-    "Measured on samples and on clips. Seams (differences across attention's tiles over elsewhere) "
+    "Measured on samples and on clips. The floor is real clips against others; controls are real "
+    "clips that were spoilt. Seams (differences across attention's tiles over elsewhere) "
     "and flicker (fast changes over those of validation clips) are 1 in real clips.",
-    _evaluation,
+    evaluation.evaluation,
   ),
   "Facts": ("run.json", "What ran, on what, and how long each part took.", _facts),
   "Config": ("config.json", "Every setting of the run.", _config),

@@ -1,7 +1,8 @@
 """Shows the videos of a run: samples beside real clips, and samples while it trained.
 
 Folders of a run: `samples/<class>/<number>.mp4`, or `samples/<class>.mp4` with all samples of a
-class side by side; `real/<class>.mp4`; `samples-in-training/<step>.mp4` with a class per column.
+class side by side; without these `evaluation/samples/<class>/<number>.mp4`, drawn to be measured;
+`real/<class>.mp4`; `samples-in-training/<step>.mp4` with a class per column.
 """
 
 import html
@@ -26,6 +27,8 @@ _COLUMN = 64  # pixels that a class of a mosaic has at least
 def sample_files(workdir: pathlib.Path) -> dict[str, list[pathlib.Path]]:
   """Returns the files of each class's samples, by its name; folders go before mosaics."""
   root = workdir / "samples"
+  if not root.exists():
+    root = workdir / "evaluation" / "samples"
   found = {path.stem: [path] for path in root.glob("*.mp4")}
   for folder in root.glob("*/"):
     own = sorted(folder.glob("*.mp4"), key=lambda path: (len(path.stem), path.stem))

@@ -143,6 +143,27 @@ def test_young_run_without_router_or_validation(tmp_path):
   assert "no validation line" in page and "--time_dense" in page
 
 
+def test_metrics_with_their_company(tmp_path):
+  """Rows of `freqformer.evaluate`: a line each, floor and controls beside it, the rest folded."""
+  company = dict(floor={"mean": 3.25, "spread": 0.5}, controls={"one_frame": {"mean": 9.5}})
+  rows = [
+    dict(name="kvd", unit="", value=7.5, mean=7.25, spread=0.125, **company),
+    dict(name="judge", unit="%", value=40.5, floor=None, protocol={"drawn": "samples"}),
+  ]
+  (tmp_path / "evaluation.json").write_text(json.dumps(rows))
+  write_mp4(
+    tmp_path / "evaluation" / "samples" / "Kicks" / "00000.mp4",
+    np.zeros((2, 16, 16, 3), np.uint8),
+    8,
+  )
+  page = report.write_report(tmp_path).read_text()
+  assert sections(page) == TITLES and "All that was recorded" in page
+  shown = page.replace(' class="n"', "")
+  assert "<td>7.5</td><td>7.25</td><td>0.125</td><td>3.25</td><td>9.5</td>" in shown
+  assert "<td>judge</td><td>%</td><td>samples</td><td>40.5</td><td>–</td>" in shown
+  assert page.count("data:video/mp4;base64,") == 1  # drawn to be measured
+
+
 def test_the_norm_of_gradients_has_plain_ticks():
   figure, (axis,) = pieces.panels(1)
   axis.plot([1, 2], [0.3, 6.0])
