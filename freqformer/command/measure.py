@@ -50,8 +50,6 @@ from freqformer.pages.run import write_report
 from freqformer.pages.text import aligned
 
 METRICS = (*measure.NAMES, "judge", "motion")
-# choice: most training clips that the judge is fitted to, some minutes of one core.
-_JUDGE_CLIPS = 2000
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 _METRICS = flags.DEFINE_list("metrics", ["kvd", "psd", "flicker", "judge"], ", ".join(METRICS))
@@ -62,6 +60,9 @@ _REAL = flags.DEFINE_enum("real", "train", ["train", "val"], "Split to compare w
 _BACKBONE = flags.DEFINE_string("backbone", "motionnet", "Network of fvd and kvd.")
 _WEIGHTS = flags.DEFINE_string("weights", None, "File of the backbone's weights.")
 _FEATURES = flags.DEFINE_list("features", None, "Two .npy [n, f], of samples and of real clips.")
+_JUDGE_CLIPS = flags.DEFINE_integer(
+  "judge_clips", 2000, "Most training clips that the judge is fitted to.", lower_bound=4
+)
 _HALVINGS = flags.DEFINE_integer("halvings", 4, "Random halvings of real clips.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of noise and of halvings.")
 _STEP = flags.DEFINE_integer("checkpoint", None, "Step of the checkpoint; default the newest.")
@@ -167,8 +168,8 @@ def _of_videos(workdir: pathlib.Path, wanted: list[str]) -> list[dict]:
         }
       rows.append(row | {"protocol": protocol | used})
   if "judge" in wanted:
-    train = measure.clips_of(splits["train"], _JUDGE_CLIPS, run)
-    real = measure.clips_of(splits["val"], _JUDGE_CLIPS, run)
+    train = measure.clips_of(splits["train"], _JUDGE_CLIPS.value, run)
+    real = measure.clips_of(splits["val"], _JUDGE_CLIPS.value, run)
     row = measure.judge_row(samples, train, real, run.class_names, _SEED.value)
     rows.append(row | {"protocol": protocol})
   if "motion" in wanted:
