@@ -46,7 +46,7 @@ def get_config():
   config.train = dict(
     steps=1000, batch_size=32, lr=2e-3, warmup=50, ema=0.995, val_every=250, checkpoint_every=500
   )
-  config.sample = dict(steps=24, guidance=2.0, shift=2.0)
+  config.sample = dict(steps=16, guidance=2.0, shift=2.0, sampler="unipc", batch_size=16)
   return config
 
 
