@@ -183,7 +183,7 @@ def test_eval_writes_videos(place, whole):
   page = (whole[0] / "report.html").read_text()
   assert sections(page) == list(SECTIONS) and page.count("Not shown") == 1
   assert "How they were sampled" in page and "by eval.py, 6 samples" in page
-  assert page.count("data:video/mp4;base64,") == 3 + 3 + 2
+  assert page.count("data:video/mp4;base64,") == 6 + 3 + 2
   # One class alone gives the very same samples and takes the other classes' videos away. Dense
   # attention on the same weights gives others, in a folder of its own.
   name = json.loads((whole[0] / "run.json").read_text())["classes"][2]
