@@ -29,6 +29,7 @@ that the codec's own loss is in no figure.
 
 import dataclasses
 import json
+import os
 import pathlib
 
 import numpy as np
@@ -220,7 +221,7 @@ def _samples(workdir: pathlib.Path, run: Run) -> tuple[Clips, dict]:
 
   latents = draw_missing(run, out, labels, indices, settings, config, keep)
   logging.info("%d samples in %s", len(latents), out)
-  return _clips(latents, labels, run), {"drawn": str(out), **settings}
+  return _clips(latents, labels, run), {"drawn": os.path.relpath(out, workdir), **settings}
 
 
 def _clips(latents: np.ndarray, labels: np.ndarray, run: Run) -> Clips:
