@@ -27,7 +27,8 @@ video { width: 100%; border-radius: 3px; image-rendering: auto }
 .file, figcaption { color: #6b7280; font-size: 0.85em }
 .absent { color: #6b7280; font-style: italic }
 .clips { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 1.2em }
-.pair { display: grid; gap: 4px; grid-template-columns: repeat(auto-fit, minmax(88px, 146px)) }
+.pair { display: grid; gap: 4px; grid-template-columns: repeat(auto-fit, minmax(88px, 1fr)) }
+.pair figure { max-width: 146px }
 .row { display: flex; gap: 10px; overflow-x: auto; margin-bottom: 1em }
 .row figure { flex: none; width: 192px } .row img { width: 192px; border-radius: 3px }
 .mosaic { display: grid; gap: 2px; color: #6b7280; font-size: 0.85em }

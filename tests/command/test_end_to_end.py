@@ -110,6 +110,7 @@ def sweep():
 """
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 def test_sigterm_and_resume_is_bit_equal(place, whole):
   """2N steps = some steps in a trial of a sweep, SIGTERM, the rest by train.py.
 

@@ -96,6 +96,7 @@ def _metadata(checkpoints):
   return dict(getattr(found, "tree", found))
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 def test_sampling_and_the_report(whole):
   folder = pathlib.Path(whole)
   call(folder, "eval.py", f"--workdir={folder}", "--steps=2", "--classes=y-1x+0,y+1x+1")
