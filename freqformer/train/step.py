@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from absl import logging
 from flax import nnx
 
@@ -29,7 +30,10 @@ class TrainConfig:
   """Optimisation, logging and saving.
 
   Attributes:
-    lr: peak learning rate.
+    optimizer: "adamw", or "muon" (optax.contrib.muon), which gives the layers' matrices steps of
+      equal size in all directions and all other parameters AdamW's with Nesterov momentum.
+    lr: peak learning rate of AdamW.
+    muon_lr: peak learning rate of Muon's matrices; it follows the same schedule.
     warmup: steps of linear warm-up; see `warm_steps`.
     schedule: "constant" or "cosine", which ends at a tenth of the peak.
     weight_decay: of AdamW, on matrices only.
@@ -50,7 +54,9 @@ class TrainConfig:
 
   steps: int
   batch_size: int
+  optimizer: str = "adamw"
   lr: float = 1e-3
+  muon_lr: float = 0.02
   warmup: int = 100
   schedule: str = "cosine"
   weight_decay: float = 0.01
@@ -72,7 +78,8 @@ class TrainConfig:
   def __post_init__(self):
     require(self, "steps batch_size log_every checkpoint_every keep", least=1)
     require(self, "warmup val_every val_batches samples weight_decay", least=0)
-    require(self, "lr clip", above=0)
+    require(self, "lr muon_lr clip", above=0)
+    require_one_of(self, "optimizer", ("adamw", "muon"))
     require(self, "beta2 ema", least=0, below=1)
     require(self, "label_dropout first_frame", least=0, most=1)
     require_one_of(self, "schedule", ("constant", "cosine"))
@@ -107,30 +114,56 @@ class TrainState:
   key: jax.Array
 
 
-def learning_rate(config: TrainConfig) -> optax.Schedule:
-  """Returns linear warm-up followed by the configured schedule."""
+def learning_rate(config: TrainConfig, peak: float | None = None) -> optax.Schedule:
+  """Returns linear warm-up followed by the configured schedule; `peak` replaces `config.lr`."""
+  peak = config.lr if peak is None else peak
   warmup = config.warm_steps
-  start = 0.0 if warmup else config.lr  # optax's ramp of no steps stays where it starts
+  start = 0.0 if warmup else peak  # optax's ramp of no steps stays where it starts
   if config.schedule == "constant":
-    return optax.warmup_constant_schedule(start, config.lr, warmup)
+    return optax.warmup_constant_schedule(start, peak, warmup)
   end = max(config.steps, warmup + 1)
-  return optax.warmup_cosine_decay_schedule(start, config.lr, warmup, end, config.lr / 10)
+  return optax.warmup_cosine_decay_schedule(start, peak, warmup, end, peak / 10)
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-  """Returns AdamW with clipping; biases, norms, gains and embeddings per head are not decayed."""
+  """Returns the optimizer with clipping.
 
-  def decayed(params):
-    return jax.tree_util.tree_map_with_path(
-      lambda path, _: "kernel" in jax.tree_util.keystr(path), params
+  Matrices alone are decayed: no bias, norm, gain or embedding per head.
+  """
+  if config.optimizer == "muon":
+    update = optax.contrib.muon(
+      learning_rate(config, config.muon_lr),
+      weight_decay=config.weight_decay,
+      adam_b2=config.beta2,
+      adam_learning_rate=learning_rate(config),
+      muon_weight_dimension_numbers=_layers_matrices,
     )
+  else:
+    update = optax.adamw(
+      learning_rate(config), b2=config.beta2, weight_decay=config.weight_decay, mask=_decayed
+    )
+  return optax.chain(optax.clip_by_global_norm(config.clip), update)
 
-  return optax.chain(
-    optax.clip_by_global_norm(config.clip),
-    optax.adamw(
-      learning_rate(config), b2=config.beta2, weight_decay=config.weight_decay, mask=decayed
-    ),
+
+def _decayed(params):
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: "kernel" in jax.tree_util.keystr(path), params
   )
+
+
+def _layers_matrices(params):
+  """Returns the axes of what Muon updates, `[layers, in, out]`, and None for other parameters.
+
+  A method's own matrices, such as a router's, are small and stay with AdamW.
+  """
+
+  def axes(path, x):
+    name = jax.tree_util.keystr(path)
+    if x.ndim == 3 and "runs" in name and "kernel" in name and "method" not in name:
+      return optax.contrib.MuonDimensionNumbers(reduction_axis=(1,), output_axis=(2,))
+    return None
+
+  return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def init_state(params, config: TrainConfig, seed: int) -> TrainState:

@@ -18,6 +18,7 @@ from freqformer.train.step import (
   TrainConfig,
   init_state,
   learning_rate,
+  make_optimizer,
   make_train_step,
 )
 from freqformer.train.validation import evaluate, make_eval_step
@@ -200,3 +201,36 @@ def test_the_loss_leaves_given_first_frames_out():
   np.testing.assert_array_equal(xt[:, 1:], noise[:, 1:])
   np.testing.assert_array_equal(xt[given, 0], batch["latent"][np.asarray(given), 0])
   np.testing.assert_array_equal(xt[1], noise[1])
+
+
+def test_muon_moves_the_layers_matrices_alike_in_all_directions_and_leaves_the_rest_to_adamw(model):
+  params = model[1]
+  rng = np.random.default_rng(0)
+  gradients = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape, np.float32)), params)
+  updates = {}
+  for name in ("adamw", "muon"):
+    config = dataclasses.replace(TRAIN, optimizer=name, weight_decay=0.0)
+    optimizer = make_optimizer(config)
+    # The first step of the warm-up has rate 0.
+    _, state = optimizer.update(gradients, optimizer.init(params), params)
+    updates[name], _ = optimizer.update(gradients, state, params)
+  matrices = 0
+  for (path, muon), adamw in zip(
+    jax.tree_util.tree_leaves_with_path(updates["muon"]),
+    jax.tree.leaves(updates["adamw"]),
+    strict=True,
+  ):
+    name = jax.tree_util.keystr(path)
+    if "runs" in name and "kernel" in name and "method" not in name:
+      sizes = np.linalg.svd(np.asarray(muon), compute_uv=False)
+      assert sizes.min() > 0.4 * sizes.max() > 0, name
+      matrices += 1
+    else:
+      # Optax gives these Nesterov's momentum, too.
+      np.testing.assert_allclose(muon, adamw, rtol=0.2, err_msg=name)
+  assert matrices == 5
+
+
+def test_an_unknown_optimizer_is_refused():
+  with pytest.raises(ValueError, match="optimizer='sgd' must be"):
+    dataclasses.replace(TRAIN, optimizer="sgd")
