@@ -45,15 +45,15 @@ def get_config():
   )
   # Muon needs half of AdamW's steps here (docs/log.md).
   config.train = dict(
-    steps=1500,
+    steps=1400,
     batch_size=32,
     optimizer="muon",
     lr=2e-3,
     muon_lr=0.02,
     warmup=50,
     ema=0.995,
-    val_every=500,
-    checkpoint_every=500,
+    val_every=350,
+    checkpoint_every=350,
   )
   config.sample = dict(steps=16, guidance=2.0, shift=2.0, sampler="unipc", batch_size=16)
   return config

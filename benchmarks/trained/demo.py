@@ -1,21 +1,29 @@
-"""Stores what a run of the demo took and what its judge says: benchmarks/results/demo.json.
+"""Stores a run of the demo: what it took, what its judge says, and a picture that moves.
 
   make demo && python -m benchmarks.trained.demo [--workdir=runs/demo]
 
-Nothing is run here: the row holds the seconds of run.json, the last validation of metrics.jsonl and
-the rows of evaluation.json. The first three fields say which code trained it.
+Nothing is run here: the row of benchmarks/results/demo.json holds the seconds of run.json, the last
+validation of metrics.jsonl and the rows of evaluation.json; `trained_at` is the commit that trained
+it. docs/figures/demo.webp shows the first sample of each class above a real clip.
 """
 
 import json
 import pathlib
 
+import av
+import numpy as np
 from absl import flags
+from PIL import Image
 
 from benchmarks.rows import context, write_rows
+from benchmarks.trained.runs import ROOT
 from freqformer.command import cli
 from freqformer.config import ConfigError
+from freqformer.pages.mp4 import grid
 from freqformer.train import metrics
 
+_MILLISECONDS = 80  # of a frame: 12.5 a second, as the clips have
+_QUALITY = 70
 _KEPT = ("name", "unit", "value", "floor", "controls", "samples", "real")
 
 
@@ -47,9 +55,32 @@ def row_of(workdir: pathlib.Path) -> dict:
   }
 
 
+def write_picture(workdir: pathlib.Path, path: pathlib.Path):
+  """Writes a looping picture: a column per class, its first sample above a real clip."""
+  samples = [
+    min(folder.glob("*.mp4"))
+    for folder in sorted((workdir / "samples").iterdir())
+    if folder.is_dir()
+  ]
+  real = [workdir / "real" / f"{sample.parent.name}.mp4" for sample in samples]
+  videos = np.stack([_frames(clip) for clip in (*samples, *real)])
+  images = [Image.fromarray(frame) for frame in grid(videos, len(samples))]
+  images[0].save(
+    path, save_all=True, append_images=images[1:], duration=_MILLISECONDS, loop=0, quality=_QUALITY
+  )
+
+
+def _frames(path: pathlib.Path) -> np.ndarray:
+  """Returns the frames of a video file, uint8 `[t, y, x, 3]`."""
+  with av.open(str(path)) as container:
+    return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
 def main(_):
   command = "make demo && python -m benchmarks.trained.demo"
-  row = row_of(pathlib.Path(_WORKDIR.value))
+  workdir = pathlib.Path(_WORKDIR.value)
+  row = row_of(workdir)
+  write_picture(workdir, ROOT / "docs" / "figures" / "demo.webp")
   write_rows("demo", [context(command) | row], command)
   for metric in row["metrics"]:
     print(f"{metric['name']}: {metric['value']:.4g} {metric['unit']}")

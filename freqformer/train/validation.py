@@ -128,7 +128,7 @@ def some_latents(split, limit: int = 256) -> Iterator[np.ndarray]:
   return (split[i * len(split) // count]["latent"] for i in range(count))
 
 
-def channel_power(split) -> np.ndarray:
-  """Returns the mean square `[c]` of the normalised latents."""
-  found = [np.square(x).mean((0, 1, 2)) for x in some_latents(split)]
+def channel_power(split, limit: int = 256) -> np.ndarray:
+  """Returns the mean square `[c]` of the normalised latents, over at most `limit` of them."""
+  found = [np.square(x).mean((0, 1, 2)) for x in some_latents(split, limit)]
   return np.mean(found, 0).astype(np.float32)

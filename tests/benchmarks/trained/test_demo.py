@@ -2,10 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from benchmarks.trained.demo import row_of
+from benchmarks.trained.demo import row_of, write_picture
 from freqformer.config import ConfigError
+from freqformer.pages.mp4 import write_mp4
 
 RUN = {
   "git": "abc",
@@ -42,3 +45,19 @@ def test_a_run_that_goes_on_is_refused(tmp_path):
   (tmp_path / "evaluation.json").write_text("[]")
   with pytest.raises(ConfigError, match="is not finished"):
     row_of(tmp_path)
+
+
+def test_the_picture_has_a_column_per_class_and_moves(tmp_path):
+  for i, name in enumerate(("A", "B", "C")):
+    video = np.full((4, 16, 16, 3), 60 * i, np.uint8)
+    video[2:] = 250
+    write_mp4(tmp_path / "samples" / name / "00000.mp4", video)
+    write_mp4(tmp_path / "real" / f"{name}.mp4", video)
+  write_picture(tmp_path, tmp_path / "picture.webp")
+  picture = Image.open(tmp_path / "picture.webp")
+  assert picture.size == (3 * 16 + 4, 2 * 16 + 2)
+  first = np.asarray(picture.convert("RGB"))
+  assert abs(int(first[8, 8].mean()) - 0) < 30 < abs(int(first[8, 26].mean()) - 0) < 90
+  assert picture.n_frames == 2  # equal ones are joined
+  picture.seek(1)
+  assert np.asarray(picture.convert("RGB"))[8, 8].mean() > 200
