@@ -96,7 +96,7 @@ class _Evaluation:
 
   @property
   def program(self) -> tuple:
-    """What is static: each distinct value is compiled."""
+    """Static arguments of a step: each distinct value is compiled."""
     return self.phases, self.guided
 
 

@@ -62,7 +62,7 @@ def noise():
 
 @pytest.mark.parametrize("sampler", ["euler", "unipc"])
 def test_guidance_acts_in_its_interval(sampler):
-  """Of velocities that never change, a solver takes what each step's guidance says."""
+  """A solver follows each step's guidance, where velocities never change."""
   config = SampleConfig(
     steps=5, guidance=3.0, batch_size=2, sampler=sampler, guidance_interval=(0.2, 0.6)
   )
