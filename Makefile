@@ -53,7 +53,7 @@ demo-compare: core
 # elsewhere is another one.
 simulate: export JAX_PLATFORMS := cpu
 simulate: core
-	$(RUN) -c "from freqformer.data.render import render_ucf101 as r; r('data/comparison')"
+	$(RUN) -m freqformer.data.render data/comparison
 	test -d runs/complexity/checkpoints || \
 	  $(RUN) train.py --config=configs/comparison.py --workdir=runs/complexity --config.train.steps=120 \
 	    --config.model.attention.method=freqformer

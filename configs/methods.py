@@ -1,6 +1,6 @@
 """Every trainable method on rendered clips, at about the same density of attention.
 
-  python -c "from freqformer.data.render import render_ucf101 as r; r('data/comparison')"
+  python -m freqformer.data.render data/comparison
   python -m freqformer.sweep --config=configs/methods.py --study=runs/methods
   ... --override=train.steps=800                                     longer runs
 

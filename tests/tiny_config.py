@@ -16,9 +16,10 @@ def get_config():
     views=2,
     val_fraction=0.2,
     workers=1,
-    codec=dict(factor=(2, 8, 8), channels=4),
+    codec=dict(name="lowpass", factor=(2, 8, 8), channels=3),
   )
   config.model = dict(size="custom", width=24, depth=2, heads=2, patch=(1, 1, 1), mlp_ratio=2.0)
+  config.model.update(precondition=True, positions=True)
   router = dict(hidden=8, prior=(0.2, 0.3, 0.5), temperature=(1.0, 0.5))
   config.model.attention = dict(
     block=8, freqformer=dict(mid_tiles=2, window=(1, 1, 2), deal="octant", router=router)

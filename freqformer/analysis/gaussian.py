@@ -21,7 +21,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from freqformer.analysis.contexts import Boxes, Context, Table, queries
-from freqformer.grid.transforms import dct
+from freqformer.grid.transforms import dct_power
 
 # Each mean's noise is taken to be larger by this part of itself, so that means that depend on each
 # other linearly (a cell within a window) leave K regular. It can raise no error by more than a part
@@ -126,14 +126,7 @@ def measured_spectrum(latents: Iterable[np.ndarray], per_channel: bool = False) 
   Raises:
     ValueError: if there are no latents, or a channel is zero.
   """
-  power = 0.0
-  for latent in latents:
-    x = np.asarray(latent, np.float64)
-    for axis in range(3):
-      x = np.moveaxis(np.tensordot(dct(x.shape[axis]), x, (1, axis)), 0, axis)
-    power = power + x**2
-  if np.ndim(power) != 4:
-    raise ValueError("there are no latents to measure a spectrum of.")
+  power = dct_power(latents)
   for axis, n in enumerate(power.shape[:3]):
     frequencies = np.abs(np.fft.fftfreq(n, 1 / n)).astype(int)
     power = np.take(power, np.minimum(2 * frequencies, n - 1), axis)

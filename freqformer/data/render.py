@@ -1,5 +1,7 @@
 """Renders a small data set in the shape of UCF-101: same folders, file names and split lists.
 
+  python -m freqformer.data.render data/comparison
+
 Classes differ in texture and in motion; DriftingStripes and SwayingStripes in motion only. A
 *group* is one scene: its clips share colours, frequency and direction and differ in phase, place,
 speed and length. A picture is a smooth scalar field in [0, 1] looked up in 256 colours. Lengths are
@@ -291,3 +293,11 @@ def _write_lists(
     test = [f"{_relative(*clip)}\n" for clip in clips if clip[1] in held]
     (folder / f"trainlist{split + 1:02d}.txt").write_text("".join(train))
     (folder / f"testlist{split + 1:02d}.txt").write_text("".join(test))
+
+
+if __name__ == "__main__":
+  import sys
+
+  if len(sys.argv) != 2:
+    sys.exit("error: give one folder to render into, such as data/comparison.")
+  render_ucf101(sys.argv[1])

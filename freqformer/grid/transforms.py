@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Iterable
 from typing import Literal
 
 import numpy as np
@@ -48,6 +49,25 @@ def dct(length: int) -> np.ndarray:
   rows = np.sqrt(2 / length) * np.cos(np.pi * i * (2 * j + 1) / (2 * length))
   rows[0] = np.sqrt(1 / length)
   return rows
+
+
+def dct_power(clips: Iterable[np.ndarray]) -> np.ndarray:
+  """Returns the mean squared DCT coefficients over clips `[t, y, x, c]` of one shape, float64.
+
+  Raises:
+    ValueError: there are no clips.
+  """
+  total = 0.0
+  count = 0
+  for clip in clips:
+    x = np.asarray(clip, np.float64)
+    for axis in range(3):
+      x = np.moveaxis(np.tensordot(dct(x.shape[axis]), x, (1, axis)), 0, axis)
+    total = total + x**2
+    count += 1
+  if not count:
+    raise ValueError("there are no latents to measure a spectrum of.")
+  return total / count
 
 
 def haar(length: int, levels: int) -> np.ndarray:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from freqformer.grid.transforms import dct
+from freqformer.grid.transforms import dct, dct_power
 
 # choice: power below this share of the mean is counted as this much. Frequencies that the data
 # never have must not be divided by.
@@ -96,16 +96,11 @@ def measured_power(latents: Iterable[np.ndarray]) -> Table:
 
   Bins are linear in cycles per cell. In space they are rings, in time each frequency counts; bin 0
   of either holds the constants alone. Bins without any frequency are filled from their neighbours.
+
+  Raises:
+    ValueError: there are no latents.
   """
-  total = 0.0
-  count = 0
-  for latent in latents:
-    x = np.asarray(latent, np.float64)
-    for axis, n in enumerate(x.shape[:3]):
-      x = np.moveaxis(np.tensordot(x, dct(n), (axis, 1)), -1, axis)
-    total = total + x**2
-    count += 1
-  power = total / count
+  power = dct_power(latents)
   at_t, at_s = (np.rint(at).astype(int) for at in _bins(power.shape[:3]))
   place = at_t[:, None, None] * (SPACE_BINS + 1) + at_s
   bins = (TIME_BINS + 1) * (SPACE_BINS + 1)

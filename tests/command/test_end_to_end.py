@@ -16,6 +16,7 @@ from freqformer.data.cache import LatentCache
 from freqformer.data.codec import LatentStatistics
 from freqformer.evaluate.quality import artefacts
 from freqformer.evaluate.restore import load_run
+from freqformer.model.precondition import TIME_BINS
 from freqformer.pages.run import SECTIONS
 from freqformer.train.checkpoint import Checkpoints
 from freqformer.train.metrics import read
@@ -74,6 +75,7 @@ def test_run_leaves_what_it_should(whole):
   record = Checkpoints(workdir, create=False).record()
   keys = "config class_names statistics iterator versions git latent_shape cache"
   assert record.keys() >= set(keys.split())
+  assert len(record["config"]["model"]["spectrum"]) == 3 * (TIME_BINS + 1)
   # One damaged clip is left out, once, and its name and reason are logged.
   left_out = re.findall(r"(\d+) of \d+ \w+ clips could not be used:\n\s*(.*)", done.stderr)
   assert [count for count, _ in left_out] == ["1"], done.stderr
@@ -175,7 +177,7 @@ def test_eval_writes_videos(place, whole):
   assert result["training_seconds"] >= last["seconds"] > 0
   assert len(list(out.glob("*/*.mp4"))) == 6 and (out / "grid.png").stat().st_size > 1000
   saved = dict(np.load(out / "latents.npz"))
-  assert saved["latents"].shape == (6, 3, 3, 4, 4) and np.isfinite(saved["latents"]).all()
+  assert saved["latents"].shape == (6, 3, 3, 4, 3) and np.isfinite(saved["latents"]).all()
   # Tiles of 1 x 3 x 2 of 3 x 3 x 4 tokens meet in the middle of x; in t nothing else is there.
   found = artefacts(load_run(whole[0]), saved["latents"], saved["latents"])
   assert found["flicker"] == 1
@@ -253,7 +255,7 @@ def test_validation_on_own_and_on_other_clips(place, whole):
   (path,) = (place / "other").glob("source_folder_root_clips*.json")
   found = json.loads(path.read_text())
   assert found["clips"] == 2 and found["split"] == "all" and found["null_class"] == ["clips"]
-  assert found["latent_shape"] == [5, 3, 4, 4] and found["strides"] == {"4": 1, "2": 1}
+  assert found["latent_shape"] == [5, 3, 4, 3] and found["strides"] == {"4": 1, "2": 1}
   assert np.isfinite(found["buckets"]).all() and len(found["weights"]) == 4
   assert "all of the folder" in done.stdout and "the model has no such class" in done.stdout
   # The model's normalisation, not the clips' own.

@@ -17,7 +17,7 @@ from freqformer.data import cache as data_cache
 from freqformer.data import encode
 from freqformer.data.cache import cache_path, prepare
 from freqformer.data.clips import list_clips
-from freqformer.data.codec import LatentStatistics
+from freqformer.data.codec import CodecConfig, LatentStatistics
 from freqformer.data.decode import VideoFile, crop_resize
 from freqformer.data.loader import train_iterator, val_batches
 from tests.data.helpers import config, moving_square, psnr, write_clip, write_folder
@@ -55,6 +55,15 @@ def test_cache_holds_what_the_codec_gives(folder, cache):
   np.testing.assert_allclose(everything.mean((0, 1, 2, 3)), 0, atol=1e-3)
   np.testing.assert_allclose(everything.std((0, 1, 2, 3)), 1, atol=1e-3)
   assert cache.class_names == ["cat", "dog"]
+
+
+def test_lowpass_latents_keep_the_proportions_of_their_channels(folder, tmp_path):
+  codec = CodecConfig(name="lowpass", factor=(2, 4, 4), channels=3)
+  cache = prepare(dataclasses.replace(config(folder, tmp_path), codec=codec), "train")
+  everything = np.stack([x["latent"] for x in cache])
+  assert len(set(cache.statistics.std.tolist())) == 1
+  spread = everything.std((0, 1, 2, 3))
+  assert np.mean(spread**2) == pytest.approx(1, rel=1e-3) and spread.max() > 1.5 * spread.min()
 
 
 def test_flips_are_encoded_from_mirrored_pixels(folder, tmp_path):

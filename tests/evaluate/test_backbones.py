@@ -51,11 +51,11 @@ def test_i3d_is_called_as_its_protocol_says(monkeypatch, tmp_path):
     calls.append((x.array, call))
     return Tensor(np.zeros((len(x.array), 400), np.float32))
 
-  network.eval = lambda: network
+  def load(path):
+    return types.SimpleNamespace(eval=lambda: network)
+
   torch = types.SimpleNamespace(
-    from_numpy=Tensor,
-    no_grad=contextlib.nullcontext,
-    jit=types.SimpleNamespace(load=lambda path: network),
+    from_numpy=Tensor, no_grad=contextlib.nullcontext, jit=types.SimpleNamespace(load=load)
   )
   monkeypatch.setitem(sys.modules, "torch", torch)
   (tmp_path / "x.pt").write_bytes(b"weights")

@@ -69,7 +69,11 @@ def test_controls_are_what_they_say(real):
     np.sort(mixed.mean((2, 3, 4)), 1), np.sort(videos.mean((2, 3, 4)), 1)
   )
   noise = recognise.colour_noise(videos)
-  np.testing.assert_allclose(noise.mean((1, 2, 3)), videos.mean((1, 2, 3)), atol=12)
+  # Grey levels end at 0 and 255: what the noise loses there, up to a tenth, moves its mean.
+  np.testing.assert_allclose(noise.mean((1, 2, 3)), videos.mean((1, 2, 3)), atol=5)
+  for own, clip in zip(noise, videos, strict=True):
+    colours, wanted = (np.cov(x.reshape(-1, 3).T.astype(float)) for x in (own, clip))
+    assert np.linalg.norm(colours - wanted) < 0.25 * np.linalg.norm(wanted)
   # White, smooth in space, and of clip 4 also slow.
   steps = [np.abs(np.diff(noise.astype(int), axis=axis)).mean((1, 2, 3, 4)) for axis in (1, 2)]
   assert steps[1][0] > 3 * steps[1][2]

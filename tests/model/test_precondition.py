@@ -40,6 +40,7 @@ def test_a_new_model_is_the_best_linear_prediction(t):
   model = VideoDiT(_model(spectrum=TABLE), SHAPE, 3, nnx.Rngs(0))
   tables = model.tables(SHAPE)
   power = np.asarray(tables["preconditioner"].power, np.float64)
+  np.testing.assert_array_equal(power, Preconditioner.of(TABLE, SHAPE).power)
   basis = np.einsum("ai,bj,ck->abcijk", *(dct(n) for n in SHAPE[:3])).reshape(120, 120)
   covariance = np.einsum("kn,kc,km->cnm", basis, power.reshape(120, 2), basis)
   x = _RNG.standard_normal((2, *SHAPE))

@@ -1,7 +1,8 @@
-"""What a grid decides for a run: decided once, recorded, and kept."""
+"""Grid and data decide some numbers of a run: once, recorded, and kept."""
 
 import json
 
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -30,6 +31,25 @@ def test_a_run_records_what_its_grid_decides(config):
   assert tuple(record["model"]["rope_theta"]) == exp.model.rope_theta
   assert record["model"]["attention"]["qk_gain"] == exp.model.attention.qk_gain >= 1
   assert of_record(record) == exp
+
+
+def test_a_run_records_the_spectrum_of_its_latents_and_goes_on_with_it(config):
+  with config.unlocked():
+    config.model.precondition = True
+  rng = np.random.default_rng(0)
+  exp = experiment(config)
+  assert exp.model.spectrum == ()
+  exp = exp.with_spectrum(rng.standard_normal((4, *exp.latent_shape)))
+  record = json.loads(json.dumps(recorded(config, exp).to_dict()))
+  assert of_record(record) == exp and len(exp.model.spectrum) > 0
+  again = experiment(config, record)
+  assert again == exp
+  # Other latents, such as those of more clips, do not change a model that was trained.
+  assert again.with_spectrum(3 * rng.standard_normal((4, *exp.latent_shape))) == exp
+  with config.unlocked():
+    config.model.precondition = False
+  plain = experiment(config)
+  assert plain.with_spectrum(rng.standard_normal((4, *exp.latent_shape))) == plain
 
 
 def test_a_record_without_the_keys_keeps_what_ran(config):
@@ -89,6 +109,7 @@ def test_first_frames_need_a_model_and_a_second_frame(values, message, config):
   with config.unlocked():
     config.update_from_flattened_dict({key.replace("__", "."): v for key, v in values.items()})
     config.train.first_frame = 0.5
+    config.model.precondition = False
   with pytest.raises(ConfigError, match=message):
     experiment(config)
 
