@@ -43,7 +43,7 @@ def get_config():
     octaves=dict(levels=2, factor=2, window=(3, 1, 1)),
     freqformer=dict(mid_tiles=1, window=(3, 1, 1)),
   )
-  # Muon needs half of AdamW's steps here (docs/log.md).
+  # Muon needs fewer steps than AdamW here (docs/log.md).
   config.train = dict(
     steps=1400,
     batch_size=32,

@@ -4,7 +4,7 @@ Both work in an orthonormal luma/opponent colour space, for demos, tests and met
 learned VAE reconstructs better, but here nothing has to be downloaded.
 
 * `lowpass` keeps the lowest frequencies of the whole clip: a latent is a small video without
-  blocks. On smooth clips it needs half as many numbers as `dct` for the same error.
+  blocks. On smooth clips it needs fewer numbers than `dct` for the same error.
 * `dct` keeps the lowest coefficients of each block: more detail at few cells, and block borders.
 
 Latents are normalised with statistics of the training views.
