@@ -62,7 +62,7 @@ def test_the_page_runs(workdir, monkeypatch):
 
 def test_a_run_has_what_a_notebook_needs(workdir):
   run = freqformer.load_run(workdir)
-  assert run.step == 3 and run.class_names == CLASSES and run.latent_shape == (3, 3, 4, 4)
+  assert run.step == 3 and run.class_names == CLASSES and run.latent_shape == (3, 3, 4, 3)
   raw = freqformer.load_run(workdir, raw=True)
   for averaged, own in zip(*(jax.tree.leaves(r.params) for r in (run, raw)), strict=True):
     assert (own == averaged + 1).all()

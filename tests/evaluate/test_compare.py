@@ -147,7 +147,7 @@ def test_samples_of_another_size_by_another_sampler(workdir, tmp_path):
   tokens = 4 * 2 * 5
   assert result["attention_flops_per_sample"] == 4 * tokens**2 * 24 * 2 * 4
   latents = np.load(out / "latents.npz")["latents"]
-  assert latents.shape == (1, 4, 2, 5, 4) and np.isfinite(latents).all()
+  assert latents.shape == (1, 4, 2, 5, 3) and np.isfinite(latents).all()
   assert next((out / "b").glob("*.mp4")).stat().st_size > 500
 
 

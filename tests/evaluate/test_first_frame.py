@@ -20,7 +20,7 @@ from tests.evaluate.test_resize import run_of, tiny
 def given(run):
   """The run as if it were trained with first frames."""
   train = dataclasses.replace(run.experiment.train, first_frame=0.5)
-  model = dataclasses.replace(run.model.config, first_frame=True)
+  model = dataclasses.replace(run.model.config, first_frame=True, precondition=False)
   data = run.experiment.data
   if hasattr(data, "target"):
     data = dataclasses.replace(data, target="velocity")
@@ -35,18 +35,18 @@ def test_a_picture_is_encoded_as_a_still_clip(tmp_path):
   got = first_frame_latent(run, pixels)
   codec = make_codec(run.experiment.data.codec)
   still = codec.encode(np.stack([pixels, pixels])[None])[0, 0]
-  np.testing.assert_allclose(got, (still - np.arange(4)) / (1 + np.arange(4)), rtol=1e-5)
+  np.testing.assert_allclose(got, (still - np.arange(3)) / (1 + np.arange(3)), rtol=1e-5)
   # Cut in the middle, as a clip is, and as the size asks.
   wide = np.concatenate([0 * pixels[:, :8], pixels, 0 * pixels[:, :8]], 1)
   np.testing.assert_array_equal(first_frame_latent(run, wide), got)
-  assert first_frame_latent(resized(run, size=(32, 32)), pixels).shape == (4, 4, 4)
+  assert first_frame_latent(resized(run, size=(32, 32)), pixels).shape == (4, 4, 3)
   Image.fromarray(pixels).save(tmp_path / "picture.png")
   np.testing.assert_array_equal(first_frame_latent(run, tmp_path / "picture.png"), got)
 
 
 def test_pictures_that_are_refused(tmp_path):
   picture = np.zeros((24, 32, 3), np.uint8)
-  for run in (run_of(tiny()), run_of(tiny(first_frame=True))):  # the latter is never given any
+  for run in (run_of(tiny()), run_of(tiny(first_frame=True, precondition=False))):  # the latter is never given any
     with pytest.raises(ConfigError, match="was not trained with first frames"):
       first_frame_latent(run, picture)
   run = given(run_of(tiny()))

@@ -38,10 +38,10 @@ def test_everything_follows_the_size():
   run = run_of(tiny())
   assert resized(run) is run and resized(run, 6, (24, 32)) is run
   other = resized(run, frames=8, size=(48, 32))
-  assert video_shape(other) == (8, 48, 32) and other.latent_shape == (4, 6, 4, 4)
+  assert video_shape(other) == (8, 48, 32) and other.latent_shape == (4, 6, 4, 3)
   videos = other.decode(np.zeros((2, *other.latent_shape), np.float32))
   assert videos.shape == (2, 8, 48, 32, 3)
-  assert run.latent_shape == (3, 3, 4, 4)
+  assert run.latent_shape == (3, 3, 4, 3)
   theta = run.model.config.rope_theta
   assert other.model.config.rope_theta == theta
   scaled = resized(run, frames=8, size=(48, 32), rope="ntk").model
