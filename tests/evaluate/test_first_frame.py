@@ -46,7 +46,8 @@ def test_a_picture_is_encoded_as_a_still_clip(tmp_path):
 
 def test_pictures_that_are_refused(tmp_path):
   picture = np.zeros((24, 32, 3), np.uint8)
-  for run in (run_of(tiny()), run_of(tiny(first_frame=True, precondition=False))):  # the latter is never given any
+  # The second could be trained with first frames, but never was given any.
+  for run in (run_of(tiny()), run_of(tiny(first_frame=True, precondition=False))):
     with pytest.raises(ConfigError, match="was not trained with first frames"):
       first_frame_latent(run, picture)
   run = given(run_of(tiny()))
