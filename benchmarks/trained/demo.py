@@ -1,10 +1,13 @@
 """Stores a run of the demo: what it took, what its judge says, and a picture that moves.
 
-  make demo && python -m benchmarks.trained.demo [--workdir=runs/demo]
+  make demo && python -m benchmarks.trained.demo
+  python -m freqformer.demo --workdir=runs/longer --steps=6000 && \
+    python -m benchmarks.trained.demo --workdir=runs/longer
 
-Nothing is run here: the row of benchmarks/results/demo.json holds the seconds of run.json, the last
-validation of metrics.jsonl and the rows of evaluation.json; `trained_at` is the commit that trained
-it. docs/figures/demo.webp shows the first sample of each class above a real clip.
+Nothing is run here: the row holds the seconds of run.json, the last validation of metrics.jsonl and
+the rows of evaluation.json; `trained_at` is the commit that trained it. Its name in
+benchmarks/results/demo.json is that of the run's folder, as is the name of a picture in
+docs/figures/ with the first sample of each class above a real clip.
 """
 
 import json
@@ -44,7 +47,7 @@ def row_of(workdir: pathlib.Path) -> dict:
     "trained_at": run["git"],
     "trained_with": run["versions"],
     "trained_on": run["device"],
-    "name": "demo",
+    "name": workdir.name,
     "method": run["method"],
     "parameters": run["params"],
     "tokens": run["tokens"],
@@ -76,11 +79,20 @@ def _frames(path: pathlib.Path) -> np.ndarray:
     return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
+def command_of(row: dict) -> str:
+  """Returns the commands that make the row."""
+  if row["name"] == "demo":
+    return "make demo && python -m benchmarks.trained.demo"
+  here = f"--workdir=runs/{row['name']}"
+  run = f"python -m freqformer.demo {here} --steps={row['steps']}"
+  return f"{run} && python -m benchmarks.trained.demo {here}"
+
+
 def main(_):
-  command = "make demo && python -m benchmarks.trained.demo"
   workdir = pathlib.Path(_WORKDIR.value)
   row = row_of(workdir)
-  write_picture(workdir, ROOT / "docs" / "figures" / "demo.webp")
+  command = command_of(row)
+  write_picture(workdir, ROOT / "docs" / "figures" / f"{workdir.name}.webp")
   write_rows("demo", [context(command) | row], command)
   for metric in row["metrics"]:
     print(f"{metric['name']}: {metric['value']:.4g} {metric['unit']}")

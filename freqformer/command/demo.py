@@ -15,16 +15,15 @@ from absl import flags, logging
 from freqformer import CHECKOUT
 from freqformer.command import cli
 from freqformer.command.files import read_config
-from freqformer.data.render import RenderedSet, render_ucf101
+from freqformer.data.render import DEMO, render_ucf101
 from freqformer.pages.run import write_report
 from freqformer.train.experiment import experiment
 
 _ROOT = CHECKOUT or pathlib.Path.cwd()
-# choice: more clips than a small test needs, so that a model learns classes and not clips.
-_CLIPS_PER_GROUP = 12
 _SAMPLES = 8  # of each class
 _JUDGE_CLIPS = 256
 _WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Folder of the run.")
+_STEPS = flags.DEFINE_integer("steps", None, "Steps of training instead of the config's.", 1)
 _CONFIG = flags.DEFINE_string("config", str(_ROOT / "configs" / "demo.py"), "Config of the run.")
 
 
@@ -41,10 +40,11 @@ def main(_):
   workdir = pathlib.Path(_WORKDIR.value).absolute()
   exp = experiment(read_config(_CONFIG.value))
   clock = time.monotonic()
-  render_ucf101(_ROOT / exp.data.root, RenderedSet(clips_per_group=_CLIPS_PER_GROUP))
+  render_ucf101(_ROOT / exp.data.root, DEMO)
   render_seconds = time.monotonic() - clock
   here = f"--workdir={workdir}"
-  _command("-m", "freqformer.command.train", f"--config={_CONFIG.value}", here)
+  steps = [f"--config.train.steps={_STEPS.value}"] if _STEPS.value else []
+  _command("-m", "freqformer.command.train", f"--config={_CONFIG.value}", here, *steps)
   _command("-m", "freqformer.command.eval", here, f"--samples={_SAMPLES}")
   clock = time.monotonic()
   judge = ("--samples=samples", "--metrics=judge,psd,flicker", f"--judge_clips={_JUDGE_CLIPS}")

@@ -49,6 +49,10 @@ class RenderedSet:
   cols: int = 160
 
 
+# choice: more clips than a small test needs, so that a model learns classes and not clips.
+DEMO = RenderedSet(clips_per_group=12)
+
+
 @dataclasses.dataclass(frozen=True)
 class Scene:
   """The draws of a clip, of which frequency and angle are its group's.

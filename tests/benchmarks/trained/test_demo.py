@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.trained.demo import row_of, write_picture
+from benchmarks.trained.demo import command_of, row_of, write_picture
 from freqformer.config import ConfigError
 from freqformer.pages.mp4 import write_mp4
 
@@ -37,6 +37,8 @@ def test_a_row_holds_the_last_loss_and_the_metrics(tmp_path):
   row = row_of(tmp_path)
   assert row["steps"] == 4 and row["validation_loss"] == 0.25
   assert row["seconds"] == {"train": 12.3}
+  assert command_of(row | {"name": "demo"}).startswith("make demo")
+  assert "--workdir=runs/longer --steps=4 " in command_of(row | {"name": "longer"})
   assert row["metrics"] == [{"name": "judge_x", "unit": "share named", "value": 0.75}]
 
 
