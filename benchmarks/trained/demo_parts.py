@@ -31,8 +31,8 @@ PARTS = {
   "dense": {"model__attention__method": "dense"},
   "freqformer": {"model__attention__method": "freqformer"},
   "windows by octant": {f"{_OCTAVES}window": (2, 1, 1), f"{_OCTAVES}deal": "octant"},
-  "gates": {f"{_OCTAVES}router__mode": "gates"},
-  "penalty": {f"{_OCTAVES}router__penalty": 0.1, f"{_OCTAVES}router__budget": 0.3},
+  "a distribution": {f"{_OCTAVES}router__mode": "soft"},
+  "a penalty": {f"{_OCTAVES}router__penalty": 0.1, f"{_OCTAVES}router__budget": 0.3},
 }
 
 
