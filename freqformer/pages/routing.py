@@ -11,7 +11,7 @@ from freqformer.pages.html import COLOURS, image, legend, panels, table
 from freqformer.pages.losses import time_labels
 
 _MAX_NAMES = 64  # rows of a heatmap that can each carry a name
-_KINDS = {"probs": "soft: mean probability", "choice": "hard: share of clips"}
+_KINDS = {"probs": "soft: mean weight", "choice": "hard: share of clips"}
 
 
 def routing(workdir: pathlib.Path) -> str:
@@ -27,7 +27,8 @@ def routing(workdir: pathlib.Path) -> str:
       colour = COLOURS[branch % len(COLOURS)]
       axis.bar(labels, share[:, branch], 0.7, bottom=below, label=name, color=colour)
       below = below + share[:, branch]
-    axis.set(xlabel="t (1 is noise)", title=f"all heads, {title}", ylim=(0, 1))
+    axis.set(xlabel="t (1 is noise)", title=f"all heads, {title}")
+    axis.set_ylim(0, max(1, below.max()))  # gates of levels may sum to more
   legend(axes[1])
   pictures = image(heatmap(found), "branch of each head by timestep, soft and hard")
   rows = []

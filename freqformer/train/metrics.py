@@ -115,7 +115,7 @@ def read(path) -> list[dict]:
 
 
 def write_routing(workdir, result: dict, model: ModelConfig, time_range: tuple[float, float]):
-  """Writes `routing.json`, mean probability and share of hard choices of each branch.
+  """Writes `routing.json`, mean weight and share of hard choices of each branch.
 
   Nothing is written if the `result` of `evaluate` tells of no routed head.
   """
