@@ -25,6 +25,7 @@ _OCTAVES = "model__attention__octaves__"
 PARTS = {
   "shipped": {},
   "adamw": {"train__optimizer": "adamw"},
+  "cosine": {"train__schedule": "cosine"},
   "no preconditioner": {"model__precondition": False},
   "no positions": {"model__positions": False},
   "logit-normal t": {"train__time_sampling": "logit_normal"},
