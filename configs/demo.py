@@ -44,15 +44,15 @@ def get_config():
     octaves=dict(levels=2, factor=2, window=(3, 1, 1), router=dict(mode="gates")),
     freqformer=dict(mid_tiles=1, window=(3, 1, 1)),
   )
-  # Muon needs fewer steps than AdamW here, and so few of them that a falling rate costs more than
-  # it gives (docs/log.md).
+  # Muon needs fewer steps than AdamW here, and in so few of them a rate that falls early costs more
+  # than it gives (docs/log.md).
   config.train = dict(
     steps=1400,
     batch_size=32,
     optimizer="muon",
     lr=2e-3,
     muon_lr=0.02,
-    schedule="constant",
+    schedule="trapezoid",
     warmup=50,
     ema=0.995,
     val_every=350,

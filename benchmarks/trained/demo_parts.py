@@ -26,6 +26,7 @@ PARTS = {
   "shipped": {},
   "adamw": {"train__optimizer": "adamw"},
   "cosine": {"train__schedule": "cosine"},
+  "constant rate": {"train__schedule": "constant"},
   "no preconditioner": {"model__precondition": False},
   "no positions": {"model__positions": False},
   "logit-normal t": {"train__time_sampling": "logit_normal"},

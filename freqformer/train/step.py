@@ -35,7 +35,8 @@ class TrainConfig:
     lr: peak learning rate of AdamW.
     muon_lr: peak learning rate of Muon's matrices; it follows the same schedule.
     warmup: steps of linear warm-up; see `warm_steps`.
-    schedule: "constant" or "cosine", which ends at a tenth of the peak.
+    schedule: "constant", "cosine", which ends at a tenth of the peak, or "trapezoid": constant, then
+      straight to 0 over the last fifth of the steps (as in arXiv 2404.06395).
     weight_decay: of AdamW, on matrices only.
     beta2: of AdamW.
     clip: largest global norm of a gradient.
@@ -82,7 +83,7 @@ class TrainConfig:
     require_one_of(self, "optimizer", ("adamw", "muon"))
     require(self, "beta2 ema", least=0, below=1)
     require(self, "label_dropout first_frame", least=0, most=1)
-    require_one_of(self, "schedule", ("constant", "cosine"))
+    require_one_of(self, "schedule", ("constant", "cosine", "trapezoid"))
     require_one_of(self, "time_sampling", TIME_SAMPLING)
     if not 0 <= self.time_range[0] < self.time_range[1] <= 1:
       raise ValueError(f"{self.time_range=} must be two rising timesteps in [0, 1].")
@@ -122,6 +123,10 @@ def learning_rate(config: TrainConfig, peak: float | None = None) -> optax.Sched
   if config.schedule == "constant":
     return optax.warmup_constant_schedule(start, peak, warmup)
   end = max(config.steps, warmup + 1)
+  if config.schedule == "trapezoid":
+    fall = max(1, min(config.steps // 5, end - warmup))  # choice: a fifth
+    rise = optax.warmup_constant_schedule(start, peak, warmup)
+    return optax.join_schedules([rise, optax.linear_schedule(peak, 0, fall)], [end - fall])
   return optax.warmup_cosine_decay_schedule(start, peak, warmup, end, peak / 10)
 
 

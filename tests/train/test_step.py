@@ -157,6 +157,8 @@ def test_a_run_that_only_skips_is_stopped(log_every):
   [
     (dict(), {0: 0, 10: 3e-3, 100: 3e-4}),
     (dict(schedule="constant"), {0: 0, 10: 3e-3, 100: 3e-3}),
+    (dict(schedule="trapezoid"), {0: 0, 10: 3e-3, 80: 3e-3, 90: 1.5e-3, 100: 0}),
+    (dict(schedule="trapezoid", steps=2), {0: 0, 1: 3e-3}),
     (dict(warmup=0), {0: 3e-3}),
     (dict(warmup=0, schedule="constant"), {0: 3e-3}),
     (dict(steps=8), {4: 3e-3}),  # warm-up is at most half of the run
