@@ -35,8 +35,8 @@ class TrainConfig:
     lr: peak learning rate of AdamW.
     muon_lr: peak learning rate of Muon's matrices; it follows the same schedule.
     warmup: steps of linear warm-up; see `warm_steps`.
-    schedule: "constant", "cosine", which ends at a tenth of the peak, or "trapezoid": constant, then
-      straight to 0 over the last fifth of the steps (as in arXiv 2404.06395).
+    schedule: "constant", "cosine", which ends at a tenth of the peak, or "trapezoid": constant,
+      then straight to 0 over the last fifth of the steps (as in arXiv 2404.06395).
     weight_decay: of AdamW, on matrices only.
     beta2: of AdamW.
     clip: largest global norm of a gradient.
