@@ -66,6 +66,11 @@ class Codec:
   def __init__(self, config: CodecConfig):
     self.config = config
 
+  @property
+  def frames_apart(self) -> bool:
+    """Whether a latent frame shows its own frames alone."""
+    return True
+
   @staticmethod
   def most_channels(factor: tuple[int, int, int]) -> int:
     """Returns how many channels a cell of so many pixels can have."""
@@ -135,6 +140,10 @@ class LowpassCodec(Codec):
   """
 
   joint_std = True  # luma and colour keep their proportions, as in pixels
+
+  @property
+  def frames_apart(self):
+    return self.config.factor[0] == 1
 
   @staticmethod
   def most_channels(factor):

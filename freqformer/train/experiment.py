@@ -7,6 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from freqformer.config import ConfigError, build, require
+from freqformer.data.codec import make_codec
 from freqformer.data.fields import FieldsConfig
 from freqformer.data.protocol import DataConfig
 from freqformer.data.sources import data_config
@@ -40,6 +41,11 @@ class Experiment:
       raise ConfigError(f"{given} needs config.model.first_frame=True.")
     if self.latent_shape[0] < 2:
       raise ConfigError(f"{given} needs two latent frames at least; raise config.data.frames.")
+    if isinstance(self.data, DataConfig) and not make_codec(self.data.codec).frames_apart:
+      raise ConfigError(
+        f"{given} needs latent frames of a few frames each; config.data.codec.name="
+        f"{self.data.codec.name!r} mixes all frames of a clip. Take 'dct', or a factor of 1 in time."
+      )
     if isinstance(self.data, FieldsConfig) and self.data.target == "posterior":
       raise ConfigError(
         f"{given} cannot learn from config.data.target='posterior', the mean without a given "

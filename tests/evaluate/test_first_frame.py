@@ -10,6 +10,7 @@ from PIL import Image
 from freqformer.command.files import read_config
 from freqformer.config import ConfigError
 from freqformer.data.codec import make_codec
+from freqformer.data.fields import FieldsConfig
 from freqformer.evaluate.first_frame import first_frame_latent
 from freqformer.evaluate.resize import resized
 from freqformer.model.dit import VideoDiT
@@ -22,8 +23,10 @@ def given(run):
   train = dataclasses.replace(run.experiment.train, first_frame=0.5)
   model = dataclasses.replace(run.model.config, first_frame=True, precondition=False)
   data = run.experiment.data
-  if hasattr(data, "target"):
+  if isinstance(data, FieldsConfig):
     data = dataclasses.replace(data, target="velocity")
+  else:
+    data = dataclasses.replace(data, codec=dataclasses.replace(data.codec, name="dct"))
   exp = dataclasses.replace(run.experiment, train=train, model=model, data=data)
   abstract = nnx.eval_shape(lambda: VideoDiT(model, run.latent_shape, 2, nnx.Rngs(0)))
   return dataclasses.replace(run, model=abstract, experiment=exp)

@@ -103,15 +103,20 @@ def test_a_wrong_theta_is_refused(theta, config):
   [
     (dict(), "needs config.model.first_frame=True"),
     (dict(model__first_frame=True, data__frames=2), "raise config.data.frames"),
+    (dict(model__first_frame=True), "'lowpass' mixes all frames of a clip"),
   ],
 )
-def test_first_frames_need_a_model_and_a_second_frame(values, message, config):
+def test_first_frames_need_a_model_and_latent_frames_of_their_own(values, message, config):
   with config.unlocked():
     config.update_from_flattened_dict({key.replace("__", "."): v for key, v in values.items()})
     config.train.first_frame = 0.5
     config.model.precondition = False
   with pytest.raises(ConfigError, match=message):
     experiment(config)
+  with config.unlocked():
+    config.update_from_flattened_dict({"model.first_frame": True, "data.frames": 8})
+    config.data.codec.update(factor=(1, *config.data.codec.factor[1:]))
+  assert experiment(config).train.first_frame == 0.5
 
 
 def test_first_frames_need_the_velocity_of_the_draw():
