@@ -43,8 +43,8 @@ class Experiment:
       raise ConfigError(f"{given} needs two latent frames at least; raise config.data.frames.")
     if isinstance(self.data, DataConfig) and not make_codec(self.data.codec).frames_apart:
       raise ConfigError(
-        f"{given} needs latent frames of a few frames each; config.data.codec.name="
-        f"{self.data.codec.name!r} mixes all frames of a clip. Take 'dct', or a factor of 1 in time."
+        f"{given} needs latent frames of a few frames each; codec {self.data.codec.name!r} mixes "
+        "all frames of a clip. Set config.data.codec.name='dct', or a factor of 1 in time."
       )
     if isinstance(self.data, FieldsConfig) and self.data.target == "posterior":
       raise ConfigError(
