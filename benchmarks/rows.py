@@ -38,13 +38,24 @@ def context(command: str) -> dict[str, str]:
   return {
     "command": command,
     "device": jax.devices()[0].device_kind,
-    "cpu": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+    "cpu": f"{processor()}, {os.cpu_count()} cores",
     "jax": jax.__version__,
     "python": platform.python_version(),
     "commit": _commit(),
     "sources": sources(),
     "date": datetime.date.today().isoformat(),
   }
+
+
+def processor(info: pathlib.Path = pathlib.Path("/proc/cpuinfo")) -> str:
+  """Returns the processor's name with family and model, which names alone often hide."""
+  fields = {}
+  for line in info.read_text().splitlines() if info.exists() else ():
+    key, _, value = line.partition(":")
+    fields.setdefault(key.strip(), value.strip())
+  if not {"model name", "cpu family", "model"} <= fields.keys():
+    return platform.processor() or platform.machine()
+  return "{model name} (family {cpu family}, model {model})".format_map(fields)
 
 
 @dataclasses.dataclass

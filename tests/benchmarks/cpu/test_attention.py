@@ -56,6 +56,15 @@ def test_a_row_replaces_its_namesake_and_keeps_its_context(tmp_path):
   assert (two["name"], two["value"], two["command"]) == ("two", 2, "old")
 
 
+def test_rows_name_the_processor(tmp_path):
+  info = tmp_path / "cpuinfo"
+  one = "model\t\t: {}\ncpu family\t: 25\nmodel name\t: AMD: EPYC\n\n"
+  info.write_text(one.format(17) + one.format(18))
+  assert rows.processor(info) == "AMD: EPYC (family 25, model 17)"
+  info.write_text("Features\t: fp asimd\n")
+  assert rows.processor(info) == rows.processor(tmp_path / "absent") != ""
+
+
 def test_sources_are_those_of_a_commit(tmp_path, monkeypatch):
   """The hash of files on disk is their commit's; results do not count, one byte of code does."""
   monkeypatch.setattr(rows, "_ROOT", tmp_path)
