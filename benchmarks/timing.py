@@ -39,7 +39,8 @@ class Timing:
 def interleave(
   calls: Mapping[str, Callable], rounds: int, slice_s: float = 0.5
 ) -> dict[str, Timing]:
-  """Times competitors in turns.
+  """Times competitors in turns. The first call of a turn is not counted: it pays for the caches and
+  the memory that the competitor before it left, up to three times its own time.
 
   Args:
     calls: functions without arguments that return JAX arrays; compiled and warmed up here.
@@ -51,7 +52,7 @@ def interleave(
   def sampler(call):
     jax.block_until_ready(call())
     repeats = int(np.clip(slice_s / timed(call), 1, 20)) if slice_s else 1
-    return lambda turn: [timed(call) for _ in range(repeats)]
+    return lambda turn: [timed(call) for _ in range(1 + repeats)][1:]
 
   return in_turns({name: sampler(call) for name, call in calls.items()}, rounds)
 
