@@ -54,8 +54,14 @@ def row_of(workdir: pathlib.Path) -> dict:
     "steps": losses[-1]["step"],
     "seconds": {name: round(value, 1) for name, value in run["seconds"].items()},
     "validation_loss": losses[-1]["loss"],
-    "metrics": [{key: row[key] for key in _KEPT if key in row} for row in evaluation],
+    "metrics": [_metric(row) for row in evaluation],
   }
+
+
+def _metric(row: dict) -> dict:
+  """Returns the figures of a metric, and of which samples they are."""
+  drawn = {"drawn": row["protocol"]["drawn"], "n": row["protocol"]["samples"]}
+  return drawn | {key: row[key] for key in _KEPT if key in row}
 
 
 def write_picture(workdir: pathlib.Path, path: pathlib.Path):
@@ -82,10 +88,17 @@ def _frames(path: pathlib.Path) -> np.ndarray:
 def command_of(row: dict) -> str:
   """Returns the commands that make the row."""
   if row["name"] == "demo":
-    return "make demo && python -m benchmarks.trained.demo"
-  here = f"--workdir=runs/{row['name']}"
-  run = f"python -m freqformer.demo {here} --steps={row['steps']}"
-  return f"{run} && python -m benchmarks.trained.demo {here}"
+    commands = ["make demo"]
+    here = ""
+  else:
+    here = f" --workdir=runs/{row['name']}"
+    commands = [f"python -m freqformer.demo{here} --steps={row['steps']}"]
+  more = [metric for metric in row["metrics"] if metric["drawn"] == "evaluation"]
+  if more:
+    names = ",".join(metric["name"].split("_")[0] for metric in more)
+    given = f"--workdir=runs/{row['name']} --n={more[0]['n']} --metrics={names}"
+    commands.append(f"python -m freqformer.evaluate {given}")
+  return " && ".join([*commands, f"python -m benchmarks.trained.demo{here}"])
 
 
 def main(_):
@@ -95,7 +108,7 @@ def main(_):
   write_picture(workdir, ROOT / "docs" / "figures" / f"{workdir.name}.webp")
   write_rows("demo", [context(command) | row], command)
   for metric in row["metrics"]:
-    print(f"{metric['name']}: {metric['value']:.4g} {metric['unit']}")
+    print(f"{metric['name']} of {metric['n']:,}: {metric['value']:.4g} {metric['unit']}")
 
 
 if __name__ == "__main__":

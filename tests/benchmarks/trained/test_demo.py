@@ -20,7 +20,8 @@ RUN = {
   "seconds": {"train": 12.345},
   "finished": True,
 }
-JUDGE = {"name": "judge_x", "unit": "share named", "value": 0.75, "protocol": {"drawn": "samples"}}
+JUDGE = {"name": "judge_x", "unit": "share named", "value": 0.75}
+PROTOCOL = {"drawn": "samples", "samples": 64, "seed": 0}
 
 
 def _write(folder, run=RUN):
@@ -33,13 +34,18 @@ def test_a_row_holds_the_last_loss_and_the_metrics(tmp_path):
   _write(tmp_path)
   with pytest.raises(ConfigError, match="run make demo first"):
     row_of(tmp_path)
-  (tmp_path / "evaluation.json").write_text(json.dumps([JUDGE]))
+  (tmp_path / "evaluation.json").write_text(json.dumps([JUDGE | {"protocol": PROTOCOL}]))
   row = row_of(tmp_path)
   assert row["steps"] == 4 and row["validation_loss"] == 0.25
   assert row["seconds"] == {"train": 12.3}
-  assert command_of(row | {"name": "demo"}).startswith("make demo")
-  assert "--workdir=runs/longer --steps=4 " in command_of(row | {"name": "longer"})
-  assert row["metrics"] == [{"name": "judge_x", "unit": "share named", "value": 0.75}]
+  demo = row | {"name": "demo"}
+  assert command_of(demo) == "make demo && python -m benchmarks.trained.demo"
+  metrics = [{"name": name, "drawn": "evaluation", "n": 9} for name in ("fvd_x", "psd")]
+  first, second, third = command_of(row | {"name": "a", "metrics": metrics}).split(" && ")
+  assert first == "python -m freqformer.demo --workdir=runs/a --steps=4"
+  assert second == "python -m freqformer.evaluate --workdir=runs/a --n=9 --metrics=fvd,psd"
+  assert third == "python -m benchmarks.trained.demo --workdir=runs/a"
+  assert row["metrics"] == [JUDGE | {"drawn": "samples", "n": 64}]
 
 
 def test_a_run_that_goes_on_is_refused(tmp_path):
