@@ -165,7 +165,7 @@ def test_the_committed_cpu_rows_calibrate_the_cpu():
   found = rows.read_rows(path)
   assert cpu_attention.described(found, cpu_attention.FULL) == found
   fit = calibrate.fit_file(load_gpu("cpu"), path)
-  assert len(fit.rows) == 6 and fit.notes[0].endswith("6 no timed attention call")
+  assert len(fit.rows) == 6 and fit.notes[0].endswith("10 no timed attention call")
   assert max(abs(r["error"]) for r in fit.rows if not r["fitted"]) < 0.15
   with pytest.raises(ConfigError, match="no row of h100 .*5 of cpu"):
     calibrate.fit_file(load_gpu("h100"), path)
