@@ -118,7 +118,7 @@ REFUSED = [
   ("--config.train.lr=0", "config.train: lr=0.0 must be above 0."),
   ("--config.train.steps=0", "config.train: steps=0 must be at least 1."),
   ("--config.train.beta2=1.5", "beta2=1.5 must be at least 0 and below 1."),
-  ("--config.train.schedule=cosin", "must be one of constant, cosine, trapezoid; did you mean 'cosine'?"),
+  ("--config.train.schedule=cosin", "constant, cosine, trapezoid; did you mean 'cosine'?"),
   ("--config.train=3", "config.train is a group of keys; add one of them: .batch_size, "),
   ("@dense=3", "config.model.attention.dense is a group of keys; it has no keys"),
   (
