@@ -56,6 +56,13 @@ def test_a_row_replaces_its_namesake_and_keeps_its_context(tmp_path):
   assert (two["name"], two["value"], two["command"]) == ("two", 2, "old")
 
 
+def test_the_first_call_of_a_turn_is_not_counted(monkeypatch):
+  seconds = iter([1.0, *3 * (9.0, 1.0)])  # the one that sizes a turn, then three turns
+  monkeypatch.setattr(timing, "timed", lambda call: next(seconds))
+  found = timing.interleave({"call": lambda: 0}, rounds=3, slice_s=1.0)
+  assert found["call"].times == (1.0, 1.0, 1.0) and not list(seconds)
+
+
 def test_rows_name_the_processor(tmp_path):
   info = tmp_path / "cpuinfo"
   one = "model\t\t: {}\ncpu family\t: 25\nmodel name\t: AMD: EPYC\n\n"
