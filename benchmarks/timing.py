@@ -39,8 +39,10 @@ class Timing:
 def interleave(
   calls: Mapping[str, Callable], rounds: int, slice_s: float = 0.5
 ) -> dict[str, Timing]:
-  """Times competitors in turns. The first call of a turn is not counted: it pays for the caches and
-  the memory that the competitor before it left, up to three times its own time.
+  """Times competitors in turns.
+
+  The first call of a turn is not counted: it pays for caches and memory as the competitor before it
+  left them.
 
   Args:
     calls: functions without arguments that return JAX arrays; compiled and warmed up here.

@@ -1,7 +1,7 @@
 """Stores a run of the demo: what it took, what its judge says, and a picture that moves.
 
   make demo && python -m benchmarks.trained.demo
-  python -m freqformer.demo --workdir=runs/longer --steps=6000 && \
+  python -m freqformer.demo --workdir=runs/longer --steps=5000 && \
     python -m benchmarks.trained.demo --workdir=runs/longer
 
 Nothing is run here: the row holds the seconds of run.json, the last validation of metrics.jsonl and

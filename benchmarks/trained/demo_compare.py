@@ -38,7 +38,6 @@ def result_of(workdir: pathlib.Path, name: str, seed: int) -> dict:
   trained = Finished(workdir)
   restored = trained.restored
   layout = restored.model.config.layout(restored.latent_shape)
-  routing = trained.routing
   saved = np.load(workdir / "samples" / "latents.npz")
   record = json.loads((workdir / "run.json").read_text())
   return {
@@ -47,9 +46,7 @@ def result_of(workdir: pathlib.Path, name: str, seed: int) -> dict:
     "tokens": layout.n,
     "tiles": layout.tiles,
     **trained.row(),
-    # Mean over layers and heads, [quarters of t][branches], t = 0 first.
-    "branches": routing and routing["branches"],
-    "probability_by_t": routing and np.asarray(routing["probs"]).mean((0, 2)).tolist(),
+    **trained.routing_row(),
     **trained.artefacts(saved["latents"]),
     "trained_at": record["git"],
     "seconds": record["seconds"],

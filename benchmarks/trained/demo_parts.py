@@ -11,7 +11,6 @@ import json
 import pathlib
 from operator import itemgetter
 
-import numpy as np
 from absl import flags
 
 from benchmarks.rows import write_rows
@@ -39,17 +38,12 @@ PARTS = {
 
 
 def row_of(name: str, workdir: pathlib.Path) -> dict:
-  """Returns the row of a finished run, with its routing `[quarters of t][branches]` if it has any.
-
-  Probabilities are means over layers and heads; t = 0 comes first.
-  """
+  """Returns the row of a finished run."""
   finished = Finished(workdir)
-  routing = finished.routing
   return {
     "name": name,
     **finished.row(),
-    "branches": routing and routing["branches"],
-    "probability_by_t": routing and np.asarray(routing["probs"]).mean((0, 2)).tolist(),
+    **finished.routing_row(),
     "trained_at": json.loads((workdir / "run.json").read_text())["git"],
   }
 

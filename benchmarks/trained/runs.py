@@ -95,6 +95,17 @@ class Finished:
       "allocation": self.allocation and list(self.allocation),
     }
 
+  def routing_row(self) -> dict:
+    """Returns names of branches and their weights by t, `[quarters of t][branches]`, or None.
+
+    Weights, which are probabilities or gates, are means over layers and heads; t = 0 comes first.
+    """
+    routing = self.routing
+    return {
+      "branches": routing and routing["branches"],
+      "probability_by_t": routing and np.asarray(routing["probs"]).mean((0, 2)).tolist(),
+    }
+
   def last(self, kind: str) -> dict | None:
     """Returns the last line of a kind in `metrics.jsonl`."""
     lines = metrics.read(self.workdir / "metrics.jsonl")

@@ -68,7 +68,7 @@ class Codec:
 
   @property
   def frames_apart(self) -> bool:
-    """Whether a latent frame shows its own frames alone."""
+    """True if each latent frame shows its own frames alone."""
     return True
 
   @staticmethod

@@ -36,7 +36,7 @@ class TrainConfig:
     muon_lr: peak learning rate of Muon's matrices; it follows the same schedule.
     warmup: steps of linear warm-up; see `warm_steps`.
     schedule: "constant", "cosine", which ends at a tenth of the peak, or "trapezoid": constant,
-      then straight to 0 over the last fifth of the steps (as in arXiv 2404.06395).
+      then straight to 0 over the last fifth of the steps (a cooldown, arXiv 2405.18392).
     weight_decay: of AdamW, on matrices only.
     beta2: of AdamW.
     clip: largest global norm of a gradient.
@@ -124,7 +124,7 @@ def learning_rate(config: TrainConfig, peak: float | None = None) -> optax.Sched
     return optax.warmup_constant_schedule(start, peak, warmup)
   end = max(config.steps, warmup + 1)
   if config.schedule == "trapezoid":
-    fall = max(1, min(config.steps // 5, end - warmup))  # choice: a fifth
+    fall = max(1, config.steps // 5)  # choice
     rise = optax.warmup_constant_schedule(start, peak, warmup)
     return optax.join_schedules([rise, optax.linear_schedule(peak, 0, fall)], [end - fall])
   return optax.warmup_cosine_decay_schedule(start, peak, warmup, end, peak / 10)

@@ -69,8 +69,11 @@ def test_controls_are_what_they_say(real):
     np.sort(mixed.mean((2, 3, 4)), 1), np.sort(videos.mean((2, 3, 4)), 1)
   )
   noise = recognise.colour_noise(videos)
-  # Grey levels end at 0 and 255: what the noise loses there, up to a tenth, moves its mean.
-  np.testing.assert_allclose(noise.mean((1, 2, 3)), videos.mean((1, 2, 3)), atol=5)
+  # Of low contrast, so that 0 and 255 cut nothing off: rounding alone is left.
+  soft = videos // 4 + 96
+  np.testing.assert_allclose(
+    recognise.colour_noise(soft).mean((1, 2, 3)), soft.mean((1, 2, 3)), atol=0.05
+  )
   for own, clip in zip(noise, videos, strict=True):
     colours, wanted = (np.cov(x.reshape(-1, 3).T.astype(float)) for x in (own, clip))
     assert np.linalg.norm(colours - wanted) < 0.25 * np.linalg.norm(wanted)
