@@ -1,6 +1,6 @@
 """The model that methods are compared on: eight rendered classes, 1,152 tokens, 0.74 M parameters.
 
-  python -m benchmarks.trained.demo_compare     renders data/comparison, trains two methods
+  python -m benchmarks.trained.demo_compare     renders data/comparison, trains three methods
 
 Its latents are those of configs/ucf101.py, and its grid has enough tiles for methods to differ.
 Samples after minutes show colours and no shapes: configs/demo.py is the one to look at.
