@@ -88,12 +88,7 @@ def summary(rows: list[dict], step: dict) -> tuple[dict, str]:
       (np.asarray(r["val_buckets"]) < r["linear_buckets"]).all().item() for r in ours
     ),
   }
-  row = {
-    "name": "summary",
-    "val_loss": loss,
-    "over_dense": over_dense,
-    "goals": goals,
-  }
+  row = {"name": "summary", "val_loss": loss, "over_dense": over_dense, "goals": goals}
 
   dense_seconds = {r["seed"]: r["seconds"]["train"] for r in rows if r["method"] == "dense"}
 

@@ -86,7 +86,9 @@ _EXPORT_MASKS = flags.DEFINE_string("export_masks", None, "Folder for the first 
 _COMPARE = flags.DEFINE_string("compare", None, "Methods to compare, the reference first.")
 _METRICS = flags.DEFINE_list("metrics", ["psnr", "ssim"], f"Some of {', '.join(compare.METRICS)}.")
 _LPIPS = flags.DEFINE_string("lpips_weights", None, "Weights (.npz) of LPIPS, for --compare.")
-_FPS = flags.DEFINE_float("fps", 0, "Frame rate of the mp4s; default 25 / stride.", lower_bound=0)
+_FPS = flags.DEFINE_float(
+  "fps", 0, "Frame rate of the mp4s; default: the trained one.", lower_bound=0
+)
 _VALIDATE = flags.DEFINE_bool("validate", False, "Report losses on clips instead of sampling.")
 _CLIPS = flags.DEFINE_integer("clips", 0, "Most clips of --validate; 0 takes all.", lower_bound=0)
 # Not in --help, which need not list a source's keys.
@@ -226,7 +228,7 @@ def _validate():
   split = open_split(data, name, LatentStatistics.from_json(run.record["statistics"]))
   found = validate(run, split, soft=_SOFT.value, clips=_CLIPS.value)
   layout = run.model.config.layout(split.latent_shape)
-  strides, left_out = _used(split)
+  rates, left_out = _used(split)
   result = {
     "checkpoint": run.step,
     "parameters": "raw" if _RAW.value else "ema",
@@ -234,7 +236,7 @@ def _validate():
     "soft": _SOFT.value,
     "data": dataclasses.asdict(data),
     "split": name,
-    "strides": strides,
+    "rates": rates,
     "left_out": left_out,
     "latent_shape": split.latent_shape,
     "grid": layout.grid,
@@ -253,8 +255,8 @@ def _validate():
   _update_report(out)
 
 
-def _used(split: Split) -> tuple[dict[int, int], int]:
-  """Returns views by their stride, which short clips may lower, and the number of unusable clips.
+def _used(split: Split) -> tuple[dict[str, int], int]:
+  """Returns views by frames per second, as text, and the number of unusable clips.
 
   Random fields have neither.
   """
@@ -262,7 +264,8 @@ def _used(split: Split) -> tuple[dict[int, int], int]:
   if manifest is None:
     return {}, 0
   views = (view for clip in manifest["clips"] for view in clip["views"])
-  return dict(collections.Counter(view["stride"] for view in views)), len(manifest["skipped"])
+  rates = collections.Counter(f"{view['fps']:g}" for view in views)
+  return dict(rates), len(manifest["skipped"])
 
 
 def _losses(result: dict, facts: dict[str, str]) -> str:
@@ -272,10 +275,9 @@ def _losses(result: dict, facts: dict[str, str]) -> str:
   facts["clips"] = f"{result['clips']}, {of}"
   if result["left_out"]:
     facts["clips"] += f"; {result['left_out']} could not be used"
-  if any(stride != result["data"]["stride"] for stride in result["strides"]):
-    facts["clips by stride"] = ", ".join(
-      f"{stride}: {n}" for stride, n in result["strides"].items()
-    )
+  if len(result["rates"]) > 1:
+    rates = (f"{fps}: {n}" for fps, n in result["rates"].items())
+    facts["views by frames a second"] = ", ".join(rates)
   if "null_class" in result:
     unknown = result["null_class"]
     more = f" and {len(unknown) - _LISTED} more" if len(unknown) > _LISTED else ""

@@ -2,14 +2,28 @@
 
 import collections
 import dataclasses
+import hashlib
 import os
 import pathlib
+import re
+from collections.abc import Mapping
+
+from absl import logging
 
 from freqformer.config import ConfigError
 from freqformer.data.protocol import Clip, DataConfig, Listing, uniforms
 from freqformer.data.ucf101 import list_ucf101
 
-EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".gif")
+EXTENSIONS = tuple(
+  ".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .gif .ts .mts .m2ts .wmv .asf .flv .3gp .3g2 .ogv "
+  ".vob .mxf .dv .divx .y4m".split()
+)
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # videos of one frame
+# Names of folders that hold a split, the preferred one first.
+_TRAIN = ("train", "training")
+_VAL = ("val", "valid", "validation", "test")
+_UCF101 = re.compile(r"v_\w+_g\d\d_c\d\d$")
+_NAMED = 5  # examples in a message
 
 
 def list_clips(config: DataConfig, split: str) -> Listing:
@@ -40,17 +54,19 @@ def list_folder(config: DataConfig, split: str) -> Listing:
   """Lists the clips of any tree of video files; the first-level subfolder is the class.
 
   Files at the top belong to a class named after the root. Classes are in alphabetical order.
+  Pictures count where a view has one frame.
 
   If all clips lie below root/train and root/val, and both have some, these are the splits, and
-  classes are the folders below them. Otherwise a clip's split follows from the hash of its path
-  inside root, so new clips move no old one. Both splits get at least one clip; a single clip serves
-  both, which then show different views of it.
+  classes are the folders below them; other usual names of such folders will do (`_TRAIN`, `_VAL`).
+  Otherwise a clip's split follows from the hash of its path inside root, so new clips move no old
+  one. Both splits get at least one clip; a single clip serves both, which then show different views
+  of it.
 
   The split "all" has every clip, but of root/train and root/val only the latter's: somebody trains
   on the former.
 
   Raises:
-    ConfigError: the folder is missing or holds no video file.
+    ConfigError: the folder is missing, cannot be read, or holds no video file.
   """
   root = pathlib.Path(config.root)
   if not root.is_dir():
@@ -58,33 +74,62 @@ def list_folder(config: DataConfig, split: str) -> Listing:
       f"data.root {config.root!r} is not a folder: name one that holds video files, one subfolder "
       "per class, or run `make demo`, which renders a small data set."
     )
-  keys = sorted(_video_files(root))
+  endings = EXTENSIONS + (PICTURES if config.frames == 1 else ())
+  keys, others = _files(root, endings)
   if not keys:
+    found = f", only others ({_counts(others)})" if others else ""
     raise ConfigError(
-      f"data.root {config.root!r} holds no video file; known endings are {', '.join(EXTENSIONS)}."
+      f"data.root {config.root!r} holds no video file{found}; known endings are "
+      f"{', '.join(endings)}."
     )
   top = root.resolve().name or "videos"
-  official = {key.split("/")[0] if "/" in key else "" for key in keys} == {"train", "val"}
-  inside = {key: key.partition("/")[2] if official else key for key in keys}
+  folders = _split_folders(keys)
+  inside = {key: key.partition("/")[2] if folders else key for key in keys}
   classes = {key: path.split("/")[0] if "/" in path else top for key, path in inside.items()}
-  names = sorted(set(classes.values()))
-  if official:
-    folder = "train/" if split == "train" else "val/"
-    keys = [key for key in keys if key.startswith(folder)]
+  if folders:
+    unused = [key for key in keys if key.split("/")[0] not in folders]
+    if unused:
+      others[f"below {unused[0].split('/')[0]}/"] += len(unused)
+    keys = [key for key in keys if key.split("/")[0] in folders]
+  names = sorted({classes[key] for key in keys})
+  if folders:
+    own = folders[0] if split == "train" else folders[1]
+    keys = [key for key in keys if key.split("/")[0] == own]
   elif len(keys) > 1 and split != "all":
     # The lowest hashes are validation.
     places = {key: uniforms(f"{config.seed}|split|{key}")[0] for key in keys}
     count = sum(place < config.val_fraction for place in places.values())
     val = set(sorted(keys, key=places.get)[: min(max(count, 1), len(keys) - 1)])
     keys = [key for key in keys if (key in val) == (split == "val")]
-  return Listing([Clip(key, str(root / key), names.index(classes[key])) for key in keys], names)
+  clips = [Clip(key, str(root / key), names.index(classes[key])) for key in keys]
+  return Listing(clips, names, others=dict(others))
 
 
-def _video_files(root: pathlib.Path) -> list[str]:
-  """Returns paths below root; links to folders are followed once, hidden names are not."""
+def _split_folders(keys: list[str]) -> tuple[str, str] | None:
+  """Returns the folders of the two splits, if all clips lie in folders with names of splits."""
+  tops = {key.split("/")[0].lower(): key.split("/")[0] for key in keys if "/" in key}
+  if any("/" not in key for key in keys) or tops.keys() - {*_TRAIN, *_VAL}:
+    return None
+  found = [next((tops[name] for name in names if name in tops), None) for names in (_TRAIN, _VAL)]
+  return tuple(found) if all(found) else None
+
+
+def _files(root: pathlib.Path, endings: tuple[str, ...]) -> tuple[list[str], collections.Counter]:
+  """Returns sorted paths of videos below root, and counts of other files by ending.
+
+  Links to folders are followed once, hidden names are left out.
+  """
+
+  def refuse(error: OSError):
+    raise ConfigError(
+      f"{error.filename} below data.root {str(root)!r} cannot be read ({error.strerror}): make it "
+      "readable, or move it away."
+    ) from error
+
   found = []
+  others = collections.Counter()
   seen = set()
-  for folder, subfolders, names in os.walk(root, followlinks=True):
+  for folder, subfolders, names in os.walk(root, followlinks=True, onerror=refuse):
     real = os.path.realpath(folder)
     if real in seen:
       subfolders.clear()
@@ -92,6 +137,117 @@ def _video_files(root: pathlib.Path) -> list[str]:
     seen.add(real)
     subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
     for name in names:
-      if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
+      if name.startswith("."):
+        continue
+      if name.lower().endswith(endings):
         found.append((pathlib.Path(folder) / name).relative_to(root).as_posix())
+      else:
+        others[pathlib.Path(name).suffix.lower() or "without an ending"] += 1
+  return sorted(found), others
+
+
+# ---- what was taken for the data set -------------------------------------------------------------
+
+
+def survey(config: DataConfig) -> tuple[Listing, Listing]:
+  """Lists both splits and logs what was taken for the data set, and what looks wrong with it.
+
+  Raises:
+    ConfigError: as of `list_clips`, of either split.
+  """
+  train, val = (list_clips(config, split) for split in ("train", "val"))
+  logging.info("%s", describe(train, val))
+  for sentence in doubts(config, train, val):
+    logging.warning("%s", sentence)
+  return train, val
+
+
+def describe(train: Listing, val: Listing) -> str:
+  """Returns a line: clips by split and class, and files that were passed over."""
+  parts = []
+  for split, listing in (("train", train), ("val", val)):
+    counts = collections.Counter(listing.class_names[clip.label] for clip in listing.clips)
+    each = f"{len(counts)} classes ({_counts(counts)})" if len(counts) > 1 else "1 class"
+    parts.append(f"{split}: {len(listing.clips)} clips of {each}")
+  if train.others:
+    parts.append(f"passed over: {_counts(train.others)}")
+  return "; ".join(parts)
+
+
+def doubts(config: DataConfig, train: Listing, val: Listing) -> list[str]:
+  """Returns sentences about what is probably not meant."""
+  found = []
+  names = train.class_names
+  trained = {clip.label for clip in train.clips}
+  unseen = [name for label, name in enumerate(names) if label not in trained]
+  if unseen:
+    found.append(
+      f"no training clip of {_some(unseen)}: eval.py leaves such classes out unless they are named"
+    )
+  if len(names) == 1 and all(clip.key.count("/") > 1 for clip in train.clips):
+    inner = {clip.key.split("/")[1] for clip in train.clips}
+    if len(inner) > 1:
+      found.append(
+        f"all clips are of one class, {names[0]}, in subfolders {_some(sorted(inner))}: if those "
+        f"are the classes, set data.root to {str(pathlib.Path(config.root) / names[0])!r}"
+      )
+  if config.source == "folder":
+    stems = [pathlib.Path(clip.key).stem for clip in train.clips]
+    if all(_UCF101.match(stem) for stem in stems):
+      found.append(
+        "these are clips of UCF-101, several of each scene: its own lists keep a scene in one "
+        "split (data.source='ucf101'), a folder does not"
+      )
+  if len(train.clips) > 1:
+    found += _shared(train, val)
   return found
+
+
+def _shared(train: Listing, val: Listing) -> list[str]:
+  """Returns a sentence about files of both splits that have the same contents."""
+  sizes = collections.defaultdict(list)
+  for clip in train.clips:
+    sizes[_size(clip)].append(clip)
+  pairs = []
+  for clip in val.clips:
+    alike = [other for other in sizes.get(_size(clip), ()) if _size(clip)]
+    same = [other for other in alike if fingerprint(other.path) == fingerprint(clip.path)]
+    pairs += [f"{clip.key} = {same[0].key}"] if same else []
+  if not pairs:
+    return []
+  return [f"{len(pairs)} clips of val are in train, too ({_some(pairs)}): the loss is too good"]
+
+
+def _size(clip: Clip) -> int:
+  """Returns bytes, 0 of a file that is not there: encoding will name it."""
+  try:
+    return os.path.getsize(clip.path)
+  except OSError:
+    return 0
+
+
+def fingerprint(path: str) -> str:
+  """Hashes a file's size, first and last 64 KiB: cheap enough for a whole data set."""
+  size = os.path.getsize(path)
+  digest = hashlib.sha256(str(size).encode())
+  with open(path, "rb") as file:
+    digest.update(file.read(1 << 16))
+    file.seek(max(size - (1 << 16), 0))
+    digest.update(file.read())
+  return digest.hexdigest()[:16]
+
+
+def _some(names: list[str]) -> str:
+  """Returns the first names, and how many more there are."""
+  more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+  return ", ".join(map(printable, names[:_NAMED])) + more
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+  """Returns "cat 5, dog 3 and 2 more", the greatest first."""
+  return _some([f"{name} {n}" for name, n in collections.Counter(counts).most_common()])
+
+
+def printable(name: str) -> str:
+  """Returns a file name that can be printed, as some are no UTF-8."""
+  return name.encode(errors="backslashreplace").decode()

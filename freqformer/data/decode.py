@@ -1,81 +1,136 @@
 """From video files to the pixels of a clip's views. Counts frames itself: containers often lie."""
 
+import bisect
+import collections
 import dataclasses
+import math
 import pathlib
+from collections.abc import Iterator, Sequence
 
 import av
 import numpy as np
+from absl import logging
+from av.sidedata.sidedata import Type as SideData
 from PIL import Image
 
-from freqformer.data.protocol import BrokenClip, Clip, DataConfig, draw_view
+from freqformer.data.protocol import BrokenClip, Clip, DataConfig, Footage, draw_view
 
-# Frames: a later start seeks to a key frame, where the file's timestamps allow it; an earlier one
-# is reached as fast by decoding through.
-SEEK_AFTER = 300
+# Frames that a jump to a key frame must save: opening the file anew costs about as many.
+SEEK_AFTER = 60
 _ATTEMPTS = 3  # to find a number of frames that decodes
+_UNKNOWN_RATE = 25.0  # frames per second of a file that tells none
+_HDR = (16, 18)  # transfer functions PQ and HLG (ITU-T H.273, table 3)
+# What is wrong with a clip that is used all the same, in the words of a report.
+HDR = "high dynamic range without tone mapping: colours are pale"
+INTERLACED = "interlaced: combs where something moves"
+SMALL = "smaller than the views, so enlarged"
+SLOW = "fewer frames per second than data.fps, so some repeat"
 
 
 def decode_clip(config: DataConfig, split: str, clip: Clip) -> tuple[np.ndarray, dict]:
   """Draws the views of a clip, then decodes, crops and mirrors them.
 
+  Every frame is cut and resized when it comes, so that memory does not grow with its size.
+
   Returns:
     Pixels uint8 `[views, frames, rows, cols, 3]`, and the manifest's `frames` (those that decode),
-    `views` and `size` ((rows, cols) before the crop).
+    `fps`, `views`, `size` ((rows, cols) before the crop) and `notes`.
 
   Raises:
-    BrokenClip: it cannot be decoded, or `config.short` leaves it out.
+    BrokenClip: it cannot be decoded, or `config.short` or `config.damaged` leaves it out.
   """
   with VideoFile(clip.path, clip.key) as video:
     # Views are drawn again when fewer frames decode than the container promised.
     for _ in range(_ATTEMPTS):
+      footage = video.footage
       views = [
-        draw_view(config, split, clip.key, i, video.length, video.size)
-        for i in range(config.views_of(split))
+        draw_view(config, split, clip.key, i, footage) for i in range(config.views_of(split))
       ]
-      chosen = [view.indices(config.frames, video.length) for view in views]
-      wanted = sorted({index for indices in chosen for index in indices})
-      found = video.read(wanted)
-      if found is not None:
+      pixels = _views(video, views, config.resolution)
+      if video.damaged and config.damaged == "skip":
+        raise BrokenClip(clip.key, video.damage)
+      if pixels is not None:
         break
     else:
       raise BrokenClip(clip.key, "it decodes to another number of frames each time")
-  frames = dict(zip(wanted, found, strict=True))
-  pixels = []
-  for view, indices in zip(views, chosen, strict=True):
-    cut = np.stack([crop_resize(frames[i], view.box, config.resolution) for i in indices])
-    # Pixels are mirrored: mirrored latents are not those of a mirrored video.
-    pixels.append(cut[:, :, ::-1] if view.flip else cut)
-  drawn = [dataclasses.asdict(view) for view in views]
-  return np.stack(pixels), {"frames": video.length, "views": drawn, "size": video.size}
+  drawn = {
+    "frames": video.length,
+    "fps": round(footage.fps, 3),
+    "views": [dataclasses.asdict(view) for view in views],
+    "size": video.size,
+    "notes": [video.damage] if video.damaged else [],
+  }
+  drawn["notes"] += video.notes
+  if any(_rows(view, video.size) < config.resolution[0] for view in views):
+    drawn["notes"].append(SMALL)
+  if config.fps > 1.01 * footage.fps:
+    drawn["notes"].append(SLOW)
+  return pixels, drawn
+
+
+def _views(video: "VideoFile", views: list, resolution: tuple[int, int]) -> np.ndarray | None:
+  """Returns the pixels of views, or None if the file has fewer frames than they were drawn from."""
+  uses = collections.defaultdict(list)
+  for number, view in enumerate(views):
+    for place, index in enumerate(view.frames):
+      uses[index].append((number, place))
+  pixels = np.empty((len(views), len(views[0].frames), *resolution, 3), np.uint8)
+  seen = 0
+  for index, frame in video.frames(sorted(uses)):
+    seen += 1
+    for number, place in uses[index]:
+      cut = crop_resize(frame, views[number].box, resolution)
+      # Pixels are mirrored: mirrored latents are not those of a mirrored video.
+      pixels[number, place] = cut[:, ::-1] if views[number].flip else cut
+  return pixels if seen == len(uses) else None
+
+
+def _rows(view, size: tuple[int, int]) -> float:
+  """Returns the source rows that a view shows."""
+  return round((view.box[2] - view.box[0]) * size[0], 3)
 
 
 class VideoFile:
   """One open file. Use it in a `with`: `av` frees unclosed containers late, and memory grows.
 
+  Frames count in the order of display. A frame that the decoder calls corrupt, or of another size
+  than the first one, does not count, nor does a packet that cannot be decoded.
+
   Attributes:
-    length: frames, counted from packets; corrected by `read` when fewer can be decoded.
-    size: (rows, cols) as displayed.
+    length: frames, counted from packets; corrected when fewer can be decoded.
+    size: (rows, cols) as displayed: turned and mirrored, with square pixels.
+    damaged: frames and packets so far that do not count.
+    notes: what is odd about its pictures.
   """
 
   def __init__(self, path: str | pathlib.Path, name: str | None = None):
     """Opens the file and counts its frames; raises BrokenClip if it is no video."""
     self.name = name or str(path)
+    self.damaged = 0
+    self.notes = []
     self._path = str(path)
-    self._rotation = None  # quarter turns, once a frame has told them
+    self._shape = None  # of stored frames, by the first one
     self._container = self._open()
     try:
+      if not self._container.streams.video:
+        raise BrokenClip(self.name, "it holds no video, only other streams")
       stream = self._container.streams.video[0]
-      packets = [packet.pts for packet in self._container.demux(stream) if packet.size]
-      self.length = len(packets)
+      packets = [(packet.pts, packet.is_keyframe) for packet in self._packets() if packet.size]
       if not packets:
         raise BrokenClip(self.name, "it holds no video frame")
-      seekable = None not in packets and len(set(packets)) == self.length
-      self._times = sorted(packets) if seekable else None
-      (first,) = self.read([0])
-      self.size = first.shape[:2]
+      self.length = len(packets)
+      self._rate = float(stream.average_rate or stream.guessed_rate or _UNKNOWN_RATE)
+      stamps = {pts for pts, _ in packets}
+      seekable = None not in stamps and len(stamps) == self.length
+      self._stamps = sorted(stamps) if seekable else None
+      self._tick = float(stream.time_base or 0)
+      ranks = {pts: rank for rank, pts in enumerate(self._stamps or [])}
+      self._keys = sorted(ranks[pts] for pts, is_key in packets if is_key and pts in ranks)
+      (first,) = self.read([0]) or (None,)
+      self.size = self._displayed(first)
     except BaseException as error:
       self._container.close()
-      if isinstance(error, av.FFmpegError | IndexError):
+      if isinstance(error, av.FFmpegError):
         raise BrokenClip(self.name, f"it is not a readable video ({_reason(error)})") from error
       raise
 
@@ -85,58 +140,132 @@ class VideoFile:
   def __exit__(self, *_):
     self._container.close()
 
-  def read(self, indices: list[int]) -> list[np.ndarray] | None:
+  @property
+  def damage(self) -> str:
+    """The sentence about frames that do not count."""
+    return f"damaged: {self.damaged} of about {self.length + self.damaged} frames cannot be used"
+
+  @property
+  def footage(self) -> Footage:
+    """What views are drawn from."""
+    times = [i / self._rate for i in range(self.length)]
+    if self._stamps and self._tick and not self.damaged and len(self._stamps) == self.length:
+      times = [(stamp - self._stamps[0]) * self._tick for stamp in self._stamps]
+    return Footage(self.size, tuple(times))
+
+  def read(self, indices: Sequence[int]) -> list[np.ndarray] | None:
     """Returns the frames at ascending indices, uint8 `[rows, cols, 3]`; repeats are allowed.
 
-    None if the file ends before the last index: `length` is then the number of frames that decode.
+    None if the file has fewer: `length` is then the number of frames that decode.
 
     Raises:
       BrokenClip: nothing can be decoded.
     """
-    frames = None
-    if self._times and indices[0] > SEEK_AFTER:
-      frames = self._read_from(indices, seek=True)
-    return frames or self._read_from(indices, seek=False)
-
-  def _read_from(self, indices, seek: bool):
-    wanted = set(indices)
-    found = {}
-    count = 0
-    failure = None
-    try:
-      for index, frame in self._decode(self._times[indices[0]] if seek else None):
-        count = index + 1
-        if index in wanted:
-          found[index] = self._upright(frame)
-        if index >= indices[-1]:
-          break
-    except av.FFmpegError as error:
-      failure = error
-    if wanted <= found.keys():
-      return [found[i] for i in indices]
-    if not seek and not count:
-      reason = f" ({_reason(failure)})" if failure else ""
-      raise BrokenClip(self.name, f"no frame can be decoded{reason}") from failure
-    if not seek:
-      self.length = count
+    for _ in range(_ATTEMPTS):
+      found = dict(self.frames(sorted(set(indices))))
+      if len(found) == len(set(indices)):
+        return [found[i] for i in indices]
+      if indices[-1] >= self.length:
+        return None
     return None
 
-  def _decode(self, seek_to: int | None):
-    """Yields (index, frame) from the start, or from the key frame before a timestamp."""
+  def frames(self, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields (index, frame) for ascending indices, each once; jumps to key frames in long gaps.
+
+    Ends early where the file does not keep its promise, with `length` corrected: indices then mean
+    other frames than before, and views must be drawn again.
+
+    Raises:
+      BrokenClip: nothing can be decoded.
+    """
+    wanted = collections.deque(indices)
+    position = None  # of the frame that the decoder gave last
+    while wanted:
+      key = self._key_before(wanted[0])
+      jump = key if key - (-1 if position is None else position) > SEEK_AFTER else None
+      if position is None or jump is not None:
+        decoder = self._decode(jump)
+      for position, frame in decoder:
+        if position < wanted[0]:
+          continue
+        if position > wanted[0]:  # the key frame was not where the container said
+          self._stamps = None
+          return
+        yield wanted.popleft(), self._upright(frame)
+        break
+      else:
+        return
+
+  def _key_before(self, index: int) -> int:
+    """Returns the place of the last key frame up to a frame, 0 where none is known."""
+    if not self._stamps:
+      return 0
+    place = bisect.bisect_right(self._keys, index)
+    return self._keys[place - 1] if place else 0
+
+  def _decode(self, key: int | None):
+    """Yields (index, frame) from the start, or from a key frame; the end corrects `length`."""
     # A fresh container: a decoder that has met the end of a file stays there.
     self._container.close()
     self._container = self._open()
     stream = self._container.streams.video[0]
     stream.thread_type = "NONE"  # one thread per clip; clips are decoded side by side
-    if seek_to is None:
-      yield from enumerate(self._container.decode(stream))
+    ranks = {}
+    if key is not None:
+      self._container.seek(self._stamps[key], stream=stream, backward=True)
+      ranks = {pts: i for i, pts in enumerate(self._stamps)}
+    count = 0
+    damaged = 0
+    failure = None
+    for packet in self._packets():
+      try:
+        found = packet.decode()
+      except av.FFmpegError as error:
+        failure = error
+        damaged += 1
+        continue
+      for frame in found:
+        if not self._counts(frame):
+          damaged += 1
+        elif key is None:
+          yield count, frame
+          count += 1
+        elif frame.pts in ranks:
+          yield ranks[frame.pts], frame
+        else:
+          damaged += 1  # the decoder's times are not the container's
+      if damaged:
+        self._stamps = None  # places by time and by count differ: never jump again
+        if key is not None:
+          return
+        self.damaged = max(self.damaged, damaged)
+    if key is not None:
+      self._stamps = None
       return
-    self._container.seek(seek_to, stream=stream, backward=True)
-    ranks = {pts: i for i, pts in enumerate(self._times)}
-    for frame in self._container.decode(stream):
-      if frame.pts not in ranks:
-        return  # the decoder's times are not the container's: read from the start instead
-      yield ranks[frame.pts], frame
+    if not count:
+      reason = f" ({_reason(failure)})" if failure else ""
+      raise BrokenClip(self.name, f"no frame can be decoded{reason}") from failure
+    if count != self.length:
+      self.length = count
+      self._stamps = None
+
+  def _packets(self) -> Iterator:
+    """Yields the packets of the first video; one that cannot be read is the last."""
+    try:
+      yield from self._container.demux(self._container.streams.video[0])
+    except av.FFmpegError as error:
+      logging.debug("%s ends with: %s", self.name, error)
+
+  def _counts(self, frame) -> bool:
+    """Tells whether a decoded frame is whole; the first one that is sets the size."""
+    shape = (frame.height, frame.width)
+    if frame.is_corrupt or shape != (self._shape or shape):
+      return False
+    if self._shape is None:
+      self._shape = shape
+      self.notes += [HDR] if frame.color_trc in _HDR else []
+      self.notes += [INTERLACED] if frame.interlaced_frame else []
+    return True
 
   def _open(self):
     try:
@@ -144,11 +273,30 @@ class VideoFile:
     except (av.FFmpegError, OSError) as error:
       raise BrokenClip(self.name, f"it cannot be opened as a video ({_reason(error)})") from error
 
+  def _displayed(self, frame: np.ndarray | None) -> tuple[int, int]:
+    """Returns (rows, cols) of an upright frame with square pixels."""
+    if frame is None:
+      raise BrokenClip(self.name, "no frame can be decoded")
+    rows, cols = frame.shape[:2]
+    stream = self._container.streams.video[0]
+    aspect = float(stream.sample_aspect_ratio or 1) or 1.0
+    turned = (rows, cols) != self._shape and (cols, rows) == self._shape
+    if turned:
+      aspect = 1 / aspect
+    return rows, max(round(cols * aspect), 1)
+
   def _upright(self, frame) -> np.ndarray:
-    """Returns RGB as displayed: phones store the turn as metadata."""
-    if self._rotation is None:
-      self._rotation = round(frame.rotation / 90) % 4
-    return np.rot90(frame.to_ndarray(format="rgb24"), self._rotation)
+    """Returns RGB as displayed but for the shape of pixels: phones store turns as metadata."""
+    pixels = frame.to_ndarray(format="rgb24")
+    matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
+    if matrix is None:
+      return pixels
+    # x' = a x + c y, y' = b x + d y; libavutil/display.h has the order of the nine numbers.
+    a, b, _, c, d, *_ = np.frombuffer(bytes(matrix), np.int32).tolist()
+    if abs(a) + abs(d) < abs(b) + abs(c):
+      pixels = pixels.transpose(1, 0, 2)
+      a, d = c, b
+    return pixels[:: int(math.copysign(1, d)), :: int(math.copysign(1, a))]
 
 
 def crop_resize(

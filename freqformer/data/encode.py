@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from freqformer.data.clips import fingerprint
 from freqformer.data.codec import Codec
 from freqformer.data.decode import decode_clip
 from freqformer.data.protocol import BrokenClip, Clip, DataConfig
@@ -40,17 +41,26 @@ def encode_clip(
 
 def encode_all(
   config: DataConfig, codec: Codec, split: str, clips: list[Clip]
-) -> Iterator[tuple[Clip, tuple[np.ndarray, dict] | BrokenClip]]:
-  """Yields every clip in order with its latents, or with the reason why it has none."""
+) -> Iterator[tuple[Clip, dict, tuple[np.ndarray, dict] | BrokenClip]]:
+  """Yields every clip in order, what its file is, and its latents or the reason why it has none.
+
+  Whatever is wrong with one file costs this clip alone.
+  """
   # A container often has fewer CPUs than the machine; only Linux tells.
   allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
   workers = config.workers or len(allowed(0))
 
   def encode(clip: Clip):
+    entry = {"key": clip.key, "label": clip.label}
     try:
-      return clip, encode_clip(config, codec, split, clip)
+      stat = os.stat(clip.path)
+      entry |= {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+      entry["fingerprint"] = fingerprint(clip.path)
+      return clip, entry, encode_clip(config, codec, split, clip)
     except BrokenClip as error:
-      return clip, error
+      return clip, entry, error
+    except OSError as error:
+      return clip, entry, BrokenClip(clip.key, f"it cannot be read ({error.strerror})")
 
   pool = concurrent.futures.ThreadPoolExecutor(workers)
   try:

@@ -97,9 +97,8 @@ class FieldsConfig:
     """(t, y, x, c) of the latents."""
     return *self.grid, self.channels
 
-  @property
-  def fps(self) -> float:
-    """Frames per second of pictures of the fields."""
+  def shown_fps(self) -> float:
+    """Returns frames per second of pictures of the fields."""
     return FPS
 
   @property
@@ -142,15 +141,19 @@ class Fields:
     hash: of the config and the version of the draws.
     latent_shape: (t, y, x, c).
     video_shape: (frames, rows, cols) of decoded videos.
+    fps: of decoded videos.
     class_names: index = label.
     statistics: mean 0 and standard deviation 1, which the fields have by themselves.
   """
+
+  class_counts = None
 
   def __init__(self, config: FieldsConfig, split: str):
     """Opens a split, "train" or "val"."""
     self.config = config
     self.hash = _hash(config)
     self.latent_shape = config.latent_shape
+    self.fps = config.shown_fps()
     self.video_shape = (config.grid[0], *(PIXELS * size for size in config.grid[1:]))
     self.class_names = config.class_names
     zeros = np.zeros(config.channels, np.float32)

@@ -6,14 +6,14 @@ Nothing depends on the order of clips or on threads.
 import dataclasses
 import hashlib
 import json
-import os
 
 import numpy as np
 
 from freqformer.config import require, require_one_of
 from freqformer.data.codec import CodecConfig, LatentStatistics, make_codec
 
-VERSION = 1  # part of the hash: raise it when the same config draws or resizes otherwise
+_USUAL_FPS = 25.0  # of UCF-101 and of rendered clips
+VERSION = 2  # part of the hash: raise it when the same config draws or resizes otherwise
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,12 +27,16 @@ class DataConfig:
       list included (Latte's protocol).
     cache: folder of the encoded latents.
     resolution: (rows, cols) of a view: the largest box of this shape is cut, then resized.
-    stride: source frames from one frame of a view to the next, at whatever fps the file has.
+    fps: frames per second of a view, chosen by the file's timestamps, so that all clips move at the
+      same speed; 0 counts source frames instead, by `stride`.
+    stride: source frames from one frame of a view to the next, at whatever rate the file has.
     crop: place of the box in training views, "center" or "random".
     flip: mirror every other training view of a clip; a coin decides for its first view.
     views: training views per clip. Validation has one: the clip's middle, centre crop, no mirror.
-    short: treatment of clips with fewer than `(frames - 1) * stride + 1` frames. "pad" repeats the
-      last frame, "clamp" takes the largest stride that fits, "skip" leaves them out.
+    short: treatment of clips shorter than a view. "pad" repeats the last frame, "clamp" shows them
+      slower (takes the largest stride that fits), "skip" leaves them out.
+    damaged: treatment of clips of which some frames cannot be decoded: "use" drops those frames,
+      "skip" leaves such clips out. A decoder does not notice all damage.
     seed: of views and of the folder source's choices.
     val_fraction: of the folder source: share of clips kept for validation; see `list_folder`.
     max_clips: most clips per split, spread over the classes; 0 takes all.
@@ -45,11 +49,13 @@ class DataConfig:
   cache: str = "data/cache"
   resolution: tuple[int, int]
   frames: int
+  fps: float = 0.0
   stride: int = 1
   crop: str = "center"
   flip: bool = False
   views: int = 1
   short: str = "clamp"
+  damaged: str = "use"
   seed: int = 0
   val_fraction: float = 0.1
   max_clips: int = 0
@@ -60,8 +66,11 @@ class DataConfig:
     require_one_of(self, "source", ("ucf101", "folder"))
     require_one_of(self, "crop", ("center", "random"))
     require_one_of(self, "short", ("pad", "clamp", "skip"))
+    require_one_of(self, "damaged", ("use", "skip"))
     require(self, "resolution frames stride views", least=1)
-    require(self, "max_clips workers", least=0)
+    require(self, "fps max_clips workers", least=0)
+    if self.fps and self.stride != 1:
+      raise ValueError(f"fps={self.fps:g} chooses frames by time: set stride=1, not {self.stride}.")
     require(self, "split", least=0, most=3)
     require(self, "val_fraction", above=0, below=1)
 
@@ -75,17 +84,17 @@ class DataConfig:
     """(t, y, x, c) of the latents that the codec makes of a view."""
     return make_codec(self.codec).latent_shape(*self.video_shape)
 
-  @property
-  def fps(self) -> float:
-    """Frames per second of decoded videos, if the source clips have 25."""
-    return 25 / self.stride
+  def shown_fps(self, source: float = _USUAL_FPS) -> float:
+    """Returns frames per second of decoded videos, of source clips with that many."""
+    return self.fps or source / self.stride
 
   def facts(self) -> dict[str, str]:
     """Describes the views and their latents for people."""
     rows, cols = self.resolution
     latents = "x".join(map(str, self.latent_shape))
+    pace = f"{self.fps:g} a second" if self.fps else f"stride {self.stride}"
     return {
-      "video": f"{self.frames} frames {rows}x{cols}, stride {self.stride}",
+      "video": f"{self.frames} frames {rows}x{cols}, {pace}",
       "latents": f"{latents} (codec {self.codec.name})",
     }
 
@@ -98,10 +107,10 @@ class DataConfig:
     return self.views if split == "train" else 1
 
   def protocol(self) -> dict:
-    """Returns everything that decides which latents come out, as JSON values."""
+    """Returns all settings that decide which latents come out of the same clips, as JSON values."""
     values = dataclasses.asdict(self)
-    del values["cache"], values["workers"]
-    values["root"] = os.path.normpath(values["root"])
+    for name in ("cache", "workers", "root"):  # data may move
+      del values[name]
     # A key that the source does not read must not make another cache.
     del values["val_fraction" if self.source == "ucf101" else "split"]
     values |= {"version": VERSION, "codec_version": make_codec(self.codec).version}
@@ -130,11 +139,32 @@ class Listing:
     clips: those on disk.
     class_names: of all classes; index = label.
     missing: `{key: reason}` of those that are listed but not on disk.
+    others: `{ending: count}` of files that were passed over.
   """
 
   clips: list[Clip]
   class_names: list[str]
   missing: dict[str, str] = dataclasses.field(default_factory=dict)
+  others: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Footage:
+  """The pictures that a clip has.
+
+  Attributes:
+    size: (rows, cols) as displayed.
+    times: seconds of every frame from the first one, ascending.
+  """
+
+  size: tuple[int, int]
+  times: tuple[float, ...]
+
+  @property
+  def fps(self) -> float:
+    """Frames per second, on average; the usual ones if there is only one frame."""
+    seconds = self.times[-1] - self.times[0]
+    return (len(self.times) - 1) / seconds if seconds > 0 else _USUAL_FPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,20 +172,16 @@ class View:
   """The part of a clip that one record shows.
 
   Attributes:
-    start: first source frame.
-    stride: source frames from one frame to the next.
+    frames: source frames, by number.
+    fps: how many of them the clip shows in a second.
     box: (top, left, bottom, right) of the crop, as fractions of the source frame.
     flip: mirrored left to right.
   """
 
-  start: int
-  stride: int
+  frames: tuple[int, ...]
+  fps: float
   box: tuple[float, float, float, float]
   flip: bool
-
-  def indices(self, frames: int, length: int) -> list[int]:
-    """Returns the source frames in a clip of `length` frames; past its end the last one repeats."""
-    return [min(self.start + i * self.stride, length - 1) for i in range(frames)]
 
 
 class BrokenClip(Exception):
@@ -166,21 +192,16 @@ class BrokenClip(Exception):
     self.reason = reason
 
 
-def draw_view(
-  config: DataConfig, split: str, key: str, index: int, length: int, size: tuple[int, int]
-) -> View:
+def draw_view(config: DataConfig, split: str, key: str, index: int, footage: Footage) -> View:
   """Draws view number `index` of a clip, a function of the arguments only.
 
   Args:
     key: name of the clip.
-    length: frames of the clip, as decoded.
-    size: (rows, cols) of its frames.
+    footage: of the clip, as decoded.
 
   Raises:
     BrokenClip: it cannot give `config.frames` frames under `config.short`.
   """
-  stride = _stride(config, key, length)
-  slack = max(length - 1 - (config.frames - 1) * stride, 0)
   train = split == "train"
   when, y, x, _ = uniforms(f"{config.seed}|{key}|{index}")
   if not train:
@@ -191,22 +212,54 @@ def draw_view(
   # begins the count.
   coin = uniforms(f"{config.seed}|{key}|0")[3] < 0.5
   mirrored = train and config.flip and coin != bool(index % 2)
+  pace = _by_time if config.fps else _by_count
+  frames, fps = pace(config, key, footage, when)
+  return View(frames, round(fps, 3), _box(config.resolution, footage.size, y, x), mirrored)
+
+
+def _by_count(
+  config: DataConfig, key: str, footage: Footage, when: float
+) -> tuple[tuple[int, ...], float]:
+  """Returns every stride-th frame, beginning at fraction `when` of the room, and their rate."""
+  length = len(footage.times)
+  stride = config.stride
+  needed = (config.frames - 1) * stride + 1
+  if length < needed and config.short != "pad":
+    _check_short(config, key, footage, f"{needed} are needed at stride {stride}")
+    stride = (length - 1) // (config.frames - 1)
+  slack = max(length - 1 - (config.frames - 1) * stride, 0)
   start = min(int(when * (slack + 1)), slack)
-  return View(start, stride, _box(config.resolution, size, y, x), mirrored)
+  places = (min(start + i * stride, length - 1) for i in range(config.frames))
+  return tuple(places), footage.fps / stride
 
 
-def _stride(config: DataConfig, key: str, length: int) -> int:
-  needed = (config.frames - 1) * config.stride + 1
-  if length >= needed or config.short == "pad":
-    return config.stride
+def _by_time(
+  config: DataConfig, key: str, footage: Footage, when: float
+) -> tuple[tuple[int, ...], float]:
+  """Returns the frames nearest to ticks of 1 / config.fps seconds, and the ticks' rate."""
+  times = np.asarray(footage.times)
+  fps = config.fps
+  seconds = (config.frames - 1) / fps
+  # A last frame is shown for a while, too.
+  if times[-1] + 0.5 / footage.fps < seconds and config.short != "pad":
+    needed = f"{seconds:.2f} s are needed at {fps:g} frames a second, it has {times[-1]:.2f}"
+    _check_short(config, key, footage, needed)
+    seconds = times[-1]
+    fps = (config.frames - 1) / seconds
+  ticks = when * max(times[-1] - seconds, 0) + np.arange(config.frames) / fps
+  places = np.searchsorted((times[1:] + times[:-1]) / 2, ticks)
+  return tuple(places.tolist()), fps
+
+
+def _check_short(config: DataConfig, key: str, footage: Footage, needed: str) -> None:
+  """Refuses a clip that is shorter than a view and cannot be shown slower."""
+  length = len(footage.times)
   has = f"it has {length} frames"
   if config.short == "skip":
-    text = f"{has}, {needed} are needed at stride {config.stride}, and data.short is 'skip'"
-    raise BrokenClip(key, text)
+    raise BrokenClip(key, f"{has}, {needed}, and data.short is 'skip'")
   if length < config.frames:
     text = f"{has}, {config.frames} are needed even at stride 1; data.short='pad' would keep it"
     raise BrokenClip(key, text)
-  return (length - 1) // (config.frames - 1)
 
 
 def _box(resolution, size, y: float, x: float) -> tuple[float, float, float, float]:
@@ -221,5 +274,6 @@ def _box(resolution, size, y: float, x: float) -> tuple[float, float, float, flo
 
 def uniforms(text: str) -> tuple[float, float, float, float]:
   """Returns four numbers in [0, 1) from the sha256 of a text, the same on every machine."""
-  digest = hashlib.sha256(text.encode()).digest()
+  # Names of files need not be UTF-8.
+  digest = hashlib.sha256(text.encode(errors="surrogateescape")).digest()
   return tuple(int.from_bytes(digest[i : i + 8], "big") / 2**64 for i in range(0, 32, 8))

@@ -15,7 +15,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from freqformer.config import ConfigError, build, did_you_mean
-from freqformer.data.clips import list_clips
+from freqformer.data.clips import list_clips, survey
 from freqformer.data.codec import LatentStatistics
 from freqformer.data.fields import Fields, FieldsConfig
 from freqformer.data.protocol import DataConfig
@@ -34,6 +34,8 @@ class Split(Protocol):
     latent_shape: (t, y, x, c).
     video_shape: (frames, rows, cols) of decoded videos.
     class_names: index = label.
+    class_counts: clips of each class; None where every class has some.
+    fps: of decoded videos.
     statistics: of the training latents before they were normalised.
     reference: the exact posterior mean, which validation compares with; None where it is not known.
     target: what training regresses on instead of the velocity of the draw, or None.
@@ -43,6 +45,8 @@ class Split(Protocol):
   latent_shape: tuple[int, int, int, int]
   video_shape: tuple[int, int, int]
   class_names: list[str]
+  class_counts: list[int] | None
+  fps: float
   statistics: LatentStatistics
   reference: Posterior | None
   target: Posterior | None
@@ -152,6 +156,22 @@ def open_split(
   from freqformer.data.cache import prepare  # only video files need av, the package of an extra
 
   return prepare(config, split, statistics)
+
+
+def open_splits(config: DataConfig | FieldsConfig) -> tuple[Split, Split]:
+  """Opens "train" and "val" as `open_split` does; both are listed before either is encoded.
+
+  Logs what was taken for the data set, and what looks wrong with it.
+  """
+  if not isinstance(config, FieldsConfig):
+    try:
+      survey(config)
+    except ConfigError:
+      from freqformer.data.cache import is_cached
+
+      if not all(is_cached(config, split) for split in ("train", "val")):
+        raise
+  return open_split(config, "train"), open_split(config, "val")
 
 
 def class_names(config: DataConfig | FieldsConfig) -> list[str]:

@@ -3,7 +3,8 @@
 Videos are `UCF-101/<Class>/v_<Class>_gXX_cYY.avi`; `ucfTrainTestlist/` holds `classInd.txt`,
 `trainlist0N.txt` and `testlist0N.txt`. Class ids come from classInd.txt, never from sorted folders:
 sorting by case swaps Hammering/HammerThrow and JumpRope/JumpingJack. Files are found regardless of
-case, because the folder HandstandPushups holds v_HandStandPushups_*.
+case, because the folder HandstandPushups holds v_HandStandPushups_*, and of any ending, because
+copies are often converted.
 """
 
 import pathlib
@@ -31,9 +32,9 @@ def list_ucf101(config: DataConfig, split: str) -> Listing:
   if not root.is_dir():
     raise ConfigError(f"data.root {config.root!r} is not a folder: {REMEDY}")
   lists = _find(root, LISTS, "classInd.txt")
-  videos = _find(root, VIDEOS, "*/*.avi")
+  videos = _find(root, VIDEOS, "*/*.*")
   names = _read_classes(lists / "classInd.txt")
-  files = {f"{path.parent.name}/{path.name}".lower(): path for path in videos.glob("*/*.avi")}
+  files = {_name(path): path for path in videos.glob("*/*.*")}
   kind = "train" if split == "train" else "test"
   used = [f"{kind}list0{config.split or 1}.txt"]
   if config.split == 0 and split == "train":
@@ -42,7 +43,7 @@ def list_ucf101(config: DataConfig, split: str) -> Listing:
   missing = {}
   for file in used:
     for key, label in _read_list(lists / file, names).items():
-      path = files.get(key.lower())
+      path = files.get(_name(pathlib.PurePath(key)))
       if path is None:
         missing[key] = f"it is listed in {file} but not on disk"
       else:
@@ -52,6 +53,11 @@ def list_ucf101(config: DataConfig, split: str) -> Listing:
       f"None of the {len(missing)} clips listed for {split} is under {str(videos)!r}: {REMEDY}"
     )
   return Listing(clips, names, missing)
+
+
+def _name(path: pathlib.PurePath) -> str:
+  """Returns `<class>/<clip>` in lower case, without the ending."""
+  return f"{path.parent.name}/{path.stem}".lower()
 
 
 def _read_classes(path: pathlib.Path) -> list[str]:

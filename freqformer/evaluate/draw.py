@@ -88,7 +88,7 @@ def requests(
   """Returns label and number of each sample, int32 `[n]` both; a sample's noise is its number's.
 
   A number depends on the class and the place within it: asking for other classes changes none.
-  None takes all classes.
+  None takes all classes that had training clips.
 
   Raises:
     ConfigError: a class is unknown, or there are more samples of a class than numbers.
@@ -99,7 +99,7 @@ def requests(
       raise ConfigError(f"class {name!r} is not in this checkpoint; {did_you_mean(name, names)}")
   if not 1 <= samples <= SAMPLES_PER_CLASS:
     raise ConfigError(f"samples={samples} of a class must lie in 1..{SAMPLES_PER_CLASS:,}.")
-  chosen = [names.index(name) for name in classes or names]
+  chosen = [names.index(name) for name in classes or run.trained_classes]
   labels = np.repeat(chosen, samples).astype(np.int32)
   places = np.tile(np.arange(samples), len(chosen))
   return labels, (labels * SAMPLES_PER_CLASS + places).astype(np.int32)

@@ -9,7 +9,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from freqformer.config import ConfigError
 from freqformer.data.codec import LatentStatistics, make_codec
 from freqformer.data.fields import FieldsConfig
-from freqformer.data.protocol import draw_view
+from freqformer.data.protocol import Footage, draw_view
 from freqformer.evaluate.restore import Run
 
 
@@ -38,7 +38,7 @@ def first_frame_latent(run: Run, image: str | pathlib.Path | np.ndarray) -> np.n
 
   pixels = _pixels(image)
   config = dataclasses.replace(exp.data, short="pad")  # a clip of one frame
-  view = draw_view(config, "val", "first_frame", 0, 1, pixels.shape[:2])
+  view = draw_view(config, "val", "first_frame", 0, Footage(pixels.shape[:2], (0.0,)))
   frame = crop_resize(pixels, view.box, config.resolution)
   codec = make_codec(config.codec)
   still = np.repeat(frame[None, None], config.codec.factor[0], axis=1)

@@ -41,14 +41,20 @@ class Run:
     return self.record["class_names"]
 
   @property
+  def trained_classes(self) -> list[str]:
+    """Names of the classes that had training clips."""
+    counts = self.record.get("class_counts") or [1] * len(self.class_names)
+    return [name for name, count in zip(self.class_names, counts, strict=True) if count]
+
+  @property
   def latent_shape(self) -> tuple[int, ...]:
     """Shape (t, y, x, c) of a latent."""
     return tuple(self.record["latent_shape"])
 
   @property
   def fps(self) -> float:
-    """Frames per second of decoded videos."""
-    return self.experiment.data.fps
+    """Frames per second of decoded videos, those of the clips that it was trained on."""
+    return self.record.get("fps") or self.experiment.data.shown_fps()
 
   def decode(self, latents) -> np.ndarray:
     """Decodes normalised latents `[b, t, y, x, c]` to video, uint8 `[b, t, y, x, 3]`."""

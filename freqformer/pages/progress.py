@@ -39,7 +39,7 @@ class Progress(Watch):
   def begin(self, run: Training, step: int):
     """Writes real clips and cost.json; removes samples of later steps than `step`."""
     self._run = run
-    self._fps = run.experiment.data.fps
+    self._fps = run.data.fps
     self._mosaic = _video_writer()
     self._draw = None
     model = nnx.merge(run.graphdef, run.params)

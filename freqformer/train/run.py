@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from freqformer.data.loader import train_iterator, val_batches
-from freqformer.data.sources import Split, open_split
+from freqformer.data.sources import Split, open_splits
 from freqformer.model.dit import VideoDiT, make_tables
 from freqformer.train.checkpoint import PACKAGES, Checkpoints
 from freqformer.train.experiment import Experiment, experiment, recorded
@@ -104,8 +104,7 @@ def train(
       return
 
   # ---- 2. data: encoded once, then read from the cache; or drawn on the fly -------------------
-  train_data = open_split(exp.data, "train")
-  val_data = open_split(exp.data, "val")
+  train_data, val_data = open_splits(exp.data)
   exp = exp.with_spectrum(some_latents(train_data))
   seconds["encode"] = time.monotonic() - started
   batches = iter(train_iterator(train_data, exp.train.batch_size, exp.seed))
@@ -206,6 +205,8 @@ def _record(config: ConfigDict, data: Split) -> dict:
   return {
     "config": config.to_dict(),
     "class_names": list(data.class_names),
+    "class_counts": data.class_counts,
+    "fps": data.fps,
     "latent_shape": tuple(data.latent_shape),
     "statistics": data.statistics.to_json(),
     "video_shape": list(data.video_shape),

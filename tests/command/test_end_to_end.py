@@ -255,7 +255,7 @@ def test_validation_on_own_and_on_other_clips(place, whole):
   (path,) = (place / "other").glob("source_folder_root_clips*.json")
   found = json.loads(path.read_text())
   assert found["clips"] == 2 and found["split"] == "all" and found["null_class"] == ["clips"]
-  assert found["latent_shape"] == [5, 3, 4, 3] and found["strides"] == {"4": 1, "2": 1}
+  assert found["latent_shape"] == [5, 3, 4, 3] and found["rates"] == {"6.25": 1, "12.5": 1}
   assert np.isfinite(found["buckets"]).all() and len(found["weights"]) == 4
   assert "all of the folder" in done.stdout and "the model has no such class" in done.stdout
   # The model's normalisation, not the clips' own.

@@ -3,7 +3,6 @@
 import concurrent.futures
 import dataclasses
 import errno
-import itertools
 import json
 import os
 import pickle
@@ -13,8 +12,7 @@ import numpy as np
 import pytest
 
 from freqformer.config import ConfigError
-from freqformer.data import cache as data_cache
-from freqformer.data import encode
+from freqformer.data import cache_writer, encode
 from freqformer.data.cache import cache_path, prepare
 from freqformer.data.clips import list_clips
 from freqformer.data.codec import CodecConfig, LatentStatistics
@@ -44,7 +42,7 @@ def test_cache_holds_what_the_codec_gives(folder, cache):
   entry = cache.manifest["clips"][1]
   view = entry["views"][1]
   with VideoFile(folder / entry["key"]) as file:
-    frames = file.read([view["start"] + 2 * i for i in range(4)])
+    frames = file.read(view["frames"])
   pixels = np.stack([crop_resize(frame, view["box"], (16, 24)) for frame in frames])[None]
   stored = cache.statistics.denormalise(item["latent"])
   # Latents are stored in 16 bits; the decoded video below shows how little that is.
@@ -128,30 +126,98 @@ def test_other_clips_have_the_statistics_of_the_model(folder, tmp_path):
   assert prepare(c, "val", first).path not in (val.path, raw.path)
 
 
-def test_an_interrupted_cache_is_never_used_and_what_killed_processes_left_is_removed(
-  folder, tmp_path, monkeypatch
-):
+def encoding(monkeypatch, fails_at: int | None = None, error=KeyboardInterrupt) -> list[str]:
+  """Lists the clips that are encoded from now on; raises an error at one of them."""
   real = encode.encode_clip
-  calls = itertools.count()
-  path = cache_path(config(folder, tmp_path), "train")
-  dead = 2**22 + 1  # larger than any process id
-  for pid in (dead, os.getpid()):
-    left = path.with_name(f".{path.name}.{os.uname().nodename}-{pid}.partial")
-    left.mkdir()
-    (left / "latents-00000.array_record").write_bytes(b"half")
+  encoded = []
 
-  def fails_later(*args):
-    if next(calls) == 2:
-      raise KeyboardInterrupt
-    return real(*args)
+  def counted(config, codec, split, clip):
+    if len(encoded) == fails_at:
+      raise error
+    encoded.append(clip.key)
+    return real(config, codec, split, clip)
 
-  monkeypatch.setattr(encode, "encode_clip", fails_later)
-  with pytest.raises(KeyboardInterrupt):
-    prepare(config(folder, tmp_path), "train")
-  assert not list(tmp_path.iterdir())
+  monkeypatch.setattr(encode, "encode_clip", counted)
+  return encoded
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_encoding_goes_on_where_it_was_interrupted(folder, tmp_path, monkeypatch, error):
+  whole = prepare(config(folder, tmp_path / "whole", views=2), "train")
+  monkeypatch.setattr(cache_writer, "SHARD_SECONDS", 0)  # a shard a clip
+  c = config(folder, tmp_path / "cut", views=2, workers=1)
+  encoding(monkeypatch, 3, error)
+  with pytest.raises(error):
+    prepare(c, "train")
+  (partial,) = (tmp_path / "cut").iterdir()
+  assert partial.name == f".{cache_path(c, 'train').name}.partial"
+  # What a kill leaves of a shard is no part of it.
+  (partial / "latents-00099.array_record").write_bytes(b"half")
   monkeypatch.undo()
-  assert len(prepare(config(folder, tmp_path), "train")) == 5
-  assert list(tmp_path.iterdir()) == [path]
+  encoded = encoding(monkeypatch)
+  resumed = prepare(c, "train")
+  assert 2 <= len(encoded) < 5 and list((tmp_path / "cut").iterdir()) == [resumed.path]
+  assert {file.name for file in resumed.path.iterdir()} == {
+    "manifest.json",
+    *(shard["file"] for shard in resumed.manifest["shards"]),
+  }
+  assert len(resumed.manifest["shards"]) > 1 and resumed.hash == whole.hash
+  for key in ("clips", "skipped", "statistics", "records"):
+    assert resumed.manifest[key] == whole.manifest[key], key
+  for i in range(len(whole)):
+    np.testing.assert_array_equal(resumed[i]["latent"], whole[i]["latent"])
+    assert resumed[i]["label"] == whole[i]["label"]
+
+
+@pytest.mark.parametrize("change", ["clip", "settings", "shard"])
+def test_what_was_interrupted_and_changed_begins_anew(tmp_path, monkeypatch, change):
+  root = write_folder(tmp_path / "videos")
+  c = config(root, tmp_path / "cache", workers=1)
+  monkeypatch.setattr(cache_writer, "SHARD_SECONDS", 0)
+  first = encoding(monkeypatch, 3)
+  with pytest.raises(KeyboardInterrupt):
+    prepare(c, "train")
+  (partial,) = (tmp_path / "cache").iterdir()
+  if change == "clip":
+    write_clip(root / first[0], moving_square(20, seed=99))
+  if change == "settings":
+    progress = json.loads((partial / "progress.json").read_text())
+    (partial / "progress.json").write_text(json.dumps(progress | {"hash": "other"}))
+  if change == "shard":
+    (partial / "latents-00000.array_record").write_bytes(b"")
+  monkeypatch.undo()
+  encoded = encoding(monkeypatch)
+  assert len(prepare(c, "train")) == len(encoded) == 5
+
+
+def test_processes_that_need_the_same_cache_encode_it_once(folder, tmp_path, monkeypatch):
+  c = config(folder, tmp_path)
+  encoded = encoding(monkeypatch)
+  with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    caches = list(pool.map(lambda _: prepare(c, "train"), range(4)))
+  assert len(encoded) == 5 and {cache.path for cache in caches} == {cache_path(c, "train")}
+  assert list(tmp_path.iterdir()) == [caches[0].path]
+
+
+def test_data_may_move_and_other_data_have_their_own_cache(tmp_path, monkeypatch):
+  root = write_folder(tmp_path / "videos")
+  c = config(root, tmp_path / "cache")
+  cache = prepare(c, "train")
+  monkeypatch.chdir(tmp_path)
+  encoded = encoding(monkeypatch)
+  assert prepare(dataclasses.replace(c, root="videos"), "train").path == cache.path
+  root.rename(tmp_path / "moved")
+  moved = dataclasses.replace(c, root="moved")
+  assert prepare(moved, "train").path == cache.path and not encoded
+  other = dataclasses.replace(c, root=str(write_folder(tmp_path / "other", clips=4)))
+  assert prepare(other, "train").path == cache_path(c, "train", number=2)
+  assert len(encoded) == 7 and prepare(moved, "train").path == cache.path
+  # Neither is there any more: each folder still has its own.
+  for name in ("moved", "other"):
+    shutil.rmtree(tmp_path / name)
+  assert len(prepare(c, "train")) == 5 and len(prepare(other, "train")) == 7
+  with pytest.raises(ConfigError, match="'elsewhere' is not a folder"):
+    prepare(dataclasses.replace(c, root="elsewhere"), "train")
 
 
 def test_damaged_caches_are_refused(folder, tmp_path):
@@ -169,6 +235,17 @@ def test_damaged_caches_are_refused(folder, tmp_path):
     (path / "manifest.json").write_text(text)
     with pytest.raises(ConfigError, match="not a complete cache"):
       prepare(c, "train")
+
+
+def test_a_flipped_byte_is_one_sentence(folder, tmp_path):
+  cache = prepare(config(folder, tmp_path), "train")
+  shard = next(cache.path.glob("*.array_record"))
+  data = bytearray(shard.read_bytes())
+  place = data.index(cache.manifest["clips"][0]["key"].encode()) + 40
+  data[place] ^= 0xFF
+  shard.write_bytes(data)
+  with pytest.raises(ConfigError, match=r"cache .* is damaged: record 0 cannot be read; delete"):
+    prepare(config(folder, tmp_path), "train")[0]
 
 
 def test_latents_beyond_float16_are_refused(folder, tmp_path):
@@ -234,7 +311,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(folder, tmp_path, monkey
   if how == "before":
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
   else:
-    monkeypatch.setattr(data_cache, "ArrayRecordWriter", Full)
+    monkeypatch.setattr(cache_writer, "ArrayRecordWriter", Full)
   with pytest.raises(ConfigError, match="No space left in .*needs about 1.0 MiB and .* were free"):
     prepare(config(folder, tmp_path), "train")
   assert not list(tmp_path.iterdir())

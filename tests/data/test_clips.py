@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import shutil
 
+import av
 import numpy as np
 import pytest
 
@@ -13,7 +14,7 @@ from freqformer.data.cache import prepare
 from freqformer.data.clips import list_clips
 from freqformer.data.codec import CodecConfig
 from freqformer.data.decode import VideoFile, crop_resize
-from freqformer.data.protocol import BrokenClip, draw_view
+from freqformer.data.protocol import BrokenClip, Footage, draw_view
 from tests.data import helpers
 from tests.data.helpers import UCF_CLASSES, config, moving_square, psnr, write_clip
 
@@ -28,18 +29,24 @@ def ucf(tmp_path):
   return helpers.write_ucf101(tmp_path / "ucf")
 
 
+def steady(frames: int, size=(8, 8), fps: float = 25) -> Footage:
+  """Footage of a constant rate."""
+  return Footage(size, tuple(i / fps for i in range(frames)))
+
+
 def ucf_config(root, **changes):
   return config(root, root / "cache", source="ucf101", **changes)
 
 
 def test_hash_covers_what_changes_latents_and_nothing_else():
   c = config("data", "cache")
-  read = {field.name for field in dataclasses.fields(c)} - {"cache", "workers", "split"}
+  read = {field.name for field in dataclasses.fields(c)} - {"cache", "workers", "root", "split"}
   assert c.protocol().keys() == read | {"version", "codec_version"}
   for changes, same in (
     (dict(root="data/"), True),
     (dict(split=2), True),  # which only UCF-101 has
-    (dict(root="data2"), False),
+    (dict(root="data2"), True),  # data may move
+    (dict(fps=8.0, stride=1), False),
     (dict(codec=CodecConfig(factor=(2, 4, 4), channels=23)), False),
     (dict(source="ucf101"), False),
   ):
@@ -52,25 +59,26 @@ def test_hash_covers_what_changes_latents_and_nothing_else():
 
 def test_views_depend_on_seed_clip_and_number_only():
   c = config("x", "y", crop="random", flip=True, views=4)
-  views = [draw_view(c, "train", "a/b.avi", i, 100, (48, 100)) for i in range(40)]
-  assert len({v.start for v in views}) > 20 and len({v.box for v in views}) > 20
-  assert all(0 <= v.start <= 93 and max(v.indices(4, 100)) <= 99 for v in views)
+  footage = steady(100, (48, 100))
+  views = [draw_view(c, "train", "a/b.avi", i, footage) for i in range(40)]
+  assert len({v.frames[0] for v in views}) > 20 and len({v.box for v in views}) > 20
+  assert all(0 <= v.frames[0] <= 93 and max(v.frames) <= 99 for v in views)
   assert all(a.flip != b.flip for a, b in itertools.pairwise(views))
-  assert len({draw_view(c, "train", str(k), 0, 100, (48, 100)).flip for k in range(20)}) == 2
+  assert len({draw_view(c, "train", str(k), 0, footage).flip for k in range(20)}) == 2
   other = dataclasses.replace(c, seed=1)
-  assert draw_view(other, "train", "a/b.avi", 0, 100, (48, 100)) != views[0]
-  val = draw_view(c, "val", "a/b.avi", 0, 100, (48, 100))
-  assert val.start == 47 and not val.flip and val.box == (0, 0.14, 1, 0.86)
+  assert draw_view(other, "train", "a/b.avi", 0, footage) != views[0]
+  val = draw_view(c, "val", "a/b.avi", 0, footage)
+  assert val.frames[0] == 47 and not val.flip and val.box == (0, 0.14, 1, 0.86)
 
 
 def test_short_clips_are_padded_clamped_or_skipped():
   def draw(short, length):
     c = config("x", "y", frames=16, stride=3, short=short)
-    return draw_view(c, "train", "k", 0, length, (8, 8))
+    return draw_view(c, "train", "k", 0, steady(length))
 
-  assert draw("pad", 29).indices(16, 29)[-7:] == [27] + [28] * 6
-  assert draw("clamp", 31).stride == 2
-  assert draw("clamp", 31).indices(16, 31) == list(range(0, 31, 2))
+  assert draw("pad", 29).frames[-7:] == (27, *[28] * 6)
+  assert draw("clamp", 31).fps == 12.5
+  assert draw("clamp", 31).frames == tuple(range(0, 31, 2))
   with pytest.raises(BrokenClip, match="k: it has 29 frames, 46 are needed"):
     draw("skip", 29)
   with pytest.raises(BrokenClip, match="even at stride 1"):
@@ -93,8 +101,13 @@ def test_seeking_gives_the_very_frames_of_decoding_through(tmp_path, monkeypatch
   with VideoFile(path) as file:
     through = file.read([40, 45, 50])
     monkeypatch.setattr(video, "SEEK_AFTER", 5)
-    sought = file._read_from([40, 45, 50], seek=True)
+    opened = []
+    monkeypatch.setattr(file, "_open", lambda: opened.append(1) or av.open(str(path)))
+    decoded = []
+    monkeypatch.setattr(file, "_counts", lambda frame: decoded.append(1) or True)
+    sought = file.read([40, 45, 50])
   np.testing.assert_array_equal(sought, through)
+  assert len(opened) == 1 and len(decoded) < 30
 
 
 def test_frame_counts_of_the_container_are_not_trusted(tmp_path):
@@ -109,7 +122,10 @@ def test_frame_counts_of_the_container_are_not_trusted(tmp_path):
   # An interrupted download: the index is gone too.
   path.write_bytes(data[: (movie + 2 * index) // 3])
   with VideoFile(path) as file:
-    assert 5 < file.length < 20 and file.read(list(range(file.length))) is not None
+    assert file.length == 13 and not file.damaged
+    # The last one is cut.
+    assert file.read(list(range(13))) is None and (file.length, file.damaged) == (12, 1)
+    assert len(file.read(list(range(12)))) == 12
 
 
 def test_a_phone_s_turn_is_applied(tmp_path):

@@ -6,18 +6,26 @@ import pytest
 
 from benchmarks.rows import RESULTS
 from benchmarks.trained import demo_compare
-from tests.earlier_configs import earlier_config
+from benchmarks.trained.runs import ROOT
+from freqformer.command.files import read_config
 
 
 def test_costs_stand_beside_the_loss():
-  """The stored runs, and the stored count of a step against today's of the same config."""
+  """Stored runs, and the stored count of a step against today's, sparse methods cheaper."""
   stored = json.loads((RESULTS / "demo_compare.json").read_text())
   (step,) = (r for r in stored if r["name"] == "training step")
-  counted = demo_compare.training_step(earlier_config("comparison"))
-  assert step["freqformer_over_dense"] == pytest.approx(counted["freqformer_over_dense"], rel=1e-3)
-  row, text = demo_compare.summary([r for r in stored if "seed" in r], counted)
-  assert row["freqformer_over_dense"] < 0.9 and "training step over dense: 0." in text
+  counted = demo_compare.training_step(read_config(ROOT / "configs" / "comparison.py"))
+  assert step["over_dense"] == pytest.approx(counted["over_dense"], rel=1e-3)
+  assert counted["over_dense"]["octaves"] < counted["over_dense"]["freqformer"] < 0.7
+  rows = [r for r in stored if "seed" in r]
+  row, text = demo_compare.summary(rows, counted)
+  assert row["over_dense"]["dense"] == 1
+  assert "FLOPs of a training step over dense: octaves 0." in text
   head, first, *_ = text.splitlines()
   assert head.split()[-2:] == ["s", "s/dense"]
-  # Seed 0 took 504.7 s, dense 443.8 s.
-  assert first.startswith("freqformer/seed0") and first.split()[-2:] == ["505", "1.14"]
+  of_first, of_dense = (
+    next(r for r in rows if r["name"] == f"{name}/seed0")["seconds"]["train"]
+    for name in ("octaves", "dense")
+  )
+  assert first.startswith("octaves/seed0")
+  assert first.split()[-2:] == [f"{of_first:.0f}", f"{of_first / of_dense:.2f}"]
