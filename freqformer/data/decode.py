@@ -118,7 +118,7 @@ class VideoFile:
       packets = [(packet.pts, packet.is_keyframe) for packet in self._packets() if packet.size]
       if not packets:
         raise BrokenClip(self.name, "it holds no video frame")
-      self.length = len(packets)
+      self.length = self._promised = len(packets)
       self._rate = float(stream.average_rate or stream.guessed_rate or _UNKNOWN_RATE)
       stamps = {pts for pts, _ in packets}
       seekable = None not in stamps and len(stamps) == self.length
@@ -143,7 +143,7 @@ class VideoFile:
   @property
   def damage(self) -> str:
     """The sentence about frames that do not count."""
-    return f"damaged: {self.damaged} of about {self.length + self.damaged} frames cannot be used"
+    return f"damaged: at least {self.damaged} of {self._promised} frames cannot be used"
 
   @property
   def footage(self) -> Footage:
