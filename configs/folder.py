@@ -3,7 +3,7 @@
   python train.py --config=configs/folder.py --config.data.root=$HOME/Videos --workdir=runs/videos
   python eval.py --workdir=runs/videos
 
-mp4, avi, mov, mkv, webm, any size, length and frame rate, odd resolutions and frame counts too.
+Any format, size, length and frame rate, odd resolutions and frame counts too (docs/data.md).
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +16,7 @@ def get_config():
     root="videos",
     resolution=(90, 154),
     frames=17,
-    stride=2,
+    fps=12.5,
     crop="random",
     flip=True,
     views=16,

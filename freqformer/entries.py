@@ -18,6 +18,7 @@ def _run(module: str):
 
 train = functools.partial(_run, "freqformer.command.train")
 evaluate = functools.partial(_run, "freqformer.command.eval")
+encode = functools.partial(_run, "freqformer.command.encode")
 measure = functools.partial(_run, "freqformer.command.measure")
 sweep = functools.partial(_run, "freqformer.command.sweep")
 simulate = functools.partial(_run, "freqformer.simulation.command")

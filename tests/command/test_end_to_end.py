@@ -20,8 +20,8 @@ from freqformer.model.precondition import TIME_BINS
 from freqformer.pages.run import SECTIONS
 from freqformer.train.checkpoint import Checkpoints
 from freqformer.train.metrics import read
-from tests.command.process import ROOT, call, render
-from tests.data.helpers import moving_square, write_clip
+from tests.command.process import ROOT, TINY, call, render
+from tests.data.helpers import moving_square, write_clip, write_folder
 from tests.pages.markup import sections
 
 pytestmark = pytest.mark.xdist_group("end_to_end")
@@ -270,6 +270,23 @@ def test_validation_on_own_and_on_other_clips(place, whole):
   done = call(place, "eval.py", f"--workdir={whole[0]}", "--validate", *flags, *smaller, code=2)
   assert "rounds to no tile per query tile" in done.stderr
   assert list((place / "cache").glob("folder-all-*")) == [cache]
+
+
+def test_data_can_be_checked_and_encoded_before_training(tmp_path):
+  write_folder(tmp_path / "clips")
+  (tmp_path / "clips" / "cat" / "broken.avi").write_bytes(b"nothing")
+  line = (f"--config={TINY}", "--config.data.source=folder", "--config.data.root=clips")
+  line += ("--config.data.cache=cache", "--config.data.val_fraction=0.3")
+  done = call(tmp_path, "freqformer/data/__main__.py", *line)
+  assert "of 2 classes (" in done.stderr and "cat/broken.avi: it cannot be opened" in done.stderr
+  first, second = done.stdout.splitlines()
+  assert re.match(r"train: \d views of \d clips \(0 with a remark, \d left out\), lat", first)
+  assert second.startswith("val: ") and "12.5 frames a second" in second
+  again = call(tmp_path, "freqformer/data/__main__.py", *line)
+  assert again.stdout == done.stdout and "encoding" not in again.stderr
+  fields = f"--config={ROOT / 'configs' / 'fields.py'}"
+  refused = call(tmp_path, "freqformer/data/__main__.py", fields, code=2)
+  assert "there is nothing to encode" in refused.stderr
 
 
 def test_dry_run_needs_no_data(tmp_path):
