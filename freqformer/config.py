@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import importlib
 import math
 import re
 import types
@@ -77,6 +78,29 @@ def require_one_of(config, name: str, allowed: Iterable):
   given = getattr(config, name)
   if given not in allowed:
     raise ValueError(f"{name}={given!r} must be {_one_of(given, map(str, allowed))}")
+
+
+def load_class(name: str, what: str) -> type:
+  """Returns the class that "module:Class" names, from anywhere that Python finds modules.
+
+  Args:
+    what: it is for, in messages.
+
+  Raises:
+    ConfigError: there is no such module or class.
+  """
+  module, _, cls = name.partition(":")
+  try:
+    return getattr(importlib.import_module(module), cls)
+  except ModuleNotFoundError as error:
+    if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+      raise
+    raise ConfigError(
+      f"{what} {name!r}: there is no module {error.name!r}; name one that Python finds, e.g. of a "
+      "file in the current folder with PYTHONPATH=. set."
+    ) from error
+  except AttributeError as error:
+    raise ConfigError(f"{what} {name!r}: module {module!r} has no class {cls!r}.") from error
 
 
 def build(cls: type, values: Mapping, path: str = "", root: str = "config."):

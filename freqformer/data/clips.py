@@ -18,7 +18,9 @@ EXTENSIONS = tuple(
   ".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .gif .ts .mts .m2ts .wmv .asf .flv .3gp .3g2 .ogv "
   ".vob .mxf .dv .divx .y4m".split()
 )
+LATENTS = (".npy", ".npz", ".safetensors")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # videos of one frame
+_KINDS = {"folder": "video file", "latents": "array"}
 # Names of folders that hold a split, the preferred one first.
 _TRAIN = ("train", "training")
 _VAL = ("val", "valid", "validation", "test")
@@ -54,7 +56,7 @@ def list_folder(config: DataConfig, split: str) -> Listing:
   """Lists the clips of any tree of video files; the first-level subfolder is the class.
 
   Files at the top belong to a class named after the root. Classes are in alphabetical order.
-  Pictures count where a view has one frame.
+  Pictures count where a view has one frame. Arrays of latents are listed alike.
 
   If all clips lie below root/train and root/val, and both have some, these are the splits, and
   classes are the folders below them; other usual names of such folders will do (`_TRAIN`, `_VAL`).
@@ -75,11 +77,13 @@ def list_folder(config: DataConfig, split: str) -> Listing:
       "per class, or run `make demo`, which renders a small data set."
     )
   endings = EXTENSIONS + (PICTURES if config.frames == 1 else ())
+  if config.source == "latents":
+    endings = LATENTS
   keys, others = _files(root, endings)
   if not keys:
     found = f", only others ({_counts(others)})" if others else ""
     raise ConfigError(
-      f"data.root {config.root!r} holds no video file{found}; known endings are "
+      f"data.root {config.root!r} holds no {_KINDS[config.source]}{found}; known endings are "
       f"{', '.join(endings)}."
     )
   top = root.resolve().name or "videos"

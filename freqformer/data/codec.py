@@ -1,7 +1,8 @@
-"""From pixels to latents and back, by codecs that need no weights.
+"""From pixels to latents and back.
 
-Both work in an orthonormal luma/opponent colour space, for demos, tests and method comparisons. A
-learned VAE reconstructs better, but here nothing has to be downloaded.
+Two codecs need no weights. They work in an orthonormal luma/opponent colour space, for demos, tests
+and method comparisons; a learned VAE reconstructs better. Others are plug-ins, classes that
+`CodecConfig.name` names as "module:Class" (`freqformer/data/vae.py` has one).
 
 * `lowpass` keeps the lowest frequencies of the whole clip: a latent is a small video without
   blocks. On smooth clips it needs fewer numbers than `dct` for the same error.
@@ -17,7 +18,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from freqformer.config import require, require_one_of
+from freqformer.config import ConfigError, load_class, require, require_one_of
 from freqformer.grid.transforms import dct
 
 # Rows: luma, red against blue, green against the rest. Orthonormal (it is the 3-point DCT-II).
@@ -34,19 +35,24 @@ class CodecConfig:
   """A codec and its sizes.
 
   Attributes:
+    name: "dct", "lowpass", "none" for latents that can only be shown as they are, or "module:Class"
+      of a `Codec`.
     factor: pixels per latent cell, (t, y, x).
     channels: of a latent cell; dct: `3 * t * y * x` of them keep everything; lowpass: 3, or 1
       for luma alone.
+    path: of a plug-in: where its weights are.
   """
 
   name: str = "dct"
   factor: tuple[int, int, int]
   channels: int
+  path: str = ""
 
   def __post_init__(self):
-    require_one_of(self, "name", _CODECS)
+    if ":" not in self.name:
+      require_one_of(self, "name", _CODECS)
     require(self, "factor", least=1)
-    most = _CODECS[self.name].most_channels(self.factor)
+    most = codec_class(self.name).most_channels(self.factor)
     if not 1 <= self.channels <= most:
       raise ValueError(
         f"codec {self.name} with factor {self.factor} has 1 to {most} channels, got "
@@ -55,9 +61,10 @@ class CodecConfig:
 
 
 class Codec:
-  """A linear map of clips in [-1, 1] to cells of `factor` pixels. NumPy in and out; thread-safe.
+  """A map of clips in [-1, 1] to cells of `factor` pixels. NumPy in and out; thread-safe.
 
-  Sizes that are no multiple of the factor are padded by repeating the edge.
+  Sizes that are no multiple of the factor are padded by repeating the edge. A plug-in defines
+  `most_channels`, `_analyse` and `_synthesise`, and `latent_shape` where cells are of unequal size.
   """
 
   version = 1  # part of a cache's hash: raise it when the same config gives other latents
@@ -173,12 +180,40 @@ def _along_axes(x: np.ndarray, maps: Sequence[np.ndarray]) -> np.ndarray:
   return np.einsum("btyxc,Tt,Yy,Xx->bTYXc", x, *maps, optimize=True)
 
 
-_CODECS = {"dct": DctCodec, "lowpass": LowpassCodec}
+class NoCodec(Codec):
+  """Latents of unknown making, whose first three channels are shown as red, green and blue."""
+
+  @staticmethod
+  def most_channels(factor):
+    return 1 << 16
+
+  def _analyse(self, video):
+    raise ConfigError(
+      "codec 'none' encodes no pictures: it shows latents that were made elsewhere; name the codec "
+      "that made them, data.codec.name='module:Class'."
+    )
+
+  def _synthesise(self, latents):
+    colours = latents[..., np.minimum(np.arange(3), latents.shape[-1] - 1)]
+    spread = colours.std() or 1.0
+    shown = (colours - colours.mean()) / (2 * spread)  # two standard deviations are in range
+    for axis, factor in enumerate(self.config.factor, 1):
+      shown = shown.repeat(factor, axis)
+    return shown
 
 
+_CODECS = {"dct": DctCodec, "lowpass": LowpassCodec, "none": NoCodec}
+
+
+def codec_class(name: str) -> type[Codec]:
+  """Returns the class of a codec; ConfigError if "module:Class" names none."""
+  return load_class(name, "codec") if ":" in name else _CODECS[name]
+
+
+@functools.lru_cache(maxsize=8)
 def make_codec(config: CodecConfig) -> Codec:
-  """Returns the codec of a config; a further codec is a further entry of `_CODECS`."""
-  return _CODECS[config.name](config)
+  """Returns the codec of a config; weights are loaded once."""
+  return codec_class(config.name)(config)
 
 
 def dct_order(factor: tuple[int, int, int]) -> np.ndarray:

@@ -15,13 +15,14 @@ import numpy as np
 from freqformer.data.clips import fingerprint
 from freqformer.data.codec import Codec
 from freqformer.data.decode import decode_clip
+from freqformer.data.latents import read_latent
 from freqformer.data.protocol import BrokenClip, Clip, DataConfig
 
 
 def encode_clip(
   config: DataConfig, codec: Codec, split: str, clip: Clip
 ) -> tuple[np.ndarray, dict]:
-  """Decodes and encodes the views of a clip.
+  """Decodes and encodes the views of a clip, or reads latents that are made already.
 
   Returns:
     Latents float16 `[views, t, y, x, c]`, un-normalised, and what they show, of `decode_clip`.
@@ -30,8 +31,11 @@ def encode_clip(
     BrokenClip: it cannot be decoded, or `config.short` leaves it out.
     ValueError: the codec's latents do not fit into a float16.
   """
-  pixels, drawn = decode_clip(config, split, clip)
-  latents = codec.encode(pixels)
+  if config.source == "latents":
+    latents, drawn = read_latent(config, codec, clip)
+  else:
+    pixels, drawn = decode_clip(config, split, clip)
+    latents = codec.encode(pixels)
   if np.abs(latents).max() > np.finfo(np.float16).max:
     raise ValueError(
       f"The codec gives latents beyond float16 (65504) for {clip.key}; scale them in the codec."

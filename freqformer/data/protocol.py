@@ -21,7 +21,8 @@ class DataConfig:
   """Clips, views of them, and the codec.
 
   Attributes:
-    source: "ucf101" (official lists) or "folder" (any tree of videos, one subfolder per class).
+    source: "ucf101" (official lists), "folder" (any tree of videos, one subfolder per class), or
+      "latents" (such a tree of arrays, made elsewhere by `codec` of `frames` and `resolution`).
     root: folder of the data set.
     split: of UCF-101: official split 1, 2 or 3; 0 trains on all clips, those of split 1's test
       list included (Latte's protocol).
@@ -41,6 +42,8 @@ class DataConfig:
     val_fraction: of the folder source: share of clips kept for validation; see `list_folder`.
     max_clips: most clips per split, spread over the classes; 0 takes all.
     workers: threads that encode; 0 takes one per CPU.
+    array: of latents: name of the array in a .npz or .safetensors file; empty takes the only one.
+    axes: of latents: order of the array's axes, "tyxc" or "ctyx", perhaps behind one of size 1.
   """
 
   source: str
@@ -60,15 +63,23 @@ class DataConfig:
   val_fraction: float = 0.1
   max_clips: int = 0
   workers: int = 0
+  array: str = ""
+  axes: str = "tyxc"
   codec: CodecConfig
 
   def __post_init__(self):
-    require_one_of(self, "source", ("ucf101", "folder"))
+    require_one_of(self, "source", ("ucf101", "folder", "latents"))
+    require_one_of(self, "axes", ("tyxc", "ctyx"))
     require_one_of(self, "crop", ("center", "random"))
     require_one_of(self, "short", ("pad", "clamp", "skip"))
     require_one_of(self, "damaged", ("use", "skip"))
     require(self, "resolution frames stride views", least=1)
     require(self, "fps max_clips workers", least=0)
+    if self.source == "latents" and (self.views != 1 or self.flip):
+      raise ValueError(
+        f"source='latents' has one view of each clip: set views=1, not {self.views}, flip=False: "
+        "as mirrored latents are not those of a mirrored video."
+      )
     if self.fps and self.stride != 1:
       raise ValueError(f"fps={self.fps:g} chooses frames by time: set stride=1, not {self.stride}.")
     require(self, "split", least=0, most=3)
@@ -112,7 +123,13 @@ class DataConfig:
     for name in ("cache", "workers", "root"):  # data may move
       del values[name]
     # A key that the source does not read must not make another cache.
-    del values["val_fraction" if self.source == "ucf101" else "split"]
+    unread = {
+      "ucf101": ("val_fraction", "array", "axes"),
+      "folder": ("split", "array", "axes"),
+      "latents": ("split",),
+    }
+    for name in unread[self.source]:
+      del values[name]
     values |= {"version": VERSION, "codec_version": make_codec(self.codec).version}
     return json.loads(json.dumps(values))
 

@@ -21,7 +21,12 @@ from freqformer.data.fields import Fields, FieldsConfig
 from freqformer.data.protocol import DataConfig
 from freqformer.diffusion.posterior import Posterior
 
-SOURCES = {"ucf101": DataConfig, "folder": DataConfig, "fields": FieldsConfig}
+SOURCES = {
+  "ucf101": DataConfig,
+  "folder": DataConfig,
+  "latents": DataConfig,
+  "fields": FieldsConfig,
+}
 # Keys that decide which files are validation clips.
 _HELD_OUT_BY = ("source", "split", "seed", "val_fraction")
 
