@@ -50,7 +50,7 @@ class CodecConfig:
 
   def __post_init__(self):
     if ":" not in self.name:
-      require_one_of(self, "name", _CODECS)
+      require_one_of(self, "name", (*_CODECS, "module:Class"))
     require(self, "factor", least=1)
     most = codec_class(self.name).most_channels(self.factor)
     if not 1 <= self.channels <= most:

@@ -1,9 +1,12 @@
 """The table of methods, the only place that lists them: from a name to its config dataclass."""
 
 import ast
+import dataclasses
 import importlib
+import re
 
-from freqformer.config import ConfigError, build, did_you_mean
+from freqformer.config import ConfigError, build, did_you_mean, load_class
+from freqformer.methods.base import Method
 
 METHODS = {
   "dense": "Dense",
@@ -29,9 +32,17 @@ def list_methods() -> list[str]:
 def method_class(name: str):
   """Returns the dataclass of a method.
 
+  Args:
+    name: of `METHODS`, or "module:Class" of one's own.
+
   Raises:
     ConfigError: for an unknown name, or a line of `METHODS` without its file or class.
   """
+  if ":" in name:
+    found = load_class(name, "attention method")
+    if not (dataclasses.is_dataclass(found) and issubclass(found, Method)):
+      raise ConfigError(f"attention method {name!r} must be a dataclass that inherits Method.")
+    return found
   if name not in METHODS:
     raise ConfigError(f"attention method {name!r} is unknown; {did_you_mean(name, METHODS)}")
   place = f"freqformer.methods.{name}"
@@ -59,18 +70,23 @@ def method_class(name: str):
 def parse_method(text: str) -> tuple[str, dict]:
   """Reads name and fields: `radial`, `block_topk(density=0.2, coarse=none)`, `x(group=dict(y=1))`.
 
+  `module:Class(field=2)` is a method of one's own.
+
   A bare word is a string, true and false are bools.
 
   Raises:
     ConfigError: for an unknown name or text that cannot be read.
   """
+  module, call = re.fullmatch(r"([\w.]+:)?(.*)", text.strip(), re.DOTALL).groups()
   try:
-    node = ast.parse(text.strip(), mode="eval").body
+    node = ast.parse(call, mode="eval").body
     name, fields = (node.id, {}) if isinstance(node, ast.Name) else (node.func.id, _fields(node))
   except (SyntaxError, ValueError, AttributeError) as error:
     raise ConfigError(
-      f"method {text!r} must read like radial or block_topk(density=0.2, coarse=none)."
+      f"method {text!r} must read like radial, block_topk(density=0.2, coarse=none) or "
+      "module:Class(field=2)."
     ) from error
+  name = (module or "") + name
   method_class(name)
   return name, fields
 

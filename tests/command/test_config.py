@@ -128,7 +128,7 @@ REFUSED = [
   ("--config.data.split=4", "split=4 must be at least 0 and at most 3"),
   ("--config.data.val_fraction=1.0", "val_fraction=1.0 must be above 0 and below 1"),
   ("--config.data.resolution=(0,4)", "resolution=(0, 4) must be at least 1, in every entry"),
-  ("--config.data.codec.name=dtc", "name='dtc' must be one of dct, lowpass; did you mean 'dct'?"),
+  ("--config.data.codec.name=dtc", "one of dct, lowpass, none, module:Class; did you mean 'dct'"),
   ("--config.data.codec.channels=999", "has 1 to 384 channels, got 999"),
   ("--config.data.codec.factor=(0,8,8)", "factor=(0, 8, 8) must be at least 1"),
   ("--config.model.heads=5", "not divisible by 5 heads"),
@@ -150,7 +150,7 @@ REFUSED = [
   ("@method=radial(decay=0)", "config.model.attention.radial: decay=0.0 must be above 0"),
   ("@method=radial(deccay=1)", "attention.radial has no key 'deccay'; did you mean 'decay'?"),
   ("@method=freqfromer", "attention method 'freqfromer' is unknown; did you mean 'freqformer'?"),
-  ("@method=radial(", "must read like radial or block_topk(density=0.2, coarse=none)"),
+  ("@method=radial(", "must read like radial, block_topk(density=0.2, coarse=none) or module:"),
   ("@layers=((0,2,'radial(decay=2)'),(2,None,'radial(decay=3)'))", "sets radial twice"),
 ]
 

@@ -1,4 +1,4 @@
-"""A further static method is one file and one line of the registry: all the rest comes with it."""
+"""A further static method is one file, and a line of the registry if it is to have a short name."""
 
 import sys
 
@@ -43,7 +43,11 @@ def test_a_rule_that_lists_nothing_is_refused(monkeypatch):
     make_tables(model_of(), (2, 4, 4, 3))
 
 
-def test_it_is_configured_and_counted():
-  ((_, method),) = model_of(stride=3).runs()
+@pytest.mark.parametrize("name", ["dilated", "tests.methods.extra_method:Dilated"])
+def test_it_is_configured_and_counted(name):
+  attention = dict(method=f"{name}(stride=3)", block=8)
+  model = model_config(dict(size="custom", width=16, depth=2, heads=2, attention=attention))
+  ((_, method),) = model.runs()
+  assert model.with_method("dense").with_method(f"{name}(stride=3)").runs() == model.runs()
   assert method == Dilated(3)
   assert method.pairs(LAYOUT, 2).pairs == 2 * LAYOUT.n**2 / 27  # a stride of 3 leaves the own tile

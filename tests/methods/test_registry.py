@@ -23,6 +23,10 @@ from freqformer.model.config import model_config
       "spatial_temporal(profile=dict(warmup=-0.1))",
       ("spatial_temporal", dict(profile=dict(warmup=-0.1))),
     ),
+    (
+      "tests.methods.extra_method:Dilated(stride=3)",
+      ("tests.methods.extra_method:Dilated", dict(stride=3)),
+    ),
   ],
 )
 def test_methods_as_text(text, want):
@@ -66,6 +70,19 @@ def test_a_line_of_the_registry_that_names_nothing(monkeypatch, line, message):
   with pytest.raises(ConfigError) as error:
     method_class(line[0])
   assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "name, message",
+  [
+    ("nowhere:Dilated", "there is no module 'nowhere'"),
+    ("tests.methods.extra_method:Diluted", "has no class 'Diluted'"),
+    ("json:JSONEncoder", "must be a dataclass that inherits Method"),
+  ],
+)
+def test_a_method_of_ones_own_that_is_none(name, message):
+  with pytest.raises(ConfigError, match=message):
+    parse_method(f"{name}(stride=3)")
 
 
 def test_a_model_with_another_method():
