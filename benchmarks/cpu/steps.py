@@ -11,7 +11,6 @@ is the run that configs/comparison.py asks for, all its steps, guidance included
 import dataclasses
 from collections.abc import Callable
 
-import jax
 import numpy as np
 from absl import flags
 from flax import nnx
@@ -19,6 +18,7 @@ from flax import nnx
 from benchmarks.rows import write_rows
 from benchmarks.timing import Timing, beside_others, in_turns, timed
 from benchmarks.trained.runs import ROOT
+from freqformer.analysis.timed_steps import training_step
 from freqformer.command import cli
 from freqformer.command.files import read_config
 from freqformer.cost import model_cost, training_flops
@@ -26,7 +26,6 @@ from freqformer.diffusion.sampling import SampleConfig, compile_steps, make_step
 from freqformer.model.dit import VideoDiT, make_tables
 from freqformer.pages.text import aligned
 from freqformer.train.experiment import Experiment, experiment
-from freqformer.train.step import init_state, make_train_step
 
 NAME = "steps_cpu"
 METHODS = ("dense", "octaves", "freqformer")
@@ -37,24 +36,8 @@ _STEPS_PER_TURN = 4
 
 def training(exp: Experiment) -> Callable[[int], list[float]]:
   """Returns a sampler of seconds per training step; compiles and runs the first one here."""
-  graphdef, params = nnx.split(VideoDiT(exp.model, exp.latent_shape, _CLASSES, nnx.Rngs(0)))
-  state = init_state(params, exp.train, exp.seed)
-  tables = make_tables(exp.model, exp.latent_shape)
-  rng = np.random.default_rng(0)
-  size = exp.train.batch_size
-  batch = {
-    "latent": rng.standard_normal((size, *exp.latent_shape)).astype(np.float32),
-    "label": np.arange(size, dtype=np.int32) % _CLASSES,
-  }
-  step = make_train_step(graphdef, exp.train, _CLASSES).lower(state, batch, tables).compile()
-  batch, tables = jax.device_put((batch, tables))
-
-  def one():
-    nonlocal state
-    state, values = step(state, batch, tables)
-    return values["loss"]
-
-  jax.block_until_ready(one())
+  model = VideoDiT(exp.model, exp.latent_shape, _CLASSES, nnx.Rngs(0))
+  one = training_step(model, nnx.state(model), exp, _CLASSES)
   return lambda turn: [timed(one) for _ in range(_STEPS_PER_TURN)]
 
 

@@ -11,8 +11,11 @@ from flax import nnx
 
 from freqformer.data.fields import FieldsConfig
 from freqformer.data.sources import open_split
+from freqformer.diffusion.posterior import Posterior
 from freqformer.evaluate.draw import draw, requests, sample_config
 from freqformer.evaluate.restore import Run, load_run
+from freqformer.model.dit import VideoDiT
+from freqformer.train.experiment import Experiment
 from freqformer.train.step import init_state, make_train_step
 
 _TURNS = 3
@@ -59,18 +62,32 @@ def write_seconds(workdir) -> pathlib.Path:
 
 
 def _training(run: Run) -> Callable:
-  """Returns a training step on one batch, which has run once."""
-  train = run.experiment.train
-  classes = len(run.class_names)
-  state = init_state(jax.tree.map(jax.numpy.copy, run.params), train, 0)
-  latents = np.random.default_rng(0).standard_normal((train.batch_size, *run.latent_shape))
-  labels = np.arange(train.batch_size, dtype=np.int32) % classes
-  batch = jax.device_put({"latent": latents.astype(np.float32), "label": labels})
-  tables = jax.device_put(run.model.tables(run.latent_shape))
-  step = make_train_step(nnx.graphdef(run.model), train, classes)
+  """Returns a training step of a run on noise, which has run once."""
   data = run.experiment.data
   # Clips from files have no target of their own, and need not be there.
   target = open_split(data, "train").target if isinstance(data, FieldsConfig) else None
+  params = jax.tree.map(jax.numpy.copy, run.params)  # a step takes the arrays that it is given
+  return training_step(run.model, params, run.experiment, len(run.class_names), target)
+
+
+def training_step(
+  model: VideoDiT, params, exp: Experiment, classes: int, target: Posterior | None = None
+) -> Callable:
+  """Returns a function that trains one step on one batch of noise; it has run once.
+
+  Args:
+    model: abstract or not.
+    params: its parameters, which are used up.
+    target: as of a `Split`.
+  """
+  train = exp.train
+  shape = exp.latent_shape
+  state = init_state(params, train, exp.seed)
+  latents = np.random.default_rng(0).standard_normal((train.batch_size, *shape))
+  labels = np.arange(train.batch_size, dtype=np.int32) % classes
+  batch = jax.device_put({"latent": latents.astype(np.float32), "label": labels})
+  tables = jax.device_put(model.tables(shape))
+  step = make_train_step(nnx.graphdef(model), train, classes)
 
   def one():
     nonlocal state
