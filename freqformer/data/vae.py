@@ -34,7 +34,9 @@ class ImageVae(Codec):
         f"data.codec.name={config.name!r} needs {error.name}: pip install torch diffusers."
       ) from error
     try:
-      self._vae = AutoencoderKL.from_pretrained(config.path, local_files_only=True).eval()
+      self._vae = AutoencoderKL.from_pretrained(
+        config.path, local_files_only=True, low_cpu_mem_usage=False
+      ).eval()
     except (OSError, ValueError) as error:
       raise ConfigError(
         f"data.codec.path={config.path!r} is no folder of an AutoencoderKL: name the one that "
