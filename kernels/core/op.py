@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 from absl import logging
-from freqformer.kernels.core.partition import by_sample_and_head, several_devices
+from freqformer.kernels.core.partition import by_sample_and_head, inside_shard_map, several_devices
 from freqformer.kernels.core.target import Target, current_target
 
 # Former names, which configs, commands and result files may still hold.
@@ -115,6 +115,10 @@ class Op:
       "automatic choice." + (f" Did you mean {close[0]!r}?" if close else "")
     )
 
+  def is_split(self, name: str) -> bool:
+    """Returns True if what is being traced runs an implementation on parts of its operands."""
+    return name in self.opaque and several_devices() and not inside_shard_map()
+
   def run(
     self, name: str, operands: Sequence[Any], direction: str = "forward", **settings: Any
   ) -> Any:
@@ -127,7 +131,7 @@ class Op:
       settings: static arguments of the function.
     """
     function = functools.partial(getattr(self.module(name), direction), **settings)
-    if name not in self.opaque or not several_devices():
+    if not self.is_split(name):
       return function(*operands)
     split = getattr(self, direction)
     dims = [
