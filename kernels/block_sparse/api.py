@@ -20,7 +20,7 @@ from freqformer.kernels.core.cotangents import no_gradient, of_weighted_means
 from freqformer.kernels.core.derivatives import no_derivative, no_forward_mode, no_reverse_mode
 from freqformer.kernels.core.op import Op, Split
 from freqformer.kernels.core.partition import several_devices
-from freqformer.kernels.core.varying import varying_axes, vary_over
+from freqformer.kernels.core.varying import vary_over, varying_axes
 from jax.ad_checkpoint import checkpoint_name
 
 # Saved under these names, out and LSE survive rematerialisation: the forward runs once per step.
@@ -179,7 +179,7 @@ def _run(name: str, operands: tuple, direction: str = "forward", **settings):
   module = ATTENTION.module(name)
   modes = getattr(module, "SECOND_DERIVATIVES", ())
   why = _SECOND_DERIVATIVE.format(name)
-  if ATTENTION.is_split(name) or not getattr(module, "GROUPED_HEADS", False):
+  if ATTENTION.is_split(name, operands) or not getattr(module, "GROUPED_HEADS", False):
     k, v = (_repeated(x, q.shape[2]) for x in (k, v))
   rows = (q, k, v, *others)
   if "forward" not in modes:
@@ -187,13 +187,17 @@ def _run(name: str, operands: tuple, direction: str = "forward", **settings):
   q, k, v, *others = rows
   found = ATTENTION.run(name, (q, k, v, _of_any_head(mask), *others), direction, **settings)
   if "reverse" not in modes:
-    found = [no_reverse_mode(x, why) for x in found]
+    found = tuple(no_reverse_mode(x, why) for x in found)
   return found
 
 
 def _repeated(x, h: int):
   """Returns k or v with q's heads. Where a group's heads are on several devices, each needs it."""
-  return x if x.shape[2] == h else jnp.repeat(x, h // x.shape[2], axis=2)
+  b, n, h_kv, d = x.shape
+  if h_kv == h:
+    return x
+  # Not by jnp.repeat, which asks for its result's sharding under an Explicit mesh.
+  return jnp.broadcast_to(x[:, :, :, None], (b, n, h_kv, h // h_kv, d)).reshape(b, n, h, d)
 
 
 def _of_any_head(mask: BlockMask) -> BlockMask:

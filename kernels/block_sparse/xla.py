@@ -14,7 +14,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from freqformer.kernels.core.varying import varying_axes, vary_over
+from freqformer.kernels.core.varying import vary_over, varying_axes
 from jax import lax
 
 # On 2 CPU cores (docs/log.md) larger groups leave the cache, smaller ones pay for dispatch.

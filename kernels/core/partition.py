@@ -34,6 +34,16 @@ def inside_shard_map() -> bool:
   return bool(mesh.manual_axes) and not mesh.explicit_axes
 
 
+def explicit_mesh(tree: Any) -> AbstractMesh | None:
+  """Returns the mesh on whose Explicit axes arrays are typed, set or not; None if on none.
+
+  The partitioner does not share work along these axes, be they of one device.
+  """
+  kinds = (jax.typeof(x) for x in jax.tree.leaves(tree))
+  meshes = [jax.sharding.get_abstract_mesh(), *(kind.sharding.mesh for kind in kinds)]
+  return next((mesh for mesh in meshes if mesh.explicit_axes), None)
+
+
 def by_sample_and_head(fn: Callable, operands: tuple, operand_dims: Any, result_dims: Any) -> Any:
   """Runs `fn(*operands)`, split over devices along samples and heads where the operands are.
 
@@ -72,7 +82,7 @@ def _traced(fn: Callable, leaves: Sequence) -> tuple:
   typed on them.
   """
   outer = jax.sharding.get_abstract_mesh()
-  if _explicit_mesh(leaves) is not None:
+  if explicit_mesh(leaves) is not None:
     types = (jax.typeof(x) for x in leaves)
     leaves = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in types]
     outer = outer.update_axis_types(dict.fromkeys(outer.explicit_axes, AxisType.Auto))
@@ -104,7 +114,7 @@ class _Call:
     return run(*leaves)
 
   def _split(self, *leaves):
-    mesh = _explicit_mesh(leaves)
+    mesh = explicit_mesh(leaves)
     if mesh is not None:
       return self._by_type(mesh, leaves)
     return self._by_partitioner(leaves)
@@ -124,7 +134,7 @@ class _Call:
 
   def _differentiated(self, primals, tangents):
     """Differentiates the function as it is, which XLA then partitions as it can."""
-    mesh = _explicit_mesh(primals)
+    mesh = explicit_mesh(primals)
     fn = self.fn if mesh is None else functools.partial(self._shard_mapped, mesh)
     return jax.jvp(lambda *leaves: fn(*leaves), primals, tangents)
 
@@ -148,12 +158,14 @@ class _Call:
       jax.reshard(x, NamedSharding(mesh, spec))
       for x, spec in zip(leaves, operand_specs, strict=True)
     ]
+    # None named are all of them, without those that `vmap` has taken away.
+    mixed = set(mesh.explicit_axes) != set(mesh.axis_names)
     run = jax.shard_map(
       self.fn,
       mesh=mesh,
       in_specs=tuple(operand_specs),
       out_specs=[_place(letters, axes) for letters in self.result_letters],
-      axis_names=set(mesh.explicit_axes),
+      axis_names=set(mesh.explicit_axes) if mixed else set(),
     )
     return run(*placed)
 
@@ -198,12 +210,6 @@ class _Call:
     return axes
 
 
-def _explicit_mesh(leaves: Sequence) -> AbstractMesh | None:
-  """Returns the mesh whose Explicit axes the arrays are typed on, set or not; None: there is none."""
-  meshes = [jax.sharding.get_abstract_mesh(), *(jax.typeof(x).sharding.mesh for x in leaves)]
-  return next((mesh for mesh in meshes if mesh.explicit_axes), None)
-
-
 def _check_type(kind, letters: str, spec: PartitionSpec) -> None:
   """Refuses what only a gather, which nobody asked for, would bring to where it is computed."""
   for letter, own, wanted in zip(letters, kind.sharding.spec, spec, strict=False):
@@ -246,7 +252,7 @@ def _spec(leaf) -> tuple:
 
 
 def _rule(operand_letters, result_letters) -> str:
-  """Returns Shardy's einsum-like rule: named letters are shared, other dimensions have own factors."""
+  """Returns Shardy's einsum-like rule: letters are shared, other dimensions have own factors."""
   number = itertools.count()
 
   def side(all_letters):
