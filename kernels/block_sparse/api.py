@@ -33,6 +33,7 @@ _SECOND_DERIVATIVE = (
   "attention has no such second derivative in implementation '{}'; 'xla' has jax.jvp of jax.grad, "
   "and 'reference', for small inputs, any"
 )
+_OTHER_ORDER = "Arrays in the order [b, h, n, d] need x.swapaxes(1, 2)."
 _DTYPES = (jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -91,9 +92,7 @@ def attention(
   """
   mask = _validated(q, k, v, mask).with_mean()
   scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else _number(scale)
-  # The reasons are about the arrays that an implementation gets.
-  like_q = jax.ShapeDtypeStruct((*k.shape[:2], *q.shape[2:]), k.dtype)
-  name = ATTENTION.choose(q, like_q, like_q, mask, implementation=implementation)
+  name = ATTENTION.choose(q, k, v, mask, implementation=implementation)
   # Inside `shard_map`, so that the gradient of what several devices share is summed over them.
   rows = vary_over(varying_axes((q, k, v, mask)), (q, k, v))
   return _attention(name, scale, *(no_forward_mode(x, _FORWARD_MODE) for x in rows), mask)
@@ -129,7 +128,7 @@ def _validated(q, k, v, mask: BlockMask | None) -> BlockMask:
   ):
     raise ValueError(
       "attention takes q [b, n_q, h, d] and k, v [b, n_kv, h_kv, d] with equal b and d, where h_kv "
-      f"divides h; got {q.shape=}, {k.shape=}, {v.shape=}."
+      f"divides h; got {q.shape=}, {k.shape=}, {v.shape=}. {_OTHER_ORDER}"
     )
   if not q.dtype == k.dtype == v.dtype or q.dtype not in _DTYPES:
     raise ValueError(
@@ -150,22 +149,17 @@ def _validated(q, k, v, mask: BlockMask | None) -> BlockMask:
 
 
 def _check_rows(q, k, mask: BlockMask) -> None:
+  """Refuses a table of another number of rows than q and k have."""
   sides = (("query", q, mask.q_tiles, mask.block_q), ("key", k, mask.kv_tiles, mask.block_kv))
   swapped = all(-(-x.shape[2] // block) == tiles for _, x, tiles, block in sides)
   for what, x, tiles, block in sides:
     rows = x.shape[1]
-    if -(-rows // block) == tiles:
-      continue
-    remedy = "build the table for this buffer."
-    if swapped:
-      remedy = (
-        "the third dimension would fit: q, k and v seem to be [b, h, n, d], but attention takes "
-        "[b, n, h, d]; swap with x.swapaxes(1, 2)."
+    if -(-rows // block) != tiles:
+      raise ValueError(
+        f"the table has {tiles} {what} tiles of {block} rows, but the input has {rows} {what} "
+        f"rows = {-(-rows // block)} tiles; build the table for this buffer."
+        + (f" {_OTHER_ORDER}" if swapped else "")
       )
-    raise ValueError(
-      f"the table has {tiles} {what} tiles of {block} rows, but the input has {rows} {what} "
-      f"rows = {-(-rows // block)} tiles; {remedy}"
-    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
