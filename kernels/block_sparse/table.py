@@ -358,7 +358,8 @@ class BlockMask:
   @functools.cached_property
   def _checked(self) -> bool:
     """True, once `check` has found nothing."""
-    self.check()
+    table = dataclasses.replace(self, transposed=None, launch=None)
+    jax.device_get(table).check()
     return True
 
 

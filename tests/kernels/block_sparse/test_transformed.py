@@ -14,6 +14,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from freqformer.kernels.block_sparse import xla
 from freqformer.kernels.block_sparse.api import attention
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -336,3 +337,12 @@ def test_second_derivatives(data):
   assert relative_error(other, found) < 1e-5
   with pytest.raises(NotImplementedError, match="no such second derivative.*'xla'.*'reference'"):
     jax.jit(lambda: reverse_over_reverse("xla"))()
+
+
+def test_implementations_without_second_derivatives_refuse_them(data, monkeypatch):
+  """As the Hopper kernels, in the mode that the portable form has, too."""
+  monkeypatch.delattr(xla, "SECOND_DERIVATIVES")
+  q, k, v, mask, *_ = data
+  gradient = jax.grad(functools.partial(_loss, "xla"))
+  with pytest.raises(NotImplementedError, match="no such second derivative"):
+    jax.jvp(lambda q: gradient(q, k, v, mask), (q,), (q,))
