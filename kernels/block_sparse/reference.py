@@ -2,6 +2,8 @@
 
 import jax.numpy as jnp
 
+SECOND_DERIVATIVES = ("forward", "reverse")
+
 
 def forward(q, k, v, mask, *, scale):
   """Returns out and LSE, with shapes as in `kernels.block_sparse.api.attention`."""

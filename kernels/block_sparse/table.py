@@ -5,6 +5,8 @@ table is generated from the forward one here and nowhere else.
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -315,17 +317,57 @@ class BlockMask:
       raise ValueError(
         f"kv_len must lie in 0..{self.block_kv}, got {kv_len.min()}..{kv_len.max()}."
       )
-    ids = np.asarray(self.indices())
-    if ids.size and (ids.min() < 0 or ids.max() >= self.kv_tiles):
-      raise ValueError(
-        f"kv_indices must lie in 0..{self.kv_tiles - 1}, padding too, got {ids.min()}..{ids.max()}."
-      )
-    inside = np.arange(1, self.max_kv) < counts[..., None]
-    if (inside & (np.diff(ids, axis=-1) <= 0)).any():
-      raise ValueError(
-        "kv_indices must be strictly ascending within kv_counts; sort each list and drop doubles."
-      )
+    self._check_lists(counts)
     return self
+
+  def _check_lists(self, counts: np.ndarray) -> None:
+    """Checks the ids of a concrete table, some rows at a time: copies of a large one do not fit."""
+    if self.kv_indices is None:
+      return
+    ids = np.asarray(self.kv_indices)
+    if one_list(ids):  # what every row is a prefix of
+      ids = ids[:1, :1, :1]
+      counts = counts.max(initial=0).reshape(1, 1, 1)
+    slots = np.arange(1, self.max_kv, dtype=np.int32)
+    step = max(1, _COUNTED // max(1, self.max_kv * math.prod(ids.shape[:2])))
+    for part in (slice(i, i + step) for i in range(0, ids.shape[2], step)):
+      some = ids[:, :, part]
+      if some.min(initial=0) < 0 or some.max(initial=0) >= self.kv_tiles:
+        raise ValueError(
+          f"kv_indices must lie in 0..{self.kv_tiles - 1}, padding too, got "
+          f"{some.min()}..{some.max()}."
+        )
+      if ((np.diff(some, axis=-1) <= 0) & (slots < counts[:, :, part, None])).any():
+        raise ValueError(
+          "kv_indices must be strictly ascending within kv_counts; sort each list and drop doubles."
+        )
+
+  def check_if_concrete(self) -> "BlockMask":
+    """Checks shapes, and once the values too if they are known; returns the table.
+
+    Arrays that are changed in place afterwards are not looked at again.
+
+    Raises:
+      ValueError: as `check`; of a traced table only for what `check_shapes` finds.
+    """
+    self.check_shapes()
+    if all(map(_is_known, (self.kv_indices, self.kv_counts, self.kv_len))):
+      _ = self._checked
+    return self
+
+  @functools.cached_property
+  def _checked(self) -> bool:
+    """True, once `check` has found nothing."""
+    table = dataclasses.replace(self, transposed=None, launch=None)
+    jax.device_get(table).check()
+    return True
+
+
+def _is_known(x: Array | None) -> bool:
+  """Returns True if this process can read the values of an array now."""
+  if isinstance(x, jax.core.Tracer):
+    return False
+  return not isinstance(x, jax.Array) or x.is_fully_addressable
 
 
 def one_list(ids: Array) -> bool:

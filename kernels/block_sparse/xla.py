@@ -5,6 +5,7 @@ so that a group's loop (a dynamic bound) does little for shorter lists; empty ro
 step gathers a chunk of listed tiles and does dense matmuls: no more of K or V is ever copied.
 Matmuls mask: keys carry one more column, 0 (or the tile's bias) in valid rows and `_HIDDEN` in
 padding, queries a 1 there, and slots behind a list's count read one more tile, hidden as a whole.
+Keys and values may have fewer heads than queries: nothing is repeated for them.
 """
 
 import dataclasses
@@ -13,11 +14,17 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from freqformer.kernels.core.varying import vary_over, varying_axes
 from jax import lax
 
 # On 2 CPU cores (docs/log.md) larger groups leave the cache, smaller ones pay for dispatch.
 _GROUP_ROWS = 1024  # query rows that run together
 _CHUNK_KEYS = 1024  # keys per step, at most
+# Query head i reads head `i // (h // h_kv)` of k and v, whose gradients add up over its readers.
+GROUPED_HEADS = True
+SECOND_DERIVATIVES = (
+  "forward",
+)  # not "reverse": the number of a loop's steps is known to it alone
 # The score of what may not be seen. Finite: it survives a matmul on devices that split floats, and
 # where a row has seen nothing, exp(_HIDDEN - score) is still 0 for every true score.
 _HIDDEN = -1e30
@@ -27,12 +34,14 @@ _HIDDEN = -1e30
 class _Plan:
   """Rows of work and the tiles they list; flat tiles are `(sample * h + head) * tiles + tile`.
 
+  Those of keys and values count the heads that these have, `h_kv`.
+
   Attributes:
     rows: int32 `[groups, g]`, row ids by falling count, then filler.
     counts: int32 `[groups, g]`.
     lists: int32 `[table rows, max_kv]`, or None for all tiles in order.
     table_row: int32 `[groups, g]`, into `lists`.
-    first_tile: int32 `[groups, g]`, flat number of key tile 0 of the row's sample and head.
+    first_tile: int32 `[groups, g]`, flat number of key tile 0 of the row's sample and key head.
     hidden_tile: flat number of the tile behind the last.
     chunk: key tiles per step.
   """
@@ -46,7 +55,7 @@ class _Plan:
   chunk: int
 
   @classmethod
-  def of(cls, mask, b, h):
+  def of(cls, mask, b, h, h_kv):
     num_rows = b * h * mask.q_tiles
     table_b, table_h = mask.kv_counts.shape[:2]
     counts = jnp.broadcast_to(jnp.asarray(mask.kv_counts), (b, h, mask.q_tiles)).reshape(-1)
@@ -65,8 +74,8 @@ class _Plan:
       counts=jnp.take(counts, rows, mode="fill", fill_value=0),
       lists=None if indices is None else jnp.asarray(indices).reshape(-1, mask.max_kv),
       table_row=table * mask.q_tiles + tile,
-      first_tile=sample_head * mask.kv_tiles,
-      hidden_tile=b * h * mask.kv_tiles,
+      first_tile=(sample * h_kv + head // (h // h_kv)) * mask.kv_tiles,
+      hidden_tile=b * h_kv * mask.kv_tiles,
       # Equal chunks: a list of 9 is 5 + 4, not 8 + 1.
       chunk=max(1, math.ceil(mask.max_kv / steps)),
     )
@@ -155,7 +164,8 @@ def _dot(equation, x, y):
 def forward(q, k, v, mask, *, scale):
   """Returns out and LSE by an online softmax over chunks."""
   b, n_q, h, _ = q.shape
-  plan = _Plan.of(mask, b, h)
+  plan = _Plan.of(mask, b, h, k.shape[2])
+  varying = varying_axes((q, k, v, mask))
   k_tiles = _key_tiles(k, mask)
   q = _view(q, mask.block_q, mask.q_tiles)
   v = _view(v, mask.block_kv, mask.kv_tiles)
@@ -177,7 +187,7 @@ def forward(q, k, v, mask, *, scale):
       return out, new, total * shrink + p.sum(-1)
 
     top = jnp.full(queries.shape[:2], _HIDDEN, queries.dtype)
-    start = (jnp.zeros_like(queries), top, jnp.zeros_like(top))
+    start = vary_over(varying, (jnp.zeros_like(queries), top, jnp.zeros_like(top)))
     out, top, total = lax.fori_loop(0, plan.steps(i), step, start)
     some = top > _HIDDEN / 2
     out = jnp.where(some[..., None], out / total[..., None], 0).astype(q.dtype)
@@ -186,7 +196,8 @@ def forward(q, k, v, mask, *, scale):
     return outs, lses.at[rows].set(lse, unique_indices=True)
 
   empty = jnp.full((b * h * mask.q_tiles, mask.block_q), -jnp.inf, k_tiles.dtype)
-  out, lse = lax.fori_loop(0, plan.live_groups(), group, (jnp.zeros_like(q), empty))
+  start = vary_over(varying, (jnp.zeros_like(q), empty))
+  out, lse = lax.fori_loop(0, plan.live_groups(), group, start)
   return _unview(out, n_q), lse.reshape(b, h, -1)[..., :n_q]
 
 
@@ -197,8 +208,9 @@ def backward(q, k, v, mask, lse, delta, d_out, *, scale):
   matmul would contract both operands over their slow axis, at a quarter of the speed.
   """
   b, n_q, h, d = q.shape
-  n_kv = k.shape[1]
-  plan = _Plan.of(mask, b, h)
+  n_kv, h_kv = k.shape[1:3]
+  plan = _Plan.of(mask, b, h, h_kv)
+  varying = varying_axes((q, k, v, mask, lse, delta, d_out))
   k_tiles = _key_tiles(k, mask)
   q, d_out = (_view(x, mask.block_q, mask.q_tiles) for x in (q, d_out))
   v = _view(v, mask.block_kv, mask.kv_tiles)
@@ -226,11 +238,12 @@ def backward(q, k, v, mask, lse, delta, d_out, *, scale):
       dv = dv.at[ids].add(_dot("gji,gid->gjd", p, d_rows).reshape(shape))
       return dq, dk, dv
 
-    new, *dkv = lax.fori_loop(0, plan.steps(i), step, (jnp.zeros_like(keyed), *dkv))
+    start = vary_over(varying, (jnp.zeros_like(keyed), *dkv))
+    new, *dkv = lax.fori_loop(0, plan.steps(i), step, start)
     return _at(dq, rows).set(new[..., :d] * scale, unique_indices=True), *dkv
 
   zeros = jnp.zeros((plan.hidden_tile, mask.block_kv, d), k_tiles.dtype)
-  start = (jnp.zeros(q.shape, zeros.dtype), zeros, zeros)
+  start = vary_over(varying, (jnp.zeros(q.shape, zeros.dtype), zeros, zeros))
   dq, *dkv = lax.fori_loop(0, plan.live_groups(), group, start)
-  dk, dv = (x.reshape(b, h, -1, d)[:, :, :n_kv].transpose(0, 2, 1, 3) for x in dkv)
+  dk, dv = (x.reshape(b, h_kv, -1, d)[:, :, :n_kv].transpose(0, 2, 1, 3) for x in dkv)
   return _unview(dq, n_q), dk, dv

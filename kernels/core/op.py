@@ -16,7 +16,12 @@ from typing import Any
 
 import jax
 from absl import logging
-from freqformer.kernels.core.partition import by_sample_and_head, several_devices
+from freqformer.kernels.core.partition import (
+  by_sample_and_head,
+  explicit_mesh,
+  inside_shard_map,
+  several_devices,
+)
 from freqformer.kernels.core.target import Target, current_target
 
 # Former names, which configs, commands and result files may still hold.
@@ -115,6 +120,12 @@ class Op:
       "automatic choice." + (f" Did you mean {close[0]!r}?" if close else "")
     )
 
+  def is_split(self, name: str, operands: Sequence[Any]) -> bool:
+    """Returns True if `run` gives an implementation parts of its operands."""
+    if name not in self.opaque or inside_shard_map():
+      return False
+    return several_devices() or explicit_mesh(operands) is not None
+
   def run(
     self, name: str, operands: Sequence[Any], direction: str = "forward", **settings: Any
   ) -> Any:
@@ -127,7 +138,7 @@ class Op:
       settings: static arguments of the function.
     """
     function = functools.partial(getattr(self.module(name), direction), **settings)
-    if name not in self.opaque or not several_devices():
+    if not self.is_split(name, operands):
       return function(*operands)
     split = getattr(self, direction)
     dims = [

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import jax
+from freqformer.kernels.core.varying import varying_axes
 from freqformer.kernels.hopper.machine import MULTIPROCESSORS
 from jax.custom_batching import sequential_vmap
 from jax.experimental import pallas as pl
@@ -77,9 +78,7 @@ def launch(
 
 def _varying_like(operands, out_type):
   """Returns `out_type` as inside `shard_map`: varying over each axis that some operand does."""
-  varying = frozenset().union(
-    *(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(operands))
-  )
+  varying = varying_axes(operands)
 
   def typed(x):
     return jax.ShapeDtypeStruct(

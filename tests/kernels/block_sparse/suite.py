@@ -23,6 +23,7 @@ class Case:
   name: str
   b: int = 1
   h: int = 2
+  h_kv: int | None = None  # heads of keys and values; None: h
   d: int = 32
   n_q: int = 192
   n_kv: int = 192
@@ -42,6 +43,7 @@ class Case:
 
 
 BIAS = Case("bias", bias=True)
+GROUPED = Case("grouped_heads", h=4, h_kv=2, table_h=4)
 CASES = (
   Case("plain", ragged=False, empty=False),
   Case("ragged_with_empty_rows"),
@@ -52,6 +54,7 @@ CASES = (
   Case("rectangular_tiles", block_q=128, block_kv=64, n_q=256, n_kv=320),
   Case("rectangular_tiles_2", block_q=64, block_kv=128, n_q=128, n_kv=384),
   Case("sparse_lists", n_q=512, n_kv=512, keep=0.1, d=64),
+  GROUPED,
 )
 # Shapes that only backends without alignment needs can run.
 ODD_CASES = (
@@ -104,7 +107,9 @@ def draw_mask(case: Case, seed: int) -> BlockMask:
 def draw_inputs(case: Case, seed: int, dtype):
   """q, k, v and the cotangents of out and LSE."""
   rng = np.random.default_rng(seed + 1000)
-  shapes = [(case.b, n, case.h, case.d) for n in (case.n_q, case.n_kv, case.n_kv, case.n_q)]
+  rows = (case.b, case.n_q, case.h, case.d)
+  keys = (case.b, case.n_kv, case.h_kv or case.h, case.d)
+  shapes = (rows, keys, keys, rows)
   q, k, v, d_out = (np.asarray(jnp.asarray(rng.standard_normal(s), dtype)) for s in shapes)
   return q, k, v, d_out, rng.standard_normal((case.b, case.h, case.n_q))
 
@@ -127,7 +132,9 @@ def seen_pairs(mask: BlockMask, n_q: int, n_kv: int) -> np.ndarray:
 
 def oracle(q, k, v, mask, d_out=None, d_lse=None):
   """out, lse and (with cotangents) dq, dk, dv in float64."""
+  group = q.shape[2] // k.shape[2]  # heads of queries that read a head of keys
   q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+  k, v = (np.repeat(x, group, 2) for x in (k, v))
   scale = 1 / math.sqrt(q.shape[-1])
   seen = seen_pairs(mask, q.shape[1], k.shape[1])
   s = np.einsum("bihd,bjhd->bhij", q, k) * scale
@@ -148,13 +155,10 @@ def oracle(q, k, v, mask, d_out=None, d_lse=None):
   dp = np.einsum("bihd,bjhd->bhij", d_out, v)
   # d softmax: P (dP - sum P dP), d LSE: P dLSE
   ds = p * (dp - (p * dp).sum(-1, keepdims=True) + d_lse[..., None]) * scale
-  return (
-    out,
-    lse,
-    np.einsum("bhij,bjhd->bihd", ds, k),
-    np.einsum("bhij,bihd->bjhd", ds, q),
-    np.einsum("bhij,bihd->bjhd", p, d_out),
-  )
+  dq = np.einsum("bhij,bjhd->bihd", ds, k)
+  dkv = (np.einsum("bhij,bihd->bjhd", ds, q), np.einsum("bhij,bihd->bjhd", p, d_out))
+  shape = (*k.shape[:2], -1, group, k.shape[3])
+  return out, lse, dq, *(x.reshape(shape).sum(3) for x in dkv)
 
 
 def _difference(got, want):
@@ -185,6 +189,7 @@ def plain_low_precision(q, k, v, mask, d_out, d_lse):
   some = seen.any(-1, keepdims=True)
 
   def textbook(q, k, v):
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], 2) for x in (k, v))
     s = jnp.einsum("bihd,bjhd->bhij", q, k).astype(jnp.float32) / math.sqrt(q.shape[-1])
     if mask.kv_bias is not None:
       s = s + jnp.repeat(jnp.asarray(mask.kv_bias), mask.block_kv)[: k.shape[1]]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from freqformer.kernels.block_sparse import table as table_module
 from freqformer.kernels.block_sparse.table import BlockMask, dense_mask, from_tiles, select
 from freqformer.kernels.core import lists
 
@@ -96,6 +97,25 @@ def test_lists_that_are_not_written_out_count_as_if_they_were():
     np.testing.assert_array_equal(jax.jit(BlockMask.pairs)(mask), written.pairs())
   compiled = jax.jit(BlockMask.density).lower(dense_mask(1 << 20, 1 << 20)).compile()
   assert compiled.memory_analysis().temp_size_in_bytes < 1 << 23
+
+
+def test_a_large_table_is_checked_without_copies(monkeypatch):
+  """Some rows at a time, and rows that are prefixes of one list only once."""
+  monkeypatch.setattr(table_module, "_COUNTED", 64)
+  rng = np.random.default_rng(1)
+  ids = np.sort(rng.random((2, 1, 50, 64)).argsort(-1)[..., :20], -1).astype(np.int32)
+  mask = BlockMask(ids, np.full((2, 1, 50), 20, np.int32), np.full(64, 8, np.int32), None, 8, 8)
+  mask.check()
+  late = ids.copy()
+  late[1, 0, 49, 19] = late[1, 0, 49, 18]
+  with pytest.raises(ValueError, match="strictly ascending"):
+    dataclasses.replace(mask, kv_indices=late).check()
+  many = 1 << 18  # 256 GB if written out
+  every = np.broadcast_to(np.arange(many, dtype=np.int32), (1, 1, many, many))
+  counts = np.full((1, 1, many), many, np.int32)
+  sparse = BlockMask(every, counts, np.full(many, 8, np.int32), None, 8, 8).check()
+  with pytest.raises(ValueError, match="strictly ascending"):
+    dataclasses.replace(sparse, kv_indices=every[..., ::-1]).check()
 
 
 def test_from_tiles_and_draw():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from freqformer.kernels.block_sparse import xla
 from freqformer.kernels.block_sparse.api import attention
-from freqformer.kernels.block_sparse.table import dense_mask
+from freqformer.kernels.block_sparse.table import BlockMask, dense_mask, from_tiles
 
 from tests.kernels.block_sparse.suite import (
   CASES,
@@ -69,19 +69,77 @@ def test_memory_is_linear_in_tokens():
   assert memory.temp_size_in_bytes < 24 * n * d * 4 + 64e6
 
 
+ROWS = np.zeros((1, 128, 2, 32), np.float32)
+BY_HEAD = dataclasses.replace(dense_mask(128, 128), kv_counts=np.ones((1, 3, 1), np.int32))
+
+
 @pytest.mark.parametrize(
-  ("dtype", "mask", "words"),
+  ("call", "error", "words"),
   [
-    (jnp.float32, dense_mask(64, 64, 64, 64), "build the table for this buffer"),
-    (jnp.int32, None, "must share one of"),
+    (lambda: attention(*[ROWS] * 3, dense_mask(64, 64, 64, 64)), ValueError, "build the table"),
+    (lambda: attention(*[ROWS] * 3, BY_HEAD), ValueError, "each must match or be 1"),
+    (lambda: attention(ROWS, ROWS, np.int32(ROWS)), ValueError, "must share one of"),
+    (lambda: attention(ROWS, *[ROWS[..., :16]] * 2), ValueError, "equal b and d"),
+    (lambda: attention(ROWS, ROWS, ROWS[..., :16]), ValueError, "equal b and d"),
+    (lambda: attention(ROWS[:, :, :1], ROWS, ROWS), ValueError, "h_kv divides h"),
     (
-      jnp.float32,
-      dataclasses.replace(dense_mask(128, 128), kv_counts=np.ones((1, 3, 1), np.int32)),
-      "each must match or be 1",
+      lambda: attention(*[ROWS.swapaxes(1, 2)] * 3, dense_mask(128, 128, 64, 64)),
+      ValueError,
+      r"has 2 query rows.*in the order \[b, h, n, d\] need x.swapaxes",
     ),
+    (
+      lambda: attention(*[ROWS] * 3, np.ones((128, 128), bool)),
+      TypeError,
+      r"must be a BlockMask or None, got bool \(128, 128\).*from_tiles.*dot_product_attention",
+    ),
+    (lambda: attention(*[ROWS] * 3, "causal"), TypeError, "must be a BlockMask or None, got str"),
+    (
+      lambda: jax.jit(lambda scale: attention(*[ROWS] * 3, scale=scale))(0.5),
+      TypeError,
+      "scale must be a number.*Multiply q by",
+    ),
+    (lambda: attention(*[ROWS] * 3, scale=np.ones(2)), TypeError, "scale must be a number"),
   ],
 )
-def test_inputs_that_contradict_the_table_are_refused(dtype, mask, words):
-  q = jnp.zeros((1, 128, 2, 32))
-  with pytest.raises(ValueError, match=words):
-    attention(q, q, q.astype(dtype), mask)
+def test_calls_that_are_refused_say_what_to_do(call, error, words):
+  with pytest.raises(error, match=words):
+    call()
+
+
+def test_a_table_of_other_rows_is_not_taken_for_another_order():
+  with pytest.raises(ValueError, match="for this buffer.$"):
+    attention(*[ROWS] * 3, dense_mask(512, 512))
+
+
+LIES = {
+  "id": dict(kv_indices=np.array([[[[0, 9], [0, 1]]]], np.int32)),
+  "order": dict(kv_indices=np.array([[[[1, 0], [0, 1]]]], np.int32)),
+  "twice": dict(kv_indices=np.array([[[[1, 1], [0, 1]]]], np.int32)),
+  "count": dict(kv_counts=np.full((1, 1, 2), 5, np.int32)),
+  "length": dict(kv_len=np.array([64, 65], np.int32)),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_tables_that_lie_are_refused(lie):
+  """NumPy's and JAX's, and those that a jitted function closes over; traced ones are believed."""
+  good = from_tiles(np.ones((2, 2), bool), [64, 64], 64, 64)
+  bad = dataclasses.replace(good, **LIES[lie])
+  x = ROWS[..., :1]
+  jax.eval_shape(lambda x: attention(x, x, x, good), x)
+  for table in (bad, jax.tree.map(jnp.asarray, bad)):
+    with pytest.raises(ValueError, match="kv_"):
+      attention(x, x, x, table, implementation="reference")
+    with pytest.raises(ValueError, match="kv_"):
+      jax.eval_shape(lambda x, table=table: attention(x, x, x, table), x)
+  jax.eval_shape(attention, x, x, x, bad)
+
+
+def test_a_table_is_checked_once(monkeypatch):
+  checks = []
+  check = BlockMask.check
+  monkeypatch.setattr(BlockMask, "check", lambda self: checks.append(None) or check(self))
+  table = from_tiles(np.ones((2, 2), bool), [64, 64], 64, 64)
+  for _ in range(2):
+    jax.eval_shape(lambda x: attention(x, x, x, table), ROWS)
+  assert len(checks) == 1

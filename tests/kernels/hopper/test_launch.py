@@ -7,6 +7,7 @@ import pytest
 from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.table import dense_mask
 from freqformer.kernels.hopper.interpret import interpreted
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tools import offline
@@ -33,3 +34,17 @@ def test_inside_shard_map(check):
   with jax.sharding.use_abstract_mesh(gpus.abstract_mesh):
     program = str(jax.make_jaxpr(mapped)(x))
   assert all(f"attention_{kernel}" in program for kernel in ("forward", "dq", "dkv"))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_on_two_gpus(kind):
+  """The kernels are found under `vmap` and on either kind of mesh; keys have fewer heads."""
+  mesh = offline.mesh(2).abstract_mesh.update_axis_types({"data": kind})
+  x = jax.ShapeDtypeStruct((2, 128, 2, 64), jnp.bfloat16, sharding=NamedSharding(mesh, P("data")))
+  gradient = jax.grad(lambda q: attention(q, *[q[:, :, :1]] * 2)[0].astype(jnp.float32).sum())
+  for run in (gradient, jax.vmap(lambda x: gradient(x[None])[0])):
+    with jax.sharding.use_abstract_mesh(mesh):
+      program = str(jax.make_jaxpr(run)(x))
+    assert all(f"attention_{kernel}" in program for kernel in ("forward", "dq", "dkv"))
+    split = "shard_map" if kind == AxisType.Explicit else "custom_partitioning"
+    assert split in program
