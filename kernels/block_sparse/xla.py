@@ -22,9 +22,8 @@ _GROUP_ROWS = 1024  # query rows that run together
 _CHUNK_KEYS = 1024  # keys per step, at most
 # Query head i reads head `i // (h // h_kv)` of k and v, whose gradients add up over its readers.
 GROUPED_HEADS = True
-SECOND_DERIVATIVES = (
-  "forward",
-)  # not "reverse": the number of a loop's steps is known to it alone
+# Not "reverse": the number of a loop's steps is known to it alone.
+SECOND_DERIVATIVES = ("forward",)
 # The score of what may not be seen. Finite: it survives a matmul on devices that split floats, and
 # where a row has seen nothing, exp(_HIDDEN - score) is still 0 for every true score.
 _HIDDEN = -1e30
