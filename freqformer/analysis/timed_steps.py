@@ -7,12 +7,14 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from absl import logging
 from flax import nnx
 
 from freqformer.data.fields import FieldsConfig
 from freqformer.data.sources import open_split
 from freqformer.evaluate.draw import draw, requests, sample_config
 from freqformer.evaluate.restore import Run, load_run
+from freqformer.train.devices import describe_devices, used_devices
 from freqformer.train.step import init_state, make_train_step
 
 _TURNS = 3
@@ -30,6 +32,7 @@ def write_seconds(workdir) -> pathlib.Path:
     ConfigError: the run has no checkpoint.
   """
   workdir = pathlib.Path(workdir)
+  logging.info("%s", describe_devices())
   runs = {"own": load_run(workdir), "dense": load_run(workdir, method="dense")}
   first = runs["own"]
   labels, indices = requests(first, None, 1)
@@ -45,7 +48,7 @@ def write_seconds(workdir) -> pathlib.Path:
     for name, step in steps.items():
       times[name] += [_timed(step) for _ in range(_STEPS_PER_TURN)]
   found = {
-    "device": jax.devices()[0].device_kind,
+    "device": used_devices()[0].device_kind,
     "training": {
       "unit": "a step",
       "of": f"batches of {first.experiment.train.batch_size}",

@@ -23,6 +23,7 @@ from freqformer.kernels.core.op import NoImplementation
 from freqformer.versions import versions
 
 _CODE = CHECKOUT or pathlib.Path(__file__).parents[1]
+_DEVICES = "jax._src.xla_bridge"  # the logger by which JAX says that it falls back to the CPU
 
 
 def run(main: Callable):
@@ -34,7 +35,7 @@ def run(main: Callable):
     jax.config.update("jax_platforms", "cpu")
   logging.set_verbosity(logging.INFO)
   logging.get_absl_handler().setFormatter(None)
-  logging.get_absl_handler().addFilter(_ours_or_error)
+  logging.get_absl_handler().addFilter(_worth_reading)
   app.run(guarded(main), flags_parser=guarded(parse))
 
 
@@ -70,11 +71,19 @@ def guarded(main: Callable) -> Callable:
   return run_main
 
 
-def _ours_or_error(record: python_logging.LogRecord) -> bool:
-  """Keeps our log lines, and errors of others: Orbax and grain warn of their own plumbing."""
+def _worth_reading(record: python_logging.LogRecord) -> bool:
+  """Keeps our log lines, errors of others, and what JAX says about the choice of devices.
+
+  Other warnings are left out: Orbax and grain warn of their own plumbing. An error that others log
+  with its trace becomes one line: what it leads to is told in the end.
+  """
   path = pathlib.Path(record.pathname)
   ours = path.is_relative_to(_CODE) and "site-packages" not in path.relative_to(_CODE).parts
-  return ours or record.levelno >= python_logging.ERROR
+  least = python_logging.WARNING if record.name == _DEVICES else python_logging.ERROR
+  if not ours and record.exc_info and not logging.level_debug():
+    record.msg = f"{record.getMessage()} ({record.exc_info[1]})"
+    record.args = record.exc_info = record.exc_text = None
+  return ours or record.levelno >= least
 
 
 def _fail(error) -> NoReturn:

@@ -56,6 +56,7 @@ from freqformer.pages.compare import slug, text_table, write_comparison
 from freqformer.pages.mp4 import grid_png, write_mp4
 from freqformer.pages.run import write_report
 from freqformer.pages.text import aligned
+from freqformer.train.devices import describe_devices, used_devices
 from freqformer.train.validation import channel_power
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run to sample from.", required=True)
@@ -122,6 +123,7 @@ def main(_):
     if flags.FLAGS[name].present:
       rule = "cannot be given with" if _VALIDATE.value else "needs"
       raise ConfigError(f"--{name} {rule} --validate, which reports losses and draws no sample.")
+  logging.info("%s", describe_devices())
   if _VALIDATE.value:
     _validate()
   elif _COMPARE.value is not None:
@@ -347,7 +349,7 @@ def _facts(run: Run, count: int, config: SampleConfig) -> dict:
     "seed": _SEED.value,
     "weights": "raw" if _RAW.value else "ema",
     **{f"training_{name}": value for name, value in totals.items()},
-    "device": jax.devices()[0].device_kind,
+    "device": used_devices()[0].device_kind,
     "flops_are": FLOPS_ARE,
     "density_is": "scored pairs / n^2 as run, of one sample",
   }

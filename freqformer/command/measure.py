@@ -49,6 +49,7 @@ from freqformer.pages.compare import slug
 from freqformer.pages.mp4 import write_mp4
 from freqformer.pages.run import write_report
 from freqformer.pages.text import aligned
+from freqformer.train.devices import describe_devices
 
 METRICS = (*measure.NAMES, "judge", "motion")
 
@@ -78,6 +79,7 @@ def main(_):
   for name in wanted:
     if name not in METRICS:
       raise ConfigError(f"--metrics={name!r} is unknown; {did_you_mean(name, METRICS)}")
+  logging.info("%s", describe_devices())
   workdir = pathlib.Path(_WORKDIR.value)
   if _FEATURES.value is not None:
     rows = _of_features(wanted)

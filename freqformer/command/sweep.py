@@ -5,9 +5,9 @@
   python -m freqformer.sweep --config=configs/demo.py --study=runs/study --list
 
 A config's `sweep()` yields flat overrides (`{"train.lr": 0.1}`). Each trial is one training command
-with them, which is logged. All trials are checked before the first one runs. The table at the end
-is also written as study.json, and validation loss over steps, FLOPs and seconds as losses.png. The
-exit code is 1 if a trial failed.
+with them, which is logged; its first line says which device it runs on. All trials are checked
+before the first one runs. The table at the end is also written as study.json, and validation loss
+over steps, FLOPs and seconds as losses.png. The exit code is 1 if a trial failed.
 """
 
 import hashlib

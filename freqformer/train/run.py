@@ -18,6 +18,7 @@ from freqformer.data.loader import train_iterator, val_batches
 from freqformer.data.sources import Split, open_split
 from freqformer.model.dit import VideoDiT, make_tables
 from freqformer.train.checkpoint import PACKAGES, Checkpoints
+from freqformer.train.devices import used_devices
 from freqformer.train.experiment import Experiment, experiment, recorded
 from freqformer.train.metrics import Metrics, write_routing
 from freqformer.train.preemption import StopRequest
@@ -138,7 +139,7 @@ def train(
     "changes": record["changes"],
     "git": git_revision(),
     "versions": versions(PACKAGES),
-    "device": jax.devices()[0].device_kind,
+    "device": used_devices()[0].device_kind,
     "tokens": layout.n,
     "tiles": layout.tiles,
     "grid": layout.grid,
