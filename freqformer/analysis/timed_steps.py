@@ -12,6 +12,7 @@ from flax import nnx
 
 from freqformer.data.fields import FieldsConfig
 from freqformer.data.sources import open_split
+from freqformer.disk import write_whole
 from freqformer.evaluate.draw import draw, requests, sample_config
 from freqformer.evaluate.restore import Run, load_run
 from freqformer.train.devices import describe_devices, used_devices
@@ -57,7 +58,7 @@ def write_seconds(workdir) -> pathlib.Path:
     "sampling": {"unit": "a sample", "of": f"{count} together, {config.steps} steps", **drawn},
   }
   path = workdir / "seconds.json"
-  path.write_text(json.dumps(found, indent=1))
+  write_whole(path, json.dumps(found, indent=1))
   return path
 
 

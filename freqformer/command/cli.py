@@ -9,6 +9,7 @@ import os
 import pathlib
 import re
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Mapping
 from typing import NoReturn
@@ -16,7 +17,7 @@ from typing import NoReturn
 import jax
 from absl import app, flags, logging
 
-from freqformer import CHECKOUT
+from freqformer import CHECKOUT, disk
 from freqformer.command.files import check_keys, dotted, read_config
 from freqformer.config import ConfigError
 from freqformer.kernels.core.op import NoImplementation
@@ -24,6 +25,7 @@ from freqformer.versions import versions
 
 _CODE = CHECKOUT or pathlib.Path(__file__).parents[1]
 _DEVICES = "jax._src.xla_bridge"  # the logger by which JAX says that it falls back to the CPU
+_QUOTED = 300  # characters of a line that others log
 
 
 def run(main: Callable):
@@ -63,25 +65,41 @@ def guarded(main: Callable) -> Callable:
       return main(*args)
     except (ConfigError, NoImplementation) as error:
       _fail(error)
-    except (FileExistsError, NotADirectoryError) as error:
-      _fail(f"{error.filename} is a file where a folder is needed; name another, or move it away.")
-    except (PermissionError, IsADirectoryError) as error:
-      _fail(f"{error.filename} cannot be used: {error.strerror}.")
+    except Exception as error:
+      if disk.is_full(error):
+        files = (each.filename for each in disk.chain(error) if _names_a_file(each))
+        folder = pathlib.Path(next(files, "file of this folder")).absolute().parent
+        _fail(disk.no_space(folder, "what is written"))
+      if isinstance(error, FileExistsError | NotADirectoryError) and _names_a_file(error):
+        _fail(
+          f"{error.filename} is a file where a folder is needed; name another, or move it away."
+        )
+      if _names_a_file(error):
+        _fail(f"{error.filename} cannot be used: {error.strerror}.")
+      raise
 
   return run_main
+
+
+def _names_a_file(error: BaseException) -> bool:
+  """Tells whether the system refused something with a file: it is not readable, not there, ..."""
+  return isinstance(error, OSError) and error.filename is not None and error.strerror is not None
 
 
 def _worth_reading(record: python_logging.LogRecord) -> bool:
   """Keeps our log lines, errors of others, and what JAX says about the choice of devices.
 
-  Other warnings are left out: Orbax and grain warn of their own plumbing. An error that others log
-  with its trace becomes one line: what it leads to is told in the end.
+  Other warnings are left out: Orbax and grain warn of their own plumbing. What others log becomes
+  one line without a trace: what an error leads to is told in the end.
   """
   path = pathlib.Path(record.pathname)
   ours = path.is_relative_to(_CODE) and "site-packages" not in path.relative_to(_CODE).parts
   least = python_logging.WARNING if record.name == _DEVICES else python_logging.ERROR
-  if not ours and record.exc_info and not logging.level_debug():
-    record.msg = f"{record.getMessage()} ({record.exc_info[1]})"
+  if not ours and not logging.level_debug():
+    text = record.getMessage()
+    if record.exc_info:
+      text += f" ({record.exc_info[1]})"
+    record.msg = textwrap.shorten(text, _QUOTED, placeholder=" ...")
     record.args = record.exc_info = record.exc_text = None
   return ours or record.levelno >= least
 

@@ -16,6 +16,7 @@ from freqformer import CHECKOUT
 from freqformer.command import cli
 from freqformer.command.files import read_config
 from freqformer.data.render import DEMO, render_ucf101
+from freqformer.disk import write_whole
 from freqformer.pages.run import write_report
 from freqformer.train.experiment import experiment
 
@@ -60,7 +61,7 @@ def main(_):
     "judge": judge_seconds,
     "total": time.monotonic() - started,
   }
-  path.write_text(json.dumps(run, indent=2))
+  write_whole(path, json.dumps(run, indent=2))
   print(f"report: {write_report(workdir)}  ({run['seconds']['total']:.0f} s)")
 
 

@@ -38,12 +38,14 @@ import jax
 import numpy as np
 from absl import flags, logging
 
+from freqformer import disk
 from freqformer.command import cli
 from freqformer.config import ConfigError
 from freqformer.data.codec import LatentStatistics
 from freqformer.data.sources import Split, data_keys, open_split, other_clips
 from freqformer.diffusion.sampling import SampleConfig
 from freqformer.diffusion.solvers import SOLVERS
+from freqformer.disk import write_whole
 from freqformer.evaluate import compare
 from freqformer.evaluate.draw import FLOPS_ARE, SAMPLES_PER_CLASS, draw, requests, sample_config
 from freqformer.evaluate.first_frame import first_frame_latent
@@ -124,12 +126,13 @@ def main(_):
       rule = "cannot be given with" if _VALIDATE.value else "needs"
       raise ConfigError(f"--{name} {rule} --validate, which reports losses and draws no sample.")
   logging.info("%s", describe_devices())
-  if _VALIDATE.value:
-    _validate()
-  elif _COMPARE.value is not None:
-    _compare_methods()
-  else:
-    _sample_one_method()
+  with disk.space_for("what eval.py writes", _OUT.value or _WORKDIR.value):
+    if _VALIDATE.value:
+      _validate()
+    elif _COMPARE.value is not None:
+      _compare_methods()
+    else:
+      _sample_one_method()
 
 
 def _sample_one_method():
@@ -170,12 +173,12 @@ def _sample_one_method():
   if masks:
     drawn.masks.save(masks)
   density = {"axes": ["step", "layer", "head"], "density": np.round(drawn.density, 5).tolist()}
-  (out / "density.json").write_text(json.dumps(density))
+  write_whole(out / "density.json", json.dumps(density))
   result = _facts(run, len(labels), config) | {
     "method": run.model.config.attention.method,
     **drawn.figures(),
   }
-  (out / "sampling.json").write_text(json.dumps(result, indent=2))
+  write_whole(out / "sampling.json", json.dumps(result, indent=2))
   logging.info(
     "%d samples in %s: compile %.1f s, run %.1f s (%.2f s each), mean attention density %.3f",
     len(labels),
@@ -249,7 +252,7 @@ def _validate():
   words += [_METHOD.value] if _METHOD.value else []
   words += [word for word, flag in (("raw", _RAW), ("soft", _SOFT)) if flag.value]
   path = out / f"{slug(','.join(words))}.json"
-  path.write_text(json.dumps(result, indent=2))
+  write_whole(path, json.dumps(result, indent=2))
   print(_losses(result, data.facts()))
   print(f"written: {path}")
   _update_report(out)

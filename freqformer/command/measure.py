@@ -35,10 +35,12 @@ import pathlib
 import numpy as np
 from absl import flags, logging
 
+from freqformer import disk
 from freqformer.command import cli
 from freqformer.config import ConfigError, did_you_mean
 from freqformer.data.codec import LatentStatistics
 from freqformer.data.sources import Split, open_split
+from freqformer.disk import write_whole
 from freqformer.evaluate import measure
 from freqformer.evaluate.backbones import Backbone, backbone
 from freqformer.evaluate.draw import sample_config
@@ -81,19 +83,25 @@ def main(_):
       raise ConfigError(f"--metrics={name!r} is unknown; {did_you_mean(name, METRICS)}")
   logging.info("%s", describe_devices())
   workdir = pathlib.Path(_WORKDIR.value)
-  if _FEATURES.value is not None:
-    rows = _of_features(wanted)
-  else:
-    rows = _of_videos(workdir, wanted)
-  path = workdir / "evaluation.json"
+  intact = "what is drawn already stays"
+  with disk.space_for("the evaluation", _OUT.value or workdir, intact=lambda: intact):
+    if _FEATURES.value is not None:
+      rows = _of_features(wanted)
+    else:
+      rows = _of_videos(workdir, wanted)
+    _keep(rows, workdir / "evaluation.json")
+  print(aligned(measure.table(rows)))
+  print(f"written: {workdir / 'evaluation.json'}")
+  write_report(workdir)
+
+
+def _keep(rows: list[dict], path: pathlib.Path):
+  """Writes rows beside those of earlier calls, in the place of their namesakes."""
   earlier = json.loads(path.read_text()) if path.exists() else []
   if not isinstance(earlier, list):
     earlier = []  # of a version that knew no rows
   merged = {(row["name"], row["protocol"].get("drawn")): row for row in [*earlier, *rows]}
-  path.write_text(json.dumps(list(merged.values()), indent=1) + "\n")
-  print(aligned(measure.table(rows)))
-  print(f"written: {path}")
-  write_report(workdir)
+  write_whole(path, json.dumps(list(merged.values()), indent=1) + "\n")
 
 
 # ---- features of another network -----------------------------------------------------------------

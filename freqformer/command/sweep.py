@@ -20,9 +20,11 @@ from collections.abc import Callable
 
 from absl import flags, logging
 
+from freqformer import disk
 from freqformer.command import cli
 from freqformer.command.files import define_config, load_config
 from freqformer.config import ConfigError
+from freqformer.disk import write_whole
 from freqformer.pages.losses import loss_figure
 from freqformer.pages.text import aligned
 from freqformer.train import metrics
@@ -178,7 +180,8 @@ def sweep(config_path, study, extra: dict, list_only: bool = False) -> list[dict
       rows.append(row | {"status": status, "overrides": overrides})
       if not list_only:
         study.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(rows, indent=2, default=list))
+        with disk.space_for("the study's table", study):
+          write_whole(path, json.dumps(rows, indent=2, default=list))
   return rows
 
 

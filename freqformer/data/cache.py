@@ -30,6 +30,7 @@ from freqformer.data.clips import list_clips
 from freqformer.data.codec import CodecConfig, LatentStatistics, StatisticsAccumulator, make_codec
 from freqformer.data.encode import encode_all
 from freqformer.data.protocol import BrokenClip, Clip, DataConfig, Listing
+from freqformer.disk import is_full
 from freqformer.versions import versions
 
 SCHEMA = 1
@@ -37,7 +38,6 @@ _HEADER = struct.Struct("<iii")
 _RECORDS = "latents-00000.array_record"
 PACKAGES = ("numpy", "av", "pillow", "array_record", "grain")
 _REPORTED = 20  # left-out clips that the log names; the manifest has all
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class LatentCache:
@@ -278,8 +278,8 @@ def _whole_folder(path: pathlib.Path, needed: int) -> Iterator[pathlib.Path]:
       if not (path / "manifest.json").exists():
         raise
   except (OSError, RuntimeError) as error:
-    # ArrayRecord raises a RuntimeError that holds the system's words.
-    if any(os.strerror(code) in str(error) for code in _DISK_FULL):
+    # ArrayRecord raises a RuntimeError.
+    if is_full(error):
       raise ConfigError(
         f"No space left in {str(path.parent)!r}: the cache {path.name} needs about "
         f"{needed / 2**20:,.1f} MiB and {free / 2**20:,.1f} MiB were free before; free some, or "

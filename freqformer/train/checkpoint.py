@@ -7,6 +7,7 @@ naming the leaves that differ. `record` is JSON: step, config, class map, statis
 import contextlib
 import json
 import pathlib
+import shutil
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
+from freqformer import disk
 from freqformer.config import ConfigError
 from freqformer.versions import git_revision, versions
 
@@ -42,6 +44,11 @@ def _name(path) -> str:
   return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
 
 
+def _bytes(state) -> int:
+  """Returns the size of a pytree of arrays; on disk it is a little smaller."""
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
 def _differences(wanted: dict, found: dict) -> list[str]:
   """Returns one line per leaf whose presence or shape differs."""
   lines = []
@@ -61,6 +68,7 @@ class Checkpoints:
   def __init__(self, workdir, keep: int = 2, create: bool = True):
     """Opens the folder, of which the `keep` newest checkpoints stay; it is made if `create`."""
     self.path = (pathlib.Path(workdir) / "checkpoints").absolute()
+    self._keep = keep
     if not create and not self.path.is_dir():
       raise ConfigError(
         f"no checkpoints under {self.path}; train first (python train.py --config=... "
@@ -85,21 +93,66 @@ class Checkpoints:
     """Returns all complete steps, ascending."""
     return sorted(self._manager.all_steps())
 
+  def intact(self) -> str:
+    """Returns a clause for a message about the disk: "step 10 is intact", or that there is none."""
+    known = self.steps()
+    return f"step {known[-1]} is intact" if known else "there is no earlier checkpoint"
+
+  def check_space(self, state):
+    """Compares the free space with what the checkpoints of a state will take.
+
+    A new checkpoint is written before the oldest one is deleted.
+
+    Raises:
+      ConfigError: not even one has space.
+    """
+    one = _bytes(state)
+    free = disk.free_bytes(self.path)
+    if one > free:
+      raise ConfigError(disk.no_space(self.path, "a checkpoint", one, self.intact()))
+    more = max(1, self._keep + 1 - len(self.steps()))
+    if more * one > free:
+      logging.warning(
+        "%s has %s of free space, but %d more checkpoints of %s each will be there at a time; "
+        "free some, or lower train.keep",
+        self.path,
+        disk.size_text(free),
+        more,
+        disk.size_text(one),
+      )
+
   def save(self, step: int, state, record: dict):
-    """Saves a pytree of arrays and its JSON record; a step that exists already is left alone."""
+    """Saves a pytree of arrays and its JSON record; a step that exists already is left alone.
+
+    Raises:
+      ConfigError: the disk is full; names what is intact.
+    """
     if step in self._manager.all_steps():
       return
     arrays = {name: np.asarray(leaf) for name, leaf in flatten(state).items()}
     own = {"schema": SCHEMA, "step": step, "versions": versions(PACKAGES), "git": git_revision()}
     plain = json.loads(json.dumps(own | record))
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        arrays=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(plain)
-      ),
+    items = ocp.args.Composite(
+      arrays=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(plain)
     )
-    self._manager.wait_until_finished()
+    what = f"the checkpoint of step {step}"
+    # Refused before Orbax begins: its threads print traces of their own about a full disk.
+    if _bytes(state) > disk.free_bytes(self.path):
+      raise ConfigError(disk.no_space(self.path, what, _bytes(state), self.intact()))
+    with disk.space_for(what, self.path, _bytes(state), self.intact), self._whole(step):
+      self._manager.save(step, args=items)
+      self._manager.wait_until_finished()
     logging.info("checkpoint of step %d in %s", step, self.path)
+
+  @contextlib.contextmanager
+  def _whole(self, step: int):
+    """Removes the half-written folder of a step that cannot be saved, which takes up space."""
+    try:
+      yield
+    except Exception:
+      for part in self.path.glob(f"{step}.*tmp*"):
+        shutil.rmtree(part, ignore_errors=True)
+      raise
 
   def record(self, step: int | None = None) -> dict:
     """Reads the JSON record of a step (default: the newest); raises ConfigError if it cannot."""

@@ -9,6 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from freqformer.diffusion.flow import BUCKETS
+from freqformer.disk import write_whole
 from freqformer.model.config import ModelConfig
 from freqformer.train.throughput import Throughput
 
@@ -44,10 +45,10 @@ class Metrics:
       totals = {"flops": 0.0, "seconds": 0.0}
     self._before = totals and {"step": step, **totals}
     rows = [row for row in read(self.path) if row["step"] <= step] if step else []
-    self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (self.workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2))
+    write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_whole(self.workdir / "config.json", json.dumps(config.to_dict(), indent=2))
     old = json.loads(self._run.read_text()) if self._run.exists() and step else {}
-    self._run.write_text(json.dumps(old | run | {"finished": False}, indent=2))
+    write_whole(self._run, json.dumps(old | run | {"finished": False}, indent=2))
 
   def start_clock(self, step: int):
     """Begins to count seconds, behind the steps that compiled."""
@@ -101,7 +102,7 @@ class Metrics:
     for name, value in seconds.items():
       total[name] = total.get(name, 0.0) + value
     run |= {"seconds": total, "finished": finished}
-    self._run.write_text(json.dumps(run, indent=2))
+    write_whole(self._run, json.dumps(run, indent=2))
 
 
 def read(path) -> list[dict]:
@@ -129,4 +130,4 @@ def write_routing(workdir, result: dict, model: ModelConfig, time_range: tuple[f
     "probs": np.round(result["probs"], 5).tolist(),
     "choice": np.round(result["choice"], 5).tolist(),
   }
-  (pathlib.Path(workdir) / "routing.json").write_text(json.dumps(routing))
+  write_whole(pathlib.Path(workdir) / "routing.json", json.dumps(routing))

@@ -14,6 +14,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from freqformer import disk
 from freqformer.data.loader import train_iterator, val_batches
 from freqformer.data.sources import Split, open_split
 from freqformer.model.dit import VideoDiT, make_tables
@@ -78,14 +79,28 @@ def train(
     ConfigError: the config cannot be run, or the checkpoint is of another one and
       `resume_changed` does not allow that (see `check_same_config`).
   """
-  started = time.monotonic()
-  seconds = {}
-  watch = watch or Watch()
   exp = experiment(config)
   workdir.mkdir(parents=True, exist_ok=True)
+  with disk.space_for("the run's records", workdir):
+    checkpoints = Checkpoints(workdir, exp.train.keep)
+  with disk.space_for("the run's records", workdir, intact=checkpoints.intact):
+    _train(config, exp, workdir, checkpoints, resume_changed, watch or Watch())
+  checkpoints.close()
+
+
+def _train(
+  config: ConfigDict,
+  exp: Experiment,
+  workdir: pathlib.Path,
+  checkpoints: Checkpoints,
+  resume_changed: bool,
+  watch: Watch,
+):
+  """Goes on from the newest of the checkpoints; arguments and errors as of `train`."""
+  started = time.monotonic()
+  seconds = {}
 
   # ---- 1. the newest checkpoint: is it of this config, is anything left to do? ----------------
-  checkpoints = Checkpoints(workdir, exp.train.keep)
   old = None
   changed = {}
   if checkpoints.latest() is not None:
@@ -93,7 +108,6 @@ def train(
     exp = experiment(config, old["config"])
     changed = check_same_config(old, exp, resume_changed)
     if old["step"] >= exp.train.steps:
-      checkpoints.close()
       over = "past the end, at"
       if old["step"] == exp.train.steps:
         over = "finished at"
@@ -131,6 +145,7 @@ def train(
     batches.set_state(json.loads(old["iterator"]))
     logging.info("resumed at step %d from %s", int(state.step), checkpoints.path)
   step = int(state.step)
+  checkpoints.check_space(state)
   layout = tables["layout"].layout
   facts = {
     "params": sum(x.size for x in jax.tree.leaves(params)),
@@ -195,7 +210,6 @@ def train(
   seconds["train"] = time.monotonic() - loop_started
   metrics.finish(seconds, finished=step >= exp.train.steps)
   watch.end()
-  checkpoints.close()
   if step < exp.train.steps:
     logging.warning(
       "stopped at step %d of %d; the same command goes on from there", step, exp.train.steps
