@@ -21,6 +21,7 @@ from freqformer.model.dit import VideoDiT, make_tables
 from freqformer.train.checkpoint import PACKAGES, Checkpoints
 from freqformer.train.devices import used_devices
 from freqformer.train.experiment import Experiment, experiment, recorded
+from freqformer.train.lock import held
 from freqformer.train.metrics import Metrics, write_routing
 from freqformer.train.preemption import StopRequest
 from freqformer.train.resume import check_same_config, check_same_data, with_seed
@@ -77,15 +78,16 @@ def train(
 
   Raises:
     ConfigError: the config cannot be run, or the checkpoint is of another one and
-      `resume_changed` does not allow that (see `check_same_config`).
+      `resume_changed` does not allow that (see `check_same_config`), another process trains in
+      `workdir`, or the disk is full.
   """
   exp = experiment(config)
   workdir.mkdir(parents=True, exist_ok=True)
-  with disk.space_for("the run's records", workdir):
+  with disk.space_for("the run's records", workdir), held(workdir):
     checkpoints = Checkpoints(workdir, exp.train.keep)
-  with disk.space_for("the run's records", workdir, intact=checkpoints.intact):
-    _train(config, exp, workdir, checkpoints, resume_changed, watch or Watch())
-  checkpoints.close()
+    with disk.space_for("the run's records", workdir, intact=checkpoints.intact):
+      _train(config, exp, workdir, checkpoints, resume_changed, watch or Watch())
+    checkpoints.close()
 
 
 def _train(
