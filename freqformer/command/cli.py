@@ -1,6 +1,10 @@
-"""Entry points of commands: what a user got wrong is one sentence and exit code 2, no traceback."""
+"""Entry points of commands: what ends one is one sentence, no traceback.
+
+Exit codes: 2 for what a user can mend, 130 for Ctrl-C, 1 for anything else.
+"""
 
 import ctypes
+import decimal
 import functools
 import itertools
 import logging as python_logging
@@ -23,9 +27,15 @@ from freqformer.config import ConfigError
 from freqformer.kernels.core.op import NoImplementation
 from freqformer.versions import versions
 
+INTERRUPTED = 130  # exit code of a command that Ctrl-C ended, as shells have it
+_VERBOSE = "--verbosity=1"
+_DIGITS = 18  # of an integer; more would not fit into 64 bits
 _CODE = CHECKOUT or pathlib.Path(__file__).parents[1]
 _DEVICES = "jax._src.xla_bridge"  # the logger by which JAX says that it falls back to the CPU
 _QUOTED = 300  # characters of a line that others log
+
+# --help of a command lists the flags that it defines by `define_path` as its own.
+flags.disclaim_key_flags()
 
 
 def run(main: Callable):
@@ -39,6 +49,37 @@ def run(main: Callable):
   logging.get_absl_handler().setFormatter(None)
   logging.get_absl_handler().addFilter(_worth_reading)
   app.run(guarded(main), flags_parser=guarded(parse))
+
+
+def run_plain(main: Callable):
+  """Runs `main(None)` of a command that reads its own arguments, as `guarded` does.
+
+  `--verbosity=1` is taken out of them before.
+  """
+  if _VERBOSE in sys.argv:
+    sys.argv.remove(_VERBOSE)
+    logging.set_verbosity(logging.DEBUG)
+  guarded(main)(None)
+
+
+def define_path(name: str, default: str | None, text: str, **given) -> flags.FlagHolder:
+  """Defines a flag that names a file or a folder; `~` is the user's home."""
+  return flags.DEFINE(_Path(), name, default, text, **given)
+
+
+def define_paths(name: str, text: str) -> flags.FlagHolder:
+  """Defines a flag like those of `define_path` that may be given several times."""
+  return flags.DEFINE_multi(_Path(), flags.ArgumentSerializer(), name, None, text)
+
+
+class _Path(flags.ArgumentParser):
+  """Parses a path; a shell leaves the `~` of `--flag=~/folder` as it is."""
+
+  def parse(self, argument: str) -> str:
+    return os.path.expanduser(argument)
+
+  def flag_type(self) -> str:
+    return "path"
 
 
 def gpu_wheels_without_gpu() -> bool:
@@ -57,12 +98,15 @@ def gpu_wheels_without_gpu() -> bool:
 
 
 def guarded(main: Callable) -> Callable:
-  """Wraps `main` so that its refusals end the process with one sentence."""
+  """Wraps `main` so that whatever it raises ends the process with one sentence."""
 
   @functools.wraps(main)
   def run_main(*args):
     try:
       return main(*args)
+    except KeyboardInterrupt:
+      print("stopped by Ctrl-C", file=sys.stderr)
+      sys.exit(INTERRUPTED)
     except (ConfigError, NoImplementation) as error:
       _fail(error)
     except Exception as error:
@@ -76,7 +120,14 @@ def guarded(main: Callable) -> Callable:
         )
       if _names_a_file(error):
         _fail(f"{error.filename} cannot be used: {error.strerror}.")
-      raise
+      line = str(error).strip().split("\n")[0]
+      if "RESOURCE_EXHAUSTED" in line:  # of XLA
+        _fail(
+          "the device's memory is full: lower train.batch_size, or sample.batch_size where "
+          f"samples are drawn. ({line})"
+        )
+      hint = "" if _wants_trace() else f" ({_VERBOSE} shows where it comes from.)"
+      _fail(f"{type(error).__name__}: {line}{hint}", code=1)
 
   return run_main
 
@@ -104,12 +155,17 @@ def _worth_reading(record: python_logging.LogRecord) -> bool:
   return ours or record.levelno >= least
 
 
-def _fail(error) -> NoReturn:
-  """Prints the sentence, with --verbosity=1 also where it comes from, and leaves with code 2."""
-  if logging.level_debug():
+def _fail(error, code: int = 2) -> NoReturn:
+  """Prints the sentence, with --verbosity=1 also where it comes from, and leaves."""
+  if _wants_trace():
     traceback.print_exc()
   print(f"error: {error}", file=sys.stderr)
-  sys.exit(2)
+  sys.exit(code)
+
+
+def _wants_trace() -> bool:
+  """Tells whether --verbosity=1 is given; flags may not have been parsed yet."""
+  return logging.level_debug() or _VERBOSE in sys.argv
 
 
 def parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
@@ -126,7 +182,7 @@ def parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
       config = read_config(*file.split(":", 1))
       matches = [re.match(r"--?(?:no)?config\.([\w.]+)", argument) for argument in argv]
       check_keys(config, [match.group(1) for match in matches if match])
-    rest = values(argv)
+    rest = values(_with_whole_numbers(argv, config, values))
   except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
     # The text of a KeyError is its message in quotes.
     message = error.args[0] if isinstance(error, KeyError) and error.args else error
@@ -137,6 +193,35 @@ def parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
     if isinstance(value, float) and not math.isfinite(value):
       raise ConfigError(f"--{name}={value} must be a finite number.")
   return rest
+
+
+def _with_whole_numbers(argv: list[str], config: Mapping, values: flags.FlagValues) -> list[str]:
+  """Returns the arguments with integers written out, as 1e5 is in `--config.train.steps=1e5`.
+
+  Raises:
+    ConfigError: a number that must be whole is not.
+  """
+
+  def is_whole(name: str) -> bool:
+    if name.startswith("config."):
+      value = functools.reduce(lambda group, key: group[key], name.split(".")[1:], config)
+      return isinstance(value, int) and not isinstance(value, bool)
+    return name in values and isinstance(values[name].parser, flags.IntegerParser)
+
+  found = list(argv)
+  for i, argument in enumerate(argv):
+    match = re.fullmatch(r"--?([\w.]+)(?:=(.*))?", argument)
+    if not match or not is_whole(match[1]):
+      continue
+    place = i if match[2] is not None else i + 1
+    text = match[2] if match[2] is not None else argv[place] if place < len(argv) else ""
+    if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", text, re.IGNORECASE):
+      continue  # an integer's own parser answers
+    number = decimal.Decimal(text)
+    if abs(number.adjusted()) > _DIGITS or number != int(number):
+      raise ConfigError(f"--{match[1]}={text} must be a whole number, e.g. 1000 or 1e3.")
+    found[place] = found[place].removesuffix(text) + str(int(number))
+  return found
 
 
 def _config_file(argv: list[str]) -> str | None:

@@ -23,9 +23,9 @@ from freqformer.train.experiment import experiment
 _ROOT = CHECKOUT or pathlib.Path.cwd()
 _SAMPLES = 8  # of each class
 _JUDGE_CLIPS = 256
-_WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Folder of the run.")
+_WORKDIR = cli.define_path("workdir", "runs/demo", "Folder of the run.")
 _STEPS = flags.DEFINE_integer("steps", None, "Steps of training instead of the config's.", 1)
-_CONFIG = flags.DEFINE_string("config", str(_ROOT / "configs" / "demo.py"), "Config of the run.")
+_CONFIG = cli.define_path("config", str(_ROOT / "configs" / "demo.py"), "Config of the run.")
 
 
 def _command(*arguments: str):

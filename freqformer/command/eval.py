@@ -59,11 +59,12 @@ from freqformer.pages.mp4 import grid_png, write_mp4
 from freqformer.pages.run import write_report
 from freqformer.pages.text import aligned
 from freqformer.train.devices import describe_devices, used_devices
+from freqformer.train.experiment import home_expanded
 from freqformer.train.validation import channel_power
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run to sample from.", required=True)
+_WORKDIR = cli.define_path("workdir", None, "Folder of the run to sample from.", required=True)
 _STEP = flags.DEFINE_integer("checkpoint", None, "Step of the checkpoint; default the newest.")
-_OUT = flags.DEFINE_string("out", None, "Folder to write to; default one in <workdir>.")
+_OUT = cli.define_path("out", None, "Folder to write to; default one in <workdir>.")
 _CLASSES = flags.DEFINE_list("classes", None, "Class names; default all.")
 _SAMPLES = flags.DEFINE_integer("samples", 1, "Samples per class.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the samples' noise.")
@@ -81,14 +82,14 @@ _SIZE = flags.DEFINE_string("size", None, "ROWSxCOLS of a video in pixels; defau
 _ROPE = flags.DEFINE_string(
   "rope", "trained", f"Positions on longer axes: {' or '.join(ROPE_RULES)}."
 )
-_FIRST_FRAME = flags.DEFINE_string("first_frame", None, "Picture that every video begins with.")
+_FIRST_FRAME = cli.define_path("first_frame", None, "Picture that every video begins with.")
 _METHOD = flags.DEFINE_string("method", None, "Run another attention method on the same weights.")
 _RAW = flags.DEFINE_bool("raw", False, "Use the raw weights instead of their average.")
 _SOFT = flags.DEFINE_bool("soft", False, "Mix all branches of the router, not the likeliest alone.")
-_EXPORT_MASKS = flags.DEFINE_string("export_masks", None, "Folder for the first sample's masks.")
+_EXPORT_MASKS = cli.define_path("export_masks", None, "Folder for the first sample's masks.")
 _COMPARE = flags.DEFINE_string("compare", None, "Methods to compare, the reference first.")
 _METRICS = flags.DEFINE_list("metrics", ["psnr", "ssim"], f"Some of {', '.join(compare.METRICS)}.")
-_LPIPS = flags.DEFINE_string("lpips_weights", None, "Weights (.npz) of LPIPS, for --compare.")
+_LPIPS = cli.define_path("lpips_weights", None, "Weights (.npz) of LPIPS, for --compare.")
 _FPS = flags.DEFINE_float("fps", 0, "Frame rate of the mp4s; default 25 / stride.", lower_bound=0)
 _VALIDATE = flags.DEFINE_bool("validate", False, "Report losses on clips instead of sampling.")
 _CLIPS = flags.DEFINE_integer("clips", 0, "Most clips of --validate; 0 takes all.", lower_bound=0)
@@ -222,7 +223,7 @@ def _compare_methods():
 
 def _validate():
   """Prints and writes losses on the run's validation clips, or on those of `--config.data`."""
-  given = {key: flag.value for key, flag in _DATA.items() if flag.value is not None}
+  given = home_expanded({k: flag.value for k, flag in _DATA.items() if flag.value is not None})
   run = load_run(_WORKDIR.value, step=_STEP.value, method=_METHOD.value, raw=_RAW.value)
   data, name = other_clips(run.experiment.data, given)
   # Refused before clips are encoded.

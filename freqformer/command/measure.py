@@ -55,14 +55,14 @@ from freqformer.train.devices import describe_devices
 
 METRICS = (*measure.NAMES, "judge", "motion")
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+_WORKDIR = cli.define_path("workdir", None, "Folder of the run.", required=True)
 _METRICS = flags.DEFINE_list("metrics", ["kvd", "psd", "flicker", "judge"], ", ".join(METRICS))
 _N = flags.DEFINE_integer("n", 256, "Samples to draw, over all classes.", lower_bound=1)
-_SAMPLES = flags.DEFINE_string("samples", None, "Folder in <workdir> of eval.py's samples instead.")
-_OUT = flags.DEFINE_string("out", None, "Folder of what is drawn; default <workdir>/evaluation.")
+_SAMPLES = cli.define_path("samples", None, "Folder in <workdir> of eval.py's samples instead.")
+_OUT = cli.define_path("out", None, "Folder of what is drawn; default <workdir>/evaluation.")
 _REAL = flags.DEFINE_enum("real", "train", ["train", "val"], "Split to compare with.")
 _BACKBONE = flags.DEFINE_string("backbone", "motionnet", "Network of fvd and kvd.")
-_WEIGHTS = flags.DEFINE_string("weights", None, "File of the backbone's weights.")
+_WEIGHTS = cli.define_path("weights", None, "File of the backbone's weights.")
 _FEATURES = flags.DEFINE_list("features", None, "Two .npy [n, f], of samples and of real clips.")
 _JUDGE_CLIPS = flags.DEFINE_integer(
   "judge_clips", 2000, "Most training clips that the judge is fitted to.", lower_bound=4
@@ -115,7 +115,7 @@ def _of_features(wanted: list[str]) -> list[dict]:
       "--backbone the name of the network that made them."
     )
   arrays = []
-  for name in _FEATURES.value:
+  for name in map(os.path.expanduser, _FEATURES.value):
     try:
       array = np.load(name)
     except (OSError, ValueError) as error:

@@ -270,8 +270,8 @@ def main(_):
 
 if __name__ == "__main__":
   # Not at import: other commands have a --config of their own.
-  _CONFIG = flags.DEFINE_string("config", None, "Has get_config() and sweep().", required=True)
-  _STUDY = flags.DEFINE_string("study", None, "Folder of the study.", required=True)
+  _CONFIG = cli.define_path("config", None, "Has get_config() and sweep().", required=True)
+  _STUDY = cli.define_path("study", None, "Folder of the study.", required=True)
   _OVERRIDE = flags.DEFINE_multi_string("override", [], "key=value for every trial.")
   _LIST = flags.DEFINE_bool("list", False, "Only show what has run.")
   cli.run(main)

@@ -25,7 +25,7 @@ from freqformer.train.experiment import experiment
 from freqformer.train.run import train
 
 _CONFIG = define_config()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; default runs/<config>.")
+_WORKDIR = cli.define_path("workdir", None, "Folder of this run; default runs/<config>.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print shapes, memory and FLOPs; touch no data.")
 _RESUME_CHANGED = flags.DEFINE_bool(
   "resume_changed", False, "Go on though data, model, seed or train.batch_size have changed."

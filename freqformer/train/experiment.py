@@ -1,6 +1,7 @@
 """A whole run's configuration, validated in one place: what `get_config` feeds."""
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -62,6 +63,7 @@ class Experiment:
     return self.data.latent_shape
 
 
+_PATHS = ("root", "cache")  # keys of config.data
 # What the model did before these keys existed; records of older runs lack them.
 _BEFORE = {
   "rope_theta": (10_000.0,),
@@ -96,8 +98,18 @@ def of_record(config: Mapping) -> Experiment:
   return _built(_completed(config))
 
 
+def home_expanded(data: Mapping) -> dict:
+  """Returns keys of `config.data` with `~` in its paths as the user's home."""
+  return {
+    key: os.path.expanduser(value) if key in _PATHS and isinstance(value, str) else value
+    for key, value in data.items()
+  }
+
+
 def _built(values: dict) -> Experiment:
   """Builds the groups, each by its own class, and the whole."""
+  if isinstance(values.get("data"), Mapping):
+    values = {**values, "data": home_expanded(values["data"])}
   makers = {"model": model_config, "data": data_config}
   made = {
     name: make(values[name])
