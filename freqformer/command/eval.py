@@ -69,7 +69,9 @@ _CLASSES = flags.DEFINE_list("classes", None, "Class names; default all.")
 _SAMPLES = flags.DEFINE_integer("samples", 1, "Samples per class.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the samples' noise.")
 _STEPS = flags.DEFINE_integer("steps", None, "Denoising steps; default the config's.")
-_GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale, 1 is none; default the config's.")
+_GUIDANCE = flags.DEFINE_float(
+  "guidance", None, "Guidance scale; 1 is none, 0 the null class alone; default the config's."
+)
 _SAMPLER = flags.DEFINE_string(
   "sampler", None, f"One of {', '.join(SOLVERS)}; default the config's."
 )

@@ -71,7 +71,9 @@ _HALVINGS = flags.DEFINE_integer("halvings", 4, "Random halvings of real clips."
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of noise and of halvings.")
 _STEP = flags.DEFINE_integer("checkpoint", None, "Step of the checkpoint; default the newest.")
 _STEPS = flags.DEFINE_integer("steps", None, "Denoising steps; default the config's.")
-_GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale, 1 is none; default the config's.")
+_GUIDANCE = flags.DEFINE_float(
+  "guidance", None, "Guidance scale; 1 is none, 0 the null class alone; default the config's."
+)
 _METHOD = flags.DEFINE_string("method", None, "Run another attention method on the same weights.")
 _RAW = flags.DEFINE_bool("raw", False, "Use the raw weights instead of their average.")
 

@@ -17,6 +17,7 @@ from freqformer.evaluate.first_frame import first_frame_latent
 from freqformer.evaluate.record_masks import MaskRecorder, RunMasks, realised_density
 from freqformer.evaluate.resize import resized
 from freqformer.evaluate.restore import Run
+from freqformer.train.experiment import check_guidance
 
 FLOPS_ARE = (
   "the method's cost over the phases of the run, two forwards where guidance acts. Heads that "
@@ -109,12 +110,14 @@ def sample_config(run: Run, count: int, **given) -> SampleConfig:
   """Returns the run's own sampling settings for `count` samples, with the fields that are not None.
 
   Raises:
-    ConfigError: a value is out of its bounds.
+    ConfigError: a value is out of its bounds, or needs a class that was never trained.
   """
   base = run.experiment.sample
   given = {name: value for name, value in given.items() if value is not None}
   with refusing("sampling"):
-    return dataclasses.replace(base, **given, batch_size=min(base.batch_size, count))
+    config = dataclasses.replace(base, **given, batch_size=min(base.batch_size, count))
+    check_guidance(config, run.experiment.train)
+  return config
 
 
 def draw(
@@ -186,7 +189,7 @@ def sample(
     samples: videos per class.
     seed: of the noise.
     steps: denoising steps; None takes those of the run's config, as for the next four.
-    guidance: guidance scale, 1 is none.
+    guidance: guidance scale; 1 is none, 0 the null class alone.
     sampler: "euler", "heun", "dpm++2m" or "unipc".
     guidance_interval: lowest and highest t that are guided.
     guidance_rescale: share of the guided velocity whose spread is that of the conditional one.

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from ml_collections import ConfigDict
 
-from freqformer.config import ConfigError, build, require
+from freqformer.config import ConfigError, build, refusing, require
 from freqformer.data.codec import make_codec
 from freqformer.data.fields import FieldsConfig
 from freqformer.data.protocol import DataConfig
@@ -84,7 +84,29 @@ def experiment(config: Mapping, begun: Mapping | None = None) -> Experiment:
     values["model"] = _as_begun(values["model"], _completed(begun)["model"])
   found = _built(values)
   found.model.check_training(found.latent_shape)
+  with refusing("config.sample"):
+    check_guidance(found.sample, found.train)
   return found
+
+
+def check_guidance(sample: SampleConfig, train: TrainConfig):
+  """Refuses to sample with a class embedding that training never moves.
+
+  Raises:
+    ValueError: says what to set.
+  """
+  free = any(sample.unconditional())
+  guided = any(sample.guided())
+  if train.label_dropout == 0 and (free or guided):
+    raise ValueError(
+      f"guidance={sample.guidance:g} needs the null class, which train.label_dropout=0 never "
+      "trains; set guidance=1, or train with a greater label_dropout."
+    )
+  if train.label_dropout == 1 and not all(sample.unconditional()):
+    raise ValueError(
+      f"guidance={sample.guidance:g} needs the classes, which train.label_dropout=1 never trains; "
+      "set guidance=0 and guidance_interval=(0, 1), or train with a smaller label_dropout."
+    )
 
 
 def of_record(config: Mapping) -> Experiment:
