@@ -60,6 +60,7 @@ from freqformer.pages.run import write_report
 from freqformer.pages.text import aligned
 from freqformer.train.devices import describe_devices, used_devices
 from freqformer.train.experiment import home_expanded
+from freqformer.train.metrics import finite
 from freqformer.train.validation import channel_power
 
 _WORKDIR = cli.define_path("workdir", None, "Folder of the run to sample from.", required=True)
@@ -255,7 +256,7 @@ def _validate():
   words += [_METHOD.value] if _METHOD.value else []
   words += [word for word, flag in (("raw", _RAW), ("soft", _SOFT)) if flag.value]
   path = out / f"{slug(','.join(words))}.json"
-  write_whole(path, json.dumps(result, indent=2))
+  write_whole(path, json.dumps(finite(result), indent=2))
   print(_losses(result, data.facts()))
   print(f"written: {path}")
   _update_report(out)

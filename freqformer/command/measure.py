@@ -52,6 +52,7 @@ from freqformer.pages.mp4 import write_mp4
 from freqformer.pages.run import write_report
 from freqformer.pages.text import aligned
 from freqformer.train.devices import describe_devices
+from freqformer.train.metrics import finite
 
 METRICS = (*measure.NAMES, "judge", "motion")
 
@@ -103,7 +104,7 @@ def _keep(rows: list[dict], path: pathlib.Path):
   if not isinstance(earlier, list):
     earlier = []  # of a version that knew no rows
   merged = {(row["name"], row["protocol"].get("drawn")): row for row in [*earlier, *rows]}
-  write_whole(path, json.dumps(list(merged.values()), indent=1) + "\n")
+  write_whole(path, json.dumps(finite(list(merged.values())), indent=1) + "\n")
 
 
 # ---- features of another network -----------------------------------------------------------------

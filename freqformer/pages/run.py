@@ -38,6 +38,9 @@ def _facts(workdir: pathlib.Path) -> str:
   if run.get("finished") is False:
     rows.append(("state", "training has not finished"))
   rows += [(name, run[key]) for key, name in _FACTS.items() if key in run]
+  if "best" in run:
+    best = run["best"]
+    rows.append(("best checkpoint", f"step {best['step']}, validation loss {best['val_loss']:.4g}"))
   for name, value in run["seconds"].items():
     rows.append((f"{_PARTS.get(name, name)}, seconds", float(value)))
   if run["versions"]:

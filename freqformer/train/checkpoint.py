@@ -5,9 +5,11 @@ naming the leaves that differ. `record` is JSON: step, config, class map, statis
 """
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 import shutil
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -62,13 +64,48 @@ def _differences(wanted: dict, found: dict) -> list[str]:
   return lines if more <= 0 else [*lines[:_LISTED], f"... and {more} more"]
 
 
+@dataclasses.dataclass
+class _NewestAndBest:
+  """Which checkpoints Orbax does not delete.
+
+  Attributes:
+    keep: number of newest ones.
+    keep_best: the best one, too.
+    loss: returns the validation loss of a step, or None.
+  """
+
+  keep: int
+  keep_best: bool
+  loss: Callable[[int], float | None]
+
+  def best(self, steps: Sequence[int]) -> int | None:
+    """Returns the step of least loss; of equal ones the newest."""
+    losses = {step: self.loss(step) for step in sorted(steps, reverse=True)}
+    known = {step: loss for step, loss in losses.items() if loss is not None}
+    return min(known, key=known.get, default=None)
+
+  def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    """Is called by Orbax."""
+    steps = [each.step for each in checkpoints]
+    wanted = set(sorted(steps)[-self.keep :])
+    if self.keep_best:
+      wanted.add(self.best(steps))
+    return [step in wanted for step in steps]
+
+
 class Checkpoints:
   """The checkpoints of one run, in `<workdir>/checkpoints/<step>/`."""
 
-  def __init__(self, workdir, keep: int = 2, create: bool = True):
-    """Opens the folder, of which the `keep` newest checkpoints stay; it is made if `create`."""
+  def __init__(self, workdir, keep: int = 2, create: bool = True, keep_best: bool = False):
+    """Opens the folder; it is made if `create`.
+
+    The `keep` newest checkpoints stay, with `keep_best` also the one whose record has the least
+    `val_loss`.
+    """
     self.path = (pathlib.Path(workdir) / "checkpoints").absolute()
-    self._keep = keep
+    self._losses: dict[int, float | None] = {}  # of validation at steps that were looked at
+    self._most = keep + int(keep_best)
+    self._kept = _NewestAndBest(keep, keep_best, self._loss)
     if not create and not self.path.is_dir():
       raise ConfigError(
         f"no checkpoints under {self.path}; train first (python train.py --config=... "
@@ -77,7 +114,7 @@ class Checkpoints:
     self._manager = ocp.CheckpointManager(
       self.path,
       options=ocp.CheckpointManagerOptions(
-        max_to_keep=keep, create=create, enable_async_checkpointing=False
+        preservation_policy=self._kept, create=create, enable_async_checkpointing=False
       ),
       item_handlers={
         "arrays": ocp.StandardCheckpointHandler(),
@@ -92,6 +129,18 @@ class Checkpoints:
   def steps(self) -> list[int]:
     """Returns all complete steps, ascending."""
     return sorted(self._manager.all_steps())
+
+  def best(self) -> dict | None:
+    """Returns `step` and `val_loss` of the checkpoint that validated best, None if none did."""
+    step = self._kept.best(self.steps())
+    return None if step is None else {"step": step, "val_loss": self._loss(step)}
+
+  def _loss(self, step: int) -> float | None:
+    """Returns the validation loss in a checkpoint's record; None if it is not known."""
+    if step not in self._losses:
+      with contextlib.suppress(ConfigError):  # a damaged one may go
+        self._losses[step] = self.record(step).get("val_loss")
+    return self._losses.get(step)
 
   def intact(self) -> str:
     """Returns a clause for a message about the disk: "step 10 is intact", or that there is none."""
@@ -110,7 +159,7 @@ class Checkpoints:
     free = disk.free_bytes(self.path)
     if one > free:
       raise ConfigError(disk.no_space(self.path, "a checkpoint", one, self.intact()))
-    more = max(1, self._keep + 1 - len(self.steps()))
+    more = max(1, self._most + 1 - len(self.steps()))
     if more * one > free:
       logging.warning(
         "%s has %s of free space, but %d more checkpoints of %s each will be there at a time; "
@@ -132,6 +181,8 @@ class Checkpoints:
     arrays = {name: np.asarray(leaf) for name, leaf in flatten(state).items()}
     own = {"schema": SCHEMA, "step": step, "versions": versions(PACKAGES), "git": git_revision()}
     plain = json.loads(json.dumps(own | record))
+    self._losses[step] = plain.get("val_loss")
+    self.best()  # the losses of earlier ones are read before Orbax, in a save, asks for them
     items = ocp.args.Composite(
       arrays=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(plain)
     )

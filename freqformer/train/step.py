@@ -51,6 +51,8 @@ class TrainConfig:
     val_soft: also validate the soft mixture of branches (the soft-hard gap).
     samples: classes of which a sample is drawn at every validation, for the run's report.
     keep: number of newest checkpoints that stay on disk.
+    keep_best: beside them the checkpoint of the least validation loss stays, of those at whose
+      very step the run validated.
   """
 
   steps: int
@@ -75,6 +77,7 @@ class TrainConfig:
   samples: int = 4
   checkpoint_every: int = 500
   keep: int = 2
+  keep_best: bool = True
 
   def __post_init__(self):
     require(self, "steps batch_size log_every checkpoint_every keep", least=1)

@@ -102,6 +102,38 @@ def test_a_damaged_checkpoint_is_said_to_be_one(saved, tmp_path, damage):
       checkpoints.restore({"ema": saved[1].ema}, step, ignore_extra=True)
 
 
+@pytest.mark.parametrize(
+  "losses, keep, stay, best",
+  [
+    # By step, from 1 on; None: the run did not validate there.
+    ([3.0, 1.0, 2.0, 4.0, 5.0], 2, [2, 4, 5], 2),
+    ([3.0, 1.0, 2.0, 0.5, 5.0], 2, [4, 5], 4),
+    ([3.0, 1.0, 2.0, 4.0, 5.0], 1, [2, 5], 2),
+    ([3.0, 1.0, 2.0, 4.0, 1.0], 1, [5], 5),  # of equal ones the newer
+    ([None, 2.0, None, None, None], 2, [2, 4, 5], 2),
+    ([None] * 5, 2, [4, 5], None),
+  ],
+)
+def test_the_best_checkpoint_stays_beside_the_newest(tmp_path, losses, keep, stay, best):
+  for step, loss in enumerate(losses, 1):  # each by a process of its own
+    checkpoints = Checkpoints(tmp_path, keep, keep_best=True)
+    checkpoints.save(step, {"x": np.full(2, step)}, {"val_loss": loss})
+    checkpoints.close()
+  found = Checkpoints(tmp_path, create=False)
+  assert found.steps() == stay
+  want = best and {"step": best, "val_loss": losses[best - 1]}
+  assert found.best() == want
+  if best:
+    assert found.restore({"x": np.zeros(2)}, best)["x"].tolist() == [best] * 2
+
+
+def test_without_the_key_the_newest_stay_alone(tmp_path):
+  checkpoints = Checkpoints(tmp_path, keep=1)
+  for step, loss in enumerate((3.0, 1.0, 2.0), 1):
+    checkpoints.save(step, {"x": np.zeros(1)}, {"val_loss": loss})
+  assert checkpoints.steps() == [3]
+
+
 def changed(values):
   config = read_config(TINY)
   config.update_from_flattened_dict(values)
