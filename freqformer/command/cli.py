@@ -203,7 +203,7 @@ def _with_whole_numbers(argv: list[str], config: Mapping, values: flags.FlagValu
   """
 
   def is_whole(name: str) -> bool:
-    if name.startswith("config."):
+    if config and name.startswith("config."):  # without a file these are flags as others
       value = functools.reduce(lambda group, key: group[key], name.split(".")[1:], config)
       return isinstance(value, int) and not isinstance(value, bool)
     return name in values and isinstance(values[name].parser, flags.IntegerParser)

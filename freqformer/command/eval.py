@@ -47,7 +47,15 @@ from freqformer.diffusion.sampling import SampleConfig
 from freqformer.diffusion.solvers import SOLVERS
 from freqformer.disk import write_whole
 from freqformer.evaluate import compare
-from freqformer.evaluate.draw import FLOPS_ARE, SAMPLES_PER_CLASS, draw, requests, sample_config
+from freqformer.evaluate.draw import (
+  FLOPS_ARE,
+  MAX_SEED,
+  SAMPLES_PER_CLASS,
+  draw,
+  requests,
+  sample_config,
+  split_classes,
+)
 from freqformer.evaluate.first_frame import first_frame_latent
 from freqformer.evaluate.resize import parse_size, resized, video_shape
 from freqformer.evaluate.restore import Run, load_run
@@ -66,9 +74,9 @@ from freqformer.train.validation import channel_power
 _WORKDIR = cli.define_path("workdir", None, "Folder of the run to sample from.", required=True)
 _STEP = flags.DEFINE_integer("checkpoint", None, "Step of the checkpoint; default the newest.")
 _OUT = cli.define_path("out", None, "Folder to write to; default one in <workdir>.")
-_CLASSES = flags.DEFINE_list("classes", None, "Class names; default all.")
+_CLASSES = flags.DEFINE_string("classes", None, "Class names, separated by commas; default all.")
 _SAMPLES = flags.DEFINE_integer("samples", 1, "Samples per class.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the samples' noise.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the samples' noise.", 0, MAX_SEED)
 _STEPS = flags.DEFINE_integer("steps", None, "Denoising steps; default the config's.")
 _GUIDANCE = flags.DEFINE_float(
   "guidance", None, "Guidance scale; 1 is none, 0 the null class alone; default the config's."
@@ -313,7 +321,8 @@ def _requests(run: Run) -> tuple[np.ndarray, np.ndarray, SampleConfig]:
   names = run.class_names
   if not _CLASSES.value and len(names) > 16:
     logging.info("all %d classes are sampled; --classes=%s,%s takes some", len(names), *names[:2])
-  labels, indices = requests(run, _CLASSES.value, _SAMPLES.value)
+  classes = None if _CLASSES.value is None else split_classes(_CLASSES.value, names)
+  labels, indices = requests(run, classes, _SAMPLES.value)
   given = {
     "steps": _STEPS.value,
     "guidance": _GUIDANCE.value,

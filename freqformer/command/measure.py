@@ -43,7 +43,7 @@ from freqformer.data.sources import Split, open_split
 from freqformer.disk import write_whole
 from freqformer.evaluate import measure
 from freqformer.evaluate.backbones import Backbone, backbone
-from freqformer.evaluate.draw import sample_config
+from freqformer.evaluate.draw import MAX_SEED, sample_config
 from freqformer.evaluate.measure import Clips
 from freqformer.evaluate.restore import Run, load_run
 from freqformer.evaluate.samples import clip_path, draw_missing, read_drawn, spread_requests
@@ -69,7 +69,7 @@ _JUDGE_CLIPS = flags.DEFINE_integer(
   "judge_clips", 2000, "Most training clips that the judge is fitted to.", lower_bound=4
 )
 _HALVINGS = flags.DEFINE_integer("halvings", 4, "Random halvings of real clips.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of noise and of halvings.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of noise and of halvings.", 0, MAX_SEED)
 _STEP = flags.DEFINE_integer("checkpoint", None, "Step of the checkpoint; default the newest.")
 _STEPS = flags.DEFINE_integer("steps", None, "Denoising steps; default the config's.")
 _GUIDANCE = flags.DEFINE_float(

@@ -26,6 +26,7 @@ FLOPS_ARE = (
 )
 # choice: the most samples of one class whose numbers do not overlap with the next class's.
 SAMPLES_PER_CLASS = 10_000
+MAX_SEED = 2**32 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +107,23 @@ def requests(
   return labels, (labels * SAMPLES_PER_CLASS + places).astype(np.int32)
 
 
+def split_classes(text: str, names: Sequence[str]) -> list[str]:
+  """Returns the classes that a text with commas between them names.
+
+  A name may have commas itself: what is longest is taken first. Parts that are no name are left as
+  they are, for `requests` to refuse.
+  """
+  parts = text.split(",")
+  found = []
+  while parts:
+    heads = (",".join(parts[:count]).strip() for count in range(len(parts), 0, -1))
+    name = next((head for head in heads if head in names), parts[0].strip())
+    del parts[: 1 + name.count(",")]
+    if name:
+      found.append(name)
+  return found
+
+
 def sample_config(run: Run, count: int, **given) -> SampleConfig:
   """Returns the run's own sampling settings for `count` samples, with the fields that are not None.
 
@@ -140,8 +158,11 @@ def draw(
     want_masks: record the first sample's masks; the seconds then include recording.
 
   Raises:
-    ConfigError: the method's schedule does not fit the number of evaluations.
+    ConfigError: the method's schedule does not fit the number of evaluations, or the seed is out of
+      its bounds.
   """
+  if not 0 <= seed <= MAX_SEED:
+    raise ConfigError(f"seed={seed} must lie in 0..{MAX_SEED:,}: a random key has 32 bits.")
   model = run.model
   shape = run.latent_shape
   tables = model.tables(shape)

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from freqformer.versions import git_revision, versions
 SCHEMA = 1
 # Distributions whose versions shape results.
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "av")
+_DELETING_SECONDS = 0.2  # that a checkpoint's folder stays while what is in it is deleted
 _LISTED = 12  # differing leaves that a refusal names
 _QUOTED = 300  # characters of Orbax's own error; it adds its specification, in pages of JSON
 
@@ -34,6 +36,10 @@ class Mismatch(ConfigError):
   def __init__(self, message: str, missing: list[str]):
     super().__init__(message)
     self.missing = missing
+
+
+class Gone(ConfigError):
+  """A checkpoint that was deleted while it was read: the run that trains there goes on."""
 
 
 def flatten(tree) -> dict[str, Any]:
@@ -231,6 +237,7 @@ class Checkpoints:
       ConfigError: there is no such step, or it cannot be read.
     """
     step = self._step(step)
+    newest = self.latest()
     with self._readable(step):
       metadata = self._manager.item_metadata(step)["arrays"]
       found = dict(getattr(metadata, "tree", metadata))
@@ -238,6 +245,8 @@ class Checkpoints:
     compared = {k: v for k, v in found.items() if k in wanted} if ignore_extra else found
     lines = _differences(wanted, compared)
     if lines:
+      if self._is_gone(step, newest):  # what lists its leaves was deleted
+        raise self._gone(step)
       raise Mismatch(
         f"checkpoint {self.path}/{step} does not fit this model; leaves that differ:\n  "
         + "\n  ".join(lines),
@@ -253,10 +262,13 @@ class Checkpoints:
 
   @contextlib.contextmanager
   def _readable(self, step: int):
-    """Calls the checkpoint damaged in a ConfigError, whatever goes wrong inside."""
+    """Calls the checkpoint deleted or damaged in a ConfigError, whatever goes wrong inside."""
+    before = self.latest()
     try:
       yield
     except Exception as error:  # Orbax documents none of its errors; they differ by broken file
+      if self._is_gone(step, before):
+        raise self._gone(step) from error
       cause = str(error)
       if len(cause) > _QUOTED:
         cause = f"{cause[:_QUOTED]} ..."
@@ -266,6 +278,21 @@ class Checkpoints:
         f"checkpoint {self.path}/{step} is damaged and cannot be read ({type(error).__name__}: "
         f"{cause}); delete that folder {remedy}."
       ) from error
+
+  def _gone(self, step: int) -> Gone:
+    return Gone(
+      f"checkpoint {self.path}/{step} was deleted while it was read, because training goes on "
+      f"there and keeps few; there are {self.steps()}: run the same command again."
+    )
+
+  def _is_gone(self, step: int, before: int | None) -> bool:
+    """Tells whether a step was deleted, or a newer one than `before` has come, which deletes it."""
+    for wait in (0, _DELETING_SECONDS):
+      time.sleep(wait)
+      self._manager.reload()
+      if step not in self.steps() or self.latest() != before:
+        return True
+    return False
 
   def _step(self, step: int | None) -> int:
     known = self.steps()
