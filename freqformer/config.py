@@ -171,7 +171,8 @@ def _default(field: dataclasses.Field):
 def _convert(value, hint, path: str, root: str):
   """Returns the value as the hinted type.
 
-  Whole numbers pass as floats and lists as tuples. Every float must be finite.
+  Whole numbers pass as floats, floats that are whole as integers, and lists as tuples. Every float
+  must be finite.
   """
   where = root + path
   if isinstance(value, float) and not math.isfinite(value):
@@ -201,6 +202,8 @@ def _convert(value, hint, path: str, root: str):
     return value
   if hint is float and isinstance(value, int) and not isinstance(value, bool):
     return float(value)
+  if hint is int and isinstance(value, float) and value.is_integer():
+    return int(value)
   plain = hint if isinstance(hint, type) else origin
   if isinstance(value, plain) and not (plain is int and isinstance(value, bool)):
     return value

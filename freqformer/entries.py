@@ -8,7 +8,11 @@ import sys
 def _run(module: str):
   """Runs a module as `python -m` would, so that `--help` shows its docstring and flags."""
   try:
+    # Ctrl-C may come while the command's modules are imported, which takes seconds.
     runpy.run_module(module, run_name="__main__", alter_sys=True)
+  except KeyboardInterrupt:
+    print("stopped by Ctrl-C", file=sys.stderr)
+    sys.exit(130)
   except ModuleNotFoundError as error:
     if error.name != "av":  # the one package of an extra that a command needs
       raise

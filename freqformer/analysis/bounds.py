@@ -245,6 +245,7 @@ def _head(tensors, arrays, h, name, operators) -> Head:
 def main(argv=None):
   """Measures a checkpoint and prints the table."""
   import argparse
+  import os
 
   from freqformer.analysis.probe import measure_model
   from freqformer.analysis.summary import table
@@ -252,10 +253,13 @@ def main(argv=None):
   from freqformer.data.sources import open_split
   from freqformer.evaluate.restore import load_run
 
+  path = os.path.expanduser
   parser = argparse.ArgumentParser(
     prog="python -m freqformer.analysis.bounds", description=__doc__.split("\n")[0]
   )
-  parser.add_argument("--workdir", required=True, help="folder of a run trained with FreqFormer")
+  parser.add_argument(
+    "--workdir", type=path, required=True, help="folder of a run trained with FreqFormer"
+  )
   parser.add_argument("--times", default="0.9,0.5,0.1", help="t of the noisy latents")
   args = parser.parse_args(argv)
   with refusing("--times"):
@@ -282,4 +286,4 @@ def main(argv=None):
 if __name__ == "__main__":
   from freqformer.command import cli
 
-  cli.guarded(main)(None)
+  cli.run_plain(main)

@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import pathlib
 from collections.abc import Sequence
 
@@ -149,16 +150,19 @@ def figure(found: dict) -> Figure:
 
 def main(argv: Sequence[str] | None = None) -> dict:
   """Prints an answer, and writes it where --out says; returns it."""
+  path = os.path.expanduser
   parser = argparse.ArgumentParser(
     prog="python -m freqformer.theory", description=__doc__.split("\n")[0], allow_abbrev=False
   )
   parser.add_argument("--grid", help=f"tokens t,y,x; default {','.join(map(str, GRID))}")
   parser.add_argument("--slope", type=float, help=f"of the power law; default {SLOPE}")
-  parser.add_argument("--data", help="folder of a latent cache: its grid and measured spectrum")
+  parser.add_argument(
+    "--data", type=path, help="folder of a latent cache: its grid and measured spectrum"
+  )
   parser.add_argument("--sets", help="window5,cells16,cells4w5,octaves,octaves5r2,a+b", default="")
   parser.add_argument("--times", help="t between 0 and 1", default=",".join(map(str, TIMES)))
   parser.add_argument("--queries", type=int, help="places of a query, at most", default=QUERIES)
-  parser.add_argument("--out", help="folder for theory.json and theory.png")
+  parser.add_argument("--out", type=path, help="folder for theory.json and theory.png")
   args = parser.parse_args(argv)
   grid, spectrum, source = _spectrum(args)
   with refusing("--times"):
@@ -202,4 +206,4 @@ def _spectrum(args) -> tuple[Triple, np.ndarray, str]:
 if __name__ == "__main__":
   from freqformer.command import cli
 
-  cli.guarded(main)(None)
+  cli.run_plain(main)

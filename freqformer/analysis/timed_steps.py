@@ -7,14 +7,17 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from absl import logging
 from flax import nnx
 
 from freqformer.data.fields import FieldsConfig
 from freqformer.data.sources import open_split
 from freqformer.diffusion.posterior import Posterior
+from freqformer.disk import write_whole
 from freqformer.evaluate.draw import draw, requests, sample_config
 from freqformer.evaluate.restore import Run, load_run
 from freqformer.model.dit import VideoDiT
+from freqformer.train.devices import describe_devices, used_devices
 from freqformer.train.experiment import Experiment
 from freqformer.train.step import init_state, make_train_step
 
@@ -33,6 +36,7 @@ def write_seconds(workdir) -> pathlib.Path:
     ConfigError: the run has no checkpoint.
   """
   workdir = pathlib.Path(workdir)
+  logging.info("%s", describe_devices())
   runs = {"own": load_run(workdir), "dense": load_run(workdir, method="dense")}
   first = runs["own"]
   labels, indices = requests(first, None, 1)
@@ -48,7 +52,7 @@ def write_seconds(workdir) -> pathlib.Path:
     for name, step in steps.items():
       times[name] += [_timed(step) for _ in range(_STEPS_PER_TURN)]
   found = {
-    "device": jax.devices()[0].device_kind,
+    "device": used_devices()[0].device_kind,
     "training": {
       "unit": "a step",
       "of": f"batches of {first.experiment.train.batch_size}",
@@ -57,7 +61,7 @@ def write_seconds(workdir) -> pathlib.Path:
     "sampling": {"unit": "a sample", "of": f"{count} together, {config.steps} steps", **drawn},
   }
   path = workdir / "seconds.json"
-  path.write_text(json.dumps(found, indent=1))
+  write_whole(path, json.dumps(found, indent=1))
   return path
 
 

@@ -1,6 +1,10 @@
-"""Entry points of commands: what a user got wrong is one sentence and exit code 2, no traceback."""
+"""Entry points of commands: what ends one is one sentence, no traceback.
+
+Exit codes: 2 for what a user can mend, 130 for Ctrl-C, 1 for anything else.
+"""
 
 import ctypes
+import decimal
 import functools
 import itertools
 import logging as python_logging
@@ -9,6 +13,7 @@ import os
 import pathlib
 import re
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Mapping
 from typing import NoReturn
@@ -16,13 +21,21 @@ from typing import NoReturn
 import jax
 from absl import app, flags, logging
 
-from freqformer import CHECKOUT
+from freqformer import CHECKOUT, disk
 from freqformer.command.files import check_keys, dotted, read_config
 from freqformer.config import ConfigError
 from freqformer.kernels.core.op import NoImplementation
 from freqformer.versions import versions
 
+INTERRUPTED = 130  # exit code of a command that Ctrl-C ended, as shells have it
+_VERBOSE = "--verbosity=1"
+_DIGITS = 18  # of an integer; more would not fit into 64 bits
 _CODE = CHECKOUT or pathlib.Path(__file__).parents[1]
+_DEVICES = "jax._src.xla_bridge"  # the logger by which JAX says that it falls back to the CPU
+_QUOTED = 300  # characters of a line that others log
+
+# --help of a command lists the flags that it defines by `define_path` as its own.
+flags.disclaim_key_flags()
 
 
 def run(main: Callable):
@@ -34,8 +47,39 @@ def run(main: Callable):
     jax.config.update("jax_platforms", "cpu")
   logging.set_verbosity(logging.INFO)
   logging.get_absl_handler().setFormatter(None)
-  logging.get_absl_handler().addFilter(_ours_or_error)
+  logging.get_absl_handler().addFilter(_worth_reading)
   app.run(guarded(main), flags_parser=guarded(parse))
+
+
+def run_plain(main: Callable):
+  """Runs `main(None)` of a command that reads its own arguments, as `guarded` does.
+
+  `--verbosity=1` is taken out of them before.
+  """
+  if _VERBOSE in sys.argv:
+    sys.argv.remove(_VERBOSE)
+    logging.set_verbosity(logging.DEBUG)
+  guarded(main)(None)
+
+
+def define_path(name: str, default: str | None, text: str, **given) -> flags.FlagHolder:
+  """Defines a flag that names a file or a folder; `~` is the user's home."""
+  return flags.DEFINE(_Path(), name, default, text, **given)
+
+
+def define_paths(name: str, text: str) -> flags.FlagHolder:
+  """Defines a flag like those of `define_path` that may be given several times."""
+  return flags.DEFINE_multi(_Path(), flags.ArgumentSerializer(), name, None, text)
+
+
+class _Path(flags.ArgumentParser):
+  """Parses a path; a shell leaves the `~` of `--flag=~/folder` as it is."""
+
+  def parse(self, argument: str) -> str:
+    return os.path.expanduser(argument)
+
+  def flag_type(self) -> str:
+    return "path"
 
 
 def gpu_wheels_without_gpu() -> bool:
@@ -54,35 +98,74 @@ def gpu_wheels_without_gpu() -> bool:
 
 
 def guarded(main: Callable) -> Callable:
-  """Wraps `main` so that its refusals end the process with one sentence."""
+  """Wraps `main` so that whatever it raises ends the process with one sentence."""
 
   @functools.wraps(main)
   def run_main(*args):
     try:
       return main(*args)
+    except KeyboardInterrupt:
+      print("stopped by Ctrl-C", file=sys.stderr)
+      sys.exit(INTERRUPTED)
     except (ConfigError, NoImplementation) as error:
       _fail(error)
-    except (FileExistsError, NotADirectoryError) as error:
-      _fail(f"{error.filename} is a file where a folder is needed; name another, or move it away.")
-    except (PermissionError, IsADirectoryError) as error:
-      _fail(f"{error.filename} cannot be used: {error.strerror}.")
+    except Exception as error:
+      if disk.is_full(error):
+        files = (each.filename for each in disk.chain(error) if _names_a_file(each))
+        folder = pathlib.Path(next(files, "file of this folder")).absolute().parent
+        _fail(disk.no_space(folder, "what is written"))
+      if isinstance(error, FileExistsError | NotADirectoryError) and _names_a_file(error):
+        _fail(
+          f"{error.filename} is a file where a folder is needed; name another, or move it away."
+        )
+      if _names_a_file(error):
+        _fail(f"{error.filename} cannot be used: {error.strerror}.")
+      line = str(error).strip().split("\n")[0]
+      if "RESOURCE_EXHAUSTED" in line:  # of XLA
+        _fail(
+          "the device's memory is full: lower train.batch_size, or sample.batch_size where "
+          f"samples are drawn. ({line})"
+        )
+      hint = "" if _wants_trace() else f" ({_VERBOSE} shows where it comes from.)"
+      _fail(f"{type(error).__name__}: {line}{hint}", code=1)
 
   return run_main
 
 
-def _ours_or_error(record: python_logging.LogRecord) -> bool:
-  """Keeps our log lines, and errors of others: Orbax and grain warn of their own plumbing."""
+def _names_a_file(error: BaseException) -> bool:
+  """Tells whether the system refused something with a file: it is not readable, not there, ..."""
+  return isinstance(error, OSError) and error.filename is not None and error.strerror is not None
+
+
+def _worth_reading(record: python_logging.LogRecord) -> bool:
+  """Keeps our log lines, errors of others, and what JAX says about the choice of devices.
+
+  Other warnings are left out: Orbax and grain warn of their own plumbing. What others log becomes
+  one line without a trace: what an error leads to is told in the end.
+  """
   path = pathlib.Path(record.pathname)
   ours = path.is_relative_to(_CODE) and "site-packages" not in path.relative_to(_CODE).parts
-  return ours or record.levelno >= python_logging.ERROR
+  least = python_logging.WARNING if record.name == _DEVICES else python_logging.ERROR
+  if not ours and not logging.level_debug():
+    text = record.getMessage()
+    if record.exc_info:
+      text += f" ({record.exc_info[1]})"
+    record.msg = textwrap.shorten(text, _QUOTED, placeholder=" ...")
+    record.args = record.exc_info = record.exc_text = None
+  return ours or record.levelno >= least
 
 
-def _fail(error) -> NoReturn:
-  """Prints the sentence, with --verbosity=1 also where it comes from, and leaves with code 2."""
-  if logging.level_debug():
+def _fail(error, code: int = 2) -> NoReturn:
+  """Prints the sentence, with --verbosity=1 also where it comes from, and leaves."""
+  if _wants_trace():
     traceback.print_exc()
   print(f"error: {error}", file=sys.stderr)
-  sys.exit(2)
+  sys.exit(code)
+
+
+def _wants_trace() -> bool:
+  """Tells whether --verbosity=1 is given; flags may not have been parsed yet."""
+  return logging.level_debug() or _VERBOSE in sys.argv
 
 
 def parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
@@ -99,7 +182,7 @@ def parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
       config = read_config(*file.split(":", 1))
       matches = [re.match(r"--?(?:no)?config\.([\w.]+)", argument) for argument in argv]
       check_keys(config, [match.group(1) for match in matches if match])
-    rest = values(argv)
+    rest = values(_with_whole_numbers(argv, config, values))
   except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
     # The text of a KeyError is its message in quotes.
     message = error.args[0] if isinstance(error, KeyError) and error.args else error
@@ -110,6 +193,35 @@ def parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
     if isinstance(value, float) and not math.isfinite(value):
       raise ConfigError(f"--{name}={value} must be a finite number.")
   return rest
+
+
+def _with_whole_numbers(argv: list[str], config: Mapping, values: flags.FlagValues) -> list[str]:
+  """Returns the arguments with integers written out, as 1e5 is in `--config.train.steps=1e5`.
+
+  Raises:
+    ConfigError: a number that must be whole is not.
+  """
+
+  def is_whole(name: str) -> bool:
+    if config and name.startswith("config."):  # without a file these are flags as others
+      value = functools.reduce(lambda group, key: group[key], name.split(".")[1:], config)
+      return isinstance(value, int) and not isinstance(value, bool)
+    return name in values and isinstance(values[name].parser, flags.IntegerParser)
+
+  found = list(argv)
+  for i, argument in enumerate(argv):
+    match = re.fullmatch(r"--?([\w.]+)(?:=(.*))?", argument)
+    if not match or not is_whole(match[1]):
+      continue
+    place = i if match[2] is not None else i + 1
+    text = match[2] if match[2] is not None else argv[place] if place < len(argv) else ""
+    if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", text, re.IGNORECASE):
+      continue  # an integer's own parser answers
+    number = decimal.Decimal(text)
+    if abs(number.adjusted()) > _DIGITS or number != int(number):
+      raise ConfigError(f"--{match[1]}={text} must be a whole number, e.g. 1000 or 1e3.")
+    found[place] = found[place].removesuffix(text) + str(int(number))
+  return found
 
 
 def _config_file(argv: list[str]) -> str | None:

@@ -16,15 +16,16 @@ from freqformer import CHECKOUT
 from freqformer.command import cli
 from freqformer.command.files import read_config
 from freqformer.data.render import DEMO, render_ucf101
+from freqformer.disk import write_whole
 from freqformer.pages.run import write_report
 from freqformer.train.experiment import experiment
 
 _ROOT = CHECKOUT or pathlib.Path.cwd()
 _SAMPLES = 8  # of each class
 _JUDGE_CLIPS = 256
-_WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Folder of the run.")
+_WORKDIR = cli.define_path("workdir", "runs/demo", "Folder of the run.")
 _STEPS = flags.DEFINE_integer("steps", None, "Steps of training instead of the config's.", 1)
-_CONFIG = flags.DEFINE_string("config", str(_ROOT / "configs" / "demo.py"), "Config of the run.")
+_CONFIG = cli.define_path("config", str(_ROOT / "configs" / "demo.py"), "Config of the run.")
 
 
 def _command(*arguments: str):
@@ -60,7 +61,7 @@ def main(_):
     "judge": judge_seconds,
     "total": time.monotonic() - started,
   }
-  path.write_text(json.dumps(run, indent=2))
+  write_whole(path, json.dumps(run, indent=2))
   print(f"report: {write_report(workdir)}  ({run['seconds']['total']:.0f} s)")
 
 

@@ -38,14 +38,24 @@ import jax
 import numpy as np
 from absl import flags, logging
 
+from freqformer import disk
 from freqformer.command import cli
 from freqformer.config import ConfigError
 from freqformer.data.codec import LatentStatistics
 from freqformer.data.sources import Split, data_keys, open_split, other_clips
 from freqformer.diffusion.sampling import SampleConfig
 from freqformer.diffusion.solvers import SOLVERS
+from freqformer.disk import write_whole
 from freqformer.evaluate import compare
-from freqformer.evaluate.draw import FLOPS_ARE, SAMPLES_PER_CLASS, draw, requests, sample_config
+from freqformer.evaluate.draw import (
+  FLOPS_ARE,
+  MAX_SEED,
+  SAMPLES_PER_CLASS,
+  draw,
+  requests,
+  sample_config,
+  split_classes,
+)
 from freqformer.evaluate.first_frame import first_frame_latent
 from freqformer.evaluate.resize import parse_size, resized, video_shape
 from freqformer.evaluate.restore import Run, load_run
@@ -56,16 +66,21 @@ from freqformer.pages.compare import slug, text_table, write_comparison
 from freqformer.pages.mp4 import grid_png, write_mp4
 from freqformer.pages.run import write_report
 from freqformer.pages.text import aligned
+from freqformer.train.devices import describe_devices, used_devices
+from freqformer.train.experiment import home_expanded
+from freqformer.train.metrics import finite
 from freqformer.train.validation import channel_power
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run to sample from.", required=True)
+_WORKDIR = cli.define_path("workdir", None, "Folder of the run to sample from.", required=True)
 _STEP = flags.DEFINE_integer("checkpoint", None, "Step of the checkpoint; default the newest.")
-_OUT = flags.DEFINE_string("out", None, "Folder to write to; default one in <workdir>.")
-_CLASSES = flags.DEFINE_list("classes", None, "Class names; default all.")
+_OUT = cli.define_path("out", None, "Folder to write to; default one in <workdir>.")
+_CLASSES = flags.DEFINE_string("classes", None, "Class names, separated by commas; default all.")
 _SAMPLES = flags.DEFINE_integer("samples", 1, "Samples per class.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the samples' noise.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the samples' noise.", 0, MAX_SEED)
 _STEPS = flags.DEFINE_integer("steps", None, "Denoising steps; default the config's.")
-_GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale, 1 is none; default the config's.")
+_GUIDANCE = flags.DEFINE_float(
+  "guidance", None, "Guidance scale; 1 is none, 0 the null class alone; default the config's."
+)
 _SAMPLER = flags.DEFINE_string(
   "sampler", None, f"One of {', '.join(SOLVERS)}; default the config's."
 )
@@ -78,14 +93,14 @@ _SIZE = flags.DEFINE_string("size", None, "ROWSxCOLS of a video in pixels; defau
 _ROPE = flags.DEFINE_string(
   "rope", "trained", f"Positions on longer axes: {' or '.join(ROPE_RULES)}."
 )
-_FIRST_FRAME = flags.DEFINE_string("first_frame", None, "Picture that every video begins with.")
+_FIRST_FRAME = cli.define_path("first_frame", None, "Picture that every video begins with.")
 _METHOD = flags.DEFINE_string("method", None, "Run another attention method on the same weights.")
 _RAW = flags.DEFINE_bool("raw", False, "Use the raw weights instead of their average.")
 _SOFT = flags.DEFINE_bool("soft", False, "Mix all branches of the router, not the likeliest alone.")
-_EXPORT_MASKS = flags.DEFINE_string("export_masks", None, "Folder for the first sample's masks.")
+_EXPORT_MASKS = cli.define_path("export_masks", None, "Folder for the first sample's masks.")
 _COMPARE = flags.DEFINE_string("compare", None, "Methods to compare, the reference first.")
 _METRICS = flags.DEFINE_list("metrics", ["psnr", "ssim"], f"Some of {', '.join(compare.METRICS)}.")
-_LPIPS = flags.DEFINE_string("lpips_weights", None, "Weights (.npz) of LPIPS, for --compare.")
+_LPIPS = cli.define_path("lpips_weights", None, "Weights (.npz) of LPIPS, for --compare.")
 _FPS = flags.DEFINE_float(
   "fps", 0, "Frame rate of the mp4s; default: the trained one.", lower_bound=0
 )
@@ -124,12 +139,14 @@ def main(_):
     if flags.FLAGS[name].present:
       rule = "cannot be given with" if _VALIDATE.value else "needs"
       raise ConfigError(f"--{name} {rule} --validate, which reports losses and draws no sample.")
-  if _VALIDATE.value:
-    _validate()
-  elif _COMPARE.value is not None:
-    _compare_methods()
-  else:
-    _sample_one_method()
+  logging.info("%s", describe_devices())
+  with disk.space_for("what eval.py writes", _OUT.value or _WORKDIR.value):
+    if _VALIDATE.value:
+      _validate()
+    elif _COMPARE.value is not None:
+      _compare_methods()
+    else:
+      _sample_one_method()
 
 
 def _sample_one_method():
@@ -170,12 +187,12 @@ def _sample_one_method():
   if masks:
     drawn.masks.save(masks)
   density = {"axes": ["step", "layer", "head"], "density": np.round(drawn.density, 5).tolist()}
-  (out / "density.json").write_text(json.dumps(density))
+  write_whole(out / "density.json", json.dumps(density))
   result = _facts(run, len(labels), config) | {
     "method": run.model.config.attention.method,
     **drawn.figures(),
   }
-  (out / "sampling.json").write_text(json.dumps(result, indent=2))
+  write_whole(out / "sampling.json", json.dumps(result, indent=2))
   logging.info(
     "%d samples in %s: compile %.1f s, run %.1f s (%.2f s each), mean attention density %.3f",
     len(labels),
@@ -219,7 +236,7 @@ def _compare_methods():
 
 def _validate():
   """Prints and writes losses on the run's validation clips, or on those of `--config.data`."""
-  given = {key: flag.value for key, flag in _DATA.items() if flag.value is not None}
+  given = home_expanded({k: flag.value for k, flag in _DATA.items() if flag.value is not None})
   run = load_run(_WORKDIR.value, step=_STEP.value, method=_METHOD.value, raw=_RAW.value)
   data, name = other_clips(run.experiment.data, given)
   # Refused before clips are encoded.
@@ -249,7 +266,7 @@ def _validate():
   words += [_METHOD.value] if _METHOD.value else []
   words += [word for word, flag in (("raw", _RAW), ("soft", _SOFT)) if flag.value]
   path = out / f"{slug(','.join(words))}.json"
-  path.write_text(json.dumps(result, indent=2))
+  write_whole(path, json.dumps(finite(result), indent=2))
   print(_losses(result, data.facts()))
   print(f"written: {path}")
   _update_report(out)
@@ -306,7 +323,8 @@ def _requests(run: Run) -> tuple[np.ndarray, np.ndarray, SampleConfig]:
   names = run.class_names
   if not _CLASSES.value and len(names) > 16:
     logging.info("all %d classes are sampled; --classes=%s,%s takes some", len(names), *names[:2])
-  labels, indices = requests(run, _CLASSES.value, _SAMPLES.value)
+  classes = None if _CLASSES.value is None else split_classes(_CLASSES.value, names)
+  labels, indices = requests(run, classes, _SAMPLES.value)
   given = {
     "steps": _STEPS.value,
     "guidance": _GUIDANCE.value,
@@ -349,7 +367,7 @@ def _facts(run: Run, count: int, config: SampleConfig) -> dict:
     "seed": _SEED.value,
     "weights": "raw" if _RAW.value else "ema",
     **{f"training_{name}": value for name, value in totals.items()},
-    "device": jax.devices()[0].device_kind,
+    "device": used_devices()[0].device_kind,
     "flops_are": FLOPS_ARE,
     "density_is": "scored pairs / n^2 as run, of one sample",
   }

@@ -5,6 +5,7 @@ when it is read, so that each of them can be set on the command line.
 """
 
 import contextlib
+import difflib
 import functools
 import importlib.util
 import pathlib
@@ -21,6 +22,8 @@ from freqformer.data.sources import config_class
 from freqformer.methods.registry import METHODS, method_class
 from freqformer.train.experiment import Experiment
 
+_ALIKE = 0.8  # choice: of two dotted keys that a slip of the fingers tells apart
+
 
 def load_config(path, need: tuple[str, ...] = ("get_config",)) -> types.ModuleType:
   """Returns the module of a config file, which must have the functions that `need` names.
@@ -28,7 +31,7 @@ def load_config(path, need: tuple[str, ...] = ("get_config",)) -> types.ModuleTy
   Raises:
     ConfigError: the file or a function is missing, or the file does not run; names the line.
   """
-  path = pathlib.Path(path)
+  path = pathlib.Path(path).expanduser()
   if not path.is_file():
     raise ConfigError(f"no config file {path}; name one of configs/*.py.")
   spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -120,6 +123,27 @@ def dotted(config: Mapping, prefix: str = "") -> list[str]:
   return keys
 
 
+def _near_key(key: str, known: list[str]) -> str:
+  """Returns "did you mean 'train.lr'?" for a slip, otherwise the keys of the group.
+
+  Keys of one group are alike by the group's name: their last parts are what is compared. A key may
+  also be right but for its group.
+  """
+  group, _, name = key.rpartition(".")
+  elsewhere = [other for other in known if other.rpartition(".")[2] == name]
+  beside = {other.rpartition(".")[2]: other for other in known if other.rpartition(".")[0] == group}
+  near = [beside[found] for found in difflib.get_close_matches(name, beside, n=1)]
+  near += difflib.get_close_matches(key, elsewhere, n=1, cutoff=0)
+  if not beside:  # the slip is in the group's name
+    near += difflib.get_close_matches(key, known, n=1, cutoff=_ALIKE)
+  if near:
+    return f"did you mean {near[0]!r}?"
+  if beside:
+    where = f"config.{group}" if group else "config"
+    return f"{where} has {', '.join(sorted(beside))}."
+  return did_you_mean(group.split(".")[0], [other for other in known if "." not in other])
+
+
 def check_keys(config: Mapping, keys: Iterable[str]):
   """Refuses a dotted key that the config does not have, or that names a whole group.
 
@@ -129,7 +153,7 @@ def check_keys(config: Mapping, keys: Iterable[str]):
   known = dotted(config)
   for key in keys:
     if key not in known:
-      raise ConfigError(f"config.{key} does not exist; {did_you_mean(key, known)}")
+      raise ConfigError(f"config.{key} does not exist; {_near_key(key, known)}")
     value = functools.reduce(lambda part, name: part[name], key.split("."), config)
     if hasattr(value, "items"):
       members = f"add one of them: .{', .'.join(value)}" if len(value) else "it has no keys"

@@ -35,13 +35,15 @@ import pathlib
 import numpy as np
 from absl import flags, logging
 
+from freqformer import disk
 from freqformer.command import cli
 from freqformer.config import ConfigError, did_you_mean
 from freqformer.data.codec import LatentStatistics
 from freqformer.data.sources import Split, open_split
+from freqformer.disk import write_whole
 from freqformer.evaluate import measure
 from freqformer.evaluate.backbones import Backbone, backbone
-from freqformer.evaluate.draw import sample_config
+from freqformer.evaluate.draw import MAX_SEED, sample_config
 from freqformer.evaluate.measure import Clips
 from freqformer.evaluate.restore import Run, load_run
 from freqformer.evaluate.samples import clip_path, draw_missing, read_drawn, spread_requests
@@ -49,26 +51,30 @@ from freqformer.pages.compare import slug
 from freqformer.pages.mp4 import write_mp4
 from freqformer.pages.run import write_report
 from freqformer.pages.text import aligned
+from freqformer.train.devices import describe_devices
+from freqformer.train.metrics import finite
 
 METRICS = (*measure.NAMES, "judge", "motion")
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+_WORKDIR = cli.define_path("workdir", None, "Folder of the run.", required=True)
 _METRICS = flags.DEFINE_list("metrics", ["kvd", "psd", "flicker", "judge"], ", ".join(METRICS))
 _N = flags.DEFINE_integer("n", 256, "Samples to draw, over all classes.", lower_bound=1)
-_SAMPLES = flags.DEFINE_string("samples", None, "Folder in <workdir> of eval.py's samples instead.")
-_OUT = flags.DEFINE_string("out", None, "Folder of what is drawn; default <workdir>/evaluation.")
+_SAMPLES = cli.define_path("samples", None, "Folder in <workdir> of eval.py's samples instead.")
+_OUT = cli.define_path("out", None, "Folder of what is drawn; default <workdir>/evaluation.")
 _REAL = flags.DEFINE_enum("real", "train", ["train", "val"], "Split to compare with.")
 _BACKBONE = flags.DEFINE_string("backbone", "motionnet", "Network of fvd and kvd.")
-_WEIGHTS = flags.DEFINE_string("weights", None, "File of the backbone's weights.")
+_WEIGHTS = cli.define_path("weights", None, "File of the backbone's weights.")
 _FEATURES = flags.DEFINE_list("features", None, "Two .npy [n, f], of samples and of real clips.")
 _JUDGE_CLIPS = flags.DEFINE_integer(
   "judge_clips", 2000, "Most training clips that the judge is fitted to.", lower_bound=4
 )
 _HALVINGS = flags.DEFINE_integer("halvings", 4, "Random halvings of real clips.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of noise and of halvings.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of noise and of halvings.", 0, MAX_SEED)
 _STEP = flags.DEFINE_integer("checkpoint", None, "Step of the checkpoint; default the newest.")
 _STEPS = flags.DEFINE_integer("steps", None, "Denoising steps; default the config's.")
-_GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale, 1 is none; default the config's.")
+_GUIDANCE = flags.DEFINE_float(
+  "guidance", None, "Guidance scale; 1 is none, 0 the null class alone; default the config's."
+)
 _METHOD = flags.DEFINE_string("method", None, "Run another attention method on the same weights.")
 _RAW = flags.DEFINE_bool("raw", False, "Use the raw weights instead of their average.")
 
@@ -78,20 +84,27 @@ def main(_):
   for name in wanted:
     if name not in METRICS:
       raise ConfigError(f"--metrics={name!r} is unknown; {did_you_mean(name, METRICS)}")
+  logging.info("%s", describe_devices())
   workdir = pathlib.Path(_WORKDIR.value)
-  if _FEATURES.value is not None:
-    rows = _of_features(wanted)
-  else:
-    rows = _of_videos(workdir, wanted)
-  path = workdir / "evaluation.json"
+  intact = "what is drawn already stays"
+  with disk.space_for("the evaluation", _OUT.value or workdir, intact=lambda: intact):
+    if _FEATURES.value is not None:
+      rows = _of_features(wanted)
+    else:
+      rows = _of_videos(workdir, wanted)
+    _keep(rows, workdir / "evaluation.json")
+  print(aligned(measure.table(rows)))
+  print(f"written: {workdir / 'evaluation.json'}")
+  write_report(workdir)
+
+
+def _keep(rows: list[dict], path: pathlib.Path):
+  """Writes rows beside those of earlier calls, in the place of their namesakes."""
   earlier = json.loads(path.read_text()) if path.exists() else []
   if not isinstance(earlier, list):
     earlier = []  # of a version that knew no rows
   merged = {(row["name"], row["protocol"].get("drawn")): row for row in [*earlier, *rows]}
-  path.write_text(json.dumps(list(merged.values()), indent=1) + "\n")
-  print(aligned(measure.table(rows)))
-  print(f"written: {path}")
-  write_report(workdir)
+  write_whole(path, json.dumps(finite(list(merged.values())), indent=1) + "\n")
 
 
 # ---- features of another network -----------------------------------------------------------------
@@ -105,7 +118,7 @@ def _of_features(wanted: list[str]) -> list[dict]:
       "--backbone the name of the network that made them."
     )
   arrays = []
-  for name in _FEATURES.value:
+  for name in map(os.path.expanduser, _FEATURES.value):
     try:
       array = np.load(name)
     except (OSError, ValueError) as error:

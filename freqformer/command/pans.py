@@ -66,14 +66,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
   default = pans.PansConfig()
   speeds = ",".join(map(str, default.speeds))
+  path = os.path.expanduser
   parser = argparse.ArgumentParser(
     prog="python -m freqformer.pans",
     description=__doc__.split("\n")[0],
     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     allow_abbrev=False,
   )
-  parser.add_argument("--photos", required=True, help="folder of photographs, searched as a tree")
-  parser.add_argument("--out", default="data/pans", help="folder of the clips, new or empty")
+  parser.add_argument("--photos", type=path, required=True, help="folder tree of photographs")
+  parser.add_argument("--out", type=path, default="data/pans", help="folder, new or empty")
   parser.add_argument("--clips", type=int, default=default.clips, help="per photograph and motion")
   parser.add_argument("--frames", type=int, default=default.frames, help="of a clip")
   parser.add_argument("--rows", type=int, default=default.rows, help="of a frame")
@@ -147,4 +148,4 @@ def _render(
 
 
 if __name__ == "__main__":
-  cli.guarded(main)()
+  cli.run_plain(main)

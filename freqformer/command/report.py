@@ -9,6 +9,7 @@ compare.html beside the first run, or the file that --out names.
 """
 
 import itertools
+import os
 import pathlib
 import sys
 
@@ -35,7 +36,8 @@ def folders(texts: list[str]) -> list[str]:
   """Returns the runs that texts name: a text that is no folder may be a list with commas."""
   found = []
   for text in texts:  # folders of a sweep have commas in their names
-    found += [text] if pathlib.Path(text).is_dir() else text.split(",")
+    parts = [text] if pathlib.Path(text).is_dir() else text.split(",")
+    found += map(os.path.expanduser, parts)
   return found
 
 
@@ -57,9 +59,9 @@ def main(_):
 
 if __name__ == "__main__":
   # Not at import: other commands have a --workdir of their own.
-  _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+  _WORKDIR = cli.define_path("workdir", None, "Folder of the run.")
   _TIME_DENSE = flags.DEFINE_bool("time_dense", False, "Time its steps against dense attention's.")
-  _COMPARE = flags.DEFINE_multi_string("compare", None, "Folders of runs to show side by side.")
-  _OUT = flags.DEFINE_string("out", None, "File of --compare.")
+  _COMPARE = cli.define_paths("compare", "Folders of runs to show side by side.")
+  _OUT = cli.define_path("out", None, "File of --compare.")
   sys.argv = gathered(sys.argv)
   cli.run(main)

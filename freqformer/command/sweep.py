@@ -1,13 +1,15 @@
 """Runs a sweep: one workdir per trial; finished trials are skipped, killed ones resumed.
 
+Several sweeps may run on one study at once, one on each GPU say: each takes the next free trial.
+
   python -m freqformer.sweep --config=configs/ucf101.py --study=runs/study
   python -m freqformer.sweep --config=configs/demo.py --study=runs/study --override=train.steps=9
   python -m freqformer.sweep --config=configs/demo.py --study=runs/study --list
 
 A config's `sweep()` yields flat overrides (`{"train.lr": 0.1}`). Each trial is one training command
-with them, which is logged. All trials are checked before the first one runs. The table at the end
-is also written as study.json, and validation loss over steps, FLOPs and seconds as losses.png. The
-exit code is 1 if a trial failed.
+with them, which is logged; its first line says which device it runs on. All trials are checked
+before the first one runs. The table at the end is also written as study.json, and validation loss
+over steps, FLOPs and seconds as losses.png. The exit code is 1 if a trial failed.
 """
 
 import hashlib
@@ -16,22 +18,28 @@ import pathlib
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 
 from absl import flags, logging
 
+from freqformer import disk
 from freqformer.command import cli
 from freqformer.command.files import define_config, load_config
 from freqformer.config import ConfigError
+from freqformer.disk import write_whole
 from freqformer.pages.losses import loss_figure
 from freqformer.pages.text import aligned
 from freqformer.train import metrics
 from freqformer.train.experiment import Experiment, experiment, of_record
+from freqformer.train.lock import Held, held, holder
 from freqformer.train.preemption import StopRequest
 from freqformer.train.resume import change_text, changes
 
 _NAME_LENGTH = 80  # characters of a trial's folder name before its hash
 _POLL_SECONDS = 0.5  # between two looks at a running trial
+_PATIENCE_SECONDS = 10  # for another sweep that writes the table
+_SWEEPING = "sweep.lock"  # of a trial's folder, held by the sweep that runs it
 _COLUMNS = {
   "trial": "",
   "val_loss": ".4f",
@@ -99,6 +107,72 @@ def result_of(workdir: pathlib.Path) -> dict | None:
   }
 
 
+def _ran(study: pathlib.Path) -> dict[str, dict]:
+  """Returns the rows of study.json by trial: how each one ended when it last ran."""
+  path = study / "study.json"
+  return {row["trial"]: row for row in json.loads(path.read_text())} if path.exists() else {}
+
+
+def _row(study: pathlib.Path, name: str, overrides: dict, ended: str | None = None) -> dict:
+  """Returns the row of a trial; `ended` is its status, None: what its files and locks say."""
+  workdir = study / name
+  result = result_of(workdir)
+  status = "finished" if result else ended
+  if status is None:
+    running = holder(workdir) or holder(workdir, _SWEEPING)
+    last = _ran(study).get(name, {}).get("status", "open")
+    over = last.startswith(("finished", "running"))  # its folder is gone, its process died
+    status = f"running, {running}" if running else "open" if over else last
+  empty = {"trial": name, "step": None, "val_loss": None}
+  return empty | (result or {}) | {"status": status, "overrides": overrides}
+
+
+def _run_if_free(
+  config_path,
+  study: pathlib.Path,
+  trials: dict[str, dict],
+  name: str,
+  before: dict | None,
+  stop: Callable[[], bool],
+) -> dict:
+  """Runs a trial and writes its row, unless it is finished or another process has taken it.
+
+  Args:
+    trials: all overrides by name.
+    before: the trial's row when this sweep began. One that is another by now, of a trial that
+      failed, is of a sweep beside this one: the trial is not run twice.
+
+  Returns:
+    Its row.
+  """
+  workdir = study / name
+  overrides = trials[name]
+  workdir.mkdir(parents=True, exist_ok=True)
+  try:
+    with held(workdir, _SWEEPING):
+      now = _ran(study).get(name)
+      failed_beside = now != before and now["status"].startswith("exit")
+      if failed_beside or holder(workdir) or result_of(workdir):
+        return _row(study, name, overrides)
+      code = run_trial(config_path, workdir, overrides, stop)
+      # A process may have begun to train there just before.
+      ended = None if holder(workdir) else f"exit {code}" if code else "stopped"
+      row = _row(study, name, overrides, ended) | {"ended": time.time()}
+      _write(study, [row], trials)
+      return row
+  except Held:
+    return _row(study, name, overrides)
+
+
+def _write(study: pathlib.Path, rows: list[dict], trials: dict[str, dict]):
+  """Puts rows into study.json, beside those of sweeps that run at the same time."""
+  study.mkdir(parents=True, exist_ok=True)
+  with disk.space_for("the study's table", study), held(study, patience=_PATIENCE_SECONDS):
+    found = _ran(study) | {row["trial"]: row for row in rows}
+    ordered = [found[name] for name in trials if name in found]
+    write_whole(study / "study.json", json.dumps(ordered, indent=2, default=list))
+
+
 def run_trial(config_path, workdir: pathlib.Path, overrides: dict, stop: Callable[[], bool]) -> int:
   """Trains in a process that a stop request is passed on to, and returns its exit code."""
   command = ["-m", "freqformer.command.train", f"--config={config_path}", f"--workdir={workdir}"]
@@ -157,28 +231,23 @@ def sweep(config_path, study, extra: dict, list_only: bool = False) -> list[dict
       f"{len(stale)} of {len(trials)} trials under {study} ran with another config, e.g. {name}: "
       f"{text}; name another --study, undo the change, or delete those folders."
     )
-  rows = []
-  # How each trial ended when the study last ran: one that failed is not open.
-  path = study / "study.json"
-  old = json.loads(path.read_text()) if path.exists() else []
-  before = {row["trial"]: row["status"] for row in old if row["status"] != "finished"}
+  own = {}
+  before = _ran(study)
   with StopRequest() as stop:
-    for number, (name, overrides) in enumerate(trials.items(), 1):
-      workdir = study / name
-      result = result_of(workdir)
-      status = "finished" if result else before.get(name, "open")
-      if result is None and not list_only and not stop():
+    for number, name in enumerate(trials, 1):
+      if not list_only and not stop() and result_of(study / name) is None:
         logging.info("trial %d of %d: %s", number, len(trials), name)
-        code = run_trial(config_path, workdir, overrides, stop)
-        result = result_of(workdir)
-        status = "finished" if result else f"exit {code}" if code else "stopped"
-      if name in stale:
-        status += f" with another config: {stale[name]}"
-      row = {"trial": name, "step": None, "val_loss": None} | (result or {})
-      rows.append(row | {"status": status, "overrides": overrides})
-      if not list_only:
-        study.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(rows, indent=2, default=list))
+        own[name] = _run_if_free(config_path, study, trials, name, before.get(name), stop)
+        if own[name]["status"].startswith("running"):
+          logging.info("%s is %s", name, own[name]["status"])
+          del own[name]
+  # What other sweeps ran meanwhile is as it is now.
+  rows = [own.get(name) or _row(study, name, overrides) for name, overrides in trials.items()]
+  if not list_only:
+    _write(study, rows, trials)
+  for row in rows:
+    if row["trial"] in stale:
+      row["status"] += f" with another config: {stale[row['trial']]}"
   return rows
 
 
@@ -201,8 +270,8 @@ def main(_):
 
 if __name__ == "__main__":
   # Not at import: other commands have a --config of their own.
-  _CONFIG = flags.DEFINE_string("config", None, "Has get_config() and sweep().", required=True)
-  _STUDY = flags.DEFINE_string("study", None, "Folder of the study.", required=True)
+  _CONFIG = cli.define_path("config", None, "Has get_config() and sweep().", required=True)
+  _STUDY = cli.define_path("study", None, "Folder of the study.", required=True)
   _OVERRIDE = flags.DEFINE_multi_string("override", [], "key=value for every trial.")
   _LIST = flags.DEFINE_bool("list", False, "Only show what has run.")
   cli.run(main)

@@ -14,17 +14,18 @@ routing, costs. `python -m freqformer.report --compare RUN RUN` shows several ru
 
 import pathlib
 
-from absl import flags
+from absl import flags, logging
 
 from freqformer.command import cli
 from freqformer.command.dry_run import describe
 from freqformer.command.files import define_config
 from freqformer.pages.progress import Progress
+from freqformer.train.devices import describe_devices
 from freqformer.train.experiment import experiment
 from freqformer.train.run import train
 
 _CONFIG = define_config()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run; default runs/<config>.")
+_WORKDIR = cli.define_path("workdir", None, "Folder of this run; default runs/<config>.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print shapes, memory and FLOPs; touch no data.")
 _RESUME_CHANGED = flags.DEFINE_bool(
   "resume_changed", False, "Go on though data, model, seed or train.batch_size have changed."
@@ -32,6 +33,7 @@ _RESUME_CHANGED = flags.DEFINE_bool(
 
 
 def main(_):
+  logging.info("%s", describe_devices())
   if _DRY_RUN.value:
     print(describe(experiment(_CONFIG.value)))
     return

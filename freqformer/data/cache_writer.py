@@ -32,6 +32,7 @@ from freqformer.data.clips import printable
 from freqformer.data.codec import LatentStatistics, StatisticsAccumulator, make_codec
 from freqformer.data.encode import encode_all
 from freqformer.data.protocol import BrokenClip, Clip, DataConfig, Listing
+from freqformer.disk import is_full
 from freqformer.versions import versions
 
 SCHEMA = 2
@@ -44,7 +45,6 @@ SHARD_BYTES = 256 << 20
 _LOCK = "lock"
 _PROGRESS = "progress.json"
 _REPORTED = 20  # clips that the log names; the manifest has all
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_cache(
@@ -318,8 +318,8 @@ def _said(path: pathlib.Path, needed: int) -> Iterator[int]:
     free = shutil.disk_usage(path.parent).free
     yield needed
   except (OSError, RuntimeError) as error:
-    # ArrayRecord raises a RuntimeError that holds the system's words.
-    if any(os.strerror(code) in str(error) for code in _DISK_FULL):
+    # ArrayRecord raises a RuntimeError.
+    if is_full(error):
       raise ConfigError(
         f"No space left in {str(path.parent)!r}: the cache {path.name} needs about "
         f"{needed / 2**20:,.1f} MiB and {free / 2**20:,.1f} MiB were free before; free some, or "

@@ -17,7 +17,10 @@ def train_iterator(split: Split, batch_size: int, seed: int) -> grain.DatasetIte
   batches, so a batch may span two epochs and may be larger than the data set. `get_state()` is a
   small JSON-able dict; `set_state` of it goes on with exactly the batches that would have come.
   """
-  stream = grain.MapDataset.source(split).shuffle(seed=seed).repeat().batch(batch_size)
+  endless = grain.MapDataset.source(split).shuffle(seed=seed).repeat()
+  # An endless stream has no remainder. Told so, grain counts batches in whole numbers; in floats
+  # the count of batches of one record is beyond any length.
+  stream = endless.batch(batch_size, drop_remainder=True)
   options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=2 * _THREADS)
   return iter(stream.to_iter_dataset(options))
 

@@ -23,13 +23,13 @@ class SampleConfig:
   Attributes:
     steps: from t = 1 to t = 0. The model is evaluated once in each; with heun twice, but once in
       the last one.
-    guidance: scale; 1 is the conditional model alone (one forward an evaluation), others guide
-      (two).
+    guidance: scale; 1 is the conditional model alone and 0 the null class alone (one forward an
+      evaluation), others guide (two).
     shift: timestep shift s: t -> s t / (1 + (s - 1) t); above 1 spends more steps at high noise.
     soft: mix all branches of a router instead of taking the likeliest.
     sampler: a name of `solvers.SOLVERS`.
-    guidance_interval: lowest and highest t that are guided (arXiv 2404.07724); elsewhere the
-      conditional model runs alone.
+    guidance_interval: lowest and highest t where `guidance` holds (arXiv 2404.07724); elsewhere
+      the conditional model runs alone.
     guidance_rescale: share of the guided velocity that gets the spread of the conditional one back
       (phi of arXiv 2305.08891, section 3.4).
   """
@@ -53,6 +53,11 @@ class SampleConfig:
         f"guidance_interval={self.guidance_interval!r} must be the lowest and the highest t that "
         "are guided, e.g. (0.1, 0.9)."
       )
+    if self.guidance == 0 and self.guidance_rescale:
+      raise ValueError(
+        f"guidance_rescale={self.guidance_rescale!r} needs the conditional velocity, which "
+        "guidance=0 does not compute; set guidance_rescale=0."
+      )
     other = OTHER_EQUATIONS.get(self.sampler)
     if other is not None:
       raise ValueError(
@@ -71,11 +76,18 @@ class SampleConfig:
     return SOLVERS[self.sampler](np.asarray(self.times(), np.float64))
 
   def guided(self) -> list[bool]:
-    """Returns, for each evaluation, whether it also runs an unconditional half."""
+    """Returns, for each evaluation, whether it runs a conditional and an unconditional half."""
+    return [bool(x) and self.guidance not in (0, 1) for x in self._inside()]
+
+  def unconditional(self) -> list[bool]:
+    """Returns, for each evaluation, whether it runs the unconditional half alone."""
+    return [bool(x) and self.guidance == 0 for x in self._inside()]
+
+  def _inside(self) -> np.ndarray:
+    """Tells which evaluations lie in the interval of guidance."""
     low, high = self.guidance_interval
     times = self.table().times
-    inside = (low - _ROUNDING <= times) & (times <= high + _ROUNDING)
-    return [bool(x) and self.guidance != 1 for x in inside]
+    return (low - _ROUNDING <= times) & (times <= high + _ROUNDING)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,12 +99,14 @@ class _Evaluation:
     weights: float32 `[k, k + 1]`, of `SolverTable`.
     phases: of the methods, one per run of layers.
     guided: both halves of guidance run.
+    unconditional: all labels are the null class.
   """
 
   time: np.ndarray
   weights: np.ndarray
   phases: tuple[str, ...]
   guided: bool
+  unconditional: bool
 
   @property
   def program(self) -> tuple:
@@ -109,9 +123,9 @@ def _evaluations(model, config: SampleConfig) -> list[_Evaluation]:
   table = config.table()
   schedule = model.schedule(len(table.times))
   return [
-    _Evaluation(np.float32(time), weights.astype(np.float32), phases, guided)
-    for time, weights, phases, guided in zip(
-      table.times, table.weights, schedule, config.guided(), strict=True
+    _Evaluation(np.float32(time), weights.astype(np.float32), phases, guided, unconditional)
+    for time, weights, phases, guided, unconditional in zip(
+      table.times, table.weights, schedule, config.guided(), config.unconditional(), strict=True
     )
   ]
 
@@ -253,10 +267,12 @@ def sample(
       points, label, state = _begin(
         model, seed, labels[part], indices[part], latent_shape, config, first_frame
       )
+      null = jnp.full_like(label, model.classes)
       auxes = []
       for each in evaluations:
+        own = null if each.unconditional else label
         points, state, aux = step(
-          params, points, label, each.time, each.weights, tables, state, *each.program
+          params, points, own, each.time, each.weights, tables, state, *each.program
         )
         auxes.append(aux)
         bar.update()

@@ -17,6 +17,7 @@ from freqformer.evaluate.first_frame import first_frame_latent
 from freqformer.evaluate.record_masks import MaskRecorder, RunMasks, realised_density
 from freqformer.evaluate.resize import resized
 from freqformer.evaluate.restore import Run
+from freqformer.train.experiment import check_guidance
 
 FLOPS_ARE = (
   "the method's cost over the phases of the run, two forwards where guidance acts. Heads that "
@@ -25,6 +26,7 @@ FLOPS_ARE = (
 )
 # choice: the most samples of one class whose numbers do not overlap with the next class's.
 SAMPLES_PER_CLASS = 10_000
+MAX_SEED = 2**32 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,16 +107,35 @@ def requests(
   return labels, (labels * SAMPLES_PER_CLASS + places).astype(np.int32)
 
 
+def split_classes(text: str, names: Sequence[str]) -> list[str]:
+  """Returns the classes that a text with commas between them names.
+
+  A name may have commas itself: what is longest is taken first. Parts that are no name are left as
+  they are, for `requests` to refuse.
+  """
+  parts = text.split(",")
+  found = []
+  while parts:
+    heads = (",".join(parts[:count]).strip() for count in range(len(parts), 0, -1))
+    name = next((head for head in heads if head in names), parts[0].strip())
+    del parts[: 1 + name.count(",")]
+    if name:
+      found.append(name)
+  return found
+
+
 def sample_config(run: Run, count: int, **given) -> SampleConfig:
   """Returns the run's own sampling settings for `count` samples, with the fields that are not None.
 
   Raises:
-    ConfigError: a value is out of its bounds.
+    ConfigError: a value is out of its bounds, or needs a class that was never trained.
   """
   base = run.experiment.sample
   given = {name: value for name, value in given.items() if value is not None}
   with refusing("sampling"):
-    return dataclasses.replace(base, **given, batch_size=min(base.batch_size, count))
+    config = dataclasses.replace(base, **given, batch_size=min(base.batch_size, count))
+    check_guidance(config, run.experiment.train)
+  return config
 
 
 def draw(
@@ -137,8 +158,11 @@ def draw(
     want_masks: record the first sample's masks; the seconds then include recording.
 
   Raises:
-    ConfigError: the method's schedule does not fit the number of evaluations.
+    ConfigError: the method's schedule does not fit the number of evaluations, or the seed is out of
+      its bounds.
   """
+  if not 0 <= seed <= MAX_SEED:
+    raise ConfigError(f"seed={seed} must lie in 0..{MAX_SEED:,}: a random key has 32 bits.")
   model = run.model
   shape = run.latent_shape
   tables = model.tables(shape)
@@ -186,7 +210,7 @@ def sample(
     samples: videos per class.
     seed: of the noise.
     steps: denoising steps; None takes those of the run's config, as for the next four.
-    guidance: guidance scale, 1 is none.
+    guidance: guidance scale; 1 is none, 0 the null class alone.
     sampler: "euler", "heun", "dpm++2m" or "unipc".
     guidance_interval: lowest and highest t that are guided.
     guidance_rescale: share of the guided velocity whose spread is that of the conditional one.

@@ -5,13 +5,16 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from flax import nnx
 
 from freqformer.config import ConfigError
 from freqformer.data.codec import LatentStatistics
 from freqformer.model.dit import VideoDiT
-from freqformer.train.checkpoint import Checkpoints, Mismatch
+from freqformer.train.checkpoint import Checkpoints, Gone, Mismatch
 from freqformer.train.experiment import Experiment, of_record
+
+_TRIES = 5  # to read the newest checkpoint; each fails only where training saved one meanwhile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Run:
 def load_run(
   workdir, *, step: int | None = None, method: str | None = None, raw: bool = False
 ) -> Run:
-  """Loads a trained model from a run's folder.
+  """Loads a trained model from a run's folder, also while training goes on there.
 
   Args:
     step: training step of the checkpoint; None takes the newest.
@@ -76,6 +79,22 @@ def load_run(
   Raises:
     ConfigError: there is no checkpoint, it is damaged, or it lacks parameters that the method
       needs (names two of them).
+  """
+  for _ in range(_TRIES - 1):
+    try:
+      return _load(workdir, step, method, raw)
+    except (Gone, FileNotFoundError):  # the latter while Orbax lists the folder
+      if step is not None:
+        raise
+      logging.info("training deleted the checkpoint that was read; the newest one is read instead")
+  return _load(workdir, step, method, raw)
+
+
+def _load(workdir, step: int | None, method: str | None, raw: bool) -> Run:
+  """Loads a model; arguments and errors as of `load_run`.
+
+  Raises:
+    Gone: training deleted the checkpoint meanwhile.
   """
   checkpoints = Checkpoints(workdir, create=False)
   record = checkpoints.record(step)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from freqformer.config import ConfigError
 from freqformer.diffusion import sampling
 from freqformer.diffusion.sampling import SampleConfig
+from freqformer.disk import write_whole
 from freqformer.evaluate.draw import SAMPLES_PER_CLASS, requests
 from freqformer.evaluate.restore import Run
 
@@ -88,7 +89,7 @@ def _check_settings(folder: pathlib.Path, settings: dict):
   """Writes the settings of a new folder; refuses other ones."""
   path = folder / SETTINGS
   if not path.exists():
-    path.write_text(json.dumps(settings, indent=2))
+    write_whole(path, json.dumps(settings, indent=2))
     return
   earlier = json.loads(path.read_text())
   wanted = json.loads(json.dumps(settings))
@@ -113,8 +114,12 @@ def _read(path: pathlib.Path, labels: np.ndarray, indices: np.ndarray) -> np.nda
 def _write(path: pathlib.Path, latents: np.ndarray, labels: np.ndarray, indices: np.ndarray):
   """Writes a whole file or none."""
   fresh = path.with_name(f".{path.name}")
-  np.savez(fresh, latents=latents, labels=labels, indices=indices)
-  os.replace(fresh, path)
+  try:
+    np.savez(fresh, latents=latents, labels=labels, indices=indices)
+    os.replace(fresh, path)
+  except OSError:
+    fresh.unlink(missing_ok=True)
+    raise
 
 
 def _compiled(run: Run, config: SampleConfig) -> Callable:

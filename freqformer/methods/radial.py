@@ -10,9 +10,11 @@ frames. n log n pairs. All tokens of the first frame are seen from everywhere.
 # them, and distances in time are in tokens. With tiles of one token it is the paper's rule.
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
+from absl import logging
 
 from freqformer.config import require
 from freqformer.grid.layout import TileLayout
@@ -28,7 +30,8 @@ class Radial(StaticMethod):
   """Fields of the method.
 
   Attributes:
-    decay: multiplies every spatial width; 1 is the paper's formula, more is denser.
+    decay: multiplies every spatial width; 1 is the paper's formula, more is denser. Below
+      `radial_floor`, of which the log tells, it changes nothing.
     sink: first frames of tiles that every query sees; the paper's is the first frame.
   """
 
@@ -40,9 +43,11 @@ class Radial(StaticMethod):
     require(self, "sink", least=0)
 
   def mask(self, layout):
+    _say_floor(layout, self.decay, self.sink)
     return radial(layout, self.decay, self.sink)
 
   def counted(self, layout):
+    _say_floor(layout, self.decay, self.sink)
     return count_radial(layout, self.decay, self.sink)
 
 
@@ -55,6 +60,40 @@ def radial_widths(layout: TileLayout, decay: float = 1.0) -> np.ndarray:
   stride = np.ceil(1 / np.minimum(width, 1)).astype(np.int64)
   wide = np.minimum(np.floor(width), s)
   return np.where(width >= 1, wide, distance % stride == 0).astype(np.int64)
+
+
+def radial_floor(layout: TileLayout, sink: int = 1) -> float:
+  """Returns the least `decay` whose mask is not that of all smaller ones; 0 if all masks are equal.
+
+  With less, a tile sees itself and the sink alone: no neighbour in its own frame, and its own place
+  in no other frame.
+  """
+  frames = layout.tile_grid[0]
+  if sink >= frames:  # everything is seen
+    return 0.0
+  s = math.prod(layout.tile_grid[1:])
+  distance = np.arange(1, frames)
+  band = np.floor(np.log2(distance * layout.tile[0]))
+  first_seen = 2**band / (s * distance)  # the stride of its band is the distance itself
+  return float(min([2 / s] * (s > 1) + first_seen.tolist(), default=0.0))
+
+
+@functools.lru_cache(maxsize=64)
+def _say_floor(layout: TileLayout, decay: float, sink: int):
+  """Logs, once, that a decay is below the floor."""
+  floor = radial_floor(layout, sink)
+  if decay < floor:
+    density = count_radial(layout, decay, sink).pairs / layout.n**2
+    logging.warning(
+      "radial: decay=%g changes nothing on tiles %s: below %.3g every tile sees itself and the "
+      "first %d frames of tiles alone, a density of %.3f; lower sink, or take smaller tiles, for "
+      "less",
+      decay,
+      "x".join(map(str, layout.tile_grid)),
+      floor,
+      sink,
+      density,
+    )
 
 
 def radial(layout: TileLayout, decay: float = 1.0, sink: int = 1) -> BlockMask:

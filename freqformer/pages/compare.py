@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib import colormaps
 from PIL import Image
 
+from freqformer.disk import write_whole
 from freqformer.evaluate.quality import difference
 from freqformer.evaluate.record_masks import density_picture
 from freqformer.pages.html import (
@@ -62,7 +63,7 @@ def write_comparison(
     paths[method] = [out / slug(method) / name for name in names]
     for path, clip in zip(paths[method], own, strict=True):
       write_mp4(path, clip, fps)
-  (out / "comparison.json").write_text(json.dumps(result, indent=1))
+  write_whole(out / "comparison.json", json.dumps(result, indent=1))
   intro = "The first method is the reference; quality is per frame, then averaged."
   sections = [section("Figures", intro, _figures(result))]
   intro = "The same noise; below each video, where it differs from the reference."
@@ -73,7 +74,7 @@ def write_comparison(
   sections.append(section("Density", intro, _density(result["rows"])))
   sections.append(section("Run", "What ran, on what.", facts(plain_facts(result))))
   path = out / "comparison.html"
-  path.write_text(page("Methods side by side", sections), encoding="utf-8")
+  write_whole(path, page("Methods side by side", sections))
   return path
 
 

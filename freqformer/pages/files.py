@@ -1,6 +1,7 @@
 """Reads the files of a run for its report."""
 
 import json
+import math
 import pathlib
 
 import numpy as np
@@ -37,8 +38,19 @@ def json_if_any(workdir: pathlib.Path, name: str) -> dict:
 
 
 def metric_rows(workdir: pathlib.Path, kind: str) -> list[dict]:
-  """Returns the lines of metrics.jsonl of a kind: train, val or val_soft."""
-  return [row for row in read(workdir / "metrics.jsonl") if row["kind"] == kind]
+  """Returns the lines of metrics.jsonl of a kind: train, val, val_soft or warning.
+
+  Numbers that were not finite, which are null there, are NaN.
+  """
+  return [_with_nan(row) for row in read(workdir / "metrics.jsonl") if row["kind"] == kind]
+
+
+def _with_nan(value):
+  if isinstance(value, dict):
+    return {key: _with_nan(own) for key, own in value.items()}
+  if isinstance(value, list):
+    return [_with_nan(own) for own in value]
+  return math.nan if value is None else value
 
 
 def series(rows: list[dict], key: str, over: str = "step") -> tuple[np.ndarray, np.ndarray]:

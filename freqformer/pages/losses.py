@@ -10,6 +10,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from freqformer.pages.files import Absent, metric_rows, series
 from freqformer.pages.html import COLOURS, GREY, facts, image, legend, panels, table
+from freqformer.train import alarm
 
 WORK = {"step": "steps", "flops": "training FLOPs", "seconds": "seconds of training"}
 VALIDATIONS = {"val": "validation", "val_soft": "validation, soft routing"}
@@ -89,7 +90,10 @@ def losses(workdir: pathlib.Path) -> str:
   moving, constant = _curves(train)
   if moving:
     found += image(_curve_figure(moving), "curves of training over steps")
-  return found + facts([*_totals(train, curves), *constant])
+  warnings = [
+    (f"warning at step {row['step']}", row["text"]) for row in metric_rows(workdir, alarm.KIND)
+  ]
+  return found + facts([*warnings, *_totals(train, curves), *constant])
 
 
 def _alike(first: list[dict], second: list[dict]) -> bool:

@@ -20,6 +20,7 @@ from freqformer.config import ConfigError
 from freqformer.data.sources import Split
 from freqformer.diffusion import sampling
 from freqformer.diffusion.sampling import SampleConfig
+from freqformer.disk import write_whole
 from freqformer.evaluate.draw import SAMPLES_PER_CLASS
 from freqformer.pages.cost import counted
 from freqformer.pages.run import write_report
@@ -46,7 +47,7 @@ class Progress(Watch):
     with _goes_on("costs"):
       schedule = model.schedule(len(run.experiment.sample.guided()))
       found = counted(run.experiment, schedule)
-      (run.workdir / "cost.json").write_text(json.dumps(found, indent=1))
+      write_whole(run.workdir / "cost.json", json.dumps(found, indent=1))
     if self._mosaic is None:
       logging.info("no videos in the report: install av, e.g. by pip install 'freqformer[video]'")
       return
@@ -119,7 +120,7 @@ def _drawer(run: Training, model) -> Callable:
     "weights": "ema",
   }
   (run.workdir / TRAINING).mkdir(exist_ok=True)
-  (run.workdir / TRAINING / "about.json").write_text(json.dumps(about, indent=1))
+  write_whole(run.workdir / TRAINING / "about.json", json.dumps(about, indent=1))
 
   def draw(params) -> np.ndarray:
     indices = labels * SAMPLES_PER_CLASS

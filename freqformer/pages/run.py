@@ -12,6 +12,7 @@ from collections.abc import Callable
 from absl import logging
 
 from freqformer.config import ConfigError
+from freqformer.disk import write_whole
 from freqformer.pages import cost, evaluation, losses, routing, videos
 from freqformer.pages.files import Absent, read_json
 from freqformer.pages.html import absent, facts, page, section
@@ -37,6 +38,9 @@ def _facts(workdir: pathlib.Path) -> str:
   if run.get("finished") is False:
     rows.append(("state", "training has not finished"))
   rows += [(name, run[key]) for key, name in _FACTS.items() if key in run]
+  if "best" in run:
+    best = run["best"]
+    rows.append(("best checkpoint", f"step {best['step']}, validation loss {best['val_loss']:.4g}"))
   for name, value in run["seconds"].items():
     rows.append((f"{_PARTS.get(name, name)}, seconds", float(value)))
   if run["versions"]:
@@ -127,7 +131,5 @@ def write_report(workdir) -> pathlib.Path:
   title = f"FreqFormer run: {workdir.resolve().name}"
   path = workdir / "report.html"
   sections = [_show(workdir, name) for name in SECTIONS]
-  part = path.with_suffix(".part")  # a reader never meets half a page
-  part.write_text(page(title, sections), encoding="utf-8")
-  part.replace(path)
+  write_whole(path, page(title, sections))  # a reader never meets half a page
   return path

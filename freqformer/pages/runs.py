@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from flax.traverse_util import flatten_dict
 
 from freqformer.config import ConfigError
+from freqformer.disk import write_whole
 from freqformer.pages.files import json_if_any, metric_rows
 from freqformer.pages.html import absent, image, page, section, table, video
 from freqformer.pages.losses import loss_figure
@@ -71,7 +72,7 @@ def write_runs(workdirs: Sequence, out) -> pathlib.Path:
   ]
   out = pathlib.Path(out)
   out.parent.mkdir(parents=True, exist_ok=True)
-  out.write_text(page("FreqFormer runs side by side", sections), encoding="utf-8")
+  write_whole(out, page("FreqFormer runs side by side", sections))
   return out
 
 

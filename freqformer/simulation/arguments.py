@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import re
 import sys
 
@@ -59,6 +60,9 @@ def parse(argv, description: str) -> argparse.Namespace:
     "--run", action="store_true", help="also a whole denoising run and the longest video that fits"
   )
   args = parser.parse_args(argv)
+  for name in ("model", "gpu", "calibrate", "write_gpu", "plot"):
+    if getattr(args, name):
+      setattr(args, name, os.path.expanduser(getattr(args, name)))
   args.rows = not args.calibrate or any(getattr(args, name) for name in (*_DEFAULTS, "run"))
   for name, value in _DEFAULTS.items():
     if getattr(args, name) is None:

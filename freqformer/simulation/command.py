@@ -18,6 +18,7 @@ import sys
 
 import jax
 
+from freqformer.command import cli
 from freqformer.config import ConfigError, split_outside_brackets
 from freqformer.simulation import arguments, calibrate, plots, scaling
 from freqformer.simulation.descriptions import Gpu, load_gpu, load_model, write_gpu
@@ -95,15 +96,11 @@ def run(argv) -> str:
 
 
 def main(argv=None):
-  """Prints rows; a mistake of the user's is one sentence and exit code 2."""
+  """Prints rows; whatever ends it is one sentence, as of other commands."""
   # Counting needs no accelerator and should not wait for one.
   jax.config.update("jax_platforms", "cpu")
-  try:
-    print(run(sys.argv[1:] if argv is None else argv))
-  except ConfigError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+  cli.guarded(lambda: print(run(sys.argv[1:] if argv is None else argv)))()
 
 
 if __name__ == "__main__":
-  main()
+  cli.run_plain(main)

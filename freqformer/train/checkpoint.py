@@ -5,8 +5,12 @@ naming the leaves that differ. `record` is JSON: step, config, class map, statis
 """
 
 import contextlib
+import dataclasses
 import json
 import pathlib
+import shutil
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,12 +18,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
+from freqformer import disk
 from freqformer.config import ConfigError
 from freqformer.versions import git_revision, versions
 
 SCHEMA = 1
 # Distributions whose versions shape results.
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "av")
+_DELETING_SECONDS = 0.2  # that a checkpoint's folder stays while what is in it is deleted
 _LISTED = 12  # differing leaves that a refusal names
 _QUOTED = 300  # characters of Orbax's own error; it adds its specification, in pages of JSON
 
@@ -32,6 +38,10 @@ class Mismatch(ConfigError):
     self.missing = missing
 
 
+class Gone(ConfigError):
+  """A checkpoint that was deleted while it was read: the run that trains there goes on."""
+
+
 def flatten(tree) -> dict[str, Any]:
   """Returns a tree's leaves by path: `{"params/embed/kernel": array, ...}`."""
   return {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
@@ -40,6 +50,11 @@ def flatten(tree) -> dict[str, Any]:
 def _name(path) -> str:
   # NNX wraps each array in a variable whose leaf is called "value", which tells a reader nothing.
   return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+
+
+def _bytes(state) -> int:
+  """Returns the size of a pytree of arrays; on disk it is a little smaller."""
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
 def _differences(wanted: dict, found: dict) -> list[str]:
@@ -55,12 +70,48 @@ def _differences(wanted: dict, found: dict) -> list[str]:
   return lines if more <= 0 else [*lines[:_LISTED], f"... and {more} more"]
 
 
+@dataclasses.dataclass
+class _NewestAndBest:
+  """Which checkpoints Orbax does not delete.
+
+  Attributes:
+    keep: number of newest ones.
+    keep_best: the best one, too.
+    loss: returns the validation loss of a step, or None.
+  """
+
+  keep: int
+  keep_best: bool
+  loss: Callable[[int], float | None]
+
+  def best(self, steps: Sequence[int]) -> int | None:
+    """Returns the step of least loss; of equal ones the newest."""
+    losses = {step: self.loss(step) for step in sorted(steps, reverse=True)}
+    known = {step: loss for step, loss in losses.items() if loss is not None}
+    return min(known, key=known.get, default=None)
+
+  def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    """Is called by Orbax."""
+    steps = [each.step for each in checkpoints]
+    wanted = set(sorted(steps)[-self.keep :])
+    if self.keep_best:
+      wanted.add(self.best(steps))
+    return [step in wanted for step in steps]
+
+
 class Checkpoints:
   """The checkpoints of one run, in `<workdir>/checkpoints/<step>/`."""
 
-  def __init__(self, workdir, keep: int = 2, create: bool = True):
-    """Opens the folder, of which the `keep` newest checkpoints stay; it is made if `create`."""
+  def __init__(self, workdir, keep: int = 2, create: bool = True, keep_best: bool = False):
+    """Opens the folder; it is made if `create`.
+
+    The `keep` newest checkpoints stay, with `keep_best` also the one whose record has the least
+    `val_loss`.
+    """
     self.path = (pathlib.Path(workdir) / "checkpoints").absolute()
+    self._losses: dict[int, float | None] = {}  # of validation at steps that were looked at
+    self._most = keep + int(keep_best)
+    self._kept = _NewestAndBest(keep, keep_best, self._loss)
     if not create and not self.path.is_dir():
       raise ConfigError(
         f"no checkpoints under {self.path}; train first (python train.py --config=... "
@@ -69,7 +120,7 @@ class Checkpoints:
     self._manager = ocp.CheckpointManager(
       self.path,
       options=ocp.CheckpointManagerOptions(
-        max_to_keep=keep, create=create, enable_async_checkpointing=False
+        preservation_policy=self._kept, create=create, enable_async_checkpointing=False
       ),
       item_handlers={
         "arrays": ocp.StandardCheckpointHandler(),
@@ -85,21 +136,80 @@ class Checkpoints:
     """Returns all complete steps, ascending."""
     return sorted(self._manager.all_steps())
 
+  def best(self) -> dict | None:
+    """Returns `step` and `val_loss` of the checkpoint that validated best, None if none did."""
+    step = self._kept.best(self.steps())
+    return None if step is None else {"step": step, "val_loss": self._loss(step)}
+
+  def _loss(self, step: int) -> float | None:
+    """Returns the validation loss in a checkpoint's record; None if it is not known."""
+    if step not in self._losses:
+      with contextlib.suppress(ConfigError):  # a damaged one may go
+        self._losses[step] = self.record(step).get("val_loss")
+    return self._losses.get(step)
+
+  def intact(self) -> str:
+    """Returns a clause for a message about the disk: "step 10 is intact", or that there is none."""
+    known = self.steps()
+    return f"step {known[-1]} is intact" if known else "there is no earlier checkpoint"
+
+  def check_space(self, state):
+    """Compares the free space with what the checkpoints of a state will take.
+
+    A new checkpoint is written before the oldest one is deleted.
+
+    Raises:
+      ConfigError: not even one has space.
+    """
+    one = _bytes(state)
+    free = disk.free_bytes(self.path)
+    if one > free:
+      raise ConfigError(disk.no_space(self.path, "a checkpoint", one, self.intact()))
+    more = max(1, self._most + 1 - len(self.steps()))
+    if more * one > free:
+      logging.warning(
+        "%s has %s of free space, but %d more checkpoints of %s each will be there at a time; "
+        "free some, or lower train.keep",
+        self.path,
+        disk.size_text(free),
+        more,
+        disk.size_text(one),
+      )
+
   def save(self, step: int, state, record: dict):
-    """Saves a pytree of arrays and its JSON record; a step that exists already is left alone."""
+    """Saves a pytree of arrays and its JSON record; a step that exists already is left alone.
+
+    Raises:
+      ConfigError: the disk is full; names what is intact.
+    """
     if step in self._manager.all_steps():
       return
     arrays = {name: np.asarray(leaf) for name, leaf in flatten(state).items()}
     own = {"schema": SCHEMA, "step": step, "versions": versions(PACKAGES), "git": git_revision()}
     plain = json.loads(json.dumps(own | record))
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        arrays=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(plain)
-      ),
+    self._losses[step] = plain.get("val_loss")
+    self.best()  # the losses of earlier ones are read before Orbax, in a save, asks for them
+    items = ocp.args.Composite(
+      arrays=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(plain)
     )
-    self._manager.wait_until_finished()
+    what = f"the checkpoint of step {step}"
+    # Refused before Orbax begins: its threads print traces of their own about a full disk.
+    if _bytes(state) > disk.free_bytes(self.path):
+      raise ConfigError(disk.no_space(self.path, what, _bytes(state), self.intact()))
+    with disk.space_for(what, self.path, _bytes(state), self.intact), self._whole(step):
+      self._manager.save(step, args=items)
+      self._manager.wait_until_finished()
     logging.info("checkpoint of step %d in %s", step, self.path)
+
+  @contextlib.contextmanager
+  def _whole(self, step: int):
+    """Removes the half-written folder of a step that cannot be saved, which takes up space."""
+    try:
+      yield
+    except Exception:
+      for part in self.path.glob(f"{step}.*tmp*"):
+        shutil.rmtree(part, ignore_errors=True)
+      raise
 
   def record(self, step: int | None = None) -> dict:
     """Reads the JSON record of a step (default: the newest); raises ConfigError if it cannot."""
@@ -127,6 +237,7 @@ class Checkpoints:
       ConfigError: there is no such step, or it cannot be read.
     """
     step = self._step(step)
+    newest = self.latest()
     with self._readable(step):
       metadata = self._manager.item_metadata(step)["arrays"]
       found = dict(getattr(metadata, "tree", metadata))
@@ -134,6 +245,8 @@ class Checkpoints:
     compared = {k: v for k, v in found.items() if k in wanted} if ignore_extra else found
     lines = _differences(wanted, compared)
     if lines:
+      if self._is_gone(step, newest):  # what lists its leaves was deleted
+        raise self._gone(step)
       raise Mismatch(
         f"checkpoint {self.path}/{step} does not fit this model; leaves that differ:\n  "
         + "\n  ".join(lines),
@@ -149,10 +262,13 @@ class Checkpoints:
 
   @contextlib.contextmanager
   def _readable(self, step: int):
-    """Calls the checkpoint damaged in a ConfigError, whatever goes wrong inside."""
+    """Calls the checkpoint deleted or damaged in a ConfigError, whatever goes wrong inside."""
+    before = self.latest()
     try:
       yield
     except Exception as error:  # Orbax documents none of its errors; they differ by broken file
+      if self._is_gone(step, before):
+        raise self._gone(step) from error
       cause = str(error)
       if len(cause) > _QUOTED:
         cause = f"{cause[:_QUOTED]} ..."
@@ -162,6 +278,21 @@ class Checkpoints:
         f"checkpoint {self.path}/{step} is damaged and cannot be read ({type(error).__name__}: "
         f"{cause}); delete that folder {remedy}."
       ) from error
+
+  def _gone(self, step: int) -> Gone:
+    return Gone(
+      f"checkpoint {self.path}/{step} was deleted while it was read, because training goes on "
+      f"there and keeps few; there are {self.steps()}: run the same command again."
+    )
+
+  def _is_gone(self, step: int, before: int | None) -> bool:
+    """Tells whether a step was deleted, or a newer one than `before` has come, which deletes it."""
+    for wait in (0, _DELETING_SECONDS):
+      time.sleep(wait)
+      self._manager.reload()
+      if step not in self.steps() or self.latest() != before:
+        return True
+    return False
 
   def _step(self, step: int | None) -> int:
     known = self.steps()

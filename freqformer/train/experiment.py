@@ -1,12 +1,13 @@
 """A whole run's configuration, validated in one place: what `get_config` feeds."""
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from freqformer.config import ConfigError, build, require
+from freqformer.config import ConfigError, build, refusing, require
 from freqformer.data.codec import make_codec
 from freqformer.data.fields import FieldsConfig
 from freqformer.data.protocol import DataConfig
@@ -62,6 +63,7 @@ class Experiment:
     return self.data.latent_shape
 
 
+_PATHS = ("root", "cache")  # keys of config.data
 # What the model did before these keys existed; records of older runs lack them.
 _BEFORE = {
   "rope_theta": (10_000.0,),
@@ -82,7 +84,29 @@ def experiment(config: Mapping, begun: Mapping | None = None) -> Experiment:
     values["model"] = _as_begun(values["model"], _completed(begun)["model"])
   found = _built(values)
   found.model.check_training(found.latent_shape)
+  with refusing("config.sample"):
+    check_guidance(found.sample, found.train)
   return found
+
+
+def check_guidance(sample: SampleConfig, train: TrainConfig):
+  """Refuses to sample with a class embedding that training never moves.
+
+  Raises:
+    ValueError: says what to set.
+  """
+  free = any(sample.unconditional())
+  guided = any(sample.guided())
+  if train.label_dropout == 0 and (free or guided):
+    raise ValueError(
+      f"guidance={sample.guidance:g} needs the null class, which train.label_dropout=0 never "
+      "trains; set guidance=1, or train with a greater label_dropout."
+    )
+  if train.label_dropout == 1 and not all(sample.unconditional()):
+    raise ValueError(
+      f"guidance={sample.guidance:g} needs the classes, which train.label_dropout=1 never trains; "
+      "set guidance=0 and guidance_interval=(0, 1), or train with a smaller label_dropout."
+    )
 
 
 def of_record(config: Mapping) -> Experiment:
@@ -96,8 +120,18 @@ def of_record(config: Mapping) -> Experiment:
   return _built(_completed(config))
 
 
+def home_expanded(data: Mapping) -> dict:
+  """Returns keys of `config.data` with `~` in its paths as the user's home."""
+  return {
+    key: os.path.expanduser(value) if key in _PATHS and isinstance(value, str) else value
+    for key, value in data.items()
+  }
+
+
 def _built(values: dict) -> Experiment:
   """Builds the groups, each by its own class, and the whole."""
+  if isinstance(values.get("data"), Mapping):
+    values = {**values, "data": home_expanded(values["data"])}
   makers = {"model": model_config, "data": data_config}
   made = {
     name: make(values[name])

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import pathlib
 import time
 
@@ -9,6 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from freqformer.diffusion.flow import BUCKETS
+from freqformer.disk import write_whole
 from freqformer.model.config import ModelConfig
 from freqformer.train.throughput import Throughput
 
@@ -44,10 +46,10 @@ class Metrics:
       totals = {"flops": 0.0, "seconds": 0.0}
     self._before = totals and {"step": step, **totals}
     rows = [row for row in read(self.path) if row["step"] <= step] if step else []
-    self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (self.workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2))
+    write_whole(self.path, "".join(map(_line, rows)))
+    write_whole(self.workdir / "config.json", json.dumps(config.to_dict(), indent=2))
     old = json.loads(self._run.read_text()) if self._run.exists() and step else {}
-    self._run.write_text(json.dumps(old | run | {"finished": False}, indent=2))
+    write_whole(self._run, json.dumps(old | run | {"finished": False}, indent=2))
 
   def start_clock(self, step: int):
     """Begins to count seconds, behind the steps that compiled."""
@@ -78,11 +80,11 @@ class Metrics:
     }
 
   def write(self, step: int, kind: str, **values):
-    """Appends one line with the totals of the run; arrays become lists."""
+    """Appends one line with the totals of the run; arrays become lists, as `finite` has them."""
     plain = {name: np.asarray(value).tolist() for name, value in values.items()}
     plain |= self.totals(step) or {}
     with self.path.open("a") as file:
-      file.write(json.dumps({"step": step, "kind": kind, **plain}) + "\n")
+      file.write(_line({"step": step, "kind": kind, **plain}))
 
   def train(self, step: int, values: dict):
     """Appends a training line, with the speed of the steps since the last one."""
@@ -94,14 +96,33 @@ class Metrics:
     self._last_line = (step, now)
     self.write(step, "train", **values, **speed)
 
-  def finish(self, seconds: dict[str, float], finished: bool):
-    """Adds wall-clock seconds to `run.json`, summed over resumed processes."""
+  def finish(self, seconds: dict[str, float], finished: bool, best: dict | None = None):
+    """Adds wall-clock seconds to `run.json`, summed over resumed processes.
+
+    Args:
+      best: `step` and `val_loss` of the best checkpoint, if it is known.
+    """
     run = json.loads(self._run.read_text())
     total = run.get("seconds", {})
     for name, value in seconds.items():
       total[name] = total.get(name, 0.0) + value
     run |= {"seconds": total, "finished": finished}
-    self._run.write_text(json.dumps(run, indent=2))
+    if best is not None:
+      run["best"] = best
+    write_whole(self._run, json.dumps(run, indent=2))
+
+
+def finite(value):
+  """Returns plain JSON with None for each number that is not finite: JSON has no such numbers."""
+  if isinstance(value, dict):
+    return {key: finite(own) for key, own in value.items()}
+  if isinstance(value, list | tuple):
+    return [finite(own) for own in value]
+  return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _line(row: dict) -> str:
+  return json.dumps(finite(row), allow_nan=False) + "\n"
 
 
 def read(path) -> list[dict]:
@@ -129,4 +150,4 @@ def write_routing(workdir, result: dict, model: ModelConfig, time_range: tuple[f
     "probs": np.round(result["probs"], 5).tolist(),
     "choice": np.round(result["choice"], 5).tolist(),
   }
-  (pathlib.Path(workdir) / "routing.json").write_text(json.dumps(routing))
+  write_whole(pathlib.Path(workdir) / "routing.json", json.dumps(finite(routing)))

@@ -9,17 +9,22 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
 from flax import nnx
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from freqformer import disk
 from freqformer.data.loader import train_iterator, val_batches
 from freqformer.data.sources import Split, open_splits
 from freqformer.model.dit import VideoDiT, make_tables
+from freqformer.train.alarm import KIND, Alarm
 from freqformer.train.checkpoint import PACKAGES, Checkpoints
+from freqformer.train.devices import used_devices
 from freqformer.train.experiment import Experiment, experiment, recorded
-from freqformer.train.metrics import Metrics, write_routing
+from freqformer.train.lock import held
+from freqformer.train.metrics import Metrics, finite, read, write_routing
 from freqformer.train.preemption import StopRequest
 from freqformer.train.resume import check_same_config, check_same_data, with_seed
 from freqformer.train.step import SkippedSteps, init_state, make_train_step
@@ -75,16 +80,31 @@ def train(
 
   Raises:
     ConfigError: the config cannot be run, or the checkpoint is of another one and
-      `resume_changed` does not allow that (see `check_same_config`).
+      `resume_changed` does not allow that (see `check_same_config`), another process trains in
+      `workdir`, or the disk is full.
   """
-  started = time.monotonic()
-  seconds = {}
-  watch = watch or Watch()
   exp = experiment(config)
   workdir.mkdir(parents=True, exist_ok=True)
+  with disk.space_for("the run's records", workdir), held(workdir):
+    checkpoints = Checkpoints(workdir, exp.train.keep, keep_best=exp.train.keep_best)
+    with disk.space_for("the run's records", workdir, intact=checkpoints.intact):
+      _train(config, exp, workdir, checkpoints, resume_changed, watch or Watch())
+    checkpoints.close()
+
+
+def _train(
+  config: ConfigDict,
+  exp: Experiment,
+  workdir: pathlib.Path,
+  checkpoints: Checkpoints,
+  resume_changed: bool,
+  watch: Watch,
+):
+  """Goes on from the newest of the checkpoints; arguments and errors as of `train`."""
+  started = time.monotonic()
+  seconds = {}
 
   # ---- 1. the newest checkpoint: is it of this config, is anything left to do? ----------------
-  checkpoints = Checkpoints(workdir, exp.train.keep)
   old = None
   changed = {}
   if checkpoints.latest() is not None:
@@ -92,7 +112,6 @@ def train(
     exp = experiment(config, old["config"])
     changed = check_same_config(old, exp, resume_changed)
     if old["step"] >= exp.train.steps:
-      checkpoints.close()
       over = "past the end, at"
       if old["step"] == exp.train.steps:
         over = "finished at"
@@ -129,6 +148,7 @@ def train(
     batches.set_state(json.loads(old["iterator"]))
     logging.info("resumed at step %d from %s", int(state.step), checkpoints.path)
   step = int(state.step)
+  checkpoints.check_space(state)
   layout = tables["layout"].layout
   facts = {
     "params": sum(x.size for x in jax.tree.leaves(params)),
@@ -137,13 +157,14 @@ def train(
     "changes": record["changes"],
     "git": git_revision(),
     "versions": versions(PACKAGES),
-    "device": jax.devices()[0].device_kind,
+    "device": used_devices()[0].device_kind,
     "tokens": layout.n,
     "tiles": layout.tiles,
     "grid": layout.grid,
     "tile": layout.tile,
   }
   metrics.start(step, config, facts, old and old.get("totals"))
+  alarm = Alarm(exp.train, read(metrics.path))
 
   # ---- 5. the steps ---------------------------------------------------------------------------
   train_step = make_train_step(graphdef, exp.train, classes)
@@ -153,10 +174,16 @@ def train(
   shapes = jax.eval_shape(lambda: params)
   watch.begin(Training(exp, workdir, train_data, graphdef, shapes, tables), step)
 
-  def save():
+  def warn(found: dict[str, str] | None):
+    if found is not None:
+      logging.warning("%s", found["text"])
+      metrics.write(step, KIND, **found)
+
+  def save(val_loss: float | None):
     skips.check(step)  # no checkpoint of a run whose steps were all skipped
     iterator = json.dumps(batches.get_state())
-    progress = {"iterator": iterator, "totals": metrics.totals(step)}
+    totals = metrics.totals(step)
+    progress = {"iterator": iterator, "totals": totals, "val_loss": finite(val_loss)}
     checkpoints.save(step, state, record | progress)
 
   # ---- 6. the loop ----------------------------------------------------------------------------
@@ -180,20 +207,32 @@ def train(
         values = jax.device_get(values)
         metrics.train(step, values)
         skips.check(step)
+        warn(alarm.trained(step, float(values["loss"])))
         bar.set_postfix(loss=f"{values['loss']:.3f}")
+      val_loss = None  # of this very step
       if exp.train.val_every and (last or step % exp.train.val_every == 0) and not stop():
         jax.block_until_ready(values)  # steps still running are no part of validation
         with metrics.paused():
           result = validate(state.ema, stop, functools.partial(metrics.write, step))
           if result is not None:
+            val_loss = result["loss"]
+            warn(alarm.validated(step, val_loss, float(np.mean(result["linear_buckets"]))))
             write_routing(workdir, result, exp.model, exp.train.time_range)
             watch.validated(step, state.ema)
       if last or stop() or step % exp.train.checkpoint_every == 0:
-        save()
+        save(val_loss)
   seconds["train"] = time.monotonic() - loop_started
-  metrics.finish(seconds, finished=step >= exp.train.steps)
+  best = checkpoints.best()
+  metrics.finish(seconds, finished=step >= exp.train.steps, best=best)
   watch.end()
-  checkpoints.close()
+  if best is not None and best["step"] < step:
+    logging.info(
+      "validation was best at step %d (%.4g): eval.py --checkpoint=%d takes it, by default the "
+      "newest is taken",
+      best["step"],
+      best["val_loss"],
+      best["step"],
+    )
   if step < exp.train.steps:
     logging.warning(
       "stopped at step %d of %d; the same command goes on from there", step, exp.train.steps

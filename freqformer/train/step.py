@@ -34,7 +34,8 @@ class TrainConfig:
       equal size in all directions and all other parameters AdamW's with Nesterov momentum.
     lr: peak learning rate of AdamW.
     muon_lr: peak learning rate of Muon's matrices; it follows the same schedule.
-    warmup: steps of linear warm-up; see `warm_steps`.
+    warmup: steps of linear warm-up from a `warmup`-th of the peak, so that no step is lost; see
+      `warm_steps`.
     schedule: "constant", "cosine", which ends at a tenth of the peak, or "trapezoid": constant,
       then straight to 0 over the last fifth of the steps (a cooldown, arXiv 2405.18392).
     weight_decay: of AdamW, on matrices only.
@@ -51,6 +52,8 @@ class TrainConfig:
     val_soft: also validate the soft mixture of branches (the soft-hard gap).
     samples: classes of which a sample is drawn at every validation, for the run's report.
     keep: number of newest checkpoints that stay on disk.
+    keep_best: beside them the checkpoint of the least validation loss stays, of those at whose
+      very step the run validated.
   """
 
   steps: int
@@ -75,6 +78,7 @@ class TrainConfig:
   samples: int = 4
   checkpoint_every: int = 500
   keep: int = 2
+  keep_best: bool = True
 
   def __post_init__(self):
     require(self, "steps batch_size log_every checkpoint_every keep", least=1)
@@ -119,7 +123,7 @@ def learning_rate(config: TrainConfig, peak: float | None = None) -> optax.Sched
   """Returns linear warm-up followed by the configured schedule; `peak` replaces `config.lr`."""
   peak = config.lr if peak is None else peak
   warmup = config.warm_steps
-  start = 0.0 if warmup else peak  # optax's ramp of no steps stays where it starts
+  start = peak / max(1, warmup)  # optax's ramp of no steps stays where it starts
   if config.schedule == "constant":
     return optax.warmup_constant_schedule(start, peak, warmup)
   end = max(config.steps, warmup + 1)

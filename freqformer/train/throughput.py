@@ -2,11 +2,10 @@
 
 import dataclasses
 
-import jax
-
 from freqformer.cost import model_cost, training_flops, utilisation
 from freqformer.model.config import ModelConfig
 from freqformer.simulation.descriptions import gpu_named, load_gpu
+from freqformer.train.devices import used_devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +15,7 @@ class Throughput:
   Attributes:
     flops: of one step, all samples: scored pairs only, every branch that a soft router runs,
       forward and backward.
-    peak: FLOP/s of all devices by their data sheet, or None if the device is not described.
+    peak: FLOP/s by data sheet of the devices that run, or None if they are not described.
   """
 
   flops: float
@@ -24,11 +23,12 @@ class Throughput:
 
   @classmethod
   def of(cls, model: ModelConfig, latent_shape, batch: int) -> "Throughput":
-    """Returns the throughput of a model on this process's devices."""
-    device = jax.devices()[0]
+    """Returns the throughput of a model on the devices that run it; idle ones do not count."""
+    devices = used_devices()
+    device = devices[0]
     peak = None if device.platform == "cpu" else peak_of(device.device_kind)
     flops = batch * training_flops(model_cost(model, latent_shape, training=True))
-    return cls(flops, None if peak is None else peak * jax.device_count())
+    return cls(flops, None if peak is None else peak * len(devices))
 
   def rates(self, steps_per_s: float) -> dict[str, float]:
     """Returns `steps_per_s`, `tflops_per_s` and, where the peak is known, `mfu` of sparse FLOPs."""

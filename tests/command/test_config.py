@@ -2,19 +2,21 @@
 
 import dataclasses
 import pathlib
+import re
 
 import numpy as np
 import pytest
 from absl import flags
 from freqformer.kernels.block_sparse.api import attention
 
+from freqformer import entries
 from freqformer.command import cli
 from freqformer.command.files import define_config, read_config
 from freqformer.config import ConfigError, build, require, with_defaults
 from freqformer.methods.freqformer import FreqFormer
 from freqformer.methods.head_profile import ProfileConfig
 from freqformer.methods.registry import METHODS
-from freqformer.train.experiment import experiment
+from freqformer.train.experiment import experiment, home_expanded
 from freqformer.train.resume import changes
 from tests.tiny_config import get_config
 
@@ -101,18 +103,37 @@ def test_filled_in_defaults_are_no_change_of_a_run():
   assert changes(experiment(get_config()), experiment(read_config(TINY))) == {}
 
 
-def experiment_of(*argv):
-  """Returns what train.py makes of a command line; each call has flags of its own."""
+def experiment_of(*argv, everything=False):
+  """Returns what train.py makes of a command line; each call has flags of its own.
+
+  If `everything`, other flags come with it.
+  """
   argv, values = ["train.py", *argv], flags.FlagValues()
   config = define_config(values, argv)
   flags.DEFINE_float("guidance", None, "", flag_values=values)
   flags.DEFINE_bool("dry_run", False, "", flag_values=values)
+  samples = flags.DEFINE_integer("samples", 1, "", flag_values=values)
+  cli.define_path("workdir", None, "", flag_values=values)
   cli.guarded(cli.parse)(argv, values)
-  return cli.guarded(lambda: experiment(config.value))()
+  found = cli.guarded(lambda: experiment(config.value))()
+  return (found, samples.value, values.workdir) if everything else found
 
 
 # Arguments, "@" for "--config.model.attention.", and a part of the answer.
 REFUSED = [
+  ("--config.train.wandb=x", "config.train.wandb does not exist; config.train has batch_size, "),
+  ("--config.train.mesh=2", "config.train.mesh does not exist; config.train has batch_size, "),
+  ("--config.train.resume_from=x", "does not exist; config.train has batch_size, beta2, "),
+  ("--config.train.heads=2", "did you mean 'model.heads'?"),
+  ("--config.trian.steps=2", "did you mean 'train.steps'?"),
+  ("--config.steps=2", "did you mean "),
+  ("--config.tensorboard=2", "does not exist; config has data, model, sample, seed, train."),
+  ("--config.log.wandb=2", "does not exist; known: data, model, sample, seed, train."),
+  ("--config.train.steps=1.5", "--config.train.steps=1.5 must be a whole number, e.g. 1000"),
+  ("--config.train.steps=1e-1", "--config.train.steps=1e-1 must be a whole number"),
+  ("--config.train.steps=1e99999999", "--config.train.steps=1e99999999 must be a whole number"),
+  ("--samples=2.5", "--samples=2.5 must be a whole number"),
+  ("--samples=two", "invalid literal for int() with base 10: 'two'"),
   ("--config.train.lr=abc", "could not convert string to float: 'abc'"),
   ("--config.train.lr=nan", "--config.train.lr=nan must be a finite number."),
   ("--config.train.lr=0", "config.train: lr=0.0 must be above 0."),
@@ -162,6 +183,41 @@ def test_command_lines_are_answered_in_one_sentence(argument, answer, capsys):
   (line,) = capsys.readouterr().err.strip().split("\n")
   assert end.value.code == 2 and line.startswith("error: ")
   assert answer in line and "self." not in line
+
+
+@pytest.mark.parametrize("text, value", [("1e5", 100_000), ("2E2", 200), ("7.0", 7), ("30", 30)])
+def test_whole_numbers_may_be_written_as_floats(text, value):
+  key, other = f"--config.train.steps={text}", f"--samples={text}"
+  exp, samples, _ = experiment_of(f"--config={DEMO}", key, other, everything=True)
+  apart = experiment_of(f"--config={DEMO}", "--config.train.steps", text, "--samples", text)
+  assert exp.train.steps == samples == apart.train.steps == value
+  assert build(Outer, dict(steps=float(text))).steps == value  # in a file
+  assert experiment_of(f"--config={DEMO}", f"--config.train.lr={text}").train.lr == value
+
+
+def test_the_home_folder_in_paths(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  (tmp_path / "mine.py").write_text(TINY.read_text())
+  line = ("--config=~/mine.py", "--config.data.root=~/videos", "--config.data.cache=~/x/~")
+  exp, _, workdir = experiment_of(*line, "--workdir=~/run", everything=True)
+  assert (exp.data.root, exp.data.cache) == (f"{tmp_path}/videos", f"{tmp_path}/x/~")
+  assert workdir == f"{tmp_path}/run"
+  assert home_expanded(dict(root="a~", split=1)) == dict(root="a~", split=1)
+
+
+PATH_WORDS = ("folder", "file", "picture", "has get_config")
+# Flags whose help speaks of files, but which are not paths.
+NO_PATHS = {"samples", "features", "compare", "config", "clips"}
+
+
+@pytest.mark.parametrize("name", ["train", "eval", "measure", "sweep", "report", "demo"])
+def test_every_flag_of_a_path_knows_the_home_folder(name):
+  """None is declared as a plain string."""
+  text = (ROOT / "freqformer" / "command" / f"{name}.py").read_text()
+  plain = re.findall(r'flags\.DEFINE_string\(\s*"(\w+)",[^,]*,\s*f?"([^"]*)"', text)
+  assert "cli.define_path(" in text
+  for flag, about in plain:
+    assert flag in NO_PATHS or not any(word in about.lower() for word in PATH_WORDS), flag
 
 
 @pytest.mark.parametrize(
@@ -215,6 +271,57 @@ def test_what_else_ends_in_one_sentence(tmp_path, capsys):
     with pytest.raises(SystemExit):
       cli.guarded(work)()
     assert answer in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  "error, code, line",
+  [
+    (KeyboardInterrupt(), 130, "stopped by Ctrl-C"),
+    (RuntimeError("Corrupted file\nat byte 7"), 1, "error: RuntimeError: Corrupted file (--verb"),
+    (KeyError("x"), 1, "error: KeyError: 'x' (--verbosity=1 shows where it comes from.)"),
+    (OSError("cannot"), 1, "error: OSError: cannot (--"),
+    (FileNotFoundError(2, "No such file", "a/b"), 2, "error: a/b cannot be used: No such file."),
+    (OSError(30, "Read-only file system", "a/b"), 2, "error: a/b cannot be used: Read-only file"),
+    (RuntimeError("RESOURCE_EXHAUSTED: out of memory"), 2, "error: the device's memory is full"),
+  ],
+)
+@pytest.mark.parametrize("verbose", [False, True])
+def test_whatever_ends_a_command_is_one_line(error, code, line, verbose, monkeypatch, capsys):
+  def main():
+    raise error
+
+  monkeypatch.setattr(cli.sys, "argv", ["x", *["--verbosity=1"] * verbose])
+  with pytest.raises(SystemExit) as end:
+    cli.guarded(main)()
+  *trace, last = capsys.readouterr().err.strip().split("\n")
+  assert end.value.code == code and last.startswith(line.split(" (--")[0] if verbose else line)
+  assert bool(trace) == (verbose and code != 130)
+
+
+def test_commands_of_argparse_know_the_verbosity(monkeypatch, capsys):
+  seen = []
+
+  def main(argv):
+    seen.append(argv or list(cli.sys.argv))
+    raise KeyError("x")
+
+  monkeypatch.setattr(cli.sys, "argv", ["x", "--verbosity=1", "--grid=1"])
+  before = cli.logging.get_verbosity()
+  with pytest.raises(SystemExit):
+    cli.run_plain(main)
+  cli.logging.set_verbosity(before)
+  assert seen == [["x", "--grid=1"]] and "Traceback" in capsys.readouterr().err
+
+
+def test_an_interrupt_while_modules_are_imported(monkeypatch, capsys):
+  def interrupted(*_, **__):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(entries.runpy, "run_module", interrupted)
+  with pytest.raises(SystemExit) as end:
+    entries.train()
+  assert end.value.code == cli.INTERRUPTED
+  assert capsys.readouterr().err == "stopped by Ctrl-C\n"
 
 
 @pytest.mark.parametrize(

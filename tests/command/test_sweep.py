@@ -1,6 +1,8 @@
 """Sweeps: names, refusals, and studies that skip finished trials and go on with killed ones."""
 
 import json
+import os
+import socket
 import types
 
 import pytest
@@ -9,6 +11,7 @@ from freqformer.command import sweep as sweep_module
 from freqformer.command.sweep import result_of, sweep, table, trial_name
 from freqformer.config import ConfigError
 from freqformer.train.experiment import experiment, recorded
+from freqformer.train.lock import held
 from tests.tiny_config import get_config
 
 CONFIG = """
@@ -69,6 +72,57 @@ def test_finished_trials_are_skipped_and_killed_ones_run_again(config, tmp_path,
     assert all(text in line for text in texts)
   assert len(json.loads((study / "study.json").read_text())) == 3
   assert result_of(study / trial_name({"train.lr": 3.0})) is None
+
+
+@pytest.mark.parametrize("meeting", [0.5, 2.0, 3.0])
+def test_sweeps_at_the_same_time_run_every_trial_once(config, tmp_path, monkeypatch, meeting):
+  """The second one begins while the first one runs a trial; the trial of rate 2 fails.
+
+  What had failed before a sweep began is tried once more by it, as by any later sweep.
+  """
+  study = tmp_path / "study"
+  ran, beside = [], []
+
+  def fake(path, workdir, overrides, stop):
+    rate = overrides["train.lr"]
+    ran.append(rate)
+    if rate == meeting and not beside:
+      beside.extend(sweep(config, study, {}))
+      listed = [row["status"] for row in sweep(config, study, {}, list_only=True)]
+      assert listed == [row["status"] for row in beside]
+    if rate == 2.0:
+      return 1
+    finish(workdir, 0.7, rate)
+    return 0
+
+  monkeypatch.setattr(sweep_module, "run_trial", fake)
+  rows = sweep(config, study, {})
+  assert sorted(ran) == sorted([0.5, 2.0, 3.0] + [2.0] * (meeting > 2.0))
+  assert [row["status"] for row in rows] == ["finished", "exit 1", "finished"]
+  written = json.loads((study / "study.json").read_text())
+  assert [row["status"] for row in written] == ["finished", "exit 1", "finished"]
+  running = beside[[0.5, 2.0, 3.0].index(meeting)]["status"]
+  assert running == f"running, process {os.getpid()} on {socket.gethostname()}"
+  assert running in table(beside)
+  # A later sweep tries the trial that failed once more.
+  del ran[:]
+  sweep(config, study, {})
+  assert ran == [2.0]
+
+
+def test_a_trial_that_trains_without_a_sweep_is_passed_over(config, tmp_path, monkeypatch):
+  study, ran = tmp_path / "study", []
+  taken = study / trial_name({"train.lr": 2.0})
+  taken.mkdir(parents=True)
+  monkeypatch.setattr(
+    sweep_module, "run_trial", lambda path, workdir, overrides, stop: ran.append(overrides) or 0
+  )
+  with held(taken):
+    statuses = [row["status"] for row in sweep(config, study, {})]
+  assert [own["train.lr"] for own in ran] == [0.5, 3.0]
+  assert statuses[0] == statuses[2] == "stopped" and statuses[1].startswith("running, process")
+  # It died: nothing was ever known of it but that it ran.
+  assert sweep(config, study, {}, list_only=True)[1]["status"] == "open"
 
 
 def test_refusals(config, tmp_path):

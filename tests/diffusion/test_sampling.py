@@ -76,6 +76,19 @@ def test_guidance_acts_in_its_interval(sampler):
     np.testing.assert_allclose(got, noise() - moved.reshape(-1, 1, 1), atol=1e-5)
 
 
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_guidance_zero_is_the_null_class_alone(sampler):
+  """One forward an evaluation; outside the interval the conditional model runs as ever."""
+  got, asked = drawn(SampleConfig(steps=4, guidance=0.0, batch_size=2, sampler=sampler))
+  assert all((rows, guided) == (2, False) for _, rows, guided, _ in asked)
+  np.testing.assert_allclose(got, noise() - UNCONDITIONAL.reshape(-1, 1, 1), atol=1e-5)
+  config = SampleConfig(steps=4, guidance=0.0, batch_size=2, guidance_interval=(0.5, 0.75))
+  got, asked = drawn(config)  # t = 1, 0.75, 0.5, 0.25
+  assert config.unconditional() == [False, True, True, False] and not any(config.guided())
+  moved = (CONDITIONAL + UNCONDITIONAL) / 2
+  np.testing.assert_allclose(got, noise() - moved.reshape(-1, 1, 1), atol=1e-5)
+
+
 @pytest.mark.parametrize("rescale", [0.0, 0.7, 1.0])
 def test_rescaled_guidance_has_the_spread_of_the_conditional_velocity(rescale):
   config = SampleConfig(steps=1, guidance=4.0, batch_size=2, guidance_rescale=rescale)
@@ -146,6 +159,19 @@ def test_methods_remember_across_the_ends_of_the_interval():
   np.testing.assert_allclose(got, alone, atol=1e-4)
 
 
+def test_without_guidance_by_classes_they_do_not_matter():
+  """Equal noise gives equal samples; under guidance one class would choose the tiles of both."""
+  model = small_model(layers=(), method="block_topk", block_topk=dict(density=0.5, coarse="none"))
+  graphdef, params = nnx.split(model)
+  samples = {}
+  for guidance in (0.0, 1.0):
+    config = SampleConfig(steps=3, guidance=guidance, batch_size=2)
+    args = (make_step(graphdef, config), params, model, [0, 1], [5, 5], 0)
+    samples[guidance], _ = sample(*args, model.tables(SHAPE), SHAPE, config, progress=False)
+  np.testing.assert_array_equal(*samples[0.0])
+  assert np.abs(np.subtract(*samples[1.0])).max() > 1e-3
+
+
 def test_costs_follow_what_runs():
   config = small_model(layers=(), method="dense").config
   one = model_cost(config, SHAPE).total
@@ -209,6 +235,7 @@ def test_a_sample_is_the_same_on_two_devices_and_in_any_batch():
   [
     (dict(guidance_interval=(0.9, 0.1)), "must be the lowest and the highest t"),
     (dict(guidance_interval=(0.1, 1.1)), "at most 1"),
+    (dict(guidance=0.0, guidance_rescale=0.5), "guidance_rescale=0.5 needs the conditional"),
     (dict(guidance_rescale=2.0), "guidance_rescale=2.0 must be at least 0 and at most 1"),
   ],
 )

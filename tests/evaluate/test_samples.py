@@ -8,7 +8,8 @@ import pytest
 from freqformer.config import ConfigError
 from freqformer.diffusion.sampling import SampleConfig
 from freqformer.evaluate import samples
-from freqformer.evaluate.draw import requests
+from freqformer.evaluate.draw import draw as draw_samples
+from freqformer.evaluate.draw import requests, split_classes
 
 RUN = types.SimpleNamespace(class_names=["a", "b", "c"])
 CONFIG = SampleConfig(batch_size=2)
@@ -64,6 +65,33 @@ def test_samples_of_other_settings_are_refused(drawn, tmp_path):
   draw(tmp_path, 2)
   with pytest.raises(ConfigError, match="drawn with seed=0, not 1: name another --out"):
     draw(tmp_path, 2, seed=1)
+
+
+@pytest.mark.parametrize(
+  "text, classes",
+  [
+    ("run", ["run"]),
+    ("run,Jump, high", ["run", "Jump, high"]),
+    ("Jump, high,run", ["Jump, high", "run"]),
+    ("Jump", ["Jump"]),
+    ("Jump,run, Jump, high ,a,b,c", ["Jump", "run", "Jump, high", "a,b", "c"]),
+    ("a,b", ["a,b"]),
+    ("b,a", ["b", "a"]),
+    ("run,,", ["run"]),
+    ("jump, high,run", ["jump", "high", "run"]),  # refused later: no such classes
+    ("", []),
+  ],
+)
+def test_classes_may_have_commas_in_their_names(text, classes):
+  names = ["run", "Jump", "Jump, high", "a", "b", "c", "a,b"]
+  assert split_classes(text, names) == classes
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 99_999_999_999])
+def test_a_seed_that_a_key_cannot_hold_is_refused(seed):
+  """JAX would take it modulo 2^32, and tell nobody."""
+  with pytest.raises(ConfigError, match=f"^seed={seed} must lie in 0..4,294,967,295: a random key"):
+    draw_samples(None, [0], [0], seed, None)
 
 
 def test_numbers_are_those_of_eval():

@@ -12,7 +12,7 @@ from freqformer.kernels.block_sparse.table import from_tiles
 from freqformer.config import ConfigError
 from freqformer.grid.layout import TileLayout
 from freqformer.methods.block_topk import BlockTopK
-from freqformer.methods.radial import Radial
+from freqformer.methods.radial import Radial, radial, radial_floor
 from freqformer.methods.sliding_tile import SlidingTile
 from freqformer.methods.spatial_temporal import spatial_temporal
 from freqformer.tables.where import tiles_where
@@ -94,6 +94,39 @@ def test_radial_is_the_papers_mask_of_tokens_or_tiles(grid, tile, decay, sink):
   layout = TileLayout(grid, tile, math.prod(tile))
   found = Radial(decay, sink).mask(layout).check().to_tiles()[0, 0]
   np.testing.assert_array_equal(found, paper_mask(layout, decay, sink))
+
+
+@pytest.mark.parametrize("sink", [0, 1, 3])
+@pytest.mark.parametrize(
+  "grid, tile",
+  [
+    ((1, 1, 1), (1, 1, 1)),
+    ((1, 4, 6), (1, 2, 2)),
+    ((5, 1, 1), (1, 1, 1)),
+    ((9, 2, 3), (2, 2, 2)),
+    ((16, 8, 12), (2, 4, 4)),
+    ((24, 4, 8), (4, 4, 4)),
+  ],
+)
+def test_below_its_floor_radial_is_one_mask(grid, tile, sink, caplog):
+  """Just below the floor as far below; just above not; the log tells of the former."""
+  layout = TileLayout(grid, tile, math.prod(tile))
+  floor = radial_floor(layout, sink)
+  least = radial(layout, 1e-9, sink).to_tiles()
+  if not floor:
+    np.testing.assert_array_equal(radial(layout, 9.0, sink).to_tiles(), least)
+    Radial(1e-9, sink).mask(layout)
+    assert "changes nothing" not in caplog.text
+    return
+  above = Radial(1.001 * floor, sink)
+  assert (above.mask(layout).to_tiles() != least).any()
+  above.counted(layout)
+  assert "changes nothing" not in caplog.text
+  below = Radial(0.999 * floor, sink)
+  np.testing.assert_array_equal(below.mask(layout).to_tiles(), least)
+  below.counted(layout)
+  assert caplog.text.count("changes nothing") == 1  # not once per layer and call
+  assert f"below {floor:.3g} every tile" in caplog.text
 
 
 def test_radial_saves_what_its_paper_says():

@@ -5,6 +5,7 @@ import functools
 import os
 import re
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,9 @@ from flax import nnx
 
 from freqformer.command.files import read_config
 from freqformer.config import ConfigError
+from freqformer.evaluate import restore
 from freqformer.model.dit import VideoDiT
-from freqformer.train.checkpoint import Checkpoints
+from freqformer.train.checkpoint import Checkpoints, Gone
 from freqformer.train.experiment import experiment
 from freqformer.train.resume import check_same_config, check_same_data, with_seed
 from freqformer.train.step import init_state
@@ -100,6 +102,108 @@ def test_a_damaged_checkpoint_is_said_to_be_one(saved, tmp_path, damage):
     with pytest.raises(ConfigError, match=message):
       checkpoints.record(step)
       checkpoints.restore({"ema": saved[1].ema}, step, ignore_extra=True)
+
+
+def _deleted(step):
+  shutil.rmtree(step)
+
+
+def _half_deleted_for_a_newer_one(step):
+  shutil.copytree(step, step.with_name("12"))
+  shutil.rmtree(step / "record")
+  (step / "arrays" / "_METADATA").unlink()
+
+
+@pytest.mark.parametrize("read", ["record", "restore"])
+@pytest.mark.parametrize("rotate", [_deleted, _half_deleted_for_a_newer_one])
+def test_a_checkpoint_that_training_rotates_away_is_not_called_damaged(
+  saved, tmp_path, read, rotate
+):
+  shutil.copytree(saved[0], tmp_path / "run")
+  checkpoints = Checkpoints(tmp_path / "run", create=False)
+  rotate(checkpoints.path / "9")
+  with pytest.raises(Gone, match="9 was deleted while it was read.*there are .*same command again"):
+    checkpoints.record() if read == "record" else checkpoints.restore({"ema": saved[1].ema})
+  # Those that are there can be read by the same reader.
+  assert checkpoints.record()["step"] in (5, 9)
+
+
+def test_leaves_that_are_deleted_while_they_are_listed_are_no_other_model(
+  saved, tmp_path, monkeypatch
+):
+  shutil.copytree(saved[0], tmp_path / "run")
+  checkpoints = Checkpoints(tmp_path / "run", create=False)
+
+  def nothing(step):
+    shutil.copytree(checkpoints.path / str(step), checkpoints.path / "12")
+    return {"arrays": {}}
+
+  monkeypatch.setattr(checkpoints._manager, "item_metadata", nothing)
+  with pytest.raises(Gone, match=r"9 was deleted while it was read.*there are \[5, 9, 12\]"):
+    checkpoints.restore({"ema": saved[1].ema})
+
+
+def test_a_deletion_that_takes_a_while_is_waited_for(saved, tmp_path, monkeypatch):
+  shutil.copytree(saved[0], tmp_path / "run")
+  checkpoints = Checkpoints(tmp_path / "run", create=False)
+  step = checkpoints.path / "5"  # it was asked for: no newer one comes meanwhile
+  shutil.rmtree(step / "record")
+  monkeypatch.setattr(time, "sleep", lambda seconds: seconds and shutil.rmtree(step))
+  with pytest.raises(Gone, match=r"there are \[9\]"):
+    checkpoints.record(5)
+
+
+@pytest.mark.parametrize(
+  "rotations, step, loads", [(0, None, 1), (4, None, 5), (5, None, 0), (1, 3, 0)]
+)
+def test_the_newest_checkpoint_is_tried_again(monkeypatch, rotations, step, loads):
+  """The newest one until it is read; one that was asked for once."""
+  calls = []
+
+  def load(workdir, step, method, raw):
+    calls.append(step)
+    if len(calls) <= rotations:
+      raise Gone("x") if len(calls) % 2 else FileNotFoundError("x")
+    return "run"
+
+  monkeypatch.setattr(restore, "_load", load)
+  if loads:
+    assert restore.load_run("x", step=step) == "run" and len(calls) == loads
+  else:
+    with pytest.raises(Gone):
+      restore.load_run("x", step=step)
+
+
+@pytest.mark.parametrize(
+  "losses, keep, stay, best",
+  [
+    # By step, from 1 on; None: the run did not validate there.
+    ([3.0, 1.0, 2.0, 4.0, 5.0], 2, [2, 4, 5], 2),
+    ([3.0, 1.0, 2.0, 0.5, 5.0], 2, [4, 5], 4),
+    ([3.0, 1.0, 2.0, 4.0, 5.0], 1, [2, 5], 2),
+    ([3.0, 1.0, 2.0, 4.0, 1.0], 1, [5], 5),  # of equal ones the newer
+    ([None, 2.0, None, None, None], 2, [2, 4, 5], 2),
+    ([None] * 5, 2, [4, 5], None),
+  ],
+)
+def test_the_best_checkpoint_stays_beside_the_newest(tmp_path, losses, keep, stay, best):
+  for step, loss in enumerate(losses, 1):  # each by a process of its own
+    checkpoints = Checkpoints(tmp_path, keep, keep_best=True)
+    checkpoints.save(step, {"x": np.full(2, step)}, {"val_loss": loss})
+    checkpoints.close()
+  found = Checkpoints(tmp_path, create=False)
+  assert found.steps() == stay
+  want = best and {"step": best, "val_loss": losses[best - 1]}
+  assert found.best() == want
+  if best:
+    assert found.restore({"x": np.zeros(2)}, best)["x"].tolist() == [best] * 2
+
+
+def test_without_the_key_the_newest_stay_alone(tmp_path):
+  checkpoints = Checkpoints(tmp_path, keep=1)
+  for step, loss in enumerate((3.0, 1.0, 2.0), 1):
+    checkpoints.save(step, {"x": np.zeros(1)}, {"val_loss": loss})
+  assert checkpoints.steps() == [3]
 
 
 def changed(values):

@@ -1,6 +1,8 @@
 """Grid and data decide some numbers of a run: once, recorded, and kept."""
 
+import dataclasses
 import json
+import types
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from flax import nnx
 
 from freqformer.command.files import read_config
 from freqformer.config import ConfigError
+from freqformer.evaluate.draw import sample_config
 from freqformer.grid.rotary import grid_theta
 from freqformer.model.config import model_config
 from freqformer.model.dit import VideoDiT
@@ -117,6 +120,38 @@ def test_first_frames_need_a_model_and_latent_frames_of_their_own(values, messag
     config.update_from_flattened_dict({"model.first_frame": True, "data.frames": 8})
     config.data.codec.update(factor=(1, *config.data.codec.factor[1:]))
   assert experiment(config).train.first_frame == 0.5
+
+
+@pytest.mark.parametrize(
+  "dropout, sample, message",
+  [
+    (0.0, dict(guidance=4.0), "config.sample: guidance=4 needs the null class, which "),
+    (0.0, dict(guidance=0.0), "guidance=0 needs the null class"),
+    (0.0, dict(guidance=4.0, guidance_interval=(0.01, 0.02)), None),
+    (0.0, dict(guidance=1.0), None),
+    (1.0, dict(guidance=1.0), "guidance=1 needs the classes, which train.label_dropout=1 never"),
+    (1.0, dict(guidance=0.0, guidance_interval=(0.5, 1.0)), "needs the classes"),
+    (1.0, dict(guidance=0.0), None),
+    (0.5, dict(guidance=4.0), None),
+  ],
+)
+def test_samples_need_what_training_trains(dropout, sample, message, config):
+  with config.unlocked():
+    config.train.label_dropout = dropout
+    config.sample.update(sample)
+  record = json.loads(config.to_json())
+  if message is None:
+    experiment(config)
+  else:
+    with pytest.raises(ConfigError, match=message):
+      experiment(config)
+  # A run of before the check can be loaded; to sample from it so is refused.
+  run = types.SimpleNamespace(experiment=of_record(record))
+  if message is None:
+    assert sample_config(run, 2) == dataclasses.replace(run.experiment.sample, batch_size=2)
+  else:
+    with pytest.raises(ConfigError, match=message.removeprefix("config.sample: ")):
+      sample_config(run, 2)
 
 
 def test_first_frames_need_the_velocity_of_the_draw():

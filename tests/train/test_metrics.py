@@ -1,8 +1,14 @@
 """FLOPs and seconds of a run are those of its training steps, over all its processes."""
 
+import json
+import math
+
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from freqformer.pages.files import metric_rows
+from freqformer.pages.losses import by_timestep, losses
 from freqformer.train import metrics
 from freqformer.train.metrics import Metrics
 from freqformer.train.throughput import Throughput
@@ -52,6 +58,40 @@ def test_work_goes_on_where_the_checkpoint_was(tmp_path, clock):
     (10, 1000, 13),
   ]
   assert [row.get("steps_per_s") for row in rows] == [None, 0.5, None, 1.0]
+
+
+def test_lines_are_json_whatever_the_numbers(tmp_path, clock):
+  """Numbers that are not finite are null, also those of earlier lines; pages read NaN."""
+  earlier = '{"step": 1, "kind": "val", "loss": Infinity, "buckets": [NaN, 1.5]}\n'
+  (tmp_path / "metrics.jsonl").write_text(earlier)
+  run = begin(tmp_path, 6)
+  run.train(7, {"loss": np.float32("inf"), "grad_norm": np.nan, "skipped": 1.0})
+  run.write(7, "val", loss=np.float64("nan"), buckets=np.array([1.0, -np.inf]), name="x")
+
+  def strict(text):
+    raise AssertionError(text)
+
+  lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+  rows = [json.loads(line, parse_constant=strict) for line in lines]
+  assert [row["loss"] for row in rows] == [None] * 3
+  assert rows[0]["buckets"] == [None, 1.5] and rows[2]["buckets"] == [1.0, None]
+  assert rows[1]["grad_norm"] is None and rows[1]["skipped"] == 1 and rows[2]["name"] == "x"
+  (read,) = metric_rows(tmp_path, "train")
+  assert math.isnan(read["loss"])
+
+
+def test_the_report_shows_a_run_that_exploded(tmp_path):
+  rows = [{"step": i, "kind": "train", "loss": 1.0 + i, "grad_norm": None} for i in range(5)]
+  rows += [{"step": 5, "kind": "train", "loss": None, "grad_norm": 2.0}]
+  for kind in ("val", "val_soft"):
+    rows += [
+      {"step": 3, "kind": kind, "loss": 1.0, "buckets": [1.0] * 4},
+      {"step": 5, "kind": kind, "loss": None, "buckets": [None, 1.0, 2.0, 3.0]},
+    ]
+  rows += [{"step": 5, "kind": "warning", "about": "training", "text": "it has exploded"}]
+  (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  assert "it has exploded" in losses(tmp_path) and "warning at step 5" in losses(tmp_path)
+  assert "nan" in by_timestep(tmp_path)
 
 
 def test_totals_unknown_to_the_checkpoint_are_not_made_up(tmp_path, clock):

@@ -155,10 +155,11 @@ def test_a_run_that_only_skips_is_stopped(log_every):
 @pytest.mark.parametrize(
   "changes, rates",
   [
-    (dict(), {0: 0, 10: 3e-3, 100: 3e-4}),
-    (dict(schedule="constant"), {0: 0, 10: 3e-3, 100: 3e-3}),
-    (dict(schedule="trapezoid"), {0: 0, 10: 3e-3, 80: 3e-3, 90: 1.5e-3, 100: 0}),
-    (dict(schedule="trapezoid", steps=2), {0: 0, 1: 3e-3}),
+    (dict(), {0: 3e-4, 5: 1.65e-3, 10: 3e-3, 100: 3e-4}),
+    (dict(schedule="constant"), {0: 3e-4, 5: 1.65e-3, 10: 3e-3, 100: 3e-3}),
+    (dict(schedule="trapezoid"), {0: 3e-4, 10: 3e-3, 80: 3e-3, 90: 1.5e-3, 100: 0}),
+    (dict(schedule="trapezoid", steps=2), {0: 3e-3, 1: 3e-3}),
+    (dict(warmup=1), {0: 3e-3, 1: 3e-3}),
     (dict(warmup=0), {0: 3e-3}),
     (dict(warmup=0, schedule="constant"), {0: 3e-3}),
     (dict(steps=8), {4: 3e-3}),  # warm-up is at most half of the run
@@ -170,18 +171,18 @@ def test_schedules(changes, rates):
 
 
 def test_the_average_follows_with_a_ramped_decay(step, state):
-  """Step 0 has rate 0; after step 1 the average is 2 parts of 11 old and 9 new."""
-  after = jax.tree.map(jnp.asarray, state)
+  """Step 0 leaves a part of 10 of what was, step 1 two parts of 11; both move the parameters."""
+  states = [state]
   for _ in range(2):
-    after, _ = step(after, batch_of())
-  after = jax.device_get(after)
-  moved = jax.tree.map(lambda new, old: np.abs(new - old).max(), after.params, state.params)
-  assert max(jax.tree.leaves(moved)) > 1e-4
+    after, _ = step(jax.tree.map(jnp.asarray, states[-1]), batch_of())
+    states.append(jax.device_get(after))
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), states[-1].params, states[-2].params)
+    assert max(jax.tree.leaves(moved)) > 1e-4
 
-  def check(ema, new, old):
-    np.testing.assert_allclose(ema, (2 * old + 9 * new) / 11, atol=1e-6)
+  def check(ema, last, first, old):
+    np.testing.assert_allclose(ema, (2 * (old + 9 * first) / 10 + 9 * last) / 11, atol=1e-6)
 
-  jax.tree.map(check, after.ema, after.params, state.params)
+  jax.tree.map(check, states[2].ema, states[2].params, states[1].params, state.params)
 
 
 def test_the_loss_leaves_given_first_frames_out():
@@ -213,7 +214,7 @@ def test_muon_moves_the_layers_matrices_alike_in_all_directions_and_leaves_the_r
   for name in ("adamw", "muon"):
     config = dataclasses.replace(TRAIN, optimizer=name, weight_decay=0.0)
     optimizer = make_optimizer(config)
-    # The first step of the warm-up has rate 0.
+    # At the first step, Nesterov's momentum is half as large again as without.
     _, state = optimizer.update(gradients, optimizer.init(params), params)
     updates[name], _ = optimizer.update(gradients, state, params)
   matrices = 0

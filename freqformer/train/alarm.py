@@ -1,0 +1,75 @@
+"""Warnings about a run that goes on, each said once: it may be finite and yet be lost.
+
+Steps that are not finite are skipped and end a run by themselves (`step.SkippedSteps`).
+"""
+
+import collections
+import math
+import statistics
+from collections.abc import Iterable
+
+from freqformer.train.step import TrainConfig
+
+KIND = "warning"  # of a line of metrics.jsonl
+# choice: the mean of the newest lines is compared, so that one unlucky batch raises no alarm.
+_FACTOR = 3.0
+_NEWEST = 3
+_WINDOW = 100  # lines of the median
+_LEAST = 5  # lines below which there is no median
+
+
+class Alarm:
+  """Looks at the losses that a run logs.
+
+  Attributes:
+    raised: what has been warned of, "training" or "validation".
+  """
+
+  def __init__(self, config: TrainConfig, rows: Iterable[dict] = ()):
+    """Begins behind the lines `rows` of metrics.jsonl, of the processes before."""
+    self._warm = config.warm_steps
+    self._losses = collections.deque(maxlen=_WINDOW)
+    self.raised: set[str] = set()
+    for row in rows:
+      if row["kind"] == KIND:
+        self.raised.add(row["about"])
+      elif row["kind"] == "train":
+        self._note(row.get("loss"))
+
+  def _note(self, loss: float | None):
+    if loss is not None and math.isfinite(loss):
+      self._losses.append(loss)
+
+  def trained(self, step: int, loss: float) -> dict[str, str] | None:
+    """Notes a training loss; returns a warning, `about` and `text`, if it has exploded."""
+    self._note(loss)
+    losses = list(self._losses)
+    before = losses[:-_NEWEST]
+    if step <= self._warm or len(before) < _LEAST:
+      return None
+    median = statistics.median(before)
+    newest = statistics.fmean(losses[-_NEWEST:])
+    if newest <= _FACTOR * median:
+      return None
+    return self._raise(
+      "training",
+      f"the training loss has exploded: {newest:.4g} before step {step}, where its median is "
+      f"{median:.4g}. Lower train.lr or train.clip, or look at the data; train.keep_best keeps the "
+      "checkpoint that validates best.",
+    )
+
+  def validated(self, step: int, loss: float, linear: float) -> dict[str, str] | None:
+    """Returns a warning if a validation loss is behind that of the best linear prediction."""
+    if step <= self._warm or loss <= linear:
+      return None
+    return self._raise(
+      "validation",
+      f"validation at step {step} is worse than the best linear prediction: {loss:.4g} against "
+      f"{linear:.4g}. The model has learned nothing yet, or has exploded: then lower train.lr.",
+    )
+
+  def _raise(self, about: str, text: str) -> dict[str, str] | None:
+    if about in self.raised:
+      return None
+    self.raised.add(about)
+    return {"about": about, "text": text}
