@@ -6,7 +6,6 @@ import importlib
 import re
 
 from freqformer.config import ConfigError, build, did_you_mean, load_class
-from freqformer.methods.base import Method
 
 METHODS = {
   "dense": "Dense",
@@ -39,6 +38,8 @@ def method_class(name: str):
     ConfigError: for an unknown name, or a line of `METHODS` without its file or class.
   """
   if ":" in name:
+    from freqformer.methods.base import Method  # imports JAX, which a list of names need not
+
     found = load_class(name, "attention method")
     if not (dataclasses.is_dataclass(found) and issubclass(found, Method)):
       raise ConfigError(f"attention method {name!r} must be a dataclass that inherits Method.")
