@@ -1,7 +1,5 @@
 """Drawing goes on where it was, adds to what is there, and refuses samples of other settings."""
 
-import types
-
 import numpy as np
 import pytest
 
@@ -10,8 +8,9 @@ from freqformer.diffusion.sampling import SampleConfig
 from freqformer.evaluate import samples
 from freqformer.evaluate.draw import draw as draw_samples
 from freqformer.evaluate.draw import requests, split_classes
+from freqformer.evaluate.restore import Run
 
-RUN = types.SimpleNamespace(class_names=["a", "b", "c"])
+RUN = Run(None, None, None, {"class_names": ["a", "b", "c"]})
 CONFIG = SampleConfig(batch_size=2)
 
 
@@ -45,6 +44,15 @@ def draw(folder, count, seed=0):
   )
   assert kept == indices.tolist()
   return latents[:, 0, 0, 0, 0].tolist(), indices.tolist()
+
+
+def test_classes_that_were_not_trained_are_left_out_unless_they_are_named():
+  counts = {"class_counts": [3, 0, 1]}
+  run = Run(None, None, None, RUN.record | counts)
+  assert run.trained_classes == ["a", "c"] and RUN.trained_classes == ["a", "b", "c"]
+  labels, indices = requests(run, None, 2)
+  assert labels.tolist() == [0, 0, 2, 2] and indices.tolist() == [0, 1, 20_000, 20_001]
+  assert requests(run, ["b"], 1)[0].tolist() == [1]
 
 
 def test_a_killed_run_goes_on_and_a_longer_one_adds(drawn, tmp_path):
