@@ -30,11 +30,11 @@ def clip_path(folder, name: str, index: int) -> pathlib.Path:
 
 
 def spread_requests(run: Run, count: int) -> tuple[np.ndarray, np.ndarray]:
-  """Returns label and number of `count` samples, int32 `[count]` both, dealt to all classes.
+  """Returns label and number of `count` samples, int32 `[count]` both, dealt to the trained classes.
 
   The first of them are the same for every count.
   """
-  classes = len(run.class_names)
+  classes = len(run.trained_classes)
   labels, indices = requests(run, None, -(-count // classes))
   order = np.argsort(indices % SAMPLES_PER_CLASS, kind="stable")[:count]
   return labels[order], indices[order]

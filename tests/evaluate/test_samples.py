@@ -53,6 +53,7 @@ def test_classes_that_were_not_trained_are_left_out_unless_they_are_named():
   labels, indices = requests(run, None, 2)
   assert labels.tolist() == [0, 0, 2, 2] and indices.tolist() == [0, 1, 20_000, 20_001]
   assert requests(run, ["b"], 1)[0].tolist() == [1]
+  assert samples.spread_requests(run, 5)[0].tolist() == [0, 2, 0, 2, 0]
 
 
 def test_a_killed_run_goes_on_and_a_longer_one_adds(drawn, tmp_path):
