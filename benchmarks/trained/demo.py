@@ -4,8 +4,8 @@
   python -m freqformer.demo --workdir=runs/longer --steps=5000 && \
     python -m benchmarks.trained.demo --workdir=runs/longer
 
-Nothing is run here: the row holds the seconds of run.json, the last validation of metrics.jsonl and
-the rows of evaluation.json; `trained_at` is the commit that trained it. Its name in
+Nothing is run here: the row holds the seconds of run.json, the last validation of metrics.jsonl,
+the rows of evaluation.json and what `eval.py --validate` has written; `trained_at` is the commit that trained it. Its name in
 benchmarks/results/demo.json is that of the run's folder, as is the name of a picture in
 docs/figures/ with the first sample of each class above a real clip.
 """
@@ -55,7 +55,16 @@ def row_of(workdir: pathlib.Path) -> dict:
     "seconds": {name: round(value, 1) for name, value in run["seconds"].items()},
     "validation_loss": losses[-1]["loss"],
     "metrics": [_metric(row) for row in evaluation],
+    "validated": [_validated(path) for path in sorted((workdir / "validation").glob("*.json"))],
   }
+
+
+def _validated(path: pathlib.Path) -> dict:
+  """Returns the losses of an `eval.py --validate`, and on which clips they are."""
+  found = json.loads(path.read_text())
+  data = {key: found["data"][key] for key in ("source", "root", "frames", "stride", "resolution")}
+  losses = {key: found[key] for key in ("loss", "buckets", "linear_buckets")}
+  return {"clips": found["clips"], "split": found["split"], **data, **losses}
 
 
 def _metric(row: dict) -> dict:

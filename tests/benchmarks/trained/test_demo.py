@@ -35,7 +35,14 @@ def test_a_row_holds_the_last_loss_and_the_metrics(tmp_path):
   with pytest.raises(ConfigError, match="run make demo first"):
     row_of(tmp_path)
   (tmp_path / "evaluation.json").write_text(json.dumps([JUDGE | {"protocol": PROTOCOL}]))
+  data = dict(source="folder", root="clips", frames=16, stride=2, resolution=[96, 96], views=8)
+  losses = dict(loss=0.5, buckets=[0.5], linear_buckets=[0.9])
+  (tmp_path / "validation").mkdir()
+  found = dict(clips=3, split="all", data=data, density=0.1, **losses)
+  (tmp_path / "validation" / "clips.json").write_text(json.dumps(found))
   row = row_of(tmp_path)
+  del data["views"]
+  assert row["validated"] == [{"clips": 3, "split": "all", **data, **losses}]
   assert row["steps"] == 4 and row["validation_loss"] == 0.25
   assert row["seconds"] == {"train": 12.3}
   demo = row | {"name": "demo"}
