@@ -5,9 +5,9 @@
     python -m benchmarks.trained.demo --workdir=runs/longer
 
 Nothing is run here: the row holds the seconds of run.json, the last validation of metrics.jsonl,
-the rows of evaluation.json and what `eval.py --validate` has written; `trained_at` is the commit that trained it. Its name in
-benchmarks/results/demo.json is that of the run's folder, as is the name of a picture in
-docs/figures/ with the first sample of each class above a real clip.
+the rows of evaluation.json and what `eval.py --validate` has written; `trained_at` is the commit
+that trained it. Its name in benchmarks/results/demo.json is that of the run's folder, as is the
+name of a picture in docs/figures/ with the first sample of each class above a real clip.
 """
 
 import json

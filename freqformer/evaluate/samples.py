@@ -30,7 +30,7 @@ def clip_path(folder, name: str, index: int) -> pathlib.Path:
 
 
 def spread_requests(run: Run, count: int) -> tuple[np.ndarray, np.ndarray]:
-  """Returns label and number of `count` samples, int32 `[count]` both, dealt to the trained classes.
+  """Returns label and number of `count` samples, int32 `[count]` both, dealt to trained classes.
 
   The first of them are the same for every count.
   """
