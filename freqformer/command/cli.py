@@ -1,6 +1,7 @@
 """Entry points of commands: what ends one is one sentence, no traceback.
 
-Exit codes: 2 for what a user can mend, 130 for Ctrl-C, 1 for anything else.
+Exit codes: 2 for what a user can mend, 130 for Ctrl-C, 141 where the reader of the output has gone,
+1 for anything else.
 """
 
 import ctypes
@@ -28,6 +29,7 @@ from freqformer.kernels.core.op import NoImplementation
 from freqformer.versions import versions
 
 INTERRUPTED = 130  # exit code of a command that Ctrl-C ended, as shells have it
+_PIPE_CLOSED = 141  # as shells have it, too
 _VERBOSE = "--verbosity=1"
 _DIGITS = 18  # of an integer; more would not fit into 64 bits
 _CODE = CHECKOUT or pathlib.Path(__file__).parents[1]
@@ -107,6 +109,9 @@ def guarded(main: Callable) -> Callable:
     except KeyboardInterrupt:
       print("stopped by Ctrl-C", file=sys.stderr)
       sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # who read the output has gone, as `| head` does
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at exit
+      sys.exit(_PIPE_CLOSED)
     except (ConfigError, NoImplementation) as error:
       _fail(error)
     except Exception as error:

@@ -3,6 +3,8 @@
 import dataclasses
 import pathlib
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -271,6 +273,22 @@ def test_what_else_ends_in_one_sentence(tmp_path, capsys):
     with pytest.raises(SystemExit):
       cli.guarded(work)()
     assert answer in capsys.readouterr().err
+
+
+def test_a_reader_that_has_gone_is_no_error():
+  """As with `| head -1`: a full pipe and then a closed one."""
+  code = """
+from freqformer.command import cli
+def main(_):
+  for _ in range(100_000):
+    print("a line")
+cli.guarded(main)(None)
+"""
+  line = [sys.executable, "-c", code]
+  with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 141
 
 
 @pytest.mark.parametrize(
