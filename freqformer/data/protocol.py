@@ -81,7 +81,10 @@ class DataConfig:
         "as mirrored latents are not those of a mirrored video."
       )
     if self.fps and self.stride != 1:
-      raise ValueError(f"fps={self.fps:g} chooses frames by time: set stride=1, not {self.stride}.")
+      raise ValueError(
+        f"fps={self.fps:g} chooses frames by time, stride={self.stride} by count: set stride=1, or "
+        "fps=0."
+      )
     require(self, "split", least=0, most=3)
     require(self, "val_fraction", above=0, below=1)
 

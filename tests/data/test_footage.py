@@ -144,6 +144,13 @@ def test_a_clip_slower_than_the_views_repeats_frames_and_is_named(tmp_path):
   assert drawn["views"][0]["frames"] == (4, 5, 5, 6, 6, 7) and SLOW in drawn["notes"]
 
 
+def test_frames_are_chosen_by_time_or_by_count():
+  with pytest.raises(
+    ValueError, match="fps=8 .* by time, stride=2 by count: set stride=1, or fps=0"
+  ):
+    config("x", "y", fps=8.0)
+
+
 def test_samples_have_the_rate_of_the_clips(tmp_path):
   root = tmp_path / "videos"
   root.mkdir()
