@@ -21,11 +21,9 @@ def test_costs_stand_beside_the_loss():
   row, text = demo_compare.summary(rows, counted)
   assert row["over_dense"]["dense"] == 1
   assert "FLOPs of a training step over dense: octaves 0." in text
-  head, first, *_ = text.splitlines()
+  head, *lines = text.splitlines()
   assert head.split()[-2:] == ["s", "s/dense"]
-  of_first, of_dense = (
-    next(r for r in rows if r["name"] == f"{name}/seed0")["seconds"]["train"]
-    for name in ("octaves", "dense")
-  )
-  assert first.startswith("octaves/seed0")
-  assert first.split()[-2:] == [f"{of_first:.0f}", f"{of_first / of_dense:.2f}"]
+  seconds = {r["name"]: r["seconds"]["train"] for r in rows}
+  own = seconds["octaves/seed0"]
+  (line,) = (line for line in lines if line.startswith("octaves/seed0"))
+  assert line.split()[-2:] == [f"{own:.0f}", f"{own / seconds['dense/seed0']:.2f}"]
