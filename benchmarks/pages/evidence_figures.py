@@ -31,6 +31,10 @@ STYLES = {
   "vorta": ("C6", "-"),
   "freqformer_random": ("C2", "--"),
   "joint": ("C8", "-"),
+  "joint_and_low": ("C8", "--"),
+  "topk_pooled": ("C7", "-"),
+  "topk_gated": ("C7", ":"),
+  "octaves_gates": ("C0", "--"),
 }
 PYRAMIDS = ("octaves", "octaves_prior", "octaves4_prior")  # whose weights are drawn level by level
 _OTHER = ("grey", "-")
