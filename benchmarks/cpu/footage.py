@@ -1,4 +1,4 @@
-"""What large and long films cost to decode into views: peak memory and CPU seconds.
+"""Measures peak memory and CPU seconds of decoding large and long films into views.
 
   python -m benchmarks.cpu.footage    # a minute and 300 MB of disk: results/footage.json
 

@@ -147,7 +147,7 @@ class VideoFile:
 
   @property
   def footage(self) -> Footage:
-    """What views are drawn from."""
+    """Size and times of the frames, from which views are drawn."""
     times = [i / self._rate for i in range(self.length)]
     if self._stamps and self._tick and not self.damaged and len(self._stamps) == self.length:
       times = [(stamp - self._stamps[0]) * self._tick for stamp in self._stamps]

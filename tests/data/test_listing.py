@@ -1,4 +1,4 @@
-"""What is taken for a data set is said, and what is probably not meant."""
+"""A log line says what is taken for a data set, and sentences name what is probably not meant."""
 
 import os
 import pathlib
