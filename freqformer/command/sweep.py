@@ -9,7 +9,9 @@ Several sweeps may run on one study at once, one on each GPU say: each takes the
 A config's `sweep()` yields flat overrides (`{"train.lr": 0.1}`). Each trial is one training command
 with them, which is logged; its first line says which device it runs on. All trials are checked
 before the first one runs. The table at the end is also written as study.json, and validation loss
-over steps, FLOPs and seconds as losses.png. The exit code is 1 if a trial failed.
+over steps, FLOPs and seconds as losses.png. Trials that differ in nothing but their seed are summed
+up by mean and spread; `--seeds=0,1,2` runs every trial with each. The exit code is 1 if a trial
+failed.
 """
 
 import hashlib
@@ -19,7 +21,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 from absl import flags, logging
 
@@ -28,8 +30,9 @@ from freqformer.command import cli
 from freqformer.command.files import define_config, load_config
 from freqformer.config import ConfigError
 from freqformer.disk import write_whole
+from freqformer.pages.files import json_if_any
 from freqformer.pages.losses import loss_figure
-from freqformer.pages.text import aligned
+from freqformer.pages.study import seed_means, table
 from freqformer.train import metrics
 from freqformer.train.experiment import Experiment, experiment, of_record
 from freqformer.train.lock import Held, held, holder
@@ -40,17 +43,6 @@ _NAME_LENGTH = 80  # characters of a trial's folder name before its hash
 _POLL_SECONDS = 0.5  # between two looks at a running trial
 _PATIENCE_SECONDS = 10  # for another sweep that writes the table
 _SWEEPING = "sweep.lock"  # of a trial's folder, held by the sweep that runs it
-_COLUMNS = {
-  "trial": "",
-  "val_loss": ".4f",
-  "val_soft_loss": ".4f",
-  "val_density": ".4f",
-  "router_entropy": ".4f",
-  "step": "d",
-  "flops": ".3g",
-  "seconds": ".0f",
-  "status": "",
-}
 
 
 def trial_name(overrides: dict) -> str:
@@ -101,16 +93,24 @@ def result_of(workdir: pathlib.Path) -> dict | None:
     "val_loss": val.get("loss"),
     "val_density": val.get("density"),
     "val_soft_loss": soft.get("loss"),
+    "attn/dense": _over_dense(workdir),
     "router_entropy": train.get("router_entropy"),
     "flops": train.get("flops"),
     "seconds": train.get("seconds"),
   }
 
 
+def _over_dense(workdir: pathlib.Path) -> float | None:
+  """Returns attention FLOPs of a training step over dense attention's; None if not recorded."""
+  cost = json_if_any(workdir, "cost.json").get("training")
+  return cost and cost["own"]["attention_flops"] / cost["dense"]["attention_flops"]
+
+
 def _ran(study: pathlib.Path) -> dict[str, dict]:
   """Returns the rows of study.json by trial: how each one ended when it last ran."""
   path = study / "study.json"
-  return {row["trial"]: row for row in json.loads(path.read_text())} if path.exists() else {}
+  rows = json.loads(path.read_text()) if path.exists() else []
+  return {row["trial"]: row for row in rows if "trial" in row}
 
 
 def _row(study: pathlib.Path, name: str, overrides: dict, ended: str | None = None) -> dict:
@@ -170,7 +170,8 @@ def _write(study: pathlib.Path, rows: list[dict], trials: dict[str, dict]):
   with disk.space_for("the study's table", study), held(study, patience=_PATIENCE_SECONDS):
     found = _ran(study) | {row["trial"]: row for row in rows}
     ordered = [found[name] for name in trials if name in found]
-    write_whole(study / "study.json", json.dumps(ordered, indent=2, default=list))
+    text = json.dumps([*ordered, *seed_means(ordered)], indent=2, default=list)
+    write_whole(study / "study.json", text)
 
 
 def run_trial(config_path, workdir: pathlib.Path, overrides: dict, stop: Callable[[], bool]) -> int:
@@ -188,18 +189,6 @@ def run_trial(config_path, workdir: pathlib.Path, overrides: dict, stop: Callabl
         return process.wait()
 
 
-def table(rows: list[dict]) -> str:
-  """Returns aligned text; trials in order of validation loss, unfinished ones last.
-
-  `flops` and `seconds` are those of training, see `Metrics`.
-  """
-  lines = [list(_COLUMNS)]
-  for row in sorted(rows, key=lambda row: (row["val_loss"] is None, row["val_loss"])):
-    cells = {column: row.get(column) for column in _COLUMNS}
-    lines.append(["" if x is None else format(x, _COLUMNS[name]) for name, x in cells.items()])
-  return aligned(lines)
-
-
 def draw(rows: list[dict], study: pathlib.Path):
   """Writes `<study>/losses.png`: validation loss of all trials over steps, FLOPs and seconds."""
   curves = {}
@@ -211,8 +200,34 @@ def draw(rows: list[dict], study: pathlib.Path):
     loss_figure(curves).savefig(study / "losses.png", dpi=110)
 
 
-def sweep(config_path, study, extra: dict, list_only: bool = False) -> list[dict]:
-  """Runs a study, or goes on with it, and returns its rows; `extra` overrides keys of every trial.
+def with_seeds(overrides: Iterable[dict], seeds: Sequence[int]) -> list[dict]:
+  """Returns the overrides of every trial once with each seed; without seeds as they are.
+
+  Raises:
+    ConfigError: a trial has a seed of its own, or a seed is given twice.
+  """
+  overrides = list(overrides)
+  if not seeds:
+    return overrides
+  if len(set(seeds)) < len(seeds):
+    raise ConfigError(f"--seeds={','.join(map(str, seeds))} must name each seed once.")
+  own = next((trial for trial in overrides if "seed" in trial), None)
+  if own is not None:
+    raise ConfigError(
+      f"trial {trial_name(own)} sets its own seed; leave --seeds out, or the trial's seed."
+    )
+  return [trial | {"seed": seed} for trial in overrides for seed in seeds]
+
+
+def sweep(
+  config_path, study, extra: dict, list_only: bool = False, seeds: Sequence[int] = ()
+) -> list[dict]:
+  """Runs a study, or goes on with it, and returns its rows.
+
+  Args:
+    extra: overrides keys of every trial.
+    list_only: nothing runs.
+    seeds: every trial runs once with each; without any, with the config's own.
 
   Raises:
     ConfigError: a trial's config is wrong, or a trial ran with another config than it would run
@@ -220,7 +235,8 @@ def sweep(config_path, study, extra: dict, list_only: bool = False) -> list[dict
   """
   study = pathlib.Path(study)
   module = load_config(config_path, ("get_config", "sweep"))
-  trials = {trial_name(extra | own): extra | own for own in module.sweep()}
+  overrides = with_seeds((extra | own for own in module.sweep()), seeds)
+  trials = {trial_name(own): own for own in overrides}
   stale = {}
   for name, overrides in trials.items():
     if text := _changed_since(study / name, _resolve(config_path, overrides)):
@@ -251,6 +267,15 @@ def sweep(config_path, study, extra: dict, list_only: bool = False) -> list[dict
   return rows
 
 
+def _seeds() -> list[int]:
+  """Returns the numbers of --seeds=0,1,2."""
+  try:
+    return [int(seed) for seed in _SEEDS.value]
+  except ValueError as error:
+    given = ",".join(_SEEDS.value)
+    raise ConfigError(f"--seeds={given} must be whole numbers, e.g. --seeds=0,1,2.") from error
+
+
 def main(_):
   extra = {}
   for item in _OVERRIDE.value:
@@ -258,7 +283,7 @@ def main(_):
     if not separator:
       raise ConfigError(f"--override={item!r} must read key=value, e.g. train.steps=100.")
     extra[key] = value
-  rows = sweep(_CONFIG.value, _STUDY.value, extra, _LIST.value)
+  rows = sweep(_CONFIG.value, _STUDY.value, extra, _LIST.value, _seeds())
   print(table(rows))
   if not _LIST.value:
     draw(rows, pathlib.Path(_STUDY.value))
@@ -273,5 +298,6 @@ if __name__ == "__main__":
   _CONFIG = cli.define_path("config", None, "Has get_config() and sweep().", required=True)
   _STUDY = cli.define_path("study", None, "Folder of the study.", required=True)
   _OVERRIDE = flags.DEFINE_multi_string("override", [], "key=value for every trial.")
+  _SEEDS = flags.DEFINE_list("seeds", [], "Runs every trial once with each: --seeds=0,1,2.")
   _LIST = flags.DEFINE_bool("list", False, "Only show what has run.")
   cli.run(main)

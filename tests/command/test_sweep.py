@@ -30,11 +30,16 @@ def config(tmp_path):
   return path
 
 
-def finish(workdir, loss, rate):
+COST = {"own": {"attention_flops": 1.0}, "dense": {"attention_flops": 8.0}}
+
+
+def finish(workdir, loss, rate, seed=0):
   """Writes what a finished train.py leaves behind."""
   workdir.mkdir(parents=True, exist_ok=True)
   values = get_config()
   values.train.lr = rate
+  values.seed = seed
+  (workdir / "cost.json").write_text(json.dumps({"training": COST}))
   (workdir / "config.json").write_text(json.dumps(recorded(values, experiment(values)).to_dict()))
   (workdir / "run.json").write_text(json.dumps({"finished": True}))
   rows = [
@@ -67,7 +72,9 @@ def test_finished_trials_are_skipped_and_killed_ones_run_again(config, tmp_path,
   assert [r["status"] for r in rows] == ["finished", "finished", "exit 1"]
   lines = table(rows).splitlines()
   for line, texts in zip(
-    lines[1:], (("lr=2.0", "0.7000", "2.5e+12", "61"), ("lr=0.5",), ("exit 1",)), strict=True
+    lines[1:],
+    (("lr=2.0", "0.7000", "0.125", "2.5e+12", "61"), ("lr=0.5",), ("exit 1",)),
+    strict=True,
   ):
     assert all(text in line for text in texts)
   assert len(json.loads((study / "study.json").read_text())) == 3
@@ -125,6 +132,42 @@ def test_a_trial_that_trains_without_a_sweep_is_passed_over(config, tmp_path, mo
   assert sweep(config, study, {}, list_only=True)[1]["status"] == "open"
 
 
+def test_seeds_of_a_trial_are_summed_up(config, tmp_path, monkeypatch):
+  """Of rate 2 one seed fails; of rate 3 all but one, and one is no mean."""
+  study = tmp_path / "study"
+  losses = {0.5: (0.5, 0.7, 0.9), 2.0: (0.4, 0.2, None), 3.0: (None, None, 0.3)}
+
+  def fake(path, workdir, overrides, stop):
+    loss = losses[overrides["train.lr"]][overrides["seed"]]
+    if loss is None:
+      return 1
+    finish(workdir, loss, overrides["train.lr"], overrides["seed"])
+    return 0
+
+  monkeypatch.setattr(sweep_module, "run_trial", fake)
+  rows = sweep(config, study, {}, seeds=(0, 1, 2))
+  assert len(rows) == 9
+  assert trial_name({"train.lr": 0.5, "seed": 2}) in [row["trial"] for row in rows]
+  lines = table(rows).splitlines()
+  assert lines[11].split() == ["mean", "over", "seeds", "n", "val_loss", "+-", "flops", "seconds"]
+  assert [line.split() for line in lines[12:]] == [
+    ["lr=2.0", "2", "of", "3", "0.3000", "0.1414", "2.5e+12", "61"],
+    ["lr=0.5", "3", "of", "3", "0.7000", "0.2000", "2.5e+12", "61"],
+  ]
+  means = json.loads((study / "study.json").read_text())[9:]
+  assert [row["overrides"] for row in means] == [{"train.lr": 2.0}, {"train.lr": 0.5}]
+  assert [len(row["mean_of"]) for row in means] == [2, 3]
+  # A later sweep reads that file: it runs only what failed.
+  ran = []
+  monkeypatch.setattr(sweep_module, "run_trial", lambda *given: ran.append(given[2]) or 1)
+  sweep(config, study, {}, seeds=(0, 1, 2))
+  assert [own["seed"] for own in ran] == [2, 0, 1]
+  with pytest.raises(ConfigError, match="seed=1,lr=0.5-.* sets its own seed; leave --seeds out"):
+    sweep(config, study, {"seed": 1}, seeds=(0, 1))
+  with pytest.raises(ConfigError, match="--seeds=1,1 must name each seed once"):
+    sweep(config, study, {}, seeds=(1, 1))
+
+
 def test_refusals(config, tmp_path):
   with pytest.raises(ConfigError, match="did you mean 'train.lr'"):
     sweep(config, tmp_path / "study", {"train.l": 1})
@@ -146,7 +189,7 @@ def test_listing_writes_nothing_and_keeps_the_results(config, tmp_path, monkeypa
     return ends[overrides["train.lr"]]
 
   monkeypatch.setattr(sweep_module, "run_trial", fake)
-  given = {"_CONFIG": config, "_STUDY": study, "_OVERRIDE": [], "_LIST": False}
+  given = {"_CONFIG": config, "_STUDY": study, "_OVERRIDE": [], "_LIST": False, "_SEEDS": []}
   for name, value in given.items():
     monkeypatch.setattr(sweep_module, name, types.SimpleNamespace(value=value), raising=False)
   with pytest.raises(SystemExit, match="1"):  # a trial failed
