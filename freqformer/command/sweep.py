@@ -8,10 +8,10 @@ Several sweeps may run on one study at once, one on each GPU say: each takes the
 
 A config's `sweep()` yields flat overrides (`{"train.lr": 0.1}`). Each trial is one training command
 with them, which is logged; its first line says which device it runs on. All trials are checked
-before the first one runs. The table at the end is also written as study.json, and validation loss
-over steps, FLOPs and seconds as losses.png. Trials that differ in nothing but their seed are summed
-up by mean and spread; `--seeds=0,1,2` runs every trial with each. The exit code is 1 if a trial
-failed.
+before the first one runs. The table at the end is also written as study.json. report.html shows it
+with validation loss over steps, FLOPs and seconds (also losses.png), and the trials that no other
+one beats in both loss and cost. Trials that differ in nothing but their seed are summed up by mean
+and spread; `--seeds=0,1,2` runs every trial with each. The exit code is 1 if a trial failed.
 """
 
 import hashlib
@@ -31,8 +31,7 @@ from freqformer.command.files import define_config, load_config
 from freqformer.config import ConfigError
 from freqformer.disk import write_whole
 from freqformer.pages.files import json_if_any
-from freqformer.pages.losses import loss_figure
-from freqformer.pages.study import seed_means, table
+from freqformer.pages.study import seed_means, table, write_study
 from freqformer.train import metrics
 from freqformer.train.experiment import Experiment, experiment, of_record
 from freqformer.train.lock import Held, held, holder
@@ -189,17 +188,6 @@ def run_trial(config_path, workdir: pathlib.Path, overrides: dict, stop: Callabl
         return process.wait()
 
 
-def draw(rows: list[dict], study: pathlib.Path):
-  """Writes `<study>/losses.png`: validation loss of all trials over steps, FLOPs and seconds."""
-  curves = {}
-  for name in (row["trial"] for row in rows):
-    lines = [row for row in metrics.read(study / name / "metrics.jsonl") if row["kind"] == "val"]
-    if lines:
-      curves[name] = lines
-  if curves:
-    loss_figure(curves).savefig(study / "losses.png", dpi=110)
-
-
 def with_seeds(overrides: Iterable[dict], seeds: Sequence[int]) -> list[dict]:
   """Returns the overrides of every trial once with each seed; without seeds as they are.
 
@@ -285,8 +273,8 @@ def main(_):
     extra[key] = value
   rows = sweep(_CONFIG.value, _STUDY.value, extra, _LIST.value, _seeds())
   print(table(rows))
-  if not _LIST.value:
-    draw(rows, pathlib.Path(_STUDY.value))
+  if pathlib.Path(_STUDY.value).exists():
+    logging.info("%s", write_study(_STUDY.value, rows))
   failed = [row for row in rows if row["status"].startswith("exit")]
   if failed and not _LIST.value:
     logging.error("%d of %d trials failed; each has logged why above", len(failed), len(rows))
@@ -299,5 +287,5 @@ if __name__ == "__main__":
   _STUDY = cli.define_path("study", None, "Folder of the study.", required=True)
   _OVERRIDE = flags.DEFINE_multi_string("override", [], "key=value for every trial.")
   _SEEDS = flags.DEFINE_list("seeds", [], "Runs every trial once with each: --seeds=0,1,2.")
-  _LIST = flags.DEFINE_bool("list", False, "Only show what has run.")
+  _LIST = flags.DEFINE_bool("list", False, "Run nothing; show what has run, also in report.html.")
   cli.run(main)

@@ -12,6 +12,7 @@ from freqformer.command.sweep import result_of, sweep, table, trial_name
 from freqformer.config import ConfigError
 from freqformer.train.experiment import experiment, recorded
 from freqformer.train.lock import held
+from tests.pages.markup import sections
 from tests.tiny_config import get_config
 
 CONFIG = """
@@ -195,6 +196,9 @@ def test_listing_writes_nothing_and_keeps_the_results(config, tmp_path, monkeypa
   with pytest.raises(SystemExit, match="1"):  # a trial failed
     sweep_module.main(None)
   assert (study / "losses.png").stat().st_size > 5000
+  page = (study / "report.html").read_text()
+  assert sections(page) == ["Trials", "Validation loss against cost", "Losses"]
+  assert "exit 7" in page
   text = (study / "study.json").read_text()
   for extra, statuses in (
     ({}, ["finished", "stopped", "exit 7"]),
