@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from freqformer.command.sweep import result_of
+from freqformer.command.trials import result_of
 from freqformer.data.cache import LatentCache
 from freqformer.data.codec import LatentStatistics
 from freqformer.evaluate.quality import artefacts

@@ -8,8 +8,11 @@ import types
 import pytest
 
 from freqformer.command import sweep as sweep_module
-from freqformer.command.sweep import result_of, sweep, table, trial_name
+from freqformer.command import trials
+from freqformer.command.sweep import sweep
+from freqformer.command.trials import result_of, trial_name
 from freqformer.config import ConfigError
+from freqformer.pages.study import table
 from freqformer.train.experiment import experiment, recorded
 from freqformer.train.lock import held
 from tests.pages.markup import sections
@@ -67,7 +70,7 @@ def test_finished_trials_are_skipped_and_killed_ones_run_again(config, tmp_path,
     finish(workdir, 0.7, overrides["train.lr"])
     return 0
 
-  monkeypatch.setattr(sweep_module, "run_trial", fake)
+  monkeypatch.setattr(trials, "run_trial", fake)
   rows = sweep(config, study, {})
   assert [r["train.lr"] for r in ran] == [2.0, 3.0]
   assert [r["status"] for r in rows] == ["finished", "finished", "exit 1"]
@@ -103,7 +106,7 @@ def test_sweeps_at_the_same_time_run_every_trial_once(config, tmp_path, monkeypa
     finish(workdir, 0.7, rate)
     return 0
 
-  monkeypatch.setattr(sweep_module, "run_trial", fake)
+  monkeypatch.setattr(trials, "run_trial", fake)
   rows = sweep(config, study, {})
   assert sorted(ran) == sorted([0.5, 2.0, 3.0] + [2.0] * (meeting > 2.0))
   assert [row["status"] for row in rows] == ["finished", "exit 1", "finished"]
@@ -123,7 +126,7 @@ def test_a_trial_that_trains_without_a_sweep_is_passed_over(config, tmp_path, mo
   taken = study / trial_name({"train.lr": 2.0})
   taken.mkdir(parents=True)
   monkeypatch.setattr(
-    sweep_module, "run_trial", lambda path, workdir, overrides, stop: ran.append(overrides) or 0
+    trials, "run_trial", lambda path, workdir, overrides, stop: ran.append(overrides) or 0
   )
   with held(taken):
     statuses = [row["status"] for row in sweep(config, study, {})]
@@ -145,7 +148,7 @@ def test_seeds_of_a_trial_are_summed_up(config, tmp_path, monkeypatch):
     finish(workdir, loss, overrides["train.lr"], overrides["seed"])
     return 0
 
-  monkeypatch.setattr(sweep_module, "run_trial", fake)
+  monkeypatch.setattr(trials, "run_trial", fake)
   rows = sweep(config, study, {}, seeds=(0, 1, 2))
   assert len(rows) == 9
   assert trial_name({"train.lr": 0.5, "seed": 2}) in [row["trial"] for row in rows]
@@ -160,7 +163,7 @@ def test_seeds_of_a_trial_are_summed_up(config, tmp_path, monkeypatch):
   assert [len(row["mean_of"]) for row in means] == [2, 3]
   # A later sweep reads that file: it runs only what failed.
   ran = []
-  monkeypatch.setattr(sweep_module, "run_trial", lambda *given: ran.append(given[2]) or 1)
+  monkeypatch.setattr(trials, "run_trial", lambda *given: ran.append(given[2]) or 1)
   sweep(config, study, {}, seeds=(0, 1, 2))
   assert [own["seed"] for own in ran] == [2, 0, 1]
   with pytest.raises(ConfigError, match="seed=1,lr=0.5-.* sets its own seed; leave --seeds out"):
@@ -189,8 +192,9 @@ def test_listing_writes_nothing_and_keeps_the_results(config, tmp_path, monkeypa
       finish(workdir, 0.9, rate=0.5)
     return ends[overrides["train.lr"]]
 
-  monkeypatch.setattr(sweep_module, "run_trial", fake)
+  monkeypatch.setattr(trials, "run_trial", fake)
   given = {"_CONFIG": config, "_STUDY": study, "_OVERRIDE": [], "_LIST": False, "_SEEDS": []}
+  given |= {"_SEARCH": None, "_STORAGE": None}
   for name, value in given.items():
     monkeypatch.setattr(sweep_module, name, types.SimpleNamespace(value=value), raising=False)
   with pytest.raises(SystemExit, match="1"):  # a trial failed
@@ -210,7 +214,7 @@ def test_listing_writes_nothing_and_keeps_the_results(config, tmp_path, monkeypa
 
 def test_trials_of_another_config_are_not_taken_for_done(config, tmp_path, monkeypatch):
   study = tmp_path / "study"
-  monkeypatch.setattr(sweep_module, "run_trial", lambda *_: pytest.fail("nothing may run"))
+  monkeypatch.setattr(trials, "run_trial", lambda *_: pytest.fail("nothing may run"))
   finish(study / trial_name({"train.lr": 0.5}), 0.9, rate=0.5)
   changed = CONFIG.replace("import get_config", "import get_config as tiny")
   changed += "def get_config():\n  config = tiny()\n  config.train.ema = 0.5\n  return config\n"
@@ -232,7 +236,7 @@ def test_trials_of_another_config_are_not_taken_for_done(config, tmp_path, monke
   ],
 )
 def test_every_trial_is_checked_before_any_runs(config, tmp_path, monkeypatch, extra, message):
-  monkeypatch.setattr(sweep_module, "run_trial", lambda *_: pytest.fail("nothing may run"))
+  monkeypatch.setattr(trials, "run_trial", lambda *_: pytest.fail("nothing may run"))
   with pytest.raises(ConfigError, match=message):
     sweep(config, tmp_path / "study", extra)
   assert not (tmp_path / "study").exists()
