@@ -14,7 +14,9 @@ from collections.abc import Iterator, Mapping
 from absl import logging
 
 from freqformer.command.files import load_config
+from freqformer.command.prune import MedianRule
 from freqformer.command.trials import (
+  PRUNED,
   Trial,
   changed,
   ran,
@@ -25,6 +27,7 @@ from freqformer.command.trials import (
   write,
 )
 from freqformer.config import ConfigError
+from freqformer.pages.files import metric_rows
 from freqformer.train.lock import held
 from freqformer.train.preemption import StopRequest
 
@@ -213,7 +216,9 @@ class Proposals:
     found = {}
     for own in self._study.get_trials(deepcopy=False) if self._study else ():
       if "host" in own.user_attrs:
-        found.setdefault(self._trial(own).name, own)
+        name = self._trial(own).name
+        if name not in found or found[name].state == self._states.PRUNED:
+          found[name] = own
     return found
 
   def _trial(self, proposal) -> Trial:
@@ -224,13 +229,14 @@ class Proposals:
     """Returns all trials by name."""
     return {name: self._trial(own) for name, own in self._named().items()}
 
-  def unfinished(self) -> list[Trial]:
-    """Returns the trials that were begun here and that no process runs."""
+  def unfinished(self, pruned: bool) -> list[Trial]:
+    """Returns the trials that were begun here and that no process runs; `pruned` ones if so."""
+    states = [self._states.RUNNING, *[self._states.PRUNED] * pruned]
     found = []
     for own in self._named().values():
       trial = self._trial(own)
       here = own.user_attrs["host"] == socket.gethostname() or trial.workdir.exists()
-      if own.state == self._states.RUNNING and here and not trial.running():
+      if own.state in states and here and not trial.running():
         found.append(trial)
     return found
 
@@ -256,18 +262,35 @@ class Proposals:
   def tell(self, row: dict):
     """Stores how a trial ended, unless it is to go on or that is stored."""
     own = self._named()[row["trial"]]
-    if own.state != self._states.RUNNING:
+    if own.state not in (self._states.RUNNING, self._states.PRUNED):
       return
     state = None
     if row["status"] == "finished" and row["val_loss"] is not None:
       state = self._states.COMPLETE
     elif row["status"] == "finished" or row["status"].startswith("exit"):
       state = self._states.FAIL
-    if state is not None:
-      result = {key: value for key, value in row.items() if key != "overrides"}
-      _optuna().trial.Trial(self._study, own._trial_id).set_user_attr("result", result)
-      value = row["val_loss"] if state == self._states.COMPLETE else None
-      self._study.tell(own.number, value, state=state, skip_if_finished=True)
+    elif row["status"].startswith(PRUNED):
+      state = self._states.PRUNED
+    if state in (None, own.state):
+      return
+    result = {key: value for key, value in row.items() if key != "overrides"}
+    value = row["val_loss"] if state == self._states.COMPLETE else None
+    if own.state == self._states.PRUNED:  # which Optuna does not change any more
+      made = _optuna().trial.create_trial(
+        state=state,
+        value=value,
+        params=own.params,
+        distributions=own.distributions,
+        user_attrs=own.user_attrs | {"result": result},
+      )
+      self._study.add_trial(made)
+      return
+    trial = _optuna().trial.Trial(self._study, own._trial_id)
+    trial.set_user_attr("result", result)
+    if state == self._states.PRUNED:  # Optuna takes the last loss for its value
+      for line in metric_rows(self._folder / row["trial"], "val"):
+        trial.report(line["loss"], line["step"])
+    self._study.tell(own.number, value, state=state, skip_if_finished=True)
 
   def rows(self, own: Mapping[str, dict]) -> list[dict]:
     """Returns the rows of all trials; `own` has those of this process.
@@ -286,7 +309,13 @@ class Proposals:
 
 
 def search(
-  config_path, study, extra: dict, count: int, storage: str | None = None, list_only: bool = False
+  config_path,
+  study,
+  extra: dict,
+  count: int,
+  storage: str | None = None,
+  list_only: bool = False,
+  prune: bool = False,
 ) -> list[dict]:
   """Searches until a study has `count` trials, and returns their rows.
 
@@ -297,6 +326,7 @@ def search(
     count: of trials, those of earlier calls and of other commands included.
     storage: of Optuna; None: a SQLite file in the study's folder.
     list_only: nothing runs.
+    prune: trials that fall behind the others are stopped, see `freqformer.command.prune`.
 
   Raises:
     ConfigError: the space is wrong, or a trial ran with another config than it would run with now.
@@ -320,13 +350,17 @@ def search(
   before = ran(study)
   with StopRequest() as stop:
     while not stop():
-      left = [trial for trial in proposals.unfinished() if trial.name not in own]
+      left = [trial for trial in proposals.unfinished(not prune) if trial.name not in own]
       trial = left[0] if left else proposals.ask(count)
       if trial is None:
         break
       logging.info("trial %d of %d: %s", len(proposals.trials()), count, trial.name)
       row = run_if_free(
-        trial, before.get(trial.name), stop, lambda row: write(study, [row], proposals.trials())
+        trial,
+        before.get(trial.name),
+        stop,
+        lambda row: write(study, [row], proposals.trials()),
+        MedianRule if prune else None,
       )
       own[trial.name] = row
       proposals.tell(row)

@@ -15,7 +15,8 @@ one beats in both loss and cost. Trials that differ in nothing but their seed ar
 and spread; `--seeds=0,1,2` runs every trial with each. The exit code is 1 if a trial failed.
 
 `--search=20` takes the overrides from Optuna instead, which searches a config's `space()` until
-there are 20 trials; docs/sweeps.md has more.
+there are 20 trials. `--prune` stops trials that at equal training FLOPs are worse than the median
+of earlier ones; the same command without it goes on with them. docs/sweeps.md has more.
 """
 
 import pathlib
@@ -26,6 +27,7 @@ from absl import flags, logging
 
 from freqformer.command import cli
 from freqformer.command.files import load_config
+from freqformer.command.prune import MedianRule
 from freqformer.command.search import search
 from freqformer.command.trials import (
   Trial,
@@ -63,7 +65,12 @@ def with_seeds(overrides: Iterable[dict], seeds: Sequence[int]) -> list[dict]:
 
 
 def sweep(
-  config_path, study, extra: dict, list_only: bool = False, seeds: Sequence[int] = ()
+  config_path,
+  study,
+  extra: dict,
+  list_only: bool = False,
+  seeds: Sequence[int] = (),
+  prune: bool = False,
 ) -> list[dict]:
   """Runs a study, or goes on with it, and returns its rows.
 
@@ -71,6 +78,7 @@ def sweep(
     extra: overrides keys of every trial.
     list_only: nothing runs.
     seeds: every trial runs once with each; without any, with the config's own.
+    prune: trials that fall behind the others are stopped, see `freqformer.command.prune`.
 
   Raises:
     ConfigError: a trial's config is wrong, or a trial ran with another config than it would run
@@ -90,7 +98,11 @@ def sweep(
       if not list_only and not stop() and result_of(trial.workdir) is None:
         logging.info("trial %d of %d: %s", number, len(trials), name)
         own[name] = run_if_free(
-          trial, before.get(name), stop, lambda row: write(study, [row], trials)
+          trial,
+          before.get(name),
+          stop,
+          lambda row: write(study, [row], trials),
+          MedianRule if prune else None,
         )
         if own[name]["status"].startswith("running"):
           logging.info("%s is %s", name, own[name]["status"])
@@ -124,14 +136,16 @@ def main(_):
   if _SEARCH.value is None:
     if _STORAGE.value is not None:
       raise ConfigError(f"--storage={_STORAGE.value} is Optuna's; add --search=20, say.")
-    rows = sweep(_CONFIG.value, _STUDY.value, extra, _LIST.value, _seeds())
+    rows = sweep(_CONFIG.value, _STUDY.value, extra, _LIST.value, _seeds(), _PRUNE.value)
   elif _SEEDS.value:
     raise ConfigError(
       f"--seeds={','.join(_SEEDS.value)} does not go with --search; set --override=seed=1, say, or "
       "run the best trials again by a sweep()."
     )
   else:
-    rows = search(_CONFIG.value, _STUDY.value, extra, _SEARCH.value, _STORAGE.value, _LIST.value)
+    rows = search(
+      _CONFIG.value, _STUDY.value, extra, _SEARCH.value, _STORAGE.value, _LIST.value, _PRUNE.value
+    )
   print(table(rows))
   if pathlib.Path(_STUDY.value).exists():
     logging.info("%s", write_study(_STUDY.value, rows))
@@ -154,6 +168,9 @@ if __name__ == "__main__":
   )
   _STORAGE = flags.DEFINE_string(
     "storage", None, "Optuna's storage, a URL; default sqlite:///<study>/optuna.db."
+  )
+  _PRUNE = flags.DEFINE_bool(
+    "prune", False, "Stop a trial that at equal FLOPs is worse than the median of earlier ones."
   )
   _LIST = flags.DEFINE_bool("list", False, "Run nothing; show what has run, also in report.html.")
   cli.run(main)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
 from absl import flags, logging
 
@@ -30,6 +31,7 @@ from freqformer.train.resume import change_text, changes
 _NAME_LENGTH = 80  # characters of a trial's folder name before its hash
 _POLL_SECONDS = 0.5  # between two looks at a running trial
 _PATIENCE_SECONDS = 10  # for another sweep that writes the table
+PRUNED = "pruned"  # begins the status of a trial that a rule has stopped
 _SWEEPING = "sweep.lock"  # of a trial's folder, held by the sweep that runs it
 
 
@@ -165,8 +167,20 @@ def row_of(trial: Trial, ended: str | None = None) -> dict:
   return empty | (result or {}) | {"status": status, "overrides": trial.overrides}
 
 
+class Rule(Protocol):
+  """Watches a trial while it trains: `status` is its row's status once a call has returned True."""
+
+  status: str | None
+
+  def __call__(self) -> bool: ...
+
+
 def run_if_free(
-  trial: Trial, before: dict | None, stop: Callable[[], bool], write: Callable[[dict], None]
+  trial: Trial,
+  before: dict | None,
+  stop: Callable[[], bool],
+  write: Callable[[dict], None],
+  rule: Callable[[Trial], Rule] | None = None,
 ) -> dict:
   """Runs a trial and writes its row, unless it is finished or another process has taken it.
 
@@ -175,6 +189,7 @@ def run_if_free(
       failed, is of a sweep beside this one: the trial is not run twice.
     stop: tells whether the sweep is asked to stop.
     write: puts a row into study.json.
+    rule: may stop the trial; one that it has stopped before is not gone on with.
 
   Returns:
     Its row.
@@ -184,11 +199,19 @@ def run_if_free(
     with held(trial.workdir, _SWEEPING):
       now = ran(trial.study).get(trial.name)
       failed_beside = now != before and now["status"].startswith("exit")
-      if failed_beside or holder(trial.workdir) or result_of(trial.workdir):
+      pruned = rule is not None and now is not None and now["status"].startswith(PRUNED)
+      if failed_beside or pruned or holder(trial.workdir) or result_of(trial.workdir):
         return row_of(trial)
-      code = run_trial(trial.config, trial.workdir, trial.overrides, stop)
+      judge = rule(trial) if rule else None
+      code = run_trial(
+        trial.config,
+        trial.workdir,
+        trial.overrides,
+        lambda: stop() or (judge is not None and judge()),
+      )
+      stopped = (judge and judge.status) or "stopped"
       # A process may have begun to train there just before.
-      ended = None if holder(trial.workdir) else f"exit {code}" if code else "stopped"
+      ended = None if holder(trial.workdir) else f"exit {code}" if code else stopped
       row = row_of(trial, ended) | {"ended": time.time()}
       write(row)
       return row

@@ -188,7 +188,7 @@ def test_other_refusals(config, tmp_path, monkeypatch):
   with pytest.raises(ConfigError, match="has no sweep"):
     sweep_module.sweep(config, study, {})
   given = {"_CONFIG": config, "_STUDY": study, "_OVERRIDE": [], "_LIST": False, "_SEEDS": []}
-  given |= {"_STORAGE": None, "_SEARCH": 3}
+  given |= {"_STORAGE": None, "_SEARCH": 3, "_PRUNE": False}
   for name, value in given.items():
     monkeypatch.setattr(sweep_module, name, types.SimpleNamespace(value=value), raising=False)
   monkeypatch.setattr(sweep_module._SEEDS, "value", ["0", "1"])

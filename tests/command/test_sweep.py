@@ -194,7 +194,7 @@ def test_listing_writes_nothing_and_keeps_the_results(config, tmp_path, monkeypa
 
   monkeypatch.setattr(trials, "run_trial", fake)
   given = {"_CONFIG": config, "_STUDY": study, "_OVERRIDE": [], "_LIST": False, "_SEEDS": []}
-  given |= {"_SEARCH": None, "_STORAGE": None}
+  given |= {"_SEARCH": None, "_STORAGE": None, "_PRUNE": False}
   for name, value in given.items():
     monkeypatch.setattr(sweep_module, name, types.SimpleNamespace(value=value), raising=False)
   with pytest.raises(SystemExit, match="1"):  # a trial failed
