@@ -58,6 +58,8 @@ def test_run_leaves_what_it_should(whole):
   assert {"loss", "grad_norm", "router_entropy", "density", "cost", "steps_per_s"} <= rows[5].keys()
   run = json.loads((workdir / "run.json").read_text())
   assert run["finished"] and len(run["classes"]) == 3 and run["seconds"]["compile"] > 0
+  said = rf"compiling the training step \.\.\.\n.*in {run['seconds']['compile']:.1f} s"
+  assert re.search(said, done.stderr, re.DOTALL)
   cost = json.loads((workdir / "cost.json").read_text())["training"]
   assert result_of(workdir) == {
     "step": 40,
