@@ -203,6 +203,9 @@ def test_listing_writes_nothing_and_keeps_the_results(config, tmp_path, monkeypa
   page = (study / "report.html").read_text()
   assert sections(page) == ["Trials", "Validation loss against cost", "Losses"]
   assert "exit 7" in page
+  monkeypatch.setattr(sweep_module._SEEDS, "value", ["0", "x"])
+  with pytest.raises(ConfigError, match="--seeds=0,x must be whole numbers"):
+    sweep_module.main(None)
   text = (study / "study.json").read_text()
   for extra, statuses in (
     ({}, ["finished", "stopped", "exit 7"]),
