@@ -5,214 +5,80 @@ Several sweeps may run on one study at once, one on each GPU say: each takes the
   python -m freqformer.sweep --config=configs/ucf101.py --study=runs/study
   python -m freqformer.sweep --config=configs/demo.py --study=runs/study --override=train.steps=9
   python -m freqformer.sweep --config=configs/demo.py --study=runs/study --list
+  python -m freqformer.sweep --config=configs/demo.py --study=runs/search --search=20
 
 A config's `sweep()` yields flat overrides (`{"train.lr": 0.1}`). Each trial is one training command
 with them, which is logged; its first line says which device it runs on. All trials are checked
-before the first one runs. The table at the end is also written as study.json, and validation loss
-over steps, FLOPs and seconds as losses.png. The exit code is 1 if a trial failed.
+before the first one runs. The table at the end is also written as study.json. report.html shows it
+with validation loss over steps, FLOPs and seconds (also losses.png), and the trials that no other
+one beats in both loss and cost. Trials that differ in nothing but their seed are summed up by mean
+and spread; `--seeds=0,1,2` runs every trial with each. The exit code is 1 if a trial failed.
+
+`--search=20` takes the overrides from Optuna instead, which searches a config's `space()` until
+there are 20 trials. `--prune` stops trials that at equal training FLOPs are worse than the median
+of earlier ones; the same command without it goes on with them. docs/sweeps.md has more.
 """
 
-import hashlib
-import json
 import pathlib
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 
 from absl import flags, logging
 
-from freqformer import disk
 from freqformer.command import cli
-from freqformer.command.files import define_config, load_config
+from freqformer.command.files import load_config
+from freqformer.command.prune import MedianRule
+from freqformer.command.search import search
+from freqformer.command.trials import (
+  Trial,
+  changed,
+  ran,
+  refuse_changed,
+  result_of,
+  row_of,
+  run_if_free,
+  trial_name,
+  write,
+)
 from freqformer.config import ConfigError
-from freqformer.disk import write_whole
-from freqformer.pages.losses import loss_figure
-from freqformer.pages.text import aligned
-from freqformer.train import metrics
-from freqformer.train.experiment import Experiment, experiment, of_record
-from freqformer.train.lock import Held, held, holder
+from freqformer.pages.study import table, write_study
 from freqformer.train.preemption import StopRequest
-from freqformer.train.resume import change_text, changes
-
-_NAME_LENGTH = 80  # characters of a trial's folder name before its hash
-_POLL_SECONDS = 0.5  # between two looks at a running trial
-_PATIENCE_SECONDS = 10  # for another sweep that writes the table
-_SWEEPING = "sweep.lock"  # of a trial's folder, held by the sweep that runs it
-_COLUMNS = {
-  "trial": "",
-  "val_loss": ".4f",
-  "val_soft_loss": ".4f",
-  "val_density": ".4f",
-  "router_entropy": ".4f",
-  "step": "d",
-  "flops": ".3g",
-  "seconds": ".0f",
-  "status": "",
-}
 
 
-def trial_name(overrides: dict) -> str:
-  """Returns a readable folder name, unique by a hash of all overrides."""
-  short = ",".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in overrides.items())
-  safe = "".join(c if c.isalnum() or c in "=.-," else "_" for c in short)[:_NAME_LENGTH]
-  text = json.dumps(overrides, sort_keys=True, default=list)
-  digest = hashlib.sha256(text.encode()).hexdigest()[:6]
-  return f"{safe or 'default'}-{digest}"
+def with_seeds(overrides: Iterable[dict], seeds: Sequence[int]) -> list[dict]:
+  """Returns the overrides of every trial once with each seed; without seeds as they are.
+
+  Raises:
+    ConfigError: a trial has a seed of its own, or a seed is given twice.
+  """
+  overrides = list(overrides)
+  if not seeds:
+    return overrides
+  if len(set(seeds)) < len(seeds):
+    raise ConfigError(f"--seeds={','.join(map(str, seeds))} must name each seed once.")
+  own = next((trial for trial in overrides if "seed" in trial), None)
+  if own is not None:
+    raise ConfigError(
+      f"trial {trial_name(own)} sets its own seed; leave --seeds out, or the trial's seed."
+    )
+  return [trial | {"seed": seed} for trial in overrides for seed in seeds]
 
 
-def _resolve(config_path, overrides: dict) -> Experiment:
-  """Returns the experiment that training makes of a config file and overrides."""
-  argv = ["sweep", f"--config={config_path}", *_flags(overrides)]
-  values = flags.FlagValues()
-  config = define_config(values, argv)
-  try:
-    cli.parse(argv, values)
-    return experiment(config.value)
-  except ConfigError as error:
-    raise ConfigError(f"trial {trial_name(overrides)}: {error}") from error
-
-
-def _flags(overrides: dict) -> list[str]:
-  return [f"--config.{key}={value}" for key, value in overrides.items()]
-
-
-def _changed_since(workdir: pathlib.Path, exp: Experiment) -> str:
-  """Describes how `exp` differs from the config that a trial ran with; empty if it does not."""
-  path = workdir / "config.json"
-  if not path.exists():
-    return ""
-  try:
-    return change_text(changes(of_record(json.loads(path.read_text())), exp))
-  except ValueError as error:  # cut off by a crash, or of another revision
-    return f"its config.json cannot be read ({error})"
-
-
-def result_of(workdir: pathlib.Path) -> dict | None:
-  """Returns the last validation of a finished trial, None if it has not finished."""
-  run = workdir / "run.json"
-  if not run.exists() or not json.loads(run.read_text()).get("finished"):
-    return None
-  last = {row["kind"]: row for row in metrics.read(workdir / "metrics.jsonl")}
-  train, val, soft = (last.get(kind, {}) for kind in ("train", "val", "val_soft"))
-  return {
-    "step": train.get("step"),
-    "val_loss": val.get("loss"),
-    "val_density": val.get("density"),
-    "val_soft_loss": soft.get("loss"),
-    "router_entropy": train.get("router_entropy"),
-    "flops": train.get("flops"),
-    "seconds": train.get("seconds"),
-  }
-
-
-def _ran(study: pathlib.Path) -> dict[str, dict]:
-  """Returns the rows of study.json by trial: how each one ended when it last ran."""
-  path = study / "study.json"
-  return {row["trial"]: row for row in json.loads(path.read_text())} if path.exists() else {}
-
-
-def _row(study: pathlib.Path, name: str, overrides: dict, ended: str | None = None) -> dict:
-  """Returns the row of a trial; `ended` is its status, None: what its files and locks say."""
-  workdir = study / name
-  result = result_of(workdir)
-  status = "finished" if result else ended
-  if status is None:
-    running = holder(workdir) or holder(workdir, _SWEEPING)
-    last = _ran(study).get(name, {}).get("status", "open")
-    over = last.startswith(("finished", "running"))  # its folder is gone, its process died
-    status = f"running, {running}" if running else "open" if over else last
-  empty = {"trial": name, "step": None, "val_loss": None}
-  return empty | (result or {}) | {"status": status, "overrides": overrides}
-
-
-def _run_if_free(
+def sweep(
   config_path,
-  study: pathlib.Path,
-  trials: dict[str, dict],
-  name: str,
-  before: dict | None,
-  stop: Callable[[], bool],
-) -> dict:
-  """Runs a trial and writes its row, unless it is finished or another process has taken it.
+  study,
+  extra: dict,
+  list_only: bool = False,
+  seeds: Sequence[int] = (),
+  prune: bool = False,
+) -> list[dict]:
+  """Runs a study, or goes on with it, and returns its rows.
 
   Args:
-    trials: all overrides by name.
-    before: the trial's row when this sweep began. One that is another by now, of a trial that
-      failed, is of a sweep beside this one: the trial is not run twice.
-
-  Returns:
-    Its row.
-  """
-  workdir = study / name
-  overrides = trials[name]
-  workdir.mkdir(parents=True, exist_ok=True)
-  try:
-    with held(workdir, _SWEEPING):
-      now = _ran(study).get(name)
-      failed_beside = now != before and now["status"].startswith("exit")
-      if failed_beside or holder(workdir) or result_of(workdir):
-        return _row(study, name, overrides)
-      code = run_trial(config_path, workdir, overrides, stop)
-      # A process may have begun to train there just before.
-      ended = None if holder(workdir) else f"exit {code}" if code else "stopped"
-      row = _row(study, name, overrides, ended) | {"ended": time.time()}
-      _write(study, [row], trials)
-      return row
-  except Held:
-    return _row(study, name, overrides)
-
-
-def _write(study: pathlib.Path, rows: list[dict], trials: dict[str, dict]):
-  """Puts rows into study.json, beside those of sweeps that run at the same time."""
-  study.mkdir(parents=True, exist_ok=True)
-  with disk.space_for("the study's table", study), held(study, patience=_PATIENCE_SECONDS):
-    found = _ran(study) | {row["trial"]: row for row in rows}
-    ordered = [found[name] for name in trials if name in found]
-    write_whole(study / "study.json", json.dumps(ordered, indent=2, default=list))
-
-
-def run_trial(config_path, workdir: pathlib.Path, overrides: dict, stop: Callable[[], bool]) -> int:
-  """Trains in a process that a stop request is passed on to, and returns its exit code."""
-  command = ["-m", "freqformer.command.train", f"--config={config_path}", f"--workdir={workdir}"]
-  command += _flags(overrides)
-  logging.info("%s", " ".join(command))
-  process = subprocess.Popen([sys.executable, *command])
-  while True:
-    try:
-      return process.wait(timeout=_POLL_SECONDS)
-    except subprocess.TimeoutExpired:
-      if stop() and process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-        return process.wait()
-
-
-def table(rows: list[dict]) -> str:
-  """Returns aligned text; trials in order of validation loss, unfinished ones last.
-
-  `flops` and `seconds` are those of training, see `Metrics`.
-  """
-  lines = [list(_COLUMNS)]
-  for row in sorted(rows, key=lambda row: (row["val_loss"] is None, row["val_loss"])):
-    cells = {column: row.get(column) for column in _COLUMNS}
-    lines.append(["" if x is None else format(x, _COLUMNS[name]) for name, x in cells.items()])
-  return aligned(lines)
-
-
-def draw(rows: list[dict], study: pathlib.Path):
-  """Writes `<study>/losses.png`: validation loss of all trials over steps, FLOPs and seconds."""
-  curves = {}
-  for name in (row["trial"] for row in rows):
-    lines = [row for row in metrics.read(study / name / "metrics.jsonl") if row["kind"] == "val"]
-    if lines:
-      curves[name] = lines
-  if curves:
-    loss_figure(curves).savefig(study / "losses.png", dpi=110)
-
-
-def sweep(config_path, study, extra: dict, list_only: bool = False) -> list[dict]:
-  """Runs a study, or goes on with it, and returns its rows; `extra` overrides keys of every trial.
+    extra: overrides keys of every trial.
+    list_only: nothing runs.
+    seeds: every trial runs once with each; without any, with the config's own.
+    prune: trials that fall behind the others are stopped, see `freqformer.command.prune`.
 
   Raises:
     ConfigError: a trial's config is wrong, or a trial ran with another config than it would run
@@ -220,35 +86,44 @@ def sweep(config_path, study, extra: dict, list_only: bool = False) -> list[dict
   """
   study = pathlib.Path(study)
   module = load_config(config_path, ("get_config", "sweep"))
-  trials = {trial_name(extra | own): extra | own for own in module.sweep()}
-  stale = {}
-  for name, overrides in trials.items():
-    if text := _changed_since(study / name, _resolve(config_path, overrides)):
-      stale[name] = text
-  if stale and not list_only:
-    name, text = next(iter(stale.items()))
-    raise ConfigError(
-      f"{len(stale)} of {len(trials)} trials under {study} ran with another config, e.g. {name}: "
-      f"{text}; name another --study, undo the change, or delete those folders."
-    )
+  overrides = with_seeds((extra | own for own in module.sweep()), seeds)
+  trials = {trial_name(own): Trial(config_path, study, own) for own in overrides}
+  stale = changed(trials.values())
+  if not list_only:
+    refuse_changed(stale, len(trials), study)
   own = {}
-  before = _ran(study)
+  before = ran(study)
   with StopRequest() as stop:
-    for number, name in enumerate(trials, 1):
-      if not list_only and not stop() and result_of(study / name) is None:
+    for number, (name, trial) in enumerate(trials.items(), 1):
+      if not list_only and not stop() and result_of(trial.workdir) is None:
         logging.info("trial %d of %d: %s", number, len(trials), name)
-        own[name] = _run_if_free(config_path, study, trials, name, before.get(name), stop)
+        own[name] = run_if_free(
+          trial,
+          before.get(name),
+          stop,
+          lambda row: write(study, [row], trials),
+          MedianRule if prune else None,
+        )
         if own[name]["status"].startswith("running"):
           logging.info("%s is %s", name, own[name]["status"])
           del own[name]
   # What other sweeps ran meanwhile is as it is now.
-  rows = [own.get(name) or _row(study, name, overrides) for name, overrides in trials.items()]
+  rows = [own.get(name) or row_of(trial) for name, trial in trials.items()]
   if not list_only:
-    _write(study, rows, trials)
+    write(study, rows, trials)
   for row in rows:
     if row["trial"] in stale:
       row["status"] += f" with another config: {stale[row['trial']]}"
   return rows
+
+
+def _seeds() -> list[int]:
+  """Returns the numbers of --seeds=0,1,2."""
+  try:
+    return [int(seed) for seed in _SEEDS.value]
+  except ValueError as error:
+    given = ",".join(_SEEDS.value)
+    raise ConfigError(f"--seeds={given} must be whole numbers, e.g. --seeds=0,1,2.") from error
 
 
 def main(_):
@@ -258,10 +133,22 @@ def main(_):
     if not separator:
       raise ConfigError(f"--override={item!r} must read key=value, e.g. train.steps=100.")
     extra[key] = value
-  rows = sweep(_CONFIG.value, _STUDY.value, extra, _LIST.value)
+  if _SEARCH.value is None:
+    if _STORAGE.value is not None:
+      raise ConfigError(f"--storage={_STORAGE.value} is Optuna's; add --search=20, say.")
+    rows = sweep(_CONFIG.value, _STUDY.value, extra, _LIST.value, _seeds(), _PRUNE.value)
+  elif _SEEDS.value:
+    raise ConfigError(
+      f"--seeds={','.join(_SEEDS.value)} does not go with --search; set --override=seed=1, say, or "
+      "run the best trials again by a sweep()."
+    )
+  else:
+    rows = search(
+      _CONFIG.value, _STUDY.value, extra, _SEARCH.value, _STORAGE.value, _LIST.value, _PRUNE.value
+    )
   print(table(rows))
-  if not _LIST.value:
-    draw(rows, pathlib.Path(_STUDY.value))
+  if pathlib.Path(_STUDY.value).exists():
+    logging.info("%s", write_study(_STUDY.value, rows))
   failed = [row for row in rows if row["status"].startswith("exit")]
   if failed and not _LIST.value:
     logging.error("%d of %d trials failed; each has logged why above", len(failed), len(rows))
@@ -270,8 +157,20 @@ def main(_):
 
 if __name__ == "__main__":
   # Not at import: other commands have a --config of their own.
-  _CONFIG = cli.define_path("config", None, "Has get_config() and sweep().", required=True)
+  _CONFIG = cli.define_path(
+    "config", None, "Has get_config() and sweep(), or space().", required=True
+  )
   _STUDY = cli.define_path("study", None, "Folder of the study.", required=True)
   _OVERRIDE = flags.DEFINE_multi_string("override", [], "key=value for every trial.")
-  _LIST = flags.DEFINE_bool("list", False, "Only show what has run.")
+  _SEEDS = flags.DEFINE_list("seeds", [], "Runs every trial once with each: --seeds=0,1,2.")
+  _SEARCH = flags.DEFINE_integer(
+    "search", None, "Searches space() with Optuna until there are so many trials.", lower_bound=1
+  )
+  _STORAGE = flags.DEFINE_string(
+    "storage", None, "Optuna's storage, a URL; default sqlite:///<study>/optuna.db."
+  )
+  _PRUNE = flags.DEFINE_bool(
+    "prune", False, "Stop a trial that at equal FLOPs is worse than the median of earlier ones."
+  )
+  _LIST = flags.DEFINE_bool("list", False, "Run nothing; show what has run, also in report.html.")
   cli.run(main)

@@ -188,6 +188,7 @@ def _train(
 
   # ---- 6. the loop ----------------------------------------------------------------------------
   first = step + 1
+  logging.info("compiling the training step ...")
   loop_started = time.monotonic()
   with StopRequest() as stop, tqdm(total=exp.train.steps, initial=step, desc="training") as bar:
     while step < exp.train.steps and not stop():
@@ -200,6 +201,7 @@ def _train(
       if step == first:  # it compiles
         jax.block_until_ready(values)
         seconds["compile"] = time.monotonic() - loop_started
+        logging.info("compiled, and run once, in %.1f s", seconds["compile"])
         loop_started = time.monotonic()
         metrics.start_clock(step)
       bar.update()

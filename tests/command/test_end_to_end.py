@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from freqformer.command.sweep import result_of
+from freqformer.command.trials import result_of
 from freqformer.data.cache import LatentCache
 from freqformer.data.codec import LatentStatistics
 from freqformer.evaluate.quality import artefacts
@@ -58,11 +58,15 @@ def test_run_leaves_what_it_should(whole):
   assert {"loss", "grad_norm", "router_entropy", "density", "cost", "steps_per_s"} <= rows[5].keys()
   run = json.loads((workdir / "run.json").read_text())
   assert run["finished"] and len(run["classes"]) == 3 and run["seconds"]["compile"] > 0
+  said = rf"compiling the training step \.\.\.\n.*in {run['seconds']['compile']:.1f} s"
+  assert re.search(said, done.stderr, re.DOTALL)
+  cost = json.loads((workdir / "cost.json").read_text())["training"]
   assert result_of(workdir) == {
     "step": 40,
     "val_loss": rows[-2]["loss"],
     "val_density": rows[-2]["density"],
     "val_soft_loss": rows[-1]["loss"],
+    "attn/dense": cost["own"]["attention_flops"] / cost["dense"]["attention_flops"],
     "router_entropy": rows[-3]["router_entropy"],
     "flops": rows[-3]["flops"],
     "seconds": rows[-3]["seconds"],

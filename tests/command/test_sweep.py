@@ -8,10 +8,14 @@ import types
 import pytest
 
 from freqformer.command import sweep as sweep_module
-from freqformer.command.sweep import result_of, sweep, table, trial_name
+from freqformer.command import trials
+from freqformer.command.sweep import sweep
+from freqformer.command.trials import result_of, trial_name
 from freqformer.config import ConfigError
+from freqformer.pages.study import table
 from freqformer.train.experiment import experiment, recorded
 from freqformer.train.lock import held
+from tests.pages.markup import sections
 from tests.tiny_config import get_config
 
 CONFIG = """
@@ -30,11 +34,16 @@ def config(tmp_path):
   return path
 
 
-def finish(workdir, loss, rate):
+COST = {"own": {"attention_flops": 1.0}, "dense": {"attention_flops": 8.0}}
+
+
+def finish(workdir, loss, rate, seed=0):
   """Writes what a finished train.py leaves behind."""
   workdir.mkdir(parents=True, exist_ok=True)
   values = get_config()
   values.train.lr = rate
+  values.seed = seed
+  (workdir / "cost.json").write_text(json.dumps({"training": COST}))
   (workdir / "config.json").write_text(json.dumps(recorded(values, experiment(values)).to_dict()))
   (workdir / "run.json").write_text(json.dumps({"finished": True}))
   rows = [
@@ -61,13 +70,15 @@ def test_finished_trials_are_skipped_and_killed_ones_run_again(config, tmp_path,
     finish(workdir, 0.7, overrides["train.lr"])
     return 0
 
-  monkeypatch.setattr(sweep_module, "run_trial", fake)
+  monkeypatch.setattr(trials, "run_trial", fake)
   rows = sweep(config, study, {})
   assert [r["train.lr"] for r in ran] == [2.0, 3.0]
   assert [r["status"] for r in rows] == ["finished", "finished", "exit 1"]
   lines = table(rows).splitlines()
   for line, texts in zip(
-    lines[1:], (("lr=2.0", "0.7000", "2.5e+12", "61"), ("lr=0.5",), ("exit 1",)), strict=True
+    lines[1:],
+    (("lr=2.0", "0.7000", "0.125", "2.5e+12", "61"), ("lr=0.5",), ("exit 1",)),
+    strict=True,
   ):
     assert all(text in line for text in texts)
   assert len(json.loads((study / "study.json").read_text())) == 3
@@ -95,7 +106,7 @@ def test_sweeps_at_the_same_time_run_every_trial_once(config, tmp_path, monkeypa
     finish(workdir, 0.7, rate)
     return 0
 
-  monkeypatch.setattr(sweep_module, "run_trial", fake)
+  monkeypatch.setattr(trials, "run_trial", fake)
   rows = sweep(config, study, {})
   assert sorted(ran) == sorted([0.5, 2.0, 3.0] + [2.0] * (meeting > 2.0))
   assert [row["status"] for row in rows] == ["finished", "exit 1", "finished"]
@@ -115,7 +126,7 @@ def test_a_trial_that_trains_without_a_sweep_is_passed_over(config, tmp_path, mo
   taken = study / trial_name({"train.lr": 2.0})
   taken.mkdir(parents=True)
   monkeypatch.setattr(
-    sweep_module, "run_trial", lambda path, workdir, overrides, stop: ran.append(overrides) or 0
+    trials, "run_trial", lambda path, workdir, overrides, stop: ran.append(overrides) or 0
   )
   with held(taken):
     statuses = [row["status"] for row in sweep(config, study, {})]
@@ -123,6 +134,42 @@ def test_a_trial_that_trains_without_a_sweep_is_passed_over(config, tmp_path, mo
   assert statuses[0] == statuses[2] == "stopped" and statuses[1].startswith("running, process")
   # It died: nothing was ever known of it but that it ran.
   assert sweep(config, study, {}, list_only=True)[1]["status"] == "open"
+
+
+def test_seeds_of_a_trial_are_summed_up(config, tmp_path, monkeypatch):
+  """Of rate 2 one seed fails; of rate 3 all but one, and one is no mean."""
+  study = tmp_path / "study"
+  losses = {0.5: (0.5, 0.7, 0.9), 2.0: (0.4, 0.2, None), 3.0: (None, None, 0.3)}
+
+  def fake(path, workdir, overrides, stop):
+    loss = losses[overrides["train.lr"]][overrides["seed"]]
+    if loss is None:
+      return 1
+    finish(workdir, loss, overrides["train.lr"], overrides["seed"])
+    return 0
+
+  monkeypatch.setattr(trials, "run_trial", fake)
+  rows = sweep(config, study, {}, seeds=(0, 1, 2))
+  assert len(rows) == 9
+  assert trial_name({"train.lr": 0.5, "seed": 2}) in [row["trial"] for row in rows]
+  lines = table(rows).splitlines()
+  assert lines[11].split() == ["mean", "over", "seeds", "n", "val_loss", "+-", "flops", "seconds"]
+  assert [line.split() for line in lines[12:]] == [
+    ["lr=2.0", "2", "of", "3", "0.3000", "0.1414", "2.5e+12", "61"],
+    ["lr=0.5", "3", "of", "3", "0.7000", "0.2000", "2.5e+12", "61"],
+  ]
+  means = json.loads((study / "study.json").read_text())[9:]
+  assert [row["overrides"] for row in means] == [{"train.lr": 2.0}, {"train.lr": 0.5}]
+  assert [len(row["mean_of"]) for row in means] == [2, 3]
+  # A later sweep reads that file: it runs only what failed.
+  ran = []
+  monkeypatch.setattr(trials, "run_trial", lambda *given: ran.append(given[2]) or 1)
+  sweep(config, study, {}, seeds=(0, 1, 2))
+  assert [own["seed"] for own in ran] == [2, 0, 1]
+  with pytest.raises(ConfigError, match="seed=1,lr=0.5-.* sets its own seed; leave --seeds out"):
+    sweep(config, study, {"seed": 1}, seeds=(0, 1))
+  with pytest.raises(ConfigError, match="--seeds=1,1 must name each seed once"):
+    sweep(config, study, {}, seeds=(1, 1))
 
 
 def test_refusals(config, tmp_path):
@@ -145,13 +192,20 @@ def test_listing_writes_nothing_and_keeps_the_results(config, tmp_path, monkeypa
       finish(workdir, 0.9, rate=0.5)
     return ends[overrides["train.lr"]]
 
-  monkeypatch.setattr(sweep_module, "run_trial", fake)
-  given = {"_CONFIG": config, "_STUDY": study, "_OVERRIDE": [], "_LIST": False}
+  monkeypatch.setattr(trials, "run_trial", fake)
+  given = {"_CONFIG": config, "_STUDY": study, "_OVERRIDE": [], "_LIST": False, "_SEEDS": []}
+  given |= {"_SEARCH": None, "_STORAGE": None, "_PRUNE": False}
   for name, value in given.items():
     monkeypatch.setattr(sweep_module, name, types.SimpleNamespace(value=value), raising=False)
   with pytest.raises(SystemExit, match="1"):  # a trial failed
     sweep_module.main(None)
   assert (study / "losses.png").stat().st_size > 5000
+  page = (study / "report.html").read_text()
+  assert sections(page) == ["Trials", "Validation loss against cost", "Losses"]
+  assert "exit 7" in page
+  monkeypatch.setattr(sweep_module._SEEDS, "value", ["0", "x"])
+  with pytest.raises(ConfigError, match="--seeds=0,x must be whole numbers"):
+    sweep_module.main(None)
   text = (study / "study.json").read_text()
   for extra, statuses in (
     ({}, ["finished", "stopped", "exit 7"]),
@@ -163,7 +217,7 @@ def test_listing_writes_nothing_and_keeps_the_results(config, tmp_path, monkeypa
 
 def test_trials_of_another_config_are_not_taken_for_done(config, tmp_path, monkeypatch):
   study = tmp_path / "study"
-  monkeypatch.setattr(sweep_module, "run_trial", lambda *_: pytest.fail("nothing may run"))
+  monkeypatch.setattr(trials, "run_trial", lambda *_: pytest.fail("nothing may run"))
   finish(study / trial_name({"train.lr": 0.5}), 0.9, rate=0.5)
   changed = CONFIG.replace("import get_config", "import get_config as tiny")
   changed += "def get_config():\n  config = tiny()\n  config.train.ema = 0.5\n  return config\n"
@@ -185,7 +239,7 @@ def test_trials_of_another_config_are_not_taken_for_done(config, tmp_path, monke
   ],
 )
 def test_every_trial_is_checked_before_any_runs(config, tmp_path, monkeypatch, extra, message):
-  monkeypatch.setattr(sweep_module, "run_trial", lambda *_: pytest.fail("nothing may run"))
+  monkeypatch.setattr(trials, "run_trial", lambda *_: pytest.fail("nothing may run"))
   with pytest.raises(ConfigError, match=message):
     sweep(config, tmp_path / "study", extra)
   assert not (tmp_path / "study").exists()
