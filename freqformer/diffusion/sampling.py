@@ -267,7 +267,8 @@ def sample(
       points, label, state = _begin(
         model, seed, labels[part], indices[part], latent_shape, config, first_frame
       )
-      null = jnp.full_like(label, model.classes)
+      # By NumPy, as jnp would compile a program of its own where seconds are taken.
+      null = np.full(label.shape, model.classes, label.dtype)
       auxes = []
       for each in evaluations:
         own = null if each.unconditional else label
