@@ -76,7 +76,7 @@ def space_for(
     yield
   except ConfigError:
     raise
-  except Exception as error:  # libraries raise their own
+  except Exception as error:  # libraries raise their own; any that is of no full disk goes on
     if not is_full(error):
       raise
     raise ConfigError(no_space(folder, what, needed, intact())) from error

@@ -35,7 +35,9 @@ def write_film(path: pathlib.Path, frames: int, rows: int, cols: int):
   options = {"preset": "ultrafast", "g": str(10 * _FPS)}
   with av.open(str(path), "w") as container:
     stream = container.add_stream("libx264", rate=_FPS, options=options)
-    stream.height, stream.width, stream.pix_fmt = rows, cols, "yuv420p"
+    stream.height = rows
+    stream.width = cols
+    stream.pix_fmt = "yuv420p"
     for i in range(frames):
       picture = np.roll(noise, 2 * i, axis=1)
       container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))

@@ -114,7 +114,7 @@ def guarded(main: Callable) -> Callable:
       sys.exit(_PIPE_CLOSED)
     except (ConfigError, NoImplementation) as error:
       _fail(error)
-    except Exception as error:
+    except Exception as error:  # the last resort: no command ends in a trace that nobody asked for
       if disk.is_full(error):
         files = (each.filename for each in disk.chain(error) if _names_a_file(each))
         folder = pathlib.Path(next(files, "file of this folder")).absolute().parent

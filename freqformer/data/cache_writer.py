@@ -27,12 +27,12 @@ from absl import logging
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from tqdm import tqdm
 
+from freqformer import disk
 from freqformer.config import ConfigError
 from freqformer.data.clips import printable
 from freqformer.data.codec import LatentStatistics, StatisticsAccumulator, make_codec
 from freqformer.data.encode import encode_all
 from freqformer.data.protocol import BrokenClip, Clip, DataConfig, Listing
-from freqformer.disk import is_full
 from freqformer.versions import versions
 
 SCHEMA = 2
@@ -65,12 +65,14 @@ def write_cache(
   latent = make_codec(config.codec).latent_shape(*config.video_shape)
   # float16 latents, headers and index, and a manifest of 1 kB a clip.
   clip_bytes = config.views_of(split) * (2 * math.prod(latent) + 256) + 1024
-  with _said(path, len(listing.clips) * clip_bytes + (1 << 20)) as needed, _alone(path) as folder:
+  needed = len(listing.clips) * clip_bytes + (1 << 20)
+  space = disk.space_for(f"the cache {path.name}", path.parent, needed)
+  with space, _writable(path.parent), _alone(path) as folder:
     if folder is None:
       return
     progress = _resumed(folder, config, listing)
     have = sum(shard["bytes"] for shard in progress["shards"])
-    if needed - have > shutil.disk_usage(folder).free:
+    if needed - have > disk.free_bytes(folder):
       raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     manifest = _encode_into(folder, config, split, listing, statistics, progress)
     (folder / MANIFEST).write_text(json.dumps(manifest))
@@ -310,25 +312,16 @@ def _is_there(path: pathlib.Path, opened: IO) -> bool:
 
 
 @contextlib.contextmanager
-def _said(path: pathlib.Path, needed: int) -> Iterator[int]:
-  """Yields the bytes that are needed, and puts what the disk refuses into one sentence."""
-  free = 0
+def _writable(folder: pathlib.Path) -> Iterator[None]:
+  """Makes a folder; one that cannot be written, but for a full disk, is one sentence."""
   try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(path.parent).free
-    yield needed
-  except (OSError, RuntimeError) as error:
-    # ArrayRecord raises a RuntimeError.
-    if is_full(error):
-      raise ConfigError(
-        f"No space left in {str(path.parent)!r}: the cache {path.name} needs about "
-        f"{needed / 2**20:,.1f} MiB and {free / 2**20:,.1f} MiB were free before; free some, or "
-        "let data.cache name a folder on another disk. The same command goes on."
-      ) from error
-    if isinstance(error, RuntimeError):
+    folder.mkdir(parents=True, exist_ok=True)
+    yield
+  except OSError as error:
+    if disk.is_full(error):
       raise
     raise ConfigError(
-      f"data.cache {str(path.parent)!r} cannot be written ({error.strerror}): name another folder."
+      f"data.cache {str(folder)!r} cannot be written ({error.strerror}): name another folder."
     ) from error
 
 

@@ -206,7 +206,7 @@ class Checkpoints:
     """Removes the half-written folder of a step that cannot be saved, which takes up space."""
     try:
       yield
-    except Exception:
+    except Exception:  # is raised again, whatever it is
       for part in self.path.glob(f"{step}.*tmp*"):
         shutil.rmtree(part, ignore_errors=True)
       raise

@@ -79,6 +79,7 @@ def test_run_leaves_what_it_should(whole):
   record = Checkpoints(workdir, create=False).record()
   keys = "config class_names statistics iterator versions git latent_shape cache"
   assert record.keys() >= set(keys.split())
+  assert record["fps"] == 12.5 and len(record["class_counts"]) == 3 and all(record["class_counts"])
   assert len(record["config"]["model"]["spectrum"]) == 3 * (TIME_BINS + 1)
   # One damaged clip is left out, once, and its name and reason are logged.
   left_out = re.findall(r"(\d+) of \d+ \w+ clips could not be used:\n\s*(.*)", done.stderr)

@@ -134,7 +134,9 @@ def test_without_the_flag_nothing_is_stopped(config, tmp_path, monkeypatch):
 
 def test_a_search_tells_what_was_pruned(config, tmp_path, monkeypatch):
   """Rates are proposed in this order: 1, 2, 3, 4."""
-  study, ran, url = tmp_path / "study", [], f"sqlite:///{tmp_path}/own.db"
+  study = tmp_path / "study"
+  url = f"sqlite:///{tmp_path}/own.db"
+  ran = []
   monkeypatch.setattr(trials, "run_trial", trains(ran, lambda rate, step: rate + 10 / step))
   opened = optuna.create_study(study_name="study", storage=url)
   for rate in ("1.0", "2.0", "3.0", "4.0"):

@@ -83,7 +83,9 @@ def test_a_killed_trial_is_finished_before_new_ones(config, tmp_path, monkeypatc
 
 
 def test_two_searches_share_a_study(config, tmp_path, monkeypatch):
-  study, ran, beside = tmp_path / "study", [], []
+  study = tmp_path / "study"
+  ran = []
+  beside = []
 
   def fake(path, workdir, overrides, stop):
     if not ran:

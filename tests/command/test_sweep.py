@@ -137,7 +137,7 @@ def test_a_trial_that_trains_without_a_sweep_is_passed_over(config, tmp_path, mo
 
 
 def test_seeds_of_a_trial_are_summed_up(config, tmp_path, monkeypatch):
-  """Of rate 2 one seed fails; of rate 3 all but one, and one is no mean."""
+  """One seed fails at rate 2; all but one at rate 3, and one is no mean."""
   study = tmp_path / "study"
   losses = {0.5: (0.5, 0.7, 0.9), 2.0: (0.4, 0.2, None), 3.0: (None, None, 0.3)}
 

@@ -312,7 +312,9 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(folder, tmp_path, monkey
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
   else:
     monkeypatch.setattr(cache_writer, "ArrayRecordWriter", Full)
-  with pytest.raises(ConfigError, match="No space left in .*needs about 1.0 MiB and .* were free"):
+  with pytest.raises(
+    ConfigError, match="no space left in .*cache folder-train.* needs 1.1 MB, .* are free"
+  ):
     prepare(config(folder, tmp_path), "train")
   assert not list(tmp_path.iterdir())
 

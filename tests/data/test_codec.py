@@ -58,7 +58,8 @@ def test_lowpass_keeps_slow_waves_at_any_size_and_their_mean():
   video = np.rint(128 + 90 * wave[..., None] * (1, -0.5, 0.25)).astype(np.uint8)[None]
   latents = codec.encode(video)
   assert latents.shape == (1, *codec.latent_shape(8, 24, 18)) == (1, 4, 8, 6, 3)
-  # The wave itself comes back; what was rounded to grey levels has other frequencies, too.
+  # The wave itself comes back. Grey levels are whole, here and there: rounding the wave adds other
+  # frequencies, which are lost, so that some values end on the other side of a half.
   np.testing.assert_allclose(codec.decode(latents, (8, 24, 18)), video, atol=1)
   luma = (video / 127.5 - 1).sum(-1).mean() / np.sqrt(3)
   assert abs(latents[..., 0].mean() - luma) < 1e-5

@@ -1,8 +1,11 @@
 """Latents and codecs that were made elsewhere."""
 
 import builtins
+import contextlib
 import json
+import re
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -154,6 +157,64 @@ def test_a_codec_of_ones_own_is_named_by_module_and_class(tmp_path):
   ):
     with pytest.raises(ConfigError, match=words):
       CodecConfig(name=wrong, factor=(2, 2, 2), channels=3)
+
+
+class Tensor(np.ndarray):
+  """The part of a torch tensor that ImageVae touches."""
+
+  def float(self):
+    return self.astype(np.float32)
+
+  def cpu(self):
+    return self
+
+  def numpy(self):
+    return np.asarray(self)
+
+
+class Pooling:
+  """An autoencoder of cells of 2x2 pixels, channels first: means, and four copies of each."""
+
+  config = types.SimpleNamespace(block_out_channels=(1, 2), latent_channels=3, scaling_factor=0.5)
+
+  @classmethod
+  def from_pretrained(cls, path, **_):
+    if path != "weights":
+      raise OSError("no such folder")
+    return cls()
+
+  def eval(self):
+    return self
+
+  def encode(self, x):
+    cells = x.reshape(*x.shape[:2], x.shape[2] // 2, 2, x.shape[3] // 2, 2)
+    return types.SimpleNamespace(latent_dist=types.SimpleNamespace(mean=cells.mean((3, 5))))
+
+  def decode(self, z):
+    return types.SimpleNamespace(sample=z.repeat(2, 2).repeat(2, 3))
+
+
+def test_the_autoencoder_keeps_frames_axes_and_scale_apart(monkeypatch):
+  """With stand-ins for torch and diffusers, which no other part needs."""
+  torch = types.SimpleNamespace(
+    from_numpy=lambda x: x.view(Tensor), inference_mode=contextlib.nullcontext
+  )
+  monkeypatch.setitem(sys.modules, "torch", torch)
+  monkeypatch.setitem(sys.modules, "diffusers", types.SimpleNamespace(AutoencoderKL=Pooling))
+  settings = dict(name="freqformer.data.vae:ImageVae", factor=(1, 2, 2), channels=3)
+  codec = ImageVae(CodecConfig(**settings, path="weights"))
+  video = np.random.default_rng(0).integers(0, 255, (2, 9, 6, 8, 3), np.uint8)
+  latents = codec.encode(video)
+  cells = (video / 127.5 - 1).reshape(2, 9, 3, 2, 4, 2, 3).mean((3, 5))
+  np.testing.assert_allclose(latents, 0.5 * cells, atol=1e-6)
+  coarse = video[:, :, ::2, ::2].repeat(2, 2).repeat(2, 3)
+  np.testing.assert_array_equal(codec.decode(codec.encode(coarse), (9, 6, 8)), coarse)
+  for changes, words in (
+    (dict(path="nowhere"), "is no folder of an AutoencoderKL"),
+    (dict(path="weights", factor=(1, 8, 8)), "has factor (1, 2, 2) and 3 channels"),
+  ):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+      ImageVae(CodecConfig(**settings | changes))
 
 
 def test_the_autoencoder_says_what_it_needs(monkeypatch):

@@ -1,4 +1,4 @@
-"""Attention under JAX's transformations, on one device and, in a process of its own, on eight.
+"""Attention under JAX's transformations, on one device; test_eight_devices.py has them on eight.
 
 Queries have four heads and keys two, so that each case is one of grouped heads, too.
 """
@@ -6,10 +6,6 @@ Queries have four heads and keys two, so that each case is one of grouped heads,
 import contextlib
 import dataclasses
 import functools
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -35,20 +31,6 @@ SIZES = {"b": 4, "h": 4, "h_kv": H_KV, "d": 8, "n_q": 32, "n_kv": 32, "block_q":
 CASE = Case("here", **SIZES, table_b=4, table_h=4, kv_len_per_batch=True, bias=True)
 ROWS, ROW_SUMS = P("data", None, "heads"), P("data", "heads")
 RESULTS = (ROWS, ROW_SUMS, ROWS, ROWS, ROWS)
-
-
-@pytest.mark.skipif(SEVERAL, reason="this is that process")
-def test_eight_devices():
-  """In a process of its own: the number of CPU devices is fixed when jax starts."""
-  flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
-  run = subprocess.run(
-    [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", __file__],
-    capture_output=True,
-    text=True,
-    cwd=pathlib.Path(__file__).parents[3],
-    env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
-  )
-  assert run.returncode == 0, run.stdout[-5000:]
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +234,6 @@ def test_keys_that_every_device_has_under_an_explicit_mesh(data):
   assert jax.typeof(found[3]).sharding.spec == P(None, None, None, None)
 
 
-@pytest.mark.skipif(not SEVERAL, reason="an axis of one device shards nothing")
 @pytest.mark.parametrize(
   ("spec", "words"),
   [(P(None, "data", "heads"), "neither of samples nor of heads"), (P("heads"), "others split by")],
