@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import errno
+import itertools
 import json
 import os
 import pickle
@@ -169,6 +170,27 @@ def test_encoding_goes_on_where_it_was_interrupted(folder, tmp_path, monkeypatch
     assert resumed[i]["label"] == whole[i]["label"]
 
 
+def test_a_clip_that_is_half_written_does_not_count(folder, tmp_path, monkeypatch):
+  whole = prepare(config(folder, tmp_path / "whole", views=2), "train")
+  writes = itertools.count()
+
+  class Stopped(cache_writer.ArrayRecordWriter):
+    def write(self, record):
+      if next(writes) == 3:  # the second view of the second clip
+        raise KeyboardInterrupt
+      super().write(record)
+
+  monkeypatch.setattr(cache_writer, "ArrayRecordWriter", Stopped)
+  c = config(folder, tmp_path / "cut", views=2)
+  with pytest.raises(KeyboardInterrupt):
+    prepare(c, "train")
+  monkeypatch.undo()
+  resumed = prepare(c, "train")
+  assert resumed.manifest["records"] == len(whole)
+  for i in range(len(whole)):
+    np.testing.assert_array_equal(resumed[i]["latent"], whole[i]["latent"])
+
+
 @pytest.mark.parametrize("change", ["clip", "settings", "shard"])
 def test_what_was_interrupted_and_changed_begins_anew(tmp_path, monkeypatch, change):
   root = write_folder(tmp_path / "videos")
@@ -212,6 +234,7 @@ def test_data_may_move_and_other_data_have_their_own_cache(tmp_path, monkeypatch
   other = dataclasses.replace(c, root=str(write_folder(tmp_path / "other", clips=4)))
   assert prepare(other, "train").path == cache_path(c, "train", number=2)
   assert len(encoded) == 7 and prepare(moved, "train").path == cache.path
+  assert prepare(other, "train").hash != prepare(moved, "train").hash == cache.hash
   # Neither is there any more: each folder still has its own.
   for name in ("moved", "other"):
     shutil.rmtree(tmp_path / name)
@@ -267,6 +290,10 @@ def test_changed_clips_are_noticed_and_copied_ones_accepted(tmp_path):
   used = prepare(c, "train").manifest["clips"][0]["key"]
   write_clip(root / used, moving_square(20, seed=99))
   with pytest.raises(ConfigError, match=f"0 clips are new and 1 changed.*{used}"):
+    prepare(c, "train")
+  write_clip(root / used, moving_square(20, seed=98))
+  write_clip(root / "cat" / "more.avi", moving_square())
+  with pytest.raises(ConfigError, match="1 clips are new and 1 changed"):
     prepare(c, "train")
   shutil.rmtree(root)
   assert len(prepare(c, "train")) == 5

@@ -137,6 +137,13 @@ def test_clips_that_are_too_short_in_seconds(short, frames, fps):
   assert (view.frames, view.fps) == (frames, fps)
 
 
+def test_the_last_frame_is_shown_for_a_while():
+  """The last of 16 frames begins at .6 s and is shown until .64; a view needs .606 s."""
+  footage = Footage((8, 8), tuple(np.arange(16) / 25))
+  c = config("x", "y", fps=8.25, stride=1, frames=6, short="skip")
+  assert draw_view(c, "val", "a", 0, footage).fps == 8.25
+
+
 def test_a_clip_slower_than_the_views_repeats_frames_and_is_named(tmp_path):
   path = write(tmp_path / "a.mp4", moving_square(12), times=np.arange(12) / 4)
   c = config("x", "y", fps=8.0, stride=1, frames=6)
@@ -229,6 +236,22 @@ def test_damaged_clips_lose_their_bad_frames_and_are_named(tmp_path, caplog):
   left_out = prepare(config(root, tmp_path / "cache", frames=30, stride=1, damaged="skip"), "all")
   assert [clip["key"] for clip in left_out.manifest["skipped"]] == ["bad.mp4"]
   assert "damaged: " in left_out.manifest["skipped"][0]["reason"]
+
+
+def test_behind_damage_frames_are_counted_and_not_jumped_to(tmp_path, monkeypatch):
+  """The time stamps of what is left no longer tell how many frames come before."""
+  path = write(tmp_path / "a.mp4", noisy(400), options={"g": "20"})
+  wanted = [*range(280), 395]
+  for is_damaged in (False, True):
+    if is_damaged:
+      spoilt(path)
+    with VideoFile(path) as file:
+      opened = []
+      own = file._open
+      monkeypatch.setattr(file, "_open", lambda own=own, opened=opened: opened.append(1) or own())
+      found = len(list(file.frames(wanted)))
+    assert len(opened) == (1 if is_damaged else 2)
+    assert found == (280 if is_damaged else 281)
 
 
 def test_frames_of_another_size_do_not_count(tmp_path):

@@ -130,6 +130,17 @@ def test_the_same_file_in_both_splits_is_named(tmp_path):
   assert "clips of val are in train, too (cat/" in sentence and " = cat/" in sentence
 
 
+def test_one_clip_and_dangling_links_are_no_shared_files(tmp_path):
+  alone = tmp_path / "alone"
+  touch(alone / "a.mp4")
+  assert listed(alone)[1] == []
+  root = tmp_path / "links"
+  root.mkdir()
+  for i in range(12):
+    (root / f"{i}.mp4").symlink_to(tmp_path / "nowhere.mp4")
+  assert listed(root, val_fraction=0.3)[1] == []
+
+
 def test_ucf101_by_folders_mixes_scenes(tmp_path):
   root = write_ucf101(tmp_path / "ucf") / "UCF-101"
   _, (sentence, *_) = listed(root)

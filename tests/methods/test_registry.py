@@ -78,6 +78,7 @@ def test_a_line_of_the_registry_that_names_nothing(monkeypatch, line, message):
     ("nowhere:Dilated", "there is no module 'nowhere'"),
     ("tests.methods.extra_method:Diluted", "has no class 'Diluted'"),
     ("json:JSONEncoder", "must be a dataclass that inherits Method"),
+    ("freqformer.data.codec:CodecConfig", "must be a dataclass that inherits Method"),
   ],
 )
 def test_a_method_of_ones_own_that_is_none(name, message):
