@@ -20,14 +20,12 @@ from ml_collections import ConfigDict
 
 from benchmarks.rows import Store
 from benchmarks.trained.runs import ROOT
-from freqformer.command.files import check_keys, read_config
+from freqformer.command.files import check_keys, load_config, read_config
 from freqformer.data.fields import FieldsConfig
 from freqformer.data.sources import open_split
 from freqformer.evaluate.restore import Run, load_run
 from freqformer.evaluate.validate import validate
 from freqformer.train import metrics
-from freqformer.train.experiment import experiment
-from freqformer.train.resume import settings
 from freqformer.train.run import train
 
 CONFIG = ROOT / "configs" / "fields.py"
@@ -210,8 +208,9 @@ class Trial:
 
   @property
   def digest(self) -> str:
-    """A short hash of all settings that the run uses."""
-    text = json.dumps(settings(experiment(self.config())), sort_keys=True)
+    """A short hash of what is written for it; keys that are left to defaults are not in it."""
+    written = load_config(CONFIG, ("get_config",)).get_config().to_dict()
+    text = json.dumps([written, self.overrides], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
   def workdir(self, folder: pathlib.Path) -> pathlib.Path:

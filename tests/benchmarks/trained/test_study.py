@@ -12,6 +12,7 @@ from benchmarks.rows import RESULTS, Store, read_rows
 from benchmarks.trained import study
 from benchmarks.trained.study_summary import difference, equal_flops, equal_steps, summary
 from freqformer.config import ConfigError
+from freqformer.train.experiment import experiment
 
 pytestmark = pytest.mark.xdist_group("study")
 CONTEXT = {"command": "test", "device": "cpu"}
@@ -34,11 +35,14 @@ def test_stored_rows_are_of_the_trials_that_the_stage_has(name):
     own = json.loads(json.dumps(trials[row["name"]].overrides))
     # What was the config's default then may be said since.
     assert {**own, **row["overrides"]} == own, row["name"]
+    assert row["digest"] == trials[row["name"]].digest, row["name"]
 
 
 def test_every_arm_is_a_valid_config_of_its_own():
   trials = [trial for stage in study.STAGES.values() for trial in study.trials(stage)]
-  digests = [trial.digest for trial in trials]  # refuses unknown keys and invalid values
+  for trial in trials:
+    experiment(trial.config())  # refuses unknown keys and invalid values
+  digests = [trial.digest for trial in trials]
   assert len(set(digests)) == len(digests)
   split = study.Trial(study.STAGES["screen"], "freqformer_fixed", 3)
   config = split.config()
