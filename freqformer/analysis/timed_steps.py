@@ -71,11 +71,11 @@ def _training(run: Run) -> Callable:
   # Clips from files have no target of their own, and need not be there.
   target = open_split(data, "train").target if isinstance(data, FieldsConfig) else None
   params = jax.tree.map(jax.numpy.copy, run.params)  # a step takes the arrays that it is given
-  return training_step(run.model, params, run.experiment, len(run.class_names), target)
+  return training_step(run.model, params, run.experiment, target)
 
 
 def training_step(
-  model: VideoDiT, params, exp: Experiment, classes: int, target: Posterior | None = None
+  model: VideoDiT, params, exp: Experiment, target: Posterior | None = None
 ) -> Callable:
   """Returns a function that trains one step on one batch of noise; it has run once.
 
@@ -88,10 +88,10 @@ def training_step(
   shape = exp.latent_shape
   state = init_state(params, train, exp.seed)
   latents = np.random.default_rng(0).standard_normal((train.batch_size, *shape))
-  labels = np.arange(train.batch_size, dtype=np.int32) % classes
-  batch = jax.device_put({"latent": latents.astype(np.float32), "label": labels})
+  label = model.null(train.batch_size)
+  batch = jax.device_put({"latent": latents.astype(np.float32), "label": label})
   tables = jax.device_put(model.tables(shape))
-  step = make_train_step(nnx.graphdef(model), train, classes)
+  step = make_train_step(nnx.graphdef(model), train)
 
   def one():
     nonlocal state

@@ -59,7 +59,7 @@ class Split(Protocol):
   def __len__(self) -> int: ...
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-    """Returns `{"latent": float32 [t, y, x, c], "label": int32, "index": int32}`."""
+    """Returns `{"latent": float32 [t, y, x, c], "label": int32 or float32 [e], "index": int32}`."""
 
 
 def config_class(values: Mapping) -> type[DataConfig] | type[FieldsConfig]:

@@ -134,7 +134,7 @@ def sample_config(run: Run, count: int, **given) -> SampleConfig:
   given = {name: value for name, value in given.items() if value is not None}
   with refusing("sampling"):
     config = dataclasses.replace(base, **given, batch_size=min(base.batch_size, count))
-    check_guidance(config, run.experiment.train)
+    check_guidance(config, run.experiment.train, run.experiment.data.condition)
   return config
 
 

@@ -101,8 +101,8 @@ def _load(workdir, step: int | None, method: str | None, raw: bool) -> Run:
   trained = of_record(record["config"])
   config = trained.model if method is None else trained.model.with_method(method)
   shape = tuple(record["latent_shape"])
-  classes = len(record["class_names"])
-  model = nnx.eval_shape(lambda: VideoDiT(config, shape, classes, nnx.Rngs(0)))
+  condition = trained.conditioned_on(record["class_names"])
+  model = nnx.eval_shape(lambda: VideoDiT(config, shape, rngs=nnx.Rngs(0), **condition))
   group = "params" if raw else "ema"
   try:
     tree = checkpoints.restore({group: nnx.state(model)}, record["step"], ignore_extra=True)

@@ -55,7 +55,7 @@ def model():
 @pytest.fixture(scope="module")
 def step(model):
   """The compiled training step, `(state, batch) -> (state, metrics)`."""
-  step = make_train_step(model[0], TRAIN, 2)
+  step = make_train_step(model[0], TRAIN)
   return lambda state, batch: step(state, batch, TABLES)
 
 
@@ -197,7 +197,7 @@ def test_the_loss_leaves_given_first_frames_out():
   for share, want in ((0.0, square.mean()), (1.0, square[:, 1:].mean())):
     train = dataclasses.replace(TRAIN, first_frame=share)
     state = init_state(jax.tree.map(jnp.copy, params), train, 0)
-    _, metrics = make_train_step(graphdef, train, 2)(state, batch, tables)
+    _, metrics = make_train_step(graphdef, train)(state, batch, tables)
     assert float(metrics["loss"]) == pytest.approx(float(want), rel=1e-5)
   given = jnp.array([True, False, True, True])
   xt = give_first_frame(noise, batch["latent"], given)
