@@ -14,6 +14,7 @@ from freqformer.data.fields import FieldsConfig
 from freqformer.data.sources import open_split
 from freqformer.diffusion.posterior import Posterior
 from freqformer.disk import write_whole
+from freqformer.evaluate.conditions import conditioned
 from freqformer.evaluate.draw import draw, requests, sample_config
 from freqformer.evaluate.restore import Run, load_run
 from freqformer.model.dit import VideoDiT
@@ -39,7 +40,9 @@ def write_seconds(workdir) -> pathlib.Path:
   logging.info("%s", describe_devices())
   runs = {"own": load_run(workdir), "dense": load_run(workdir, method="dense")}
   first = runs["own"]
+  first = conditioned(first, None)
   labels, indices = requests(first, None, 1)
+  labels = first.inputs(labels)
   count = min(len(labels), first.experiment.sample.batch_size)
   config = sample_config(first, count)
   drawn = {
