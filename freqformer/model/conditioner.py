@@ -40,7 +40,7 @@ class EmbeddingConditioner(nnx.Module):
 
   def __call__(self, embedding: jax.Array) -> jax.Array:
     power = jnp.mean(jnp.square(embedding), -1, keepdims=True)
-    unit = embedding * jax.lax.rsqrt(jnp.maximum(power, np.finfo(np.float32).tiny))
+    unit = embedding * jax.lax.rsqrt(jnp.where(power > 0, power, 1))
     return self.linear(unit) + jnp.where(power > 0, 0, self.nothing[...])
 
   def null(self, count: int) -> np.ndarray:

@@ -93,6 +93,31 @@ def test_it_learns_more_than_a_linear_predictor(trained, eval_step):
   assert (np.asarray(result["buckets"]) < result["linear_buckets"])[1:].all()
 
 
+def test_embeddings_are_learned_and_their_absence_too():
+  """Clips of +2 and -2 are told apart by a vector: at t = 1 nothing else tells."""
+  size = 3
+  sides = np.float32([[1, 1, 0], [0, -1, 1]])
+  dense = model_config(dict(SIZES, attention=dict(ATTENTION, method="dense")))
+
+  def create():
+    return VideoDiT(dense, SHAPE, 0, nnx.Rngs(0), embedding=size)
+
+  graphdef, params = nnx.split(nnx.jit(create)())
+  train = dataclasses.replace(TRAIN, steps=200, lr=1e-2, label_dropout=0.3, batch_size=16)
+  step = make_train_step(graphdef, train)
+  tables = make_tables(dense, SHAPE)
+  state = init_state(params, train, 0)
+  for i in range(train.steps):
+    batch = batch_of(16, seed=i)
+    state, _ = step(state, {**batch, "label": sides[batch["label"]]}, tables)
+  model = nnx.merge(graphdef, state.params)
+  label = np.concatenate([10 * sides, model.null(1)])
+  noise = np.random.default_rng(0).standard_normal((1, *SHAPE), np.float32)
+  velocity, *_ = nnx.jit(model)(noise.repeat(3, 0), np.ones(3, np.float32), label, tables)
+  first, second, unknown = np.asarray(velocity - noise).mean((1, 2, 3, 4))  # means of -x_0
+  assert first > 1 and second < -1 and second + 0.5 < unknown < first - 0.5
+
+
 def test_validation_does_not_depend_on_batching_or_padding(trained, eval_step):
   """Two batches, against the sums of three others, two of which are padded with weight 0."""
   whole = batch_of(16)
