@@ -1,33 +1,14 @@
 """The embedding of a clip: an array that lies beside it, or what a plug-in makes of its caption."""
 
-import functools
 import io
 
 import numpy as np
 
-from freqformer.config import ConfigError, load_class
+from freqformer.config import ConfigError
 from freqformer.data import files
+from freqformer.data.embedder import make_embedder
 from freqformer.data.latents import array_of
 from freqformer.data.protocol import EMBEDDING, BrokenClip, Clip, DataConfig
-
-
-class Embedder:
-  """A map of texts to vectors, which `data.embedder` names as "module:Class". Thread-safe."""
-
-  version = 1  # part of a cache's hash: raise it when the same text gives another vector
-
-  def __init__(self, path: str):
-    """Loads what lies at `data.embedder_path`."""
-
-  def __call__(self, texts: list[str]) -> np.ndarray:
-    """Returns a vector per text, floating-point `[n, e]`."""
-    raise NotImplementedError
-
-
-@functools.lru_cache(maxsize=2)
-def make_embedder(name: str, path: str) -> Embedder:
-  """Returns the embedder of "module:Class"; weights are loaded once."""
-  return load_class(name, "embedder")(path)
 
 
 def embed(config: DataConfig, texts: list[str]) -> np.ndarray:

@@ -14,7 +14,8 @@ import numpy as np
 
 from freqformer.data.codec import Codec
 from freqformer.data.decode import decode_clip
-from freqformer.data.embedding import make_embedder, read_embedding
+from freqformer.data.embedder import make_embedder
+from freqformer.data.embedding import read_embedding
 from freqformer.data.files import fingerprint, stat
 from freqformer.data.latents import read_latent
 from freqformer.data.protocol import BrokenClip, Clip, DataConfig

@@ -9,8 +9,9 @@ import json
 
 import numpy as np
 
-from freqformer.config import load_class, require, require_one_of
+from freqformer.config import require, require_one_of
 from freqformer.data.codec import CodecConfig, LatentStatistics, make_codec
+from freqformer.data.embedder import embedder_class
 from freqformer.data.files import Path
 
 _USUAL_FPS = 25.0  # of UCF-101 and of rendered clips
@@ -137,7 +138,7 @@ class DataConfig:
         "and goes with no embedder: leave it out."
       )
     if self.embedder:
-      load_class(self.embedder, "embedder")
+      embedder_class(self.embedder)
 
   @property
   def video_shape(self) -> tuple[int, int, int]:
@@ -185,7 +186,7 @@ class DataConfig:
     for name in unread[self.source] + (_OF_CONDITION if self.condition == "class" else ()):
       del values[name]
     if self.embedder:
-      values["embedder_version"] = load_class(self.embedder, "embedder").version
+      values["embedder_version"] = embedder_class(self.embedder).version
     values |= {"version": VERSION, "codec_version": make_codec(self.codec).version}
     return json.loads(json.dumps(values))
 

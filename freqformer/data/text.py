@@ -11,7 +11,7 @@ drawn. Needs torch and transformers: pip install torch transformers.
 import numpy as np
 
 from freqformer.config import ConfigError
-from freqformer.data.embedding import Embedder
+from freqformer.data.embedder import Embedder
 
 
 class ClipText(Embedder):

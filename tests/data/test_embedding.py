@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from freqformer.config import ConfigError
 from freqformer.data.cache import prepare
-from freqformer.data.embedding import Embedder
+from freqformer.data.embedder import Embedder
 from freqformer.data.text import ClipText
 from tests.data.helpers import config, moving_square, write_clip
 from tests.data.test_latents import SHAPE, settings, write_latents
@@ -206,6 +206,7 @@ def test_tables_that_are_none(tmp_path, table, message):
     (dict(embedder_path="clip"), "embedder_path='clip' needs an embedder, 'module:Class'"),
     (dict(embedder="nowhere:B"), "embedder 'nowhere:B': there is no module 'nowhere'"),
     (dict(embedder=f"{__name__}:B"), "has no class 'B'"),
+    (dict(embedder="json:loads"), "'json:loads' must be a class that inherits freqformer.data.emb"),
     (dict(source="folder", embedding_array="e"), "names an array in files of source='latents'"),
     (dict(embedding_array="e", embedder=f"{__name__}:Letters"), "goes with no embedder"),
     (dict(source="ucf101"), "source='ucf101' has classes alone"),

@@ -103,6 +103,7 @@ def test_embeddings_are_learned_and_their_absence_too():
     return VideoDiT(dense, SHAPE, 0, nnx.Rngs(0), embedding=size)
 
   graphdef, params = nnx.split(nnx.jit(create)())
+  nothing = np.array(params.label.nothing[...])
   train = dataclasses.replace(TRAIN, steps=200, lr=1e-2, label_dropout=0.3, batch_size=16)
   step = make_train_step(graphdef, train)
   tables = make_tables(dense, SHAPE)
@@ -116,6 +117,7 @@ def test_embeddings_are_learned_and_their_absence_too():
   velocity, *_ = nnx.jit(model)(noise.repeat(3, 0), np.ones(3, np.float32), label, tables)
   first, second, unknown = np.asarray(velocity - noise).mean((1, 2, 3, 4))  # means of -x_0
   assert first > 1 and second < -1 and second + 0.5 < unknown < first - 0.5
+  assert np.abs(model.label.nothing[...] - nothing).max() > 0.01
 
 
 def test_validation_does_not_depend_on_batching_or_padding(trained, eval_step):
