@@ -50,12 +50,11 @@ def validate(
     ConfigError: a method cannot serve the grid, or the null class was never trained.
   """
   train = run.experiment.train
-  embedded = run.experiment.data.condition == "embedding"
-  labels = labels_of(run.record["class_names"], split.class_names)
+  labels = labels_of(run.class_names, split.class_names)
   null_class = [
     name
     for name, label in zip(split.class_names, labels, strict=True)
-    if label == len(run.record["class_names"])
+    if label == len(run.class_names)
   ]
   if null_class and not train.label_dropout:
     raise ConfigError(
@@ -67,9 +66,12 @@ def validate(
     reference = None
   count = min(clips or len(split), len(split))
   size = min(batch_size or train.batch_size, count)
+
+  def known(label: np.ndarray) -> np.ndarray:
+    return labels[label] if label.ndim == 1 else label  # embeddings are what they are
+
   batches = (
-    {**batch, "label": batch["label"] if embedded else labels[batch["label"]]}
-    for batch in val_batches(split, size, limit=count)
+    {**batch, "label": known(batch["label"])} for batch in val_batches(split, size, limit=count)
   )
   graphdef = nnx.graphdef(run.model)
   step = make_eval_step(graphdef, soft=soft, buckets=buckets, time_range=train.time_range)
