@@ -50,12 +50,12 @@ def lowered(changes: dict) -> list[str]:
   config = get_config()
   config.data.codec = dict(name="dct", factor=(1, 8, 8), channels=3)
   config.data.frames = 2
-  config.model.update(precondition=False, first_frame=True)
+  config.model.update(precondition=False, first_frame=True, remat=False)
   config.model.attention.layers = ((0, 1, METHODS[0]), (1, None, METHODS[1]))
   config.model.attention.implementation = "reference"
   config.model.attention.octaves = dict(levels=2, router=dict(penalty=0.1))
   config.model.attention.sparseflow = dict(router=dict(prior=(0.6, 0.4)))
-  config.train.update(first_frame=0.5, optimizer="muon")
+  config.train.first_frame = 0.5
   config.sample.guidance = 1.0
   values = config.to_dict()
   for key, value in changes.items():
