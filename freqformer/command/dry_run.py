@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from freqformer.config import ConfigError
+from freqformer.config import ConfigError, numbers
 from freqformer.cost import model_cost, training_flops
 from freqformer.data.sources import class_names
 from freqformer.model.dit import VideoDiT, make_tables
@@ -45,7 +45,8 @@ def describe(experiment: Experiment) -> str:
     "label": abstract.null(batch_size),
   }
   step = make_train_step(graphdef, experiment.train)
-  memory = step.lower(state, batch, make_tables(model, shape)).compile().memory_analysis()
+  lowered = step.lower(state, batch, make_tables(model, shape), numbers(experiment.train))
+  memory = lowered.compile().memory_analysis()
   parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
   state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
 
