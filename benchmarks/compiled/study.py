@@ -23,6 +23,7 @@ from benchmarks.gpu import study  # noqa: E402
 from benchmarks.rows import write_rows  # noqa: E402
 from freqformer.data.fields import Fields  # noqa: E402
 from freqformer.model.dit import VideoDiT, make_tables  # noqa: E402
+from freqformer.train.devices import used_devices  # noqa: E402
 from freqformer.train.experiment import Experiment, experiment  # noqa: E402
 from freqformer.train.step import init_state, make_train_step  # noqa: E402
 from freqformer.train.throughput import Throughput  # noqa: E402
@@ -58,7 +59,7 @@ def measure(arm: str) -> dict:
   for number in range(_CLIPS):
     split[number]
   drawing = (time.process_time() - started) / _CLIPS
-  flops = Throughput.of(exp.model, exp.latent_shape, exp.train.batch_size).flops
+  flops = Throughput.of(exp.model, exp.latent_shape, exp.train.batch_size, used_devices()).flops
   return {
     "device": "NVIDIA H100 80GB HBM3 (compiled for, absent)",
     "name": f"study/{arm}",

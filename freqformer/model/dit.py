@@ -19,6 +19,7 @@ from freqformer.kernels.block_sparse.table import BlockMask
 from freqformer.methods.base import Cond, Method
 from freqformer.model.attention import SpectralAttention
 from freqformer.model.config import DTYPES, ModelConfig
+from freqformer.model.placement import gathered, split
 from freqformer.model.precondition import Preconditioner
 from freqformer.model.streams import named, numbered
 
@@ -236,7 +237,7 @@ class VideoDiT(nnx.Module):
       tokens += self.position(tables["places"]).astype(tokens.dtype)
     if given is not None:
       tokens = self._marked(tokens, given, layout.layout.grid)
-    tokens = layout.pack(tokens)
+    tokens = split(layout.pack(tokens))
     if state is None:
       state = self.init_state(x.shape[0], x.shape[1:], cond.guided)
     states = []
@@ -275,8 +276,9 @@ class VideoDiT(nnx.Module):
     def layer(x, of_layer):
       params, state, key = of_layer
       own = dataclasses.replace(cond, rng=key)
-      x, state, aux = nnx.merge(graphdef, params)(x, condition, own, layout, tables, state)
-      return x, (state, aux)
+      block = nnx.merge(graphdef, gathered(params))
+      x, state, aux = block(x, condition, own, layout, tables, state)
+      return split(x), (state, aux)
 
     if self.config.remat and cond.train:
       policy = jax.checkpoint_policies.save_only_these_names(*KEPT)

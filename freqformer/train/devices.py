@@ -13,7 +13,7 @@ def used_devices() -> list[jax.Device]:
   Raises:
     ConfigError: JAX finds none of those that `JAX_PLATFORMS` names.
   """
-  return _devices()[:1]
+  return all_devices()[:1]
 
 
 def describe_devices() -> str:
@@ -22,7 +22,7 @@ def describe_devices() -> str:
   Raises:
     ConfigError: JAX finds none of those that `JAX_PLATFORMS` names.
   """
-  found = _devices()
+  found = all_devices()
   used = len(used_devices())
   kind = found[0].device_kind
   if used == len(found):
@@ -31,7 +31,8 @@ def describe_devices() -> str:
   return f"runs on {used} of {len(found)} {kind}; {others}"
 
 
-def _devices() -> list[jax.Device]:
+def all_devices() -> list[jax.Device]:
+  """Returns the devices that JAX finds; errors as of `used_devices`."""
   try:
     return jax.devices()
   except (AssertionError, RuntimeError) as error:  # depends on what exactly is missing

@@ -52,8 +52,8 @@ def test_idle_devices_are_named(machine, count, kind, line):
 def test_rates_are_those_of_the_devices_that_run(machine, count):
   machine(count)
   config = model_config(get_config().model.to_dict())
-  peak = Throughput.of(config, (8, 64, 64, 4), 2).peak
-  assert peak == len(devices.used_devices()) * load_gpu("h100").tensor_flops
+  peak = Throughput.of(config, (8, 64, 64, 4), 2, devices.all_devices()).peak
+  assert peak == count * load_gpu("h100").tensor_flops
 
 
 @pytest.mark.parametrize(
