@@ -8,7 +8,7 @@ import functools
 import math
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 DATA = "data"
 FSDP = "fsdp"
@@ -43,19 +43,27 @@ def shared(path, x, devices: int) -> PartitionSpec:
 
 def share(tree):
   """Puts parameters, or what belongs to each, on the devices, split as `shared` has it."""
-  return _each(tree, lambda spec, x: jax.device_put(x, spec))
+  return _each(tree, _put)
 
 
 def split_batch(batch):
   """Puts arrays `[b, ...]` on the devices with their samples split, if they divide."""
   if not _mesh():
     return batch
-  return jax.tree.map(lambda x: jax.device_put(x, _samples(x)), batch)
+  return jax.tree.map(lambda x: _put(_samples(x), x), batch)
 
 
 def everywhere(tree):
   """Puts arrays on the devices, whole on each."""
   return jax.device_put(tree, PartitionSpec()) if _mesh() else tree
+
+
+def _put(spec: PartitionSpec, x):
+  """Returns an array on the devices; of a `ShapeDtypeStruct` one that lies there."""
+  if isinstance(x, jax.ShapeDtypeStruct):
+    placed = NamedSharding(jax.sharding.get_mesh(), spec)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed)
+  return jax.device_put(x, spec)
 
 
 # ---- values inside a program ---------------------------------------------------------------------
