@@ -44,7 +44,7 @@ def compile_step(exp: Experiment, split: Fields) -> tuple[Compilation, int]:
     "latent": jax.ShapeDtypeStruct((size, *shape), jnp.float32),
     "label": jax.ShapeDtypeStruct((size,), jnp.int32),
   }
-  step = make_train_step(graphdef, exp.train, classes)
+  step = make_train_step(graphdef, exp.train)
   tables = make_tables(exp.model, shape)
   found = compile_for(step, state, batch, tables, split.target, options=NO_AUTOTUNING)
   return found, sum(math.prod(x.shape) for x in jax.tree.leaves(params))

@@ -37,7 +37,7 @@ _STEPS_PER_TURN = 4
 def training(exp: Experiment) -> Callable[[int], list[float]]:
   """Returns a sampler of seconds per training step; compiles and runs the first one here."""
   model = VideoDiT(exp.model, exp.latent_shape, _CLASSES, nnx.Rngs(0))
-  one = training_step(model, nnx.state(model), exp, _CLASSES)
+  one = training_step(model, nnx.state(model), exp)
   return lambda turn: [timed(one) for _ in range(_STEPS_PER_TURN)]
 
 

@@ -142,7 +142,7 @@ def measure(arm: str, exp: Experiment, seconds: float, deadline: Deadline) -> di
   state = init_state(params, exp.train, exp.seed)
   batches = drawn_ahead(split, exp.train.batch_size)
   started = time.monotonic()
-  step = make_train_step(graphdef, exp.train, len(split.class_names))
+  step = make_train_step(graphdef, exp.train)
   step = step.lower(state, next(batches), tables, target).compile()
   judge = Judge(exp, graphdef, tables)
   curve = [{"seconds": 0.0, "step": 0} | judge(state, CURVE_CLIPS)]

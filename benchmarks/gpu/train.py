@@ -80,7 +80,7 @@ def measure(exp: Experiment, steps: int, deadline: Deadline) -> dict:
   graphdef, params = nnx.split(VideoDiT(exp.model, shape, classes, nnx.Rngs(exp.seed)))
   state = init_state(params, exp.train, exp.seed)
   started = time.monotonic()
-  step = make_train_step(graphdef, exp.train, classes).lower(state, batch, tables).compile()
+  step = make_train_step(graphdef, exp.train).lower(state, batch, tables).compile()
   compiled = time.monotonic() - started
   batch, tables = jax.device_put((batch, tables))
   state, values = step(state, batch, tables)

@@ -272,11 +272,11 @@ def main(argv=None):
       restored.model.config,
       restored.params,
       restored.latent_shape,
-      len(restored.class_names),
-      item["latent"],
-      t,
-      label=int(item["label"]),
+      latents=item["latent"],
+      time=t,
+      label=item["label"],
       case=f"t = {t:g}",
+      **restored.experiment.conditioned_on(restored.class_names),
     )
     rows += [row | {"steps": restored.step} for row in measured]
   print(table(rows))

@@ -60,8 +60,9 @@ def measure_model(
   classes: int,
   latents,
   time: float,
-  label: int = 0,
+  label: int | np.ndarray = 0,
   case: str = "model",
+  embedding: int = 0,
 ):
   """Measures every layer of a trained model on one noisy latent, see `measure`.
 
@@ -71,7 +72,9 @@ def measure_model(
     latent_shape: `(t, y, x, c)`.
     latents: `[t, y, x, c]`, normalised as in training; noise is added here,
       `x_t = (1 - t) x_0 + t eps`.
+    label: of the latent, a class or an embedding `[embedding]`.
     case: name of the rows.
+    embedding: as of a `VideoDiT`.
   """
   methods = tuple(
     (name, Probe(method)) for name, method in config.attention.methods if hasattr(method, "basis")
@@ -80,14 +83,14 @@ def measure_model(
     config, attention=dataclasses.replace(config.attention, methods=methods)
   )
   graphdef, _ = nnx.split(
-    nnx.eval_shape(lambda: VideoDiT(probed, latent_shape, classes, nnx.Rngs(0)))
+    nnx.eval_shape(lambda: VideoDiT(probed, latent_shape, classes, nnx.Rngs(0), embedding))
   )
   model = nnx.merge(graphdef, params)
   noise = jax.random.normal(jax.random.key(0), latents.shape)
   x = ((1 - time) * jnp.asarray(latents) + time * noise)[None]
   tables = jax.tree.map(jnp.asarray, model.tables(latent_shape))
   run = jax.jit(lambda model, *args: model(*args)[2])
-  auxes = run(model, x, jnp.full(1, time), jnp.full(1, label), tables)
+  auxes = run(model, x, jnp.full(1, time), jnp.asarray(label)[None], tables)
   rows = []
   layer = 0
   for (count, method), aux in zip(probed.runs(), auxes, strict=True):

@@ -14,6 +14,7 @@ from freqformer.data.fields import FieldsConfig
 from freqformer.data.sources import open_split
 from freqformer.diffusion.posterior import Posterior
 from freqformer.disk import write_whole
+from freqformer.evaluate.conditions import conditioned
 from freqformer.evaluate.draw import draw, requests, sample_config
 from freqformer.evaluate.restore import Run, load_run
 from freqformer.model.dit import VideoDiT
@@ -39,7 +40,9 @@ def write_seconds(workdir) -> pathlib.Path:
   logging.info("%s", describe_devices())
   runs = {"own": load_run(workdir), "dense": load_run(workdir, method="dense")}
   first = runs["own"]
+  first = conditioned(first, None)
   labels, indices = requests(first, None, 1)
+  labels = first.inputs(labels)
   count = min(len(labels), first.experiment.sample.batch_size)
   config = sample_config(first, count)
   drawn = {
@@ -71,11 +74,11 @@ def _training(run: Run) -> Callable:
   # Clips from files have no target of their own, and need not be there.
   target = open_split(data, "train").target if isinstance(data, FieldsConfig) else None
   params = jax.tree.map(jax.numpy.copy, run.params)  # a step takes the arrays that it is given
-  return training_step(run.model, params, run.experiment, len(run.class_names), target)
+  return training_step(run.model, params, run.experiment, target)
 
 
 def training_step(
-  model: VideoDiT, params, exp: Experiment, classes: int, target: Posterior | None = None
+  model: VideoDiT, params, exp: Experiment, target: Posterior | None = None
 ) -> Callable:
   """Returns a function that trains one step on one batch of noise; it has run once.
 
@@ -88,10 +91,10 @@ def training_step(
   shape = exp.latent_shape
   state = init_state(params, train, exp.seed)
   latents = np.random.default_rng(0).standard_normal((train.batch_size, *shape))
-  labels = np.arange(train.batch_size, dtype=np.int32) % classes
-  batch = jax.device_put({"latent": latents.astype(np.float32), "label": labels})
+  label = model.null(train.batch_size)
+  batch = jax.device_put({"latent": latents.astype(np.float32), "label": label})
   tables = jax.device_put(model.tables(shape))
-  step = make_train_step(nnx.graphdef(model), train, classes)
+  step = make_train_step(nnx.graphdef(model), train)
 
   def one():
     nonlocal state

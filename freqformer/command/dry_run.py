@@ -32,20 +32,22 @@ def describe(experiment: Experiment) -> str:
   layout = model.layout(shape)
   assumed = ""
   try:
-    classes = len(class_names(data))
+    names = class_names(data)
   except ConfigError:
-    classes = _UCF101_CLASSES
+    names = [""] * _UCF101_CLASSES
     assumed = f", UCF-101's: assumed, {data.root} cannot be read"
+  condition = experiment.conditioned_on(names)
 
-  graphdef, params = nnx.split(
-    nnx.eval_shape(lambda: VideoDiT(model, shape, classes, nnx.Rngs(experiment.seed)))
+  abstract = nnx.eval_shape(
+    lambda: VideoDiT(model, shape, rngs=nnx.Rngs(experiment.seed), **condition)
   )
+  graphdef, params = nnx.split(abstract)
   state = jax.eval_shape(lambda p: init_state(p, experiment.train, 0), params)
   batch = {
     "latent": jax.ShapeDtypeStruct((batch_size, *shape), jnp.float32),
-    "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+    "label": abstract.null(batch_size),
   }
-  step = make_train_step(graphdef, experiment.train, classes)
+  step = make_train_step(graphdef, experiment.train)
   mesh = meshes.make_mesh(experiment.mesh, batch_size)
   with jax.set_mesh(mesh):
     tables = placement.everywhere(make_tables(model, shape))
@@ -58,6 +60,9 @@ def describe(experiment: Experiment) -> str:
   cost = model_cost(model, shape)
   dense = model_cost(model.with_method("dense"), shape)
   step_flops = training_flops(model_cost(model, shape, training=True)) * batch_size
+  told = f"{len(names)} classes{assumed}"
+  if data.condition != "class":
+    told = f"data.condition={data.condition!r}"
   runs = ", ".join(f"{count} {type(method).__name__}" for count, method in model.runs())
   rows = {
     **data.facts(),
@@ -65,7 +70,7 @@ def describe(experiment: Experiment) -> str:
     "tokens": f"{layout.n:,} = {_by(layout.grid)}; {layout.tiles} tiles of {_by(layout.tile)} in "
     f"{layout.block} rows, {layout.fill:.0%} filled",
     "layers": f"{runs}; width {model.width}, {model.heads} heads",
-    "parameters": f"{parameters:,} with {classes} classes{assumed}",
+    "parameters": f"{parameters:,} with {told}",
     "state": f"{state_bytes / 1e6:,.1f} MB (weights, EMA, moments)",
     **_per_device(mesh, placed, memory, compiled.as_text()),
     "train step": f"{memory.temp_size_in_bytes / 1e6:,.1f} MB temporary at batch {batch_size}, "

@@ -47,6 +47,7 @@ from freqformer.diffusion.sampling import SampleConfig
 from freqformer.diffusion.solvers import SOLVERS
 from freqformer.disk import write_whole
 from freqformer.evaluate import compare
+from freqformer.evaluate.conditions import conditioned
 from freqformer.evaluate.draw import (
   FLOPS_ARE,
   MAX_SEED,
@@ -63,6 +64,7 @@ from freqformer.evaluate.samples import clip_path
 from freqformer.evaluate.validate import validate
 from freqformer.grid.rotary import ROPE_RULES
 from freqformer.pages.compare import slug, text_table, write_comparison
+from freqformer.pages.files import json_if_any
 from freqformer.pages.mp4 import grid_png, write_mp4
 from freqformer.pages.run import write_report
 from freqformer.pages.text import aligned
@@ -75,7 +77,11 @@ _WORKDIR = cli.define_path("workdir", None, "Folder of the run to sample from.",
 _STEP = flags.DEFINE_integer("checkpoint", None, "Step of the checkpoint; default the newest.")
 _OUT = cli.define_path("out", None, "Folder to write to; default one in <workdir>.")
 _CLASSES = flags.DEFINE_string("classes", None, "Class names, separated by commas; default all.")
-_SAMPLES = flags.DEFINE_integer("samples", 1, "Samples per class.", lower_bound=1)
+_PROMPTS = flags.DEFINE_string(
+  "prompts", None, "Texts, separated by ';', for a run with data.embedder; default some clips'."
+)
+_PROMPTS_FILE = cli.define_path("prompts_file", None, "File of such texts, one in each line.")
+_SAMPLES = flags.DEFINE_integer("samples", 1, "Samples per class or prompt.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the samples' noise.", 0, MAX_SEED)
 _STEPS = flags.DEFINE_integer("steps", None, "Denoising steps; default the config's.")
 _GUIDANCE = flags.DEFINE_float(
@@ -114,6 +120,8 @@ _DATA = {
 _OF_VALIDATION = ("clips", *(flag.name for flag in _DATA.values()))
 _OF_SAMPLES = (
   "classes",
+  "prompts",
+  "prompts_file",
   "samples",
   "seed",
   "steps",
@@ -155,7 +163,7 @@ def _sample_one_method():
     if flags.FLAGS[name].present:
       raise ConfigError(f"--{name} compares videos; give --compare the methods as well.")
   run = load_run(_WORKDIR.value, step=_STEP.value, method=_METHOD.value, raw=_RAW.value)
-  run = _resized(run)
+  run = _resized(conditioned(run, _prompts()))
   labels, indices, config = _requests(run)
   picture = _FIRST_FRAME.value
   first_frame = None if picture is None else first_frame_latent(run, picture)
@@ -166,13 +174,19 @@ def _sample_one_method():
   if masks:
     pathlib.Path(masks).mkdir(parents=True, exist_ok=True)
   drawn = draw(
-    run, labels, indices, _SEED.value, config, first_frame=first_frame, want_masks=bool(masks)
+    run,
+    run.inputs(labels),
+    indices,
+    _SEED.value,
+    config,
+    first_frame=first_frame,
+    want_masks=bool(masks),
   )
 
   # ---- videos ---------------------------------------------------------------------------------
   names = run.class_names
-  if (out / "sampling.json").exists():  # of an earlier run, maybe of other classes
-    for name in names:
+  if (out / "sampling.json").exists():  # of an earlier run, maybe of other classes or prompts
+    for name in [*names, *json_if_any(out, "sampling.json").get("prompts", {})]:
       for path in (out / name).glob("*.mp4"):
         path.unlink()
   videos = run.decode(drawn.latents)
@@ -217,13 +231,14 @@ def _compare_methods():
   jax.config.update("jax_compilation_cache_dir", None)
   metrics = compare.metric_functions(_METRICS.value, _LPIPS.value)
   methods = compare.split_methods(_COMPARE.value)
-  run = _resized(load_run(_WORKDIR.value, step=_STEP.value, raw=_RAW.value))
+  run = load_run(_WORKDIR.value, step=_STEP.value, raw=_RAW.value)
+  run = _resized(conditioned(run, _prompts()))
   labels, indices, config = _requests(run)
   evaluations = len(config.guided())
   found = compare.candidates(_WORKDIR.value, methods, evaluations, run.step, _RAW.value)
   found = {method: _resized(own) for method, own in found.items()}
   out = _folder("compare")
-  rows, videos = compare.compare(found, labels, indices, _SEED.value, config, metrics)
+  rows, videos = compare.compare(found, run.inputs(labels), indices, _SEED.value, config, metrics)
   result = _facts(run, len(labels), config) | {"rows": rows}
   captions = [
     f"{run.class_names[label]} {index % SAMPLES_PER_CLASS}"
@@ -318,10 +333,21 @@ def _losses(result: dict, facts: dict[str, str]) -> str:
   return "\n\n".join((aligned(list(facts.items())), aligned(list(zip(*lines, strict=True)))))
 
 
+def _prompts() -> list[str] | None:
+  """Returns the texts of --prompts or --prompts_file, None if neither is given."""
+  if _PROMPTS_FILE.value is None:
+    return None if _PROMPTS.value is None else _PROMPTS.value.split(";")
+  if _PROMPTS.value is not None:
+    raise ConfigError("--prompts and --prompts_file say the same; give one of them.")
+  return pathlib.Path(_PROMPTS_FILE.value).read_text(encoding="utf-8-sig").splitlines()
+
+
 def _requests(run: Run) -> tuple[np.ndarray, np.ndarray, SampleConfig]:
   """Returns label and number of each sample that is asked for, and how they are sampled."""
   names = run.class_names
-  if not _CLASSES.value and len(names) > 16:
+  if run.conditions is not None and _CLASSES.value is not None:
+    raise ConfigError("--classes: this run is conditioned on embeddings; give --prompts instead.")
+  if run.conditions is None and not _CLASSES.value and len(names) > 16:
     logging.info("all %d classes are sampled; --classes=%s,%s takes some", len(names), *names[:2])
   classes = None if _CLASSES.value is None else split_classes(_CLASSES.value, names)
   labels, indices = requests(run, classes, _SAMPLES.value)
@@ -356,9 +382,14 @@ def _resized(run: Run) -> Run:
 def _facts(run: Run, count: int, config: SampleConfig) -> dict:
   """Returns what was sampled and how, and what its training took, as plain JSON."""
   totals = run.record.get("totals") or {}  # of earlier versions unknown
+  prompts = {}
+  if run.conditions is not None:
+    texts = zip(run.conditions.names, run.conditions.texts, strict=True)
+    prompts = {"prompts": dict(texts)}
   return {
     "checkpoint": run.step,
     "samples": count,
+    **prompts,
     **dataclasses.asdict(config),
     "video_shape": video_shape(run),
     "latent_shape": run.latent_shape,

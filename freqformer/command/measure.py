@@ -43,6 +43,7 @@ from freqformer.data.sources import Split, open_split
 from freqformer.disk import write_whole
 from freqformer.evaluate import measure
 from freqformer.evaluate.backbones import Backbone, backbone
+from freqformer.evaluate.conditions import of_clips, some_clips
 from freqformer.evaluate.draw import MAX_SEED, sample_config
 from freqformer.evaluate.measure import Clips
 from freqformer.evaluate.restore import Run, load_run
@@ -150,12 +151,18 @@ def _of_videos(workdir: pathlib.Path, wanted: list[str]) -> list[dict]:
     network = backbone(_BACKBONE.value, _WEIGHTS.value)
   run = load_run(workdir, step=_STEP.value, method=_METHOD.value, raw=_RAW.value)
   data = run.experiment.data
+  classless = {"judge", "motion"} & set(wanted) if data.condition != "class" else ()
+  if classless:
+    raise ConfigError(
+      f"--metrics={min(classless)} asks samples for their class, and this run has data.condition="
+      f"{data.condition!r}; give --metrics=kvd,psd,flicker."
+    )
   statistics = LatentStatistics.from_json(run.record["statistics"])
   splits = {name: open_split(data, name, statistics) for name in ("train", "val")}
   # Refused before anything is drawn.
   if network is not None and _SAMPLES.value is None:
     _check_before(wanted, network, splits[_REAL.value], run)
-  samples, drawn = _samples(workdir, run)
+  samples, drawn = _samples(workdir, run, splits["val"])
   protocol = {
     **drawn,
     "checkpoint": run.step,
@@ -204,13 +211,19 @@ def _feature_count(network: Backbone, clips: Clips) -> int:
   return network.features(clips.decode(clips.latents[:1])).shape[1]
 
 
-def _samples(workdir: pathlib.Path, run: Run) -> tuple[Clips, dict]:
-  """Returns samples, drawn or read, and the part of the protocol that says how."""
+def _samples(workdir: pathlib.Path, run: Run, val: Split) -> tuple[Clips, dict]:
+  """Returns samples, drawn or read, and the part of the protocol that says how.
+
+  Of a run conditioned on embeddings they are drawn for those of validation clips.
+  """
   if _SAMPLES.value is not None:
     latents, labels = read_drawn(workdir / _SAMPLES.value)
     return _clips(latents, labels, run), {"drawn": _SAMPLES.value}
   default = "evaluation" if _METHOD.value is None else f"evaluation-{slug(_METHOD.value)}"
   out = pathlib.Path(_OUT.value or workdir / default)
+  embedded = run.experiment.data.condition == "embedding"
+  if embedded:
+    run = dataclasses.replace(run, conditions=of_clips(val, some_clips(val, _N.value)))
   labels, indices = spread_requests(run, _N.value)
   config = sample_config(run, len(labels), steps=_STEPS.value, guidance=_GUIDANCE.value)
   settings = dataclasses.asdict(config)
@@ -221,6 +234,8 @@ def _samples(workdir: pathlib.Path, run: Run) -> tuple[Clips, dict]:
     "method": run.model.config.attention.method if _METHOD.value is None else _METHOD.value,
     "weights": "raw" if _RAW.value else "ema",
   }
+  if embedded:
+    settings["clips"] = val.hash[:12]
 
   def keep(latents, labels, indices):
     paths = [

@@ -18,9 +18,10 @@ import numpy as np
 from absl import logging
 
 from freqformer.config import ConfigError, build
-from freqformer.data.cache_writer import MANIFEST, SCHEMA, unpack, write_cache
-from freqformer.data.clips import fingerprint, list_clips
+from freqformer.data.cache_writer import MANIFEST, SCHEMA, same_label, unpack, write_cache
+from freqformer.data.clips import list_clips
 from freqformer.data.codec import CodecConfig, LatentStatistics, make_codec
+from freqformer.data.files import fingerprint, stat
 from freqformer.data.protocol import Clip, DataConfig, Listing
 
 
@@ -82,7 +83,8 @@ class LatentCache:
     self.class_names = list(manifest["class_names"])
     self.statistics = LatentStatistics.from_json(manifest["statistics"])
     clips = manifest["clips"]
-    known = [(clip["key"], clip["label"], clip["fingerprint"]) for clip in clips]
+    names = ("key", "label", "fingerprint", "caption")
+    known = [[clip[name] for name in names if name in clip] for clip in clips]
     self.hash = hashlib.sha256(json.dumps([found, known]).encode()).hexdigest()
     self.class_counts = np.bincount(
       [clip["label"] for clip in clips], minlength=len(self.class_names)
@@ -97,7 +99,7 @@ class LatentCache:
     return self.manifest["records"]
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-    """Returns `{"latent": float32 [t, y, x, c] normalised, "label": int32, "index": int32}`."""
+    """Returns a record: `latent`, normalised float32 `[t, y, x, c]`, `label`, `index`."""
     if not 0 <= index < len(self):
       raise IndexError(f"The cache holds {len(self)} records, number {index} is not among them.")
     try:
@@ -108,7 +110,7 @@ class LatentCache:
       ) from error
     return {
       "latent": self.statistics.normalise(latent.astype(np.float32)),
-      "label": np.int32(label),
+      "label": label,
       "index": np.int32(index),
     }
 
@@ -230,10 +232,10 @@ def _differences(cache: LatentCache, listing: Listing) -> tuple[list[str], list[
 def _is_same(clip: Clip, entry: dict) -> bool:
   """Tells whether a clip's file is the one of a manifest's entry, or still not to be read."""
   try:
-    now = os.stat(clip.path)
+    size, time = stat(*clip.files)
   except OSError:
     return "bytes" not in entry
-  if entry["label"] != clip.label or entry.get("bytes") != now.st_size:
+  if not same_label(clip, entry) or entry.get("bytes") != size:
     return False
   # A copied data set has new times but the same contents.
-  return entry["mtime_ns"] == now.st_mtime_ns or entry["fingerprint"] == fingerprint(clip.path)
+  return entry["mtime_ns"] == time or entry["fingerprint"] == fingerprint(*clip.files)

@@ -3,8 +3,8 @@
 Until all clips are in, shards and `progress.json` lie in `.<name>.partial`; then a manifest takes
 the place of the latter and the folder is renamed. A lock in that folder lets one process write; the
 others wait for its cache. A record is little-endian: int32 label, int32 clip, int32 length of the
-key, the key in UTF-8, then the latent as float16 `[t, y, x, c]` in C order: 0.2 grey levels at
-worst.
+key, the key in UTF-8, the latent as float16 `[t, y, x, c]` in C order (0.2 grey levels at worst),
+and the embedding as float32, if clips are conditioned on one.
 """
 
 import collections
@@ -32,6 +32,7 @@ from freqformer.config import ConfigError
 from freqformer.data.clips import printable
 from freqformer.data.codec import LatentStatistics, StatisticsAccumulator, make_codec
 from freqformer.data.encode import encode_all
+from freqformer.data.files import stat
 from freqformer.data.protocol import BrokenClip, Clip, DataConfig, Listing
 from freqformer.versions import versions
 
@@ -63,8 +64,9 @@ def write_cache(
     ConfigError: no clip is usable, or the disk is full.
   """
   latent = make_codec(config.codec).latent_shape(*config.video_shape)
-  # float16 latents, headers and index, and a manifest of 1 kB a clip.
-  clip_bytes = config.views_of(split) * (2 * math.prod(latent) + 256) + 1024
+  # float16 latents, float32 embeddings, headers and index, and a manifest of 1 kB a clip.
+  view_bytes = 2 * math.prod(latent) + 4 * config.embedding_size + 256
+  clip_bytes = config.views_of(split) * view_bytes + 1024
   needed = len(listing.clips) * clip_bytes + (1 << 20)
   space = disk.space_for(f"the cache {path.name}", path.parent, needed)
   with space, _writable(path.parent), _alone(path) as folder:
@@ -105,8 +107,8 @@ def _encode_into(
       if isinstance(result, BrokenClip):
         shards.skip({**entry, "reason": result.reason})
         continue
-      latents, drawn = result
-      shards.add(clip, {**entry, **drawn}, latents)
+      latents, drawn, embedding = result
+      shards.add(clip, {**entry, **drawn}, latents, embedding)
       for latent in latents:
         accumulator.add(latent)
   missing = [{"key": key, "reason": reason} for key, reason in listing.missing.items()]
@@ -152,7 +154,7 @@ class _Shards:
     if self._whole and not isinstance(error, OSError | RuntimeError):
       self._commit()
 
-  def add(self, clip: Clip, entry: dict, latents: np.ndarray):
+  def add(self, clip: Clip, entry: dict, latents: np.ndarray, embedding: np.ndarray):
     """Writes the views of a clip."""
     if self._writer is None:
       self._begin()
@@ -161,7 +163,8 @@ class _Shards:
     header = HEADER.pack(clip.label, number, len(key))
     self._whole = False
     for latent in latents:
-      self._writer.write(header + key + latent.astype("<f2").tobytes())
+      stored = latent.astype("<f2").tobytes() + embedding.astype("<f4").tobytes()
+      self._writer.write(header + key + stored)
     self._whole = True
     self._records += len(latents)
     self._bytes += latents.nbytes
@@ -242,18 +245,23 @@ def _goes_on(folder: pathlib.Path, progress: dict, config: DataConfig, listing: 
     whole
     and progress["hash"] == config.protocol_hash
     and progress["done"] == [clip.key for clip in begun]
-    and all(entries[clip.key]["label"] == clip.label for clip in begun)
+    and all(same_label(clip, entries[clip.key]) for clip in begun)
     and all(_untouched(clip, entries[clip.key]) for clip in begun)
   )
+
+
+def same_label(clip: Clip, entry: dict) -> bool:
+  """Tells whether a clip has the class and the caption of its entry."""
+  return entry["label"] == clip.label and entry.get("caption", "") == clip.caption
 
 
 def _untouched(clip: Clip, entry: dict) -> bool:
   """Tells whether a file has the size and time of its entry, or is still not to be read."""
   try:
-    stat = os.stat(clip.path)
+    now = stat(*clip.files)
   except OSError:
     return "bytes" not in entry
-  return (entry.get("bytes"), entry.get("mtime_ns")) == (stat.st_size, stat.st_mtime_ns)
+  return (entry.get("bytes"), entry.get("mtime_ns")) == now
 
 
 def _stored(
@@ -267,10 +275,16 @@ def _stored(
     reader.close()
 
 
-def unpack(record: bytes, shape: tuple[int, int, int, int]) -> tuple[int, np.ndarray]:
-  """Returns label and latent, float16 `[t, y, x, c]`, of a record."""
+def unpack(record: bytes, shape: tuple[int, int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+  """Returns label and latent, float16 `[t, y, x, c]`, of a record.
+
+  The label is an embedding, float32 `[e]`, or a class, int32.
+  """
   label, _, length = HEADER.unpack_from(record)
-  return label, np.frombuffer(record, "<f2", offset=HEADER.size + length).reshape(shape)
+  start = HEADER.size + length
+  latent = np.frombuffer(record, "<f2", math.prod(shape), start).reshape(shape)
+  embedding = np.frombuffer(record, "<f4", offset=start + latent.nbytes)
+  return embedding if embedding.size else np.int32(label), latent
 
 
 @contextlib.contextmanager

@@ -1,8 +1,9 @@
 """The list of a split's clips, from any source."""
 
 import collections
+import csv
 import dataclasses
-import hashlib
+import io
 import os
 import pathlib
 import re
@@ -11,7 +12,8 @@ from collections.abc import Mapping
 from absl import logging
 
 from freqformer.config import ConfigError
-from freqformer.data.protocol import Clip, DataConfig, Listing, uniforms
+from freqformer.data.files import Path, fingerprint, members, read, stat
+from freqformer.data.protocol import EMBEDDING, Clip, DataConfig, Listing, uniforms
 from freqformer.data.ucf101 import list_ucf101
 
 EXTENSIONS = tuple(
@@ -25,6 +27,9 @@ _KINDS = {"folder": "video file", "latents": "array"}
 _TRAIN = ("train", "training")
 _VAL = ("val", "valid", "validation", "test")
 _UCF101 = re.compile(r"v_\w+_g\d\d_c\d\d$")
+_CAPTIONS = "captions.csv"
+_COLUMNS = ("file", "caption")  # of it
+_UNNAMED = "clips"  # the one class where classes condition nothing
 _NAMED = 5  # examples in a message
 
 
@@ -39,6 +44,9 @@ def list_clips(config: DataConfig, split: str) -> Listing:
   """
   list_source = list_ucf101 if config.source == "ucf101" else list_folder
   listing = list_source(config, split)
+  if config.condition != "class":
+    clips = [dataclasses.replace(clip, label=0) for clip in listing.clips]
+    listing = dataclasses.replace(listing, clips=clips, class_names=[_UNNAMED])
   if not config.max_clips:
     return listing
   # Round-robin over the classes, by hash inside each: a small set still has every class that fits.
@@ -55,8 +63,9 @@ def list_clips(config: DataConfig, split: str) -> Listing:
 def list_folder(config: DataConfig, split: str) -> Listing:
   """Lists the clips of any tree of video files; the first-level subfolder is the class.
 
-  Files at the top belong to a class named after the root. Classes are in alphabetical order.
-  Pictures count where a view has one frame. Arrays of latents are listed alike.
+  Files at the top belong to a class named after the root, and a .cls beside a clip goes before its
+  subfolder. Classes are in alphabetical order. Pictures count where a view has one frame. Arrays of
+  latents are listed alike, and .tar files as what they unpack to.
 
   If all clips lie below root/train and root/val, and both have some, these are the splits, and
   classes are the folders below them; other usual names of such folders will do (`_TRAIN`, `_VAL`).
@@ -68,7 +77,8 @@ def list_folder(config: DataConfig, split: str) -> Listing:
   on the former.
 
   Raises:
-    ConfigError: the folder is missing, cannot be read, or holds no video file.
+    ConfigError: the folder is missing, cannot be read, or holds no video file, or captions.csv is
+      none.
   """
   root = pathlib.Path(config.root)
   if not root.is_dir():
@@ -79,7 +89,9 @@ def list_folder(config: DataConfig, split: str) -> Listing:
   endings = EXTENSIONS + (PICTURES if config.frames == 1 else ())
   if config.source == "latents":
     endings = LATENTS
-  keys, others = _files(root, endings)
+  files = _files(root)
+  keys = [key for key in sorted(files) if _is_clip(key, endings)]
+  others = _others(config, files, keys)
   if not keys:
     found = f", only others ({_counts(others)})" if others else ""
     raise ConfigError(
@@ -90,11 +102,13 @@ def list_folder(config: DataConfig, split: str) -> Listing:
   folders = _split_folders(keys)
   inside = {key: key.partition("/")[2] if folders else key for key in keys}
   classes = {key: path.split("/")[0] if "/" in path else top for key, path in inside.items()}
+  classes |= {key: _class(files[path]) for key in keys if (path := _beside(key, ".cls")) in files}
   if folders:
     unused = [key for key in keys if key.split("/")[0] not in folders]
     if unused:
       others[f"below {unused[0].split('/')[0]}/"] += len(unused)
     keys = [key for key in keys if key.split("/")[0] in folders]
+  captions = _table(files, keys) if config.condition == "embedding" else {}
   names = sorted({classes[key] for key in keys})
   if folders:
     own = folders[0] if split == "train" else folders[1]
@@ -105,7 +119,9 @@ def list_folder(config: DataConfig, split: str) -> Listing:
     count = sum(place < config.val_fraction for place in places.values())
     val = set(sorted(keys, key=places.get)[: min(max(count, 1), len(keys) - 1)])
     keys = [key for key in keys if (key in val) == (split == "val")]
-  clips = [Clip(key, str(root / key), names.index(classes[key])) for key in keys]
+  clips = [Clip(key, files[key], names.index(classes[key])) for key in keys]
+  if config.condition == "embedding":
+    clips = _described(clips, files, captions)
   return Listing(clips, names, others=dict(others))
 
 
@@ -118,8 +134,8 @@ def _split_folders(keys: list[str]) -> tuple[str, str] | None:
   return tuple(found) if all(found) else None
 
 
-def _files(root: pathlib.Path, endings: tuple[str, ...]) -> tuple[list[str], collections.Counter]:
-  """Returns sorted paths of videos below root, and counts of other files by ending.
+def _files(root: pathlib.Path) -> dict[str, Path]:
+  """Returns all files below root by their paths inside it, what is in .tar files among them.
 
   Links to folders are followed once, hidden names are left out.
   """
@@ -130,8 +146,7 @@ def _files(root: pathlib.Path, endings: tuple[str, ...]) -> tuple[list[str], col
       "readable, or move it away."
     ) from error
 
-  found = []
-  others = collections.Counter()
+  found = {}
   seen = set()
   for folder, subfolders, names in os.walk(root, followlinks=True, onerror=refuse):
     real = os.path.realpath(folder)
@@ -140,14 +155,92 @@ def _files(root: pathlib.Path, endings: tuple[str, ...]) -> tuple[list[str], col
       continue
     seen.add(real)
     subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-    for name in names:
-      if name.startswith("."):
-        continue
-      if name.lower().endswith(endings):
-        found.append((pathlib.Path(folder) / name).relative_to(root).as_posix())
-      else:
-        others[pathlib.Path(name).suffix.lower() or "without an ending"] += 1
-  return sorted(found), others
+    for name in sorted(names):
+      path = os.path.join(folder, name)
+      inside = members(path) if name.lower().endswith(".tar") else {name: path}
+      for member, own in inside.items():
+        if member.startswith(".") or "/." in member:
+          continue
+        key = pathlib.Path(folder, member).relative_to(root).as_posix()
+        if key in found:
+          raise ConfigError(
+            f"{key!r} below data.root {str(root)!r} is there twice, the second time in {path}: a "
+            ".tar file counts as what it unpacks to; rename one, or move it away."
+          )
+        found[key] = own
+  return found
+
+
+def _is_clip(key: str, endings: tuple[str, ...]) -> bool:
+  return key.lower().endswith(endings) and not key.lower().endswith(EMBEDDING)
+
+
+def _beside(key: str, ending: str) -> str:
+  """Returns the path of a clip with another ending."""
+  return os.path.splitext(key)[0] + ending
+
+
+def _others(config: DataConfig, files: Mapping[str, Path], keys: list[str]) -> collections.Counter:
+  """Returns counts of files that are not used, by ending."""
+  used = {*keys, *(_beside(key, ".cls") for key in keys)}
+  if config.condition == "embedding":
+    used |= {_CAPTIONS, *(_beside(key, ending) for key in keys for ending in (".txt", EMBEDDING))}
+  endings = (os.path.splitext(key)[1].lower() for key in sorted(files.keys() - used))
+  return collections.Counter(ending or "without an ending" for ending in endings)
+
+
+def _class(path: Path) -> str:
+  """Returns the class that a .cls file names."""
+  name = read(path).decode(errors="replace").strip()
+  if not name or "/" in name or "\n" in name or name.startswith("."):
+    raise ConfigError(f"{path} must hold the name or number of a class, got {name[:40]!r}.")
+  return name
+
+
+def _described(
+  clips: list[Clip], files: Mapping[str, Path], captions: Mapping[str, str]
+) -> list[Clip]:
+  """Returns clips with their captions, of the table or beside them, and ready embeddings."""
+  found = []
+  for clip in clips:
+    caption = captions.get(clip.key, "")
+    beside = files.get(_beside(clip.key, ".txt"))
+    if not caption and beside is not None:
+      caption = read(beside).decode(errors="replace").strip()
+    embedding = files.get(_beside(clip.key, EMBEDDING))
+    found.append(dataclasses.replace(clip, caption=caption, embedding=embedding))
+  return found
+
+
+def _table(files: Mapping[str, Path], keys: list[str]) -> dict[str, str]:
+  """Returns the captions of captions.csv by the clips' keys; none if it is not there.
+
+  Raises:
+    ConfigError: it is no such table, names a clip twice, or none that is there.
+  """
+  if _CAPTIONS not in files:
+    return {}
+  where = f"{_CAPTIONS} in data.root"
+  try:
+    rows = csv.DictReader(io.StringIO(read(files[_CAPTIONS]).decode("utf-8-sig"), newline=""))
+    columns = rows.fieldnames or []
+    pairs = [tuple((row.get(name) or "").strip() for name in _COLUMNS) for row in rows]
+  except (UnicodeDecodeError, csv.Error) as error:
+    raise ConfigError(f"{where} cannot be read as a table in UTF-8 ({error}).") from error
+  if not {*_COLUMNS} <= {*columns}:
+    raise ConfigError(
+      f"{where} has the columns {', '.join(columns) or 'of an empty file'}; its first line must "
+      f"name {' and '.join(_COLUMNS)}."
+    )
+  (name, count), *_ = collections.Counter(file for file, _ in pairs).most_common(1) or [("", 0)]
+  if count > 1:
+    raise ConfigError(f"{where} has {count} rows of {name!r}: leave it one.")
+  if not {name for name, _ in pairs} & {*keys}:
+    raise ConfigError(
+      f"{where} names no clip: its column {_COLUMNS[0]!r} must hold paths in data.root such as "
+      f"{keys[0]!r}" + (f", it has {name!r}." if pairs else ".")
+    )
+  return dict(pairs)
 
 
 # ---- what was taken for the data set -------------------------------------------------------------
@@ -188,7 +281,11 @@ def doubts(config: DataConfig, train: Listing, val: Listing) -> list[str]:
     found.append(
       f"no training clip of {_some(unseen)}: eval.py leaves such classes out unless they are named"
     )
-  if len(names) == 1 and all(clip.key.count("/") > 1 for clip in train.clips):
+  if (
+    config.condition == "class"
+    and len(names) == 1
+    and all(clip.key.count("/") > 1 for clip in train.clips)
+  ):
     inner = {clip.key.split("/")[1] for clip in train.clips}
     if len(inner) > 1:
       found.append(
@@ -225,20 +322,9 @@ def _shared(train: Listing, val: Listing) -> list[str]:
 def _size(clip: Clip) -> int:
   """Returns bytes, 0 of a file that is not there: encoding will name it."""
   try:
-    return os.path.getsize(clip.path)
+    return stat(clip.path)[0]
   except OSError:
     return 0
-
-
-def fingerprint(path: str) -> str:
-  """Hashes a file's size, first and last 64 KiB: cheap enough for a whole data set."""
-  size = os.path.getsize(path)
-  digest = hashlib.sha256(str(size).encode())
-  with open(path, "rb") as file:
-    digest.update(file.read(1 << 16))
-    file.seek(max(size - (1 << 16), 0))
-    digest.update(file.read())
-  return digest.hexdigest()[:16]
 
 
 def _some(names: list[str]) -> str:

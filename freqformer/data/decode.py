@@ -13,6 +13,7 @@ from absl import logging
 from av.sidedata.sidedata import Type as SideData
 from PIL import Image
 
+from freqformer.data.files import address
 from freqformer.data.protocol import BrokenClip, Clip, DataConfig, Footage, draw_view
 
 # Frames that a jump to a key frame must save: opening the file anew costs about as many.
@@ -39,7 +40,7 @@ def decode_clip(config: DataConfig, split: str, clip: Clip) -> tuple[np.ndarray,
   Raises:
     BrokenClip: it cannot be decoded, or `config.short` or `config.damaged` leaves it out.
   """
-  with VideoFile(clip.path, clip.key) as video:
+  with VideoFile(address(clip.path), clip.key) as video:
     # Views are drawn again when fewer frames decode than the container promised.
     for _ in range(_ATTEMPTS):
       footage = video.footage

@@ -12,25 +12,29 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from freqformer.data.clips import fingerprint
 from freqformer.data.codec import Codec
 from freqformer.data.decode import decode_clip
+from freqformer.data.embedder import make_embedder
+from freqformer.data.embedding import read_embedding
+from freqformer.data.files import fingerprint, stat
 from freqformer.data.latents import read_latent
 from freqformer.data.protocol import BrokenClip, Clip, DataConfig
 
 
 def encode_clip(
   config: DataConfig, codec: Codec, split: str, clip: Clip
-) -> tuple[np.ndarray, dict]:
+) -> tuple[np.ndarray, dict, np.ndarray]:
   """Decodes and encodes the views of a clip, or reads latents that are made already.
 
   Returns:
-    Latents float16 `[views, t, y, x, c]`, un-normalised, and what they show, of `decode_clip`.
+    Latents float16 `[views, t, y, x, c]`, un-normalised, what they show, of `decode_clip`, and the
+    clip's embedding, of `read_embedding`.
 
   Raises:
-    BrokenClip: it cannot be decoded, or `config.short` leaves it out.
+    BrokenClip: it cannot be decoded, `config.short` leaves it out, or it has no embedding.
     ValueError: the codec's latents do not fit into a float16.
   """
+  embedding = read_embedding(config, clip)  # before what takes long
   if config.source == "latents":
     latents, drawn = read_latent(config, codec, clip)
   else:
@@ -40,12 +44,12 @@ def encode_clip(
     raise ValueError(
       f"The codec gives latents beyond float16 (65504) for {clip.key}; scale them in the codec."
     )
-  return latents.astype(np.float16), drawn
+  return latents.astype(np.float16), drawn, embedding
 
 
 def encode_all(
   config: DataConfig, codec: Codec, split: str, clips: list[Clip]
-) -> Iterator[tuple[Clip, dict, tuple[np.ndarray, dict] | BrokenClip]]:
+) -> Iterator[tuple[Clip, dict, tuple[np.ndarray, dict, np.ndarray] | BrokenClip]]:
   """Yields every clip in order, what its file is, and its latents or the reason why it has none.
 
   Whatever is wrong with one file costs this clip alone.
@@ -56,16 +60,19 @@ def encode_all(
 
   def encode(clip: Clip):
     entry = {"key": clip.key, "label": clip.label}
+    if clip.caption:
+      entry["caption"] = clip.caption
     try:
-      stat = os.stat(clip.path)
-      entry |= {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-      entry["fingerprint"] = fingerprint(clip.path)
+      entry["bytes"], entry["mtime_ns"] = stat(*clip.files)
+      entry["fingerprint"] = fingerprint(*clip.files)
       return clip, entry, encode_clip(config, codec, split, clip)
     except BrokenClip as error:
       return clip, entry, error
     except OSError as error:
       return clip, entry, BrokenClip(clip.key, f"it cannot be read ({error.strerror})")
 
+  if config.embedder:
+    make_embedder(config.embedder, config.embedder_path)  # once, not by several threads at a time
   pool = concurrent.futures.ThreadPoolExecutor(workers)
   try:
     # A bounded window: finished clips wait in memory for a slow one, but not the whole data set.

@@ -50,6 +50,9 @@ class FieldsConfig:
     seed: of all clips.
   """
 
+  condition = "class"  # as of `DataConfig`
+  embedding_size = 0
+
   source: str = "fields"
   grid: tuple[int, int, int]
   channels: int = 4

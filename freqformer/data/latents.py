@@ -1,12 +1,14 @@
 """Latents that were made elsewhere, an array per clip."""
 
-import pathlib
+import io
+import os
 import zipfile
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.flax import load_file  # NumPy's own knows no bfloat16
+from safetensors.flax import load  # NumPy's own knows no bfloat16
 
+from freqformer.data import files
 from freqformer.data.codec import Codec
 from freqformer.data.protocol import BrokenClip, Clip, DataConfig
 
@@ -21,7 +23,7 @@ def read_latent(config: DataConfig, codec: Codec, clip: Clip) -> tuple[np.ndarra
     BrokenClip: the file holds no such array, or one of another shape, or numbers that are not
       finite.
   """
-  array = _array(config, clip)
+  array = array_of(clip, config.array, "data.array")
   if array.ndim == 5 and array.shape[0] == 1:
     array = array[0]
   if array.ndim == 4 and config.axes == "ctyx":
@@ -43,38 +45,37 @@ def read_latent(config: DataConfig, codec: Codec, clip: Clip) -> tuple[np.ndarra
   return array[None], drawn
 
 
-def _array(config: DataConfig, clip: Clip) -> np.ndarray:
-  """Returns the array of a file; bfloat16 comes as float32."""
-  path = pathlib.Path(clip.path)
+def array_of(clip: Clip, name: str, key: str) -> np.ndarray:
+  """Returns an array of a clip's file; bfloat16 comes as float32.
+
+  Args:
+    name: of the array; empty takes the only one.
+    key: of the config that names it.
+
+  Raises:
+    BrokenClip: the file cannot be read, or has no such array.
+  """
+  contents = files.read(clip.path)
+  ending = os.path.splitext(clip.key)[1].lower()
   try:
-    if path.suffix.lower() == ".npy":
-      return np.load(path, allow_pickle=False)
-    if path.suffix.lower() == ".npz":
-      with np.load(path, allow_pickle=False) as found:
-        return found[_name(config, clip, found.files)]
-    return _safetensors(config, clip)
-  except (ValueError, EOFError, zipfile.BadZipFile) as error:
+    if ending == ".safetensors":
+      found = load(contents)
+      array = np.asarray(found[_name(clip, name, key, list(found))])
+      return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
+    found = np.load(io.BytesIO(contents), allow_pickle=False)
+    return found if ending == ".npy" else found[_name(clip, name, key, found.files)]
+  except (ValueError, EOFError, zipfile.BadZipFile, SafetensorError) as error:
     raise BrokenClip(clip.key, f"it is not a readable array ({_first_line(error)})") from error
 
 
-def _safetensors(config: DataConfig, clip: Clip) -> np.ndarray:
-  """Returns the array of a .safetensors file."""
-  try:
-    found = load_file(clip.path)
-  except SafetensorError as error:
-    raise BrokenClip(clip.key, f"it is not a readable array ({_first_line(error)})") from error
-  array = np.asarray(found[_name(config, clip, list(found))])
-  return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
-
-
-def _name(config: DataConfig, clip: Clip, names: list[str]) -> str:
+def _name(clip: Clip, name: str, key: str, names: list[str]) -> str:
   """Returns the name of the array to take."""
-  if config.array in names:
-    return config.array
-  if not config.array and len(names) == 1:
+  if name in names:
+    return name
+  if not name and len(names) == 1:
     return names[0]
-  wanted = f"no array {config.array!r}" if config.array else f"{len(names)} arrays"
-  raise BrokenClip(clip.key, f"it has {wanted}; set data.array to one of {', '.join(names)}")
+  wanted = f"no array {name!r}" if name else f"{len(names)} arrays"
+  raise BrokenClip(clip.key, f"it has {wanted}; set {key} to one of {', '.join(names)}")
 
 
 def _first_line(error: Exception) -> str:

@@ -11,8 +11,13 @@ import numpy as np
 
 from freqformer.config import require, require_one_of
 from freqformer.data.codec import CodecConfig, LatentStatistics, make_codec
+from freqformer.data.embedder import embedder_class
+from freqformer.data.files import Path
 
 _USUAL_FPS = 25.0  # of UCF-101 and of rendered clips
+EMBEDDING = ".embedding.npy"  # in the place of a clip's own ending
+# Keys that came later: where classes condition, caches from before them keep their hash.
+_OF_CONDITION = ("condition", "embedding_size", "embedding_array", "embedder", "embedder_path")
 VERSION = 2  # part of the hash: raise it when the same config draws or resizes otherwise
 
 
@@ -44,6 +49,13 @@ class DataConfig:
     workers: threads that encode; 0 takes one per CPU.
     array: of latents: name of the array in a .npz or .safetensors file; empty takes the only one.
     axes: of latents: order of the array's axes, "tyxc" or "ctyx", perhaps behind one of size 1.
+    condition: what the model is told of a clip: its "class", an "embedding", or "none".
+    embedding_size: numbers of an embedding.
+    embedding_array: of latents: name of the embedding in a clip's own .npz or .safetensors file;
+      empty takes `EMBEDDING` beside the clip.
+    embedder: "module:Class" of an `Embedder`, which makes embeddings of captions; empty: they are
+      there already.
+    embedder_path: of the embedder: where its weights are.
   """
 
   source: str
@@ -65,6 +77,11 @@ class DataConfig:
   workers: int = 0
   array: str = ""
   axes: str = "tyxc"
+  condition: str = "class"
+  embedding_size: int = 0
+  embedding_array: str = ""
+  embedder: str = ""
+  embedder_path: str = ""
   codec: CodecConfig
 
   def __post_init__(self):
@@ -87,6 +104,41 @@ class DataConfig:
       )
     require(self, "split", least=0, most=3)
     require(self, "val_fraction", above=0, below=1)
+    require_one_of(self, "condition", ("class", "embedding", "none"))
+    self._check_embedding()
+
+  def _check_embedding(self):
+    """Refuses keys of embeddings that contradict each other."""
+    given = [name for name in _OF_CONDITION[1:] if getattr(self, name)]
+    if self.condition != "embedding":
+      if given:
+        raise ValueError(
+          f"{given[0]}={getattr(self, given[0])!r} needs condition='embedding', not "
+          f"{self.condition!r}."
+        )
+      return
+    if self.source == "ucf101":
+      raise ValueError(
+        "source='ucf101' has classes alone: set condition='class', or take the videos by "
+        "source='folder'."
+      )
+    if self.embedding_size < 1:
+      raise ValueError(
+        f"embedding_size={self.embedding_size} must be the numbers of an embedding, at least 1, "
+        "where condition='embedding'."
+      )
+    if self.embedder_path and not self.embedder:
+      raise ValueError(
+        f"embedder_path={self.embedder_path!r} needs an embedder, 'module:Class', e.g. "
+        "freqformer.data.text:ClipText."
+      )
+    if self.embedding_array and (self.embedder or self.source != "latents"):
+      raise ValueError(
+        f"embedding_array={self.embedding_array!r} names an array in files of source='latents', "
+        "and goes with no embedder: leave it out."
+      )
+    if self.embedder:
+      embedder_class(self.embedder)
 
   @property
   def video_shape(self) -> tuple[int, int, int]:
@@ -131,8 +183,10 @@ class DataConfig:
       "folder": ("split", "array", "axes"),
       "latents": ("split",),
     }
-    for name in unread[self.source]:
+    for name in unread[self.source] + (_OF_CONDITION if self.condition == "class" else ()):
       del values[name]
+    if self.embedder:
+      values["embedder_version"] = embedder_class(self.embedder).version
     values |= {"version": VERSION, "codec_version": make_codec(self.codec).version}
     return json.loads(json.dumps(values))
 
@@ -144,11 +198,26 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-  """One video file of a split; `key` is its name in reports and hashes."""
+  """One clip of a split.
+
+  Attributes:
+    key: its name in reports and hashes.
+    path: of its video or latent.
+    label: number of its class.
+    caption: empty where it has none or none is read.
+    embedding: path of its ready embedding, if it has one.
+  """
 
   key: str
-  path: str
+  path: Path
   label: int
+  caption: str = ""
+  embedding: Path | None = None
+
+  @property
+  def files(self) -> tuple[Path, ...]:
+    """What makes the clip but for its caption; if one of them changes, the clip does."""
+    return (self.path,) if self.embedding is None else (self.path, self.embedding)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,7 +59,7 @@ class Split(Protocol):
   def __len__(self) -> int: ...
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-    """Returns `{"latent": float32 [t, y, x, c], "label": int32, "index": int32}`."""
+    """Returns `{"latent": float32 [t, y, x, c], "label": int32 or float32 [e], "index": int32}`."""
 
 
 def config_class(values: Mapping) -> type[DataConfig] | type[FieldsConfig]:
@@ -116,6 +116,12 @@ def other_clips(
       f"config.data.{changed[0]}={texts[changed[0]]!r}: the model takes latents of the codec that "
       f"it was trained with ({changed[0]}={values[changed[0]]!r}); leave config.data.codec out."
     )
+  for key in ("condition", "embedding_size", "embedder"):
+    if texts.get(key, values.get(key)) != values.get(key):
+      raise ConfigError(
+        f"config.data.{key}={texts[key]!r}: the model was trained with {values[key]!r}; leave "
+        f"config.data.{key} out."
+      )
   if other.latent_shape[-1] != config.latent_shape[-1]:
     raise ConfigError(
       f"the clips have {other.latent_shape[-1]} channels, the model takes "

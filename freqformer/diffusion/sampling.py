@@ -150,11 +150,11 @@ def make_step(graphdef, config: SampleConfig, want_masks: bool = False, first_fr
     model = nnx.merge(graphdef, params)
     x = points[0]
     rows = jnp.concatenate([x, x]) if guided else x
-    labels = jnp.concatenate([label, jnp.full_like(label, model.classes)]) if guided else label
+    labels = jnp.concatenate([label, model.null(len(label))]) if guided else label
     alone = guides and not guided  # in a run whose other evaluations have two halves
     velocity, state, aux = model(
       rows,
-      jnp.broadcast_to(t, labels.shape),
+      jnp.broadcast_to(t, len(labels)),
       labels,
       tables,
       model.conditional_half(state) if alone else state,
@@ -203,8 +203,8 @@ def compile_steps(
   batch = config.batch_size
 
   def begin():
-    nothing = np.zeros(batch, np.int32)
-    return _begin(model, 0, nothing, nothing, latent_shape, config, first_frame)
+    numbers = np.zeros(batch, np.int32)
+    return _begin(model, 0, model.null(batch), numbers, latent_shape, config, first_frame)
 
   points, label, state = jax.eval_shape(begin)
   scalar = jax.ShapeDtypeStruct((), np.float32)
@@ -241,7 +241,7 @@ def sample(
   Args:
     step: of `make_step` or `compile_steps`, with the same `config`.
     model: for `init_state` and `schedule`; its own parameters are not used.
-    labels: int `[n]`.
+    labels: int `[n]`, or embeddings `[n, e]`.
     indices: int `[n]`, number of each sample: its noise depends on (seed, index) only.
     latent_shape: (t, y, x, c).
     first_frame: normalised latents `[y, x, c]` that all samples begin with, or None; the step is
@@ -268,7 +268,7 @@ def sample(
         model, seed, labels[part], indices[part], latent_shape, config, first_frame
       )
       # By NumPy, as jnp would compile a program of its own where seconds are taken.
-      null = np.full(label.shape, model.classes, label.dtype)
+      null = model.null(len(label))
       auxes = []
       for each in evaluations:
         own = null if each.unconditional else label

@@ -13,6 +13,7 @@ from freqformer.config import ConfigError, did_you_mean, refusing
 from freqformer.cost import Cost, sampling_cost
 from freqformer.diffusion import sampling
 from freqformer.diffusion.sampling import SampleConfig
+from freqformer.evaluate.conditions import conditioned
 from freqformer.evaluate.first_frame import first_frame_latent
 from freqformer.evaluate.record_masks import MaskRecorder, RunMasks, realised_density
 from freqformer.evaluate.resize import resized
@@ -134,7 +135,7 @@ def sample_config(run: Run, count: int, **given) -> SampleConfig:
   given = {name: value for name, value in given.items() if value is not None}
   with refusing("sampling"):
     config = dataclasses.replace(base, **given, batch_size=min(base.batch_size, count))
-    check_guidance(config, run.experiment.train)
+    check_guidance(config, run.experiment.train, run.experiment.data.condition)
   return config
 
 
@@ -152,7 +153,7 @@ def draw(
   """Samples latents; compiling and running are timed apart.
 
   Args:
-    labels: int `[n]`.
+    labels: int `[n]`, or embeddings `[n, e]`: of `Run.inputs`.
     indices: int `[n]`: a sample's noise depends on (seed, index) only.
     first_frame: of `first_frame_latent`, with which every sample begins.
     want_masks: record the first sample's masks; the seconds then include recording.
@@ -202,12 +203,13 @@ def sample(
   first_frame: str | pathlib.Path | np.ndarray | None = None,
   progress: bool = False,
 ) -> np.ndarray:
-  """Samples videos of some classes.
+  """Samples videos of some classes, or for prompts.
 
   Args:
     run: of `load_run`.
-    classes: names, or one name; None takes all classes.
-    samples: videos per class.
+    classes: names, or one name; None takes all classes. Of a run that is conditioned on embeddings
+      they are prompts; None takes some validation clips.
+    samples: videos per class or prompt.
     seed: of the noise.
     steps: denoising steps; None takes those of the run's config, as for the next four.
     guidance: guidance scale; 1 is none, 0 the null class alone.
@@ -225,9 +227,12 @@ def sample(
 
   Raises:
     ConfigError: a class is unknown, a number is out of its bounds, the model cannot have the size,
-      or was not trained with first frames.
+      or was not trained with first frames, or a run has no embedder for prompts.
   """
   classes = [classes] if isinstance(classes, str) else classes
+  if run.experiment.data.condition == "embedding":
+    run = conditioned(run, classes)
+    classes = None
   labels, indices = requests(run, classes, samples)
   run = resized(run, frames, size, rope)
   config = sample_config(
@@ -240,5 +245,5 @@ def sample(
     guidance_rescale=guidance_rescale,
   )
   frame = None if first_frame is None else first_frame_latent(run, first_frame)
-  drawn = draw(run, labels, indices, seed, config, first_frame=frame, progress=progress)
+  drawn = draw(run, run.inputs(labels), indices, seed, config, first_frame=frame, progress=progress)
   return run.decode(drawn.latents)

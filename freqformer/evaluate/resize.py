@@ -107,9 +107,8 @@ def _at(run: Run, wanted: Sequence[int], rope: str) -> Run:
   theta = longer_theta(config.rope_theta, old, new, config.dims.head_dim, rope)
   config = dataclasses.replace(config, rope_theta=theta)
   # Of the trained shape: parameters that follow a grid were learned there.
-  model = nnx.eval_shape(
-    lambda: VideoDiT(config, run.latent_shape, len(run.class_names), nnx.Rngs(0))
-  )
+  condition = run.experiment.conditioned_on(run.record["class_names"])
+  model = nnx.eval_shape(lambda: VideoDiT(config, run.latent_shape, rngs=nnx.Rngs(0), **condition))
   experiment = dataclasses.replace(run.experiment, data=data, model=config)
   record = run.record | {"latent_shape": shape}
   return dataclasses.replace(run, model=model, experiment=experiment, record=record)

@@ -18,6 +18,21 @@ _TRIES = 5  # to read the newest checkpoint; each fails only where training save
 
 
 @dataclasses.dataclass(frozen=True)
+class Conditions:
+  """Embeddings that samples are drawn for, in the place of classes.
+
+  Attributes:
+    names: of their folders, each once.
+    texts: prompts or captions.
+    embeddings: float32 `[k, e]`.
+  """
+
+  names: tuple[str, ...]
+  texts: tuple[str, ...]
+  embeddings: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
   """A trained model and what its checkpoint knows about it.
 
@@ -26,12 +41,14 @@ class Run:
     params: its parameters.
     experiment: the configuration that it was trained with.
     record: the checkpoint's JSON record.
+    conditions: of a run conditioned on embeddings those that are sampled, see `conditioned`.
   """
 
   model: VideoDiT
   params: nnx.State
   experiment: Experiment
   record: dict[str, Any]
+  conditions: Conditions | None = None
 
   @property
   def step(self) -> int:
@@ -40,14 +57,29 @@ class Run:
 
   @property
   def class_names(self) -> list[str]:
-    """Names of the classes; the index is the label."""
+    """Names of the classes, or of the conditions; the index is the label."""
+    if self.conditions is not None:
+      return list(self.conditions.names)
     return self.record["class_names"]
 
   @property
   def trained_classes(self) -> list[str]:
     """Names of the classes that had training clips."""
+    if self.conditions is not None:
+      return self.class_names
     counts = self.record.get("class_counts") or [1] * len(self.class_names)
     return [name for name, count in zip(self.class_names, counts, strict=True) if count]
+
+  def inputs(self, labels: np.ndarray) -> np.ndarray:
+    """Returns what the model takes for labels, int `[n]`: themselves, or embeddings `[n, e]`."""
+    if self.experiment.data.condition != "embedding":
+      return labels
+    if self.conditions is None:
+      raise ConfigError(
+        "this run is conditioned on embeddings: name prompts or clips, by "
+        "freqformer.evaluate.conditions.conditioned, before samples are drawn."
+      )
+    return self.conditions.embeddings[labels]
 
   @property
   def latent_shape(self) -> tuple[int, ...]:
@@ -101,8 +133,8 @@ def _load(workdir, step: int | None, method: str | None, raw: bool) -> Run:
   trained = of_record(record["config"])
   config = trained.model if method is None else trained.model.with_method(method)
   shape = tuple(record["latent_shape"])
-  classes = len(record["class_names"])
-  model = nnx.eval_shape(lambda: VideoDiT(config, shape, classes, nnx.Rngs(0)))
+  condition = trained.conditioned_on(record["class_names"])
+  model = nnx.eval_shape(lambda: VideoDiT(config, shape, rngs=nnx.Rngs(0), **condition))
   group = "params" if raw else "ema"
   try:
     tree = checkpoints.restore({group: nnx.state(model)}, record["step"], ignore_extra=True)

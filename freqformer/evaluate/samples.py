@@ -131,7 +131,16 @@ def _compiled(run: Run, config: SampleConfig) -> Callable:
 
   def draw(labels, indices, seed):
     latents, _ = sampling.sample(
-      step, run.params, model, labels, indices, seed, tables, run.latent_shape, config, False
+      step,
+      run.params,
+      model,
+      run.inputs(labels),
+      indices,
+      seed,
+      tables,
+      run.latent_shape,
+      config,
+      progress=False,
     )
     return latents
 

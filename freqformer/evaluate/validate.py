@@ -66,8 +66,12 @@ def validate(
     reference = None
   count = min(clips or len(split), len(split))
   size = min(batch_size or train.batch_size, count)
+
+  def known(label: np.ndarray) -> np.ndarray:
+    return labels[label] if label.ndim == 1 else label  # embeddings are what they are
+
   batches = (
-    {**batch, "label": labels[batch["label"]]} for batch in val_batches(split, size, limit=count)
+    {**batch, "label": known(batch["label"])} for batch in val_batches(split, size, limit=count)
   )
   graphdef = nnx.graphdef(run.model)
   step = make_eval_step(graphdef, soft=soft, buckets=buckets, time_range=train.time_range)

@@ -1,6 +1,6 @@
 """`VideoDiT`: a diffusion transformer (DiT, arXiv 2212.09748) for video latents, any attention.
 
-adaLN-Zero, QK-norm, 3-D rotary, class conditioning with a null class. Tokens are put in tile order
+adaLN-Zero, QK-norm, 3-D rotary, conditioning by class or embedding. Tokens are put in tile order
 once, at patchify. Runs of layers with one method are one scan over stacked parameters.
 """
 
@@ -18,6 +18,7 @@ from freqformer.kernels.block_sparse.api import CHECKPOINT_NAMES
 from freqformer.kernels.block_sparse.table import BlockMask
 from freqformer.methods.base import Cond, Method
 from freqformer.model.attention import SpectralAttention
+from freqformer.model.conditioner import ClassConditioner, EmbeddingConditioner
 from freqformer.model.config import DTYPES, ModelConfig
 from freqformer.model.placement import gathered, split
 from freqformer.model.precondition import Preconditioner
@@ -81,7 +82,7 @@ class DiTBlock(nnx.Module):
   def __call__(self, x, condition, cond: Cond, layout, tables, state):
     """Returns x `[b, n_buffer, width]`, the new state and the method's aux.
 
-    The condition is the sum of the timestep's and the class's embedding, `[b, width]`.
+    The condition is the sum of the timestep's and the label's embedding, `[b, width]`.
     """
     parts = jnp.split(self.modulation(nnx.silu(condition)), 6, axis=-1)
     shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = parts
@@ -114,13 +115,15 @@ class VideoDiT(nnx.Module):
   Args:
     latent_shape: `(t, y, x, c)` in training; other grids work with tables of their own.
     classes: number of classes; label `classes` is the null class of guidance.
+    embedding: numbers of the embedding that is a clip's label in the place of a class; 0: classes.
   """
 
-  def __init__(self, config: ModelConfig, latent_shape, classes: int, rngs: nnx.Rngs):
+  def __init__(
+    self, config: ModelConfig, latent_shape, classes: int, rngs: nnx.Rngs, embedding: int = 0
+  ):
     config = config.resolved(latent_shape)
     self.config = config
     self.channels = latent_shape[-1]
-    self.classes = classes
     width = config.width
     dtype = DTYPES[config.dtype]
     layout = config.layout(latent_shape)
@@ -136,8 +139,8 @@ class VideoDiT(nnx.Module):
       else None
     )
     self.time = TimestepEmbedder(width, named(rngs, "time"))
-    normal = nnx.initializers.normal(0.02)
-    self.label = nnx.Embed(classes + 1, width, embedding_init=normal, rngs=named(rngs, "label"))
+    conditioner = EmbeddingConditioner if embedding else ClassConditioner
+    self.label = conditioner(embedding or classes, width, named(rngs, "label"))
     runs = []
     first = 0
     for count, method in config.runs():
@@ -154,6 +157,10 @@ class VideoDiT(nnx.Module):
       if config.skip
       else None
     )
+
+  def null(self, count: int) -> np.ndarray:
+    """Returns the label of clips without a condition, `[count]` or `[count, embedding]`."""
+    return self.label.null(count)
 
   def tables(self, latent_shape) -> dict:
     """Returns everything static about a grid, to be passed to jit as an argument."""
@@ -214,7 +221,7 @@ class VideoDiT(nnx.Module):
     Args:
       x: `[b, t, y, x, c]`.
       time: `[b]`, 1 is noise.
-      label: int `[b]`.
+      label: int `[b]`, or embeddings float32 `[b, e]`.
       state: of `init_state`, or None to start fresh.
       rng: key for stochastic routing, or None.
       phases: one per run of layers, of `schedule`; empty in training.

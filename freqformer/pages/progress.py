@@ -21,6 +21,7 @@ from freqformer.data.sources import Split
 from freqformer.diffusion import sampling
 from freqformer.diffusion.sampling import SampleConfig
 from freqformer.disk import write_whole
+from freqformer.evaluate.conditions import CLIPS, of_clips, some_clips
 from freqformer.evaluate.draw import SAMPLES_PER_CLASS
 from freqformer.pages.cost import counted
 from freqformer.pages.run import write_report
@@ -79,16 +80,27 @@ class Progress(Watch):
       write_report(self._run.workdir)
 
   def _write_real(self, anew: bool):
-    """Writes a clip of each of the first classes; those that are there stay, unless `anew`."""
-    data = self._run.data
-    folder = self._run.workdir / REAL
-    names = data.class_names[:MAX_CLASSES]
-    wanted = [
-      label for label, name in enumerate(names) if anew or not (folder / f"{name}.mp4").exists()
-    ]
-    for label, latent in first_clips(data, wanted).items():
-      video = self._run.experiment.data.decode(latent[None], data.statistics)
-      self._mosaic(folder / f"{names[label]}.mp4", video, self._fps)
+    """Writes a clip of each of the first classes; those that are there stay, unless `anew`.
+
+    Where embeddings condition, it writes the validation clips whose embeddings are sampled.
+    """
+    run = self._run
+    folder = run.workdir / REAL
+
+    def is_wanted(name: str) -> bool:
+      return anew or not (folder / f"{name}.mp4").exists()
+
+    if run.experiment.data.condition == "embedding":
+      numbers = some_clips(run.val, CLIPS)
+      named = zip(of_clips(run.val, numbers).names, numbers, strict=True)
+      clips = {name: run.val[number]["latent"] for name, number in named if is_wanted(name)}
+    else:
+      names = run.data.class_names[:MAX_CLASSES]
+      wanted = [label for label, name in enumerate(names) if is_wanted(name)]
+      clips = {names[label]: clip for label, clip in first_clips(run.data, wanted).items()}
+    for name, latent in clips.items():
+      video = run.experiment.data.decode(latent[None], run.data.statistics)
+      self._mosaic(folder / f"{name}.mp4", video, self._fps)
 
 
 def first_clips(data: Split, labels: Sequence[int]) -> dict[int, np.ndarray]:
@@ -107,13 +119,21 @@ def first_clips(data: Split, labels: Sequence[int]) -> dict[int, np.ndarray]:
 def _drawer(run: Training, model) -> Callable:
   """Returns `params -> videos`, uint8 `[classes, t, y, x, 3]`, and writes about.json."""
   experiment = run.experiment
-  names = run.data.class_names
-  count = min(experiment.train.samples, len(names))
-  labels = np.unique(np.linspace(0, len(names) - 1, count).round().astype(np.int32))
+  if experiment.data.condition == "embedding":
+    clips = some_clips(run.val, min(experiment.train.samples, CLIPS))
+    conditions = of_clips(run.val, clips)
+    names = list(conditions.texts)
+    numbers = np.arange(len(names), dtype=np.int32)
+    labels = conditions.embeddings
+  else:
+    names = run.data.class_names
+    count = min(experiment.train.samples, len(names))
+    labels = np.unique(np.linspace(0, len(names) - 1, count).round().astype(np.int32))
+    numbers = labels
   config = _few_steps(experiment.sample, model, len(labels))
   step = sampling.make_step(run.graphdef, config)
   about = {
-    "classes": [names[label] for label in labels],
+    "classes": [names[number] for number in numbers],
     "steps": config.steps,
     "guidance": config.guidance,
     "seed": _SEED,
@@ -123,7 +143,7 @@ def _drawer(run: Training, model) -> Callable:
   write_whole(run.workdir / TRAINING / "about.json", json.dumps(about, indent=1))
 
   def draw(params) -> np.ndarray:
-    indices = labels * SAMPLES_PER_CLASS
+    indices = numbers * SAMPLES_PER_CLASS
     shape = tuple(run.data.latent_shape)
     latents, _ = sampling.sample(
       step, params, model, labels, indices, _SEED, run.tables, shape, config, progress=False

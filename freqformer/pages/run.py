@@ -61,7 +61,7 @@ def _config(workdir: pathlib.Path) -> str:
 SECTIONS: dict[str, tuple[str, str, Callable[[pathlib.Path], str]]] = {
   "Samples": (
     "samples/ and real/",
-    "Generated, and a real training clip of the class, which went through the same codec.",
+    "Generated, and a real clip of the class or caption, which went through the same codec.",
     videos.samples,
   ),
   "Samples over training": (

@@ -97,7 +97,7 @@ def _samples(runs: dict[str, pathlib.Path]) -> str:
     clips = [real_file(workdir, own) for workdir in runs.values()]
     cards[own] = [video(found[own][0], name) for name, found in files.items() if own in found]
     cards[own] += [video(clip, "real") for clip in clips if clip is not None][:1]
-  text = by_class(cards)
+  text = by_class(cards, {})
   if len(shown) < len(classes):
     text += f"<p>{len(classes) - len(shown)} further classes are in the runs' folders.</p>"
   return text

@@ -43,10 +43,10 @@ def real_file(workdir: pathlib.Path, name: str) -> pathlib.Path | None:
   return path if path.exists() else None
 
 
-def by_class(videos: Mapping[str, Sequence[str]]) -> str:
-  """Returns a grid with a card per class, of videos as HTML."""
+def by_class(videos: Mapping[str, Sequence[str]], titles: Mapping[str, str]) -> str:
+  """Returns a grid with a card per class, of videos as HTML, under a title or its name."""
   cards = [
-    f'<div><b>{html.escape(name)}</b><div class="pair">{"".join(own)}</div></div>'
+    f'<div><b>{html.escape(titles.get(name, name))}</b><div class="pair">{"".join(own)}</div></div>'
     for name, own in videos.items()
   ]
   return f'<div class="clips">{"".join(cards)}</div>'
@@ -68,12 +68,12 @@ def samples(workdir: pathlib.Path) -> str:
     if clip is not None:
       videos.append(video(clip, "real"))
     cards[name] = videos
-  text = by_class(cards)
+  about = json_if_any(workdir, "samples/sampling.json")
+  text = by_class(cards, about.get("prompts", {}))
   if not found:
     text = "<p>Real clips only: eval.py writes samples.</p>" + text
   if len(names) > len(shown):
     text += f"<p>{len(names) - len(shown)} further classes are in samples/.</p>"
-  about = json_if_any(workdir, "samples/sampling.json")
   if about:
     details = facts(plain_facts(about))
     text += f"<details><summary>How they were sampled</summary>{details}</details>"

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -59,6 +59,12 @@ class Experiment:
     """Returns the experiment with the spectrum of training latents, if its model needs one."""
     return dataclasses.replace(self, model=self.model.with_spectrum(latents))
 
+  def conditioned_on(self, class_names: Sequence[str]) -> dict[str, int]:
+    """Returns the arguments of a `VideoDiT` that say what clips are conditioned on."""
+    # Without classes all labels are those of the null class.
+    classes = len(class_names) if self.data.condition == "class" else 0
+    return {"classes": classes, "embedding": self.data.embedding_size}
+
   @property
   def latent_shape(self) -> tuple[int, int, int, int]:
     """(t, y, x, c) of the data's latents."""
@@ -87,18 +93,28 @@ def experiment(config: Mapping, begun: Mapping | None = None) -> Experiment:
   found = _built(values)
   found.model.check_training(found.latent_shape)
   with refusing("config.sample"):
-    check_guidance(found.sample, found.train)
+    check_guidance(found.sample, found.train, found.data.condition)
   return found
 
 
-def check_guidance(sample: SampleConfig, train: TrainConfig):
+def check_guidance(sample: SampleConfig, train: TrainConfig, condition: str):
   """Refuses to sample with a class embedding that training never moves.
+
+  Args:
+    condition: of `DataConfig`.
 
   Raises:
     ValueError: says what to set.
   """
   free = any(sample.unconditional())
   guided = any(sample.guided())
+  if condition == "none":
+    if free or guided:
+      raise ValueError(
+        f"guidance={sample.guidance:g} needs a condition that can be left out, and "
+        "data.condition='none' has none; set guidance=1."
+      )
+    return
   if train.label_dropout == 0 and (free or guided):
     raise ValueError(
       f"guidance={sample.guidance:g} needs the null class, which train.label_dropout=0 never "

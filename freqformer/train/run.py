@@ -43,6 +43,7 @@ class Training:
     experiment: its configuration.
     workdir: its folder.
     data: training clips.
+    val: validation clips.
     graphdef: of the `VideoDiT`.
     params: shapes of its parameters; the arrays change hands at every step.
     tables: of the grid.
@@ -51,6 +52,7 @@ class Training:
   experiment: Experiment
   workdir: pathlib.Path
   data: Split
+  val: Split
   graphdef: nnx.GraphDef
   params: Any
   tables: Any
@@ -136,9 +138,9 @@ def _train(
 
   # ---- 3. model and state ---------------------------------------------------------------------
   shape = tuple(train_data.latent_shape)
-  classes = len(train_data.class_names)
+  condition = exp.conditioned_on(train_data.class_names)
   tables = make_tables(exp.model, shape)
-  graphdef, params = nnx.split(VideoDiT(exp.model, shape, classes, nnx.Rngs(exp.seed)))
+  graphdef, params = nnx.split(VideoDiT(exp.model, shape, rngs=nnx.Rngs(exp.seed), **condition))
   state = init_state(params, exp.train, exp.seed)
   config = recorded(config, exp)
   record = _record(config, train_data)
@@ -177,12 +179,12 @@ def _train(
   alarm = Alarm(exp.train, read(metrics.path))
 
   # ---- 5. the steps ---------------------------------------------------------------------------
-  train_step = make_train_step(graphdef, exp.train, classes)
+  train_step = make_train_step(graphdef, exp.train)
   target = train_data.target
   validate = _validation(exp, graphdef, val_data, tables)
   skips = SkippedSteps(exp.train)
   shapes = jax.eval_shape(lambda: params)
-  watch.begin(Training(exp, workdir, train_data, graphdef, shapes, tables), step)
+  watch.begin(Training(exp, workdir, train_data, val_data, graphdef, shapes, tables), step)
 
   def warn(found: dict[str, str] | None):
     if found is not None:

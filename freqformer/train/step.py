@@ -43,7 +43,7 @@ class TrainConfig:
     beta2: of AdamW.
     clip: largest global norm of a gradient.
     ema: decay of the averaged weights, ramped up as (1 + step) / (10 + step).
-    label_dropout: share of samples that are trained on the null class.
+    label_dropout: share of samples that are trained without their label, on the null class.
     first_frame: share of samples that are trained with their first latent frame given
       (`model.first_frame`); the loss leaves this frame out.
     time_sampling: see `sample_time`.
@@ -187,11 +187,11 @@ def init_state(params, config: TrainConfig, seed: int) -> TrainState:
   )
 
 
-def make_train_step(graphdef, config: TrainConfig, classes: int):
+def make_train_step(graphdef, config: TrainConfig):
   """Returns the jitted step `(state, batch, tables, posterior) -> (state, metrics)`.
 
-  It donates the state. A batch is `{"latent": [b, t, y, x, c], "label": [b]}`; label `classes` is
-  the null class. The model regresses on the velocity of the draw or, given a `Posterior`, on the
+  It donates the state. A batch is `{"latent": [b, t, y, x, c], "label": [b] or [b, e]}`. The model
+  regresses on the velocity of the draw or, given a `Posterior`, on the
   velocity's exact mean, of which the metric `loss` is then the regret.
   """
   optimizer = make_optimizer(config)
@@ -209,17 +209,20 @@ def make_train_step(graphdef, config: TrainConfig, classes: int):
     time = first + (last - first) * time
     noise = sample_noise(key_noise, jnp.arange(x0.shape[0]), x0.shape[1:])
     xt, target = interpolate(x0, noise, time)
-    dropped = jax.random.bernoulli(key_drop, config.label_dropout, batch["label"].shape)
-    label = jnp.where(dropped, classes, batch["label"])
+    model = nnx.merge(graphdef, params)
+    label = batch["label"]
+    dropped = jax.random.bernoulli(key_drop, config.label_dropout, label.shape[:1])
+    dropped = dropped.reshape(-1, *[1] * (label.ndim - 1))
+    label = jnp.where(dropped, model.null(len(label)), label)
     if posterior is not None:
       target = posterior.velocity(xt, time, label)
     given = None
     if config.first_frame:
       # A key of its own: the other draws are those of a run without first frames.
       key_given = jax.random.fold_in(key, _FIRST_FRAME)
-      given = jax.random.bernoulli(key_given, config.first_frame, batch["label"].shape)
+      given = jax.random.bernoulli(key_given, config.first_frame, label.shape[:1])
       xt = give_first_frame(xt, x0, given)
-    velocity, _, aux = nnx.merge(graphdef, params)(
+    velocity, _, aux = model(
       xt, time, label, tables, train=True, rng=key_route, progress=progress, given=given
     )
     loss = _mean_square(velocity - target, given)

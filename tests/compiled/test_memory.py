@@ -108,7 +108,7 @@ def compile_train_step() -> Compilation:
   state = jax.eval_shape(lambda p: init_state(p, train, 0), params)
   batch = {"latent": _spec((GPUS, *LATENT_64K), jnp.float32), "label": _spec((GPUS,), jnp.int32)}
   return compile_for(
-    make_train_step(graphdef, train, 10),
+    make_train_step(graphdef, train),
     state,
     batch,
     make_tables(MODEL, LATENT_64K),

@@ -35,7 +35,7 @@ def test_sparseflow_trains():
   training = TrainConfig(steps=20, batch_size=4, lr=3e-3, warmup=3, ema=0.9)
   graphdef, params = nnx.split(VideoDiT(model, SHAPE, 2, nnx.Rngs(0)))
   state = init_state(params, training, 0)
-  step = make_train_step(graphdef, training, 2)
+  step = make_train_step(graphdef, training)
   tables = make_tables(model, SHAPE)
   losses = []
   for i in range(20):

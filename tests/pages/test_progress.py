@@ -23,7 +23,7 @@ def run(tmp_path):
   exp = experiment(small())
   data = open_split(exp.data, "train")
   model = nnx.eval_shape(lambda: VideoDiT(exp.model, exp.latent_shape, 9, nnx.Rngs(0)))
-  return Training(exp, tmp_path, data, *nnx.split(model), tables=None)
+  return Training(exp, tmp_path, data, data, *nnx.split(model), tables=None)
 
 
 def names(folder):

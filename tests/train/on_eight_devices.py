@@ -37,7 +37,7 @@ def trained(method, data, fsdp, optimizer="adamw"):
     graphdef, params = nnx.split(VideoDiT(model, SHAPE, CLASSES, nnx.Rngs(0)))
     state = placement.share(init_state(params, train, 0))
     batch = placement.split_batch({"latent": latents, "label": labels})
-    step = make_train_step(graphdef, train, CLASSES)
+    step = make_train_step(graphdef, train)
     compiled = step.lower(state, batch, tables).compile()
     state, metrics = compiled(state, batch, tables)
   return state, jax.device_get(metrics), compiled

@@ -55,7 +55,7 @@ def model():
 @pytest.fixture(scope="module")
 def step(model):
   """The compiled training step, `(state, batch) -> (state, metrics)`."""
-  step = make_train_step(model[0], TRAIN, 2)
+  step = make_train_step(model[0], TRAIN)
   return lambda state, batch: step(state, batch, TABLES)
 
 
@@ -91,6 +91,33 @@ def test_it_learns_more_than_a_linear_predictor(trained, eval_step):
   np.testing.assert_allclose(result["choice"].sum(-1), 1, rtol=1e-5)
   assert result["loss"] == pytest.approx(np.mean(result["buckets"]))
   assert (np.asarray(result["buckets"]) < result["linear_buckets"])[1:].all()
+
+
+def test_embeddings_are_learned_and_their_absence_too():
+  """Clips of +2 and -2 are told apart by a vector: at t = 1 nothing else tells."""
+  size = 3
+  sides = np.float32([[1, 1, 0], [0, -1, 1]])
+  dense = model_config(dict(SIZES, attention=dict(ATTENTION, method="dense")))
+
+  def create():
+    return VideoDiT(dense, SHAPE, 0, nnx.Rngs(0), embedding=size)
+
+  graphdef, params = nnx.split(nnx.jit(create)())
+  nothing = np.array(params.label.nothing[...])
+  train = dataclasses.replace(TRAIN, steps=200, lr=1e-2, label_dropout=0.3, batch_size=16)
+  step = make_train_step(graphdef, train)
+  tables = make_tables(dense, SHAPE)
+  state = init_state(params, train, 0)
+  for i in range(train.steps):
+    batch = batch_of(16, seed=i)
+    state, _ = step(state, {**batch, "label": sides[batch["label"]]}, tables)
+  model = nnx.merge(graphdef, state.params)
+  label = np.concatenate([10 * sides, model.null(1)])
+  noise = np.random.default_rng(0).standard_normal((1, *SHAPE), np.float32)
+  velocity, *_ = nnx.jit(model)(noise.repeat(3, 0), np.ones(3, np.float32), label, tables)
+  first, second, unknown = np.asarray(velocity - noise).mean((1, 2, 3, 4))  # means of -x_0
+  assert first > 1 and second < -1 and second + 0.5 < unknown < first - 0.5
+  assert np.abs(model.label.nothing[...] - nothing).max() > 0.01
 
 
 def test_validation_does_not_depend_on_batching_or_padding(trained, eval_step):
@@ -197,7 +224,7 @@ def test_the_loss_leaves_given_first_frames_out():
   for share, want in ((0.0, square.mean()), (1.0, square[:, 1:].mean())):
     train = dataclasses.replace(TRAIN, first_frame=share)
     state = init_state(jax.tree.map(jnp.copy, params), train, 0)
-    _, metrics = make_train_step(graphdef, train, 2)(state, batch, tables)
+    _, metrics = make_train_step(graphdef, train)(state, batch, tables)
     assert float(metrics["loss"]) == pytest.approx(float(want), rel=1e-5)
   given = jnp.array([True, False, True, True])
   xt = give_first_frame(noise, batch["latent"], given)
