@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from freqformer import placement
 from freqformer.analysis.hlo_bytes import collectives
 from freqformer.config import ConfigError
 from freqformer.cost import model_cost, training_flops
 from freqformer.data.sources import class_names
-from freqformer.model import placement
 from freqformer.model.dit import VideoDiT, make_tables
 from freqformer.pages.text import aligned
 from freqformer.train import mesh as meshes

@@ -20,9 +20,9 @@ from freqformer.methods.base import Cond, Method
 from freqformer.model.attention import SpectralAttention
 from freqformer.model.conditioner import ClassConditioner, EmbeddingConditioner
 from freqformer.model.config import DTYPES, ModelConfig
-from freqformer.model.placement import gathered, split
 from freqformer.model.precondition import Preconditioner
 from freqformer.model.streams import named, numbered
+from freqformer.placement import gathered, split
 
 # Names that rematerialisation keeps: the attention kernel runs once, and no choice can flip when
 # the rest is computed again.

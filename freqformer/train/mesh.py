@@ -7,7 +7,7 @@ import jax
 from jax.sharding import AxisType, Mesh
 
 from freqformer.config import ConfigError, require
-from freqformer.model.placement import AXES
+from freqformer.placement import AXES
 from freqformer.train.devices import all_devices
 
 

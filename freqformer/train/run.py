@@ -20,7 +20,7 @@ from freqformer import disk
 from freqformer.data.loader import train_iterator, val_batches
 from freqformer.data.sources import Split, open_splits
 from freqformer.model.dit import VideoDiT, make_tables
-from freqformer.model.placement import everywhere, share, split_batch
+from freqformer.placement import everywhere, share, split_batch
 from freqformer.train.alarm import KIND, Alarm
 from freqformer.train.checkpoint import PACKAGES, Checkpoints
 from freqformer.train.experiment import Experiment, experiment, recorded

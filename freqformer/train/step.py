@@ -19,7 +19,7 @@ from freqformer.diffusion.flow import (
   sample_noise,
   sample_time,
 )
-from freqformer.model.placement import sharing
+from freqformer.placement import sharing
 
 # choice: training stops after this many consecutive steps that are not finite, or half of the run.
 CONSECUTIVE_SKIPS = 10

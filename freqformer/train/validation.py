@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from freqformer.diffusion.flow import BUCKETS, interpolate, linear_velocity, sample_noise
-from freqformer.model.placement import split_batch
+from freqformer.placement import split_batch
 
 _SEED = 0
 

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from freqformer.model import placement
+from freqformer import placement
 from freqformer.model.config import model_config
 from freqformer.model.dit import VideoDiT, make_tables
 from freqformer.train.mesh import MeshConfig, make_mesh

@@ -79,6 +79,11 @@ def gathered(tree):
   return _each(tree, _gather)
 
 
+def whole(tree):
+  """Returns arrays, whole on every device."""
+  return jax.lax.with_sharding_constraint(tree, PartitionSpec()) if _mesh() else tree
+
+
 def split(x: jax.Array) -> jax.Array:
   """Returns x `[b, ...]` with its samples split over the devices, if they divide."""
   return jax.lax.with_sharding_constraint(x, _samples(x)) if _mesh() else x
