@@ -1,6 +1,7 @@
 """Builds frozen dataclasses from config dicts; every mistake is one sentence that names the key."""
 
 import contextlib
+import copy
 import dataclasses
 import difflib
 import importlib
@@ -9,6 +10,8 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
 
 
 class ConfigError(ValueError):
@@ -78,6 +81,22 @@ def require_one_of(config, name: str, allowed: Iterable):
   given = getattr(config, name)
   if given not in allowed:
     raise ValueError(f"{name}={given!r} must be {_one_of(given, map(str, allowed))}")
+
+
+def numbers(config) -> dict[str, np.ndarray]:
+  """Returns the fields that `config.NUMBERS` names, float32, as arguments of a compiled program.
+
+  Configs that differ in these alone then share the program.
+  """
+  return {name: np.asarray(getattr(config, name), np.float32) for name in config.NUMBERS}
+
+
+def with_numbers(config, given: Mapping):
+  """Returns the config inside a program that has its `numbers` as arguments; nothing is checked."""
+  found = copy.copy(config)
+  for name, value in given.items():
+    object.__setattr__(found, name, value)  # it is frozen, and they have no values yet
+  return found
 
 
 def load_class(name: str, what: str) -> type:

@@ -21,6 +21,7 @@ from flax import nnx  # noqa: E402
 
 from benchmarks.gpu import study  # noqa: E402
 from benchmarks.rows import write_rows  # noqa: E402
+from freqformer.config import numbers  # noqa: E402
 from freqformer.data.fields import Fields  # noqa: E402
 from freqformer.model.dit import VideoDiT, make_tables  # noqa: E402
 from freqformer.train.devices import used_devices  # noqa: E402
@@ -46,7 +47,8 @@ def compile_step(exp: Experiment, split: Fields) -> tuple[Compilation, int]:
   }
   step = make_train_step(graphdef, exp.train)
   tables = make_tables(exp.model, shape)
-  found = compile_for(step, state, batch, tables, split.target, options=NO_AUTOTUNING)
+  given = (tables, numbers(exp.train), split.target)
+  found = compile_for(step, state, batch, *given, options=NO_AUTOTUNING)
   return found, sum(math.prod(x.shape) for x in jax.tree.leaves(params))
 
 

@@ -23,6 +23,7 @@ from benchmarks.gpu.attempt import Job, attempts
 from benchmarks.gpu.code import ROOT
 from benchmarks.gpu.device import Deadline, command_line, open_device, open_store
 from freqformer.command.files import read_config
+from freqformer.config import numbers
 from freqformer.data.codec import StatisticsAccumulator, make_codec
 from freqformer.data.render import LOOKS, render_clip
 from freqformer.model.dit import VideoDiT, make_tables
@@ -80,14 +81,15 @@ def measure(exp: Experiment, steps: int, deadline: Deadline) -> dict:
   graphdef, params = nnx.split(VideoDiT(exp.model, shape, classes, nnx.Rngs(exp.seed)))
   state = init_state(params, exp.train, exp.seed)
   started = time.monotonic()
-  step = make_train_step(graphdef, exp.train).lower(state, batch, tables).compile()
+  given = (tables, numbers(exp.train))
+  step = make_train_step(graphdef, exp.train).lower(state, batch, *given).compile()
   compiled = time.monotonic() - started
-  batch, tables = jax.device_put((batch, tables))
-  state, values = step(state, batch, tables)
+  batch, given = jax.device_put((batch, given))
+  state, values = step(state, batch, *given)
   losses = [float(values["loss"])]
   started = time.monotonic()
   while len(losses) <= steps and (deadline.left > 0 or len(losses) == 1):
-    state, values = step(state, batch, tables)
+    state, values = step(state, batch, *given)
     losses.append(values["loss"])
   jax.block_until_ready(state)
   done = len(losses) - 1
@@ -100,7 +102,7 @@ def measure(exp: Experiment, steps: int, deadline: Deadline) -> dict:
     "temporary_bytes": step.memory_analysis().temp_size_in_bytes,
     "loss_first": losses[0],
     "loss_last": losses[-1],
-    **attention_share(profiled(step, state, batch, tables)),
+    **attention_share(profiled(step, state, batch, *given)),
   }
   return own | trained_row(exp, state, step, losses, seconds, compiled)
 
@@ -140,7 +142,7 @@ def trained_row(exp: Experiment, state, step, losses, seconds: float, compiled: 
   return row | {"correct": len(losses) > 1 and bool(np.isfinite(losses).all())}
 
 
-def profiled(step, state, batch, tables) -> dict[str, float]:
+def profiled(step, state, batch, *given) -> dict[str, float]:
   """Returns the device's milliseconds per step by kernel; none where no profiler sees them."""
   if jax.default_backend() != "gpu":
     return {}
@@ -148,7 +150,7 @@ def profiled(step, state, batch, tables) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
       with jax.profiler.trace(folder):
         for _ in range(_PROFILED_STEPS):
-          state, _ = step(state, batch, tables)
+          state, _ = step(state, batch, *given)
         jax.block_until_ready(state)
       (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
       return kernel_times(jax.profiler.ProfileData.from_file(str(path)))

@@ -10,6 +10,7 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
+from freqformer.config import numbers
 from freqformer.data.fields import FieldsConfig
 from freqformer.data.sources import open_split
 from freqformer.diffusion.posterior import Posterior
@@ -94,11 +95,12 @@ def training_step(
   label = model.null(train.batch_size)
   batch = jax.device_put({"latent": latents.astype(np.float32), "label": label})
   tables = jax.device_put(model.tables(shape))
+  own = jax.device_put(numbers(train))
   step = make_train_step(nnx.graphdef(model), train)
 
   def one():
     nonlocal state
-    state, values = step(state, batch, tables, target)
+    state, values = step(state, batch, tables, own, target)
     return values["loss"]
 
   jax.block_until_ready(one())

@@ -44,7 +44,10 @@ def run(main: Callable):
   """Runs `main(argv)` with flags parsed, our error messages and JAX's compile cache."""
   caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
   cache = CHECKOUT / ".cache" / "jax" if CHECKOUT else caches / "freqformer" / "jax"
-  jax.config.update("jax_compilation_cache_dir", str(cache))
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+  # A model's first weights are a hundred small programs, which JAX would compile in every process.
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   if "JAX_PLATFORMS" not in os.environ and gpu_wheels_without_gpu():
     jax.config.update("jax_platforms", "cpu")
   logging.set_verbosity(logging.INFO)

@@ -8,7 +8,7 @@ from flax import nnx
 
 from freqformer import placement
 from freqformer.analysis.hlo_bytes import collectives
-from freqformer.config import ConfigError
+from freqformer.config import ConfigError, numbers
 from freqformer.cost import model_cost, training_flops
 from freqformer.data.sources import class_names
 from freqformer.model.dit import VideoDiT, make_tables
@@ -52,7 +52,8 @@ def describe(experiment: Experiment) -> str:
   with jax.set_mesh(mesh):
     tables = placement.everywhere(make_tables(model, shape))
     placed = placement.share(state)
-    compiled = step.lower(placed, placement.split_batch(batch), tables).compile()
+    own = placement.everywhere(numbers(experiment.train))
+    compiled = step.lower(placed, placement.split_batch(batch), tables, own).compile()
   memory = compiled.memory_analysis()
   parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
   state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))

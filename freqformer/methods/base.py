@@ -210,7 +210,10 @@ class Method:
     return None
 
   def tables(self, layout: TileLayout) -> Any:
-    """Returns NumPy masks and matrices as a pytree, once per grid; they are arguments of jit."""
+    """Returns NumPy masks and matrices as a pytree, once per grid; they are arguments of jit.
+
+    Numbers that change no shape belong here, too: trials that differ in them then compile once.
+    """
     return {}
 
   def init_state(self, batch: int, dims: Dims, layout: TileLayout) -> Any:

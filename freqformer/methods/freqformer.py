@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from freqformer.config import require, require_one_of
+from freqformer.config import numbers, require, require_one_of
 from freqformer.grid.basis import SpectralBasis, SpectralTables
 from freqformer.grid.layout import TileLayout
 from freqformer.grid.sizes import coarse_tokens
@@ -119,7 +119,9 @@ class FreqFormer(RoutedMethod):
     fixed = fixed_tiles(layout, self.sink, self.anchors)
     profile = measured.tables(layout, self.profile) if self.allocation == "measured" else None
     cells = tile_cells(spectral, coarse_tiles * layout.block, filtered=self.filter != "none")
-    return FreqFormerTables(spectral, low, high, fixed, coarse_tiles, profile, cells)
+    return FreqFormerTables(
+      spectral, low, high, fixed, numbers(self.router), coarse_tiles, profile, cells
+    )
 
   def phase(self, step, steps):
     return self.profile.phase(step, steps) if self.allocation == "measured" else ""
@@ -152,7 +154,7 @@ class FreqFormer(RoutedMethod):
     if self.summary:
       out = out + self._summarised(module, qkv, routing, tables)
     density = [mask_density(mask, qkv.layout.n, *routing.choice.shape) for mask in masks]
-    aux = self.aux(routing, jnp.stack(density, -1), qkv, cond)
+    aux = self.aux(routing, jnp.stack(density, -1), qkv, cond, tables)
     return out, state, aux | mask_aux(mask, cond.want_masks)
 
   def _packed(self, qkv: Projected, routing: Routing, choice, cells) -> Prepared:
@@ -349,6 +351,7 @@ class FreqFormerTables:
     spectral: for statistics and summary tokens, and for transforms that leave the tile.
     low, high: the low band's table of coarse rows, the high band's of full rows.
     fixed: int32 `[tiles, f]`, key tiles that every mid list holds.
+    router: `numbers` of the router.
     coarse_tiles: static; tiles of coarse tokens.
     profile: for measured heads, or None.
     by_tile: the matrices by tile; None where the transform leaves the tile.
@@ -358,6 +361,7 @@ class FreqFormerTables:
   low: BlockMask
   high: BlockMask
   fixed: np.ndarray
+  router: dict
   coarse_tiles: int = dataclasses.field(metadata={"static": True})
   profile: dict | None = None
   by_tile: TileCells | None = None

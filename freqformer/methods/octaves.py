@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from freqformer.config import ConfigError, require, require_one_of
+from freqformer.config import ConfigError, numbers, require, require_one_of, with_numbers
 from freqformer.grid.basis import KINDS
 from freqformer.grid.layout import TileLayout
 from freqformer.grid.pyramid import LIFTS, Step, cell_widths, level_layouts, steps
@@ -133,6 +133,8 @@ class Octaves(Method):
       window=masks[-1],
       level_of_tile=np.repeat(np.arange(self.levels)[::-1], tiles).astype(np.int32),
       density=(np.array(pairs) / layout.n**2).astype(np.float32),
+      threshold=np.float32(self.threshold),
+      router=numbers(self.router),
       widths=cell_widths(layouts),
       edges=tuple((np.cumsum([0, *tiles]) * layout.block).tolist()),
     )
@@ -188,13 +190,14 @@ class Octaves(Method):
       valid = [*(step.coarse.valid for step in tables.steps[::-1]), qkv.layout.valid]
       stats = _energies(jax.lax.stop_gradient(values), valid, tables.edges)
     logits = cond.share(module.router.logits(cond.embedding, cond.time, stats))
-    probs = checkpoint_name(probabilities(logits, self.router, cond.progress), "routing")
+    router = with_numbers(self.router, tables.router)
+    probs = checkpoint_name(probabilities(logits, router, cond.progress), "routing")
     hot = jax.nn.one_hot(probs.argmax(-1), self.levels)
     as_run = not (cond.train or cond.soft_evaluation)
     if self.router.mode == "straight_through" and not cond.soft_evaluation:
       weights = hot if as_run else hot + probs - jax.lax.stop_gradient(probs)
       return Mix(probs, weights, hot > 0, as_run)
-    kept = (probs >= self.threshold) | (hot > 0)
+    kept = (probs >= tables.threshold) | (hot > 0)
     if not (as_run and self.threshold):
       return Mix(probs, probs, kept, False)
     weights = jnp.where(kept, probs, 0)
@@ -219,11 +222,12 @@ class Octaves(Method):
     # The gradient is that of the weights: a level's weight falls until it is left out.
     kept = mix.kept + mix.probs - jax.lax.stop_gradient(mix.probs)
     expected = (kept * tables.density).sum(-1)
-    over = jnp.maximum(0, expected.mean() / self.router.budget - 1)
+    router = tables.router
+    over = jnp.maximum(0, expected.mean() / router["budget"] - 1)
     return {
       "density": density,
       "cost": density.mean(),
-      "loss": self.router.penalty * over if cond.train else jnp.float32(0),
+      "loss": router["penalty"] * over if cond.train else jnp.float32(0),
       "probs": mix.probs,
       "choice": mix.probs.argmax(-1).astype(jnp.int32),
       "kept": mix.kept,
@@ -327,6 +331,8 @@ class OctavesTables:
     window: table of level 0 alone.
     level_of_tile: int32 `[tiles]`, of the whole buffer.
     density: float32 `[levels]`, pairs of each level over n^2, the finest first.
+    threshold: that of the method.
+    router: `numbers` of the router.
     widths: static; tokens of a cell per level and axis.
     edges: static; first row of each level in the buffer and the row behind the last, coarse first.
   """
@@ -337,6 +343,8 @@ class OctavesTables:
   window: BlockMask
   level_of_tile: np.ndarray
   density: np.ndarray
+  threshold: np.ndarray
+  router: dict
   widths: tuple = dataclasses.field(metadata={"static": True})
   edges: tuple = dataclasses.field(metadata={"static": True})
 

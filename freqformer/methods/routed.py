@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from freqformer.config import with_numbers
 from freqformer.cost import branch_costs
 from freqformer.methods.allocation import check_counts, check_heads, head_shares
 from freqformer.methods.base import Method
@@ -29,6 +30,8 @@ _PARTS = 3  # of a head's energy, which the router reads
 @dataclasses.dataclass(frozen=True)
 class RoutedMethod(Method):
   """Base of methods with branches; a subclass names them and runs what `route` decides.
+
+  Its tables have an attribute `router`, the router's `numbers`.
 
   Attributes:
     allocation: "routed"; or head counts per branch for a fixed assignment, where "2,2,2" means
@@ -106,7 +109,7 @@ class RoutedMethod(Method):
       if self.router.statistics:
         energy = self.energies(jax.lax.stop_gradient(qkv.v), qkv.layout, tables).astype(jnp.float32)
         stats = jnp.log((energy + 1e-6) / (energy.sum(-1, keepdims=True) + _PARTS * 1e-6))
-      routing = module.router(cond, stats)
+      routing = module.router(cond, stats, tables.router)
     else:
       branches = len(self.branches)
       if choice is None:
@@ -121,14 +124,14 @@ class RoutedMethod(Method):
       return self
     return dataclasses.replace(self, allocation="routed")
 
-  def aux(self, routing: Routing, density, qkv, cond) -> dict:
+  def aux(self, routing: Routing, density, qkv, cond, tables) -> dict:
     """Returns the layer's aux of `density` `[b, h, branches]`, router's entropy and penalty."""
     taken = jnp.take_along_axis(density, routing.choice[..., None], -1)[..., 0]
     run = density.sum(-1) if routing.all_branches else taken
     loss = jnp.float32(0)
     if self.routed and cond.train:
       costs = branch_costs(self, qkv.layout.layout, *qkv.q.shape[2:])
-      loss = penalty(self.router, routing.probs, costs)
+      loss = penalty(with_numbers(self.router, tables.router), routing.probs, costs)
     return {
       "density": taken,
       "cost": run.mean(),

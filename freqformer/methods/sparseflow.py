@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from freqformer.config import require, require_one_of
+from freqformer.config import numbers, require, require_one_of
 from freqformer.grid.layout import LayoutTables, TileLayout
 from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.cost import count
@@ -108,7 +108,7 @@ class SparseFlow(RoutedMethod):
 
   def tables(self, layout):
     levels = _levels(self.schedule, self.around, self.anchors, layout)
-    return SparseFlowTables(levels, frame_segments(layout))
+    return SparseFlowTables(levels, frame_segments(layout), numbers(self.router))
 
   def __call__(self, module, qkv, cond, tables, state):
     routing = self.route(module, qkv, cond, tables)
@@ -141,7 +141,7 @@ class SparseFlow(RoutedMethod):
         out = out * routing.weights.sum(-1)[:, None, :, None].astype(out.dtype)
     sparse_density = mask_density(mask, qkv.layout.n, b, h)
     density = jnp.stack([sparse_density, jnp.zeros_like(sparse_density)], -1)
-    aux = self.aux(routing, density, qkv, cond)
+    aux = self.aux(routing, density, qkv, cond, tables)
     return out, state, aux | mask_aux(ran, cond.want_masks)
 
   def mask_at(self, tables: "SparseFlowTables", time) -> BlockMask:
@@ -173,10 +173,17 @@ class SparseFlow(RoutedMethod):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SparseFlowTables:
-  """Static tables of one grid: all levels', stacked along the batch axis, and the frames' rows."""
+  """Static tables of one grid.
+
+  Attributes:
+    levels: tables of all levels, stacked along the batch axis.
+    frames: the frames' rows.
+    router: `numbers` of the router.
+  """
 
   levels: BlockMask
   frames: Segments
+  router: dict
 
 
 # ---- tables -------------------------------------------------------------

@@ -27,7 +27,7 @@ class Alarm:
 
   def __init__(self, config: TrainConfig, rows: Iterable[dict] = ()):
     """Begins behind the lines `rows` of metrics.jsonl, of the processes before."""
-    self._warm = config.warm_steps
+    self._warm = int(config.warm_steps)
     self._losses = collections.deque(maxlen=_WINDOW)
     self.raised: set[str] = set()
     for row in rows:

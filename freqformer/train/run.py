@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from freqformer import disk
+from freqformer.config import numbers
 from freqformer.data.loader import train_iterator, val_batches
 from freqformer.data.sources import Split, open_splits
 from freqformer.model.dit import VideoDiT, make_tables
@@ -180,6 +181,7 @@ def _train(
 
   # ---- 5. the steps ---------------------------------------------------------------------------
   train_step = make_train_step(graphdef, exp.train)
+  own_numbers = everywhere(numbers(exp.train))
   target = train_data.target
   validate = _validation(exp, graphdef, val_data, tables)
   skips = SkippedSteps(exp.train)
@@ -206,7 +208,7 @@ def _train(
     while step < exp.train.steps and not stop():
       batch = next(batches)
       inputs = split_batch({k: batch[k] for k in ("latent", "label")})
-      state, values = train_step(state, inputs, tables, target)
+      state, values = train_step(state, inputs, tables, own_numbers, target)
       skips.add(values)
       step += 1
       last = step == exp.train.steps

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import optax.contrib
 from absl import logging
 from flax import nnx
 
-from freqformer.config import ConfigError, require, require_one_of
+from freqformer.config import ConfigError, require, require_one_of, with_numbers
 from freqformer.diffusion.flow import (
   TIME_SAMPLING,
   give_first_frame,
@@ -55,7 +55,22 @@ class TrainConfig:
     keep: number of newest checkpoints that stay on disk.
     keep_best: beside them the checkpoint of the least validation loss stays, of those at whose
       very step the run validated.
+    NUMBERS: fields that are arguments of the compiled step.
   """
+
+  NUMBERS: ClassVar[tuple[str, ...]] = (
+    "steps",
+    "lr",
+    "muon_lr",
+    "warmup",
+    "weight_decay",
+    "beta2",
+    "clip",
+    "ema",
+    "label_dropout",
+    "first_frame",
+    "time_range",
+  )
 
   steps: int
   batch_size: int
@@ -94,9 +109,9 @@ class TrainConfig:
       raise ValueError(f"{self.time_range=} must be two rising timesteps in [0, 1].")
 
   @property
-  def warm_steps(self) -> int:
+  def warm_steps(self) -> jax.Array:
     """Warm-up steps that run: at most half of the run, so that it reaches its peak rate."""
-    return min(self.warmup, max(1, self.steps // 2))
+    return jnp.minimum(self.warmup, jnp.maximum(1, self.steps // 2))
 
 
 @jax.tree_util.register_dataclass
@@ -120,19 +135,27 @@ class TrainState:
   key: jax.Array
 
 
-def learning_rate(config: TrainConfig, peak: float | None = None) -> optax.Schedule:
-  """Returns linear warm-up followed by the configured schedule; `peak` replaces `config.lr`."""
+def learning_rate(config: TrainConfig, peak=None) -> optax.Schedule:
+  """Returns linear warm-up followed by the configured schedule; `peak` replaces `config.lr`.
+
+  Optax's schedules branch on their numbers of steps, which are arguments of the step here.
+  """
   peak = config.lr if peak is None else peak
   warmup = config.warm_steps
-  start = peak / max(1, warmup)  # optax's ramp of no steps stays where it starts
-  if config.schedule == "constant":
-    return optax.warmup_constant_schedule(start, peak, warmup)
-  end = max(config.steps, warmup + 1)
-  if config.schedule == "trapezoid":
-    fall = max(1, config.steps // 5)  # choice
-    rise = optax.warmup_constant_schedule(start, peak, warmup)
-    return optax.join_schedules([rise, optax.linear_schedule(peak, 0, fall)], [end - fall])
-  return optax.warmup_cosine_decay_schedule(start, peak, warmup, end, peak / 10)
+  end = jnp.maximum(config.steps, warmup + 1)
+
+  def schedule(step):
+    ramp = jnp.maximum(1, warmup)
+    rate = peak * (1 + (ramp - 1) * jnp.clip(step / ramp, 0, 1)) / ramp
+    if config.schedule == "trapezoid":
+      fall = jnp.maximum(1, config.steps // 5)  # choice
+      rate *= jnp.clip((end - step) / fall, 0, 1)
+    if config.schedule == "cosine":
+      done = jnp.clip((step - warmup) / (end - warmup), 0, 1)
+      rate *= 0.1 + 0.45 * (1 + jnp.cos(jnp.pi * done))
+    return rate
+
+  return schedule
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
@@ -188,20 +211,20 @@ def init_state(params, config: TrainConfig, seed: int) -> TrainState:
 
 
 def make_train_step(graphdef, config: TrainConfig):
-  """Returns the jitted step `(state, batch, tables, posterior) -> (state, metrics)`.
+  """Returns the jitted step `(state, batch, tables, numbers, posterior) -> (state, metrics)`.
 
-  It donates the state. A batch is `{"latent": [b, t, y, x, c], "label": [b] or [b, e]}`. The model
-  regresses on the velocity of the draw or, given a `Posterior`, on the
+  It donates the state. A batch is `{"latent": [b, t, y, x, c], "label": [b] or [b, e]}`. `numbers`
+  are those of the config (`freqformer.config.numbers`): runs that differ in them alone compile one
+  program. The model regresses on the velocity of the draw or, given a `Posterior`, on the
   velocity's exact mean, of which the metric `loss` is then the regret.
   """
-  optimizer = make_optimizer(config)
-  schedule = learning_rate(config)
   if config.warm_steps < config.warmup:
     logging.info(
       "train.warmup=%d is cut to %d, half of the steps", config.warmup, config.warm_steps
     )
+  gives_first_frames = config.first_frame > 0
 
-  def loss_fn(params, key, batch, tables, posterior, progress):
+  def loss_fn(params, key, batch, tables, config, posterior, progress):
     x0 = batch["latent"]
     key_time, key_noise, key_drop, key_route = jax.random.split(key, 4)
     time = sample_time(key_time, x0.shape[0], config.time_sampling)
@@ -217,7 +240,7 @@ def make_train_step(graphdef, config: TrainConfig):
     if posterior is not None:
       target = posterior.velocity(xt, time, label)
     given = None
-    if config.first_frame:
+    if gives_first_frames:
       # A key of its own: the other draws are those of a run without first frames.
       key_given = jax.random.fold_in(key, _FIRST_FRAME)
       given = jax.random.bernoulli(key_given, config.first_frame, label.shape[:1])
@@ -230,16 +253,17 @@ def make_train_step(graphdef, config: TrainConfig):
     return loss + penalty, (loss, _summary(aux))
 
   @functools.partial(jax.jit, donate_argnums=0)
-  def step(state: TrainState, batch, tables, posterior=None):
+  def step(state: TrainState, batch, tables, numbers, posterior=None):
+    own = with_numbers(config, numbers)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-    progress = state.step / config.steps
+    progress = state.step / own.steps
     (_, (loss, routing)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-      state.params, key, batch, tables, posterior, progress
+      state.params, key, batch, tables, own, posterior, progress
     )
     norm = optax.tree.norm(grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    updates, opt_state = make_optimizer(own).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    decay = jnp.minimum(config.ema, (1 + state.step) / (10 + state.step))
+    decay = jnp.minimum(own.ema, (1 + state.step) / (10 + state.step))
     ema = optax.incremental_update(params, state.ema, 1 - decay)
     # A step that is not finite changes nothing but the step count, and with it the next step's
     # noise. optax.apply_if_finite looks at gradients alone and would not hold the average back.
@@ -249,7 +273,7 @@ def make_train_step(graphdef, config: TrainConfig):
     metrics = {
       "loss": loss,
       "grad_norm": norm,
-      "lr": schedule(state.step),
+      "lr": learning_rate(own)(state.step),
       "skipped": 1 - finite.astype(jnp.float32),
       **routing,
     }

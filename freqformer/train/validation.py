@@ -5,6 +5,7 @@ number only, whatever the batches are. Where the exact posterior mean is known, 
 split into the Bayes risk, its distance from the velocity, and the regret, the model's from it.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
@@ -30,7 +31,7 @@ def make_eval_step(
   """
 
   @jax.jit
-  def step(params, batch, power, tables, offset, reference=None):
+  def step(time_range, params, batch, power, tables, offset, reference=None):
     x0 = batch["latent"]
     weight = batch["weight"]
     key = jax.random.key(_SEED)
@@ -71,7 +72,7 @@ def make_eval_step(
 
     return jax.lax.map(bucket, jnp.arange(buckets)), weight.sum()
 
-  return step
+  return functools.partial(step, np.float32(time_range))
 
 
 def evaluate(

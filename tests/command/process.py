@@ -34,6 +34,7 @@ def call(place, script, *args, code=0):
     data = (f"--config.data.root={place / 'ucf'}", f"--config.data.cache={place / 'cache'}")
     args = (f"--config={TINY}", *data, *args)
   caches = jax.config.jax_compilation_cache_dir
+  least = jax.config.jax_persistent_cache_min_compile_time_secs
   out, err = io.StringIO(), io.StringIO()
   log = logging.StreamHandler(err)
   argv, sys.argv = sys.argv, [script, *args]
@@ -47,6 +48,7 @@ def call(place, script, *args, code=0):
     sys.argv = argv
     logging.getLogger("absl").removeHandler(log)
     jax.config.update("jax_compilation_cache_dir", caches)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
     for name in set(flags.FLAGS):  # the next script has flags of its own
       module = flags.FLAGS.find_module_defining_flag(name)
       if name.split(".")[0] == "config" or module.startswith(str(ROOT)):

@@ -215,6 +215,40 @@ def test_listing_writes_nothing_and_keeps_the_results(config, tmp_path, monkeypa
     assert (study / "study.json").read_text() == text
 
 
+SHAPES = """
+from tests.command.test_fields import small
+
+def get_config():
+  config = small(steps=1)
+  config.train.update(samples=0, val_every=0)
+  return config
+
+def sweep():
+  yield {"train.lr": 0.1}
+  yield {"train.lr": 0.2, "train.steps": 2, "seed": 1}
+"""
+
+
+def test_trials_of_one_shape_compile_once(config, tmp_path, monkeypatch):
+  """The second process finds all programs, the first weights' too, in JAX's cache."""
+  config.write_text(SHAPES)
+  cache = tmp_path / "cache"
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
+  run_trial = trials.run_trial
+  programs = []
+
+  def counted(*given):
+    code = run_trial(*given)
+    programs.append({path.name for path in cache.glob("*-cache")})
+    return code
+
+  monkeypatch.setattr(trials, "run_trial", counted)
+  rows = sweep(config, tmp_path / "study", {})
+  assert [(row["status"], row["step"]) for row in rows] == [("finished", 1), ("finished", 2)]
+  assert programs[0] == programs[1]
+  assert any(name.startswith("jit_step-") for name in programs[0])
+
+
 def test_trials_of_another_config_are_not_taken_for_done(config, tmp_path, monkeypatch):
   study = tmp_path / "study"
   monkeypatch.setattr(trials, "run_trial", lambda *_: pytest.fail("nothing may run"))

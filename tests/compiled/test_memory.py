@@ -19,6 +19,7 @@ from freqformer.kernels.block_sparse.table import BlockMask
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.compiled import layer_traffic
+from freqformer.config import numbers
 from freqformer.methods.base import Cond
 from freqformer.methods.freqformer import FreqFormer
 from freqformer.methods.octaves import Octaves
@@ -112,8 +113,9 @@ def compile_train_step() -> Compilation:
     state,
     batch,
     make_tables(MODEL, LATENT_64K),
+    numbers(train),
     devices=GPUS,
-    shardings=(P(), P("data"), P()),
+    shardings=(P(), P("data"), P(), P()),
     options=NO_AUTOTUNING,
   )
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from freqformer.config import numbers
 from freqformer.methods.base import Cond
 from freqformer.methods.parts.router import (
   RouterConfig,
@@ -93,9 +94,10 @@ def test_random_draws_from_p_and_learns_nothing(train):
 
 
 def test_prior_and_more_low_at_high_noise():
-  router = SpectralRouter(RouterConfig(noise=0.0, prior_slope=2.0), 4, 6, 3, nnx.Rngs(0))
+  config = RouterConfig(noise=0.0, prior_slope=2.0)
+  router = SpectralRouter(config, 4, 6, 3, nnx.Rngs(0))
   where = dataclasses.replace(cond(train=False), time=jnp.array([0.5, 1.0]), progress=0.0)
-  probs = router(where, jnp.zeros((2, 4, 3))).probs
+  probs = router(where, jnp.zeros((2, 4, 3)), numbers(config)).probs
   np.testing.assert_allclose(probs[0, 0], [0.1, 0.3, 0.6], rtol=1e-5)
   assert (probs[1, :, 0] > probs[0, :, 0]).all()
 

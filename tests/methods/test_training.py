@@ -4,6 +4,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from freqformer.config import numbers
 from freqformer.model.config import model_config
 from freqformer.model.dit import VideoDiT, make_tables
 from freqformer.train.step import TrainConfig, init_state, make_train_step
@@ -39,7 +40,7 @@ def test_sparseflow_trains():
   tables = make_tables(model, SHAPE)
   losses = []
   for i in range(20):
-    state, metrics = step(state, batch_of(i), tables)
+    state, metrics = step(state, batch_of(i), tables, numbers(training))
     assert metrics["skipped"] == 0
     losses.append(float(metrics["loss"]))
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))

@@ -9,6 +9,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from freqformer import placement
+from freqformer.config import numbers
 from freqformer.model.config import model_config
 from freqformer.model.dit import VideoDiT, make_tables
 from freqformer.train.mesh import MeshConfig, make_mesh
@@ -38,8 +39,9 @@ def trained(method, data, fsdp, optimizer="adamw"):
     state = placement.share(init_state(params, train, 0))
     batch = placement.split_batch({"latent": latents, "label": labels})
     step = make_train_step(graphdef, train)
-    compiled = step.lower(state, batch, tables).compile()
-    state, metrics = compiled(state, batch, tables)
+    own = placement.everywhere(numbers(train))
+    compiled = step.lower(state, batch, tables, own).compile()
+    state, metrics = compiled(state, batch, tables, own)
   return state, jax.device_get(metrics), compiled
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from freqformer.config import ConfigError
+from freqformer.config import ConfigError, numbers
 from freqformer.diffusion.flow import give_first_frame, sample_noise
 from freqformer.model.config import model_config
 from freqformer.model.dit import VideoDiT, make_tables
@@ -56,7 +56,7 @@ def model():
 def step(model):
   """The compiled training step, `(state, batch) -> (state, metrics)`."""
   step = make_train_step(model[0], TRAIN)
-  return lambda state, batch: step(state, batch, TABLES)
+  return lambda state, batch: step(state, batch, TABLES, numbers(TRAIN))
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,8 @@ def test_embeddings_are_learned_and_their_absence_too():
   state = init_state(params, train, 0)
   for i in range(train.steps):
     batch = batch_of(16, seed=i)
-    state, _ = step(state, {**batch, "label": sides[batch["label"]]}, tables)
+    batch["label"] = sides[batch["label"]]
+    state, _ = step(state, batch, tables, numbers(train))
   model = nnx.merge(graphdef, state.params)
   label = np.concatenate([10 * sides, model.null(1)])
   noise = np.random.default_rng(0).standard_normal((1, *SHAPE), np.float32)
@@ -224,7 +225,7 @@ def test_the_loss_leaves_given_first_frames_out():
   for share, want in ((0.0, square.mean()), (1.0, square[:, 1:].mean())):
     train = dataclasses.replace(TRAIN, first_frame=share)
     state = init_state(jax.tree.map(jnp.copy, params), train, 0)
-    _, metrics = make_train_step(graphdef, train)(state, batch, tables)
+    _, metrics = make_train_step(graphdef, train)(state, batch, tables, numbers(train))
     assert float(metrics["loss"]) == pytest.approx(float(want), rel=1e-5)
   given = jnp.array([True, False, True, True])
   xt = give_first_frame(noise, batch["latent"], given)

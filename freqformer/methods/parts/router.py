@@ -14,15 +14,15 @@ Evaluation takes the likeliest branch. Training runs in one of three ways:
 # choice: architecture, prior and schedules; the abstract of arXiv 2604.22808 gives only the inputs.
 
 import dataclasses
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from freqformer.config import ConfigError, require, require_one_of
+from freqformer.config import ConfigError, require, require_one_of, with_numbers
 from freqformer.grid.layout import TileLayout
 
 MODES = ("soft", "straight_through", "sampled", "gates", "random")
@@ -45,7 +45,10 @@ class RouterConfig:
     budget: expected cost per head, relative to dense, above which the penalty starts.
     penalty: weight of the penalty `max(0, cost / budget - 1)`.
     noise: spread of the head-wise initial logits, so that heads can specialise.
+    NUMBERS: fields that a method's tables bring, as arguments of compiled programs.
   """
+
+  NUMBERS: ClassVar[tuple[str, ...]] = ("temperature", "budget", "penalty")
 
   mode: str = "soft"
   hidden: int = 64
@@ -124,15 +127,21 @@ class SpectralRouter(nnx.Module):
       x = x + self.stats(jax.lax.stop_gradient(stats).astype(jnp.float32))
     return self.out(jax.nn.silu(x)) + self.bias[...] + self.slope[...] * (time[:, None, None] - 0.5)
 
-  def __call__(self, cond, stats: jax.Array | None) -> Routing:
-    """Routes a batch; `cond` is the layer's `Cond`, `stats` `[b, h, stats]` or None."""
+  def __call__(self, cond, stats: jax.Array | None, numbers: Mapping) -> Routing:
+    """Routes a batch.
+
+    Args:
+      cond: the layer's `Cond`.
+      stats: `[b, h, stats]` or None.
+      numbers: of the router's config.
+    """
     logits = cond.share(self.logits(cond.embedding, cond.time, stats))
-    return route(logits, self.config, cond)
+    return route(logits, with_numbers(self.config, numbers), cond)
 
 
 def temperature(config: RouterConfig, progress) -> jax.Array:
   """Returns the temperature at a training progress in [0, 1], geometric from start to end."""
-  start, end = (math.log(t) for t in config.temperature)
+  start, end = jnp.log(jnp.asarray(config.temperature))
   return jnp.exp(start + (end - start) * jnp.clip(progress, 0, 1))
 
 
