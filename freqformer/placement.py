@@ -89,6 +89,12 @@ def split(x: jax.Array) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, _samples(x)) if _mesh() else x
 
 
+def multiple(count: int) -> int:
+  """Returns the least number of samples, `count` or more, that the devices share evenly."""
+  devices = math.prod(_mesh().values())
+  return -(-count // devices) * devices
+
+
 def _mesh() -> dict[str, int]:
   """Returns the devices along each axis of the mesh that is set; none where it is not ours."""
   sizes = dict(jax.sharding.get_abstract_mesh().shape)

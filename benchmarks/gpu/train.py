@@ -27,8 +27,8 @@ from freqformer.config import numbers
 from freqformer.data.codec import StatisticsAccumulator, make_codec
 from freqformer.data.render import LOOKS, render_clip
 from freqformer.model.dit import VideoDiT, make_tables
-from freqformer.train.devices import used_devices
 from freqformer.train.experiment import Experiment, experiment
+from freqformer.train.mesh import all_devices
 from freqformer.train.step import init_state, make_train_step
 from freqformer.train.throughput import Throughput
 
@@ -124,7 +124,7 @@ def trained_row(exp: Experiment, state, step, losses, seconds: float, compiled: 
   kernels = [name for name in ATTENTION_KERNELS if name in text]
   rate = 1 / seconds if seconds else 0.0
   batch = exp.train.batch_size
-  throughput = Throughput.of(exp.model, exp.latent_shape, batch, used_devices())
+  throughput = Throughput.of(exp.model, exp.latent_shape, batch, all_devices()[:1])
   row = {
     "tokens": exp.model.layout(exp.latent_shape).n,
     "batch": batch,

@@ -2,13 +2,13 @@
 
 import dataclasses
 import math
+import os
 
 import jax
 from jax.sharding import AxisType, Mesh
 
 from freqformer.config import ConfigError, require
 from freqformer.placement import AXES
-from freqformer.train.devices import all_devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,17 +53,24 @@ def make_mesh(config: MeshConfig, batch_size: int) -> Mesh:
   Raises:
     ConfigError: the devices cannot be divided so, or a batch not over the devices.
   """
-  devices = all_devices()
-  sizes = config.sizes(len(devices))
+  sizes = config.sizes(len(all_devices()))
   count = math.prod(sizes)
   if batch_size % count:
     raise ConfigError(
       f"config.train.batch_size={batch_size} cannot be split over {count} devices: set it to "
       f"{count * max(1, round(batch_size / count))}, or mesh.data and mesh.fsdp to fewer devices."
     )
-  return jax.make_mesh(
-    sizes, AXES, devices=devices[:count], axis_types=(AxisType.Auto,) * len(AXES)
-  )
+  return _mesh(sizes)
+
+
+def whole_mesh() -> Mesh:
+  """Returns the mesh of all devices, each with a copy of the model: what samples are drawn on."""
+  return _mesh((len(all_devices()), 1))
+
+
+def _mesh(sizes: tuple[int, int]) -> Mesh:
+  devices = all_devices()[: math.prod(sizes)]
+  return jax.make_mesh(sizes, AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def describe(mesh: Mesh) -> str:
@@ -76,3 +83,20 @@ def describe(mesh: Mesh) -> str:
   idle = found - mesh.size
   rest = f"; {idle} idle{'s' * (idle == 1)}" if idle else ""
   return f"runs on {mesh.size} of {found} {kind} ({axes}){rest}"
+
+
+def all_devices() -> list[jax.Device]:
+  """Returns the devices that JAX finds.
+
+  Raises:
+    ConfigError: there are none of those that `JAX_PLATFORMS` names.
+  """
+  try:
+    return jax.devices()
+  except (AssertionError, RuntimeError) as error:  # depends on what exactly is missing
+    asked = os.environ.get("JAX_PLATFORMS") or jax.config.jax_platforms
+    reason = str(error).strip().split("\n")[0] or type(error).__name__
+    raise ConfigError(
+      f"JAX_PLATFORMS={asked} names devices that JAX cannot use here ({reason}): unset it to run "
+      "on what there is, or install the device's driver and pip install 'freqformer[gpu]'."
+    ) from error

@@ -4,12 +4,21 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
+import numpy as np
 import pytest
 
 from freqformer.config import ConfigError, build
+from freqformer.model.config import model_config
+from freqformer.placement import AXES
+from freqformer.simulation.descriptions import load_gpu
 from freqformer.train import mesh
-from freqformer.train.mesh import MeshConfig, describe, make_mesh
+from freqformer.train.mesh import MeshConfig, describe, make_mesh, whole_mesh
+from freqformer.train.throughput import Throughput
+from tests.tiny_config import get_config
+
+H100 = "NVIDIA H100 80GB HBM3"
 
 
 @pytest.mark.parametrize(
@@ -57,6 +66,50 @@ def test_one_device_is_a_mesh_of_one():
   found = make_mesh(MeshConfig(), 3)
   assert dict(found.shape) == {"data": 1, "fsdp": 1}
   assert describe(found) == "runs on cpu"
+
+
+@pytest.mark.parametrize(
+  "sizes, devices, line",
+  [
+    ((2, 4), 8, f"runs on 8 of 8 {H100} (data 2 x fsdp 4)"),
+    ((1, 1), 2, f"runs on 1 of 2 {H100} (data 1 x fsdp 1); 1 idles"),
+    ((3, 1), 8, f"runs on 3 of 8 {H100} (data 3 x fsdp 1); 5 idle"),
+  ],
+)
+def test_idle_devices_are_named(monkeypatch, sizes, devices, line):
+  found = [types.SimpleNamespace(device_kind=H100)] * devices
+  monkeypatch.setattr(mesh, "all_devices", lambda: found)
+  used = np.array(found[: sizes[0] * sizes[1]]).reshape(sizes)
+  of = types.SimpleNamespace(
+    devices=used, size=used.size, shape=dict(zip(AXES, sizes, strict=True))
+  )
+  assert describe(of) == line
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_rates_are_those_of_the_devices_that_run(count):
+  device = types.SimpleNamespace(device_kind=H100, platform="gpu")
+  config = model_config(get_config().model.to_dict())
+  peak = Throughput.of(config, (8, 64, 64, 4), 2, [device] * count).peak
+  assert peak == count * load_gpu("h100").tensor_flops
+
+
+@pytest.mark.parametrize(
+  "error, reason",
+  [
+    (RuntimeError("Unable to initialize backend 'cuda': no driver\nmore"), "'cuda': no driver)"),
+    (AssertionError(), "(AssertionError)"),
+  ],
+)
+def test_absent_devices_are_one_sentence(monkeypatch, error, reason):
+  def devices():
+    raise error
+
+  monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+  monkeypatch.setattr(mesh.jax, "devices", devices)
+  with pytest.raises(ConfigError, match="^JAX_PLATFORMS=cuda names .*unset it .*$") as found:
+    whole_mesh()
+  assert reason in str(found.value)
 
 
 def test_eight_devices():
