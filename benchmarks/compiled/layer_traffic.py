@@ -28,8 +28,8 @@ from freqformer.kernels.around import hopper_lift_call, hopper_prepare_call  # n
 from freqformer.kernels.selection import hopper_topk  # noqa: E402
 
 from benchmarks.arg_specs import SPECS  # noqa: E402
-from benchmarks.compiled.hlo_bytes import operations  # noqa: E402
 from benchmarks.rows import write_rows  # noqa: E402
+from freqformer.analysis.hlo_bytes import operations  # noqa: E402
 from freqformer.grid.layout import TileLayout  # noqa: E402
 from freqformer.methods.base import Cond, Method  # noqa: E402
 from freqformer.model.attention import AttentionDims, SpectralAttention  # noqa: E402

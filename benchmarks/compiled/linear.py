@@ -29,8 +29,8 @@ from freqformer.kernels.linear.api import Segments, linear_attention  # noqa: E4
 
 from benchmarks import rows, timing  # noqa: E402
 from benchmarks.arg_specs import SPECS, AttentionSpec  # noqa: E402
-from benchmarks.compiled import hlo_bytes  # noqa: E402
 from benchmarks.cpu.competitors import call, sparse  # noqa: E402
+from freqformer.analysis import hlo_bytes  # noqa: E402
 from freqformer.methods.base import Method  # noqa: E402
 from freqformer.methods.sparse_linear import SparseLinear  # noqa: E402
 from freqformer.methods.sparseflow import SparseFlow  # noqa: E402

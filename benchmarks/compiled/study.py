@@ -25,6 +25,7 @@ from freqformer.config import numbers  # noqa: E402
 from freqformer.data.fields import Fields  # noqa: E402
 from freqformer.model.dit import VideoDiT, make_tables  # noqa: E402
 from freqformer.train.experiment import Experiment, experiment  # noqa: E402
+from freqformer.train.mesh import all_devices  # noqa: E402
 from freqformer.train.step import init_state, make_train_step  # noqa: E402
 from freqformer.train.throughput import Throughput  # noqa: E402
 from tools.offline import NO_AUTOTUNING, Compilation, compile_for  # noqa: E402
@@ -60,7 +61,7 @@ def measure(arm: str) -> dict:
   for number in range(_CLIPS):
     split[number]
   drawing = (time.process_time() - started) / _CLIPS
-  flops = Throughput.of(exp.model, exp.latent_shape, exp.train.batch_size).flops
+  flops = Throughput.of(exp.model, exp.latent_shape, exp.train.batch_size, all_devices()[:1]).flops
   return {
     "device": "NVIDIA H100 80GB HBM3 (compiled for, absent)",
     "name": f"study/{arm}",

@@ -28,6 +28,7 @@ from freqformer.data.codec import StatisticsAccumulator, make_codec
 from freqformer.data.render import LOOKS, render_clip
 from freqformer.model.dit import VideoDiT, make_tables
 from freqformer.train.experiment import Experiment, experiment
+from freqformer.train.mesh import all_devices
 from freqformer.train.step import init_state, make_train_step
 from freqformer.train.throughput import Throughput
 
@@ -122,13 +123,15 @@ def trained_row(exp: Experiment, state, step, losses, seconds: float, compiled: 
   text = step.as_text()
   kernels = [name for name in ATTENTION_KERNELS if name in text]
   rate = 1 / seconds if seconds else 0.0
+  batch = exp.train.batch_size
+  throughput = Throughput.of(exp.model, exp.latent_shape, batch, all_devices()[:1])
   row = {
     "tokens": exp.model.layout(exp.latent_shape).n,
-    "batch": exp.train.batch_size,
+    "batch": batch,
     "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
     "steps": len(losses) - 1,
     "seconds": seconds,
-    **Throughput.of(exp.model, exp.latent_shape, exp.train.batch_size).rates(rate),
+    **throughput.rates(rate),
     "compile_seconds": compiled,
     "peak_bytes": memory.get("peak_bytes_in_use"),  # None where unknown, as on a CPU
     "attention_kernels": kernels,

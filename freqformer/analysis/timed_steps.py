@@ -19,8 +19,8 @@ from freqformer.evaluate.conditions import conditioned
 from freqformer.evaluate.draw import draw, requests, sample_config
 from freqformer.evaluate.restore import Run, load_run
 from freqformer.model.dit import VideoDiT
-from freqformer.train.devices import describe_devices, used_devices
 from freqformer.train.experiment import Experiment
+from freqformer.train.mesh import all_devices
 from freqformer.train.step import init_state, make_train_step
 
 _TURNS = 3
@@ -38,7 +38,7 @@ def write_seconds(workdir) -> pathlib.Path:
     ConfigError: the run has no checkpoint.
   """
   workdir = pathlib.Path(workdir)
-  logging.info("%s", describe_devices())
+  logging.info("runs on %s", all_devices()[0].device_kind)
   runs = {"own": load_run(workdir), "dense": load_run(workdir, method="dense")}
   first = runs["own"]
   first = conditioned(first, None)
@@ -56,7 +56,7 @@ def write_seconds(workdir) -> pathlib.Path:
     for name, step in steps.items():
       times[name] += [_timed(step) for _ in range(_STEPS_PER_TURN)]
   found = {
-    "device": used_devices()[0].device_kind,
+    "device": all_devices()[0].device_kind,
     "training": {
       "unit": "a step",
       "of": f"batches of {first.experiment.train.batch_size}",

@@ -6,11 +6,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from freqformer import placement
+from freqformer.analysis.hlo_bytes import collectives
 from freqformer.config import ConfigError, numbers
 from freqformer.cost import model_cost, training_flops
 from freqformer.data.sources import class_names
 from freqformer.model.dit import VideoDiT, make_tables
 from freqformer.pages.text import aligned
+from freqformer.train import mesh as meshes
 from freqformer.train.experiment import Experiment
 from freqformer.train.step import init_state, make_train_step
 
@@ -45,8 +48,13 @@ def describe(experiment: Experiment) -> str:
     "label": abstract.null(batch_size),
   }
   step = make_train_step(graphdef, experiment.train)
-  lowered = step.lower(state, batch, make_tables(model, shape), numbers(experiment.train))
-  memory = lowered.compile().memory_analysis()
+  mesh = meshes.make_mesh(experiment.mesh, batch_size)
+  with jax.set_mesh(mesh):
+    tables = placement.everywhere(make_tables(model, shape))
+    placed = placement.share(state)
+    own = placement.everywhere(numbers(experiment.train))
+    compiled = step.lower(placed, placement.split_batch(batch), tables, own).compile()
+  memory = compiled.memory_analysis()
   parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
   state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
 
@@ -59,11 +67,13 @@ def describe(experiment: Experiment) -> str:
   runs = ", ".join(f"{count} {type(method).__name__}" for count, method in model.runs())
   rows = {
     **data.facts(),
+    "devices": meshes.describe(mesh),
     "tokens": f"{layout.n:,} = {_by(layout.grid)}; {layout.tiles} tiles of {_by(layout.tile)} in "
     f"{layout.block} rows, {layout.fill:.0%} filled",
     "layers": f"{runs}; width {model.width}, {model.heads} heads",
     "parameters": f"{parameters:,} with {told}",
     "state": f"{state_bytes / 1e6:,.1f} MB (weights, EMA, moments)",
+    **_per_device(mesh, placed, memory, compiled.as_text()),
     "train step": f"{memory.temp_size_in_bytes / 1e6:,.1f} MB temporary at batch {batch_size}, "
     f"{step_flops / 1e9:,.1f} GFLOP with backward (recomputation not counted)",
     "forward": f"{cost.total / 1e9:,.2f} GFLOP a sample, "
@@ -73,6 +83,29 @@ def describe(experiment: Experiment) -> str:
     f"{cost.attention_flops / dense.attention_flops:.1%} of it",
   }
   return aligned(list(rows.items()))
+
+
+def _per_device(mesh, state, memory, program: str) -> dict[str, str]:
+  """Returns what one of several devices holds and exchanges, and what to do if that is too much."""
+  if mesh.size == 1:
+    return {}
+  own = sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state)
+  )
+  exchanged = ", ".join(
+    f"{kind} {runs} times {moved / 1e6:,.1f} MB"
+    for kind, (runs, moved) in collectives(program).items()
+  )
+  rows = {
+    "a device": f"{own / 1e6:,.1f} MB of the state, "
+    f"{memory.temp_size_in_bytes / 1e6:,.1f} MB temporary",
+    "exchanged": f"in a step, results in all: {exchanged}" if exchanged else "nothing",
+  }
+  limit = (mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")
+  if limit and own + memory.temp_size_in_bytes > limit:
+    change = "lower train.batch_size" if memory.temp_size_in_bytes > own else "raise mesh.fsdp"
+    rows["too much"] = f"a device has {limit / 1e6:,.1f} MB: {change}"
+  return rows
 
 
 def _by(sizes) -> str:

@@ -68,8 +68,8 @@ from freqformer.pages.files import json_if_any
 from freqformer.pages.mp4 import grid_png, write_mp4
 from freqformer.pages.run import write_report
 from freqformer.pages.text import aligned
-from freqformer.train.devices import describe_devices, used_devices
 from freqformer.train.experiment import home_expanded
+from freqformer.train.mesh import all_devices, describe, whole_mesh
 from freqformer.train.metrics import finite
 from freqformer.train.validation import channel_power
 
@@ -147,8 +147,10 @@ def main(_):
     if flags.FLAGS[name].present:
       rule = "cannot be given with" if _VALIDATE.value else "needs"
       raise ConfigError(f"--{name} {rule} --validate, which reports losses and draws no sample.")
-  logging.info("%s", describe_devices())
-  with disk.space_for("what eval.py writes", _OUT.value or _WORKDIR.value):
+  mesh = whole_mesh()
+  logging.info("%s", describe(mesh))
+  space = disk.space_for("what eval.py writes", _OUT.value or _WORKDIR.value)
+  with space, jax.set_mesh(mesh):
     if _VALIDATE.value:
       _validate()
     elif _COMPARE.value is not None:
@@ -398,7 +400,7 @@ def _facts(run: Run, count: int, config: SampleConfig) -> dict:
     "seed": _SEED.value,
     "weights": "raw" if _RAW.value else "ema",
     **{f"training_{name}": value for name, value in totals.items()},
-    "device": used_devices()[0].device_kind,
+    "device": all_devices()[0].device_kind,
     "flops_are": FLOPS_ARE,
     "density_is": "scored pairs / n^2 as run, of one sample",
   }

@@ -32,6 +32,7 @@ import json
 import os
 import pathlib
 
+import jax
 import numpy as np
 from absl import flags, logging
 
@@ -52,7 +53,7 @@ from freqformer.pages.compare import slug
 from freqformer.pages.mp4 import write_mp4
 from freqformer.pages.run import write_report
 from freqformer.pages.text import aligned
-from freqformer.train.devices import describe_devices
+from freqformer.train.mesh import describe, whole_mesh
 from freqformer.train.metrics import finite
 
 METRICS = (*measure.NAMES, "judge", "motion")
@@ -85,10 +86,12 @@ def main(_):
   for name in wanted:
     if name not in METRICS:
       raise ConfigError(f"--metrics={name!r} is unknown; {did_you_mean(name, METRICS)}")
-  logging.info("%s", describe_devices())
+  mesh = whole_mesh()
+  logging.info("%s", describe(mesh))
   workdir = pathlib.Path(_WORKDIR.value)
   intact = "what is drawn already stays"
-  with disk.space_for("the evaluation", _OUT.value or workdir, intact=lambda: intact):
+  space = disk.space_for("the evaluation", _OUT.value or workdir, intact=lambda: intact)
+  with space, jax.set_mesh(mesh):
     if _FEATURES.value is not None:
       rows = _of_features(wanted)
     else:

@@ -14,13 +14,12 @@ routing, costs. `python -m freqformer.report --compare RUN RUN` shows several ru
 
 import pathlib
 
-from absl import flags, logging
+from absl import flags
 
 from freqformer.command import cli
 from freqformer.command.dry_run import describe
 from freqformer.command.files import define_config
 from freqformer.pages.progress import Progress
-from freqformer.train.devices import describe_devices
 from freqformer.train.experiment import experiment
 from freqformer.train.run import train
 
@@ -33,7 +32,6 @@ _RESUME_CHANGED = flags.DEFINE_bool(
 
 
 def main(_):
-  logging.info("%s", describe_devices())
   if _DRY_RUN.value:
     print(describe(experiment(_CONFIG.value)))
     return

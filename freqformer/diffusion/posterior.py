@@ -16,7 +16,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-_GRID = (1, 2, 3)  # axes t, y, x of an array [b, t, y, x, ...]
+_GRID = (2, 3, 4)  # axes t, y, x of an array [b, c, t, y, x]
 
 
 @jax.tree_util.register_dataclass
@@ -41,16 +41,17 @@ class Posterior:
     weight = jax.nn.softmax(self._log_prior(label) + _likelihood(noisy, spectrum), -1)
     filters = (t - (1 - t) * self.spectra) / spectrum  # [b, V, t, y, x]
     mixed = jnp.einsum("bv,bvtyx->btyx", weight, filters)
-    return jnp.fft.ifftn(mixed[..., None] * noisy, axes=_GRID).real
+    found = jnp.fft.ifftn(mixed[:, None] * noisy, axes=_GRID).real
+    return jnp.moveaxis(found, 1, -1)
 
   def log_likelihood(self, xt: jax.Array, time: jax.Array) -> jax.Array:
     """Returns `log p(x_t)` under each spectrum, up to a constant: `[b, V]`."""
     return _likelihood(*self._transformed(xt, time))
 
   def _transformed(self, xt, time):
-    """Returns `F x_t` `[b, t, y, x, c]` and `D_v` `[b, V, t, y, x]`."""
+    """Returns `F x_t` `[b, c, t, y, x]` and `D_v` `[b, V, t, y, x]`."""
     t = time.reshape(-1, 1, 1, 1, 1)
-    return jnp.fft.fftn(xt, axes=_GRID), (1 - t) ** 2 * self.spectra + t**2
+    return jnp.fft.fftn(jnp.moveaxis(xt, -1, 1), axes=_GRID), (1 - t) ** 2 * self.spectra + t**2
 
   def _log_prior(self, label):
     """Returns 0, or minus infinity where a label rules a spectrum out: `[b, V]`."""
@@ -62,7 +63,7 @@ class Posterior:
 
 
 def _likelihood(noisy, spectrum):
-  channels = noisy.shape[-1]
-  tokens = noisy[0, ..., 0].size
-  power = jnp.sum(noisy.real**2 + noisy.imag**2, -1)[:, None] / tokens
+  channels = noisy.shape[1]
+  tokens = noisy[0, 0].size
+  power = jnp.sum(noisy.real**2 + noisy.imag**2, 1)[:, None] / tokens
   return -0.5 * jnp.sum(channels * jnp.log(spectrum) + power / spectrum, (2, 3, 4))

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from freqformer.config import require, require_one_of
 from freqformer.diffusion.flow import sample_noise
 from freqformer.diffusion.solvers import OTHER_EQUATIONS, SOLVERS, SolverTable
+from freqformer.placement import everywhere, split, split_batch, whole
 
 _ROUNDING = 1e-9  # of timesteps at the ends of the guidance interval
 
@@ -173,9 +174,9 @@ def make_step(graphdef, config: SampleConfig, want_masks: bool = False, first_fr
       velocity = jnp.pad(velocity, ((0, 0), (1, 0), (0, 0), (0, 0), (0, 0)))
     known = (*points, velocity)
     points = tuple(
-      sum(weights[i, j] * array for j, array in enumerate(known)) for i in range(len(points))
+      split(sum(weights[i, j] * array for j, array in enumerate(known))) for i in range(len(points))
     )
-    return points, state, aux
+    return points, whole(state), aux
 
   return step
 
@@ -206,7 +207,7 @@ def compile_steps(
     numbers = np.zeros(batch, np.int32)
     return _begin(model, 0, model.null(batch), numbers, latent_shape, config, first_frame)
 
-  points, label, state = jax.eval_shape(begin)
+  points, label, state = begin()
   scalar = jax.ShapeDtypeStruct((), np.float32)
   weights = jax.ShapeDtypeStruct((len(points), len(points) + 1), np.float32)
   programs = dict.fromkeys(each.program for each in _evaluations(model, config))
@@ -214,7 +215,7 @@ def compile_steps(
     program: step.lower(params, points, label, scalar, weights, tables, state, *program).compile()
     for program in programs
   }
-  jax.block_until_ready(begin())
+  jax.block_until_ready(points)
 
   def run(*args):
     *arrays, phases, guided = args
@@ -288,4 +289,5 @@ def _begin(model, seed: int, labels, indices, latent_shape, config: SampleConfig
     x = x.at[:, 0].set(first_frame)
   guided = any(config.guided())
   state = model.init_state(len(labels) * (1 + guided), latent_shape, guided)
-  return (x,) * config.table().weights.shape[1], jnp.asarray(labels), state
+  x, label = split_batch((x, jnp.asarray(labels)))
+  return (x,) * config.table().weights.shape[1], label, everywhere(state)

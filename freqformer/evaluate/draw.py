@@ -18,6 +18,7 @@ from freqformer.evaluate.first_frame import first_frame_latent
 from freqformer.evaluate.record_masks import MaskRecorder, RunMasks, realised_density
 from freqformer.evaluate.resize import resized
 from freqformer.evaluate.restore import Run
+from freqformer.placement import multiple
 from freqformer.train.experiment import check_guidance
 
 FLOPS_ARE = (
@@ -133,8 +134,9 @@ def sample_config(run: Run, count: int, **given) -> SampleConfig:
   """
   base = run.experiment.sample
   given = {name: value for name, value in given.items() if value is not None}
+  batch = multiple(min(base.batch_size, count))
   with refusing("sampling"):
-    config = dataclasses.replace(base, **given, batch_size=min(base.batch_size, count))
+    config = dataclasses.replace(base, **given, batch_size=batch)
     check_guidance(config, run.experiment.train, run.experiment.data.condition)
   return config
 

@@ -11,6 +11,7 @@ from flax import nnx
 from freqformer.config import ConfigError
 from freqformer.data.codec import LatentStatistics
 from freqformer.model.dit import VideoDiT
+from freqformer.placement import everywhere
 from freqformer.train.checkpoint import Checkpoints, Gone, Mismatch
 from freqformer.train.experiment import Experiment, of_record
 
@@ -147,4 +148,5 @@ def _load(workdir, step: int | None, method: str | None, raw: bool) -> Run:
       f"{examples}); train with it: --config.model.attention.method={config.attention.method}."
     ) from error
   checkpoints.close()
-  return Run(model, jax.tree.map(jax.numpy.asarray, tree[group]), trained, record)
+  params = everywhere(jax.tree.map(jax.numpy.asarray, tree[group]))
+  return Run(model, params, trained, record)

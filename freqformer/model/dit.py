@@ -22,6 +22,7 @@ from freqformer.model.conditioner import ClassConditioner, EmbeddingConditioner
 from freqformer.model.config import DTYPES, ModelConfig
 from freqformer.model.precondition import Preconditioner
 from freqformer.model.streams import named, numbered
+from freqformer.placement import gathered, split
 
 # Names that rematerialisation keeps: the attention kernel runs once, and no choice can flip when
 # the rest is computed again.
@@ -243,7 +244,7 @@ class VideoDiT(nnx.Module):
       tokens += self.position(tables["places"]).astype(tokens.dtype)
     if given is not None:
       tokens = self._marked(tokens, given, layout.layout.grid)
-    tokens = layout.pack(tokens)
+    tokens = split(layout.pack(tokens))
     if state is None:
       state = self.init_state(x.shape[0], x.shape[1:], cond.guided)
     states = []
@@ -282,8 +283,9 @@ class VideoDiT(nnx.Module):
     def layer(x, of_layer):
       params, state, key = of_layer
       own = dataclasses.replace(cond, rng=key)
-      x, state, aux = nnx.merge(graphdef, params)(x, condition, own, layout, tables, state)
-      return x, (state, aux)
+      block = nnx.merge(graphdef, gathered(params))
+      x, state, aux = block(x, condition, own, layout, tables, state)
+      return split(x), (state, aux)
 
     if self.config.remat and cond.train:
       policy = jax.checkpoint_policies.save_only_these_names(*KEPT)

@@ -14,18 +14,20 @@ from freqformer.data.protocol import DataConfig
 from freqformer.data.sources import data_config
 from freqformer.diffusion.sampling import SampleConfig
 from freqformer.model.config import ModelConfig, model_config
+from freqformer.train.mesh import MeshConfig
 from freqformer.train.step import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-  """One run: its data, model, training, sampling and seed."""
+  """One run: its data, model, training, sampling, seed and devices."""
 
   data: DataConfig | FieldsConfig
   model: ModelConfig
   train: TrainConfig
   sample: SampleConfig = SampleConfig()
   seed: int = 0
+  mesh: MeshConfig = MeshConfig()
 
   def __post_init__(self):
     require(self, "seed", least=0, below=2**32)  # the data loader takes no others

@@ -19,6 +19,7 @@ from freqformer.train.experiment import Experiment, of_record
 _FREE = (
   "train.",
   "sample.",
+  "mesh.",
   "data.root",
   "data.cache",
   "data.workers",

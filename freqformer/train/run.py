@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from absl import logging
 from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -20,11 +21,12 @@ from freqformer.config import numbers
 from freqformer.data.loader import train_iterator, val_batches
 from freqformer.data.sources import Split, open_splits
 from freqformer.model.dit import VideoDiT, make_tables
+from freqformer.placement import everywhere, share, split_batch
 from freqformer.train.alarm import KIND, Alarm
 from freqformer.train.checkpoint import PACKAGES, Checkpoints
-from freqformer.train.devices import used_devices
 from freqformer.train.experiment import Experiment, experiment, recorded
 from freqformer.train.lock import held
+from freqformer.train.mesh import describe, make_mesh
 from freqformer.train.metrics import Metrics, finite, read, write_routing
 from freqformer.train.preemption import StopRequest
 from freqformer.train.resume import check_same_config, check_same_data, with_seed
@@ -87,17 +89,21 @@ def train(
       `workdir`, or the disk is full.
   """
   exp = experiment(config)
+  mesh = make_mesh(exp.mesh, exp.train.batch_size)
+  logging.info("%s", describe(mesh))
   workdir.mkdir(parents=True, exist_ok=True)
   with disk.space_for("the run's records", workdir), held(workdir):
     checkpoints = Checkpoints(workdir, exp.train.keep, keep_best=exp.train.keep_best)
-    with disk.space_for("the run's records", workdir, intact=checkpoints.intact):
-      _train(config, exp, workdir, checkpoints, resume_changed, watch or Watch())
+    space = disk.space_for("the run's records", workdir, intact=checkpoints.intact)
+    with space, jax.set_mesh(mesh):
+      _train(config, exp, mesh, workdir, checkpoints, resume_changed, watch or Watch())
     checkpoints.close()
 
 
 def _train(
   config: ConfigDict,
   exp: Experiment,
+  mesh: Mesh,
   workdir: pathlib.Path,
   checkpoints: Checkpoints,
   resume_changed: bool,
@@ -141,7 +147,8 @@ def _train(
   record = _record(config, train_data)
 
   # ---- 4. resume: that checkpoint goes on, else start fresh -----------------------------------
-  metrics = Metrics(workdir, Throughput.of(exp.model, shape, exp.train.batch_size))
+  throughput = Throughput.of(exp.model, shape, exp.train.batch_size, list(mesh.devices.flat))
+  metrics = Metrics(workdir, throughput)
   if old is not None:
     check_same_data(old, record)
     record["changes"] = old.get("changes", [])
@@ -151,6 +158,8 @@ def _train(
     batches.set_state(json.loads(old["iterator"]))
     logging.info("resumed at step %d from %s", int(state.step), checkpoints.path)
   step = int(state.step)
+  state = share(state)
+  tables = everywhere(tables)
   checkpoints.check_space(state)
   layout = tables["layout"].layout
   facts = {
@@ -160,7 +169,8 @@ def _train(
     "changes": record["changes"],
     "git": git_revision(),
     "versions": versions(PACKAGES),
-    "device": used_devices()[0].device_kind,
+    "device": mesh.devices.flat[0].device_kind,
+    "mesh": dict(mesh.shape),
     "tokens": layout.n,
     "tiles": layout.tiles,
     "grid": layout.grid,
@@ -171,7 +181,7 @@ def _train(
 
   # ---- 5. the steps ---------------------------------------------------------------------------
   train_step = make_train_step(graphdef, exp.train)
-  own_numbers = jax.device_put(numbers(exp.train))
+  own_numbers = everywhere(numbers(exp.train))
   target = train_data.target
   validate = _validation(exp, graphdef, val_data, tables)
   skips = SkippedSteps(exp.train)
@@ -197,7 +207,7 @@ def _train(
   with StopRequest() as stop, tqdm(total=exp.train.steps, initial=step, desc="training") as bar:
     while step < exp.train.steps and not stop():
       batch = next(batches)
-      inputs = {k: batch[k] for k in ("latent", "label")}
+      inputs = split_batch({k: batch[k] for k in ("latent", "label")})
       state, values = train_step(state, inputs, tables, own_numbers, target)
       skips.add(values)
       step += 1

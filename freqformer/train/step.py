@@ -19,6 +19,7 @@ from freqformer.diffusion.flow import (
   sample_noise,
   sample_time,
 )
+from freqformer.placement import sharing
 
 # choice: training stops after this many consecutive steps that are not finite, or half of the run.
 CONSECUTIVE_SKIPS = 10
@@ -267,7 +268,7 @@ def make_train_step(graphdef, config: TrainConfig):
     # A step that is not finite changes nothing but the step count, and with it the next step's
     # noise. optax.apply_if_finite looks at gradients alone and would not hold the average back.
     finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
-    done = TrainState(state.step + 1, params, ema, opt_state, state.key)
+    done = sharing(TrainState(state.step + 1, params, ema, opt_state, state.key))
     skipped = dataclasses.replace(state, step=state.step + 1)
     metrics = {
       "loss": loss,

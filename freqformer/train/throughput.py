@@ -5,7 +5,6 @@ import dataclasses
 from freqformer.cost import model_cost, training_flops, utilisation
 from freqformer.model.config import ModelConfig
 from freqformer.simulation.descriptions import gpu_named, load_gpu
-from freqformer.train.devices import used_devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +21,8 @@ class Throughput:
   peak: float | None
 
   @classmethod
-  def of(cls, model: ModelConfig, latent_shape, batch: int) -> "Throughput":
+  def of(cls, model: ModelConfig, latent_shape, batch: int, devices) -> "Throughput":
     """Returns the throughput of a model on the devices that run it; idle ones do not count."""
-    devices = used_devices()
     device = devices[0]
     peak = None if device.platform == "cpu" else peak_of(device.device_kind)
     flops = batch * training_flops(model_cost(model, latent_shape, training=True))

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from freqformer.diffusion.flow import BUCKETS, interpolate, linear_velocity, sample_noise
+from freqformer.placement import split_batch
 
 _SEED = 0
 
@@ -102,7 +103,8 @@ def evaluate(
   for batch in batches:
     if should_stop():
       return None
-    sums, weight = jax.device_get(step(params, batch, power, tables, offset, reference))
+    found = step(params, split_batch(batch), power, tables, offset, reference)
+    sums, weight = jax.device_get(found)
     total = sums if total is None else jax.tree.map(np.add, total, sums)
     count += float(weight)
     offset += len(batch["label"])

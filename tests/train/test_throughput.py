@@ -1,5 +1,6 @@
 """Rates of a training run: scored work over time, and over the peak of a described device."""
 
+import jax
 import pytest
 
 from freqformer.cost import model_cost, training_flops
@@ -14,7 +15,8 @@ SHAPE = (8, 64, 64, 4)
 def test_sparse_work_is_counted_not_dense():
   config = model_config(get_config().model.to_dict())
   dense, routed = (
-    Throughput.of(config.with_method(name), SHAPE, 2).flops for name in ("dense", "sliding_tile")
+    Throughput.of(config.with_method(name), SHAPE, 2, jax.devices()).flops
+    for name in ("dense", "sliding_tile")
   )
   assert routed < dense
   assert dense == 2 * training_flops(model_cost(config.with_method("dense"), SHAPE))

@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.arg_specs import AttentionSpec
 from benchmarks.compiled import linear
-from benchmarks.compiled.hlo_bytes import Operation
+from freqformer.analysis.hlo_bytes import Operation
 from freqformer.methods.sparseflow import SparseFlow
 from freqformer.simulation.traffic import around_attention
 

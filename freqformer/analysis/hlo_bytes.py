@@ -18,6 +18,7 @@ _LINE = re.compile(r"^\s+(?:ROOT )?%(\S+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
 _FREE = set(
   "parameter constant bitcast tuple get-tuple-element after-all partition-id iota".split()
 )
+_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _TAKES = {"slice", "dynamic-slice", "gather"}
 
 
@@ -32,6 +33,7 @@ class Operation:
     scopes: the `op_name`s of all it holds, as jax wrote them.
     kernel: a custom call: not XLA's own.
     runs: how often, by the loops around it.
+    result: bytes of its result, times the runs.
   """
 
   name: str
@@ -40,6 +42,7 @@ class Operation:
   scopes: tuple[str, ...]
   kernel: bool
   runs: float = 1.0
+  result: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +79,24 @@ def operations(text: str, unknown_trips: float = 1) -> list[Operation]:
   return list(_walk(computations, entry, 1, unknown_trips))
 
 
+def collectives(text: str) -> dict[str, tuple[int, float]]:
+  """Returns how often devices exchange arrays in a run of a module, and bytes of the results.
+
+  Args:
+    text: `compiled.as_text()`, one device's program.
+
+  Returns:
+    `{"all-gather": (runs, bytes), ...}`.
+  """
+  found = {}
+  for op in operations(text):
+    kind = op.opcode.removesuffix("-start")
+    if kind in _COLLECTIVES:
+      runs, moved = found.get(kind, (0, 0))
+      found[kind] = (runs + round(op.runs), moved + op.result)
+  return found
+
+
 def size(shape: str) -> int:
   """Returns the bytes of a shape or tuple of shapes, as HLO writes it."""
   return sum(
@@ -101,7 +122,10 @@ def _walk(computations, name, times, unknown_trips) -> Iterator[Operation]:
       held = "\n".join(part.rest for part in (*inside, line))
       scopes = tuple(dict.fromkeys(re.findall(r'op_name="([^"]*)"', held)))
       kernel = line.opcode == "custom-call"
-      yield Operation(line.name, line.opcode, times * moved, scopes, kernel, times)
+      result = size(line.shape)
+      if line.opcode in ("all-gather-start", "collective-permute-start"):
+        result -= _read(line, [], shapes)  # the operands stand beside the results
+      yield Operation(line.name, line.opcode, times * moved, scopes, kernel, times, times * result)
 
 
 def _read(line, inside, shapes) -> int:

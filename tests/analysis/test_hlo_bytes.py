@@ -5,8 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from benchmarks.compiled.hlo_bytes import operations, size
 from benchmarks.compiled.layer_traffic import parts_of
+from freqformer.analysis.hlo_bytes import operations, size
 from tools.offline import compile_for
 
 N = 1 << 20

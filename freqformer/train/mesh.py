@@ -1,0 +1,102 @@
+"""The mesh of devices that a run is spread over."""
+
+import dataclasses
+import math
+import os
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from freqformer.config import ConfigError, require
+from freqformer.placement import AXES
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Devices along each axis of the mesh.
+
+  Attributes:
+    data: copies of the model; -1 takes the devices that are left.
+    fsdp: devices that share one copy's parameters, average and moments; each has its own samples.
+  """
+
+  data: int = -1
+  fsdp: int = 1
+
+  def __post_init__(self):
+    require(self, "data", least=-1)
+    require(self, "fsdp", least=1)
+    if self.data == 0:
+      raise ValueError("data=0 must be a number of copies, or -1 for as many as there is room for.")
+
+  def sizes(self, devices: int) -> tuple[int, int]:
+    """Returns (data, fsdp) on so many devices.
+
+    Raises:
+      ConfigError: they are too few, or cannot be divided.
+    """
+    data = devices // self.fsdp if self.data == -1 else self.data
+    fits = data * self.fsdp <= devices
+    if data == 0 or not fits or (self.data == -1 and devices % self.fsdp):
+      fitting = [n for n in range(1, devices + 1) if devices % n == 0]
+      raise ConfigError(
+        f"config.mesh has data={self.data} and fsdp={self.fsdp}, and JAX finds {devices} "
+        f"device{'s' * (devices > 1)}: set mesh.fsdp to one of {', '.join(map(str, fitting))} and "
+        "mesh.data=-1."
+      )
+    return data, self.fsdp
+
+
+def make_mesh(config: MeshConfig, batch_size: int) -> Mesh:
+  """Returns the mesh of the first devices, as many as the config asks for.
+
+  Raises:
+    ConfigError: the devices cannot be divided so, or a batch not over the devices.
+  """
+  sizes = config.sizes(len(all_devices()))
+  count = math.prod(sizes)
+  if batch_size % count:
+    raise ConfigError(
+      f"config.train.batch_size={batch_size} cannot be split over {count} devices: set it to "
+      f"{count * max(1, round(batch_size / count))}, or mesh.data and mesh.fsdp to fewer devices."
+    )
+  return _mesh(sizes)
+
+
+def whole_mesh() -> Mesh:
+  """Returns the mesh of all devices, each with a copy of the model: what samples are drawn on."""
+  return _mesh((len(all_devices()), 1))
+
+
+def _mesh(sizes: tuple[int, int]) -> Mesh:
+  devices = all_devices()[: math.prod(sizes)]
+  return jax.make_mesh(sizes, AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def describe(mesh: Mesh) -> str:
+  """Returns a line for people: "runs on 8 of 8 NVIDIA H100 80GB HBM3 (data 4 x fsdp 2)"."""
+  found = len(all_devices())
+  kind = mesh.devices.flat[0].device_kind
+  if found == 1:
+    return f"runs on {kind}"
+  axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+  idle = found - mesh.size
+  rest = f"; {idle} idle{'s' * (idle == 1)}" if idle else ""
+  return f"runs on {mesh.size} of {found} {kind} ({axes}){rest}"
+
+
+def all_devices() -> list[jax.Device]:
+  """Returns the devices that JAX finds.
+
+  Raises:
+    ConfigError: there are none of those that `JAX_PLATFORMS` names.
+  """
+  try:
+    return jax.devices()
+  except (AssertionError, RuntimeError) as error:  # depends on what exactly is missing
+    asked = os.environ.get("JAX_PLATFORMS") or jax.config.jax_platforms
+    reason = str(error).strip().split("\n")[0] or type(error).__name__
+    raise ConfigError(
+      f"JAX_PLATFORMS={asked} names devices that JAX cannot use here ({reason}): unset it to run "
+      "on what there is, or install the device's driver and pip install 'freqformer[gpu]'."
+    ) from error

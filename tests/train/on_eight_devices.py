@@ -1,0 +1,124 @@
+"""Training on several devices equals training on one. `test_mesh.py` runs it on eight of them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from freqformer import placement
+from freqformer.config import numbers
+from freqformer.diffusion import sampling
+from freqformer.diffusion.sampling import SampleConfig
+from freqformer.model.config import model_config
+from freqformer.model.dit import VideoDiT, make_tables
+from freqformer.train.mesh import MeshConfig, make_mesh, whole_mesh
+from freqformer.train.step import TrainConfig, init_state, make_train_step
+from tests.tiny_config import get_config
+
+SHAPE = (3, 6, 8, 3)
+BATCH = 8
+CLASSES = 4
+
+
+@functools.cache
+def trained(method, data, fsdp, optimizer="adamw"):
+  """Returns the state after one step on a mesh, its metrics, and the compiled step."""
+  config = get_config().model.to_dict()
+  config["attention"]["method"] = method
+  model = model_config(config | {"precondition": False, "depth": 1}).resolved(SHAPE)
+  train = TrainConfig(
+    steps=10, batch_size=BATCH, warmup=0, schedule="constant", optimizer=optimizer
+  )
+  mesh = make_mesh(MeshConfig(data, fsdp), BATCH)
+  latents = np.random.default_rng(0).standard_normal((BATCH, *SHAPE), np.float32)
+  labels = np.arange(BATCH, dtype=np.int32) % CLASSES
+  with jax.set_mesh(mesh):
+    tables = placement.everywhere(make_tables(model, SHAPE))
+    graphdef, params = nnx.split(VideoDiT(model, SHAPE, CLASSES, nnx.Rngs(0)))
+    state = placement.share(init_state(params, train, 0))
+    batch = placement.split_batch({"latent": latents, "label": labels})
+    step = make_train_step(graphdef, train)
+    own = placement.everywhere(numbers(train))
+    compiled = step.lower(state, batch, tables, own).compile()
+    state, metrics = compiled(state, batch, tables, own)
+  return state, jax.device_get(metrics), compiled
+
+
+def moments(state):
+  """Returns the averages of gradients: after one step a tenth of the gradients."""
+  return jax.tree.leaves(jax.device_get(state.opt_state[1][0].mu))
+
+
+@pytest.fixture(autouse=True)
+def small_leaves_are_shared_too(monkeypatch):
+  monkeypatch.setattr(placement, "_SMALL", 64)
+
+
+@pytest.mark.parametrize("method", ["dense", "octaves", "freqformer"])
+def test_a_step_equals_one_device(method):
+  assert jax.device_count() == 8
+  alone, expected, _ = trained(method, 1, 1)
+  meshes = [(8, 1), (1, 8), (2, 4)] if method == "dense" else [(2, 4)]
+  for data, fsdp in meshes:
+    state, metrics, _ = trained(method, data, fsdp)
+    for name in ("loss", "grad_norm", "density"):
+      np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-5)
+    norm = float(expected["grad_norm"])
+    for found, wanted in zip(moments(state), moments(alone), strict=True):
+      np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6 * norm)
+
+
+def test_matrices_are_shared_and_stay_so():
+  state, _, compiled = trained("dense", 1, 8)
+  kernel = state.params["runs"][0]["mlp_in"]["kernel"].get_value()
+  assert kernel.sharding.spec == PartitionSpec(None, None, "fsdp")
+  assert kernel.addressable_shards[0].data.size == kernel.size // 8
+  for tree in (state.ema, state.opt_state[1][0].mu, state.opt_state[1][0].nu):
+    assert tree["runs"][0]["mlp_in"]["kernel"].get_value().sharding == kernel.sharding
+  whole = sum(x.size * 4 for x in jax.tree.leaves(state.params))
+  alone = trained("dense", 8, 1)[2].memory_analysis().argument_size_in_bytes
+  assert alone - compiled.memory_analysis().argument_size_in_bytes > 2 * whole
+
+
+def test_muon_on_shared_matrices():
+  alone, expected, _ = trained("dense", 1, 1, "muon")
+  state, metrics, _ = trained("dense", 2, 4, "muon")
+  np.testing.assert_allclose(metrics["grad_norm"], expected["grad_norm"], rtol=1e-5)
+  wanted = jax.device_get(alone.params["runs"][0]["mlp_in"]["kernel"].get_value())
+  found = jax.device_get(state.params["runs"][0]["mlp_in"]["kernel"].get_value())
+  np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
+
+
+def _shaken(x):
+  return x + 0.02 * jnp.cos(jnp.arange(x.size)).reshape(x.shape)
+
+
+@pytest.mark.parametrize("method", ["dense", "adaspa"])
+def test_samples_equal_those_of_one_device(method):
+  """Ten samples in batches of eight, guided; adaspa remembers from step to step."""
+  config = get_config().model.to_dict()
+  config["attention"]["method"] = method
+  model = model_config(config | {"precondition": False, "depth": 1}).resolved(SHAPE)
+  sampling_config = SampleConfig(steps=4, batch_size=8, guidance=2.0)
+  labels = np.arange(10, dtype=np.int32) % CLASSES
+  drawn = []
+  for mesh in (make_mesh(MeshConfig(1, 1), 8), whole_mesh()):
+    with jax.set_mesh(mesh):
+      graphdef, params = nnx.split(VideoDiT(model, SHAPE, CLASSES, nnx.Rngs(0)))
+      # A new model predicts no velocity at all.
+      params = jax.tree.map(_shaken, params)
+      whole = nnx.merge(graphdef, params)
+      tables = placement.everywhere(whole.tables(SHAPE))
+      step = sampling.make_step(graphdef, sampling_config)
+      params = placement.everywhere(params)
+      step = sampling.compile_steps(step, params, whole, tables, SHAPE, sampling_config)
+      latents, _ = sampling.sample(
+        step, params, whole, labels, np.arange(10), 0, tables, SHAPE, sampling_config, False
+      )
+    drawn.append(latents)
+  assert len(drawn[0]) == 10 and np.ptp(drawn[0]) > 1
+  np.testing.assert_allclose(drawn[1], drawn[0], atol=1e-5 * np.abs(drawn[0]).max())
