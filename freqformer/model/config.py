@@ -193,6 +193,11 @@ class ModelConfig:
     attention = self.attention
     return tuple((count, attention.named(name)) for count, name in attention.runs(self.depth))
 
+  @property
+  def branches(self) -> tuple[str, ...]:
+    """Names of what a head can be given, in any layer."""
+    return tuple(dict.fromkeys(name for _, method in self.runs() for name in method.branches))
+
   def layout(self, latent_shape) -> TileLayout:
     """Returns the tile order of the tokens of latents `(t, y, x, c)`; cut patches count as whole.
 

@@ -142,9 +142,8 @@ def write_routing(workdir, result: dict, model: ModelConfig, time_range: tuple[f
   """
   if "probs" not in result:
     return
-  branches = next(method.branches for _, method in model.runs() if method.branches)
   routing = {
-    "branches": list(branches),
+    "branches": list(model.branches),
     "bucket_edges": np.linspace(*time_range, BUCKETS + 1).tolist(),
     # [layers][quarters of t][heads][branches]
     "probs": np.round(result["probs"], 5).tolist(),

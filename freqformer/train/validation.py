@@ -35,6 +35,8 @@ def make_eval_step(
     x0 = batch["latent"]
     weight = batch["weight"]
     key = jax.random.key(_SEED)
+    model = nnx.merge(graphdef, params)
+    names = model.config.branches
     index = offset + jnp.arange(x0.shape[0])
     place = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, 2 * i), (buckets,)))(
       index
@@ -44,9 +46,7 @@ def make_eval_step(
       time = time_range[0] + (time_range[1] - time_range[0]) * (i + place[:, i]) / buckets
       noise = sample_noise(key, (2 * index + 1) * buckets + i, x0.shape[1:])
       xt, target = interpolate(x0, noise, time)
-      velocity, _, aux = nnx.merge(graphdef, params)(
-        xt, time, batch["label"], tables, soft_evaluation=soft
-      )
+      velocity, _, aux = model(xt, time, batch["label"], tables, soft_evaluation=soft)
 
       def error(predicted, target=target):
         return (((predicted - target) ** 2).mean((1, 2, 3, 4)) * weight).sum()
@@ -61,14 +61,15 @@ def make_eval_step(
         best = reference.velocity(xt, time, batch["label"])
         sums["regret"] = error(velocity, best)
         sums["bayes"] = error(best)
-      routed = [run for run in aux if "probs" in run]
-      if routed:
-        probs = jnp.concatenate([run["probs"] for run in routed])  # [layers, b, heads, branches]
-        choice = jnp.concatenate([run["choice"] for run in routed])
-        choice = jax.nn.one_hot(choice, probs.shape[-1])
-        sums["probs"] = jnp.einsum("lbhr,b->lhr", probs, weight)
-        sums["choice"] = jnp.einsum("lbhr,b->lhr", choice, weight)
-      return sums
+      routed = [pair for pair in zip(model.config.runs(), aux, strict=True) if "probs" in pair[1]]
+      found = {"probs": [], "choice": []}
+      for (_, method), run in routed:
+        # Methods may have different branches; a layer has zeros for those of others.
+        places = np.eye(len(names), dtype=np.float32)[[names.index(x) for x in method.branches]]
+        hot = jax.nn.one_hot(run["choice"], len(places))
+        found["probs"].append(jnp.einsum("lbhr,rn,b->lhn", run["probs"], places, weight))
+        found["choice"].append(jnp.einsum("lbhr,rn,b->lhn", hot, places, weight))
+      return sums | {name: jnp.concatenate(parts) for name, parts in found.items() if parts}
 
     return jax.lax.map(bucket, jnp.arange(buckets)), weight.sum()
 

@@ -145,6 +145,19 @@ def test_validation_does_not_depend_on_batching_or_padding(trained, eval_step):
   assert evaluate(eval_step, trained[0], halves, POWER, TABLES, lambda: True) is None
 
 
+def test_layers_of_several_methods_are_routed_each_in_its_own_branches():
+  attention = dict(ATTENTION, layers=((0, 1, "freqformer"), (1, None, "sparseflow")))
+  mixed = model_config(dict(SIZES, depth=2, attention=attention))
+  graphdef, params = nnx.split(nnx.jit(lambda: VideoDiT(mixed, SHAPE, 2, nnx.Rngs(0)))())
+  tables = make_tables(mixed, SHAPE)
+  result = evaluate(make_eval_step(graphdef), params, [batch_of(2)], POWER, tables)
+  assert mixed.branches == ("low", "mid", "high", "sparse", "linear")
+  for name in ("probs", "choice"):
+    bands, others = np.split(result[name].sum((1, 2)), [3], -1)
+    np.testing.assert_allclose(bands.sum(-1), (8, 0), rtol=1e-5)  # quarters and heads
+    np.testing.assert_allclose(others.sum(-1), (0, 8), rtol=1e-5)
+
+
 def test_a_step_that_is_not_finite_changes_nothing_but_the_count(step, state):
   data = batch_of()
   bad = {**data, "latent": np.full_like(data["latent"], np.nan)}
