@@ -64,11 +64,13 @@ def make_eval_step(
       routed = [pair for pair in zip(model.config.runs(), aux, strict=True) if "probs" in pair[1]]
       found = {"probs": [], "choice": []}
       for (_, method), run in routed:
-        # Methods may have different branches; a layer has zeros for those of others.
-        places = np.eye(len(names), dtype=np.float32)[[names.index(x) for x in method.branches]]
-        hot = jax.nn.one_hot(run["choice"], len(places))
-        found["probs"].append(jnp.einsum("lbhr,rn,b->lhn", run["probs"], places, weight))
-        found["choice"].append(jnp.einsum("lbhr,rn,b->lhn", hot, places, weight))
+        hot = jax.nn.one_hot(run["choice"], run["probs"].shape[-1])
+        for name, shares in (("probs", run["probs"]), ("choice", hot)):
+          mean = jnp.einsum("lbhr,b->lhr", shares, weight)
+          if method.branches != names:  # a layer has zeros for the branches of other methods
+            places = np.array([names.index(branch) for branch in method.branches])
+            mean = jnp.zeros((*mean.shape[:2], len(names))).at[..., places].set(mean)
+          found[name].append(mean)
       return sums | {name: jnp.concatenate(parts) for name, parts in found.items() if parts}
 
     return jax.lax.map(bucket, jnp.arange(buckets)), weight.sum()

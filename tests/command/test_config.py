@@ -124,13 +124,13 @@ def experiment_of(*argv, everything=False):
 # Arguments, "@" for "--config.model.attention.", and a part of the answer.
 REFUSED = [
   ("--config.train.wandb=x", "config.train.wandb does not exist; config.train has batch_size, "),
-  ("--config.train.mesh=2", "config.train.mesh does not exist; config.train has batch_size, "),
+  ("--config.train.mesh=2", "config.train.mesh does not exist; did you mean 'mesh'?"),
   ("--config.train.resume_from=x", "does not exist; config.train has batch_size, beta2, "),
   ("--config.train.heads=2", "did you mean 'model.heads'?"),
   ("--config.trian.steps=2", "did you mean 'train.steps'?"),
   ("--config.steps=2", "did you mean "),
-  ("--config.tensorboard=2", "does not exist; config has data, model, sample, seed, train."),
-  ("--config.log.wandb=2", "does not exist; known: data, model, sample, seed, train."),
+  ("--config.tensorboard=2", "does not exist; config has data, mesh, model, sample, seed, train."),
+  ("--config.log.wandb=2", "does not exist; known: data, mesh, model, sample, seed, train."),
   ("--config.train.steps=1.5", "--config.train.steps=1.5 must be a whole number, e.g. 1000"),
   ("--config.train.steps=1e-1", "--config.train.steps=1e-1 must be a whole number"),
   ("--config.train.steps=1e99999999", "--config.train.steps=1e99999999 must be a whole number"),
