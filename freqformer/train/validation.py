@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from freqformer.diffusion.flow import BUCKETS, interpolate, linear_velocity, sample_noise
+from freqformer.model.config import ModelConfig
 from freqformer.placement import split_batch
 
 _SEED = 0
@@ -36,7 +37,6 @@ def make_eval_step(
     weight = batch["weight"]
     key = jax.random.key(_SEED)
     model = nnx.merge(graphdef, params)
-    names = model.config.branches
     index = offset + jnp.arange(x0.shape[0])
     place = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, 2 * i), (buckets,)))(
       index
@@ -61,21 +61,30 @@ def make_eval_step(
         best = reference.velocity(xt, time, batch["label"])
         sums["regret"] = error(velocity, best)
         sums["bayes"] = error(best)
-      routed = [pair for pair in zip(model.config.runs(), aux, strict=True) if "probs" in pair[1]]
-      found = {"probs": [], "choice": []}
-      for (_, method), run in routed:
-        hot = jax.nn.one_hot(run["choice"], run["probs"].shape[-1])
-        for name, shares in (("probs", run["probs"]), ("choice", hot)):
-          mean = jnp.einsum("lbhr,b->lhr", shares, weight)
-          if method.branches != names:  # a layer has zeros for the branches of other methods
-            places = np.array([names.index(branch) for branch in method.branches])
-            mean = jnp.zeros((*mean.shape[:2], len(names))).at[..., places].set(mean)
-          found[name].append(mean)
-      return sums | {name: jnp.concatenate(parts) for name, parts in found.items() if parts}
+      if any("probs" in run for run in aux):
+        sums |= _routing(model.config, aux, weight)
+      return sums
 
     return jax.lax.map(bucket, jnp.arange(buckets)), weight.sum()
 
   return functools.partial(step, np.float32(time_range))
+
+
+def _routing(config: ModelConfig, aux: list[dict], weight: jax.Array) -> dict[str, jax.Array]:
+  """Returns sums over clips of `probs` and `choice` `[layers, heads, branches]` of routed layers."""
+  names = config.branches
+  found = {"probs": [], "choice": []}
+  for (_, method), run in zip(config.runs(), aux, strict=True):
+    if "probs" not in run:
+      continue
+    hot = jax.nn.one_hot(run["choice"], run["probs"].shape[-1])
+    for name, shares in (("probs", run["probs"]), ("choice", hot)):
+      total = jnp.einsum("lbhr,b->lhr", shares, weight)
+      if method.branches != names:  # a layer has zeros for the branches of other methods
+        places = np.array([names.index(branch) for branch in method.branches])
+        total = jnp.zeros((*total.shape[:2], len(names))).at[..., places].set(total)
+      found[name].append(total)
+  return {name: jnp.concatenate(parts) for name, parts in found.items()}
 
 
 def evaluate(
