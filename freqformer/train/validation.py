@@ -71,7 +71,7 @@ def make_eval_step(
 
 
 def _routing(config: ModelConfig, aux: list[dict], weight: jax.Array) -> dict[str, jax.Array]:
-  """Returns sums over clips of `probs` and `choice` `[layers, heads, branches]` of routed layers."""
+  """Returns sums over clips of probs and choices of routed layers, `[layers, heads, branches]`."""
   names = config.branches
   found = {"probs": [], "choice": []}
   for (_, method), run in zip(config.runs(), aux, strict=True):
