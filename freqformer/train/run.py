@@ -89,7 +89,7 @@ def train(
       `workdir`, or the disk is full.
   """
   exp = experiment(config)
-  mesh = make_mesh(exp.mesh, exp.train.batch_size)
+  mesh = make_mesh(exp.mesh, exp.train.batch_size, exp.train.accumulate)
   logging.info("%s", describe(mesh))
   workdir.mkdir(parents=True, exist_ok=True)
   with disk.space_for("the run's records", workdir), held(workdir):
@@ -281,12 +281,13 @@ def _validation(exp: Experiment, graphdef: nnx.GraphDef, data: Split, tables) ->
     eval_steps["val_soft"] = make(soft=True)
   power = channel_power(data)
   reference = data.reference
-  size = exp.train.batch_size
+  size = exp.train.batch_size // exp.train.accumulate
+  limit = exp.train.val_batches * exp.train.batch_size
 
   def validate(params, stop, write):
     results = {}
     for kind, eval_step in eval_steps.items():
-      batches = val_batches(data, size, limit=exp.train.val_batches * size)
+      batches = val_batches(data, size, limit)
       results[kind] = evaluate(eval_step, params, batches, power, tables, stop, reference)
       if results[kind] is None:
         return None

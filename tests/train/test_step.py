@@ -234,6 +234,34 @@ def test_the_loss_leaves_given_first_frames_out():
   np.testing.assert_array_equal(xt[1], noise[1])
 
 
+@pytest.mark.parametrize("first_frame", [0.0, 0.5])
+def test_micro_batches_make_the_update_of_the_whole_batch(first_frame):
+  """Four draws in two halves; a plain mean would weigh first frames that are given too much."""
+  config = model_config(
+    dict(SIZES, first_frame=first_frame > 0, attention=dict(ATTENTION, method="dense"))
+  )
+  graphdef, params = nnx.split(nnx.jit(lambda: VideoDiT(config, SHAPE, 2, nnx.Rngs(0)))())
+  found = []
+  for accumulate in (1, 2):
+    train = dataclasses.replace(TRAIN, first_frame=first_frame, accumulate=accumulate, clip=1e9)
+    state = init_state(jax.tree.map(jnp.copy, params), train, 0)
+    step = make_train_step(graphdef, train)
+    found.append(step(state, batch_of(), make_tables(config, SHAPE), numbers(train)))
+  (whole, metrics), (parts, of_parts) = found
+  assert metrics["loss"] == pytest.approx(float(of_parts["loss"]), rel=1e-5)
+  norm = float(metrics["grad_norm"])
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5 * norm)
+  jax.tree.map(close, parts.opt_state[1][0].mu, whole.opt_state[1][0].mu)
+  assert parts.step == 1  # one update, and the average follows once
+  wanted = jax.tree.map(lambda a, b: (a + 9 * b) / 10, params, parts.params)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), parts.ema, wanted)
+
+
+def test_batches_that_cannot_be_divided_are_refused():
+  with pytest.raises(ValueError, match="batch_size=4 must be a multiple of accumulate=3"):
+    dataclasses.replace(TRAIN, accumulate=3)
+
+
 def test_muon_moves_the_layers_matrices_alike_in_all_directions_and_leaves_the_rest_to_adamw(model):
   params = model[1]
   rng = np.random.default_rng(0)
