@@ -34,7 +34,7 @@ class Metrics:
     self._last_line: tuple[int, float] | None = None  # step and seconds of the last training line
 
   def start(self, step: int, config: ConfigDict, run: dict, totals: dict | None = None):
-    """Begins the records; a resumed run drops lines of later steps.
+    """Begins the records; a run that is resumed or rolled back drops lines of later steps.
 
     Args:
       step: of the checkpoint that training goes on from, or 0.
@@ -45,6 +45,8 @@ class Metrics:
     if not step:
       totals = {"flops": 0.0, "seconds": 0.0}
     self._before = totals and {"step": step, **totals}
+    self._seconds = 0.0
+    self._clock = None
     rows = [row for row in read(self.path) if row["step"] <= step] if step else []
     write_whole(self.path, "".join(map(_line, rows)))
     write_whole(self.workdir / "config.json", json.dumps(config.to_dict(), indent=2))

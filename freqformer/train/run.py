@@ -17,20 +17,27 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from freqformer import disk
-from freqformer.config import numbers
+from freqformer.config import ConfigError, numbers
 from freqformer.data.loader import train_iterator, val_batches
 from freqformer.data.sources import Split, open_splits
 from freqformer.model.dit import VideoDiT, make_tables
 from freqformer.placement import everywhere, share, split_batch
 from freqformer.train.alarm import KIND, Alarm
 from freqformer.train.checkpoint import PACKAGES, Checkpoints
+from freqformer.train.diagnosis import first_not_finite
 from freqformer.train.experiment import Experiment, experiment, recorded
 from freqformer.train.lock import held
 from freqformer.train.mesh import describe, make_mesh
 from freqformer.train.metrics import Metrics, finite, read, write_routing
 from freqformer.train.preemption import StopRequest
-from freqformer.train.resume import check_same_config, check_same_data, with_seed
-from freqformer.train.step import SkippedSteps, init_state, make_train_step
+from freqformer.train.resume import (
+  check_same_config,
+  check_same_data,
+  order_seed,
+  with_other_noise,
+  with_seed,
+)
+from freqformer.train.step import NotFinite, SkippedSteps, init_state, make_train_step
 from freqformer.train.throughput import Throughput
 from freqformer.train.validation import channel_power, evaluate, make_eval_step, some_latents
 from freqformer.versions import git_revision, versions
@@ -94,6 +101,7 @@ def train(
   workdir.mkdir(parents=True, exist_ok=True)
   with disk.space_for("the run's records", workdir), held(workdir):
     checkpoints = Checkpoints(workdir, exp.train.keep, keep_best=exp.train.keep_best)
+    checkpoints.remove_unfinished()
     space = disk.space_for("the run's records", workdir, intact=checkpoints.intact)
     with space, jax.set_mesh(mesh):
       _train(config, exp, mesh, workdir, checkpoints, resume_changed, watch or Watch())
@@ -135,7 +143,14 @@ def _train(
   train_data, val_data = open_splits(exp.data)
   exp = exp.with_spectrum(some_latents(train_data))
   seconds["encode"] = time.monotonic() - started
-  batches = iter(train_iterator(train_data, exp.train.batch_size, exp.seed))
+  rollbacks = old.get("rollbacks", []) if old else []
+
+  def begin_batches():
+    """Begins them in the order of a run that was rolled back so often."""
+    seed = order_seed(exp.seed, len(rollbacks))
+    return iter(train_iterator(train_data, exp.train.batch_size, seed))
+
+  batches = begin_batches()
 
   # ---- 3. model and state ---------------------------------------------------------------------
   shape = tuple(train_data.latent_shape)
@@ -144,7 +159,7 @@ def _train(
   graphdef, params = nnx.split(VideoDiT(exp.model, shape, rngs=nnx.Rngs(exp.seed), **condition))
   state = init_state(params, exp.train, exp.seed)
   config = recorded(config, exp)
-  record = _record(config, train_data)
+  record = _record(config, train_data) | {"rollbacks": rollbacks}
 
   # ---- 4. resume: that checkpoint goes on, else start fresh -----------------------------------
   throughput = Throughput.of(exp.model, shape, exp.train.batch_size, list(mesh.devices.flat))
@@ -167,6 +182,7 @@ def _train(
     "method": exp.model.attention.method,
     "classes": record["class_names"],
     "changes": record["changes"],
+    "rollbacks": rollbacks,
     "git": git_revision(),
     "versions": versions(PACKAGES),
     "device": mesh.devices.flat[0].device_kind,
@@ -178,6 +194,7 @@ def _train(
   }
   metrics.start(step, config, facts, old and old.get("totals"))
   alarm = Alarm(exp.train, read(metrics.path))
+  routers = next((method.branches for _, method in exp.model.runs() if method.routed), ())
 
   # ---- 5. the steps ---------------------------------------------------------------------------
   train_step = make_train_step(graphdef, exp.train)
@@ -200,8 +217,30 @@ def _train(
     progress = {"iterator": iterator, "totals": totals, "val_loss": finite(val_loss)}
     checkpoints.save(step, state, record | progress)
 
+  def roll_back(lost: NotFinite):
+    """Goes back to the last checkpoint before the lost steps, on with other batches and noise."""
+    nonlocal state, step, batches, skips
+    found = first_not_finite(graphdef, exp.train, state, inputs, tables, own_numbers, target)
+    text = f"{lost} In step {step}, {found}."
+    back = checkpoints.newest_before(lost.first)
+    if back is None or rollbacks or not exp.train.rollback:
+      raise ConfigError(f"training stopped: {text}")
+    checkpoints.delete_after(back)
+    old = checkpoints.record(back)
+    rollbacks.append({"from": step, "to": back})
+    state = share(with_other_noise(checkpoints.restore(state, back)))
+    batches = begin_batches()
+    batches.set_state(json.loads(old["iterator"]))
+    skips = SkippedSteps(exp.train)
+    text = f"rolled back to step {back}, and on with other batches and noise: {text}"
+    logging.warning("%s", text)
+    metrics.start(back, config, facts, old.get("totals"))
+    # Of the next step: a process that goes on from this very checkpoint finds it out again.
+    metrics.write(back + 1, KIND, about="rollback", text=text)
+    metrics.start_clock(back)
+    step = back
+
   # ---- 6. the loop ----------------------------------------------------------------------------
-  first = step + 1
   logging.info("compiling the training step ...")
   loop_started = time.monotonic()
   with StopRequest() as stop, tqdm(total=exp.train.steps, initial=step, desc="training") as bar:
@@ -212,7 +251,7 @@ def _train(
       skips.add(values)
       step += 1
       last = step == exp.train.steps
-      if step == first:  # it compiles
+      if "compile" not in seconds:  # the first step
         jax.block_until_ready(values)
         seconds["compile"] = time.monotonic() - loop_started
         logging.info("compiled, and run once, in %.1f s", seconds["compile"])
@@ -222,9 +261,17 @@ def _train(
       if last or step % exp.train.log_every == 0:
         values = jax.device_get(values)
         metrics.train(step, values)
-        skips.check(step)
         warn(alarm.trained(step, float(values["loss"])))
         bar.set_postfix(loss=f"{values['loss']:.3f}")
+      if (
+        last or stop() or step % exp.train.log_every == 0 or step % exp.train.checkpoint_every == 0
+      ):
+        try:
+          skips.check(step)
+        except NotFinite as lost:
+          roll_back(lost)
+          bar.n = step
+          continue
       val_loss = None  # of this very step
       if exp.train.val_every and (last or step % exp.train.val_every == 0) and not stop():
         jax.block_until_ready(values)  # steps still running are no part of validation
@@ -233,6 +280,8 @@ def _train(
           if result is not None:
             val_loss = result["loss"]
             warn(alarm.validated(step, val_loss, float(np.mean(result["linear_buckets"]))))
+            if routers:
+              warn(alarm.routed(step, result["probs"], routers))
             write_routing(workdir, result, exp.model, exp.train.time_range)
             watch.validated(step, state.ema)
       if last or stop() or step % exp.train.checkpoint_every == 0:

@@ -363,6 +363,18 @@ def _counted(x, given) -> jax.Array:
   return jnp.ones(x.shape[:2]).at[:, 0].set(~given)
 
 
+class NotFinite(ConfigError):
+  """Too many consecutive steps were skipped, `first` to `last`."""
+
+  def __init__(self, first: int, last: int):
+    super().__init__(
+      f"steps {first} to {last} all had a loss, gradient or update that is not finite and were "
+      "skipped; lower train.lr or train.clip, or look at the data. Earlier checkpoints are as they "
+      "were."
+    )
+    self.first = first
+
+
 class SkippedSteps:
   """Ends a run that only skips; it is checked where the loop waits for the device anyway."""
 
@@ -376,21 +388,20 @@ class SkippedSteps:
     self._unchecked.append(metrics["skipped"])
 
   def check(self, step: int):
-    """Raises ConfigError if too many consecutive steps up to `step` were skipped."""
+    """Raises NotFinite if too many consecutive steps up to `step` were skipped."""
     first = step - len(self._unchecked) + 1
     for number, skipped in enumerate(jax.device_get(self._unchecked), first):
       self._consecutive = self._consecutive + 1 if skipped else 0
       if self._consecutive >= self._limit:
-        raise ConfigError(
-          f"training stopped: steps {number + 1 - self._consecutive} to {number} all had a loss, "
-          "gradient or update that is not finite and were skipped; lower train.lr or train.clip, "
-          "or look at the data. Earlier checkpoints are as they were."
-        )
+        raise NotFinite(number + 1 - self._consecutive, number)
     self._unchecked = []
 
 
 def _summary(aux: list[dict]) -> dict[str, jax.Array]:
-  """Returns means over layers: density, cost and, of routed ones, entropy and expected density."""
+  """Returns means over layers: density, cost and, of routed ones, entropy and expected density.
+
+  `finite` of `Cond.want_finite` stays `[layers]`.
+  """
   names = {"density": "density", "cost": "cost"}
   names |= {"router_entropy": "entropy", "expected_density": "expected_density"}
   metrics = {}
@@ -398,4 +409,6 @@ def _summary(aux: list[dict]) -> dict[str, jax.Array]:
     runs = [run[name] for run in aux if name in run]
     if runs:
       metrics[metric] = jnp.concatenate([x.reshape(len(x), -1).mean(-1) for x in runs]).mean()
+  if "finite" in aux[0]:
+    metrics["finite"] = jnp.concatenate([run["finite"] for run in aux])
   return metrics
