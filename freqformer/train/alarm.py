@@ -81,7 +81,9 @@ class Alarm:
     """
     if step <= self._warm:
       return None
-    alone = np.asarray(probs).min((1, 2)) >= _ALL  # [layers, branches]
+    # Of gates, which are weights of their own, the share.
+    share = probs / np.maximum(np.sum(probs, -1, keepdims=True), _NOTHING)
+    alone = share.min((1, 2)) >= _ALL  # [layers, branches]
     unused = np.asarray(probs).max((0, 1, 2)) < _NOTHING
     if alone.any():
       layers, taken = np.nonzero(alone)

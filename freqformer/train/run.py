@@ -263,9 +263,8 @@ def _train(
         metrics.train(step, values)
         warn(alarm.trained(step, float(values["loss"])))
         bar.set_postfix(loss=f"{values['loss']:.3f}")
-      if (
-        last or stop() or step % exp.train.log_every == 0 or step % exp.train.checkpoint_every == 0
-      ):
+      saves = last or stop() or step % exp.train.checkpoint_every == 0
+      if saves or step % exp.train.log_every == 0:
         try:
           skips.check(step)
         except NotFinite as lost:
@@ -284,7 +283,7 @@ def _train(
               warn(alarm.routed(step, result["probs"], routers))
             write_routing(workdir, result, exp.model, exp.train.time_range)
             watch.validated(step, state.ema)
-      if last or stop() or step % exp.train.checkpoint_every == 0:
+      if saves or stop():
         save(val_loss)
   seconds["train"] = time.monotonic() - loop_started
   best = checkpoints.best()

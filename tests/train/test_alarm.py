@@ -63,7 +63,7 @@ def test_validation_is_held_against_the_linear_predictor(step, loss, warns):
 
 
 def weights(layer, branch, others=0.0):
-  """Two layers, four quarters, two heads, three branches; one layer's heads give all to a branch."""
+  """Two layers, four quarters, two heads, three branches; one layer gives all to a branch."""
   found = np.tile(np.float32([0.3, 0.3, 0.4]), (2, 4, 2, 1))
   found[layer] = others
   found[layer, ..., branch] = 1 - 2 * others
