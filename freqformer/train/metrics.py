@@ -1,5 +1,6 @@
 """Records of a run: `metrics.jsonl` (rows), `run.json`, `config.json` and `routing.json`."""
 
+import collections
 import contextlib
 import json
 import math
@@ -32,6 +33,7 @@ class Metrics:
     self._seconds = 0.0  # of training in this process, until the clock was last stopped
     self._clock: float | None = None  # when it was last started; None while it stands
     self._last_line: tuple[int, float] | None = None  # step and seconds of the last training line
+    self._parts = collections.Counter()  # `timed` seconds since that line
 
   def start(self, step: int, config: ConfigDict, run: dict, totals: dict | None = None):
     """Begins the records; a run that is resumed or rolled back drops lines of later steps.
@@ -57,6 +59,14 @@ class Metrics:
     """Begins to count seconds, behind the steps that compiled."""
     self._clock = time.monotonic()
     self._last_line = (step, self._seconds)
+    self._parts.clear()
+
+  @contextlib.contextmanager
+  def timed(self, part: str):
+    """Adds the time of what is done inside to a part of training: "data_wait" or "step"."""
+    clock = time.monotonic()
+    yield
+    self._parts[part] += time.monotonic() - clock
 
   @contextlib.contextmanager
   def paused(self):
@@ -89,12 +99,19 @@ class Metrics:
       file.write(_line({"step": step, "kind": kind, **plain}))
 
   def train(self, step: int, values: dict):
-    """Appends a training line, with the speed of the steps since the last one."""
+    """Appends a training line, with the speed of the steps since the last one.
+
+    `data_wait` is the share of their seconds in which the loop waits for data, `loop` the share in
+    which it waits neither for data nor for the step: its own work, with saving.
+    """
     now = self._trained()
     speed = {}
     if self._last_line is not None and step > self._last_line[0]:
-      rate = (step - self._last_line[0]) / (now - self._last_line[1])
-      speed = self._throughput.rates(rate)
+      seconds = now - self._last_line[1]
+      speed = self._throughput.rates((step - self._last_line[0]) / seconds)
+      speed["data_wait"] = self._parts["data_wait"] / seconds
+      speed["loop"] = max(0.0, 1 - self._parts.total() / seconds)
+    self._parts.clear()
     self._last_line = (step, now)
     self.write(step, "train", **values, **speed)
 

@@ -39,6 +39,7 @@ from freqformer.train.resume import (
 )
 from freqformer.train.step import NotFinite, SkippedSteps, init_state, make_train_step
 from freqformer.train.throughput import Throughput
+from freqformer.train.trace import Trace
 from freqformer.train.validation import channel_power, evaluate, make_eval_step, some_latents
 from freqformer.versions import git_revision, versions
 
@@ -55,6 +56,7 @@ class Training:
     graphdef: of the `VideoDiT`.
     params: shapes of its parameters; the arrays change hands at every step.
     tables: of the grid.
+    should_stop: returns True once the run has been asked to stop.
   """
 
   experiment: Experiment
@@ -64,6 +66,7 @@ class Training:
   graphdef: nnx.GraphDef
   params: Any
   tables: Any
+  should_stop: Callable[[], bool] = lambda: False
 
 
 class Watch:
@@ -87,12 +90,13 @@ def train(
   workdir: pathlib.Path,
   resume_changed: bool = False,
   watch: Watch | None = None,
+  trace: Trace | None = None,
 ):
   """Trains until `config.train.steps`, or until asked to stop.
 
   Raises:
-    ConfigError: the config cannot be run, or the checkpoint is of another one and
-      `resume_changed` does not allow that (see `check_same_config`), another process trains in
+    ConfigError: the config or the steps to trace cannot be run, or the checkpoint is of another one
+      and `resume_changed` does not allow that (see `check_same_config`), another process trains in
       `workdir`, or the disk is full.
   """
   exp = experiment(config)
@@ -104,7 +108,9 @@ def train(
     checkpoints.remove_unfinished()
     space = disk.space_for("the run's records", workdir, intact=checkpoints.intact)
     with space, jax.set_mesh(mesh):
-      _train(config, exp, mesh, workdir, checkpoints, resume_changed, watch or Watch())
+      watch = watch or Watch()
+      trace = trace or Trace()
+      _train(config, exp, mesh, workdir, checkpoints, resume_changed, watch, trace)
     checkpoints.close()
 
 
@@ -116,6 +122,7 @@ def _train(
   checkpoints: Checkpoints,
   resume_changed: bool,
   watch: Watch,
+  trace: Trace,
 ):
   """Goes on from the newest of the checkpoints; arguments and errors as of `train`."""
   started = time.monotonic()
@@ -138,6 +145,8 @@ def _train(
       text = "already %s step %d of %d; raise train.steps to go on"
       logging.info(text, over, old["step"], exp.train.steps)
       return
+
+  trace.check(old["step"] if old else 0, exp.train.steps)
 
   # ---- 2. data: encoded once, then read from the cache; or drawn on the fly -------------------
   train_data, val_data = open_splits(exp.data)
@@ -203,7 +212,8 @@ def _train(
   validate = _validation(exp, graphdef, val_data, tables)
   skips = SkippedSteps(exp.train)
   shapes = jax.eval_shape(lambda: params)
-  watch.begin(Training(exp, workdir, train_data, val_data, graphdef, shapes, tables), step)
+  stop = StopRequest()
+  watch.begin(Training(exp, workdir, train_data, val_data, graphdef, shapes, tables, stop), step)
 
   def warn(found: dict[str, str] | None):
     if found is not None:
@@ -216,6 +226,19 @@ def _train(
     totals = metrics.totals(step)
     progress = {"iterator": iterator, "totals": totals, "val_loss": finite(val_loss)}
     checkpoints.save(step, state, record | progress)
+
+  def look() -> float | None:
+    """Validates; returns the loss, or None if the run was asked to stop."""
+    with metrics.paused():
+      result = validate(state.ema, stop, functools.partial(metrics.write, step))
+      if result is None:
+        return None
+      warn(alarm.validated(step, result["loss"], float(np.mean(result["linear_buckets"]))))
+      if routers:
+        warn(alarm.routed(step, result["probs"], routers))
+      write_routing(workdir, result, exp.model, exp.train.time_range)
+      watch.validated(step, state.ema)
+      return result["loss"]
 
   def roll_back(lost: NotFinite):
     """Goes back to the last checkpoint before the lost steps, on with other batches and noise."""
@@ -243,13 +266,21 @@ def _train(
   # ---- 6. the loop ----------------------------------------------------------------------------
   logging.info("compiling the training step ...")
   loop_started = time.monotonic()
-  with StopRequest() as stop, tqdm(total=exp.train.steps, initial=step, desc="training") as bar:
+  with stop, tqdm(total=exp.train.steps, initial=step, desc="training") as bar:
+    if old is not None and exp.train.val_every and step % exp.train.val_every == 0:
+      # A process that was asked to stop while it validated has saved without.
+      if not any(row["kind"] == "val" and row["step"] == step for row in read(metrics.path)):
+        look()
     while step < exp.train.steps and not stop():
-      batch = next(batches)
+      with metrics.timed("data_wait"):
+        batch = next(batches)
       inputs = split_batch({k: batch[k] for k in ("latent", "label")})
-      state, values = train_step(state, inputs, tables, own_numbers, target)
+      trace.before(step + 1, workdir)
+      with metrics.timed("step"):
+        state, values = train_step(state, inputs, tables, own_numbers, target)
       skips.add(values)
       step += 1
+      trace.after(step, values)
       last = step == exp.train.steps
       if "compile" not in seconds:  # the first step
         jax.block_until_ready(values)
@@ -259,7 +290,8 @@ def _train(
         metrics.start_clock(step)
       bar.update()
       if last or step % exp.train.log_every == 0:
-        values = jax.device_get(values)
+        with metrics.timed("step"):
+          values = jax.device_get(values)
         metrics.train(step, values)
         warn(alarm.trained(step, float(values["loss"])))
         bar.set_postfix(loss=f"{values['loss']:.3f}")
@@ -273,16 +305,9 @@ def _train(
           continue
       val_loss = None  # of this very step
       if exp.train.val_every and (last or step % exp.train.val_every == 0) and not stop():
-        jax.block_until_ready(values)  # steps still running are no part of validation
-        with metrics.paused():
-          result = validate(state.ema, stop, functools.partial(metrics.write, step))
-          if result is not None:
-            val_loss = result["loss"]
-            warn(alarm.validated(step, val_loss, float(np.mean(result["linear_buckets"]))))
-            if routers:
-              warn(alarm.routed(step, result["probs"], routers))
-            write_routing(workdir, result, exp.model, exp.train.time_range)
-            watch.validated(step, state.ema)
+        with metrics.timed("step"):
+          jax.block_until_ready(values)  # steps still running are no part of validation
+        val_loss = look()
       if saves or stop():
         save(val_loss)
   seconds["train"] = time.monotonic() - loop_started
@@ -339,6 +364,7 @@ def _validation(exp: Experiment, graphdef: nnx.GraphDef, data: Split, tables) ->
       results[kind] = evaluate(eval_step, params, batches, power, tables, stop, reference)
       if results[kind] is None:
         return None
+    for kind in results:
       values = {k: v for k, v in results[kind].items() if k not in ("probs", "choice")}
       write(kind, **values, time_range=exp.train.time_range)
     return results["val"]
