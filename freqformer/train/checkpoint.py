@@ -156,7 +156,7 @@ class Checkpoints:
   def remove_unfinished(self):
     """Removes what a process that was killed while it saved has left, and says what goes on."""
     newest = self.latest()
-    for part in self.path.glob("*tmp*"):
+    for part in self.path.glob("[0-9]*.*tmp*"):
       shutil.rmtree(part, ignore_errors=True)
       step = int(part.name.partition(".")[0])
       if newest is None or step > newest:

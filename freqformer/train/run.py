@@ -37,7 +37,7 @@ from freqformer.train.resume import (
   with_other_noise,
   with_seed,
 )
-from freqformer.train.step import NotFinite, SkippedSteps, init_state, make_train_step
+from freqformer.train.step import NotFinite, SkippedSteps, TrainConfig, init_state, make_train_step
 from freqformer.train.throughput import Throughput
 from freqformer.train.trace import Trace
 from freqformer.train.validation import channel_power, evaluate, make_eval_step, some_latents
@@ -131,11 +131,13 @@ def _train(
   # ---- 1. the newest checkpoint: is it of this config, is anything left to do? ----------------
   old = None
   changed = {}
+  cut_short = False
   if checkpoints.latest() is not None:
     old = checkpoints.record()
     exp = experiment(config, old["config"])
     changed = check_same_config(old, exp, resume_changed)
-    if old["step"] >= exp.train.steps:
+    cut_short = _is_cut_short(workdir, exp.train, old["step"])
+    if old["step"] >= exp.train.steps and not cut_short:
       over = "past the end, at"
       if old["step"] == exp.train.steps:
         over = "finished at"
@@ -249,15 +251,15 @@ def _train(
     if back is None or rollbacks or not exp.train.rollback:
       raise ConfigError(f"training stopped: {text}")
     checkpoints.delete_after(back)
-    old = checkpoints.record(back)
+    there = checkpoints.record(back)
     rollbacks.append({"from": step, "to": back})
     state = share(with_other_noise(checkpoints.restore(state, back)))
     batches = begin_batches()
-    batches.set_state(json.loads(old["iterator"]))
+    batches.set_state(json.loads(there["iterator"]))
     skips = SkippedSteps(exp.train)
     text = f"rolled back to step {back}, and on with other batches and noise: {text}"
     logging.warning("%s", text)
-    metrics.start(back, config, facts, old.get("totals"))
+    metrics.start(back, config, facts, there.get("totals"))
     # Of the next step: a process that goes on from this very checkpoint finds it out again.
     metrics.write(back + 1, KIND, about="rollback", text=text)
     metrics.start_clock(back)
@@ -267,10 +269,8 @@ def _train(
   logging.info("compiling the training step ...")
   loop_started = time.monotonic()
   with stop, tqdm(total=exp.train.steps, initial=step, desc="training") as bar:
-    if old is not None and exp.train.val_every and step % exp.train.val_every == 0:
-      # A process that was asked to stop while it validated has saved without.
-      if not any(row["kind"] == "val" and row["step"] == step for row in read(metrics.path)):
-        look()
+    if cut_short:
+      look()
     while step < exp.train.steps and not stop():
       with metrics.timed("data_wait"):
         batch = next(batches)
@@ -326,6 +326,14 @@ def _train(
     logging.warning(
       "stopped at step %d of %d; the same command goes on from there", step, exp.train.steps
     )
+
+
+def _is_cut_short(workdir: pathlib.Path, config: TrainConfig, step: int) -> bool:
+  """Tells whether a process was asked to stop while it validated at a step, and saved without."""
+  due = config.val_every and (step == config.steps or step % config.val_every == 0)
+  return bool(due) and not any(
+    row["kind"] == "val" and row["step"] == step for row in read(workdir / "metrics.jsonl")
+  )
 
 
 def _record(config: ConfigDict, data: Split) -> dict:

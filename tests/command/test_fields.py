@@ -93,8 +93,11 @@ def test_a_run_in_two_halves_is_the_whole(whole, tmp_path):
   assert losses[0] == losses[1]
 
 
-def test_a_validation_that_a_signal_cut_short_is_made_by_the_next_process(tmp_path, monkeypatch):
-  config = small(steps=3)
+@pytest.mark.parametrize("steps", [2, 3])
+def test_a_validation_that_a_signal_cut_short_is_made_by_the_next_process(
+  tmp_path, monkeypatch, steps
+):
+  config = small(steps=steps)
   config.train.update(dict(val_every=2, samples=0))
 
   def cut_short(*_):
@@ -105,8 +108,9 @@ def test_a_validation_that_a_signal_cut_short_is_made_by_the_next_process(tmp_pa
     train(config, tmp_path)
   assert Checkpoints(tmp_path, create=False).latest() == 2 and not rows(tmp_path, "val")
   train(config, tmp_path)
-  assert [row["step"] for row in rows(tmp_path, "val")] == [2, 3]
-  assert [row["step"] for row in rows(tmp_path, "train")] == [1, 2, 3]
+  assert [row["step"] for row in rows(tmp_path, "val")] == list(range(2, steps + 1))
+  assert [row["step"] for row in rows(tmp_path, "train")] == list(range(1, steps + 1))
+  assert json.loads((tmp_path / "run.json").read_text())["finished"]
 
 
 def _metadata(checkpoints):
