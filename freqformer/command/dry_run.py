@@ -48,7 +48,7 @@ def describe(experiment: Experiment) -> str:
     "label": abstract.null(batch_size),
   }
   step = make_train_step(graphdef, experiment.train)
-  mesh = meshes.make_mesh(experiment.mesh, batch_size)
+  mesh = meshes.make_mesh(experiment.mesh, batch_size, experiment.train.accumulate)
   with jax.set_mesh(mesh):
     tables = placement.everywhere(make_tables(model, shape))
     placed = placement.share(state)

@@ -22,12 +22,16 @@ from freqformer.command.files import define_config
 from freqformer.pages.progress import Progress
 from freqformer.train.experiment import experiment
 from freqformer.train.run import train
+from freqformer.train.trace import Trace
 
 _CONFIG = define_config()
 _WORKDIR = cli.define_path("workdir", None, "Folder of this run; default runs/<config>.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print shapes, memory and FLOPs; touch no data.")
 _RESUME_CHANGED = flags.DEFINE_bool(
   "resume_changed", False, "Go on though data, model, seed or train.batch_size have changed."
+)
+_PROFILE = flags.DEFINE_string(
+  "profile", None, "Steps to trace into <workdir>/profile, first:last, e.g. 10:20; xprof reads it."
 )
 
 
@@ -37,7 +41,7 @@ def main(_):
     return
   name = pathlib.Path(flags.FLAGS["config"].config_filename.split(":")[0]).stem
   workdir = pathlib.Path(_WORKDIR.value or f"runs/{name}")
-  train(_CONFIG.value, workdir, _RESUME_CHANGED.value, Progress())
+  train(_CONFIG.value, workdir, _RESUME_CHANGED.value, Progress(), Trace(_PROFILE.value))
 
 
 if __name__ == "__main__":

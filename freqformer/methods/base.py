@@ -50,6 +50,7 @@ class Cond:
     soft_evaluation: static; evaluate with the soft mixture instead of the hard choice.
     phase: static; what this step does for the layer's method (`Method.phase`); "" in training.
     want_masks: static; aux then holds `"mask"`, the `BlockMask` that ran.
+    want_finite: static; aux then holds `"finite"`, 1 or 0: is the layer's output finite?
   """
 
   time: jax.Array
@@ -61,6 +62,7 @@ class Cond:
   soft_evaluation: bool = dataclasses.field(default=False, metadata={"static": True})
   phase: str = dataclasses.field(default="", metadata={"static": True})
   want_masks: bool = dataclasses.field(default=False, metadata={"static": True})
+  want_finite: bool = dataclasses.field(default=False, metadata={"static": True})
 
   def share(self, x: jax.Array) -> jax.Array:
     """Returns `x` `[b, ...]` with the conditional half's rows in the unconditional half, if any."""

@@ -227,7 +227,8 @@ class VideoDiT(nnx.Module):
       phases: one per run of layers, of `schedule`; empty in training.
       given: bool `[b]`, the first latent frame is clean instead of noisy (`ModelConfig.first_frame`
         only); None: nowhere. The velocity there means nothing.
-      **moment: further fields of `Cond`: progress, train, guided, soft_evaluation, want_masks.
+      **moment: further fields of `Cond`: progress, train, guided, soft_evaluation, want_masks,
+        want_finite.
 
     Returns:
       The velocity `[b, t, y, x, c]` in float32, the new state, and aux: one dict per run of layers,
@@ -285,6 +286,8 @@ class VideoDiT(nnx.Module):
       own = dataclasses.replace(cond, rng=key)
       block = nnx.merge(graphdef, gathered(params))
       x, state, aux = block(x, condition, own, layout, tables, state)
+      if cond.want_finite:
+        aux = {**aux, "finite": jnp.isfinite(x).all().astype(jnp.float32)}
       return split(x), (state, aux)
 
     if self.config.remat and cond.train:

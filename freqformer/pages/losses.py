@@ -20,6 +20,12 @@ _CURVES = {
   "density": "density (scored pairs / n²)",
   "cost": "cost (computed pairs / n²)",
 }
+_MEDIANS = {
+  "mfu": "model FLOPs utilisation",
+  "dense_equivalent_mfu": "the same if dense attention's FLOPs had been done (no utilisation)",
+  "data_wait": "share of the time in which the loop waits for data",
+  "loop": "share of the time in which it waits for neither data nor steps",
+}
 _BAR = 0.27  # distance of bars that belong together, in units of an axis with steps of 1
 _CONSTANT = 1e-3  # choice: a curve that moves by less than this share of its size is no curve
 
@@ -118,10 +124,13 @@ def _totals(train: list[dict], curves: Mapping[str, list[dict]]) -> list[tuple]:
     low, middle, high = np.percentile(rates, (10, 50, 90))
     text = f"{middle:.3g} (median; 80 % of the log's intervals: {low:.3g} to {high:.3g})"
     rows.append(("steps per second", text))
-  for key, name in (("mfu", "model FLOPs utilisation, median"), ("lr", "last learning rate")):
+  for key, name in _MEDIANS.items():
     _, values = series(train, key)
     if len(values):
-      rows.append((name, float(values[-1] if key == "lr" else np.median(values))))
+      rows.append((f"{name}, median", float(np.median(values))))
+  _, values = series(train, "lr")
+  if len(values):
+    rows.append(("last learning rate", float(values[-1])))
   skipped = sum(row.get("skipped", 0) > 0 for row in train)
   if skipped:
     rows.append(("lines of the log whose step was not finite and skipped", skipped))

@@ -131,7 +131,7 @@ def _drawer(run: Training, model) -> Callable:
     labels = np.unique(np.linspace(0, len(names) - 1, count).round().astype(np.int32))
     numbers = labels
   config = _few_steps(experiment.sample, model, len(labels))
-  step = sampling.make_step(run.graphdef, config)
+  compiled = sampling.make_step(run.graphdef, config)
   about = {
     "classes": [names[number] for number in numbers],
     "steps": config.steps,
@@ -141,6 +141,11 @@ def _drawer(run: Training, model) -> Callable:
   }
   (run.workdir / TRAINING).mkdir(exist_ok=True)
   write_whole(run.workdir / TRAINING / "about.json", json.dumps(about, indent=1))
+
+  def step(*args):
+    if run.should_stop():
+      raise ConfigError("the run was asked to stop")
+    return compiled(*args)
 
   def draw(params) -> np.ndarray:
     indices = numbers * SAMPLES_PER_CLASS

@@ -6,7 +6,9 @@ Steps that are not finite are skipped and end a run by themselves (`step.Skipped
 import collections
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+import numpy as np
 
 from freqformer.train.step import TrainConfig
 
@@ -16,13 +18,16 @@ _FACTOR = 3.0
 _NEWEST = 3
 _WINDOW = 100  # lines of the median
 _LEAST = 5  # lines below which there is no median
+# choice: weight of a branch that leaves the others nothing, and weight of one that does nothing.
+_ALL = 0.95
+_NOTHING = 0.01
 
 
 class Alarm:
   """Looks at the losses that a run logs.
 
   Attributes:
-    raised: what has been warned of, "training" or "validation".
+    raised: what has been warned of: "training", "validation", "router" or "branch".
   """
 
   def __init__(self, config: TrainConfig, rows: Iterable[dict] = ()):
@@ -67,6 +72,39 @@ class Alarm:
       f"validation at step {step} is worse than the best linear prediction: {loss:.4g} against "
       f"{linear:.4g}. The model has learned nothing yet, or has exploded: then lower train.lr.",
     )
+
+  def routed(self, step: int, probs, branches: Sequence[str]) -> dict[str, str] | None:
+    """Returns a warning if a layer's heads all take one branch at every t, or no head takes one.
+
+    Args:
+      probs: mean weights `[layers, quarters of t, heads, branches]` of layers with a router.
+    """
+    if step <= self._warm:
+      return None
+    # Of gates, which are weights of their own, the share.
+    share = probs / np.maximum(np.sum(probs, -1, keepdims=True), _NOTHING)
+    alone = share.min((1, 2)) >= _ALL  # [layers, branches]
+    unused = np.asarray(probs).max((0, 1, 2)) < _NOTHING
+    if alone.any():
+      layers, taken = np.nonzero(alone)
+      found = ", ".join(
+        f"{branches[branch]} in layer {layer}" for layer, branch in zip(layers, taken, strict=True)
+      )
+      return self._raise(
+        "router",
+        f"the router has collapsed at step {step}: at every t, all heads give {_ALL:.0%} of their "
+        f"weight or more to {found} (of those with a router). Raise its temperature or lower its "
+        "penalty; or fix these heads, which costs less.",
+      )
+    if unused.any():
+      names = ", ".join(branches[i] for i in np.flatnonzero(unused))
+      return self._raise(
+        "branch",
+        f"no head gives {_NOTHING:.0%} of its weight to {names} at step {step}, in any layer and "
+        "at any t: nothing trains it any more. Leave it out, or raise its prior or the router's "
+        "temperature.",
+      )
+    return None
 
   def _raise(self, about: str, text: str) -> dict[str, str] | None:
     if about in self.raised:

@@ -153,6 +153,26 @@ class Checkpoints:
     known = self.steps()
     return f"step {known[-1]} is intact" if known else "there is no earlier checkpoint"
 
+  def remove_unfinished(self):
+    """Removes what a process that was killed while it saved has left, and says what goes on."""
+    newest = self.latest()
+    for part in self.path.glob("[0-9]*.*tmp*"):
+      shutil.rmtree(part, ignore_errors=True)
+      step = int(part.name.partition(".")[0])
+      if newest is None or step > newest:
+        goes_on = "starting over" if newest is None else f"going on from step {newest}"
+        logging.warning("the checkpoint of step %d was not finished; %s", step, goes_on)
+
+  def newest_before(self, step: int) -> int | None:
+    """Returns the newest complete step before another one, or None."""
+    return max((known for known in self.steps() if known < step), default=None)
+
+  def delete_after(self, step: int):
+    """Deletes the checkpoints of later steps."""
+    for known in self.steps():
+      if known > step:
+        self._manager.delete(known)
+
   def check_space(self, state):
     """Compares the free space with what the checkpoints of a state will take.
 

@@ -47,18 +47,23 @@ class MeshConfig:
     return data, self.fsdp
 
 
-def make_mesh(config: MeshConfig, batch_size: int) -> Mesh:
+def make_mesh(config: MeshConfig, batch_size: int, accumulate: int = 1) -> Mesh:
   """Returns the mesh of the first devices, as many as the config asks for.
 
+  Args:
+    accumulate: micro-batches of a batch.
+
   Raises:
-    ConfigError: the devices cannot be divided so, or a batch not over the devices.
+    ConfigError: the devices cannot be divided so, or a micro-batch not over the devices.
   """
   sizes = config.sizes(len(all_devices()))
   count = math.prod(sizes)
-  if batch_size % count:
+  parts = count * accumulate
+  if batch_size % parts:
+    each = f" in {accumulate} micro-batches" if accumulate > 1 else ""
     raise ConfigError(
-      f"config.train.batch_size={batch_size} cannot be split over {count} devices: set it to "
-      f"{count * max(1, round(batch_size / count))}, or mesh.data and mesh.fsdp to fewer devices."
+      f"config.train.batch_size={batch_size}{each} cannot be split over {count} devices: set it to "
+      f"{parts * max(1, round(batch_size / parts))}, or mesh.data and mesh.fsdp to fewer devices."
     )
   return _mesh(sizes)
 

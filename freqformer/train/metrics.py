@@ -1,5 +1,6 @@
 """Records of a run: `metrics.jsonl` (rows), `run.json`, `config.json` and `routing.json`."""
 
+import collections
 import contextlib
 import json
 import math
@@ -32,9 +33,10 @@ class Metrics:
     self._seconds = 0.0  # of training in this process, until the clock was last stopped
     self._clock: float | None = None  # when it was last started; None while it stands
     self._last_line: tuple[int, float] | None = None  # step and seconds of the last training line
+    self._parts = collections.Counter()  # `timed` seconds since that line
 
   def start(self, step: int, config: ConfigDict, run: dict, totals: dict | None = None):
-    """Begins the records; a resumed run drops lines of later steps.
+    """Begins the records; a run that is resumed or rolled back drops lines of later steps.
 
     Args:
       step: of the checkpoint that training goes on from, or 0.
@@ -45,6 +47,8 @@ class Metrics:
     if not step:
       totals = {"flops": 0.0, "seconds": 0.0}
     self._before = totals and {"step": step, **totals}
+    self._seconds = 0.0
+    self._clock = None
     rows = [row for row in read(self.path) if row["step"] <= step] if step else []
     write_whole(self.path, "".join(map(_line, rows)))
     write_whole(self.workdir / "config.json", json.dumps(config.to_dict(), indent=2))
@@ -55,6 +59,14 @@ class Metrics:
     """Begins to count seconds, behind the steps that compiled."""
     self._clock = time.monotonic()
     self._last_line = (step, self._seconds)
+    self._parts.clear()
+
+  @contextlib.contextmanager
+  def timed(self, part: str):
+    """Adds the time of what is done inside to a part of training: "data_wait" or "step"."""
+    clock = time.monotonic()
+    yield
+    self._parts[part] += time.monotonic() - clock
 
   @contextlib.contextmanager
   def paused(self):
@@ -87,12 +99,19 @@ class Metrics:
       file.write(_line({"step": step, "kind": kind, **plain}))
 
   def train(self, step: int, values: dict):
-    """Appends a training line, with the speed of the steps since the last one."""
+    """Appends a training line, with the speed of the steps since the last one.
+
+    `data_wait` is the share of their seconds in which the loop waits for data, `loop` the share in
+    which it waits neither for data nor for the step: its own work, with saving.
+    """
     now = self._trained()
     speed = {}
     if self._last_line is not None and step > self._last_line[0]:
-      rate = (step - self._last_line[0]) / (now - self._last_line[1])
-      speed = self._throughput.rates(rate)
+      seconds = now - self._last_line[1]
+      speed = self._throughput.rates((step - self._last_line[0]) / seconds)
+      speed["data_wait"] = self._parts["data_wait"] / seconds
+      speed["loop"] = max(0.0, 1 - self._parts.total() / seconds)
+    self._parts.clear()
     self._last_line = (step, now)
     self.write(step, "train", **values, **speed)
 

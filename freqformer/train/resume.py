@@ -8,6 +8,7 @@ happen. Every change is logged and kept with its step in the run's record.
 import dataclasses
 import json
 
+import jax
 import numpy as np
 from absl import logging
 from flax.traverse_util import flatten_dict
@@ -83,6 +84,19 @@ def check_same_config(record: dict, new: Experiment, allow: bool = False) -> dic
 def with_seed(state, fresh, changed: dict):
   """Returns the restored state; if the seed was changed, with the fresh state's random key."""
   return dataclasses.replace(state, key=fresh.key) if "seed" in changed else state
+
+
+def order_seed(seed: int, rollbacks: int) -> int:
+  """Returns the seed of the data's order, which is another one behind a rollback."""
+  if not rollbacks:
+    return seed
+  return int(np.random.SeedSequence((seed, rollbacks)).generate_state(1)[0])
+
+
+def with_other_noise(state):
+  """Returns the state with another random key, for all steps to come."""
+  key = jax.random.fold_in(jax.random.wrap_key_data(state.key), 1)
+  return dataclasses.replace(state, key=jax.random.key_data(key))
 
 
 def check_same_data(old: dict, new: dict):

@@ -17,21 +17,29 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from freqformer import disk
-from freqformer.config import numbers
+from freqformer.config import ConfigError, numbers
 from freqformer.data.loader import train_iterator, val_batches
 from freqformer.data.sources import Split, open_splits
 from freqformer.model.dit import VideoDiT, make_tables
 from freqformer.placement import everywhere, share, split_batch
 from freqformer.train.alarm import KIND, Alarm
 from freqformer.train.checkpoint import PACKAGES, Checkpoints
+from freqformer.train.diagnosis import first_not_finite
 from freqformer.train.experiment import Experiment, experiment, recorded
 from freqformer.train.lock import held
 from freqformer.train.mesh import describe, make_mesh
 from freqformer.train.metrics import Metrics, finite, read, write_routing
 from freqformer.train.preemption import StopRequest
-from freqformer.train.resume import check_same_config, check_same_data, with_seed
-from freqformer.train.step import SkippedSteps, init_state, make_train_step
+from freqformer.train.resume import (
+  check_same_config,
+  check_same_data,
+  order_seed,
+  with_other_noise,
+  with_seed,
+)
+from freqformer.train.step import NotFinite, SkippedSteps, TrainConfig, init_state, make_train_step
 from freqformer.train.throughput import Throughput
+from freqformer.train.trace import Trace
 from freqformer.train.validation import channel_power, evaluate, make_eval_step, some_latents
 from freqformer.versions import git_revision, versions
 
@@ -48,6 +56,7 @@ class Training:
     graphdef: of the `VideoDiT`.
     params: shapes of its parameters; the arrays change hands at every step.
     tables: of the grid.
+    should_stop: returns True once the run has been asked to stop.
   """
 
   experiment: Experiment
@@ -57,6 +66,7 @@ class Training:
   graphdef: nnx.GraphDef
   params: Any
   tables: Any
+  should_stop: Callable[[], bool] = lambda: False
 
 
 class Watch:
@@ -80,23 +90,27 @@ def train(
   workdir: pathlib.Path,
   resume_changed: bool = False,
   watch: Watch | None = None,
+  trace: Trace | None = None,
 ):
   """Trains until `config.train.steps`, or until asked to stop.
 
   Raises:
-    ConfigError: the config cannot be run, or the checkpoint is of another one and
-      `resume_changed` does not allow that (see `check_same_config`), another process trains in
+    ConfigError: the config or the steps to trace cannot be run, or the checkpoint is of another one
+      and `resume_changed` does not allow that (see `check_same_config`), another process trains in
       `workdir`, or the disk is full.
   """
   exp = experiment(config)
-  mesh = make_mesh(exp.mesh, exp.train.batch_size)
+  mesh = make_mesh(exp.mesh, exp.train.batch_size, exp.train.accumulate)
   logging.info("%s", describe(mesh))
   workdir.mkdir(parents=True, exist_ok=True)
   with disk.space_for("the run's records", workdir), held(workdir):
     checkpoints = Checkpoints(workdir, exp.train.keep, keep_best=exp.train.keep_best)
+    checkpoints.remove_unfinished()
     space = disk.space_for("the run's records", workdir, intact=checkpoints.intact)
     with space, jax.set_mesh(mesh):
-      _train(config, exp, mesh, workdir, checkpoints, resume_changed, watch or Watch())
+      watch = watch or Watch()
+      trace = trace or Trace()
+      _train(config, exp, mesh, workdir, checkpoints, resume_changed, watch, trace)
     checkpoints.close()
 
 
@@ -108,6 +122,7 @@ def _train(
   checkpoints: Checkpoints,
   resume_changed: bool,
   watch: Watch,
+  trace: Trace,
 ):
   """Goes on from the newest of the checkpoints; arguments and errors as of `train`."""
   started = time.monotonic()
@@ -116,11 +131,13 @@ def _train(
   # ---- 1. the newest checkpoint: is it of this config, is anything left to do? ----------------
   old = None
   changed = {}
+  cut_short = False
   if checkpoints.latest() is not None:
     old = checkpoints.record()
     exp = experiment(config, old["config"])
     changed = check_same_config(old, exp, resume_changed)
-    if old["step"] >= exp.train.steps:
+    cut_short = _is_cut_short(workdir, exp.train, old["step"])
+    if old["step"] >= exp.train.steps and not cut_short:
       over = "past the end, at"
       if old["step"] == exp.train.steps:
         over = "finished at"
@@ -131,11 +148,20 @@ def _train(
       logging.info(text, over, old["step"], exp.train.steps)
       return
 
+  trace.check(old["step"] if old else 0, exp.train.steps)
+
   # ---- 2. data: encoded once, then read from the cache; or drawn on the fly -------------------
   train_data, val_data = open_splits(exp.data)
   exp = exp.with_spectrum(some_latents(train_data))
   seconds["encode"] = time.monotonic() - started
-  batches = iter(train_iterator(train_data, exp.train.batch_size, exp.seed))
+  rollbacks = old.get("rollbacks", []) if old else []
+
+  def begin_batches():
+    """Begins them in the order of a run that was rolled back so often."""
+    seed = order_seed(exp.seed, len(rollbacks))
+    return iter(train_iterator(train_data, exp.train.batch_size, seed))
+
+  batches = begin_batches()
 
   # ---- 3. model and state ---------------------------------------------------------------------
   shape = tuple(train_data.latent_shape)
@@ -144,7 +170,7 @@ def _train(
   graphdef, params = nnx.split(VideoDiT(exp.model, shape, rngs=nnx.Rngs(exp.seed), **condition))
   state = init_state(params, exp.train, exp.seed)
   config = recorded(config, exp)
-  record = _record(config, train_data)
+  record = _record(config, train_data) | {"rollbacks": rollbacks}
 
   # ---- 4. resume: that checkpoint goes on, else start fresh -----------------------------------
   throughput = Throughput.of(exp.model, shape, exp.train.batch_size, list(mesh.devices.flat))
@@ -167,6 +193,7 @@ def _train(
     "method": exp.model.attention.method,
     "classes": record["class_names"],
     "changes": record["changes"],
+    "rollbacks": rollbacks,
     "git": git_revision(),
     "versions": versions(PACKAGES),
     "device": mesh.devices.flat[0].device_kind,
@@ -178,6 +205,7 @@ def _train(
   }
   metrics.start(step, config, facts, old and old.get("totals"))
   alarm = Alarm(exp.train, read(metrics.path))
+  routers = next((method.branches for _, method in exp.model.runs() if method.routed), ())
 
   # ---- 5. the steps ---------------------------------------------------------------------------
   train_step = make_train_step(graphdef, exp.train)
@@ -186,7 +214,8 @@ def _train(
   validate = _validation(exp, graphdef, val_data, tables)
   skips = SkippedSteps(exp.train)
   shapes = jax.eval_shape(lambda: params)
-  watch.begin(Training(exp, workdir, train_data, val_data, graphdef, shapes, tables), step)
+  stop = StopRequest()
+  watch.begin(Training(exp, workdir, train_data, val_data, graphdef, shapes, tables, stop), step)
 
   def warn(found: dict[str, str] | None):
     if found is not None:
@@ -200,19 +229,60 @@ def _train(
     progress = {"iterator": iterator, "totals": totals, "val_loss": finite(val_loss)}
     checkpoints.save(step, state, record | progress)
 
+  def look() -> float | None:
+    """Validates; returns the loss, or None if the run was asked to stop."""
+    with metrics.paused():
+      result = validate(state.ema, stop, functools.partial(metrics.write, step))
+      if result is None:
+        return None
+      warn(alarm.validated(step, result["loss"], float(np.mean(result["linear_buckets"]))))
+      if routers:
+        warn(alarm.routed(step, result["probs"], routers))
+      write_routing(workdir, result, exp.model, exp.train.time_range)
+      watch.validated(step, state.ema)
+      return result["loss"]
+
+  def roll_back(lost: NotFinite):
+    """Goes back to the last checkpoint before the lost steps, on with other batches and noise."""
+    nonlocal state, step, batches, skips
+    found = first_not_finite(graphdef, exp.train, state, inputs, tables, own_numbers, target)
+    text = f"{lost} In step {step}, {found}."
+    back = checkpoints.newest_before(lost.first)
+    if back is None or rollbacks or not exp.train.rollback:
+      raise ConfigError(f"training stopped: {text}")
+    checkpoints.delete_after(back)
+    there = checkpoints.record(back)
+    rollbacks.append({"from": step, "to": back})
+    state = share(with_other_noise(checkpoints.restore(state, back)))
+    batches = begin_batches()
+    batches.set_state(json.loads(there["iterator"]))
+    skips = SkippedSteps(exp.train)
+    text = f"rolled back to step {back}, and on with other batches and noise: {text}"
+    logging.warning("%s", text)
+    metrics.start(back, config, facts, there.get("totals"))
+    # Of the next step: a process that goes on from this very checkpoint finds it out again.
+    metrics.write(back + 1, KIND, about="rollback", text=text)
+    metrics.start_clock(back)
+    step = back
+
   # ---- 6. the loop ----------------------------------------------------------------------------
-  first = step + 1
   logging.info("compiling the training step ...")
   loop_started = time.monotonic()
-  with StopRequest() as stop, tqdm(total=exp.train.steps, initial=step, desc="training") as bar:
+  with stop, tqdm(total=exp.train.steps, initial=step, desc="training") as bar:
+    if cut_short:
+      look()
     while step < exp.train.steps and not stop():
-      batch = next(batches)
+      with metrics.timed("data_wait"):
+        batch = next(batches)
       inputs = split_batch({k: batch[k] for k in ("latent", "label")})
-      state, values = train_step(state, inputs, tables, own_numbers, target)
+      trace.before(step + 1, workdir)
+      with metrics.timed("step"):
+        state, values = train_step(state, inputs, tables, own_numbers, target)
       skips.add(values)
       step += 1
+      trace.after(step, values)
       last = step == exp.train.steps
-      if step == first:  # it compiles
+      if "compile" not in seconds:  # the first step
         jax.block_until_ready(values)
         seconds["compile"] = time.monotonic() - loop_started
         logging.info("compiled, and run once, in %.1f s", seconds["compile"])
@@ -220,22 +290,25 @@ def _train(
         metrics.start_clock(step)
       bar.update()
       if last or step % exp.train.log_every == 0:
-        values = jax.device_get(values)
+        with metrics.timed("step"):
+          values = jax.device_get(values)
         metrics.train(step, values)
-        skips.check(step)
         warn(alarm.trained(step, float(values["loss"])))
         bar.set_postfix(loss=f"{values['loss']:.3f}")
+      saves = last or stop() or step % exp.train.checkpoint_every == 0
+      if saves or step % exp.train.log_every == 0:
+        try:
+          skips.check(step)
+        except NotFinite as lost:
+          roll_back(lost)
+          bar.n = step
+          continue
       val_loss = None  # of this very step
       if exp.train.val_every and (last or step % exp.train.val_every == 0) and not stop():
-        jax.block_until_ready(values)  # steps still running are no part of validation
-        with metrics.paused():
-          result = validate(state.ema, stop, functools.partial(metrics.write, step))
-          if result is not None:
-            val_loss = result["loss"]
-            warn(alarm.validated(step, val_loss, float(np.mean(result["linear_buckets"]))))
-            write_routing(workdir, result, exp.model, exp.train.time_range)
-            watch.validated(step, state.ema)
-      if last or stop() or step % exp.train.checkpoint_every == 0:
+        with metrics.timed("step"):
+          jax.block_until_ready(values)  # steps still running are no part of validation
+        val_loss = look()
+      if saves or stop():
         save(val_loss)
   seconds["train"] = time.monotonic() - loop_started
   best = checkpoints.best()
@@ -253,6 +326,14 @@ def _train(
     logging.warning(
       "stopped at step %d of %d; the same command goes on from there", step, exp.train.steps
     )
+
+
+def _is_cut_short(workdir: pathlib.Path, config: TrainConfig, step: int) -> bool:
+  """Tells whether a process was asked to stop while it validated at a step, and saved without."""
+  due = config.val_every and (step == config.steps or step % config.val_every == 0)
+  return bool(due) and not any(
+    row["kind"] == "val" and row["step"] == step for row in read(workdir / "metrics.jsonl")
+  )
 
 
 def _record(config: ConfigDict, data: Split) -> dict:
@@ -281,15 +362,17 @@ def _validation(exp: Experiment, graphdef: nnx.GraphDef, data: Split, tables) ->
     eval_steps["val_soft"] = make(soft=True)
   power = channel_power(data)
   reference = data.reference
-  size = exp.train.batch_size
+  size = exp.train.batch_size // exp.train.accumulate
+  limit = exp.train.val_batches * exp.train.batch_size
 
   def validate(params, stop, write):
     results = {}
     for kind, eval_step in eval_steps.items():
-      batches = val_batches(data, size, limit=exp.train.val_batches * size)
+      batches = val_batches(data, size, limit)
       results[kind] = evaluate(eval_step, params, batches, power, tables, stop, reference)
       if results[kind] is None:
         return None
+    for kind in results:
       values = {k: v for k, v in results[kind].items() if k not in ("probs", "choice")}
       write(kind, **values, time_range=exp.train.time_range)
     return results["val"]

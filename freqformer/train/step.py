@@ -19,7 +19,7 @@ from freqformer.diffusion.flow import (
   sample_noise,
   sample_time,
 )
-from freqformer.placement import sharing
+from freqformer.placement import sharing, split
 
 # choice: training stops after this many consecutive steps that are not finite, or half of the run.
 CONSECUTIVE_SKIPS = 10
@@ -46,6 +46,13 @@ class TrainConfig:
     label_dropout: share of samples that are trained without their label, on the null class.
     first_frame: share of samples that are trained with their first latent frame given
       (`model.first_frame`); the loss leaves this frame out.
+    accumulate: micro-batches in which a batch is computed, one after the other, in less memory;
+      their gradients are averaged in float32 for one update. The loss is that of the whole batch,
+      except that stochastic routing is drawn, and the router's penalty taken, per micro-batch.
+      Validation takes batches of this size, too.
+    rollback: whether to go back, once, to the last checkpoint before too many consecutive steps
+      were skipped, and on with other batches and noise. A second time the run ends, as it does
+      at once without this key. True by default: it changes no run that would not end there.
     time_sampling: see `sample_time`.
     time_range: least and largest timestep that is trained on, and validated on.
     val_every: 0 turns validation off.
@@ -85,6 +92,8 @@ class TrainConfig:
   ema: float = 0.999
   label_dropout: float = 0.1
   first_frame: float = 0.0
+  accumulate: int = 1
+  rollback: bool = True
   time_sampling: str = "uniform"
   time_range: tuple[float, float] = (0.0, 1.0)
   log_every: int = 10
@@ -97,7 +106,7 @@ class TrainConfig:
   keep_best: bool = True
 
   def __post_init__(self):
-    require(self, "steps batch_size log_every checkpoint_every keep", least=1)
+    require(self, "steps batch_size accumulate log_every checkpoint_every keep", least=1)
     require(self, "warmup val_every val_batches samples weight_decay", least=0)
     require(self, "lr muon_lr clip", above=0)
     require_one_of(self, "optimizer", ("adamw", "muon"))
@@ -107,6 +116,11 @@ class TrainConfig:
     require_one_of(self, "time_sampling", TIME_SAMPLING)
     if not 0 <= self.time_range[0] < self.time_range[1] <= 1:
       raise ValueError(f"{self.time_range=} must be two rising timesteps in [0, 1].")
+    if self.batch_size % self.accumulate:
+      raise ValueError(
+        f"batch_size={self.batch_size} must be a multiple of accumulate={self.accumulate}, the "
+        "number of its micro-batches."
+      )
 
   @property
   def warm_steps(self) -> jax.Array:
@@ -210,6 +224,87 @@ def init_state(params, config: TrainConfig, seed: int) -> TrainState:
   )
 
 
+def make_gradients(graphdef, config: TrainConfig, **moment):
+  """Returns `(params, key, batch, tables, config, posterior, progress) -> (metrics, gradients)`.
+
+  Metrics are the loss, without penalties, and what `_summary` finds.
+
+  Args:
+    moment: further fields of `Cond`.
+  """
+  gives_first_frames = config.first_frame > 0
+
+  def draw(params, key, batch, config, posterior):
+    """Returns the arrays to train on, samples in front, and the key of stochastic routing."""
+    x0 = batch["latent"]
+    key_time, key_noise, key_drop, key_route = jax.random.split(key, 4)
+    time = sample_time(key_time, x0.shape[0], config.time_sampling)
+    first, last = config.time_range
+    time = first + (last - first) * time
+    noise = sample_noise(key_noise, jnp.arange(x0.shape[0]), x0.shape[1:])
+    xt, target = interpolate(x0, noise, time)
+    label = batch["label"]
+    dropped = jax.random.bernoulli(key_drop, config.label_dropout, label.shape[:1])
+    dropped = dropped.reshape(-1, *[1] * (label.ndim - 1))
+    label = jnp.where(dropped, nnx.merge(graphdef, params).null(len(label)), label)
+    if posterior is not None:
+      target = posterior.velocity(xt, time, label)
+    given = None
+    if gives_first_frames:
+      # A key of its own: the other draws are those of a run without first frames.
+      key_given = jax.random.fold_in(key, _FIRST_FRAME)
+      given = jax.random.bernoulli(key_given, config.first_frame, label.shape[:1])
+      xt = give_first_frame(xt, x0, given)
+    drawn = {"xt": xt, "target": target, "time": time, "label": label, "given": given}
+    return drawn, key_route
+
+  def loss_fn(params, drawn, key_route, tables, progress, cells):
+    given = drawn["given"]
+    velocity, _, aux = nnx.merge(graphdef, params)(
+      drawn["xt"],
+      drawn["time"],
+      drawn["label"],
+      tables,
+      train=True,
+      rng=key_route,
+      progress=progress,
+      given=given,
+      **moment,
+    )
+    loss = _mean_square(velocity - drawn["target"], given, cells)
+    penalty = sum(run["loss"].mean() for run in aux)
+    return loss + penalty, (loss, _summary(aux))
+
+  compute = jax.value_and_grad(loss_fn, has_aux=True)
+
+  def gradients(params, key, batch, tables, config, posterior, progress):
+    drawn, key_route = draw(params, key, batch, config, posterior)
+    count = config.accumulate
+    cells = None
+    if gives_first_frames:
+      cells = jnp.sum(_counted(drawn["xt"], drawn["given"])) / count
+    if count == 1:
+      (_, metrics), grads = compute(params, drawn, key_route, tables, progress, cells)
+      return metrics, grads
+
+    def micro(total, part):
+      number, own = part
+      key = jax.random.fold_in(key_route, number)
+      own = jax.tree.map(split, own)
+      (_, metrics), grads = compute(params, own, key, tables, progress, cells)
+      total = jax.tree.map(lambda x, grad: x + grad.astype(jnp.float32), total, grads)
+      return sharing(total), metrics
+
+    # Every count-th sample: each device computes micro-batches of the samples that it has.
+    parts = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), drawn)
+    zeros = sharing(jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params))
+    total, metrics = jax.lax.scan(micro, zeros, (jnp.arange(count), parts))
+    metrics = jax.tree.map(lambda x: x.mean(0), metrics)
+    return metrics, jax.tree.map(lambda x: x / count, total)
+
+  return gradients
+
+
 def make_train_step(graphdef, config: TrainConfig):
   """Returns the jitted step `(state, batch, tables, numbers, posterior) -> (state, metrics)`.
 
@@ -222,44 +317,14 @@ def make_train_step(graphdef, config: TrainConfig):
     logging.info(
       "train.warmup=%d is cut to %d, half of the steps", config.warmup, config.warm_steps
     )
-  gives_first_frames = config.first_frame > 0
-
-  def loss_fn(params, key, batch, tables, config, posterior, progress):
-    x0 = batch["latent"]
-    key_time, key_noise, key_drop, key_route = jax.random.split(key, 4)
-    time = sample_time(key_time, x0.shape[0], config.time_sampling)
-    first, last = config.time_range
-    time = first + (last - first) * time
-    noise = sample_noise(key_noise, jnp.arange(x0.shape[0]), x0.shape[1:])
-    xt, target = interpolate(x0, noise, time)
-    model = nnx.merge(graphdef, params)
-    label = batch["label"]
-    dropped = jax.random.bernoulli(key_drop, config.label_dropout, label.shape[:1])
-    dropped = dropped.reshape(-1, *[1] * (label.ndim - 1))
-    label = jnp.where(dropped, model.null(len(label)), label)
-    if posterior is not None:
-      target = posterior.velocity(xt, time, label)
-    given = None
-    if gives_first_frames:
-      # A key of its own: the other draws are those of a run without first frames.
-      key_given = jax.random.fold_in(key, _FIRST_FRAME)
-      given = jax.random.bernoulli(key_given, config.first_frame, label.shape[:1])
-      xt = give_first_frame(xt, x0, given)
-    velocity, _, aux = model(
-      xt, time, label, tables, train=True, rng=key_route, progress=progress, given=given
-    )
-    loss = _mean_square(velocity - target, given)
-    penalty = sum(run["loss"].mean() for run in aux)
-    return loss + penalty, (loss, _summary(aux))
+  gradients = make_gradients(graphdef, config)
 
   @functools.partial(jax.jit, donate_argnums=0)
   def step(state: TrainState, batch, tables, numbers, posterior=None):
     own = with_numbers(config, numbers)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     progress = state.step / own.steps
-    (_, (loss, routing)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-      state.params, key, batch, tables, own, posterior, progress
-    )
+    (loss, routing), grads = gradients(state.params, key, batch, tables, own, posterior, progress)
     norm = optax.tree.norm(grads)
     updates, opt_state = make_optimizer(own).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -282,12 +347,32 @@ def make_train_step(graphdef, config: TrainConfig):
   return step
 
 
-def _mean_square(error, given):
-  """Returns the mean square over all cells `[b, t, y, x, c]` but first frames that are given."""
+def _mean_square(error, given, cells):
+  """Returns the mean square over all cells `[b, t, y, x, c]` but first frames that are given.
+
+  Args:
+    cells: frames to divide by, where some are given; of a micro-batch the mean over all of them.
+  """
   if given is None:
     return jnp.mean(error**2)
-  counted = jnp.ones(error.shape[:2]).at[:, 0].set(~given)
-  return jnp.sum(counted * jnp.mean(error**2, (2, 3, 4))) / jnp.sum(counted)
+  return jnp.sum(_counted(error, given) * jnp.mean(error**2, (2, 3, 4))) / cells
+
+
+def _counted(x, given) -> jax.Array:
+  """Returns `[b, t]` with 0 at first frames that are given and 1 elsewhere."""
+  return jnp.ones(x.shape[:2]).at[:, 0].set(~given)
+
+
+class NotFinite(ConfigError):
+  """Too many consecutive steps were skipped, `first` to `last`."""
+
+  def __init__(self, first: int, last: int):
+    super().__init__(
+      f"steps {first} to {last} all had a loss, gradient or update that is not finite and were "
+      "skipped; lower train.lr or train.clip, or look at the data. Earlier checkpoints are as they "
+      "were."
+    )
+    self.first = first
 
 
 class SkippedSteps:
@@ -303,21 +388,20 @@ class SkippedSteps:
     self._unchecked.append(metrics["skipped"])
 
   def check(self, step: int):
-    """Raises ConfigError if too many consecutive steps up to `step` were skipped."""
+    """Raises NotFinite if too many consecutive steps up to `step` were skipped."""
     first = step - len(self._unchecked) + 1
     for number, skipped in enumerate(jax.device_get(self._unchecked), first):
       self._consecutive = self._consecutive + 1 if skipped else 0
       if self._consecutive >= self._limit:
-        raise ConfigError(
-          f"training stopped: steps {number + 1 - self._consecutive} to {number} all had a loss, "
-          "gradient or update that is not finite and were skipped; lower train.lr or train.clip, "
-          "or look at the data. Earlier checkpoints are as they were."
-        )
+        raise NotFinite(number + 1 - self._consecutive, number)
     self._unchecked = []
 
 
 def _summary(aux: list[dict]) -> dict[str, jax.Array]:
-  """Returns means over layers: density, cost and, of routed ones, entropy and expected density."""
+  """Returns means over layers: density, cost and, of routed ones, entropy and expected density.
+
+  `finite` of `Cond.want_finite` stays `[layers]`.
+  """
   names = {"density": "density", "cost": "cost"}
   names |= {"router_entropy": "entropy", "expected_density": "expected_density"}
   metrics = {}
@@ -325,4 +409,6 @@ def _summary(aux: list[dict]) -> dict[str, jax.Array]:
     runs = [run[name] for run in aux if name in run]
     if runs:
       metrics[metric] = jnp.concatenate([x.reshape(len(x), -1).mean(-1) for x in runs]).mean()
+  if "finite" in aux[0]:
+    metrics["finite"] = jnp.concatenate([run["finite"] for run in aux])
   return metrics

@@ -14,10 +14,12 @@ class Throughput:
   Attributes:
     flops: of one step, all samples: scored pairs only, every branch that a soft router runs,
       forward and backward.
+    dense_flops: of the same step with dense attention in all layers.
     peak: FLOP/s by data sheet of the devices that run, or None if they are not described.
   """
 
   flops: float
+  dense_flops: float
   peak: float | None
 
   @classmethod
@@ -25,14 +27,23 @@ class Throughput:
     """Returns the throughput of a model on the devices that run it; idle ones do not count."""
     device = devices[0]
     peak = None if device.platform == "cpu" else peak_of(device.device_kind)
-    flops = batch * training_flops(model_cost(model, latent_shape, training=True))
-    return cls(flops, None if peak is None else peak * len(devices))
+    flops, dense_flops = (
+      batch * training_flops(model_cost(each, latent_shape, training=True))
+      for each in (model, model.with_method("dense"))
+    )
+    return cls(flops, dense_flops, None if peak is None else peak * len(devices))
 
   def rates(self, steps_per_s: float) -> dict[str, float]:
-    """Returns `steps_per_s`, `tflops_per_s` and, where the peak is known, `mfu` of sparse FLOPs."""
-    found = {"steps_per_s": steps_per_s, "tflops_per_s": self.flops * steps_per_s / 1e12}
-    if self.peak is not None:
-      found["mfu"] = utilisation(self.flops, 1 / steps_per_s, self.peak)
+    """Returns `steps_per_s`, `tflops_per_s` and, where the peak is known, `mfu` of sparse FLOPs.
+
+    Beside the work that is done, `dense_equivalent_...` is what a model with dense attention would
+    have to do to be as fast. It compares methods; it uses no device, and may be above its peak.
+    """
+    found = {"steps_per_s": steps_per_s}
+    for name, flops in (("", self.flops), ("dense_equivalent_", self.dense_flops)):
+      found[f"{name}tflops_per_s"] = flops * steps_per_s / 1e12
+      if self.peak is not None:
+        found[f"{name}mfu"] = utilisation(flops, 1 / steps_per_s, self.peak)
     return found
 
 

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from freqformer.command.files import read_config
 from freqformer.data.loader import train_iterator
 from freqformer.data.sources import open_split
 from freqformer.diffusion.flow import interpolate, sample_noise, sample_time
+from freqformer.train import run
 from freqformer.train.checkpoint import Checkpoints
 from freqformer.train.experiment import experiment
 from freqformer.train.metrics import read
@@ -89,6 +91,26 @@ def test_a_run_in_two_halves_is_the_whole(whole, tmp_path):
   assert all(np.array_equal(a, b) for a, b in pairs)
   losses = [[row["loss"] for row in rows(folder, "train")] for folder in (whole, tmp_path)]
   assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+def test_a_validation_that_a_signal_cut_short_is_made_by_the_next_process(
+  tmp_path, monkeypatch, steps
+):
+  config = small(steps=steps)
+  config.train.update(dict(val_every=2, samples=0))
+
+  def cut_short(*_):
+    signal.raise_signal(signal.SIGTERM)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(run, "evaluate", cut_short)
+    train(config, tmp_path)
+  assert Checkpoints(tmp_path, create=False).latest() == 2 and not rows(tmp_path, "val")
+  train(config, tmp_path)
+  assert [row["step"] for row in rows(tmp_path, "val")] == list(range(2, steps + 1))
+  assert [row["step"] for row in rows(tmp_path, "train")] == list(range(1, steps + 1))
+  assert json.loads((tmp_path / "run.json").read_text())["finished"]
 
 
 def _metadata(checkpoints):

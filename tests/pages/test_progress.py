@@ -1,5 +1,6 @@
 """Pictures of a run in training: which are made, and that training goes on without them."""
 
+import dataclasses
 import types
 
 import numpy as np
@@ -64,6 +65,14 @@ def test_a_failure_is_logged_once_and_training_goes_on(run, monkeypatch):
   looks.validated(6, "weights")
   assert calls[0] == "weights" and "no space left" in str(calls[1])
   assert len(calls) == 4 and all(isinstance(error, OSError) for error in calls[1:])
+
+
+def test_a_run_that_is_asked_to_stop_draws_no_further(run):
+  stopped = dataclasses.replace(run, should_stop=lambda: True)
+  (run.workdir / progress.TRAINING).mkdir()
+  draw = progress._drawer(stopped, nnx.merge(run.graphdef, run.params))
+  with pytest.raises(ConfigError, match="the run was asked to stop"):
+    draw(run.params)
 
 
 def test_no_videos_without_pyav(run, monkeypatch):

@@ -1,6 +1,7 @@
 """Training on several devices equals training on one. `test_mesh.py` runs it on eight of them."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -25,15 +26,20 @@ CLASSES = 4
 
 
 @functools.cache
-def trained(method, data, fsdp, optimizer="adamw"):
+def trained(method, data, fsdp, optimizer="adamw", accumulate=1):
   """Returns the state after one step on a mesh, its metrics, and the compiled step."""
   config = get_config().model.to_dict()
   config["attention"]["method"] = method
   model = model_config(config | {"precondition": False, "depth": 1}).resolved(SHAPE)
   train = TrainConfig(
-    steps=10, batch_size=BATCH, warmup=0, schedule="constant", optimizer=optimizer
+    steps=10,
+    batch_size=BATCH,
+    warmup=0,
+    schedule="constant",
+    optimizer=optimizer,
+    accumulate=accumulate,
   )
-  mesh = make_mesh(MeshConfig(data, fsdp), BATCH)
+  mesh = make_mesh(MeshConfig(data, fsdp), BATCH, accumulate)
   latents = np.random.default_rng(0).standard_normal((BATCH, *SHAPE), np.float32)
   labels = np.arange(BATCH, dtype=np.int32) % CLASSES
   with jax.set_mesh(mesh):
@@ -70,6 +76,21 @@ def test_a_step_equals_one_device(method):
     norm = float(expected["grad_norm"])
     for found, wanted in zip(moments(state), moments(alone), strict=True):
       np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6 * norm)
+
+
+@pytest.mark.parametrize("data, fsdp", [(4, 1), (2, 2)])
+def test_micro_batches_equal_one_batch_and_move_no_sample(data, fsdp):
+  """Each device computes micro-batches of its own samples."""
+  alone, expected, _ = trained("dense", 1, 1)
+  state, metrics, compiled = trained("dense", data, fsdp, accumulate=2)
+  np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-5)
+  norm = float(expected["grad_norm"])
+  for found, wanted in zip(moments(state), moments(alone), strict=True):
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6 * norm)
+  if fsdp == 1:  # else matrices move
+    text = compiled.as_text()
+    assert " all-reduce(" in text
+    assert not re.search(r" (all-to-all|collective-permute|all-gather)\(", text)
 
 
 def test_matrices_are_shared_and_stay_so():

@@ -62,6 +62,37 @@ def test_validation_is_held_against_the_linear_predictor(step, loss, warns):
     assert alarm.raised == {found["about"]} == {"validation"}
 
 
+def weights(layer, branch, others=0.0):
+  """Two layers, four quarters, two heads, three branches; one layer gives all to a branch."""
+  found = np.tile(np.float32([0.3, 0.3, 0.4]), (2, 4, 2, 1))
+  found[layer] = others
+  found[layer, ..., branch] = 1 - 2 * others
+  return found
+
+
+def test_a_collapsed_router_is_told_from_one_that_decides_by_t():
+  names = ("low", "mid", "high")
+  alarm = Alarm(CONFIG)
+  assert not alarm.routed(10, weights(1, 2), names)  # while it warms up
+  decides = weights(1, 2)
+  decides[1, 0] = [1, 0, 0]
+  one_head = weights(1, 2)
+  one_head[1, :, 0] = [1, 0, 0]
+  for probs in (decides, one_head, weights(1, 2, others=0.03)):
+    assert not alarm.routed(11, probs, names)
+  found = alarm.routed(11, weights(1, 2, others=0.02), names)
+  assert found["about"] == "router" and "to high in layer 1 (of" in found["text"]
+  assert not alarm.routed(12, weights(1, 2), names)
+
+
+def test_a_branch_that_nothing_uses_is_named():
+  probs = np.tile(np.float32([0.5, 0.005, 0.495]), (2, 4, 2, 1))
+  found = Alarm(CONFIG).routed(11, probs, ("low", "mid", "high"))
+  assert found["about"] == "branch" and "to mid at step 11" in found["text"]
+  probs[1, 3, 1, 1] = 0.02
+  assert not Alarm(CONFIG).routed(11, probs, ("low", "mid", "high"))
+
+
 def test_a_warm_up_that_is_cut_short_is_taken_as_it_runs():
   short = dataclasses.replace(CONFIG, steps=12)
   assert first_warning([1.0] * 6 + [9.0] * 6, Alarm(short)) == 8

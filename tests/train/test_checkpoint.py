@@ -5,6 +5,9 @@ import functools
 import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import time
 
 import jax
@@ -21,7 +24,7 @@ from freqformer.train.checkpoint import Checkpoints, Gone
 from freqformer.train.experiment import experiment
 from freqformer.train.resume import check_same_config, check_same_data, with_seed
 from freqformer.train.step import init_state
-from tests.command.process import TINY
+from tests.command.process import ROOT, TINY
 from tests.tiny_config import get_config
 from tests.train.test_step import MODEL, SHAPE, TRAIN
 
@@ -197,6 +200,42 @@ def test_the_best_checkpoint_stays_beside_the_newest(tmp_path, losses, keep, sta
   assert found.best() == want
   if best:
     assert found.restore({"x": np.zeros(2)}, best)["x"].tolist() == [best] * 2
+
+
+KILLED = """
+import os, signal, sys
+import numpy as np
+import orbax.checkpoint as ocp
+from freqformer.train.checkpoint import Checkpoints
+
+checkpoints = Checkpoints(sys.argv[1])
+for step in map(int, sys.argv[2:]):
+  checkpoints.save(step, {"x": np.zeros(2)}, {})
+
+async def kill(*_, **__):
+  os.kill(os.getpid(), signal.SIGKILL)
+
+ocp.JsonCheckpointHandler.async_save = kill
+checkpoints.save(9, {"x": np.zeros(2)}, {})
+"""
+
+
+@pytest.mark.parametrize(
+  "whole, goes_on", [(("5",), "going on from step 5"), ((), "starting over")]
+)
+def test_a_process_killed_while_it_saves_leaves_the_checkpoint_before(
+  tmp_path, caplog, whole, goes_on
+):
+  line = [sys.executable, "-c", KILLED, str(tmp_path), *whole]
+  assert subprocess.run(line, cwd=ROOT, capture_output=True).returncode == -signal.SIGKILL
+  folder = tmp_path / "checkpoints"
+  (part,) = [path for path in folder.iterdir() if path.name not in whole]
+  assert part.name.startswith("9.")
+  checkpoints = Checkpoints(tmp_path)
+  checkpoints.remove_unfinished()
+  assert f"the checkpoint of step 9 was not finished; {goes_on}" in caplog.text
+  assert sorted(path.name for path in folder.iterdir()) == list(whole)
+  assert checkpoints.latest() == (5 if whole else None)
 
 
 def test_without_the_key_the_newest_stay_alone(tmp_path):

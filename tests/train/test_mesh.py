@@ -60,6 +60,8 @@ def test_batches_are_split_whole(monkeypatch):
     ConfigError, match="batch_size=12 cannot be split over 8 devices: set it to 16"
   ):
     make_mesh(MeshConfig(), 12)
+  with pytest.raises(ConfigError, match="=8 in 4 micro-batches cannot be split over 8 .* to 32"):
+    make_mesh(MeshConfig(), 8, 4)
 
 
 def test_one_device_is_a_mesh_of_one():

@@ -13,7 +13,7 @@ from freqformer.train import metrics
 from freqformer.train.metrics import Metrics
 from freqformer.train.throughput import Throughput
 
-THROUGHPUT = Throughput(flops=100.0, peak=None)
+THROUGHPUT = Throughput(flops=100.0, dense_flops=300.0, peak=None)
 
 
 @pytest.fixture
@@ -101,4 +101,24 @@ def test_totals_unknown_to_the_checkpoint_are_not_made_up(tmp_path, clock):
   run.train(8, {"loss": 1.0})
   assert run.totals(8) is None
   (row,) = metrics.read(tmp_path / "metrics.jsonl")
-  assert row.keys() == {"step", "kind", "loss", "steps_per_s", "tflops_per_s"}
+  speed = {"steps_per_s", "tflops_per_s", "dense_equivalent_tflops_per_s", "data_wait", "loop"}
+  assert row.keys() == {"step", "kind", "loss"} | speed
+
+
+def test_shares_of_waiting_and_of_the_loop_are_those_since_the_last_line(tmp_path, clock):
+  run = begin(tmp_path, 0)
+  with run.timed("data_wait"):
+    clock[0] += 30  # of the step that compiles
+  run.start_clock(1)
+  for waiting, computing, else_ in ((2, 5, 3), (0, 4, 0)):
+    with run.timed("data_wait"):
+      clock[0] += waiting
+    with run.timed("step"):
+      clock[0] += computing
+    clock[0] += else_
+    run.train(int(clock[0]), {"loss": 1.0})
+    with run.paused():
+      clock[0] += 100
+  rows = metrics.read(tmp_path / "metrics.jsonl")
+  assert [row["data_wait"] for row in rows] == [0.2, 0.0]
+  assert [row["loop"] for row in rows] == pytest.approx([0.3, 0.0])

@@ -13,6 +13,7 @@ from freqformer.config import ConfigError, numbers
 from freqformer.diffusion.flow import give_first_frame, sample_noise
 from freqformer.model.config import model_config
 from freqformer.model.dit import VideoDiT, make_tables
+from freqformer.train.diagnosis import _clause, first_not_finite
 from freqformer.train.step import (
   SkippedSteps,
   TrainConfig,
@@ -245,6 +246,58 @@ def test_the_loss_leaves_given_first_frames_out():
   np.testing.assert_array_equal(xt[:, 1:], noise[:, 1:])
   np.testing.assert_array_equal(xt[given, 0], batch["latent"][np.asarray(given), 0])
   np.testing.assert_array_equal(xt[1], noise[1])
+
+
+@pytest.mark.parametrize("first_frame", [0.0, 0.5])
+def test_micro_batches_make_the_update_of_the_whole_batch(first_frame):
+  """Four draws in two halves; a plain mean would weigh first frames that are given too much."""
+  config = model_config(
+    dict(SIZES, first_frame=first_frame > 0, attention=dict(ATTENTION, method="dense"))
+  )
+  graphdef, params = nnx.split(nnx.jit(lambda: VideoDiT(config, SHAPE, 2, nnx.Rngs(0)))())
+  found = []
+  for accumulate in (1, 2):
+    train = dataclasses.replace(TRAIN, first_frame=first_frame, accumulate=accumulate, clip=1e9)
+    state = init_state(jax.tree.map(jnp.copy, params), train, 0)
+    step = make_train_step(graphdef, train)
+    found.append(step(state, batch_of(), make_tables(config, SHAPE), numbers(train)))
+  (whole, metrics), (parts, of_parts) = found
+  assert metrics["loss"] == pytest.approx(float(of_parts["loss"]), rel=1e-5)
+  norm = float(metrics["grad_norm"])
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5 * norm)
+  jax.tree.map(close, parts.opt_state[1][0].mu, whole.opt_state[1][0].mu)
+  assert parts.step == 1  # one update, and the average follows once
+  wanted = jax.tree.map(lambda a, b: (a + 9 * b) / 10, params, parts.params)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), parts.ema, wanted)
+
+
+def test_batches_that_cannot_be_divided_are_refused():
+  with pytest.raises(ValueError, match="batch_size=4 must be a multiple of accumulate=3"):
+    dataclasses.replace(TRAIN, accumulate=3)
+
+
+@pytest.mark.parametrize("broken, clause", [("layer", "is that of layer 1"), ("batch", "batch it")])
+def test_what_is_not_finite_first_is_named(broken, clause):
+  config = model_config(dict(SIZES, depth=2, attention=dict(ATTENTION, method="dense")))
+  graphdef, params = nnx.split(nnx.jit(lambda: VideoDiT(config, SHAPE, 2, nnx.Rngs(0)))())
+  batch = batch_of()
+  if broken == "layer":  # its weights are finite, what comes out is not
+    kernel = params["runs"][0]["mlp_out"]["kernel"]
+    kernel[...] = kernel[...].at[1].set(3e38)
+  else:
+    batch["latent"][1] = np.nan
+  state = dataclasses.replace(init_state(params, TRAIN, 0), step=1)
+  tables = make_tables(config, SHAPE)
+  found = first_not_finite(graphdef, TRAIN, state, batch, tables, numbers(TRAIN))
+  assert clause in found
+
+
+def test_gradients_are_looked_at_from_the_end():
+  runs = {"runs/0/out/kernel": np.zeros(2, bool), "runs/1/out/kernel": np.zeros(1, bool)}
+  bad = {"embed/kernel": False, **runs}
+  found = {"batch": True, "params": {}, "layers": np.ones(3), "loss": True}
+  assert _clause(found | {"gradients": bad}).endswith("way back, is of layer 2 (out/kernel)")
+  assert _clause(found | {"gradients": bad | {"final/bias": False}}).endswith("is of final/bias")
 
 
 def test_muon_moves_the_layers_matrices_alike_in_all_directions_and_leaves_the_rest_to_adamw(model):

@@ -15,17 +15,24 @@ SHAPE = (8, 64, 64, 4)
 def test_sparse_work_is_counted_not_dense():
   config = model_config(get_config().model.to_dict())
   dense, routed = (
-    Throughput.of(config.with_method(name), SHAPE, 2, jax.devices()).flops
+    Throughput.of(config.with_method(name), SHAPE, 2, jax.devices())
     for name in ("dense", "sliding_tile")
   )
-  assert routed < dense
+  assert routed.flops < routed.dense_flops == dense.dense_flops == dense.flops
+  dense = dense.flops
   assert dense == 2 * training_flops(model_cost(config.with_method("dense"), SHAPE))
 
 
 def test_rates():
-  half = Throughput(flops=2e12, peak=1e13).rates(2.5)
-  assert half == {"steps_per_s": 2.5, "tflops_per_s": 5.0, "mfu": pytest.approx(0.5)}
-  assert "mfu" not in Throughput(2e12, None).rates(2.5)
+  half = Throughput(flops=2e12, dense_flops=6e12, peak=1e13).rates(2.5)
+  assert half == {
+    "steps_per_s": 2.5,
+    "tflops_per_s": 5.0,
+    "mfu": pytest.approx(0.5),
+    "dense_equivalent_tflops_per_s": 15.0,
+    "dense_equivalent_mfu": pytest.approx(1.5),
+  }
+  assert not [name for name in Throughput(2e12, 6e12, None).rates(2.5) if "mfu" in name]
 
 
 def test_peak_by_the_devices_own_name():
