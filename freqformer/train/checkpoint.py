@@ -70,6 +70,13 @@ def _differences(wanted: dict, found: dict) -> list[str]:
   return lines if more <= 0 else [*lines[:_LISTED], f"... and {more} more"]
 
 
+def _abstract(saved, wanted):
+  """Returns what a leaf is read into: an array on devices if it is `wanted` there, else NumPy's."""
+  if getattr(wanted, "sharding", None) is None:
+    return np.zeros(saved.shape, saved.dtype)
+  return jax.ShapeDtypeStruct(saved.shape, saved.dtype, sharding=wanted.sharding)
+
+
 @dataclasses.dataclass
 class _NewestAndBest:
   """Which checkpoints Orbax does not delete.
@@ -184,7 +191,11 @@ class Checkpoints:
     """
     if step in self._manager.all_steps():
       return
-    arrays = {name: np.asarray(leaf) for name, leaf in flatten(state).items()}
+    # JAX's own stay as they are: each process writes its parts.
+    arrays = {
+      name: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+      for name, leaf in flatten(state).items()
+    }
     own = {"schema": SCHEMA, "step": step, "versions": versions(PACKAGES), "git": git_revision()}
     plain = json.loads(json.dumps(own | record))
     self._losses[step] = plain.get("val_loss")
@@ -229,7 +240,9 @@ class Checkpoints:
     """Reads the arrays of a step (default: the newest) in the form of `template`.
 
     Args:
-      template: a pytree of arrays or ShapeDtypeStructs.
+      template: a pytree of arrays or ShapeDtypeStructs. The arrays that are read lie where those
+        of the latter lie that have a sharding, whatever devices they were saved from; others are
+        NumPy's.
       ignore_extra: drop leaves that the template lacks, as a sampler does the optimizer's.
 
     Raises:
@@ -252,7 +265,7 @@ class Checkpoints:
         + "\n  ".join(lines),
         sorted(wanted.keys() - found.keys()),
       )
-    abstract = {k: np.zeros(v.shape, v.dtype) for k, v in found.items()}
+    abstract = {k: _abstract(v, wanted.get(k)) for k, v in found.items()}
     with self._readable(step):
       asked = ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract))
       arrays = self._manager.restore(step, args=asked)["arrays"]

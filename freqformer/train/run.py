@@ -21,14 +21,14 @@ from freqformer.config import numbers
 from freqformer.data.loader import train_iterator, val_batches
 from freqformer.data.sources import Split, open_splits
 from freqformer.model.dit import VideoDiT, make_tables
-from freqformer.placement import everywhere, share, split_batch
+from freqformer.placement import everywhere, own_rows, share, split_batch
 from freqformer.train.alarm import KIND, Alarm
 from freqformer.train.checkpoint import PACKAGES, Checkpoints
 from freqformer.train.experiment import Experiment, experiment, recorded
-from freqformer.train.lock import held
 from freqformer.train.mesh import describe, make_mesh
 from freqformer.train.metrics import Metrics, finite, read, write_routing
 from freqformer.train.preemption import StopRequest
+from freqformer.train.processes import records
 from freqformer.train.resume import check_same_config, check_same_data, with_seed
 from freqformer.train.step import SkippedSteps, init_state, make_train_step
 from freqformer.train.throughput import Throughput
@@ -92,11 +92,11 @@ def train(
   mesh = make_mesh(exp.mesh, exp.train.batch_size)
   logging.info("%s", describe(mesh))
   workdir.mkdir(parents=True, exist_ok=True)
-  with disk.space_for("the run's records", workdir), held(workdir):
+  with disk.space_for("the run's records", workdir), records(workdir) as own:
     checkpoints = Checkpoints(workdir, exp.train.keep, keep_best=exp.train.keep_best)
     space = disk.space_for("the run's records", workdir, intact=checkpoints.intact)
     with space, jax.set_mesh(mesh):
-      _train(config, exp, mesh, workdir, checkpoints, resume_changed, watch or Watch())
+      _train(config, exp, mesh, own, checkpoints, resume_changed, watch or Watch())
     checkpoints.close()
 
 
@@ -135,7 +135,8 @@ def _train(
   train_data, val_data = open_splits(exp.data)
   exp = exp.with_spectrum(some_latents(train_data))
   seconds["encode"] = time.monotonic() - started
-  batches = iter(train_iterator(train_data, exp.train.batch_size, exp.seed))
+  rows = own_rows(exp.train.batch_size)
+  batches = iter(train_iterator(train_data, exp.train.batch_size, exp.seed, rows))
 
   # ---- 3. model and state ---------------------------------------------------------------------
   shape = tuple(train_data.latent_shape)
@@ -154,7 +155,8 @@ def _train(
     record["changes"] = old.get("changes", [])
     if changed:
       record["changes"].append({"step": old["step"], "keys": changed})
-    state = with_seed(checkpoints.restore(state), state, changed)
+    placed = share(jax.eval_shape(lambda: state))
+    state = with_seed(checkpoints.restore(placed), state, changed)
     batches.set_state(json.loads(old["iterator"]))
     logging.info("resumed at step %d from %s", int(state.step), checkpoints.path)
   step = int(state.step)
@@ -182,7 +184,7 @@ def _train(
   # ---- 5. the steps ---------------------------------------------------------------------------
   train_step = make_train_step(graphdef, exp.train)
   own_numbers = everywhere(numbers(exp.train))
-  target = train_data.target
+  target = everywhere(train_data.target)
   validate = _validation(exp, graphdef, val_data, tables)
   skips = SkippedSteps(exp.train)
   shapes = jax.eval_shape(lambda: params)
@@ -204,10 +206,11 @@ def _train(
   first = step + 1
   logging.info("compiling the training step ...")
   loop_started = time.monotonic()
-  with StopRequest() as stop, tqdm(total=exp.train.steps, initial=step, desc="training") as bar:
+  bar = tqdm(total=exp.train.steps, initial=step, desc="training", disable=jax.process_index() > 0)
+  with StopRequest() as stop, bar:
     while step < exp.train.steps and not stop():
       batch = next(batches)
-      inputs = split_batch({k: batch[k] for k in ("latent", "label")})
+      inputs = split_batch({k: batch[k] for k in ("latent", "label")}, exp.train.batch_size)
       state, values = train_step(state, inputs, tables, own_numbers, target)
       skips.add(values)
       step += 1
@@ -279,8 +282,8 @@ def _validation(exp: Experiment, graphdef: nnx.GraphDef, data: Split, tables) ->
   eval_steps = {"val": make()}
   if exp.train.val_soft and any(method.routed for _, method in exp.model.runs()):
     eval_steps["val_soft"] = make(soft=True)
-  power = channel_power(data)
-  reference = data.reference
+  power = everywhere(channel_power(data))
+  reference = everywhere(data.reference)
   size = exp.train.batch_size
 
   def validate(params, stop, write):

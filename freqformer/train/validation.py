@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from freqformer.diffusion.flow import BUCKETS, interpolate, linear_velocity, sample_noise
-from freqformer.placement import split_batch
+from freqformer.placement import split_batch, whole
 
 _SEED = 0
 
@@ -70,7 +70,7 @@ def make_eval_step(
         sums["choice"] = jnp.einsum("lbhr,b->lhr", choice, weight)
       return sums
 
-    return jax.lax.map(bucket, jnp.arange(buckets)), weight.sum()
+    return whole((jax.lax.map(bucket, jnp.arange(buckets)), weight.sum()))
 
   return functools.partial(step, np.float32(time_range))
 
