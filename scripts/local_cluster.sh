@@ -34,7 +34,7 @@ trap stop INT TERM
 code=0
 left=$count
 while ((left)); do
-  wait -n -p ended
+  wait -n -p ended 2>/dev/null # Bash would name those that it has killed
   status=$?
   [[ ${ended:-} ]] || continue # a signal ended the wait, no process
   left=$((left - 1))

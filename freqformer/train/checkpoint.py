@@ -72,7 +72,8 @@ def _differences(wanted: dict, found: dict) -> list[str]:
 
 def _abstract(saved, wanted):
   """Returns what a leaf is read into: an array on devices if it is `wanted` there, else NumPy's."""
-  if getattr(wanted, "sharding", None) is None:
+  placed = isinstance(wanted, jax.ShapeDtypeStruct) and wanted.sharding is not None
+  if not placed:
     return np.zeros(saved.shape, saved.dtype)
   return jax.ShapeDtypeStruct(saved.shape, saved.dtype, sharding=wanted.sharding)
 
@@ -240,9 +241,8 @@ class Checkpoints:
     """Reads the arrays of a step (default: the newest) in the form of `template`.
 
     Args:
-      template: a pytree of arrays or ShapeDtypeStructs. The arrays that are read lie where those
-        of the latter lie that have a sharding, whatever devices they were saved from; others are
-        NumPy's.
+      template: a pytree of arrays or ShapeDtypeStructs. What is read for one of the latter that
+        has a sharding lies as that says, whatever mesh it was saved on; the rest is NumPy's.
       ignore_extra: drop leaves that the template lacks, as a sampler does the optimizer's.
 
     Raises:

@@ -125,18 +125,20 @@ def _call_roll(found: Place, deadline: float):
       ) from error
     came = []
     while missing:
-      server.settimeout(max(0.01, deadline - time.monotonic()))
+      server.settimeout(_left(deadline))
       try:
         connection = stack.enter_context(server.accept()[0])
-        connection.settimeout(max(0.01, deadline - time.monotonic()))
-        missing.discard(int.from_bytes(connection.recv(_NUMBER_BYTES)))
+        connection.settimeout(_left(deadline))
+        index = int.from_bytes(connection.recv(_NUMBER_BYTES))
       except TimeoutError as error:
         names = ", ".join(map(str, sorted(missing)))
         raise ConfigError(
           f"process {names} of {found.count} did not come to {found.coordinator} in time: start "
           "it, or look whether its host is up and can reach that address."
         ) from error
-      came.append(connection)
+      if index in missing:  # else a stranger, or a number that was given twice
+        missing.remove(index)
+        came.append(connection)
     for connection in came:
       connection.sendall(_PRESENT)
 
@@ -144,22 +146,30 @@ def _call_roll(found: Place, deadline: float):
 def _answer(found: Place, deadline: float):
   """Tells process 0 that this one is here, and waits until all are."""
   host, _, port = found.coordinator.rpartition(":")
-  reason = "the others did not all come"
+  reason = "no time was left"
   while time.monotonic() < deadline:
     try:
-      with socket.create_connection((host, int(port)), deadline - time.monotonic()) as connection:
-        connection.sendall(found.index.to_bytes(_NUMBER_BYTES))
-        connection.settimeout(max(0.01, deadline - time.monotonic()))
-        if connection.recv(len(_PRESENT)) == _PRESENT:
-          return
-        break  # process 0 has given up
+      connection = socket.create_connection((host, int(port)), timeout=_left(deadline))
     except OSError as error:
       reason = error.strerror or str(error)
       time.sleep(_PAUSE_SECONDS)
+      continue
+    reason = "the others did not all come"
+    with connection, contextlib.suppress(OSError):
+      connection.sendall(found.index.to_bytes(_NUMBER_BYTES))
+      connection.settimeout(_left(deadline))
+      if connection.recv(len(_PRESENT)) == _PRESENT:
+        return
+    break  # process 0 has given up
   raise ConfigError(
     f"process {found.index} of {found.count} waited in vain at the coordinator "
     f"{found.coordinator} ({reason}): start process 0 there, and all others."
   )
+
+
+def _left(deadline: float) -> float:
+  """Returns the seconds until a deadline, above 0: a socket does not wait at all for 0."""
+  return max(0.01, deadline - time.monotonic())
 
 
 @contextlib.contextmanager
