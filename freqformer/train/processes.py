@@ -38,13 +38,13 @@ class Place:
     index: its number.
     count: of processes.
     coordinator: "host:port" of process 0; None where JAX asks Open MPI for it.
-    launched: by SLURM or Open MPI, which say which device of its host is the process's own.
+    device: number of the host's GPU that is the process's own; None where all that it sees are.
   """
 
   index: int
   count: int
   coordinator: str | None
-  launched: bool = False
+  device: int | None = None
 
   def __post_init__(self):
     if not 0 <= self.index < self.count:
@@ -80,10 +80,12 @@ def _launched() -> Place | None:
     name, number = re.match(r"([^,\[]+)(?:\[(\d+))?", env["SLURM_STEP_NODELIST"]).groups("")
     port = _PORTS[0] + int(env["SLURM_JOB_ID"]) % _PORTS[1]
     count = int(env["SLURM_STEP_NUM_TASKS"])
-    return Place(int(env["SLURM_PROCID"]), count, f"{name}{number}:{port}", launched=True)
+    coordinator = f"{name}{number}:{port}"
+    return Place(int(env["SLURM_PROCID"]), count, coordinator, int(env["SLURM_LOCALID"]))
   if int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
     count = int(env["OMPI_COMM_WORLD_SIZE"])
-    return Place(int(env["OMPI_COMM_WORLD_RANK"]), count, None, launched=True)
+    device = int(env["OMPI_COMM_WORLD_LOCAL_RANK"])
+    return Place(int(env["OMPI_COMM_WORLD_RANK"]), count, None, device)
   return None
 
 
@@ -103,7 +105,9 @@ def join(found: Place | None, seconds: int = JOIN_SECONDS):
     found.coordinator,
     found.count,
     found.index,
-    cluster_detection_method=None if found.launched else "deactivate",
+    # A user's own choice goes first; JAX reads it.
+    None if "JAX_LOCAL_DEVICE_IDS" in os.environ else found.device,
+    "deactivate" if found.coordinator else None,
     initialization_timeout=seconds,
     shutdown_timeout_seconds=_LEAVE_SECONDS,
   )

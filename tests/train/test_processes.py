@@ -4,11 +4,13 @@ The processes read this very file as their config.
 """
 
 import concurrent.futures
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -120,7 +122,7 @@ def test_one_process_goes_on_from_two(runs):
 @pytest.fixture
 def address(monkeypatch):
   """A free port; JAX is not asked to join."""
-  monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **_: joined.append(args))
+  monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **_: joined.append(args[:3]))
   monkeypatch.setattr(processes.logging, "set_verbosity", lambda _: None)
   joined = []
   with socket.create_server(("", 0)) as server:
@@ -128,11 +130,20 @@ def address(monkeypatch):
   return free, joined
 
 
+def port(address):
+  return int(address.partition(":")[2])
+
+
 def test_all_go_on_once_all_are_there(address):
   free, joined = address
   with concurrent.futures.ThreadPoolExecutor(3) as pool:
-    for index in (2, 1, 0):
+    for index in (2, 0):
       pool.submit(join, Place(index, 3, free), 20)
+    for _ in range(100):  # a stranger, as soon as process 0 is there
+      with contextlib.suppress(OSError), socket.create_connection(("localhost", port(free))):
+        break
+      time.sleep(0.05)
+    pool.submit(join, Place(1, 3, free), 20)
   assert sorted(joined) == [(free, 3, index) for index in range(3)]
 
 
@@ -154,8 +165,17 @@ def test_a_missing_coordinator_ends_the_command_with_one_sentence(address, tmp_p
   assert f"error: process 1 of 2 waited in vain at the coordinator {free} " in error
 
 
-SLURM = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "9", "SLURM_JOB_ID": "4098"}
-OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2"}
+SLURM = {
+  "SLURM_STEP_NUM_TASKS": "16",
+  "SLURM_PROCID": "9",
+  "SLURM_LOCALID": "1",
+  "SLURM_JOB_ID": "4098",
+}
+OPEN_MPI = {
+  "OMPI_COMM_WORLD_SIZE": "4",
+  "OMPI_COMM_WORLD_RANK": "2",
+  "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+}
 
 
 @pytest.mark.parametrize(
@@ -165,10 +185,10 @@ OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2"}
     ({"SLURM_STEP_NUM_TASKS": "1"}, (None, None, None), None),
     ({}, ("a:1", 2, 1), Place(1, 2, "a:1")),
     (SLURM, ("a:1", 2, 1), Place(1, 2, "a:1")),
-    (OPEN_MPI, (None, None, None), Place(2, 4, None, launched=True)),
-    (OPEN_MPI, ("a:1", None, None), Place(2, 4, "a:1", launched=True)),
+    (OPEN_MPI, (None, None, None), Place(2, 4, None, 0)),
+    (OPEN_MPI, ("a:1", None, None), Place(2, 4, "a:1", 0)),
     *(
-      (SLURM | {"SLURM_STEP_NODELIST": nodes}, (None,) * 3, Place(9, 16, f"{first}:61442", True))
+      (SLURM | {"SLURM_STEP_NODELIST": nodes}, (None,) * 3, Place(9, 16, f"{first}:61442", 1))
       for nodes, first in {"n7": "n7", "n-a,n9": "n-a", "n[07-12,15],m": "n07"}.items()
     ),
   ],
