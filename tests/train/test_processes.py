@@ -24,9 +24,9 @@ from tests.command.test_fields import rows, small
 
 
 def get_config(data=2, fsdp=2, steps=2):
-  config = small(steps, grid=(2, 4, 4), speed=0, labels="none", target="velocity")
+  config = small(steps, grid=(2, 4, 4), target="velocity")
   config.model.attention.update(dict(tile=(2, 2, 2), block=8))
-  config.train.update(dict(val_every=2, checkpoint_every=2, samples=1))
+  config.train.update(dict(val_every=2, checkpoint_every=2, samples=4))
   config.mesh.update(dict(data=data, fsdp=fsdp))
   return config
 
