@@ -8,6 +8,7 @@ import functools
 import math
 
 import jax
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 DATA = "data"
@@ -46,23 +47,46 @@ def share(tree):
   return _each(tree, _put)
 
 
-def split_batch(batch):
-  """Puts arrays `[b, ...]` on the devices with their samples split, if they divide."""
+def split_batch(batch, size: int | None = None):
+  """Puts arrays `[b, ...]` on the devices with their samples split, if they divide.
+
+  Args:
+    size: b, of a batch of which each process has its `own_rows`; None where each has all of it.
+  """
   if not _mesh():
     return batch
-  return jax.tree.map(lambda x: _put(_samples(x), x), batch)
+  if size is None or jax.process_count() == 1:
+    return jax.tree.map(lambda x: _put(_samples(len(x)), x), batch)
+  placed = NamedSharding(jax.sharding.get_mesh(), _samples(size))
+  return jax.tree.map(
+    lambda x: jax.make_array_from_process_local_data(placed, x, (size, *x.shape[1:])), batch
+  )
+
+
+def own_rows(size: int) -> list[int]:
+  """Returns the numbers of the samples in a batch of so many that lie on this process's devices."""
+  placed = NamedSharding(jax.sharding.get_mesh(), _samples(size))
+  parts = placed.addressable_devices_indices_map((size,)).values()
+  return sorted({row for (part,) in parts for row in range(size)[part]})
 
 
 def everywhere(tree):
   """Puts arrays on the devices, whole on each."""
-  return jax.device_put(tree, PartitionSpec()) if _mesh() else tree
+  return jax.tree.map(lambda x: _put(PartitionSpec(), x), tree) if _mesh() else tree
 
 
 def _put(spec: PartitionSpec, x):
-  """Returns an array on the devices; of a `ShapeDtypeStruct` one that lies there."""
+  """Returns an array on the devices; of a `ShapeDtypeStruct` one that lies there.
+
+  Each process has all of it, or all processes its parts.
+  """
+  placed = NamedSharding(jax.sharding.get_mesh(), spec)
   if isinstance(x, jax.ShapeDtypeStruct):
-    placed = NamedSharding(jax.sharding.get_mesh(), spec)
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed)
+  if jax.process_count() > 1 and getattr(x, "is_fully_addressable", True):
+    # `device_put` would send it to all other processes, to compare theirs with it.
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, placed, lambda part: x[part])
   return jax.device_put(x, spec)
 
 
@@ -86,7 +110,7 @@ def whole(tree):
 
 def split(x: jax.Array) -> jax.Array:
   """Returns x `[b, ...]` with its samples split over the devices, if they divide."""
-  return jax.lax.with_sharding_constraint(x, _samples(x)) if _mesh() else x
+  return jax.lax.with_sharding_constraint(x, _samples(len(x))) if _mesh() else x
 
 
 def multiple(count: int) -> int:
@@ -101,8 +125,8 @@ def _mesh() -> dict[str, int]:
   return sizes if set(AXES) <= sizes.keys() else {}
 
 
-def _samples(x) -> PartitionSpec:
-  return PartitionSpec() if x.shape[0] % math.prod(_mesh().values()) else SAMPLES
+def _samples(size: int) -> PartitionSpec:
+  return PartitionSpec() if size % math.prod(_mesh().values()) else SAMPLES
 
 
 def _each(tree, function):

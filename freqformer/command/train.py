@@ -20,6 +20,7 @@ from freqformer.command import cli
 from freqformer.command.dry_run import describe
 from freqformer.command.files import define_config
 from freqformer.pages.progress import Progress
+from freqformer.train import processes
 from freqformer.train.experiment import experiment
 from freqformer.train.run import train
 from freqformer.train.trace import Trace
@@ -33,12 +34,22 @@ _RESUME_CHANGED = flags.DEFINE_bool(
 _PROFILE = flags.DEFINE_string(
   "profile", None, "Steps to trace into <workdir>/profile, first:last, e.g. 10:20; xprof reads it."
 )
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator", None, "HOST:PORT of process 0, where several processes train together."
+)
+_PROCESSES = flags.DEFINE_integer("processes", None, "Number of them.", lower_bound=1)
+_PROCESS = flags.DEFINE_integer("process", None, "Number of this one, from 0.", lower_bound=0)
+_JOIN_SECONDS = flags.DEFINE_integer(
+  "join_seconds", processes.JOIN_SECONDS, "How long they wait for each other.", lower_bound=1
+)
 
 
 def main(_):
   if _DRY_RUN.value:
     print(describe(experiment(_CONFIG.value)))
     return
+  place = processes.place(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+  processes.join(place, _JOIN_SECONDS.value)
   name = pathlib.Path(flags.FLAGS["config"].config_filename.split(":")[0]).stem
   workdir = pathlib.Path(_WORKDIR.value or f"runs/{name}")
   train(_CONFIG.value, workdir, _RESUME_CHANGED.value, Progress(), Trace(_PROFILE.value))

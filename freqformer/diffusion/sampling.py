@@ -176,7 +176,7 @@ def make_step(graphdef, config: SampleConfig, want_masks: bool = False, first_fr
     points = tuple(
       split(sum(weights[i, j] * array for j, array in enumerate(known))) for i in range(len(points))
     )
-    return points, whole(state), aux
+    return points, whole(state), whole(aux)
 
   return step
 
@@ -278,7 +278,7 @@ def sample(
         )
         auxes.append(aux)
         bar.update()
-      latents.append(np.asarray(points[0])[: len(labels) - start])
+      latents.append(np.asarray(everywhere(points[0]))[: len(labels) - start])
   return np.concatenate(latents), jax.device_get(auxes)
 
 

@@ -138,7 +138,8 @@ def _load(workdir, step: int | None, method: str | None, raw: bool) -> Run:
   model = nnx.eval_shape(lambda: VideoDiT(config, shape, rngs=nnx.Rngs(0), **condition))
   group = "params" if raw else "ema"
   try:
-    tree = checkpoints.restore({group: nnx.state(model)}, record["step"], ignore_extra=True)
+    wanted = everywhere({group: nnx.state(model)})
+    tree = checkpoints.restore(wanted, record["step"], ignore_extra=True)
   except Mismatch as error:
     if method is None or not error.missing:
       raise
@@ -148,5 +149,5 @@ def _load(workdir, step: int | None, method: str | None, raw: bool) -> Run:
       f"{examples}); train with it: --config.model.attention.method={config.attention.method}."
     ) from error
   checkpoints.close()
-  params = everywhere(jax.tree.map(jax.numpy.asarray, tree[group]))
+  params = jax.tree.map(jax.numpy.asarray, tree[group])
   return Run(model, params, trained, record)

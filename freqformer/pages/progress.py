@@ -68,10 +68,11 @@ class Progress(Watch):
       with _goes_on("samples"):
         clock = time.monotonic()
         videos = draw(params)
+        # Again next time, also if these cannot be written: all processes of a run draw, or none.
+        self._draw = draw
         path = self._run.workdir / TRAINING / f"{step:08d}.mp4"
         self._mosaic(path, videos, self._fps)
         logging.info("%d samples drawn in %.1f s: %s", len(videos), time.monotonic() - clock, path)
-        self._draw = draw
     self.end()
 
   def end(self):

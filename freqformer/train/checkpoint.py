@@ -70,6 +70,14 @@ def _differences(wanted: dict, found: dict) -> list[str]:
   return lines if more <= 0 else [*lines[:_LISTED], f"... and {more} more"]
 
 
+def _abstract(saved, wanted):
+  """Returns what a leaf is read into: an array on devices if it is `wanted` there, else NumPy's."""
+  placed = isinstance(wanted, jax.ShapeDtypeStruct) and wanted.sharding is not None
+  if not placed:
+    return np.zeros(saved.shape, saved.dtype)
+  return jax.ShapeDtypeStruct(saved.shape, saved.dtype, sharding=wanted.sharding)
+
+
 @dataclasses.dataclass
 class _NewestAndBest:
   """Which checkpoints Orbax does not delete.
@@ -154,7 +162,12 @@ class Checkpoints:
     return f"step {known[-1]} is intact" if known else "there is no earlier checkpoint"
 
   def remove_unfinished(self):
-    """Removes what a process that was killed while it saved has left, and says what goes on."""
+    """Removes what a process that was killed while it saved has left, and says what goes on.
+
+    Of several processes the first one does it.
+    """
+    if jax.process_index():
+      return
     newest = self.latest()
     for part in self.path.glob("[0-9]*.*tmp*"):
       shutil.rmtree(part, ignore_errors=True)
@@ -204,7 +217,11 @@ class Checkpoints:
     """
     if step in self._manager.all_steps():
       return
-    arrays = {name: np.asarray(leaf) for name, leaf in flatten(state).items()}
+    # JAX's own stay as they are: each process writes its parts.
+    arrays = {
+      name: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+      for name, leaf in flatten(state).items()
+    }
     own = {"schema": SCHEMA, "step": step, "versions": versions(PACKAGES), "git": git_revision()}
     plain = json.loads(json.dumps(own | record))
     self._losses[step] = plain.get("val_loss")
@@ -249,7 +266,8 @@ class Checkpoints:
     """Reads the arrays of a step (default: the newest) in the form of `template`.
 
     Args:
-      template: a pytree of arrays or ShapeDtypeStructs.
+      template: a pytree of arrays or ShapeDtypeStructs. What is read for one of the latter that
+        has a sharding lies as that says, whatever mesh it was saved on; the rest is NumPy's.
       ignore_extra: drop leaves that the template lacks, as a sampler does the optimizer's.
 
     Raises:
@@ -272,7 +290,7 @@ class Checkpoints:
         + "\n  ".join(lines),
         sorted(wanted.keys() - found.keys()),
       )
-    abstract = {k: np.zeros(v.shape, v.dtype) for k, v in found.items()}
+    abstract = {k: _abstract(v, wanted.get(k)) for k, v in found.items()}
     with self._readable(step):
       asked = ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract))
       arrays = self._manager.restore(step, args=asked)["arrays"]

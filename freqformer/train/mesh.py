@@ -56,8 +56,14 @@ def make_mesh(config: MeshConfig, batch_size: int, accumulate: int = 1) -> Mesh:
   Raises:
     ConfigError: the devices cannot be divided so, or a micro-batch not over the devices.
   """
-  sizes = config.sizes(len(all_devices()))
+  found = len(all_devices())
+  sizes = config.sizes(found)
   count = math.prod(sizes)
+  if count < found and jax.process_count() > 1:
+    raise ConfigError(
+      f"config.mesh takes {count} of the {found} devices of {jax.process_count()} processes, which "
+      "train on all of theirs: set mesh.data=-1, or start fewer processes."
+    )
   parts = count * accumulate
   if batch_size % parts:
     each = f" in {accumulate} micro-batches" if accumulate > 1 else ""
@@ -86,6 +92,8 @@ def describe(mesh: Mesh) -> str:
     return f"runs on {kind}"
   axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
   idle = found - mesh.size
+  if jax.process_count() > 1:
+    axes += f" in {jax.process_count()} processes"
   rest = f"; {idle} idle{'s' * (idle == 1)}" if idle else ""
   return f"runs on {mesh.size} of {found} {kind} ({axes}){rest}"
 

@@ -21,15 +21,15 @@ from freqformer.config import ConfigError, numbers
 from freqformer.data.loader import train_iterator, val_batches
 from freqformer.data.sources import Split, open_splits
 from freqformer.model.dit import VideoDiT, make_tables
-from freqformer.placement import everywhere, share, split_batch
+from freqformer.placement import everywhere, own_rows, share, split_batch
 from freqformer.train.alarm import KIND, Alarm
 from freqformer.train.checkpoint import PACKAGES, Checkpoints
 from freqformer.train.diagnosis import first_not_finite
 from freqformer.train.experiment import Experiment, experiment, recorded
-from freqformer.train.lock import held
 from freqformer.train.mesh import describe, make_mesh
 from freqformer.train.metrics import Metrics, finite, read, write_routing
 from freqformer.train.preemption import StopRequest
+from freqformer.train.processes import records
 from freqformer.train.resume import (
   check_same_config,
   check_same_data,
@@ -103,14 +103,14 @@ def train(
   mesh = make_mesh(exp.mesh, exp.train.batch_size, exp.train.accumulate)
   logging.info("%s", describe(mesh))
   workdir.mkdir(parents=True, exist_ok=True)
-  with disk.space_for("the run's records", workdir), held(workdir):
+  with disk.space_for("the run's records", workdir), records(workdir) as own:
     checkpoints = Checkpoints(workdir, exp.train.keep, keep_best=exp.train.keep_best)
     checkpoints.remove_unfinished()
     space = disk.space_for("the run's records", workdir, intact=checkpoints.intact)
     with space, jax.set_mesh(mesh):
       watch = watch or Watch()
       trace = trace or Trace()
-      _train(config, exp, mesh, workdir, checkpoints, resume_changed, watch, trace)
+      _train(config, exp, mesh, own, checkpoints, resume_changed, watch, trace)
     checkpoints.close()
 
 
@@ -155,11 +155,12 @@ def _train(
   exp = exp.with_spectrum(some_latents(train_data))
   seconds["encode"] = time.monotonic() - started
   rollbacks = old.get("rollbacks", []) if old else []
+  rows = own_rows(exp.train.batch_size)
 
   def begin_batches():
     """Begins them in the order of a run that was rolled back so often."""
     seed = order_seed(exp.seed, len(rollbacks))
-    return iter(train_iterator(train_data, exp.train.batch_size, seed))
+    return iter(train_iterator(train_data, exp.train.batch_size, seed, rows))
 
   batches = begin_batches()
 
@@ -180,7 +181,8 @@ def _train(
     record["changes"] = old.get("changes", [])
     if changed:
       record["changes"].append({"step": old["step"], "keys": changed})
-    state = with_seed(checkpoints.restore(state), state, changed)
+    placed = share(jax.eval_shape(lambda: state))
+    state = with_seed(checkpoints.restore(placed), state, changed)
     batches.set_state(json.loads(old["iterator"]))
     logging.info("resumed at step %d from %s", int(state.step), checkpoints.path)
   step = int(state.step)
@@ -210,7 +212,7 @@ def _train(
   # ---- 5. the steps ---------------------------------------------------------------------------
   train_step = make_train_step(graphdef, exp.train)
   own_numbers = everywhere(numbers(exp.train))
-  target = train_data.target
+  target = everywhere(train_data.target)
   validate = _validation(exp, graphdef, val_data, tables)
   skips = SkippedSteps(exp.train)
   shapes = jax.eval_shape(lambda: params)
@@ -253,7 +255,8 @@ def _train(
     checkpoints.delete_after(back)
     there = checkpoints.record(back)
     rollbacks.append({"from": step, "to": back})
-    state = share(with_other_noise(checkpoints.restore(state, back)))
+    placed = share(jax.eval_shape(lambda: state))
+    state = share(with_other_noise(checkpoints.restore(placed, back)))
     batches = begin_batches()
     batches.set_state(json.loads(there["iterator"]))
     skips = SkippedSteps(exp.train)
@@ -268,13 +271,14 @@ def _train(
   # ---- 6. the loop ----------------------------------------------------------------------------
   logging.info("compiling the training step ...")
   loop_started = time.monotonic()
-  with stop, tqdm(total=exp.train.steps, initial=step, desc="training") as bar:
+  bar = tqdm(total=exp.train.steps, initial=step, desc="training", disable=jax.process_index() > 0)
+  with stop, bar:
     if cut_short:
       look()
     while step < exp.train.steps and not stop():
       with metrics.timed("data_wait"):
         batch = next(batches)
-      inputs = split_batch({k: batch[k] for k in ("latent", "label")})
+      inputs = split_batch({k: batch[k] for k in ("latent", "label")}, exp.train.batch_size)
       trace.before(step + 1, workdir)
       with metrics.timed("step"):
         state, values = train_step(state, inputs, tables, own_numbers, target)
@@ -360,8 +364,8 @@ def _validation(exp: Experiment, graphdef: nnx.GraphDef, data: Split, tables) ->
   eval_steps = {"val": make()}
   if exp.train.val_soft and any(method.routed for _, method in exp.model.runs()):
     eval_steps["val_soft"] = make(soft=True)
-  power = channel_power(data)
-  reference = data.reference
+  power = everywhere(channel_power(data))
+  reference = everywhere(data.reference)
   size = exp.train.batch_size // exp.train.accumulate
   limit = exp.train.val_batches * exp.train.batch_size
 

@@ -15,7 +15,7 @@ from flax import nnx
 
 from freqformer.diffusion.flow import BUCKETS, interpolate, linear_velocity, sample_noise
 from freqformer.model.config import ModelConfig
-from freqformer.placement import split_batch
+from freqformer.placement import split_batch, whole
 
 _SEED = 0
 
@@ -65,7 +65,7 @@ def make_eval_step(
         sums |= _routing(model.config, aux, weight)
       return sums
 
-    return jax.lax.map(bucket, jnp.arange(buckets)), weight.sum()
+    return whole((jax.lax.map(bucket, jnp.arange(buckets)), weight.sum()))
 
   return functools.partial(step, np.float32(time_range))
 

@@ -34,3 +34,18 @@ def test_batches_of_every_size_are_cut_from_one_stream(batch_size):
   resumed = train_iterator(Records(), batch_size, seed=5)
   resumed.set_state(state)
   np.testing.assert_array_equal(next(resumed)["index"], second)
+
+
+def test_processes_read_the_rows_of_one_stream():
+  """Together they have its batches, in order, and each goes on from the state of any other."""
+  whole = train_iterator(Records(), 4, seed=5)
+  parts = [train_iterator(Records(), 4, seed=5, rows=rows) for rows in ([0, 3], [1, 2])]
+  for _ in range(2 * RECORDS):
+    batch = next(whole)["index"]
+    first, second = (next(part)["index"] for part in parts)
+    np.testing.assert_array_equal(batch, [first[0], *second, first[1]])
+  state = parts[0].get_state()
+  assert state == whole.get_state()
+  batch = next(whole)["index"]
+  parts[1].set_state(state)
+  np.testing.assert_array_equal(next(parts[1])["index"], batch[1:3])

@@ -62,6 +62,18 @@ def test_round_trip(saved):
   assert record["versions"]["jax"] == jax.__version__
 
 
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+def test_what_is_read_lies_where_the_template_says(tmp_path, kind):
+  """NumPy's arrays are those of earlier versions."""
+  leaf = kind(np.arange(6, dtype=np.float32))
+  Checkpoints(tmp_path).save(1, {"x": leaf}, {})
+  placed = jax.NamedSharding(jax.make_mesh((1,), ("a",)), jax.P("a"))
+  template = {"x": jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=placed)}
+  found = Checkpoints(tmp_path, create=False).restore(template)["x"]
+  assert found.sharding == placed and found.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(found, leaf)
+
+
 def test_another_shape_lists_the_leaves(saved):
   message = r"leaves that differ:\n  ema/embed/bias: \(24,\) in the checkpoint, .*\(48,\)"
   with pytest.raises(ConfigError, match=message):

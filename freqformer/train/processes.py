@@ -1,0 +1,196 @@
+"""Several processes that train one model together, each with the devices of its host.
+
+All run the same programs on the same global arrays. Process 0 alone writes the run's records;
+checkpoints are written by all.
+"""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import re
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+
+import jax
+from absl import logging
+
+from freqformer.config import ConfigError
+from freqformer.train.lock import held
+
+JOIN_SECONDS = 300
+# choice: hosts that end a run apart, because one writes the report, wait so long for each other.
+_LEAVE_SECONDS = 120
+_PORTS = (61440, 4096)  # first one and number of those that SLURM's job number is mapped to
+_PAUSE_SECONDS = 0.2
+_NUMBER_BYTES = 4  # of a process's number in the roll call
+_PRESENT = b"all"
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """A process's place among all.
+
+  Attributes:
+    index: its number.
+    count: of processes.
+    coordinator: "host:port" of process 0; None where JAX asks Open MPI for it.
+    device: number of the host's GPU that is the process's own; None where all that it sees are.
+  """
+
+  index: int
+  count: int
+  coordinator: str | None
+  device: int | None = None
+
+  def __post_init__(self):
+    if not 0 <= self.index < self.count:
+      raise ConfigError(
+        f"--process={self.index} must be a number from 0 to {self.count - 1}, one for each of "
+        f"--processes={self.count}."
+      )
+    if self.coordinator is not None and not re.fullmatch(r".+:\d+", self.coordinator):
+      raise ConfigError(
+        f"--coordinator={self.coordinator} must be HOST:PORT, a free port of the host of process 0."
+      )
+
+
+def place(coordinator: str | None, count: int | None, index: int | None) -> Place | None:
+  """Returns where this process stands, by flags or by its launcher; None if it is alone."""
+  if coordinator is not None and None not in (count, index):
+    return Place(index, count, coordinator)
+  if (count, index) != (None, None):
+    raise ConfigError("--coordinator, --processes and --process go together; give all three.")
+  found = _launched()
+  if found is None:
+    if coordinator is not None:
+      raise ConfigError(f"--coordinator={coordinator} needs --processes and --process.")
+    return None
+  return found if coordinator is None else dataclasses.replace(found, coordinator=coordinator)
+
+
+def _launched() -> Place | None:
+  """Returns the place that SLURM's srun or Open MPI's mpirun gave; None without several tasks."""
+  env = os.environ
+  if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+    # "node7", "node7,node9" or "node[07-12,15]"
+    name, number = re.match(r"([^,\[]+)(?:\[(\d+))?", env["SLURM_STEP_NODELIST"]).groups("")
+    port = _PORTS[0] + int(env["SLURM_JOB_ID"]) % _PORTS[1]
+    count = int(env["SLURM_STEP_NUM_TASKS"])
+    coordinator = f"{name}{number}:{port}"
+    return Place(int(env["SLURM_PROCID"]), count, coordinator, int(env["SLURM_LOCALID"]))
+  if int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+    count = int(env["OMPI_COMM_WORLD_SIZE"])
+    device = int(env["OMPI_COMM_WORLD_LOCAL_RANK"])
+    return Place(int(env["OMPI_COMM_WORLD_RANK"]), count, None, device)
+  return None
+
+
+def join(found: Place | None, seconds: int = JOIN_SECONDS):
+  """Joins the processes, before JAX's devices are first used; does nothing for None.
+
+  Raises:
+    ConfigError: some are not there after so many seconds; says which ones, and where.
+  """
+  if found is None:
+    return
+  if found.coordinator is not None:
+    # JAX would end a process that waits in vain by an abort and a trace of C++.
+    call = _call_roll if found.index == 0 else _answer
+    call(found, time.monotonic() + seconds)
+  jax.distributed.initialize(
+    found.coordinator,
+    found.count,
+    found.index,
+    # A user's own choice goes first; JAX reads it.
+    None if "JAX_LOCAL_DEVICE_IDS" in os.environ else found.device,
+    "deactivate" if found.coordinator else None,
+    initialization_timeout=seconds,
+    shutdown_timeout_seconds=_LEAVE_SECONDS,
+  )
+  if found.index:
+    logging.set_verbosity(logging.ERROR)
+
+
+def _call_roll(found: Place, deadline: float):
+  """Waits on process 0 for a connection from each of the others, and lets them go on."""
+  missing = set(range(1, found.count))
+  port = int(found.coordinator.rpartition(":")[2])
+  with contextlib.ExitStack() as stack:
+    try:
+      server = stack.enter_context(socket.create_server(("", port), backlog=found.count))
+    except OSError as error:
+      raise ConfigError(
+        f"--coordinator={found.coordinator}: the port cannot be used ({error.strerror}); name a "
+        "free one."
+      ) from error
+    came = []
+    while missing:
+      server.settimeout(_left(deadline))
+      try:
+        connection = stack.enter_context(server.accept()[0])
+        connection.settimeout(_left(deadline))
+        index = int.from_bytes(connection.recv(_NUMBER_BYTES))
+      except TimeoutError as error:
+        names = ", ".join(map(str, sorted(missing)))
+        raise ConfigError(
+          f"process {names} of {found.count} did not come to {found.coordinator} in time: start "
+          "it, or look whether its host is up and can reach that address."
+        ) from error
+      if index in missing:  # else a stranger, or a number that was given twice
+        missing.remove(index)
+        came.append(connection)
+    for connection in came:
+      connection.sendall(_PRESENT)
+
+
+def _answer(found: Place, deadline: float):
+  """Tells process 0 that this one is here, and waits until all are."""
+  host, _, port = found.coordinator.rpartition(":")
+  reason = "no time was left"
+  while time.monotonic() < deadline:
+    try:
+      connection = socket.create_connection((host, int(port)), timeout=_left(deadline))
+    except OSError as error:
+      reason = error.strerror or str(error)
+      time.sleep(_PAUSE_SECONDS)
+      continue
+    reason = "the others did not all come"
+    with connection, contextlib.suppress(OSError):
+      connection.sendall(found.index.to_bytes(_NUMBER_BYTES))
+      connection.settimeout(_left(deadline))
+      if connection.recv(len(_PRESENT)) == _PRESENT:
+        return
+    break  # process 0 has given up
+  raise ConfigError(
+    f"process {found.index} of {found.count} waited in vain at the coordinator "
+    f"{found.coordinator} ({reason}): start process 0 there, and all others."
+  )
+
+
+def _left(deadline: float) -> float:
+  """Returns the seconds until a deadline, above 0: a socket does not wait at all for 0."""
+  return max(0.01, deadline - time.monotonic())
+
+
+@contextlib.contextmanager
+def records(workdir: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yields the folder of a process's records: the run's, locked, or one that is thrown away.
+
+  All begin with the same `metrics.jsonl`, which alarms look back at.
+
+  Raises:
+    ConfigError: another run writes there.
+  """
+  if jax.process_index() == 0:
+    with held(workdir):
+      yield workdir
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    earlier = workdir / "metrics.jsonl"
+    if earlier.exists():
+      shutil.copy(earlier, folder)
+    yield pathlib.Path(folder)

@@ -1,0 +1,247 @@
+"""Two processes of two devices train as one device does; a missing one is named.
+
+The processes read this very file as their config.
+"""
+
+import concurrent.futures
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from freqformer.config import ConfigError
+from freqformer.train import mesh, preemption, processes
+from freqformer.train.processes import Place, join, place
+from tests.command.process import ROOT, call
+from tests.command.test_fields import rows, small
+
+
+def get_config(data=2, fsdp=2, steps=2):
+  config = small(steps, grid=(2, 4, 4), target="velocity")
+  config.model.attention.update(dict(tile=(2, 2, 2), block=8))
+  config.train.update(dict(val_every=2, checkpoint_every=2, samples=4))
+  config.mesh.update(dict(data=data, fsdp=fsdp))
+  return config
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+  """Folders of a run of three steps on one device, and of one of two steps by two processes."""
+  from freqformer.pages.progress import Progress
+  from freqformer.train.run import train
+
+  folder = tmp_path_factory.mktemp("processes")
+  flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+  python = os.path.dirname(sys.executable)
+  command = [ROOT / "scripts/local_cluster.sh", "2", f"--config={__file__}"]
+  found = subprocess.run(
+    [*command, f"--workdir={folder / 'two'}"],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    env=os.environ
+    | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PATH": f"{python}:{os.environ['PATH']}"},
+  )
+  assert found.returncode == 0, found.stderr[-5000:]
+  assert found.stderr.count("runs on 4 of 4 cpu (data 2 x fsdp 2 in 2 processes)") == 1
+  train(get_config(1, 1, steps=3), folder / "one", watch=Progress())
+  return folder / "one", folder / "two"
+
+
+def _leaves(workdir, step):
+  from freqformer.train.checkpoint import Checkpoints
+
+  checkpoints = Checkpoints(workdir, create=False)
+  found = checkpoints._manager.item_metadata(step)["arrays"]
+  shapes = {name: np.zeros(x.shape, x.dtype) for name, x in getattr(found, "tree", found).items()}
+  return checkpoints.restore(shapes, step), checkpoints.record(step)
+
+
+def _same_leaves(found, wanted):
+  """Compares the states of two runs, by the size of what they have in each kind of leaf."""
+  assert found.keys() == wanted.keys()
+  for kind in ("params", "ema", "mu", "nu"):
+    names = [name for name in wanted if kind in name.split("/")]
+    most = max(np.abs(wanted[name]).max() for name in names)
+    for name in names:
+      np.testing.assert_allclose(found[name], wanted[name], rtol=1e-5, atol=1e-5 * most)
+  for name in ("step", "key"):
+    np.testing.assert_array_equal(found[name], wanted[name])
+
+
+def _same_rows(one, two, kind, step):
+  """Compares the only line of a kind and a step in two runs."""
+  (wanted,), (found,) = ([r for r in rows(w, kind) if r["step"] == step] for w in (one, two))
+  names = {"loss", "grad_norm", "buckets", "regret"} & wanted.keys()
+  assert len(names) > 1
+  for name in names:
+    np.testing.assert_allclose(found[name], wanted[name], rtol=1e-5)
+
+
+def test_two_processes_equal_one_device(runs):
+  one, two = runs
+  for step in (1, 2):
+    _same_rows(one, two, "train", step)
+  _same_rows(one, two, "val", 2)
+  (wanted, of_one), (found, of_two) = (_leaves(folder, 2) for folder in runs)
+  _same_leaves(found, wanted)
+  assert of_one["iterator"] == of_two["iterator"]
+  assert (two / "report.html").exists()
+
+
+def test_samples_of_two_processes_equal_those_of_one_device(runs):
+  """As far as their videos show: in grey levels."""
+  av = pytest.importorskip("av")
+  videos = []
+  for workdir in runs:
+    with av.open(str(workdir / "samples-in-training" / "00000002.mp4")) as file:
+      videos.append(np.stack([x.to_ndarray(format="gray").astype(int) for x in file.decode()]))
+  assert np.ptp(videos[0]) > 50
+  assert np.abs(videos[0] - videos[1]).max() <= 2
+
+
+def test_one_process_goes_on_from_two(runs):
+  from freqformer.train.run import train
+
+  one, two = runs
+  train(get_config(1, 1, steps=3), two)
+  _same_rows(one, two, "train", 3)
+  _same_leaves(_leaves(two, 3)[0], _leaves(one, 3)[0])
+
+
+# ---- who is there -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def address(monkeypatch):
+  """A free port; JAX is not asked to join."""
+  monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **_: joined.append(args[:3]))
+  monkeypatch.setattr(processes.logging, "set_verbosity", lambda _: None)
+  joined = []
+  with socket.create_server(("", 0)) as server:
+    free = f"localhost:{server.getsockname()[1]}"
+  return free, joined
+
+
+def port(address):
+  return int(address.partition(":")[2])
+
+
+def test_all_go_on_once_all_are_there(address):
+  free, joined = address
+  with concurrent.futures.ThreadPoolExecutor(3) as pool:
+    for index in (2, 0):
+      pool.submit(join, Place(index, 3, free), 20)
+    for _ in range(100):  # a stranger, as soon as process 0 is there
+      with contextlib.suppress(OSError), socket.create_connection(("localhost", port(free))):
+        break
+      time.sleep(0.05)
+    pool.submit(join, Place(1, 3, free), 20)
+  assert sorted(joined) == [(free, 3, index) for index in range(3)]
+
+
+def test_missing_processes_are_named(address):
+  free, joined = address
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    first, last = (pool.submit(join, Place(index, 4, free), 2) for index in (0, 3))
+  with pytest.raises(ConfigError, match=f"^process 1, 2 of 4 did not come to {free} in time: "):
+    first.result()
+  with pytest.raises(ConfigError, match=f"coordinator {free} .the others did not all come"):
+    last.result()
+  assert not joined
+
+
+def test_a_missing_coordinator_ends_the_command_with_one_sentence(address, tmp_path):
+  free, _ = address
+  flags = (f"--coordinator={free}", "--processes=2", "--process=1", "--join_seconds=1")
+  error = call(tmp_path, "train.py", *flags, code=2).stderr
+  assert f"error: process 1 of 2 waited in vain at the coordinator {free} " in error
+
+
+SLURM = {
+  "SLURM_STEP_NUM_TASKS": "16",
+  "SLURM_PROCID": "9",
+  "SLURM_LOCALID": "1",
+  "SLURM_JOB_ID": "4098",
+}
+OPEN_MPI = {
+  "OMPI_COMM_WORLD_SIZE": "4",
+  "OMPI_COMM_WORLD_RANK": "2",
+  "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+}
+
+
+@pytest.mark.parametrize(
+  "environment, flags, wanted",
+  [
+    ({}, (None, None, None), None),
+    ({"SLURM_STEP_NUM_TASKS": "1"}, (None, None, None), None),
+    ({}, ("a:1", 2, 1), Place(1, 2, "a:1")),
+    (SLURM, ("a:1", 2, 1), Place(1, 2, "a:1")),
+    (OPEN_MPI, (None, None, None), Place(2, 4, None, 0)),
+    (OPEN_MPI, ("a:1", None, None), Place(2, 4, "a:1", 0)),
+    *(
+      (SLURM | {"SLURM_STEP_NODELIST": nodes}, (None,) * 3, Place(9, 16, f"{first}:61442", 1))
+      for nodes, first in {"n7": "n7", "n-a,n9": "n-a", "n[07-12,15],m": "n07"}.items()
+    ),
+  ],
+)
+def test_place(monkeypatch, environment, flags, wanted):
+  for name in os.environ:
+    if name.startswith(("SLURM_", "OMPI_")):
+      monkeypatch.delenv(name)
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+  assert place(*flags) == wanted
+
+
+@pytest.mark.parametrize(
+  "flags, text",
+  [
+    (("a:1", 2, None), "go together; give all three"),
+    ((None, 2, 1), "go together; give all three"),
+    (("a:1", None, None), "--coordinator=a:1 needs --processes and --process"),
+    (("a:1", 2, 2), "--process=2 must be a number from 0 to 1"),
+    (("a", 2, 1), "--coordinator=a must be HOST:PORT"),
+  ],
+)
+def test_refused_flags(flags, text):
+  with pytest.raises(ConfigError, match=text):
+    place(*flags)
+
+
+# ---- what they agree on -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def several(monkeypatch):
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+
+
+def test_all_devices_are_used(several, monkeypatch):
+  monkeypatch.setattr(mesh, "all_devices", lambda: [None] * 4)
+  with pytest.raises(ConfigError, match="takes 2 of the 4 devices of 2 processes.*mesh.data=-1"):
+    mesh.make_mesh(mesh.MeshConfig(2, 1), 4)
+
+
+def test_all_stop_at_the_same_call(several, monkeypatch):
+  sent = []
+
+  def agreed(call):
+    return bool(sent) and call == 3
+
+  monkeypatch.setattr(preemption.multihost_utils, "reached_preemption_sync_point", agreed)
+  terminated = signal.signal(signal.SIGTERM, lambda *_: sent.append("SIGTERM"))
+  with preemption.StopRequest() as stop:
+    assert not stop()
+    signal.raise_signal(signal.SIGINT)  # becomes the signal that JAX watches
+    assert sent == ["SIGTERM"]
+    assert [stop() for _ in range(4)] == [False, True, True, True]
+  signal.signal(signal.SIGTERM, terminated)
