@@ -46,9 +46,9 @@ def train(tmp_path, monkeypatch):
     config.train.update(dict(checkpoint_every=3, keep=9, val_every=0) | changes)
     seeds = []
 
-    def begin(split, size, seed):
+    def begin(split, size, seed, rows):
       seeds.append(seed)
-      return Poisoned(iter(train_iterator(split, size, seed)), bad[len(seeds) - 1])
+      return Poisoned(iter(train_iterator(split, size, seed, rows)), bad[len(seeds) - 1])
 
     monkeypatch.setattr(run, "train_iterator", begin)
     run.train(config, tmp_path)
