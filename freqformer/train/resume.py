@@ -25,6 +25,7 @@ _FREE = (
   "data.workers",
   "model.remat",
   "model.attention.implementation",
+  "model.attention.schedule.",
 )
 _LISTED = 12  # changes that a message names
 
