@@ -28,6 +28,7 @@ from freqformer.train.experiment import Experiment, experiment, recorded
 from freqformer.train.lock import held
 from freqformer.train.mesh import describe, make_mesh
 from freqformer.train.metrics import Metrics, finite, read, write_routing
+from freqformer.train.origin import Origin
 from freqformer.train.preemption import StopRequest
 from freqformer.train.resume import check_same_config, check_same_data, with_seed
 from freqformer.train.step import SkippedSteps, init_state, make_train_step
@@ -131,8 +132,16 @@ def _train(
       logging.info(text, over, old["step"], exp.train.steps)
       return
 
+  origin = None
+  started_from = old and old.get("init_from")
+  if old is None and exp.train.init_from:
+    origin = Origin.read(exp.train.init_from)
+    exp, started_from = origin.fitted(config)
+
   # ---- 2. data: encoded once, then read from the cache; or drawn on the fly -------------------
   train_data, val_data = open_splits(exp.data)
+  if origin is not None:
+    origin.check_statistics(train_data.statistics.to_json())
   exp = exp.with_spectrum(some_latents(train_data))
   seconds["encode"] = time.monotonic() - started
   batches = iter(train_iterator(train_data, exp.train.batch_size, exp.seed))
@@ -142,9 +151,11 @@ def _train(
   condition = exp.conditioned_on(train_data.class_names)
   tables = make_tables(exp.model, shape)
   graphdef, params = nnx.split(VideoDiT(exp.model, shape, rngs=nnx.Rngs(exp.seed), **condition))
+  if origin is not None:
+    params = origin.into(params, exp)
   state = init_state(params, exp.train, exp.seed)
   config = recorded(config, exp)
-  record = _record(config, train_data)
+  record = _record(config, train_data) | {"init_from": started_from}
 
   # ---- 4. resume: that checkpoint goes on, else start fresh -----------------------------------
   throughput = Throughput.of(exp.model, shape, exp.train.batch_size, list(mesh.devices.flat))
@@ -167,6 +178,7 @@ def _train(
     "method": exp.model.attention.method,
     "classes": record["class_names"],
     "changes": record["changes"],
+    "init_from": started_from,
     "git": git_revision(),
     "versions": versions(PACKAGES),
     "device": mesh.devices.flat[0].device_kind,

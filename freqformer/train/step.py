@@ -52,6 +52,10 @@ class TrainConfig:
     val_batches: batches per validation; 0 takes all.
     val_soft: also validate the soft mixture of branches (the soft-hard gap).
     samples: classes of which a sample is drawn at every validation, for the run's report.
+    init_from: folder of a run, or "folder:step", whose averaged weights this run starts from
+      (`freqformer/train/origin.py`); empty: random weights.
+    freeze: "backbone" trains the parameters of attention methods alone (routers, gates, level
+      weights); "": all.
     keep: number of newest checkpoints that stay on disk.
     keep_best: beside them the checkpoint of the least validation loss stays, of those at whose
       very step the run validated.
@@ -92,6 +96,8 @@ class TrainConfig:
   val_batches: int = 4
   val_soft: bool = True
   samples: int = 4
+  init_from: str = ""
+  freeze: str = ""
   checkpoint_every: int = 500
   keep: int = 2
   keep_best: bool = True
@@ -105,6 +111,12 @@ class TrainConfig:
     require(self, "label_dropout first_frame", least=0, most=1)
     require_one_of(self, "schedule", ("constant", "cosine", "trapezoid"))
     require_one_of(self, "time_sampling", TIME_SAMPLING)
+    require_one_of(self, "freeze", ("", "backbone"))
+    if self.freeze and not self.init_from:
+      raise ValueError(
+        f"freeze={self.freeze!r} would keep random weights as they are; set init_from to the run "
+        "whose weights they shall be."
+      )
     if not 0 <= self.time_range[0] < self.time_range[1] <= 1:
       raise ValueError(f"{self.time_range=} must be two rising timesteps in [0, 1].")
 
@@ -175,7 +187,30 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     update = optax.adamw(
       learning_rate(config), b2=config.beta2, weight_decay=config.weight_decay, mask=_decayed
     )
-  return optax.chain(optax.clip_by_global_norm(config.clip), update)
+  update = optax.chain(optax.clip_by_global_norm(config.clip), update)
+  if not config.freeze:
+    return update
+  # No moments are kept of what does not move.
+  return optax.partition({"trained": update, "frozen": optax.set_to_zero()}, _labels)
+
+
+def _labels(params):
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: "trained" if _is_of_method(path) else "frozen", params
+  )
+
+
+def _is_of_method(path) -> bool:
+  return "method" in jax.tree_util.keystr(path)
+
+
+def _only_trained(config: TrainConfig, trained, frozen):
+  """Returns `trained` where `config.freeze` lets parameters move, `frozen` elsewhere."""
+  if not config.freeze:
+    return trained
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x, kept: x if _is_of_method(path) else kept, trained, frozen
+  )
 
 
 def _decayed(params):
@@ -232,6 +267,8 @@ def make_train_step(graphdef, config: TrainConfig):
     time = first + (last - first) * time
     noise = sample_noise(key_noise, jnp.arange(x0.shape[0]), x0.shape[1:])
     xt, target = interpolate(x0, noise, time)
+    # Gradients of frozen parameters are not computed, and count in no norm.
+    params = _only_trained(config, params, jax.lax.stop_gradient(params))
     model = nnx.merge(graphdef, params)
     label = batch["label"]
     dropped = jax.random.bernoulli(key_drop, config.label_dropout, label.shape[:1])
@@ -265,6 +302,7 @@ def make_train_step(graphdef, config: TrainConfig):
     params = optax.apply_updates(state.params, updates)
     decay = jnp.minimum(own.ema, (1 + state.step) / (10 + state.step))
     ema = optax.incremental_update(params, state.ema, 1 - decay)
+    ema = _only_trained(own, ema, state.ema)  # an average of equal numbers may round
     # A step that is not finite changes nothing but the step count, and with it the next step's
     # noise. optax.apply_if_finite looks at gradients alone and would not hold the average back.
     finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
