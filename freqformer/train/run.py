@@ -33,6 +33,7 @@ from freqformer.train.preemption import StopRequest
 from freqformer.train.resume import check_same_config, check_same_data, with_seed
 from freqformer.train.step import SkippedSteps, init_state, make_train_step
 from freqformer.train.throughput import Throughput
+from freqformer.train.trackers import Trackers
 from freqformer.train.validation import channel_power, evaluate, make_eval_step, some_latents
 from freqformer.versions import git_revision, versions
 
@@ -49,6 +50,7 @@ class Training:
     graphdef: of the `VideoDiT`.
     params: shapes of its parameters; the arrays change hands at every step.
     tables: of the grid.
+    trackers: show pictures elsewhere.
   """
 
   experiment: Experiment
@@ -58,6 +60,7 @@ class Training:
   graphdef: nnx.GraphDef
   params: Any
   tables: Any
+  trackers: Trackers = dataclasses.field(default_factory=Trackers)
 
 
 class Watch:
@@ -188,7 +191,7 @@ def _train(
     "grid": layout.grid,
     "tile": layout.tile,
   }
-  metrics.start(step, config, facts, old and old.get("totals"))
+  metrics.start(step, config, facts, old and old.get("totals"), exp.train.trackers)
   alarm = Alarm(exp.train, read(metrics.path))
 
   # ---- 5. the steps ---------------------------------------------------------------------------
@@ -198,7 +201,8 @@ def _train(
   validate = _validation(exp, graphdef, val_data, tables)
   skips = SkippedSteps(exp.train)
   shapes = jax.eval_shape(lambda: params)
-  watch.begin(Training(exp, workdir, train_data, val_data, graphdef, shapes, tables), step)
+  seen = Training(exp, workdir, train_data, val_data, graphdef, shapes, tables, metrics.trackers)
+  watch.begin(seen, step)
 
   def warn(found: dict[str, str] | None):
     if found is not None:

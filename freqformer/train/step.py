@@ -20,6 +20,7 @@ from freqformer.diffusion.flow import (
   sample_time,
 )
 from freqformer.placement import sharing
+from freqformer.train.trackers import JSONL, TRACKERS
 
 # choice: training stops after this many consecutive steps that are not finite, or half of the run.
 CONSECUTIVE_SKIPS = 10
@@ -52,6 +53,8 @@ class TrainConfig:
     val_batches: batches per validation; 0 takes all.
     val_soft: also validate the soft mixture of branches (the soft-hard gap).
     samples: classes of which a sample is drawn at every validation, for the run's report.
+    trackers: where figures go: "jsonl" (metrics.jsonl, always), "tensorboard", "wandb"
+      (`freqformer/train/trackers.py`).
     init_from: folder of a run, or "folder:step", whose averaged weights this run starts from
       (`freqformer/train/origin.py`); empty: random weights.
     freeze: "backbone" trains the parameters of attention methods alone (routers, gates, level
@@ -96,6 +99,7 @@ class TrainConfig:
   val_batches: int = 4
   val_soft: bool = True
   samples: int = 4
+  trackers: tuple[str, ...] = (JSONL,)
   init_from: str = ""
   freeze: str = ""
   checkpoint_every: int = 500
@@ -111,6 +115,11 @@ class TrainConfig:
     require(self, "label_dropout first_frame", least=0, most=1)
     require_one_of(self, "schedule", ("constant", "cosine", "trapezoid"))
     require_one_of(self, "time_sampling", TIME_SAMPLING)
+    if JSONL not in self.trackers or not {JSONL, *TRACKERS}.issuperset(self.trackers):
+      raise ValueError(
+        f"trackers={self.trackers} must be {JSONL!r}, which resuming and the report read, and any "
+        f"of {', '.join(TRACKERS)}."
+      )
     require_one_of(self, "freeze", ("", "backbone"))
     if self.freeze and not self.init_from:
       raise ValueError(
