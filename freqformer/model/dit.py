@@ -311,8 +311,10 @@ def _joined(*arrays) -> jax.Array:
   return jnp.concatenate(arrays) if arrays[1:] else arrays[0]
 
 
-def make_tables(config: ModelConfig, latent_shape) -> dict:
+def make_tables(config: ModelConfig, latent_shape, with_dense: bool = False) -> dict:
   """Returns what is static about a grid: `{"layout": LayoutTables, "methods": [one per run], ...}`.
+
+  The dense table is among it `with_dense`, and where `attention.schedule` needs it.
 
   Raises:
     ConfigError: a method cannot serve the grid.
@@ -331,7 +333,7 @@ def make_tables(config: ModelConfig, latent_shape) -> dict:
       tables = method.tables(layout)
     methods.append(jax.tree.map(finish, tables, is_leaf=is_mask))
   tables = {"layout": layout.arrays(), "methods": methods}
-  if config.attention.schedule != DenseSchedule():
+  if with_dense or config.attention.schedule != DenseSchedule():
     tables["dense"] = finish(dense(layout))
   if config.precondition:
     tables["preconditioner"] = Preconditioner.of(config.spectrum, latent_shape)

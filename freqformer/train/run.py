@@ -152,7 +152,7 @@ def _train(
   # ---- 3. model and state ---------------------------------------------------------------------
   shape = tuple(train_data.latent_shape)
   condition = exp.conditioned_on(train_data.class_names)
-  tables = make_tables(exp.model, shape)
+  tables = make_tables(exp.model, shape, with_dense=exp.train.distill > 0)
   graphdef, params = nnx.split(VideoDiT(exp.model, shape, rngs=nnx.Rngs(exp.seed), **condition))
   if origin is not None:
     params = origin.into(params, exp)
@@ -161,7 +161,9 @@ def _train(
   record = _record(config, train_data) | {"init_from": started_from}
 
   # ---- 4. resume: that checkpoint goes on, else start fresh -----------------------------------
-  throughput = Throughput.of(exp.model, shape, exp.train.batch_size, list(mesh.devices.flat))
+  throughput = Throughput.of(
+    exp.model, shape, exp.train.batch_size, list(mesh.devices.flat), distills=exp.train.distill > 0
+  )
   metrics = Metrics(workdir, throughput)
   if old is not None:
     check_same_data(old, record)

@@ -12,6 +12,7 @@ from absl import logging
 from flax import nnx
 
 from freqformer.config import ConfigError, require, require_one_of, with_numbers
+from freqformer.cost import DENSE
 from freqformer.diffusion.flow import (
   TIME_SAMPLING,
   give_first_frame,
@@ -57,6 +58,8 @@ class TrainConfig:
       (`freqformer/train/trackers.py`).
     init_from: folder of a run, or "folder:step", whose averaged weights this run starts from
       (`freqformer/train/origin.py`); empty: random weights.
+    distill: weight of the mean square difference between the velocity and that of the same weights
+      with dense attention in all layers, where no gradient goes; 0: none.
     freeze: "backbone" trains the parameters of attention methods alone (routers, gates, level
       weights); "": all.
     keep: number of newest checkpoints that stay on disk.
@@ -77,6 +80,7 @@ class TrainConfig:
     "label_dropout",
     "first_frame",
     "time_range",
+    "distill",
   )
 
   steps: int
@@ -101,6 +105,7 @@ class TrainConfig:
   samples: int = 4
   trackers: tuple[str, ...] = (JSONL,)
   init_from: str = ""
+  distill: float = 0.0
   freeze: str = ""
   checkpoint_every: int = 500
   keep: int = 2
@@ -120,11 +125,12 @@ class TrainConfig:
         f"trackers={self.trackers} must be {JSONL!r}, which resuming and the report read, and any "
         f"of {', '.join(TRACKERS)}."
       )
+    require(self, "distill", least=0)
     require_one_of(self, "freeze", ("", "backbone"))
-    if self.freeze and not self.init_from:
+    if not self.init_from and (self.freeze or self.distill):
+      given = f"freeze={self.freeze!r}" if self.freeze else f"distill={self.distill:g}"
       raise ValueError(
-        f"freeze={self.freeze!r} would keep random weights as they are; set init_from to the run "
-        "whose weights they shall be."
+        f"{given} needs trained weights, not random ones; set init_from to the run that has them."
       )
     if not 0 <= self.time_range[0] < self.time_range[1] <= 1:
       raise ValueError(f"{self.time_range=} must be two rising timesteps in [0, 1].")
@@ -267,6 +273,7 @@ def make_train_step(graphdef, config: TrainConfig):
       "train.warmup=%d is cut to %d, half of the steps", config.warmup, config.warm_steps
     )
   gives_first_frames = config.first_frame > 0
+  distills = config.distill > 0
 
   def loss_fn(params, key, batch, tables, config, posterior, progress):
     x0 = batch["latent"]
@@ -296,7 +303,13 @@ def make_train_step(graphdef, config: TrainConfig):
     )
     loss = _mean_square(velocity - target, given)
     penalty = sum(run["loss"].mean() for run in aux)
-    return loss + penalty, (loss, _summary(aux))
+    told = _summary(aux)
+    if distills:
+      dense = [DENSE] * len(model.config.parts())
+      teacher, *_ = model(xt, time, label, tables, phases=dense, given=given)
+      told["distill_loss"] = _mean_square(velocity - jax.lax.stop_gradient(teacher), given)
+      penalty += config.distill * told["distill_loss"]
+    return loss + penalty, (loss, told)
 
   @functools.partial(jax.jit, donate_argnums=0)
   def step(state: TrainState, batch, tables, numbers, posterior=None):

@@ -21,11 +21,18 @@ class Throughput:
   peak: float | None
 
   @classmethod
-  def of(cls, model: ModelConfig, latent_shape, batch: int, devices) -> "Throughput":
-    """Returns the throughput of a model on the devices that run it; idle ones do not count."""
+  def of(
+    cls, model: ModelConfig, latent_shape, batch: int, devices, distills: bool = False
+  ) -> "Throughput":
+    """Returns the throughput of a model on the devices that run it; idle ones do not count.
+
+    A step that `distills` has a forward with dense attention more.
+    """
     device = devices[0]
     peak = None if device.platform == "cpu" else peak_of(device.device_kind)
     flops = batch * training_flops(model_cost(model, latent_shape, training=True))
+    if distills:
+      flops += batch * model_cost(model.with_method("dense"), latent_shape).total
     return cls(flops, None if peak is None else peak * len(devices))
 
   def rates(self, steps_per_s: float) -> dict[str, float]:

@@ -10,9 +10,11 @@ import pytest
 from flax import nnx
 
 from freqformer.config import ConfigError
+from freqformer.cost import model_cost
 from freqformer.model.dit import VideoDiT
 from freqformer.train.checkpoint import Checkpoints, flatten
 from freqformer.train.experiment import experiment
+from freqformer.train.metrics import read
 from freqformer.train.origin import Origin
 from freqformer.train.run import train
 from tests.command.test_fields import small
@@ -49,8 +51,22 @@ def dense(tmp_path_factory):
 def gated(dense, tmp_path_factory):
   """A run that trained a gate on the dense run's weights."""
   workdir = tmp_path_factory.mktemp("gated")
-  train(begun(dense, freeze="backbone"), workdir)
+  train(begun(dense, freeze="backbone", distill=0.5), workdir)
   return workdir
+
+
+def losses(workdir):
+  return [row["distill_loss"] for row in read(workdir / "metrics.jsonl") if row["kind"] == "train"]
+
+
+def test_the_teacher_is_dense_attention_of_the_same_weights(dense, gated, tmp_path):
+  assert len(losses(gated)) == 2 and min(losses(gated)) > 1e-9
+  train(config_of(steps=1, init_from=str(dense), distill=0.5), tmp_path)
+  assert losses(tmp_path)[0] < 1e-12
+  cheap, whole = (read(place / "metrics.jsonl")[0]["flops"] for place in (dense, tmp_path))
+  exp = experiment(config_of())
+  forward = model_cost(exp.model, exp.latent_shape).total
+  assert whole - cheap == pytest.approx(exp.train.batch_size * forward)
 
 
 def test_only_the_new_gate_is_trained(dense, gated):
@@ -79,7 +95,7 @@ def test_the_record_says_where_it_began_and_a_resumed_run_does_not_read_it(dense
   assert record["matched"] > 20 and not record["left_over"]
   assert record["new"] and all("layer 1/method BlockTopK/" in name for name in record["new"])
   shutil.copytree(gated, tmp_path, dirs_exist_ok=True)
-  again = begun(tmp_path / "gone", freeze="backbone")
+  again = begun(tmp_path / "gone", freeze="backbone", distill=0.5)
   again.train.steps = 3
   train(again, tmp_path)
   later = Checkpoints(tmp_path, create=False).record()
@@ -126,7 +142,7 @@ def test_what_cannot_be_is_refused_in_a_sentence(dense, tmp_path):
     Origin.read(f"{dense}:7")
   with pytest.raises(ConfigError, match="leaves nothing to train: attention method 'dense'"):
     train(config_of(init_from=str(dense), freeze="backbone"), tmp_path / "run")
-  with pytest.raises(ConfigError, match="would keep random weights"):
+  with pytest.raises(ConfigError, match="freeze='backbone' needs trained weights"):
     experiment(config_of(freeze="backbone"))
   origin = Origin.read(str(dense))
   other = config_of(init_from=str(dense))
