@@ -127,10 +127,10 @@ class TrainConfig:
       )
     require(self, "distill", least=0)
     require_one_of(self, "freeze", ("", "backbone"))
-    if not self.init_from and (self.freeze or self.distill):
-      given = f"freeze={self.freeze!r}" if self.freeze else f"distill={self.distill:g}"
+    if self.freeze and not self.init_from:
       raise ValueError(
-        f"{given} needs trained weights, not random ones; set init_from to the run that has them."
+        f"freeze={self.freeze!r} needs trained weights, not random ones; set init_from to the run "
+        "that has them."
       )
     if not 0 <= self.time_range[0] < self.time_range[1] <= 1:
       raise ValueError(f"{self.time_range=} must be two rising timesteps in [0, 1].")
