@@ -17,6 +17,9 @@ from jax.extend import core
 
 from freqformer.kernels.block_sparse.cost import BACKWARD_MATMULS, FORWARD_MATMULS
 
+# Phase of a sampling step in which a layer attends densely in the place of its method
+# (`attention.schedule`).
+DENSE = "dense"
 BACKWARD_OVER_FORWARD = BACKWARD_MATMULS["one_pass"] / FORWARD_MATMULS
 
 
@@ -79,6 +82,8 @@ def layer_cost(
   Raises:
     ConfigError: for an allocation that is invalid or not of so many heads.
   """
+  if phase == DENSE:
+    return attention_cost(heads * layout.n**2, head_dim)
   phase = method.usual_phase if phase is None else phase
   names = method.branches
   if training and method.trains_all_branches:
@@ -240,23 +245,26 @@ def model_cost(config, latent_shape, allocations=None, training: bool = False, p
     latent_shape: `(t, y, x, c)`.
     allocations: `allocation` of `layer_cost` for every run of layers.
     training: as of `layer_cost`.
-    phases: `phase` of `layer_cost` for every run of layers.
+    phases: `phase` of `layer_cost` for every part of `ModelConfig.parts`; None: the usual phases,
+      without `attention.schedule`.
   """
   layout = config.layout(latent_shape)
   block = BlockShape(config.width, config.heads, int(config.width * config.mlp_ratio))
   patch = latent_shape[3] * math.prod(config.patch)
   total = Cost(linear_flops=2 * 2.0 * layout.n * config.width * patch)
-  for i, (count, method) in enumerate(config.runs()):
+  runs = config.runs()
+  parts = config.whole_runs() if phases is None else config.parts()
+  for i, part in enumerate(parts):
     layer = layer_cost(
-      method,
+      runs[part.run][1],
       layout,
       config.heads,
       config.dims.head_dim,
-      allocation=None if allocations is None else allocations[i],
+      allocation=None if allocations is None else allocations[part.run],
       phase=None if phases is None else phases[i],
       training=training,
     )
-    total += (layer + Cost(linear_flops=block.linear_flops(layout.n))).scaled(count)
+    total += (layer + Cost(linear_flops=block.linear_flops(layout.n))).scaled(part.count)
   return total
 
 
@@ -266,7 +274,7 @@ def sampling_cost(config, latent_shape, schedule, guided: bool | Sequence[bool] 
   Args:
     config: a `ModelConfig`.
     latent_shape: `(t, y, x, c)`.
-    schedule: phases per evaluation and run of layers, of `VideoDiT.schedule`.
+    schedule: phases per evaluation and part of the layers, of `VideoDiT.schedule`.
     guided: each evaluation, or each one by itself, runs a conditional and an unconditional half.
       Work that one of them does for both (a search for masks) is counted twice, so this is an upper
       bound there.

@@ -50,7 +50,9 @@ def describe(experiment: Experiment) -> str:
   step = make_train_step(graphdef, experiment.train)
   mesh = meshes.make_mesh(experiment.mesh, batch_size, experiment.train.accumulate)
   with jax.set_mesh(mesh):
-    tables = placement.everywhere(make_tables(model, shape))
+    tables = placement.everywhere(
+      make_tables(model, shape, with_dense=experiment.train.distill > 0)
+    )
     placed = placement.share(state)
     own = placement.everywhere(numbers(experiment.train))
     compiled = step.lower(placed, placement.split_batch(batch), tables, own).compile()

@@ -7,6 +7,7 @@
   python eval.py --workdir=runs/ucf101 --first_frame=photo.jpg    if it was trained with some
   python eval.py --workdir=runs/ucf101 --method=dense     the same weights, full attention
   python eval.py --workdir=runs/ucf101 --method="radial(decay=0.5)" --export_masks=masks
+  python eval.py --workdir=runs/ucf101 --method=radial --schedule="dense_first=0.1"
   python eval.py --workdir=runs/ucf101 --compare="dense,adaspa,block_topk(density=0.2, coarse=none)"
   python eval.py --workdir=runs/ucf101 --validate
   python eval.py --workdir=runs/ucf101 --validate --config.data.frames=32
@@ -101,6 +102,9 @@ _ROPE = flags.DEFINE_string(
 )
 _FIRST_FRAME = cli.define_path("first_frame", None, "Picture that every video begins with.")
 _METHOD = flags.DEFINE_string("method", None, "Run another attention method on the same weights.")
+_SCHEDULE = flags.DEFINE_string(
+  "schedule", None, "Dense evaluations and layers, e.g. dense_first=0.1; default the config's."
+)
 _RAW = flags.DEFINE_bool("raw", False, "Use the raw weights instead of their average.")
 _SOFT = flags.DEFINE_bool("soft", False, "Mix all branches of the router, not the likeliest alone.")
 _EXPORT_MASKS = cli.define_path("export_masks", None, "Folder for the first sample's masks.")
@@ -133,6 +137,7 @@ _OF_SAMPLES = (
   "size",
   "rope",
   "first_frame",
+  "schedule",
   "export_masks",
   "compare",
   "metrics",
@@ -164,13 +169,15 @@ def _sample_one_method():
   for name in ("metrics", "lpips_weights"):
     if flags.FLAGS[name].present:
       raise ConfigError(f"--{name} compares videos; give --compare the methods as well.")
-  run = load_run(_WORKDIR.value, step=_STEP.value, method=_METHOD.value, raw=_RAW.value)
+  run = load_run(
+    _WORKDIR.value, step=_STEP.value, method=_METHOD.value, raw=_RAW.value, schedule=_SCHEDULE.value
+  )
   run = _resized(conditioned(run, _prompts()))
   labels, indices, config = _requests(run)
   picture = _FIRST_FRAME.value
   first_frame = None if picture is None else first_frame_latent(run, picture)
   frames = f"frames={_FRAMES.value}" if _FRAMES.value else None
-  words = [slug(word) for word in (_METHOD.value, frames, _SIZE.value) if word]
+  words = [slug(word) for word in (_METHOD.value, _SCHEDULE.value, frames, _SIZE.value) if word]
   out = _folder("-".join(["samples", *words]))
   masks = _EXPORT_MASKS.value
   if masks:
@@ -237,7 +244,9 @@ def _compare_methods():
   run = _resized(conditioned(run, _prompts()))
   labels, indices, config = _requests(run)
   evaluations = len(config.guided())
-  found = compare.candidates(_WORKDIR.value, methods, evaluations, run.step, _RAW.value)
+  found = compare.candidates(
+    _WORKDIR.value, methods, evaluations, run.step, _RAW.value, _SCHEDULE.value
+  )
   found = {method: _resized(own) for method, own in found.items()}
   out = _folder("compare")
   rows, videos = compare.compare(found, run.inputs(labels), indices, _SEED.value, config, metrics)
@@ -393,6 +402,7 @@ def _facts(run: Run, count: int, config: SampleConfig) -> dict:
     "samples": count,
     **prompts,
     **dataclasses.asdict(config),
+    "schedule": dataclasses.asdict(run.model.config.attention.schedule),
     "video_shape": video_shape(run),
     "latent_shape": run.latent_shape,
     "rope": _ROPE.value,

@@ -58,16 +58,23 @@ def metric_functions(names: Iterable[str], lpips_weights=None) -> dict[str, Metr
 
 
 def candidates(
-  workdir, methods: Iterable[str], steps: int, checkpoint: int | None = None, raw: bool = False
+  workdir,
+  methods: Iterable[str],
+  steps: int,
+  checkpoint: int | None = None,
+  raw: bool = False,
+  schedule: str | None = None,
 ) -> dict[str, Run]:
   """Loads the run under each method and checks its schedule, before anything is sampled.
+
+  `schedule` is that of `load_run`.
 
   Raises:
     ConfigError: the checkpoint lacks a method's parameters (named), or a schedule does not fit.
   """
   found = {}
   for method in methods:
-    found[method] = load_run(workdir, step=checkpoint, method=method, raw=raw)
+    found[method] = load_run(workdir, step=checkpoint, method=method, raw=raw, schedule=schedule)
     found[method].model.schedule(steps)
   return found
 

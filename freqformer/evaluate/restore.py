@@ -99,7 +99,12 @@ class Run:
 
 
 def load_run(
-  workdir, *, step: int | None = None, method: str | None = None, raw: bool = False
+  workdir,
+  *,
+  step: int | None = None,
+  method: str | None = None,
+  raw: bool = False,
+  schedule: str | None = None,
 ) -> Run:
   """Loads a trained model from a run's folder, also while training goes on there.
 
@@ -108,6 +113,8 @@ def load_run(
     method: attention method to run in every layer instead of the trained one, as
       "radial(decay=0.5)"; parameters that it does not have (a router's) are dropped.
     raw: take the raw weights instead of their average.
+    schedule: dense evaluations and layers, as "dense_first=0.1", instead of the trained config's;
+      "" for none.
 
   Raises:
     ConfigError: there is no checkpoint, it is damaged, or it lacks parameters that the method
@@ -115,15 +122,17 @@ def load_run(
   """
   for _ in range(_TRIES - 1):
     try:
-      return _load(workdir, step, method, raw)
+      return _load(workdir, step, method, raw, schedule)
     except (Gone, FileNotFoundError):  # the latter while Orbax lists the folder
       if step is not None:
         raise
       logging.info("training deleted the checkpoint that was read; the newest one is read instead")
-  return _load(workdir, step, method, raw)
+  return _load(workdir, step, method, raw, schedule)
 
 
-def _load(workdir, step: int | None, method: str | None, raw: bool) -> Run:
+def _load(
+  workdir, step: int | None, method: str | None, raw: bool, schedule: str | None = None
+) -> Run:
   """Loads a model; arguments and errors as of `load_run`.
 
   Raises:
@@ -133,6 +142,8 @@ def _load(workdir, step: int | None, method: str | None, raw: bool) -> Run:
   record = checkpoints.record(step)
   trained = of_record(record["config"])
   config = trained.model if method is None else trained.model.with_method(method)
+  if schedule is not None:
+    config = config.with_schedule(schedule)
   shape = tuple(record["latent_shape"])
   condition = trained.conditioned_on(record["class_names"])
   model = nnx.eval_shape(lambda: VideoDiT(config, shape, rngs=nnx.Rngs(0), **condition))

@@ -120,6 +120,11 @@ class AdaSpa(Method):
       return "search_first" if step == search[0] else "warmup"
     return "search" if step in search else "reuse"
 
+  def refuses_dense(self, phase):
+    if phase in ("search_first", "search"):
+      return "it searches there (adaspa.search), and later evaluations need what it finds"
+    return None
+
   def budgets(self, layout) -> tuple[int, int, int]:
     """Key tiles per query tile of heads at the (high, base, low) sparsity level.
 

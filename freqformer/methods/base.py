@@ -235,6 +235,14 @@ class Method:
   def check_run(self, steps: int) -> None:
     """Raises ConfigError if the method's schedule does not fit a run of `steps` sampling steps."""
 
+  def refuses_dense(self, phase: str) -> str | None:
+    """Returns why an evaluation of this phase cannot be dense instead (`attention.schedule`).
+
+    None: it can, because dense attention is what the method approximates, and no later evaluation
+    needs what this one finds.
+    """
+    return "trained parts of it take part in attention, which a dense evaluation would leave out"
+
   def check_training(self, layout: TileLayout, heads: int) -> None:
     """Raises ConfigError if training on this grid cannot do what the fields ask for."""
 

@@ -56,6 +56,9 @@ class BlockTopK(Method):
       )
     return budget
 
+  def refuses_dense(self, phase):
+    return None if self.coarse == "none" else super().refuses_dense(phase)
+
   def build(self, dims, layout, rngs):
     self.budget(layout)
     return QueryGate(dims.heads, dims.head_dim) if self.coarse == "gated" else None

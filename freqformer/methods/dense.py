@@ -20,5 +20,8 @@ class Dense(Method):
   def pairs(self, layout, heads, allocation=None, phase=None):
     return even_lists(layout, heads, layout.n**2)
 
+  def refuses_dense(self, phase):
+    return None
+
   def only_attends(self, phase):
     return True

@@ -130,6 +130,11 @@ class FreqFormer(RoutedMethod):
     if self.allocation == "measured":
       self.profile.check_run(steps)
 
+  def refuses_dense(self, phase):
+    if self.summary or self.low_op == "linear" or self.filter != "none":
+      return super().refuses_dense(phase)
+    return self.profile.refuses_dense(phase)
+
   def init_state(self, batch, dims, layout):
     if self.allocation != "measured":
       return {}

@@ -48,6 +48,12 @@ class ProfileConfig:
       return "warmup"
     return "profile" if after == 0 or (self.every and after % self.every == 0) else "run"
 
+  def refuses_dense(self, phase: str) -> str | None:
+    """Returns why an evaluation of this phase cannot be dense instead, None if it can."""
+    if phase == "profile":
+      return "it measures heads there (profile), and later evaluations need what it finds"
+    return None
+
   def check_run(self, steps: int):
     """Raises ConfigError if a run of `steps` steps ends before heads are measured."""
     if (warm := self.warm_steps(steps)) >= steps:

@@ -92,6 +92,21 @@ def parse_method(text: str) -> tuple[str, dict]:
   return name, fields
 
 
+def parse_fields(text: str, what: str, example: str) -> dict:
+  """Reads fields alone, as they stand in a method's brackets; an empty text has none.
+
+  Args:
+    what: they are of, in messages, where `example` shows some.
+
+  Raises:
+    ConfigError: for text that cannot be read.
+  """
+  try:
+    return _fields(ast.parse(f"dict({text})", mode="eval").body)
+  except (SyntaxError, ValueError, AttributeError) as error:
+    raise ConfigError(f"{what} {text!r} must read like {example}.") from error
+
+
 def with_fields(method, fields: dict, path: str, root: str = "config."):
   """Replaces some fields of a method dataclass, those within groups too.
 

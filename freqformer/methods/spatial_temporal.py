@@ -61,6 +61,9 @@ class SpatialTemporal(Method):
   def check_run(self, steps):
     self.profile.check_run(steps)
 
+  def refuses_dense(self, phase):
+    return self.profile.refuses_dense(phase)
+
   def init_state(self, batch, dims, layout):
     return {"choice": jnp.zeros((batch, dims.heads), jnp.int32)}
 

@@ -31,6 +31,9 @@ class StaticMethod(Method):
   def pairs(self, layout, heads, allocation=None, phase=None):
     return _counted(self, layout).scaled(heads)
 
+  def refuses_dense(self, phase):
+    return None
+
   def only_attends(self, phase):
     return True
 

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from freqformer.config import ConfigError, refusing
+from freqformer.cost import DENSE
 from freqformer.grid.layout import LayoutTables, TileLayout
 from freqformer.grid.rotary import axis_pairs, grid_theta
-from freqformer.methods.base import Cond, Dims, Method, Projected
+from freqformer.methods.base import Cond, Dims, Method, Projected, attend
 from freqformer.model.streams import named
 
 
@@ -129,7 +130,8 @@ class SpectralAttention(nnx.Module):
 
     Args:
       x: `[b, n_buffer, width]`; padding rows hold anything finite.
-      tables: of the method, for this layout, as is the layer's `state`.
+      tables: of the method, for this layout, as is the layer's `state`; where `cond.phase` is
+        `DENSE` the dense table, by which the layer attends in its method's place.
 
     Returns:
       `[b, n_buffer, width]`, the new state and the method's aux.
@@ -145,5 +147,8 @@ class SpectralAttention(nnx.Module):
       self.implementation,
       self.theta,
     )
-    out, state, aux = self.config(self.method, projected, cond, tables, state)
+    if cond.phase == DENSE:
+      out, aux = attend(projected, tables, cond)  # what the method remembers stays
+    else:
+      out, state, aux = self.config(self.method, projected, cond, tables, state)
     return self.out(out.reshape(b, n, width).astype(self.dtype)), state, aux

@@ -1,20 +1,29 @@
 """The model's configuration: sizes, patch, precision, and which method runs in which layers."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping
 
 import jax.numpy as jnp
 import numpy as np
 
 from freqformer.config import ConfigError, build, did_you_mean, refusing, require, require_one_of
+from freqformer.cost import DENSE
 from freqformer.grid.layout import TileLayout
 from freqformer.grid.rotary import grid_theta
 from freqformer.kernels.block_sparse.api import ATTENTION
 from freqformer.kernels.core.op import ALIASES
 from freqformer.methods.base import Method
-from freqformer.methods.registry import METHODS, method_class, parse_method, with_fields
+from freqformer.methods.registry import (
+  METHODS,
+  method_class,
+  parse_fields,
+  parse_method,
+  with_fields,
+)
 from freqformer.model.attention import AttentionDims, keys_per_query, starting_gain
 from freqformer.model.precondition import Table, measured_power
+from freqformer.model.schedule import DenseSchedule, Part
 
 # width, depth, heads of DiT (arXiv 2212.09748).
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}
@@ -32,6 +41,7 @@ class AttentionConfig:
     methods: `(name, method)` pairs.
     method: name of the method that runs in every layer, unless `layers` is given.
     layers: runs of layers with a method each, `((first, stop or None, name), ...)`, or empty.
+    schedule: evaluations of a sampling run, and layers, that are dense whatever the method.
     block: rows of a tile in the buffer, `block_q = block_kv`.
     tile: extents of a tile (t, y, x), or empty for the best fit.
     qk_gain: initial gain of the query norm; 0: from the keys per query and the head dimension
@@ -44,6 +54,7 @@ class AttentionConfig:
   methods: tuple[tuple[str, Method], ...]
   method: str = "freqformer"
   layers: tuple[tuple[int, int | None, str], ...] = ()
+  schedule: DenseSchedule = DenseSchedule()
   block: int = 64
   tile: tuple[int, ...] = ()
   qk_gain: float = 0.0
@@ -198,6 +209,52 @@ class ModelConfig:
     """Names of what a head can be given, in any layer."""
     return tuple(dict.fromkeys(name for _, method in self.runs() for name in method.branches))
 
+  def whole_runs(self) -> tuple[Part, ...]:
+    """Returns one part per run of layers."""
+    return tuple(Part(i, 0, count) for i, (count, _) in enumerate(self.runs()))
+
+  def parts(self) -> tuple[Part, ...]:
+    """Returns the runs of layers, cut at those that `attention.schedule` makes dense."""
+    dense = self.attention.schedule.layers(self.depth)
+    found = []
+    start = 0
+    for i, (count, _) in enumerate(self.runs()):
+      flags = ((layer - start, layer in dense) for layer in range(start, start + count))
+      for is_dense, layers in itertools.groupby(flags, key=lambda flag: flag[1]):
+        numbers = [layer for layer, _ in layers]
+        found.append(Part(i, numbers[0], numbers[-1] + 1, is_dense))
+      start += count
+    return tuple(found)
+
+  def phases(self, evaluations: int) -> list[tuple[str, ...]]:
+    """Returns the phases of each evaluation of a sampling run, one for each of `parts`.
+
+    Raises:
+      ConfigError: a method's schedule, or `attention.schedule`, does not fit so many evaluations.
+    """
+    runs = self.runs()
+    for _, method in runs:
+      method.check_run(evaluations)
+    dense = self.attention.schedule.evaluations(evaluations)
+    found = []
+    for number in range(evaluations):
+      phases = []
+      for part in self.parts():
+        method = runs[part.run][1]
+        phase = method.phase(number, evaluations)
+        if part.dense or number in dense:
+          # A layer that is always dense never uses what its method would have found.
+          reason = method.refuses_dense(method.usual_phase if part.dense else phase)
+          if reason is not None:
+            raise ConfigError(
+              f"attention.schedule makes evaluation {number} of {evaluations} dense, which "
+              f"{type(method).__name__} cannot be: {reason}; change the schedule or the method."
+            )
+          phase = DENSE
+        phases.append(phase)
+      found.append(tuple(phases))
+    return found
+
   def layout(self, latent_shape) -> TileLayout:
     """Returns the tile order of the tokens of latents `(t, y, x, c)`; cut patches count as whole.
 
@@ -207,6 +264,14 @@ class ModelConfig:
     grid = tuple(-(-size // p) for size, p in zip(latent_shape[:3], self.patch, strict=True))
     with refusing("config.model.attention"):
       return TileLayout.fit(grid, self.attention.block, self.attention.tile or None)
+
+  def with_schedule(self, text: str) -> "ModelConfig":
+    """Returns the same model with another `attention.schedule`, e.g. "dense_first=0.1"."""
+    fields = parse_fields(text, "attention.schedule", "dense_first=0.1, dense_at=(5, 0.5)")
+    schedule = build(DenseSchedule, fields, "model.attention.schedule")
+    return dataclasses.replace(
+      self, attention=dataclasses.replace(self.attention, schedule=schedule)
+    )
 
   def with_method(self, text: str) -> "ModelConfig":
     """Returns the same model with one method everywhere, as `parse_method` reads it.

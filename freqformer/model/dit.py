@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from freqformer.config import refusing
+from freqformer.cost import DENSE
 from freqformer.kernels.block_sparse.api import CHECKPOINT_NAMES
 from freqformer.kernels.block_sparse.table import BlockMask
 from freqformer.methods.base import Cond, Method
@@ -21,8 +22,10 @@ from freqformer.model.attention import SpectralAttention
 from freqformer.model.conditioner import ClassConditioner, EmbeddingConditioner
 from freqformer.model.config import DTYPES, ModelConfig
 from freqformer.model.precondition import Preconditioner
+from freqformer.model.schedule import DenseSchedule, Part
 from freqformer.model.streams import named, numbered
 from freqformer.placement import gathered, split
+from freqformer.tables.dense import dense
 
 # Names that rematerialisation keeps: the attention kernel runs once, and no choice can flip when
 # the rest is computed again.
@@ -203,15 +206,8 @@ class VideoDiT(nnx.Module):
     ]
 
   def schedule(self, steps: int) -> list[tuple[str, ...]]:
-    """Returns the phases of each evaluation of a sampling run, one per run of layers.
-
-    Raises:
-      ConfigError: a method's schedule does not fit so many evaluations.
-    """
-    methods = [method for _, method in self.config.runs()]
-    for method in methods:
-      method.check_run(steps)
-    return [tuple(method.phase(step, steps) for method in methods) for step in range(steps)]
+    """Returns the phases of each evaluation of a sampling run: `ModelConfig.phases`."""
+    return self.config.phases(steps)
 
   def __call__(
     self, x, time, label, tables, state=None, *, rng=None, phases=(), given=None, **moment
@@ -224,15 +220,15 @@ class VideoDiT(nnx.Module):
       label: int `[b]`, or embeddings float32 `[b, e]`.
       state: of `init_state`, or None to start fresh.
       rng: key for stochastic routing, or None.
-      phases: one per run of layers, of `schedule`; empty in training.
+      phases: one for each of `ModelConfig.parts`, of `schedule`; empty in training.
       given: bool `[b]`, the first latent frame is clean instead of noisy (`ModelConfig.first_frame`
         only); None: nowhere. The velocity there means nothing.
       **moment: further fields of `Cond`: progress, train, guided, soft_evaluation, want_masks,
         want_finite.
 
     Returns:
-      The velocity `[b, t, y, x, c]` in float32, the new state, and aux: one dict per run of layers,
-      stacked over its layers.
+      The velocity `[b, t, y, x, c]` in float32, the new state, and aux: one dict per part (without
+      phases per run of layers), stacked over its layers.
     """
     embedding = self.time(time)
     condition = (embedding + self.label(label)).astype(DTYPES[self.config.dtype])
@@ -248,19 +244,18 @@ class VideoDiT(nnx.Module):
     tokens = split(layout.pack(tokens))
     if state is None:
       state = self.init_state(x.shape[0], x.shape[1:], cond.guided)
-    states = []
+    pieces = [[] for _ in self.runs]  # of new states
     auxes = []
-    for i, run in enumerate(self.runs):
+    parts = self.config.parts() if phases else self.config.whole_runs()
+    for part, phase in zip(parts, phases or [""] * len(parts), strict=True):
       own = dataclasses.replace(
-        cond,
-        phase=phases[i] if phases else "",
-        rng=None if rng is None else jax.random.fold_in(rng, i),
+        cond, phase=phase, rng=None if rng is None else jax.random.fold_in(rng, part.run)
       )
-      tokens, new, aux = self._scan(
-        run, tokens, condition, own, layout, tables["methods"][i], state[i]
-      )
-      states.append(new)
+      table = tables["dense"] if phase == DENSE else tables["methods"][part.run]
+      tokens, new, aux = self._scan(part, tokens, condition, own, layout, table, state[part.run])
+      pieces[part.run].append(new)
       auxes.append(aux)
+    states = [jax.tree.map(_joined, *own) for own in pieces]
     velocity = layout.unpack(self.final(tokens, condition))
     velocity = unpatchify(velocity, x.shape[1:], self.config.patch)
     if self.skip is not None:
@@ -275,10 +270,13 @@ class VideoDiT(nnx.Module):
     rows = grid[1] * grid[2]
     return jnp.concatenate([tokens[:, :rows] + mark, tokens[:, rows:]], 1)
 
-  def _scan(self, run, x, condition, cond: Cond, layout, tables, state):
-    """Scans over the stacked layers of one run."""
-    graphdef, params = nnx.split(run)
+  def _scan(self, part: Part, x, condition, cond: Cond, layout, tables, state):
+    """Scans over the stacked layers of a part of one run, whose state is given whole."""
+    graphdef, params = nnx.split(self.runs[part.run])
     depth = jax.tree.leaves(params)[0].shape[0]
+    if part.count < depth:
+      params, state = jax.tree.map(lambda x: x[part.first : part.stop], (params, state))
+      depth = part.count
     keys = None if cond.rng is None else jax.random.split(cond.rng, depth)
 
     def layer(x, of_layer):
@@ -311,8 +309,15 @@ def _repeat(count: int, x) -> jax.Array:
   return jnp.broadcast_to(x, (count, *x.shape))
 
 
-def make_tables(config: ModelConfig, latent_shape) -> dict:
+def _joined(*arrays) -> jax.Array:
+  """Returns the states of a run's layers from those of its parts."""
+  return jnp.concatenate(arrays) if arrays[1:] else arrays[0]
+
+
+def make_tables(config: ModelConfig, latent_shape, with_dense: bool = False) -> dict:
   """Returns what is static about a grid: `{"layout": LayoutTables, "methods": [one per run], ...}`.
+
+  The dense table is among it `with_dense`, and where `attention.schedule` needs it.
 
   Raises:
     ConfigError: a method cannot serve the grid.
@@ -331,6 +336,8 @@ def make_tables(config: ModelConfig, latent_shape) -> dict:
       tables = method.tables(layout)
     methods.append(jax.tree.map(finish, tables, is_leaf=is_mask))
   tables = {"layout": layout.arrays(), "methods": methods}
+  if with_dense or config.attention.schedule != DenseSchedule():
+    tables["dense"] = finish(dense(layout))
   if config.precondition:
     tables["preconditioner"] = Preconditioner.of(config.spectrum, latent_shape)
   if config.positions:

@@ -50,6 +50,10 @@ def counted(exp: Experiment, schedule: list[tuple[str, ...]]) -> dict:
         cost = model_cost(model, shape, training=True)
         attention = training_flops(dataclasses.replace(cost, linear_flops=0.0))
         total = training_flops(cost)
+        if name == "own" and exp.train.distill:  # a forward with dense attention more
+          teacher = model_cost(models["dense"], shape)
+          attention += teacher.attention_flops
+          total += teacher.total
       else:
         phases = schedule if name == "own" else [("",) * len(step) for step in schedule]
         cost = sampling_cost(model, shape, phases, exp.sample.guided())

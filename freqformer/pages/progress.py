@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from absl import logging
 from flax import nnx
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from freqformer.config import ConfigError
 from freqformer.data.sources import Split
@@ -24,6 +25,8 @@ from freqformer.disk import write_whole
 from freqformer.evaluate.conditions import CLIPS, of_clips, some_clips
 from freqformer.evaluate.draw import SAMPLES_PER_CLASS
 from freqformer.pages.cost import counted
+from freqformer.pages.files import json_if_any
+from freqformer.pages.routing import heatmap
 from freqformer.pages.run import write_report
 from freqformer.pages.videos import MAX_CLASSES, REAL, TRAINING, step_files
 from freqformer.train.run import Training, Watch
@@ -72,13 +75,25 @@ class Progress(Watch):
         self._draw = draw
         path = self._run.workdir / TRAINING / f"{step:08d}.mp4"
         self._mosaic(path, videos, self._fps)
+        self._run.trackers.video(step, "samples", np.concatenate([*videos], 2), self._fps)
         logging.info("%d samples drawn in %.1f s: %s", len(videos), time.monotonic() - clock, path)
+    if self._run.trackers:
+      with _goes_on("routing's picture"):
+        self._show_routing(step)
     self.end()
 
   def end(self):
     """Writes the report."""
     with _goes_on("report"):
       write_report(self._run.workdir)
+
+  def _show_routing(self, step: int):
+    """Shows the heads' branches in trackers, if any head is routed."""
+    found = json_if_any(self._run.workdir, "routing.json")
+    if found:
+      canvas = FigureCanvasAgg(heatmap(found))
+      canvas.draw()
+      self._run.trackers.image(step, "routing", np.asarray(canvas.buffer_rgba())[..., :3])
 
   def _write_real(self, anew: bool):
     """Writes a clip of each of the first classes; those that are there stay, unless `anew`.

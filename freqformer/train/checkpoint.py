@@ -44,10 +44,11 @@ class Gone(ConfigError):
 
 def flatten(tree) -> dict[str, Any]:
   """Returns a tree's leaves by path: `{"params/embed/kernel": array, ...}`."""
-  return {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+  return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
-def _name(path) -> str:
+def leaf_name(path) -> str:
+  """Returns the name of a leaf in `flatten`, from its path in a pytree."""
   # NNX wraps each array in a variable whose leaf is called "value", which tells a reader nothing.
   return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
 
@@ -295,7 +296,7 @@ class Checkpoints:
       asked = ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract))
       arrays = self._manager.restore(step, args=asked)["arrays"]
     return jax.tree_util.tree_map_with_path(
-      lambda path, leaf: arrays[_name(path)].astype(leaf.dtype), template
+      lambda path, leaf: arrays[leaf_name(path)].astype(leaf.dtype), template
     )
 
   @contextlib.contextmanager

@@ -14,6 +14,7 @@ from freqformer.data.protocol import DataConfig
 from freqformer.data.sources import data_config
 from freqformer.diffusion.sampling import SampleConfig
 from freqformer.model.config import ModelConfig, model_config
+from freqformer.model.schedule import DenseSchedule
 from freqformer.train.mesh import MeshConfig
 from freqformer.train.step import TrainConfig
 
@@ -92,6 +93,8 @@ def experiment(config: Mapping, begun: Mapping | None = None) -> Experiment:
     values["model"] = _as_begun(values["model"], _completed(begun)["model"])
   found = _built(values)
   found.model.check_training(found.latent_shape)
+  if found.model.attention.schedule != DenseSchedule():
+    found.model.phases(len(found.sample.guided()))
   with refusing("config.sample"):
     check_guidance(found.sample, found.train, found.data.condition)
   return found

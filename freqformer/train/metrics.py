@@ -6,6 +6,7 @@ import json
 import math
 import pathlib
 import time
+from collections.abc import Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -14,6 +15,7 @@ from freqformer.diffusion.flow import BUCKETS
 from freqformer.disk import write_whole
 from freqformer.model.config import ModelConfig
 from freqformer.train.throughput import Throughput
+from freqformer.train.trackers import Trackers
 
 
 class Metrics:
@@ -29,13 +31,21 @@ class Metrics:
     self.path = self.workdir / "metrics.jsonl"
     self._run = self.workdir / "run.json"
     self._throughput = throughput
+    self.trackers = Trackers()  # which show lines elsewhere
     self._before: dict | None = None  # `totals` where this process began, and its `step`
     self._seconds = 0.0  # of training in this process, until the clock was last stopped
     self._clock: float | None = None  # when it was last started; None while it stands
     self._last_line: tuple[int, float] | None = None  # step and seconds of the last training line
     self._parts = collections.Counter()  # `timed` seconds since that line
 
-  def start(self, step: int, config: ConfigDict, run: dict, totals: dict | None = None):
+  def start(
+    self,
+    step: int,
+    config: ConfigDict,
+    run: dict,
+    totals: dict | None = None,
+    trackers: Sequence[str] | None = None,
+  ):
     """Begins the records; a run that is resumed or rolled back drops lines of later steps.
 
     Args:
@@ -43,6 +53,7 @@ class Metrics:
       config: for `config.json`.
       run: facts for `run.json`.
       totals: `totals` at that checkpoint.
+      trackers: `train.trackers`; None: those that there are.
     """
     if not step:
       totals = {"flops": 0.0, "seconds": 0.0}
@@ -54,6 +65,8 @@ class Metrics:
     write_whole(self.workdir / "config.json", json.dumps(config.to_dict(), indent=2))
     old = json.loads(self._run.read_text()) if self._run.exists() and step else {}
     write_whole(self._run, json.dumps(old | run | {"finished": False}, indent=2))
+    if trackers is not None:
+      self.trackers = Trackers.open(trackers, self.workdir, step, config.to_dict())
 
   def start_clock(self, step: int):
     """Begins to count seconds, behind the steps that compiled."""
@@ -97,6 +110,7 @@ class Metrics:
     plain |= self.totals(step) or {}
     with self.path.open("a") as file:
       file.write(_line({"step": step, "kind": kind, **plain}))
+    self.trackers.scalars(step, kind, plain)
 
   def train(self, step: int, values: dict):
     """Appends a training line, with the speed of the steps since the last one.
@@ -116,11 +130,12 @@ class Metrics:
     self.write(step, "train", **values, **speed)
 
   def finish(self, seconds: dict[str, float], finished: bool, best: dict | None = None):
-    """Adds wall-clock seconds to `run.json`, summed over resumed processes.
+    """Closes the trackers and adds wall-clock seconds to `run.json`, summed over processes.
 
     Args:
       best: `step` and `val_loss` of the best checkpoint, if it is known.
     """
+    self.trackers.close()
     run = json.loads(self._run.read_text())
     total = run.get("seconds", {})
     for name, value in seconds.items():

@@ -26,6 +26,7 @@ _FREE = (
   "data.workers",
   "model.remat",
   "model.attention.implementation",
+  "model.attention.schedule.",
 )
 _LISTED = 12  # changes that a message names
 
@@ -99,6 +100,20 @@ def with_other_noise(state):
   return dataclasses.replace(state, key=jax.random.key_data(key))
 
 
+def check_same_statistics(old: dict, new: dict, between: str, remedy: str):
+  """Raises ConfigError if latents are not normalised alike; says `between` what, and the remedy."""
+  for name in ("mean", "std"):
+    before = np.asarray(old[name])
+    now = np.asarray(new[name])
+    # Not bit-equal: statistics that are computed anew may add in another order. Another protocol
+    # moves them far more.
+    if before.shape != now.shape or not np.allclose(before, now, rtol=1e-6, atol=1e-8):
+      gap = np.abs(before - now).max() if before.shape == now.shape else np.inf
+      raise ConfigError(
+        f"latent statistics differ between {between} ({name}: by up to {gap:.3g}); {remedy}."
+      )
+
+
 def check_same_data(old: dict, new: dict):
   """Raises ConfigError if latents' shape, statistics or class map of two records differ."""
   before = tuple(old["latent_shape"])
@@ -108,17 +123,13 @@ def check_same_data(old: dict, new: dict):
       f"the checkpoint was trained on latents {before}, the cache holds {now}; use the same data "
       "protocol or a new --workdir."
     )
-  for name in ("mean", "std"):
-    before = np.asarray(old["statistics"][name])
-    now = np.asarray(new["statistics"][name])
-    # Not bit-equal: statistics that are computed anew may add in another order. Another protocol
-    # moves them far more.
-    if not np.allclose(before, now, rtol=1e-6, atol=1e-8):
-      raise ConfigError(
-        f"latent statistics differ between checkpoint and cache ({name}: by up to "
-        f"{np.abs(before - now).max():.3g}); the cache was encoded by another protocol or from "
-        "other clips: restore that cache or start a new --workdir."
-      )
+  check_same_statistics(
+    old["statistics"],
+    new["statistics"],
+    "checkpoint and cache",
+    "the cache was encoded by another protocol or from other clips: restore that cache or start a "
+    "new --workdir",
+  )
   before = old["class_names"]
   now = new["class_names"]
   if before != now:

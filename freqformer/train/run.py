@@ -28,6 +28,7 @@ from freqformer.train.diagnosis import first_not_finite
 from freqformer.train.experiment import Experiment, experiment, recorded
 from freqformer.train.mesh import describe, make_mesh
 from freqformer.train.metrics import Metrics, finite, read, write_routing
+from freqformer.train.origin import Origin
 from freqformer.train.preemption import StopRequest
 from freqformer.train.processes import records
 from freqformer.train.resume import (
@@ -40,6 +41,7 @@ from freqformer.train.resume import (
 from freqformer.train.step import NotFinite, SkippedSteps, TrainConfig, init_state, make_train_step
 from freqformer.train.throughput import Throughput
 from freqformer.train.trace import Trace
+from freqformer.train.trackers import Trackers
 from freqformer.train.validation import channel_power, evaluate, make_eval_step, some_latents
 from freqformer.versions import git_revision, versions
 
@@ -56,6 +58,7 @@ class Training:
     graphdef: of the `VideoDiT`.
     params: shapes of its parameters; the arrays change hands at every step.
     tables: of the grid.
+    trackers: show pictures elsewhere.
     should_stop: returns True once the run has been asked to stop.
   """
 
@@ -66,6 +69,7 @@ class Training:
   graphdef: nnx.GraphDef
   params: Any
   tables: Any
+  trackers: Trackers = dataclasses.field(default_factory=Trackers)
   should_stop: Callable[[], bool] = lambda: False
 
 
@@ -149,9 +153,16 @@ def _train(
       return
 
   trace.check(old["step"] if old else 0, exp.train.steps)
+  origin = None
+  started_from = old and old.get("init_from")
+  if old is None and exp.train.init_from:
+    origin = Origin.read(exp.train.init_from)
+    exp, started_from = origin.fitted(config)
 
   # ---- 2. data: encoded once, then read from the cache; or drawn on the fly -------------------
   train_data, val_data = open_splits(exp.data)
+  if origin is not None:
+    origin.check_statistics(train_data.statistics.to_json())
   exp = exp.with_spectrum(some_latents(train_data))
   seconds["encode"] = time.monotonic() - started
   rollbacks = old.get("rollbacks", []) if old else []
@@ -167,14 +178,19 @@ def _train(
   # ---- 3. model and state ---------------------------------------------------------------------
   shape = tuple(train_data.latent_shape)
   condition = exp.conditioned_on(train_data.class_names)
-  tables = make_tables(exp.model, shape)
+  tables = make_tables(exp.model, shape, with_dense=exp.train.distill > 0)
   graphdef, params = nnx.split(VideoDiT(exp.model, shape, rngs=nnx.Rngs(exp.seed), **condition))
+  if origin is not None:
+    params = origin.into(params, exp)
   state = init_state(params, exp.train, exp.seed)
   config = recorded(config, exp)
-  record = _record(config, train_data) | {"rollbacks": rollbacks}
+  provenance = {"rollbacks": rollbacks, "init_from": started_from}
+  record = _record(config, train_data) | provenance
 
   # ---- 4. resume: that checkpoint goes on, else start fresh -----------------------------------
-  throughput = Throughput.of(exp.model, shape, exp.train.batch_size, list(mesh.devices.flat))
+  throughput = Throughput.of(
+    exp.model, shape, exp.train.batch_size, list(mesh.devices.flat), distills=exp.train.distill > 0
+  )
   metrics = Metrics(workdir, throughput)
   if old is not None:
     check_same_data(old, record)
@@ -195,7 +211,7 @@ def _train(
     "method": exp.model.attention.method,
     "classes": record["class_names"],
     "changes": record["changes"],
-    "rollbacks": rollbacks,
+    **provenance,
     "git": git_revision(),
     "versions": versions(PACKAGES),
     "device": mesh.devices.flat[0].device_kind,
@@ -205,7 +221,8 @@ def _train(
     "grid": layout.grid,
     "tile": layout.tile,
   }
-  metrics.start(step, config, facts, old and old.get("totals"))
+  trackers = () if jax.process_index() else exp.train.trackers
+  metrics.start(step, config, facts, old and old.get("totals"), trackers)
   alarm = Alarm(exp.train, read(metrics.path))
   routers = next((method.branches for _, method in exp.model.runs() if method.routed), ())
 
@@ -217,7 +234,10 @@ def _train(
   skips = SkippedSteps(exp.train)
   shapes = jax.eval_shape(lambda: params)
   stop = StopRequest()
-  watch.begin(Training(exp, workdir, train_data, val_data, graphdef, shapes, tables, stop), step)
+  seen = Training(
+    exp, workdir, train_data, val_data, graphdef, shapes, tables, metrics.trackers, stop
+  )
+  watch.begin(seen, step)
 
   def warn(found: dict[str, str] | None):
     if found is not None:

@@ -12,6 +12,7 @@ from absl import logging
 from flax import nnx
 
 from freqformer.config import ConfigError, require, require_one_of, with_numbers
+from freqformer.cost import DENSE
 from freqformer.diffusion.flow import (
   TIME_SAMPLING,
   give_first_frame,
@@ -20,6 +21,7 @@ from freqformer.diffusion.flow import (
   sample_time,
 )
 from freqformer.placement import sharing, split
+from freqformer.train.trackers import JSONL, TRACKERS
 
 # choice: training stops after this many consecutive steps that are not finite, or half of the run.
 CONSECUTIVE_SKIPS = 10
@@ -59,6 +61,14 @@ class TrainConfig:
     val_batches: batches per validation; 0 takes all.
     val_soft: also validate the soft mixture of branches (the soft-hard gap).
     samples: classes of which a sample is drawn at every validation, for the run's report.
+    trackers: where figures go: "jsonl" (metrics.jsonl, always), "tensorboard", "wandb"
+      (`freqformer/train/trackers.py`).
+    init_from: folder of a run, or "folder:step", whose averaged weights this run starts from
+      (`freqformer/train/origin.py`); empty: random weights.
+    distill: weight of the mean square difference between the velocity and that of the same weights
+      with dense attention in all layers, where no gradient goes; 0: none.
+    freeze: "backbone" trains the parameters of attention methods alone (routers, gates, level
+      weights); "": all.
     keep: number of newest checkpoints that stay on disk.
     keep_best: beside them the checkpoint of the least validation loss stays, of those at whose
       very step the run validated.
@@ -77,6 +87,7 @@ class TrainConfig:
     "label_dropout",
     "first_frame",
     "time_range",
+    "distill",
   )
 
   steps: int
@@ -101,6 +112,10 @@ class TrainConfig:
   val_batches: int = 4
   val_soft: bool = True
   samples: int = 4
+  trackers: tuple[str, ...] = (JSONL,)
+  init_from: str = ""
+  distill: float = 0.0
+  freeze: str = ""
   checkpoint_every: int = 500
   keep: int = 2
   keep_best: bool = True
@@ -114,6 +129,18 @@ class TrainConfig:
     require(self, "label_dropout first_frame", least=0, most=1)
     require_one_of(self, "schedule", ("constant", "cosine", "trapezoid"))
     require_one_of(self, "time_sampling", TIME_SAMPLING)
+    if JSONL not in self.trackers or not {JSONL, *TRACKERS}.issuperset(self.trackers):
+      raise ValueError(
+        f"trackers={self.trackers} must be {JSONL!r}, which resuming and the report read, and any "
+        f"of {', '.join(TRACKERS)}."
+      )
+    require(self, "distill", least=0)
+    require_one_of(self, "freeze", ("", "backbone"))
+    if self.freeze and not self.init_from:
+      raise ValueError(
+        f"freeze={self.freeze!r} needs trained weights, not random ones; set init_from to the run "
+        "that has them."
+      )
     if not 0 <= self.time_range[0] < self.time_range[1] <= 1:
       raise ValueError(f"{self.time_range=} must be two rising timesteps in [0, 1].")
     if self.batch_size % self.accumulate:
@@ -189,7 +216,30 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     update = optax.adamw(
       learning_rate(config), b2=config.beta2, weight_decay=config.weight_decay, mask=_decayed
     )
-  return optax.chain(optax.clip_by_global_norm(config.clip), update)
+  update = optax.chain(optax.clip_by_global_norm(config.clip), update)
+  if not config.freeze:
+    return update
+  # No moments are kept of what does not move.
+  return optax.partition({"trained": update, "frozen": optax.set_to_zero()}, _labels)
+
+
+def _labels(params):
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: "trained" if _is_of_method(path) else "frozen", params
+  )
+
+
+def _is_of_method(path) -> bool:
+  return "method" in jax.tree_util.keystr(path)
+
+
+def _only_trained(config: TrainConfig, trained, frozen):
+  """Returns `trained` where `config.freeze` lets parameters move, `frozen` elsewhere."""
+  if not config.freeze:
+    return trained
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x, kept: x if _is_of_method(path) else kept, trained, frozen
+  )
 
 
 def _decayed(params):
@@ -233,6 +283,7 @@ def make_gradients(graphdef, config: TrainConfig, **moment):
     moment: further fields of `Cond`.
   """
   gives_first_frames = config.first_frame > 0
+  distills = config.distill > 0
 
   def draw(params, key, batch, config, posterior):
     """Returns the arrays to train on, samples in front, and the key of stochastic routing."""
@@ -258,22 +309,24 @@ def make_gradients(graphdef, config: TrainConfig, **moment):
     drawn = {"xt": xt, "target": target, "time": time, "label": label, "given": given}
     return drawn, key_route
 
-  def loss_fn(params, drawn, key_route, tables, progress, cells):
+  def loss_fn(params, drawn, key_route, tables, config, progress, cells):
     given = drawn["given"]
-    velocity, _, aux = nnx.merge(graphdef, params)(
-      drawn["xt"],
-      drawn["time"],
-      drawn["label"],
-      tables,
-      train=True,
-      rng=key_route,
-      progress=progress,
-      given=given,
-      **moment,
+    # Gradients of frozen parameters are not computed, and count in no norm.
+    params = _only_trained(config, params, jax.lax.stop_gradient(params))
+    model = nnx.merge(graphdef, params)
+    noisy = (drawn["xt"], drawn["time"], drawn["label"], tables)
+    velocity, _, aux = model(
+      *noisy, train=True, rng=key_route, progress=progress, given=given, **moment
     )
     loss = _mean_square(velocity - drawn["target"], given, cells)
     penalty = sum(run["loss"].mean() for run in aux)
-    return loss + penalty, (loss, _summary(aux))
+    told = _summary(aux)
+    if distills:
+      dense = [DENSE] * len(model.config.parts())
+      teacher, *_ = model(*noisy, phases=dense, given=given)
+      told["distill_loss"] = _mean_square(velocity - jax.lax.stop_gradient(teacher), given, cells)
+      penalty += config.distill * told["distill_loss"]
+    return loss + penalty, (loss, told)
 
   compute = jax.value_and_grad(loss_fn, has_aux=True)
 
@@ -284,14 +337,14 @@ def make_gradients(graphdef, config: TrainConfig, **moment):
     if gives_first_frames:
       cells = jnp.sum(_counted(drawn["xt"], drawn["given"])) / count
     if count == 1:
-      (_, metrics), grads = compute(params, drawn, key_route, tables, progress, cells)
+      (_, metrics), grads = compute(params, drawn, key_route, tables, config, progress, cells)
       return metrics, grads
 
     def micro(total, part):
       number, own = part
       key = jax.random.fold_in(key_route, number)
       own = jax.tree.map(split, own)
-      (_, metrics), grads = compute(params, own, key, tables, progress, cells)
+      (_, metrics), grads = compute(params, own, key, tables, config, progress, cells)
       total = jax.tree.map(lambda x, grad: x + grad.astype(jnp.float32), total, grads)
       return sharing(total), metrics
 
@@ -330,6 +383,7 @@ def make_train_step(graphdef, config: TrainConfig):
     params = optax.apply_updates(state.params, updates)
     decay = jnp.minimum(own.ema, (1 + state.step) / (10 + state.step))
     ema = optax.incremental_update(params, state.ema, 1 - decay)
+    ema = _only_trained(own, ema, state.ema)  # an average of equal numbers may round
     # A step that is not finite changes nothing but the step count, and with it the next step's
     # noise. optax.apply_if_finite looks at gradients alone and would not hold the average back.
     finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))

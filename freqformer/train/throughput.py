@@ -23,14 +23,21 @@ class Throughput:
   peak: float | None
 
   @classmethod
-  def of(cls, model: ModelConfig, latent_shape, batch: int, devices) -> "Throughput":
-    """Returns the throughput of a model on the devices that run it; idle ones do not count."""
+  def of(
+    cls, model: ModelConfig, latent_shape, batch: int, devices, distills: bool = False
+  ) -> "Throughput":
+    """Returns the throughput of a model on the devices that run it; idle ones do not count.
+
+    A step that `distills` has a forward with dense attention more.
+    """
     device = devices[0]
     peak = None if device.platform == "cpu" else peak_of(device.device_kind)
     flops, dense_flops = (
       batch * training_flops(model_cost(each, latent_shape, training=True))
       for each in (model, model.with_method("dense"))
     )
+    if distills:
+      flops += batch * model_cost(model.with_method("dense"), latent_shape).total
     return cls(flops, dense_flops, None if peak is None else peak * len(devices))
 
   def rates(self, steps_per_s: float) -> dict[str, float]:

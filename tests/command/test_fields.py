@@ -11,9 +11,12 @@ import pytest
 
 from freqformer.command.dry_run import describe
 from freqformer.command.files import read_config
+from freqformer.config import ConfigError
 from freqformer.data.loader import train_iterator
 from freqformer.data.sources import open_split
 from freqformer.diffusion.flow import interpolate, sample_noise, sample_time
+from freqformer.evaluate.compare import candidates
+from freqformer.evaluate.restore import load_run
 from freqformer.train import run
 from freqformer.train.checkpoint import Checkpoints
 from freqformer.train.experiment import experiment
@@ -131,6 +134,15 @@ def test_sampling_and_the_report(whole):
     assert 0.1 < timed[stage]["own"] / timed[stage]["dense"] < 10
   page = (folder / "report.html").read_text()
   assert "Bayes risk" in page and page.count("data:video/mp4;base64,") == 2
+
+
+def test_a_checkpoint_takes_a_schedule(whole):
+  methods = ("dense", "radial")
+  found = candidates(whole, methods, 4, schedule="dense_last=0.5")
+  assert [found[name].model.schedule(4)[1:3] for name in methods] == [[("",), ("dense",)]] * 2
+  with pytest.raises(ConfigError, match="SpatialTemporal cannot be"):
+    candidates(whole, ["spatial_temporal"], 4, schedule="dense_first=0.5")
+  assert load_run(whole).model.schedule(4) == [("",)] * 4
 
 
 def test_dry_run():

@@ -175,7 +175,7 @@ def test_the_newest_checkpoint_is_tried_again(monkeypatch, rotations, step, load
   """The newest one until it is read; one that was asked for once."""
   calls = []
 
-  def load(workdir, step, method, raw):
+  def load(workdir, step, method, raw, schedule):
     calls.append(step)
     if len(calls) <= rotations:
       raise Gone("x") if len(calls) % 2 else FileNotFoundError("x")

@@ -34,6 +34,7 @@ TRAIN = {
   "label_dropout": 0.0,
   "first_frame": 0.2,
   "time_range": (0.1, 0.9),
+  "distill": 2.0,
 }
 ROUTER = {
   "temperature": (2.0, 0.1),
@@ -56,6 +57,7 @@ def lowered(changes: dict) -> list[str]:
   config.model.attention.octaves = dict(levels=2, router=dict(penalty=0.1))
   config.model.attention.sparseflow = dict(router=dict(prior=(0.6, 0.4)))
   config.train.first_frame = 0.5
+  config.train.distill = 0.5
   config.sample.guidance = 1.0
   values = config.to_dict()
   for key, value in changes.items():
@@ -70,7 +72,7 @@ def lowered(changes: dict) -> list[str]:
     nnx.eval_shape(lambda: VideoDiT(exp.model, shape, 3, nnx.Rngs(exp.seed)))
   )
   state = jax.eval_shape(lambda params: init_state(params, exp.train, exp.seed), params)
-  tables = make_tables(exp.model, shape)
+  tables = make_tables(exp.model, shape, with_dense=True)
   batch = {"latent": jnp.zeros((2, *shape)), "label": jnp.zeros(2, int)}
   step = make_train_step(graphdef, exp.train)
   judge = make_eval_step(graphdef, time_range=exp.train.time_range)
