@@ -14,7 +14,7 @@ fi
 count=$1
 shift
 free_port='import socket; s = socket.create_server(("", 0)); print(s.getsockname()[1])'
-port=$(python -c "$free_port")
+port=$(python -c "$free_port") || exit
 
 pids=()
 for ((i = 0; i < count; i++)); do
@@ -32,15 +32,25 @@ stop() {
 trap stop INT TERM
 
 code=0
-left=$count
-while ((left)); do
+declare -A ended_ones=()
+while ((${#ended_ones[@]} < count)); do
+  ended=
   wait -n -p ended 2>/dev/null # Bash would name those that it has killed
   status=$?
-  [[ ${ended:-} ]] || continue # a signal ended the wait, no process
-  left=$((left - 1))
+  if [[ -z $ended ]]; then
+    [[ $(jobs -pr) ]] && continue # a signal ended the wait, no process
+    break                         # the others had ended before
+  fi
+  ended_ones[$ended]=1
   if ((status && !code)); then
     code=$status
     kill -KILL "${pids[@]}" 2>/dev/null
   fi
+done
+for pid in "${pids[@]}"; do
+  [[ ${ended_ones[$pid]:-} ]] && continue
+  wait "$pid" 2>/dev/null
+  status=$?
+  ((status && !code)) && code=$status
 done
 exit $code
