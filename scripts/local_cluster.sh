@@ -34,10 +34,9 @@ trap stop INT TERM
 code=0
 declare -A ended_ones=()
 while ((${#ended_ones[@]} < count)); do
-  ended=
   wait -n -p ended 2>/dev/null # Bash would name those that it has killed
   status=$?
-  if [[ -z $ended ]]; then
+  if [[ -z ${ended:-} ]]; then
     [[ $(jobs -pr) ]] && continue # a signal ended the wait, no process
     break                         # the others had ended before
   fi
