@@ -100,6 +100,9 @@ def test_matrices_are_shared_and_stay_so():
   assert kernel.addressable_shards[0].data.size == kernel.size // 8
   for tree in (state.ema, state.opt_state[1][0].mu, state.opt_state[1][0].nu):
     assert tree["runs"][0]["mlp_in"]["kernel"].get_value().sharding == kernel.sharding
+  text = compiled.as_text()
+  assert "f32[1,3,6,8,3]" in text and "f32[8,3,6,8,3]" not in text  # a device sees one sample
+  assert "all-gather" in text
   whole = sum(x.size * 4 for x in jax.tree.leaves(state.params))
   alone = trained("dense", 8, 1)[2].memory_analysis().argument_size_in_bytes
   assert alone - compiled.memory_analysis().argument_size_in_bytes > 2 * whole
