@@ -32,7 +32,7 @@ _RESUME_CHANGED = flags.DEFINE_bool(
   "resume_changed", False, "Go on though data, model, seed or train.batch_size have changed."
 )
 _PROFILE = flags.DEFINE_string(
-  "profile", None, "Steps to trace into <workdir>/profile, first:last, e.g. 10:20; xprof reads it."
+  "profile", None, "Steps to trace for xprof, first:last, e.g. 10:20 (see docs/training.md)."
 )
 _COORDINATOR = flags.DEFINE_string(
   "coordinator", None, "HOST:PORT of process 0, where several processes train together."

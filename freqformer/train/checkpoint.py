@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from jax.sharding import AbstractMesh
 
 from freqformer import disk
 from freqformer.config import ConfigError
@@ -73,10 +74,11 @@ def _differences(wanted: dict, found: dict) -> list[str]:
 
 def _abstract(saved, wanted):
   """Returns what a leaf is read into: an array on devices if it is `wanted` there, else NumPy's."""
-  placed = isinstance(wanted, jax.ShapeDtypeStruct) and wanted.sharding is not None
-  if not placed:
+  placed = wanted.sharding if isinstance(wanted, jax.ShapeDtypeStruct) else None
+  # Shapes that were found where a mesh is set lie on its abstract form, which has no devices.
+  if placed is None or isinstance(getattr(placed, "mesh", None), AbstractMesh):
     return np.zeros(saved.shape, saved.dtype)
-  return jax.ShapeDtypeStruct(saved.shape, saved.dtype, sharding=wanted.sharding)
+  return jax.ShapeDtypeStruct(saved.shape, saved.dtype, sharding=placed)
 
 
 @dataclasses.dataclass

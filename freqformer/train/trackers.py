@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from absl import logging
-from PIL import Image
 
 JSONL = "jsonl"
 
@@ -169,13 +168,20 @@ class Trackers:
 def encoded(pixels: np.ndarray) -> bytes:
   """Returns a picture, uint8 `[y, x, 3]`, as PNG."""
   file = io.BytesIO()
-  Image.fromarray(pixels).save(file, "png")
+  _pictures().fromarray(pixels).save(file, "png")
   return file.getvalue()
 
 
 def animated(frames: np.ndarray, fps: float) -> bytes:
   """Returns a video, uint8 `[t, y, x, 3]`, as an animated GIF that repeats."""
   file = io.BytesIO()
-  first, *others = map(Image.fromarray, frames)
+  first, *others = map(_pictures().fromarray, frames)
   first.save(file, "gif", save_all=True, append_images=others, duration=1000 / fps, loop=0)
   return file.getvalue()
+
+
+def _pictures():
+  """Returns PIL's module of pictures; a machine that only times steps need not have it."""
+  from PIL import Image
+
+  return Image

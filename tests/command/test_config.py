@@ -123,9 +123,9 @@ def experiment_of(*argv, everything=False):
 
 # Arguments, "@" for "--config.model.attention.", and a part of the answer.
 REFUSED = [
-  ("--config.train.wandb=x", "config.train.wandb does not exist; config.train has batch_size, "),
+  ("--config.train.wandb=x", "config.train.wandb does not exist; config.train has accumulate, "),
   ("--config.train.mesh=2", "config.train.mesh does not exist; did you mean 'mesh'?"),
-  ("--config.train.resume_from=x", "does not exist; config.train has batch_size, beta2, "),
+  ("--config.train.resume_from=x", "does not exist; config.train has accumulate, batch_size, "),
   ("--config.train.heads=2", "did you mean 'model.heads'?"),
   ("--config.trian.steps=2", "did you mean 'train.steps'?"),
   ("--config.steps=2", "did you mean "),
@@ -142,7 +142,7 @@ REFUSED = [
   ("--config.train.steps=0", "config.train: steps=0 must be at least 1."),
   ("--config.train.beta2=1.5", "beta2=1.5 must be at least 0 and below 1."),
   ("--config.train.schedule=cosin", "constant, cosine, trapezoid; did you mean 'cosine'?"),
-  ("--config.train=3", "config.train is a group of keys; add one of them: .batch_size, "),
+  ("--config.train=3", "config.train is a group of keys; add one of them: .accumulate, "),
   ("@dense=3", "config.model.attention.dense is a group of keys; it has no keys"),
   (
     "--config.data.source=folders",
