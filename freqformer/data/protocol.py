@@ -216,7 +216,7 @@ class Clip:
 
   @property
   def files(self) -> tuple[Path, ...]:
-    """What makes the clip but for its caption; if one of them changes, the clip does."""
+    """The files that make the clip, its caption left out: if one changes, the clip does."""
     return (self.path,) if self.embedding is None else (self.path, self.embedding)
 
 

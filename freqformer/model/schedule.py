@@ -7,7 +7,7 @@ from freqformer.config import ConfigError, require
 
 @dataclasses.dataclass(frozen=True)
 class DenseSchedule:
-  """Where a sampling run attends densely instead of by the layers' methods; training ignores it.
+  """The evaluations and layers of a sampling run that attend densely; training ignores them.
 
   Attributes:
     dense_first: share of a run's evaluations at its start, at high noise. A share above 0 is one

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import av
 import jax
 import numpy as np
 import pytest
@@ -98,7 +99,6 @@ def test_two_processes_equal_one_device(runs):
 
 def test_samples_of_two_processes_equal_those_of_one_device(runs):
   """As far as their videos show: in grey levels."""
-  av = pytest.importorskip("av")
   videos = []
   for workdir in runs:
     with av.open(str(workdir / "samples-in-training" / "00000002.mp4")) as file:
