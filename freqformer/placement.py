@@ -1,4 +1,4 @@
-"""Where a model's arrays lie on the mesh that is set (`jax.set_mesh`); without one, nowhere else.
+"""Places a model's arrays on the mesh that is set (`jax.set_mesh`); without one it moves nothing.
 
 Samples are split over both axes of the mesh. Parameters are split over `fsdp` and made whole layer
 by layer, where they are used (fully sharded data parallelism, arXiv 1910.02054).

@@ -25,6 +25,7 @@ from freqformer.disk import write_whole
 from freqformer.pages.run import write_report
 from freqformer.train import metrics
 from freqformer.train.experiment import experiment
+from freqformer.train.throughput import steps_within
 
 _ROOT = CHECKOUT or pathlib.Path.cwd()
 _SAMPLES = 8  # of each class
@@ -83,8 +84,7 @@ def main(_):
   if steps is None:
     seconds = _step_seconds()
     left = 60 * _MINUTES.value - (time.monotonic() - started) - _AFTERWARDS * seconds
-    room = int(left / seconds) // _STEPS_AT_ONCE * _STEPS_AT_ONCE
-    steps = min(exp.train.steps, max(room, _STEPS_AT_ONCE))
+    steps = steps_within(left, seconds, exp.train.steps, _STEPS_AT_ONCE)
     logging.info(
       "a step takes %.2f s: %d of %d steps in %g minutes",
       seconds,

@@ -1,4 +1,4 @@
-"""What a clip is conditioned on, as a vector of the model's width.
+"""Conditioners: they make a vector of the model's width of what a clip is conditioned on.
 
 A conditioner takes the batch's `label`, any array with a row per clip, and `null(count)` is what
 stands there for clips without a condition: where guidance or `train.label_dropout` leaves it out.

@@ -1,4 +1,4 @@
-"""Where a skipped step stops being finite: computed only for the message about a run that skips."""
+"""Finds where a skipped step stops being finite, for the message about a run that skips."""
 
 from collections.abc import Mapping
 

@@ -224,7 +224,7 @@ def _train(
   trackers = () if jax.process_index() else exp.train.trackers
   metrics.start(step, config, facts, old and old.get("totals"), trackers)
   alarm = Alarm(exp.train, read(metrics.path))
-  routers = next((method.branches for _, method in exp.model.runs() if method.routed), ())
+  is_routed = any(method.routed for _, method in exp.model.runs())
 
   # ---- 5. the steps ---------------------------------------------------------------------------
   train_step = make_train_step(graphdef, exp.train)
@@ -258,8 +258,8 @@ def _train(
       if result is None:
         return None
       warn(alarm.validated(step, result["loss"], float(np.mean(result["linear_buckets"]))))
-      if routers:
-        warn(alarm.routed(step, result["probs"], routers))
+      if is_routed:
+        warn(alarm.routed(step, result["probs"], exp.model.branches))
       write_routing(workdir, result, exp.model, exp.train.time_range)
       watch.validated(step, state.ema)
       return result["loss"]

@@ -54,6 +54,15 @@ class Throughput:
     return found
 
 
+def steps_within(seconds: float, step_seconds: float, most: int, unit: int) -> int:
+  """Returns how many training steps, `most` at most, fit into so many seconds.
+
+  It is a multiple of `unit`, or `most`, and a unit where not even that fits.
+  """
+  room = int(seconds / step_seconds) // unit * unit
+  return min(most, max(room, unit))
+
+
 def peak_of(device_kind: str) -> float | None:
   """Returns dense bf16 FLOP/s of a device by its own name; None if it is not described."""
   name = gpu_named(device_kind)

@@ -1,4 +1,4 @@
-"""What other packages log reaches a user only where it is worth reading."""
+"""Lines that other packages log reach a user only if they are worth reading."""
 
 import logging
 

@@ -245,3 +245,18 @@ def test_all_stop_at_the_same_call(several, monkeypatch):
     assert sent == ["SIGTERM"]
     assert [stop() for _ in range(4)] == [False, True, True, True]
   signal.signal(signal.SIGTERM, terminated)
+
+
+@pytest.mark.parametrize(
+  "of_each, code",
+  [("exit 0", 0), ("exit 4", 4), ('[[ "$*" == *process=1* ]] && exit 3; sleep 60', 3)],
+)
+def test_the_launcher_ends_with_its_processes(tmp_path, of_each, code):
+  """By a stand-in for python: also where all have ended before one is waited for."""
+  stand_in = tmp_path / "python"
+  stand_in.write_text(f'#!/bin/bash\n[[ "$1" == -c ]] && {{ echo 4321; exit; }}\n{of_each}\n')
+  stand_in.chmod(0o755)
+  path = f"{tmp_path}:{os.environ['PATH']}"
+  command = [ROOT / "scripts" / "local_cluster.sh", "3"]
+  done = subprocess.run(command, env=os.environ | {"PATH": path}, timeout=20)
+  assert done.returncode == code

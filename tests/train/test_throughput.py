@@ -6,7 +6,7 @@ import pytest
 from freqformer.cost import model_cost, training_flops
 from freqformer.model.config import model_config
 from freqformer.simulation.descriptions import load_gpu
-from freqformer.train.throughput import Throughput, peak_of
+from freqformer.train.throughput import Throughput, peak_of, steps_within
 from tests.tiny_config import get_config
 
 SHAPE = (8, 64, 64, 4)
@@ -21,6 +21,14 @@ def test_sparse_work_is_counted_not_dense():
   assert routed.flops < routed.dense_flops == dense.dense_flops == dense.flops
   dense = dense.flops
   assert dense == 2 * training_flops(model_cost(config.with_method("dense"), SHAPE))
+
+
+@pytest.mark.parametrize(
+  "seconds, step_seconds, want",
+  [(100, 0.05, 1000), (100, 0.15, 650), (100, 3.0, 50), (-5, 0.1, 50)],
+)
+def test_as_many_steps_as_there_is_time_for(seconds, step_seconds, want):
+  assert steps_within(seconds, step_seconds, 1000, 50) == want
 
 
 def test_rates():
