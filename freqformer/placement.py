@@ -1,7 +1,9 @@
 """Places a model's arrays on the mesh that is set (`jax.set_mesh`); without one it moves nothing.
 
-Samples are split over both axes of the mesh. Parameters are split over `fsdp` and made whole layer
-by layer, where they are used (fully sharded data parallelism, arXiv 1910.02054).
+Samples are split over `data` and `fsdp`. Parameters are split over `fsdp` and made whole layer by
+layer, where they are used (fully sharded data parallelism, arXiv 1910.02054). The tokens of a sample
+are split over `context`, and exchanged for heads where a method attends (arXiv 2309.14509): each
+device then has all tokens of some heads, so that every method runs there as it is.
 """
 
 import functools
@@ -13,8 +15,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 DATA = "data"
 FSDP = "fsdp"
-AXES = (DATA, FSDP)
-SAMPLES = PartitionSpec(AXES)
+CONTEXT = "context"
+AXES = (DATA, FSDP, CONTEXT)
+SAMPLES = (DATA, FSDP)  # axes that samples are split over
 # choice: numbers in a leaf below which every device has all of it.
 _SMALL = 4096
 
@@ -108,15 +111,25 @@ def whole(tree):
   return jax.lax.with_sharding_constraint(tree, PartitionSpec()) if _mesh() else tree
 
 
-def split(x: jax.Array) -> jax.Array:
-  """Returns x `[b, ...]` with its samples split over the devices, if they divide."""
-  return jax.lax.with_sharding_constraint(x, _samples(len(x))) if _mesh() else x
+def split(x: jax.Array, context: int | None = None) -> jax.Array:
+  """Returns x `[b, ...]` with its samples split over the devices, if they divide.
+
+  Args:
+    context: the axis of x, of tokens or of heads, that is split over `context`; None: none is.
+  """
+  if not _mesh():
+    return x
+  axes = [None] * x.ndim
+  axes[0] = _samples(len(x))[0]
+  if context is not None:
+    axes[context] = CONTEXT
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
 
 
 def multiple(count: int) -> int:
   """Returns the least number of samples, `count` or more, that the devices share evenly."""
-  devices = math.prod(_mesh().values())
-  return -(-count // devices) * devices
+  copies = _copies()
+  return -(-count // copies) * copies
 
 
 def _mesh() -> dict[str, int]:
@@ -125,8 +138,13 @@ def _mesh() -> dict[str, int]:
   return sizes if set(AXES) <= sizes.keys() else {}
 
 
+def _copies() -> int:
+  """Returns the number of devices, or groups of them, with samples of their own."""
+  return math.prod(_mesh().get(axis, 1) for axis in SAMPLES)
+
+
 def _samples(size: int) -> PartitionSpec:
-  return PartitionSpec() if size % math.prod(_mesh().values()) else SAMPLES
+  return PartitionSpec(None if size % _copies() else SAMPLES)
 
 
 def _each(tree, function):

@@ -10,12 +10,14 @@ import contextlib
 import dataclasses
 import functools
 import importlib.metadata
+import math
 import os
 import pathlib
 import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from unittest import mock
 
 import jax
@@ -84,11 +86,11 @@ class Compilation:
     return self.compiled.memory_analysis().output_size_in_bytes
 
 
-def mesh(devices: int = 1, device: str = "h100") -> Mesh:
-  """Returns a mesh of absent GPUs on one axis "data".
+def mesh(devices: int | Mapping[str, int] = 1, device: str = "h100") -> Mesh:
+  """Returns a mesh of absent GPUs.
 
   Args:
-    devices: number of GPUs of one host.
+    devices: number of GPUs of one host along each axis; a number alone is that of axis "data".
     device: a name of `targets/*.txtpb`.
 
   Raises:
@@ -97,21 +99,23 @@ def mesh(devices: int = 1, device: str = "h100") -> Mesh:
     ValueError: for an unknown device.
   """
   _require_wheels()
-  return _mesh(devices, device)
+  axes = devices if isinstance(devices, Mapping) else {"data": devices}
+  return _mesh(tuple(axes.items()), device)
 
 
 @functools.cache
-def _mesh(devices: int, device: str) -> Mesh:
+def _mesh(axes: tuple[tuple[str, int], ...], device: str) -> Mesh:
   from jax.experimental import topologies  # needs the plugin: imported after it was found
 
   path = TARGETS / f"{device}.txtpb"
   if not path.exists():
     known = sorted(target.stem for target in TARGETS.glob("*.txtpb"))
     raise ValueError(f"{device=} has no target description; choose one of {known}.")
+  names, sizes = zip(*axes, strict=True)
   topology = topologies.get_topology_desc(
-    platform="cuda", target_config=path.read_text(), topology=f"1x1x{devices}"
+    platform="cuda", target_config=path.read_text(), topology=f"1x1x{math.prod(sizes)}"
   )
-  return topologies.make_mesh(topo=topology, mesh_shape=(devices,), axis_names=("data",))
+  return topologies.make_mesh(topo=topology, mesh_shape=sizes, axis_names=names)
 
 
 def _require_wheels() -> None:
@@ -141,7 +145,12 @@ def assembler_version() -> str:
 
 
 def compile_for(
-  fn, *args, devices: int = 1, device: str = "h100", shardings=None, options: dict | None = None
+  fn,
+  *args,
+  devices: int | Mapping[str, int] = 1,
+  device: str = "h100",
+  shardings=None,
+  options: dict | None = None,
 ) -> Compilation:
   """Compiles `fn(*args)` for GPUs that are not there.
 
@@ -149,7 +158,7 @@ def compile_for(
     fn: a function of arrays, or a jitted one (then its own options hold, and static arguments must
       be bound).
     args: pytrees of arrays or `ShapeDtypeStruct`s; only shapes and dtypes are read.
-    devices: number of GPUs in the mesh, axis "data".
+    devices: of `mesh`.
     device: a name of `targets/*.txtpb`.
     shardings: None (all replicated), or one entry per argument: a `PartitionSpec`, or a pytree
       prefix of them.

@@ -123,7 +123,7 @@ def _walk(computations, name, times, unknown_trips) -> Iterator[Operation]:
       scopes = tuple(dict.fromkeys(re.findall(r'op_name="([^"]*)"', held)))
       kernel = line.opcode == "custom-call"
       result = size(line.shape)
-      if line.opcode in ("all-gather-start", "collective-permute-start"):
+      if line.opcode in ("all-gather-start", "all-to-all-start", "collective-permute-start"):
         result -= _read(line, [], shapes)  # the operands stand beside the results
       yield Operation(line.name, line.opcode, times * moved, scopes, kernel, times, times * result)
 

@@ -111,7 +111,7 @@ def _interpolate_by_axis(step: Step, y: jax.Array) -> jax.Array:
   dtype = jnp.promote_types(y.dtype, jnp.float32)
   cells = step.coarse.unpack(y)
   b, _, *rest = cells.shape
-  x = cells.reshape(b, *step.coarse.layout.grid, -1).astype(dtype)
+  x = cells.reshape(b, *step.coarse.layout.grid, *rest).astype(dtype)
   for axis, matrix in enumerate(step.interpolate, 1):
     x = jnp.moveaxis(jnp.tensordot(x, jnp.asarray(matrix, dtype).T, (axis, 0)), -1, axis)
   return step.fine.pack(x.reshape(b, -1, *rest).astype(y.dtype))

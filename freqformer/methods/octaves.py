@@ -166,14 +166,14 @@ class Octaves(Method):
     """Returns q, k and v of the coarse levels, the coarsest first: normed after compression."""
     if self.levels == 1:
       return None
-    b, n, _, h, d = qkv.product.shape
-    raw = qkv.product.reshape(b, n, 3 * h, d)
+    raw = qkv.product  # [b, n, 3, h, d]: merged, 3 and h could not be split over devices by heads
+    d = raw.shape[-1]
     found = []
     for level, step in enumerate(tables.steps):
       raw = step.compress(raw)
       if level == 0:  # compression keeps constants: the bias may come after it
-        raw += qkv.bias.reshape(3 * h, d).astype(raw.dtype)
-      q, k, v = jnp.split(raw, 3, 2)
+        raw += qkv.bias.astype(raw.dtype)
+      q, k, v = jnp.unstack(raw, axis=2)
       theta = level_theta(qkv.theta, tables.widths[level + 1], d)
       angles = angle_tables(step.coarse.positions, d, theta)
       q_gain, k_gain = qkv.gains

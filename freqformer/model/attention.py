@@ -14,6 +14,7 @@ from freqformer.grid.layout import LayoutTables, TileLayout
 from freqformer.grid.rotary import axis_pairs, grid_theta
 from freqformer.methods.base import Cond, Dims, Method, Projected, attend
 from freqformer.model.streams import named
+from freqformer.placement import split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +141,7 @@ class SpectralAttention(nnx.Module):
     shape = (3, self.dims.heads, self.dims.head_dim)
     product = x.astype(self.dtype) @ self.qkv.kernel[...].astype(self.dtype)
     projected = Projected.of_joint(
-      product.reshape(b, n, *shape),
+      split(split(product.reshape(b, n, *shape), context=1), context=3),
       self.qkv.bias[...].reshape(shape),
       (self.q_norm.scale[...], self.k_norm.scale[...]),
       layout,
@@ -151,4 +152,6 @@ class SpectralAttention(nnx.Module):
       out, aux = attend(projected, tables, cond)  # what the method remembers stays
     else:
       out, state, aux = self.config(self.method, projected, cond, tables, state)
-    return self.out(out.reshape(b, n, width).astype(self.dtype)), state, aux
+    # Both said, or XLA would attend half by tokens, half by heads.
+    out = split(split(out, context=2), context=1).reshape(b, n, width)
+    return self.out(out.astype(self.dtype)), state, aux

@@ -241,7 +241,7 @@ class VideoDiT(nnx.Module):
       tokens += self.position(tables["places"]).astype(tokens.dtype)
     if given is not None:
       tokens = self._marked(tokens, given, layout.layout.grid)
-    tokens = split(layout.pack(tokens))
+    tokens = split(layout.pack(tokens), context=1)
     if state is None:
       state = self.init_state(x.shape[0], x.shape[1:], cond.guided)
     pieces = [[] for _ in self.runs]  # of new states
@@ -256,7 +256,7 @@ class VideoDiT(nnx.Module):
       pieces[part.run].append(new)
       auxes.append(aux)
     states = [jax.tree.map(_joined, *own) for own in pieces]
-    velocity = layout.unpack(self.final(tokens, condition))
+    velocity = layout.unpack(split(self.final(tokens, condition)))
     velocity = unpatchify(velocity, x.shape[1:], self.config.patch)
     if self.skip is not None:
       velocity += self.skip(nnx.silu(condition))[:, None, None, None] * x
@@ -286,7 +286,7 @@ class VideoDiT(nnx.Module):
       x, state, aux = block(x, condition, own, layout, tables, state)
       if cond.want_finite:
         aux = {**aux, "finite": jnp.isfinite(x).all().astype(jnp.float32)}
-      return split(x), (state, aux)
+      return split(x, context=1), (state, aux)
 
     if self.config.remat and cond.train:
       policy = jax.checkpoint_policies.save_only_these_names(*KEPT)

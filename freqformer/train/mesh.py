@@ -18,33 +18,35 @@ class MeshConfig:
   Attributes:
     data: copies of the model; -1 takes the devices that are left.
     fsdp: devices that share one copy's parameters, average and moments; each has its own samples.
+    context: devices that share the tokens of one sample; it divides tiles and heads.
   """
 
   data: int = -1
   fsdp: int = 1
+  context: int = 1
 
   def __post_init__(self):
     require(self, "data", least=-1)
-    require(self, "fsdp", least=1)
+    require(self, "fsdp context", least=1)
     if self.data == 0:
       raise ValueError("data=0 must be a number of copies, or -1 for as many as there is room for.")
 
-  def sizes(self, devices: int) -> tuple[int, int]:
-    """Returns (data, fsdp) on so many devices.
+  def sizes(self, devices: int) -> tuple[int, int, int]:
+    """Returns (data, fsdp, context) on so many devices.
 
     Raises:
       ConfigError: they are too few, or cannot be divided.
     """
-    data = devices // self.fsdp if self.data == -1 else self.data
-    fits = data * self.fsdp <= devices
-    if data == 0 or not fits or (self.data == -1 and devices % self.fsdp):
+    each = self.fsdp * self.context
+    data = devices // each if self.data == -1 else self.data
+    if data == 0 or data * each > devices or (self.data == -1 and devices % each):
       fitting = [n for n in range(1, devices + 1) if devices % n == 0]
       raise ConfigError(
-        f"config.mesh has data={self.data} and fsdp={self.fsdp}, and JAX finds {devices} "
-        f"device{'s' * (devices > 1)}: set mesh.fsdp to one of {', '.join(map(str, fitting))} and "
-        "mesh.data=-1."
+        f"config.mesh has data={self.data}, fsdp={self.fsdp} and context={self.context}, and JAX "
+        f"finds {devices} device{'s' * (devices > 1)}: set mesh.data=-1, and mesh.fsdp times "
+        f"mesh.context to one of {', '.join(map(str, fitting))}."
       )
-    return data, self.fsdp
+    return data, self.fsdp, self.context
 
 
 def make_mesh(config: MeshConfig, batch_size: int, accumulate: int = 1) -> Mesh:
@@ -64,22 +66,43 @@ def make_mesh(config: MeshConfig, batch_size: int, accumulate: int = 1) -> Mesh:
       f"config.mesh takes {count} of the {found} devices of {jax.process_count()} processes, which "
       "train on all of theirs: set mesh.data=-1, or start fewer processes."
     )
-  parts = count * accumulate
+  copies = sizes[0] * sizes[1]
+  parts = copies * accumulate
   if batch_size % parts:
     each = f" in {accumulate} micro-batches" if accumulate > 1 else ""
+    where = f"{copies} devices" if config.context == 1 else f"{copies} groups of {config.context}"
     raise ConfigError(
-      f"config.train.batch_size={batch_size}{each} cannot be split over {count} devices: set it to "
-      f"{parts * max(1, round(batch_size / parts))}, or mesh.data and mesh.fsdp to fewer devices."
+      f"config.train.batch_size={batch_size}{each} cannot be split over {where}: set it to "
+      f"{parts * max(1, round(batch_size / parts))}, or mesh.data and mesh.fsdp to fewer."
     )
   return _mesh(sizes)
 
 
+def check_context(size: int, tiles: int, heads: int):
+  """Refuses to share a sample's tokens among more devices than divide its tiles and heads.
+
+  Args:
+    size: devices along `context`.
+
+  Raises:
+    ConfigError: says which sizes would do.
+  """
+  if tiles % size or heads % size:
+    common = math.gcd(tiles, heads)
+    fitting = [n for n in range(1, common + 1) if common % n == 0]
+    raise ConfigError(
+      f"config.mesh.context={size} must divide the {tiles} tiles of a sample and its {heads} heads: "
+      f"set it to one of {', '.join(map(str, fitting))}, or change model.heads, "
+      "model.attention.block or data.frames and data.resolution."
+    )
+
+
 def whole_mesh() -> Mesh:
   """Returns the mesh of all devices, each with a copy of the model: what samples are drawn on."""
-  return _mesh((len(all_devices()), 1))
+  return _mesh((len(all_devices()), 1, 1))
 
 
-def _mesh(sizes: tuple[int, int]) -> Mesh:
+def _mesh(sizes: tuple[int, int, int]) -> Mesh:
   devices = all_devices()[: math.prod(sizes)]
   return jax.make_mesh(sizes, AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
 
