@@ -1,7 +1,7 @@
 """Places a model's arrays on the mesh that is set (`jax.set_mesh`); without one it moves nothing.
 
 Samples are split over `data` and `fsdp`. Parameters are split over `fsdp` and made whole layer by
-layer, where they are used (fully sharded data parallelism, arXiv 1910.02054). The tokens of a sample
+layer, where they are used (fully sharded data parallelism, arXiv 1910.02054). Tokens of a sample
 are split over `context`, and exchanged for heads where a method attends (arXiv 2309.14509): each
 device then has all tokens of some heads, so that every method runs there as it is.
 """
@@ -12,6 +12,8 @@ import math
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+
+from freqformer.config import ConfigError
 
 DATA = "data"
 FSDP = "fsdp"
@@ -40,6 +42,26 @@ def shared(path, x, devices: int) -> PartitionSpec:
     return PartitionSpec()
   axis = max(fitting, key=lambda axis: x.shape[axis])
   return PartitionSpec(*(FSDP if axis == place else None for place in range(x.ndim)))
+
+
+def check_context(tiles: int, heads: int, devices: int | None = None):
+  """Refuses to share a sample among devices that do not divide its tiles and heads.
+
+  Args:
+    devices: along `context`; None: of the mesh that is set.
+
+  Raises:
+    ConfigError: says which numbers of devices would do.
+  """
+  devices = _mesh().get(CONTEXT, 1) if devices is None else devices
+  if tiles % devices or heads % devices:
+    common = math.gcd(tiles, heads)
+    fitting = [n for n in range(1, common + 1) if common % n == 0]
+    raise ConfigError(
+      f"context={devices} devices cannot share a sample of {tiles} tiles and {heads} heads evenly: "
+      f"set config.mesh.context (of eval.py: --context) to one of {', '.join(map(str, fitting))}, "
+      "or change model.heads, model.attention.block, the frames or the resolution."
+    )
 
 
 # ---- arrays outside a program -------------------------------------------------------------------
@@ -124,6 +146,23 @@ def split(x: jax.Array, context: int | None = None) -> jax.Array:
   if context is not None:
     axes[context] = CONTEXT
   return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+
+
+def map_heads(function, arrays):
+  """Returns `jax.lax.map(function, arrays)` of arrays `[h, ...]`, heads in front.
+
+  Devices that share the heads go through their own at the same time.
+  """
+  devices = _mesh().get(CONTEXT, 1)
+  if devices == 1:
+    return jax.lax.map(function, arrays)
+
+  def deal(x):  # [h / devices, devices, ...]
+    x = x.reshape(devices, -1, *x.shape[1:]).swapaxes(0, 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(None, CONTEXT))
+
+  found = jax.lax.map(jax.vmap(function), jax.tree.map(deal, arrays))
+  return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), found)
 
 
 def multiple(count: int) -> int:

@@ -75,7 +75,7 @@ def describe(experiment: Experiment) -> str:
     "layers": f"{runs}; width {model.width}, {model.heads} heads",
     "parameters": f"{parameters:,} with {told}",
     "state": f"{state_bytes / 1e6:,.1f} MB (weights, EMA, moments)",
-    **_per_device(mesh, placed, memory, compiled.as_text()),
+    **_per_device(mesh, placed, memory, compiled.as_text(), batch_size),
     "train step": f"{memory.temp_size_in_bytes / 1e6:,.1f} MB temporary at batch {batch_size}, "
     f"{step_flops / 1e9:,.1f} GFLOP with backward (recomputation not counted)",
     "forward": f"{cost.total / 1e9:,.2f} GFLOP a sample, "
@@ -87,7 +87,7 @@ def describe(experiment: Experiment) -> str:
   return aligned(list(rows.items()))
 
 
-def _per_device(mesh, state, memory, program: str) -> dict[str, str]:
+def _per_device(mesh, state, memory, program: str, batch_size: int) -> dict[str, str]:
   """Returns what one of several devices holds and exchanges, and what to do if that is too much."""
   if mesh.size == 1:
     return {}
@@ -105,7 +105,10 @@ def _per_device(mesh, state, memory, program: str) -> dict[str, str]:
   }
   limit = (mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")
   if limit and own + memory.temp_size_in_bytes > limit:
-    change = "lower train.batch_size" if memory.temp_size_in_bytes > own else "raise mesh.fsdp"
+    change = "raise mesh.fsdp"
+    if memory.temp_size_in_bytes > own:
+      several = batch_size > mesh.shape["data"] * mesh.shape["fsdp"]
+      change = "lower train.batch_size" if several else "raise mesh.context"
     rows["too much"] = f"a device has {limit / 1e6:,.1f} MB: {change}"
   return rows
 

@@ -111,6 +111,9 @@ _EXPORT_MASKS = cli.define_path("export_masks", None, "Folder for the first samp
 _COMPARE = flags.DEFINE_string("compare", None, "Methods to compare, the reference first.")
 _METRICS = flags.DEFINE_list("metrics", ["psnr", "ssim"], f"Some of {', '.join(compare.METRICS)}.")
 _LPIPS = cli.define_path("lpips_weights", None, "Weights (.npz) of LPIPS, for --compare.")
+_CONTEXT = flags.DEFINE_integer(
+  "context", 1, "Devices that share the tokens of each sample.", lower_bound=1
+)
 _FPS = flags.DEFINE_float(
   "fps", 0, "Frame rate of the mp4s; default: the trained one.", lower_bound=0
 )
@@ -152,7 +155,7 @@ def main(_):
     if flags.FLAGS[name].present:
       rule = "cannot be given with" if _VALIDATE.value else "needs"
       raise ConfigError(f"--{name} {rule} --validate, which reports losses and draws no sample.")
-  mesh = whole_mesh()
+  mesh = whole_mesh(_CONTEXT.value)
   logging.info("%s", describe(mesh))
   space = disk.space_for("what eval.py writes", _OUT.value or _WORKDIR.value)
   with space, jax.set_mesh(mesh):

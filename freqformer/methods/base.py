@@ -120,7 +120,7 @@ class Projected:
     """Returns what a layer hands to its method.
 
     Its `prepare(cells=None, bands=None, ahead=None, *, copies=1, filtered="", pooled=False)` is
-    `kernels.around.prepare.prepare` of the product; `copies` repeats all heads before.
+    `kernels.around.prepare.prepare` of the product; `copies` is how often each head is there.
 
     Args:
       product: `[b, n_buffer, 3, h, d]`, of the joint projection without its bias, which XLA may not
@@ -140,8 +140,8 @@ class Projected:
       with jax.named_scope("prepare"):
         angles = projected.angles(layout.positions)
       return prepare(
-        jnp.tile(product, (1, 1, 1, copies, 1)),
-        jnp.tile(bias, (1, copies, 1)),
+        copied(product, copies, 3),
+        copied(bias, copies, 1),
         gains,
         angles,
         layout.kv_len,
@@ -308,6 +308,19 @@ class Method:
       return out, state
 
     return jax.make_jaxpr(run)(product, embedding, layout.arrays(), self.tables(layout), state)
+
+
+def copied(x: jax.Array, copies: int, axis: int) -> jax.Array:
+  """Returns x with what lies along an axis so often, one after the other, as `jnp.repeat` does.
+
+  Devices that share the axis move nothing, where `jnp.repeat` would gather.
+  """
+  if copies == 1:
+    return x
+  *before, size = x.shape[: axis + 1]
+  after = x.shape[axis + 1 :]
+  x = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), (*before, size, copies, *after))
+  return x.reshape(*before, size * copies, *after)
 
 
 def even_lists(layout: TileLayout, heads: float, pairs: float) -> CallCost:

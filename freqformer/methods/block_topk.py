@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from freqformer.config import ConfigError, require, require_one_of
 from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.table import dense_mask
-from freqformer.methods.base import Method, attend, even_lists
+from freqformer.methods.base import Method, attend, copied, even_lists
 from freqformer.methods.parts.gate import QueryGate
 from freqformer.tables.topk import block_topk, fixed_tiles, pool_tiles
 
@@ -90,7 +90,7 @@ class BlockTopK(Method):
       pooled = [jnp.pad(x.transpose(0, 2, 1, 3).astype(q.dtype), to_blocks) for x in pools]
       everything = dense_mask(tiles, tiles, block, block)
       coarse = attention(*pooled, everything, implementation=qkv.implementation)[0][:, :tiles]
-      out = out + (module(qkv.q) * jnp.repeat(coarse, block, axis=1)).astype(out.dtype)
+      out = out + (module(qkv.q) * copied(coarse, block, 1)).astype(out.dtype)
       coarse_density = (tiles / arrays.n) ** 2
     aux |= {
       "density": aux["density"] + coarse_density,

@@ -26,7 +26,7 @@ from freqformer.kernels.block_sparse.cost import CallCost, uniform
 from freqformer.kernels.block_sparse.table import BlockMask, select
 from freqformer.kernels.linear.api import linear_attention
 from freqformer.methods import measured
-from freqformer.methods.base import Projected, even_lists, mask_aux, mask_density
+from freqformer.methods.base import Projected, copied, even_lists, mask_aux, mask_density
 from freqformer.methods.head_profile import ProfileConfig
 from freqformer.methods.parts.router import Routing
 from freqformer.methods.parts.summary_tokens import SummaryTokens
@@ -147,8 +147,8 @@ class FreqFormer(RoutedMethod):
     routing = self.route(module, qkv, cond, tables, measured_bands)
     h = qkv.q.shape[2]
     choice = routing.choice
-    if routing.all_branches:  # head number = branch * h + head
-      choice = np.repeat(np.arange(3, dtype=np.int32), h)[None]
+    if routing.all_branches:  # head number = 3 * head + branch
+      choice = np.tile(np.arange(3, dtype=np.int32), h)[None]
     cells = tables.around(qkv.angles)
     packed = self._packed(qkv, routing, choice, cells)
     mid = self._mid_table(qkv, cond, tables, packed)
@@ -173,9 +173,7 @@ class FreqFormer(RoutedMethod):
         cells, jnp.broadcast_to(choice, heads), copies=copies, filtered=filtered, pooled=True
       )
     found = qkv.prepare(cells, pooled=True)
-    if copies == 1:
-      return found
-    q, k, v = (jnp.tile(x, (1, 1, copies, 1)) for x in found[:3])
+    q, k, v = (copied(x, copies, 2) for x in found[:3])
     return found._replace(q=q, k=k, v=v)
 
   def _lifted(self, out, packed: Prepared, routing: Routing, qkv: Projected, tables):
@@ -183,17 +181,19 @@ class FreqFormer(RoutedMethod):
     b, h = routing.choice.shape
     if self.low_op == "linear":
       # No low list has a tile, so that the softmax leaves the coarse rows empty. All heads are
-      # computed, so that shapes stay static; where all branches run, low heads come first.
+      # computed, so that shapes stay static; where all branches run, each one's low branch.
       coarse = slice(0, tables.spectral.n_coarse)
       linear, _ = linear_attention(
-        *(x[:, coarse, :h] for x in packed[:3]), implementation=qkv.other_ops_implementation
+        *(_of_copies(x[:, coarse], h, 2)[:, :, :, LOW] for x in packed[:3]),
+        implementation=qkv.other_ops_implementation,
       )
-      out = out.at[:, coarse, :h].set(linear)
+      shape = out.shape
+      out = _of_copies(out, h, 2).at[:, coarse, :, LOW].set(linear).reshape(shape)
     weights = routing.weights.sum(-1)
     low = routing.choice == LOW
     if routing.all_branches:
-      branches = out.reshape(b, -1, 3, h, out.shape[-1])
-      out = jnp.einsum("bnchd,bhc->bnhd", branches, routing.weights.astype(out.dtype))
+      weights_of_branches = routing.weights.astype(out.dtype)
+      out = jnp.einsum("bnhcd,bhc->bnhd", _of_copies(out, h, 2), weights_of_branches)
       weights = jnp.ones_like(weights)
       low = jnp.ones_like(low)
     implementation = qkv.other_ops_implementation
@@ -202,7 +202,8 @@ class FreqFormer(RoutedMethod):
   def _mid_table(self, qkv: Projected, cond, tables, packed: Prepared) -> BlockMask:
     """Returns the table of top tiles by pooled q and k, unfiltered: a band has mean 0 in a tile."""
     h = qkv.q.shape[2]
-    q, k = (cond.share(pool[:, :h]) for pool in (packed.q_pool, packed.k_pool))
+    pools = (packed.q_pool, packed.k_pool)
+    q, k = (cond.share(_of_copies(pool, h, 1)[:, :, 0]) for pool in pools)
     implementation = qkv.other_ops_implementation
     mask = block_topk(q, k, self.mid_tiles, tables.fixed, qkv.layout, implementation)
     mask = full_rows(mask, tables.high.kv_len, tables.coarse_tiles, self.low_shared)
@@ -293,6 +294,11 @@ def _multiplicities(spectral: SpectralTables, coarse_tiles: int) -> np.ndarray:
   return np.concatenate([coarse, np.zeros(layout.tiles)]).astype(np.float32)
 
 
+def _of_copies(x: jax.Array, heads: int, axis: int) -> jax.Array:
+  """Returns x with its axis of `heads` times k heads, made by `copied`, as two."""
+  return x.reshape(*x.shape[:axis], heads, -1, *x.shape[axis + 1 :])
+
+
 def _for_heads(mask: BlockMask, choice) -> BlockMask:
   """Returns a branch's table for the heads of `choice`, which may be all heads per branch."""
   heads = mask.kv_counts.shape[1]
@@ -300,9 +306,7 @@ def _for_heads(mask: BlockMask, choice) -> BlockMask:
   if heads == 1 or copies == 1:
     return mask
   return dataclasses.replace(
-    mask,
-    kv_indices=jnp.tile(mask.kv_indices, (1, copies, 1, 1)),
-    kv_counts=jnp.tile(mask.kv_counts, (1, copies, 1)),
+    mask, kv_indices=copied(mask.kv_indices, copies, 1), kv_counts=copied(mask.kv_counts, copies, 1)
   )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from freqformer.config import ConfigError, require
 from freqformer.grid.layout import TileLayout
 from freqformer.kernels.block_sparse.table import BlockMask
+from freqformer.placement import map_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +111,7 @@ def dense_rows(q: jax.Array, k: jax.Array, v: jax.Array, valid, listed=()) -> ja
     return jnp.stack(outs)
 
   by_head = tuple(jax.lax.stop_gradient(x).transpose(2, 0, 1, 3) for x in (q, k, v))
-  return jax.lax.map(head, by_head).transpose(1, 2, 3, 0, 4)
+  return map_heads(head, by_head).transpose(1, 2, 3, 0, 4)
 
 
 def relative_errors(outs: jax.Array, exact: jax.Array) -> jax.Array:

@@ -24,7 +24,7 @@ from freqformer.model.config import DTYPES, ModelConfig
 from freqformer.model.precondition import Preconditioner
 from freqformer.model.schedule import DenseSchedule, Part
 from freqformer.model.streams import named, numbered
-from freqformer.placement import gathered, split
+from freqformer.placement import check_context, gathered, split
 from freqformer.tables.dense import dense
 
 # Names that rematerialisation keeps: the attention kernel runs once, and no choice can flip when
@@ -320,9 +320,10 @@ def make_tables(config: ModelConfig, latent_shape, with_dense: bool = False) -> 
   The dense table is among it `with_dense`, and where `attention.schedule` needs it.
 
   Raises:
-    ConfigError: a method cannot serve the grid.
+    ConfigError: a method cannot serve the grid, or devices not share it.
   """
   layout = config.layout(latent_shape)
+  check_context(layout.tiles, config.heads)
 
   def is_mask(x):
     return isinstance(x, BlockMask)

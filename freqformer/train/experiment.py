@@ -15,6 +15,7 @@ from freqformer.data.sources import data_config
 from freqformer.diffusion.sampling import SampleConfig
 from freqformer.model.config import ModelConfig, model_config
 from freqformer.model.schedule import DenseSchedule
+from freqformer.placement import check_context
 from freqformer.train.mesh import MeshConfig
 from freqformer.train.step import TrainConfig
 
@@ -35,6 +36,8 @@ class Experiment:
     # Resolved here: what the grid decides is part of the run. What is wrong with it is refused
     # before hours of encoding.
     object.__setattr__(self, "model", self.model.resolved(self.latent_shape))
+    tiles = self.model.layout(self.latent_shape).tiles
+    check_context(tiles, self.model.heads, self.mesh.context)
     if self.train.first_frame:
       self._check_first_frame()
 

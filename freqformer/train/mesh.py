@@ -78,28 +78,16 @@ def make_mesh(config: MeshConfig, batch_size: int, accumulate: int = 1) -> Mesh:
   return _mesh(sizes)
 
 
-def check_context(size: int, tiles: int, heads: int):
-  """Refuses to share a sample's tokens among more devices than divide its tiles and heads.
+def whole_mesh(context: int = 1) -> Mesh:
+  """Returns the mesh of all devices, each with a copy of the model: what samples are drawn on.
 
   Args:
-    size: devices along `context`.
+    context: devices that share the tokens of one sample.
 
   Raises:
-    ConfigError: says which sizes would do.
+    ConfigError: they do not divide all devices.
   """
-  if tiles % size or heads % size:
-    common = math.gcd(tiles, heads)
-    fitting = [n for n in range(1, common + 1) if common % n == 0]
-    raise ConfigError(
-      f"config.mesh.context={size} must divide the {tiles} tiles of a sample and its {heads} heads: "
-      f"set it to one of {', '.join(map(str, fitting))}, or change model.heads, "
-      "model.attention.block or data.frames and data.resolution."
-    )
-
-
-def whole_mesh() -> Mesh:
-  """Returns the mesh of all devices, each with a copy of the model: what samples are drawn on."""
-  return _mesh((len(all_devices()), 1, 1))
+  return _mesh(MeshConfig(context=context).sizes(len(all_devices())))
 
 
 def _mesh(sizes: tuple[int, int, int]) -> Mesh:

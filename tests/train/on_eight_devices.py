@@ -25,12 +25,22 @@ BATCH = 8
 CLASSES = 4
 
 
-@functools.cache
-def trained(method, data, fsdp, optimizer="adamw", accumulate=1):
-  """Returns the state after one step on a mesh, its metrics, and the compiled step."""
-  config = get_config().model.to_dict()
+def shaken(x):
+  """Returns an array with something added: a new model predicts no velocity at all."""
+  return x + 0.02 * jnp.cos(jnp.arange(x.size)).reshape(x.shape)
+
+
+def small_model(method, heads):
+  """Returns a model of one layer."""
+  config = get_config().model.to_dict() | {"precondition": False, "depth": 1}
   config["attention"]["method"] = method
-  model = model_config(config | {"precondition": False, "depth": 1}).resolved(SHAPE)
+  return model_config(config | {"heads": heads, "width": 12 * heads}).resolved(SHAPE)
+
+
+@functools.cache
+def trained(method, data, fsdp, optimizer="adamw", accumulate=1, context=1, heads=2):
+  """Returns the state after one step on a mesh, its metrics, and the compiled step."""
+  model = small_model(method, heads)
   train = TrainConfig(
     steps=10,
     batch_size=BATCH,
@@ -39,12 +49,14 @@ def trained(method, data, fsdp, optimizer="adamw", accumulate=1):
     optimizer=optimizer,
     accumulate=accumulate,
   )
-  mesh = make_mesh(MeshConfig(data, fsdp), BATCH, accumulate)
+  mesh = make_mesh(MeshConfig(data, fsdp, context), BATCH, accumulate)
   latents = np.random.default_rng(0).standard_normal((BATCH, *SHAPE), np.float32)
   labels = np.arange(BATCH, dtype=np.int32) % CLASSES
   with jax.set_mesh(mesh):
     tables = placement.everywhere(make_tables(model, SHAPE))
     graphdef, params = nnx.split(VideoDiT(model, SHAPE, CLASSES, nnx.Rngs(0)))
+    if context > 1 or heads > 2:
+      params = jax.tree.map(shaken, params)
     state = placement.share(init_state(params, train, 0))
     batch = placement.split_batch({"latent": latents, "label": labels})
     step = make_train_step(graphdef, train)
@@ -59,6 +71,16 @@ def moments(state):
   return jax.tree.leaves(jax.device_get(state.opt_state[1][0].mu))
 
 
+def assert_equal(found, wanted):
+  """Asserts that two results of `trained` are of one step."""
+  (state, metrics, _), (alone, expected, _) = found, wanted
+  for name in ("loss", "grad_norm", "density"):
+    np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-5)
+  norm = float(expected["grad_norm"])
+  for x, y in zip(moments(state), moments(alone), strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6 * norm)
+
+
 @pytest.fixture(autouse=True)
 def small_leaves_are_shared_too(monkeypatch):
   monkeypatch.setattr(placement, "_SMALL", 64)
@@ -67,26 +89,17 @@ def small_leaves_are_shared_too(monkeypatch):
 @pytest.mark.parametrize("method", ["dense", "octaves", "freqformer"])
 def test_a_step_equals_one_device(method):
   assert jax.device_count() == 8
-  alone, expected, _ = trained(method, 1, 1)
   meshes = [(8, 1), (1, 8), (2, 4)] if method == "dense" else [(2, 4)]
   for data, fsdp in meshes:
-    state, metrics, _ = trained(method, data, fsdp)
-    for name in ("loss", "grad_norm", "density"):
-      np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-5)
-    norm = float(expected["grad_norm"])
-    for found, wanted in zip(moments(state), moments(alone), strict=True):
-      np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6 * norm)
+    assert_equal(trained(method, data, fsdp), trained(method, 1, 1))
 
 
 @pytest.mark.parametrize("data, fsdp", [(4, 1), (2, 2)])
 def test_micro_batches_equal_one_batch_and_move_no_sample(data, fsdp):
   """Each device computes micro-batches of its own samples."""
-  alone, expected, _ = trained("dense", 1, 1)
-  state, metrics, compiled = trained("dense", data, fsdp, accumulate=2)
-  np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-5)
-  norm = float(expected["grad_norm"])
-  for found, wanted in zip(moments(state), moments(alone), strict=True):
-    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6 * norm)
+  found = trained("dense", data, fsdp, accumulate=2)
+  assert_equal(found, trained("dense", 1, 1))
+  compiled = found[-1]
   if fsdp == 1:  # else matrices move
     text = compiled.as_text()
     assert " all-reduce(" in text
@@ -118,32 +131,28 @@ def test_muon_on_shared_matrices():
   np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
 
 
-def _shaken(x):
-  return x + 0.02 * jnp.cos(jnp.arange(x.size)).reshape(x.shape)
+def drawn(method, mesh, heads=2):
+  """Returns ten samples in batches of eight, guided, and their densities."""
+  model = small_model(method, heads)
+  sampling_config = SampleConfig(steps=4, batch_size=8, guidance=2.0)
+  labels = np.arange(10, dtype=np.int32) % CLASSES
+  with jax.set_mesh(mesh):
+    graphdef, params = nnx.split(VideoDiT(model, SHAPE, CLASSES, nnx.Rngs(0)))
+    params = jax.tree.map(shaken, params)
+    whole = nnx.merge(graphdef, params)
+    tables = placement.everywhere(whole.tables(SHAPE))
+    step = sampling.make_step(graphdef, sampling_config)
+    params = placement.everywhere(params)
+    step = sampling.compile_steps(step, params, whole, tables, SHAPE, sampling_config)
+    return sampling.sample(
+      step, params, whole, labels, np.arange(10), 0, tables, SHAPE, sampling_config, False
+    )[0]
 
 
 @pytest.mark.parametrize("method", ["dense", "adaspa"])
 def test_samples_equal_those_of_one_device(method):
-  """Ten samples in batches of eight, guided; adaspa remembers from step to step."""
-  config = get_config().model.to_dict()
-  config["attention"]["method"] = method
-  model = model_config(config | {"precondition": False, "depth": 1}).resolved(SHAPE)
-  sampling_config = SampleConfig(steps=4, batch_size=8, guidance=2.0)
-  labels = np.arange(10, dtype=np.int32) % CLASSES
-  drawn = []
-  for mesh in (make_mesh(MeshConfig(1, 1), 8), whole_mesh()):
-    with jax.set_mesh(mesh):
-      graphdef, params = nnx.split(VideoDiT(model, SHAPE, CLASSES, nnx.Rngs(0)))
-      # A new model predicts no velocity at all.
-      params = jax.tree.map(_shaken, params)
-      whole = nnx.merge(graphdef, params)
-      tables = placement.everywhere(whole.tables(SHAPE))
-      step = sampling.make_step(graphdef, sampling_config)
-      params = placement.everywhere(params)
-      step = sampling.compile_steps(step, params, whole, tables, SHAPE, sampling_config)
-      latents, _ = sampling.sample(
-        step, params, whole, labels, np.arange(10), 0, tables, SHAPE, sampling_config, False
-      )
-    drawn.append(latents)
-  assert len(drawn[0]) == 10 and np.ptp(drawn[0]) > 1
-  np.testing.assert_allclose(drawn[1], drawn[0], atol=1e-5 * np.abs(drawn[0]).max())
+  """Adaspa remembers from step to step."""
+  wanted = drawn(method, make_mesh(MeshConfig(1), 8))
+  assert len(wanted) == 10 and np.ptp(wanted) > 1
+  found = drawn(method, whole_mesh())
+  np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())

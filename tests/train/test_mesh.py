@@ -1,5 +1,6 @@
 """The mesh of devices: its sizes, what is refused, and that it changes no result."""
 
+import math
 import os
 import pathlib
 import subprocess
@@ -14,6 +15,7 @@ from freqformer.model.config import model_config
 from freqformer.placement import AXES
 from freqformer.simulation.descriptions import load_gpu
 from freqformer.train import mesh
+from freqformer.train.experiment import experiment
 from freqformer.train.mesh import MeshConfig, describe, make_mesh, whole_mesh
 from freqformer.train.throughput import Throughput
 from tests.tiny_config import get_config
@@ -22,33 +24,38 @@ H100 = "NVIDIA H100 80GB HBM3"
 
 
 @pytest.mark.parametrize(
-  "data, fsdp, devices, sizes",
+  "asked, devices, sizes",
   [
-    (-1, 1, 1, (1, 1)),
-    (-1, 1, 8, (8, 1)),
-    (-1, 4, 8, (2, 4)),
-    (2, 1, 8, (2, 1)),
-    (1, 8, 8, (1, 8)),
+    ((-1, 1, 1), 1, (1, 1, 1)),
+    ((-1, 1, 1), 8, (8, 1, 1)),
+    ((-1, 4, 1), 8, (2, 4, 1)),
+    ((2, 1, 1), 8, (2, 1, 1)),
+    ((1, 8, 1), 8, (1, 8, 1)),
+    ((-1, 2, 2), 8, (2, 2, 2)),
+    ((-1, 1, 8), 8, (1, 1, 8)),
   ],
 )
-def test_sizes(data, fsdp, devices, sizes):
-  assert MeshConfig(data, fsdp).sizes(devices) == sizes
+def test_sizes(asked, devices, sizes):
+  assert MeshConfig(*asked).sizes(devices) == sizes
 
 
 @pytest.mark.parametrize(
-  "data, fsdp, devices, text",
+  "asked, devices, text",
   [
-    (-1, 3, 8, "data=-1 and fsdp=3, and JAX finds 8 devices: set mesh.fsdp to one of 1, 2, 4, 8 "),
-    (4, 4, 8, "data=4 and fsdp=4, and JAX finds 8 devices"),
-    (-1, 2, 1, "JAX finds 1 device: set mesh.fsdp to one of 1 "),
+    ((-1, 3, 1), 8, "fsdp=3 and context=1, and JAX finds 8 devices: .* to one of 1, 2, 4, 8[.]"),
+    ((4, 4, 1), 8, "data=4, fsdp=4 and context=1, and JAX finds 8 devices"),
+    ((-1, 4, 4), 8, "fsdp=4 and context=4, and JAX finds 8 devices"),
+    ((-1, 2, 1), 1, "JAX finds 1 device: .* mesh.fsdp times mesh.context to one of 1[.]"),
   ],
 )
-def test_devices_that_cannot_be_divided(data, fsdp, devices, text):
+def test_devices_that_cannot_be_divided(asked, devices, text):
   with pytest.raises(ConfigError, match=text):
-    MeshConfig(data, fsdp).sizes(devices)
+    MeshConfig(*asked).sizes(devices)
 
 
-@pytest.mark.parametrize("values", [{"data": 0}, {"data": -2}, {"fsdp": 0}, {"fspd": 1}])
+@pytest.mark.parametrize(
+  "values", [{"data": 0}, {"data": -2}, {"fsdp": 0}, {"context": 0}, {"fspd": 1}]
+)
 def test_refused_values(values):
   with pytest.raises(ConfigError, match="config.mesh"):
     build(MeshConfig, values, "mesh")
@@ -64,24 +71,41 @@ def test_batches_are_split_whole(monkeypatch):
     make_mesh(MeshConfig(), 8, 4)
 
 
+def test_groups_of_devices_share_a_sample(monkeypatch):
+  monkeypatch.setattr(mesh, "all_devices", lambda: [None] * 8)
+  with pytest.raises(ConfigError, match="=3 cannot be split over 2 groups of 4: set it to 4"):
+    make_mesh(MeshConfig(context=4), 3)
+
+
+@pytest.mark.parametrize(
+  "context, text",
+  [(5, "6 tiles and 2 heads evenly: .* one of 1, 2, or"), (3, "context=3 devices cannot")],
+)
+def test_tiles_and_heads_are_shared_evenly(context, text):
+  config = get_config()
+  config.mesh = {"context": context}
+  with pytest.raises(ConfigError, match=text):
+    experiment(config)
+
+
 def test_one_device_is_a_mesh_of_one():
   found = make_mesh(MeshConfig(), 3)
-  assert dict(found.shape) == {"data": 1, "fsdp": 1}
+  assert dict(found.shape) == {"data": 1, "fsdp": 1, "context": 1}
   assert describe(found) == "runs on cpu"
 
 
 @pytest.mark.parametrize(
   "sizes, devices, line",
   [
-    ((2, 4), 8, f"runs on 8 of 8 {H100} (data 2 x fsdp 4)"),
-    ((1, 1), 2, f"runs on 1 of 2 {H100} (data 1 x fsdp 1); 1 idles"),
-    ((3, 1), 8, f"runs on 3 of 8 {H100} (data 3 x fsdp 1); 5 idle"),
+    ((2, 4, 1), 8, f"runs on 8 of 8 {H100} (data 2 x fsdp 4 x context 1)"),
+    ((1, 1, 1), 2, f"runs on 1 of 2 {H100} (data 1 x fsdp 1 x context 1); 1 idles"),
+    ((1, 1, 3), 8, f"runs on 3 of 8 {H100} (data 1 x fsdp 1 x context 3); 5 idle"),
   ],
 )
 def test_idle_devices_are_named(monkeypatch, sizes, devices, line):
   found = [types.SimpleNamespace(device_kind=H100)] * devices
   monkeypatch.setattr(mesh, "all_devices", lambda: found)
-  used = np.array(found[: sizes[0] * sizes[1]]).reshape(sizes)
+  used = np.array(found[: math.prod(sizes)]).reshape(sizes)
   of = types.SimpleNamespace(
     devices=used, size=used.size, shape=dict(zip(AXES, sizes, strict=True))
   )
@@ -114,10 +138,11 @@ def test_absent_devices_are_one_sentence(monkeypatch, error, reason):
   assert reason in str(found.value)
 
 
-def test_eight_devices():
+@pytest.mark.parametrize("name", ["on_eight_devices.py", "context_on_eight_devices.py"])
+def test_eight_devices(name):
   """In a process of its own: the number of CPU devices is fixed when jax starts."""
   flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-  tests = pathlib.Path(__file__).with_name("on_eight_devices.py")
+  tests = pathlib.Path(__file__).with_name(name)
   run = subprocess.run(
     [sys.executable, *"-m pytest -x -q -n0 -p no:cacheprovider".split(), str(tests)],
     capture_output=True,
