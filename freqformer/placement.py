@@ -53,7 +53,7 @@ def check_context(tiles: int, heads: int, devices: int | None = None):
   Raises:
     ConfigError: says which numbers of devices would do.
   """
-  devices = _mesh().get(CONTEXT, 1) if devices is None else devices
+  devices = context_devices() if devices is None else devices
   if tiles % devices or heads % devices:
     common = math.gcd(tiles, heads)
     fitting = [n for n in range(1, common + 1) if common % n == 0]
@@ -153,7 +153,7 @@ def map_heads(function, arrays):
 
   Devices that share the heads go through their own at the same time.
   """
-  devices = _mesh().get(CONTEXT, 1)
+  devices = context_devices()
   if devices == 1:
     return jax.lax.map(function, arrays)
 
@@ -163,6 +163,11 @@ def map_heads(function, arrays):
 
   found = jax.lax.map(jax.vmap(function), jax.tree.map(deal, arrays))
   return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), found)
+
+
+def context_devices() -> int:
+  """Returns the number of devices that share a sample."""
+  return _mesh().get(CONTEXT, 1)
 
 
 def multiple(count: int) -> int:

@@ -24,6 +24,24 @@ def head_shares(allocation, branches: tuple[str, ...]) -> np.ndarray:
   return weights / weights.sum()
 
 
+def deal_heads(costs: np.ndarray, devices: int) -> list[list[int]]:
+  """Returns the ascending heads of each device: dealt dearest first to the least loaded with room.
+
+  Args:
+    costs: `[h]`, of each head.
+    devices: each has room for `ceil(h / devices)` heads.
+  """
+  room = -(-len(costs) // devices)
+  found = [[] for _ in range(devices)]
+  loads = np.zeros(devices)
+  for head in np.argsort(-np.asarray(costs), kind="stable"):
+    free = [device for device in range(devices) if len(found[device]) < room]
+    least = min(free, key=loads.__getitem__)
+    found[least].append(int(head))
+    loads[least] += costs[head]
+  return [sorted(heads) for heads in found]
+
+
 def check_counts(allocation, branches: tuple[str, ...]) -> None:
   """Raises ConfigError unless there is one whole number >= 0 of heads per branch, not all 0."""
   head_shares(allocation, branches)

@@ -88,6 +88,8 @@ class Projected:
     gains: of the norms of q and k, `[d]` each, for a method that norms tokens of its own.
     product, bias: `[b, n_buffer, 3, h, d]` and `[3, h, d]`, whose sum q, k and v are; for a method
       that reads all three in one pass. None where they were not projected together.
+    order: int `[h]`, the number of each head here in the layer; None: they are in order
+      (`Method.head_order`).
   """
 
   q: jax.Array
@@ -102,6 +104,7 @@ class Projected:
   gains: tuple[jax.Array, jax.Array] | None = None
   product: jax.Array | None = None
   bias: jax.Array | None = None
+  order: np.ndarray | None = None
 
   def __post_init__(self):
     theta = self.theta or grid_theta(self.layout.layout.grid, self.q.shape[-1])
@@ -116,6 +119,7 @@ class Projected:
     layout: LayoutTables,
     implementation: str | None = None,
     theta: Sequence[float] = (),
+    order: np.ndarray | None = None,
   ) -> "Projected":
     """Returns what a layer hands to its method.
 
@@ -129,6 +133,7 @@ class Projected:
       gains: of the norms of q and k, `[d]` each.
       implementation: of attention, or None for automatic choice.
       theta: as the attribute.
+      order: as the attribute.
     """
 
     # Both read `projected`, which is made below.
@@ -156,9 +161,13 @@ class Projected:
     arrays = jnp.unstack(product + bias.astype(product.dtype), axis=2)
     # `packed` reads it.
     projected = cls(
-      *arrays, *rotations, layout, implementation, packed, theta, gains, product, bias
+      *arrays, *rotations, layout, implementation, packed, theta, gains, product, bias, order
     )
     return projected
+
+  def in_order(self, x):
+    """Returns what belongs to the layer's heads `[1, h, ...]` for the heads as they are here."""
+    return x if self.order is None else x[:, self.order]
 
   @property
   def other_ops_implementation(self) -> str | None:
@@ -242,6 +251,14 @@ class Method:
     needs what this one finds.
     """
     return "trained parts of it take part in attention, which a dense evaluation would leave out"
+
+  def head_order(self, layout: TileLayout, heads: int, devices: int) -> np.ndarray | None:
+    """Returns the order in which devices that share a layer's heads are equally busy, int `[h]`.
+
+    Each takes as many of them, one after the other. None: the layer's own; it is the best where
+    heads cost the same, or where only the data tell.
+    """
+    return None
 
   def check_training(self, layout: TileLayout, heads: int) -> None:
     """Raises ConfigError if training on this grid cannot do what the fields ask for."""

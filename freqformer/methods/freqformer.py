@@ -130,6 +130,10 @@ class FreqFormer(RoutedMethod):
     if self.allocation == "measured":
       self.profile.check_run(steps)
 
+  def head_order(self, layout, heads, devices):
+    # Summary tokens have queries for each head of the layer.
+    return None if self.summary else super().head_order(layout, heads, devices)
+
   def refuses_dense(self, phase):
     if self.summary or self.low_op == "linear" or self.filter != "none":
       return super().refuses_dense(phase)
@@ -152,7 +156,7 @@ class FreqFormer(RoutedMethod):
     cells = tables.around(qkv.angles)
     packed = self._packed(qkv, routing, choice, cells)
     mid = self._mid_table(qkv, cond, tables, packed)
-    masks = (tables.low, mid, deal_out(tables.high, h))
+    masks = (tables.low, mid, deal_out(tables.high, h, qkv.order))
     mask = select([_for_heads(mask, choice) for mask in masks], choice)
     out, _ = attention(packed.q, packed.k, packed.v, mask, implementation=qkv.implementation)
     out = self._lifted(out, packed, routing, qkv, tables)

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from freqformer.config import with_numbers
 from freqformer.cost import branch_costs
-from freqformer.methods.allocation import check_counts, check_heads, head_shares
+from freqformer.methods.allocation import check_counts, check_heads, deal_heads, head_shares
 from freqformer.methods.base import Method
 from freqformer.methods.parts.router import (
   ONE_BRANCH,
@@ -25,6 +25,7 @@ from freqformer.methods.parts.router import (
 )
 
 _PARTS = 3  # of a head's energy, which the router reads
+_HEAD_DIM = 64  # at which branches are weighed against each other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,10 +114,20 @@ class RoutedMethod(Method):
     else:
       branches = len(self.branches)
       if choice is None:
-        choice = np.repeat(np.arange(branches, dtype=np.int32), self.allocation)[None]
+        choice = qkv.in_order(self._fixed_choice()[None])
       hot = jnp.broadcast_to(jax.nn.one_hot(choice, branches), (b, h, branches))
       routing = Routing(hot, jnp.broadcast_to(choice, (b, h)), hot, False)
     return dataclasses.replace(routing, choice=checkpoint_name(routing.choice, "routing"))
+
+  def _fixed_choice(self) -> np.ndarray:
+    """Returns the branch of each head of a fixed allocation, int32 `[h]`."""
+    return np.repeat(np.arange(len(self.branches), dtype=np.int32), self.allocation)
+
+  def head_order(self, layout, heads, devices):
+    if isinstance(self.allocation, str):
+      return None
+    costs = branch_costs(self, layout, heads, _HEAD_DIM)
+    return np.concatenate(deal_heads(costs[self._fixed_choice()], devices))
 
   def for_counting(self):
     """Returns the routed method in place of fixed head counts: its program has all parts."""

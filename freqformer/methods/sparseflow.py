@@ -135,7 +135,7 @@ class SparseFlow(RoutedMethod):
       if self.routed:
         heads = routing.choice == LINEAR
       else:  # known to tracing
-        heads = np.repeat([False, True], self.allocation)[None]
+        heads = qkv.in_order(np.repeat([False, True], self.allocation)[None])
       out, _ = linear(heads=heads, into=out)
       if self.routed and cond.train:  # in evaluation all weights are 1
         out = out * routing.weights.sum(-1)[:, None, :, None].astype(out.dtype)

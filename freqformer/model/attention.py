@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from freqformer.config import ConfigError, refusing
@@ -14,7 +15,7 @@ from freqformer.grid.layout import LayoutTables, TileLayout
 from freqformer.grid.rotary import axis_pairs, grid_theta
 from freqformer.methods.base import Cond, Dims, Method, Projected, attend
 from freqformer.model.streams import named
-from freqformer.placement import split
+from freqformer.placement import context_devices, split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,18 +141,36 @@ class SpectralAttention(nnx.Module):
     b, n, width = x.shape
     shape = (3, self.dims.heads, self.dims.head_dim)
     product = x.astype(self.dtype) @ self.qkv.kernel[...].astype(self.dtype)
+    product = split(product.reshape(b, n, *shape), context=1)
+    bias = self.qkv.bias[...].reshape(shape)
+    order = self._head_order(cond, layout.layout)
+    if order is not None:
+      product = product[:, :, :, order]
+      bias = bias[:, order]
     projected = Projected.of_joint(
-      split(split(product.reshape(b, n, *shape), context=1), context=3),
-      self.qkv.bias[...].reshape(shape),
+      split(product, context=3),
+      bias,
       (self.q_norm.scale[...], self.k_norm.scale[...]),
       layout,
       self.implementation,
       self.theta,
+      order,
     )
     if cond.phase == DENSE:
       out, aux = attend(projected, tables, cond)  # what the method remembers stays
     else:
       out, state, aux = self.config(self.method, projected, cond, tables, state)
     # Both said, or XLA would attend half by tokens, half by heads.
-    out = split(split(out, context=2), context=1).reshape(b, n, width)
-    return self.out(out.astype(self.dtype)), state, aux
+    out = split(split(out, context=2), context=1)
+    if order is not None:
+      place = np.argsort(order)
+      out = out[:, :, place]
+      aux = {k: x[:, place] if np.ndim(x) > 1 else x for k, x in aux.items()}  # [b, h, ...]
+    return self.out(out.reshape(b, n, width).astype(self.dtype)), state, aux
+
+  def _head_order(self, cond: Cond, layout: TileLayout) -> np.ndarray | None:
+    """Returns the order of heads in which devices that share them are equally busy, if another."""
+    devices = context_devices()
+    if devices == 1 or cond.phase == DENSE or cond.want_masks:
+      return None
+    return self.config.head_order(layout, self.dims.heads, devices)

@@ -10,6 +10,7 @@ import numpy as np
 
 from freqformer.config import ConfigError
 from freqformer.grid.layout import MOST_ROWS
+from freqformer.methods.allocation import deal_heads
 from freqformer.methods.base import Dims
 from freqformer.simulation.descriptions import Gpu, known, load_gpu
 from freqformer.simulation.forward import ELEMENTWISE_LAUNCHES, Forward, Plan, simulate
@@ -92,9 +93,9 @@ def largest_video(plan: Plan, gpu: Gpu, gpus: int = 1) -> tuple[int, int, int] |
 
 
 def imbalance(plan: Plan, gpus: int, phase: str | None = None) -> float:
-  """Returns attention of the busiest GPU over the mean; whole heads are dealt, dearest first.
+  """Returns attention of the busiest GPU over the mean; whole heads are dealt (`deal_heads`).
 
-  Each goes to the least loaded GPU. Heads differ where a method deals them to branches of different
+  Heads differ where a method deals them to branches of different
   cost; the shares are the method's own expectation. Heads that differ by what the data ask for
   (AdaSpa's levels, spatial and temporal heads) are taken as alike, hence too fast.
   """
@@ -109,9 +110,7 @@ def imbalance(plan: Plan, gpus: int, phase: str | None = None) -> float:
     pairs = np.array(each)[np.searchsorted(edges, np.arange(heads), side="right")]
   else:
     pairs = np.full(heads, method.pairs(plan.layout, 1, phase=phase).pairs)
-  loads = np.zeros(gpus)
-  for head in np.sort(pairs)[::-1]:
-    loads[loads.argmin()] += head
+  loads = np.array([pairs[heads].sum() for heads in deal_heads(pairs, gpus)])
   return float(loads.max() / loads.mean()) if loads.any() else 1.0
 
 

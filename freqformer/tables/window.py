@@ -54,20 +54,23 @@ def sliding_tile(
   return pad_lists(ids, counts, layout.tile_lengths, None, layout.block, layout.block)
 
 
-def deal_out(mask: BlockMask, heads: int) -> BlockMask:
+def deal_out(mask: BlockMask, heads: int, order: np.ndarray | None = None) -> BlockMask:
   """Returns a table of several sides for `heads` heads: head h gets side h modulo their number.
 
   A table of one side serves all heads as it is.
+
+  Args:
+    order: int `[heads]`, numbers of the heads, where they are not in order.
 
   Raises:
     ValueError: there are fewer heads than sides, so that some side would be seen by none.
   """
   sides = mask.kv_counts.shape[1]
   _check_heads(sides, heads)
-  if sides in (1, heads):
+  if sides == 1 or (sides == heads and order is None):
     return mask
   mask = mask.without_order()
-  side = np.arange(heads) % sides
+  side = (np.arange(heads) if order is None else order) % sides
   parts = (mask.kv_indices, mask.kv_counts, mask.transposed, mask.launch)
   ids, counts, transposed, launch = jax.tree.map(lambda x: x[:, side], parts)
   return dataclasses.replace(

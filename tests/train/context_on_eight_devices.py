@@ -37,6 +37,18 @@ def test_a_step_equals_one_device(method):
   assert "all-to-all" in collectives(together[-1].as_text())
 
 
+@pytest.mark.parametrize(
+  "method",
+  [
+    "freqformer(allocation=(1, 4, 3), basis=dict(mid=(0.5, 0.5, 0.5)))",
+    "sparseflow(allocation=(3, 5))",
+  ],
+)
+def test_heads_that_are_dealt_by_cost_stay_themselves(method):
+  alone = trained(method, 1, 1, heads=HEADS)
+  assert_equal(trained(method, 2, 1, context=4, heads=HEADS), alone)
+
+
 @pytest.mark.parametrize("method", ["octaves", "spatial_temporal", "adaspa"])
 def test_samples_equal_those_of_one_device(method):
   """The latter two measure heads and search for masks on the way."""
