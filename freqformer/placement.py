@@ -48,6 +48,7 @@ def check_context(tiles: int, heads: int, devices: int | None = None):
   """Refuses to share a sample among devices that do not divide its tiles and heads.
 
   Args:
+    heads: 0 where no layer exchanges tokens for heads.
     devices: along `context`; None: of the mesh that is set.
 
   Raises:
@@ -55,10 +56,11 @@ def check_context(tiles: int, heads: int, devices: int | None = None):
   """
   devices = context_devices() if devices is None else devices
   if tiles % devices or heads % devices:
+    of_heads = f" and {heads} heads" if heads else ""
     common = math.gcd(tiles, heads)
     fitting = [n for n in range(1, common + 1) if common % n == 0]
     raise ConfigError(
-      f"context={devices} devices cannot share a sample of {tiles} tiles and {heads} heads evenly: "
+      f"context={devices} devices cannot share a sample of {tiles} tiles{of_heads} evenly: "
       f"set config.mesh.context (of eval.py: --context) to one of {', '.join(map(str, fitting))}, "
       "or change model.heads, model.attention.block, the frames or the resolution."
     )
@@ -146,6 +148,11 @@ def split(x: jax.Array, context: int | None = None) -> jax.Array:
   if context is not None:
     axes[context] = CONTEXT
   return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+
+
+def of_tokens(size: int) -> PartitionSpec:
+  """Returns how arrays `[b, n, ...]` of so many samples lie, their tokens split over `context`."""
+  return PartitionSpec(_samples(size)[0], CONTEXT)
 
 
 def map_heads(function, arrays):

@@ -23,6 +23,8 @@ from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.cost import CallCost, uniform
 from freqformer.kernels.block_sparse.table import BlockMask
 from freqformer.kernels.core.op import ALIASES
+from freqformer.methods.parts.exchanged import attend_exchanged
+from freqformer.tables.exchange import TileExchange
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +202,7 @@ class Method:
     routed: a router deals the heads, so that training and evaluation run differently.
     trains_all_branches: a training step runs every branch of every head: it costs more than an
       evaluation.
+    exchanges_tiles: devices that share a sample may exchange tiles instead of heads (`exchange`).
     branches: names of what a head can be given; routing is an array over these.
     branch_of_part: named scopes (`jax.named_scope`) of the program that only heads of one branch
       need, and that branch.
@@ -209,6 +212,7 @@ class Method:
   usual_phase: ClassVar[str] = ""
   routed: ClassVar[bool] = False
   trains_all_branches: ClassVar[bool] = False
+  exchanges_tiles: ClassVar[bool] = False
   branches: ClassVar[tuple[str, ...]] = ()
   branch_of_part: ClassVar[dict[str, str]] = {}
 
@@ -257,6 +261,16 @@ class Method:
 
     Each takes as many of them, one after the other. None: the layer's own; it is the best where
     heads cost the same, or where only the data tell.
+    """
+    return None
+
+  def exchange(self, tables: Any, layout: TileLayout, heads: int) -> TileExchange | None:
+    """Returns what devices that share a sample exchange instead of heads, if that is less.
+
+    None: they exchange tokens for heads.
+
+    Args:
+      tables: of this layout.
     """
     return None
 
@@ -347,14 +361,21 @@ def even_lists(layout: TileLayout, heads: float, pairs: float) -> CallCost:
   return dataclasses.replace(call, pairs=float(pairs) * heads)
 
 
-def attend(qkv: Projected, mask: BlockMask, cond: Cond, rotated=None) -> tuple[jax.Array, dict]:
+def attend(
+  qkv: Projected, mask: BlockMask | TileExchange, cond: Cond, rotated=None
+) -> tuple[jax.Array, dict]:
   """Runs every token by one table: out, and the aux of a method without routing or losses.
 
   `rotated` is `qkv.rotated()` where a method has it already.
   """
-  q, k = rotated or qkv.rotated()
-  out, _ = attention(q, k, qkv.v, mask, implementation=qkv.implementation)
-  return out, plain_aux(mask, qkv.layout.layout.n, q.shape[0], q.shape[2], cond.want_masks)
+  b, _, h, _ = qkv.q.shape
+  if isinstance(mask, TileExchange):
+    out = attend_exchanged(qkv, mask)
+    mask = mask.whole
+  else:
+    q, k = rotated or qkv.rotated()
+    out, _ = attention(q, k, qkv.v, mask, implementation=qkv.implementation)
+  return out, plain_aux(mask, qkv.layout.layout.n, b, h, cond.want_masks)
 
 
 def mask_density(mask: BlockMask, n: int, b: int, h: int) -> jax.Array:

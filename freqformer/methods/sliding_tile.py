@@ -47,8 +47,8 @@ class SlidingTile(StaticMethod):
     window, parts = self._in_tiles(layout)
     return sliding_tile(layout, window, self.border, self.deal).refine(parts)
 
-  def __call__(self, module, qkv, cond, tables, state):
-    return super().__call__(module, qkv, cond, deal_out(tables, qkv.q.shape[2]), state)
+  def table_of_heads(self, mask, heads):
+    return deal_out(mask, heads)
 
   def pairs(self, layout, heads, allocation=None, phase=None):
     window, parts = self._in_tiles(layout)

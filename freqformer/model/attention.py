@@ -16,6 +16,7 @@ from freqformer.grid.rotary import axis_pairs, grid_theta
 from freqformer.methods.base import Cond, Dims, Method, Projected, attend
 from freqformer.model.streams import named
 from freqformer.placement import context_devices, split
+from freqformer.tables.exchange import TileExchange
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,12 +144,13 @@ class SpectralAttention(nnx.Module):
     product = x.astype(self.dtype) @ self.qkv.kernel[...].astype(self.dtype)
     product = split(product.reshape(b, n, *shape), context=1)
     bias = self.qkv.bias[...].reshape(shape)
-    order = self._head_order(cond, layout.layout)
+    by_tiles = isinstance(tables, TileExchange)
+    order = None if by_tiles else self._head_order(cond, layout.layout)
     if order is not None:
       product = product[:, :, :, order]
       bias = bias[:, order]
     projected = Projected.of_joint(
-      split(product, context=3),
+      product if by_tiles else split(product, context=3),
       bias,
       (self.q_norm.scale[...], self.k_norm.scale[...]),
       layout,
@@ -160,8 +162,10 @@ class SpectralAttention(nnx.Module):
       out, aux = attend(projected, tables, cond)  # what the method remembers stays
     else:
       out, state, aux = self.config(self.method, projected, cond, tables, state)
-    # Both said, or XLA would attend half by tokens, half by heads.
-    out = split(split(out, context=2), context=1)
+    if not by_tiles:
+      # Both said, or XLA would attend half by tokens, half by heads.
+      out = split(out, context=2)
+    out = split(out, context=1)
     if order is not None:
       place = np.argsort(order)
       out = out[:, :, place]

@@ -323,7 +323,6 @@ def make_tables(config: ModelConfig, latent_shape, with_dense: bool = False) -> 
     ConfigError: a method cannot serve the grid, or devices not share it.
   """
   layout = config.layout(latent_shape)
-  check_context(layout.tiles, config.heads)
 
   def is_mask(x):
     return isinstance(x, BlockMask)
@@ -335,9 +334,14 @@ def make_tables(config: ModelConfig, latent_shape, with_dense: bool = False) -> 
   for _, method in config.runs():
     with refusing(f"attention method {type(method).__name__}"):
       tables = method.tables(layout)
+      exchange = method.exchange(tables, layout, config.heads)
+    check_context(layout.tiles, 0 if exchange else config.heads)
+    if exchange is not None:
+      tables = exchange
     methods.append(jax.tree.map(finish, tables, is_leaf=is_mask))
   tables = {"layout": layout.arrays(), "methods": methods}
   if with_dense or config.attention.schedule != DenseSchedule():
+    check_context(layout.tiles, config.heads)
     tables["dense"] = finish(dense(layout))
   if config.precondition:
     tables["preconditioner"] = Preconditioner.of(config.spectrum, latent_shape)

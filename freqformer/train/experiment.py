@@ -37,7 +37,8 @@ class Experiment:
     # before hours of encoding.
     object.__setattr__(self, "model", self.model.resolved(self.latent_shape))
     tiles = self.model.layout(self.latent_shape).tiles
-    check_context(tiles, self.model.heads, self.mesh.context)
+    by_tiles = all(method.exchanges_tiles for _, method in self.model.runs())
+    check_context(tiles, 0 if by_tiles else self.model.heads, self.mesh.context)
     if self.train.first_frame:
       self._check_first_frame()
 

@@ -49,6 +49,17 @@ def test_heads_that_are_dealt_by_cost_stay_themselves(method):
   assert_equal(trained(method, 2, 1, context=4, heads=HEADS), alone)
 
 
+@pytest.mark.parametrize(
+  "method",
+  ["sliding_tile(window=(1, 2, 2), unit=tiles, deal=octant, border=clip)", "radial(sink=0)"],
+)
+def test_fewer_heads_than_devices_exchange_tiles(method):
+  alone = trained(method, 1, 1, heads=4)
+  together = trained(method, 1, 1, context=8, heads=4)
+  assert_equal(together, alone)
+  assert "collective-permute" in collectives(together[-1].as_text())
+
+
 @pytest.mark.parametrize("method", ["octaves", "spatial_temporal", "adaspa"])
 def test_samples_equal_those_of_one_device(method):
   """The latter two measure heads and search for masks on the way."""
