@@ -304,8 +304,9 @@ def _train(
       with metrics.timed("data_wait"):
         batch = next(batches)
       inputs = split_batch({k: batch[k] for k in ("latent", "label")}, exp.train.batch_size)
-      if dense != exp.train.dense_layers(step, depth):
-        dense = exp.train.dense_layers(step, depth)
+      now = exp.train.dense_layers(step, depth)
+      if now != dense:
+        dense = now
         metrics.change(step, throughputs[dense])
       begins = dense not in compiled
       if begins:
@@ -331,6 +332,8 @@ def _train(
       if last or step % exp.train.log_every == 0:
         with metrics.timed("step"):
           values = jax.device_get(values)
+        if len(throughputs) > 1:
+          values["dense_layers"] = dense
         metrics.train(step, values)
         warn(alarm.trained(step, float(values["loss"])))
         bar.set_postfix(loss=f"{values['loss']:.3f}")

@@ -74,6 +74,19 @@ def test_gradients_equal_with_and_without_remat():
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_heads_are_dealt_alike_wherever_a_run_of_layers_is_cut():
+  config = config_of(depth=3, remat=False, router=dict(mode="sampled"))
+  model = model_of(config)
+  tables = make_tables(config, SHAPE)
+  found = []
+  for first in (0, 1):
+    model.config = config.with_dense_layers(first)
+    phases = [""] * len(model.config.parts())  # cut there, and nothing is dense
+    found.append(model(*inputs(), tables, train=True, rng=jax.random.key(3), phases=phases)[0])
+  assert len(model.config.parts()) == 2
+  np.testing.assert_allclose(found[1], found[0], atol=1e-5)
+
+
 def test_one_scan_per_run():
   """The program does not grow with depth."""
 

@@ -31,7 +31,10 @@ def trained(method, data, fsdp, optimizer="adamw", accumulate=1):
   config = get_config().model.to_dict()
   config["attention"]["method"] = method
   model = model_config(config | {"precondition": False, "depth": 1}).resolved(SHAPE)
+  # FreqFormer also learns from dense attention, layer by layer.
   train = TrainConfig(
+    distill=float(method == "freqformer"),
+    distill_at="layers",
     steps=10,
     batch_size=BATCH,
     warmup=0,
@@ -43,7 +46,7 @@ def trained(method, data, fsdp, optimizer="adamw", accumulate=1):
   latents = np.random.default_rng(0).standard_normal((BATCH, *SHAPE), np.float32)
   labels = np.arange(BATCH, dtype=np.int32) % CLASSES
   with jax.set_mesh(mesh):
-    tables = placement.everywhere(make_tables(model, SHAPE))
+    tables = placement.everywhere(make_tables(model, SHAPE, with_dense=True))
     graphdef, params = nnx.split(VideoDiT(model, SHAPE, CLASSES, nnx.Rngs(0)))
     state = placement.share(init_state(params, train, 0))
     batch = placement.split_batch({"latent": latents, "label": labels})
@@ -71,7 +74,8 @@ def test_a_step_equals_one_device(method):
   meshes = [(8, 1), (1, 8), (2, 4)] if method == "dense" else [(2, 4)]
   for data, fsdp in meshes:
     state, metrics, _ = trained(method, data, fsdp)
-    for name in ("loss", "grad_norm", "density"):
+    assert ("distill_loss" in metrics) == (method == "freqformer")
+    for name in {"loss", "grad_norm", "density", "distill_loss"} & metrics.keys():
       np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-5)
     norm = float(expected["grad_norm"])
     for found, wanted in zip(moments(state), moments(alone), strict=True):

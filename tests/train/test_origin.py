@@ -49,9 +49,9 @@ def dense(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def gated(dense, tmp_path_factory):
-  """A run that trained a gate on the dense run's weights."""
+  """A run that trained a gate on the dense run's weights, by dense attention of each layer."""
   workdir = tmp_path_factory.mktemp("gated")
-  train(begun(dense, freeze="backbone", distill=0.5), workdir)
+  train(begun(dense, freeze="backbone", distill=0.5, distill_at="layers"), workdir)
   return workdir
 
 
@@ -59,14 +59,16 @@ def losses(workdir):
   return [row["distill_loss"] for row in read(workdir / "metrics.jsonl") if row["kind"] == "train"]
 
 
-def test_the_teacher_is_dense_attention_of_the_same_weights(dense, gated, tmp_path):
-  assert len(losses(gated)) == 2 and min(losses(gated)) > 1e-9
-  train(config_of(steps=1, init_from=str(dense), distill=0.5), tmp_path)
+@pytest.mark.parametrize("at", ["output", "layers"])
+def test_the_teacher_is_dense_attention_of_the_same_weights(dense, gated, tmp_path, at):
+  assert len(losses(gated)) == 2 and min(losses(gated)) > 1e-3
+  train(config_of(steps=1, init_from=str(dense), distill=0.5, distill_at=at), tmp_path)
   assert losses(tmp_path)[0] < 1e-12
   cheap, whole = (read(place / "metrics.jsonl")[0]["flops"] for place in (dense, tmp_path))
   exp = experiment(config_of())
-  forward = model_cost(exp.model, exp.latent_shape).total
-  assert whole - cheap == pytest.approx(exp.train.batch_size * forward)
+  forward = model_cost(exp.model, exp.latent_shape)
+  more = forward.total if at == "output" else forward.attention_flops
+  assert whole - cheap == pytest.approx(exp.train.batch_size * more)
 
 
 def test_only_the_new_gate_is_trained(dense, gated):
@@ -98,6 +100,7 @@ def test_the_record_says_where_it_began_and_a_resumed_run_does_not_read_it(dense
   again = begun(tmp_path / "gone", freeze="backbone", distill=0.5)
   again.train.steps = 3
   train(again, tmp_path)
+  assert losses(tmp_path)[2] > 1e-9  # of the output, now
   later = Checkpoints(tmp_path, create=False).record()
   assert later["step"] == 3 and later["init_from"] == record
 
