@@ -64,8 +64,8 @@ class TrainConfig:
     samples: classes of which a sample is drawn at every validation, for the run's report.
     trackers: where figures go: "jsonl" (metrics.jsonl, always), "tensorboard", "wandb"
       (`freqformer/train/trackers.py`).
-    init_from: folder of a run, or "folder:step", whose averaged weights this run starts from
-      (`freqformer/train/origin.py`); empty: random weights.
+    init_from: folder of a run, "folder:step", or a file "*.safetensors": the averaged weights that
+      this run starts from (`freqformer/train/origin.py`); empty: random weights.
     distill: weight of the difference from dense attention with the same weights, where no gradient
       goes; 0: none.
     distill_at: "output": mean square difference of the velocity from that of a forward with dense

@@ -2,12 +2,14 @@
 
 import json
 import logging
+import pathlib
 import shutil
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import save_file
 
 from freqformer.config import ConfigError
 from freqformer.cost import model_cost
@@ -93,7 +95,7 @@ def test_only_the_new_gate_is_trained(dense, gated):
 def test_the_record_says_where_it_began_and_a_resumed_run_does_not_read_it(dense, gated, tmp_path):
   record = Checkpoints(gated, create=False).record()["init_from"]
   assert record == json.loads((gated / "run.json").read_text())["init_from"]
-  assert record["workdir"] == str(dense) and record["step"] == 2
+  assert record["path"] == str(dense) and record["step"] == 2
   assert record["matched"] > 20 and not record["left_over"]
   assert record["new"] and all("layer 1/method BlockTopK/" in name for name in record["new"])
   shutil.copytree(gated, tmp_path, dirs_exist_ok=True)
@@ -120,6 +122,45 @@ def test_a_dense_run_leaves_the_gate_over(dense, gated, caplog):
   assert {f"ema/{name}" for name in found} == {name for name in source if name[:4] == "ema/"}
   for name, array in found.items():
     np.testing.assert_array_equal(array, source[f"ema/{name}"])
+
+
+def test_a_file_of_weights_starts_the_same_run(gated, tmp_path):
+  path = tmp_path / "new" / "gated.safetensors"
+  Origin.read(str(gated)).write(path)
+  before, after = (Origin.read(str(place)) for place in (gated, path))
+  assert before.arrays.keys() == after.arrays.keys()
+  for name, array in before.arrays.items():
+    np.testing.assert_array_equal(after.arrays[name], array)
+  told = before.record["config"]["train"]["init_from"]
+  assert after.record["config"]["train"]["init_from"] == pathlib.Path(told).name
+  assert str(pathlib.Path(told).parent) not in json.dumps(after.record)
+  (there, facts), (same, own) = (
+    each.fitted(begun(gated, freeze="backbone")) for each in (before, after)
+  )
+  assert there == same and own == facts | {"path": str(path)}
+  assert facts["matched"] == len(before.arrays) and not facts["new"] and not facts["left_over"]
+  after.check_statistics(before.record["statistics"])
+  wider = begun(gated)
+  wider.model.width = 48
+  with pytest.raises(ConfigError, match=r"step 2 of .*gated.safetensors does not fit: embed/bias"):
+    after.fitted(wider)
+
+
+def test_files_that_are_not_of_a_run_are_refused(gated, tmp_path):
+  with pytest.raises(ConfigError, match="must end in .safetensors"):
+    Origin.read(str(gated)).write(tmp_path / "weights.npz")
+  other = tmp_path / "other.safetensors"
+  with pytest.raises(ConfigError, match="other.safetensors cannot be read"):
+    Origin.read(str(other))
+  save_file({"a": np.zeros(2)}, other)
+  with pytest.raises(ConfigError, match="does not say what model its 1 arrays are of"):
+    Origin.read(str(other))
+  save_file({"a": np.zeros(2)}, other, {"freqformer": '{"schema": 0, "git": "an earlier one"}'})
+  with pytest.raises(ConfigError, match=r"schema 0, this code reads 1; .* \(an earlier one\)"):
+    Origin.read(str(other))
+  other.write_bytes(b"no weights")
+  with pytest.raises(ConfigError, match="other.safetensors cannot be read"):
+    Origin.read(str(other))
 
 
 @pytest.mark.parametrize(
