@@ -249,7 +249,7 @@ def test_the_loss_leaves_given_first_frames_out():
   np.testing.assert_array_equal(xt[1], noise[1])
 
 
-@pytest.mark.parametrize("first_frame, method", [(0.0, NARROW), (0.5, "dense")])
+@pytest.mark.parametrize("first_frame, method", [(0.0, NARROW), (0.5, "dense")], ids=["0.0", "0.5"])
 def test_micro_batches_make_the_update_of_the_whole_batch(first_frame, method):
   """Four draws in two halves; a plain mean would weigh first frames that are given too much.
 

@@ -66,6 +66,7 @@ def products(model, train, monkeypatch):
 @pytest.mark.parametrize(
   "settings, remat",
   [(FROZEN, False), (FROZEN | AT_LAYERS, False), (dict(distill=1.0), False), (AT_LAYERS, True)],
+  ids=["frozen", "frozen at layers", "at the output", "at layers"],
 )
 def test_a_step_costs_what_its_program_does(settings, remat, monkeypatch):
   """Against a plain step, by differences: the plain form of attention computes masked pairs, too.
