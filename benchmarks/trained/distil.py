@@ -40,6 +40,7 @@ WAYS = {
   "frozen, layers": _FROZEN | _LAYERS,
   "all": _ALL,
   "all, layers": _ALL | _LAYERS,
+  "all, layers .1": _ALL | _LAYERS | {"distill": 0.1},
 }
 
 

@@ -31,9 +31,9 @@ def trained(method, data, fsdp, optimizer="adamw", accumulate=1):
   config = get_config().model.to_dict()
   config["attention"]["method"] = method
   model = model_config(config | {"precondition": False, "depth": 1}).resolved(SHAPE)
-  # FreqFormer also learns from dense attention, layer by layer.
+  # Octaves also learn from dense attention, layer by layer.
   train = TrainConfig(
-    distill=float(method == "freqformer"),
+    distill=float(method == "octaves"),
     distill_at="layers",
     steps=10,
     batch_size=BATCH,
@@ -74,7 +74,7 @@ def test_a_step_equals_one_device(method):
   meshes = [(8, 1), (1, 8), (2, 4)] if method == "dense" else [(2, 4)]
   for data, fsdp in meshes:
     state, metrics, _ = trained(method, data, fsdp)
-    assert ("distill_loss" in metrics) == (method == "freqformer")
+    assert ("distill_loss" in metrics) == (method == "octaves")
     for name in {"loss", "grad_norm", "density", "distill_loss"} & metrics.keys():
       np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-5)
     norm = float(expected["grad_norm"])
