@@ -48,7 +48,8 @@ class Cond:
     guided: static; the batch is [conditional half, unconditional half] and both share routing and
       masks.
     soft_evaluation: static; evaluate with the soft mixture instead of the hard choice.
-    phase: static; what this step does for the layer's method (`Method.phase`); "" in training.
+    phase: static; what this step does for the layer's method (`Method.phase`); in training "", or
+      `DENSE` for a while (`train.dense_steps`).
     want_masks: static; aux then holds `"mask"`, the `BlockMask` that ran.
     want_finite: static; aux then holds `"finite"`, 1 or 0: is the layer's output finite?
     teacher: the dense table, or None; with it aux holds `"distance"`, the attention layer's from
