@@ -220,8 +220,8 @@ class VideoDiT(nnx.Module):
       label: int `[b]`, or embeddings float32 `[b, e]`.
       state: of `init_state`, or None to start fresh.
       rng: key for stochastic routing, or None.
-      phases: one for each of `ModelConfig.parts`, of `schedule`; empty in training unless layers are
-        dense for a while.
+      phases: one for each of `ModelConfig.parts`, of `schedule`; empty in training, unless layers
+        are dense for a while.
       given: bool `[b]`, the first latent frame is clean instead of noisy (`ModelConfig.first_frame`
         only); None: nowhere. The velocity there means nothing.
       **moment: further fields of `Cond`: progress, train, guided, soft_evaluation, want_masks,
