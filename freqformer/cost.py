@@ -249,9 +249,8 @@ def model_cost(config, latent_shape, allocations=None, training: bool = False, p
       without `attention.schedule`.
   """
   layout = config.layout(latent_shape)
-  block = BlockShape(config.width, config.heads, int(config.width * config.mlp_ratio))
-  patch = latent_shape[3] * math.prod(config.patch)
-  total = Cost(linear_flops=2 * 2.0 * layout.n * config.width * patch)
+  block = _block_shape(config)
+  total = Cost(linear_flops=2 * _patch_flops(config, latent_shape))
   runs = config.runs()
   parts = config.whole_runs() if phases is None else config.parts()
   for i, part in enumerate(parts):
@@ -266,6 +265,17 @@ def model_cost(config, latent_shape, allocations=None, training: bool = False, p
     )
     total += (layer + Cost(linear_flops=block.linear_flops(layout.n))).scaled(part.count)
   return total
+
+
+def _block_shape(config) -> BlockShape:
+  """Returns the sizes of a `ModelConfig`'s block."""
+  return BlockShape(config.width, config.heads, int(config.width * config.mlp_ratio))
+
+
+def _patch_flops(config, latent_shape) -> float:
+  """Returns FLOPs of the patch embedding, which the final projection has, too."""
+  patch = latent_shape[3] * math.prod(config.patch)
+  return 2.0 * config.layout(latent_shape).n * config.width * patch
 
 
 def sampling_cost(config, latent_shape, schedule, guided: bool | Sequence[bool] = True) -> Cost:
@@ -291,7 +301,64 @@ def sampling_cost(config, latent_shape, schedule, guided: bool | Sequence[bool] 
 
 def training_flops(cost: Cost) -> float:
   """Returns forward and backward of a step: 3 times the linear work, 3.5 times attention."""
-  return 3.0 * cost.linear_flops + (1.0 + BACKWARD_OVER_FORWARD) * cost.attention_flops
+  return _with_backward(cost).total
+
+
+def _with_backward(cost: Cost) -> Cost:
+  return Cost((1.0 + BACKWARD_OVER_FORWARD) * cost.attention_flops, 3.0 * cost.linear_flops)
+
+
+def step_cost(config, latent_shape, *, frozen=False, teacher="", dense=0) -> Cost:
+  """Returns forward and backward of a training step for one sample.
+
+  Counted is what runs, without recomputation (`remat`).
+
+  Args:
+    config: a `ModelConfig`.
+    latent_shape: `(t, y, x, c)`.
+    frozen: the parameters of methods alone are trained (`train.freeze`).
+    teacher: `TrainConfig.teacher`: the dense attention of every layer, or all of the dense model,
+      runs forward, too.
+    dense: number of the first layers that attend densely.
+  """
+  layout = config.layout(latent_shape)
+  staged = config.with_dense_layers(dense)
+  phases = [DENSE if part.dense else None for part in staged.parts()]
+  if frozen:
+    total = _frozen_step_cost(config, latent_shape)
+  else:
+    total = _with_backward(model_cost(staged, latent_shape, training=True, phases=phases))
+  if teacher == "output" and dense < config.depth:
+    total += model_cost(config.with_method("dense"), latent_shape)
+  if teacher == "layers":
+    pairs = (config.depth - dense) * config.heads * layout.n**2
+    total += attention_cost(pairs, config.dims.head_dim)
+  return total
+
+
+def _frozen_step_cost(config, latent_shape) -> Cost:
+  """Returns a step in which no gradient of a frozen matrix is computed.
+
+  The backward ends at the first run of layers with a method that has parameters. From there on a
+  block's matrices pass gradients to their inputs, all but that of the conditioning, whose input
+  depends on nothing that is trained.
+  """
+  layout = config.layout(latent_shape)
+  sizes = (config.heads, config.dims.head_dim)
+  block = _block_shape(config)
+  matrices = block.linear_flops(layout.n)
+  conditioning = matrices - dataclasses.replace(block, modulation=0).linear_flops(layout.n)
+  total = Cost(linear_flops=3 * _patch_flops(config, latent_shape))  # the projection's twice
+  trained = False
+  for count, method in config.runs():
+    trained = trained or method.has_parameters(layout, *sizes)
+    layer = layer_cost(method, layout, *sizes, training=True)
+    if trained:
+      layer = _with_backward(layer) + Cost(linear_flops=2 * matrices - conditioning)
+    else:
+      layer += Cost(linear_flops=matrices)
+    total += layer.scaled(count)
+  return total
 
 
 def utilisation(flops: float, seconds: float, peak: float) -> float:

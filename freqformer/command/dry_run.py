@@ -9,7 +9,7 @@ from flax import nnx
 from freqformer import placement
 from freqformer.analysis.hlo_bytes import collectives
 from freqformer.config import ConfigError, numbers
-from freqformer.cost import model_cost, training_flops
+from freqformer.cost import model_cost, step_cost
 from freqformer.data.sources import class_names
 from freqformer.model.dit import VideoDiT, make_tables
 from freqformer.pages.text import aligned
@@ -51,7 +51,7 @@ def describe(experiment: Experiment) -> str:
   mesh = meshes.make_mesh(experiment.mesh, batch_size, experiment.train.accumulate)
   with jax.set_mesh(mesh):
     tables = placement.everywhere(
-      make_tables(model, shape, with_dense=experiment.train.distill > 0)
+      make_tables(model, shape, with_dense=experiment.train.attends_densely)
     )
     placed = placement.share(state)
     own = placement.everywhere(numbers(experiment.train))
@@ -62,7 +62,7 @@ def describe(experiment: Experiment) -> str:
 
   cost = model_cost(model, shape)
   dense = model_cost(model.with_method("dense"), shape)
-  step_flops = training_flops(model_cost(model, shape, training=True)) * batch_size
+  step_flops = step_cost(model, shape, **experiment.train.counted).total * batch_size
   told = f"{len(names)} classes{assumed}"
   if data.condition != "class":
     told = f"data.condition={data.condition!r}"

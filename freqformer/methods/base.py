@@ -50,9 +50,12 @@ class Cond:
     guided: static; the batch is [conditional half, unconditional half] and both share routing and
       masks.
     soft_evaluation: static; evaluate with the soft mixture instead of the hard choice.
-    phase: static; what this step does for the layer's method (`Method.phase`); "" in training.
+    phase: static; what this step does for the layer's method (`Method.phase`); in training "", or
+      `DENSE` for a while (`train.dense_steps`).
     want_masks: static; aux then holds `"mask"`, the `BlockMask` that ran.
     want_finite: static; aux then holds `"finite"`, 1 or 0: is the layer's output finite?
+    teacher: the dense table, or None; with it aux holds `"distance"`, the attention layer's from
+      dense attention (`model.attention.distance`).
   """
 
   time: jax.Array
@@ -65,6 +68,7 @@ class Cond:
   phase: str = dataclasses.field(default="", metadata={"static": True})
   want_masks: bool = dataclasses.field(default=False, metadata={"static": True})
   want_finite: bool = dataclasses.field(default=False, metadata={"static": True})
+  teacher: BlockMask | None = None
 
   def share(self, x: jax.Array) -> jax.Array:
     """Returns `x` `[b, ...]` with the conditional half's rows in the unconditional half, if any."""
@@ -317,6 +321,12 @@ class Method:
   def for_counting(self) -> "Method":
     """Returns the method whose program is counted; some fields choose among its results only."""
     return self
+
+  def has_parameters(self, layout: TileLayout, heads: int, head_dim: int) -> bool:
+    """Returns whether `build` makes any."""
+    dims = Dims(heads, head_dim, heads * head_dim)
+    module = nnx.eval_shape(lambda: self.build(dims, layout, nnx.Rngs(0)))
+    return module is not None and bool(jax.tree.leaves(nnx.state(module, nnx.Param)))
 
   def program(self, layout: TileLayout, heads: int, head_dim: int, phase: str) -> ClosedJaxpr:
     """Traces one sampling step between a layer's projections, in the plain form of every op.

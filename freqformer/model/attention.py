@@ -8,15 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from freqformer.config import ConfigError, refusing
 from freqformer.cost import DENSE
 from freqformer.grid.layout import LayoutTables, TileLayout
 from freqformer.grid.rotary import axis_pairs, grid_theta
+from freqformer.kernels.block_sparse.api import CHECKPOINT_NAMES
 from freqformer.methods.base import Cond, Dims, Method, Projected, attend
 from freqformer.model.streams import named
 from freqformer.placement import context_devices, split
 from freqformer.tables.exchange import TileExchange
+
+_LEAST_SQUARE = 1e-12  # choice: of dense attention's output, so that no distance is divided by 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +90,28 @@ def keys_per_query(method: Method, layout: TileLayout, heads: int) -> float:
     return method.pairs(layout, heads).pairs / (heads * layout.n)
   except NotImplementedError:
     return float(layout.n)
+
+
+def distance(out: jax.Array, projected: Projected, cond: Cond) -> jax.Array:
+  """Returns how far attention is from dense attention on the same projections, float32 `[b]`.
+
+  It is the square of the difference over that of dense attention's output, summed over tokens and
+  heads before the output projection: layers of large and of small values weigh the same, and no
+  scale of the values lowers it. No gradient goes through dense attention.
+
+  Args:
+    out: `[b, n_buffer, h, d]`, of the method.
+    projected: what the method was given.
+    cond: has the dense table, `teacher`.
+  """
+  fixed = dataclasses.replace(projected, v=jax.lax.stop_gradient(projected.v))
+  dense, _ = attend(fixed, cond.teacher, cond, jax.lax.stop_gradient(projected.rotated()))
+  # Without a gradient the kernel names nothing to keep, and rematerialisation would run it twice.
+  dense = checkpoint_name(dense, CHECKPOINT_NAMES[0]).astype(jnp.float32)
+  axes = (1, 2, 3)
+  valid = projected.layout.valid[:, None, None]  # padding rows hold anything
+  square = jnp.sum(dense**2, axes, where=valid)
+  return jnp.sum((out - dense) ** 2, axes, where=valid) / jnp.maximum(square, _LEAST_SQUARE)
 
 
 class SpectralAttention(nnx.Module):
@@ -162,6 +188,10 @@ class SpectralAttention(nnx.Module):
       out, aux = attend(projected, tables, cond)  # what the method remembers stays
     else:
       out, state, aux = self.config(self.method, projected, cond, tables, state)
+    if cond.teacher is not None:
+      # A layer that attends densely is at no distance, and need not attend twice to know it.
+      far = cond.phase != DENSE
+      aux = {**aux, "distance": distance(out, projected, cond) if far else jnp.zeros(b)}
     if not by_tiles:
       # Both said, or XLA would attend half by tokens, half by heads.
       out = split(out, context=2)

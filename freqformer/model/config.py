@@ -273,6 +273,13 @@ class ModelConfig:
       self, attention=dataclasses.replace(self.attention, schedule=schedule)
     )
 
+  def with_dense_layers(self, count: int) -> "ModelConfig":
+    """Returns the same model with a schedule in which just the first `count` layers are dense."""
+    schedule = DenseSchedule(dense_layers=tuple(range(count)))
+    return dataclasses.replace(
+      self, attention=dataclasses.replace(self.attention, schedule=schedule)
+    )
+
   def with_method(self, text: str) -> "ModelConfig":
     """Returns the same model with one method everywhere, as `parse_method` reads it.
 

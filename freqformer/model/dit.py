@@ -220,11 +220,12 @@ class VideoDiT(nnx.Module):
       label: int `[b]`, or embeddings float32 `[b, e]`.
       state: of `init_state`, or None to start fresh.
       rng: key for stochastic routing, or None.
-      phases: one for each of `ModelConfig.parts`, of `schedule`; empty in training.
+      phases: one for each of `ModelConfig.parts`, of `schedule`; empty in training, unless layers
+        are dense for a while.
       given: bool `[b]`, the first latent frame is clean instead of noisy (`ModelConfig.first_frame`
         only); None: nowhere. The velocity there means nothing.
       **moment: further fields of `Cond`: progress, train, guided, soft_evaluation, want_masks,
-        want_finite.
+        want_finite, teacher.
 
     Returns:
       The velocity `[b, t, y, x, c]` in float32, the new state, and aux: one dict per part (without
@@ -274,10 +275,10 @@ class VideoDiT(nnx.Module):
     """Scans over the stacked layers of a part of one run, whose state is given whole."""
     graphdef, params = nnx.split(self.runs[part.run])
     depth = jax.tree.leaves(params)[0].shape[0]
-    if part.count < depth:
-      params, state = jax.tree.map(lambda x: x[part.first : part.stop], (params, state))
-      depth = part.count
     keys = None if cond.rng is None else jax.random.split(cond.rng, depth)
+    if part.count < depth:
+      own = (params, state, keys)
+      params, state, keys = jax.tree.map(lambda x: x[part.first : part.stop], own)
 
     def layer(x, of_layer):
       params, state, key = of_layer

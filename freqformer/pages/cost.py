@@ -1,12 +1,11 @@
 """Counts what a run costs against dense attention, and shows it beside the seconds it took."""
 
-import dataclasses
 import pathlib
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from freqformer.cost import model_cost, sampling_cost, training_flops
+from freqformer.cost import Cost, sampling_cost, step_cost
 from freqformer.pages.files import json_if_any, metric_rows, read_json, series
 from freqformer.pages.html import COLOURS, GREY, absent, image, legend, panels, table
 from freqformer.train.experiment import Experiment
@@ -47,20 +46,21 @@ def counted(exp: Experiment, schedule: list[tuple[str, ...]]) -> dict:
     found[stage] = {}
     for name, model in models.items():
       if stage == "training":
-        cost = model_cost(model, shape, training=True)
-        attention = training_flops(dataclasses.replace(cost, linear_flops=0.0))
-        total = training_flops(cost)
-        if name == "own" and exp.train.distill:  # a forward with dense attention more
-          teacher = model_cost(models["dense"], shape)
-          attention += teacher.attention_flops
-          total += teacher.total
+        cost = _mean_step(exp) if name == "own" else step_cost(model, shape)
       else:
         phases = schedule if name == "own" else [("",) * len(step) for step in schedule]
         cost = sampling_cost(model, shape, phases, exp.sample.guided())
-        attention = cost.attention_flops
-        total = cost.total
-      found[stage][name] = {"attention_flops": attention, "total_flops": total}
+      found[stage][name] = {"attention_flops": cost.attention_flops, "total_flops": cost.total}
   return found
+
+
+def _mean_step(exp: Experiment) -> Cost:
+  """Returns a training step of one sample, the mean over a run whose layers are dense at first."""
+  total = Cost()
+  for steps, dense in exp.train.stages(exp.model.depth):
+    own = step_cost(exp.model, exp.latent_shape, dense=dense, **exp.train.counted)
+    total += own.scaled(steps / exp.train.steps)
+  return total
 
 
 def cost(workdir: pathlib.Path) -> str:

@@ -15,7 +15,14 @@ _LAST = 10**9  # their place, behind the number of any layer
 
 
 def first_not_finite(
-  graphdef, config: TrainConfig, state: TrainState, batch, tables, numbers, posterior=None
+  graphdef,
+  config: TrainConfig,
+  state: TrainState,
+  batch,
+  tables,
+  numbers,
+  posterior=None,
+  dense: int = 0,
 ) -> str:
   """Returns a clause about the step that has led to a state, computed again from its batch.
 
@@ -23,9 +30,9 @@ def first_not_finite(
   gradient that is the first one not to be, on the way back from the last layer.
 
   Args:
-    graphdef: as of `make_train_step`, the others as of its step.
+    graphdef: as of `make_train_step`, as is `dense`; the others as of its step.
   """
-  gradients = make_gradients(graphdef, config, want_finite=True)
+  gradients = make_gradients(graphdef, config, dense, want_finite=True)
 
   @jax.jit
   def look(state, batch, tables, numbers, posterior):

@@ -97,11 +97,26 @@ def experiment(config: Mapping, begun: Mapping | None = None) -> Experiment:
     values["model"] = _as_begun(values["model"], _completed(begun)["model"])
   found = _built(values)
   found.model.check_training(found.latent_shape)
+  _check_dense_steps(found)
   if found.model.attention.schedule != DenseSchedule():
     found.model.phases(len(found.sample.guided()))
   with refusing("config.sample"):
     check_guidance(found.sample, found.train, found.data.condition)
   return found
+
+
+def _check_dense_steps(exp: Experiment):
+  """Refuses dense training steps of a method that cannot be dense attention for a while."""
+  if not (exp.train.dense_steps or exp.train.dense_fall):
+    return
+  for _, method in exp.model.runs():
+    reason = method.refuses_dense("")
+    if reason is not None:
+      raise ConfigError(
+        f"config.train.dense_steps={exp.train.dense_steps} and dense_fall={exp.train.dense_fall} "
+        f"make layers of {type(method).__name__} dense, which they cannot be: {reason}; set both "
+        "to 0, or change the method."
+      )
 
 
 def check_guidance(sample: SampleConfig, train: TrainConfig, condition: str):

@@ -68,6 +68,12 @@ class Metrics:
     if trackers is not None:
       self.trackers = Trackers.open(trackers, self.workdir, step, config.to_dict())
 
+  def change(self, step: int, throughput: Throughput):
+    """Counts the steps behind this one by a throughput, those up to it by the one before."""
+    if self._before is not None:
+      self._before |= {"flops": self._flops(step), "step": step}
+    self._throughput = throughput
+
   def start_clock(self, step: int):
     """Begins to count seconds, behind the steps that compiled."""
     self._clock = time.monotonic()
@@ -98,11 +104,12 @@ class Metrics:
     """Returns FLOPs and seconds of the run up to a step, for its checkpoint; None if unknown."""
     if self._before is None:
       return None
-    steps = step - self._before["step"]
-    return {
-      "flops": self._before["flops"] + steps * self._throughput.flops,
-      "seconds": self._before["seconds"] + self._trained(),
-    }
+    seconds = self._before["seconds"] + self._trained()
+    return {"flops": self._flops(step), "seconds": seconds}
+
+  def _flops(self, step: int) -> float:
+    """Returns FLOPs of the run up to a step, where they are known."""
+    return self._before["flops"] + (step - self._before["step"]) * self._throughput.flops
 
   def write(self, step: int, kind: str, **values):
     """Appends one line with the totals of the run; arrays become lists, as `finite` has them."""

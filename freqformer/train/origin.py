@@ -1,6 +1,12 @@
-"""The weights that a run starts from, where they are another run's: `train.init_from`."""
+"""The weights that a run starts from, where they are another run's: `train.init_from`.
+
+They come from a run's checkpoint, or from a file that `python -m freqformer.export` made of one:
+safetensors, with the arrays by name and, under the key "freqformer" of its header, the checkpoint's
+record as JSON.
+"""
 
 import dataclasses
+import json
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,20 +14,28 @@ from collections.abc import Iterable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors
+import safetensors.numpy
 from absl import logging
 from flax import nnx
 
+from freqformer import disk
 from freqformer.config import ConfigError
 from freqformer.data.sources import class_names
 from freqformer.methods.base import Method
 from freqformer.model.dit import VideoDiT
-from freqformer.train.checkpoint import Checkpoints, flatten, leaf_name
+from freqformer.train.checkpoint import SCHEMA, Checkpoints, flatten, leaf_name
 from freqformer.train.experiment import Experiment, experiment, of_record
 from freqformer.train.resume import check_same_statistics
 
 # The model's settings that no array's shape tells.
 _ALIKE = ("patch", "precondition")
 _LISTED = 4  # arrays that a message names
+ENDING = ".safetensors"
+_HEADER = "freqformer"  # its key that holds the record
+# What of a record a file keeps: what the checks below, readers and samplers need.
+_TOLD = ("schema", "step", "config", "class_names", "statistics", "latent_shape", "video_shape")
+_TOLD += ("fps", "val_loss", "versions", "git")
 Runs = Sequence[tuple[int, Method]]  # of `ModelConfig.runs`
 
 
@@ -30,23 +44,26 @@ class Origin:
   """Averaged weights of another run's checkpoint.
 
   Attributes:
-    workdir: of that run.
-    record: of the checkpoint.
+    path: that run's folder, or a file of its weights.
+    record: of the checkpoint, or what a file tells of it.
     arrays: by name; of a run of layers one array per layer, by the layer's number, so that other
       runs of layers can take them. Names of a method's own parameters have its class.
   """
 
-  workdir: pathlib.Path
+  path: pathlib.Path
   record: dict
   arrays: dict[str, np.ndarray]
 
   @classmethod
   def read(cls, init_from: str) -> "Origin":
-    """Reads the newest checkpoint of a run's folder, or that of a step as in "runs/dense:500".
+    """Reads the newest checkpoint of a run's folder, that of a step as in "runs/dense:500", or a
+    file as in "dense.safetensors".
 
     Raises:
       ConfigError: there is none, or it cannot be read.
     """
+    if init_from.endswith(ENDING):
+      return cls._of_file(pathlib.Path(init_from).expanduser().absolute())
     folder, step = re.fullmatch(r"(.+?)(?::(\d+))?", init_from).groups()
     workdir = pathlib.Path(folder).expanduser().absolute()
     checkpoints = Checkpoints(workdir, create=False)
@@ -60,6 +77,48 @@ class Origin:
       names = _names(name, old.model.runs())
       arrays |= zip(names, leaf if _is_stacked(name) else [leaf], strict=True)
     return cls(workdir, record, arrays)
+
+  @classmethod
+  def _of_file(cls, path: pathlib.Path) -> "Origin":
+    try:
+      with safetensors.safe_open(path, framework="np") as file:
+        told = (file.metadata() or {}).get(_HEADER)
+        arrays = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, safetensors.SafetensorError) as error:
+      raise ConfigError(f"{path} cannot be read ({error}); name a file of weights.") from error
+    if told is None:
+      raise ConfigError(
+        f"{path} does not say what model its {len(arrays)} arrays are of; name a file that "
+        "python -m freqformer.export wrote."
+      )
+    record = json.loads(told)
+    if record["schema"] != SCHEMA:
+      raise ConfigError(
+        f"{path} has schema {record['schema']}, this code reads {SCHEMA}; use the revision that "
+        f"wrote it ({record['git']})."
+      )
+    return cls(path, record, arrays)
+
+  def write(self, path: pathlib.Path):
+    """Writes the file that `read` takes; it names no folder of this machine.
+
+    Raises:
+      ConfigError: the file has another ending, or the disk is full.
+    """
+    if path.suffix != ENDING:
+      raise ConfigError(f"{path} must end in {ENDING}, by which train.init_from knows a file.")
+    record = {key: self.record[key] for key in _TOLD if key in self.record}
+    record["config"] = _without_folders(record["config"])
+    arrays = {name: np.ascontiguousarray(array) for name, array in self.arrays.items()}
+    part = path.with_name(f".{path.name}.part")
+    size = sum(array.nbytes for array in arrays.values())
+    with disk.space_for(str(path), path.parent, size):
+      try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        safetensors.numpy.save_file(arrays, part, {_HEADER: json.dumps(record)})
+        part.replace(path)
+      finally:
+        part.unlink(missing_ok=True)
 
   def fitted(self, config: Mapping) -> tuple[Experiment, dict]:
     """Checks that a run of this config can start here, before its data are encoded.
@@ -100,7 +159,7 @@ class Origin:
         f"{exp.model.attention.method!r} has no parameters of its own."
       )
     facts = {
-      "workdir": str(self.workdir),
+      "path": str(self.path),
       "step": self.record["step"],
       "matched": len(matched),
       "new": sorted(new),
@@ -109,7 +168,7 @@ class Origin:
     logging.info(
       "starting from step %d of %s: %d arrays taken; new: %s; left over: %s",
       self.record["step"],
-      self.workdir,
+      self.path,
       len(matched),
       _some(new),
       _some(left_over),
@@ -121,7 +180,7 @@ class Origin:
     check_same_statistics(
       self.record["statistics"],
       statistics,
-      f"step {self.record['step']} of {self.workdir} and this run's data",
+      f"step {self.record['step']} of {self.path} and this run's data",
       "train.init_from needs the same codec and normalisation",
     )
 
@@ -139,7 +198,7 @@ class Origin:
 
   def _refusal(self, reason: str) -> ConfigError:
     return ConfigError(
-      f"train.init_from: step {self.record['step']} of {self.workdir} does not fit: {reason}."
+      f"train.init_from: step {self.record['step']} of {self.path} does not fit: {reason}."
     )
 
 
@@ -169,6 +228,15 @@ def _names(name: str, runs: Runs) -> list[str]:
   first = sum(own for own, _ in runs[: int(run)])
   rest = rest.replace("attention/method/", f"method {type(method).__name__}/", 1)
   return [f"layer {layer}/{rest}" for layer in range(first, first + count)]
+
+
+def _without_folders(config: Mapping) -> dict:
+  """Returns a recorded config in which folders have their last names alone."""
+  found = {**config, "data": dict(config["data"]), "train": dict(config["train"])}
+  for group, key in (("data", "root"), ("data", "cache"), ("train", "init_from")):
+    if key in found[group]:
+      found[group][key] = pathlib.Path(found[group][key]).name
+  return found
 
 
 def _some(texts: Iterable[str]) -> str:

@@ -178,7 +178,7 @@ def _train(
   # ---- 3. model and state ---------------------------------------------------------------------
   shape = tuple(train_data.latent_shape)
   condition = exp.conditioned_on(train_data.class_names)
-  tables = make_tables(exp.model, shape, with_dense=exp.train.distill > 0)
+  tables = make_tables(exp.model, shape, with_dense=exp.train.attends_densely)
   graphdef, params = nnx.split(VideoDiT(exp.model, shape, rngs=nnx.Rngs(exp.seed), **condition))
   if origin is not None:
     params = origin.into(params, exp)
@@ -188,10 +188,15 @@ def _train(
   record = _record(config, train_data) | provenance
 
   # ---- 4. resume: that checkpoint goes on, else start fresh -----------------------------------
-  throughput = Throughput.of(
-    exp.model, shape, exp.train.batch_size, list(mesh.devices.flat), distills=exp.train.distill > 0
-  )
-  metrics = Metrics(workdir, throughput)
+  depth = exp.model.depth
+  run_by = (exp.train.batch_size, list(mesh.devices.flat), exp.train)
+  # By the number of layers that attend densely, which changes at a few steps of a run.
+  throughputs = {
+    layers: Throughput.of(exp.model, shape, *run_by, layers)
+    for _, layers in exp.train.stages(depth)
+  }
+  dense = exp.train.dense_layers(min(old["step"], exp.train.steps - 1) if old else 0, depth)
+  metrics = Metrics(workdir, throughputs[dense])
   if old is not None:
     check_same_data(old, record)
     record["changes"] = old.get("changes", [])
@@ -227,7 +232,8 @@ def _train(
   is_routed = any(method.routed for _, method in exp.model.runs())
 
   # ---- 5. the steps ---------------------------------------------------------------------------
-  train_step = make_train_step(graphdef, exp.train)
+  train_steps = {layers: make_train_step(graphdef, exp.train, layers) for layers in throughputs}
+  compiled = set()
   own_numbers = everywhere(numbers(exp.train))
   target = everywhere(train_data.target)
   validate = _validation(exp, graphdef, val_data, tables)
@@ -267,7 +273,7 @@ def _train(
   def roll_back(lost: NotFinite):
     """Goes back to the last checkpoint before the lost steps, on with other batches and noise."""
     nonlocal state, step, batches, skips
-    found = first_not_finite(graphdef, exp.train, state, inputs, tables, own_numbers, target)
+    found = first_not_finite(graphdef, exp.train, state, inputs, tables, own_numbers, target, dense)
     text = f"{lost} In step {step}, {found}."
     back = checkpoints.newest_before(lost.first)
     if back is None or rollbacks or not exp.train.rollback:
@@ -289,7 +295,6 @@ def _train(
     step = back
 
   # ---- 6. the loop ----------------------------------------------------------------------------
-  logging.info("compiling the training step ...")
   loop_started = time.monotonic()
   bar = tqdm(total=exp.train.steps, initial=step, desc="training", disable=jax.process_index() > 0)
   with stop, bar:
@@ -299,23 +304,36 @@ def _train(
       with metrics.timed("data_wait"):
         batch = next(batches)
       inputs = split_batch({k: batch[k] for k in ("latent", "label")}, exp.train.batch_size)
+      now = exp.train.dense_layers(step, depth)
+      if now != dense:
+        dense = now
+        metrics.change(step, throughputs[dense])
+      begins = dense not in compiled
+      if begins:
+        where = f", {dense} of {depth} layers dense" if len(throughputs) > 1 else ""
+        logging.info("compiling the training step%s ...", where)
+        compile_started = time.monotonic()
       trace.before(step + 1, workdir)
-      with metrics.timed("step"):
-        state, values = train_step(state, inputs, tables, own_numbers, target)
+      with metrics.paused() if begins else metrics.timed("step"):
+        state, values = train_steps[dense](state, inputs, tables, own_numbers, target)
+        if begins:
+          jax.block_until_ready(values)
       skips.add(values)
       step += 1
       trace.after(step, values)
       last = step == exp.train.steps
-      if "compile" not in seconds:  # the first step
-        jax.block_until_ready(values)
-        seconds["compile"] = time.monotonic() - loop_started
-        logging.info("compiled, and run once, in %.1f s", seconds["compile"])
-        loop_started = time.monotonic()
+      if begins:
+        compiled.add(dense)
+        taken = time.monotonic() - compile_started
+        logging.info("compiled, and run once, in %.1f s", taken)
+        seconds["compile"] = seconds.get("compile", 0.0) + taken
         metrics.start_clock(step)
       bar.update()
       if last or step % exp.train.log_every == 0:
         with metrics.timed("step"):
           values = jax.device_get(values)
+        if len(throughputs) > 1:
+          values["dense_layers"] = dense
         metrics.train(step, values)
         warn(alarm.trained(step, float(values["loss"])))
         bar.set_postfix(loss=f"{values['loss']:.3f}")
@@ -334,7 +352,7 @@ def _train(
         val_loss = look()
       if saves or stop():
         save(val_loss)
-  seconds["train"] = time.monotonic() - loop_started
+  seconds["train"] = time.monotonic() - loop_started - seconds.get("compile", 0.0)
   best = checkpoints.best()
   metrics.finish(seconds, finished=step >= exp.train.steps, best=best)
   watch.end()

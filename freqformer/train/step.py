@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import optax.contrib
 from absl import logging
@@ -63,10 +64,16 @@ class TrainConfig:
     samples: classes of which a sample is drawn at every validation, for the run's report.
     trackers: where figures go: "jsonl" (metrics.jsonl, always), "tensorboard", "wandb"
       (`freqformer/train/trackers.py`).
-    init_from: folder of a run, or "folder:step", whose averaged weights this run starts from
-      (`freqformer/train/origin.py`); empty: random weights.
-    distill: weight of the mean square difference between the velocity and that of the same weights
-      with dense attention in all layers, where no gradient goes; 0: none.
+    init_from: folder of a run, "folder:step", or a file "*.safetensors": the averaged weights that
+      this run starts from (`freqformer/train/origin.py`); empty: random weights.
+    distill: weight of the difference from dense attention with the same weights, where no gradient
+      goes; 0: none.
+    distill_at: "output": mean square difference of the velocity from that of a forward with dense
+      attention in all layers; "layers": mean over layers of `freqformer.model.attention.distance`,
+      that of each attention layer from dense attention on its own input.
+    dense_steps: first steps in which all layers attend densely; the method takes part behind them.
+    dense_fall: steps behind those in which ever fewer layers attend densely: the first two thirds
+      of them in the first half of these steps, the first third in the second half, then none.
     freeze: "backbone" trains the parameters of attention methods alone (routers, gates, level
       weights); "": all.
     keep: number of newest checkpoints that stay on disk.
@@ -115,6 +122,9 @@ class TrainConfig:
   trackers: tuple[str, ...] = (JSONL,)
   init_from: str = ""
   distill: float = 0.0
+  distill_at: str = "output"
+  dense_steps: int = 0
+  dense_fall: int = 0
   freeze: str = ""
   checkpoint_every: int = 500
   keep: int = 2
@@ -122,6 +132,7 @@ class TrainConfig:
 
   def __post_init__(self):
     require(self, "steps batch_size accumulate log_every checkpoint_every keep", least=1)
+    require(self, "dense_steps dense_fall", least=0)
     require(self, "warmup val_every val_batches samples weight_decay", least=0)
     require(self, "lr muon_lr clip", above=0)
     require_one_of(self, "optimizer", ("adamw", "muon"))
@@ -135,11 +146,17 @@ class TrainConfig:
         f"of {', '.join(TRACKERS)}."
       )
     require(self, "distill", least=0)
+    require_one_of(self, "distill_at", ("output", "layers"))
     require_one_of(self, "freeze", ("", "backbone"))
     if self.freeze and not self.init_from:
       raise ValueError(
         f"freeze={self.freeze!r} needs trained weights, not random ones; set init_from to the run "
         "that has them."
+      )
+    if self.freeze and self.dense_steps + self.dense_fall:
+      raise ValueError(
+        f"freeze={self.freeze!r} trains the attention method alone, which takes no part in layers "
+        "that attend densely; set dense_steps=0 and dense_fall=0."
       )
     if not 0 <= self.time_range[0] < self.time_range[1] <= 1:
       raise ValueError(f"{self.time_range=} must be two rising timesteps in [0, 1].")
@@ -148,6 +165,38 @@ class TrainConfig:
         f"batch_size={self.batch_size} must be a multiple of accumulate={self.accumulate}, the "
         "number of its micro-batches."
       )
+
+  @property
+  def teacher(self) -> str:
+    """`distill_at` where the run distils, "" where it does not."""
+    return self.distill_at if self.distill > 0 else ""
+
+  @property
+  def attends_densely(self) -> bool:
+    """Whether any training step has dense attention, a teacher's or the layers' own."""
+    return bool(self.teacher or self.dense_steps or self.dense_fall)
+
+  def stages(self, depth: int) -> list[tuple[int, int]]:
+    """Returns `(steps, dense layers)` of the stretches of a run, in order.
+
+    In a stretch the same number of the first layers attends densely, which is a program of its own:
+    four of them at most. Earlier layers stay dense longer.
+    """
+    ends = np.cumsum([self.dense_steps, self.dense_fall // 2, -(-self.dense_fall // 2)])
+    edges = np.minimum([0, *ends, self.steps], self.steps)
+    found = zip(np.diff(edges).tolist(), (depth, 2 * depth // 3, depth // 3, 0), strict=True)
+    return [(steps, layers) for steps, layers in found if steps]
+
+  def dense_layers(self, step: int, depth: int) -> int:
+    """Returns how many of the first layers attend densely in the step behind `step` steps."""
+    stages = self.stages(depth)
+    ends = np.cumsum([steps for steps, _ in stages])
+    return next((layers for end, (_, layers) in zip(ends, stages, strict=True) if step < end), 0)
+
+  @property
+  def counted(self) -> dict[str, Any]:
+    """What of `freqformer.cost.step_cost` these settings decide."""
+    return {"frozen": bool(self.freeze), "teacher": self.teacher}
 
   @property
   def warm_steps(self) -> jax.Array:
@@ -274,16 +323,17 @@ def init_state(params, config: TrainConfig, seed: int) -> TrainState:
   )
 
 
-def make_gradients(graphdef, config: TrainConfig, **moment):
+def make_gradients(graphdef, config: TrainConfig, dense: int = 0, **moment):
   """Returns `(params, key, batch, tables, config, posterior, progress) -> (metrics, gradients)`.
 
   Metrics are the loss, without penalties, and what `_summary` finds.
 
   Args:
+    dense: number of the first layers that attend densely.
     moment: further fields of `Cond`.
   """
   gives_first_frames = config.first_frame > 0
-  distills = config.distill > 0
+  teacher = config.teacher
 
   def draw(params, key, batch, config, posterior):
     """Returns the arrays to train on, samples in front, and the key of stochastic routing."""
@@ -314,17 +364,27 @@ def make_gradients(graphdef, config: TrainConfig, **moment):
     # Gradients of frozen parameters are not computed, and count in no norm.
     params = _only_trained(config, params, jax.lax.stop_gradient(params))
     model = nnx.merge(graphdef, params)
+    phases = ()
+    if dense:
+      model.config = model.config.with_dense_layers(dense)
+      phases = [DENSE if part.dense else "" for part in model.config.parts()]
     noisy = (drawn["xt"], drawn["time"], drawn["label"], tables)
+    own = {**moment, "teacher": tables["dense"]} if teacher == "layers" else moment
     velocity, _, aux = model(
-      *noisy, train=True, rng=key_route, progress=progress, given=given, **moment
+      *noisy, train=True, rng=key_route, phases=phases, progress=progress, given=given, **own
     )
     loss = _mean_square(velocity - drawn["target"], given, cells)
     penalty = sum(run["loss"].mean() for run in aux)
     told = _summary(aux)
-    if distills:
-      dense = [DENSE] * len(model.config.parts())
-      teacher, *_ = model(*noisy, phases=dense, given=given)
-      told["distill_loss"] = _mean_square(velocity - jax.lax.stop_gradient(teacher), given, cells)
+    if teacher == "output" and dense == model.config.depth:
+      told["distill_loss"] = jnp.float32(0)  # it is the teacher itself
+    elif teacher == "output":
+      everywhere = [DENSE] * len(model.config.parts())
+      wanted, *_ = model(*noisy, phases=everywhere, given=given)
+      told["distill_loss"] = _mean_square(velocity - jax.lax.stop_gradient(wanted), given, cells)
+    elif teacher == "layers":
+      told["distill_loss"] = jnp.concatenate([run["distance"] for run in aux]).mean()
+    if teacher:
       penalty += config.distill * told["distill_loss"]
     return loss + penalty, (loss, told)
 
@@ -358,19 +418,20 @@ def make_gradients(graphdef, config: TrainConfig, **moment):
   return gradients
 
 
-def make_train_step(graphdef, config: TrainConfig):
+def make_train_step(graphdef, config: TrainConfig, dense: int = 0):
   """Returns the jitted step `(state, batch, tables, numbers, posterior) -> (state, metrics)`.
 
   It donates the state. A batch is `{"latent": [b, t, y, x, c], "label": [b] or [b, e]}`. `numbers`
   are those of the config (`freqformer.config.numbers`): runs that differ in them alone compile one
-  program. The model regresses on the velocity of the draw or, given a `Posterior`, on the
-  velocity's exact mean, of which the metric `loss` is then the regret.
+  program, and another one for each number of the first layers, `dense`, that attend densely. The
+  model regresses on the velocity of the draw or, given a `Posterior`, on the velocity's exact mean,
+  of which the metric `loss` is then the regret.
   """
   if config.warm_steps < config.warmup:
     logging.info(
       "train.warmup=%d is cut to %d, half of the steps", config.warmup, config.warm_steps
     )
-  gradients = make_gradients(graphdef, config)
+  gradients = make_gradients(graphdef, config, dense)
 
   @functools.partial(jax.jit, donate_argnums=0)
   def step(state: TrainState, batch, tables, numbers, posterior=None):

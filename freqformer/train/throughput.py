@@ -2,9 +2,10 @@
 
 import dataclasses
 
-from freqformer.cost import model_cost, training_flops, utilisation
+from freqformer.cost import step_cost, utilisation
 from freqformer.model.config import ModelConfig
 from freqformer.simulation.descriptions import gpu_named, load_gpu
+from freqformer.train.step import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,9 +13,9 @@ class Throughput:
   """Rates of a training step.
 
   Attributes:
-    flops: of one step, all samples: scored pairs only, every branch that a soft router runs,
-      forward and backward.
-    dense_flops: of the same step with dense attention in all layers.
+    flops: of one step, all samples, as `freqformer.cost.step_cost` counts: scored pairs only, every
+      branch that a soft router runs, forward and backward.
+    dense_flops: of training all of the model with dense attention in all layers.
     peak: FLOP/s by data sheet of the devices that run, or None if they are not described.
   """
 
@@ -24,20 +25,29 @@ class Throughput:
 
   @classmethod
   def of(
-    cls, model: ModelConfig, latent_shape, batch: int, devices, distills: bool = False
+    cls,
+    model: ModelConfig,
+    latent_shape,
+    batch: int,
+    devices,
+    train: TrainConfig | None = None,
+    dense: int = 0,
   ) -> "Throughput":
     """Returns the throughput of a model on the devices that run it; idle ones do not count.
 
-    A step that `distills` has a forward with dense attention more.
+    Args:
+      model: what is trained.
+      latent_shape: `(t, y, x, c)`.
+      batch: samples of a step.
+      devices: that run it.
+      train: what of it is trained, and by which teacher; None: all, without one.
+      dense: number of the first layers that attend densely.
     """
     device = devices[0]
     peak = None if device.platform == "cpu" else peak_of(device.device_kind)
-    flops, dense_flops = (
-      batch * training_flops(model_cost(each, latent_shape, training=True))
-      for each in (model, model.with_method("dense"))
-    )
-    if distills:
-      flops += batch * model_cost(model.with_method("dense"), latent_shape).total
+    options = {} if train is None else train.counted
+    flops = batch * step_cost(model, latent_shape, dense=dense, **options).total
+    dense_flops = batch * step_cost(model.with_method("dense"), latent_shape).total
     return cls(flops, dense_flops, None if peak is None else peak * len(devices))
 
   def rates(self, steps_per_s: float) -> dict[str, float]:

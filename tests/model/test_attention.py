@@ -1,13 +1,24 @@
-"""The initial gain of the query norm."""
+"""The initial gain of the query norm; the distance from dense attention."""
 
+import dataclasses
+import functools
 import pathlib
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 
 from freqformer.command.files import read_config
-from freqformer.model.attention import starting_gain
+from freqformer.cost import DENSE
+from freqformer.grid.layout import TileLayout
+from freqformer.methods.base import Cond
+from freqformer.methods.sliding_tile import SlidingTile
+from freqformer.model.attention import AttentionDims, SpectralAttention, starting_gain
 from freqformer.model.config import model_config
+from freqformer.tables.dense import dense
 from freqformer.train.experiment import experiment
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -54,3 +65,42 @@ def test_the_demo_has_the_figures_of_the_design_page():
   assert round(starting_gain(1152, 16), 2) == 2.62
   assert starting_gain(2980, 16) < starting_gain(2981, 16) == 4
   assert starting_gain(49_000, 128) == 1 < starting_gain(50_000, 128)
+
+
+def test_the_distance_from_dense_attention_is_of_its_output_and_moves_the_method_alone():
+  """Of a layer whose last projection does nothing, so that it puts out what is compared."""
+  layout = TileLayout((2, 3, 4), (1, 2, 4), 8)  # the lower tiles hold four tokens
+  method = SlidingTile((1, 1, 1))
+  layer = SpectralAttention(
+    AttentionDims(8, 2, 8), method, layout, nnx.Rngs(0), implementation="reference"
+  )
+  layer.out.kernel[...] = jnp.eye(8)
+  graphdef, params = nnx.split(layer)
+  x = jnp.asarray(np.random.default_rng(0).standard_normal((2, layout.n_buffer, 8)), jnp.float32)
+  cond = Cond(jnp.full(2, 0.5), jnp.zeros((2, 8)), teacher=dense(layout))
+  arrays = layout.arrays()
+
+  def run(params, cond, table):
+    out, _, aux = nnx.merge(graphdef, params)(x, cond, arrays, table, {})
+    return out[:, arrays.valid], aux["distance"]
+
+  own = method.tables(layout)
+  dense_cond = dataclasses.replace(cond, phase=DENSE)
+  wanted, none = run(params, dense_cond, cond.teacher)
+  np.testing.assert_array_equal(none, 0)
+
+  def by_hand(params):
+    out, _ = run(params, cond, own)
+    return jnp.sum((out - wanted) ** 2, (1, 2)) / jnp.sum(wanted**2, (1, 2))
+
+  def measured(params):
+    return run(params, cond, own)[1]
+
+  assert by_hand(params).min() > 0.1
+  np.testing.assert_allclose(measured(params), by_hand(params), rtol=1e-5)
+  # `wanted` is a constant there.
+  found, expected = (jax.jacrev(distance)(params) for distance in (measured, by_hand))
+  norm = float(optax.tree.norm(expected.qkv))
+  assert norm > 1e-2
+  close = functools.partial(np.testing.assert_allclose, atol=1e-5 * norm)
+  jax.tree.map(close, found.qkv, expected.qkv)

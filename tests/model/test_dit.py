@@ -74,6 +74,21 @@ def test_gradients_equal_with_and_without_remat():
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_heads_are_dealt_alike_wherever_a_run_of_layers_is_cut():
+  router = dict(mode="sampled", temperature=(50.0, 50.0))  # all branches equally likely
+  config = config_of(depth=3, remat=False, router=router)
+  model = model_of(config)
+  tables = make_tables(config, SHAPE)
+  found = []
+  for first in (0, 1):
+    model.config = config.with_dense_layers(first)
+    phases = [""] * len(model.config.parts())  # cut there, and nothing is dense
+    _, _, aux = model(*inputs(), tables, train=True, rng=jax.random.key(3), phases=phases)
+    found.append(jnp.concatenate([part["choice"] for part in aux]))
+  assert len(aux) == 2 and len({layer.tobytes() for layer in np.asarray(found[0])}) > 1
+  np.testing.assert_array_equal(found[1], found[0])
+
+
 def test_one_scan_per_run():
   """The program does not grow with depth."""
 

@@ -41,7 +41,11 @@ def small_model(method, heads):
 def trained(method, data, fsdp, optimizer="adamw", accumulate=1, context=1, heads=2):
   """Returns the state after one step on a mesh, its metrics, and the compiled step."""
   model = small_model(method, heads)
+  # Octaves also learn from dense attention, layer by layer.
+  teacher = method == "octaves"
   train = TrainConfig(
+    distill=float(teacher),
+    distill_at="layers",
     steps=10,
     batch_size=BATCH,
     warmup=0,
@@ -53,7 +57,7 @@ def trained(method, data, fsdp, optimizer="adamw", accumulate=1, context=1, head
   latents = np.random.default_rng(0).standard_normal((BATCH, *SHAPE), np.float32)
   labels = np.arange(BATCH, dtype=np.int32) % CLASSES
   with jax.set_mesh(mesh):
-    tables = placement.everywhere(make_tables(model, SHAPE))
+    tables = placement.everywhere(make_tables(model, SHAPE, with_dense=teacher))
     graphdef, params = nnx.split(VideoDiT(model, SHAPE, CLASSES, nnx.Rngs(0)))
     if context > 1 or heads > 2:
       params = jax.tree.map(shaken, params)
@@ -74,7 +78,7 @@ def moments(state):
 def assert_equal(found, wanted):
   """Asserts that two results of `trained` are of one step."""
   (state, metrics, _), (alone, expected, _) = found, wanted
-  for name in ("loss", "grad_norm", "density"):
+  for name in {"loss", "grad_norm", "density", "distill_loss"} & metrics.keys():
     np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-5)
   norm = float(expected["grad_norm"])
   for x, y in zip(moments(state), moments(alone), strict=True):
@@ -91,7 +95,9 @@ def test_a_step_equals_one_device(method):
   assert jax.device_count() == 8
   meshes = [(8, 1), (1, 8), (2, 4)] if method == "dense" else [(2, 4)]
   for data, fsdp in meshes:
-    assert_equal(trained(method, data, fsdp), trained(method, 1, 1))
+    found = trained(method, data, fsdp)
+    assert ("distill_loss" in found[1]) == (method == "octaves")
+    assert_equal(found, trained(method, 1, 1))
 
 
 @pytest.mark.parametrize("data, fsdp", [(4, 1), (2, 2)])

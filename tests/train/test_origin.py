@@ -2,12 +2,14 @@
 
 import json
 import logging
+import pathlib
 import shutil
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import save_file
 
 from freqformer.config import ConfigError
 from freqformer.cost import model_cost
@@ -49,9 +51,9 @@ def dense(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def gated(dense, tmp_path_factory):
-  """A run that trained a gate on the dense run's weights."""
+  """A run that trained a gate on the dense run's weights, by dense attention of each layer."""
   workdir = tmp_path_factory.mktemp("gated")
-  train(begun(dense, freeze="backbone", distill=0.5), workdir)
+  train(begun(dense, freeze="backbone", distill=0.5, distill_at="layers"), workdir)
   return workdir
 
 
@@ -59,14 +61,16 @@ def losses(workdir):
   return [row["distill_loss"] for row in read(workdir / "metrics.jsonl") if row["kind"] == "train"]
 
 
-def test_the_teacher_is_dense_attention_of_the_same_weights(dense, gated, tmp_path):
-  assert len(losses(gated)) == 2 and min(losses(gated)) > 1e-9
-  train(config_of(steps=1, init_from=str(dense), distill=0.5), tmp_path)
+@pytest.mark.parametrize("at", ["output", "layers"])
+def test_the_teacher_is_dense_attention_of_the_same_weights(dense, gated, tmp_path, at):
+  assert len(losses(gated)) == 2 and min(losses(gated)) > 1e-3
+  train(config_of(steps=1, init_from=str(dense), distill=0.5, distill_at=at), tmp_path)
   assert losses(tmp_path)[0] < 1e-12
   cheap, whole = (read(place / "metrics.jsonl")[0]["flops"] for place in (dense, tmp_path))
   exp = experiment(config_of())
-  forward = model_cost(exp.model, exp.latent_shape).total
-  assert whole - cheap == pytest.approx(exp.train.batch_size * forward)
+  forward = model_cost(exp.model, exp.latent_shape)
+  more = forward.total if at == "output" else forward.attention_flops
+  assert whole - cheap == pytest.approx(exp.train.batch_size * more)
 
 
 def test_only_the_new_gate_is_trained(dense, gated):
@@ -91,13 +95,14 @@ def test_only_the_new_gate_is_trained(dense, gated):
 def test_the_record_says_where_it_began_and_a_resumed_run_does_not_read_it(dense, gated, tmp_path):
   record = Checkpoints(gated, create=False).record()["init_from"]
   assert record == json.loads((gated / "run.json").read_text())["init_from"]
-  assert record["workdir"] == str(dense) and record["step"] == 2
+  assert record["path"] == str(dense) and record["step"] == 2
   assert record["matched"] > 20 and not record["left_over"]
   assert record["new"] and all("layer 1/method BlockTopK/" in name for name in record["new"])
   shutil.copytree(gated, tmp_path, dirs_exist_ok=True)
   again = begun(tmp_path / "gone", freeze="backbone", distill=0.5)
   again.train.steps = 3
   train(again, tmp_path)
+  assert losses(tmp_path)[2] > 1e-9  # of the output, now
   later = Checkpoints(tmp_path, create=False).record()
   assert later["step"] == 3 and later["init_from"] == record
 
@@ -117,6 +122,45 @@ def test_a_dense_run_leaves_the_gate_over(dense, gated, caplog):
   assert {f"ema/{name}" for name in found} == {name for name in source if name[:4] == "ema/"}
   for name, array in found.items():
     np.testing.assert_array_equal(array, source[f"ema/{name}"])
+
+
+def test_a_file_of_weights_starts_the_same_run(gated, tmp_path):
+  path = tmp_path / "new" / "gated.safetensors"
+  Origin.read(str(gated)).write(path)
+  before, after = (Origin.read(str(place)) for place in (gated, path))
+  assert before.arrays.keys() == after.arrays.keys()
+  for name, array in before.arrays.items():
+    np.testing.assert_array_equal(after.arrays[name], array)
+  told = before.record["config"]["train"]["init_from"]
+  assert after.record["config"]["train"]["init_from"] == pathlib.Path(told).name
+  assert str(pathlib.Path(told).parent) not in json.dumps(after.record)
+  (there, facts), (same, own) = (
+    each.fitted(begun(gated, freeze="backbone")) for each in (before, after)
+  )
+  assert there == same and own == facts | {"path": str(path)}
+  assert facts["matched"] == len(before.arrays) and not facts["new"] and not facts["left_over"]
+  after.check_statistics(before.record["statistics"])
+  wider = begun(gated)
+  wider.model.width = 48
+  with pytest.raises(ConfigError, match=r"step 2 of .*gated.safetensors does not fit: embed/bias"):
+    after.fitted(wider)
+
+
+def test_files_that_are_not_of_a_run_are_refused(gated, tmp_path):
+  with pytest.raises(ConfigError, match="must end in .safetensors"):
+    Origin.read(str(gated)).write(tmp_path / "weights.npz")
+  other = tmp_path / "other.safetensors"
+  with pytest.raises(ConfigError, match="other.safetensors cannot be read"):
+    Origin.read(str(other))
+  save_file({"a": np.zeros(2)}, other)
+  with pytest.raises(ConfigError, match="does not say what model its 1 arrays are of"):
+    Origin.read(str(other))
+  save_file({"a": np.zeros(2)}, other, {"freqformer": '{"schema": 0, "git": "an earlier one"}'})
+  with pytest.raises(ConfigError, match=r"schema 0, this code reads 1; .* \(an earlier one\)"):
+    Origin.read(str(other))
+  other.write_bytes(b"no weights")
+  with pytest.raises(ConfigError, match="other.safetensors cannot be read"):
+    Origin.read(str(other))
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ ATTENTION = dict(method="freqformer", block=8, freqformer=dict(window=(1, 1, 1),
 ATTENTION["implementation"] = "reference"  # which compiles fastest
 SIZES = dict(size="custom", width=24, depth=1, heads=2, patch=(1, 1, 1), remat=False)
 MODEL = model_config(dict(SIZES, attention=ATTENTION))
+NARROW = "sliding_tile(window=(1, 1, 1))"
 TRAIN = TrainConfig(steps=100, batch_size=4, lr=3e-3, warmup=10, ema=0.9, label_dropout=0.1)
 
 
@@ -248,27 +249,63 @@ def test_the_loss_leaves_given_first_frames_out():
   np.testing.assert_array_equal(xt[1], noise[1])
 
 
-@pytest.mark.parametrize("first_frame", [0.0, 0.5])
-def test_micro_batches_make_the_update_of_the_whole_batch(first_frame):
-  """Four draws in two halves; a plain mean would weigh first frames that are given too much."""
+@pytest.mark.parametrize("first_frame, method", [(0.0, NARROW), (0.5, "dense")], ids=["0.0", "0.5"])
+def test_micro_batches_make_the_update_of_the_whole_batch(first_frame, method):
+  """Four draws in two halves; a plain mean would weigh first frames that are given too much.
+
+  The first of the models learns from dense attention layer by layer.
+  """
   config = model_config(
-    dict(SIZES, first_frame=first_frame > 0, attention=dict(ATTENTION, method="dense"))
+    dict(SIZES, first_frame=first_frame > 0, attention=dict(ATTENTION, method=method))
   )
+  distill = float(method == NARROW)
   graphdef, params = nnx.split(nnx.jit(lambda: VideoDiT(config, SHAPE, 2, nnx.Rngs(0)))())
   found = []
   for accumulate in (1, 2):
-    train = dataclasses.replace(TRAIN, first_frame=first_frame, accumulate=accumulate, clip=1e9)
+    train = dataclasses.replace(
+      TRAIN,
+      first_frame=first_frame,
+      accumulate=accumulate,
+      clip=1e9,
+      distill=distill,
+      distill_at="layers",
+    )
     state = init_state(jax.tree.map(jnp.copy, params), train, 0)
     step = make_train_step(graphdef, train)
-    found.append(step(state, batch_of(), make_tables(config, SHAPE), numbers(train)))
+    tables = make_tables(config, SHAPE, with_dense=True)
+    found.append(step(state, batch_of(), tables, numbers(train)))
   (whole, metrics), (parts, of_parts) = found
-  assert metrics["loss"] == pytest.approx(float(of_parts["loss"]), rel=1e-5)
+  for name in ("loss", "distill_loss")[: 1 + bool(distill)]:
+    assert 0 < metrics[name] == pytest.approx(float(of_parts[name]), rel=1e-5)
   norm = float(metrics["grad_norm"])
   close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5 * norm)
   jax.tree.map(close, parts.opt_state[1][0].mu, whole.opt_state[1][0].mu)
   assert parts.step == 1  # one update, and the average follows once
   wanted = jax.tree.map(lambda a, b: (a + 9 * b) / 10, params, parts.params)
   jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), parts.ema, wanted)
+
+
+@pytest.mark.parametrize(
+  "settings, depth, want",
+  [
+    (dict(), 3, [(100, 0)]),
+    (dict(dense_steps=10), 3, [(10, 3), (90, 0)]),
+    (dict(dense_steps=10, dense_fall=5), 3, [(10, 3), (2, 2), (3, 1), (85, 0)]),
+    (dict(dense_fall=6), 12, [(3, 8), (3, 4), (94, 0)]),
+    (dict(dense_steps=97, dense_fall=8), 4, [(97, 4), (3, 2)]),
+    (dict(dense_steps=200), 4, [(100, 4)]),
+  ],
+)
+def test_stretches_of_dense_layers(settings, depth, want):
+  train = dataclasses.replace(TRAIN, **settings)
+  assert train.stages(depth) == want
+  found = [train.dense_layers(step, depth) for step in range(100)]
+  assert found == [layers for steps, layers in want for _ in range(steps)]
+
+
+def test_frozen_layers_cannot_be_dense_for_now():
+  with pytest.raises(ValueError, match="takes no part in layers that attend densely"):
+    dataclasses.replace(TRAIN, freeze="backbone", init_from="any", dense_fall=1)
 
 
 def test_batches_that_cannot_be_divided_are_refused():
