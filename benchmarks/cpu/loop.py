@@ -32,7 +32,7 @@ from freqformer.pages.text import aligned
 from freqformer.train import metrics, run
 
 NAME = "loop_cpu"
-# Goals: milliseconds beside a step that does nothing; share of the demo's seconds in which it waits.
+# Goals: milliseconds beside a step that does nothing; share of the demo's steps that it waits.
 BESIDE_MS = 2.0
 DATA_WAIT = 0.02
 _STEPS = {"loop/nothing": 500, "loop/demo": 100}

@@ -6,17 +6,22 @@ checkpoints are written by all.
 
 import contextlib
 import dataclasses
+import json
 import os
 import pathlib
 import re
 import shutil
 import socket
+import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 import jax
 from absl import logging
+from orbax.checkpoint import multihost
 
 from freqformer.config import ConfigError
 from freqformer.train.lock import held
@@ -28,6 +33,11 @@ _PORTS = (61440, 4096)  # first one and number of those that SLURM's job number 
 _PAUSE_SECONDS = 0.2
 _NUMBER_BYTES = 4  # of a process's number in the roll call
 _PRESENT = b"all"
+# Keys at the coordinator: how a process failed, and which processes know that one has.
+_FAILED = "freqformer/failed"
+_KNOWN = "freqformer/known"
+_LOOK_SECONDS = 0.5
+_KNOWN_SECONDS = 10  # within which all have looked; one that has died never does
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,6 +184,65 @@ def _answer(found: Place, deadline: float):
 def _left(deadline: float) -> float:
   """Returns the seconds until a deadline, above 0: a socket does not wait at all for 0."""
   return max(0.01, deadline - time.monotonic())
+
+
+@contextlib.contextmanager
+def ending_together(told: Callable[[BaseException], tuple[str, int]]) -> Iterator[None]:
+  """Ends all processes where one fails in the block: each prints one sentence, and none waits.
+
+  The others may stand in an exchange of arrays, which nothing in Python interrupts.
+
+  Args:
+    told: prints an error; returns its sentence and the exit code that it deserves.
+  """
+  if jax.process_count() == 1:
+    yield
+    return
+  client = multihost.get_jax_distributed_client()
+  done = threading.Event()
+  watcher = threading.Thread(target=_watch, args=(client, done), daemon=True)
+  watcher.start()
+  try:
+    yield
+  except (Exception, KeyboardInterrupt) as error:  # whatever it is, the others wait in vain
+    # An error that comes of another process's end is not the one to tell.
+    if not client.key_value_dir_get(_FAILED):
+      done.set()
+      watcher.join()
+      text, code = told(error)
+      own = f"process {jax.process_index()} of {jax.process_count()} failed"
+      client.key_value_set(f"{_FAILED}/{jax.process_index()}", json.dumps([f"{own}: {text}", code]))
+      _leave(client, code)
+    watcher.join()
+    raise
+  done.set()
+  watcher.join()
+
+
+def _watch(client, done: threading.Event):
+  """Looks whether another process has failed, until this one is done; ends this one then."""
+  while not done.wait(_LOOK_SECONDS):
+    try:
+      found = client.key_value_dir_get(_FAILED)
+    except jax.errors.JaxRuntimeError:
+      return  # the coordinator has died: JAX ends this process
+    if found:
+      text, code = json.loads(found[0][1])
+      print(f"error: {text}", file=sys.stderr)
+      _leave(client, code)
+
+
+def _leave(client, code: int) -> NoReturn:
+  """Ends this process at once, as soon as all know: JAX's own way out waits for the others."""
+  deadline = time.monotonic() + _KNOWN_SECONDS
+  client.key_value_set(f"{_KNOWN}/{jax.process_index()}", "")
+  while time.monotonic() < deadline:
+    if len(client.key_value_dir_get(_KNOWN)) == jax.process_count():
+      break
+    time.sleep(_PAUSE_SECONDS)
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(code)
 
 
 @contextlib.contextmanager

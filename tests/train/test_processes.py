@@ -19,6 +19,7 @@ import pytest
 
 from freqformer.config import ConfigError
 from freqformer.train import mesh, preemption, processes
+from freqformer.train.lock import held
 from freqformer.train.processes import Place, join, place
 from tests.command.process import ROOT, call
 from tests.command.test_fields import rows, small
@@ -114,6 +115,23 @@ def test_one_process_goes_on_from_two(runs):
   train(get_config(1, 1, steps=3), two)
   _same_rows(one, two, "train", 3)
   _same_leaves(_leaves(two, 3)[0], _leaves(one, 3)[0])
+
+
+def test_a_process_that_fails_ends_the_others_with_its_sentence(tmp_path):
+  """Process 0 alone needs the lock; the other one would wait for it in an exchange of arrays."""
+  with socket.create_server(("", 0)) as server:
+    free = f"localhost:{server.getsockname()[1]}"
+  command = [sys.executable, "train.py", f"--config={__file__}", f"--workdir={tmp_path}"]
+  command += [f"--coordinator={free}", "--processes=2"]
+  flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+  given = dict(cwd=ROOT, stderr=subprocess.PIPE, text=True)
+  given["env"] = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+  with held(tmp_path):
+    started = [subprocess.Popen([*command, f"--process={index}"], **given) for index in (0, 1)]
+    errors = [process.communicate()[1].splitlines() for process in started]
+  assert [process.returncode for process in started] == [2, 2]
+  assert errors[0][-1].startswith(f"error: {tmp_path} is in use by process {os.getpid()} on ")
+  assert errors[1] == [errors[0][-1].replace("error: ", "error: process 0 of 2 failed: ")]
 
 
 # ---- who is there -------------------------------------------------------------------------------
