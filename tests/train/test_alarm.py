@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from benchmarks.cpu.loop import do_nothing
+from benchmarks.cpu.loop import Between
 from freqformer.model.config import model_config
 from freqformer.train import run
 from freqformer.train.alarm import Alarm
@@ -149,7 +149,7 @@ def test_a_run_warns_of_its_router(tmp_path, monkeypatch, collapsed):
   probs[1, ..., 2:] = [0.97, 0.02, 0.01] if collapsed else 1 / 3
   result = {"loss": 1.0, "linear_buckets": [2.0] * 4, "probs": probs, "choice": probs}
   monkeypatch.setattr(run, "_validation", lambda *_: lambda *_: result)
-  monkeypatch.setattr(run, "make_train_step", do_nothing)
+  monkeypatch.setattr(run, "make_train_step", Between().make_train_step)
   run.train(config, tmp_path)
   found = [row["text"] for row in read(tmp_path / "metrics.jsonl") if row["kind"] == "warning"]
   assert len(found) == int(collapsed)
