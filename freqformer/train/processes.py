@@ -22,6 +22,7 @@ from typing import NoReturn
 import jax
 from absl import logging
 from orbax.checkpoint import multihost
+from tqdm import tqdm
 
 from freqformer.config import ConfigError
 from freqformer.train.lock import held
@@ -36,7 +37,7 @@ _PRESENT = b"all"
 # Keys at the coordinator: how a process failed, and which processes know that one has.
 _FAILED = "freqformer/failed"
 _KNOWN = "freqformer/known"
-_LOOK_SECONDS = 0.5
+_LOOK_SECONDS = 1.0
 _KNOWN_SECONDS = 10  # within which all have looked; one that has died never does
 
 
@@ -205,8 +206,7 @@ def ending_together(told: Callable[[BaseException], tuple[str, int]]) -> Iterato
   try:
     yield
   except (Exception, KeyboardInterrupt) as error:  # whatever it is, the others wait in vain
-    # An error that comes of another process's end is not the one to tell.
-    if not client.key_value_dir_get(_FAILED):
+    if _failures(client) == []:  # else this error may come of another process's end
       done.set()
       watcher.join()
       text, code = told(error)
@@ -222,21 +222,34 @@ def ending_together(told: Callable[[BaseException], tuple[str, int]]) -> Iterato
 def _watch(client, done: threading.Event):
   """Looks whether another process has failed, until this one is done; ends this one then."""
   while not done.wait(_LOOK_SECONDS):
-    try:
-      found = client.key_value_dir_get(_FAILED)
-    except jax.errors.JaxRuntimeError:
-      return  # the coordinator has died: JAX ends this process
+    found = _failures(client)
+    if found is None:
+      return
     if found:
-      text, code = json.loads(found[0][1])
-      print(f"error: {text}", file=sys.stderr)
+      text, code = found[0]
+      tqdm.write(f"error: {text}", file=sys.stderr)  # on a line of its own, where a bar stands
       _leave(client, code)
 
 
+def _failures(client) -> list | None:
+  """Returns sentence and exit code of each process that failed; None if the coordinator died.
+
+  JAX then ends this process, too.
+  """
+  try:
+    return [json.loads(value) for _, value in client.key_value_dir_get(_FAILED)]
+  except jax.errors.JaxRuntimeError:
+    return None
+
+
 def _leave(client, code: int) -> NoReturn:
-  """Ends this process at once, as soon as all know: JAX's own way out waits for the others."""
+  """Ends this process at once: JAX's own way out waits for the others.
+
+  Process 0 goes last, because JAX aborts processes whose coordinator has gone.
+  """
   deadline = time.monotonic() + _KNOWN_SECONDS
   client.key_value_set(f"{_KNOWN}/{jax.process_index()}", "")
-  while time.monotonic() < deadline:
+  while jax.process_index() == 0 and time.monotonic() < deadline:
     if len(client.key_value_dir_get(_KNOWN)) == jax.process_count():
       break
     time.sleep(_PAUSE_SECONDS)

@@ -88,16 +88,18 @@ def test_a_run_is_shown():
 
 def test_dense_steps_and_layers_of_a_run_are_counted():
   """By hand: 2 forwards of each of 50 steps, 6 of them dense, in the others 3 of 30 layers."""
-  asked = ("--model=wan2.1-1.3b", "--grid=8,16,16", "--run", "--steps=50")
+  method = "--method=sliding_tile(window=(1, 1, 1))"
+  asked = ("--model=wan2.1-1.3b", "--grid=16,24,32", "--run", "--steps=50")
   schedule = "--schedule=dense_first=0.1, dense_at=(0.5,), dense_layers=(0, 3, -1)"
-  own, dense = rows_of(*asked, "--method=sliding_tile", "--compare=dense")
-  (found,) = rows_of(*asked, "--method=sliding_tile", schedule)
+  own, dense = rows_of(*asked, method, "--compare=dense")
+  assert own["total_flops"] < 0.9 * dense["total_flops"]
+  (found,) = rows_of(*asked, method, schedule)
   assert found["run_phases"] == {"dense": 6, "": 44}
   for one, whole in (("total_flops", "run_flops"), ("seconds", "run_seconds")):
     mixed = 0.1 * dense[one] + 0.9 * own[one]
     assert found[whole] == pytest.approx(2 * (6 * dense[one] + 44 * mixed))
     assert own[whole] == pytest.approx(2 * 50 * own[one]) and found[one] == own[one]
-  everywhere = rows_of(*asked, "--method=sliding_tile", "--schedule=dense_first=1.0")[0]
+  everywhere = rows_of(*asked, method, "--schedule=dense_first=1.0")[0]
   assert everywhere["run_flops"] == pytest.approx(dense["run_flops"])
 
 
