@@ -1,6 +1,7 @@
 """Kills a training run at random moments until it ends, and compares it with one left alone.
 
   python -m tools.kill_loop --minutes=10
+  python -m benchmarks.cpu.kill_loop --rounds=20   # the same, and writes a row of results
 
 Trains a tiny model on random fields, which is deterministic on a CPU. Each round is a new run whose
 processes get SIGTERM or SIGKILL, until one of them reaches the end. Its last checkpoint must equal
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -110,46 +112,78 @@ def disturbed(
       return None
 
 
-def kill_loop(folder: pathlib.Path, minutes: float, seed: int, changes: dict[str, str]) -> int:
-  """Runs rounds until the time is over, one at least; returns the exit code."""
+def kill_loop(
+  folder: pathlib.Path, is_enough: Callable[[int, float], bool], seed: int, changes: dict[str, str]
+) -> dict | None:
+  """Runs rounds until there are enough of them, one at least.
+
+  Args:
+    folder: of all runs.
+    is_enough: tells by the rounds that are done, and the seconds since the beginning.
+    seed: of signals and moments.
+    changes: of `CONFIG`.
+
+  Returns:
+    what was done, the fields of a row; None if something is wrong, which is printed.
+  """
   begun = time.monotonic()
-  if start(folder / "alone", changes).wait():
-    print(f"the run that nothing disturbs failed: see {folder / 'alone.log'}")
-    return 1
-  longest = _REACH * (time.monotonic() - begun)
+  for name in ("compiled", "alone"):  # the first one may compile, which would make kills rare
+    clock = time.monotonic()
+    if start(folder / name, changes).wait():
+      print(f"the run that nothing disturbs failed: see {folder / name}.log")
+      return None
+    longest = _REACH * (time.monotonic() - clock)
   wanted = result(folder / "alone")
+  if names := differences(wanted, result(folder / "compiled")):
+    print(f"two runs that nothing disturbs differ: {', '.join(names[:5])}; see {folder}")
+    return None
   rng = random.Random(seed)
   tally = Tally()
-  rounds = 1
-  while rounds == 1 or time.monotonic() - begun < 60 * minutes:
+  rounds = 0
+  while rounds == 0 or not is_enough(rounds, time.monotonic() - begun):
+    rounds += 1
     workdir = folder / f"round-{rounds}"
     wrong = disturbed(workdir, rng, longest, changes, tally)
     if wrong is None and (names := differences(wanted, result(workdir))):
       wrong = f"{len(names)} arrays or losses differ: {', '.join(names[:5])}"
     if wrong is not None:
       print(f"round {rounds}: {wrong}; see {workdir}.log")
-      return 1
+      return None
     kills = ", ".join(f"{count} {name}" for name, count in sorted(tally.kills.items()))
-    print(f"round {rounds}: equal; so far {kills or 'no kill'}, {tally.unfinished} saves cut short")
-    rounds += 1
-  print(
-    f"{rounds - 1} runs, {tally.kills.total()} kills, {tally.unfinished} of them in a save: "
-    f"{len(wanted[0])} arrays and {len(wanted[1])} losses of each are equal in every bit."
-  )
-  return 0
+    text = f"round {rounds}: equal; so far {kills or 'no kill'}, {tally.unfinished} in a save"
+    print(text, flush=True)
+  arrays, losses = map(len, wanted)
+  print(f"{arrays} arrays and {losses} losses of {rounds} runs are equal in every bit.")
+  return {
+    "rounds": rounds,
+    "kills": dict(tally.kills),
+    "kills_in_a_save": tally.unfinished,
+    "equal_arrays": arrays,
+    "equal_losses": losses,
+    "seconds": round(time.monotonic() - begun),
+    "seed": seed,
+  }
 
 
-def main():
+def main() -> dict:
+  """Runs the command; returns the fields of a row, or leaves where something is wrong."""
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-  parser.add_argument("--minutes", type=float, default=2.0, help="Begin no round after them.")
+  length = parser.add_mutually_exclusive_group()
+  length.add_argument("--minutes", type=float, default=2.0, help="Begin no round after them.")
+  length.add_argument("--rounds", type=int, help="Make so many.")
   parser.add_argument("--seed", type=int, default=0, help="Of signals and moments.")
   given = parser.parse_args()
+
+  def is_enough(rounds: int, seconds: float) -> bool:
+    return seconds >= 60 * given.minutes if given.rounds is None else rounds >= given.rounds
+
   # Kept where something is wrong, to be looked at.
   folder = pathlib.Path(tempfile.mkdtemp(prefix="kill_loop_"))
-  code = kill_loop(folder, given.minutes, given.seed, {})
-  if not code:
-    shutil.rmtree(folder)
-  sys.exit(code)
+  found = kill_loop(folder, is_enough, given.seed, {})
+  if found is None:
+    sys.exit(1)
+  shutil.rmtree(folder)
+  return found
 
 
 if __name__ == "__main__":

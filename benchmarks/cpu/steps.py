@@ -21,7 +21,7 @@ from benchmarks.trained.runs import ROOT
 from freqformer.analysis.timed_steps import training_step
 from freqformer.command import cli
 from freqformer.command.files import read_config
-from freqformer.cost import model_cost, training_flops
+from freqformer.cost import model_cost, sampling_cost, training_flops
 from freqformer.diffusion.sampling import SampleConfig, compile_steps, make_step, sample
 from freqformer.model.dit import VideoDiT, make_tables
 from freqformer.pages.text import aligned
@@ -79,13 +79,17 @@ def of_methods(exp: Experiment) -> dict[str, Experiment]:
 
 
 def counted(exp: Experiment, kind: str) -> dict[str, float]:
-  """Returns FLOPs of a sample's step by method; in sampling, of what a router expects at first."""
+  """Returns FLOPs by method: of a sample's step, or of its run, as a router expects it at first."""
   shape = exp.latent_shape
   models = {name: own.model for name, own in of_methods(exp).items()}
   if kind == "training":
     costs = {name: model_cost(model, shape, training=True) for name, model in models.items()}
     return {name: training_flops(cost) for name, cost in costs.items()}
-  return {name: model_cost(model, shape).total for name, model in models.items()}
+  guided = exp.sample.guided()
+  return {
+    name: sampling_cost(model, shape, model.phases(len(guided)), guided).total
+    for name, model in models.items()
+  }
 
 
 def over_dense(kind: str, name: str, times: dict[str, Timing], flops: dict[str, float]) -> dict:

@@ -31,7 +31,7 @@ from freqformer.simulation import calibrate, plots
 from freqformer.simulation.descriptions import Gpu, load_gpu, load_model
 from freqformer.simulation.forward import Plan, dense_baseline, make_method
 from freqformer.simulation.output import grid_text, number
-from freqformer.simulation.scaling import largest_video, row, run_seconds
+from freqformer.simulation.scaling import denoising_run, largest_video, row
 
 _WORKDIR = flags.DEFINE_string(
   "workdir",
@@ -164,7 +164,7 @@ def durations(gpu: Gpu) -> list[dict]:
   for t in (33, 66, 128, 256):
     for plan in plans(("dense", "freqformer", "sliding_tile"), card.name, (t, 45, 80)):
       one = row(plan, gpu)
-      run, _ = run_seconds(plan, gpu)
+      run = denoising_run(plan, gpu)["run_seconds"]
       extra = {
         "set": "duration",
         "run_seconds": run,

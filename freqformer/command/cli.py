@@ -17,7 +17,6 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Mapping
-from typing import NoReturn
 
 import jax
 from absl import app, flags, logging
@@ -115,29 +114,51 @@ def guarded(main: Callable) -> Callable:
     except BrokenPipeError:  # who read the output has gone, as `| head` does
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at exit
       sys.exit(_PIPE_CLOSED)
-    except (ConfigError, NoImplementation) as error:
-      _fail(error)
     except Exception as error:  # the last resort: no command ends in a trace that nobody asked for
-      if disk.is_full(error):
-        files = (each.filename for each in disk.chain(error) if _names_a_file(each))
-        folder = pathlib.Path(next(files, "file of this folder")).absolute().parent
-        _fail(disk.no_space(folder, "what is written"))
-      if isinstance(error, FileExistsError | NotADirectoryError) and _names_a_file(error):
-        _fail(
-          f"{error.filename} is a file where a folder is needed; name another, or move it away."
-        )
-      if _names_a_file(error):
-        _fail(f"{error.filename} cannot be used: {error.strerror}.")
-      line = str(error).strip().split("\n")[0]
-      if "RESOURCE_EXHAUSTED" in line:  # of XLA
-        _fail(
-          "the device's memory is full: lower train.batch_size, or sample.batch_size where "
-          f"samples are drawn. ({line})"
-        )
-      hint = "" if _wants_trace() else f" ({_VERBOSE} shows where it comes from.)"
-      _fail(f"{type(error).__name__}: {line}{hint}", code=1)
+      sys.exit(told(error)[1])
 
   return run_main
+
+
+def told(error: BaseException) -> tuple[str, int]:
+  """Prints an error as one sentence, with --verbosity=1 also where it comes from.
+
+  Returns:
+    the sentence, and the exit code of a command that it ends.
+  """
+  text, code = _explained(error)
+  if _wants_trace():
+    traceback.print_exception(error)
+  print(f"error: {text}", file=sys.stderr)
+  return text, code
+
+
+def _explained(error: BaseException) -> tuple[str, int]:
+  """Returns the sentence about an error, and the exit code."""
+  if isinstance(error, KeyboardInterrupt):
+    return "stopped by Ctrl-C", INTERRUPTED
+  if isinstance(error, ConfigError | NoImplementation):
+    return str(error), 2
+  if disk.is_full(error):
+    files = (each.filename for each in disk.chain(error) if _names_a_file(each))
+    folder = pathlib.Path(next(files, "file of this folder")).absolute().parent
+    return disk.no_space(folder, "what is written"), 2
+  if isinstance(error, FileExistsError | NotADirectoryError) and _names_a_file(error):
+    return (
+      f"{error.filename} is a file where a folder is needed; name another, or move it away.",
+      2,
+    )
+  if _names_a_file(error):
+    return f"{error.filename} cannot be used: {error.strerror}.", 2
+  line = str(error).strip().split("\n")[0]
+  if "RESOURCE_EXHAUSTED" in line:  # of XLA
+    return (
+      "the device's memory is full: lower train.batch_size, or sample.batch_size where samples are "
+      f"drawn. ({line})",
+      2,
+    )
+  hint = "" if _wants_trace() else f" ({_VERBOSE} shows where it comes from.)"
+  return f"{type(error).__name__}: {line}{hint}", 1
 
 
 def _names_a_file(error: BaseException) -> bool:
@@ -161,14 +182,6 @@ def _worth_reading(record: python_logging.LogRecord) -> bool:
     record.msg = textwrap.shorten(text, _QUOTED, placeholder=" ...")
     record.args = record.exc_info = record.exc_text = None
   return ours or record.levelno >= least
-
-
-def _fail(error, code: int = 2) -> NoReturn:
-  """Prints the sentence, with --verbosity=1 also where it comes from, and leaves."""
-  if _wants_trace():
-    traceback.print_exc()
-  print(f"error: {error}", file=sys.stderr)
-  sys.exit(code)
 
 
 def _wants_trace() -> bool:

@@ -12,6 +12,7 @@ from freqformer.config import ConfigError, numbers
 from freqformer.cost import model_cost, step_cost
 from freqformer.data.sources import class_names
 from freqformer.model.dit import VideoDiT, make_tables
+from freqformer.pages.cost import counted
 from freqformer.pages.text import aligned
 from freqformer.train import mesh as meshes
 from freqformer.train.experiment import Experiment
@@ -83,8 +84,23 @@ def describe(experiment: Experiment) -> str:
     "dense model": f"{dense.total / 1e9:,.2f} GFLOP a sample, "
     f"attention {dense.attention_flops / 1e9:,.2f}; this model's attention has "
     f"{cost.attention_flops / dense.attention_flops:.1%} of it",
+    "sampling": _sampling(experiment),
   }
   return aligned(list(rows.items()))
+
+
+def _sampling(experiment: Experiment) -> str:
+  """Returns what a run of the sampler costs, or why there is none of so many steps."""
+  try:
+    counts = counted(experiment)["sampling"]
+  except ConfigError as error:
+    return f"refused: {error}"
+  own, dense = (counts[name]["total_flops"] for name in ("own", "dense"))
+  evaluations = len(experiment.sample.guided())
+  return (
+    f"{own / 1e9:,.1f} GFLOP a sample in {evaluations} evaluations, {own / dense:.1%} of the dense "
+    "model's"
+  )
 
 
 def _per_device(mesh, state, memory, program: str, batch_size: int) -> dict[str, str]:

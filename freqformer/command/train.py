@@ -52,7 +52,8 @@ def main(_):
   processes.join(place, _JOIN_SECONDS.value)
   name = pathlib.Path(flags.FLAGS["config"].config_filename.split(":")[0]).stem
   workdir = pathlib.Path(_WORKDIR.value or f"runs/{name}")
-  train(_CONFIG.value, workdir, _RESUME_CHANGED.value, Progress(), Trace(_PROFILE.value))
+  with processes.ending_together(cli.told):
+    train(_CONFIG.value, workdir, _RESUME_CHANGED.value, Progress(), Trace(_PROFILE.value))
 
 
 if __name__ == "__main__":

@@ -14,16 +14,10 @@ from freqformer.grid.rotary import grid_theta
 from freqformer.kernels.block_sparse.api import ATTENTION
 from freqformer.kernels.core.op import ALIASES
 from freqformer.methods.base import Method
-from freqformer.methods.registry import (
-  METHODS,
-  method_class,
-  parse_fields,
-  parse_method,
-  with_fields,
-)
+from freqformer.methods.registry import METHODS, method_class, parse_method, with_fields
 from freqformer.model.attention import AttentionDims, keys_per_query, starting_gain
 from freqformer.model.precondition import Table, measured_power
-from freqformer.model.schedule import DenseSchedule, Part
+from freqformer.model.schedule import DenseSchedule, Part, check_dense, parse_schedule
 
 # width, depth, heads of DiT (arXiv 2212.09748).
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}
@@ -244,12 +238,7 @@ class ModelConfig:
         phase = method.phase(number, evaluations)
         if part.dense or number in dense:
           # A layer that is always dense never uses what its method would have found.
-          reason = method.refuses_dense(method.usual_phase if part.dense else phase)
-          if reason is not None:
-            raise ConfigError(
-              f"attention.schedule makes evaluation {number} of {evaluations} dense, which "
-              f"{type(method).__name__} cannot be: {reason}; change the schedule or the method."
-            )
+          check_dense(method, method.usual_phase if part.dense else phase, number, evaluations)
           phase = DENSE
         phases.append(phase)
       found.append(tuple(phases))
@@ -267,11 +256,8 @@ class ModelConfig:
 
   def with_schedule(self, text: str) -> "ModelConfig":
     """Returns the same model with another `attention.schedule`, e.g. "dense_first=0.1"."""
-    fields = parse_fields(text, "attention.schedule", "dense_first=0.1, dense_at=(5, 0.5)")
-    schedule = build(DenseSchedule, fields, "model.attention.schedule")
-    return dataclasses.replace(
-      self, attention=dataclasses.replace(self.attention, schedule=schedule)
-    )
+    attention = dataclasses.replace(self.attention, schedule=parse_schedule(text))
+    return dataclasses.replace(self, attention=attention)
 
   def with_dense_layers(self, count: int) -> "ModelConfig":
     """Returns the same model with a schedule in which just the first `count` layers are dense."""

@@ -2,7 +2,9 @@
 
 import dataclasses
 
-from freqformer.config import ConfigError, require
+from freqformer.config import ConfigError, build, require
+from freqformer.methods.base import Method
+from freqformer.methods.registry import parse_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +70,22 @@ class DenseSchedule:
           f"model of {depth} layers (0..{depth - 1}, or from -1 backwards)."
         )
     return frozenset(layer % depth for layer in self.dense_layers)
+
+
+def parse_schedule(text: str) -> DenseSchedule:
+  """Reads `dense_first=0.1, dense_at=(5, 0.5)`; raises ConfigError for anything else."""
+  fields = parse_fields(text, "attention.schedule", "dense_first=0.1, dense_at=(5, 0.5)")
+  return build(DenseSchedule, fields, "model.attention.schedule")
+
+
+def check_dense(method: Method, phase: str, number: int, count: int):
+  """Raises ConfigError if evaluation `number` of `count`, of this phase, cannot be dense."""
+  reason = method.refuses_dense(phase)
+  if reason is not None:
+    raise ConfigError(
+      f"attention.schedule makes evaluation {number} of {count} dense, which "
+      f"{type(method).__name__} cannot be: {reason}; change the schedule or the method."
+    )
 
 
 @dataclasses.dataclass(frozen=True)

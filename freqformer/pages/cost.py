@@ -28,19 +28,22 @@ _SAME = (
 _BAR = 0.27
 
 
-def counted(exp: Experiment, schedule: list[tuple[str, ...]]) -> dict:
+def counted(exp: Experiment) -> dict:
   """Returns FLOPs of a run's own attention and of dense attention, as plain JSON.
 
-  Args:
-    exp: the run.
-    schedule: phases of its evaluations in sampling, of `VideoDiT.schedule`.
+  Sampling is the run that `exp.sample` asks for, with the evaluations and layers that
+  `attention.schedule` makes dense.
 
   Returns:
     `{"training" | "sampling": {"own" | "dense": {"attention_flops", "total_flops"}}}`, of one
     sample, as `freqformer.cost` counts; and "method".
+
+  Raises:
+    ConfigError: a schedule does not fit so many evaluations.
   """
   shape = exp.latent_shape
   models = {"own": exp.model, "dense": exp.model.with_method("dense")}
+  schedule = exp.model.phases(len(exp.sample.guided()))
   found = {"method": exp.model.attention.method}
   for stage in _STAGES:
     found[stage] = {}

@@ -49,9 +49,8 @@ class Progress(Watch):
     self._draw = None
     model = nnx.merge(run.graphdef, run.params)
     with _goes_on("costs"):
-      schedule = model.schedule(len(run.experiment.sample.guided()))
-      found = counted(run.experiment, schedule)
-      write_whole(run.workdir / "cost.json", json.dumps(found, indent=1))
+      costs = json.dumps(counted(run.experiment), indent=1)
+      write_whole(run.workdir / "cost.json", costs)
     if self._mosaic is None:
       logging.info("no videos in the report: install av, e.g. by pip install 'freqformer[video]'")
       return

@@ -48,6 +48,7 @@ def parse(argv, description: str) -> argparse.Namespace:
     "gpus": "sequence-parallel GPUs",
     "block": f"rows of a tile, 1..{MOST_BLOCK}; default {_DEFAULTS['block']}",
     "steps": "denoising steps of --run; default: the model's",
+    "schedule": "of --run, steps and layers that are dense: dense_first=0.1, dense_layers=(0, -1)",
     "calibrate": "JSON rows of measurements: fit rates, report every row, use them for the rest",
     "write_gpu": "with --calibrate: write the calibrated GPU to this file",
     "plot": "write a plot of the rows (with --calibrate alone: of the fit) to this file",
@@ -79,6 +80,9 @@ def _check(args) -> None:
     f"--gpus={args.gpus} must be at least 1.": args.gpus < 1,
     f"--steps={args.steps} must be at least 1 and is the length of --run; add --run.": (
       args.steps is not None and (args.steps < 1 or not args.run)
+    ),
+    f"--schedule={args.schedule} says which steps of --run are dense; add --run.": (
+      args.schedule is not None and not args.run
     ),
     f"--write_gpu={args.write_gpu} writes what --calibrate=rows.json fits; add --calibrate.": (
       args.write_gpu and not args.calibrate

@@ -6,6 +6,7 @@
     --method='sliding_tile(window=(18, 24, 24))'
   python -m freqformer.simulate --model=wan2.1-14b --gpus=8 --run \\
     --method='freqformer(router=dict(prior=(1, 1, 2)))'
+  python -m freqformer.simulate --method=radial --run --schedule="dense_first=0.1"
   python -m freqformer.simulate --calibrate=freqformer/simulation/published/h100.json --gpu=h100
 
 Rows are for one forward of the whole model at batch 1 with the text of the model's card; with
@@ -20,6 +21,7 @@ import jax
 
 from freqformer.command import cli
 from freqformer.config import ConfigError, split_outside_brackets
+from freqformer.model.schedule import parse_schedule
 from freqformer.simulation import arguments, calibrate, plots, scaling
 from freqformer.simulation.descriptions import Gpu, load_gpu, load_model, write_gpu
 from freqformer.simulation.forward import Plan, dense_baseline, make_method
@@ -61,11 +63,10 @@ def _simulated(plan: Plan, gpu: Gpu, args) -> dict:
   dense = scaling.parallel(dense_baseline(plan), gpu, args.gpus).seconds
   found |= {"unpadded_dense_seconds": dense, "speedup_over_dense": dense / found["seconds"]}
   if args.run:
-    seconds, phases = scaling.run_seconds(plan, gpu, args.gpus, args.steps)
+    schedule = parse_schedule(args.schedule or "")
+    found |= scaling.denoising_run(plan, gpu, args.gpus, args.steps, schedule)
     largest = scaling.largest_video(plan, gpu, args.gpus)
     found |= {
-      "run_seconds": seconds,
-      "run_phases": phases,
       "largest_grid": list(largest),
       "largest_video_seconds": plan.card.video_seconds(largest),
     }

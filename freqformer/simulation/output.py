@@ -33,6 +33,7 @@ _COLUMNS = {
   "tokens/s": number("tokens_per_s", ",.0f"),
   "video s": number("video_seconds", ".1f"),
   "run s": number("run_seconds", ",.0f"),
+  "run PFLOP": number("run_flops", ",.1f", 1e15),
   "resident GB/GPU": number("memory_bytes", ".1f", 1e9),
   "unpadded dense / this": number("speedup_over_dense", ".2f"),
   "measured": lambda r: "no",

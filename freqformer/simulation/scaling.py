@@ -9,11 +9,13 @@ import jax
 import numpy as np
 
 from freqformer.config import ConfigError
+from freqformer.cost import DENSE
 from freqformer.grid.layout import MOST_ROWS
 from freqformer.methods.allocation import deal_heads
 from freqformer.methods.base import Dims
+from freqformer.model.schedule import DenseSchedule, check_dense
 from freqformer.simulation.descriptions import Gpu, known, load_gpu
-from freqformer.simulation.forward import ELEMENTWISE_LAUNCHES, Forward, Plan, simulate
+from freqformer.simulation.forward import ELEMENTWISE_LAUNCHES, Forward, Plan, make_method, simulate
 
 # ---- memory --------------------------------------------------------------------------------------
 
@@ -146,24 +148,60 @@ def parallel(plan: Plan, gpu: Gpu, gpus: int = 1, phase: str | None = None) -> F
   return dataclasses.replace(several, speedup_over_one_gpu=single.seconds / several.seconds)
 
 
-def run_seconds(
-  plan: Plan, gpu: Gpu, gpus: int = 1, steps: int | None = None
-) -> tuple[float, dict[str, int]]:
+def denoising_run(
+  plan: Plan,
+  gpu: Gpu,
+  gpus: int = 1,
+  steps: int | None = None,
+  schedule: DenseSchedule | None = None,
+) -> dict:
   """Simulates a denoising run: every step by its own phase, `card.forwards` forwards each.
 
+  Args:
+    steps: None: the card's.
+    schedule: steps and layers that are dense in the method's place; None: none.
+
   Returns:
-    seconds, and how many of the steps (None: the card's) each phase has.
+    the fields `run_seconds`, of the busiest GPU; `run_flops`, of all forwards; and `run_phases`,
+    how many steps have each phase, "dense" where no layer runs the method.
 
   Raises:
-    ConfigError: if the method's schedule does not fit the number of steps.
+    ConfigError: if the method's schedule, or `schedule`, does not fit the number of steps.
   """
-  steps = plan.card.steps if steps is None else steps
-  plan.method.check_run(steps)
-  phases = collections.Counter(plan.method.phase(i, steps) for i in range(steps))
-  total = sum(
-    count * parallel(plan, gpu, gpus, phase or None).seconds for phase, count in phases.items()
-  )
-  return total * plan.card.forwards, dict(phases)
+  card = plan.card
+  method = plan.method
+  steps = card.steps if steps is None else steps
+  schedule = schedule or DenseSchedule()
+  method.check_run(steps)
+  dense_steps = schedule.evaluations(steps)
+  share = len(schedule.layers(card.layers)) / card.layers
+  phases = collections.Counter()
+  for i in range(steps):
+    phase = method.phase(i, steps)
+    if share:
+      check_dense(method, method.usual_phase, i, steps)
+    if i in dense_steps:
+      check_dense(method, phase, i, steps)
+      phase = DENSE
+    phases[phase] += 1
+  seconds = 0.0
+  flops = 0.0
+  for phase, count in phases.items():
+    dense = 1.0 if phase == DENSE else share
+    if dense:  # the same tiles, without the method
+      alone = dataclasses.replace(plan, name=DENSE, method=make_method(DENSE))
+      found = parallel(alone, gpu, gpus)
+      seconds += count * dense * found.seconds
+      flops += count * dense * found.total_flops
+    if dense < 1:
+      found = parallel(plan, gpu, gpus, phase or None)
+      seconds += count * (1 - dense) * found.seconds
+      flops += count * (1 - dense) * found.total_flops
+  return {
+    "run_seconds": seconds * card.forwards,
+    "run_flops": flops * card.forwards,
+    "run_phases": dict(phases),
+  }
 
 
 # ---- rows ----------------------------------------------------------------------------------------

@@ -6,10 +6,11 @@ Steps that are not finite are skipped and end a run by themselves (`step.Skipped
 import collections
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
+from freqformer.model.config import ModelConfig
 from freqformer.train.step import TrainConfig
 
 KIND = "warning"  # of a line of metrics.jsonl
@@ -73,31 +74,37 @@ class Alarm:
       f"{linear:.4g}. The model has learned nothing yet, or has exploded: then lower train.lr.",
     )
 
-  def routed(self, step: int, probs, branches: Sequence[str]) -> dict[str, str] | None:
+  def routed(self, step: int, probs, model: ModelConfig) -> dict[str, str] | None:
     """Returns a warning if a layer's heads all take one branch at every t, or no head takes one.
 
+    Layers without a router, whose heads are fixed or measured, are not looked at.
+
     Args:
-      probs: mean weights `[layers, quarters of t, heads, branches]` of layers with a router.
+      probs: mean weights `[layers, quarters of t, heads, branches]` of layers that have branches.
+      model: says which layers these are, and which have a router.
     """
-    if step <= self._warm:
+    layers, known = _with_router(model)
+    if step <= self._warm or not layers:
       return None
+    probs = np.asarray(probs)[list(layers.values())]
     # Of gates, which are weights of their own, the share.
     share = probs / np.maximum(np.sum(probs, -1, keepdims=True), _NOTHING)
     alone = share.min((1, 2)) >= _ALL  # [layers, branches]
-    unused = np.asarray(probs).max((0, 1, 2)) < _NOTHING
+    unused = (probs.max((0, 1, 2)) < _NOTHING) & known
     if alone.any():
-      layers, taken = np.nonzero(alone)
       found = ", ".join(
-        f"{branches[branch]} in layer {layer}" for layer, branch in zip(layers, taken, strict=True)
+        f"{model.branches[branch]} in layer {layer}"
+        for layer, taken in zip(layers, alone, strict=True)
+        for branch in np.flatnonzero(taken)
       )
       return self._raise(
         "router",
         f"the router has collapsed at step {step}: at every t, all heads give {_ALL:.0%} of their "
-        f"weight or more to {found} (of those with a router). Raise its temperature or lower its "
-        "penalty; or fix these heads, which costs less.",
+        f"weight or more to {found}. Raise its temperature or lower its penalty; or fix these "
+        "heads, which costs less.",
       )
     if unused.any():
-      names = ", ".join(branches[i] for i in np.flatnonzero(unused))
+      names = ", ".join(model.branches[i] for i in np.flatnonzero(unused))
       return self._raise(
         "branch",
         f"no head gives {_NOTHING:.0%} of its weight to {names} at step {step}, in any layer and "
@@ -111,3 +118,21 @@ class Alarm:
       return None
     self.raised.add(about)
     return {"about": about, "text": text}
+
+
+def _with_router(model: ModelConfig) -> tuple[dict[int, int], np.ndarray]:
+  """Returns layers with a router, by number, and which of `model.branches` they choose from.
+
+  A layer's value is its place among all that have branches.
+  """
+  layers = {}
+  known = np.zeros(len(model.branches), bool)
+  first = 0
+  place = 0
+  for count, method in model.runs():
+    if method.routed:
+      layers |= {first + i: place + i for i in range(count)}
+      known |= np.isin(model.branches, method.branches)
+    first += count
+    place += count if method.branches else 0
+  return layers, known

@@ -128,6 +128,8 @@ class Checkpoints:
         f"no checkpoints under {self.path}; train first (python train.py --config=... "
         f"--workdir={workdir}) or name another --workdir."
       )
+    if create:  # Orbax would find out at the first save that a file is in the way
+      self.path.mkdir(parents=True, exist_ok=True)
     self._manager = ocp.CheckpointManager(
       self.path,
       options=ocp.CheckpointManagerOptions(

@@ -6,17 +6,23 @@ checkpoints are written by all.
 
 import contextlib
 import dataclasses
+import json
 import os
 import pathlib
 import re
 import shutil
 import socket
+import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 import jax
 from absl import logging
+from orbax.checkpoint import multihost
+from tqdm import tqdm
 
 from freqformer.config import ConfigError
 from freqformer.train.lock import held
@@ -28,6 +34,11 @@ _PORTS = (61440, 4096)  # first one and number of those that SLURM's job number 
 _PAUSE_SECONDS = 0.2
 _NUMBER_BYTES = 4  # of a process's number in the roll call
 _PRESENT = b"all"
+# Keys at the coordinator: how a process failed, and which processes know that one has.
+_FAILED = "freqformer/failed"
+_KNOWN = "freqformer/known"
+_LOOK_SECONDS = 1.0
+_KNOWN_SECONDS = 10  # within which all have looked; one that has died never does
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,6 +185,77 @@ def _answer(found: Place, deadline: float):
 def _left(deadline: float) -> float:
   """Returns the seconds until a deadline, above 0: a socket does not wait at all for 0."""
   return max(0.01, deadline - time.monotonic())
+
+
+@contextlib.contextmanager
+def ending_together(told: Callable[[BaseException], tuple[str, int]]) -> Iterator[None]:
+  """Ends all processes where one fails in the block: each prints one sentence, and none waits.
+
+  The others may stand in an exchange of arrays, which nothing in Python interrupts.
+
+  Args:
+    told: prints an error; returns its sentence and the exit code that it deserves.
+  """
+  if jax.process_count() == 1:
+    yield
+    return
+  client = multihost.get_jax_distributed_client()
+  done = threading.Event()
+  watcher = threading.Thread(target=_watch, args=(client, done), daemon=True)
+  watcher.start()
+  try:
+    yield
+  except (Exception, KeyboardInterrupt) as error:  # whatever it is, the others wait in vain
+    if _failures(client) == []:  # else this error may come of another process's end
+      done.set()
+      watcher.join()
+      text, code = told(error)
+      own = f"process {jax.process_index()} of {jax.process_count()} failed"
+      client.key_value_set(f"{_FAILED}/{jax.process_index()}", json.dumps([f"{own}: {text}", code]))
+      _leave(client, code)
+    watcher.join()
+    raise
+  done.set()
+  watcher.join()
+
+
+def _watch(client, done: threading.Event):
+  """Looks whether another process has failed, until this one is done; ends this one then."""
+  while not done.wait(_LOOK_SECONDS):
+    found = _failures(client)
+    if found is None:
+      return
+    if found:
+      text, code = found[0]
+      tqdm.write(f"error: {text}", file=sys.stderr)  # on a line of its own, where a bar stands
+      _leave(client, code)
+
+
+def _failures(client) -> list | None:
+  """Returns sentence and exit code of each process that failed; None if the coordinator died.
+
+  JAX then ends this process, too.
+  """
+  try:
+    return [json.loads(value) for _, value in client.key_value_dir_get(_FAILED)]
+  except jax.errors.JaxRuntimeError:
+    return None
+
+
+def _leave(client, code: int) -> NoReturn:
+  """Ends this process at once: JAX's own way out waits for the others.
+
+  Process 0 goes last, because JAX aborts processes whose coordinator has gone.
+  """
+  deadline = time.monotonic() + _KNOWN_SECONDS
+  client.key_value_set(f"{_KNOWN}/{jax.process_index()}", "")
+  while jax.process_index() == 0 and time.monotonic() < deadline:
+    if len(client.key_value_dir_get(_KNOWN)) == jax.process_count():
+      break
+    time.sleep(_PAUSE_SECONDS)
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(code)
 
 
 @contextlib.contextmanager

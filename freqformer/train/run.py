@@ -265,7 +265,7 @@ def _train(
         return None
       warn(alarm.validated(step, result["loss"], float(np.mean(result["linear_buckets"]))))
       if is_routed:
-        warn(alarm.routed(step, result["probs"], exp.model.branches))
+        warn(alarm.routed(step, result["probs"], exp.model))
       write_routing(workdir, result, exp.model, exp.train.time_range)
       watch.validated(step, state.ema)
       return result["loss"]

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import signal
 
 import jax
@@ -146,6 +147,9 @@ def test_a_checkpoint_takes_a_schedule(whole):
 
 
 def test_dry_run():
-  text = describe(experiment(small()))
+  config = small()
+  config.sample.steps = 5
+  text = describe(experiment(config))
+  assert re.search(r"GFLOP a sample in 5 evaluations, 100.0% of the dense model's$", text)
   assert "9 velocities, slope 3.8; target posterior" in text and "2x8x8x4" in text
   assert "with 9 classes" in text and "assumed" not in text

@@ -2,19 +2,23 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
+from freqformer.command.dry_run import describe
 from freqformer.config import ConfigError
 from freqformer.cost import model_cost, sampling_cost
 from freqformer.diffusion.sampling import SampleConfig, make_step, sample
+from freqformer.evaluate.draw import Drawn
 from freqformer.evaluate.record_masks import realised_density
 from freqformer.model.config import model_config
 from freqformer.model.dit import VideoDiT
 from freqformer.model.schedule import DenseSchedule
+from freqformer.pages.cost import counted
 from freqformer.train.experiment import experiment
 from freqformer.train.resume import changes
 from tests.command.test_fields import small
@@ -78,6 +82,32 @@ def test_ends_and_layers_are_dense_and_counted():
   assert got.attention_flops == pytest.approx(STEPS * dense.attention_flops * density.mean())
   # Training and validation are the method's own.
   assert model_cost(model.config, SHAPE) == model_cost(config_of(method), SHAPE)
+
+
+def test_all_totals_of_a_run_are_the_sum_by_hand():
+  """Of cost.json, --dry_run, and a page that compares: guided and dense evaluations overlap."""
+  config = small()
+  config.model.update(dict(depth=3))
+  config.model.attention.method = "sliding_tile"
+  config.model.attention.sliding_tile = dict(window=(1, 1, 1))
+  config.model.attention.schedule = dict(dense_first=0.5, dense_layers=(1,))
+  config.sample.update(dict(steps=4, guidance=2.0, guidance_interval=(0.3, 0.9)))
+  exp = experiment(config)
+  assert exp.sample.guided() == [False, True, True, False]
+  own, dense = (
+    model_cost(exp.model.with_method(name), exp.latent_shape).total
+    for name in ("sliding_tile", "dense")
+  )
+  wanted = 3 * dense + 3 * (2 * own + dense) / 3  # 1 + 2 forwards, then 2 + 1
+  found = counted(exp)["sampling"]
+  assert found["own"]["total_flops"] == pytest.approx(wanted)
+  assert found["dense"]["total_flops"] == pytest.approx(6 * dense)
+  assert f"in 4 evaluations, {wanted / (6 * dense):.1%} of the dense model's" in describe(exp)
+  model = nnx.eval_shape(lambda: VideoDiT(exp.model, exp.latent_shape, 2, nnx.Rngs(0)))
+  run = types.SimpleNamespace(model=model, latent_shape=exp.latent_shape)
+  drawn = Drawn(run, exp.sample, None, None, 0.0, 0.0)
+  assert drawn.cost.total == pytest.approx(wanted)
+  assert drawn.dense.total == pytest.approx(6 * dense)
 
 
 def test_what_a_method_remembers_goes_on_behind_dense_evaluations():

@@ -64,26 +64,43 @@ def test_rows_on_several_gpus(method):
   alone, eight = (scaling.row(p, gpu, gpus) for gpus in (1, 8))
   for r in (alone, eight):
     check_identities(r)
-    seconds, counts = scaling.run_seconds(p, gpu, r["gpus"])
+    found = scaling.denoising_run(p, gpu, r["gpus"])
+    seconds = found["run_seconds"]
     each = {phase: scaling.parallel(p, gpu, r["gpus"], phase).seconds for phase in set(phases)}
     assert seconds == pytest.approx(p.card.forwards * sum(each[phase] for phase in phases))
-    assert sum(counts.values()) == steps
+    assert sum(found["run_phases"].values()) == steps
   for name in ("total_flops", "hbm_bytes", "kv_bytes", "launches"):
     assert eight[name] == alone[name]
   assert alone["speedup_over_one_gpu"] == 1 < eight["speedup_over_one_gpu"] < 8
   speedup = alone["seconds"] / eight["seconds"]
   assert speedup == pytest.approx(eight["speedup_over_one_gpu"]) and eight["imbalance"] >= 1
   assert alone["memory_bytes"] > eight["memory_bytes"]
-  dense, _ = scaling.run_seconds(plan(), gpu, 8)
-  assert seconds < 1.2 * dense
+  assert seconds < 1.2 * scaling.denoising_run(plan(), gpu, 8)["run_seconds"]
 
 
 def test_a_run_is_shown():
   p = plan("hunyuanvideo", "adaspa", (33, 45, 80))
   asked = ("--model=hunyuanvideo", "--method=adaspa", "--grid=33,45,80")
   (shown,) = rows_of(*asked, "--gpus=8", "--run")
-  assert shown["run_seconds"] == scaling.run_seconds(p, load_gpu("h100"), 8)[0]
+  assert shown["run_seconds"] == scaling.denoising_run(p, load_gpu("h100"), 8)["run_seconds"]
   assert shown["largest_video_seconds"] > shown["video_seconds"]
+
+
+def test_dense_steps_and_layers_of_a_run_are_counted():
+  """By hand: 2 forwards of each of 50 steps, 6 of them dense, in the others 3 of 30 layers."""
+  method = "--method=sliding_tile(window=(1, 1, 1))"
+  asked = ("--model=wan2.1-1.3b", "--grid=16,24,32", "--run", "--steps=50")
+  schedule = "--schedule=dense_first=0.1, dense_at=(0.5,), dense_layers=(0, 3, -1)"
+  own, dense = rows_of(*asked, method, "--compare=dense")
+  assert own["total_flops"] < 0.9 * dense["total_flops"]
+  (found,) = rows_of(*asked, method, schedule)
+  assert found["run_phases"] == {"dense": 6, "": 44}
+  for one, whole in (("total_flops", "run_flops"), ("seconds", "run_seconds")):
+    mixed = 0.1 * dense[one] + 0.9 * own[one]
+    assert found[whole] == pytest.approx(2 * (6 * dense[one] + 44 * mixed))
+    assert own[whole] == pytest.approx(2 * 50 * own[one]) and found[one] == own[one]
+  everywhere = rows_of(*asked, method, "--schedule=dense_first=1.0")[0]
+  assert everywhere["run_flops"] == pytest.approx(dense["run_flops"])
 
 
 def test_more_gpus():
@@ -179,6 +196,17 @@ REFUSALS = [
   (["--calibrate=nowhere.json"], "cannot be read"),
   (["--model=s", "--method=adaspa(search=(10, 60))", "--grid=8,16,16", "--run"], "60"),
   (["--steps=5"], "add --run"),
+  (["--schedule=dense_first=0.1"], "add --run"),
+  (["--model=s", "--run", "--schedule=dense_frist=0.1"], "did you mean 'dense_first'"),
+  (["--model=s", "--grid=8,16,16", "--run", "--schedule=dense_at=(99,)"], "names evaluation 99"),
+  (
+    ["--model=s", "--method=adaspa", "--grid=8,16,16", "--run", "--schedule=dense_first=1.0"],
+    "dense, which AdaSpa cannot be",
+  ),
+  (
+    ["--model=s", "--method=octaves", "--grid=8,16,16", "--run", "--schedule=dense_layers=(0,)"],
+    "dense, which Octaves cannot be",
+  ),
   (["--steps=0", "--run"], "must be at least 1"),
   (["--write_gpu=x.json"], "add --calibrate"),
   (["--plot=x.foo"], r"must end in one of .*\.svg"),

@@ -3,6 +3,7 @@
 import random
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -47,3 +48,27 @@ def test_processes_are_killed_until_one_ends(tmp_path, monkeypatch, program, wro
   tally = Tally()
   assert disturbed(tmp_path / "run", rng, 1.0, {}, tally) == wrong
   assert tally.kills.total() == 2 and tally.unfinished == (0 if wrong else 1)
+
+
+def test_rounds_are_counted_and_compared(tmp_path, monkeypatch, capsys):
+  """Runs that nothing disturbs must be equal, too; here what is left is that of another run."""
+  results = {name: ARRAYS for name in ("compiled", "alone", "round-1", "round-2", "round-3")}
+
+  def disturbed(workdir, rng, longest, changes, tally):
+    tally.kills["SIGKILL"] += 2
+
+  ended = types.SimpleNamespace(wait=lambda: 0)
+  monkeypatch.setattr(kill_loop, "start", lambda *_: ended)
+  monkeypatch.setattr(kill_loop, "disturbed", disturbed)
+  monkeypatch.setattr(kill_loop, "result", lambda workdir: (results[workdir.name], LOSSES))
+
+  def run():
+    return kill_loop.kill_loop(tmp_path, lambda rounds, _: rounds >= 3, 0, {})
+
+  found = run()
+  assert found["rounds"] == 3 and found["kills"] == {"SIGKILL": 6}
+  assert found["equal_arrays"] == 2 and found["equal_losses"] == 2
+  wrong = {"round-2": "round 2: 1 arrays or losses differ: a; ", "compiled": "disturbs differ: a; "}
+  for name, text in wrong.items():
+    monkeypatch.setitem(results, name, ARRAYS | {"a": np.float32([1, 3])})
+    assert run() is None and text in capsys.readouterr().out

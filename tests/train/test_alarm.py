@@ -5,8 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 
+from benchmarks.cpu.loop import Between
+from freqformer.model.config import model_config
+from freqformer.train import run
 from freqformer.train.alarm import Alarm
+from freqformer.train.metrics import read
 from freqformer.train.step import TrainConfig
+from tests.command.test_fields import small
+from tests.tiny_config import get_config
 
 CONFIG = TrainConfig(steps=1000, batch_size=1, warmup=10)
 STEADY = [1.0, 1.2, 0.9, 1.1] * 5
@@ -62,35 +68,92 @@ def test_validation_is_held_against_the_linear_predictor(step, loss, warns):
     assert alarm.raised == {found["about"]} == {"validation"}
 
 
+def model(**methods):
+  """Returns a model of a layer for each method: its name and what its config changes."""
+  config = get_config().model.to_dict()
+  layers = tuple((i, i + 1, name) for i, name in enumerate(methods))
+  return model_config(config | {"depth": len(methods), "attention": methods | {"layers": layers}})
+
+
+ROUTED = model(freqformer={}, octaves={"levels": 2})
+BRANCHES = ("low", "mid", "high", *ROUTED.branches[3:])
+
+
 def weights(layer, branch, others=0.0):
-  """Two layers, four quarters, two heads, three branches; one layer gives all to a branch."""
-  found = np.tile(np.float32([0.3, 0.3, 0.4]), (2, 4, 2, 1))
-  found[layer] = others
+  """Returns those of `ROUTED`, in four quarters and two heads; a layer gives all to a branch."""
+  found = np.zeros((2, 4, 2, 5), np.float32)
+  found[0, ..., :3] = [0.3, 0.3, 0.4]
+  found[1, ..., 3:] = 0.5
+  own = slice(0, 3) if layer == 0 else slice(3, 5)
+  found[layer, ..., own] = others
   found[layer, ..., branch] = 1 - 2 * others
   return found
 
 
 def test_a_collapsed_router_is_told_from_one_that_decides_by_t():
-  names = ("low", "mid", "high")
   alarm = Alarm(CONFIG)
-  assert not alarm.routed(10, weights(1, 2), names)  # while it warms up
-  decides = weights(1, 2)
-  decides[1, 0] = [1, 0, 0]
-  one_head = weights(1, 2)
-  one_head[1, :, 0] = [1, 0, 0]
-  for probs in (decides, one_head, weights(1, 2, others=0.03)):
-    assert not alarm.routed(11, probs, names)
-  found = alarm.routed(11, weights(1, 2, others=0.02), names)
-  assert found["about"] == "router" and "to high in layer 1 (of" in found["text"]
-  assert not alarm.routed(12, weights(1, 2), names)
+  assert not alarm.routed(10, weights(0, 2), ROUTED)  # while it warms up
+  decides = weights(0, 2, others=0.01)
+  decides[0, 0] = [1, 0, 0, 0, 0]
+  one_head = weights(0, 2, others=0.01)
+  one_head[0, :, 0] = [1, 0, 0, 0, 0]
+  for probs in (decides, one_head, weights(0, 2, others=0.03)):
+    assert not alarm.routed(11, probs, ROUTED)
+  found = alarm.routed(11, weights(0, 2, others=0.02), ROUTED)
+  assert found["about"] == "router" and "to high in layer 0. " in found["text"]
+  assert not alarm.routed(12, weights(0, 2), ROUTED)
+  found = Alarm(CONFIG).routed(11, weights(1, 4), ROUTED)
+  assert f"to {BRANCHES[4]} in layer 1. " in found["text"]
 
 
 def test_a_branch_that_nothing_uses_is_named():
-  probs = np.tile(np.float32([0.5, 0.005, 0.495]), (2, 4, 2, 1))
-  found = Alarm(CONFIG).routed(11, probs, ("low", "mid", "high"))
+  probs = weights(0, 1)
+  probs[0] = [0.5, 0.005, 0.495, 0, 0]
+  found = Alarm(CONFIG).routed(11, probs, ROUTED)
   assert found["about"] == "branch" and "to mid at step 11" in found["text"]
-  probs[1, 3, 1, 1] = 0.02
-  assert not Alarm(CONFIG).routed(11, probs, ("low", "mid", "high"))
+  probs[0, 3, 1, 1] = 0.02
+  assert not Alarm(CONFIG).routed(11, probs, ROUTED)
+
+
+def test_heads_without_a_router_are_not_looked_at():
+  """Their branches are fixed, and other layers have nothing to do with them."""
+  mixed = model(
+    sliding_tile={},
+    sparseflow={"allocation": (2, 0)},  # every head has the same branch, none the other
+    octaves={"levels": 2},
+    dense={},
+    freqformer={},
+  )
+  assert mixed.branches == ("sparse", "linear", *BRANCHES[3:], *BRANCHES[:3])
+  probs = np.zeros((3, 4, 2, 7), np.float32)
+  probs[0, ..., 0] = 1
+  probs[1, ..., 2:4] = 0.5
+  probs[2, ..., 4:] = 1 / 3
+  assert Alarm(CONFIG).routed(11, probs, mixed) is None
+  probs[2, ..., 4:] = [0, 0, 1]
+  found = Alarm(CONFIG).routed(11, probs, mixed)
+  assert found["about"] == "router" and "to high in layer 4. " in found["text"]
+  fixed = model(sparseflow={"allocation": (2, 0)}, sliding_tile={})
+  assert Alarm(CONFIG).routed(11, probs[:1, ..., :2], fixed) is None
+
+
+@pytest.mark.parametrize("collapsed", [False, True])
+def test_a_run_warns_of_its_router(tmp_path, monkeypatch, collapsed):
+  """By a step that trains nothing and a validation whose result is given."""
+  config = small(steps=2)
+  config.train.val_every = 1
+  config.model.update(dict(depth=2, heads=2))
+  config.model.attention.layers = ((0, 1, "sparseflow(allocation=(2, 0))"), (1, None, "octaves"))
+  probs = np.zeros((2, 4, 2, 2 + 3), np.float32)
+  probs[0, ..., 0] = 1
+  probs[1, ..., 2:] = [0.97, 0.02, 0.01] if collapsed else 1 / 3
+  result = {"loss": 1.0, "linear_buckets": [2.0] * 4, "probs": probs, "choice": probs}
+  monkeypatch.setattr(run, "_validation", lambda *_: lambda *_: result)
+  monkeypatch.setattr(run, "make_train_step", Between().make_train_step)
+  run.train(config, tmp_path)
+  found = [row["text"] for row in read(tmp_path / "metrics.jsonl") if row["kind"] == "warning"]
+  assert len(found) == int(collapsed)
+  assert all(f"to {BRANCHES[3]} in layer 1. " in text for text in found)
 
 
 def test_a_warm_up_that_is_cut_short_is_taken_as_it_runs():

@@ -20,7 +20,7 @@ from freqformer.command.files import read_config
 from freqformer.config import ConfigError
 from freqformer.evaluate import restore
 from freqformer.model.dit import VideoDiT
-from freqformer.train.checkpoint import Checkpoints, Gone
+from freqformer.train.checkpoint import SCHEMA, Checkpoints, Gone
 from freqformer.train.experiment import experiment
 from freqformer.train.resume import check_same_config, check_same_data, with_seed
 from freqformer.train.step import init_state
@@ -87,6 +87,24 @@ def test_missing_checkpoints_say_what_to_do(tmp_path, saved):
     Checkpoints(tmp_path / "nothing", create=False)
   with pytest.raises(ConfigError, match="there are \\[5, 9\\]"):
     saved[2].record(7)
+
+
+def test_a_later_version_s_checkpoint_is_refused(tmp_path):
+  own = Checkpoints(tmp_path)
+  own.save(1, {"x": np.zeros(2)}, {"git": "abc1234"})
+  own.save(2, {"x": np.zeros(2)}, {"git": "abc1234", "schema": SCHEMA + 1})
+  read = Checkpoints(tmp_path, create=False)
+  assert read.record(1)["git"] == "abc1234"
+  text = f"has schema {SCHEMA + 1}, this code reads {SCHEMA}; use the revision .*abc1234"
+  with pytest.raises(ConfigError, match=text):
+    read.record()
+
+
+def test_a_file_in_the_place_of_checkpoints_is_found_out_at_once(tmp_path):
+  (tmp_path / "checkpoints").touch()
+  with pytest.raises(FileExistsError) as error:
+    Checkpoints(tmp_path)
+  assert error.value.filename == str(tmp_path / "checkpoints")  # of which commands make a sentence
 
 
 def _cut(*files):
