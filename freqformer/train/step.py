@@ -173,7 +173,7 @@ class TrainConfig:
 
   @property
   def attends_densely(self) -> bool:
-    """Whether any training step has dense attention, a teacher's or the layers' own."""
+    """True if any training step has dense attention, a teacher's or the layers' own."""
     return bool(self.teacher or self.dense_steps or self.dense_fall)
 
   def stages(self, depth: int) -> list[tuple[int, int]]:
@@ -195,7 +195,7 @@ class TrainConfig:
 
   @property
   def counted(self) -> dict[str, Any]:
-    """What of `freqformer.cost.step_cost` these settings decide."""
+    """The arguments of `freqformer.cost.step_cost` that these settings decide."""
     return {"frozen": bool(self.freeze), "teacher": self.teacher}
 
   @property

@@ -1,4 +1,4 @@
-"""What a dry run says of one of several devices; that of the whole run is in other files."""
+"""The lines of a dry run about one of several devices; those of a whole run are tested elsewhere."""
 
 import types
 

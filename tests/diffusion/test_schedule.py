@@ -85,7 +85,7 @@ def test_ends_and_layers_are_dense_and_counted():
 
 
 def test_all_totals_of_a_run_are_the_sum_by_hand():
-  """Of cost.json, --dry_run, and a page that compares: guided and dense evaluations overlap."""
+  """cost.json, --dry_run and a page that compares; guided and dense evaluations overlap."""
   config = small()
   config.model.update(dict(depth=3))
   config.model.attention.method = "sliding_tile"

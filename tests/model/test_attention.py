@@ -68,7 +68,7 @@ def test_the_demo_has_the_figures_of_the_design_page():
 
 
 def test_the_distance_from_dense_attention_is_of_its_output_and_moves_the_method_alone():
-  """Of a layer whose last projection does nothing, so that it puts out what is compared."""
+  """The last projection of the layer does nothing, so that what is compared comes out."""
   layout = TileLayout((2, 3, 4), (1, 2, 4), 8)  # the lower tiles hold four tokens
   method = SlidingTile((1, 1, 1))
   layer = SpectralAttention(

@@ -1,4 +1,4 @@
-"""What cost.json counts of training."""
+"""Training as cost.json counts it."""
 
 import pytest
 
