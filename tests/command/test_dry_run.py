@@ -1,4 +1,4 @@
-"""The lines of a dry run about one of several devices; those of a whole run are tested elsewhere."""
+"""The lines of a dry run about one of several devices."""
 
 import types
 
