@@ -53,9 +53,9 @@ class Between:
   wall: list[float] = dataclasses.field(default_factory=list)
   work: list[float] = dataclasses.field(default_factory=list)
 
-  def make_train_step(self, graphdef, config):
+  def make_train_step(self, graphdef, config, dense=0):
     """Stands in for the function of this name: returns a step that counts and sleeps."""
-    del graphdef, config
+    del graphdef, config, dense
     ended = None
 
     def step(state, batch, tables, numbers, posterior=None):

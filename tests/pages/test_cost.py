@@ -19,7 +19,7 @@ def test_training_is_the_mean_over_the_stages_of_a_run():
     step_cost(exp.model, exp.latent_shape, dense=layers, teacher="layers").total
     for layers in (3, 3, 2, 1, 0)
   ]
-  found = counted(exp, exp.model.phases(len(exp.sample.guided())))["training"]
+  found = counted(exp)["training"]
   assert found["own"]["total_flops"] == pytest.approx(sum(costs) / 5)
   dense = step_cost(exp.model.with_method("dense"), exp.latent_shape)
   assert found["dense"]["total_flops"] == dense.total

@@ -89,7 +89,7 @@ def runs(tmp_path_factory):
     | {"KEEP_IN": str(folder / "two")},
   )
   assert found.returncode == 0, found.stderr[-5000:]
-  assert found.stderr.count("runs on 4 of 4 cpu (data 2 x fsdp 2 in 2 processes)") == 1
+  assert found.stderr.count("runs on 4 of 4 cpu (data 2 x fsdp 2 x context 1 in 2 processes)") == 1
   with pytest.MonkeyPatch.context() as patched:
     keep(folder / "one", patched.setattr)
     train(get_config(1, 1, steps=3), folder / "one", watch=Progress())
