@@ -15,6 +15,7 @@ from freqformer.cost import branch_costs, layer_cost
 from freqformer.grid.basis import SpectralBasis
 from freqformer.grid.layout import TileLayout
 from freqformer.grid.sizes import coarse_tokens, most_cells
+from freqformer.methods.allocation import deal_heads
 from freqformer.methods.base import Cond
 from freqformer.methods.parts.router import RouterConfig, penalty
 from freqformer.methods.radial import count_radial, radial
@@ -156,3 +157,12 @@ def test_every_branch_of_every_head_in_training():
   assert training.linear_flops == linear.linear_flops > sparse.linear_flops
   sampled = method_class("sparseflow")(router=dataclasses.replace(method.router, mode="sampled"))
   assert layer_cost(sampled, LAYOUT, 4, 32, training=True) == layer_cost(sampled, LAYOUT, 4, 32)
+
+
+def test_heads_are_dealt_dearest_first():
+  assert deal_heads(np.array([2, 3, 4, 5]), 2) == [[0, 3], [1, 2]]
+
+
+def test_each_device_has_as_many_heads():
+  assert deal_heads(np.array([9, 1, 1, 1]), 2) == [[0, 3], [1, 2]]
+  assert deal_heads(np.ones(3), 2) == [[0, 2], [1]]
