@@ -7,7 +7,6 @@ about a minute on two cores.
 """
 
 import dataclasses
-import functools
 import json
 import math
 import pathlib
@@ -185,7 +184,6 @@ def balance_row(method: str, gpus: int) -> dict:
   }
 
 
-@functools.cache
 def all_rows() -> list[dict]:
   """Returns all rows of the page."""
   gpu = load_gpu("h100")

@@ -49,7 +49,7 @@ def describe(experiment: Experiment) -> str:
     "label": abstract.null(batch_size),
   }
   step = make_train_step(graphdef, experiment.train)
-  mesh = meshes.make_mesh(experiment.mesh, batch_size, experiment.train.accumulate)
+  mesh = experiment.make_mesh()
   with jax.set_mesh(mesh):
     tables = placement.everywhere(
       make_tables(model, shape, with_dense=experiment.train.attends_densely)
@@ -107,26 +107,32 @@ def _per_device(mesh, state, memory, program: str, batch_size: int) -> dict[str,
   """Returns what one of several devices holds and exchanges, and what to do if that is too much."""
   if mesh.size == 1:
     return {}
-  own = sum(
-    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state)
-  )
+  held = _bytes_of_a_device(state)
+  parameters = _bytes_of_a_device(state.params)
   exchanged = ", ".join(
     f"{kind} {runs} times {moved / 1e6:,.1f} MB"
     for kind, (runs, moved) in collectives(program).items()
   )
   rows = {
-    "a device": f"{own / 1e6:,.1f} MB of the state, "
+    "a device": f"{parameters / 1e6:,.1f} MB of parameters, "
+    f"{(held - parameters) / 1e6:,.1f} MB of their average and moments, "
     f"{memory.temp_size_in_bytes / 1e6:,.1f} MB temporary",
     "exchanged": f"in a step, results in all: {exchanged}" if exchanged else "nothing",
   }
   limit = (mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")
-  if limit and own + memory.temp_size_in_bytes > limit:
+  if limit and held + memory.temp_size_in_bytes > limit:
     change = "raise mesh.fsdp"
-    if memory.temp_size_in_bytes > own:
+    if memory.temp_size_in_bytes > held:
       several = batch_size > mesh.shape["data"] * mesh.shape["fsdp"]
       change = "lower train.batch_size" if several else "raise mesh.context"
     rows["too much"] = f"a device has {limit / 1e6:,.1f} MB: {change}"
   return rows
+
+
+def _bytes_of_a_device(tree) -> int:
+  """Returns the bytes of placed arrays, or of their shapes, on one of the devices."""
+  leaves = jax.tree.leaves(tree)
+  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 def _by(sizes) -> str:

@@ -97,9 +97,9 @@ def largest_video(plan: Plan, gpu: Gpu, gpus: int = 1) -> tuple[int, int, int] |
 def imbalance(plan: Plan, gpus: int, phase: str | None = None) -> float:
   """Returns attention of the busiest GPU over the mean; whole heads are dealt (`deal_heads`).
 
-  Heads differ where a method deals them to branches of different
-  cost; the shares are the method's own expectation. Heads that differ by what the data ask for
-  (AdaSpa's levels, spatial and temporal heads) are taken as alike, hence too fast.
+  Heads differ where a method deals them to branches of different cost; the shares are the method's
+  own expectation. Heads that differ by what the data ask for (AdaSpa's levels, spatial and temporal
+  heads) are taken as alike, hence too fast.
   """
   heads = plan.card.heads
   method = plan.method

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from freqformer.config import ConfigError, build, refusing, require
@@ -16,7 +17,7 @@ from freqformer.diffusion.sampling import SampleConfig
 from freqformer.model.config import ModelConfig, model_config
 from freqformer.model.schedule import DenseSchedule
 from freqformer.placement import check_context
-from freqformer.train.mesh import MeshConfig
+from freqformer.train.mesh import MeshConfig, make_mesh
 from freqformer.train.step import TrainConfig
 
 
@@ -36,9 +37,6 @@ class Experiment:
     # Resolved here: what the grid decides is part of the run. What is wrong with it is refused
     # before hours of encoding.
     object.__setattr__(self, "model", self.model.resolved(self.latent_shape))
-    tiles = self.model.layout(self.latent_shape).tiles
-    by_tiles = all(method.exchanges_tiles for _, method in self.model.runs())
-    check_context(tiles, 0 if by_tiles else self.model.heads, self.mesh.context)
     if self.train.first_frame:
       self._check_first_frame()
 
@@ -59,6 +57,20 @@ class Experiment:
         f"{given} cannot learn from config.data.target='posterior', the mean without a given "
         "frame; set config.data.target='velocity'."
       )
+
+  def make_mesh(self) -> Mesh:
+    """Returns the mesh of devices to train on.
+
+    Not checked on construction: a run is also read to be sampled, on other devices and grids.
+
+    Raises:
+      ConfigError: the devices, the batch or a sample cannot be divided as the config asks for.
+    """
+    by_tiles = all(method.exchanges_tiles for _, method in self.model.runs())
+    dense = self.train.attends_densely or self.model.attention.schedule != DenseSchedule()
+    tiles = self.model.layout(self.latent_shape).tiles
+    check_context(tiles, 0 if by_tiles and not dense else self.model.heads, self.mesh.context)
+    return make_mesh(self.mesh, self.train.batch_size, self.train.accumulate)
 
   def with_spectrum(self, latents: Iterable[np.ndarray]) -> "Experiment":
     """Returns the experiment with the spectrum of training latents, if its model needs one."""

@@ -18,7 +18,7 @@ class MeshConfig:
   Attributes:
     data: copies of the model; -1 takes the devices that are left.
     fsdp: devices that share one copy's parameters, average and moments; each has its own samples.
-    context: devices that share the tokens of one sample; it divides tiles and heads.
+    context: devices that share the tokens of one sample (`freqformer/placement.py`).
   """
 
   data: int = -1
@@ -87,7 +87,12 @@ def whole_mesh(context: int = 1) -> Mesh:
   Raises:
     ConfigError: they do not divide all devices.
   """
-  return _mesh(MeshConfig(context=context).sizes(len(all_devices())))
+  found = len(all_devices())
+  if found % context:
+    raise ConfigError(
+      f"--context={context} must divide the {found} device{'s' * (found > 1)} that JAX finds."
+    )
+  return _mesh((found // context, 1, context))
 
 
 def _mesh(sizes: tuple[int, int, int]) -> Mesh:

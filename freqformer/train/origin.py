@@ -34,8 +34,19 @@ _LISTED = 4  # arrays that a message names
 ENDING = ".safetensors"
 _HEADER = "freqformer"  # its key that holds the record
 # What of a record a file keeps: what the checks below, readers and samplers need.
-_TOLD = ("schema", "step", "config", "class_names", "statistics", "latent_shape", "video_shape")
-_TOLD += ("fps", "val_loss", "versions", "git")
+_TOLD = (
+  "schema",
+  "step",
+  "config",
+  "class_names",
+  "statistics",
+  "latent_shape",
+  "video_shape",
+  "fps",
+  "val_loss",
+  "versions",
+  "git",
+)
 Runs = Sequence[tuple[int, Method]]  # of `ModelConfig.runs`
 
 
@@ -56,8 +67,10 @@ class Origin:
 
   @classmethod
   def read(cls, init_from: str) -> "Origin":
-    """Reads the newest checkpoint of a run's folder, that of a step as in "runs/dense:500", or a
-    file as in "dense.safetensors".
+    """Reads the averaged weights that `train.init_from` names.
+
+    They are of the newest checkpoint in a run's folder, of one of its steps as in "runs/dense:500",
+    or in a file as "dense.safetensors".
 
     Raises:
       ConfigError: there is none, or it cannot be read.

@@ -26,7 +26,7 @@ from freqformer.train.alarm import KIND, Alarm
 from freqformer.train.checkpoint import PACKAGES, Checkpoints
 from freqformer.train.diagnosis import first_not_finite
 from freqformer.train.experiment import Experiment, experiment, recorded
-from freqformer.train.mesh import describe, make_mesh
+from freqformer.train.mesh import describe
 from freqformer.train.metrics import Metrics, finite, read, write_routing
 from freqformer.train.origin import Origin
 from freqformer.train.preemption import StopRequest
@@ -104,7 +104,7 @@ def train(
       `workdir`, or the disk is full.
   """
   exp = experiment(config)
-  mesh = make_mesh(exp.mesh, exp.train.batch_size, exp.train.accumulate)
+  mesh = exp.make_mesh()
   logging.info("%s", describe(mesh))
   workdir.mkdir(parents=True, exist_ok=True)
   with disk.space_for("the run's records", workdir), records(workdir) as own:

@@ -84,8 +84,26 @@ def test_groups_of_devices_share_a_sample(monkeypatch):
 def test_tiles_and_heads_are_shared_evenly(context, text):
   config = get_config()
   config.mesh = {"context": context}
+  found = experiment(config)  # may be read, to be sampled elsewhere
   with pytest.raises(ConfigError, match=text):
-    experiment(config)
+    found.make_mesh()
+
+
+@pytest.mark.parametrize("dense_steps, refused", [(0, "JAX finds 1 device"), (1, "2 heads")])
+def test_static_tables_need_no_heads_that_divide(dense_steps, refused):
+  """Dense steps exchange heads: the sentence is of them, and not of devices that are missing."""
+  config = get_config()
+  config.mesh = {"context": 3}
+  config.model.attention.method = "radial"
+  config.train.dense_steps = dense_steps
+  with pytest.raises(ConfigError, match=refused):
+    experiment(config).make_mesh()
+
+
+def test_samples_on_devices_that_do_not_divide(monkeypatch):
+  monkeypatch.setattr(mesh, "all_devices", lambda: [None] * 8)
+  with pytest.raises(ConfigError, match="--context=3 must divide the 8 devices that JAX finds"):
+    whole_mesh(context=3)
 
 
 def test_one_device_is_a_mesh_of_one():

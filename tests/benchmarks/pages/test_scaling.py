@@ -7,6 +7,7 @@ import pytest
 from benchmarks.pages import scaling
 from benchmarks.pages.complexity import fill
 from freqformer.simulation.descriptions import load_gpu
+from tests import golden
 
 GRID = (16, 64, 64)
 
@@ -36,6 +37,13 @@ def test_a_window_of_whole_frames_receives_the_neighbouring_ones():
 def test_gradients_of_a_layer_are_added_up():
   found = scaling.training_row(8)
   assert found["data_bytes"] == pytest.approx(2 * 4 * 18 * 1536**2 * 7 / 8)
+
+
+def test_a_training_step_sends_what_the_compiled_program_does():
+  """A device sends seven eighths of what an all-to-all returns, and of a gradient, both ways."""
+  compiled = json.loads(golden.path("context").read_text())["exchanged_bytes"]
+  sent = 7 / 8 * (compiled["all-to-all"] + 2 * compiled["all-reduce"])
+  assert 30 * scaling.training_row(8)["context_bytes"] == pytest.approx(sent, rel=0.01)
 
 
 @pytest.mark.parametrize("method", scaling.ALLOCATIONS)
