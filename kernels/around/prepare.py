@@ -83,7 +83,7 @@ class Cells:
     return self.filters is not None
 
   def compress(self, x: jax.Array) -> jax.Array:
-    """Returns coarse tokens `[b, n_coarse, h, d]`, at least float32, of `[b, n, h, d]`."""
+    """Returns coarse tokens `[b, n_coarse, ...]`, at least float32, of `[b, n, ...]`."""
     coarse = self._by_tile(self.matrices, x)
     return coarse if self.rows is None else coarse[:, self.rows]
 
@@ -94,9 +94,9 @@ class Cells:
     return jnp.select([(bands == i + 1)[:, None, :, None] for i in range(count)], each)
 
   def _by_tile(self, matrices, x):
-    b, _, h, d = x.shape
+    b, _, *rest = x.shape
     x = jax.lax.optimization_barrier(x)  # widened inside the product, not once for all readers
-    tiles = x.reshape(b, len(self.classes), -1, h, d)
+    tiles = x.reshape(b, len(self.classes), -1, *rest)
     return multiply_tiles(matrices, self.classes, tiles)
 
 
@@ -108,18 +108,18 @@ def multiply_tiles(matrices: jax.Array, classes: jax.Array, tiles: jax.Array) ->
   Args:
     matrices: `[classes, rows, k]`.
     classes: int32 `[tiles]`, the matrix of each tile.
-    tiles: `[b, tiles, k, h, d]`.
+    tiles: `[b, tiles, k, ...]`.
 
   Returns:
-    `[b, tiles * rows, h, d]`.
+    `[b, tiles * rows, ...]`.
   """
-  b, _, _, h, d = tiles.shape
+  b, _, _, *rest = tiles.shape
   dtype = jnp.promote_types(tiles.dtype, jnp.float32)
   alike = matrices.shape[0] == 1
   matrices = matrices[0] if alike else jnp.asarray(matrices)[classes]
-  product = "rk,btkhd->btrhd" if alike else "trk,btkhd->btrhd"
+  product = "rk,btk...->btr..." if alike else "trk,btk...->btr..."
   y = jnp.einsum(product, matrices.astype(dtype), tiles.astype(dtype), precision="highest")
-  return y.reshape(b, -1, h, d)
+  return y.reshape(b, -1, *rest)
 
 
 def turn(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -223,10 +223,11 @@ def forward(
 
 
 def _compressed(joint, cells):
-  """Returns the coarse tokens of q, k and v: one product reads all three where they are."""
-  b, n, _, h, d = joint.shape
-  coarse = cells.compress(joint.reshape(b, n, 3 * h, d))
-  return jnp.unstack(coarse.reshape(b, -1, 3, h, d), axis=2)
+  """Returns the coarse tokens of q, k and v: one product reads all three where they are.
+
+  3 and h are not merged: devices that share the heads would have to gather them.
+  """
+  return jnp.unstack(cells.compress(joint), axis=2)
 
 
 def _one(x, bias, gain, first, *, tables, cells, bands, filtered):

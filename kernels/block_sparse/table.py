@@ -149,11 +149,12 @@ class BlockMask:
     """Returns bool `[b or 1, h or 1, q_tiles, kv_tiles]`: True where a tile lists another."""
     xnp = array_module(self.kv_indices, self.kv_counts)
     ids = xnp.where(self._listed(), self.indices(), self.kv_tiles)
-    out = xnp.zeros((*ids.shape[:3], self.kv_tiles + 1), bool)
+    row = xnp.zeros(self.kv_tiles + 1, bool)
     if xnp is np:
+      out = np.broadcast_to(row, (*ids.shape[:3], len(row))).copy()
       np.put_along_axis(out, ids, True, -1)
-    else:
-      out = jnp.put_along_axis(out, ids, True, -1, inplace=False)
+    else:  # row by row: devices that share the heads move none, where put_along_axis gathers
+      out = jnp.vectorize(lambda ids: row.at[ids].set(True), signature="(k)->(n)")(ids)
     return out[..., :-1]
 
   def to_dense(self) -> Array:

@@ -75,15 +75,15 @@ def top_words(
   # Two leading axes, along which several devices share the rows.
   wide = scores[(None,) * max(0, 3 - scores.ndim)]
   threshold = TOP_K.run(name, (wide, always), budget=budget)
-  keys = _keys(scores, always).reshape(-1, m)
-  return _chosen_words(keys, threshold.reshape(-1, 1), budget).reshape(*scores.shape[:-1], -1)
+  keys = _keys(scores, always)
+  return _chosen_words(keys, threshold.reshape(*scores.shape[:-1], 1), budget)
 
 
 def forward(scores, always, *, budget):
   """Returns a value per row that `budget` keys reach and fewer exceed: uint32 `[...]`."""
   bits = _BITS.get(current_target().platform, _BITS_ELSEWHERE)
-  keys = _keys(scores, always).reshape(-1, scores.shape[-1])
-  return _threshold(keys, budget, bits).reshape(scores.shape[:-1])
+  # Rows stay in their axes here and below: merged, devices could not share them by heads.
+  return _threshold(_keys(scores, always), budget, bits)[..., 0]
 
 
 def _keys(scores, always):
@@ -98,7 +98,7 @@ def _keys(scores, always):
 
 
 def _threshold(keys, budget: int, bits: int):
-  """Returns a value per row that at least `budget` keys reach and fewer exceed: uint32 `[rows, 1]`.
+  """Returns a value per row that at least `budget` keys reach and fewer exceed: uint32 `[..., 1]`.
 
   Invariant: `low` is reached by `reached >= budget` keys, `high` by fewer. A row is done when
   exactly `budget` reach `low` (its set is known) or when the bracket holds one value. Infinite
@@ -139,7 +139,7 @@ def _threshold(keys, budget: int, bits: int):
 
 
 def _chosen_words(keys, threshold, budget: int):
-  """Returns a bit per candidate `[rows, words]`: above the threshold, then ties from the left."""
+  """Returns a bit per candidate `[..., words]`: above the threshold, then ties from the left."""
   above = _pack(keys > threshold)
   equal = _pack(keys == threshold)
   left = budget - lax.population_count(above).astype(jnp.int32).sum(-1, keepdims=True)
@@ -152,8 +152,9 @@ def _chosen_words(keys, threshold, budget: int):
 
 
 def _pack(flags):
-  """Returns bool `[rows, m]` as uint32 `[rows, ceil(m / 32)]`, candidate 0 in the lowest bit."""
-  flags = jnp.pad(flags, ((0, 0), (0, -flags.shape[-1] % _WORD))).reshape(flags.shape[0], -1, _WORD)
+  """Returns bool `[..., m]` as uint32 `[..., ceil(m / 32)]`, candidate 0 in the lowest bit."""
+  *lead, m = flags.shape
+  flags = jnp.pad(flags, (*[(0, 0)] * len(lead), (0, -m % _WORD))).reshape(*lead, -1, _WORD)
   bits = flags.astype(jnp.uint32) << jnp.arange(_WORD, dtype=jnp.uint32)
   return jnp.sum(bits, -1, dtype=jnp.uint32)
 
@@ -175,18 +176,16 @@ def places(words: jax.Array, budget: int) -> jax.Array:
 
   Behind the last set bit of uint32 `[..., words]`: anything, perhaps beyond the candidates.
   """
-  lead = words.shape[:-1]
-  words = words.reshape(-1, words.shape[-1])
   counts = lax.population_count(words).astype(jnp.int32)
   ends = jnp.cumsum(counts, -1)
   slots = jnp.arange(budget, dtype=jnp.int32)
   # Comparing all moves only words; halving writes its bounds each round, which a CPU minds less.
   method = "scan" if current_target().platform == "cpu" else "compare_all"
-  at = jax.vmap(lambda row: jnp.searchsorted(row, slots, side="right", method=method))(ends)
+  search = functools.partial(jnp.searchsorted, v=slots, side="right", method=method)
+  at = jnp.vectorize(search, signature="(w)->(k)")(ends)
   at = jnp.minimum(at, words.shape[-1] - 1).astype(jnp.int32)
   take = functools.partial(jnp.take_along_axis, indices=at, axis=-1, mode="clip")
-  found = at * _WORD + _nth_bit(take(words), slots - (take(ends) - take(counts)))
-  return found.reshape(*lead, budget)
+  return at * _WORD + _nth_bit(take(words), slots - (take(ends) - take(counts)))
 
 
 def top_tiles(

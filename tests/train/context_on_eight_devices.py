@@ -1,5 +1,7 @@
 """Devices that share the tokens of a sample compute what one computes; `test_mesh.py` runs it."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from freqformer.kernels.block_sparse.table import from_tiles
 from freqformer.analysis.hlo_bytes import collectives
 from freqformer.placement import split
 from freqformer.train.mesh import MeshConfig, make_mesh, whole_mesh
-from tests.train.on_eight_devices import assert_equal, drawn, trained
+from tests.train.on_eight_devices import BATCH, SHAPE, assert_equal, drawn, trained
 
 HEADS = 8
 # All methods that train. Freqformer runs all of its branches in training; with its own cuts, tiles
@@ -34,7 +36,11 @@ def test_a_step_equals_one_device(method):
   assert_equal(together, alone)
   if method in ("dense", FREQFORMER):
     assert_equal(trained(method, 2, 2, context=2, heads=HEADS), alone)
-  assert "all-to-all" in collectives(together[-1].as_text())
+  moved = collectives(together[-1].as_text())
+  assert "all-to-all" in moved
+  # Tokens are exchanged, never gathered, nor is what a method makes of them.
+  tokens = 4 * BATCH * math.prod(SHAPE[:3]) * 12 * HEADS
+  assert moved["all-gather"][1] < tokens / 10
 
 
 @pytest.mark.parametrize(
