@@ -113,15 +113,28 @@ class _NewestAndBest:
 class Checkpoints:
   """The checkpoints of one run, in `<workdir>/checkpoints/<step>/`."""
 
-  def __init__(self, workdir, keep: int = 2, create: bool = True, keep_best: bool = False):
-    """Opens the folder; it is made if `create`.
+  def __init__(
+    self,
+    workdir,
+    keep: int = 2,
+    create: bool = True,
+    keep_best: bool = False,
+    in_background: bool = False,
+  ):
+    """Opens the folder.
 
-    The `keep` newest checkpoints stay, with `keep_best` also the one whose record has the least
-    `val_loss`.
+    Args:
+      workdir: the run's folder.
+      keep: number of newest checkpoints that stay.
+      create: make the folder.
+      keep_best: the checkpoint whose record has the least `val_loss` stays, too.
+      in_background: `save` returns once it has copied the arrays; a thread writes them.
     """
     self.path = (pathlib.Path(workdir) / "checkpoints").absolute()
+    self._in_background = in_background
     self._losses: dict[int, float | None] = {}  # of validation at steps that were looked at
     self._most = keep + int(keep_best)
+    self._writing: tuple[int, int] | None = None  # step and bytes of what is not on disk yet
     self._kept = _NewestAndBest(keep, keep_best, self._loss)
     if not create and not self.path.is_dir():
       raise ConfigError(
@@ -133,7 +146,7 @@ class Checkpoints:
     self._manager = ocp.CheckpointManager(
       self.path,
       options=ocp.CheckpointManagerOptions(
-        preservation_policy=self._kept, create=create, enable_async_checkpointing=False
+        preservation_policy=self._kept, create=create, enable_async_checkpointing=in_background
       ),
       item_handlers={
         "arrays": ocp.StandardCheckpointHandler(),
@@ -143,10 +156,12 @@ class Checkpoints:
 
   def latest(self) -> int | None:
     """Returns the newest complete step, or None."""
+    self.wait()
     return self._manager.latest_step()
 
   def steps(self) -> list[int]:
     """Returns all complete steps, ascending."""
+    self.wait()
     return sorted(self._manager.all_steps())
 
   def best(self) -> dict | None:
@@ -217,10 +232,12 @@ class Checkpoints:
   def save(self, step: int, state, record: dict):
     """Saves a pytree of arrays and its JSON record; a step that exists already is left alone.
 
+    It waits for the save before, if that is still under way.
+
     Raises:
-      ConfigError: the disk is full; names what is intact.
+      ConfigError: the disk is full, for this checkpoint or for that before; names what is intact.
     """
-    if step in self._manager.all_steps():
+    if step in self.steps():
       return
     # JAX's own stay as they are: each process writes its parts.
     arrays = {
@@ -234,24 +251,45 @@ class Checkpoints:
     items = ocp.args.Composite(
       arrays=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(plain)
     )
-    what = f"the checkpoint of step {step}"
     # Refused before Orbax begins: its threads print traces of their own about a full disk.
     if _bytes(state) > disk.free_bytes(self.path):
+      what = f"the checkpoint of step {step}"
       raise ConfigError(disk.no_space(self.path, what, _bytes(state), self.intact()))
-    with disk.space_for(what, self.path, _bytes(state), self.intact), self._whole(step):
+    with self._whole(step, _bytes(state)):
       self._manager.save(step, args=items)
+    self._writing = step, _bytes(state)
+    if not self._in_background:
+      self.wait()
+
+  def poll(self):
+    """Ends a save whose writing has ended, and does not wait for one that has not.
+
+    Raises:
+      ConfigError: as `save`.
+    """
+    if self._writing is not None and not self._manager.is_saving_in_progress():
+      self.wait()
+
+  def wait(self):
+    """Waits until all that was saved is on disk; raises as `save`."""
+    if self._writing is None:
+      return
+    step, size = self._writing
+    self._writing = None  # what names the intact checkpoints does not wait
+    with self._whole(step, size):
       self._manager.wait_until_finished()
     logging.info("checkpoint of step %d in %s", step, self.path)
 
   @contextlib.contextmanager
-  def _whole(self, step: int):
-    """Removes the half-written folder of a step that cannot be saved, which takes up space."""
-    try:
-      yield
-    except Exception:  # is raised again, whatever it is
-      for part in self.path.glob(f"{step}.*tmp*"):
-        shutil.rmtree(part, ignore_errors=True)
-      raise
+  def _whole(self, step: int, size: int):
+    """Says that the disk is full; removes the half-written folder of a step that is not saved."""
+    with disk.space_for(f"the checkpoint of step {step}", self.path, size, self.intact):
+      try:
+        yield
+      except Exception:  # is raised again, whatever it is
+        for part in self.path.glob(f"{step}.*tmp*"):
+          shutil.rmtree(part, ignore_errors=True)
+        raise
 
   def record(self, step: int | None = None) -> dict:
     """Reads the JSON record of a step (default: the newest); raises ConfigError if it cannot."""
@@ -348,5 +386,6 @@ class Checkpoints:
     return step
 
   def close(self):
-    """Waits for what is being written."""
+    """Waits for what is being written; raises as `save`."""
+    self.wait()
     self._manager.close()

@@ -108,7 +108,12 @@ def train(
   logging.info("%s", describe(mesh))
   workdir.mkdir(parents=True, exist_ok=True)
   with disk.space_for("the run's records", workdir), records(workdir) as own:
-    checkpoints = Checkpoints(workdir, exp.train.keep, keep_best=exp.train.keep_best)
+    checkpoints = Checkpoints(
+      workdir,
+      exp.train.keep,
+      keep_best=exp.train.keep_best,
+      in_background=exp.train.save_in_background,
+    )
     checkpoints.remove_unfinished()
     space = disk.space_for("the run's records", workdir, intact=checkpoints.intact)
     with space, jax.set_mesh(mesh):
@@ -319,6 +324,7 @@ def _train(
         if begins:
           jax.block_until_ready(values)
       skips.add(values)
+      checkpoints.poll()
       step += 1
       trace.after(step, values)
       last = step == exp.train.steps
@@ -352,6 +358,7 @@ def _train(
         val_loss = look()
       if saves or stop():
         save(val_loss)
+  checkpoints.wait()  # a run has finished when its last checkpoint is on disk
   seconds["train"] = time.monotonic() - loop_started - seconds.get("compile", 0.0)
   best = checkpoints.best()
   metrics.finish(seconds, finished=step >= exp.train.steps, best=best)

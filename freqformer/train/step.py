@@ -79,6 +79,8 @@ class TrainConfig:
     keep: number of newest checkpoints that stay on disk.
     keep_best: beside them the checkpoint of the least validation loss stays, of those at whose
       very step the run validated.
+    save_in_background: whether training goes on while a checkpoint is written. It takes as much
+      memory of the host as the state has (of a process: its part of it).
     NUMBERS: fields that are arguments of the compiled step.
   """
 
@@ -129,6 +131,7 @@ class TrainConfig:
   checkpoint_every: int = 500
   keep: int = 2
   keep_best: bool = True
+  save_in_background: bool = True
 
   def __post_init__(self):
     require(self, "steps batch_size accumulate log_every checkpoint_every keep", least=1)

@@ -1,6 +1,7 @@
 """Checkpoints: exact round trip, refusals that name leaves or damage, changes between runs."""
 
 import dataclasses
+import errno
 import functools
 import os
 import re
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -266,6 +268,59 @@ def test_a_process_killed_while_it_saves_leaves_the_checkpoint_before(
   assert f"the checkpoint of step 9 was not finished; {goes_on}" in caplog.text
   assert sorted(path.name for path in folder.iterdir()) == list(whole)
   assert checkpoints.latest() == (5 if whole else None)
+
+
+@pytest.fixture
+def background(tmp_path, monkeypatch):
+  """Checkpoints with a whole one of step 5, and a function that says what writing another does."""
+  checkpoints = Checkpoints(tmp_path, in_background=True)
+  checkpoints.save(5, {"x": np.zeros(2)}, {})
+  checkpoints.wait()
+  write = checkpoints._manager._wait_for_checkpointers
+
+  def writing(action):
+    monkeypatch.setattr(
+      checkpoints._manager, "_wait_for_checkpointers", lambda: (action(), write())
+    )
+
+  return checkpoints, writing
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(background):
+  checkpoints, writing = background
+  goes_on = threading.Event()
+  writing(goes_on.wait)
+  step = jax.jit(lambda x: x + 1, donate_argnums=0)
+  state = step(jnp.zeros(5000))
+  checkpoints.save(6, {"x": state}, {"loss": 1})
+  for _ in range(3):
+    state = step(state)
+    checkpoints.poll()
+  assert checkpoints._writing
+  goes_on.set()
+  assert checkpoints.latest() == 6  # waits
+  assert (checkpoints.restore({"x": np.zeros(5000)})["x"] == 1).all() and state[0] == 4
+  assert checkpoints.record()["loss"] == 1
+
+
+@pytest.mark.parametrize("noticed_by", ["poll", "save", "close"])
+def test_a_disk_that_is_full_in_the_background_names_the_checkpoint_before(background, noticed_by):
+  checkpoints, writing = background
+
+  def fill():
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  writing(fill)
+  state = {"x": np.zeros(2)}
+  checkpoints.save(6, state, {})
+  notice = {
+    "poll": lambda: [(checkpoints.poll(), time.sleep(0.01)) for _ in range(500)],
+    "save": lambda: checkpoints.save(7, state, {}),
+    "close": checkpoints.close,
+  }
+  with pytest.raises(ConfigError, match="the checkpoint of step 6 needs .* step 5 is intact. Free"):
+    notice[noticed_by]()
+  assert checkpoints.steps() == [5]
 
 
 def test_without_the_key_the_newest_stay_alone(tmp_path):
