@@ -21,6 +21,7 @@ from freqformer.model.schedule import DenseSchedule, Part, check_dense, parse_sc
 
 # width, depth, heads of DiT (arXiv 2212.09748).
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}
+REMAT_POLICIES = ("full", "attention", "products")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -106,7 +107,10 @@ class ModelConfig:
     first_frame: the first latent frame may be given clean; an embedding marks its tokens. Training
       gives it to a share of the samples (`train.first_frame`).
     dtype: of activations; parameters are float32.
-    remat: recompute blocks in the backward, except attention outputs, LSE, routing and tables.
+    remat: compute layers again in the backward instead of keeping what it needs of them.
+    remat_policy: what is kept all the same, beside a layer's input and its choices: "attention":
+      output and LSE of the attention kernel, which then runs once; "full": nothing; "products":
+      with attention also the outputs of projections and MLP, so that little is computed again.
   """
 
   attention: AttentionConfig
@@ -124,6 +128,7 @@ class ModelConfig:
   first_frame: bool = False
   dtype: str = "float32"
   remat: bool = True
+  remat_policy: str = "attention"
 
   def __post_init__(self):
     require_one_of(self, "size", (*SIZES, "custom"))
@@ -140,6 +145,7 @@ class ModelConfig:
     if len(self.rope_theta) == 1:
       object.__setattr__(self, "rope_theta", self.rope_theta * 3)
     require_one_of(self, "dtype", DTYPES)
+    require_one_of(self, "remat_policy", REMAT_POLICIES)
     if self.first_frame and self.precondition:
       raise ValueError(
         "precondition=True mixes all frames, so that none can be given clean: set "

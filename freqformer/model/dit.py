@@ -27,9 +27,18 @@ from freqformer.model.streams import named, numbered
 from freqformer.placement import check_context, gathered, split
 from freqformer.tables.dense import dense
 
-# Names that rematerialisation keeps: the attention kernel runs once, and no choice can flip when
-# the rest is computed again.
-KEPT = (*CHECKPOINT_NAMES, "routing", "tables")
+_keep = jax.checkpoint_policies.save_only_these_names
+# All keep choices: they could flip when they are made again.
+_CHOICES = ("routing", "tables")
+_WITH_ATTENTION = _keep(*_CHOICES, *CHECKPOINT_NAMES)
+# What a layer keeps for its backward, by `ModelConfig.remat_policy`; the rest is computed again.
+POLICIES = {
+  "full": _keep(*_CHOICES),
+  "attention": _WITH_ATTENTION,
+  "products": jax.checkpoint_policies.save_from_both_policies(
+    _WITH_ATTENTION, jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+  ),
+}
 TIME_RANGE = 1000  # DiT's features were made for t in 0..1000
 TIME_FREQUENCIES = 128
 PLACE_WAVES = 8  # choice: cosines of a token's place along each axis
@@ -290,7 +299,7 @@ class VideoDiT(nnx.Module):
       return split(x, context=1), (state, aux)
 
     if self.config.remat and cond.train:
-      policy = jax.checkpoint_policies.save_only_these_names(*KEPT)
+      policy = POLICIES[self.config.remat_policy]
       layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
     x, (state, aux) = jax.lax.scan(layer, x, (params, state, keys))
     return x, state, aux
