@@ -99,8 +99,7 @@ class TileOperators:
       total = squares(part).sum(axis=4)
       low = box[..., :k, :].sum(axis=4)
       mid = box[..., k:, :].sum(axis=4)
-      # Per tile sums are short and their rounding is small, yet the difference may fall below zero.
-      high = jnp.maximum(total - low - mid, 0)
+      high = _rest(total - low - mid, [m])
       energy += jnp.stack([low, mid, high], axis=-1).sum(axis=(1, 2, 3))
     return energy
 
@@ -146,13 +145,24 @@ class GridOperators:
     # Mid is the box without its low corner; a difference of nearly equal sums would lose digits.
     slabs = (box[:, :t, :y, :x], box[:, t:], box[:, :t, y:], box[:, :t, :y, x:])
     low, *mid = (s.sum(axis=(1, 2, 3)) for s in slabs)
-    return jnp.stack([low, sum(mid), jnp.maximum(total - low - sum(mid), 0)], axis=-1)
+    mid = sum(mid)
+    return jnp.stack([low, mid, _rest(total - low - mid, self.axes)], axis=-1)
 
   def _per_axis(self, x, name):
     for i, m in enumerate(self.axes):
       axis = "tyx"[i]
       x = _matmul(f"k{axis},btyx...->{'btyx'.replace(axis, 'k')}...", getattr(m, name), x)
     return x
+
+
+def _rest(difference, matrices):
+  """Returns the energy of the high band from what low and mid leave.
+
+  Where these hold all coefficients it is 0: the difference is rounding, and a router would be given
+  its logarithm. Elsewhere rounding may bring it below zero.
+  """
+  complete = all(m.analyse.shape[0] == m.analyse.shape[1] for m in matrices)
+  return jnp.zeros_like(difference) if complete else jnp.maximum(difference, 0)
 
 
 def check_floating(name, x):

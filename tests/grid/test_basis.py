@@ -14,7 +14,7 @@ import pytest
 import scipy.fft
 import scipy.linalg
 
-from freqformer.grid.basis import SpectralBasis
+from freqformer.grid.basis import KINDS, SpectralBasis
 from freqformer.grid.layout import TileLayout
 from freqformer.grid.sizes import coarse_tokens
 from freqformer.grid.transforms import rows_below
@@ -167,6 +167,15 @@ def test_band_energy_of_a_constant_is_low_and_never_negative(basis):
   total = layout.n * 64 * 9
   assert energy.min() >= 0
   np.testing.assert_allclose(energy, [total, 0, 0], atol=1e-5 * total)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_band_without_coefficients_has_no_energy(kind):
+  """Its difference from the others would be rounding."""
+  layout = LAYOUTS[2]
+  tables = SpectralBasis(kind, low=(0.5,) * 3, mid=(1.0,) * 3).fit(layout)
+  energy = np.asarray(tables.band_energy(layout.arrays().pack(_values(layout).astype(np.float32))))
+  assert (energy[..., 2] == 0).all() and (energy[..., :2] > 0).all()
 
 
 @kinds

@@ -15,12 +15,10 @@ from freqformer.train.mesh import MeshConfig, make_mesh, whole_mesh
 from tests.train.on_eight_devices import BATCH, SHAPE, assert_equal, drawn, trained
 
 HEADS = 8
-# All methods that train. Freqformer runs all of its branches in training; with its own cuts, tiles
-# of 2 x 2 x 2 tokens have no high band, and the logarithm of its energy would be that of rounding.
-FREQFORMER = "freqformer(basis=dict(mid=(0.5, 0.5, 0.5)))"
+# All methods that train. Freqformer runs all of its branches in training.
 METHODS = (
   "dense",
-  FREQFORMER,
+  "freqformer",
   "octaves",
   "sliding_tile(window=(1, 3, 3), unit=tiles)",
   "block_topk",
@@ -34,7 +32,7 @@ def test_a_step_equals_one_device(method):
   alone = trained(method, 1, 1, heads=HEADS)
   together = trained(method, 1, 1, context=8, heads=HEADS)
   assert_equal(together, alone)
-  if method in ("dense", FREQFORMER):
+  if method in ("dense", "freqformer"):
     assert_equal(trained(method, 2, 2, context=2, heads=HEADS), alone)
   moved = collectives(together[-1].as_text())
   assert "all-to-all" in moved
@@ -46,7 +44,7 @@ def test_a_step_equals_one_device(method):
 @pytest.mark.parametrize(
   "method",
   [
-    "freqformer(allocation=(1, 4, 3), basis=dict(mid=(0.5, 0.5, 0.5)))",
+    "freqformer(allocation=(1, 4, 3))",
     "sparseflow(allocation=(3, 5))",
   ],
 )
