@@ -1,4 +1,4 @@
-"""Milliseconds of the training loop's own work a step, and how long it waits for data.
+"""Milliseconds of the training loop's own work a step, and how long it waits for data and disk.
 
   python -m benchmarks.cpu.loop            # 1 minute on 2 cores: results/loop_cpu.json
   python -m benchmarks.cpu.loop --quick    # few steps, no rows
@@ -9,6 +9,9 @@ a device computes. `work_ms` is the processor time of the loop's thread from the
 step to the beginning of the next, `beside_ms` the wall clock between them: with the wait for a
 batch, and for cores that the loader or another program has. `loop/demo` trains the model itself, on
 the same cores; its figures are those of metrics.jsonl. Neither validates; saving comes at the end.
+
+`save/waits` and `save/background` save a state, in turns: `held_ms` is how long the loop stands
+still, `written_ms` how long it takes until the checkpoint is on disk (medians). Nothing else runs.
 """
 
 import dataclasses
@@ -30,6 +33,7 @@ from freqformer.command import cli
 from freqformer.command.files import read_config
 from freqformer.data.render import DEMO, render_ucf101
 from freqformer.train import metrics, run
+from freqformer.train.checkpoint import Checkpoints
 
 NAME = "loop_cpu"
 WORK_MS = 2.0  # goal: the loop's work a step
@@ -37,6 +41,8 @@ DATA_WAIT = 0.02  # goal: share of the demo's training that waits for data
 _STEPS = {"loop/nothing": 500, "loop/demo": 100}
 _QUICK_STEPS = 30
 _SLEEP_SECONDS = 0.02  # choice: a short step; one of the demo takes ten times as long on two cores
+_STATE = (100, 640_000)  # arrays, numbers of each: 256 MB
+_SAVES = 5
 
 
 @jax.jit
@@ -107,18 +113,45 @@ def measure(config: ConfigDict, quick: bool) -> list[dict]:
   return rows
 
 
+def saves(arrays: int, numbers: int, rounds: int) -> list[dict]:
+  """Returns the row of each kind of saving, of a state of so many arrays of so many numbers."""
+  keys = jax.random.split(jax.random.key(0), arrays)
+  state = {str(i): jax.random.normal(key, (numbers,)) for i, key in enumerate(keys)}
+  times = {"save/waits": [], "save/background": []}
+  with tempfile.TemporaryDirectory() as folder:
+    kinds = {
+      name: Checkpoints(pathlib.Path(folder) / name, keep=1, in_background="background" in name)
+      for name in times
+    }
+    for turn in range(rounds + 1):
+      for name, checkpoints in kinds.items():
+        began = time.perf_counter()
+        checkpoints.save(turn, state, {})
+        held = time.perf_counter()
+        checkpoints.wait()
+        times[name].append((held - began, time.perf_counter() - began))
+  rows = []
+  for name, found in times.items():
+    held, written = 1000 * np.median(found[1:], 0)  # the first one warms up
+    row = {"name": name, "bytes": 4 * arrays * numbers, "saves": rounds}
+    rows.append({**row, "held_ms": float(held), "written_ms": float(written)})
+  return rows
+
+
 def main(_):
   """Measures, prints a table and writes the rows, each with its goal."""
   config = read_config(ROOT / "configs" / "demo.py")
-  nothing, demo = beside_others(lambda: measure(config, _QUICK.value))
+  quick = _QUICK.value
+  nothing, demo = beside_others(lambda: measure(config, quick))
+  saving = beside_others(lambda: saves(*((2, 100, 1) if quick else (*_STATE, _SAVES))))
   goals = {"work_ms": (nothing, WORK_MS), "data_wait": (demo, DATA_WAIT)}
   rows = [
     row | {"goal": f"{key} <= {most:g}", "met": row[key] <= most}
     for key, (row, most) in goals.items()
-  ]
+  ] + saving
   for row in rows:
     print(", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
-  if not _QUICK.value:
+  if not quick:
     write_rows(NAME, rows, "python -m benchmarks.cpu.loop")
 
 

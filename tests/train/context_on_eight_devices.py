@@ -42,11 +42,7 @@ def test_a_step_equals_one_device(method):
 
 
 @pytest.mark.parametrize(
-  "method",
-  [
-    "freqformer(allocation=(1, 4, 3))",
-    "sparseflow(allocation=(3, 5))",
-  ],
+  "method", ["freqformer(allocation=(1, 4, 3))", "sparseflow(allocation=(3, 5))"]
 )
 def test_heads_that_are_dealt_by_cost_stay_themselves(method):
   alone = trained(method, 1, 1, heads=HEADS)

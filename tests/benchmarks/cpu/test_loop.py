@@ -31,6 +31,13 @@ def test_what_lies_between_steps_is_measured(monkeypatch):
   assert between.row() == pytest.approx(wanted)
 
 
+def test_saves_are_rows_of_both_kinds():
+  rows = loop.saves(arrays=2, numbers=50, rounds=1)
+  assert [row["name"] for row in rows] == ["save/waits", "save/background"]
+  for row in rows:
+    assert row["bytes"] == 400 and 0 < row["held_ms"] <= row["written_ms"]
+
+
 def test_shares_are_of_all_seconds():
   lines = [
     {"steps_per_s": 1.0, "data_wait": 0.5, "loop": 0.25},
