@@ -1,10 +1,9 @@
 """`VideoDiT`: a diffusion transformer (DiT, arXiv 2212.09748) for video latents, any attention.
 
 adaLN-Zero, QK-norm, 3-D rotary, conditioning by class or embedding. Tokens are put in tile order
-once, at patchify. Runs of layers with one method are one scan over stacked parameters.
+once, at patchify.
 """
 
-import dataclasses
 import functools
 import math
 
@@ -13,32 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from freqformer.config import refusing
-from freqformer.cost import DENSE
-from freqformer.kernels.block_sparse.api import CHECKPOINT_NAMES
-from freqformer.kernels.block_sparse.table import BlockMask
 from freqformer.methods.base import Cond, Method
 from freqformer.model.attention import SpectralAttention
 from freqformer.model.conditioner import ClassConditioner, EmbeddingConditioner
 from freqformer.model.config import DTYPES, ModelConfig
 from freqformer.model.precondition import Preconditioner
-from freqformer.model.schedule import DenseSchedule, Part
+from freqformer.model.stack import LayerStack, layer_tables, stacked
 from freqformer.model.streams import named, numbered
-from freqformer.placement import check_context, gathered, split
-from freqformer.tables.dense import dense
+from freqformer.placement import split
 
-_keep = jax.checkpoint_policies.save_only_these_names
-# All keep choices: they could flip when they are made again.
-_CHOICES = ("routing", "tables")
-_WITH_ATTENTION = _keep(*_CHOICES, *CHECKPOINT_NAMES)
-# What a layer keeps for its backward, by `ModelConfig.remat_policy`; the rest is computed again.
-POLICIES = {
-  "full": _keep(*_CHOICES),
-  "attention": _WITH_ATTENTION,
-  "products": jax.checkpoint_policies.save_from_both_policies(
-    _WITH_ATTENTION, jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-  ),
-}
 TIME_RANGE = 1000  # DiT's features were made for t in 0..1000
 TIME_FREQUENCIES = 128
 PLACE_WAVES = 8  # choice: cosines of a token's place along each axis
@@ -121,7 +103,7 @@ class FinalLayer(nnx.Module):
     return self.linear(modulate(self.norm(x), shift, scale).astype(jnp.float32))
 
 
-class VideoDiT(nnx.Module):
+class VideoDiT(LayerStack):
   """A transformer that predicts the velocity `eps - x_0` of latents `[b, t, y, x, c]`.
 
   Args:
@@ -158,7 +140,7 @@ class VideoDiT(nnx.Module):
     for count, method in config.runs():
       # By the layer's number: runs of other lengths draw the same weights.
       keys = numbered(rngs, "layer", jnp.arange(first, first + count))
-      runs.append(_stack(config, method, layout, keys))
+      runs.append(stacked(functools.partial(DiTBlock, config, method, layout), keys))
       first += count
     self.runs = nnx.List(runs)
     self.final = FinalLayer(config, patch, named(rngs, "final"))
@@ -177,46 +159,6 @@ class VideoDiT(nnx.Module):
   def tables(self, latent_shape) -> dict:
     """Returns everything static about a grid, to be passed to jit as an argument."""
     return make_tables(self.config, latent_shape)
-
-  def init_state(self, batch: int, latent_shape, guided: bool = False) -> list:
-    """Returns the layers' memory before the first denoising step, one stacked pytree per run.
-
-    If `guided`, the `batch` rows are the two halves of guidance.
-    """
-    layout = self.config.layout(latent_shape)
-    dims = self.config.dims.for_method
-    states = []
-    for count, method in self.config.runs():
-      rows = batch // 2 if guided and method.shares_state else batch
-      stack = functools.partial(_repeat, count)
-      states.append(jax.tree.map(stack, method.init_state(rows, dims, layout)))
-    return states
-
-  def conditional_half(self, state: list) -> list:
-    """Returns what the conditional half of guidance remembers, to run it alone."""
-
-    def half(x):
-      return x[:, : x.shape[1] // 2]
-
-    return [
-      own if method.shares_state else jax.tree.map(half, own)
-      for (_, method), own in zip(self.config.runs(), state, strict=True)
-    ]
-
-  def both_halves(self, state: list) -> list:
-    """Inverts `conditional_half`: the unconditional half remembers the same."""
-
-    def twice(x):
-      return jnp.concatenate([x, x], 1)
-
-    return [
-      own if method.shares_state else jax.tree.map(twice, own)
-      for (_, method), own in zip(self.config.runs(), state, strict=True)
-    ]
-
-  def schedule(self, steps: int) -> list[tuple[str, ...]]:
-    """Returns the phases of each evaluation of a sampling run: `ModelConfig.phases`."""
-    return self.config.phases(steps)
 
   def __call__(
     self, x, time, label, tables, state=None, *, rng=None, phases=(), given=None, **moment
@@ -242,7 +184,7 @@ class VideoDiT(nnx.Module):
     """
     embedding = self.time(time)
     condition = (embedding + self.label(label)).astype(DTYPES[self.config.dtype])
-    cond = Cond(time, embedding, **moment)
+    cond = Cond(time, embedding, rng=rng, **moment)
     layout = tables["layout"]
     preconditioner = tables.get("preconditioner")
     seen = x if preconditioner is None else preconditioner.inputs(x, time)
@@ -254,18 +196,7 @@ class VideoDiT(nnx.Module):
     tokens = split(layout.pack(tokens), context=1)
     if state is None:
       state = self.init_state(x.shape[0], x.shape[1:], cond.guided)
-    pieces = [[] for _ in self.runs]  # of new states
-    auxes = []
-    parts = self.config.parts() if phases else self.config.whole_runs()
-    for part, phase in zip(parts, phases or [""] * len(parts), strict=True):
-      own = dataclasses.replace(
-        cond, phase=phase, rng=None if rng is None else jax.random.fold_in(rng, part.run)
-      )
-      table = tables["dense"] if phase == DENSE else tables["methods"][part.run]
-      tokens, new, aux = self._scan(part, tokens, condition, own, layout, table, state[part.run])
-      pieces[part.run].append(new)
-      auxes.append(aux)
-    states = [jax.tree.map(_joined, *own) for own in pieces]
+    tokens, states, auxes = self.run_layers(tokens, condition, cond, tables, state, phases)
     velocity = layout.unpack(split(self.final(tokens, condition)))
     velocity = unpatchify(velocity, x.shape[1:], self.config.patch)
     if self.skip is not None:
@@ -280,83 +211,18 @@ class VideoDiT(nnx.Module):
     rows = grid[1] * grid[2]
     return jnp.concatenate([tokens[:, :rows] + mark, tokens[:, rows:]], 1)
 
-  def _scan(self, part: Part, x, condition, cond: Cond, layout, tables, state):
-    """Scans over the stacked layers of a part of one run, whose state is given whole."""
-    graphdef, params = nnx.split(self.runs[part.run])
-    depth = jax.tree.leaves(params)[0].shape[0]
-    keys = None if cond.rng is None else jax.random.split(cond.rng, depth)
-    if part.count < depth:
-      own = (params, state, keys)
-      params, state, keys = jax.tree.map(lambda x: x[part.first : part.stop], own)
-
-    def layer(x, of_layer):
-      params, state, key = of_layer
-      own = dataclasses.replace(cond, rng=key)
-      block = nnx.merge(graphdef, gathered(params))
-      x, state, aux = block(x, condition, own, layout, tables, state)
-      if cond.want_finite:
-        aux = {**aux, "finite": jnp.isfinite(x).all().astype(jnp.float32)}
-      return split(x, context=1), (state, aux)
-
-    if self.config.remat and cond.train:
-      policy = POLICIES[self.config.remat_policy]
-      layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
-    x, (state, aux) = jax.lax.scan(layer, x, (params, state, keys))
-    return x, state, aux
-
-
-def _stack(config, method, layout, keys):
-  """Returns a block per key `[k]`, with stacked parameters."""
-
-  @nnx.vmap(in_axes=0, out_axes=0)
-  def create(key):
-    return DiTBlock(config, method, layout, nnx.Rngs(key))
-
-  return create(keys)
-
-
-def _repeat(count: int, x) -> jax.Array:
-  return jnp.broadcast_to(x, (count, *x.shape))
-
-
-def _joined(*arrays) -> jax.Array:
-  """Returns the states of a run's layers from those of its parts."""
-  return jnp.concatenate(arrays) if arrays[1:] else arrays[0]
-
 
 def make_tables(config: ModelConfig, latent_shape, with_dense: bool = False) -> dict:
-  """Returns what is static about a grid: `{"layout": LayoutTables, "methods": [one per run], ...}`.
-
-  The dense table is among it `with_dense`, and where `attention.schedule` needs it.
+  """Returns what is static about a grid, for a `VideoDiT`: `layer_tables` and more.
 
   Raises:
     ConfigError: a method cannot serve the grid, or devices not share it.
   """
-  layout = config.layout(latent_shape)
-
-  def is_mask(x):
-    return isinstance(x, BlockMask)
-
-  def finish(x):
-    return x.with_mean() if is_mask(x) else x
-
-  methods = []
-  for _, method in config.runs():
-    with refusing(f"attention method {type(method).__name__}"):
-      tables = method.tables(layout)
-      exchange = method.exchange(tables, layout, config.heads)
-    check_context(layout.tiles, 0 if exchange else config.heads)
-    if exchange is not None:
-      tables = exchange
-    methods.append(jax.tree.map(finish, tables, is_leaf=is_mask))
-  tables = {"layout": layout.arrays(), "methods": methods}
-  if with_dense or config.attention.schedule != DenseSchedule():
-    check_context(layout.tiles, config.heads)
-    tables["dense"] = finish(dense(layout))
+  tables = layer_tables(config, latent_shape, with_dense)
   if config.precondition:
     tables["preconditioner"] = Preconditioner.of(config.spectrum, latent_shape)
   if config.positions:
-    tables["places"] = _places(layout.grid)
+    tables["places"] = _places(config.layout(latent_shape).grid)
   return tables
 
 
