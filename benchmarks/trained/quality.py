@@ -32,7 +32,7 @@ from freqformer.methods.base import Method
 from freqformer.methods.dense import Dense
 from freqformer.pages.html import panels
 from freqformer.simulation.output import number
-from freqformer.train.checkpoint import flatten
+from freqformer.model.leaves import flatten
 
 _NAME = "quality_cpu"
 BLOCK = 16  # tokens of a tile

@@ -43,11 +43,14 @@ def grid_theta(grid: Sequence[int], head_dim: int) -> tuple[float, float, float]
   axis of one token, whose positions are all 0.
   """
   periods = [REACH * length / (2 * math.pi) for length in grid]  # in turns of the fastest pair
-  return _bases(periods, [1.0] * 3, head_dim)
+  return _bases(periods, [1.0] * 3, axis_pairs(head_dim))
 
 
 def level_theta(
-  theta: Sequence[float], factor: Sequence[int], head_dim: int
+  theta: Sequence[float],
+  factor: Sequence[int],
+  head_dim: int,
+  shares: tuple[int, int, int] | None = None,
 ) -> tuple[float, float, float]:
   """Returns the base per axis for positions that are counted in cells instead of tokens.
 
@@ -57,8 +60,10 @@ def level_theta(
   Args:
     theta: base per axis (t, y, x) for positions in tokens.
     factor: tokens per cell along each axis.
+    head_dim: channels of a head.
+    shares: rotated pairs per axis; None: `axis_pairs`.
   """
-  return _bases([1 / f for f in factor], theta, head_dim)
+  return _bases([1 / f for f in factor], theta, shares or axis_pairs(head_dim))
 
 
 def longer_theta(
@@ -82,13 +87,13 @@ def longer_theta(
   if rule == "trained":
     return tuple(theta)
   stretch = [max(1.0, new / old) for new, old in zip(grid, trained, strict=True)]
-  return _bases(stretch, theta, head_dim)
+  return _bases(stretch, theta, axis_pairs(head_dim))
 
 
-def _bases(stretch, theta, head_dim) -> tuple[float, float, float]:
+def _bases(stretch, theta, shares) -> tuple[float, float, float]:
   """Returns bases whose slowest periods are `stretch` times those of `theta`, at least 1."""
   found = []
-  for scale, base, pairs in zip(stretch, theta, axis_pairs(head_dim), strict=True):
+  for scale, base, pairs in zip(stretch, theta, shares, strict=True):
     exponent = pairs / (pairs - 1) if pairs > 1 else 0.0
     found.append(max(1.0, float(base) * scale**exponent))
   return tuple(found)
@@ -106,14 +111,24 @@ def rotate(x: jax.Array, positions, theta: float | Sequence[float]) -> jax.Array
 
 
 def angle_tables(
-  positions, head_dim: int, theta: float | Sequence[float]
+  positions,
+  head_dim: int,
+  theta: float | Sequence[float],
+  shares: tuple[int, int, int] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Cosines and sines of `rotate`'s angles at `positions` `[n, 3]`, float32 `[n, head_dim / 2]`."""
+  """Cosines and sines of `rotate`'s angles, float32 `[n, head_dim / 2]` each.
+
+  Args:
+    positions: `[n, 3]`, (t, y, x) in tokens.
+    head_dim: channels of a head.
+    theta: the base, one for all axes or one each.
+    shares: rotated pairs per axis, together `head_dim / 2`; None: `axis_pairs`.
+  """
   # Each channel has a frequency on its own axis and zeros elsewhere, so that the sums are exact.
   bases = np.broadcast_to(np.asarray(theta, np.float32), 3)
   frequencies = np.zeros((3, head_dim // 2), np.float32)
   start = 0
-  for axis, pairs in enumerate(axis_pairs(head_dim)):
+  for axis, pairs in enumerate(shares or axis_pairs(head_dim)):
     exponents = -np.arange(pairs, dtype=np.float32) / max(pairs, 1)
     frequencies[axis, start : start + pairs] = bases[axis] ** exponents
     start += pairs

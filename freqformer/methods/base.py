@@ -91,11 +91,14 @@ class Projected:
     prepare: packs q, k and v in one pass, see `of_joint`. None where q, k and v were not projected
       together: such a value serves methods that ask for `rotated` only.
     theta: base of rotary per axis (t, y, x), as trained; empty: from the layout's own grid.
-    gains: of the norms of q and k, `[d]` each, for a method that norms tokens of its own.
+    gains: of the norms of q and k, `[d]` each, for a method that norms tokens of its own; `[h, d]`
+      if `over_heads`.
     product, bias: `[b, n_buffer, 3, h, d]` and `[3, h, d]`, whose sum q, k and v are; for a method
       that reads all three in one pass. None where they were not projected together.
     order: int `[h]`, the number of each head here in the layer; None: they are in order
       (`Method.head_order`).
+    over_heads: the norms are over all heads of a token together.
+    shares: rotated pairs per axis (t, y, x); None: `grid.rotary.axis_pairs`.
   """
 
   q: jax.Array
@@ -111,6 +114,8 @@ class Projected:
   product: jax.Array | None = None
   bias: jax.Array | None = None
   order: np.ndarray | None = None
+  over_heads: bool = False
+  shares: tuple[int, int, int] | None = None
 
   def __post_init__(self):
     theta = self.theta or grid_theta(self.layout.layout.grid, self.q.shape[-1])
@@ -126,6 +131,9 @@ class Projected:
     implementation: str | None = None,
     theta: Sequence[float] = (),
     order: np.ndarray | None = None,
+    *,
+    over_heads: bool = False,
+    shares: tuple[int, int, int] | None = None,
   ) -> "Projected":
     """Returns what a layer hands to its method.
 
@@ -136,16 +144,18 @@ class Projected:
       product: `[b, n_buffer, 3, h, d]`, of the joint projection without its bias, which XLA may not
         fuse with the product.
       bias: `[3, h, d]`.
-      gains: of the norms of q and k, `[d]` each.
+      gains: as the attribute.
       implementation: of attention, or None for automatic choice.
       theta: as the attribute.
       order: as the attribute.
+      over_heads: as the attribute.
+      shares: as the attribute.
     """
 
     # Both read `projected`, which is made below.
     def finish(gain, x, positions):
       with jax.named_scope("norm_rotary"):
-        return norm_and_turn(x, gain, projected.angles(positions))
+        return norm_and_turn(x, gain, projected.angles(positions), over_heads)
 
     def packed(cells=None, bands=None, ahead=None, *, copies=1, **options):
       with jax.named_scope("prepare"):
@@ -153,12 +163,13 @@ class Projected:
       return prepare(
         copied(product, copies, 3),
         copied(bias, copies, 1),
-        gains,
+        tuple(copied(gain, copies, 0) for gain in gains) if over_heads else gains,
         angles,
         layout.kv_len,
         cells,
         bands,
         ahead,
+        over_heads=over_heads,
         implementation=projected.other_ops_implementation,
         **options,
       )
@@ -167,7 +178,18 @@ class Projected:
     arrays = jnp.unstack(product + bias.astype(product.dtype), axis=2)
     # `packed` reads it.
     projected = cls(
-      *arrays, *rotations, layout, implementation, packed, theta, gains, product, bias, order
+      *arrays,
+      *rotations,
+      layout,
+      implementation,
+      packed,
+      theta,
+      gains,
+      product,
+      bias,
+      order,
+      over_heads,
+      shares,
     )
     return projected
 
@@ -186,7 +208,7 @@ class Projected:
 
   def angles(self, positions) -> tuple[jax.Array, jax.Array]:
     """Returns rotary's cosines and sines at `positions` `[m, 3]` in tokens, `[m, d / 2]` each."""
-    return angle_tables(positions, self.q.shape[-1], self.theta)
+    return angle_tables(positions, self.q.shape[-1], self.theta, self.shares)
 
   def rotated(self) -> tuple[jax.Array, jax.Array]:
     """Returns q and k finished, each token at its own position."""

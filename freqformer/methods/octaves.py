@@ -174,11 +174,13 @@ class Octaves(Method):
       if level == 0:  # compression keeps constants: the bias may come after it
         raw += qkv.bias.astype(raw.dtype)
       q, k, v = jnp.unstack(raw, axis=2)
-      theta = level_theta(qkv.theta, tables.widths[level + 1], d)
-      angles = angle_tables(step.coarse.positions, d, theta)
+      theta = level_theta(qkv.theta, tables.widths[level + 1], d, qkv.shares)
+      angles = angle_tables(step.coarse.positions, d, theta, qkv.shares)
       q_gain, k_gain = qkv.gains
-      q = norm_and_turn(q, q_gain * module.q_gain[...][level, :, None], angles)
-      k = norm_and_turn(k, k_gain * module.k_gain[...][level, :, None], angles)
+      q_gain = q_gain * module.q_gain[...][level, :, None]
+      k_gain = k_gain * module.k_gain[...][level, :, None]
+      q = norm_and_turn(q, q_gain, angles, qkv.over_heads)
+      k = norm_and_turn(k, k_gain, angles, qkv.over_heads)
       found.append((q, k, v))
     return tuple(jnp.concatenate(parts, 1) for parts in zip(*found[::-1], strict=True))
 

@@ -14,6 +14,7 @@ from freqformer.config import ConfigError, refusing
 from freqformer.cost import DENSE
 from freqformer.grid.layout import LayoutTables, TileLayout
 from freqformer.grid.rotary import axis_pairs, grid_theta
+from freqformer.kernels.around.prepare import EPS
 from freqformer.kernels.block_sparse.api import CHECKPOINT_NAMES
 from freqformer.methods.base import Cond, Dims, Method, Projected, attend
 from freqformer.model.streams import named
@@ -34,6 +35,9 @@ class AttentionDims:
     qk_gain: initial gain of the query norm, or 0 for `starting_gain` of the layer's method.
     theta: base of rotary per axis (t, y, x), or empty for that of the layer's grid.
     qk_bias: spread of the initial bias that queries and keys share.
+    over_heads: the norms of queries and keys are over all heads of a token together, with a gain
+      per head and channel, instead of each head alone with a gain per channel.
+    shares: rotated pairs per axis (t, y, x); None: `grid.rotary.axis_pairs`.
   """
 
   width: int
@@ -42,6 +46,8 @@ class AttentionDims:
   qk_gain: float = 1.0
   theta: tuple[float, ...] = ()
   qk_bias: float = 0.0
+  over_heads: bool = False
+  shares: tuple[int, int, int] | None = None
 
   def __post_init__(self):
     if self.heads < 1 or self.width % self.heads:
@@ -114,6 +120,19 @@ def distance(out: jax.Array, projected: Projected, cond: Cond) -> jax.Array:
   return jnp.sum((out - dense) ** 2, axes, where=valid) / jnp.maximum(square, _LEAST_SQUARE)
 
 
+class HeadsNorm(nnx.Module):
+  """RMS norm over all heads of a token together, `[..., h, d]`, with a gain per head and channel."""
+
+  def __init__(self, heads: int, head_dim: int, dtype=jnp.float32, gain: float = 1.0):
+    self.scale = nnx.Param(jnp.full((heads, head_dim), gain))
+    self.dtype = dtype
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    inverse = jax.lax.rsqrt(jnp.square(wide).mean((-2, -1), keepdims=True) + EPS)
+    return (wide * inverse * self.scale[...]).astype(self.dtype)
+
+
 class SpectralAttention(nnx.Module):
   """Multi-head attention with QK-norm (RMS, learned per channel), 3-D rotary and a method."""
 
@@ -147,8 +166,12 @@ class SpectralAttention(nnx.Module):
     )
     gain = dims.qk_gain or starting_gain(keys_per_query(method, layout, dims.heads), head_dim)
     constant = nnx.initializers.constant(gain)
-    self.q_norm = nnx.RMSNorm(head_dim, scale_init=constant, dtype=dtype, rngs=rngs)
-    self.k_norm = nnx.RMSNorm(head_dim, dtype=dtype, rngs=rngs)
+    if dims.over_heads:
+      self.q_norm = HeadsNorm(dims.heads, head_dim, dtype, gain)
+      self.k_norm = HeadsNorm(dims.heads, head_dim, dtype)
+    else:
+      self.q_norm = nnx.RMSNorm(head_dim, scale_init=constant, dtype=dtype, rngs=rngs)
+      self.k_norm = nnx.RMSNorm(head_dim, dtype=dtype, rngs=rngs)
     with refusing(f"attention method {type(method).__name__}"):
       self.method = method.build(dims.for_method, layout, named(rngs, "method"))
 
@@ -172,17 +195,22 @@ class SpectralAttention(nnx.Module):
     bias = self.qkv.bias[...].reshape(shape)
     by_tiles = isinstance(tables, TileExchange)
     order = None if by_tiles else self._head_order(cond, layout.layout)
+    gains = (self.q_norm.scale[...], self.k_norm.scale[...])
+    over_heads = self.dims.over_heads
     if order is not None:
       product = product[:, :, :, order]
       bias = bias[:, order]
+      gains = tuple(gain[order] for gain in gains) if over_heads else gains
     projected = Projected.of_joint(
       product if by_tiles else split(product, context=3),
       bias,
-      (self.q_norm.scale[...], self.k_norm.scale[...]),
+      gains,
       layout,
       self.implementation,
       self.theta,
       order,
+      over_heads=over_heads,
+      shares=self.dims.shares,
     )
     if cond.phase == DENSE:
       out, aux = attend(projected, tables, cond)  # what the method remembers stays

@@ -11,7 +11,6 @@ import pathlib
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -21,6 +20,7 @@ from jax.sharding import AbstractMesh
 
 from freqformer import disk
 from freqformer.config import ConfigError
+from freqformer.model.leaves import flatten, leaf_name
 from freqformer.versions import git_revision, versions
 
 SCHEMA = 1
@@ -41,17 +41,6 @@ class Mismatch(ConfigError):
 
 class Gone(ConfigError):
   """A checkpoint that was deleted while it was read: the run that trains there goes on."""
-
-
-def flatten(tree) -> dict[str, Any]:
-  """Returns a tree's leaves by path: `{"params/embed/kernel": array, ...}`."""
-  return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-
-
-def leaf_name(path) -> str:
-  """Returns the name of a leaf in `flatten`, from its path in a pytree."""
-  # NNX wraps each array in a variable whose leaf is called "value", which tells a reader nothing.
-  return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
 
 
 def _bytes(state) -> int:

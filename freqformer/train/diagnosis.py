@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from freqformer.config import with_numbers
-from freqformer.train.checkpoint import flatten
+from freqformer.model.leaves import flatten
 from freqformer.train.step import TrainConfig, TrainState, make_gradients
 
 _BEHIND = ("final", "skip")  # parts of a `VideoDiT` that come after its layers

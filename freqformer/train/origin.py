@@ -24,7 +24,8 @@ from freqformer.config import ConfigError
 from freqformer.data.sources import class_names
 from freqformer.methods.base import Method
 from freqformer.model.dit import VideoDiT
-from freqformer.train.checkpoint import SCHEMA, Checkpoints, flatten, leaf_name
+from freqformer.model.leaves import flatten, leaf_name
+from freqformer.train.checkpoint import SCHEMA, Checkpoints
 from freqformer.train.experiment import Experiment, experiment, of_record
 from freqformer.train.resume import check_same_statistics
 

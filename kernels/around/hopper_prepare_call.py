@@ -9,9 +9,14 @@ from freqformer.kernels.around.prepare import BLOCKS, HEAD_DIMS, MAX_CELLS, Cell
 from freqformer.kernels.core.target import Target
 
 
-def unsupported(joint, lengths, cells: Cells | None, target: Target) -> str | None:
+def unsupported(
+  joint, lengths, cells: Cells | None, over_heads: bool, target: Target
+) -> str | None:
   """Returns why the kernel cannot run a call, all reasons at once; None if it can."""
-  return refusal(joint, joint.shape[1] // len(lengths), cells, target)
+  reasons = [refusal(joint, joint.shape[1] // len(lengths), cells, target)]
+  if over_heads:
+    reasons.append("the norm is over all heads, it norms each alone")
+  return "; ".join(reason for reason in reasons if reason) or None
 
 
 def refusal(x, block: int, tiled, target: Target, most: int = MAX_CELLS) -> str | None:
@@ -41,9 +46,10 @@ def refusal(x, block: int, tiled, target: Target, most: int = MAX_CELLS) -> str 
 
 @jax.named_scope("prepare")
 def forward(
-  joint, bias, gains, tables, lengths, cells, bands, ahead, *, filtered, pooled
+  joint, bias, gains, tables, lengths, cells, bands, ahead, *, filtered, pooled, over_heads
 ) -> Prepared:
   """Runs the kernel and places rows before the tokens that it did not place itself."""
+  del over_heads  # False: the rest is refused
   from freqformer.kernels.around import hopper_prepare
 
   b, n, _, h, d = joint.shape

@@ -136,12 +136,22 @@ def turn(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   return turned.astype(x.dtype)
 
 
-def norm_and_turn(x: jax.Array, gain: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-  """Norms `x` `[..., n, h, d]` (RMS, `EPS`, `gain` `[d]`) and rotates it (`turn`); rounds once."""
+def norm_and_turn(
+  x: jax.Array, gain: jax.Array, tables: tuple[jax.Array, jax.Array], over_heads: bool = False
+) -> jax.Array:
+  """Norms tokens (RMS, `EPS`), rotates them (`turn`), and rounds once.
+
+  Args:
+    x: `[..., n, h, d]`.
+    gain: `[d]` or `[h, d]`.
+    tables: cos and sin of the angles, `[n, d / 2]` each.
+    over_heads: norm all heads of a token together instead of each alone.
+  """
+  axes = (-2, -1) if over_heads else -1
   wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   # The barrier keeps XLA from writing the normed array in float32 before it is rotated.
   inverse = jax.lax.optimization_barrier(
-    jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + EPS)
+    jax.lax.rsqrt(jnp.square(wide).mean(axes, keepdims=True) + EPS)
   )
   return turn(wide * (inverse * gain.astype(wide.dtype)), *tables).astype(x.dtype)
 
@@ -158,6 +168,7 @@ def prepare(
   *,
   filtered: str = "",
   pooled: bool = False,
+  over_heads: bool = False,
   implementation: str | None = None,
 ) -> Prepared:
   """Adds the projection's bias to q, k and v, norms and rotates q and k, and packs.
@@ -166,7 +177,7 @@ def prepare(
     joint: `[b, n, 3, h, d]`, the projection's product, in tiles of equally many rows; padding rows
       hold anything finite.
     bias: `[3, h, d]`, of the projection.
-    gains: of the norms of q and k, `[d]` each.
+    gains: of the norms of q and k, `[d]` each, or `[h, d]` if `over_heads`.
     tables: cos and sin of every row's angles, float32 `[n, d / 2]`.
     lengths: int32 `[tiles]`, valid rows of each tile; they come first.
     cells: compression: `Cells`, or another value with its `compress`, `filter`, `cos`, `sin`,
@@ -178,11 +189,13 @@ def prepare(
       without cells.
     filtered: what goes through it: "", "v" or "qkv"; never coarse tokens and means.
     pooled: whether the means of q and k are asked for.
+    over_heads: norm all heads of a row together instead of each alone.
     implementation: of `PREPARE.implementations`; None: the first that supports the call.
 
   Raises:
     ValueError: if filters or bands are missing for `filtered`, if there are both cells and rows
-      ahead, or the implementation is unknown.
+      ahead, if q and k are filtered before a norm over heads, which would mix bands, or the
+      implementation is unknown.
     NotImplementedError: if the named implementation does not support the call, with the reasons.
   """
   can_filter = bands is not None and cells is not None and cells.can_filter
@@ -192,10 +205,13 @@ def prepare(
     )
   if ahead is not None and cells is not None:
     raise ValueError("cells and rows ahead of the tokens would lie in the same place: give one.")
-  name = PREPARE.choose(joint, lengths, cells, implementation=implementation)
+  if over_heads and filtered == "qkv":
+    raise ValueError('a norm over heads would mix bands: filter "v" alone.')
+  name = PREPARE.choose(joint, lengths, cells, over_heads, implementation=implementation)
   bands = bands if filtered else None
   operands = (joint, bias, tuple(gains), tuple(tables), lengths, cells, bands, ahead)
-  found = PREPARE.run_as_defined(name, operands, filtered=filtered, pooled=pooled)
+  options = dict(filtered=filtered, pooled=pooled, over_heads=over_heads)
+  found = PREPARE.run_as_defined(name, operands, **options)
   if found.v is None:  # v stays what it is; XLA leaves it out where nobody reads it
     found = found._replace(v=_biased(joint[:, :, 2], bias[2]).astype(joint.dtype))
   return found
@@ -206,12 +222,12 @@ def prepare(
 
 @jax.named_scope("prepare")
 def forward(
-  joint, bias, gains, tables, lengths, cells, bands, ahead, *, filtered, pooled
+  joint, bias, gains, tables, lengths, cells, bands, ahead, *, filtered, pooled, over_heads
 ) -> Prepared:
   """Computes in float32 (or wider) and rounds once. v is there if something comes before it."""
   # Not three slices, whose gradients would be three arrays of the projection's size.
   q, k, v = jnp.unstack(joint, axis=2)
-  one = functools.partial(_one, tables=tables, cells=cells, bands=bands)
+  one = functools.partial(_one, tables=tables, cells=cells, bands=bands, over_heads=over_heads)
   first = ahead or (None,) * 3
   of_q, of_k, of_v = first if cells is None else _compressed(joint, cells)
   q, tokens_of_q = one(q, bias[0], gains[0], of_q, filtered="q" in filtered)
@@ -230,7 +246,7 @@ def _compressed(joint, cells):
   return jnp.unstack(cells.compress(joint), axis=2)
 
 
-def _one(x, bias, gain, first, *, tables, cells, bands, filtered):
+def _one(x, bias, gain, first, *, tables, cells, bands, filtered, over_heads):
   """Returns a packed array of `x` `[b, n, h, d]`, and a function for its unfiltered tokens.
 
   `first`: its coarse tokens, not finished; without cells, finished rows; or None.
@@ -238,7 +254,9 @@ def _one(x, bias, gain, first, *, tables, cells, bands, filtered):
 
   def finish(wide, tables):
     # Of a wide array: `norm_and_turn` rounds to its input's type, which is wide here.
-    return (wide if gain is None else norm_and_turn(wide, gain, tables)).astype(x.dtype)
+    if gain is not None:
+      wide = norm_and_turn(wide, gain, tables, over_heads)
+    return wide.astype(x.dtype)
 
   wide = _biased(x, bias)
   if filtered:  # constants vanish in a band, and with them the bias
@@ -279,7 +297,7 @@ def _means(x, lengths):
   return (x.sum(2) / lengths[:, None, None]).transpose(0, 2, 1, 3)
 
 
-def backward(operands, cotangents: Prepared, *, filtered, pooled):
+def backward(operands, cotangents: Prepared, *, filtered, pooled, over_heads):
   """Returns the cotangents, array by array: together, all float32 intermediates would be alive."""
   del pooled  # no gradient flows through the means
   joint, bias, gains, tables, lengths, cells, bands, ahead = operands
@@ -298,9 +316,9 @@ def backward(operands, cotangents: Prepared, *, filtered, pooled):
       cotangent = cotangent[:, front:]
 
     def run(x, bias, gain, i=i):
-      options = dict(tables=tables, cells=cells, bands=bands, filtered="qkv"[i] in filtered)
+      options = dict(filtered="qkv"[i] in filtered, over_heads=over_heads)
       coarse = None if cells is None else cells.compress(x)
-      return _one(x, bias, gain, coarse, **options)[0]
+      return _one(x, bias, gain, coarse, tables=tables, cells=cells, bands=bands, **options)[0]
 
     _, pull = jax.vjp(run, x, bias[i], (*gains, None)[i])
     found.append(pull(cotangent))

@@ -14,7 +14,8 @@ from safetensors.numpy import save_file
 from freqformer.config import ConfigError
 from freqformer.cost import model_cost
 from freqformer.model.dit import VideoDiT
-from freqformer.train.checkpoint import Checkpoints, flatten
+from freqformer.model.leaves import flatten
+from freqformer.train.checkpoint import Checkpoints
 from freqformer.train.experiment import experiment
 from freqformer.train.metrics import read
 from freqformer.train.origin import Origin

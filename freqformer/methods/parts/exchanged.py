@@ -21,7 +21,9 @@ def attend_exchanged(qkv, exchange: TileExchange) -> jax.Array:
   def local(product, bias, gains, positions, lengths, exchange):
     angles = qkv.angles(positions)
     others = qkv.other_ops_implementation
-    q, k, v, *_ = prepare(product, bias, gains, angles, lengths, implementation=others)
+    q, k, v, *_ = prepare(
+      product, bias, gains, angles, lengths, over_heads=qkv.over_heads, implementation=others
+    )
     keys, values = (exchange.gather(x, CONTEXT) for x in (k, v))
     out, _ = attention(q, keys, values, exchange.table(), implementation=qkv.implementation)
     return out

@@ -21,7 +21,7 @@ from freqformer.methods.dense import Dense
 from freqformer.methods.freqformer import FreqFormer
 from freqformer.methods.octaves import Octaves
 from freqformer.model.dit import VideoDiT
-from freqformer.train.checkpoint import flatten
+from freqformer.model.leaves import flatten
 from freqformer.train.experiment import experiment
 
 pytestmark = pytest.mark.xdist_group("study")

@@ -159,8 +159,33 @@ def test_the_definition_is_the_spectral_operators(name, kind):
     worst_error(lifted[:, arrays.valid], want + spectral.project_low(x)[:, arrays.valid]) <= 1e-4
   )
   if kind != "block_dct":
-    assert "the transform leaves the tile" in _refusal(PREPARE, joint, lengths, cells)
+    assert "the transform leaves the tile" in _refusal(PREPARE, joint, lengths, cells, False)
     assert "the transform leaves the tile" in _refusal(LIFT, got.v, tables.expansion)
+
+
+def test_a_norm_over_all_heads():
+  """Of tokens and of coarse tokens; the kernel refuses it, and filtered q and k do not take it."""
+  case = CASES["ragged"]
+  joint, bias, _, angles, lengths, cells, spectral = _inputs(case, jnp.float32)
+  arrays = case.layout.arrays()
+  draw = np.random.default_rng(1)
+  gains = tuple(jnp.asarray(draw.uniform(0.5, 2, (case.h, case.d)), jnp.float32) for _ in "qk")
+  operands = (joint, bias, gains, angles, lengths, cells, case.bands)
+  got = prepare(*operands, filtered="v", over_heads=True)
+
+  def finish(x, gain, at):
+    square = jnp.square(x).mean((-2, -1), keepdims=True)
+    return rotate(x / jnp.sqrt(square + 1e-6) * gain, at, THETA)
+
+  for name, gain, x in zip("qk", gains, jnp.unstack(joint + bias, axis=2), strict=False):
+    found = getattr(got, name)
+    tokens = finish(x, gain, arrays.positions)[:, arrays.valid]
+    assert worst_error(found[:, cells.front :][:, arrays.valid], tokens) <= 1e-4
+    coarse = finish(spectral.compress(x), gain, spectral.centres)
+    assert worst_error(found[:, : spectral.n_coarse], coarse) <= 1e-4
+  assert "the norm is over all heads" in _refusal(PREPARE, joint, lengths, cells, True)
+  with pytest.raises(ValueError, match="would mix bands"):
+    prepare(*operands, filtered="qkv", over_heads=True)
 
 
 def test_rows_ahead_of_the_tokens_are_left_alone():
@@ -199,7 +224,7 @@ def test_prepare_kernel(case, capfd):
   wanted = functools.partial(prepare, pooled=True, filtered=case.filtered)
   want = wanted(joint.astype(jnp.float32), *operands, implementation="xla")
   with interpret.interpreted(detect_races=case == CASES["alike"]):
-    assert PREPARE.choose(joint, lengths, coarse) == "hopper"
+    assert PREPARE.choose(joint, lengths, coarse, False) == "hopper"
     got = jax.jit(wanted)(joint, *operands)
     alone = jax.jit(prepare)(joint, bias, gains, tables, lengths)
     jax.block_until_ready((got, alone))
