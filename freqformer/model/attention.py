@@ -121,7 +121,7 @@ def distance(out: jax.Array, projected: Projected, cond: Cond) -> jax.Array:
 
 
 class HeadsNorm(nnx.Module):
-  """RMS norm over all heads of a token together, `[..., h, d]`, with a gain per head and channel."""
+  """RMS norm over all heads of a token together, `[..., h, d]`; a gain per head and channel."""
 
   def __init__(self, heads: int, head_dim: int, dtype=jnp.float32, gain: float = 1.0):
     self.scale = nnx.Param(jnp.full((heads, head_dim), gain))
