@@ -11,9 +11,14 @@ from tqdm import tqdm
 
 from freqformer.config import require, require_one_of
 from freqformer.diffusion.flow import sample_noise
+from freqformer.diffusion.levels import LEVELS
 from freqformer.diffusion.solvers import OTHER_EQUATIONS, SOLVERS, SolverTable
 from freqformer.placement import everywhere, split, split_batch, whole
 
+# What a batch's labels are for.
+_CONDITIONAL = "conditional"
+_NULL = "null"
+_BOTH = "both"
 _ROUNDING = 1e-9  # of timesteps at the ends of the guidance interval
 
 
@@ -33,6 +38,7 @@ class SampleConfig:
       the conditional model runs alone.
     guidance_rescale: share of the guided velocity that gets the spread of the conditional one back
       (phi of arXiv 2305.08891, section 3.4).
+    levels: boundaries of the steps, a name of `levels.LEVELS`.
   """
 
   steps: int = 50
@@ -43,6 +49,7 @@ class SampleConfig:
   sampler: str = "euler"
   guidance_interval: tuple[float, float] = (0.0, 1.0)
   guidance_rescale: float = 0.0
+  levels: str = "even"
 
   def __post_init__(self):
     require(self, "steps batch_size", least=1)
@@ -66,15 +73,15 @@ class SampleConfig:
         f"flow, which {', '.join(SOLVERS)} solve."
       )
     require_one_of(self, "sampler", SOLVERS)
+    require_one_of(self, "levels", LEVELS)
 
   def times(self) -> np.ndarray:
-    """Returns the step boundaries, float64 `[steps + 1]`, from 1 down to 0."""
-    t = np.linspace(1, 0, self.steps + 1)
-    return self.shift * t / (1 + (self.shift - 1) * t)
+    """Returns the step boundaries, float64 `[steps + 1]`, from about 1 down to 0."""
+    return LEVELS[self.levels].times(self.steps, self.shift)
 
   def table(self) -> SolverTable:
     """Returns the evaluations of a run and the solver's coefficients."""
-    return SOLVERS[self.sampler](np.asarray(self.times(), np.float64))
+    return SOLVERS[self.sampler](self.times())
 
   def guided(self) -> list[bool]:
     """Returns, for each evaluation, whether it runs a conditional and an unconditional half."""
@@ -96,7 +103,7 @@ class _Evaluation:
   """One evaluation of the model in a run.
 
   Attributes:
-    time: float32.
+    time: float32, as the model is told.
     weights: float32 `[k, k + 1]`, of `SolverTable`.
     phases: of the methods, one per run of layers.
     guided: both halves of guidance run.
@@ -108,6 +115,11 @@ class _Evaluation:
   phases: tuple[str, ...]
   guided: bool
   unconditional: bool
+
+  @property
+  def labels(self) -> str:
+    """Which of a batch's labels it takes."""
+    return _BOTH if self.guided else _NULL if self.unconditional else _CONDITIONAL
 
   @property
   def program(self) -> tuple:
@@ -122,11 +134,12 @@ def _evaluations(model, config: SampleConfig) -> list[_Evaluation]:
   t, and what a method remembers goes through all of them in the order of falling noise.
   """
   table = config.table()
+  told = LEVELS[config.levels].told(table.times).astype(np.float32)
   schedule = model.schedule(len(table.times))
   return [
-    _Evaluation(np.float32(time), weights.astype(np.float32), phases, guided, unconditional)
+    _Evaluation(time, weights.astype(np.float32), phases, guided, unconditional)
     for time, weights, phases, guided, unconditional in zip(
-      table.times, table.weights, schedule, config.guided(), config.unconditional(), strict=True
+      told, table.weights, schedule, config.guided(), config.unconditional(), strict=True
     )
   ]
 
@@ -135,8 +148,9 @@ def make_step(graphdef, config: SampleConfig, want_masks: bool = False, first_fr
   """Returns one evaluation and the solver's update, jitted.
 
   It is `(params, points, label, t, weights, tables, state, phases, guided) -> (points, state,
-  aux)`. Points and weights are those of `SolverTable`, the points in a tuple. `phases`, of
-  `VideoDiT.schedule`, and `guided` are static: each distinct pair is compiled. The state is
+  aux)`. Points and weights are those of `SolverTable`, the points in a tuple. Labels have a row for
+  each sample, where guided a second one each, without the condition, behind them. `phases`, of
+  `LayerStack.schedule`, and `guided` are static: each distinct pair is compiled. The state is
   donated.
 
   Args:
@@ -151,12 +165,11 @@ def make_step(graphdef, config: SampleConfig, want_masks: bool = False, first_fr
     model = nnx.merge(graphdef, params)
     x = points[0]
     rows = jnp.concatenate([x, x]) if guided else x
-    labels = jnp.concatenate([label, model.null(len(label))]) if guided else label
     alone = guides and not guided  # in a run whose other evaluations have two halves
     velocity, state, aux = model(
       rows,
-      jnp.broadcast_to(t, len(labels)),
-      labels,
+      jnp.broadcast_to(t, len(rows)),
+      label,
       tables,
       model.conditional_half(state) if alone else state,
       guided=guided,
@@ -202,19 +215,17 @@ def compile_steps(
   What begins a batch (noise, first state) runs once, so that no sample pays for compiling it.
   """
   batch = config.batch_size
-
-  def begin():
-    numbers = np.zeros(batch, np.int32)
-    return _begin(model, 0, model.null(batch), numbers, latent_shape, config, first_frame)
-
-  points, label, state = begin()
+  null = model.null(batch)
+  numbers = np.zeros(batch, np.int32)
+  points, labels, state = _begin(model, 0, null, null, numbers, latent_shape, config, first_frame)
   scalar = jax.ShapeDtypeStruct((), np.float32)
   weights = jax.ShapeDtypeStruct((len(points), len(points) + 1), np.float32)
   programs = dict.fromkeys(each.program for each in _evaluations(model, config))
-  compiled = {
-    program: step.lower(params, points, label, scalar, weights, tables, state, *program).compile()
-    for program in programs
-  }
+  compiled = {}
+  for program in programs:
+    own = labels[_BOTH if program[1] else _CONDITIONAL]
+    lowered = step.lower(params, points, own, scalar, weights, tables, state, *program)
+    compiled[program] = lowered.compile()
   jax.block_until_ready(points)
 
   def run(*args):
@@ -236,17 +247,19 @@ def sample(
   config: SampleConfig,
   progress: bool = True,
   first_frame: np.ndarray | None = None,
+  null: np.ndarray | None = None,
 ):
   """Draws latents, normalised as in training.
 
   Args:
     step: of `make_step` or `compile_steps`, with the same `config`.
     model: for `init_state` and `schedule`; its own parameters are not used.
-    labels: int `[n]`, or embeddings `[n, e]`.
+    labels: int `[n]`, or embeddings `[n, ...]`.
     indices: int `[n]`, number of each sample: its noise depends on (seed, index) only.
     latent_shape: (t, y, x, c).
     first_frame: normalised latents `[y, x, c]` that all samples begin with, or None; the step is
       then made for them.
+    null: what stands in guidance for no condition, a row of labels; None: `model.null`.
 
   Returns:
     Latents float32 `[n, *latent_shape]`, and the aux of every evaluation of the last batch (a
@@ -265,14 +278,14 @@ def sample(
     for start in starts:
       # The last batch repeats its last sample.
       part = np.arange(start, start + config.batch_size).clip(max=len(labels) - 1)
-      points, label, state = _begin(
-        model, seed, labels[part], indices[part], latent_shape, config, first_frame
+      count = len(part)
+      other = model.null(count) if null is None else np.broadcast_to(null, (count, *null.shape))
+      points, labelled, state = _begin(
+        model, seed, labels[part], other, indices[part], latent_shape, config, first_frame
       )
-      # By NumPy, as jnp would compile a program of its own where seconds are taken.
-      null = model.null(len(label))
       auxes = []
       for each in evaluations:
-        own = null if each.unconditional else label
+        own = labelled[each.labels]
         points, state, aux = step(
           params, points, own, each.time, each.weights, tables, state, *each.program
         )
@@ -282,12 +295,19 @@ def sample(
   return np.concatenate(latents), jax.device_get(auxes)
 
 
-def _begin(model, seed: int, labels, indices, latent_shape, config: SampleConfig, first_frame):
-  """Returns a batch's points, labels and first state: noise behind the first frame, if given."""
+def _begin(
+  model, seed: int, labels, null, indices, latent_shape, config: SampleConfig, first_frame
+):
+  """Returns a batch's points, labels by use, and first state: noise behind a given first frame."""
   x = sample_noise(jax.random.key(seed), jnp.asarray(indices), latent_shape)
   if first_frame is not None:
     x = x.at[:, 0].set(first_frame)
   guided = any(config.guided())
   state = model.init_state(len(labels) * (1 + guided), latent_shape, guided)
-  x, label = split_batch((x, jnp.asarray(labels)))
-  return (x,) * config.table().weights.shape[1], label, everywhere(state)
+  # Joined by NumPy: jnp would compile a program of its own where seconds are taken.
+  labels = np.asarray(labels)
+  by_use = {_CONDITIONAL: labels, _NULL: null}
+  if guided:
+    by_use[_BOTH] = np.concatenate([labels, null])
+  x, by_use = split_batch((x, jax.tree.map(jnp.asarray, by_use)))
+  return (x,) * config.table().weights.shape[1], by_use, everywhere(state)

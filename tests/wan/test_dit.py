@@ -11,6 +11,8 @@ import pytest
 from flax import nnx
 
 from freqformer.config import ConfigError
+from freqformer.diffusion import sampling
+from freqformer.diffusion.sampling import SampleConfig
 from freqformer.methods.registry import parse_method
 from freqformer.model.config import AttentionConfig
 from freqformer.model.wan import WanConfig, WanDiT, load_params
@@ -169,3 +171,22 @@ def test_names_and_shapes_of_real_checkpoints_fit(name):
   assert not lacking
   for found, wanted in zip(jax.tree.leaves(params), jax.tree.leaves(nnx.state(model)), strict=True):
     assert found.shape == wanted.shape
+
+
+def test_a_guided_run_is_that_of_the_pipeline():
+  """Eight steps of UniPC at Wan's levels, with a negative text."""
+  shape = (3, 4, 6, 4)
+  model, params, _ = loaded()
+  config = SampleConfig(
+    steps=8, guidance=5.0, batch_size=1, shift=3.0, sampler="unipc", levels="wan"
+  )
+  noise = jnp.asarray(last(values("noise", (1, 4, *shape[:3]))))
+  texts = values("text", (1, 5, 12))
+  negative = values("negative", (1, 5, 12))[0]
+  tables = model.tables(shape)
+  with pytest.MonkeyPatch.context() as patched, jax.default_matmul_precision("highest"):
+    patched.setattr(sampling, "sample_noise", lambda *_: noise)
+    step = sampling.make_step(nnx.graphdef(model), config)
+    args = (step, params, model, texts, np.arange(1), 0, tables, shape, config)
+    found, _ = sampling.sample(*args, progress=False, null=negative)
+  assert_near(found, last(GOLDEN["pipe"]))
