@@ -12,6 +12,7 @@ _PUBLIC = {
   "TileLayout": "grid.layout",
   "VideoDiT": "model.dit",
   "list_methods": "methods.registry",
+  "load_pretrained": "evaluate.pretrained",
   "load_run": "evaluate.restore",
   "sample": "evaluate.draw",
   "sliding_tile": "tables.window",

@@ -249,7 +249,7 @@ def model_cost(config, latent_shape, allocations=None, training: bool = False, p
       without `attention.schedule`.
   """
   layout = config.layout(latent_shape)
-  block = _block_shape(config)
+  block = config.block_shape
   total = Cost(linear_flops=2 * _patch_flops(config, latent_shape))
   runs = config.runs()
   parts = config.whole_runs() if phases is None else config.parts()
@@ -265,11 +265,6 @@ def model_cost(config, latent_shape, allocations=None, training: bool = False, p
     )
     total += (layer + Cost(linear_flops=block.linear_flops(layout.n))).scaled(part.count)
   return total
-
-
-def _block_shape(config) -> BlockShape:
-  """Returns the sizes of a `ModelConfig`'s block."""
-  return BlockShape(config.width, config.heads, int(config.width * config.mlp_ratio))
 
 
 def _patch_flops(config, latent_shape) -> float:
@@ -345,7 +340,7 @@ def _frozen_step_cost(config, latent_shape) -> Cost:
   """
   layout = config.layout(latent_shape)
   sizes = (config.heads, config.dims.head_dim)
-  block = _block_shape(config)
+  block = config.block_shape
   matrices = block.linear_flops(layout.n)
   conditioning = matrices - dataclasses.replace(block, modulation=0).linear_flops(layout.n)
   total = Cost(linear_flops=3 * _patch_flops(config, latent_shape))  # the projection's twice

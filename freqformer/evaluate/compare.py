@@ -86,8 +86,18 @@ def compare(
   seed: int,
   config: SampleConfig,
   metrics: Mapping[str, Metric],
+  null: np.ndarray | None = None,
 ) -> tuple[list[dict], dict[str, np.ndarray]]:
   """Samples with every candidate and compares the videos with the first one's.
+
+  Args:
+    found: a `Run` or `PretrainedRun` by method, the reference first.
+    labels: as of `draw`, like what follows.
+    indices: of the samples.
+    seed: of the noise.
+    config: how they are sampled.
+    metrics: by name.
+    null: as of `draw`.
 
   Returns:
     rows: one per candidate, plain JSON.
@@ -97,7 +107,7 @@ def compare(
   videos = {}
   for method, run in found.items():
     logging.info("%s", method)
-    drawn = draw(run, labels, indices, seed, config)
+    drawn = draw(run, labels, indices, seed, config, null=null)
     videos[method] = run.decode(drawn.latents)
     reference = videos[rows[0]["method"]] if rows else None
     rows.append(row(method, drawn, videos[method], reference, metrics))

@@ -149,15 +149,18 @@ def draw(
   config: SampleConfig,
   *,
   first_frame: np.ndarray | None = None,
+  null: np.ndarray | None = None,
   want_masks: bool = False,
   progress: bool = True,
 ) -> Drawn:
   """Samples latents; compiling and running are timed apart.
 
   Args:
-    labels: int `[n]`, or embeddings `[n, e]`: of `Run.inputs`.
+    run: a `Run` or a `PretrainedRun`.
+    labels: int `[n]`, or embeddings `[n, ...]`: of `Run.inputs`.
     indices: int `[n]`: a sample's noise depends on (seed, index) only.
     first_frame: of `first_frame_latent`, with which every sample begins.
+    null: as of `sampling.sample`.
     want_masks: record the first sample's masks; the seconds then include recording.
 
   Raises:
@@ -179,9 +182,8 @@ def draw(
   if want_masks:
     step = recorder.wrap(step, len(config.guided()))
   clock = time.monotonic()
-  latents, aux = sampling.sample(
-    step, run.params, model, labels, indices, seed, tables, shape, config, progress, first_frame
-  )
+  args = (step, run.params, model, labels, indices, seed, tables, shape, config)
+  latents, aux = sampling.sample(*args, progress, first_frame, null)
   run_seconds = time.monotonic() - clock
   masks = recorder.masks() if want_masks else None
   density = realised_density(aux)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from freqformer.config import ConfigError, build, did_you_mean, refusing, require, require_one_of
-from freqformer.cost import DENSE
+from freqformer.cost import DENSE, BlockShape
 from freqformer.grid.layout import TileLayout
 from freqformer.grid.rotary import grid_theta
 from freqformer.kernels.block_sparse.api import ATTENTION
@@ -158,6 +158,11 @@ class ModelConfig:
       )
     self.dims  # noqa: B018  refuses heads that do not divide the width
     self.attention.runs(self.depth)
+
+  @property
+  def block_shape(self) -> BlockShape:
+    """Sizes of a layer, by which its work is counted."""
+    return BlockShape(self.width, self.heads, int(self.width * self.mlp_ratio))
 
   @property
   def dims(self) -> AttentionDims:

@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 
 from freqformer.config import ConfigError, require
+from freqformer.cost import BlockShape
 from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.table import dense_mask
 from freqformer.methods.base import Cond, Method
@@ -65,6 +66,12 @@ class WanConfig(ModelConfig):
         f"width={self.width} over heads={self.heads} leaves less than the 6 channels of a head "
         "that rotary divides among the axes."
       )
+
+  @property
+  def block_shape(self) -> BlockShape:
+    """Sizes of a layer: the text is attended to, modulation is shared by all layers."""
+    sizes = (self.width, self.heads, self.mlp)
+    return BlockShape(*sizes, text=self.text_length, text_mode="cross", modulation=0)
 
   @property
   def dims(self) -> AttentionDims:

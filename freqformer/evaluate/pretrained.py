@@ -1,0 +1,341 @@
+"""Pretrained video models from a folder as it was downloaded, under any attention method.
+
+  pipe = freqformer.load_pretrained("Wan2.1-T2V-1.3B-Diffusers")
+  videos = pipe(["a cat on a table"], method="adaspa", frames=81, size=(480, 832))
+
+A folder has what diffusers' repositories have: transformer, vae, text_encoder, tokenizer,
+scheduler. Nothing is downloaded, and no torch is used.
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax import nnx
+
+from freqformer.config import ConfigError, did_you_mean, refusing
+from freqformer.diffusion.sampling import SampleConfig
+from freqformer.evaluate.draw import draw
+from freqformer.model.config import DTYPES, AttentionConfig
+from freqformer.model.leaves import flatten, leaf_name
+from freqformer.model.wan import WanConfig, WanDiT, load_params
+from freqformer.wan import levels, prompts, text_encoder, vae
+from freqformer.wan.files import open_tensors, part, read_config
+
+_KNOWN = ("WanTransformer3DModel",)
+_BLOCK = 128  # rows of a tile: what the kernels are made for
+_GUIDANCE = 5.0  # as diffusers' pipeline has it
+_STEPS = 50
+# What the published models were made for, by the channels of their latents.
+_USUAL = {16: (81, (480, 832), 16.0), 48: (121, (704, 1280), 24.0)}
+# Keys of the transformer's config.json that say what is computed, and the only values that are.
+_COMPUTED = {
+  "qk_norm": "rms_norm_across_heads",
+  "cross_attn_norm": True,
+  "image_dim": None,
+  "added_kv_proj_dim": None,
+  "pos_embed_seq_len": None,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainedRun:
+  """A model under one method at one size: what `draw` and `compare` sample.
+
+  Attributes:
+    model: the abstract `WanDiT`, for its config, tables and schedule.
+    params: its parameters; models of other methods share their arrays.
+    latent_shape: (t, y, x, c).
+    decode: latents `[b, t, y, x, c]` to videos, uint8 `[b, frames, rows, cols, 3]`.
+  """
+
+  model: WanDiT
+  params: Any
+  latent_shape: tuple[int, int, int, int]
+  decode: Callable[[np.ndarray], np.ndarray]
+
+
+class Pretrained:
+  """A downloaded model. Weights are read when they are first needed.
+
+  Attributes:
+    folder: as downloaded.
+    frames: of a video, where nothing else is asked for.
+    size: (rows, cols) in pixels, likewise.
+    fps: frames a second.
+    schedule: the noise levels.
+  """
+
+  def __init__(
+    self,
+    folder: str | pathlib.Path,
+    *,
+    dtype: str | None = None,
+    block: int = _BLOCK,
+    cache: str | pathlib.Path | None = None,
+  ):
+    """Reads the configs of a folder, and the headers of its weights.
+
+    Args:
+      folder: as downloaded.
+      dtype: of matrices and activations, "bfloat16" or "float32"; None: bfloat16 on a GPU.
+      block: rows of a tile.
+      cache: folder of prompts' embeddings; None: one in the user's cache.
+
+    Raises:
+      ConfigError: a part is missing, damaged, or of a model that is not known.
+    """
+    self.folder = pathlib.Path(folder)
+    if dtype is None:
+      dtype = "bfloat16" if jax.default_backend() == "gpu" else "float32"
+    if dtype not in DTYPES:
+      raise ConfigError(f"dtype={dtype!r} is unknown; {did_you_mean(dtype, DTYPES)}")
+    self.dtype = dtype
+    self.block = block
+    self._cache = pathlib.Path(cache) if cache else _user_cache()
+    own = part(self.folder, "transformer")
+    self._sizes = _sizes(read_config(own), own)
+    if (self.folder / "transformer_2").is_dir():
+      raise ConfigError(
+        f"{self.folder} holds two transformers, one for high and one for low noise (Wan 2.2 A14B), "
+        "which is not supported yet; name a folder with one, e.g. Wan2.1-T2V-14B-Diffusers."
+      )
+    self.vae = vae.open_vae(self.folder)
+    channels = self._sizes.pop("channels")
+    if self.vae.structure.channels != channels:
+      raise ConfigError(
+        f"{self.folder}: the transformer takes latents of {channels} channels, the VAE makes "
+        f"{self.vae.structure.channels}; download both from one repository."
+      )
+    self._channels = channels
+    self._tensors = open_tensors(own)
+    self.schedule = levels.read_schedule(self.folder / "scheduler" / "scheduler_config.json")
+    self.frames, self.size, self.fps = _USUAL.get(channels, _USUAL[16])
+
+  def config(self, method: str = "dense", schedule: str | None = None) -> WanConfig:
+    """Returns the model's config under a method, and with an `attention.schedule`.
+
+    Raises:
+      ConfigError: the method is unknown, or a field of it.
+    """
+    attention = AttentionConfig(methods=(), method="dense", block=self.block)
+    config = WanConfig(attention=attention, dtype=self.dtype, **self._sizes)
+    config = config.with_method(method)
+    return config if schedule is None else config.with_schedule(schedule)
+
+  def latent_shape(self, frames: int, size: Sequence[int]) -> tuple[int, int, int, int]:
+    """Returns (t, y, x, c) of a video's latents.
+
+    Raises:
+      ConfigError: there are no such videos; names the nearest.
+    """
+    factor = self.vae.structure.factor
+    patch = WanConfig.patch
+    tokens = tuple(f * p for f, p in zip(factor, patch, strict=True))
+    vae.check_video((frames, *size), tokens)
+    cells = (side // f for side, f in zip(size, factor[1:], strict=True))
+    return ((frames - 1) // factor[0] + 1, *cells, self._channels)
+
+  def embed(self, texts: Sequence[str], negative: str | None = "") -> prompts.PromptEmbeddings:
+    """Returns embeddings of prompts, from the cache or by the text encoder, which is freed then."""
+    own = self.folder / "text_encoder"
+    config = text_encoder.read_config(own / "config.json")
+    tokenizer = self.folder / "tokenizer" / "tokenizer.json"
+    tensors = open_tensors(own)
+    dtype = DTYPES[self.dtype]
+    identity = prompts.weights_identity(
+      [own / "config.json", tokenizer], {tensors.file_of(name) for name in tensors}, dtype
+    )
+
+    def load():
+      logging.info("loading the text encoder ...")
+      return text_encoder.stacked(config, tensors, dtype)
+
+    encoder = prompts.TextEncoder(config, tokenizer, load)
+    cache = prompts.EmbeddingCache(self._cache, identity, config.d_model)
+    return prompts.embed_prompts(texts, negative, encoder, cache)
+
+  def at(
+    self,
+    method: str = "dense",
+    frames: int | None = None,
+    size: Sequence[int] | None = None,
+    schedule: str | None = None,
+  ) -> PretrainedRun:
+    """Returns the model under a method at a size; its weights are there once for all methods.
+
+    Raises:
+      ConfigError: there are no such videos, a method cannot serve them, or weights do not fit.
+    """
+    shape = self.latent_shape(frames or self.frames, size or self.size)
+    config = self.config(method, schedule)
+    with refusing(f"method {method}"):
+      config.layout(shape)
+    create = functools.partial(WanDiT, config, shape)
+    model = nnx.eval_shape(lambda: create(nnx.Rngs(0)))
+    return PretrainedRun(model, self._params(model, create), shape, self.decode)
+
+  @functools.cached_property
+  def _base(self) -> dict[str, jax.Array]:
+    """The pretrained arrays by leaf, on the device."""
+    logging.info("loading the transformer ...")
+    shape = self.latent_shape(1 + self.vae.structure.factor[0], self.size)
+    model = nnx.eval_shape(lambda: WanDiT(self.config(), shape, nnx.Rngs(0)))
+    params, _ = load_params(model, self._tensors, DTYPES[self.dtype])
+    return flatten(params)
+
+  def _params(self, model, create):
+    """Returns a model's parameters: pretrained ones, and a method's own at their start."""
+    base = self._base
+    paths = flatten(nnx.state(model))
+    lacking = sorted(paths.keys() - base.keys())
+    fresh = {}
+    if lacking:
+      logging.info("%d arrays are the method's own, untrained: %s ...", len(lacking), lacking[0])
+
+      @jax.jit
+      def start():  # all others are left out of the program
+        state = flatten(nnx.state(create(nnx.Rngs(0))))
+        return {name: state[name] for name in lacking}
+
+      fresh = start()
+    known = base | fresh
+    return jax.tree_util.tree_map_with_path(
+      lambda path, _: known[leaf_name(path)], nnx.state(model)
+    )
+
+  @functools.cached_property
+  def _decoder(self):
+    params = {name: jnp.asarray(x, jnp.float32) for name, x in self.vae.tensors.items()}
+    return jax.jit(functools.partial(vae.decode, mean=self.vae.mean, std=self.vae.std)), params
+
+  def decode(self, latents: np.ndarray) -> np.ndarray:
+    """Returns videos of latents, uint8 `[b, frames, rows, cols, 3]`, one after the other."""
+    run, params = self._decoder
+    found = []
+    for latent in latents:
+      video = np.asarray(run(params, jnp.asarray(latent)[None]))[0]
+      found.append(np.rint(127.5 * (video + 1)).astype(np.uint8))
+    return np.stack(found)
+
+  def sampling(
+    self,
+    steps: int | None = None,
+    guidance: float | None = None,
+    shift: float | None = None,
+    batch_size: int = 1,
+  ) -> SampleConfig:
+    """Returns how videos are sampled; None takes what is usual for the model."""
+    with refusing("sampling"):
+      return SampleConfig(
+        steps=_STEPS if steps is None else steps,
+        guidance=_GUIDANCE if guidance is None else guidance,
+        shift=self.schedule.shift if shift is None else shift,
+        batch_size=batch_size,
+        sampler="unipc",
+        levels="wan",
+      )
+
+  def __call__(
+    self,
+    texts: Sequence[str] | str,
+    *,
+    method: str = "dense",
+    negative: str = "",
+    frames: int | None = None,
+    size: Sequence[int] | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    shift: float | None = None,
+    seed: int = 0,
+    progress: bool = True,
+  ) -> np.ndarray:
+    """Samples a video for each prompt.
+
+    Args:
+      texts: prompts, or one.
+      method: attention method, e.g. "adaspa(sparsity=0.8)".
+      negative: what guidance leads away from.
+      frames: 4 k + 1; None: as usual for the model, as for the next four.
+      size: (rows, cols) in pixels.
+      steps: of UniPC.
+      guidance: scale; 1 is none.
+      shift: of the noise levels.
+      seed: of the noise; a prompt's noise depends on its place, too.
+      progress: show a progress bar.
+
+    Returns:
+      Videos, uint8 `[prompts, frames, rows, cols, 3]`.
+
+    Raises:
+      ConfigError: a number is out of its bounds, a text is too long, or weights do not fit.
+    """
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    config = self.sampling(steps, guidance, shift)
+    found = self.embed(texts, negative)
+    run = self.at(method, frames, size)
+    places = np.arange(len(texts))
+    drawn = draw(
+      run, found.embeddings, places, seed, config, null=found.negative, progress=progress
+    )
+    return self.decode(drawn.latents)
+
+
+def load_pretrained(folder: str | pathlib.Path, **options) -> Pretrained:
+  """Opens a downloaded model; arguments and errors as of `Pretrained`."""
+  return Pretrained(folder, **options)
+
+
+def _sizes(values: dict, folder: pathlib.Path) -> dict:
+  """Returns fields of `WanConfig`, and the latents' channels, from the transformer's config.json.
+
+  Raises:
+    ConfigError: it is of another model, or computes something else.
+  """
+  kind = values.get("_class_name")
+  if kind not in _KNOWN:
+    raise ConfigError(
+      f"{folder / 'config.json'} is of a {kind}, which is not known; known are "
+      f"{', '.join(_KNOWN)} (Wan 2.1 and 2.2, text to video)."
+    )
+  others = [
+    f"{key}={values[key]!r}"
+    for key, supported in _COMPUTED.items()
+    if values.get(key, supported) != supported
+  ]
+  if values.get("in_channels") != values.get("out_channels"):
+    others.append(f"in_channels={values.get('in_channels')} unlike out_channels")
+  if tuple(values.get("patch_size", WanConfig.patch)) != WanConfig.patch:
+    others.append(f"patch_size={values['patch_size']}")
+  if others:
+    raise ConfigError(
+      f"{folder / 'config.json'} has {', '.join(others)}: image-to-video and other variants are "
+      "not supported; name a folder of a text-to-video model, e.g. Wan2.1-T2V-1.3B-Diffusers."
+    )
+  try:
+    heads = int(values["num_attention_heads"])
+    return {
+      "width": heads * int(values["attention_head_dim"]),
+      "heads": heads,
+      "depth": int(values["num_layers"]),
+      "mlp": int(values["ffn_dim"]),
+      "text_width": int(values["text_dim"]),
+      "frequencies": int(values["freq_dim"]),
+      "channels": int(values["in_channels"]),
+    }
+  except (KeyError, TypeError, ValueError) as error:
+    raise ConfigError(
+      f"{folder / 'config.json'} lacks a size, or has none of a number ({error}); download it again."
+    ) from error
+
+
+def _user_cache() -> pathlib.Path:
+  caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+  return caches / "freqformer" / "prompts"
