@@ -1,4 +1,4 @@
-"""Samples from a checkpoint, or validates it on its own clips or others.
+"""Samples from a checkpoint or a pretrained model, or validates it on its own clips or others.
 
   python eval.py --workdir=runs/ucf101
   python eval.py --workdir=runs/ucf101 --classes=Basketball,Biking --samples=4 --guidance=4
@@ -13,6 +13,7 @@
   python eval.py --workdir=runs/ucf101 --validate --config.data.frames=32
   python eval.py --workdir=runs/ucf101 --validate --config.data.source=folder \
     --config.data.root=clips --config.data.stride=4 --config.data.resolution=128,256
+  python eval.py --pretrained=DIR --prompts=prompts.txt     docs/pretrained.md has more of these
 
 Averaged weights and hard routing by default. Writes <class>/<index>.mp4, grid.png, latents.npz,
 sampling.json and density.json (one sample's density at every step, layer and head) to --out, where
@@ -40,7 +41,7 @@ import numpy as np
 from absl import flags, logging
 
 from freqformer import disk
-from freqformer.command import cli
+from freqformer.command import cli, pretrained
 from freqformer.config import ConfigError
 from freqformer.data.codec import LatentStatistics
 from freqformer.data.sources import Split, data_keys, open_split, other_clips
@@ -74,7 +75,8 @@ from freqformer.train.mesh import all_devices, describe, whole_mesh
 from freqformer.train.metrics import finite
 from freqformer.train.validation import channel_power
 
-_WORKDIR = cli.define_path("workdir", None, "Folder of the run to sample from.", required=True)
+_WORKDIR = cli.define_path("workdir", None, "Folder of the run to sample from.")
+_PRETRAINED = cli.define_path("pretrained", None, "Folder of a downloaded model, in its place.")
 _STEP = flags.DEFINE_integer("checkpoint", None, "Step of the checkpoint; default the newest.")
 _OUT = cli.define_path("out", None, "Folder to write to; default one in <workdir>.")
 _CLASSES = flags.DEFINE_string("classes", None, "Class names, separated by commas; default all.")
@@ -95,6 +97,11 @@ _INTERVAL = flags.DEFINE_list("guidance_interval", None, "Lowest and highest t t
 _RESCALE = flags.DEFINE_float(
   "guidance_rescale", None, "Share of guidance whose spread is restored; default the config's."
 )
+_NEGATIVE = flags.DEFINE_string(
+  "negative", "", "Prompt that guidance leads away from, with --pretrained."
+)
+_SHIFT = flags.DEFINE_float("shift", None, "Shift of the noise levels, with --pretrained.")
+_BLOCK = flags.DEFINE_integer("block", 128, "Rows of a tile, with --pretrained.", lower_bound=1)
 _FRAMES = flags.DEFINE_integer("frames", None, "Frames of a video; default as trained.")
 _SIZE = flags.DEFINE_string("size", None, "ROWSxCOLS of a video in pixels; default as trained.")
 _ROPE = flags.DEFINE_string(
@@ -147,19 +154,47 @@ _OF_SAMPLES = (
   "lpips_weights",
   "fps",
 )
+_OF_PRETRAINED = ("negative", "shift", "block")
+# Of runs alone: what a downloaded model has no use for.
+_OF_RUNS = (
+  *_OF_VALIDATION,
+  "checkpoint",
+  "classes",
+  "prompts_file",
+  "samples",
+  "sampler",
+  "guidance_interval",
+  "guidance_rescale",
+  "rope",
+  "first_frame",
+  "raw",
+  "soft",
+  "export_masks",
+  "validate",
+)
 _LISTED = 4  # unknown classes that are printed; the file has all
 
 
 def main(_):
+  if (_WORKDIR.value is None) == (_PRETRAINED.value is None):
+    raise ConfigError(
+      "give --workdir, the folder of a run, or --pretrained, that of a downloaded model."
+    )
+  for name in _OF_PRETRAINED if _WORKDIR.value else _OF_RUNS:
+    if flags.FLAGS[name].present:
+      rule = "needs --pretrained" if _WORKDIR.value else "cannot be given with --pretrained"
+      raise ConfigError(f"--{name} {rule}.")
   for name in _OF_SAMPLES if _VALIDATE.value else _OF_VALIDATION:
     if flags.FLAGS[name].present:
       rule = "cannot be given with" if _VALIDATE.value else "needs"
       raise ConfigError(f"--{name} {rule} --validate, which reports losses and draws no sample.")
   mesh = whole_mesh(_CONTEXT.value)
   logging.info("%s", describe(mesh))
-  space = disk.space_for("what eval.py writes", _OUT.value or _WORKDIR.value)
+  space = disk.space_for("what eval.py writes", _OUT.value or _WORKDIR.value or ".")
   with space, jax.set_mesh(mesh):
-    if _VALIDATE.value:
+    if _PRETRAINED.value is not None:
+      _sample_pretrained()
+    elif _VALIDATE.value:
       _validate()
     elif _COMPARE.value is not None:
       _compare_methods()
@@ -229,6 +264,36 @@ def _sample_one_method():
     drawn.density.mean(),
   )
   _update_report(out)
+
+
+def _sample_pretrained():
+  """Writes videos of a downloaded model, and a page."""
+  if _COMPARE.value is not None and _METHOD.value is not None:
+    raise ConfigError("--method goes with one method; name it in --compare, the reference first.")
+  methods = [_METHOD.value or "dense"]
+  metrics = {}
+  if _COMPARE.value is not None:
+    methods = compare.split_methods(_COMPARE.value)
+    metrics = compare.metric_functions(_METRICS.value, _LPIPS.value)
+  pretrained.run(
+    pretrained.Request(
+      folder=_PRETRAINED.value,
+      prompts=_PROMPTS.value,
+      methods=methods,
+      out=_OUT.value,
+      negative=_NEGATIVE.value,
+      frames=_FRAMES.value,
+      size=None if _SIZE.value is None else parse_size(_SIZE.value),
+      steps=_STEPS.value,
+      guidance=_GUIDANCE.value,
+      shift=_SHIFT.value,
+      seed=_SEED.value,
+      schedule=_SCHEDULE.value,
+      fps=_FPS.value,
+      metrics=metrics,
+      block=_BLOCK.value,
+    )
+  )
 
 
 def _compare_methods():

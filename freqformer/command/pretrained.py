@@ -1,0 +1,153 @@
+"""`eval.py --pretrained=DIR`: videos of a downloaded model, under one method or several.
+
+  python eval.py --pretrained=DIR --prompts=prompts.txt --size=480x832 --frames=81 --steps=50
+  python eval.py --pretrained=DIR --prompts="a cat;a dog" --method="adaspa(sparsity=0.8)"
+  python eval.py --pretrained=DIR --prompts=prompts.txt \\
+    --compare="dense,adaspa,freqformer(allocation=measured)"
+
+The page and the videos go to --out, by default runs/pretrained/<name of the folder>.
+"""
+
+import dataclasses
+import pathlib
+import time
+
+import jax
+import numpy as np
+
+from freqformer.config import ConfigError
+from freqformer.evaluate import compare
+from freqformer.evaluate.draw import FLOPS_ARE
+from freqformer.evaluate.pretrained import Pretrained
+from freqformer.pages.compare import text_table, write_comparison
+from freqformer.pages.mp4 import grid_png
+from freqformer.prompts import read_prompts, without_blank
+from freqformer.train.mesh import all_devices
+from freqformer.wan.prompts import PromptEmbeddings, read_embeddings
+
+_LETTERS = 40  # of a prompt in a caption
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """What the command line asks for; None is as usual for the model.
+
+  Attributes:
+    folder: of the model.
+    prompts: texts with ";" between them, or a file of them: text, or `.npz` of embeddings.
+    methods: attention methods, the reference first.
+    out: folder to write to.
+    negative: prompt that guidance leads away from.
+    frames: 4 k + 1.
+    size: (rows, cols) in pixels.
+    steps: of UniPC.
+    guidance: scale.
+    shift: of the noise levels.
+    seed: of the noise.
+    schedule: dense evaluations and layers.
+    fps: of the mp4s; 0: the model's.
+    metrics: by name, that methods are compared by.
+    block: rows of a tile.
+  """
+
+  folder: str
+  prompts: str | None
+  methods: list[str]
+  out: str | None
+  negative: str
+  frames: int | None
+  size: tuple[int, int] | None
+  steps: int | None
+  guidance: float | None
+  shift: float | None
+  seed: int
+  schedule: str | None
+  fps: float
+  metrics: dict
+  block: int
+
+
+def run(request: Request):
+  """Writes videos and a page.
+
+  Raises:
+    ConfigError: the folder, a prompt, a number or a method cannot be used.
+  """
+  seconds = {}
+  clock = time.monotonic()
+  pipe = Pretrained(request.folder, block=request.block)
+  config = pipe.sampling(request.steps, request.guidance, request.shift)
+  evaluations = len(config.guided())
+  frames = request.frames or pipe.frames
+  size = request.size or pipe.size
+  shape = pipe.latent_shape(frames, size)
+  for method in request.methods:  # refused before anything is loaded
+    pipe.config(method, request.schedule).phases(evaluations)
+  texts = _embeddings(pipe, request, any(config.guided()))
+  seconds["text"] = time.monotonic() - clock
+
+  clock = time.monotonic()
+  found = {method: pipe.at(method, frames, size, request.schedule) for method in request.methods}
+  seconds["load"] = time.monotonic() - clock
+  places = np.arange(len(texts.texts))
+  clock = time.monotonic()
+  rows, videos = compare.compare(
+    found, texts.embeddings, places, request.seed, config, request.metrics, null=texts.negative
+  )
+  seconds["sample_and_decode"] = time.monotonic() - clock
+
+  out = pathlib.Path(request.out or pathlib.Path("runs/pretrained") / pipe.folder.resolve().name)
+  out.mkdir(parents=True, exist_ok=True)
+  captions = [text[:_LETTERS] for text in texts.texts]
+  facts = {
+    "pretrained": str(pipe.folder),
+    "prompts": dict(enumerate(texts.texts)),
+    "negative": request.negative,
+    "samples": len(captions),
+    **dataclasses.asdict(config),
+    "schedule": request.schedule or "",
+    "video_shape": (frames, *size),
+    "latent_shape": shape,
+    "dtype": pipe.dtype,
+    "seed": request.seed,
+    "seconds": {name: round(value, 3) for name, value in seconds.items()},
+    "peak_bytes": _peak(),
+    "device": all_devices()[0].device_kind,
+    "flops_are": FLOPS_ARE,
+    "density_is": "scored pairs / n^2 as run, of one sample",
+  }
+  page = write_comparison(out, facts | {"rows": rows}, videos, captions, request.fps or pipe.fps)
+  for method, clips in videos.items():
+    if method == request.methods[0]:
+      grid_png(out / "grid.png", clips, captions)
+  print(text_table(rows))
+  print(f"page: {page}")
+
+
+def _embeddings(pipe: Pretrained, request: Request, guided: bool) -> PromptEmbeddings:
+  """Returns what is sampled for.
+
+  Raises:
+    ConfigError: there is no prompt, or ready embeddings lack the negative one.
+  """
+  given = request.prompts
+  if not given:
+    raise ConfigError(
+      '--pretrained needs --prompts: texts as "a cat;a dog", or a file with one in each line.'
+    )
+  path = pathlib.Path(given).expanduser()
+  if path.suffix == ".npz":
+    found = read_embeddings(path, pipe.config().text_width)
+    if guided and found.negative is None:
+      raise ConfigError(
+        f"{path} has no array 'negative', which guidance needs; add one, or set --guidance=1."
+      )
+    return found
+  lines = read_prompts(path) if path.suffix == ".txt" else given.split(";")
+  return pipe.embed(without_blank(lines), request.negative if guided else None)
+
+
+def _peak() -> int | None:
+  """Returns the most bytes that were in use on the device, None where it does not tell."""
+  stats = jax.local_devices()[0].memory_stats()
+  return stats.get("peak_bytes_in_use") if stats else None
