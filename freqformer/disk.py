@@ -1,4 +1,4 @@
-"""Disks that are full, and text files that are written whole or not at all."""
+"""Disks that are full, and files that are written whole or not at all."""
 
 import contextlib
 import errno
@@ -82,11 +82,14 @@ def space_for(
     raise ConfigError(no_space(folder, what, needed, intact())) from error
 
 
-def write_whole(path: pathlib.Path, text: str):
-  """Writes a text file; where that fails, on a full disk say, the earlier file stays."""
+def write_whole(path: pathlib.Path, contents: str | bytes):
+  """Writes a file, text in UTF-8; where that fails, on a full disk say, the earlier one stays."""
   part = path.with_name(f".{path.name}.part")
   try:
-    part.write_text(text, encoding="utf-8")
+    if isinstance(contents, bytes):
+      part.write_bytes(contents)
+    else:
+      part.write_text(contents, encoding="utf-8")
     part.replace(path)
   except OSError:
     part.unlink(missing_ok=True)

@@ -138,7 +138,7 @@ def test_train_takes_a_config_from_anywhere(environment, tmp_path):
   [
     ("requirements.txt", ["video"]),
     ("requirements-gpu.txt", ["video", "gpu"]),
-    ("requirements-dev.txt", ["video", "search", "tensorboard", "wandb", "dev"]),
+    ("requirements-dev.txt", ["video", "search", "tensorboard", "wandb", "pretrained", "dev"]),
   ],
 )
 def test_pinned_files_follow_the_project(name, extras):

@@ -70,6 +70,7 @@ from freqformer.pages.files import json_if_any
 from freqformer.pages.mp4 import grid_png, write_mp4
 from freqformer.pages.run import write_report
 from freqformer.pages.text import aligned
+from freqformer.prompts import read_prompts
 from freqformer.train.experiment import home_expanded
 from freqformer.train.mesh import all_devices, describe, whole_mesh
 from freqformer.train.metrics import finite
@@ -418,7 +419,7 @@ def _prompts() -> list[str] | None:
     return None if _PROMPTS.value is None else _PROMPTS.value.split(";")
   if _PROMPTS.value is not None:
     raise ConfigError("--prompts and --prompts_file say the same; give one of them.")
-  return pathlib.Path(_PROMPTS_FILE.value).read_text(encoding="utf-8-sig").splitlines()
+  return read_prompts(_PROMPTS_FILE.value)
 
 
 def _requests(run: Run) -> tuple[np.ndarray, np.ndarray, SampleConfig]:

@@ -11,6 +11,7 @@ from freqformer.data.codec import LatentStatistics
 from freqformer.data.embedding import embed
 from freqformer.data.sources import Split, open_split
 from freqformer.evaluate.restore import Conditions, Run
+from freqformer.prompts import without_blank
 
 CLIPS = 8  # choice: validation clips that are taken where nothing is asked for
 _LETTERS = 48  # choice: of a caption in a folder's name
@@ -42,9 +43,7 @@ def conditioned(run: Run, prompts: Sequence[str] | None) -> Run:
       "prompts: this run's embeddings were made elsewhere, and data.embedder is empty; leave "
       "prompts out to sample for validation clips, or train with data.embedder."
     )
-  texts = [text.strip() for text in prompts if text.strip()]
-  if not texts:
-    raise ConfigError("prompts: there is no text among them; give one at least.")
+  texts = without_blank(prompts)
   return dataclasses.replace(run, conditions=_named(texts, embed(data, texts)))
 
 
