@@ -1,1 +1,1 @@
-"""Wan's pretrained video models: files, autoencoders, text encoder and the transformer's weights."""
+"""Wan's pretrained video models: files, VAE, text encoder and the transformer's weights."""
