@@ -14,21 +14,24 @@ huggingface/diffusers `autoencoder_kl_wan.py`.
 import dataclasses
 import functools
 import math
+import pathlib
 import re
 from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from freqformer.config import ConfigError
+from freqformer.wan import files
 
-CHUNK = 4  # frames of a latent frame, but for the first one
 _PAST = 2  # frames that a causal convolution of three looks back
 _COLOURS = 3
 _LEAST_NORM = 1e-12  # of `torch.nn.functional.normalize`
 _NAMED = 6  # names that a report gives of each kind
 _DOWN = "encoder.down_blocks"
 _UP = "decoder.up_blocks"
+_CLASS = "AutoencoderKLWan"
 
 Shape = tuple[int, ...]
 
@@ -94,9 +97,11 @@ def encode(params: Mapping[str, jax.Array], video: jax.Array, mean, std) -> jax.
     ConfigError: the weights do not fit, or the video has other sizes.
   """
   structure = read_structure(shapes_of(params))
+  if video.ndim != 5 or video.shape[-1] != _COLOURS:
+    raise ConfigError(f"a video is [b, frames, rows, cols, 3], got {list(video.shape)}.")
   check_video(video.shape[1:4], structure.factor)
   x = _patches(jnp.asarray(video, jnp.float32), structure.patch)
-  z = _in_chunks(_encoder(_Weights(params), structure), x, CHUNK)
+  z = _in_chunks(_encoder(_Weights(params), structure), x, structure.factor[0])
   return (z[..., : structure.channels] - mean) / std
 
 
@@ -126,6 +131,66 @@ def decode(params: Mapping[str, jax.Array], latents: jax.Array, mean, std) -> ja
   return jnp.clip(_pixels(x, structure.patch), -1, 1)
 
 
+@dataclasses.dataclass(frozen=True)
+class Vae:
+  """A VAE on the disk.
+
+  Attributes:
+    structure: of its network.
+    mean: of latents, float32 `[c]`.
+    std: of latents, float32 `[c]`.
+    tensors: its weights, not read yet.
+  """
+
+  structure: Structure
+  mean: np.ndarray
+  std: np.ndarray
+  tensors: files.Tensors
+
+
+def open_vae(folder: str | pathlib.Path) -> Vae:
+  """Opens the VAE in a folder of diffusers, or in the folder `vae` of a model.
+
+  Weights are checked by their headers and not read: `dict(opened.tensors)` reads them.
+
+  Raises:
+    ConfigError: the config or the weights are missing, cut, or not of a Wan VAE.
+  """
+  folder = files.part(folder, "vae")
+  config = files.read_config(folder)
+  if config.get("_class_name") != _CLASS:
+    files.refuse_pickles(folder)
+    raise ConfigError(
+      f"{folder / 'config.json'} is of {config.get('_class_name')}, not of {_CLASS}; name the "
+      "folder of a Wan VAE, or of a model with one in its folder vae."
+    )
+  tensors = files.open_tensors(folder)
+  try:
+    structure = read_structure(tensors.shapes)
+  except ConfigError as error:
+    raise ConfigError(f"{folder}: {error}") from error
+  mean = _statistic(config, "latents_mean", structure.channels, folder)
+  std = _statistic(config, "latents_std", structure.channels, folder)
+  if (std <= 0).any():
+    raise ConfigError(f"{folder / 'config.json'}: latents_std must be above 0 in every entry.")
+  return Vae(structure, mean, std, tensors)
+
+
+def _statistic(config: Mapping, key: str, channels: int, folder: pathlib.Path) -> np.ndarray:
+  """Returns a number per latent channel of a config."""
+  given = config.get(key)
+  try:
+    found = np.asarray(given, np.float32)
+  except (TypeError, ValueError):
+    found = np.empty(0, np.float32)
+  if found.shape != (channels,) or not np.isfinite(found).all():
+    raise ConfigError(
+      f"{folder / 'config.json'}: {key} must be {channels} numbers, one for each latent channel of "
+      f"the weights, got {given!r}; download config and weights from one repository."
+    )
+  return found
+
+
 def check_video(sizes: Shape, factor: tuple[int, int, int]) -> None:
   """Refuses (frames, rows, cols) that do not divide into latent cells of `factor` pixels.
 
@@ -134,7 +199,7 @@ def check_video(sizes: Shape, factor: tuple[int, int, int]) -> None:
   """
   frames, *sides = sizes
   period = factor[0]
-  if frames < 1 or frames % period != 1:
+  if frames < 1 or (frames - 1) % period:
     below = max(frames - 1, 0) // period * period + 1
     nearest = f"{below} or {below + period}" if frames > 0 else "1"
     raise ConfigError(
@@ -168,13 +233,16 @@ def read_structure(shapes: Mapping[str, Shape]) -> Structure:
 def _checked(items: tuple[tuple[str, Shape], ...]) -> Structure:
   weights = _Shapes(dict(items))
   structure = _guess(weights.shapes)
-  frames = CHUNK + 1  # the first chunk and another
+  period = structure.factor[0]
   side = 2 ** (structure.levels - 1)
-  video = jax.ShapeDtypeStruct((1, frames, side, side, _COLOURS * structure.patch**2), jnp.float32)
-  latents = jax.ShapeDtypeStruct((1, 2, 1, 1, structure.channels), jnp.float32)
+  # The first chunk and another one, of a latent cell.
+  pixels = (1, 1 + period, side, side, _COLOURS * structure.patch**2)
+  cells = (1, 2, 1, 1, structure.channels)
+  parts = (_encoder(weights, structure), pixels, period), (_decoder(weights, structure), cells, 1)
   try:
-    jax.eval_shape(lambda x: _in_chunks(_encoder(weights, structure), x, CHUNK), video)
-    jax.eval_shape(lambda z: _in_chunks(_decoder(weights, structure), z, 1), latents)
+    for run, shape, size in parts:
+      x = jax.ShapeDtypeStruct(shape, jnp.float32)
+      jax.eval_shape(functools.partial(_in_chunks, run, size=size), x)
   except (TypeError, ValueError) as error:
     # A wrong width can make layers impossible; the report then has what came before.
     if not weights.problems():
