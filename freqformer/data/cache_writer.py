@@ -58,7 +58,7 @@ def write_cache(
   """Makes the folder `path`, from where an earlier process stopped, unless another one makes it.
 
   Args:
-    statistics: to normalise with; None: those of these clips.
+    statistics: to normalise with; None: the codec's own, or those of these clips.
 
   Raises:
     ConfigError: no clip is usable, or the disk is full.
@@ -111,6 +111,7 @@ def _encode_into(
       shards.add(clip, {**entry, **drawn}, latents, embedding)
       for latent in latents:
         accumulator.add(latent)
+  statistics = statistics or codec.statistics or accumulator.result(codec.joint_std)
   missing = [{"key": key, "reason": reason} for key, reason in listing.missing.items()]
   skipped = missing + progress["skipped"]
   _report(skipped, progress["clips"], config, split)
@@ -126,7 +127,7 @@ def _encode_into(
     "records": sum(shard["records"] for shard in progress["shards"]),
     "shards": progress["shards"],
     "class_names": listing.class_names,
-    "statistics": (statistics or accumulator.result(codec.joint_std)).to_json(),
+    "statistics": statistics.to_json(),
     "clips": progress["clips"],
     "skipped": skipped,
     "versions": {"python": platform.python_version(), **versions(PACKAGES)},

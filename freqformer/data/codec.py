@@ -1,14 +1,14 @@
 """From pixels to latents and back.
 
 Two codecs need no weights. They work in an orthonormal luma/opponent colour space, for demos, tests
-and method comparisons; a learned VAE reconstructs better. Others are plug-ins, classes that
-`CodecConfig.name` names as "module:Class" (`freqformer/data/vae.py` has one).
+and method comparisons; a learned VAE reconstructs better. `wan_vae` is one (`data/wan_vae.py`).
+Others are plug-ins, classes that `CodecConfig.name` names as "module:Class"; `data/vae.py` has one.
 
 * `lowpass` keeps the lowest frequencies of the whole clip: a latent is a small video without
   blocks. On smooth clips it needs fewer numbers than `dct` for the same error.
 * `dct` keeps the lowest coefficients of each block: more detail at few cells, and block borders.
 
-Latents are normalised with statistics of the training views.
+Latents are normalised with statistics of the training views, unless the codec has its own.
 """
 
 import dataclasses
@@ -35,12 +35,12 @@ class CodecConfig:
   """A codec and its sizes.
 
   Attributes:
-    name: "dct", "lowpass", "none" for latents that can only be shown as they are, or "module:Class"
-      of a `Codec`.
+    name: "dct", "lowpass", "wan_vae", "none" for latents that can only be shown as they are, or
+      "module:Class" of a `Codec`.
     factor: pixels per latent cell, (t, y, x).
     channels: of a latent cell; dct: `3 * t * y * x` of them keep everything; lowpass: 3, or 1
       for luma alone.
-    path: of a plug-in: where its weights are.
+    path: of wan_vae or a plug-in: where its weights are.
   """
 
   name: str = "dct"
@@ -50,7 +50,7 @@ class CodecConfig:
 
   def __post_init__(self):
     if ":" not in self.name:
-      require_one_of(self, "name", (*_CODECS, "module:Class"))
+      require_one_of(self, "name", (*_CODECS, *_LEARNED, "module:Class"))
     require(self, "factor", least=1)
     most = codec_class(self.name).most_channels(self.factor)
     if not 1 <= self.channels <= most:
@@ -75,8 +75,18 @@ class Codec:
 
   @property
   def frames_apart(self) -> bool:
-    """True if each latent frame shows its own frames alone."""
+    """True if no latent frame shows any of the frames after its own."""
     return True
+
+  @property
+  def first_frames(self) -> int:
+    """Frames that the first latent frame shows."""
+    return self.config.factor[0]
+
+  @property
+  def statistics(self) -> "LatentStatistics | None":
+    """Statistics to normalise latents with; None: those of the training views."""
+    return None
 
   @staticmethod
   def most_channels(factor: tuple[int, int, int]) -> int:
@@ -203,10 +213,13 @@ class NoCodec(Codec):
 
 
 _CODECS = {"dct": DctCodec, "lowpass": LowpassCodec, "none": NoCodec}
+# By module, as plug-ins are: what they need is imported where they are used.
+_LEARNED = {"wan_vae": "freqformer.data.wan_vae:WanVae"}
 
 
 def codec_class(name: str) -> type[Codec]:
   """Returns the class of a codec; ConfigError if "module:Class" names none."""
+  name = _LEARNED.get(name, name)
   return load_class(name, "codec") if ":" in name else _CODECS[name]
 
 

@@ -41,7 +41,7 @@ def first_frame_latent(run: Run, image: str | pathlib.Path | np.ndarray) -> np.n
   view = draw_view(config, "val", "first_frame", 0, Footage(pixels.shape[:2], (0.0,)))
   frame = crop_resize(pixels, view.box, config.resolution)
   codec = make_codec(config.codec)
-  still = np.repeat(frame[None, None], config.codec.factor[0], axis=1)
+  still = np.repeat(frame[None, None], codec.first_frames, axis=1)
   statistics = LatentStatistics.from_json(run.record["statistics"])
   return statistics.normalise(codec.encode(still)[0, 0])
 

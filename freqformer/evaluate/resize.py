@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from flax import nnx
 
 from freqformer.config import ConfigError, did_you_mean
+from freqformer.data.codec import make_codec
 from freqformer.data.fields import PIXELS, FieldsConfig
 from freqformer.evaluate.restore import Run
 from freqformer.grid.rotary import ROPE_RULES, longer_theta
@@ -65,7 +66,7 @@ def resized(
   steps = _steps(run)
   for axis in range(3):
     if wanted[axis] != trained[axis]:
-      _check_axis(_AXES[axis], wanted[axis], steps[axis])
+      _check_axis(_AXES[axis], wanted[axis], steps[axis], _short(run) if axis == 0 else 0)
   try:
     return _at(run, wanted, rope)
   except ConfigError as error:
@@ -79,15 +80,28 @@ def _steps(run: Run) -> tuple[int, int, int]:
   return tuple(f * p for f, p in zip(factor, run.model.config.patch, strict=True))
 
 
-def _check_axis(name: str, given: int, step: int):
-  """Refuses a length that would cut a token: no such one was seen in training."""
-  if given >= step and given % step == 0:
+def _short(run: Run) -> int:
+  """Returns how many frames fewer the first latent frame shows than the others."""
+  data = run.experiment.data
+  if isinstance(data, FieldsConfig):
+    return 0
+  return data.codec.factor[0] - make_codec(data.codec).first_frames
+
+
+def _check_axis(name: str, given: int, step: int, short: int):
+  """Refuses a length that would cut a token: no such one was seen in training.
+
+  Args:
+    short: pixels that the first cell lacks.
+  """
+  if given + short >= step and (given + short) % step == 0:
     return
-  below = given // step * step
-  near = f"{below} and {below + step} are" if below else f"{step} is the smallest"
+  below = (given + short) // step * step - short
+  near = f"{below} and {below + step} are" if below > 0 else f"{step - short} is the smallest"
+  less = f" less {short}" if short else ""
   raise ConfigError(
-    f"{name}={given} must be a multiple of {step}, the {name} of a token (codec times patch); "
-    f"{near}."
+    f"{name}={given} must be a multiple of {step}{less}, the {name} of a token (codec times "
+    f"patch); {near}."
   )
 
 
