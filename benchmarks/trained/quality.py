@@ -30,9 +30,9 @@ from freqformer.evaluate.draw import draw
 from freqformer.evaluate.restore import Run
 from freqformer.methods.base import Method
 from freqformer.methods.dense import Dense
+from freqformer.model.leaves import flatten
 from freqformer.pages.html import panels
 from freqformer.simulation.output import number
-from freqformer.model.leaves import flatten
 
 _NAME = "quality_cpu"
 BLOCK = 16  # tokens of a tile

@@ -5,21 +5,20 @@ from collections.abc import Callable
 
 import numpy as np
 
-_TRAINED = 1000  # timesteps that Wan's schedule divides t into
-_FIRST = 1e-6  # below t = 1, where the solver's log-SNR is finite
+from freqformer.wan.levels import LevelSchedule
 
 
 @dataclasses.dataclass(frozen=True)
 class Levels:
-  """A habit.
+  """Levels of a run.
 
   Attributes:
-    times: boundaries of so many steps under a shift, float64 `[steps + 1]`, falling to 0.
-    told: what the model is told a boundary is.
+    times: boundaries of the steps, float64 `[steps + 1]`, from about 1 down to 0.
+    told: what the model is told t is at a boundary, all of them or some.
   """
 
-  times: Callable[[int, float], np.ndarray]
-  told: Callable[[np.ndarray], np.ndarray]
+  times: np.ndarray
+  told: Callable[[np.ndarray], np.ndarray] = np.asarray
 
 
 def shifted(t: np.ndarray, shift: float) -> np.ndarray:
@@ -27,20 +26,20 @@ def shifted(t: np.ndarray, shift: float) -> np.ndarray:
   return shift * t / (1 + (shift - 1) * t)
 
 
-def _even(steps: int, shift: float) -> np.ndarray:
-  return shifted(np.linspace(1, 0, steps + 1), shift)
+def _even(steps: int, shift: float) -> Levels:
+  return Levels(shifted(np.linspace(1, 0, steps + 1), shift))
 
 
-def _wan(steps: int, shift: float) -> np.ndarray:
-  """Returns the levels of diffusers' UniPC with flow sigmas: down to a thousandth, then 0."""
-  times = shifted(np.linspace(1, 1 / _TRAINED, steps + 1)[:-1], shift)
-  times[0] = min(times[0], 1 - _FIRST)
-  return np.append(times, 0.0)
+def _wan(steps: int, shift: float) -> Levels:
+  """Returns the levels of Wan, which is told whole timesteps."""
+  schedule = LevelSchedule(shift)
+  found = schedule.levels(steps)
+  timesteps = dict(zip(found.sigmas, found.timesteps, strict=False))
+
+  def told(times):
+    return np.asarray([timesteps[time] for time in times]) / schedule.train_steps
+
+  return Levels(found.sigmas, told)
 
 
-def _thousandths(times: np.ndarray) -> np.ndarray:
-  """Returns t as Wan is told it: whole timesteps, truncated."""
-  return np.floor(times * _TRAINED) / _TRAINED
-
-
-LEVELS = {"even": Levels(_even, np.asarray), "wan": Levels(_wan, _thousandths)}
+LEVELS: dict[str, Callable[[int, float], Levels]] = {"even": _even, "wan": _wan}

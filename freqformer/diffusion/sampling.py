@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from freqformer.config import require, require_one_of
 from freqformer.diffusion.flow import sample_noise
-from freqformer.diffusion.levels import LEVELS
+from freqformer.diffusion.levels import LEVELS, Levels
 from freqformer.diffusion.solvers import OTHER_EQUATIONS, SOLVERS, SolverTable
 from freqformer.placement import everywhere, split, split_batch, whole
 
@@ -77,7 +77,14 @@ class SampleConfig:
 
   def times(self) -> np.ndarray:
     """Returns the step boundaries, float64 `[steps + 1]`, from about 1 down to 0."""
-    return LEVELS[self.levels].times(self.steps, self.shift)
+    return self._levels().times
+
+  def told(self) -> np.ndarray:
+    """Returns the timestep that the model is told in each evaluation, float32."""
+    return self._levels().told(self.table().times).astype(np.float32)
+
+  def _levels(self) -> Levels:
+    return LEVELS[self.levels](self.steps, self.shift)
 
   def table(self) -> SolverTable:
     """Returns the evaluations of a run and the solver's coefficients."""
@@ -134,12 +141,11 @@ def _evaluations(model, config: SampleConfig) -> list[_Evaluation]:
   t, and what a method remembers goes through all of them in the order of falling noise.
   """
   table = config.table()
-  told = LEVELS[config.levels].told(table.times).astype(np.float32)
   schedule = model.schedule(len(table.times))
   return [
     _Evaluation(time, weights.astype(np.float32), phases, guided, unconditional)
     for time, weights, phases, guided, unconditional in zip(
-      told, table.weights, schedule, config.guided(), config.unconditional(), strict=True
+      config.told(), table.weights, schedule, config.guided(), config.unconditional(), strict=True
     )
   ]
 

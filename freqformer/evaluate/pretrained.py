@@ -332,7 +332,7 @@ def _sizes(values: dict, folder: pathlib.Path) -> dict:
     }
   except (KeyError, TypeError, ValueError) as error:
     raise ConfigError(
-      f"{folder / 'config.json'} lacks a size, or has none of a number ({error}); download it again."
+      f"{folder / 'config.json'} lacks a size, or it is no number ({error}); download it again."
     ) from error
 
 

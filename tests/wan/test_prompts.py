@@ -10,36 +10,18 @@ import sys
 import jax
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
 from freqformer.config import ConfigError
 from freqformer.wan import prompts, text_encoder
 from freqformer.wan.prompts import EmbeddingCache, TextEncoder, clean, embed_prompts
 from freqformer.wan.text_encoder import TextEncoderConfig, stacked
+from tests.wan.helpers import write_tokenizer
 from tools.formula import weights
 
 CONFIG = TextEncoderConfig(vocab_size=12, d_model=8, d_kv=4, d_ff=12, num_layers=1, num_heads=2)
 ROOT = pathlib.Path(__file__).parents[2]
 END = 1
-PIECES = ("<pad>", "</s>", "<unk>", "\u2581", "\u2581a", "\u2581cat", "\u2581dog", "s")
 A, CAT, DOG, S = range(4, 8)
-
-
-def write_tokenizer(path, rule=True, end="</s>"):
-  """Writes a `tokenizer.json` with the parts that UMT5's has, and limits that are not its own."""
-  scores = [0.0, 0.0, -9.0, -3.0, -2.0, -1.0, -1.0, -2.0]
-  pieces = [end if piece == "</s>" else piece for piece in PIECES]
-  tokenizer = Tokenizer(models.Unigram(list(zip(pieces, scores, strict=True)), unk_id=2))
-  tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-  tokenizer.add_special_tokens([AddedToken(piece) for piece in ("<pad>", end)])
-  if rule:
-    tokenizer.post_processor = processors.TemplateProcessing(
-      single=f"$A {end}", special_tokens=[(end, END)]
-    )
-  tokenizer.enable_truncation(6)
-  tokenizer.enable_padding(length=9)
-  tokenizer.save(str(path))
-  return path
 
 
 @pytest.fixture(scope="module")

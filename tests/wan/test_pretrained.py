@@ -1,0 +1,153 @@
+"""A downloaded folder becomes videos and a page; what is no such folder is refused."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import freqformer
+from freqformer.config import ConfigError
+from freqformer.evaluate.pretrained import Pretrained
+from tests.command.process import ROOT, call
+from tests.wan.helpers import WEIGHTS, write_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return write_model(tmp_path_factory.mktemp("model") / "Wan-tiny")
+
+
+@pytest.fixture(scope="module")
+def pipe(folder):
+  return Pretrained(folder, block=16, cache=folder.parent / "prompts")
+
+
+SMALL = dict(frames=5, size=(32, 48), steps=3, progress=False)
+
+
+def test_the_command_writes_videos_and_a_page(folder, tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+  printed = call(
+    tmp_path,
+    "eval.py",
+    f"--pretrained={folder}",
+    "--prompts=prompts.txt",
+    "--size=32x48",
+    "--frames=5",
+    "--steps=4",
+    "--block=16",
+    "--compare=dense,block_topk(density=0.5)",
+    "--out=out",
+  )
+  assert "comparison.html" in printed
+  videos = sorted(path.relative_to(tmp_path / "out") for path in tmp_path.glob("out/*/*.mp4"))
+  assert [str(path) for path in videos] == [
+    "block_topk_density_0.5/000_a_cat.mp4",
+    "block_topk_density_0.5/001_a_dog.mp4",
+    "dense/000_a_cat.mp4",
+    "dense/001_a_dog.mp4",
+  ]
+  result = json.loads((tmp_path / "out" / "comparison.json").read_text())
+  dense, sparse = result["rows"]
+  assert dense["attention_flops_over_dense"] == 1 and sparse["attention_flops_over_dense"] < 1
+  assert result["sampler"] == "unipc" and result["shift"] == 3.0 and result["guidance"] == 5.0
+  assert result["prompts"] == {"0": "a cat", "1": "a dog"}
+  assert len(list((tmp_path / "cache").rglob("*.npz"))) == 3  # with the negative one
+
+
+def test_two_prompts_are_each_alone(pipe):
+  videos = pipe(["a cat", "a dog"], **SMALL)
+  assert videos.shape == (2, 5, 32, 48, 3) and videos.dtype == np.uint8 and videos.std() > 0
+  alone = pipe("a cat", **SMALL)
+  np.testing.assert_array_equal(alone[0], videos[0])
+  assert (videos[0] != videos[1]).any()
+
+
+def test_without_guidance_the_negative_prompt_means_nothing(pipe):
+  first, second = (pipe("a cat", guidance=1.0, negative=text, **SMALL) for text in ("", "a dog"))
+  np.testing.assert_array_equal(first, second)
+  guided = [pipe("a cat", guidance=5.0, negative=text, **SMALL) for text in ("", "a dog")]
+  assert (guided[0] != guided[1]).any()
+
+
+def test_base_weights_are_there_once(pipe):
+  runs = [pipe.at(method, 5, (32, 48)) for method in ("dense", "adaspa", "freqformer")]
+  first, *others = ({id(x) for x in jax.tree.leaves(run.params)} for run in runs)
+  assert all(first <= other for other in others)
+  assert len(others[0]) == len(first) < len(others[1])  # a router of its own
+
+
+def test_the_public_name():
+  assert freqformer.load_pretrained.__module__ == "freqformer.evaluate.pretrained"
+
+
+@pytest.mark.parametrize(
+  "given, words",
+  [
+    (dict(frames=6), "the nearest is 5 or 9"),
+    (dict(size=(32, 40)), "multiples of 16 x 16; the nearest are 32 x 32"),
+    (dict(steps=0), "steps"),
+    (dict(method="sparse"), "method"),
+  ],
+)
+def test_what_cannot_be_sampled_is_refused(pipe, given, words):
+  with pytest.raises((ConfigError, ValueError), match=words):
+    pipe("a cat", **SMALL | given)
+
+
+def damaged(folder, tmp_path, damage):
+  copy = shutil.copytree(folder, tmp_path / "copy")
+  damage(copy)
+  return copy
+
+
+def edit(path, **changes):
+  path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+  "damage, words",
+  [
+    (lambda f: edit(f / "transformer/config.json", _class_name="HunyuanVideo"), "known are Wan"),
+    (lambda f: edit(f / "transformer/config.json", in_channels=36), "image-to-video"),
+    (lambda f: (f / "transformer_2").mkdir(), "two transformers"),
+    (lambda f: edit(f / "scheduler/scheduler_config.json", use_flow_sigmas=False), "scheduler"),
+    (lambda f: edit(f / "transformer/config.json", in_channels=8, out_channels=8), "8 channels"),
+    (lambda f: shutil.rmtree(f / "vae"), "config.json"),
+    (
+      lambda f: (f / "transformer" / WEIGHTS).rename(f / "transformer" / "model.pth"),
+      "is a pickle.*-Diffusers",
+    ),
+    (lambda f: (f / "transformer" / WEIGHTS).write_bytes(b"12345678abc"), "cut or no safetensors"),
+    (
+      lambda f: save_file({"blocks.0.lora_A.weight": np.zeros(2)}, f / "transformer" / WEIGHTS),
+      "LoRA",
+    ),
+  ],
+)
+def test_other_folders_are_refused(folder, tmp_path, damage, words):
+  with pytest.raises(ConfigError, match=f"(?s){words}"):
+    Pretrained(damaged(folder, tmp_path, damage))
+
+
+@pytest.mark.parametrize(
+  "flags, words",
+  [
+    (["--workdir=runs/demo"], "give --workdir"),
+    (["--classes=a"], "--classes cannot be given with --pretrained"),
+    ([], "--pretrained needs --prompts"),
+  ],
+)
+def test_the_command_refuses_what_belongs_to_runs(folder, tmp_path, flags, words):
+  printed = call(tmp_path, "eval.py", f"--pretrained={folder}", *flags, code=2)
+  assert words in " ".join(printed.split())
+
+
+def test_docs_name_every_flag():
+  text = (ROOT / "docs" / "pretrained.md").read_text()
+  for flag in ("--pretrained", "--prompts", "--negative", "--shift", "--compare", "--block"):
+    assert flag in text
