@@ -111,10 +111,10 @@ def _encode_into(
       shards.add(clip, {**entry, **drawn}, latents, embedding)
       for latent in latents:
         accumulator.add(latent)
-  statistics = statistics or codec.statistics or accumulator.result(codec.joint_std)
   missing = [{"key": key, "reason": reason} for key, reason in listing.missing.items()]
   skipped = missing + progress["skipped"]
   _report(skipped, progress["clips"], config, split)
+  statistics = statistics or codec.statistics or accumulator.result(codec.joint_std)
   return {
     "schema": SCHEMA,
     "hash": config.protocol_hash,
