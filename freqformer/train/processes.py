@@ -86,18 +86,28 @@ def place(coordinator: str | None, count: int | None, index: int | None) -> Plac
 def _launched() -> Place | None:
   """Returns the place that SLURM's srun or Open MPI's mpirun gave; None without several tasks."""
   env = os.environ
-  if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+  # Before SLURM: in its jobs mpirun starts daemons by srun, and tasks inherit their variables.
+  if "OMPI_COMM_WORLD_SIZE" in env:
+    count = int(env["OMPI_COMM_WORLD_SIZE"])
+    index = int(env["OMPI_COMM_WORLD_RANK"])
+    device = int(env["OMPI_COMM_WORLD_LOCAL_RANK"])
+    coordinator = None
+  elif "SLURM_STEP_NUM_TASKS" in env:
+    count = int(env["SLURM_STEP_NUM_TASKS"])
+    index = int(env["SLURM_PROCID"])
+    device = int(env["SLURM_LOCALID"])
     # "node7", "node7,node9" or "node[07-12,15]"
     name, number = re.match(r"([^,\[]+)(?:\[(\d+))?", env["SLURM_STEP_NODELIST"]).groups("")
     port = _PORTS[0] + int(env["SLURM_JOB_ID"]) % _PORTS[1]
-    count = int(env["SLURM_STEP_NUM_TASKS"])
     coordinator = f"{name}{number}:{port}"
-    return Place(int(env["SLURM_PROCID"]), count, coordinator, int(env["SLURM_LOCALID"]))
-  if int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
-    count = int(env["OMPI_COMM_WORLD_SIZE"])
-    device = int(env["OMPI_COMM_WORLD_LOCAL_RANK"])
-    return Place(int(env["OMPI_COMM_WORLD_RANK"]), count, None, device)
-  return None
+  else:
+    return None
+  if count == 1:
+    return None
+  # With --gpus-per-task SLURM shows each task its own GPU only, which is number 0 there.
+  if re.fullmatch("[^,]+", env.get("CUDA_VISIBLE_DEVICES", "")):
+    device = 0
+  return Place(index, count, coordinator, device)
 
 
 def join(found: Place | None, seconds: int = JOIN_SECONDS):
@@ -130,9 +140,11 @@ def _call_roll(found: Place, deadline: float):
   """Waits on process 0 for a connection from each of the others, and lets them go on."""
   missing = set(range(1, found.count))
   port = int(found.coordinator.rpartition(":")[2])
+  both = socket.has_dualstack_ipv6()  # a host's name may have an address of IPv6 alone
+  given = dict(family=socket.AF_INET6, dualstack_ipv6=True) if both else {}
   with contextlib.ExitStack() as stack:
     try:
-      server = stack.enter_context(socket.create_server(("", port), backlog=found.count))
+      server = stack.enter_context(socket.create_server(("", port), backlog=found.count, **given))
     except OSError as error:
       raise ConfigError(
         f"--coordinator={found.coordinator}: the port cannot be used ({error.strerror}); name a "
@@ -164,7 +176,8 @@ def _answer(found: Place, deadline: float):
   reason = "no time was left"
   while time.monotonic() < deadline:
     try:
-      connection = socket.create_connection((host, int(port)), timeout=_left(deadline))
+      address = (host.strip("[]"), int(port))  # without the brackets of IPv6
+      connection = socket.create_connection(address, timeout=_left(deadline))
     except OSError as error:
       reason = error.strerror or str(error)
       time.sleep(_PAUSE_SECONDS)

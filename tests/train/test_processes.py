@@ -194,11 +194,22 @@ def address(monkeypatch):
 
 
 def port(address):
-  return int(address.partition(":")[2])
+  return int(address.rpartition(":")[2])
 
 
-def test_all_go_on_once_all_are_there(address):
+def has_ipv6():
+  with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
+    return True
+  return False
+
+
+@pytest.mark.parametrize(
+  "host",
+  ["localhost", pytest.param("[::1]", marks=pytest.mark.skipif(not has_ipv6(), reason="no IPv6"))],
+)
+def test_all_go_on_once_all_are_there(address, host):
   free, joined = address
+  free = f"{host}:{port(free)}"
   with concurrent.futures.ThreadPoolExecutor(3) as pool:
     for index in (2, 0):
       pool.submit(join, Place(index, 3, free), 20)
@@ -233,6 +244,7 @@ SLURM = {
   "SLURM_PROCID": "9",
   "SLURM_LOCALID": "1",
   "SLURM_JOB_ID": "4098",
+  "SLURM_STEP_NODELIST": "n7",
 }
 OPEN_MPI = {
   "OMPI_COMM_WORLD_SIZE": "4",
@@ -245,11 +257,17 @@ OPEN_MPI = {
   "environment, flags, wanted",
   [
     ({}, (None, None, None), None),
-    ({"SLURM_STEP_NUM_TASKS": "1"}, (None, None, None), None),
+    (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, (None, None, None), None),
+    (SLURM | OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1"}, (None, None, None), None),
     ({}, ("a:1", 2, 1), Place(1, 2, "a:1")),
     (SLURM, ("a:1", 2, 1), Place(1, 2, "a:1")),
     (OPEN_MPI, (None, None, None), Place(2, 4, None, 0)),
     (OPEN_MPI, ("a:1", None, None), Place(2, 4, "a:1", 0)),
+    # mpirun in a job of SLURM: each host's daemon is a task of its own
+    (SLURM | OPEN_MPI, (None, None, None), Place(2, 4, None, 0)),
+    # srun --gpus-per-task=1
+    (SLURM | {"CUDA_VISIBLE_DEVICES": "1"}, ("a:1", None, None), Place(9, 16, "a:1", 0)),
+    (SLURM | {"CUDA_VISIBLE_DEVICES": "0,1"}, ("a:1", None, None), Place(9, 16, "a:1", 1)),
     *(
       (SLURM | {"SLURM_STEP_NODELIST": nodes}, (None,) * 3, Place(9, 16, f"{first}:61442", 1))
       for nodes, first in {"n7": "n7", "n-a,n9": "n-a", "n[07-12,15],m": "n07"}.items()
@@ -258,7 +276,7 @@ OPEN_MPI = {
 )
 def test_place(monkeypatch, environment, flags, wanted):
   for name in os.environ:
-    if name.startswith(("SLURM_", "OMPI_")):
+    if name.startswith(("SLURM_", "OMPI_", "CUDA_VISIBLE_")):
       monkeypatch.delenv(name)
   for name, value in environment.items():
     monkeypatch.setenv(name, value)
