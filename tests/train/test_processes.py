@@ -341,3 +341,14 @@ def test_the_launcher_ends_with_its_processes(tmp_path, of_each, code):
   command = [ROOT / "scripts" / "local_cluster.sh", "3"]
   done = subprocess.run(command, env=os.environ | {"PATH": path}, timeout=20)
   assert done.returncode == code
+
+
+def test_the_template_for_slurm_gives_each_task_its_cpus(tmp_path):
+  """By a stand-in for srun, which has not read SLURM_CPUS_PER_TASK since SLURM 22.05."""
+  stand_in = tmp_path / "srun"
+  stand_in.write_text('#!/bin/bash\necho "$SRUN_CPUS_PER_TASK: $*"\n')
+  stand_in.chmod(0o755)
+  env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_CPUS_PER_TASK": "8"}
+  command = [ROOT / "scripts" / "slurm.sh", "--config=a b.py", "--dry_run"]
+  done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=20)
+  assert done.stdout == "8: --kill-on-bad-exit=1 python train.py --config=a b.py --dry_run\n"
