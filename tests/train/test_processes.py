@@ -250,7 +250,23 @@ OPEN_MPI = {
   "OMPI_COMM_WORLD_SIZE": "4",
   "OMPI_COMM_WORLD_RANK": "2",
   "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+  "OMPI_MCA_orte_hnp_uri": "308215808.0;tcp://10.77.0.1,10.78.0.1:47277;tcp6://[fd00::1]:59179",
 }
+OPEN_MPI_6 = {"OMPI_MCA_orte_hnp_uri": "308215808.0;tcp6://[fd00::1,fd00::2]:59179"}
+
+
+@pytest.fixture
+def launched(monkeypatch):
+  """Sets a launcher's variables, and no others."""
+
+  def setting(environment):
+    for name in os.environ:
+      if name.startswith(("SLURM_", "OMPI_", "CUDA_VISIBLE_")):
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+      monkeypatch.setenv(name, value)
+
+  return setting
 
 
 @pytest.mark.parametrize(
@@ -261,10 +277,11 @@ OPEN_MPI = {
     (SLURM | OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1"}, (None, None, None), None),
     ({}, ("a:1", 2, 1), Place(1, 2, "a:1")),
     (SLURM, ("a:1", 2, 1), Place(1, 2, "a:1")),
-    (OPEN_MPI, (None, None, None), Place(2, 4, None, 0)),
+    (OPEN_MPI, (None, None, None), Place(2, 4, "10.77.0.1:62960", 0)),
+    (OPEN_MPI | OPEN_MPI_6, (None, None, None), Place(2, 4, "[fd00::1]:62960", 0)),
     (OPEN_MPI, ("a:1", None, None), Place(2, 4, "a:1", 0)),
     # mpirun in a job of SLURM: each host's daemon is a task of its own
-    (SLURM | OPEN_MPI, (None, None, None), Place(2, 4, None, 0)),
+    (SLURM | OPEN_MPI, ("a:1", None, None), Place(2, 4, "a:1", 0)),
     # srun --gpus-per-task=1
     (SLURM | {"CUDA_VISIBLE_DEVICES": "1"}, ("a:1", None, None), Place(9, 16, "a:1", 0)),
     (SLURM | {"CUDA_VISIBLE_DEVICES": "0,1"}, ("a:1", None, None), Place(9, 16, "a:1", 1)),
@@ -274,13 +291,17 @@ OPEN_MPI = {
     ),
   ],
 )
-def test_place(monkeypatch, environment, flags, wanted):
-  for name in os.environ:
-    if name.startswith(("SLURM_", "OMPI_", "CUDA_VISIBLE_")):
-      monkeypatch.delenv(name)
-  for name, value in environment.items():
-    monkeypatch.setenv(name, value)
+def test_place(launched, environment, flags, wanted):
+  launched(environment)
   assert place(*flags) == wanted
+
+
+def test_a_launcher_without_an_address_needs_a_coordinator(launched):
+  """As mpirun of Open MPI 5."""
+  launched({name: value for name, value in OPEN_MPI.items() if name.startswith("OMPI_COMM")})
+  assert place("a:1", None, None) == Place(2, 4, "a:1", 0)
+  with pytest.raises(ConfigError, match="where mpirun is .* give --coordinator=HOST:PORT"):
+    place(None, None, None)
 
 
 @pytest.mark.parametrize(
