@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NoReturn
 
 import jax
@@ -30,7 +30,7 @@ from freqformer.train.lock import held
 JOIN_SECONDS = 300
 # choice: hosts that end a run apart, because one writes the report, wait so long for each other.
 _LEAVE_SECONDS = 120
-_PORTS = (61440, 4096)  # first one and number of those that SLURM's job number is mapped to
+_PORTS = (61440, 4096)  # first one and number of those that a job's number is mapped to
 _PAUSE_SECONDS = 0.2
 _NUMBER_BYTES = 4  # of a process's number in the roll call
 _PRESENT = b"all"
@@ -48,13 +48,13 @@ class Place:
   Attributes:
     index: its number.
     count: of processes.
-    coordinator: "host:port" of process 0; None where JAX asks Open MPI for it.
-    device: number of the host's GPU that is the process's own; None where all that it sees are.
+    coordinator: "host:port" of process 0.
+    device: number of the process's own GPU among those that it sees; None where all are.
   """
 
   index: int
   count: int
-  coordinator: str | None
+  coordinator: str
   device: int | None = None
 
   def __post_init__(self):
@@ -63,7 +63,7 @@ class Place:
         f"--process={self.index} must be a number from 0 to {self.count - 1}, one for each of "
         f"--processes={self.count}."
       )
-    if self.coordinator is not None and not re.fullmatch(r".+:\d+", self.coordinator):
+    if not re.fullmatch(r".+:\d+", self.coordinator):
       raise ConfigError(
         f"--coordinator={self.coordinator} must be HOST:PORT, a free port of the host of process 0."
       )
@@ -75,29 +75,64 @@ def place(coordinator: str | None, count: int | None, index: int | None) -> Plac
     return Place(index, count, coordinator)
   if (count, index) != (None, None):
     raise ConfigError("--coordinator, --processes and --process go together; give all three.")
-  found = _launched()
-  if found is None:
-    if coordinator is not None:
-      raise ConfigError(f"--coordinator={coordinator} needs --processes and --process.")
-    return None
-  return found if coordinator is None else dataclasses.replace(found, coordinator=coordinator)
+  found = _launched(coordinator)
+  if found is None and coordinator is not None:
+    raise ConfigError(f"--coordinator={coordinator} needs --processes and --process.")
+  return found
 
 
-def _launched() -> Place | None:
-  """Returns the place that SLURM's srun or Open MPI's mpirun gave; None without several tasks."""
+def _launched(coordinator: str | None) -> Place | None:
+  """Returns the place that SLURM's srun or Open MPI's mpirun gave; None without several tasks.
+
+  Args:
+    coordinator: the user's; None takes the launcher's.
+  """
   env = os.environ
-  if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-    # "node7", "node7,node9" or "node[07-12,15]"
-    name, number = re.match(r"([^,\[]+)(?:\[(\d+))?", env["SLURM_STEP_NODELIST"]).groups("")
-    port = _PORTS[0] + int(env["SLURM_JOB_ID"]) % _PORTS[1]
-    count = int(env["SLURM_STEP_NUM_TASKS"])
-    coordinator = f"{name}{number}:{port}"
-    return Place(int(env["SLURM_PROCID"]), count, coordinator, int(env["SLURM_LOCALID"]))
-  if int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+  # Before SLURM: in its jobs mpirun starts daemons by srun, and tasks inherit their variables.
+  if "OMPI_COMM_WORLD_SIZE" in env:
     count = int(env["OMPI_COMM_WORLD_SIZE"])
+    index = int(env["OMPI_COMM_WORLD_RANK"])
     device = int(env["OMPI_COMM_WORLD_LOCAL_RANK"])
-    return Place(int(env["OMPI_COMM_WORLD_RANK"]), count, None, device)
-  return None
+    address = _address_of_mpirun
+  elif "SLURM_STEP_NUM_TASKS" in env:
+    count = int(env["SLURM_STEP_NUM_TASKS"])
+    index = int(env["SLURM_PROCID"])
+    device = int(env["SLURM_LOCALID"])
+    address = _address_of_first_node
+  else:
+    return None
+  if count == 1:
+    return None
+  # With --gpus-per-task SLURM shows each task its own GPU only, which is number 0 there.
+  if re.fullmatch("[^,]+", env.get("CUDA_VISIBLE_DEVICES", "")):
+    device = 0
+  return Place(index, count, coordinator or address(env), device)
+
+
+def _address_of_first_node(env: Mapping[str, str]) -> str:
+  """Returns the address of the first host of a step of SLURM, where process 0 is."""
+  # "node7", "node7,node9" or "node[07-12,15]"
+  name, number = re.match(r"([^,\[]+)(?:\[(\d+))?", env["SLURM_STEP_NODELIST"]).groups("")
+  return f"{name}{number}:{_port(int(env['SLURM_JOB_ID']))}"
+
+
+def _address_of_mpirun(env: Mapping[str, str]) -> str:
+  """Returns the address of the host of mpirun, where process 0 is unless hosts are chosen."""
+  # "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911" or "1531576320.0;tcp6://[fd00::1,fd00::2]:34911"
+  uri = env.get("OMPI_MCA_orte_hnp_uri", "")
+  found = re.match(r"(\d+)\.\d+;tcp6?://(?:\[([^,\]]+)|([^,:]+))", uri)
+  if not found:
+    raise ConfigError(
+      "Open MPI does not say where mpirun is (from version 5 on): give --coordinator=HOST:PORT, "
+      "a free port of the host of process 0."
+    )
+  job, six, four = found.groups()
+  host = f"[{six}]" if six else four
+  return f"{host}:{_port(int(job) >> 12)}"  # the lower bits are 0
+
+
+def _port(job: int) -> int:
+  return _PORTS[0] + job % _PORTS[1]
 
 
 def join(found: Place | None, seconds: int = JOIN_SECONDS):
@@ -108,17 +143,16 @@ def join(found: Place | None, seconds: int = JOIN_SECONDS):
   """
   if found is None:
     return
-  if found.coordinator is not None:
-    # JAX would end a process that waits in vain by an abort and a trace of C++.
-    call = _call_roll if found.index == 0 else _answer
-    call(found, time.monotonic() + seconds)
+  # JAX would end a process that waits in vain by an abort and a trace of C++.
+  call = _call_roll if found.index == 0 else _answer
+  call(found, time.monotonic() + seconds)
   jax.distributed.initialize(
     found.coordinator,
     found.count,
     found.index,
     # A user's own choice goes first; JAX reads it.
     None if "JAX_LOCAL_DEVICE_IDS" in os.environ else found.device,
-    "deactivate" if found.coordinator else None,
+    "deactivate",
     initialization_timeout=seconds,
     shutdown_timeout_seconds=_LEAVE_SECONDS,
   )
@@ -130,9 +164,11 @@ def _call_roll(found: Place, deadline: float):
   """Waits on process 0 for a connection from each of the others, and lets them go on."""
   missing = set(range(1, found.count))
   port = int(found.coordinator.rpartition(":")[2])
+  both = socket.has_dualstack_ipv6()  # a host's name may have an address of IPv6 alone
+  given = dict(family=socket.AF_INET6, dualstack_ipv6=True) if both else {}
   with contextlib.ExitStack() as stack:
     try:
-      server = stack.enter_context(socket.create_server(("", port), backlog=found.count))
+      server = stack.enter_context(socket.create_server(("", port), backlog=found.count, **given))
     except OSError as error:
       raise ConfigError(
         f"--coordinator={found.coordinator}: the port cannot be used ({error.strerror}); name a "
@@ -164,7 +200,8 @@ def _answer(found: Place, deadline: float):
   reason = "no time was left"
   while time.monotonic() < deadline:
     try:
-      connection = socket.create_connection((host, int(port)), timeout=_left(deadline))
+      address = (host.strip("[]"), int(port))  # without the brackets of IPv6
+      connection = socket.create_connection(address, timeout=_left(deadline))
     except OSError as error:
       reason = error.strerror or str(error)
       time.sleep(_PAUSE_SECONDS)

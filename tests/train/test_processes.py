@@ -194,11 +194,22 @@ def address(monkeypatch):
 
 
 def port(address):
-  return int(address.partition(":")[2])
+  return int(address.rpartition(":")[2])
 
 
-def test_all_go_on_once_all_are_there(address):
+def has_ipv6():
+  with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
+    return True
+  return False
+
+
+@pytest.mark.parametrize(
+  "host",
+  ["localhost", pytest.param("[::1]", marks=pytest.mark.skipif(not has_ipv6(), reason="no IPv6"))],
+)
+def test_all_go_on_once_all_are_there(address, host):
   free, joined = address
+  free = f"{host}:{port(free)}"
   with concurrent.futures.ThreadPoolExecutor(3) as pool:
     for index in (2, 0):
       pool.submit(join, Place(index, 3, free), 20)
@@ -233,36 +244,64 @@ SLURM = {
   "SLURM_PROCID": "9",
   "SLURM_LOCALID": "1",
   "SLURM_JOB_ID": "4098",
+  "SLURM_STEP_NODELIST": "n7",
 }
 OPEN_MPI = {
   "OMPI_COMM_WORLD_SIZE": "4",
   "OMPI_COMM_WORLD_RANK": "2",
   "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+  "OMPI_MCA_orte_hnp_uri": "308215808.0;tcp://10.77.0.1,10.78.0.1:47277;tcp6://[fd00::1]:59179",
 }
+OPEN_MPI_6 = {"OMPI_MCA_orte_hnp_uri": "308215808.0;tcp6://[fd00::1,fd00::2]:59179"}
+
+
+@pytest.fixture
+def launched(monkeypatch):
+  """Sets a launcher's variables, and no others."""
+
+  def setting(environment):
+    for name in os.environ:
+      if name.startswith(("SLURM_", "OMPI_", "CUDA_VISIBLE_")):
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+      monkeypatch.setenv(name, value)
+
+  return setting
 
 
 @pytest.mark.parametrize(
   "environment, flags, wanted",
   [
     ({}, (None, None, None), None),
-    ({"SLURM_STEP_NUM_TASKS": "1"}, (None, None, None), None),
+    (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, (None, None, None), None),
+    (SLURM | OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1"}, (None, None, None), None),
     ({}, ("a:1", 2, 1), Place(1, 2, "a:1")),
     (SLURM, ("a:1", 2, 1), Place(1, 2, "a:1")),
-    (OPEN_MPI, (None, None, None), Place(2, 4, None, 0)),
+    (OPEN_MPI, (None, None, None), Place(2, 4, "10.77.0.1:62960", 0)),
+    (OPEN_MPI | OPEN_MPI_6, (None, None, None), Place(2, 4, "[fd00::1]:62960", 0)),
     (OPEN_MPI, ("a:1", None, None), Place(2, 4, "a:1", 0)),
+    # mpirun in a job of SLURM: each host's daemon is a task of its own
+    (SLURM | OPEN_MPI, ("a:1", None, None), Place(2, 4, "a:1", 0)),
+    # srun --gpus-per-task=1
+    (SLURM | {"CUDA_VISIBLE_DEVICES": "1"}, ("a:1", None, None), Place(9, 16, "a:1", 0)),
+    (SLURM | {"CUDA_VISIBLE_DEVICES": "0,1"}, ("a:1", None, None), Place(9, 16, "a:1", 1)),
     *(
       (SLURM | {"SLURM_STEP_NODELIST": nodes}, (None,) * 3, Place(9, 16, f"{first}:61442", 1))
       for nodes, first in {"n7": "n7", "n-a,n9": "n-a", "n[07-12,15],m": "n07"}.items()
     ),
   ],
 )
-def test_place(monkeypatch, environment, flags, wanted):
-  for name in os.environ:
-    if name.startswith(("SLURM_", "OMPI_")):
-      monkeypatch.delenv(name)
-  for name, value in environment.items():
-    monkeypatch.setenv(name, value)
+def test_place(launched, environment, flags, wanted):
+  launched(environment)
   assert place(*flags) == wanted
+
+
+def test_a_launcher_without_an_address_needs_a_coordinator(launched):
+  """As mpirun of Open MPI 5."""
+  launched({name: value for name, value in OPEN_MPI.items() if name.startswith("OMPI_COMM")})
+  assert place("a:1", None, None) == Place(2, 4, "a:1", 0)
+  with pytest.raises(ConfigError, match="where mpirun is .* give --coordinator=HOST:PORT"):
+    place(None, None, None)
 
 
 @pytest.mark.parametrize(
@@ -323,3 +362,14 @@ def test_the_launcher_ends_with_its_processes(tmp_path, of_each, code):
   command = [ROOT / "scripts" / "local_cluster.sh", "3"]
   done = subprocess.run(command, env=os.environ | {"PATH": path}, timeout=20)
   assert done.returncode == code
+
+
+def test_the_template_for_slurm_gives_each_task_its_cpus(tmp_path):
+  """By a stand-in for srun, which has not read SLURM_CPUS_PER_TASK since SLURM 22.05."""
+  stand_in = tmp_path / "srun"
+  stand_in.write_text('#!/bin/bash\necho "$SRUN_CPUS_PER_TASK: $*"\n')
+  stand_in.chmod(0o755)
+  env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_CPUS_PER_TASK": "8"}
+  command = [ROOT / "scripts" / "slurm.sh", "--config=a b.py", "--dry_run"]
+  done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=20)
+  assert done.stdout == "8: --kill-on-bad-exit=1 python train.py --config=a b.py --dry_run\n"
