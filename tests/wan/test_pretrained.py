@@ -75,7 +75,9 @@ def test_without_guidance_the_negative_prompt_means_nothing(pipe):
 
 
 def test_base_weights_are_there_once(pipe):
-  runs = [pipe.at(method, 5, (32, 48)) for method in ("dense", "adaspa(sparsity=0.3)", "freqformer")]
+  runs = [
+    pipe.at(method, 5, (32, 48)) for method in ("dense", "adaspa(sparsity=0.3)", "freqformer")
+  ]
   first, *others = ({id(x) for x in jax.tree.leaves(run.params)} for run in runs)
   assert all(first <= other for other in others)
   assert len(others[0]) == len(first) < len(others[1])  # a router of its own
