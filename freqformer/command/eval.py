@@ -102,6 +102,9 @@ _NEGATIVE = flags.DEFINE_string(
   "negative", "", "Prompt that guidance leads away from, with --pretrained."
 )
 _SHIFT = flags.DEFINE_float("shift", None, "Shift of the noise levels, with --pretrained.")
+_LEARNED = cli.define_path(
+  "learned", None, "File of a method's learned leaves (freqformer.distil), with --pretrained."
+)
 _BLOCK = flags.DEFINE_integer("block", 128, "Rows of a tile, with --pretrained.", lower_bound=1)
 _FRAMES = flags.DEFINE_integer("frames", None, "Frames of a video; default as trained.")
 _SIZE = flags.DEFINE_string("size", None, "ROWSxCOLS of a video in pixels; default as trained.")
@@ -155,7 +158,7 @@ _OF_SAMPLES = (
   "lpips_weights",
   "fps",
 )
-_OF_PRETRAINED = ("negative", "shift", "block")
+_OF_PRETRAINED = ("negative", "shift", "block", "learned")
 # Of runs alone: what a downloaded model has no use for.
 _OF_RUNS = (
   *_OF_VALIDATION,
@@ -271,7 +274,7 @@ def _sample_pretrained():
   """Writes videos of a downloaded model, and a page."""
   if _COMPARE.value is not None and _METHOD.value is not None:
     raise ConfigError("--method goes with one method; name it in --compare, the reference first.")
-  methods = [_METHOD.value or "dense"]
+  methods = [_METHOD.value] if _METHOD.value else []
   metrics = {}
   if _COMPARE.value is not None:
     methods = compare.split_methods(_COMPARE.value)
@@ -293,6 +296,7 @@ def _sample_pretrained():
       fps=_FPS.value,
       metrics=metrics,
       block=_BLOCK.value,
+      learned=_LEARNED.value,
     )
   )
 

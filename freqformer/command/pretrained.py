@@ -4,6 +4,7 @@
   python eval.py --pretrained=DIR --prompts="a cat;a dog" --method="adaspa(sparsity=0.8)"
   python eval.py --pretrained=DIR --prompts=prompts.txt \\
     --compare="dense,adaspa,freqformer(allocation=measured)"
+  python eval.py --pretrained=DIR --prompts=prompts.txt --learned=routers.safetensors
 
 The page and the videos go to --out, by default runs/pretrained/<name of the folder>.
 """
@@ -18,6 +19,7 @@ import numpy as np
 from freqformer.config import ConfigError
 from freqformer.evaluate import compare
 from freqformer.evaluate.draw import FLOPS_ARE
+from freqformer.evaluate.learned import Learned
 from freqformer.evaluate.pretrained import Pretrained
 from freqformer.pages.compare import text_table, write_comparison
 from freqformer.pages.mp4 import grid_png
@@ -35,7 +37,7 @@ class Request:
   Attributes:
     folder: of the model.
     prompts: texts with ";" between them, or a file of them: text, or `.npz` of embeddings.
-    methods: attention methods, the reference first.
+    methods: attention methods, the reference first; empty: that of `learned`, or dense attention.
     out: folder to write to.
     negative: prompt that guidance leads away from.
     frames: 4 k + 1.
@@ -48,6 +50,7 @@ class Request:
     fps: of the mp4s; 0: the model's.
     metrics: by name, that methods are compared by.
     block: rows of a tile.
+    learned: file of a method's learned leaves, of `python -m freqformer.distil`.
   """
 
   folder: str
@@ -65,6 +68,7 @@ class Request:
   fps: float
   metrics: dict
   block: int
+  learned: str | None = None
 
 
 def run(request: Request):
@@ -81,13 +85,17 @@ def run(request: Request):
   frames = request.frames or pipe.frames
   size = request.size or pipe.size
   shape = pipe.latent_shape(frames, size)
-  for method in request.methods:  # refused before anything is loaded
+  learned, methods = _methods(pipe, request)
+  for method in methods:  # refused before anything is loaded
     pipe.config(method, request.schedule).phases(evaluations)
-  texts = _embeddings(pipe, request, any(config.guided()))
+  texts = embeddings(pipe, request.prompts, request.negative, any(config.guided()))
   seconds["text"] = time.monotonic() - clock
 
   clock = time.monotonic()
-  found = {method: pipe.at(method, frames, size, request.schedule) for method in request.methods}
+  found = {
+    method: pipe.at(method, frames, size, request.schedule, learned.get(method))
+    for method in methods
+  }
   seconds["load"] = time.monotonic() - clock
   places = np.arange(len(texts.texts))
   clock = time.monotonic()
@@ -106,6 +114,7 @@ def run(request: Request):
     "samples": len(captions),
     **dataclasses.asdict(config),
     "schedule": request.schedule or "",
+    "learned": {method: own.origin for method, own in learned.items()},
     "video_shape": (frames, *size),
     "latent_shape": shape,
     "dtype": pipe.dtype,
@@ -118,19 +127,44 @@ def run(request: Request):
   }
   page = write_comparison(out, facts | {"rows": rows}, videos, captions, request.fps or pipe.fps)
   for method, clips in videos.items():
-    if method == request.methods[0]:
+    if method == methods[0]:
       grid_png(out / "grid.png", clips, captions)
   print(text_table(rows))
   print(f"page: {page}")
 
 
-def _embeddings(pipe: Pretrained, request: Request, guided: bool) -> PromptEmbeddings:
-  """Returns what is sampled for.
+def _methods(pipe: Pretrained, request: Request) -> tuple[dict[str, Learned], list[str]]:
+  """Returns learned leaves by the method that has them, and all methods.
+
+  Raises:
+    ConfigError: what was learned is of another model, or of none of the methods.
+  """
+  learned = pipe.opened(request.learned)
+  methods = request.methods or [learned.method if learned else "dense"]
+  if learned is None:
+    return {}, methods
+  own = {method: learned for method in methods if pipe.is_of(learned, method)}
+  if not own:
+    raise ConfigError(
+      f"--learned={request.learned} was learned for {learned.method}, which is not among the "
+      f"methods {', '.join(methods)}; leave --method out, or name the same."
+    )
+  return own, methods
+
+
+def embeddings(
+  pipe: Pretrained, given: str | None, negative: str, guided: bool
+) -> PromptEmbeddings:
+  """Returns embeddings of what `--prompts` gives.
+
+  Args:
+    given: texts with ";" between them, or a file of them: text, or `.npz` of embeddings.
+    negative: prompt that guidance leads away from.
+    guided: whether there is guidance.
 
   Raises:
     ConfigError: there is no prompt, or ready embeddings lack the negative one.
   """
-  given = request.prompts
   if not given:
     raise ConfigError(
       '--pretrained needs --prompts: texts as "a cat;a dog", or a file with one in each line.'
@@ -144,7 +178,7 @@ def _embeddings(pipe: Pretrained, request: Request, guided: bool) -> PromptEmbed
       )
     return found
   lines = read_prompts(path) if path.suffix == ".txt" else given.split(";")
-  return pipe.embed(without_blank(lines), request.negative if guided else None)
+  return pipe.embed(without_blank(lines), negative if guided else None)
 
 
 def _peak() -> int | None:

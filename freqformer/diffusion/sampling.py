@@ -163,12 +163,27 @@ def make_step(graphdef, config: SampleConfig, want_masks: bool = False, first_fr
     want_masks: puts each layer's `BlockMask` into aux.
     first_frame: the first latent frame of the points is given and stays.
   """
-  guides = any(config.guided())
-  free = slice(int(first_frame), None)  # latent frames that are sampled
+  evaluate = make_evaluation(config, first_frame)
 
   @functools.partial(jax.jit, static_argnums=(7, 8), donate_argnums=6)
   def step(params, points, label, t, weights, tables, state, phases=(), guided=False):
     model = nnx.merge(graphdef, params)
+    return evaluate(
+      model, points, label, t, weights, tables, state, phases, guided, want_masks=want_masks
+    )
+
+  return step
+
+
+def make_evaluation(config: SampleConfig, first_frame: bool = False):
+  """Returns the step of `make_step` before it is jitted, as a part of other programs.
+
+  It takes a model where that one takes parameters, and further fields of `Cond` by name.
+  """
+  guides = any(config.guided())
+  free = slice(int(first_frame), None)  # latent frames that are sampled
+
+  def evaluate(model, points, label, t, weights, tables, state, phases=(), guided=False, **moment):
     x = points[0]
     rows = jnp.concatenate([x, x]) if guided else x
     alone = guides and not guided  # in a run whose other evaluations have two halves
@@ -180,9 +195,9 @@ def make_step(graphdef, config: SampleConfig, want_masks: bool = False, first_fr
       model.conditional_half(state) if alone else state,
       guided=guided,
       soft_evaluation=config.soft,
-      want_masks=want_masks,
       phases=phases,
       given=jnp.ones(len(rows), bool) if first_frame else None,
+      **moment,
     )
     if alone:
       state = model.both_halves(state)
@@ -197,7 +212,7 @@ def make_step(graphdef, config: SampleConfig, want_masks: bool = False, first_fr
     )
     return points, whole(state), whole(aux)
 
-  return step
+  return evaluate
 
 
 def _guide(velocity, config: SampleConfig):
