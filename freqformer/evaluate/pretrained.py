@@ -27,7 +27,7 @@ from freqformer.evaluate.learned import Learned, weights_hash
 from freqformer.model.config import DTYPES, AttentionConfig
 from freqformer.model.leaves import flatten, leaf_name
 from freqformer.model.wan import WanConfig, WanDiT, load_params
-from freqformer.train.distil import DistilConfig, beside_dense, distil
+from freqformer.train.distil import DistilConfig, beside_dense, check_learns, distil
 from freqformer.wan import levels, prompts, text_encoder, vae
 from freqformer.wan.files import open_tensors, part, read_config
 from freqformer.wan.prompts import PromptEmbeddings
@@ -286,7 +286,7 @@ class Pretrained:
     shape = self.latent_shape(frames or self.frames, size or self.size)
     student = self.config(method)
     student.phases(len(sample.guided()))
-    student.check_training(shape)
+    check_learns(student, shape)
     if not isinstance(texts, PromptEmbeddings):
       texts = [texts] if isinstance(texts, str) else list(texts)
       texts = self.embed(texts, negative if any(sample.guided()) else None)

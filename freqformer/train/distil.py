@@ -108,11 +108,8 @@ def distil(
     ConfigError: the method has no parameters, its schedule does not fit the run, or the leaves
       became numbers that are not finite.
   """
+  check_learns(model.config, latent_shape)
   own = own_leaves(params)
-  if not own:
-    method = model.config.attention.method
-    raise ConfigError(f"{method} has no parameters of its own to learn; it runs as it is.")
-  model.config.check_training(latent_shape)
   evaluations = len(sample.guided())
   total = -(-len(labels) // sample.batch_size) * config.passes * evaluations
   tables = model.tables(latent_shape)
@@ -127,6 +124,16 @@ def distil(
   if not all(np.isfinite(x).all() for x in leaves.values()):
     raise ConfigError(f"learned numbers are not finite; lower the learning rate, {config.lr:g}.")
   return Distillation(leaves, np.stack(learner.errors), learner.number)
+
+
+def check_learns(config: ModelConfig, latent_shape):
+  """Raises ConfigError if a config's method has no parameters, or cannot train on the latents."""
+  layout = config.layout(latent_shape)
+  sizes = (layout, config.heads, config.dims.head_dim)
+  if not any(method.has_parameters(*sizes) for _, method in config.runs()):
+    name = config.attention.method
+    raise ConfigError(f"{name} has no parameters of its own to learn; it runs as it is.")
+  config.check_training(latent_shape)
 
 
 def own_leaves(params) -> dict[str, jax.Array]:
