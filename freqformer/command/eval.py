@@ -101,6 +101,9 @@ _RESCALE = flags.DEFINE_float(
 _NEGATIVE = flags.DEFINE_string(
   "negative", "", "Prompt that guidance leads away from, with --pretrained."
 )
+_GUIDANCE_LOW = flags.DEFINE_float(
+  "guidance_low", None, "Guidance at low noise of a model with two transformers (Wan 2.2 A14B)."
+)
 _SHIFT = flags.DEFINE_float("shift", None, "Shift of the noise levels, with --pretrained.")
 _BLOCK = flags.DEFINE_integer("block", 128, "Rows of a tile, with --pretrained.", lower_bound=1)
 _FRAMES = flags.DEFINE_integer("frames", None, "Frames of a video; default as trained.")
@@ -155,7 +158,7 @@ _OF_SAMPLES = (
   "lpips_weights",
   "fps",
 )
-_OF_PRETRAINED = ("negative", "shift", "block")
+_OF_PRETRAINED = ("negative", "guidance_low", "shift", "block")
 # Of runs alone: what a downloaded model has no use for.
 _OF_RUNS = (
   *_OF_VALIDATION,
@@ -287,6 +290,7 @@ def _sample_pretrained():
       size=None if _SIZE.value is None else parse_size(_SIZE.value),
       steps=_STEPS.value,
       guidance=_GUIDANCE.value,
+      guidance_low=_GUIDANCE_LOW.value,
       shift=_SHIFT.value,
       seed=_SEED.value,
       schedule=_SCHEDULE.value,

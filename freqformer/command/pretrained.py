@@ -42,6 +42,7 @@ class Request:
     size: (rows, cols) in pixels.
     steps: of UniPC.
     guidance: scale.
+    guidance_low: scale at low noise, of a model with two transformers.
     shift: of the noise levels.
     seed: of the noise.
     schedule: dense evaluations and layers.
@@ -59,6 +60,7 @@ class Request:
   size: tuple[int, int] | None
   steps: int | None
   guidance: float | None
+  guidance_low: float | None
   shift: float | None
   seed: int
   schedule: str | None
@@ -87,7 +89,10 @@ def run(request: Request):
   seconds["text"] = time.monotonic() - clock
 
   clock = time.monotonic()
-  found = {method: pipe.at(method, frames, size, request.schedule) for method in request.methods}
+  found = {
+    method: pipe.at(method, frames, size, request.schedule, request.guidance_low)
+    for method in request.methods
+  }
   seconds["load"] = time.monotonic() - clock
   places = np.arange(len(texts.texts))
   clock = time.monotonic()

@@ -241,6 +241,21 @@ def compile_steps(
   return run
 
 
+def by_noise(high: tuple, low: tuple, boundary: float):
+  """Returns a step of two models, for high and for low noise, each `(step, params)`.
+
+  It is called as either of them, and the parameters that it is given do not count. The first model
+  runs where t, as the model is told it, is at least the boundary.
+  """
+
+  def run(params, points, label, t, *rest):
+    del params
+    step, own = high if t >= boundary else low
+    return step(own, points, label, t, *rest)
+
+  return run
+
+
 def sample(
   step,
   params,

@@ -173,10 +173,25 @@ def draw(
   shape = run.latent_shape
   tables = model.tables(shape)
   clock = time.monotonic()
-  step = sampling.make_step(
-    nnx.graphdef(model), config, want_masks=want_masks, first_frame=first_frame is not None
-  )
-  step = sampling.compile_steps(step, run.params, model, tables, shape, config, first_frame)
+
+  def compiled(config, params):
+    step = sampling.make_step(
+      nnx.graphdef(model), config, want_masks=want_masks, first_frame=first_frame is not None
+    )
+    return sampling.compile_steps(step, params, model, tables, shape, config, first_frame)
+
+  step = compiled(config, run.params)
+  if run.low is not None:
+    low = step
+    other = config.guidance if run.low.guidance is None else run.low.guidance
+    if (other in (0, 1)) != (config.guidance in (0, 1)):
+      raise ConfigError(
+        f"guidance={config.guidance} at high and {other} at low noise: both transformers guide or "
+        "none does; set both to 1, or to other numbers."
+      )
+    if other != config.guidance:
+      low = compiled(dataclasses.replace(config, guidance=other), run.low.params)
+    step = sampling.by_noise((step, run.params), (low, run.low.params), run.low.boundary)
   compile_seconds = time.monotonic() - clock
   recorder = MaskRecorder()
   if want_masks:

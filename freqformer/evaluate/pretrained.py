@@ -28,8 +28,12 @@ from freqformer.model.leaves import flatten, leaf_name
 from freqformer.model.wan import WanConfig, WanDiT, load_params
 from freqformer.wan import levels, prompts, text_encoder, vae
 from freqformer.wan.files import open_tensors, part, read_config
+from freqformer.wan.json_file import read_object
 
 _KNOWN = ("WanTransformer3DModel",)
+# A model's transformers: the only one or that for high noise, and that for low noise.
+_HIGH = "transformer"
+_LOW = "transformer for low noise"
 _BLOCK = 128  # rows of a tile: what the kernels are made for
 _GUIDANCE = 5.0  # as diffusers' pipeline has it
 _STEPS = 50
@@ -46,6 +50,21 @@ _COMPUTED = {
 
 
 @dataclasses.dataclass(frozen=True)
+class LowNoise:
+  """The second transformer of a model that has one for high and one for low noise (Wan 2.2 A14B).
+
+  Attributes:
+    boundary: it runs below this t, as the model is told it.
+    params: its parameters.
+    guidance: scale; None: as for high noise.
+  """
+
+  boundary: float
+  params: Any
+  guidance: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class PretrainedRun:
   """A model under one method at one size: what `draw` and `compare` sample.
 
@@ -54,12 +73,14 @@ class PretrainedRun:
     params: its parameters; models of other methods share their arrays.
     latent_shape: (t, y, x, c).
     decode: latents `[b, t, y, x, c]` to videos, uint8 `[b, frames, rows, cols, 3]`.
+    low: of a model with two transformers that for low noise.
   """
 
   model: WanDiT
   params: Any
   latent_shape: tuple[int, int, int, int]
   decode: Callable[[np.ndarray], np.ndarray]
+  low: LowNoise | None = None
 
 
 class Pretrained:
@@ -102,11 +123,14 @@ class Pretrained:
     self._cache = pathlib.Path(cache) if cache else _user_cache()
     own = part(self.folder, "transformer")
     self._sizes = _sizes(read_config(own), own)
-    if (self.folder / "transformer_2").is_dir():
-      raise ConfigError(
-        f"{self.folder} holds two transformers, one for high and one for low noise (Wan 2.2 A14B), "
-        "which is not supported yet; name a folder with one, e.g. Wan2.1-T2V-14B-Diffusers."
-      )
+    self._tensors = {_HIGH: open_tensors(own)}
+    self._boundary = None
+    second = self.folder / "transformer_2"
+    if second.is_dir():
+      self._boundary = _boundary(self.folder)
+      if _sizes(read_config(second), second) != self._sizes:
+        raise ConfigError(f"{own} and {second} are of other sizes; download both again.")
+      self._tensors[_LOW] = open_tensors(second)
     self.vae = vae.open_vae(self.folder)
     channels = self._sizes.pop("channels")
     if self.vae.structure.channels != channels:
@@ -115,7 +139,7 @@ class Pretrained:
         f"{self.vae.structure.channels}; download both from one repository."
       )
     self._channels = channels
-    self._tensors = open_tensors(own)
+    self._base = {}
     self.schedule = levels.read_schedule(self.folder / "scheduler" / "scheduler_config.json")
     self.frames, self.size, self.fps = _USUAL.get(channels, _USUAL[16])
 
@@ -168,8 +192,16 @@ class Pretrained:
     frames: int | None = None,
     size: Sequence[int] | None = None,
     schedule: str | None = None,
+    guidance_low: float | None = None,
   ) -> PretrainedRun:
     """Returns the model under a method at a size; its weights are there once for all methods.
+
+    Args:
+      method: attention method.
+      frames: 4 k + 1; None: as usual for the model.
+      size: (rows, cols) in pixels, likewise.
+      schedule: dense evaluations and layers; None: none.
+      guidance_low: scale at low noise, of a model with two transformers; None: as at high noise.
 
     Raises:
       ConfigError: there are no such videos, a method cannot serve them, or weights do not fit.
@@ -180,20 +212,28 @@ class Pretrained:
       config.layout(shape)
     create = functools.partial(WanDiT, config, shape)
     model = nnx.eval_shape(lambda: create(nnx.Rngs(0)))
-    return PretrainedRun(model, self._params(model, create), shape, self.decode)
+    if guidance_low is not None and self._boundary is None:
+      raise ConfigError(
+        f"guidance_low={guidance_low} is for models with two transformers, {self.folder} has one."
+      )
+    low = None
+    if self._boundary is not None:
+      low = LowNoise(self._boundary, self._params(model, create, _LOW), guidance_low)
+    return PretrainedRun(model, self._params(model, create), shape, self.decode, low)
 
-  @functools.cached_property
-  def _base(self) -> dict[str, jax.Array]:
-    """The pretrained arrays by leaf, on the device."""
-    logging.info("loading the transformer ...")
-    shape = self.latent_shape(1 + self.vae.structure.factor[0], self.size)
-    model = nnx.eval_shape(lambda: WanDiT(self.config(), shape, nnx.Rngs(0)))
-    params, _ = load_params(model, self._tensors, DTYPES[self.dtype])
-    return flatten(params)
+  def _loaded(self, which: str) -> dict[str, jax.Array]:
+    """Returns the pretrained arrays of a transformer by leaf, on the device."""
+    if which not in self._base:
+      logging.info("loading the %s ...", which)
+      shape = self.latent_shape(1 + self.vae.structure.factor[0], self.size)
+      model = nnx.eval_shape(lambda: WanDiT(self.config(), shape, nnx.Rngs(0)))
+      params, _ = load_params(model, self._tensors[which], DTYPES[self.dtype])
+      self._base[which] = flatten(params)
+    return self._base[which]
 
-  def _params(self, model, create):
+  def _params(self, model, create, which: str = _HIGH):
     """Returns a model's parameters: pretrained ones, and a method's own at their start."""
-    base = self._base
+    base = self._loaded(which)
     paths = flatten(nnx.state(model))
     lacking = sorted(paths.keys() - base.keys())
     fresh = {}
@@ -253,6 +293,7 @@ class Pretrained:
     size: Sequence[int] | None = None,
     steps: int | None = None,
     guidance: float | None = None,
+    guidance_low: float | None = None,
     shift: float | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -267,6 +308,7 @@ class Pretrained:
       size: (rows, cols) in pixels.
       steps: of UniPC.
       guidance: scale; 1 is none.
+      guidance_low: as of `at`.
       shift: of the noise levels.
       seed: of the noise; a prompt's noise depends on its place, too.
       progress: show a progress bar.
@@ -280,7 +322,7 @@ class Pretrained:
     texts = [texts] if isinstance(texts, str) else list(texts)
     config = self.sampling(steps, guidance, shift)
     found = self.embed(texts, negative)
-    run = self.at(method, frames, size)
+    run = self.at(method, frames, size, guidance_low=guidance_low)
     places = np.arange(len(texts))
     drawn = draw(
       run, found.embeddings, places, seed, config, null=found.negative, progress=progress
@@ -333,6 +375,22 @@ def _sizes(values: dict, folder: pathlib.Path) -> dict:
   except (KeyError, TypeError, ValueError) as error:
     raise ConfigError(
       f"{folder / 'config.json'} lacks a size, or it is no number ({error}); download it again."
+    ) from error
+
+
+def _boundary(folder: pathlib.Path) -> float:
+  """Returns the t from which on the first of two transformers runs, by model_index.json.
+
+  Raises:
+    ConfigError: the file does not tell.
+  """
+  path = folder / "model_index.json"
+  try:
+    return float(read_object(path)["boundary_ratio"])
+  except (KeyError, TypeError, ValueError) as error:
+    raise ConfigError(
+      f"{path} has no number boundary_ratio, which divides the work of the two transformers in "
+      f"{folder}; download it again."
     ) from error
 
 

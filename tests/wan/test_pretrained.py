@@ -6,7 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import freqformer
 from freqformer.config import ConfigError
@@ -83,6 +83,32 @@ def test_base_weights_are_there_once(pipe):
   assert len(others[0]) == len(first) < len(others[1])  # a router of its own
 
 
+def two(folder, copy, boundary, change=lambda tensors: tensors):
+  """Returns a model with a second transformer, which is changed."""
+  shutil.copytree(folder, copy)
+  shutil.copytree(copy / "transformer", copy / "transformer_2")
+  path = copy / "transformer_2" / WEIGHTS
+  save_file(change(load_file(path)), path)
+  (copy / "model_index.json").write_text(json.dumps({"boundary_ratio": boundary}))
+  return Pretrained(copy, block=4, cache=folder.parent / "prompts")
+
+
+def test_two_transformers_share_a_run(pipe, folder, tmp_path):
+  """With equal weights they are one; only the second one's guidance acts below the boundary."""
+  wanted = pipe("a cat", **SMALL)
+  same = two(folder, tmp_path / "same", 0.9)
+  np.testing.assert_array_equal(same("a cat", guidance_low=5.0, **SMALL), wanted)
+  never = two(folder, tmp_path / "never", 0.0, lambda x: {k: 0 * v for k, v in x.items()})
+  np.testing.assert_array_equal(never("a cat", guidance_low=2.0, **SMALL), wanted)
+  always = two(folder, tmp_path / "always", 1.1)
+  low = always("a cat", guidance=3.0, guidance_low=5.0, **SMALL)
+  np.testing.assert_array_equal(low, wanted)
+  with pytest.raises(ConfigError, match="both transformers guide or none does"):
+    always("a cat", guidance=1.0, guidance_low=5.0, **SMALL)
+  with pytest.raises(ConfigError, match="guidance_low=3.0 is for models with two"):
+    pipe("a cat", guidance_low=3.0, **SMALL)
+
+
 def test_the_public_name():
   assert freqformer.load_pretrained.__module__ == "freqformer.evaluate.pretrained"
 
@@ -116,7 +142,7 @@ def edit(path, **changes):
   [
     (lambda f: edit(f / "transformer/config.json", _class_name="HunyuanVideo"), "known are Wan"),
     (lambda f: edit(f / "transformer/config.json", in_channels=36), "image-to-video"),
-    (lambda f: (f / "transformer_2").mkdir(), "two transformers"),
+    (lambda f: shutil.copytree(f / "transformer", f / "transformer_2"), "model_index.json"),
     (lambda f: edit(f / "scheduler/scheduler_config.json", use_flow_sigmas=False), "scheduler"),
     (lambda f: edit(f / "transformer/config.json", in_channels=8, out_channels=8), "8 channels"),
     (lambda f: shutil.rmtree(f / "vae"), "config.json"),
