@@ -150,7 +150,13 @@ def _evaluations(model, config: SampleConfig) -> list[_Evaluation]:
   ]
 
 
-def make_step(graphdef, config: SampleConfig, want_masks: bool = False, first_frame: bool = False):
+def make_step(
+  graphdef,
+  config: SampleConfig,
+  want_masks: bool = False,
+  first_frame: bool = False,
+  want_distance: bool = False,
+):
   """Returns one evaluation and the solver's update, jitted.
 
   It is `(params, points, label, t, weights, tables, state, phases, guided) -> (points, state,
@@ -162,6 +168,8 @@ def make_step(graphdef, config: SampleConfig, want_masks: bool = False, first_fr
   Args:
     want_masks: puts each layer's `BlockMask` into aux.
     first_frame: the first latent frame of the points is given and stays.
+    want_distance: puts each layer's distance from dense attention into aux (`Cond.teacher`); the
+      tables then have the dense one.
   """
   guides = any(config.guided())
   free = slice(int(first_frame), None)  # latent frames that are sampled
@@ -183,6 +191,7 @@ def make_step(graphdef, config: SampleConfig, want_masks: bool = False, first_fr
       want_masks=want_masks,
       phases=phases,
       given=jnp.ones(len(rows), bool) if first_frame else None,
+      teacher=tables["dense"] if want_distance else None,
     )
     if alone:
       state = model.both_halves(state)

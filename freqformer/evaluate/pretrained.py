@@ -143,13 +143,20 @@ class Pretrained:
     self.schedule = levels.read_schedule(self.folder / "scheduler" / "scheduler_config.json")
     self.frames, self.size, self.fps = _USUAL.get(channels, _USUAL[16])
 
-  def config(self, method: str = "dense", schedule: str | None = None) -> WanConfig:
+  def config(
+    self, method: str = "dense", schedule: str | None = None, block: int | None = None
+  ) -> WanConfig:
     """Returns the model's config under a method, and with an `attention.schedule`.
+
+    Args:
+      method: attention method.
+      schedule: dense evaluations and layers; None: none.
+      block: rows of a tile; None: those of this object.
 
     Raises:
       ConfigError: the method is unknown, or a field of it.
     """
-    attention = AttentionConfig(methods=(), method="dense", block=self.block)
+    attention = AttentionConfig(methods=(), method="dense", block=block or self.block)
     config = WanConfig(attention=attention, dtype=self.dtype, **self._sizes)
     config = config.with_method(method)
     return config if schedule is None else config.with_schedule(schedule)
@@ -193,6 +200,7 @@ class Pretrained:
     size: Sequence[int] | None = None,
     schedule: str | None = None,
     guidance_low: float | None = None,
+    block: int | None = None,
   ) -> PretrainedRun:
     """Returns the model under a method at a size; its weights are there once for all methods.
 
@@ -202,12 +210,13 @@ class Pretrained:
       size: (rows, cols) in pixels, likewise.
       schedule: dense evaluations and layers; None: none.
       guidance_low: scale at low noise, of a model with two transformers; None: as at high noise.
+      block: rows of a tile; None: those of this object.
 
     Raises:
       ConfigError: there are no such videos, a method cannot serve them, or weights do not fit.
     """
     shape = self.latent_shape(frames or self.frames, size or self.size)
-    config = self.config(method, schedule)
+    config = self.config(method, schedule, block)
     with refusing(f"method {method}"):
       config.layout(shape)
     create = functools.partial(WanDiT, config, shape)
