@@ -106,6 +106,12 @@ _GUIDANCE_LOW = flags.DEFINE_float(
 )
 _SHIFT = flags.DEFINE_float("shift", None, "Shift of the noise levels, with --pretrained.")
 _BLOCK = flags.DEFINE_integer("block", 128, "Rows of a tile, with --pretrained.", lower_bound=1)
+_HONEST = flags.DEFINE_bool(
+  "honest",
+  True,
+  "With --pretrained and --compare: also draw the first method in smaller tiles, the floor of any "
+  "difference, and measure how far each method's attention is from dense.",
+)
 _FRAMES = flags.DEFINE_integer("frames", None, "Frames of a video; default as trained.")
 _SIZE = flags.DEFINE_string("size", None, "ROWSxCOLS of a video in pixels; default as trained.")
 _ROPE = flags.DEFINE_string(
@@ -158,7 +164,7 @@ _OF_SAMPLES = (
   "lpips_weights",
   "fps",
 )
-_OF_PRETRAINED = ("negative", "guidance_low", "shift", "block")
+_OF_PRETRAINED = ("negative", "guidance_low", "shift", "block", "honest")
 # Of runs alone: what a downloaded model has no use for.
 _OF_RUNS = (
   *_OF_VALIDATION,
@@ -297,6 +303,7 @@ def _sample_pretrained():
       fps=_FPS.value,
       metrics=metrics,
       block=_BLOCK.value,
+      honest=_HONEST.value,
     )
   )
 

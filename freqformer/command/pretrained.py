@@ -9,6 +9,7 @@ The page and the videos go to --out, by default runs/pretrained/<name of the fol
 """
 
 import dataclasses
+import math
 import pathlib
 import time
 
@@ -17,11 +18,16 @@ import numpy as np
 
 from freqformer.config import ConfigError
 from freqformer.evaluate import compare
-from freqformer.evaluate.draw import FLOPS_ARE
+from freqformer.evaluate.draw import FLOPS_ARE, attention_errors
 from freqformer.evaluate.pretrained import Pretrained
+from freqformer.model.schedule import parse_schedule
+from freqformer.model.wan import WanConfig
 from freqformer.pages.compare import text_table, write_comparison
 from freqformer.pages.mp4 import grid_png
 from freqformer.prompts import read_prompts, without_blank
+from freqformer.simulation.descriptions import ModelCard, gpu_named, load_gpu
+from freqformer.simulation.forward import Plan
+from freqformer.simulation.scaling import denoising_run
 from freqformer.train.mesh import all_devices
 from freqformer.wan.prompts import PromptEmbeddings, read_embeddings
 
@@ -49,6 +55,7 @@ class Request:
     fps: of the mp4s; 0: the model's.
     metrics: by name, that methods are compared by.
     block: rows of a tile.
+    honest: of a comparison: also draw the floor, and measure each method's error of attention.
   """
 
   folder: str
@@ -67,6 +74,7 @@ class Request:
   fps: float
   metrics: dict
   block: int
+  honest: bool
 
 
 def run(request: Request):
@@ -93,6 +101,12 @@ def run(request: Request):
     method: pipe.at(method, frames, size, request.schedule, request.guidance_low)
     for method in request.methods
   }
+  compares = len(request.methods) > 1
+  if compares and request.honest:
+    # The same numbers in another order: what differs is rounding, and no method can be nearer.
+    block = request.block // 2 or 2
+    floor = pipe.at(request.methods[0], frames, size, request.schedule, request.guidance_low, block)
+    found[f"{request.methods[0]} in tiles of {block}, the floor"] = floor
   seconds["load"] = time.monotonic() - clock
   places = np.arange(len(texts.texts))
   clock = time.monotonic()
@@ -100,6 +114,16 @@ def run(request: Request):
     found, texts.embeddings, places, request.seed, config, request.metrics, null=texts.negative
   )
   seconds["sample_and_decode"] = time.monotonic() - clock
+  if compares:
+    clock = time.monotonic()
+    _add_speedups(rows, found, evaluations, request)
+    if request.honest:
+      for row in rows[1:]:
+        args = (found[row["method"]], texts.embeddings[:1], 0, request.seed, config)
+        errors = attention_errors(*args, null=texts.negative)
+        row["attention_error"] = float(errors.mean())
+        row["attention_error_by_step_layer"] = np.round(errors, 6).tolist()
+    seconds["errors"] = time.monotonic() - clock
 
   out = pathlib.Path(request.out or pathlib.Path("runs/pretrained") / pipe.folder.resolve().name)
   out.mkdir(parents=True, exist_ok=True)
@@ -127,6 +151,49 @@ def run(request: Request):
       grid_png(out / "grid.png", clips, captions)
   print(text_table(rows))
   print(f"page: {page}")
+
+
+def _add_speedups(rows: list[dict], found: dict, evaluations: int, request: Request):
+  """Adds to rows how fast they ran against the first one, and how fast the simulator has them.
+
+  The simulator knows one GPU; on any other device its H100 stands there.
+  """
+  gpu = load_gpu(gpu_named(all_devices()[0].device_kind) or "h100")
+  seconds = []
+  for row, own in zip(rows, found.values(), strict=True):
+    config = own.model.config
+    method = config.runs()[0][1]
+    card = _card(config, own.latent_shape)
+    plan = Plan(
+      card, row["method"], method, config.layout(own.latent_shape).grid, config.attention.block
+    )
+    schedule = parse_schedule(request.schedule or "")
+    simulated = denoising_run(plan, gpu, steps=evaluations, schedule=schedule)
+    seconds.append(simulated["run_seconds"])
+    row["speedup"] = rows[0]["run_seconds"] / row["run_seconds"]
+    row["predicted_speedup"] = seconds[0] / seconds[-1]
+    row["predicted_on"] = gpu.name
+
+
+def _card(config: WanConfig, latent_shape) -> ModelCard:
+  """Returns a model as the simulator takes it."""
+  shape = config.block_shape
+  sizes = {field.name: getattr(shape, field.name) for field in dataclasses.fields(shape)}
+  return ModelCard(
+    **sizes,
+    name="pretrained",
+    title="pretrained",
+    layers=config.depth,
+    patch_channels=latent_shape[-1] * math.prod(config.patch),
+    patch=config.patch,
+    compression=(4, 8, 8),
+    fps=16.0,
+    grid=config.layout(latent_shape).grid,
+    steps=50,
+    forwards=2,
+    parameters=1.0,
+    sources=(),
+  )
 
 
 def _embeddings(pipe: Pretrained, request: Request, guided: bool) -> PromptEmbeddings:

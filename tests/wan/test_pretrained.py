@@ -50,9 +50,16 @@ def test_the_command_writes_videos_and_a_page(folder, tmp_path, monkeypatch):
     "block_topk_density_0.5/001_a_dog.mp4",
     "dense/000_a_cat.mp4",
     "dense/001_a_dog.mp4",
+    "dense_in_tiles_of_2_the_floor/000_a_cat.mp4",
+    "dense_in_tiles_of_2_the_floor/001_a_dog.mp4",
   ]
   result = json.loads((tmp_path / "out" / "comparison.json").read_text())
-  dense, sparse = result["rows"]
+  dense, sparse, floor = result["rows"]
+  assert floor["method"] == "dense in tiles of 2, the floor"
+  assert floor["quality"]["psnr"] > sparse["quality"]["psnr"]
+  assert floor["attention_error"] < 1e-4 < sparse["attention_error"] < 1
+  assert sparse["speedup"] > 0 and dense["predicted_speedup"] == 1 and sparse["predicted_on"]
+  assert "on the same clips" in printed.stdout and "simulated on" in printed.stdout
   assert dense["attention_flops_over_dense"] == 1 and sparse["attention_flops_over_dense"] < 1
   assert result["sampler"] == "unipc" and result["shift"] == 3.0 and result["guidance"] == 5.0
   assert result["prompts"] == {"0": "a cat", "1": "a dog"}
