@@ -285,6 +285,8 @@ def _sample_pretrained():
   if _COMPARE.value is not None:
     methods = compare.split_methods(_COMPARE.value)
     metrics = compare.metric_functions(_METRICS.value, _LPIPS.value)
+  if _PRETRAINED.value.startswith("random:") and flags.FLAGS["metrics"].present:
+    raise ConfigError("--metrics judges videos; random weights have speed alone: leave it out.")
   pretrained.run(
     pretrained.Request(
       folder=_PRETRAINED.value,

@@ -4,30 +4,29 @@
   python eval.py --pretrained=DIR --prompts="a cat;a dog" --method="adaspa(sparsity=0.8)"
   python eval.py --pretrained=DIR --prompts=prompts.txt \\
     --compare="dense,adaspa,freqformer(allocation=measured)"
+  python eval.py --pretrained=random:wan2.1-1.3b --compare=dense,adaspa     speed only
 
 The page and the videos go to --out, by default runs/pretrained/<name of the folder>.
 """
 
 import dataclasses
-import math
+import json
 import pathlib
 import time
 
 import jax
 import numpy as np
+from absl import logging
 
 from freqformer.config import ConfigError
+from freqformer.disk import write_whole
 from freqformer.evaluate import compare
-from freqformer.evaluate.draw import FLOPS_ARE, attention_errors
-from freqformer.evaluate.pretrained import Pretrained
-from freqformer.model.schedule import parse_schedule
-from freqformer.model.wan import WanConfig
-from freqformer.pages.compare import text_table, write_comparison
+from freqformer.evaluate.draw import FLOPS_ARE, attention_errors, draw
+from freqformer.evaluate.predicted import add_speedups
+from freqformer.evaluate.pretrained import Pretrained, RandomWeights, load_pretrained
+from freqformer.pages.compare import slug, text_table, write_comparison
 from freqformer.pages.mp4 import grid_png
 from freqformer.prompts import read_prompts, without_blank
-from freqformer.simulation.descriptions import ModelCard, gpu_named, load_gpu
-from freqformer.simulation.forward import Plan
-from freqformer.simulation.scaling import denoising_run
 from freqformer.train.mesh import all_devices
 from freqformer.wan.prompts import PromptEmbeddings, read_embeddings
 
@@ -85,7 +84,7 @@ def run(request: Request):
   """
   seconds = {}
   clock = time.monotonic()
-  pipe = Pretrained(request.folder, block=request.block)
+  pipe = load_pretrained(request.folder, block=request.block)
   config = pipe.sampling(request.steps, request.guidance, request.shift)
   evaluations = len(config.guided())
   frames = request.frames or pipe.frames
@@ -101,13 +100,16 @@ def run(request: Request):
     method: pipe.at(method, frames, size, request.schedule, request.guidance_low)
     for method in request.methods
   }
-  compares = len(request.methods) > 1
+  compares = len(request.methods) > 1 and not isinstance(pipe, RandomWeights)
   if compares and request.honest:
     # The same numbers in another order: what differs is rounding, and no method can be nearer.
     block = request.block // 2 or 2
     floor = pipe.at(request.methods[0], frames, size, request.schedule, request.guidance_low, block)
     found[f"{request.methods[0]} in tiles of {block}, the floor"] = floor
   seconds["load"] = time.monotonic() - clock
+  if isinstance(pipe, RandomWeights):
+    _print_speed(pipe, found, texts, config, request)
+    return
   places = np.arange(len(texts.texts))
   clock = time.monotonic()
   rows, videos = compare.compare(
@@ -116,7 +118,7 @@ def run(request: Request):
   seconds["sample_and_decode"] = time.monotonic() - clock
   if compares:
     clock = time.monotonic()
-    _add_speedups(rows, found, evaluations, request)
+    add_speedups(rows, found.values(), evaluations, request.schedule)
     if request.honest:
       for row in rows[1:]:
         args = (found[row["method"]], texts.embeddings[:1], 0, request.seed, config)
@@ -125,8 +127,7 @@ def run(request: Request):
         row["attention_error_by_step_layer"] = np.round(errors, 6).tolist()
     seconds["errors"] = time.monotonic() - clock
 
-  out = pathlib.Path(request.out or pathlib.Path("runs/pretrained") / pipe.folder.resolve().name)
-  out.mkdir(parents=True, exist_ok=True)
+  out = _folder(pipe, request)
   captions = [text[:_LETTERS] for text in texts.texts]
   facts = {
     "pretrained": str(pipe.folder),
@@ -153,47 +154,37 @@ def run(request: Request):
   print(f"page: {page}")
 
 
-def _add_speedups(rows: list[dict], found: dict, evaluations: int, request: Request):
-  """Adds to rows how fast they ran against the first one, and how fast the simulator has them.
+def _print_speed(pipe: RandomWeights, found: dict, texts, config, request: Request):
+  """Prints and writes times, FLOPs and density of methods on random weights."""
+  rows = []
+  for method, own in found.items():
+    logging.info("%s", method)
+    places = np.arange(len(texts.texts))
+    drawn = draw(own, texts.embeddings, places, request.seed, config, null=texts.negative)
+    rows.append(compare.row(method, drawn, None, None, {}))
+  add_speedups(rows, found.values(), len(config.guided()), request.schedule)
+  out = _folder(pipe, request)
+  facts = dataclasses.asdict(config) | {
+    "pretrained": str(pipe.folder),
+    "weights": "random: speed and memory only, attention over them is nearly uniform",
+    "latent_shape": next(iter(found.values())).latent_shape,
+    "dtype": pipe.dtype,
+    "peak_bytes": _peak(),
+    "device": all_devices()[0].device_kind,
+    "flops_are": FLOPS_ARE,
+    "rows": rows,
+  }
+  write_whole(out / "speed.json", json.dumps(facts, indent=1))
+  print(text_table(rows))
+  print(f"random weights, speed only: {out / 'speed.json'}")
 
-  The simulator knows one GPU; on any other device its H100 stands there.
-  """
-  gpu = load_gpu(gpu_named(all_devices()[0].device_kind) or "h100")
-  seconds = []
-  for row, own in zip(rows, found.values(), strict=True):
-    config = own.model.config
-    method = config.runs()[0][1]
-    card = _card(config, own.latent_shape)
-    plan = Plan(
-      card, row["method"], method, config.layout(own.latent_shape).grid, config.attention.block
-    )
-    schedule = parse_schedule(request.schedule or "")
-    simulated = denoising_run(plan, gpu, steps=evaluations, schedule=schedule)
-    seconds.append(simulated["run_seconds"])
-    row["speedup"] = rows[0]["run_seconds"] / row["run_seconds"]
-    row["predicted_speedup"] = seconds[0] / seconds[-1]
-    row["predicted_on"] = gpu.name
 
-
-def _card(config: WanConfig, latent_shape) -> ModelCard:
-  """Returns a model as the simulator takes it."""
-  shape = config.block_shape
-  sizes = {field.name: getattr(shape, field.name) for field in dataclasses.fields(shape)}
-  return ModelCard(
-    **sizes,
-    name="pretrained",
-    title="pretrained",
-    layers=config.depth,
-    patch_channels=latent_shape[-1] * math.prod(config.patch),
-    patch=config.patch,
-    compression=(4, 8, 8),
-    fps=16.0,
-    grid=config.layout(latent_shape).grid,
-    steps=50,
-    forwards=2,
-    parameters=1.0,
-    sources=(),
-  )
+def _folder(pipe: Pretrained, request: Request) -> pathlib.Path:
+  """Makes and returns the folder that is written to."""
+  name = slug(pipe.folder.name) if isinstance(pipe, RandomWeights) else pipe.folder.resolve().name
+  out = pathlib.Path(request.out or pathlib.Path("runs/pretrained") / name)
+  out.mkdir(parents=True, exist_ok=True)
+  return out
 
 
 def _embeddings(pipe: Pretrained, request: Request, guided: bool) -> PromptEmbeddings:
@@ -203,6 +194,8 @@ def _embeddings(pipe: Pretrained, request: Request, guided: bool) -> PromptEmbed
     ConfigError: there is no prompt, or ready embeddings lack the negative one.
   """
   given = request.prompts
+  if isinstance(pipe, RandomWeights):
+    return pipe.embed(["random"])
   if not given:
     raise ConfigError(
       '--pretrained needs --prompts: texts as "a cat;a dog", or a file with one in each line.'

@@ -9,6 +9,7 @@ scheduler. Nothing is downloaded, and no torch is used.
 
 import dataclasses
 import functools
+import math
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -25,7 +26,8 @@ from freqformer.diffusion.sampling import SampleConfig
 from freqformer.evaluate.draw import draw
 from freqformer.model.config import DTYPES, AttentionConfig
 from freqformer.model.leaves import flatten, leaf_name
-from freqformer.model.wan import WanConfig, WanDiT, load_params
+from freqformer.model.wan import WanConfig, WanDiT, is_narrow, load_params
+from freqformer.simulation.descriptions import load_model
 from freqformer.wan import levels, prompts, text_encoder, vae
 from freqformer.wan.files import open_tensors, part, read_config
 from freqformer.wan.json_file import read_object
@@ -34,6 +36,8 @@ _KNOWN = ("WanTransformer3DModel",)
 # A model's transformers: the only one or that for high noise, and that for low noise.
 _HIGH = "transformer"
 _LOW = "transformer for low noise"
+_RANDOM = "random:"
+_SHIFT = 3.0  # of Wan 2.1 at 480p, as diffusers' files have it
 _BLOCK = 128  # rows of a tile: what the kernels are made for
 _GUIDANCE = 5.0  # as diffusers' pipeline has it
 _STEPS = 50
@@ -114,11 +118,7 @@ class Pretrained:
       ConfigError: a part is missing, damaged, or of a model that is not known.
     """
     self.folder = pathlib.Path(folder)
-    if dtype is None:
-      dtype = "bfloat16" if jax.default_backend() == "gpu" else "float32"
-    if dtype not in DTYPES:
-      raise ConfigError(f"dtype={dtype!r} is unknown; {did_you_mean(dtype, DTYPES)}")
-    self.dtype = dtype
+    self.dtype = _dtype(dtype)
     self.block = block
     self._cache = pathlib.Path(cache) if cache else _user_cache()
     own = part(self.folder, "transformer")
@@ -132,6 +132,7 @@ class Pretrained:
         raise ConfigError(f"{own} and {second} are of other sizes; download both again.")
       self._tensors[_LOW] = open_tensors(second)
     self.vae = vae.open_vae(self.folder)
+    self._factor = self.vae.structure.factor
     channels = self._sizes.pop("channels")
     if self.vae.structure.channels != channels:
       raise ConfigError(
@@ -167,7 +168,7 @@ class Pretrained:
     Raises:
       ConfigError: there are no such videos; names the nearest.
     """
-    factor = self.vae.structure.factor
+    factor = self._factor
     patch = WanConfig.patch
     tokens = tuple(f * p for f, p in zip(factor, patch, strict=True))
     vae.check_video((frames, *size), tokens)
@@ -234,7 +235,7 @@ class Pretrained:
     """Returns the pretrained arrays of a transformer by leaf, on the device."""
     if which not in self._base:
       logging.info("loading the %s ...", which)
-      shape = self.latent_shape(1 + self.vae.structure.factor[0], self.size)
+      shape = self.latent_shape(1 + self._factor[0], self.size)
       model = nnx.eval_shape(lambda: WanDiT(self.config(), shape, nnx.Rngs(0)))
       params, _ = load_params(model, self._tensors[which], DTYPES[self.dtype])
       self._base[which] = flatten(params)
@@ -339,8 +340,67 @@ class Pretrained:
     return self.decode(drawn.latents)
 
 
+class RandomWeights(Pretrained):
+  """A model of a published size with random weights: it has speed and memory, and no pictures."""
+
+  def __init__(self, name: str, *, dtype: str | None = None, block: int = _BLOCK):
+    """Takes the sizes of a model that the simulator knows.
+
+    Args:
+      name: "wan2.1-1.3b" or another of `freqformer/simulation/models` with a text to attend to.
+      dtype: as of `Pretrained`.
+      block: rows of a tile.
+
+    Raises:
+      ConfigError: there is no such model, or it is not built as Wan is.
+    """
+    card = load_model(name)
+    if card.text_mode != "cross" or card.patch != WanConfig.patch:
+      raise ConfigError(f"random:{name} is not built as Wan is; name wan2.1-1.3b or wan2.1-14b.")
+    self.folder = pathlib.Path(f"random:{name}")
+    self.dtype = _dtype(dtype)
+    self.block = block
+    self._sizes = dict(width=card.width, heads=card.heads, depth=card.layers, mlp=card.mlp)
+    self._channels = card.patch_channels // math.prod(card.patch)
+    self._factor = card.compression
+    self._boundary = None
+    self._base = {}
+    self.schedule = levels.LevelSchedule(_SHIFT)
+    self.frames, self.size, self.fps = _USUAL.get(self._channels, _USUAL[16])
+
+  def embed(self, texts: Sequence[str], negative: str | None = "") -> prompts.PromptEmbeddings:
+    """Returns noise in the place of embeddings."""
+    config = self.config()
+    shape = (len(texts) + 1, config.text_length, config.text_width)
+    rows = np.random.default_rng(0).standard_normal(shape, np.float32)
+    return prompts.PromptEmbeddings(tuple(texts), rows[1:], rows[0])
+
+  def decode(self, latents: np.ndarray) -> np.ndarray:
+    """Refuses: there is nothing to be seen."""
+    raise ConfigError(f"{self.folder} has random weights, and no videos.")
+
+  def _loaded(self, which: str) -> dict[str, jax.Array]:
+    if which not in self._base:
+      shape = self.latent_shape(1 + self._factor[0], self.size)
+      config = self.config()
+
+      @jax.jit
+      def make():
+        state = flatten(nnx.state(WanDiT(config, shape, nnx.Rngs(0))))
+        narrow = DTYPES[self.dtype]
+        return {k: x.astype(narrow) if is_narrow(k) else x for k, x in state.items()}
+
+      self._base[which] = make()
+    return self._base[which]
+
+
 def load_pretrained(folder: str | pathlib.Path, **options) -> Pretrained:
-  """Opens a downloaded model; arguments and errors as of `Pretrained`."""
+  """Opens a downloaded model, or one of random weights, "random:wan2.1-1.3b".
+
+  Arguments and errors as of `Pretrained` and `RandomWeights`.
+  """
+  if str(folder).startswith(_RANDOM):
+    return RandomWeights(str(folder).removeprefix(_RANDOM), **options)
   return Pretrained(folder, **options)
 
 
@@ -401,6 +461,15 @@ def _boundary(folder: pathlib.Path) -> float:
       f"{path} has no number boundary_ratio, which divides the work of the two transformers in "
       f"{folder}; download it again."
     ) from error
+
+
+def _dtype(given: str | None) -> str:
+  """Returns a name in `DTYPES`; None is as usual for the device."""
+  if given is None:
+    return "bfloat16" if jax.default_backend() == "gpu" else "float32"
+  if given not in DTYPES:
+    raise ConfigError(f"dtype={given!r} is unknown; {did_you_mean(given, DTYPES)}")
+  return given
 
 
 def _user_cache() -> pathlib.Path:

@@ -1,5 +1,6 @@
 """A downloaded folder becomes videos and a page; what is no such folder is refused."""
 
+import dataclasses
 import json
 import shutil
 
@@ -10,7 +11,10 @@ from safetensors.numpy import load_file, save_file
 
 import freqformer
 from freqformer.config import ConfigError
-from freqformer.evaluate.pretrained import Pretrained
+from freqformer.cost import BlockShape
+from freqformer.evaluate.predicted import card_of
+from freqformer.evaluate.pretrained import Pretrained, RandomWeights
+from freqformer.simulation.descriptions import load_model
 from tests.command.process import ROOT, call
 from tests.wan.helpers import WEIGHTS, write_model
 
@@ -123,7 +127,7 @@ def test_the_public_name():
 @pytest.mark.parametrize(
   "given, words",
   [
-    (dict(frames=6), "the nearest is 5 or 9"),
+    (dict(frames=6), "5 and 9 are the nearest"),
     (dict(size=(32, 40)), "multiples of 16 x 16; the nearest are 32 x 32"),
     (dict(steps=0), "steps"),
     (dict(method="sparse"), "method"),
@@ -184,5 +188,32 @@ def test_the_command_refuses_what_belongs_to_runs(folder, tmp_path, flags, words
 
 def test_docs_name_every_flag():
   text = (ROOT / "docs" / "pretrained.md").read_text()
-  for flag in ("--pretrained", "--prompts", "--negative", "--shift", "--compare", "--block"):
-    assert flag in text
+  for flag in ("prompts", "negative", "shift", "compare", "block", "honest", "guidance_low"):
+    assert f"--{flag}" in text
+
+
+def test_random_weights_have_speed_alone(tmp_path, monkeypatch):
+  card = json.loads((ROOT / "freqformer/simulation/models/wan2.1-1.3b.json").read_text())
+  small = card | dict(width=48, heads=3, layers=2, mlp=72)
+  (tmp_path / "small.json").write_text(json.dumps(small))
+  flags = ("--size=32x48", "--frames=5", "--steps=3", "--block=4", "--compare=dense,block_topk")
+  given = f"--pretrained=random:{tmp_path / 'small.json'}"
+  printed = call(tmp_path, "eval.py", given, *flags, "--out=out")
+  assert "random weights, speed only" in printed.stdout
+  rows = json.loads((tmp_path / "out" / "speed.json").read_text())["rows"]
+  assert [row["quality"] for row in rows] == [None, None] and rows[1]["predicted_speedup"] > 0
+  printed = call(tmp_path, "eval.py", given, *flags, "--metrics=psnr", code=2)
+  assert "random weights have speed alone" in printed.stderr
+
+
+@pytest.mark.parametrize("name, depth", [("wan2.1-1.3b", 30), ("wan2.1-14b", 40)])
+def test_cards_of_the_simulator_are_the_published_configs(name, depth):
+  """By the work of a layer; the transformer's own config gives the same."""
+  pipe = RandomWeights(name)
+  config = pipe.config()
+  card = card_of(config, pipe.latent_shape(81, (480, 832)))
+  known = load_model(name)
+  assert config.depth == depth == known.layers
+  for field in dataclasses.fields(BlockShape):
+    assert getattr(card, field.name) == getattr(known, field.name)
+  assert card.patch_channels == known.patch_channels and card.grid == (21, 30, 52)
