@@ -196,7 +196,13 @@ def test_random_weights_have_speed_alone(tmp_path, monkeypatch):
   card = json.loads((ROOT / "freqformer/simulation/models/wan2.1-1.3b.json").read_text())
   small = card | dict(width=48, heads=3, layers=2, mlp=72)
   (tmp_path / "small.json").write_text(json.dumps(small))
-  flags = ("--size=32x48", "--frames=5", "--steps=3", "--block=4", "--compare=dense,block_topk(density=0.5)")
+  flags = (
+    "--size=32x48",
+    "--frames=5",
+    "--steps=3",
+    "--block=4",
+    "--compare=dense,block_topk(density=0.5)",
+  )
   given = f"--pretrained=random:{tmp_path / 'small.json'}"
   printed = call(tmp_path, "eval.py", given, *flags, "--out=out")
   assert "random weights, speed only" in printed.stdout
