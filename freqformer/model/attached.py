@@ -1,6 +1,7 @@
 """Sparse attention for a model of one's own: a method beside the model, called layer by layer.
 
-sparse = freqformer.attach("adaspa", grid=(21, 30, 52), heads=12, head_dim=128, layers=30, steps=50)
+sizes = dict(heads=12, head_dim=128, layers=30, steps=50)
+sparse = freqformer.attach("adaspa", grid=(21, 30, 52), **sizes)
 for step in range(50):
   ...  # in each layer of the model, in the place of its attention:
     out = sparse(q, k, v, layer=layer, step=step)
@@ -166,7 +167,7 @@ def _finished(x, positions):
 
 
 def _prepared(qkv: Projected, *args, **options):
-  """Stands in for `Projected.prepare`: q and k are finished, and nothing else can be made of them."""
+  """Stands in for `Projected.prepare`: of finished q and k nothing else can be made."""
   if args or any(options.values()):
     raise ConfigError(_UNFINISHED)
   return qkv.q, qkv.k, qkv.v
