@@ -92,6 +92,9 @@ class Pretrained:
 
   Attributes:
     folder: as downloaded.
+    dtype: of matrices and activations, a name in `DTYPES`.
+    block: rows of a tile.
+    vae: its autoencoder, not read yet.
     frames: of a video, where nothing else is asked for.
     size: (rows, cols) in pixels, likewise.
     fps: frames a second.

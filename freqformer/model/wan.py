@@ -30,7 +30,7 @@ from freqformer.model.leaves import leaf_name
 from freqformer.model.stack import LayerStack, stacked
 from freqformer.model.streams import named, numbered
 from freqformer.placement import split
-from freqformer.wan.weights import WanWeights, diffusers_names
+from freqformer.wan.weights import WanWeights
 
 TIME_RANGE = 1000  # timesteps were counted so in training
 THETA = 10_000.0  # of rotary, on all axes
@@ -285,7 +285,7 @@ def load_params(model: WanDiT, tensors: Mapping[str, np.ndarray], dtype=None) ->
     ConfigError: arrays are missing, unknown or of other shapes; lists them.
   """
   config = model.config
-  weights = WanWeights(diffusers_names(tensors), config.heads, config.width)
+  weights = WanWeights(tensors, config.heads, config.width)
   lacking = []
   firsts = np.cumsum([0, *(count for count, _ in config.runs())])
 
