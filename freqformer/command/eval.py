@@ -105,6 +105,9 @@ _GUIDANCE_LOW = flags.DEFINE_float(
   "guidance_low", None, "Guidance at low noise of a model with two transformers (Wan 2.2 A14B)."
 )
 _SHIFT = flags.DEFINE_float("shift", None, "Shift of the noise levels, with --pretrained.")
+_LEARNED = cli.define_path(
+  "learned", None, "File of a method's learned leaves (freqformer.distil), with --pretrained."
+)
 _BLOCK = flags.DEFINE_integer("block", 128, "Rows of a tile, with --pretrained.", lower_bound=1)
 _HONEST = flags.DEFINE_bool(
   "honest",
@@ -164,7 +167,7 @@ _OF_SAMPLES = (
   "lpips_weights",
   "fps",
 )
-_OF_PRETRAINED = ("negative", "guidance_low", "shift", "block", "honest")
+_OF_PRETRAINED = ("negative", "guidance_low", "shift", "block", "honest", "learned")
 # Of runs alone: what a downloaded model has no use for.
 _OF_RUNS = (
   *_OF_VALIDATION,
@@ -280,7 +283,7 @@ def _sample_pretrained():
   """Writes videos of a downloaded model, and a page."""
   if _COMPARE.value is not None and _METHOD.value is not None:
     raise ConfigError("--method goes with one method; name it in --compare, the reference first.")
-  methods = [_METHOD.value or "dense"]
+  methods = [_METHOD.value] if _METHOD.value else []
   metrics = {}
   if _COMPARE.value is not None:
     methods = compare.split_methods(_COMPARE.value)
@@ -306,6 +309,7 @@ def _sample_pretrained():
       metrics=metrics,
       block=_BLOCK.value,
       honest=_HONEST.value,
+      learned=_LEARNED.value,
     )
   )
 

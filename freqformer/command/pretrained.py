@@ -5,6 +5,7 @@
   python eval.py --pretrained=DIR --prompts=prompts.txt \\
     --compare="dense,adaspa,freqformer(allocation=measured)"
   python eval.py --pretrained=random:wan2.1-1.3b --compare=dense,adaspa     speed only
+  python eval.py --pretrained=DIR --prompts=prompts.txt --learned=routers.safetensors
 
 The page and the videos go to --out, by default runs/pretrained/<name of the folder>.
 """
@@ -22,6 +23,7 @@ from freqformer.config import ConfigError
 from freqformer.disk import write_whole
 from freqformer.evaluate import compare
 from freqformer.evaluate.draw import FLOPS_ARE, attention_errors, draw
+from freqformer.evaluate.learned import Learned
 from freqformer.evaluate.predicted import add_speedups
 from freqformer.evaluate.pretrained import Pretrained, RandomWeights, load_pretrained
 from freqformer.pages.compare import slug, text_table, write_comparison
@@ -40,7 +42,7 @@ class Request:
   Attributes:
     folder: of the model.
     prompts: texts with ";" between them, or a file of them: text, or `.npz` of embeddings.
-    methods: attention methods, the reference first.
+    methods: attention methods, the reference first; empty: that of `learned`, or dense attention.
     out: folder to write to.
     negative: prompt that guidance leads away from.
     frames: 4 k + 1.
@@ -55,6 +57,7 @@ class Request:
     metrics: by name, that methods are compared by.
     block: rows of a tile.
     honest: of a comparison: also draw the floor, and measure each method's error of attention.
+    learned: file of a method's learned leaves, of `python -m freqformer.distil`.
   """
 
   folder: str
@@ -74,6 +77,7 @@ class Request:
   metrics: dict
   block: int
   honest: bool
+  learned: str | None = None
 
 
 def run(request: Request):
@@ -90,22 +94,34 @@ def run(request: Request):
   frames = request.frames or pipe.frames
   size = request.size or pipe.size
   shape = pipe.latent_shape(frames, size)
-  for method in request.methods:  # refused before anything is loaded
+  learned, methods = _methods(pipe, request)
+  for method in methods:  # refused before anything is loaded
     pipe.config(method, request.schedule).phases(evaluations)
-  texts = _embeddings(pipe, request, any(config.guided()))
+  texts = embeddings(pipe, request.prompts, request.negative, any(config.guided()))
   seconds["text"] = time.monotonic() - clock
 
   clock = time.monotonic()
   found = {
-    method: pipe.at(method, frames, size, request.schedule, request.guidance_low)
-    for method in request.methods
+    method: pipe.at(
+      method, frames, size, request.schedule, request.guidance_low, learned=learned.get(method)
+    )
+    for method in methods
   }
-  compares = len(request.methods) > 1 and not isinstance(pipe, RandomWeights)
+  compares = len(methods) > 1 and not isinstance(pipe, RandomWeights)
   if compares and request.honest:
     # The same numbers in another order: what differs is rounding, and no method can be nearer.
     block = request.block // 2 or 2
-    floor = pipe.at(request.methods[0], frames, size, request.schedule, request.guidance_low, block)
-    found[f"{request.methods[0]} in tiles of {block}, the floor"] = floor
+    first = methods[0]
+    floor = pipe.at(
+      first,
+      frames,
+      size,
+      request.schedule,
+      request.guidance_low,
+      block=block,
+      learned=learned.get(first),
+    )
+    found[f"{first} in tiles of {block}, the floor"] = floor
   seconds["load"] = time.monotonic() - clock
   if isinstance(pipe, RandomWeights):
     _print_speed(pipe, found, texts, config, request)
@@ -136,6 +152,7 @@ def run(request: Request):
     "samples": len(captions),
     **dataclasses.asdict(config),
     "schedule": request.schedule or "",
+    "learned": {method: own.origin for method, own in learned.items()},
     "video_shape": (frames, *size),
     "latent_shape": shape,
     "dtype": pipe.dtype,
@@ -148,7 +165,7 @@ def run(request: Request):
   }
   page = write_comparison(out, facts | {"rows": rows}, videos, captions, request.fps or pipe.fps)
   for method, clips in videos.items():
-    if method == request.methods[0]:
+    if method == methods[0]:
       grid_png(out / "grid.png", clips, captions)
   print(text_table(rows))
   print(f"page: {page}")
@@ -187,13 +204,38 @@ def _folder(pipe: Pretrained, request: Request) -> pathlib.Path:
   return out
 
 
-def _embeddings(pipe: Pretrained, request: Request, guided: bool) -> PromptEmbeddings:
-  """Returns what is sampled for.
+def _methods(pipe: Pretrained, request: Request) -> tuple[dict[str, Learned], list[str]]:
+  """Returns learned leaves by the method that has them, and all methods.
+
+  Raises:
+    ConfigError: what was learned is of another model, or of none of the methods.
+  """
+  learned = pipe.opened(request.learned)
+  methods = request.methods or [learned.method if learned else "dense"]
+  if learned is None:
+    return {}, methods
+  own = {method: learned for method in methods if pipe.is_of(learned, method)}
+  if not own:
+    raise ConfigError(
+      f"--learned={request.learned} was learned for {learned.method}, which is not among the "
+      f"methods {', '.join(methods)}; leave --method out, or name the same."
+    )
+  return own, methods
+
+
+def embeddings(
+  pipe: Pretrained, given: str | None, negative: str, guided: bool
+) -> PromptEmbeddings:
+  """Returns embeddings of what `--prompts` gives.
+
+  Args:
+    given: texts with ";" between them, or a file of them: text, or `.npz` of embeddings.
+    negative: prompt that guidance leads away from.
+    guided: whether there is guidance.
 
   Raises:
     ConfigError: there is no prompt, or ready embeddings lack the negative one.
   """
-  given = request.prompts
   if isinstance(pipe, RandomWeights):
     return pipe.embed(["random"])
   if not given:
@@ -209,7 +251,7 @@ def _embeddings(pipe: Pretrained, request: Request, guided: bool) -> PromptEmbed
       )
     return found
   lines = read_prompts(path) if path.suffix == ".txt" else given.split(";")
-  return pipe.embed(without_blank(lines), request.negative if guided else None)
+  return pipe.embed(without_blank(lines), negative if guided else None)
 
 
 def _peak() -> int | None:

@@ -171,12 +171,26 @@ def make_step(
     want_distance: puts each layer's distance from dense attention into aux (`Cond.teacher`); the
       tables then have the dense one.
   """
-  guides = any(config.guided())
-  free = slice(int(first_frame), None)  # latent frames that are sampled
+  evaluate = make_evaluation(config, first_frame)
 
   @functools.partial(jax.jit, static_argnums=(7, 8), donate_argnums=6)
   def step(params, points, label, t, weights, tables, state, phases=(), guided=False):
     model = nnx.merge(graphdef, params)
+    moment = dict(want_masks=want_masks, teacher=tables["dense"] if want_distance else None)
+    return evaluate(model, points, label, t, weights, tables, state, phases, guided, **moment)
+
+  return step
+
+
+def make_evaluation(config: SampleConfig, first_frame: bool = False):
+  """Returns the step of `make_step` before it is jitted, as a part of other programs.
+
+  It takes a model where that one takes parameters, and further fields of `Cond` by name.
+  """
+  guides = any(config.guided())
+  free = slice(int(first_frame), None)  # latent frames that are sampled
+
+  def evaluate(model, points, label, t, weights, tables, state, phases=(), guided=False, **moment):
     x = points[0]
     rows = jnp.concatenate([x, x]) if guided else x
     alone = guides and not guided  # in a run whose other evaluations have two halves
@@ -188,10 +202,9 @@ def make_step(
       model.conditional_half(state) if alone else state,
       guided=guided,
       soft_evaluation=config.soft,
-      want_masks=want_masks,
       phases=phases,
       given=jnp.ones(len(rows), bool) if first_frame else None,
-      teacher=tables["dense"] if want_distance else None,
+      **moment,
     )
     if alone:
       state = model.both_halves(state)
@@ -206,7 +219,7 @@ def make_step(
     )
     return points, whole(state), whole(aux)
 
-  return step
+  return evaluate
 
 
 def _guide(velocity, config: SampleConfig):

@@ -24,13 +24,16 @@ from flax import nnx
 from freqformer.config import ConfigError, did_you_mean, refusing
 from freqformer.diffusion.sampling import SampleConfig
 from freqformer.evaluate.draw import draw
+from freqformer.evaluate.learned import Learned, weights_hash
 from freqformer.model.config import DTYPES, AttentionConfig
 from freqformer.model.leaves import flatten, leaf_name
 from freqformer.model.wan import WanConfig, WanDiT, is_narrow, load_params
 from freqformer.simulation.descriptions import load_model
+from freqformer.train.distil import DistilConfig, beside_dense, distil
 from freqformer.wan import levels, prompts, text_encoder, vae
 from freqformer.wan.files import open_tensors, part, read_config
 from freqformer.wan.json_file import read_object
+from freqformer.wan.prompts import PromptEmbeddings
 
 _KNOWN = ("WanTransformer3DModel",)
 # A model's transformers: the only one or that for high noise, and that for low noise.
@@ -178,7 +181,7 @@ class Pretrained:
     cells = (side // f for side, f in zip(size, factor[1:], strict=True))
     return ((frames - 1) // factor[0] + 1, *cells, self._channels)
 
-  def embed(self, texts: Sequence[str], negative: str | None = "") -> prompts.PromptEmbeddings:
+  def embed(self, texts: Sequence[str], negative: str | None = "") -> PromptEmbeddings:
     """Returns embeddings of prompts, from the cache or by the text encoder, which is freed then."""
     own = self.folder / "text_encoder"
     config = text_encoder.read_config(own / "config.json")
@@ -199,40 +202,175 @@ class Pretrained:
 
   def at(
     self,
-    method: str = "dense",
+    method: str | None = None,
     frames: int | None = None,
     size: Sequence[int] | None = None,
     schedule: str | None = None,
     guidance_low: float | None = None,
     block: int | None = None,
+    learned: Learned | str | pathlib.Path | None = None,
   ) -> PretrainedRun:
     """Returns the model under a method at a size; its weights are there once for all methods.
 
     Args:
-      method: attention method.
+      method: None: that of `learned`, or dense attention.
       frames: 4 k + 1; None: as usual for the model.
       size: (rows, cols) in pixels, likewise.
-      schedule: dense evaluations and layers; None: none.
+      schedule: as of `config`.
       guidance_low: scale at low noise, of a model with two transformers; None: as at high noise.
-      block: rows of a tile; None: those of this object.
+      block: as of `config`.
+      learned: leaves of the method that were learned on this model, or their file; None: a method's
+        own leaves are as they begin.
 
     Raises:
-      ConfigError: there are no such videos, a method cannot serve them, or weights do not fit.
+      ConfigError: there are no such videos, a method cannot serve them, weights do not fit, or what
+        was learned is of another method or model.
     """
-    shape = self.latent_shape(frames or self.frames, size or self.size)
-    config = self.config(method, schedule, block)
-    with refusing(f"method {method}"):
-      config.layout(shape)
-    create = functools.partial(WanDiT, config, shape)
-    model = nnx.eval_shape(lambda: create(nnx.Rngs(0)))
+    learned = self.opened(learned)
+    if method is None:
+      method = "dense" if learned is None else learned.method
+    elif learned is not None and not self.is_of(learned, method):
+      raise ConfigError(
+        f"{learned.origin} was learned for {learned.method}, not for {method}; leave the method "
+        "out, or name the same."
+      )
     if guidance_low is not None and self._boundary is None:
       raise ConfigError(
         f"guidance_low={guidance_low} is for models with two transformers, {self.folder} has one."
       )
+    config = self.config(method, schedule, block)
+    return self._run(method, config, frames, size, learned, guidance_low)
+
+  def beside_dense(
+    self,
+    method: str,
+    frames: int | None = None,
+    size: Sequence[int] | None = None,
+    learned: Learned | None = None,
+  ) -> PretrainedRun:
+    """Returns the dense model with a method beside it, which is compared with it in every layer.
+
+    What it samples is dense attention's; its aux has `error` (`methods.distilled`). Arguments and
+    errors as of `at`.
+    """
+    return self._run(method, beside_dense(self.config(method)), frames, size, learned)
+
+  def _run(
+    self, method: str, config: WanConfig, frames, size, learned, guidance_low=None
+  ) -> PretrainedRun:
+    shape = self.latent_shape(frames or self.frames, size or self.size)
+    with refusing(f"method {method}"):
+      config.layout(shape)
+    create = functools.partial(WanDiT, config, shape)
+    model = nnx.eval_shape(lambda: create(nnx.Rngs(0)))
     low = None
     if self._boundary is not None:
-      low = LowNoise(self._boundary, self._params(model, create, _LOW), guidance_low)
-    return PretrainedRun(model, self._params(model, create), shape, self.decode, low)
+      low = LowNoise(self._boundary, self._params(model, create, learned, _LOW), guidance_low)
+    return PretrainedRun(model, self._params(model, create, learned), shape, self.decode, low)
+
+  def _check_one(self):
+    """Refuses what is for models with one transformer and its weights."""
+    if self._boundary is not None or isinstance(self, RandomWeights):
+      raise ConfigError(
+        f"{self.folder}: routers and gates are learned on the weights of one transformer; this has "
+        f"{'two' if self._boundary is not None else 'random ones'}."
+      )
+
+  @functools.cached_property
+  def identity(self) -> str:
+    """Hash of the transformer's weights, of `learned.weights_hash`."""
+    return weights_hash(self._tensors[_HIGH])
+
+  def opened(self, learned: Learned | str | pathlib.Path | None) -> Learned | None:
+    """Returns learned leaves, read from their file if need be; None stays None.
+
+    Raises:
+      ConfigError: the file cannot be used, or they were learned on other weights.
+    """
+    if learned is None:
+      return None
+    self._check_one()
+    if not isinstance(learned, Learned):
+      learned = Learned.read(learned)
+    learned.check_base(self.identity, self.folder)
+    return learned
+
+  def is_of(self, learned: Learned, method: str) -> bool:
+    """Tells whether leaves were learned for a method, all of whose fields count.
+
+    Raises:
+      ConfigError: one of the two methods is unknown, or a field of it.
+    """
+    with refusing(learned.origin):
+      own = self.config(learned.method)
+    return own == self.config(method)
+
+  def distil(
+    self,
+    texts: Sequence[str] | PromptEmbeddings,
+    method: str,
+    *,
+    negative: str = "",
+    frames: int | None = None,
+    size: Sequence[int] | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    shift: float | None = None,
+    config: DistilConfig | None = None,
+    progress: bool = True,
+  ) -> Learned:
+    """Learns a method's own leaves from the dense model's trajectories for prompts.
+
+    Args:
+      texts: prompts, or their embeddings.
+      method: with a router, gates or other parameters of its own, e.g. "freqformer".
+      negative: what guidance leads away from; embeddings bring their own.
+      frames: 4 k + 1; None: as usual for the model, as for the next four.
+      size: (rows, cols) in pixels.
+      steps: of UniPC; each is a step of the optimizer.
+      guidance: scale, as the method shall sample; 1 is the conditional model alone, at half the
+        cost.
+      shift: of the noise levels.
+      config: of the learning; None: the defaults.
+      progress: show a progress bar.
+
+    Raises:
+      ConfigError: a number is out of its bounds, or the method cannot serve the size or has no
+        parameters.
+    """
+    self._check_one()
+    sample = self.sampling(steps, guidance, shift)
+    config = config or DistilConfig()
+    # Refused before texts are encoded and weights are loaded.
+    shape = self.latent_shape(frames or self.frames, size or self.size)
+    student = self.config(method)
+    student.phases(len(sample.guided()))
+    student.check_training(shape)
+    if not isinstance(texts, PromptEmbeddings):
+      texts = self.embed(list(texts), negative if any(sample.guided()) else None)
+    run = self.beside_dense(method, frames, size)
+    found = distil(
+      run.model,
+      run.params,
+      texts.embeddings,
+      shape,
+      sample,
+      config,
+      null=texts.negative,
+      progress=progress,
+    )
+    facts = {
+      "prompts": len(texts.texts),
+      "latent_shape": shape,
+      "block": self.block,
+      "dtype": self.dtype,
+      "sampling": dataclasses.asdict(sample),
+      "learning": dataclasses.asdict(config),
+      "steps": found.steps,
+      "first_error": [round(float(x), 5) for x in found.errors[0]],
+      "last_error": [round(float(x), 5) for x in found.errors[-1]],
+    }
+    return Learned(method, self.identity, found.leaves, facts)
 
   def _loaded(self, which: str) -> dict[str, jax.Array]:
     """Returns the pretrained arrays of a transformer by leaf, on the device."""
@@ -244,13 +382,16 @@ class Pretrained:
       self._base[which] = flatten(params)
     return self._base[which]
 
-  def _params(self, model, create, which: str = _HIGH):
-    """Returns a model's parameters: pretrained ones, and a method's own at their start."""
+  def _params(self, model, create, learned: Learned | None = None, which: str = _HIGH):
+    """Returns a model's parameters: pretrained ones, and a method's own, learned or fresh."""
     base = self._loaded(which)
     paths = flatten(nnx.state(model))
     lacking = sorted(paths.keys() - base.keys())
     fresh = {}
-    if lacking:
+    if learned is not None:
+      learned.check_leaves({name: paths[name].shape for name in lacking})
+      fresh = {name: jnp.asarray(array) for name, array in learned.arrays.items()}
+    elif lacking:
       logging.info("%d arrays are the method's own, untrained: %s ...", len(lacking), lacking[0])
 
       @jax.jit
@@ -300,7 +441,8 @@ class Pretrained:
     self,
     texts: Sequence[str] | str,
     *,
-    method: str = "dense",
+    method: str | None = None,
+    learned: Learned | str | pathlib.Path | None = None,
     negative: str = "",
     frames: int | None = None,
     size: Sequence[int] | None = None,
@@ -315,7 +457,8 @@ class Pretrained:
 
     Args:
       texts: prompts, or one.
-      method: attention method, e.g. "adaspa(sparsity=0.8)".
+      method: attention method, e.g. "adaspa(sparsity=0.8)"; None: that of `learned`, or dense.
+      learned: as of `at`.
       negative: what guidance leads away from.
       frames: 4 k + 1; None: as usual for the model, as for the next four.
       size: (rows, cols) in pixels.
@@ -335,7 +478,7 @@ class Pretrained:
     texts = [texts] if isinstance(texts, str) else list(texts)
     config = self.sampling(steps, guidance, shift)
     found = self.embed(texts, negative)
-    run = self.at(method, frames, size, guidance_low=guidance_low)
+    run = self.at(method, frames, size, guidance_low=guidance_low, learned=learned)
     places = np.arange(len(texts))
     drawn = draw(
       run, found.embeddings, places, seed, config, null=found.negative, progress=progress

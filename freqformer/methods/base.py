@@ -230,6 +230,8 @@ class Method:
       evaluation.
     exchanges_tiles: devices that share a sample may exchange tiles instead of heads (`exchange`).
     branches: names of what a head can be given; routing is an array over these.
+    within_attention: attributes of the method's module that act on queries and keys: a gradient in
+      them needs attention's backward pass, which one in routers and gates does not.
     branch_of_part: named scopes (`jax.named_scope`) of the program that only heads of one branch
       need, and that branch.
   """
@@ -240,6 +242,7 @@ class Method:
   trains_all_branches: ClassVar[bool] = False
   exchanges_tiles: ClassVar[bool] = False
   branches: ClassVar[tuple[str, ...]] = ()
+  within_attention: ClassVar[tuple[str, ...]] = ()
   branch_of_part: ClassVar[dict[str, str]] = {}
 
   def build(self, dims: Dims, layout: TileLayout, rngs: nnx.Rngs) -> nnx.Module | None:

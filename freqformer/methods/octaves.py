@@ -84,6 +84,7 @@ class Octaves(Method):
   router: RouterConfig = _ROUTER
 
   routed = True
+  within_attention = ("q_gain", "k_gain")
 
   def __post_init__(self):
     require(self, "levels window", least=1)

@@ -90,6 +90,21 @@ class Tensors(Mapping[str, np.ndarray]):
     except (OSError, safetensors.SafetensorError) as error:
       raise ConfigError(f"{path}: {name} cannot be read ({error}); {_AGAIN}.") from error
 
+  def first_row(self, name: str) -> np.ndarray:
+    """Reads the first entry of a tensor along its first axis, all of one with fewer than two.
+
+    Raises:
+      KeyError: there is none of that name.
+      ConfigError: the file cannot be read any more.
+    """
+    if len(self.shapes[name]) < 2:
+      return self[name]
+    path = self._files[name]
+    try:
+      return self._opened[path].get_slice(name)[0:1]
+    except (OSError, safetensors.SafetensorError) as error:
+      raise ConfigError(f"{path}: {name} cannot be read ({error}); {_AGAIN}.") from error
+
   def __contains__(self, name: object) -> bool:
     return name in self._files  # a Mapping's own reads the tensor to find out
 
