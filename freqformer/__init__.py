@@ -11,6 +11,7 @@ import pathlib
 _PUBLIC = {
   "TileLayout": "grid.layout",
   "VideoDiT": "model.dit",
+  "attach": "model.attached",
   "list_methods": "methods.registry",
   "load_pretrained": "evaluate.pretrained",
   "load_run": "evaluate.restore",

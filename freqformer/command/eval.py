@@ -101,11 +101,20 @@ _RESCALE = flags.DEFINE_float(
 _NEGATIVE = flags.DEFINE_string(
   "negative", "", "Prompt that guidance leads away from, with --pretrained."
 )
+_GUIDANCE_LOW = flags.DEFINE_float(
+  "guidance_low", None, "Guidance at low noise of a model with two transformers (Wan 2.2 A14B)."
+)
 _SHIFT = flags.DEFINE_float("shift", None, "Shift of the noise levels, with --pretrained.")
 _LEARNED = cli.define_path(
   "learned", None, "File of a method's learned leaves (freqformer.distil), with --pretrained."
 )
 _BLOCK = flags.DEFINE_integer("block", 128, "Rows of a tile, with --pretrained.", lower_bound=1)
+_HONEST = flags.DEFINE_bool(
+  "honest",
+  True,
+  "With --pretrained and --compare: also draw the first method in smaller tiles, the floor of any "
+  "difference, and measure how far each method's attention is from dense.",
+)
 _FRAMES = flags.DEFINE_integer("frames", None, "Frames of a video; default as trained.")
 _SIZE = flags.DEFINE_string("size", None, "ROWSxCOLS of a video in pixels; default as trained.")
 _ROPE = flags.DEFINE_string(
@@ -158,7 +167,7 @@ _OF_SAMPLES = (
   "lpips_weights",
   "fps",
 )
-_OF_PRETRAINED = ("negative", "shift", "block", "learned")
+_OF_PRETRAINED = ("negative", "guidance_low", "shift", "block", "honest", "learned")
 # Of runs alone: what a downloaded model has no use for.
 _OF_RUNS = (
   *_OF_VALIDATION,
@@ -279,6 +288,8 @@ def _sample_pretrained():
   if _COMPARE.value is not None:
     methods = compare.split_methods(_COMPARE.value)
     metrics = compare.metric_functions(_METRICS.value, _LPIPS.value)
+  if _PRETRAINED.value.startswith("random:") and flags.FLAGS["metrics"].present:
+    raise ConfigError("--metrics judges videos; random weights have speed alone: leave it out.")
   pretrained.run(
     pretrained.Request(
       folder=_PRETRAINED.value,
@@ -290,12 +301,14 @@ def _sample_pretrained():
       size=None if _SIZE.value is None else parse_size(_SIZE.value),
       steps=_STEPS.value,
       guidance=_GUIDANCE.value,
+      guidance_low=_GUIDANCE_LOW.value,
       shift=_SHIFT.value,
       seed=_SEED.value,
       schedule=_SCHEDULE.value,
       fps=_FPS.value,
       metrics=metrics,
       block=_BLOCK.value,
+      honest=_HONEST.value,
       learned=_LEARNED.value,
     )
   )

@@ -4,24 +4,29 @@
   python eval.py --pretrained=DIR --prompts="a cat;a dog" --method="adaspa(sparsity=0.8)"
   python eval.py --pretrained=DIR --prompts=prompts.txt \\
     --compare="dense,adaspa,freqformer(allocation=measured)"
+  python eval.py --pretrained=random:wan2.1-1.3b --compare=dense,adaspa     speed only
   python eval.py --pretrained=DIR --prompts=prompts.txt --learned=routers.safetensors
 
 The page and the videos go to --out, by default runs/pretrained/<name of the folder>.
 """
 
 import dataclasses
+import json
 import pathlib
 import time
 
 import jax
 import numpy as np
+from absl import logging
 
 from freqformer.config import ConfigError
+from freqformer.disk import write_whole
 from freqformer.evaluate import compare
-from freqformer.evaluate.draw import FLOPS_ARE
+from freqformer.evaluate.draw import FLOPS_ARE, attention_errors, draw
 from freqformer.evaluate.learned import Learned
-from freqformer.evaluate.pretrained import Pretrained
-from freqformer.pages.compare import text_table, write_comparison
+from freqformer.evaluate.predicted import add_speedups
+from freqformer.evaluate.pretrained import Pretrained, RandomWeights, load_pretrained
+from freqformer.pages.compare import slug, text_table, write_comparison
 from freqformer.pages.mp4 import grid_png
 from freqformer.prompts import read_prompts, without_blank
 from freqformer.train.mesh import all_devices
@@ -44,12 +49,14 @@ class Request:
     size: (rows, cols) in pixels.
     steps: of UniPC.
     guidance: scale.
+    guidance_low: scale at low noise, of a model with two transformers.
     shift: of the noise levels.
     seed: of the noise.
     schedule: dense evaluations and layers.
     fps: of the mp4s; 0: the model's.
     metrics: by name, that methods are compared by.
     block: rows of a tile.
+    honest: of a comparison: also draw the floor, and measure each method's error of attention.
     learned: file of a method's learned leaves, of `python -m freqformer.distil`.
   """
 
@@ -62,12 +69,14 @@ class Request:
   size: tuple[int, int] | None
   steps: int | None
   guidance: float | None
+  guidance_low: float | None
   shift: float | None
   seed: int
   schedule: str | None
   fps: float
   metrics: dict
   block: int
+  honest: bool
   learned: str | None = None
 
 
@@ -79,7 +88,7 @@ def run(request: Request):
   """
   seconds = {}
   clock = time.monotonic()
-  pipe = Pretrained(request.folder, block=request.block)
+  pipe = load_pretrained(request.folder, block=request.block)
   config = pipe.sampling(request.steps, request.guidance, request.shift)
   evaluations = len(config.guided())
   frames = request.frames or pipe.frames
@@ -93,19 +102,48 @@ def run(request: Request):
 
   clock = time.monotonic()
   found = {
-    method: pipe.at(method, frames, size, request.schedule, learned.get(method))
+    method: pipe.at(
+      method, frames, size, request.schedule, request.guidance_low, learned=learned.get(method)
+    )
     for method in methods
   }
+  compares = len(methods) > 1 and not isinstance(pipe, RandomWeights)
+  if compares and request.honest:
+    # The same numbers in another order: what differs is rounding, and no method can be nearer.
+    block = request.block // 2 or 2
+    first = methods[0]
+    floor = pipe.at(
+      first,
+      frames,
+      size,
+      request.schedule,
+      request.guidance_low,
+      block=block,
+      learned=learned.get(first),
+    )
+    found[f"{first} in tiles of {block}, the floor"] = floor
   seconds["load"] = time.monotonic() - clock
+  if isinstance(pipe, RandomWeights):
+    _print_speed(pipe, found, texts, config, request)
+    return
   places = np.arange(len(texts.texts))
   clock = time.monotonic()
   rows, videos = compare.compare(
     found, texts.embeddings, places, request.seed, config, request.metrics, null=texts.negative
   )
   seconds["sample_and_decode"] = time.monotonic() - clock
+  if compares:
+    clock = time.monotonic()
+    add_speedups(rows, found.values(), evaluations, request.schedule)
+    if request.honest:
+      for row in rows[1:]:
+        args = (found[row["method"]], texts.embeddings[:1], 0, request.seed, config)
+        errors = attention_errors(*args, null=texts.negative)
+        row["attention_error"] = float(errors.mean())
+        row["attention_error_by_step_layer"] = np.round(errors, 6).tolist()
+    seconds["errors"] = time.monotonic() - clock
 
-  out = pathlib.Path(request.out or pathlib.Path("runs/pretrained") / pipe.folder.resolve().name)
-  out.mkdir(parents=True, exist_ok=True)
+  out = _folder(pipe, request)
   captions = [text[:_LETTERS] for text in texts.texts]
   facts = {
     "pretrained": str(pipe.folder),
@@ -131,6 +169,39 @@ def run(request: Request):
       grid_png(out / "grid.png", clips, captions)
   print(text_table(rows))
   print(f"page: {page}")
+
+
+def _print_speed(pipe: RandomWeights, found: dict, texts, config, request: Request):
+  """Prints and writes times, FLOPs and density of methods on random weights."""
+  rows = []
+  for method, own in found.items():
+    logging.info("%s", method)
+    places = np.arange(len(texts.texts))
+    drawn = draw(own, texts.embeddings, places, request.seed, config, null=texts.negative)
+    rows.append(compare.row(method, drawn, None, None, {}))
+  add_speedups(rows, found.values(), len(config.guided()), request.schedule)
+  out = _folder(pipe, request)
+  facts = dataclasses.asdict(config) | {
+    "pretrained": str(pipe.folder),
+    "weights": "random: speed and memory only, attention over them is nearly uniform",
+    "latent_shape": next(iter(found.values())).latent_shape,
+    "dtype": pipe.dtype,
+    "peak_bytes": _peak(),
+    "device": all_devices()[0].device_kind,
+    "flops_are": FLOPS_ARE,
+    "rows": rows,
+  }
+  write_whole(out / "speed.json", json.dumps(facts, indent=1))
+  print(text_table(rows))
+  print(f"random weights, speed only: {out / 'speed.json'}")
+
+
+def _folder(pipe: Pretrained, request: Request) -> pathlib.Path:
+  """Makes and returns the folder that is written to."""
+  name = slug(pipe.folder.name) if isinstance(pipe, RandomWeights) else pipe.folder.resolve().name
+  out = pathlib.Path(request.out or pathlib.Path("runs/pretrained") / name)
+  out.mkdir(parents=True, exist_ok=True)
+  return out
 
 
 def _methods(pipe: Pretrained, request: Request) -> tuple[dict[str, Learned], list[str]]:
@@ -165,6 +236,8 @@ def embeddings(
   Raises:
     ConfigError: there is no prompt, or ready embeddings lack the negative one.
   """
+  if isinstance(pipe, RandomWeights):
+    return pipe.embed(["random"])
   if not given:
     raise ConfigError(
       '--pretrained needs --prompts: texts as "a cat;a dog", or a file with one in each line.'

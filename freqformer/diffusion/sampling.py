@@ -150,7 +150,13 @@ def _evaluations(model, config: SampleConfig) -> list[_Evaluation]:
   ]
 
 
-def make_step(graphdef, config: SampleConfig, want_masks: bool = False, first_frame: bool = False):
+def make_step(
+  graphdef,
+  config: SampleConfig,
+  want_masks: bool = False,
+  first_frame: bool = False,
+  want_distance: bool = False,
+):
   """Returns one evaluation and the solver's update, jitted.
 
   It is `(params, points, label, t, weights, tables, state, phases, guided) -> (points, state,
@@ -162,15 +168,16 @@ def make_step(graphdef, config: SampleConfig, want_masks: bool = False, first_fr
   Args:
     want_masks: puts each layer's `BlockMask` into aux.
     first_frame: the first latent frame of the points is given and stays.
+    want_distance: puts each layer's distance from dense attention into aux (`Cond.teacher`); the
+      tables then have the dense one.
   """
   evaluate = make_evaluation(config, first_frame)
 
   @functools.partial(jax.jit, static_argnums=(7, 8), donate_argnums=6)
   def step(params, points, label, t, weights, tables, state, phases=(), guided=False):
     model = nnx.merge(graphdef, params)
-    return evaluate(
-      model, points, label, t, weights, tables, state, phases, guided, want_masks=want_masks
-    )
+    moment = dict(want_masks=want_masks, teacher=tables["dense"] if want_distance else None)
+    return evaluate(model, points, label, t, weights, tables, state, phases, guided, **moment)
 
   return step
 
@@ -252,6 +259,21 @@ def compile_steps(
   def run(*args):
     *arrays, phases, guided = args
     return compiled[phases, guided](*arrays)
+
+  return run
+
+
+def by_noise(high: tuple, low: tuple, boundary: float):
+  """Returns a step of two models, for high and for low noise, each `(step, params)`.
+
+  It is called as either of them, and the parameters that it is given do not count. The first model
+  runs where t, as the model is told it, is at least the boundary.
+  """
+
+  def run(params, points, label, t, *rest):
+    del params
+    step, own = high if t >= boundary else low
+    return step(own, points, label, t, *rest)
 
   return run
 

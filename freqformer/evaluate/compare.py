@@ -114,6 +114,37 @@ def compare(
   return rows, videos
 
 
+def paired(rows: list[dict]) -> list[dict]:
+  """Returns how two methods differ in quality on the same clips, of each pair behind the reference.
+
+  Returns:
+    plain JSON: the two methods, the metric, the number of clips, the mean difference of the first
+    from the second, its standard error and t; pairs of less than two clips are left out, and those
+    with a clip that equals the reference's.
+  """
+  found = []
+  for i, first in enumerate(rows[1:], 1):
+    for second in rows[i + 1 :]:
+      for metric, values in (first["quality_by_sample"] or {}).items():
+        pair = (values, second["quality_by_sample"][metric])
+        if len(values) < 2 or "inf" in (*pair[0], *pair[1]):
+          continue
+        difference = np.subtract(*pair)
+        error = float(difference.std(ddof=1) / len(difference) ** 0.5)
+        mean = float(difference.mean())
+        found.append(
+          {
+            "methods": [first["method"], second["method"]],
+            "metric": metric,
+            "clips": len(difference),
+            "mean": mean,
+            "standard_error": error,
+            "t": mean / error if error else None,
+          }
+        )
+  return found
+
+
 def row(
   method: str,
   drawn: Drawn,

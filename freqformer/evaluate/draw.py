@@ -173,10 +173,7 @@ def draw(
   shape = run.latent_shape
   tables = model.tables(shape)
   clock = time.monotonic()
-  step = sampling.make_step(
-    nnx.graphdef(model), config, want_masks=want_masks, first_frame=first_frame is not None
-  )
-  step = sampling.compile_steps(step, run.params, model, tables, shape, config, first_frame)
+  step = _compiled(run, config, tables, first_frame, want_masks=want_masks)
   compile_seconds = time.monotonic() - clock
   recorder = MaskRecorder()
   if want_masks:
@@ -188,6 +185,60 @@ def draw(
   masks = recorder.masks() if want_masks else None
   density = realised_density(aux)
   return Drawn(run, config, latents, density, compile_seconds, run_seconds, masks)
+
+
+def attention_errors(
+  run: Run, labels: np.ndarray, index: int, seed: int, config: SampleConfig, null=None
+) -> np.ndarray:
+  """Returns how far attention is from dense attention on the same q, k and v.
+
+  One sample is drawn under the run's method. In each layer dense attention runs beside it; the
+  error is the norm of the difference over that of its output, before the output projection.
+
+  Args:
+    labels: of the sample, `[1, ...]`.
+    index: of the sample.
+    seed: of the noise, like what follows as of `draw`.
+
+  Returns:
+    float32 `[evaluations, layers]`, means over the halves of guidance.
+  """
+  tables = run.model.tables(run.latent_shape, with_dense=True)
+  config = dataclasses.replace(config, batch_size=multiple(1))
+  step = _compiled(run, config, tables, None, want_distance=True)
+  args = (step, run.params, run.model, labels, [index], seed, tables, run.latent_shape, config)
+  _, aux = sampling.sample(*args, progress=False, null=null)
+  squares = [np.concatenate([part["distance"] for part in parts]) for parts in aux]
+  return np.sqrt(np.stack(squares)).mean(-1)
+
+
+def _compiled(run: Run, config: SampleConfig, tables, first_frame, **wants):
+  """Returns the compiled step of a run, by noise where it has two models.
+
+  Raises:
+    ConfigError: one of two models guides and the other does not.
+  """
+
+  def compiled(config, params):
+    step = sampling.make_step(
+      nnx.graphdef(run.model), config, first_frame=first_frame is not None, **wants
+    )
+    args = (step, params, run.model, tables, run.latent_shape, config, first_frame)
+    return sampling.compile_steps(*args)
+
+  step = compiled(config, run.params)
+  if run.low is None:
+    return step
+  low = step
+  guidance = config.guidance if run.low.guidance is None else run.low.guidance
+  if (guidance in (0, 1)) != (config.guidance in (0, 1)):
+    raise ConfigError(
+      f"guidance={config.guidance} at high and {guidance} at low noise: both transformers guide or "
+      "none does; set both to 1, or to other numbers."
+    )
+  if guidance != config.guidance:
+    low = compiled(dataclasses.replace(config, guidance=guidance), run.low.params)
+  return sampling.by_noise((step, run.params), (low, run.low.params), run.low.boundary)
 
 
 def sample(

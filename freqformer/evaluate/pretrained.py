@@ -9,6 +9,7 @@ scheduler. Nothing is downloaded, and no torch is used.
 
 import dataclasses
 import functools
+import math
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -26,13 +27,20 @@ from freqformer.evaluate.draw import draw
 from freqformer.evaluate.learned import Learned, weights_hash
 from freqformer.model.config import DTYPES, AttentionConfig
 from freqformer.model.leaves import flatten, leaf_name
-from freqformer.model.wan import WanConfig, WanDiT, load_params
+from freqformer.model.wan import WanConfig, WanDiT, is_narrow, load_params
+from freqformer.simulation.descriptions import load_model
 from freqformer.train.distil import DistilConfig, beside_dense, check_learns, distil
 from freqformer.wan import levels, prompts, text_encoder, vae
 from freqformer.wan.files import open_tensors, part, read_config
+from freqformer.wan.json_file import read_object
 from freqformer.wan.prompts import PromptEmbeddings
 
 _KNOWN = ("WanTransformer3DModel",)
+# A model's transformers: the only one or that for high noise, and that for low noise.
+_HIGH = "transformer"
+_LOW = "transformer for low noise"
+_RANDOM = "random:"
+_SHIFT = 3.0  # of Wan 2.1 at 480p, as diffusers' files have it
 _BLOCK = 128  # rows of a tile: what the kernels are made for
 _GUIDANCE = 5.0  # as diffusers' pipeline has it
 _STEPS = 50
@@ -49,6 +57,21 @@ _COMPUTED = {
 
 
 @dataclasses.dataclass(frozen=True)
+class LowNoise:
+  """The second transformer of a model that has one for high and one for low noise (Wan 2.2 A14B).
+
+  Attributes:
+    boundary: it runs below this t, as the model is told it.
+    params: its parameters.
+    guidance: scale; None: as for high noise.
+  """
+
+  boundary: float
+  params: Any
+  guidance: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class PretrainedRun:
   """A model under one method at one size: what `draw` and `compare` sample.
 
@@ -57,12 +80,14 @@ class PretrainedRun:
     params: its parameters; models of other methods share their arrays.
     latent_shape: (t, y, x, c).
     decode: latents `[b, t, y, x, c]` to videos, uint8 `[b, frames, rows, cols, 3]`.
+    low: of a model with two transformers that for low noise.
   """
 
   model: WanDiT
   params: Any
   latent_shape: tuple[int, int, int, int]
   decode: Callable[[np.ndarray], np.ndarray]
+  low: LowNoise | None = None
 
 
 class Pretrained:
@@ -70,6 +95,9 @@ class Pretrained:
 
   Attributes:
     folder: as downloaded.
+    dtype: of matrices and activations, a name in `DTYPES`.
+    block: rows of a tile.
+    vae: its autoencoder, not read yet.
     frames: of a video, where nothing else is asked for.
     size: (rows, cols) in pixels, likewise.
     fps: frames a second.
@@ -96,21 +124,21 @@ class Pretrained:
       ConfigError: a part is missing, damaged, or of a model that is not known.
     """
     self.folder = pathlib.Path(folder)
-    if dtype is None:
-      dtype = "bfloat16" if jax.default_backend() == "gpu" else "float32"
-    if dtype not in DTYPES:
-      raise ConfigError(f"dtype={dtype!r} is unknown; {did_you_mean(dtype, DTYPES)}")
-    self.dtype = dtype
+    self.dtype = _dtype(dtype)
     self.block = block
     self._cache = pathlib.Path(cache) if cache else _user_cache()
     own = part(self.folder, "transformer")
     self._sizes = _sizes(read_config(own), own)
-    if (self.folder / "transformer_2").is_dir():
-      raise ConfigError(
-        f"{self.folder} holds two transformers, one for high and one for low noise (Wan 2.2 A14B), "
-        "which is not supported yet; name a folder with one, e.g. Wan2.1-T2V-14B-Diffusers."
-      )
+    self._tensors = {_HIGH: open_tensors(own)}
+    self._boundary = None
+    second = self.folder / "transformer_2"
+    if second.is_dir():
+      self._boundary = _boundary(self.folder)
+      if _sizes(read_config(second), second) != self._sizes:
+        raise ConfigError(f"{own} and {second} are of other sizes; download both again.")
+      self._tensors[_LOW] = open_tensors(second)
     self.vae = vae.open_vae(self.folder)
+    self._factor = self.vae.structure.factor
     channels = self._sizes.pop("channels")
     if self.vae.structure.channels != channels:
       raise ConfigError(
@@ -118,17 +146,24 @@ class Pretrained:
         f"{self.vae.structure.channels}; download both from one repository."
       )
     self._channels = channels
-    self._tensors = open_tensors(own)
+    self._base = {}
     self.schedule = levels.read_schedule(self.folder / "scheduler" / "scheduler_config.json")
     self.frames, self.size, self.fps = _USUAL.get(channels, _USUAL[16])
 
-  def config(self, method: str = "dense", schedule: str | None = None) -> WanConfig:
+  def config(
+    self, method: str = "dense", schedule: str | None = None, block: int | None = None
+  ) -> WanConfig:
     """Returns the model's config under a method, and with an `attention.schedule`.
+
+    Args:
+      method: attention method.
+      schedule: dense evaluations and layers; None: none.
+      block: rows of a tile; None: those of this object.
 
     Raises:
       ConfigError: the method is unknown, or a field of it.
     """
-    attention = AttentionConfig(methods=(), method="dense", block=self.block)
+    attention = AttentionConfig(methods=(), method="dense", block=block or self.block)
     config = WanConfig(attention=attention, dtype=self.dtype, **self._sizes)
     config = config.with_method(method)
     return config if schedule is None else config.with_schedule(schedule)
@@ -139,7 +174,7 @@ class Pretrained:
     Raises:
       ConfigError: there are no such videos; names the nearest.
     """
-    factor = self.vae.structure.factor
+    factor = self._factor
     patch = WanConfig.patch
     tokens = tuple(f * p for f, p in zip(factor, patch, strict=True))
     vae.check_video((frames, *size), tokens)
@@ -171,6 +206,8 @@ class Pretrained:
     frames: int | None = None,
     size: Sequence[int] | None = None,
     schedule: str | None = None,
+    guidance_low: float | None = None,
+    block: int | None = None,
     learned: Learned | str | pathlib.Path | None = None,
   ) -> PretrainedRun:
     """Returns the model under a method at a size; its weights are there once for all methods.
@@ -178,8 +215,10 @@ class Pretrained:
     Args:
       method: None: that of `learned`, or dense attention.
       frames: 4 k + 1; None: as usual for the model.
-      size: (rows, cols) in pixels; likewise.
+      size: (rows, cols) in pixels, likewise.
       schedule: as of `config`.
+      guidance_low: scale at low noise, of a model with two transformers; None: as at high noise.
+      block: as of `config`.
       learned: leaves of the method that were learned on this model, or their file; None: a method's
         own leaves are as they begin.
 
@@ -195,7 +234,12 @@ class Pretrained:
         f"{learned.origin} was learned for {learned.method}, not for {method}; leave the method "
         "out, or name the same."
       )
-    return self._run(method, self.config(method, schedule), frames, size, learned)
+    if guidance_low is not None and self._boundary is None:
+      raise ConfigError(
+        f"guidance_low={guidance_low} is for models with two transformers, {self.folder} has one."
+      )
+    config = self.config(method, schedule, block)
+    return self._run(method, config, frames, size, learned, guidance_low)
 
   def beside_dense(
     self,
@@ -211,18 +255,31 @@ class Pretrained:
     """
     return self._run(method, beside_dense(self.config(method)), frames, size, learned)
 
-  def _run(self, method: str, config: WanConfig, frames, size, learned) -> PretrainedRun:
+  def _run(
+    self, method: str, config: WanConfig, frames, size, learned, guidance_low=None
+  ) -> PretrainedRun:
     shape = self.latent_shape(frames or self.frames, size or self.size)
     with refusing(f"method {method}"):
       config.layout(shape)
     create = functools.partial(WanDiT, config, shape)
     model = nnx.eval_shape(lambda: create(nnx.Rngs(0)))
-    return PretrainedRun(model, self._params(model, create, learned), shape, self.decode)
+    low = None
+    if self._boundary is not None:
+      low = LowNoise(self._boundary, self._params(model, create, learned, _LOW), guidance_low)
+    return PretrainedRun(model, self._params(model, create, learned), shape, self.decode, low)
+
+  def _check_one(self):
+    """Refuses what is for models with one transformer and its weights."""
+    if self._boundary is not None or isinstance(self, RandomWeights):
+      raise ConfigError(
+        f"{self.folder}: routers and gates are learned on the weights of one transformer; this has "
+        f"{'two' if self._boundary is not None else 'random ones'}."
+      )
 
   @functools.cached_property
   def identity(self) -> str:
     """Hash of the transformer's weights, of `learned.weights_hash`."""
-    return weights_hash(self._tensors)
+    return weights_hash(self._tensors[_HIGH])
 
   def opened(self, learned: Learned | str | pathlib.Path | None) -> Learned | None:
     """Returns learned leaves, read from their file if need be; None stays None.
@@ -232,6 +289,7 @@ class Pretrained:
     """
     if learned is None:
       return None
+    self._check_one()
     if not isinstance(learned, Learned):
       learned = Learned.read(learned)
     learned.check_base(self.identity, self.folder)
@@ -280,6 +338,7 @@ class Pretrained:
       ConfigError: a number is out of its bounds, or the method cannot serve the size or has no
         parameters.
     """
+    self._check_one()
     sample = self.sampling(steps, guidance, shift)
     config = config or DistilConfig()
     # Refused before texts are encoded and weights are loaded.
@@ -314,18 +373,19 @@ class Pretrained:
     }
     return Learned(method, self.identity, found.leaves, facts)
 
-  @functools.cached_property
-  def _base(self) -> dict[str, jax.Array]:
-    """The pretrained arrays by leaf, on the device."""
-    logging.info("loading the transformer ...")
-    shape = self.latent_shape(1 + self.vae.structure.factor[0], self.size)
-    model = nnx.eval_shape(lambda: WanDiT(self.config(), shape, nnx.Rngs(0)))
-    params, _ = load_params(model, self._tensors, DTYPES[self.dtype])
-    return flatten(params)
+  def _loaded(self, which: str) -> dict[str, jax.Array]:
+    """Returns the pretrained arrays of a transformer by leaf, on the device."""
+    if which not in self._base:
+      logging.info("loading the %s ...", which)
+      shape = self.latent_shape(1 + self._factor[0], self.size)
+      model = nnx.eval_shape(lambda: WanDiT(self.config(), shape, nnx.Rngs(0)))
+      params, _ = load_params(model, self._tensors[which], DTYPES[self.dtype])
+      self._base[which] = flatten(params)
+    return self._base[which]
 
-  def _params(self, model, create, learned: Learned | None = None):
+  def _params(self, model, create, learned: Learned | None = None, which: str = _HIGH):
     """Returns a model's parameters: pretrained ones, and a method's own, learned or fresh."""
-    base = self._base
+    base = self._loaded(which)
     paths = flatten(nnx.state(model))
     lacking = sorted(paths.keys() - base.keys())
     fresh = {}
@@ -389,6 +449,7 @@ class Pretrained:
     size: Sequence[int] | None = None,
     steps: int | None = None,
     guidance: float | None = None,
+    guidance_low: float | None = None,
     shift: float | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -404,6 +465,7 @@ class Pretrained:
       size: (rows, cols) in pixels.
       steps: of UniPC.
       guidance: scale; 1 is none.
+      guidance_low: as of `at`.
       shift: of the noise levels.
       seed: of the noise; a prompt's noise depends on its place, too.
       progress: show a progress bar.
@@ -417,7 +479,7 @@ class Pretrained:
     texts = [texts] if isinstance(texts, str) else list(texts)
     config = self.sampling(steps, guidance, shift)
     found = self.embed(texts, negative)
-    run = self.at(method, frames, size, learned=learned)
+    run = self.at(method, frames, size, guidance_low=guidance_low, learned=learned)
     places = np.arange(len(texts))
     drawn = draw(
       run, found.embeddings, places, seed, config, null=found.negative, progress=progress
@@ -425,8 +487,67 @@ class Pretrained:
     return self.decode(drawn.latents)
 
 
+class RandomWeights(Pretrained):
+  """A model of a published size with random weights: it has speed and memory, and no pictures."""
+
+  def __init__(self, name: str, *, dtype: str | None = None, block: int = _BLOCK):
+    """Takes the sizes of a model that the simulator knows.
+
+    Args:
+      name: "wan2.1-1.3b" or another of `freqformer/simulation/models` with a text to attend to.
+      dtype: as of `Pretrained`.
+      block: rows of a tile.
+
+    Raises:
+      ConfigError: there is no such model, or it is not built as Wan is.
+    """
+    card = load_model(name)
+    if card.text_mode != "cross" or card.patch != WanConfig.patch:
+      raise ConfigError(f"random:{name} is not built as Wan is; name wan2.1-1.3b or wan2.1-14b.")
+    self.folder = pathlib.Path(f"random:{name}")
+    self.dtype = _dtype(dtype)
+    self.block = block
+    self._sizes = dict(width=card.width, heads=card.heads, depth=card.layers, mlp=card.mlp)
+    self._channels = card.patch_channels // math.prod(card.patch)
+    self._factor = card.compression
+    self._boundary = None
+    self._base = {}
+    self.schedule = levels.LevelSchedule(_SHIFT)
+    self.frames, self.size, self.fps = _USUAL.get(self._channels, _USUAL[16])
+
+  def embed(self, texts: Sequence[str], negative: str | None = "") -> prompts.PromptEmbeddings:
+    """Returns noise in the place of embeddings."""
+    config = self.config()
+    shape = (len(texts) + 1, config.text_length, config.text_width)
+    rows = np.random.default_rng(0).standard_normal(shape, np.float32)
+    return prompts.PromptEmbeddings(tuple(texts), rows[1:], rows[0])
+
+  def decode(self, latents: np.ndarray) -> np.ndarray:
+    """Refuses: there is nothing to be seen."""
+    raise ConfigError(f"{self.folder} has random weights, and no videos.")
+
+  def _loaded(self, which: str) -> dict[str, jax.Array]:
+    if which not in self._base:
+      shape = self.latent_shape(1 + self._factor[0], self.size)
+      config = self.config()
+
+      @jax.jit
+      def make():
+        state = flatten(nnx.state(WanDiT(config, shape, nnx.Rngs(0))))
+        narrow = DTYPES[self.dtype]
+        return {k: x.astype(narrow) if is_narrow(k) else x for k, x in state.items()}
+
+      self._base[which] = make()
+    return self._base[which]
+
+
 def load_pretrained(folder: str | pathlib.Path, **options) -> Pretrained:
-  """Opens a downloaded model; arguments and errors as of `Pretrained`."""
+  """Opens a downloaded model, or one of random weights, "random:wan2.1-1.3b".
+
+  Arguments and errors as of `Pretrained` and `RandomWeights`.
+  """
+  if str(folder).startswith(_RANDOM):
+    return RandomWeights(str(folder).removeprefix(_RANDOM), **options)
   return Pretrained(folder, **options)
 
 
@@ -471,6 +592,31 @@ def _sizes(values: dict, folder: pathlib.Path) -> dict:
     raise ConfigError(
       f"{folder / 'config.json'} lacks a size, or it is no number ({error}); download it again."
     ) from error
+
+
+def _boundary(folder: pathlib.Path) -> float:
+  """Returns the t from which on the first of two transformers runs, by model_index.json.
+
+  Raises:
+    ConfigError: the file does not tell.
+  """
+  path = folder / "model_index.json"
+  try:
+    return float(read_object(path)["boundary_ratio"])
+  except (KeyError, TypeError, ValueError) as error:
+    raise ConfigError(
+      f"{path} has no number boundary_ratio, which divides the work of the two transformers in "
+      f"{folder}; download it again."
+    ) from error
+
+
+def _dtype(given: str | None) -> str:
+  """Returns a name in `DTYPES`; None is as usual for the device."""
+  if given is None:
+    return "bfloat16" if jax.default_backend() == "gpu" else "float32"
+  if given not in DTYPES:
+    raise ConfigError(f"dtype={given!r} is unknown; {did_you_mean(given, DTYPES)}")
+  return given
 
 
 def _user_cache() -> pathlib.Path:

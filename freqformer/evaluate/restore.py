@@ -1,7 +1,7 @@
 """Loads a trained model from a run's folder, also under another attention method."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -50,6 +50,7 @@ class Run:
   experiment: Experiment
   record: dict[str, Any]
   conditions: Conditions | None = None
+  low: ClassVar[None] = None  # one model for all noise, see `PretrainedRun`
 
   @property
   def step(self) -> int:

@@ -156,9 +156,9 @@ class VideoDiT(LayerStack):
     """Returns the label of clips without a condition, `[count]` or `[count, embedding]`."""
     return self.label.null(count)
 
-  def tables(self, latent_shape) -> dict:
+  def tables(self, latent_shape, with_dense: bool = False) -> dict:
     """Returns everything static about a grid, to be passed to jit as an argument."""
-    return make_tables(self.config, latent_shape)
+    return make_tables(self.config, latent_shape, with_dense)
 
   def __call__(
     self, x, time, label, tables, state=None, *, rng=None, phases=(), given=None, **moment

@@ -44,9 +44,9 @@ class LayerStack(nnx.Module):
 
   config: ModelConfig
 
-  def tables(self, latent_shape) -> dict:
+  def tables(self, latent_shape, with_dense: bool = False) -> dict:
     """Returns everything static about a grid, to be passed to jit as an argument."""
-    return layer_tables(self.config, latent_shape)
+    return layer_tables(self.config, latent_shape, with_dense)
 
   def init_state(self, batch: int, latent_shape, guided: bool = False) -> list:
     """Returns the layers' memory before the first denoising step, one stacked pytree per run.

@@ -30,7 +30,7 @@ from freqformer.model.leaves import leaf_name
 from freqformer.model.stack import LayerStack, stacked
 from freqformer.model.streams import named, numbered
 from freqformer.placement import split
-from freqformer.wan.weights import WanWeights, diffusers_names
+from freqformer.wan.weights import WanWeights
 
 TIME_RANGE = 1000  # timesteps were counted so in training
 THETA = 10_000.0  # of rotary, on all axes
@@ -263,6 +263,11 @@ def time_features(time: jax.Array, count: int) -> jax.Array:
   return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
 
 
+def is_narrow(name: str) -> bool:
+  """Tells whether a leaf may be kept in 16 bits: most matrices."""
+  return name.endswith("kernel") and name.split("/")[0] not in _EXACT
+
+
 def load_params(model: WanDiT, tensors: Mapping[str, np.ndarray], dtype=None) -> tuple:
   """Returns a model's parameters from the arrays of its files, and which ones those lack.
 
@@ -280,7 +285,7 @@ def load_params(model: WanDiT, tensors: Mapping[str, np.ndarray], dtype=None) ->
     ConfigError: arrays are missing, unknown or of other shapes; lists them.
   """
   config = model.config
-  weights = WanWeights(diffusers_names(tensors), config.heads, config.width)
+  weights = WanWeights(tensors, config.heads, config.width)
   lacking = []
   firsts = np.cumsum([0, *(count for count, _ in config.runs())])
 
@@ -296,7 +301,7 @@ def load_params(model: WanDiT, tensors: Mapping[str, np.ndarray], dtype=None) ->
     if array is None:
       lacking.append(name)
       return leaf
-    narrow = dtype is not None and name.endswith("kernel") and name.split("/")[0] not in _EXACT
+    narrow = dtype is not None and is_narrow(name)
     return jnp.asarray(array, dtype if narrow else jnp.float32)
 
   params = jax.tree_util.tree_map_with_path(value, nnx.state(model))

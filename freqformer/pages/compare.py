@@ -13,6 +13,7 @@ from matplotlib import colormaps
 from PIL import Image
 
 from freqformer.disk import write_whole
+from freqformer.evaluate.compare import paired
 from freqformer.evaluate.quality import difference
 from freqformer.evaluate.record_masks import density_picture
 from freqformer.pages.html import (
@@ -40,6 +41,12 @@ _COLUMNS = {
   "compile_seconds": "compile, s",
   "run_seconds": "run, s",
   "seconds_per_sample": "s per sample",
+}
+# Columns of rows that have them.
+_MORE = {
+  "speedup": "times as fast as the first",
+  "predicted_speedup": "simulated on {predicted_on}",
+  "attention_error": "error of attention",
 }
 
 
@@ -99,22 +106,46 @@ def slug(name: str) -> str:
 
 def text_table(rows: list[dict]) -> str:
   """Returns the rows of a comparison as plain text."""
-  return aligned([[text(value) for value in line] for line in _lines(rows)])
+  lines = [[text(value) for value in line] for line in _lines(rows)]
+  return "\n\n".join(aligned(part) for part in (lines, _paired(rows)) if part)
 
 
 def _lines(rows: list[dict]) -> list[list]:
   """Returns the head and the rows of the table of figures."""
   metrics = list(rows[-1]["quality"] or {})
-  lines = [["method", *(_UNITS[metric] for metric in metrics), *_COLUMNS.values()]]
+  more = {key: title for key, title in _MORE.items() if key in rows[-1]}
+  titles = [title.format(**rows[-1]) for title in more.values()]
+  lines = [["method", *(_UNITS[metric] for metric in metrics), *_COLUMNS.values(), *titles]]
   for row in rows:
     quality = row["quality"] or {}
-    lines.append([row["method"], *map(quality.get, metrics), *(row[key] for key in _COLUMNS)])
+    columns = [*(row[key] for key in _COLUMNS), *map(row.get, more)]
+    lines.append([row["method"], *map(quality.get, metrics), *columns])
   return lines
+
+
+def _paired(rows: list[dict]) -> list[list[str]]:
+  """Returns the head and the rows of the table of differences on the same clips; [] if none."""
+  found = [
+    [
+      f"{pair['methods'][0]} less {pair['methods'][1]}",
+      _UNITS[pair["metric"]],
+      f"{pair['mean']:+.3g}",
+      f"{pair['standard_error']:.2g}",
+      text(pair["t"]),
+      text(pair["clips"]),
+    ]
+    for pair in paired(rows)
+  ]
+  return (
+    [["on the same clips", "", "mean", "standard error", "t", "clips"], *found] if found else []
+  )
 
 
 def _figures(result: dict) -> str:
   head, *numbers = _lines(result["rows"])
   found = table(head, numbers)
+  if pairs := _paired(result["rows"]):
+    found += table(pairs[0], pairs[1:])
   if "flops_are" in result:
     found += f"<p>FLOPs are {html.escape(result['flops_are'])}</p>"
   if _UNITS["lpips"] not in head:

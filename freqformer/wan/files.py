@@ -158,7 +158,7 @@ def refuse_pickles(path: pathlib.Path) -> None:
       raise ConfigError(
         f"{file} is a pickle, which could run any program when it is loaded, and is never read; "
         "download the repository whose name ends in -Diffusers, which has safetensors, e.g. "
-        "huggingface-cli download Wan-AI/Wan2.1-T2V-1.3B-Diffusers --local-dir DIR."
+        "hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers --local-dir DIR."
       )
 
 

@@ -201,10 +201,8 @@ def check_video(sizes: Shape, factor: tuple[int, int, int]) -> None:
   period = factor[0]
   if frames < 1 or (frames - 1) % period:
     below = max(frames - 1, 0) // period * period + 1
-    nearest = f"{below} or {below + period}" if frames > 0 else "1"
-    raise ConfigError(
-      f"a video of {frames} frames: the VAE takes {period} k + 1 of them; the nearest is {nearest}."
-    )
+    near = f"{below} and {below + period} are the nearest" if frames > 0 else "1 is the least"
+    raise ConfigError(f"a video of {frames} frames: the VAE takes {period} k + 1 of them; {near}.")
   if any(n < 1 or n % f for n, f in zip(sides, factor[1:], strict=True)):
     nearest = [max(round(n / f), 1) * f for n, f in zip(sides, factor[1:], strict=True)]
     raise ConfigError(

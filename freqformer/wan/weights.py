@@ -5,7 +5,7 @@ Files are of two kinds: diffusers' names, and those of the authors, which are tr
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -64,33 +64,37 @@ _AUTHORS = (
 _OF_IMAGES = ("image_embedder", "add_k_proj", "k_img", "img_emb")
 
 
-def diffusers_names(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Returns the same arrays under diffusers' names.
+def diffusers_names(names: Iterable[str]) -> dict[str, str]:
+  """Returns the name in the files by diffusers' name.
 
   Raises:
     ConfigError: they are of a model that continues a picture.
   """
-  if found := next((name for name in tensors if any(part in name for part in _OF_IMAGES)), None):
+  names = list(names)
+  if found := next((name for name in names if any(part in name for part in _OF_IMAGES)), None):
     raise ConfigError(
       f"these weights are of an image-to-video model (they have {found}): name a folder of a "
       "text-to-video model, e.g. Wan2.1-T2V-1.3B-Diffusers."
     )
-  if any(name.startswith("condition_embedder.") for name in tensors):
-    return dict(tensors)
-  renamed = {}
-  for name, array in tensors.items():
+  if any(name.startswith("condition_embedder.") for name in names):
+    return {name: name for name in names}
+  found = {}
+  for name in names:
+    ours = name
     for pattern, replacement in _AUTHORS:
-      name = re.sub(pattern, replacement, name)
-    renamed[name] = array
-  return renamed
+      ours = re.sub(pattern, replacement, ours)
+    found[ours] = name
+  return found
 
 
 @dataclasses.dataclass
 class WanWeights:
   """Gives the leaves of a `WanDiT` from the arrays of its files, each array once.
 
+  An array is read when its leaf is asked for: 14 billion parameters are never there twice.
+
   Attributes:
-    tensors: by diffusers' names.
+    tensors: by diffusers' names or the authors'.
     heads: of attention.
     width: of the residual stream.
   """
@@ -100,7 +104,8 @@ class WanWeights:
   width: int
 
   def __post_init__(self):
-    self._unread = set(self.tensors)
+    self._names = diffusers_names(self.tensors)
+    self._unread = set(self._names)
     self._wrong: list[str] = []
 
   def leaf(self, name: str, shape: tuple[int, ...], layer: int | None = None) -> np.ndarray | None:
@@ -150,10 +155,10 @@ class WanWeights:
 
   def _take(self, name):
     self._unread.discard(name)
-    if name not in self.tensors:
+    if name not in self._names:
       self._wrong.append(f"{name}: missing in the files")
       return None
-    return self.tensors[name]
+    return self.tensors[self._names[name]]
 
   def _paired(self, array):
     """Returns rows of q or k, or their gains, with pairs (2 i, 2 i + 1) at (i, i + d / 2)."""

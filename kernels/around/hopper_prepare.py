@@ -18,6 +18,7 @@ from freqformer.kernels.hopper.machine import ROWS
 from freqformer.kernels.hopper.products import (
   LAYOUT,
   PER_COLUMN,
+  PER_ROW,
   over_columns,
   over_rows,
   tiles_type,
@@ -44,6 +45,7 @@ class Plan:
     in_place: coarse rows go straight to the front of the results; otherwise to their own arrays.
     pooled: means over the tiles' valid rows are asked for.
     filtered: the arrays of "qkv" that are band-filtered, in heads that have a band.
+    over_heads: a token is normed by its inverse, which is given, with gains of each head.
   """
 
   b: int
@@ -56,6 +58,7 @@ class Plan:
   in_place: bool = True
   pooled: bool = False
   filtered: str = ""
+  over_heads: bool = False
 
   @property
   def tiles(self) -> int:
@@ -134,7 +137,8 @@ def forward(plan: Plan, operands: dict) -> dict:
       joint: bf16 `[b, n, 3, h, d]`.
       bias: float32 `[3, h, 2, d / 2]`.
       cos, sin: float32 `[n, d / 2]`.
-      gains: float32 `[2, 2, d / 2]`, of q and k, both halves.
+      gains: float32 `[2, 2, d / 2]`, of q and k, both halves; `[2, h, 2, d / 2]` if
+        `plan.over_heads`.
       lengths: int32 `[tiles]`; for means and compression.
       weights: bf16 `[classes, 2, pieces, 64, 64]`, two terms whose sum is the matrix; rows are
         cells. This and the next three: for compression.
@@ -143,6 +147,9 @@ def forward(plan: Plan, operands: dict) -> dict:
       filters: bf16 `[classes, bands, pieces of rows, 2 terms, pieces of columns, 64, 64]`. This and
         the next: for filters.
       bands: int32 `[b, h]`, 0 where tokens are left as they are.
+      inverses: float32 `[b, 2, n]`, what q and k of a token are multiplied by; if
+        `plan.over_heads`.
+      cell_inverses: float32 `[b, 2, tiles * cells + 64 - cells]`; with compression, too.
   """
   dtype = operands["joint"].dtype
   results = plan.results(dtype)
@@ -263,7 +270,10 @@ class _Block:
         return refs.ring.at[slot, half, :, columns][...].astype(jnp.float32)
 
       tables = [x.at[self.rows(part)] for x in (refs.cos, refs.sin)]
-      self.finish(tokens, which, head, tables, pooled_part=part if pooled else None)
+      inverse = None
+      if plan.over_heads and which < 2:
+        inverse = refs.inverses.at[self.sample, which, self.rows(part)]
+      self.finish(tokens, which, head, tables, inverse, pooled_part=part if pooled else None)
       if filtered:
         band = refs.bands[self.sample, head]
         pl.when(band > 0)(functools.partial(self.filter, which, head, band - 1, part, tables))
@@ -303,8 +313,12 @@ class _Block:
   def compress(self, which, head, result):
     plan = self.plan
     refs = self.refs
-    tables = [x.at[pl.ds(self.tile * plan.cells, ROWS)] for x in (refs.cell_cos, refs.cell_sin)]
-    self.finish(self.product(which), which, head, tables)
+    rows = pl.ds(self.tile * plan.cells, ROWS)
+    tables = [x.at[rows] for x in (refs.cell_cos, refs.cell_sin)]
+    inverse = None
+    if plan.over_heads and which < 2:
+      inverse = refs.cell_inverses.at[self.sample, which, rows]
+    self.finish(self.product(which), which, head, tables, inverse)
     if plan.in_place:
       target = result.at[self.sample, pl.ds(self.tile * plan.cells, plan.cells), head]
     else:
@@ -316,8 +330,11 @@ class _Block:
     self.load_weights(self.refs.filters.at[self.kind, band, part])
     self.finish(self.product(which), which, head, tables, biased=False)
 
-  def finish(self, read, which, head, tables, pooled_part=None, biased=True):
-    """Writes 64 rows, some channels at a time to save registers; only `biased` gets the bias."""
+  def finish(self, read, which, head, tables, inverse=None, pooled_part=None, biased=True):
+    """Writes 64 rows, some channels at a time to save registers; only `biased` gets the bias.
+
+    `inverse`: of the norm, a reference to `[64]`; None: the norm is over the head's own channels.
+    """
     plan = self.plan
     refs = self.refs
 
@@ -332,6 +349,10 @@ class _Block:
 
     normed = which < 2
     if normed:
+      gains = refs.gains.at[which, head] if plan.over_heads else refs.gains.at[which]
+    if inverse is not None:
+      inverse = over_columns(plgpu.load(inverse, layout=PER_ROW, optimized=False), COLUMNS)
+    elif normed:
       squares = sum(
         (x * x).sum(axis=1)
         for x in (rows(half, columns) for half in range(HALVES) for columns in plan.chunks)
@@ -342,8 +363,8 @@ class _Block:
     for i, columns in enumerate(plan.chunks):
       first, second = (rows(half, columns) for half in range(HALVES))
       if normed:
-        gains = (column_numbers(refs.gains.at[which, half, columns]) for half in range(HALVES))
-        first, second = (x * inverse * gain for x, gain in zip((first, second), gains, strict=True))
+        pair = (column_numbers(gains.at[half, columns]) for half in range(HALVES))
+        first, second = (x * inverse * gain for x, gain in zip((first, second), pair, strict=True))
         cos, sin = (
           plgpu.load(table.at[:, columns], layout=LAYOUT, optimized=False) for table in tables
         )

@@ -9,14 +9,9 @@ from freqformer.kernels.around.prepare import BLOCKS, HEAD_DIMS, MAX_CELLS, Cell
 from freqformer.kernels.core.target import Target
 
 
-def unsupported(
-  joint, lengths, cells: Cells | None, over_heads: bool, target: Target
-) -> str | None:
+def unsupported(joint, lengths, cells: Cells | None, target: Target) -> str | None:
   """Returns why the kernel cannot run a call, all reasons at once; None if it can."""
-  reasons = [refusal(joint, joint.shape[1] // len(lengths), cells, target)]
-  if over_heads:
-    reasons.append("the norm is over all heads, it norms each alone")
-  return "; ".join(reason for reason in reasons if reason) or None
+  return refusal(joint, joint.shape[1] // len(lengths), cells, target)
 
 
 def refusal(x, block: int, tiled, target: Target, most: int = MAX_CELLS) -> str | None:
@@ -46,22 +41,40 @@ def refusal(x, block: int, tiled, target: Target, most: int = MAX_CELLS) -> str 
 
 @jax.named_scope("prepare")
 def forward(
-  joint, bias, gains, tables, lengths, cells, bands, ahead, *, filtered, pooled, over_heads
+  joint,
+  bias,
+  gains,
+  tables,
+  lengths,
+  cells,
+  bands,
+  ahead,
+  inverses,
+  *,
+  filtered,
+  pooled,
+  over_heads,
 ) -> Prepared:
-  """Runs the kernel and places rows before the tokens that it did not place itself."""
-  del over_heads  # False: the rest is refused
+  """Runs the kernel and places rows before the tokens that it did not place itself.
+
+  `inverses`: of a norm over heads, float32 `[b, 2, n]` of tokens and `[b, 2, n_coarse]` of coarse
+  ones (None without cells); otherwise None.
+  """
   from freqformer.kernels.around import hopper_prepare
 
   b, n, _, h, d = joint.shape
   tiles = len(lengths)
   front = 0 if ahead is None else ahead[0].shape[1]
-  plan = hopper_prepare.Plan(b, n, h, d, n // tiles, front, pooled=pooled, filtered=filtered)
+  plan = hopper_prepare.Plan(
+    b, n, h, d, n // tiles, front, pooled=pooled, filtered=filtered, over_heads=over_heads
+  )
+  heads = [h] if over_heads else []
   operands = {
     "joint": joint,
     "bias": jnp.asarray(bias, jnp.float32).reshape(3, h, 2, d // 2),
     "cos": tables[0],
     "sin": tables[1],
-    "gains": jnp.stack([jnp.asarray(g, jnp.float32) for g in gains]).reshape(2, 2, d // 2),
+    "gains": jnp.stack([jnp.asarray(g, jnp.float32) for g in gains]).reshape(2, *heads, 2, d // 2),
   }
   if pooled or cells is not None:
     operands["lengths"] = jnp.asarray(lengths, jnp.int32)
@@ -69,7 +82,9 @@ def forward(
     count = -(-cells.per_tile // 8) * 8
     in_place = cells.rows is None and count == cells.per_tile
     plan = dataclasses.replace(plan, front=cells.front, cells=count, in_place=in_place)
-    operands |= _cell_operands(cells, count, plan.pieces)
+    operands |= _cell_operands(cells, count, plan.pieces, inverses and inverses[1])
+  if over_heads:
+    operands["inverses"] = inverses[0]
   if filtered:
     operands |= {"filters": _filter_operand(cells.filters), "bands": jnp.asarray(bands, jnp.int32)}
   # The barrier: XLA would fuse the kernel with the update of its own result, and find a cycle.
@@ -90,8 +105,11 @@ def two_terms(matrices):
   return jnp.stack([high, matrices - high], 1).astype(jnp.bfloat16)
 
 
-def _cell_operands(cells: Cells, count: int, pieces: int) -> dict:
-  """Returns matrices as two terms in pieces of 64 x 64, and tables by tile of `count` rows."""
+def _cell_operands(cells: Cells, count: int, pieces: int, inverses=None) -> dict:
+  """Returns matrices as two terms in pieces of 64 x 64, and tables by tile of `count` rows.
+
+  `inverses`: of a norm over heads, `[b, 2, n_coarse]`, or None.
+  """
   classes, k, block = cells.matrices.shape
   matrices = jnp.pad(jnp.asarray(cells.matrices, jnp.float32), ((0, 0), (0, MAX_CELLS - k), (0, 0)))
   terms = two_terms(matrices).reshape(classes, 2, MAX_CELLS, pieces, block // pieces)
@@ -100,17 +118,20 @@ def _cell_operands(cells: Cells, count: int, pieces: int) -> dict:
   def by_tile(table):
     # A tile reads 64 rows from its first one on; those behind its own meet zero weights.
     if cells.rows is None and k == count:
-      return jnp.pad(table, ((0, MAX_CELLS - count), (0, 0)))
+      return jnp.pad(table, ((0, MAX_CELLS - count), *((0, 0),) * (table.ndim - 1)))
     rows = np.arange(tiles * k) if cells.rows is None else jnp.asarray(cells.rows)
-    spread = jnp.zeros((tiles * count + MAX_CELLS - count, table.shape[-1]), jnp.float32)
+    spread = jnp.zeros((tiles * count + MAX_CELLS - count, *table.shape[1:]), jnp.float32)
     return spread.at[rows // k * count + rows % k].set(table)
 
-  return {
+  found = {
     "weights": terms.transpose(0, 1, 3, 2, 4),
     "classes": jnp.asarray(cells.classes),
     "cell_cos": by_tile(cells.cos),
     "cell_sin": by_tile(cells.sin),
   }
+  if inverses is not None:
+    found["cell_inverses"] = jnp.moveaxis(by_tile(jnp.moveaxis(inverses, -1, 0)), 0, -1)
+  return found
 
 
 def _filter_operand(filters):

@@ -1,7 +1,8 @@
 """From the joint projection to attention in one pass: QK-norm, rotary, compression, packing, means.
 
 `forward` below defines `prepare` in plain JAX and gives its gradients. On Hopper a kernel
-(`hopper_prepare.py`) reads the projection once and writes q, k and v once.
+(`hopper_prepare.py`) reads the projection once and writes q, k and v once. A norm over all heads of
+a token needs what no part of the kernel sees: XLA reads q and k once before it.
 """
 
 import dataclasses
@@ -37,11 +38,16 @@ class Prepared(NamedTuple):
   k_pool: jax.Array | None = None
 
 
+def _gain_dims(gains) -> str:
+  """Returns the dimensions of gains by which devices share them, which `[d]` has none of."""
+  return "h" if gains[0].ndim == 2 else "."
+
+
 PREPARE = Op(
   name="prepare",
   implementations={"hopper": "around.hopper_prepare_call", "xla": "around.prepare"},
   forward=Split(
-    ("b..h.", ".h.", ".", ".", ".", ".", "bh", "b.h."),
+    ("b..h.", ".h.", _gain_dims, ".", ".", ".", "bh", "b.h.", "b"),
     Prepared("b.h.", "b.h.", "b.h.", "bh..", "bh.."),
   ),
 )
@@ -207,9 +213,13 @@ def prepare(
     raise ValueError("cells and rows ahead of the tokens would lie in the same place: give one.")
   if over_heads and filtered == "qkv":
     raise ValueError('a norm over heads would mix bands: filter "v" alone.')
-  name = PREPARE.choose(joint, lengths, cells, over_heads, implementation=implementation)
+  name = PREPARE.choose(joint, lengths, cells, implementation=implementation)
   bands = bands if filtered else None
-  operands = (joint, bias, tuple(gains), tuple(tables), lengths, cells, bands, ahead)
+  inverses = None
+  if over_heads and PREPARE.module(name) is not PREPARE.definition:
+    # Here, where every head is there: devices that share them run the op on their own.
+    inverses = _inverses(*jax.lax.stop_gradient((joint, bias, cells)))
+  operands = (joint, bias, tuple(gains), tuple(tables), lengths, cells, bands, ahead, inverses)
   options = dict(filtered=filtered, pooled=pooled, over_heads=over_heads)
   found = PREPARE.run_as_defined(name, operands, **options)
   if found.v is None:  # v stays what it is; XLA leaves it out where nobody reads it
@@ -221,10 +231,42 @@ def prepare(
 
 
 @jax.named_scope("prepare")
+def _inverses(joint, bias, cells):
+  """Returns what a norm over heads multiplies q and k by, for the kernel, which sees few heads.
+
+  They are float32 `[b, 2, n]` of the tokens, and `[b, 2, n_coarse]` of coarse ones or None. One
+  pass reads q and k; compression reads the projection once more.
+  """
+
+  def of(q_and_k):
+    square = jnp.square(_biased(q_and_k, bias[:2])).mean((-2, -1))
+    return jnp.moveaxis(jax.lax.rsqrt(square + EPS), -1, 1)
+
+  # All three arrays are compressed where they are: of two there would be a copy.
+  return of(joint[:, :, :2]), None if cells is None else of(cells.compress(joint)[:, :, :2])
+
+
+@jax.named_scope("prepare")
 def forward(
-  joint, bias, gains, tables, lengths, cells, bands, ahead, *, filtered, pooled, over_heads
+  joint,
+  bias,
+  gains,
+  tables,
+  lengths,
+  cells,
+  bands,
+  ahead,
+  inverses,
+  *,
+  filtered,
+  pooled,
+  over_heads,
 ) -> Prepared:
-  """Computes in float32 (or wider) and rounds once. v is there if something comes before it."""
+  """Computes in float32 (or wider) and rounds once. v is there if something comes before it.
+
+  Inverses are for kernels: the definition's own norm has a gradient.
+  """
+  del inverses
   # Not three slices, whose gradients would be three arrays of the projection's size.
   q, k, v = jnp.unstack(joint, axis=2)
   one = functools.partial(_one, tables=tables, cells=cells, bands=bands, over_heads=over_heads)
@@ -300,7 +342,7 @@ def _means(x, lengths):
 def backward(operands, cotangents: Prepared, *, filtered, pooled, over_heads):
   """Returns the cotangents, array by array: together, all float32 intermediates would be alive."""
   del pooled  # no gradient flows through the means
-  joint, bias, gains, tables, lengths, cells, bands, ahead = operands
+  joint, bias, gains, tables, lengths, cells, bands, ahead, inverses = operands
   found = []
   d_ahead = []
   for i, x in enumerate(jnp.unstack(joint, axis=2)):
@@ -325,4 +367,6 @@ def backward(operands, cotangents: Prepared, *, filtered, pooled, over_heads):
   d_joint, d_bias, d_gains = zip(*found, strict=True)
   rest = jax.tree.map(no_gradient, (tables, lengths, cells, bands))
   d_ahead = tuple(d_ahead) or None
-  return jnp.stack(d_joint, 2), jnp.stack(d_bias), d_gains[:2], *rest, d_ahead
+  # The norm is differentiated above; whoever made the inverses did so without a gradient.
+  d_inverses = jax.tree.map(no_gradient, inverses)
+  return jnp.stack(d_joint, 2), jnp.stack(d_bias), d_gains[:2], *rest, d_ahead, d_inverses

@@ -55,6 +55,7 @@ class Config:
   by_lane: bool = False
   scores_ahead: bool = True
   paired: bool = False
+  keys: int = ROWS
 
   @property
   def ways(self) -> tuple[str, ...]:
@@ -70,6 +71,7 @@ class Config:
       "by lane": self.by_lane,
       "stage by stage": not self.scores_ahead,
       "two tiles": self.paired,
+      f"{self.keys} keys": self.keys != ROWS,
     }
     sizes = f"d{self.head_dim} q{self.block_q} kv{self.block_kv}"
     return " ".join([sizes, *(word for word, holds in words.items() if holds)])
@@ -90,6 +92,8 @@ CONFIGS = (
   # Biases take registers; two 64-key tiles in a stage take two.
   *(Config(*sizes, bias=True) for sizes in _SIZES if sizes[0] == 128),
   Config(128, 128, 128, listed=False),
+  # To a text, as in cross-attention.
+  Config(128, 128, 128, listed=False, keys=ROWS // 2),
   Config(128, 128, 128, dtype="float16"),
   Config(128, 128, 128, by_lane=True),
   Config(128, 128, 128, scores_ahead=False),
@@ -101,8 +105,9 @@ CONFIGS = (
 def compile_attention(config: Config) -> offline.Compilation:
   """Compiles the forward and both backward kernels, or the one that differs."""
   x = _spec((1, ROWS, HEADS, config.head_dim), config.dtype)
+  keys = _spec((1, config.keys, HEADS, config.head_dim), config.dtype)
   tiles = ROWS // config.block_q
-  kv_tiles = ROWS // config.block_kv
+  kv_tiles = config.keys // config.block_kv
   mask = BlockMask(
     _spec((1, HEADS, tiles, LISTED), jnp.int32) if config.listed else None,
     _spec((1, HEADS, tiles), jnp.int32),
@@ -121,21 +126,24 @@ def compile_attention(config: Config) -> offline.Compilation:
 
   call = both if "dq" in config.ways else forward
   with tuning.override(config.tuning()):
-    return offline.compile_for(call, x, x, x, mask, x, _spec((1, HEADS, ROWS), jnp.float32))
+    return offline.compile_for(call, x, keys, keys, mask, x, _spec((1, HEADS, ROWS), jnp.float32))
 
 
-def compile_around(d: int, block: int, filtered: str = "") -> offline.Compilation:
+def compile_around(
+  d: int, block: int, filtered: str = "", over_heads: bool = False
+) -> offline.Compilation:
   """Compiles the kernels around attention: tiles of several kinds, and no coarse tokens."""
   layout = TileLayout.fit((9, 10, 20), block)
   spectral = SpectralBasis("block_dct", (0.5,) * 3, (0.75,) * 3).fit(layout)
   tables = tile_cells(spectral, -(-spectral.n_coarse // block) * block, bool(filtered))
   chosen = {"implementation": "pallas_mgpu"}
+  norm = {"over_heads": over_heads, "pooled": True}
 
   def around(joint, bias, gains, packed, weights, positions, lengths, tables, centres):
     operands = (joint, bias, gains, angle_tables(positions, d, THETA), lengths)
-    wanted = {"bands": jnp.ones((1, HEADS), jnp.int32), "filtered": filtered, "pooled": True}
+    wanted = {"bands": jnp.ones((1, HEADS), jnp.int32), "filtered": filtered, **norm}
     coarse = prepare(*operands, tables.cells(angle_tables(centres, d, THETA)), **wanted, **chosen)
-    alone = prepare(*operands, pooled=True, **chosen)
+    alone = prepare(*operands, **norm, **chosen)
     return coarse, alone, lift(packed, weights, weights > 0, tables.expansion, **chosen)
 
   arrays = layout.arrays()
@@ -143,7 +151,7 @@ def compile_around(d: int, block: int, filtered: str = "") -> offline.Compilatio
     around,
     _spec((1, layout.n_buffer, 3, HEADS, d), jnp.bfloat16),
     _spec((3, HEADS, d), jnp.float32),
-    (_spec((d,), jnp.float32),) * 2,
+    (_spec((HEADS, d) if over_heads else (d,), jnp.float32),) * 2,
     _spec((1, tables.front + layout.n_buffer, HEADS, d), jnp.bfloat16),
     _spec((1, HEADS), jnp.float32),
     arrays.positions,
@@ -174,6 +182,16 @@ CASES = {
   },
   # Filtered heads take the most registers.
   "around d128 block 128 filtered": functools.partial(compile_around, 128, 128, "qkv"),
+  **{
+    f"around d{d} block {block} over heads": functools.partial(
+      compile_around, d, block, over_heads=True
+    )
+    for d, block in itertools.product(HEAD_DIMS, BLOCKS)
+  },
+  # Such a norm leaves v alone to be filtered.
+  "around d128 block 128 over heads filtered": functools.partial(
+    compile_around, 128, 128, "v", over_heads=True
+  ),
   # The third feature map, relu, is elu's without the exponential.
   "linear d128 softmax": functools.partial(compile_linear, "softmax"),
   "linear d128 elu": functools.partial(compile_linear, "elu"),

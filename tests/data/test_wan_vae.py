@@ -74,7 +74,7 @@ def test_a_cache_keeps_the_vaes_own_normalisation(codec, model, tmp_path):
 
 def test_sizes_that_the_vae_cannot_take(codec, model, tmp_path):
   for shape, message in (
-    ((8, 16, 16), "data.frames, data.resolution: a video of 8 frames: .* nearest is 5 or 9"),
+    ((8, 16, 16), "data.frames, data.resolution: a video of 8 frames: .* 5 and 9 are the nearest"),
     ((9, 20, 16), "multiples of 8 x 8; the nearest are 16 x 16"),
   ):
     with pytest.raises(ConfigError, match=message):

@@ -1,16 +1,20 @@
 """A downloaded folder becomes videos and a page; what is no such folder is refused."""
 
+import dataclasses
 import json
 import shutil
 
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import freqformer
 from freqformer.config import ConfigError
-from freqformer.evaluate.pretrained import Pretrained
+from freqformer.cost import BlockShape
+from freqformer.evaluate.predicted import card_of
+from freqformer.evaluate.pretrained import Pretrained, RandomWeights
+from freqformer.simulation.descriptions import load_model
 from tests.command.process import ROOT, call
 from tests.wan.helpers import WEIGHTS, write_model
 
@@ -50,9 +54,16 @@ def test_the_command_writes_videos_and_a_page(folder, tmp_path, monkeypatch):
     "block_topk_density_0.5/001_a_dog.mp4",
     "dense/000_a_cat.mp4",
     "dense/001_a_dog.mp4",
+    "dense_in_tiles_of_2_the_floor/000_a_cat.mp4",
+    "dense_in_tiles_of_2_the_floor/001_a_dog.mp4",
   ]
   result = json.loads((tmp_path / "out" / "comparison.json").read_text())
-  dense, sparse = result["rows"]
+  dense, sparse, floor = result["rows"]
+  assert floor["method"] == "dense in tiles of 2, the floor"
+  assert floor["quality"]["psnr"] > sparse["quality"]["psnr"]
+  assert floor["attention_error"] < 1e-4 < sparse["attention_error"] < 1
+  assert sparse["speedup"] > 0 and dense["predicted_speedup"] == 1 and sparse["predicted_on"]
+  assert "on the same clips" in printed.stdout and "simulated on" in printed.stdout
   assert dense["attention_flops_over_dense"] == 1 and sparse["attention_flops_over_dense"] < 1
   assert result["sampler"] == "unipc" and result["shift"] == 3.0 and result["guidance"] == 5.0
   assert result["prompts"] == {"0": "a cat", "1": "a dog"}
@@ -83,6 +94,32 @@ def test_base_weights_are_there_once(pipe):
   assert len(others[0]) == len(first) < len(others[1])  # a router of its own
 
 
+def two(folder, copy, boundary, change=lambda tensors: tensors):
+  """Returns a model with a second transformer, which is changed."""
+  shutil.copytree(folder, copy)
+  shutil.copytree(copy / "transformer", copy / "transformer_2")
+  path = copy / "transformer_2" / WEIGHTS
+  save_file(change(load_file(path)), path)
+  (copy / "model_index.json").write_text(json.dumps({"boundary_ratio": boundary}))
+  return Pretrained(copy, block=4, cache=folder.parent / "prompts")
+
+
+def test_two_transformers_share_a_run(pipe, folder, tmp_path):
+  """With equal weights they are one; only the second one's guidance acts below the boundary."""
+  wanted = pipe("a cat", **SMALL)
+  same = two(folder, tmp_path / "same", 0.9)
+  np.testing.assert_array_equal(same("a cat", guidance_low=5.0, **SMALL), wanted)
+  never = two(folder, tmp_path / "never", 0.0, lambda x: {k: 0 * v for k, v in x.items()})
+  np.testing.assert_array_equal(never("a cat", guidance_low=2.0, **SMALL), wanted)
+  always = two(folder, tmp_path / "always", 1.1)
+  low = always("a cat", guidance=3.0, guidance_low=5.0, **SMALL)
+  np.testing.assert_array_equal(low, wanted)
+  with pytest.raises(ConfigError, match="both transformers guide or none does"):
+    always("a cat", guidance=1.0, guidance_low=5.0, **SMALL)
+  with pytest.raises(ConfigError, match="guidance_low=3.0 is for models with two"):
+    pipe("a cat", guidance_low=3.0, **SMALL)
+
+
 def test_the_public_name():
   assert freqformer.load_pretrained.__module__ == "freqformer.evaluate.pretrained"
 
@@ -90,7 +127,7 @@ def test_the_public_name():
 @pytest.mark.parametrize(
   "given, words",
   [
-    (dict(frames=6), "the nearest is 5 or 9"),
+    (dict(frames=6), "5 and 9 are the nearest"),
     (dict(size=(32, 40)), "multiples of 16 x 16; the nearest are 32 x 32"),
     (dict(steps=0), "steps"),
     (dict(method="sparse"), "method"),
@@ -116,7 +153,7 @@ def edit(path, **changes):
   [
     (lambda f: edit(f / "transformer/config.json", _class_name="HunyuanVideo"), "known are Wan"),
     (lambda f: edit(f / "transformer/config.json", in_channels=36), "image-to-video"),
-    (lambda f: (f / "transformer_2").mkdir(), "two transformers"),
+    (lambda f: shutil.copytree(f / "transformer", f / "transformer_2"), "model_index.json"),
     (lambda f: edit(f / "scheduler/scheduler_config.json", use_flow_sigmas=False), "scheduler"),
     (lambda f: edit(f / "transformer/config.json", in_channels=8, out_channels=8), "8 channels"),
     (lambda f: shutil.rmtree(f / "vae"), "config.json"),
@@ -151,5 +188,38 @@ def test_the_command_refuses_what_belongs_to_runs(folder, tmp_path, flags, words
 
 def test_docs_name_every_flag():
   text = (ROOT / "docs" / "pretrained.md").read_text()
-  for flag in ("--pretrained", "--prompts", "--negative", "--shift", "--compare", "--block"):
-    assert flag in text
+  for flag in ("prompts", "negative", "shift", "compare", "block", "honest", "guidance_low"):
+    assert f"{flag}`" in text or f"--{flag}=" in text
+
+
+def test_random_weights_have_speed_alone(tmp_path, monkeypatch):
+  card = json.loads((ROOT / "freqformer/simulation/models/wan2.1-1.3b.json").read_text())
+  small = card | dict(width=48, heads=3, layers=2, mlp=72)
+  (tmp_path / "small.json").write_text(json.dumps(small))
+  flags = (
+    "--size=32x48",
+    "--frames=5",
+    "--steps=3",
+    "--block=4",
+    "--compare=dense,block_topk(density=0.5)",
+  )
+  given = f"--pretrained=random:{tmp_path / 'small.json'}"
+  printed = call(tmp_path, "eval.py", given, *flags, "--out=out")
+  assert "random weights, speed only" in printed.stdout
+  rows = json.loads((tmp_path / "out" / "speed.json").read_text())["rows"]
+  assert [row["quality"] for row in rows] == [None, None] and rows[1]["predicted_speedup"] > 0
+  printed = call(tmp_path, "eval.py", given, *flags, "--metrics=psnr", code=2)
+  assert "random weights have speed alone" in printed.stderr
+
+
+@pytest.mark.parametrize("name, depth", [("wan2.1-1.3b", 30), ("wan2.1-14b", 40)])
+def test_cards_of_the_simulator_are_the_published_configs(name, depth):
+  """By the work of a layer; the transformer's own config gives the same."""
+  pipe = RandomWeights(name)
+  config = pipe.config()
+  card = card_of(config, pipe.latent_shape(81, (480, 832)))
+  known = load_model(name)
+  assert config.depth == depth == known.layers
+  for field in dataclasses.fields(BlockShape):
+    assert getattr(card, field.name) == getattr(known, field.name)
+  assert card.patch_channels == known.patch_channels and card.grid == (21, 30, 52)

@@ -5,6 +5,7 @@ import json
 import re
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -169,8 +170,8 @@ def test_other_layouts_and_impossible_widths_are_refused():
 @pytest.mark.parametrize(
   "shape, message",
   [
-    ((1, 8, 16, 16, 3), "8 frames: the VAE takes 4 k [+] 1 of them; the nearest is 5 or 9"),
-    ((1, 0, 16, 16, 3), "the nearest is 1[.]"),
+    ((1, 8, 16, 16, 3), "8 frames: the VAE takes 4 k [+] 1 of them; 5 and 9 are the nearest"),
+    ((1, 0, 16, 16, 3), "1 is the least[.]"),
     ((1, 9, 18, 30, 3), "18 x 30 pixels .* multiples of 8 x 8; the nearest are 16 x 32"),
     ((1, 9, 3, 8, 3), "the nearest are 8 x 8"),
     ((9, 16, 16, 3), r"\[b, frames, rows, cols, 3\]"),
@@ -180,6 +181,15 @@ def test_other_layouts_and_impossible_widths_are_refused():
 def test_videos_that_do_not_fit(shape, message):
   with pytest.raises(ConfigError, match=message):
     vae.encode(vae_weights("vae21"), np.zeros(shape, np.float32), 0.0, 1.0)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_weights_of_two_bytes_are_computed_with_in_float32(dtype):
+  params = {k: jax.ShapeDtypeStruct(s, dtype) for k, s in names()["vae21"].items()}
+  video = jax.ShapeDtypeStruct((1, 5, 8, 8, 3), np.float32)
+  program = jax.make_jaxpr(vae.encode)(params, video, 0.0, 1.0)
+  used = re.findall(r":(\w+)\[[\d,]*\] = conv_general_dilated", str(program))
+  assert len(used) > 40 and set(used) == {"f32"}
 
 
 def test_latents_that_do_not_fit():

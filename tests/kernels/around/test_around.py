@@ -14,7 +14,9 @@ from freqformer.kernels.around.prepare import PREPARE, prepare, turn
 from freqformer.kernels.block_sparse.api import ATTENTION
 from freqformer.kernels.core.target import Target
 from freqformer.kernels.hopper import interpret, launch
+from jax.sharding import PartitionSpec as P
 
+from freqformer.analysis.hlo_bytes import collectives
 from freqformer.grid.basis import SpectralBasis
 from freqformer.grid.layout import TileLayout
 from freqformer.grid.rotary import angle_tables, rotate
@@ -24,7 +26,8 @@ from freqformer.methods.dense import Dense
 from freqformer.methods.freqformer import FreqFormer
 from freqformer.methods.octaves import Octaves
 from freqformer.model.attention import AttentionDims, SpectralAttention
-from tests.kernels.block_sparse.suite import worst_error
+from tests.kernels.block_sparse.suite import relative_error, worst_error
+from tools import offline
 
 HOPPER = Target("cuda", "NVIDIA H100 80GB HBM3", "9.0")
 BASIS = SpectralBasis("block_dct", (0.5, 0.5, 0.5), (0.75, 0.75, 0.75))
@@ -90,6 +93,13 @@ def _inputs(case, dtype=jnp.bfloat16, basis=BASIS):
   cells = tile_cells(spectral, front, filtered=True)
   tables = case.angles(arrays.positions)
   return jnp.asarray(joint, dtype), bias, gains, tables, arrays.kv_len, cells, spectral
+
+
+def _gains_of_heads(case):
+  """Returns gains of q and k, `[h, d]` each, for a norm over heads."""
+  draw = np.random.default_rng(1)
+  shape = (case.h, case.d)
+  return tuple(jnp.asarray(draw.uniform(0.5, 2, shape), jnp.float32) for _ in "qk")
 
 
 def _rightly_rounded(got, want):
@@ -159,19 +169,18 @@ def test_the_definition_is_the_spectral_operators(name, kind):
     worst_error(lifted[:, arrays.valid], want + spectral.project_low(x)[:, arrays.valid]) <= 1e-4
   )
   if kind != "block_dct":
-    assert "the transform leaves the tile" in _refusal(PREPARE, joint, lengths, cells, False)
+    assert "the transform leaves the tile" in _refusal(PREPARE, joint, lengths, cells)
     assert "the transform leaves the tile" in _refusal(LIFT, got.v, tables.expansion)
 
 
 def test_a_norm_over_all_heads():
-  """Of tokens and of coarse tokens; the kernel refuses it, and filtered q and k do not take it."""
+  """Of tokens and of coarse tokens; filtered q and k do not take it."""
   case = CASES["ragged"]
   joint, bias, _, angles, lengths, *_ = _inputs(case, jnp.float32)
   tables = FreqFormer(basis=BASIS, filter="v").tables(case.layout)
   spectral, cells = tables.spectral, tables.around(case.angles)
   arrays = case.layout.arrays()
-  draw = np.random.default_rng(1)
-  gains = tuple(jnp.asarray(draw.uniform(0.5, 2, (case.h, case.d)), jnp.float32) for _ in "qk")
+  gains = _gains_of_heads(case)
   operands = (joint, bias, gains, angles, lengths, cells, case.bands)
   got = prepare(*operands, filtered="v", over_heads=True)
 
@@ -185,7 +194,6 @@ def test_a_norm_over_all_heads():
     assert worst_error(found[:, cells.front :][:, arrays.valid], tokens) <= 1e-4
     coarse = finish(spectral.compress(x), gain, spectral.centres)
     assert worst_error(found[:, : spectral.n_coarse], coarse) <= 1e-4
-  assert "the norm is over all heads" in _refusal(PREPARE, joint, lengths, cells, True)
   with pytest.raises(ValueError, match="would mix bands"):
     prepare(*operands, filtered="qkv", over_heads=True)
 
@@ -226,7 +234,7 @@ def test_prepare_kernel(case, capfd):
   wanted = functools.partial(prepare, pooled=True, filtered=case.filtered)
   want = wanted(joint.astype(jnp.float32), *operands, implementation="xla")
   with interpret.interpreted(detect_races=case == CASES["alike"]):
-    assert PREPARE.choose(joint, lengths, coarse, False) == "hopper"
+    assert PREPARE.choose(joint, lengths, coarse) == "hopper"
     got = jax.jit(wanted)(joint, *operands)
     alone = jax.jit(prepare)(joint, bias, gains, tables, lengths)
     jax.block_until_ready((got, alone))
@@ -243,6 +251,91 @@ def test_prepare_kernel(case, capfd):
     if name in "qk":  # of the tokens as they were rounded, not filtered
       assert worst_error(getattr(got, f"{name}_pool"), case.means(tokens, lengths)) <= 1e-5
   assert alone.q_pool is None
+
+
+# Coarse rows in place, and not; one sample with all heads in a thread block, and two.
+CASES_OVER_HEADS = {
+  "alike": dataclasses.replace(CASES["alike"], grid=(4, 4, 16), filtered="v"),
+  "ragged": dataclasses.replace(CASES["ragged"], grid=(3, 6, 7), h=3),
+  "ragged, big": dataclasses.replace(CASES["ragged, big"], d=128, h=2, filtered=""),
+}
+
+
+@pytest.mark.parametrize("case", CASES_OVER_HEADS.values(), ids=CASES_OVER_HEADS)
+def test_prepare_kernel_over_all_heads(case, monkeypatch):
+  """Against the definition in float32, with compression and without; gradients are its own.
+
+  Heads differ in size, so that none is normed as it would be alone.
+  """
+  if case.b == 1:
+    monkeypatch.setattr(launch, "STREAMING_BLOCKS", 1)
+  joint, bias, _, tables, lengths, cells, spectral = _inputs(case)
+  joint = joint * 2.0 ** jnp.arange(case.h, dtype=joint.dtype)[:, None]
+  coarse = cells.cells(case.angles(spectral.centres))
+  fixed = (tables, lengths, coarse, case.bands)
+  trained = (joint, bias, _gains_of_heads(case))
+  options = {"pooled": True, "filtered": case.filtered, "over_heads": True}
+  draw = np.random.default_rng(2)
+  valid = np.concatenate([np.ones(cells.front, bool), case.layout.arrays().valid])
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def run(implementation, joint, bias, gains, cotangents):
+    def packed(*trained):
+      found = prepare(*trained, *fixed, **options, implementation=implementation)
+      return found[:3], found
+
+    _, pull, found = jax.vjp(packed, joint, bias, gains, has_aux=True)
+    return found, pull(cotangents)
+
+  shape = (3, case.b, len(valid), case.h, case.d)
+  cotangents = jnp.asarray(draw.standard_normal(shape) * valid[:, None, None], jnp.float32)
+  cotangents = tuple(cotangents.astype(jnp.bfloat16))
+  wide = joint.astype(jnp.float32)
+  want = prepare(wide, *trained[1:], *fixed, **options, implementation="xla")
+  _, want_gradients = run("xla", *trained, cotangents)
+  with interpret.interpreted():
+    assert PREPARE.choose(joint, lengths, coarse) == "hopper"
+    got, gradients = run("hopper", *trained, cotangents)
+    alone = jax.jit(functools.partial(prepare, over_heads=True))(*trained, tables, lengths)
+    jax.block_until_ready((got, gradients, alone))
+  for name in "qkv":
+    found, right = np.asarray(getattr(got, name), np.float32), np.asarray(getattr(want, name))
+    assert np.abs(found - right)[:, valid].max() <= 2**-8 * np.abs(right[:, valid]).max()
+    assert np.isfinite(found).all()
+    for rows in (slice(0, spectral.n_coarse), valid):
+      assert _rightly_rounded(found[:, rows], right[:, rows])
+    tokens = np.asarray(getattr(alone, name), np.float32)
+    if name not in case.filtered:
+      np.testing.assert_array_equal(tokens, found[:, cells.front :])
+    if name in "qk":
+      assert worst_error(getattr(got, f"{name}_pool"), case.means(tokens, lengths)) <= 1e-5
+  for found, right in zip(jax.tree.leaves(gradients), jax.tree.leaves(want_gradients), strict=True):
+    limit = 4e-3 if found.dtype == jnp.bfloat16 else 1e-5
+    assert relative_error(found, right) <= limit
+
+
+def test_devices_that_share_heads_exchange_sums_of_squares():
+  """Compiled for two absent GPUs: each norms its heads by what all of them sum to."""
+  n, h, d = 1024, 4, 128
+  spec = jax.ShapeDtypeStruct
+
+  def run(joint, bias, gains, tables, lengths):
+    return prepare(joint, bias, gains, tables, lengths, over_heads=True, implementation="hopper")
+
+  found = offline.compile_for(
+    run,
+    spec((1, n, 3, h, d), jnp.bfloat16),
+    spec((3, h, d), jnp.float32),
+    (spec((h, d), jnp.float32),) * 2,
+    (spec((n, d // 2), jnp.float32),) * 2,
+    spec((n // 128,), jnp.int32),
+    devices={"heads": 2},
+    shardings=(P(None, None, None, "heads"), P(None, "heads"), P("heads"), P(), P()),
+  )
+  assert [kernel.name for kernel in found.kernels] == ["norm_rotary_0"]
+  moved = collectives(found.compiled.as_text())
+  # Of q and k in float32; an exchange that starts and ends apart counts operand and result.
+  assert moved == {"all-reduce": (1, 2 * (2 * n * 4))}
 
 
 def test_lift_kernel(case, capfd):
@@ -267,15 +360,19 @@ def test_lift_kernel(case, capfd):
   assert np.abs(got - want).max() <= 2**-8 * np.abs(want).max()
 
 
-def _layer(case, method, dtype):
+def _layer(case, method, dtype, over_heads):
   """Valid rows of the output and gradients, of a layer whose gains and biases are not trivial."""
   layout, width = case.layout, case.h * case.d
-  dims = AttentionDims(width, case.h, 8)
+  dims = AttentionDims(width, case.h, 8, over_heads=over_heads)
   graphdef, params = nnx.split(SpectralAttention(dims, method, layout, nnx.Rngs(0), dtype=dtype))
   draw = np.random.default_rng(3)
-  params = jax.tree.map(
-    lambda x: x + draw.uniform(0, 0.5, x.shape).astype(x.dtype) if x.ndim == 1 else x, params
-  )
+
+  def shift(x):
+    if x.ndim == 1 or x.shape == (case.h, case.d):
+      return x + draw.uniform(0, 0.5, x.shape).astype(x.dtype)
+    return x
+
+  params = jax.tree.map(shift, params)
   shape = (2, case.b, layout.n_buffer, width)
   x, weigh = jnp.asarray(draw.standard_normal(shape), jnp.bfloat16)
   arrays, tables = layout.arrays(), method.tables(layout)
@@ -300,8 +397,12 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_layer_with_and_without_kernels(method, monkeypatch):
+@pytest.mark.parametrize(
+  "method, over_heads",
+  [*((method, False) for method in METHODS.values()), (METHODS["dense"], True)],
+  ids=[*METHODS, "dense, over heads"],
+)
+def test_layer_with_and_without_kernels(method, over_heads, monkeypatch):
   """Output and every gradient err at most 1.5 times as much as XLA's 16-bit layer.
 
   XLA's attention runs in all.
@@ -312,12 +413,13 @@ def test_layer_with_and_without_kernels(method, monkeypatch):
   monkeypatch.setattr(
     hopper_prepare, "forward", lambda plan, operands: plans.append(plan) or forward(plan, operands)
   )
-  right, plain = (_layer(case, method, dtype) for dtype in (jnp.float32, jnp.bfloat16))
+  right, plain = (_layer(case, method, dtype, over_heads) for dtype in (jnp.float32, jnp.bfloat16))
   assert not plans
   with interpret.interpreted():
-    found = _layer(case, method, jnp.bfloat16)
+    found = _layer(case, method, jnp.bfloat16, over_heads)
   assert [plan.filtered for plan in plans] == [getattr(method, "filter", "").replace("none", "")]
   assert (plans[0].front > 0) == (not isinstance(method, Dense))
+  assert plans[0].over_heads == over_heads
   for f, p, r in zip(found, plain, right, strict=True):
     assert np.linalg.norm(f - r) <= 1.5 * np.linalg.norm(p - r) + 1e-3 * np.linalg.norm(r)
 

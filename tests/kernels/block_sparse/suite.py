@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from freqformer.kernels.block_sparse.api import attention
-from freqformer.kernels.block_sparse.table import BlockMask, from_tiles, select
+from freqformer.kernels.block_sparse.table import BlockMask, dense_mask, from_tiles, select
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
 
@@ -37,6 +37,7 @@ class Case:
   bias: bool = False
   kv_len_per_batch: bool = False
   listed: bool = True  # False: kv_indices is None
+  dense_keys: int | None = None  # the table is `dense_mask` of so many keys; None: it is drawn
   # The last query tile of every head lists three tiles, the first and last at least half full: an
   # online softmax must rescale there. Two stages of the Hopper kernel hold up to 128 keys.
   long: bool = True
@@ -44,6 +45,8 @@ class Case:
 
 BIAS = Case("bias", bias=True)
 GROUPED = Case("grouped_heads", h=4, h_kv=2, table_h=4)
+# As tokens attend to a text: fewer keys than queries, all seen, the last tile ragged.
+CROSS = Case("cross_attention", b=2, d=64, n_q=192, n_kv=128, dense_keys=100)
 CASES = (
   Case("plain", ragged=False, empty=False),
   Case("ragged_with_empty_rows"),
@@ -55,6 +58,7 @@ CASES = (
   Case("rectangular_tiles_2", block_q=64, block_kv=128, n_q=128, n_kv=384),
   Case("sparse_lists", n_q=512, n_kv=512, keep=0.1, d=64),
   GROUPED,
+  CROSS,
 )
 # Shapes that only backends without alignment needs can run.
 ODD_CASES = (
@@ -78,7 +82,9 @@ ODD_CASES = (
 
 
 def draw_mask(case: Case, seed: int) -> BlockMask:
-  """A random table of the case, checked."""
+  """A random table of the case, or its dense one, checked."""
+  if case.dense_keys:
+    return dense_mask(case.n_q, case.dense_keys, case.block_q, case.block_kv).check()
   rng = np.random.default_rng(seed)
   q_tiles, kv_tiles = -(-case.n_q // case.block_q), -(-case.n_kv // case.block_kv)
   tiles = rng.random((case.table_b, case.table_h, q_tiles, kv_tiles)) < case.keep

@@ -19,6 +19,7 @@ from freqformer.kernels.hopper.machine import ROWS
 from tests.compiled.test_resources import known_resources
 from tests.kernels.block_sparse.suite import (
   CASES,
+  CROSS,
   GROUPED,
   NAMES,
   AttentionSuite,
@@ -33,7 +34,11 @@ from tests.kernels.block_sparse.suite import (
 
 class TestPallasMgpu(AttentionSuite):
   implementation = "pallas_mgpu"
-  cases = (*CASES[:5], GROUPED)  # biases and rectangular tiles: test_every_cut_of_tiles_into_stages
+  cases = (
+    *CASES[:5],
+    GROUPED,
+    CROSS,
+  )  # biases and rectangular tiles: test_every_cut_of_tiles_into_stages
   dtypes = (jnp.bfloat16, jnp.float16)
 
   @pytest.fixture(autouse=True)
