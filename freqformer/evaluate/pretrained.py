@@ -307,7 +307,7 @@ class Pretrained:
 
   def distil(
     self,
-    texts: Sequence[str] | PromptEmbeddings,
+    texts: Sequence[str] | str | PromptEmbeddings,
     method: str,
     *,
     negative: str = "",
@@ -322,7 +322,7 @@ class Pretrained:
     """Learns a method's own leaves from the dense model's trajectories for prompts.
 
     Args:
-      texts: prompts, or their embeddings.
+      texts: prompts, one, or the embeddings of some.
       method: with a router, gates or other parameters of its own, e.g. "freqformer".
       negative: what guidance leads away from; embeddings bring their own.
       frames: 4 k + 1; None: as usual for the model, as for the next four.
@@ -347,7 +347,8 @@ class Pretrained:
     student.phases(len(sample.guided()))
     student.check_training(shape)
     if not isinstance(texts, PromptEmbeddings):
-      texts = self.embed(list(texts), negative if any(sample.guided()) else None)
+      texts = [texts] if isinstance(texts, str) else list(texts)
+      texts = self.embed(texts, negative if any(sample.guided()) else None)
     run = self.beside_dense(method, frames, size)
     found = distil(
       run.model,
