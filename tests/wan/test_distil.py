@@ -169,7 +169,7 @@ def test_routers_learn_and_the_model_stays(pipe, learned):
   [
     ("dense", {}, "dense has no parameters of its own"),
     ("freqformer(router=dict(budget=0.001))", {}, "budget=0.001 cannot be kept"),
-    (ROUTED, dict(frames=6), "the nearest is 5 or 9"),
+    (ROUTED, dict(frames=6), "5 and 9 are the nearest"),
     (ROUTED, dict(steps=0), "steps=0 must be at least 1"),
   ],
 )
