@@ -53,7 +53,7 @@ _BATCH = 4  # of the dense model's training
 _DROPPED = 0.1  # share of samples trained without their text
 # choice: as many keys as a window has, an eighth of all.
 _BANDS = "window=(1, 3, 3), mid_tiles=8"
-_ROUTER = 'router=dict(mode="straight_through", prior_slope=0.0, noise=0.1, penalty=0.0)'
+_ROUTER = "router=dict(prior=(1, 1, 1), prior_slope=0.0, noise=0.1, penalty=0.0)"
 TRAINING_FREE = (
   "sliding_tile(window=(1, 3, 3), unit=tiles)",
   "adaspa(sparsity=0.86)",

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from freqformer.methods.base import Method, attend, even_lists
+from freqformer.methods.routed import RoutedMethod
 from freqformer.tables.dense import dense
 
 _LEAST_SQUARE = 1e-12  # choice: of a head's dense output, so that no error is divided by 0
@@ -78,17 +79,25 @@ class Distilled(Method):
     """Returns dense attention's output, the student's state, and its aux.
 
     There, `error` `[b, h]` is the square of the student's difference from dense attention's output
-    over the square of that output, summed over a head's tokens. `loss` is the mean error plus the
-    student's own loss, a router's penalty. In training it has a gradient in the module alone.
+    over the square of that output, summed over a head's tokens; in training of a router the mean of
+    its branches' errors by their probabilities. `loss` is the mean error plus the student's own
+    loss, a router's penalty. In training it has a gradient in the module alone.
     """
     passed_on, _ = attend(qkv, tables["dense"], cond)
     target = passed_on.astype(jnp.float32)
     valid = qkv.layout.valid[:, None, None]  # padding rows hold anything
     size = jnp.maximum(jnp.sum(target**2, (1, 3), where=valid), _LEAST_SQUARE)
 
+    def error_of(out):
+      return jnp.sum((out - target) ** 2, (1, 3), where=valid) / size
+
     def loss(module):
-      out, new, aux = self.student(module, qkv, cond, tables["student"], state)
-      error = jnp.sum((out - target) ** 2, (1, 3), where=valid) / size
+      if cond.train and isinstance(self.student, RoutedMethod) and self.student.routed:
+        new = state
+        error, aux = self._expected(module, qkv, cond, tables["student"], state, error_of)
+      else:
+        out, new, aux = self.student(module, qkv, cond, tables["student"], state)
+        error = error_of(out)
       return aux["loss"] + error.mean(), (new, aux | {"error": error})
 
     if cond.train and module is not None:
@@ -96,6 +105,26 @@ class Distilled(Method):
     else:
       value, (new, aux) = loss(module)
     return passed_on, new, aux | {"loss": value}
+
+  def _expected(self, module, qkv, cond, tables, state, error_of) -> tuple[jax.Array, dict]:
+    """Returns the expected error `[b, h]` of a head that draws its branch, and the router's aux.
+
+    Evaluation gives each head one branch. A mixture's error, soft or straight through, says little
+    about that: it falls where branches err in different ways, however much each of them errs.
+    """
+    heads = qkv.q.shape[2]
+    errors = []
+    densities = []
+    count = len(self.student.branches)
+    for branch in range(count):
+      allocation = tuple(heads * (branch == i) for i in range(count))
+      alone = dataclasses.replace(self.student, allocation=allocation)
+      out, _, aux = alone(module, qkv, cond, tables, state)
+      errors.append(error_of(out))
+      densities.append(aux["density"])
+    routing = self.student.route(module, qkv, cond, tables)
+    aux = self.student.aux(routing, jnp.stack(densities, -1), qkv, cond, tables)
+    return jnp.sum(routing.probs * jnp.stack(errors, -1), -1), aux
 
   def pairs(self, layout, heads, allocation=None, phase=None):
     """Counts dense attention's pairs and the student's."""

@@ -100,6 +100,17 @@ def test_a_layer_passes_dense_attention_on_and_learns_as_by_a_backward_pass(
     np.testing.assert_allclose(inside[name], outside[name], atol=1e-4 * scale + 1e-9)
 
 
+def test_a_router_learns_from_each_branch_s_own_error(pipe):
+  _, aux, _ = gradients(pipe.beside_dense(ROUTED, **SMALL))
+  alone = []
+  for allocation in ("(3, 0, 0)", "(0, 3, 0)", "(0, 0, 3)"):
+    fixed = f"freqformer(window=(1, 1, 1), mid_tiles=3, allocation={allocation})"
+    alone.append(gradients(pipe.beside_dense(fixed, **SMALL), train=False)[1]["error"])
+  wanted = np.sum(aux["probs"] * np.stack(alone, -1), -1)
+  np.testing.assert_allclose(aux["error"], wanted, rtol=1e-3)
+  assert np.ptp(alone, 0).max() > 0.01
+
+
 @pytest.mark.parametrize("method", LEARNING)
 def test_a_gradient_costs_what_a_forward_does(method, monkeypatch):
   """FLOPs as kernels are launched on Hopper, at a width where attention and MLP both count."""
