@@ -151,7 +151,10 @@ REFUSED = [
   ("--config.data.split=4", "split=4 must be at least 0 and at most 3"),
   ("--config.data.val_fraction=1.0", "val_fraction=1.0 must be above 0 and below 1"),
   ("--config.data.resolution=(0,4)", "resolution=(0, 4) must be at least 1, in every entry"),
-  ("--config.data.codec.name=dtc", "one of dct, lowpass, none, module:Class; did you mean 'dct'"),
+  (
+    "--config.data.codec.name=dtc",
+    "one of dct, lowpass, none, wan_vae, module:Class; did you mean 'dct'",
+  ),
   ("--config.data.codec.channels=999", "has 1 to 384 channels, got 999"),
   ("--config.data.codec.factor=(0,8,8)", "factor=(0, 8, 8) must be at least 1"),
   ("--config.model.heads=5", "not divisible by 5 heads"),
