@@ -37,7 +37,7 @@ _LETTERS = 40  # of a prompt in a caption
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """What the command line asks for; None is as usual for the model.
+  """A command line, read; None is as usual for the model.
 
   Attributes:
     folder: of the model.

@@ -269,11 +269,10 @@ class Pretrained:
     return PretrainedRun(model, self._params(model, create, learned), shape, self.decode, low)
 
   def _check_one(self):
-    """Refuses what is for models with one transformer and its weights."""
-    if self._boundary is not None or isinstance(self, RandomWeights):
+    """Refuses a model with two transformers where routers and gates are learned, or were."""
+    if self._boundary is not None:
       raise ConfigError(
-        f"{self.folder}: routers and gates are learned on the weights of one transformer; this has "
-        f"{'two' if self._boundary is not None else 'random ones'}."
+        f"{self.folder} has two transformers; routers and gates are learned on models with one."
       )
 
   @functools.cached_property
@@ -521,6 +520,9 @@ class RandomWeights(Pretrained):
     shape = (len(texts) + 1, config.text_length, config.text_width)
     rows = np.random.default_rng(0).standard_normal(shape, np.float32)
     return prompts.PromptEmbeddings(tuple(texts), rows[1:], rows[0])
+
+  def _check_one(self):
+    raise ConfigError(f"{self.folder} has random weights, on which nothing can be learned.")
 
   def decode(self, latents: np.ndarray) -> np.ndarray:
     """Refuses: there is nothing to be seen."""

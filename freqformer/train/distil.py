@@ -53,7 +53,7 @@ class DistilConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Distillation:
-  """What was learned.
+  """Leaves that were learned, and how near they came.
 
   Attributes:
     leaves: arrays by name (`model.leaves.flatten`), stacked over the layers of a run.

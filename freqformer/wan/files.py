@@ -14,6 +14,7 @@ import numpy as np
 import safetensors
 
 from freqformer.config import ConfigError
+from freqformer.wan.json_file import read_object
 
 _ENDING = ".safetensors"
 _INDEX = ".safetensors.index.json"
@@ -169,20 +170,9 @@ def read_config(folder: str | pathlib.Path) -> dict:
     ConfigError: there is none, or it is no JSON object.
   """
   path = pathlib.Path(folder) / "config.json"
-  try:
-    config = json.loads(path.read_text(encoding="utf-8"))
-  except OSError as error:
-    if path.parent.is_dir():
-      refuse_pickles(path.parent)
-    raise ConfigError(
-      f"{path} cannot be read ({error.strerror}); name the folder that holds the model's "
-      "config.json and weights."
-    ) from error
-  except ValueError as error:
-    raise ConfigError(f"{path} is no JSON ({error}); {_AGAIN}.") from error
-  if not isinstance(config, dict):
-    raise ConfigError(f"{path} must be a JSON object, got {type(config).__name__}; {_AGAIN}.")
-  return config
+  if not path.is_file():
+    refuse_pickles(path.parent)
+  return read_object(path)
 
 
 def part(folder: str | pathlib.Path, name: str) -> pathlib.Path:

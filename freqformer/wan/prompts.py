@@ -138,7 +138,7 @@ class TextEncoder:
 
 @dataclasses.dataclass(frozen=True)
 class PromptEmbeddings:
-  """What samples are drawn for.
+  """Embeddings that samples are drawn for.
 
   Attributes:
     texts: prompts as they were given.

@@ -1,13 +1,17 @@
 """Training on random fields as a user does it: the loss that it names, resuming, sampling."""
 
+import errno
 import json
+import os
 import pathlib
 import re
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from freqformer.command.dry_run import describe
@@ -153,3 +157,21 @@ def test_dry_run():
   assert re.search(r"GFLOP a sample in 5 evaluations, 100.0% of the dense model's$", text)
   assert "9 velocities, slope 3.8; target posterior" in text and "2x8x8x4" in text
   assert "with 9 classes" in text and "assumed" not in text
+
+
+@pytest.mark.parametrize("in_background", [True, False])
+def test_a_save_that_fails_ends_the_run_before_the_next_one(tmp_path, monkeypatch, in_background):
+  """In the background the loop notices within some steps; otherwise it takes none."""
+  config = small(steps=400)
+  settings = dict(val_every=0, log_every=1, checkpoint_every=200, samples=0)
+  config.train.update(settings | dict(save_in_background=in_background))
+
+  def full(self):
+    time.sleep(0.2)  # some steps of this model
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setattr(ocp.CheckpointManager, "_wait_for_checkpointers", full)
+  with pytest.raises(ConfigError, match="the checkpoint of step 200 needs"):
+    train(config, tmp_path)
+  last = rows(tmp_path, "train")[-1]["step"]
+  assert 200 < last < 400 if in_background else last == 200

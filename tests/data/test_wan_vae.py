@@ -20,7 +20,9 @@ from tests.evaluate.test_first_frame import given
 from tests.evaluate.test_resize import run_of, tiny
 from tests.wan.helpers import vae_weights, write_vae
 
-FRAMES, ROWS, COLS = 5, 16, 24
+FRAMES = 5
+ROWS = 16
+COLS = 24
 MEAN = np.array([0.1, -0.2, 0.3, 0.0], np.float32)
 STD = np.array([1.0, 2.0, 3.0, 0.5], np.float32)
 pytestmark = pytest.mark.xdist_group("wan_vae")

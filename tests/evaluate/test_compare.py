@@ -204,3 +204,17 @@ def test_page_of_equal_videos(tmp_path):
   assert ">inf<" in page and "&lt;one&gt;" in page
   assert re.search("b +inf +1 ", text_table(rows)) and re.search("a +– +– ", text_table(rows))
   assert slug("radial(decay=0.5)") == "radial_decay_0.5"
+
+
+def test_pairs_are_compared_clip_by_clip():
+  """A clip that equals the reference has no number, and its metric no pair."""
+  rows = [
+    {"method": "dense", "quality_by_sample": None},
+    {"method": "a", "quality_by_sample": {"psnr": [30.0, 33.0, 36.0], "ssim": [0.5, 0.5, 0.5]}},
+    {"method": "b", "quality_by_sample": {"psnr": [29.0, 31.0, 33.0], "ssim": [0.5, "inf", 0.5]}},
+  ]
+  (pair,) = compare.paired(rows)
+  assert pair["methods"] == ["a", "b"] and pair["metric"] == "psnr" and pair["clips"] == 3
+  assert pair["mean"] == pytest.approx(2.0)  # 1, 2, 3
+  assert pair["standard_error"] == pytest.approx(3**-0.5)
+  assert pair["t"] == pytest.approx(2 * 3**0.5)

@@ -111,6 +111,25 @@ def _rightly_rounded(got, want):
   return (np.asarray(got, np.float32) == rounded).mean() > 0.99
 
 
+def _assert_right(case, got, want, alone, front, n_coarse):
+  """Compares a kernel's arrays with the definition's, and its tokens with those without cells."""
+  arrays = case.layout.arrays()
+  valid = np.concatenate([np.ones(front, bool), arrays.valid])
+  for name in "qkv":
+    found = np.asarray(getattr(got, name), np.float32)
+    right = np.asarray(getattr(want, name))
+    assert np.abs(found - right)[:, valid].max() <= 2**-8 * np.abs(right[:, valid]).max()
+    assert np.isfinite(found).all()
+    for rows in (slice(0, n_coarse), valid):
+      assert _rightly_rounded(found[:, rows], right[:, rows])
+    tokens = np.asarray(getattr(alone, name), np.float32)
+    # Without cells v is the projection as it is, padding rows included.
+    assert name in "v" + case.filtered or np.array_equal(tokens, found[:, front:])
+    if name in "qk":  # of the tokens as they were rounded, not filtered
+      means = case.means(tokens, arrays.kv_len)
+      assert worst_error(getattr(got, f"{name}_pool"), means) <= 1e-5
+
+
 @pytest.fixture(params=CASES, ids=str)
 def case(request, monkeypatch):
   """With one sample a thread block walks over all heads, otherwise over one."""
@@ -174,7 +193,7 @@ def test_the_definition_is_the_spectral_operators(name, kind):
 
 
 def test_a_norm_over_all_heads():
-  """Of tokens and of coarse tokens; filtered q and k do not take it."""
+  """The definition has it for tokens and coarse tokens, and refuses it for filtered q and k."""
   case = CASES["ragged"]
   joint, bias, _, angles, lengths, *_ = _inputs(case, jnp.float32)
   tables = FreqFormer(basis=BASIS, filter="v").tables(case.layout)
@@ -239,17 +258,7 @@ def test_prepare_kernel(case, capfd):
     alone = jax.jit(prepare)(joint, bias, gains, tables, lengths)
     jax.block_until_ready((got, alone))
   assert "RACE DETECTED" not in capfd.readouterr().out  # the detector prints and goes on
-  valid = np.concatenate([np.ones(cells.front, bool), case.layout.arrays().valid])
-  for name in "qkv":
-    found, right = np.asarray(getattr(got, name), np.float32), np.asarray(getattr(want, name))
-    assert np.abs(found - right)[:, valid].max() <= 2**-8 * np.abs(right[:, valid]).max()
-    assert np.isfinite(found).all()
-    for rows in (slice(0, spectral.n_coarse), valid):
-      assert _rightly_rounded(found[:, rows], right[:, rows])
-    tokens = np.asarray(getattr(alone, name), np.float32)
-    assert name in "v" + case.filtered or np.array_equal(tokens, found[:, cells.front :])
-    if name in "qk":  # of the tokens as they were rounded, not filtered
-      assert worst_error(getattr(got, f"{name}_pool"), case.means(tokens, lengths)) <= 1e-5
+  _assert_right(case, got, want, alone, cells.front, spectral.n_coarse)
   assert alone.q_pool is None
 
 
@@ -298,17 +307,7 @@ def test_prepare_kernel_over_all_heads(case, monkeypatch):
     got, gradients = run("hopper", *trained, cotangents)
     alone = jax.jit(functools.partial(prepare, over_heads=True))(*trained, tables, lengths)
     jax.block_until_ready((got, gradients, alone))
-  for name in "qkv":
-    found, right = np.asarray(getattr(got, name), np.float32), np.asarray(getattr(want, name))
-    assert np.abs(found - right)[:, valid].max() <= 2**-8 * np.abs(right[:, valid]).max()
-    assert np.isfinite(found).all()
-    for rows in (slice(0, spectral.n_coarse), valid):
-      assert _rightly_rounded(found[:, rows], right[:, rows])
-    tokens = np.asarray(getattr(alone, name), np.float32)
-    if name not in case.filtered:
-      np.testing.assert_array_equal(tokens, found[:, cells.front :])
-    if name in "qk":
-      assert worst_error(getattr(got, f"{name}_pool"), case.means(tokens, lengths)) <= 1e-5
+  _assert_right(case, got, want, alone, cells.front, spectral.n_coarse)
   for found, right in zip(jax.tree.leaves(gradients), jax.tree.leaves(want_gradients), strict=True):
     limit = 4e-3 if found.dtype == jnp.bfloat16 else 1e-5
     assert relative_error(found, right) <= limit
@@ -316,7 +315,9 @@ def test_prepare_kernel_over_all_heads(case, monkeypatch):
 
 def test_devices_that_share_heads_exchange_sums_of_squares():
   """Compiled for two absent GPUs: each norms its heads by what all of them sum to."""
-  n, h, d = 1024, 4, 128
+  n = 1024
+  h = 4
+  d = 128
   spec = jax.ShapeDtypeStruct
 
   def run(joint, bias, gains, tables, lengths):
