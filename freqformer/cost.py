@@ -235,7 +235,7 @@ class BlockShape:
 
 
 def model_cost(config, latent_shape, allocations=None, training: bool = False, phases=None) -> Cost:
-  """Returns the forward of a whole `VideoDiT` for one sample.
+  """Returns the forward of a whole model for one sample.
 
   Counted: `layer_cost` and `BlockShape.linear_flops` of every layer; patch embedding and final
   projection. Not counted: norms, rotary, activations, the embedders.
@@ -279,7 +279,7 @@ def sampling_cost(config, latent_shape, schedule, guided: bool | Sequence[bool] 
   Args:
     config: a `ModelConfig`.
     latent_shape: `(t, y, x, c)`.
-    schedule: phases per evaluation and part of the layers, of `VideoDiT.schedule`.
+    schedule: phases per evaluation and part of the layers, of `LayerStack.schedule`.
     guided: each evaluation, or each one by itself, runs a conditional and an unconditional half.
       Work that one of them does for both (a search for masks) is counted twice, so this is an upper
       bound there.

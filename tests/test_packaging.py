@@ -29,7 +29,7 @@ from flax import nnx
 from freqformer import VideoDiT, entries, load_run, sample
 from freqformer.kernels import BlockMask, attention
 from freqformer.evaluate import motion_net
-from freqformer.model.config import model_config
+from freqformer.model.architectures import model_config
 
 q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 32, 2, 8))
 grads = jax.grad(lambda q, k, v: attention(q, k, v)[0].sum(), argnums=(0, 1, 2))(q, k, v)

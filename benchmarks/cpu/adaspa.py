@@ -31,7 +31,7 @@ from freqformer.evaluate.restore import load_run
 from freqformer.grid.layout import TileLayout
 from freqformer.methods.adaspa import AdaSpa
 from freqformer.methods.base import Cond, Projected
-from freqformer.model.config import model_config
+from freqformer.model.architectures import model_config
 from freqformer.model.dit import VideoDiT
 from freqformer.tables.adaspa_memory import store_lse, top_bits, unpack_bits
 from tools.offline import compile_for

@@ -11,7 +11,7 @@ from freqformer.analysis.bounds import bases, measure
 from freqformer.grid.basis import SpectralTables
 from freqformer.grid.layout import LayoutTables
 from freqformer.methods.base import Method
-from freqformer.model.dit import VideoDiT
+from freqformer.model.architectures import make_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ def measure_model(
       `x_t = (1 - t) x_0 + t eps`.
     label: of the latent, a class or an embedding `[embedding]`.
     case: name of the rows.
-    embedding: as of a `VideoDiT`.
+    embedding: as of `make_model`.
   """
   methods = tuple(
     (name, Probe(method)) for name, method in config.attention.methods if hasattr(method, "basis")
@@ -83,7 +83,9 @@ def measure_model(
     config, attention=dataclasses.replace(config.attention, methods=methods)
   )
   graphdef, _ = nnx.split(
-    nnx.eval_shape(lambda: VideoDiT(probed, latent_shape, classes, nnx.Rngs(0), embedding))
+    nnx.eval_shape(
+      lambda: make_model(probed, latent_shape, nnx.Rngs(0), classes=classes, embedding=embedding)
+    )
   )
   model = nnx.merge(graphdef, params)
   noise = jax.random.normal(jax.random.key(0), latents.shape)

@@ -18,7 +18,7 @@ from freqformer.disk import write_whole
 from freqformer.evaluate.conditions import conditioned
 from freqformer.evaluate.draw import draw, requests, sample_config
 from freqformer.evaluate.restore import Run, load_run
-from freqformer.model.dit import VideoDiT, make_tables
+from freqformer.model.stack import LayerStack
 from freqformer.train.experiment import Experiment
 from freqformer.train.mesh import all_devices
 from freqformer.train.step import init_state, make_train_step
@@ -79,7 +79,7 @@ def _training(run: Run) -> Callable:
 
 
 def training_step(
-  model: VideoDiT, params, exp: Experiment, target: Posterior | None = None
+  model: LayerStack, params, exp: Experiment, target: Posterior | None = None
 ) -> Callable:
   """Returns a function that trains one step on one batch of noise; it has run once.
 
@@ -94,7 +94,7 @@ def training_step(
   latents = np.random.default_rng(0).standard_normal((train.batch_size, *shape))
   label = model.null(train.batch_size)
   batch = jax.device_put({"latent": latents.astype(np.float32), "label": label})
-  tables = jax.device_put(make_tables(model.config, shape, with_dense=train.attends_densely))
+  tables = jax.device_put(model.tables(shape, with_dense=train.attends_densely))
   own = jax.device_put(numbers(train))
   step = make_train_step(nnx.graphdef(model), train)
 

@@ -11,7 +11,7 @@ from freqformer.analysis.hlo_bytes import collectives
 from freqformer.config import ConfigError, numbers
 from freqformer.cost import model_cost, step_cost
 from freqformer.data.sources import class_names
-from freqformer.model.dit import VideoDiT, make_tables
+from freqformer.model.architectures import make_model
 from freqformer.pages.cost import counted
 from freqformer.pages.text import aligned
 from freqformer.train import mesh as meshes
@@ -39,9 +39,7 @@ def describe(experiment: Experiment) -> str:
     assumed = f", UCF-101's: assumed, {data.root} cannot be read"
   condition = experiment.conditioned_on(names)
 
-  abstract = nnx.eval_shape(
-    lambda: VideoDiT(model, shape, rngs=nnx.Rngs(experiment.seed), **condition)
-  )
+  abstract = nnx.eval_shape(lambda: make_model(model, shape, nnx.Rngs(0), **condition))
   graphdef, params = nnx.split(abstract)
   state = jax.eval_shape(lambda p: init_state(p, experiment.train, 0), params)
   batch = {
@@ -51,9 +49,8 @@ def describe(experiment: Experiment) -> str:
   step = make_train_step(graphdef, experiment.train)
   mesh = experiment.make_mesh()
   with jax.set_mesh(mesh):
-    tables = placement.everywhere(
-      make_tables(model, shape, with_dense=experiment.train.attends_densely)
-    )
+    tables = abstract.tables(shape, with_dense=experiment.train.attends_densely)
+    tables = placement.everywhere(tables)
     placed = placement.share(state)
     own = placement.everywhere(numbers(experiment.train))
     compiled = step.lower(placed, placement.split_batch(batch), tables, own).compile()

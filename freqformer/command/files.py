@@ -20,7 +20,9 @@ from ml_collections import ConfigDict, config_flags
 from freqformer.config import ConfigError, did_you_mean, with_defaults
 from freqformer.data.sources import config_class
 from freqformer.methods.registry import METHODS, method_class
+from freqformer.model import architectures
 from freqformer.train.experiment import Experiment
+from freqformer.train.learning import Learning, is_learning
 
 _ALIKE = 0.8  # choice: of two dotted keys that a slip of the fingers tells apart
 
@@ -63,12 +65,15 @@ def read_config(path, *args) -> ConfigDict:
       f"get_config() of {path} returned {config!r}; let it return an ml_collections.ConfigDict."
     )
   values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+  if is_learning(values):
+    return ConfigDict(with_defaults(Learning, values))
   # All keys of all groups; `experiment` checks the values.
   model = values.get("model", {})
   attention = model.get("attention", {}) if isinstance(model, Mapping) else None
   if isinstance(attention, Mapping):
     methods = {name: with_defaults(method_class(name), attention.get(name, {})) for name in METHODS}
-    values = {**values, "model": {**model, "attention": {**attention, **methods}}}
+    model = {**model, "attention": {**attention, **methods}}
+    values = {**values, "model": with_defaults(architectures.config_class(model), model)}
   data = values.get("data", {})
   if isinstance(data, Mapping):
     values = {**values, "data": with_defaults(config_class(data), data)}

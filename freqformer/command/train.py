@@ -8,6 +8,9 @@ checkpoint in the workdir, bit for bit. A finished run goes on once train.steps 
 the config that changed meanwhile are logged and kept in run.json. Changes of data, model, seed or
 train.batch_size stop the run unless --resume_changed is given.
 
+With a config whose model is pretrained, as configs/wan.py, a method's routers or gates are learned
+on a downloaded model (docs/pretrained.md) and written to <workdir>/learned.safetensors.
+
 At every validation <workdir>/report.html is written anew: samples of train.samples classes, losses,
 routing, costs. `python -m freqformer.report --compare RUN RUN` shows several runs side by side.
 """
@@ -19,9 +22,11 @@ from absl import flags
 from freqformer.command import cli
 from freqformer.command.dry_run import describe
 from freqformer.command.files import define_config
+from freqformer.command.learn import learn
 from freqformer.pages.progress import Progress
 from freqformer.train import processes
 from freqformer.train.experiment import experiment
+from freqformer.train.learning import is_learning
 from freqformer.train.run import train
 from freqformer.train.trace import Trace
 
@@ -45,13 +50,16 @@ _JOIN_SECONDS = flags.DEFINE_integer(
 
 
 def main(_):
+  name = pathlib.Path(flags.FLAGS["config"].config_filename.split(":")[0]).stem
+  workdir = pathlib.Path(_WORKDIR.value or f"runs/{name}")
+  if is_learning(_CONFIG.value):
+    learn(_CONFIG.value, workdir, _DRY_RUN.value)
+    return
   if _DRY_RUN.value:
     print(describe(experiment(_CONFIG.value)))
     return
   place = processes.place(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
   processes.join(place, _JOIN_SECONDS.value)
-  name = pathlib.Path(flags.FLAGS["config"].config_filename.split(":")[0]).stem
-  workdir = pathlib.Path(_WORKDIR.value or f"runs/{name}")
   with processes.ending_together(cli.told):
     train(_CONFIG.value, workdir, _RESUME_CHANGED.value, Progress(), Trace(_PROFILE.value))
 

@@ -61,8 +61,8 @@ class Learned:
     header = json.loads(told) if told else {}
     if not {"method", "base"} <= header.keys():
       raise ConfigError(
-        f"learned: {path} does not say which method and model its arrays are of; name a file that "
-        "python -m freqformer.distil wrote."
+        f"learned: {path} does not say which method and model its arrays are of; name a "
+        "learned.safetensors that train.py wrote (configs/wan.py)."
       )
     if header["schema"] != _SCHEMA:
       raise ConfigError(
@@ -77,7 +77,9 @@ class Learned:
     Raises:
       ConfigError: it has another ending, or the disk is full.
     """
-    path = check_path(path)
+    path = pathlib.Path(path).expanduser()
+    if path.suffix != ENDING:
+      raise ConfigError(f"{path} must end in {ENDING}.")
     header = {
       "schema": _SCHEMA,
       "method": self.method,
@@ -97,8 +99,7 @@ class Learned:
     if base != self.base:
       raise ConfigError(
         f"{self.origin} was learned on other weights ({self.base[:12]}) than those of {folder} "
-        f"({base[:12]}); name the folder that it was learned on, or learn anew by "
-        "python -m freqformer.distil."
+        f"({base[:12]}); name the folder that it was learned on, or learn anew."
       )
 
   def check_leaves(self, shapes: Mapping[str, tuple[int, ...]]):
@@ -111,14 +112,6 @@ class Learned:
         f"{self.origin} does not fit {self.method}: {name} is {found.get(name, 'missing')} there, "
         f"{shapes.get(name, 'unknown')} here; it is damaged, or was written by other code."
       )
-
-
-def check_path(path: str | pathlib.Path) -> pathlib.Path:
-  """Returns where learned leaves may be written; raises ConfigError for another ending."""
-  path = pathlib.Path(path).expanduser()
-  if path.suffix != ENDING:
-    raise ConfigError(f"{path} must end in {ENDING}.")
-  return path
 
 
 def weights_hash(tensors: Tensors) -> str:

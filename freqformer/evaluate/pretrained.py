@@ -29,7 +29,14 @@ from freqformer.model.config import DTYPES, AttentionConfig
 from freqformer.model.leaves import flatten, leaf_name
 from freqformer.model.wan import WanConfig, WanDiT, is_narrow, load_params
 from freqformer.simulation.descriptions import load_model
-from freqformer.train.distil import DistilConfig, beside_dense, check_learns, distil
+from freqformer.train.distil import (
+  DistilConfig,
+  Keeper,
+  beside_dense,
+  check_learns,
+  distil,
+  own_leaves,
+)
 from freqformer.wan import levels, prompts, text_encoder, vae
 from freqformer.wan.files import open_tensors, part, read_config
 from freqformer.wan.json_file import read_object
@@ -255,6 +262,16 @@ class Pretrained:
     """
     return self._run(method, beside_dense(self.config(method)), frames, size, learned)
 
+  def learnable(self, method: str, latent_shape) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of a method's own leaves by name, those of all layers.
+
+    Raises:
+      ConfigError: there are none, or the method cannot train on latents of this shape.
+    """
+    config = self.config(method)
+    check_learns(config, latent_shape)
+    return own_leaves(nnx.state(nnx.eval_shape(lambda: WanDiT(config, latent_shape, nnx.Rngs(0)))))
+
   def _run(
     self, method: str, config: WanConfig, frames, size, learned, guidance_low=None
   ) -> PretrainedRun:
@@ -316,7 +333,9 @@ class Pretrained:
     guidance: float | None = None,
     shift: float | None = None,
     config: DistilConfig | None = None,
+    seed: int = 0,
     progress: bool = True,
+    keeper: Keeper | None = None,
   ) -> Learned:
     """Learns a method's own leaves from the dense model's trajectories for prompts.
 
@@ -331,11 +350,14 @@ class Pretrained:
         cost.
       shift: of the noise levels.
       config: of the learning; None: the defaults.
+      seed: of the noise.
       progress: show a progress bar.
+      keeper: as of `train.distil.distil`.
 
     Raises:
       ConfigError: a number is out of its bounds, or the method cannot serve the size or has no
         parameters.
+      Stopped: the keeper was asked to stop.
     """
     self._check_one()
     sample = self.sampling(steps, guidance, shift)
@@ -356,8 +378,10 @@ class Pretrained:
       shape,
       sample,
       config,
+      seed,
       null=texts.negative,
       progress=progress,
+      keeper=keeper,
     )
     facts = {
       "prompts": len(texts.texts),

@@ -16,7 +16,7 @@ from freqformer.data.codec import make_codec
 from freqformer.data.fields import PIXELS, FieldsConfig
 from freqformer.evaluate.restore import Run
 from freqformer.grid.rotary import ROPE_RULES, longer_theta
-from freqformer.model.dit import VideoDiT
+from freqformer.model.architectures import make_model
 
 _AXES = ("frames", "rows", "cols")
 _TRIALS = 16  # sizes that are tried to name one that works
@@ -122,7 +122,7 @@ def _at(run: Run, wanted: Sequence[int], rope: str) -> Run:
   config = dataclasses.replace(config, rope_theta=theta)
   # Of the trained shape: parameters that follow a grid were learned there.
   condition = run.experiment.conditioned_on(run.record["class_names"])
-  model = nnx.eval_shape(lambda: VideoDiT(config, run.latent_shape, rngs=nnx.Rngs(0), **condition))
+  model = nnx.eval_shape(lambda: make_model(config, run.latent_shape, nnx.Rngs(0), **condition))
   experiment = dataclasses.replace(run.experiment, data=data, model=config)
   record = run.record | {"latent_shape": shape}
   return dataclasses.replace(run, model=model, experiment=experiment, record=record)

@@ -10,7 +10,8 @@ from flax import nnx
 
 from freqformer.config import ConfigError
 from freqformer.data.codec import LatentStatistics
-from freqformer.model.dit import VideoDiT
+from freqformer.model.architectures import make_model
+from freqformer.model.stack import LayerStack
 from freqformer.placement import everywhere
 from freqformer.train.checkpoint import Checkpoints, Gone, Mismatch
 from freqformer.train.experiment import Experiment, of_record
@@ -38,14 +39,14 @@ class Run:
   """A trained model and what its checkpoint knows about it.
 
   Attributes:
-    model: the abstract `VideoDiT`, without arrays: for its config, tables and schedule.
+    model: the abstract model, without arrays: for its config, tables and schedule.
     params: its parameters.
     experiment: the configuration that it was trained with.
     record: the checkpoint's JSON record.
     conditions: of a run conditioned on embeddings those that are sampled, see `conditioned`.
   """
 
-  model: VideoDiT
+  model: LayerStack
   params: nnx.State
   experiment: Experiment
   record: dict[str, Any]
@@ -147,7 +148,7 @@ def _load(
     config = config.with_schedule(schedule)
   shape = tuple(record["latent_shape"])
   condition = trained.conditioned_on(record["class_names"])
-  model = nnx.eval_shape(lambda: VideoDiT(config, shape, rngs=nnx.Rngs(0), **condition))
+  model = nnx.eval_shape(lambda: make_model(config, shape, nnx.Rngs(0), **condition))
   group = "params" if raw else "ema"
   try:
     wanted = everywhere({group: nnx.state(model)})

@@ -124,7 +124,7 @@ class HeadsNorm(nnx.Module):
   """RMS norm over all heads of a token together, `[..., h, d]`; a gain per head and channel."""
 
   def __init__(self, heads: int, head_dim: int, dtype=jnp.float32, gain: float = 1.0):
-    self.scale = nnx.Param(jnp.full((heads, head_dim), gain))
+    self.scale = nnx.Param(jnp.full((heads, head_dim), gain, jnp.float32))
     self.dtype = dtype
 
   def __call__(self, x: jax.Array) -> jax.Array:

@@ -2,19 +2,19 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import jax.numpy as jnp
 import numpy as np
 
-from freqformer.config import ConfigError, build, did_you_mean, refusing, require, require_one_of
+from freqformer.config import ConfigError, refusing, require, require_one_of
 from freqformer.cost import DENSE, BlockShape
 from freqformer.grid.layout import TileLayout
 from freqformer.grid.rotary import grid_theta
 from freqformer.kernels.block_sparse.api import ATTENTION
 from freqformer.kernels.core.op import ALIASES
 from freqformer.methods.base import Method
-from freqformer.methods.registry import METHODS, method_class, parse_method, with_fields
+from freqformer.methods.registry import method_class, parse_method, with_fields
 from freqformer.model.attention import AttentionDims, keys_per_query, starting_gain
 from freqformer.model.precondition import Table, measured_power
 from freqformer.model.schedule import DenseSchedule, Part, check_dense, parse_schedule
@@ -88,7 +88,7 @@ class AttentionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """Settings of a `VideoDiT`.
+  """Settings of a `VideoDiT`; those of other models inherit it.
 
   Attributes:
     size: "S", "B", "L", or "custom" with width, depth and heads given; each is the size's if 0.
@@ -291,49 +291,3 @@ class ModelConfig:
       layers=tuple((first, stop, name) for first, stop, _ in self.attention.layers),
     )
     return dataclasses.replace(self, attention=attention)
-
-
-def model_config(values: Mapping) -> ModelConfig:
-  """Builds the config from `config.model`, where methods' groups are keys of `attention`."""
-  attention = dict(values.get("attention", {}))
-  methods = {
-    name: build(method_class(name), attention.pop(name), f"model.attention.{name}")
-    for name in METHODS
-    if name in attention
-  }
-  known = {field.name for field in dataclasses.fields(AttentionConfig)} | set(METHODS)
-  for name in attention:
-    if name not in known:
-      raise ConfigError(f"config.model.attention has no key {name!r}; {did_you_mean(name, known)}")
-  attention = build(AttentionConfig, _plain_names(attention, methods), "model.attention")
-  return build(ModelConfig, {**values, "attention": attention}, "model")
-
-
-def _plain_names(attention: dict, methods: dict[str, Method]) -> dict:
-  """Returns the keys of `AttentionConfig`; fields written behind a name go to its method."""
-  given = {}
-
-  def plain(text):
-    if not isinstance(text, str):
-      return text  # `build` refuses it
-    name, fields = parse_method(text)
-    if fields and given.setdefault(name, fields) != fields:
-      raise ConfigError(
-        f"config.model.attention sets {name} twice: {given[name]} and {fields}; a model has one of "
-        "each method."
-      )
-    if fields:
-      method = methods.get(name) or method_class(name)()
-      methods[name] = with_fields(method, fields, f"model.attention.{name}")
-    return name
-
-  attention = dict(attention)
-  if "method" in attention:
-    attention["method"] = plain(attention["method"])
-  layers = attention.get("layers", ())
-  if isinstance(layers, list | tuple):
-    attention["layers"] = tuple(
-      (*run[:2], plain(run[2])) if isinstance(run, list | tuple) and len(run) == 3 else run
-      for run in layers
-    )
-  return attention | {"methods": tuple(methods.items())}

@@ -112,6 +112,8 @@ class VideoDiT(LayerStack):
     embedding: numbers of the embedding that is a clip's label in the place of a class; 0: classes.
   """
 
+  behind = ("final", "skip")
+
   def __init__(
     self, config: ModelConfig, latent_shape, classes: int, rngs: nnx.Rngs, embedding: int = 0
   ):

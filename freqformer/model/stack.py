@@ -6,6 +6,7 @@ Runs of layers with one method are one scan over stacked parameters.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -40,9 +41,14 @@ class LayerStack(nnx.Module):
 
   A layer is called with tokens `[b, n_buffer, width]`, the condition, a `Cond`, the layout's
   arrays, its method's tables and its state, and returns tokens, the new state and the method's aux.
+
+  Attributes:
+    config: of the model.
+    behind: names of the parts that come after the layers.
   """
 
   config: ModelConfig
+  behind: ClassVar[tuple[str, ...]] = ()
 
   def tables(self, latent_shape, with_dense: bool = False) -> dict:
     """Returns everything static about a grid, to be passed to jit as an argument."""

@@ -24,6 +24,7 @@ from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.table import dense_mask
 from freqformer.methods.base import Cond, Method
 from freqformer.model.attention import AttentionDims, HeadsNorm, SpectralAttention
+from freqformer.model.conditioner import ClassConditioner, EmbeddingConditioner
 from freqformer.model.config import DTYPES, ModelConfig
 from freqformer.model.dit import patchify, unpatchify
 from freqformer.model.leaves import leaf_name
@@ -61,6 +62,9 @@ class WanConfig(ModelConfig):
   def __post_init__(self):
     super().__post_init__()
     require(self, "mlp text_width text_length frequencies", least=1)
+    for name in ("skip", "precondition", "positions", "first_frame"):
+      if getattr(self, name):
+        raise ConfigError(f"{name}={getattr(self, name)} is of architecture 'dit'; leave it out.")
     if self.width // self.heads < 6:
       raise ConfigError(
         f"width={self.width} over heads={self.heads} leaves less than the 6 channels of a head "
@@ -167,13 +171,29 @@ class WanBlock(nnx.Module):
 class WanDiT(LayerStack):
   """A transformer that predicts the velocity `eps - x_0` of latents `[b, t, y, x, c]` of a text."""
 
-  def __init__(self, config: WanConfig, latent_shape, rngs: nnx.Rngs):
+  behind = ("table", "head")
+
+  def __init__(
+    self,
+    config: WanConfig,
+    latent_shape,
+    rngs: nnx.Rngs,
+    classes: int | None = None,
+    embedding: int = 0,
+  ):
     """Makes random weights.
 
     Args:
       config: sizes.
       latent_shape: `(t, y, x, c)`; other grids work with tables of their own.
       rngs: for the weights.
+      classes: number of classes; a class is a text of one learned row, label `classes` is the null
+        class. None: samples come with texts.
+      embedding: numbers of the embedding that is the label in the place of a class; it is mapped to
+        a text of one row. 0: classes.
+
+    Raises:
+      ConfigError: labels are classes or embeddings, and texts are not of one row.
     """
     self.config = config
     self.channels = latent_shape[-1]
@@ -185,6 +205,17 @@ class WanDiT(LayerStack):
       return nnx.Linear(inner, outer, dtype=dtype, rngs=named(rngs, name))
 
     dtype = DTYPES[config.dtype]
+    label = None
+    if classes is not None:
+      if config.text_length != 1:
+        raise ConfigError(
+          f"config.model.text_length={config.text_length} must be 1: a class or an embedding is "
+          "one row."
+        )
+      conditioner = EmbeddingConditioner if embedding else ClassConditioner
+      label = conditioner(embedding or classes, config.text_width, named(rngs, "label"))
+    # One assignment: flax fixes on the first one whether an attribute holds parameters.
+    self.label = label
     self.embed = linear("embed", patch, width, dtype)
     self.time_in = linear("time_in", config.frequencies, width)
     self.time_out = linear("time_out", width, width)
@@ -203,10 +234,13 @@ class WanDiT(LayerStack):
     self.head = linear("head", width, patch)
 
   def null(self, count: int) -> np.ndarray:
-    """Returns texts without a word, float32 `[count, text_length, text_width]`, all zero.
+    """Returns the label of samples without a condition.
 
-    Guidance takes the embedding of a negative prompt instead.
+    Of texts it is `[count, text_length, text_width]`, all zero; guidance takes the embedding of a
+    negative prompt instead.
     """
+    if self.label is not None:
+      return self.label.null(count)
     config = self.config
     return np.zeros((count, config.text_length, config.text_width), np.float32)
 
@@ -218,7 +252,8 @@ class WanDiT(LayerStack):
     Args:
       x: `[b, t, y, x, c]`.
       time: `[b]`, 1 is noise, or `[b, n]` for each token in raster order.
-      text: `[b, m, text_width]`, of the text encoder, zero behind a text's end.
+      text: `[b, m, text_width]`, of the text encoder, zero behind a text's end; or the label, int
+        `[b]` or an embedding `[b, e]`, of a model that was made for these.
       tables: as of `VideoDiT`, like what follows.
       given: None; no first frame can be given.
 
@@ -241,6 +276,8 @@ class WanDiT(LayerStack):
       cond = Cond(time.mean(1), embedding.mean(1), rng=rng, **moment)
       embedding = layout.pack(embedding)
       modulation = layout.pack(modulation)
+    if self.label is not None:
+      text = self.label(text)[:, None]
     text = self.text_out(nnx.gelu(self.text_in(text), approximate=True))
     tokens = self.embed(patchify(x, self.config.patch)).astype(jnp.float32)
     tokens = split(layout.pack(tokens), context=1)

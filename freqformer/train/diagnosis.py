@@ -1,16 +1,16 @@
 """Finds where a skipped step stops being finite, for the message about a run that skips."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from freqformer.config import with_numbers
 from freqformer.model.leaves import flatten
 from freqformer.train.step import TrainConfig, TrainState, make_gradients
 
-_BEHIND = ("final", "skip")  # parts of a `VideoDiT` that come after its layers
 _LAST = 10**9  # their place, behind the number of any layer
 
 
@@ -50,7 +50,8 @@ def first_not_finite(
       "gradients": _finite(grads),
     }
 
-  return _clause(jax.device_get(look(state, batch, tables, numbers, posterior)))
+  behind = nnx.merge(graphdef, state.params).behind
+  return _clause(jax.device_get(look(state, batch, tables, numbers, posterior)), behind)
 
 
 def _finite(params) -> dict[str, jax.Array]:
@@ -61,21 +62,21 @@ def _finite(params) -> dict[str, jax.Array]:
   }
 
 
-def _clause(found: dict) -> str:
+def _clause(found: dict, behind: Collection[str]) -> str:
   if not found["batch"]:
     return "the batch itself holds numbers that are not finite"
-  if broken := _broken(found["params"]):
+  if broken := _broken(found["params"], behind):
     return f"the parameter {broken[max(broken)]} is not finite"
   if not found["layers"].all():
     return f"the first output that is not finite is that of layer {found['layers'].argmin()}"
   if not found["loss"]:
     return "the loss is not finite, and the outputs of all layers are"
-  if broken := _broken(found["gradients"]):
+  if broken := _broken(found["gradients"], behind):
     return f"the first gradient that is not finite, on the way back, is of {broken[max(broken)]}"
   return "loss and gradients of the last step are finite"
 
 
-def _broken(finite: Mapping[str, np.ndarray]) -> dict[int, str]:
+def _broken(finite: Mapping[str, np.ndarray], behind: Collection[str]) -> dict[int, str]:
   """Returns one leaf that is not finite at each place in the model, by the order of the forward."""
   names = [name.split("/", 2) for name in finite]
   depths = {int(name[1]): len(finite["/".join(name)]) for name in names if name[0] == "runs"}
@@ -87,5 +88,5 @@ def _broken(finite: Mapping[str, np.ndarray]) -> dict[int, str]:
       for layer in first + np.flatnonzero(~flags):
         found.setdefault(int(layer), f"layer {layer} ({leaf})")
     elif not flags:
-      found.setdefault(_LAST if name.split("/")[0] in _BEHIND else -1, name)
+      found.setdefault(_LAST if name.split("/")[0] in behind else -1, name)
   return found

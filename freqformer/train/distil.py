@@ -7,6 +7,8 @@ evaluation each layer compares what the method would have given with its dense a
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -37,18 +39,18 @@ class DistilConfig:
     passes: how often each prompt is sampled, each time from other noise.
     lr: learning rate of AdamW at the start.
     weight_decay: of AdamW, on matrices only.
-    seed: of the noise, and of a router's draws.
+    keep: number of newest checkpoints that stay.
   """
 
   passes: int = 1
   lr: float = 0.01
   weight_decay: float = 0.0
-  seed: int = 0
+  keep: int = 2
 
   def __post_init__(self):
-    require(self, "passes", least=1)
+    require(self, "passes keep", least=1)
     require(self, "lr", above=0)
-    require(self, "weight_decay seed", least=0)
+    require(self, "weight_decay", least=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +67,24 @@ class Distillation:
   leaves: dict[str, np.ndarray]
   errors: np.ndarray
   steps: int
+
+
+class Stopped(Exception):
+  """Learning was asked to stop, within a trajectory."""
+
+
+class Keeper:
+  """Keeps a run's state behind each of its trajectories; this one keeps nothing."""
+
+  def restore(self, template) -> tuple[Any, list] | None:
+    """Returns the newest state, in the form of `template`, and the errors so far; None: none."""
+
+  def save(self, step: int, state, errors: list[np.ndarray]):
+    """Keeps the state behind an optimizer step, and each trajectory's errors `[layers]`."""
+
+  def should_stop(self) -> bool:
+    """Tells whether the run has been asked to stop."""
+    return False
 
 
 def beside_dense(config: ModelConfig) -> ModelConfig:
@@ -86,8 +106,10 @@ def distil(
   latent_shape,
   sample: SampleConfig,
   config: DistilConfig,
+  seed: int = 0,
   null: np.ndarray | None = None,
   progress: bool = True,
+  keeper: Keeper | None = None,
 ) -> Distillation:
   """Learns a method's own leaves.
 
@@ -101,28 +123,34 @@ def distil(
     latent_shape: (t, y, x, c).
     sample: the trajectories' settings.
     config: of the learning.
+    seed: of the noise, and of a router's draws.
     null: what stands in guidance for no condition; None: `model.null`.
     progress: show a progress bar.
+    keeper: keeps what was learned behind each trajectory, and goes on from there; None: nobody.
 
   Raises:
     ConfigError: the method has no parameters, its schedule does not fit the run, or the leaves
       became numbers that are not finite.
+    Stopped: the keeper was asked to stop.
   """
   check_learns(model.config, latent_shape)
   own = own_leaves(params)
   evaluations = len(sample.guided())
   total = -(-len(labels) // sample.batch_size) * config.passes * evaluations
   tables = model.tables(latent_shape)
-  places = np.arange(len(labels))
+  starts = range(0, len(labels), sample.batch_size)
+  trajectories = list(itertools.product(range(config.passes), starts))
+  keeper = keeper or Keeper()
   with tqdm(total=total, desc="learning", unit="step", disable=not progress) as bar:
-    learner = _Learner(model, own, sample, config, evaluations, bar)
-    for number in range(config.passes):
-      indices = places + number * len(labels)
-      args = (learner, params, model, labels, indices, config.seed, tables, latent_shape, sample)
+    learner = _Learner(model, own, sample, config, seed, evaluations, bar, keeper.should_stop)
+    learner.go_on(keeper)
+    for number, start in trajectories[len(learner.errors) :]:
+      part = np.arange(start, min(start + sample.batch_size, len(labels)))
+      indices = part + number * len(labels)
+      args = (learner, params, model, labels[part], indices, seed, tables, latent_shape, sample)
       sampling.sample(*args, progress=False, null=null)
+      learner.keep(keeper)
   leaves = {name: np.asarray(x) for name, x in learner.own.items()}
-  if not all(np.isfinite(x).all() for x in leaves.values()):
-    raise ConfigError(f"learned numbers are not finite; lower the learning rate, {config.lr:g}.")
   return Distillation(leaves, np.stack(learner.errors), learner.number)
 
 
@@ -161,17 +189,21 @@ class _Learner:
     own: dict[str, jax.Array],
     sample: SampleConfig,
     config: DistilConfig,
+    seed: int,
     evaluations: int,
     bar: tqdm,
+    should_stop: Callable[[], bool],
   ):
     self._evaluations = evaluations
     self._bar = bar
+    self._should_stop = should_stop
+    self._lr = config.lr
     rate = optax.cosine_decay_schedule(config.lr, bar.total, _LAST_RATE)
     matrices = {name: name.endswith("kernel") for name in own}
     optimizer = optax.adamw(rate, b2=_BETA2, weight_decay=config.weight_decay, mask=matrices)
     optimizer = optax.apply_if_finite(optimizer, _SKIPPED)
     self._step = make_learning_step(nnx.graphdef(model), sample, optimizer)
-    self._key = jax.random.key(config.seed)
+    self._key = jax.random.key(seed)
     self._recent: list[jax.Array] = []  # errors of the trajectory's evaluations
     self.own = {name: jnp.array(x, copy=True) for name, x in own.items()}  # they are donated
     self._optimizer_state = optimizer.init(self.own)
@@ -180,6 +212,8 @@ class _Learner:
 
   def __call__(self, params, *args):
     """Evaluates the dense model and takes a step; arguments and results as of `make_step`."""
+    if self._should_stop():
+      raise Stopped
     progress = np.float32(self.number / self._bar.total)
     moment = {"progress": progress, "rng": jax.random.fold_in(self._key, self.number)}
     learning = (self.own, self._optimizer_state)
@@ -195,6 +229,20 @@ class _Learner:
       layers = " ".join(f"{x:.3f}" for x in self.errors[-1])
       logging.info("error by layer after %d steps: %s", self.number, layers)
     return points, state, aux
+
+  def go_on(self, keeper: Keeper):
+    """Takes up what a keeper has."""
+    found = keeper.restore((self.own, self._optimizer_state))
+    if found is not None:
+      (self.own, self._optimizer_state), self.errors = found
+      self.number = len(self.errors) * self._evaluations
+      self._bar.update(self.number)
+
+  def keep(self, keeper: Keeper):
+    """Hands a keeper the state behind a trajectory; refuses numbers that are not finite."""
+    if not all(np.isfinite(x).all() for x in self.own.values()):
+      raise ConfigError(f"learned numbers are not finite; lower the learning rate, {self._lr:g}.")
+    keeper.save(self.number, (self.own, self._optimizer_state), self.errors)
 
 
 def make_learning_step(graphdef, sample: SampleConfig, optimizer: optax.GradientTransformation):

@@ -14,7 +14,8 @@ from freqformer.data.fields import FieldsConfig
 from freqformer.data.protocol import DataConfig
 from freqformer.data.sources import data_config
 from freqformer.diffusion.sampling import SampleConfig
-from freqformer.model.config import ModelConfig, model_config
+from freqformer.model.architectures import model_config
+from freqformer.model.config import ModelConfig
 from freqformer.model.schedule import DenseSchedule
 from freqformer.placement import check_context
 from freqformer.train.mesh import MeshConfig, make_mesh
@@ -77,7 +78,7 @@ class Experiment:
     return dataclasses.replace(self, model=self.model.with_spectrum(latents))
 
   def conditioned_on(self, class_names: Sequence[str]) -> dict[str, int]:
-    """Returns the arguments of a `VideoDiT` that say what clips are conditioned on."""
+    """Returns the arguments of `make_model` that say what clips are conditioned on."""
     # Without classes all labels are those of the null class.
     classes = len(class_names) if self.data.condition == "class" else 0
     return {"classes": classes, "embedding": self.data.embedding_size}

@@ -23,7 +23,7 @@ from freqformer import disk
 from freqformer.config import ConfigError
 from freqformer.data.sources import class_names
 from freqformer.methods.base import Method
-from freqformer.model.dit import VideoDiT
+from freqformer.model.architectures import make_model
 from freqformer.model.leaves import flatten, leaf_name
 from freqformer.train.checkpoint import SCHEMA, Checkpoints
 from freqformer.train.experiment import Experiment, experiment, of_record
@@ -220,7 +220,7 @@ def _parameters(exp: Experiment, names: Sequence[str]):
   """Returns the shapes of a model's parameters."""
 
   def build():
-    return VideoDiT(exp.model, exp.latent_shape, rngs=nnx.Rngs(0), **exp.conditioned_on(names))
+    return make_model(exp.model, exp.latent_shape, nnx.Rngs(0), **exp.conditioned_on(names))
 
   return nnx.state(nnx.eval_shape(build))
 

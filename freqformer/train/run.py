@@ -20,7 +20,7 @@ from freqformer import disk
 from freqformer.config import ConfigError, numbers
 from freqformer.data.loader import train_iterator, val_batches
 from freqformer.data.sources import Split, open_splits
-from freqformer.model.dit import VideoDiT, make_tables
+from freqformer.model.architectures import make_model
 from freqformer.placement import everywhere, own_rows, share, split_batch
 from freqformer.train.alarm import KIND, Alarm
 from freqformer.train.checkpoint import PACKAGES, Checkpoints
@@ -55,7 +55,7 @@ class Training:
     workdir: its folder.
     data: training clips.
     val: validation clips.
-    graphdef: of the `VideoDiT`.
+    graphdef: of the model.
     params: shapes of its parameters; the arrays change hands at every step.
     tables: of the grid.
     trackers: show pictures elsewhere.
@@ -183,8 +183,10 @@ def _train(
   # ---- 3. model and state ---------------------------------------------------------------------
   shape = tuple(train_data.latent_shape)
   condition = exp.conditioned_on(train_data.class_names)
-  tables = make_tables(exp.model, shape, with_dense=exp.train.attends_densely)
-  graphdef, params = nnx.split(VideoDiT(exp.model, shape, rngs=nnx.Rngs(exp.seed), **condition))
+  model = make_model(exp.model, shape, nnx.Rngs(exp.seed), **condition)
+  tables = model.tables(shape, with_dense=exp.train.attends_densely)
+  graphdef, params = nnx.split(model)
+  del model  # its arrays
   if origin is not None:
     params = origin.into(params, exp)
   state = init_state(params, exp.train, exp.seed)

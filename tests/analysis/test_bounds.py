@@ -11,7 +11,7 @@ from benchmarks.pages import complexity
 from freqformer.analysis import bounds, probe, summary
 from freqformer.grid.layout import TileLayout
 from freqformer.methods.freqformer import FreqFormer
-from freqformer.model.config import model_config
+from freqformer.model.architectures import model_config
 from freqformer.model.dit import VideoDiT
 from freqformer.simulation import plots
 from tests.tiny_config import get_config

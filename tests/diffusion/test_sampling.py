@@ -14,7 +14,7 @@ from flax import nnx
 from freqformer.cost import model_cost, sampling_cost
 from freqformer.diffusion.flow import sample_noise
 from freqformer.diffusion.sampling import SampleConfig, make_step, sample
-from freqformer.model.config import model_config
+from freqformer.model.architectures import model_config
 from freqformer.model.dit import VideoDiT
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -15,7 +15,7 @@ from freqformer.cost import model_cost, sampling_cost
 from freqformer.diffusion.sampling import SampleConfig, make_step, sample
 from freqformer.evaluate.draw import Drawn
 from freqformer.evaluate.record_masks import realised_density
-from freqformer.model.config import model_config
+from freqformer.model.architectures import model_config
 from freqformer.model.dit import VideoDiT
 from freqformer.model.schedule import DenseSchedule
 from freqformer.pages.cost import counted

@@ -17,7 +17,7 @@ from freqformer.evaluate.record_masks import (
   load_masks,
   realised_density,
 )
-from freqformer.model.config import model_config
+from freqformer.model.architectures import model_config
 from freqformer.model.dit import VideoDiT
 
 # One worker: what the file prepares or compiles is then made once.

@@ -14,7 +14,7 @@ from freqformer.diffusion.sampling import SampleConfig, make_step, sample
 from freqformer.grid.layout import TileLayout
 from freqformer.methods.adaspa import AdaSpa
 from freqformer.methods.base import Dims
-from freqformer.model.config import model_config
+from freqformer.model.architectures import model_config
 from freqformer.model.dit import VideoDiT
 from tools.offline import compile_for
 

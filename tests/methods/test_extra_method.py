@@ -8,7 +8,7 @@ import pytest
 from freqformer.config import ConfigError
 from freqformer.grid.layout import TileLayout
 from freqformer.methods.registry import METHODS
-from freqformer.model.config import model_config
+from freqformer.model.architectures import model_config
 from freqformer.model.dit import make_tables
 from tests.laws import test_methods as laws
 from tests.methods import extra_method

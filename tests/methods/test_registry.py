@@ -6,7 +6,7 @@ from freqformer.config import ConfigError
 from freqformer.methods.head_profile import ProfileConfig
 from freqformer.methods.registry import METHODS, method_class, parse_method, with_fields
 from freqformer.methods.spatial_temporal import SpatialTemporal
-from freqformer.model.config import model_config
+from freqformer.model.architectures import model_config
 
 
 @pytest.mark.parametrize(

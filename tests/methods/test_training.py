@@ -5,7 +5,7 @@ import numpy as np
 from flax import nnx
 
 from freqformer.config import numbers
-from freqformer.model.config import model_config
+from freqformer.model.architectures import model_config
 from freqformer.model.dit import VideoDiT, make_tables
 from freqformer.train.step import TrainConfig, init_state, make_train_step
 from tests.tiny_config import get_config

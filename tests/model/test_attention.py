@@ -16,8 +16,8 @@ from freqformer.cost import DENSE
 from freqformer.grid.layout import TileLayout
 from freqformer.methods.base import Cond
 from freqformer.methods.sliding_tile import SlidingTile
+from freqformer.model.architectures import model_config
 from freqformer.model.attention import AttentionDims, SpectralAttention, starting_gain
-from freqformer.model.config import model_config
 from freqformer.tables.dense import dense
 from freqformer.train.experiment import experiment
 

@@ -12,7 +12,7 @@ from freqformer.config import ConfigError
 from freqformer.cost import model_cost
 from freqformer.diffusion.flow import interpolate, linear_velocity, sample_noise, sample_time
 from freqformer.diffusion.sampling import SampleConfig, make_step, sample
-from freqformer.model.config import model_config
+from freqformer.model.architectures import model_config
 from freqformer.model.dit import VideoDiT, make_tables, patchify, unpatchify
 
 SHAPE = (3, 6, 5, 4)

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from freqformer.grid.transforms import dct
-from freqformer.model.config import model_config
+from freqformer.model.architectures import model_config
 from freqformer.model.dit import VideoDiT
 from freqformer.model.precondition import SPACE_BINS, TIME_BINS, Preconditioner, measured_power
 from tests.kernels.block_sparse.suite import relative_error

@@ -14,7 +14,7 @@ from freqformer import placement
 from freqformer.config import numbers
 from freqformer.diffusion import sampling
 from freqformer.diffusion.sampling import SampleConfig
-from freqformer.model.config import model_config
+from freqformer.model.architectures import model_config
 from freqformer.model.dit import VideoDiT, make_tables
 from freqformer.train.mesh import MeshConfig, make_mesh, whole_mesh
 from freqformer.train.step import TrainConfig, init_state, make_train_step

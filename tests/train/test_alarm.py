@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.cpu.loop import Between
-from freqformer.model.config import model_config
+from freqformer.model.architectures import model_config
 from freqformer.train import run
 from freqformer.train.alarm import Alarm
 from freqformer.train.metrics import read

@@ -12,7 +12,7 @@ from freqformer.command.files import read_config
 from freqformer.config import ConfigError
 from freqformer.evaluate.draw import sample_config
 from freqformer.grid.rotary import grid_theta
-from freqformer.model.config import model_config
+from freqformer.model.architectures import model_config
 from freqformer.model.dit import VideoDiT
 from freqformer.train.experiment import experiment, of_record, recorded
 from tests import tiny_config

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from freqformer.config import ConfigError, build
-from freqformer.model.config import model_config
+from freqformer.model.architectures import model_config
 from freqformer.placement import AXES
 from freqformer.simulation.descriptions import load_gpu
 from freqformer.train import mesh

@@ -11,7 +11,7 @@ from flax import nnx
 
 from freqformer.config import ConfigError, numbers
 from freqformer.diffusion.flow import give_first_frame, sample_noise
-from freqformer.model.config import model_config
+from freqformer.model.architectures import model_config
 from freqformer.model.dit import VideoDiT, make_tables
 from freqformer.train.diagnosis import _clause, first_not_finite
 from freqformer.train.step import (

@@ -9,7 +9,7 @@ from flax import nnx
 
 from freqformer import cost
 from freqformer.cost import model_cost, step_cost, training_flops
-from freqformer.model.config import model_config
+from freqformer.model.architectures import model_config
 from freqformer.model.dit import VideoDiT, make_tables
 from freqformer.simulation.descriptions import load_gpu
 from freqformer.train.step import TrainConfig, make_gradients

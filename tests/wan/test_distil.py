@@ -21,8 +21,15 @@ from freqformer.methods.registry import METHODS, method_class
 from freqformer.model.config import AttentionConfig
 from freqformer.model.leaves import flatten
 from freqformer.model.wan import WanConfig, WanDiT
-from freqformer.train.distil import DistilConfig, beside_dense, make_loss, own_leaves
-from tests.command.process import call
+from freqformer.train.distil import (
+  DistilConfig,
+  Keeper,
+  Stopped,
+  beside_dense,
+  make_loss,
+  own_leaves,
+)
+from tests.command.process import ROOT, call
 from tests.wan.helpers import WEIGHTS, write_model
 from tools import offline
 from tools.program_cost import program_cost
@@ -189,6 +196,13 @@ def test_what_cannot_learn_is_refused(pipe, method, given, words):
     pipe.distil(["s"], method, progress=False, **SMALL | given)
 
 
+def test_a_run_that_is_asked_to_stop_says_so(pipe):
+  keeper = Keeper()
+  keeper.should_stop = lambda: True
+  with pytest.raises(Stopped):
+    pipe.distil(["s"], ROUTED, progress=False, keeper=keeper, **SMALL)
+
+
 # ---- the file ---------------------------------------------------------------------------------
 
 
@@ -246,21 +260,41 @@ def test_what_is_no_file_of_leaves_is_refused(pipe, learned, tmp_path):
 def test_the_commands(folder, tmp_path, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+  told = {"model.pretrained": folder, "model.method": ROUTED, "model.block": 4, "seed": 3}
+  told |= {"data.size": (64, 64), "data.frames": 5, "sample.steps": 3, "train.lr": 0.05}
+  flags = [f"--config.{name}={value}" for name, value in told.items()]
+  flags = (f"--config={ROOT / 'configs/wan.py'}", "--workdir=run", *flags)
+  described = call(tmp_path, "train.py", *flags, "--dry_run").stdout
+  printed = call(tmp_path, "train.py", *flags)
+  assert "learned.safetensors: 7 arrays" in printed.stdout and "6 steps" in printed.stdout
+  assert "error by layer after 3 steps: " in printed.stderr
+  path = tmp_path / "run" / "learned.safetensors"
+  wanted = Learned.read(path).arrays
+  assert f"{sum(x.size for x in wanted.values()):,} numbers in 7 arrays of freq" in described
+
+  # ---- goes on from the first of two trajectories, to the same numbers ----
+  shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+  path.unlink()
+  printed = call(tmp_path, "train.py", *flags)
+  assert "resumed at step 3" in printed.stderr
+  for name, array in Learned.read(path).arrays.items():
+    np.testing.assert_array_equal(array, wanted[name])
+  rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+  assert [row["trajectory"] for row in rows] == [0, 1] and len(rows[1]["error_by_layer"]) == 2
+  printed = call(tmp_path, "train.py", *flags, "--config.train.lr=0.01", code=2)
+  assert "is of a run with another config.train.lr: 0.05, now 0.01" in printed.stderr
+
   given = (f"--pretrained={folder}", "--prompts=prompts.txt", "--size=64x64", "--frames=5")
   given += ("--block=4", "--steps=3")
-  told = (f"--method={ROUTED}", "--out=a.safetensors", "--lr=0.05")
-  printed = call(tmp_path, "freqformer/distil.py", *given, *told)
-  assert "a.safetensors: 7 arrays" in printed.stdout and "6 steps" in printed.stdout
-  assert "error by layer after 3 steps: " in printed.stderr
-  call(tmp_path, "eval.py", *given, "--learned=a.safetensors", "--out=out")
+  call(tmp_path, "eval.py", *given, f"--learned={path}", "--out=out")
   result = json.loads((tmp_path / "out" / "comparison.json").read_text())
   assert [row["method"] for row in result["rows"]] == [ROUTED]
-  assert result["learned"] == {ROUTED: "a.safetensors"}
-  other = ("--learned=a.safetensors", "--method=adaspa")
+  assert result["learned"] == {ROUTED: str(path)}
+  other = (f"--learned={path}", "--method=adaspa")
   printed = call(tmp_path, "eval.py", *given, *other, code=2)
   assert "which is not among the methods adaspa" in printed.stderr
-  printed = call(tmp_path, "freqformer/distil.py", *given, "--method=dense", "--out=a.bin", code=2)
-  assert "a.bin must end in .safetensors" in printed.stderr
+  printed = call(tmp_path, "train.py", flags[0], code=2)
+  assert "config.model.pretrained is empty" in printed.stderr
 
 
 # ---- what needs no learning -------------------------------------------------------------------
