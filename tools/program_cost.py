@@ -1,7 +1,7 @@
 """Counts of what a traced program does: its own products, and every Hopper kernel's cost.
 
 XLA counts nothing inside a kernel; the estimates that `kernels.hopper.launch` passes on fill that
-gap. Elementwise work and convolutions outside kernels are not counted.
+gap. Elementwise work outside kernels is not counted.
 """
 
 import dataclasses
@@ -33,7 +33,8 @@ class ProgramCost:
   """The work of one run of a program.
 
   Attributes:
-    product_flops: of matrix products outside kernels; a multiply and an add are 2.
+    product_flops: of matrix products and convolutions outside kernels; a multiply and an add are 2,
+      also where a convolution meets padding.
     kernels: by name.
   """
 
@@ -71,6 +72,12 @@ def _add(found: ProgramCost, jaxpr, times: int = 1) -> ProgramCost:
       (contracted, _), _ = eqn.params["dimension_numbers"]
       depth = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
       found.product_flops += times * 2 * depth * math.prod(eqn.outvars[0].aval.shape)
+    elif name == "conv_general_dilated":
+      kernel = eqn.invars[1].aval.shape
+      outputs = eqn.params["dimension_numbers"].rhs_spec[0]
+      found.product_flops += (
+        times * 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // kernel[outputs]
+      )
     elif "cost_estimate" in eqn.params:
       _add_kernel(found, eqn.params["name"], eqn.params["cost_estimate"], times)
     elif name == "cond":
