@@ -30,6 +30,7 @@ from tools.program_cost import program_cost
 
 ROOT = pathlib.Path(__file__).parents[2]
 DOC = ROOT / "docs" / "pretrained.md"
+ROWS = row_files.RESULTS / "wan.json"
 _VAE = ROOT / "tests" / "golden" / "wan_vae_shapes.json"  # of the published files
 COMMAND = "python -m benchmarks.pages.wan"
 VIDEOS = {"wan2.1-1.3b": (480, 832), "wan2.1-14b": (720, 1280)}
