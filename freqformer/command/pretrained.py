@@ -20,7 +20,7 @@ import numpy as np
 from absl import logging
 
 from freqformer.config import ConfigError
-from freqformer.disk import write_whole
+from freqformer.disk import size_text, write_whole
 from freqformer.evaluate import compare
 from freqformer.evaluate.draw import FLOPS_ARE, attention_errors, draw
 from freqformer.evaluate.learned import Learned
@@ -80,14 +80,48 @@ class Request:
   learned: str | None = None
 
 
+class Stages:
+  """Seconds and memory of a command's stages, one after the other.
+
+  Attributes:
+    seconds: by stage.
+    peak_bytes: by stage, the most that the device had in use up to its end; None where the device
+      does not tell.
+  """
+
+  def __init__(self):
+    self.seconds: dict[str, float] = {}
+    self.peak_bytes: dict[str, int | None] = {}
+    self._clock = time.monotonic()
+
+  def end(self, name: str):
+    """Ends a stage, which began where the one before ended."""
+    now = time.monotonic()
+    self.seconds[name] = now - self._clock
+    self._clock = now
+    stats = jax.local_devices()[0].memory_stats() or {}
+    self.peak_bytes[name] = stats.get("peak_bytes_in_use")
+
+  def split(self, name: str, part: str, seconds: float):
+    """Counts some seconds of a stage as those of another one."""
+    self.seconds[name] -= seconds
+    self.seconds[part] = seconds
+
+  def __str__(self) -> str:
+    texts = []
+    for name, seconds in self.seconds.items():
+      peak = self.peak_bytes.get(name)
+      texts.append(f"{name} {seconds:.1f} s" + (f" (peak {size_text(peak)})" if peak else ""))
+    return "stages: " + ", ".join(texts)
+
+
 def run(request: Request):
   """Writes videos and a page.
 
   Raises:
     ConfigError: the folder, a prompt, a number or a method cannot be used.
   """
-  seconds = {}
-  clock = time.monotonic()
+  stages = Stages()
   pipe = load_pretrained(request.folder, block=request.block)
   config = pipe.sampling(request.steps, request.guidance, request.shift)
   evaluations = len(config.guided())
@@ -98,9 +132,8 @@ def run(request: Request):
   for method in methods:  # refused before anything is loaded
     pipe.config(method, request.schedule).phases(evaluations)
   texts = embeddings(pipe, request.prompts, request.negative, any(config.guided()))
-  seconds["text"] = time.monotonic() - clock
+  stages.end("text")
 
-  clock = time.monotonic()
   found = {
     method: pipe.at(
       method, frames, size, request.schedule, request.guidance_low, learned=learned.get(method)
@@ -122,18 +155,17 @@ def run(request: Request):
       learned=learned.get(first),
     )
     found[f"{first} in tiles of {block}, the floor"] = floor
-  seconds["load"] = time.monotonic() - clock
+  stages.end("load")
   if isinstance(pipe, RandomWeights):
-    _print_speed(pipe, found, texts, config, request)
+    _print_speed(pipe, found, texts, config, request, stages)
     return
   places = np.arange(len(texts.texts))
-  clock = time.monotonic()
   rows, videos = compare.compare(
     found, texts.embeddings, places, request.seed, config, request.metrics, null=texts.negative
   )
-  seconds["sample_and_decode"] = time.monotonic() - clock
+  stages.end("sample")
+  stages.split("sample", "decode", sum(row["decode_seconds"] for row in rows))
   if compares:
-    clock = time.monotonic()
     add_speedups(rows, found.values(), evaluations, request.schedule)
     if request.honest:
       for row in rows[1:]:
@@ -141,7 +173,7 @@ def run(request: Request):
         errors = attention_errors(*args, null=texts.negative)
         row["attention_error"] = float(errors.mean())
         row["attention_error_by_step_layer"] = np.round(errors, 6).tolist()
-    seconds["errors"] = time.monotonic() - clock
+    stages.end("errors")
 
   out = _folder(pipe, request)
   captions = [text[:_LETTERS] for text in texts.texts]
@@ -157,8 +189,8 @@ def run(request: Request):
     "latent_shape": shape,
     "dtype": pipe.dtype,
     "seed": request.seed,
-    "seconds": {name: round(value, 3) for name, value in seconds.items()},
-    "peak_bytes": _peak(),
+    "seconds": {name: round(value, 3) for name, value in stages.seconds.items()},
+    "peak_bytes": stages.peak_bytes,
     "device": all_devices()[0].device_kind,
     "flops_are": FLOPS_ARE,
     "density_is": "scored pairs / n^2 as run, of one sample",
@@ -168,10 +200,11 @@ def run(request: Request):
     if method == methods[0]:
       grid_png(out / "grid.png", clips, captions)
   print(text_table(rows))
+  print(stages)
   print(f"page: {page}")
 
 
-def _print_speed(pipe: RandomWeights, found: dict, texts, config, request: Request):
+def _print_speed(pipe: RandomWeights, found: dict, texts, config, request: Request, stages):
   """Prints and writes times, FLOPs and density of methods on random weights."""
   rows = []
   for method, own in found.items():
@@ -179,6 +212,7 @@ def _print_speed(pipe: RandomWeights, found: dict, texts, config, request: Reque
     places = np.arange(len(texts.texts))
     drawn = draw(own, texts.embeddings, places, request.seed, config, null=texts.negative)
     rows.append(compare.row(method, drawn, None, None, {}))
+  stages.end("sample")
   add_speedups(rows, found.values(), len(config.guided()), request.schedule)
   out = _folder(pipe, request)
   facts = dataclasses.asdict(config) | {
@@ -186,7 +220,8 @@ def _print_speed(pipe: RandomWeights, found: dict, texts, config, request: Reque
     "weights": "random: speed and memory only, attention over them is nearly uniform",
     "latent_shape": next(iter(found.values())).latent_shape,
     "dtype": pipe.dtype,
-    "peak_bytes": _peak(),
+    "seconds": {name: round(value, 3) for name, value in stages.seconds.items()},
+    "peak_bytes": stages.peak_bytes,
     "device": all_devices()[0].device_kind,
     "flops_are": FLOPS_ARE,
     "rows": rows,
@@ -252,9 +287,3 @@ def embeddings(
     return found
   lines = read_prompts(path) if path.suffix == ".txt" else given.split(";")
   return pipe.embed(without_blank(lines), negative if guided else None)
-
-
-def _peak() -> int | None:
-  """Returns the most bytes that were in use on the device, None where it does not tell."""
-  stats = jax.local_devices()[0].memory_stats()
-  return stats.get("peak_bytes_in_use") if stats else None

@@ -7,6 +7,7 @@ reference's. FLOPs are the method's own cost over the phases of the run (`FLOPS_
 what ran. Seconds are those of this machine with whatever else it was doing.
 """
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
@@ -108,9 +109,12 @@ def compare(
   for method, run in found.items():
     logging.info("%s", method)
     drawn = draw(run, labels, indices, seed, config, null=null)
+    clock = time.monotonic()
     videos[method] = run.decode(drawn.latents)
+    decoding = time.monotonic() - clock
     reference = videos[rows[0]["method"]] if rows else None
-    rows.append(row(method, drawn, videos[method], reference, metrics))
+    judged = row(method, drawn, videos[method], reference, metrics)
+    rows.append(judged | {"decode_seconds": decoding})
   return rows, videos
 
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import nnx
+from tqdm import tqdm
 
 from freqformer.config import ConfigError, did_you_mean, refusing
 from freqformer.diffusion.sampling import SampleConfig
@@ -434,11 +435,11 @@ class Pretrained:
     params = {name: jnp.asarray(x, jnp.float32) for name, x in self.vae.tensors.items()}
     return jax.jit(functools.partial(vae.decode, mean=self.vae.mean, std=self.vae.std)), params
 
-  def decode(self, latents: np.ndarray) -> np.ndarray:
+  def decode(self, latents: np.ndarray, progress: bool = True) -> np.ndarray:
     """Returns videos of latents, uint8 `[b, frames, rows, cols, 3]`, one after the other."""
     run, params = self._decoder
     found = []
-    for latent in latents:
+    for latent in tqdm(latents, desc="decoding", unit="video", disable=not progress):
       video = np.asarray(run(params, jnp.asarray(latent)[None]))[0]
       found.append(np.rint(127.5 * (video + 1)).astype(np.uint8))
     return np.stack(found)
@@ -507,7 +508,7 @@ class Pretrained:
     drawn = draw(
       run, found.embeddings, places, seed, config, null=found.negative, progress=progress
     )
-    return self.decode(drawn.latents)
+    return self.decode(drawn.latents, progress)
 
 
 class RandomWeights(Pretrained):
@@ -548,7 +549,7 @@ class RandomWeights(Pretrained):
   def _check_one(self):
     raise ConfigError(f"{self.folder} has random weights, on which nothing can be learned.")
 
-  def decode(self, latents: np.ndarray) -> np.ndarray:
+  def decode(self, latents: np.ndarray, progress: bool = True) -> np.ndarray:
     """Refuses: there is nothing to be seen."""
     raise ConfigError(f"{self.folder} has random weights, and no videos.")
 

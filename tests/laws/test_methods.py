@@ -25,6 +25,7 @@ from tests.methods.layers import (
   BASIS,
   DIMS,
   RAGGED,
+  WAN_DIMS,
   apply,
   apply_without_attention,
   layer_of,
@@ -186,23 +187,24 @@ def arguments(layer, x, layout=RAGGED):
 
 
 @functools.cache
-def dense_output(layout):
-  return walk(layer_of(Dense(), layout), tokens(layout), layout)[0][0]
+def dense_output(layout, dims=DIMS):
+  return walk(layer_of(Dense(), layout, dims), tokens(layout), layout)[0][0]
 
 
-def check_dense(name, layout=RAGGED, **fields):
-  layer = layer_of(method_class(name)(**WIDE[name] | fields), layout, implementation=None)
+def check_dense(name, layout=RAGGED, dims=DIMS, **fields):
+  layer = layer_of(method_class(name)(**WIDE[name] | fields), layout, dims, implementation=None)
   for out, _, aux in walk(layer, tokens(layout), layout, warm=True, want_masks=False):
-    np.testing.assert_allclose(out, dense_output(layout), atol=2e-5)
+    np.testing.assert_allclose(out, dense_output(layout, dims), atol=2e-5)
     np.testing.assert_allclose(aux["density"], 1, rtol=1e-5)
     assert "mask" not in aux  # it comes only when asked for
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_density_one_is_dense(name):
+@pytest.mark.parametrize("dims", [DIMS, WAN_DIMS], ids=["dit", "wan"])
+def test_density_one_is_dense(name, dims):
   assert name in WIDE, f"say in WIDE which fields give {name} density 1, or None if nothing does"
   if WIDE[name] is not None:
-    check_dense(name)
+    check_dense(name, dims=dims)
 
 
 @pytest.mark.parametrize("kind, layout", [("block_dct", EVEN), ("dct", RAGGED), ("haar", RAGGED)])

@@ -18,14 +18,16 @@ from freqformer.tables.topk import pool_tiles
 RAGGED = TileLayout((9, 6, 9), (2, 4, 4), 32)  # 5 x 2 x 3 tiles of 32 to 2 tokens
 THETA = (50.0, 20.0, 90.0)  # of rotary; not that of any grid here
 DIMS = AttentionDims(48, 6, 8, theta=THETA)
+# As a `WanDiT` has them: the norm is over all heads, and the axes' shares of a head are its own.
+WAN_DIMS = AttentionDims(48, 6, 8, 1.0, (10_000.0,) * 3, over_heads=True, shares=(2, 1, 1))
 BASIS = SpectralBasis("block_dct", (0.5, 0.5, 0.5), (0.75, 0.75, 0.75))
 
 
-def layer_of(method, layout=RAGGED, **options):
+def layer_of(method, layout=RAGGED, dims=DIMS, **options):
   """The projections are the same for every method: they are drawn first."""
   # The reference backend compiles fastest; backends are held to it elsewhere.
   options = {"implementation": "reference"} | options
-  return SpectralAttention(DIMS, method, layout, nnx.Rngs(0), **options)
+  return SpectralAttention(dims, method, layout, nnx.Rngs(0), **options)
 
 
 def tokens(layout=RAGGED, b=2, seed=0):

@@ -68,6 +68,10 @@ def test_the_command_writes_videos_and_a_page(folder, tmp_path, monkeypatch):
   assert dense["attention_flops_over_dense"] == 1 and sparse["attention_flops_over_dense"] < 1
   assert result["sampler"] == "unipc" and result["shift"] == 3.0 and result["guidance"] == 5.0
   assert result["prompts"] == {"0": "a cat", "1": "a dog"}
+  assert list(result["seconds"]) == ["text", "load", "sample", "decode", "errors"]
+  decoding = sum(row["decode_seconds"] for row in result["rows"])
+  assert decoding > 0 and result["seconds"]["decode"] == pytest.approx(decoding, abs=1e-3)
+  assert "stages: text " in printed.stdout
   assert len(list((tmp_path / "cache").rglob("*.npz"))) == 3  # with the negative one
 
 
