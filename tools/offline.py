@@ -9,6 +9,7 @@ kernel: numerics come from interpretation, time from a real device. The process 
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import importlib.metadata
 import math
 import os
@@ -23,6 +24,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 from freqformer.kernels.hopper.machine import SHARED_BYTES
+from jax.extend.mlir import ir
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 TARGETS = pathlib.Path(__file__).with_name("targets")
@@ -33,6 +35,8 @@ _ASSEMBLER_PIN = f"'{ASSEMBLER}>=13,<14'"
 # the time, to the same bytes.
 NO_AUTOTUNING = {"xla_gpu_autotune_level": 0}
 _BARRIER_BYTES = 8
+_KERNEL = "mhlo.backend_config"  # attribute of a call that holds a kernel
+_NUMBERED = "mosaic_gpu.dump_basename"  # a kernel's attribute with its number in the process
 SHARED_LIMIT = SHARED_BYTES  # of a thread block
 
 
@@ -65,10 +69,13 @@ class Compilation:
   Attributes:
     compiled: jax's `Compiled`; `as_text()` is the optimised, scheduled HLO of one device.
     kernels: the Mosaic GPU kernels inside, in the order they were lowered.
+    fingerprint: of the program and of what compiled it, as `compile_for` takes it; "" for several
+      devices.
   """
 
   compiled: jax.stages.Compiled
   kernels: tuple[KernelResources, ...]
+  fingerprint: str = ""
 
   @property
   def temp_bytes(self) -> int:
@@ -133,6 +140,7 @@ def _require_wheels() -> None:
       )
 
 
+@functools.cache
 def assembler_version() -> str:
   """Returns the version of ptxas, CUDA's assembler, that XLA runs: "13.0.88".
 
@@ -151,7 +159,8 @@ def compile_for(
   device: str = "h100",
   shardings=None,
   options: dict | None = None,
-) -> Compilation:
+  unless: str | None = None,
+) -> Compilation | None:
   """Compiles `fn(*args)` for GPUs that are not there.
 
   Args:
@@ -163,14 +172,17 @@ def compile_for(
     shardings: None (all replicated), or one entry per argument: a `PartitionSpec`, or a pytree
       prefix of them.
     options: XLA's, e.g. `NO_AUTOTUNING`.
+    unless: a fingerprint, for one device; a program that has it is lowered and not compiled, as
+      what comes out is known: the same compilers make the same of the same program.
 
   Returns:
-    The compilation with its kernels' resources. Every call compiles anew, so that a cache cannot
-    hide a report.
+    The compilation with its kernels' resources; None for a program with the fingerprint `unless`.
+    Every other call compiles anew, so that a cache cannot hide a report.
 
   Raises:
     RuntimeError: if the wheels or the CUDA assembler are missing, with the pip command.
-    ValueError: if there are not as many shardings as arguments.
+    ValueError: if there are not as many shardings as arguments, or `unless` is given for several
+      devices.
   """
   gpus = mesh(devices, device)
   shardings = (PartitionSpec(),) * len(args) if shardings is None else tuple(shardings)
@@ -178,11 +190,16 @@ def compile_for(
     raise ValueError(
       f"shardings must have one entry per argument: got {len(shardings)} for {len(args)}."
     )
+  if unless is not None and gpus.size > 1:
+    raise ValueError("unless= is for one device: for several, kernels are lowered by XLA.")
   specs = [_specs(gpus, *pair) for pair in zip(shardings, args, strict=True)]
   with _dumps() as folder, _settings(), jax.sharding.use_abstract_mesh(gpus.abstract_mesh):
     # A new function object each time: jax reuses lowered modules of a known one, and those name an
     # earlier folder.
     lowered = jax.jit(lambda *a: fn(*a)).lower(*specs)
+    fingerprint = "" if gpus.size > 1 else _fingerprint(lowered, device, options)
+    if fingerprint and fingerprint == unless:
+      return None
     try:
       compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
@@ -192,7 +209,43 @@ def compile_for(
           f"python -m pip install {_ASSEMBLER_PIN}"
         ) from error
       raise
-    return Compilation(compiled, _read_dumps(folder))
+    return Compilation(compiled, _read_dumps(folder), fingerprint)
+
+
+def _fingerprint(lowered, device: str, options: dict | None) -> str:
+  """Returns a hash of all that a compilation depends on, hex.
+
+  These are the program with its kernels, without the lines of code that they come from; the
+  versions of jax, its plugins and the assembler; the GPU; and XLA's options.
+  """
+  wheels = [importlib.metadata.version(name) for name in ("jax", "jaxlib", *WHEELS)]
+  target = (TARGETS / f"{device}.txtpb").read_text()
+  found = hashlib.sha256(repr((wheels, assembler_version(), target, options)).encode())
+  context = lowered.compiler_ir().context
+  unknown = context.allow_unregistered_dialects
+  context.allow_unregistered_dialects = True  # kernels are of Mosaic's own
+  try:
+    with context:
+      program = lowered.compiler_ir().operation.clone()
+
+      def take_out_kernels(op):
+        config = op.attributes[_KERNEL] if _KERNEL in op.attributes else None
+        if isinstance(config, ir.DictAttr) and "module" in config:
+          kernel = ir.Module.parse(config["module"].value_bytes, context).operation
+          del kernel.attributes[_NUMBERED]
+          found.update(kernel.get_asm(enable_debug_info=False).encode())
+          # The hash is of the kernel with its lines of code.
+          others = {part.name: str(part.attr) for part in config}
+          del others["module"], others["kernel_hash"]
+          found.update(repr(others).encode())
+          del op.attributes[_KERNEL]
+        return ir.WalkResult.ADVANCE
+
+      program.walk(take_out_kernels)
+      found.update(program.get_asm(enable_debug_info=False).encode())
+  finally:
+    context.allow_unregistered_dialects = unknown
+  return found.hexdigest()
 
 
 def _specs(gpus: Mesh, sharding, arg):

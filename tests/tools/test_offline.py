@@ -19,14 +19,14 @@ _TILE_BYTES = 64 * 128 * 2
 _spec = jax.ShapeDtypeStruct
 
 
-def scale_rows(x):
+def scale_rows(x, factor=2):
   """A probe: every 64x128 tile of a bf16 `[n, 128]` array through shared memory, times 2."""
 
   def scale_body(x_gm, o_gm, x_sm, bar):
     rows = pl.ds(lax.axis_index("i") * _TILE[0], _TILE[0])
     plgpu.copy_gmem_to_smem(x_gm.at[rows], x_sm, bar)
     plgpu.barrier_wait(bar)
-    x_sm[...] = x_sm[...] * 2
+    x_sm[...] = x_sm[...] * factor
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(x_sm, o_gm.at[rows])
     plgpu.wait_smem_to_gmem(0)
@@ -57,6 +57,26 @@ def test_kernels_report_their_resources_every_time():
   assert first.argument_bytes == 5120 * 128 * 2
   assert 0 <= first.output_bytes - first.argument_bytes < 64  # a tuple's pointers
   assert first.temp_bytes <= first.output_bytes
+
+
+def test_a_program_is_known_by_its_kernels_and_its_own_work():
+  x = _spec((1024, 128), jnp.bfloat16)
+  programs = {
+    "first": lambda x: scale_rows(x) + 1,
+    "kernel": lambda x: scale_rows(x, 3) + 1,
+    "work": lambda x: scale_rows(x) + 2,
+  }
+  known = offline.compile_for(programs["first"], x).fingerprint
+  # Each is lowered anew, with another number for its kernel.
+  found = {
+    name: offline.compile_for(program, x, unless=known) for name, program in programs.items()
+  }
+  assert found.pop("first") is None
+  assert len({known, *(own.fingerprint for own in found.values())}) == 3
+  other = offline.compile_for(programs["first"], x, options=offline.NO_AUTOTUNING, unless=known)
+  assert other.fingerprint != known
+  with pytest.raises(ValueError, match="unless= is for one device"):
+    offline.compile_for(programs["first"], x, devices=8, unless=known)
 
 
 def test_eight_gpus_show_their_collective():
