@@ -9,6 +9,9 @@ from freqformer.config import ConfigError
 from freqformer.data import render
 from freqformer.evaluate import motion_net, recognise
 
+# One worker: what the file prepares is then made once.
+pytestmark = pytest.mark.xdist_group("judge")
+
 NAMES = ("DriftingStripes", "RotatingPetals", "SwayingStripes")
 
 

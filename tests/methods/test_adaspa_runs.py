@@ -18,6 +18,9 @@ from freqformer.model.architectures import model_config
 from freqformer.model.dit import VideoDiT
 from tools.offline import compile_for
 
+# One worker: what the file prepares is then made once.
+pytestmark = pytest.mark.xdist_group("adaspa_runs")
+
 SHAPE = (4, 8, 8, 2)
 BASE = dict(size="custom", width=24, depth=3, heads=2, patch=(1, 1, 1))
 

@@ -34,7 +34,11 @@ from tests.wan.helpers import WEIGHTS, write_model
 from tools import offline
 from tools.program_cost import program_cost
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+# One worker: what the file prepares is then made once.
+pytestmark = [
+  pytest.mark.filterwarnings("ignore:.*found in sys.modules"),
+  pytest.mark.xdist_group("wan_distil"),
+]
 
 ROUTED = "freqformer(window=(1, 1, 1), mid_tiles=3, router=dict(noise=0.0, budget=0.4))"
 ON_THE_SPOT = "freqformer.methods.distilled._with_gradient"

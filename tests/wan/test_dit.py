@@ -21,6 +21,9 @@ from freqformer.wan.weights import diffusers_names
 from tests.command.process import ROOT
 from tools.formula import values, weights
 
+# One worker: what the file prepares is then made once.
+pytestmark = pytest.mark.xdist_group("wan_dit")
+
 GOLDEN = np.load(ROOT / "tests/golden/wan.npz")
 NAMES = json.loads((ROOT / "tests/golden/wan_names.json").read_text())["transformer"]
 SHAPE = (3, 6, 10, 4)

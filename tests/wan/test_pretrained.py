@@ -18,6 +18,9 @@ from freqformer.simulation.descriptions import load_model
 from tests.command.process import ROOT, call
 from tests.wan.helpers import WEIGHTS, write_model
 
+# One worker: what the file prepares is then made once.
+pytestmark = pytest.mark.xdist_group("wan_pretrained")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
