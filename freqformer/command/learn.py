@@ -29,7 +29,8 @@ from freqformer.train.preemption import StopRequest
 
 FILE = "learned.safetensors"
 _METRICS = "metrics.jsonl"
-_MAY_CHANGE = ("keep", "pretrained")  # keys; another model is told by its weights
+# Keys; another model is told by its weights, other prompts by their texts.
+_MAY_CHANGE = ("keep", "pretrained", "prompts")
 
 
 def _facts(pipe: Pretrained, own: Learning) -> dict[str, str]:
@@ -57,18 +58,18 @@ def _facts(pipe: Pretrained, own: Learning) -> dict[str, str]:
 class _Checkpoints(Keeper):
   """Keeps a run in its workdir: checkpoints, and a line of `metrics.jsonl` for each trajectory."""
 
-  def __init__(self, workdir: pathlib.Path, config: Learning, base: str, stop: StopRequest):
+  def __init__(self, workdir: pathlib.Path, keep: int, run: dict, stop: StopRequest):
     """Opens the workdir.
 
     Args:
       workdir: the run's folder.
-      config: of the run.
-      base: `Pretrained.identity`.
+      keep: number of newest checkpoints that stay.
+      run: what it is a run of, plain JSON; a run goes on from checkpoints of the same alone.
       stop: whether the run has been asked to stop.
     """
     self._workdir = workdir
-    self._checkpoints = Checkpoints(workdir, config.train.keep)
-    self._record = {"config": dataclasses.asdict(config), "base": base}
+    self._checkpoints = Checkpoints(workdir, keep)
+    self._run = run
     self._stop = stop
 
   def restore(self, template):
@@ -81,7 +82,7 @@ class _Checkpoints(Keeper):
     if self._checkpoints.latest() is None:
       return None
     record = self._checkpoints.record()
-    for name, before, now in _differences(record, json.loads(json.dumps(self._record))):
+    for name, before, now in _differences(record, json.loads(json.dumps(self._run))):
       raise ConfigError(
         f"{self._workdir} is of a run with another {name}: {before!r}, now {now!r}; name another "
         "--workdir."
@@ -92,7 +93,7 @@ class _Checkpoints(Keeper):
 
   def save(self, step: int, state, errors):
     rows = [[round(float(x), 6) for x in row] for row in errors]
-    self._checkpoints.save(step, state, self._record | {"errors": rows})
+    self._checkpoints.save(step, state, self._run | {"errors": rows})
     lines = [
       json.dumps({"trajectory": i, "error_by_layer": row, "error": float(np.mean(row))})
       for i, row in enumerate(rows)
@@ -105,7 +106,7 @@ class _Checkpoints(Keeper):
 
 def _differences(old: dict, new: dict, name: str = "") -> Iterator[tuple[str, object, object]]:
   """Yields keys that say what is learned and differ, and their values."""
-  for key in new.keys() & old.keys() - set(_MAY_CHANGE):
+  for key in sorted(new.keys() & old.keys() - set(_MAY_CHANGE)):
     place = f"{name}.{key}".removeprefix(".")
     if isinstance(new[key], dict):
       yield from _differences(old[key], new[key], place)
@@ -138,7 +139,8 @@ def learn(config: ConfigDict, workdir: pathlib.Path, dry_run: bool = False):
   workdir.mkdir(parents=True, exist_ok=True)
   stop = StopRequest()
   with held(workdir), stop, disk.space_for("the run's records", workdir):
-    keeper = _Checkpoints(workdir, own, pipe.identity, stop)
+    run = {"config": dataclasses.asdict(own), "texts": texts.texts, "weights": pipe.identity}
+    keeper = _Checkpoints(workdir, own.train.keep, run, stop)
     try:
       learned = pipe.distil(
         texts, own.model.method, **asked, **drawn, config=own.train, seed=own.seed, keeper=keeper

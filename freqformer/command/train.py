@@ -23,6 +23,7 @@ from freqformer.command import cli
 from freqformer.command.dry_run import describe
 from freqformer.command.files import define_config
 from freqformer.command.learn import learn
+from freqformer.config import ConfigError
 from freqformer.pages.progress import Progress
 from freqformer.train import processes
 from freqformer.train.experiment import experiment
@@ -49,10 +50,20 @@ _JOIN_SECONDS = flags.DEFINE_integer(
 )
 
 
+def _refuse_flags():
+  """Raises ConfigError for a flag that learning on a pretrained model would leave unread."""
+  for flag in (_RESUME_CHANGED, _PROFILE, _COORDINATOR, _PROCESSES, _PROCESS):
+    if flag.present:
+      raise ConfigError(
+        f"--{flag.name} is of training; learning on a pretrained model has none: leave it out."
+      )
+
+
 def main(_):
   name = pathlib.Path(flags.FLAGS["config"].config_filename.split(":")[0]).stem
   workdir = pathlib.Path(_WORKDIR.value or f"runs/{name}")
   if is_learning(_CONFIG.value):
+    _refuse_flags()
     learn(_CONFIG.value, workdir, _DRY_RUN.value)
     return
   if _DRY_RUN.value:

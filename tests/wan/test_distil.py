@@ -299,6 +299,11 @@ def test_the_commands(folder, tmp_path, monkeypatch):
   assert [row["trajectory"] for row in rows] == [0, 1] and len(rows[1]["error_by_layer"]) == 2
   printed = call(tmp_path, "train.py", *flags, "--config.train.lr=0.01", code=2)
   assert "is of a run with another config.train.lr: 0.05, now 0.01" in printed.stderr
+  other = "--config.data.prompts=a cat;a bird"
+  printed = call(tmp_path, "train.py", *flags, other, code=2)
+  assert "another texts: ['a cat', 'a dog'], now ['a cat', 'a bird']" in printed.stderr
+  printed = call(tmp_path, "train.py", *flags, "--profile=1:2", code=2)
+  assert "--profile is of training" in printed.stderr
 
   given = (f"--pretrained={folder}", "--prompts=prompts.txt", "--size=64x64", "--frames=5")
   given += ("--block=4", "--steps=3")
