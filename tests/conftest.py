@@ -83,6 +83,11 @@ def pytest_configure(config):
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def pytest_collection_modifyitems(items):
+  """Begins with what takes one worker longest, so that none waits for another in the end."""
+  items.sort(key=lambda item: item.path.name != "test_mesh.py")
+
+
 def _open_gpu():
   """Takes the GPU for all tests.
 

@@ -32,7 +32,7 @@ def model_of(**fields):
 
 def test_it_meets_the_laws():
   """Each is what another static method obeys, too; here they are called as for a registered one."""
-  laws.test_density_one_is_dense("dilated")
+  laws.test_density_one_is_dense("dilated", laws.WAN_DIMS)
   laws.test_cost_is_what_runs(Dilated())
 
 

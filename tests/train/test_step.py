@@ -333,8 +333,12 @@ def test_gradients_are_looked_at_from_the_end():
   runs = {"runs/0/out/kernel": np.zeros(2, bool), "runs/1/out/kernel": np.zeros(1, bool)}
   bad = {"embed/kernel": False, **runs}
   found = {"batch": True, "params": {}, "layers": np.ones(3), "loss": True}
-  assert _clause(found | {"gradients": bad}).endswith("way back, is of layer 2 (out/kernel)")
-  assert _clause(found | {"gradients": bad | {"final/bias": False}}).endswith("is of final/bias")
+
+  def clause(gradients):
+    return _clause(found | {"gradients": gradients}, VideoDiT.behind)
+
+  assert clause(bad).endswith("way back, is of layer 2 (out/kernel)")
+  assert clause(bad | {"final/bias": False}).endswith("is of final/bias")
 
 
 def test_muon_moves_the_layers_matrices_alike_in_all_directions_and_leaves_the_rest_to_adamw(model):
