@@ -36,6 +36,7 @@ _ASSEMBLER_PIN = f"'{ASSEMBLER}>=13,<14'"
 NO_AUTOTUNING = {"xla_gpu_autotune_level": 0}
 _BARRIER_BYTES = 8
 _KERNEL = "mhlo.backend_config"  # attribute of a call that holds a kernel
+_LATER = "CustomSPMDPartitioning"  # a call whose kernel XLA lowers when it compiles
 _NUMBERED = "mosaic_gpu.dump_basename"  # a kernel's attribute with its number in the process
 SHARED_LIMIT = SHARED_BYTES  # of a thread block
 
@@ -69,8 +70,8 @@ class Compilation:
   Attributes:
     compiled: jax's `Compiled`; `as_text()` is the optimised, scheduled HLO of one device.
     kernels: the Mosaic GPU kernels inside, in the order they were lowered.
-    fingerprint: of the program and of what compiled it, as `compile_for` takes it; "" for several
-      devices.
+    fingerprint: of the program and of what compiled it, as `compile_for` takes it; "" where XLA
+      lowers kernels itself, as it does for several devices.
   """
 
   compiled: jax.stages.Compiled
@@ -213,11 +214,14 @@ def compile_for(
 
 
 def _fingerprint(lowered, device: str, options: dict | None) -> str:
-  """Returns a hash of all that a compilation depends on, hex.
+  """Returns a hash of what a compilation depends on, hex; "" if kernels are not lowered yet.
 
   These are the program with its kernels, without the lines of code that they come from; the
-  versions of jax, its plugins and the assembler; the GPU; and XLA's options.
+  versions of jax, its plugins and the assembler; the GPU; and XLA's options, but those of the
+  environment.
   """
+  if _LATER in lowered.as_text():
+    return ""
   wheels = [importlib.metadata.version(name) for name in ("jax", "jaxlib", *WHEELS)]
   target = (TARGETS / f"{device}.txtpb").read_text()
   found = hashlib.sha256(repr((wheels, assembler_version(), target, options)).encode())

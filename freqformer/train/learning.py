@@ -29,7 +29,7 @@ class PretrainedConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PromptsConfig:
-  """What the dense model samples.
+  """Prompts and sizes of the videos that the dense model samples.
 
   Attributes:
     prompts: texts with ";" between them, or a file of them: text, or `.npz` of embeddings.
@@ -51,7 +51,7 @@ class PromptsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrajectoryConfig:
-  """How the dense model samples.
+  """Settings of the dense model's sampling.
 
   Attributes:
     steps: of UniPC; each is a step of the optimizer.

@@ -83,8 +83,9 @@ def assert_equal(found, wanted):
   for name in {"loss", "grad_norm", "density", "distill_loss"} & metrics.keys():
     np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-5)
   norm = float(expected["grad_norm"])
-  wanted = moments(alone)
-  for name, x in moments(state).items():
+  moved, wanted = moments(state), moments(alone)
+  assert moved.keys() == wanted.keys()
+  for name, x in moved.items():
     np.testing.assert_allclose(x, wanted[name], rtol=1e-5, atol=1e-6 * norm, err_msg=name)
 
 

@@ -212,11 +212,14 @@ def test_what_cannot_learn_is_refused(pipe, method, given, words):
     pipe.distil(["s"], method, progress=False, **SMALL | given)
 
 
+class Impatient(Keeper):
+  def should_stop(self):
+    return True
+
+
 def test_a_run_that_is_asked_to_stop_says_so(pipe):
-  keeper = Keeper()
-  keeper.should_stop = lambda: True
   with pytest.raises(Stopped):
-    pipe.distil(["s"], ROUTED, progress=False, keeper=keeper, **SMALL)
+    pipe.distil(["s"], ROUTED, progress=False, keeper=Impatient(), **SMALL)
 
 
 # ---- the file ---------------------------------------------------------------------------------
