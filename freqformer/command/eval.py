@@ -106,7 +106,7 @@ _GUIDANCE_LOW = flags.DEFINE_float(
 )
 _SHIFT = flags.DEFINE_float("shift", None, "Shift of the noise levels, with --pretrained.")
 _LEARNED = cli.define_path(
-  "learned", None, "File of a method's learned leaves (freqformer.distil), with --pretrained."
+  "learned", None, "File of a method's learned leaves (configs/wan.py), with --pretrained."
 )
 _BLOCK = flags.DEFINE_integer("block", 128, "Rows of a tile, with --pretrained.", lower_bound=1)
 _HONEST = flags.DEFINE_bool(

@@ -57,7 +57,7 @@ class Request:
     metrics: by name, that methods are compared by.
     block: rows of a tile.
     honest: of a comparison: also draw the floor, and measure each method's error of attention.
-    learned: file of a method's learned leaves, of `python -m freqformer.distil`.
+    learned: file of a method's learned leaves, of `train.py --config=configs/wan.py`.
   """
 
   folder: str
@@ -130,7 +130,7 @@ def run(request: Request):
   shape = pipe.latent_shape(frames, size)
   learned, methods = _methods(pipe, request)
   for method in methods:  # refused before anything is loaded
-    pipe.config(method, request.schedule).phases(evaluations)
+    pipe.check(method, shape, evaluations, request.schedule)
   texts = embeddings(pipe, request.prompts, request.negative, any(config.guided()))
   stages.end("text")
 

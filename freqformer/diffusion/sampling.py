@@ -290,19 +290,19 @@ def sample(
   config: SampleConfig,
   progress: bool = True,
   first_frame: np.ndarray | None = None,
-  null: np.ndarray | None = None,
+  null=None,
 ):
   """Draws latents, normalised as in training.
 
   Args:
     step: of `make_step` or `compile_steps`, with the same `config`.
     model: for `init_state` and `schedule`; its own parameters are not used.
-    labels: int `[n]`, or embeddings `[n, ...]`.
+    labels: int `[n]`, embeddings `[n, ...]`, or any pytree of arrays with a row for each sample.
     indices: int `[n]`, number of each sample: its noise depends on (seed, index) only.
     latent_shape: (t, y, x, c).
     first_frame: normalised latents `[y, x, c]` that all samples begin with, or None; the step is
       then made for them.
-    null: what stands in guidance for no condition, a row of labels; None: `model.null`.
+    null: what stands in guidance for no condition, one row of `labels`; None: `model.null`.
 
   Returns:
     Latents float32 `[n, *latent_shape]`, and the aux of every evaluation of the last batch (a
@@ -311,20 +311,20 @@ def sample(
   Raises:
     ConfigError: a method's schedule does not fit the run.
   """
-  labels = np.asarray(labels)
+  total = count_rows(labels)
   indices = np.asarray(indices)
   evaluations = _evaluations(model, config)
-  starts = range(0, len(labels), config.batch_size)
+  starts = range(0, total, config.batch_size)
   latents = []
-  total = len(starts) * len(evaluations)
-  with tqdm(total=total, desc="sampling", unit="forward", disable=not progress) as bar:
+  forwards = len(starts) * len(evaluations)
+  with tqdm(total=forwards, desc="sampling", unit="forward", disable=not progress) as bar:
     for start in starts:
       # The last batch repeats its last sample.
-      part = np.arange(start, start + config.batch_size).clip(max=len(labels) - 1)
-      count = len(part)
-      other = model.null(count) if null is None else np.broadcast_to(null, (count, *null.shape))
+      part = np.arange(start, start + config.batch_size).clip(max=total - 1)
+      own = rows(labels, part)
+      other = model.null(len(part)) if null is None else _repeated(null, len(part))
       points, labelled, state = _begin(
-        model, seed, labels[part], other, indices[part], latent_shape, config, first_frame
+        model, seed, own, other, indices[part], latent_shape, config, first_frame
       )
       auxes = []
       for each in evaluations:
@@ -334,8 +334,30 @@ def sample(
         )
         auxes.append(aux)
         bar.update()
-      latents.append(np.asarray(everywhere(points[0]))[: len(labels) - start])
+      latents.append(np.asarray(everywhere(points[0]))[: total - start])
   return np.concatenate(latents), jax.device_get(auxes)
+
+
+def count_rows(labels) -> int:
+  """Returns the number of samples that labels, any pytree, have a row for.
+
+  Raises:
+    ValueError: its arrays have not equally many.
+  """
+  counts = {len(x) for x in jax.tree.leaves(labels)}
+  if len(counts) != 1:
+    raise ValueError(f"labels have {sorted(counts)} rows; each array needs one for each sample.")
+  return counts.pop()
+
+
+def rows(labels, places):
+  """Returns the rows of some samples of labels, any pytree."""
+  return jax.tree.map(lambda x: np.asarray(x)[places], labels)
+
+
+def _repeated(row, count: int):
+  """Returns labels of `count` samples that all have one row."""
+  return jax.tree.map(lambda x: np.broadcast_to(x, (count, *np.shape(x))), row)
 
 
 def _begin(
@@ -346,11 +368,10 @@ def _begin(
   if first_frame is not None:
     x = x.at[:, 0].set(first_frame)
   guided = any(config.guided())
-  state = model.init_state(len(labels) * (1 + guided), latent_shape, guided)
-  # Joined by NumPy: jnp would compile a program of its own where seconds are taken.
-  labels = np.asarray(labels)
+  state = model.init_state(len(indices) * (1 + guided), latent_shape, guided)
   by_use = {_CONDITIONAL: labels, _NULL: null}
   if guided:
-    by_use[_BOTH] = np.concatenate([labels, null])
+    # By NumPy: jnp would compile a program of its own where seconds are taken.
+    by_use[_BOTH] = jax.tree.map(lambda *halves: np.concatenate(halves), labels, null)
   x, by_use = split_batch((x, jax.tree.map(jnp.asarray, by_use)))
   return (x,) * config.table().weights.shape[1], by_use, everywhere(state)

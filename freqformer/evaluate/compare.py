@@ -82,12 +82,12 @@ def candidates(
 
 def compare(
   found: Mapping[str, Run],
-  labels: np.ndarray,
+  labels,
   indices: np.ndarray,
   seed: int,
   config: SampleConfig,
   metrics: Mapping[str, Metric],
-  null: np.ndarray | None = None,
+  null=None,
 ) -> tuple[list[dict], dict[str, np.ndarray]]:
   """Samples with every candidate and compares the videos with the first one's.
 

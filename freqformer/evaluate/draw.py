@@ -143,13 +143,13 @@ def sample_config(run: Run, count: int, **given) -> SampleConfig:
 
 def draw(
   run: Run,
-  labels: np.ndarray,
+  labels,
   indices: np.ndarray,
   seed: int,
   config: SampleConfig,
   *,
   first_frame: np.ndarray | None = None,
-  null: np.ndarray | None = None,
+  null=None,
   want_masks: bool = False,
   progress: bool = True,
 ) -> Drawn:
@@ -157,7 +157,7 @@ def draw(
 
   Args:
     run: a `Run` or a `PretrainedRun`.
-    labels: int `[n]`, or embeddings `[n, ...]`: of `Run.inputs`.
+    labels: of `Run.inputs`, or as of `sampling.sample`.
     indices: int `[n]`: a sample's noise depends on (seed, index) only.
     first_frame: of `first_frame_latent`, with which every sample begins.
     null: as of `sampling.sample`.
@@ -188,7 +188,7 @@ def draw(
 
 
 def attention_errors(
-  run: Run, labels: np.ndarray, index: int, seed: int, config: SampleConfig, null=None
+  run: Run, labels, index: int, seed: int, config: SampleConfig, null=None
 ) -> np.ndarray:
   """Returns how far attention is from dense attention on the same q, k and v.
 

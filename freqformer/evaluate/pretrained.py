@@ -277,14 +277,27 @@ class Pretrained:
     self, method: str, config: WanConfig, frames, size, learned, guidance_low=None
   ) -> PretrainedRun:
     shape = self.latent_shape(frames or self.frames, size or self.size)
-    with refusing(f"method {method}"):
-      config.layout(shape)
-    create = functools.partial(WanDiT, config, shape)
-    model = nnx.eval_shape(lambda: create(nnx.Rngs(0)))
+    create, model = self._without_weights(method, config, shape)
     low = None
     if self._boundary is not None:
       low = LowNoise(self._boundary, self._params(model, create, learned, _LOW), guidance_low)
     return PretrainedRun(model, self._params(model, create, learned), shape, self.decode, low)
+
+  def check(self, method: str, latent_shape, evaluations: int, schedule: str | None = None) -> None:
+    """Raises ConfigError if a method cannot sample latents of a shape so; loads nothing."""
+    config = self.config(method, schedule)
+    config.phases(evaluations)
+    _, model = self._without_weights(method, config, latent_shape)
+    with refusing(f"method {method}"):
+      model.tables(latent_shape)
+
+  @staticmethod
+  def _without_weights(method: str, config: WanConfig, latent_shape):
+    """Returns the function that makes a model of random numbers, and the abstract model."""
+    with refusing(f"method {method}"):
+      config.layout(latent_shape)
+    create = functools.partial(WanDiT, config, latent_shape)
+    return create, nnx.eval_shape(lambda: create(nnx.Rngs(0)))
 
   def _check_one(self):
     """Refuses a model with two transformers where routers and gates are learned, or were."""

@@ -29,11 +29,19 @@ from freqformer.tables.exchange import TileExchange
 
 @dataclasses.dataclass(frozen=True)
 class Dims:
-  """Sizes that a method's parameters depend on; `cond_dim` is the timestep's embedding."""
+  """What a method's parameters depend on.
+
+  Attributes:
+    heads: of the layer.
+    head_dim: channels of a head.
+    cond_dim: of the timestep's embedding.
+    over_heads: the norms of queries and keys are over all heads of a token together.
+  """
 
   heads: int
   head_dim: int
   cond_dim: int
+  over_heads: bool = False
 
 
 @jax.tree_util.register_dataclass

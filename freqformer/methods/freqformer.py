@@ -94,6 +94,11 @@ class FreqFormer(RoutedMethod):
       )
 
   def build(self, dims, layout, rngs):
+    if dims.over_heads and self.filter == "qkv":
+      raise ValueError(
+        f"{self.filter=} would mix the heads' bands in a norm over all heads, as this model has; "
+        "take 'v' or 'none'."
+      )
     modules = super().build(dims, layout, rngs)
     # One assignment: flax fixes on the first one whether an attribute holds parameters.
     modules.summary = (

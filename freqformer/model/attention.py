@@ -64,8 +64,8 @@ class AttentionDims:
 
   @property
   def for_method(self) -> Dims:
-    """The sizes that a method sees."""
-    return Dims(self.heads, self.head_dim, self.cond_dim)
+    """What a method sees of them."""
+    return Dims(self.heads, self.head_dim, self.cond_dim, self.over_heads)
 
 
 def starting_gain(keys: float, head_dim: int) -> float:

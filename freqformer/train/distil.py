@@ -102,12 +102,12 @@ def beside_dense(config: ModelConfig) -> ModelConfig:
 def distil(
   model,
   params,
-  labels: np.ndarray,
+  labels,
   latent_shape,
   sample: SampleConfig,
   config: DistilConfig,
   seed: int = 0,
-  null: np.ndarray | None = None,
+  null=None,
   progress: bool = True,
   keeper: Keeper | None = None,
 ) -> Distillation:
@@ -119,7 +119,7 @@ def distil(
   Args:
     model: of a config of `beside_dense`; also abstract.
     params: its parameters, which stay as they are.
-    labels: int `[n]` or embeddings `[n, ...]` of the prompts.
+    labels: of the prompts, as of `sampling.sample`.
     latent_shape: (t, y, x, c).
     sample: the trajectories' settings.
     config: of the learning.
@@ -136,18 +136,20 @@ def distil(
   check_learns(model.config, latent_shape)
   own = own_leaves(params)
   evaluations = len(sample.guided())
-  total = -(-len(labels) // sample.batch_size) * config.passes * evaluations
+  count = sampling.count_rows(labels)
+  starts = range(0, count, sample.batch_size)
+  total = len(starts) * config.passes * evaluations
   tables = model.tables(latent_shape)
-  starts = range(0, len(labels), sample.batch_size)
   trajectories = list(itertools.product(range(config.passes), starts))
   keeper = keeper or Keeper()
   with tqdm(total=total, desc="learning", unit="step", disable=not progress) as bar:
     learner = _Learner(model, own, sample, config, seed, evaluations, bar, keeper.should_stop)
     learner.go_on(keeper)
     for number, start in trajectories[len(learner.errors) :]:
-      part = np.arange(start, min(start + sample.batch_size, len(labels)))
-      indices = part + number * len(labels)
-      args = (learner, params, model, labels[part], indices, seed, tables, latent_shape, sample)
+      part = np.arange(start, min(start + sample.batch_size, count))
+      indices = part + number * count
+      prompts = sampling.rows(labels, part)
+      args = (learner, params, model, prompts, indices, seed, tables, latent_shape, sample)
       sampling.sample(*args, progress=False, null=null)
       learner.keep(keeper)
   leaves = {name: np.asarray(x) for name, x in learner.own.items()}

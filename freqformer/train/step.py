@@ -285,6 +285,11 @@ def _is_of_method(path) -> bool:
   return "method" in jax.tree_util.keystr(path)
 
 
+def _chosen(where, first, second) -> jax.Array:
+  """Returns the rows of `first` where `[b]` says so, and those of `second` elsewhere."""
+  return jnp.where(where.reshape(-1, *[1] * (second.ndim - 1)), first, second)
+
+
 def _only_trained(config: TrainConfig, trained, frozen):
   """Returns `trained` where `config.freeze` lets parameters move, `frozen` elsewhere."""
   if not config.freeze:
@@ -347,17 +352,16 @@ def make_gradients(graphdef, config: TrainConfig, dense: int = 0, **moment):
     time = first + (last - first) * time
     noise = sample_noise(key_noise, jnp.arange(x0.shape[0]), x0.shape[1:])
     xt, target = interpolate(x0, noise, time)
-    label = batch["label"]
-    dropped = jax.random.bernoulli(key_drop, config.label_dropout, label.shape[:1])
-    dropped = dropped.reshape(-1, *[1] * (label.ndim - 1))
-    label = jnp.where(dropped, nnx.merge(graphdef, params).null(len(label)), label)
+    dropped = jax.random.bernoulli(key_drop, config.label_dropout, time.shape)
+    null = nnx.merge(graphdef, params).null(len(time))
+    label = jax.tree.map(functools.partial(_chosen, dropped), null, batch["label"])
     if posterior is not None:
       target = posterior.velocity(xt, time, label)
     given = None
     if gives_first_frames:
       # A key of its own: the other draws are those of a run without first frames.
       key_given = jax.random.fold_in(key, _FIRST_FRAME)
-      given = jax.random.bernoulli(key_given, config.first_frame, label.shape[:1])
+      given = jax.random.bernoulli(key_given, config.first_frame, time.shape)
       xt = give_first_frame(xt, x0, given)
     drawn = {"xt": xt, "target": target, "time": time, "label": label, "given": given}
     return drawn, key_route
@@ -424,11 +428,12 @@ def make_gradients(graphdef, config: TrainConfig, dense: int = 0, **moment):
 def make_train_step(graphdef, config: TrainConfig, dense: int = 0):
   """Returns the jitted step `(state, batch, tables, numbers, posterior) -> (state, metrics)`.
 
-  It donates the state. A batch is `{"latent": [b, t, y, x, c], "label": [b] or [b, e]}`. `numbers`
-  are those of the config (`freqformer.config.numbers`): runs that differ in them alone compile one
-  program, and another one for each number of the first layers, `dense`, that attend densely. The
-  model regresses on the velocity of the draw or, given a `Posterior`, on the velocity's exact mean,
-  of which the metric `loss` is then the regret.
+  It donates the state. A batch is `{"latent": [b, t, y, x, c], "label": ...}`, where the label is
+  `[b]`, `[b, ...]` or any pytree of such arrays, as the model takes it. `numbers` are those of the
+  config (`freqformer.config.numbers`): runs that differ in them alone compile one program, and
+  another one for each number of the first layers, `dense`, that attend densely. The model regresses
+  on the velocity of the draw or, given a `Posterior`, on the velocity's exact mean, of which the
+  metric `loss` is then the regret.
   """
   if config.warm_steps < config.warmup:
     logging.info(

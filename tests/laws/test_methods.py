@@ -1,4 +1,4 @@
-"""Laws of every registered method, held through the whole attention layer.
+"""Laws of every registered method, held through the attention layer of every architecture.
 
 A new method is tested by being registered. Each method runs its phases in the order of a short
 sampling run and carries its state through them; in the last one it does what it does for most of a
@@ -83,6 +83,8 @@ SETTINGS = {
   "sparse_linear": [dict(critical=0.25, negligible=0.25)],
   "adaspa": [dict(sparsity=0.5)],
 }
+# Fields of the first setting that differ in Wan's layer, whose norm is over all heads.
+OF_WAN = {"freqformer": dict(filter="v")}
 # Fields at which every query sees every key, or None if there are none.
 WIDE = {
   "dense": {},
@@ -106,26 +108,27 @@ def on(method, layout):
 
 
 def cases():
-  """Every method in every setting: `name`, `name_2`, ... One worker has all of a method's cases, so
-  that what `usual` keeps is run once."""
+  """Every method in every setting, `name`, `name_2`, ..., in the layer of `VideoDiT`; in the first
+  setting also in that of `WanDiT`, `name_wan`. One worker has all of a method's cases, so that what
+  `usual` keeps is run once."""
   for name in METHODS:
-    for i, fields in enumerate(SETTINGS.get(name, [{}])):
-      yield pytest.param(
-        method_class(name)(**fields),
-        id=f"{name}_{i + 1}" if i else name,
-        marks=pytest.mark.xdist_group(name),
-      )
+    first, *others = (method_class(name)(**fields) for fields in SETTINGS.get(name, [{}]))
+    wan = dataclasses.replace(first, **OF_WAN.get(name, {}))
+    own = {name: (first, DIMS), f"{name}_wan": (wan, WAN_DIMS)}
+    own |= {f"{name}_{i}": (method, DIMS) for i, method in enumerate(others, 2)}
+    for case, values in own.items():
+      yield pytest.param(*values, id=case, marks=pytest.mark.xdist_group(name))
 
 
-every_method = pytest.mark.parametrize("method", list(cases()))
+every_method = pytest.mark.parametrize("method, dims", list(cases()))
 on_either_grid = pytest.mark.parametrize("layout", [RAGGED, ONE], ids=["ragged", "one"])
 
 # ---- running a layer ---------------------------------------------------------------------
 
 
-def opened(method, layout=RAGGED, dtype=jnp.float32):
+def opened(method, layout=RAGGED, dims=DIMS, dtype=jnp.float32):
   """A layer whose zero-initialised gates are open, so that every part of the method matters."""
-  layer = layer_of(method, layout, dtype=dtype)
+  layer = layer_of(method, layout, dims, dtype=dtype)
   graphdef, params = nnx.split(layer)
   keys = iter(jax.random.split(jax.random.key(1), 100))
   return nnx.merge(
@@ -143,10 +146,11 @@ def walk(layer, x, layout=RAGGED, times=(0.3, 0.9), warm=False, run=apply, **fie
   """Results `(out, state, aux)` of each phase in turn, the same input in every phase; `warm`: also
   of a dense warm-up, for which two laws are enough."""
   method = layer.config
-  state = method.init_state(len(times), DIMS.for_method, layout)
+  state = method.init_state(len(times), layer.dims.for_method, layout)
   if fields.get("guided"):  # both halves have the same times
     times = (*times, *times)
-    state = state if method.shares_state else method.init_state(len(x), DIMS.for_method, layout)
+    if not method.shares_state:
+      state = method.init_state(len(x), layer.dims.for_method, layout)
   found = []
   for phase in phases(method):
     if phase == "warmup" and not warm:
@@ -159,9 +163,9 @@ def walk(layer, x, layout=RAGGED, times=(0.3, 0.9), warm=False, run=apply, **fie
 
 
 @functools.cache
-def usual(method, layout=RAGGED):
+def usual(method, layout=RAGGED, dims=DIMS):
   """A layer and its walk on random tokens, which most laws look at: run once."""
-  layer = opened(method, layout)
+  layer = opened(method, layout, dims)
   return layer, walk(layer, tokens(layout), layout)
 
 
@@ -179,7 +183,7 @@ def arguments(layer, x, layout=RAGGED):
   """Returns the arguments of `training`."""
   method = layer.config
   cond = where(train=True, rng=jax.random.key(0))
-  state = method.init_state(len(x), DIMS.for_method, layout)
+  state = method.init_state(len(x), layer.dims.for_method, layout)
   return *nnx.split(layer), x, cond, layout.arrays(), method.tables(layout), state
 
 
@@ -215,8 +219,8 @@ def test_all_bands_of_any_basis_are_dense_attention(kind, layout):
 
 @every_method
 @on_either_grid
-def test_shapes_densities_and_masks(method, layout):
-  for out, _, aux in usual(on(method, layout), layout)[1]:
+def test_shapes_densities_and_masks(method, dims, layout):
+  for out, _, aux in usual(on(method, layout), layout, dims)[1]:
     assert out.shape == (2, layout.n, DIMS.width) and out.dtype == jnp.float32
     assert np.isfinite(out).all()
     assert aux["density"].shape == (2, DIMS.heads)
@@ -227,11 +231,11 @@ def test_shapes_densities_and_masks(method, layout):
 
 
 @every_method
-def test_guidance_shares_masks_and_bfloat16_rounds(method):
+def test_guidance_shares_masks_and_bfloat16_rounds(method, dims):
   """The conditional half is what it is alone, up to bfloat16, and the other half has its masks."""
   x = jnp.concatenate([tokens(), tokens(seed=6)]).astype(jnp.bfloat16)
-  guided = walk(opened(method, dtype=jnp.bfloat16), x, guided=True)
-  for (want, _, _), (out, _, aux) in zip(usual(method)[1], guided, strict=True):
+  guided = walk(opened(method, RAGGED, dims, jnp.bfloat16), x, guided=True)
+  for (want, _, _), (out, _, aux) in zip(usual(method, RAGGED, dims)[1], guided, strict=True):
     assert out.dtype == jnp.bfloat16
     # A tile more or less may be selected, a head dealt otherwise: this says that nothing overflows
     # or is lost, no more.
@@ -249,16 +253,16 @@ def soiled(x, layout):
 
 @every_method
 @on_either_grid
-def test_padding_rows_change_nothing(method, layout):
-  layer, found = usual(on(method, layout), layout)
+def test_padding_rows_change_nothing(method, dims, layout):
+  layer, found = usual(on(method, layout), layout, dims)
   for clean, dirty in zip(found, walk(layer, soiled(tokens(layout), layout), layout), strict=True):
     np.testing.assert_allclose(clean[0], dirty[0], atol=1e-5)
     np.testing.assert_allclose(clean[2]["density"], dirty[2]["density"])
 
 
 @every_method
-def test_padding_rows_change_no_gradient(method):
-  layer = usual(method)[0]
+def test_padding_rows_change_no_gradient(method, dims):
+  layer = usual(method, RAGGED, dims)[0]
   run = jax.jit(training, static_argnums=0)
   results = [run(*arguments(layer, x)) for x in (tokens(), soiled(tokens(), RAGGED))]
   assert "mask" not in results[0][0][1] and "density" in results[0][0][1]
@@ -278,8 +282,8 @@ def test_tables_may_be_constants(name):
 
 
 @every_method
-def test_a_sample_does_not_see_its_batch_and_one_compile_serves_all_inputs(method):
-  layer, found = usual(method)
+def test_a_sample_does_not_see_its_batch_and_one_compile_serves_all_inputs(method, dims):
+  layer, found = usual(method, RAGGED, dims)
   compiled = apply._cache_size()
   other = tokens().at[1].set(tokens(seed=5)[1])
   for (a, _, _), (b, _, _) in zip(found, walk(layer, other), strict=True):
@@ -289,11 +293,11 @@ def test_a_sample_does_not_see_its_batch_and_one_compile_serves_all_inputs(metho
 
 
 @every_method
-def test_cost_is_what_runs(method):
+def test_cost_is_what_runs(method, dims):
   """Holds in the first and the last step on tiles of equal length; a method whose heads differ is
   told what each sample chose."""
   how = dict(warm=True, want_masks=False, run=apply_without_attention)
-  walked = walk(opened(method, EVEN), tokens(EVEN), EVEN, **how)
+  walked = walk(opened(method, EVEN, dims), tokens(EVEN), EVEN, **how)
   found = dict(zip(phases(method), walked, strict=True))
   last = method.phase(STEPS - 1, STEPS)
   for phase in {method.phase(0, STEPS), last}:

@@ -10,6 +10,8 @@ from ml_collections import ConfigDict
 from freqformer.command.dry_run import describe
 from freqformer.config import ConfigError
 from freqformer.data.fields import FieldsConfig
+from freqformer.diffusion import sampling
+from freqformer.diffusion.sampling import SampleConfig
 from freqformer.evaluate.draw import draw
 from freqformer.evaluate.restore import load_run
 from freqformer.model.architectures import ARCHITECTURES, make_model, model_config
@@ -17,6 +19,7 @@ from freqformer.model.wan import WanConfig, WanDiT
 from freqformer.train.experiment import experiment
 from freqformer.train.metrics import read
 from freqformer.train.run import train
+from freqformer.train.step import TrainConfig, make_gradients
 
 SHAPE = (2, 4, 8, 4)
 SIZES = dict(size="custom", width=24, depth=1, heads=2, patch=(1, 1, 1))
@@ -69,6 +72,53 @@ def test_a_class_is_one_row_of_text():
     make_model(config, SHAPE, nnx.Rngs(0), classes=3)
   texts = nnx.eval_shape(lambda: WanDiT(config, SHAPE, nnx.Rngs(0)))
   assert texts.null(2).shape == (2, 4, 12)
+
+
+class TwoTexts(WanDiT):
+  """A model of two texts, as one with two text encoders is: a row for all, and other rows."""
+
+  def null(self, count):
+    text = super().null(count)
+    return {"all": text[:, 0], "rows": text[:, 1:]}
+
+  def __call__(self, x, time, label, *args, **moment):
+    text = jnp.concatenate([label["all"][:, None], label["rows"]], 1)
+    return super().__call__(x, time, text, *args, **moment)
+
+
+def opened(cls):
+  model = cls(config_of("wan", text_length=3), SHAPE, nnx.Rngs(0))
+  graphdef, params = nnx.split(model)
+  return model, graphdef, jax.tree.map(lambda x: x + 0.01, params)
+
+
+@pytest.mark.parametrize("negative", [False, True])
+def test_what_conditions_may_be_several_arrays(negative):
+  """Guided sampling and a training step take it apart by samples, and put the null in its place."""
+  texts = np.random.default_rng(0).standard_normal((3, 3, 12)).astype(np.float32)
+  apart = {"all": texts[:, 0], "rows": texts[:, 1:]}
+  null = jax.tree.map(lambda x: x[2], (texts, apart)) if negative else (None, None)
+  config = SampleConfig(steps=2, guidance=3.0, batch_size=2)
+  trained = TrainConfig(steps=1, batch_size=3, label_dropout=0.5)
+  found = []
+  for cls, labels, own in zip((WanDiT, TwoTexts), (texts, apart), null, strict=True):
+    model, graphdef, params = opened(cls)
+    tables = model.tables(SHAPE)
+    step = sampling.make_step(graphdef, config)
+    args = (step, params, model, labels, np.arange(3), 0, tables, SHAPE, config, False, None)
+    latents, _ = sampling.sample(*args, null=own)
+    batch = {"latent": latents, "label": labels}
+    key = jax.random.key(1)
+    gradients = jax.jit(make_gradients(graphdef, trained), static_argnums=4)
+    _, grads = gradients(params, key, batch, tables, trained, None, 0.0)
+    found.append(jax.tree.leaves((latents, grads)))
+  for one, other in zip(*found, strict=True):
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_labels_have_a_row_for_each_sample():
+  with pytest.raises(ValueError, match=r"labels have \[2, 3\] rows"):
+    sampling.count_rows({"all": np.zeros(2), "rows": np.zeros((3, 4))})
 
 
 def test_a_wan_model_is_trained_described_and_sampled_like_others(tmp_path):
