@@ -11,7 +11,6 @@ The page and the videos go to --out, by default runs/pretrained/<name of the fol
 """
 
 import dataclasses
-import json
 import pathlib
 import time
 
@@ -20,13 +19,13 @@ import numpy as np
 from absl import logging
 
 from freqformer.config import ConfigError
-from freqformer.disk import size_text, write_whole
+from freqformer.disk import size_text
 from freqformer.evaluate import compare
 from freqformer.evaluate.draw import FLOPS_ARE, attention_errors, draw
 from freqformer.evaluate.learned import Learned
 from freqformer.evaluate.predicted import add_speedups
 from freqformer.evaluate.pretrained import Pretrained, RandomWeights, load_pretrained
-from freqformer.pages.compare import slug, text_table, write_comparison
+from freqformer.pages.compare import slug, text_table, write_comparison, write_speed
 from freqformer.pages.mp4 import grid_png
 from freqformer.prompts import read_prompts, without_blank
 from freqformer.train.mesh import all_devices
@@ -214,7 +213,6 @@ def _print_speed(pipe: RandomWeights, found: dict, texts, config, request: Reque
     rows.append(compare.row(method, drawn, None, None, {}))
   stages.end("sample")
   add_speedups(rows, found.values(), len(config.guided()), request.schedule)
-  out = _folder(pipe, request)
   facts = dataclasses.asdict(config) | {
     "pretrained": str(pipe.folder),
     "weights": "random: speed and memory only, attention over them is nearly uniform",
@@ -226,9 +224,10 @@ def _print_speed(pipe: RandomWeights, found: dict, texts, config, request: Reque
     "flops_are": FLOPS_ARE,
     "rows": rows,
   }
-  write_whole(out / "speed.json", json.dumps(facts, indent=1))
+  page = write_speed(_folder(pipe, request), facts)
   print(text_table(rows))
-  print(f"random weights, speed only: {out / 'speed.json'}")
+  print(stages)
+  print(f"random weights, speed only; page: {page}")
 
 
 def _folder(pipe: Pretrained, request: Request) -> pathlib.Path:

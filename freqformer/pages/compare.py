@@ -1,4 +1,4 @@
-"""Writes a comparison of methods: videos, comparison.json and a page that needs no network."""
+"""Writes a comparison of methods: figures as JSON, videos, and a page that needs no network."""
 
 import contextlib
 import html
@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib import colormaps
 from PIL import Image
 
-from freqformer.disk import write_whole
+from freqformer.disk import size_text, write_whole
 from freqformer.evaluate.compare import paired
 from freqformer.evaluate.quality import difference
 from freqformer.evaluate.record_masks import density_picture
@@ -57,7 +57,8 @@ def write_comparison(
 
   Args:
     out: an existing folder; what an earlier comparison left there goes.
-    result: plain JSON with `rows` (of `evaluate.compare.compare`) and facts about the run.
+    result: plain JSON with `rows` (of `evaluate.compare.compare`) and facts about the run: plain
+      values, and if they are known `prompts` by number, `seconds` and `peak_bytes` by stage.
     videos: per method uint8 `[b, t, y, x, 3]`, the reference first.
     captions: one per sample.
     fps: frames per second.
@@ -75,14 +76,39 @@ def write_comparison(
   sections = [section("Figures", intro, _figures(result))]
   intro = "The same noise; below each video, where it differs from the reference."
   sections.append(section("Videos", intro, _videos(videos, captions, paths)))
+  path = out / "comparison.html"
+  write_whole(path, page("Methods side by side", sections + _what_ran(result)))
+  return path
+
+
+def write_speed(out, result: dict) -> pathlib.Path:
+  """Writes speed.json and speed.html, a comparison without videos; returns the page's path.
+
+  Args:
+    out: an existing folder.
+    result: as of `write_comparison`; `weights` says what the weights are.
+  """
+  out = pathlib.Path(out)
+  write_whole(out / "speed.json", json.dumps(result, indent=1))
+  figures = section("Figures", f"The weights are {result['weights']}.", _figures(result))
+  path = out / "speed.html"
+  write_whole(path, page("Speed of methods", [figures, *_what_ran(result)]))
+  return path
+
+
+def _what_ran(result: dict) -> list[str]:
+  """Returns the sections of what ran, on what."""
   intro = (
     "Scored pairs / n² as run, of one sample: sampling steps to the right, layer and head down."
   )
-  sections.append(section("Density", intro, _density(result["rows"])))
-  sections.append(section("Run", "What ran, on what.", facts(plain_facts(result))))
-  path = out / "comparison.html"
-  write_whole(path, page("Methods side by side", sections))
-  return path
+  density = section("Density", intro, _density(result["rows"]))
+  told = plain_facts(result)
+  told += [(f"prompt {number}", prompt) for number, prompt in result.get("prompts", {}).items()]
+  for stage, seconds in result.get("seconds", {}).items():
+    peak = result["peak_bytes"].get(stage)
+    memory = f", most memory so far {size_text(peak)}" if peak else ""
+    told.append((f"stage: {stage}", f"{seconds:.1f} s{memory}"))
+  return [density, section("Run", "What ran, on what.", facts(told))]
 
 
 def _remove_old(out: pathlib.Path):
@@ -148,7 +174,8 @@ def _figures(result: dict) -> str:
     found += table(pairs[0], pairs[1:])
   if "flops_are" in result:
     found += f"<p>FLOPs are {html.escape(result['flops_are'])}</p>"
-  if _UNITS["lpips"] not in head:
+  judged = result["rows"][-1]["quality"]
+  if judged and "lpips" not in judged:
     found += absent("LPIPS was not measured: it needs --lpips_weights.")
   return found
 

@@ -76,6 +76,9 @@ def test_the_command_writes_videos_and_a_page(folder, tmp_path, monkeypatch):
   decoding = sum(row["decode_seconds"] for row in result["rows"])
   assert decoding > 0 and result["seconds"]["decode"] == pytest.approx(decoding, abs=1e-3)
   assert "stages: text " in printed.stdout
+  page = (tmp_path / "out" / "comparison.html").read_text()
+  for told in ("prompt 1", "a dog", "seed", "stage: decode", "LPIPS was not measured"):
+    assert told in page
   assert len(list((tmp_path / "cache").rglob("*.npz"))) == 3  # with the negative one
 
 
@@ -216,6 +219,9 @@ def test_random_weights_have_speed_alone(tmp_path, monkeypatch):
   given = f"--pretrained=random:{tmp_path / 'small.json'}"
   printed = call(tmp_path, "eval.py", given, *flags, "--out=out")
   assert "random weights, speed only" in printed.stdout
+  page = (tmp_path / "out" / "speed.html").read_text()
+  assert "The weights are random: speed and memory only" in page and "LPIPS" not in page
+  assert "density of block_topk" in page and "stage: sample" in page
   rows = json.loads((tmp_path / "out" / "speed.json").read_text())["rows"]
   assert [row["quality"] for row in rows] == [None, None] and rows[1]["predicted_speedup"] > 0
   printed = call(tmp_path, "eval.py", given, *flags, "--metrics=psnr", code=2)
