@@ -66,6 +66,7 @@ def verdict(row: dict) -> str:
   return "ok   " if row.get("correct", True) else "WRONG"
 
 
+_ERRORS = ("out", "lse", "dq", "dk", "dv", "float32", "bfloat16", "plain", "kernels")
 # Fields of a row in its printed line: factor and format.
 _SHOWN = {
   "seconds": (1e3, "{:9.3f} ms"),
@@ -80,7 +81,7 @@ _SHOWN = {
   "steps_per_s": (1, "{:.3g} steps/s"),
   "attention_share": (100, "attention {:.1f} % of the step"),
   "peak_bytes": (2**-30, "peak memory {:.2f} GiB"),
-} | {f"error_{name}": (1, name + " {:.1e}") for name in ("out", "lse", "dq", "dk", "dv")}
+} | {f"error_{name}": (1, name + " {:.1e}") for name in _ERRORS}
 
 
 def line(row: dict) -> str:

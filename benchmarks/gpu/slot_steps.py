@@ -191,6 +191,13 @@ def arm(name: str) -> Step:
 STUDY_1 = (FACTS, arm("octaves"), arm("window"))
 STUDY_2 = (FACTS, arm("freqformer"), arm("dense"))
 
+# Is a pretrained model's transformer right on the device, and how long does its decoder take?
+WAN = (
+  FACTS,
+  Step("parity", "benchmarks.gpu.wan", ("--part=parity",), 150, alone=True),
+  Step("decode", "benchmarks.gpu.wan", ("--part=decode",), 90, alone=True),
+)
+
 # The rows of what works; what hangs, or is wrong, is bisected first (`plan`).
 REST = (
   timed("dense", *_DENSE, 75),
@@ -265,12 +272,12 @@ MISBEHAVING = (
 # Two shared cores compile more slowly than sixteen.
 _REHEARSAL_PATIENCE = 3
 
-PLANS = ("first", "right", "hangs", "wrong", "study_1", "study_2")
+PLANS = ("first", "right", "hangs", "wrong", "study_1", "study_2", "wan")
 
 
 def plan(name: str, case: str = "") -> tuple[Step, ...]:
-  """Returns the steps of a call: the first, the second after one that was right, hung or wrong, or
-  a half of the study.
+  """Returns the steps of a call: the first, the second after one that was right, hung or wrong, a
+  half of the study, or what a pretrained model runs beside attention.
 
   Raises:
     ValueError: for an unknown name, or where a case must be named and is not, or must not and is.
@@ -281,7 +288,7 @@ def plan(name: str, case: str = "") -> tuple[Step, ...]:
     raise ValueError(
       "--case names the case that hangs or is wrong: give it with these two plans, and only there."
     )
-  whole = {"first": FIRST, "right": RIGHT, "study_1": STUDY_1, "study_2": STUDY_2}
+  whole = {"first": FIRST, "right": RIGHT, "study_1": STUDY_1, "study_2": STUDY_2, "wan": WAN}
   if name in whole:
     return whole[name]
   tools = ("memcheck", "racecheck") if name == "wrong" else ()
