@@ -13,14 +13,11 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from absl import logging
-from flax import nnx
 
 from benchmarks import rows as row_files
 from benchmarks.pages.complexity import fill, markdown
 from freqformer.command import cli
 from freqformer.evaluate.pretrained import RandomWeights
-from freqformer.model.leaves import flatten
-from freqformer.model.wan import WanDiT, is_narrow
 from freqformer.simulation.descriptions import load_gpu, load_model
 from freqformer.simulation.forward import Plan, make_method
 from freqformer.simulation.scaling import denoising_run, row
@@ -37,18 +34,10 @@ VIDEOS = {"wan2.1-1.3b": (480, 832), "wan2.1-14b": (720, 1280)}
 FRAMES = 81
 METHODS = ("dense", "adaspa", "sliding_tile", "freqformer")
 NARROW = 2  # bytes of a number of 16 bits
-WIDE = 4
 # google/umt5-xxl, config.json.
 TEXT_ENCODER = TextEncoderConfig(
   vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64
 )
-
-
-def weight_bytes(pipe: RandomWeights, latent_shape) -> int:
-  """Returns bytes of a transformer's weights as they lie on a GPU."""
-  config = pipe.config()
-  leaves = flatten(nnx.state(nnx.eval_shape(lambda: WanDiT(config, latent_shape, nnx.Rngs(0)))))
-  return sum(x.size * (NARROW if is_narrow(name) else WIDE) for name, x in leaves.items())
 
 
 def decoding_flops(latent_shape) -> int:
@@ -63,13 +52,13 @@ def rows_of(name: str, size: tuple[int, int]) -> list[dict]:
   """Returns a row for each method at a size of video, with what is the same for all in each."""
   gpu = load_gpu("h100")
   card = load_model(name)
-  pipe = RandomWeights(name)
+  pipe = RandomWeights(name, dtype="bfloat16")
   shape = pipe.latent_shape(FRAMES, size)
   grid = pipe.config().layout(shape).grid
   shared = {
     "model": name,
     "video": [FRAMES, *size],
-    "weight_bytes": weight_bytes(pipe, shape),
+    "weight_bytes": pipe.weight_bytes,
     "text_encoder_bytes": NARROW * sum(map(math.prod, parameter_shapes(TEXT_ENCODER).values())),
     "decoding_flops": decoding_flops(shape),
   }

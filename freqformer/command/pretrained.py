@@ -128,6 +128,7 @@ def run(request: Request):
   size = request.size or pipe.size
   shape = pipe.latent_shape(frames, size)
   learned, methods = _methods(pipe, request)
+  pipe.check_memory()
   for method in methods:  # refused before anything is loaded
     pipe.check(method, shape, evaluations, request.schedule)
   texts = embeddings(pipe, request.prompts, request.negative, any(config.guided()))

@@ -26,6 +26,7 @@ from freqformer.config import ConfigError, did_you_mean, refusing
 from freqformer.diffusion.sampling import SampleConfig
 from freqformer.evaluate.draw import draw
 from freqformer.evaluate.learned import Learned, weights_hash
+from freqformer.evaluate.memory import check_weights_fit
 from freqformer.model.config import DTYPES, AttentionConfig
 from freqformer.model.leaves import flatten, leaf_name
 from freqformer.model.wan import WanConfig, WanDiT, is_narrow, load_params
@@ -201,6 +202,9 @@ class Pretrained:
     )
 
     def load():
+      needed = jnp.dtype(dtype).itemsize * sum(map(math.prod, tensors.shapes.values()))
+      instead = "ready embeddings, --prompts=FILE.npz"
+      check_weights_fit(f"the text encoder of {self.folder}", needed, instead)
       logging.info("loading the text encoder ...")
       return text_encoder.stacked(config, tensors, dtype)
 
@@ -282,6 +286,26 @@ class Pretrained:
     if self._boundary is not None:
       low = LowNoise(self._boundary, self._params(model, create, learned, _LOW), guidance_low)
     return PretrainedRun(model, self._params(model, create, learned), shape, self.decode, low)
+
+  @property
+  def weight_bytes(self) -> int:
+    """Bytes of one transformer's weights as they lie on a device."""
+    shape = self.latent_shape(1 + self._factor[0], self.size)
+    config = self.config()
+    leaves = flatten(nnx.state(nnx.eval_shape(lambda: WanDiT(config, shape, nnx.Rngs(0)))))
+    return sum(x.size * (self._itemsize if is_narrow(k) else 4) for k, x in leaves.items())
+
+  @property
+  def _itemsize(self) -> int:
+    return jnp.dtype(DTYPES[self.dtype]).itemsize
+
+  def check_memory(self) -> None:
+    """Raises ConfigError if the device has no room for the transformers that are not there yet."""
+    parts = [_HIGH] if self._boundary is None else [_HIGH, _LOW]
+    missing = [which for which in parts if which not in self._base]
+    needed = len(missing) * self.weight_bytes
+    instead = "a smaller model" if self._itemsize == 2 else 'dtype="bfloat16"'
+    check_weights_fit(f"the transformer of {self.folder}", needed, instead)
 
   def check(self, method: str, latent_shape, evaluations: int, schedule: str | None = None) -> None:
     """Raises ConfigError if a method cannot sample latents of a shape so; loads nothing."""
@@ -413,6 +437,7 @@ class Pretrained:
   def _loaded(self, which: str) -> dict[str, jax.Array]:
     """Returns the pretrained arrays of a transformer by leaf, on the device."""
     if which not in self._base:
+      self.check_memory()
       logging.info("loading the %s ...", which)
       shape = self.latent_shape(1 + self._factor[0], self.size)
       model = nnx.eval_shape(lambda: WanDiT(self.config(), shape, nnx.Rngs(0)))
@@ -568,6 +593,7 @@ class RandomWeights(Pretrained):
 
   def _loaded(self, which: str) -> dict[str, jax.Array]:
     if which not in self._base:
+      self.check_memory()
       shape = self.latent_shape(1 + self._factor[0], self.size)
       config = self.config()
 

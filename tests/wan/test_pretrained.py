@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 import freqformer
 from freqformer.config import ConfigError
 from freqformer.cost import BlockShape
+from freqformer.evaluate import memory
 from freqformer.evaluate.predicted import card_of
 from freqformer.evaluate.pretrained import Pretrained, RandomWeights
 from freqformer.simulation.descriptions import load_model
@@ -149,6 +151,36 @@ def test_the_public_name():
 def test_what_cannot_be_sampled_is_refused(pipe, given, words):
   with pytest.raises((ConfigError, ValueError), match=words):
     pipe("a cat", **SMALL | given)
+
+
+def test_weights_that_cannot_fit_are_refused_before_they_are_loaded(pipe, folder, monkeypatch):
+  needed = pipe.weight_bytes
+  assert needed == 4 * sum(x.size for x in jax.tree.leaves(pipe.at("dense").params))
+  assert memory.free_bytes() > needed
+  fresh = Pretrained(folder, block=4, cache=folder.parent / "fresh")
+  monkeypatch.setattr(memory, "free_bytes", lambda: needed - 1)
+  words = r"the transformer of .*Wan-tiny takes 0.00 GB, .*GB too much. What fits: dtype=\"bfloat16"
+  for run in (fresh.check_memory, lambda: fresh.at("dense")):
+    with pytest.raises(ConfigError, match=words):
+      run()
+  pipe.check_memory()  # its weights are there
+  monkeypatch.setattr(memory, "free_bytes", lambda: 100)
+  words = r"the text encoder .*What fits: ready embeddings, --prompts=FILE.npz or a GPU like a100"
+  with pytest.raises(ConfigError, match=words):
+    fresh.embed(["a cat"])
+  fourteen = RandomWeights("wan2.1-14b", dtype="bfloat16")
+  monkeypatch.setattr(memory, "free_bytes", lambda: int(25.6e9))
+  with pytest.raises(ConfigError, match="takes 28.96 GB, .* has 25.60 GB free: 3.36 GB too much"):
+    fourteen.check_memory()
+
+
+def test_the_free_memory_of_a_gpu_is_what_it_has_left(monkeypatch):
+  stats = {"bytes_limit": 70, "bytes_in_use": 30}
+  device = types.SimpleNamespace(platform="gpu", device_kind="H100", memory_stats=lambda: stats)
+  monkeypatch.setattr(jax, "local_devices", lambda: [device])
+  assert memory.free_bytes() == 40
+  monkeypatch.setattr(device, "memory_stats", lambda: None)
+  assert memory.free_bytes() is None
 
 
 def damaged(folder, tmp_path, damage):
