@@ -47,13 +47,14 @@ ATTENTION = Op(
   name="attention",
   implementations={
     "hopper": "block_sparse.hopper",
+    "triton": "block_sparse.triton",
     "xla": "block_sparse.xla",
     "reference": "block_sparse.reference",
   },
   forward=Split(_INPUTS, ("b.h.", "bh.")),
   backward=Split((*_INPUTS, "bh.", "bh.", "b.h."), "b.h."),
   # XLA would gather for the loops and lists of the portable form, too.
-  opaque=("hopper", "xla", "reference"),
+  opaque=("hopper", "triton", "xla", "reference"),
 )
 
 

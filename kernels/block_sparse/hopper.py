@@ -6,24 +6,19 @@ abstract mesh of an H100 they compile in a process without one.
 
 from collections.abc import Iterator
 
-import jax
 import jax.numpy as jnp
-from freqformer.kernels.block_sparse import cost, hopper_backward, hopper_forward, tuning
+from freqformer.kernels.block_sparse import hopper_backward, hopper_forward, operands, tuning
 from freqformer.kernels.block_sparse.hopper_backward import Inputs, KeyLists
 from freqformer.kernels.block_sparse.hopper_forward import QueryLists, Settings
 from freqformer.kernels.block_sparse.table import BlockMask
-from freqformer.kernels.core import lists
 from freqformer.kernels.core.lists import MAX_TILES
 from freqformer.kernels.core.target import Target
 from freqformer.kernels.hopper.machine import CAPABILITY, wrong_device
-from freqformer.kernels.hopper.softmax import HIDDEN, LOG2E
 from jax.experimental import pallas as pl
 
 HEAD_DIMS = (32, 64, 128)
 BLOCKS = (64, 128)
 DTYPES = (jnp.bfloat16, jnp.float16)
-# LSE of a row that sees nothing, in the backward: so large that every probability is 0.
-_LSE_OF_EMPTY_ROWS = 1e30
 
 
 def unsupported(q, k, v, mask: BlockMask, target: Target) -> str | None:
@@ -69,45 +64,27 @@ def _either(values) -> str:
 
 def forward(q, k, v, mask: BlockMask, *, scale: float):
   """Returns out and LSE; shapes as in `kernels.block_sparse.api.attention`."""
-  walked = _by_query(mask, q.shape[0], q.shape[2])
-  return hopper_forward.forward(q, k, v, walked, _bias(mask), _settings(q, mask, scale, "forward"))
+  walked = QueryLists(*operands.by_query(mask, q.shape[0], q.shape[2]))
+  settings = _settings(q, mask, scale, "forward")
+  return hopper_forward.forward(q, k, v, walked, operands.tile_bias(mask), settings)
 
 
 def backward(q, k, v, mask: BlockMask, lse, delta, d_out, *, scale: float):
   """Returns dq by the lists of the table, dk and dv by the transposed ones."""
-  lse = jnp.where(lse > -jnp.inf, lse * LOG2E, _LSE_OF_EMPTY_ROWS)
-  inputs = Inputs(q, k, v, d_out.astype(q.dtype), lse, delta)
+  inputs = Inputs(q, k, v, d_out.astype(q.dtype), operands.finite_lse(lse), delta)
   b, _, h, _ = q.shape
-  bias = _bias(mask)
-  dq = hopper_backward.dq(inputs, _by_query(mask, b, h), bias, _settings(q, mask, scale, "dq"))
-  dk, dv = hopper_backward.dkv(inputs, _by_key(mask, b, h), bias, _settings(q, mask, scale, "dkv"))
+  bias = operands.tile_bias(mask)
+  by_query = QueryLists(*operands.by_query(mask, b, h))
+  dq = hopper_backward.dq(inputs, by_query, bias, _settings(q, mask, scale, "dq"))
+  by_key = KeyLists(*operands.by_key(mask, b, h))
+  dk, dv = hopper_backward.dkv(inputs, by_key, bias, _settings(q, mask, scale, "dkv"))
   return dq, dk, dv
 
 
 def _settings(q, mask: BlockMask, scale: float, direction: str) -> Settings:
-  """Returns how a kernel runs and its cost, exact for NumPy tables, else that of full lists."""
-  b, _, h, d = q.shape
-  estimate = cost.expected(mask, d, b * h).estimate(q.dtype.itemsize, direction)
-  key = tuning.Key("h100", d, mask.block_q, mask.block_kv, direction)
+  """Returns how a kernel runs, and its cost."""
+  estimate = operands.call_cost(q, mask, direction)
+  key = tuning.Key("h100", q.shape[-1], mask.block_q, mask.block_kv, direction)
   return Settings(
     mask.block_q, mask.block_kv, scale, tuning.lookup(key), pl.CostEstimate(**estimate)
   )
-
-
-def _bias(mask: BlockMask):
-  return None if mask.kv_bias is None else jnp.maximum(jnp.asarray(mask.kv_bias), HIDDEN)
-
-
-def _by_query(mask: BlockMask, b: int, h: int) -> QueryLists:
-  """Returns the table's lists by query tile, stored or made here, with the order of the heads."""
-  codes, counts, order = mask.launch.by_query if mask.launch else lists.by_query(mask)
-  order = lists.order_of_call(counts, order, b, h)
-  return jax.tree.map(jnp.asarray, QueryLists(codes, counts, order))
-
-
-def _by_key(mask: BlockMask, b: int, h: int) -> KeyLists:
-  """Returns the table's lists by key tile, stored or made here, with the order of the heads."""
-  starts, counts, readers, order = mask.launch.by_key if mask.launch else lists.by_key(mask)
-  order = lists.order_of_call(counts, order, b, h)
-  kv_len = mask.kv_len.reshape(-1, mask.kv_tiles)
-  return jax.tree.map(jnp.asarray, KeyLists(starts, counts, readers, kv_len, order))

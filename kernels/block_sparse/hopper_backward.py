@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from freqformer.kernels.block_sparse.hopper_forward import QueryLists, Settings
-from freqformer.kernels.hopper import products, softmax
+from freqformer.kernels.core import log2
+from freqformer.kernels.hopper import products
 from freqformer.kernels.hopper import ring as rings
 from freqformer.kernels.hopper.launch import set_registers
 from freqformer.kernels.hopper.machine import ROWS
@@ -76,7 +77,7 @@ def dq(inputs: Inputs, lists: QueryLists, bias, settings: Settings):
   deal = settings.deal(n, settings.block_q)
   walk = TileWalk(tuning.step, settings.block_kv)
   biased = bias is not None
-  sign, factor = softmax.split_scale(settings.scale)
+  sign, factor = log2.split_scale(settings.scale)
 
   def attention_dq(inputs, lists, bias_gm, dq_gm, *scratch):
     q_sm, do_sm, lse_sm, delta_sm, arrived, k_ring, v_ring, staging = scratch
@@ -148,7 +149,7 @@ def dq(inputs: Inputs, lists: QueryLists, bias, settings: Settings):
     products.staging_types(deal.consumers, tuning.step, dtype),
   ]
   out_type = [jax.ShapeDtypeStruct(inputs.q.shape, dtype)]
-  operands = (inputs, lists, softmax.in_log2(bias))
+  operands = (inputs, lists, log2.in_log2(bias))
   (found,) = settings.launch(attention_dq, operands, out_type, scratch, deal, b * h)
   return found
 
@@ -161,7 +162,7 @@ def dkv(inputs: Inputs, lists: KeyLists, bias, settings: Settings):
   deal = settings.deal(n, settings.block_kv)
   walk = TileWalk(tuning.step, settings.block_q)
   biased = bias is not None
-  sign, factor = softmax.split_scale(settings.scale)
+  sign, factor = log2.split_scale(settings.scale)
 
   def attention_dkv(inputs, lists, bias_gm, dk_gm, dv_gm, *scratch):
     k_sm, v_sm, arrived, q_ring, do_ring, staging = scratch
@@ -239,5 +240,5 @@ def dkv(inputs: Inputs, lists: KeyLists, bias, settings: Settings):
     products.staging_types(deal.consumers, tuning.step, dtype),
   ]
   out_type = [jax.ShapeDtypeStruct(inputs.k.shape, dtype)] * 2
-  operands = (inputs, lists, softmax.in_log2(bias))
+  operands = (inputs, lists, log2.in_log2(bias))
   return settings.launch(attention_dkv, operands, out_type, scratch, deal, b * h)

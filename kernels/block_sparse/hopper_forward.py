@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from freqformer.kernels.block_sparse.tuning import TuningConfig
+from freqformer.kernels.core import log2
 from freqformer.kernels.core.lists import decode
 from freqformer.kernels.hopper import products, softmax
 from freqformer.kernels.hopper.launch import launch, set_registers
@@ -96,7 +97,7 @@ def forward(q, k, v, lists: QueryLists, bias, settings: Settings):
   deal = settings.deal(n, settings.block_q)
   walk = TileWalk(step, settings.block_kv)
   in_turns = deal.consumers == 2 and tuning.take_turns
-  sign, factor = softmax.split_scale(settings.scale)
+  sign, factor = log2.split_scale(settings.scale)
   biased = bias is not None
   unit = 1.0 if biased else factor  # a biased score is in log2 units when the maximum is taken
 
@@ -140,7 +141,7 @@ def forward(q, k, v, lists: QueryLists, bias, settings: Settings):
         return (acc, new, total), p
 
       # Not from HIDDEN: see `softmax.exponentials`.
-      start = (products.zeros(d), products.rows_full(softmax.DEAD), products.rows_full(0.0))
+      start = (products.zeros(d), products.rows_full(log2.DEAD), products.rows_full(0.0))
 
       def stage_by_stage():
         """Walks the list: scores, softmax and values of a stage, then the next."""
@@ -211,10 +212,10 @@ def forward(q, k, v, lists: QueryLists, bias, settings: Settings):
           pass_turn()
 
       # Rows that met hidden keys only have output 0 and LSE -inf.
-      alive = top > softmax.DEAD
+      alive = top > log2.DEAD
       inverse = jnp.where(alive, 1 / jnp.where(alive, total, 1.0), 0.0)
       mine[...] = (acc * products.over_columns(inverse, d)).astype(q.dtype)
-      lse = (top + jnp.log2(jnp.where(alive, total, 1.0))) * (1 / softmax.LOG2E)
+      lse = (top + jnp.log2(jnp.where(alive, total, 1.0))) * (1 / log2.LOG2E)
       lse_own = lse_sm.at[warpgroup]
       lse_own[...] = jnp.where(alive, lse, -jnp.inf)
       store_own((mine, out_gm.at[sample, rows, head]), (lse_own, lse_gm.at[sample, head, rows]))
@@ -236,6 +237,6 @@ def forward(q, k, v, lists: QueryLists, bias, settings: Settings):
     products.staging_types(deal.consumers, step, q.dtype),
   ]
   out_type = [jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((b, h, n), jnp.float32)]
-  operands = (q, k, v, lists, softmax.in_log2(bias))
+  operands = (q, k, v, lists, log2.in_log2(bias))
   out, lse = settings.launch(attention_forward, operands, out_type, scratch, deal, b * h)
   return out, lse

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from freqformer.kernels.core.log2 import HIDDEN
 from freqformer.kernels.hopper.machine import ROWS
 from freqformer.kernels.hopper.products import LAYOUT, columns_iota
-from freqformer.kernels.hopper.softmax import HIDDEN
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu

@@ -11,12 +11,12 @@ import math
 
 import jax
 import jax.numpy as jnp
+from freqformer.kernels.core.log2 import LOG2E
 from freqformer.kernels.core.target import Target
 from freqformer.kernels.hopper.launch import launch
 from freqformer.kernels.hopper.machine import MULTIPROCESSORS, ROWS, wrong_device
 from freqformer.kernels.hopper.products import LAYOUT, PER_ROW, over_columns, product, tiles_type
 from freqformer.kernels.hopper.ring import Feed, Ring, fill_rings, head_rows, load_own
-from freqformer.kernels.hopper.softmax import LOG2E
 from freqformer.kernels.hopper.tile_walk import Deal, TileList, TileWalk, broadcast_index, place_of
 from freqformer.kernels.selection.block_scores import LARGEST_EXPONENT, row_shifts
 from jax import lax

@@ -11,6 +11,7 @@ import pytest
 from freqformer.kernels.block_sparse import hopper, tuning
 from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.table import dense_mask, from_tiles
+from freqformer.kernels.core import log2
 from freqformer.kernels.core.target import Target
 from freqformer.kernels.hopper import products, softmax
 from freqformer.kernels.hopper.interpret import interpreted
@@ -209,8 +210,8 @@ def test_hidden_scores_have_no_probability_however_they_are_rounded(monkeypatch)
   """Lists that begin with a stage of padding, and one of padding alone, by fused multiply-adds."""
   # Its rounding leaves the larger part of a hidden score above the rounded maximum.
   scale = 1 / 8
-  hidden = jnp.full((ROWS, 1), softmax.HIDDEN, jnp.float32)
-  _, unit = softmax.split_scale(scale)
+  hidden = jnp.full((ROWS, 1), log2.HIDDEN, jnp.float32)
+  _, unit = log2.split_scale(scale)
   assert np.isposinf(_fused_exponentials(hidden, unit, hidden[:, 0] * unit, 1)).all()
   monkeypatch.setattr(softmax, "exponentials", _fused_exponentials)
   tiles = np.array([[True, True, True], [True, True, False]])

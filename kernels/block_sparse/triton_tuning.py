@@ -1,0 +1,156 @@
+"""The cut of a Triton kernel of attention by GPU, head dimension, tiles and direction.
+
+Nothing here was timed: configurations are reasoned, and compile without spills (the golden table of
+tests/compiled/test_triton.py). `python -m benchmarks.gpu.tune --static --triton=CLASS` compiles
+others, for any GPU on any machine.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import itertools
+
+from freqformer.kernels.triton.machine import SHARED_BYTES
+
+DIRECTIONS = ("forward", "dq", "dkv")
+_LEAST = 16  # rows of a product on tensor cores
+_override = contextvars.ContextVar("override_triton", default=None)
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class TritonKey:
+  """The facts that a configuration depends on.
+
+  Attributes:
+    device: a class of `machine.SHARED_BYTES`.
+    head_dim, block_q, block_kv: of the call.
+    direction: "forward", "dq" or "dkv".
+  """
+
+  device: str
+  head_dim: int
+  block_q: int
+  block_kv: int
+  direction: str
+
+  @property
+  def own(self) -> int:
+    """Rows of a tile on the side that a program keeps."""
+    return self.block_kv if self.direction == "dkv" else self.block_q
+
+  @property
+  def walked(self) -> int:
+    """Rows of a tile on the side that it walks over."""
+    return self.block_q if self.direction == "dkv" else self.block_kv
+
+
+@dataclasses.dataclass(frozen=True)
+class TritonConfig:
+  """One way to run one direction.
+
+  Attributes:
+    rows: that a program keeps; divides its tile.
+    step: rows of the other side that it takes at a time; divides their tile.
+    warps: of a program; each has at least 16 rows.
+    stages: of the loads that run ahead; on Ampere 2 have one buffer, 3 have two.
+    halves: 2 keeps rows as two arrays of half of the columns. Where products are `mma.sync`, warps
+      would lie along the columns of a wide accumulator, and probabilities cross shared memory.
+  """
+
+  rows: int
+  step: int
+  warps: int
+  stages: int
+  halves: int = 1
+
+  def shared_bytes(self, key: TritonKey, itemsize: int = 2) -> int:
+    """Returns what Triton asks for at most: kept rows, and the buffers of loads that run ahead."""
+    row = key.head_dim * itemsize
+    kept = self.rows * row * (1 if key.direction == "forward" else 2)
+    buffers = max(self.stages - 1, 1)
+    numbers = 2 * 4 * self.step * buffers if key.direction == "dkv" else 0
+    return kept + 2 * buffers * self.step * row + numbers
+
+  def check(self, key: TritonKey) -> "TritonConfig":
+    """Returns the configuration, if it fits the key.
+
+    Raises:
+      ValueError: says what does not.
+    """
+    if self.rows < _LEAST or key.own % self.rows or self.step < _LEAST or key.walked % self.step:
+      raise ValueError(
+        f"{self}: rows and step must be at least {_LEAST} and divide the tiles of {key}."
+      )
+    if self.warps not in (1, 2, 4, 8) or _LEAST * self.warps > self.rows:
+      raise ValueError(f"{self}: warps must be 1, 2, 4 or 8, of at least {_LEAST} rows each.")
+    if not 1 <= self.stages <= 5:
+      raise ValueError(f"{self}: stages must lie in 1..5.")
+    if self.halves not in (1, 2) or key.head_dim // self.halves < _LEAST:
+      raise ValueError(f"{self}: halves must be 1 or 2, of at least {_LEAST} columns.")
+    if (need := self.shared_bytes(key)) > SHARED_BYTES[key.device]:
+      raise ValueError(
+        f"{self} needs {need} bytes of shared memory for {key}, a thread block has "
+        f"{SHARED_BYTES[key.device]}."
+      )
+    return self
+
+
+# By class and direction, for tiles of 128 rows and of fewer, at d = 128.
+_LARGE = {
+  "sm80": {"forward": (128, 32, 4, 3, 2), "dq": (128, 64, 8, 3), "dkv": (128, 64, 8, 3)},
+  "sm89": {"forward": (128, 64, 8, 3), "dq": (128, 32, 8, 3), "dkv": (128, 32, 8, 3)},
+  "sm90": {"forward": (128, 128, 8, 2), "dq": (128, 64, 8, 3), "dkv": (128, 64, 8, 2)},
+  "sm100": {"forward": (128, 64, 8, 3), "dq": (128, 64, 8, 2), "dkv": (128, 32, 8, 2)},
+  "sm120": {"forward": (128, 64, 8, 3), "dq": (128, 32, 8, 3), "dkv": (128, 32, 8, 2)},
+}
+_SMALL = {
+  "sm80": {"forward": (64, 64, 4, 2, 2), "dq": (64, 32, 4, 3), "dkv": (64, 32, 4, 3)},
+  "sm89": {"forward": (64, 64, 4, 2, 2), "dq": (64, 32, 4, 3), "dkv": (64, 32, 4, 3)},
+  "sm90": {"forward": (64, 64, 4, 3), "dq": (64, 64, 4, 3), "dkv": (64, 32, 4, 3)},
+  "sm100": {"forward": (64, 64, 4, 3), "dq": (64, 64, 4, 2), "dkv": (64, 64, 4, 2)},
+  "sm120": {"forward": (64, 64, 4, 2, 2), "dq": (64, 32, 4, 3), "dkv": (64, 32, 4, 3)},
+}
+
+
+def default(key: TritonKey) -> TritonConfig:
+  """Returns a configuration that is reasoned, not measured."""
+  table = (_LARGE if key.own >= 128 else _SMALL)[key.device]
+  config = TritonConfig(*table[key.direction])
+  rows = min(config.rows, key.own)
+  return dataclasses.replace(
+    config,
+    rows=rows,
+    step=min(config.step, key.walked),
+    warps=max(1, min(config.warps, rows // _LEAST)),
+    halves=config.halves if key.head_dim == 128 else 1,
+  ).check(key)
+
+
+def candidates(key: TritonKey) -> list[TritonConfig]:
+  """Returns the configurations worth trying for a key, the default first."""
+  found = [default(key)]
+  for rows, step, warps, stages, halves in itertools.product(
+    (32, 64, 128), (16, 32, 64, 128), (4, 8), (2, 3, 4), (1, 2)
+  ):
+    config = TritonConfig(rows, step, warps, stages, halves)
+    try:
+      found.append(config.check(key))
+    except ValueError:
+      continue
+  return list(dict.fromkeys(found))
+
+
+def lookup(key: TritonKey) -> TritonConfig:
+  """Returns a key's configuration: an override, else the default."""
+  override = _override.get() or {}
+  return override[key].check(key) if key in override else default(key)
+
+
+@contextlib.contextmanager
+def override(configs: dict[TritonKey, TritonConfig]):
+  """Uses these configurations for calls traced inside: for tuning and tests."""
+  token = _override.set({**(_override.get() or {}), **configs})
+  try:
+    yield
+  finally:
+    _override.reset(token)

@@ -1,0 +1,1 @@
+"""Parts of all Triton kernels: launch, interpretation, facts about devices and packages."""
