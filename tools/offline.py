@@ -27,6 +27,8 @@ from freqformer.kernels.hopper.machine import SHARED_BYTES
 from jax.extend.mlir import ir
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from tools.triton_kernels import embedded_kernels, is_triton, read_kernel
+
 TARGETS = pathlib.Path(__file__).with_name("targets")
 WHEELS = ("jax-cuda13-plugin", "jax-cuda13-pjrt")
 ASSEMBLER = "nvidia-cuda-nvcc"
@@ -43,7 +45,7 @@ SHARED_LIMIT = SHARED_BYTES  # of a thread block
 
 @dataclasses.dataclass(frozen=True)
 class KernelResources:
-  """Resources of one Mosaic GPU kernel, from the assembler's report and the launch.
+  """Resources of one Mosaic GPU or Triton kernel, from the assembler's report and the launch.
 
   Attributes:
     name: the kernel function's name and its number within the program.
@@ -69,7 +71,8 @@ class Compilation:
 
   Attributes:
     compiled: jax's `Compiled`; `as_text()` is the optimised, scheduled HLO of one device.
-    kernels: the Mosaic GPU kernels inside, in the order they were lowered.
+    kernels: the Mosaic GPU kernels inside, in the order they were lowered, and behind them the
+      Triton kernels, but those that XLA lowers itself.
     fingerprint: of the program and of what compiled it, as `compile_for` takes it; "" where XLA
       lowers kernels itself, as it does for several devices.
   """
@@ -143,14 +146,19 @@ def _require_wheels() -> None:
 
 @functools.cache
 def assembler_version() -> str:
-  """Returns the version of ptxas, CUDA's assembler, that XLA runs: "13.0.88".
+  """Returns the version of ptxas, CUDA's assembler, that XLA runs: "13.0.88"."""
+  command = [assembler(), "--version"]
+  said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+  return re.search(r"V(\d+\.\d+\.\d+)", said)[1]
+
+
+def assembler() -> str:
+  """Returns the path of the ptxas that XLA runs.
 
   XLA takes the first on the path, then that of /usr/local/cuda, then that of the wheel.
   """
   wheel = importlib.metadata.distribution(ASSEMBLER).locate_file("nvidia/cu13/bin/ptxas")
-  found = shutil.which("ptxas") or shutil.which("/usr/local/cuda/bin/ptxas") or str(wheel)
-  said = subprocess.run([found, "--version"], capture_output=True, text=True, check=True).stdout
-  return re.search(r"V(\d+\.\d+\.\d+)", said)[1]
+  return shutil.which("ptxas") or shutil.which("/usr/local/cuda/bin/ptxas") or str(wheel)
 
 
 def compile_for(
@@ -186,18 +194,10 @@ def compile_for(
       devices.
   """
   gpus = mesh(devices, device)
-  shardings = (PartitionSpec(),) * len(args) if shardings is None else tuple(shardings)
-  if len(shardings) != len(args):
-    raise ValueError(
-      f"shardings must have one entry per argument: got {len(shardings)} for {len(args)}."
-    )
   if unless is not None and gpus.size > 1:
     raise ValueError("unless= is for one device: for several, kernels are lowered by XLA.")
-  specs = [_specs(gpus, *pair) for pair in zip(shardings, args, strict=True)]
-  with _dumps() as folder, _settings(), jax.sharding.use_abstract_mesh(gpus.abstract_mesh):
-    # A new function object each time: jax reuses lowered modules of a known one, and those name an
-    # earlier folder.
-    lowered = jax.jit(lambda *a: fn(*a)).lower(*specs)
+  with _dumps() as folder, _settings():
+    lowered = lower_for(fn, *args, devices=devices, device=device, shardings=shardings)
     fingerprint = "" if gpus.size > 1 else _fingerprint(lowered, device, options)
     if fingerprint and fingerprint == unless:
       return None
@@ -210,7 +210,29 @@ def compile_for(
           f"python -m pip install {_ASSEMBLER_PIN}"
         ) from error
       raise
-    return Compilation(compiled, _read_dumps(folder), fingerprint)
+    kernels = _read_dumps(folder) + triton_resources(lowered)
+    return Compilation(compiled, kernels, fingerprint)
+
+
+def lower_for(
+  fn, *args, devices: int | Mapping[str, int] = 1, device: str = "h100", shardings=None
+) -> jax.stages.Lowered:
+  """Returns `fn(*args)` lowered for GPUs that are not there; arguments are those of `compile_for`.
+
+  Raises:
+    ValueError: if there are not as many shardings as arguments.
+  """
+  gpus = mesh(devices, device)
+  shardings = (PartitionSpec(),) * len(args) if shardings is None else tuple(shardings)
+  if len(shardings) != len(args):
+    raise ValueError(
+      f"shardings must have one entry per argument: got {len(shardings)} for {len(args)}."
+    )
+  specs = [_specs(gpus, *pair) for pair in zip(shardings, args, strict=True)]
+  with jax.sharding.use_abstract_mesh(gpus.abstract_mesh):
+    # A new function object each time: jax reuses lowered modules of a known one, and those name an
+    # earlier folder of reports.
+    return jax.jit(lambda *a: fn(*a)).lower(*specs)
 
 
 def _fingerprint(lowered, device: str, options: dict | None) -> str:
@@ -242,6 +264,10 @@ def _fingerprint(lowered, device: str, options: dict | None) -> str:
           others = {part.name: str(part.attr) for part in config}
           del others["module"], others["kernel_hash"]
           found.update(repr(others).encode())
+          del op.attributes[_KERNEL]
+        elif is_triton(op):
+          kernel = read_kernel(op)
+          found.update(repr(dataclasses.replace(kernel, ptx=kernel.code)).encode())
           del op.attributes[_KERNEL]
         return ir.WalkResult.ADVANCE
 
@@ -324,7 +350,24 @@ def _read_dumps(folder: pathlib.Path) -> tuple[KernelResources, ...]:
 
 
 def _resources(path: pathlib.Path, name: str) -> KernelResources:
-  report = path.read_text()
+  dynamic = _dynamic_shared(path.with_name(f"{path.stem}.resources.txt"))
+  return _reported(name, path.read_text(), dynamic, path.with_suffix(".ptx").read_text())
+
+
+def triton_resources(lowered: jax.stages.Lowered) -> tuple[KernelResources, ...]:
+  """Returns the Triton kernels of a lowered program in their order, numbered from 0.
+
+  Raises:
+    RuntimeError: the assembler refuses one.
+  """
+  return tuple(
+    _reported(f"{each.name}_{i}", each.report(assembler()), each.shared_bytes, each.ptx)
+    for i, each in enumerate(embedded_kernels(lowered))
+  )
+
+
+def _reported(name: str, report: str, dynamic: int, ptx: str) -> KernelResources:
+  """Returns what the assembler's report says, and the shared memory that the launch asks for."""
 
   def number(pattern):
     match = re.search(pattern, report)
@@ -332,15 +375,14 @@ def _resources(path: pathlib.Path, name: str) -> KernelResources:
 
   registers = number(r"Used (\d+) registers")
   if not registers:
-    raise RuntimeError(f"the assembler's report of {path.stem} has no registers: {report[:200]!r}.")
-  dynamic = _dynamic_shared(path.with_name(f"{path.stem}.resources.txt"))
+    raise RuntimeError(f"the assembler's report of {name} has no registers: {report[:200]!r}.")
   return KernelResources(
     name=name,
     registers=registers,
     spill_stores=number(r"(\d+) bytes spill stores"),
     spill_loads=number(r"(\d+) bytes spill loads"),
     shared_bytes=number(r"(\d+) bytes smem") + dynamic,
-    ptx=path.with_suffix(".ptx").read_text(),
+    ptx=ptx,
   )
 
 

@@ -53,6 +53,7 @@ ATTENTION = Op(
   },
   forward=Split(_INPUTS, ("b.h.", "bh.")),
   backward=Split((*_INPUTS, "bh.", "bh.", "b.h."), "b.h."),
+  slow_on_gpu="many times slower than a kernel for it would be (docs/kernels.md)",
   # XLA would gather for the loops and lists of the portable form, too.
   opaque=("hopper", "triton", "xla", "reference"),
 )

@@ -41,7 +41,7 @@ def _wrong_target(target: Target) -> Iterator[str]:
   if target.platform == "cuda":
     yield (
       f"it needs compute capability {CAPABILITY} (Hopper), the target is {target}; "
-      "use implementation='xla' there"
+      "use implementation='triton' there"
     )
   else:
     yield (

@@ -17,11 +17,11 @@ from freqformer.kernels.core.target import Target, current_target
 from freqformer.kernels.triton.interpret import is_interpreted
 from freqformer.kernels.triton.machine import device_class, wrong_device
 
-HEAD_DIMS = (16, 32, 64, 128)
+HEAD_DIMS = (16, 32, 64, 128, 256)
 BLOCKS = (16, 32, 64, 128)
 DTYPES = (jnp.bfloat16, jnp.float16)
 # Of a GPU that nobody named, where kernels are interpreted: cuts differ, numbers do not.
-_INTERPRETED = "sm80"
+INTERPRETED = "sm80"
 
 
 def unsupported(q, k, v, mask: BlockMask, target: Target) -> str | None:
@@ -93,7 +93,7 @@ def _run(direction, kernel, arrays, out_type, constants, q, mask: BlockMask) -> 
   from freqformer.kernels.triton.triton_launch import launch
 
   b, n_kv = q.shape[0], constants["n_kv"]
-  device = _INTERPRETED if is_interpreted() else device_class(current_target().capability)
+  device = INTERPRETED if is_interpreted() else device_class(current_target().capability)
   key = triton_tuning.TritonKey(device, q.shape[-1], mask.block_q, mask.block_kv, direction)
   config = triton_tuning.lookup(key)
   rows = n_kv if direction == "dkv" else q.shape[1]

@@ -14,6 +14,7 @@ from freqformer.kernels.triton.machine import SHARED_BYTES
 
 DIRECTIONS = ("forward", "dq", "dkv")
 _LEAST = 16  # rows of a product on tensor cores
+_WIDE = 256  # channels of a head from which on two warps share 16 rows
 _override = contextvars.ContextVar("override_triton", default=None)
 
 
@@ -51,7 +52,7 @@ class TritonConfig:
   Attributes:
     rows: that a program keeps; divides its tile.
     step: rows of the other side that it takes at a time; divides their tile.
-    warps: of a program; each has at least 16 rows.
+    warps: of a program; each has at least 16 rows, or 8 at a head dimension of 256.
     stages: of the loads that run ahead; on Ampere 2 have one buffer, 3 have two.
     halves: 2 keeps rows as two arrays of half of the columns. Where products are `mma.sync`, warps
       would lie along the columns of a wide accumulator, and probabilities cross shared memory.
@@ -81,8 +82,8 @@ class TritonConfig:
       raise ValueError(
         f"{self}: rows and step must be at least {_LEAST} and divide the tiles of {key}."
       )
-    if self.warps not in (1, 2, 4, 8) or _LEAST * self.warps > self.rows:
-      raise ValueError(f"{self}: warps must be 1, 2, 4 or 8, of at least {_LEAST} rows each.")
+    if self.warps not in (1, 2, 4, 8) or self.warps > most_warps(self.rows, key.head_dim):
+      raise ValueError(f"{self}: warps must be 1, 2, 4 or 8, of enough rows each for {key}.")
     if not 1 <= self.stages <= 5:
       raise ValueError(f"{self}: stages must lie in 1..5.")
     if self.halves not in (1, 2) or key.head_dim // self.halves < _LEAST:
@@ -93,6 +94,11 @@ class TritonConfig:
         f"{SHARED_BYTES[key.device]}."
       )
     return self
+
+
+def most_warps(rows: int, head_dim: int) -> int:
+  """Returns how many warps may share rows."""
+  return max(1, rows // (_LEAST if head_dim < _WIDE else _LEAST // 2))
 
 
 # By class and direction, for tiles of 128 rows and of fewer, at d = 128.
@@ -112,16 +118,22 @@ _SMALL = {
 }
 
 
+# At d = 256, on all classes.
+_WIDEST = {"forward": (64, 32, 8, 2), "dq": (64, 16, 8, 2), "dkv": (64, 16, 8, 2)}
+
+
 def default(key: TritonKey) -> TritonConfig:
   """Returns a configuration that is reasoned, not measured."""
   table = (_LARGE if key.own >= 128 else _SMALL)[key.device]
+  if key.head_dim >= _WIDE:
+    table = _WIDEST
   config = TritonConfig(*table[key.direction])
   rows = min(config.rows, key.own)
   return dataclasses.replace(
     config,
     rows=rows,
     step=min(config.step, key.walked),
-    warps=max(1, min(config.warps, rows // _LEAST)),
+    warps=min(config.warps, most_warps(rows, key.head_dim)),
     halves=config.halves if key.head_dim == 128 else 1,
   ).check(key)
 

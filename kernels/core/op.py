@@ -61,6 +61,8 @@ class Op:
     forward: how `forward` is split over devices.
     backward: how `backward` is split, where an implementation has its own.
     opaque: implementations that XLA cannot partition; they are split as said above.
+    slow_on_gpu: what a GPU loses where none of its own implementations runs a call; then the choice
+      is a warning.
   """
 
   name: str
@@ -68,6 +70,7 @@ class Op:
   forward: Split
   backward: Split | None = None
   opaque: tuple[str, ...] = ("hopper",)
+  slow_on_gpu: str = ""
 
   @property
   def definition(self) -> ModuleType:
@@ -103,12 +106,17 @@ class Op:
       reason = unsupported and unsupported(*call, target)
       if reason is None:
         if implementation is None:
-          _log_choice(self.name, name, target, "; ".join(reasons))
+          _log_choice(self.name, name, target, "; ".join(reasons), self._loss(name, target))
         return name
       reasons.append(f"{name}: {reason}")
     raise NoImplementation(
       f"no implementation of {self.name} for this call on {target}: " + "; ".join(reasons)
     )
+
+  def _loss(self, name: str, target: Target) -> str:
+    """Returns what a GPU loses by an implementation that was made for none; "" if nothing."""
+    own = name not in ("xla", "reference")
+    return "" if own or target.platform != "cuda" else self.slow_on_gpu
 
   def _known(self, implementation: str) -> str:
     name = ALIASES.get(implementation, implementation)
@@ -172,6 +180,8 @@ _as_defined.defvjp(_as_defined_forward, _as_defined_backward)
 
 
 @functools.cache
-def _log_choice(op: str, name: str, target: Target, reasons: str) -> None:
+def _log_choice(op: str, name: str, target: Target, reasons: str, loss: str) -> None:
   reasons = f" ({reasons})" if reasons else ""
-  logging.info("%s runs on implementation %r for %s%s", op, name, target, reasons)
+  level = logging.WARNING if loss else logging.INFO
+  loss = f", {loss}" if loss else ""
+  logging.log(level, "%s runs on implementation %r for %s%s%s", op, name, target, loss, reasons)

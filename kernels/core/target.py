@@ -6,17 +6,25 @@ import jax
 
 # Compute capability by name, first match, for GPUs that are only described (NVIDIA's list of GPUs).
 _CAPABILITIES = {
+  "GH200": "9.0",
   "H100": "9.0",
   "H200": "9.0",
   "H800": "9.0",
   "H20": "9.0",
-  "GH200": "9.0",
+  "B300": "10.3",
   "B200": "10.0",
+  "RTX PRO 6000": "12.0",
   "RTX 50": "12.0",
+  "RTX 6000 Ada": "8.9",
   "RTX 40": "8.9",
   "L40": "8.9",
   "L4": "8.9",
+  "RTX 30": "8.6",
+  "RTX A": "8.6",
   "A100": "8.0",
+  "A30": "8.0",
+  "A10": "8.6",
+  "A40": "8.6",
 }
 
 

@@ -96,14 +96,25 @@ def _interpret(kernel, operands, out_type, constants, blocks) -> list[jax.Array]
   def run(*operands):
     arrays = [np.array(x) for x in operands]
     found = [np.full(x.shape, np.nan, x.dtype) for x in results]
-    with _lock, _interpretable(kernel) as function:
-      function[(blocks,)](*map(_HostArray, (*arrays, *found)), **constants)
+    run_on_host(kernel, arrays, found, constants, blocks)
     return found
 
   operands = [x.astype(wide(x.dtype)) for x in operands]
   found = jax.pure_callback(run, results, *operands, vmap_method="sequential")
   found = [x.astype(kind.dtype) for x, kind in zip(found, out_type, strict=True)]
   return vary_over(varying_axes(operands), found)
+
+
+def run_on_host(
+  kernel: JITFunction,
+  arrays: Sequence[np.ndarray],
+  results: Sequence[np.ndarray],
+  constants: Mapping,
+  blocks: int,
+):
+  """Interprets a kernel on NumPy arrays; it writes `results` in place."""
+  with _lock, _interpretable(kernel) as function:
+    function[(blocks,)](*map(_HostArray, (*arrays, *results)), **constants)
 
 
 class _HostArray:

@@ -146,7 +146,7 @@ def test_odd_scales(scale):
   ("n", "target", "words"),
   [
     (256, Target("cpu", "cpu"), "use implementation='xla' there, .*interpreted"),
-    (256, Target("cuda", "NVIDIA A100", "8.0"), "9.0.*8.0.*use implementation='xla'"),
+    (256, Target("cuda", "NVIDIA A100", "8.0"), "9.0.*8.0.*use implementation='triton'"),
     (200, Target("cuda", "NVIDIA H100", "9.0"), "^200 query rows are no multiple of block_q=64"),
   ],
   ids=["cpu", "ampere", "rows"],

@@ -1,0 +1,147 @@
+"""The Triton kernels of attention compile for every class of GPU without spills, to known numbers.
+
+python -m tests.compiled.test_triton        writes the table anew; look at its diff
+"""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from freqformer.kernels.block_sparse.api import attention
+from freqformer.kernels.block_sparse.table import BlockMask
+from freqformer.kernels.core.target import current_target
+from freqformer.kernels.triton.machine import SHARED_BYTES, device_class
+from jax.sharding import PartitionSpec as P
+
+from tests import golden
+from tools import offline
+
+TABLE = golden.path("triton_resources")
+ROWS = 1024
+HEADS = 2
+LISTED = 4
+# Another ptxas may give a kernel a few registers more or less.
+REGISTER_SLACK = 8
+_spec = jax.ShapeDtypeStruct
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """One way to call attention on one GPU."""
+
+  device: str
+  head_dim: int
+  block_q: int
+  block_kv: int
+  bias: bool = False
+  dtype: str = "bfloat16"
+
+  def __str__(self):
+    words = ["bias"] * self.bias + [self.dtype] * (self.dtype != "bfloat16")
+    sizes = f"d{self.head_dim} q{self.block_q} kv{self.block_kv}"
+    return " ".join([self.device, sizes, *words])
+
+
+# What models have, on every class; the others where registers and shared memory are scarcest.
+_USUAL = ((128, 128, 128), (128, 64, 64), (64, 128, 128), (64, 64, 64), (256, 64, 64))
+_OTHERS = ((128, 64, 128), (128, 128, 64), (256, 128, 16), (32, 128, 128), (16, 16, 16))
+CONFIGS = (
+  *(Config(d, *sizes) for d in ("a100", "rtx4090", "h100", "b200", "rtx5090") for sizes in _USUAL),
+  *(Config(d, *sizes) for d in ("a100", "rtx4090") for sizes in _OTHERS),
+  *(Config(d, 128, 128, 128, bias=True) for d in ("a100", "rtx4090", "rtx5090")),
+  Config("a100", 128, 128, 128, dtype="float16"),
+  Config("rtx3090", 128, 128, 128),
+)
+
+
+def both_ways(q, k, v, mask, d_out, d_lse):
+  """Returns out, LSE and all gradients."""
+  found, pull = jax.vjp(lambda *x: attention(*x, mask, implementation="triton"), q, k, v)
+  return found, pull((d_out, d_lse))
+
+
+def arguments(config: Config, samples: int = 1) -> tuple:
+  """Returns the shapes of what `both_ways` takes."""
+  x = _spec((samples, ROWS, HEADS, config.head_dim), config.dtype)
+  tiles, kv_tiles = ROWS // config.block_q, ROWS // config.block_kv
+  mask = BlockMask(
+    _spec((1, HEADS, tiles, LISTED), jnp.int32),
+    _spec((1, HEADS, tiles), jnp.int32),
+    _spec((kv_tiles,), jnp.int32),
+    _spec((kv_tiles,), jnp.float32) if config.bias else None,
+    config.block_q,
+    config.block_kv,
+  )
+  return x, x, x, mask, x, _spec((samples, HEADS, ROWS), jnp.float32)
+
+
+def resources(config: Config) -> dict[str, dict[str, int]]:
+  """Returns resources by kernel, compiled now."""
+  lowered = offline.lower_for(both_ways, *arguments(config), device=config.device)
+  found = {}
+  for kernel in offline.triton_resources(lowered):
+    numbers = dataclasses.asdict(kernel)
+    name = numbers.pop("name").rpartition("_")[0]
+    del numbers["ptx"]
+    found[name] = numbers
+  return found
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_resources(config):
+  found = resources(config)
+  known = json.loads(TABLE.read_text())[str(config)]
+  assert set(found) == {"attention_forward", "attention_dq", "attention_dkv"} == set(known)
+  with jax.sharding.use_abstract_mesh(offline.mesh(1, config.device).abstract_mesh):
+    limit = SHARED_BYTES[device_class(current_target().capability)]
+  for name, numbers in found.items():
+    assert numbers["spill_stores"] == numbers["spill_loads"] == 0, name
+    assert numbers["shared_bytes"] <= limit, name
+    assert numbers["shared_bytes"] == known[name]["shared_bytes"], name
+    assert abs(numbers["registers"] - known[name]["registers"]) <= REGISTER_SLACK, name
+
+
+def test_the_table_has_no_other_rows():
+  assert set(json.loads(TABLE.read_text())) == set(map(str, CONFIGS))
+
+
+def test_temporary_memory_is_that_of_what_the_kernels_read():
+  """LSE and delta, twice each; no score is ever stored."""
+  config = Config("a100", 128, 128, 128)
+  found = offline.compile_for(both_ways, *arguments(config), device="a100")
+  numbers = 4 * HEADS * ROWS  # bytes of one float32 per row and head
+  rows = 2 * HEADS * ROWS * config.head_dim  # bytes of an array of rows
+  scores = 4 * HEADS * ROWS * LISTED * config.block_kv
+  assert numbers <= found.temp_bytes <= 2 * rows < scores
+  assert [kernel.name.rpartition("_")[0] for kernel in found.kernels] == [
+    "attention_forward",
+    "attention_dq",
+    "attention_dkv",
+  ]
+
+
+def test_devices_gather_nothing():
+  """Samples over two GPUs: each one's kernels run on its own."""
+  config = Config("a100", 64, 64, 64)
+  own, none = P("data"), P()
+  shardings = (own, own, own, none, own, own)
+  args = arguments(config, samples=2)
+  found = offline.compile_for(both_ways, *args, devices=2, device="a100", shardings=shardings)
+  text = found.compiled.as_text()
+  assert text.count('custom_call_target="triton_kernel_call_ffi"') == 3
+  for collective in ("all-gather", "all-to-all", "collective-permute", "all-reduce"):
+    assert collective not in text
+
+
+def main():
+  table = {}
+  for config in CONFIGS:
+    table[str(config)] = resources(config)
+    print(config, table[str(config)], flush=True)
+  TABLE.write_text(json.dumps(table, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+  main()
