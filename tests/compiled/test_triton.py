@@ -5,15 +5,20 @@ python -m tests.compiled.test_triton        writes the table anew; look at its d
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
 import pytest
+import triton
+from freqformer.kernels.block_sparse import triton_kernels
 from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.table import BlockMask
 from freqformer.kernels.core.target import current_target
 from freqformer.kernels.triton.machine import SHARED_BYTES, device_class
 from jax.sharding import PartitionSpec as P
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from tests import golden
 from tools import offline
@@ -133,6 +138,43 @@ def test_devices_gather_nothing():
   assert text.count('custom_call_target="triton_kernel_call_ffi"') == 3
   for collective in ("all-gather", "all-to-all", "collective-permute", "all-reduce"):
     assert collective not in text
+
+
+def test_the_forward_compiles_for_an_amd_gpu():
+  """By Triton alone: jax-triton asks the device that it lowers for, and there is none."""
+  kernel = triton_kernels.attention_forward
+  arrays = {"codes": "*i32", "counts": "*i32", "order": "*i32", "bias": "*fp32", "lse": "*fp32"}
+  arrays |= dict.fromkeys(("q", "k", "v", "out"), "*bf16")
+  constants = dict(
+    factor=0.1,
+    sign=1.0,
+    BIASED=False,
+    ORDERED=True,
+    h=HEADS,
+    n_q=ROWS,
+    n_kv=ROWS,
+    D=128,
+    block_q=128,
+    block_kv=128,
+    ROWS=128,
+    STEP=64,
+    HALVES=1,
+    codes_b=0,
+    codes_h=32,
+    codes_tile=LISTED,
+    counts_b=0,
+    counts_h=8,
+  )
+  names = kernel.arg_names
+  source = ASTSource(
+    kernel,
+    {name: arrays.get(name, "constexpr") for name in names},
+    {(names.index(name),): value for name, value in constants.items()},
+    {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in arrays},
+  )
+  options = {"num_warps": 8, "num_stages": 2}
+  code = triton.compile(source, GPUTarget("hip", "gfx942", 64), options).asm["amdgcn"]
+  assert "v_mfma" in code and re.search(r"\.vgpr_spill_count:\s+0\b", code)
 
 
 def main():
