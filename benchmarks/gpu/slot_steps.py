@@ -213,7 +213,7 @@ TRITON = (
   FACTS,
   of_triton(checks("plain", "^plain$", 75, alone=True)),
   of_triton(checks("all cases", _SMALL, 120)),
-  Step("conformance, triton", TESTS, ("--device=gpu", "--only=Triton", "tests/kernels"), 90),
+  Step("conformance, triton", TESTS, ("--device=gpu", "--only=triton", "tests/kernels"), 90),
   of_triton(timed("dense", "dense_mode", "^dense/a_(64k|16k)$", 100)),
   of_triton(timed("random lists", *_LISTS, 75)),
   of_triton(timed("64-row tiles", "list_variants", "^lists_d10_64x64/", 60)),
