@@ -157,8 +157,10 @@ def assembler() -> str:
 
   XLA takes the first on the path, then that of /usr/local/cuda, then that of the wheel.
   """
-  wheel = importlib.metadata.distribution(ASSEMBLER).locate_file("nvidia/cu13/bin/ptxas")
-  return shutil.which("ptxas") or shutil.which("/usr/local/cuda/bin/ptxas") or str(wheel)
+  found = shutil.which("ptxas") or shutil.which("/usr/local/cuda/bin/ptxas")
+  if found is None:
+    found = importlib.metadata.distribution(ASSEMBLER).locate_file("nvidia/cu13/bin/ptxas")
+  return str(found)
 
 
 def compile_for(
@@ -358,7 +360,7 @@ def triton_resources(lowered: jax.stages.Lowered) -> tuple[KernelResources, ...]
   """Returns the Triton kernels of a lowered program in their order, numbered from 0.
 
   Raises:
-    RuntimeError: the assembler refuses one.
+    ValueError: the assembler refuses one.
   """
   return tuple(
     _reported(f"{each.name}_{i}", each.report(assembler()), each.shared_bytes, each.ptx)

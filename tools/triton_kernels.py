@@ -55,7 +55,7 @@ class EmbeddedKernel:
     """Returns what ptxas, at the path `assembler`, says of registers and spills.
 
     Raises:
-      RuntimeError: it refuses the kernel.
+      ValueError: it refuses the kernel.
     """
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
       file.write(self.ptx)
@@ -63,7 +63,7 @@ class EmbeddedKernel:
       command = [assembler, "-v", f"--gpu-name={self.architecture}", file.name, "-o", "/dev/null"]
       run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
-      raise RuntimeError(f"{self.name} for {self.architecture}: {run.stderr[-300:]}")
+      raise ValueError(f"{self.name} for {self.architecture}: {run.stderr[-300:]}")
     return run.stderr
 
 

@@ -113,7 +113,7 @@ def linear(bench: Bench, spec: AttentionSpec) -> dict:
   # The last five of twelve heads.
   heads = jnp.arange(spec.heads)[None] >= spec.heads - round(5 * spec.heads / 12)
   # Without the kernel under test, the portable form: there is no other stand-in.
-  implementation = bench.implementation if bench.implementation == "pallas_mgpu" else "xla"
+  implementation = bench.implementation if bench.implementation == "hopper" else "xla"
   call = functools.partial(linear_attention, feature_map="elu")
 
   def forward(q, k, v, segments, name=implementation):

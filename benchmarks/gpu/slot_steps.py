@@ -74,9 +74,9 @@ def checks(name: str, only: str, seconds: float = 60.0, **fields) -> Step:
   return Step(name, CHECK, (f"--only={only}",), seconds, **fields)
 
 
-def tests(name: str, folder: str, seconds: float = 60.0) -> Step:
-  """Returns a step that runs the conformance tests of a folder of tests/kernels on the device."""
-  return Step(name, TESTS, ("--device=gpu", f"tests/kernels/{folder}"), seconds)
+def tests(name: str, place: str, seconds: float = 60.0) -> Step:
+  """Returns a step that runs the conformance tests of a place in tests/kernels on the device."""
+  return Step(name, TESTS, ("--device=gpu", f"tests/kernels/{place}"), seconds)
 
 
 def only(cases: list[str]) -> str:
@@ -147,7 +147,7 @@ FIRST = (
   checks("lists", "^(ragged, empty rows|128x64 tiles, odd counts)$", bisect=True),
   checks("64-row tiles", "^(64x64 tiles|64x64 tiles, d=64)$", bisect=True),
   checks("no lists", "^(dense mode, ragged|one table for all heads)$", bisect=True),
-  tests("conformance", "block_sparse", 90),
+  tests("conformance", "block_sparse/test_hopper.py", 90),
   tests("around", "around", 75),
   tests("linear", "linear", 75),
   tests("selection and search", "selection"),
@@ -198,7 +198,7 @@ WAN = (
   Step("decode", "benchmarks.gpu.wan", ("--part=decode",), 90, alone=True),
 )
 
-# The same for Triton's kernels, beside cuDNN and Hopper's: right, then how fast.
+# Triton's kernels of attention, beside cuDNN and Hopper's: are they right, and how fast?
 _TRITON = ("--implementation=triton",)
 
 
@@ -299,7 +299,7 @@ PLANS = ("first", "right", "hangs", "wrong", "study_1", "study_2", "wan", "trito
 
 def plan(name: str, case: str = "") -> tuple[Step, ...]:
   """Returns the steps of a call: the first, the second after one that was right, hung or wrong, a
-  half of the study, or what a pretrained model runs beside attention.
+  half of the study, what a pretrained model runs beside attention, or Triton's kernels.
 
   Raises:
     ValueError: for an unknown name, or where a case must be named and is not, or must not and is.

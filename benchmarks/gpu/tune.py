@@ -7,7 +7,7 @@
 
 Per key (head dimension, tile sizes, direction): candidates -> those that compile for the device
 without spilling and within shared memory -> those that agree with the XLA backend -> the fastest.
-The table is written twice: into the checkout, and next to the report as `kernels_tuning.json`,
+The table is written twice: into the checkout, and next to the report as `kernels_<its name>`,
 because a rented machine gives back only its output folder.
 """
 
@@ -139,7 +139,8 @@ def write_tables(subject: Subject, places: Sequence[pathlib.Path], store: Store,
   facts = {name: store.context[name] for name in known}
   facts |= {"rehearsal": True} if store.rehearsal else {}
   # Keys that a run does not reach stay as they are in the checkout.
-  configs = subject.tuning.table() | chosen
+  device = next(iter(chosen)).device
+  configs = subject.table(device) | chosen
   for place in places:
     subject.tuning.write(configs, facts, place)
 
@@ -164,6 +165,8 @@ def main() -> int:
   rehearse = options.rehearse
   if rehearse and options.static:
     parser.error("--rehearse times a stand-in: leave --static out.")
+  if options.target and not options.static:
+    parser.error("--target is for --static: what is timed runs on this machine's GPU.")
   open_device(options.static or rehearse)
   subject = SUBJECTS[options.implementation]
   try:
@@ -180,7 +183,7 @@ def main() -> int:
   store = open_store(name, command, options.out, rehearse)
   deadline = Deadline(60 * options.minutes)
   budget = Budget(deadline, _ONCE, _ONCE) if rehearse else Budget(deadline)
-  table = subject.tuning.TABLE
+  table = subject.table_path(device)
   places = [store.path.with_name(f"kernels_{table.name}"), *([] if rehearse else [table])]
   chosen = search(subject, keys[:1] if rehearse else keys, store, budget, options.static, places)
   print(f"report: {store.path}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import pathlib
 from collections.abc import Mapping
 from types import ModuleType
 
@@ -20,8 +21,7 @@ class Subject:
 
   Attributes:
     implementation: its name.
-    tuning: module of its configurations, with `candidates`, `default`, `override`, `table`,
-      `write` and `TABLE`.
+    tuning: module of its configurations, with `candidates`, `default`, `override` and `write`.
     key: dataclass of its keys.
     config: dataclass of its configurations.
     targets: a name of tools/targets by the device of a key.
@@ -54,6 +54,14 @@ class Subject:
         f"{', '.join(known)}."
       )
     return device
+
+  def table_path(self, device: str) -> pathlib.Path:
+    """Returns the file in which kernels look configurations of a device up."""
+    return tuning.TABLE if self.tuning is tuning else triton_tuning.table_path(device)
+
+  def table(self, device: str) -> dict:
+    """Returns the configurations in that file."""
+    return tuning.table() if self.tuning is tuning else triton_tuning.table(device)
 
   def all_keys(self, device: str) -> list:
     """Returns every key that kernels look up on a device, the most used first."""

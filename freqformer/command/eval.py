@@ -65,6 +65,7 @@ from freqformer.evaluate.restore import Run, load_run
 from freqformer.evaluate.samples import clip_path
 from freqformer.evaluate.validate import validate
 from freqformer.grid.rotary import ROPE_RULES
+from freqformer.model.config import DTYPES
 from freqformer.pages.compare import slug, text_table, write_comparison
 from freqformer.pages.files import json_if_any
 from freqformer.pages.mp4 import grid_png, write_mp4
@@ -107,6 +108,9 @@ _GUIDANCE_LOW = flags.DEFINE_float(
 _SHIFT = flags.DEFINE_float("shift", None, "Shift of the noise levels, with --pretrained.")
 _LEARNED = cli.define_path(
   "learned", None, "File of a method's learned leaves (configs/wan.py), with --pretrained."
+)
+_DTYPE = flags.DEFINE_enum(
+  "dtype", None, list(DTYPES), "Of matrices and activations, with --pretrained; bfloat16 on a GPU."
 )
 _BLOCK = flags.DEFINE_integer("block", 128, "Rows of a tile, with --pretrained.", lower_bound=1)
 _HONEST = flags.DEFINE_bool(
@@ -167,7 +171,7 @@ _OF_SAMPLES = (
   "lpips_weights",
   "fps",
 )
-_OF_PRETRAINED = ("negative", "guidance_low", "shift", "block", "honest", "learned")
+_OF_PRETRAINED = ("negative", "guidance_low", "shift", "dtype", "block", "honest", "learned")
 # Of runs alone: what a downloaded model has no use for.
 _OF_RUNS = (
   *_OF_VALIDATION,
@@ -308,6 +312,7 @@ def _sample_pretrained():
       fps=_FPS.value,
       metrics=metrics,
       block=_BLOCK.value,
+      dtype=_DTYPE.value,
       honest=_HONEST.value,
       learned=_LEARNED.value,
     )

@@ -133,7 +133,9 @@ def learn(config: ConfigDict, workdir: pathlib.Path, dry_run: bool = False):
     print(aligned(list(_facts(pipe, own).items())))
     return
   sample = pipe.sampling(**drawn)
-  pipe.config(own.model.method)  # an unknown one is refused before prompts are encoded
+  # Refused before prompts are encoded.
+  pipe.config(own.model.method)
+  pipe.check_memory()
   guided = any(sample.guided())
   texts = embeddings(pipe, own.data.prompts, own.data.negative, guided)
   workdir.mkdir(parents=True, exist_ok=True)

@@ -56,6 +56,7 @@ class Request:
     metrics: by name, that methods are compared by.
     block: rows of a tile.
     honest: of a comparison: also draw the floor, and measure each method's error of attention.
+    dtype: of matrices and activations.
     learned: file of a method's learned leaves, of `train.py --config=configs/wan.py`.
   """
 
@@ -76,6 +77,7 @@ class Request:
   metrics: dict
   block: int
   honest: bool
+  dtype: str | None = None
   learned: str | None = None
 
 
@@ -121,7 +123,7 @@ def run(request: Request):
     ConfigError: the folder, a prompt, a number or a method cannot be used.
   """
   stages = Stages()
-  pipe = load_pretrained(request.folder, block=request.block)
+  pipe = load_pretrained(request.folder, block=request.block, dtype=request.dtype)
   config = pipe.sampling(request.steps, request.guidance, request.shift)
   evaluations = len(config.guided())
   frames = request.frames or pipe.frames

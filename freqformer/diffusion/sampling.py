@@ -311,6 +311,8 @@ def sample(
   Raises:
     ConfigError: a method's schedule does not fit the run.
   """
+  if isinstance(labels, list):  # of numbers, no pytree
+    labels = np.asarray(labels)
   total = count_rows(labels)
   indices = np.asarray(indices)
   evaluations = _evaluations(model, config)

@@ -23,6 +23,12 @@ def free_bytes() -> int | None:
   return 1024 * int(lines["MemAvailable"].split()[0]) if "MemAvailable" in lines else None
 
 
+def fits(needed: int) -> bool:
+  """Tells whether the device has so many bytes left, or does not tell."""
+  free = free_bytes()
+  return free is None or needed <= free
+
+
 def check_weights_fit(what: str, needed: int, instead: str) -> None:
   """Refuses weights that a device has no room for.
 
@@ -34,9 +40,9 @@ def check_weights_fit(what: str, needed: int, instead: str) -> None:
   Raises:
     ConfigError: says by how much they are too large, and what would fit.
   """
-  free = free_bytes()
-  if free is None or needed <= free:
+  if fits(needed):
     return
+  free = free_bytes()
   gpus = [load_gpu(name) for name in known("gpus") if name != _CPU]
   larger = sorted((g.memory_bytes, g.name) for g in gpus if g.memory_bytes > needed)
   options = [instead, *(f"a GPU like {name} ({size / 1e9:.0f} GB)" for size, name in larger[:1])]

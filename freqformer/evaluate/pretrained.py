@@ -26,7 +26,7 @@ from freqformer.config import ConfigError, did_you_mean, refusing
 from freqformer.diffusion.sampling import SampleConfig
 from freqformer.evaluate.draw import draw
 from freqformer.evaluate.learned import Learned, weights_hash
-from freqformer.evaluate.memory import check_weights_fit
+from freqformer.evaluate.memory import check_weights_fit, fits
 from freqformer.model.config import DTYPES, AttentionConfig
 from freqformer.model.leaves import flatten, leaf_name
 from freqformer.model.wan import WanConfig, WanDiT, is_narrow, load_params
@@ -290,24 +290,25 @@ class Pretrained:
   @property
   def weight_bytes(self) -> int:
     """Bytes of one transformer's weights as they lie on a device."""
+    return self._weight_bytes(jnp.dtype(DTYPES[self.dtype]).itemsize)
+
+  def _weight_bytes(self, itemsize: int) -> int:
+    """Returns `weight_bytes` with matrices of so many bytes a number."""
     leaves = flatten(nnx.state(_abstract(self.config(), self._any_shape)))
-    return sum(x.size * (self._itemsize if is_narrow(k) else 4) for k, x in leaves.items())
+    return sum(x.size * (itemsize if is_narrow(k) else 4) for k, x in leaves.items())
 
   @property
   def _any_shape(self) -> tuple[int, int, int, int]:
     """Shape of short latents: no weight depends on it."""
     return self.latent_shape(1 + self._factor[0], self.size)
 
-  @property
-  def _itemsize(self) -> int:
-    return jnp.dtype(DTYPES[self.dtype]).itemsize
-
   def check_memory(self) -> None:
     """Raises ConfigError if the device has no room for the transformers that are not there yet."""
     parts = [_HIGH] if self._boundary is None else [_HIGH, _LOW]
     missing = [which for which in parts if which not in self._base]
     needed = len(missing) * self.weight_bytes
-    instead = "a smaller model" if self._itemsize == 2 else 'dtype="bfloat16"'
+    least = len(missing) * self._weight_bytes(2)
+    instead = "dtype=bfloat16" if least < needed and fits(least) else "a smaller model"
     check_weights_fit(f"the transformer of {self.folder}", needed, instead)
 
   def check(self, method: str, latent_shape, evaluations: int, schedule: str | None = None) -> None:
@@ -407,6 +408,7 @@ class Pretrained:
     student = self.config(method)
     student.phases(len(sample.guided()))
     check_learns(student, shape)
+    self.check_memory()
     if not isinstance(texts, PromptEmbeddings):
       texts = [texts] if isinstance(texts, str) else list(texts)
       texts = self.embed(texts, negative if any(sample.guided()) else None)
@@ -541,6 +543,12 @@ class Pretrained:
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
     config = self.sampling(steps, guidance, shift)
+    learned = self.opened(learned)
+    shape = self.latent_shape(frames or self.frames, size or self.size)
+    # Refused before texts are encoded and weights are loaded.
+    own = "dense" if learned is None else learned.method
+    self.check(method or own, shape, len(config.guided()))
+    self.check_memory()
     found = self.embed(texts, negative)
     run = self.at(method, frames, size, guidance_low=guidance_low, learned=learned)
     places = np.arange(len(texts))

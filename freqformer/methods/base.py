@@ -209,7 +209,7 @@ class Projected:
   def other_ops_implementation(self) -> str | None:
     """Implementation of the layer's ops other than attention, "xla" or None (automatic).
 
-    It is automatic beside Hopper's attention too: Hopper kernels may refuse an op's call.
+    It is automatic beside GPU kernels of attention too: others may refuse an op's call.
     """
     name = ALIASES.get(self.implementation, self.implementation)
     return None if name in (None, "hopper", "triton") else "xla"

@@ -41,7 +41,7 @@ def _wrong_target(target: Target) -> Iterator[str]:
   if target.platform == "cuda":
     yield (
       f"it needs compute capability {CAPABILITY} (Hopper), the target is {target}; "
-      "use implementation='triton' there"
+      "use implementation='triton' there, or 'xla' where that refuses"
     )
   else:
     yield (

@@ -103,10 +103,12 @@ class BlockMask:
         f"kv_len must be [kv_tiles] or [b, kv_tiles], got shape {self.kv_len.shape}."
       )
     if self.kv_indices is not None and (
-      self.kv_indices.ndim != 4 or self.kv_indices.shape[:3] != self.kv_counts.shape
+      self.kv_indices.ndim != 4
+      or self.kv_indices.shape[:3] != self.kv_counts.shape
+      or self.kv_indices.shape[3] == 0
     ):
       raise ValueError(
-        f"kv_indices must be kv_counts' shape {self.kv_counts.shape} + [max_kv], got "
+        f"kv_indices must be kv_counts' shape {self.kv_counts.shape} + [max_kv], max_kv >= 1, got "
         f"{self.kv_indices.shape}."
       )
     if self.kv_bias is not None and self.kv_bias.shape != (self.kv_tiles,):

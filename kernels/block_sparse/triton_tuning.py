@@ -1,8 +1,8 @@
 """The cut of a Triton kernel of attention by GPU, head dimension, tiles and direction.
 
-A table `triton_tuning.json` holds what a search on a device found (`python -m benchmarks.gpu.tune
---implementation=triton`). For what it lacks `default` is used, reasoned and compiled without spills
-(tests/compiled/test_triton.py).
+Tables `triton_tuning_<class>.json` hold what a search on a device of a class found (`python -m
+benchmarks.gpu.tune --implementation=triton`). For what they lack `default` is used, reasoned and
+compiled without spills (tests/compiled/test_triton.py).
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from freqformer.kernels.block_sparse import tuning_table
 from freqformer.kernels.triton.machine import SHARED_BYTES
 
 DIRECTIONS = ("forward", "dq", "dkv")
-TABLE = pathlib.Path(__file__).with_name("triton_tuning.json")
+FOLDER = pathlib.Path(__file__).parent  # of the tables
 _LEAST = 16  # rows of a product on tensor cores
 _WIDE = 256  # channels of a head from which on two warps share 16 rows
 _override = contextvars.ContextVar("override_triton", default=None)
@@ -37,6 +37,10 @@ class TritonKey:
   block_q: int
   block_kv: int
   direction: str
+
+  def __post_init__(self):
+    if self.direction not in DIRECTIONS:
+      raise ValueError(f"{self.direction=} must be one of {', '.join(DIRECTIONS)}.")
 
   @property
   def own(self) -> int:
@@ -69,7 +73,10 @@ class TritonConfig:
   halves: int = 1
 
   def shared_bytes(self, key: TritonKey, itemsize: int = 2) -> int:
-    """Returns what Triton asks for at most: kept rows, and the buffers of loads that run ahead."""
+    """Returns what is kept and the buffers of loads take; other layouts may take more.
+
+    What a compiled kernel asks for is in the golden table, and what a search reads.
+    """
     row = key.head_dim * itemsize
     kept = self.rows * row * (1 if key.direction == "forward" else 2)
     buffers = max(self.stages - 1, 1)
@@ -133,10 +140,13 @@ def default(key: TritonKey) -> TritonConfig:
     table = _WIDEST
   config = TritonConfig(*table[key.direction])
   rows = min(config.rows, key.own)
+  step = min(config.step, key.walked)
+  if key.direction == "dkv" and key.head_dim == 128 and rows <= 32:
+    step = _LEAST  # 32 spill some bytes
   return dataclasses.replace(
     config,
     rows=rows,
-    step=min(config.step, key.walked),
+    step=step,
     warps=min(config.warps, most_warps(rows, key.head_dim)),
     halves=config.halves if key.head_dim == 128 else 1,
   ).check(key)
@@ -159,21 +169,26 @@ def candidates(key: TritonKey) -> list[TritonConfig]:
 def lookup(key: TritonKey) -> TritonConfig:
   """Returns a key's configuration: an override, else the committed table's, else the default."""
   override = _override.get() or {}
-  return override[key].check(key) if key in override else table().get(key) or default(key)
+  return override[key].check(key) if key in override else table(key.device).get(key) or default(key)
+
+
+def table_path(device: str) -> pathlib.Path:
+  """Returns the file of the table of a class."""
+  return FOLDER / f"triton_tuning_{device}.json"
 
 
 @functools.cache
-def table() -> dict[TritonKey, TritonConfig]:
-  """Returns the table that a search wrote; empty where none has run.
+def table(device: str) -> dict[TritonKey, TritonConfig]:
+  """Returns what a search found for a class; empty where none has run.
 
   Raises:
     ValueError: if a configuration does not fit its key.
   """
-  return tuning_table.read(TABLE, TritonKey, TritonConfig)
+  return tuning_table.read(table_path(device), TritonKey, TritonConfig)
 
 
-def write(configs: dict[TritonKey, TritonConfig], facts: dict, path: pathlib.Path = TABLE) -> None:
-  """Writes the table, with facts about the search that made it."""
+def write(configs: dict[TritonKey, TritonConfig], facts: dict, path: pathlib.Path) -> None:
+  """Writes the table of a class, with facts about the search that made it."""
   tuning_table.write(configs, facts, path)
   table.cache_clear()
 

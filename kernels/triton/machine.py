@@ -30,11 +30,8 @@ _CLASSES = {
   "12.1": "sm120",
 }
 LEAST = "8.0"  # products of bfloat16 begin there
-# What a class without an own entry is compiled for.
-NEWEST = "sm120"
-# jax-triton calls private functions of jax: its version, and the jax that it works with.
-_JAX_TRITON = "0.4"
-_JAX = "0.11"
+# What works together: jax-triton calls private functions of jax, and passes options to Triton.
+_WORK = {"jax-triton": "0.4", "triton": "3.7", "jax": "0.11"}
 _INSTALL = "python -m pip install -r requirements-gpu.txt"
 
 
@@ -45,22 +42,20 @@ def device_class(capability: str) -> str | None:
 
 def wrong_device(target: Target) -> str | None:
   """Returns why Triton kernels cannot run on a target; None where they can or are interpreted."""
-  if (reason := lacking_packages()) is not None:
-    return reason
   if is_interpreted():
-    return None
+    return lacking_packages()
   if target.platform != "cuda":
     return f"it runs on NVIDIA GPUs, the target is {target}"
   if target.capability is None or device_class(target.capability) is None:
     known = ", ".join(_CLASSES)
     return f"it needs a compute capability of at least {LEAST} ({known}), the target is {target}"
-  return None
+  return lacking_packages()
 
 
 @functools.cache
 def lacking_packages() -> str | None:
   """Returns which packages are missing or do not work together, with the remedy; None if none."""
-  found = {}
+  found = {"jax": jax.__version__}
   for name in ("jax-triton", "triton"):
     try:
       found[name] = importlib.metadata.version(name)
@@ -68,10 +63,7 @@ def lacking_packages() -> str | None:
       return (
         f"it needs the packages jax-triton and triton, {name} is not installed; run: {_INSTALL}"
       )
-  works = found["jax-triton"].startswith(f"{_JAX_TRITON}.")
-  if not works or not jax.__version__.startswith(f"{_JAX}."):
-    return (
-      f"it is made for jax-triton {_JAX_TRITON} with jax {_JAX}, found {found['jax-triton']} with "
-      f"jax {jax.__version__}; run: {_INSTALL}"
-    )
+  for name, minor in _WORK.items():
+    if not found[name].startswith(f"{minor}."):
+      return f"it is made for {name} {minor}, found {found[name]}; run: {_INSTALL}"
   return None

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import jax_triton
 import numpy as np
-import triton.experimental.gluon  # noqa: F401  # the interpreter imports it, and must not while it runs
+import triton.experimental.gluon  # noqa: F401  (the interpreter would import it as it runs)
 import triton.language as tl
 from freqformer.kernels.core.target import current_target
 from freqformer.kernels.core.varying import vary_over, varying_axes
@@ -50,7 +50,8 @@ def launch(
     blocks: number of thread blocks.
     warps: of a thread block.
     stages: of loads that run ahead in a loop, the one in use included.
-    cost: `flops`, `bytes_accessed` and `transcendentals` of all blocks, for readers of the program.
+    cost: of all blocks, for readers of the program: `flops` and `bytes_accessed`; jax-triton takes
+      no other numbers.
 
   Returns:
     The results. Under `jax.vmap` the launches follow each other.

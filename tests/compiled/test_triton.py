@@ -1,11 +1,14 @@
 """The Triton kernels of attention compile for every class of GPU without spills, to known numbers.
 
 python -m tests.compiled.test_triton        writes the table anew; look at its diff
+python -m tests.compiled.test_triton all    prints which kernel of any size spills, 10 minutes
 """
 
 import dataclasses
+import itertools
 import json
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +18,7 @@ from flax import nnx
 from freqformer.kernels.block_sparse import triton_kernels
 from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.table import BlockMask
+from freqformer.kernels.block_sparse.triton import BLOCKS, HEAD_DIMS
 from freqformer.kernels.core.target import current_target
 from freqformer.kernels.triton.machine import SHARED_BYTES, device_class
 from jax.sharding import PartitionSpec as P
@@ -57,7 +61,7 @@ class Config:
 
 # What models have, on every class; the others where registers and shared memory are scarcest.
 _USUAL = ((128, 128, 128), (128, 64, 64), (64, 128, 128), (64, 64, 64), (256, 64, 64))
-_OTHERS = ((128, 64, 128), (128, 128, 64), (256, 128, 16), (32, 128, 128), (16, 16, 16))
+_OTHERS = ((128, 64, 128), (128, 128, 64), (128, 32, 32), (256, 128, 16), (16, 16, 16))
 CONFIGS = (
   *(Config(d, *sizes) for d in ("a100", "rtx4090", "h100", "b200", "rtx5090") for sizes in _USUAL),
   *(Config(d, *sizes) for d in ("a100", "rtx4090") for sizes in _OTHERS),
@@ -203,7 +207,19 @@ def test_the_forward_compiles_for_an_amd_gpu():
   assert "v_mfma" in code and re.search(r"\.vgpr_spill_count:\s+0\b", code)
 
 
+def all_configs() -> list[Config]:
+  """Returns every size that the kernels take, on every class."""
+  devices = ("a100", "rtx4090", "h100", "b200", "rtx5090")
+  sizes = itertools.product(devices, HEAD_DIMS, BLOCKS, BLOCKS)
+  return [Config(*size) for size in sizes]
+
+
 def main():
+  if sys.argv[1:] == ["all"]:
+    for config in all_configs():
+      bad = {name: has for name, has in resources(config).items() if has["spill_stores"]}
+      print(config, bad or "ok", flush=True)
+    return
   table = {}
   for config in CONFIGS:
     table[str(config)] = resources(config)

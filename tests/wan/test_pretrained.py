@@ -159,8 +159,8 @@ def test_weights_that_cannot_fit_are_refused_before_they_are_loaded(pipe, folder
   assert memory.free_bytes() > needed
   fresh = Pretrained(folder, block=4, cache=folder.parent / "fresh")
   monkeypatch.setattr(memory, "free_bytes", lambda: needed - 1)
-  words = r"the transformer of .*Wan-tiny takes 0.00 GB, .*GB too much. What fits: dtype=\"bfloat16"
-  for run in (fresh.check_memory, lambda: fresh.at("dense")):
+  words = "the transformer of .*Wan-tiny takes 0.00 GB, .*GB too much. What fits: dtype=bfloat16 or"
+  for run in (fresh.check_memory, lambda: fresh.at("dense"), lambda: fresh("a cat", **SMALL)):
     with pytest.raises(ConfigError, match=words):
       run()
   pipe.check_memory()  # its weights are there
@@ -233,7 +233,16 @@ def test_the_command_refuses_what_belongs_to_runs(folder, tmp_path, flags, words
 
 def test_docs_name_every_flag():
   text = (ROOT / "docs" / "pretrained.md").read_text()
-  for flag in ("prompts", "negative", "shift", "compare", "block", "honest", "guidance_low"):
+  for flag in (
+    "prompts",
+    "negative",
+    "shift",
+    "compare",
+    "block",
+    "honest",
+    "guidance_low",
+    "dtype",
+  ):
     assert f"{flag}`" in text or f"--{flag}=" in text
 
 

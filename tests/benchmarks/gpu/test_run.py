@@ -81,7 +81,7 @@ def rehearsed(tmp_path_factory):
 def test_every_kind_of_row_is_whole_and_correct(rehearsed):
   run, folder, printed = rehearsed
   found = {row["name"]: row for row in _measured(run)}
-  assert json.loads((folder / "attention_gpu_rehearsal.json").read_text()) == run.store.all()
+  assert json.loads((folder / "attention_gpu_reference_rehearsal.json").read_text()) == run.store.all()
   assert not run.skipped and not run.troubles
   assert {*_REHEARSED, "cudnn/a_64k", "cudnn_backward/a_64k"} <= set(found)
   for name, row in found.items():
@@ -130,7 +130,7 @@ def test_the_simulator_is_calibrated_by_the_file_as_it_is(rehearsed, tmp_path):
   gpu = load_gpu("h100")
   message = r"no row of h100 to fit to \((\d+) of \1 rows left out: \1 of a rehearsal\)"
   with pytest.raises(ConfigError, match=message):
-    calibrate.fit_file(gpu, folder / "attention_gpu_rehearsal.json")
+    calibrate.fit_file(gpu, folder / "attention_gpu_reference_rehearsal.json")
   # The same file as a GPU would have written it, with a row that failed and a wrong one.
   device = {"device": "NVIDIA H100 80GB HBM3"}
   found = [row | device for row in run.store.all()]

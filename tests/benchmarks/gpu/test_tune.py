@@ -207,11 +207,21 @@ def test_triton_s_candidates_compile_for_any_gpu():
 
 
 def test_a_table_of_triton_s_is_looked_up(monkeypatch, tmp_path):
-  monkeypatch.setattr(triton_tuning, "TABLE", tmp_path / "triton_tuning.json")
+  """One for each class, with the facts of its own search."""
+  monkeypatch.setattr(triton_tuning, "FOLDER", tmp_path)
   triton_tuning.table.cache_clear()
   key = TRITON.parse_key("64:64:64:forward", "sm89")
   best = triton_tuning.TritonConfig(64, 32, 4, 4)
   assert triton_tuning.lookup(key) != best
-  triton_tuning.write({key: best}, {"device": "test"}, triton_tuning.TABLE)
-  assert triton_tuning.lookup(key) == best
+  triton_tuning.write({key: best}, {"device": "test"}, TRITON.table_path("sm89"))
+  assert [path.name for path in tmp_path.iterdir()] == ["triton_tuning_sm89.json"]
+  assert triton_tuning.lookup(key) == best and TRITON.table("sm89") == {key: best}
+  assert triton_tuning.lookup(dataclasses.replace(key, device="sm80")) != best
   triton_tuning.table.cache_clear()
+
+
+def test_a_target_is_for_compiling_alone(capsys, monkeypatch):
+  monkeypatch.setattr("sys.argv", ["tune", "--implementation=triton", "--target=a100"])
+  with pytest.raises(SystemExit):
+    tune.main()
+  assert "--target is for --static" in capsys.readouterr().err
