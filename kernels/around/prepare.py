@@ -45,11 +45,16 @@ def _gain_dims(gains) -> str:
 
 PREPARE = Op(
   name="prepare",
-  implementations={"hopper": "around.hopper_prepare_call", "xla": "around.prepare"},
+  implementations={
+    "hopper": "around.hopper_prepare_call",
+    "triton": "around.triton_prepare_call",
+    "xla": "around.prepare",
+  },
   forward=Split(
     ("b..h.", ".h.", _gain_dims, ".", ".", ".", "bh", "b.h.", "b"),
     Prepared("b.h.", "b.h.", "b.h.", "bh..", "bh.."),
   ),
+  opaque=("hopper", "triton"),
 )
 
 

@@ -1,0 +1,344 @@
+"""The Triton kernel of `kernels.around.prepare`: one pass over the joint projection.
+
+The kernel is bound by memory. A program takes one tile of one head. It walks over the tile's tokens
+`ROWS` at a time, q, k and v together, so that rotary's tables are read once for all of them. Then
+come products of the whole tile, whose rows are in a cache by now: coarse tokens, and filtered ones.
+Channels are two halves, so that rotary's pairs meet in one thread.
+"""
+
+import triton
+import triton.language as tl
+from freqformer.kernels.around import prepare as definition
+
+EPS = tl.constexpr(definition.EPS)
+
+
+@triton.jit
+def rows_at(x, rows, step: tl.constexpr, HALF: tl.constexpr):
+  """Returns pointers to the first half of the channels of `rows`, which are `step` numbers apart.
+
+  `x` points to the first row of a tile, with 64 bits; steps inside the tile have 32.
+  """
+  return x + rows[:, None] * step + tl.arange(0, HALF)[None, :]
+
+
+@triton.jit
+def halves_of(pointers, HALF: tl.constexpr):
+  """Returns both halves of the rows at `pointers`, in float32."""
+  return tl.load(pointers).to(tl.float32), tl.load(pointers + HALF).to(tl.float32)
+
+
+@triton.jit
+def channels_of(x, HALF: tl.constexpr):
+  """Returns both halves of `2 * HALF` numbers, as rows to broadcast."""
+  columns = tl.arange(0, HALF)
+  return tl.load(x + columns)[None, :], tl.load(x + HALF + columns)[None, :]
+
+
+@triton.jit
+def inverse_norm(first, second, HALF: tl.constexpr):
+  """Returns what each row is multiplied by to be normed on its own."""
+  return tl.rsqrt(tl.sum(first * first + second * second, 1) / (2 * HALF) + EPS)
+
+
+@triton.jit
+def norm_and_turn(first, second, inverse, gains, cos, sin, HALF: tl.constexpr):
+  """Returns both halves of rows, normed by `inverse` `[rows]` and rotated."""
+  gain0, gain1 = channels_of(gains, HALF)
+  first = first * (inverse[:, None] * gain0)
+  second = second * (inverse[:, None] * gain1)
+  return first * cos - second * sin, second * cos + first * sin
+
+
+@triton.jit
+def store_halves(pointers, first, second, seen, HALF: tl.constexpr):
+  """Rounds both halves of rows and stores those that are `seen`."""
+  kind = pointers.dtype.element_ty
+  tl.store(pointers, first.to(kind), seen)
+  tl.store(pointers + HALF, second.to(kind), seen)
+
+
+@triton.jit
+def sums_of(first, second, seen, kind: tl.constexpr):
+  """Returns sums over the `seen` rows, of numbers as they were rounded: `[HALF]` twice."""
+  first = tl.where(seen, first.to(kind).to(tl.float32), 0.0)
+  second = tl.where(seen, second.to(kind).to(tl.float32), 0.0)
+  return tl.sum(first, 0), tl.sum(second, 0)
+
+
+@triton.jit
+def product(matrix, x0, x1, rows, seen, block: tl.constexpr):
+  """Multiplies rows of a float32 matrix `[..., block]` by a tile's halves; returns float32 halves.
+
+  A tile's numbers have 16 bits. The matrix is taken as two terms of as many, rounded and the rest,
+  whose products are those of float32 to 2^-16.
+  """
+  at = matrix + rows[:, None] * block + tl.arange(0, block)[None, :]
+  weights = tl.load(at, seen[:, None], other=0.0)
+  high = weights.to(x0.dtype)
+  low = (weights - high.to(tl.float32)).to(x0.dtype)
+  y0 = tl.dot(low, x0, input_precision="ieee")
+  y1 = tl.dot(low, x1, input_precision="ieee")
+  y0 = tl.dot(high, x0, y0, input_precision="ieee")
+  y1 = tl.dot(high, x1, y1, input_precision="ieee")
+  return y0, y1
+
+
+@triton.jit
+def coarse_rows(
+  x0,
+  x1,
+  bias,
+  gains,
+  matrix,
+  place,
+  cell_cos,
+  cell_sin,
+  inverses,
+  result,
+  NORMED: tl.constexpr,
+  OVER_HEADS: tl.constexpr,
+  h: tl.constexpr,
+  D: tl.constexpr,
+  block: tl.constexpr,
+  cells: tl.constexpr,
+  CELLS: tl.constexpr,
+):
+  """Writes the coarse tokens of a tile of one head to the rows `place` of `result`, from -1 on."""
+  HALF: tl.constexpr = D // 2
+  rows = tl.arange(0, CELLS)
+  first, second = product(matrix, x0, x1, rows, rows < cells, block)
+  bias0, bias1 = channels_of(bias, HALF)
+  first += bias0  # compression keeps constants
+  second += bias1
+  columns = tl.arange(0, HALF)[None, :]
+  here = place >= 0
+  if NORMED:
+    if OVER_HEADS:
+      inverse = tl.load(inverses + place, here, other=0.0)
+    else:
+      inverse = inverse_norm(first, second, HALF)
+    at = place[:, None] * HALF + columns
+    cos = tl.load(cell_cos + at, here[:, None], other=0.0)
+    sin = tl.load(cell_sin + at, here[:, None], other=0.0)
+    first, second = norm_and_turn(first, second, inverse, gains, cos, sin, HALF)
+  # Coarse tokens of a tile need not lie together: each has an address of its own.
+  pointers = result + place.to(tl.int64)[:, None] * (h * D) + columns
+  store_halves(pointers, first, second, here[:, None], HALF)
+
+
+@triton.jit
+def filtered_rows(
+  x0,
+  x1,
+  gains,
+  matrix,
+  cos,
+  sin,
+  result,
+  NORMED: tl.constexpr,
+  h: tl.constexpr,
+  D: tl.constexpr,
+  block: tl.constexpr,
+  ROWS: tl.constexpr,
+):
+  """Writes a tile's tokens in a band; `cos`, `sin` and `result` begin at the tile."""
+  HALF: tl.constexpr = D // 2
+  for begin in tl.range(0, block, ROWS):
+    rows = begin + tl.arange(0, ROWS)
+    first, second = product(matrix, x0, x1, rows, rows < block, block)
+    if NORMED:
+      inverse = inverse_norm(first, second, HALF)
+      cosines = tl.load(rows_at(cos, rows, HALF, HALF))
+      sines = tl.load(rows_at(sin, rows, HALF, HALF))
+      first, second = norm_and_turn(first, second, inverse, gains, cosines, sines, HALF)
+    pointers = rows_at(result, rows, h * D, HALF)
+    store_halves(pointers, first, second, rows[:, None] < block, HALF)
+
+
+@triton.jit
+def prepare(
+  joint,
+  bias,
+  gains,
+  cos,
+  sin,
+  lengths,
+  inverses,
+  matrices,
+  classes,
+  places,
+  cell_cos,
+  cell_sin,
+  cell_inverses,
+  filters,
+  bands,
+  q,
+  k,
+  v,
+  q_pool,
+  k_pool,
+  n: tl.constexpr,
+  h: tl.constexpr,
+  D: tl.constexpr,
+  block: tl.constexpr,
+  front: tl.constexpr,
+  coarse: tl.constexpr,
+  cells: tl.constexpr,
+  CELLS: tl.constexpr,
+  bands_of_class: tl.constexpr,
+  FILTER_QK: tl.constexpr,
+  FILTER_V: tl.constexpr,
+  POOLED: tl.constexpr,
+  OVER_HEADS: tl.constexpr,
+  ROWS: tl.constexpr,
+):
+  """Writes q, k and v of one tile of one head, with its coarse tokens and means.
+
+  Operands and results are those of `triton_prepare_call`. What the constants leave out is not read
+  and not written.
+
+  Args:
+    block: rows of a tile.
+    front: rows of q, k, v before the tokens; without any, v is not written.
+    coarse: coarse tokens of a sample; 0 without compression.
+    cells: those of a tile, at most `CELLS`, a power of two of at least 16.
+    bands_of_class: filters of a class.
+    FILTER_QK, FILTER_V: these arrays are filtered in heads with a band.
+    ROWS: tokens that are worked on at once; divides `block`.
+  """
+  HALF: tl.constexpr = D // 2
+  TILES: tl.constexpr = n // block
+  STEP: tl.constexpr = 3 * h * D  # from one token of the projection to the next
+  # The heads of a tile follow each other: they share rotary's tables.
+  program = tl.program_id(0)
+  head = program % h
+  tile = (program // h) % TILES
+  sample = program // (h * TILES)
+  wide = sample.to(tl.int64)
+  kind: tl.constexpr = q.dtype.element_ty
+
+  source = joint + (wide * n + tile * block) * STEP + head * D
+  packed = wide * (front + n) * (h * D) + head * D
+  tokens = packed + (front + tile.to(tl.int64) * block) * (h * D)
+  cos += tile.to(tl.int64) * block * HALF
+  sin += tile.to(tl.int64) * block * HALF
+  bias += head * D
+  gains_q = gains
+  gains_k = gains + D
+  if OVER_HEADS:
+    gains_q = gains + head * D
+    gains_k = gains + (h + head) * D
+  band = 0
+  if FILTER_QK or FILTER_V:
+    band = tl.load(bands + sample * h + head)
+  plain = band == 0  # others are replaced by filtered ones below
+  if POOLED:
+    length = tl.load(lengths + tile)
+    mean_q0 = tl.zeros([HALF], tl.float32)
+    mean_q1 = tl.zeros([HALF], tl.float32)
+    mean_k0 = tl.zeros([HALF], tl.float32)
+    mean_k1 = tl.zeros([HALF], tl.float32)
+
+  for begin in tl.range(0, block, ROWS):
+    rows = begin + tl.arange(0, ROWS)
+    pointers = rows_at(source, rows, STEP, HALF)
+    q0, q1 = halves_of(pointers, HALF)
+    k0, k1 = halves_of(pointers + h * D, HALF)
+    if front > 0:
+      v0, v1 = halves_of(pointers + 2 * h * D, HALF)
+    cosines = tl.load(rows_at(cos, rows, HALF, HALF))
+    sines = tl.load(rows_at(sin, rows, HALF, HALF))
+    bias0, bias1 = channels_of(bias, HALF)
+    q0 += bias0
+    q1 += bias1
+    bias0, bias1 = channels_of(bias + h * D, HALF)
+    k0 += bias0
+    k1 += bias1
+    if OVER_HEADS:
+      given = inverses + 2 * wide * n + tile * block + rows
+      inverse_q = tl.load(given)
+      inverse_k = tl.load(given + n)
+    else:
+      inverse_q = inverse_norm(q0, q1, HALF)
+      inverse_k = inverse_norm(k0, k1, HALF)
+    q0, q1 = norm_and_turn(q0, q1, inverse_q, gains_q, cosines, sines, HALF)
+    k0, k1 = norm_and_turn(k0, k1, inverse_k, gains_k, cosines, sines, HALF)
+    seen = plain if FILTER_QK else True
+    store_halves(rows_at(q + tokens, rows, h * D, HALF), q0, q1, seen, HALF)
+    store_halves(rows_at(k + tokens, rows, h * D, HALF), k0, k1, seen, HALF)
+    if front > 0:
+      bias0, bias1 = channels_of(bias + 2 * h * D, HALF)
+      seen = plain if FILTER_V else True
+      store_halves(rows_at(v + tokens, rows, h * D, HALF), v0 + bias0, v1 + bias1, seen, HALF)
+    if POOLED:
+      valid = (rows < length)[:, None]
+      sum0, sum1 = sums_of(q0, q1, valid, kind)
+      mean_q0 += sum0
+      mean_q1 += sum1
+      sum0, sum1 = sums_of(k0, k1, valid, kind)
+      mean_k0 += sum0
+      mean_k1 += sum1
+
+  if POOLED:
+    pool = ((wide * h + head) * TILES + tile) * D + tl.arange(0, HALF)
+    tl.store(q_pool + pool, mean_q0 / length)
+    tl.store(q_pool + pool + HALF, mean_q1 / length)
+    tl.store(k_pool + pool, mean_k0 / length)
+    tl.store(k_pool + pool + HALF, mean_k1 / length)
+
+  if coarse > 0:
+    number = tl.load(classes + tile)
+    matrix = matrices + number * (cells * block)
+    j = tl.arange(0, CELLS)
+    place = tl.load(places + tile * cells + j, j < cells, other=-1)
+    given = cell_inverses + 2 * wide * coarse
+    first_filter = filters + (number * bands_of_class + band - 1) * (block * block)
+    tile_of_q = rows_at(source, tl.arange(0, block), STEP, HALF)
+    for which in tl.static_range(3):
+      x0 = tl.load(tile_of_q + which * h * D)
+      x1 = tl.load(tile_of_q + which * h * D + HALF)
+      if which == 0:
+        result = q
+        gain = gains_q
+      elif which == 1:
+        result = k
+        gain = gains_k
+      else:
+        result = v
+        gain = gains_q  # not read
+      coarse_rows(
+        x0,
+        x1,
+        bias + which * h * D,
+        gain,
+        matrix,
+        place,
+        cell_cos,
+        cell_sin,
+        given + which * coarse,
+        result + packed,
+        which < 2,
+        OVER_HEADS,
+        h,
+        D,
+        block,
+        cells,
+        CELLS,
+      )
+      if FILTER_QK if which < 2 else FILTER_V:
+        if band > 0:
+          filtered_rows(
+            x0,
+            x1,
+            gain,
+            first_filter,
+            cos,
+            sin,
+            result + tokens,
+            which < 2,
+            h,
+            D,
+            block,
+            ROWS,
+          )
