@@ -67,27 +67,43 @@ def sums_of(first, second, seen, kind: tl.constexpr):
 
 
 @triton.jit
-def product(matrix, x0, x1, rows, seen, block: tl.constexpr):
-  """Multiplies rows of a float32 matrix `[..., block]` by a tile's halves; returns float32 halves.
+def product(
+  matrix,
+  rows,
+  seen,
+  x,
+  block: tl.constexpr,
+  step: tl.constexpr,
+  COUNT: tl.constexpr,
+  HALF: tl.constexpr,
+  CHUNK: tl.constexpr,
+):
+  """Multiplies `COUNT` rows of a float32 matrix `[..., block]` by a tile; returns float32 halves.
 
-  A tile's numbers have 16 bits. The matrix is taken as two terms of as many, rounded and the rest,
-  whose products are those of float32 to 2^-16.
+  `x` points to the tile, whose rows are `step` numbers apart and have 16 bits each. The matrix is
+  taken as two terms of as many, rounded and the rest: the product is that of float32 to 2^-16.
   """
-  at = matrix + rows[:, None] * block + tl.arange(0, block)[None, :]
-  weights = tl.load(at, seen[:, None], other=0.0)
-  high = weights.to(x0.dtype)
-  low = (weights - high.to(tl.float32)).to(x0.dtype)
-  y0 = tl.dot(low, x0, input_precision="ieee")
-  y1 = tl.dot(low, x1, input_precision="ieee")
-  y0 = tl.dot(high, x0, y0, input_precision="ieee")
-  y1 = tl.dot(high, x1, y1, input_precision="ieee")
+  y0 = tl.zeros([COUNT, HALF], tl.float32)
+  y1 = tl.zeros([COUNT, HALF], tl.float32)
+  # A part of the tile at a time: the whole one would fill registers.
+  for begin in tl.range(0, block, CHUNK):
+    part = begin + tl.arange(0, CHUNK)
+    weights = tl.load(matrix + rows[:, None] * block + part[None, :], seen[:, None], other=0.0)
+    pointers = rows_at(x, part, step, HALF)
+    x0 = tl.load(pointers)
+    x1 = tl.load(pointers + HALF)
+    high = weights.to(x0.dtype)
+    low = (weights - high.to(tl.float32)).to(x0.dtype)
+    y0 = tl.dot(low, x0, y0, input_precision="ieee")
+    y1 = tl.dot(low, x1, y1, input_precision="ieee")
+    y0 = tl.dot(high, x0, y0, input_precision="ieee")
+    y1 = tl.dot(high, x1, y1, input_precision="ieee")
   return y0, y1
 
 
 @triton.jit
 def coarse_rows(
-  x0,
-  x1,
+  x,
   bias,
   gains,
   matrix,
@@ -103,11 +119,12 @@ def coarse_rows(
   block: tl.constexpr,
   cells: tl.constexpr,
   CELLS: tl.constexpr,
+  CHUNK: tl.constexpr,
 ):
   """Writes the coarse tokens of a tile of one head to the rows `place` of `result`, from -1 on."""
   HALF: tl.constexpr = D // 2
   rows = tl.arange(0, CELLS)
-  first, second = product(matrix, x0, x1, rows, rows < cells, block)
+  first, second = product(matrix, rows, rows < cells, x, block, 3 * h * D, CELLS, HALF, CHUNK)
   bias0, bias1 = channels_of(bias, HALF)
   first += bias0  # compression keeps constants
   second += bias1
@@ -129,8 +146,7 @@ def coarse_rows(
 
 @triton.jit
 def filtered_rows(
-  x0,
-  x1,
+  x,
   gains,
   matrix,
   cos,
@@ -140,20 +156,22 @@ def filtered_rows(
   h: tl.constexpr,
   D: tl.constexpr,
   block: tl.constexpr,
-  ROWS: tl.constexpr,
+  FILTERED: tl.constexpr,
+  CHUNK: tl.constexpr,
 ):
   """Writes a tile's tokens in a band; `cos`, `sin` and `result` begin at the tile."""
   HALF: tl.constexpr = D // 2
-  for begin in tl.range(0, block, ROWS):
-    rows = begin + tl.arange(0, ROWS)
-    first, second = product(matrix, x0, x1, rows, rows < block, block)
+  for begin in tl.range(0, block, FILTERED):
+    rows = begin + tl.arange(0, FILTERED)
+    seen = rows < block
+    first, second = product(matrix, rows, seen, x, block, 3 * h * D, FILTERED, HALF, CHUNK)
     if NORMED:
       inverse = inverse_norm(first, second, HALF)
       cosines = tl.load(rows_at(cos, rows, HALF, HALF))
       sines = tl.load(rows_at(sin, rows, HALF, HALF))
       first, second = norm_and_turn(first, second, inverse, gains, cosines, sines, HALF)
     pointers = rows_at(result, rows, h * D, HALF)
-    store_halves(pointers, first, second, rows[:, None] < block, HALF)
+    store_halves(pointers, first, second, True, HALF)
 
 
 @triton.jit
@@ -192,6 +210,8 @@ def prepare(
   POOLED: tl.constexpr,
   OVER_HEADS: tl.constexpr,
   ROWS: tl.constexpr,
+  FILTERED: tl.constexpr,
+  CHUNK: tl.constexpr,
 ):
   """Writes q, k and v of one tile of one head, with its coarse tokens and means.
 
@@ -205,7 +225,9 @@ def prepare(
     cells: those of a tile, at most `CELLS`, a power of two of at least 16.
     bands_of_class: filters of a class.
     FILTER_QK, FILTER_V: these arrays are filtered in heads with a band.
-    ROWS: tokens that are worked on at once; divides `block`.
+    ROWS: tokens that are worked on at once. This and the next two divide `block`.
+    FILTERED: filtered tokens that are worked on at once.
+    CHUNK: rows of a tile in one step of a product; at least 16.
   """
   HALF: tl.constexpr = D // 2
   TILES: tl.constexpr = n // block
@@ -294,10 +316,7 @@ def prepare(
     place = tl.load(places + tile * cells + j, j < cells, other=-1)
     given = cell_inverses + 2 * wide * coarse
     first_filter = filters + (number * bands_of_class + band - 1) * (block * block)
-    tile_of_q = rows_at(source, tl.arange(0, block), STEP, HALF)
     for which in tl.static_range(3):
-      x0 = tl.load(tile_of_q + which * h * D)
-      x1 = tl.load(tile_of_q + which * h * D + HALF)
       if which == 0:
         result = q
         gain = gains_q
@@ -308,8 +327,7 @@ def prepare(
         result = v
         gain = gains_q  # not read
       coarse_rows(
-        x0,
-        x1,
+        source + which * h * D,
         bias + which * h * D,
         gain,
         matrix,
@@ -325,12 +343,12 @@ def prepare(
         block,
         cells,
         CELLS,
+        CHUNK,
       )
       if FILTER_QK if which < 2 else FILTER_V:
         if band > 0:
           filtered_rows(
-            x0,
-            x1,
+            source + which * h * D,
             gain,
             first_filter,
             cos,
@@ -340,5 +358,6 @@ def prepare(
             h,
             D,
             block,
-            ROWS,
+            FILTERED,
+            CHUNK,
           )

@@ -16,8 +16,11 @@ from freqformer.kernels.triton.machine import wrong_device
 HEAD_DIMS = (32, 64, 128, 256)
 BLOCKS = (16, 32, 64, 128)
 DTYPES = (jnp.bfloat16, jnp.float16)
-# choice: numbers of q, and of k, that a program works on at once: 32 registers of 128 threads each.
-_AT_ONCE = 4096
+# choice: numbers of an array that a program works on at once: 16 registers of each of 128 threads,
+# and of a product's result 64.
+_AT_ONCE = 2048
+_PRODUCT = 8192
+_CHUNK = 32  # choice: rows of a tile in a step of a product
 _WARPS = 4
 _STAGES = 2
 _LEAST = 16  # rows of a product on tensor cores
@@ -92,6 +95,7 @@ def forward(
   pool = jax.ShapeDtypeStruct((b, h, tiles, d), jnp.float32)
   nothing = jax.ShapeDtypeStruct((1,), jnp.float32)  # in the place of a result, never written
   count = 0 if cells is None else cells.per_tile
+  most = max(_LEAST, 1 << max(count - 1, 0).bit_length())
   constants = {
     "n": n,
     "h": h,
@@ -100,13 +104,15 @@ def forward(
     "front": front,
     "coarse": placed,
     "cells": count,
-    "CELLS": max(_LEAST, 1 << max(count - 1, 0).bit_length()),
+    "CELLS": most,
     "bands_of_class": cells.filters.shape[1] if filtered else 0,
     "FILTER_QK": filtered == "qkv",
     "FILTER_V": filtered in ("v", "qkv"),
     "POOLED": pooled,
     "OVER_HEADS": over_heads,
     "ROWS": min(block, _AT_ONCE // d),
+    "FILTERED": min(block, _PRODUCT // d),
+    "CHUNK": min(block, _CHUNK),
   }
   results = (packed, packed, packed if front else nothing, *((pool if pooled else nothing,) * 2))
   found = launch(
@@ -115,7 +121,7 @@ def forward(
     results,
     constants,
     blocks=b * tiles * h,
-    warps=_WARPS,
+    warps=_WARPS if most * d <= _PRODUCT else 2 * _WARPS,
     stages=_STAGES,
     cost=_cost(arrays, results, 3 * 2 * b * n * h * d * (count + block * bool(filtered))),
   )
