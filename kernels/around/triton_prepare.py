@@ -23,16 +23,17 @@ def rows_at(x, rows, step: tl.constexpr, HALF: tl.constexpr):
 
 
 @triton.jit
-def halves_of(pointers, HALF: tl.constexpr):
-  """Returns both halves of the rows at `pointers`, in float32."""
-  return tl.load(pointers).to(tl.float32), tl.load(pointers + HALF).to(tl.float32)
-
-
-@triton.jit
 def channels_of(x, HALF: tl.constexpr):
   """Returns both halves of `2 * HALF` numbers, as rows to broadcast."""
   columns = tl.arange(0, HALF)
   return tl.load(x + columns)[None, :], tl.load(x + HALF + columns)[None, :]
+
+
+@triton.jit
+def with_bias(first, second, bias, HALF: tl.constexpr):
+  """Returns both halves of rows with the projection's bias, in float32."""
+  bias0, bias1 = channels_of(bias, HALF)
+  return first.to(tl.float32) + bias0, second.to(tl.float32) + bias1
 
 
 @triton.jit
@@ -59,11 +60,9 @@ def store_halves(pointers, first, second, seen, HALF: tl.constexpr):
 
 
 @triton.jit
-def sums_of(first, second, seen, kind: tl.constexpr):
-  """Returns sums over the `seen` rows, of numbers as they were rounded: `[HALF]` twice."""
-  first = tl.where(seen, first.to(kind).to(tl.float32), 0.0)
-  second = tl.where(seen, second.to(kind).to(tl.float32), 0.0)
-  return tl.sum(first, 0), tl.sum(second, 0)
+def rounded(x, seen, kind: tl.constexpr):
+  """Returns numbers as they are rounded where they are `seen`, others as 0; float32."""
+  return tl.where(seen, x.to(kind).to(tl.float32), 0.0)
 
 
 @triton.jit
@@ -125,9 +124,7 @@ def coarse_rows(
   HALF: tl.constexpr = D // 2
   rows = tl.arange(0, CELLS)
   first, second = product(matrix, rows, rows < cells, x, block, 3 * h * D, CELLS, HALF, CHUNK)
-  bias0, bias1 = channels_of(bias, HALF)
-  first += bias0  # compression keeps constants
-  second += bias1
+  first, second = with_bias(first, second, bias, HALF)  # compression keeps constants
   columns = tl.arange(0, HALF)[None, :]
   here = place >= 0
   if NORMED:
@@ -257,57 +254,61 @@ def prepare(
   plain = band == 0  # others are replaced by filtered ones below
   if POOLED:
     length = tl.load(lengths + tile)
-    mean_q0 = tl.zeros([HALF], tl.float32)
-    mean_q1 = tl.zeros([HALF], tl.float32)
-    mean_k0 = tl.zeros([HALF], tl.float32)
-    mean_k1 = tl.zeros([HALF], tl.float32)
+    # Added up across threads once, behind the loop.
+    sum_q0 = tl.zeros([ROWS, HALF], tl.float32)
+    sum_q1 = tl.zeros([ROWS, HALF], tl.float32)
+    sum_k0 = tl.zeros([ROWS, HALF], tl.float32)
+    sum_k1 = tl.zeros([ROWS, HALF], tl.float32)
 
   for begin in tl.range(0, block, ROWS):
     rows = begin + tl.arange(0, ROWS)
+    # All loads come first: they are on their way together.
     pointers = rows_at(source, rows, STEP, HALF)
-    q0, q1 = halves_of(pointers, HALF)
-    k0, k1 = halves_of(pointers + h * D, HALF)
+    q0 = tl.load(pointers)
+    q1 = tl.load(pointers + HALF)
+    k0 = tl.load(pointers + h * D)
+    k1 = tl.load(pointers + h * D + HALF)
     if front > 0:
-      v0, v1 = halves_of(pointers + 2 * h * D, HALF)
+      v0 = tl.load(pointers + 2 * h * D)
+      v1 = tl.load(pointers + 2 * h * D + HALF)
     cosines = tl.load(rows_at(cos, rows, HALF, HALF))
     sines = tl.load(rows_at(sin, rows, HALF, HALF))
-    bias0, bias1 = channels_of(bias, HALF)
-    q0 += bias0
-    q1 += bias1
-    bias0, bias1 = channels_of(bias + h * D, HALF)
-    k0 += bias0
-    k1 += bias1
     if OVER_HEADS:
       given = inverses + 2 * wide * n + tile * block + rows
       inverse_q = tl.load(given)
       inverse_k = tl.load(given + n)
-    else:
-      inverse_q = inverse_norm(q0, q1, HALF)
-      inverse_k = inverse_norm(k0, k1, HALF)
-    q0, q1 = norm_and_turn(q0, q1, inverse_q, gains_q, cosines, sines, HALF)
-    k0, k1 = norm_and_turn(k0, k1, inverse_k, gains_k, cosines, sines, HALF)
+
+    first, second = with_bias(q0, q1, bias, HALF)
+    if not OVER_HEADS:
+      inverse_q = inverse_norm(first, second, HALF)
+    first, second = norm_and_turn(first, second, inverse_q, gains_q, cosines, sines, HALF)
     seen = plain if FILTER_QK else True
-    store_halves(rows_at(q + tokens, rows, h * D, HALF), q0, q1, seen, HALF)
-    store_halves(rows_at(k + tokens, rows, h * D, HALF), k0, k1, seen, HALF)
-    if front > 0:
-      bias0, bias1 = channels_of(bias + 2 * h * D, HALF)
-      seen = plain if FILTER_V else True
-      store_halves(rows_at(v + tokens, rows, h * D, HALF), v0 + bias0, v1 + bias1, seen, HALF)
+    store_halves(rows_at(q + tokens, rows, h * D, HALF), first, second, seen, HALF)
     if POOLED:
       valid = (rows < length)[:, None]
-      sum0, sum1 = sums_of(q0, q1, valid, kind)
-      mean_q0 += sum0
-      mean_q1 += sum1
-      sum0, sum1 = sums_of(k0, k1, valid, kind)
-      mean_k0 += sum0
-      mean_k1 += sum1
+      sum_q0 += rounded(first, valid, kind)
+      sum_q1 += rounded(second, valid, kind)
+
+    first, second = with_bias(k0, k1, bias + h * D, HALF)
+    if not OVER_HEADS:
+      inverse_k = inverse_norm(first, second, HALF)
+    first, second = norm_and_turn(first, second, inverse_k, gains_k, cosines, sines, HALF)
+    store_halves(rows_at(k + tokens, rows, h * D, HALF), first, second, seen, HALF)
+    if POOLED:
+      sum_k0 += rounded(first, valid, kind)
+      sum_k1 += rounded(second, valid, kind)
+
+    if front > 0:
+      first, second = with_bias(v0, v1, bias + 2 * h * D, HALF)
+      seen = plain if FILTER_V else True
+      store_halves(rows_at(v + tokens, rows, h * D, HALF), first, second, seen, HALF)
 
   if POOLED:
     pool = ((wide * h + head) * TILES + tile) * D + tl.arange(0, HALF)
-    tl.store(q_pool + pool, mean_q0 / length)
-    tl.store(q_pool + pool + HALF, mean_q1 / length)
-    tl.store(k_pool + pool, mean_k0 / length)
-    tl.store(k_pool + pool + HALF, mean_k1 / length)
+    tl.store(q_pool + pool, tl.sum(sum_q0, 0) / length)
+    tl.store(q_pool + pool + HALF, tl.sum(sum_q1, 0) / length)
+    tl.store(k_pool + pool, tl.sum(sum_k0, 0) / length)
+    tl.store(k_pool + pool + HALF, tl.sum(sum_k1, 0) / length)
 
   if coarse > 0:
     number = tl.load(classes + tile)
