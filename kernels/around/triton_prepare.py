@@ -106,7 +106,7 @@ def coarse_rows(
   bias,
   gains,
   matrix,
-  place,
+  places,
   cell_cos,
   cell_sin,
   inverses,
@@ -120,25 +120,28 @@ def coarse_rows(
   CELLS: tl.constexpr,
   CHUNK: tl.constexpr,
 ):
-  """Writes the coarse tokens of a tile of one head to the rows `place` of `result`, from -1 on."""
+  """Writes the coarse tokens of a tile of one head to the rows of `result` that `places` says."""
   HALF: tl.constexpr = D // 2
-  rows = tl.arange(0, CELLS)
-  first, second = product(matrix, rows, rows < cells, x, block, 3 * h * D, CELLS, HALF, CHUNK)
-  first, second = with_bias(first, second, bias, HALF)  # compression keeps constants
   columns = tl.arange(0, HALF)[None, :]
-  here = place >= 0
-  if NORMED:
-    if OVER_HEADS:
-      inverse = tl.load(inverses + place, here, other=0.0)
-    else:
-      inverse = inverse_norm(first, second, HALF)
-    at = place[:, None] * HALF + columns
-    cos = tl.load(cell_cos + at, here[:, None], other=0.0)
-    sin = tl.load(cell_sin + at, here[:, None], other=0.0)
-    first, second = norm_and_turn(first, second, inverse, gains, cos, sin, HALF)
-  # Coarse tokens of a tile need not lie together: each has an address of its own.
-  pointers = result + place.to(tl.int64)[:, None] * (h * D) + columns
-  store_halves(pointers, first, second, here[:, None], HALF)
+  for begin in tl.range(0, cells, CELLS):
+    rows = begin + tl.arange(0, CELLS)
+    seen = rows < cells
+    first, second = product(matrix, rows, seen, x, block, 3 * h * D, CELLS, HALF, CHUNK)
+    first, second = with_bias(first, second, bias, HALF)  # compression keeps constants
+    place = tl.load(places + rows, seen, other=-1)
+    here = place >= 0
+    if NORMED:
+      if OVER_HEADS:
+        inverse = tl.load(inverses + place, here, other=0.0)
+      else:
+        inverse = inverse_norm(first, second, HALF)
+      at = place[:, None] * HALF + columns
+      cos = tl.load(cell_cos + at, here[:, None], other=0.0)
+      sin = tl.load(cell_sin + at, here[:, None], other=0.0)
+      first, second = norm_and_turn(first, second, inverse, gains, cos, sin, HALF)
+    # Coarse tokens of a tile need not lie together: each has an address of its own.
+    pointers = result + place.to(tl.int64)[:, None] * (h * D) + columns
+    store_halves(pointers, first, second, here[:, None], HALF)
 
 
 @triton.jit
@@ -219,12 +222,12 @@ def prepare(
     block: rows of a tile.
     front: rows of q, k, v before the tokens; without any, v is not written.
     coarse: coarse tokens of a sample; 0 without compression.
-    cells: those of a tile, at most `CELLS`, a power of two of at least 16.
+    cells: those of a tile.
     bands_of_class: filters of a class.
     FILTER_QK, FILTER_V: these arrays are filtered in heads with a band.
-    ROWS: tokens that are worked on at once. This and the next two divide `block`.
-    FILTERED: filtered tokens that are worked on at once.
-    CHUNK: rows of a tile in one step of a product; at least 16.
+    CELLS, FILTERED, ROWS: coarse tokens, filtered and other tokens that are worked on at once; the
+      latter two divide `block`.
+    CHUNK: rows of a tile in one step of a product; divides `block`, too.
   """
   HALF: tl.constexpr = D // 2
   TILES: tl.constexpr = n // block
@@ -313,8 +316,6 @@ def prepare(
   if coarse > 0:
     number = tl.load(classes + tile)
     matrix = matrices + number * (cells * block)
-    j = tl.arange(0, CELLS)
-    place = tl.load(places + tile * cells + j, j < cells, other=-1)
     given = cell_inverses + 2 * wide * coarse
     first_filter = filters + (number * bands_of_class + band - 1) * (block * block)
     for which in tl.static_range(3):
@@ -332,7 +333,7 @@ def prepare(
         bias + which * h * D,
         gain,
         matrix,
-        place,
+        places + tile * cells,
         cell_cos,
         cell_sin,
         given + which * coarse,

@@ -17,8 +17,8 @@ HEAD_DIMS = (32, 64, 128, 256)
 BLOCKS = (16, 32, 64, 128)
 DTYPES = (jnp.bfloat16, jnp.float16)
 # choice: numbers of an array that a program works on at once: 16 registers of each of 128 threads,
-# and of a product's result 64.
-_AT_ONCE = 512
+# and of a product 32.
+_AT_ONCE = 2048
 _PRODUCT = 4096
 _CHUNK = 32  # choice: rows of a tile in a step of a product
 _WARPS = 4
@@ -95,8 +95,6 @@ def forward(
   pool = jax.ShapeDtypeStruct((b, h, tiles, d), jnp.float32)
   nothing = jax.ShapeDtypeStruct((1,), jnp.float32)  # in the place of a result, never written
   count = 0 if cells is None else cells.per_tile
-  most = max(_LEAST, 1 << max(count - 1, 0).bit_length())
-  warps = _WARPS if most * d <= _PRODUCT else 2 * _WARPS
   constants = {
     "n": n,
     "h": h,
@@ -105,13 +103,13 @@ def forward(
     "front": front,
     "coarse": placed,
     "cells": count,
-    "CELLS": most,
+    "CELLS": min(max(_LEAST, 1 << max(count - 1, 0).bit_length()), _PRODUCT // d),
     "bands_of_class": cells.filters.shape[1] if filtered else 0,
     "FILTER_QK": filtered == "qkv",
     "FILTER_V": filtered in ("v", "qkv"),
     "POOLED": pooled,
     "OVER_HEADS": over_heads,
-    "ROWS": min(block, _AT_ONCE * warps // d),
+    "ROWS": min(block, _AT_ONCE // d),
     "FILTERED": min(block, _PRODUCT // d),
     "CHUNK": min(block, _CHUNK),
   }
@@ -122,7 +120,7 @@ def forward(
     results,
     constants,
     blocks=b * tiles * h,
-    warps=warps,
+    warps=_WARPS,
     stages=_STAGES,
     cost=_cost(arrays, results, 3 * 2 * b * n * h * d * (count + block * bool(filtered))),
   )
