@@ -11,6 +11,15 @@ import triton.language as tl
 from freqformer.kernels.around import prepare as definition
 
 EPS = tl.constexpr(definition.EPS)
+# Weights of a product are below 16. Times this, the rest of one still has all bits of a float16.
+LIFT = tl.constexpr(2048.0)
+
+
+@triton.jit
+def place_of(h: tl.constexpr, TILES: tl.constexpr):
+  """Returns sample, tile and head of a program: the heads of a tile share rotary's tables."""
+  program = tl.program_id(0)
+  return program // (h * TILES), (program // h) % TILES, program % h
 
 
 @triton.jit
@@ -82,6 +91,7 @@ def product(
   `x` points to the tile, whose rows are `step` numbers apart and have 16 bits each. The matrix is
   taken as two terms of as many, rounded and the rest: the product is that of float32 to 2^-16.
   """
+  FACTOR: tl.constexpr = LIFT if x.dtype.element_ty == tl.float16 else 1.0
   y0 = tl.zeros([COUNT, HALF], tl.float32)
   y1 = tl.zeros([COUNT, HALF], tl.float32)
   # A part of the tile at a time: the whole one would fill registers.
@@ -91,13 +101,14 @@ def product(
     pointers = rows_at(x, part, step, HALF)
     x0 = tl.load(pointers)
     x1 = tl.load(pointers + HALF)
+    weights *= FACTOR
     high = weights.to(x0.dtype)
     low = (weights - high.to(tl.float32)).to(x0.dtype)
     y0 = tl.dot(low, x0, y0, input_precision="ieee")
     y1 = tl.dot(low, x1, y1, input_precision="ieee")
     y0 = tl.dot(high, x0, y0, input_precision="ieee")
     y1 = tl.dot(high, x1, y1, input_precision="ieee")
-  return y0, y1
+  return y0 / FACTOR, y1 / FACTOR
 
 
 @triton.jit
@@ -232,11 +243,7 @@ def prepare(
   HALF: tl.constexpr = D // 2
   TILES: tl.constexpr = n // block
   STEP: tl.constexpr = 3 * h * D  # from one token of the projection to the next
-  # The heads of a tile follow each other: they share rotary's tables.
-  program = tl.program_id(0)
-  head = program % h
-  tile = (program // h) % TILES
-  sample = program // (h * TILES)
+  sample, tile, head = place_of(h, TILES)
   wide = sample.to(tl.int64)
   kind: tl.constexpr = q.dtype.element_ty
 
@@ -322,12 +329,15 @@ def prepare(
       if which == 0:
         result = q
         gain = gains_q
+        filtered = FILTER_QK
       elif which == 1:
         result = k
         gain = gains_k
+        filtered = FILTER_QK
       else:
         result = v
         gain = gains_q  # not read
+        filtered = FILTER_V
       coarse_rows(
         source + which * h * D,
         bias + which * h * D,
@@ -347,7 +357,7 @@ def prepare(
         CELLS,
         CHUNK,
       )
-      if FILTER_QK if which < 2 else FILTER_V:
+      if filtered:
         if band > 0:
           filtered_rows(
             source + which * h * D,
