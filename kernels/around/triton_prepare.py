@@ -261,7 +261,8 @@ def prepare(
   band = 0
   if FILTER_QK or FILTER_V:
     band = tl.load(bands + sample * h + head)
-  plain = band == 0  # others are replaced by filtered ones below
+  # Filtered tokens are written by other threads, below: not here, too, in whatever order.
+  plain = band == 0
   if POOLED:
     length = tl.load(lengths + tile)
     # Added up across threads once, behind the loop.
