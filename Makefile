@@ -1,4 +1,4 @@
-# make setup | demo | demo-compare | simulate | test | lint | gpu | clean
+# make setup | demo | demo-compare | simulate | test | lint | gpu | gpu-triton | clean
 # Everything is installed in .venv; delete it to start over.
 SHELL := /bin/bash
 CANDIDATES := python3.12 python3.13 python3.14 python3 python \
@@ -13,7 +13,7 @@ PYTHON ?=
 GPU_RUN := $(or $(PYTHON),$(RUN))
 GPU_MINUTES ?= 14
 
-.PHONY: setup core demo demo-compare simulate test lint gpu clean
+.PHONY: setup core demo demo-compare simulate test lint gpu gpu-triton clean
 
 setup: $(VENV)/.dev
 core: $(VENV)/.core
@@ -70,6 +70,10 @@ lint: setup
 # when it overstays, and a second call goes on from the rows of the first.
 gpu: $(if $(PYTHON),,$(VENV)/.gpu $(VENV)/.dev)
 	$(GPU_RUN) -m benchmarks.gpu.slot --minutes=$(GPU_MINUTES)
+
+# The same for Triton's kernels, beside cuDNN and, on a Hopper GPU, its own kernels.
+gpu-triton: $(if $(PYTHON),,$(VENV)/.gpu $(VENV)/.dev)
+	$(GPU_RUN) -m benchmarks.gpu.slot --plan=triton --minutes=7
 
 clean:
 	rm -rf $(VENV) .cache runs

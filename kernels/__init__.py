@@ -4,7 +4,8 @@ The installed package is `freqformer.kernels`; at the root of a checkout `import
 
   block_sparse/, linear/   softmax attention over listed tiles, linear over segments of rows
   around/, selection/      the passes around FreqFormer's attention; top-k, mass of tiles
-  hopper/, core/           parts of all Hopper kernels; op record, target, partitioning, lists
+  hopper/, triton/         parts of all kernels of a kind: launch, interpretation, the machine
+  core/                    op record, target, partitioning, lists, scores in powers of two
 """
 
 import importlib

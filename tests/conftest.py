@@ -14,8 +14,8 @@ import time
 import pytest
 
 _TESTS = pathlib.Path(__file__).parent
-# The module that holds `interpreted`, in which tests run the kernels on a CPU.
-INTERPRETER = "freqformer.kernels.hopper.interpret"
+# The modules that hold `interpreted`, in which tests run the kernels on a CPU.
+INTERPRETERS = ("freqformer.kernels.hopper.interpret", "freqformer.kernels.triton.interpret")
 # Conformance tests by file, the cheapest last. All others are about a CPU, the interpreter or the
 # compiler, which a GPU does not change.
 ON_DEVICE = {
@@ -24,6 +24,12 @@ ON_DEVICE = {
     "test_every_cut_of_tiles_into_stages",
     "test_every_form_of_the_forward",
     "test_two_tiles_in_a_block",
+    "test_odd_scales",
+  ),
+  "kernels/block_sparse/test_triton.py": (
+    "TestTriton",
+    "test_every_cut_of_tiles",
+    "test_other_head_dimensions",
     "test_odd_scales",
   ),
   "kernels/around/test_around.py": (
@@ -112,7 +118,8 @@ def _open_gpu():
 
 def run_as_compiled():
   """Makes `interpreted` a context that changes nothing; to be called before tests import it."""
-  importlib.import_module(INTERPRETER).interpreted = _as_compiled
+  for name in INTERPRETERS:
+    importlib.import_module(name).interpreted = _as_compiled
 
 
 @contextlib.contextmanager

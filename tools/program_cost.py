@@ -1,11 +1,13 @@
-"""Counts of what a traced program does: its own products, and every Hopper kernel's cost.
+"""Counts of what a traced program does: its own products, and the cost of every GPU kernel.
 
-XLA counts nothing inside a kernel; the estimates that `kernels.hopper.launch` passes on fill that
-gap. Elementwise work outside kernels is not counted.
+XLA counts nothing inside a kernel; the estimates that `kernels.hopper.launch` and
+`kernels.triton.triton_launch` pass on fill that gap. Elementwise work outside kernels is not
+counted.
 """
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import jax
 from jax.extend import core
@@ -96,10 +98,13 @@ def _add(found: ProgramCost, jaxpr, times: int = 1) -> ProgramCost:
 def _add_kernel(found: ProgramCost, name: str, estimate, times: int) -> None:
   if estimate is None:
     raise ValueError(
-      f"kernel {name!r} was launched without a cost; launch it by kernels.hopper.launch.launch."
+      f"kernel {name!r} was launched without a cost; launch it by kernels.hopper.launch.launch or "
+      "kernels.triton.triton_launch.launch."
     )
+  if not isinstance(estimate, Mapping):
+    estimate = dataclasses.asdict(estimate)
   kernel = found.kernels.setdefault(name, Launched())
   kernel.launches += times
-  kernel.flops += times * estimate.flops
-  kernel.transcendentals += times * estimate.transcendentals
-  kernel.bytes_accessed += times * estimate.bytes_accessed
+  kernel.flops += times * estimate["flops"]
+  kernel.transcendentals += times * estimate.get("transcendentals", 0)  # Triton's have none
+  kernel.bytes_accessed += times * estimate["bytes_accessed"]

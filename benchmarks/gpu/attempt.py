@@ -76,6 +76,7 @@ _SHOWN = {
   "speedup": (1, "{:6.2f}x"),
   "retained": (1, "retained {:.3f}"),
   "over_cudnn": (1, "{:.3f} of cuDNN"),
+  "over_hopper": (1, "{:.3f} of Hopper's kernel"),
   "ratio": (1, "ratio {:.3f}"),
   "over_attention": (1, "{:.3f} of attention"),
   "steps_per_s": (1, "{:.3g} steps/s"),

@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import jax
 from freqformer.kernels.block_sparse import cost, tuning
+from freqformer.kernels.core.target import current_target
+from freqformer.kernels.hopper.machine import CAPABILITY as HOPPER
 
 from benchmarks.arg_specs import AttentionSpec
 from benchmarks.gpu import config, launches, masks, peers
@@ -124,13 +126,21 @@ class Bench:
   # ---- rivals ------------------------------------------------------------------------------------
 
   def dense_mode(self, spec: AttentionSpec) -> dict:
-    """Times dense mode and cuDNN in turns."""
+    """Times dense mode and cuDNN in turns, and Hopper's kernel where another one is under test."""
     problem = masks.dense(spec)
     ours = self.call(problem)
-    peer = Call(peers.cudnn, _without_padding(self.dense_problem(spec), 3))
-    t = self.measure({"ours": ours, "cudnn": peer})
+    calls = {
+      "ours": ours,
+      "cudnn": Call(peers.cudnn, _without_padding(self.dense_problem(spec), 3)),
+    }
+    if self.implementation == "triton" and current_target().capability == HOPPER:
+      hopper = functools.partial(attend, implementation="hopper")
+      calls["hopper"] = Call(hopper, ours.args)
+    t = self.measure(calls)
     cudnn = self.dense(spec, "forward", t["cudnn"])
     row = self.checked(problem, ours, t["ours"])
+    if "hopper" in t:
+      row["over_hopper"] = t["hopper"].seconds / t["ours"].seconds
     return row | {
       "dense_seconds": t["cudnn"].seconds,
       "over_cudnn": row["tflops"] / cudnn["tflops"],

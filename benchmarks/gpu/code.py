@@ -21,12 +21,16 @@ _CODE = (
 )
 _NOT_CODE = ("benchmarks/gpu/slot*.py", "benchmarks/gpu/facts.py")
 # A compiled candidate depends on these, and not on the table of configurations.
-_KERNELS = (
-  "kernels/block_sparse/hopper*.py",
-  "kernels/hopper/*.py",
-  "kernels/core/lists.py",
-  "kernels/block_sparse/tuning.py",
-)
+_BOTH = ("kernels/core/lists.py", "kernels/core/log2.py", "kernels/block_sparse/operands.py")
+_KERNELS = {
+  "hopper": (
+    *_BOTH,
+    "kernels/block_sparse/hopper*.py",
+    "kernels/hopper/*.py",
+    "kernels/block_sparse/tuning.py",
+  ),
+  "triton": (*_BOTH, "kernels/block_sparse/triton*.py", "kernels/triton/*.py"),
+}
 
 
 def code_digest() -> str:
@@ -34,9 +38,9 @@ def code_digest() -> str:
   return _digest(_CODE)
 
 
-def kernels_digest() -> str:
-  """Returns a short hash of the attention kernels' code."""
-  return _digest(_KERNELS)
+def kernels_digest(implementation: str = "hopper") -> str:
+  """Returns a short hash of the code of an implementation's attention kernels."""
+  return _digest(_KERNELS[implementation])
 
 
 @functools.cache

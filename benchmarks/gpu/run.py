@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from absl import logging
 from freqformer.kernels.block_sparse import tuning
+from freqformer.kernels.block_sparse.api import ATTENTION
 
 from benchmarks.gpu import cases, config, gates
 from benchmarks.gpu.attempt import attempts
@@ -74,7 +75,7 @@ def main(
   Args:
     minutes: stop by then, with what there is.
     out: folder for results; default `$OUT`, else benchmarks/results (refused for a rehearsal).
-    implementation: backend under test; default the GPU kernel, for a rehearsal "xla".
+    implementation: backend under test; default Hopper's. A rehearsal's stand-in is "xla".
     rehearse: tiny shapes on any device; rows are marked and say nothing about speed.
     parts: names of parts; none: all but `cases.ON_REQUEST`.
     only: a regular expression that finds the rows by name.
@@ -97,8 +98,13 @@ def main(
     command += f" --{option}='{value}'" if value else ""
   # Checks of another configuration are no rows of the one that is shipped.
   otherwise = "_otherwise" if configuration and tuple(parts) == ("checks",) else ""
-  store = open_store(f"attention_gpu{otherwise}_{{device}}", command, out, rehearse, configuration)
-  implementation = implementation or ("xla" if rehearse else "pallas_mgpu")
+  # Rows of other implementations have the same names: they lie in a file of their own.
+  named = f"_{implementation}" if implementation else ""
+  command += f" --implementation={implementation}" if implementation else ""
+  name = f"attention_gpu{named}{otherwise}_{{device}}"
+  store = open_store(name, command, out, rehearse, configuration)
+  if implementation is None or (rehearse and ATTENTION.is_for_gpu(implementation)):
+    implementation = "xla" if rehearse else "pallas_mgpu"
   run = Run(Bench(sizes, store, Deadline(60 * minutes), implementation))
   with tuning.override(configs):
     run.rows(found)

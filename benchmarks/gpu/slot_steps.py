@@ -198,6 +198,28 @@ WAN = (
   Step("decode", "benchmarks.gpu.wan", ("--part=decode",), 90, alone=True),
 )
 
+# The same for Triton's kernels, beside cuDNN and Hopper's: right, then how fast.
+_TRITON = ("--implementation=triton",)
+
+
+def of_triton(step: Step) -> Step:
+  """Returns a step of the checks or the benchmark for Triton's kernels."""
+  return dataclasses.replace(
+    step, name=f"{step.name}, triton", arguments=(*step.arguments, *_TRITON)
+  )
+
+
+TRITON = (
+  FACTS,
+  of_triton(checks("plain", "^plain$", 75, alone=True)),
+  of_triton(checks("all cases", _SMALL, 120)),
+  Step("conformance, triton", TESTS, ("--device=gpu", "--only=triton", "tests/kernels"), 90),
+  of_triton(timed("dense", "dense_mode", "^dense/a_(64k|16k)$", 100)),
+  of_triton(timed("random lists", *_LISTS, 75)),
+  of_triton(timed("64-row tiles", "list_variants", "^lists_d10_64x64/", 60)),
+  of_triton(timed("backward", "backward", _BACKWARD, 85)),
+)
+
 # The rows of what works; what hangs, or is wrong, is bisected first (`plan`).
 REST = (
   timed("dense", *_DENSE, 75),
@@ -272,7 +294,7 @@ MISBEHAVING = (
 # Two shared cores compile more slowly than sixteen.
 _REHEARSAL_PATIENCE = 3
 
-PLANS = ("first", "right", "hangs", "wrong", "study_1", "study_2", "wan")
+PLANS = ("first", "right", "hangs", "wrong", "study_1", "study_2", "wan", "triton")
 
 
 def plan(name: str, case: str = "") -> tuple[Step, ...]:
@@ -288,7 +310,8 @@ def plan(name: str, case: str = "") -> tuple[Step, ...]:
     raise ValueError(
       "--case names the case that hangs or is wrong: give it with these two plans, and only there."
     )
-  whole = {"first": FIRST, "right": RIGHT, "study_1": STUDY_1, "study_2": STUDY_2, "wan": WAN}
+  whole = {"first": FIRST, "right": RIGHT, "study_1": STUDY_1, "study_2": STUDY_2}
+  whole |= {"wan": WAN, "triton": TRITON}
   if name in whole:
     return whole[name]
   tools = ("memcheck", "racecheck") if name == "wrong" else ()

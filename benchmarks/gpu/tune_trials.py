@@ -3,18 +3,18 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from freqformer.kernels.block_sparse import tuning
 from freqformer.kernels.block_sparse.api import ATTENTION, attention
 from freqformer.kernels.block_sparse.table import BlockMask, TransposedMask
-from freqformer.kernels.block_sparse.tuning import Key, TuningConfig
 
 from benchmarks.arg_specs import AttentionSpec
 from benchmarks.gpu import masks, oracle
 from benchmarks.gpu.device import Deadline
 from benchmarks.gpu.timing import Call, Effort, measure
+from benchmarks.gpu.tune_subjects import Subject
 from tools import offline
 
 # choice: a configuration must be faster than the default by more than this share of its time.
@@ -33,6 +33,7 @@ class Trial:
   """One candidate and its fate; None where nothing was compiled or ran.
 
   Attributes:
+    config: of the subject's.
     refused: why it is out; "" if it is not.
     registers: per thread of its kernel.
     shared_bytes: of a thread block of its kernel.
@@ -40,7 +41,7 @@ class Trial:
     error: relative error against XLA's.
   """
 
-  config: TuningConfig
+  config: Any
   refused: str = ""
   registers: int | None = None
   shared_bytes: int | None = None
@@ -86,7 +87,7 @@ def run(direction: str, implementation: str, q, rest, mask):
   return dq if direction == "dq" else (dk, dv)
 
 
-def compile_kernel(key: Key, config: TuningConfig) -> offline.KernelResources:
+def compile_kernel(subject: Subject, key, config) -> offline.KernelResources:
   """Compiles the kernel of a key for the device, present or not."""
   n = 4096
   heads = 2
@@ -109,30 +110,37 @@ def compile_kernel(key: Key, config: TuningConfig) -> offline.KernelResources:
     key.block_kv,
     transposed,
   )
-  with tuning.override({key: config}):
-    call = functools.partial(run, key.direction, "pallas_mgpu")
-    compiled = offline.compile_for(call, x, (x, x, x, row, row), mask, device=key.device)
-  (own,) = [kernel for kernel in compiled.kernels if key.direction in kernel.name]
+  with subject.tuning.override({key: config}):
+    call = functools.partial(run, key.direction, subject.implementation)
+    args = (call, x, (x, x, x, row, row), mask)
+    device = subject.targets[key.device]
+    if subject.implementation == "triton":  # the program around it need not be compiled
+      found = offline.triton_resources(offline.lower_for(*args, device=device))
+    else:
+      found = offline.compile_for(*args, device=device).kernels
+  (own,) = [kernel for kernel in found if key.direction in kernel.name]
   return own
 
 
-def compile_candidate(key: Key, config: TuningConfig) -> Trial:
+def compile_candidate(subject: Subject, key, config) -> Trial:
   """Compiles for the device, present or not, and refuses what spills or does not fit."""
   try:
-    own = compile_kernel(key, config)
+    own = compile_kernel(subject, key, config)
   except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
     return Trial(config, f"does not compile: {str(error)[:200]}")
   found = Trial(config, "", own.registers, own.shared_bytes)
   if spilled := own.spill_stores + own.spill_loads:
     return dataclasses.replace(found, refused=f"spills {spilled} bytes per thread")
-  if own.shared_bytes > offline.SHARED_LIMIT:
-    words = f"{own.shared_bytes} bytes of shared memory, the limit is {offline.SHARED_LIMIT}"
+  limit = subject.shared_bytes[key.device]
+  if own.shared_bytes > limit:
+    words = f"{own.shared_bytes} bytes of shared memory, the limit is {limit}"
     return dataclasses.replace(found, refused=words)
   return found
 
 
 def time_candidates(
-  key: Key,
+  subject: Subject,
+  key,
   trials: list[Trial],
   implementation: str,
   budget: Budget,
@@ -157,7 +165,7 @@ def time_candidates(
     if not trial.refused and budget.deadline.left <= 0:
       trial = dataclasses.replace(trial, refused="not reached in time")
     elif not trial.refused:
-      call = _call(key, trial.config, implementation, args)
+      call = _call(subject, key, trial.config, implementation, args)
       trial = checked(trial, call, want)
       if not trial.refused:
         calls[i] = call
@@ -165,19 +173,19 @@ def time_candidates(
         trial = dataclasses.replace(trial, seconds=seconds)
     found.append(trial)
   finals = sorted(calls, key=lambda i: found[i].seconds)[: budget.finalists]
-  defaults = [i for i in calls if trials[i].config == tuning.default(key)]
+  defaults = [i for i in calls if trials[i].config == subject.tuning.default(key)]
   again = {i: calls[i] for i in dict.fromkeys([*finals, *defaults])}
   for i, measured in measure(again, budget.full).items():
     found[i] = dataclasses.replace(found[i], seconds=measured.seconds, final=True)
   return found
 
 
-def _call(key: Key, config: TuningConfig, implementation: str, args: tuple) -> Call:
+def _call(subject: Subject, key, config, implementation: str, args: tuple) -> Call:
   """Returns the call of one candidate."""
 
   # A function of its own: jit would otherwise give back what the last candidate traced.
   def candidate(*args):
-    with tuning.override({key: config}):
+    with subject.tuning.override({key: config}):
       return run(key.direction, implementation, *args)
 
   return Call(candidate, args)
@@ -197,7 +205,7 @@ def checked(trial: Trial, call: Call, want) -> Trial:
   return dataclasses.replace(trial, error=worst, refused=reason)
 
 
-def choose(key: Key, trials: list[Trial]) -> TuningConfig | None:
+def choose(subject: Subject, key, trials: list[Trial]):
   """Returns the fastest finalist; None if nothing was timed.
 
   The default stays unless another is faster by more than the margin.
@@ -206,7 +214,7 @@ def choose(key: Key, trials: list[Trial]) -> TuningConfig | None:
   if not timed:
     return None
   best = min(timed, key=lambda trial: trial.seconds)
-  default = next((trial for trial in timed if trial.config == tuning.default(key)), None)
+  default = next((trial for trial in timed if trial.config == subject.tuning.default(key)), None)
   if default is not None and best.seconds > default.seconds * (1 - MARGIN):
     return default.config
   return best.config

@@ -199,7 +199,8 @@ def several_gpus(gpu: Gpu) -> list[dict]:
 def devices(h100: Gpu) -> list[dict]:
   """Returns one forward on each GPU; the H200 has the H100's SMs, hence its fitted rates."""
   h200 = calibrate.carry_over(h100, load_gpu("h200"))
-  gpus = (h100, h200, load_gpu("a100"), load_gpu("b200"))
+  others = ("a100", "l40s", "rtx4090", "rtx5090", "b200")
+  gpus = (h100, h200, *map(load_gpu, others))
   return [r for gpu in gpus for r in against_dense("devices", gpu)]
 
 

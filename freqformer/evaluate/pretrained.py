@@ -275,7 +275,7 @@ class Pretrained:
     """
     config = self.config(method)
     check_learns(config, latent_shape)
-    return own_leaves(nnx.state(nnx.eval_shape(lambda: WanDiT(config, latent_shape, nnx.Rngs(0)))))
+    return own_leaves(nnx.state(_abstract(config, latent_shape)))
 
   def _run(
     self, method: str, config: WanConfig, frames, size, learned, guidance_low=None
@@ -290,10 +290,13 @@ class Pretrained:
   @property
   def weight_bytes(self) -> int:
     """Bytes of one transformer's weights as they lie on a device."""
-    shape = self.latent_shape(1 + self._factor[0], self.size)
-    config = self.config()
-    leaves = flatten(nnx.state(nnx.eval_shape(lambda: WanDiT(config, shape, nnx.Rngs(0)))))
+    leaves = flatten(nnx.state(_abstract(self.config(), self._any_shape)))
     return sum(x.size * (self._itemsize if is_narrow(k) else 4) for k, x in leaves.items())
+
+  @property
+  def _any_shape(self) -> tuple[int, int, int, int]:
+    """Shape of short latents: no weight depends on it."""
+    return self.latent_shape(1 + self._factor[0], self.size)
 
   @property
   def _itemsize(self) -> int:
@@ -320,8 +323,7 @@ class Pretrained:
     """Returns the function that makes a model of random numbers, and the abstract model."""
     with refusing(f"method {method}"):
       config.layout(latent_shape)
-    create = functools.partial(WanDiT, config, latent_shape)
-    return create, nnx.eval_shape(lambda: create(nnx.Rngs(0)))
+    return functools.partial(WanDiT, config, latent_shape), _abstract(config, latent_shape)
 
   def _check_one(self):
     """Refuses a model with two transformers where routers and gates are learned, or were."""
@@ -439,8 +441,7 @@ class Pretrained:
     if which not in self._base:
       self.check_memory()
       logging.info("loading the %s ...", which)
-      shape = self.latent_shape(1 + self._factor[0], self.size)
-      model = nnx.eval_shape(lambda: WanDiT(self.config(), shape, nnx.Rngs(0)))
+      model = _abstract(self.config(), self._any_shape)
       params, _ = load_params(model, self._tensors[which], DTYPES[self.dtype])
       self._base[which] = flatten(params)
     return self._base[which]
@@ -594,8 +595,8 @@ class RandomWeights(Pretrained):
   def _loaded(self, which: str) -> dict[str, jax.Array]:
     if which not in self._base:
       self.check_memory()
-      shape = self.latent_shape(1 + self._factor[0], self.size)
       config = self.config()
+      shape = self._any_shape
 
       @jax.jit
       def make():
@@ -615,6 +616,11 @@ def load_pretrained(folder: str | pathlib.Path, **options) -> Pretrained:
   if str(folder).startswith(_RANDOM):
     return RandomWeights(str(folder).removeprefix(_RANDOM), **options)
   return Pretrained(folder, **options)
+
+
+def _abstract(config: WanConfig, latent_shape) -> WanDiT:
+  """Returns a model without arrays."""
+  return nnx.eval_shape(lambda: WanDiT(config, latent_shape, nnx.Rngs(0)))
 
 
 def _sizes(values: dict, folder: pathlib.Path) -> dict:

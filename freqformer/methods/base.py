@@ -212,7 +212,7 @@ class Projected:
     It is automatic beside Hopper's attention too: Hopper kernels may refuse an op's call.
     """
     name = ALIASES.get(self.implementation, self.implementation)
-    return None if name in (None, "hopper") else "xla"
+    return None if name in (None, "hopper", "triton") else "xla"
 
   def angles(self, positions) -> tuple[jax.Array, jax.Array]:
     """Returns rotary's cosines and sines at `positions` `[m, 3]` in tokens, `[m, d / 2]` each."""

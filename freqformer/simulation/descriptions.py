@@ -1,6 +1,7 @@
 """GPUs and models as small JSON files: the ones here, or a user's own by path."""
 
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -199,6 +200,7 @@ def load_model(name: str) -> ModelCard:
 def gpu_named(device_kind: str) -> str | None:
   """Returns "h100" for a device that calls itself `NVIDIA H100 80GB HBM3`; None if unknown."""
   words = re.split(r"[^a-z0-9]+", device_kind.lower())
+  words += [first + second for first, second in itertools.pairwise(words)]  # "rtx 4090"
   return next((name for name in known("gpus") if name in words), None)
 
 

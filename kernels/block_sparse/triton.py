@@ -88,13 +88,19 @@ def backward(q, k, v, mask: BlockMask, lse, delta, d_out, *, scale: float):
   return dq, dk, dv
 
 
+def current_class() -> str:
+  """Returns the class of GPUs that a call is traced for."""
+  return INTERPRETED if is_interpreted() else device_class(current_target().capability)
+
+
 def _run(direction, kernel, arrays, out_type, constants, q, mask: BlockMask) -> list[jax.Array]:
   """Launches a kernel in its configuration."""
   from freqformer.kernels.triton.triton_launch import launch
 
   b, n_kv = q.shape[0], constants["n_kv"]
-  device = INTERPRETED if is_interpreted() else device_class(current_target().capability)
-  key = triton_tuning.TritonKey(device, q.shape[-1], mask.block_q, mask.block_kv, direction)
+  key = triton_tuning.TritonKey(
+    current_class(), q.shape[-1], mask.block_q, mask.block_kv, direction
+  )
   config = triton_tuning.lookup(key)
   rows = n_kv if direction == "dkv" else q.shape[1]
   return launch(

@@ -1,18 +1,22 @@
 """The cut of a Triton kernel of attention by GPU, head dimension, tiles and direction.
 
-Nothing here was timed: configurations are reasoned, and compile without spills (the golden table of
-tests/compiled/test_triton.py). `python -m benchmarks.gpu.tune --static --triton=CLASS` compiles
-others, for any GPU on any machine.
+A table `triton_tuning.json` holds what a search on a device found (`python -m benchmarks.gpu.tune
+--implementation=triton`). For what it lacks `default` is used, reasoned and compiled without spills
+(tests/compiled/test_triton.py).
 """
 
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import itertools
+import pathlib
 
+from freqformer.kernels.block_sparse import tuning_table
 from freqformer.kernels.triton.machine import SHARED_BYTES
 
 DIRECTIONS = ("forward", "dq", "dkv")
+TABLE = pathlib.Path(__file__).with_name("triton_tuning.json")
 _LEAST = 16  # rows of a product on tensor cores
 _WIDE = 256  # channels of a head from which on two warps share 16 rows
 _override = contextvars.ContextVar("override_triton", default=None)
@@ -153,9 +157,25 @@ def candidates(key: TritonKey) -> list[TritonConfig]:
 
 
 def lookup(key: TritonKey) -> TritonConfig:
-  """Returns a key's configuration: an override, else the default."""
+  """Returns a key's configuration: an override, else the committed table's, else the default."""
   override = _override.get() or {}
-  return override[key].check(key) if key in override else default(key)
+  return override[key].check(key) if key in override else table().get(key) or default(key)
+
+
+@functools.cache
+def table() -> dict[TritonKey, TritonConfig]:
+  """Returns the table that a search wrote; empty where none has run.
+
+  Raises:
+    ValueError: if a configuration does not fit its key.
+  """
+  return tuning_table.read(TABLE, TritonKey, TritonConfig)
+
+
+def write(configs: dict[TritonKey, TritonConfig], facts: dict, path: pathlib.Path = TABLE) -> None:
+  """Writes the table, with facts about the search that made it."""
+  tuning_table.write(configs, facts, path)
+  table.cache_clear()
 
 
 @contextlib.contextmanager

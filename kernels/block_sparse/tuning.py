@@ -9,9 +9,9 @@ import contextvars
 import dataclasses
 import functools
 import itertools
-import json
 import pathlib
 
+from freqformer.kernels.block_sparse import tuning_table
 from freqformer.kernels.hopper.machine import SHARED_BYTES
 
 DIRECTIONS = ("forward", "dq", "dkv")
@@ -244,14 +244,10 @@ def table() -> dict[Key, TuningConfig]:
   Raises:
     ValueError: if a configuration does not fit its key.
   """
-  if not TABLE.exists():
-    return {}
-  rows = json.loads(TABLE.read_text())["configs"]
-  return {Key(**row["key"]): TuningConfig(**row["config"]).check(Key(**row["key"])) for row in rows}
+  return tuning_table.read(TABLE, Key, TuningConfig)
 
 
 def write(configs: dict[Key, TuningConfig], facts: dict, path: pathlib.Path = TABLE) -> None:
   """Writes the table: what was found, and `facts` on where (device, versions, command)."""
-  rows = [{"key": vars(key), "config": vars(configs[key])} for key in sorted(configs)]
-  path.write_text(json.dumps({"facts": facts, "configs": rows}, indent=1) + "\n")
+  tuning_table.write(configs, facts, path)
   table.cache_clear()

@@ -26,6 +26,7 @@ from freqformer.kernels.core.target import Target, current_target
 
 # Former names, which configs, commands and result files may still hold.
 ALIASES = {"pallas_mgpu": "hopper"}
+_GPU_KERNELS = ("hopper", "triton")
 
 
 class NoImplementation(NotImplementedError):
@@ -113,10 +114,14 @@ class Op:
       f"no implementation of {self.name} for this call on {target}: " + "; ".join(reasons)
     )
 
+  @staticmethod
+  def is_for_gpu(name: str) -> bool:
+    """Tells whether an implementation is made of GPU kernels."""
+    return ALIASES.get(name, name) in _GPU_KERNELS
+
   def _loss(self, name: str, target: Target) -> str:
     """Returns what a GPU loses by an implementation that was made for none; "" if nothing."""
-    own = name not in ("xla", "reference")
-    return "" if own or target.platform != "cuda" else self.slow_on_gpu
+    return "" if self.is_for_gpu(name) or target.platform != "cuda" else self.slow_on_gpu
 
   def _known(self, implementation: str) -> str:
     name = ALIASES.get(implementation, implementation)

@@ -179,7 +179,8 @@ def test_what_does_not_fit_has_a_row_that_says_so(form, tmp_path):
 REFUSALS = [
   (
     ["--gpu=h900"],
-    r"gpu 'h900' is unknown; known: a100, b200, cpu, h100, h200\. .*JSON file with name",
+    r"gpu 'h900' is unknown; known: a100, b200, cpu, h100, h200, l40s, rtx4090, rtx5090\. .*JSON "
+    "file with name",
   ),
   (["--method=frequency"], "unknown"),
   (["--method=block_topk(densty=0.2)"], "did you mean 'density'"),

@@ -10,7 +10,7 @@ from freqformer.cost import model_cost
 from freqformer.model.config import SIZES
 from freqformer.simulation import calibrate
 from freqformer.simulation import command as simulate
-from freqformer.simulation.descriptions import known, load_gpu, load_model
+from freqformer.simulation.descriptions import gpu_named, known, load_gpu, load_model
 from freqformer.simulation.forward import dense_baseline, make_method
 from freqformer.simulation.forward import simulate as forward
 from freqformer.simulation.roofline import attention_seconds
@@ -246,3 +246,17 @@ def test_a_bad_measured_row_is_named(tmp_path, change, message):
   row = {k: v for k, v in (CALL | change).items() if v is not None}
   with pytest.raises(ConfigError, match=message):
     calibrate.load_rows(written(tmp_path / "rows.json", row), "h100")
+
+
+@pytest.mark.parametrize(
+  "kind, name",
+  [
+    ("NVIDIA H100 80GB HBM3", "h100"),
+    ("NVIDIA GeForce RTX 4090", "rtx4090"),
+    ("NVIDIA L40S", "l40s"),
+    ("NVIDIA GH200 480GB", None),
+    ("cpu", "cpu"),
+  ],
+)
+def test_a_device_is_known_by_its_name(kind, name):
+  assert gpu_named(kind) == name

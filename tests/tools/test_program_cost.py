@@ -36,8 +36,8 @@ def hopper():
     yield
 
 
-def _attend(q, k, v, mask):
-  return attention(q, k, v, mask)[0]
+def _attend(q, k, v, mask, implementation=None):
+  return attention(q, k, v, mask, implementation=implementation)[0]
 
 
 def _gradients(call):
@@ -58,6 +58,9 @@ def test_a_table_that_numpy_holds_is_counted_exactly():
   moved = found.kernels["attention_forward"].bytes_accessed
   assert moved == pytest.approx(table.min_bytes(), rel=0.01)
   assert found.flops == 2 * 9 * table.computed_pairs * DIM
+  other = functools.partial(_attend, mask=WINDOWS, implementation="triton")
+  of_triton = program_cost(_gradients(other), X, X, X)
+  assert of_triton.flops == found.flops and of_triton.kernels.keys() == found.kernels.keys()
 
 
 def test_a_traced_table_counts_its_whole_lists():

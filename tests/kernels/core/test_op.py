@@ -166,7 +166,7 @@ def test_an_unknown_implementation_is_refused_with_the_known_ones(case):
 
 def test_a_choice_is_logged_once_with_what_was_passed_over(case, monkeypatch):
   lines = []
-  monkeypatch.setattr(logging, "info", lambda form, *words: lines.append(form % words))
+  monkeypatch.setattr(logging, "log", lambda _, form, *words: lines.append(form % words))
   op_module._log_choice.cache_clear()
   for _ in range(2):
     assert case.op.choose(*case.fits, target=HOPPER) == "hopper"
