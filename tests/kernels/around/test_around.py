@@ -437,8 +437,12 @@ def test_layer_with_and_without_kernels(method, over_heads, implementation, monk
   XLA's attention runs in all.
   """
   case = dataclasses.replace(CASES["ragged"], grid=(5, 4, 7), b=1)
-  for name in DTYPES:
-    monkeypatch.setattr(ATTENTION.module(name), "unsupported", lambda *_: "not asked for")
+
+  def refuse(patch, op, names):
+    for name in names:
+      patch.setattr(op.module(name), "unsupported", lambda *_: "not asked for")
+
+  refuse(monkeypatch, ATTENTION, DTYPES)
   module, calls = PREPARE.module(implementation), []
   forward = module.forward
 
@@ -447,8 +451,11 @@ def test_layer_with_and_without_kernels(method, over_heads, implementation, monk
     return forward(*operands, **settings)
 
   monkeypatch.setattr(module, "forward", counted)
-  right, plain = (_layer(case, method, dtype, over_heads) for dtype in (jnp.float32, jnp.bfloat16))
+  with monkeypatch.context() as patch:
+    refuse(patch, PREPARE, DTYPES)
+    right, plain = (_layer(case, method, x, over_heads) for x in (jnp.float32, jnp.bfloat16))
   assert not calls
+  refuse(monkeypatch, PREPARE, set(DTYPES) - {implementation})
   with _interpreted(implementation):
     found = _layer(case, method, jnp.bfloat16, over_heads)
   (((*_, cells, _, ahead, _), settings),) = calls
