@@ -153,26 +153,28 @@ def test_each_sample_of_a_map():
 
 
 @triton.jit
-def _last_place(h: tl.constexpr, TILES: tl.constexpr):
-  """Stands for `place_of`: the last tile of the last head of the second sample."""
-  return tl.program_id(0) + 1, tl.program_id(0) + TILES - 1, tl.program_id(0) + h - 1
+def _second_sample(h: tl.constexpr, TILES: tl.constexpr):
+  """Stands for `place_of`: the first tile of the last head of the second sample."""
+  zero = tl.program_id(0)
+  return zero + 1, zero, zero + h - 1
 
 
 def test_addresses_behind_2_to_the_31(monkeypatch):
-  """Numbers of joint and of the packed arrays; untouched pages take no memory."""
-  monkeypatch.setattr(triton_prepare, "place_of", _last_place)
-  n, h, d, block = 1 << 19, 16, 128, 64
-  b = 2
+  """Of the projection and of packed rows; untouched pages take no memory."""
+  monkeypatch.setattr(triton_prepare, "place_of", _second_sample)
+  h, d, block = 16, 128, 64
+  n = 5462 * block
+  front = 2 * n
   rng = np.random.default_rng(0)
-  joint = np.zeros(b * n * 3 * h * d, np.float16)
-  assert joint.size > 2**31 and n * h * d * b == 2**31
-  front = 64  # the last rows lie behind 2^31
-  packed = [np.zeros(b * (front + n) * h * d, np.float16) for _ in "qkv"]
-  tokens = joint.reshape(b, n, 3, h, d)[1, -block:, :, -1]
+  before = n * 3 * h * d  # numbers of the first sample
+  joint = np.zeros(before + block * 3 * h * d, np.float16)
+  tokens = joint[before:].reshape(block, 3, h, d)[:, :, -1]
   tokens[:] = rng.standard_normal(tokens.shape)
-  cos, sin = (np.zeros((n, d // 2), np.float32) for _ in range(2))
-  cos[-block:] = 0.6
-  sin[-block:] = 0.8
+  ahead = (front + n + front) * h * d
+  assert min(before, ahead) >= 2**31
+  packed = [np.zeros(ahead + block * h * d, np.float16) for _ in "qkv"]
+  cos = np.full((block, d // 2), 0.6, np.float32)
+  sin = np.full((block, d // 2), 0.8, np.float32)
   gains = np.ones((2, d), np.float32)
   number, whole = np.zeros(1, np.float32), np.zeros(1, np.int32)
   triton_launch.run_on_host(
@@ -187,7 +189,7 @@ def test_addresses_behind_2_to_the_31(monkeypatch):
     | dict(ROWS=16, FILTERED=32, CHUNK=32),
     blocks=1,
   )
-  q, k, v = (x.reshape(b, front + n, h, d)[1, -block:, -1].astype(float) for x in packed)
+  q, k, v = (x[ahead:].reshape(block, h, d)[:, -1].astype(float) for x in packed)
   rows = tokens.astype(float)
   assert np.array_equal(v, rows[:, 2])
   for got, x in zip((q, k), (rows[:, 0], rows[:, 1]), strict=True):
