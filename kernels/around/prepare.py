@@ -1,8 +1,8 @@
 """From the joint projection to attention in one pass: QK-norm, rotary, compression, packing, means.
 
-`forward` below defines `prepare` in plain JAX and gives its gradients. On Hopper a kernel
-(`hopper_prepare.py`) reads the projection once and writes q, k and v once. A norm over all heads of
-a token needs what no part of the kernel sees: XLA reads q and k once before it.
+`forward` below defines `prepare` in plain JAX and gives its gradients. On GPUs a kernel
+(`hopper_prepare.py`, `triton_prepare.py`) reads the projection once and writes q, k and v once. A
+norm over all heads of a token needs what no part of the kernel sees: XLA reads q and k once before.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from freqformer.kernels.core.op import Op, Split
 # What the Hopper kernels take.
 HEAD_DIMS = (64, 128)
 BLOCKS = (64, 128)  # rows of a tile
-MAX_CELLS = 64  # coarse tokens of a tile: rows of one product
+MAX_CELLS = 64  # coarse tokens of a tile: rows of one product; Triton's takes as many
 EPS = 1e-6  # of the norm; flax's default
 
 
@@ -45,11 +45,16 @@ def _gain_dims(gains) -> str:
 
 PREPARE = Op(
   name="prepare",
-  implementations={"hopper": "around.hopper_prepare_call", "xla": "around.prepare"},
+  implementations={
+    "hopper": "around.hopper_prepare_call",
+    "triton": "around.triton_prepare_call",
+    "xla": "around.prepare",
+  },
   forward=Split(
     ("b..h.", ".h.", _gain_dims, ".", ".", ".", "bh", "b.h.", "b"),
     Prepared("b.h.", "b.h.", "b.h.", "bh..", "bh.."),
   ),
+  opaque=("hopper", "triton"),
 )
 
 

@@ -81,7 +81,9 @@ def rehearsed(tmp_path_factory):
 def test_every_kind_of_row_is_whole_and_correct(rehearsed):
   run, folder, printed = rehearsed
   found = {row["name"]: row for row in _measured(run)}
-  assert json.loads((folder / "attention_gpu_reference_rehearsal.json").read_text()) == run.store.all()
+  assert (
+    json.loads((folder / "attention_gpu_reference_rehearsal.json").read_text()) == run.store.all()
+  )
   assert not run.skipped and not run.troubles
   assert {*_REHEARSED, "cudnn/a_64k", "cudnn_backward/a_64k"} <= set(found)
   for name, row in found.items():

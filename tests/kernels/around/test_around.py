@@ -1,5 +1,6 @@
-"""`prepare` and `lift`: definitions against the spectral operators, Hopper against definitions."""
+"""`prepare` and `lift`: definitions against the spectral operators, kernels against definitions."""
 
+import contextlib
 import dataclasses
 import functools
 
@@ -8,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from freqformer.kernels.around import hopper_prepare
 from freqformer.kernels.around.lift import LIFT, lift
 from freqformer.kernels.around.prepare import PREPARE, prepare, turn
 from freqformer.kernels.block_sparse.api import ATTENTION
 from freqformer.kernels.core.target import Target
 from freqformer.kernels.hopper import interpret, launch
+from freqformer.kernels.triton import interpret as triton_interpret
 from jax.sharding import PartitionSpec as P
 
 from freqformer.analysis.hlo_bytes import collectives
@@ -95,6 +96,21 @@ def _inputs(case, dtype=jnp.bfloat16, basis=BASIS):
   return jnp.asarray(joint, dtype), bias, gains, tables, arrays.kv_len, cells, spectral
 
 
+# What each implementation's tokens are here. Triton's interpreter multiplies bfloat16 as float32.
+DTYPES = {"hopper": jnp.bfloat16, "triton": jnp.float16}
+
+
+@contextlib.contextmanager
+def _interpreted(implementation, detect_races=False):
+  """Runs an implementation's kernels in its interpreter; Hopper's may watch for races."""
+  if implementation == "triton":
+    with triton_interpret.interpreted():
+      yield
+  else:
+    with interpret.interpreted(detect_races=detect_races):
+      yield
+
+
 def _gains_of_heads(case):
   """Returns gains of q and k, `[h, d]` each, for a norm over heads."""
   draw = np.random.default_rng(1)
@@ -102,12 +118,12 @@ def _gains_of_heads(case):
   return tuple(jnp.asarray(draw.uniform(0.5, 2, shape), jnp.float32) for _ in "qk")
 
 
-def _rightly_rounded(got, want):
+def _rightly_rounded(got, want, dtype=jnp.bfloat16):
   """Returns True if 99% of the numbers are the right ones as 16 bits round them.
 
   That needs matrices in two terms: with one, a fifth of what they make is rounded to a neighbour.
   """
-  rounded = np.asarray(jnp.asarray(want).astype(jnp.bfloat16), np.float32)
+  rounded = np.asarray(jnp.asarray(want).astype(dtype), np.float32)
   return (np.asarray(got, np.float32) == rounded).mean() > 0.99
 
 
@@ -115,13 +131,15 @@ def _assert_right(case, got, want, alone, front, n_coarse):
   """Compares a kernel's arrays with the definition's, and its tokens with those without cells."""
   arrays = case.layout.arrays()
   valid = np.concatenate([np.ones(front, bool), arrays.valid])
+  dtype = got.q.dtype
+  half = float(jnp.finfo(dtype).eps) / 2  # of the last bit
   for name in "qkv":
     found = np.asarray(getattr(got, name), np.float32)
     right = np.asarray(getattr(want, name))
-    assert np.abs(found - right)[:, valid].max() <= 2**-8 * np.abs(right[:, valid]).max()
+    assert np.abs(found - right)[:, valid].max() <= half * np.abs(right[:, valid]).max()
     assert np.isfinite(found).all()
     for rows in (slice(0, n_coarse), valid):
-      assert _rightly_rounded(found[:, rows], right[:, rows])
+      assert _rightly_rounded(found[:, rows], right[:, rows], dtype)
     tokens = np.asarray(getattr(alone, name), np.float32)
     # Without cells v is the projection as it is, padding rows included.
     assert name in "v" + case.filtered or np.array_equal(tokens, found[:, front:])
@@ -242,18 +260,20 @@ def test_rotary_multiplies_complex_numbers():
   assert worst_error(turn(jnp.asarray(x, jnp.float32), *tables), want) <= 1e-6
 
 
-def test_prepare_kernel(case, capfd):
+@pytest.mark.parametrize("implementation", DTYPES)
+def test_prepare_kernel(case, implementation, capfd):
   """Against the definition in float32 from the same 16-bit inputs: one rounding apart.
 
-  The first case watches for races.
+  The first case watches for races of Hopper's.
   """
-  joint, bias, gains, tables, lengths, cells, spectral = _inputs(case)
+  dtype = DTYPES[implementation]
+  joint, bias, gains, tables, lengths, cells, spectral = _inputs(case, dtype)
   coarse = cells.cells(case.angles(spectral.centres))
   operands = (bias, gains, tables, lengths, coarse, case.bands)
   wanted = functools.partial(prepare, pooled=True, filtered=case.filtered)
   want = wanted(joint.astype(jnp.float32), *operands, implementation="xla")
-  with interpret.interpreted(detect_races=case == CASES["alike"]):
-    assert PREPARE.choose(joint, lengths, coarse) == "hopper"
+  with _interpreted(implementation, detect_races=case == CASES["alike"]):
+    assert PREPARE.choose(joint, lengths, coarse) == implementation
     got = jax.jit(wanted)(joint, *operands)
     alone = jax.jit(prepare)(joint, bias, gains, tables, lengths)
     jax.block_until_ready((got, alone))
@@ -271,14 +291,16 @@ CASES_OVER_HEADS = {
 
 
 @pytest.mark.parametrize("case", CASES_OVER_HEADS.values(), ids=CASES_OVER_HEADS)
-def test_prepare_kernel_over_all_heads(case, monkeypatch):
+@pytest.mark.parametrize("implementation", DTYPES)
+def test_prepare_kernel_over_all_heads(case, implementation, monkeypatch):
   """Against the definition in float32, with compression and without; gradients are its own.
 
   Heads differ in size, so that none is normed as it would be alone.
   """
   if case.b == 1:
     monkeypatch.setattr(launch, "STREAMING_BLOCKS", 1)
-  joint, bias, _, tables, lengths, cells, spectral = _inputs(case)
+  dtype = DTYPES[implementation]
+  joint, bias, _, tables, lengths, cells, spectral = _inputs(case, dtype)
   joint = joint * 2.0 ** jnp.arange(case.h, dtype=joint.dtype)[:, None]
   coarse = cells.cells(case.angles(spectral.centres))
   fixed = (tables, lengths, coarse, case.bands)
@@ -298,22 +320,25 @@ def test_prepare_kernel_over_all_heads(case, monkeypatch):
 
   shape = (3, case.b, len(valid), case.h, case.d)
   cotangents = jnp.asarray(draw.standard_normal(shape) * valid[:, None, None], jnp.float32)
-  cotangents = tuple(cotangents.astype(jnp.bfloat16))
+  cotangents = tuple(cotangents.astype(dtype))
   wide = joint.astype(jnp.float32)
   want = prepare(wide, *trained[1:], *fixed, **options, implementation="xla")
   _, want_gradients = run("xla", *trained, cotangents)
-  with interpret.interpreted():
-    assert PREPARE.choose(joint, lengths, coarse) == "hopper"
-    got, gradients = run("hopper", *trained, cotangents)
+  with _interpreted(implementation):
+    assert PREPARE.choose(joint, lengths, coarse) == implementation
+    got, gradients = run(implementation, *trained, cotangents)
     alone = jax.jit(functools.partial(prepare, over_heads=True))(*trained, tables, lengths)
     jax.block_until_ready((got, gradients, alone))
   _assert_right(case, got, want, alone, cells.front, spectral.n_coarse)
   for found, right in zip(jax.tree.leaves(gradients), jax.tree.leaves(want_gradients), strict=True):
-    limit = 4e-3 if found.dtype == jnp.bfloat16 else 1e-5
+    limit = 4e-3 if found.dtype == dtype else 1e-5
     assert relative_error(found, right) <= limit
 
 
-def test_devices_that_share_heads_exchange_sums_of_squares():
+@pytest.mark.parametrize(
+  ("implementation", "call"), [("hopper", "mosaic_gpu"), ("triton", "triton_kernel_call")]
+)
+def test_devices_that_share_heads_exchange_sums_of_squares(implementation, call):
   """Compiled for two absent GPUs: each norms its heads by what all of them sum to."""
   n = 1024
   h = 4
@@ -321,7 +346,8 @@ def test_devices_that_share_heads_exchange_sums_of_squares():
   spec = jax.ShapeDtypeStruct
 
   def run(joint, bias, gains, tables, lengths):
-    return prepare(joint, bias, gains, tables, lengths, over_heads=True, implementation="hopper")
+    options = dict(over_heads=True, implementation=implementation)
+    return prepare(joint, bias, gains, tables, lengths, **options)
 
   found = offline.compile_for(
     run,
@@ -333,8 +359,9 @@ def test_devices_that_share_heads_exchange_sums_of_squares():
     devices={"heads": 2},
     shardings=(P(None, None, None, "heads"), P(None, "heads"), P("heads"), P(), P()),
   )
-  assert [kernel.name for kernel in found.kernels] == ["norm_rotary_0"]
-  moved = collectives(found.compiled.as_text())
+  text = found.compiled.as_text()
+  assert text.count(f'custom_call_target="{call}') == 1
+  moved = collectives(text)
   # Of q and k in float32; an exchange that starts and ends apart counts operand and result.
   assert moved == {"all-reduce": (1, 2 * (2 * n * 4))}
 
@@ -398,29 +425,43 @@ METHODS = {
 }
 
 
+@pytest.mark.parametrize("implementation", DTYPES)
 @pytest.mark.parametrize(
   "method, over_heads",
   [*((method, False) for method in METHODS.values()), (METHODS["dense"], True)],
   ids=[*METHODS, "dense, over heads"],
 )
-def test_layer_with_and_without_kernels(method, over_heads, monkeypatch):
+def test_layer_with_and_without_kernels(method, over_heads, implementation, monkeypatch):
   """Output and every gradient err at most 1.5 times as much as XLA's 16-bit layer.
 
   XLA's attention runs in all.
   """
   case = dataclasses.replace(CASES["ragged"], grid=(5, 4, 7), b=1)
-  monkeypatch.setattr(ATTENTION.module("hopper"), "unsupported", lambda *_: "not asked for")
-  forward, plans = hopper_prepare.forward, []
-  monkeypatch.setattr(
-    hopper_prepare, "forward", lambda plan, operands: plans.append(plan) or forward(plan, operands)
-  )
-  right, plain = (_layer(case, method, dtype, over_heads) for dtype in (jnp.float32, jnp.bfloat16))
-  assert not plans
-  with interpret.interpreted():
+
+  def refuse(patch, op, names):
+    for name in names:
+      patch.setattr(op.module(name), "unsupported", lambda *_: "not asked for")
+
+  refuse(monkeypatch, ATTENTION, DTYPES)
+  module, calls = PREPARE.module(implementation), []
+  forward = module.forward
+
+  def counted(*operands, **settings):
+    calls.append((operands, settings))
+    return forward(*operands, **settings)
+
+  monkeypatch.setattr(module, "forward", counted)
+  with monkeypatch.context() as patch:
+    refuse(patch, PREPARE, DTYPES)
+    right, plain = (_layer(case, method, x, over_heads) for x in (jnp.float32, jnp.bfloat16))
+  assert not calls
+  refuse(monkeypatch, PREPARE, set(DTYPES) - {implementation})
+  with _interpreted(implementation):
     found = _layer(case, method, jnp.bfloat16, over_heads)
-  assert [plan.filtered for plan in plans] == [getattr(method, "filter", "").replace("none", "")]
-  assert (plans[0].front > 0) == (not isinstance(method, Dense))
-  assert plans[0].over_heads == over_heads
+  (((*_, cells, _, ahead, _), settings),) = calls
+  assert settings["filtered"] == getattr(method, "filter", "").replace("none", "")
+  assert settings["over_heads"] == over_heads
+  assert (cells is None and ahead is None) == isinstance(method, Dense)
   for f, p, r in zip(found, plain, right, strict=True):
     assert np.linalg.norm(f - r) <= 1.5 * np.linalg.norm(p - r) + 1e-3 * np.linalg.norm(r)
 
