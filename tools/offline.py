@@ -24,9 +24,11 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 from freqformer.kernels.hopper.machine import SHARED_BYTES
+from jax.extend.core import jaxprs_in_params
 from jax.extend.mlir import ir
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from freqformer import kernels
 from tools.triton_kernels import embedded_kernels, is_triton, read_kernel
 
 TARGETS = pathlib.Path(__file__).with_name("targets")
@@ -38,6 +40,8 @@ _ASSEMBLER_PIN = f"'{ASSEMBLER}>=13,<14'"
 NO_AUTOTUNING = {"xla_gpu_autotune_level": 0}
 _BARRIER_BYTES = 8
 _KERNEL = "mhlo.backend_config"  # attribute of a call that holds a kernel
+_CALL = "stablehlo.custom_call"
+_CONSTANT = "stablehlo.constant"
 _LATER = "CustomSPMDPartitioning"  # a call whose kernel XLA lowers when it compiles
 _NUMBERED = "mosaic_gpu.dump_basename"  # a kernel's attribute with its number in the process
 SHARED_LIMIT = SHARED_BYTES  # of a thread block
@@ -72,9 +76,8 @@ class Compilation:
   Attributes:
     compiled: jax's `Compiled`; `as_text()` is the optimised, scheduled HLO of one device.
     kernels: the Mosaic GPU kernels inside, in the order they were lowered, and behind them the
-      Triton kernels, but those that XLA lowers itself.
-    fingerprint: of the program and of what compiled it, as `compile_for` takes it; "" where XLA
-      lowers kernels itself, as it does for several devices.
+      Triton kernels, but those that XLA lowers itself, as it does for several devices.
+    fingerprint: of the program and of what compiled it, as `compile_for` takes it.
   """
 
   compiled: jax.stages.Compiled
@@ -183,8 +186,8 @@ def compile_for(
     shardings: None (all replicated), or one entry per argument: a `PartitionSpec`, or a pytree
       prefix of them.
     options: XLA's, e.g. `NO_AUTOTUNING`.
-    unless: a fingerprint, for one device; a program that has it is lowered and not compiled, as
-      what comes out is known: the same compilers make the same of the same program.
+    unless: a fingerprint; a program that has it is lowered and not compiled, as what comes out is
+      known: the same compilers make the same of the same program.
 
   Returns:
     The compilation with its kernels' resources; None for a program with the fingerprint `unless`.
@@ -192,16 +195,14 @@ def compile_for(
 
   Raises:
     RuntimeError: if the wheels or the CUDA assembler are missing, with the pip command.
-    ValueError: if there are not as many shardings as arguments, or `unless` is given for several
-      devices.
+    ValueError: if there are not as many shardings as arguments.
   """
   gpus = mesh(devices, device)
-  if unless is not None and gpus.size > 1:
-    raise ValueError("unless= is for one device: for several, kernels are lowered by XLA.")
-  with _dumps() as folder, _settings():
-    lowered = lower_for(fn, *args, devices=devices, device=device, shardings=shardings)
-    fingerprint = "" if gpus.size > 1 else _fingerprint(lowered, device, options)
-    if fingerprint and fingerprint == unless:
+  with _dumps() as folder, _settings(), jax.sharding.use_abstract_mesh(gpus.abstract_mesh):
+    traced = _trace(gpus, fn, args, shardings)
+    lowered = traced.lower()
+    fingerprint = _fingerprint(traced.jaxpr, lowered, device, options)
+    if fingerprint == unless:
       return None
     try:
       compiled = lowered.compile(compiler_options=options)
@@ -212,8 +213,7 @@ def compile_for(
           f"python -m pip install {_ASSEMBLER_PIN}"
         ) from error
       raise
-    kernels = _read_dumps(folder) + triton_resources(lowered)
-    return Compilation(compiled, kernels, fingerprint)
+    return Compilation(compiled, _read_dumps(folder) + triton_resources(lowered), fingerprint)
 
 
 def lower_for(
@@ -225,38 +225,58 @@ def lower_for(
     ValueError: if there are not as many shardings as arguments.
   """
   gpus = mesh(devices, device)
+  with jax.sharding.use_abstract_mesh(gpus.abstract_mesh):
+    return _trace(gpus, fn, args, shardings).lower()
+
+
+def _trace(gpus: Mesh, fn, args: tuple, shardings) -> jax.stages.Traced:
+  """Traces `fn(*args)` for GPUs whose abstract mesh is the current one."""
   shardings = (PartitionSpec(),) * len(args) if shardings is None else tuple(shardings)
   if len(shardings) != len(args):
     raise ValueError(
       f"shardings must have one entry per argument: got {len(shardings)} for {len(args)}."
     )
   specs = [_specs(gpus, *pair) for pair in zip(shardings, args, strict=True)]
-  with jax.sharding.use_abstract_mesh(gpus.abstract_mesh):
-    # A new function object each time: jax reuses lowered modules of a known one, and those name an
-    # earlier folder of reports.
-    return jax.jit(lambda *a: fn(*a)).lower(*specs)
+  # A new function object each time: jax reuses lowered modules of a known one, and those name an
+  # earlier folder of reports.
+  return jax.jit(lambda *a: fn(*a)).trace(*specs)
 
 
-def _fingerprint(lowered, device: str, options: dict | None) -> str:
-  """Returns a hash of what a compilation depends on, hex; "" if kernels are not lowered yet.
+def _fingerprint(traced, lowered, device: str, options: dict | None) -> str:
+  """Returns a hash of what a compilation depends on, hex.
 
   These are the program with its kernels, without the lines of code that they come from; the
   versions of jax, its plugins and the assembler; the GPU; and XLA's options, but those of the
-  environment.
+  environment. Tables of floating-point numbers count by their shapes: in their last bits they are
+  of the machine whose NumPy computed them, and no resource depends on them.
+
+  Of several devices XLA lowers some kernels itself, for the part of a device. What these are is
+  known before: as they are traced for whole arrays, and by the code that lowers them.
   """
-  if _LATER in lowered.as_text():
-    return ""
   wheels = [importlib.metadata.version(name) for name in ("jax", "jaxlib", *WHEELS)]
   target = (TARGETS / f"{device}.txtpb").read_text()
   found = hashlib.sha256(repr((wheels, assembler_version(), target, options)).encode())
+  later = list(_lowered_later(traced.jaxpr))
+  for text in later:
+    found.update(text.encode())
+  if later:
+    found.update(_code_of_kernels())
   context = lowered.compiler_ir().context
   unknown = context.allow_unregistered_dialects
   context.allow_unregistered_dialects = True  # kernels are of Mosaic's own
   try:
-    with context:
+    with context, ir.Location.unknown(context):
       program = lowered.compiler_ir().operation.clone()
 
-      def take_out_kernels(op):
+      def take_out(op):
+        if (
+          "call_target_name" in op.attributes and op.attributes["call_target_name"].value == _LATER
+        ):
+          op.attributes["backend_config"] = ir.StringAttr.get("")  # a number in the process
+        if op.name == _CONSTANT and _is_table(op.attributes["value"]):
+          kind = op.attributes["value"].type
+          zero = ir.FloatAttr.get(kind.element_type, 0.0)
+          op.attributes["value"] = ir.DenseElementsAttr.get_splat(kind, zero)
         config = op.attributes[_KERNEL] if _KERNEL in op.attributes else None
         if isinstance(config, ir.DictAttr) and "module" in config:
           kernel = ir.Module.parse(config["module"].value_bytes, context).operation
@@ -273,11 +293,37 @@ def _fingerprint(lowered, device: str, options: dict | None) -> str:
           del op.attributes[_KERNEL]
         return ir.WalkResult.ADVANCE
 
-      program.walk(take_out_kernels)
+      program.walk(take_out)
       found.update(program.get_asm(enable_debug_info=False).encode())
   finally:
     context.allow_unregistered_dialects = unknown
   return found.hexdigest()
+
+
+def _lowered_later(jaxpr):
+  """Yields the texts of what XLA lowers itself, in order, without addresses in the process."""
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "custom_partitioning":
+      text = f"{equation.params['call']} {equation.params['sharding_rule']}"
+      yield re.sub(r"\b0x[0-9a-f]+", "", text)
+    else:
+      for inner in jaxprs_in_params(equation.params):
+        yield from _lowered_later(inner)
+
+
+@functools.cache
+def _code_of_kernels() -> bytes:
+  """Returns a hash of the package of kernels."""
+  found = hashlib.sha256()
+  folder = pathlib.Path(kernels.__file__).parent
+  for path in sorted(folder.rglob("*.py")):
+    found.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+  return found.digest()
+
+
+def _is_table(value) -> bool:
+  """Returns whether a constant holds floating-point numbers that are not all the same."""
+  return isinstance(value, ir.DenseFPElementsAttr) and not value.is_splat
 
 
 def _specs(gpus: Mesh, sharding, arg):

@@ -5,7 +5,9 @@ import os
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from freqformer.kernels.core.partition import by_sample_and_head
 from freqformer.kernels.core.target import Target, current_target
 from jax import lax
 from jax.experimental import pallas as pl
@@ -75,8 +77,36 @@ def test_a_program_is_known_by_its_kernels_and_its_own_work():
   assert len({known, *(own.fingerprint for own in found.values())}) == 3
   other = offline.compile_for(programs["first"], x, options=offline.NO_AUTOTUNING, unless=known)
   assert other.fingerprint != known
-  with pytest.raises(ValueError, match="unless= is for one device"):
-    offline.compile_for(programs["first"], x, devices=8, unless=known)
+
+
+def test_last_bits_of_a_table_make_no_other_program():
+  """NumPy's cosines and powers differ in them from processor to processor."""
+  x = _spec((1024, 128), jnp.float32)
+  table = np.linspace(1, 2, 128, dtype=np.float32)
+  known = offline.compile_for(lambda x: x + table, x).fingerprint
+  elsewhere = np.nextafter(table, np.float32(0))
+  assert offline.compile_for(lambda x: x + elsewhere, x, unless=known) is None
+  for other in (np.ones(128, np.float32), np.arange(128), np.tile(table, (1024, 1))):
+    assert offline.compile_for(lambda x, other=other: x + other, x, unless=known) is not None
+
+
+def test_kernels_that_xla_lowers_for_several_gpus_count(monkeypatch):
+  """By what they were traced to, and by the code that lowers them."""
+
+  def program(factor):
+    def scale(x):
+      return scale_rows(x.reshape(-1, 128), factor).reshape(x.shape)
+
+    return lambda x: by_sample_and_head(scale, (x,), ("b",), "b")
+
+  x = _spec((8, 64, 128), jnp.bfloat16)
+  given = {"devices": 8, "shardings": (P("data"),)}
+  known = offline.compile_for(program(2), x, **given)
+  assert len(known.kernels) == 1
+  assert offline.compile_for(program(2), x, unless=known.fingerprint, **given) is None
+  assert offline.compile_for(program(3), x, unless=known.fingerprint, **given) is not None
+  monkeypatch.setattr(offline, "_code_of_kernels", lambda: b"changed")
+  assert offline.compile_for(program(2), x, unless=known.fingerprint, **given) is not None
 
 
 def test_eight_gpus_show_their_collective():

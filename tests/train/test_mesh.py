@@ -156,16 +156,16 @@ def test_absent_devices_are_one_sentence(monkeypatch, error, reason):
   assert reason in str(found.value)
 
 
-@pytest.mark.parametrize("name", ["on_eight_devices.py", "context_on_eight_devices.py"])
-def test_eight_devices(name):
+def test_eight_devices():
   """In a process of its own: the number of CPU devices is fixed when jax starts."""
   flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-  tests = pathlib.Path(__file__).with_name(name)
+  folder = pathlib.Path(__file__).parent
+  tests = [str(folder / name) for name in ("on_eight_devices.py", "context_on_eight_devices.py")]
   run = subprocess.run(
-    [sys.executable, *"-m pytest -x -q -n0 -p no:cacheprovider".split(), str(tests)],
+    [sys.executable, *"-m pytest -x -q -n0 -p no:cacheprovider".split(), *tests],
     capture_output=True,
     text=True,
-    cwd=tests.parents[2],
+    cwd=folder.parents[1],
     env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
   )
   assert run.returncode == 0, run.stdout[-5000:]

@@ -25,6 +25,9 @@ from freqformer.train.processes import Place, join, place
 from tests.command.process import ROOT, call
 from tests.command.test_fields import rows, small
 
+# One worker: both runs are then made once.
+pytestmark = pytest.mark.xdist_group("processes")
+
 
 def get_config(data=2, fsdp=2, steps=2):
   config = small(steps, grid=(2, 4, 4), target="velocity")

@@ -41,7 +41,7 @@ def test_gradients_of_a_layer_are_added_up():
 
 def test_a_training_step_sends_what_the_compiled_program_does():
   """A device sends seven eighths of what an all-to-all returns, and of a gradient, both ways."""
-  compiled = json.loads(golden.path("context").read_text())["exchanged_bytes"]
+  compiled = json.loads(golden.path("context").read_text())["training_step"]["exchanged_bytes"]
   sent = 7 / 8 * (compiled["all-to-all"] + 2 * compiled["all-reduce"])
   assert 30 * scaling.training_row(8)["context_bytes"] == pytest.approx(sent, rel=0.01)
 
