@@ -8,7 +8,8 @@ Bytes of every operation but the attention kernels, in passes over a bf16 array 
 layer of 16 x 32 x 32 tokens; `freqformer/simulation/traffic.py` is made of their differences.
 `shape/method` is one on a shape of `benchmarks/arg_specs.py`.
 Rows `around/<shape>`: FreqFormer with a mid band of 5 % on the shapes of `benchmarks/arg_specs.py`;
-with `_xla` without the kernels around attention. Counted in a program, not measured on a GPU.
+with `_xla` without the kernels around attention. `a100/...` is the same on an A100, by Triton's
+kernels. Counted in a program, not measured on a GPU.
 """
 
 import os
@@ -24,7 +25,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from absl import app, flags  # noqa: E402
 from flax import nnx  # noqa: E402
-from freqformer.kernels.around import hopper_lift_call, hopper_prepare_call  # noqa: E402
+from freqformer.kernels.around import hopper_lift_call, hopper_prepare_call, triton_prepare_call  # noqa: E402
 from freqformer.kernels.selection import hopper_topk  # noqa: E402
 
 from benchmarks.arg_specs import SPECS  # noqa: E402
@@ -37,7 +38,7 @@ from freqformer.simulation.forward import make_method  # noqa: E402
 from tools.offline import Compilation, compile_for  # noqa: E402
 
 _DEVICE = flags.DEFINE_enum(
-  "device", "offline", ["offline"], "An absent H100 is compiled for.", allow_override=True
+  "device", "offline", ["offline"], "An absent GPU is compiled for.", allow_override=True
 )
 _ONLY = flags.DEFINE_multi_string("only", [], "Names of rows; default: all.", allow_override=True)
 
@@ -86,6 +87,11 @@ LAYERS = (
 )
 SHAPES = ("a_64k", "a_128k", "a_1m", "a_64k_filter_v", "a_64k_filter_qkv")
 AROUND = tuple(f"around/{shape}{end}" for end in ("", "_xla") for shape in SHAPES)
+_A100 = "a100/"
+ON_A100 = tuple(
+  f"{_A100}around/a_64k{filtered}{end}" for filtered in ("", "_filter_qkv") for end in ("", "_xla")
+)
+_TITLES = {"h100": "NVIDIA H100 80GB HBM3", "a100": "NVIDIA A100-SXM4-80GB"}
 MID_DENSITY = 0.05  # of the mid band in `AROUND`
 PARTS = ("prepare", "norm_rotary", "compress", "filter", "pool", "select", "pack", "lift")
 # The selection's bisection stops when every row of a chunk is known; how often it runs is not in
@@ -96,15 +102,26 @@ BISECTION_PASSES = 9
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """A layer to be compiled; `kernels`: Hopper kernels may run around attention."""
+  """A layer to be compiled.
+
+  Attributes:
+    method: of attention.
+    phase: of it.
+    layout: of the tokens.
+    kernels: GPU kernels may run around attention.
+    gpu: a name of tools/targets.
+  """
 
   method: str
   phase: str = ""
   layout: TileLayout = LAYOUT
   kernels: bool = True
+  gpu: str = "h100"
 
   @classmethod
   def named(cls, name: str) -> "Case":
+    if name.startswith(_A100):
+      return dataclasses.replace(cls.named(name.removeprefix(_A100)), gpu="a100")
     if not name.startswith("around/"):
       shape, slash, method = name.rpartition("/")
       method, _, phase = method.partition("@")
@@ -116,14 +133,21 @@ class Case:
     return cls(method, layout=layout, kernels=not name.endswith("_xla"))
 
 
-def program(method: Method, layout: TileLayout, heads: int, head_dim: int, phase: str = ""):
-  """Returns a layer of one bf16 sample on an H100 as a function and the shapes of its arguments."""
+def program(
+  method: Method,
+  layout: TileLayout,
+  heads: int,
+  head_dim: int,
+  phase: str = "",
+  implementation: str = "hopper",
+):
+  """Returns a layer of one bf16 sample as a function and the shapes of its arguments."""
   width = heads * head_dim
   dims = AttentionDims(width, heads, width)
 
   def build():
     return SpectralAttention(
-      dims, method, layout, nnx.Rngs(0), dtype=jnp.bfloat16, implementation="pallas_mgpu"
+      dims, method, layout, nnx.Rngs(0), dtype=jnp.bfloat16, implementation=implementation
     )
 
   graphdef, params = nnx.split(nnx.eval_shape(build))
@@ -138,13 +162,15 @@ def program(method: Method, layout: TileLayout, heads: int, head_dim: int, phase
 
 
 def compiled(case: Case) -> Compilation:
-  """Compiles a layer for an H100."""
-  forward, args = program(make_method(case.method), case.layout, HEADS, HEAD_DIM, case.phase)
+  """Compiles a layer for its GPU."""
+  sizes = (case.layout, HEADS, HEAD_DIM, case.phase)
+  implementation = "hopper" if case.gpu == "h100" else "triton"
+  forward, args = program(make_method(case.method), *sizes, implementation)
   with contextlib.ExitStack() as stack:
     if not case.kernels:
-      for module in (hopper_prepare_call, hopper_lift_call, hopper_topk):
+      for module in (hopper_prepare_call, hopper_lift_call, hopper_topk, triton_prepare_call):
         stack.enter_context(mock.patch.object(module, "unsupported", lambda *_: "not wanted"))
-    return compile_for(forward, *args)
+    return compile_for(forward, *args, device=case.gpu)
 
 
 def parts_of(scopes) -> str:
@@ -169,7 +195,7 @@ def measure(name: str) -> dict:
       launches += int(op.runs)
   unit = 2 * case.layout.n_buffer * HEADS * HEAD_DIM
   return {
-    "device": "NVIDIA H100 80GB HBM3 (compiled for, absent)",
+    "device": f"{_TITLES[case.gpu]} (compiled for, absent)",
     "name": name,
     "expected": True,
     "tokens": case.layout.n,
@@ -183,7 +209,7 @@ def measure(name: str) -> dict:
 
 def main(_) -> None:
   command = "python -m benchmarks.compiled.layer_traffic --device=offline"
-  for name in _ONLY.value or LAYERS + AROUND:
+  for name in _ONLY.value or LAYERS + AROUND + ON_A100:
     row = measure(name)
     write_rows("layer_traffic", [row], command)
     print(
