@@ -141,7 +141,7 @@ def default(key: TritonKey) -> TritonConfig:
   config = TritonConfig(*table[key.direction])
   rows = min(config.rows, key.own)
   step = min(config.step, key.walked)
-  if key.direction == "dkv" and key.head_dim == 128 and rows <= 32:
+  if key.direction == "dkv" and rows <= (32 if key.head_dim == 128 else _LEAST):
     step = _LEAST  # 32 spill some bytes
   return dataclasses.replace(
     config,

@@ -127,6 +127,7 @@ CONFIGS = (
   *(Config(d, 128, 128, 128, bias=True) for d in ("a100", "rtx4090", "rtx5090")),
   Config("a100", 128, 128, 128, dtype="float16"),
   Config("rtx3090", 128, 128, 128),
+  Config("rtx5090", 32, 32, 16),
 )
 _AROUND = (
   dict(head_dim=128, block=128, pooled=False),
