@@ -167,7 +167,7 @@ REFUSED = [
   ("@tile=(0,4,4)", "config.model.attention: tile=(0, 4, 4) must be at least 1, in every entry."),
   ("@tile=(4,4)", "tile=(4, 4) must be empty or three extents"),
   ("@qk_gain=-1", "qk_gain=-1.0 must be at least 0."),
-  ("@implementation=xl", "must be one of hopper, xla, reference; did you mean 'xla'?"),
+  ("@implementation=xl", "must be one of hopper, triton, xla, reference; did you mean 'xla'?"),
   ("@freqformer.window=(0,2,2)", "attention.freqformer: window=(0, 2, 2) must be at least 1"),
   ("@freqformer.filter=w", "freqformer: filter='w' must be one of"),
   ("@freqformer.router.budget=1.5", "router: budget=1.5 must be above 0 and at most 1."),

@@ -33,7 +33,7 @@ def model_of(**fields):
 def test_it_meets_the_laws():
   """Each is what another static method obeys, too; here they are called as for a registered one."""
   laws.test_density_one_is_dense("dilated", laws.WAN_DIMS)
-  laws.test_cost_is_what_runs(Dilated())
+  laws.test_cost_is_what_runs(Dilated(), laws.WAN_DIMS)
 
 
 def test_a_rule_that_lists_nothing_is_refused(monkeypatch):
