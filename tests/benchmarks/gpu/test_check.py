@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.gpu import check, config
 from benchmarks.gpu.check import CASES, LARGE, tiny
-from tests.benchmarks.gpu import tiny_bench
+from tests.benchmarks.gpu.helpers import tiny_bench
 
 CASE = tiny(next(case for case in CASES if case.name == "64x128 tiles"))
 

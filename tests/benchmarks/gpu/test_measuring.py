@@ -17,7 +17,7 @@ from benchmarks.gpu import cases, launches, masks, oracle, peers, torch_peers
 from benchmarks.gpu import timing as gpu_timing
 from benchmarks.gpu.sizes import FULL, TINY
 from benchmarks.gpu.timing import Call, Effort
-from tests.benchmarks.gpu import tiny_bench
+from tests.benchmarks.gpu.helpers import tiny_bench
 from tests.kernels.block_sparse import suite
 from tests.kernels.block_sparse.suite import CASES, draw_inputs, draw_mask
 from tools import offline

@@ -22,7 +22,7 @@ from benchmarks.rows import Store
 from freqformer.config import ConfigError
 from freqformer.simulation import calibrate
 from freqformer.simulation.descriptions import load_gpu
-from tests.benchmarks.gpu import tiny_bench
+from tests.benchmarks.gpu.helpers import tiny_bench
 
 # One worker: what the file prepares or compiles is then made once.
 pytestmark = pytest.mark.xdist_group("gpu_benchmark")
