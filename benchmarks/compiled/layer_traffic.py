@@ -25,8 +25,9 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from absl import app, flags  # noqa: E402
 from flax import nnx  # noqa: E402
-from freqformer.kernels.around import hopper_lift_call, hopper_prepare_call, triton_prepare_call  # noqa: E402
-from freqformer.kernels.selection import hopper_topk  # noqa: E402
+from freqformer.kernels.around.lift import LIFT  # noqa: E402
+from freqformer.kernels.around.prepare import PREPARE  # noqa: E402
+from freqformer.kernels.selection.topk import TOP_K  # noqa: E402
 
 from benchmarks.arg_specs import SPECS  # noqa: E402
 from benchmarks.rows import write_rows  # noqa: E402
@@ -167,9 +168,10 @@ def compiled(case: Case) -> Compilation:
   implementation = "hopper" if case.gpu == "h100" else "triton"
   forward, args = program(make_method(case.method), *sizes, implementation)
   with contextlib.ExitStack() as stack:
-    if not case.kernels:
-      for module in (hopper_prepare_call, hopper_lift_call, hopper_topk, triton_prepare_call):
-        stack.enter_context(mock.patch.object(module, "unsupported", lambda *_: "not wanted"))
+    for op in () if case.kernels else (PREPARE, LIFT, TOP_K):
+      for name in filter(op.is_for_gpu, op.implementations):
+        refusing = mock.patch.object(op.module(name), "unsupported", lambda *_: "not wanted")
+        stack.enter_context(refusing)
     return compile_for(forward, *args, device=case.gpu)
 
 

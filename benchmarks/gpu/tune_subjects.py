@@ -1,4 +1,4 @@
-"""What a search over configurations is about: an implementation, its keys and its devices."""
+"""Subjects of a search over configurations: an implementation, its keys and its devices."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""Whether weights fit into a device's memory, told before any of them is loaded."""
+"""Refusal of weights that a device has no memory for, before any of them is loaded."""
 
 import pathlib
 

@@ -29,7 +29,7 @@ from freqformer.tables.exchange import TileExchange
 
 @dataclasses.dataclass(frozen=True)
 class Dims:
-  """What a method's parameters depend on.
+  """Sizes and kind of a layer that a method's parameters depend on.
 
   Attributes:
     heads: of the layer.

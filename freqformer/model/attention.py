@@ -64,7 +64,7 @@ class AttentionDims:
 
   @property
   def for_method(self) -> Dims:
-    """What a method sees of them."""
+    """The part of them that a method sees."""
     return Dims(self.heads, self.head_dim, self.cond_dim, self.over_heads)
 
 

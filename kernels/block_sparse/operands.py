@@ -1,4 +1,4 @@
-"""What GPU kernels of attention read beside the rows: lists of tiles, biases, LSE, costs."""
+"""Operands of GPU kernels of attention beside the rows: lists of tiles, biases, LSE; and costs."""
 
 import jax
 import jax.numpy as jnp

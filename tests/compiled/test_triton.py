@@ -257,7 +257,9 @@ def test_devices_gather_nothing():
 
 def test_prepared_arrays_need_no_others():
   """The plain form keeps as many arrays as it has heads with filters; the kernel keeps none."""
-  rows, heads, d = 16384, 12, 128
+  rows = 16_384
+  heads = 12
+  d = 128
   array = 2 * rows * heads * d  # bytes of q
   for options, plain in (
     (dict(over_heads=True), 2),

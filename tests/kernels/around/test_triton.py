@@ -160,9 +160,11 @@ def _second_sample(h: tl.constexpr, TILES: tl.constexpr):
 
 
 def test_addresses_behind_2_to_the_31(monkeypatch):
-  """Of the projection and of packed rows; untouched pages take no memory."""
+  """Reads the projection and writes packed rows there; untouched pages take no memory."""
   monkeypatch.setattr(triton_prepare, "place_of", _second_sample)
-  h, d, block = 16, 128, 64
+  h = 16
+  d = 128
+  block = 64
   n = 5462 * block
   front = 2 * n
   rng = np.random.default_rng(0)

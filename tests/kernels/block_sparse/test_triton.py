@@ -140,7 +140,12 @@ def test_transformations():
 
 def test_addresses_behind_2_to_the_31():
   """The first tile of the second sample of 1M tokens: untouched pages take no memory."""
-  n, h, d, block, tiles, lengths = 1 << 20, 16, 128, 128, (5, 7), (128, 100)
+  n = 1 << 20
+  h = 16
+  d = 128
+  block = 128
+  tiles = (5, 7)
+  lengths = (128, 100)
   head = h - 1
   rng = np.random.default_rng(0)
   before = n * h * d  # numbers of the first sample
@@ -212,7 +217,7 @@ def test_gradients_under_vmap_are_launches_one_after_the_other():
 
 
 def test_interpreting_leaves_the_library_as_it_was():
-  """What is compiled after something was interpreted is what was compiled before."""
+  """Compiles the same after something was interpreted as before."""
   case = Case("small", h=1, table_h=1, n_q=64, n_kv=64)
   x = jax.ShapeDtypeStruct((1, 64, 1, 32), jnp.bfloat16)
 
