@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from absl import logging
 from freqformer.kernels.block_sparse import tuning
 from freqformer.kernels.block_sparse.tuning import Key, TuningConfig
+from freqformer.kernels.block_sparse.tuning_table import DIRECTIONS
 
 
 def parse(text: str) -> dict[str, bool | int]:
@@ -51,7 +52,7 @@ def everywhere(fields: dict) -> dict[Key, TuningConfig]:
   """
   found = {}
   refused = []
-  for size in itertools.product((128, 64, 32), (128, 64), (128, 64), tuning.DIRECTIONS):
+  for size in itertools.product((128, 64, 32), (128, 64), (128, 64), DIRECTIONS):
     try:
       found |= changed(fields, [Key("h100", *size)])
     except ValueError as error:

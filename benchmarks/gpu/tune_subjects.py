@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from types import ModuleType
 
 from freqformer.kernels.block_sparse import triton_tuning, tuning
+from freqformer.kernels.block_sparse.tuning_table import DIRECTIONS, Key
 from freqformer.kernels.core.target import current_target
 from freqformer.kernels.hopper.machine import SHARED_BYTES
 from freqformer.kernels.triton import machine
@@ -22,7 +23,6 @@ class Subject:
   Attributes:
     implementation: its name.
     tuning: module of its configurations, with `candidates`, `default`, `override` and `write`.
-    key: dataclass of its keys.
     config: dataclass of its configurations.
     targets: a name of tools/targets by the device of a key.
     shared_bytes: most shared memory of a thread block by the device of a key.
@@ -30,7 +30,6 @@ class Subject:
 
   implementation: str
   tuning: ModuleType
-  key: type
   config: type
   targets: Mapping[str, str]
   shared_bytes: Mapping[str, int]
@@ -65,16 +64,14 @@ class Subject:
 
   def all_keys(self, device: str) -> list:
     """Returns every key that kernels look up on a device, the most used first."""
-    sizes = itertools.product(HEAD_DIMS, BLOCKS, BLOCKS, self.tuning.DIRECTIONS)
-    return [self.key(device, *size) for size in sizes]
+    sizes = itertools.product(HEAD_DIMS, BLOCKS, BLOCKS, DIRECTIONS)
+    return [Key(device, *size) for size in sizes]
 
   def parse_key(self, text: str, device: str):
     """Returns the key that e.g. `128:128:64:dq` names; a ValueError says the form."""
     try:
       d, q, kv, direction = text.split(":")
-      if direction not in self.tuning.DIRECTIONS:
-        raise ValueError(direction)
-      return self.key(device, int(d), int(q), int(kv), direction)
+      return Key(device, int(d), int(q), int(kv), direction)
     except ValueError as error:
       raise ValueError(
         f"--keys={text!r} must be head_dim:block_q:block_kv:direction, e.g. 128:128:128:forward."
@@ -84,12 +81,11 @@ class Subject:
 # Other Hopper cards share an H100's resources.
 SUBJECTS = {
   "hopper": Subject(
-    "hopper", tuning, tuning.Key, tuning.TuningConfig, {"h100": "h100"}, {"h100": SHARED_BYTES}
+    "hopper", tuning, tuning.TuningConfig, {"h100": "h100"}, {"h100": SHARED_BYTES}
   ),
   "triton": Subject(
     "triton",
     triton_tuning,
-    triton_tuning.TritonKey,
     triton_tuning.TritonConfig,
     {"sm80": "a100", "sm89": "rtx4090", "sm90": "h100", "sm100": "b200", "sm120": "rtx5090"},
     machine.SHARED_BYTES,

@@ -69,7 +69,7 @@ def run(direction: str, implementation: str, q, rest, mask):
   """Runs one direction by the implementation itself; XLA drops the kernels of the others.
 
   Args:
-    direction: of `kernels.block_sparse.tuning.DIRECTIONS`.
+    direction: of `kernels.block_sparse.tuning_table.DIRECTIONS`.
     implementation: an implementation's name.
     q: apart from `rest`, because a timed chain goes through its first argument.
     rest: k, v, d_out `[b, n, h, d]` and lse, delta `[b, h, n]`, residuals of the backward.

@@ -98,9 +98,7 @@ def _run(direction, kernel, arrays, out_type, constants, q, mask: BlockMask) -> 
   from freqformer.kernels.triton.triton_launch import launch
 
   b, n_kv = q.shape[0], constants["n_kv"]
-  key = triton_tuning.TritonKey(
-    current_class(), q.shape[-1], mask.block_q, mask.block_kv, direction
-  )
+  key = triton_tuning.Key(current_class(), q.shape[-1], mask.block_q, mask.block_kv, direction)
   config = triton_tuning.lookup(key)
   rows = n_kv if direction == "dkv" else q.shape[1]
   return launch(

@@ -57,6 +57,21 @@ def numbers_at(x, sample, head, first, n: tl.constexpr, h: tl.constexpr, ROWS: t
 
 
 @triton.jit
+def list_at(lists, sample, head, lists_b: tl.constexpr, lists_h: tl.constexpr):
+  """Returns the pointer to the first list of a sample's head."""
+  return lists + sample.to(tl.int64) * lists_b + head.to(tl.int64) * lists_h
+
+
+@triton.jit
+def keys_of(code, cut, block_kv: tl.constexpr, STEP: tl.constexpr):
+  """Returns the key tile of an entry, int64 its row where a cut begins, and which keys count."""
+  tile = code >> 8
+  begin = cut * STEP
+  seen = (tl.arange(0, STEP) < (code & 255) - begin)[None, :]
+  return tile, tile.to(tl.int64) * block_kv + begin, seen
+
+
+@triton.jit
 def attention_forward(
   q,
   k,
@@ -91,8 +106,7 @@ def attention_forward(
   CUTS: tl.constexpr = block_kv // STEP
   sample, head, tile, part = place_of(order, ORDERED, n_q // block_q, block_q // ROWS, h)
   count = tl.load(counts + sample * counts_b + head * counts_h + tile)
-  listed = codes + sample.to(tl.int64) * codes_b + head.to(tl.int64) * codes_h
-  listed += tile.to(tl.int64) * codes_tile
+  listed = list_at(codes, sample, head, codes_b, codes_h) + tile.to(tl.int64) * codes_tile
   first = tile.to(tl.int64) * block_q + part * ROWS
   q0 = tl.load(rows_at(q, sample, head, first, n_q, h, D, ROWS, 0, W))
   acc0 = tl.zeros([ROWS, W], tl.float32)
@@ -101,17 +115,13 @@ def attention_forward(
     acc1 = tl.zeros([ROWS, W], tl.float32)
   top = tl.full([ROWS], DEAD, tl.float32)
   total = tl.zeros([ROWS], tl.float32)
-  columns = tl.arange(0, STEP)
   steps = count * CUTS
   # An entry is read one step ahead: addresses of the next copies do not wait for it.
   upcoming = tl.load(listed)
   for s in tl.range(0, steps):
     code = upcoming
     upcoming = tl.load(listed + tl.minimum(s + 1, steps - 1) // CUTS)
-    kv_tile = code >> 8
-    begin = (s % CUTS) * STEP
-    seen = (columns < (code & 255) - begin)[None, :]
-    row = kv_tile.to(tl.int64) * block_kv + begin
+    kv_tile, row, seen = keys_of(code, s % CUTS, block_kv, STEP)
     k0 = tl.load(rows_at(k, sample, head, row, n_kv, h, D, STEP, 0, W))
     x = tl.dot(q0, k0.T, input_precision="ieee")
     if HALVES == 2:
@@ -185,8 +195,7 @@ def attention_dq(
   CUTS: tl.constexpr = block_kv // STEP
   sample, head, tile, part = place_of(order, ORDERED, n_q // block_q, block_q // ROWS, h)
   count = tl.load(counts + sample * counts_b + head * counts_h + tile)
-  listed = codes + sample.to(tl.int64) * codes_b + head.to(tl.int64) * codes_h
-  listed += tile.to(tl.int64) * codes_tile
+  listed = list_at(codes, sample, head, codes_b, codes_h) + tile.to(tl.int64) * codes_tile
   first = tile.to(tl.int64) * block_q + part * ROWS
   q0 = tl.load(rows_at(q, sample, head, first, n_q, h, D, ROWS, 0, W))
   do0 = tl.load(rows_at(d_out, sample, head, first, n_q, h, D, ROWS, 0, W))
@@ -197,16 +206,12 @@ def attention_dq(
     acc1 = tl.zeros([ROWS, W], tl.float32)
   lse_rows = tl.load(numbers_at(lse, sample, head, first, n_q, h, ROWS))[:, None]
   delta_rows = tl.load(numbers_at(delta, sample, head, first, n_q, h, ROWS))[:, None]
-  columns = tl.arange(0, STEP)
   steps = count * CUTS
   upcoming = tl.load(listed)
   for s in tl.range(0, steps):
     code = upcoming
     upcoming = tl.load(listed + tl.minimum(s + 1, steps - 1) // CUTS)
-    kv_tile = code >> 8
-    begin = (s % CUTS) * STEP
-    seen = (columns < (code & 255) - begin)[None, :]
-    row = kv_tile.to(tl.int64) * block_kv + begin
+    kv_tile, row, seen = keys_of(code, s % CUTS, block_kv, STEP)
     k0 = tl.load(rows_at(k, sample, head, row, n_kv, h, D, STEP, 0, W))
     v0 = tl.load(rows_at(v, sample, head, row, n_kv, h, D, STEP, 0, W))
     x = tl.dot(q0, k0.T, input_precision="ieee")
@@ -275,8 +280,7 @@ def attention_dkv(
   sample, head, tile, part = place_of(order, ORDERED, n_kv // block_kv, block_kv // ROWS, h)
   own = sample * counts_b + head * counts_h + tile
   count = tl.load(counts + own)
-  read_by = readers + sample.to(tl.int64) * readers_b + head.to(tl.int64) * readers_h
-  read_by += tl.load(starts + own)
+  read_by = list_at(readers, sample, head, readers_b, readers_h) + tl.load(starts + own)
   first = tile.to(tl.int64) * block_kv + part * ROWS
   k0 = tl.load(rows_at(k, sample, head, first, n_kv, h, D, ROWS, 0, W))
   v0 = tl.load(rows_at(v, sample, head, first, n_kv, h, D, ROWS, 0, W))

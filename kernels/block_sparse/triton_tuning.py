@@ -5,52 +5,19 @@ benchmarks.gpu.tune --implementation=triton`). For what they lack `default` is u
 compiled without spills (tests/compiled/test_triton.py).
 """
 
-import contextlib
-import contextvars
 import dataclasses
 import functools
 import itertools
 import pathlib
 
 from freqformer.kernels.block_sparse import tuning_table
+from freqformer.kernels.block_sparse.tuning_table import Key, Override
 from freqformer.kernels.triton.machine import SHARED_BYTES
 
-DIRECTIONS = ("forward", "dq", "dkv")
 FOLDER = pathlib.Path(__file__).parent  # of the tables
 _LEAST = 16  # rows of a product on tensor cores
 _WIDE = 256  # channels of a head from which on two warps share 16 rows
-_override = contextvars.ContextVar("override_triton", default=None)
-
-
-@dataclasses.dataclass(frozen=True, order=True)
-class TritonKey:
-  """The facts that a configuration depends on.
-
-  Attributes:
-    device: a class of `machine.SHARED_BYTES`.
-    head_dim, block_q, block_kv: of the call.
-    direction: "forward", "dq" or "dkv".
-  """
-
-  device: str
-  head_dim: int
-  block_q: int
-  block_kv: int
-  direction: str
-
-  def __post_init__(self):
-    if self.direction not in DIRECTIONS:
-      raise ValueError(f"{self.direction=} must be one of {', '.join(DIRECTIONS)}.")
-
-  @property
-  def own(self) -> int:
-    """Rows of a tile on the side that a program keeps."""
-    return self.block_kv if self.direction == "dkv" else self.block_q
-
-  @property
-  def walked(self) -> int:
-    """Rows of a tile on the side that it walks over."""
-    return self.block_q if self.direction == "dkv" else self.block_kv
+override = Override("override_triton")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +39,7 @@ class TritonConfig:
   stages: int
   halves: int = 1
 
-  def shared_bytes(self, key: TritonKey, itemsize: int = 2) -> int:
+  def shared_bytes(self, key: Key, itemsize: int = 2) -> int:
     """Returns what is kept and the buffers of loads take; other layouts may take more.
 
     What a compiled kernel asks for is in the golden table, and what a search reads.
@@ -83,7 +50,7 @@ class TritonConfig:
     numbers = 2 * 4 * self.step * buffers if key.direction == "dkv" else 0
     return kept + 2 * buffers * self.step * row + numbers
 
-  def check(self, key: TritonKey) -> "TritonConfig":
+  def check(self, key: Key) -> "TritonConfig":
     """Returns the configuration, if it fits the key.
 
     Raises:
@@ -133,7 +100,7 @@ _SMALL = {
 _WIDEST = {"forward": (64, 32, 8, 2), "dq": (64, 16, 8, 2), "dkv": (64, 16, 8, 2)}
 
 
-def default(key: TritonKey) -> TritonConfig:
+def default(key: Key) -> TritonConfig:
   """Returns a configuration that is reasoned, not measured."""
   table = (_LARGE if key.own >= 128 else _SMALL)[key.device]
   if key.head_dim >= _WIDE:
@@ -152,7 +119,7 @@ def default(key: TritonKey) -> TritonConfig:
   ).check(key)
 
 
-def candidates(key: TritonKey) -> list[TritonConfig]:
+def candidates(key: Key) -> list[TritonConfig]:
   """Returns the configurations worth trying for a key, the default first."""
   found = [default(key)]
   for rows, step, warps, stages, halves in itertools.product(
@@ -166,10 +133,9 @@ def candidates(key: TritonKey) -> list[TritonConfig]:
   return list(dict.fromkeys(found))
 
 
-def lookup(key: TritonKey) -> TritonConfig:
+def lookup(key: Key) -> TritonConfig:
   """Returns a key's configuration: an override, else the committed table's, else the default."""
-  override = _override.get() or {}
-  return override[key].check(key) if key in override else table(key.device).get(key) or default(key)
+  return override.get(key) or table(key.device).get(key) or default(key)
 
 
 def table_path(device: str) -> pathlib.Path:
@@ -178,26 +144,16 @@ def table_path(device: str) -> pathlib.Path:
 
 
 @functools.cache
-def table(device: str) -> dict[TritonKey, TritonConfig]:
+def table(device: str) -> dict[Key, TritonConfig]:
   """Returns what a search found for a class; empty where none has run.
 
   Raises:
     ValueError: if a configuration does not fit its key.
   """
-  return tuning_table.read(table_path(device), TritonKey, TritonConfig)
+  return tuning_table.read(table_path(device), TritonConfig)
 
 
-def write(configs: dict[TritonKey, TritonConfig], facts: dict, path: pathlib.Path) -> None:
+def write(configs: dict[Key, TritonConfig], facts: dict, path: pathlib.Path) -> None:
   """Writes the table of a class, with facts about the search that made it."""
   tuning_table.write(configs, facts, path)
   table.cache_clear()
-
-
-@contextlib.contextmanager
-def override(configs: dict[TritonKey, TritonConfig]):
-  """Uses these configurations for calls traced inside: for tuning and tests."""
-  token = _override.set({**(_override.get() or {}), **configs})
-  try:
-    yield
-  finally:
-    _override.reset(token)

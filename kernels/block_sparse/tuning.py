@@ -4,17 +4,15 @@ A table `tuning.json` holds what a search on the device found (`python -m benchm
 says where. For what it lacks `default` is used, reasoned from shared memory and registers.
 """
 
-import contextlib
-import contextvars
 import dataclasses
 import functools
 import itertools
 import pathlib
 
 from freqformer.kernels.block_sparse import tuning_table
+from freqformer.kernels.block_sparse.tuning_table import Key, Override
 from freqformer.kernels.hopper.machine import SHARED_BYTES
 
-DIRECTIONS = ("forward", "dq", "dkv")
 TABLE = pathlib.Path(__file__).with_name("tuning.json")
 _BARRIER_BYTES = 512
 _ALIGNMENT = 1024  # of every array in shared memory
@@ -22,33 +20,12 @@ _ALIGNMENT = 1024  # of every array in shared memory
 # block costs 1 KB that it does not see.
 _HALF_SHARED_BYTES = 113 * 1024
 _REGISTERS = 64 * 1024  # of a multiprocessor, given out to threads in steps of 8
-_override = contextvars.ContextVar("override", default=None)
+override = Override("override")
 
 
-@dataclasses.dataclass(frozen=True, order=True)
-class Key:
-  """The facts that a configuration depends on.
-
-  Attributes:
-    device: "h100".
-    head_dim, block_q, block_kv: of the call.
-    direction: "forward", "dq" (backward of the queries) or "dkv" (of keys and values).
-  """
-
-  device: str
-  head_dim: int
-  block_q: int
-  block_kv: int
-  direction: str
-
-  def __post_init__(self):
-    if self.direction not in DIRECTIONS:
-      raise ValueError(f"{self.direction=} must be one of {', '.join(DIRECTIONS)}.")
-
-  @property
-  def readers(self) -> int:
-    """Compute warpgroups of a tile: each keeps 64 rows."""
-    return (self.block_kv if self.direction == "dkv" else self.block_q) // 64
+def _readers(key: Key) -> int:
+  """Returns the compute warpgroups of a tile: each keeps 64 rows."""
+  return key.own // 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +72,7 @@ class TuningConfig:
 
   def consumers(self, key: Key) -> int:
     """Returns the compute warpgroups of a thread block."""
-    return self.tiles_per_block * key.readers
+    return self.tiles_per_block * _readers(key)
 
   def shared_bytes(self, key: Key, itemsize: int = 2) -> int:
     """Returns the bytes of shared memory of a thread block: what stays, and the rings."""
@@ -123,8 +100,8 @@ class TuningConfig:
       raise ValueError(
         f"{self} needs {need} bytes of shared memory for {key}, a thread block has {SHARED_BYTES}."
       )
-    if self.tiles_per_block == 2 and key.readers != 1:
-      rows = 64 * key.readers
+    if self.tiles_per_block == 2 and _readers(key) != 1:
+      rows = 64 * _readers(key)
       raise ValueError(f"{self} needs tiles of 64 rows, {key} has {rows}; set tiles_per_block=1.")
     consumers = self.consumers(key)
     if self.stages == 1 and key.direction == "forward":
@@ -165,7 +142,7 @@ def default(key: Key) -> TuningConfig:
   (at most 128 registers and half of the shared memory), else a second tile in the same block.
   """
   forward = key.direction == "forward"
-  if key.readers == 2:
+  if _readers(key) == 2:
     step = 128 if forward else 64
     pair = TuningConfig(step=step, compute_registers=240, memory_registers=24)
     return _deepest(key, pair)
@@ -193,12 +170,12 @@ def candidates(key: Key) -> list[TuningConfig]:
   """
   first = default(key)
   forms = [TuningConfig()]
-  if key.readers == 2:
+  if _readers(key) == 2:
     forms = [TuningConfig(compute_registers=240, memory_registers=24)]
   else:
     forms.append(PAIR)
   changes = [{"by_lane": True}, {"compute_registers": 0, "memory_registers": 0}]
-  if key.readers == 2:
+  if _readers(key) == 2:
     changes.append({"compute_registers": 232, "memory_registers": 40})
   if key.direction == "forward":
     stage_by_stage, together = {"scores_ahead": False}, {"take_turns": False}
@@ -221,20 +198,7 @@ def _fits(config: TuningConfig, key: Key) -> bool:
 
 def lookup(key: Key) -> TuningConfig:
   """Returns a key's configuration: an override, else the committed table's, else the default."""
-  override = _override.get()
-  if override and key in override:
-    return override[key].check(key)
-  return table().get(key) or default(key)
-
-
-@contextlib.contextmanager
-def override(configs: dict[Key, TuningConfig]):
-  """Uses these configurations for calls traced inside: for tuning and tests."""
-  token = _override.set({**(_override.get() or {}), **configs})
-  try:
-    yield
-  finally:
-    _override.reset(token)
+  return override.get(key) or table().get(key) or default(key)
 
 
 @functools.cache
@@ -244,7 +208,7 @@ def table() -> dict[Key, TuningConfig]:
   Raises:
     ValueError: if a configuration does not fit its key.
   """
-  return tuning_table.read(TABLE, Key, TuningConfig)
+  return tuning_table.read(TABLE, TuningConfig)
 
 
 def write(configs: dict[Key, TuningConfig], facts: dict, path: pathlib.Path = TABLE) -> None:

@@ -17,6 +17,7 @@ from freqformer.kernels.around.prepare import BLOCKS, HEAD_DIMS, prepare
 from freqformer.kernels.block_sparse import hopper, tuning
 from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.table import BlockMask
+from freqformer.kernels.block_sparse.tuning_table import DIRECTIONS
 from freqformer.kernels.linear.api import Segments, linear_attention
 
 from freqformer.grid.basis import SpectralBasis
@@ -61,7 +62,7 @@ class Config:
   def ways(self) -> tuple[str, ...]:
     """The directions that are compiled: of variants that are not the default the forward."""
     varied = self.paired or self.by_lane or not self.scores_ahead
-    return ("forward",) if varied else tuning.DIRECTIONS
+    return ("forward",) if varied else DIRECTIONS
 
   def __str__(self):
     words = {

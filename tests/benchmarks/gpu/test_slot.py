@@ -15,6 +15,7 @@ import time
 
 import pytest
 from freqformer.kernels.block_sparse import tuning
+from freqformer.kernels.block_sparse.tuning_table import DIRECTIONS
 
 from benchmarks.gpu import cases, config, slot_planted
 from benchmarks.gpu import slot as gpu_slot
@@ -388,7 +389,7 @@ def test_small_checks_share_the_machine_and_timed_steps_do_not():
 
 def test_every_variant_of_the_bisect_fits_the_attention_kernels():
   """All of them: one that does not fit would run, and be called right, as it is configured."""
-  sizes = itertools.product((64, 128), (64, 128), (64, 128), tuning.DIRECTIONS)
+  sizes = itertools.product((64, 128), (64, 128), (64, 128), DIRECTIONS)
   keys = [tuning.Key("h100", *size) for size in sizes]
   for variant in plans.VARIANTS:
     assert config.changed(config.parse(variant), keys)

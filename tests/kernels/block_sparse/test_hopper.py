@@ -11,6 +11,7 @@ import pytest
 from freqformer.kernels.block_sparse import hopper, tuning
 from freqformer.kernels.block_sparse.api import attention
 from freqformer.kernels.block_sparse.table import dense_mask, from_tiles
+from freqformer.kernels.block_sparse.tuning_table import DIRECTIONS
 from freqformer.kernels.core import log2
 from freqformer.kernels.core.target import Target
 from freqformer.kernels.hopper import products, softmax
@@ -65,7 +66,7 @@ def _check(case, config, seed=0, backward=True, **kwargs):
   mask = draw_mask(case, seed)
   q, k, v, *cotangents = draw_inputs(case, seed, jnp.bfloat16)
   sizes = (case.d, case.block_q, case.block_kv)
-  configs = {tuning.Key("h100", *sizes, x): config for x in tuning.DIRECTIONS}
+  configs = {tuning.Key("h100", *sizes, x): config for x in DIRECTIONS}
   with interpreted(**kwargs), tuning.override(configs):
     if backward:
       found = value_and_grads("pallas_mgpu")(q, k, v, mask, *cotangents)
@@ -222,7 +223,7 @@ def test_hidden_scores_have_no_probability_however_they_are_rounded(monkeypatch)
 
 def test_every_key_has_a_configuration_that_fits():
   """It is looked up in a table or reasoned; candidates begin with the reasoned one."""
-  sizes = (hopper.HEAD_DIMS, hopper.BLOCKS, hopper.BLOCKS, tuning.DIRECTIONS)
+  sizes = (hopper.HEAD_DIMS, hopper.BLOCKS, hopper.BLOCKS, DIRECTIONS)
   for size in itertools.product(*sizes):
     key = tuning.Key("h100", *size)
     tuning.lookup(key).check(key)
@@ -234,7 +235,7 @@ def test_every_key_has_a_configuration_that_fits():
 def test_a_64_row_tile_is_never_alone_on_a_multiprocessor():
   """Its softmax would leave the tensor cores idle: two blocks fit, or a block has two tiles."""
   known = known_resources()
-  for d, other, direction in itertools.product(hopper.HEAD_DIMS, (64, 128), tuning.DIRECTIONS):
+  for d, other, direction in itertools.product(hopper.HEAD_DIMS, (64, 128), DIRECTIONS):
     sizes = (other, 64) if direction == "dkv" else (64, other)
     if (d, sizes, direction) == (128, (128, 64), "dkv"):
       continue  # spills with two tiles

@@ -13,6 +13,7 @@ from freqformer.kernels.block_sparse import triton, triton_kernels
 from freqformer.kernels.block_sparse import triton_tuning as tuning
 from freqformer.kernels.block_sparse.api import ATTENTION, attention
 from freqformer.kernels.block_sparse.table import dense_mask
+from freqformer.kernels.block_sparse.tuning_table import DIRECTIONS
 from freqformer.kernels.core import log2, op
 from freqformer.kernels.core.target import Target, current_target
 from freqformer.kernels.triton import machine, triton_launch
@@ -63,7 +64,7 @@ def _check(case, config=None, seed=0):
   q, k, v, *cotangents = draw_inputs(case, seed, WIDEST)
   with interpreted():
     sizes = (triton.current_class(), case.d, case.block_q, case.block_kv)
-    keys = [tuning.TritonKey(*sizes, x) for x in tuning.DIRECTIONS]
+    keys = [tuning.Key(*sizes, x) for x in DIRECTIONS]
     with tuning.override(dict.fromkeys(keys, config) if config else {}):
       found = value_and_grads("triton")(q, k, v, mask, *cotangents)
   _close(found, oracle(q, k, v, mask, *cotangents))
@@ -318,7 +319,7 @@ def test_the_portable_form_on_a_gpu_is_a_warning(caplog):
 
 # ---- tuning --------------------------------------------------------------------------------------
 
-KEY = tuning.TritonKey("sm89", 128, 128, 128, "forward")
+KEY = tuning.Key("sm89", 128, 128, 128, "forward")
 
 
 @pytest.mark.parametrize(
@@ -341,9 +342,9 @@ def test_tuning_refuses_what_does_not_fit(settings, words):
 def test_every_key_has_a_configuration_that_fits():
   blocks = triton.BLOCKS
   for sizes in itertools.product(
-    machine.SHARED_BYTES, triton.HEAD_DIMS, blocks, blocks, tuning.DIRECTIONS
+    machine.SHARED_BYTES, triton.HEAD_DIMS, blocks, blocks, DIRECTIONS
   ):
-    key = tuning.TritonKey(*sizes)
+    key = tuning.Key(*sizes)
     assert tuning.lookup(key).check(key) == tuning.candidates(key)[0]
 
 
