@@ -41,6 +41,9 @@ CAPTIONS = {
   "plane_left_out": "pairs over t on the plane, and the price of leaving levels out",
   "scale": "regret at high noise over tokens",
   "curves": "regret over steps, FLOPs and seconds",
+  "core": "regret over t after 2,000 steps, trained and predicted",
+  "core_curves": "regret over 2,000 steps, their FLOPs and seconds",
+  "core_weights": "what routers weigh over t after 2,000 steps",
   "weights": "what routers weigh over t",
   "mass": "where dense attention lies over t",
   "left_out": "pairs over t, and the price of leaving levels out",
@@ -86,17 +89,16 @@ def contents(found: Rows) -> tuple[dict[str, str], dict[str, Figure]]:
 
 def tables(stages: Mapping[str, list[dict]], probes: list[dict]) -> dict[str, str]:
   """Returns the page's tables by marker, of the rows that `Rows` names."""
-  rows = stages.get("screen", [])
-  plane = stages.get("plane", [])
   of_probe = {}
   for row in probes:
     of_probe.setdefault(row["probe"], []).append(row)
-  return {
+  of_stages = {}
+  for stage in ("screen", "core", "plane"):
+    rows = stages.get(stage)
+    of_stages[f"study {stage}"] = _table(arm_lines(rows, AGAINST)) if rows else _NONE
+    of_stages[f"study {stage} over t"] = _table(part_lines(rows)) if rows else _NONE
+  return of_stages | {
     "study outcome": outcome(stages, probes),
-    "study arms": _table(arm_lines(rows, AGAINST)) if rows else _NONE,
-    "study over t": _table(part_lines(rows)) if rows else _NONE,
-    "study plane": _table(arm_lines(plane, AGAINST)) if plane else _NONE,
-    "study plane over t": _table(part_lines(plane)) if plane else _NONE,
     "study layers": by_setting(of_probe.get("layers", [])),
     "study transfer": by_setting(of_probe.get("transfer", [])),
     "study thresholds": by_setting(of_probe.get("threshold", [])),
@@ -249,6 +251,13 @@ def draw(found: Rows) -> dict[str, Figure]:
       "curves": figures.curves(screen),
       "weights": figures.weights(screen, found.probes, theory),
       "left_out": figures.left_out(screen, found.probes),
+    }
+  if core := found.stages.get("core"):
+    theory = found.of_theory("screen")  # the same grid and lists
+    drawn |= {
+      "core": figures.regret(core, theory),
+      "core_curves": figures.curves(core),
+      "core_weights": figures.weights(core, [], theory),
     }
   if plane := found.stages.get("plane"):
     theory = found.of_theory("plane")

@@ -54,8 +54,10 @@ def by_name(rows: Iterable[dict]) -> dict[str, list[dict]]:
 def regret(rows: list[dict], predicted: list[dict]) -> Figure:
   """Draws regret over t: trained, a line per arm and thin ones per seed; beside it, predicted.
 
-  A prediction is theory's excess of one layer times the Bayes risk of that part of t.
+  A prediction is theory's excess of one layer times the Bayes risk of that part of t. Theory sees
+  lists alone, which an arm shares with its `_prior`.
   """
+  arms = {row["arm"].removesuffix("_prior") for row in rows}
   figure, (trained, theory) = _panels(2, share=True)
   for arm, own in by_name(rows).items():
     parts = [by_part(row, row["final"]) for row in own]
@@ -64,7 +66,7 @@ def regret(rows: list[dict], predicted: list[dict]) -> Figure:
   bayes = np.mean([row["final"]["bayes_buckets"] for row in rows], 0)
   places = middles(rows[0], len(bayes))
   for row in predicted:
-    if "excess" in row:
+    if "excess" in row and row["arm"].removesuffix("_prior") in arms:
       color, _ = STYLES[row["arm"]]
       values = np.array(row["excess"]) / 100 * bayes
       # Of two arms that see the same means, the first line shows on both sides of the second.

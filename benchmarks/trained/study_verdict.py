@@ -109,7 +109,7 @@ class Verdict:
 
 
 def verdicts(stages: Mapping[str, list[dict]], probes: Iterable[dict] = ()) -> list[Verdict]:
-  """Judges H1 to H18.
+  """Judges H1 to H25.
 
   Args:
     stages: rows by stage; one that is absent has none.
@@ -118,6 +118,7 @@ def verdicts(stages: Mapping[str, list[dict]], probes: Iterable[dict] = ()) -> l
   plain = stages.get("screen", [])
   copies = stages.get("copies", [])
   plane = stages.get("plane", [])
+  core = stages.get("core", [])
   return [
     Verdict(
       "H1", _against_window(plain, "octaves"), "the pyramid has no reason to exist on such data"
@@ -130,17 +131,7 @@ def verdicts(stages: Mapping[str, list[dict]], probes: Iterable[dict] = ()) -> l
       ),
       "the hard choice is no longer the default",
     ),
-    Verdict(
-      "H3",
-      (
-        Claim(
-          "octaves v dense of four times the steps",
-          relative(plain, "octaves", "dense", _quarter_of_steps),
-          0.01,
-        ),
-      ),
-      "README's first table says so",
-    ),
+    Verdict("H3", (_of_dense_of_four_times(plain, "octaves"),), "README's first table says so"),
     Verdict("H4", _against_low(plain, "octaves", "low4"), "low4, the cheaper one, is the default"),
     Verdict(
       "H5",
@@ -207,6 +198,29 @@ def verdicts(stages: Mapping[str, list[dict]], probes: Iterable[dict] = ()) -> l
       (Claim("low2 v joint", relative(plain, "low2", "joint"), 0, if_equal=FAILS),),
       "levels need no queries of their own",
     ),
+    Verdict("H19", _against_window(core, "octaves_prior"), "a window catches up"),
+    Verdict("H20", _against_low(core, "octaves_prior", "low4_prior"), "one low level is enough"),
+    Verdict(
+      "H21",
+      (
+        Claim(
+          "low4_prior v freqformer", relative(core, "low4_prior", "freqformer"), 0.005, above=True
+        ),
+      ),
+      "the hard choice stays off",
+    ),
+    Verdict("H22", (_of_dense_of_four_times(core, "low4_prior"),), "README's first table says so"),
+    Verdict(
+      "H23",
+      (Claim("low4_prior v dense, equal steps", relative(core, "low4_prior", "dense"), 0.01),),
+      "README's first table says so",
+    ),
+    Verdict(
+      "H24",
+      (Claim("octaves_prior v octaves", relative(core, "octaves_prior", "octaves"), -0.05),),
+      "a tilted start speeds learning up, no more",
+    ),
+    Verdict("H25", _left_out(core, "low4_prior")[:1], "the threshold is 0"),
   ]
 
 
@@ -241,6 +255,12 @@ def _against_low(rows: list[dict], arm: str, low: str) -> tuple[Claim]:
   """Returns the claim of H4, H11 and H14."""
   found = relative(rows, arm, low, _within(equal_steps, BELOW))
   return (Claim(f"{arm} v {low}, t < .7", found, 0, if_equal=FAILS),)
+
+
+def _of_dense_of_four_times(rows: list[dict], arm: str) -> Claim:
+  """Returns the claim of H3 and H22."""
+  found = relative(rows, arm, "dense", _quarter_of_steps)
+  return Claim(f"{arm} v dense of four times the steps", found, 0.01)
 
 
 def _quarter_of_steps(row: dict, other: dict) -> tuple[float, float] | None:

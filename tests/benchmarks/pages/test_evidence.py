@@ -96,8 +96,8 @@ def test_the_page_shows_the_rows():
 
 def test_tables_of_some_arms_and_seeds():
   found = evidence.tables({"screen": ROWS}, PROBES)
-  assert "| octaves | 0.3000 | 2 | -0.2000 (-50.0%, 1 seed) |" in found["study arms"]
-  assert found["study over t"].splitlines()[0].startswith("| regret at t | 0.34 | 0.43 |")
+  assert "| octaves | 0.3000 | 2 | -0.2000 (-50.0%, 1 seed) |" in found["study screen"]
+  assert found["study screen over t"].splitlines()[0].startswith("| regret at t | 0.34 | 0.43 |")
   assert "| octaves | 1 | 0.2000 (0.08) | 0.2100 (0.004) |" in found["study thresholds"]
   assert "| window | 1 | 1.00, 1.25, 1.50 | 1.00, 1.00, 1.00 | 2.00 |" in found["study samples"]
   assert (
@@ -117,7 +117,7 @@ def test_tables_of_some_arms_and_seeds():
   assert bands[4].startswith("| Wiener | 100 (10) |")
   outcome = found["study outcome"].splitlines()
   eighth = outcome[2 + 7]
-  assert len(outcome) == 2 + 18 and "+11.1%" in eighth and "threshold is 0" in eighth
+  assert len(outcome) == 2 + 25 and "+11.1%" in eighth and "threshold is 0" in eighth
 
 
 def test_gains_of_forced_heads():
@@ -128,7 +128,7 @@ def test_gains_of_forced_heads():
   found = evidence.tables({}, [probe("oracle", "freqformer", {"heads": heads})])
   assert "| freqformer | 1 | +0.0100 of 0.5000 |" in found["study oracle"]
   assert found["study oracle"].endswith("| +0.0200 | 0.1000, 0.0000 |")
-  assert found["study arms"] == "No rows yet."
+  assert found["study screen"] == "No rows yet."
 
 
 def test_what_was_rehearsed_or_failed_is_not_shown(tmp_path):
@@ -141,7 +141,9 @@ def test_what_was_rehearsed_or_failed_is_not_shown(tmp_path):
 
 PLANE = [row("octaves4_prior", 0, 0.2), row("window", 0, 0.4)]
 PLANE[0]["final"]["weights"] = [[0.1, 0.2, 0.3, 0.4]] * PARTS
-STAGES = {"screen": ROWS, "plane": PLANE}
+LONG = [row("low4_prior", 0, 0.1), row("window", 0, 0.2)]
+LONG[0]["final"]["weights"] = [[0.4, 0.6]] * PARTS
+STAGES = {"screen": ROWS, "plane": PLANE, "core": LONG}
 
 
 def lines_of(axis):
@@ -156,6 +158,8 @@ def test_a_prediction_is_in_units_of_the_regret(on_screen):
   window = next(r for r in on_screen if r["arm"] == "window")
   np.testing.assert_allclose(theory["window"].get_ydata(), 1e-3 * np.array(window["excess"]))
   assert theory["window"].get_linestyle() == "--" and trained["window"].get_linestyle() == "-"
+  _, theory = map(lines_of, evidence_figures.regret(LONG, on_screen).axes)
+  assert set(theory) == {"low4", "window", "Bayes risk"}  # of arms that were trained alone
 
 
 def test_figures_of_weights_levels_and_transfer(on_screen):

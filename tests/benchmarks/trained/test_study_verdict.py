@@ -159,6 +159,17 @@ def test_leaving_levels_out(regret, density, expected):
   assert state("H15", plane, stage="plane") == expected
 
 
+def test_longer_runs_are_judged_by_their_own_rows():
+  good = seeds("low4_prior", [0.2, 0.21])
+  others = seeds("freqformer", [0.4, 0.42]) + seeds("dense", [0.3, 0.32])
+  assert state("H21", good + others, stage="core") == FAILS  # as H2: the hard choice stays off
+  assert state("H23", good + others, stage="core") == HOLDS
+  assert state("H23", good + others, stage="screen") == OPEN
+  costly = seeds("low4_prior", [1.02, 1.02])
+  assert state("H25", costly, stage="core") == FAILS
+  assert state("H25", seeds("low4_prior", [1.001, 1.001]), stage="core") == HOLDS
+
+
 def test_the_text_names_bounds_seeds_and_consequences():
   lines = text(verdicts({"screen": seeds("octaves", [1.02, 1.02])})).splitlines()
   (eighth,) = (line for line in lines if line.startswith("H8"))
