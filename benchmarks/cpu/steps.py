@@ -1,11 +1,12 @@
 """Seconds and FLOPs of a training step and of a sampling run, each method over dense attention.
 
-  python -m benchmarks.cpu.steps            # 4 minutes on 2 cores: results/steps_cpu.json
+  python -m benchmarks.cpu.steps            # 12 minutes on 2 cores: results/steps_cpu.json
   python -m benchmarks.cpu.steps --quick    # a tiny model, no rows
 
 The model is that of configs/comparison.py with the method in all layers, untrained: routers are
-where they begin, losses mean nothing. Methods take turns, so that ratios are of one run. Sampling
-is the run that configs/comparison.py asks for, all its steps, guidance included.
+where they begin, losses mean nothing; and the same on frames of twice the height and width, with
+the same tiles and windows. Methods take turns, so that ratios are of one run. Sampling is the run
+that configs/comparison.py asks for, all its steps, guidance included.
 """
 
 import dataclasses
@@ -30,8 +31,20 @@ from freqformer.train.experiment import Experiment, experiment
 NAME = "steps_cpu"
 METHODS = ("dense", "octaves", "freqformer")
 _CLASSES = 8
+SIDES = (96, 192)  # pixels of a frame: of configs/comparison.py, and twice that
+_QUICK_SIDES = (32,)
 _TURNS = 3
 _STEPS_PER_TURN = 4
+
+
+def of_side(side: int, quick: bool = False) -> Experiment:
+  """Returns the experiment of configs/comparison.py on frames of `side` x `side` pixels."""
+  config = read_config(ROOT / "configs" / "comparison.py")
+  config.data.resolution = (side, side)
+  if quick:
+    config.model.depth = 1
+    config.sample.steps = 2
+  return experiment(config)
 
 
 def training(exp: Experiment) -> Callable[[int], list[float]]:
@@ -69,7 +82,8 @@ def measure(exp: Experiment, config: SampleConfig, turns: int) -> list[dict]:
   for kind, samplers in kinds.items():
     times = in_turns(samplers, turns)
     flops = counted(exp, kind)
-    found += [over_dense(kind, name, times, flops) for name in METHODS]
+    place = f"{kind}/{exp.model.layout(exp.latent_shape).n}"
+    found += [over_dense(place, name, times, flops) for name in METHODS]
   return found
 
 
@@ -92,12 +106,12 @@ def counted(exp: Experiment, kind: str) -> dict[str, float]:
   }
 
 
-def over_dense(kind: str, name: str, times: dict[str, Timing], flops: dict[str, float]) -> dict:
+def over_dense(place: str, name: str, times: dict[str, Timing], flops: dict[str, float]) -> dict:
   """Returns the row of a method: its seconds, and both ratios to dense attention."""
   dense = times["dense"]
   own = times[name]
   return {
-    "name": f"{kind}/{name}",
+    "name": f"{place}/{name}",
     **own.row(),
     "seconds_over_dense": own.median / dense.median,
     "flops_over_dense": flops[name] / flops["dense"],
@@ -106,19 +120,17 @@ def over_dense(kind: str, name: str, times: dict[str, Timing], flops: dict[str, 
 
 def main(_):
   """Measures, prints a table and writes the rows."""
-  config = read_config(ROOT / "configs" / "comparison.py")
-  if _QUICK.value:
-    config.data.resolution = (32, 32)
-    config.model.depth = 1
-    config.sample.steps = 2
-  exp = experiment(config)
-  rows = beside_others(lambda: measure(exp, exp.sample, 1 if _QUICK.value else _TURNS))
+  quick = _QUICK.value
+  rows = []
+  for side in _QUICK_SIDES if quick else SIDES:
+    exp = of_side(side, quick)
+    rows += beside_others(lambda: measure(exp, exp.sample, 1 if quick else _TURNS))
   lines = [("", "seconds", "over dense", "FLOPs over dense")]
   for row in rows:
     cells = (f"{row[key]:.3f}" for key in ("median_s", "seconds_over_dense", "flops_over_dense"))
     lines.append((row["name"], *cells))
   print(aligned(lines))
-  if not _QUICK.value:
+  if not quick:
     write_rows(NAME, rows, "python -m benchmarks.cpu.steps")
 
 

@@ -7,24 +7,22 @@ import pytest
 from benchmarks.cpu import steps
 from benchmarks.rows import RESULTS
 from benchmarks.timing import Timing
-from benchmarks.trained.runs import ROOT
-from freqformer.command.files import read_config
-from freqformer.train.experiment import experiment
 
 
 def test_a_row_is_over_dense():
   times = {"dense": Timing((4.0, 4.0, 9.0)), "octaves": Timing((1.0, 1.0, 9.0))}
-  row = steps.over_dense("training", "octaves", times, {"dense": 10.0, "octaves": 5.0})
-  assert row["name"] == "training/octaves"
+  row = steps.over_dense("training/1152", "octaves", times, {"dense": 10.0, "octaves": 5.0})
+  assert row["name"] == "training/1152/octaves"
   assert row["seconds_over_dense"] == 0.25 and row["flops_over_dense"] == 0.5
 
 
-def test_stored_rows_are_of_todays_model():
+@pytest.mark.parametrize("side, tokens", zip(steps.SIDES, (1152, 4608), strict=True))
+def test_stored_rows_are_of_todays_model(side, tokens):
   stored = json.loads((RESULTS / f"{steps.NAME}.json").read_text())
-  exp = experiment(read_config(ROOT / "configs" / "comparison.py"))
+  exp = steps.of_side(side)
   for kind in ("training", "sampling"):
     flops = steps.counted(exp, kind)
     for name in steps.METHODS:
-      (row,) = (row for row in stored if row["name"] == f"{kind}/{name}")
+      (row,) = (row for row in stored if row["name"] == f"{kind}/{tokens}/{name}")
       assert row["flops_over_dense"] == pytest.approx(flops[name] / flops["dense"], rel=1e-6)
       assert row["seconds_over_dense"] > 0
