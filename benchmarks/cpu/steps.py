@@ -10,6 +10,7 @@ that configs/comparison.py asks for, all its steps, guidance included.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -124,7 +125,7 @@ def main(_):
   rows = []
   for side in _QUICK_SIDES if quick else SIDES:
     exp = of_side(side, quick)
-    rows += beside_others(lambda: measure(exp, exp.sample, 1 if quick else _TURNS))
+    rows += beside_others(functools.partial(measure, exp, exp.sample, 1 if quick else _TURNS))
   lines = [("", "seconds", "over dense", "FLOPs over dense")]
   for row in rows:
     cells = (f"{row[key]:.3f}" for key in ("median_s", "seconds_over_dense", "flops_over_dense"))

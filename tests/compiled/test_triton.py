@@ -6,9 +6,6 @@ python -m tests.compiled.test_triton all    prints which kernel of any size spil
 
 import dataclasses
 import functools
-import hashlib
-import importlib.metadata
-import inspect
 import itertools
 import json
 import re
@@ -31,7 +28,6 @@ from jax.sharding import PartitionSpec as P
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.gpu.code import ROOT, meaning
 from freqformer.config import numbers
 from freqformer.model.config import AttentionConfig, ModelConfig
 from freqformer.model.dit import VideoDiT, make_tables
@@ -191,18 +187,12 @@ def resources(config: Config | Around) -> dict[str, dict[str, int]]:
 
 
 def made_by() -> str:
-  """Returns a hash of what resources depend on: the kernels' code, and who compiles it.
+  """Returns the hash of `golden.made_by` for Triton's kernels.
 
   Triton compiles as it lowers: to know a program by itself would take as long as to compile it.
   """
   packages = ("jax", "jax-triton", "triton")
-  versions = [*map(importlib.metadata.version, packages), offline.assembler_version()]
-  found = hashlib.sha256(repr(versions).encode())
-  for part in (Config, Around, both_ways, arguments):
-    found.update(meaning(inspect.getsource(part)).encode())
-  for path in sorted({path for pattern in _SOURCES for path in ROOT.glob(pattern)}):
-    found.update(meaning(path.read_text()).encode())
-  return found.hexdigest()
+  return golden.made_by(packages, _SOURCES, Config, Around, both_ways, arguments)
 
 
 @pytest.mark.parametrize("config", (*CONFIGS, *AROUND), ids=str)
