@@ -253,7 +253,6 @@ def test_prepared_arrays_need_no_others():
   array = 2 * rows * heads * d  # bytes of q
   for options, plain in (
     (dict(over_heads=True), 2),
-    (dict(cells=16), 1.5),
     (dict(cells=16, filtered="qkv"), 10),
   ):
     config = Around("a100", d, 128, **options)
