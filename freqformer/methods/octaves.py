@@ -8,7 +8,8 @@ levels by the timestep, per head. All levels of all heads are one attention call
   q, k, v -> compress level by level -> norm, rotary in cells of the level -> attention
           -> weigh -> interpolate and add, from coarse to fine
 
-Evaluation leaves out a level whose weight is below `threshold`: its lists are empty.
+Evaluation leaves out a level whose weight is below `threshold`, if that is not 0: its lists are
+empty. Long runs give such levels large outputs (docs/evidence.md, H25): measure before you set it.
 Prior art: Focal Transformer (arXiv 2107.00641), Fast Multipole Attention (arXiv 2310.11960).
 """
 
@@ -67,7 +68,8 @@ class Octaves(Method):
     deal: of an even window, as in `tables.window`: "centred" refuses it, "octant" gives each head
       one of its sides.
     mid_tiles: further key tiles of level 0, the best by pooled scores, in the window's softmax.
-    threshold: weight below which evaluation leaves a level out, per layer, head and sample.
+    threshold: weight below which evaluation leaves a level out, per layer, head and sample; 0
+      leaves out none.
     router: of the levels' weights; an empty prior is uniform. `budget` holds for the pairs that
       evaluation runs, over n^2.
   """
@@ -80,7 +82,7 @@ class Octaves(Method):
   border: str = "clip"
   deal: str = "centred"
   mid_tiles: int = 0
-  threshold: float = 0.05
+  threshold: float = 0.0
   router: RouterConfig = _ROUTER
 
   routed = True

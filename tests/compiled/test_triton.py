@@ -251,10 +251,7 @@ def test_prepared_arrays_need_no_others():
   heads = 12
   d = 128
   array = 2 * rows * heads * d  # bytes of q
-  for options, plain in (
-    (dict(over_heads=True), 2),
-    (dict(cells=16, filtered="qkv"), 10),
-  ):
+  for options, plain in ((dict(over_heads=True), 2), (dict(cells=16, filtered="qkv"), 10)):
     config = Around("a100", d, 128, **options)
     args = config.arguments(rows=rows, heads=heads)
 
