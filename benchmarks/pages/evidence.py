@@ -97,7 +97,9 @@ def tables(stages: Mapping[str, list[dict]], probes: list[dict]) -> dict[str, st
     rows = stages.get(stage)
     of_stages[f"study {stage}"] = _table(arm_lines(rows, AGAINST)) if rows else _NONE
     of_stages[f"study {stage} over t"] = _table(part_lines(rows)) if rows else _NONE
+  core = all_levels(stages.get("core", []))
   return of_stages | {
+    "study core all levels": _table(part_lines(core)) if core else _NONE,
     "study outcome": outcome(stages, probes),
     "study layers": by_setting(of_probe.get("layers", [])),
     "study transfer": by_setting(of_probe.get("transfer", [])),
@@ -108,6 +110,15 @@ def tables(stages: Mapping[str, list[dict]], probes: list[dict]) -> dict[str, st
     "study bands": between_bands(of_probe.get("mass", [])),
     "study samples": samples(of_probe.get("samples", [])),
   }
+
+
+def all_levels(rows: list[dict]) -> list[dict]:
+  """Returns rows of pyramids as judged with all levels, and others as they are."""
+  found = []
+  for row in rows:
+    weighed = row["arm"].startswith(("octaves", "low"))
+    found.append(row | {"final": row["final_soft"]} if weighed else row)
+  return found
 
 
 def outcome(stages: Mapping[str, list[dict]], probes: list[dict]) -> str:

@@ -158,9 +158,10 @@ def part_lines(rows: list[dict]) -> list[tuple[str, ...]]:
   """Returns head and lines of a table of the arms' values per part of t."""
   count = len(by_part(rows[0], rows[0]["final"]))
   places = (f"{place:.2f}" for place in middles(rows[0], count))
-  lines = [(f"{measure(rows[0])} at t", *places)]
+  lines = [(f"{measure(rows[0])} at t", "all", *places)]
   for arm, own in by_arm(rows).items():
-    values = np.mean([by_part(row, row["final"]) for row in own], 0)
+    mean = np.mean([over(row, row["final"]) for row in own])
+    values = [mean, *np.mean([by_part(row, row["final"]) for row in own], 0)]
     lines.append((arm, *(f"{value:.4f}" for value in values)))
   return lines
 

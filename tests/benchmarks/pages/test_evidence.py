@@ -97,7 +97,9 @@ def test_the_page_shows_the_rows():
 def test_tables_of_some_arms_and_seeds():
   found = evidence.tables({"screen": ROWS}, PROBES)
   assert "| octaves | 0.3000 | 2 | -0.2000 (-50.0%, 1 seed) |" in found["study screen"]
-  assert found["study screen over t"].splitlines()[0].startswith("| regret at t | 0.34 | 0.43 |")
+  assert (
+    found["study screen over t"].splitlines()[0].startswith("| regret at t | all | 0.34 | 0.43 |")
+  )
   assert "| octaves | 1 | 0.2000 (0.08) | 0.2100 (0.004) |" in found["study thresholds"]
   assert "| window | 1 | 1.00, 1.25, 1.50 | 1.00, 1.00, 1.00 | 2.00 |" in found["study samples"]
   assert (
@@ -118,6 +120,13 @@ def test_tables_of_some_arms_and_seeds():
   outcome = found["study outcome"].splitlines()
   eighth = outcome[2 + 7]
   assert len(outcome) == 2 + 25 and "+11.1%" in eighth and "threshold is 0" in eighth
+
+
+def test_levels_that_were_left_out_are_shown_beside_all_of_them():
+  found = evidence.tables({"core": LONG}, [])
+  assert "| low4_prior | 0.1000 | 0.1000 |" in found["study core over t"]
+  assert "| low4_prior | 0.0900 | 0.0900 |" in found["study core all levels"]
+  assert "| window | 0.2000 | 0.2000 |" in found["study core all levels"]
 
 
 def test_gains_of_forced_heads():
