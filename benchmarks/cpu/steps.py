@@ -1,12 +1,12 @@
 """Seconds and FLOPs of a training step and of a sampling run, each method over dense attention.
 
-  python -m benchmarks.cpu.steps            # 12 minutes on 2 cores: results/steps_cpu.json
+  python -m benchmarks.cpu.steps            # 8 minutes on 2 cores: results/steps_cpu.json
   python -m benchmarks.cpu.steps --quick    # a tiny model, no rows
 
 The model is that of configs/comparison.py with the method in all layers, untrained: routers are
 where they begin, losses mean nothing; and the same on frames of twice the height and width, with
 the same tiles and windows. Methods take turns, so that ratios are of one run. Sampling is the run
-that configs/comparison.py asks for, all its steps, guidance included.
+that configs/comparison.py asks for, all its steps, guidance included; of larger frames two samples.
 """
 
 import dataclasses
@@ -32,7 +32,8 @@ from freqformer.train.experiment import Experiment, experiment
 NAME = "steps_cpu"
 METHODS = ("dense", "octaves", "freqformer")
 _CLASSES = 8
-SIDES = (96, 192)  # pixels of a frame: of configs/comparison.py, and twice that
+_SMALL = 96
+SIDES = (_SMALL, 2 * _SMALL)  # pixels of a frame: of configs/comparison.py, and twice that
 _QUICK_SIDES = (32,)
 _TURNS = 3
 _STEPS_PER_TURN = 4
@@ -42,6 +43,8 @@ def of_side(side: int, quick: bool = False) -> Experiment:
   """Returns the experiment of configs/comparison.py on frames of `side` x `side` pixels."""
   config = read_config(ROOT / "configs" / "comparison.py")
   config.data.resolution = (side, side)
+  if side > _SMALL:
+    config.sample.batch_size = 2
   if quick:
     config.model.depth = 1
     config.sample.steps = 2
