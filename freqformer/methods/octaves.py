@@ -9,7 +9,8 @@ levels by the timestep, per head. All levels of all heads are one attention call
           -> weigh -> interpolate and add, from coarse to fine
 
 Evaluation leaves out a level whose weight is below `threshold`, if that is not 0: its lists are
-empty. Long runs give such levels large outputs (docs/evidence.md, H25): measure before you set it.
+empty. A weight does not tell how large the level's output is: measure before you set it
+(docs/evidence.md, H25).
 Prior art: Focal Transformer (arXiv 2107.00641), Fast Multipole Attention (arXiv 2310.11960).
 """
 

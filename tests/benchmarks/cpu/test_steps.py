@@ -16,7 +16,7 @@ def test_a_row_is_over_dense():
   assert row["seconds_over_dense"] == 0.25 and row["flops_over_dense"] == 0.5
 
 
-@pytest.mark.parametrize("side, tokens", zip(steps.SIDES, (1152, 4608), strict=True))
+@pytest.mark.parametrize("side, tokens", list(zip(steps.SIDES, (1152, 4608), strict=True)))
 def test_stored_rows_are_of_todays_model(side, tokens):
   stored = json.loads((RESULTS / f"{steps.NAME}.json").read_text())
   exp = steps.of_side(side)
