@@ -98,6 +98,11 @@ def routed(pipe):
   return gradients(pipe.beside_dense(ROUTED, **SMALL))
 
 
+@pytest.fixture(scope="module")
+def dense_velocity(pipe):
+  return forward(pipe.at("dense", **SMALL))[1]
+
+
 def test_the_method_beside_itself_has_no_error(pipe):
   aux, _ = forward(pipe.beside_dense("dense", **SMALL))
   assert aux["error"].shape == (2, 2, 3)  # layers, samples, heads
@@ -106,13 +111,12 @@ def test_the_method_beside_itself_has_no_error(pipe):
 
 @pytest.mark.parametrize("method", [ROUTED, "sparse_linear(critical=0.3)"])
 def test_a_layer_passes_dense_attention_on_and_learns_as_by_a_backward_pass(
-  pipe, routed, method, monkeypatch
+  pipe, routed, dense_velocity, method, monkeypatch
 ):
   run = pipe.beside_dense(method, **SMALL)
   own = own_leaves(run.params)
   inside, aux, velocity = routed if method == ROUTED else gradients(run)
-  _, dense = forward(pipe.at("dense", **SMALL))
-  np.testing.assert_allclose(velocity, dense, atol=1e-5)
+  np.testing.assert_allclose(velocity, dense_velocity, atol=1e-5)
   assert aux["error"].min() > 0.01
   assert all(not x.any() for name, x in inside.items() if name not in own)
   monkeypatch.setattr(ON_THE_SPOT, lambda loss, module, _: loss(module))
