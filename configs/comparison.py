@@ -31,7 +31,7 @@ def get_config():
     method="octaves",  # docs/evidence.md: H2; one low level: H11
     tile=(8, 2, 4),
     implementation="xla",
-    # Levels of little weight are left out at .02 % of the loss (demo_compare.json).
+    # Levels of little weight are left out at .02 % of the loss after 800 steps (demo_compare.json).
     octaves=dict(levels=2, factor=4, window=(1, 2, 2), deal="octant", threshold=0.05),
     # Other methods that `method` or `layers` can name, near the same density.
     freqformer=dict(mid_tiles=3, window=(1, 2, 2), deal="octant", router=router),
