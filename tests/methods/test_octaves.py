@@ -149,6 +149,16 @@ def test_a_level_below_the_threshold_is_left_out():
   np.testing.assert_allclose(pairs, aux["density"][0].sum() * RAGGED.n**2, rtol=1e-5)
 
 
+def test_no_level_is_left_out_unless_asked():
+  layer = drawn(Octaves(window=(1, 3, 1), router=FLAT))
+  layer.method.router.bias[...] = 20 * jnp.asarray(BIAS)  # most weights are next to nothing
+  x = tokens()
+  aux = run(layer, x)[1]
+  assert aux["probs"].min() < 1e-3 and aux["kept"].all()
+  soft = aux_of(layer, x, where(soft_evaluation=True))
+  np.testing.assert_array_equal(aux["density"], soft["density"])
+
+
 def test_the_largest_weight_stays_whatever_the_threshold():
   layer = drawn(dataclasses.replace(METHOD, threshold=0.99))
   np.testing.assert_array_equal(aux_of(layer, tokens())["kept"].sum(-1), 1)

@@ -49,6 +49,9 @@ def test_every_arm_is_a_valid_config_of_its_own():
   config = split.config()
   assert config.model.attention.freqformer.allocation == (1, 0, 1) and config.seed == 3
   assert config.train.schedule == "constant" and config.train.steps == 300
+  # What is left out when a trial is judged does not make it another trial.
+  octaves = study.Trial(study.STAGES["core"], "octaves", 0)
+  assert octaves.config().model.attention.octaves.threshold == 0.05
   wrong = study.Stage(("dense",), (0,), 1, {"data.copeis": 1})
   with pytest.raises(ConfigError, match="did you mean 'data.copies'"):
     study.Trial(wrong, "dense", 0).config()

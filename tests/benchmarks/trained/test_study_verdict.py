@@ -165,6 +165,20 @@ def test_longer_runs_are_judged_by_their_own_rows():
   assert state("H21", good + others, stage="core") == FAILS  # as H2: the hard choice stays off
   assert state("H23", good + others, stage="core") == HOLDS
   assert state("H23", good + others, stage="screen") == OPEN
+  low = seeds("low4_prior", [0.2, 0.21, 0.2])
+  window = seeds("window", [0.5, 0.52, 0.5])
+  better = seeds("octaves_prior", [0.1, 0.11, 0.1])
+  assert state("H19", better + window, stage="core") == HOLDS
+  assert state("H20", better + low, stage="core") == HOLDS
+  assert state("H20", low + seeds("octaves_prior", [0.2, 0.21, 0.2]), stage="core") == FAILS
+  assert state("H24", better + seeds("octaves", [0.2, 0.22, 0.2]), stage="core") == HOLDS
+  assert state("H24", seeds("octaves", [0.1, 0.11, 0.1]) + better, stage="core") == FAILS
+  curve = [(75, 1, [0.2] * PARTS), (300, 4, [0.1] * PARTS)]
+  slow = [row("low4_prior", seed, 0.1, curve=curve) for seed in range(2)]
+  dense = [row("dense", seed, 0.2, curve=[(300, 4, [0.2] * PARTS)]) for seed in range(2)]
+  assert state("H22", slow + dense, stage="core") == HOLDS
+  sooner = [row("dense", seed, 0.1, curve=[(300, 4, [0.1] * PARTS)]) for seed in range(2)]
+  assert state("H22", slow + sooner, stage="core") == FAILS
   costly = seeds("low4_prior", [1.02, 1.02])
   assert state("H25", costly, stage="core") == FAILS
   assert state("H25", seeds("low4_prior", [1.001, 1.001]), stage="core") == HOLDS
