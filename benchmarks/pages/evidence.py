@@ -113,10 +113,14 @@ def tables(stages: Mapping[str, list[dict]], probes: list[dict]) -> dict[str, st
 
 
 def all_levels(rows: list[dict]) -> list[dict]:
-  """Returns rows of pyramids as judged with all levels, and others as they are."""
+  """Returns rows of pyramids as judged with all levels, and others as they are.
+
+  A pyramid that was trained to leave out levels is among the others.
+  """
   found = []
   for row in rows:
-    weighed = row["arm"].startswith(("octaves", "low"))
+    trained_to = "model.attention.octaves.threshold_from" in row["overrides"]
+    weighed = row["arm"].startswith(("octaves", "low")) and not trained_to
     found.append(row | {"final": row["final_soft"]} if weighed else row)
   return found
 

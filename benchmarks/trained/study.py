@@ -106,6 +106,17 @@ ARMS |= {
   "octaves4_prior": _TILTED | {"model.attention.octaves.levels": 4},
   "low8_prior": _LOW4 | _TILTED | {"model.attention.octaves.factor": 8},
 }
+# The second half of training leaves out the levels that evaluation leaves out; the same with a
+# price on pairs, beyond half of those of all levels.
+_LATE = _LOW4 | _TILTED | _THRESHOLD | {"model.attention.octaves.threshold_from": 0.5}
+ARMS |= {
+  "low4_late": _LATE,
+  "low4_budget": _LATE
+  | {
+    "model.attention.octaves.router.penalty": 0.05,
+    "model.attention.octaves.router.budget": 0.037,
+  },
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +163,9 @@ STAGES = {
   "plane": Stage(
     ("octaves4_prior", "low8_prior", "window"), seeds=(0, 1, 2), steps=600, overrides=_PLANE
   ),
-  "core": Stage(_SCREEN[:7], seeds=(0, 1, 2), steps=2000, overrides=_SHORT),
+  "core": Stage(
+    (*_SCREEN[:7], "low4_late", "low4_budget"), seeds=(0, 1, 2), steps=2000, overrides=_SHORT
+  ),
   "copies": Stage(
     ("octaves_prior", "octaves_mid", "window", "block_topk", "dense"),
     seeds=(0, 1, 2),

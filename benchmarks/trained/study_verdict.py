@@ -109,7 +109,7 @@ class Verdict:
 
 
 def verdicts(stages: Mapping[str, list[dict]], probes: Iterable[dict] = ()) -> list[Verdict]:
-  """Judges H1 to H25.
+  """Judges H1 to H27.
 
   Args:
     stages: rows by stage; one that is absent has none.
@@ -221,6 +221,12 @@ def verdicts(stages: Mapping[str, list[dict]], probes: Iterable[dict] = ()) -> l
       "a tilted start speeds learning up, no more",
     ),
     Verdict("H25", _left_out(core, "low4_prior")[:1], "the threshold is 0"),
+    Verdict("H26", (_of_all_levels(core, "low4_late"),), "training does not mend what it costs"),
+    Verdict(
+      "H27",
+      (_of_all_levels(core, "low4_budget"), _left_out(core, "low4_budget")[1]),
+      "no half of the pairs is saved at high noise, or not for that price",
+    ),
   ]
 
 
@@ -312,6 +318,17 @@ def _left_out(rows: list[dict], arm: str) -> tuple[Claim, Claim]:
   return (
     Claim(f"{arm}, regret of leaving out v all levels", regret, 0.005),
     Claim("pairs at t > .7 over those of all levels", share, 0.5),
+  )
+
+
+def _of_all_levels(rows: list[dict], arm: str) -> Claim:
+  """Returns the claim of H26 and H27: an arm as it runs against `low4_prior` with all levels."""
+
+  def compared(row: dict, other: dict) -> tuple[float, float]:
+    return over(row, row["final"], ALL_T), over(other, other["final_soft"], ALL_T)
+
+  return Claim(
+    f"{arm} v all levels of low4_prior", relative(rows, arm, "low4_prior", compared), 0.05
   )
 
 

@@ -10,7 +10,7 @@ levels by the timestep, per head. All levels of all heads are one attention call
 
 Evaluation leaves out a level whose weight is below `threshold`, if that is not 0: its lists are
 empty. A weight does not tell how large the level's output is: measure before you set it
-(docs/evidence.md, H25).
+(docs/evidence.md, H25), or let the end of training leave out the same (`threshold_from`).
 Prior art: Focal Transformer (arXiv 2107.00641), Fast Multipole Attention (arXiv 2310.11960).
 """
 
@@ -71,6 +71,8 @@ class Octaves(Method):
     mid_tiles: further key tiles of level 0, the best by pooled scores, in the window's softmax.
     threshold: weight below which evaluation leaves a level out, per layer, head and sample; 0
       leaves out none.
+    threshold_from: share of training's steps after which training leaves out what evaluation would;
+      1 is never.
     router: of the levels' weights; an empty prior is uniform. `budget` holds for the pairs that
       evaluation runs, over n^2.
   """
@@ -84,6 +86,7 @@ class Octaves(Method):
   deal: str = "centred"
   mid_tiles: int = 0
   threshold: float = 0.0
+  threshold_from: float = 1.0
   router: RouterConfig = _ROUTER
 
   routed = True
@@ -91,8 +94,9 @@ class Octaves(Method):
 
   def __post_init__(self):
     require(self, "levels window", least=1)
-    require(self, "mid_tiles threshold", least=0)
+    require(self, "mid_tiles threshold threshold_from", least=0)
     require(self, "threshold", below=1)
+    require(self, "threshold_from", most=1)
     require_one_of(self, "basis", KINDS)
     require_one_of(self, "lift", LIFTS)
     require_one_of(self, "border", BORDERS)
@@ -109,6 +113,11 @@ class Octaves(Method):
       raise ValueError(
         f"router mode {self.router.mode!r} draws one branch; levels take "
         '"soft", "gates" or "straight_through".'
+      )
+    if self.threshold_from < 1 and not self.threshold:
+      raise ValueError(
+        f"threshold_from={self.threshold_from} leaves out nothing with threshold={self.threshold}: "
+        "set a threshold above 0."
       )
 
   @property
@@ -138,6 +147,7 @@ class Octaves(Method):
       level_of_tile=np.repeat(np.arange(self.levels)[::-1], tiles).astype(np.int32),
       density=(np.array(pairs) / layout.n**2).astype(np.float32),
       threshold=np.float32(self.threshold),
+      threshold_from=np.float32(self.threshold_from),
       router=numbers(self.router),
       widths=cell_widths(layouts),
       edges=tuple((np.cumsum([0, *tiles]) * layout.block).tolist()),
@@ -147,8 +157,8 @@ class Octaves(Method):
     packed = qkv.prepare(ahead=self._coarse(module, qkv, tables), pooled=self.mid_tiles > 0)
     mask = self._mask(packed, qkv, cond, tables)
     mix = self._mix(module, cond, packed.v, qkv, tables)
-    if mix.drops:
-      mask = _without(mask, mix.kept, tables.level_of_tile)
+    if mix.runs is not None:
+      mask = _without(mask, mix.runs, tables.level_of_tile)
     out, _ = attention(*packed[:3], mask, implementation=qkv.implementation)
     return self._lifted(out, mix.weights, tables), state, self._aux(mix, mask, qkv, cond, tables)
 
@@ -199,17 +209,22 @@ class Octaves(Method):
     router = with_numbers(self.router, tables.router)
     probs = checkpoint_name(probabilities(logits, router, cond.progress), "routing")
     hot = jax.nn.one_hot(probs.argmax(-1), self.levels)
-    as_run = not (cond.train or cond.soft_evaluation)
     if self.router.mode == "straight_through" and not cond.soft_evaluation:
-      weights = hot if as_run else hot + probs - jax.lax.stop_gradient(probs)
-      return Mix(probs, weights, hot > 0, as_run)
+      kept = hot > 0
+      if cond.train:
+        return Mix(probs, hot + probs - jax.lax.stop_gradient(probs), kept)
+      return Mix(probs, hot, kept, kept)
     kept = (probs >= tables.threshold) | (hot > 0)
-    if not (as_run and self.threshold):
-      return Mix(probs, probs, kept, False)
-    weights = jnp.where(kept, probs, 0)
+    leaves_out = self.threshold and (not cond.train or self.threshold_from < 1)
+    if cond.soft_evaluation or not leaves_out:
+      return Mix(probs, probs, kept)
+    runs = kept
+    if cond.train:
+      runs = kept | (cond.progress < tables.threshold_from)
+    weights = jnp.where(runs, probs, 0)
     if self.router.mode != "gates":  # a gate has its own share of the output
       weights /= weights.sum(-1, keepdims=True)
-    return Mix(probs, weights, kept, True)
+    return Mix(probs, weights, kept, runs)
 
   def _lifted(self, out, weights, tables) -> jax.Array:
     """Returns the levels' weighted sum at every token, `[b, n_buffer, h, d]`."""
@@ -300,13 +315,13 @@ class Mix:
     probs: of the softmax.
     weights: factors of the levels' outputs.
     kept: whether evaluation runs a level.
-    drops: static; whether this call leaves out what is not kept.
+    runs: whether this call does; None if it runs all of them.
   """
 
   probs: jax.Array
   weights: jax.Array
   kept: jax.Array
-  drops: bool = dataclasses.field(metadata={"static": True})
+  runs: jax.Array | None = None
 
 
 class OctavesModules(nnx.Module):
@@ -337,7 +352,7 @@ class OctavesTables:
     window: table of level 0 alone.
     level_of_tile: int32 `[tiles]`, of the whole buffer.
     density: float32 `[levels]`, pairs of each level over n^2, the finest first.
-    threshold: that of the method.
+    threshold, threshold_from: those of the method.
     router: `numbers` of the router.
     widths: static; tokens of a cell per level and axis.
     edges: static; first row of each level in the buffer and the row behind the last, coarse first.
@@ -350,6 +365,7 @@ class OctavesTables:
   level_of_tile: np.ndarray
   density: np.ndarray
   threshold: np.ndarray
+  threshold_from: np.ndarray
   router: dict
   widths: tuple = dataclasses.field(metadata={"static": True})
   edges: tuple = dataclasses.field(metadata={"static": True})

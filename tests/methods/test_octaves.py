@@ -149,6 +149,27 @@ def test_a_level_below_the_threshold_is_left_out():
   np.testing.assert_allclose(pairs, aux["density"][0].sum() * RAGGED.n**2, rtol=1e-5)
 
 
+def test_the_end_of_training_leaves_out_what_evaluation_does():
+  """From `threshold_from` on weights and lists are those of evaluation; before, all levels run."""
+  layer = drawn(dataclasses.replace(METHOD, threshold=0.3, threshold_from=0.5))
+  x = tokens()
+  probs = softmax(BIAS)
+  kept = (probs >= 0.3) | (probs == probs.max(-1, keepdims=True))
+  assert not kept.all()
+  as_run = heads_of(layer, x)
+  late = where(train=True, progress=0.5)
+  np.testing.assert_allclose(heads_of(layer, x, late), as_run, atol=2e-6)
+  early = where(train=True, progress=0.49)
+  np.testing.assert_allclose(heads_of(layer, x, early), plain(layer, x, probs), atol=2e-5)
+  # What evaluation will run is said and priced from the beginning.
+  np.testing.assert_array_equal(aux_of(layer, x, early)["kept"][0], kept)
+  gradient, aux = router_gradient(layer, x)  # at progress 1
+  np.testing.assert_array_equal(aux["density"], run(layer, x)[1]["density"])
+  size = np.abs(gradient) / np.abs(gradient).max()
+  several = kept.sum(-1) > 1
+  assert size[~kept].max() < 1e-5 and size[kept & several[:, None]].min() > 1e-3
+
+
 def test_no_level_is_left_out_unless_asked():
   layer = drawn(Octaves(window=(1, 3, 1), router=FLAT))
   layer.method.router.bias[...] = 20 * jnp.asarray(BIAS)  # most weights are next to nothing
@@ -250,6 +271,8 @@ def test_statistics_of_content_reach_the_weights():
     (dict(basis="fft"), "block_haar"),
     (dict(lift="cubic"), "linear"),
     (dict(threshold=1.0), "threshold=1"),
+    (dict(threshold_from=0.5), "threshold_from=0.5 leaves out nothing with threshold=0"),
+    (dict(threshold=0.1, threshold_from=1.5), "threshold_from=1.5 must be"),
     (dict(router=RouterConfig(prior=(1, 1))), "share for each of"),
     (dict(router=RouterConfig(prior=(), mode="sampled")), "straight_through"),
     (dict(router=RouterConfig(prior=(), mode="random")), "straight_through"),

@@ -85,12 +85,13 @@ def lowered(changes: dict) -> list[str]:
 
 
 def test_numbers_are_no_part_of_a_program():
-  threshold = "model.attention.octaves.threshold"  # at 0 no level is left out by the program
-  changes = {"seed": 5, threshold: 0.2}
+  # At a threshold of 0, or from the end on, the program leaves out no level.
+  threshold, late = (f"model.attention.octaves.threshold{end}" for end in ("", "_from"))
+  changes = {"seed": 5, threshold: 0.2, late: 0.7}
   changes |= {f"train.{name}": value for name, value in TRAIN.items()}
   for method, (name, value) in itertools.product(METHODS, ROUTER.items()):
     changes[f"model.attention.{method}.router.{name}"] = value
-  for before, now in zip(lowered({threshold: 0.05}), lowered(changes), strict=True):
+  for before, now in zip(lowered({threshold: 0.05, late: 0.5}), lowered(changes), strict=True):
     assert before == now
   assert TRAIN.keys() == set(TrainConfig.NUMBERS)
 

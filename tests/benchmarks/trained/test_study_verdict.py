@@ -184,6 +184,16 @@ def test_longer_runs_are_judged_by_their_own_rows():
   assert state("H25", seeds("low4_prior", [1.001, 1.001]), stage="core") == HOLDS
 
 
+def test_training_that_leaves_levels_out_is_judged_as_it_runs():
+  plain = seeds("low4_prior", [9.0, 9.0], soft=0.2)  # all levels have a regret of .2
+  half = [1.0] * 5 + [0.4] * 3
+  for name, arm in (("H26", "low4_late"), ("H27", "low4_budget")):
+    assert state(name, plain + seeds(arm, [0.2, 0.201], density=half), stage="core") == HOLDS
+    assert state(name, plain + seeds(arm, [0.22, 0.221], density=half), stage="core") == FAILS
+  dear = seeds("low4_budget", [0.2, 0.201])
+  assert state("H27", plain + dear, stage="core") == FAILS
+
+
 def test_the_text_names_bounds_seeds_and_consequences():
   lines = text(verdicts({"screen": seeds("octaves", [1.02, 1.02])})).splitlines()
   (eighth,) = (line for line in lines if line.startswith("H8"))
