@@ -1,23 +1,21 @@
-"""The tests of transformations once more, on eight emulated devices."""
+"""Attention on eight emulated devices."""
 
 import os
 import pathlib
 import subprocess
 import sys
 
-from tests.kernels.block_sparse import test_transformed
 
-
-def test_transformations():
+def test_on_a_mesh():
   """In a process of its own: the number of CPU devices is fixed when jax starts."""
-  count = test_transformed.DEVICES
-  flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
-  options = "-m pytest -x -q -p no:cacheprovider"
+  flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+  folder = pathlib.Path(__file__).parent
+  options = "-m pytest -x -q -n0 -p no:cacheprovider"
   run = subprocess.run(
-    [sys.executable, *options.split(), test_transformed.__file__],
+    [sys.executable, *options.split(), folder / "on_a_mesh.py"],
     capture_output=True,
     text=True,
-    cwd=pathlib.Path(__file__).parents[3],
+    cwd=folder.parents[2],
     env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
   )
   assert run.returncode == 0, run.stdout[-5000:]
