@@ -62,8 +62,8 @@ def test_fewer_heads_than_devices_exchange_tiles():
 
 
 def test_samples_equal_those_of_one_device():
-  """Two groups of four devices; the latter two methods measure heads and search for masks."""
-  methods = ("octaves", "spatial_temporal", "adaspa")
+  """Two groups of four devices; the methods measure heads and search for masks."""
+  methods = ("spatial_temporal", "adaspa")
   wanted = drawn(methods, make_mesh(MeshConfig(1), 8), HEADS)
   assert len(wanted) == 10 and np.ptp(wanted) > 1
   found = drawn(methods, whole_mesh(context=4), HEADS)
