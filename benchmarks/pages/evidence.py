@@ -102,6 +102,7 @@ def tables(stages: Mapping[str, list[dict]], probes: list[dict]) -> dict[str, st
     "study core all levels": _table(part_lines(core)) if core else _NONE,
     "study outcome": outcome(stages, probes),
     "study layers": by_setting(of_probe.get("layers", [])),
+    "study windows": windows(of_probe.get("windows", [])),
     "study transfer": by_setting(of_probe.get("transfer", [])),
     "study thresholds": by_setting(of_probe.get("threshold", [])),
     "study statistics": by_setting(of_probe.get("statistics", [])),
@@ -149,6 +150,20 @@ def by_setting(probes: list[dict]) -> str:
       cells.append(f"{regret:.4f} ({density:.2g})")
     lines.append((arm, str(len(own)), *cells))
   return markdown(("regret (density)", "seeds", *settings), lines)
+
+
+def windows(probes: list[dict]) -> str:
+  """Returns regret over t of dense runs, as they are and in windows, seed by seed."""
+  if not probes:
+    return _NONE
+  lines = []
+  for row in probes:
+    for setting, found in row["results"].items():
+      values = (found["regret"], *found["regret_buckets"])
+      name = f"seed {row['seed']}, {setting}"
+      lines.append((name, f"{found['density']:.2g}", *(f"{value:.3f}" for value in values)))
+  places = (f"{place:.2f}" for place in middles(probes[0], len(values) - 1))
+  return markdown(("regret at t", "density", "all", *places), lines)
 
 
 def oracle(probes: list[dict]) -> str:

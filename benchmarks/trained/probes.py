@@ -35,12 +35,14 @@ from freqformer.methods.base import Method
 from freqformer.methods.dense import Dense
 from freqformer.methods.freqformer import FreqFormer
 from freqformer.methods.octaves import Octaves
+from freqformer.methods.sliding_tile import SlidingTile
 from freqformer.model.dit import VideoDiT
 from freqformer.model.leaves import flatten
 from freqformer.train.validation import channel_power, evaluate, make_eval_step
 
 CLIPS = 16
 THRESHOLDS = (0.0, 0.02, 0.05, 0.1, 0.2)
+WINDOWS = ((3, 3, 3), (3, 5, 5))  # tiles: the window of the study's arms, and a larger one
 _SAMPLING_STEPS = 24
 _ORACLE_PARTS = 4  # of t
 # A logit that decides, whatever the others are.
@@ -119,6 +121,16 @@ def threshold(run: Run) -> dict[str, dict]:
     changed = dataclasses.replace(method, threshold=value)
     model = with_method(run, changed)
     found[f"{value:g}"] = judge(dataclasses.replace(run, model=model), clips=CLIPS)
+  return found
+
+
+def windows(run: Run) -> dict[str, dict]:
+  """Judges a dense run whose attention is a window, weights as they are: is what it does local?"""
+  found = {"all tokens": judge(run, clips=CLIPS)}
+  for window in WINDOWS:
+    method = SlidingTile(window=window, unit="tiles", border="clip")
+    changed = dataclasses.replace(run, model=with_method(run, method))
+    found["x".join(map(str, window)) + " tiles"] = judge(changed, clips=CLIPS)
   return found
 
 
@@ -397,6 +409,7 @@ class Probe:
 PROBES = {
   "transfer": Probe(transfer, _any_run),
   "layers": Probe(layers, _any_run),
+  "windows": Probe(windows, _dense_of_known_spectrum),
   "threshold": Probe(threshold, _weighed),
   "statistics": Probe(statistics, _reads_content),
   "oracle": Probe(oracle, _routed_of_known_regret),

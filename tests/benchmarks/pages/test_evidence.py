@@ -72,6 +72,7 @@ MASS = {
 PROBES = [
   probe("transfer", "octaves", {"as trained": judged(0.2) | {"weights": LEVELS}}),
   probe("threshold", "octaves", {"0": judged(0.2, 0.08), "0.05": judged(0.21, 0.004)}),
+  probe("windows", "dense", {"all tokens": judged(0.2, 1.0), "3x3x3 tiles": judged(0.4, 0.074)}),
   probe("mass", "dense", MASS),
   probe("samples", "window", {"model": SEAMS, "exact": SEAMS | {"flicker": 0.25}}),
 ]
@@ -108,6 +109,9 @@ def test_tables_of_some_arms_and_seeds():
     in (found["study samples"])
   )
   assert found["study oracle"] == found["study statistics"] == "No rows yet."
+  local = found["study windows"].splitlines()
+  assert local[0].startswith("| regret at t | density | all | 0.34 | 0.43 |")
+  assert local[3].startswith("| seed 0, 3x3x3 tiles | 0.074 | 0.400 | 0.400 |")
   mass = found["study mass"].splitlines()
   assert mass[0].startswith("| % at 0-1 / 2-3 / 4 tokens, t = | 0.34 | 0.43 |")
   assert mass[2].startswith("| layer 1 | 10 / 15 / 75 |")

@@ -86,6 +86,17 @@ def test_thresholds_leave_levels_out(octaves, monkeypatch):
   assert {method.levels for method in kept} == {2}
 
 
+def test_dense_runs_attend_in_windows(monkeypatch):
+  run = untrained("dense")
+  kept = []
+  monkeypatch.setattr(probes, "judge", lambda run, **_: kept.append(run) or {})
+  assert list(probes.windows(run)) == ["all tokens", "3x3x3 tiles", "3x5x5 tiles"]
+  dense, *windows = (probes.method_of(found) for found in kept)
+  assert isinstance(dense, Dense)
+  assert [(own.window, own.unit) for own in windows] == [(w, "tiles") for w in probes.WINDOWS]
+  assert all(found.params is run.params for found in kept)
+
+
 def test_statistics_of_other_clips():
   layout = TileLayout.fit((2, 8, 8), 8)
   v = jax.random.normal(jax.random.key(0), (3, layout.n_buffer, 2, 4))
@@ -211,7 +222,7 @@ def test_probes_go_to_the_runs_that_they_fit(octaves):
   planted = dataclasses.replace(octaves.experiment, data=copies)
   unknown = dataclasses.replace(octaves, experiment=planted)
   assert fitting(unknown) == every | {"threshold"}  # of a regret that is not known
-  assert fitting(of(Dense())) == every | {"mass"}
+  assert fitting(of(Dense())) == every | {"mass", "windows"}
   assert fitting(dataclasses.replace(of(Dense()), experiment=planted)) == every
   hard = dataclasses.replace(Octaves().router, mode="straight_through")
   assert fitting(of(Octaves(router=hard))) == every | {"oracle"}
