@@ -118,7 +118,7 @@ def threshold(run: Run) -> dict[str, dict]:
   method = method_of(run)
   found = {}
   for value in THRESHOLDS:
-    changed = dataclasses.replace(method, threshold=value)
+    changed = dataclasses.replace(method, threshold=value, threshold_from=1.0)
     model = with_method(run, changed)
     found[f"{value:g}"] = judge(dataclasses.replace(run, model=model), clips=CLIPS)
   return found

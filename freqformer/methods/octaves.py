@@ -117,7 +117,7 @@ class Octaves(Method):
     if self.threshold_from < 1 and not self.threshold:
       raise ValueError(
         f"threshold_from={self.threshold_from} leaves out nothing with threshold={self.threshold}: "
-        "set a threshold above 0."
+        "set a threshold above 0, or threshold_from=1."
       )
 
   @property

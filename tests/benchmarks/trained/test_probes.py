@@ -81,7 +81,10 @@ def test_a_layer_without_attention(octaves, monkeypatch):
 def test_thresholds_leave_levels_out(octaves, monkeypatch):
   kept = []
   monkeypatch.setattr(probes, "judge", lambda run, **_: kept.append(probes.method_of(run)) or {})
-  assert list(probes.threshold(octaves)) == ["0", "0.02", "0.05", "0.1", "0.2"]
+  trained = probes.method_of(octaves)
+  late = dataclasses.replace(trained, threshold=0.1, threshold_from=0.5)
+  run = dataclasses.replace(octaves, model=probes.with_method(octaves, late))
+  assert list(probes.threshold(run)) == ["0", "0.02", "0.05", "0.1", "0.2"]
   assert [method.threshold for method in kept] == list(probes.THRESHOLDS)
   assert {method.levels for method in kept} == {2}
 
