@@ -60,7 +60,7 @@ simulate: core
 	$(RUN) -m benchmarks.pages.complexity
 
 test: setup
-	JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --dist=loadgroup tests
+	$(RUN) -m pytest -n 2 --dist=loadgroup tests
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -73,6 +73,7 @@ def pytest_configure(config):
   if config.option.device == "gpu" and not config.option.rehearse:
     _open_gpu()
   else:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # XLA optimises little: most programs run once, so that compiling them well costs more than it
     # saves, and numbers are the same up to rounding. Processes that tests start inherit it.
     # `tools.offline` compiles for a GPU as well as ever.
