@@ -183,8 +183,7 @@ class LayoutTables:
       return _swap_boxes(x, boxes, (0, 2, 4, 1, 3, 5))
     valid = jnp.expand_dims(self.valid, range(1, x.ndim - 1))
     # A gather and a select: on every backend cheaper than a scatter into zeros.
-    taken = jnp.take(x, self.gather, axis=1, mode="clip")
-    return jnp.where(valid, taken, jnp.zeros((), taken.dtype))
+    return jnp.where(valid, jnp.take(x, self.gather, axis=1, mode="clip"), jnp.zeros((), x.dtype))
 
   def unpack(self, x: jax.Array) -> jax.Array:
     """Tile order to raster order: `[b, n_buffer, ...]` -> `[b, n, ...]`; padding is not read."""
