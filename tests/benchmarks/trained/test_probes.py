@@ -96,7 +96,8 @@ def test_dense_runs_attend_in_windows(monkeypatch):
   assert list(probes.windows(run)) == ["all tokens", "3x3x3 tiles", "3x5x5 tiles"]
   dense, *windows = (probes.method_of(found) for found in kept)
   assert isinstance(dense, Dense)
-  assert [(own.window, own.unit) for own in windows] == [(w, "tiles") for w in probes.WINDOWS]
+  fields = [(own.window, own.unit, own.border) for own in windows]
+  assert fields == [(window, "tiles", "clip") for window in probes.WINDOWS]  # as the study's arms
   assert all(found.params is run.params for found in kept)
 
 
