@@ -22,7 +22,7 @@ from benchmarks.pages.complexity import fill, markdown
 from benchmarks.rows import measured_rows
 from benchmarks.trained.attention_mass import PATHS
 from benchmarks.trained.study import SIZES, STAGES
-from benchmarks.trained.study_summary import arm_lines, middles, part_lines
+from benchmarks.trained.study_summary import all_levels, arm_lines, middles, part_lines
 from benchmarks.trained.study_verdict import verdicts
 from freqformer.simulation import plots
 
@@ -111,19 +111,6 @@ def tables(stages: Mapping[str, list[dict]], probes: list[dict]) -> dict[str, st
     "study bands": between_bands(of_probe.get("mass", [])),
     "study samples": samples(of_probe.get("samples", [])),
   }
-
-
-def all_levels(rows: list[dict]) -> list[dict]:
-  """Returns rows of pyramids as judged with all levels, and others as they are.
-
-  A pyramid that was trained to leave out levels is among the others.
-  """
-  found = []
-  for row in rows:
-    trained_to = "model.attention.octaves.threshold_from" in row["overrides"]
-    weighed = row["arm"].startswith(("octaves", "low")) and not trained_to
-    found.append(row | {"final": row["final_soft"]} if weighed else row)
-  return found
 
 
 def outcome(stages: Mapping[str, list[dict]], probes: list[dict]) -> str:

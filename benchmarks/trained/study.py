@@ -157,7 +157,7 @@ _SCALE = {
   )
   for tokens, grid in SIZES.items()
 }
-# choice: what a core can do in three hours, in one, in two nights, in a night.
+# choice: what a core can do in three hours, one, two nights, two hours, one hour, a night.
 STAGES = {
   "screen": Stage(_SCREEN, seeds=(0, 1, 2), steps=300, overrides=_SHORT),
   "plane": Stage(
@@ -166,6 +166,10 @@ STAGES = {
   "core": Stage(
     (*_SCREEN[:7], "low4_late", "low4_budget"), seeds=(0, 1, 2), steps=2000, overrides=_SHORT
   ),
+  # The FLOPs of dense attention's 2,000 steps, and a third less: the default in 8,000.
+  "long": Stage(("low4_prior",), seeds=(0, 1, 2), steps=8000, overrides=_SHORT),
+  # Three more seeds of two of the screen's arms.
+  "vorta": Stage(("octaves_prior", "vorta"), seeds=(3, 4, 5), steps=300, overrides=_SHORT),
   "copies": Stage(
     ("octaves_prior", "octaves_mid", "window", "block_topk", "dense"),
     seeds=(0, 1, 2),

@@ -117,6 +117,19 @@ def difference(rows: list[dict], arm: str, against: str, compared: Compared) -> 
   }
 
 
+def all_levels(rows: list[dict]) -> list[dict]:
+  """Returns rows of pyramids as judged with all levels, and others as they are.
+
+  A pyramid that was trained to leave out levels is among the others.
+  """
+  found = []
+  for row in rows:
+    trained_to = "model.attention.octaves.threshold_from" in row["overrides"]
+    weighed = row["arm"].startswith(("octaves", "low")) and not trained_to
+    found.append(row | {"final": row["final_soft"]} if weighed else row)
+  return found
+
+
 def by_arm(rows: list[dict]) -> dict[str, list[dict]]:
   """Returns the rows of every arm, the arm with the least regret (or loss) first."""
   arms = {}

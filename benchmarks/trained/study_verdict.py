@@ -15,6 +15,7 @@ from benchmarks.trained.study_summary import (
   ALL_T,
   Compared,
   Span,
+  all_levels,
   counted,
   equal_flops,
   equal_steps,
@@ -109,7 +110,7 @@ class Verdict:
 
 
 def verdicts(stages: Mapping[str, list[dict]], probes: Iterable[dict] = ()) -> list[Verdict]:
-  """Judges H1 to H27.
+  """Judges H1 to H28.
 
   Args:
     stages: rows by stage; one that is absent has none.
@@ -190,7 +191,13 @@ def verdicts(stages: Mapping[str, list[dict]], probes: Iterable[dict] = ()) -> l
     ),
     Verdict(
       "H17",
-      (Claim("octaves_prior v vorta", relative(plain, "octaves_prior", "vorta"), 0),),
+      (
+        Claim(
+          "octaves_prior v vorta",
+          relative(plain + stages.get("vorta", []), "octaves_prior", "vorta"),
+          0,
+        ),
+      ),
       "README says so",
     ),
     Verdict(
@@ -226,6 +233,9 @@ def verdicts(stages: Mapping[str, list[dict]], probes: Iterable[dict] = ()) -> l
       "H27",
       (_of_all_levels(core, "low4_budget"), _left_out(core, "low4_budget")[1]),
       "no half of the pairs is saved at high noise, or not for that price",
+    ),
+    Verdict(
+      "H28", (_of_fewer_steps(stages.get("long", []), core),), "README's first table says so"
     ),
   ]
 
@@ -267,6 +277,24 @@ def _of_dense_of_four_times(rows: list[dict], arm: str) -> Claim:
   """Returns the claim of H3 and H22."""
   found = relative(rows, arm, "dense", _quarter_of_steps)
   return Claim(f"{arm} v dense of four times the steps", found, 0.01)
+
+
+def _of_fewer_steps(long: list[dict], core: list[dict]) -> Claim:
+  """Returns the claim of H28: the default, with all levels, against dense attention at a quarter.
+
+  Args:
+    long: rows of the default.
+    core: rows of dense attention.
+  """
+
+  def compared(row: dict, other: dict) -> tuple[float, float] | None:
+    if row["steps"] != 4 * other["steps"]:
+      return None
+    return over(row, row["final"]), over(other, other["final"])
+
+  dense = [row for row in core if row["arm"] == "dense"]
+  found = relative(all_levels(long) + dense, "low4_prior", "dense", compared)
+  return Claim("low4_prior of four times the steps v dense", found, 0.01)
 
 
 def _quarter_of_steps(row: dict, other: dict) -> tuple[float, float] | None:

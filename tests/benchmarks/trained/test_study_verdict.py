@@ -200,3 +200,30 @@ def test_the_text_names_bounds_seeds_and_consequences():
   assert "fails: the threshold is 0" in eighth
   assert "+2.0% +- 0.0%, should be below +0.5% (2 seeds)" in eighth
   assert any(line.startswith("H7") and "open with 0 seeds" in line for line in lines)
+
+
+def test_the_default_has_four_times_the_steps_of_dense_attention():
+  """H28: judged with all levels, `final_soft`, which evaluation of that arm leaves out."""
+  dense = seeds("dense", [0.5, 0.505])
+
+  def outcome(regret, steps=1200):
+    long = [row("low4_prior", seed, 9.0, soft=regret) | {"steps": steps} for seed in range(2)]
+    found = verdicts({"long": long, "core": dense + seeds("low4_prior", [0.1, 0.1])})
+    return next(v for v in found if v.name == "H28").state
+
+  assert outcome(0.4) == HOLDS
+  assert outcome(1.6) == FAILS
+  assert outcome(0.4, steps=600) == OPEN
+
+
+def test_vorta_is_judged_on_all_its_seeds():
+  """H17: its last three seeds have a stage of their own."""
+  screen = seeds("octaves_prior", [0.5, 0.7]) + seeds("vorta", [0.6, 0.6])
+  further = [
+    row(arm, seed, value)
+    for seed in (3, 4, 5)
+    for arm, value in (("octaves_prior", 0.3 + 0.001 * seed), ("vorta", 0.6))
+  ]
+  found = verdicts({"screen": screen, "vorta": further})
+  (claim,) = next(v for v in found if v.name == "H17").claims
+  assert len(claim.values) == 5
