@@ -116,6 +116,9 @@ ARMS |= {
     "model.attention.octaves.router.penalty": 0.05,
     "model.attention.octaves.router.budget": 0.037,
   },
+  # The finest level, nine tenths of the pairs, runs up to t = .7, from the first step on.
+  "octaves_until": _TILTED
+  | {"model.attention.octaves.threshold": 0.0, "model.attention.octaves.until": (0.7, 1.0, 1.0)},
 }
 
 
@@ -157,17 +160,28 @@ _SCALE = {
   )
   for tokens, grid in SIZES.items()
 }
-# choice: what a core can do in three hours, one, two nights, two hours, one hour, a night.
+# choice: what a core can do in three hours, one, two nights, two hours, an
+# hour twice, a night.
 STAGES = {
   "screen": Stage(_SCREEN, seeds=(0, 1, 2), steps=300, overrides=_SHORT),
   "plane": Stage(
     ("octaves4_prior", "low8_prior", "window"), seeds=(0, 1, 2), steps=600, overrides=_PLANE
   ),
   "core": Stage(
-    (*_SCREEN[:7], "low4_late", "low4_budget"), seeds=(0, 1, 2), steps=2000, overrides=_SHORT
+    (*_SCREEN[:7], "low4_late", "low4_budget", "octaves_until"),
+    seeds=(0, 1, 2),
+    steps=2000,
+    overrides=_SHORT,
   ),
   # The FLOPs of dense attention's 2,000 steps, and a third less: the default in 8,000.
   "long": Stage(("low4_prior",), seeds=(0, 1, 2), steps=8000, overrides=_SHORT),
+  # High noise alone, where the two arms differ.
+  "high": Stage(
+    ("octaves_prior", "octaves_until"),
+    seeds=(0, 1, 2, 3, 4),
+    steps=1000,
+    overrides=_SHORT | {"train.time_range": (0.7, 1.0)},
+  ),
   # Three more seeds of two of the screen's arms.
   "vorta": Stage(("octaves_prior", "vorta"), seeds=(3, 4, 5), steps=300, overrides=_SHORT),
   "copies": Stage(

@@ -110,7 +110,7 @@ class Verdict:
 
 
 def verdicts(stages: Mapping[str, list[dict]], probes: Iterable[dict] = ()) -> list[Verdict]:
-  """Judges H1 to H28.
+  """Judges H1 to H30.
 
   Args:
     stages: rows by stage; one that is absent has none.
@@ -237,6 +237,14 @@ def verdicts(stages: Mapping[str, list[dict]], probes: Iterable[dict] = ()) -> l
     Verdict(
       "H28", (_of_fewer_steps(stages.get("long", []), core),), "README's first table says so"
     ),
+    Verdict(
+      "H29",
+      (_loss_without_the_finest(core), _pairs_without_the_finest(core)),
+      "no half of the pairs is saved at high noise, or not for that price",
+    ),
+    Verdict(
+      "H30", (_loss_without_the_finest(stages.get("high", [])),), "as H29, at high noise alone"
+    ),
   ]
 
 
@@ -358,6 +366,28 @@ def _of_all_levels(rows: list[dict], arm: str) -> Claim:
   return Claim(
     f"{arm} v all levels of low4_prior", relative(rows, arm, "low4_prior", compared), 0.05
   )
+
+
+def _loss_without_the_finest(rows: list[dict]) -> Claim:
+  """Returns the claim of H29 and H30: an arm without its finest level at t > .7, by the loss."""
+
+  def compared(row: dict, other: dict) -> tuple[float, float]:
+    return row["final"]["loss"], other["final_soft"]["loss"]
+
+  found = relative(rows, "octaves_until", "octaves_prior", compared)
+  return Claim("octaves_until, loss v all levels of octaves_prior", found, 0.005)
+
+
+def _pairs_without_the_finest(rows: list[dict]) -> Claim:
+  """Returns the claim of H29: pairs of the same two arms at t > .7."""
+
+  def compared(row: dict, other: dict) -> tuple[float, float]:
+    judged = (row, row["final"]), (other, other["final_soft"])
+    return tuple(over_parts(of, found["density_buckets"], HIGH_NOISE) for of, found in judged)
+
+  found = pairs(rows, "octaves_until", "octaves_prior", compared)
+  shares = (found[:, 0] / found[:, 1]).tolist()
+  return Claim("pairs at t > .7 over those of all levels", shares, 0.5)
 
 
 def text(found: list[Verdict]) -> str:

@@ -10,7 +10,9 @@ levels by the timestep, per head. All levels of all heads are one attention call
 
 Evaluation leaves out a level whose weight is below `threshold`, if that is not 0: its lists are
 empty. A weight does not tell how large the level's output is: measure before you set it
-(docs/evidence.md, H25), or let the end of training leave out the same (`threshold_from`).
+(docs/evidence.md, H25), or let the end of training leave out the same (`threshold_from`). `until`
+leaves out fine levels at high noise from the first step of training on, so that work falls with
+noise; theory says from which t on they are not needed (`python -m freqformer.theory`).
 Prior art: Focal Transformer (arXiv 2107.00641), Fast Multipole Attention (arXiv 2310.11960).
 """
 
@@ -73,6 +75,8 @@ class Octaves(Method):
       leaves out none.
     threshold_from: share of training's steps after which training leaves out what evaluation would;
       1 is never.
+    until: t above which a level is left out, in training and evaluation, one per level, the finest
+      first; the coarsest one's is 1. Empty: every level at every t.
     router: of the levels' weights; an empty prior is uniform. `budget` holds for the pairs that
       evaluation runs, over n^2.
   """
@@ -87,6 +91,7 @@ class Octaves(Method):
   mid_tiles: int = 0
   threshold: float = 0.0
   threshold_from: float = 1.0
+  until: tuple[float, ...] = ()
   router: RouterConfig = _ROUTER
 
   routed = True
@@ -97,6 +102,7 @@ class Octaves(Method):
     require(self, "mid_tiles threshold threshold_from", least=0)
     require(self, "threshold", below=1)
     require(self, "threshold_from", most=1)
+    require(self, "until", above=0, most=1)
     require_one_of(self, "basis", KINDS)
     require_one_of(self, "lift", LIFTS)
     require_one_of(self, "border", BORDERS)
@@ -108,6 +114,11 @@ class Octaves(Method):
       raise ValueError(
         f"router prior {self.router.prior} must be empty or have a share for each of "
         f"{self.levels=}."
+      )
+    if self.until and (len(self.until) != self.levels or self.until[-1] != 1):
+      raise ValueError(
+        f"until={self.until} must be empty or have a t for each of {self.levels=}, the finest "
+        "first, with 1 for the coarsest, which runs at every t."
       )
     if self.router.mode in ONE_BRANCH:
       raise ValueError(
@@ -148,6 +159,7 @@ class Octaves(Method):
       density=(np.array(pairs) / layout.n**2).astype(np.float32),
       threshold=np.float32(self.threshold),
       threshold_from=np.float32(self.threshold_from),
+      until=np.array(self.until or (1.0,) * self.levels, np.float32),
       router=numbers(self.router),
       widths=cell_widths(layouts),
       edges=tuple((np.cumsum([0, *tiles]) * layout.block).tolist()),
@@ -206,21 +218,25 @@ class Octaves(Method):
       valid = [*(step.coarse.valid for step in tables.steps[::-1]), qkv.layout.valid]
       stats = _energies(jax.lax.stop_gradient(values), valid, tables.edges)
     logits = cond.share(module.router.logits(cond.embedding, cond.time, stats))
+    may_run = jnp.broadcast_to(cond.time[:, None, None] <= tables.until, logits.shape)
+    if self.until:  # weights of the levels that may run sum to one
+      logits = jnp.where(may_run, logits, -jnp.inf)
     router = with_numbers(self.router, tables.router)
     probs = checkpoint_name(probabilities(logits, router, cond.progress), "routing")
     hot = jax.nn.one_hot(probs.argmax(-1), self.levels)
+    unless_left_out = may_run if self.until else None
     if self.router.mode == "straight_through" and not cond.soft_evaluation:
       kept = hot > 0
       if cond.train:
-        return Mix(probs, hot + probs - jax.lax.stop_gradient(probs), kept)
+        return Mix(probs, hot + probs - jax.lax.stop_gradient(probs), kept, unless_left_out)
       return Mix(probs, hot, kept, kept)
-    kept = (probs >= tables.threshold) | (hot > 0)
+    kept = may_run & ((probs >= tables.threshold) | (hot > 0))
     leaves_out = self.threshold and (not cond.train or self.threshold_from < 1)
     if cond.soft_evaluation or not leaves_out:
-      return Mix(probs, probs, kept)
+      return Mix(probs, probs, kept, unless_left_out)
     runs = kept
     if cond.train:
-      runs = kept | (cond.progress < tables.threshold_from)
+      runs = kept | (may_run & (cond.progress < tables.threshold_from))
     weights = jnp.where(runs, probs, 0)
     if self.router.mode != "gates":  # a gate has its own share of the output
       weights /= weights.sum(-1, keepdims=True)
@@ -260,13 +276,15 @@ class Octaves(Method):
   # ---- counting
 
   def shares(self, heads: int, allocation=None) -> np.ndarray:
-    """Returns the share of heads that run each level, `[levels]`: all of them unless given.
+    """Returns the share of heads that run each level, `[levels]`.
+
+    Unless it is given, it is the part of all t at which the level runs: the mean over even t.
 
     Raises:
       ConfigError: unless there is one share in [0, 1] per level.
     """
     if allocation is None:
-      return np.ones(self.levels)
+      return np.array(self.until or (1.0,) * self.levels)
     shares = np.asarray(allocation, np.float64)
     if shares.shape != (self.levels,) or not ((shares >= 0) & (shares <= 1)).all():
       raise ConfigError(f"{allocation=} must be {self.levels} shares of heads, each in [0, 1].")
@@ -353,6 +371,7 @@ class OctavesTables:
     level_of_tile: int32 `[tiles]`, of the whole buffer.
     density: float32 `[levels]`, pairs of each level over n^2, the finest first.
     threshold, threshold_from: those of the method.
+    until: float32 `[levels]`, of the method.
     router: `numbers` of the router.
     widths: static; tokens of a cell per level and axis.
     edges: static; first row of each level in the buffer and the row behind the last, coarse first.
@@ -366,6 +385,7 @@ class OctavesTables:
   density: np.ndarray
   threshold: np.ndarray
   threshold_from: np.ndarray
+  until: np.ndarray
   router: dict
   widths: tuple = dataclasses.field(metadata={"static": True})
   edges: tuple = dataclasses.field(metadata={"static": True})

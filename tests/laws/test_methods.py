@@ -65,7 +65,7 @@ SETTINGS = {
     ),
   ],
   "octaves": [
-    dict(levels=2, window=(1, 3, 1), threshold=0.45, threshold_from=0.5),
+    dict(levels=2, window=(1, 3, 1), threshold=0.45, threshold_from=0.5, until=(0.5, 1.0)),
     dict(
       levels=3,
       window=(1, 1, 1),

@@ -170,6 +170,42 @@ def test_the_end_of_training_leaves_out_what_evaluation_does():
   assert size[~kept].max() < 1e-5 and size[kept & several[:, None]].min() > 1e-3
 
 
+@pytest.mark.parametrize("mode", ["soft", "straight_through", "gates"])
+def test_levels_run_up_to_their_t(mode):
+  """Above `until` a level has weight 0 and empty lists, in training, evaluation and with all on."""
+  router = dataclasses.replace(FLAT, mode=mode)
+  layer = drawn(dataclasses.replace(METHOD, until=(0.3, 0.7, 1.0), router=router))
+  x = tokens()
+  opened = np.array([[True, True, True], [False, False, True]])[:, None]  # t = .3, .9
+  raised = np.where(opened, BIAS.astype(np.float64), -np.inf)
+  weights = {
+    "soft": softmax(raised),
+    "straight_through": np.eye(3)[raised.argmax(-1)],
+    "gates": 1 / (1 + np.exp(-raised)),
+  }[mode]
+  plain_layer = drawn(METHOD)
+  want = [plain(plain_layer, x[i : i + 1], weights[i])[0] for i in range(2)]
+  coarsest = METHOD.pairs(RAGGED, 1, (0, 0, 1)).pairs / RAGGED.n**2
+  every = METHOD.pairs(RAGGED, 1).pairs / RAGGED.n**2
+  for how in ({}, dict(train=True)):
+    np.testing.assert_allclose(heads_of(layer, x, where(**how)), want, atol=2e-5)
+    aux = aux_of(layer, x, where(**how))
+    assert not (np.asarray(aux["kept"]) & ~opened).any()
+    np.testing.assert_allclose(aux["density"][1], coarsest, rtol=1e-5)
+  soft = aux_of(layer, x, where(soft_evaluation=True))
+  np.testing.assert_array_equal(np.asarray(soft["probs"]) > 0, np.broadcast_to(opened, (2, 6, 3)))
+  np.testing.assert_allclose(np.mean(soft["density"], 1), [every, coarsest], rtol=1e-5)
+  gradient, _ = router_gradient(layer, x)
+  assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0
+
+
+def test_levels_are_counted_by_the_share_of_t_in_which_they_run():
+  """Until t = .3 and .6 of all t even in t: the mean of what runs at .15, .45 and .8."""
+  method = dataclasses.replace(METHOD, until=(0.3, 0.6, 1.0))
+  found = [method.pairs(RAGGED, 6, shares).pairs for shares in ((1, 1, 1), (0, 1, 1), (0, 0, 1))]
+  np.testing.assert_allclose(method.pairs(RAGGED, 6).pairs, np.dot([0.3, 0.3, 0.4], found))
+
+
 def test_no_level_is_left_out_unless_asked():
   layer = drawn(Octaves(window=(1, 3, 1), router=FLAT))
   layer.method.router.bias[...] = 20 * jnp.asarray(BIAS)  # most weights are next to nothing
@@ -273,6 +309,12 @@ def test_statistics_of_content_reach_the_weights():
     (dict(threshold=1.0), "threshold=1"),
     (dict(threshold_from=0.5), "threshold_from=0.5 leaves out nothing with threshold=0"),
     (dict(threshold=0.1, threshold_from=1.5), "threshold_from=1.5 must be"),
+    (
+      dict(until=(0.7, 1.0)),
+      r"until=\(0.7, 1.0\) must be empty or have a t for each of .*levels=3",
+    ),
+    (dict(until=(0.7, 1.0, 0.9)), "with 1 for the coarsest"),
+    (dict(until=(0.7, 1.1, 1.0)), "until"),
     (dict(router=RouterConfig(prior=(1, 1))), "share for each of"),
     (dict(router=RouterConfig(prior=(), mode="sampled")), "straight_through"),
     (dict(router=RouterConfig(prior=(), mode="random")), "straight_through"),

@@ -227,3 +227,20 @@ def test_vorta_is_judged_on_all_its_seeds():
   found = verdicts({"screen": screen, "vorta": further})
   (claim,) = next(v for v in found if v.name == "H17").claims
   assert len(claim.values) == 5
+
+
+@pytest.mark.parametrize("name, stage", [("H29", "core"), ("H30", "high")])
+def test_no_finest_level_at_high_noise(name, stage):
+  """The loss decides, not the regret, against all levels; in `core` the pairs at t > .7, too."""
+
+  def outcome(loss, high):
+    density = [1.0] * 5 + [high] * 3
+    until = seeds("octaves_until", [9.0, 9.0], density=density, loss=loss)
+    every = seeds("octaves_prior", [0.1, 0.1], loss=0.1)
+    for each in every:
+      each["final_soft"]["loss"] = 1.0
+    return state(name, until + every, stage=stage)
+
+  assert outcome(1.004, 0.4) == HOLDS
+  assert outcome(1.006, 0.4) == FAILS
+  assert outcome(1.004, 0.6) == (FAILS if stage == "core" else HOLDS)
