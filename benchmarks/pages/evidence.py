@@ -33,6 +33,7 @@ COMMAND = "python -m benchmarks.pages.evidence"
 THEORY = "study_theory"
 _THEORY = row_files.RESULTS / f"{THEORY}.json"
 AGAINST = "window"
+_AGAINST = {"high": "octaves_prior", "vorta": "vorta"}  # in stages without a window
 _SCREEN_TOKENS = 2048
 CAPTIONS = {
   "regret": "regret over t, trained and predicted",
@@ -44,6 +45,7 @@ CAPTIONS = {
   "core": "regret over t after 2,000 steps, trained and predicted",
   "core_curves": "regret over 2,000 steps, their FLOPs and seconds",
   "core_weights": "what routers weigh over t after 2,000 steps",
+  "core_left_out": "pairs over t after 2,000 steps, and the price of leaving levels out",
   "weights": "what routers weigh over t",
   "mass": "where dense attention lies over t",
   "left_out": "pairs over t, and the price of leaving levels out",
@@ -93,13 +95,17 @@ def tables(stages: Mapping[str, list[dict]], probes: list[dict]) -> dict[str, st
   for row in probes:
     of_probe.setdefault(row["probe"], []).append(row)
   of_stages = {}
-  for stage in ("screen", "core", "plane"):
+  for stage in ("screen", "core", "plane", "high", "vorta"):
     rows = stages.get(stage)
-    of_stages[f"study {stage}"] = _table(arm_lines(rows, AGAINST)) if rows else _NONE
+    against = _AGAINST.get(stage, AGAINST)
+    of_stages[f"study {stage}"] = _table(arm_lines(rows, against)) if rows else _NONE
     of_stages[f"study {stage} over t"] = _table(part_lines(rows)) if rows else _NONE
   core = all_levels(stages.get("core", []))
+  long = all_levels(stages.get("long", []))
+  beside = [row for row in core if row["arm"] == "dense"]
   return of_stages | {
     "study core all levels": _table(part_lines(core)) if core else _NONE,
+    "study long": _table(part_lines(long + beside)) if long else _NONE,
     "study outcome": outcome(stages, probes),
     "study layers": by_setting(of_probe.get("layers", [])),
     "study windows": windows(of_probe.get("windows", [])),
@@ -275,6 +281,7 @@ def draw(found: Rows) -> dict[str, Figure]:
       "core": figures.regret(core, theory),
       "core_curves": figures.curves(core),
       "core_weights": figures.weights(core, [], theory),
+      "core_left_out": figures.left_out(core, []),
     }
   if plane := found.stages.get("plane"):
     theory = found.of_theory("plane")

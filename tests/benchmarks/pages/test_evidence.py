@@ -136,6 +136,20 @@ def test_levels_that_were_left_out_are_shown_beside_all_of_them():
   assert "| low4_late | 0.1000 | 0.1000 |" in found["study core all levels"]
 
 
+def test_stages_without_a_window_have_their_own_reference():
+  high = [row("octaves_prior", 0, 0.2), row("octaves_until", 0, 0.3)]
+  found = evidence.tables({"high": high}, [])
+  assert "| octaves_until | 0.3000 | 1 | +0.1000 (+50.0%, 1 seed) |" in found["study high"]
+  assert found["study vorta"] == found["study long"] == "No rows yet."
+
+
+def test_long_runs_of_all_levels_stand_beside_dense_attention_of_a_quarter():
+  core = [*LONG, row("dense", 0, 0.3)]
+  found = evidence.tables({"long": [row("low4_prior", 0, 0.1)], "core": core}, [])
+  lines = found["study long"].splitlines()[2:]
+  assert [line[:22] for line in lines] == ["| low4_prior | 0.0900 ", "| dense | 0.3000 | 0.3"]
+
+
 def test_gains_of_forced_heads():
   forced = np.full((2, 2, 3, 4), 0.5)
   forced[0, 1, 2] = 0.7  # of the first layer one of two heads has a branch that is worse by .2
