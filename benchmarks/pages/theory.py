@@ -43,13 +43,24 @@ def tables(rows: Sequence[dict]) -> dict[str, str]:
   ]
   worst = []
   for r in rows:
-    cells = [f"{_percent(max(s['excess']))} ({s['keys']:.0f})" for s in r["sets"].values()]
+    everywhere = [s for name, s in r["sets"].items() if name != "coarse"]
+    cells = [f"{_percent(max(s['excess']))} ({s['keys']:.0f})" for s in everywhere]
     worst.append((r["name"], *cells))
   columns = ["window + low level" if "+" in name else name for name in shown["sets"]]
+  columns.remove("coarse")
+  price = ("without the finest level, %", *head[2:])
   return {
+    "theory without the finest": markdown(price, [(r["name"], *_price(r)) for r in rows]),
     "theory over t": markdown(head, lines),
     "theory over grids": markdown(("worst over t (keys)", *columns), worst),
   }
+
+
+def _price(row: dict) -> list[str]:
+  """Returns the error of a pyramid's coarse levels over that of all its levels, in percent."""
+  both = (row["sets"][name]["excess"] for name in ("coarse", "octaves"))
+  ratios = [(100 + without) / (100 + whole) for without, whole in zip(*both, strict=True)]
+  return [f"{100 * (ratio - 1):.2f}" for ratio in ratios]
 
 
 def _percent(x: float) -> str:

@@ -137,10 +137,18 @@ def octaves(grid: Triple, levels: int = 0, radius: int = 1) -> Context:
   return Context(tuple(found))
 
 
+def coarse(grid: Triple, levels: int = 0, radius: int = 1) -> Context:
+  """Returns a pyramid without its finest level; arguments and errors are those of `octaves`."""
+  found = octaves(grid, levels, radius).levels[1:]
+  if not found:
+    raise ValueError("a pyramid of one level has no coarse ones: take levels >= 2.")
+  return Context(found)
+
+
 _SIZE = r"\d+(?:x\d+x\d+)?"
 _WORD = re.compile(
   rf"window(?P<window>{_SIZE})|cells(?P<cell>{_SIZE})(w(?P<seen>{_SIZE}))?"
-  r"|octaves(?P<levels>\d+)?(r(?P<radius>\d+))?"
+  r"|(?P<pyramid>octaves|coarse)(?P<levels>\d+)?(r(?P<radius>\d+))?"
 )
 
 
@@ -149,7 +157,8 @@ def parse(text: str, grid: Triple) -> Context:
 
   Args:
     text: `window5` or `window3x5x5` (tokens), `cells16` (all cells of 16 tokens per axis),
-      `cells4w5` (of those a window of 5 per axis), `octaves`, `octaves5r2` (levels, radius).
+      `cells4w5` (of those a window of 5 per axis), `octaves`, `octaves5r2` (levels, radius),
+      `coarse` and `coarse5r2` (the same without the finest level).
     grid: tokens per axis.
 
   Raises:
@@ -160,15 +169,16 @@ def parse(text: str, grid: Triple) -> Context:
     match = _WORD.fullmatch(word.strip())
     if not match:
       raise ValueError(
-        f"{word!r} is no set of keys; write window5, cells16, cells4w5, octaves or octaves5r2, and "
-        "+ between sets that are seen together."
+        f"{word!r} is no set of keys; write window5, cells16, cells4w5, octaves, octaves5r2 or "
+        "coarse, and + between sets that are seen together."
       )
     if match["window"]:
       context = window(_extents(match["window"]))
     elif match["cell"]:
       context = cells(_extents(match["cell"]), match["seen"] and _extents(match["seen"]))
     else:
-      context = octaves(grid, int(match["levels"] or 0), int(match["radius"] or 1))
+      pyramid = octaves if match["pyramid"] == "octaves" else coarse
+      context = pyramid(grid, int(match["levels"] or 0), int(match["radius"] or 1))
     found += context.levels
   context = Context(tuple(found))
   context.boxes(grid, (0, 0, 0))  # refuses cells that do not fit
@@ -176,7 +186,7 @@ def parse(text: str, grid: Triple) -> Context:
 
 
 def default_sets(grid: Triple) -> tuple[str, ...]:
-  """Names three windows, a window with one low level of at most 256 cells, and octaves.
+  """Names three windows, a window with one low level of at most 256 cells, and two pyramids.
 
   The low level has as many keys as the windows that it is compared with, our choice.
   """
@@ -184,7 +194,7 @@ def default_sets(grid: Triple) -> tuple[str, ...]:
   while math.prod(cells_of(grid, factor)) > 256:
     factor *= 2
   cell = "x".join(str(min(factor, n)) for n in grid)
-  return ("window3", "window5", "window7", f"window5+cells{cell}", "octaves")
+  return ("window3", "window5", "window7", f"window5+cells{cell}", "octaves", "coarse")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -159,7 +159,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
   parser.add_argument(
     "--data", type=path, help="folder of a latent cache: its grid and measured spectrum"
   )
-  parser.add_argument("--sets", help="window5,cells16,cells4w5,octaves,octaves5r2,a+b", default="")
+  parser.add_argument(
+    "--sets", help="window5,cells16,cells4w5,octaves,octaves5r2,coarse,a+b", default=""
+  )
   parser.add_argument("--times", help="t between 0 and 1", default=",".join(map(str, TIMES)))
   parser.add_argument("--queries", type=int, help="places of a query, at most", default=QUERIES)
   parser.add_argument("--out", type=path, help="folder for theory.json and theory.png")

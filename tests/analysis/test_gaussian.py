@@ -339,6 +339,13 @@ def test_what_cannot_be_is_refused():
     excess(power_law((23, 23, 23), 1), window((23, 23, 23)), (0.5,))
 
 
+def test_a_pyramid_without_its_finest_level():
+  grid = (4, 16, 16)
+  assert parse("coarse4", grid) == parse("cells2w3+cells4w3+cells4x8x8", grid)
+  assert parse("window3+coarse3", grid) == parse("octaves3", grid)
+  assert parse("coarse3r2", grid) == parse("cells2w5+cells4", grid)
+
+
 @pytest.mark.parametrize(
   "flag, message",
   [
@@ -346,6 +353,7 @@ def test_what_cannot_be_is_refused():
     ("--sets=octaves7", "a grid of 4x8x8 has 1 to 4 levels"),
     ("--sets=window3+cells8", "cells of 8x8x8 tokens do not fit into a grid of 4x8x8"),
     ("--sets=windows3", "'windows3' is no set of keys"),
+    ("--sets=coarse1", "a pyramid of one level has no coarse ones"),
     ("--times=0.5,1", "must be above 0 and below 1"),
     ("--grid=4,8", "three positive token counts"),
     ("--data=nowhere", "leave out --grid and --slope"),

@@ -24,9 +24,19 @@ def test_the_page_shows_the_rows(stored):
 
 def test_the_stored_rows_are_today_s(stored):
   """Two sets on the smallest grid; longer ones take seconds each."""
-  question = Question((8, 12, 12), ("window5", "octaves"))
+  question = Question((8, 12, 12), ("octaves", "coarse"))
   for old in (r for r in stored if r["grid"] == [8, 12, 12]):
     new = answer(question, power_law(question.grid, old["slope"]))
     for name, of_set in new["sets"].items():
       assert of_set["excess"] == pytest.approx(old["sets"][name]["excess"], rel=1e-3, abs=1e-4)
     assert sum(new["mass"], []) == pytest.approx(sum(old["mass"], []), abs=1e-4)
+
+
+def test_the_price_of_the_finest_level():
+  found = {"name": "g", "times": [0.5], "mass": [], "sets": {}}
+  for name, percent in (("window3", 50.0), ("octaves", 10.0), ("coarse", 21.0)):
+    found["sets"][name] = {"keys": 1, "excess": [percent]}
+  shown = theory.tables([found | {"name": theory.SHOWN}])
+  assert "| 10.00 |" in shown["theory without the finest"]
+  worst = shown["theory over grids"].splitlines()
+  assert "coarse" not in worst[0] and "| 50 (1) | 10 (1) |" in worst[2]
