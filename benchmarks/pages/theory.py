@@ -1,11 +1,13 @@
 """Rows, tables and figure of docs/evidence.md's section on theory; its prose is written by hand.
 
   python -m benchmarks.pages.theory
+  python -m benchmarks.pages.theory --data="a name=data/cache/FOLDER"     a cache's spectrum as well
 
-Rows go to results/theory.json, one per grid and slope. They are computed, nothing is measured; it
-takes a minute on two cores.
+Rows go to results/theory.json, one per grid and slope, and those of caches to theory_data.json.
+They are computed, nothing is trained; it takes a minute on two cores.
 """
 
+import argparse
 import json
 import pathlib
 from collections.abc import Sequence
@@ -20,6 +22,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 DOC = ROOT / "docs" / "evidence.md"
 FIGURE = ROOT / "docs" / "figures" / "theory.png"
 ROWS = row_files.RESULTS / "theory.json"
+DATA_ROWS = row_files.RESULTS / "theory_data.json"
 COMMAND = "python -m benchmarks.pages.theory"
 GRIDS = ((8, 12, 12), (8, 16, 16), (16, 32, 32), (64, 128, 128))
 SLOPES = (2.5, 3.8)
@@ -33,8 +36,14 @@ def row(grid: tuple[int, int, int], slope: float) -> dict:
   return {"name": name, "measured": False, "slope": slope, "spectrum": f"slope {slope:g}", **found}
 
 
-def tables(rows: Sequence[dict]) -> dict[str, str]:
-  """Returns the page's tables by marker."""
+def row_of_data(given: str) -> dict:
+  """Returns the answer for a latent cache, given as "name=folder", as a row."""
+  name, _, folder = given.partition("=")
+  return {"name": name, "measured": False, **theory.main([f"--data={folder}"])}
+
+
+def tables(rows: Sequence[dict], of_data: Sequence[dict] = ()) -> dict[str, str]:
+  """Returns the page's tables by marker, of rows of power laws and of caches."""
   shown = next(r for r in rows if r["name"] == SHOWN)
   head = (f"{SHOWN}: keys seen", "keys", *(f"t = {t:g}" for t in shown["times"]))
   lines = [
@@ -50,7 +59,9 @@ def tables(rows: Sequence[dict]) -> dict[str, str]:
   columns.remove("coarse")
   price = ("without the finest level, %", *head[2:])
   return {
-    "theory without the finest": markdown(price, [(r["name"], *_price(r)) for r in rows]),
+    "theory without the finest": markdown(
+      price, [(r["name"], *_price(r)) for r in (*rows, *of_data)]
+    ),
     "theory over t": markdown(head, lines),
     "theory over grids": markdown(("worst over t (keys)", *columns), worst),
   }
@@ -68,12 +79,16 @@ def _percent(x: float) -> str:
   return f"{x:,.1f}" if x < 10 else f"{x:,.0f}"
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
   """Computes the rows and remakes the page's tables and figure."""
-  found = [row(grid, slope) for grid in GRIDS for slope in SLOPES]
-  row_files.write_rows("theory", found, COMMAND)
+  parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.split("\n")[0])
+  parser.add_argument("--data", action="append", default=[], help="NAME=FOLDER of a latent cache")
+  args = parser.parse_args(argv)
+  if args.data:
+    row_files.write_rows("theory_data", map(row_of_data, args.data), f"{COMMAND} --data=...")
+  row_files.write_rows("theory", [row(grid, s) for grid in GRIDS for s in SLOPES], COMMAND)
   rows = json.loads(ROWS.read_text())
-  DOC.write_text(fill(DOC.read_text(), tables(rows)))
+  DOC.write_text(fill(DOC.read_text(), tables(rows, row_files.read_rows(DATA_ROWS))))
   plots.save(theory.figure(next(r for r in rows if r["name"] == SHOWN)), FIGURE)
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from benchmarks import rows as row_files
 from benchmarks.pages import theory
 from benchmarks.pages.complexity import fill
 from freqformer.analysis.theory import Question, answer
@@ -17,7 +18,8 @@ def stored():
 
 def test_the_page_shows_the_rows(stored):
   page = theory.DOC.read_text()
-  assert fill(page, theory.tables(stored)) == page
+  of_data = row_files.read_rows(theory.DATA_ROWS)
+  assert fill(page, theory.tables(stored, of_data)) == page and len(of_data) == 2
   assert "figures/theory.png" in page and theory.FIGURE.exists()
   assert len(stored) == 8 and not any(r["measured"] for r in stored)
 
