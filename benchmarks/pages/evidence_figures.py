@@ -17,6 +17,7 @@ STYLES = {
   "octaves_hard": ("C0", ":"),
   "octaves_mid": ("C0", "-."),
   "octaves_until": ("C9", "--"),
+  "octaves_either": ("C9", ":"),
   "window": ("C1", "-"),
   "freqformer": ("C2", "-"),
   "freqformer_time": ("C2", ":"),

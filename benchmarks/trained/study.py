@@ -106,6 +106,11 @@ ARMS |= {
   "octaves4_prior": _TILTED | {"model.attention.octaves.levels": 4},
   "low8_prior": _LOW4 | _TILTED | {"model.attention.octaves.factor": 8},
 }
+# The finest level, nine tenths of the pairs, runs up to t = .7, from the first step on.
+_UNTIL = _TILTED | {
+  "model.attention.octaves.threshold": 0.0,
+  "model.attention.octaves.until": (0.7, 1.0, 1.0),
+}
 # The second half of training leaves out the levels that evaluation leaves out; the same with a
 # price on pairs, beyond half of those of all levels.
 _LATE = _LOW4 | _TILTED | _THRESHOLD | {"model.attention.octaves.threshold_from": 0.5}
@@ -116,9 +121,9 @@ ARMS |= {
     "model.attention.octaves.router.penalty": 0.05,
     "model.attention.octaves.router.budget": 0.037,
   },
-  # The finest level, nine tenths of the pairs, runs up to t = .7, from the first step on.
-  "octaves_until": _TILTED
-  | {"model.attention.octaves.threshold": 0.0, "model.attention.octaves.until": (0.7, 1.0, 1.0)},
+  "octaves_until": _UNTIL,
+  # In half of training's samples: its weights are judged either way.
+  "octaves_either": _UNTIL | {"model.attention.octaves.until_share": 0.5},
 }
 
 
@@ -168,7 +173,7 @@ STAGES = {
     ("octaves4_prior", "low8_prior", "window"), seeds=(0, 1, 2), steps=600, overrides=_PLANE
   ),
   "core": Stage(
-    (*_SCREEN[:7], "low4_late", "low4_budget", "octaves_until"),
+    (*_SCREEN[:7], "low4_late", "low4_budget", "octaves_until", "octaves_either"),
     seeds=(0, 1, 2),
     steps=2000,
     overrides=_SHORT,

@@ -110,7 +110,7 @@ class Verdict:
 
 
 def verdicts(stages: Mapping[str, list[dict]], probes: Iterable[dict] = ()) -> list[Verdict]:
-  """Judges H1 to H30.
+  """Judges H1 to H31.
 
   Args:
     stages: rows by stage; one that is absent has none.
@@ -245,6 +245,11 @@ def verdicts(stages: Mapping[str, list[dict]], probes: Iterable[dict] = ()) -> l
     Verdict(
       "H30", (_loss_without_the_finest(stages.get("high", [])),), "as H29, at high noise alone"
     ),
+    Verdict(
+      "H31",
+      (_loss_of_leaving_out(core, "octaves_either"), _left_out(core, "octaves_either")[1]),
+      "as H29",
+    ),
   ]
 
 
@@ -376,6 +381,14 @@ def _loss_without_the_finest(rows: list[dict]) -> Claim:
 
   found = relative(rows, "octaves_until", "octaves_prior", compared)
   return Claim("octaves_until, loss v all levels of octaves_prior", found, 0.005)
+
+
+def _loss_of_leaving_out(rows: list[dict], arm: str) -> Claim:
+  """Returns the claim of H31: an arm's loss as evaluation runs it against all levels."""
+  found = [
+    row["final"]["loss"] / row["final_soft"]["loss"] - 1 for row in rows if row["arm"] == arm
+  ]
+  return Claim(f"{arm}, loss of leaving out v all levels", found, 0.005)
 
 
 def _pairs_without_the_finest(rows: list[dict]) -> Claim:

@@ -77,6 +77,8 @@ class Octaves(Method):
       1 is never.
     until: t above which a level is left out, in training and evaluation, one per level, the finest
       first; the coarsest one's is 1. Empty: every level at every t.
+    until_share: of training's samples that keep to `until`; the others run every level, so that
+      evaluation may do either with the same weights.
     router: of the levels' weights; an empty prior is uniform. `budget` holds for the pairs that
       evaluation runs, over n^2.
   """
@@ -92,6 +94,7 @@ class Octaves(Method):
   threshold: float = 0.0
   threshold_from: float = 1.0
   until: tuple[float, ...] = ()
+  until_share: float = 1.0
   router: RouterConfig = _ROUTER
 
   routed = True
@@ -102,7 +105,7 @@ class Octaves(Method):
     require(self, "mid_tiles threshold threshold_from", least=0)
     require(self, "threshold", below=1)
     require(self, "threshold_from", most=1)
-    require(self, "until", above=0, most=1)
+    require(self, "until until_share", above=0, most=1)
     require_one_of(self, "basis", KINDS)
     require_one_of(self, "lift", LIFTS)
     require_one_of(self, "border", BORDERS)
@@ -119,6 +122,11 @@ class Octaves(Method):
       raise ValueError(
         f"until={self.until} must be empty or have a t for each of {self.levels=}, the finest "
         "first, with 1 for the coarsest, which runs at every t."
+      )
+    if self.until_share < 1 and not self.until:
+      raise ValueError(
+        f"until_share={self.until_share} is of samples that keep to until, which is empty: set "
+        "until, or until_share=1."
       )
     if self.router.mode in ONE_BRANCH:
       raise ValueError(
@@ -160,6 +168,7 @@ class Octaves(Method):
       threshold=np.float32(self.threshold),
       threshold_from=np.float32(self.threshold_from),
       until=np.array(self.until or (1.0,) * self.levels, np.float32),
+      until_share=np.float32(self.until_share),
       router=numbers(self.router),
       widths=cell_widths(layouts),
       edges=tuple((np.cumsum([0, *tiles]) * layout.block).tolist()),
@@ -218,7 +227,7 @@ class Octaves(Method):
       valid = [*(step.coarse.valid for step in tables.steps[::-1]), qkv.layout.valid]
       stats = _energies(jax.lax.stop_gradient(values), valid, tables.edges)
     logits = cond.share(module.router.logits(cond.embedding, cond.time, stats))
-    may_run = jnp.broadcast_to(cond.time[:, None, None] <= tables.until, logits.shape)
+    may_run = jnp.broadcast_to(self._may_run(cond, tables), logits.shape)
     if self.until:  # weights of the levels that may run sum to one
       logits = jnp.where(may_run, logits, -jnp.inf)
     router = with_numbers(self.router, tables.router)
@@ -241,6 +250,16 @@ class Octaves(Method):
     if self.router.mode != "gates":  # a gate has its own share of the output
       weights /= weights.sum(-1, keepdims=True)
     return Mix(probs, weights, kept, runs)
+
+  def _may_run(self, cond, tables) -> jax.Array:
+    """Returns the levels that `until` lets run in this call, bool `[b, 1, levels]`."""
+    found = cond.time[:, None, None] <= tables.until
+    if self.until_share == 1 or not (cond.train or cond.soft_evaluation):
+      return found
+    # A sample's draw is the further digits of its t: layers have keys of their own, and must agree.
+    drawn = (cond.time * 4096) % 1 < tables.until_share
+    every = ~drawn | cond.soft_evaluation
+    return found | every[:, None, None]
 
   def _lifted(self, out, weights, tables) -> jax.Array:
     """Returns the levels' weighted sum at every token, `[b, n_buffer, h, d]`."""
@@ -371,7 +390,7 @@ class OctavesTables:
     level_of_tile: int32 `[tiles]`, of the whole buffer.
     density: float32 `[levels]`, pairs of each level over n^2, the finest first.
     threshold, threshold_from: those of the method.
-    until: float32 `[levels]`, of the method.
+    until, until_share: those of the method; `[levels]` and a scalar, float32.
     router: `numbers` of the router.
     widths: static; tokens of a cell per level and axis.
     edges: static; first row of each level in the buffer and the row behind the last, coarse first.
@@ -386,6 +405,7 @@ class OctavesTables:
   threshold: np.ndarray
   threshold_from: np.ndarray
   until: np.ndarray
+  until_share: np.ndarray
   router: dict
   widths: tuple = dataclasses.field(metadata={"static": True})
   edges: tuple = dataclasses.field(metadata={"static": True})

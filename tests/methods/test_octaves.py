@@ -199,6 +199,23 @@ def test_levels_run_up_to_their_t(mode):
   assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0
 
 
+def test_some_samples_of_training_run_every_level():
+  """Which ones their t tells, whatever the layer; evaluation keeps to `until`, on request not."""
+  layer = drawn(dataclasses.replace(METHOD, until=(0.7, 1.0, 1.0), until_share=0.5))
+  x = tokens(b=64)
+  times = np.random.default_rng(0).uniform(0.6, 1, 64)
+  high = times.astype(np.float32) > 0.7
+
+  def finest(**how):
+    return np.asarray(aux_of(layer, x, where(times, **how))["kept"])[:, 0, 0]
+
+  trained = finest(train=True)
+  assert trained[~high].all() and 0.3 < trained[high].mean() < 0.7
+  np.testing.assert_array_equal(finest(train=True, rng=jax.random.key(1)), trained)
+  np.testing.assert_array_equal(finest(), ~high)
+  assert finest(soft_evaluation=True).all()
+
+
 def test_levels_are_counted_by_the_share_of_t_in_which_they_run():
   """Until t = .3 and .6 of all t even in t: the mean of what runs at .15, .45 and .8."""
   method = dataclasses.replace(METHOD, until=(0.3, 0.6, 1.0))
@@ -315,6 +332,7 @@ def test_statistics_of_content_reach_the_weights():
     ),
     (dict(until=(0.7, 1.0, 0.9)), "with 1 for the coarsest"),
     (dict(until=(0.7, 1.1, 1.0)), "until"),
+    (dict(until_share=0.5), "until_share=0.5 is of samples that keep to until, which is empty"),
     (dict(router=RouterConfig(prior=(1, 1))), "share for each of"),
     (dict(router=RouterConfig(prior=(), mode="sampled")), "straight_through"),
     (dict(router=RouterConfig(prior=(), mode="random")), "straight_through"),

@@ -244,3 +244,15 @@ def test_no_finest_level_at_high_noise(name, stage):
   assert outcome(1.004, 0.4) == HOLDS
   assert outcome(1.006, 0.4) == FAILS
   assert outcome(1.004, 0.6) == (FAILS if stage == "core" else HOLDS)
+
+
+def test_the_same_weights_with_and_without_the_finest_level():
+  def outcome(loss, high):
+    rows = seeds("octaves_either", [9.0, 9.0], density=[1.0] * 5 + [high] * 3, loss=loss)
+    for each in rows:
+      each["final_soft"]["loss"] = 1.0
+    return state("H31", rows, stage="core")
+
+  assert outcome(1.004, 0.4) == HOLDS
+  assert outcome(1.006, 0.4) == FAILS
+  assert outcome(1.004, 0.6) == FAILS
