@@ -143,6 +143,10 @@ class Octaves(Method):
   def branches(self):
     return tuple(f"x{self.factor**level}" for level in range(self.levels))
 
+  @property
+  def trains_all_branches(self):
+    return self.until_share < 1  # in some samples: counted in all, an upper bound
+
   def check_training(self, layout, heads):
     check_budget(self.router, min(call.pairs for call in self._count_levels(layout, heads)), layout)
 

@@ -221,6 +221,9 @@ def test_levels_are_counted_by_the_share_of_t_in_which_they_run():
   method = dataclasses.replace(METHOD, until=(0.3, 0.6, 1.0))
   found = [method.pairs(RAGGED, 6, shares).pairs for shares in ((1, 1, 1), (0, 1, 1), (0, 0, 1))]
   np.testing.assert_allclose(method.pairs(RAGGED, 6).pairs, np.dot([0.3, 0.3, 0.4], found))
+  either = dataclasses.replace(method, until_share=0.5)
+  assert either.trains_all_branches and not method.trains_all_branches
+  assert either.pairs(RAGGED, 6) == method.pairs(RAGGED, 6)  # of evaluation
 
 
 def test_no_level_is_left_out_unless_asked():
