@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from benchmarks import rows as row_files
 from benchmarks.pages.complexity import fill, markdown
 from freqformer.analysis import theory
+from freqformer.config import ConfigError
 from freqformer.grid.spectrum import power_law
 from freqformer.simulation import plots
 
@@ -37,8 +38,10 @@ def row(grid: tuple[int, int, int], slope: float) -> dict:
 
 
 def row_of_data(given: str) -> dict:
-  """Returns the answer for a latent cache, given as "name=folder", as a row."""
+  """Returns the answer for a latent cache, given as "name=folder", as a row; or ConfigError."""
   name, _, folder = given.partition("=")
+  if not folder:
+    raise ConfigError(f"--data={given!r} must read NAME=FOLDER of a latent cache.")
   return {"name": name, "measured": False, **theory.main([f"--data={folder}"])}
 
 

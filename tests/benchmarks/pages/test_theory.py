@@ -8,6 +8,7 @@ from benchmarks import rows as row_files
 from benchmarks.pages import theory
 from benchmarks.pages.complexity import fill
 from freqformer.analysis.theory import Question, answer
+from freqformer.config import ConfigError
 from freqformer.grid.spectrum import power_law
 
 
@@ -32,6 +33,11 @@ def test_the_stored_rows_are_today_s(stored):
     for name, of_set in new["sets"].items():
       assert of_set["excess"] == pytest.approx(old["sets"][name]["excess"], rel=1e-3, abs=1e-4)
     assert sum(new["mass"], []) == pytest.approx(sum(old["mass"], []), abs=1e-4)
+
+
+def test_a_cache_needs_a_name():
+  with pytest.raises(ConfigError, match="--data='carphone' must read NAME=FOLDER"):
+    theory.main(["--data=carphone"])
 
 
 def test_the_price_of_the_finest_level():
