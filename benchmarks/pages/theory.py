@@ -4,7 +4,7 @@
   python -m benchmarks.pages.theory --data="a name=data/cache/FOLDER"     a cache's spectrum as well
 
 Rows go to results/theory.json, one per grid and slope, and those of caches to theory_data.json.
-They are computed, nothing is trained; it takes a minute on two cores.
+They are computed, nothing is trained; it takes half a minute.
 """
 
 import argparse

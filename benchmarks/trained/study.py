@@ -165,8 +165,7 @@ _SCALE = {
   )
   for tokens, grid in SIZES.items()
 }
-# choice: what a core can do in three hours, one, two nights, two hours, an
-# hour twice, a night.
+# choice: what a core can do in an evening or, of `core` and `copies`, in a night or two.
 STAGES = {
   "screen": Stage(_SCREEN, seeds=(0, 1, 2), steps=300, overrides=_SHORT),
   "plane": Stage(

@@ -237,16 +237,16 @@ class Octaves(Method):
     router = with_numbers(self.router, tables.router)
     probs = checkpoint_name(probabilities(logits, router, cond.progress), "routing")
     hot = jax.nn.one_hot(probs.argmax(-1), self.levels)
-    unless_left_out = may_run if self.until else None
+    limited = may_run if self.until else None
     if self.router.mode == "straight_through" and not cond.soft_evaluation:
       kept = hot > 0
       if cond.train:
-        return Mix(probs, hot + probs - jax.lax.stop_gradient(probs), kept, unless_left_out)
+        return Mix(probs, hot + probs - jax.lax.stop_gradient(probs), kept, limited)
       return Mix(probs, hot, kept, kept)
     kept = may_run & ((probs >= tables.threshold) | (hot > 0))
     leaves_out = self.threshold and (not cond.train or self.threshold_from < 1)
     if cond.soft_evaluation or not leaves_out:
-      return Mix(probs, probs, kept, unless_left_out)
+      return Mix(probs, probs, kept, limited)
     runs = kept
     if cond.train:
       runs = kept | (may_run & (cond.progress < tables.threshold_from))

@@ -201,7 +201,7 @@ def test_levels_run_up_to_their_t(mode):
 
 def test_some_samples_of_training_run_every_level():
   """Which ones their t tells, whatever the layer; evaluation keeps to `until`, on request not."""
-  layer = drawn(dataclasses.replace(METHOD, until=(0.7, 1.0, 1.0), until_share=0.5))
+  layer = drawn(dataclasses.replace(METHOD, until=(0.7, 1.0, 1.0), until_share=0.25))
   x = tokens(b=64)
   times = np.random.default_rng(0).uniform(0.6, 1, 64)
   high = times.astype(np.float32) > 0.7
@@ -210,7 +210,7 @@ def test_some_samples_of_training_run_every_level():
     return np.asarray(aux_of(layer, x, where(times, **how))["kept"])[:, 0, 0]
 
   trained = finest(train=True)
-  assert trained[~high].all() and 0.3 < trained[high].mean() < 0.7
+  assert trained[~high].all() and 0.6 < trained[high].mean() < 0.9
   np.testing.assert_array_equal(finest(train=True, rng=jax.random.key(1)), trained)
   np.testing.assert_array_equal(finest(), ~high)
   assert finest(soft_evaluation=True).all()
