@@ -85,13 +85,15 @@ def lowered(changes: dict) -> list[str]:
 
 
 def test_numbers_are_no_part_of_a_program():
-  # At a threshold of 0, or from the end on, the program leaves out no level.
-  threshold, late = (f"model.attention.octaves.threshold{end}" for end in ("", "_from"))
-  changes = {"seed": 5, threshold: 0.2, late: 0.7}
+  # At 0, 1, empty and 1 the program leaves out no level.
+  names = ("threshold", "threshold_from", "until", "until_share")
+  threshold, late, until, share = (f"model.attention.octaves.{name}" for name in names)
+  given = {threshold: 0.05, late: 0.5, until: (0.7, 1.0), share: 0.5}
+  changes = {"seed": 5, threshold: 0.2, late: 0.7, until: (0.4, 1.0), share: 0.3}
   changes |= {f"train.{name}": value for name, value in TRAIN.items()}
   for method, (name, value) in itertools.product(METHODS, ROUTER.items()):
     changes[f"model.attention.{method}.router.{name}"] = value
-  for before, now in zip(lowered({threshold: 0.05, late: 0.5}), lowered(changes), strict=True):
+  for before, now in zip(lowered(given), lowered(changes), strict=True):
     assert before == now
   assert TRAIN.keys() == set(TrainConfig.NUMBERS)
 
